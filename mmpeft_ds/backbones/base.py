@@ -1,0 +1,48 @@
+"""What a backbone must offer. One file per family; `ENTRY` in it is a class that satisfies `Backbone`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, ClassVar, Protocol, runtime_checkable
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from mmpeft_ds.data.batch import PackedBatch
+
+
+@runtime_checkable
+class Backbone(Protocol):
+    """A frozen model family, built from the options of the recipe's `backbone` section.
+
+    Attributes:
+        Options: dataclass of the recipe keys beside `name`.
+        modalities: what `dummy` can make and a batch may hold, in the order in which the towers run.
+    """
+
+    Options: ClassVar[type]
+    modalities: tuple[str, ...]
+
+    def __init__(self, options: Any, labels: list[str] | None): ...
+
+    def check(self) -> None:
+        """Raise BadInput if the options cannot work; reads configurations only, never weights."""
+
+    def build(self, on_meta: bool = False) -> PreTrainedModel:
+        """The model with its pretrained weights, called inside the engine's init context; `on_meta` allocates nothing."""
+
+    def image_transform(self, train: bool) -> Callable[[Tensor, Any], Any]:
+        """(uint8 (3, H, W) RGB, torch.Generator) -> what `collate_images` takes; must pickle."""
+
+    def collate_images(self, images: list[Any]) -> dict[str, Tensor]: ...
+
+    def collate_texts(self, texts: list[str]) -> dict[str, Tensor]: ...
+
+    def dummy(self, modality: str) -> Any:
+        """The smallest raw `image` (uint8 tensor, before the transform) or `text` (str) that runs that modality's tower."""
+
+    def inputs(self, batch: PackedBatch) -> dict[str, Any]:
+        """Forward arguments. The model itself publishes the condition with `sites.condition.conditioned`."""
+
+    def frozen_prefix(self, model: PreTrainedModel) -> list[str]:
+        """Paths of modules below the lowest trainable one, which run in eval mode without autograd."""

@@ -1,0 +1,139 @@
+"""The packed batch: every sample is a slot that owns any number of images and texts.
+
+Many questions on one image, two images to a question, video frames, text-only samples, and slots without a sample
+(padding, bad samples: weight 0) are one case. A frozen tower runs once per image, however many texts ask about it.
+"""
+
+# S slots of this rank's micro-batch, I images, T texts, L text length
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Sample:
+    """One decoded slot, before packing.
+
+    Attributes:
+        sample_id: `dataset/key` as the manifest names it; empty for padding.
+        weight: 1 for a good sample, 0 for padding, a bad sample or a dummy.
+        images: transformed images (what the backbone's image transform returned), in order.
+        texts: raw strings.
+        targets: one task-defined target per text.
+        record: the sample's json, for metrics and the page of predictions.
+        bad: (kind, shard, key) when the sample could not be used.
+    """
+
+    sample_id: str = ""
+    weight: float = 0.0
+    images: list[Any] = field(default_factory=list)
+    texts: list[str] = field(default_factory=list)
+    targets: list[Any] = field(default_factory=list)
+    record: dict[str, Any] = field(default_factory=dict)
+    bad: tuple[str, str, str] | None = None
+
+
+@dataclass
+class PackedBatch:
+    """Slots of one micro-batch on one rank.
+
+    Attributes:
+        sample_id: S strings.
+        weight: (S,) float32; a slot of weight 0 is absent from loss, graph and metric.
+        images: forward arguments of the image side, first dimension I (or as the backbone packs them); empty without images.
+        image_owner: (I,) int64, slot that owns image i, non-decreasing.
+        texts: forward arguments of the text side, each (T, L); empty without texts.
+        text_owner: (T,) int64, slot that owns text j, non-decreasing.
+        targets: what the task made of the targets, first dimension T.
+        records: S json objects; raw texts are kept under `raw_texts`.
+        raw_texts: T strings.
+        bad: (kind, shard, key) of the slots that could not be used.
+    """
+
+    sample_id: list[str]
+    weight: Tensor
+    images: dict[str, Tensor]
+    image_owner: Tensor
+    texts: dict[str, Tensor]
+    text_owner: Tensor
+    targets: dict[str, Tensor]
+    records: list[dict[str, Any]]
+    raw_texts: list[str]
+    bad: list[tuple[str, str, str]]
+
+    @property
+    def modalities(self) -> frozenset[str]:
+        """Which of `image` and `text` this micro-batch has at all."""
+        present = {"image": len(self.image_owner), "text": len(self.text_owner)}
+        return frozenset(name for name, count in present.items() if count)
+
+    @property
+    def text_weight(self) -> Tensor:
+        """(T,) weight of the slot that owns each text."""
+        return self.weight[self.text_owner]
+
+    def to(self, device: torch.device | str, non_blocking: bool = True) -> PackedBatch:
+        """A copy whose tensors live on `device`."""
+
+        def move(value: Any) -> Any:
+            if isinstance(value, Tensor):
+                return value.to(device, non_blocking=non_blocking)
+            if isinstance(value, dict):
+                return {k: move(v) for k, v in value.items()}
+            return value
+
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return PackedBatch(**{k: v if k == "records" else move(v) for k, v in fields.items()})
+
+    def sample_keys_hash(self) -> int:
+        """Sum mod 2^64 of the hashes of the sample ids that enter the loss; adds up over ranks and micro-steps."""
+        kept = (s for s, w in zip(self.sample_id, self.weight.tolist(), strict=True) if w > 0)
+        return sum(hash_id(s) for s in kept) % 2**64
+
+
+def hash_id(sample_id: str) -> int:
+    """Stable 64-bit hash of a sample id."""
+    return int.from_bytes(hashlib.blake2b(sample_id.encode(), digest_size=8).digest(), "big")
+
+
+def pack(
+    samples: Sequence[Sample],
+    collate_images: Callable[[list[Any]], dict[str, Tensor]],
+    collate_texts: Callable[[list[str]], dict[str, Tensor]],
+    collate_targets: Callable[[list[Any]], dict[str, Tensor]],
+) -> PackedBatch:
+    """Pack `samples` into one batch; the three functions turn a flat, non-empty list into tensors.
+
+    Raises:
+        ValueError: if a sample has another number of targets than texts.
+    """
+    for s in samples:
+        if len(s.targets) != len(s.texts):
+            raise ValueError(f"sample {s.sample_id!r}: {len(s.texts)} texts but {len(s.targets)} targets")
+    images = [image for s in samples for image in s.images]
+    texts = [text for s in samples for text in s.texts]
+    targets = [target for s in samples for target in s.targets]
+
+    def owner(counts: list[int]) -> Tensor:
+        return torch.repeat_interleave(torch.arange(len(samples)), torch.tensor(counts, dtype=torch.int64))
+
+    return PackedBatch(
+        sample_id=[s.sample_id for s in samples],
+        weight=torch.tensor([s.weight for s in samples], dtype=torch.float32),
+        images=collate_images(images) if images else {},
+        image_owner=owner([len(s.images) for s in samples]),
+        texts=collate_texts(texts) if texts else {},
+        text_owner=owner([len(s.texts) for s in samples]),
+        targets=collate_targets(targets) if targets else {},
+        records=[s.record for s in samples],
+        raw_texts=texts,
+        bad=[s.bad for s in samples if s.bad is not None],
+    )

@@ -1,0 +1,88 @@
+"""Options of the recipe's `optim`, `engine` and `monitor` sections."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+
+@dataclass
+class OptimOptions:
+    """Optimiser and schedule (AdamW on the trainable parameters only).
+
+    Attributes:
+        lr: peak learning rate.
+        weight_decay: applied to matrices; biases, norms and names in `no_decay` are excluded.
+        no_decay: further parameter name fragments without decay.
+        betas: Adam's moment decay rates.
+        eps: Adam's epsilon.
+        epochs: passes over the data; ignored where `max_steps` is set.
+        max_steps: optimizer steps of the run, 0 = from `epochs`.
+        warmup: warm-up steps if >= 1, else that share of all steps.
+        schedule: decay after warm-up, per step, to `min_lr_ratio` times lr.
+        min_lr_ratio: final learning rate as a share of the peak.
+        clip: maximum global gradient norm, 0 = off.
+        accumulation: micro-steps per optimizer step; `data.global_batch` is split by it.
+    """
+
+    lr: float = 1e-3
+    weight_decay: float = 0.0
+    no_decay: list[str] = field(default_factory=list)
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    epochs: int = 1
+    max_steps: int = 0
+    warmup: float = 0.05
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    min_lr_ratio: float = 0.0
+    clip: float = 1.0
+    accumulation: int = 1
+
+
+@dataclass
+class EngineOptions:
+    """DeepSpeed, precision, checkpoints.
+
+    Attributes:
+        deepspeed: path of a ds_configs JSON (zero_optimization, offload, communication only), relative to the
+            working directory or the repository.
+        dtype: of the frozen base; trainables are float32 at every stage.
+        train_dropout: run the model with dropout in the trained part; frozen towers stay in eval mode regardless.
+        gradient_checkpointing: recompute blocks in backward.
+        attention: implementation; `auto` chooses flash-attn on CUDA if installed, then SDPA, then eager.
+        save_every: optimizer steps between checkpoints, 0 = at every evaluation and at the end.
+        keep_last: checkpoints kept beside the best.
+        eval_every: optimizer steps between evaluations, 0 = at the end of every epoch.
+        patience: evaluations without improvement before the run stops, 0 = never.
+        stop_grace: seconds within which a signalled run has saved and left.
+        max_skipped: steps skipped in a row for a non-finite loss or gradient before the run stops.
+        threads: torch threads a rank, 0 = physical cores / local ranks.
+    """
+
+    deepspeed: str = "ds_configs/zero3.json"
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    train_dropout: bool = False
+    gradient_checkpointing: bool = False
+    attention: Literal["auto", "flash_attention_2", "sdpa", "eager"] = "auto"
+    save_every: int = 0
+    keep_last: int = 2
+    eval_every: int = 0
+    patience: int = 0
+    stop_grace: float = 30.0
+    max_skipped: int = 10
+    threads: int = 0
+
+
+@dataclass
+class MonitorOptions:
+    """What is written beside the checkpoints.
+
+    Attributes:
+        tensorboard: write event files.
+        every: steps between TensorBoard scalars; metrics.jsonl has every step.
+        samples: predictions shown with their images at each evaluation.
+    """
+
+    tensorboard: bool = True
+    every: int = 1
+    samples: int = 16
