@@ -130,7 +130,8 @@ def typed(cls: type, given: Any, key: str, origin: Origin, fields: list[dataclas
             raise BadInput(f"{origin(_join(key, name))}: unknown key. {hint}Known: {', '.join(known)}.")
     for name, f in known.items():
         if name not in given and f.default is MISSING and f.default_factory is MISSING:
-            raise BadInput(f"{origin(key)}: required key {name!r} is missing. Add `{name}: <{_type_name(hints[name])}>`.")
+            what = _type_name(hints[name])
+            raise BadInput(f"{origin(key)}: required key {name!r} is missing. Add `{name}: <{what}>`.")
     values = {name: _value(hints[name], value, _join(key, name), origin, known[name]) for name, value in given.items()}
     try:
         return cls(**values)

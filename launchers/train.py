@@ -1,0 +1,46 @@
+#!/usr/bin/env python
+"""Train a recipe, or continue its run directory.
+
+    deepspeed --num_accelerators 2 launchers/train.py --recipe recipes/quickstart.yaml --set optim.lr=1e-3
+    torchrun --nproc-per-node 2 launchers/train.py --recipe recipes/quickstart.yaml
+    python launchers/train.py --recipe recipes/quickstart.yaml --check
+"""
+
+import sys
+from pathlib import Path
+
+# This folder must not come first on the path: its file names would hide installed modules of the same name.
+sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+from mmpeft_ds import console  # noqa: E402
+from mmpeft_ds import recipe as recipes  # noqa: E402
+
+
+def main() -> int:
+    """Parse, then check, print or train."""
+    parser = console.Parser(description=__doc__)
+    parser.add_argument("--recipe", required=True, help="YAML file, see recipes/")
+    parser.add_argument("--set", action="append", default=[], metavar="A.B=VALUE", help="override one key; repeatable")
+    parser.add_argument("--check", action="store_true", help="resolve everything, print sizes and memory, train nothing")
+    parser.add_argument("--print-recipe", action="store_true", help="print the recipe with every default filled in")
+    parser.add_argument("--fresh", action="store_true", help="start over in a new directory; never overwrites")
+    args = parser.parse_args()
+    recipe = recipes.load(args.recipe, args.set)
+    if args.print_recipe or args.check:
+        from mmpeft_ds.engine import plan, resolve
+
+        if args.print_recipe and console.rank() == 0:
+            print(recipes.to_yaml(resolve.expand(recipe)), end="")
+        if args.check:
+            report = plan.make(resolve.resolve(recipe))
+            if console.rank() == 0:
+                plan.show(report)
+        return 0
+    from mmpeft_ds.engine import trainer
+
+    trainer.run(recipe, fresh=args.fresh)
+    return 0
+
+
+if __name__ == "__main__":
+    console.run(main)

@@ -1,0 +1,57 @@
+"""What every command shares: bad input ends in one line and exit code 2, and ranks' arguments are accepted."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable
+from typing import NoReturn
+
+from mmpeft_ds.errors import BadInput
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose errors are one line, and which takes the `--local_rank` that launchers add."""
+
+    def __init__(self, **kwargs):
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
+        # The `deepspeed` launcher appends it; the environment variable is what we use.
+        self.add_argument("--local_rank", "--local-rank", type=int, default=0, help=argparse.SUPPRESS)
+
+    def error(self, message: str) -> NoReturn:
+        """One line instead of the usage text."""
+        raise BadInput(f"{self.prog}: {message}. See {self.prog} --help.")
+
+
+def run(main: Callable[[], int | None]) -> NoReturn:
+    """Run a command and leave with its exit code: 0 done, 2 bad input (one line, no traceback), 1 a fault of ours."""
+    try:
+        code = main() or 0
+    except BadInput as e:
+        if _first_to_fail():
+            sys.stdout.flush()
+            print(f"error: {' '.join(str(e).split())}", file=sys.stderr, flush=True)
+        code = 2
+    except KeyboardInterrupt:
+        code = 130
+    sys.exit(code)
+
+
+def rank() -> int:
+    """Rank of this process from the launcher's environment (deepspeed and torchrun, else Slurm), 0 without one."""
+    return int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0)
+
+
+def _first_to_fail() -> bool:
+    """Rank 0 speaks for errors that all ranks have; one that only another rank has is still told, once."""
+    if rank() == 0:
+        return True
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.distributed.is_available() or not torch.distributed.is_initialized():
+        return False  # before the ranks meet, all of them read the same files
+    try:
+        store = torch.distributed.distributed_c10d._get_default_store()
+        return store.add("mmpeft_ds/bad_input", 1) == 1
+    except Exception:  # the store lives on rank 0, which then has left and spoken already
+        return False

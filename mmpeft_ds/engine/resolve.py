@@ -1,0 +1,291 @@
+"""From a recipe to its parts: backbone, method, tasks and manifests, with every impossible combination refused.
+
+Nothing big is loaded: configurations, manifests and a model on the meta device.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import peft
+from peft import PeftConfig, PeftModel
+from transformers import PreTrainedModel
+
+from mmpeft_ds import backbones, methods, registry, tasks
+from mmpeft_ds.backbones.base import Backbone
+from mmpeft_ds.data.manifest import Manifest
+from mmpeft_ds.data.options import SourceOptions
+from mmpeft_ds.engine.setup import check_ds_config
+from mmpeft_ds.errors import BadInput
+from mmpeft_ds.methods.base import Method
+from mmpeft_ds.recipe import Origin, Recipe, typed, where
+from mmpeft_ds.sites import find_sites
+from mmpeft_ds.tasks.base import Task
+
+
+@dataclass
+class ResolvedSource:
+    """One data set of the recipe: its options, what its manifest says, and the task asked of it."""
+
+    options: SourceOptions
+    manifest: Manifest
+    task: Task
+
+
+@dataclass
+class Resolved:
+    """All parts of a recipe, checked against each other.
+
+    Attributes:
+        recipe: as given, with the components' defaults filled in.
+        ds_config: the ds_configs JSON.
+        labels: the closed answer list that the head covers, or None.
+        statistics: feature statistics of the first train source for the backbone's condition, or None.
+    """
+
+    recipe: Recipe
+    ds_config: dict[str, Any]
+    backbone: Backbone
+    method: Method
+    method_config: PeftConfig
+    train: list[ResolvedSource]
+    validation: list[ResolvedSource]
+    labels: list[str] | None
+    statistics: dict[str, Any] | None
+
+
+def resolve(recipe: Recipe) -> Resolved:
+    """Load the parts of `recipe` and refuse what cannot work.
+
+    Raises:
+        BadInput: one line: what, where, how to mend it.
+    """
+    check_values(recipe)
+    ds_config = check_ds_config(recipe)
+    recipe = expand(recipe)
+    method, method_config = make_method(recipe)
+    listed = {
+        "train": list(_keyed("data.sources", recipe.data.sources)),
+        "validation": list(_keyed("data.validation", recipe.data.validation)),
+    }
+    if not listed["train"]:
+        raise BadInput(f"{where(recipe, 'data.sources')}: empty. Name a prepared data set: [{{dir: data/easy-vqa}}].")
+    manifests = {key: load_manifest(recipe, key, o) for role in listed.values() for key, o in role}
+    labels = union_of_labels([manifests[key] for key, _ in listed["train"]])
+    statistics = feature_statistics(recipe, manifests[listed["train"][0][0]])
+    backbone = make_backbone(recipe, labels, statistics)
+
+    def finish(key: str, options: SourceOptions) -> ResolvedSource:
+        task = make_task(recipe, key, options, labels)
+        check_fields(recipe, key, options, manifests[key], task)
+        return ResolvedSource(options, manifests[key], task)
+
+    sources = {role: [finish(key, options) for key, options in entries] for role, entries in listed.items()}
+    check_coupling(recipe, [s.task for s in sources["train"]], method_config)
+    on_meta(recipe, backbone, method, method_config)
+    return Resolved(
+        recipe, ds_config, backbone, method, method_config, sources["train"], sources["validation"], labels, statistics
+    )
+
+
+def expand(recipe: Recipe) -> Recipe:
+    """The recipe with the sections of its components typed and their defaults filled in. Raises BadInput."""
+    full = copy.deepcopy(recipe)
+    origin = origin_of(recipe)
+    full._origin = origin
+    entry, options = _component(backbones, recipe.backbone, "backbone", origin)
+    full.backbone = {"name": recipe.backbone["name"], **dataclasses.asdict(options)}
+    for role in ("sources", "validation"):
+        for key, source in _keyed(f"data.{role}", getattr(full.data, role)):
+            entry, options = _component(tasks, source.task, f"{key}.task", origin)
+            source.task = {"name": source.task["name"], **dataclasses.asdict(options)}
+    make_method(recipe)
+    return full
+
+
+def make_backbone(recipe: Recipe, labels: list[str] | None, statistics: dict[str, Any] | None) -> Backbone:
+    """The backbone entry of the recipe, checked but not built."""
+    entry, options = _component(backbones, recipe.backbone, "backbone", origin_of(recipe))
+    backbone = entry(options, labels)
+    if statistics is not None:
+        backbone.use_statistics(statistics)
+    backbone.check()
+    return backbone
+
+
+def make_task(recipe: Recipe, key: str, options: SourceOptions, labels: list[str] | None) -> Task:
+    """The task of the source that stands at `key` of the recipe."""
+    entry, task_options = _component(tasks, options.task, f"{key}.task", origin_of(recipe))
+    return entry(task_options, labels)
+
+
+def make_method(recipe: Recipe) -> tuple[Method, PeftConfig]:
+    """The method entry and its config, with the fields that the recipe gives."""
+    entry, name = _entry(methods, recipe.method, "method", origin_of(recipe))
+    internal = {f.name for f in dataclasses.fields(PeftConfig)} | {"runtime_config", "auto_mapping"}
+    fields = [f for f in dataclasses.fields(entry.Config) if f.name not in internal]
+    given = {k: v for k, v in recipe.method.items() if k != "name"}
+    return entry, typed(entry.Config, given, "method", origin_of(recipe), fields)
+
+
+def attach(resolved: Resolved, base_model: PreTrainedModel) -> PeftModel:
+    """`base_model` with the method's layers in it; everything else is frozen, the head is a trained copy.
+
+    Raises:
+        BadInput: if the method cannot work on this model.
+    """
+    sites = find_sites(base_model)
+    resolved.method.check(resolved.method_config, sites, getattr(base_model, "condition_width", None))
+    config = resolved.method.prepare(copy.deepcopy(resolved.method_config), base_model, sites)
+    heads = list(getattr(base_model, "head_modules", []))
+    if heads:
+        config.modules_to_save = sorted({*(getattr(config, "modules_to_save", None) or []), *heads})
+    return peft.get_peft_model(base_model, config)
+
+
+def on_meta(recipe: Recipe, backbone: Backbone, method: Method, config: PeftConfig) -> PreTrainedModel:
+    """The model without storage, after the method's own checks on it. Raises BadInput."""
+    model = backbone.build(on_meta=True)
+    try:
+        method.check(config, find_sites(model), getattr(model, "condition_width", None))
+    except BadInput as e:
+        raise BadInput(f"{where(recipe, 'method')}: {e}") from e
+    return model
+
+
+def load_manifest(recipe: Recipe, key: str, options: SourceOptions) -> Manifest:
+    """The manifest of a source, which must have the split. Raises BadInput."""
+    try:
+        if options.dir.startswith("pipe:") and not recipe.data.allow_pipe:
+            raise BadInput("pipe: runs a shell command and is refused. Set data.allow_pipe: true if you trust it.")
+        manifest = Manifest.load(options.dir)
+        manifest.shards(options.split)
+    except BadInput as e:
+        raise BadInput(f"{where(recipe, key)}: {e}") from e
+    return manifest
+
+
+def union_of_labels(manifests: list[Manifest]) -> list[str] | None:
+    """Closed list that the head covers: the labels of all train sets, each once, in order of appearance."""
+    merged: dict[str, None] = {}
+    for manifest in manifests:
+        merged.update(dict.fromkeys(manifest.labels or []))
+    return list(merged) or None
+
+
+def feature_statistics(recipe: Recipe, manifest: Manifest) -> dict[str, Any] | None:
+    """Mean and deviation that the backbone's condition is scaled with, from the manifest; None if it wants none."""
+    entry, options = _component(backbones, recipe.backbone, "backbone", origin_of(recipe))
+    key = entry.statistics_key(options) if hasattr(entry, "statistics_key") else None
+    if key is None:
+        return None
+    if key not in manifest.statistics:
+        raise BadInput(
+            f"{manifest.dir}/manifest.json: no feature statistics {key!r}, which {where(recipe, 'backbone')} needs. "
+            f"Run: python data_prep/feature_stats.py {manifest.dir} --recipe {origin_of(recipe).path}"
+        )
+    return manifest.statistics[key]
+
+
+def check_values(recipe: Recipe) -> None:
+    """Refuse numbers out of range and combinations of plain options that cannot work. Raises BadInput."""
+    data, optim, engine = recipe.data, recipe.optim, recipe.engine
+    rules = [
+        ("run_dir", bool(recipe.run_dir.strip()), "must name a directory"),
+        ("seed", recipe.seed >= 0, "must be 0 or more"),
+        ("data.global_batch", data.global_batch >= 1, "must be 1 or more"),
+        ("data.workers", data.workers >= 0, "must be 0 or more"),
+        ("data.prefetch", data.prefetch >= 1, "must be 1 or more"),
+        ("data.shuffle_block", data.shuffle_block >= 1, "must be 1 or more"),
+        ("data.max_bad_fraction", 0 <= data.max_bad_fraction <= 1, "must lie in [0, 1]"),
+        ("data.max_bad_in_a_row", data.max_bad_in_a_row >= 1, "must be 1 or more"),
+        ("data.max_pixels", data.max_pixels >= 1, "must be 1 or more"),
+        ("optim.lr", 0 < optim.lr < float("inf"), "must be above 0"),
+        ("optim.weight_decay", optim.weight_decay >= 0, "must be 0 or more"),
+        ("optim.betas", all(0 <= b < 1 for b in optim.betas), "must lie in [0, 1)"),
+        ("optim.eps", optim.eps > 0, "must be above 0"),
+        ("optim.epochs", optim.epochs >= 1, "must be 1 or more"),
+        ("optim.max_steps", optim.max_steps >= 0, "must be 0 (off) or more"),
+        ("optim.warmup", optim.warmup >= 0, "must be 0 or more (a share below 1, else steps)"),
+        ("optim.min_lr_ratio", 0 <= optim.min_lr_ratio <= 1, "must lie in [0, 1]"),
+        ("optim.clip", optim.clip >= 0, "must be 0 (off) or more"),
+        ("optim.accumulation", optim.accumulation >= 1, "must be 1 or more"),
+        ("engine.save_every", engine.save_every >= 0, "must be 0 (at evaluations) or more"),
+        ("engine.keep_last", engine.keep_last >= 1, "must be 1 or more"),
+        ("engine.eval_every", engine.eval_every >= 0, "must be 0 (every epoch) or more"),
+        ("engine.patience", engine.patience >= 0, "must be 0 (never) or more"),
+        ("engine.stop_grace", engine.stop_grace > 0, "must be above 0 seconds"),
+        ("engine.max_skipped", engine.max_skipped >= 1, "must be 1 or more"),
+        ("engine.threads", engine.threads >= 0, "must be 0 (automatic) or more"),
+        ("monitor.every", recipe.monitor.every >= 1, "must be 1 or more"),
+        ("monitor.samples", recipe.monitor.samples >= 0, "must be 0 (none) or more"),
+    ]
+    for i, source in enumerate(data.sources):
+        rules.append((f"data.sources.{i}.weight", source.weight > 0, "must be above 0"))
+    for key, holds, rule in rules:
+        if not holds:
+            value = _lookup(recipe, key)
+            raise BadInput(f"{where(recipe, key)}: {rule}, got {value}.")
+    if data.global_batch % optim.accumulation:
+        raise BadInput(
+            f"{where(recipe, 'optim.accumulation')}: {optim.accumulation} does not divide data.global_batch "
+            f"{data.global_batch}. Choose a divisor, so that every micro-step has equally many slots."
+        )
+    if engine.patience and not data.validation:
+        raise BadInput(f"{where(recipe, 'engine.patience')}: early stopping needs a source in data.validation.")
+
+
+def check_fields(recipe: Recipe, key: str, options: SourceOptions, manifest: Manifest, task: Task) -> None:
+    """Refuse a data set whose records lack what the task reads. Raises BadInput."""
+    present = manifest.fields.get(options.split, {})
+    for name in task.fields if present else ():
+        if not any(path == name or path.startswith((f"{name}[", f"{name}.")) for path in present):
+            raise BadInput(
+                f"{where(recipe, f'{key}.task')}: task {options.task['name']!r} needs the field {name!r}, which "
+                f"{manifest.dir} ({options.split}) has not. It has: {', '.join(present)}."
+            )
+
+
+def check_coupling(recipe: Recipe, train_tasks: list[Task], method_config: PeftConfig) -> None:
+    """Refuse accumulation where the loss of one sample depends on others of the step. Raises BadInput."""
+    coupled = [t for t in (*train_tasks, method_config) if getattr(t, "couples_samples", False)]
+    if coupled and recipe.optim.accumulation > 1:
+        raise BadInput(
+            f"{where(recipe, 'optim.accumulation')}: {type(coupled[0]).__name__} couples the samples of a step, which "
+            f"accumulation would split. Set optim.accumulation: 1 and use more ranks or a smaller data.global_batch."
+        )
+
+
+def origin_of(recipe: Recipe) -> Origin:
+    """Where the recipe came from, for error messages."""
+    return getattr(recipe, "_origin", Origin())
+
+
+def _entry(package: ModuleType, section: dict[str, Any], key: str, origin: Origin) -> tuple[Any, str]:
+    name = section.get("name")
+    if not isinstance(name, str):
+        known = ", ".join(registry.names(package))
+        raise BadInput(f"{origin(key)}: `name` is missing or no text. Add `name:` with one of {known}.")
+    return registry.load(package, name, origin(f"{key}.name")), name
+
+
+def _component(package: ModuleType, section: dict[str, Any], key: str, origin: Origin) -> tuple[Any, Any]:
+    """An entry and its typed options."""
+    entry, _ = _entry(package, section, key, origin)
+    return entry, typed(entry.Options, {k: v for k, v in section.items() if k != "name"}, key, origin)
+
+
+def _keyed(key: str, sources: list[SourceOptions]) -> Iterator[tuple[str, SourceOptions]]:
+    return ((f"{key}.{i}", source) for i, source in enumerate(sources))
+
+
+def _lookup(recipe: Recipe, key: str) -> Any:
+    value: Any = recipe
+    for part in key.split("."):
+        value = value[int(part)] if isinstance(value, list) else getattr(value, part)
+    return value
