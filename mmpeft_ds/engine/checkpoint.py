@@ -1,0 +1,351 @@
+"""The portable checkpoint: only what trains, unsharded, written by rank 0, resumed on any rank count and ZeRO stage.
+
+    RUN/checkpoints/latest                     name of the newest one, moved atomically after it is complete
+                    best                       name of the best one, if any
+                    step-00000120/weights.safetensors      float32 masters of the trained parameters
+                                  optimizer.safetensors    NAME.exp_avg, NAME.exp_avg_sq
+                                  state.json               TrainState, Adam's step, format
+                                  recipe.json              the resolved recipe
+                                  fingerprint.json         of every frozen tensor
+                                  checksums.json           sha256 of the files above
+
+Random numbers need no state of their own: they are drawn from (seed, epoch, sample) and (seed, step, rank).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from mmpeft_ds.engine import fingerprint as fingerprints
+from mmpeft_ds.engine import zero_state
+from mmpeft_ds.engine.rank0 import on_rank0, rank, world_size
+from mmpeft_ds.errors import BadInput
+
+FORMAT = 1
+CHECKSUMS = "checksums.json"
+_NAME = re.compile(r"step-(\d{8,})(?:\.(\d+))?")
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class TrainState:
+    """Where training stands after an optimizer step.
+
+    Attributes:
+        epoch: epoch in progress, from 0.
+        step: optimizer steps done in total.
+        step_in_epoch: optimizer steps done in this epoch; with epoch and global_batch the position in the data.
+        global_batch: slots of a step.
+        best: best value of the main metric, None before the first evaluation.
+        best_step: step at which it was reached.
+        evaluations_without_improvement: for early stopping.
+        skipped_in_a_row: steps skipped for a non-finite loss or gradient since the last good one.
+        skipped_total: all of them.
+        bad: kind -> number of bad samples.
+        elapsed: seconds of training over all starts of the run.
+        extra: further json-able state of the engine, such as the position within the bad-sample budget.
+    """
+
+    epoch: int = 0
+    step: int = 0
+    step_in_epoch: int = 0
+    global_batch: int = 0
+    best: float | None = None
+    best_step: int = 0
+    evaluations_without_improvement: int = 0
+    skipped_in_a_row: int = 0
+    skipped_total: int = 0
+    bad: dict[str, int] = field(default_factory=dict)
+    elapsed: float = 0.0
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+def save(
+    run_dir: str | Path,
+    engine: Any,
+    trainables: dict[str, nn.Parameter],
+    state: TrainState,
+    *,
+    recipe: dict[str, Any],
+    fingerprint: dict[str, str],
+    keep_last: int,
+    best: bool = False,
+) -> Path:
+    """Write a checkpoint below `run_dir` and move `latest` (and, if `best`, `best`) to it. Collective.
+
+    It appears under its name only when all its bytes are on disk; a process killed at any moment leaves the previous
+    ones as they were. All but the `keep_last` newest and the best are removed afterwards.
+
+    Args:
+        run_dir: the run directory, seen by rank 0.
+        engine: what `deepspeed.initialize` returned.
+        trainables: name -> parameter; the same names in the same order on all ranks.
+        fingerprint: of `fingerprint.frozen_fingerprint`.
+
+    Returns:
+        the checkpoint's directory, on every rank.
+    """
+    zero_state.ensure_adam_state(engine)
+    weights, moments = {}, {}
+    for name, parameter in trainables.items():
+        full = zero_state.read_full(engine, parameter)  # only trainables are ever gathered
+        if rank() == 0:
+            weights[name] = full.pop("weight")
+            moments |= {f"{name}.{key}": value for key, value in full.items()}
+    header = {
+        "format": FORMAT,
+        "optimizer_step": zero_state.optimizer_step(engine),
+        "state": dataclasses.asdict(state),
+        "saved_by": {"world_size": world_size(), "zero_stage": engine.zero_optimization_stage()},
+    }
+    files: dict[str, Callable[[Path], None]] = {
+        "weights.safetensors": lambda p: save_file(weights, p),
+        "optimizer.safetensors": lambda p: save_file(moments, p),
+        "state.json": lambda p: _write_json(p, header),
+        "recipe.json": lambda p: _write_json(p, recipe),
+        "fingerprint.json": lambda p: _write_json(p, fingerprint),
+    }
+    folder = Path(run_dir) / "checkpoints"
+    return on_rank0(lambda: _write(folder, state.step, files, keep_last, best))
+
+
+def load(
+    path: str | Path,
+    engine: Any,
+    trainables: dict[str, nn.Parameter],
+    fingerprint: dict[str, str] | None = None,
+) -> TrainState:
+    """Put a checkpoint into `engine`, whatever rank count and stage it was saved with. Collective.
+
+    Rank 0 reads the files, the others receive. Afterwards masters, moments, Adam's step and the parameters that
+    the next forward uses are those of the saved run. The learning rate is the schedule's business: a function of step.
+
+    Args:
+        path: a checkpoint directory, as `newest_valid` returns it.
+        trainables: as for `save`.
+        fingerprint: of the frozen base at hand; None skips that check.
+
+    Raises:
+        BadInput: if names or shapes of the trained parameters differ, or the base is another one.
+    """
+    path = Path(path)
+    header = on_rank0(lambda: _read_header(path, trainables, fingerprint))
+    zero_state.ensure_adam_state(engine)
+    weights = []
+    with _Reader(path) as read, torch.no_grad():
+        for name, parameter in trainables.items():
+            full = read(name, zero_state.full_shape(parameter), engine.device)
+            zero_state.write_full(engine, parameter, full)
+            weights.append(full["weight"])
+    zero_state.write_parameters(trainables.values(), weights)
+    zero_state.set_optimizer_step(engine, header["optimizer_step"])
+    known = {f.name for f in dataclasses.fields(TrainState)}
+    return TrainState(**{k: v for k, v in header["state"].items() if k in known})
+
+
+def newest_valid(run_dir: str | Path) -> Path | None:
+    """The checkpoint to continue from: the one that `latest` names, else the newest that is whole. Collective.
+
+    Every damaged one on the way is named in a warning.
+
+    Returns:
+        its directory; None if there are no checkpoints at all.
+
+    Raises:
+        BadInput: if there are checkpoints and all are damaged.
+    """
+    return on_rank0(lambda: _newest_valid(Path(run_dir) / "checkpoints"))
+
+
+def damage(path: str | Path) -> str | None:
+    """What is wrong with the checkpoint at `path` in a few words, or None if every file is what was written."""
+    path = Path(path)
+    try:
+        checksums = json.loads((path / CHECKSUMS).read_text())
+        for name, expected in checksums.items():
+            found = _sha256(path / name)
+            if found != expected:
+                return f"{name} has sha256 {found[:12]}..., expected {expected[:12]}..."
+    except FileNotFoundError as e:
+        return f"{Path(e.filename).name} is missing"
+    except (ValueError, AttributeError, TypeError, OSError) as e:
+        return f"{CHECKSUMS} cannot be read ({e})"
+    return None if checksums else f"{CHECKSUMS} is empty"
+
+
+def read_json(path: str | Path, name: str) -> dict[str, Any]:
+    """One of the JSON files of a checkpoint: `state`, `recipe` or `fingerprint`."""
+    return json.loads((Path(path) / f"{name}.json").read_text())
+
+
+def listing(folder: Path) -> list[Path]:
+    """Checkpoints in `folder`, newest first."""
+    if not folder.is_dir():
+        return []
+    found = [(m, p) for p in folder.iterdir() if (m := _NAME.fullmatch(p.name)) and p.is_dir()]
+    return [p for m, p in sorted(found, key=lambda f: (int(f[0][1]), int(f[0][2] or 0)), reverse=True)]
+
+
+class _Reader:
+    """Reads one trained parameter's tensors on rank 0 and hands them to all ranks."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.files: list[Any] = []
+
+    def __enter__(self) -> Callable[..., dict[str, torch.Tensor]]:
+        if rank() == 0:
+            self.files = [safe_open(self.path / f"{n}.safetensors", "pt") for n in ("weights", "optimizer")]
+        return self._read
+
+    def __exit__(self, *_: Any) -> None:
+        self.files = []
+
+    def _read(self, name: str, shape: tuple[int, ...], device: torch.device) -> dict[str, torch.Tensor]:
+        keys = ("weight", *zero_state.MOMENTS)
+        if rank() == 0:
+            weights, optimizer = self.files
+            tensors = [weights.get_tensor(name)] + [optimizer.get_tensor(f"{name}.{k}") for k in keys[1:]]
+            stacked = torch.stack([t.reshape(shape) for t in tensors]).to(device)
+        else:
+            stacked = torch.empty((len(keys), *shape), dtype=torch.float32, device=device)
+        if world_size() > 1:
+            dist.broadcast(stacked, src=0)
+        return dict(zip(keys, stacked.unbind(0), strict=True))
+
+
+def _read_header(
+    path: Path, trainables: dict[str, nn.Parameter], fingerprint: dict[str, str] | None
+) -> dict[str, Any]:
+    if (wrong := damage(path)) is not None:
+        raise BadInput(f"checkpoint {path} is damaged: {wrong}. Name another one, or start over with --fresh.")
+    header = read_json(path, "state")
+    if header["format"] != FORMAT:
+        raise BadInput(f"checkpoint {path} has format {header['format']}, this version reads format {FORMAT}")
+    with safe_open(path / "weights.safetensors", "pt") as file:
+        saved = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    here = {name: zero_state.full_shape(p) for name, p in trainables.items()}
+    for name in sorted(saved.keys() | here.keys()):
+        if saved.get(name) != here.get(name):
+            raise BadInput(
+                f"checkpoint {path}: trained parameter {name} has shape {saved.get(name, 'absent')} there and "
+                f"{here.get(name, 'absent')} here. Use the recipe it was trained with, or --fresh."
+            )
+    if fingerprint is not None:
+        fingerprints.compare(read_json(path, "fingerprint"), fingerprint, f"checkpoint {path}")
+    return header
+
+
+def _newest_valid(folder: Path) -> Path | None:
+    candidates = listing(folder)
+    pointer = folder / "latest"
+    if pointer.is_file():  # goes first: whoever moves it back by hand wants to continue from there
+        named = [p for p in candidates if p.name == pointer.read_text(errors="replace").strip()]
+        candidates = named + [p for p in candidates if p not in named]
+    complaints = []
+    for path in candidates:
+        wrong = damage(path) or _unreadable(path)
+        if wrong is None:
+            if complaints:
+                logger.warning("%s; continuing from %s", "; ".join(complaints), path.name)
+            return path
+        complaints.append(f"checkpoint {path.name} is damaged: {wrong}")
+    if complaints:
+        raise BadInput(
+            f"{folder}: no checkpoint is whole ({'; '.join(complaints)}). Restore one, or start over with --fresh."
+        )
+    return None
+
+
+def _unreadable(path: Path) -> str | None:
+    """Damage that a matching checksum does not exclude: written wrong, or by something else."""
+    try:
+        read_json(path, "state")
+        for name in ("weights", "optimizer"):
+            with safe_open(path / f"{name}.safetensors", "pt"):
+                pass
+    except (OSError, ValueError, SafetensorError) as e:
+        return str(e)
+    return None
+
+
+def _write(folder: Path, step: int, files: dict[str, Callable], keep_last: int, best: bool) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    for left_over in folder.glob(".partial-*"):  # of a process that was killed while saving
+        shutil.rmtree(left_over, ignore_errors=True)
+    name = f"step-{step:08d}"
+    again = 0
+    while (folder / name).exists():  # a step saved twice: never replace one that is whole
+        again += 1
+        name = f"step-{step:08d}.{again}"
+    partial = folder / f".partial-{name}"
+    partial.mkdir()
+    for file, write in files.items():
+        write(partial / file)
+        _fsync(partial / file)
+    _write_json(partial / CHECKSUMS, {file: _sha256(partial / file) for file in files})
+    _fsync(partial / CHECKSUMS)
+    _fsync(partial)
+    partial.rename(folder / name)
+    _fsync(folder)
+    _point(folder / "latest", name)
+    if best:
+        _point(folder / "best", name)
+    _prune(folder, keep_last)
+    return folder / name
+
+
+def _prune(folder: Path, keep_last: int) -> None:
+    pointed = {p.read_text().strip() for p in (folder / "latest", folder / "best") if p.is_file()}
+    steps: list[str] = []
+    for path in listing(folder):
+        step = path.name.split(".")[0]
+        superseded = step in steps
+        if not superseded:
+            steps.append(step)
+        if (superseded or len(steps) > max(1, keep_last)) and path.name not in pointed:
+            shutil.rmtree(path)
+
+
+def _point(pointer: Path, name: str) -> None:
+    partial = pointer.with_name(f".{pointer.name}.partial")
+    partial.write_text(name + "\n")
+    _fsync(partial)
+    os.replace(partial, pointer)
+    _fsync(pointer.parent)
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=1, default=str) + "\n")
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        sha = hashlib.sha256()
+        while block := file.read(1 << 20):
+            sha.update(block)
+        return sha.hexdigest()

@@ -1,0 +1,135 @@
+"""Fingerprint of what is frozen: equal for any rank count and ZeRO stage, and without gathering a weight.
+
+Per tensor: sum over i of (2 i + 1) * bits_i mod 2^64, where i is the element's position in the flattened tensor and
+bits_i its raw bits as a signed integer. A sum of shards is the sum of the whole, so every rank adds up what it holds
+and 8 bytes a tensor are all-reduced. The weights are odd: one flipped bit changes a term by an odd number times a
+power of two below 2^64, so it always shows; and values that changed places do not cancel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from mmpeft_ds.engine.rank0 import world_size
+from mmpeft_ds.errors import BadInput
+
+_CHUNK = 1 << 22  # elements widened to int64 at a time: 32 MB
+_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def weighted_bits(flat: Tensor, offset: int = 0) -> int:
+    """Index-weighted sum of the raw bits of `flat`, shape (n,), whose first element has position `offset`.
+
+    Returns:
+        a signed 64-bit integer (sums of these wrap around, which is the arithmetic mod 2^64).
+    """
+    if flat.is_complex():
+        flat = torch.view_as_real(flat).flatten()
+        offset *= 2
+    bits = flat.detach().contiguous().view(_BITS[flat.element_size()])
+    total = torch.zeros((), dtype=torch.int64, device=bits.device)
+    for start in range(0, bits.numel(), _CHUNK):
+        part = bits[start : start + _CHUNK].to(torch.int64)
+        first = 2 * (offset + start) + 1
+        weight = torch.arange(first, first + 2 * part.numel(), 2, dtype=torch.int64, device=bits.device)
+        total += (part * weight).sum()
+    return int(total)
+
+
+def frozen_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Frozen parameters and saved buffers of `model`, under the names that they bear in the bare base model.
+
+    Weights that an adapter has replaced by a trained copy (peft's `modules_to_save`) are left out: they act no more,
+    and a head's random values differ from run to run. Buffers that are not saved follow from the configuration.
+    """
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad and ".original_module." not in name:
+            yield base_name(name), parameter
+    for path, module in model.named_modules():
+        if ".original_module" in path or ".modules_to_save" in path:
+            continue
+        for key, buffer in module.named_buffers(recurse=False):
+            if key not in module._non_persistent_buffers_set:
+                yield base_name(f"{path}.{key}" if path else key), buffer
+
+
+def base_name(name: str) -> str:
+    """`name` without what DeepSpeed's engine and peft's wrappers have put into it."""
+    name = name.removeprefix("module.").removeprefix("base_model.model.")
+    return name.replace(".base_layer.", ".")
+
+
+def frozen_fingerprint(frozen: Iterable[tuple[str, Tensor]]) -> dict[str, str]:
+    """Fingerprint of each of the named tensors, for example of `frozen_tensors(model)`. Collective.
+
+    A parameter partitioned by ZeRO-3 contributes its own shard without padding; any other tensor is whole on every
+    rank, is read on every rank, and must be the same there.
+
+    Returns:
+        name -> `dtype shape hex`, the same on all ranks.
+
+    Raises:
+        BadInput: if the copies of a tensor differ between ranks.
+    """
+    frozen = sorted(frozen, key=lambda item: item[0])
+    labels, sums, sharded, group, device = [], [], [], None, torch.device("cpu")
+    for _, tensor in frozen:
+        shape = tuple(getattr(tensor, "ds_shape", tensor.shape))
+        labels.append(f"{str(tensor.dtype).removeprefix('torch.')} {'x'.join(map(str, shape)) or 'scalar'}")
+        shard = getattr(tensor, "ds_tensor", None)
+        sharded.append(shard is not None)
+        if shard is None:
+            sums.append(weighted_bits(tensor.detach().reshape(-1)))
+            device = tensor.device
+        else:
+            group = tensor.ds_process_group
+            device = tensor.device
+            start = dist.get_rank(group=group) * shard.ds_numel
+            own = max(0, min(shard.ds_numel, tensor.ds_numel - start))  # the rest is padding with no defined value
+            sums.append(weighted_bits(shard.detach().reshape(-1)[:own], start))
+    if world_size() > 1 and sums:
+        total = torch.tensor(sums, dtype=torch.int64, device=device)
+        whole = torch.tensor([not s for s in sharded], device=device)
+        low, high = total.clone(), total.clone()
+        dist.all_reduce(total, group=group)
+        dist.all_reduce(low, op=dist.ReduceOp.MIN)
+        dist.all_reduce(high, op=dist.ReduceOp.MAX)
+        differing = torch.nonzero(whole & (low != high)).flatten().tolist()
+        if differing:
+            raise BadInput(
+                f"frozen weight {frozen[differing[0]][0]} is not the same on all ranks; "
+                "give every node the same files of the base model"
+            )
+        sums = torch.where(whole, low, total).tolist()
+    return {
+        name: f"{label} {value % 2**64:016x}" for (name, _), label, value in zip(frozen, labels, sums, strict=True)
+    }
+
+
+def compare(saved: dict[str, str], now: dict[str, str], where: str, missing_ok: bool = False) -> None:
+    """Refuse a base that is not the saved one.
+
+    Args:
+        saved: fingerprint that was written.
+        now: fingerprint of the model at hand.
+        where: what the saved fingerprint belongs to, for the message.
+        missing_ok: the model may have tensors that `saved` does not know (an adapter replaces them).
+
+    Raises:
+        BadInput: naming the first tensor that differs and how many do.
+    """
+    wrong = [name for name, value in saved.items() if now.get(name) != value]
+    if not missing_ok:
+        wrong += [name for name in now if name not in saved]
+    if not wrong:
+        return
+    first, rest = wrong[0], len(wrong) - 1
+    more = f" (and {rest} more)" if rest else ""
+    raise BadInput(
+        f"{where}: frozen weight {first}{more} is {now.get(first, 'absent')}, expected {saved.get(first, 'absent')}. "
+        "The base model has changed; restore the base this was trained on, or start over with --fresh."
+    )
