@@ -1,10 +1,12 @@
-"""What a data source must offer. One file per data set in this folder; `ENTRY` in it is a class that satisfies `Source`."""
+"""What a data source must offer. One file per data set in this folder; its `ENTRY` is a class that satisfies `Source`."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol, runtime_checkable
+
+import numpy as np
 
 
 @dataclass
@@ -15,11 +17,13 @@ class RawSample:
         name: the source's own name of it; stored in the json, never used as a key.
         images: (extension without dot, encoded bytes), any number, in order.
         record: json-able fields (texts, answers, labels, ...).
+        features: an array instead of, or beside, the images; never of Python objects.
     """
 
     name: str
     images: list[tuple[str, bytes]] = field(default_factory=list)
     record: dict[str, Any] = field(default_factory=dict)
+    features: np.ndarray | None = None
 
 
 @runtime_checkable

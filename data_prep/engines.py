@@ -1,0 +1,86 @@
+"""Where shard jobs run: processes of this machine, or Ray tasks on a cluster with a shared file system."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing.connection import wait
+from pathlib import Path
+from typing import Any
+
+from mmpeft_ds.errors import BadInput
+
+ROOT = Path(__file__).resolve().parent.parent
+ENGINES = ("local", "ray")
+
+
+def run_jobs(
+    work: Callable[[Any], Any], jobs: Sequence[Any], engine: str, processes: int
+) -> Iterator[tuple[int, Any]]:
+    """Call `work` on every job; yield (index of the job, result) as they finish. The first error ends it.
+
+    Args:
+        work: a module-level function.
+        processes: of this machine (`local`, 1 runs in this process) or CPUs asked of Ray (0: all it has).
+    """
+    if engine == "ray":
+        yield from _ray(work, jobs, processes)
+    elif processes == 1 or len(jobs) <= 1:
+        for i, job in enumerate(jobs):
+            yield i, work(job)
+    else:
+        yield from _local(work, jobs, min(processes or os.cpu_count() or 1, len(jobs)))
+
+
+def _local(work: Callable[[Any], Any], jobs: Sequence[Any], processes: int) -> Iterator[tuple[int, Any]]:
+    pool = ProcessPoolExecutor(processes, initializer=_die_with_parent)
+    try:
+        futures = {pool.submit(work, job): i for i, job in enumerate(jobs)}
+        for future in as_completed(futures):
+            yield futures[future], future.result()
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _die_with_parent() -> None:
+    """End this worker when its parent is gone: a killed parent leaves workers waiting for jobs for ever otherwise."""
+    parent = multiprocessing.parent_process()
+
+    def watch() -> None:
+        wait([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _ray(work: Callable[[Any], Any], jobs: Sequence[Any], cpus: int) -> Iterator[tuple[int, Any]]:
+    try:
+        import ray
+    except ImportError as error:
+        raise BadInput(
+            "--engine ray: Ray is not installed: pip install 'mmpeft_ds[ray]', or --engine local."
+        ) from error
+    own = not ray.is_initialized()
+    if own:
+        # Workers import data_prep from the same path: a cluster needs the project on a shared file system.
+        ray.init(
+            num_cpus=None if "RAY_ADDRESS" in os.environ else cpus or None,
+            runtime_env={"env_vars": {"PYTHONPATH": str(ROOT)}},
+            log_to_driver=False,
+        )
+    try:
+        remote = ray.remote(work)
+        waiting = {remote.remote(job): i for i, job in enumerate(jobs)}
+        while waiting:
+            ready, _ = ray.wait(list(waiting), num_returns=1)
+            for reference in ready:
+                try:
+                    yield waiting.pop(reference), ray.get(reference)
+                except ray.exceptions.RayTaskError as error:
+                    raise (error.cause if isinstance(error.cause, BadInput) else error) from None
+    finally:
+        if own:
+            ray.shutdown()

@@ -1,0 +1,272 @@
+"""Turn a data set as it comes into WebDataset shards with a manifest.
+
+    python data_prep/prepare.py SOURCE --out DIR [--engine local|ray] [--processes N] [--samples-per-shard N] ...
+
+The same command continues an interrupted preparation and leaves a finished one alone. Two runs give the same bytes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import re
+import shutil
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+if str(ROOT) not in sys.path:
+    sys.path.insert(0, str(ROOT))
+
+from data_prep import sources  # noqa: E402
+from data_prep.engines import ENGINES, run_jobs  # noqa: E402
+from data_prep.options import Parser, add_options, as_json, compared, read_options  # noqa: E402
+from data_prep.progress import Progress  # noqa: E402
+from data_prep.sources.base import Source  # noqa: E402
+from mmpeft_ds import registry  # noqa: E402
+from mmpeft_ds.data.manifest import FILE, NAME, Manifest, write_atomic  # noqa: E402
+from mmpeft_ds.data.writer import PARTS, Part, finished_part, shard_file, write_manifest, write_shard  # noqa: E402
+from mmpeft_ds.errors import BadInput  # noqa: E402
+
+PLAN = "plan.json"
+
+
+@dataclass(frozen=True)
+class Job:
+    """One shard: samples `first` to `first` + `count` of a split."""
+
+    source: str
+    options: Any
+    dir: Path
+    name: str
+    split: str
+    number: int
+    first: int
+    count: int
+
+
+def main(argv: list[str]) -> int:
+    try:
+        prepare(argv)
+    except BadInput as error:
+        print(error, file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped; the same command continues", file=sys.stderr)
+        return 130
+    return 0
+
+
+def prepare(argv: list[str]) -> None:
+    args, source, options = _parse(argv)
+    out: Path = args.out
+    wanted = {
+        "name": args.name,
+        "samples_per_shard": args.samples_per_shard,
+        "source": {"name": args.source, "options": as_json(options), "fingerprint": source.fingerprint()},
+    }
+    shaping = {**compared(options), "name": args.name, "samples_per_shard": args.samples_per_shard}
+    if args.overwrite:
+        _clear(out)
+    elif _is_done(out, wanted, shaping):
+        return
+    with _locked(out):
+        _write_plan(out, wanted, shaping)
+        _make_shards(out, args, source, options, wanted["source"])
+    shutil.rmtree(out / PARTS)
+    _report(Manifest.load(out), f"prepared in {out}")
+
+
+def _parse(argv: list[str]) -> tuple[Any, Source, Any]:
+    """Common options, the source, and its own options."""
+    known = ", ".join(n.replace("_", "-") for n in registry.names(sources))
+    first = Parser(add_help=False)
+    first.add_argument("source", nargs="?")
+    name = first.parse_known_args(argv)[0].source
+    parser = Parser(prog="prepare.py", description=__doc__)
+    parser.add_argument("source", metavar="SOURCE", help=f"one of: {known}")
+    parser.add_argument("--out", type=Path, required=True, help="directory of the shards, made if needed")
+    parser.add_argument("--name", help="name of the data set in file names and sample ids (default: SOURCE)")
+    parser.add_argument("--engine", choices=ENGINES, default="local", help="processes here, or Ray tasks")
+    parser.add_argument("--processes", type=int, default=0, help="how many at a time (default: all CPUs)")
+    parser.add_argument("--samples-per-shard", type=int, default=1000, help="default 1000")
+    parser.add_argument("--overwrite", action="store_true", help="delete what was prepared in DIR and start over")
+    if name is None:
+        parser.parse_args(argv)  # --help, or the line that says what is missing
+        raise BadInput(f"prepare.py: which source? One of: {known}.")
+    entry = registry.load(sources, name.replace("-", "_"), "SOURCE")
+    add_options(parser.add_argument_group(f"options of {name}"), entry.Options)
+    args = parser.parse_args(argv)
+    args.source = name.replace("_", "-")
+    args.name = args.name or args.source
+    if not NAME.fullmatch(args.name):
+        raise BadInput(f"--name: {args.name!r} may hold a-z, 0-9, _ and - only.")
+    for option in ("processes", "samples_per_shard"):
+        if getattr(args, option) < (option == "samples_per_shard"):
+            raise BadInput(f"--{option.replace('_', '-')}: {getattr(args, option)} is too small.")
+    options = read_options(entry.Options, args)
+    source = entry(options)
+    return args, source, options
+
+
+def _make_shards(out: Path, args: Any, source: Source, options: Any, description: dict[str, Any]) -> None:
+    """Run all jobs that are not done yet, then write the manifest."""
+    splits = source.splits()
+    jobs: list[Job] = []
+    for split in splits:
+        if not re.fullmatch("[a-z0-9_]+", split):
+            raise BadInput(f"split {split!r}: the name of a split may hold a-z, 0-9 and _ only.")
+        total = source.count(split)
+        if total == 0:
+            raise BadInput(f"{args.source}: split {split!r} has no samples.")
+        step = args.samples_per_shard
+        for number, first in enumerate(range(0, total, step)):
+            job = Job(args.source, options, out, args.name, split, number, first, min(step, total - first))
+            jobs.append(job)
+    _SOURCES[args.source, repr(options)] = source  # forked workers find it ready
+    parts: list[Part | None] = [None] * len(jobs)
+    kept = 0
+    with Progress(f"{args.source}", sum(job.count for job in jobs)) as progress:
+        for i, (part, was_there) in run_jobs(make_shard, jobs, args.engine, args.processes):
+            parts[i] = part
+            kept += was_there
+            progress.advance(jobs[i].count)
+    if kept:
+        print(f"{kept} of {len(jobs)} shards were already finished and intact")
+    by_split = {split: [p for p, job in zip(parts, jobs, strict=True) if job.split == split] for split in splits}
+    label_split = "train" if "train" in splits else splits[0]
+    write_manifest(
+        out,
+        args.name,
+        source.licence,
+        description,
+        args.samples_per_shard,
+        by_split,
+        source.labels(label_split),
+        label_split,
+    )
+
+
+_SOURCES: dict[tuple[str, str], Source] = {}
+
+
+def make_shard(job: Job) -> tuple[Part, bool]:
+    """Write one shard unless it is there and intact; (its part, whether it was there)."""
+    part = finished_part(job.dir, shard_file(job.name, job.split, job.number))
+    if part is not None and part.shard.samples == job.count:
+        return part, True
+    key = job.source, repr(job.options)
+    if key not in _SOURCES:
+        _SOURCES[key] = registry.load(sources, job.source.replace("-", "_"), "SOURCE")(job.options)
+    samples = islice(_SOURCES[key].samples(job.split, job.first), job.count)
+    part = write_shard(job.dir, job.name, job.split, job.number, job.first, samples)
+    if part.shard.samples != job.count:
+        raise BadInput(
+            f"{job.source}: split {job.split!r} gave {part.shard.samples} samples from {job.first} on, "
+            f"{job.count} were counted before. Did the source change? Run the same command again."
+        )
+    return part, False
+
+
+def _is_done(out: Path, wanted: dict[str, Any], shaping: dict[str, Any]) -> bool:
+    """True if `out` holds this data set; BadInput if it holds another one or lost a shard."""
+    if not (out / FILE).exists():
+        return False
+    manifest = Manifest.load(out)
+    have = {"name": manifest.name, "samples_per_shard": manifest.samples_per_shard, "source": manifest.source}
+    _refuse_difference(out, have, wanted, shaping)
+    for shard in (s for split in manifest.splits for s in manifest.shards(split)):
+        path = out / shard.file
+        if not path.exists() or path.stat().st_size != shard.bytes:
+            raise BadInput(
+                f"{path}: missing or of another size than {FILE} says. data_prep/verify.py {out} shows all that is "
+                "wrong; --overwrite prepares it again."
+            )
+    shutil.rmtree(out / PARTS, ignore_errors=True)
+    _report(manifest, f"{out} is already prepared, nothing to do")
+    return True
+
+
+def _write_plan(out: Path, wanted: dict[str, Any], shaping: dict[str, Any]) -> None:
+    """Note what is being prepared, or check that an interrupted preparation was of the same."""
+    plan = out / PARTS / PLAN
+    if plan.exists():
+        _refuse_difference(out, json.loads(plan.read_text("utf-8")), wanted, shaping)
+        for stale in (out / PARTS).glob("*.tmp"):
+            stale.unlink()
+    else:
+        strange = sorted(p.name for p in out.iterdir() if p.name != PARTS)
+        if strange:
+            raise BadInput(f"{out}: holds other files ({strange[0]} ...) but no {FILE}. Choose an empty directory.")
+        write_atomic(plan, json.dumps(wanted, ensure_ascii=False, indent=1).encode())
+
+
+def _refuse_difference(out: Path, have: dict[str, Any], wanted: dict[str, Any], shaping: dict[str, Any]) -> None:
+    """BadInput that lists what differs between what is in `out` and what was asked."""
+    old = {**have["source"]["options"], "name": have["name"], "samples_per_shard": have["samples_per_shard"]}
+    differs = []
+    if have["source"]["name"] != wanted["source"]["name"]:
+        differs.append(f"source {have['source']['name']}, now {wanted['source']['name']}")
+    else:
+        new = json.loads(json.dumps(shaping))
+        differs += [f"{k} {old.get(k)}, now {v}" for k, v in new.items() if old.get(k) != v]
+        before, after = have["source"]["fingerprint"], wanted["source"]["fingerprint"]
+        for key in sorted(before.keys() | after.keys()):
+            if before.get(key) != after.get(key):
+                differs.append(f"{key} {str(before.get(key))[:12]}, now {str(after.get(key))[:12]}")
+    if differs:
+        raise BadInput(
+            f"{out}: holds shards made with {'; '.join(differs)}. Choose another --out, or replace them: --overwrite."
+        )
+
+
+def _clear(out: Path) -> None:
+    """Delete what a preparation wrote into `out`, and nothing else."""
+    if not out.exists():
+        return
+    names = set()
+    if (out / FILE).exists():
+        with contextlib.suppress(BadInput):
+            names.add(Manifest.load(out).name)
+    with contextlib.suppress(OSError, ValueError, KeyError):
+        names.add(json.loads((out / PARTS / PLAN).read_text("utf-8"))["name"])
+    (out / FILE).unlink(missing_ok=True)
+    shutil.rmtree(out / PARTS, ignore_errors=True)
+    for name in names:
+        ours = re.compile(re.escape(name) + r"-[a-z0-9_]+(-\d{6}\.tar|\.index\.npy)")
+        for path in out.iterdir():
+            if ours.fullmatch(path.name):
+                path.unlink()
+
+
+@contextlib.contextmanager
+def _locked(out: Path) -> Iterator[None]:
+    """Only one preparation of a directory at a time."""
+    try:
+        (out / PARTS).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BadInput(f"--out {out}: cannot be made ({error.strerror}).") from error
+    with open(out / PARTS / "lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise BadInput(f"{out}: another prepare.py is at work there. Wait for it or choose another.") from error
+        yield
+
+
+def _report(manifest: Manifest, title: str) -> None:
+    print(f"{manifest.name}: {title}")
+    for split, shards in manifest.splits.items():
+        size = sum(s.bytes for s in shards) / 1e6
+        print(f"  {split:8} {manifest.samples(split):>9,} samples  {len(shards):>5,} shards  {size:>9,.1f} MB")
+    if manifest.labels:
+        print(f"  {len(manifest.labels)} labels, most frequent first: {', '.join(manifest.labels[:8])}"[:118])
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,243 @@
+"""manifest.json: what a prepared data set holds, read before the first byte of a shard.
+
+A data set directory holds `NAME-SPLIT-000000.tar ...`, one `NAME-SPLIT.index.npy` a split (where every sample begins
+and how long it is) and `manifest.json`, written last: a directory without it is not finished.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import re
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import numpy as np
+
+from mmpeft_ds.errors import BadInput
+
+SCHEMA = 1
+FILE = "manifest.json"
+NAME = re.compile(r"[a-z0-9_-]+")
+_PLAIN_FILE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
+
+
+@dataclass(frozen=True)
+class ShardInfo:
+    """One tar file.
+
+    Attributes:
+        file: name in the directory of the manifest.
+        samples: how many it holds.
+        bytes: its size.
+        sha256: of the whole file, 64 hexadecimal digits.
+    """
+
+    file: str
+    samples: int
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class IndexInfo:
+    """The side file of one split: an int64 array (samples of the split, 2), see `Manifest.offsets`."""
+
+    file: str
+    sha256: str
+
+
+@dataclass
+class Manifest:
+    """A prepared data set.
+
+    Attributes:
+        name: data set name, `[a-z0-9_-]+`; sample ids are `name/key`.
+        licence: SPDX name or a short statement.
+        source: `name` of the file in data_prep/sources, its `options`, and `fingerprint`: what the shards were made
+            from, file or package name -> version or sha256.
+        samples_per_shard: of every shard but the last of a split.
+        splits: split -> its shards, in order.
+        index: split -> its side file.
+        fields: split -> field path (`questions[].answers`) -> {type, present, min, mean, max}; the last three are lengths
+            of text and lists or values of numbers; `images` counts the images of a sample, `features` the numbers of
+            its array.
+        labels: closed list of answers or classes in the order of their class index, or None.
+        label_counts: how often each label occurs in the training split, or None.
+        statistics: features' key -> {mean, std, count, split, ...}, added by data_prep/feature_stats.py.
+        dir: where it was loaded from; local path or a URL that fsspec opens; not stored.
+        schema: version of this format.
+    """
+
+    name: str
+    licence: str
+    source: dict[str, Any]
+    samples_per_shard: int
+    splits: dict[str, list[ShardInfo]]
+    index: dict[str, IndexInfo]
+    fields: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
+    labels: list[str] | None = None
+    label_counts: list[int] | None = None
+    statistics: dict[str, dict[str, Any]] = field(default_factory=dict)
+    dir: str = ""
+    schema: int = SCHEMA
+
+    def __post_init__(self) -> None:
+        self._index_cache: dict[str, np.ndarray] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A memory map would travel to loader processes as a full copy.
+        return {**self.__dict__, "_index_cache": {}}
+
+    @classmethod
+    def load(cls, dir: str | os.PathLike) -> Manifest:
+        """Read `dir`/manifest.json.
+
+        Raises:
+            BadInput: if there is none, it is damaged, or a newer version of this project wrote it.
+        """
+        where = str(dir).rstrip("/") or "/"
+        text = _read(where, FILE, "prepare the data set first: python data_prep/prepare.py SOURCE --out DIR")
+        try:
+            raw = json.loads(text)
+            schema = raw.pop("schema")
+            if schema > SCHEMA:
+                raise BadInput(
+                    f"{where}/{FILE}: schema {schema} is newer than {SCHEMA}, which this version reads. Update it."
+                )
+            splits = {s: [ShardInfo(**shard) for shard in shards] for s, shards in raw.pop("splits").items()}
+            index = {s: IndexInfo(**info) for s, info in raw.pop("index").items()}
+            manifest = cls(splits=splits, index=index, dir=where, schema=schema, **raw)
+            manifest._check()
+        except BadInput:
+            raise
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise BadInput(
+                f"{where}/{FILE}: damaged ({type(error).__name__}: {error}). Restore it or prepare the data set again."
+            ) from error
+        return manifest
+
+    def save(self, dir: str | os.PathLike) -> None:
+        """Write `dir`/manifest.json; a reader sees the old one or the new one, never a part. Local paths only."""
+        kept = {k: v for k, v in self.__dict__.items() if k not in ("dir", "_index_cache")}
+        content = {"schema": self.schema, **kept}
+        content["splits"] = {s: [asdict(shard) for shard in shards] for s, shards in self.splits.items()}
+        content["index"] = {s: asdict(info) for s, info in self.index.items()}
+        text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False)
+        write_atomic(Path(dir) / FILE, (text + "\n").encode())
+
+    def shards(self, split: str) -> list[ShardInfo]:
+        """Shards of `split` in order. Raises BadInput that lists the known splits if there is no such split."""
+        if split not in self.splits:
+            raise BadInput(f"{self.dir}/{FILE}: no split {split!r}. Known: {', '.join(self.splits)}.")
+        return self.splits[split]
+
+    def samples(self, split: str) -> int:
+        """Number of samples of `split`."""
+        return sum(shard.samples for shard in self.shards(split))
+
+    def path(self, file: str) -> str:
+        """Full path or URL of a shard or side file."""
+        return f"{self.dir}/{file}"
+
+    def offsets(self, split: str, shard_index: int) -> np.ndarray:
+        """Where the samples of one shard are.
+
+        Returns:
+            int64 array (samples, 2): byte offset of the first tar header of the sample, and the bytes of all its
+            members with headers and padding. Reading that range gives a piece of tar that holds exactly this sample.
+
+        Raises:
+            BadInput: if the side file is missing, altered or of another length than the manifest says.
+        """
+        shards = self.shards(split)
+        first = sum(shard.samples for shard in shards[:shard_index])
+        return self._load_index(split)[first : first + shards[shard_index].samples]
+
+    def _load_index(self, split: str) -> np.ndarray:
+        if split in self._index_cache:
+            return self._index_cache[split]
+        info = self.index[split]
+        hint = "restore it or prepare the data set again with --overwrite"
+        data = _read(self.dir, info.file, hint)
+        found = hashlib.sha256(data).hexdigest()
+        if found != info.sha256:
+            raise BadInput(
+                f"{self.path(info.file)}: sha256 {found[:12]}.., manifest says {info.sha256[:12]}..; {hint}."
+            )
+        local = local_path(self.path(info.file))
+        # The file of a local set is mapped, so that all ranks of a node share its pages.
+        table = np.load(local, mmap_mode="r") if local else np.load(io.BytesIO(data), allow_pickle=False)
+        if table.shape != (self.samples(split), 2) or table.dtype != np.int64:
+            raise BadInput(
+                f"{self.path(info.file)}: {table.dtype} {table.shape}, expected int64 ({self.samples(split)}, 2); {hint}."
+            )
+        self._index_cache[split] = table
+        return table
+
+    def _check(self) -> None:
+        """Raise ValueError if what was read contradicts itself. Files named by a manifest stay in its directory."""
+        if not NAME.fullmatch(self.name):
+            raise ValueError(f"name {self.name!r}")
+        if set(self.splits) != set(self.index):
+            raise ValueError("splits and index name different splits")
+        for shards in self.splits.values():
+            for shard in shards:
+                if not (_PLAIN_FILE.fullmatch(shard.file) and shard.samples > 0 and shard.bytes > 0):
+                    raise ValueError(f"shard {shard}")
+                if not re.fullmatch("[0-9a-f]{64}", shard.sha256):
+                    raise ValueError(f"sha256 of {shard.file}")
+        for info in self.index.values():
+            if not _PLAIN_FILE.fullmatch(info.file):
+                raise ValueError(f"index file {info.file!r}")
+        if self.labels is not None and len(self.labels) != len(self.label_counts or []):
+            raise ValueError("labels and label_counts differ in length")
+
+
+def sample_key(split: str, number: int) -> str:
+    """Key of sample `number` of a split: fixed width, `[a-z0-9_-]`. WebDataset cuts a key at its first dot."""
+    return f"{split}-{number:09d}"
+
+
+def local_path(url: str) -> str | None:
+    """The path behind a local path or file:// URL, None for anything else."""
+    if url.startswith("file://"):
+        return url[len("file://") :]
+    return None if re.match(r"[A-Za-z0-9_+]+(://|::|:(?!\\))", url) else url
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Write `data` under a temporary name, flush it to disk, then rename."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with open(temporary, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    sync_dir(path.parent)
+
+
+def sync_dir(path: Path) -> None:
+    """Make renames in `path` survive a power cut."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _read(dir: str, file: str, hint: str) -> bytes:
+    """All bytes of a file of a data set."""
+    url = f"{dir}/{file}"
+    try:
+        with fsspec.open(url, "rb") as stream:
+            return stream.read()
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise BadInput(f"{url}: not found; {hint}.") from error
+    except (OSError, ValueError, ImportError) as error:
+        # ValueError: unknown protocol; ImportError: its package is not installed
+        raise BadInput(f"{url}: cannot be read ({' '.join(str(error).split())}).") from error

@@ -1,0 +1,265 @@
+"""Write shards: plain WebDataset tars whose bytes depend on the samples alone.
+
+A shard is one job: it is written under a temporary name, renamed, and only then described by a part file. So a job
+that was interrupted leaves nothing that looks finished, and jobs may run in any order, on any process or node.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import tarfile
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import webdataset
+
+from mmpeft_ds.data.manifest import IndexInfo, Manifest, ShardInfo, sample_key, sync_dir, write_atomic
+
+PARTS = ".parts"
+IMAGE_EXTENSIONS = ("jpg", "png", "webp", "bmp", "gif", "tif")
+_SAME_FORMAT = {"jpeg": "jpg", "tiff": "tif"}
+
+
+@dataclass
+class Part:
+    """What one finished shard adds to the manifest.
+
+    Attributes:
+        shard: the tar file.
+        offsets: (begin, length) in bytes of every sample, as `Manifest.offsets` gives them.
+        fields: field path -> `FieldCount` numbers.
+        label_counts: answer or class name -> occurrences.
+    """
+
+    shard: ShardInfo
+    offsets: list[tuple[int, int]]
+    fields: dict[str, dict[str, Any]] = field(default_factory=dict)
+    label_counts: dict[str, int] = field(default_factory=dict)
+
+
+def shard_file(name: str, split: str, number: int) -> str:
+    return f"{name}-{split}-{number:06d}.tar"
+
+
+def members(sample: Any) -> dict[str, bytes]:
+    """Extension -> bytes of a raw sample: `json`; `jpg`, or `0.jpg`, `1.jpg`, ... if several; `npy` for features.
+
+    Args:
+        sample: has `name`, `images`, `record` and `features` like data_prep.sources.base.RawSample.
+
+    Raises:
+        ValueError: if an image extension is unknown, the record is no JSON, or features hold Python objects.
+    """
+    record = {**sample.record, "source_name": sample.name}
+    text = json.dumps(record, sort_keys=True, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    found = {"json": text.encode()}
+    for i, (extension, data) in enumerate(sample.images):
+        extension = _SAME_FORMAT.get(extension.lower(), extension.lower())
+        if extension not in IMAGE_EXTENSIONS:
+            raise ValueError(f"{sample.name}: image extension {extension!r} is none of {', '.join(IMAGE_EXTENSIONS)}")
+        found[extension if len(sample.images) == 1 else f"{i}.{extension}"] = data
+    if sample.features is not None:
+        buffer = io.BytesIO()
+        np.save(buffer, sample.features, allow_pickle=False)
+        found["npy"] = buffer.getvalue()
+    return found
+
+
+def write_shard(dir: Path, name: str, split: str, number: int, first: int, samples: Iterable[Any]) -> Part:
+    """Write shard `number` of a split, whose first sample is the split's sample `first`, and its part file.
+
+    Returns:
+        its part; the tar and the part file are in place and on disk.
+    """
+    file = shard_file(name, split, number)
+    temporary = dir / PARTS / f"{file}.{os.getpid()}.tmp"
+    counts, labels, total = FieldCounts(), {}, 0
+    with open(temporary, "w+b") as stream:
+        # One ShardWriter a shard; a fixed mtime, and its fixed user and mode, make the bytes reproducible.
+        with webdataset.ShardWriter(
+            "%d", opener=lambda _: stream, maxcount=2**62, maxsize=2**62, verbose=0, mtime=0, compress=False
+        ) as writer:
+            for i, sample in enumerate(samples):
+                writer.write({"__key__": sample_key(split, first + i), **members(sample)})
+                counts.add(sample)
+                for label in _labels_of(sample.record):
+                    labels[label] = labels.get(label, 0) + 1
+                total += 1
+        stream.flush()
+        os.fsync(stream.fileno())
+        size = stream.seek(0, os.SEEK_END)
+        stream.seek(0)
+        digest = _sha256(stream)
+    offsets = sample_offsets(temporary)
+    if len(offsets) != total:
+        raise RuntimeError(f"{file}: wrote {total} samples but find {len(offsets)} in the tar")
+    os.replace(temporary, dir / file)
+    sync_dir(dir)
+    part = Part(ShardInfo(file, total, size, digest), offsets, counts.counts, labels)
+    write_atomic(part_path(dir, file), json.dumps(asdict(part), ensure_ascii=False).encode())
+    return part
+
+
+def part_path(dir: Path, file: str) -> Path:
+    return dir / PARTS / f"{file}.json"
+
+
+def finished_part(dir: Path, file: str) -> Part | None:
+    """The part of a shard that an earlier run finished, if the tar still has the bytes it had then; None otherwise."""
+    try:
+        raw = json.loads(part_path(dir, file).read_text("utf-8"))
+        part = Part(ShardInfo(**raw["shard"]), [tuple(o) for o in raw["offsets"]], raw["fields"], raw["label_counts"])
+        good = (dir / file).stat().st_size == part.shard.bytes and file_sha256(dir / file) == part.shard.sha256
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return part if good else None
+
+
+def sample_offsets(tar: Path) -> list[tuple[int, int]]:
+    """(offset of the first header, bytes of all members and padding) of every sample of a tar, in order."""
+    found: list[list[int]] = []
+    previous = None
+    with tarfile.open(tar, "r:") as archive:
+        for member in archive:
+            key = member.name.split(".", 1)[0]
+            end = member.offset_data + -(-member.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+            if key == previous:
+                found[-1][1] = end - found[-1][0]
+            else:
+                found.append([member.offset, end - member.offset])
+            previous = key
+            archive.members = []  # tarfile keeps every header otherwise
+    return [tuple(pair) for pair in found]
+
+
+def write_manifest(
+    dir: Path,
+    name: str,
+    licence: str,
+    source: dict[str, Any],
+    samples_per_shard: int,
+    parts: dict[str, list[Part]],
+    labels: list[str] | None,
+    label_split: str,
+) -> Manifest:
+    """Write the side files and, last, the manifest of a data set whose shards are all in place.
+
+    Args:
+        parts: split -> parts of its shards in order.
+        labels: closed label list in the order of the class index, or None.
+        label_split: split whose labels are counted.
+    """
+    index, fields = {}, {}
+    for split, of_split in parts.items():
+        buffer = io.BytesIO()
+        np.save(buffer, np.array([o for part in of_split for o in part.offsets], dtype=np.int64).reshape(-1, 2))
+        file = f"{name}-{split}.index.npy"
+        write_atomic(dir / file, buffer.getvalue())
+        index[split] = IndexInfo(file, hashlib.sha256(buffer.getvalue()).hexdigest())
+        merged = FieldCounts()
+        for part in of_split:
+            merged.merge(part.fields)
+        fields[split] = merged.summary()
+    counts = None
+    if labels is not None:
+        counts = [sum(part.label_counts.get(label, 0) for part in parts[label_split]) for label in labels]
+    manifest = Manifest(
+        name=name,
+        licence=licence,
+        source=source,
+        samples_per_shard=samples_per_shard,
+        splits={split: [part.shard for part in of_split] for split, of_split in parts.items()},
+        index=index,
+        fields=fields,
+        labels=labels,
+        label_counts=counts,
+        dir=str(dir),
+    )
+    manifest.save(dir)
+    return manifest
+
+
+class FieldCounts:
+    """Simple statistics of the fields of many samples; those of several shards merge."""
+
+    def __init__(self) -> None:
+        self.counts: dict[str, dict[str, Any]] = {}
+
+    def add(self, sample: Any) -> None:
+        self._put("images", "images", len(sample.images))
+        if sample.features is not None:
+            self._put("features", str(sample.features.dtype), sample.features.size)
+        for name, value in sample.record.items():
+            self._value(name, value)
+
+    def merge(self, other: dict[str, dict[str, Any]]) -> None:
+        for path, theirs in other.items():
+            mine = self.counts.setdefault(path, {"types": [], "present": 0, "min": theirs["min"], "sum": 0, "max": 0})
+            mine["types"] = sorted({*mine["types"], *theirs["types"]})
+            mine["present"] += theirs["present"]
+            mine["sum"] += theirs["sum"]
+            mine["min"], mine["max"] = min(mine["min"], theirs["min"]), max(mine["max"], theirs["max"])
+
+    def summary(self) -> dict[str, dict[str, Any]]:
+        """Field path -> {type, present, min, mean, max}; `present` counts values, so items for a path with `[]`."""
+        return {
+            path: {
+                "type": "|".join(c["types"]),
+                "present": c["present"],
+                "min": c["min"],
+                "mean": round(c["sum"] / c["present"], 4),
+                "max": c["max"],
+            }
+            for path, c in sorted(self.counts.items())
+        }
+
+    def _value(self, path: str, value: Any) -> None:
+        if isinstance(value, bool) or value is None:
+            self._put(path, type(value).__name__, int(bool(value)))
+        elif isinstance(value, (int, float)):
+            self._put(path, type(value).__name__, value)
+        elif isinstance(value, (str, list, dict)):
+            self._put(path, type(value).__name__, len(value))
+            if isinstance(value, list):
+                for item in value:
+                    self._value(path + "[]", item)
+            elif isinstance(value, dict):
+                for name, item in value.items():
+                    self._value(f"{path}.{name}", item)
+
+    def _put(self, path: str, type_name: str, size: float) -> None:
+        count = self.counts.get(path)
+        if count is None:
+            self.counts[path] = {"types": [type_name], "present": 1, "min": size, "sum": size, "max": size}
+            return
+        if type_name not in count["types"]:
+            count["types"] = sorted([*count["types"], type_name])
+        count["present"] += 1
+        count["sum"] += size
+        count["min"], count["max"] = min(count["min"], size), max(count["max"], size)
+
+
+def file_sha256(path: str | Path) -> str:
+    with open(path, "rb") as stream:
+        return _sha256(stream)
+
+
+def _sha256(stream: Any) -> str:
+    digest = hashlib.sha256()
+    while block := stream.read(1 << 20):
+        digest.update(block)
+    return digest.hexdigest()
+
+
+def _labels_of(record: dict[str, Any]) -> Iterable[str]:
+    """What counts towards the closed label list: all answers of all questions, or the class name."""
+    if "class_name" in record:
+        yield record["class_name"]
+    for question in record.get("questions", []):
+        yield from question["answers"]
