@@ -21,7 +21,7 @@ def main() -> int:
     parser = console.Parser(description=__doc__)
     parser.add_argument("--recipe", required=True, help="YAML file, see recipes/")
     parser.add_argument("--set", action="append", default=[], metavar="A.B=VALUE", help="override one key; repeatable")
-    parser.add_argument("--check", action="store_true", help="resolve everything, print sizes and memory, train nothing")
+    parser.add_argument("--check", action="store_true", help="resolve everything and print sizes and memory")
     parser.add_argument("--print-recipe", action="store_true", help="print the recipe with every default filled in")
     parser.add_argument("--fresh", action="store_true", help="start over in a new directory; never overwrites")
     args = parser.parse_args()

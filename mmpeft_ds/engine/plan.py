@@ -1,0 +1,153 @@
+"""What a recipe will cost, worked out on the meta device: data, trainables by kind, steps, memory per rank."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections import Counter
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+from mmpeft_ds.engine.resolve import Resolved, attach
+
+KINDS = ("peft", "norm", "bias", "head")
+# What DeepSpeed uses when a ds_configs JSON is silent.
+DEFAULT_PERSISTENCE, DEFAULT_LIVE, DEFAULT_PREFETCH, DEFAULT_BUCKET = 100_000, 1_000_000_000, 50_000_000, 500_000_000
+MASTER_BYTES, GRADIENT_BYTES = 12, 4  # fp32 weight and two Adam moments; fp32 gradient
+
+
+def make(resolved: Resolved) -> dict[str, Any]:
+    """Numbers of the run as JSON-able mapping; allocates no weight and needs no launcher."""
+    recipe = resolved.recipe
+    with torch.device("meta"):
+        model = attach(resolved, resolved.backbone.build(on_meta=True))
+    steps_per_epoch, sources = 0, []
+    for source in resolved.train:
+        samples = source.manifest.samples(source.options.split)
+        steps = samples / recipe.data.global_batch
+        steps = math.ceil(steps) if recipe.data.last_batch == "pad" else math.floor(steps)
+        steps_per_epoch += steps
+        sources.append(_source_row(source, samples, steps))
+    validation = [_source_row(s, s.manifest.samples(s.options.split), 0) for s in resolved.validation]
+    stage = resolved.ds_config.get("zero_optimization", {}).get("stage", 0)
+    ranks = sorted({1, 2, 8, 64, int(os.environ.get("WORLD_SIZE") or 1)})
+    sizes = parameter_sizes(model, 2 if recipe.engine.dtype == "bfloat16" else 4)
+    return {
+        "backbone": recipe.backbone["name"],
+        "method": recipe.method["name"],
+        "labels": len(resolved.labels or []),
+        "sources": sources,
+        "validation": validation,
+        "global_batch": recipe.data.global_batch,
+        "accumulation": recipe.optim.accumulation,
+        "steps_per_epoch": steps_per_epoch,
+        "total_steps": recipe.optim.max_steps or steps_per_epoch * recipe.optim.epochs,
+        "trainable_by_kind": trainable_by_kind(resolved, model),
+        "trainable_parameters": sizes["trainable"],
+        "total_parameters": sizes["total"],
+        "zero_stage": stage,
+        "dtype": recipe.engine.dtype,
+        "bytes_per_rank": {n: zero_bytes(sizes, resolved.ds_config, stage, n) for n in ranks},
+        "bytes_per_rank_zero1": {n: zero_bytes(sizes, {}, 1, n) for n in ranks},
+    }
+
+
+def trainable_by_kind(resolved: Resolved, model: nn.Module) -> dict[str, int]:
+    """Trainable elements by kind; what the method does not know as `norm`, `bias` or `head` is `peft`."""
+    numel = {name: p.numel() for name, p in model.named_parameters() if p.requires_grad}
+    kinds = resolved.method.kinds(list(numel))
+    return {kind: sum(numel[name] for name in kinds.get(kind, [])) for kind in KINDS}
+
+
+def parameter_sizes(model: nn.Module, base_bytes: int) -> dict[str, int]:
+    """Element counts that the memory formula needs; works on a meta model."""
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    frozen = Counter(p.numel() for p in model.parameters() if not p.requires_grad)
+    modules = (sum(p.numel() for p in m.parameters(recurse=False)) for m in model.modules())
+    return {
+        "trainable": trainable,
+        "total": trainable + sum(size * count for size, count in frozen.items()),
+        "largest_module": max(modules),
+        "sizes": dict(frozen),
+        "base_bytes": base_bytes,
+    }
+
+
+def zero_bytes(sizes: dict[str, Any], ds_config: dict[str, Any], stage: int, ranks: int) -> int:
+    """Bytes a rank holds for weights, gradients and optimizer state; activations come on top.
+
+    Trainables are float32 at every stage with 12 bytes of master and moments each; the frozen base has its own width.
+    ZeRO-3 splits the base but keeps small tensors whole and up to `max_live_parameters` gathered during a step.
+    """
+    zero = ds_config.get("zero_optimization", {})
+    b, trained = sizes["base_bytes"], sizes["trainable"]
+    frozen = sizes["total"] - trained
+    shared = ranks if stage >= 1 else 1
+    optimizer = MASTER_BYTES * trained // shared
+    gradient = GRADIENT_BYTES * trained // (ranks if stage >= 2 else 1)
+    bucket = GRADIENT_BYTES * min(_number(zero, "reduce_bucket_size", DEFAULT_BUCKET), trained)
+    if stage < 3:
+        return b * frozen + 4 * trained + optimizer + gradient + (bucket if stage else 0)
+    threshold = _number(zero, "stage3_param_persistence_threshold", DEFAULT_PERSISTENCE)
+    persistent = sum(size * count for size, count in sizes["sizes"].items() if size < threshold)
+    window = sizes["largest_module"] + _number(zero, "stage3_prefetch_bucket_size", DEFAULT_PREFETCH)
+    live = min(frozen, max(window, _number(zero, "stage3_max_live_parameters", DEFAULT_LIVE)))
+    # A rank alone holds the base once: nothing is gathered.
+    gathered = b * max(live, persistent) if ranks > 1 else 0
+    return b * frozen // ranks + gathered + 4 * trained // ranks + optimizer + gradient + bucket
+
+
+def show(report: dict[str, Any], console: Console | None = None) -> None:
+    """Print the plan as tables."""
+    console = console or Console()
+    table = Table(title="Data", title_justify="left")
+    for column in ("data set", "split", "task", "samples", "texts", "steps/epoch"):
+        table.add_column(column, justify="right" if column in ("samples", "texts", "steps/epoch") else "left")
+    for row in (*report["sources"], *report["validation"]):
+        steps = f"{row['steps']:,}" if row["steps"] else "-"
+        texts = f"{row['texts']:,}" if row["texts"] else "-"
+        table.add_row(row["dir"], row["split"], row["task"], f"{row['samples']:,}", texts, steps)
+    console.print(table)
+    share = 100 * report["trainable_parameters"] / report["total_parameters"]
+    kinds = ", ".join(f"{kind} {count:,}" for kind, count in report["trainable_by_kind"].items() if count)
+    console.print(
+        f"[b]{report['method']}[/b] on [b]{report['backbone']}[/b]: {report['trainable_parameters']:,} of "
+        f"{report['total_parameters']:,} parameters train ({share:.2f} %): {kinds}"
+    )
+    console.print(
+        f"{report['total_steps']:,} steps of {report['global_batch']} slots, {report['accumulation']} micro-step(s) each; "
+        f"{report['labels']} labels"
+    )
+    table = Table(title=f"Memory per rank without activations, base in {report['dtype']}", title_justify="left")
+    table.add_column("ranks", justify="right")
+    table.add_column(f"ZeRO-{report['zero_stage']} (this recipe)", justify="right")
+    table.add_column("ZeRO-1", justify="right")
+    for n, size in report["bytes_per_rank"].items():
+        table.add_row(str(n), _size(size), _size(report["bytes_per_rank_zero1"][n]))
+    console.print(table)
+
+
+def _source_row(source: Any, samples: int, steps: int) -> dict[str, Any]:
+    fields = source.manifest.fields.get(source.options.split, {})
+    texts = fields.get("questions", {}).get("mean")  # mean length of the list of questions
+    return {
+        "dir": source.options.dir,
+        "split": source.options.split,
+        "task": source.options.task["name"],
+        "samples": samples,
+        "texts": round(samples * texts) if texts else None,
+        "steps": steps,
+    }
+
+
+def _number(zero: dict[str, Any], key: str, default: int) -> int:
+    value = zero.get(key, default)
+    return default if value == "auto" else int(value)
+
+
+def _size(count: int) -> str:
+    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"
