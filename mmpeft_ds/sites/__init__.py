@@ -1,0 +1,6 @@
+"""Where adapters attach, and the condition on its way to them."""
+
+from mmpeft_ds.sites.base import AttentionSite, FFNSite, Projection, Sites
+from mmpeft_ds.sites.find import find_sites
+
+__all__ = ["AttentionSite", "FFNSite", "Projection", "Sites", "find_sites"]

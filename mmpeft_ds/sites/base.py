@@ -4,7 +4,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+
+from torch import nn
 
 
 @dataclass(frozen=True)
@@ -15,11 +18,13 @@ class Projection:
         path: full path of the Linear or Conv1D module.
         start: first output feature used, for a fused projection (GPT-2 c_attn: q 0, k d, v 2d).
         width: number of output features used.
+        in_width: number of input features.
     """
 
     path: str
     start: int
     width: int
+    in_width: int
 
 
 @dataclass(frozen=True)
@@ -28,7 +33,8 @@ class AttentionSite:
 
     Attributes:
         path: full path of the attention module.
-        tower: path of the tower it belongs to, e.g. `text_model` or `vision_model`.
+        tower: path of the tower it belongs to, e.g. `text_model` or `vision_model`; empty for a bare tower.
+        modality: `text` or `image`, what that tower reads.
         layer: index in the tower, counted from 0.
         q, k, v, out: projections; q, k and v share a path when fused.
         heads: number of query heads.
@@ -40,6 +46,7 @@ class AttentionSite:
 
     path: str
     tower: str
+    modality: str
     layer: int
     q: Projection
     k: Projection
@@ -64,6 +71,7 @@ class FFNSite:
 
     path: str
     tower: str
+    modality: str
     layer: int
     up: Projection
     down: Projection
@@ -78,3 +86,53 @@ class Sites:
 
     attention: list[AttentionSite] = field(default_factory=list)
     ffn: list[FFNSite] = field(default_factory=list)
+
+    @property
+    def towers(self) -> dict[str, str]:
+        """Path of each tower and its modality, in order."""
+        return {s.tower: s.modality for s in (*self.attention, *self.ffn)}
+
+
+@dataclass(frozen=True)
+class Block:
+    """A transformer layer as `find_sites` met it: `path` and `module` of the layer, the tower around it, its index."""
+
+    path: str
+    module: nn.Module
+    tower: str
+    modality: str
+    layer: int
+
+    def projection(self, name: str, start: int = 0, width: int | None = None) -> Projection:
+        """The linear map at `name` below this layer; sizes are read from the module, never from its weight, which
+        may be partitioned or on the meta device."""
+        linear = base_layer(self.module.get_submodule(name))
+        in_width, out_width = features(linear)
+        return Projection(f"{self.path}.{name}", start, out_width if width is None else width, in_width)
+
+
+@dataclass(frozen=True)
+class Family:
+    """How the classes of one model family are read; the `ENTRY` of a file in sites/families/.
+
+    Attributes:
+        towers: class name of each tower and its modality.
+        layers: class name of each transformer layer and a function from a `Block` to its sites.
+    """
+
+    towers: dict[str, str]
+    layers: dict[str, Callable[[Block], Sites]]
+
+
+def base_layer(module: nn.Module) -> nn.Module:
+    """The module inside any adapter wrappers."""
+    while hasattr(module, "base_layer"):
+        module = module.base_layer
+    return module
+
+
+def features(linear: nn.Module) -> tuple[int, int]:
+    """(in, out) features of a Linear or of transformers' Conv1D, without touching the weight."""
+    if hasattr(linear, "in_features"):
+        return linear.in_features, linear.out_features
+    return linear.nx, linear.nf

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -20,15 +21,20 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Condition:
-    """What adapters may route on.
+    """What adapters may route on. A model publishes what it has.
 
     Attributes:
         tokens: (B, m, d) conditioning features, one row per text row.
         mask: (B, m) bool, True = keep; None keeps all.
+        own_mask: (B, L) bool mask of the tower's own tokens, for layers that pool their own input.
+        encoder: (B, n, d) states that cross-attention reads, and `encoder_mask` (B, n).
     """
 
-    tokens: Tensor
+    tokens: Tensor | None = None
     mask: Tensor | None = None
+    own_mask: Tensor | None = None
+    encoder: Tensor | None = None
+    encoder_mask: Tensor | None = None
 
     def expand_to(self, rows: int) -> Condition:
         """Follow beam expansion: row b of the condition serves rows b*k ... b*k+k-1.
@@ -36,14 +42,25 @@ class Condition:
         Raises:
             ValueError: if `rows` is no multiple of B.
         """
-        have = self.tokens.shape[0]
-        if rows == have:
+        if all(t is None or t.shape[0] == rows for t in self._tensors()):
             return self
-        if rows % have:
-            raise ValueError(f"condition has {have} rows but the layer sees {rows}, which is no multiple of it")
-        repeat = rows // have
-        mask = None if self.mask is None else self.mask.repeat_interleave(repeat, 0)
-        return Condition(self.tokens.repeat_interleave(repeat, 0), mask)
+        return Condition(*(_expand(t, rows) for t in self._tensors()))
+
+    @property
+    def requires_grad(self) -> bool:
+        return any(t is not None and t.requires_grad for t in (self.tokens, self.encoder))
+
+    def _tensors(self) -> tuple[Tensor | None, ...]:
+        return self.tokens, self.mask, self.own_mask, self.encoder, self.encoder_mask
+
+
+def _expand(tensor: Tensor | None, rows: int) -> Tensor | None:
+    if tensor is None or tensor.shape[0] == rows:
+        return tensor
+    have = tensor.shape[0]
+    if rows % have:
+        raise ValueError(f"condition has {have} rows but the layer sees {rows}, which is no multiple of it")
+    return tensor.repeat_interleave(rows // have, 0)
 
 
 _current: contextvars.ContextVar[Condition | None] = contextvars.ContextVar("mmpeft_ds_condition", default=None)
@@ -71,7 +88,7 @@ def checkpoint(function: Callable[..., Any], *args: Any, use_reentrant: bool = F
         ValueError: reentrant with a condition that needs gradient: that gradient would be lost (measured).
     """
     condition = current()
-    if use_reentrant and condition is not None and condition.tokens.requires_grad:
+    if use_reentrant and condition is not None and condition.requires_grad:
         raise ValueError("reentrant checkpointing loses the gradient of the condition; set use_reentrant to false")
 
     def run(*inner: Any, **inner_kwargs: Any) -> Any:
@@ -79,3 +96,12 @@ def checkpoint(function: Callable[..., Any], *args: Any, use_reentrant: bool = F
             return function(*inner, **inner_kwargs)
 
     return torch.utils.checkpoint.checkpoint(run, *args, use_reentrant=use_reentrant, **kwargs)
+
+
+def enable_checkpointing(model: Any, use_reentrant: bool = False) -> None:
+    """Turn on activation checkpointing of a transformers model so that recomputed layers see their condition.
+
+    Args:
+        model: a `PreTrainedModel`; the stock `gradient_checkpointing_enable` would lose the condition.
+    """
+    model._set_gradient_checkpointing(True, functools.partial(checkpoint, use_reentrant=use_reentrant))

@@ -1,0 +1,92 @@
+"""Which sites a config means: tower, layers, projections, norms. Shared by the methods that attach to sites."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from torch import nn
+
+from mmpeft_ds.errors import BadInput
+from mmpeft_ds.sites.base import AttentionSite, FFNSite, Projection, Sites, base_layer
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Sites of the chosen tower and layers."""
+
+    tower: str
+    attention: list[AttentionSite]
+    ffn: list[FFNSite]
+
+    def projections(self, targets: Sequence[str]) -> dict[str, list[Projection]]:
+        """Projections of each path, in the order q, k, v, out; a fused path has several."""
+        found: dict[str, list[Projection]] = {}
+        for site in self.attention:
+            for name in ("q", "k", "v", "out"):
+                if name in targets:
+                    projection = getattr(site, name)
+                    found.setdefault(projection.path, []).append(projection)
+        return found
+
+    def norms(self) -> list[str]:
+        """Full paths of the norms of all selected sites, each once."""
+        return list(dict.fromkeys(s.norm for s in (*self.attention, *self.ffn) if s.norm))
+
+
+def select(sites: Sites, tower: str | None, layers: Sequence[int] | None) -> Selection:
+    """The sites of one tower.
+
+    Args:
+        tower: its path, or `text` or `image`; None takes the text tower, or the only tower.
+        layers: indices; None takes all.
+
+    Raises:
+        BadInput: no such tower, several that fit, or a layer that it has not.
+    """
+    path = _tower(sites, tower)
+    attention = [s for s in sites.attention if s.tower == path]
+    ffn = [s for s in sites.ffn if s.tower == path]
+    if layers is not None:
+        have = {s.layer for s in attention}
+        if missing := sorted(set(layers) - have):
+            raise BadInput(f"layers: {missing} are not in tower {path!r}, which has layers 0 to {max(have)}.")
+        attention = [s for s in attention if s.layer in layers]
+        ffn = [s for s in ffn if s.layer in layers]
+    if not attention:
+        raise BadInput(f"layers: {list(layers or [])} leaves no layer of tower {path!r}.")
+    return Selection(path, attention, ffn)
+
+
+def norms_like(model: nn.Module, patterns: Sequence[str]) -> list[str]:
+    """Full paths of the norms of `model` that match one of the shell-style `patterns`.
+
+    Raises:
+        BadInput: if a pattern matches no norm.
+    """
+    norms = [path for path, module in model.named_modules() if "Norm" in type(base_layer(module)).__name__]
+    # Trained copies of an earlier adapter are no norms of the model.
+    norms = [path for path in norms if ".routed_lora_norm." not in path and not path.endswith(".base_layer")]
+    for pattern in patterns:
+        if not any(fnmatchcase(path, pattern) for path in norms):
+            raise BadInput(f"train_norms: {pattern!r} matches no norm. Norms are named like {', '.join(norms[:3])}.")
+    return [path for path in norms if any(fnmatchcase(path, p) for p in patterns)]
+
+
+def _tower(sites: Sites, wanted: str | None) -> str:
+    towers = sites.towers
+    if not towers:
+        raise BadInput("tower: the model has no layers of a known family (see mmpeft_ds/sites/families).")
+    if wanted in towers:
+        return wanted
+    modality = wanted or "text"
+    fitting = [path for path, kind in towers.items() if kind == modality]
+    if not fitting and wanted is None:
+        fitting = list(towers)
+    if len(fitting) == 1:
+        return fitting[0]
+    known = ", ".join(f"{path!r} ({kind})" for path, kind in towers.items())
+    if fitting:
+        raise BadInput(f"tower: several towers fit. Name one of {known}.")
+    raise BadInput(f"tower: no tower {wanted!r}. Known: {known}.")
