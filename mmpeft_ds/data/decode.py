@@ -1,0 +1,153 @@
+"""Encoded image -> uint8 RGB tensor, fast where the format allows it; and the resize that goes with it.
+
+JPEG goes through libjpeg-turbo, everything else (and a JPEG that it refuses) through Pillow. Pictures come out as
+a viewer shows them: EXIF orientation applied, transparency on white, 16 bits reduced to 8; first frame of an animation.
+"""
+
+from __future__ import annotations
+
+import io
+import warnings
+
+import numpy as np
+import simplejpeg
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+from torch.nn.functional import interpolate
+
+from mmpeft_ds.errors import BadSample
+
+EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "ppm")
+# Plugins that may parse what comes from outside; Pillow knows many more.
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+MAX_PIXELS = 89_478_485
+ORIENTATION = 0x0112
+
+
+def decode(data: bytes, max_pixels: int = MAX_PIXELS, min_size: tuple[int, int] | None = None) -> Tensor:
+    """Decode one image.
+
+    Args:
+        data: the encoded file.
+        max_pixels: larger images are refused from their header alone.
+        min_size: (height, width) that suffices: a JPEG at least twice as large is decoded at the smallest scale m/8
+            that is not smaller than this. None decodes at full size.
+
+    Returns:
+        uint8 tensor (3, H, W), RGB; its memory is channels-last, which `resize` is fastest on.
+
+    Raises:
+        BadSample: `pixels` if too large, `image` if it cannot be decoded completely.
+    """
+    if data[:2] == b"\xff\xd8":
+        image = _decode_jpeg(data, max_pixels, min_size)
+        if image is not None:
+            return image
+    return _decode_other(data, max_pixels)
+
+
+def resize(image: Tensor, size: int | tuple[int, int], mode: str = "bicubic") -> Tensor:
+    """Antialiased resize in 8-bit arithmetic, within rounding of Pillow's (PSNR above 60 dB), three times as fast.
+
+    Args:
+        image: uint8 (3, H, W) of any strides.
+        size: (height, width), or the length of the shorter side, which keeps the aspect ratio.
+        mode: `bicubic` or `bilinear`.
+
+    Returns:
+        uint8 (3, h, w).
+    """
+    height, width = image.shape[-2:]
+    if isinstance(size, int):
+        short = min(height, width)
+        size = (max(size, round(height * size / short)), max(size, round(width * size / short)))
+    if (height, width) == tuple(size):
+        return image
+    return interpolate(image[None], size=size, mode=mode, antialias=True, align_corners=False)[0]
+
+
+def center_crop(image: Tensor, size: int | tuple[int, int]) -> Tensor:
+    """The middle (h, w) of an image that is at least as large; a view."""
+    h, w = (size, size) if isinstance(size, int) else size
+    top, left = (image.shape[-2] - h) // 2, (image.shape[-1] - w) // 2
+    return image[..., top : top + h, left : left + w]
+
+
+def _decode_jpeg(data: bytes, max_pixels: int, min_size: tuple[int, int] | None) -> Tensor | None:
+    """A JPEG by libjpeg-turbo, or None where Pillow has to judge (CMYK, damaged, or only unusual)."""
+    try:
+        height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
+        _check_pixels(width, height, max_pixels)
+        if colorspace not in ("YCbCr", "Gray", "RGB"):
+            return None
+        orientation = _jpeg_orientation(data)
+        scale = {}
+        if min_size is not None:
+            need_h, need_w = min_size if orientation < 5 else min_size[::-1]
+            if height >= 2 * need_h and width >= 2 * need_w:
+                # Scales between 1/2 and 1 save no time.
+                scale = {"min_height": need_h, "min_width": need_w, "min_factor": 2}
+        pixels = simplejpeg.decode_jpeg(data, "RGB", **scale)
+    except ValueError:
+        return None
+    return _oriented(torch.from_numpy(pixels).permute(2, 0, 1), orientation)
+
+
+def _decode_other(data: bytes, max_pixels: int) -> Tensor:
+    try:
+        with warnings.catch_warnings():
+            # Pillow warns of large images and odd metadata; the limit that counts is ours.
+            warnings.simplefilter("ignore")
+            image = Image.open(io.BytesIO(data), formats=FORMATS)
+            _check_pixels(*image.size, max_pixels)
+            image.load()
+            orientation = image.getexif().get(ORIENTATION, 1)
+            pixels = np.array(_to_rgb(image))
+    except BadSample:
+        raise
+    except Image.DecompressionBombError as error:
+        raise BadSample("pixels", str(error)) from error
+    except UnidentifiedImageError as error:
+        raise BadSample("image", "not an image of a known format") from error
+    except Exception as error:  # noqa: BLE001 - Pillow's plugins raise nearly anything on damaged input
+        raise BadSample("image", f"{type(error).__name__}: {error}") from error
+    return _oriented(torch.from_numpy(pixels).permute(2, 0, 1), orientation)
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I"):
+        # 16-bit greyscale: Pillow's own conversion would clip everything above 255 to white.
+        return Image.fromarray((np.array(image).clip(0, 65535) >> 8).astype(np.uint8)).convert("RGB")
+    if image.mode == "F":
+        raise BadSample("image", "floating-point pixels have no known range")
+    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+        return Image.alpha_composite(white, image).convert("RGB")
+    return image.convert("RGB")
+
+
+def _check_pixels(width: int, height: int, max_pixels: int) -> None:
+    if width * height > max_pixels:
+        raise BadSample("pixels", f"{width}x{height} exceeds {max_pixels} pixels")
+
+
+def _jpeg_orientation(data: bytes) -> int:
+    """EXIF orientation of a JPEG, 1 to 8; the picture is only opened by Pillow if it has an EXIF segment at all."""
+    # APP1 stands directly behind SOI, or behind JFIF's APP0 of a few bytes.
+    if data.find(b"Exif\0\0", 0, 1024) < 0:
+        return 1
+    try:
+        found = Image.open(io.BytesIO(data), formats=("JPEG",)).getexif().get(ORIENTATION, 1)
+    except Exception:  # noqa: BLE001 - damaged metadata does not make the picture unusable
+        return 1
+    return found if found in range(1, 9) else 1
+
+
+def _oriented(image_CHW: Tensor, orientation: int) -> Tensor:
+    """Undo EXIF orientation: 2-4 mirror or turn by 180 degrees, 5-8 also exchange the sides."""
+    if orientation in (5, 6, 7, 8):
+        image_CHW = image_CHW.transpose(1, 2)
+    flips = {2: (2,), 3: (1, 2), 4: (1,), 6: (2,), 7: (1, 2), 8: (1,)}.get(orientation)
+    return image_CHW.flip(flips) if flips else image_CHW

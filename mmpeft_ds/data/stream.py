@@ -1,0 +1,316 @@
+"""Samples of prepared data sets as packed batches, the same global batches for any number of ranks and workers.
+
+Order is a pure function (see order.py), so a resume starts at its step without reading anything before it, and a
+worker needs to know nothing but which slots of which step to make.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mmpeft_ds.data import order
+from mmpeft_ds.data.batch import PackedBatch, Sample, pack
+from mmpeft_ds.data.decode import EXTENSIONS, decode
+from mmpeft_ds.data.manifest import Manifest
+from mmpeft_ds.data.options import DataOptions
+from mmpeft_ds.data.shards import ShardReader, members
+from mmpeft_ds.data.workers import WorkerPool
+from mmpeft_ds.errors import BadInput, BadSample
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class StreamSource:
+    """One split of a data set and what is made of its samples. With workers, the functions must pickle.
+
+    Attributes:
+        manifest: of the data set; sample ids are `manifest.name/key`.
+        split: which split.
+        read: (record, torch.Generator) -> texts and one target a text; raises BadSample.
+        image_transform: (uint8 (3, H, W), torch.Generator) -> what `collate_images` takes. Its attribute `min_size`,
+            (height, width), is what `decode: scaled` aims at; without it images are decoded at full size.
+        collate_images, collate_texts, collate_targets: non-empty flat list -> tensors, see `data.batch.pack`.
+        fields: json fields that every record must have.
+        weight: share of the steps, relative to the other sources'.
+    """
+
+    manifest: Manifest
+    split: str
+    read: Callable[[dict[str, Any], torch.Generator], tuple[list[str], list[Any]]]
+    image_transform: Callable[[Tensor, torch.Generator], Any]
+    collate_images: Callable[[list[Any]], dict[str, Tensor]]
+    collate_texts: Callable[[list[str]], dict[str, Tensor]]
+    collate_targets: Callable[[list[Any]], dict[str, Tensor]]
+    fields: Sequence[str] = ()
+    weight: float = 1.0
+
+
+@dataclass
+class Step:
+    """What one rank does in one optimizer step.
+
+    Attributes:
+        source: index of the source (so of the task).
+        step: step of the epoch.
+        micro: as many batches as accumulation steps, of equally many slots on every rank; some may hold no sample.
+    """
+
+    source: int
+    step: int
+    micro: list[PackedBatch] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class _Request:
+    """One micro-batch: slots of a visit; None is padding."""
+
+    visit: order.Visit
+    slots: tuple[int | None, ...]
+
+
+class Stream:
+    """Epochs of one rank.
+
+    Args:
+        sources: at least one; each step takes all its slots from one of them.
+        options: `global_batch` slots a step, workers, shuffling, limits.
+        rank, world_size: this rank; the global batch does not depend on them.
+        accumulation: micro-batches a step.
+        seed: of order, augmentation and choices.
+        train: shuffle and obey `last_batch`; otherwise the manifest's order, every sample exactly once, and epoch 0's
+            choices in every epoch.
+        pin_memory: put batches into pinned memory, from which a GPU copies asynchronously.
+
+    Raises:
+        BadInput: no source, an unknown split, a `pipe:` URL that is not allowed, or an epoch without a step.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[StreamSource],
+        options: DataOptions,
+        *,
+        rank: int = 0,
+        world_size: int = 1,
+        accumulation: int = 1,
+        seed: int = 0,
+        train: bool = True,
+        pin_memory: bool = False,
+    ):
+        if not sources:
+            raise BadInput("data.sources: empty. Name at least one prepared data set.")
+        last_batch = options.last_batch if train else "pad"
+        self.slots = options.global_batch
+        self.micro_slots = order.micro_slots(self.slots, rank, world_size, accumulation)
+        self.sizes = [s.manifest.samples(s.split) for s in sources]
+        steps = [order.steps_of(n, self.slots, last_batch) for n in self.sizes]
+        for source, n, count in zip(sources, self.sizes, steps, strict=True):
+            if count == 0:
+                raise BadInput(
+                    f"{source.manifest.dir}: split {source.split!r} has {n} samples, fewer than data.global_batch "
+                    f"{self.slots}. Use a smaller batch, or data.last_batch: pad."
+                )
+        self.mix = order.Mix(steps, [s.weight if train else 1.0 for s in sources], seed)
+        self.loader = _Loader(sources, options, seed, train)
+        self._pool = WorkerPool(self.loader, options.workers, options.prefetch, pin_memory)
+
+    @property
+    def num_samples(self) -> int:
+        """Samples of all sources together, on all ranks."""
+        return sum(self.sizes)
+
+    def steps_per_epoch(self, epoch: int = 0) -> int:
+        """Optimizer steps of an epoch, equal on all ranks."""
+        return self.mix.steps
+
+    def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Step]:
+        """Steps `start_step`, `start_step`+1, ... of an epoch; nothing before is read.
+
+        Only one epoch of a stream can be open: starting another ends the earlier one.
+
+        Raises:
+            BadInput: if a shard is missing or unreachable.
+        """
+        made = self._pool.run(self._requests(epoch, start_step))
+        for step in range(start_step, self.mix.steps):
+            source = self.mix.at(epoch, step).source
+            yield Step(source, step, [next(made) for _ in self.micro_slots])
+
+    def close(self) -> None:
+        """End the workers; the stream cannot be used afterwards."""
+        self._pool.close()
+        self.loader.close()
+
+    def _requests(self, epoch: int, start_step: int) -> Iterator[_Request]:
+        for step in range(start_step, self.mix.steps):
+            visit = self.mix.at(epoch, step)
+            for slots in self.micro_slots:
+                yield _Request(visit, tuple(slots))
+
+
+class _Loader:
+    """Makes the micro-batch of a request, in whatever process; its caches never change what comes out."""
+
+    def __init__(self, sources: Sequence[StreamSource], options: DataOptions, seed: int, train: bool):
+        self.sources, self.options, self.seed, self.train = list(sources), options, seed, train
+        self.readers = [ShardReader(s.manifest, s.split, options.cache_dir, options.allow_pipe) for s in sources]
+        self._orders: dict[int, tuple[int, order.EpochOrder]] = {}
+
+    def __call__(self, request: _Request) -> PackedBatch:
+        visit = request.visit
+        epoch = visit.epoch if self.train else 0
+        places = self._order(visit.source, epoch)
+        positions = [
+            None if slot is None else order.position_of(len(places), self.options.global_batch, slot, visit.step)
+            for slot in request.slots
+        ]
+        wanted = [places[p] for p in positions if p is not None]
+        pieces = iter(zip(wanted, self.readers[visit.source].read(wanted), strict=True))
+        samples = [Sample() if p is None else self._sample(visit.source, epoch, *next(pieces)) for p in positions]
+        source = self.sources[visit.source]
+        return pack(samples, source.collate_images, source.collate_texts, source.collate_targets)
+
+    def close(self) -> None:
+        for reader in self.readers:
+            reader.close()
+
+    def _order(self, source: int, epoch: int) -> order.EpochOrder:
+        if self._orders.get(source, (None,))[0] != epoch:
+            sizes = [shard.samples for shard in self.readers[source].shards]
+            key = order.key_of(self.seed, "order", source, epoch)
+            self._orders[source] = (epoch, order.EpochOrder(sizes, key, self.options.shuffle_block, self.train))
+        return self._orders[source][1]
+
+    def _sample(self, source: int, epoch: int, place: tuple[int, int], piece: bytes | BadSample) -> Sample:
+        """One slot; whatever is wrong with the sample makes it a slot of weight 0."""
+        name, shard = self.sources[source].manifest.name, self.readers[source].shards[place[0]].file
+        # Stands in for the key of a sample that is too damaged to tell it.
+        key = f"#{place[1]}"
+        try:
+            if isinstance(piece, BadSample):
+                raise piece
+            key, parts = members(piece)
+            return self._good_sample(self.sources[source], epoch, f"{name}/{key}", parts)
+        except BadSample as bad:
+            log.warning("bad sample %s in %s: %s", key, shard, bad)
+            return Sample(sample_id=f"{name}/{key}", bad=(bad.kind, shard, key))
+
+    def _good_sample(self, source: StreamSource, epoch: int, sample_id: str, parts: dict[str, bytes]) -> Sample:
+        generator = torch.Generator().manual_seed(order.key_of(self.seed, "sample", epoch, sample_id))
+        record = _record(parts, source.fields)
+        try:
+            texts, targets = source.read(record, generator)
+        except (TypeError, KeyError, ValueError, IndexError, AttributeError) as error:
+            # A record of the wrong shape; a task need not test the type of everything it touches.
+            raise BadSample("type", f"{type(error).__name__}: {error}") from error
+        if len(texts) != len(targets):
+            raise BadSample("type", f"{len(texts)} texts but {len(targets)} targets")
+        min_size = getattr(source.image_transform, "min_size", None) if self.options.decode == "scaled" else None
+        images = [
+            source.image_transform(decode(parts[name], self.options.max_pixels, min_size), generator)
+            for name in _image_names(parts)
+        ]
+        return Sample(sample_id, 1.0, images, texts, targets, record)
+
+
+class BadBudget:
+    """Counts bad samples and says when there are too many. Every rank feeds its own; merged, all see the same.
+
+    Args:
+        max_fraction: bad samples allowed, as a share of the samples of an epoch or of those read, whichever are more;
+            rounded up, so that 0 allows none and anything else at least one.
+        max_in_a_row: bad samples since the last good one that stop the run; over ranks their runs add up.
+        num_samples: samples of an epoch, see `Stream.num_samples`.
+    """
+
+    LISTED = 20
+
+    def __init__(self, max_fraction: float, max_in_a_row: int, num_samples: int = 0):
+        self.max_fraction, self.max_in_a_row, self.num_samples = max_fraction, max_in_a_row, num_samples
+        self.seen, self.bad, self.in_a_row = 0, 0, 0
+        self.counts: dict[str, int] = {}
+        self.listed: list[tuple[str, str, str]] = []
+
+    def feed(self, batch: PackedBatch) -> None:
+        """Count one micro-batch of this rank; padding counts as nothing."""
+        for sample_id, weight in zip(batch.sample_id, batch.weight.tolist(), strict=True):
+            self.seen += bool(sample_id)
+            self.in_a_row = 0 if weight > 0 else self.in_a_row + bool(sample_id)
+        self.bad += len(batch.bad)
+        for kind, _, _ in batch.bad:
+            self.counts[kind] = self.counts.get(kind, 0) + 1
+        self.listed = [*self.listed, *map(tuple, batch.bad)][: self.LISTED]
+
+    def state(self) -> dict[str, Any]:
+        """Plain data for the other ranks, and for a checkpoint."""
+        names = ("seen", "bad", "in_a_row", "counts", "listed")
+        return {name: getattr(self, name) for name in names}
+
+    def merged(self, states: Sequence[dict[str, Any]]) -> BadBudget:
+        """A budget with the same limits that has seen what all `states` have seen."""
+        total = BadBudget(self.max_fraction, self.max_in_a_row, self.num_samples)
+        for state in states:
+            total.seen, total.bad = total.seen + state["seen"], total.bad + state["bad"]
+            total.in_a_row += state["in_a_row"]
+            for kind, count in state["counts"].items():
+                total.counts[kind] = total.counts.get(kind, 0) + count
+            total.listed = [*total.listed, *map(tuple, state["listed"])][: self.LISTED]
+        return total
+
+    def problem(self) -> str | None:
+        """One line if the run must stop, with the first bad samples; None while within the budget."""
+        allowed = int(np.ceil(self.max_fraction * max(self.seen, self.num_samples)))
+        if self.bad <= allowed and self.in_a_row < self.max_in_a_row:
+            return None
+        kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(self.counts.items()))
+        samples = "; ".join(f"{shard} {key} ({kind})" for kind, shard, key in self.listed)
+        more = f" and {self.bad - len(self.listed)} more" if self.bad > len(self.listed) else ""
+        return (
+            f"{self.bad} bad of {self.seen} samples read ({kinds}), {self.in_a_row} in a row: {samples}{more}. Mend "
+            f"the data, or raise data.max_bad_fraction ({self.max_fraction}) or data.max_bad_in_a_row "
+            f"({self.max_in_a_row})."
+        )
+
+
+def _record(parts: dict[str, bytes], fields: Sequence[str]) -> dict[str, Any]:
+    """The json of a sample with features (`KEY.npy`) under `features`, or `KEY.name.npy` under `name`."""
+    try:
+        record = json.loads(parts.get("json", b"{}"))
+    except ValueError as error:
+        raise BadSample("json", str(error)) from error
+    if not isinstance(record, dict):
+        raise BadSample("json", f"holds a {type(record).__name__}, not an object")
+    for name, data in parts.items():
+        if name == "npy" or name.endswith(".npy"):
+            record[name.removesuffix("npy").rstrip(".") or "features"] = _array(data)
+    for name in fields:
+        if name not in record:
+            raise BadSample("field", f"no field {name!r}")
+    return record
+
+
+def _array(data: bytes) -> Tensor:
+    try:
+        return torch.from_numpy(np.load(io.BytesIO(data), allow_pickle=False))
+    except (ValueError, OSError, EOFError, TypeError) as error:
+        raise BadSample("npy", str(error)) from error
+
+
+def _image_names(parts: dict[str, bytes]) -> list[str]:
+    """Names of the images of a sample in order: `jpg`, or `0.jpg`, `1.png`, ..., `10.jpg`."""
+
+    def rank(name: str) -> tuple[int, str]:
+        head = name.rpartition(".")[0]
+        return (int(head) if head.isdecimal() else -1, name)
+
+    return sorted((n for n in parts if n.rsplit(".", 1)[-1] in EXTENSIONS), key=rank)

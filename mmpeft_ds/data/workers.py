@@ -1,0 +1,165 @@
+"""Processes that make batches, started so that they neither inherit nor disturb the training process.
+
+A fork server is used: a fresh process that imports what the workers need once and forks them. A plain fork of a
+training process would copy its threads' locks, its CUDA context and its connections to other ranks, which then outlive
+it: a rank that was killed would look alive to the others.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import multiprocessing
+import os
+import pickle
+import pickletools
+import signal
+import sys
+import types
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from multiprocessing import forkserver
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from mmpeft_ds.errors import BadInput
+
+# Imported by the fork server before it forks the first worker.
+PRELOAD = "mmpeft_ds.data._fork_server"
+
+
+class WorkerPool:
+    """Maps a function over requests in worker processes, in order.
+
+    Args:
+        make: request -> result; must pickle if there are workers. Results that have `pin_memory` are pinned on demand.
+        workers: processes; 0 calls `make` in this process when a result is asked for.
+        prefetch: results each worker prepares ahead.
+        pin_memory: hand out results in pinned memory.
+    """
+
+    def __init__(self, make: Callable[[Any], Any], workers: int, prefetch: int, pin_memory: bool = False):
+        self.make, self._requests = make, _Requests()
+        self._loader, self._running, self._processes = None, None, []
+        if workers == 0:
+            return
+        payload = pickle.dumps(make)
+        self._keep_main = b"__main__" in payload
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload([PRELOAD, *_modules_in(payload)])
+        # Now, so that it imports while the caller goes on.
+        forkserver.ensure_running()
+        self._loader = DataLoader(
+            _Maker(payload),
+            batch_size=None,
+            sampler=self._requests,
+            num_workers=workers,
+            collate_fn=_unchanged,
+            prefetch_factor=prefetch,
+            persistent_workers=True,
+            worker_init_fn=_init_worker,
+            multiprocessing_context=context,
+            pin_memory=pin_memory,
+        )
+        # Without this, leaving Python on an error would wait for workers that ignore SIGTERM.
+        atexit.register(_close, weakref.ref(self))
+
+    def run(self, requests: Iterable[Any]) -> Iterator[Any]:
+        """Results in the order of `requests`. A later call ends the earlier one.
+
+        Raises:
+            BadInput: as `make` raised it.
+        """
+        self._stop()
+        self._running = map(self.make, requests) if self._loader is None else self._from_workers(requests)
+        return self._running
+
+    def close(self) -> None:
+        """End the workers, kindly at first."""
+        self._stop()
+        self._loader = None
+        for process in self._processes:
+            process.join(timeout=5)
+            if process.is_alive():
+                process.kill()
+        self._processes = []
+
+    def _stop(self) -> None:
+        """End the run whose results somebody may still hold; it keeps the workers alive otherwise."""
+        if hasattr(self._running, "close"):
+            self._running.close()
+        self._running = None
+
+    def _from_workers(self, requests: Iterable[Any]) -> Iterator[Any]:
+        self._requests.pending = requests
+        before = set(multiprocessing.active_children())
+        with _main_hidden(not self._keep_main):
+            results = iter(self._loader)
+        self._processes += [p for p in multiprocessing.active_children() if p not in before]
+        for result in results:
+            if isinstance(result, BadInput):
+                raise result
+            yield result
+
+
+class _Requests(Sampler):
+    """What the workers are asked for, exchanged between epochs."""
+
+    pending: Iterable[Any] = ()
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.pending)
+
+
+class _Maker(Dataset):
+    """`make` as a data set; unpickled once in each worker."""
+
+    def __init__(self, payload: bytes):
+        self.payload, self.make = payload, None
+
+    def __getitem__(self, request: Any) -> Any:
+        if self.make is None:
+            self.make = pickle.loads(self.payload)
+        try:
+            return self.make(request)
+        except BadInput as error:
+            # Raised in the worker it would come back as a page of traceback.
+            return error
+
+
+def _unchanged(result: Any) -> Any:
+    return result
+
+
+def _init_worker(_: int) -> None:
+    # The main process decides when to stop; a signal to the whole group must not take its data away before.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    torch.set_num_threads(1)
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+
+def _modules_in(payload: bytes) -> list[str]:
+    """Modules that unpickling imports: loaded once in the server instead of once in every worker."""
+    named = {arg for _, arg, _ in pickletools.genops(payload) if isinstance(arg, str)}
+    return sorted(name for name in named & set(sys.modules) if name != "__main__")
+
+
+@contextlib.contextmanager
+def _main_hidden(hide: bool) -> Iterator[None]:
+    """Keep new processes from running the main script again, which they do to find what is defined there."""
+    main = sys.modules["__main__"]
+    if hide:
+        sys.modules["__main__"] = types.ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main
+
+
+def _close(pool: weakref.ref) -> None:
+    alive = pool()
+    if alive is not None:
+        alive.close()
