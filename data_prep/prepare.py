@@ -75,9 +75,10 @@ def prepare(argv: list[str]) -> None:
         _clear(out)
     elif _is_done(out, wanted, shaping):
         return
+    jobs = _jobs(args, source, options)  # reads what there is to read before anything is written
     with _locked(out):
         _write_plan(out, wanted, shaping)
-        _make_shards(out, args, source, options, wanted["source"])
+        _make_shards(out, args, source, jobs, wanted["source"])
     shutil.rmtree(out / PARTS)
     _report(Manifest.load(out), f"prepared in {out}")
 
@@ -114,11 +115,10 @@ def _parse(argv: list[str]) -> tuple[Any, Source, Any]:
     return args, source, options
 
 
-def _make_shards(out: Path, args: Any, source: Source, options: Any, description: dict[str, Any]) -> None:
-    """Run all jobs that are not done yet, then write the manifest."""
-    splits = source.splits()
+def _jobs(args: Any, source: Source, options: Any) -> list[Job]:
+    """All shards of all splits."""
     jobs: list[Job] = []
-    for split in splits:
+    for split in source.splits():
         if not re.fullmatch("[a-z0-9_]+", split):
             raise BadInput(f"split {split!r}: the name of a split may hold a-z, 0-9 and _ only.")
         total = source.count(split)
@@ -126,9 +126,15 @@ def _make_shards(out: Path, args: Any, source: Source, options: Any, description
             raise BadInput(f"{args.source}: split {split!r} has no samples.")
         step = args.samples_per_shard
         for number, first in enumerate(range(0, total, step)):
-            job = Job(args.source, options, out, args.name, split, number, first, min(step, total - first))
+            job = Job(args.source, options, args.out, args.name, split, number, first, min(step, total - first))
             jobs.append(job)
-    _SOURCES[args.source, repr(options)] = source  # forked workers find it ready
+    return jobs
+
+
+def _make_shards(out: Path, args: Any, source: Source, jobs: list[Job], description: dict[str, Any]) -> None:
+    """Run all jobs that are not done yet, then write the manifest."""
+    splits = list(dict.fromkeys(job.split for job in jobs))
+    _SOURCES[args.source, repr(jobs[0].options)] = source  # forked workers find it ready
     parts: list[Part | None] = [None] * len(jobs)
     kept = 0
     with Progress(f"{args.source}", sum(job.count for job in jobs)) as progress:

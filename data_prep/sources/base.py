@@ -1,4 +1,4 @@
-"""What a data source must offer. One file per data set in this folder; its `ENTRY` is a class that satisfies `Source`."""
+"""What a data source must offer. One file per data set in this folder; `ENTRY` in it satisfies `Source`."""
 
 from __future__ import annotations
 

@@ -63,9 +63,9 @@ class Manifest:
         samples_per_shard: of every shard but the last of a split.
         splits: split -> its shards, in order.
         index: split -> its side file.
-        fields: split -> field path (`questions[].answers`) -> {type, present, min, mean, max}; the last three are lengths
-            of text and lists or values of numbers; `images` counts the images of a sample, `features` the numbers of
-            its array.
+        fields: split -> field path (`questions[].answers`) -> {type, present, min, mean, max}; the last three are
+            lengths of text and lists or values of numbers; `images` counts the images of a sample, `features` the
+            numbers of its array.
         labels: closed list of answers or classes in the order of their class index, or None.
         label_counts: how often each label occurs in the training split, or None.
         statistics: features' key -> {mean, std, count, split, ...}, added by data_prep/feature_stats.py.
@@ -171,11 +171,10 @@ class Manifest:
             )
         local = local_path(self.path(info.file))
         # The file of a local set is mapped, so that all ranks of a node share its pages.
+        expected = (self.samples(split), 2)
         table = np.load(local, mmap_mode="r") if local else np.load(io.BytesIO(data), allow_pickle=False)
-        if table.shape != (self.samples(split), 2) or table.dtype != np.int64:
-            raise BadInput(
-                f"{self.path(info.file)}: {table.dtype} {table.shape}, expected int64 ({self.samples(split)}, 2); {hint}."
-            )
+        if table.shape != expected or table.dtype != np.int64:
+            raise BadInput(f"{self.path(info.file)}: {table.dtype} {table.shape}, expected int64 {expected}; {hint}.")
         self._index_cache[split] = table
         return table
 

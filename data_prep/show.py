@@ -1,0 +1,187 @@
+"""Look at prepared shards: counts, field statistics, labels, and a contact sheet.
+
+python data_prep/show.py DIR [--split train] [--out sheet.png] [--samples 24]
+"""
+
+from __future__ import annotations
+
+import io
+import sys
+import textwrap
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+if str(ROOT) not in sys.path:
+    sys.path.insert(0, str(ROOT))
+
+import fsspec  # noqa: E402
+from PIL import Image, ImageDraw, ImageFont  # noqa: E402
+from rich.console import Console  # noqa: E402
+from rich.table import Column, Table  # noqa: E402
+
+from data_prep.options import Parser  # noqa: E402
+from data_prep.reading import StoredSample, read_sample  # noqa: E402
+from mmpeft_ds.data.manifest import Manifest  # noqa: E402
+from mmpeft_ds.errors import BadInput  # noqa: E402
+
+TILE, MARGIN, LINES, COLUMNS = 220, 10, 6, 6
+
+
+def main(argv: list[str]) -> int:
+    try:
+        parser = Parser(prog="show.py", description=__doc__)
+        parser.add_argument("dir", metavar="DIR", help="directory with a manifest.json; a path or a URL")
+        parser.add_argument("--split", help="only this one (default: tables of all, pictures of the first)")
+        parser.add_argument("--out", type=Path, help="write a contact sheet there (.png)")
+        parser.add_argument("--samples", type=int, default=24, help="how many samples on the sheet, evenly spread")
+        args = parser.parse_args(argv)
+        if args.samples < 1:
+            raise BadInput(f"--samples: {args.samples} is too few.")
+        manifest = Manifest.load(args.dir)
+        splits = [args.split] if args.split else list(manifest.splits)
+        manifest.shards(splits[0])  # refuses an unknown split
+        print_tables(manifest, splits)
+        if args.out:
+            try:
+                contact_sheet(manifest, splits[0], args.samples).save(args.out)
+            except (OSError, ValueError) as error:
+                raise BadInput(f"--out {args.out}: cannot be written ({error}).") from error
+            print(f"contact sheet of {splits[0]!r}: {args.out}")
+    except BadInput as error:
+        print(error, file=sys.stderr)
+        return 2
+    return 0
+
+
+def print_tables(manifest: Manifest, splits: list[str]) -> None:
+    """Counts, field statistics and labels as tables on stdout."""
+    console = Console(width=None if sys.stdout.isatty() else 118, markup=False)
+    source = manifest.source
+    console.print(f"{manifest.name}, from {source['name']}, licence {manifest.licence}, {manifest.dir}")
+    table = Table("split", *(_right(n) for n in ("samples", "shards", "MB", "images")))
+    for split in splits:
+        shards, images = manifest.shards(split), manifest.fields[split].get("images", {})
+        size = sum(s.bytes for s in shards) / 1e6
+        total = round(images.get("mean", 0) * images.get("present", 0))
+        table.add_row(split, f"{manifest.samples(split):,}", f"{len(shards):,}", f"{size:,.1f}", f"{total:,}")
+    console.print(table)
+    for split in splits:
+        table = Table(
+            "field", "type", *(_right(n) for n in ("present", "min", "mean", "max")), title=f"fields of {split}"
+        )
+        table.caption = "lengths of texts and lists, values of numbers"
+        for path, stats in manifest.fields[split].items():
+            numbers = (f"{stats[n]:,.6g}" for n in ("min", "mean", "max"))
+            table.add_row(path, stats["type"], f"{stats['present']:,}", *numbers)
+        console.print(table)
+    if manifest.labels:
+        total = max(sum(manifest.label_counts), 1)
+        shown = list(zip(manifest.labels, manifest.label_counts, strict=True))[:20]
+        more = f"{len(manifest.labels)} labels" + (", the first 20" if len(manifest.labels) > 20 else "")
+        table = Table("label", _right("in training"), _right("share"), title=more)
+        for label, count in shown:
+            table.add_row(label, f"{count:,}", f"{count / total:.1%}")
+        console.print(table)
+    for key, stats in manifest.statistics.items():
+        console.print(f"feature statistics {key}: {len(stats['mean'])} dimensions over {stats['count']:,} images")
+
+
+def contact_sheet(manifest: Manifest, split: str, count: int) -> Image.Image:
+    """A picture of `count` samples spread evenly over the split, each with its first image and its texts."""
+    total = manifest.samples(split)
+    numbers = sorted({i * total // min(count, total) for i in range(min(count, total))})
+    rows = -(-len(numbers) // COLUMNS)
+    font = ImageFont.load_default(13)
+    height = TILE + LINES * 16 + MARGIN
+    sheet = Image.new("RGB", (min(COLUMNS, len(numbers)) * (TILE + MARGIN) + MARGIN, rows * height + MARGIN), "white")
+    draw = ImageDraw.Draw(sheet)
+    for place, number in enumerate(numbers):
+        x = MARGIN + place % COLUMNS * (TILE + MARGIN)
+        y = MARGIN + place // COLUMNS * height
+        picture, caption = _tile(manifest, split, number)
+        draw.rectangle((x, y, x + TILE - 1, y + TILE - 1), fill="#eeeeee")
+        if picture is not None:
+            sheet.paste(picture, (x + (TILE - picture.width) // 2, y + (TILE - picture.height) // 2))
+        draw.multiline_text((x, y + TILE + 2), _wrap(caption, font), fill="black", font=font, spacing=2)
+    return sheet
+
+
+def _tile(manifest: Manifest, split: str, number: int) -> tuple[Image.Image | None, list[str]]:
+    """(images of one sample side by side, caption lines); a sample that cannot be read says so in its place."""
+    try:
+        sample = _sample(manifest, split, number)
+    except ValueError as error:
+        return None, [f"sample {number}: {error}"]
+    pictures = []
+    shown = sample.images[:4]
+    across = 1 if len(shown) == 1 else 2
+    for data in shown:
+        try:
+            with Image.open(io.BytesIO(data)) as image:
+                picture = image.convert("RGBA")
+        except (OSError, Image.DecompressionBombError):
+            return None, [f"{sample.key}: an image cannot be read"]
+        scale = min(TILE / across / picture.width, TILE / across / picture.height)
+        size = max(round(picture.width * scale), 1), max(round(picture.height * scale), 1)
+        ground = Image.new("RGBA", size, "white")
+        ground.alpha_composite(
+            picture.resize(size, Image.Resampling.BICUBIC if scale < 1 else Image.Resampling.NEAREST)
+        )
+        pictures.append(ground.convert("RGB"))
+    lines = [
+        f"{sample.key}" + (f"  {len(sample.images)} images" if len(sample.images) != 1 else ""),
+        *describe(sample),
+    ]
+    if not pictures:
+        return None, lines
+    tile = Image.new("RGB", (TILE, TILE), "#eeeeee")
+    cell = TILE // across
+    for i, picture in enumerate(pictures):
+        x, y = i % across * cell, i // across * cell
+        tile.paste(picture, (x + (cell - picture.width) // 2, y + (cell - picture.height) // 2))
+    return tile, lines
+
+
+def _sample(manifest: Manifest, split: str, number: int) -> StoredSample:
+    for i, shard in enumerate(manifest.shards(split)):
+        if number < shard.samples:
+            begin, length = manifest.offsets(split, i)[number].tolist()
+            with fsspec.open(manifest.path(shard.file), "rb") as stream:
+                return read_sample(stream, begin, length)
+        number -= shard.samples
+    raise ValueError("is beyond the end of the split")
+
+
+def describe(sample: StoredSample) -> list[str]:
+    """A record's texts in a few lines: whatever of captions, questions, label and conversation it has."""
+    record = sample.record
+    lines = []
+    if "class_name" in record:
+        lines.append(f"{record['label']}: {record['class_name']}")
+    lines += record.get("captions", [])[:2]
+    questions = record.get("questions", [])
+    for question in questions[:3]:
+        answers = dict.fromkeys(question["answers"])
+        lines.append(f"{question['question']} {' | '.join(answers)}")
+    if len(questions) > 3:
+        lines.append(f"... {len(questions)} questions")
+    lines += [f"{turn['from']}: {turn['value']}" for turn in record.get("conversations", [])[:2]]
+    if sample.features is not None:
+        lines.append(f"features {sample.features.dtype} {sample.features.shape}")
+    return lines
+
+
+def _wrap(lines: list[str], font: ImageFont.FreeTypeFont) -> str:
+    wide = int(TILE / font.getlength("n"))
+    wrapped = [part for line in lines for part in textwrap.wrap(line, wide) or [""]]
+    if len(wrapped) > LINES:
+        wrapped = [*wrapped[: LINES - 1], "..."]
+    return "\n".join(wrapped)
+
+
+def _right(name: str) -> Column:
+    return Column(name, justify="right")
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,330 @@
+"""Your own data: one JSON object a line, in one or more files a split.
+
+    {"image": "a.jpg", "caption": "two dogs"}                             or "captions": [...]
+    {"image": "a.jpg", "question": "how many?", "answer": "2"}            or "answers": [10 annotators]
+    {"image": ["l.jpg", "r.jpg"], "questions": [{"question": "same?", "answer": "yes"}, ...]}
+    {"image": "a.jpg", "label": "cat"}                                    or an integer
+    {"image": "a.jpg", "conversations": [{"from": "human", "value": "<image> What?"}, {"from": "gpt", "value": "..."}]}
+
+`image` is one path, a list of paths (several images, video frames) or absent (text only). A line may hold several of
+these; `id` names the sample; any other key is kept under `extra`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data_prep.sources.base import RawSample
+from data_prep.sources.image_folder import EXTENSIONS
+from mmpeft_ds.errors import BadInput
+
+SHOWN = 20
+MAX_CLASSES = 1_000_000
+CONTENT = ("caption", "captions", "question", "questions", "label", "conversations")
+KNOWN = {"id", "image", "answer", "answers", "class_name", "question_id", "type", *CONTENT}
+
+
+@dataclass
+class Options:
+    """Options of the source.
+
+    Attributes:
+        train: JSONL files of the training split.
+        val: JSONL files of the validation split.
+        test: JSONL files of the test split.
+        image_root: folder that image paths are relative to (default: the folder of the JSONL file).
+        min_answer_count: answers given less often in training are not in the closed answer list.
+        max_answers: length of the closed answer list at most; 0 stores none.
+        licence: written to the manifest.
+    """
+
+    train: list[Path] = field(default_factory=list)
+    val: list[Path] = field(default_factory=list)
+    test: list[Path] = field(default_factory=list)
+    image_root: Path | None = None
+    min_answer_count: int = 1
+    max_answers: int = 5000
+    licence: str = "unknown"
+
+
+class Jsonl:
+    Options = Options
+
+    def __init__(self, options: Options):
+        self.options = options
+        self.licence = options.licence
+        self._files = {s: getattr(options, s) for s in ("train", "val", "test") if getattr(options, s)}
+        if not self._files:
+            raise BadInput("jsonl: no input. Give --train FILE.jsonl [FILE.jsonl ...], --val, --test.")
+        for path in (p for files in self._files.values() for p in files):
+            if not path.is_file():
+                raise BadInput(f"{path}: no such file.")
+
+    def splits(self) -> list[str]:
+        """Reads every line and looks for every image before anything is written."""
+        problems: list[str] = []
+        missing: dict[str, str] = {}
+        for split, files in self._files.items():
+            for file in files:
+                for number, line in _lines(file):
+                    try:
+                        images, _ = self._parse(line, file, split)
+                    except ValueError as error:
+                        problems.append(f"{file}:{number}: {error}")
+                        continue
+                    for path in images:
+                        if str(path) not in missing and not path.is_file():
+                            missing[str(path)] = f"{file}:{number}: image {path} does not exist"
+        problems += missing.values()
+        for problem in problems[:SHOWN]:
+            print(problem, file=sys.stderr)
+        if problems:
+            more = f", {SHOWN} of them shown above" if len(problems) > SHOWN else ", shown above"
+            names = " ".join(str(f) for files in self._files.values() for f in files)
+            raise BadInput(
+                f"{names}: {len(problems)} problems{more}. Nothing was written. Mend these lines or remove them."
+            )
+        return list(self._files)
+
+    def fingerprint(self) -> dict[str, str]:
+        """sha256 of every JSONL file. Images are named in them; their bytes are not read twice for this."""
+        found = {}
+        for split, files in self._files.items():
+            for i, file in enumerate(files):
+                with open(file, "rb") as stream:
+                    digest = hashlib.sha256()
+                    while block := stream.read(1 << 20):
+                        digest.update(block)
+                found[f"{split}[{i}]"] = digest.hexdigest()
+        return found
+
+    def labels(self, split: str) -> list[str] | None:
+        """Class names, or else the most frequent answers (equals in alphabetic order), or None."""
+        if self._classes:
+            return self._classes
+        counts: Counter[str] = Counter()
+        for _, line, _ in self._objects(split):
+            for question in _questions(line):
+                counts.update(question["answers"])
+        kept = [a for a, n in counts.items() if n >= self.options.min_answer_count]
+        return sorted(kept, key=lambda a: (-counts[a], a))[: self.options.max_answers] or None
+
+    def count(self, split: str) -> int:
+        return sum(len(table) for _, table in self._tables[split])
+
+    def samples(self, split: str, start: int = 0) -> Iterator[RawSample]:
+        for file, table in self._tables[split]:
+            if start >= len(table):
+                start -= len(table)
+                continue
+            with open(file, "rb") as stream:
+                for number, offset in table[start:].tolist():
+                    stream.seek(offset)
+                    line = stream.readline()
+                    try:
+                        images, record = self._parse(line, file, split)
+                        encoded = [(path.suffix[1:], path.read_bytes()) for path in images]
+                    except (ValueError, OSError) as error:
+                        raise BadInput(f"{file}:{number}: {error}") from error
+                    yield RawSample(str(json.loads(line).get("id", f"{file.name}:{number}")), encoded, record)
+            start = 0
+
+    @cached_property
+    def _tables(self) -> dict[str, list[tuple[Path, np.ndarray]]]:
+        """Split -> (file, (lines, 2) of line number and byte offset); lets a shard begin anywhere."""
+        return {split: [(file, _line_table(file)) for file in files] for split, files in self._files.items()}
+
+    @cached_property
+    def _classes(self) -> list[str]:
+        """Class names of the first split in the order of the class index; empty if its lines have no labels.
+
+        Text labels are numbered in alphabetic order; integer labels keep their number and may bring a `class_name`.
+        """
+        names: dict[int | str, str] = {}
+        for _, line, _ in self._objects(next(iter(self._files))):
+            if _is_label(line.get("label")):
+                names[line["label"]] = str(line.get("class_name", line["label"]))
+        if not names or len({type(label) for label in names}) > 1:
+            return []
+        if isinstance(next(iter(names)), str):
+            return sorted(names)
+        return [names.get(i, str(i)) for i in range(max(names) + 1)]
+
+    def _objects(self, split: str) -> Iterator[tuple[int, dict[str, Any], Path]]:
+        """(line number, object, file) of the lines that hold an object."""
+        for file in self._files[split]:
+            for number, line in _lines(file):
+                try:
+                    found = json.loads(line)
+                except ValueError:
+                    continue
+                if isinstance(found, dict):
+                    yield number, found, file
+
+    def _parse(self, line: bytes, file: Path, split: str) -> tuple[list[Path], dict[str, Any]]:
+        """(image paths, record) of one line; ValueError says what is wrong with it."""
+        try:
+            found = json.loads(line.decode("utf-8"), parse_constant=_no_constant)
+        except UnicodeDecodeError as error:
+            raise ValueError(f"is not UTF-8 (byte {error.start})") from error
+        except json.JSONDecodeError as error:
+            raise ValueError(f"is no JSON object ({error.msg} at column {error.colno})") from error
+        if not isinstance(found, dict):
+            raise ValueError(f"is a JSON {type(found).__name__}, expected an object {{...}}")
+        if not any(name in found for name in CONTENT):
+            raise ValueError(f"has none of {', '.join(CONTENT)}")
+        images = self._images(found, file)
+        record: dict[str, Any] = {}
+        if "caption" in found or "captions" in found:
+            record["captions"] = _captions(found)
+        if "question" in found or "questions" in found:
+            record["questions"] = _questions(found, strict=True)
+        if "label" in found:
+            record.update(self._label(found, split))
+        if "conversations" in found:
+            record["conversations"] = _conversations(found["conversations"], len(images))
+        extra = {k: v for k, v in found.items() if k not in KNOWN}
+        return images, {**record, "extra": extra} if extra else record
+
+    def _images(self, found: dict[str, Any], file: Path) -> list[Path]:
+        value = found.get("image")
+        if value is None:
+            return []
+        paths = value if isinstance(value, list) else [value]
+        if not all(isinstance(p, str) and p for p in paths):
+            raise ValueError("'image' must be a path or a list of paths")
+        root = self.options.image_root or file.parent
+        for path in paths:
+            if Path(path).suffix.lower() not in EXTENSIONS:
+                raise ValueError(f"image {path!r} has none of the extensions {' '.join(sorted(EXTENSIONS))}")
+        return [root / path for path in paths]
+
+    def _label(self, found: dict[str, Any], split: str) -> dict[str, Any]:
+        label = found["label"]
+        if not _is_label(label):
+            raise ValueError(f"'label' must be a text or an integer in [0, {MAX_CLASSES:,})")
+        if not self._classes:
+            raise ValueError("labels are texts in some lines and integers in others, or the first split has none")
+        if isinstance(label, int):
+            if label >= len(self._classes):
+                raise ValueError(f"label {label} does not occur in split {next(iter(self._files))!r}")
+            return {"label": label, "class_name": self._classes[label]}
+        if label not in self._class_index:
+            raise ValueError(f"label {label!r} does not occur in split {next(iter(self._files))!r}")
+        return {"label": self._class_index[label], "class_name": label}
+
+    @cached_property
+    def _class_index(self) -> dict[str, int]:
+        return {name: i for i, name in enumerate(self._classes)}
+
+
+def _captions(found: dict[str, Any]) -> list[str]:
+    captions = found.get("captions", found.get("caption"))
+    captions = [captions] if isinstance(captions, str) else captions
+    if not (isinstance(captions, list) and captions and all(isinstance(c, str) and c.strip() for c in captions)):
+        raise ValueError("'caption' must be a text, 'captions' a list of texts, none of them empty")
+    return captions
+
+
+def _questions(found: dict[str, Any], strict: bool = False) -> list[dict[str, Any]]:
+    """Questions in the one form of the shards; wrong ones raise ValueError if `strict`, else are left out."""
+    asked = found.get("questions")
+    if asked is None:
+        asked = [found] if "question" in found else []
+    elif isinstance(asked, list) and asked and all(isinstance(q, str) for q in asked):
+        answers = found.get("answers")
+        if not (isinstance(answers, list) and len(answers) == len(asked)):
+            if strict:
+                raise ValueError(f"'answers' must be a list of {len(asked)}, one entry for each of 'questions'")
+            return []
+        asked = [{"question": q, "answers": a} for q, a in zip(asked, answers, strict=True)]
+    if not (isinstance(asked, list) and (asked or not strict)):
+        if strict:
+            raise ValueError("'questions' must be a list that is not empty")
+        return []
+    read = []
+    for one in asked:
+        try:
+            read.append(_question(one))
+        except ValueError:
+            if strict:
+                raise
+    return read
+
+
+def _question(one: Any) -> dict[str, Any]:
+    if not isinstance(one, dict):
+        raise ValueError("'questions' must hold texts or objects with 'question' and 'answer' or 'answers'")
+    text, answers = one.get("question"), one.get("answers", one.get("answer"))
+    if not (isinstance(text, str) and text.strip()):
+        raise ValueError("'question' must be a text that is not empty")
+    answers = answers if isinstance(answers, list) else [answers]
+    # VQAv2's annotation file wraps each annotator's answer.
+    answers = [a.get("answer") if isinstance(a, dict) else a for a in answers]
+    if not (answers and all(isinstance(a, str) for a in answers)):
+        raise ValueError(f"question {text[:40]!r} needs 'answer' (a text) or 'answers' (a list of texts)")
+    read: dict[str, Any] = {"question": text, "answers": answers}
+    for name in ("question_id", "type"):
+        if name in one:
+            read[name] = one[name]
+    for name in ("answer_type", "question_type"):  # VQAv2
+        if name in one:
+            read.setdefault("type", one[name])
+    return read
+
+
+def _conversations(turns: Any, images: int) -> list[dict[str, str]]:
+    if not (isinstance(turns, list) and turns):
+        raise ValueError("'conversations' must be a list that is not empty")
+    for i, turn in enumerate(turns):
+        if not (isinstance(turn, dict) and isinstance(turn.get("value"), str) and turn["value"].strip()):
+            raise ValueError(f"turn {i} of 'conversations' needs a 'value' that is a text")
+        if turn.get("from") not in ("human", "gpt", "system"):
+            raise ValueError(
+                f"turn {i} of 'conversations' is from {turn.get('from')!r}, expected human, gpt or system"
+            )
+    named = sum(turn["value"].count("<image>") for turn in turns)
+    if named > images:
+        raise ValueError(f"'conversations' name <image> {named} times but the line has {images} images")
+    return [{"from": turn["from"], "value": turn["value"]} for turn in turns]
+
+
+def _is_label(value: Any) -> bool:
+    if isinstance(value, bool):
+        return False
+    return bool(value) if isinstance(value, str) else isinstance(value, int) and 0 <= value < MAX_CLASSES
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"holds {name}, which is no JSON")
+
+
+def _lines(file: Path) -> Iterator[tuple[int, bytes]]:
+    """(line number from 1, bytes) of the lines that are not blank."""
+    with open(file, "rb") as stream:
+        for number, line in enumerate(stream, 1):
+            if line.strip():
+                yield number, line
+
+
+def _line_table(file: Path) -> np.ndarray:
+    table, offset = [], 0
+    with open(file, "rb") as stream:
+        for number, line in enumerate(stream, 1):
+            if line.strip():
+                table.append((number, offset))
+            offset += len(line)
+    return np.array(table, dtype=np.int64).reshape(-1, 2)
+
+
+ENTRY = Jsonl
