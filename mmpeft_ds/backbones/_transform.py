@@ -1,4 +1,4 @@
-"""Resizing of decoded images to the square input of a vision tower. Normalising is left to the model, on its device."""
+"""Resizing of decoded images to the square input of a vision tower. Normalising is left to the model."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class SquareTransform:
     """uint8 (3, H, W) -> uint8 (3, size, size), antialiased.
 
     Attributes:
-        size: side of the result in pixels; a decoder may use it to decode at a smaller scale.
+        size: side of the result in pixels.
         fit: `stretch` ignores the aspect ratio; `crop` scales the shorter side to `size` and keeps the centre.
         resample: interpolation.
     """
@@ -22,6 +22,11 @@ class SquareTransform:
     size: int
     fit: Literal["stretch", "crop"] = "stretch"
     resample: Literal["bilinear", "bicubic"] = "bicubic"
+
+    @property
+    def min_size(self) -> tuple[int, int]:
+        """(height, width) that a decoder at reduced scale must not go below."""
+        return self.size, self.size
 
     def __call__(self, image: Tensor, generator: Any = None) -> Tensor:
         if self.fit == "crop":

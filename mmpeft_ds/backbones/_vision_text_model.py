@@ -3,7 +3,7 @@
 Source: RoBERTa + ViT of the routing paper (arXiv 2403.09377; specs/routing.md 2.1), each of its choices an option.
 """
 
-# S slots, I images, T texts, L text length, k most images of a slot, m vectors an image gives, P prefix length, d width
+# S slots, I images, T texts, L text length, k most images of a slot, m vectors of an image, P prefix length, d width
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ from mmpeft_ds.sites.condition import Condition, conditioned
 
 
 class VisionTextEncoderConfig(PretrainedConfig):
-    """Both towers and how they are joined; the options of `backbones/vision_text_encoder.py` say what each field means.
+    """Both towers and how they are joined; the options of `backbones/vision_text_encoder.py` explain the fields.
 
-    `vision_config` and `text_config` are configurations or their dictionaries. `num_labels`, `id2label` as everywhere in
-    transformers. `feature_mean` and `feature_std` are the statistics of `feature_norm: zscore`.
+    `vision_config` and `text_config` are configurations or their dictionaries. `num_labels` and `id2label` mean what they
+    always mean in transformers. `feature_mean` and `feature_std` are the statistics of `feature_norm: zscore`.
     """
 
     model_type = "mmpeft_vision_text_encoder"
@@ -164,7 +164,10 @@ class VisionTextEncoder(PreTrainedModel):
     head_modules = ("head",)
 
     def __init__(
-        self, config: VisionTextEncoderConfig, vision: PreTrainedModel | None = None, text: PreTrainedModel | None = None
+        self,
+        config: VisionTextEncoderConfig,
+        vision: PreTrainedModel | None = None,
+        text: PreTrainedModel | None = None,
     ):
         super().__init__(config)
         self.vision_model = vision or empty_tower(config.vision_config, "vision", config.vision_feature == "pooler")
@@ -179,7 +182,7 @@ class VisionTextEncoder(PreTrainedModel):
         else:
             self.feature_norm = None
         self.head = Head(config)
-        # Modules as pretrained; adapters that come later are not among them. A tuple of lists hides them from nn.Module.
+        # Modules as pretrained, without the adapters that come later. The tuple of lists is no submodule to nn.Module.
         object.__setattr__(self, "_frozen", (list(self.vision_model.modules()), list(self.text_model.modules())))
         self.post_init()
 
@@ -196,7 +199,9 @@ class VisionTextEncoder(PreTrainedModel):
                 module.training = mode and getattr(module, "gradient_checkpointing", False)
         return self
 
-    def _set_gradient_checkpointing(self, enable: bool = True, gradient_checkpointing_func: Callable | None = None, **kwargs):
+    def _set_gradient_checkpointing(
+        self, enable: bool = True, gradient_checkpointing_func: Callable | None = None, **kwargs
+    ):
         """Recompute layers under the condition of their own forward (`sites.condition.checkpoint`)."""
         given = getattr(gradient_checkpointing_func, "keywords", {})
         function = functools.partial(condition_context.checkpoint, **given)
@@ -252,7 +257,12 @@ class VisionTextEncoder(PreTrainedModel):
             return features if self.feature_norm is None else self.feature_norm(features)
 
     def _of_texts(
-        self, images: Tensor | None, input_ids: Tensor, image_owner: Tensor | None, text_owner: Tensor | None, slots: int | None
+        self,
+        images: Tensor | None,
+        input_ids: Tensor,
+        image_owner: Tensor | None,
+        text_owner: Tensor | None,
+        slots: int | None,
     ) -> tuple[Tensor, Tensor]:
         """(T, k, m, d) features of the images that each text sees, zeros where its slot has fewer, and (T, k) keep."""
         texts, device = len(input_ids), input_ids.device
@@ -264,7 +274,9 @@ class VisionTextEncoder(PreTrainedModel):
         if text_owner is None:
             text_owner = torch.arange(texts, device=device)
         slots = texts if slots is None else slots
-        counts = torch.zeros(slots, dtype=torch.int64, device=device).index_add(0, image_owner, torch.ones_like(image_owner))
+        counts = torch.zeros(slots, dtype=torch.int64, device=device).index_add(
+            0, image_owner, torch.ones_like(image_owner)
+        )
         most = int(counts.max()) if len(images) else 0
         place = torch.arange(len(images), device=device) - (counts.cumsum(0) - counts)[image_owner]
         by_slot = images.new_zeros(slots, most, *images.shape[1:]).index_put((image_owner, place), images)
@@ -327,7 +339,9 @@ class VisionTextEncoder(PreTrainedModel):
         length = prefix_keep.shape[1]
         if self.config.head_input == "mean":
             words = torch.ones(hidden.shape[0], hidden.shape[1] - length, device=hidden.device)
-            keep = torch.cat([prefix_keep.to(words.dtype), words if attention_mask is None else attention_mask.to(words.dtype)], 1)
+            keep = torch.cat(
+                [prefix_keep.to(words.dtype), words if attention_mask is None else attention_mask.to(words.dtype)], 1
+            )
             keep = keep.to(hidden.dtype).unsqueeze(2)
             return (hidden * keep).sum(1) / keep.sum(1)
         first = hidden[:, 0]

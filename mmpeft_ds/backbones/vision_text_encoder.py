@@ -102,17 +102,22 @@ class VisionTextEncoderBackbone:
         vision, text = self._vision_config, self._text_config
         if (o.prefix != "none" or o.condition != "none") and vision.hidden_size != text.hidden_size:
             raise BadInput(
-                f"backbone: prefix and condition need towers of equal width, but vision {o.vision!r} is {vision.hidden_size} wide "
-                f"and text {o.text!r} {text.hidden_size}. Choose another pair, or set prefix: none and condition: none."
+                f"backbone: prefix and condition need towers of equal width, but vision {o.vision!r} is "
+                f"{vision.hidden_size} wide and text {o.text!r} {text.hidden_size}. Choose another pair, or set prefix: none "
+                "and condition: none."
             )
         layers = _towers.load_config(o.vision, "backbone.vision", "vision").num_hidden_layers
         if not 0 <= o.vision_layers <= layers:
-            raise BadInput(f"backbone.vision_layers: {o.vision_layers}, but {o.vision!r} has {layers} layers. Use 0 for all.")
+            raise BadInput(
+                f"backbone.vision_layers: {o.vision_layers}, but {o.vision!r} has {layers} layers. Use 0 for all."
+            )
         patch = vision.patch_size if isinstance(vision.patch_size, int) else vision.patch_size[0]
         if o.image_size <= 0 or o.image_size % patch:
             raise BadInput(f"backbone.image_size: {o.image_size} is no positive multiple of the patch size {patch}.")
         if o.vision_feature == "pooler" and not o.vision_norm:
-            raise BadInput("backbone.vision_norm: false, but a pooler reads the normed tokens. Set vision_feature: cls or mean.")
+            raise BadInput(
+                "backbone.vision_norm: false, but a pooler reads the normed tokens. Set vision_feature: cls or mean."
+            )
         if o.vision_feature == "cls" and not _towers.VISION[vision.model_type].summary_tokens:
             raise BadInput(f"backbone.vision_feature: {o.vision!r} has no class token. Use pooler or mean.")
         if o.vision_feature == "pooler" and vision.model_type == "siglip_vision_model" and not vision.vision_use_head:
@@ -122,15 +127,19 @@ class VisionTextEncoderBackbone:
         used = o.max_text_length + {"none": 0, "pooled": 1, "tokens": tokens}[o.prefix]
         if o.max_text_length < 3 or used > room:
             raise BadInput(
-                f"backbone.max_text_length: {o.max_text_length} with prefix {o.prefix} needs {used} positions; {o.text!r} has {room} "
-                "(at least 3 tokens are needed for one word)."
+                f"backbone.max_text_length: {o.max_text_length} with prefix {o.prefix} needs {used} positions; {o.text!r} "
+                f"has {room} (at least 3 are needed for one word)."
             )
         if o.head_layers not in (1, 2) or o.head_multiple < 1 or not 0 <= o.head_dropout < 1:
             raise BadInput("backbone.head_layers is 1 or 2, head_multiple at least 1, head_dropout in [0, 1).")
         if self._num_labels < 1:
-            raise BadInput("backbone.num_labels: 0, and the data set has no label list. Say how many answers the head has.")
+            raise BadInput(
+                "backbone.num_labels: 0, and the data set has no label list. Say how many answers the head has."
+            )
         if o.num_labels and self.labels and o.num_labels < len(self.labels):
-            raise BadInput(f"backbone.num_labels: {o.num_labels}, but the data has {len(self.labels)} labels. Use 0 or more.")
+            raise BadInput(
+                f"backbone.num_labels: {o.num_labels}, but the data has {len(self.labels)} labels. Use 0 or more."
+            )
 
     def build(self, on_meta: bool = False) -> PreTrainedModel:
         """The model with frozen pretrained towers and a fresh head."""
@@ -152,7 +161,11 @@ class VisionTextEncoderBackbone:
     def image_transform(self, train: bool) -> Callable[[Tensor, Any], Tensor]:
         """Resize to the tower's input; no augmentation, since answers may depend on colour, side and place."""
         o = self.options
-        resample = o.resample if o.resample != "auto" else {2: "bilinear", 3: "bicubic"}.get(self._pixels["resample"], "bicubic")
+        resample = (
+            o.resample
+            if o.resample != "auto"
+            else {2: "bilinear", 3: "bicubic"}.get(self._pixels["resample"], "bicubic")
+        )
         return SquareTransform(o.image_size, o.fit, resample)
 
     def collate_images(self, images: list[Any]) -> dict[str, Tensor]:
@@ -186,7 +199,10 @@ class VisionTextEncoderBackbone:
         at, base = next((n, m) for n, m in model.named_modules() if isinstance(m, VisionTextEncoder))
         dot = f"{at}." if at else ""
         frozen = []
-        for path, module in (("vision_model", base.vision_model), ("text_model.embeddings", base.text_model.embeddings)):
+        for path, module in (
+            ("vision_model", base.vision_model),
+            ("text_model.embeddings", base.text_model.embeddings),
+        ):
             if any(p.requires_grad for p in module.parameters()):
                 break
             frozen.append(dot + path)
@@ -236,7 +252,9 @@ class VisionTextEncoderBackbone:
         """Function from `collate_images` output to the (I, d) vectors of the images, not yet standardised."""
         config = self._vision_config
         tower = self._load_vision(config).eval()
-        return functools.partial(_image_vectors, tower, Affine(self._pixels["mean"], self._pixels["std"], 1, 1 / 255), self.options)
+        return functools.partial(
+            _image_vectors, tower, Affine(self._pixels["mean"], self._pixels["std"], 1, 1 / 255), self.options
+        )
 
     # configurations and parts
 
@@ -273,13 +291,19 @@ class VisionTextEncoderBackbone:
     def _config(self, on_meta: bool) -> VisionTextEncoderConfig:
         o = self.options
         if self.wants_statistics and self._statistics is None and not on_meta:
-            raise BadInput("backbone.feature_norm: zscore, but no statistics. Run data_prep/feature_stats.py on the data set first.")
+            raise BadInput(
+                "backbone.feature_norm: zscore, but no statistics. Run data_prep/feature_stats.py on the data set first."
+            )
         width = self._vision_config.hidden_size
         mean, std = self._statistics or ([0.0] * width, [1.0] * width)
         names = {i: str(label) for i, label in enumerate(self.labels)} if self.labels else None
         if names is not None and len(names) < self._num_labels:
             names.update({i: f"LABEL_{i}" for i in range(len(names), self._num_labels)})
-        labels = {"id2label": names, "label2id": {n: i for i, n in names.items()}} if names else {"num_labels": self._num_labels}
+        labels = (
+            {"id2label": names, "label2id": {n: i for i, n in names.items()}}
+            if names
+            else {"num_labels": self._num_labels}
+        )
         attention = choose_attention(self.attention, self.dtype)
         config = VisionTextEncoderConfig(
             vision_config=copy.deepcopy(self._vision_config),
@@ -313,7 +337,12 @@ class VisionTextEncoderBackbone:
         with torch.random.fork_rng():
             torch.manual_seed(POOLER_SEED)
             return _towers.load_tower(
-                self.options.text, "backbone.text", config.text_config, may_miss=("pooler.",), **self._loading(), **extra
+                self.options.text,
+                "backbone.text",
+                config.text_config,
+                may_miss=("pooler.",),
+                **self._loading(),
+                **extra,
             )
 
     def _loading(self) -> dict[str, Any]:
@@ -336,4 +365,6 @@ def choose_attention(wanted: str, dtype: torch.dtype) -> str:
 def _image_vectors(tower: PreTrainedModel, pixel_norm: Affine, options: Options, images: dict[str, Tensor]) -> Tensor:
     reference = next(tower.parameters())
     pixels = pixel_norm(images["pixel_values"].to(reference.device)).to(reference.dtype)
-    return _towers.vision_features(tower, pixels, options.vision_feature, options.vision_norm, with_tokens=False)[:, 0].float()
+    return _towers.vision_features(tower, pixels, options.vision_feature, options.vision_norm, with_tokens=False)[
+        :, 0
+    ].float()
