@@ -35,12 +35,13 @@ class Selection:
         return list(dict.fromkeys(s.norm for s in (*self.attention, *self.ffn) if s.norm))
 
 
-def select(sites: Sites, tower: str | None, layers: Sequence[int] | None) -> Selection:
+def select(sites: Sites, tower: str | None, layers: Sequence[int] | None, cross_only: bool = False) -> Selection:
     """The sites of one tower.
 
     Args:
         tower: its path, or `text` or `image`; None takes the text tower, or the only tower.
         layers: indices; None takes all.
+        cross_only: of its attention sites, those of cross-attention alone.
 
     Raises:
         BadInput: no such tower, several that fit, or a layer that it has not.
@@ -54,6 +55,10 @@ def select(sites: Sites, tower: str | None, layers: Sequence[int] | None) -> Sel
             raise BadInput(f"layers: {missing} are not in tower {path!r}, which has layers 0 to {max(have)}.")
         attention = [s for s in attention if s.layer in layers]
         ffn = [s for s in ffn if s.layer in layers]
+    if cross_only:
+        attention = [s for s in attention if s.cross]
+        if not attention:
+            raise BadInput(f"condition: encoder states need cross-attention, which tower {path!r} has not.")
     if not attention:
         raise BadInput(f"layers: {list(layers or [])} leaves no layer of tower {path!r}.")
     return Selection(path, attention, ffn)

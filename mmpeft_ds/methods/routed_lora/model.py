@@ -11,9 +11,10 @@ from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 
 from mmpeft_ds.errors import BadInput
-from mmpeft_ds.methods._select import norms_like, select
+from mmpeft_ds.methods._select import Selection, norms_like, select
 from mmpeft_ds.methods.routed_lora.config import PEFT_TYPE, RoutedLoraConfig
 from mmpeft_ds.methods.routed_lora.layer import Parts, RoutedLoraLayer, RoutedLoraLinear, TrainedNorm
+from mmpeft_ds.ops.route import MIXES_TOKENS
 from mmpeft_ds.sites import Sites, find_sites
 
 
@@ -30,7 +31,7 @@ class RoutedLoraModel(BaseTuner):
     def _prepare_model(self, peft_config: RoutedLoraConfig, model: nn.Module) -> None:
         sites = find_sites(model)
         RoutedLora.check(peft_config, sites, None)
-        chosen = select(sites, peft_config.tower, peft_config.layers)
+        chosen = selected(peft_config, sites)
         self._parts: dict[str, Parts] = {
             path: tuple((p.start, p.width) for p in parts)
             for path, parts in chosen.projections(peft_config.targets).items()
@@ -94,16 +95,17 @@ class RoutedLora:
         Raises:
             BadInput: no such tower or layer, widths that differ, or a route that leaks future tokens.
         """
-        chosen = select(sites, config.tower, config.layers)
+        chosen = selected(config, sites)
         parts = chosen.projections(config.targets)
         if config.coupled and config.route in ("matmul1", "matmul1_relu", "matmul2", "ones"):
             for path, projections in parts.items():
                 if len({p.width for p in projections}) > 1:
                     raise BadInput(f"{path}: parts of different widths cannot be routed jointly. Set coupled: false.")
-        if config.route == "xtxt" and any(s.causal for s in chosen.attention):
-            raise BadInput("route: 'xtxt' mixes all tokens, so a causal tower would see its future. Choose another.")
-        if config.condition.startswith("cross") and not any(s.cross for s in chosen.attention):
-            raise BadInput(f"condition: {config.condition!r} needs cross-attention, tower {chosen.tower!r} has none.")
+        if config.route in MIXES_TOKENS and not config.reshape_compat and any(s.causal for s in chosen.attention):
+            raise BadInput(
+                f"route: {config.route!r} mixes all tokens, so a causal tower would see its future. Choose another "
+                "route; reshape_compat: true reproduces the published one, leak included."
+            )
         if not config.routed or config.condition != "given" or condition_width is None:
             return
         for path, projections in parts.items():
@@ -126,6 +128,11 @@ class RoutedLora:
         for name in names:
             found[_kind(name)].append(name)
         return found
+
+
+def selected(config: RoutedLoraConfig, sites: Sites) -> Selection:
+    """The sites that `config` means. Raises BadInput."""
+    return select(sites, config.tower, config.layers, cross_only=config.condition.startswith("cross"))
 
 
 def heads_in_float32(model: nn.Module, adapter_name: str) -> None:

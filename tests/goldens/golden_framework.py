@@ -1,0 +1,115 @@
+"""Reference vectors: every .npz below GOLDENS_DIR is run by the checker that claims it by folder and name pattern.
+
+A checker lives in a file `check_*.py` of this folder, takes a `Golden`, runs the public classes with its weights and
+compares. It must look at every array of the file, so that a gradient cannot be forgotten.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Callable
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+HERE = Path(__file__).resolve().parent
+GOLDENS_DIR = Path(os.environ.get("GOLDENS_DIR", HERE.parents[2] / "shared" / "goldens"))
+
+# Files whose method is not built yet, and why. Whatever a checker claims is checked, even if it is named here.
+NOT_YET_DUE = {
+    "routing/adapter_*": "routed adapters come with the adapter method",
+    "routing/bottleneck_*": "the bottleneck cross-attention baseline comes with the adapter method",
+    "routing/model_encoder_adapter_*": "routed adapters come with the adapter method",
+    "routing/model_decoder_*": "comes with the vision-text decoder",
+    "padapter/*": "comes with the p-Laplacian adapter",
+    "aurora/*": "comes with Aurora",
+    "ganet/*": "comes with GA-Net",
+    "hegraph/*": "comes with HeGraphAdapter and the head methods",
+}
+
+
+class Golden:
+    """One file: `name` is `folder/stem`; remembers which arrays were looked at."""
+
+    def __init__(self, name: str, arrays: dict[str, np.ndarray], tolerance: float = 1e-9):
+        self.name, self.arrays, self.tolerance = name, dict(arrays), tolerance
+        self.seen: set[str] = set()
+
+    @classmethod
+    def load(cls, path: Path, root: Path) -> Golden:
+        with np.load(path, allow_pickle=False) as file:
+            return cls(path.relative_to(root).with_suffix("").as_posix(), {k: file[k] for k in file.files})
+
+    def __contains__(self, key: str) -> bool:
+        return key in self.arrays
+
+    def cases(self) -> list[str]:
+        """What stands before `__loss`: the cases of a file that has several."""
+        cases = [key.removesuffix("__loss") for key in self.arrays if key.endswith("__loss")]
+        assert cases, f"{self.name}: no case in it"
+        return cases
+
+    def array(self, key: str) -> np.ndarray:
+        self.seen.add(key)
+        return self.arrays[key]
+
+    def number(self, key: str) -> float:
+        return self.array(key).item()
+
+    def tensor(self, key: str, requires_grad: bool = False) -> Tensor:
+        tensor = torch.from_numpy(np.array(self.array(key)))
+        return tensor.requires_grad_() if requires_grad else tensor
+
+    def same(self, key: str, got: Tensor | None) -> None:
+        """Fail unless `got` has the shape of array `key` and is within the tolerance everywhere."""
+        want = self.tensor(key)
+        assert got is not None, f"{self.name}: {key}: nothing was computed (no gradient?)"
+        assert got.shape == want.shape, f"{self.name}: {key}: shape {tuple(got.shape)}, expected {tuple(want.shape)}"
+        worst = (got.detach().double() - want.double()).abs().max().item() if want.numel() else 0.0
+        assert worst <= self.tolerance, f"{self.name}: {key}: off by {worst:.3g}, allowed {self.tolerance:.3g}"
+
+    def unseen(self) -> list[str]:
+        return sorted(set(self.arrays) - self.seen)
+
+
+Checker = Callable[[Golden], None]
+_CHECKERS: list[tuple[str, Checker]] = []
+
+
+def checks(*patterns: str) -> Callable[[Checker], Checker]:
+    """Register a checker for names like `routing/lora_separate_*`."""
+
+    def register(checker: Checker) -> Checker:
+        _CHECKERS.extend((pattern, checker) for pattern in patterns)
+        return checker
+
+    return register
+
+
+def load_checkers() -> None:
+    for file in sorted(HERE.glob("check_*.py")):
+        importlib.import_module(file.stem)
+
+
+def checker_of(name: str) -> Checker | None:
+    """The checker with the longest pattern that fits `name`."""
+    fitting = [(len(pattern), checker) for pattern, checker in _CHECKERS if fnmatchcase(name, pattern)]
+    return max(fitting, key=lambda pair: pair[0])[1] if fitting else None
+
+
+def why_not_due(name: str) -> str | None:
+    return next((reason for pattern, reason in NOT_YET_DUE.items() if fnmatchcase(name, pattern)), None)
+
+
+def run(golden: Golden, checker: Checker) -> None:
+    """Check one file; every array must have been looked at."""
+    checker(golden)
+    assert not golden.unseen(), f"{golden.name}: the checker never looked at {golden.unseen()}"
+
+
+def find(root: Path) -> list[Path]:
+    return sorted(root.rglob("*.npz")) if root.is_dir() else []
