@@ -126,9 +126,10 @@ def load_tower(
         raise BadInput(f"{where}: cannot load the weights of {name!r} ({reason}).") from error
     missing = sorted(k for k in info["missing_keys"] if not k.startswith(may_miss or ("\0",)))
     if missing:
+        some = ", ".join(missing[:3]) + (" ..." if len(missing) > 3 else "")
         raise BadInput(
-            f"{where}: {name!r} has no weights for {', '.join(missing[:3])}{' ...' if len(missing) > 3 else ''}, which "
-            "would be random. Choose another checkpoint, or another `vision_feature` or `head_input`."
+            f"{where}: {name!r} has no weights for {some}, which would be random. "
+            "Choose another checkpoint, or another `vision_feature` or `head_input`."
         )
     return model
 

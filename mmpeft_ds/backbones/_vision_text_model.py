@@ -26,8 +26,8 @@ from mmpeft_ds.sites.condition import Condition, conditioned
 class VisionTextEncoderConfig(PretrainedConfig):
     """Both towers and how they are joined; the options of `backbones/vision_text_encoder.py` explain the fields.
 
-    `vision_config` and `text_config` are configurations or their dictionaries. `num_labels` and `id2label` mean what they
-    always mean in transformers. `feature_mean` and `feature_std` are the statistics of `feature_norm: zscore`.
+    `vision_config` and `text_config` are configurations or their dictionaries. `num_labels` and `id2label` mean what
+    they mean everywhere in transformers; `feature_mean` and `feature_std` belong to `feature_norm: zscore`.
     """
 
     model_type = "mmpeft_vision_text_encoder"
@@ -235,7 +235,7 @@ class VisionTextEncoder(PreTrainedModel):
         vectors, keep = self._of_texts(images, input_ids, image_owner, text_owner, num_slots)
         prefix, prefix_keep = self._prefix(vectors, keep)
         hidden, mask = self._embed(input_ids, attention_mask, prefix, prefix_keep)
-        with conditioned(self._condition(vectors, keep)):
+        with conditioned(self._condition(vectors, keep, attention_mask, prefix_keep)):
             hidden = self.text_model.encoder(hidden, attention_mask=mask).last_hidden_state
         logits = self.head(self._head_input(hidden, attention_mask, prefix_keep))
         return VisionTextEncoderOutput(logits=logits, image_features=images, last_hidden_state=hidden)
@@ -297,14 +297,19 @@ class VisionTextEncoder(PreTrainedModel):
             return None, keep[:, :0]
         return self._pick(vectors, keep, self.config.prefix)
 
-    def _condition(self, vectors: Tensor, keep: Tensor) -> Condition | None:
-        """What adapters route on: the mean over the images of a slot, or all their tokens; zeros without an image."""
+    def _condition(
+        self, vectors: Tensor, keep: Tensor, attention_mask: Tensor | None, prefix_keep: Tensor
+    ) -> Condition:
+        """What adapters may route on: the mean over the slot's images, or all their tokens; zeros without image."""
+        own = None
+        if attention_mask is not None:
+            own = torch.cat([prefix_keep, attention_mask.bool()], 1)
         if self.config.condition == "none":
-            return None
+            return Condition(own_mask=own)
         if self.config.condition == "tokens" and vectors.shape[1]:
-            return Condition(*self._pick(vectors, keep, "tokens"))
+            return Condition(*self._pick(vectors, keep, "tokens"), own_mask=own)
         count = keep.sum(1).clamp(min=1).to(vectors.dtype)
-        return Condition(vectors[:, :, 0].sum(1, keepdim=True) / count[:, None, None])
+        return Condition(vectors[:, :, 0].sum(1, keepdim=True) / count[:, None, None], own_mask=own)
 
     def _embed(
         self, input_ids: Tensor, attention_mask: Tensor | None, prefix: Tensor | None, prefix_keep: Tensor

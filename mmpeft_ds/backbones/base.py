@@ -29,7 +29,7 @@ class Backbone(Protocol):
         """Raise BadInput if the options cannot work; reads configurations only, never weights."""
 
     def build(self, on_meta: bool = False) -> PreTrainedModel:
-        """The model with its pretrained weights, called inside the engine's init context; `on_meta` allocates nothing."""
+        """The pretrained model, called inside the engine's init context; `on_meta` allocates nothing."""
 
     def image_transform(self, train: bool) -> Callable[[Tensor, Any], Any]:
         """(uint8 (3, H, W) RGB, torch.Generator) -> what `collate_images` takes; must pickle."""
@@ -39,7 +39,7 @@ class Backbone(Protocol):
     def collate_texts(self, texts: list[str]) -> dict[str, Tensor]: ...
 
     def dummy(self, modality: str) -> Any:
-        """The smallest raw `image` (uint8 tensor, before the transform) or `text` (str) that runs that modality's tower."""
+        """The smallest raw `image` (uint8, before the transform) or `text` (str) that runs that modality's tower."""
 
     def inputs(self, batch: PackedBatch) -> dict[str, Any]:
         """Forward arguments. The model itself publishes the condition with `sites.condition.conditioned`."""

@@ -103,8 +103,8 @@ class VisionTextEncoderBackbone:
         if (o.prefix != "none" or o.condition != "none") and vision.hidden_size != text.hidden_size:
             raise BadInput(
                 f"backbone: prefix and condition need towers of equal width, but vision {o.vision!r} is "
-                f"{vision.hidden_size} wide and text {o.text!r} {text.hidden_size}. Choose another pair, or set prefix: none "
-                "and condition: none."
+                f"{vision.hidden_size} wide and text {o.text!r} {text.hidden_size}. Choose another pair, or set "
+                "prefix: none and condition: none."
             )
         layers = _towers.load_config(o.vision, "backbone.vision", "vision").num_hidden_layers
         if not 0 <= o.vision_layers <= layers:
@@ -127,8 +127,8 @@ class VisionTextEncoderBackbone:
         used = o.max_text_length + {"none": 0, "pooled": 1, "tokens": tokens}[o.prefix]
         if o.max_text_length < 3 or used > room:
             raise BadInput(
-                f"backbone.max_text_length: {o.max_text_length} with prefix {o.prefix} needs {used} positions; {o.text!r} "
-                f"has {room} (at least 3 are needed for one word)."
+                f"backbone.max_text_length: {o.max_text_length} with prefix {o.prefix} needs {used} positions; "
+                f"{o.text!r} has {room} (at least 3 are needed for one word)."
             )
         if o.head_layers not in (1, 2) or o.head_multiple < 1 or not 0 <= o.head_dropout < 1:
             raise BadInput("backbone.head_layers is 1 or 2, head_multiple at least 1, head_dropout in [0, 1).")
@@ -228,8 +228,8 @@ class VisionTextEncoderBackbone:
         width = self._vision_config.hidden_size
         if len(mean) != width or len(std) != width:
             raise BadInput(
-                f"backbone.feature_norm: statistics of width {len(mean)}, but {self.options.vision!r} is {width} wide. "
-                "Run data_prep/feature_stats.py for this backbone."
+                f"backbone.feature_norm: statistics of width {len(mean)}, but {self.options.vision!r} is {width} "
+                "wide. Run data_prep/feature_stats.py for this backbone."
             )
         # A dimension that never varied carries nothing: leave its scale alone instead of dividing by zero.
         self._statistics = (mean, [s if s > 1e-6 else 1.0 for s in std])
@@ -292,7 +292,7 @@ class VisionTextEncoderBackbone:
         o = self.options
         if self.wants_statistics and self._statistics is None and not on_meta:
             raise BadInput(
-                "backbone.feature_norm: zscore, but no statistics. Run data_prep/feature_stats.py on the data set first."
+                "backbone.feature_norm: zscore, but no statistics. Run data_prep/feature_stats.py on the data first."
             )
         width = self._vision_config.hidden_size
         mean, std = self._statistics or ([0.0] * width, [1.0] * width)
