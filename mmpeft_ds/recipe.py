@@ -135,7 +135,7 @@ def typed(cls: type, given: Any, key: str, origin: Origin, fields: list[dataclas
     values = {name: _value(hints[name], value, _join(key, name), origin, known[name]) for name, value in given.items()}
     try:
         return cls(**values)
-    except (ValueError, TypeError) as e:
+    except (ValueError, TypeError, BadInput) as e:
         raise BadInput(f"{origin(key)}: {_one_line(e)}") from e
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections import Counter
 from typing import Any
@@ -12,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
+from mmpeft_ds.data.order import steps_of
 from mmpeft_ds.engine.resolve import Resolved, attach
 
 KINDS = ("peft", "norm", "bias", "head")
@@ -28,8 +28,7 @@ def make(resolved: Resolved) -> dict[str, Any]:
     steps_per_epoch, sources = 0, []
     for source in resolved.train:
         samples = source.manifest.samples(source.options.split)
-        steps = samples / recipe.data.global_batch
-        steps = math.ceil(steps) if recipe.data.last_batch == "pad" else math.floor(steps)
+        steps = steps_of(samples, recipe.data.global_batch, recipe.data.last_batch)
         steps_per_epoch += steps
         sources.append(_source_row(source, samples, steps))
     validation = [_source_row(s, s.manifest.samples(s.options.split), 0) for s in resolved.validation]
@@ -119,10 +118,10 @@ def show(report: dict[str, Any], console: Console | None = None) -> None:
         f"{report['total_parameters']:,} parameters train ({share:.2f} %): {kinds}"
     )
     console.print(
-        f"{report['total_steps']:,} steps of {report['global_batch']} slots, {report['accumulation']} micro-step(s) each; "
+        f"{report['total_steps']:,} steps of {report['global_batch']} slots, {report['accumulation']} micro-step(s), "
         f"{report['labels']} labels"
     )
-    table = Table(title=f"Memory per rank without activations, base in {report['dtype']}", title_justify="left")
+    table = Table(title=f"Memory per rank without activations ({report['dtype']})", title_justify="left")
     table.add_column("ranks", justify="right")
     table.add_column(f"ZeRO-{report['zero_stage']} (this recipe)", justify="right")
     table.add_column("ZeRO-1", justify="right")

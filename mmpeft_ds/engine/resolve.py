@@ -5,6 +5,7 @@ Nothing big is loaded: configurations, manifests and a model on the meta device.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ from types import ModuleType
 from typing import Any
 
 import peft
+import torch
 from peft import PeftConfig, PeftModel
 from transformers import PreTrainedModel
 
@@ -77,8 +79,10 @@ def resolve(recipe: Recipe) -> Resolved:
         raise BadInput(f"{where(recipe, 'data.sources')}: empty. Name a prepared data set: [{{dir: data/easy-vqa}}].")
     manifests = {key: load_manifest(recipe, key, o) for role in listed.values() for key, o in role}
     labels = union_of_labels([manifests[key] for key, _ in listed["train"]])
-    statistics = feature_statistics(recipe, manifests[listed["train"][0][0]])
-    backbone = make_backbone(recipe, labels, statistics)
+    backbone = make_backbone(recipe, labels)
+    statistics = feature_statistics(recipe, backbone, manifests[listed["train"][0][0]])
+    if statistics is not None:
+        backbone.use_statistics(statistics)
 
     def finish(key: str, options: SourceOptions) -> ResolvedSource:
         task = make_task(recipe, key, options, labels)
@@ -104,17 +108,20 @@ def expand(recipe: Recipe) -> Recipe:
         for key, source in _keyed(f"data.{role}", getattr(full.data, role)):
             entry, options = _component(tasks, source.task, f"{key}.task", origin)
             source.task = {"name": source.task["name"], **dataclasses.asdict(options)}
-    make_method(recipe)
+    _, config = make_method(recipe)
+    full.method = {"name": recipe.method["name"], **_plain_fields(config)}
     return full
 
 
-def make_backbone(recipe: Recipe, labels: list[str] | None, statistics: dict[str, Any] | None) -> Backbone:
-    """The backbone entry of the recipe, checked but not built."""
+def make_backbone(recipe: Recipe, labels: list[str] | None) -> Backbone:
+    """The backbone entry of the recipe, checked but not built; `use_statistics` may have to follow."""
     entry, options = _component(backbones, recipe.backbone, "backbone", origin_of(recipe))
     backbone = entry(options, labels)
-    if statistics is not None:
-        backbone.use_statistics(statistics)
-    backbone.check()
+    backbone.attention = recipe.engine.attention
+    backbone.dtype = getattr(torch, recipe.engine.dtype)
+    backbone.train_dropout = recipe.engine.train_dropout
+    with _named(recipe):
+        backbone.check()
     return backbone
 
 
@@ -126,21 +133,14 @@ def make_task(recipe: Recipe, key: str, options: SourceOptions, labels: list[str
 
 def make_method(recipe: Recipe) -> tuple[Method, PeftConfig]:
     """The method entry and its config, with the fields that the recipe gives."""
-    entry, name = _entry(methods, recipe.method, "method", origin_of(recipe))
-    internal = {f.name for f in dataclasses.fields(PeftConfig)} | {"runtime_config", "auto_mapping"}
-    fields = [f for f in dataclasses.fields(entry.Config) if f.name not in internal]
+    entry = _entry(methods, recipe.method, "method", origin_of(recipe))
     given = {k: v for k, v in recipe.method.items() if k != "name"}
-    return entry, typed(entry.Config, given, "method", origin_of(recipe), fields)
+    return entry, typed(entry.Config, given, "method", origin_of(recipe), _own_fields(entry.Config))
 
 
 def attach(resolved: Resolved, base_model: PreTrainedModel) -> PeftModel:
-    """`base_model` with the method's layers in it; everything else is frozen, the head is a trained copy.
-
-    Raises:
-        BadInput: if the method cannot work on this model.
-    """
+    """`base_model` with the method's layers in it; everything else is frozen, the head is a trained copy."""
     sites = find_sites(base_model)
-    resolved.method.check(resolved.method_config, sites, getattr(base_model, "condition_width", None))
     config = resolved.method.prepare(copy.deepcopy(resolved.method_config), base_model, sites)
     heads = list(getattr(base_model, "head_modules", []))
     if heads:
@@ -150,22 +150,17 @@ def attach(resolved: Resolved, base_model: PreTrainedModel) -> PeftModel:
 
 def check_sites(recipe: Recipe, backbone: Backbone, method: Method, config: PeftConfig) -> None:
     """Run the method's own checks on the model without storage. Raises BadInput."""
-    model = backbone.build(on_meta=True)
-    try:
-        method.check(config, find_sites(model), getattr(model, "condition_width", None))
-    except BadInput as e:
-        raise BadInput(f"{where(recipe, 'method')}: {e}") from e
+    with _named(recipe, "method"):
+        method.check(config, find_sites(backbone.build(on_meta=True)), getattr(backbone, "condition_width", None))
 
 
 def load_manifest(recipe: Recipe, key: str, options: SourceOptions) -> Manifest:
     """The manifest of a source, which must have the split. Raises BadInput."""
-    try:
+    with _named(recipe, key):
         if options.dir.startswith("pipe:") and not recipe.data.allow_pipe:
             raise BadInput("pipe: runs a shell command and is refused. Set data.allow_pipe: true if you trust it.")
         manifest = Manifest.load(options.dir)
         manifest.shards(options.split)
-    except BadInput as e:
-        raise BadInput(f"{where(recipe, key)}: {e}") from e
     return manifest
 
 
@@ -177,15 +172,14 @@ def union_of_labels(manifests: list[Manifest]) -> list[str] | None:
     return list(merged) or None
 
 
-def feature_statistics(recipe: Recipe, manifest: Manifest) -> dict[str, Any] | None:
+def feature_statistics(recipe: Recipe, backbone: Backbone, manifest: Manifest) -> dict[str, Any] | None:
     """Mean and deviation that the backbone's condition is scaled with, from the manifest; None if it wants none."""
-    entry, options = _component(backbones, recipe.backbone, "backbone", origin_of(recipe))
-    key = entry.statistics_key(options) if hasattr(entry, "statistics_key") else None
-    if key is None:
+    if not getattr(backbone, "wants_statistics", False):
         return None
+    key = backbone.statistics_key()
     if key not in manifest.statistics:
         raise BadInput(
-            f"{manifest.dir}/manifest.json: no feature statistics {key!r}, which {where(recipe, 'backbone')} needs. "
+            f"{manifest.dir}/manifest.json: no feature statistics for the backbone of {origin_of(recipe).path}. "
             f"Run: python data_prep/feature_stats.py {manifest.dir} --recipe {origin_of(recipe).path}"
         )
     return manifest.statistics[key]
@@ -265,18 +259,40 @@ def origin_of(recipe: Recipe) -> Origin:
     return getattr(recipe, "_origin", Origin())
 
 
-def _entry(package: ModuleType, section: dict[str, Any], key: str, origin: Origin) -> tuple[Any, str]:
+def _own_fields(config: type[PeftConfig]) -> list[dataclasses.Field]:
+    """Fields of a method; those of every peft config (base model, versions) are filled by peft."""
+    internal = {f.name for f in dataclasses.fields(PeftConfig)}
+    return [f for f in dataclasses.fields(config) if f.name not in internal]
+
+
+def _plain_fields(config: PeftConfig) -> dict[str, Any]:
+    """What a recipe can say of a config: fields that are set to numbers, words, or lists of them."""
+    values = {f.name: getattr(config, f.name) for f in _own_fields(type(config))}
+    values = {k: sorted(v) if isinstance(v, set) else v for k, v in values.items()}
+    return {k: v for k, v in values.items() if isinstance(v, bool | int | float | str | list)}
+
+
+def _entry(package: ModuleType, section: dict[str, Any], key: str, origin: Origin) -> Any:
     name = section.get("name")
     if not isinstance(name, str):
         known = ", ".join(registry.names(package))
         raise BadInput(f"{origin(key)}: `name` is missing or no text. Add `name:` with one of {known}.")
-    return registry.load(package, name, origin(f"{key}.name")), name
+    return registry.load(package, name, origin(f"{key}.name"))
 
 
 def _component(package: ModuleType, section: dict[str, Any], key: str, origin: Origin) -> tuple[Any, Any]:
     """An entry and its typed options."""
-    entry, _ = _entry(package, section, key, origin)
+    entry = _entry(package, section, key, origin)
     return entry, typed(entry.Options, {k: v for k, v in section.items() if k != "name"}, key, origin)
+
+
+@contextlib.contextmanager
+def _named(recipe: Recipe, key: str = "") -> Iterator[None]:
+    """Errors of a component also say which file and key of the recipe they are about."""
+    try:
+        yield
+    except BadInput as e:
+        raise BadInput(f"{where(recipe, key)}: {e}") from e
 
 
 def _keyed(key: str, sources: list[SourceOptions]) -> Iterator[tuple[str, SourceOptions]]:

@@ -1,0 +1,133 @@
+"""A recipe is typed: what it says is what runs, and what it cannot mean is refused in one line."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from mmpeft_ds import recipe as recipes
+from mmpeft_ds.errors import BadInput
+
+MINIMAL = {"run_dir": "runs/x", "backbone": {"name": "b"}, "method": {"name": "m"}}
+
+
+@pytest.fixture
+def write(tmp_path):
+    def _write(**sections) -> Path:
+        path = tmp_path / "r.yaml"
+        path.write_text(yaml.safe_dump({**MINIMAL, **sections}))
+        return path
+
+    return _write
+
+
+def refusal(path: Path, *overrides: str) -> str:
+    with pytest.raises(BadInput) as caught:
+        recipes.load(path, list(overrides))
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_defaults_are_filled_in_and_given_values_kept(write):
+    recipe = recipes.load(write(optim={"lr": 0.5, "betas": [0.8, 0.9]}, data={"sources": [{"dir": "d"}]}))
+    assert (recipe.optim.lr, recipe.optim.betas, recipe.optim.epochs) == (0.5, (0.8, 0.9), 1)
+    assert recipe.data.sources[0].dir == "d" and recipe.data.sources[0].split == "train"
+
+
+def test_one_e_minus_three_is_a_number_in_file_and_override(tmp_path):
+    path = tmp_path / "r.yaml"
+    path.write_text("run_dir: x\nbackbone: {name: b}\nmethod: {name: m}\noptim: {lr: 1e-3}\n")
+    assert recipes.load(path).optim.lr == 1e-3
+    assert recipes.load(path, ["optim.lr=3E-4"]).optim.lr == 3e-4
+
+
+def test_an_integer_may_stand_for_a_number_but_not_a_truth_value_or_text(write):
+    assert recipes.load(write(optim={"clip": 1})).optim.clip == 1.0
+    assert "data.workers: expected an integer" in refusal(write(data={"workers": True}))
+    assert "data.workers: expected an integer" in refusal(write(data={"workers": "2"}))
+    assert "data.workers: expected an integer" in refusal(write(data={"workers": 2.5}))
+
+
+@pytest.mark.parametrize(
+    ("sections", "words"),
+    [
+        ({"optmi": {}}, ["r.yaml", "optmi", "unknown key", "'optim'"]),
+        ({"optim": {"lrr": 1}}, ["r.yaml", "optim.lrr", "'lr'"]),
+        ({"data": {"sources": [{"dir": "d"}, {"dirr": "e"}]}}, ["data.sources.1.dirr", "'dir'"]),
+        ({"data": {"sources": [{"split": "train"}]}}, ["data.sources.0", "'dir' is missing", "Add"]),
+        ({"data": {"sources": {"dir": "d"}}}, ["data.sources", "expected a list"]),
+        ({"data": {"last_batch": "padd"}}, ["data.last_batch", "pad, drop", '"padd"']),
+        ({"optim": {"lr": "fast"}}, ["optim.lr", "expected a number", '"fast"']),
+        ({"optim": 3}, ["optim", "expected a mapping"]),
+        ({"seed": None}, ["seed", "expected an integer", "null"]),
+    ],
+)
+def test_a_wrong_key_or_type_is_named_with_file_key_and_remedy(write, sections, words):
+    line = refusal(write(**sections))
+    assert all(word in line for word in words), line
+
+
+def test_a_missing_required_key_is_named(tmp_path):
+    path = tmp_path / "r.yaml"
+    path.write_text("backbone: {name: b}\nmethod: {name: m}\n")
+    assert "'run_dir' is missing" in refusal(path)
+
+
+@pytest.mark.parametrize(
+    ("text", "word"),
+    [
+        ("- a\n- b\n", "instead of a mapping"),
+        ("a: [1", "line"),
+        ("seed: 1\nseed: 2\n", "twice"),
+        ("a:\n\t- b\n", "line 2"),
+    ],
+)
+def test_a_file_that_is_no_mapping_is_refused(tmp_path, text, word):
+    path = tmp_path / "r.yaml"
+    path.write_text(text)
+    line = refusal(path)
+    assert str(path) in line and word in line
+
+
+def test_a_missing_or_binary_file_is_refused(tmp_path):
+    assert "No such file" in refusal(tmp_path / "none.yaml")
+    (tmp_path / "b.yaml").write_bytes(b"\xff\xfe\x00\x80")
+    assert "UTF-8" in refusal(tmp_path / "b.yaml")
+
+
+def test_overrides_reach_nested_keys_and_list_elements(write):
+    path = write(data={"sources": [{"dir": "a"}, {"dir": "b"}]})
+    recipe = recipes.load(path, ["data.sources.1.dir=c", "backbone.size=70", "optim.betas=[0.5, 0.6]", "seed=7"])
+    assert [s.dir for s in recipe.data.sources] == ["a", "c"]
+    assert recipe.backbone == {"name": "b", "size": 70} and recipe.optim.betas == (0.5, 0.6) and recipe.seed == 7
+
+
+def test_a_later_override_wins(write):
+    assert recipes.load(write(), ["seed=1", "seed=2"]).seed == 2
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("optim.lr", ["--set optim.lr", "key=value"]),
+        ("=3", ["key=value"]),
+        ("data.sources.5.dir=x", ["--set data.sources.5.dir", "1 element"]),
+        ("data.sources.first.dir=x", ["'first' is no index"]),
+        ("optim.lrr=1", ["--set optim.lrr", "'lr'"]),
+        ("optim.lr=fast", ["--set optim.lr", "expected a number"]),
+        ("optim.lr=[1", ["--set optim.lr", "not valid YAML"]),
+        ("run_dir.x=1", ["--set run_dir.x", "no keys below"]),
+    ],
+)
+def test_a_wrong_override_is_named_as_such_and_not_blamed_on_the_file(write, override, words):
+    line = refusal(write(data={"sources": [{"dir": "a"}]}), override)
+    assert all(word in line for word in words), line
+    assert "r.yaml" not in line
+
+
+def test_printed_recipe_reads_back_equal(write, tmp_path):
+    recipe = recipes.load(write(optim={"betas": [0.8, 0.9], "no_decay": ["a"]}, data={"sources": [{"dir": "ä b"}]}))
+    again = tmp_path / "again.yaml"
+    again.write_text(recipes.to_yaml(recipe))
+    assert recipes.load(again) == recipe
+    assert recipes.from_dict(recipes.to_dict(recipe)) == recipe
