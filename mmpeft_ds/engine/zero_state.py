@@ -37,7 +37,10 @@ def ensure_adam_state(engine: Any) -> None:
         if not inner.state[flat]:
             inner.state[flat].update(_new_state(inner, flat))
     if hasattr(zero, "_lazy_init_hp_params_optimizer_state"):
-        zero._lazy_init_hp_params_optimizer_state()  # stages 1 and 2: each parameter's views into the flat state
+        # Stages 1 and 2: each parameter's views into the flat state. DeepSpeed links them all after the step of the
+        # first parameter group, when the other groups have no state yet, and never again.
+        zero._hp_optimizer_states_linked = False
+        zero._lazy_init_hp_params_optimizer_state()
 
 
 def optimizer_step(engine: Any) -> int:

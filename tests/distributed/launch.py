@@ -56,7 +56,7 @@ class Launch:
     """A running launch; use it as a context manager, which kills everything that is left at its end."""
 
     def __init__(self, script: str | Path, *args: str, ranks: int = 2, env: dict[str, str] | None = None):
-        self.log = tempfile.NamedTemporaryFile("w+b", prefix="launch-", suffix=".log", delete=False)
+        self.log = tempfile.NamedTemporaryFile("w+b", prefix="launch-", suffix=".log", delete=False)  # noqa: SIM115
         launcher = Path(sys.executable).with_name("deepspeed")
         command = [sys.executable, str(launcher), "--num_accelerators", str(ranks), "--master_port", str(free_port())]
         self.process = subprocess.Popen(

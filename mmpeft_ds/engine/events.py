@@ -1,0 +1,47 @@
+"""Cut TensorBoard's event files after a step.
+
+`SummaryWriter(purge_step=...)` only asks the reader to forget what it has loaded before, and other readers of the
+files keep the stale points. Here the points themselves go.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+
+def truncate(folder: Path, step: int) -> None:
+    """Remove every summary above `step` from the event files below `folder`, and a record cut short by a kill.
+
+    Files in which nothing has to go are left untouched; one that keeps no summary is removed.
+    """
+    for path in sorted(folder.rglob("*.tfevents.*")) if folder.is_dir() else ():
+        _truncate_file(path, step)
+
+
+def _truncate_file(path: Path, step: int) -> None:
+    from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
+    from tensorboard.compat.proto.event_pb2 import Event
+    from tensorboard.summary.writer.record_writer import RecordWriter
+
+    kept, summaries = [], 0
+    for record in RawEventFileLoader(str(path)).Load():  # ends silently at a record that is not whole
+        event = Event.FromString(record)
+        is_summary = event.HasField("summary")
+        if is_summary and event.step > step:
+            continue
+        summaries += is_summary
+        kept.append(record)
+    if sum(len(record) + 16 for record in kept) == path.stat().st_size:  # 16 bytes of frame around each
+        return
+    if not summaries:
+        path.unlink()
+        return
+    partial = path.with_name(f".{path.name.replace('tfevents', 'partial')}")
+    with partial.open("wb") as file:
+        writer = RecordWriter(file)
+        for record in kept:
+            writer.write(record)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)

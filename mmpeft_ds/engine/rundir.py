@@ -1,0 +1,266 @@
+"""The run directory: who may write in it, whether it is continued, and what a resume cuts off.
+
+RUN/recipe.yaml       resolved recipe of the run
+RUN/checkpoints/      engine/checkpoint.py
+RUN/metrics.jsonl     one object a step
+RUN/tensorboard/      event files
+RUN/adapter/          what the run is for
+RUN/finished.json     the final table; its presence makes the same command print it and leave
+RUN/.lock             held by the live owner
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import json
+import logging
+import os
+import socket
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from mmpeft_ds.engine import checkpoint, events
+from mmpeft_ds.engine.rank0 import on_rank0, rank
+from mmpeft_ds.errors import BadInput
+
+# A resume may change these: length, the ZeRO JSON, workers and how bytes arrive, logging and evaluation cadence.
+MAY_DIFFER = (
+    "run_dir",
+    "optim.epochs",
+    "optim.max_steps",
+    "engine.deepspeed",
+    "engine.save_every",
+    "engine.eval_every",
+    "engine.keep_last",
+    "engine.patience",
+    "engine.stop_grace",
+    "engine.threads",
+    "data.workers",
+    "data.prefetch",
+    "data.cache_dir",
+    "data.verify",
+    "monitor",
+)
+LOCK_WAIT = 5.0  # seconds: a killed run's ranks need a moment to go
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class RunDir:
+    """An opened run directory; rank 0 holds its lock until `close` or the end of the process.
+
+    Attributes:
+        path: the directory.
+        resume_from: checkpoint to continue from, None for a new run.
+        differing: keys in which the recipe differs from the saved one, all of them allowed, as `key: old -> new`.
+    """
+
+    path: Path
+    resume_from: Path | None = None
+    differing: tuple[str, ...] = ()
+    _lock: Lock | None = None
+
+    @property
+    def metrics_path(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def tensorboard(self) -> Path:
+        return self.path / "tensorboard"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def adapter(self) -> Path:
+        return self.path / "adapter"
+
+    @classmethod
+    def open(cls, path: str | Path, recipe: dict[str, Any], fresh: bool = False) -> RunDir:
+        """Take the run directory `path`, new or to be continued. Collective: rank 0 works, all learn the result.
+
+        Args:
+            recipe: resolved recipe, plain data; written to recipe.yaml.
+            fresh: take the first of PATH, PATH-1, PATH-2, ... that does not exist.
+
+        Raises:
+            BadInput: on all ranks, if a live run owns it, it holds something else, all checkpoints are damaged, or the
+                recipe differs from the saved one in a key that a resume may not change.
+        """
+        recipe = json.loads(json.dumps(recipe, default=str))  # tuples become lists, as in the saved one
+        lock: list[Lock] = []  # stays on rank 0; the rest of the result travels
+
+        def take() -> tuple[str, str | None, tuple[str, ...]]:
+            target = _first_free(Path(path)) if fresh else Path(path)
+            _refuse_foreign(target)
+            target.mkdir(parents=True, exist_ok=True)
+            lock.append(Lock(target / ".lock"))
+            try:
+                newest = checkpoint._newest_valid(target / "checkpoints")
+                old = _saved_recipe(target, newest)
+                differing = tuple(_differences(old, recipe)) if newest is not None and old is not None else ()
+                refused = [d for d in differing if not _may_differ(d.split(":")[0])]
+                if refused:
+                    raise BadInput(
+                        f"{target}: the recipe differs from the one of this run in {'; '.join(refused)}. "
+                        "Restore these values to continue it, or add --fresh to start in a new directory."
+                    )
+                _replace(target / "recipe.yaml", yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True))
+            except BaseException:
+                lock.pop().release()
+                raise
+            return str(target), None if newest is None else str(newest), differing
+
+        target, newest, differing = on_rank0(take)
+        return cls(Path(target), None if newest is None else Path(newest), differing, lock[0] if lock else None)
+
+    def finished(self, total_steps: int) -> dict[str, Any] | None:
+        """What `finish` stored, if the run reached `total_steps`, else None: a longer run goes on. Collective."""
+
+        def read() -> dict[str, Any] | None:
+            with contextlib.suppress(FileNotFoundError, ValueError):
+                stored = json.loads((self.path / "finished.json").read_text())
+                if stored["total_steps"] >= total_steps:
+                    return stored
+            return None
+
+        return on_rank0(read)
+
+    def finish(self, total_steps: int, metrics: dict[str, Any], table: str) -> None:
+        """Mark the run as done after `total_steps` steps, with its final metrics and printed table. Rank 0 writes."""
+        if rank() == 0:
+            value = {"total_steps": total_steps, "metrics": metrics, "table": table}
+            _replace(self.path / "finished.json", json.dumps(value, indent=1) + "\n")
+
+    def truncate(self, step: int) -> None:
+        """Cut metrics.jsonl and the TensorBoard files after `step`, and unmark a finished run. Collective."""
+
+        def cut() -> None:
+            with contextlib.suppress(FileNotFoundError):
+                (self.path / "finished.json").unlink()
+            truncate_jsonl(self.metrics_path, step)
+            events.truncate(self.tensorboard, step)
+
+        on_rank0(cut)
+
+    def close(self) -> None:
+        """Give the lock back."""
+        if self._lock is not None:
+            self._lock.release()
+            self._lock = None
+
+
+class Lock:
+    """A lock that ends with its process, however that ends; the file says who holds it.
+
+    POSIX record locks: unlike flock they are not inherited by loader workers that outlive a killed rank, and they work
+    on NFS. They belong to the process, so the file must not be opened a second time by its owner.
+
+    Raises:
+        BadInput: if another process still holds it after `wait` seconds.
+    """
+
+    def __init__(self, path: Path, wait: float = LOCK_WAIT):
+        self.path = path
+        self.descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        end = time.monotonic() + wait
+        while not self._try():
+            if time.monotonic() > end:
+                owner = os.pread(self.descriptor, 4096, 0).decode(errors="replace").strip()
+                os.close(self.descriptor)
+                raise BadInput(
+                    f"{path.parent}: another run is writing here ({owner or 'owner unknown'}). "
+                    "Wait for it, stop it, or add --fresh to start in a new directory."
+                )
+            time.sleep(0.1)
+        started = time.strftime("%Y-%m-%d %H:%M:%S")
+        os.ftruncate(self.descriptor, 0)
+        os.pwrite(self.descriptor, f"pid {os.getpid()} on {socket.gethostname()} since {started}\n".encode(), 0)
+
+    def _try(self) -> bool:
+        try:
+            fcntl.lockf(self.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as e:
+            if e.errno in (errno.EACCES, errno.EAGAIN):
+                return False
+            logger.warning("%s: this file system has no locks (%s); two runs here would not notice", self.path, e)
+        return True
+
+    def release(self) -> None:
+        """Let go; the file stays, empty."""
+        with contextlib.suppress(OSError):
+            os.ftruncate(self.descriptor, 0)
+            os.close(self.descriptor)
+
+
+def truncate_jsonl(path: Path, step: int) -> None:
+    """Drop the lines of `path` whose `step` is above `step`, and a last line that a kill left half written."""
+    if not path.exists():
+        return
+    kept = []
+    lines = path.read_bytes().splitlines(keepends=True)
+    for line in lines:
+        with contextlib.suppress(ValueError, TypeError, AttributeError):
+            if line.endswith(b"\n") and json.loads(line).get("step", 0) <= step:
+                kept.append(line)
+    if len(kept) != len(lines):
+        _replace(path, b"".join(kept))
+
+
+def _differences(old: Any, new: Any, key: str = "") -> list[str]:
+    """`key: old -> new` for every leaf that differs; a list counts as a leaf unless it holds sections."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = [*old, *(k for k in new if k not in old)]
+        found = []
+        for k in keys:
+            found += _differences(old.get(k, "absent"), new.get(k, "absent"), f"{key}.{k}" if key else str(k))
+        return found
+    if (
+        isinstance(old, list)
+        and isinstance(new, list)
+        and len(old) == len(new)
+        and any(isinstance(o, dict) for o in old)
+    ):
+        return [d for i, (o, n) in enumerate(zip(old, new, strict=True)) for d in _differences(o, n, f"{key}.{i}")]
+    return [] if old == new else [f"{key}: {old} -> {new}"]
+
+
+def _may_differ(key: str) -> bool:
+    return any(key == allowed or key.startswith(f"{allowed}.") for allowed in MAY_DIFFER)
+
+
+def _saved_recipe(target: Path, newest: Path | None) -> dict[str, Any] | None:
+    """The recipe that the checkpoint was trained with; without one, what recipe.yaml says does not matter."""
+    return None if newest is None else checkpoint.read_json(newest, "recipe")
+
+
+def _first_free(path: Path) -> Path:
+    candidate, number = path, 0
+    while candidate.exists():
+        number += 1
+        candidate = path.with_name(f"{path.name}-{number}")
+    return candidate
+
+
+def _refuse_foreign(path: Path) -> None:
+    if path.exists() and not path.is_dir():
+        raise BadInput(f"{path}: is a file, run_dir must name a directory")
+    if path.is_dir() and any(path.iterdir()) and not any((path / n).exists() for n in ("recipe.yaml", ".lock")):
+        raise BadInput(f"{path}: holds files that are not a run's. Choose another run_dir, or empty it.")
+
+
+def _replace(path: Path, content: str | bytes) -> None:
+    """Write a file so that it is the old or the new one at any moment."""
+    partial = path.with_name(f".{path.name}.partial")
+    with partial.open("wb") as file:
+        file.write(content.encode() if isinstance(content, str) else content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
