@@ -1,0 +1,52 @@
+"""Small collectives of the training loop: each works without a process group too, as if alone.
+
+Every function here must be called by all ranks in the same order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def sum_scalars(values: Sequence[float], device: torch.device | str = "cpu") -> list[float]:
+    """Sums over ranks, in float64; integers are exact below 2**53.
+
+    The result has the same bits on every rank: gloo and nccl reduce an element once and hand the result on.
+    """
+    if world_size() == 1:
+        return [float(v) for v in values]
+    packed = torch.tensor(list(values), dtype=torch.float64, device=device)
+    dist.all_reduce(packed)
+    return packed.tolist()
+
+
+def sum_mod_2_64(halves: Sequence[float]) -> int:
+    """Undo `split_64` after its two halves went through `sum_scalars`."""
+    low, high = (int(h) for h in halves)
+    return (low + (high << 32)) % 2**64
+
+
+def split_64(value: int) -> tuple[float, float]:
+    """Low and high half of an unsigned 64-bit number; sums of up to 2**21 ranks stay exact in float64."""
+    return float(value & 0xFFFFFFFF), float(value >> 32)
+
+
+def gather_to_first(rows: list[Any]) -> list[Any] | None:
+    """Rows of all ranks in rank order on rank 0, None elsewhere. Rows must pickle."""
+    if world_size() == 1:
+        return list(rows)
+    parts: list[Any] | None = [None] * world_size() if rank() == 0 else None
+    dist.gather_object(rows, parts, dst=0)
+    return None if parts is None else [row for part in parts for row in part]

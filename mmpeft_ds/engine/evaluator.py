@@ -1,0 +1,86 @@
+"""Evaluation: every sample of a split exactly once, in lockstep over ranks, rows gathered on rank 0."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mmpeft_ds.data.batch import PackedBatch
+from mmpeft_ds.distributed import collectives
+from mmpeft_ds.engine import modality
+from mmpeft_ds.engine.rank0 import on_rank0
+
+
+@dataclass
+class Evaluation:
+    """Of one split.
+
+    Attributes:
+        scores: metrics of the task and `loss`, on every rank.
+        rows: predictions ordered by sample id, on rank 0 only; empty elsewhere.
+        pictures: up to as many (image (3, H, W) in [0, 1], its rows) as asked for, of rank 0's share.
+    """
+
+    scores: dict[str, float]
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    pictures: list[tuple[Tensor, list[dict[str, Any]]]] = field(default_factory=list)
+
+
+@torch.no_grad()
+def evaluate(
+    model: Any, backbone: Any, task: Any, steps: Iterable[Any], device: torch.device | str, pictures: int = 0
+) -> Evaluation:
+    """Run `model` over `steps` of a stream and score it. Collective.
+
+    Args:
+        model: DeepSpeed engine or plain module; its mode is restored afterwards.
+        steps: `Stream(..., train=False).epoch(...)`: as many steps with as many micro-batches on every rank.
+        pictures: images to keep for the page of predictions.
+    """
+    was_training = model.training
+    training = [m for m in model.modules() if m.training] if was_training else []
+    model.eval()
+    rows: list[dict[str, Any]] = []
+    kept: list[tuple[Tensor, list[dict[str, Any]]]] = []
+    loss_sum, weight_sum = 0.0, 0.0
+    for step in steps:
+        anywhere = collectives.sum_scalars([x for b in step.micro for x in modality.present(b)], device)
+        for i, batch in enumerate(step.micro):
+            bits = anywhere[i * len(modality.MODALITIES) : (i + 1) * len(modality.MODALITIES)]
+            if not any(bits):  # padding on every rank
+                continue
+            batch = modality.complete(batch, bits, backbone, task).to(device)
+            outputs = model(**backbone.inputs(batch))
+            loss_sum += float(task.loss(outputs, batch))
+            weight_sum += task.weight(batch)
+            found = task.predict(outputs, batch)
+            rows += found
+            if collectives.rank() == 0 and len(kept) < pictures:
+                kept += _pictures(batch, found, pictures - len(kept))
+    for module in training:
+        module.training = True
+    loss_sum, weight_sum = collectives.sum_scalars([loss_sum, weight_sum], device)
+    gathered = collectives.gather_to_first(rows) or []
+    gathered.sort(key=lambda row: row["sample_id"])  # stable: texts of a sample keep their order
+    scores = on_rank0(lambda: dict(task.score(gathered)))
+    return Evaluation({**scores, "loss": loss_sum / weight_sum if weight_sum else float("nan")}, gathered, kept)
+
+
+def _pictures(batch: PackedBatch, rows: list[dict[str, Any]], limit: int) -> list[tuple[Tensor, list[dict[str, Any]]]]:
+    """First image of each good slot, stretched to [0, 1], with the rows of that slot."""
+    pixels = next((v for v in batch.images.values() if v.dim() == 4 and v.shape[1] == 3), None)
+    if pixels is None:
+        return []
+    found = []
+    owners = batch.image_owner.tolist()
+    for slot, sample_id in enumerate(batch.sample_id):
+        mine = [row for row in rows if row["sample_id"] == sample_id]
+        if len(found) < limit and mine and slot in owners:
+            image = pixels[owners.index(slot)].float().cpu()
+            low, high = image.amin(), image.amax()
+            found.append(((image - low) / (high - low).clamp(min=1e-6), mine))
+    return found

@@ -1,0 +1,88 @@
+"""The gradients that ZeRO holds on this rank between backward and step: their norms, and how to throw them away."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def held(engine: Any) -> Iterator[tuple[nn.Parameter, Tensor]]:
+    """(parameter, the part of its averaged gradient that this rank holds); stage 0 holds all of each on every rank."""
+    optimizer = engine.optimizer
+    stage = engine.zero_optimization_stage()
+    if stage == 0:
+        yield from ((p, p.grad) for group in optimizer.param_groups for p in group["params"] if p.grad is not None)
+    elif stage == 3:
+        parts = optimizer.get_fp32_grad_partitions()
+        for index, group in enumerate(optimizer.fp16_groups):
+            yield from ((p, parts[index][i]) for i, p in enumerate(group))
+    else:
+        for index, gradients in optimizer.averaged_gradients.items():
+            kept = [g for g in gradients or [] if not getattr(g, "_zero_padding", False)]
+            yield from zip(optimizer.params_in_partition[index], kept, strict=False)
+
+
+def squared_norms(engine: Any, group_of: dict[int, int], groups: int) -> Tensor:
+    """Squared gradient norm per module group of what this rank holds, (groups,) float64; sums over ranks to the whole.
+
+    Args:
+        group_of: `id(parameter)` -> index of its group.
+    """
+    norms = torch.zeros(groups, dtype=torch.float64, device=engine.device)
+    pairs = list(held(engine))
+    if not pairs or (engine.zero_optimization_stage() == 0 and engine.global_rank != 0):  # replicated: count once
+        return norms
+    squares = torch.stack(torch._foreach_norm([g.float() for _, g in pairs])).double() ** 2
+    index = torch.tensor([group_of[id(p)] for p, _ in pairs], device=norms.device)
+    return norms.index_add_(0, index, squares.to(norms.device))
+
+
+def discard(engine: Any) -> None:
+    """Skip the step on this rank; called by all ranks together. Weights, moments and Adam's counter stay as they are.
+
+    ZeRO optimisers drop every gradient themselves when their norm is not finite, and count the step as skipped: so
+    all parts are made so, whichever rank found the trouble. Without ZeRO the gradients are simply forgotten.
+    """
+    if engine.zero_optimization_stage() == 0:
+        engine.zero_grad()
+        engine.micro_steps += 1
+        return
+    optimizer = engine.optimizer
+    with torch.no_grad():
+        if getattr(optimizer, "offload_optimizer", False) or getattr(optimizer, "cpu_offload", False):
+            for norms in (optimizer.norm_for_param_grads,):  # offload keeps per-parameter norms, taken during backward
+                for key in norms:
+                    norms[key] = torch.full_like(torch.as_tensor(norms[key], dtype=torch.float32), float("nan"))
+        else:
+            for _, gradient in _raw(optimizer):
+                gradient.fill_(float("nan"))
+    engine.step()
+    if engine.was_step_applied():
+        raise RuntimeError("DeepSpeed applied a step that all ranks had agreed to skip")
+
+
+def _raw(optimizer: Any) -> Iterator[tuple[int, Tensor]]:
+    """Gradient tensors themselves; `get_fp32_grad_partitions` may hand out copies."""
+    for index, gradients in optimizer.averaged_gradients.items():
+        yield from ((index, g) for g in gradients or [])
+
+
+def group_names(trainables: dict[str, nn.Parameter]) -> tuple[list[str], dict[int, int]]:
+    """Module groups for the curves: tower and layer (`text_model.encoder.layer.3`), else the first two names.
+
+    Returns:
+        names of the groups in model order, and `id(parameter)` -> index into them.
+    """
+    names: list[str] = []
+    group_of: dict[int, int] = {}
+    for name, parameter in trainables.items():
+        parts = name.removeprefix("base_model.model.").split(".")
+        numbered = [i for i, part in enumerate(parts[:-1]) if part.isdigit()]
+        group = ".".join(parts[: numbered[0] + 1] if numbered else parts[:2])
+        if group not in names:
+            names.append(group)
+        group_of[id(parameter)] = names.index(group)
+    return names, group_of

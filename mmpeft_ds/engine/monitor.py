@@ -1,0 +1,223 @@
+"""What a run shows: metrics.jsonl, TensorBoard, and a bar or plain lines on the console. Rank 0 only.
+
+RUN/metrics.jsonl     one object per optimizer step, flushed at once; floats keep every bit (repr)
+RUN/tensorboard/      the same curves, evaluations, a page of predictions, the recipe as text
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from mmpeft_ds.engine.options import MonitorOptions
+
+LINE_EVERY = 10.0  # seconds between plain log lines where no terminal is attached
+CELL = 224  # pixels of one image on the page of predictions
+# Row keys that go to TensorBoard, and under which tag.
+SCALARS = {
+    "loss": "train/loss",
+    "lr": "train/lr",
+    "grad_norm": "train/grad_norm",
+    "skipped_total": "train/skipped_steps",
+    "epoch": "train/epoch",
+    "samples_per_second": "speed/samples_per_second",
+    "step_seconds": "speed/step_seconds",
+    "data_wait_share": "speed/data_wait_share",
+    "slowest_rank": "speed/slowest_rank",
+    "slowest_excess": "speed/slowest_rank_excess_seconds",
+}
+
+
+class Observer(Protocol):
+    """What the trainer tells."""
+
+    def step(self, row: dict[str, Any]) -> None: ...
+
+    def evaluation(self, split: str, step: int, evaluation: Any) -> None: ...
+
+    def say(self, line: str) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class Silent:
+    """Every rank but 0."""
+
+    def step(self, row: dict[str, Any]) -> None: ...
+
+    def evaluation(self, split: str, step: int, evaluation: Any) -> None: ...
+
+    def say(self, line: str) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class Monitor:
+    """Rank 0.
+
+    Args:
+        directory: run directory; metrics.jsonl there is already cut to `start`.
+        total: optimizer steps of the run.
+        start: steps done before this process; TensorBoard drops what a killed run wrote beyond it.
+        recipe: as YAML text.
+    """
+
+    def __init__(self, directory: Path, options: MonitorOptions, total: int, start: int, recipe: str):
+        self.options, self.total = options, total
+        directory.mkdir(parents=True, exist_ok=True)
+        self.metrics = (directory / "metrics.jsonl").open("a")
+        self.board = None
+        if options.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.board = SummaryWriter(str(directory / "tensorboard"), flush_secs=30)
+            if start == 0:
+                self.board.add_text("recipe", f"```yaml\n{recipe}\n```", 0)
+        self.console = _Bar(total, start) if sys.stderr.isatty() else _Lines(total, start)
+
+    def step(self, row: dict[str, Any]) -> None:
+        """One optimizer step: a line of metrics.jsonl, the curves, the bar."""
+        self.metrics.write(json.dumps({k: _plain(v) for k, v in row.items()}) + "\n")
+        self.metrics.flush()
+        self.console.step(row)
+        if self.board is None or row["step"] % self.options.every:
+            return
+        step = row["step"]
+        for key, tag in SCALARS.items():
+            if key in row:
+                self.board.add_scalar(tag, row[key], step)
+        for name, norm in row["grad_norms"].items():
+            self.board.add_scalar(f"grad_norm/{name}", norm, step)
+        for key, tag in (("rss_mib", "memory_mib/rank_{}"), ("device_mib", "device_memory_mib/rank_{}")):
+            for rank, value in enumerate(row.get(key, [])):
+                self.board.add_scalar(tag.format(rank), value, step)
+        for kind, count in row["bad"].items():
+            self.board.add_scalar(f"bad_samples/{kind}", count, step)
+
+    def evaluation(self, split: str, step: int, evaluation: Any) -> None:
+        """Metrics of one split, and its page of predictions."""
+        shown = ", ".join(f"{k} {v:.4f}" for k, v in evaluation.scores.items())
+        self.say(f"step {step}: {split}: {shown} ({len(evaluation.rows):,} rows)")
+        if self.board is None:
+            return
+        for name, value in evaluation.scores.items():
+            self.board.add_scalar(f"eval/{split}/{name}", value, step)
+        if evaluation.pictures:
+            self.board.add_image(f"predictions/{split}", page(evaluation.pictures), step)
+        self.board.flush()
+
+    def say(self, line: str) -> None:
+        """A line for people."""
+        self.console.say(line)
+
+    def close(self) -> None:
+        self.console.close()
+        self.metrics.close()
+        if self.board is not None:
+            self.board.close()
+
+
+def page(pictures: list[tuple[Tensor, list[dict[str, Any]]]], columns: int = 4, lines: int = 3) -> Tensor:
+    """Images with their texts, predictions and answers drawn below, as one picture (3, H, W) in [0, 1]."""
+    import numpy as np
+    from PIL import Image, ImageDraw
+
+    columns = min(columns, len(pictures))
+    height = CELL + 8 + 2 * lines * 12
+    sheet = Image.new("RGB", (columns * (CELL + 8), math.ceil(len(pictures) / columns) * height), "white")
+    draw = ImageDraw.Draw(sheet)
+    for i, (image, rows) in enumerate(pictures):
+        left, top = i % columns * (CELL + 8) + 4, i // columns * height + 4
+        pixels = (image.clamp(0, 1) * 255).to(torch.uint8).permute(1, 2, 0).numpy()
+        sheet.paste(Image.fromarray(pixels).resize((CELL, CELL), Image.Resampling.NEAREST), (left, top))
+        for j, row in enumerate(rows[:lines]):
+            answer = next((str(row[k]) for k in ("answer", "label", "target") if k in row), "")
+            right = row.get("correct", not answer or str(row["prediction"]) == answer)
+            below = top + CELL + 2 + 2 * j * 12
+            draw.text((left, below), _short(row.get("text", "")), fill="black")
+            told = f"-> {row['prediction']}" + (f"  (answer: {answer})" if answer else "")
+            draw.text((left, below + 12), _short(told), fill="darkgreen" if right else "firebrick")
+    return torch.from_numpy(np.asarray(sheet).copy()).permute(2, 0, 1).float() / 255
+
+
+def _short(text: str, limit: int = 36) -> str:
+    text = " ".join(str(text).split()).encode("latin-1", "replace").decode("latin-1")  # PIL's built-in font is Latin-1
+    return text if len(text) <= limit else text[: limit - 1] + "~"
+
+
+def _plain(value: Any) -> Any:
+    """NaN and infinity are no JSON: they are written as the strings `nan`, `inf`, `-inf`."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return repr(value)
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_plain(v) for v in value]
+    return value
+
+
+class _Bar:
+    """A bar with loss, samples/s and time left, for a terminal."""
+
+    def __init__(self, total: int, start: int):
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        self.bar = Progress(
+            TextColumn("train"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("loss {task.fields[loss]}"),
+            TextColumn("{task.fields[speed]} samples/s"),
+            TimeRemainingColumn(),
+            console=_stderr(),
+        )
+        self.task = self.bar.add_task("train", total=total, completed=start, loss="-", speed="-")
+        self.bar.start()
+
+    def step(self, row: dict[str, Any]) -> None:
+        fields = {"loss": f"{row['loss']:.4f}", "speed": f"{row['samples_per_second']:.0f}"}
+        self.bar.update(self.task, completed=row["step"], **fields)
+
+    def say(self, line: str) -> None:
+        self.bar.console.print(line, highlight=False)
+
+    def close(self) -> None:
+        self.bar.stop()
+
+
+class _Lines:
+    """Plain lines for log files: the first step, then one about every ten seconds, and the last."""
+
+    def __init__(self, total: int, start: int):
+        self.total, self.start = total, start
+        self.began, self.last = time.monotonic(), 0.0
+
+    def step(self, row: dict[str, Any]) -> None:
+        now = time.monotonic()
+        if now - self.last < LINE_EVERY and row["step"] != self.total:
+            return
+        self.last = now
+        done = max(1, row["step"] - self.start)
+        left = (now - self.began) / done * (self.total - row["step"])
+        self.say(
+            f"step {row['step']}/{self.total}  epoch {row['epoch']}  loss {row['loss']:.4f}  lr {row['lr']:.2e}  "
+            f"{row['samples_per_second']:.0f} samples/s  left {int(left // 60)}:{int(left % 60):02d}"
+        )
+
+    def say(self, line: str) -> None:
+        print(line, file=sys.stderr, flush=True)
+
+    def close(self) -> None: ...
+
+
+def _stderr() -> Any:
+    from rich.console import Console
+
+    return Console(stderr=True)

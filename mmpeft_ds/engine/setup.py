@@ -1,0 +1,281 @@
+"""From a resolved recipe to a DeepSpeed engine: process environment, frozen base, adapters, optimiser."""
+
+from __future__ import annotations
+
+import datetime
+import logging
+import os
+import socket
+import subprocess
+import warnings
+from collections import defaultdict
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from mmpeft_ds.engine.ds_config import check_ds_config, merge
+from mmpeft_ds.errors import BadInput
+from mmpeft_ds.recipe import REPOSITORY, Recipe
+from mmpeft_ds.sites import find_sites
+from mmpeft_ds.sites.base import Sites
+
+__all__ = ["Built", "Ranks", "build", "check_ds_config", "start"]
+
+_TIMEOUT = datetime.timedelta(minutes=30)  # of one collective; loading a large base from a slow disk takes minutes
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Where this process stands.
+
+    Attributes:
+        rank, world_size: over all machines.
+        local_rank, local_size: on this machine.
+        device: `cuda:K` or `cpu`.
+    """
+
+    rank: int
+    world_size: int
+    local_rank: int
+    local_size: int
+    device: torch.device
+
+
+@dataclass
+class Built:
+    """A model ready to train.
+
+    Attributes:
+        engine: DeepSpeed engine around `model`.
+        model: the `PeftModel`.
+        trainables: parameter name -> parameter, in the model's order.
+        stage: ZeRO stage.
+    """
+
+    engine: Any
+    model: nn.Module
+    trainables: dict[str, nn.Parameter]
+    stage: int
+
+
+# ---------------------------------------------------------------------------------------------------- processes
+
+
+def start(recipe: Recipe) -> Ranks:
+    """Join the process group that `deepspeed`, `torchrun`, `srun` or nobody (one process) has laid out."""
+    environment()
+    cuda = torch.cuda.is_available()
+    local_rank, local_size = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
+    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    torch.set_num_threads(recipe.engine.threads or max(1, _cores() // local_size))
+    quiet()
+    import deepspeed
+
+    deepspeed.utils.logger.setLevel(logging.WARNING)
+    if not torch.distributed.is_initialized():
+        deepspeed.init_distributed(
+            "nccl" if cuda else "gloo", auto_mpi_discovery=False, verbose=False, timeout=_TIMEOUT
+        )
+    torch.manual_seed(recipe.seed)
+    return Ranks(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), local_rank, local_size, device)
+
+
+def environment() -> None:
+    """Set RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT where the launcher did not."""
+    env = os.environ
+    env.setdefault("TOKENIZERS_PARALLELISM", "false")  # loader workers fork; the tokenizer's threads would not survive
+    compiled = REPOSITORY / ".cache" / "torch_extensions"
+    if compiled.is_dir():
+        env.setdefault("TORCH_EXTENSIONS_DIR", str(compiled))
+    if "RANK" in env:  # deepspeed, torchrun
+        env.setdefault("LOCAL_WORLD_SIZE", env.get("LOCAL_SIZE", "1"))
+        return
+    if "SLURM_STEP_NUM_TASKS" in env:  # srun; a bare process inside salloc has SLURM_NTASKS but no step
+        env.update(RANK=env["SLURM_PROCID"], WORLD_SIZE=env["SLURM_STEP_NUM_TASKS"], LOCAL_RANK=env["SLURM_LOCALID"])
+        # "4(x2),3": tasks of each node; the widest is right for all but a ragged last node, where it is cautious.
+        tasks = env.get("SLURM_STEP_TASKS_PER_NODE", "1").split(",")
+        env.setdefault("LOCAL_WORLD_SIZE", str(max(int(t.split("(")[0]) for t in tasks)))
+        env.setdefault("MASTER_ADDR", _first_host(env))
+        env.setdefault("MASTER_PORT", str(20000 + int(env.get("SLURM_JOB_ID", "0")) % 20000))
+        return
+    env.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", LOCAL_WORLD_SIZE="1", MASTER_ADDR="127.0.0.1")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        env["MASTER_PORT"] = str(free.getsockname()[1])
+
+
+def _first_host(env: Any) -> str:
+    nodes = env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST", "127.0.0.1")
+    if "[" not in nodes:
+        return nodes.split(",")[0]
+    listed = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True)
+    return listed.stdout.split()[0]
+
+
+def _cores() -> int:
+    import psutil
+
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(allowed, psutil.cpu_count(logical=False) or allowed)
+
+
+def quiet() -> None:
+    """Hide the two deprecation warnings that torch prints for calls inside DeepSpeed, and nothing else."""
+    for name in ("_all_gather_base", "_reduce_scatter_base", "all_gather_into_tensor", "reduce_scatter_tensor"):
+        warnings.filterwarnings(
+            "ignore", message=f".*{name}.*", category=FutureWarning, module=r"deepspeed\..*|torch\..*"
+        )
+        warnings.filterwarnings("ignore", message=f".*{name}.*", category=DeprecationWarning)
+
+
+# -------------------------------------------------------------------------------------------------------- model
+
+
+def build(resolved: Any, ranks: Ranks) -> Built:
+    """The frozen base, its adapters and DeepSpeed around them.
+
+    Raises:
+        BadInput: when nothing is trainable.
+    """
+    import deepspeed
+    from transformers.integrations import HfDeepSpeedConfig
+
+    from mmpeft_ds.engine.resolve import attach
+
+    recipe: Recipe = resolved.recipe
+    stage = resolved.ds_config["zero_optimization"].get("stage", 0)
+    # from_pretrained partitions while it loads as long as this object lives, so it must exist before the backbone.
+    config = merge(resolved.ds_config, recipe, ranks.world_size, trainable=0)
+    partitioning = HfDeepSpeedConfig(config) if stage == 3 else None
+    prepare_backbone(resolved.backbone, recipe)
+    base = resolved.backbone.build()
+    sites = find_sites(base)
+    model = attach(resolved, base)
+    del partitioning
+    if recipe.engine.gradient_checkpointing:
+        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    trainables = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    check_trainables(trainables)
+    if stage == 3:
+        mark_leaves(model, sites)
+    numel = sum(_numel(p) for p in trainables.values())
+    optimizer = torch.optim.AdamW(
+        parameter_groups(trainables, recipe), lr=recipe.optim.lr, betas=tuple(recipe.optim.betas), eps=recipe.optim.eps
+    )
+    # model_parameters is left out: DeepSpeed takes the optimiser's, which are the trainables and nothing else.
+    engine, *_ = deepspeed.initialize(
+        model=model, optimizer=optimizer, config=merge(resolved.ds_config, recipe, ranks.world_size, numel)
+    )
+    check_engine(engine, trainables)
+    return Built(engine, model, trainables, stage)
+
+
+def prepare_backbone(backbone: Any, recipe: Recipe) -> None:
+    """Tell a backbone, before `build`, what the recipe's `engine` section says of it."""
+    backbone.dtype = getattr(torch, recipe.engine.dtype)
+    backbone.attention = recipe.engine.attention
+    backbone.train_dropout = recipe.engine.train_dropout
+
+
+def check_trainables(trainables: dict[str, nn.Parameter]) -> None:
+    """Trainables exist and are float32.
+
+    Raises:
+        BadInput: if there is none.
+        TypeError: if one is not float32: bf16 adapters lose updates below their 8 bits.
+    """
+    if not trainables:
+        raise BadInput("recipe: method: it leaves nothing to train. Name target layers, a head, norms or biases.")
+    wrong = [f"{n} ({p.dtype})" for n, p in trainables.items() if p.dtype != torch.float32]
+    if wrong:
+        raise TypeError(
+            f"trainable parameters must be float32: {', '.join(wrong[:3])} and {max(0, len(wrong) - 3)} more"
+        )
+
+
+def check_engine(engine: Any, trainables: dict[str, nn.Parameter]) -> None:
+    """After `initialize`: DeepSpeed trains exactly what the recipe trains, still in float32."""
+    now = {n: p for n, p in engine.module.named_parameters() if p.requires_grad}
+    if list(now) != list(trainables):
+        raise RuntimeError(f"DeepSpeed changed the trainable set: {sorted(set(now) ^ set(trainables))[:5]}")
+    check_trainables(now)
+    held = getattr(engine.optimizer, "fp16_groups", None) or getattr(engine.optimizer, "bit16_groups", None)
+    groups = held if held is not None else [g["params"] for g in engine.optimizer.param_groups]
+    if {id(p) for group in groups for p in group} != {id(p) for p in now.values()}:
+        raise RuntimeError("the optimizer does not hold exactly the trainable parameters")
+
+
+def parameter_groups(trainables: dict[str, nn.Parameter], recipe: Recipe) -> list[dict[str, Any]]:
+    """Matrices decay; vectors (biases, norms) and names that contain one of `optim.no_decay` do not."""
+    decay = recipe.optim.weight_decay
+    if not decay:  # one group: half the collectives of ZeRO's per-group reductions
+        return [{"params": list(trainables.values()), "weight_decay": 0.0}]
+
+    def exempt(name: str, parameter: nn.Parameter) -> bool:
+        return len(getattr(parameter, "ds_shape", parameter.shape)) < 2 or any(
+            f in name for f in recipe.optim.no_decay
+        )
+
+    plain = [p for n, p in trainables.items() if exempt(n, p)]
+    decayed = [p for n, p in trainables.items() if not exempt(n, p)]
+    groups = [{"params": decayed, "weight_decay": decay}, {"params": plain, "weight_decay": 0.0}]
+    return [g for g in groups if g["params"]]
+
+
+def mark_leaves(model: nn.Module, sites: Sites) -> list[str]:
+    """Make ZeRO-3 fetch each transformer block as a whole; returns the paths of the blocks.
+
+    By default DeepSpeed hooks every Linear and LayerNorm: some twenty hooks and four gathers a block, forward and once
+    more in backward, which at few tokens a step costs more than the arithmetic. One leaf a block needs one gather and
+    keeps the memory bound of a block.
+    """
+    from deepspeed.utils import set_z3_leaf_module
+
+    modules = {_plain(name): module for name, module in model.named_modules()}
+    leaves = [path for path in block_paths(sites) if path in modules]
+    for path in leaves:
+        set_z3_leaf_module(modules[path], True)
+        if any(p.requires_grad for p in modules[path].parameters()):
+            modules[path].register_forward_pre_hook(_input_with_gradient, with_kwargs=True)
+    return leaves
+
+
+def _input_with_gradient(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    """Let the first argument of a leaf with trainables require gradient, and be positional.
+
+    DeepSpeed reduces a leaf's gradients in its full backward hook. torch runs that hook when the gradient of the
+    positional inputs is complete, or, if none of them requires one, before the leaf's own backward: too early.
+    """
+    if not args and "hidden_states" in kwargs:
+        kwargs = dict(kwargs)
+        args = (kwargs.pop("hidden_states"),)
+    if torch.is_grad_enabled() and not args[0].requires_grad:
+        args = (args[0].detach().requires_grad_(), *args[1:])
+    return args, kwargs
+
+
+def block_paths(sites: Sites) -> list[str]:
+    """Path of every transformer block: the deepest module that holds all sites of one layer of one tower."""
+    members: dict[tuple[str, int], list[list[str]]] = defaultdict(list)
+    for site in [*sites.attention, *sites.ffn]:
+        members[site.tower, site.layer].append(site.path.split("."))
+    blocks = []
+    for (tower, _), paths in members.items():
+        shared = os.path.commonprefix(paths)
+        if len(paths) == 1:
+            shared = shared[:-1]
+        if len(shared) > len(tower.split(".")):
+            blocks.append(".".join(shared))
+    return blocks
+
+
+def _plain(name: str) -> str:
+    return name.removeprefix("base_model.model.")
+
+
+def _numel(parameter: nn.Parameter) -> int:
+    return getattr(parameter, "ds_numel", parameter.numel())

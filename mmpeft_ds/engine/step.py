@@ -1,0 +1,237 @@
+"""One optimizer step over all ranks: two small all-reduces around DeepSpeed's own.
+
+Before the first forward the ranks agree on the weight of the step, on stopping, on bad samples and on who has which
+modality; after the last backward on loss and gradient norms, and so on whether the step can be taken.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import psutil
+import torch
+
+from mmpeft_ds import recipe as recipes
+from mmpeft_ds.data.batch import PackedBatch
+from mmpeft_ds.data.stream import BadBudget, Step
+from mmpeft_ds.distributed import collectives
+from mmpeft_ds.engine import gradients, modality
+from mmpeft_ds.engine.checkpoint import TrainState
+from mmpeft_ds.engine.resolve import Resolved
+from mmpeft_ds.engine.schedule import learning_rate
+from mmpeft_ds.engine.setup import Built, Ranks
+from mmpeft_ds.errors import BadInput
+
+
+@dataclass
+class Agreed:
+    """What all ranks know of a step before its first forward.
+
+    Attributes:
+        weight: total weight of the loss over ranks and micro-steps.
+        stop: some rank was asked to stop.
+        rows: texts (slots, where there are no texts) that enter the loss.
+        bad: slots that could not be used.
+        keys_hash: sum mod 2^64 of the hashes of the sample ids that enter the loss.
+        present: per micro-step, `modality.present` summed over ranks.
+    """
+
+    weight: float
+    stop: bool
+    rows: int
+    bad: int
+    keys_hash: int
+    present: list[list[float]]
+
+
+class Stepper:
+    """Takes optimizer steps.
+
+    Args:
+        total: optimizer steps of the run, for the schedule.
+        state: advanced by every step.
+        budget: this rank's share of the bad samples.
+        stop_requested: whether this process was told to stop.
+    """
+
+    def __init__(
+        self,
+        resolved: Resolved,
+        built: Built,
+        ranks: Ranks,
+        total: int,
+        state: TrainState,
+        budget: BadBudget,
+        stop_requested: Callable[[], bool] = lambda: False,
+    ):
+        self.resolved, self.recipe, self.engine = resolved, resolved.recipe, built.engine
+        self.ranks, self.total, self.state, self.budget = ranks, total, state, budget
+        self.stop_requested, self.stopping = stop_requested, False
+        self.groups, self.group_of = gradients.group_names(built.trainables)
+        self.process = psutil.Process()
+        set_modes(built.model, resolved.backbone, self.recipe)
+
+    def take(self, step: Step, waited: float) -> dict[str, Any]:
+        """One optimizer step; `waited` seconds were spent waiting for its data. Returns the row of metrics.jsonl.
+
+        Raises:
+            BadInput: too many bad samples, or too many steps skipped in a row; on all ranks.
+        """
+        began = time.perf_counter()
+        state, task = self.state, self.resolved.train[step.source].task
+        # Dropout of step s is the same whether or not the run was interrupted before it.
+        torch.manual_seed(seed_of(self.recipe.seed, state.step, self.ranks.rank))
+        agreed = self.agree(step.micro, task)
+        self.stopping = self.stopping or agreed.stop
+        for batch in step.micro:
+            self.budget.feed(batch)
+        if agreed.bad:
+            self.check_budget()
+        loss, forward_seconds = self.accumulate(step.micro, task, agreed)
+        loss, norms, table = self.reduce(loss, [waited, forward_seconds, *self.memory()])
+        norm = math.sqrt(sum(norms))
+        lr = learning_rate(self.recipe.optim, state.step - state.skipped_total, self.total)
+        applied = math.isfinite(loss) and math.isfinite(norm) and agreed.weight > 0
+        if applied:
+            for group in self.engine.optimizer.param_groups:
+                group["lr"] = lr
+            self.engine.step()
+            state.skipped_in_a_row = 0
+        else:
+            gradients.discard(self.engine)
+            state.skipped_in_a_row, state.skipped_total = state.skipped_in_a_row + 1, state.skipped_total + 1
+        if state.skipped_in_a_row >= self.recipe.engine.max_skipped:
+            raise BadInput(
+                f"step {state.step}: loss or gradient not finite in {state.skipped_in_a_row} steps in a row "
+                f"(loss {loss}, gradient norm {norm}). Lower optim.lr, set optim.clip, or look at the data of these "
+                "steps; engine.max_skipped allows more."
+            )
+        state.step, state.step_in_epoch = state.step + 1, state.step_in_epoch + 1
+        seconds = time.perf_counter() - began + waited
+        state.elapsed += seconds
+        busy = [row[0] + row[1] for row in table]
+        return {
+            "step": state.step,
+            "epoch": state.epoch,
+            "loss": loss,
+            "lr": lr,
+            "grad_norm": norm,
+            "samples_per_second": agreed.rows / seconds,
+            "step_seconds": seconds,
+            "data_wait_share": sum(row[0] for row in table) / (seconds * len(table)),
+            "samples": agreed.rows,
+            "weight": agreed.weight,
+            "source": step.source,
+            "skipped": not applied,
+            "skipped_total": state.skipped_total,
+            "bad": dict(state.bad),
+            "slowest_rank": max(range(len(busy)), key=busy.__getitem__),
+            "slowest_excess": max(busy) - sorted(busy)[len(busy) // 2],
+            "grad_norms": {n: math.sqrt(s) for n, s in zip(self.groups, norms, strict=True)},
+            "rss_mib": [round(row[2]) for row in table],
+            **({"device_mib": [round(row[3]) for row in table]} if self.ranks.device.type == "cuda" else {}),
+            "sample_keys_hash": f"{agreed.keys_hash:016x}",
+            "elapsed": state.elapsed,
+        }
+
+    def agree(self, micro: list[PackedBatch], task: Any) -> Agreed:
+        """One all-reduce before the first forward: weights, stop flag, bad slots, who has which modality."""
+        hashes = collectives.split_64(sum(b.sample_keys_hash() for b in micro) % 2**64)
+        mine = [
+            sum(task.weight(b) for b in micro),
+            float(self.stop_requested()),
+            float(sum(_rows(b) for b in micro)),
+            float(sum(len(b.bad) for b in micro)),
+            *hashes,
+            *(bit for b in micro for bit in modality.present(b)),
+        ]
+        weight, stop, rows, bad, low, high, *bits = collectives.sum_scalars(mine, self.ranks.device)
+        width = len(modality.MODALITIES)
+        present = [bits[i : i + width] for i in range(0, len(bits), width)]
+        return Agreed(weight, stop > 0, int(rows), int(bad), collectives.sum_mod_2_64((low, high)), present)
+
+    def accumulate(self, micro: list[PackedBatch], task: Any, agreed: Agreed) -> tuple[torch.Tensor, float]:
+        """Forward and backward of every micro-batch: this rank's share of the loss, and seconds of forward."""
+        # DeepSpeed divides by the rank count and by the accumulation steps; W makes it one mean over the whole step.
+        scale = self.ranks.world_size * self.recipe.optim.accumulation / agreed.weight if agreed.weight else 0.0
+        total = torch.zeros((), dtype=torch.float64, device=self.ranks.device)
+        forward_seconds = 0.0
+        for i, (batch, present) in enumerate(zip(micro, agreed.present, strict=True)):
+            began = time.perf_counter()
+            batch = modality.complete(batch, present, self.resolved.backbone, task).to(self.ranks.device)
+            outputs = self.engine(**self.resolved.backbone.inputs(batch))
+            loss = task.loss(outputs, batch)
+            forward_seconds += time.perf_counter() - began
+            self.engine.backward(loss * scale)
+            total += loss.detach()
+            if i + 1 < len(micro):
+                self.engine.step()  # below the accumulation boundary this only counts the micro-step
+        return total / agreed.weight if agreed.weight else total, forward_seconds
+
+    def reduce(self, loss: torch.Tensor, row: list[float]) -> tuple[float, list[float], list[list[float]]]:
+        """One all-reduce after the last backward: loss, squared gradient norm per group, every rank's timing row.
+
+        What is not finite on one rank comes out not finite on all, so all of them skip the step together.
+        """
+        squares = gradients.squared_norms(self.engine, self.group_of, len(self.groups)).tolist()
+        table = [0.0] * (len(row) * self.ranks.world_size)
+        table[self.ranks.rank * len(row) : (self.ranks.rank + 1) * len(row)] = row
+        summed = collectives.sum_scalars([loss.item(), *squares, *table], self.ranks.device)
+        ends = 1 + len(squares)
+        rows = [summed[i : i + len(row)] for i in range(ends, len(summed), len(row))]
+        return summed[0], summed[1:ends], rows
+
+    def check_budget(self) -> None:
+        """Merge the ranks' counts of bad samples; called only where all of them know that there is a new one."""
+        merged = merged_budget(self.budget)
+        self.state.bad = dict(merged.counts)
+        if (problem := merged.problem()) is not None:
+            raise BadInput(f"data: {problem}")
+
+    def memory(self) -> list[float]:
+        """Resident MiB of this process, and of its device where there is one."""
+        resident = self.process.memory_info().rss / 2**20
+        if self.ranks.device.type == "cuda":
+            return [resident, torch.cuda.memory_allocated(self.ranks.device) / 2**20]
+        return [resident]
+
+
+# ------------------------------------------------------------------------------------------------------- helpers
+
+
+def set_modes(model: torch.nn.Module, backbone: Any, recipe: recipes.Recipe) -> None:
+    """Eval mode, unless dropout or recomputation is asked for; the frozen prefix stays in eval mode in any case."""
+    engine = recipe.engine
+    model.train(engine.train_dropout or engine.gradient_checkpointing)
+    base = model.get_base_model()
+    for path in backbone.frozen_prefix(base):
+        base.get_submodule(path).eval()
+    if not engine.train_dropout:  # transformers recomputes layers only in training mode
+        for module in model.modules():
+            if isinstance(module, torch.nn.modules.dropout._DropoutNd):
+                module.eval()
+
+
+def merged_budget(budget: BadBudget) -> BadBudget:
+    """What the budgets of all ranks have seen together. Collective."""
+    everyone: list[Any] = [budget.state()]
+    if collectives.world_size() > 1:
+        everyone = [None] * collectives.world_size()
+        torch.distributed.all_gather_object(everyone, budget.state())
+    return budget.merged(everyone)
+
+
+def seed_of(*parts: int) -> int:
+    """A generator seed that differs whenever one part does."""
+    digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
+
+
+def _rows(batch: PackedBatch) -> int:
+    kept = batch.text_weight if len(batch.text_owner) else batch.weight
+    return int((kept > 0).sum())

@@ -1,0 +1,267 @@
+"""A training run: set up, loop, evaluate, save, stop. One optimizer step is in step.py."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from mmpeft_ds import recipe as recipes
+from mmpeft_ds.data.shards import verify_shards
+from mmpeft_ds.data.stream import BadBudget, Step, Stream, StreamSource
+from mmpeft_ds.engine import checkpoint, fingerprint, setup
+from mmpeft_ds.engine.checkpoint import TrainState
+from mmpeft_ds.engine.evaluator import Evaluation, evaluate
+from mmpeft_ds.engine.monitor import Monitor, Observer, Silent
+from mmpeft_ds.engine.resolve import Resolved, ResolvedSource, resolve
+from mmpeft_ds.engine.rundir import RunDir
+from mmpeft_ds.engine.setup import Built, Ranks
+from mmpeft_ds.engine.step import Stepper, merged_budget
+from mmpeft_ds.engine.stop import StopFlag
+from mmpeft_ds.errors import BadInput
+
+
+def run(recipe: recipes.Recipe, *, fresh: bool = False) -> int:
+    """Train `recipe`, or continue its run directory; every rank calls it. Returns the exit code.
+
+    Raises:
+        BadInput: on all ranks, in one line.
+    """
+    ranks = setup.start(recipe)
+    resolved = resolve(recipe)
+    run_dir = RunDir.open(recipe.run_dir, recipes.to_dict(resolved.recipe), fresh=fresh)
+    try:
+        with StopFlag(recipe.engine.stop_grace) as stop:
+            return _run(resolved, ranks, run_dir, stop)
+    finally:
+        run_dir.close()
+
+
+def _run(resolved: Resolved, ranks: Ranks, run_dir: RunDir, stop: StopFlag) -> int:
+    recipe = resolved.recipe
+    stream = make_stream(resolved, resolved.train, ranks, train=True)
+    total = total_steps(recipe, stream)
+    if (done := run_dir.finished(total)) is not None:
+        if ranks.rank == 0:
+            print(done["table"])
+        return 0
+    check_shards(resolved, ranks)
+    built = setup.build(resolved, ranks)
+    prints = fingerprint.frozen_fingerprint(fingerprint.frozen_tensors(built.model))
+    state = TrainState(global_batch=recipe.data.global_batch)
+    if run_dir.resume_from is not None:
+        state = checkpoint.load(run_dir.resume_from, built.engine, built.trainables, prints)
+        run_dir.truncate(state.step)
+    observer: Observer = Silent()
+    if ranks.rank == 0:
+        observer = Monitor(run_dir.path, recipe.monitor, total, state.step, recipes.to_yaml(recipe))
+    training = Training(resolved, built, ranks, stream, total, state, run_dir, prints, observer, stop)
+    try:
+        finished = training.loop()
+        if finished:
+            training.finish()
+        else:
+            observer.say(f"stopped after step {state.step} of {total}; the same command continues it")
+    finally:
+        observer.close()
+        training.close()
+    return 0
+
+
+class Training:
+    """The loop over steps, and what happens between them."""
+
+    def __init__(
+        self,
+        resolved: Resolved,
+        built: Built,
+        ranks: Ranks,
+        stream: Stream,
+        total: int,
+        state: TrainState,
+        run_dir: RunDir,
+        prints: dict[str, str],
+        observer: Observer,
+        stop: StopFlag,
+    ):
+        self.resolved, self.recipe, self.built, self.ranks = resolved, resolved.recipe, built, ranks
+        self.stream, self.total, self.state = stream, total, state
+        self.run_dir, self.prints, self.observer = run_dir, prints, observer
+        data = self.recipe.data
+        budget = BadBudget(data.max_bad_fraction, data.max_bad_in_a_row, stream.num_samples)
+        if ranks.rank == 0 and "bad_budget" in state.extra:  # counts add up over ranks, so one of them takes them all
+            budget = budget.merged([state.extra["bad_budget"]])
+        self.stepper = Stepper(resolved, built, ranks, total, state, budget, stop.requested)
+        self.validation = [make_stream(resolved, [source], ranks, train=False) for source in resolved.validation]
+        self.last: dict[str, Any] = {}
+        self.saved_at = state.step if run_dir.resume_from is not None else -1
+        self.patience_over = False
+
+    def loop(self) -> bool:
+        """Train until the end, early stopping, or a stop request; True if there is nothing left to train."""
+        state, engine = self.state, self.recipe.engine
+        for step, waited in self.steps():
+            self.last = self.stepper.take(step, waited)
+            self.observer.step(self.last)
+            at_end = state.step >= self.total
+            epoch_over = state.step_in_epoch >= self.stream.steps_per_epoch(state.epoch)
+            due = state.step % engine.eval_every == 0 if engine.eval_every else epoch_over
+            best = False
+            if self.validation and (due or at_end) and not self.stepper.stopping:
+                best = self.validate()
+                due = True
+            save_due = state.step % engine.save_every == 0 if engine.save_every else due
+            if save_due or best or at_end or self.stepper.stopping:
+                self.save(best)
+            self.patience_over = bool(engine.patience) and state.evaluations_without_improvement >= engine.patience
+            if at_end or self.patience_over:
+                return True
+            if self.stepper.stopping:
+                return False
+        return True
+
+    def steps(self) -> Iterator[tuple[Step, float]]:
+        """Steps of all epochs from where the state stands, each with the seconds waited for it."""
+        while self.state.step < self.total:
+            if self.state.step_in_epoch >= self.stream.steps_per_epoch(self.state.epoch):
+                self.state.epoch, self.state.step_in_epoch = self.state.epoch + 1, 0
+            steps = self.stream.epoch(self.state.epoch, self.state.step_in_epoch)
+            while True:
+                began = time.perf_counter()
+                step = next(steps, None)
+                if step is None:
+                    break
+                yield step, time.perf_counter() - began
+
+    def validate(self) -> bool:
+        """Evaluate every validation source; True if the first one's main metric is the best so far."""
+        results = [self.evaluate(i) for i in range(len(self.validation))]
+        for source, result in zip(self.resolved.validation, results, strict=True):
+            self.observer.evaluation(f"{source.manifest.name}-{source.options.split}", self.state.step, result)
+        task = self.resolved.validation[0].task
+        value = results[0].scores[task.main_metric]
+        state = self.state
+        sign = 1.0 if task.better == "max" else -1.0
+        if state.best is None or sign * value > sign * state.best:
+            state.best, state.best_step, state.evaluations_without_improvement = value, state.step, 0
+            return True
+        state.evaluations_without_improvement += 1
+        return False
+
+    def evaluate(self, index: int) -> Evaluation:
+        """One validation source, every sample once."""
+        source, pictures = self.resolved.validation[index], self.recipe.monitor.samples
+        steps = self.validation[index].epoch(0)
+        return evaluate(
+            self.built.engine, self.resolved.backbone, source.task, steps, self.ranks.device, pictures=pictures
+        )
+
+    def save(self, best: bool) -> None:
+        """A checkpoint of where the run stands, unless there is one already."""
+        if self.saved_at == self.state.step and not best:
+            return
+        self.state.extra["bad_budget"] = merged_budget(self.stepper.budget).state()
+        checkpoint.save(
+            self.run_dir.path,
+            self.built.engine,
+            self.built.trainables,
+            self.state,
+            recipe=recipes.to_dict(self.recipe),
+            fingerprint=self.prints,
+            keep_last=self.recipe.engine.keep_last,
+            best=best,
+        )
+        self.saved_at = self.state.step
+
+    def finish(self) -> None:
+        """The adapter directory, of the best checkpoint where there is one, and the final table."""
+        from mmpeft_ds import adapter
+
+        state = self.state
+        metrics = {
+            "steps": state.step,
+            "train_loss": self.last.get("loss"),
+            "train_seconds": state.elapsed,
+            "best": state.best,
+            "best_step": state.best_step,
+            "skipped_steps": state.skipped_total,
+            "bad_samples": state.bad,
+            "world_size": self.ranks.world_size,
+            "zero_stage": self.built.stage,
+        }
+        best = self.run_dir.checkpoints / "best"
+        if state.best is not None and state.best_step != state.step:
+            checkpoint.load(
+                self.run_dir.checkpoints / best.read_text().strip(), self.built.engine, self.built.trainables
+            )
+        adapter.export(self.run_dir.adapter, self.built.engine, self.resolved, metrics)
+        table = "\n".join(f"{name:>16}  {value}" for name, value in metrics.items())
+        self.run_dir.finish(self.total, metrics, table)
+        self.observer.say(table)
+
+    def close(self) -> None:
+        """End the loader workers."""
+        for stream in (self.stream, *self.validation):
+            stream.close()
+
+
+# -------------------------------------------------------------------------------------------------------- data
+
+
+def make_stream(resolved: Resolved, sources: list[ResolvedSource], ranks: Ranks, *, train: bool) -> Stream:
+    """The stream of one rank over `sources`."""
+    recipe, backbone = resolved.recipe, resolved.backbone
+    entries = [
+        StreamSource(
+            manifest=source.manifest,
+            split=source.options.split,
+            read=source.task.read,
+            image_transform=backbone.image_transform(train),
+            collate_images=backbone.collate_images,
+            collate_texts=backbone.collate_texts,
+            collate_targets=source.task.collate,
+            fields=source.task.fields,
+            weight=source.options.weight,
+        )
+        for source in sources
+    ]
+    return Stream(
+        entries,
+        recipe.data,
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+        accumulation=recipe.optim.accumulation if train else 1,
+        seed=recipe.seed,
+        train=train,
+        pin_memory=ranks.device.type == "cuda",
+    )
+
+
+def total_steps(recipe: recipes.Recipe, stream: Stream) -> int:
+    """Optimizer steps of the whole run."""
+    return recipe.optim.max_steps or sum(stream.steps_per_epoch(e) for e in range(recipe.optim.epochs))
+
+
+def check_shards(resolved: Resolved, ranks: Ranks) -> None:
+    """Every rank checks its share of the shards.
+
+    Raises:
+        BadInput: on all ranks, with the first problem and their number.
+    """
+    mode = resolved.recipe.data.verify
+    splits = {(s.manifest.dir, s.options.split): s.manifest for s in (*resolved.train, *resolved.validation)}
+    mine = [
+        problem
+        for (_, split), manifest in splits.items()
+        for problem in verify_shards(manifest, split, mode, ranks.rank, ranks.world_size)
+    ]
+    everyone: list[Any] = [mine]
+    if ranks.world_size > 1:
+        everyone = [None] * ranks.world_size
+        torch.distributed.all_gather_object(everyone, mine)
+    problems = [problem for part in everyone for problem in part]
+    if problems:
+        more = f" ({len(problems) - 1} more)" if len(problems) > 1 else ""
+        raise BadInput(f"{problems[0]}{more}")
