@@ -108,6 +108,10 @@ class Affine(nn.Module):
         factor, shift = self._ready[key]
         return torch.addcmul(shift, x.to(dtype), factor)
 
+    def frozen_constants(self) -> dict[str, Tensor]:
+        """What the fingerprint of the frozen base covers of this module."""
+        return {name: torch.tensor(getattr(self, name), dtype=torch.float64) for name in ("mean", "std")}
+
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_ready": {}}
 

@@ -298,12 +298,12 @@ def _write(folder: Path, step: int, files: dict[str, Callable], keep_last: int, 
     partial.mkdir()
     for file, write in files.items():
         write(partial / file)
-        _fsync(partial / file)
+        fsync(partial / file)
     _write_json(partial / CHECKSUMS, {file: _sha256(partial / file) for file in files})
-    _fsync(partial / CHECKSUMS)
-    _fsync(partial)
+    fsync(partial / CHECKSUMS)
+    fsync(partial)
     partial.rename(folder / name)
-    _fsync(folder)
+    fsync(folder)
     _point(folder / "latest", name)
     if best:
         _point(folder / "best", name)
@@ -326,16 +326,17 @@ def _prune(folder: Path, keep_last: int) -> None:
 def _point(pointer: Path, name: str) -> None:
     partial = pointer.with_name(f".{pointer.name}.partial")
     partial.write_text(name + "\n")
-    _fsync(partial)
+    fsync(partial)
     os.replace(partial, pointer)
-    _fsync(pointer.parent)
+    fsync(pointer.parent)
 
 
 def _write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=1, default=str) + "\n")
 
 
-def _fsync(path: Path) -> None:
+def fsync(path: Path) -> None:
+    """Wait until a file, or the entries of a directory, are on disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

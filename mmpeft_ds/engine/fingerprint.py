@@ -40,6 +40,13 @@ def weighted_bits(flat: Tensor, offset: int = 0) -> int:
     return int(total)
 
 
+def all_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Parameters, saved buffers and constants of a bare base model, trainable or not."""
+    for name, parameter in model.named_parameters():
+        yield base_name(name), parameter
+    yield from _buffers_and_constants(model)
+
+
 def frozen_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Frozen parameters and saved buffers of `model`, under the names that they bear in the bare base model.
 
@@ -49,9 +56,16 @@ def frozen_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad and ".original_module." not in name:
             yield base_name(name), parameter
+    yield from _buffers_and_constants(model)
+
+
+def _buffers_and_constants(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """A module whose `frozen_constants()` returns name -> tensor has numbers that matter and are no buffers."""
     for path, module in model.named_modules():
         if ".original_module" in path or ".modules_to_save" in path:
             continue
+        if hasattr(module, "frozen_constants"):
+            yield from ((base_name(f"{path}.{key}"), value) for key, value in module.frozen_constants().items())
         for key, buffer in module.named_buffers(recurse=False):
             if key not in module._non_persistent_buffers_set:
                 yield base_name(f"{path}.{key}" if path else key), buffer
@@ -76,7 +90,7 @@ def frozen_fingerprint(frozen: Iterable[tuple[str, Tensor]]) -> dict[str, str]:
         BadInput: if the copies of a tensor differ between ranks.
     """
     frozen = sorted(frozen, key=lambda item: item[0])
-    labels, sums, sharded, group, device = [], [], [], None, torch.device("cpu")
+    labels, sums, sharded, group = [], [], [], None
     for _, tensor in frozen:
         shape = tuple(getattr(tensor, "ds_shape", tensor.shape))
         labels.append(f"{str(tensor.dtype).removeprefix('torch.')} {'x'.join(map(str, shape)) or 'scalar'}")
@@ -84,14 +98,14 @@ def frozen_fingerprint(frozen: Iterable[tuple[str, Tensor]]) -> dict[str, str]:
         sharded.append(shard is not None)
         if shard is None:
             sums.append(weighted_bits(tensor.detach().reshape(-1)))
-            device = tensor.device
         else:
             group = tensor.ds_process_group
-            device = tensor.device
             start = dist.get_rank(group=group) * shard.ds_numel
             own = max(0, min(shard.ds_numel, tensor.ds_numel - start))  # the rest is padding with no defined value
             sums.append(weighted_bits(shard.detach().reshape(-1)[:own], start))
     if world_size() > 1 and sums:
+        nccl = "nccl" in dist.get_backend()
+        device = torch.device("cuda", torch.cuda.current_device()) if nccl else torch.device("cpu")
         total = torch.tensor(sums, dtype=torch.int64, device=device)
         whole = torch.tensor([not s for s in sharded], device=device)
         low, high = total.clone(), total.clone()

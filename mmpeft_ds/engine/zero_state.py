@@ -60,17 +60,25 @@ def set_optimizer_step(engine: Any, step: int) -> None:
             state["step"] = step
 
 
+def read_weight(parameter: nn.Parameter) -> Tensor:
+    """The float32 master of one parameter of a DeepSpeed engine, whole, on the CPU. Collective."""
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    full = safe_get_full_fp32_param(parameter) if _is_partitioned(parameter) else parameter
+    return full.detach().to("cpu", torch.float32, copy=True).reshape(full_shape(parameter))
+
+
 def read_full(engine: Any, parameter: nn.Parameter) -> dict[str, Tensor]:
     """`weight`, `exp_avg` and `exp_avg_sq` of one parameter, whole and float32, on the CPU. Collective."""
-    from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+    from deepspeed.utils import safe_get_full_optimizer_state
 
     if _is_partitioned(parameter):
-        found = {"weight": safe_get_full_fp32_param(parameter)}
-        found |= {key: safe_get_full_optimizer_state(parameter, key) for key in MOMENTS}
+        moments = {key: safe_get_full_optimizer_state(parameter, key) for key in MOMENTS}
     else:
-        found = {"weight": parameter.detach()} | {key: engine.optimizer.state[parameter][key] for key in MOMENTS}
+        moments = {key: engine.optimizer.state[parameter][key] for key in MOMENTS}
     shape = full_shape(parameter)
-    return {key: value.detach().to("cpu", torch.float32, copy=True).reshape(shape) for key, value in found.items()}
+    whole = {key: value.detach().to("cpu", torch.float32, copy=True).reshape(shape) for key, value in moments.items()}
+    return {"weight": read_weight(parameter)} | whole
 
 
 def write_full(engine: Any, parameter: nn.Parameter, values: dict[str, Tensor]) -> None:

@@ -38,6 +38,9 @@ class Task(Protocol):
     def dummy_target(self) -> Any:
         """A target that goes with a weight-0 text."""
 
+    def ask(self, texts: list[str]) -> tuple[dict[str, Any], list[Any]]:
+        """For new texts without known answers: a record and a target for each text, as `predict` reads them."""
+
     def weight(self, batch: PackedBatch) -> float:
         """Total loss weight of this micro-batch, known before the forward."""
 

@@ -104,6 +104,11 @@ class Vqa:
     def dummy_target(self) -> Any:
         return {"question": -1, "scores": {0: 1.0}}
 
+    def ask(self, texts: list[str]) -> tuple[dict[str, Any], list[Any]]:
+        """A record with these questions, none of them answered, and their targets."""
+        questions = [{"question": text, "answers": []} for text in texts]
+        return {"questions": questions}, [{**self.dummy_target(), "question": i} for i in range(len(texts))]
+
     def weight(self, batch: PackedBatch) -> float:
         """Questions that enter the loss."""
         return float(self._weights(batch).double().sum()) if len(batch.text_owner) else 0.0
@@ -153,7 +158,7 @@ class Vqa:
         return rows
 
     def score(self, rows: list[dict[str, Any]]) -> dict[str, float]:
-        """`accuracy` and `accuracy_<type>`: official VQA accuracy for questions with several annotators, else plain."""
+        """`accuracy` and `accuracy_<type>`: official VQA accuracy where several annotators answered, else plain."""
         return _by_type("accuracy", ((r["type"], r["answers"], r["prediction"]) for r in rows))
 
     def baselines(self, train: Iterable[dict[str, Any]], test: Iterable[dict[str, Any]]) -> dict[str, float]:

@@ -1,0 +1,259 @@
+"""The adapter directory: all that a run leaves to be used, loadable by stock peft, or rebuilt whole by `load`.
+
+adapter_config.json, adapter_model.safetensors    peft's own; float32 masters of everything trained
+recipe.yaml                 resolved recipe
+backbone.json               name and options of the backbone, and the base model's configuration
+labels.json                 answers in class order, or null
+image_transform.json        what happens to a decoded image
+feature_statistics.json     mean and deviation of the condition, or null
+base_fingerprint.json       of every frozen tensor, under its name in the bare base model
+metrics.json                what the run reached
+README.md                   model card
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from mmpeft_ds import recipe as recipes
+from mmpeft_ds.backbones.base import Backbone
+from mmpeft_ds.data import decode
+from mmpeft_ds.data.batch import Sample, pack
+from mmpeft_ds.engine import checkpoint, fingerprint, zero_state
+from mmpeft_ds.engine.rank0 import on_rank0, rank
+from mmpeft_ds.errors import BadInput, BadSample
+from mmpeft_ds.model_card import model_card
+from mmpeft_ds.tasks.base import Task
+
+WEIGHTS = "adapter_model.safetensors"
+FILES = ("adapter_config.json", WEIGHTS, "recipe.yaml", "backbone.json", "labels.json", "base_fingerprint.json")
+
+
+def export(directory: str | Path, model: Any, resolved: Any, metrics: dict[str, Any]) -> Path:
+    """Write the adapter directory; one that is there already is replaced as a whole. Collective.
+
+    Only trained parameters are gathered. The weights are read back and compared before the directory gets its name.
+
+    Args:
+        model: the PeftModel, or the DeepSpeed engine around it.
+        resolved: parts of the recipe (`engine.resolve.Resolved`).
+        metrics: json-able, for the model card.
+
+    Raises:
+        RuntimeError: if what peft wrote is not exactly what was trained.
+    """
+    engine = model if hasattr(model, "zero_optimization_stage") else None
+    peft_model: PeftModel = model if engine is None else model.module
+    trained = {}
+    for name, parameter in peft_model.named_parameters():
+        if parameter.requires_grad:
+            trained[name] = _master(engine, parameter)
+    prints = fingerprint.frozen_fingerprint(fingerprint.frozen_tensors(peft_model))
+    directory = Path(directory)
+    return on_rank0(lambda: _write(directory, peft_model, trained, prints, resolved, metrics))
+
+
+@dataclass
+class Loaded:
+    """Base and adapter, ready to answer.
+
+    Attributes:
+        model: PeftModel in eval mode.
+        backbone: transforms, tokenisation and forward arguments.
+        tasks: of the recipe's train sources.
+        labels: answers in class order, or None.
+        recipe: that it was trained with.
+    """
+
+    model: PeftModel
+    backbone: Backbone
+    tasks: list[Task]
+    labels: list[str] | None
+    recipe: recipes.Recipe
+    device: torch.device
+
+    @property
+    def task(self) -> Task:
+        return self.tasks[0]
+
+    @torch.no_grad()
+    def predict(
+        self, images: Sequence[Any], texts: Sequence[str | Sequence[str]], batch: int = 32
+    ) -> list[dict[str, Any]]:
+        """Answer questions about images.
+
+        Args:
+            images: N entries: a path, encoded bytes, a uint8 (3, H, W) tensor, a list of these, or None for no image.
+            texts: N entries: a text, or several texts about the same entry, for which the vision tower runs once.
+            batch: entries at a time.
+
+        Returns:
+            one row per text in order: `prediction`, `text`, `sample_id` (path or number of the entry), and what else
+            the task tells.
+
+        Raises:
+            BadInput: naming the image that cannot be read.
+        """
+        if len(images) != len(texts):
+            raise BadInput(f"predict: {len(images)} images but {len(texts)} texts; give one entry of texts an image")
+        rows: list[dict[str, Any]] = []
+        for start in range(0, len(images), batch):
+            chosen = range(start, min(start + batch, len(images)))
+            packed = self.batch([images[i] for i in chosen], [texts[i] for i in chosen], start)
+            outputs = self.model(**self.backbone.inputs(packed))
+            rows += self.task.predict(outputs, packed)
+        return rows
+
+    def batch(self, images: Sequence[Any], texts: Sequence[str | Sequence[str]], first: int = 0) -> Any:
+        """The packed batch that `predict` sends through the model, on its device."""
+        transform = self.backbone.image_transform(False)
+        samples = []
+        for number, (entry, asked) in enumerate(zip(images, texts, strict=True), start=first):
+            entries = [] if entry is None else list(entry) if isinstance(entry, (list, tuple)) else [entry]
+            asked = [asked] if isinstance(asked, str) else list(asked)
+            record, targets = self.task.ask(asked)
+            name = str(entry) if isinstance(entry, (str, Path)) else str(number)
+            pixels = [transform(_pixels(image, self.recipe.data.max_pixels), None) for image in entries]
+            samples.append(Sample(name, 1.0, pixels, asked, targets, record))
+        b = self.backbone
+        return pack(samples, b.collate_images, b.collate_texts, self.task.collate).to(self.device)
+
+
+def load(directory: str | Path, device: torch.device | str = "cpu") -> Loaded:
+    """Rebuild base and adapter from an adapter directory and the base weights that it names.
+
+    Raises:
+        BadInput: if the directory is not whole, or the base model is not the one this was trained on.
+    """
+    from mmpeft_ds.engine.resolve import make_backbone, make_task
+
+    directory = Path(directory)
+    absent = [name for name in FILES if not (directory / name).is_file()]
+    if absent:
+        raise BadInput(
+            f"{directory}: no adapter directory, {absent[0]} is missing. Give the `adapter` folder of a run."
+        )
+    recipe = recipes.load(directory / "recipe.yaml")
+    labels = _read(directory, "labels.json")
+    backbone = make_backbone(recipe, labels)
+    if (statistics := _read(directory, "feature_statistics.json")) is not None:
+        backbone.use_statistics(statistics)
+    found = _transform(backbone)
+    if found != (told := _read(directory, "image_transform.json")):
+        raise BadInput(f"{directory}: images were transformed by {told} in training, this version does {found}")
+    tasks = []
+    for i, source in enumerate(recipe.data.sources):
+        if source.task not in [s.task for s in recipe.data.sources[:i]]:
+            tasks.append(make_task(recipe, f"data.sources.{i}", source, labels))
+    base = backbone.build()
+    prints = fingerprint.frozen_fingerprint(fingerprint.all_tensors(base))
+    fingerprint.compare(_read(directory, "base_fingerprint.json"), prints, str(directory), missing_ok=True)
+    model = PeftModel.from_pretrained(base, str(directory)).to(device).eval()
+    return Loaded(model, backbone, tasks, labels, recipe, torch.device(device))
+
+
+def _master(engine: Any, parameter: nn.Parameter) -> Tensor | None:
+    """The whole float32 value on rank 0, None elsewhere. Collective."""
+    if engine is None:
+        return parameter.detach().to("cpu", torch.float32, copy=True)
+    full = zero_state.read_weight(parameter)
+    return full if rank() == 0 else None
+
+
+def _write(
+    directory: Path,
+    model: PeftModel,
+    trained: dict[str, Tensor],
+    prints: dict[str, str],
+    resolved: Any,
+    metrics: dict[str, Any],
+) -> Path:
+    partial = directory.with_name(f".{directory.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    # Given whole tensors, peft neither gathers nor looks at the shards. `auto` would ask the hub about embeddings.
+    model.save_pretrained(str(partial), state_dict=dict(trained), save_embedding_layers=False)
+    _verify(partial / WEIGHTS, trained)
+    recipe, backbone = resolved.recipe, resolved.backbone
+    config = model.get_base_model().config
+    name, options = recipe.backbone["name"], {k: v for k, v in recipe.backbone.items() if k != "name"}
+    contents = {
+        "backbone.json": {
+            "name": name,
+            "options": options,
+            "dtype": recipe.engine.dtype,
+            "config": config.to_dict(),
+        },
+        "labels.json": resolved.labels,
+        "image_transform.json": _transform(backbone),
+        "feature_statistics.json": resolved.statistics,
+        "base_fingerprint.json": prints,
+        "metrics.json": metrics,
+    }
+    for file, value in contents.items():
+        (partial / file).write_text(json.dumps(value, indent=1, default=str, ensure_ascii=False) + "\n")
+    (partial / "recipe.yaml").write_text(recipes.to_yaml(recipe))
+    (partial / "README.md").write_text(model_card(resolved, metrics, trained))
+    for file in partial.iterdir():
+        checkpoint.fsync(file)
+    checkpoint.fsync(partial)
+    old = directory.with_name(f".{directory.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if directory.exists():
+        directory.rename(old)
+    partial.rename(directory)
+    checkpoint.fsync(directory.parent)
+    shutil.rmtree(old, ignore_errors=True)
+    return directory
+
+
+def _verify(path: Path, trained: dict[str, Tensor]) -> None:
+    """What was written is what was trained: as many tensors, of the same shapes and bits, and none is empty."""
+
+    def census(tensors: dict[str, Tensor]) -> Counter:
+        return Counter((tuple(t.shape), fingerprint.weighted_bits(t.reshape(-1))) for t in tensors.values())
+
+    written = load_file(path)
+    empty = [name for name, tensor in written.items() if tensor.numel() == 0]
+    if empty or census(written) != census(trained):
+        raise RuntimeError(
+            f"{path}: peft wrote {len(written)} tensors ({len(empty)} of them empty) for {len(trained)} trained "
+            f"parameters, and they are not the same; trained: {', '.join(sorted(trained)[:3])} ..."
+        )
+
+
+def _transform(backbone: Backbone) -> dict[str, Any]:
+    """The evaluation transform in words that two versions can compare."""
+    transform = backbone.image_transform(False)
+    values = dataclasses.asdict(transform) if dataclasses.is_dataclass(transform) else {"repr": repr(transform)}
+    return json.loads(json.dumps({"name": type(transform).__name__, **values}, default=str))
+
+
+def _pixels(image: Any, max_pixels: int) -> Tensor:
+    if isinstance(image, Tensor):
+        return image
+    try:
+        data = image if isinstance(image, bytes) else Path(image).read_bytes()
+        return decode.decode(data, max_pixels)
+    except (OSError, BadSample) as e:
+        name = "an image given as bytes" if isinstance(image, bytes) else image
+        raise BadInput(f"{name}: cannot be read as an image ({e})") from e
+
+
+def _read(directory: Path, name: str) -> Any:
+    try:
+        return json.loads((directory / name).read_text())
+    except (OSError, ValueError) as e:
+        raise BadInput(f"{directory / name}: cannot be read ({e}). Export the adapter again.") from e
