@@ -1,4 +1,4 @@
-"""Command-line options from a source's `Options` dataclass: one clear line for every mistake."""
+"""Command-line options from a source's `Options` dataclass."""
 
 from __future__ import annotations
 
@@ -9,19 +9,7 @@ import re
 import types
 import typing
 from pathlib import Path
-from typing import Any, NoReturn
-
-from mmpeft_ds.errors import BadInput
-
-
-class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose mistakes are BadInput instead of a usage page."""
-
-    def __init__(self, **kw: Any):
-        super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kw)
-
-    def error(self, message: str) -> NoReturn:
-        raise BadInput(f"{self.prog}: {message}. --help lists the options.")
+from typing import Any
 
 
 def add_options(parser: argparse.ArgumentParser, options: type) -> None:

@@ -19,16 +19,16 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-if str(ROOT) not in sys.path:
-    sys.path.insert(0, str(ROOT))
+if __name__ == "__main__":
+    # This folder must not come first on the path: its file names would hide installed modules of the same name.
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from data_prep import sources  # noqa: E402
 from data_prep.engines import ENGINES, run_jobs  # noqa: E402
-from data_prep.options import Parser, add_options, as_json, compared, read_options  # noqa: E402
+from data_prep.options import add_options, as_json, compared, read_options  # noqa: E402
 from data_prep.progress import Progress  # noqa: E402
 from data_prep.sources.base import Source  # noqa: E402
-from mmpeft_ds import registry  # noqa: E402
+from mmpeft_ds import console, registry  # noqa: E402
 from mmpeft_ds.data.manifest import FILE, NAME, Manifest, write_atomic  # noqa: E402
 from mmpeft_ds.data.writer import PARTS, Part, finished_part, shard_file, write_manifest, write_shard  # noqa: E402
 from mmpeft_ds.errors import BadInput  # noqa: E402
@@ -50,19 +50,9 @@ class Job:
     count: int
 
 
-def main(argv: list[str]) -> int:
-    try:
-        prepare(argv)
-    except BadInput as error:
-        print(error, file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("stopped; the same command continues", file=sys.stderr)
-        return 130
-    return 0
-
-
-def prepare(argv: list[str]) -> None:
+def main(argv: list[str] | None = None) -> None:
+    """Prepare one data set; `argv` without the program's name, default sys.argv."""
+    argv = sys.argv[1:] if argv is None else argv
     args, source, options = _parse(argv)
     out: Path = args.out
     wanted = {
@@ -86,10 +76,10 @@ def prepare(argv: list[str]) -> None:
 def _parse(argv: list[str]) -> tuple[Any, Source, Any]:
     """Common options, the source, and its own options."""
     known = ", ".join(n.replace("_", "-") for n in registry.names(sources))
-    first = Parser(add_help=False)
+    first = console.Parser(add_help=False, allow_abbrev=False)
     first.add_argument("source", nargs="?")
     name = first.parse_known_args(argv)[0].source
-    parser = Parser(prog="prepare.py", description=__doc__)
+    parser = console.Parser(prog="prepare.py", description=__doc__, allow_abbrev=False)
     parser.add_argument("source", metavar="SOURCE", help=f"one of: {known}")
     parser.add_argument("--out", type=Path, required=True, help="directory of the shards, made if needed")
     parser.add_argument("--name", help="name of the data set in file names and sample ids (default: SOURCE)")
@@ -275,4 +265,4 @@ def _report(manifest: Manifest, title: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    console.run(main)

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import io
 import json
-import tarfile
+import warnings
 from dataclasses import dataclass
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
+from mmpeft_ds.data.decode import FORMATS
+from mmpeft_ds.data.shards import members
 from mmpeft_ds.data.writer import IMAGE_EXTENSIONS
+from mmpeft_ds.errors import BadSample
 
 
 @dataclass
@@ -24,40 +27,37 @@ class StoredSample:
     features: np.ndarray | None = None
 
 
-def read_sample(stream: BinaryIO, begin: int, length: int) -> StoredSample:
-    """The sample at `begin` of a tar. Raises ValueError in a few words if it cannot be used."""
-    stream.seek(begin)
-    try:
-        with tarfile.open(fileobj=io.BytesIO(stream.read(length)), mode="r:") as archive:
-            files = {m.name: archive.extractfile(m).read() for m in archive if m.isfile()}
-    except (tarfile.TarError, OSError) as error:
-        raise ValueError(f"is no piece of a tar ({error})") from error
-    keys = {name.split(".", 1)[0] for name in files}
-    if len(keys) != 1:
-        raise ValueError(f"the index points at {len(keys)} keys instead of one")
-    key = keys.pop()
-    parts = {name.split(".", 1)[1]: data for name, data in files.items()}
+def parse_sample(piece: bytes) -> StoredSample:
+    """The one sample in a piece of tar. Raises BadSample if it cannot be used."""
+    key, parts = members(piece)
+    if "json" not in parts:
+        raise BadSample("json", "none")
     try:
         record = json.loads(parts["json"])
-    except KeyError as error:
-        raise ValueError("has no json") from error
     except ValueError as error:
-        raise ValueError(f"its json does not parse ({error})") from error
+        raise BadSample("json", str(error)) from error
     if not isinstance(record, dict):
-        raise ValueError("its json is no object")
-    features = np.load(io.BytesIO(parts["npy"]), allow_pickle=False) if "npy" in parts else None
+        raise BadSample("json", f"{type(record).__name__} instead of an object")
+    features = None
+    if "npy" in parts:
+        try:
+            features = np.load(io.BytesIO(parts["npy"]), allow_pickle=False)
+        except (ValueError, OSError, EOFError) as error:
+            raise BadSample("npy", str(error)) from error
     return StoredSample(key, [data for _, data in sorted(_images(parts))], record, features)
 
 
-def check_image(data: bytes) -> tuple[int, int]:
-    """(width, height) from the header. Raises ValueError if it is no image."""
+def image_size(data: bytes) -> tuple[int, int]:
+    """(width, height) from the header. Raises BadSample if it is no image that training reads."""
     try:
-        with Image.open(io.BytesIO(data)) as image:
-            return image.size
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of large images: the limit that counts is the recipe's
+            with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+                return image.size
     except Image.DecompressionBombError as error:
-        raise ValueError(str(error)) from error
-    except OSError as error:
-        raise ValueError("holds something that is no image") from error
+        raise BadSample("pixels", str(error)) from error
+    except (OSError, ValueError, SyntaxError) as error:
+        raise BadSample("image", "not an image of a known format") from error
 
 
 def _images(parts: dict[str, bytes]) -> list[tuple[int, bytes]]:

@@ -10,47 +10,43 @@ import sys
 import textwrap
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-if str(ROOT) not in sys.path:
-    sys.path.insert(0, str(ROOT))
+if __name__ == "__main__":
+    # This folder must not come first on the path: its file names would hide installed modules of the same name.
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import fsspec  # noqa: E402
 from PIL import Image, ImageDraw, ImageFont  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.table import Column, Table  # noqa: E402
 
-from data_prep.options import Parser  # noqa: E402
-from data_prep.reading import StoredSample, read_sample  # noqa: E402
+from data_prep.reading import StoredSample, parse_sample  # noqa: E402
+from mmpeft_ds import console  # noqa: E402
 from mmpeft_ds.data.manifest import Manifest  # noqa: E402
-from mmpeft_ds.errors import BadInput  # noqa: E402
+from mmpeft_ds.errors import BadInput, BadSample  # noqa: E402
 
 TILE, MARGIN, LINES, COLUMNS = 220, 10, 6, 6
 
 
-def main(argv: list[str]) -> int:
-    try:
-        parser = Parser(prog="show.py", description=__doc__)
-        parser.add_argument("dir", metavar="DIR", help="directory with a manifest.json; a path or a URL")
-        parser.add_argument("--split", help="only this one (default: tables of all, pictures of the first)")
-        parser.add_argument("--out", type=Path, help="write a contact sheet there (.png)")
-        parser.add_argument("--samples", type=int, default=24, help="how many samples on the sheet, evenly spread")
-        args = parser.parse_args(argv)
-        if args.samples < 1:
-            raise BadInput(f"--samples: {args.samples} is too few.")
-        manifest = Manifest.load(args.dir)
-        splits = [args.split] if args.split else list(manifest.splits)
-        manifest.shards(splits[0])  # refuses an unknown split
-        print_tables(manifest, splits)
-        if args.out:
-            try:
-                contact_sheet(manifest, splits[0], args.samples).save(args.out)
-            except (OSError, ValueError) as error:
-                raise BadInput(f"--out {args.out}: cannot be written ({error}).") from error
-            print(f"contact sheet of {splits[0]!r}: {args.out}")
-    except BadInput as error:
-        print(error, file=sys.stderr)
-        return 2
-    return 0
+def main(argv: list[str] | None = None) -> None:
+    """Print the tables and, if asked, draw the sheet."""
+    parser = console.Parser(prog="show.py", description=__doc__)
+    parser.add_argument("dir", metavar="DIR", help="directory with a manifest.json; a path or a URL")
+    parser.add_argument("--split", help="only this one (default: tables of all, pictures of the first)")
+    parser.add_argument("--out", type=Path, help="write a contact sheet there (.png)")
+    parser.add_argument("--samples", type=int, default=24, help="how many samples on the sheet, evenly spread")
+    args = parser.parse_args(argv)
+    if args.samples < 1:
+        raise BadInput(f"--samples: {args.samples} is too few.")
+    manifest = Manifest.load(args.dir)
+    splits = [args.split] if args.split else list(manifest.splits)
+    manifest.shards(splits[0])  # refuses an unknown split
+    print_tables(manifest, splits)
+    if args.out:
+        try:
+            contact_sheet(manifest, splits[0], args.samples).save(args.out)
+        except (OSError, ValueError) as error:
+            raise BadInput(f"--out {args.out}: cannot be written ({error}).") from error
+        print(f"contact sheet of {splits[0]!r}: {args.out}")
 
 
 def print_tables(manifest: Manifest, splits: list[str]) -> None:
@@ -110,7 +106,7 @@ def _tile(manifest: Manifest, split: str, number: int) -> tuple[Image.Image | No
     """(images of one sample side by side, caption lines); a sample that cannot be read says so in its place."""
     try:
         sample = _sample(manifest, split, number)
-    except ValueError as error:
+    except BadSample as error:
         return None, [f"sample {number}: {error}"]
     pictures = []
     shown = sample.images[:4]
@@ -146,10 +142,14 @@ def _sample(manifest: Manifest, split: str, number: int) -> StoredSample:
     for i, shard in enumerate(manifest.shards(split)):
         if number < shard.samples:
             begin, length = manifest.offsets(split, i)[number].tolist()
-            with fsspec.open(manifest.path(shard.file), "rb") as stream:
-                return read_sample(stream, begin, length)
+            try:
+                with fsspec.open(manifest.path(shard.file), "rb") as stream:
+                    stream.seek(begin)
+                    return parse_sample(stream.read(length))
+            except OSError as error:
+                raise BadSample("read", f"{shard.file}: {error.strerror or error}") from error
         number -= shard.samples
-    raise ValueError("is beyond the end of the split")
+    raise IndexError(number)
 
 
 def describe(sample: StoredSample) -> list[str]:
@@ -184,4 +184,4 @@ def _right(name: str) -> Column:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    console.run(main)

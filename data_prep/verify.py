@@ -9,21 +9,22 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-if str(ROOT) not in sys.path:
-    sys.path.insert(0, str(ROOT))
+if __name__ == "__main__":
+    # This folder must not come first on the path: its file names would hide installed modules of the same name.
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from data_prep.engines import run_jobs  # noqa: E402
-from data_prep.options import Parser  # noqa: E402
 from data_prep.progress import Progress  # noqa: E402
-from data_prep.reading import check_image, read_sample  # noqa: E402
+from data_prep.reading import image_size, parse_sample  # noqa: E402
+from mmpeft_ds import console  # noqa: E402
 from mmpeft_ds.data.manifest import FILE, Manifest, local_path, sample_key  # noqa: E402
 from mmpeft_ds.data.writer import file_sha256  # noqa: E402
-from mmpeft_ds.errors import BadInput  # noqa: E402
+from mmpeft_ds.errors import BadInput, BadSample  # noqa: E402
+
+HINT = "Restore it, or prepare the data set again with --overwrite"
 
 
 @dataclass(frozen=True)
@@ -42,25 +43,21 @@ class Found:
 
     problems: list[str]
     bad: list[tuple[str, str]]
-    read: int = 0
+    good: int = 0
 
 
-def main(argv: list[str]) -> int:
-    try:
-        parser = Parser(prog="verify.py", description=__doc__)
-        parser.add_argument("dir", metavar="DIR", help="directory with a manifest.json")
-        parser.add_argument("--list-bad", action="store_true", help="name every bad sample, not one a shard")
-        parser.add_argument("--processes", type=int, default=0, help="how many at a time (default: all CPUs)")
-        args = parser.parse_args(argv)
-        problems = list(verify(args.dir, args.list_bad, args.processes))
-    except BadInput as error:
-        print(error, file=sys.stderr)
-        return 2
-    return 2 if problems else 0
+def main(argv: list[str] | None = None) -> int:
+    """Check one directory; exit code."""
+    parser = console.Parser(prog="verify.py", description=__doc__)
+    parser.add_argument("dir", metavar="DIR", help="directory with a manifest.json")
+    parser.add_argument("--list-bad", action="store_true", help="name every bad sample, not one a shard")
+    parser.add_argument("--processes", type=int, default=0, help="how many at a time (default: all CPUs)")
+    args = parser.parse_args(argv)
+    return 2 if verify(args.dir, args.list_bad, args.processes) else 0
 
 
-def verify(dir: str, list_bad: bool = False, processes: int = 0) -> Iterator[str]:
-    """Check everything below `dir`; print and yield one line per problem, and a summary at the end.
+def verify(dir: str, list_bad: bool = False, processes: int = 0) -> list[str]:
+    """Check everything below `dir`, print one line per problem and a summary, return the lines.
 
     Raises:
         BadInput: if there is no readable manifest.
@@ -68,8 +65,8 @@ def verify(dir: str, list_bad: bool = False, processes: int = 0) -> Iterator[str
     manifest = Manifest.load(dir)
     if local_path(manifest.dir) is None:
         raise BadInput(f"{dir}: verify.py reads local directories; copy it here first.")
+    problems: list[str] = []
     jobs: list[Job] = []
-    count = samples = 0
     for split, shards in manifest.splits.items():
         first = 0
         for number, shard in enumerate(shards):
@@ -78,32 +75,28 @@ def verify(dir: str, list_bad: bool = False, processes: int = 0) -> Iterator[str
         try:
             manifest.offsets(split, 0)
         except BadInput as error:
-            print(error)
-            yield str(error)
-            count += 1
+            problems.append(str(error))
+    results: list[Found | None] = [None] * len(jobs)
     with Progress("verify", sum(manifest.samples(s) for s in manifest.splits)) as progress:
-        results: list[Found | None] = [None] * len(jobs)
         for i, found in run_jobs(check_shard, jobs, "local", processes):
             results[i] = found
             progress.advance(manifest.splits[jobs[i].split][jobs[i].number].samples)
     for job, found in zip(jobs, results, strict=True):
-        shard = manifest.splits[job.split][job.number]
-        samples += found.read
-        lines = [f"{shard.file}: {problem}" for problem in found.problems]
+        file = manifest.splits[job.split][job.number].file
+        problems += [f"{file}: {problem}" for problem in found.problems]
         if list_bad:
-            lines += [f"{shard.file}: sample {key}: {what}" for key, what in found.bad]
+            problems += [f"{file}: sample {key}: {what}" for key, what in found.bad]
         elif found.bad:
             key, what = found.bad[0]
-            lines.append(f"{shard.file}: {len(found.bad)} bad samples, first {key}: {what}; --list-bad names all")
-        for line in lines:
-            print(line)
-            yield line
-        count += len(lines)
+            problems.append(f"{file}: {len(found.bad)} bad samples, first {key}: {what} (--list-bad names all)")
+    for problem in problems:
+        print(problem)
     strange = _unlisted(manifest)
     if strange:
         print(f"note: {FILE} does not name {', '.join(strange[:5])}{' ...' if len(strange) > 5 else ''}")
-    verdict = f"{count} problems" if count else "all good"
-    print(f"{manifest.name}: {len(jobs)} shards, {samples:,} samples read: {verdict}")
+    verdict = f"{len(problems)} problems" if problems else "all good"
+    print(f"{manifest.name}: {len(jobs)} shards, {sum(f.good for f in results):,} samples read well: {verdict}")
+    return problems
 
 
 def check_shard(job: Job) -> Found:
@@ -111,20 +104,16 @@ def check_shard(job: Job) -> Found:
     manifest = Manifest.load(job.dir)
     shard = manifest.splits[job.split][job.number]
     path = Path(local_path(manifest.path(shard.file)))
-    if not path.exists():
-        return Found(["is missing. Restore it, or prepare again with --overwrite"], [])
     found = Found([], [])
-    size = path.stat().st_size
+    try:
+        size, digest = path.stat().st_size, file_sha256(path)
+    except OSError as error:
+        found.problems.append(f"cannot be read ({error.strerror}). {HINT}")
+        return found
     if size != shard.bytes:
-        found.problems.append(
-            f"has {size:,} bytes, expected {shard.bytes:,}. Restore it, or prepare again with --overwrite"
-        )
-    else:
-        digest = file_sha256(path)
-        if digest != shard.sha256:
-            found.problems.append(
-                f"has sha256 {digest[:12]}.., expected {shard.sha256[:12]}..; its bytes were changed"
-            )
+        found.problems.append(f"has {size:,} bytes, expected {shard.bytes:,}. {HINT}")
+    elif digest != shard.sha256:
+        found.problems.append(f"has sha256 {digest[:12]}.., expected {shard.sha256[:12]}..: changed bytes. {HINT}")
     try:
         offsets = manifest.offsets(job.split, job.number)
     except BadInput:
@@ -132,16 +121,21 @@ def check_shard(job: Job) -> Found:
     with open(path, "rb") as stream:
         for i, (begin, length) in enumerate(offsets.tolist()):
             key = sample_key(job.split, job.first + i)
+            stream.seek(begin)
             try:
-                sample = read_sample(stream, begin, length)
-                if sample.key != key:
-                    raise ValueError(f"bears the key {sample.key}")
-                for image in sample.images:
-                    check_image(image)
-                found.read += 1
-            except ValueError as error:
+                _check_sample(stream.read(length), key)
+                found.good += 1
+            except BadSample as error:
                 found.bad.append((key, str(error)))
     return found
+
+
+def _check_sample(piece: bytes, key: str) -> None:
+    sample = parse_sample(piece)
+    if sample.key != key:
+        raise BadSample("key", f"{sample.key}, and {key} belongs here")
+    for image in sample.images:
+        image_size(image)
 
 
 def _unlisted(manifest: Manifest) -> list[str]:
@@ -152,4 +146,4 @@ def _unlisted(manifest: Manifest) -> list[str]:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    console.run(main)

@@ -44,6 +44,7 @@ class Part:
 
 
 def shard_file(name: str, split: str, number: int) -> str:
+    """File name of a shard."""
     return f"{name}-{split}-{number:06d}.tar"
 
 
@@ -107,6 +108,7 @@ def write_shard(dir: Path, name: str, split: str, number: int, first: int, sampl
 
 
 def part_path(dir: Path, file: str) -> Path:
+    """Where the part of the shard `file` is kept until the manifest is written."""
     return dir / PARTS / f"{file}.json"
 
 
@@ -246,6 +248,7 @@ class FieldCounts:
 
 
 def file_sha256(path: str | Path) -> str:
+    """sha256 of a file, 64 hexadecimal digits."""
     with open(path, "rb") as stream:
         return _sha256(stream)
 
