@@ -1,0 +1,122 @@
+"""Evaluate a finished or interrupted run on a split: every sample exactly once, over any number of ranks."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from mmpeft_ds import recipe as recipes
+from mmpeft_ds.data.shards import ShardReader, members
+from mmpeft_ds.engine import checkpoint, setup, trainer
+from mmpeft_ds.engine.evaluator import Evaluation, evaluate
+from mmpeft_ds.engine.rank0 import on_rank0
+from mmpeft_ds.engine.resolve import ResolvedSource, resolve
+from mmpeft_ds.errors import BadInput
+
+CHUNK = 256  # records read at a time for the baselines
+
+
+def assess(run: Path, split: str, which: str = "best", overrides: list[str] | None = None) -> list[dict[str, Any]]:
+    """Score checkpoint `which` of a run on `split` of each of its training data sets. Every rank calls it.
+
+    Writes RUN/evaluation-SPLIT.json and RUN/predictions-SPLIT.jsonl.
+
+    Args:
+        run: run directory.
+        which: `best`, `last`, or the name of a checkpoint; `best` is `last` in a run without validation.
+        overrides: as `--set`, for where and how to run: engine.deepspeed, data.workers, data.sources.0.dir.
+
+    Returns:
+        on every rank, one report a data set: dir, split, checkpoint, step, samples, rows, scores, baselines, seconds.
+
+    Raises:
+        BadInput: no run there, no such checkpoint or split.
+    """
+    if not (run / "recipe.yaml").is_file():
+        raise BadInput(f"{run}: no run directory (it has no recipe.yaml). Give --run the run_dir of a recipe.")
+    recipe = recipes.load(run / "recipe.yaml", overrides)
+    sources = {s.dir: replace(s, split=split) for s in recipe.data.sources}
+    recipe.data.validation = list(sources.values())
+    ranks = setup.start(recipe)
+    resolved = resolve(recipe)
+    trainer.check_shards(resolved, ranks)
+    path = on_rank0(lambda: find_checkpoint(run, which))
+    built = setup.build(resolved, ranks)
+    prints = trainer.fingerprint.frozen_fingerprint(trainer.fingerprint.frozen_tensors(built.model))
+    state = checkpoint.load(path, built.engine, built.trainables, prints)
+    reports, rows = [], []
+    for source in resolved.validation:
+        began = time.perf_counter()
+        stream = trainer.make_stream(resolved, [source], ranks, train=False)
+        steps = _counted(stream.epoch(0), stream.steps_per_epoch(), f"{source.manifest.name}-{split}", ranks.rank)
+        result: Evaluation = evaluate(built.engine, resolved.backbone, source.task, steps, ranks.device)
+        stream.close()
+        seconds = time.perf_counter() - began
+        train = next(s for s in resolved.train if s.options.dir == source.options.dir)
+        report = {
+            "dir": source.options.dir,
+            "split": split,
+            "checkpoint": path.name,
+            "step": state.step,
+            "samples": source.manifest.samples(split),
+            "rows": on_rank0(lambda result=result: len(result.rows)),
+            "scores": result.scores,
+            "baselines": on_rank0(lambda s=source, t=train: s.task.baselines(records(t), records(s))),
+            "seconds": seconds,
+        }
+        reports.append(report)
+        rows += result.rows
+    if ranks.rank == 0:
+        (run / f"evaluation-{split}.json").write_text(json.dumps(reports, indent=1) + "\n")
+        with (run / f"predictions-{split}.jsonl").open("w", encoding="utf-8") as file:
+            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    return reports
+
+
+def find_checkpoint(run: Path, which: str) -> Path:
+    """The checkpoint that `which` names, whole. Raises BadInput."""
+    folder = run / "checkpoints"
+    name = which
+    if which in ("best", "last"):
+        pointers = [folder / "best", folder / "latest"] if which == "best" else [folder / "latest"]
+        found = [p for p in pointers if p.is_file()]
+        if not found:
+            raise BadInput(f"{run}: no checkpoint yet. Train first; the same train command continues the run.")
+        name = found[0].read_text().strip()
+    path = folder / name
+    if not path.is_dir():
+        there = ", ".join(p.name for p in checkpoint.listing(folder)) or "none"
+        raise BadInput(f"{run}: no checkpoint {name!r}. There: {there}; or use --checkpoint best or last.")
+    wrong = checkpoint.damage(path)
+    if wrong is not None:
+        raise BadInput(f"{path}: damaged: {wrong}. Use another one with --checkpoint NAME.")
+    return path
+
+
+def records(source: ResolvedSource) -> Iterator[dict[str, Any]]:
+    """The json of every sample of a split, in order; images are not decoded."""
+    manifest, split = source.manifest, source.options.split
+    reader = ShardReader(manifest, split)
+    try:
+        for number, shard in enumerate(manifest.shards(split)):
+            for first in range(0, shard.samples, CHUNK):
+                wanted = [(number, i) for i in range(first, min(first + CHUNK, shard.samples))]
+                for piece in reader.read(wanted):
+                    if isinstance(piece, bytes):
+                        yield json.loads(members(piece)[1]["json"])
+    finally:
+        reader.close()
+
+
+def _counted(steps: Iterator[Any], total: int, name: str, rank: int) -> Iterator[Any]:
+    """A progress bar on rank 0."""
+    if rank != 0:
+        yield from steps
+        return
+    from tqdm import tqdm
+
+    yield from tqdm(steps, total=total, desc=name, unit="step", mininterval=1.0)
