@@ -183,6 +183,29 @@ def _write(
     partial = directory.with_name(f".{directory.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
+    try:
+        _fill(partial, model, trained, prints, resolved, metrics)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    old = directory.with_name(f".{directory.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if directory.exists():
+        directory.rename(old)
+    partial.rename(directory)
+    checkpoint.fsync(directory.parent)
+    shutil.rmtree(old, ignore_errors=True)
+    return directory
+
+
+def _fill(
+    partial: Path,
+    model: PeftModel,
+    trained: dict[str, Tensor],
+    prints: dict[str, str],
+    resolved: Any,
+    metrics: dict[str, Any],
+) -> None:
     # Given whole tensors, peft neither gathers nor looks at the shards. `auto` would ask the hub about embeddings.
     model.save_pretrained(str(partial), state_dict=dict(trained), save_embedding_layers=False)
     _verify(partial / WEIGHTS, trained)
@@ -209,14 +232,6 @@ def _write(
     for file in partial.iterdir():
         checkpoint.fsync(file)
     checkpoint.fsync(partial)
-    old = directory.with_name(f".{directory.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if directory.exists():
-        directory.rename(old)
-    partial.rename(directory)
-    checkpoint.fsync(directory.parent)
-    shutil.rmtree(old, ignore_errors=True)
-    return directory
 
 
 def _verify(path: Path, trained: dict[str, Tensor]) -> None:

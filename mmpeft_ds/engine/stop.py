@@ -137,13 +137,6 @@ def alive(process: psutil.Process) -> bool:
         return True  # cannot be seen, which is no proof of its death
 
 
-def leave_signals_to_the_parent(_worker: int = 0) -> None:
-    """For loader workers: a signal to the whole group or process tree must not take the data from a rank that still
-    finishes its step. Workers end with their rank."""
-    for number in SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
-
-
 def _is_launcher(command: list[str]) -> bool:
     """Interpreter, options and program; what follows belongs to the script and may name anything."""
     for i, word in enumerate(command[:6]):

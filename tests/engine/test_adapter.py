@@ -1,0 +1,175 @@
+"""The adapter directory: written whole, loadable by stock peft, rebuilt from itself alone, refused on another base."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from engine import toy_vqa  # noqa: E402
+
+import mmpeft_ds  # noqa: E402
+from mmpeft_ds import adapter  # noqa: E402
+from mmpeft_ds.engine import resolve  # noqa: E402
+from mmpeft_ds.errors import BadInput  # noqa: E402
+
+IMAGES = [toy_vqa.png(1), [toy_vqa.png(2), toy_vqa.png(3)], None]
+TEXTS = ["is it red ?", ["what is it ?", "is a big round ?"], "is it blue ?"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("adapter")
+    toy_vqa.prepare(path)
+    return path
+
+
+def logits(loaded: adapter.Loaded, model) -> torch.Tensor:
+    with torch.no_grad():
+        return model(**loaded.backbone.inputs(loaded.batch(IMAGES, TEXTS))).logits
+
+
+METHODS = {
+    "routed": {},
+    "lora": {"method": {"name": "lora", "r": 2}, "backbone": {"condition": "none"}},
+    "bf16": {"engine": {"dtype": "bfloat16"}},
+}
+
+
+@pytest.fixture(scope="module", params=METHODS)
+def exported(request, folder):
+    """A model whose adapter is not at its initial values, and its directory."""
+    given = dict(METHODS[request.param])
+    method = given.pop("method", None)
+    recipe = toy_vqa.recipe(folder, **given)
+    if method:
+        recipe.method = method
+    resolved = resolve.resolve(recipe)
+    torch.manual_seed(7)
+    model = resolve.attach(resolved, resolved.backbone.build()).eval()
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.1 * torch.randn_like(parameter)
+    target = folder / f"adapter-{request.param}"
+    adapter.export(target, model, resolved, {"accuracy": 0.5})
+    return target, model, resolved
+
+
+def test_load_gives_the_logits_of_the_trained_model_to_the_bit(exported):
+    target, model, _ = exported
+    loaded = mmpeft_ds.load(target)
+    assert torch.equal(logits(loaded, loaded.model), logits(loaded, model))
+    assert loaded.labels == toy_vqa.LABELS
+
+
+def test_stock_peft_loads_it_on_the_base(exported):
+    target, model, resolved = exported
+    loaded = mmpeft_ds.load(target)
+    stock = PeftModel.from_pretrained(resolved.backbone.build(), str(target)).eval()
+    assert torch.equal(logits(loaded, stock), logits(loaded, model))
+
+
+def test_the_adapter_matters(exported):
+    """Negative control: without the adapter the logits are others."""
+    target, model, _ = exported
+    loaded = mmpeft_ds.load(target)
+    with loaded.model.disable_adapter():
+        assert not torch.equal(logits(loaded, loaded.model), logits(loaded, model))
+
+
+def test_the_file_holds_the_trained_tensors_in_float32_and_nothing_frozen(exported):
+    target, model, _ = exported
+    written = load_file(target / adapter.WEIGHTS)
+    expected = [tuple(p.shape) for p in model.parameters() if p.requires_grad]
+    assert sorted(tuple(t.shape) for t in written.values()) == sorted(expected)
+    assert {t.dtype for t in written.values()} == {torch.float32}
+
+
+def test_predict_answers_every_text_in_order(exported):
+    loaded = mmpeft_ds.load(exported[0])
+    rows = loaded.predict(IMAGES, TEXTS, batch=2)
+    assert [r["text"] for r in rows] == ["is it red ?", "what is it ?", "is a big round ?", "is it blue ?"]
+    assert {r["prediction"] for r in rows} <= set(toy_vqa.LABELS)
+
+
+def test_predict_names_a_file_that_is_no_image(exported, tmp_path):
+    loaded = mmpeft_ds.load(exported[0])
+    (tmp_path / "note.jpg").write_text("text")
+    for name in ("note.jpg", "absent.jpg"):
+        with pytest.raises(BadInput, match=name):
+            loaded.predict([str(tmp_path / name)], ["is it red ?"])
+
+
+def copy(target: Path, to: Path) -> Path:
+    shutil.copytree(target, to)
+    return to
+
+
+def test_another_base_is_refused_by_the_name_of_the_tensor(folder, exported, tmp_path):
+    weights = folder / "text" / "model.safetensors"
+    before = weights.read_bytes()
+    tensors = load_file(weights)
+    name = "encoder.layer.1.intermediate.dense.weight"
+    flipped = tensors[name].clone()
+    flipped.view(torch.int32).view(-1)[5] ^= 1 << 20  # a bit that bfloat16 keeps
+    try:
+        save_file({**tensors, name: flipped}, weights, metadata={"format": "pt"})
+        with pytest.raises(BadInput, match=rf"text_model\.{name}"):
+            mmpeft_ds.load(exported[0])
+    finally:
+        weights.write_bytes(before)
+
+
+def test_other_feature_statistics_are_refused(exported, tmp_path):
+    target = copy(exported[0], tmp_path / "a")
+    statistics = json.loads((target / "feature_statistics.json").read_text())
+    statistics["mean"][0] += 1e-3
+    (target / "feature_statistics.json").write_text(json.dumps(statistics))
+    with pytest.raises(BadInput, match=r"feature_norm\.mean"):
+        mmpeft_ds.load(target)
+
+
+def test_an_incomplete_directory_is_refused(exported, tmp_path):
+    target = copy(exported[0], tmp_path / "a")
+    (target / "labels.json").unlink()
+    with pytest.raises(BadInput, match="labels.json is missing"):
+        mmpeft_ds.load(target)
+
+
+def test_export_replaces_a_directory_as_a_whole(exported):
+    target, model, resolved = exported
+    (target / "left_over.txt").write_text("old")
+    adapter.export(target, model, resolved, {"accuracy": 0.75})
+    assert not (target / "left_over.txt").exists()
+    assert "0.75" in (target / "README.md").read_text()
+    assert [p.name for p in target.parent.iterdir() if p.name.startswith(".")] == []
+
+
+def test_an_export_that_lost_a_tensor_does_not_get_its_name(folder, exported, monkeypatch):
+    _, model, resolved = exported
+    original = PeftModel.save_pretrained
+
+    def forgetful(self, directory, state_dict, **options):
+        original(self, directory, state_dict=state_dict, **options)
+        path = Path(directory) / adapter.WEIGHTS
+        tensors = load_file(path)
+        first = sorted(tensors)[0]
+        save_file({**tensors, first: torch.zeros(0)}, path)
+
+    monkeypatch.setattr(PeftModel, "save_pretrained", forgetful)
+    with pytest.raises(RuntimeError, match="1 of them empty"):
+        adapter.export(folder / "broken", model, resolved, {})
+    assert not (folder / "broken").exists()
+
+
+def test_the_model_card_says_how_to_load_it(exported):
+    card = (exported[0] / "README.md").read_text()
+    assert "mmpeft_ds.load" in card and "toy" in card and "CC0-1.0" in card and "accuracy" in card
