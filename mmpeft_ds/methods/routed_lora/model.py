@@ -30,8 +30,7 @@ class RoutedLoraModel(BaseTuner):
 
     def _prepare_model(self, peft_config: RoutedLoraConfig, model: nn.Module) -> None:
         sites = find_sites(model)
-        RoutedLora.check(peft_config, sites, None)
-        chosen = selected(peft_config, sites)
+        chosen = checked(peft_config, sites)
         self._parts: dict[str, Parts] = {
             path: tuple((p.start, p.width) for p in parts)
             for path, parts in chosen.projections(peft_config.targets).items()
@@ -90,25 +89,20 @@ class RoutedLora:
 
     @staticmethod
     def check(config: RoutedLoraConfig, sites: Sites, condition_width: int | None) -> None:
-        """Refuse what cannot work on these sites; `condition_width` None leaves widths to the layers.
+        """Refuse what cannot work on these sites with a condition of this width (None: no condition).
 
         Raises:
-            BadInput: no such tower or layer, widths that differ, or a route that leaks future tokens.
+            BadInput: no such tower or layer, no condition or another width, or a route that leaks future tokens.
         """
-        chosen = selected(config, sites)
-        parts = chosen.projections(config.targets)
-        if config.coupled and config.route in ("matmul1", "matmul1_relu", "matmul2", "ones"):
-            for path, projections in parts.items():
-                if len({p.width for p in projections}) > 1:
-                    raise BadInput(f"{path}: parts of different widths cannot be routed jointly. Set coupled: false.")
-        if config.route in MIXES_TOKENS and not config.reshape_compat and any(s.causal for s in chosen.attention):
-            raise BadInput(
-                f"route: {config.route!r} mixes all tokens, so a causal tower would see its future. Choose another "
-                "route; reshape_compat: true reproduces the published one, leak included."
-            )
-        if not config.routed or config.condition != "given" or condition_width is None:
+        chosen = checked(config, sites)
+        if not config.routed or config.condition != "given":
             return
-        for path, projections in parts.items():
+        if condition_width is None:
+            raise BadInput(
+                f"route: {config.route!r} needs a condition, which this backbone does not publish. "
+                "Give the backbone one, or set route: none."
+            )
+        for path, projections in chosen.projections(config.targets).items():
             width = projections[0].in_width
             if width != condition_width:
                 raise BadInput(
@@ -130,9 +124,15 @@ class RoutedLora:
         return found
 
 
-def selected(config: RoutedLoraConfig, sites: Sites) -> Selection:
-    """The sites that `config` means. Raises BadInput."""
-    return select(sites, config.tower, config.layers, cross_only=config.condition.startswith("cross"))
+def checked(config: RoutedLoraConfig, sites: Sites) -> Selection:
+    """The sites that `config` means. Raises BadInput where it cannot be attached to them, whatever the condition."""
+    chosen = select(sites, config.tower, config.layers, cross_only=config.condition.startswith("cross"))
+    if config.route in MIXES_TOKENS and not config.reshape_compat and any(s.causal for s in chosen.attention):
+        raise BadInput(
+            f"route: {config.route!r} mixes all tokens, so a causal tower would see its future. Choose another "
+            "route; reshape_compat: true reproduces the published one, leak included."
+        )
+    return chosen
 
 
 def heads_in_float32(model: nn.Module, adapter_name: str) -> None:
