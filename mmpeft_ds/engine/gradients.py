@@ -50,24 +50,27 @@ def discard(engine: Any) -> None:
         engine.zero_grad()
         engine.micro_steps += 1
         return
-    optimizer = engine.optimizer
-    with torch.no_grad():
-        if getattr(optimizer, "offload_optimizer", False) or getattr(optimizer, "cpu_offload", False):
-            for norms in (optimizer.norm_for_param_grads,):  # offload keeps per-parameter norms, taken during backward
-                for key in norms:
-                    norms[key] = torch.full_like(torch.as_tensor(norms[key], dtype=torch.float32), float("nan"))
-        else:
-            for _, gradient in _raw(optimizer):
-                gradient.fill_(float("nan"))
+    parts = list(_parts(engine.optimizer))
+    for part in parts:
+        part.fill_(float("nan"))
     engine.step()
     if engine.was_step_applied():
         raise RuntimeError("DeepSpeed applied a step that all ranks had agreed to skip")
+    for part in parts:
+        # Stage 3 keeps these buffers, and later steps do not overwrite their padding: a NaN there would stay for ever.
+        part.zero_()
 
 
-def _raw(optimizer: Any) -> Iterator[tuple[int, Tensor]]:
-    """Gradient tensors themselves; `get_fp32_grad_partitions` may hand out copies."""
-    for index, gradients in optimizer.averaged_gradients.items():
-        yield from ((index, g) for g in gradients or [])
+def _parts(optimizer: Any) -> Iterator[Tensor]:
+    """The tensors from which ZeRO takes the norm that decides whether it steps."""
+    if getattr(optimizer, "offload_optimizer", False) or getattr(optimizer, "cpu_offload", False):
+        # With offload the norms were taken during backward, one a parameter.
+        for key, norm in optimizer.norm_for_param_grads.items():
+            optimizer.norm_for_param_grads[key] = torch.as_tensor(norm, dtype=torch.float64).clone()
+            yield optimizer.norm_for_param_grads[key]
+        return
+    for gradients in optimizer.averaged_gradients.values():
+        yield from gradients or []
 
 
 def group_names(trainables: dict[str, nn.Parameter]) -> tuple[list[str], dict[int, int]]:

@@ -152,8 +152,11 @@ def build(resolved: Any, ranks: Ranks) -> Built:
     config = merge(resolved.ds_config, recipe, ranks.world_size, trainable=0)
     partitioning = HfDeepSpeedConfig(config) if stage == 3 else None
     prepare_backbone(resolved.backbone, recipe)
+    torch.manual_seed(recipe.seed)
     base = resolved.backbone.build()
     sites = find_sites(base)
+    # Loading under ZeRO-3 draws other numbers than loading whole; the adapters must start alike at every stage.
+    torch.manual_seed(recipe.seed)
     model = attach(resolved, base)
     del partitioning
     if recipe.engine.gradient_checkpointing:

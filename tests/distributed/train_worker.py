@@ -47,7 +47,6 @@ def run_case(case: dict, folder: Path, ranks: setup.Ranks) -> dict:
     )
     task = tiny.TinyTask(poison=set(case.get("poison", [])))
     resolved = tiny.make_resolved(recipe, task)
-    torch.manual_seed(recipe.seed)
     built = setup.build(resolved, ranks)
     state = TrainState()
     stepper = Stepper(resolved, built, ranks, 10, state, BadBudget(1.0, 1000))

@@ -1,4 +1,4 @@
-"""A tiny ViT + BERT with random weights, a tiny task, and hand-made global batches; shared by engine tests and ranks."""
+"""A tiny ViT + BERT with random weights, a tiny task, hand-made global batches; shared by engine tests and ranks."""
 
 from __future__ import annotations
 
