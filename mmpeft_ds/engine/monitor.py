@@ -138,8 +138,9 @@ def page(pictures: list[tuple[Tensor, list[dict[str, Any]]]], columns: int = 4, 
         pixels = (image.clamp(0, 1) * 255).to(torch.uint8).permute(1, 2, 0).numpy()
         sheet.paste(Image.fromarray(pixels).resize((CELL, CELL), Image.Resampling.NEAREST), (left, top))
         for j, row in enumerate(rows[:lines]):
-            answer = next((str(row[k]) for k in ("answer", "label", "target") if k in row), "")
-            right = row.get("correct", not answer or str(row["prediction"]) == answer)
+            answers = [str(a) for a in row.get("answers", [row["answer"]] if "answer" in row else [])]
+            answer = max(answers, key=answers.count, default="")
+            right = not answers or str(row["prediction"]) in answers
             below = top + CELL + 2 + 2 * j * 12
             draw.text((left, below), _short(row.get("text", "")), fill="black")
             told = f"-> {row['prediction']}" + (f"  (answer: {answer})" if answer else "")

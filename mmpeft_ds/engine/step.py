@@ -114,6 +114,7 @@ class Stepper:
         state.step, state.step_in_epoch = state.step + 1, state.step_in_epoch + 1
         seconds = time.perf_counter() - began + waited
         state.elapsed += seconds
+        state.extra["samples"] = state.extra.get("samples", 0) + agreed.rows
         busy = [row[0] + row[1] for row in table]
         return {
             "step": state.step,

@@ -184,6 +184,10 @@ class Training:
             "steps": state.step,
             "train_loss": self.last.get("loss"),
             "train_seconds": state.elapsed,
+            "samples_per_second": state.extra.get("samples", 0) / max(state.elapsed, 1e-9),
+            "trainable_parameters": sum(map(numel, self.built.trainables.values())),
+            "total_parameters": sum(map(numel, self.built.model.parameters())),
+            "peak_rss_mib": self.last.get("rss_mib"),
             "best": state.best,
             "best_step": state.best_step,
             "skipped_steps": state.skipped_total,
@@ -205,6 +209,11 @@ class Training:
         """End the loader workers."""
         for stream in (self.stream, *self.validation):
             stream.close()
+
+
+def numel(parameter: torch.nn.Parameter) -> int:
+    """Elements of the whole parameter, also where ZeRO-3 holds it in parts."""
+    return getattr(parameter, "ds_numel", parameter.numel())
 
 
 # -------------------------------------------------------------------------------------------------------- data

@@ -1,0 +1,108 @@
+import json
+import math
+
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from mmpeft_ds.engine.evaluator import Evaluation
+from mmpeft_ds.engine.monitor import Monitor, page
+from mmpeft_ds.engine.options import MonitorOptions
+
+
+def row(step: int, **changes) -> dict:
+    return {
+        "step": step,
+        "epoch": 0,
+        "loss": 0.1 + step / 3,
+        "lr": 1e-3,
+        "grad_norm": 1.5,
+        "grad_norms": {"text_model.encoder.layer.0": 1.0, "head": 1.1},
+        "samples_per_second": 10.0,
+        "step_seconds": 0.5,
+        "data_wait_share": 0.1,
+        "skipped_total": 0,
+        "slowest_rank": 1,
+        "slowest_excess": 0.01,
+        "bad": {"image": 2},
+        "rss_mib": [500, 510],
+        "sample_keys_hash": "00ff",
+    } | changes
+
+
+def board(folder) -> EventAccumulator:
+    loaded = EventAccumulator(str(folder / "tensorboard"), size_guidance={"images": 0})
+    return loaded.Reload()
+
+
+def test_metrics_keep_every_bit_and_stay_json_when_the_loss_is_not_finite(tmp_path):
+    monitor = Monitor(tmp_path, MonitorOptions(tensorboard=False), 3, 0, "")
+    rows = [row(1), row(2, loss=math.nan), row(3, grad_norm=math.inf)]
+    for r in rows:
+        monitor.step(r)
+    read = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]  # before close
+    monitor.close()
+    assert read[0]["loss"] == rows[0]["loss"]
+    assert read[1]["loss"] == "nan" and read[2]["grad_norm"] == "inf"
+
+
+def test_tensorboard_has_the_curves_the_metrics_the_predictions_and_the_recipe(tmp_path):
+    monitor = Monitor(tmp_path, MonitorOptions(), 4, 0, "seed: 7")
+    for step in (1, 2):
+        monitor.step(row(step))
+    picture = (torch.rand(3, 8, 8), [{"text": "is it red ?", "prediction": "yes", "answers": ["no", "yes", "yes"]}])
+    monitor.evaluation("toy-val", 2, Evaluation({"accuracy": 0.5}, [{}], [picture]))
+    monitor.close()
+    found = board(tmp_path)
+    tags = found.Tags()
+    for tag in (
+        "train/loss",
+        "train/lr",
+        "train/grad_norm",
+        "train/skipped_steps",
+        "grad_norm/head",
+        "speed/samples_per_second",
+        "speed/data_wait_share",
+        "speed/slowest_rank",
+        "memory_mib/rank_1",
+        "bad_samples/image",
+        "eval/toy-val/accuracy",
+    ):
+        assert tag in tags["scalars"], tag
+    assert [e.step for e in found.Scalars("train/loss")] == [1, 2]
+    assert "predictions/toy-val" in tags["images"]
+    assert b"seed: 7" in found.Tensors("recipe/text_summary")[0].tensor_proto.string_val[0]
+
+
+def test_scalars_are_thinned_but_metrics_are_not(tmp_path):
+    monitor = Monitor(tmp_path, MonitorOptions(every=2), 4, 0, "")
+    for step in range(1, 5):
+        monitor.step(row(step))
+    monitor.close()
+    assert [e.step for e in board(tmp_path).Scalars("train/loss")] == [2, 4]
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 4
+
+
+def test_a_continued_run_appends(tmp_path):
+    for start in (0, 2):
+        monitor = Monitor(tmp_path, MonitorOptions(tensorboard=False), 4, start, "")
+        monitor.step(row(start + 1))
+        monitor.close()
+    steps = [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert steps == [1, 3]
+
+
+def test_the_page_shows_right_answers_green_and_wrong_ones_red():
+    image = torch.zeros(3, 4, 4)
+    right = page([(image, [{"text": "q", "prediction": "yes", "answers": ["yes"]}])])
+    wrong = page([(image, [{"text": "q", "prediction": "yes", "answers": ["no"]}])])
+
+    def has(sheet, channel):
+        others = [c for c in range(3) if c != channel]
+        return bool(((sheet[channel] > 0.3) & (sheet[others].amax(0) < 0.25)).any())
+
+    assert has(right, 1) and not has(right, 0)
+    assert has(wrong, 0) and not has(wrong, 1)
+
+
+def test_a_text_that_the_font_lacks_does_not_stop_the_run():
+    page([(torch.zeros(3, 4, 4), [{"text": "何色ですか" * 20, "prediction": "赤"}])])
