@@ -196,9 +196,9 @@ def _write_plan(out: Path, wanted: dict[str, Any], shaping: dict[str, Any]) -> N
         for stale in (out / PARTS).glob("*.tmp"):
             stale.unlink()
     else:
-        strange = sorted(p.name for p in out.iterdir() if p.name != PARTS)
+        strange = sorted(p.name for p in out.iterdir() if p.suffix in (".tar", ".npy"))
         if strange:
-            raise BadInput(f"{out}: holds other files ({strange[0]} ...) but no {FILE}. Choose an empty directory.")
+            raise BadInput(f"{out}: holds {strange[0]}, but no {FILE} that tells of it. Choose an empty directory.")
         write_atomic(plan, json.dumps(wanted, ensure_ascii=False, indent=1).encode())
 
 
