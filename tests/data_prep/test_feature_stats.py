@@ -2,8 +2,8 @@ import types
 
 import pytest
 import torch
-from data_prep import feature_stats, prepare
 
+from data_prep import feature_stats, prepare
 from mmpeft_ds.data.manifest import Manifest
 from mmpeft_ds.errors import BadInput
 
