@@ -1,0 +1,141 @@
+"""What every backbone must do, run over every registered entry and a text-only one."""
+
+import pickle
+
+import pytest
+import text_only
+import tiny_towers
+import torch
+
+from mmpeft_ds import backbones, registry
+from mmpeft_ds.backbones.base import Backbone
+from mmpeft_ds.data.batch import Sample, pack
+
+LABELS = ["yes", "no", "red", "blue"]
+
+
+def make_vision_text_encoder(folder):
+    entry = registry.load(backbones, "vision_text_encoder", "backbone.name")
+    options = entry.Options(
+        vision=tiny_towers.write_vision(folder / "vision", "vit"),
+        text=tiny_towers.write_text(folder / "text", "roberta"),
+        image_size=8,
+    )
+    return entry(options, LABELS)
+
+
+def make_text_only(folder):
+    return text_only.ENTRY(text_only.Options(tiny_towers.write_text(folder, "bert")), LABELS)
+
+
+MAKERS = {"vision_text_encoder": make_vision_text_encoder}
+
+
+def test_every_registered_backbone_is_tried_here():
+    assert set(registry.names(backbones)) == set(MAKERS)
+
+
+@pytest.fixture(scope="module", params=[*MAKERS, "text_only"])
+def backbone(request, tmp_path_factory):
+    made = MAKERS.get(request.param, make_text_only)(tmp_path_factory.mktemp(request.param))
+    made.check()
+    return made
+
+
+@pytest.fixture(scope="module")
+def model(backbone):
+    return backbone.build().eval()
+
+
+def image(seed):
+    return torch.randint(0, 256, (3, 9, 11), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+
+
+def samples():
+    """One image, two images to a question, a video, text alone, an image nobody asks about, padding, a bad sample."""
+
+    def sample(name, images, texts):
+        return Sample(name, 1.0, [image(i) for i in images], texts, [0] * len(texts))
+
+    return [
+        sample("one", [1], ["is there a red circle", "what color is it"]),
+        sample("pair", [2, 3], ["is it the same shape"]),
+        sample("video", [4, 5, 6, 7, 8], ["is it round"]),
+        sample("text", [], ["is it red or blue what is it", "a"]),
+        sample("unasked", [9], []),
+        Sample(),
+        Sample("damaged", 0.0, bad=("image", "x.tar", "k")),
+    ]
+
+
+def packed(backbone, given):
+    transform = backbone.image_transform(train=True)
+    if "image" not in backbone.modalities:
+        given = [Sample(s.sample_id, s.weight, [], s.texts, s.targets) for s in given]
+    for s in given:
+        s.images = [transform(i, torch.Generator()) for i in s.images]
+    return pack(given, backbone.collate_images, backbone.collate_texts, lambda t: {"label": torch.tensor(t)})
+
+
+@torch.no_grad()
+def logits(backbone, model, given):
+    return model(**backbone.inputs(packed(backbone, given))).logits
+
+
+def test_it_satisfies_the_protocol(backbone):
+    assert isinstance(backbone, Backbone)
+    assert backbone.modalities and set(backbone.modalities) <= {"image", "text"}
+
+
+def test_on_meta_nothing_is_allocated_and_the_shape_is_that_of_the_real_model(backbone, model):
+    on_meta = backbone.build(on_meta=True)
+    assert {p.device.type for p in on_meta.parameters()} == {"meta"}
+    assert {n: p.shape for n, p in on_meta.named_parameters()} == {n: p.shape for n, p in model.named_parameters()}
+
+
+def test_every_mixture_of_images_and_texts_is_answered(backbone, model):
+    got = logits(backbone, model, samples())
+    assert got.shape == (6, len(LABELS)) and got.isfinite().all()
+
+
+def test_packing_equals_one_by_one(backbone, model):
+    together = logits(backbone, model, samples())
+    alone = torch.cat([logits(backbone, model, [s]) for s in samples() if s.texts])
+    torch.testing.assert_close(together, alone, atol=1e-6, rtol=0)
+
+
+def test_the_answer_to_a_text_does_not_depend_on_the_rest_of_the_batch(backbone, model):
+    first, *others = samples()
+    alone = logits(backbone, model, [first])
+    torch.testing.assert_close(logits(backbone, model, [*others, first])[-2:], alone, atol=1e-6, rtol=0)
+    other = Sample("one", 1.0, first.images[:0], ["the big square"], [0])
+    assert (logits(backbone, model, [other]) - alone[:1]).abs().max() > 1e-3  # else the check would prove nothing
+
+
+def test_a_dummy_of_each_modality_runs(backbone, model):
+    slot = Sample("", 0.0)
+    if "image" in backbone.modalities:
+        slot.images = [backbone.dummy("image")]
+    slot.texts, slot.targets = [backbone.dummy("text")], [0]
+    assert logits(backbone, model, [slot]).shape == (1, len(LABELS))
+
+
+def test_what_loader_processes_need_can_be_pickled(backbone):
+    for name in ("collate_texts", "collate_images"):
+        pickle.loads(pickle.dumps(getattr(backbone, name)))
+    transform = pickle.loads(pickle.dumps(backbone.image_transform(train=True)))
+    assert transform(image(1), torch.Generator()).dtype == torch.uint8
+    texts = ["is it red", "a"]
+    again = pickle.loads(pickle.dumps(backbone)).collate_texts(texts)
+    assert torch.equal(again["input_ids"], backbone.collate_texts(texts)["input_ids"])
+
+
+def test_the_frozen_prefix_names_modules_without_trainables(backbone, model):
+    for path in backbone.frozen_prefix(model):
+        assert not any(p.requires_grad for p in model.get_submodule(path).parameters())
+
+
+def test_the_model_survives_saving_and_loading(backbone, model, tmp_path):
+    model.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path).eval()
+    assert torch.equal(logits(backbone, loaded, samples()), logits(backbone, model, samples()))

@@ -1,0 +1,70 @@
+"""Towers of every family with random weights, and tokenizers of a dozen words, written as transformers folders."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from tokenizers.processors import TemplateProcessing
+from transformers import (
+    BertConfig,
+    BertModel,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    Dinov2Config,
+    Dinov2Model,
+    PreTrainedTokenizerFast,
+    RobertaConfig,
+    RobertaModel,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+    ViTConfig,
+    ViTModel,
+)
+
+WIDTH = 16
+WORDS = ["is", "there", "a", "red", "blue", "round", "big", "circle", "square", "what", "color", "it", "shape", "the"]
+COMMON = dict(hidden_size=WIDTH, num_hidden_layers=3, num_attention_heads=2, intermediate_size=24)
+VISION = {
+    "vit": (ViTConfig, ViTModel, {}),
+    "dinov2": (Dinov2Config, Dinov2Model, {"mlp_ratio": 2}),
+    "clip": (CLIPVisionConfig, CLIPVisionModel, {}),
+    "siglip": (SiglipVisionConfig, SiglipVisionModel, {}),
+}
+
+
+def write_vision(folder: Path, family: str, width: int = WIDTH) -> str:
+    """A vision tower of 3 layers for images of 8x8 in patches of 4x4."""
+    config, model, extra = VISION[family]
+    return _save(folder, model(config(image_size=8, patch_size=4, **{**COMMON, "hidden_size": width}, **extra)))
+
+
+def write_text(folder: Path, family: str, pooler: bool = True) -> str:
+    """A text encoder of 3 layers and its tokenizer; RoBERTa's has pad id 1 as everywhere."""
+    pad = 1 if family == "roberta" else 0
+    special = ["[CLS]", "[PAD]", "[SEP]", "[UNK]"] if pad else ["[PAD]", "[CLS]", "[SEP]", "[UNK]"]
+    vocabulary = {word: i for i, word in enumerate(special + WORDS)}
+    config, model = (RobertaConfig, RobertaModel) if family == "roberta" else (BertConfig, BertModel)
+    sizes = dict(vocab_size=len(vocabulary), max_position_embeddings=40, type_vocab_size=1, pad_token_id=pad)
+    _save(folder, model(config(**COMMON, **sizes, hidden_dropout_prob=0.1), add_pooling_layer=pooler))
+    tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = Whitespace()
+    ends = [("[CLS]", vocabulary["[CLS]"]), ("[SEP]", vocabulary["[SEP]"])]
+    tokenizer.post_processor = TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=ends)
+    names = dict(pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]")
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names).save_pretrained(folder)
+    return str(folder)
+
+
+def _save(folder: Path, model: torch.nn.Module) -> str:
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in sorted(model.named_parameters()):
+            # large enough that a wrong wire shows; norms stay near one
+            noise = 0.3 * torch.randn(parameter.shape, generator=generator)
+            parameter.copy_(noise + (1.0 if "norm" in name.lower() and name.endswith("weight") else 0.0))
+    model.save_pretrained(folder)
+    return str(folder)
