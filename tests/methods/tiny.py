@@ -41,6 +41,7 @@ def _with_biases(model: nn.Module) -> nn.Module:
 def wrap(model: nn.Module, filled: bool = True, **options) -> peft.PeftModel:
     """A peft model whose `up` is not zero unless `filled` is False."""
     options = {"r": 4, "alpha": 8, **options}
+    torch.manual_seed(7)
     wrapped = peft.get_peft_model(model, RoutedLoraConfig(**options))
     return fill(wrapped) if filled else wrapped
 

@@ -219,8 +219,9 @@ class RoutedLoraLinear(nn.Module, RoutedLoraLayer):
 
     def forward(self, x: Tensor, *args: object, **kwargs: object) -> Tensor:
         """(B, L, d) -> (B, L, out); reads the condition of the running forward."""
+        frozen = self._frozen()
         out = self.base_layer(x, *args, **kwargs)
-        if self._frozen():
+        if frozen:
             return out
         for name in self.active_adapters:
             if name not in self.configs:

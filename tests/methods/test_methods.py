@@ -1,0 +1,139 @@
+"""Every registered method: the contract, its checks on sites, and parameter counts of the published models."""
+
+import dataclasses
+
+import peft
+import pytest
+import torch
+from tiny import IDS, bert, gpt2, image
+from torch import nn
+from transformers import GPT2Config, GPT2Model, RobertaConfig, RobertaModel, ViTConfig, ViTModel
+
+import mmpeft_ds
+from mmpeft_ds import RoutedLoraConfig, methods
+from mmpeft_ds.errors import BadInput
+from mmpeft_ds.methods.base import Method
+from mmpeft_ds.sites import find_sites
+from mmpeft_ds.sites.condition import Condition, conditioned
+
+
+@pytest.mark.parametrize("name", methods.names())
+@pytest.mark.parametrize("build", [bert, gpt2])
+def test_every_method_attaches_trains_and_sorts_its_parameters(name, build, tmp_path):
+    method = methods.get(name)
+    assert isinstance(method, Method)
+    assert methods.of(method.Config()) is method
+    model = build()
+    sites = find_sites(model)
+    config = method.Config()
+    method.check(config, sites, 16)
+    wrapped = peft.get_peft_model(model, method.prepare(config, model, sites))
+    trained = [n for n, p in wrapped.named_parameters() if p.requires_grad]
+    kinds = method.kinds(trained)
+    assert sorted(n for names in kinds.values() for n in names) == sorted(trained)
+    assert set(kinds) == {"peft", "norm", "bias", "head"} and kinds["peft"]
+    assert all(method.prefix in n for n in kinds["peft"])
+    with conditioned(Condition(image())):
+        wrapped(IDS)[0].square().sum().backward()
+        out = wrapped(IDS)[0]
+    assert any(p.grad is not None and p.grad.any() for p in wrapped.parameters())
+    wrapped.save_pretrained(tmp_path)
+    again = peft.PeftModel.from_pretrained(build(), tmp_path)
+    with conditioned(Condition(image())):
+        assert torch.equal(again(IDS)[0], out)
+
+
+def test_registered_with_peft_and_exported():
+    for name in methods.names():
+        method = methods.get(name)
+        assert peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING[method.peft_type] is method.Config
+        assert getattr(mmpeft_ds, method.Config.__name__) is method.Config
+    with pytest.raises(AttributeError):
+        _ = mmpeft_ds.NoSuchConfig
+    with pytest.raises(BadInput, match="Did you mean 'routed_lora'"):
+        methods.get("routed_lor")
+
+
+def test_every_field_has_its_help():
+    own = set(RoutedLoraConfig.__annotations__)
+    fields = [f for f in dataclasses.fields(RoutedLoraConfig) if f.name in own]
+    assert len(fields) > 10 and all(f.metadata.get("help") for f in fields)
+
+
+def test_checks_work_from_sites_and_a_width_alone():
+    with torch.device("meta"):
+        sites = find_sites(bert())
+    method = methods.get("routed_lora")
+    method.check(RoutedLoraConfig(), sites, 16)
+    with pytest.raises(BadInput, match="width 16 and the condition has 24"):
+        method.check(RoutedLoraConfig(), sites, 24)
+    with pytest.raises(BadInput, match="needs a condition"):
+        method.check(RoutedLoraConfig(), sites, None)
+    for free in (RoutedLoraConfig(route="none"), RoutedLoraConfig(condition="self")):
+        method.check(free, sites, None)
+
+
+def vit() -> nn.Module:
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    return ViTModel(ViTConfig(**sizes, image_size=8, patch_size=4))
+
+
+def test_the_text_tower_is_the_default_and_any_other_can_be_named():
+    def trained(model, **options):
+        wrapped = peft.get_peft_model(model, RoutedLoraConfig(route="none", **options))
+        names = [n.removeprefix("base_model.model.") for n, p in wrapped.named_parameters() if p.requires_grad]
+        return {n.split(".")[0] for n in names}
+
+    class Pair(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.eye, self.mouth = vit(), bert()
+
+    assert trained(Pair()) == {"mouth"}
+    assert trained(Pair(), tower="image") == {"eye"}
+    assert trained(Pair(), tower="eye") == {"eye"}
+    assert trained(vit()) == {"layers"}
+    two = nn.ModuleDict({"a": bert(), "b": bert()})
+    with pytest.raises(BadInput, match="several towers"):
+        trained(two)
+
+
+def test_norms_can_be_named_by_pattern():
+    patterns = ["embeddings.LayerNorm", "*.1.output.LayerNorm"]
+    wrapped = peft.get_peft_model(bert(), RoutedLoraConfig(train_norms=patterns))
+    norms = methods.get("routed_lora").kinds([n for n, p in wrapped.named_parameters() if p.requires_grad])["norm"]
+    assert {n.split(".routed_lora_norm")[0].removeprefix("base_model.model.") for n in norms} == {
+        "embeddings.LayerNorm",
+        "encoder.layer.1.output.LayerNorm",
+    }
+
+
+def roberta(size: str) -> nn.Module:
+    wide = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096}
+    return RobertaModel(RobertaConfig(vocab_size=50265, **(wide if size == "large" else {})))
+
+
+def gpt(size: str) -> nn.Module:
+    return GPT2Model(GPT2Config(**({"n_embd": 1024, "n_layer": 24, "n_head": 16} if size == "medium" else {})))
+
+
+@pytest.mark.parametrize(
+    ("build", "size", "options", "counts"),
+    [
+        (roberta, "large", {"r": 128}, (12_582_912, 98_304, 49_152)),
+        (roberta, "large", {"r": 64}, (6_291_456, 98_304, 49_152)),
+        (roberta, "large", {"r": 128, "variant": "split", "train_bias": False}, (9_830_400, 98_304, 0)),
+        (roberta, "base", {"r": 128}, (4_718_592, 36_864, 18_432)),
+        (gpt, "medium", {"r": 128}, (12_582_912, 98_304, 73_728)),
+        (gpt, "small", {"r": 128}, (4_718_592, 36_864, 27_648)),
+    ],
+)
+def test_parameter_counts_of_the_published_models(build, size, options, counts):
+    with torch.device("meta"):
+        wrapped = peft.get_peft_model(
+            build(size), RoutedLoraConfig(**{"train_bias": True, "train_norms": True, **options})
+        )
+    sizes = {n: p.numel() for n, p in wrapped.named_parameters() if p.requires_grad}
+    kinds = methods.get("routed_lora").kinds(list(sizes))
+    assert tuple(sum(sizes[n] for n in kinds[k]) for k in ("peft", "norm", "bias")) == counts
+    assert not kinds["head"]
