@@ -1,0 +1,99 @@
+"""A checkpoint of any rank count and ZeRO stage continues under any other; one launch per rank count runs all cases."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from distributed import launch  # noqa: E402
+
+pytestmark = pytest.mark.distributed
+WORKER = Path(__file__).with_name("checkpoint_worker.py")
+STAGES = ("stage0", "stage1", "stage2", "stage3")
+
+
+def run(folder: Path, mode: str, ranks: int) -> dict:
+    result = launch.run(WORKER, str(folder), mode, ranks=ranks, timeout=150)
+    assert result.code == 0 and not result.killed, result.tail()
+    name = mode if mode == "write" else f"read{ranks}"
+    every = [json.loads((folder / f"{name}-{r}.json").read_text()) for r in range(ranks)]
+    for other in every[1:]:  # all ranks must have come to the same result
+        assert {k: v["after"] for k, v in other["read"].items()} == {
+            k: v["after"] for k, v in every[0]["read"].items()
+        }
+    return every[0]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("checkpoint")
+
+
+@pytest.fixture(scope="module")
+def two(folder) -> dict:
+    return run(folder, "write", 2)
+
+
+@pytest.mark.parametrize("name", [s + b for s in STAGES for b in ("", "-bf16")])
+def test_same_ranks_and_stage_continue_to_the_bit(two, name):
+    found = two["read"].get(f"{name}->{name[5]}")
+    assert found["after"] == two["written"][name]["after"]
+    assert found["step"] == 7 and found["state"]["step"] == 4
+    assert found["state"]["bad"] == {"image": 2} and found["state"]["best"] == 0.5
+
+
+@pytest.mark.parametrize("source", ["stage3", "stage1"])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_another_stage_continues_the_curve(two, source, stage):
+    assert two["read"][f"{source}->{stage}"]["after"] == pytest.approx(two["written"][source]["after"], abs=1e-5)
+
+
+def test_a_bf16_base_continues_under_another_stage_within_its_precision(two):
+    found = two["read"]["stage3-bf16->1"]["after"]
+    assert found == pytest.approx(two["written"]["stage3-bf16"]["after"], abs=1e-3)
+
+
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_another_number_of_ranks_continues_the_curve(folder, two, ranks):
+    found = run(folder, "read", ranks)["read"]
+    assert len(found) == 6
+    for name, case in found.items():
+        assert case["after"] == pytest.approx(case["expected"], abs=1e-5), name
+        assert case["fingerprint_equal"], name
+
+
+def test_moments_and_step_matter_for_the_curve(two):
+    """Negative control: the losses after the checkpoint are not those that fresh weights or no training give."""
+    for case in two["written"].values():
+        assert not math.isclose(case["after"][-1], case["losses"][-1], abs_tol=1e-4)
+
+
+def test_the_fingerprint_is_the_same_for_every_stage(two):
+    prints = [two["written"][name]["fingerprint"] for name in STAGES]
+    assert all(p == prints[0] for p in prints)
+    assert sorted(prints[0]) == sorted(f"blocks.{i}.{n}" for i in (0, 1) for n in ("base.weight", "base.bias", "mean"))
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_a_flipped_bit_in_a_frozen_weight_and_other_trainables_are_refused(two, stage):
+    assert "frozen weight blocks.1.base.weight is" in two["refusals"][f"flip{stage}"]
+    assert "trained parameter head.bias" in two["refusals"][f"names{stage}"]
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_saving_moves_three_times_the_trained_bytes_at_most_and_nothing_frozen(two, name):
+    case = two["written"][name]
+    # weights and two moments; ZeRO-3 pads each of the 6 tensors to two equal parts
+    assert sum(case["counts"].values()) <= 3 * (case["trainable_bytes"] + 4 * 8)
+
+
+def test_the_byte_count_would_see_a_gathered_frozen_weight(two):
+    """Negative control for the test above."""
+    case = two["written"]["stage3"]
+    assert sum(case["counts_of_everything"].values()) > case["trainable_bytes"] + 2 * 4 * 49

@@ -1,0 +1,171 @@
+"""Runs of launchers/train.py that are killed, stopped and continued end as the run that nothing happened to."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from safetensors.torch import load_file
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from distributed import launch  # noqa: E402
+from engine import toy_vqa  # noqa: E402
+
+pytestmark = pytest.mark.distributed
+TRAIN = launch.REPOSITORY / "launchers" / "train.py"
+EXACT = ("step", "epoch", "loss", "lr", "grad_norm", "sample_keys_hash", "weight")
+STEPS = 15  # three epochs of five steps
+LIMIT = 120.0  # seconds a launch may take on a busy machine
+
+
+def arguments(folder: Path, run: str, *sets: str) -> list[str]:
+    given = [f"run_dir={folder / run}", *sets]
+    return ["--recipe", str(folder / "recipe.yaml"), *(word for s in given for word in ("--set", s))]
+
+
+def rows(folder: Path, run: str) -> list[dict]:
+    path = folder / run / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def wait_for_step(folder: Path, run: str, step: int, launched: launch.Launch) -> None:
+    end = time.monotonic() + LIMIT
+    while time.monotonic() < end and launched.members():
+        lines = (folder / run / "metrics.jsonl").read_bytes().splitlines() if (folder / run).exists() else []
+        if lines and json.loads(lines[-1])["step"] >= step:
+            return
+        time.sleep(0.02)
+    raise AssertionError(f"step {step} was not reached:\n{launch.Result(-1, launched.output).tail()}")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("resume")
+    toy_vqa.prepare(path)
+    recipe = yaml.safe_load((path / "recipe.yaml").read_text())
+    recipe["optim"]["epochs"] = 3
+    recipe["engine"]["save_every"] = 2
+    (path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    return path
+
+
+@pytest.fixture(scope="module")
+def untouched(folder) -> list[dict]:
+    result = launch.run(TRAIN, *arguments(folder, "untouched"), ranks=2, timeout=LIMIT)
+    assert result.code == 0 and not result.killed, result.tail()
+    return rows(folder, "untouched")
+
+
+@pytest.fixture(scope="module")
+def killed(folder, untouched) -> Path:
+    """State of a run after kill -9 of rank 1 beyond step 5; copies of it are continued by the tests."""
+    with launch.Launch(TRAIN, *arguments(folder, "killed"), ranks=2) as launched:
+        wait_for_step(folder, "killed", 6, launched)
+        launched.ranks()[1].kill()
+        result = launched.wait(LIMIT)
+    assert result.code != 0 and not result.killed, result.tail()
+    assert not (folder / "killed" / "finished.json").exists()
+    return folder / "killed"
+
+
+def continued(folder: Path, killed: Path, name: str, *sets: str, ranks: int) -> list[dict]:
+    shutil.copytree(killed, folder / name)
+    result = launch.run(TRAIN, *arguments(folder, name, *sets), ranks=ranks, timeout=LIMIT)
+    assert result.code == 0 and not result.killed, result.tail()
+    return rows(folder, name)
+
+
+def exact(found: list[dict]) -> list[tuple]:
+    return [tuple(row[key] for key in EXACT) for row in found]
+
+
+def test_the_untouched_run_did_all_steps(untouched):
+    assert [row["step"] for row in untouched] == list(range(1, STEPS + 1))
+
+
+def test_killed_then_stopped_twice_continues_to_the_bit(folder, untouched, killed):
+    """kill -9 of a rank, then SIGTERM to `deepspeed` alone, then SIGTERM to the whole group, then to the end."""
+    run = "stopped"
+    shutil.copytree(killed, folder / run)
+    # to the launcher alone: it dies of it, and its ranks have to notice
+    with launch.Launch(TRAIN, *arguments(folder, run), ranks=2) as launched:
+        wait_for_step(folder, run, 8, launched)
+        launched.process.send_signal(signal.SIGTERM)
+        result = launched.wait(25)
+    assert result.code == -signal.SIGTERM and not result.killed, result.tail()
+    assert_stopped_cleanly(folder / run, result)
+    # to the group, with loader processes
+    with launch.Launch(TRAIN, *arguments(folder, run, "data.workers=1"), ranks=2) as launched:
+        wait_for_step(folder, run, 11, launched)
+        os.killpg(launched.session, signal.SIGTERM)
+        result = launched.wait(25)
+    assert not result.killed, result.tail()
+    assert_stopped_cleanly(folder / run, result)
+    result = launch.run(TRAIN, *arguments(folder, run), ranks=2, timeout=LIMIT)
+    assert result.code == 0, result.tail()
+    assert exact(rows(folder, run)) == exact(untouched)
+    ours, theirs = (load_file(folder / r / "adapter" / "adapter_model.safetensors") for r in (run, "untouched"))
+    assert ours.keys() == theirs.keys() and all((ours[k] == theirs[k]).all() for k in ours)
+
+
+def assert_stopped_cleanly(run: Path, result: launch.Result) -> None:
+    """The last step that was done is saved, and no traceback was printed."""
+    assert "Traceback" not in result.output, result.tail()
+    last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])["step"]
+    assert (run / "checkpoints" / "latest").read_text().strip().split(".")[0] == f"step-{last:08d}"
+    assert last < STEPS and f"stopped after step {last}" in result.output
+
+
+@pytest.mark.parametrize(("ranks", "stage"), [(1, 3), (3, 1)])
+def test_other_rank_counts_and_stages_continue_the_same_curve(folder, untouched, killed, ranks, stage):
+    found = continued(folder, killed, f"{ranks}-{stage}", f"engine.deepspeed=ds_configs/zero{stage}.json", ranks=ranks)
+    assert [row["step"] for row in found] == [row["step"] for row in untouched]
+    assert [row["sample_keys_hash"] for row in found] == [row["sample_keys_hash"] for row in untouched]
+    assert [row["loss"] for row in found] == pytest.approx([row["loss"] for row in untouched], abs=1e-5)
+
+
+def alone(*words: str) -> subprocess.CompletedProcess:
+    """launchers/train.py without a launcher: one rank."""
+    command = [sys.executable, str(TRAIN), *words]
+    environment = launch.environment()
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=LIMIT, env=environment, cwd=launch.REPOSITORY
+    )
+
+
+def test_a_finished_run_prints_its_table_and_ends_well(folder, untouched):
+    before = (folder / "untouched" / "metrics.jsonl").read_bytes()
+    result = alone(*arguments(folder, "untouched"))
+    assert result.returncode == 0 and "train_loss" in result.stdout, result.stderr
+    assert (folder / "untouched" / "metrics.jsonl").read_bytes() == before
+
+
+def test_another_recipe_is_refused_with_the_keys_that_differ(folder, killed):
+    result = alone(*arguments(folder, "killed", "optim.lr=0.5", "data.workers=1"))
+    assert result.returncode == 2, result.stderr
+    last = result.stderr.strip().splitlines()[-1]
+    assert "optim.lr: 0.01 -> 0.5" in last and "data.workers" not in last and "Traceback" not in result.stderr
+
+
+def test_a_flipped_bit_in_a_frozen_weight_is_noticed(folder, killed):
+    weights = folder / "vision" / "model.safetensors"
+    before = weights.read_bytes()
+    damaged = bytearray(before)
+    damaged[-8] ^= 1  # in the last tensor's data
+    try:
+        weights.write_bytes(damaged)
+        shutil.copytree(killed, folder / "flipped")
+        result = alone(*arguments(folder, "flipped"))
+    finally:
+        weights.write_bytes(before)
+    assert result.returncode == 2, result.stderr
+    assert "frozen weight vision_model." in result.stderr and "Traceback" not in result.stderr

@@ -1,0 +1,139 @@
+"""Checkpoint files: complete or absent, damage is found and named, the newest whole one is taken."""
+
+from __future__ import annotations
+
+import json
+import logging
+import multiprocessing
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from mmpeft_ds.engine import checkpoint
+from mmpeft_ds.errors import BadInput
+
+
+def files(value: float = 1.0) -> dict:
+    """Writers of small but real files."""
+    return {
+        "weights.safetensors": lambda p: save_file({"w": torch.full((3,), value)}, p),
+        "optimizer.safetensors": lambda p: save_file({"w.exp_avg": torch.full((3,), value)}, p),
+        "state.json": lambda p: p.write_text(json.dumps({"format": 1, "state": {}})),
+    }
+
+
+def write(folder: Path, step: int, keep: int = 9, best: bool = False) -> Path:
+    return checkpoint._write(folder / "checkpoints", step, files(step), keep, best)
+
+
+def names(folder: Path) -> list[str]:
+    return [p.name for p in checkpoint.listing(folder / "checkpoints")]
+
+
+def pointer(folder: Path, name: str = "latest") -> str:
+    return (folder / "checkpoints" / name).read_text().strip()
+
+
+def test_a_whole_checkpoint_has_no_damage_and_is_the_newest(tmp_path):
+    write(tmp_path, 5)
+    path = write(tmp_path, 10)
+    assert checkpoint.damage(path) is None
+    assert checkpoint.newest_valid(tmp_path) == path
+    assert pointer(tmp_path) == "step-00000010"
+
+
+def test_no_checkpoints_are_no_error(tmp_path):
+    assert checkpoint.newest_valid(tmp_path) is None
+
+
+@pytest.mark.parametrize("file", ["weights.safetensors", "optimizer.safetensors", "state.json"])
+def test_a_flipped_bit_falls_back_and_names_the_file(tmp_path, caplog, file):
+    before = write(tmp_path, 5)
+    path = write(tmp_path, 10) / file
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    with caplog.at_level(logging.WARNING):
+        assert checkpoint.newest_valid(tmp_path) == before
+    assert "step-00000010" in caplog.text and file in caplog.text and "step-00000005" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("break_it", "told"),
+    [
+        (lambda p: (p / "weights.safetensors").unlink(), "weights.safetensors is missing"),
+        (lambda p: (p / "checksums.json").unlink(), "checksums.json is missing"),
+        (lambda p: (p / "checksums.json").write_text("{"), "checksums.json cannot be read"),
+        (lambda p: (p / "checksums.json").write_text("{}"), "checksums.json is empty"),
+        (lambda p: (p / "state.json").write_text(""), "state.json has sha256"),
+    ],
+)
+def test_every_kind_of_damage_is_told(tmp_path, break_it, told):
+    path = write(tmp_path, 5)
+    break_it(path)
+    assert told in checkpoint.damage(path)
+
+
+def test_all_damaged_is_refused_and_not_started_over(tmp_path):
+    for step in (5, 10):
+        (write(tmp_path, step) / "state.json").unlink()
+    with pytest.raises(BadInput, match="step-00000010.*step-00000005.*--fresh"):
+        checkpoint.newest_valid(tmp_path)
+
+
+def test_the_last_n_and_the_best_are_kept(tmp_path):
+    for step in (1, 2, 3, 4, 5):
+        write(tmp_path, step, keep=2, best=step == 2)
+    assert names(tmp_path) == ["step-00000005", "step-00000004", "step-00000002"]
+    assert pointer(tmp_path, "best") == "step-00000002"
+    write(tmp_path, 6, keep=2, best=True)
+    assert names(tmp_path) == ["step-00000006", "step-00000005"]
+
+
+def test_a_step_saved_again_does_not_touch_the_first_before_it_is_whole(tmp_path):
+    write(tmp_path, 5, keep=1)
+    again = write(tmp_path, 5, keep=1, best=True)
+    assert again.name == "step-00000005.1" == pointer(tmp_path) == pointer(tmp_path, "best")
+    assert names(tmp_path) == ["step-00000005.1"]
+
+
+def test_a_pointer_moved_back_by_hand_is_followed(tmp_path):
+    first = write(tmp_path, 5)
+    write(tmp_path, 10)
+    (tmp_path / "checkpoints" / "latest").write_text("step-00000005\n")
+    assert checkpoint.newest_valid(tmp_path) == first
+
+
+@pytest.mark.parametrize("victim", ["weights.safetensors", "state.json", "checksums.json"])
+def test_kill_9_while_saving_leaves_the_previous_one(tmp_path, victim):
+    """A child writes step 10 and is killed while the file `victim` is on its way."""
+    before = write(tmp_path, 5)
+
+    def hang(path: Path) -> None:
+        path.write_bytes(b"half")
+        (tmp_path / "reached").touch()
+        time.sleep(60)
+
+    def save() -> None:
+        if victim == "checksums.json":
+            checkpoint._write_json = lambda path, value: hang(path)
+        checkpoint._write(
+            tmp_path / "checkpoints", 10, {**files(), victim: hang} if victim in files() else files(), 9, False
+        )
+
+    child = multiprocessing.get_context("fork").Process(target=save)
+    child.start()
+    end = time.monotonic() + 30
+    while not (tmp_path / "reached").exists() and time.monotonic() < end:
+        time.sleep(0.01)
+    os.kill(child.pid, signal.SIGKILL)
+    child.join(10)
+    assert (tmp_path / "reached").exists()
+    assert checkpoint.newest_valid(tmp_path) == before and pointer(tmp_path) == "step-00000005"
+    write(tmp_path, 10)
+    assert not list((tmp_path / "checkpoints").glob(".partial-*"))

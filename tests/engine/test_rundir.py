@@ -1,0 +1,222 @@
+"""The run directory: one live owner, continued or refused with the differing keys, cut to the checkpoint's step."""
+
+from __future__ import annotations
+
+import copy
+import json
+import multiprocessing
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.utils.tensorboard import SummaryWriter
+
+from mmpeft_ds.engine import checkpoint, rundir
+from mmpeft_ds.engine.rundir import RunDir
+from mmpeft_ds.errors import BadInput
+
+RECIPE = {
+    "run_dir": "runs/a",
+    "seed": 0,
+    "optim": {"lr": 1e-3, "epochs": 1, "max_steps": 0, "betas": (0.9, 0.999)},
+    "engine": {"deepspeed": "ds_configs/zero3.json", "dtype": "float32", "eval_every": 0},
+    "data": {"workers": 2, "global_batch": 8, "sources": [{"dir": "data/a", "weight": 1.0}]},
+    "monitor": {"every": 1},
+}
+
+
+def changed(**keys) -> dict:
+    """RECIPE with `section__key=value`."""
+    recipe = copy.deepcopy(RECIPE)
+    for key, value in keys.items():
+        section, _, name = key.partition("__")
+        recipe[section] = {**recipe[section], name: value} if name else value
+    return recipe
+
+
+def started(path: Path) -> None:
+    """A run with one checkpoint, closed."""
+    run = RunDir.open(path, RECIPE)
+    writers = {
+        "state.json": lambda p: p.write_text("{}"),
+        "recipe.json": lambda p: checkpoint._write_json(p, RECIPE),
+    }
+    for name in ("weights.safetensors", "optimizer.safetensors"):
+        writers[name] = lambda p: p.write_bytes(b"\x02\0\0\0\0\0\0\0{}")
+    checkpoint._write(run.checkpoints, 5, writers, 2, False)
+    run.close()
+
+
+def test_a_new_run_writes_its_recipe(tmp_path):
+    run = RunDir.open(tmp_path / "a", RECIPE)
+    assert run.resume_from is None
+    assert yaml.safe_load((run.path / "recipe.yaml").read_text())["optim"]["betas"] == [0.9, 0.999]
+    run.close()
+
+
+def test_the_same_recipe_continues(tmp_path):
+    started(tmp_path / "a")
+    run = RunDir.open(tmp_path / "a", RECIPE)
+    assert run.resume_from.name == "step-00000005" and run.differing == ()
+    run.close()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"optim__epochs": 3},
+        {"optim__max_steps": 7},
+        {"engine__deepspeed": "ds_configs/zero1.json"},
+        {"engine__eval_every": 2},
+        {"data__workers": 0},
+        {"monitor__every": 5},
+        {"run_dir": "elsewhere"},
+    ],
+)
+def test_length_zero_json_workers_and_logging_may_change(tmp_path, change):
+    started(tmp_path / "a")
+    run = RunDir.open(tmp_path / "a", changed(**change))
+    assert run.resume_from is not None and len(run.differing) == 1
+    run.close()
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"optim__lr": 0.1}, "optim.lr: 0.001 -> 0.1"),
+        ({"seed": 1}, "seed: 0 -> 1"),
+        ({"data__global_batch": 4}, "data.global_batch: 8 -> 4"),
+        ({"data__sources": [{"dir": "data/b", "weight": 1.0}]}, "data.sources.0.dir: data/a -> data/b"),
+        ({"engine__dtype": "bfloat16"}, "engine.dtype: float32 -> bfloat16"),
+        ({"engine__new": 1}, "engine.new: absent -> 1"),
+    ],
+)
+def test_anything_else_is_refused_with_the_key_and_both_values(tmp_path, change, told):
+    started(tmp_path / "a")
+    with pytest.raises(BadInput) as refused:
+        RunDir.open(
+            tmp_path / "a", changed(**change, optim__epochs=9) if "optim__lr" not in change else changed(**change)
+        )
+    assert told in str(refused.value) and "optim.epochs" not in str(refused.value)
+    RunDir.open(tmp_path / "a", RECIPE).close()  # a refused attempt leaves neither a lock nor another recipe
+    assert yaml.safe_load((tmp_path / "a" / "recipe.yaml").read_text())["seed"] == 0
+
+
+def test_fresh_takes_a_new_directory_and_leaves_the_old_one(tmp_path):
+    started(tmp_path / "a")
+    before = sorted(p.name for p in (tmp_path / "a").rglob("*"))
+    for expected in ("a-1", "a-2"):
+        run = RunDir.open(tmp_path / "a", changed(seed=4), fresh=True)
+        assert run.path == tmp_path / expected and run.resume_from is None
+        run.close()
+    assert sorted(p.name for p in (tmp_path / "a").rglob("*")) == before
+
+
+def test_a_directory_with_other_things_is_refused(tmp_path):
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "cat.jpg").touch()
+    with pytest.raises(BadInput, match="not a run's"):
+        RunDir.open(tmp_path / "photos", RECIPE)
+    (tmp_path / "file").touch()
+    with pytest.raises(BadInput, match="is a file"):
+        RunDir.open(tmp_path / "file", RECIPE)
+
+
+def hold(path: Path, ready) -> None:
+    RunDir.open(path, RECIPE)
+    ready.set()
+    time.sleep(60)
+
+
+def owner(path: Path):
+    context = multiprocessing.get_context("fork")
+    ready = context.Event()
+    child = context.Process(target=hold, args=(path, ready))
+    child.start()
+    assert ready.wait(30)
+    return child
+
+
+def test_a_second_owner_is_refused_by_name_and_a_dead_one_gives_way(tmp_path, monkeypatch):
+    child = owner(tmp_path / "a")
+    try:
+        monkeypatch.setattr(rundir.Lock.__init__, "__defaults__", (0.2,))
+        with pytest.raises(BadInput, match=f"another run is writing here .pid {child.pid} on "):
+            RunDir.open(tmp_path / "a", RECIPE)
+    finally:
+        os.kill(child.pid, signal.SIGKILL)
+        child.join(10)
+    RunDir.open(tmp_path / "a", RECIPE).close()
+
+
+def test_the_lock_waits_a_little_for_an_owner_that_is_leaving(tmp_path):
+    child = owner(tmp_path / "a")
+    multiprocessing.get_context("fork").Process(target=lambda: (time.sleep(0.5), child.kill())).start()
+    RunDir.open(tmp_path / "a", RECIPE).close()
+    child.join(10)
+
+
+def test_a_finished_run_says_so_unless_it_is_made_longer(tmp_path):
+    run = RunDir.open(tmp_path / "a", RECIPE)
+    assert run.finished(10) is None
+    run.finish(10, {"accuracy": 0.5}, "the table")
+    assert run.finished(10)["table"] == "the table"
+    assert run.finished(20) is None
+    run.truncate(5)
+    assert run.finished(10) is None
+    run.close()
+
+
+def test_truncate_cuts_metrics_and_a_half_written_line(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    lines = [json.dumps({"step": s, "loss": s / 2}) + "\n" for s in (1, 2, 3, 4)]
+    path.write_text("".join(lines) + '{"step": 5, "lo')
+    rundir.truncate_jsonl(path, 3)
+    assert path.read_text() == "".join(lines[:3])
+    path.write_text("".join(lines[:2]) + '{"step": 2')
+    rundir.truncate_jsonl(path, 3)
+    assert path.read_text() == "".join(lines[:2])
+
+
+def points(folder: Path) -> list[tuple[int, float]]:
+    """What TensorBoard shows."""
+    shown = EventAccumulator(str(folder))
+    shown.Reload()
+    return [(e.step, e.value) for e in shown.Scalars("loss")] if "loss" in shown.Tags()["scalars"] else []
+
+
+def write_events(folder: Path, steps: range, value: float) -> None:
+    with SummaryWriter(str(folder)) as writer:
+        writer.add_text("recipe", "seed: 0", 0)
+        for step in steps:
+            writer.add_scalar("loss", value, step)
+
+
+def test_truncate_leaves_no_stale_point_on_tensorboard(tmp_path):
+    run = RunDir.open(tmp_path / "a", RECIPE)
+    write_events(run.tensorboard, range(1, 8), 1.0)
+    assert points(run.tensorboard)[-1] == (7, 1.0)
+    run.truncate(4)
+    assert points(run.tensorboard) == [(s, 1.0) for s in (1, 2, 3, 4)]
+    write_events(run.tensorboard, range(5, 7), 2.0)
+    assert points(run.tensorboard) == [(s, 1.0) for s in (1, 2, 3, 4)] + [(5, 2.0), (6, 2.0)]
+    before = {p.name: p.read_bytes() for p in run.tensorboard.iterdir()}
+    run.truncate(6)
+    assert {p.name: p.read_bytes() for p in run.tensorboard.iterdir()} == before
+    run.close()
+
+
+def test_truncate_survives_an_event_file_cut_by_a_kill(tmp_path):
+    run = RunDir.open(tmp_path / "a", RECIPE)
+    write_events(run.tensorboard, range(1, 6), 1.0)
+    (path,) = run.tensorboard.iterdir()
+    path.write_bytes(path.read_bytes()[:-9])
+    run.truncate(9)
+    assert points(run.tensorboard) == [(s, 1.0) for s in (1, 2, 3, 4)]
+    run.truncate(0)
+    assert points(run.tensorboard) == []
+    run.close()

@@ -1,0 +1,134 @@
+"""A stop request is noticed, whoever makes it, and ends the process within its time."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from mmpeft_ds.engine import stop
+from mmpeft_ds.engine.stop import StopFlag
+
+FORK = multiprocessing.get_context("fork")
+
+
+def loop(ready, log: Path, grace: float, stubborn: bool) -> None:
+    """Works until asked to stop; a stubborn one hangs in the middle of its step."""
+    sys.stderr = log.open("w")
+    with StopFlag(grace) as flag:
+        ready.set()
+        while not flag.requested() or stubborn:
+            time.sleep(0.01)
+    log.with_suffix(".reason").write_text(flag.reason)
+    os._exit(0)
+
+
+@pytest.fixture
+def worker(tmp_path):
+    children = []
+
+    def start(grace: float = 30.0, stubborn: bool = False):
+        ready, log = FORK.Event(), tmp_path / "log"
+        child = FORK.Process(target=loop, args=(ready, log, grace, stubborn))
+        child.start()
+        children.append(child)
+        assert ready.wait(30)
+        return child, log
+
+    yield start
+    for child in children:
+        child.kill()
+        child.join()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_only_sets_the_flag(worker, number):
+    child, log = worker()
+    os.kill(child.pid, number)
+    child.join(10)
+    assert child.exitcode == 0
+    assert log.with_suffix(".reason").read_text() == signal.Signals(number).name
+
+
+def test_the_echo_of_a_ctrl_c_does_not_kill(worker):
+    """The launcher answers Ctrl-C with a SIGTERM to each rank, which has had the SIGINT already."""
+    child, _ = worker(stubborn=True)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGTERM, signal.SIGINT):
+        os.kill(child.pid, number)
+        time.sleep(0.05)
+    child.join(0.5)
+    assert child.exitcode is None
+
+
+def test_a_second_ctrl_c_ends_it_at_once(worker):
+    child, _ = worker(stubborn=True)
+    os.kill(child.pid, signal.SIGINT)
+    time.sleep(stop.AGAIN + 0.2)
+    os.kill(child.pid, signal.SIGINT)
+    child.join(10)
+    assert child.exitcode not in (None, 0)
+
+
+def test_a_step_that_hangs_ends_with_a_clear_line_when_the_time_is_up(worker):
+    child, log = worker(grace=0.3, stubborn=True)
+    os.kill(child.pid, signal.SIGTERM)
+    child.join(10)
+    assert child.exitcode == 1
+    assert "stop requested (SIGTERM) but not done within 0.3 s" in log.read_text()
+
+
+def test_handlers_are_restored():
+    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    with StopFlag():
+        assert signal.getsignal(signal.SIGTERM) != before[0]
+    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
+
+
+def test_the_reason_is_told_once():
+    told = []
+    with StopFlag(on_request=told.append) as flag:
+        flag.request("the disk is full")
+        flag.request("again")
+        time.sleep(3 * stop.POLL)
+    assert told == ["the disk is full"] and flag.reason == "the disk is full"
+
+
+def test_a_dead_launcher_is_noticed():
+    launcher = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    try:
+        with StopFlag() as flag:
+            flag._launchers = [psutil.Process(launcher.pid)]
+            time.sleep(2 * stop.POLL)
+            assert not flag.requested()
+            launcher.kill()  # not reaped: a zombie is dead, too
+            end = time.monotonic() + 10
+            while not flag.requested() and time.monotonic() < end:
+                time.sleep(0.01)
+        assert flag.reason == f"the launcher (pid {launcher.pid}) is gone"
+    finally:
+        launcher.kill()
+        launcher.wait()
+
+
+@pytest.mark.parametrize(
+    ("command", "expected"),
+    [
+        (["/usr/bin/python", "/opt/bin/deepspeed", "--num_gpus", "2", "train.py"], True),
+        (["python", "-u", "-m", "deepspeed.launcher.launch", "--world_info=x", "train.py"], True),
+        (["/opt/bin/python", "/opt/bin/torchrun", "train.py"], True),
+        (["python", "-m", "torch.distributed.run", "train.py"], True),
+        (["python", "train.py", "deepspeed"], False),
+        (["python", "-m", "pytest", "deepspeed"], False),
+        (["bash", "-c", "deepspeed train.py"], False),
+        ([], False),
+    ],
+)
+def test_launchers_are_told_from_what_only_names_them(command, expected):
+    assert stop._is_launcher(command) is expected
