@@ -28,30 +28,10 @@ def main() -> int:
     reports = assess(args.run, args.split, args.checkpoint, args.set)
     if console.rank() == 0:
         for report in reports:
-            show(report)
+            title = f"{report['dir']} ({report['split']}), {report['rows']:,} predictions, {report['checkpoint']}"
+            console.score_table(report["scores"], report["baselines"], title)
         print(f"predictions: {args.run / f'predictions-{args.split}.jsonl'}")
     return 0
-
-
-def show(report: dict) -> None:
-    """One table: a line per metric, the run beside the scores that need no model."""
-    from rich.console import Console
-    from rich.table import Table
-
-    title = f"{report['dir']} ({report['split']}), {report['rows']:,} predictions, {report['checkpoint']}"
-    table = Table(title=title, title_justify="left")
-    table.add_column("")
-    scores, baselines = report["scores"], report["baselines"]
-    metrics = list(scores)
-    for name in metrics:
-        table.add_column(name, justify="right")
-    main = metrics[0]
-    for name in [n for n in baselines if not any(n.startswith(f"{b}_") for b in baselines)]:
-        # `majority` stands beside `accuracy`, `majority_yes_no` beside `accuracy_yes_no`
-        row = [baselines.get(name + m.removeprefix(main)) if m.startswith(main) else None for m in metrics]
-        table.add_row(name.replace("_", " "), *("-" if v is None else f"{v:.4f}" for v in row))
-    table.add_row("this run", *(f"{scores[m]:.4f}" for m in metrics), style="bold")
-    Console().print(table)
 
 
 if __name__ == "__main__":

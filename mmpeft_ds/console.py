@@ -43,6 +43,29 @@ def rank() -> int:
     return int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0)
 
 
+def score_table(scores: dict[str, float], baselines: dict[str, float], title: str) -> None:
+    """Print the scores of a run below those that need no model, a column a metric.
+
+    Args:
+        scores: of a task; the first key is its overall metric and a prefix of those by kind.
+        baselines: NAME and NAME_KIND for the same kinds.
+    """
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left")
+    table.add_column("")
+    for name in scores:
+        table.add_column(name, justify="right")
+    main = next(iter(scores), "")
+    for name in [n for n in baselines if not any(n.startswith(f"{other}_") for other in baselines)]:
+        # `majority_yes_no` stands below `accuracy_yes_no`
+        row = [baselines.get(name + m.removeprefix(main)) if m.startswith(main) else None for m in scores]
+        table.add_row(name.replace("_", " "), *("-" if v is None else f"{v:.4f}" for v in row))
+    table.add_row("this run", *(f"{v:.4f}" for v in scores.values()), style="bold")
+    Console().print(table)
+
+
 def _first_to_fail() -> bool:
     """Rank 0 speaks for errors that all ranks have; one that only another rank has is still told, once."""
     if rank() == 0:

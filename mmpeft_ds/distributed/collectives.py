@@ -13,10 +13,12 @@ import torch.distributed as dist
 
 
 def world_size() -> int:
+    """Ranks of the run; 1 without a process group."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def rank() -> int:
+    """This rank; 0 without a process group."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 

@@ -103,7 +103,7 @@ def test_launchers_are_thin_and_take_their_folder_off_the_path():
     for path in (ROOT / "launchers").glob("*.py"):
         text = path.read_text("utf-8")
         assert len(text.splitlines()) <= 100, path
-        assert "sys.path[0] = " in text, path
+        assert path.stem.startswith("_") or "sys.path[0] = " in text, path
 
 
 def test_importing_the_package_does_not_import_deepspeed():

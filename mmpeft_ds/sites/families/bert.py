@@ -6,6 +6,7 @@ from mmpeft_ds.sites.base import AttentionSite, Block, Family, FFNSite, Sites
 
 
 def read(block: Block) -> Sites:
+    """Sites of one post-norm BERT layer, and cross-attention where it has one."""
     layer = block.module
     where = {"tower": block.tower, "modality": block.modality, "layer": block.layer}
 

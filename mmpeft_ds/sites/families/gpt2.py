@@ -6,6 +6,7 @@ from mmpeft_ds.sites.base import AttentionSite, Block, Family, FFNSite, Sites
 
 
 def read(block: Block) -> Sites:
+    """Sites of one GPT-2 block: fused q, k, v, and cross-attention where it has one."""
     layer, path = block.module, block.path
     where = {"tower": block.tower, "modality": block.modality, "layer": block.layer}
     d = layer.attn.embed_dim

@@ -1,0 +1,123 @@
+"""The commands as a user types them: exit codes, one line for bad input, no traceback."""
+
+import json
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from engine import toy_vqa
+
+from mmpeft_ds import console
+from mmpeft_ds.errors import BadInput
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("toy")
+    toy_vqa.prepare(path)
+    return path
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """Run a launcher in this process: (exit code, stdout, stderr)."""
+
+    def run(script, *args):
+        monkeypatch.setattr(sys, "argv", [str(ROOT / "launchers" / script), *map(str, args)])
+        monkeypatch.setattr(sys, "path", ["replaced by the launcher", *sys.path])
+        with pytest.raises(SystemExit) as left:
+            runpy.run_path(str(ROOT / "launchers" / script), run_name="__main__")
+        assert sys.path[0] == str(ROOT)
+        out, err = capsys.readouterr()
+        return left.value.code, out, err
+
+    return run
+
+
+def is_one_line(err: str, *words: str) -> bool:
+    (line,) = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert all(word in line for word in words), line
+    return "Traceback" not in err
+
+
+def test_bad_input_from_the_shell_is_one_line_and_exit_code_2(folder):
+    done = subprocess.run(
+        [sys.executable, ROOT / "launchers" / "train.py", "--recipe", folder / "recipe.yaml", "--set", "optim.lrr=1"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        cwd=folder,  # from anywhere
+    )
+    assert done.returncode == 2 and is_one_line(done.stderr, "optim.lrr", "'lr'")
+
+
+def test_check_prints_sizes_and_trains_nothing(command, folder):
+    code, out, _ = command("train.py", "--recipe", folder / "recipe.yaml", "--check")
+    assert code == 0 and not (folder / "run").exists()
+    assert "ZeRO-3" in out and "ZeRO-1" in out and "head" in out and "10 steps" in out
+
+
+def test_plan_as_json(command, folder):
+    code, out, _ = command("plan.py", "--recipe", folder / "recipe.yaml", "--json")
+    assert code == 0 and json.loads(out)["total_steps"] == 10
+
+
+def test_print_recipe_prints_a_recipe_that_loads(command, folder, tmp_path):
+    from mmpeft_ds import recipe as recipes
+
+    code, out, _ = command("train.py", "--recipe", folder / "recipe.yaml", "--print-recipe", "--set", "seed=9")
+    (tmp_path / "r.yaml").write_text(out)
+    assert code == 0 and recipes.load(tmp_path / "r.yaml").seed == 9
+
+
+@pytest.mark.parametrize(
+    ("script", "args", "words"),
+    [
+        ("train.py", [], ["--recipe"]),
+        ("train.py", ["--recipe", "none.yaml"], ["none.yaml", "No such file"]),
+        ("train.py", ["--recipe", "x", "--sett", "y"], ["--sett"]),
+        ("evaluate.py", ["--run", "no/such/run"], ["no/such/run", "recipe.yaml"]),
+        ("predict.py", ["--adapter", "a", "--images", "no-images", "--text", "x"], ["no-images"]),
+        ("predict.py", ["--adapter", "a", "--images", str(ROOT / "recipes"), "--text", "x"], ["no image"]),
+        ("predict.py", ["--adapter", "a", "--images", str(ROOT / "LICENSE")], ["nothing to ask"]),
+        ("predict.py", ["--adapter", "a", "--images", str(ROOT / "LICENSE"), "--text", "x"], ["a:", "adapter"]),
+    ],
+)
+def test_bad_arguments_are_one_line(command, script, args, words):
+    code, _, err = command(script, *args)
+    assert code == 2 and is_one_line(err, *words)
+
+
+@pytest.mark.parametrize("flag", ["--local_rank=1", "--local-rank=1"])
+def test_the_argument_that_launchers_add_is_accepted(command, folder, flag):
+    code, out, _ = command("plan.py", flag, "--recipe", folder / "recipe.yaml", "--json")
+    assert code == 0 and json.loads(out)
+
+
+def test_only_rank_0_speaks_of_an_error_that_all_ranks_have(monkeypatch, capsys):
+    def bad():
+        raise BadInput("a\nb")
+
+    for rank, printed in (("0", "error: a b\n"), ("1", "")):
+        monkeypatch.setenv("RANK", rank)
+        with pytest.raises(SystemExit) as left:
+            console.run(bad)
+        assert left.value.code == 2 and capsys.readouterr().err == printed
+
+
+def test_a_fault_of_ours_keeps_its_traceback():
+    with pytest.raises(ZeroDivisionError):
+        console.run(lambda: 1 / 0)
+
+
+def test_scores_stand_below_their_baselines(capsys):
+    scores = {"accuracy": 0.5, "accuracy_yes_no": 0.25, "loss": 1.0}
+    console.score_table(scores, {"prior": 0.125, "prior_yes_no": 0.75}, "t")
+    lines = capsys.readouterr().out.splitlines()
+    (prior,) = [line for line in lines if "prior" in line]
+    (ours,) = [line for line in lines if "this run" in line]
+    assert prior.index("0.1250") == ours.index("0.5000") and prior.index("0.7500") == ours.index("0.2500")

@@ -1,0 +1,127 @@
+"""A recipe becomes its parts, or one line says why it cannot."""
+
+import json
+
+import pytest
+from engine import toy_vqa
+
+from mmpeft_ds import recipe as recipes
+from mmpeft_ds.engine import plan, resolve
+from mmpeft_ds.errors import BadInput
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("toy")
+    toy_vqa.prepare(path)
+    return path
+
+
+def load(folder, *overrides):
+    return recipes.load(folder / "recipe.yaml", list(overrides))
+
+
+def refusal(folder, *overrides) -> str:
+    with pytest.raises(BadInput) as caught:
+        resolve.resolve(load(folder, *overrides))
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_parts_of_a_good_recipe(folder):
+    resolved = resolve.resolve(load(folder))
+    assert resolved.labels == toy_vqa.LABELS
+    assert [s.options.split for s in (*resolved.train, *resolved.validation)] == ["train", "val"]
+    assert resolved.train[0].task.options.loss == "ce"
+    assert resolved.method_config.r == 2 and resolved.ds_config["zero_optimization"]["stage"] == 3
+    assert resolved.recipe.backbone["head_layers"] == 2, "defaults of the component are filled in"
+
+
+def test_expanding_twice_changes_nothing_and_the_copy_reads_back(folder):
+    once = resolve.expand(load(folder))
+    assert resolve.expand(once) == once
+    assert recipes.from_dict(recipes.to_dict(once)) == once
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("backbone.name=vision_text_encoder2", ["backbone.name", "'vision_text_encoder'"]),
+        ("backbone.image_sise=70", ["--set backbone.image_sise", "unknown key", "'image_size'"]),
+        ("backbone.head_layers=3", ["--set backbone.head_layers", "1, 2"]),
+        ("backbone={}", ["backbone", "`name` is missing"]),
+        ("method.name=rooted_lora", ["method.name", "'routed_lora'"]),
+        ("method.r=two", ["--set method.r", "expected an integer"]),
+        ("method.peft_type=LORA", ["method.peft_type", "unknown key"]),
+        ("method.r=0", ["method", "r: must be 1 or more"]),
+        ("method.layers=[9]", ["method", "9"]),
+        ("data.sources.0.task.loss=l2", ["--set data.sources.0.task.loss", "bce, ce"]),
+        ("data.sources.0.task.name=vqb", ["data.sources.0.task.name", "'vqa'"]),
+        ("data.sources.0.split=tset", ["data.sources.0", "no split 'tset'", "train, val"]),
+        ("data.sources.0.dir=nowhere", ["data.sources.0", "nowhere/manifest.json", "not found", "prepare"]),
+        ("data.sources.0.dir='pipe:cat x'", ["data.sources.0", "pipe:", "allow_pipe"]),
+        ("data.sources=[]", ["data.sources", "empty"]),
+        ("data.global_batch=0", ["data.global_batch", "must be 1 or more", "got 0"]),
+        ("optim.lr=-1", ["optim.lr", "above 0"]),
+        ("optim.lr=.nan", ["optim.lr", "above 0"]),
+        ("optim.accumulation=4", ["optim.accumulation", "does not divide", "6"]),
+        ("engine.deepspeed=ds_configs/zero9.json", ["engine.deepspeed", "zero9.json"]),
+        ("backbone.condition=none", ["method", "condition"]),
+    ],
+)
+def test_what_cannot_work_is_refused_in_one_line(folder, override, words):
+    line = refusal(folder, override)
+    assert all(word in line for word in words), line
+
+
+def test_early_stopping_without_validation_is_refused(folder):
+    assert "data.validation" in refusal(folder, "data.validation=[]", "engine.patience=2")
+
+
+def test_a_key_that_recipe_and_json_both_own_is_refused(folder, tmp_path):
+    config = tmp_path / "mine.json"
+    config.write_text(json.dumps({"zero_optimization": {"stage": 1}, "train_batch_size": 8}))
+    line = refusal(folder, f"engine.deepspeed={config}")
+    assert "train_batch_size" in line and "data.global_batch" in line
+
+
+def test_missing_feature_statistics_name_the_command_that_makes_them(folder):
+    line = refusal(folder, "backbone.image_size=16")  # another transform, so other statistics
+    assert "data_prep/feature_stats.py" in line and str(folder / "recipe.yaml") in line
+
+
+def test_accumulation_is_refused_where_the_loss_couples_samples(folder, monkeypatch):
+    from mmpeft_ds.tasks import vqa
+
+    assert resolve.resolve(load(folder, "optim.accumulation=2"))
+    monkeypatch.setattr(vqa.Vqa, "couples_samples", True)
+    assert resolve.resolve(load(folder))
+    assert "couples" in refusal(folder, "optim.accumulation=2")
+
+
+def test_records_without_the_fields_of_the_task_are_refused(folder, monkeypatch):
+    from mmpeft_ds.tasks import vqa
+
+    monkeypatch.setattr(vqa.Vqa, "fields", ("captions",))
+    assert "'captions'" in refusal(folder)
+
+
+def test_the_plan_counts_what_training_would_train(folder):
+    resolved = resolve.resolve(load(folder))
+    report = plan.make(resolved)
+    model = resolve.attach(resolved, resolved.backbone.build())
+    numel = {n: p.numel() for n, p in model.named_parameters() if p.requires_grad}
+    assert report["trainable_parameters"] == sum(numel.values()) == sum(report["trainable_by_kind"].values())
+    assert report["total_parameters"] == sum(p.numel() for p in model.parameters())
+    assert all(report["trainable_by_kind"][kind] for kind in plan.KINDS)
+    assert report["steps_per_epoch"] == 5 and report["total_steps"] == 10
+
+
+def test_memory_falls_with_ranks_under_zero3_only_where_the_base_is_sharded():
+    sizes = {"trainable": 10, "total": 10_000_010, "largest_module": 1000, "sizes": {1_000_000: 10}, "base_bytes": 2}
+    lean = {"zero_optimization": {"stage3_max_live_parameters": 10**6, "stage3_prefetch_bucket_size": 1000}}
+    one, eight = (plan.zero_bytes(sizes, lean, 3, n) for n in (1, 8))
+    assert one > 2 * 10**7 and eight < 2 * 10**7 / 8 + 2.1 * 10**6
+    assert plan.zero_bytes(sizes, {}, 1, 8) > 2 * 10**7
+    # DeepSpeed's default keeps the whole of a small model gathered: no saving during a step.
+    assert plan.zero_bytes(sizes, {}, 3, 8) > 2 * 10**7

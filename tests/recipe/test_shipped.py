@@ -1,0 +1,35 @@
+"""Every recipe that is shipped can be read, and says how to run it."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from mmpeft_ds import recipe as recipes
+from mmpeft_ds.engine import resolve
+from mmpeft_ds.engine.setup import check_ds_config
+
+ROOT = Path(__file__).resolve().parents[2]
+SHIPPED = sorted((ROOT / "recipes").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda p: p.stem)
+def test_a_shipped_recipe_is_valid_as_far_as_that_goes_without_its_data(path):
+    recipe = recipes.load(path)
+    resolve.check_values(recipe)
+    full = resolve.expand(recipe)
+    assert check_ds_config(recipe)["zero_optimization"]["stage"] == 3
+    for key, value in yaml.safe_load(path.read_text())["backbone"].items():
+        assert full.backbone[key] == value
+    assert recipe.data.validation, "the best checkpoint is chosen on something"
+    assert not any(s.split == "test" for s in (*recipe.data.sources, *recipe.data.validation))
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda p: p.stem)
+def test_the_header_of_a_shipped_recipe_holds_the_command_that_runs_it(path):
+    header = path.read_text().split("\nrun_dir")[0]
+    assert f"launchers/train.py --recipe recipes/{path.name}" in header
+
+
+def test_there_are_recipes():
+    assert "quickstart" in {p.stem for p in SHIPPED}
