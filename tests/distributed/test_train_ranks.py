@@ -26,6 +26,8 @@ CASES = [
     *({"name": f"zero{s}_one_rank_empty", "stage": s, "split": "one"} for s in (0, 3)),
     *({"name": f"zero{s}_poison", "stage": s, "poison": ["t/4-0"]} for s in (0, 1, 2, 3)),
     {"name": "zero3_poison_accumulation", "stage": 3, "accumulation": 2, "poison": ["t/4-0"]},
+    {"name": "zero3_evaluate", "stage": 3, "split": "skew", "steps": 2, "evaluate": True},
+    {"name": "zero1_evaluate", "stage": 1, "steps": 2, "evaluate": True},
     {"name": "zero3_recompute", "stage": 3, "gradient_checkpointing": True},
     *({"name": f"zero{s}_bf16", "stage": s, "dtype": "bfloat16"} for s in (0, 1, 2, 3)),
 ]
@@ -161,3 +163,20 @@ def test_rows_tell_what_entered_the_loss(folder):
     assert len(found["rows"][0]["rss_mib"]) == 2
     total = sum(value**2 for value in found["rows"][0]["grad_norms"].values())
     assert math.sqrt(total) == pytest.approx(found["rows"][0]["grad_norm"])
+
+
+@pytest.mark.parametrize("name", ["zero1_evaluate", "zero3_evaluate"])
+def test_evaluation_sees_every_sample_once_in_one_order_whatever_the_split(folder, name):
+    found = outcome(folder, name)["evaluation"]
+    resolved = tiny.make_resolved(tiny.make_recipe(folder), tiny.TinyTask())
+    slots = [slot for step in (20, 21) for slot in tiny.global_slots(step, resolved.backbone) if slot.weight > 0]
+    expected = sorted((s.sample_id, text) for s in slots for text in s.texts)
+    assert sorted((r["sample_id"], r["text"]) for r in found["rows"]) == expected
+    assert [r["sample_id"] for r in found["rows"]] == sorted(r["sample_id"] for r in found["rows"])
+    assert [r["prediction"] for r in found["rows"]] == [
+        r["prediction"] for r in outcome(folder, "zero1_evaluate")["evaluation"]["rows"]
+    ]
+    accuracy = sum(r["prediction"] == r["answer"] for r in found["rows"]) / len(found["rows"])
+    assert found["scores"]["accuracy"] == pytest.approx(accuracy)
+    assert found["scores"]["loss"] == pytest.approx(outcome(folder, "zero1_evaluate")["evaluation"]["scores"]["loss"])
+    assert 0 < len(found["pictures"]) <= 3

@@ -18,6 +18,7 @@ from engine import tiny  # noqa: E402
 from mmpeft_ds.data.stream import BadBudget, Step  # noqa: E402
 from mmpeft_ds.engine import setup, zero_state  # noqa: E402
 from mmpeft_ds.engine.checkpoint import TrainState  # noqa: E402
+from mmpeft_ds.engine.evaluator import evaluate  # noqa: E402
 from mmpeft_ds.engine.step import Stepper  # noqa: E402
 
 
@@ -55,13 +56,25 @@ def run_case(case: dict, folder: Path, ranks: setup.Ranks) -> dict:
         micro = own_micro(tiny.global_slots(step, resolved.backbone), case, ranks)
         packed = [tiny.pack_slots(slots, resolved.backbone, task) for slots in micro]
         rows.append(stepper.take(Step(0, step, packed), 0.0))
+    result = None
+    if case.get("evaluate"):
+        parts = [own_micro(tiny.global_slots(s, resolved.backbone), case, ranks) for s in (20, 21)]
+        steps = [Step(0, 0, [tiny.pack_slots(m, resolved.backbone, task) for m in micro]) for micro in parts]
+        result = vars(evaluate(built.engine, resolved.backbone, task, steps, ranks.device, pictures=3))
     weights = {}
     zero_state.ensure_adam_state(built.engine)
     for name, parameter in built.trainables.items():
         weights[name] = zero_state.read_full(built.engine, parameter)["weight"]
     dtypes = sorted({str(p.dtype) for p in built.model.parameters() if not p.requires_grad})
     built.engine.destroy()
-    return {"rows": rows, "weights": weights, "frozen_dtypes": dtypes, "bad": state.bad, "state": vars(state)}
+    return {
+        "rows": rows,
+        "weights": weights,
+        "frozen_dtypes": dtypes,
+        "bad": state.bad,
+        "state": vars(state),
+        "evaluation": result,
+    }
 
 
 def main() -> None:

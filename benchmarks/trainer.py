@@ -1,0 +1,361 @@
+#!/usr/bin/env python
+"""Our engine beside HF Trainer + peft + accelerate + deepspeed: the quickstart's model, data and batch, from pixels.
+
+    python benchmarks/trainer.py             ZeRO-3 and ZeRO-1, 3 runs each in turn; writes docs/benchmarks/trainer.*
+    python benchmarks/trainer.py --runs 1 --steps 20
+    python benchmarks/trainer.py --same      only the losses of both on the very same batches
+
+The peer trains as its users do: a map-style data set of (image, question, answer), one image a question. Ours reads
+the shards and runs the vision tower once per image. Both have the same towers, the same routed LoRA through the same
+tuner, AdamW, 2 ranks x 1 thread. A sample is a question.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[0] = str(ROOT)
+QUESTIONS_PER_RANK = 38  # 8 images of easy-VQA have 77 questions on average
+WARM = 5  # steps left out of the timing
+
+
+# ------------------------------------------------------------------------------------------------- the systems
+
+
+def ours(args: argparse.Namespace) -> dict:
+    """Steps through our stream and stepper."""
+    from mmpeft_ds.data.stream import BadBudget
+    from mmpeft_ds.engine import setup, trainer
+    from mmpeft_ds.engine.checkpoint import TrainState
+    from mmpeft_ds.engine.step import Stepper
+
+    recipe = _recipe(args)
+    ranks = setup.start(recipe)
+    resolved = trainer.resolve(recipe)
+    stream = trainer.make_stream(resolved, resolved.train, ranks, train=True)
+    built = setup.build(resolved, ranks)
+    budget = BadBudget(0, 1)
+    stepper = Stepper(resolved, built, ranks, 10 * args.steps, TrainState(), budget)
+    rows, ends = [], []
+    steps = stream.epoch(0)
+    while len(rows) < args.steps:
+        began = time.perf_counter()
+        step = next(steps)
+        rows.append(stepper.take(step, time.perf_counter() - began))
+        ends.append(time.perf_counter())
+    samples = sum(row["samples"] for row in rows[WARM:])
+    stream.close()
+    return {
+        "rank": ranks.rank,
+        "losses": [row["loss"] for row in rows],
+        "samples_per_second": samples / (ends[-1] - ends[WARM - 1]),
+        "step_seconds": (ends[-1] - ends[WARM - 1]) / (args.steps - WARM),
+        "rss_mib": rows[-1]["rss_mib"],
+    }
+
+
+def peer(args: argparse.Namespace) -> dict:
+    """HF Trainer with the same model; `--same` gives it our batches in place of its own."""
+    import torch
+    import transformers
+
+    from mmpeft_ds.engine import setup, trainer
+    from mmpeft_ds.engine.resolve import attach
+
+    recipe = _recipe(args)
+    os.environ["ACCELERATE_USE_CPU"] = "true" if not torch.cuda.is_available() else "false"
+    setup.quiet()
+    torch.set_num_threads(1)
+    zero = {"stage": args.stage, **({"stage3_gather_16bit_weights_on_model_save": False} if args.stage == 3 else {})}
+    options = transformers.TrainingArguments(
+        output_dir=args.out + ".hf",
+        per_device_train_batch_size=1 if args.same else QUESTIONS_PER_RANK,
+        max_steps=args.steps,
+        learning_rate=recipe.optim.lr,
+        lr_scheduler_type="linear",
+        warmup_steps=0,
+        weight_decay=0.0,
+        max_grad_norm=recipe.optim.clip,
+        use_cpu=not torch.cuda.is_available(),
+        seed=recipe.seed,
+        logging_steps=10**9,
+        save_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        dataloader_num_workers=0 if args.same else recipe.data.workers,
+        deepspeed={
+            "zero_optimization": zero,
+            "optimizer": {
+                "type": "AdamW",
+                "params": {"lr": "auto", "betas": "auto", "eps": "auto", "weight_decay": "auto", "torch_adam": True},
+            },
+            "train_batch_size": "auto",
+            "train_micro_batch_size_per_gpu": "auto",
+            "gradient_accumulation_steps": "auto",
+            "gradient_clipping": "auto",
+        },
+    )
+    resolved = trainer.resolve(recipe)
+    setup.prepare_backbone(resolved.backbone, recipe)
+    torch.manual_seed(recipe.seed)
+    base = resolved.backbone.build()
+    torch.manual_seed(recipe.seed)
+    model = attach(resolved, base).eval()
+    task, backbone = resolved.train[0].task, resolved.backbone
+    rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    losses, times = [], []
+
+    class Peer(transformers.Trainer):
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            model.eval()  # no dropout, as in the recipe
+            if args.same:
+                batch = inputs["batch"]
+                total = task.loss(model(**backbone.inputs(batch)), batch)
+                weight = torch.tensor(task.weight(batch))
+                torch.distributed.all_reduce(weight)
+                loss = total * world / weight
+            else:
+                logits = model(**{k: v for k, v in inputs.items() if k != "labels"}).logits
+                loss = torch.nn.functional.cross_entropy(logits, inputs["labels"])
+            mean = loss.detach().clone()
+            torch.distributed.all_reduce(mean)
+            losses.append(mean.item() / world)
+            return loss
+
+        def training_step(self, *a, **k):
+            times.append(time.perf_counter())
+            return super().training_step(*a, **k)
+
+        def _get_train_sampler(self, *a, **k):
+            if args.same:
+                return torch.utils.data.SequentialSampler(self.train_dataset)
+            return super()._get_train_sampler(*a, **k)
+
+    if args.same:
+        data, collate = _our_batches(recipe, resolved, world, args.steps), _first
+    else:
+        data, collate = Questions(resolved), Collate(backbone)
+    hf = Peer(model=model, args=options, train_dataset=data, data_collator=collate)
+    hf.train()
+    times.append(time.perf_counter())
+    import psutil
+
+    seconds = times[-1] - times[WARM]
+    return {
+        "rank": rank,
+        "losses": losses,
+        "samples_per_second": QUESTIONS_PER_RANK * world * (args.steps - WARM) / seconds,
+        "step_seconds": seconds / (args.steps - WARM),
+        "rss_mib": [round(psutil.Process().memory_info().rss / 2**20)],
+    }
+
+
+class Questions:
+    """Map-style data set of the train split: one (image, question, class) an item; the image is decoded for each."""
+
+    def __init__(self, resolved):
+        import torch
+
+        from mmpeft_ds.data.shards import ShardReader, members
+
+        source = resolved.train[0]
+        reader = ShardReader(source.manifest, source.options.split)
+        self.transform = resolved.backbone.image_transform(True)
+        self.items, self.generator = [], torch.Generator()
+        for shard, info in enumerate(source.manifest.shards(source.options.split)):
+            for piece in reader.read([(shard, i) for i in range(info.samples)]):
+                _, parts = members(piece)
+                image = next(v for k, v in parts.items() if k in ("png", "jpg"))
+                texts, targets = source.task.read(json.loads(parts["json"]), self.generator)
+                labels = source.task.collate(targets)["label"].tolist()
+                self.items += [(image, text, label) for text, label in zip(texts, labels, strict=True)]
+        reader.close()
+
+    def __len__(self):
+        return len(self.items)
+
+    def __getitem__(self, i):
+        from mmpeft_ds.data.decode import decode
+
+        image, text, label = self.items[i]
+        return self.transform(decode(image), self.generator), text, label
+
+
+class Collate:
+    """Stack images, tokenize questions."""
+
+    def __init__(self, backbone):
+        self.backbone = backbone
+
+    def __call__(self, items):
+        import torch
+
+        images, texts, labels = zip(*items, strict=True)
+        return {
+            **self.backbone.collate_images(list(images)),
+            **self.backbone.collate_texts(list(texts)),
+            "labels": torch.tensor(labels),
+        }
+
+
+def _first(items):
+    return items[0]
+
+
+def _our_batches(recipe, resolved, world: int, steps: int) -> list:
+    """Our stream's batches in the order in which accelerate hands them out: rank by rank, step by step."""
+    import torch
+
+    from mmpeft_ds.engine import setup, trainer
+
+    recipe.data.workers = 0
+    streams = [
+        trainer.make_stream(resolved, resolved.train, setup.Ranks(r, world, r, world, torch.device("cpu")), train=True)
+        for r in range(world)
+    ]
+    epochs = [stream.epoch(0) for stream in streams]
+    return [{"batch": next(epoch).micro[0]} for _ in range(steps) for epoch in epochs]
+
+
+def _recipe(args: argparse.Namespace):
+    from mmpeft_ds import recipe as recipes
+
+    return recipes.load(
+        ROOT / "recipes" / "quickstart.yaml",
+        [
+            f"data.sources.0.dir={args.data}",
+            f"data.validation.0.dir={args.data}",
+            f"engine.deepspeed=ds_configs/zero{args.stage}.json",
+            f"optim.max_steps={args.steps}",
+            "optim.warmup=0",
+            "data.verify=size",
+        ],
+    )
+
+
+# -------------------------------------------------------------------------------------------------- the driver
+
+
+def launch(system: str, stage: int, args: argparse.Namespace, same: bool = False) -> dict:
+    """One system in its own launch of 2 ranks x 1 thread."""
+    out = ROOT / "runs" / "benchmark-trainer.json"
+    out.parent.mkdir(exist_ok=True)
+    out.unlink(missing_ok=True)
+    command = [str(Path(sys.executable).with_name("deepspeed")), "--num_accelerators", "2", "--master_port", "29611"]
+    command += [__file__, "--system", system, "--stage", str(stage), "--steps", str(args.steps), "--data", args.data]
+    command += ["--out", str(out), *(["--same"] if same else [])]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    env.setdefault("TORCH_EXTENSIONS_DIR", str(ROOT / ".cache" / "torch_extensions"))
+    done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    if done.returncode or not out.exists():
+        sys.exit(f"{system} at ZeRO-{stage} failed:\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}")
+    return json.loads(out.read_text())
+
+
+def drive(args: argparse.Namespace) -> None:
+    """Run everything in turn, print and write the table."""
+    result: dict = {"machine": _machine(), "steps": args.steps, "runs": args.runs, "stages": {}}
+    for stage in args.stages:
+        same = {system: launch(system, stage, args, same=True)["losses"] for system in ("ours", "peer")}
+        apart = max(abs(a - b) for a, b in zip(*same.values(), strict=True))
+        print(
+            f"ZeRO-{stage}: losses on the same batches differ by at most {apart:.1e} over {args.steps} steps",
+            flush=True,
+        )
+        result["stages"][stage] = {"largest_loss_difference": apart}
+        if args.same:
+            continue
+        rates: dict = {"ours": [], "peer": []}
+        for turn in range(args.runs):
+            for system in ("ours", "peer"):
+                run = launch(system, stage, args)
+                rates[system].append(run)
+                print(
+                    f"ZeRO-{stage} {system} run {turn + 1}: {run['samples_per_second']:.1f} samples/s, "
+                    f"step {run['step_seconds']:.3f} s, RSS {max(run['rss_mib'])} MiB",
+                    flush=True,
+                )
+        for system, runs in rates.items():
+            result["stages"][stage][system] = {
+                "samples_per_second": statistics.median(r["samples_per_second"] for r in runs),
+                "all": [r["samples_per_second"] for r in runs],
+                "step_seconds": statistics.median(r["step_seconds"] for r in runs),
+                "rss_mib": max(max(r["rss_mib"]) for r in runs),
+            }
+        entry = result["stages"][stage]
+        entry["ratio"] = entry["ours"]["samples_per_second"] / entry["peer"]["samples_per_second"]
+    if args.same:
+        return
+    table = _table(result)
+    print(table)
+    folder = ROOT / "docs" / "benchmarks"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "trainer.md").write_text(table)
+    (folder / "trainer.json").write_text(json.dumps(result, indent=1) + "\n")
+
+
+def _table(result: dict) -> str:
+    lines = [
+        "# Training: our engine beside HF Trainer + peft + accelerate + deepspeed",
+        "",
+        "easy-VQA from pixels, frozen ViT-S/14 (11 layers, 70 px) and MiniLM, routed LoRA r 16, float32, about 77",
+        "questions a step, 2 ranks x 1 thread, both systems in turn, "
+        f"median of {result['runs']} runs of {result['steps']} steps.",
+        f"Machine: {result['machine']}.",
+        "`python benchmarks/trainer.py` repeats it.",
+        "",
+        "| ZeRO | ours, samples/s | HF Trainer, samples/s | ratio | step s, ours / peer | RSS MiB, ours / peer "
+        "| same batches: losses differ by |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for stage, e in result["stages"].items():
+        a, b = e["ours"], e["peer"]
+        lines.append(
+            f"| {stage} | {a['samples_per_second']:.0f} | {b['samples_per_second']:.0f} | {e['ratio']:.2f} "
+            f"| {a['step_seconds']:.3f} / {b['step_seconds']:.3f} | {a['rss_mib']} / {b['rss_mib']} "
+            f"| {e['largest_loss_difference']:.1e} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def _machine() -> str:
+    import torch
+
+    return f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", type=int, default=3, help="launches of each system at each stage")
+    parser.add_argument(
+        "--steps", type=int, default=60, help=f"optimizer steps a launch; the first {WARM} are not timed"
+    )
+    parser.add_argument("--stages", type=int, nargs="+", default=[3, 1], help="ZeRO stages")
+    parser.add_argument("--data", default="data/easy-vqa", help="prepared shards with feature statistics")
+    parser.add_argument("--same", action="store_true", help="compare losses on the same batches only")
+    parser.add_argument("--system", choices=["ours", "peer"], help=argparse.SUPPRESS)
+    parser.add_argument("--stage", type=int, default=3, help=argparse.SUPPRESS)
+    parser.add_argument("--out", default="", help=argparse.SUPPRESS)
+    parser.add_argument("--local_rank", "--local-rank", type=int, default=0, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.system is None:
+        return drive(args)
+    result = {"ours": ours, "peer": peer}[args.system](args)
+    if result.pop("rank") == 0:
+        Path(args.out).write_text(json.dumps(result))
+    import torch
+
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,64 @@
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from engine import tiny  # noqa: E402
+
+from mmpeft_ds.data.stream import Step  # noqa: E402
+from mmpeft_ds.engine.evaluator import evaluate  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory):
+    from mmpeft_ds.engine.resolve import attach
+
+    folder = tmp_path_factory.mktemp("evaluator")
+    tiny.make_towers(folder)
+    task = tiny.TinyTask()
+    resolved = tiny.make_resolved(tiny.make_recipe(folder), task)
+    return attach(resolved, resolved.backbone.build()), resolved.backbone, task
+
+
+def steps_of(backbone, task, width: int) -> list[Step]:
+    slots = [s for step in range(3) for s in tiny.global_slots(step, backbone)]
+    batches = [slots[i : i + width] for i in range(0, len(slots), width)]
+    return [Step(0, i, [tiny.pack_slots(batch, backbone, task)]) for i, batch in enumerate(batches)]
+
+
+def test_batch_width_changes_neither_rows_nor_loss(parts):
+    model, backbone, task = parts
+    results = [evaluate(model, backbone, task, steps_of(backbone, task, width), "cpu") for width in (1, 5, 36)]
+    for other in results[1:]:
+        assert other.rows == results[0].rows
+        assert other.scores["loss"] == pytest.approx(results[0].scores["loss"], rel=1e-5)
+
+
+def test_the_mode_of_every_module_is_restored(parts):
+    model, backbone, task = parts
+    model.train()
+    model.get_base_model().head.eval()
+    before = {name: m.training for name, m in model.named_modules()}
+    assert len(set(before.values())) == 2
+    evaluate(model, backbone, task, steps_of(backbone, task, 12), "cpu")
+    assert {name: m.training for name, m in model.named_modules()} == before
+
+
+def test_pictures_are_kept_up_to_the_number_asked_for(parts):
+    model, backbone, task = parts
+    found = evaluate(model, backbone, task, steps_of(backbone, task, 12), "cpu", pictures=4).pictures
+    assert len(found) == 4
+    for image, rows in found:
+        assert image.shape == (3, 8, 8) and image.min() >= 0 and image.max() <= 1
+        assert len({row["sample_id"] for row in rows}) == 1
+
+
+def test_nothing_to_evaluate_gives_nan_and_no_rows(parts):
+    _, backbone, _ = parts
+    task = SimpleNamespace(score=lambda rows: {"accuracy": float(len(rows))}, weight=lambda b: 0.0)
+    result = evaluate(torch.nn.Identity(), backbone, task, [], "cpu")
+    assert result.rows == [] and result.scores["loss"] != result.scores["loss"]
