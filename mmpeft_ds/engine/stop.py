@@ -81,6 +81,10 @@ class StopFlag:
         signal.set_wakeup_fd(self._old_wakeup)
         for number, handler in self._previous.items():
             signal.signal(number, handler)
+        if self.requested() and self._launchers:
+            # `launch.py` sends its SIGTERM to one rank after the other: the last ones are leaving when it arrives, and
+            # are to leave with 0.
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
         self._thread.join(2 * POLL)
         self._read.close()
         self._write.close()

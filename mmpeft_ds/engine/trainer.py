@@ -29,14 +29,15 @@ def run(recipe: recipes.Recipe, *, fresh: bool = False) -> int:
     Raises:
         BadInput: on all ranks, in one line.
     """
-    ranks = setup.start(recipe)
-    resolved = resolve(recipe)
-    run_dir = RunDir.open(recipe.run_dir, recipes.to_dict(resolved.recipe), fresh=fresh)
-    try:
-        with StopFlag(recipe.engine.stop_grace) as stop:
+    # First of all: a launcher that dies while the model is being built must be known to have lived.
+    with StopFlag(recipe.engine.stop_grace) as stop:
+        ranks = setup.start(recipe)
+        resolved = resolve(recipe)
+        run_dir = RunDir.open(recipe.run_dir, recipes.to_dict(resolved.recipe), fresh=fresh)
+        try:
             return _run(resolved, ranks, run_dir, stop)
-    finally:
-        run_dir.close()
+        finally:
+            run_dir.close()
 
 
 def _run(resolved: Resolved, ranks: Ranks, run_dir: RunDir, stop: StopFlag) -> int:

@@ -1,4 +1,4 @@
-"""A checkpoint of any rank count and ZeRO stage continues under any other; one launch per rank count runs all cases."""
+"""A checkpoint of any rank count and ZeRO stage continues under any other; one launch a rank count runs all."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def test_a_flipped_bit_in_a_frozen_weight_and_other_trainables_are_refused(two, 
 @pytest.mark.parametrize("name", STAGES)
 def test_saving_moves_three_times_the_trained_bytes_at_most_and_nothing_frozen(two, name):
     case = two["written"][name]
-    # weights and two moments; ZeRO-3 pads each of the 6 tensors to two equal parts
+    # weights and two moments; ZeRO-3 pads each of the 8 tensors to two equal parts
     assert sum(case["counts"].values()) <= 3 * (case["trainable_bytes"] + 4 * 8)
 
 

@@ -1,0 +1,69 @@
+"""Whoever gets the signal, all ranks stop after the same step; real launcher, four launches at once."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from distributed import launch  # noqa: E402
+from distributed.launch import Launch  # noqa: E402
+
+pytestmark = pytest.mark.distributed
+WORKER = Path(__file__).with_name("stop_worker.py")
+
+
+def to_inner_launcher(launched: Launch) -> None:
+    """SIGTERM to `launch.py`, the parent of the ranks."""
+    launched.ranks()[0].parent().send_signal(signal.SIGTERM)
+
+
+CASES: dict[str, Callable[[Launch], None]] = {
+    "the launcher alone": lambda launched: launched.process.send_signal(signal.SIGTERM),
+    "the parent of the ranks": to_inner_launcher,
+    "one rank": lambda launched: launched.ranks()[1].send_signal(signal.SIGTERM),
+    "the group by Ctrl-C": lambda launched: os.killpg(launched.session, signal.SIGINT),
+}
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory) -> dict[str, tuple[launch.Result, list[str]]]:
+    """Per case: how the launch ended, and what each rank wrote when it left."""
+    with contextlib.ExitStack() as stack:
+        launches = {}
+        for case in CASES:
+            folder = tmp_path_factory.mktemp("stop")
+            launches[case] = folder, stack.enter_context(Launch(WORKER, str(folder), ranks=2))
+        for case, (_, launched) in launches.items():
+            for rank in (0, 1):
+                assert launched.wait_for(f"rank {rank} ready", 90), f"{case}: {launched.output}"
+            CASES[case](launched)
+        ended = {case: launched.wait(25) for case, (_, launched) in launches.items()}
+    return {
+        case: (ended[case], [p.read_text() for p in sorted(folder.iterdir())])
+        for case, (folder, _) in launches.items()
+    }
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_signal_to_any_of_them_ends_all_ranks_after_the_same_step(outcomes, case):
+    result, wrote = outcomes[case]
+    assert not result.killed, result.tail()
+    assert len(wrote) == 2, result.tail()
+    assert wrote[0].split()[0] == wrote[1].split()[0]
+
+
+def test_the_reason_is_known(outcomes):
+    assert "is gone" in "".join(outcomes["the launcher alone"][1])
+    assert "SIGTERM" in outcomes["one rank"][1][1]
+
+
+def test_ranks_that_left_well_end_the_launcher_well(outcomes):
+    assert outcomes["one rank"][0].code == 0
