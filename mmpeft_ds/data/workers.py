@@ -15,6 +15,7 @@ import pickle
 import pickletools
 import signal
 import sys
+import threading
 import types
 import weakref
 from collections.abc import Callable, Iterable, Iterator
@@ -63,8 +64,7 @@ class WorkerPool:
             multiprocessing_context=context,
             pin_memory=pin_memory,
         )
-        # Without this, leaving Python on an error would wait for workers that ignore SIGTERM.
-        atexit.register(_close, weakref.ref(self))
+        self._end = weakref.finalize(self, _kill, self._processes)
 
     def run(self, requests: Iterable[Any]) -> Iterator[Any]:
         """Results in the order of `requests`. A later call ends the earlier one.
@@ -82,9 +82,7 @@ class WorkerPool:
         self._loader = None
         for process in self._processes:
             process.join(timeout=5)
-            if process.is_alive():
-                process.kill()
-        self._processes = []
+        _kill(self._processes)
 
     def _stop(self) -> None:
         """End the run whose results somebody may still hold; it keeps the workers alive otherwise."""
@@ -97,7 +95,12 @@ class WorkerPool:
         before = set(multiprocessing.active_children())
         with _main_hidden(not self._keep_main):
             results = iter(self._loader)
-        self._processes += [p for p in multiprocessing.active_children() if p not in before]
+        new = [p for p in multiprocessing.active_children() if p not in before]
+        if new:
+            self._processes += new
+            # Registered after the loader's own clean-up, so it runs first: that one would wait for ever at exit for
+            # workers that nobody told to end, since they ignore SIGTERM.
+            atexit.register(self._end)
         for result in results:
             if isinstance(result, BadInput):
                 raise result
@@ -137,6 +140,7 @@ def _init_worker(_: int) -> None:
     # The main process decides when to stop; a signal to the whole group must not take its data away before.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    threading.Thread(target=_leave_with_parent, daemon=True).start()
     torch.set_num_threads(1)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
@@ -145,6 +149,12 @@ def _modules_in(payload: bytes) -> list[str]:
     """Modules that unpickling imports: loaded once in the server instead of once in every worker."""
     named = {arg for _, arg, _ in pickletools.genops(payload) if isinstance(arg, str)}
     return sorted(name for name in named & set(sys.modules) if name != "__main__")
+
+
+def _leave_with_parent() -> None:
+    # The loader's own watch looks at the parent process, which is the fork server; that waits for its workers in turn.
+    multiprocessing.parent_process().join()
+    os._exit(1)
 
 
 @contextlib.contextmanager
@@ -159,7 +169,8 @@ def _main_hidden(hide: bool) -> Iterator[None]:
         sys.modules["__main__"] = main
 
 
-def _close(pool: weakref.ref) -> None:
-    alive = pool()
-    if alive is not None:
-        alive.close()
+def _kill(processes: list) -> None:
+    for process in processes:
+        if process.is_alive():
+            process.kill()
+    processes.clear()

@@ -1,0 +1,379 @@
+"""The stream end to end: real shards, ranks as plain objects in one process."""
+
+import io
+import json
+
+import numpy as np
+import pytest
+import torch
+from mmpeft_ds.data.manifest import Manifest
+from mmpeft_ds.data.options import DataOptions
+from mmpeft_ds.data.stream import BadBudget, Stream
+from mmpeft_ds.errors import BadInput
+from toy_shards import RawSample, encoded, one_image, read, source, transform, write_toy
+
+N = 45
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory):
+    return write_toy(tmp_path_factory.mktemp("stream") / "toy", [one_image(i) for i in range(N)])
+
+
+def rows(steps):
+    """Step -> what every sample of positive weight brought along, in slot order."""
+    found = {}
+    for step in steps:
+        for batch in step.micro:
+            for j, owner in enumerate(batch.text_owner.tolist()):
+                assert batch.weight[owner] == 1
+                (image,) = (batch.image_owner == owner).nonzero().flatten().tolist()
+                row = batch.sample_id[owner], batch.raw_texts[j], batch.targets["answer"][j].item()
+                row += (batch.targets["draw"][j].item(), batch.images["pixels"][image].float().mean().item())
+                found.setdefault(step.step, []).append(row)
+    return found
+
+
+def run(manifest, world_size=1, epoch=0, start=0, accumulation=1, train=True, seed=0, sources=None, **options):
+    """The same as `rows`, over all ranks in rank order."""
+    found = {}
+    for rank in range(world_size):
+        stream = Stream(
+            sources or [source(manifest)],
+            DataOptions(**{"global_batch": 8, "workers": 0, "shuffle_block": 20, **options}),
+            rank=rank,
+            world_size=world_size,
+            accumulation=accumulation,
+            seed=seed,
+            train=train,
+        )
+        for step, part in rows(stream.epoch(epoch, start)).items():
+            found.setdefault(step, []).extend(part)
+        stream.close()
+    return found
+
+
+def ids(found):
+    return [row[0] for part in found.values() for row in part]
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 8, 96])
+def test_global_batch_is_the_same_for_every_rank_count(toy, world_size):
+    assert run(toy, world_size) == run(toy)
+    assert run(toy, world_size, accumulation=3) == run(toy)
+
+
+@pytest.mark.parametrize("workers", [1, 2, 4])
+def test_global_batch_is_the_same_for_every_worker_count(toy, workers):
+    for world_size, accumulation in ((1, 1), (2, 3)):
+        assert run(toy, world_size, accumulation=accumulation, workers=workers) == run(toy)
+
+
+def test_every_sample_once_an_epoch_in_another_order_each_time(toy):
+    first, second = ids(run(toy, epoch=0)), ids(run(toy, epoch=1))
+    assert sorted(first) == sorted(second) == [f"toy/train-{i:09d}" for i in range(N)]
+    assert first != second
+    assert ids(run(toy, seed=1)) != first
+
+
+def test_evaluation_sees_every_sample_once_in_the_same_place_every_epoch(toy):
+    first = run(toy, train=False, last_batch="drop")
+    assert sorted(ids(first)) == [f"toy/train-{i:09d}" for i in range(N)]
+    assert run(toy, train=False, epoch=5) == first
+    # slot 0 goes through the beginning of the split
+    assert [first[t][0][0] for t in range(5)] == [f"toy/train-{t:09d}" for t in range(5)]
+
+
+def test_a_data_set_smaller_than_the_batch_is_padded_or_refused(toy):
+    found = run(toy, 3, global_batch=64)
+    assert len(found) == 1 and len(set(ids(found))) == N
+    with pytest.raises(BadInput, match="global_batch"):
+        run(toy, global_batch=64, last_batch="drop")
+
+
+def test_padding_has_no_weight_and_equal_shape_on_all_ranks(toy):
+    ranks = [Stream([source(toy)], DataOptions(global_batch=7, workers=0), rank=r, world_size=9) for r in range(9)]
+    steps = [list(r.epoch(0)) for r in ranks]
+    assert {len(s) for s in steps} == {ranks[0].steps_per_epoch(0)}
+    assert {len(b.weight) for s in steps for step in s for b in step.micro} == {1}
+    total = sum(b.weight.sum() for s in steps for step in s for b in step.micro)
+    assert total == N
+    empty = steps[0][0].micro[0]
+    assert empty.sample_id == [""] and empty.modalities == frozenset() and empty.images == {} and empty.bad == []
+
+
+@pytest.mark.parametrize("start", [1, 3, 5])
+def test_resume_at_a_step_equals_the_uninterrupted_run_also_with_other_ranks_and_workers(toy, start):
+    whole = {s: part for s, part in run(toy, 2, epoch=1).items() if s >= start}
+    for world_size, workers in ((2, 0), (1, 0), (3, 0), (1, 2)):
+        assert run(toy, world_size, epoch=1, start=start, workers=workers) == whole
+
+
+def test_resume_reads_no_consumed_sample(toy, monkeypatch):
+    from mmpeft_ds.data.shards import ShardReader
+
+    wanted = []
+    original = ShardReader.read
+    monkeypatch.setattr(ShardReader, "read", lambda self, w: wanted.extend(w) or original(self, w))
+    run(toy, start=4)
+    remaining, wanted[:] = list(wanted), []
+    whole = run(toy)
+    assert len(remaining) == sum(len(whole[s]) for s in whole if s >= 4)
+    assert remaining == wanted[-len(remaining) :]
+
+
+def test_choices_depend_on_seed_epoch_and_sample_alone(toy):
+    def draws(**how):
+        return {row[0]: row[3] for part in run(toy, **how).values() for row in part}
+
+    assert draws() == draws(world_size=3, shuffle_block=5, global_batch=4)
+    assert len(set(draws().values())) > 40
+    assert draws() != draws(epoch=1) and draws() != draws(seed=1)
+    assert draws(train=False) == draws(train=False, epoch=3)
+
+
+def test_one_source_a_step_and_all_sources_in_proportion(toy, tmp_path):
+    other = write_toy(tmp_path / "other", [one_image(i) for i in range(16)], name="other")
+    sources = [source(toy), source(other)]
+    found = run(None, 2, sources=sources)
+    assert len(found) == 8
+    for part in found.values():
+        assert len({row[0].split("/")[0] for row in part}) == 1
+    assert len(set(ids(found))) == N + 16
+    for world_size, start in ((1, 0), (3, 0), (1, 5)):
+        expected = {s: part for s, part in found.items() if s >= start}
+        assert run(None, world_size, sources=sources, start=start) == expected
+    sources[1].weight = 4
+    names = [part[0][0].split("/")[0] for part in run(None, sources=sources).values()]
+    # 6 and 2 own steps, weights 1 and 4: shares 6 to 8 of 8 steps
+    assert names.count("other") == 5
+
+
+def test_an_epoch_can_be_left_and_another_begun(toy):
+    for workers in (0, 2):
+        stream = Stream([source(toy)], DataOptions(global_batch=8, workers=workers, shuffle_block=20))
+        left = stream.epoch(0)
+        next(left)
+        assert rows(stream.epoch(1, 2)) == {s: part for s, part in run(toy, epoch=1).items() if s >= 2}
+        stream.close()
+
+
+def test_remote_shards_give_the_same_stream(toy):
+    import fsspec
+
+    memory = fsspec.filesystem("memory")
+    memory.put(toy.dir, "/stream/toy", recursive=True)
+    try:
+        assert run(Manifest.load("memory://stream/toy"), 2) == run(toy)
+    finally:
+        memory.rm("/stream", recursive=True)
+
+
+# Packed batches of all kinds ------------------------------------------------------------------------------------------
+
+
+def test_text_only_two_image_video_and_ragged_samples_pack_into_one_batch(tmp_path):
+    def pictures(*seeds):
+        return [("png" if s % 2 else "jpg", encoded(s, "PNG" if s % 2 else "JPEG")) for s in seeds]
+
+    samples = [
+        RawSample("text only", [], {"texts": ["a", "bb"], "answers": [0, 1]}),
+        RawSample("two images", pictures(1, 2), {"texts": ["ccc"], "answers": [2]}),
+        RawSample("video", pictures(*range(10, 22)), {"texts": ["dddd"], "answers": [3]}),
+        RawSample("image only", pictures(3), {"texts": [], "answers": []}),
+        RawSample("many questions", pictures(4), {"texts": list("xyz"), "answers": [4, 5, 6]}),
+    ]
+    manifest = write_toy(tmp_path / "mixed", samples)
+    (step,) = Stream([source(manifest)], DataOptions(global_batch=6, workers=0), train=False).epoch(0)
+    (batch,) = step.micro
+    kinds = {record.get("source_name"): slot for slot, record in enumerate(batch.records)}
+    assert batch.weight.tolist() == [0, 1, 1, 1, 1, 1]
+    owner = [kinds[name] for name in ("two images", "two images", *["video"] * 12, "image only", "many questions")]
+    assert batch.image_owner.tolist() == owner
+    assert batch.raw_texts == ["a", "bb", "ccc", "dddd", "x", "y", "z"]
+    owner = [kinds[name] for name in ("text only", "text only", "two images", "video", *["many questions"] * 3)]
+    assert batch.text_owner.tolist() == owner
+    assert batch.targets["answer"].tolist() == list(range(7))
+    assert batch.images["pixels"].shape == (16, 3, 16, 16)
+    # Frames stand in their order, ten behind nine.
+    from mmpeft_ds.data.decode import decode, resize
+
+    frames = torch.stack([resize(decode(data), (16, 16)) for _, data in pictures(*range(10, 22))])
+    assert torch.equal(batch.images["pixels"][2:14], frames)
+
+
+def test_features_become_tensors_of_the_record(tmp_path):
+    features = np.arange(6, dtype=np.float32).reshape(2, 3)
+    sample = RawSample("features", [], {"texts": ["a"], "answers": [0]}, features)
+    (step,) = Stream([source(write_toy(tmp_path / "f", [sample]))], DataOptions(global_batch=1, workers=0)).epoch(0)
+    assert np.array_equal(step.micro[0].records[0]["features"].numpy(), features)
+
+
+# Bad samples ----------------------------------------------------------------------------------------------------------
+
+
+def _pickled_array() -> bytes:
+    buffer = io.BytesIO()
+    np.save(buffer, np.array([{"a": 1}], dtype=object), allow_pickle=True)
+    return buffer.getvalue()
+
+
+def spoilt(name: str) -> RawSample:
+    good = one_image(99)
+    record, images = dict(good.record), list(good.images)
+    if name == "text as image":
+        images = [("jpg", b"this is a text file")]
+    elif name == "truncated image":
+        images = [("jpg", images[0][1][:400])]
+    elif name == "too many pixels":
+        images = [("png", encoded(1, "PNG"))]
+    elif name == "missing field":
+        del record["answers"]
+    elif name == "wrong type":
+        record["texts"] = 3
+    elif name == "text without target":
+        record["texts"] = ["a", "b"]
+    return RawSample(name, images, record)
+
+
+KINDS = {
+    "text as image": "image",
+    "truncated image": "image",
+    "too many pixels": "pixels",
+    "missing field": "field",
+    "wrong type": "type",
+    "text without target": "type",
+}
+
+
+@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_bad_sample_becomes_a_slot_without_weight_and_nothing_else_changes(tmp_path, name, workers):
+    clean = [one_image(i) for i in range(10)]
+    max_pixels = 2399 if name == "too many pixels" else 2400
+    samples = clean[:4] + [spoilt(name)] + clean[5:]
+    if name == "too many pixels":
+        small = encoded(1, "PNG")
+        samples = [RawSample(s.name, [], s.record) for s in clean]
+        samples[4] = RawSample(name, [("png", small)], clean[4].record)
+    manifest = write_toy(tmp_path / "bad", samples)
+    stream = Stream(
+        [source(manifest)], DataOptions(global_batch=4, workers=workers, max_pixels=max_pixels), train=False
+    )
+    batches = [batch for step in stream.epoch(0) for batch in step.micro]
+    stream.close()
+    assert [b for batch in batches for b in batch.bad] == [(KINDS[name], "toy-train-000000.tar", "train-000000004")]
+    good = sorted(s for b in batches for s, w in zip(b.sample_id, b.weight.tolist(), strict=True) if w)
+    assert good == [f"toy/train-{i:09d}" for i in range(10) if i != 4]
+    for batch in batches:
+        slot = batch.sample_id.index("toy/train-000000004") if "toy/train-000000004" in batch.sample_id else None
+        assert slot not in batch.text_owner.tolist() + batch.image_owner.tolist()
+
+
+def test_damaged_json_tar_and_pickled_arrays_are_bad(tmp_path):
+    samples = [one_image(i) for i in range(3)]
+    samples.append(RawSample("array", [], {"texts": [], "answers": []}, np.zeros(20)))
+    manifest = write_toy(tmp_path / "bad", samples)
+    file = tmp_path / "bad" / manifest.shards("train")[0].file
+    data = file.read_bytes()
+    text = json.dumps({"answers": [0]})[:-1].encode()
+    assert data.count(text) == 0  # the record is written more tightly than this
+    data = data.replace(b'{"answers":[0]', b'["answers",[0]', 1)
+    array = data.index(b"\x93NUMPY")
+    pickled = _pickled_array()[:120]
+    data = data[:array] + pickled + data[array + len(pickled) :]
+    file.write_bytes(data)
+    begin = int(manifest.offsets("train", 1 - 1)[2][0])
+    file.write_bytes(data[:begin] + b"\1" * 600 + data[begin + 600 :])
+    stream = Stream([source(manifest)], DataOptions(global_batch=4, workers=0), train=False)
+    (step,) = stream.epoch(0)
+    assert sorted(kind for kind, _, _ in step.micro[0].bad) == ["json", "npy", "tar"]
+    assert step.micro[0].weight.tolist() == [0, 1, 0, 0]
+
+
+def test_a_fault_of_the_transform_is_no_bad_sample(toy):
+    def broken(image, generator):
+        raise RuntimeError("a fault of ours")
+
+    with pytest.raises(RuntimeError, match="a fault of ours"):
+        run(toy, sources=[source(toy, image_transform=broken)])
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_missing_shard_stops_with_one_line(tmp_path, workers):
+    manifest = write_toy(tmp_path / "gone", [one_image(i) for i in range(10)])
+    file = tmp_path / "gone" / manifest.shards("train")[1].file
+    file.unlink()
+    with pytest.raises(BadInput, match=file.name) as caught:
+        run(manifest, workers=workers)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_largest_image_that_is_allowed_passes(toy):
+    assert len(ids(run(toy, max_pixels=2400))) == N
+    assert ids(run(toy, max_pixels=2399)) == []
+
+
+def test_scaled_decoding_needs_a_transform_that_says_its_size(toy):
+    seen = []
+
+    class Sized:
+        min_size = (16, 16)
+
+        def __call__(self, image, generator):
+            seen.append(tuple(image.shape[1:]))
+            return transform(image, generator)
+
+    run(toy, sources=[source(toy, image_transform=Sized())], decode="scaled")
+    assert set(seen) == {(20, 30)}
+    seen.clear()
+    run(toy, sources=[source(toy, image_transform=Sized())], decode="full")
+    assert set(seen) == {(40, 60)}
+    assert not hasattr(transform, "min_size")
+    assert run(toy, decode="scaled") == run(toy)
+
+
+# Budget ---------------------------------------------------------------------------------------------------------------
+
+
+def budget_of(pattern: str, fraction=0.001, row=100, size=0) -> BadBudget:
+    """`g` good, `b` bad, `.` padding."""
+    from mmpeft_ds.data.batch import Sample, pack
+
+    budget = BadBudget(fraction, row, size)
+    samples = {
+        "g": Sample("d/k", 1.0),
+        "b": Sample("d/x", 0.0, bad=("image", "s.tar", "x")),
+        ".": Sample(),
+    }
+    budget.feed(pack([samples[c] for c in pattern], None, None, None))
+    return budget
+
+
+def test_budget_allows_a_share_rounded_up_and_stops_beyond():
+    assert budget_of("gggb", size=500).problem() is None
+    line = budget_of("ggbb", size=500).problem()
+    assert "2 bad of 4" in line and "s.tar x (image)" in line and "\n" not in line
+    assert budget_of("b" * 5 + "g", fraction=0.01, size=500).problem() is None
+    assert budget_of("b" * 6 + "g", fraction=0.01, size=500).problem() is not None
+    assert budget_of("g").problem() is None and budget_of("").problem() is None
+    assert budget_of("gb", fraction=0.0).problem() is not None
+
+
+def test_bad_samples_in_a_row_stop_and_padding_does_not_break_the_row():
+    assert budget_of("gb.b.b", fraction=1.0, row=3).problem() is not None
+    assert budget_of("bb.gb", fraction=1.0, row=3).problem() is None
+
+
+def test_budgets_of_ranks_merge_by_plain_data():
+    parts = [budget_of(p, fraction=1.0, row=4) for p in ("gbb", "bb.", "g")]
+    states = json.loads(json.dumps([p.state() for p in parts]))
+    total = parts[0].merged(states)
+    assert (total.seen, total.bad, total.in_a_row, total.counts) == (6, 4, 4, {"image": 4})
+    assert total.problem() is not None
+    assert all(p.problem() is None for p in parts)
+
+
+def test_read_of_the_toy_task_really_draws():
+    a, b = (read({"texts": ["x"], "answers": [1]}, torch.Generator().manual_seed(s)) for s in (1, 2))
+    assert a != b

@@ -1,0 +1,136 @@
+"""Worker processes: signals, faults and deaths of the process that uses them."""
+
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from mmpeft_ds.data.workers import WorkerPool
+from mmpeft_ds.errors import BadInput
+
+HERE = Path(__file__).parent
+
+
+def square(x):
+    if x == 13:
+        raise BadInput("13: unlucky. Use 14.")
+    if x < 0:
+        raise ZeroDivisionError("a fault of ours")
+    return x * x
+
+
+def worker_facts(_):
+    import torch
+
+    ignored = [signal.getsignal(s) is signal.SIG_IGN for s in (signal.SIGINT, signal.SIGTERM)]
+    return os.getpid(), ignored, torch.get_num_threads(), "deepspeed" in sys.modules
+
+
+def run_script(tmp_path, body: str) -> subprocess.Popen:
+    """A process that uses a pool of 2 workers as a training run would; prints the worker's ids when it has a result."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        textwrap.dedent(
+            """
+            import multiprocessing, os, signal, sys, time
+            sys.path.insert(0, {here!r})
+            from mmpeft_ds.data.workers import WorkerPool
+            from test_workers import square
+            print("main runs", flush=True)
+            if __name__ == "__main__":
+                pool = WorkerPool(square, 2, 2)
+                results = pool.run(range(100, 200))
+                next(results)
+                print(*[p.pid for p in multiprocessing.active_children()], flush=True)
+            """
+        ).format(here=str(HERE))
+        + textwrap.indent(textwrap.dedent(body), "    ")
+    )
+    return subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True, start_new_session=True)
+
+
+def pids_of(process) -> list[int]:
+    lines = []
+    for line in process.stdout:
+        lines.append(line)
+        if line[0].isdigit():
+            # The script itself is not run again in the workers.
+            assert lines.count("main runs\n") == 1
+            return [int(pid) for pid in line.split()]
+    raise AssertionError(f"ended early: {lines}")
+
+
+def gone(pids, seconds=20) -> bool:
+    end = time.monotonic() + seconds
+    while any(psutil.pid_exists(p) and psutil.Process(p).status() != "zombie" for p in pids):
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.1)
+    return True
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_results_come_in_order_and_a_later_run_ends_the_earlier_one(workers):
+    pool = WorkerPool(square, workers, 2)
+    first = pool.run(range(10))
+    assert next(first) == 0
+    assert list(pool.run([7, 3, 5])) == [49, 9, 25]
+    pool.close()
+    assert not multiprocessing.active_children()
+
+
+def test_bad_input_keeps_its_line_and_faults_keep_their_traceback():
+    pool = WorkerPool(square, 1, 2)
+    with pytest.raises(BadInput, match=r"^13: unlucky\. Use 14\.$"):
+        list(pool.run([1, 13]))
+    assert list(pool.run([2])) == [4]
+    with pytest.raises(ZeroDivisionError, match="in square"):
+        list(pool.run([-1]))
+    pool.close()
+
+
+def test_workers_ignore_signals_use_one_thread_and_load_no_deepspeed():
+    pool = WorkerPool(worker_facts, 1, 2)
+    (facts,) = pool.run([0])
+    assert facts[0] != os.getpid() and facts[1:] == ([True, True], 1, False)
+    for sign in (signal.SIGINT, signal.SIGTERM):
+        os.kill(facts[0], sign)
+    assert list(pool.run([0]))[0][0] == facts[0]
+    pool.close()
+    assert gone([facts[0]])
+
+
+def test_a_signal_to_the_group_leaves_the_main_process_its_workers_until_it_exits(tmp_path):
+    process = run_script(
+        tmp_path,
+        """
+        signal.signal(signal.SIGTERM, lambda *_: None)
+        signal.signal(signal.SIGINT, lambda *_: None)
+        os.killpg(0, signal.SIGTERM)
+        os.killpg(0, signal.SIGINT)
+        time.sleep(0.5)
+        assert len(list(results)) == 99
+        keep = pool.run(range(100, 200))
+        assert next(keep) == 10_000
+        raise SystemExit(2)
+        """,
+    )
+    pids = pids_of(process)
+    server = {psutil.Process(p).ppid() for p in pids}
+    assert len(pids) == 2
+    assert process.wait(60) == 2
+    assert gone([*pids, *server])
+
+
+def test_workers_do_not_outlive_a_killed_main_process(tmp_path):
+    process = run_script(tmp_path, "os.kill(os.getpid(), signal.SIGKILL)")
+    pids = pids_of(process)
+    server = {psutil.Process(p).ppid() for p in pids}
+    assert process.wait(60) == -signal.SIGKILL
+    assert gone([*pids, *server])
