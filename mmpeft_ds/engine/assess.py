@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -13,6 +14,7 @@ from mmpeft_ds import recipe as recipes
 from mmpeft_ds.data.shards import ShardReader, members
 from mmpeft_ds.engine import checkpoint, setup, trainer
 from mmpeft_ds.engine.evaluator import Evaluation, evaluate
+from mmpeft_ds.engine.monitor import LINE_EVERY
 from mmpeft_ds.engine.rank0 import on_rank0
 from mmpeft_ds.engine.resolve import ResolvedSource, resolve
 from mmpeft_ds.errors import BadInput
@@ -113,10 +115,15 @@ def records(source: ResolvedSource) -> Iterator[dict[str, Any]]:
 
 
 def _counted(steps: Iterator[Any], total: int, name: str, rank: int) -> Iterator[Any]:
-    """A progress bar on rank 0."""
+    """A bar on rank 0, or a line every ten seconds where no terminal is attached."""
     if rank != 0:
         yield from steps
         return
     from tqdm import tqdm
 
-    yield from tqdm(steps, total=total, desc=name, unit="step", mininterval=1.0)
+    said = time.monotonic()
+    for done, step in enumerate(tqdm(steps, total=total, desc=name, unit="step", disable=None)):
+        yield step
+        if not sys.stderr.isatty() and time.monotonic() - said > LINE_EVERY:
+            said = time.monotonic()
+            print(f"{name}: step {done + 1}/{total}", file=sys.stderr, flush=True)

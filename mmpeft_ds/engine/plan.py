@@ -97,7 +97,10 @@ def zero_bytes(sizes: dict[str, Any], ds_config: dict[str, Any], stage: int, ran
     live = min(frozen, max(window, _number(zero, "stage3_max_live_parameters", DEFAULT_LIVE)))
     # A rank alone holds the base once: nothing is gathered.
     gathered = b * max(live, persistent) if ranks > 1 else 0
-    return b * frozen // ranks + gathered + 4 * trained // ranks + optimizer + gradient + bucket
+    own = 0 if "offload_param" in zero else b * frozen // ranks  # offloaded: in host memory
+    group = _number(zero, "zero_hpz_partition_size", 1)
+    own += b * frozen // group if 1 < group < ranks else 0  # the copy that each node keeps
+    return own + gathered + 4 * trained // ranks + optimizer + gradient + bucket
 
 
 def show(report: dict[str, Any], console: Console | None = None) -> None:
