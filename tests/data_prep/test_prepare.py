@@ -261,6 +261,14 @@ def test_ray_without_ray_says_how_to_install_it(image_folder, tmp_path, monkeypa
         prepare.main(["image-folder", "--folder", str(image_folder), "--out", str(tmp_path / "o"), "--engine", "ray"])
 
 
+def test_ray_writes_the_same_bytes(image_folder, tmp_path):
+    pytest.importorskip("ray")
+    common = ["image-folder", "--folder", str(image_folder), "--samples-per-shard", "5", "--processes", "2"]
+    prepare.main([*common, "--out", str(tmp_path / "a")])
+    prepare.main([*common, "--out", str(tmp_path / "b"), "--engine", "ray"])
+    assert contents(tmp_path / "a") == contents(tmp_path / "b")
+
+
 def test_the_script_runs_from_anywhere_and_exits_with_2_on_bad_input(tmp_path):
     command = [sys.executable, str(ROOT / "data_prep" / "prepare.py"), "image-folder", "--out", "o", "--folder", "x"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
