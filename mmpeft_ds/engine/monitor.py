@@ -44,6 +44,8 @@ class Observer(Protocol):
 
     def say(self, line: str) -> None: ...
 
+    def flush(self) -> None: ...
+
     def close(self) -> None: ...
 
 
@@ -55,6 +57,8 @@ class Silent:
     def evaluation(self, split: str, step: int, evaluation: Any) -> None: ...
 
     def say(self, line: str) -> None: ...
+
+    def flush(self) -> None: ...
 
     def close(self) -> None: ...
 
@@ -116,6 +120,12 @@ class Monitor:
     def say(self, line: str) -> None:
         """A line for people."""
         self.console.say(line)
+
+    def flush(self) -> None:
+        """Hand everything so far to the operating system; TensorBoard's writer keeps half a minute to itself."""
+        self.metrics.flush()
+        if self.board is not None:
+            self.board.flush()
 
     def close(self) -> None:
         self.console.close()

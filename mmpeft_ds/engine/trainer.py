@@ -54,7 +54,7 @@ def _run(resolved: Resolved, ranks: Ranks, run_dir: RunDir, stop: StopFlag) -> i
     state = TrainState(global_batch=recipe.data.global_batch)
     if run_dir.resume_from is not None:
         state = checkpoint.load(run_dir.resume_from, built.engine, built.trainables, prints)
-        run_dir.truncate(state.step)
+    run_dir.truncate(state.step)  # to 0 as well: an earlier start may have died before its first checkpoint
     observer: Observer = Silent()
     if ranks.rank == 0:
         observer = Monitor(run_dir.path, recipe.monitor, total, state.step, recipes.to_yaml(recipe))
@@ -164,6 +164,7 @@ class Training:
         if self.saved_at == self.state.step and not best:
             return
         self.state.extra["bad_budget"] = merged_budget(self.stepper.budget).state()
+        self.observer.flush()  # a kill right after the checkpoint must not cost the curves up to it
         checkpoint.save(
             self.run_dir.path,
             self.built.engine,
