@@ -38,8 +38,7 @@ def main() -> int:
         return 0
     from mmpeft_ds.engine import trainer
 
-    trainer.run(recipe, fresh=args.fresh)
-    return 0
+    return trainer.run(recipe, fresh=args.fresh)
 
 
 if __name__ == "__main__":

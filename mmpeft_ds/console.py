@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import datetime
 import os
 import sys
 from collections.abc import Callable
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from mmpeft_ds.errors import BadInput
 
+PATIENCE = datetime.timedelta(seconds=5)  # how long other ranks wait for rank 0 to speak first
 
 class Parser(argparse.ArgumentParser):
     """argparse whose errors are one line, and which takes the `--local_rank` that launchers add."""
@@ -29,7 +32,7 @@ def run(main: Callable[[], int | None]) -> NoReturn:
     try:
         code = main() or 0
     except BadInput as e:
-        if _first_to_fail():
+        if _speaks():
             sys.stdout.flush()
             print(f"error: {' '.join(str(e).split())}", file=sys.stderr, flush=True)
         code = 2
@@ -66,15 +69,35 @@ def score_table(scores: dict[str, float], baselines: dict[str, float], title: st
     Console().print(table)
 
 
-def _first_to_fail() -> bool:
-    """Rank 0 speaks for errors that all ranks have; one that only another rank has is still told, once."""
+def _speaks() -> bool:
+    """Rank 0 tells of an error that all ranks have; one that only others have is told by the first of them."""
+    store = _store()
     if rank() == 0:
+        if store is not None:
+            with contextlib.suppress(Exception):
+                store.set("mmpeft_ds/rank_0_failed", "1")
         return True
-    torch = sys.modules.get("torch")
-    if torch is None or not torch.distributed.is_available() or not torch.distributed.is_initialized():
-        return False  # before the ranks meet, all of them read the same files
+    if store is None:
+        # Before the ranks meet, those of a node read the same files: one line a node.
+        return os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID")) == "0"
     try:
-        store = torch.distributed.distributed_c10d._get_default_store()
-        return store.add("mmpeft_ds/bad_input", 1) == 1
-    except Exception:  # the store lives on rank 0, which then has left and spoken already
+        store.wait(["mmpeft_ds/rank_0_failed"], PATIENCE)
+    except _distributed().DistStoreError:  # the time is up: rank 0 has not failed
+        return store.add("mmpeft_ds/others_failed", 1) == 1
+    except Exception:  # the store lives on rank 0, which has left and spoken already
         return False
+    return False
+
+
+def _distributed() -> Any:
+    """torch.distributed if something has imported torch; a command that fails early does not wait for it."""
+    torch = sys.modules.get("torch")
+    return torch.distributed if torch is not None and torch.distributed.is_available() else None
+
+
+def _store() -> Any:
+    """Where the ranks leave notes for each other, once they have met."""
+    distributed = _distributed()
+    if distributed is None or not distributed.is_initialized():
+        return None
+    return distributed.distributed_c10d._get_default_store()

@@ -1,5 +1,6 @@
 """The commands as a user types them: exit codes, one line for bad input, no traceback."""
 
+import datetime
 import json
 import runpy
 import subprocess
@@ -107,6 +108,26 @@ def test_only_rank_0_speaks_of_an_error_that_all_ranks_have(monkeypatch, capsys)
         with pytest.raises(SystemExit) as left:
             console.run(bad)
         assert left.value.code == 2 and capsys.readouterr().err == printed
+
+
+@pytest.mark.parametrize(("rank_0_failed", "printed"), [(True, 0), (False, 1)])
+def test_an_error_that_rank_0_does_not_have_is_told_once(monkeypatch, capsys, rank_0_failed, printed):
+    """Ranks 1 and 2 fail one after the other, with or without rank 0."""
+    import torch
+
+    def bad():
+        raise BadInput("only here")
+
+    store = torch.distributed.HashStore()
+    monkeypatch.setattr(console, "_store", lambda: store)
+    monkeypatch.setattr(console, "PATIENCE", datetime.timedelta(milliseconds=50))
+    for rank in ("0", "1", "2") if rank_0_failed else ("1", "2"):
+        monkeypatch.setenv("RANK", rank)
+        with pytest.raises(SystemExit):
+            console.run(bad)
+        if rank == "0":
+            capsys.readouterr()
+    assert capsys.readouterr().err.count("only here") == printed
 
 
 def test_a_fault_of_ours_keeps_its_traceback():

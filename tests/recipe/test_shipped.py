@@ -6,8 +6,8 @@ import pytest
 import yaml
 
 from mmpeft_ds import recipe as recipes
-from mmpeft_ds.engine import resolve
-from mmpeft_ds.engine.setup import check_ds_config
+from mmpeft_ds.engine import checks, resolve
+from mmpeft_ds.engine.ds_config import check_ds_config
 
 ROOT = Path(__file__).resolve().parents[2]
 SHIPPED = sorted((ROOT / "recipes").glob("*.yaml"))
@@ -16,7 +16,7 @@ SHIPPED = sorted((ROOT / "recipes").glob("*.yaml"))
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda p: p.stem)
 def test_a_shipped_recipe_is_valid_as_far_as_that_goes_without_its_data(path):
     recipe = recipes.load(path)
-    resolve.check_values(recipe)
+    checks.check_values(recipe)
     full = resolve.expand(recipe)
     assert check_ds_config(recipe)["zero_optimization"]["stage"] == 3
     for key, value in yaml.safe_load(path.read_text())["backbone"].items():

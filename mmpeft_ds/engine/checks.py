@@ -1,0 +1,89 @@
+"""What cannot work whatever the model is: numbers out of range, and parts of a recipe that exclude each other."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from peft import PeftConfig
+
+from mmpeft_ds.data.manifest import Manifest
+from mmpeft_ds.data.options import SourceOptions
+from mmpeft_ds.errors import BadInput
+from mmpeft_ds.recipe import Recipe, where
+from mmpeft_ds.tasks.base import Task
+
+
+def check_values(recipe: Recipe) -> None:
+    """Refuse numbers out of range and combinations of plain options that cannot work. Raises BadInput."""
+    data, optim, engine = recipe.data, recipe.optim, recipe.engine
+    rules = [
+        ("run_dir", bool(recipe.run_dir.strip()), "must name a directory"),
+        ("seed", recipe.seed >= 0, "must be 0 or more"),
+        ("data.global_batch", data.global_batch >= 1, "must be 1 or more"),
+        ("data.workers", data.workers >= 0, "must be 0 or more"),
+        ("data.prefetch", data.prefetch >= 1, "must be 1 or more"),
+        ("data.shuffle_block", data.shuffle_block >= 1, "must be 1 or more"),
+        ("data.max_bad_fraction", 0 <= data.max_bad_fraction <= 1, "must lie in [0, 1]"),
+        ("data.max_bad_in_a_row", data.max_bad_in_a_row >= 1, "must be 1 or more"),
+        ("data.max_pixels", data.max_pixels >= 1, "must be 1 or more"),
+        ("optim.lr", 0 < optim.lr < float("inf"), "must be above 0"),
+        ("optim.weight_decay", optim.weight_decay >= 0, "must be 0 or more"),
+        ("optim.betas", all(0 <= b < 1 for b in optim.betas), "must lie in [0, 1)"),
+        ("optim.eps", optim.eps > 0, "must be above 0"),
+        ("optim.epochs", optim.epochs >= 1, "must be 1 or more"),
+        ("optim.max_steps", optim.max_steps >= 0, "must be 0 (off) or more"),
+        ("optim.warmup", optim.warmup >= 0, "must be 0 or more (a share below 1, else steps)"),
+        ("optim.min_lr_ratio", 0 <= optim.min_lr_ratio <= 1, "must lie in [0, 1]"),
+        ("optim.clip", optim.clip >= 0, "must be 0 (off) or more"),
+        ("optim.accumulation", optim.accumulation >= 1, "must be 1 or more"),
+        ("engine.save_every", engine.save_every >= 0, "must be 0 (at evaluations) or more"),
+        ("engine.keep_last", engine.keep_last >= 1, "must be 1 or more"),
+        ("engine.eval_every", engine.eval_every >= 0, "must be 0 (every epoch) or more"),
+        ("engine.patience", engine.patience >= 0, "must be 0 (never) or more"),
+        ("engine.stop_grace", engine.stop_grace > 0, "must be above 0 seconds"),
+        ("engine.max_skipped", engine.max_skipped >= 1, "must be 1 or more"),
+        ("engine.threads", engine.threads >= 0, "must be 0 (automatic) or more"),
+        ("monitor.every", recipe.monitor.every >= 1, "must be 1 or more"),
+        ("monitor.samples", recipe.monitor.samples >= 0, "must be 0 (none) or more"),
+    ]
+    for i, source in enumerate(data.sources):
+        rules.append((f"data.sources.{i}.weight", source.weight > 0, "must be above 0"))
+    for key, holds, rule in rules:
+        if not holds:
+            value = _lookup(recipe, key)
+            raise BadInput(f"{where(recipe, key)}: {rule}, got {value}.")
+    if data.global_batch % optim.accumulation:
+        raise BadInput(
+            f"{where(recipe, 'optim.accumulation')}: {optim.accumulation} does not divide data.global_batch "
+            f"{data.global_batch}. Choose a divisor, so that every micro-step has equally many slots."
+        )
+    if engine.patience and not data.validation:
+        raise BadInput(f"{where(recipe, 'engine.patience')}: early stopping needs a source in data.validation.")
+
+
+def check_fields(recipe: Recipe, key: str, options: SourceOptions, manifest: Manifest, task: Task) -> None:
+    """Refuse a data set whose records lack what the task reads. Raises BadInput."""
+    present = manifest.fields.get(options.split, {})
+    for name in task.fields if present else ():
+        if not any(path == name or path.startswith((f"{name}[", f"{name}.")) for path in present):
+            raise BadInput(
+                f"{where(recipe, f'{key}.task')}: task {options.task['name']!r} needs the field {name!r}, which "
+                f"{manifest.dir} ({options.split}) has not. It has: {', '.join(present)}."
+            )
+
+
+def check_coupling(recipe: Recipe, train_tasks: list[Task], method_config: PeftConfig) -> None:
+    """Refuse accumulation where the loss of one sample depends on others of the step. Raises BadInput."""
+    coupled = [t for t in (*train_tasks, method_config) if getattr(t, "couples_samples", False)]
+    if coupled and recipe.optim.accumulation > 1:
+        raise BadInput(
+            f"{where(recipe, 'optim.accumulation')}: {type(coupled[0]).__name__} couples the samples of a step, which "
+            f"accumulation would split. Set optim.accumulation: 1 and use more ranks or a smaller data.global_batch."
+        )
+
+
+def _lookup(recipe: Recipe, key: str) -> Any:
+    value: Any = recipe
+    for part in key.split("."):
+        value = value[int(part)] if isinstance(value, list) else getattr(value, part)
+    return value
