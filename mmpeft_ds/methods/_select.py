@@ -71,8 +71,9 @@ def norms_like(model: nn.Module, patterns: Sequence[str]) -> list[str]:
         BadInput: if a pattern matches no norm.
     """
     norms = [path for path, module in model.named_modules() if "Norm" in type(base_layer(module)).__name__]
-    # Trained copies of an earlier adapter are no norms of the model.
-    norms = [path for path in norms if ".routed_lora_norm." not in path and not path.endswith(".base_layer")]
+    # Copies that an earlier adapter trains are no norms of the model.
+    copies = (".routed_lora_norm.", ".modules_to_save.", ".original_module.", ".base_layer.")
+    norms = [path for path in norms if not any(part in f".{path}." for part in copies)]
     for pattern in patterns:
         if not any(fnmatchcase(path, pattern) for path in norms):
             raise BadInput(f"train_norms: {pattern!r} matches no norm. Norms are named like {', '.join(norms[:3])}.")

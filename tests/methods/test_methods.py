@@ -5,7 +5,7 @@ import dataclasses
 import peft
 import pytest
 import torch
-from tiny import IDS, bert, gpt2, image
+from tiny_stock import IDS, bert, gpt2, image
 from torch import nn
 from transformers import GPT2Config, GPT2Model, RobertaConfig, RobertaModel, ViTConfig, ViTModel
 

@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from tiny import IDS, D, bert, fill, gpt2, grads, image, output, wrap
+from tiny_stock import IDS, D, bert, fill, gpt2, grads, image, output, wrap
 from torch import nn
 from torch.nn import functional as F
 
+from mmpeft_ds import RoutedLoraConfig
 from mmpeft_ds.errors import BadInput
 from mmpeft_ds.ops.route import ROUTES, route
 from mmpeft_ds.sites.condition import Condition, conditioned, enable_checkpointing
@@ -79,7 +80,7 @@ def test_gradients_agree_with_finite_differences(variant, name):
                 layer, {f"routed_lora.default.{k}": v for k, v in zip(parameters, values, strict=True)}, (x,)
             )
 
-    assert torch.autograd.gradcheck(run, (x, y, *parameters.values()))
+    assert torch.autograd.gradcheck(run, (x, y, *parameters.values()), fast_mode=True)
 
 
 @pytest.mark.parametrize("name", BUILD)
@@ -200,6 +201,8 @@ def test_a_bfloat16_base_has_float32_trainables_and_bfloat16_activations(kind):
     model = bert().to(torch.bfloat16)
     wrapped = wrap(model, route=kind, train_bias=True, train_norms=True, modules_to_save=["pooler"])
     assert {p.dtype for p in wrapped.parameters() if p.requires_grad} == {torch.float32}
+    wrapped.add_adapter("second", RoutedLoraConfig(route=kind, train_norms=True, modules_to_save=["pooler"]))
+    assert {p.dtype for n, p in wrapped.named_parameters() if ".second." in n} == {torch.float32}
     out = output(wrapped)
     assert out.dtype == torch.bfloat16
     with conditioned(Condition(image())):

@@ -8,7 +8,7 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import IDS, bert, fill, gpt2, image, output, wrap
+from tiny_stock import IDS, bert, fill, gpt2, image, output, wrap
 
 from mmpeft_ds import RoutedLoraConfig
 from mmpeft_ds.errors import BadInput
@@ -134,7 +134,7 @@ def test_the_head_is_saved_beside_the_adapter(tmp_path):
 SCRIPT = """
 import sys, torch, peft, mmpeft_ds
 sys.path.insert(0, {here!r})
-from tiny import bert, output
+from tiny_stock import bert, output
 model = peft.PeftModel.from_pretrained(bert(), {adapter!r})
 torch.save(output(model).detach(), {adapter!r} + "/out.pt")
 assert "deepspeed" not in sys.modules, "importing mmpeft_ds imports deepspeed"

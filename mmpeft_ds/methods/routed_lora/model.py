@@ -64,7 +64,9 @@ class RoutedLoraModel(BaseTuner):
         if layer is not target:
             self._replace_module(parent, target_name, layer, target)
 
-    def _post_injection_hook(self, model: nn.Module, config: RoutedLoraConfig, adapter_name: str) -> None:
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """As every tuner; the whole modules that train beside the adapter become float32."""
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
         heads_in_float32(model, adapter_name)
 
     def _check_merge_allowed(self) -> None:
