@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,28 +32,42 @@ class Evaluation:
 
 @torch.no_grad()
 def evaluate(
-    model: Any, backbone: Any, task: Any, steps: Iterable[Any], device: torch.device | str, pictures: int = 0
-) -> Evaluation:
+    model: Any,
+    backbone: Any,
+    task: Any,
+    steps: Iterable[Any],
+    device: torch.device | str,
+    pictures: int = 0,
+    stop_requested: Callable[[], bool] = lambda: False,
+) -> Evaluation | None:
     """Run `model` over `steps` of a stream and score it. Collective.
 
     Args:
         model: DeepSpeed engine or plain module; its mode is restored afterwards.
         steps: `Stream(..., train=False).epoch(...)`: as many steps with as many micro-batches on every rank.
         pictures: images to keep for the page of predictions.
+        stop_requested: whether this process was told to stop.
+
+    Returns:
+        None if some rank was told to stop before the end.
     """
     was_training = model.training
     training = [m for m in model.modules() if m.training] if was_training else []
     model.eval()
     rows: list[dict[str, Any]] = []
     kept: list[tuple[Tensor, list[dict[str, Any]]]] = []
-    loss_sum, weight_sum = 0.0, 0.0
+    loss_sum, weight_sum, stopped = 0.0, 0.0, False
     for step in steps:
-        anywhere = collectives.sum_scalars([x for b in step.micro for x in modality.present(b)], device)
+        bits = [x for b in step.micro for x in modality.present(b)]
+        stop, *anywhere = collectives.sum_scalars([float(stop_requested()), *bits], device)
+        if stop:
+            stopped = True
+            break
         for i, batch in enumerate(step.micro):
-            bits = anywhere[i * len(modality.MODALITIES) : (i + 1) * len(modality.MODALITIES)]
-            if not any(bits):  # padding on every rank
+            present = anywhere[i * len(modality.MODALITIES) : (i + 1) * len(modality.MODALITIES)]
+            if not any(present):  # padding on every rank
                 continue
-            batch = modality.complete(batch, bits, backbone, task).to(device)
+            batch = modality.complete(batch, present, backbone, task).to(device)
             outputs = model(**backbone.inputs(batch))
             loss_sum += float(task.loss(outputs, batch))
             weight_sum += task.weight(batch)
@@ -63,6 +77,8 @@ def evaluate(
                 kept += _pictures(batch, found, pictures - len(kept))
     for module in training:
         module.training = True
+    if stopped:
+        return None
     loss_sum, weight_sum = collectives.sum_scalars([loss_sum, weight_sum], device)
     gathered = collectives.gather_to_first(rows) or []
     gathered.sort(key=lambda row: row["sample_id"])  # stable: texts of a sample keep their order

@@ -125,11 +125,9 @@ def _cores() -> int:
 
 def quiet() -> None:
     """Hide the two deprecation warnings that torch prints for calls inside DeepSpeed, and nothing else."""
-    for name in ("_all_gather_base", "_reduce_scatter_base", "all_gather_into_tensor", "reduce_scatter_tensor"):
-        warnings.filterwarnings(
-            "ignore", message=f".*{name}.*", category=FutureWarning, module=r"deepspeed\..*|torch\..*"
-        )
-        warnings.filterwarnings("ignore", message=f".*{name}.*", category=DeprecationWarning)
+    for name in ("all_gather_into_tensor", "reduce_scatter_tensor"):
+        for category in (FutureWarning, DeprecationWarning):
+            warnings.filterwarnings("ignore", rf"`torch\.distributed\.{name}` is deprecated", category)
 
 
 # -------------------------------------------------------------------------------------------------------- model

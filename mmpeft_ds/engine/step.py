@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import math
+import resource
+import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -132,10 +134,11 @@ class Stepper:
             "skipped_total": state.skipped_total,
             "bad": dict(state.bad),
             "slowest_rank": max(range(len(busy)), key=busy.__getitem__),
-            "slowest_excess": max(busy) - sorted(busy)[len(busy) // 2],
+            "slowest_excess": max(busy) - statistics.median(busy),
             "grad_norms": {n: math.sqrt(s) for n, s in zip(self.groups, norms, strict=True)},
             "rss_mib": [round(row[2]) for row in table],
-            **({"device_mib": [round(row[3]) for row in table]} if self.ranks.device.type == "cuda" else {}),
+            "peak_rss_mib": [round(row[3]) for row in table],
+            **({"device_mib": [round(row[4]) for row in table]} if self.ranks.device.type == "cuda" else {}),
             "sample_keys_hash": f"{agreed.keys_hash:016x}",
             "elapsed": state.elapsed,
         }
@@ -195,11 +198,12 @@ class Stepper:
             raise BadInput(f"data: {problem}")
 
     def memory(self) -> list[float]:
-        """Resident MiB of this process, and of its device where there is one."""
+        """Resident MiB of this process now and at most so far, and peak of its device where there is one."""
         resident = self.process.memory_info().rss / 2**20
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
         if self.ranks.device.type == "cuda":
-            return [resident, torch.cuda.memory_allocated(self.ranks.device) / 2**20]
-        return [resident]
+            return [resident, peak, torch.cuda.max_memory_allocated(self.ranks.device) / 2**20]
+        return [resident, peak]
 
 
 # ------------------------------------------------------------------------------------------------------- helpers

@@ -98,30 +98,44 @@ class Training:
         self.validation = [make_stream(resolved, [source], ranks, train=False) for source in resolved.validation]
         self.last: dict[str, Any] = {}
         self.saved_at = state.step if run_dir.resume_from is not None else -1
-        self.patience_over = False
 
     def loop(self) -> bool:
         """Train until the end, early stopping, or a stop request; True if there is nothing left to train."""
-        state, engine = self.state, self.recipe.engine
-        for step, waited in self.steps():
-            self.last = self.stepper.take(step, waited)
+        # A run that was stopped before an evaluation that was due makes up for it first.
+        verdict = self.settle() if self.state.step else None
+        steps = self.steps()
+        while verdict is None:
+            self.last = self.stepper.take(*next(steps))
             self.observer.step(self.last)
-            at_end = state.step >= self.total
-            epoch_over = state.step_in_epoch >= self.stream.steps_per_epoch(state.epoch)
-            due = state.step % engine.eval_every == 0 if engine.eval_every else epoch_over
-            best = False
-            if self.validation and (due or at_end) and not self.stepper.stopping:
-                best = self.validate()
-                due = True
-            save_due = state.step % engine.save_every == 0 if engine.save_every else due
-            if save_due or best or at_end or self.stepper.stopping:
-                self.save(best)
-            self.patience_over = bool(engine.patience) and state.evaluations_without_improvement >= engine.patience
-            if at_end or self.patience_over:
-                return True
-            if self.stepper.stopping:
-                return False
-        return True
+            verdict = self.settle()
+        return verdict
+
+    def settle(self) -> bool | None:
+        """Evaluate and save after a step, where that is due.
+
+        Returns:
+            True: nothing left to train; False: told to stop; None: go on.
+        """
+        state, engine = self.state, self.recipe.engine
+        at_end = state.step >= self.total
+        epoch_over = state.step_in_epoch >= self.stream.steps_per_epoch(state.epoch)
+        due = at_end or (state.step % engine.eval_every == 0 if engine.eval_every else epoch_over)
+        missing = bool(self.validation) and due and state.extra.get("evaluated_at") != state.step
+        best = False
+        if missing and not self.stepper.stopping:
+            best = self.validate()
+            missing = self.stepper.stopping
+        save_due = at_end or (state.step % engine.save_every == 0 if engine.save_every else due)
+        if save_due or best or self.stepper.stopping:
+            self.save(best)
+        if (at_end or self.out_of_patience()) and not missing:
+            return True
+        return False if self.stepper.stopping else None
+
+    def out_of_patience(self) -> bool:
+        """Early stopping: too many evaluations in a row without a better one."""
+        patience = self.recipe.engine.patience
+        return bool(patience) and self.state.evaluations_without_improvement >= patience
 
     def steps(self) -> Iterator[tuple[Step, float]]:
         """Steps of all epochs from where the state stands, each with the seconds waited for it."""
@@ -137,13 +151,22 @@ class Training:
                 yield step, time.perf_counter() - began
 
     def validate(self) -> bool:
-        """Evaluate every validation source; True if the first one's main metric is the best so far."""
-        results = [self.evaluate(i) for i in range(len(self.validation))]
-        for source, result in zip(self.resolved.validation, results, strict=True):
+        """Evaluate every validation source; True if the first one's main metric is the best so far.
+
+        A stop request ends it early, without a verdict.
+        """
+        results = []
+        for index, source in enumerate(self.resolved.validation):
+            result = self.evaluate(index)
+            if result is None:
+                self.stepper.stopping = True
+                return False
+            results.append(result)
             self.observer.evaluation(f"{source.manifest.name}-{source.options.split}", self.state.step, result)
         task = self.resolved.validation[0].task
         value = results[0].scores[task.main_metric]
         state = self.state
+        state.extra["evaluated_at"] = state.step
         sign = 1.0 if task.better == "max" else -1.0
         if state.best is None or sign * value > sign * state.best:
             state.best, state.best_step, state.evaluations_without_improvement = value, state.step, 0
@@ -151,12 +174,16 @@ class Training:
         state.evaluations_without_improvement += 1
         return False
 
-    def evaluate(self, index: int) -> Evaluation:
-        """One validation source, every sample once."""
-        source, pictures = self.resolved.validation[index], self.recipe.monitor.samples
-        steps = self.validation[index].epoch(0)
+    def evaluate(self, index: int) -> Evaluation | None:
+        """One validation source, every sample once; None if a rank was told to stop meanwhile."""
         return evaluate(
-            self.built.engine, self.resolved.backbone, source.task, steps, self.ranks.device, pictures=pictures
+            self.built.engine,
+            self.resolved.backbone,
+            self.resolved.validation[index].task,
+            self.validation[index].epoch(0),
+            self.ranks.device,
+            pictures=self.recipe.monitor.samples,
+            stop_requested=self.stepper.stop_requested,
         )
 
     def save(self, best: bool) -> None:
@@ -189,7 +216,7 @@ class Training:
             "samples_per_second": state.extra.get("samples", 0) / max(state.elapsed, 1e-9),
             "trainable_parameters": sum(map(numel, self.built.trainables.values())),
             "total_parameters": sum(map(numel, self.built.model.parameters())),
-            "peak_rss_mib": self.last.get("rss_mib"),
+            "peak_rss_mib": self.last.get("peak_rss_mib"),
             "best": state.best,
             "best_step": state.best_step,
             "skipped_steps": state.skipped_total,
