@@ -6,7 +6,7 @@ import multiprocessing
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
@@ -20,25 +20,23 @@ ENGINES = ("local", "ray")
 def run_jobs(
     work: Callable[[Any], Any], jobs: Sequence[Any], engine: str, processes: int
 ) -> Iterator[tuple[int, Any]]:
-    """Call `work` on every job; yield (index of the job, result) as they finish. The first error ends it.
+    """Call `work` on every job; (index of the job, result) as they finish. The first error ends it.
 
     Args:
         work: a module-level function.
         processes: of this machine (`local`, 1 runs in this process) or CPUs asked of Ray (0: all it has).
     """
     if engine == "ray":
-        yield from _ray(work, jobs, processes)
-    elif processes == 1 or len(jobs) <= 1:
-        for i, job in enumerate(jobs):
-            yield i, work(job)
-    else:
-        yield from _local(work, jobs, min(processes or os.cpu_count() or 1, len(jobs)))
+        return _ray(work, jobs, processes)
+    if processes == 1 or len(jobs) <= 1:
+        return ((i, work(job)) for i, job in enumerate(jobs))
+    # Processes start here, not at the first `next`: a progress bar's thread must not run yet when this one forks.
+    pool = ProcessPoolExecutor(min(processes or os.cpu_count() or 1, len(jobs)), initializer=_die_with_parent)
+    return _local(pool, {pool.submit(work, job): i for i, job in enumerate(jobs)})
 
 
-def _local(work: Callable[[Any], Any], jobs: Sequence[Any], processes: int) -> Iterator[tuple[int, Any]]:
-    pool = ProcessPoolExecutor(processes, initializer=_die_with_parent)
+def _local(pool: ProcessPoolExecutor, futures: dict[Future, int]) -> Iterator[tuple[int, Any]]:
     try:
-        futures = {pool.submit(work, job): i for i, job in enumerate(jobs)}
         for future in as_completed(futures):
             yield futures[future], future.result()
     finally:

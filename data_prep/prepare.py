@@ -8,6 +8,7 @@ The same command continues an interrupted preparation and leaves a finished one 
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
 import re
@@ -68,7 +69,11 @@ def main(argv: list[str] | None = None) -> None:
     jobs = _jobs(args, source, options)  # reads what there is to read before anything is written
     with _locked(out):
         _write_plan(out, wanted, shaping)
-        _make_shards(out, args, source, jobs, wanted["source"])
+        try:
+            _make_shards(out, args, source, jobs, wanted["source"])
+        except KeyboardInterrupt:
+            print(f"{out}: stopped; the same command continues", file=sys.stderr)
+            raise
     shutil.rmtree(out / PARTS)
     _report(Manifest.load(out), f"prepared in {out}")
 
@@ -127,8 +132,9 @@ def _make_shards(out: Path, args: Any, source: Source, jobs: list[Job], descript
     _SOURCES[args.source, repr(jobs[0].options)] = source  # forked workers find it ready
     parts: list[Part | None] = [None] * len(jobs)
     kept = 0
-    with Progress(f"{args.source}", sum(job.count for job in jobs)) as progress:
-        for i, (part, was_there) in run_jobs(make_shard, jobs, args.engine, args.processes):
+    results = run_jobs(make_shard, jobs, args.engine, args.processes)
+    with Progress(args.source, sum(job.count for job in jobs)) as progress:
+        for i, (part, was_there) in results:
             parts[i] = part
             kept += was_there
             progress.advance(jobs[i].count)
@@ -160,7 +166,12 @@ def make_shard(job: Job) -> tuple[Part, bool]:
     if key not in _SOURCES:
         _SOURCES[key] = registry.load(sources, job.source.replace("-", "_"), "SOURCE")(job.options)
     samples = islice(_SOURCES[key].samples(job.split, job.first), job.count)
-    part = write_shard(job.dir, job.name, job.split, job.number, job.first, samples)
+    try:
+        part = write_shard(job.dir, job.name, job.split, job.number, job.first, samples)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise BadInput(f"{job.dir}: {error.strerror}. Make room; the same command continues.") from error
     if part.shard.samples != job.count:
         raise BadInput(
             f"{job.source}: split {job.split!r} gave {part.shard.samples} samples from {job.first} on, "

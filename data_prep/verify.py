@@ -77,8 +77,9 @@ def verify(dir: str, list_bad: bool = False, processes: int = 0) -> list[str]:
         except BadInput as error:
             problems.append(str(error))
     results: list[Found | None] = [None] * len(jobs)
+    checked = run_jobs(check_shard, jobs, "local", processes)
     with Progress("verify", sum(manifest.samples(s) for s in manifest.splits)) as progress:
-        for i, found in run_jobs(check_shard, jobs, "local", processes):
+        for i, found in checked:
             results[i] = found
             progress.advance(manifest.splits[jobs[i].split][jobs[i].number].samples)
     for job, found in zip(jobs, results, strict=True):

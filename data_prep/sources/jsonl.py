@@ -78,7 +78,8 @@ class Jsonl:
             for file in files:
                 for number, line in _lines(file):
                     try:
-                        images, _ = self._parse(line, file, split)
+                        images, record = self._parse(line, file, split)
+                        _check_storable(record)
                     except ValueError as error:
                         problems.append(f"{file}:{number}: {error}")
                         continue
@@ -303,6 +304,16 @@ def _is_label(value: Any) -> bool:
     if isinstance(value, bool):
         return False
     return bool(value) if isinstance(value, str) else isinstance(value, int) and 0 <= value < MAX_CLASSES
+
+
+def _check_storable(record: dict[str, Any]) -> None:
+    """Some texts and numbers that JSON admits cannot be written again: half a surrogate pair, 1e999."""
+    try:
+        json.dumps(record, ensure_ascii=False, allow_nan=False).encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"holds \\u{ord(error.object[error.start]):04x}, half of a character") from error
+    except ValueError as error:
+        raise ValueError("holds a number that is too large for a float") from error
 
 
 def _no_constant(name: str) -> None:

@@ -206,7 +206,7 @@ def local_path(url: str) -> str | None:
     """The path behind a local path or file:// URL, None for anything else."""
     if url.startswith("file://"):
         return url[len("file://") :]
-    return None if re.match(r"[A-Za-z0-9_+]+(://|::|:(?!\\))", url) else url
+    return None if re.match(r"pipe:|[A-Za-z0-9_+.-]+(://|::)", url) else url
 
 
 def write_atomic(path: Path, data: bytes) -> None:

@@ -84,6 +84,8 @@ GOOD = {"image": "0.png", "caption": "fine"}
         (b"[1, 2]", "expected an object"),
         (b'{"caption": "\xff\xfe"}', "UTF-8"),
         (b'{"caption": "x", "score": NaN}', "NaN"),
+        (b'{"caption": "x", "score": 1e999}', "too large"),
+        (b'{"caption": "half \\ud83d of it"}', "half of a character"),
         ({"image": "0.png"}, "has none of caption"),
         ({"image": 5, "caption": "x"}, "'image' must be"),
         ({"image": ["0.png", None], "caption": "x"}, "'image' must be"),

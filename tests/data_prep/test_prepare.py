@@ -1,3 +1,4 @@
+import errno
 import io
 import json
 import multiprocessing
@@ -154,7 +155,9 @@ def test_a_killed_preparation_continues_and_keeps_finished_shards(tmp_path, monk
     assert child.is_alive()
     os.kill(child.pid, signal.SIGKILL)
     child.join()
-    time.sleep(0.5)  # workers notice that their parent is gone
+    deadline = time.monotonic() + 20
+    while _alive_in_session(child.pid) and time.monotonic() < deadline:
+        time.sleep(0.05)  # workers notice that their parent is gone
     assert not _alive_in_session(child.pid)
     assert not (out / "manifest.json").exists()
     finished = {p.name.removesuffix(".json") for p in out.glob(".parts/*.tar.json")}
@@ -253,6 +256,30 @@ def test_wrong_options_are_one_clear_line(argv, says, tmp_path, monkeypatch):
         prepare.main(argv)
     assert says in str(error.value) and "\n" not in str(error.value)
     assert not (tmp_path / "o").exists()
+
+
+def test_a_full_disk_is_no_fault_of_ours_and_the_same_command_continues(image_folder, tmp_path, monkeypatch):
+    argv = ["image-folder", "--folder", str(image_folder), "--out", str(tmp_path / "o"), "--processes", "1"]
+    argv += ["--samples-per-shard", "9"]
+    write, calls = prepare.write_shard, []
+
+    def full(*args):
+        calls.append(args)
+        if len(calls) == 2:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(*args)
+
+    monkeypatch.setattr(prepare, "write_shard", full)
+    with pytest.raises(BadInput, match="No space left"):
+        prepare.main(argv)
+    prepare.main(argv)
+    assert len(calls) == 2 + 2 and Manifest.load(tmp_path / "o").samples("train") == 24
+
+
+def test_a_second_preparation_of_the_same_directory_is_refused_while_the_first_works(image_folder, tmp_path):
+    argv = ["image-folder", "--folder", str(image_folder), "--out", str(tmp_path / "o"), "--processes", "1"]
+    with prepare._locked(tmp_path / "o"), pytest.raises(BadInput, match="another prepare.py"):
+        prepare.main(argv)
 
 
 def test_ray_without_ray_says_how_to_install_it(image_folder, tmp_path, monkeypatch):
