@@ -1,8 +1,8 @@
 """Encoded image -> uint8 RGB tensor, fast where the format allows it; and the resize that goes with it.
 
-JPEG goes through libjpeg-turbo, everything else (and a JPEG that it refuses) through Pillow. Pictures come out as
-a viewer shows them: EXIF orientation applied, transparency on white,
-16 bits reduced to 8; an animation gives its first frame.
+JPEG goes through libjpeg-turbo, everything else (and a JPEG that it refuses) through Pillow. Pictures come out as a
+viewer shows them: EXIF orientation applied, transparency on white, 16 bits reduced to 8; of an animation, the first
+frame.
 """
 
 from __future__ import annotations

@@ -146,6 +146,10 @@ class Stream:
             source = self.mix.at(epoch, step).source
             yield Step(source, step, [next(made) for _ in self.micro_slots])
 
+    def wait_for_workers(self) -> None:
+        """Return when all workers run. Nobody needs to: until then this process makes the batches."""
+        self._pool.wait()
+
     def close(self) -> None:
         """End the workers; the stream cannot be used afterwards."""
         self._pool.close()

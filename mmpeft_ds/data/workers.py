@@ -16,10 +16,8 @@ import pickletools
 import signal
 import sys
 import threading
-import types
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from multiprocessing import forkserver
 from typing import Any
 
 import torch
@@ -34,24 +32,24 @@ PRELOAD = "mmpeft_ds.data._fork_server"
 class WorkerPool:
     """Maps a function over requests in worker processes, in order.
 
+    The workers start in the background: a fork server needs seconds to import what they need, and until they are there
+    this process makes the results itself.
+
     Args:
-        make: request -> result; must pickle if there are workers. Results that have `pin_memory` are pinned on demand.
+        make: request -> result; must pickle if there are workers.
         workers: processes; 0 calls `make` in this process when a result is asked for.
         prefetch: results each worker prepares ahead.
-        pin_memory: hand out results in pinned memory.
+        pin_memory: put results that have a method `pin_memory` into pinned memory.
     """
 
     def __init__(self, make: Callable[[Any], Any], workers: int, prefetch: int, pin_memory: bool = False):
-        self.make, self._requests = make, _Requests()
-        self._loader, self._running, self._processes = None, None, []
+        self.make, self.pin_memory, self._requests, self._processes = make, pin_memory, _Requests(), []
+        self._loader, self._running, self._starting, self._failure = None, None, None, None
         if workers == 0:
             return
         payload = pickle.dumps(make)
-        self._keep_main = b"__main__" in payload
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload([PRELOAD, *_modules_in(payload)])
-        # Now, so that it imports while the caller goes on.
-        forkserver.ensure_running()
         self._loader = DataLoader(
             _Maker(payload),
             batch_size=None,
@@ -65,6 +63,8 @@ class WorkerPool:
             pin_memory=pin_memory,
         )
         self._end = weakref.finalize(self, _kill, self._processes)
+        self._starting = threading.Thread(target=self._start, args=(b"__main__" in payload,), daemon=True)
+        self._starting.start()
 
     def run(self, requests: Iterable[Any]) -> Iterator[Any]:
         """Results in the order of `requests`. A later call ends the earlier one.
@@ -73,12 +73,18 @@ class WorkerPool:
             BadInput: as `make` raised it.
         """
         self._stop()
-        self._running = map(self.make, requests) if self._loader is None else self._from_workers(requests)
+        self._running = self._here(iter(requests)) if self._loader is None else self._there(iter(requests))
         return self._running
+
+    def wait(self) -> None:
+        """Return when all workers run."""
+        if self._starting is not None:
+            self._starting.join()
 
     def close(self) -> None:
         """End the workers, kindly at first."""
         self._stop()
+        self.wait()
         self._loader = None
         for process in self._processes:
             process.join(timeout=5)
@@ -86,22 +92,39 @@ class WorkerPool:
 
     def _stop(self) -> None:
         """End the run whose results somebody may still hold; it keeps the workers alive otherwise."""
-        if hasattr(self._running, "close"):
+        if self._running is not None:
             self._running.close()
         self._running = None
 
-    def _from_workers(self, requests: Iterable[Any]) -> Iterator[Any]:
-        self._requests.pending = requests
+    def _start(self, needs_main: bool) -> None:
         before = set(multiprocessing.active_children())
-        with _main_hidden(not self._keep_main):
-            results = iter(self._loader)
-        new = [p for p in multiprocessing.active_children() if p not in before]
-        if new:
-            self._processes += new
-            # Registered after the loader's own clean-up, so it runs first: that one would wait for ever at exit for
-            # workers that nobody told to end, since they ignore SIGTERM.
-            atexit.register(self._end)
-        for result in results:
+        try:
+            with _main_hidden(not needs_main):
+                # Nothing is asked for yet, so this only starts the workers, which stay.
+                iter(self._loader)
+        except BaseException as error:  # noqa: BLE001 - raised where results are asked for
+            self._failure = error
+        self._processes += [p for p in multiprocessing.active_children() if p not in before]
+        # Registered after the loader's own clean-up, so it runs first: that one would wait for ever at exit for
+        # workers that nobody told to end, since they ignore SIGTERM.
+        atexit.register(self._end)
+
+    def _here(self, requests: Iterator[Any]) -> Iterator[Any]:
+        for request in requests:
+            result = self.make(request)
+            yield result.pin_memory() if self.pin_memory and hasattr(result, "pin_memory") else result
+
+    def _there(self, requests: Iterator[Any]) -> Iterator[Any]:
+        here = self._here(requests)
+        while self._starting.is_alive():
+            try:
+                yield next(here)
+            except StopIteration:
+                return
+        if self._failure is not None:
+            raise self._failure
+        self._requests.pending = requests
+        for result in iter(self._loader):
             if isinstance(result, BadInput):
                 raise result
             yield result
@@ -110,10 +133,10 @@ class WorkerPool:
 class _Requests(Sampler):
     """What the workers are asked for, exchanged between epochs."""
 
-    pending: Iterable[Any] = ()
+    pending: Iterator[Any] = iter(())
 
     def __iter__(self) -> Iterator[Any]:
-        return iter(self.pending)
+        return self.pending
 
 
 class _Maker(Dataset):
@@ -160,13 +183,14 @@ def _leave_with_parent() -> None:
 @contextlib.contextmanager
 def _main_hidden(hide: bool) -> Iterator[None]:
     """Keep new processes from running the main script again, which they do to find what is defined there."""
-    main = sys.modules["__main__"]
+    main = sys.modules["__main__"].__dict__
+    hidden = {name: main.pop(name) for name in ("__file__", "__spec__") if hide and name in main}
     if hide:
-        sys.modules["__main__"] = types.ModuleType("__main__")
+        main["__spec__"] = None
     try:
         yield
     finally:
-        sys.modules["__main__"] = main
+        main.update(hidden)
 
 
 def _kill(processes: list) -> None:

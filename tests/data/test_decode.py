@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 import simplejpeg
 import torch
-from mmpeft_ds.data.decode import center_crop, decode, resize
-from mmpeft_ds.errors import BadSample
 from PIL import Image
 from toy_shards import encoded, photo
+
+from mmpeft_ds.data.decode import center_crop, decode, resize
+from mmpeft_ds.errors import BadSample
 
 
 def saved(image, kind="PNG", **options) -> bytes:

@@ -7,10 +7,11 @@ import tarfile
 import fsspec
 import numpy as np
 import pytest
+from toy_shards import RawSample, one_image, write_toy
+
 from mmpeft_ds.data.manifest import Manifest
 from mmpeft_ds.data.shards import ShardReader, _plain_members, check_pipe, members, verify_shards
 from mmpeft_ds.errors import BadInput, BadSample
-from toy_shards import RawSample, one_image, write_toy
 
 
 def tar(entries: dict[str, bytes], format=tarfile.PAX_FORMAT) -> bytes:

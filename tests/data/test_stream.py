@@ -6,11 +6,12 @@ import json
 import numpy as np
 import pytest
 import torch
+from toy_shards import RawSample, encoded, one_image, read, source, transform, write_toy
+
 from mmpeft_ds.data.manifest import Manifest
 from mmpeft_ds.data.options import DataOptions
 from mmpeft_ds.data.stream import BadBudget, Stream
 from mmpeft_ds.errors import BadInput
-from toy_shards import RawSample, encoded, one_image, read, source, transform, write_toy
 
 N = 45
 
@@ -47,6 +48,7 @@ def run(manifest, world_size=1, epoch=0, start=0, accumulation=1, train=True, se
             seed=seed,
             train=train,
         )
+        stream.wait_for_workers()
         for step, part in rows(stream.epoch(epoch, start)).items():
             found.setdefault(step, []).extend(part)
         stream.close()
@@ -152,6 +154,7 @@ def test_one_source_a_step_and_all_sources_in_proportion(toy, tmp_path):
 def test_an_epoch_can_be_left_and_another_begun(toy):
     for workers in (0, 2):
         stream = Stream([source(toy)], DataOptions(global_batch=8, workers=workers, shuffle_block=20))
+        stream.wait_for_workers()
         left = stream.epoch(0)
         next(left)
         assert rows(stream.epoch(1, 2)) == {s: part for s, part in run(toy, epoch=1).items() if s >= 2}
@@ -169,7 +172,7 @@ def test_remote_shards_give_the_same_stream(toy):
         memory.rm("/stream", recursive=True)
 
 
-# Packed batches of all kinds ------------------------------------------------------------------------------------------
+# Packed batches of all kinds -----------------------------------------------------------------------------------------
 
 
 def test_text_only_two_image_video_and_ragged_samples_pack_into_one_batch(tmp_path):
@@ -209,7 +212,7 @@ def test_features_become_tensors_of_the_record(tmp_path):
     assert np.array_equal(step.micro[0].records[0]["features"].numpy(), features)
 
 
-# Bad samples ----------------------------------------------------------------------------------------------------------
+# Bad samples ------------------------------------------------------------
 
 
 def _pickled_array() -> bytes:
@@ -260,6 +263,7 @@ def test_a_bad_sample_becomes_a_slot_without_weight_and_nothing_else_changes(tmp
     stream = Stream(
         [source(manifest)], DataOptions(global_batch=4, workers=workers, max_pixels=max_pixels), train=False
     )
+    stream.wait_for_workers()
     batches = [batch for step in stream.epoch(0) for batch in step.micro]
     stream.close()
     assert [b for batch in batches for b in batch.bad] == [(KINDS[name], "toy-train-000000.tar", "train-000000004")]
@@ -333,7 +337,7 @@ def test_scaled_decoding_needs_a_transform_that_says_its_size(toy):
     assert run(toy, decode="scaled") == run(toy)
 
 
-# Budget ---------------------------------------------------------------------------------------------------------------
+# Budget ------------------------------------------------------------
 
 
 def budget_of(pattern: str, fraction=0.001, row=100, size=0) -> BadBudget:

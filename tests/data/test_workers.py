@@ -11,6 +11,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+
 from mmpeft_ds.data.workers import WorkerPool
 from mmpeft_ds.errors import BadInput
 
@@ -25,6 +26,11 @@ def square(x):
     return x * x
 
 
+def slow_pid(x):
+    time.sleep(0.05)
+    return x, os.getpid()
+
+
 def worker_facts(_):
     import torch
 
@@ -33,7 +39,7 @@ def worker_facts(_):
 
 
 def run_script(tmp_path, body: str) -> subprocess.Popen:
-    """A process that uses a pool of 2 workers as a training run would; prints the worker's ids when it has a result."""
+    """A process that uses a pool of 2 workers as a training run would; prints the ids of its workers."""
     script = tmp_path / "script.py"
     script.write_text(
         textwrap.dedent(
@@ -45,6 +51,7 @@ def run_script(tmp_path, body: str) -> subprocess.Popen:
             print("main runs", flush=True)
             if __name__ == "__main__":
                 pool = WorkerPool(square, 2, 2)
+                pool.wait()
                 results = pool.run(range(100, 200))
                 next(results)
                 print(*[p.pid for p in multiprocessing.active_children()], flush=True)
@@ -78,6 +85,7 @@ def gone(pids, seconds=20) -> bool:
 @pytest.mark.parametrize("workers", [0, 2])
 def test_results_come_in_order_and_a_later_run_ends_the_earlier_one(workers):
     pool = WorkerPool(square, workers, 2)
+    pool.wait()
     first = pool.run(range(10))
     assert next(first) == 0
     assert list(pool.run([7, 3, 5])) == [49, 9, 25]
@@ -85,8 +93,19 @@ def test_results_come_in_order_and_a_later_run_ends_the_earlier_one(workers):
     assert not multiprocessing.active_children()
 
 
+def test_nobody_waits_for_workers_to_start_and_the_hand_over_loses_nothing():
+    pool = WorkerPool(slow_pid, 2, 2)
+    found = list(pool.run(range(400)))
+    pool.close()
+    assert [x for x, _ in found] == list(range(400))
+    here = [pid == os.getpid() for _, pid in found]
+    assert here[0] and not here[-1]
+    assert here == sorted(here, reverse=True)
+
+
 def test_bad_input_keeps_its_line_and_faults_keep_their_traceback():
     pool = WorkerPool(square, 1, 2)
+    pool.wait()
     with pytest.raises(BadInput, match=r"^13: unlucky\. Use 14\.$"):
         list(pool.run([1, 13]))
     assert list(pool.run([2])) == [4]
@@ -97,6 +116,7 @@ def test_bad_input_keeps_its_line_and_faults_keep_their_traceback():
 
 def test_workers_ignore_signals_use_one_thread_and_load_no_deepspeed():
     pool = WorkerPool(worker_facts, 1, 2)
+    pool.wait()
     (facts,) = pool.run([0])
     assert facts[0] != os.getpid() and facts[1:] == ([True, True], 1, False)
     for sign in (signal.SIGINT, signal.SIGTERM):
