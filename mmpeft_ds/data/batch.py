@@ -82,16 +82,22 @@ class PackedBatch:
 
     def to(self, device: torch.device | str, non_blocking: bool = True) -> PackedBatch:
         """A copy whose tensors live on `device`."""
+        return self._mapped(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
-        def move(value: Any) -> Any:
+    def pin_memory(self) -> PackedBatch:
+        """A copy in pinned memory, from which a GPU copies while it computes; the loader calls this."""
+        return self._mapped(Tensor.pin_memory)
+
+    def _mapped(self, change: Callable[[Tensor], Tensor]) -> PackedBatch:
+        def mapped(value: Any) -> Any:
             if isinstance(value, Tensor):
-                return value.to(device, non_blocking=non_blocking)
+                return change(value)
             if isinstance(value, dict):
-                return {k: move(v) for k, v in value.items()}
+                return {k: mapped(v) for k, v in value.items()}
             return value
 
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        return PackedBatch(**{k: v if k == "records" else move(v) for k, v in fields.items()})
+        return PackedBatch(**{k: v if k == "records" else mapped(v) for k, v in fields.items()})
 
     def sample_keys_hash(self) -> int:
         """Sum mod 2^64 of the hashes of the sample ids that enter the loss; adds up over ranks and micro-steps."""

@@ -1,0 +1,50 @@
+"""Packing of decoded samples."""
+
+import pytest
+import torch
+from toy_shards import collate_images, collate_targets, collate_texts
+
+from mmpeft_ds.data.batch import Sample, hash_id, pack
+
+
+def packed(*samples):
+    return pack(samples, collate_images, collate_texts, collate_targets)
+
+
+def good(sample_id, images=0, texts=0):
+    image = torch.zeros(3, 2, 2, dtype=torch.uint8)
+    return Sample(sample_id, 1.0, [image] * images, ["t"] * texts, [(1, 2)] * texts)
+
+
+def test_owners_follow_ragged_samples_and_empty_slots():
+    batch = packed(good("a", 1, 3), Sample(), good("b", 0, 1), good("c", 2, 0))
+    assert batch.weight.tolist() == [1, 0, 1, 1]
+    assert batch.image_owner.tolist() == [0, 3, 3] and batch.text_owner.tolist() == [0, 0, 0, 2]
+    assert batch.text_weight.tolist() == [1, 1, 1, 1]
+    assert batch.modalities == {"image", "text"}
+
+
+def test_a_batch_lacks_the_modality_that_no_slot_has():
+    assert packed(good("a", 0, 2)).modalities == {"text"} and packed(good("a", 0, 2)).images == {}
+    assert packed(Sample(), Sample()).modalities == frozenset()
+
+
+def test_targets_must_match_texts():
+    with pytest.raises(ValueError, match="2 texts but 1 targets"):
+        packed(Sample("a", 1.0, [], ["x", "y"], [(1, 2)]))
+
+
+def test_key_hash_counts_samples_of_weight_only_and_adds_up_over_ranks():
+    one, two = good("a", 0, 1), good("b", 0, 1)
+    bad = Sample("c", 0.0, bad=("image", "s", "c"))
+    whole = packed(one, two, bad, Sample()).sample_keys_hash()
+    assert whole == (hash_id("a") + hash_id("b")) % 2**64
+    assert (packed(one, bad).sample_keys_hash() + packed(two).sample_keys_hash()) % 2**64 == whole
+    assert packed(one).sample_keys_hash() != packed(two).sample_keys_hash()
+
+
+def test_moving_keeps_everything_and_changes_only_tensors():
+    batch = packed(good("a", 1, 1))
+    moved = batch.to("meta")
+    assert moved.images["pixels"].device.type == "meta" and moved.weight.device.type == "meta"
+    assert moved.records is batch.records and moved.sample_id == batch.sample_id
