@@ -18,9 +18,9 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from launchers._run import ROOT, launch, python, rows_of  # noqa: E402
 from mmpeft_ds import console  # noqa: E402
+from mmpeft_ds.ops.route import ROUTES  # noqa: E402
 
 RECIPE, DATA = "recipes/quickstart.yaml", "data/easy-vqa"
-ROUTES = ["none", "mul", "add", "matmul1", "matmul2", "matmul1_relu", "xtxt", "ones"]
 SMOOTH = 10  # steps a point of the plot averages
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from types import ModuleType
@@ -146,7 +147,10 @@ def attach(resolved: Resolved, base_model: PreTrainedModel) -> PeftModel:
     heads = list(getattr(base_model, "head_modules", []))
     if heads:
         config.modules_to_save = sorted({*(getattr(config, "modules_to_save", None) or []), *heads})
-    return peft.get_peft_model(base_model, config)
+    with warnings.catch_warnings():
+        # peft asks transformers by a name that transformers has since deprecated
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
+        return peft.get_peft_model(base_model, config)
 
 
 def check_sites(recipe: Recipe, backbone: Backbone, method: Method, config: PeftConfig) -> None:

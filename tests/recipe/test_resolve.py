@@ -125,3 +125,11 @@ def test_memory_falls_with_ranks_under_zero3_only_where_the_base_is_sharded():
     assert plan.zero_bytes(sizes, {}, 1, 8) > 2 * 10**7
     # DeepSpeed's default keeps the whole of a small model gathered: no saving during a step.
     assert plan.zero_bytes(sizes, {}, 3, 8) > 2 * 10**7
+
+
+def test_every_route_of_make_compare_works_and_trains_equally_many_parameters(folder):
+    from mmpeft_ds.ops.route import ROUTES
+
+    assert "none" in ROUTES and len(ROUTES) == 8
+    counts = {r: plan.make(resolve.resolve(load(folder, f"method.route={r}")))["trainable_parameters"] for r in ROUTES}
+    assert len(set(counts.values())) == 1, counts
