@@ -72,8 +72,8 @@ class VisionTextEncoderOutput(ModelOutput):
 
     Attributes:
         logits: (T, num_labels).
-        image_features: (I, m, d) as the text side saw them (normalised), to be passed back instead of pixels; row 0 of
-            an image is its pooled vector. None without images.
+        image_features: (I, m, d) as the tower gave them, before `feature_norm`, to be passed back instead of pixels;
+            row 0 of an image is its pooled vector. None without images.
         last_hidden_state: (T, P + L, d).
     """
 
@@ -229,14 +229,16 @@ class VisionTextEncoder(PreTrainedModel):
             input_ids: (T, L).
             attention_mask: (T, L), 1 = keep; None keeps all.
             pixel_values: (I, 3, H, W), uint8 (normalised here) or floating point (normalised already).
-            image_features: (I, m, d) or (I, d) in place of pixels, as an earlier call returned them.
+            image_features: (I, m, d) or (I, d) in place of pixels, as an earlier call returned them, or feature
+                shards hold them; `feature_norm` is applied here.
             image_owner: (I,) slot of each image, non-decreasing; None: image i belongs to slot i.
             text_owner: (T,) slot of each text; None: text j belongs to slot j.
             num_slots: S; None: as many as texts.
             return_dict: accepted for transformers' sake; the output is always a ModelOutput.
         """
         images = self.encode_images(pixel_values, image_features)
-        vectors, keep = self._of_texts(images, input_ids, image_owner, text_owner, num_slots)
+        normed = images if images is None or self.feature_norm is None else self.feature_norm(images)
+        vectors, keep = self._of_texts(normed, input_ids, image_owner, text_owner, num_slots)
         prefix, prefix_keep = self._prefix(vectors, keep)
         hidden, mask = self._embed(input_ids, attention_mask, prefix, prefix_keep)
         with conditioned(self._condition(vectors, keep, attention_mask, prefix_keep)):
@@ -245,9 +247,12 @@ class VisionTextEncoder(PreTrainedModel):
         return VisionTextEncoderOutput(logits=logits, image_features=images, last_hidden_state=hidden)
 
     def encode_images(self, pixel_values: Tensor | None, image_features: Tensor | None = None) -> Tensor | None:
-        """(I, m, d) normalised features, m = 1 or 1 + tokens; None without images."""
+        """(I, m, d) features as the tower gives them, m = 1 or 1 + tokens; None without images."""
         if image_features is not None:
-            return image_features.unsqueeze(1) if image_features.dim() == 2 else image_features
+            features = image_features.unsqueeze(1) if image_features.dim() == 2 else image_features
+            if self.config.with_tokens and features.shape[1] < 2:
+                raise ValueError("prefix or condition `tokens` needs stored features of all tokens: (I, 1 + n, d)")
+            return features
         if pixel_values is None or len(pixel_values) == 0:
             return None
         if not pixel_values.is_floating_point():
@@ -257,8 +262,7 @@ class VisionTextEncoder(PreTrainedModel):
         tuned = any(p.requires_grad for p in self.vision_model.parameters())
         with torch.set_grad_enabled(torch.is_grad_enabled() and tuned):
             c = self.config
-            features = vision_features(self.vision_model, pixel_values, c.vision_feature, c.vision_norm, c.with_tokens)
-            return features if self.feature_norm is None else self.feature_norm(features)
+            return vision_features(self.vision_model, pixel_values, c.vision_feature, c.vision_norm, c.with_tokens)
 
     def _of_texts(
         self,

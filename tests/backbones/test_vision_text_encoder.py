@@ -95,6 +95,30 @@ def test_every_wiring_runs_and_the_image_matters_where_it_is_used(towers, prefix
     assert (change > 1e-5) == (prefix != "none" or condition == "pooled")
 
 
+@pytest.mark.parametrize("prefix", ["none", "pooled", "tokens"])
+@pytest.mark.parametrize("condition, route", [("none", "none"), ("pooled", "mul"), ("tokens", "matmul1")])
+@pytest.mark.parametrize("text", ["bert", "roberta"])
+def test_in_every_wiring_a_text_with_or_without_images_is_answered_as_if_alone(towers, text, prefix, condition, route):
+    backbone = entry(towers, text=text, prefix=prefix, condition=condition, head_input="raw")
+    model = peft.get_peft_model(backbone.build(), mmpeft_ds.RoutedLoraConfig(r=4, route=route))
+    for name, parameter in model.named_parameters():
+        if name.endswith("B"):
+            torch.nn.init.normal_(parameter)
+    pixels = inputs(backbone, images=3)["pixel_values"]
+    seen, unseen = "is it red", "what color is there big"
+
+    @torch.no_grad()
+    def ask(texts, images):
+        images = {"pixel_values": pixels} if images else {}
+        owner = torch.zeros(3 if images else 0, dtype=torch.int64)
+        place = dict(image_owner=owner, text_owner=torch.arange(len(texts)), num_slots=len(texts))
+        return model(**backbone.collate_texts(texts), **images, **place).logits
+
+    both = ask([seen, unseen], images=True)
+    torch.testing.assert_close(both[:1], ask([seen], images=True), atol=1e-6, rtol=0)
+    torch.testing.assert_close(both[1:], ask([unseen], images=False), atol=1e-6, rtol=0)
+
+
 def test_the_embedding_module_is_applied_twice_only_if_asked(towers):
     batch = inputs(entry(towers))
     once = entry(towers, embed_twice=False).build()
@@ -136,12 +160,19 @@ def test_stored_features_replace_pixels_exactly(towers):
     backbone.use_statistics({"mean": [0.5] * 16, "std": [2.0] * 15 + [0.0]})
     model, batch = backbone.build(), inputs(backbone)
     with torch.no_grad():
+        seen = []
+        model.text_model.encoder.register_forward_pre_hook(lambda *_: seen.append(current().tokens))
         out = model(**batch)
         raw = backbone.build_vision()(batch)
-        torch.testing.assert_close(out.image_features[:, 0, :15], ((raw - 0.5) / 2)[:, :15])
+        assert torch.equal(out.image_features[:, 0], raw)
+        # a dimension that never varied is centred only
+        want = (raw - 0.5) / torch.tensor([2.0] * 15 + [1.0])
+        torch.testing.assert_close(seen[0][:, 0], want[batch["text_owner"]])
         pixels = batch.pop("pixel_values")
         assert pixels.dtype == torch.uint8
-        assert torch.equal(model(**batch, image_features=out.image_features).logits, out.logits)
+        assert torch.equal(model(**batch, **backbone.collate_images(list(raw))).logits, out.logits)
+    with pytest.raises(ValueError, match="all tokens"):
+        entry(towers, prefix="tokens").build()(**batch, image_features=raw)
 
 
 def test_the_vision_tower_runs_once_per_image_without_autograd(towers):
