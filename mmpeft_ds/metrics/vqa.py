@@ -42,7 +42,7 @@ _RESTORE = {spelling: word for word in _CONTRACTIONS.split() for spelling in _wi
 
 
 def normalize_answer(answer: str) -> str:
-    """Lower case, without punctuation and articles, numbers up to ten as digits, contractions with their apostrophe."""
+    """Lower case, without punctuation and articles, numbers up to ten as digits, apostrophes restored."""
     text = answer.replace("\n", " ").replace("\t", " ").strip()
     thousands = _THOUSANDS.search(text) is not None
     cleaned = text
@@ -80,5 +80,5 @@ def answer_score(prediction: str, answers: Sequence[str]) -> float:
 
 
 def soft_score(count: int, annotators: int) -> float:
-    """Training target of an answer that `count` of the annotators gave: 1 for the only one, else 0.3 a vote up to 1."""
+    """Training target of an answer that `count` annotators gave: 1 for the only one, else 0.3 a vote up to 1."""
     return 1.0 if annotators == 1 else min(0.3 * count, 1.0)
