@@ -2,8 +2,9 @@
 
     python benchmarks/loader.py --peer-python /path/to/venv-with-energon/bin/python
 
-Every measurement is a fresh process, in turn, three runs each, medians. Peers decode and resize with Pillow, as is usual;
-`webdataset + our decoder` shows what the decoder alone does for them. Writes docs/benchmarks/loader.md and .json.
+Every measurement is a fresh process, in turn, three runs each, medians. Times to the first batch include the start of
+the workers, rates do not, for all loaders. Peers decode and resize with Pillow, as is usual; `webdataset + our
+decoder` shows what the decoder alone does for them. Writes docs/benchmarks/loader.md and .json.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ def main() -> None:
     report(args, rows, decoders)
 
 
-# The data set ---------------------------------------------------------------------------------------------------------
+# The data set ------------------------------------------------------------
 
 
 def photo(seed: int, height: int = 480, width: int = 640) -> np.ndarray:
@@ -93,11 +94,11 @@ def prepare(dir: Path, samples: int) -> None:
     write_manifest(dir, "photos", "CC0-1.0", {"name": "benchmark"}, per_shard, {"train": parts}, None, "train")
 
 
-# One measurement, in its own process ----------------------------------------------------------------------------------
+# One measurement, in its own process ------------------------------------------------------------
 
 
 def measure(loader: str, dir: Path, workers: int, world_size: int, mode: str) -> dict:
-    """`rate`: one epoch. `keys:N`: (rank, key) after global step N without a break. `resume:N`: the same from a resume at N."""
+    """`rate`: one epoch; `keys:N`: 100 keys from step N of an unbroken run; `resume:N`: those of a resume at N."""
     import torch
 
     torch.set_num_threads(1)
@@ -113,7 +114,7 @@ def timed(batches, begin: float) -> dict:
     """Rate and time to the first batch of an iterable of (keys, images)."""
     times, counts = [], []
     for keys, images in batches:
-        assert tuple(images.shape[1:]) in ((3, SIZE, SIZE), (SIZE, SIZE, 3)) and len(keys) == len(images)
+        assert tuple(images.shape[1:]) in ((3, SIZE, SIZE), (SIZE, SIZE, 3))
         times.append(time.perf_counter())
         counts.append(len(keys))
     seconds = times[-1] - times[WARM_UP - 1]
@@ -171,9 +172,12 @@ def ours(loader, dir, workers, world_size, mode, step):
     begin = time.perf_counter()
     if mode == "rate":
         stream = open_stream()
-        found = timed(((b.records, b.images["pixels"]) for s in stream.epoch(0) for b in s.micro), begin)
+        next(stream.epoch(0))
+        first = time.perf_counter() - begin
+        stream.wait_for_workers()
+        found = timed(((b.records, b.images["pixels"]) for s in stream.epoch(1) for b in s.micro if b.images), begin)
         stream.close()
-        return found
+        return {**found, "first": first}
     keys, first = [], None
     per_rank = [open_stream(rank) for rank in range(world_size)]
     epochs = [stream.epoch(0, step if mode == "resume" else 0) for stream in per_rank]
@@ -301,7 +305,7 @@ def link_for_energon(dir: Path) -> Path:
     return folder
 
 
-# All measurements and the report --------------------------------------------------------------------------------------
+# All measurements and the report ------------------------------------------------------------
 
 
 def once(args, loader: str, workers: int, world_size: int, mode: str) -> dict:
@@ -326,7 +330,8 @@ def row(args, loader: str, decoders: dict) -> dict:
         found["rate"][workers] = statistics.median(r["rate"] for r in runs)
         found["first"][workers] = statistics.median(r["first"] for r in runs)
         log(
-            f"{loader}, {workers} workers: {found['rate'][workers]:.0f} samples/s, first {found['first'][workers]:.2f} s"
+            f"{loader}, {workers} workers: {found['rate'][workers]:.0f} samples/s, "
+            f"first batch {found['first'][workers]:.2f} s"
         )
     half = args.samples // BATCH // 2
     for workers in args.workers:
@@ -362,7 +367,8 @@ def decoder_quality(dir: Path) -> dict:
         psnr = [10 * np.log10(255**2 / e) if e else float("inf") for e in errors]
         found[name] = {"rate": rate, "psnr_mean": float(np.mean(psnr)), "psnr_min": float(np.min(psnr))}
         log(
-            f"decoder {name}: {rate:.0f}/s, PSNR mean {found[name]['psnr_mean']:.1f}, min {found[name]['psnr_min']:.1f}"
+            f"decoder {name}: {rate:.0f}/s, PSNR mean {found[name]['psnr_mean']:.1f}, "
+            f"min {found[name]['psnr_min']:.1f}"
         )
     return found
 
@@ -374,8 +380,8 @@ def report(args, rows: list[dict], decoders: dict) -> None:
     lines = [
         "# Loading photos",
         "",
-        f"{args.samples} JPEG photos of 640x480, quality 90, {decoders['jpeg_bytes'] / 1000:.0f} kB each; decode, bicubic "
-        f"resize to {SIZE}x{SIZE} uint8, batches of {BATCH}. Median of {args.runs} runs. {machine}.",
+        f"{args.samples} JPEG photos of 640x480, quality 90, {decoders['jpeg_bytes'] / 1000:.0f} kB each; decode, "
+        f"bicubic resize to {SIZE}x{SIZE} uint8, batches of {BATCH}. Median of {args.runs} runs. {machine}.",
         "",
         "| loader | "
         + " | ".join(f"{w} workers, samples/s" for w in args.workers)

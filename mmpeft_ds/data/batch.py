@@ -48,7 +48,7 @@ class PackedBatch:
     Attributes:
         sample_id: S strings.
         weight: (S,) float32; a slot of weight 0 is absent from loss, graph and metric.
-        images: forward arguments of the image side, first dimension I (or as the backbone packs them); empty without images.
+        images: forward arguments of the image side, first dimension I (or as the backbone packs them); empty if none.
         image_owner: (I,) int64, slot that owns image i, non-decreasing.
         texts: forward arguments of the text side, each (T, L); empty without texts.
         text_owner: (T,) int64, slot that owns text j, non-decreasing.

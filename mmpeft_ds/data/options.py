@@ -37,7 +37,8 @@ class DataOptions:
         max_bad_fraction: share of the samples read that may be bad before the run stops.
         max_bad_in_a_row: consecutive bad samples that stop the run.
         max_pixels: images with more are refused before decoding.
-        decode: `full` decodes at full size, `scaled` lets libjpeg-turbo decode at a smaller scale (faster, PSNR about 41 dB).
+        decode: `full` decodes at full size, `scaled` lets libjpeg-turbo decode at a smaller scale (faster, PSNR
+            about 41 dB).
         allow_pipe: accept `pipe:` URLs, which run shell commands.
         verify: `size` checks shard sizes at start, `sha256` also their hashes, `none` neither.
         prefetch: batches each worker prepares ahead.

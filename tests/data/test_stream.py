@@ -49,9 +49,11 @@ def run(manifest, world_size=1, epoch=0, start=0, accumulation=1, train=True, se
             train=train,
         )
         stream.wait_for_workers()
-        for step, part in rows(stream.epoch(epoch, start)).items():
-            found.setdefault(step, []).extend(part)
-        stream.close()
+        try:
+            for step, part in rows(stream.epoch(epoch, start)).items():
+                found.setdefault(step, []).extend(part)
+        finally:
+            stream.close()
     return found
 
 
