@@ -47,7 +47,7 @@ def rank() -> int:
 
 
 def score_table(scores: dict[str, float], baselines: dict[str, float], title: str) -> None:
-    """Print the scores of a run below those that need no model, a column a metric.
+    """Print the scores of a run beside those that need no model, a line a metric.
 
     Args:
         scores: of a task; the first key is its overall metric and a prefix of those by kind.
@@ -56,16 +56,16 @@ def score_table(scores: dict[str, float], baselines: dict[str, float], title: st
     from rich.console import Console
     from rich.table import Table
 
+    models = [n for n in baselines if not any(n.startswith(f"{other}_") for other in baselines)]
     table = Table(title=title, title_justify="left")
     table.add_column("")
-    for name in scores:
-        table.add_column(name, justify="right")
+    for name in (*models, "this run"):
+        table.add_column(name.replace("_", " "), justify="right", style="bold" if name == "this run" else None)
     main = next(iter(scores), "")
-    for name in [n for n in baselines if not any(n.startswith(f"{other}_") for other in baselines)]:
-        # `majority_yes_no` stands below `accuracy_yes_no`
-        row = [baselines.get(name + m.removeprefix(main)) if m.startswith(main) else None for m in scores]
-        table.add_row(name.replace("_", " "), *("-" if v is None else f"{v:.4f}" for v in row))
-    table.add_row("this run", *(f"{v:.4f}" for v in scores.values()), style="bold")
+    for metric, value in scores.items():
+        # `majority_yes_no` stands beside `accuracy_yes_no`
+        priors = [baselines.get(n + metric.removeprefix(main)) if metric.startswith(main) else None for n in models]
+        table.add_row(metric, *("-" if v is None else f"{v:.4f}" for v in (*priors, value)))
     Console().print(table)
 
 
