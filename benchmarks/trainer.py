@@ -42,7 +42,7 @@ def ours(args: argparse.Namespace) -> dict:
     stream = trainer.make_stream(resolved, resolved.train, ranks, train=True)
     built = setup.build(resolved, ranks)
     budget = BadBudget(0, 1)
-    stepper = Stepper(resolved, built, ranks, 10 * args.steps, TrainState(), budget)
+    stepper = Stepper(resolved, built, ranks, args.steps, TrainState(), budget)
     rows, ends = [], []
     steps = stream.epoch(0)
     while len(rows) < args.steps:
@@ -70,9 +70,10 @@ def peer(args: argparse.Namespace) -> dict:
     from mmpeft_ds.engine.resolve import attach
 
     recipe = _recipe(args)
-    os.environ["ACCELERATE_USE_CPU"] = "true" if not torch.cuda.is_available() else "false"
     setup.quiet()
     torch.set_num_threads(1)
+    # Before TrainingArguments: from then on, everything that transformers builds is partitioned at stage 3.
+    resolved = trainer.resolve(recipe)
     zero = {"stage": args.stage, **({"stage3_gather_16bit_weights_on_model_save": False} if args.stage == 3 else {})}
     options = transformers.TrainingArguments(
         output_dir=args.out + ".hf",
@@ -83,7 +84,7 @@ def peer(args: argparse.Namespace) -> dict:
         warmup_steps=0,
         weight_decay=0.0,
         max_grad_norm=recipe.optim.clip,
-        use_cpu=not torch.cuda.is_available(),
+        ddp_backend="nccl" if torch.cuda.is_available() else "gloo",  # use_cpu would switch DeepSpeed off
         seed=recipe.seed,
         logging_steps=10**9,
         save_strategy="no",
@@ -103,7 +104,6 @@ def peer(args: argparse.Namespace) -> dict:
             "gradient_clipping": "auto",
         },
     )
-    resolved = trainer.resolve(recipe)
     setup.prepare_backbone(resolved.backbone, recipe)
     torch.manual_seed(recipe.seed)
     base = resolved.backbone.build()
