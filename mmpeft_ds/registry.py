@@ -15,7 +15,7 @@ from mmpeft_ds.errors import BadInput
 
 
 def names(package: ModuleType) -> list[str]:
-    """Entry names of `package` in sorted order: its modules and sub-packages that do not begin with `_` or are `base`."""
+    """Entry names of `package`, sorted: its modules and sub-packages except `base` and those that begin with `_`."""
     found = (m.name for m in pkgutil.iter_modules(package.__path__))
     return sorted(n for n in found if not n.startswith("_") and n != "base")
 
@@ -30,5 +30,6 @@ def load(package: ModuleType, name: str, where: str) -> Any:
     if name not in known:
         near = difflib.get_close_matches(name, known, n=1)
         hint = f"Did you mean {near[0]!r}? " if near else ""
-        raise BadInput(f"{where}: no {package.__name__.rsplit('.', 1)[-1]} entry named {name!r}. {hint}Known: {', '.join(known)}.")
+        kind = package.__name__.rsplit(".", 1)[-1]
+        raise BadInput(f"{where}: no {kind} entry named {name!r}. {hint}Known: {', '.join(known)}.")
     return importlib.import_module(f"{package.__name__}.{name}").ENTRY
