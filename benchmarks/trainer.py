@@ -63,6 +63,7 @@ def ours(args: argparse.Namespace) -> dict:
 
 def peer(args: argparse.Namespace) -> dict:
     """HF Trainer with the same model; `--same` gives it our batches in place of its own."""
+    import accelerate
     import torch
     import transformers
 
@@ -72,8 +73,10 @@ def peer(args: argparse.Namespace) -> dict:
     recipe = _recipe(args)
     setup.quiet()
     torch.set_num_threads(1)
-    # Before TrainingArguments: from then on, everything that transformers builds is partitioned at stage 3.
     resolved = trainer.resolve(recipe)
+    # TrainingArguments names no backend when it starts DeepSpeed; without a GPU accelerate then counts one process.
+    os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
+    accelerate.PartialState(backend="nccl" if torch.cuda.is_available() else "gloo")
     zero = {"stage": args.stage, **({"stage3_gather_16bit_weights_on_model_save": False} if args.stage == 3 else {})}
     options = transformers.TrainingArguments(
         output_dir=args.out + ".hf",
@@ -84,7 +87,7 @@ def peer(args: argparse.Namespace) -> dict:
         warmup_steps=0,
         weight_decay=0.0,
         max_grad_norm=recipe.optim.clip,
-        ddp_backend="nccl" if torch.cuda.is_available() else "gloo",  # use_cpu would switch DeepSpeed off
+        accelerator_config={"use_configured_state": True},
         seed=recipe.seed,
         logging_steps=10**9,
         save_strategy="no",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import datetime
 import logging
 import os
@@ -23,6 +25,7 @@ from mmpeft_ds.sites.base import Sites
 
 __all__ = ["Built", "Ranks", "build", "check_ds_config", "start"]
 
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h
 _TIMEOUT = datetime.timedelta(minutes=30)  # of one collective; loading a large base from a slow disk takes minutes
 
 
@@ -72,6 +75,8 @@ def start(recipe: Recipe) -> Ranks:
     if cuda:
         torch.cuda.set_device(device)
     torch.set_num_threads(recipe.engine.threads or max(1, _cores() // local_size))
+    if not cuda:
+        keep_freed_memory()
     quiet()
     import deepspeed
 
@@ -123,6 +128,14 @@ def _cores() -> int:
     return min(allowed, psutil.cpu_count(logical=False) or allowed)
 
 
+def keep_freed_memory() -> None:
+    """Let glibc keep what is freed; otherwise the kernel maps and zeroes every large tensor of every step anew."""
+    with contextlib.suppress(AttributeError, OSError):  # another C library
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(_M_MMAP_MAX, 0)
+        mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+
+
 def quiet() -> None:
     """Hide the two deprecation warnings that torch prints for calls inside DeepSpeed, and nothing else."""
     for name in ("all_gather_into_tensor", "reduce_scatter_tensor"):
@@ -172,6 +185,8 @@ def build(resolved: Any, ranks: Ranks) -> Built:
         model=model, optimizer=optimizer, config=merge(resolved.ds_config, recipe, ranks.world_size, numel)
     )
     check_engine(engine, trainables)
+    if stage == 3:
+        keep_frozen(engine)
     return Built(engine, model, trainables, stage)
 
 
@@ -243,6 +258,32 @@ def mark_leaves(model: nn.Module, sites: Sites) -> list[str]:
         if any(p.requires_grad for p in modules[path].parameters()):
             modules[path].register_forward_pre_hook(_input_with_gradient, with_kwargs=True)
     return leaves
+
+
+def keep_frozen(engine: Any) -> None:
+    """Below the persistence threshold, gather a frozen parameter once instead of after every step.
+
+    DeepSpeed shards persistent parameters at the end of a step and gathers them again, since the optimiser has changed
+    them. It has not changed the frozen ones, so those stay. `stage3_param_persistence_threshold` thereby trades memory
+    for traffic, from all frozen weights sharded to all of them resident.
+    """
+    from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+
+    optimizer = engine.optimizer
+    kept = [p for p in optimizer.persistent_parameters if not p.requires_grad]
+    optimizer.persistent_parameters = [p for p in optimizer.persistent_parameters if p.requires_grad]
+    shard_all = optimizer._partition_all_parameters
+
+    def shard_the_rest() -> None:
+        resident = [p for p in kept if p.ds_status == ZeroParamStatus.AVAILABLE]
+        for p in resident:  # what looks sharded already is left alone
+            p.ds_status = ZeroParamStatus.NOT_AVAILABLE
+            p.ds_active_sub_modules.clear()
+        shard_all()
+        for p in resident:
+            p.ds_status = ZeroParamStatus.AVAILABLE
+
+    optimizer._partition_all_parameters = shard_the_rest
 
 
 def _input_with_gradient(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
