@@ -18,10 +18,14 @@ class Backbone(Protocol):
     Attributes:
         Options: dataclass of the recipe keys beside `name`.
         modalities: what `dummy` can make and a batch may hold, in the order in which the towers run.
+        condition_width: width of the condition that the model publishes, None if it publishes none.
+
+    Before `build` the engine sets `dtype`, `attention` and `train_dropout` from the recipe's `engine` section.
     """
 
     Options: ClassVar[type]
     modalities: tuple[str, ...]
+    condition_width: int | None
 
     def __init__(self, options: Any, labels: list[str] | None): ...
 
@@ -46,3 +50,18 @@ class Backbone(Protocol):
 
     def frozen_prefix(self, model: PreTrainedModel) -> list[str]:
         """Paths of modules below the lowest trainable one, which run in eval mode without autograd."""
+
+
+class Standardised(Protocol):
+    """What a backbone offers besides, if its condition can be scaled with statistics of the data set."""
+
+    wants_statistics: bool
+
+    def statistics_key(self) -> str:
+        """Hash of the tower's weights, the image transform and the choice of feature: what statistics belong to."""
+
+    def use_statistics(self, statistics: dict[str, Any]) -> None:
+        """Take `mean` and `std`, lists of `condition_width` numbers, from a manifest; before `build`."""
+
+    def build_vision(self) -> Callable[[dict[str, Tensor]], Tensor]:
+        """The frozen tower alone: what `collate_images` returned -> (I, condition_width) float32 features."""
