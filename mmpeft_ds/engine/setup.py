@@ -11,6 +11,7 @@ import socket
 import subprocess
 import warnings
 from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,10 +68,19 @@ class Built:
 
 
 def start(recipe: Recipe) -> Ranks:
-    """Join the process group that `deepspeed`, `torchrun`, `srun` or nobody (one process) has laid out."""
+    """Join the process group that `deepspeed`, `torchrun`, `srun` or nobody (one process) has laid out.
+
+    Raises:
+        BadInput: more ranks on this machine than GPUs, or the port of rank 0 is taken.
+    """
     environment()
     cuda = torch.cuda.is_available()
     local_rank, local_size = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
+    if cuda and local_rank >= torch.cuda.device_count():
+        raise BadInput(
+            f"local rank {local_rank}: this machine shows {torch.cuda.device_count()} GPU(s). Start as many ranks, or "
+            "hide the GPUs and train on the CPU: CUDA_VISIBLE_DEVICES= DS_ACCELERATOR=cpu."
+        )
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
@@ -82,9 +92,18 @@ def start(recipe: Recipe) -> Ranks:
 
     deepspeed.utils.logger.setLevel(logging.WARNING)
     if not torch.distributed.is_initialized():
-        deepspeed.init_distributed(
-            "nccl" if cuda else "gloo", auto_mpi_discovery=False, verbose=False, timeout=_TIMEOUT
-        )
+        with no_shared_buffers():
+            try:
+                deepspeed.init_distributed(
+                    "nccl" if cuda else "gloo", auto_mpi_discovery=False, verbose=False, timeout=_TIMEOUT
+                )
+            except torch.distributed.DistNetworkError as error:
+                if "EADDRINUSE" not in str(error) and "address already in use" not in str(error).lower():
+                    raise
+                raise BadInput(
+                    f"port {os.environ['MASTER_PORT']} is taken: another run is on this machine, or the last one is "
+                    "still saving. Wait for it, or give the launcher another --master_port."
+                ) from error
     torch.manual_seed(recipe.seed)
     return Ranks(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), local_rank, local_size, device)
 
@@ -111,6 +130,22 @@ def environment() -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         env["MASTER_PORT"] = str(free.getsockname()[1])
+
+
+@contextlib.contextmanager
+def no_shared_buffers() -> Iterator[None]:
+    """Keep DeepSpeed on CPU from laying 69 MB a rank into /dev/shm, which it never takes away again.
+
+    Only its inference all-reduce would use them. They stay after the run under a name that holds the port, so every
+    launch costs that much memory until the machine restarts, and in a container with 64 MB of /dev/shm the second rank
+    dies of a segmentation fault. DeepSpeed makes them where LOCAL_SIZE says that all ranks are on one machine.
+    """
+    before = os.environ.pop("LOCAL_SIZE", None)
+    try:
+        yield
+    finally:
+        if before is not None:
+            os.environ["LOCAL_SIZE"] = before
 
 
 def _first_host(env: Any) -> str:
