@@ -29,7 +29,8 @@ from mmpeft_ds.engine import checkpoint, events
 from mmpeft_ds.engine.rank0 import on_rank0, rank
 from mmpeft_ds.errors import BadInput
 
-# A resume may change these: length, the ZeRO JSON, workers and how bytes arrive, logging and evaluation cadence.
+# A resume may change these: length, the ZeRO JSON, workers and how bytes arrive, logging and evaluation cadence, and
+# how much trouble stops a run: the message that stops it says to raise these.
 MAY_DIFFER = (
     "run_dir",
     "optim.epochs",
@@ -41,6 +42,9 @@ MAY_DIFFER = (
     "engine.patience",
     "engine.stop_grace",
     "engine.threads",
+    "engine.max_skipped",
+    "data.max_bad_fraction",
+    "data.max_bad_in_a_row",
     "data.workers",
     "data.prefetch",
     "data.cache_dir",

@@ -24,7 +24,12 @@ RECIPE = {
     "seed": 0,
     "optim": {"lr": 1e-3, "epochs": 1, "max_steps": 0, "betas": (0.9, 0.999)},
     "engine": {"deepspeed": "ds_configs/zero3.json", "dtype": "float32", "eval_every": 0},
-    "data": {"workers": 2, "global_batch": 8, "sources": [{"dir": "data/a", "weight": 1.0}]},
+    "data": {
+        "workers": 2,
+        "global_batch": 8,
+        "max_bad_fraction": 0.001,
+        "sources": [{"dir": "data/a", "weight": 1.0}],
+    },
     "monitor": {"every": 1},
 }
 
@@ -73,6 +78,7 @@ def test_the_same_recipe_continues(tmp_path):
         {"engine__deepspeed": "ds_configs/zero1.json"},
         {"engine__eval_every": 2},
         {"data__workers": 0},
+        {"data__max_bad_fraction": 0.5},
         {"monitor__every": 5},
         {"run_dir": "elsewhere"},
     ],
