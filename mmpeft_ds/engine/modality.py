@@ -25,12 +25,18 @@ def present(batch: PackedBatch) -> list[float]:
 def complete(batch: PackedBatch, anywhere: list[float], backbone: Any, task: Any) -> PackedBatch:
     """`batch`, or a copy with a weight-0 slot that owns every modality which some rank has and this one lacks.
 
+    Where no rank has anything, the slot owns one of everything.
+
     Args:
         batch: micro-batch of this rank.
         anywhere: `present` summed over ranks.
         backbone, task: make the dummy and pack it as they pack real samples.
     """
     wanted = {name for name, count in zip(MODALITIES, anywhere, strict=True) if count}
+    if not wanted & {"text"}:
+        # Nothing but padding and bad samples on all ranks, or images of which nothing is asked: the micro-step counts
+        # all the same, and a forward needs its text.
+        wanted = set(backbone.modalities)
     missing = wanted - batch.modalities
     if not missing:
         return batch

@@ -64,6 +64,24 @@ def test_a_rank_with_nothing_but_padding_gets_a_slot_of_everything(parts):
     assert task.loss(model(**backbone.inputs(batch)), batch).item() == 0.0
 
 
+@pytest.mark.parametrize("slots", [[], [Sample()], [Sample("a", bad=("image", "shard", "a"))]])
+def test_a_micro_step_that_is_empty_on_all_ranks_runs_and_weighs_nothing(parts, slots):
+    """The last step of an epoch under accumulation, or nothing but bad samples."""
+    model, backbone, task = parts
+    batch = modality.complete(tiny.pack_slots(slots, backbone, task), [0.0, 0.0], backbone, task)
+    loss = task.loss(model(**backbone.inputs(batch)), batch)
+    loss.backward()
+    assert loss.item() == 0.0 and task.weight(batch) == 0.0
+
+
+def test_images_of_which_nobody_asks_anything_run(parts):
+    model, backbone, task = parts
+    picture = backbone.image_transform(False)(torch.zeros(3, 8, 8, dtype=torch.uint8), None)
+    unasked = tiny.pack_slots([Sample("a", 1.0, [picture])], backbone, task)
+    batch = modality.complete(unasked, [1.0, 0.0], backbone, task)
+    assert task.loss(model(**backbone.inputs(batch)), batch).item() == 0.0
+
+
 def test_a_dummy_row_wider_than_the_batch_is_cropped_and_a_narrower_one_padded():
     rows = {"ids": torch.ones(2, 3, dtype=torch.int64)}
     wide = modality._append(rows, {"ids": torch.full((1, 5), 7)})["ids"]
