@@ -137,7 +137,7 @@ def load(directory: str | Path, device: torch.device | str = "cpu") -> Loaded:
     Raises:
         BadInput: if the directory is not whole, or the base model is not the one this was trained on.
     """
-    from mmpeft_ds.engine.resolve import make_backbone, make_task
+    from mmpeft_ds.engine.resolve import float32_heads, make_backbone, make_task
 
     directory = Path(directory)
     absent = [name for name in FILES if not (directory / name).is_file()]
@@ -158,6 +158,7 @@ def load(directory: str | Path, device: torch.device | str = "cpu") -> Loaded:
         if source.task not in [s.task for s in recipe.data.sources[:i]]:
             tasks.append(make_task(recipe, f"data.sources.{i}", source, labels))
     base = backbone.build()
+    float32_heads(base)
     prints = fingerprint.frozen_fingerprint(fingerprint.all_tensors(base))
     fingerprint.compare(_read(directory, "base_fingerprint.json"), prints, str(directory), missing_ok=True)
     model = PeftModel.from_pretrained(base, str(directory)).to(device).eval()

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
 from transformers.utils import cached_file
@@ -121,9 +122,9 @@ def load_tower(
             model, info = AutoModel.from_pretrained(
                 locate(name, where), config=config, output_loading_info=True, **kwargs
             )
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0][:200]
-        raise BadInput(f"{where}: cannot load the weights of {name!r} ({reason}).") from error
+        raise BadInput(f"{where}: cannot load the weights of {name!r} ({reason}). Restore its files.") from error
     missing = sorted(k for k in info["missing_keys"] if not k.startswith(may_miss or ("\0",)))
     if missing:
         some = ", ".join(missing[:3]) + (" ..." if len(missing) > 3 else "")

@@ -72,6 +72,18 @@ def check_fields(recipe: Recipe, key: str, options: SourceOptions, manifest: Man
             )
 
 
+def check_names(recipe: Recipe, entries: list[tuple[str, SourceOptions, Manifest]]) -> None:
+    """Refuse two data sets whose samples bear the same ids, `NAME/SPLIT-NUMBER`. Raises BadInput."""
+    seen: dict[tuple[str, str], tuple[str, Manifest]] = {}
+    for key, options, manifest in entries:
+        first, other = seen.setdefault((manifest.name, options.split), (key, manifest))
+        if other.splits[options.split] != manifest.splits[options.split]:
+            raise BadInput(
+                f"{where(recipe, f'{key}.dir')}: {manifest.dir} is named {manifest.name!r}, as is {other.dir} "
+                f"({first}): their samples could not be told apart. Prepare one of them with another --name."
+            )
+
+
 def check_coupling(recipe: Recipe, train_tasks: list[Task], method_config: PeftConfig) -> None:
     """Refuse accumulation where the loss of one sample depends on others of the step. Raises BadInput."""
     coupled = [t for t in (*train_tasks, method_config) if getattr(t, "couples_samples", False)]

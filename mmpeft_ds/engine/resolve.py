@@ -23,10 +23,11 @@ from mmpeft_ds import backbones, methods, registry, tasks
 from mmpeft_ds.backbones.base import Backbone
 from mmpeft_ds.data.manifest import Manifest
 from mmpeft_ds.data.options import SourceOptions
-from mmpeft_ds.engine.checks import check_coupling, check_fields, check_values
+from mmpeft_ds.engine.checks import check_coupling, check_fields, check_names, check_values
 from mmpeft_ds.engine.ds_config import check_ds_config
 from mmpeft_ds.errors import BadInput
 from mmpeft_ds.methods.base import Method
+from mmpeft_ds.methods.routed_lora.model import to_float32
 from mmpeft_ds.recipe import Origin, Recipe, typed, where
 from mmpeft_ds.sites import find_sites
 from mmpeft_ds.tasks.base import Task
@@ -80,6 +81,7 @@ def resolve(recipe: Recipe) -> Resolved:
     if not listed["train"]:
         raise BadInput(f"{where(recipe, 'data.sources')}: empty. Name a prepared data set: [{{dir: data/easy-vqa}}].")
     manifests = {key: load_manifest(recipe, key, o) for role in listed.values() for key, o in role}
+    check_names(recipe, [(key, o, manifests[key]) for role in listed.values() for key, o in role])
     labels = union_of_labels([manifests[key] for key, _ in listed["train"]])
     backbone = make_backbone(recipe, labels)
     statistics = feature_statistics(recipe, backbone, manifests[listed["train"][0][0]])
@@ -144,13 +146,27 @@ def attach(resolved: Resolved, base_model: PreTrainedModel) -> PeftModel:
     """`base_model` with the method's layers in it; everything else is frozen, the head is a trained copy."""
     sites = find_sites(base_model)
     config = resolved.method.prepare(copy.deepcopy(resolved.method_config), base_model, sites)
-    heads = list(getattr(base_model, "head_modules", []))
+    heads = float32_heads(base_model)
     if heads:
         config.modules_to_save = sorted({*(getattr(config, "modules_to_save", None) or []), *heads})
     with warnings.catch_warnings():
         # peft asks transformers by a name that transformers has since deprecated
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
         return peft.get_peft_model(base_model, config)
+
+
+def float32_heads(base_model: PreTrainedModel) -> list[str]:
+    """Paths of the modules that train whole; in a half precision base they become float32 and cast what they get.
+
+    Before the adapter is attached or loaded: peft copies the module with its dtype and loads weights into that dtype.
+    """
+    heads = list(getattr(base_model, "head_modules", []))
+    for path in heads:
+        head = base_model.get_submodule(path)
+        if any(p.dtype in (torch.float16, torch.bfloat16) and not hasattr(p, "ds_id") for p in head.parameters()):
+            head.float()
+            head.register_forward_pre_hook(to_float32)
+    return heads
 
 
 def check_sites(recipe: Recipe, backbone: Backbone, method: Method, config: PeftConfig) -> None:
@@ -183,9 +199,15 @@ def feature_statistics(recipe: Recipe, backbone: Backbone, manifest: Manifest) -
         return None
     key = backbone.statistics_key()
     if key not in manifest.statistics:
+        others = len(manifest.statistics)
+        changed = (
+            f"It has {others} of other weights or transforms: if this recipe had its own before, the files of the "
+            "frozen vision tower are no longer those they were computed with; restore them. Otherwise run: "
+        )
         raise BadInput(
-            f"{manifest.dir}/manifest.json: no feature statistics for the backbone of {origin_of(recipe).path}. "
-            f"Run: python data_prep/feature_stats.py {manifest.dir} --recipe {origin_of(recipe).path}"
+            f"{manifest.dir}/manifest.json: no feature statistics (key {key}) for the vision weights and the image "
+            f"transform of {origin_of(recipe).path}. {changed if others else 'Run: '}"
+            f"python data_prep/feature_stats.py {manifest.dir} --recipe {origin_of(recipe).path}"
         )
     return manifest.statistics[key]
 

@@ -3,9 +3,11 @@
 import json
 
 import pytest
+import torch
 from engine import toy_vqa
 
 from mmpeft_ds import recipe as recipes
+from mmpeft_ds.data.manifest import Manifest
 from mmpeft_ds.engine import plan, resolve
 from mmpeft_ds.errors import BadInput
 
@@ -133,3 +135,45 @@ def test_every_route_of_make_compare_works_and_trains_equally_many_parameters(fo
     assert "none" in ROUTES and len(ROUTES) == 8
     counts = {r: plan.make(resolve.resolve(load(folder, f"method.route={r}")))["trainable_parameters"] for r in ROUTES}
     assert len(set(counts.values())) == 1, counts
+
+
+def test_changed_vision_weights_are_told_from_statistics_that_were_never_computed(folder, tmp_path):
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    weights = copy / "vision" / "model.safetensors"
+    tensors = load_file(weights)
+    next(iter(tensors.values())).view(-1)[0] += 1
+    save_file(tensors, weights, metadata={"format": "pt"})
+    line = refusal(folder, f"backbone.vision={copy / 'vision'}")
+    assert "no longer those" in line and "restore" in line and "feature_stats.py" in line
+
+
+def test_two_data_sets_of_one_name_are_refused_but_one_may_stand_twice(folder, tmp_path):
+    made = toy_vqa.write_data(tmp_path / "other", train=11)
+    statistics = Manifest.load(folder / "data").statistics
+    made.statistics = statistics
+    made.save(tmp_path / "other")
+    task = "task: {name: vqa, loss: ce}"
+    twice = f"data.sources=[{{dir: {folder / 'data'}, {task}}}, {{dir: {folder / 'data'}, {task}}}]"
+    assert len(resolve.resolve(load(folder, twice)).train) == 2
+    both = f"data.sources=[{{dir: {folder / 'data'}, {task}}}, {{dir: {tmp_path / 'other'}, {task}}}]"
+    line = refusal(folder, both)
+    assert "data.sources.1.dir" in line and "'toy'" in line and "--name" in line
+
+
+def test_a_head_in_half_precision_trains_in_float32_whatever_the_method(folder):
+    resolved = resolve.resolve(
+        load(folder, "method={name: lora, r: 2}", "backbone.condition=none", "engine.dtype=bfloat16")
+    )
+    base = resolved.backbone.build()
+    base.head.bfloat16()  # as a backbone would that builds its head with the rest
+    base.head.out.register_forward_hook(lambda module, args, out: seen.append((args[0].dtype, out.dtype)))
+    seen: list = []
+    model = resolve.attach(resolved, base)
+    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+    head = model.get_base_model().head
+    head(torch.randn(2, head.modules_to_save["default"].dense.in_features, dtype=torch.bfloat16))
+    assert seen == [(torch.float32, torch.float32)]

@@ -145,10 +145,11 @@ def heads_in_float32(model: nn.Module, adapter_name: str) -> None:
             half = [p for p in head.parameters() if p.dtype in (torch.float16, torch.bfloat16)]
             if half:
                 head.float()
-                head.register_forward_pre_hook(_to_float32)
+                head.register_forward_pre_hook(to_float32)
 
 
-def _to_float32(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+def to_float32(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Forward pre-hook of a float32 module in a half precision model."""
     return tuple(a.float() if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in args)
 
 
