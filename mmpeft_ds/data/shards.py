@@ -155,7 +155,7 @@ def members(piece: bytes) -> tuple[str, dict[str, bytes]]:
 
 
 def verify_shards(manifest: Manifest, split: str, mode: str, rank: int = 0, world_size: int = 1) -> list[str]:
-    """Check this rank's share of the shards of a split against the manifest.
+    """Check this rank's share of the shards of a split against the manifest, and on rank 0 the split's side file.
 
     Args:
         mode: `none`, `size` or `sha256` (which checks the size as well).
@@ -166,6 +166,11 @@ def verify_shards(manifest: Manifest, split: str, mode: str, rank: int = 0, worl
     problems = []
     if mode == "none":
         return problems
+    if rank == 0:
+        try:
+            manifest.offsets(split, 0)  # now, not at the first evaluation after an epoch
+        except BadInput as error:
+            problems.append(str(error))
     for info in manifest.shards(split)[rank::world_size]:
         url = manifest.path(info.file)
         try:

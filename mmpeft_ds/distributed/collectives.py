@@ -45,6 +45,15 @@ def split_64(value: int) -> tuple[float, float]:
     return float(value & 0xFFFFFFFF), float(value >> 32)
 
 
+def first_message(mine: str) -> str:
+    """The message of the lowest rank that has one, on all ranks; empty if none has."""
+    if world_size() == 1:
+        return mine
+    everyone: list[str] = [""] * world_size()
+    dist.all_gather_object(everyone, mine)
+    return next(filter(None, everyone), "")
+
+
 def gather_to_first(rows: list[Any]) -> list[Any] | None:
     """Rows of all ranks in rank order on rank 0, None elsewhere. Rows must pickle."""
     if world_size() == 1:

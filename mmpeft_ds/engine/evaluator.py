@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +13,7 @@ from mmpeft_ds.data.batch import PackedBatch
 from mmpeft_ds.distributed import collectives
 from mmpeft_ds.engine import modality
 from mmpeft_ds.engine.rank0 import on_rank0
+from mmpeft_ds.errors import BadInput
 
 
 @dataclass
@@ -50,6 +51,9 @@ def evaluate(
 
     Returns:
         None if some rank was told to stop before the end.
+
+    Raises:
+        BadInput: on all ranks, if the data of one cannot be read.
     """
     was_training = model.training
     training = [m for m in model.modules() if m.training] if was_training else []
@@ -57,9 +61,11 @@ def evaluate(
     rows: list[dict[str, Any]] = []
     kept: list[tuple[Tensor, list[dict[str, Any]]]] = []
     loss_sum, weight_sum, stopped = 0.0, 0.0, False
-    for step in steps:
+    for step in _together(steps, device):
         bits = [x for b in step.micro for x in modality.present(b)]
-        stop, *anywhere = collectives.sum_scalars([float(stop_requested()), *bits], device)
+        failed, stop, *anywhere = collectives.sum_scalars([0.0, float(stop_requested()), *bits], device)
+        if failed:
+            raise BadInput(collectives.first_message(""))
         if stop:
             stopped = True
             break
@@ -84,6 +90,16 @@ def evaluate(
     gathered.sort(key=lambda row: row["sample_id"])  # stable: texts of a sample keep their order
     scores = on_rank0(lambda: dict(task.score(gathered)))
     return Evaluation({**scores, "loss": loss_sum / weight_sum if weight_sum else float("nan")}, gathered, kept)
+
+
+def _together(steps: Iterable[Any], device: torch.device | str) -> Iterator[Any]:
+    """`steps`; a rank whose data fails takes part in the all-reduce of that step, so that all ranks end."""
+    try:
+        yield from steps
+    except BadInput as problem:
+        # one micro-batch a step: evaluation does not accumulate
+        collectives.sum_scalars([1.0] + [0.0] * (1 + len(modality.MODALITIES)), device)
+        raise BadInput(collectives.first_message(str(problem))) from problem
 
 
 def _pictures(batch: PackedBatch, rows: list[dict[str, Any]], limit: int) -> list[tuple[Tensor, list[dict[str, Any]]]]:

@@ -13,7 +13,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import psutil
 import torch
@@ -143,10 +143,21 @@ class Stepper:
             "elapsed": state.elapsed,
         }
 
+    def fail(self, problem: BadInput) -> NoReturn:
+        """In the place of `take`, on a rank that has no data for the step: let all ranks end with this problem."""
+        width = 7 + self.recipe.optim.accumulation * len(modality.MODALITIES)
+        collectives.sum_scalars([1.0] + [0.0] * (width - 1), self.ranks.device)
+        raise BadInput(collectives.first_message(str(problem)))
+
     def agree(self, micro: list[PackedBatch], task: Any) -> Agreed:
-        """One all-reduce before the first forward: weights, stop flag, bad slots, who has which modality."""
+        """One all-reduce before the first forward: weights, stop flag, bad slots, who has which modality.
+
+        Raises:
+            BadInput: some rank has called `fail`.
+        """
         hashes = collectives.split_64(sum(b.sample_keys_hash() for b in micro) % 2**64)
         mine = [
+            0.0,  # no failure here
             sum(task.weight(b) for b in micro),
             float(self.stop_requested()),
             float(sum(_rows(b) for b in micro)),
@@ -154,7 +165,9 @@ class Stepper:
             *hashes,
             *(bit for b in micro for bit in modality.present(b)),
         ]
-        weight, stop, rows, bad, low, high, *bits = collectives.sum_scalars(mine, self.ranks.device)
+        failed, weight, stop, rows, bad, low, high, *bits = collectives.sum_scalars(mine, self.ranks.device)
+        if failed:
+            raise BadInput(collectives.first_message(""))
         width = len(modality.MODALITIES)
         present = [bits[i : i + width] for i in range(0, len(bits), width)]
         return Agreed(weight, stop > 0, int(rows), int(bad), collectives.sum_mod_2_64((low, high)), present)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -41,8 +42,15 @@ def run(recipe: recipes.Recipe, *, fresh: bool = False) -> int:
 
 
 def _run(resolved: Resolved, ranks: Ranks, run_dir: RunDir, stop: StopFlag) -> int:
-    recipe = resolved.recipe
     stream = make_stream(resolved, resolved.train, ranks, train=True)
+    try:
+        return _with_stream(resolved, ranks, run_dir, stop, stream)
+    finally:
+        stream.close()  # workers that still start would hold up the exit of a process that only brings bad news
+
+
+def _with_stream(resolved: Resolved, ranks: Ranks, run_dir: RunDir, stop: StopFlag, stream: Stream) -> int:
+    recipe = resolved.recipe
     total = total_steps(recipe, stream)
     if (done := run_dir.finished(total)) is not None:
         if ranks.rank == 0:
@@ -145,7 +153,10 @@ class Training:
             steps = self.stream.epoch(self.state.epoch, self.state.step_in_epoch)
             while True:
                 began = time.perf_counter()
-                step = next(steps, None)
+                try:
+                    step = next(steps, None)
+                except BadInput as problem:  # of this rank alone, such as a shard that has gone
+                    self.stepper.fail(problem)
                 if step is None:
                     break
                 yield step, time.perf_counter() - began
@@ -164,9 +175,12 @@ class Training:
             results.append(result)
             self.observer.evaluation(f"{source.manifest.name}-{source.options.split}", self.state.step, result)
         task = self.resolved.validation[0].task
-        value = results[0].scores[task.main_metric]
+        value = results[0].scores.get(task.main_metric, math.nan)
         state = self.state
         state.extra["evaluated_at"] = state.step
+        if math.isnan(value):  # no answered question among the good samples: nothing to choose the best by
+            self.observer.say(f"step {state.step}: data.validation.0 gives no {task.main_metric}; not compared")
+            return False
         sign = 1.0 if task.better == "max" else -1.0
         if state.best is None or sign * value > sign * state.best:
             state.best, state.best_step, state.evaluations_without_improvement = value, state.step, 0
@@ -235,8 +249,8 @@ class Training:
         self.observer.say(table)
 
     def close(self) -> None:
-        """End the loader workers."""
-        for stream in (self.stream, *self.validation):
+        """End the loader workers of the validation streams."""
+        for stream in self.validation:
             stream.close()
 
 

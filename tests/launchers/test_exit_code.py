@@ -2,9 +2,13 @@
 
 import pytest
 from distributed import launch
+from engine import toy_vqa
+
+from mmpeft_ds.data import order
+
+pytestmark = pytest.mark.distributed
 
 
-@pytest.mark.distributed
 def test_exit_code_2_comes_through_the_deepspeed_launcher(tmp_path):
     recipe = tmp_path / "r.yaml"
     recipe.write_text("run_dir: x\nbackbone: {name: b}\nmethod: {name: m}\noptim: {lrr: 1}\n")
@@ -12,4 +16,20 @@ def test_exit_code_2_comes_through_the_deepspeed_launcher(tmp_path):
     assert not result.killed and result.code == 2, result.tail()
     lines = [line for line in result.output.splitlines() if "error: " in line]
     assert len(lines) == 1 and "optim.lrr" in lines[0] and "'lr'" in lines[0], result.tail()
-    assert str(recipe) in lines[0] and "launchers/train.py\", line" not in result.output
+    assert str(recipe) in lines[0] and 'launchers/train.py", line' not in result.output
+
+
+def test_a_shard_that_only_rank_1_misses_ends_both_ranks_in_one_line(tmp_path):
+    """Without the check at start a shard may go while nobody reads it; the other rank must not wait or blame gloo."""
+    toy_vqa.prepare(tmp_path)
+    shards = sorted((tmp_path / "data").glob("toy-train-*.tar"))
+    key = order.key_of(3, "order", 0, 0)  # seed of the toy recipe, first source, first epoch
+    last = order.EpochOrder([8, 8, 8, 6], key, 1, True)[29][0]  # of the last position, so a slot of rank 1 alone
+    shards[last].unlink()
+    sets = ["data.verify=none", "data.shuffle_block=1", "optim.epochs=1"]
+    words = [word for s in sets for word in ("--set", s)]
+    result = launch.run("launchers/train.py", "--recipe", str(tmp_path / "recipe.yaml"), *words, ranks=2, timeout=120)
+    assert not result.killed and result.code == 2, result.tail()
+    lines = [line for line in result.output.splitlines() if "error: " in line]
+    assert len(lines) == 1 and shards[last].name in lines[0], result.tail()
+    assert "Traceback" not in result.output, result.tail()
