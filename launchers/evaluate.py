@@ -28,7 +28,9 @@ def main() -> int:
     reports = assess(args.run, args.split, args.checkpoint, args.set)
     if console.rank() == 0:
         for report in reports:
-            title = f"{report['dir']} ({report['split']}), {report['rows']:,} predictions, {report['checkpoint']}"
+            left_out = f", {report['bad_samples']:,} bad samples left out" if report["bad_samples"] else ""
+            rows = f"{report['rows']:,} predictions{left_out}"
+            title = f"{report['dir']} ({report['split']}), {rows}, {report['checkpoint']}"
             console.score_table(report["scores"], report["baselines"], title)
         print(f"predictions: {args.run / f'predictions-{args.split}.jsonl'}")
     return 0

@@ -14,7 +14,7 @@ from mmpeft_ds import recipe as recipes
 from mmpeft_ds.data.shards import ShardReader, members
 from mmpeft_ds.engine import checkpoint, setup, trainer
 from mmpeft_ds.engine.evaluator import Evaluation, evaluate
-from mmpeft_ds.engine.monitor import LINE_EVERY
+from mmpeft_ds.engine.monitor import LINE_EVERY, plain
 from mmpeft_ds.engine.rank0 import on_rank0
 from mmpeft_ds.engine.resolve import ResolvedSource, resolve
 from mmpeft_ds.errors import BadInput
@@ -66,6 +66,7 @@ def assess(run: Path, split: str, which: str = "best", overrides: list[str] | No
             "step": state.step,
             "samples": source.manifest.samples(split),
             "rows": on_rank0(lambda result=result: len(result.rows)),
+            "bad_samples": result.bad,
             "scores": result.scores,
             "baselines": on_rank0(lambda s=source, t=train: s.task.baselines(records(t), records(s))),
             "seconds": seconds,
@@ -73,7 +74,7 @@ def assess(run: Path, split: str, which: str = "best", overrides: list[str] | No
         reports.append(report)
         rows += result.rows
     if ranks.rank == 0:
-        (run / f"evaluation-{split}.json").write_text(json.dumps(reports, indent=1) + "\n")
+        (run / f"evaluation-{split}.json").write_text(json.dumps(plain(reports), indent=1) + "\n")
         with (run / f"predictions-{split}.jsonl").open("w", encoding="utf-8") as file:
             file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     return reports

@@ -23,12 +23,14 @@ class Evaluation:
     Attributes:
         scores: metrics of the task and `loss`, on every rank.
         rows: predictions ordered by sample id, on rank 0 only; empty elsewhere.
+        bad: samples that could not be read and so are absent from all of these, on every rank.
         pictures: up to as many (image (3, H, W) in [0, 1], its rows) as asked for, of rank 0's share.
     """
 
     scores: dict[str, float]
     rows: list[dict[str, Any]] = field(default_factory=list)
     pictures: list[tuple[Tensor, list[dict[str, Any]]]] = field(default_factory=list)
+    bad: int = 0
 
 
 @torch.no_grad()
@@ -60,7 +62,7 @@ def evaluate(
     model.eval()
     rows: list[dict[str, Any]] = []
     kept: list[tuple[Tensor, list[dict[str, Any]]]] = []
-    loss_sum, weight_sum, stopped = 0.0, 0.0, False
+    loss_sum, weight_sum, bad, stopped = 0.0, 0.0, 0, False
     for step in _together(steps, device):
         bits = [x for b in step.micro for x in modality.present(b)]
         failed, stop, *anywhere = collectives.sum_scalars([0.0, float(stop_requested()), *bits], device)
@@ -69,6 +71,7 @@ def evaluate(
         if stop:
             stopped = True
             break
+        bad += sum(len(b.bad) for b in step.micro)
         for i, batch in enumerate(step.micro):
             present = anywhere[i * len(modality.MODALITIES) : (i + 1) * len(modality.MODALITIES)]
             if not any(present):  # padding on every rank
@@ -85,11 +88,12 @@ def evaluate(
         module.training = True
     if stopped:
         return None
-    loss_sum, weight_sum = collectives.sum_scalars([loss_sum, weight_sum], device)
+    loss_sum, weight_sum, bad = collectives.sum_scalars([loss_sum, weight_sum, bad], device)
     gathered = collectives.gather_to_first(rows) or []
     gathered.sort(key=lambda row: row["sample_id"])  # stable: texts of a sample keep their order
     scores = on_rank0(lambda: dict(task.score(gathered)))
-    return Evaluation({**scores, "loss": loss_sum / weight_sum if weight_sum else float("nan")}, gathered, kept)
+    loss = loss_sum / weight_sum if weight_sum else float("nan")
+    return Evaluation({**scores, "loss": loss}, gathered, kept, int(bad))
 
 
 def _together(steps: Iterable[Any], device: torch.device | str) -> Iterator[Any]:

@@ -88,7 +88,7 @@ class Monitor:
 
     def step(self, row: dict[str, Any]) -> None:
         """One optimizer step: a line of metrics.jsonl, the curves, the bar."""
-        self.metrics.write(json.dumps({k: _plain(v) for k, v in row.items()}) + "\n")
+        self.metrics.write(json.dumps({k: plain(v) for k, v in row.items()}) + "\n")
         self.metrics.flush()
         self.console.step(row)
         if self.board is None or row["step"] % self.options.every:
@@ -107,8 +107,9 @@ class Monitor:
 
     def evaluation(self, split: str, step: int, evaluation: Any) -> None:
         """Metrics of one split, and its page of predictions."""
+        bad = f", {evaluation.bad:,} bad samples left out" if evaluation.bad else ""
         shown = ", ".join(f"{k} {v:.4f}" for k, v in evaluation.scores.items())
-        self.say(f"step {step}: {split}: {shown} ({len(evaluation.rows):,} rows)")
+        self.say(f"step {step}: {split}: {shown} ({len(evaluation.rows):,} rows{bad})")
         if self.board is None:
             return
         for name, value in evaluation.scores.items():
@@ -163,14 +164,14 @@ def _short(text: str, limit: int = 36) -> str:
     return text if len(text) <= limit else text[: limit - 1] + "~"
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """NaN and infinity are no JSON: they are written as the strings `nan`, `inf`, `-inf`."""
     if isinstance(value, float) and not math.isfinite(value):
         return repr(value)
     if isinstance(value, dict):
-        return {k: _plain(v) for k, v in value.items()}
+        return {k: plain(v) for k, v in value.items()}
     if isinstance(value, list):
-        return [_plain(v) for v in value]
+        return [plain(v) for v in value]
     return value
 
 

@@ -15,7 +15,7 @@ from mmpeft_ds.data.stream import BadBudget, Step, Stream, StreamSource
 from mmpeft_ds.engine import checkpoint, fingerprint, setup
 from mmpeft_ds.engine.checkpoint import TrainState
 from mmpeft_ds.engine.evaluator import Evaluation, evaluate
-from mmpeft_ds.engine.monitor import Monitor, Observer, Silent
+from mmpeft_ds.engine.monitor import Monitor, Observer, Silent, plain
 from mmpeft_ds.engine.resolve import Resolved, ResolvedSource, resolve
 from mmpeft_ds.engine.rundir import RunDir
 from mmpeft_ds.engine.setup import Built, Ranks
@@ -223,21 +223,23 @@ class Training:
         from mmpeft_ds import adapter
 
         state = self.state
-        metrics = {
-            "steps": state.step,
-            "train_loss": self.last.get("loss"),
-            "train_seconds": state.elapsed,
-            "samples_per_second": state.extra.get("samples", 0) / max(state.elapsed, 1e-9),
-            "trainable_parameters": sum(map(numel, self.built.trainables.values())),
-            "total_parameters": sum(map(numel, self.built.model.parameters())),
-            "peak_rss_mib": self.last.get("peak_rss_mib"),
-            "best": state.best,
-            "best_step": state.best_step,
-            "skipped_steps": state.skipped_total,
-            "bad_samples": state.bad,
-            "world_size": self.ranks.world_size,
-            "zero_stage": self.built.stage,
-        }
+        metrics = plain(
+            {
+                "steps": state.step,
+                "train_loss": self.last.get("loss"),
+                "train_seconds": state.elapsed,
+                "samples_per_second": state.extra.get("samples", 0) / max(state.elapsed, 1e-9),
+                "trainable_parameters": sum(map(numel, self.built.trainables.values())),
+                "total_parameters": sum(map(numel, self.built.model.parameters())),
+                "peak_rss_mib": self.last.get("peak_rss_mib"),
+                "best": state.best,
+                "best_step": state.best_step,
+                "skipped_steps": state.skipped_total,
+                "bad_samples": state.bad,
+                "world_size": self.ranks.world_size,
+                "zero_stage": self.built.stage,
+            }
+        )
         best = self.run_dir.checkpoints / "best"
         if state.best is not None and state.best_step != state.step:
             checkpoint.load(

@@ -57,6 +57,13 @@ def test_pictures_are_kept_up_to_the_number_asked_for(parts):
         assert len({row["sample_id"] for row in rows}) == 1
 
 
+def test_bad_samples_are_absent_from_the_rows_and_counted(parts):
+    model, backbone, task = parts
+    result = evaluate(model, backbone, task, steps_of(backbone, task, 5), "cpu")
+    assert result.bad == 3  # one in each of the three hand-made batches
+    assert not {"t/0-3", "t/1-3", "t/2-3"} & {row["sample_id"] for row in result.rows}
+
+
 def test_nothing_to_evaluate_gives_nan_and_no_rows(parts):
     _, backbone, _ = parts
     task = SimpleNamespace(score=lambda rows: {"accuracy": float(len(rows))}, weight=lambda b: 0.0)
