@@ -8,7 +8,6 @@ Source: RoBERTa + ViT of the routing paper (arXiv 2403.09377; specs/routing.md 2
 from __future__ import annotations
 
 import functools
-import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -51,7 +50,6 @@ class VisionTextEncoderConfig(PretrainedConfig):
     pixel_mean: list[float] | tuple[float, ...] = (0.5, 0.5, 0.5)
     pixel_std: list[float] | tuple[float, ...] = (0.5, 0.5, 0.5)
     train_dropout: bool = False
-    length_buckets: int = 1
     initializer_range: float = 0.02
 
     def __post_init__(self, **kwargs: Any) -> None:
@@ -76,7 +74,7 @@ class VisionTextEncoderOutput(ModelOutput):
         logits: (T, num_labels).
         image_features: (I, m, d) as the tower gave them, before `feature_norm`, to be passed back instead of pixels;
             row 0 of an image is its pooled vector. None without images.
-        last_hidden_state: (T, P + L, d); None with `length_buckets` above 1, where no tensor holds all texts.
+        last_hidden_state: (T, P + L, d).
     """
 
     logits: Tensor | None = None
@@ -241,41 +239,12 @@ class VisionTextEncoder(PreTrainedModel):
         images = self.encode_images(pixel_values, image_features)
         normed = images if images is None or self.feature_norm is None else self.feature_norm(images)
         vectors, keep = self._of_texts(normed, input_ids, image_owner, text_owner, num_slots)
-        if self.config.length_buckets > 1:
-            hidden, x = None, self._encode_by_length(input_ids, attention_mask, vectors, keep)
-        else:
-            hidden, x = self._encode(input_ids, attention_mask, vectors, keep)
-        return VisionTextEncoderOutput(logits=self.head(x), image_features=images, last_hidden_state=hidden)
-
-    def _encode(
-        self, input_ids: Tensor, attention_mask: Tensor | None, vectors: Tensor, keep: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """States of the last layer (T, P + L, d) and what the head reads (T, d)."""
         prefix, prefix_keep = self._prefix(vectors, keep)
         hidden, mask = self._embed(input_ids, attention_mask, prefix, prefix_keep)
         with conditioned(self._condition(vectors, keep, attention_mask, prefix_keep)):
             hidden = self.text_model.encoder(hidden, attention_mask=mask).last_hidden_state
-        return hidden, self._head_input(hidden, attention_mask, prefix_keep)
-
-    def _encode_by_length(
-        self, input_ids: Tensor, attention_mask: Tensor | None, vectors: Tensor, keep: Tensor
-    ) -> Tensor:
-        """(T, d) that the head reads, in one pass per group of similarly long texts, padded to its own longest only.
-
-        Every rank makes `length_buckets` passes, whatever its texts: under ZeRO-3 all gather the same weights in turn.
-        """
-        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        # up to the last token that counts, on whichever side the padding is; one copy to the host
-        reach = mask.ne(0) * torch.arange(1, mask.shape[1] + 1, device=mask.device)
-        lengths = reach.amax(1).clamp(min=1).tolist()
-        states, order = [], []
-        for group in length_groups(lengths, self.config.length_buckets):
-            rows, n = torch.tensor(group, device=mask.device), lengths[group[-1]]
-            states.append(self._encode(input_ids[rows, :n], mask[rows, :n], vectors[rows], keep[rows])[1])
-            order += group
-        # of a row that also stood in for an empty group one state is left out: its gradient is zero, not absent
-        place = {row: i for i, row in enumerate(order)}
-        return torch.cat(states)[[place[row] for row in range(len(lengths))]]
+        logits = self.head(self._head_input(hidden, attention_mask, prefix_keep))
+        return VisionTextEncoderOutput(logits=logits, image_features=images, last_hidden_state=hidden)
 
     def encode_images(self, pixel_values: Tensor | None, image_features: Tensor | None = None) -> Tensor | None:
         """(I, m, d) features as the tower gives them, m = 1 or 1 + tokens; None without images."""
@@ -393,24 +362,6 @@ class VisionTextEncoder(PreTrainedModel):
             # A text without image reads its own first token.
             first = torch.where(prefix_keep[:, :1], first, hidden[:, length])
         return self.text_model.pooler(first.unsqueeze(1)) if self.config.head_input == "pooler" else first
-
-
-def length_groups(lengths: list[int], number: int) -> list[list[int]]:
-    """Rows in `number` groups of ascending length, cut for the least sum of rows * longest row of the group.
-
-    With fewer distinct lengths than groups the shortest row stands in for a group that would be empty.
-    """
-    order = sorted(range(len(lengths)), key=lengths.__getitem__)
-    # a cut is worth it where the next text is longer
-    ends = [i for i, (a, b) in enumerate(itertools.pairwise(order), 1) if lengths[a] < lengths[b]] + [len(order)]
-    best = {0: (0, (0,))}  # least cost of the first rows, and its cuts
-    for _ in range(number):
-        longer = {}
-        for end in ends:
-            width = lengths[order[end - 1]]
-            longer[end] = min((c + (end - at) * width, (*cuts, end)) for at, (c, cuts) in best.items() if at <= end)
-        best = longer
-    return [order[a:b] or order[:1] for a, b in itertools.pairwise(best[len(order)][1])]
 
 
 AutoConfig.register(VisionTextEncoderConfig.model_type, VisionTextEncoderConfig, exist_ok=True)

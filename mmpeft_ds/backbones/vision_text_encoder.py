@@ -54,8 +54,6 @@ class Options:
         head_multiple: inner width of the head as a multiple of the text width.
         head_dropout: 0 in the paper; one-layer heads there use the encoder's hidden dropout.
         num_labels: size of the head, 0 = from the label list of the data.
-        length_buckets: groups of similarly long texts that the text encoder answers one after the other, each padded
-            to its own longest text only; 1 = all in one. Answers stay the same, padding is computed less often.
     """
 
     vision: str = "google/vit-base-patch16-224-in21k"
@@ -76,7 +74,6 @@ class Options:
     head_multiple: int = 2
     head_dropout: float = 0.0
     num_labels: int = 0
-    length_buckets: int = 1
 
 
 class VisionTextEncoderBackbone:
@@ -135,8 +132,6 @@ class VisionTextEncoderBackbone:
             )
         if o.head_layers not in (1, 2) or o.head_multiple < 1 or not 0 <= o.head_dropout < 1:
             raise BadInput("backbone.head_layers is 1 or 2, head_multiple at least 1, head_dropout in [0, 1).")
-        if o.length_buckets < 1:
-            raise BadInput(f"backbone.length_buckets: {o.length_buckets} must be 1 (one pass for all texts) or more.")
         if self._num_labels < 1:
             raise BadInput(
                 "backbone.num_labels: 0, and the data set has no label list. Say how many answers the head has."
@@ -328,7 +323,6 @@ class VisionTextEncoderBackbone:
             pixel_mean=self._pixels["mean"],
             pixel_std=self._pixels["std"],
             train_dropout=self.train_dropout,
-            length_buckets=o.length_buckets,
             **labels,
         )
         config._attn_implementation = attention
