@@ -137,8 +137,8 @@ def no_shared_buffers() -> Iterator[None]:
     """Keep DeepSpeed on CPU from laying 69 MB a rank into /dev/shm, which it never takes away again.
 
     Only its inference all-reduce would use them. They stay after the run under a name that holds the port, so every
-    launch costs that much memory until the machine restarts, and in a container with 64 MB of /dev/shm the second rank
-    dies of a segmentation fault. DeepSpeed makes them where LOCAL_SIZE says that all ranks are on one machine.
+    launch costs that much memory until the machine restarts, and in a container with 64 MB of /dev/shm they leave no
+    room for the batches of loader workers. DeepSpeed makes them where LOCAL_SIZE says that all ranks share a machine.
     """
     before = os.environ.pop("LOCAL_SIZE", None)
     try:

@@ -1,6 +1,10 @@
 """Bad input reaches the user through the real `deepspeed` launcher: one line from rank 0, exit code 2."""
 
+import re
+from pathlib import Path
+
 import pytest
+import torch
 from distributed import launch
 from engine import toy_vqa
 
@@ -33,3 +37,28 @@ def test_a_shard_that_only_rank_1_misses_ends_both_ranks_in_one_line(tmp_path):
     lines = [line for line in result.output.splitlines() if "error: " in line]
     assert len(lines) == 1 and shards[last].name in lines[0], result.tail()
     assert "Traceback" not in result.output, result.tail()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="DeepSpeed makes these buffers on CPU only")
+def test_a_launch_leaves_no_buffer_in_shared_memory(tmp_path):
+    """DeepSpeed on CPU would leave 69 MB a rank, as the second launch shows."""
+    script = tmp_path / "join.py"
+    script.write_text(
+        "import os, sys, torch\n"
+        "from types import SimpleNamespace as S\n"
+        "from mmpeft_ds.engine import setup\n"
+        "import contextlib\n"
+        "if 'control' in sys.argv: setup.no_shared_buffers = contextlib.nullcontext\n"
+        "setup.start(S(engine=S(threads=1), seed=0))\n"
+        "torch.distributed.barrier()\n"
+        "print('port', os.environ['MASTER_PORT'], flush=True)\n"
+    )
+    left = {}
+    for mode in ("ours", "control"):
+        result = launch.run(script, mode, ranks=2, timeout=120)
+        assert result.code == 0, result.tail()
+        port = re.search(r"port (\d+)", result.output)[1]
+        left[mode] = list(Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{port}_*"))
+    for path in left["control"]:
+        path.unlink()
+    assert left["ours"] == [] and len(left["control"]) == 2

@@ -50,3 +50,16 @@ def test_train_then_evaluate_then_predict(tmp_path):
     answers = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
     assert [a["text"] for a in answers] == ["is it red ?", "what is it ?"]
     assert all(a["image"] == str(picture) and a["prediction"] in toy_vqa.LABELS for a in answers)
+
+
+@pytest.mark.distributed
+def test_a_run_that_does_not_improve_stops_early_and_is_finished(tmp_path):
+    toy_vqa.prepare(tmp_path)
+    sets = ["optim.lr=1e-12", "engine.patience=2", "engine.eval_every=1"]
+    words = [word for s in sets for word in ("--set", s)]
+    trained = call("launchers/train.py", "--recipe", tmp_path / "recipe.yaml", *words)
+    assert trained.returncode == 0, trained.stderr[-3000:]
+    steps = [json.loads(line)["step"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert steps == [1, 2, 3]  # of ten: the first evaluation is the best so far, two do not improve on it
+    final = json.loads((tmp_path / "run" / "finished.json").read_text())["metrics"]
+    assert final["best_step"] == 1 and (tmp_path / "run" / "adapter").is_dir()
