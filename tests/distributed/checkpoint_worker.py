@@ -1,4 +1,4 @@
-"""Ranks of test_checkpoint.py: a tiny model through real DeepSpeed engines, many cases in one launch.
+"""Ranks of test_checkpoint_ranks.py: a tiny model through real DeepSpeed engines, many cases in one launch.
 
     deepspeed checkpoint_worker.py WORK write|read
 

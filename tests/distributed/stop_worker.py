@@ -1,4 +1,4 @@
-"""Ranks of test_stop.py: a loop of collectives that stops when any rank has noticed a reason to.
+"""Ranks of test_stop_ranks.py: a loop of collectives that stops when any rank has noticed a reason to.
 
 deepspeed stop_worker.py FOLDER
 """
