@@ -173,6 +173,11 @@ def newest_valid(run_dir: str | Path) -> Path | None:
     return on_rank0(lambda: _newest_valid(Path(run_dir) / "checkpoints"))
 
 
+def best_valid(run_dir: str | Path) -> Path | None:
+    """The checkpoint that `best` names; None, with a warning, if it is missing or damaged. Collective."""
+    return on_rank0(lambda: _best_valid(Path(run_dir) / "checkpoints"))
+
+
 def damage(path: str | Path) -> str | None:
     """What is wrong with the checkpoint at `path` in a few words, or None if every file is what was written."""
     path = Path(path)
@@ -271,6 +276,16 @@ def _newest_valid(folder: Path) -> Path | None:
             f"{folder}: no checkpoint is whole ({'; '.join(complaints)}). Restore one, or start over with --fresh."
         )
     return None
+
+
+def _best_valid(folder: Path) -> Path | None:
+    pointer = folder / "best"
+    path = folder / pointer.read_text(errors="replace").strip() if pointer.is_file() else pointer
+    wrong = (damage(path) or _unreadable(path)) if path.is_dir() else f"{path.name} is missing"
+    if wrong is not None:
+        logger.warning("the best checkpoint is damaged: %s; the last weights are exported in its place", wrong)
+        return None
+    return path
 
 
 def _unreadable(path: Path) -> str | None:

@@ -240,11 +240,9 @@ class Training:
                 "zero_stage": self.built.stage,
             }
         )
-        best = self.run_dir.checkpoints / "best"
-        if state.best is not None and state.best_step != state.step:
-            checkpoint.load(
-                self.run_dir.checkpoints / best.read_text().strip(), self.built.engine, self.built.trainables
-            )
+        earlier = state.best is not None and state.best_step != state.step
+        if earlier and (best := checkpoint.best_valid(self.run_dir.path)) is not None:
+            checkpoint.load(best, self.built.engine, self.built.trainables)
         adapter.export(self.run_dir.adapter, self.built.engine, self.resolved, metrics)
         table = "\n".join(f"{name:>16}  {value}" for name, value in metrics.items())
         self.run_dir.finish(self.total, metrics, table)

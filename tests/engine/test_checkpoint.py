@@ -51,6 +51,17 @@ def test_no_checkpoints_are_no_error(tmp_path):
     assert checkpoint.newest_valid(tmp_path) is None
 
 
+def test_a_damaged_or_missing_best_is_told_and_left_out(tmp_path, caplog):
+    path = write(tmp_path, 5, best=True)
+    write(tmp_path, 10)
+    assert checkpoint.best_valid(tmp_path) == path
+    (path / "weights.safetensors").write_bytes(b"cut")
+    assert checkpoint.best_valid(tmp_path) is None
+    assert "best checkpoint is damaged: weights.safetensors" in caplog.text
+    (tmp_path / "checkpoints" / "best").unlink()
+    assert checkpoint.best_valid(tmp_path) is None
+
+
 @pytest.mark.parametrize("file", ["weights.safetensors", "optimizer.safetensors", "state.json"])
 def test_a_flipped_bit_falls_back_and_names_the_file(tmp_path, caplog, file):
     before = write(tmp_path, 5)
