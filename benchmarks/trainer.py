@@ -236,7 +236,7 @@ def _recipe(args: argparse.Namespace):
         [
             f"data.sources.0.dir={args.data}",
             f"data.validation.0.dir={args.data}",
-            f"engine.deepspeed=ds_configs/zero{args.stage}.json",
+            f"engine.deepspeed=ds_configs/{'zero3_cpu' if args.stage == 3 else f'zero{args.stage}'}.json",
             f"optim.max_steps={args.steps}",
             "optim.warmup=0",
             "data.verify=size",
