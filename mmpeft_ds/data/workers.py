@@ -121,6 +121,10 @@ class WorkerPool:
                 yield next(here)
             except StopIteration:
                 return
+        if isinstance(self._failure, (EOFError, OSError)):
+            # A signal to the whole group ended the fork server while it still imported: go on without workers.
+            yield from here
+            return
         if self._failure is not None:
             raise self._failure
         self._requests.pending = requests
