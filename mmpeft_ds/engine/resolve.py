@@ -26,8 +26,8 @@ from mmpeft_ds.data.options import SourceOptions
 from mmpeft_ds.engine.checks import check_coupling, check_fields, check_names, check_values
 from mmpeft_ds.engine.ds_config import check_ds_config
 from mmpeft_ds.errors import BadInput
+from mmpeft_ds.methods._tuner import to_float32
 from mmpeft_ds.methods.base import Method
-from mmpeft_ds.methods.routed_lora.model import to_float32
 from mmpeft_ds.recipe import Origin, Recipe, typed, where
 from mmpeft_ds.sites import find_sites
 from mmpeft_ds.tasks.base import Task

@@ -1,20 +1,18 @@
-"""Layers of routed LoRA: the low-rank path of a projection, and trained copies of norms."""
+"""Layers of routed LoRA: the low-rank path of a projection."""
 
 # B batch, L text length, m conditioning tokens, d in width, o width of a part, g parts of a fused projection, r rank
 
 from __future__ import annotations
 
-import contextlib
-import copy
 import math
 from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
-from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
 from mmpeft_ds.errors import BadInput
+from mmpeft_ds.methods._layers import SiteLayer, gathered
 from mmpeft_ds.methods.routed_lora.config import RoutedLoraConfig
 from mmpeft_ds.ops.route import pool_condition, route
 from mmpeft_ds.sites.base import base_layer, features
@@ -164,40 +162,7 @@ class RoutedDelta(nn.Module):
         return full
 
 
-class RoutedLoraLayer(BaseTunerLayer):
-    """What both wrappers share, and how the tuner finds them."""
-
-    def __init__(self, base: nn.Module, adapter_name: str):
-        self.base_layer = base
-        self._active_adapter = adapter_name
-        self._disable_adapters = False
-        self.merged_adapters = []
-        self._unmerged: dict[str, Tensor] | None = None
-
-    def _start_merge(self, adapter_names: list[str] | None) -> list[str]:
-        names = [n for n in check_adapters_to_merge(self, adapter_names) if n in self._get_available_adapters()]
-        if names and self._unmerged is None:
-            # Kept whole: subtracting the change again would not restore the bits.
-            self._unmerged = {k: p.detach().clone() for k, p in self.base_layer.named_parameters()}
-        return names
-
-    def unmerge(self) -> None:
-        """Restore the frozen tensors to the bit."""
-        if self._unmerged is not None:
-            with torch.no_grad():
-                for name, parameter in self.base_layer.named_parameters():
-                    parameter.copy_(self._unmerged[name])
-        self._unmerged = None
-        self.merged_adapters = []
-
-    def _frozen(self) -> bool:
-        """Whether the base runs alone."""
-        if self._disable_adapters and self.merged:
-            self.unmerge()
-        return self._disable_adapters or self.merged
-
-
-class RoutedLoraLinear(nn.Module, RoutedLoraLayer):
+class RoutedLoraLinear(nn.Module, SiteLayer):
     """A frozen Linear or Conv1D with routed low-rank paths beside it, one per adapter."""
 
     adapter_layer_names = ("routed_lora",)
@@ -205,7 +170,7 @@ class RoutedLoraLinear(nn.Module, RoutedLoraLayer):
 
     def __init__(self, base: nn.Module, adapter_name: str):
         nn.Module.__init__(self)
-        RoutedLoraLayer.__init__(self, base, adapter_name)
+        SiteLayer.__init__(self, base, adapter_name)
         self.in_features, self.out_features = features(base)
         self.routed_lora = nn.ModuleDict()
         self.configs: dict[str, RoutedLoraConfig] = {}
@@ -276,55 +241,3 @@ class RoutedLoraLinear(nn.Module, RoutedLoraLayer):
                 if delta.has_bias:
                     base.bias += (delta.bias - self._unmerged["bias"]).to(base.bias.dtype)
             self.merged_adapters.append(name)
-
-
-class TrainedNorm(nn.Module, RoutedLoraLayer):
-    """A frozen norm and a trained copy of it per adapter; the first active adapter that has one is used."""
-
-    adapter_layer_names = ("routed_lora_norm",)
-
-    def __init__(self, base: nn.Module, adapter_name: str):
-        nn.Module.__init__(self)
-        RoutedLoraLayer.__init__(self, base, adapter_name)
-        self.routed_lora_norm = nn.ModuleDict()
-
-    def update_layer(self, adapter_name: str, config: RoutedLoraConfig) -> None:
-        base = base_layer(self)
-        with gathered(list(base.parameters())):
-            norm = copy.deepcopy(base)
-        if next(norm.parameters()).dtype != torch.float64:
-            norm = norm.float()
-        self.routed_lora_norm[adapter_name] = norm
-        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """The norm of `x`, computed in the copy's dtype and returned in that of `x`."""
-        if not self._frozen():
-            for name in self.active_adapters:
-                if name in self.routed_lora_norm:
-                    norm = self.routed_lora_norm[name]
-                    dtype = norm.weight.dtype
-                    return norm(x) if x.dtype == dtype else norm(x.to(dtype)).to(x.dtype)
-        return self.base_layer(x)
-
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Put the trained values in the place of the frozen ones."""
-        for name in self._start_merge(adapter_names)[:1]:
-            trained = dict(self.routed_lora_norm[name].named_parameters())
-            with torch.no_grad():
-                for key, parameter in self.base_layer.named_parameters():
-                    parameter.copy_(trained[key])
-            self.merged_adapters.append(name)
-
-
-@contextlib.contextmanager
-def gathered(parameters: list[nn.Parameter]) -> Iterator[None]:
-    """The whole values of `parameters` on every rank, also where ZeRO-3 partitioned them at construction."""
-    partitioned = [p for p in parameters if hasattr(p, "ds_id")]
-    if not partitioned:
-        yield
-        return
-    import deepspeed  # only a model that DeepSpeed partitioned gets here
-
-    with deepspeed.zero.GatheredParameters(partitioned):
-        yield

@@ -3,71 +3,45 @@
 from __future__ import annotations
 
 import re
-from typing import Any
 
-import torch
-from peft.tuners.tuners_utils import BaseTuner
-from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 
 from mmpeft_ds.errors import BadInput
+from mmpeft_ds.methods._layers import SiteLayer, TrainedNorm
 from mmpeft_ds.methods._select import Selection, norms_like, select
+from mmpeft_ds.methods._tuner import SiteTuner
 from mmpeft_ds.methods.routed_lora.config import PEFT_TYPE, RoutedLoraConfig
-from mmpeft_ds.methods.routed_lora.layer import Parts, RoutedLoraLayer, RoutedLoraLinear, TrainedNorm
+from mmpeft_ds.methods.routed_lora.layer import Parts, RoutedLoraLinear
 from mmpeft_ds.ops.route import MIXES_TOKENS
 from mmpeft_ds.sites import Sites, find_sites
 
 
-class RoutedLoraModel(BaseTuner):
+class RoutedLoraModel(SiteTuner):
     """Tuner with the verbs of every peft tuner; see `RoutedLoraConfig`."""
 
     prefix = "routed_lora"
-    tuner_layer_cls = RoutedLoraLayer
-    target_module_mapping: dict[str, list[str]] = {}
 
-    def _prepare_adapter_config(self, peft_config: RoutedLoraConfig, model_config: dict) -> RoutedLoraConfig:
-        return peft_config
-
-    def _prepare_model(self, peft_config: RoutedLoraConfig, model: nn.Module) -> None:
-        sites = find_sites(model)
-        chosen = checked(peft_config, sites)
-        self._parts: dict[str, Parts] = {
-            path: tuple((p.start, p.width) for p in parts)
-            for path, parts in chosen.projections(peft_config.targets).items()
+    def places(self, config: RoutedLoraConfig, model: nn.Module) -> dict[str, Parts | None]:
+        """The parts of each projection; None for a norm."""
+        chosen = checked(config, find_sites(model))
+        projections = chosen.projections(config.targets)
+        found: dict[str, Parts | None] = {
+            path: tuple((p.start, p.width) for p in parts) for path, parts in projections.items()
         }
-        if isinstance(peft_config.train_norms, bool):
-            self._norms = set(chosen.norms() if peft_config.train_norms else ())
+        named = config.train_norms
+        norms = norms_like(model, named) if isinstance(named, list) else chosen.norms() if named else []
+        return found | dict.fromkeys(norms)
+
+    def wrap(
+        self, config: RoutedLoraConfig, adapter_name: str, target: nn.Module, place: Parts | None, path: str
+    ) -> nn.Module:
+        if place is None:
+            layer = target if isinstance(target, SiteLayer) else TrainedNorm(target, adapter_name, self.prefix)
+            layer.update_layer(adapter_name, config)
         else:
-            self._norms = set(norms_like(model, peft_config.train_norms))
-
-    def _check_target_module_exists(self, peft_config: RoutedLoraConfig, key: str) -> bool:
-        return key in self._parts or key in self._norms
-
-    def _create_and_replace(
-        self,
-        peft_config: RoutedLoraConfig,
-        adapter_name: str,
-        target: nn.Module,
-        target_name: str,
-        parent: nn.Module,
-        current_key: str,
-        parameter_name: str | None = None,
-    ) -> None:
-        parts = self._parts.get(current_key)
-        layer = target
-        if not isinstance(target, RoutedLoraLayer):
-            layer = (TrainedNorm if parts is None else RoutedLoraLinear)(target, adapter_name)
-        if parts is None:
-            layer.update_layer(adapter_name, peft_config)
-        else:
-            layer.update_layer(adapter_name, parts, peft_config, current_key)
-        if layer is not target:
-            self._replace_module(parent, target_name, layer, target)
-
-    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        """As every tuner; the whole modules that train beside the adapter become float32."""
-        super().inject_adapter(model, adapter_name, *args, **kwargs)
-        heads_in_float32(model, adapter_name)
+            layer = target if isinstance(target, SiteLayer) else RoutedLoraLinear(target, adapter_name)
+            layer.update_layer(adapter_name, place, config, path)
+        return layer
 
     def _check_merge_allowed(self) -> None:
         super()._check_merge_allowed()
@@ -135,22 +109,6 @@ def checked(config: RoutedLoraConfig, sites: Sites) -> Selection:
             "route; reshape_compat: true reproduces the published one, leak included."
         )
     return chosen
-
-
-def heads_in_float32(model: nn.Module, adapter_name: str) -> None:
-    """Whole modules that train beside an adapter are float32 too, and cast what they get."""
-    for module in model.modules():
-        if isinstance(module, ModulesToSaveWrapper) and adapter_name in module.modules_to_save:
-            head = module.modules_to_save[adapter_name]
-            half = [p for p in head.parameters() if p.dtype in (torch.float16, torch.bfloat16)]
-            if half:
-                head.float()
-                head.register_forward_pre_hook(to_float32)
-
-
-def to_float32(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Forward pre-hook of a float32 module in a half precision model."""
-    return tuple(a.float() if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in args)
 
 
 def _kind(name: str) -> str:

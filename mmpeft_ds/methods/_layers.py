@@ -1,0 +1,113 @@
+"""What the layers of every method share: adapter verbs, exact merging, trained copies of norms."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Iterator
+
+import torch
+from peft import PeftConfig
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from torch import Tensor, nn
+
+from mmpeft_ds.sites.base import base_layer
+
+
+class SiteLayer(BaseTunerLayer):
+    """A wrapper around one module of the frozen model; a subclass is an `nn.Module` as well, made first.
+
+    Args:
+        base: the frozen module.
+    """
+
+    def __init__(self, base: nn.Module, adapter_name: str):
+        self.base_layer = base
+        self._active_adapter = adapter_name
+        self._disable_adapters = False
+        self.merged_adapters = []
+        self._unmerged: dict[str, Tensor] | None = None
+
+    def _start_merge(self, adapter_names: list[str] | None) -> list[str]:
+        names = [n for n in check_adapters_to_merge(self, adapter_names) if n in self._get_available_adapters()]
+        if names and self._unmerged is None:
+            # Kept whole: subtracting the change again would not restore the bits.
+            self._unmerged = {k: p.detach().clone() for k, p in self.base_layer.named_parameters()}
+        return names
+
+    def unmerge(self) -> None:
+        """Restore the frozen tensors to the bit."""
+        if self._unmerged is not None:
+            with torch.no_grad():
+                for name, parameter in self.base_layer.named_parameters():
+                    parameter.copy_(self._unmerged[name])
+        self._unmerged = None
+        self.merged_adapters = []
+
+    def _frozen(self) -> bool:
+        """Whether the base runs alone."""
+        if self._disable_adapters and self.merged:
+            self.unmerge()
+        return self._disable_adapters or self.merged
+
+
+class TrainedNorm(nn.Module, SiteLayer):
+    """A frozen norm and a trained copy of it per adapter; the first active adapter that has one is used.
+
+    Args:
+        prefix: of the method's parameter names; peft finds the copies by it.
+    """
+
+    def __init__(self, base: nn.Module, adapter_name: str, prefix: str):
+        nn.Module.__init__(self)
+        SiteLayer.__init__(self, base, adapter_name)
+        self._copies = f"{prefix}_norm"
+        self.adapter_layer_names = (self._copies,)
+        setattr(self, self._copies, nn.ModuleDict())
+
+    @property
+    def copies(self) -> nn.ModuleDict:
+        """The trained norm of each adapter."""
+        return getattr(self, self._copies)
+
+    def update_layer(self, adapter_name: str, config: PeftConfig) -> None:
+        """Add an adapter, whose norm starts as the frozen one."""
+        base = base_layer(self)
+        with gathered(list(base.parameters())):
+            norm = copy.deepcopy(base)
+        if next(norm.parameters()).dtype != torch.float64:
+            norm = norm.float()
+        self.copies[adapter_name] = norm
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The norm of `x`, computed in the copy's dtype and returned in that of `x`."""
+        if not self._frozen():
+            for name in self.active_adapters:
+                if name in self.copies:
+                    norm = self.copies[name]
+                    dtype = norm.weight.dtype
+                    return norm(x) if x.dtype == dtype else norm(x.to(dtype)).to(x.dtype)
+        return self.base_layer(x)
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Put the trained values in the place of the frozen ones."""
+        for name in self._start_merge(adapter_names)[:1]:
+            trained = dict(self.copies[name].named_parameters())
+            with torch.no_grad():
+                for key, parameter in self.base_layer.named_parameters():
+                    parameter.copy_(trained[key])
+            self.merged_adapters.append(name)
+
+
+@contextlib.contextmanager
+def gathered(parameters: list[nn.Parameter]) -> Iterator[None]:
+    """The whole values of `parameters` on every rank, also where ZeRO-3 partitioned them at construction."""
+    partitioned = [p for p in parameters if hasattr(p, "ds_id")]
+    if not partitioned:
+        yield
+        return
+    import deepspeed  # only a model that DeepSpeed partitioned gets here
+
+    with deepspeed.zero.GatheredParameters(partitioned):
+        yield

@@ -1,0 +1,75 @@
+"""What the tuners of every method share: places found by the sites, float32 heads, sorting of parameter names."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peft import PeftConfig
+from peft.tuners.tuners_utils import BaseTuner
+from peft.utils.other import ModulesToSaveWrapper
+from torch import nn
+
+from mmpeft_ds.methods._layers import SiteLayer
+
+
+class SiteTuner(BaseTuner):
+    """A tuner whose places are full paths found by the sites, not a list of module names.
+
+    A subclass sets `prefix` and gives `places` and `wrap`; the verbs are those of every peft tuner.
+    """
+
+    tuner_layer_cls = SiteLayer
+    target_module_mapping: dict[str, list[str]] = {}
+
+    def places(self, config: PeftConfig, model: nn.Module) -> dict[str, Any]:
+        """Full path of each module to wrap, and what `wrap` needs to know about it. Raises BadInput."""
+        raise NotImplementedError
+
+    def wrap(self, config: PeftConfig, adapter_name: str, target: nn.Module, place: Any, path: str) -> nn.Module:
+        """`target` in a layer that holds this adapter; a `target` that is such a layer already gets one more."""
+        raise NotImplementedError
+
+    def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict) -> PeftConfig:
+        return peft_config
+
+    def _prepare_model(self, peft_config: PeftConfig, model: nn.Module) -> None:
+        self._places = self.places(peft_config, model)
+
+    def _check_target_module_exists(self, peft_config: PeftConfig, key: str) -> bool:
+        return key in self._places
+
+    def _create_and_replace(
+        self,
+        peft_config: PeftConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        layer = self.wrap(peft_config, adapter_name, target, self._places[current_key], current_key)
+        if layer is not target:
+            self._replace_module(parent, target_name, layer, target)
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """As every tuner; the whole modules that train beside the adapter become float32."""
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        heads_in_float32(model, adapter_name)
+
+
+def heads_in_float32(model: nn.Module, adapter_name: str) -> None:
+    """Whole modules that train beside an adapter are float32 too, and cast what they get."""
+    for module in model.modules():
+        if isinstance(module, ModulesToSaveWrapper) and adapter_name in module.modules_to_save:
+            head = module.modules_to_save[adapter_name]
+            half = [p for p in head.parameters() if p.dtype in (torch.float16, torch.bfloat16)]
+            if half:
+                head.float()
+                head.register_forward_pre_hook(to_float32)
+
+
+def to_float32(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Forward pre-hook of a float32 module in a half precision model."""
+    return tuple(a.float() if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in args)
