@@ -18,6 +18,7 @@ import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator
+from multiprocessing import resource_tracker
 from typing import Any
 
 import torch
@@ -99,7 +100,7 @@ class WorkerPool:
     def _start(self, needs_main: bool) -> None:
         before = set(multiprocessing.active_children())
         try:
-            with _main_hidden(not needs_main):
+            with _main_hidden(not needs_main), _signals_held():
                 # Nothing is asked for yet, so this only starts the workers, which stay.
                 iter(self._loader)
         except BaseException as error:  # noqa: BLE001 - raised where results are asked for
@@ -182,6 +183,20 @@ def _leave_with_parent() -> None:
     # The loader's own watch looks at the parent process, which is the fork server; that waits for its workers in turn.
     multiprocessing.parent_process().join()
     os._exit(1)
+
+
+@contextlib.contextmanager
+def _signals_held() -> Iterator[None]:
+    """Block SIGTERM and SIGINT in this thread, so that what it starts is born with them blocked.
+
+    A signal to the whole group must not end the fork server or a worker before it could say that it ignores them.
+    """
+    resource_tracker.ensure_running()  # else it starts with the first process, and unblocks both signals at its end
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @contextlib.contextmanager
