@@ -32,6 +32,7 @@ from mmpeft_ds.backbones.base import Backbone
 from mmpeft_ds.data import decode
 from mmpeft_ds.data.batch import Sample, pack
 from mmpeft_ds.engine import checkpoint, fingerprint, zero_state
+from mmpeft_ds.engine.forward import answer
 from mmpeft_ds.engine.rank0 import on_rank0, rank
 from mmpeft_ds.errors import BadInput, BadSample
 from mmpeft_ds.model_card import model_card
@@ -112,7 +113,7 @@ class Loaded:
         for start in range(0, len(images), batch):
             chosen = range(start, min(start + batch, len(images)))
             packed = self.batch([images[i] for i in chosen], [texts[i] for i in chosen], start)
-            outputs = self.model(**self.backbone.inputs(packed))
+            outputs = answer(self.model, self.backbone, self.task, packed)
             rows += self.task.predict(outputs, packed)
         return rows
 

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Protocol, runtime_checkable
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from mmpeft_ds.data.batch import PackedBatch
+from mmpeft_ds.data.batch import PackedBatch, Prompted, Written
 
 
 @runtime_checkable
@@ -40,7 +40,8 @@ class Backbone(Protocol):
 
     def collate_images(self, images: list[Any]) -> dict[str, Tensor]: ...
 
-    def collate_texts(self, texts: list[str]) -> dict[str, Tensor]: ...
+    def collate_texts(self, texts: list[str | Prompted]) -> dict[str, Tensor]:
+        """Forward arguments of the text side, each (T, L)."""
 
     def dummy(self, modality: str) -> Any:
         """The smallest raw `image` (uint8, before the transform) or `text` (str) that runs that modality's tower."""
@@ -50,6 +51,21 @@ class Backbone(Protocol):
 
     def frozen_prefix(self, model: PreTrainedModel) -> list[str]:
         """Paths of modules below the lowest trainable one, which run in eval mode without autograd."""
+
+
+class Writing(Protocol):
+    """What a backbone offers besides, if its model writes text."""
+
+    def read(self, outputs: Any, batch: PackedBatch) -> Written:
+        """What the task's loss sees of the model's outputs: logits aligned with labels."""
+
+    def generate(self, model: Any, batch: PackedBatch, **options: Any) -> list[str]:
+        """What the model writes after the prompt of each text of the batch, special tokens stripped.
+
+        Args:
+            model: the PeftModel; under ZeRO-3 all ranks call it together (`synced_gpus`).
+            options: of transformers' `generate` (num_beams, max_new_tokens, ...), as the task gives them.
+        """
 
 
 class Standardised(Protocol):

@@ -16,6 +16,43 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+
+@dataclass(frozen=True)
+class Prompted:
+    """A text in two parts, for models that write.
+
+    Attributes:
+        prompt: what the model reads; it takes no part in the loss.
+        target: what it should write; empty where nobody knows.
+    """
+
+    prompt: str
+    target: str = ""
+
+
+@dataclass
+class Written:
+    """What a model that writes says of the T texts of a batch; made by `Backbone.read`, consumed by tasks.
+
+    Attributes:
+        logits: (T, S, V); position s predicts `labels[:, s]`, whatever shift the family has.
+        labels: (T, S) int64 token ids, -100 where nothing is asked.
+        generated: T strings, in evaluation of a task with `generation`.
+        extra: further outputs of the family.
+    """
+
+    logits: Tensor
+    labels: Tensor
+    generated: list[str] | None = None
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    def token_losses(self, smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
+        """(T,) negative log-likelihood summed over the asked tokens, at least float32, and (T,) their number."""
+        logits = self.logits if self.logits.dtype == torch.float64 else self.logits.float()
+        losses = cross_entropy(logits.transpose(1, 2), self.labels, reduction="none", label_smoothing=smoothing)
+        return losses.sum(1), (self.labels != -100).sum(1)
 
 
 @dataclass
@@ -26,7 +63,7 @@ class Sample:
         sample_id: `dataset/key` as the manifest names it; empty for padding.
         weight: 1 for a good sample, 0 for padding, a bad sample or a dummy.
         images: transformed images (what the backbone's image transform returned), in order.
-        texts: raw strings.
+        texts: raw strings, or `Prompted` for models that write.
         targets: one task-defined target per text.
         record: the sample's json, for metrics and the page of predictions.
         bad: (kind, shard, key) when the sample could not be used.
@@ -35,7 +72,7 @@ class Sample:
     sample_id: str = ""
     weight: float = 0.0
     images: list[Any] = field(default_factory=list)
-    texts: list[str] = field(default_factory=list)
+    texts: list[str | Prompted] = field(default_factory=list)
     targets: list[Any] = field(default_factory=list)
     record: dict[str, Any] = field(default_factory=dict)
     bad: tuple[str, str, str] | None = None
@@ -54,7 +91,7 @@ class PackedBatch:
         text_owner: (T,) int64, slot that owns text j, non-decreasing.
         targets: what the task made of the targets, first dimension T.
         records: S json objects; raw texts are kept under `raw_texts`.
-        raw_texts: T strings.
+        raw_texts: T strings or `Prompted`.
         bad: (kind, shard, key) of the slots that could not be used.
     """
 
@@ -66,7 +103,7 @@ class PackedBatch:
     text_owner: Tensor
     targets: dict[str, Tensor]
     records: list[dict[str, Any]]
-    raw_texts: list[str]
+    raw_texts: list[str | Prompted]
     bad: list[tuple[str, str, str]]
 
     @property
@@ -113,7 +150,7 @@ def hash_id(sample_id: str) -> int:
 def pack(
     samples: Sequence[Sample],
     collate_images: Callable[[list[Any]], dict[str, Tensor]],
-    collate_texts: Callable[[list[str]], dict[str, Tensor]],
+    collate_texts: Callable[[list[Any]], dict[str, Tensor]],
     collate_targets: Callable[[list[Any]], dict[str, Tensor]],
 ) -> PackedBatch:
     """Pack `samples` into one batch; the three functions turn a flat, non-empty list into tensors.

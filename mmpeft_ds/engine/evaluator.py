@@ -12,6 +12,7 @@ from torch import Tensor
 from mmpeft_ds.data.batch import PackedBatch
 from mmpeft_ds.distributed import collectives
 from mmpeft_ds.engine import modality
+from mmpeft_ds.engine.forward import answer
 from mmpeft_ds.engine.rank0 import on_rank0
 from mmpeft_ds.errors import BadInput
 
@@ -77,7 +78,7 @@ def evaluate(
             if not any(present):  # padding on every rank
                 continue
             batch = modality.complete(batch, present, backbone, task).to(device)
-            outputs = model(**backbone.inputs(batch))
+            outputs = answer(model, backbone, task, batch)
             loss_sum += float(task.loss(outputs, batch))
             weight_sum += task.weight(batch)
             found = task.predict(outputs, batch)

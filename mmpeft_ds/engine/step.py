@@ -24,6 +24,7 @@ from mmpeft_ds.data.stream import BadBudget, Step
 from mmpeft_ds.distributed import collectives
 from mmpeft_ds.engine import gradients, modality
 from mmpeft_ds.engine.checkpoint import TrainState
+from mmpeft_ds.engine.forward import forward
 from mmpeft_ds.engine.resolve import Resolved
 from mmpeft_ds.engine.schedule import learning_rate
 from mmpeft_ds.engine.setup import Built, Ranks
@@ -181,7 +182,7 @@ class Stepper:
         for i, (batch, present) in enumerate(zip(micro, agreed.present, strict=True)):
             began = time.perf_counter()
             batch = modality.complete(batch, present, self.resolved.backbone, task).to(self.ranks.device)
-            outputs = self.engine(**self.resolved.backbone.inputs(batch))
+            outputs = forward(self.engine, self.resolved.backbone, batch)
             loss = task.loss(outputs, batch)
             forward_seconds += time.perf_counter() - began
             self.engine.backward(loss * scale)

@@ -42,6 +42,8 @@ class AttentionSite:
         norm: full path of the LayerNorm of this sublayer; `pre_norm` says on which side it stands.
         cross: keys and values come from another sequence.
         causal: later tokens are masked.
+        block: full path of the transformer layer.
+        output: full path of the dropout between `out` and the residual add, where the family has one of its own.
     """
 
     path: str
@@ -58,6 +60,13 @@ class AttentionSite:
     pre_norm: bool
     cross: bool = False
     causal: bool = False
+    block: str = ""
+    output: str | None = None
+
+    @property
+    def end(self) -> str:
+        """Full path of the last module before the residual add: its result is this sublayer's."""
+        return self.output or self.out.path
 
     @property
     def fused(self) -> bool:
@@ -66,8 +75,12 @@ class AttentionSite:
 
 @dataclass(frozen=True)
 class FFNSite:
-    """One feed-forward block: `up` widens, `down` returns to the model width; `output` is the module after whose
-    result the residual is added."""
+    """One feed-forward block: `up` widens, `down` returns to the model width. The rest as in `AttentionSite`.
+
+    Attributes:
+        activation: its non-linearity, as transformers names it (a key of `ACT2FN`).
+        gate: the second widening projection of a gated block (SwiGLU), else None.
+    """
 
     path: str
     tower: str
@@ -78,6 +91,14 @@ class FFNSite:
     norm: str | None
     pre_norm: bool
     activation: str
+    block: str = ""
+    output: str | None = None
+    gate: Projection | None = None
+
+    @property
+    def end(self) -> str:
+        """Full path of the last module before the residual add: its result is this sublayer's."""
+        return self.output or self.down.path
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,9 @@ class Task(Protocol):
         couples_samples: the loss of one sample depends on others of the step (graph, InfoNCE): no accumulation.
         better: `max` or `min`, the direction of `main_metric`.
         main_metric: key of `score` used for best and early stopping.
+
+    A task whose model writes its answers has besides `generation`, a dict of options for `Backbone.generate`; then
+    `read` returns `Prompted` texts and `predict` finds `outputs.generated` (see `data.batch.Written`).
     """
 
     Options: ClassVar[type]
@@ -30,7 +33,7 @@ class Task(Protocol):
 
     def __init__(self, options: Any, labels: list[str] | None): ...
 
-    def read(self, record: dict[str, Any], generator: torch.Generator) -> tuple[list[str], list[Any]]:
+    def read(self, record: dict[str, Any], generator: torch.Generator) -> tuple[list[Any], list[Any]]:
         """Texts of one sample and a target for each. Raises BadSample."""
 
     def collate(self, targets: list[Any]) -> dict[str, Tensor]: ...

@@ -37,6 +37,7 @@ def reader(
             norm=f"{path}.{norms[0]}",
             pre_norm=True,
             causal=causal(block),
+            block=path,
         )
         gated = hasattr(layer.mlp, "gate_proj")
         ffn = FFNSite(
@@ -47,6 +48,8 @@ def reader(
             norm=f"{path}.{norms[1]}",
             pre_norm=True,
             activation="silu" if gated else module.config.hidden_act,
+            block=path,
+            gate=block.projection("mlp.gate_proj") if gated else None,
         )
         return Sites([site], [ffn])
 

@@ -25,6 +25,8 @@ def read(block: Block) -> Sites:
             pre_norm=False,
             cross=cross,
             causal=layer.is_decoder and not cross,
+            block=block.path,
+            output=f"{block.path}.{name}.output.dropout",
         )
 
     sites = [attention("attention", cross=False)]
@@ -38,6 +40,8 @@ def read(block: Block) -> Sites:
         norm=f"{block.path}.output.LayerNorm",
         pre_norm=False,
         activation=_name(layer.attention.self.config.hidden_act),
+        block=block.path,
+        output=f"{block.path}.output.dropout",
     )
     return Sites(sites, [ffn])
 

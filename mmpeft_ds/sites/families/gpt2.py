@@ -23,6 +23,8 @@ def read(block: Block) -> Sites:
             norm=f"{path}.ln_1",
             pre_norm=True,
             causal=True,
+            block=path,
+            output=f"{path}.attn.resid_dropout",
         )
     ]
     if hasattr(layer, "crossattention"):
@@ -39,6 +41,8 @@ def read(block: Block) -> Sites:
                 norm=f"{path}.ln_cross_attn",
                 pre_norm=True,
                 cross=True,
+                block=path,
+                output=f"{path}.crossattention.resid_dropout",
             )
         )
     ffn = FFNSite(
@@ -49,6 +53,8 @@ def read(block: Block) -> Sites:
         norm=f"{path}.ln_2",
         pre_norm=True,
         activation=layer.attn.config.activation_function,
+        block=path,
+        output=f"{path}.mlp.dropout",
     )
     return Sites(attention, [ffn])
 
