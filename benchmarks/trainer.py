@@ -6,7 +6,8 @@
     python benchmarks/trainer.py --same      only the losses of both on the very same batches
 
 The peer trains as its users do: a map-style data set of (image, question, answer), one image a question. Ours reads
-the shards and runs the vision tower once per image. Both have the same towers, the same routed LoRA through the same
+the shards, runs the vision tower once per image, and ends the last text layer at the position that the head reads.
+Both have the same towers and the same routed LoRA through the same
 tuner, AdamW, 2 ranks x 1 thread. A sample is a question.
 """
 
@@ -126,7 +127,9 @@ def peer(args: argparse.Namespace) -> dict:
                 torch.distributed.all_reduce(weight)
                 loss = total * world / weight
             else:
-                logits = model(**{k: v for k, v in inputs.items() if k != "labels"}).logits
+                # stock layers to their end, as a user's own composition of both towers has them
+                wanted = {k: v for k, v in inputs.items() if k != "labels"}
+                logits = model(**wanted, return_last_hidden_state=True).logits
                 loss = torch.nn.functional.cross_entropy(logits, inputs["labels"])
             mean = loss.detach().clone()
             torch.distributed.all_reduce(mean)

@@ -7,6 +7,7 @@ Source: RoBERTa + ViT of the routing paper (arXiv 2403.09377; specs/routing.md 2
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -74,7 +75,7 @@ class VisionTextEncoderOutput(ModelOutput):
         logits: (T, num_labels).
         image_features: (I, m, d) as the tower gave them, before `feature_norm`, to be passed back instead of pixels;
             row 0 of an image is its pooled vector. None without images.
-        last_hidden_state: (T, P + L, d).
+        last_hidden_state: (T, P + L, d), if it was asked for.
     """
 
     logits: Tensor | None = None
@@ -188,6 +189,7 @@ class VisionTextEncoder(PreTrainedModel):
         self.head = Head(config)
         # Modules as pretrained, without the adapters that come later. The tuple of lists is no submodule to nn.Module.
         object.__setattr__(self, "_frozen", (list(self.vision_model.modules()), list(self.text_model.modules())))
+        self.text_model.encoder.layer[-1].attention.output.register_forward_pre_hook(_only_read)
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -221,6 +223,7 @@ class VisionTextEncoder(PreTrainedModel):
         image_owner: Tensor | None = None,
         text_owner: Tensor | None = None,
         num_slots: int | None = None,
+        return_last_hidden_state: bool = False,
         return_dict: bool | None = None,
     ) -> VisionTextEncoderOutput:
         """Answer every text from the images of its slot.
@@ -234,6 +237,8 @@ class VisionTextEncoder(PreTrainedModel):
             image_owner: (I,) slot of each image, non-decreasing; None: image i belongs to slot i.
             text_owner: (T,) slot of each text; None: text j belongs to slot j.
             num_slots: S; None: as many as texts.
+            return_last_hidden_state: finish the last layer for all positions, and return them. The head reads one
+                position a text (or the mean of all), and without need the others end at the last attention.
             return_dict: accepted for transformers' sake; the output is always a ModelOutput.
         """
         images = self.encode_images(pixel_values, image_features)
@@ -241,10 +246,17 @@ class VisionTextEncoder(PreTrainedModel):
         vectors, keep = self._of_texts(normed, input_ids, image_owner, text_owner, num_slots)
         prefix, prefix_keep = self._prefix(vectors, keep)
         hidden, mask = self._embed(input_ids, attention_mask, prefix, prefix_keep)
-        with conditioned(self._condition(vectors, keep, attention_mask, prefix_keep)):
+        condition, read = self._condition(vectors, keep, attention_mask, prefix_keep), None
+        if self.config.head_input != "mean":
+            read = _first_position(prefix_keep, hidden.shape[1])
+            if not return_last_hidden_state and self._last_layer_is_tokenwise():
+                condition = dataclasses.replace(condition, read=read)
+        with conditioned(condition):
             hidden = self.text_model.encoder(hidden, attention_mask=mask).last_hidden_state
-        logits = self.head(self._head_input(hidden, attention_mask, prefix_keep))
-        return VisionTextEncoderOutput(logits=logits, image_features=images, last_hidden_state=hidden)
+        logits = self.head(self._head_input(hidden, attention_mask, prefix_keep, read))
+        return VisionTextEncoderOutput(
+            logits=logits, image_features=images, last_hidden_state=hidden if return_last_hidden_state else None
+        )
 
     def encode_images(self, pixel_values: Tensor | None, image_features: Tensor | None = None) -> Tensor | None:
         """(I, m, d) features as the tower gives them, m = 1 or 1 + tokens; None without images."""
@@ -347,21 +359,55 @@ class VisionTextEncoder(PreTrainedModel):
             )
         return hidden, attention_mask
 
-    def _head_input(self, hidden: Tensor, attention_mask: Tensor | None, prefix_keep: Tensor) -> Tensor:
-        """(T, d): the first token that counts, raw or through the frozen pooler, or the mean of all that count."""
+    def _last_layer_is_tokenwise(self) -> bool:
+        """After its attention the last layer mixes no tokens, whatever adapters are in it."""
+        layer = self.text_model.encoder.layer[-1]
+        parts = (layer.attention.output, layer.intermediate, layer.output)
+        wrappers = [m for part in parts for m in part.modules() if hasattr(m, "base_layer")]
+        return all(getattr(m, "tokenwise", False) for m in wrappers)
+
+    def _head_input(
+        self, hidden: Tensor, attention_mask: Tensor | None, prefix_keep: Tensor, read: Tensor | None
+    ) -> Tensor:
+        """(T, d): the position that is read, raw or through the frozen pooler, or the mean of all that count."""
         length = prefix_keep.shape[1]
-        if self.config.head_input == "mean":
+        if read is None:
             words = torch.ones(hidden.shape[0], hidden.shape[1] - length, device=hidden.device)
             keep = torch.cat(
                 [prefix_keep.to(words.dtype), words if attention_mask is None else attention_mask.to(words.dtype)], 1
             )
             keep = keep.to(hidden.dtype).unsqueeze(2)
             return (hidden * keep).sum(1) / keep.sum(1)
-        first = hidden[:, 0]
-        if length:
-            # A text without image reads its own first token.
-            first = torch.where(prefix_keep[:, :1], first, hidden[:, length])
-        return self.text_model.pooler(first.unsqueeze(1)) if self.config.head_input == "pooler" else first
+        first = _take(hidden, read) if hidden.shape[1] == read.shape[1] else hidden
+        return self.text_model.pooler(first) if self.config.head_input == "pooler" else first[:, 0]
+
+
+def _first_position(prefix_keep: Tensor, length: int) -> Tensor:
+    """(T, L) bool: position 0, or the first token of the text itself where it has no image."""
+    prefix = prefix_keep.shape[1]
+    read = torch.zeros(len(prefix_keep), length, dtype=torch.bool, device=prefix_keep.device)
+    if prefix == 0:
+        read[:, 0] = True
+    else:
+        read[:, 0] = prefix_keep[:, 0]
+        read[:, prefix] = ~prefix_keep[:, 0]
+    return read
+
+
+def _take(hidden: Tensor, read: Tensor) -> Tensor:
+    """(T, 1, d) the position of each row that `read` marks."""
+    at = read.to(torch.uint8).argmax(1)
+    return hidden.gather(1, at[:, None, None].expand(-1, 1, hidden.shape[2]))
+
+
+def _only_read(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+    """Forward pre-hook of the last layer's attention output: from here on no token sees another."""
+    condition = condition_context.current()
+    read = None if condition is None else condition.read
+    # another length: somebody has inserted tokens of their own
+    if read is None or any(a.shape[1] != read.shape[1] for a in args):
+        return None
+    return tuple(_take(a, read) for a in args)
 
 
 AutoConfig.register(VisionTextEncoderConfig.model_type, VisionTextEncoderConfig, exist_ok=True)

@@ -17,9 +17,14 @@ from mmpeft_ds.sites.base import base_layer
 class SiteLayer(BaseTunerLayer):
     """A wrapper around one module of the frozen model; a subclass is an `nn.Module` as well, made first.
 
+    Attributes:
+        tokenwise: a token's output depends on that token alone, so a backbone may leave out tokens that nobody reads.
+
     Args:
         base: the frozen module.
     """
+
+    tokenwise = False
 
     def __init__(self, base: nn.Module, adapter_name: str):
         self.base_layer = base
@@ -57,6 +62,8 @@ class TrainedNorm(nn.Module, SiteLayer):
     Args:
         prefix: of the method's parameter names; peft finds the copies by it.
     """
+
+    tokenwise = True
 
     def __init__(self, base: nn.Module, adapter_name: str, prefix: str):
         nn.Module.__init__(self)

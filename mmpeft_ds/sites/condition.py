@@ -28,6 +28,7 @@ class Condition:
         mask: (B, m) bool, True = keep; None keeps all.
         own_mask: (B, L) bool mask of the tower's own tokens, for layers that pool their own input.
         encoder: (B, n, d) states that cross-attention reads, and `encoder_mask` (B, n).
+        read: (B, L) bool, the one position of each row whose final state is read; None: all may be.
     """
 
     tokens: Tensor | None = None
@@ -35,6 +36,7 @@ class Condition:
     own_mask: Tensor | None = None
     encoder: Tensor | None = None
     encoder_mask: Tensor | None = None
+    read: Tensor | None = None
 
     def expand_to(self, rows: int) -> Condition:
         """Follow beam expansion: row b of the condition serves rows b*k ... b*k+k-1.
@@ -51,7 +53,7 @@ class Condition:
         return any(t is not None and t.requires_grad for t in (self.tokens, self.encoder))
 
     def _tensors(self) -> tuple[Tensor | None, ...]:
-        return self.tokens, self.mask, self.own_mask, self.encoder, self.encoder_mask
+        return self.tokens, self.mask, self.own_mask, self.encoder, self.encoder_mask, self.read
 
 
 def _expand(tensor: Tensor | None, rows: int) -> Tensor | None:

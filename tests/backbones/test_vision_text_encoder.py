@@ -137,10 +137,62 @@ def test_the_embedding_module_is_applied_twice_only_if_asked(towers):
                 "input_ids": batch["input_ids"][:2],
                 "attention_mask": batch["attention_mask"][:2],
                 "text_owner": None,
-            }
+            },
+            return_last_hidden_state=True,
         )
     torch.testing.assert_close(got.last_hidden_state, stock.last_hidden_state, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(got.logits, twice.head(stock.pooler_output), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("head_input", ["pooler", "raw"])
+def test_the_last_layer_finishes_only_the_position_that_is_read(towers, head_input, checkpointing):
+    """Same logits and gradients as with all positions, also where one text has an image and another has none."""
+    backbone = entry(towers, head_input=head_input)
+    config = mmpeft_ds.RoutedLoraConfig(r=4, train_norms=True, train_bias=True)
+    model = peft.get_peft_model(backbone.build().double(), config)
+    for name, parameter in model.named_parameters():
+        if name.endswith("B"):
+            torch.nn.init.normal_(parameter)
+    if checkpointing:
+        model.get_base_model()._set_gradient_checkpointing(True)
+    batch = inputs(backbone, images=1)
+    batch["pixel_values"] = batch["pixel_values"].double() / 255
+    rows = []
+    watched = model.get_base_model().text_model.encoder.layer[-1].intermediate
+    hook = watched.register_forward_hook(lambda module, args, out: rows.append(out.shape[1]))
+    results = []
+    for whole in (False, True):
+        model.zero_grad()
+        out = model(**batch, return_last_hidden_state=whole)
+        (out.logits * torch.arange(out.logits.numel()).view_as(out.logits)).sum().backward()
+        results.append([out.logits.detach(), *(p.grad for p in model.parameters() if p.requires_grad)])
+        assert (out.last_hidden_state is not None) == whole
+    hook.remove()
+    assert set(rows) == {1, batch["input_ids"].shape[1] + 1}  # it really left the others out
+    for short, long in zip(*results, strict=True):
+        torch.testing.assert_close(short, long, atol=1e-10, rtol=1e-9)
+    assert all(g is not None and g.any() for g in results[0])
+
+
+def test_an_adapter_that_mixes_tokens_gets_all_of_them(towers):
+    class Mean(torch.nn.Module):
+        def __init__(self, base):
+            super().__init__()
+            self.base_layer = base
+
+        def forward(self, x):
+            return self.base_layer(x) + x.mean(1, keepdim=True)
+
+    model = entry(towers).build()
+    batch = inputs(entry(towers))
+    output = model.text_model.encoder.layer[-1].output
+    output.dropout = Mean(output.dropout)
+    with torch.no_grad():
+        got, want = model(**batch).logits, model(**batch, return_last_hidden_state=True).logits
+        assert torch.equal(got, want)
+        output.dropout.tokenwise = True  # a lie changes the answer
+        assert not torch.allclose(model(**batch).logits, want)
 
 
 def test_the_condition_is_the_mean_over_the_images_of_a_slot_and_zero_without(towers):
