@@ -1,4 +1,4 @@
-"""What the layers of every method share: adapter verbs, exact merging, trained copies of norms."""
+"""What the layers of every method share: adapter verbs, exact merging, trained copies of norms and biases."""
 
 from __future__ import annotations
 
@@ -33,19 +33,21 @@ class SiteLayer(BaseTunerLayer):
         self.merged_adapters = []
         self._unmerged: dict[str, Tensor] | None = None
 
-    def _start_merge(self, adapter_names: list[str] | None) -> list[str]:
+    def _start_merge(self, adapter_names: list[str] | None, changes: tuple[str, ...] | None = None) -> list[str]:
+        """Adapters to merge; keeps the frozen tensors that merging `changes` (all of them by default)."""
         names = [n for n in check_adapters_to_merge(self, adapter_names) if n in self._get_available_adapters()]
         if names and self._unmerged is None:
             # Kept whole: subtracting the change again would not restore the bits.
-            self._unmerged = {k: p.detach().clone() for k, p in self.base_layer.named_parameters()}
+            kept = self.base_layer.named_parameters()
+            self._unmerged = {k: p.detach().clone() for k, p in kept if changes is None or k in changes}
         return names
 
     def unmerge(self) -> None:
         """Restore the frozen tensors to the bit."""
         if self._unmerged is not None:
             with torch.no_grad():
-                for name, parameter in self.base_layer.named_parameters():
-                    parameter.copy_(self._unmerged[name])
+                for name, frozen in self._unmerged.items():
+                    self.base_layer.get_parameter(name).copy_(frozen)
         self._unmerged = None
         self.merged_adapters = []
 
@@ -104,6 +106,71 @@ class TrainedNorm(nn.Module, SiteLayer):
             with torch.no_grad():
                 for key, parameter in self.base_layer.named_parameters():
                     parameter.copy_(trained[key])
+            self.merged_adapters.append(name)
+
+
+class HeldBias(nn.Module):
+    """A trained copy of a frozen bias. A module of its own, so that DeepSpeed's hooks gather it where it is used.
+
+    Args:
+        frozen: the bias, whole (see `gathered`).
+    """
+
+    def __init__(self, frozen: nn.Parameter):
+        super().__init__()
+        dtype = torch.float64 if frozen.dtype == torch.float64 else torch.float32
+        self.bias = nn.Parameter(frozen.detach().to(dtype, copy=True))
+        # Under ZeRO-3 the frozen bias may be away when it has to be taken off the output again.
+        self.register_buffer("frozen", frozen.detach().clone(), persistent=False)
+
+    def forward(self, out: Tensor) -> Tensor:
+        """`out`, which holds the frozen bias, with the trained one in its place; shape and dtype stay."""
+        return (out + (self.bias - self.frozen)).to(out.dtype)
+
+
+class TrainedBias(nn.Module, SiteLayer):
+    """A frozen Linear, Conv1D or norm and a trained copy of its bias per adapter; the first active adapter that has
+    one is used.
+
+    Args:
+        prefix: of the method's parameter names; peft finds the copies by it. They are called
+            `PATH.{prefix}_bias.ADAPTER.bias`.
+    """
+
+    def __init__(self, base: nn.Module, adapter_name: str, prefix: str):
+        nn.Module.__init__(self)
+        SiteLayer.__init__(self, base, adapter_name)
+        self._copies = f"{prefix}_bias"
+        self.adapter_layer_names = (self._copies,)
+        setattr(self, self._copies, nn.ModuleDict())
+
+    @property
+    def copies(self) -> nn.ModuleDict:
+        """The trained bias of each adapter."""
+        return getattr(self, self._copies)
+
+    def update_layer(self, adapter_name: str, config: PeftConfig) -> None:
+        """Add an adapter, whose bias starts as the frozen one."""
+        bias = base_layer(self).bias
+        with gathered([bias]):
+            self.copies[adapter_name] = HeldBias(bias)
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def forward(self, x: Tensor, *args: object, **kwargs: object) -> Tensor:
+        """What the base gives for `x`, with the trained bias in the place of the frozen one."""
+        frozen = self._frozen()
+        out = self.base_layer(x, *args, **kwargs)
+        if not frozen:
+            for name in self.active_adapters:
+                if name in self.copies:
+                    return self.copies[name](out)
+        return out
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Put the trained bias in the place of the frozen one."""
+        for name in self._start_merge(adapter_names, ("bias",))[:1]:
+            with torch.no_grad():
+                self.base_layer.bias.copy_(self.copies[name].bias)
             self.merged_adapters.append(name)
 
 

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 
 from mmpeft_ds.errors import BadInput
@@ -70,14 +72,47 @@ def norms_like(model: nn.Module, patterns: Sequence[str]) -> list[str]:
     Raises:
         BadInput: if a pattern matches no norm.
     """
-    norms = [path for path, module in model.named_modules() if "Norm" in type(base_layer(module)).__name__]
-    # Copies that an earlier adapter trains are no norms of the model.
-    copies = (".routed_lora_norm.", ".modules_to_save.", ".original_module.", ".base_layer.")
-    norms = [path for path in norms if not any(part in f".{path}." for part in copies)]
+    norms = [path for path, module in _of_the_model(model) if "Norm" in type(base_layer(module)).__name__]
+    return _matching("train_norms", "norm", norms, patterns)
+
+
+def biases_like(model: nn.Module, patterns: Sequence[str], key: str = "train_biases") -> list[str]:
+    """Full paths of the Linear, Conv1D and norm modules of `model` that have a bias and match one of `patterns`.
+
+    Args:
+        patterns: shell-style patterns of full module paths; `*` takes all.
+        key: the config's name for `patterns`, said in errors.
+
+    Raises:
+        BadInput: if a pattern matches no such module.
+    """
+    biased = [path for path, module in _of_the_model(model) if has_bias(base_layer(module))]
+    return _matching(key, "module with a bias", biased, patterns)
+
+
+def has_bias(module: nn.Module) -> bool:
+    """Whether `module` is a Linear, a Conv1D or a norm that adds a bias to its output."""
+    adds = isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D" or "Norm" in type(module).__name__
+    return adds and isinstance(getattr(module, "bias", None), nn.Parameter)
+
+
+def _of_the_model(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Modules of the frozen model in order, not those that adapters brought: copies, whole heads, wrapped bases."""
+    found, inside = [], ()
+    for path, module in model.named_modules():
+        if inside and path.startswith(inside):
+            continue
+        found.append((path, module))
+        if isinstance(module, BaseTunerLayer | ModulesToSaveWrapper):
+            inside += (f"{path}.",)
+    return found
+
+
+def _matching(key: str, what: str, paths: list[str], patterns: Sequence[str]) -> list[str]:
     for pattern in patterns:
-        if not any(fnmatchcase(path, pattern) for path in norms):
-            raise BadInput(f"train_norms: {pattern!r} matches no norm. Norms are named like {', '.join(norms[:3])}.")
-    return [path for path in norms if any(fnmatchcase(path, p) for p in patterns)]
+        if not any(fnmatchcase(path, pattern) for path in paths):
+            raise BadInput(f"{key}: {pattern!r} matches no {what}. They are named like {', '.join(paths[:3])}.")
+    return [path for path in paths if any(fnmatchcase(path, p) for p in patterns)]
 
 
 def _tower(sites: Sites, wanted: str | None) -> str:
