@@ -1,8 +1,8 @@
 """Mode approximation: one three-way factorisation of all weight updates of a model, and what it adds to each map."""
 
 # R rank, K modes (weight updates) of one map, D width of the factors, c chunks of a feed-forward block (hidden = c D).
-# `core` is the full (R, R, R) tensor (Tucker form) or its superdiagonal (R,) (CP form); both give the same numbers when
-# the full core is zero off its superdiagonal.
+# `core` is the full (R, R, R) tensor (Tucker form) or its superdiagonal (R,) (CP form); both give the same numbers
+# when the full core is zero off its superdiagonal.
 
 from __future__ import annotations
 
