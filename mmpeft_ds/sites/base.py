@@ -69,6 +69,16 @@ class AttentionSite:
         return self.output or self.out.path
 
     @property
+    def head_dim(self) -> int:
+        """Width of one head."""
+        return self.q.width // self.heads
+
+    @property
+    def kv_heads(self) -> int:
+        """Heads of k and v: fewer than `heads` where groups of query heads share them."""
+        return self.k.width // self.head_dim
+
+    @property
     def fused(self) -> bool:
         return self.q.path == self.v.path
 
