@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import importlib.util
 import json
 import logging
 import os
@@ -118,7 +119,7 @@ def load_tower(
         BadInput: if there are no weights, or the checkpoint lacks some that the tower needs: they would be random.
     """
     try:
-        with _quiet_loading():
+        with quiet_loading():
             model, info = AutoModel.from_pretrained(
                 locate(name, where), config=config, output_loading_info=True, **kwargs
             )
@@ -216,6 +217,15 @@ def weights_hash(name: str, where: str) -> str:
     return digest.hexdigest()
 
 
+def choose_attention(wanted: str, dtype: torch.dtype) -> str:
+    """`wanted`, or for `auto`: flash-attn where it is installed, on CUDA, with a half precision base; else SDPA."""
+    if wanted != "auto":
+        return wanted
+    half = dtype in (torch.bfloat16, torch.float16)
+    flash = half and torch.cuda.is_available() and importlib.util.find_spec("flash_attn") is not None
+    return "flash_attention_2" if flash else "sdpa"
+
+
 def _file(place: str, file: str) -> str | None:
     """Path of a file of a local directory or of the hub cache, None if it has none."""
     try:
@@ -231,7 +241,7 @@ def _side(image_size: Any) -> int:
 
 
 @contextlib.contextmanager
-def _quiet_loading() -> Iterator[None]:
+def quiet_loading() -> Iterator[None]:
     """Keep transformers from listing the weights of unused layers; what is missing is checked by the caller."""
     logger = logging.getLogger("transformers")
     before = logger.level

@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 import functools
 import hashlib
-import importlib.util
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -304,7 +303,7 @@ class VisionTextEncoderBackbone:
             if names
             else {"num_labels": self._num_labels}
         )
-        attention = choose_attention(self.attention, self.dtype)
+        attention = _towers.choose_attention(self.attention, self.dtype)
         config = VisionTextEncoderConfig(
             vision_config=copy.deepcopy(self._vision_config),
             text_config=copy.deepcopy(self._text_config),
@@ -346,19 +345,10 @@ class VisionTextEncoderBackbone:
             )
 
     def _loading(self) -> dict[str, Any]:
-        return {"dtype": self.dtype, "attn_implementation": choose_attention(self.attention, self.dtype)}
+        return {"dtype": self.dtype, "attn_implementation": _towers.choose_attention(self.attention, self.dtype)}
 
 
 ENTRY = VisionTextEncoderBackbone
-
-
-def choose_attention(wanted: str, dtype: torch.dtype) -> str:
-    """`wanted`, or for `auto`: flash-attn where it is installed, on CUDA, with a half precision base; else SDPA."""
-    if wanted != "auto":
-        return wanted
-    half = dtype in (torch.bfloat16, torch.float16)
-    flash = half and torch.cuda.is_available() and importlib.util.find_spec("flash_attn") is not None
-    return "flash_attention_2" if flash else "sdpa"
 
 
 @torch.no_grad()
