@@ -1,57 +1,11 @@
-"""BERT, RoBERTa and XLM-RoBERTa: separate query, key and value; LayerNorm after the residual add."""
+"""BERT, RoBERTa and XLM-RoBERTa."""
 
-from __future__ import annotations
+from mmpeft_ds.sites.base import Family
+from mmpeft_ds.sites.families._post_norm import reader
 
-from mmpeft_ds.sites.base import AttentionSite, Block, Family, FFNSite, Sites
-
-
-def read(block: Block) -> Sites:
-    """Sites of one post-norm BERT layer, and cross-attention where it has one."""
-    layer = block.module
-    where = {"tower": block.tower, "modality": block.modality, "layer": block.layer}
-
-    def attention(name: str, cross: bool) -> AttentionSite:
-        q = block.projection(f"{name}.self.query")
-        return AttentionSite(
-            path=f"{block.path}.{name}",
-            **where,
-            q=q,
-            k=block.projection(f"{name}.self.key"),
-            v=block.projection(f"{name}.self.value"),
-            out=block.projection(f"{name}.output.dense"),
-            heads=layer.get_submodule(f"{name}.self").num_attention_heads,
-            in_width=q.in_width,
-            norm=f"{block.path}.{name}.output.LayerNorm",
-            pre_norm=False,
-            cross=cross,
-            causal=layer.is_decoder and not cross,
-            block=block.path,
-            output=f"{block.path}.{name}.output.dropout",
-        )
-
-    sites = [attention("attention", cross=False)]
-    if hasattr(layer, "crossattention"):
-        sites.append(attention("crossattention", cross=True))
-    ffn = FFNSite(
-        path=block.path,
-        **where,
-        up=block.projection("intermediate.dense"),
-        down=block.projection("output.dense"),
-        norm=f"{block.path}.output.LayerNorm",
-        pre_norm=False,
-        activation=_name(layer.attention.self.config.hidden_act),
-        block=block.path,
-        output=f"{block.path}.output.dropout",
-    )
-    return Sites(sites, [ffn])
-
-
-def _name(activation: object) -> str:
-    return activation if isinstance(activation, str) else type(activation).__name__
-
-
+READ = reader(causal=lambda block: block.module.is_decoder)
 NAMES = ("Bert", "Roberta", "XLMRoberta")
 ENTRY = Family(
     towers={f"{n}Model": "text" for n in NAMES},
-    layers={f"{n}Layer": read for n in NAMES},
+    layers={f"{n}Layer": READ for n in NAMES},
 )
