@@ -29,6 +29,8 @@ class Condition:
         own_mask: (B, L) bool mask of the tower's own tokens, for layers that pool their own input.
         encoder: (B, n, d) states that cross-attention reads, and `encoder_mask` (B, n).
         read: (B, L) bool, the one position of each row whose final state is read; None: all may be.
+        frame_weights: (B, T) how much each of the T frames counts whose tokens stand one after the other in what
+            cross-attention reads; the keys of an adapted cross-attention are multiplied by it.
     """
 
     tokens: Tensor | None = None
@@ -37,6 +39,7 @@ class Condition:
     encoder: Tensor | None = None
     encoder_mask: Tensor | None = None
     read: Tensor | None = None
+    frame_weights: Tensor | None = None
 
     def expand_to(self, rows: int) -> Condition:
         """Follow beam expansion: row b of the condition serves rows b*k ... b*k+k-1.
@@ -53,7 +56,9 @@ class Condition:
         return any(t is not None and t.requires_grad for t in (self.tokens, self.encoder))
 
     def _tensors(self) -> tuple[Tensor | None, ...]:
-        return self.tokens, self.mask, self.own_mask, self.encoder, self.encoder_mask, self.read
+        return (
+            self.tokens, self.mask, self.own_mask, self.encoder, self.encoder_mask, self.read, self.frame_weights,
+        )  # fmt: skip
 
 
 def _expand(tensor: Tensor | None, rows: int) -> Tensor | None:

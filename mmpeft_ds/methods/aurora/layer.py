@@ -1,0 +1,366 @@
+"""Layers of Aurora: what a linear map adds, the shared factors it borrows, the gates at the end of a text layer."""
+
+# R rank, K modes of a leaf, D model width, c chunks of a feed-forward block
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mmpeft_ds.errors import BadInput
+from mmpeft_ds.methods._layers import SiteLayer
+from mmpeft_ds.methods.aurora.config import AuroraConfig
+from mmpeft_ds.ops import mode_product
+from mmpeft_ds.ops.frame_weighting import weight_frame_keys
+from mmpeft_ds.ops.gated_query import gated_query
+from mmpeft_ds.sites.base import base_layer, features
+from mmpeft_ds.sites.condition import current
+
+DELTA = {
+    "attention": mode_product.mode_delta,
+    "widen": mode_product.widening_delta,
+    "narrow": mode_product.narrowing_delta,
+}
+
+
+@dataclass(frozen=True)
+class LinearPlace:
+    """One adapted leaf.
+
+    Attributes:
+        role: `attention`, or `widen` and `narrow` for the first and second map of a feed-forward block.
+        parts: (first output feature, width) of each adapted part, in order; one unless the leaf is fused.
+        widths: (in, out) of the factors; out is the width of one part, and both are D in a feed-forward block.
+        chunks: c; 1 for attention.
+        columns: modes that were initialised together in the published code, which sets their scale.
+        scaled: whether the config's `scale` multiplies it.
+        text: the leaf stands in a text tower.
+        cross_key: it makes the keys of cross-attention.
+    """
+
+    role: str
+    parts: tuple[tuple[int, int], ...]
+    widths: tuple[int, int]
+    chunks: int
+    columns: int
+    scaled: bool
+    text: bool
+    cross_key: bool = False
+
+    @property
+    def modes(self) -> int:
+        """K."""
+        return len(self.parts) if self.role == "attention" else self.chunks
+
+
+class Factors(nn.Module):
+    """What all leaves of one (in, out) width share. The first leaf that needs it holds it, the others borrow it.
+
+    Args:
+        core: the full or superdiagonal core, which all widths share; None where another `Factors` holds it.
+    """
+
+    def __init__(self, widths: tuple[int, int], config: AuroraConfig, with_core: bool, like: Tensor):
+        super().__init__()
+        rank = config.r
+        self.down = _parameter(like, rank, widths[0])
+        self.up = _parameter(like, widths[1], rank)
+        self.core = _parameter(like, *([rank] * (3 if config.form == "tucker" else 1))) if with_core else None
+        with torch.no_grad():
+            bound = 1 / math.sqrt(widths[0])
+            self.down.uniform_(-bound, bound)
+            self.up.zero_()
+            if with_core and config.form == "tucker":
+                self.core.uniform_(-math.sqrt(3) / rank, math.sqrt(3) / rank)
+            elif with_core:
+                self.core.fill_(1.0)
+
+
+class ModeDelta(nn.Module):
+    """What one adapter adds to one leaf: its modes, between the factors that it borrows.
+
+    Args:
+        factors: of the leaf's widths.
+        holder: the `Factors` with the core; may be the same.
+    """
+
+    def __init__(self, place: LinearPlace, config: AuroraConfig, factors: Factors, holder: Factors):
+        super().__init__()
+        self.place = place
+        self.scale = config.scale if place.scaled or config.scale_all else 1.0
+        self.borrowed = (factors, holder)  # a tuple: no submodules, so they are named, saved and counted once
+        self.mode = _parameter(factors.down, config.r, place.modes)
+        self.dropout = nn.Dropout(config.dropout)  # asked for its mode; the operators drop by themselves
+        bound = math.sqrt(6 / (config.r + place.columns))
+        with torch.no_grad():
+            self.mode.uniform_(-bound, bound)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in) -> (..., K, part) for attention, else (..., out), in the dtype of the factors."""
+        down, up, core = self._borrow()
+        x = x if x.dtype == down.dtype else x.to(down.dtype)
+        added = DELTA[self.place.role](
+            x,
+            down,
+            up,
+            core,
+            self.mode,
+            dropout=self.dropout.p if self.dropout.training else 0.0,
+            drop_before_core=self.place.text,
+        )
+        return added if self.scale == 1.0 else added * self.scale
+
+    @torch.no_grad()
+    def weights(self) -> list[Tensor]:
+        """The change of each part of the weight, (part, in)."""
+        factors, holder = self.borrowed
+        given = (factors.down, factors.up, holder.core, self.mode)
+        if self.place.role == "attention":
+            found = list(mode_product.mode_weight(*given))
+        else:
+            wide = self.place.role == "widen"
+            found = [(mode_product.widening_weight if wide else mode_product.narrowing_weight)(*given)]
+        return [w * self.scale for w in found]
+
+    def _borrow(self) -> tuple[Tensor, Tensor, Tensor]:
+        """down, up and core; ZeRO-3 is told, once, to gather them for this module as it does for the holder."""
+        factors, holder = self.borrowed
+        tensors = factors.down, factors.up, holder.core
+        known = getattr(self, "_external_params", {})
+        strange = [p for p in tensors if hasattr(p, "ds_id") and (id(p) not in known or p.numel() != p.ds_numel)]
+        if strange:
+            from deepspeed.zero import register_external_parameter  # only partitioned parameters get here
+
+            for parameter in strange:
+                register_external_parameter(self, parameter)
+                if parameter.numel() != parameter.ds_numel:
+                    parameter.all_gather()
+        return tensors
+
+
+class AuroraLinear(nn.Module, SiteLayer):
+    """A frozen Linear or Conv1D with mode deltas beside it, one per adapter.
+
+    In the keys of cross-attention it also weights frames, where the running forward publishes `frame_weights`.
+    """
+
+    adapter_layer_names = ("aurora", "aurora_shared")
+
+    def __init__(self, base: nn.Module, adapter_name: str, place: LinearPlace):
+        nn.Module.__init__(self)
+        SiteLayer.__init__(self, base, adapter_name)
+        self.out_features = features(base_layer(base))[1]
+        self.aurora = nn.ModuleDict()
+        self.aurora_shared = nn.ModuleDict()
+        self.weights_frames = place.cross_key
+
+    @property
+    def tokenwise(self) -> bool:
+        """See `SiteLayer`; frames are told by position."""
+        return not self.weights_frames
+
+    def update_layer(
+        self, adapter_name: str, place: LinearPlace, config: AuroraConfig, shared: dict[Any, Factors], path: str
+    ) -> None:
+        """Add an adapter.
+
+        Args:
+            shared: the adapter's factors so far, by widths; `core` is the one that holds the core. What is missing is
+                made and held here.
+            path: of this leaf, for error messages.
+        """
+        self.path = path
+        if place.widths not in shared:
+            own = Factors(place.widths, config, "core" not in shared, base_layer(self).weight)
+            shared[place.widths] = self.aurora_shared[adapter_name] = own
+            shared.setdefault("core", own)
+        delta = ModeDelta(place, config, shared[place.widths], shared["core"])
+        self.aurora[adapter_name] = delta.train(self.base_layer.training)
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def forward(self, x: Tensor, *args: object, **kwargs: object) -> Tensor:
+        """(..., in) -> (..., out)."""
+        frozen = self._frozen()
+        out = self.base_layer(x, *args, **kwargs)
+        if not frozen:
+            for name in self.active_adapters:
+                if name in self.aurora:
+                    added = self._spread(self.aurora[name](x), self.aurora[name].place)
+                    out = out + added if added.dtype == out.dtype else (out + added).to(out.dtype)
+        return out if self._disable_adapters else self._weight_frames(out)
+
+    def _spread(self, added: Tensor, place: LinearPlace) -> Tensor:
+        """Parts at their output features, zeros elsewhere."""
+        if place.role != "attention":
+            return added
+        if sum(width for _, width in place.parts) == self.out_features:
+            return added.flatten(-2)
+        whole = added.new_zeros(*added.shape[:-2], self.out_features)
+        for piece, (start, width) in zip(added.unbind(-2), place.parts, strict=True):
+            whole[..., start : start + width] = piece
+        return whole
+
+    def _weight_frames(self, keys: Tensor) -> Tensor:
+        condition = current() if self.weights_frames and self._used() else None
+        if condition is None or condition.frame_weights is None:
+            return keys
+        weights = condition.expand_to(keys.shape[0]).frame_weights
+        if keys.shape[1] % weights.shape[1]:
+            raise BadInput(
+                f"{self.path}: {keys.shape[1]} image tokens are not {weights.shape[1]} frames of equal length. "
+                "Publish frame_weights only with the tokens of all frames, one frame after the other."
+            )
+        return weight_frame_keys(keys, weights)
+
+    def _used(self) -> list[str]:
+        names = self.merged_adapters if self.merged else self.active_adapters
+        return [name for name in names if name in self.aurora]
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Fold what the adapters add into the frozen weight; exact in evaluation."""
+        for name in self._start_merge(adapter_names):
+            delta, base = self.aurora[name], self.base_layer
+            changes = delta.weights()
+            if safe_merge and not all(torch.isfinite(c).all() for c in changes):
+                raise ValueError(f"{self.path}: adapter {name!r} is not finite and was not merged")
+            with torch.no_grad():
+                whole = base.weight.T if type(base).__name__ == "Conv1D" else base.weight
+                for (start, width), change in zip(delta.place.parts, changes, strict=True):
+                    whole[start : start + width] += change.to(whole.dtype)
+            self.merged_adapters.append(name)
+
+
+class Captured:
+    """States of the attention sublayers of one text layer, on their way to its end within one forward.
+
+    They are taken before the layer's last tensor is kept for backward. So nothing stays behind, neither between
+    forwards nor when a recomputation under activation checkpointing stops at that tensor; and self-attention, which
+    always runs first, forgets what a broken forward may have left.
+    """
+
+    def __init__(self) -> None:
+        self.own: Tensor | None = None
+        self.cross: Tensor | None = None
+
+    def put(self, states: Tensor, cross: bool) -> None:
+        """Keep what self- or cross-attention gave."""
+        self.own, self.cross = (self.own, states) if cross else (states, None)
+
+    def take(self) -> tuple[Tensor, Tensor] | None:
+        """Both, and forget them; None unless both attentions ran."""
+        both = self.own, self.cross
+        self.own = self.cross = None
+        return None if both[0] is None or both[1] is None else both
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Captured:
+        return Captured()
+
+
+@dataclass(frozen=True)
+class NormPlace:
+    """A LayerNorm of a text layer: the one at its `end`, or one after `self` or `cross` attention.
+
+    Attributes:
+        captured: shared by the norms of one layer.
+        width: D.
+    """
+
+    role: str
+    captured: Captured
+    width: int
+
+
+class Gates(nn.Module):
+    """The affine maps of gated query transformation, one adapter's, one text layer's."""
+
+    def __init__(self, width: int, config: AuroraConfig, like: Tensor):
+        super().__init__()
+        for name in ("self_scale", "self_shift", "cross_scale", "cross_shift"):
+            setattr(self, name, _parameter(like, width))
+            with torch.no_grad():
+                getattr(self, name).normal_(0.0, config.gate_std)
+
+    def forward(self, out: Tensor, own: Tensor, cross: Tensor) -> Tensor:
+        """(B, S, D), in the dtype of `out`."""
+        dtype = self.self_scale.dtype
+        states = [t if t.dtype == dtype else t.to(dtype) for t in (out, own, cross)]
+        gated = gated_query(*states, self.self_scale, self.self_shift, self.cross_scale, self.cross_shift)
+        return gated if gated.dtype == out.dtype else gated.to(out.dtype)
+
+
+class AttentionEnd(nn.Module, SiteLayer):
+    """The LayerNorm after an attention sublayer; hands a copy of what it gives to the end of the layer."""
+
+    tokenwise = True
+    other_param_names = ("adapters",)
+
+    def __init__(self, base: nn.Module, adapter_name: str, place: NormPlace):
+        nn.Module.__init__(self)
+        SiteLayer.__init__(self, base, adapter_name)
+        self.captured, self.cross = place.captured, place.role == "cross"
+        self.adapters: dict[str, bool] = {}
+
+    def update_layer(self, adapter_name: str) -> None:
+        """Add an adapter, which has nothing to train here."""
+        self.adapters[adapter_name] = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        """What the norm gives."""
+        out = self.base_layer(x)
+        if not self._disable_adapters:
+            self.captured.put(out, self.cross)
+        return out
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Nothing to fold."""
+
+
+class GatedEnd(nn.Module, SiteLayer):
+    """The last LayerNorm of a text layer, and the gates after it where both attentions ran."""
+
+    tokenwise = True
+    adapter_layer_names = ("aurora_gates",)
+
+    def __init__(self, base: nn.Module, adapter_name: str, place: NormPlace):
+        nn.Module.__init__(self)
+        SiteLayer.__init__(self, base, adapter_name)
+        self.captured, self.width = place.captured, place.width
+        self.aurora_gates = nn.ModuleDict()
+
+    def update_layer(self, adapter_name: str, config: AuroraConfig, path: str) -> None:
+        """Add an adapter. `path` names this norm in error messages."""
+        self.path = path
+        self.aurora_gates[adapter_name] = Gates(self.width, config, base_layer(self).weight)
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, S, D) -> (B, S, D)."""
+        states = self.captured.take()  # before anything below is kept for backward, see Captured
+        self._frozen()  # restores what is merged if the adapters are off
+        out = self.base_layer(x)
+        if self._disable_adapters or states is None:
+            return out
+        if states[0].shape != out.shape:
+            raise BadInput(
+                f"{self.path}: gates need the whole sequence at once, but the layer works through it in pieces. "
+                "Set the model's chunk_size_feed_forward to 0, or gates: false."
+            )
+        # Merging leaves the gates at work: they are no weight.
+        for name in self.merged_adapters or self.active_adapters:
+            if name in self.aurora_gates:
+                out = self.aurora_gates[name](out, *states)
+        return out
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Note what was merged around here; the gates go on working."""
+        self.merged_adapters += self._start_merge(adapter_names, ())
+
+
+def _parameter(like: Tensor, *shape: int) -> nn.Parameter:
+    """Trained in float32 whatever the base is; float64 stays float64, which reference vectors need."""
+    dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+    return nn.Parameter(torch.empty(*shape, dtype=dtype, device=like.device))
