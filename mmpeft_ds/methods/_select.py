@@ -16,9 +16,9 @@ from mmpeft_ds.sites.base import AttentionSite, FFNSite, Projection, Sites, base
 
 @dataclass(frozen=True)
 class Selection:
-    """Sites of the chosen tower and layers."""
+    """Sites of the chosen towers and layers."""
 
-    tower: str
+    towers: list[str]
     attention: list[AttentionSite]
     ffn: list[FFNSite]
 
@@ -37,33 +37,37 @@ class Selection:
         return list(dict.fromkeys(s.norm for s in (*self.attention, *self.ffn) if s.norm))
 
 
-def select(sites: Sites, tower: str | None, layers: Sequence[int] | None, cross_only: bool = False) -> Selection:
-    """The sites of one tower.
+def select(
+    sites: Sites, tower: str | Sequence[str] | None, layers: Sequence[int] | None, cross_only: bool = False
+) -> Selection:
+    """The sites of one tower, or of several.
 
     Args:
-        tower: its path, or `text` or `image`; None takes the text tower, or the only tower.
+        tower: its path, or `text` or `image`; None takes the text tower, or the only tower. A list takes every tower
+            that one of its entries names: `["text"]` is encoder and decoder of BART.
         layers: indices; None takes all.
-        cross_only: of its attention sites, those of cross-attention alone.
+        cross_only: of their attention sites, those of cross-attention alone.
 
     Raises:
-        BadInput: no such tower, several that fit, or a layer that it has not.
+        BadInput: no such tower, several that fit a single name, or a layer that none of them has.
     """
-    path = _tower(sites, tower)
-    attention = [s for s in sites.attention if s.tower == path]
-    ffn = [s for s in sites.ffn if s.tower == path]
+    paths = _towers(sites, tower)
+    named = ", ".join(map(repr, paths))
+    attention = [s for s in sites.attention if s.tower in paths]
+    ffn = [s for s in sites.ffn if s.tower in paths]
     if layers is not None:
         have = {s.layer for s in attention}
         if missing := sorted(set(layers) - have):
-            raise BadInput(f"layers: {missing} are not in tower {path!r}, which has layers 0 to {max(have)}.")
+            raise BadInput(f"layers: {missing} are not in tower {named}, which has layers 0 to {max(have)}.")
         attention = [s for s in attention if s.layer in layers]
         ffn = [s for s in ffn if s.layer in layers]
     if cross_only:
         attention = [s for s in attention if s.cross]
         if not attention:
-            raise BadInput(f"condition: encoder states need cross-attention, which tower {path!r} has not.")
+            raise BadInput(f"condition: encoder states need cross-attention, which tower {named} has not.")
     if not attention:
-        raise BadInput(f"layers: {list(layers or [])} leaves no layer of tower {path!r}.")
-    return Selection(path, attention, ffn)
+        raise BadInput(f"layers: {list(layers or [])} leaves no layer of tower {named}.")
+    return Selection(paths, attention, ffn)
 
 
 def norms_like(model: nn.Module, patterns: Sequence[str]) -> list[str]:
@@ -115,19 +119,29 @@ def _matching(key: str, what: str, paths: list[str], patterns: Sequence[str]) ->
     return [path for path in paths if any(fnmatchcase(path, p) for p in patterns)]
 
 
-def _tower(sites: Sites, wanted: str | None) -> str:
+def _towers(sites: Sites, wanted: str | Sequence[str] | None) -> list[str]:
     towers = sites.towers
     if not towers:
         raise BadInput("tower: the model has no layers of a known family (see mmpeft_ds/sites/families).")
-    if wanted in towers:
-        return wanted
-    modality = wanted or "text"
-    fitting = [path for path, kind in towers.items() if kind == modality]
-    if not fitting and wanted is None:
-        fitting = list(towers)
-    if len(fitting) == 1:
-        return fitting[0]
-    known = ", ".join(f"{path!r} ({kind})" for path, kind in towers.items())
-    if fitting:
-        raise BadInput(f"tower: several towers fit. Name one of {known}.")
-    raise BadInput(f"tower: no tower {wanted!r}. Known: {known}.")
+    if wanted is not None and not isinstance(wanted, str):
+        chosen = {path for name in wanted for path in _fitting(towers, name)}
+        return [path for path in towers if path in chosen]
+    if wanted is None:
+        fitting = [path for path, kind in towers.items() if kind == "text"] or list(towers)
+    else:
+        fitting = _fitting(towers, wanted)
+    if len(fitting) > 1:
+        raise BadInput(f"tower: several towers fit. Name one of {_known(towers)}, or give a list of those you mean.")
+    return fitting
+
+
+def _fitting(towers: dict[str, str], wanted: str) -> list[str]:
+    """The tower of that path, or all of that modality."""
+    fitting = [wanted] if wanted in towers else [path for path, kind in towers.items() if kind == wanted]
+    if not fitting:
+        raise BadInput(f"tower: no tower {wanted!r}. Known: {_known(towers)}.")
+    return fitting
+
+
+def _known(towers: dict[str, str]) -> str:
+    return ", ".join(f"{path!r} ({kind})" for path, kind in towers.items())

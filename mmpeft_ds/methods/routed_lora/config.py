@@ -36,9 +36,12 @@ class RoutedLoraConfig(PeftConfig):
     targets: list[str] = field(
         default_factory=lambda: ["q", "v"], metadata={"help": "Which projections of an attention site: q, k, v, out."}
     )
-    tower: str | None = field(
+    tower: str | list[str] | None = field(
         default=None,
-        metadata={"help": "Path of the tower, or `text` or `image`; default the text tower, or the only tower."},
+        metadata={
+            "help": "Path of the tower, or `text` or `image`; default the text tower, or the only tower. A list takes "
+            "several: [text] is encoder and decoder of BART."
+        },
     )
     layers: list[int] | None = field(default=None, metadata={"help": "Layer indices of the tower; default all."})
     coupled: bool = field(
@@ -53,8 +56,12 @@ class RoutedLoraConfig(PeftConfig):
         default="plain",
         metadata={"help": "Route in the bottleneck, after `up`, or with own two-stage projections of each modality."},
     )
-    train_bias: bool = field(
-        default=False, metadata={"help": "Train copies of the biases of the targeted projections."}
+    train_bias: bool | list[str] = field(
+        default=False,
+        metadata={
+            "help": "Train copies of the biases of the targeted projections, or of every Linear and norm whose full "
+            "path matches one of these patterns."
+        },
     )
     train_norms: bool | list[str] = field(
         default=False,

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +19,18 @@ from mmpeft_ds.ops.route import pool_condition, route
 from mmpeft_ds.sites.base import base_layer, features
 from mmpeft_ds.sites.condition import Condition, current
 
-Parts = tuple[tuple[int, int], ...]  # (first output feature, width) of each adapted part
+
+@dataclass(frozen=True)
+class Projections:
+    """What is adapted of one Linear or Conv1D.
+
+    Attributes:
+        parts: (first output feature, width) of each adapted part; one unless the projection is fused.
+        train_bias: train a copy of its bias too.
+    """
+
+    parts: tuple[tuple[int, int], ...]
+    train_bias: bool = False
 
 
 class RoutedDelta(nn.Module):
@@ -28,12 +40,13 @@ class RoutedDelta(nn.Module):
 
     Args:
         base: the frozen Linear or Conv1D.
-        parts: which output features it adds to; one part unless the projection is fused.
+        place: which output features it adds to, and whether the bias trains.
         config: of the adapter.
     """
 
-    def __init__(self, base: nn.Module, parts: Parts, config: RoutedLoraConfig):
+    def __init__(self, base: nn.Module, place: Projections, config: RoutedLoraConfig):
         super().__init__()
+        parts = place.parts
         d, self.out_features = features(base)
         g, r = len(parts), config.r
         self.parts, self.r, self.dropout = parts, r, config.dropout
@@ -60,7 +73,7 @@ class RoutedDelta(nn.Module):
                 self.norm_weight, self.norm_bias = parameter(quarter), parameter(quarter)
         self.B = parameter(sum(width for _, width in parts), r)
         self.reset()
-        bias = base._parameters.get("bias") if config.train_bias else None
+        bias = base._parameters.get("bias") if place.train_bias else None
         self.has_bias = bias is not None
         if bias is not None:
             with gathered([bias]):
@@ -175,11 +188,11 @@ class RoutedLoraLinear(nn.Module, SiteLayer):
         self.routed_lora = nn.ModuleDict()
         self.configs: dict[str, RoutedLoraConfig] = {}
 
-    def update_layer(self, adapter_name: str, parts: Parts, config: RoutedLoraConfig, path: str) -> None:
+    def update_layer(self, adapter_name: str, place: Projections, config: RoutedLoraConfig, path: str) -> None:
         """Add an adapter. `path` names this projection in error messages."""
         self.path = path
         self.configs[adapter_name] = config
-        self.routed_lora[adapter_name] = RoutedDelta(base_layer(self), parts, config)
+        self.routed_lora[adapter_name] = RoutedDelta(base_layer(self), place, config)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def forward(self, x: Tensor, *args: object, **kwargs: object) -> Tensor:

@@ -7,13 +7,16 @@ import re
 from torch import nn
 
 from mmpeft_ds.errors import BadInput
-from mmpeft_ds.methods._layers import SiteLayer, TrainedNorm
-from mmpeft_ds.methods._select import Selection, norms_like, select
+from mmpeft_ds.methods._layers import SiteLayer, TrainedBias, TrainedNorm
+from mmpeft_ds.methods._select import Selection, biases_like, norms_like, select
 from mmpeft_ds.methods._tuner import SiteTuner
 from mmpeft_ds.methods.routed_lora.config import PEFT_TYPE, RoutedLoraConfig
-from mmpeft_ds.methods.routed_lora.layer import Parts, RoutedLoraLinear
+from mmpeft_ds.methods.routed_lora.layer import Projections, RoutedLoraLinear
 from mmpeft_ds.ops.route import MIXES_TOKENS
 from mmpeft_ds.sites import Sites, find_sites
+
+# a low-rank path, or the whole norm, or the bias alone
+Place = Projections | type[TrainedNorm] | type[TrainedBias]
 
 
 class RoutedLoraModel(SiteTuner):
@@ -21,26 +24,34 @@ class RoutedLoraModel(SiteTuner):
 
     prefix = "routed_lora"
 
-    def places(self, config: RoutedLoraConfig, model: nn.Module) -> dict[str, Parts | None]:
-        """The parts of each projection; None for a norm."""
+    def places(self, config: RoutedLoraConfig, model: nn.Module) -> dict[str, Place]:
+        """What is to be done with each module."""
         chosen = checked(config, find_sites(model))
-        projections = chosen.projections(config.targets)
-        found: dict[str, Parts | None] = {
-            path: tuple((p.start, p.width) for p in parts) for path, parts in projections.items()
-        }
-        named = config.train_norms
-        norms = norms_like(model, named) if isinstance(named, list) else chosen.norms() if named else []
-        return found | dict.fromkeys(norms)
+        norms = config.train_norms
+        norms = norms_like(model, norms) if isinstance(norms, list) else chosen.norms() if norms else []
+        every = isinstance(config.train_bias, list)
+        biased = biases_like(model, config.train_bias, "train_bias") if every else []
+        found: dict[str, Place] = {path: TrainedBias for path in biased} | dict.fromkeys(norms, TrainedNorm)
+        for path, parts in chosen.projections(config.targets).items():
+            with_bias = path in biased if every else bool(config.train_bias)
+            found[path] = Projections(tuple((p.start, p.width) for p in parts), with_bias)
+        return found
 
     def wrap(
-        self, config: RoutedLoraConfig, adapter_name: str, target: nn.Module, place: Parts | None, path: str
+        self, config: RoutedLoraConfig, adapter_name: str, target: nn.Module, place: Place, path: str
     ) -> nn.Module:
-        if place is None:
-            layer = target if isinstance(target, SiteLayer) else TrainedNorm(target, adapter_name, self.prefix)
-            layer.update_layer(adapter_name, config)
-        else:
+        wanted = RoutedLoraLinear if isinstance(place, Projections) else place
+        if isinstance(target, SiteLayer) and type(target) is not wanted:
+            raise BadInput(
+                f"{path}: an earlier adapter of this model is a {type(target).__name__} here, {adapter_name!r} would be "
+                f"a {wanted.__name__}. Give both the same targets, train_bias and train_norms, or a model each."
+            )
+        if isinstance(place, Projections):
             layer = target if isinstance(target, SiteLayer) else RoutedLoraLinear(target, adapter_name)
             layer.update_layer(adapter_name, place, config, path)
+        else:
+            layer = target if isinstance(target, SiteLayer) else place(target, adapter_name, self.prefix)
+            layer.update_layer(adapter_name, config)
         return layer
 
     def _check_merge_allowed(self) -> None:
@@ -116,7 +127,7 @@ def _kind(name: str) -> str:
         return "head"
     if ".routed_lora_norm." in name:
         return "norm"
-    if re.search(r"\.routed_lora\.(?:[^.]+\.)?bias$", name):
+    if ".routed_lora_bias." in name or re.search(r"\.routed_lora\.(?:[^.]+\.)?bias$", name):
         return "bias"
     return "peft" if ".routed_lora." in name else "head"
 
