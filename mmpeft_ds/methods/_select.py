@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
@@ -70,14 +70,14 @@ def select(
     return Selection(paths, attention, ffn)
 
 
-def norms_like(model: nn.Module, patterns: Sequence[str]) -> list[str]:
-    """Full paths of the norms of `model` that match one of the shell-style `patterns`.
+def norms_like(model: nn.Module, patterns: Sequence[str], key: str = "train_norms") -> list[str]:
+    """Full paths of the norms of `model` that match one of the shell-style `patterns`; `key` names them in errors.
 
     Raises:
         BadInput: if a pattern matches no norm.
     """
     norms = [path for path, module in _of_the_model(model) if "Norm" in type(base_layer(module)).__name__]
-    return _matching("train_norms", "norm", norms, patterns)
+    return _matching(key, "norm", norms, patterns)
 
 
 def biases_like(model: nn.Module, patterns: Sequence[str], key: str = "train_biases") -> list[str]:
@@ -100,15 +100,22 @@ def has_bias(module: nn.Module) -> bool:
     return adds and isinstance(getattr(module, "bias", None), nn.Parameter)
 
 
+def inside(path: str, parents: Collection[str]) -> bool:
+    """Whether the module at `path` is one of `parents` or below one."""
+    while path and path not in parents:
+        path = path.rpartition(".")[0]
+    return path in parents
+
+
 def _of_the_model(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """Modules of the frozen model in order, not those that adapters brought: copies, whole heads, wrapped bases."""
-    found, inside = [], ()
+    found, brought = [], ()
     for path, module in model.named_modules():
-        if inside and path.startswith(inside):
+        if brought and path.startswith(brought):
             continue
         found.append((path, module))
         if isinstance(module, BaseTunerLayer | ModulesToSaveWrapper):
-            inside += (f"{path}.",)
+            brought += (f"{path}.",)
     return found
 
 

@@ -43,8 +43,8 @@ class RoutedLoraModel(SiteTuner):
         wanted = RoutedLoraLinear if isinstance(place, Projections) else place
         if isinstance(target, SiteLayer) and type(target) is not wanted:
             raise BadInput(
-                f"{path}: an earlier adapter of this model is a {type(target).__name__} here, {adapter_name!r} would be "
-                f"a {wanted.__name__}. Give both the same targets, train_bias and train_norms, or a model each."
+                f"{path}: an earlier adapter of this model is a {type(target).__name__} here, {adapter_name!r} "
+                f"would be a {wanted.__name__}. Give both the same targets, train_bias and train_norms, or a model each."
             )
         if isinstance(place, Projections):
             layer = target if isinstance(target, SiteLayer) else RoutedLoraLinear(target, adapter_name)
