@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from mmpeft_ds import recipe as recipes
 from mmpeft_ds.backbones.base import Backbone
 from mmpeft_ds.data import decode
-from mmpeft_ds.data.batch import Sample, pack
+from mmpeft_ds.data.batch import Prompted, Sample, pack
 from mmpeft_ds.engine import checkpoint, fingerprint, zero_state
 from mmpeft_ds.engine.forward import answer
 from mmpeft_ds.engine.rank0 import on_rank0, rank
@@ -125,11 +125,16 @@ class Loaded:
             entries = [] if entry is None else list(entry) if isinstance(entry, (list, tuple)) else [entry]
             asked = [asked] if isinstance(asked, str) else list(asked)
             record, targets = self.task.ask(asked)
+            if getattr(self.task, "generation", None) is not None:
+                asked = [Prompted(text) for text in asked]
             name = str(entry) if isinstance(entry, (str, Path)) else str(number)
             pixels = [transform(_pixels(image, self.recipe.data.max_pixels), None) for image in entries]
             samples.append(Sample(name, 1.0, pixels, asked, targets, record))
         b = self.backbone
-        return pack(samples, b.collate_images, b.collate_texts, self.task.collate).to(self.device)
+        try:
+            return pack(samples, b.collate_images, b.collate_texts, self.task.collate).to(self.device)
+        except BadSample as bad:
+            raise BadInput(f"predict: {bad}") from bad
 
 
 def load(directory: str | Path, device: torch.device | str = "cpu") -> Loaded:

@@ -18,6 +18,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from mmpeft_ds.errors import BadSample
+
+IMAGE_MARK = "<image>"
+
 
 @dataclass(frozen=True)
 class Prompted:
@@ -26,10 +30,28 @@ class Prompted:
     Attributes:
         prompt: what the model reads; it takes no part in the loss.
         target: what it should write; empty where nobody knows.
+        turns: for models that converse, what was said before, as (role, text); roles `system`, `user`, `assistant`.
+            What the assistant said there enters the loss as `target` does.
+        images: how many images the sample has; packing fills it in. Texts that are read may say by IMAGE_MARK where
+            each image belongs, in their order; where none does, the images come first.
     """
 
     prompt: str
     target: str = ""
+    turns: tuple[tuple[str, str], ...] = ()
+    images: int | None = None
+
+    def with_images(self, images: int) -> Prompted:
+        """A copy for a sample of that many images. Raises BadSample if its texts name another number of them."""
+        named = self.marks
+        if named not in (0, images):
+            raise BadSample("images", f"the text names {IMAGE_MARK} {named} times, but the sample has {images} images")
+        return dataclasses.replace(self, images=images)
+
+    @property
+    def marks(self) -> int:
+        """Images that its texts name."""
+        return sum(text.count(IMAGE_MARK) for text in (self.prompt, *(text for _, text in self.turns)))
 
 
 @dataclass
@@ -91,7 +113,7 @@ class PackedBatch:
         text_owner: (T,) int64, slot that owns text j, non-decreasing.
         targets: what the task made of the targets, first dimension T.
         records: S json objects; raw texts are kept under `raw_texts`.
-        raw_texts: T strings or `Prompted`.
+        raw_texts: T strings, or `Prompted` that know how many images go with them.
         bad: (kind, shard, key) of the slots that could not be used.
     """
 
@@ -147,6 +169,11 @@ def hash_id(sample_id: str) -> int:
     return int.from_bytes(hashlib.blake2b(sample_id.encode(), digest_size=8).digest(), "big")
 
 
+def with_images(texts: Sequence[Any], images: int) -> list[Any]:
+    """`texts` of a sample with that many images; those in two parts know it. Raises BadSample."""
+    return [t.with_images(images) if isinstance(t, Prompted) and t.images is None else t for t in texts]
+
+
 def pack(
     samples: Sequence[Sample],
     collate_images: Callable[[list[Any]], dict[str, Tensor]],
@@ -157,12 +184,13 @@ def pack(
 
     Raises:
         ValueError: if a sample has another number of targets than texts.
+        BadSample: if a text names another number of images than its sample has.
     """
     for s in samples:
         if len(s.targets) != len(s.texts):
             raise ValueError(f"sample {s.sample_id!r}: {len(s.texts)} texts but {len(s.targets)} targets")
     images = [image for s in samples for image in s.images]
-    texts = [text for s in samples for text in s.texts]
+    texts = [text for s in samples for text in with_images(s.texts, len(s.images))]
     targets = [target for s in samples for target in s.targets]
 
     def owner(counts: list[int]) -> Tensor:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from mmpeft_ds.data import order
-from mmpeft_ds.data.batch import PackedBatch, Sample, pack
+from mmpeft_ds.data.batch import PackedBatch, Sample, pack, with_images
 from mmpeft_ds.data.decode import EXTENSIONS, decode
 from mmpeft_ds.data.manifest import Manifest
 from mmpeft_ds.data.options import DataOptions
@@ -224,7 +224,7 @@ class _Loader:
             source.image_transform(decode(parts[name], self.options.max_pixels, min_size), generator)
             for name in _image_names(parts)
         ]
-        return Sample(sample_id, 1.0, images, texts, targets, record)
+        return Sample(sample_id, 1.0, images, with_images(texts, len(images)), targets, record)
 
 
 class BadBudget:

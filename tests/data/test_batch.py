@@ -4,7 +4,8 @@ import pytest
 import torch
 from toy_shards import collate_images, collate_targets, collate_texts
 
-from mmpeft_ds.data.batch import Sample, hash_id, pack
+from mmpeft_ds.data.batch import IMAGE_MARK, Prompted, Sample, hash_id, pack
+from mmpeft_ds.errors import BadSample
 
 
 def packed(*samples):
@@ -48,3 +49,17 @@ def test_moving_keeps_everything_and_changes_only_tensors():
     moved = batch.to("meta")
     assert moved.images["pixels"].device.type == "meta" and moved.weight.device.type == "meta"
     assert moved.records is batch.records and moved.sample_id == batch.sample_id
+
+
+def test_texts_in_two_parts_learn_how_many_images_go_with_them():
+    sample = good("a", 2, 2)
+    sample.texts = [Prompted("what?"), Prompted("and?", turns=(("user", f"{IMAGE_MARK} or {IMAGE_MARK}?"),))]
+    assert [t.images for t in packed(sample, Sample()).raw_texts] == [2, 2]
+    assert [t.images for t in sample.texts] == [None, None]
+
+
+def test_a_text_that_names_another_number_of_images_is_a_bad_sample():
+    sample = good("a", 1, 1)
+    sample.texts = [Prompted(f"{IMAGE_MARK}{IMAGE_MARK} which?")]
+    with pytest.raises(BadSample, match="names <image> 2 times, but the sample has 1 images"):
+        packed(sample)
