@@ -70,6 +70,17 @@ def select(
     return Selection(paths, attention, ffn)
 
 
+def default_selection(sites: Sites, layers: Sequence[int] | None = None) -> Selection:
+    """The text towers (encoder and decoder, where there are both), or the only tower. For configs of peft's own, which
+    cannot name a tower. Raises BadInput as `select`."""
+    return select(sites, ["text"] if "text" in sites.towers.values() else None, layers)
+
+
+def stored_in_by_out(model: nn.Module, paths: Collection[str]) -> bool:
+    """Whether the weights at `paths` are stored in x out (Conv1D), which peft calls `fan_in_fan_out`."""
+    return any(type(base_layer(model.get_submodule(path))).__name__ == "Conv1D" for path in paths)
+
+
 def norms_like(model: nn.Module, patterns: Sequence[str], key: str = "train_norms") -> list[str]:
     """Full paths of the norms of `model` that match one of the shell-style `patterns`; `key` names them in errors.
 

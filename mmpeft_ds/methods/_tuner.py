@@ -10,6 +10,7 @@ from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 
+from mmpeft_ds.errors import BadInput
 from mmpeft_ds.methods._layers import SiteLayer
 
 
@@ -17,8 +18,12 @@ class SiteTuner(BaseTuner):
     """A tuner whose places are full paths found by the sites, not a list of module names.
 
     A subclass sets `prefix` and gives `places` and `wrap`; the verbs are those of every peft tuner.
+
+    Attributes:
+        unmergeable: why no adapter of this tuner can be merged into the frozen weights; None where each can.
     """
 
+    unmergeable: str | None = None
     tuner_layer_cls = SiteLayer
     target_module_mapping: dict[str, list[str]] = {}
 
@@ -29,6 +34,12 @@ class SiteTuner(BaseTuner):
     def wrap(self, config: PeftConfig, adapter_name: str, target: nn.Module, place: Any, path: str) -> nn.Module:
         """`target` in a layer that holds this adapter; a `target` that is such a layer already gets one more."""
         raise NotImplementedError
+
+    def _check_merge_allowed(self) -> None:
+        super()._check_merge_allowed()
+        if self.unmergeable:
+            names = ", ".join(map(repr, self.active_adapters))
+            raise BadInput(f"adapter {names} cannot be merged: {self.unmergeable} Keep it as an adapter.")
 
     def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict) -> PeftConfig:
         return peft_config
@@ -52,6 +63,11 @@ class SiteTuner(BaseTuner):
         layer = self.wrap(peft_config, adapter_name, target, self._places[current_key], current_key)
         if layer is not target:
             self._replace_module(parent, target_name, layer, target)
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        # peft's moves the new layer to where the weight of the old one is; ours is made there, and around a dropout
+        # there is no weight.
+        setattr(parent, child_name, new_module)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """As every tuner; the whole modules that train beside the adapter become float32."""
