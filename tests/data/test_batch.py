@@ -54,7 +54,10 @@ def test_moving_keeps_everything_and_changes_only_tensors():
 def test_texts_in_two_parts_learn_how_many_images_go_with_them():
     sample = good("a", 2, 2)
     sample.texts = [Prompted("what?"), Prompted("and?", turns=(("user", f"{IMAGE_MARK} or {IMAGE_MARK}?"),))]
-    assert [t.images for t in packed(sample, Sample()).raw_texts] == [2, 2]
+    batch = pack(
+        [sample, Sample()], collate_images, lambda t: {"images": torch.tensor([x.images for x in t])}, lambda t: {}
+    )
+    assert batch.texts["images"].tolist() == [2, 2] and [t.images for t in batch.raw_texts] == [2, 2]
     assert [t.images for t in sample.texts] == [None, None]
 
 
