@@ -1,0 +1,41 @@
+"""What backbones that write share: answers held to a closed list, and generation in step with other ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def in_step(model: nn.Module) -> bool:
+    """Whether all ranks must take equally many steps of generation: each step gathers partitioned weights."""
+    ranks = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+    return ranks > 1 and any(hasattr(p, "ds_id") for p in model.parameters())
+
+
+def one_of(sequences: Iterable[list[int]], end: int, skip: int = 1) -> Callable[[int, Tensor], list[int]]:
+    """`prefix_allowed_tokens_fn` of transformers' `generate` that lets it write one of `sequences` and nothing else.
+
+    Greedy, this compares the logits of the first token in which the choices differ.
+
+    Args:
+        sequences: token ids of each choice, special tokens included.
+        end: token that follows a choice.
+        skip: tokens that stand before what is written.
+    """
+    tree: dict[int, Any] = {}
+    for sequence in sequences:
+        at = tree
+        for token in sequence:
+            at = at.setdefault(token, {})
+        at.setdefault(end, {})
+
+    def allowed(row: int, written: Tensor) -> list[int]:
+        at = tree
+        for token in written[skip:].tolist():
+            at = at.get(token, {})
+        return list(at) or [end]
+
+    return allowed
