@@ -88,7 +88,6 @@ class AdapterModel(SiteTuner):
                 if place.first in places:
                     raise BadInput(f"style: {place.first} is first and last of its sublayer. Choose sequential.")
             places |= dict.fromkeys((place.first for place in found.values()), Remember)
-        self._base = model
         return places
 
     def wrap(
@@ -104,7 +103,7 @@ class AdapterModel(SiteTuner):
             return layer
         layer = target if isinstance(target, BottleneckLayer) else BottleneckLayer(target, adapter_name, self.prefix)
         # a dropout has no parameters: take device and dtype from the projection before it
-        first = self._base.get_submodule(place.first)
+        first = self.model.get_submodule(place.first)
         remember = first if config.style == "parallel" else None
         like = base_layer(first).weight
         layer.update_layer(adapter_name, config, place.width, activation_of(config.activation, place), like, remember)

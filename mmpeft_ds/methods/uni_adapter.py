@@ -69,14 +69,14 @@ class UniAdapterModel(SiteTuner):
 
     def places(self, config: UniAdapterConfig, model: nn.Module) -> dict[str, Sublayer]:
         places = {place.end: place for place in _places(config, find_sites(model))}
-        self._base, self._owners = model, {}
+        self._owners = {}
         return places
 
     def wrap(
         self, config: UniAdapterConfig, adapter_name: str, target: nn.Module, place: Sublayer, path: str
     ) -> nn.Module:
         layer = target if isinstance(target, BottleneckLayer) else BottleneckLayer(target, adapter_name, self.prefix)
-        like = base_layer(self._base.get_submodule(place.first)).weight
+        like = base_layer(self.model.get_submodule(place.first)).weight
         group = (place.width, place.layer if config.share == "layer" else None)
         activation, owner = activation_of(config.activation, place), self._owners.get(group)
         layer.update_layer(adapter_name, config, place.width, activation, like, owner=owner)
