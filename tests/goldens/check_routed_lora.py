@@ -23,6 +23,10 @@ NAMES = {  # file -> adapter parameter
     "U": "U",
     "ln_w": "norm_weight",
     "ln_b": "norm_bias",
+    "Wq": "W_q",
+    "Wk": "W_k",
+    "Wv": "W_v",
+    "Wo": "W_out",
     "b": "bias",
 }
 
@@ -109,6 +113,16 @@ def split(golden: Golden) -> None:
     variant = "split" if not name.startswith("split_merge") else "split_merge_ln" if "ln" in name else "split_merge"
     model, path = (gpt2 if "fused" in name else bert)(golden.array("x").shape[-1])
     wrapped = layer(golden, model, path, route="matmul1", variant=variant, reshape_compat=True)
+    inputs = {"x": golden.tensor("x", True), "y": golden.tensor("y", True)}
+    with conditioned(Condition(inputs["y"])):
+        compare(golden, "", wrapped, wrapped(inputs["x"]), inputs)
+
+
+@checks("routing/bottleneck_crossattn_*")
+def cross_attention(golden: Golden) -> None:
+    fused = "fused" in golden.name
+    model, path = (gpt2 if fused else bert)(golden.array("x").shape[-1])
+    wrapped = layer(golden, model, path, variant="cross_attention")
     inputs = {"x": golden.tensor("x", True), "y": golden.tensor("y", True)}
     with conditioned(Condition(inputs["y"])):
         compare(golden, "", wrapped, wrapped(inputs["x"]), inputs)

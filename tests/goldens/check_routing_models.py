@@ -8,7 +8,7 @@ from golden_framework import Golden, checks
 from torch import nn
 from transformers import RobertaConfig, ViTConfig
 
-from mmpeft_ds import RoutedLoraConfig
+from mmpeft_ds import RoutedAdapterConfig, RoutedLoraConfig
 from mmpeft_ds.backbones._vision_text_model import VisionTextEncoder, VisionTextEncoderConfig
 from mmpeft_ds.data.batch import PackedBatch
 from mmpeft_ds.tasks.vqa import Options, Vqa
@@ -33,16 +33,21 @@ IN_LAYER = {
     "ffn2": "output.dense",
     "ln_ffn": "output.LayerNorm",
 }
+ADAPTERS = {"attn_adapter": "attention.output.dropout", "ffn_adapter": "output.dropout"}
+OF_ADAPTER = {"W_down": "A", "b_down": "down_bias", "W_up": "B", "b_up": "up_bias"}
+OWN = ("A", "B", "down_bias", "up_bias")
 
 
 def path_of(key: str) -> tuple[str, str]:
-    """Module path and parameter name of an array `p:key`; A and B are the adapter's."""
+    """Module path and parameter name of an array `p:key`; `OWN` names are the adapter's."""
     if key in FIXED:
         return FIXED[key].rpartition(".")[0], "weight"
     module, _, name = key.rpartition(".")
     if module in FIXED:
         return FIXED[module], name
     layer, _, part = module.partition(".")
+    if part in ADAPTERS:
+        return f"text_model.encoder.layer.{layer.removeprefix('layer')}.{ADAPTERS[part]}", OF_ADAPTER[name]
     name = {"W": "weight", "b": "bias"}.get(name, name)
     return f"text_model.encoder.layer.{layer.removeprefix('layer')}.{IN_LAYER[part]}", name
 
@@ -54,11 +59,25 @@ def trained(model: nn.Module, key: str) -> nn.Parameter | None:
     if hasattr(module, "modules_to_save"):
         return module.modules_to_save["default"].get_submodule(path.partition(".")[2]).get_parameter(name)
     module = model.get_base_model().get_submodule(path)
-    if hasattr(module, "routed_lora_norm"):
-        return module.routed_lora_norm["default"].get_parameter(name)
-    if hasattr(module, "routed_lora") and name != "weight":
-        return module.routed_lora["default"].get_parameter(name)
+    for method in ("routed_lora", "routed_adapter"):
+        if hasattr(module, f"{method}_norm"):
+            return getattr(module, f"{method}_norm")["default"].get_parameter(name)
+        if hasattr(module, method) and name != "weight":
+            return getattr(module, method)["default"].get_parameter(name)
     return None
+
+
+def config_of(golden: Golden, method: str, kind: str, heads: tuple[str, ...] = ()) -> peft.PeftConfig:
+    """The method as the published scripts configure it."""
+    common = dict(
+        r=int(golden.number("rank")), route=kind, reshape_compat=True, train_norms=True, modules_to_save=list(heads)
+    )
+    alpha = golden.number("alpha")  # adapters have none, though their files hold it
+    return (
+        RoutedAdapterConfig(**common)
+        if method == "adapter"
+        else RoutedLoraConfig(alpha=alpha, train_bias=True, **common)
+    )
 
 
 def build(golden: Golden, prefix: bool) -> VisionTextEncoder:
@@ -96,32 +115,25 @@ def build(golden: Golden, prefix: bool) -> VisionTextEncoder:
     with torch.no_grad():
         for key in (k for k in golden.arrays if k.startswith("p:")):
             path, name = path_of(key[2:])
-            if name not in ("A", "B"):
+            if name not in OWN:
                 model.get_submodule(path).get_parameter(name).copy_(golden.tensor(key))
     return model
 
 
-@checks("routing/model_encoder_lora_*")
+@checks("routing/model_encoder_*")
 def encoder(golden: Golden) -> None:
-    kind, _, wiring = golden.name.rpartition("model_encoder_lora_")[2].rpartition("_")
+    method, _, rest = golden.name.rpartition("model_encoder_")[2].partition("_")
+    kind, _, wiring = rest.rpartition("_")
     prefix = wiring == "prefix"
     tokens, mask = golden.tensor("tokens"), golden.tensor("mask")
     assert torch.equal(mask, mask.round()), "a mask holds 0 and 1"
     assert mask.shape[1] == tokens.shape[1] + prefix
-    options = RoutedLoraConfig(
-        r=int(golden.number("rank")),
-        alpha=golden.number("alpha"),
-        route=kind,
-        reshape_compat=True,
-        train_bias=True,
-        train_norms=True,
-        modules_to_save=list(VisionTextEncoder.head_modules),
-    )
+    options = config_of(golden, method, kind, VisionTextEncoder.head_modules)
     model = peft.get_peft_model(build(golden, prefix), options)
     names = [k[2:] for k in golden.arrays if k.startswith("p:")]
     with torch.no_grad():
         for key in names:
-            if path_of(key)[1] in ("A", "B"):
+            if path_of(key)[1] in OWN:
                 trained(model, key).copy_(golden.tensor(f"p:{key}"))
 
     image = golden.tensor("img", requires_grad=True)

@@ -21,11 +21,7 @@ GOLDENS_DIR = Path(os.environ.get("GOLDENS_DIR", HERE.parents[2] / "shared" / "g
 
 # Files whose method is not built yet, and why. Whatever a checker claims is checked, even if it is named here.
 NOT_YET_DUE = {
-    "routing/adapter_*": "routed adapters come with the adapter method",
-    "routing/bottleneck_*": "the bottleneck cross-attention baseline comes with the adapter method",
-    "routing/model_encoder_adapter_*": "routed adapters come with the adapter method",
     "routing/model_decoder_*": "comes with the vision-text decoder",
-    "padapter/*": "comes with the p-Laplacian adapter",
     "aurora/retrieval_*": "comes with the retrieval form of BLIP",
     "aurora/vqa*": "comes with the answering form of BLIP",
     "aurora/losses_*": "comes with the retrieval task",
@@ -68,13 +64,23 @@ class Golden:
         tensor = torch.from_numpy(np.array(self.array(key)))
         return tensor.requires_grad_() if requires_grad else tensor
 
-    def same(self, key: str, got: Tensor | None) -> None:
-        """Fail unless `got` has the shape of array `key` and is within the tolerance everywhere."""
+    def same(self, key: str, got: Tensor | None, tolerance: float | None = None, relative: bool = False) -> None:
+        """Fail unless `got` has the shape of array `key` and is within the tolerance everywhere.
+
+        Args:
+            tolerance: instead of the file's.
+            relative: it is a fraction of the array's largest magnitude.
+        """
         want = self.tensor(key)
         assert got is not None, f"{self.name}: {key}: nothing was computed (no gradient?)"
         assert got.shape == want.shape, f"{self.name}: {key}: shape {tuple(got.shape)}, expected {tuple(want.shape)}"
-        worst = (got.detach().double() - want.double()).abs().max().item() if want.numel() else 0.0
-        assert worst <= self.tolerance, f"{self.name}: {key}: off by {worst:.3g}, allowed {self.tolerance:.3g}"
+        if not want.numel():
+            return
+        allowed = self.tolerance if tolerance is None else tolerance
+        if relative:
+            allowed *= want.abs().max().item()
+        worst = (got.detach().double() - want.double()).abs().max().item()
+        assert worst <= allowed, f"{self.name}: {key}: off by {worst:.3g}, allowed {allowed:.3g}"
 
     def unseen(self) -> list[str]:
         return sorted(set(self.arrays) - self.seen)

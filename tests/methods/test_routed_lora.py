@@ -219,9 +219,9 @@ class Seen(nn.Module):
         super().__init__()
         self.inner, self.inputs = inner, []
 
-    def forward(self, x, y, bias):
+    def forward(self, x, y, mask, bias):
         self.inputs.append(y)
-        return self.inner(x, y, bias)
+        return self.inner(x, y, mask, bias)
 
 
 @pytest.mark.parametrize(("pool", "m"), [("all", 3), ("mean", 1), ("first", 1)])

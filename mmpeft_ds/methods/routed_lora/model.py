@@ -8,11 +8,11 @@ from torch import nn
 
 from mmpeft_ds.errors import BadInput
 from mmpeft_ds.methods._layers import SiteLayer, TrainedBias, TrainedNorm
-from mmpeft_ds.methods._select import Selection, biases_like, norms_like, select
+from mmpeft_ds.methods._routed import check_condition, selected
+from mmpeft_ds.methods._select import biases_like, norms_like
 from mmpeft_ds.methods._tuner import SiteTuner
 from mmpeft_ds.methods.routed_lora.config import PEFT_TYPE, RoutedLoraConfig
 from mmpeft_ds.methods.routed_lora.layer import Projections, RoutedLoraLinear
-from mmpeft_ds.ops.route import MIXES_TOKENS
 from mmpeft_ds.sites import Sites, find_sites
 
 # a low-rank path, or the whole norm, or the bias alone
@@ -26,7 +26,7 @@ class RoutedLoraModel(SiteTuner):
 
     def places(self, config: RoutedLoraConfig, model: nn.Module) -> dict[str, Place]:
         """What is to be done with each module."""
-        chosen = checked(config, find_sites(model))
+        chosen = selected(config, find_sites(model), cross_only=True)
         norms = config.train_norms
         norms = norms_like(model, norms) if isinstance(norms, list) else chosen.norms() if norms else []
         every = isinstance(config.train_bias, list)
@@ -44,7 +44,7 @@ class RoutedLoraModel(SiteTuner):
         if isinstance(target, SiteLayer) and type(target) is not wanted:
             raise BadInput(
                 f"{path}: an earlier adapter of this model is a {type(target).__name__} here, {adapter_name!r} "
-                f"would be a {wanted.__name__}. Give both the same targets, train_bias and train_norms, or a model each."
+                f"would be a {wanted.__name__}. Give both the same targets, train_bias and train_norms."
             )
         if isinstance(place, Projections):
             layer = target if isinstance(target, SiteLayer) else RoutedLoraLinear(target, adapter_name)
@@ -81,21 +81,9 @@ class RoutedLora:
         Raises:
             BadInput: no such tower or layer, no condition or another width, or a route that leaks future tokens.
         """
-        chosen = checked(config, sites)
-        if not config.routed or config.condition != "given":
-            return
-        if condition_width is None:
-            raise BadInput(
-                f"route: {config.route!r} needs a condition, which this backbone does not publish. "
-                "Give the backbone one, or set route: none."
-            )
-        for path, projections in chosen.projections(config.targets).items():
-            width = projections[0].in_width
-            if width != condition_width:
-                raise BadInput(
-                    f"route: {config.route!r} shares one projection between text and image, but {path} takes width "
-                    f"{width} and the condition has {condition_width}. Choose towers of equal width, or route: none."
-                )
+        chosen = selected(config, sites, cross_only=True)
+        projections = chosen.projections(config.targets)
+        check_condition(config, {path: parts[0].in_width for path, parts in projections.items()}, condition_width)
 
     @staticmethod
     def prepare(config: RoutedLoraConfig, model: nn.Module, sites: Sites) -> RoutedLoraConfig:
@@ -109,17 +97,6 @@ class RoutedLora:
         for name in names:
             found[_kind(name)].append(name)
         return found
-
-
-def checked(config: RoutedLoraConfig, sites: Sites) -> Selection:
-    """The sites that `config` means. Raises BadInput where it cannot be attached to them, whatever the condition."""
-    chosen = select(sites, config.tower, config.layers, cross_only=config.condition.startswith("cross"))
-    if config.route in MIXES_TOKENS and not config.reshape_compat and any(s.causal for s in chosen.attention):
-        raise BadInput(
-            f"route: {config.route!r} mixes all tokens, so a causal tower would see its future. Choose another "
-            "route; reshape_compat: true reproduces the published one, leak included."
-        )
-    return chosen
 
 
 def _kind(name: str) -> str:
