@@ -1,0 +1,134 @@
+"""Message passing of p-Adapter: which graph an attention map gives, and the trained exponent and pull."""
+
+# B batch, H heads, N query tokens, M value tokens, G pooled value tokens, b channels of a node
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from mmpeft_ds.errors import BadInput
+from mmpeft_ds.methods.p_adapter.config import CLAMP, PAdapterConfig
+from mmpeft_ds.ops.p_laplacian import (
+    attention_probabilities,
+    p_laplacian,
+    p_laplacian_published,
+    pool_keys,
+    self_loops,
+)
+from mmpeft_ds.ops.propagation import appnp, gcn, gcnii
+from mmpeft_ds.sites.observe import Observation
+
+
+class Propagation(nn.Module):
+    """One step over the attention map of one adapter: nodes in, aggregated query nodes out.
+
+    Its parameters are `p` and `m` (one element each), as far as the config trains them.
+
+    Args:
+        config: of the adapter.
+        cross: the map is of cross-attention.
+        channels: b, for the rule that has a weight of its own.
+        layer: depth of the adapter, from 1.
+    """
+
+    def __init__(self, config: PAdapterConfig, cross: bool, channels: int, layer: int, **factory: object):
+        super().__init__()
+        self.rule, self.published = config.propagation, config.mode == "published"
+        self.mu, self.layer = config.mu, layer
+        self.clamp = config.clamps
+        self.self_loops, self.kernel = config.self_loops, config.kernel
+        self.groups = config.groups if cross and not self.published else None
+        self.start = config.start_of_p(cross)
+        self.p = self.m = self.weight = None
+        if self.rule == "p_laplacian":
+            if config.learnable_p:
+                self.p = nn.Parameter(torch.empty(1, **factory))
+            if not self.published:
+                self.m = nn.Parameter(torch.empty(1, **factory))
+        elif self.rule == "gcnii":
+            self.weight = nn.Parameter(torch.empty(channels, channels, **factory))
+
+    @torch.no_grad()
+    def reset(self) -> None:
+        """p as configured, m = 0, the weight of gcnii like every linear map of the adapter."""
+        if self.p is not None:
+            self.p.fill_(self.start)
+        if self.m is not None:
+            self.m.zero_()
+        if self.weight is not None:
+            nn.init.normal_(self.weight, std=0.02)
+
+    @property
+    def exponent(self) -> Tensor | float:
+        """p as it is used."""
+        if self.p is None:
+            return self.start
+        return _Clamp.apply(self.p, *CLAMP) if self.clamp else self.p
+
+    @property
+    def pull(self) -> Tensor | float:
+        """mu as it is used; trained between one and three times the configured one."""
+        return self.mu if self.m is None else self.mu * (2 + torch.tanh(self.m))
+
+    def pool(self, values: Tensor) -> Tensor:
+        """(B, M, d) -> (B, G, d) where this graph pools its keys."""
+        return values if self.groups is None else pool_keys(values, self.groups, 1)
+
+    def forward(self, seen: Observation, f: Tensor, g: Tensor, square: bool) -> Tensor:
+        """(B, H, N, b) query nodes after the step.
+
+        Args:
+            seen: the attention module's forward.
+            f: query nodes, (B, H, N, b); of a square graph the nodes of this forward's own tokens.
+            g: value nodes, (B, H, M, b) or pooled (B, H, G, b).
+            square: rows and columns are the same nodes.
+        """
+        A = self.attention(seen)
+        if self.groups is not None:
+            A = pool_keys(A, self.groups, -1)
+        if square and self.self_loops == "drop":
+            A = A.masked_fill(self_loops(*A.shape[-2:], None, A.device), 0.0)
+        if self.published:
+            return p_laplacian_published(A, f, g, self.exponent, self.pull)
+        if self.rule == "p_laplacian":
+            return p_laplacian(A, f, g, self.exponent, self.pull, self_term=square, square=square)
+        if self.rule == "gcn":
+            return gcn(A, f, g, square=square)
+        if self.rule == "appnp":
+            return appnp(A, f, g, square=square)
+        return gcnii(A, f, g, self.weight, square=square, layer=self.layer)
+
+    @staticmethod
+    def attention(seen: Observation) -> Tensor:
+        """(B, H, N, M) probabilities after masks and before dropout, at least float32 unless the module made them."""
+        if seen.probabilities is not None:
+            return seen.probabilities
+        return attention_probabilities(
+            seen.query, seen.repeated(seen.key), seen.mask, causal=seen.causal, scaling=seen.scaling
+        )
+
+
+class _Clamp(torch.autograd.Function):
+    """Clamp whose gradient still passes where a descent step leads back inside."""
+
+    @staticmethod
+    def forward(ctx, p: Tensor, low: float, high: float) -> Tensor:
+        ctx.save_for_backward(p)
+        ctx.bounds = low, high
+        return p.clamp(low, high)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
+        (p,), (low, high) = ctx.saved_tensors, ctx.bounds
+        outwards = ((p <= low) & (grad > 0)) | ((p >= high) & (grad < 0))
+        return grad.masked_fill(outwards, 0.0), None, None
+
+
+def check_published(causal: bool, tower: str) -> None:
+    """Refuse the paper's equations where they would look ahead. Raises BadInput."""
+    if causal:
+        raise BadInput(
+            f"mode: published divides by what all queries attend to, so in the causal tower {tower!r} a token would "
+            "see its future, also through cross-attention. Use mode: released."
+        )

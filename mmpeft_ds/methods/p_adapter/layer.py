@@ -1,0 +1,268 @@
+"""Layers of p-Adapter: the branch at the end of an attention sublayer, and the one beside the feed-forward block."""
+
+# B batch, N query tokens, M value tokens, H heads, d width, b channels of a node
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mmpeft_ds.errors import BadInput
+from mmpeft_ds.methods._layers import SiteLayer
+from mmpeft_ds.methods.p_adapter.config import PAdapterConfig
+from mmpeft_ds.methods.p_adapter.graph import Propagation
+from mmpeft_ds.sites.base import AttentionSite, FFNSite, base_layer
+from mmpeft_ds.sites.observe import Observation, close_for, observe, open_for, opened
+
+INIT_STD = 0.02
+
+
+class AttentionBranch(nn.Module):
+    """What one adapter adds to (published: puts in the place of) an attention output.
+
+    released: up(gelu(gate(h)) * U), with U the query nodes after one step over the attention map and nodes
+    down(W_o z + b_o) of the projected tokens z, cut into heads. published: V + up(relu(down(V))), V the query nodes
+    after a step in full width.
+
+    Args:
+        site: where it stands.
+        width: of the attention output.
+        config: of the adapter.
+    """
+
+    def __init__(self, site: AttentionSite, width: int, config: PAdapterConfig, **factory: object):
+        super().__init__()
+        self.heads, self.cross = site.heads, site.cross
+        self.published, self.query_node, self.decode_graph = (
+            config.mode == "published",
+            config.query_node,
+            config.decode_graph,
+        )
+        channels = node_channels(site, width, config)
+        bottleneck = width // config.r if self.published else channels * site.heads
+        self.down = nn.Linear(width, bottleneck, **factory)
+        self.gate = None if self.published else nn.Linear(width, bottleneck, **factory)
+        self.up = nn.Linear(bottleneck, width, **factory)
+        self.graph = Propagation(config, site.cross, channels, site.layer + 1, **factory)
+        reset(self)
+
+    def forward(self, h: Tensor, seen: Observation, project: Callable[[Tensor], Tensor]) -> Tensor:
+        """What this adapter makes of the attention output `h`, (B, N, d).
+
+        Args:
+            seen: the forward of the attention module that gave `h`.
+            project: its output projection W_o z + b_o.
+        """
+        square = self._square(seen)
+        values = project(self.graph.pool(seen.values))
+        queries = None if square else project(self._queries(seen.q))
+        # In bf16 the powers of distances lose the gradient of p, in half eps is 0: all of the branch in float32.
+        with torch.autocast(h.device.type, enabled=False):
+            dtype = self.up.weight.dtype
+            g = self._nodes(values.to(dtype))
+            f = g[..., g.shape[2] - h.shape[1] :, :] if square else self._nodes(queries.to(dtype))
+            moved = self.graph(seen, f, g, square).transpose(1, 2).flatten(2)
+            if self.published:
+                out = moved + self.up(F.relu(self.down(moved)))
+            else:
+                out = self.up(F.gelu(self.gate(h.to(dtype))) * moved)
+        return out
+
+    def _square(self, seen: Observation) -> bool:
+        """Whether the nodes are the values alone, each both a row and a column."""
+        if self.cross or self.published:
+            return False
+        return self.decode_graph == "same" or seen.past == 0
+
+    def _queries(self, q: Tensor) -> Tensor:
+        if self.query_node == "zeros":
+            return torch.zeros_like(q)
+        return torch.randn_like(q) if self.query_node == "noise" else q
+
+    def _nodes(self, projected: Tensor) -> Tensor:
+        """(B, n, d) -> (B, H, n, b)."""
+        wide = projected if self.published else self.down(projected)
+        return wide.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+
+
+class FFNBranch(nn.Module):
+    """up(relu(down(t))) of the input t of a feed-forward block, added to its output.
+
+    Args:
+        width: of the block's input; it ends in `out_width`.
+    """
+
+    def __init__(self, width: int, out_width: int, config: PAdapterConfig, **factory: object):
+        super().__init__()
+        self.down = nn.Linear(width, width // config.r2, **factory)
+        self.up = nn.Linear(width // config.r2, out_width, **factory)
+        reset(self)
+
+    def forward(self, t: Tensor) -> Tensor:
+        with torch.autocast(t.device.type, enabled=False):
+            return self.up(F.relu(self.down(t.to(self.up.weight.dtype))))
+
+
+class BranchLayer(nn.Module, SiteLayer):
+    """The last leaf of a sublayer and the branches that adapters add there.
+
+    It opens what it needs to see before the sublayer runs and closes it afterwards, by two hooks on the module around.
+
+    Args:
+        site: the sublayer; `around` is the module at its path.
+    """
+
+    adapter_layer_names = ("p_adapter",)
+
+    def __init__(self, base: nn.Module, adapter_name: str, around: nn.Module, site: AttentionSite | FFNSite):
+        nn.Module.__init__(self)
+        SiteLayer.__init__(self, base, adapter_name)
+        self.p_adapter = nn.ModuleDict()
+        self.site = site
+        self._hooks = [
+            around.register_forward_pre_hook(self._begin, with_kwargs=True),
+            around.register_forward_hook(self._finish, always_call=True),
+        ]
+
+    def add(self, adapter_name: str, branch: nn.Module, config: PAdapterConfig) -> None:
+        """Add an adapter."""
+        self.p_adapter[adapter_name] = branch
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """As every layer; the hooks go with the last adapter."""
+        super().delete_adapter(adapter_name)
+        if not self.p_adapter:
+            self.detach()
+
+    def detach(self) -> None:
+        """Take the hooks off the module around."""
+        while self._hooks:
+            self._hooks.pop().remove()
+
+    def _branches(self) -> list[nn.Module]:
+        return [] if self._frozen() else [self.p_adapter[n] for n in self.active_adapters if n in self.p_adapter]
+
+    def _begin(self, around: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._branches():
+            open_for(self, self._look(around, kwargs))
+
+    def _finish(self, around: nn.Module, args: tuple[Any, ...], out: Any) -> None:
+        close_for(self)
+
+    def _seen(self) -> Any:
+        seen = opened(self)
+        if seen is None:
+            raise BadInput(
+                f"{self.site.path}: its last layer runs outside of it, so p-adapter sees nothing of the sublayer. "
+                "Call the whole module."
+            )
+        return seen
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Refused: what it adds depends on the attention map."""
+        raise BadInput("p-adapter depends on the input and cannot be merged into weights. Keep it as an adapter.")
+
+
+class AttentionLayer(BranchLayer):
+    """The end of an attention sublayer."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The attention output with the branches of the active adapters."""
+        h = self.base_layer(x)
+        branches = self._branches()
+        if not branches:
+            return h
+        seen = self._seen()
+        # Where the sublayer ends with its projection, that is what this layer wraps.
+        project = self.base_layer if self.site.end == self.site.out.path else seen.project
+        out = None
+        for branch in branches:
+            made = branch(h, seen, project)
+            out = made if branch.published else (h if out is None else out) + made
+        return out.to(h.dtype)
+
+    def _look(self, attention: nn.Module, kwargs: dict[str, Any]) -> Observation:
+        if getattr(kwargs.get("past_key_values"), "is_compileable", False):
+            raise BadInput(f"{self.site.path}: p-adapter needs a cache that grows; it cannot use a static one.")
+        return observe(attention, self.site)
+
+
+class FFNLayer(BranchLayer):
+    """The end of a feed-forward sublayer."""
+
+    tokenwise = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The block's output plus what the adapters make of its input."""
+        out = self.base_layer(x)
+        branches = self._branches()
+        if branches:
+            t = self._seen().t
+            out = sum((branch(t) for branch in branches), out).to(out.dtype)
+        return out
+
+    def _look(self, around: nn.Module, kwargs: dict[str, Any]) -> FFNInput:
+        seen = FFNInput()
+        first = around.get_submodule(self.site.up.path[len(self.site.path) + 1 :])
+        seen.undo = first.register_forward_pre_hook(seen.note).remove
+        return seen
+
+
+@dataclass
+class FFNInput:
+    """The input `t` of a feed-forward block, (B, N, d), noted at its first projection."""
+
+    t: Tensor | None = None
+    undo: Callable[[], None] | None = None
+
+    def note(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        """Forward pre-hook of that projection."""
+        self.t = args[0]
+
+    def close(self) -> None:
+        """Take the hook back."""
+        if self.undo is not None:
+            self.undo()
+
+
+def node_channels(site: AttentionSite, width: int, config: PAdapterConfig) -> int:
+    """b, channels of a node in one head.
+
+    Raises:
+        BadInput: if the reduction does not divide the width of a head.
+    """
+    if config.mode == "published":
+        if width % site.heads or width % config.r:
+            raise BadInput(f"r: {site.path} is {width} wide with {site.heads} heads; r and heads must divide that.")
+        return width // site.heads
+    head = site.q.width // site.heads
+    if head % config.r:
+        raise BadInput(
+            f"r: nodes are cut into heads, so r must divide the width of a head of {site.path}, {head}, and "
+            f"{config.r} does not."
+        )
+    return head // config.r
+
+
+def factory_of(module: nn.Module) -> dict[str, object]:
+    """Where and in which dtype trained parameters beside `module` live: float32 whatever the base is, except that
+    float64 stays, which reference vectors need."""
+    weight = base_layer(module).weight
+    dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    return {"dtype": dtype, "device": weight.device}
+
+
+def reset(branch: nn.Module) -> None:
+    """As released: all weights from a normal distribution (`up` too), biases zero."""
+    for module in branch.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, std=INIT_STD)
+            nn.init.zeros_(module.bias)
+        elif isinstance(module, Propagation):
+            module.reset()

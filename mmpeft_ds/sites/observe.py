@@ -1,0 +1,289 @@
+"""See what an attention module computes - queries, keys, values, mask - without wrapping or copying it.
+
+For the time of one forward of that module an `Observation` is open: hooks on its projections and, where the family
+calls transformers' attention registry, a registered function that hands its arguments over before it calls the one
+that the model was configured for. Afterwards nothing is left behind, whether the forward returned, raised or was cut
+short by activation checkpointing.
+"""
+
+# B batch, N query tokens, M key tokens, H heads, K key heads (fewer under grouped queries), d width of a head
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import copy
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from types import ModuleType
+from typing import Any
+
+from torch import Tensor, nn
+
+from mmpeft_ds.errors import BadInput
+from mmpeft_ds.sites.base import AttentionSite, Projection
+
+REGISTERED_AS = "mmpeft_ds_observed"
+IMPLEMENTATIONS = ("sdpa", "eager")
+# They do call the registry, but with a bias beside the mask, or once for each segment of one long sequence.
+NOT_OBSERVABLE = {
+    "T5Attention": "its position bias is no mask",
+    "MT5Attention": "its position bias is no mask",
+    "VisionAttention": "the patches of all images are one sequence",
+    "Qwen2_5_VLVisionAttention": "the patches of all images are one sequence",
+}
+
+
+@dataclass
+class Observation:
+    """One forward of one attention module. Tensors keep their graph; they live as long as the forward.
+
+    Attributes:
+        q: (B, N, H d) output of the query projection, before any rotary embedding.
+        query, key, value: heads as the scores see them, (B, H, N, d), (B, K, M, d) and (B, K, M, d), with the past.
+        mask: broadcastable to (B, H, N, M): bool with True = attend, or a term added to the scores.
+        causal: a query sees no later keys, and `mask` does not say so.
+        scaling: factor on the scores.
+        probabilities: (B, H, N, M) after masks and before dropout, where the module makes them itself.
+        project: the output projection, (B, n, H d) -> (B, n, width).
+    """
+
+    q: Tensor | None = None
+    query: Tensor | None = None
+    key: Tensor | None = None
+    value: Tensor | None = None
+    mask: Tensor | None = None
+    causal: bool = False
+    scaling: float | None = None
+    probabilities: Tensor | None = None
+    project: Callable[[Tensor], Tensor] | None = None
+    _undo: list[Callable[[], None]] = field(default_factory=list, repr=False)
+
+    @property
+    def values(self) -> Tensor:
+        """(B, M, H d) value projections with heads side by side; a head that serves several queries is repeated."""
+        return self.repeated(self.value).transpose(1, 2).flatten(2)
+
+    @property
+    def past(self) -> int:
+        """How many keys stand before those of this forward's own tokens (self-attention with a cache)."""
+        return self.value.shape[2] - self.q.shape[1]
+
+    def repeated(self, heads: Tensor) -> Tensor:
+        """(B, K, M, d) -> (B, H, M, d)."""
+        q_heads = (self.query if self.probabilities is None else self.probabilities).shape[1]
+        times = q_heads // heads.shape[1]
+        return heads if times == 1 else heads.repeat_interleave(times, 1)
+
+    def close(self) -> None:
+        """Take everything back that was put in for this forward."""
+        while self._undo:
+            self._undo.pop()()
+
+
+_open: contextvars.ContextVar[tuple[tuple[object, Any], ...]] = contextvars.ContextVar("mmpeft_ds_open", default=())
+
+
+def opened(owner: object) -> Any | None:
+    """What `owner` has open in the forward that is running, or None."""
+    return next((what for who, what in reversed(_open.get()) if who is owner), None)
+
+
+def open_for(owner: object, what: Any) -> None:
+    """Keep `what` for `owner` until `close_for`."""
+    _open.set((*_open.get(), (owner, what)))
+
+
+def close_for(owner: object) -> None:
+    """Close and forget what `owner` opened last; nothing if it has nothing open."""
+    entries = _open.get()
+    for at in reversed(range(len(entries))):
+        if entries[at][0] is owner:
+            _open.set(entries[:at] + entries[at + 1 :])
+            entries[at][1].close()
+            return
+
+
+@contextlib.contextmanager
+def observing(owner: object, what: Any) -> Iterator[Any]:
+    """Run `owner` under what the caller has filled, such as an `Observation`."""
+    open_for(owner, what)
+    try:
+        yield what
+    finally:
+        close_for(owner)
+
+
+def check_observable(attention: nn.Module, site: AttentionSite) -> None:
+    """Refuse attention modules that cannot be observed.
+
+    Raises:
+        BadInput: the family is not known to work.
+    """
+    _observer(_core(attention, site), site)
+
+
+def observe(attention: nn.Module, site: AttentionSite) -> Observation:
+    """Open an observation of the forward of `attention` that is about to run; `close` it afterwards.
+
+    Args:
+        attention: the module at `site.path`.
+
+    Raises:
+        BadInput: the family, or its attention implementation, cannot be observed.
+    """
+    core = _core(attention, site)
+    observer = _observer(core, site)
+    seen = Observation()
+    try:
+        observer(seen, core, attention, site)
+        out = attention.get_submodule(_below(site, site.out.path))
+        seen._undo.append(out.register_forward_pre_hook(lambda module, args: _note_projection(seen, module)).remove)
+    except BaseException:
+        seen.close()
+        raise
+    return seen
+
+
+def _note_projection(seen: Observation, module: nn.Module) -> None:
+    if seen.project is None:
+        seen.project = module
+
+
+def _below(site: AttentionSite, path: str) -> str:
+    return path[len(site.path) + 1 :]
+
+
+def _core(attention: nn.Module, site: AttentionSite) -> nn.Module:
+    """The module that computes the scores: the one that holds the query projection."""
+    return attention.get_submodule(_below(site, site.q.path).rpartition(".")[0])
+
+
+def _observer(core: nn.Module, site: AttentionSite) -> Callable[..., None]:
+    names = [c.__name__ for c in type(core).__mro__]
+    for name in names:
+        if name in NOT_OBSERVABLE:
+            raise BadInput(f"{site.path}: attention of {name} cannot be observed: {NOT_OBSERVABLE[name]}.")
+    if "BlipTextSelfAttention" in names:
+        return _observe_returned
+    if "BlipAttention" in names:
+        return _observe_fused
+    if hasattr(core, "config") and _modeling(core) is not None:
+        return _observe_registry
+    raise BadInput(f"{site.path}: attention of class {names[0]} cannot be observed: it calls no attention registry.")
+
+
+def _modeling(core: nn.Module) -> ModuleType | None:
+    """The transformers file that defines `core`, if it calls the attention registry."""
+    for cls in type(core).__mro__:
+        module = sys.modules.get(cls.__module__)
+        if hasattr(module, "ALL_ATTENTION_FUNCTIONS") and hasattr(module, "eager_attention_forward"):
+            return module
+    return None
+
+
+def _capture(seen: Observation, attention: nn.Module, site: AttentionSite, part: Projection, take: Callable) -> None:
+    """Hand the output of a projection to `take` for as long as the observation is open."""
+
+    def hook(module: nn.Module, args: tuple, out: Tensor) -> None:
+        take(out[..., part.start : part.start + part.width])
+
+    leaf = attention.get_submodule(_below(site, part.path))
+    seen._undo.append(leaf.register_forward_hook(hook).remove)
+
+
+def _heads(x: Tensor, heads: int) -> Tensor:
+    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
+# ---------------------------------------------------------------------------- families on the attention registry
+
+
+def _observe_registry(seen: Observation, core: nn.Module, attention: nn.Module, site: AttentionSite) -> None:
+    """For this forward `core` sees a copy of its config that names our function."""
+    registry = _modeling(core).ALL_ATTENTION_FUNCTIONS
+    config = core.config
+    implementation = config._attn_implementation or "eager"
+    if implementation not in IMPLEMENTATIONS:
+        raise BadInput(
+            f"{site.path}: attention {implementation!r} cannot be observed. Load the model with "
+            f"attn_implementation={' or '.join(map(repr, IMPLEMENTATIONS))}."
+        )
+    if implementation == "eager" and getattr(core, "reorder_and_upcast_attn", False):
+        raise BadInput(f"{site.path}: reorder_and_upcast_attn calls no registry; use attn_implementation='sdpa'.")
+    if REGISTERED_AS not in registry:
+        type(registry).register(REGISTERED_AS, _observed)
+    _capture(seen, attention, site, site.q, lambda q: setattr(seen, "q", q))
+    marked = copy.copy(config)
+    # The public setter would reach into configs that the copy shares.
+    marked._attn_implementation_internal = REGISTERED_AS
+    core.config = marked
+    seen._undo.append(lambda: setattr(core, "config", config))
+    open_for(core, _Call(seen, implementation))
+    seen._undo.append(lambda: close_for(core))
+
+
+@dataclass
+class _Call:
+    """What the registered function has to know about the module that calls it."""
+
+    seen: Observation
+    implementation: str
+
+    def close(self) -> None:
+        """Nothing of its own to take back."""
+
+
+def _observed(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+) -> tuple[Tensor, Tensor | None]:
+    """The registered attention function: notes its arguments and calls the configured one."""
+    call: _Call = opened(module)
+    seen, sdpa = call.seen, call.implementation == "sdpa"
+    seen.query, seen.key, seen.value, seen.mask = query, key, value, attention_mask
+    seen.scaling = kwargs.get("scaling")
+    rows = query.shape[2]
+    if sdpa and attention_mask is None and rows > 1:
+        # sdpa without a mask asks the caller, then the module, whether it is causal; without either it is.
+        causal = kwargs.get("is_causal")
+        seen.causal = bool(getattr(module, "is_causal", True) if causal is None else causal)
+    if attention_mask is not None and attention_mask.shape[-1] > key.shape[2]:
+        seen.mask = attention_mask[..., : key.shape[2]]
+    modeling = _modeling(module)
+    function = modeling.ALL_ATTENTION_FUNCTIONS.get_interface(call.implementation, modeling.eager_attention_forward)
+    return function(module, query, key, value, attention_mask, **kwargs)
+
+
+# ----------------------------------------------------------------------------------------------------------- BLIP
+
+
+def _observe_returned(seen: Observation, core: nn.Module, attention: nn.Module, site: AttentionSite) -> None:
+    """BLIP text: the module returns its probabilities before dropout; values come from the projection or the cache."""
+    projected: dict[str, Tensor] = {}
+    _capture(seen, attention, site, site.q, lambda q: setattr(seen, "q", q))
+    _capture(seen, attention, site, site.v, lambda v: projected.update(v=v))
+
+    def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any], out: tuple[Tensor, Tensor]) -> None:
+        seen.probabilities = out[1]
+        cache = kwargs.get("past_key_values")
+        if cache is None:
+            seen.value = _heads(projected["v"], site.heads)
+            return
+        part = "cross_attention_cache" if site.cross else "self_attention_cache"
+        seen.value = getattr(cache, part, cache).layers[module.layer_idx].values
+
+    seen._undo.append(core.register_forward_hook(hook, with_kwargs=True).remove)
+
+
+def _observe_fused(seen: Observation, core: nn.Module, attention: nn.Module, site: AttentionSite) -> None:
+    """BLIP vision: q, k and v side by side in one Linear, no mask; what it returns went through dropout."""
+    seen.scaling = core.scale
+
+    def take(part: str) -> Callable[[Tensor], None]:
+        return lambda x: setattr(seen, part, _heads(x, site.heads))
+
+    _capture(seen, attention, site, site.q, lambda q: setattr(seen, "q", q))
+    _capture(seen, attention, site, site.q, take("query"))
+    _capture(seen, attention, site, site.k, take("key"))
+    _capture(seen, attention, site, site.v, take("value"))
