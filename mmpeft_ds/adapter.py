@@ -126,7 +126,7 @@ class Loaded:
             asked = [asked] if isinstance(asked, str) else list(asked)
             record, targets = self.task.ask(asked)
             if getattr(self.task, "generation", None) is not None:
-                asked = [Prompted(text) for text in asked]
+                asked = [getattr(self.task, "prompted", Prompted)(text) for text in asked]
             name = str(entry) if isinstance(entry, (str, Path)) else str(number)
             pixels = [transform(_pixels(image, self.recipe.data.max_pixels), None) for image in entries]
             samples.append(Sample(name, 1.0, pixels, asked, targets, record))

@@ -4,9 +4,7 @@
 
 from __future__ import annotations
 
-import re
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -15,8 +13,8 @@ from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 
 from mmpeft_ds.data.batch import PackedBatch
-from mmpeft_ds.errors import BadInput, BadSample
-from mmpeft_ds.metrics.vqa import answer_score, normalize_answer, soft_score
+from mmpeft_ds.errors import BadInput
+from mmpeft_ds.tasks import _questions
 
 
 @dataclass
@@ -63,31 +61,12 @@ class Vqa:
 
     def read(self, record: dict[str, Any], generator: torch.Generator) -> tuple[list[str], list[Any]]:
         """Questions of one sample and, for each, its number in the record and the score of every known answer."""
-        questions = record.get("questions")
-        if not isinstance(questions, list):
-            raise BadSample("field", "`questions` is no list")
-        chosen = range(len(questions))
-        if 0 < self.options.max_questions < len(questions):
-            drawn = torch.randperm(len(questions), generator=generator)[: self.options.max_questions]
-            chosen = sorted(drawn.tolist())
         texts, targets = [], []
-        for number in chosen:
-            text, answers = _question(questions[number])
+        for number, text, answers in _questions.chosen(record, self.options.max_questions, generator):
             texts.append(text)
-            targets.append({"question": number, "scores": self._scores(answers)})
+            scores = _questions.soft_scores(answers, self._index)
+            targets.append({"question": number, "scores": {self._index[a]: score for a, score in scores.items()}})
         return texts, targets
-
-    def _scores(self, answers: list[str]) -> dict[int, float]:
-        """Class -> soft score, the most frequent answer first; answers outside the list are left out."""
-        votes: Counter[int] = Counter()
-        for answer in answers:
-            found = self._index.get(answer)
-            if found is None:
-                found = self._index.get(normalize_answer(answer))
-            if found is not None:
-                votes[found] += 1
-        # Counter keeps the order of first occurrence among equals, which is the order of the record.
-        return {index: soft_score(count, len(answers)) for index, count in votes.most_common()}
 
     def collate(self, targets: list[Any]) -> dict[str, Tensor]:
         """`question` (T,); for ce `label` (T,), -1 = no known answer; for bce `score` (T, C)."""
@@ -138,88 +117,18 @@ class Vqa:
         if not len(batch.text_owner):
             return []
         best = outputs.logits[:, : len(self.labels)].argmax(1).tolist()
-        rows = []
-        columns = zip(
-            best,
-            batch.text_owner.tolist(),
-            batch.text_weight.tolist(),
-            batch.targets["question"].tolist(),
-            batch.raw_texts,
-            strict=True,
-        )
-        for index, slot, weight, number, text in columns:
-            if weight > 0:
-                asked = batch.records[slot]["questions"][number]
-                row = {"sample_id": batch.sample_id[slot], "text": text, "prediction": self.labels[index]}
-                row |= {"answers": list(asked.get("answers", [])), "type": asked.get("type", "")}
-                if "question_id" in asked:
-                    row["question_id"] = asked["question_id"]
-                rows.append(row)
-        return rows
+        return _questions.rows(batch, [self.labels[index] for index in best])
 
     def score(self, rows: list[dict[str, Any]]) -> dict[str, float]:
         """`accuracy` and `accuracy_<type>`: official VQA accuracy where several annotators answered, else plain."""
-        return _by_type("accuracy", ((r["type"], r["answers"], r["prediction"]) for r in rows))
+        return _questions.accuracy(rows)
 
     def baselines(self, train: Iterable[dict[str, Any]], test: Iterable[dict[str, Any]]) -> dict[str, float]:
-        """`majority`, always the most frequent training answer; `question_only`, the most frequent one to the same
-        question; both overall and by question type."""
-        overall: Counter[str] = Counter()
-        by_question: dict[str, Counter[str]] = defaultdict(Counter)
-        for asked in _questions(train):
-            if asked.get("answers"):
-                answer = _most_common(Counter(asked["answers"]))
-                overall[answer] += 1
-                by_question[_key(asked["question"])][answer] += 1
-        if not overall:
-            return {}
-        majority = _most_common(overall)
-        prior = {question: _most_common(counts) for question, counts in by_question.items()}
-        asked_in_test = list(_questions(test))
-
-        def rated(name: str, answer: Callable[[dict[str, Any]], str]) -> dict[str, float]:
-            return _by_type(name, ((a.get("type", ""), a.get("answers", []), answer(a)) for a in asked_in_test))
-
-        return rated("majority", lambda _: majority) | rated(
-            "question_only", lambda asked: prior.get(_key(asked["question"]), majority)
-        )
+        """`majority` and `question_only`: answers without a model, overall and by question type."""
+        return _questions.priors(train, test)
 
 
 ENTRY = Vqa
-
-
-def _question(asked: Any) -> tuple[str, list[str]]:
-    if not isinstance(asked, dict) or not isinstance(asked.get("question"), str):
-        raise BadSample("field", "a question has no text in `question`")
-    answers = asked.get("answers", [])
-    if not isinstance(answers, list) or not all(isinstance(a, str) for a in answers):
-        raise BadSample("type", "`answers` is no list of strings")
-    return asked["question"], answers
-
-
-def _questions(records: Iterable[dict[str, Any]]) -> Iterable[dict[str, Any]]:
-    return (asked for record in records for asked in record.get("questions", []))
-
-
-def _key(question: str) -> str:
-    return " ".join(question.lower().split())
-
-
-def _most_common(counts: Counter[str]) -> str:
-    """Ties go to the first in alphabetical order, so that the order of the data does not matter."""
-    return min(counts, key=lambda answer: (-counts[answer], answer))
-
-
-def _by_type(name: str, rated: Iterable[tuple[str, list[str], str]]) -> dict[str, float]:
-    """Mean score overall and by type, of (type, answers, prediction); questions without answers do not count."""
-    scores: dict[str, list[float]] = defaultdict(list)
-    for kind, answers, prediction in rated:
-        if answers:
-            value = answer_score(prediction, answers)
-            scores[name].append(value)
-            if kind:
-                scores[f"{name}_{re.sub(r'[^0-9a-z]+', '_', kind.lower()).strip('_')}"].append(value)
-    return {key: sum(values) / len(values) for key, values in sorted(scores.items())}
 
 
 def _at_least_float32(x: Tensor) -> Tensor:

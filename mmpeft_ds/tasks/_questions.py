@@ -1,0 +1,124 @@
+"""What tasks on records with `questions` share: reading them, choosing some, rows, scores, priors.
+
+`questions` is a list of {question, answers (1 or 10), question_id?, type?}.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+
+from mmpeft_ds.data.batch import PackedBatch
+from mmpeft_ds.errors import BadSample
+from mmpeft_ds.metrics.vqa import answer_score, normalize_answer, soft_score
+
+
+def chosen(record: dict[str, Any], most: int, generator: torch.Generator) -> Iterator[tuple[int, str, list[str]]]:
+    """Number, text and answers of `most` questions of a record, drawn and in order; 0 = all. Raises BadSample."""
+    questions = record.get("questions")
+    if not isinstance(questions, list):
+        raise BadSample("field", "`questions` is no list")
+    numbers = range(len(questions))
+    if 0 < most < len(questions):
+        numbers = sorted(torch.randperm(len(questions), generator=generator)[:most].tolist())
+    for number in numbers:
+        yield number, *_question(questions[number])
+
+
+def soft_scores(answers: list[str], known: dict[str, Any] | None) -> dict[str, float]:
+    """Answer -> soft score, most frequent first; with `known`, others count only if they normalise to one of it."""
+    votes: Counter[str] = Counter()
+    for answer in answers:
+        found = answer if known is None or answer in known else normalize_answer(answer)
+        if known is None or found in known:
+            votes[found] += 1
+    # Counter keeps the order of first occurrence among equals, which is the order of the record.
+    return {answer: soft_score(count, len(answers)) for answer, count in votes.most_common()}
+
+
+def rows(batch: PackedBatch, predictions: list[str]) -> list[dict[str, Any]]:
+    """One row per question of weight > 0: sample_id, text, prediction, answers, type, question_id if given."""
+    found = []
+    columns = zip(
+        predictions,
+        batch.text_owner.tolist(),
+        batch.text_weight.tolist(),
+        batch.targets["question"].tolist(),
+        strict=True,
+    )
+    for prediction, slot, weight, number in columns:
+        if weight > 0:
+            asked = batch.records[slot]["questions"][number]
+            row = {"sample_id": batch.sample_id[slot], "text": asked["question"], "prediction": prediction}
+            row |= {"answers": list(asked.get("answers", [])), "type": asked.get("type", "")}
+            if "question_id" in asked:
+                row["question_id"] = asked["question_id"]
+            found.append(row)
+    return found
+
+
+def accuracy(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """`accuracy` and `accuracy_<type>`: official VQA accuracy where several annotators answered, else plain."""
+    return _by_type("accuracy", ((r["type"], r["answers"], r["prediction"]) for r in rows))
+
+
+def priors(train: Iterable[dict[str, Any]], test: Iterable[dict[str, Any]]) -> dict[str, float]:
+    """`majority`, always the most frequent training answer; `question_only`, the most frequent one to the same
+    question; both overall and by question type."""
+    overall: Counter[str] = Counter()
+    by_question: dict[str, Counter[str]] = defaultdict(Counter)
+    for asked in _questions(train):
+        if asked.get("answers"):
+            answer = _most_common(Counter(asked["answers"]))
+            overall[answer] += 1
+            by_question[_key(asked["question"])][answer] += 1
+    if not overall:
+        return {}
+    majority = _most_common(overall)
+    prior = {question: _most_common(counts) for question, counts in by_question.items()}
+    asked_in_test = list(_questions(test))
+
+    def rated(name: str, answer: Callable[[dict[str, Any]], str]) -> dict[str, float]:
+        return _by_type(name, ((a.get("type", ""), a.get("answers", []), answer(a)) for a in asked_in_test))
+
+    return rated("majority", lambda _: majority) | rated(
+        "question_only", lambda asked: prior.get(_key(asked["question"]), majority)
+    )
+
+
+def _question(asked: Any) -> tuple[str, list[str]]:
+    if not isinstance(asked, dict) or not isinstance(asked.get("question"), str):
+        raise BadSample("field", "a question has no text in `question`")
+    answers = asked.get("answers", [])
+    if not isinstance(answers, list) or not all(isinstance(a, str) for a in answers):
+        raise BadSample("type", "`answers` is no list of strings")
+    return asked["question"], answers
+
+
+def _questions(records: Iterable[dict[str, Any]]) -> Iterable[dict[str, Any]]:
+    return (asked for record in records for asked in record.get("questions", []))
+
+
+def _key(question: str) -> str:
+    return " ".join(question.lower().split())
+
+
+def _most_common(counts: Counter[str]) -> str:
+    """Ties go to the first in alphabetical order, so that the order of the data does not matter."""
+    return min(counts, key=lambda answer: (-counts[answer], answer))
+
+
+def _by_type(name: str, rated: Iterable[tuple[str, list[str], str]]) -> dict[str, float]:
+    """Mean score overall and by type, of (type, answers, prediction); questions without answers do not count."""
+    scores: dict[str, list[float]] = defaultdict(list)
+    for kind, answers, prediction in rated:
+        if answers:
+            value = answer_score(prediction, answers)
+            scores[name].append(value)
+            if kind:
+                scores[f"{name}_{re.sub(r'[^0-9a-z]+', '_', kind.lower()).strip('_')}"].append(value)
+    return {key: sum(values) / len(values) for key, values in sorted(scores.items())}

@@ -1,0 +1,147 @@
+"""Task: questions about a sample's images, answered in words by a model that writes; official VQA accuracy.
+
+Several tasks of one model differ by their prompts: with "vqa: ", "gpa: " and "nlvr: " as in VL-Adapter
+(arXiv 2112.06825; specs/routing.md 2.3) these are VQAv2, GQA and, with `choices: ["true", "false"]`, NLVR2.
+"""
+
+# T texts (questions) of the micro-batch, S target tokens
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from mmpeft_ds.data.batch import PackedBatch, Prompted, Written
+from mmpeft_ds.errors import BadInput
+from mmpeft_ds.tasks import _questions
+
+
+@dataclass
+class Options:
+    """Keys of a source's `task` section.
+
+    Attributes:
+        prompt: stands before every question, such as "vqa: ".
+        target: which of the annotators' answers is to be written: one drawn in proportion to its soft score, anew
+            every epoch (`sample`), or the one that most gave (`best`).
+        listed_only: take only answers of the data's label list, as published for VQAv2.
+        score_weight: weight the loss of a question by the soft score of its target, as published for VQAv2; the sum
+            is still divided by the number of questions.
+        choices: the only answers that may be written; empty = any words.
+        num_beams: beams in evaluation, 1 = greedy.
+        max_new_tokens: longest answer in tokens.
+        max_questions: questions of a sample in one visit, drawn anew every epoch, 0 = all.
+    """
+
+    prompt: str = ""
+    target: Literal["sample", "best"] = "sample"
+    listed_only: bool = False
+    score_weight: bool = False
+    choices: list[str] = field(default_factory=list)
+    num_beams: int = 1
+    max_new_tokens: int = 10
+    max_questions: int = 0
+
+
+class Answering:
+    """Records hold `questions`: a list of {question, answers (1 or 10), question_id?, type?}."""
+
+    Options = Options
+    fields = ("questions",)
+    couples_samples = False
+    main_metric = "accuracy"
+    better = "max"
+
+    def __init__(self, options: Options, labels: list[str] | None):
+        for key in ("num_beams", "max_new_tokens"):
+            if getattr(options, key) < 1:
+                raise BadInput(f"task.{key}: {getattr(options, key)}. Use 1 or more.")
+        if options.max_questions < 0:
+            raise BadInput(f"task.max_questions: {options.max_questions}. Use 0 for all or a positive number.")
+        if len(options.choices) == 1 or len(set(options.choices)) < len(options.choices) or "" in options.choices:
+            raise BadInput(f"task.choices: {options.choices}. Name at least two different answers, or none for any.")
+        if options.listed_only and not labels:
+            raise BadInput(
+                "task.listed_only: true, but the data has no label list. Prepare it with one, or say false."
+            )
+        self.options = options
+        known = options.choices or (labels if options.listed_only else None)
+        self._known = None if known is None else dict.fromkeys(known)
+        self.generation: dict[str, Any] = {"num_beams": options.num_beams, "max_new_tokens": options.max_new_tokens}
+        if options.choices:
+            self.generation["choices"] = options.choices
+
+    def read(self, record: dict[str, Any], generator: torch.Generator) -> tuple[list[Prompted], list[Any]]:
+        """Prompt and target of each question, its number in the record, and the score of the target."""
+        texts, targets = [], []
+        for number, question, answers in _questions.chosen(record, self.options.max_questions, generator):
+            answer, score = self._target(_questions.soft_scores(answers, self._known), generator)
+            texts.append(self.prompted(question, answer))
+            targets.append({"question": number, "score": score})
+        return texts, targets
+
+    def prompted(self, question: str, answer: str = "") -> Prompted:
+        """A question as the model reads it."""
+        return Prompted(self.options.prompt + question, answer)
+
+    def _target(self, scores: dict[str, float], generator: torch.Generator) -> tuple[str, float]:
+        """The answer to be written and its score; empty and 0 where nobody gave one that counts."""
+        if not scores:
+            return "", 0.0
+        answers = list(scores)
+        if self.options.target == "best":
+            return answers[0], scores[answers[0]]
+        weights = torch.tensor(list(scores.values()), dtype=torch.float64)
+        drawn = answers[int(torch.multinomial(weights, 1, generator=generator))]
+        return drawn, scores[drawn]
+
+    def collate(self, targets: list[Any]) -> dict[str, Tensor]:
+        """`question` (T,) and `score` (T,), 0 = no known answer."""
+        return {
+            "question": torch.tensor([t["question"] for t in targets], dtype=torch.int64),
+            "score": torch.tensor([t["score"] for t in targets], dtype=torch.float32),
+        }
+
+    def dummy_target(self) -> Any:
+        return {"question": -1, "score": 1.0}
+
+    def ask(self, texts: list[str]) -> tuple[dict[str, Any], list[Any]]:
+        """A record with these questions, none of them answered, and their targets."""
+        questions = [{"question": text, "answers": []} for text in texts]
+        return {"questions": questions}, [{"question": i, "score": 0.0} for i in range(len(texts))]
+
+    def weight(self, batch: PackedBatch) -> float:
+        """Questions that enter the loss: those with a known answer."""
+        return float(self._weights(batch).double().sum()) if len(batch.text_owner) else 0.0
+
+    def _weights(self, batch: PackedBatch) -> Tensor:
+        return batch.text_weight * (batch.targets["score"] > 0)
+
+    def loss(self, outputs: Written, batch: PackedBatch) -> Tensor:
+        """Sum over questions of weight times the mean cross-entropy of the target's tokens (times its score)."""
+        total, count = outputs.token_losses()
+        each = total / count.clamp(min=1)
+        if self.options.score_weight:
+            each = each * batch.targets["score"].to(each.dtype)
+        # where, not a product: a weight-0 question must not spread a non-finite loss
+        weights = self._weights(batch).to(each.dtype)
+        return torch.where(weights > 0, each * weights, torch.zeros_like(each)).sum()
+
+    def predict(self, outputs: Written, batch: PackedBatch) -> list[dict[str, Any]]:
+        """One row per question of weight > 0: sample_id, text, prediction, answers, type, question_id if given."""
+        return _questions.rows(batch, outputs.generated) if len(batch.text_owner) else []
+
+    def score(self, rows: list[dict[str, Any]]) -> dict[str, float]:
+        """`accuracy` and `accuracy_<type>`: official VQA accuracy where several annotators answered, else plain."""
+        return _questions.accuracy(rows)
+
+    def baselines(self, train: Iterable[dict[str, Any]], test: Iterable[dict[str, Any]]) -> dict[str, float]:
+        """`majority` and `question_only`: answers without a model, overall and by question type."""
+        return _questions.priors(train, test)
+
+
+ENTRY = Answering
