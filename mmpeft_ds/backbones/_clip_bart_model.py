@@ -31,7 +31,8 @@ from transformers.utils import ModelOutput
 
 from mmpeft_ds.backbones._stock import Publishing
 from mmpeft_ds.backbones._towers import VISION, empty_tower, vision_features
-from mmpeft_ds.backbones._vision_text_model import Affine, HeadLinear
+from mmpeft_ds.backbones._vision_side import Affine
+from mmpeft_ds.backbones._vision_text_model import HeadLinear
 from mmpeft_ds.errors import BadInput
 from mmpeft_ds.sites.condition import Condition, conditioned
 

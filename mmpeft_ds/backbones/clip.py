@@ -21,7 +21,7 @@ from transformers.utils import ModelOutput
 
 from mmpeft_ds.backbones import _stock, _towers
 from mmpeft_ds.backbones._transform import SquareTransform
-from mmpeft_ds.backbones._vision_text_model import Affine
+from mmpeft_ds.backbones._vision_side import Affine
 from mmpeft_ds.data.batch import PackedBatch, Prompted
 from mmpeft_ds.errors import BadInput
 from mmpeft_ds.sites.condition import Condition, conditioned, current
