@@ -60,20 +60,20 @@ def mode_delta(
     Source: Aurora, arXiv 2305.08381, released code of the attention layers.
     """
     _check(core, mode_RK)
-    z = F.linear(x, down_RD).unsqueeze(-2)
+    rank, modes = mode_RK.shape
+    z = _map(x, down_RD).unsqueeze(-2)
     if drop_before_core and dropout:
-        z = F.dropout(z.expand(*z.shape[:-2], mode_RK.shape[1], z.shape[-1]), dropout)
+        z = F.dropout(z.expand(*z.shape[:-2], modes, rank), dropout)
     if core.dim() == 1:
         t = z * (core.unsqueeze(1) * mode_RK).T
     elif z.shape[-2] == 1:
-        # One product with all slices side by side is faster than K small ones.
-        side_by_side = mode_slices(core, mode_RK).permute(1, 0, 2).flatten(1)
-        t = (z @ side_by_side).reshape(*x.shape[:-1], mode_RK.shape[1], z.shape[-1])
+        # One product with all slices, one below the other, is faster than K small ones.
+        t = _map(z.squeeze(-2), mode_slices(core, mode_RK).mT.flatten(0, 1)).unflatten(-1, (modes, rank))
     else:
         t = torch.einsum("...ki,kij->...kj", z, mode_slices(core, mode_RK))
     if not drop_before_core and dropout:
         t = F.dropout(t, dropout)
-    return F.linear(t, up_OR)
+    return _map(t, up_OR)
 
 
 def widening_delta(
@@ -102,13 +102,13 @@ def widening_delta(
     Source: Aurora, arXiv 2305.08381, released code of the vision MLP.
     """
     c = mode_Rc.shape[1]
-    z = F.linear(x, down_RD)
+    z = _map(x, down_RD)
     if drop_before_core and dropout:
         z = F.dropout(z, dropout)
-    t = z @ _interleaved(core, mode_Rc)
+    t = _map(z, _interleaved(core, mode_Rc).T)
     if not drop_before_core and dropout:
         t = F.dropout(t, dropout)
-    return F.linear(t.unflatten(-1, (c, down_RD.shape[0])), up_DR).flatten(-2)
+    return _map(t.unflatten(-1, (c, down_RD.shape[0])), up_DR).flatten(-2)
 
 
 def narrowing_delta(
@@ -136,13 +136,13 @@ def narrowing_delta(
     Source: Aurora, arXiv 2305.08381, released code of the vision MLP.
     """
     c = mode_Rc.shape[1]
-    y = F.linear(u.unflatten(-1, (c, down_RD.shape[1])), down_RD).flatten(-2)
+    y = _map(u.unflatten(-1, (c, down_RD.shape[1])), down_RD).flatten(-2)
     if drop_before_core and dropout:
         y = F.dropout(y, dropout)
-    t = F.linear(y, _interleaved(core, mode_Rc))
+    t = _map(y, _interleaved(core, mode_Rc))
     if not drop_before_core and dropout:
         t = F.dropout(t, dropout)
-    return F.linear(t, up_DR)
+    return _map(t, up_DR)
 
 
 def mode_weight(down_RD: Tensor, up_OR: Tensor, core: Tensor, mode_RK: Tensor) -> Tensor:
@@ -165,6 +165,12 @@ def narrowing_weight(down_RD: Tensor, up_DR: Tensor, core: Tensor, mode_Rc: Tens
 def _interleaved(core: Tensor, mode_Rc: Tensor) -> Tensor:
     """(R, c R), column c j + k = column j of slice k."""
     return mode_slices(core, mode_Rc).permute(1, 2, 0).flatten(1)
+
+
+def _map(x: Tensor, weight: Tensor) -> Tensor:
+    """x weight^T with the rows in one matrix: torch would choose the kernel, and with it the last bits, by who needs
+    gradient, and a loaded adapter would differ from the one in training."""
+    return F.linear(x.reshape(-1, x.shape[-1]), weight).reshape(*x.shape[:-1], weight.shape[0])
 
 
 def _check(core: Tensor, mode_RK: Tensor) -> None:
