@@ -60,8 +60,18 @@ def p_laplacian(
     with torch.autocast(f.device.type, enabled=False):
         A, f, g, p, mu = upcast(A, f, g, p, mu)
         own = self_loops(*A.shape[-2:], offset, A.device) if square else None
-        weight = (_weights if exact else _weights_without_eps)(A, differences(f, g, own), p, eps, own)
-        return aggregate(weight, f, g, 2 * mu / p, self_term).to(out)
+        apart = differences(f, g, own)
+        weight = (_weights if exact else _weights_without_eps)(A, apart, p, eps, own)
+        c = 2 * mu / p
+        total = weight.sum(-1, keepdim=True) + c
+        if not square:
+            U = (weight @ g + c * f if self_term else weight @ g) / total
+        else:
+            # The self loop may hold nearly all of a row. Its node taken out of the sum, U - f and with it the gradient
+            # of p keep their digits in float32.
+            moved = torch.einsum("...ij,...ijb->...ib", weight, apart)
+            U = f + (moved if self_term else moved - c * f) / total
+        return U.to(out)
 
 
 def p_laplacian_published(
@@ -148,13 +158,6 @@ def pool_keys(x: Tensor, groups: int, dim: int) -> Tensor:
 # ------------------------------------------------------------------------------------- the pieces, shared with tiles
 
 
-def aggregate(weight: Tensor, f: Tensor, g: Tensor, c: Tensor, self_term: bool) -> Tensor:
-    """(sum_j w_ij g_j + [c f_i]) / (sum_j w_ij + c)."""
-    total = weight.sum(-1, keepdim=True) + c
-    numerator = weight @ g
-    return (numerator + c * f if self_term else numerator) / total
-
-
 def differences(f: Tensor, g: Tensor, own: Tensor | None) -> Tensor:
     """g_j - f_i as (B, H, N, M, b). The sign matters, because eps is added per channel."""
     apart = g.unsqueeze(-3) - f.unsqueeze(-2)
@@ -204,7 +207,7 @@ def upcast(*values: Tensor | float) -> tuple[Tensor, ...]:
     return tuple(
         v.to(dtype)
         if isinstance(v, Tensor) and v.ndim > 1
-        else torch.as_tensor(v).to(dtype=dtype, device=device).reshape(())
+        else torch.as_tensor(v, dtype=dtype, device=device).reshape(())
         for v in values
     )
 
