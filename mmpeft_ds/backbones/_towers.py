@@ -180,15 +180,19 @@ def vision_features(
 
 
 def image_processor(name: str, config: PretrainedConfig, where: str) -> dict[str, Any]:
-    """`mean`, `std` and `resample` (PIL number) that the checkpoint was trained with, or its family's."""
-    family = VISION[config.model_type]
+    """`mean`, `std` and `resample` (PIL number) that the checkpoint was trained with, or its family's.
+
+    Towers that are no family of their own here (BLIP's) were trained with CLIP's.
+    """
+    family = VISION.get(config.model_type)
+    mean, std = CLIP if family is None else (family.mean, family.std)
     given: dict[str, Any] = {}
-    found = _file(locate(name, where), "preprocessor_config.json")
+    found = find_file(locate(name, where), "preprocessor_config.json")
     if found:
         given = json.loads(Path(found).read_text())
     return {
-        "mean": list(given.get("image_mean") or family.mean),
-        "std": list(given.get("image_std") or family.std),
+        "mean": list(given.get("image_mean") or mean),
+        "std": list(given.get("image_std") or std),
         "resample": given.get("resample", 3 if config.model_type != "vit" else 2),
     }
 
@@ -203,10 +207,10 @@ def weights_hash(name: str, where: str) -> str:
     if os.path.isdir(place):
         files = sorted(Path(place).glob("*.safetensors")) or sorted(Path(place).glob("pytorch_model*.bin"))
     else:
-        single = _file(place, "model.safetensors") or _file(place, "pytorch_model.bin")
-        index = _file(place, "model.safetensors.index.json")
+        single = find_file(place, "model.safetensors") or find_file(place, "pytorch_model.bin")
+        index = find_file(place, "model.safetensors.index.json")
         parts = set(json.loads(Path(index).read_text())["weight_map"].values()) if index and not single else set()
-        files = [Path(single)] if single else [Path(f) for p in sorted(parts) if (f := _file(place, p))]
+        files = [Path(single)] if single else [Path(f) for p in sorted(parts) if (f := find_file(place, p))]
     if not files:
         raise BadInput(f"{where}: {name!r} has no weight files (*.safetensors).")
     digest = hashlib.sha256()
@@ -226,7 +230,7 @@ def choose_attention(wanted: str, dtype: torch.dtype) -> str:
     return "flash_attention_2" if flash else "sdpa"
 
 
-def _file(place: str, file: str) -> str | None:
+def find_file(place: str, file: str) -> str | None:
     """Path of a file of a local directory or of the hub cache, None if it has none."""
     try:
         return cached_file(

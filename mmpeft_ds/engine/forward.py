@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from mmpeft_ds.data.batch import PackedBatch
+from mmpeft_ds.errors import BadInput
 
 
 def forward(model: Any, backbone: Any, batch: PackedBatch) -> Any:
@@ -18,9 +19,14 @@ def forward(model: Any, backbone: Any, batch: PackedBatch) -> Any:
 
 
 def answer(model: Any, backbone: Any, task: Any, batch: PackedBatch) -> Any:
-    """`forward`, and what the model writes if the task asks for it (`outputs.generated`)."""
+    """`forward`, and what the model writes, or picks from a list, if the task asks for it (`outputs.generated`)."""
     outputs = forward(model, backbone, batch)
-    options = getattr(task, "generation", None)
-    if options is not None:
-        outputs.generated = backbone.generate(getattr(model, "module", model), batch, **options)
+    for name, run in (("generation", "generate"), ("ranking", "rank")):
+        options = getattr(task, name, None)
+        if options is not None:
+            if not hasattr(backbone, run):
+                raise BadInput(
+                    f"task: asks for {name}, which this backbone cannot do. Choose another task or backbone."
+                )
+            outputs.generated = getattr(backbone, run)(getattr(model, "module", model), batch, **options)
     return outputs

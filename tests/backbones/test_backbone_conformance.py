@@ -4,6 +4,7 @@ import pickle
 
 import pytest
 import text_only
+import tiny_blip
 import tiny_clip
 import tiny_clip_bart
 import tiny_towers
@@ -40,7 +41,17 @@ def make_clip(folder):
     return entry(entry.Options(tiny_clip.write(folder, "clip")), None)
 
 
-MAKERS = {"vision_text_encoder": make_vision_text_encoder, "clip": make_clip, "clip_bart": make_clip_bart}
+def make_blip(folder):
+    entry = registry.load(backbones, "blip", "backbone.name")
+    return entry(entry.Options(tiny_blip.write(folder, "captioner")), None)
+
+
+MAKERS = {
+    "vision_text_encoder": make_vision_text_encoder,
+    "clip": make_clip,
+    "clip_bart": make_clip_bart,
+    "blip": make_blip,
+}
 
 
 def test_every_registered_backbone_is_tried_here():
