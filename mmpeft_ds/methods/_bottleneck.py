@@ -14,7 +14,7 @@ from peft import PeftConfig
 from torch import Tensor, nn
 
 from mmpeft_ds.errors import BadInput
-from mmpeft_ds.methods._layers import SiteLayer
+from mmpeft_ds.methods._layers import SiteLayer, lent
 from mmpeft_ds.methods._select import Selection
 
 # Non-linearities by the names that transformers gives them in model configurations.
@@ -124,6 +124,8 @@ class BottleneckLayer(nn.Module, SiteLayer):
         for name in self.active_adapters:
             if name in self.plans:
                 activation, scale, remember, owner = self.plans[name]
+                if owner is not self:
+                    lent(self, list(owner.downs[name].parameters()))
                 t = out if remember is None else remember.take(name)
                 up = self.ups[name]
                 added = up(ACTIVATIONS[activation](owner.downs[name](t.to(up.weight.dtype))))

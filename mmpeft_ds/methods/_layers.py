@@ -185,3 +185,17 @@ def gathered(parameters: list[nn.Parameter]) -> Iterator[None]:
 
     with deepspeed.zero.GatheredParameters(partitioned):
         yield
+
+
+def lent(user: nn.Module, parameters: list[nn.Parameter]) -> None:
+    """Parameters that another module holds are about to be used by `user`: ZeRO-3 is told, once, to gather them for it
+    as it does for their holder."""
+    known = getattr(user, "_external_params", {})
+    strange = [p for p in parameters if hasattr(p, "ds_id") and (id(p) not in known or p.numel() != p.ds_numel)]
+    if strange:
+        from deepspeed.zero import register_external_parameter  # only partitioned parameters get here
+
+        for parameter in strange:
+            register_external_parameter(user, parameter)
+            if parameter.numel() != parameter.ds_numel:
+                parameter.all_gather()
