@@ -14,6 +14,7 @@ README.md                   model card
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import shutil
 from collections import Counter
@@ -22,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
@@ -96,7 +98,8 @@ class Loaded:
         """Answer questions about images.
 
         Args:
-            images: N entries: a path, encoded bytes, a uint8 (3, H, W) tensor, a list of these, or None for no image.
+            images: N entries: a path, encoded bytes, a uint8 (3, H, W) tensor, a list of these, or None for no image;
+                for a backbone that takes stored features, .npy files or tensors of one image each.
             texts: N entries: a text, or several texts about the same entry, for which the vision tower runs once.
             batch: entries at a time.
 
@@ -268,8 +271,10 @@ def _pixels(image: Any, max_pixels: int) -> Tensor:
         return image
     try:
         data = image if isinstance(image, bytes) else Path(image).read_bytes()
+        if data[:6] == b"\x93NUMPY":  # stored features
+            return torch.from_numpy(np.load(io.BytesIO(data), allow_pickle=False))
         return decode.decode(data, max_pixels)
-    except (OSError, BadSample) as e:
+    except (OSError, ValueError, BadSample) as e:
         name = "an image given as bytes" if isinstance(image, bytes) else image
         raise BadInput(f"{name}: cannot be read as an image ({e})") from e
 

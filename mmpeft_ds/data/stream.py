@@ -38,7 +38,9 @@ class StreamSource:
         split: which split.
         read: (record, torch.Generator) -> texts and one target a text; raises BadSample.
         image_transform: (uint8 (3, H, W), torch.Generator) -> what `collate_images` takes. Its attribute `min_size`,
-            (height, width), is what `decode: scaled` aims at; without it images are decoded at full size.
+            (height, width), is what `decode: scaled` aims at; without it images are decoded at full size. With a true
+            attribute `takes_features` it gets stored features instead: the sample's array, one image, or the arrays
+            along its first of three dimensions.
         collate_images, collate_texts, collate_targets: non-empty flat list -> tensors, see `data.batch.pack`.
         fields: json fields that every record must have.
         weight: share of the steps, relative to the other sources'.
@@ -219,12 +221,19 @@ class _Loader:
             raise BadSample("type", f"{type(error).__name__}: {error}") from error
         if len(texts) != len(targets):
             raise BadSample("type", f"{len(texts)} texts but {len(targets)} targets")
-        min_size = getattr(source.image_transform, "min_size", None) if self.options.decode == "scaled" else None
-        images = [
-            source.image_transform(decode(parts[name], self.options.max_pixels, min_size), generator)
-            for name in _image_names(parts)
-        ]
+        images = [source.image_transform(image, generator) for image in self._images(source, parts, record)]
         return Sample(sample_id, 1.0, images, with_images(texts, len(images)), targets, record)
+
+    def _images(self, source: StreamSource, parts: dict[str, bytes], record: dict[str, Any]) -> Iterator[Tensor]:
+        """Decoded images of a sample, or its stored features in their place; those leave the record."""
+        if getattr(source.image_transform, "takes_features", False):
+            features = record.pop("features", None)
+            if features is not None:
+                yield from features if features.dim() > 2 else (features,)
+            return
+        min_size = getattr(source.image_transform, "min_size", None) if self.options.decode == "scaled" else None
+        for name in _image_names(parts):
+            yield decode(parts[name], self.options.max_pixels, min_size)
 
 
 class BadBudget:
