@@ -21,7 +21,6 @@ GOLDENS_DIR = Path(os.environ.get("GOLDENS_DIR", HERE.parents[2] / "shared" / "g
 
 # Files whose method is not built yet, and why. Whatever a checker claims is checked, even if it is named here.
 NOT_YET_DUE = {
-    "routing/model_decoder_*": "comes with the vision-text decoder",
     "aurora/retrieval_*": "comes with the retrieval form of BLIP",
     "aurora/vqa*": "comes with the answering form of BLIP",
     "aurora/losses_*": "comes with the retrieval task",

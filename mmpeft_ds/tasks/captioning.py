@@ -1,0 +1,143 @@
+"""Task: describe a sample's images in words; CIDEr, BLEU and ROUGE-L against all captions that people gave.
+
+With `prompt: "caption: "` this is the captioning of VL-Adapter (arXiv 2112.06825), without one that of the routing
+paper (arXiv 2403.09377; specs/routing.md 2.2).
+"""
+
+# T texts (captions) of the micro-batch
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from mmpeft_ds.data.batch import PackedBatch, Prompted, Written
+from mmpeft_ds.errors import BadInput, BadSample
+from mmpeft_ds.metrics.captions import caption_scores
+
+
+@dataclass
+class Options:
+    """Keys of a source's `task` section.
+
+    Attributes:
+        prompt: what the model reads before it writes.
+        loss: `token`, the mean over all tokens of the step that are asked for, as published; or `caption`, the mean
+            over captions of their mean over tokens, in which a long caption weighs as much as a short one.
+        smoothing: label smoothing, in [0, 1).
+        num_beams: beams in evaluation, 1 = greedy.
+        max_length: longest text in positions, prompt included (behind one image vector 20 leaves 19 new tokens);
+            0 = as `max_new_tokens` says.
+        max_new_tokens: longest caption in tokens, 0 = as `max_length` says.
+        length_penalty: exponent of the length that a beam's score is divided by.
+    """
+
+    prompt: str = ""
+    loss: Literal["token", "caption"] = "token"
+    smoothing: float = 0.0
+    num_beams: int = 5
+    max_length: int = 20
+    max_new_tokens: int = 0
+    length_penalty: float = 1.0
+
+
+class Captioning:
+    """Records hold `captions`, a list of texts; one is drawn at each visit, all are references in evaluation."""
+
+    Options = Options
+    fields = ("captions",)
+    couples_samples = False
+    main_metric = "cider"
+    better = "max"
+
+    def __init__(self, options: Options, labels: list[str] | None):
+        if options.loss not in ("token", "caption"):
+            raise BadInput(f"task.loss: {options.loss!r}. Use token or caption.")
+        if not 0 <= options.smoothing < 1:
+            raise BadInput(f"task.smoothing: {options.smoothing}. Use a number in [0, 1).")
+        if options.num_beams < 1:
+            raise BadInput(f"task.num_beams: {options.num_beams}. Use 1 or more.")
+        if min(options.max_length, options.max_new_tokens) < 0 or not options.max_length + options.max_new_tokens:
+            raise BadInput("task.max_length and task.max_new_tokens: one of them must be above 0, neither below.")
+        self.options = options
+        longest = {"max_new_tokens": options.max_new_tokens} if options.max_new_tokens else {}
+        self.generation: dict[str, Any] = {
+            "num_beams": options.num_beams,
+            "length_penalty": options.length_penalty,
+            **(longest or {"max_length": options.max_length}),
+        }
+
+    def read(self, record: dict[str, Any], generator: torch.Generator) -> tuple[list[Prompted], list[Any]]:
+        """The prompt and one of the captions, drawn anew at each visit."""
+        captions = record.get("captions")
+        if not isinstance(captions, list) or not all(isinstance(c, str) for c in captions):
+            raise BadSample("field", "`captions` is no list of texts")
+        written = [c.strip() for c in captions if c.strip()]
+        if not written:
+            raise BadSample("field", "`captions` holds no text")
+        drawn = int(torch.randint(len(written), (), generator=generator)) if len(written) > 1 else 0
+        return [Prompted(self.options.prompt, written[drawn])], [{}]
+
+    def prompted(self, text: str) -> Prompted:
+        """A text that somebody asks with, as the model reads it."""
+        return Prompted(self.options.prompt + text)
+
+    def collate(self, targets: list[Any]) -> dict[str, Tensor]:
+        return {}
+
+    def dummy_target(self) -> Any:
+        return {}
+
+    def ask(self, texts: list[str]) -> tuple[dict[str, Any], list[Any]]:
+        """A record without captions, and a target for each text."""
+        return {"captions": []}, [{} for _ in texts]
+
+    def weight(self, batch: PackedBatch) -> float:
+        """Tokens that are asked for, or captions, that enter the loss."""
+        return float(self._weights(batch).double().sum()) if len(batch.text_owner) else 0.0
+
+    def _weights(self, batch: PackedBatch) -> Tensor:
+        tokens = (batch.texts["labels"] != -100).sum(1)
+        return batch.text_weight * (tokens if self.options.loss == "token" else tokens > 0)
+
+    def loss(self, outputs: Written, batch: PackedBatch) -> Tensor:
+        """Sum over captions of weight times the sum, or the mean, of the cross-entropy over their tokens."""
+        total, count = outputs.token_losses(self.options.smoothing)
+        each = total if self.options.loss == "token" else total / count.clamp(min=1)
+        weights = batch.text_weight.to(each.dtype)
+        # where, not a product: a weight-0 caption must not spread a non-finite loss
+        return torch.where(weights > 0, each * weights, torch.zeros_like(each)).sum()
+
+    def predict(self, outputs: Written, batch: PackedBatch) -> list[dict[str, Any]]:
+        """One row per text of weight > 0: sample_id, text (the prompt), prediction, references."""
+        if not len(batch.text_owner):
+            return []
+        rows = []
+        for text, slot, weight, caption in zip(
+            batch.raw_texts,
+            batch.text_owner.tolist(),
+            batch.text_weight.tolist(),
+            outputs.generated,
+            strict=True,
+        ):
+            if weight > 0:
+                prompt = text.prompt if isinstance(text, Prompted) else text
+                row = {"sample_id": batch.sample_id[slot], "text": prompt, "prediction": caption}
+                rows.append(row | {"references": list(batch.records[slot].get("captions", []))})
+        return rows
+
+    def score(self, rows: list[dict[str, Any]]) -> dict[str, float]:
+        """`cider`, `bleu1` to `bleu4`, `rouge_l`, of the rows that have references."""
+        known = [r for r in rows if r["references"]]
+        return caption_scores([r["prediction"] for r in known], [r["references"] for r in known]) if known else {}
+
+    def baselines(self, train: Iterable[dict[str, Any]], test: Iterable[dict[str, Any]]) -> dict[str, float]:
+        """None: CIDEr of a constant caption says nothing."""
+        return {}
+
+
+ENTRY = Captioning
