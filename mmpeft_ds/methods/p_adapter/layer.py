@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from mmpeft_ds.errors import BadInput
 from mmpeft_ds.methods._layers import SiteLayer
@@ -59,8 +60,9 @@ class AttentionBranch(nn.Module):
             project: its output projection W_o z + b_o.
         """
         square = self._square(seen)
-        values = project(self.graph.pool(seen.values))
-        queries = None if square else project(self._queries(seen.q))
+        # contiguous, because Conv1D takes nothing else
+        values = project(self.graph.pool(seen.values).contiguous())
+        queries = None if square else project(self._queries(seen.q).contiguous())
         # In bf16 the powers of distances lose the gradient of p, in half eps is 0: all of the branch in float32.
         with torch.autocast(h.device.type, enabled=False):
             dtype = self.up.weight.dtype
@@ -111,23 +113,17 @@ class FFNBranch(nn.Module):
 class BranchLayer(nn.Module, SiteLayer):
     """The last leaf of a sublayer and the branches that adapters add there.
 
-    It opens what it needs to see before the sublayer runs and closes it afterwards, by two hooks on the module around.
-
-    Args:
-        site: the sublayer; `around` is the module at its path.
+    What a branch has to see of the sublayer is noted by hooks on the modules before it, for the time of one forward.
     """
 
     adapter_layer_names = ("p_adapter",)
 
-    def __init__(self, base: nn.Module, adapter_name: str, around: nn.Module, site: AttentionSite | FFNSite):
+    def __init__(self, base: nn.Module, adapter_name: str, site: AttentionSite | FFNSite):
         nn.Module.__init__(self)
         SiteLayer.__init__(self, base, adapter_name)
         self.p_adapter = nn.ModuleDict()
         self.site = site
-        self._hooks = [
-            around.register_forward_pre_hook(self._begin, with_kwargs=True),
-            around.register_forward_hook(self._finish, always_call=True),
-        ]
+        self._hooks: list[RemovableHandle] = []
 
     def add(self, adapter_name: str, branch: nn.Module, config: PAdapterConfig) -> None:
         """Add an adapter."""
@@ -141,16 +137,12 @@ class BranchLayer(nn.Module, SiteLayer):
             self.detach()
 
     def detach(self) -> None:
-        """Take the hooks off the module around."""
+        """Take the hooks off the modules before this one."""
         while self._hooks:
             self._hooks.pop().remove()
 
     def _branches(self) -> list[nn.Module]:
         return [] if self._frozen() else [self.p_adapter[n] for n in self.active_adapters if n in self.p_adapter]
-
-    def _begin(self, around: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self._branches():
-            open_for(self, self._look(around, kwargs))
 
     def _finish(self, around: nn.Module, args: tuple[Any, ...], out: Any) -> None:
         close_for(self)
@@ -159,8 +151,8 @@ class BranchLayer(nn.Module, SiteLayer):
         seen = opened(self)
         if seen is None:
             raise BadInput(
-                f"{self.site.path}: its last layer runs outside of it, so p-adapter sees nothing of the sublayer. "
-                "Call the whole module."
+                f"{self.site.path}: its last module was called alone, so p-adapter has seen nothing of what stands "
+                "before it. Call the whole sublayer."
             )
         return seen
 
@@ -170,7 +162,18 @@ class BranchLayer(nn.Module, SiteLayer):
 
 
 class AttentionLayer(BranchLayer):
-    """The end of an attention sublayer."""
+    """The end of an attention sublayer.
+
+    Args:
+        attention: the module at the site's path.
+    """
+
+    def __init__(self, base: nn.Module, adapter_name: str, attention: nn.Module, site: AttentionSite):
+        super().__init__(base, adapter_name, site)
+        self._hooks = [
+            attention.register_forward_pre_hook(self._begin, with_kwargs=True),
+            attention.register_forward_hook(self._finish, always_call=True),
+        ]
 
     def forward(self, x: Tensor) -> Tensor:
         """The attention output with the branches of the active adapters."""
@@ -187,16 +190,31 @@ class AttentionLayer(BranchLayer):
             out = made if branch.published else (h if out is None else out) + made
         return out.to(h.dtype)
 
-    def _look(self, attention: nn.Module, kwargs: dict[str, Any]) -> Observation:
+    def _begin(self, attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not self._branches():
+            return
         if getattr(kwargs.get("past_key_values"), "is_compileable", False):
             raise BadInput(f"{self.site.path}: p-adapter needs a cache that grows; it cannot use a static one.")
-        return observe(attention, self.site)
+        open_for(self, observe(attention, self.site))
 
 
 class FFNLayer(BranchLayer):
-    """The end of a feed-forward sublayer."""
+    """The end of a feed-forward sublayer.
+
+    Args:
+        around: the module at the site's path, which may be the whole transformer layer.
+        first: the widening projection, whose input the branch reads.
+    """
 
     tokenwise = True
+
+    def __init__(self, base: nn.Module, adapter_name: str, around: nn.Module, first: nn.Module, site: FFNSite):
+        super().__init__(base, adapter_name, site)
+        # Recomputation calls the forward of a transformer layer without its hooks, but those inside of it run.
+        self._hooks = [
+            base_layer(first).register_forward_pre_hook(self._note),
+            around.register_forward_hook(self._finish, always_call=True),
+        ]
 
     def forward(self, x: Tensor) -> Tensor:
         """The block's output plus what the adapters make of its input."""
@@ -204,31 +222,24 @@ class FFNLayer(BranchLayer):
         branches = self._branches()
         if branches:
             t = self._seen().t
+            close_for(self)
             out = sum((branch(t) for branch in branches), out).to(out.dtype)
         return out
 
-    def _look(self, around: nn.Module, kwargs: dict[str, Any]) -> FFNInput:
-        seen = FFNInput()
-        first = around.get_submodule(self.site.up.path[len(self.site.path) + 1 :])
-        seen.undo = first.register_forward_pre_hook(seen.note).remove
-        return seen
+    def _note(self, first: nn.Module, args: tuple[Tensor, ...]) -> None:
+        close_for(self)
+        if self._branches():
+            open_for(self, FFNInput(args[0]))
 
 
 @dataclass
 class FFNInput:
-    """The input `t` of a feed-forward block, (B, N, d), noted at its first projection."""
+    """The input `t` of a feed-forward block, (B, N, d), from its first projection to its end."""
 
-    t: Tensor | None = None
-    undo: Callable[[], None] | None = None
-
-    def note(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        """Forward pre-hook of that projection."""
-        self.t = args[0]
+    t: Tensor
 
     def close(self) -> None:
-        """Take the hook back."""
-        if self.undo is not None:
-            self.undo()
+        """Nothing to take back."""
 
 
 def node_channels(site: AttentionSite, width: int, config: PAdapterConfig) -> int:

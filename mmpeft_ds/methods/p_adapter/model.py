@@ -46,12 +46,15 @@ class PAdapterModel(SiteTuner):
             branch = AttentionBranch(place, last.width, config, **factory)
         else:
             branch = FFNBranch(place.up.in_width, last.width, config, **factory)
-        layer = target
-        if not isinstance(target, BranchLayer):
-            around = self.model.get_submodule(place.path)
-            layer = (AttentionLayer if attention else FFNLayer)(target, adapter_name, around, place)
+        layer = target if isinstance(target, BranchLayer) else self._layer(adapter_name, target, place)
         layer.add(adapter_name, branch, config)
         return layer
+
+    def _layer(self, adapter_name: str, target: nn.Module, place: AttentionSite | FFNSite) -> BranchLayer:
+        around = self.model.get_submodule(place.path)
+        if isinstance(place, AttentionSite):
+            return AttentionLayer(target, adapter_name, around, place)
+        return FFNLayer(target, adapter_name, around, self.model.get_submodule(place.up.path), place)
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
         layers = [m for m in self.model.modules() if isinstance(m, BranchLayer)]
