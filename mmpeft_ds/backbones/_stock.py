@@ -9,6 +9,7 @@ trained here also loads on the stock model, and the other way round.
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -109,6 +110,11 @@ def _first_line(error: Exception) -> str:
 class Publishing:
     """Mixin of a model that publishes a condition: recomputed layers see the condition of their own forward."""
 
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        """No: its parameters are those of the stock class, and older checkpoints are renamed as for that one."""
+        return False
+
     def _set_gradient_checkpointing(
         self, enable: bool = True, gradient_checkpointing_func: Callable | None = None, **kwargs: Any
     ) -> None:
@@ -119,8 +125,19 @@ class Publishing:
 
 @functools.cache
 def publishing(mixin: type[Publishing], stock: type[PreTrainedModel]) -> type[PreTrainedModel]:
-    """The stock class with `mixin` in front, under the name of the stock class: that is what a saved model names."""
-    return type(stock.__name__, (mixin, stock), {"__module__": mixin.__module__})
+    """The stock class with `mixin` in front, under the name of the stock class: that is what a saved model names.
+
+    Its forward shows the arguments of both: `generate` decides by their names what it prepares.
+    """
+
+    @functools.wraps(mixin.forward)
+    def forward(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+        return mixin.forward(self, *args, **kwargs)
+
+    theirs, own = (inspect.signature(c.forward).parameters for c in (stock, mixin))
+    added = [p.replace(kind=p.KEYWORD_ONLY) for n, p in own.items() if n not in theirs and p.kind != p.VAR_KEYWORD]
+    forward.__signature__ = inspect.Signature(sorted([*theirs.values(), *added], key=lambda p: p.kind))
+    return type(stock.__name__, (mixin, stock), {"__module__": mixin.__module__, "forward": forward})
 
 
 def untrained(model: nn.Module, towers: dict[str, str]) -> list[str]:

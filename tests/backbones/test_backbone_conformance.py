@@ -1,5 +1,6 @@
 """What every backbone must do, run over every registered entry and a text-only one."""
 
+import dataclasses
 import pickle
 
 import pytest
@@ -7,6 +8,7 @@ import text_only
 import tiny_blip
 import tiny_clip
 import tiny_clip_bart
+import tiny_mllm
 import tiny_towers
 import torch
 
@@ -46,11 +48,17 @@ def make_blip(folder):
     return entry(entry.Options(tiny_blip.write(folder, "captioner")), None)
 
 
+def make_mllm(folder):
+    entry = registry.load(backbones, "mllm", "backbone.name")
+    return entry(entry.Options(tiny_mllm.write(folder, "qwen2_vl"), condition="pooled"), None)
+
+
 MAKERS = {
     "vision_text_encoder": make_vision_text_encoder,
     "clip": make_clip,
     "clip_bart": make_clip_bart,
     "blip": make_blip,
+    "mllm": make_mllm,
 }
 
 
@@ -93,14 +101,14 @@ def samples():
 
 def packed(backbone, given):
     transform = backbone.image_transform(train=True)
-    if hasattr(backbone, "read"):
-        for s in given:
-            s.texts = [Prompted(text, "a red circle") if isinstance(text, str) else text for text in s.texts]
-    if "image" not in backbone.modalities:
-        given = [Sample(s.sample_id, s.weight, [], s.texts, s.targets) for s in given]
+    made = []
     for s in given:
-        s.images = [transform(i, torch.Generator()) for i in s.images]
-    return pack(given, backbone.collate_images, backbone.collate_texts, lambda t: {"label": torch.tensor(t)})
+        images = [transform(i, torch.Generator()) for i in s.images] if "image" in backbone.modalities else []
+        texts = s.texts
+        if hasattr(backbone, "read"):
+            texts = [Prompted(text, "a red circle") if isinstance(text, str) else text for text in texts]
+        made.append(dataclasses.replace(s, images=images, texts=texts))
+    return pack(made, backbone.collate_images, backbone.collate_texts, lambda t: {"label": torch.tensor(t)})
 
 
 @torch.no_grad()
@@ -155,7 +163,8 @@ def test_what_loader_processes_need_can_be_pickled(backbone):
     for name in ("collate_texts", "collate_images"):
         pickle.loads(pickle.dumps(getattr(backbone, name)))
     transform = pickle.loads(pickle.dumps(backbone.image_transform(train=True)))
-    assert transform(image(1), torch.Generator()).dtype == torch.uint8
+    made = transform(image(1), torch.Generator())
+    assert (made["pixel_values"] if isinstance(made, dict) else made).dtype == torch.uint8
     texts = ["is it red", "a"]
     again = pickle.loads(pickle.dumps(backbone)).collate_texts(texts)
     assert torch.equal(again["input_ids"], backbone.collate_texts(texts)["input_ids"])

@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from tokenizers.processors import TemplateProcessing
 from transformers import (
+    CLIPImageProcessorPil,
     CLIPVisionConfig,
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
     LlavaNextConfig,
     LlavaNextForConditionalGeneration,
+    LlavaNextImageProcessorPil,
     MistralConfig,
+    PreTrainedTokenizerFast,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
     Qwen2VLConfig,
     Qwen2VLForConditionalGeneration,
+    Qwen2VLImageProcessorPil,
 )
 
 WIDTH, HEADS, KV_HEADS, INNER, LAYERS = 32, 4, 2, 48, 2
@@ -75,3 +86,84 @@ FAMILIES = {
     "qwen2_vl": (qwen2_vl, Qwen2VLForConditionalGeneration, "model.language_model", "model.visual"),
     "qwen2_5_vl": (qwen2_5_vl, Qwen2_5_VLForConditionalGeneration, "model.language_model", "model.visual"),
 }
+
+SPECIAL = ["[PAD]", "[UNK]", "<s>", "</s>", "<|im_end|>", "<image>", "<|vision_start|>", "<|vision_end|>"]
+SPECIAL += ["<|im_start|>", "<|video_pad|>"]
+WORDS = ["user", "assistant", "system", "USER", "ASSISTANT", ":", "?", ".", "is", "there", "a", "red", "blue", "round"]
+WORDS += [
+    "big",
+    "circle",
+    "square",
+    "what",
+    "color",
+    "it",
+    "shape",
+    "the",
+    "yes",
+    "no",
+    "and",
+    "same",
+    "INST",
+    "[/",
+    "[",
+]
+# Line by line what the templates of llava-hf and Qwen checkpoints do, written anew.
+VICUNA = (
+    "{% for m in messages %}{% if m['role'] != 'system' %}{{ m['role'].upper() + ': ' }}{% endif %}"
+    "{% for c in m['content'] %}{% if c['type'] == 'image' %}{{ '<image>\n' }}{% endif %}{% endfor %}"
+    "{% for c in m['content'] %}{% if c['type'] == 'text' %}{{ c['text'] + ' ' }}{% endif %}{% endfor %}"
+    "{% endfor %}{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
+)
+CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}{% for c in m['content'] %}"
+    "{% if c['type'] == 'image' %}{{ '<|vision_start|><image><|vision_end|>' }}"
+    "{% else %}{{ c['text'] }}{% endif %}{% endfor %}{{ '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def tokenizer(family: str) -> PreTrainedTokenizerFast:
+    """A few dozen words; LLaVA's begins with <s> and ends answers with </s>, Qwen's ends them with <|im_end|>."""
+    vocabulary = {word: i for i, word in enumerate([*SPECIAL, *WORDS])}
+    assert vocabulary["<image>"] == IMAGE and vocabulary["<|vision_end|>"] == VISION_END
+    made = Tokenizer(WordLevel(vocabulary, unk_token="[UNK]"))
+    made.pre_tokenizer = Whitespace()
+    names = dict(pad_token="[PAD]", unk_token="[UNK]", bos_token=None, eos_token="<|im_end|>")
+    if not family.startswith("qwen"):
+        made.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", vocabulary["<s>"])])
+        names |= dict(bos_token="<s>", eos_token="</s>")
+    return PreTrainedTokenizerFast(tokenizer_object=made, additional_special_tokens=SPECIAL[4:], **names)
+
+
+def image_processor(family: str) -> object:
+    """Of the family's class, for images of 8 x 8; Qwen's makes 4 to 16 tokens of an image."""
+    if family == "llava":
+        return CLIPImageProcessorPil(size={"shortest_edge": 8}, crop_size={"height": 8, "width": 8})
+    if family == "llava_next":
+        pinpoints = llava_next().image_grid_pinpoints
+        square = {"height": 8, "width": 8}
+        return LlavaNextImageProcessorPil(size={"shortest_edge": 8}, crop_size=square, image_grid_pinpoints=pinpoints)
+    return Qwen2VLImageProcessorPil(
+        patch_size=2, temporal_patch_size=2, merge_size=2, size={"shortest_edge": 64, "longest_edge": 256}
+    )
+
+
+def write(folder: Path, family: str) -> str:
+    """A model of that family with its tokenizer, image processor and chat template, as a transformers folder."""
+    config, stock, *_ = FAMILIES[family]
+    config = config()
+    config.text_config.pad_token_id = 0
+    model = stock(config)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in sorted(model.named_parameters()):
+            # large enough that a wrong wire shows; norms stay near one
+            noise = 0.3 * torch.randn(parameter.shape, generator=generator)
+            parameter.copy_(noise + (1.0 if "norm" in name and name.endswith("weight") else 0.0))
+    model.generation_config.eos_token_id = None
+    model.save_pretrained(folder)
+    image_processor(family).save_pretrained(folder)
+    words = tokenizer(family)
+    words.chat_template = CHATML if family.startswith("qwen") else VICUNA
+    words.save_pretrained(folder)
+    return str(folder)
