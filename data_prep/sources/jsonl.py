@@ -6,8 +6,9 @@
     {"image": "a.jpg", "label": "cat"}                                    or an integer
     {"image": "a.jpg", "conversations": [{"from": "human", "value": "<image> What?"}, {"from": "gpt", "value": "..."}]}
 
-`image` is one path, a list of paths (several images, video frames) or absent (text only). A line may hold several of
-these; `id` names the sample; any other key is kept under `extra`.
+`image` is one path, a list of paths (several images, video frames) or absent (text only). `features` is the path of a
+.npy array, or a list of them, one an image, in the place of images. A line may hold several of these; `id` names the
+sample; any other key is kept under `extra`.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from mmpeft_ds.errors import BadInput
 SHOWN = 20
 MAX_CLASSES = 1_000_000
 CONTENT = ("caption", "captions", "question", "questions", "label", "conversations")
-KNOWN = {"id", "image", "answer", "answers", "class_name", "question_id", "type", *CONTENT}
+KNOWN = {"id", "image", "features", "answer", "answers", "class_name", "question_id", "type", *CONTENT}
 
 
 @dataclass
@@ -85,7 +86,7 @@ class Jsonl:
                         continue
                     for path in images:
                         if str(path) not in missing and not path.is_file():
-                            missing[str(path)] = f"{file}:{number}: image {path} does not exist"
+                            missing[str(path)] = f"{file}:{number}: {path} does not exist"
         problems += missing.values()
         for problem in problems[:SHOWN]:
             print(problem, file=sys.stderr)
@@ -134,10 +135,12 @@ class Jsonl:
                     line = stream.readline()
                     try:
                         images, record = self._parse(line, file, split)
-                        encoded = [(path.suffix[1:], path.read_bytes()) for path in images]
+                        encoded = [(p.suffix[1:], p.read_bytes()) for p in images if p.suffix != ".npy"]
+                        features = _stacked([p for p in images if p.suffix == ".npy"])
                     except (ValueError, OSError) as error:
                         raise BadInput(f"{file}:{number}: {error}") from error
-                    yield RawSample(str(json.loads(line).get("id", f"{file.name}:{number}")), encoded, record)
+                    name = str(json.loads(line).get("id", f"{file.name}:{number}"))
+                    yield RawSample(name, encoded, record, features)
             start = 0
 
     @cached_property
@@ -173,7 +176,7 @@ class Jsonl:
                     yield number, found, file
 
     def _parse(self, line: bytes, file: Path, split: str) -> tuple[list[Path], dict[str, Any]]:
-        """(image paths, record) of one line; ValueError says what is wrong with it."""
+        """(paths of images and features, record) of one line; ValueError says what is wrong with it."""
         try:
             found = json.loads(line.decode("utf-8"), parse_constant=_no_constant)
         except UnicodeDecodeError as error:
@@ -184,7 +187,8 @@ class Jsonl:
             raise ValueError(f"is a JSON {type(found).__name__}, expected an object {{...}}")
         if not any(name in found for name in CONTENT):
             raise ValueError(f"has none of {', '.join(CONTENT)}")
-        images = self._images(found, file)
+        images = self._paths(found, "image", sorted(EXTENSIONS), file)
+        features = self._paths(found, "features", [".npy"], file)
         record: dict[str, Any] = {}
         if "caption" in found or "captions" in found:
             record["captions"] = _captions(found)
@@ -195,19 +199,19 @@ class Jsonl:
         if "conversations" in found:
             record["conversations"] = _conversations(found["conversations"], len(images))
         extra = {k: v for k, v in found.items() if k not in KNOWN}
-        return images, {**record, "extra": extra} if extra else record
+        return images + features, {**record, "extra": extra} if extra else record
 
-    def _images(self, found: dict[str, Any], file: Path) -> list[Path]:
-        value = found.get("image")
+    def _paths(self, found: dict[str, Any], key: str, extensions: list[str], file: Path) -> list[Path]:
+        value = found.get(key)
         if value is None:
             return []
         paths = value if isinstance(value, list) else [value]
         if not all(isinstance(p, str) and p for p in paths):
-            raise ValueError("'image' must be a path or a list of paths")
+            raise ValueError(f"{key!r} must be a path or a list of paths")
         root = self.options.image_root or file.parent
         for path in paths:
-            if Path(path).suffix.lower() not in EXTENSIONS:
-                raise ValueError(f"image {path!r} has none of the extensions {' '.join(sorted(EXTENSIONS))}")
+            if Path(path).suffix.lower() not in extensions:
+                raise ValueError(f"{key} {path!r} has none of the extensions {' '.join(extensions)}")
         return [root / path for path in paths]
 
     def _label(self, found: dict[str, Any], split: str) -> dict[str, Any]:
@@ -227,6 +231,14 @@ class Jsonl:
     @cached_property
     def _class_index(self) -> dict[str, int]:
         return {name: i for i, name in enumerate(self._classes)}
+
+
+def _stacked(paths: list[Path]) -> np.ndarray | None:
+    """The arrays of .npy files: one as it is, several along a new first dimension."""
+    arrays = [np.load(path, allow_pickle=False) for path in paths]
+    if len({array.shape for array in arrays}) > 1:
+        raise ValueError(f"features of one line differ in shape: {arrays[0].shape}, {arrays[1].shape}")
+    return None if not arrays else arrays[0] if len(arrays) == 1 else np.stack(arrays)
 
 
 def _captions(found: dict[str, Any]) -> list[str]:

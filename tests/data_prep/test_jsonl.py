@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 import webdataset
 
@@ -157,3 +158,22 @@ def test_an_image_that_vanished_after_the_check_is_named_with_its_line(jsonl, tm
     monkeypatch.setattr(prepare, "make_shard", vanish)
     with pytest.raises(BadInput, match=r"train\.jsonl:2: .*1\.png"):
         prepared(tmp_path, "--train", path)
+
+
+def test_stored_features_go_into_the_shard_in_the_place_of_images(jsonl, tmp_path, capsys):
+    grids = np.arange(2 * 4 * 3, dtype=np.float16).reshape(2, 4, 3)
+    for i, grid in enumerate(grids):
+        np.save(tmp_path / f"{i}.npy", grid)
+    np.save(tmp_path / "other.npy", grids[0, :1])
+    path = jsonl({"features": "0.npy", "caption": "x"}, {"features": ["0.npy", "1.npy"], "caption": "y"})
+    _, samples = prepared(tmp_path, "--train", path)
+    stored = [sample["npy"] for sample in samples["train"]]
+    assert [a.shape for a in stored] == [(4, 3), (2, 4, 3)] and (stored[1] == grids).all()
+    assert stored[0].dtype == np.float16
+    uneven = jsonl({"features": ["0.npy", "other.npy"], "caption": "z"}, name="uneven.jsonl")
+    with pytest.raises(BadInput, match=r"uneven.jsonl:1: features of one line differ in shape"):
+        prepare.main(["jsonl", "--out", str(tmp_path / "b"), "--processes", "1", "--train", str(uneven)])
+    gone = jsonl({"features": "gone.npy", "caption": "z"}, {"features": "0.png", "caption": "z"}, name="gone.jsonl")
+    with pytest.raises(BadInput, match="2 problems"):
+        prepare.main(["jsonl", "--out", str(tmp_path / "c"), "--processes", "1", "--train", str(gone)])
+    assert "gone.npy does not exist" in (said := capsys.readouterr().err) and "none of the extensions .npy" in said
