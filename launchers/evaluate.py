@@ -26,6 +26,10 @@ def main() -> int:
     from mmpeft_ds.engine.assess import assess
 
     reports = assess(args.run, args.split, args.checkpoint, args.set)
+    if reports is None:
+        if console.rank() == 0:
+            print(f"{args.run}: evaluation was stopped; nothing was written")
+        return 1
     if console.rank() == 0:
         for report in reports:
             left_out = f", {report['bad_samples']:,} bad samples left out" if report["bad_samples"] else ""

@@ -7,6 +7,10 @@ class BadInput(Exception):  # noqa: N818 - names what the user gave, not what we
     """Something the user gave cannot work: one line that says what, where and how to mend it; exit code 2."""
 
 
+class AgreedBadInput(BadInput):
+    """Bad input that all ranks have learnt of at the same point: they may still act together, and save."""
+
+
 class BadSample(Exception):  # noqa: N818
     """One sample of a shard cannot be used; it becomes a weight-0 slot and is counted under `kind`.
 

@@ -13,16 +13,19 @@ from typing import Any
 from mmpeft_ds import recipe as recipes
 from mmpeft_ds.data.shards import ShardReader, members
 from mmpeft_ds.engine import checkpoint, setup, trainer
-from mmpeft_ds.engine.evaluator import Evaluation, evaluate
+from mmpeft_ds.engine.evaluator import evaluate
 from mmpeft_ds.engine.monitor import LINE_EVERY, plain
 from mmpeft_ds.engine.rank0 import on_rank0
 from mmpeft_ds.engine.resolve import ResolvedSource, resolve
+from mmpeft_ds.engine.stop import StopFlag
 from mmpeft_ds.errors import BadInput
 
 CHUNK = 256  # records read at a time for the baselines
 
 
-def assess(run: Path, split: str, which: str = "best", overrides: list[str] | None = None) -> list[dict[str, Any]]:
+def assess(
+    run: Path, split: str, which: str = "best", overrides: list[str] | None = None
+) -> list[dict[str, Any]] | None:
     """Score checkpoint `which` of a run on `split` of each of its training data sets. Every rank calls it.
 
     Writes RUN/evaluation-SPLIT.json and RUN/predictions-SPLIT.jsonl.
@@ -33,7 +36,8 @@ def assess(run: Path, split: str, which: str = "best", overrides: list[str] | No
         overrides: as `--set`, for where and how to run: engine.deepspeed, data.workers, data.sources.0.dir.
 
     Returns:
-        on every rank, one report a data set: dir, split, checkpoint, step, samples, rows, scores, baselines, seconds.
+        on every rank, one report a data set: dir, split, checkpoint, step, samples, rows, scores, baselines, seconds;
+        None if it was told to stop (a signal, or the launcher has died), and then nothing is written.
 
     Raises:
         BadInput: no run there, no such checkpoint or split.
@@ -43,6 +47,12 @@ def assess(run: Path, split: str, which: str = "best", overrides: list[str] | No
     recipe = recipes.load(run / "recipe.yaml", overrides)
     sources = {s.dir: replace(s, split=split) for s in recipe.data.sources}
     recipe.data.validation = list(sources.values())
+    # Nothing has to be saved: a launcher that is gone, or a signal, ends it within a step.
+    with StopFlag(recipe.engine.stop_grace) as stop:
+        return _assess(run, split, which, recipe, stop)
+
+
+def _assess(run: Path, split: str, which: str, recipe: Any, stop: StopFlag) -> list[dict[str, Any]] | None:
     ranks = setup.start(recipe)
     resolved = resolve(recipe)
     trainer.check_shards(resolved, ranks)
@@ -55,8 +65,12 @@ def assess(run: Path, split: str, which: str = "best", overrides: list[str] | No
         began = time.perf_counter()
         stream = trainer.make_stream(resolved, [source], ranks, train=False)
         steps = _counted(stream.epoch(0), stream.steps_per_epoch(), f"{source.manifest.name}-{split}", ranks.rank)
-        result: Evaluation = evaluate(built.engine, resolved.backbone, source.task, steps, ranks.device)
+        result = evaluate(
+            built.engine, resolved.backbone, source.task, steps, ranks.device, stop_requested=stop.requested
+        )
         stream.close()
+        if result is None:
+            return None
         seconds = time.perf_counter() - began
         train = next(s for s in resolved.train if s.options.dir == source.options.dir)
         report = {

@@ -14,7 +14,7 @@ from mmpeft_ds.distributed import collectives
 from mmpeft_ds.engine import modality
 from mmpeft_ds.engine.forward import answer
 from mmpeft_ds.engine.rank0 import on_rank0
-from mmpeft_ds.errors import BadInput
+from mmpeft_ds.errors import AgreedBadInput, BadInput
 
 
 @dataclass
@@ -56,7 +56,7 @@ def evaluate(
         None if some rank was told to stop before the end.
 
     Raises:
-        BadInput: on all ranks, if the data of one cannot be read.
+        AgreedBadInput: if the data of some rank cannot be read.
     """
     was_training = model.training
     training = [m for m in model.modules() if m.training] if was_training else []
@@ -68,7 +68,7 @@ def evaluate(
         bits = [x for b in step.micro for x in modality.present(b)]
         failed, stop, *anywhere = collectives.sum_scalars([0.0, float(stop_requested()), *bits], device)
         if failed:
-            raise BadInput(collectives.first_message(""))
+            raise AgreedBadInput(collectives.first_message(""))
         if stop:
             stopped = True
             break
@@ -104,7 +104,7 @@ def _together(steps: Iterable[Any], device: torch.device | str) -> Iterator[Any]
     except BadInput as problem:
         # one micro-batch a step: evaluation does not accumulate
         collectives.sum_scalars([1.0] + [0.0] * (1 + len(modality.MODALITIES)), device)
-        raise BadInput(collectives.first_message(str(problem))) from problem
+        raise AgreedBadInput(collectives.first_message(str(problem))) from problem
 
 
 def _pictures(batch: PackedBatch, rows: list[dict[str, Any]], limit: int) -> list[tuple[Tensor, list[dict[str, Any]]]]:

@@ -6,6 +6,7 @@ modality; after the last backward on loss and gradient norms, and so on whether 
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import math
 import resource
@@ -28,7 +29,7 @@ from mmpeft_ds.engine.forward import forward
 from mmpeft_ds.engine.resolve import Resolved
 from mmpeft_ds.engine.schedule import learning_rate
 from mmpeft_ds.engine.setup import Built, Ranks
-from mmpeft_ds.errors import BadInput
+from mmpeft_ds.errors import AgreedBadInput, BadInput
 
 
 @dataclass
@@ -83,7 +84,7 @@ class Stepper:
         """One optimizer step; `waited` seconds were spent waiting for its data. Returns the row of metrics.jsonl.
 
         Raises:
-            BadInput: too many bad samples, or too many steps skipped in a row; on all ranks.
+            AgreedBadInput: too many bad samples, or too many steps skipped in a row; the state is as before the step.
         """
         began = time.perf_counter()
         state, task = self.state, self.resolved.train[step.source].task
@@ -91,10 +92,15 @@ class Stepper:
         torch.manual_seed(seed_of(self.recipe.seed, state.step, self.ranks.rank))
         agreed = self.agree(step.micro, task)
         self.stopping = self.stopping or agreed.stop
+        before = copy.deepcopy(self.budget)
         for batch in step.micro:
             self.budget.feed(batch)
         if agreed.bad:
-            self.check_budget()
+            try:
+                self.check_budget()
+            except BadInput:
+                self.budget = before  # the step has not happened
+                raise
         loss, forward_seconds = self.accumulate(step.micro, task, agreed)
         loss, norms, table = self.reduce(loss, [waited, forward_seconds, *self.memory()])
         norm = math.sqrt(sum(norms))
@@ -107,13 +113,13 @@ class Stepper:
             state.skipped_in_a_row = 0
         else:
             gradients.discard(self.engine)
+            if state.skipped_in_a_row + 1 >= self.recipe.engine.max_skipped:
+                raise AgreedBadInput(
+                    f"step {state.step}: loss or gradient not finite in {state.skipped_in_a_row + 1} steps in a row "
+                    f"(loss {loss}, gradient norm {norm}). Lower optim.lr, set optim.clip, or look at the data of "
+                    "these steps; engine.max_skipped allows more."
+                )
             state.skipped_in_a_row, state.skipped_total = state.skipped_in_a_row + 1, state.skipped_total + 1
-        if state.skipped_in_a_row >= self.recipe.engine.max_skipped:
-            raise BadInput(
-                f"step {state.step}: loss or gradient not finite in {state.skipped_in_a_row} steps in a row "
-                f"(loss {loss}, gradient norm {norm}). Lower optim.lr, set optim.clip, or look at the data of these "
-                "steps; engine.max_skipped allows more."
-            )
         state.step, state.step_in_epoch = state.step + 1, state.step_in_epoch + 1
         seconds = time.perf_counter() - began + waited
         state.elapsed += seconds
@@ -148,7 +154,7 @@ class Stepper:
         """In the place of `take`, on a rank that has no data for the step: let all ranks end with this problem."""
         width = 7 + self.recipe.optim.accumulation * len(modality.MODALITIES)
         collectives.sum_scalars([1.0] + [0.0] * (width - 1), self.ranks.device)
-        raise BadInput(collectives.first_message(str(problem)))
+        raise AgreedBadInput(collectives.first_message(str(problem)))
 
     def agree(self, micro: list[PackedBatch], task: Any) -> Agreed:
         """One all-reduce before the first forward: weights, stop flag, bad slots, who has which modality.
@@ -168,7 +174,7 @@ class Stepper:
         ]
         failed, weight, stop, rows, bad, low, high, *bits = collectives.sum_scalars(mine, self.ranks.device)
         if failed:
-            raise BadInput(collectives.first_message(""))
+            raise AgreedBadInput(collectives.first_message(""))
         width = len(modality.MODALITIES)
         present = [bits[i : i + width] for i in range(0, len(bits), width)]
         return Agreed(weight, stop > 0, int(rows), int(bad), collectives.sum_mod_2_64((low, high)), present)
@@ -209,7 +215,7 @@ class Stepper:
         merged = merged_budget(self.budget)
         self.state.bad = dict(merged.counts)
         if (problem := merged.problem()) is not None:
-            raise BadInput(f"data: {problem}")
+            raise AgreedBadInput(f"data: {problem}")
 
     def memory(self) -> list[float]:
         """Resident MiB of this process now and at most so far, and peak of its device where there is one."""

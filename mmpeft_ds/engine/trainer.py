@@ -21,7 +21,7 @@ from mmpeft_ds.engine.rundir import RunDir
 from mmpeft_ds.engine.setup import Built, Ranks
 from mmpeft_ds.engine.step import Stepper, merged_budget
 from mmpeft_ds.engine.stop import StopFlag
-from mmpeft_ds.errors import BadInput
+from mmpeft_ds.errors import AgreedBadInput, BadInput
 
 
 def run(recipe: recipes.Recipe, *, fresh: bool = False) -> int:
@@ -108,14 +108,22 @@ class Training:
         self.saved_at = state.step if run_dir.resume_from is not None else -1
 
     def loop(self) -> bool:
-        """Train until the end, early stopping, or a stop request; True if there is nothing left to train."""
-        # A run that was stopped before an evaluation that was due makes up for it first.
-        verdict = self.settle() if self.state.step else None
-        steps = self.steps()
-        while verdict is None:
-            self.last = self.stepper.take(*next(steps))
-            self.observer.step(self.last)
-            verdict = self.settle()
+        """Train until the end, early stopping, or a stop request; True if there is nothing left to train.
+
+        Bad input that all ranks know of ends the run after a checkpoint, so that no step is lost.
+        """
+        try:
+            # A run that was stopped before an evaluation that was due makes up for it first.
+            verdict = self.settle() if self.state.step else None
+            steps = self.steps()
+            while verdict is None:
+                self.last = self.stepper.take(*next(steps))
+                self.observer.step(self.last)
+                verdict = self.settle()
+        except AgreedBadInput:
+            if self.state.step:
+                self.save(best=False)
+            raise
         return verdict
 
     def settle(self) -> bool | None:

@@ -1,9 +1,11 @@
 """Bad input reaches the user through the real `deepspeed` launcher: one line from rank 0, exit code 2."""
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from distributed import launch
 from engine import toy_vqa
 
@@ -29,13 +31,18 @@ def test_a_shard_that_only_rank_1_misses_ends_both_ranks_in_one_line(tmp_path):
     key = order.key_of(3, "order", 0, 0)  # seed of the toy recipe, first source, first epoch
     last = order.EpochOrder([8, 8, 8, 6], key, 1, True)[29][0]  # of the last position, so a slot of rank 1 alone
     shards[last].unlink()
-    sets = ["data.verify=none", "data.shuffle_block=1", "optim.epochs=1"]
+    # One slot a rank: rank 1 needs that shard in its second half only.
+    sets = ["data.verify=none", "data.shuffle_block=1", "optim.epochs=1", "data.global_batch=2"]
     words = [word for s in sets for word in ("--set", s)]
     result = launch.run("launchers/train.py", "--recipe", str(tmp_path / "recipe.yaml"), *words, ranks=2, timeout=120)
     assert not result.killed and result.code == 2, result.tail()
     lines = [line for line in result.output.splitlines() if "error: " in line]
     assert len(lines) == 1 and shards[last].name in lines[0], result.tail()
     assert "Traceback" not in result.output, result.tail()
+    # The steps before it are not lost.
+    run = Path(yaml.safe_load((tmp_path / "recipe.yaml").read_text())["run_dir"])
+    done = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert len(done) > 3 and (run / "checkpoints" / "latest").read_text().strip() == f"step-{done[-1]:08d}"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="DeepSpeed makes these buffers on CPU only")
