@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import datetime
+import functools
 import logging
 import os
 import socket
 import subprocess
 import warnings
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -212,9 +213,9 @@ def build(resolved: Any, ranks: Ranks) -> Built:
     if stage == 3:
         mark_leaves(model, sites)
     numel = sum(_numel(p) for p in trainables.values())
-    optimizer = torch.optim.AdamW(
-        parameter_groups(trainables, recipe), lr=recipe.optim.lr, betas=tuple(recipe.optim.betas), eps=recipe.optim.eps
-    )
+    decays = getattr(resolved.method, "decays", None)
+    groups = parameter_groups(trainables, recipe, decays and functools.partial(decays, resolved.method_config))
+    optimizer = torch.optim.AdamW(groups, lr=recipe.optim.lr, betas=tuple(recipe.optim.betas), eps=recipe.optim.eps)
     # model_parameters is left out: DeepSpeed takes the optimiser's, which are the trainables and nothing else.
     engine, *_ = deepspeed.initialize(
         model=model, optimizer=optimizer, config=merge(resolved.ds_config, recipe, ranks.world_size, numel)
@@ -260,16 +261,18 @@ def check_engine(engine: Any, trainables: dict[str, nn.Parameter]) -> None:
         raise RuntimeError("the optimizer does not hold exactly the trainable parameters")
 
 
-def parameter_groups(trainables: dict[str, nn.Parameter], recipe: Recipe) -> list[dict[str, Any]]:
-    """Matrices decay; vectors (biases, norms) and names that contain one of `optim.no_decay` do not."""
+def parameter_groups(
+    trainables: dict[str, nn.Parameter], recipe: Recipe, decays: Callable[[str], bool] | None = None
+) -> list[dict[str, Any]]:
+    """Matrices decay; vectors (biases, norms) do not, except those whose name `decays` accepts, and names that contain
+    one of `optim.no_decay` never do."""
     decay = recipe.optim.weight_decay
     if not decay:  # one group: half the collectives of ZeRO's per-group reductions
         return [{"params": list(trainables.values()), "weight_decay": 0.0}]
 
     def exempt(name: str, parameter: nn.Parameter) -> bool:
-        return len(getattr(parameter, "ds_shape", parameter.shape)) < 2 or any(
-            f in name for f in recipe.optim.no_decay
-        )
+        vector = len(getattr(parameter, "ds_shape", parameter.shape)) < 2
+        return (vector and not (decays and decays(name))) or any(f in name for f in recipe.optim.no_decay)
 
     plain = [p for n, p in trainables.items() if exempt(n, p)]
     decayed = [p for n, p in trainables.items() if not exempt(n, p)]

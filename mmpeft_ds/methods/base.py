@@ -42,3 +42,11 @@ class Method(Protocol):
     @staticmethod
     def kinds(names: list[str]) -> dict[str, Any]:
         """Sort trainable parameter names into `peft`, `norm`, `bias`, `head` for the summary."""
+
+
+class Decaying(Protocol):
+    """What a method offers besides, if weight decay is to reach vectors: the engine otherwise decays matrices alone."""
+
+    @staticmethod
+    def decays(config: PeftConfig, name: str) -> bool:
+        """Whether the trained vector of this name decays."""

@@ -45,7 +45,8 @@ class Observation:
         mask: broadcastable to (B, H, N, M): bool with True = attend, or a term added to the scores.
         causal: a query sees no later keys, and `mask` does not say so.
         scaling: factor on the scores.
-        probabilities: (B, H, N, M) after masks and before dropout, where the module makes them itself.
+        probabilities: (B, H, N, M) after masks and before dropout, where the module hands them out; then `query` and
+            `key` may be missing.
         project: the output projection, (B, n, H d) -> (B, n, width).
     """
 
@@ -72,8 +73,7 @@ class Observation:
 
     def repeated(self, heads: Tensor) -> Tensor:
         """(B, K, M, d) -> (B, H, M, d)."""
-        q_heads = (self.query if self.probabilities is None else self.probabilities).shape[1]
-        times = q_heads // heads.shape[1]
+        times = (self.probabilities if self.query is None else self.query).shape[1] // heads.shape[1]
         return heads if times == 1 else heads.repeat_interleave(times, 1)
 
     def close(self) -> None:
@@ -259,19 +259,24 @@ def _observed(
 
 
 def _observe_returned(seen: Observation, core: nn.Module, attention: nn.Module, site: AttentionSite) -> None:
-    """BLIP text: the module returns its probabilities before dropout; values come from the projection or the cache."""
-    projected: dict[str, Tensor] = {}
-    _capture(seen, attention, site, site.q, lambda q: setattr(seen, "q", q))
-    _capture(seen, attention, site, site.v, lambda v: projected.update(v=v))
+    """BLIP text: the module returns its probabilities before dropout; keys and values may come from the cache."""
+    seen.scaling = core.attention_head_size**-0.5
+    fresh: dict[str, Tensor] = {}
+    _capture(seen, attention, site, site.q, lambda q: fresh.update(q=q))
+    _capture(seen, attention, site, site.k, lambda k: fresh.update(k=k))
+    _capture(seen, attention, site, site.v, lambda v: fresh.update(v=v))
 
     def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any], out: tuple[Tensor, Tensor]) -> None:
-        seen.probabilities = out[1]
+        seen.q, seen.probabilities = fresh["q"], out[1]
+        seen.query = _heads(seen.q, site.heads)
+        seen.mask = kwargs.get("encoder_attention_mask" if site.cross else "attention_mask")
         cache = kwargs.get("past_key_values")
         if cache is None:
-            seen.value = _heads(projected["v"], site.heads)
-            return
-        part = "cross_attention_cache" if site.cross else "self_attention_cache"
-        seen.value = getattr(cache, part, cache).layers[module.layer_idx].values
+            seen.key, seen.value = _heads(fresh["k"], site.heads), _heads(fresh["v"], site.heads)
+        else:
+            part = "cross_attention_cache" if site.cross else "self_attention_cache"
+            cached = getattr(cache, part, cache).layers[module.layer_idx]
+            seen.key, seen.value = cached.keys, cached.values
 
     seen._undo.append(core.register_forward_hook(hook, with_kwargs=True).remove)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterator
 
 import peft
@@ -17,6 +18,7 @@ from mmpeft_ds.ops.p_laplacian import _weights, _weights_without_eps, difference
 from mmpeft_ds.sites.observe import Observation, observing
 
 FORWARD, GRADIENT = 1e-12, 1e-8
+KERNELS = ("dense", "stream")
 OPTIONS = {"learnable_p": True, "clamp_p": False, "decode_graph": "released"}
 
 
@@ -217,15 +219,15 @@ def heads_of(golden: Golden) -> tuple[int, int]:
 
 @checks("padapter/self_*")
 def self_attention(golden: Golden) -> None:
-    for build in self_builders():
-        layer = attach(build(*heads_of(golden)), sublayers=["self"], **common(golden))
+    for build, kernel in itertools.product(self_builders(), KERNELS):
+        layer = attach(build(*heads_of(golden)), sublayers=["self"], kernel=kernel, **common(golden))
         run_attention(golden, layer.attention, golden.tensor("x", True), {}, attention_mask=mask(golden))
 
 
 @checks("padapter/self_cached_*")
 def self_attention_with_past(golden: Golden) -> None:
-    for build in self_builders():
-        layer = attach(build(*heads_of(golden)), sublayers=["self"], **common(golden))
+    for build, kernel in itertools.product(self_builders(), KERNELS):
+        layer = attach(build(*heads_of(golden)), sublayers=["self"], kernel=kernel, **common(golden))
         past = {k: golden.tensor(k, True) for k in ("past_k", "past_v")}
         cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
         cache.self_attention_cache.update(*past.values(), 0)
@@ -242,12 +244,12 @@ def self_builders() -> Iterator[Callable[..., nn.Module]]:
 @checks("padapter/cross_*")
 def cross_attention(golden: Golden) -> None:
     memory, groups = golden.array("W_k").shape[1], golden.array("M").shape[-1]
-    model = blip(*heads_of(golden), memory)
-    layer = attach(model, sublayers=["cross"], groups=groups, **common(golden))
-    give_memory_mask(layer, mask(golden))
-    memory_states = golden.tensor("y", True)
-    x = golden.tensor("x", True)
-    run_attention(golden, layer.crossattention, x, {"y": memory_states}, encoder_hidden_states=memory_states)
+    for kernel in KERNELS:
+        model = blip(*heads_of(golden), memory)
+        layer = attach(model, sublayers=["cross"], groups=groups, kernel=kernel, **common(golden))
+        give_memory_mask(layer, mask(golden))
+        x, y = golden.tensor("x", True), golden.tensor("y", True)
+        run_attention(golden, layer.crossattention, x, {"y": y}, encoder_hidden_states=y)
 
 
 def give_memory_mask(layer: nn.Module, memory_mask: Tensor | None) -> None:

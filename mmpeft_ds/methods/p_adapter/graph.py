@@ -16,6 +16,7 @@ from mmpeft_ds.ops.p_laplacian import (
     pool_keys,
     self_loops,
 )
+from mmpeft_ds.ops.p_laplacian_stream import p_laplacian_attention
 from mmpeft_ds.ops.propagation import appnp, gcn, gcnii
 from mmpeft_ds.sites.observe import Observation
 
@@ -84,6 +85,13 @@ class Propagation(nn.Module):
             g: value nodes, (B, H, M, b) or pooled (B, H, G, b).
             square: rows and columns are the same nodes.
         """
+        if self._streams(seen, square):
+            graph = "published" if self.published else "square" if square else "pooled" if self.groups else "bipartite"
+            scores = {"mask": seen.mask, "causal": seen.causal, "scaling": seen.scaling}
+            key = seen.repeated(seen.key)
+            return p_laplacian_attention(
+                seen.query, key, f, g, self.exponent, self.pull, **scores, graph=graph, groups=self.groups
+            )
         A = self.attention(seen)
         if self.groups is not None:
             A = pool_keys(A, self.groups, -1)
@@ -98,6 +106,12 @@ class Propagation(nn.Module):
         if self.rule == "appnp":
             return appnp(A, f, g, square=square)
         return gcnii(A, f, g, self.weight, square=square, layer=self.layer)
+
+    def _streams(self, seen: Observation, square: bool) -> bool:
+        """Whether the step works from queries and keys. Measured, that is faster at any length (docs/methods)."""
+        if self.rule != "p_laplacian" or self.kernel == "dense" or seen.query is None:
+            return False
+        return not (square and self.self_loops == "drop")
 
     @staticmethod
     def attention(seen: Observation) -> Tensor:

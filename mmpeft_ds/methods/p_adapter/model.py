@@ -84,6 +84,11 @@ class PAdapter:
         return config
 
     @staticmethod
+    def decays(config: PAdapterConfig, name: str) -> bool:
+        """p and m are vectors, which the engine does not decay; `decay_p` asks for it."""
+        return config.decay_p and name.endswith((".graph.p", ".graph.m"))
+
+    @staticmethod
     def kinds(names: list[str]) -> dict[str, list[str]]:
         """Parameter names by what they are: `peft`, `norm`, `bias`, `head`."""
         found: dict[str, list[str]] = {"peft": [], "norm": [], "bias": [], "head": []}
