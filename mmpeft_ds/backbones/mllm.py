@@ -23,6 +23,7 @@ from mmpeft_ds.backbones import _stock, _towers
 from mmpeft_ds.backbones._chat import Chat, read_template
 from mmpeft_ds.backbones._mllm_model import ImageText
 from mmpeft_ds.backbones._vision_side import Affine
+from mmpeft_ds.backbones._writing import in_step, one_of
 from mmpeft_ds.data.batch import PackedBatch, Prompted, Written
 from mmpeft_ds.errors import BadInput
 from mmpeft_ds.sites.condition import conditioned
@@ -175,13 +176,16 @@ class MllmBackbone:
         return Written(logits[:, :-1], labels[:, labels.shape[1] - logits.shape[1] + 1 :])
 
     @torch.no_grad()
-    def generate(self, model: Any, batch: PackedBatch, **options: Any) -> list[str]:
+    def generate(self, model: Any, batch: PackedBatch, choices: list[str] | None = None, **options: Any) -> list[str]:
         """What the model says after the prompt of each text, which ends where the last answer begins.
 
         Args:
             model: the PeftModel, or the base; under ZeRO-3 all ranks call it together.
-            options: of transformers' `generate`.
+            choices: the only answers that may be given.
+            options: of transformers' `generate`, without `max_length`, for prompts have hundreds of image tokens.
         """
+        if "max_length" in options:
+            raise BadInput("task.max_length: prompts have hundreds of image tokens. Set it 0, and max_new_tokens.")
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
         ids, lengths = batch.texts["input_ids"], batch.texts["prompt_length"]
         prompts = batch.texts["attention_mask"] * (torch.arange(ids.shape[1], device=ids.device) < lengths[:, None])
@@ -190,7 +194,7 @@ class MllmBackbone:
         images = self._images(batch)
         features = base.image_features(images)
         widened = base.widen(ids, prompts, None, features, rows, left=True)
-        condition = base.condition_of(features, batch.image_owner, batch.text_owner, len(batch.sample_id))
+        length, end = widened.input_ids.shape[1], self._tokenizer.eos_token_id
         settings = {
             "pad_token_id": self._pad_id,
             "eos_token_id": self._end_ids(base),
@@ -198,14 +202,18 @@ class MllmBackbone:
             "do_sample": False,
             **options,
         }
+        if choices:
+            known = [[t for t in self._chat.encode(Prompted("a", c)).labels if t not in (-100, end)] for c in choices]
+            settings |= {"prefix_allowed_tokens_fn": one_of(known, end, skip=length)}
+            settings |= {"max_new_tokens": max(map(len, known)) + 1}
+        condition = base.condition_of(features, batch.image_owner, batch.text_owner, len(batch.sample_id))
         with conditioned(condition):
             written = model.generate(
                 **base.arguments(widened, features, images.get("image_grid_thw"), rows),
-                synced_gpus=_in_lockstep(base),
+                synced_gpus=in_step(base),
                 **settings,
             )
-        answers = written[:, widened.input_ids.shape[1] :]
-        return [text.strip() for text in self._tokenizer.batch_decode(answers, skip_special_tokens=True)]
+        return [t.strip() for t in self._tokenizer.batch_decode(written[:, length:], skip_special_tokens=True)]
 
     def frozen_prefix(self, model: nn.Module) -> list[str]:
         """Each tower without a trainable, or its embeddings."""
@@ -300,10 +308,3 @@ class MllmBackbone:
 
 
 ENTRY = MllmBackbone
-
-
-def _in_lockstep(model: nn.Module) -> bool:
-    """Partitioned weights are gathered by all ranks together, until the last of them has finished its answers."""
-    several = torch.distributed.is_available() and torch.distributed.is_initialized()
-    several = several and torch.distributed.get_world_size() > 1
-    return several and any(hasattr(p, "ds_id") for p in model.parameters())

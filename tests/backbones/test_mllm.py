@@ -386,3 +386,16 @@ def test_random_weights_need_no_checkpoint_and_meta_no_storage(folders, family):
     assert {p.device.type for p in backbone.build(on_meta=True).parameters()} == {"meta"}
     first, second = backbone.build(), backbone.build()
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
+
+
+def test_answers_can_be_held_to_a_closed_list(folders, family):
+    backbone, model = made(folders, family)
+    choices = ["a big circle", "a red square", "no"]
+    got = backbone.generate(model, batch(backbone, *ALL), choices=choices, max_new_tokens=99)
+    assert len(got) == 5 and set(got) <= set(choices)
+
+
+def test_a_longest_text_with_its_prompt_makes_no_sense_here(folders):
+    backbone, model = made(folders, "llava")
+    with pytest.raises(BadInput, match="max_new_tokens"):
+        backbone.generate(model, batch(backbone, ONE), max_length=20)

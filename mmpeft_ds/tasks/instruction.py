@@ -1,0 +1,180 @@
+"""Task: conversations about a sample's images, as LLaVA's instruction data has them; loss on what the assistant says.
+
+Of a conversation in evaluation, the last answer is written anew and compared with the one given.
+"""
+
+# T texts (conversations) of the micro-batch, S positions, V vocabulary
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from mmpeft_ds.data.batch import IMAGE_MARK, PackedBatch, Prompted, Written
+from mmpeft_ds.errors import BadInput, BadSample
+
+ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+
+
+@dataclass
+class Options:
+    """Keys of a source's `task` section.
+
+    Attributes:
+        loss: `token`, the mean over all tokens of the step that the assistant says; or `conversation`, the mean over
+            conversations of their mean over tokens, in which a long answer weighs as much as a short one.
+        num_beams: beams in evaluation, 1 = greedy.
+        max_new_tokens: longest answer in evaluation, in tokens; 0 = write none, and score with the given answers only.
+    """
+
+    loss: Literal["token", "conversation"] = "token"
+    num_beams: int = 1
+    max_new_tokens: int = 64
+
+
+class Instruction:
+    """Records hold `conversations`: a list of {from: human, gpt or system, value}; `<image>` marks a place."""
+
+    Options = Options
+    fields = ("conversations",)
+    couples_samples = False
+    main_metric = "perplexity"
+    better = "min"
+
+    def __init__(self, options: Options, labels: list[str] | None):
+        if options.loss not in ("token", "conversation"):
+            raise BadInput(f"task.loss: {options.loss!r}. Use token or conversation.")
+        if options.num_beams < 1:
+            raise BadInput(f"task.num_beams: {options.num_beams}. Use 1 or more.")
+        if options.max_new_tokens < 0:
+            raise BadInput(f"task.max_new_tokens: {options.max_new_tokens}. Use 1 or more, or 0 to write nothing.")
+        self.options = options
+        self.generation: dict[str, Any] | None = None
+        if options.max_new_tokens:
+            self.generation = {"num_beams": options.num_beams, "max_new_tokens": options.max_new_tokens}
+
+    def read(self, record: dict[str, Any], generator: torch.Generator) -> tuple[list[Prompted], list[Any]]:
+        """The conversation: its last question and answer, and all turns before."""
+        turns = _turns(record.get("conversations"))
+        return [Prompted(turns[-2][1], turns[-1][1], tuple(turns[:-2]))], [{}]
+
+    def prompted(self, text: str) -> Prompted:
+        """A question that somebody asks, as the model reads it."""
+        return Prompted(text)
+
+    def collate(self, targets: list[Any]) -> dict[str, Tensor]:
+        return {}
+
+    def dummy_target(self) -> Any:
+        return {}
+
+    def ask(self, texts: list[str]) -> tuple[dict[str, Any], list[Any]]:
+        """A record without conversations, and a target for each text."""
+        return {"conversations": []}, [{} for _ in texts]
+
+    def weight(self, batch: PackedBatch) -> float:
+        """Tokens that the assistant says, or conversations, that enter the loss."""
+        if not len(batch.text_owner):
+            return 0.0
+        tokens = (batch.texts["labels"] != -100).sum(1)
+        counted = tokens if self.options.loss == "token" else tokens > 0
+        return float((batch.text_weight.double() * counted).sum())
+
+    def loss(self, outputs: Written, batch: PackedBatch) -> Tensor:
+        """Sum over conversations of weight times the sum, or the mean, of the cross-entropy over their tokens."""
+        total, count = outputs.token_losses()
+        each = total if self.options.loss == "token" else total / count.clamp(min=1)
+        weights = batch.text_weight.to(each.dtype)
+        # where, not a product: a weight-0 conversation must not spread a non-finite loss
+        return torch.where(weights > 0, each * weights, torch.zeros_like(each)).sum()
+
+    def predict(self, outputs: Written, batch: PackedBatch) -> list[dict[str, Any]]:
+        """One row per conversation of weight > 0: sample_id, text (the last question), prediction, the given answer,
+        and of all that the assistant says `nll` (sum), `tokens` and `tokens_right` (most likely = given)."""
+        if not len(batch.text_owner):
+            return []
+        nll, tokens = outputs.token_losses()
+        right = ((outputs.logits.argmax(-1) == outputs.labels) & (outputs.labels != -100)).sum(1)
+        written = outputs.generated or [""] * len(batch.raw_texts)
+        rows = []
+        for i, (text, slot) in enumerate(zip(batch.raw_texts, batch.text_owner.tolist(), strict=True)):
+            if batch.weight[slot] > 0:
+                row = {"sample_id": batch.sample_id[slot], "text": text.prompt, "prediction": written[i]}
+                row |= {"answer": text.target, "nll": float(nll[i])}
+                rows.append(row | {"tokens": int(tokens[i]), "tokens_right": int(right[i])})
+        return rows
+
+    def score(self, rows: list[dict[str, Any]]) -> dict[str, float]:
+        """`perplexity` and `token_accuracy` over all tokens of the assistant; `exact_match` of the last answers, if
+        they were written (case and spaces do not count)."""
+        tokens = sum(r["tokens"] for r in rows)
+        scores = {}
+        if tokens:
+            scores["perplexity"] = math.exp(min(sum(r["nll"] for r in rows) / tokens, 700.0))
+            scores["token_accuracy"] = sum(r["tokens_right"] for r in rows) / tokens
+        known = [r for r in rows if r["answer"]]
+        if self.generation is not None and known:
+            scores["exact_match"] = sum(_plain(r["prediction"]) == _plain(r["answer"]) for r in known) / len(known)
+        return scores
+
+    def baselines(self, train: Iterable[dict[str, Any]], test: Iterable[dict[str, Any]]) -> dict[str, float]:
+        """`majority`: exact match of always giving the most frequent last answer of the training conversations."""
+        counts = Counter(_plain(answer) for answer in _last_answers(train))
+        asked = [_plain(answer) for answer in _last_answers(test)]
+        if not counts or not asked:
+            return {}
+        majority = min(counts, key=lambda answer: (-counts[answer], answer))
+        return {"majority": asked.count(majority) / len(asked)}
+
+
+ENTRY = Instruction
+
+
+def _turns(conversation: Any) -> list[tuple[str, str]]:
+    """(role, text) of a conversation that ends with an answer. Raises BadSample.
+
+    As LLaVA reads its data: what the assistant says before the first question, and a question without answer at the
+    end, are left out.
+    """
+    if not isinstance(conversation, list):
+        raise BadSample("field", "`conversations` is no list")
+    system, turns = [], []
+    for turn in conversation:
+        role = ROLES.get(turn.get("from")) if isinstance(turn, dict) else None
+        if role is None or not isinstance(turn.get("value"), str):
+            raise BadSample("type", "a turn needs `from` (human, gpt or system) and a text in `value`")
+        text = turn["value"].strip()
+        if role == "assistant" and IMAGE_MARK in text:
+            raise BadSample("turns", f"the assistant says {IMAGE_MARK}, which marks the place of an image it reads")
+        if role == "system":
+            if turns:
+                raise BadSample("turns", "a system turn stands behind others")
+            system.append(text)
+        elif turns or role == "user":
+            turns.append((role, text))
+    if turns and turns[-1][0] == "user":
+        turns.pop()
+    expected = ("user", "assistant") * (len(turns) // 2)
+    if not turns or tuple(role for role, _ in turns) != expected:
+        raise BadSample("turns", "questions and answers do not alternate, or there are none")
+    if not all(text for role, text in turns if role == "assistant"):
+        raise BadSample("turns", "an answer is empty")
+    return [*([("system", "\n".join(system))] if system else []), *turns]
+
+
+def _last_answers(records: Iterable[dict[str, Any]]) -> Iterable[str]:
+    for record in records:
+        try:
+            yield _turns(record.get("conversations"))[-1][1]
+        except BadSample:
+            continue
+
+
+def _plain(text: str) -> str:
+    return " ".join(text.casefold().split())
