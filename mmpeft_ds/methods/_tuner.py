@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import torch
@@ -40,6 +41,12 @@ class SiteTuner(BaseTuner):
         if self.unmergeable:
             names = ", ".join(map(repr, self.active_adapters))
             raise BadInput(f"adapter {names} cannot be merged: {self.unmergeable} Keep it as an adapter.")
+
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        # peft's finds the name only at the end of a key or one before it; our layers hold modules of several parts. A
+        # name that stayed in the file would tie it to loading under that name.
+        return re.sub(rf"(\.{re.escape(cls.prefix)}[^.]*)\.{re.escape(adapter_name)}(?=\.|$)", r"\1", key, count=1)
 
     def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict) -> PeftConfig:
         return peft_config
