@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, PretrainedConfig, PreTrainedModel
 
 from mmpeft_ds.backbones import _towers
+from mmpeft_ds.backbones._stock import RANDOM_SEED
 from mmpeft_ds.backbones._transform import SquareTransform
 from mmpeft_ds.backbones._vision_side import Affine
 from mmpeft_ds.data.batch import PackedBatch
@@ -38,6 +39,7 @@ class VisionOptions:
         feature_norm: `zscore` standardises each dimension with the statistics stored with the shards.
         prefix: what goes before the text: `none`, the `pooled` vector, or all `tokens` of an image.
         condition: what adapters route on: `none`, the `pooled` vector (mean over the images of a sample), or `tokens`.
+        random_weights: build both towers from their configurations alone, with a fixed seed; for tests.
     """
 
     vision: str = "google/vit-base-patch16-224-in21k"
@@ -50,6 +52,7 @@ class VisionOptions:
     feature_norm: Literal["none", "zscore"] = "none"
     prefix: Literal["none", "pooled", "tokens"] = "pooled"
     condition: Literal["none", "pooled", "tokens"] = "pooled"
+    random_weights: bool = False
 
 
 class VisionBackbone:
@@ -229,8 +232,16 @@ class VisionBackbone:
         }
 
     def _load_vision(self, config: PretrainedConfig) -> PreTrainedModel:
-        extra = _towers.pooler_argument(config, "vision", self.options.vision_feature == "pooler")
+        pooler = self.options.vision_feature == "pooler"
+        if self.options.random_weights:
+            return self._random_tower(config, "vision", pooler)
+        extra = _towers.pooler_argument(config, "vision", pooler)
         return _towers.load_tower(self.options.vision, "backbone.vision", config, **self._loading(), **extra)
+
+    def _random_tower(self, config: PretrainedConfig, kind: str, pooler: bool) -> PreTrainedModel:
+        with torch.random.fork_rng():
+            torch.manual_seed(RANDOM_SEED)
+            return _towers.empty_tower(config, kind, pooler).to(self.dtype)
 
     def _loading(self) -> dict[str, Any]:
         return {"dtype": self.dtype, "attn_implementation": _towers.choose_attention(self.attention, self.dtype)}

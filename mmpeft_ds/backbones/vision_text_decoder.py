@@ -87,6 +87,7 @@ class VisionTextDecoderBackbone(VisionBackbone):
                 config.text_config,
                 self.dtype,
                 self.attention,
+                self.options.random_weights,
             )
             model = VisionTextDecoder(config, self._load_vision(config.vision_config), text)
         return model.requires_grad_(False).train()

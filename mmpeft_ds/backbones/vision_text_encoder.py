@@ -152,7 +152,10 @@ class VisionTextEncoderBackbone(VisionBackbone):
         return config
 
     def _load_text(self, config: VisionTextEncoderConfig) -> PreTrainedModel:
-        extra = _towers.pooler_argument(config.text_config, "text", self.options.head_input == "pooler")
+        pooler = self.options.head_input == "pooler"
+        if self.options.random_weights:
+            return self._random_tower(config.text_config, "text", pooler)
+        extra = _towers.pooler_argument(config.text_config, "text", pooler)
         with torch.random.fork_rng():
             torch.manual_seed(POOLER_SEED)
             return _towers.load_tower(

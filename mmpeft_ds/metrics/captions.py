@@ -2,7 +2,7 @@
 
 The formulas are the evaluation's own, to the last digit on tokenised text. Its tokeniser is a Java program (Stanford's
 PTB tokeniser); `tokenize` follows its rules for English captions and may differ on rare symbols. METEOR and SPICE
-exist in Java only and are not offered: run the published package on the predictions for them (docs/tasks.md).
+exist in Java only and are not offered: the `eval` extra brings the published package for them.
 
 Source: Vedantam et al., CVPR 2015 (CIDEr, arXiv 1411.5726); Papineni et al., ACL 2002 (BLEU); Lin, 2004 (ROUGE-L);
 Chen et al., arXiv 1504.00325 (the evaluation).

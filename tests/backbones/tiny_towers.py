@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import Whitespace
+from tokenizers.pre_tokenizers import Whitespace, WhitespaceSplit
 from tokenizers.processors import TemplateProcessing
 from transformers import (
     BertConfig,
@@ -16,6 +16,10 @@ from transformers import (
     CLIPVisionModel,
     Dinov2Config,
     Dinov2Model,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
     PreTrainedTokenizerFast,
     RobertaConfig,
     RobertaModel,
@@ -33,6 +37,10 @@ VISION = {
     "dinov2": (Dinov2Config, Dinov2Model, {"mlp_ratio": 2}),
     "clip": (CLIPVisionConfig, CLIPVisionModel, {}),
     "siglip": (SiglipVisionConfig, SiglipVisionModel, {}),
+}
+DECODERS = {
+    "gpt2": (GPT2Config, GPT2LMHeadModel, {"n_inner": 24}),
+    "llama": (LlamaConfig, LlamaForCausalLM, {"num_key_value_heads": 1}),
 }
 
 
@@ -55,6 +63,20 @@ def write_text(folder: Path, family: str, pooler: bool = True) -> str:
     ends = [("[CLS]", vocabulary["[CLS]"]), ("[SEP]", vocabulary["[SEP]"])]
     tokenizer.post_processor = TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=ends)
     names = dict(pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]")
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names).save_pretrained(folder)
+    return str(folder)
+
+
+def write_decoder(folder: Path, family: str = "gpt2", width: int = WIDTH) -> str:
+    """A language model of 3 layers and its tokenizer, whose token 0 is "!" and whose text ends with the last one."""
+    vocabulary = {word: i for i, word in enumerate(["!", "[UNK]", "<s>", *WORDS, "<|endoftext|>"])}
+    end = len(vocabulary) - 1
+    ids = dict(vocab_size=len(vocabulary), bos_token_id=end, eos_token_id=end, max_position_embeddings=40)
+    config, model, extra = DECODERS[family]
+    _save(folder, model(config(**{**COMMON, "hidden_size": width}, **ids, **extra)))
+    tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = WhitespaceSplit()
+    names = dict(unk_token="[UNK]", bos_token="<|endoftext|>", eos_token="<|endoftext|>")
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names).save_pretrained(folder)
     return str(folder)
 
