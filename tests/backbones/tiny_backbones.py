@@ -1,0 +1,68 @@
+"""One tiny backbone of every entry, with random weights, in a folder of its own."""
+
+from __future__ import annotations
+
+import text_only
+import tiny_blip
+import tiny_clip
+import tiny_clip_bart
+import tiny_mllm
+import tiny_towers
+
+from mmpeft_ds import backbones, registry
+
+LABELS = ["yes", "no", "red", "blue"]
+
+
+def make_vision_text_encoder(folder):
+    entry = registry.load(backbones, "vision_text_encoder", "backbone.name")
+    options = entry.Options(
+        vision=tiny_towers.write_vision(folder / "vision", "vit"),
+        text=tiny_towers.write_text(folder / "text", "roberta"),
+        image_size=8,
+    )
+    return entry(options, LABELS)
+
+
+def make_vision_text_decoder(folder):
+    entry = registry.load(backbones, "vision_text_decoder", "backbone.name")
+    options = entry.Options(
+        vision=tiny_towers.write_vision(folder / "vision", "vit"),
+        text=tiny_towers.write_decoder(folder / "text"),
+        image_size=8,
+        max_text_length=19,
+    )
+    return entry(options, None)
+
+
+def make_text_only(folder):
+    return text_only.ENTRY(text_only.Options(tiny_towers.write_text(folder, "bert")), LABELS)
+
+
+def make_clip_bart(folder):
+    return tiny_clip_bart.make(folder, vision="vit")
+
+
+def make_clip(folder):
+    entry = registry.load(backbones, "clip", "backbone.name")
+    return entry(entry.Options(tiny_clip.write(folder, "clip")), None)
+
+
+def make_blip(folder):
+    entry = registry.load(backbones, "blip", "backbone.name")
+    return entry(entry.Options(tiny_blip.write(folder, "captioner")), None)
+
+
+def make_mllm(folder):
+    entry = registry.load(backbones, "mllm", "backbone.name")
+    return entry(entry.Options(tiny_mllm.write(folder, "qwen2_vl"), condition="pooled"), None)
+
+
+MAKERS = {
+    "vision_text_encoder": make_vision_text_encoder,
+    "vision_text_decoder": make_vision_text_decoder,
+    "clip": make_clip,
+    "clip_bart": make_clip_bart,
+    "blip": make_blip,
+    "mllm": make_mllm,
+}
