@@ -45,7 +45,7 @@ class Method(Protocol):
 
 
 class Decaying(Protocol):
-    """What a method offers besides, if weight decay is to reach vectors: the engine otherwise decays matrices alone."""
+    """What a method offers besides, if weight decay is to reach vectors: the engine decays matrices alone."""
 
     @staticmethod
     def decays(config: PeftConfig, name: str) -> bool:

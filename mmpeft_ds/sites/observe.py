@@ -119,9 +119,11 @@ def check_observable(attention: nn.Module, site: AttentionSite) -> None:
     """Refuse attention modules that cannot be observed.
 
     Raises:
-        BadInput: the family is not known to work.
+        BadInput: the family, or its attention implementation, cannot be observed.
     """
-    _observer(_core(attention, site), site)
+    core = _core(attention, site)
+    if _observer(core, site) is _observe_registry:
+        _implementation(core, site)
 
 
 def observe(attention: nn.Module, site: AttentionSite) -> Observation:
@@ -203,15 +205,7 @@ def _heads(x: Tensor, heads: int) -> Tensor:
 def _observe_registry(seen: Observation, core: nn.Module, attention: nn.Module, site: AttentionSite) -> None:
     """For this forward `core` sees a copy of its config that names our function."""
     registry = _modeling(core).ALL_ATTENTION_FUNCTIONS
-    config = core.config
-    implementation = config._attn_implementation or "eager"
-    if implementation not in IMPLEMENTATIONS:
-        raise BadInput(
-            f"{site.path}: attention {implementation!r} cannot be observed. Load the model with "
-            f"attn_implementation={' or '.join(map(repr, IMPLEMENTATIONS))}."
-        )
-    if implementation == "eager" and getattr(core, "reorder_and_upcast_attn", False):
-        raise BadInput(f"{site.path}: reorder_and_upcast_attn calls no registry; use attn_implementation='sdpa'.")
+    implementation, config = _implementation(core, site), core.config
     if REGISTERED_AS not in registry:
         type(registry).register(REGISTERED_AS, _observed)
     _capture(seen, attention, site, site.q, lambda q: setattr(seen, "q", q))
@@ -222,6 +216,19 @@ def _observe_registry(seen: Observation, core: nn.Module, attention: nn.Module, 
     seen._undo.append(lambda: setattr(core, "config", config))
     open_for(core, _Call(seen, implementation))
     seen._undo.append(lambda: close_for(core))
+
+
+def _implementation(core: nn.Module, site: AttentionSite) -> str:
+    """Which attention function `core` is configured for. Raises BadInput where it shows nothing."""
+    name = core.config._attn_implementation or "eager"
+    if name not in IMPLEMENTATIONS:
+        raise BadInput(
+            f"{site.path}: attention implementation {name!r} cannot be observed. Use {' or '.join(IMPLEMENTATIONS)} "
+            "(engine.attention in a recipe, attn_implementation of from_pretrained)."
+        )
+    if name == "eager" and getattr(core, "reorder_and_upcast_attn", False):
+        raise BadInput(f"{site.path}: reorder_and_upcast_attn keeps its attention to itself. Use sdpa.")
+    return name
 
 
 @dataclass
