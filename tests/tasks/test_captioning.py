@@ -1,0 +1,140 @@
+"""Captions: one drawn a visit, losses over tokens or captions, rows and scores."""
+
+import pytest
+import torch
+from torch.nn.functional import cross_entropy
+
+from mmpeft_ds.data.batch import Prompted, Sample, Written, pack
+from mmpeft_ds.errors import BadInput, BadSample
+from mmpeft_ds.tasks.captioning import Captioning, Options
+
+RECORD = {"captions": ["a red bus", "  a bus drives down the street ", "", "bus"]}
+WORDS = 9
+
+
+def batch(task, *records, weights=None):
+    """Labels as long as the caption has words, as a backbone would make them."""
+    samples = []
+    for i, record in enumerate(records):
+        texts, targets = task.read(record, torch.Generator().manual_seed(i))
+        samples.append(Sample(f"set/{i}", 1.0 if weights is None else weights[i], [], texts, targets, record))
+
+    def collate(texts):
+        labels = torch.full((len(texts), 8), -100)
+        for row, text in enumerate(texts):
+            count = len(text.target.split())
+            labels[row, :count] = torch.arange(count)
+        return {"labels": labels}
+
+    return pack(samples, lambda i: {}, collate, task.collate)
+
+
+def written(packed, seed=0, dtype=torch.float64):
+    labels = packed.texts["labels"]
+    logits = torch.randn(*labels.shape, WORDS, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+    return Written(logits, labels, generated=[f"caption {i}" for i in range(len(labels))])
+
+
+def three(weights=None, **options):
+    task = Captioning(Options(**options), None)
+    records = [{"captions": [c]} for c in ("a red bus", "a bus drives down the street", "bus")]
+    return task, batch(task, *records, weights=weights)
+
+
+def test_a_visit_draws_one_caption_by_its_generator():
+    task = Captioning(Options(prompt="caption: "), None)
+    drawn = [task.read(RECORD, torch.Generator().manual_seed(s))[0] for s in range(30)]
+    assert {len(texts) for texts in drawn} == {1} and all(isinstance(t, Prompted) for (t,) in drawn)
+    assert {t.target for (t,) in drawn} == {"a red bus", "a bus drives down the street", "bus"}
+    assert {t.prompt for (t,) in drawn} == {"caption: "}
+    again = task.read(RECORD, torch.Generator().manual_seed(3))[0]
+    assert again == drawn[3]
+
+
+def test_token_loss_is_the_mean_over_all_tokens_of_the_batch():
+    task, packed = three(loss="token")
+    out = written(packed)
+    want = cross_entropy(out.logits.flatten(0, 1), out.labels.flatten(), ignore_index=-100)
+    assert task.weight(packed) == 3 + 6 + 1
+    torch.testing.assert_close(task.loss(out, packed) / task.weight(packed), want)
+
+
+def test_caption_loss_weighs_short_and_long_captions_alike():
+    task, packed = three(loss="caption")
+    out = written(packed)
+    each = [cross_entropy(logits, labels) for logits, labels in zip(out.logits, out.labels, strict=True)]
+    assert task.weight(packed) == 3
+    torch.testing.assert_close(task.loss(out, packed), sum(each))
+
+
+def test_label_smoothing_is_that_of_torch():
+    task, packed = three(smoothing=0.1)
+    out = written(packed)
+    want = cross_entropy(out.logits.flatten(0, 1), out.labels.flatten(), label_smoothing=0.1, reduction="sum")
+    torch.testing.assert_close(task.loss(out, packed), want)
+
+
+@pytest.mark.parametrize("loss", ["token", "caption"])
+def test_weight_zero_is_absent_even_where_it_is_not_finite(loss):
+    task, packed = three(weights=[1.0, 0.0, 0.5], loss=loss)
+    out = written(packed)
+    clean = task.loss(out, packed)
+    out.logits[1] = float("nan")
+    assert torch.equal(task.loss(out, packed), clean)
+    assert task.weight(packed) == (3 + 0.5 if loss == "token" else 1.5)
+    assert [r["sample_id"] for r in task.predict(out, packed)] == ["set/0", "set/2"]
+
+
+@pytest.mark.parametrize("loss", ["token", "caption"])
+def test_a_text_of_which_nothing_is_asked_counts_for_nothing(loss):
+    task, packed = three(loss=loss)
+    packed.texts["labels"][2] = -100
+    out = written(packed)
+    assert task.weight(packed) == (9 if loss == "token" else 2)
+    assert task.loss(out, packed).isfinite()
+
+
+def test_losses_are_float32_at_least():
+    task, packed = three()
+    assert task.loss(written(packed, dtype=torch.bfloat16), packed).dtype == torch.float32
+    assert task.loss(written(packed), packed).dtype == torch.float64
+
+
+def test_rows_carry_all_references_and_score():
+    task = Captioning(Options(), None)
+    packed = batch(task, RECORD, {"captions": ["a cat on a mat"]})
+    out = written(packed)
+    out.generated = ["a red bus", "a cat on a mat"]
+    rows = task.predict(out, packed)
+    assert rows[0]["references"] == RECORD["captions"] and rows[0]["prediction"] == "a red bus"
+    scores = task.score(rows)
+    assert set(scores) == {"cider", "bleu1", "bleu2", "bleu3", "bleu4", "rouge_l"}
+    assert scores["bleu1"] == pytest.approx(1.0) and task.main_metric in scores
+
+
+def test_new_images_need_no_captions():
+    task = Captioning(Options(prompt="caption: "), None)
+    record, targets = task.ask(["", "in short: "])
+    assert len(targets) == 2 and task.prompted("in short: ") == Prompted("caption: in short: ")
+    assert task.score([{"prediction": "a", "references": record["captions"]}]) == {}
+
+
+def test_generation_is_told_one_length():
+    assert Captioning(Options(), None).generation == {"num_beams": 5, "length_penalty": 1.0, "max_length": 20}
+    longer = Captioning(Options(num_beams=1, max_new_tokens=7), None).generation
+    assert longer == {"num_beams": 1, "length_penalty": 1.0, "max_new_tokens": 7}
+
+
+@pytest.mark.parametrize("record", [{}, {"captions": "a"}, {"captions": []}, {"captions": [" "]}, {"captions": [1]}])
+def test_a_record_of_the_wrong_shape_is_a_bad_sample(record):
+    with pytest.raises(BadSample):
+        Captioning(Options(), None).read(record, torch.Generator())
+
+
+@pytest.mark.parametrize(
+    "options", [{"loss": "word"}, {"smoothing": 1.0}, {"num_beams": 0}, {"max_length": 0}, {"max_new_tokens": -1}]
+)
+def test_impossible_options_are_refused_in_one_line(options):
+    with pytest.raises(BadInput) as error:
+        Captioning(Options(**options), None)
+    assert "\n" not in str(error.value)
