@@ -74,6 +74,14 @@ class DualEncoderOutput(ModelOutput):
 class DualEncoder(_stock.Publishing):
     """Mixin over CLIPModel or SiglipModel: either side may be absent, and texts know whose images they go with."""
 
+    def __init__(self, config: PretrainedConfig):
+        super().__init__(config)
+        # CLIP's temperature is a parameter without dimensions, which ZeRO-3 cannot partition; it stays frozen here.
+        for name, parameter in list(self.named_parameters(recurse=False)):
+            if parameter.dim() == 0:
+                delattr(self, name)
+                self.register_buffer(name, parameter.data)
+
     def forward(
         self,
         input_ids: Tensor | None = None,
