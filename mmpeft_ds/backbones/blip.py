@@ -10,29 +10,34 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from transformers import (
     BlipForConditionalGeneration,
+    BlipForImageTextRetrieval,
     BlipForQuestionAnswering,
     PretrainedConfig,
     PreTrainedModel,
 )
 
 from mmpeft_ds.backbones import _blip_tokens, _stock, _towers, _writing
+from mmpeft_ds.backbones._blip_contrast import Training
 from mmpeft_ds.backbones._blip_model import Captioner, QuestionAnswerer
+from mmpeft_ds.backbones._blip_retrieval import Retriever
 from mmpeft_ds.backbones._transform import SquareTransform
 from mmpeft_ds.backbones._vision_side import Affine
 from mmpeft_ds.data.batch import PackedBatch, Prompted, Written
 from mmpeft_ds.errors import BadInput
+from mmpeft_ds.ops.context_enhancement import MODES
 
 WHERE = "backbone.model"
 FORMS = {
     "captioner": (Captioner, BlipForConditionalGeneration),
     "vqa": (QuestionAnswerer, BlipForQuestionAnswering),
+    "retrieval": (Retriever, BlipForImageTextRetrieval),
 }
 
 
@@ -52,6 +57,17 @@ class Options:
         max_answer_length: of an answer, form vqa.
         dropout: of the text towers, in hidden states and attention; None = as the checkpoint says. It acts only with
             engine.train_dropout.
+        temperature: of the contrast (this and all below: form retrieval, in training).
+        momentum: of the teacher that follows the trained parameters, as they stay at each step; 0 = no teacher.
+        queue: pairs of earlier steps that go on as negatives, 0 = none.
+        alpha: share of the teacher in the targets of the contrast.
+        alpha_ramp: steps over which alpha rises from 0; published: those of the first epoch.
+        negatives: where the wrong pairs of the matching head, and the keys of the contrast beside the queue, come
+            from: `all` ranks, each rank's own (`local`, which makes the loss depend on the number of ranks), or
+            `none`: no matching head.
+        frame_aware: weight the frames of a video by their fit to the text in adapted cross-attention.
+        context_enhancement: add the mean text state of the step to the matching pairs (`official`, which gives the
+            label away), to `all_pairs`, or to none (`off`).
     """
 
     model: str = "Salesforce/blip-image-captioning-base"
@@ -62,6 +78,14 @@ class Options:
     max_text_length: int = 40
     max_answer_length: int = 20
     dropout: float | None = None
+    temperature: float = 0.07
+    momentum: float = 0.995
+    queue: int = 57600
+    alpha: float = 0.4
+    alpha_ramp: int = 0
+    negatives: Literal["all", "local", "none"] = "all"
+    frame_aware: bool = False
+    context_enhancement: Literal["off", "official", "all_pairs"] = "off"
 
 
 class BlipBackbone:
@@ -92,6 +116,7 @@ class BlipBackbone:
                 raise BadInput(f"backbone.{key}: {getattr(o, key)}, but {o.model!r} takes 3 to {positions} tokens.")
         if o.dropout is not None and not 0 <= o.dropout < 1:
             raise BadInput(f"backbone.dropout: {o.dropout} must lie in [0, 1).")
+        self._check_training()
         if self.attention not in ("auto", "eager"):
             raise BadInput(f"engine.attention: {self.attention!r}, but BLIP has only eager attention. Use auto.")
         vision, text = config.vision_config.hidden_size, config.text_config
@@ -106,13 +131,29 @@ class BlipBackbone:
                 f"{self._tokens.dec} and [ENC] {self._tokens.enc}. Mend bos_token_id in its config.json."
             )
 
+    def _check_training(self) -> None:
+        o = self.options
+        for key, good in (
+            ("temperature", o.temperature > 0),
+            ("momentum", 0 <= o.momentum < 1),
+            ("queue", o.queue >= 0),
+            ("alpha", 0 <= o.alpha <= 1),
+            ("alpha_ramp", o.alpha_ramp >= 0),
+            ("negatives", o.negatives in ("all", "local", "none")),
+            ("context_enhancement", o.context_enhancement in MODES),
+        ):
+            if not good:
+                raise BadInput(f"backbone.{key}: {getattr(o, key)!r} cannot be; see `Options` in backbones/blip.py.")
+
     def build(self, on_meta: bool = False) -> PreTrainedModel:
         """The pretrained model, everything frozen."""
-        o = self.options
+        o, config = self.options, copy.deepcopy(self._config)
         model_class = _stock.publishing(*FORMS[o.form])
-        return _stock.load(
-            model_class, o.model, WHERE, copy.deepcopy(self._config), self.dtype, "eager", o.random_weights, on_meta
-        )
+        config.enc_token_id = self._tokens.enc  # saved with the model
+        model = _stock.load(model_class, o.model, WHERE, config, self.dtype, "eager", o.random_weights, on_meta)
+        if o.form == "retrieval":
+            model.train_for(Training(**{f.name: getattr(o, f.name) for f in fields(Training)}))
+        return model
 
     def image_transform(self, train: bool) -> Callable[[Tensor, Any], Tensor]:
         """Stretch to the square input of the tower; no augmentation."""
@@ -148,11 +189,13 @@ class BlipBackbone:
     def inputs(self, batch: PackedBatch) -> dict[str, Any]:
         """Forward arguments; pixels are normalised here, on the device of the batch."""
         texts = {name: tensor for name, tensor in batch.texts.items() if name != "labels"}
+        if "pair_id" in batch.targets:
+            texts |= {"pair_id": batch.targets["pair_id"], "pair_weight": batch.text_weight}
         return {**texts, **self._seen(batch)}
 
     def frozen_prefix(self, model: nn.Module) -> list[str]:
         """The towers without a trainable from the image on, or the embeddings of the first that has one."""
-        texts = {"captioner": [], "vqa": ["text_encoder"], "retrieval": []}[self.options.form]
+        texts = [] if self.options.form == "captioner" else ["text_encoder"]
         return _stock.untrained(model, {"vision_model": "embeddings", **dict.fromkeys(texts, "embeddings")})
 
     @property

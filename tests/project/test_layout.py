@@ -17,8 +17,8 @@ ALLOWED = {
     "sites": {"sites"},
     "distributed": {"distributed", "ops"},
     "methods": {"methods", "ops", "distributed", "sites"},
-    "backbones": {"backbones", "sites"},
-    "tasks": {"tasks", "metrics"},
+    "backbones": {"backbones", "sites", "ops", "distributed"},
+    "tasks": {"tasks", "metrics", "ops", "distributed"},
     "metrics": {"metrics"},
     "data": {"data"},
 }

@@ -1,0 +1,114 @@
+"""A slowly following teacher and a queue of what it said: the state of contrastive training beside the weights."""
+
+# E shared width, Q length of the queue, M pairs of all ranks
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from mmpeft_ds.errors import BadInput
+
+NOBODY = -100  # id of a place of the queue that nobody has filled
+QUEUE_SEED = 0
+
+
+class Teacher:
+    """The model itself under averaged parameters.
+
+    Only what trains differs between teacher and student, so only that is averaged and kept; for a forward of the
+    teacher it changes places with the student's. Modules with `teacher_shares` (Aurora's factors) stay the student's.
+    No second model is held, and adapters of any method follow, without knowing.
+
+    Args:
+        model: the base model, adapters inside.
+        parts: names of its submodules that the teacher runs.
+        momentum: how much of an average stays at each update.
+    """
+
+    def __init__(self, model: nn.Module, parts: tuple[str, ...], momentum: float):
+        self._model, self._parts, self.momentum = model, parts, momentum
+        self.averages: dict[str, Tensor] = {}
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Follow the student by one step; parameters met for the first time start as they are."""
+        for name, parameter in self._followed().items():
+            if name not in self.averages:
+                self.averages[name] = parameter.detach().clone()
+            elif parameter.is_floating_point():
+                self.averages[name].lerp_(parameter.detach(), 1 - self.momentum)
+
+    @contextlib.contextmanager
+    def teaching(self) -> Iterator[None]:
+        """Inside, the model is the teacher, without gradient."""
+        swapped = [(p, self.averages[n]) for n, p in self._followed().items() if n in self.averages]
+        online = [parameter.data for parameter, _ in swapped]
+        try:
+            for parameter, average in swapped:
+                parameter.data = average
+            with torch.no_grad():
+                yield
+        finally:
+            for (parameter, _), data in zip(swapped, online, strict=True):
+                parameter.data = data
+
+    def _followed(self) -> dict[str, nn.Parameter]:
+        found = {}
+        for part in self._parts:
+            for path, module in self._model.get_submodule(part).named_modules(prefix=part):
+                if getattr(module, "teacher_shares", False):
+                    continue
+                for name, parameter in module.named_parameters(path, recurse=False):
+                    if parameter.requires_grad or name in self.averages:
+                        found[name] = parameter
+        away = [n for n, p in found.items() if hasattr(p, "ds_id") and p.numel() != p.ds_numel]
+        if away:
+            raise BadInput(
+                f"backbone.momentum: ZeRO-3 partitions {away[0]}, which the teacher averages. Use stage 1 or 2, or a "
+                "larger stage3_param_persistence_threshold, or momentum: 0."
+            )
+        return found
+
+
+class Queue:
+    """The last Q pairs of teacher features and their ids, the same on every rank.
+
+    Attributes:
+        image, text: (E, Q) unit columns, at least float32; random before they are filled, the same in every run.
+        ids: (Q,) int64, NOBODY where nothing was written.
+        pointer: where the next pair goes.
+    """
+
+    def __init__(self, width: int, length: int):
+        generator = torch.Generator().manual_seed(QUEUE_SEED)
+        self.image, self.text = (
+            nn.functional.normalize(torch.randn(width, length, generator=generator), dim=0) for _ in range(2)
+        )
+        self.ids = torch.full((length,), NOBODY)
+        self.pointer = 0
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def like(self, features: Tensor) -> None:
+        """Move to the device, and the precision if it is double, of `features`."""
+        dtype = torch.promote_types(features.dtype, torch.float32)
+        self.image, self.text = (t.to(features.device, dtype) for t in (self.image, self.text))
+        self.ids = self.ids.to(features.device)
+
+    @torch.no_grad()
+    def push(self, image_ME: Tensor, text_ME: Tensor, ids_M: Tensor) -> None:
+        """Overwrite the oldest pairs with these, the same on all ranks; past the end it begins anew."""
+        pairs, length = len(ids_M), len(self)
+        if not pairs or not length:
+            return
+        at = (self.pointer + torch.arange(pairs, device=ids_M.device)) % length
+        last = slice(max(0, pairs - length), None)  # of more pairs than places the last ones stay
+        self.image[:, at[last]] = image_ME[last].T.to(self.image.dtype)
+        self.text[:, at[last]] = text_ME[last].T.to(self.text.dtype)
+        self.ids[at[last]] = ids_M[last]
+        self.pointer = (self.pointer + pairs) % length

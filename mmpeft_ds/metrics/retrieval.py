@@ -1,0 +1,46 @@
+"""Recall of retrieval: how often what belongs to a query is among the first k, and its median rank."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from statistics import median
+
+import torch
+from torch import Tensor
+
+DEPTHS = (1, 5, 10)
+
+
+def ranks(scores_QC: Tensor, relevant_QC: Tensor) -> Tensor:
+    """(Q,) rank, from 1, of the best candidate that belongs to each query.
+
+    A wrong candidate with the same score goes first, so that a constant score is no success.
+
+    Args:
+        scores_QC: higher is better.
+        relevant_QC: bool; every query needs at least one.
+    """
+    lowest = torch.finfo(scores_QC.dtype).min
+    best = scores_QC.masked_fill(~relevant_QC, lowest).amax(1, keepdim=True)
+    return ((scores_QC >= best) & ~relevant_QC).sum(1) + 1
+
+
+def recall(found: Sequence[int], prefix: str = "", depths: Sequence[int] = DEPTHS) -> dict[str, float]:
+    """`r1`, `r5`, `r10` in percent, their mean `r_mean`, and the median rank `mdR`, each with `prefix` in front.
+
+    Args:
+        found: of `ranks`.
+    """
+    values = {f"{prefix}r{k}": 100.0 * sum(r <= k for r in found) / len(found) for k in depths}
+    mean = sum(values.values()) / len(depths)
+    return {**values, f"{prefix}r_mean": mean, f"{prefix}mdR": float(median(found))}
+
+
+def retrieval_scores(image_to_text: Sequence[int], text_to_image: Sequence[int]) -> dict[str, float]:
+    """`txt_*` of images that look for their texts, `img_*` of texts that look for their image, and `r_mean` of both.
+
+    Source: the usual protocol of Flickr30K and COCO, where an image counts by the best of its
+    captions.
+    """
+    texts, images = recall(image_to_text, "txt_"), recall(text_to_image, "img_")
+    return {**texts, **images, "r_mean": (texts["txt_r_mean"] + images["img_r_mean"]) / 2}
