@@ -60,9 +60,14 @@ class LinearPlace:
 class Factors(nn.Module):
     """What all leaves of one (in, out) width share. The first leaf that needs it holds it, the others borrow it.
 
+    Attributes:
+        teacher_shares: a momentum teacher uses the student's, instead of an average of them, as published.
+
     Args:
         core: the full or superdiagonal core, which all widths share; None where another `Factors` holds it.
     """
+
+    teacher_shares = True
 
     def __init__(self, widths: tuple[int, int], config: AuroraConfig, with_core: bool, like: Tensor):
         super().__init__()
