@@ -69,7 +69,7 @@ def p_laplacian(
         else:
             # The self loop may hold nearly all of a row. Its node taken out of the sum, U - f and with it the gradient
             # of p keep their digits in float32.
-            moved = torch.einsum("...ij,...ijb->...ib", weight, apart)
+            moved = (weight.unsqueeze(-3) * apart).sum(-1).mT
             U = f + (moved if self_term else moved - c * f) / total
         return U.to(out)
 
@@ -159,19 +159,20 @@ def pool_keys(x: Tensor, groups: int, dim: int) -> Tensor:
 
 
 def differences(f: Tensor, g: Tensor, own: Tensor | None) -> Tensor:
-    """g_j - f_i as (B, H, N, M, b). The sign matters, because eps is added per channel."""
-    apart = g.unsqueeze(-3) - f.unsqueeze(-2)
+    """g_j - f_i as (B, H, b, N, M). The sign matters, because eps is added per channel."""
+    # Channels lead: the innermost axis of a difference should be a long one.
+    apart = g.mT.contiguous().unsqueeze(-2) - f.mT.contiguous().unsqueeze(-1)
     # f and g of a self loop are one node; without this their gradients are two terms of 1e8 that cancel.
-    return apart if own is None else apart.masked_fill(own.unsqueeze(-1), 0.0)
+    return apart if own is None else apart.masked_fill(own, 0.0)
 
 
 def _weights(A: Tensor, apart: Tensor, p: Tensor, eps: float, own: Tensor | None) -> Tensor:
-    squared = ((A + eps).sqrt().unsqueeze(-1) * apart + eps).square().sum(-1)
+    squared = ((A + eps).sqrt().unsqueeze(-3) * apart + eps).square().sum(-3)
     return A * squared.clamp_min(torch.finfo(A.dtype).tiny) ** ((p - 2) / 2)
 
 
 def _weights_without_eps(A: Tensor, apart: Tensor, p: Tensor, eps: float, own: Tensor | None) -> Tensor:
-    squared = apart.square().sum(-1).clamp_min(apart.shape[-1] * eps**2)
+    squared = apart.square().sum(-3).clamp_min(apart.shape[-3] * eps**2)
     # A^(p/2) has no finite slope at A = 0, where masked pairs lie: they are taken out before the power.
     edge = A > 0
     power = torch.where(edge, A, 1.0) ** (p / 2)
