@@ -17,7 +17,7 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent)
 from mmpeft_ds import console  # noqa: E402
 from mmpeft_ds.errors import BadInput  # noqa: E402
 
-EXTENSIONS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+EXTENSIONS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".npy"}
 LISTED = 50  # answers printed where no file was asked for
 
 
@@ -28,6 +28,7 @@ def main() -> int:
     parser.add_argument("--images", type=Path, nargs="+", required=True, help="image files or directories of them")
     parser.add_argument("--text", action="append", default=[], help="what to ask; repeatable")
     parser.add_argument("--texts", type=Path, help="file with one text a line")
+    parser.add_argument("--task", type=int, default=0, help="of several tasks, which (data.sources' order, from 0)")
     parser.add_argument("--out", type=Path, help="write one JSON object an answer")
     parser.add_argument("--batch", type=int, default=32, help="images at a time (default: 32)")
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
@@ -45,7 +46,7 @@ def main() -> int:
     rows = []
     for start in tqdm(range(0, len(images), args.batch), desc="predict", unit="batch", disable=None):
         part = images[start : start + args.batch]
-        for row in loaded.predict(part, [texts] * len(part), args.batch):
+        for row in loaded.predict(part, [texts] * len(part), args.batch, args.task):
             rows.append({"image": row["sample_id"], **{k: row[k] for k in ("text", "prediction") if k in row}})
     show(rows[:LISTED], len(rows))
     if args.out:

@@ -93,7 +93,7 @@ class Loaded:
 
     @torch.no_grad()
     def predict(
-        self, images: Sequence[Any], texts: Sequence[str | Sequence[str]], batch: int = 32
+        self, images: Sequence[Any], texts: Sequence[str | Sequence[str]], batch: int = 32, task: int = 0
     ) -> list[dict[str, Any]]:
         """Answer questions about images.
 
@@ -102,40 +102,44 @@ class Loaded:
                 for a backbone that takes stored features, .npy files or tensors of one image each.
             texts: N entries: a text, or several texts about the same entry, for which the vision tower runs once.
             batch: entries at a time.
+            task: which of `tasks` is asked.
 
         Returns:
             one row per text in order: `prediction`, `text`, `sample_id` (path or number of the entry), and what else
             the task tells.
 
         Raises:
-            BadInput: naming the image that cannot be read.
+            BadInput: naming the image that cannot be read; no such task.
         """
+        if not 0 <= task < len(self.tasks):
+            raise BadInput(f"predict: no task {task}; this adapter was trained on {len(self.tasks)}, counted from 0")
         if len(images) != len(texts):
             raise BadInput(f"predict: {len(images)} images but {len(texts)} texts; give one entry of texts an image")
         rows: list[dict[str, Any]] = []
         for start in range(0, len(images), batch):
             chosen = range(start, min(start + batch, len(images)))
-            packed = self.batch([images[i] for i in chosen], [texts[i] for i in chosen], start)
-            outputs = answer(self.model, self.backbone, self.task, packed)
-            rows += self.task.predict(outputs, packed)
+            packed = self.batch([images[i] for i in chosen], [texts[i] for i in chosen], start, task)
+            outputs = answer(self.model, self.backbone, self.tasks[task], packed)
+            rows += self.tasks[task].predict(outputs, packed)
         return rows
 
-    def batch(self, images: Sequence[Any], texts: Sequence[str | Sequence[str]], first: int = 0) -> Any:
+    def batch(self, images: Sequence[Any], texts: Sequence[str | Sequence[str]], first: int = 0, task: int = 0) -> Any:
         """The packed batch that `predict` sends through the model, on its device."""
+        asks = self.tasks[task]
         transform = self.backbone.image_transform(False)
         samples = []
         for number, (entry, asked) in enumerate(zip(images, texts, strict=True), start=first):
             entries = [] if entry is None else list(entry) if isinstance(entry, (list, tuple)) else [entry]
             asked = [asked] if isinstance(asked, str) else list(asked)
-            record, targets = self.task.ask(asked)
-            if getattr(self.task, "generation", None) is not None:
-                asked = [getattr(self.task, "prompted", Prompted)(text) for text in asked]
+            record, targets = asks.ask(asked)
+            if getattr(asks, "generation", None) is not None:
+                asked = [getattr(asks, "prompted", Prompted)(text) for text in asked]
             name = str(entry) if isinstance(entry, (str, Path)) else str(number)
             pixels = [transform(_pixels(image, self.recipe.data.max_pixels), None) for image in entries]
             samples.append(Sample(name, 1.0, pixels, asked, targets, record))
         b = self.backbone
         try:
-            return pack(samples, b.collate_images, b.collate_texts, self.task.collate).to(self.device)
+            return pack(samples, b.collate_images, b.collate_texts, asks.collate).to(self.device)
         except BadSample as bad:
             raise BadInput(f"predict: {bad}") from bad
 

@@ -16,7 +16,7 @@ from mmpeft_ds.engine import checkpoint, setup, trainer
 from mmpeft_ds.engine.evaluator import evaluate
 from mmpeft_ds.engine.monitor import LINE_EVERY, plain
 from mmpeft_ds.engine.rank0 import on_rank0
-from mmpeft_ds.engine.resolve import ResolvedSource, resolve
+from mmpeft_ds.engine.resolve import ResolvedSource, resolve, titles
 from mmpeft_ds.engine.stop import StopFlag
 from mmpeft_ds.errors import BadInput
 
@@ -26,7 +26,7 @@ CHUNK = 256  # records read at a time for the baselines
 def assess(
     run: Path, split: str, which: str = "best", overrides: list[str] | None = None
 ) -> list[dict[str, Any]] | None:
-    """Score checkpoint `which` of a run on `split` of each of its training data sets. Every rank calls it.
+    """Score checkpoint `which` of a run on `split` of each of its training data sets and tasks. Every rank calls it.
 
     Writes RUN/evaluation-SPLIT.json and RUN/predictions-SPLIT.jsonl.
 
@@ -36,8 +36,8 @@ def assess(
         overrides: as `--set`, for where and how to run: engine.deepspeed, data.workers, data.sources.0.dir.
 
     Returns:
-        on every rank, one report a data set: dir, split, checkpoint, step, samples, rows, scores, baselines, seconds;
-        None if it was told to stop (a signal, or the launcher has died), and then nothing is written.
+        on every rank, one report a data set and task: dir, split, task, checkpoint, step, samples, rows, scores,
+        baselines, seconds. None if it was told to stop (a signal, or the launcher has died): nothing is written.
 
     Raises:
         BadInput: no run there, no such checkpoint or split.
@@ -45,8 +45,10 @@ def assess(
     if not (run / "recipe.yaml").is_file():
         raise BadInput(f"{run}: no run directory (it has no recipe.yaml). Give --run the run_dir of a recipe.")
     recipe = recipes.load(run / "recipe.yaml", overrides)
-    sources = {s.dir: replace(s, split=split) for s in recipe.data.sources}
-    recipe.data.validation = list(sources.values())
+    recipe.data.validation = []
+    for source in (replace(s, split=split, weight=1.0) for s in recipe.data.sources):
+        if source not in recipe.data.validation:
+            recipe.data.validation.append(source)
     # Nothing has to be saved: a launcher that is gone, or a signal, ends it within a step.
     with StopFlag(recipe.engine.stop_grace) as stop:
         return _assess(run, split, which, recipe, stop)
@@ -61,10 +63,10 @@ def _assess(run: Path, split: str, which: str, recipe: Any, stop: StopFlag) -> l
     prints = trainer.fingerprint.frozen_fingerprint(trainer.fingerprint.frozen_tensors(built.model))
     state = checkpoint.load(path, built.engine, built.trainables, prints)
     reports, rows = [], []
-    for source in resolved.validation:
+    for title, source in zip(titles(resolved.validation), resolved.validation, strict=True):
         began = time.perf_counter()
         stream = trainer.make_stream(resolved, [source], ranks, train=False)
-        steps = _counted(stream.epoch(0), stream.steps_per_epoch(), f"{source.manifest.name}-{split}", ranks.rank)
+        steps = _counted(stream.epoch(0), stream.steps_per_epoch(), title, ranks.rank)
         result = evaluate(
             built.engine, resolved.backbone, source.task, steps, ranks.device, stop_requested=stop.requested
         )
@@ -72,10 +74,11 @@ def _assess(run: Path, split: str, which: str, recipe: Any, stop: StopFlag) -> l
         if result is None:
             return None
         seconds = time.perf_counter() - began
-        train = next(s for s in resolved.train if s.options.dir == source.options.dir)
+        train = next(s for s in resolved.train if replace(s.options, split=split, weight=1.0) == source.options)
         report = {
             "dir": source.options.dir,
             "split": split,
+            "task": source.options.task["name"],
             "checkpoint": path.name,
             "step": state.step,
             "samples": source.manifest.samples(split),
@@ -86,7 +89,7 @@ def _assess(run: Path, split: str, which: str, recipe: Any, stop: StopFlag) -> l
             "seconds": seconds,
         }
         reports.append(report)
-        rows += result.rows
+        rows += [{"source": title, **row} for row in result.rows] if len(resolved.validation) > 1 else result.rows
     if ranks.rank == 0:
         (run / f"evaluation-{split}.json").write_text(json.dumps(plain(reports), indent=1) + "\n")
         with (run / f"predictions-{split}.jsonl").open("w", encoding="utf-8") as file:

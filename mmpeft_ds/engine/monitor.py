@@ -97,6 +97,8 @@ class Monitor:
         for key, tag in SCALARS.items():
             if key in row:
                 self.board.add_scalar(tag, row[key], step)
+        if "source_name" in row:  # losses of several tasks make no curve together
+            self.board.add_scalar(f"train/loss/{row['source_name']}", row["loss"], step)
         for name, norm in row["grad_norms"].items():
             self.board.add_scalar(f"grad_norm/{name}", norm, step)
         for key, tag in (("rss_mib", "memory_mib/rank_{}"), ("device_mib", "device_memory_mib/rank_{}")):

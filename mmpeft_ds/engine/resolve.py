@@ -42,6 +42,13 @@ class ResolvedSource:
     task: Task
 
 
+def titles(sources: list[ResolvedSource]) -> list[str]:
+    """A name for each source, `NAME-SPLIT`; where several share a split, with the task, and if need be a number."""
+    plain = [f"{s.manifest.name}-{s.options.split}" for s in sources]
+    tasks = [f"{p}-{s.options.task['name']}" if plain.count(p) > 1 else p for p, s in zip(plain, sources, strict=True)]
+    return [f"{t}-{tasks[:i].count(t)}" if tasks.count(t) > 1 else t for i, t in enumerate(tasks)]
+
+
 @dataclass
 class Resolved:
     """All parts of a recipe, checked against each other.

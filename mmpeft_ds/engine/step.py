@@ -26,7 +26,7 @@ from mmpeft_ds.distributed import collectives
 from mmpeft_ds.engine import gradients, modality
 from mmpeft_ds.engine.checkpoint import TrainState
 from mmpeft_ds.engine.forward import forward
-from mmpeft_ds.engine.resolve import Resolved
+from mmpeft_ds.engine.resolve import Resolved, titles
 from mmpeft_ds.engine.schedule import learning_rate
 from mmpeft_ds.engine.setup import Built, Ranks
 from mmpeft_ds.errors import AgreedBadInput, BadInput
@@ -76,6 +76,7 @@ class Stepper:
         self.resolved, self.recipe, self.engine = resolved, resolved.recipe, built.engine
         self.ranks, self.total, self.state, self.budget = ranks, total, state, budget
         self.stop_requested, self.stopping = stop_requested, False
+        self.source_names = titles(resolved.train) if len(resolved.train) > 1 else [""]
         self.groups, self.group_of = gradients.group_names(built.trainables)
         self.process = psutil.Process()
         set_modes(built.model, resolved.backbone, self.recipe)
@@ -137,6 +138,7 @@ class Stepper:
             "samples": agreed.rows,
             "weight": agreed.weight,
             "source": step.source,
+            **({"source_name": self.source_names[step.source]} if len(self.source_names) > 1 else {}),
             "skipped": not applied,
             "skipped_total": state.skipped_total,
             "bad": dict(state.bad),

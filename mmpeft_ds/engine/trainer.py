@@ -16,7 +16,7 @@ from mmpeft_ds.engine import checkpoint, fingerprint, setup
 from mmpeft_ds.engine.checkpoint import TrainState
 from mmpeft_ds.engine.evaluator import Evaluation, evaluate
 from mmpeft_ds.engine.monitor import Monitor, Observer, Silent, plain
-from mmpeft_ds.engine.resolve import Resolved, ResolvedSource, resolve
+from mmpeft_ds.engine.resolve import Resolved, ResolvedSource, resolve, titles
 from mmpeft_ds.engine.rundir import RunDir
 from mmpeft_ds.engine.setup import Built, Ranks
 from mmpeft_ds.engine.step import Stepper, merged_budget
@@ -175,13 +175,13 @@ class Training:
         A stop request ends it early, without a verdict.
         """
         results = []
-        for index, source in enumerate(self.resolved.validation):
+        for index, title in enumerate(titles(self.resolved.validation)):
             result = self.evaluate(index)
             if result is None:
                 self.stepper.stopping = True
                 return False
             results.append(result)
-            self.observer.evaluation(f"{source.manifest.name}-{source.options.split}", self.state.step, result)
+            self.observer.evaluation(title, self.state.step, result)
         task = self.resolved.validation[0].task
         value = results[0].scores.get(task.main_metric, math.nan)
         state = self.state

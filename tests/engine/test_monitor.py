@@ -73,6 +73,16 @@ def test_tensorboard_has_the_curves_the_metrics_the_predictions_and_the_recipe(t
     assert b"seed: 7" in found.Tensors("recipe/text_summary")[0].tensor_proto.string_val[0]
 
 
+def test_each_of_several_tasks_has_a_loss_curve_of_its_own(tmp_path):
+    monitor = Monitor(tmp_path, MonitorOptions(), 4, 0, "")
+    for step in range(1, 5):
+        monitor.step({**row(step), "source": step % 2, "source_name": ["vqa-train", "coco-train"][step % 2]})
+    monitor.close()
+    found = board(tmp_path)
+    assert [e.step for e in found.Scalars("train/loss/vqa-train")] == [2, 4]
+    assert [e.step for e in found.Scalars("train/loss/coco-train")] == [1, 3]
+
+
 def test_scalars_are_thinned_but_metrics_are_not(tmp_path):
     monitor = Monitor(tmp_path, MonitorOptions(every=2), 4, 0, "")
     for step in range(1, 5):
