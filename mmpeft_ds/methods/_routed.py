@@ -95,9 +95,8 @@ def selected(config: RoutedConfig, sites: Sites, cross_only: bool) -> Selection:
     chosen = select(sites, config.tower, config.layers, cross_only=on_states)
     if on_states and not cross_only:
         chosen = select(sites, config.tower, config.layers)
-    mixes = not config.tokenwise and (config.route in MIXES_TOKENS or config.condition == "self")
-    if mixes and not config.reshape_compat and any(s.causal for s in chosen.attention):
-        what = f"route: {config.route!r}" if config.route in MIXES_TOKENS else "condition: 'self'"
+    if not config.tokenwise and not config.reshape_compat and any(s.causal for s in chosen.attention):
+        what = f"route: {config.route!r}" if config.route in MIXES_TOKENS else f"condition: {config.condition!r}"
         raise BadInput(
             f"{what} mixes all tokens, so a causal tower would see its future. Choose another; reshape_compat: true "
             "reproduces the published one, leak included."
