@@ -219,8 +219,8 @@ def _whole(module: nn.Module, name: str) -> Iterator[None]:
     ZeRO-3 gathers such a parameter for the module's forward only.
     """
     parameter = getattr(module, name, None)
-    if not hasattr(parameter, "ds_id"):
-        yield
+    if not hasattr(parameter, "ds_id") or parameter.numel() == parameter.ds_numel:
+        yield  # not partitioned, resident, or still there from the last step
         return
     import deepspeed  # only a model that DeepSpeed partitioned gets here
 

@@ -286,14 +286,24 @@ def mark_leaves(model: nn.Module, sites: Sites) -> list[str]:
     By default DeepSpeed hooks every Linear and LayerNorm: some twenty hooks and four gathers a block, forward and once
     more in backward, which at few tokens a step costs more than the arithmetic. One leaf a block needs one gather and
     keeps the memory bound of a block.
+
+    Trained blocks of vision towers keep the many hooks. What a tower returns as hidden states (LLaVA reads the last
+    but one) is taken before the hook of a leaf, and the gradients of that block would never be reduced: measured.
     """
     from deepspeed.utils import set_z3_leaf_module
 
     modules = {_plain(name): module for name, module in model.named_modules()}
-    leaves = [path for path in block_paths(sites) if path in modules]
-    for path in leaves:
+    images = tuple(f"{tower}." if tower else "" for tower, modality in sites.towers.items() if modality == "image")
+    leaves = []
+    for path in block_paths(sites):
+        if path not in modules:
+            continue
+        trained = any(p.requires_grad for p in modules[path].parameters())
+        if trained and path.startswith(images):
+            continue
+        leaves.append(path)
         set_z3_leaf_module(modules[path], True)
-        if any(p.requires_grad for p in modules[path].parameters()):
+        if trained:
             modules[path].register_forward_pre_hook(_input_with_gradient, with_kwargs=True)
     return leaves
 
