@@ -61,3 +61,12 @@ def gather_to_first(rows: list[Any]) -> list[Any] | None:
     parts: list[Any] | None = [None] * world_size() if rank() == 0 else None
     dist.gather_object(rows, parts, dst=0)
     return None if parts is None else [row for part in parts for row in part]
+
+
+def gather_everywhere(rows: list[Any]) -> list[Any]:
+    """Rows of all ranks in rank order, on every rank. Rows must pickle."""
+    if world_size() == 1:
+        return list(rows)
+    parts: list[Any] = [None] * world_size()
+    dist.all_gather_object(parts, rows)
+    return [row for part in parts for row in part]

@@ -4,6 +4,7 @@
                     best                       name of the best one, if any
                     step-00000120/weights.safetensors      float32 masters of the trained parameters
                                   optimizer.safetensors    NAME.exp_avg, NAME.exp_avg_sq
+                                  model_state.safetensors  what the model keeps beside its weights, if it does: a queue
                                   state.json               TrainState, Adam's step, format
                                   recipe.json              the resolved recipe
                                   fingerprint.json         of every frozen tensor
@@ -29,7 +30,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from mmpeft_ds.engine import fingerprint as fingerprints
@@ -39,6 +40,7 @@ from mmpeft_ds.errors import BadInput
 
 FORMAT = 1
 CHECKSUMS = "checksums.json"
+MODEL_STATE = "model_state.safetensors"
 _NAME = re.compile(r"step-(\d{8,})(?:\.(\d+))?")
 logger = logging.getLogger(__name__)
 
@@ -121,6 +123,9 @@ def save(
         "recipe.json": lambda p: _write_json(p, recipe),
         "fingerprint.json": lambda p: _write_json(p, fingerprint),
     }
+    extra = {k: v.detach().cpu().contiguous() for k, v in _model(engine, "training_state").items()}
+    if extra:
+        files[MODEL_STATE] = lambda p: save_file(extra, p)
     folder = Path(run_dir) / "checkpoints"
     return on_rank0(lambda: _write(folder, state.step, files, keep_last, best))
 
@@ -155,6 +160,9 @@ def load(
             weights.append(full["weight"])
     zero_state.write_parameters(trainables.values(), weights)
     zero_state.set_optimizer_step(engine, header["optimizer_step"])
+    extra = on_rank0(lambda: load_file(path / MODEL_STATE) if (path / MODEL_STATE).is_file() else {})
+    if extra:
+        _model(engine, "load_training_state", extra)
     known = {f.name for f in dataclasses.fields(TrainState)}
     return TrainState(**{k: v for k, v in header["state"].items() if k in known})
 
@@ -205,6 +213,13 @@ def listing(folder: Path) -> list[Path]:
         return []
     found = [(m, p) for p in folder.iterdir() if (m := _NAME.fullmatch(p.name)) and p.is_dir()]
     return [p for m, p in sorted(found, key=lambda f: (int(f[0][1]), int(f[0][2] or 0)), reverse=True)]
+
+
+def _model(engine: Any, verb: str, *args: Any) -> dict[str, torch.Tensor]:
+    """Call a method of the base model that keeps state beside its weights; the same state on every rank."""
+    module = engine.module
+    base = module.get_base_model() if hasattr(module, "get_base_model") else module
+    return getattr(base, verb)(*args) if hasattr(base, verb) else {}
 
 
 class _Reader:

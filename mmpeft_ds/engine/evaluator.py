@@ -62,6 +62,7 @@ def evaluate(
     training = [m for m in model.modules() if m.training] if was_training else []
     model.eval()
     rows: list[dict[str, Any]] = []
+    parts: list[Any] = []  # of a task that must see all of the split before it can answer
     kept: list[tuple[Tensor, list[dict[str, Any]]]] = []
     loss_sum, weight_sum, bad, stopped = 0.0, 0.0, 0, False
     for step in _together(steps, device):
@@ -82,9 +83,14 @@ def evaluate(
             loss_sum += float(task.loss(outputs, batch))
             weight_sum += task.weight(batch)
             found = task.predict(outputs, batch)
-            rows += found
+            if hasattr(task, "collect"):
+                parts.append(task.collect(outputs, batch))
+            else:
+                rows += found
             if collectives.rank() == 0 and len(kept) < pictures:
                 kept += _pictures(batch, found, pictures - len(kept))
+    if hasattr(task, "collect") and not stopped:
+        rows = task.conclude(getattr(model, "module", model), parts, device)
     for module in training:
         module.training = True
     if stopped:

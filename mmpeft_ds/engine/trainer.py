@@ -277,7 +277,7 @@ def make_stream(resolved: Resolved, sources: list[ResolvedSource], ranks: Ranks,
         StreamSource(
             manifest=source.manifest,
             split=source.options.split,
-            read=source.task.read,
+            read=source.task.read if train else getattr(source.task, "read_all", source.task.read),
             image_transform=backbone.image_transform(train),
             collate_images=backbone.collate_images,
             collate_texts=backbone.collate_texts,

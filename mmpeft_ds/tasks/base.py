@@ -22,7 +22,12 @@ class Task(Protocol):
         main_metric: key of `score` used for best and early stopping.
 
     A task whose model writes its answers has besides `generation`, a dict of options for `Backbone.generate`; then
-    `read` returns `Prompted` texts and `predict` finds `outputs.generated` (see `data.batch.Written`).
+    `read` returns `Prompted` texts and `predict` finds `outputs.generated` (see `data.batch.Written`). With `ranking`,
+    options for `Backbone.rank`, the same holds for answers picked from a list.
+
+    A task that can answer only when it has seen a whole split has `collect(outputs, batch)`, of each micro-batch, and
+    `conclude(model, parts, device)`, collective, which returns the rows (on any ranks) in the place of `predict`'s.
+    With `read_all`, that is what evaluation reads of a record.
     """
 
     Options: ClassVar[type]

@@ -1,0 +1,307 @@
+"""Task: find the picture that a text describes, and the texts that describe a picture; recall at 1, 5 and 10.
+
+Trains by contrast of all pairs of the step, and by matching where the model has a head for it (BLIP). Evaluation ranks
+everything by the cosine of the features, and the first of each list anew by the matching head.
+"""
+
+# T texts (pairs with the images of their slots), S slots, E feature width; G pictures and N texts of the whole split
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from mmpeft_ds.data.batch import PackedBatch, hash_id
+from mmpeft_ds.distributed import collectives
+from mmpeft_ds.distributed.gather import gather_rows, gather_sizes
+from mmpeft_ds.errors import BadInput, BadSample
+from mmpeft_ds.metrics.retrieval import retrieval_scores
+from mmpeft_ds.ops import contrastive
+
+MATCHED_AT_ONCE = 64  # pairs in one pass of the matching head
+
+
+@dataclass
+class Options:
+    """Keys of a source's `task` section.
+
+    Attributes:
+        loss: `contrast`, what the model itself computes (queue and teacher, with BLIP) or else in-batch contrast over
+            all ranks; `contrast_match`, and the loss of its matching head.
+        captions: of a sample in one visit of training, drawn anew each time; 0 = all. Evaluation takes all.
+        rerank: how many of each list the matching head ranks anew in evaluation, 0 = none.
+        similarity_weight: share of the cosine in the score of what was ranked anew: 0 for images, 1 for videos, as
+            published.
+        id_field: json field that tells which records show the same picture; empty = every record another one.
+    """
+
+    loss: Literal["contrast", "contrast_match"] = "contrast_match"
+    captions: int = 1
+    rerank: int = 128
+    similarity_weight: float = 0.0
+    id_field: str = ""
+
+
+class Retrieval:
+    """Records hold `captions`, a list of texts about the sample's images.
+
+    Source: ALBEF, arXiv 2107.07651; BLIP, arXiv 2201.12086; Aurora, arXiv 2305.08381.
+    """
+
+    Options = Options
+    fields = ("captions",)
+    couples_samples = True
+    main_metric = "r_mean"
+    better = "max"
+
+    def __init__(self, options: Options, labels: list[str] | None):
+        if options.loss not in ("contrast", "contrast_match"):
+            raise BadInput(f"task.loss: {options.loss!r}. Use contrast or contrast_match.")
+        for key in ("captions", "rerank"):
+            if getattr(options, key) < 0:
+                raise BadInput(f"task.{key}: {getattr(options, key)}. Use 0 or more.")
+        self.options = options
+
+    def read(self, record: dict[str, Any], generator: torch.Generator) -> tuple[list[str], list[Any]]:
+        """Some captions of a record, drawn, each with the id of the picture."""
+        texts, targets = self.read_all(record, generator)
+        if 0 < self.options.captions < len(texts):
+            drawn = torch.randperm(len(texts), generator=generator)[: self.options.captions].tolist()
+            texts, targets = [texts[i] for i in drawn], [targets[i] for i in drawn]
+        return texts, targets
+
+    def read_all(self, record: dict[str, Any], generator: torch.Generator) -> tuple[list[str], list[Any]]:
+        """All captions of a record, for evaluation."""
+        captions = record.get("captions")
+        if not isinstance(captions, list) or not captions or not all(isinstance(c, str) for c in captions):
+            raise BadSample("field", "`captions` is no list of texts")
+        name = self.options.id_field
+        if name and name not in record:
+            raise BadSample("field", f"no `{name}`")
+        # the captions tell two records of one batch apart where nothing else does
+        key = f"{name}:{record[name]}" if name else "\n".join(captions)
+        return list(captions), [_id(key)] * len(captions)
+
+    def collate(self, targets: list[Any]) -> dict[str, Tensor]:
+        """`pair_id` (T,), equal for texts about the same picture."""
+        return {"pair_id": torch.tensor(targets, dtype=torch.int64)}
+
+    def dummy_target(self) -> Any:
+        return 0
+
+    def ask(self, texts: list[str]) -> tuple[dict[str, Any], list[Any]]:
+        """A record with these texts."""
+        return {"captions": list(texts)}, [_id("\n".join(texts))] * len(texts)
+
+    def weight(self, batch: PackedBatch) -> float:
+        """Pairs that enter the loss: texts of good samples that have an image."""
+        return float(_pair_weights(batch).double().sum())
+
+    def loss(self, outputs: Any, batch: PackedBatch) -> Tensor:
+        """Sum over pairs of their losses; in evaluation the contrast within this micro-batch."""
+        each = getattr(outputs, "contrast_losses", None)
+        if each is None:
+            each = _in_batch(outputs, batch)
+        if self.options.loss == "contrast_match" and torch.is_grad_enabled():
+            if getattr(outputs, "matching_losses", None) is None:
+                raise BadInput(
+                    "task.loss: contrast_match, but the backbone matches nothing. Use loss: contrast, or blip in its "
+                    "retrieval form with negatives."
+                )
+            each = each + outputs.matching_losses
+        weights = _pair_weights(batch).to(each.dtype)
+        # where, not a product: a weight-0 pair must not spread a non-finite loss
+        return torch.where(weights > 0, each * weights, torch.zeros_like(each)).sum()
+
+    def predict(self, outputs: Any, batch: PackedBatch) -> list[dict[str, Any]]:
+        """One row per pair of weight > 0; `prediction` is the cosine of text and picture."""
+        image = _image_features(outputs, batch)[batch.text_owner]
+        cosine = (image * outputs.text_features).sum(1).tolist()
+        columns = zip(cosine, batch.text_owner.tolist(), _pair_weights(batch).tolist(), batch.raw_texts, strict=True)
+        return [
+            {"sample_id": batch.sample_id[slot], "text": text, "prediction": value}
+            for value, slot, weight, text in columns
+            if weight > 0
+        ]
+
+    # evaluation of a whole split: nothing can be ranked before all of it was seen
+
+    def collect(self, outputs: Any, batch: PackedBatch) -> dict[str, Any]:
+        """What `conclude` needs of one micro-batch, on the CPU."""
+        texts = _pair_weights(batch) > 0
+        slots = batch.text_owner[texts].unique()
+        ids = torch.zeros(len(batch.sample_id), dtype=torch.int64, device=texts.device)
+        ids[batch.text_owner[texts]] = batch.targets["pair_id"][texts]
+        found: dict[str, Any] = {
+            "image": _image_features(outputs, batch)[slots],
+            "image_id": ids[slots],
+            "text": outputs.text_features[texts],
+            "text_id": batch.targets["pair_id"][texts],
+        }
+        if self.options.rerank and getattr(outputs, "image_tokens", None) is not None:
+            found |= {"tokens": outputs.image_tokens[slots], "mask": outputs.image_mask[slots]}
+            found |= {key: batch.texts[key][texts] for key in ("input_ids", "attention_mask")}
+        found = {key: value.cpu() for key, value in found.items()}
+        owners, kept = batch.text_owner.tolist(), texts.tolist()
+        found["image_names"] = [batch.sample_id[i] for i in slots.tolist()]
+        found["text_names"] = [
+            (batch.sample_id[slot], text)
+            for slot, text, keep in zip(owners, batch.raw_texts, kept, strict=True)
+            if keep
+        ]
+        return found
+
+    @torch.no_grad()
+    def conclude(self, model: Any, parts: list[dict[str, Any]], device: torch.device | str) -> list[dict[str, Any]]:
+        """Rank all against all; one row a text and one a picture, on rank 0. Collective.
+
+        Each rank matches the pairs whose picture it holds; no image tokens travel.
+
+        Returns:
+            rows with `kind` (`text_to_image`, `image_to_text`), `rank` from 1, `prediction`, `sample_id`, `text`.
+        """
+        if not parts:  # on all ranks: evaluation runs in step
+            return []
+        mine = {key: torch.cat([p[key] for p in parts]).to(device) for key in ("image", "image_id", "text", "text_id")}
+        names = {
+            key: collectives.gather_everywhere([name for p in parts for name in p[key]])
+            for key in ("image_names", "text_names")
+        }
+        image, image_id, text, text_id = (gather_rows(x) for x in mine.values())
+        if not len(text):
+            return []
+        cosine = text @ image.T
+        base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        matched = self.options.rerank > 0 and "tokens" in parts[0]
+        lists = {}
+        for kind, scores in (("text_to_image", cosine), ("image_to_text", cosine.T)):
+            most = scores.shape[1]
+            top = scores.topk(min(self.options.rerank, most) if matched else most, 1)
+            lists[kind] = (top.indices, top.values)
+        if matched:
+            lists = self._match(base, parts, lists, device)
+        if collectives.rank() != 0:
+            return []
+        rows = []
+        for kind, (order, scores) in lists.items():
+            asks, answers = (text_id, image_id) if kind == "text_to_image" else (image_id, text_id)
+            places = _places(scores, order, asks, answers).tolist()
+            best = order.gather(1, scores.argmax(1, keepdim=True))[:, 0].tolist()
+            for i, (place, first) in enumerate(zip(places, best, strict=True)):
+                if kind == "text_to_image":
+                    (name, query), answer = names["text_names"][i], names["image_names"][first]
+                else:
+                    name, query, answer = names["image_names"][i], "", names["text_names"][first][1]
+                rows.append({"sample_id": name, "kind": kind, "text": query, "prediction": answer, "rank": place})
+        return rows
+
+    def score(self, rows: list[dict[str, Any]]) -> dict[str, float]:
+        """`txt_*`: pictures that look for their texts; `img_*`: texts that look for their picture; `r_mean`."""
+        found = {k: [r["rank"] for r in rows if r.get("kind") == k] for k in ("image_to_text", "text_to_image")}
+        return retrieval_scores(*found.values()) if all(found.values()) else {}
+
+    def baselines(self, train: Iterable[dict[str, Any]], test: Iterable[dict[str, Any]]) -> dict[str, float]:
+        """None: chance is k over the number of pictures."""
+        return {}
+
+    def _match(
+        self, model: Any, parts: list[dict[str, Any]], lists: dict[str, tuple[Tensor, Tensor]], device: Any
+    ) -> dict[str, tuple[Tensor, Tensor]]:
+        """The same lists with the scores of the matching head. Collective."""
+        tokens = [row for p in parts for row in zip(p["tokens"], p["mask"], strict=True)]
+        texts = [row for p in parts for row in zip(p["input_ids"], p["attention_mask"], strict=True)]
+        longest = max((len(ids) for ids, _ in texts), default=1)
+        sizes = gather_sizes([len(tokens), longest], device)
+        longest = max(size[1] for size in sizes)
+        ids = torch.zeros(len(texts), 2, longest, dtype=torch.int64)
+        for row, pair in zip(ids, texts, strict=True):
+            row[:, : len(pair[0])] = torch.stack(pair)
+        ids = gather_rows(ids.to(device))
+        images = sum(size[0] for size in sizes)
+        first = sum(size[0] for size in sizes[: collectives.rank()])
+
+        (to_image, cos_t), (to_text, cos_i) = lists["text_to_image"], lists["image_to_text"]
+        asked_t = torch.arange(len(to_image), device=device)[:, None] * images + to_image
+        asked_i = to_text * images + torch.arange(len(to_text), device=device)[:, None]
+        keys = torch.cat([asked_t.flatten(), asked_i.flatten()]).unique()
+        own = keys[(keys % images >= first) & (keys % images < first + len(tokens))]
+        steps = -(-len(own) // MATCHED_AT_ONCE)
+        logits = []
+        # Under ZeRO-3 each pass gathers weights, so all ranks make as many.
+        for step in range(max(n for (n,) in gather_sizes([steps], device))):
+            chosen = own[step * MATCHED_AT_ONCE : (step + 1) * MATCHED_AT_ONCE]
+            pairs = [tokens[i - first] for i in (chosen % images).tolist()]
+            if not pairs:
+                blank = torch.zeros(1, parts[0]["tokens"].shape[2], dtype=parts[0]["tokens"].dtype)
+                pairs = [(blank, torch.ones(1, dtype=torch.bool))]
+            seen, mask = (torch.nn.utils.rnn.pad_sequence(list(x), True).to(device) for x in zip(*pairs, strict=True))
+            read = ids[chosen // images] if len(chosen) else ids[:1]
+            logits.append(model.match(read[:, 0], read[:, 1], seen, mask)[: len(chosen)].double())
+        found = gather_rows(torch.cat(logits))
+        keys, order = gather_rows(own).sort()
+        found = found[order]
+
+        def scores(asked: Tensor, cosine: Tensor) -> Tensor:
+            return found[torch.searchsorted(keys, asked)] + self.options.similarity_weight * cosine
+
+        return {
+            "text_to_image": (to_image, scores(asked_t, cos_t)),
+            "image_to_text": (to_text, scores(asked_i, cos_i)),
+        }
+
+
+ENTRY = Retrieval
+
+
+def _id(key: str) -> int:
+    return hash_id(key) >> 1  # a positive int64
+
+
+def _pair_weights(batch: PackedBatch) -> Tensor:
+    """(T,) weight of each text, 0 where its slot has no image."""
+    pictures = torch.bincount(batch.image_owner, minlength=len(batch.sample_id))
+    return batch.text_weight * (pictures[batch.text_owner] > 0)
+
+
+def _image_features(outputs: Any, batch: PackedBatch) -> Tensor:
+    """(S, E) unit vectors: the model's, if it has one a slot, else the mean over the images of a slot."""
+    features, slots = outputs.image_features, len(batch.sample_id)
+    if getattr(outputs, "image_tokens", None) is not None:
+        return features
+    if features is None:
+        return outputs.text_features.new_zeros(slots, outputs.text_features.shape[1])
+    sums = features.new_zeros(slots, features.shape[1]).index_add(0, batch.image_owner, features)
+    return normalize(sums, dim=1)
+
+
+def _in_batch(outputs: Any, batch: PackedBatch) -> Tensor:
+    """(T,) contrast of each pair with the pairs of all ranks; of this rank alone in evaluation."""
+    image, text = _image_features(outputs, batch)[batch.text_owner], outputs.text_features
+    keep, ids = _pair_weights(batch) > 0, batch.targets["pair_id"]
+    scale = getattr(outputs, "logit_scale", None)
+    temperature = 1 / scale if scale is not None else 0.07
+    pool = (image, text, ids, keep.to(torch.uint8))
+    if torch.is_grad_enabled():
+        pool = tuple(gather_rows(x) for x in pool)
+    images, texts, all_ids, kept = pool
+    targets = contrastive.soft_targets(ids, all_ids, keep_K=kept.bool(), dtype=text.dtype)
+    ways = ((image, texts), (text, images))
+    losses = [
+        contrastive.soft_cross_entropy(contrastive.similarities(query, keys, temperature, kept.bool()), targets)
+        for query, keys in ways
+    ]
+    return (losses[0] + losses[1]) / 2
+
+
+def _places(scores_Qk: Tensor, order_Qk: Tensor, asks_Q: Tensor, answers_C: Tensor) -> Tensor:
+    """(Q,) rank, from 1, of the best candidate with the id of each query; behind all wrong ones if not listed."""
+    right = asks_Q[:, None] == answers_C[order_Qk]
+    best = scores_Qk.masked_fill(~right, -torch.inf).amax(1, keepdim=True)
+    listed = ((scores_Qk >= best) & ~right).sum(1) + 1
+    behind = torch.stack([(answers_C != ask).sum() for ask in asks_Q]) + 1
+    return torch.where(right.any(1), listed, behind)
