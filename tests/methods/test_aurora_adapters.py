@@ -160,8 +160,8 @@ def test_a_deep_copy_stands_on_its_own():
 
 
 def test_the_saved_config_is_the_given_one(tmp_path):
-    attach(blip(), form="cp", layers=[1], context_enhancement="all_pairs").save_pretrained(tmp_path)
+    attach(blip(), form="cp", layers=[1], gates=False).save_pretrained(tmp_path)
     saved = json.loads((tmp_path / "adapter_config.json").read_text())
     assert (saved["peft_type"], saved["form"], saved["layers"]) == ("AURORA", "cp", [1])
     loaded = peft.PeftConfig.from_pretrained(tmp_path)
-    assert isinstance(loaded, AuroraConfig) and loaded.context_enhancement == "all_pairs"
+    assert isinstance(loaded, AuroraConfig) and loaded.gates is False

@@ -8,7 +8,6 @@ from typing import ClassVar, Literal
 from peft import PeftConfig
 
 from mmpeft_ds.errors import BadInput
-from mmpeft_ds.ops.context_enhancement import MODES
 
 PEFT_TYPE = "AURORA"
 FORMS = ("tucker", "cp")
@@ -64,13 +63,6 @@ class AuroraConfig(PeftConfig):
     gate_std: float = field(
         default=2e-4, metadata={"help": "The gates start normal with this deviation: near the frozen model; 0: at it."}
     )
-    context_enhancement: Literal["official", "all_pairs", "off"] = field(
-        default="official",
-        metadata={
-            "help": "Retrieval training: add the batch's mean text state to matching pairs only, as published (a head "
-            "can tell the label by it), to all pairs, or to none."
-        },
-    )
     modules_to_save: list[str] | None = field(
         default=None, metadata={"help": "Modules trained whole beside the adapter, such as projections and heads."}
     )
@@ -88,8 +80,6 @@ class AuroraConfig(PeftConfig):
             raise BadInput("image_targets, text_targets: both are empty. Name at least one map.")
         if self.form not in FORMS:
             raise BadInput(f"form: {self.form!r} is unknown. Known: {', '.join(FORMS)}.")
-        if self.context_enhancement not in MODES:
-            raise BadInput(f"context_enhancement: {self.context_enhancement!r} is unknown. Known: {', '.join(MODES)}.")
         if self.r < 1:
             raise BadInput(f"r: must be 1 or more, got {self.r}.")
         if not 0 <= self.dropout < 1:

@@ -132,18 +132,21 @@ class ModeDelta(nn.Module):
         return [w * self.scale for w in found]
 
     def _borrow(self) -> tuple[Tensor, Tensor, Tensor]:
-        """down, up and core; ZeRO-3 is told, once, to gather them for this module as it does for the holder."""
+        """down, up and core, whole also where ZeRO-3 holds them in parts.
+
+        In a forward of its engine DeepSpeed notices that a module reads parameters of another, gathers them, and from
+        then on does so before that module runs. Forwards around the engine (generation, evaluation) tell it here.
+        """
         factors, holder = self.borrowed
         tensors = factors.down, factors.up, holder.core
-        known = getattr(self, "_external_params", {})
-        strange = [p for p in tensors if hasattr(p, "ds_id") and (id(p) not in known or p.numel() != p.ds_numel)]
-        if strange:
-            from deepspeed.zero import register_external_parameter  # only partitioned parameters get here
+        away = [p for p in tensors if hasattr(p, "ds_id") and p.numel() != p.ds_numel]
+        if away:
+            import deepspeed  # only partitioned parameters get here
+            from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
 
-            for parameter in strange:
-                register_external_parameter(self, parameter)
-                if parameter.numel() != parameter.ds_numel:
-                    parameter.all_gather()
+            for parameter in away:
+                deepspeed.zero.register_external_parameter(FWD_MODULE_STACK[-1], parameter)
+                parameter.all_gather()
         return tensors
 
 

@@ -81,6 +81,11 @@ class Aurora:
         return config
 
     @staticmethod
+    def decays(config: AuroraConfig, name: str) -> bool:
+        """All that trains decays, gates and `up` too, as published."""
+        return True
+
+    @staticmethod
     def kinds(names: list[str]) -> dict[str, list[str]]:
         """Parameter names by what they are: `peft` or `head`."""
         found: dict[str, list[str]] = {"peft": [], "norm": [], "bias": [], "head": []}
