@@ -97,7 +97,6 @@ def _memory(device: str, reset: bool = False) -> int:
 def once(args: argparse.Namespace, form: str, tokens: int) -> dict:
     """One measurement in its own process."""
     command = [sys.executable, __file__, "--one", form, "--tokens", str(tokens), "--device", args.device]
-    # torch would inherit the driver's choice of threads otherwise.
     env = {**os.environ, "OMP_NUM_THREADS": str(args.threads), "MKL_NUM_THREADS": str(args.threads)}
     done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=1800)
     if done.returncode:
@@ -186,8 +185,15 @@ def _table(result: dict) -> str:
 def _machine(args: argparse.Namespace) -> str:
     import torch
 
-    name = torch.cuda.get_device_name() if args.device == "cuda" else platform.processor() or platform.machine()
+    name = torch.cuda.get_device_name() if args.device == "cuda" else _cpu_name()
     return f"{name}, {os.cpu_count()} cores, {args.threads} used, torch {torch.__version__}"
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())
 
 
 def main() -> None:
