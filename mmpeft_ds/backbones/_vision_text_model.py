@@ -17,7 +17,6 @@ from transformers.masking_utils import create_bidirectional_mask
 from transformers.utils import ModelOutput
 
 from mmpeft_ds.backbones._towers import empty_tower
-from mmpeft_ds.backbones._vision_side import Affine as Affine
 from mmpeft_ds.backbones._vision_side import VisionSide, VisionSideConfig
 from mmpeft_ds.sites import condition as condition_context
 from mmpeft_ds.sites.condition import conditioned
