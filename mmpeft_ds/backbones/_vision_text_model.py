@@ -197,7 +197,11 @@ class VisionTextEncoder(VisionSide, PreTrainedModel):
         layer = self.text_model.encoder.layer[-1]
         parts = (layer.attention.output, layer.intermediate, layer.output)
         wrappers = [m for part in parts for m in part.modules() if hasattr(m, "base_layer")]
-        return all(getattr(m, "tokenwise", False) for m in wrappers)
+        # disabled ones are nothing, and the layers of peft itself are linear maps
+        return all(
+            getattr(m, "disable_adapters", False) or getattr(m, "tokenwise", type(m).__module__.startswith("peft."))
+            for m in wrappers
+        )
 
     def _head_input(
         self, hidden: Tensor, attention_mask: Tensor | None, prefix_keep: Tensor, read: Tensor | None

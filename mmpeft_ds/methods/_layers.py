@@ -137,6 +137,8 @@ class TrainedBias(nn.Module, SiteLayer):
             `PATH.{prefix}_bias.ADAPTER.bias`.
     """
 
+    tokenwise = True
+
     def __init__(self, base: nn.Module, adapter_name: str, prefix: str):
         nn.Module.__init__(self)
         SiteLayer.__init__(self, base, adapter_name)

@@ -91,18 +91,18 @@ def norms_like(model: nn.Module, patterns: Sequence[str], key: str = "train_norm
     return _matching(key, "norm", norms, patterns)
 
 
-def biases_like(model: nn.Module, patterns: Sequence[str], key: str = "train_biases") -> list[str]:
+def biases_like(model: nn.Module, patterns: Sequence[str] | None, key: str = "train_biases") -> list[str]:
     """Full paths of the Linear, Conv1D and norm modules of `model` that have a bias and match one of `patterns`.
 
     Args:
-        patterns: shell-style patterns of full module paths; `*` takes all.
+        patterns: shell-style patterns of full module paths; None takes all that there are.
         key: the config's name for `patterns`, said in errors.
 
     Raises:
         BadInput: if a pattern matches no such module.
     """
     biased = [path for path, module in _of_the_model(model) if has_bias(base_layer(module))]
-    return _matching(key, "module with a bias", biased, patterns)
+    return biased if patterns is None else _matching(key, "module with a bias", biased, patterns)
 
 
 def has_bias(module: nn.Module) -> bool:

@@ -46,7 +46,7 @@ class BitFitModel(SiteTuner):
         else:
             chosen = select(find_sites(model), config.tower, config.layers)
             blocks = {site.block for site in (*chosen.attention, *chosen.ffn)}
-            paths = [path for path in biases_like(model, ["*"], "biases") if inside(path, blocks)]
+            paths = [path for path in biases_like(model, None) if inside(path, blocks)]
             if not paths:
                 raise BadInput(f"biases: the layers of tower {chosen.towers} have none. Choose another method.")
         return dict.fromkeys(paths)

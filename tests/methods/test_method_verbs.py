@@ -4,6 +4,7 @@ A new method joins by being registered. A pair that cannot be attached must say 
 written in docs/methods.md and not here.
 """
 
+import dataclasses
 import warnings
 from contextlib import contextmanager
 
@@ -36,9 +37,10 @@ def condition(rows: int = 2):
 
 
 def configured(name: str, model: nn.Module, **options: object) -> peft.PeftConfig:
-    method = methods.get(name)
+    method, sites = methods.get(name), find_sites(model)
+    if "model.decoder" in sites.towers and "tower" in {f.name for f in dataclasses.fields(method.Config)}:
+        options["tower"] = ["text"]  # of BART's two towers both
     config = method.Config(**options)
-    sites = find_sites(model)
     method.check(config, sites, 16)
     return method.prepare(config, model, sites)
 
@@ -118,6 +120,7 @@ def test_saving_and_loading_is_equal_to_the_bit(pair, tmp_path):
     saved = load_file(tmp_path / "adapter_model.safetensors")
     assert set(saved) == {n.replace(".default", "") for n, p in wrapped.named_parameters() if p.requires_grad}
     want = run(wrapped, model)
+    assert not [n for n in wrapped.state_dict() if not n.startswith("base_model.model.")], "the tuner holds a module"
     again = peft.PeftModel.from_pretrained(ZOO[model].build(), tmp_path, adapter_name="renamed")
     assert torch.equal(run(again, model), want)
     assert not any(p.requires_grad for p in again.parameters())

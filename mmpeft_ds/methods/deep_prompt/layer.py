@@ -53,6 +53,7 @@ class PromptLayer(nn.Module, SiteLayer):
         hooked: the attention module or layer that it belongs to.
     """
 
+    tokenwise = True  # tokens before a layer change its length, which a backbone sees
     adapter_layer_names = ("deep_prompt",)
     other_param_names = ("plans",)
 

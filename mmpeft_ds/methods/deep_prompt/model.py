@@ -55,7 +55,6 @@ class DeepPromptModel(SiteTuner):
         found: dict[str, Place] = {}
         self._hooks: dict[str, Hooked] = {}
         self._borrowed: dict = {}
-        self._base = model
         if config.style == "vpt":
             self._places_of_tokens(config, chosen, model, found)
         else:
@@ -91,7 +90,7 @@ class DeepPromptModel(SiteTuner):
         else:
             hooked = self._hooks[place.hooked]
             if not hooked.layers:
-                hooked.attach(self._base.get_submodule(place.hooked))
+                hooked.attach(self.model.get_submodule(place.hooked))
             layer = PromptLayer(target, adapter_name, place.parts, hooked)
         if not config.shared and (place.passage is None or place.passage.enter):
             self._borrowed = {}
