@@ -125,7 +125,7 @@ class Gradients:
         dU: gradient of U, (B, H, N, b), in the dtype of the computation.
         V: U, less f on a square graph.
         alpha: 1 / (sum_j w_ij + c), (B, H, N, 1).
-        lse: log-sum-exp of the scores, (B, H, N, 1).
+        lse: log-sum-exp of the scores in two parts, (B, H, N, 2).
         own: weights of the self loops, (B, H, N, 1); of a pooled graph the pooled map, (B, H, N, G).
     """
 

@@ -100,7 +100,7 @@ class _Streaming(torch.autograd.Function):
         with torch.autocast(q.device.type, enabled=False):
             job = Job(q, k, f, g, p, mu, mask, options)
             V = torch.empty_like(job.f)
-            alpha, lse, own = (V.new_empty((*V.shape[:-1], 1)) for _ in range(3))
+            alpha, own, lse = (V.new_empty((*V.shape[:-1], n)) for n in (1, 1, 2))
             pooled = V.new_empty((*V.shape[:-1], options.groups)) if options.graph == "pooled" else None
             # Seen from the row's own node on a square graph, where U - f is a small part of U.
             seen_from = 1.0 if job.square else 0.0
@@ -115,7 +115,7 @@ class _Streaming(torch.autograd.Function):
             U = job.f + V if job.square else V.clone()
         ctx.save_for_backward(q, k, f, g, p, mu, mask, V, alpha, lse, own if pooled is None else pooled, job.degree)
         ctx.options = options
-        returned = lse.squeeze(-1).clone()
+        returned = lse.sum(-1)
         ctx.mark_non_differentiable(returned)
         return U.to(f.dtype), returned
 

@@ -20,7 +20,7 @@ class Block(NamedTuple):
 
     total: Tensor  # sum_j w_ij without the self loop, (B, H, n, 1)
     numerator: Tensor  # sum_j w_ij g_j without the self loop, (B, H, n, b)
-    lse: Tensor  # (B, H, n, 1), 0 where a row sees nothing
+    lse: Tensor  # (B, H, n, 2), row maximum and log of the sum, 0 where a row sees nothing
     own: Tensor | float  # weight of the self loop, (B, H, n, 1)
     pooled: Tensor | None = None  # mean probability of each bin, (B, H, n, G)
 
@@ -35,7 +35,7 @@ def sweep(job: Job, rows: slice) -> Block:
 def _two_sweeps(job: Job, rows: slice) -> Block:
     """With eps: the weights need probabilities, so the softmax of the rows comes first."""
     tiles, peaks, lse = job.tiles.softmax_parts(rows)
-    total, loop = torch.zeros_like(lse), torch.zeros_like(lse)
+    total, loop = torch.zeros_like(peaks), torch.zeros_like(peaks)
     numerator = torch.zeros_like(job.f[..., rows, :])
     for columns, tile in tiles:
         weight = edges(job, tile.div_(peaks), None, rows, columns).weight
@@ -72,8 +72,9 @@ def _one_sweep(job: Job, rows: slice) -> Block:
         total = total * fade + weight.sum(-1, keepdim=True)
         numerator = numerator * fade + weight @ job.g_T[..., columns].mT
     normaliser = torch.where(normaliser > 0, normaliser, 1.0)
-    lse, scale = finite(peak) + normaliser.log(), normaliser**-half
-    return Block(total * scale, numerator * scale, lse, (loop - lse).exp() * job.least ** (half - 1))
+    lse, scale = torch.cat([finite(peak), normaliser.log()], -1), normaliser**-half
+    own_weight = (loop - finite(peak)).exp() / normaliser * job.least ** (half - 1)
+    return Block(total * scale, numerator * scale, lse, own_weight)
 
 
 def _pooled_sweep(job: Job, rows: slice) -> Block:
@@ -92,7 +93,7 @@ def _pooled_sweep(job: Job, rows: slice) -> Block:
     normaliser = torch.where(normaliser > 0, normaliser, 1.0)
     pooled /= normaliser
     weight = edges(job, pooled, _log(pooled), rows, slice(0, job.options.groups)).weight
-    lse = finite(peak) + normaliser.log()
+    lse = torch.cat([finite(peak), normaliser.log()], -1)
     return Block(weight.sum(-1, keepdim=True), weight @ job.g_T.mT, lse, 0.0, pooled)
 
 
@@ -105,7 +106,7 @@ def sweep_backward(job: Job, grads: Gradients, rows: slice, scores: bool) -> Non
     if job.options.graph == "pooled":
         return _pooled_backward(job, grads, rows, scores)
     lse = grads.lse[..., rows, :]
-    E = torch.zeros_like(lse) if job.options.exact else _closed_sum(job, grads, rows)
+    E = torch.zeros_like(lse[..., :1]) if job.options.exact else _closed_sum(job, grads, rows)
     held = []
     for columns in job.tiles.columns(rows):
         log_A = job.tiles.log_probabilities(rows, columns, lse)
@@ -150,7 +151,7 @@ def degree_backward(job: Job, grads: Gradients, scores: bool) -> Tensor:
         d_degree = (-0.5 * (job.g_T.mT * dg).sum(-1, keepdim=True) * root**2).mT
         for rows in job.tiles.rows():
             lse, held = grads.lse[..., rows, :], []
-            E = torch.zeros_like(lse)
+            E = torch.zeros_like(lse[..., :1])
             for columns in job.tiles.columns(rows):
                 A = job.tiles.log_probabilities(rows, columns, lse).exp_()
                 E += (A * d_degree[..., columns]).sum(-1, keepdim=True)

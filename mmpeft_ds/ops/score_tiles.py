@@ -70,12 +70,16 @@ class ScoreTiles:
         return tile
 
     def log_probabilities(self, rows: slice, columns: slice, lse: Tensor) -> Tensor:
-        """Scores less their row's log-sum-exp (B, H, n, 1), finite: what is masked becomes -1e6, whose exp is 0."""
-        return self.scores(rows, columns).sub_(lse).clamp_min_(-1e6)
+        """Scores less their row's log-sum-exp, finite: what is masked becomes -1e6, whose exp is 0.
+
+        `lse` (B, H, n, 2) holds the row maximum and the log of the sum apart: beside the least float, of which
+        masks are made, the log would be lost.
+        """
+        return self.scores(rows, columns).sub_(lse[..., :1]).sub_(lse[..., 1:]).clamp_min_(-1e6)
 
     def softmax_parts(self, rows: slice) -> tuple[list[tuple[slice, Tensor]], Tensor, Tensor]:
         """All tiles of a block of rows as exp(score - row maximum), their row sums (B, H, n, 1), 1 where a row sees
-        nothing, and the log-sum-exp, 0 there."""
+        nothing, and the log-sum-exp (B, H, n, 2) in two parts, 0 there."""
         tiles = [(columns, self.scores(rows, columns)) for columns in self.columns(rows)]
         peak = self.floor(rows)
         for _, tile in tiles:
@@ -85,7 +89,7 @@ class ScoreTiles:
         for _, tile in tiles:
             total += tile.sub_(shift).exp_().sum(-1, keepdim=True)
         total = torch.where(total > 0, total, 1.0)
-        return tiles, total, shift + total.log()
+        return tiles, total, torch.cat([shift, total.log()], -1)
 
     def floor(self, rows: slice) -> Tensor:
         """-inf for each row of a block, (B, H, n, 1)."""
