@@ -72,7 +72,7 @@ def config_of(golden: Golden, method: str, kind: str, heads: tuple[str, ...] = (
     common = dict(
         r=int(golden.number("rank")), route=kind, reshape_compat=True, train_norms=True, modules_to_save=list(heads)
     )
-    alpha = golden.number("alpha")  # adapters have none, though their files hold it
+    alpha = golden.number("alpha") if "alpha" in golden else 1.0  # adapters have none, though files of theirs hold it
     return (
         RoutedAdapterConfig(**common)
         if method == "adapter"
