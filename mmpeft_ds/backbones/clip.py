@@ -74,13 +74,12 @@ class DualEncoderOutput(ModelOutput):
 class DualEncoder(_stock.Publishing):
     """Mixin over CLIPModel or SiglipModel: either side may be absent, and texts know whose images they go with."""
 
-    def __init__(self, config: PretrainedConfig):
-        super().__init__(config)
-        # CLIP's temperature is a parameter without dimensions, which ZeRO-3 cannot partition; it stays frozen here.
-        for name, parameter in list(self.named_parameters(recurse=False)):
-            if parameter.dim() == 0:
-                delattr(self, name)
-                self.register_buffer(name, parameter.data)
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """CLIP's temperature has no dimensions, which ZeRO-3 cannot partition: a buffer, as it stays frozen."""
+        if param is not None and param.dim() == 0:
+            self.register_buffer(name, param.data)
+        else:
+            super().register_parameter(name, param)
 
     def forward(
         self,

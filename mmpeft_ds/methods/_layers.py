@@ -195,9 +195,9 @@ def lent(user: nn.Module, parameters: list[nn.Parameter]) -> None:
     known = getattr(user, "_external_params", {})
     strange = [p for p in parameters if hasattr(p, "ds_id") and (id(p) not in known or p.numel() != p.ds_numel)]
     if strange:
-        from deepspeed.zero import register_external_parameter  # only partitioned parameters get here
+        import deepspeed  # only partitioned parameters get here
 
         for parameter in strange:
-            register_external_parameter(user, parameter)
+            deepspeed.zero.register_external_parameter(user, parameter)
             if parameter.numel() != parameter.ds_numel:
                 parameter.all_gather()
