@@ -132,7 +132,7 @@ class Loaded:
             entries = [] if entry is None else list(entry) if isinstance(entry, (list, tuple)) else [entry]
             asked = [asked] if isinstance(asked, str) else list(asked)
             record, targets = asks.ask(asked)
-            if getattr(asks, "generation", None) is not None:
+            if any(getattr(asks, how, None) is not None for how in ("generation", "ranking")):
                 asked = [getattr(asks, "prompted", Prompted)(text) for text in asked]
             name = str(entry) if isinstance(entry, (str, Path)) else str(number)
             pixels = [transform(_pixels(image, self.recipe.data.max_pixels), None) for image in entries]
