@@ -175,6 +175,23 @@ def test_the_last_layer_finishes_only_the_position_that_is_read(towers, head_inp
     assert all(g is not None and g.any() for g in results[0])
 
 
+@pytest.mark.parametrize(("route", "options"), [("matmul1", {}), ("xtxt", {}), ("mul", {"condition": "self_mean"})])
+def test_behind_the_last_attention_a_routed_adapter_sees_all_tokens_only_if_it_mixes_them(towers, route, options):
+    backbone = entry(towers)
+    model = peft.get_peft_model(backbone.build(), mmpeft_ds.RoutedAdapterConfig(r=4, route=route, **options))
+    for name, parameter in model.named_parameters():
+        if "routed_adapter" in name:
+            torch.nn.init.normal_(parameter)
+    rows = []
+    last = model.get_base_model().text_model.encoder.layer[-1]
+    last.intermediate.register_forward_hook(lambda module, args, out: rows.append(out.shape[1]))
+    batch = inputs(backbone)
+    with torch.no_grad():
+        short, long = (model(**batch, return_last_hidden_state=whole).logits for whole in (False, True))
+    torch.testing.assert_close(short, long, atol=1e-6, rtol=1e-5)
+    assert (rows[0] == 1) == (route == "matmul1")
+
+
 def test_an_adapter_that_mixes_tokens_gets_all_of_them(towers):
     class Mean(torch.nn.Module):
         def __init__(self, base):
