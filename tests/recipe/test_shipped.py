@@ -18,7 +18,10 @@ def test_a_shipped_recipe_is_valid_as_far_as_that_goes_without_its_data(path):
     recipe = recipes.load(path)
     checks.check_values(recipe)
     full = resolve.expand(recipe)
-    assert check_ds_config(recipe)["zero_optimization"]["stage"] == 3
+    # a momentum teacher needs whole parameters
+    assert check_ds_config(recipe)["zero_optimization"]["stage"] == (
+        2 if full.backbone.get("form") == "retrieval" else 3
+    )
     for key, value in yaml.safe_load(path.read_text())["backbone"].items():
         assert full.backbone[key] == value
     assert recipe.data.validation, "the best checkpoint is chosen on something"
