@@ -60,9 +60,11 @@ class Retriever(SeesImages):
     Attributes:
         steps: training forwards so far; with the queue and the teacher's averages it is what `training_state` keeps.
         temperature: scalar tensor, clamped at every use.
+        runs_again: towers that one training forward runs several times, which the engine has to know under ZeRO-3.
     """
 
     training_options: Training | None = None
+    runs_again = ("text_encoder",)
     head_modules = ("vision_proj", "itm_head")
 
     def train_for(self, options: Training) -> None:

@@ -289,17 +289,20 @@ def mark_leaves(model: nn.Module, sites: Sites) -> list[str]:
 
     Trained blocks of vision towers keep the many hooks. What a tower returns as hidden states (LLaVA reads the last
     but one) is taken before the hook of a leaf, and the gradients of that block would never be reduced: measured.
+    So do trained blocks of towers that a model names in `runs_again`, since one forward runs them several times:
+    DeepSpeed reduces a leaf after each backward pass through it, and stops at the second (measured).
     """
     from deepspeed.utils import set_z3_leaf_module
 
     modules = {_plain(name): module for name, module in model.named_modules()}
     images = tuple(f"{tower}." if tower else "" for tower, modality in sites.towers.items() if modality == "image")
+    again = tuple(f"{tower}." for tower in getattr(model.get_base_model(), "runs_again", ()))
     leaves = []
     for path in block_paths(sites):
         if path not in modules:
             continue
         trained = any(p.requires_grad for p in modules[path].parameters())
-        if trained and path.startswith(images):
+        if trained and path.startswith(images + again):
             continue
         leaves.append(path)
         set_z3_leaf_module(modules[path], True)
