@@ -222,7 +222,8 @@ def _whole(module: nn.Module, name: str) -> Iterator[None]:
     if not hasattr(parameter, "ds_id") or parameter.numel() == parameter.ds_numel:
         yield  # not partitioned, resident, or still there from the last step
         return
-    import deepspeed  # only a model that DeepSpeed partitioned gets here
-
-    with deepspeed.zero.GatheredParameters([parameter]):
+    parameter.all_gather()  # what DeepSpeed gives every parameter that it has partitioned
+    try:
         yield
+    finally:
+        parameter.partition(has_been_updated=False)
