@@ -1,0 +1,57 @@
+"""Ranks of test_pairs_ranks.py: trains pairs of method and backbone one after the other in one launch.
+
+deepspeed --num_accelerators 2 pairs_worker.py CASES.json OUT
+"""
+
+import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+import pairs  # noqa: E402
+import torch  # noqa: E402
+
+from mmpeft_ds.data.stream import BadBudget, Step  # noqa: E402
+from mmpeft_ds.engine import setup, zero_state  # noqa: E402
+from mmpeft_ds.engine.checkpoint import TrainState  # noqa: E402
+from mmpeft_ds.engine.step import Stepper  # noqa: E402
+
+
+def mine(slots: list, skew: bool, ranks: setup.Ranks) -> list:
+    """This rank's slots of a step; with `skew` rank 0 has all slots with an image and the others none."""
+    if skew:
+        return [s for s in slots if bool(s.images) == (ranks.rank == 0)] if ranks.rank < 2 else []
+    each = len(slots) // ranks.world_size
+    return slots[ranks.rank * each : (ranks.rank + 1) * each]
+
+
+def run_case(case: dict, sections: dict, folder: Path, ranks: setup.Ranks) -> dict:
+    parts = pairs.resolved(case, sections, folder)
+    built = setup.build(parts, ranks)
+    stepper = Stepper(parts, built, ranks, pairs.STEPS, TrainState(), BadBudget(1.0, 1000))
+    rows = []
+    for step in range(pairs.STEPS):
+        slots = mine(pairs.slots_of(step, parts.backbone), case.get("skew", False), ranks)
+        rows.append(stepper.take(Step(0, step, [pairs.packed(slots, parts.backbone, parts.train[0].task)]), 0.0))
+    zero_state.ensure_adam_state(built.engine)
+    weights = {n: zero_state.read_full(built.engine, p)["weight"] for n, p in built.trainables.items()}
+    built.engine.destroy()
+    return {"losses": [r["loss"] for r in rows], "norms": [r["grad_norm"] for r in rows], "weights": weights}
+
+
+def main() -> None:
+    args = [a for a in sys.argv[1:] if not a.startswith("--local_rank")]
+    given, out = json.loads(Path(args[0]).read_text()), Path(args[1])
+    ranks = setup.start(SimpleNamespace(engine=SimpleNamespace(threads=1), seed=0))
+    for case in given["cases"]:
+        result = run_case(case, given["backbones"], out, ranks)
+        if ranks.rank == 0:
+            torch.save(result, out / f"{case['name']}.pt")
+            print("case done", case["name"], flush=True)
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,89 @@
+"""Every method on its paper's backbone: 2 ranks under ZeRO-3 train as one plain process without DeepSpeed."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+import pairs  # noqa: E402
+from distributed import launch  # noqa: E402
+
+from mmpeft_ds import methods  # noqa: E402
+
+pytestmark = pytest.mark.distributed
+WORKER = Path(__file__).with_name("pairs_worker.py")
+
+
+def case(method: str, backbone: str, suffix: str = "", **options) -> dict:
+    ours = {k: options.pop(k) for k in ("gradient_checkpointing", "skew", "stage") if k in options}
+    name = "-".join(filter(None, [method, backbone, suffix]))
+    return {"name": name, "backbone": backbone, "method": {"name": method, **options}, **ours}
+
+
+BART = ["text_model.model.encoder", "text_model.model.decoder"]
+CASES = [
+    case("routed_lora", "vision_text_decoder", r=2, route="matmul1", train_norms=True),
+    case("routed_lora", "clip_bart", r=2, route="mul", tower=BART),
+    case("routed_lora", "mllm", "skew", r=2, route="none", skew=True),
+    case("routed_adapter", "vision_text_encoder", r=4, route="add", train_norms=True),
+    case("routed_adapter", "vision_text_decoder", r=4, route="mul"),
+    case("p_adapter", "blip", r=2),
+    case("p_adapter", "blip", "recompute", r=2, gradient_checkpointing=True),
+    case("aurora", "blip_vqa", r=4),
+    case("aurora", "blip_vqa", "recompute", r=4, gradient_checkpointing=True),
+    case("aurora", "clip", r=4),
+    case("deep_prompt", "vision_text_encoder", "prefix", style="prefix"),
+    case("deep_prompt", "vision_text_encoder", "vpt", style="vpt"),
+    case("adapter", "clip_bart", r=4, train_norms=True, tower=BART),
+    case("uni_adapter", "blip_vqa", r=4),
+    # a bias of the keys has no gradient but rounding, which Adam would blow up
+    case("bitfit", "vision_text_decoder", "skew", biases=["*.c_proj", "*.c_fc", "*.ln_?"], skew=True),
+    case("layer_norm", "vision_text_encoder", "skew", skew=True),
+    case("ia3", "blip"),
+    case("lora", "mllm", r=2),
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("pairs")
+    sections = pairs.write_backbones(path, {c["backbone"] for c in CASES})
+    (path / "cases.json").write_text(json.dumps({"cases": CASES, "backbones": sections}))
+    result = launch.run(WORKER, str(path / "cases.json"), str(path), ranks=2, timeout=400)
+    assert result.code == 0, result.tail()
+    return path
+
+
+def test_every_method_is_tried_here():
+    assert {c["method"]["name"] for c in CASES} == set(methods.names())
+
+
+def compare(found: dict, expected: dict) -> None:
+    assert found["losses"] == pytest.approx(expected["losses"], abs=1e-5, rel=1e-5)
+    assert found["norms"] == pytest.approx(expected["norms"], rel=1e-3, abs=1e-6)
+    assert list(found["weights"]) == list(expected["weights"])
+    for name, weight in expected["weights"].items():
+        torch.testing.assert_close(found["weights"][name], weight, atol=1e-4, rtol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize("given", CASES, ids=lambda c: c["name"])
+def test_two_ranks_under_zero3_train_as_one_plain_process(folder, given):
+    sections = json.loads((folder / "cases.json").read_text())["backbones"]
+    expected = pairs.train_plainly(pairs.resolved(given, sections, folder))
+    compare(torch.load(folder / f"{given['name']}.pt", weights_only=False), expected)
+    moved = [n for n, w in expected["weights"].items() if not torch.equal(w, expected["start"][n])]
+    assert len(moved) > 0.7 * len(expected["weights"]), set(expected["weights"]) - set(moved)
+
+
+def test_the_comparison_notices_a_wrong_mean(folder):
+    """Negative control: a gradient or a loss that is off by a per mille is found."""
+    found = torch.load(folder / f"{CASES[0]['name']}.pt", weights_only=False)
+    wrong = {**found, "losses": [x * 1.001 for x in found["losses"]]}
+    with pytest.raises(AssertionError):
+        compare(wrong, found)
