@@ -65,12 +65,14 @@ class Teacher:
                 for name, parameter in module.named_parameters(path, recurse=False):
                     if parameter.requires_grad or name in self.averages:
                         found[name] = parameter
-        away = [n for n, p in found.items() if hasattr(p, "ds_id") and p.numel() != p.ds_numel]
-        if away:
-            raise BadInput(
-                f"backbone.momentum: ZeRO-3 partitions {away[0]}, which the teacher averages. Use stage 1 or 2, or a "
-                "larger stage3_param_persistence_threshold, or momentum: 0."
-            )
+        for name, parameter in found.items():
+            if hasattr(parameter, "ds_id") and parameter.numel() != parameter.ds_numel:
+                if not parameter.ds_persist:
+                    raise BadInput(
+                        f"backbone.momentum: ZeRO-3 partitions {name}, which the teacher averages. Use stage 1 or 2, "
+                        "a larger stage3_param_persistence_threshold, or momentum: 0."
+                    )
+                parameter.all_gather()  # below the threshold: stays whole from its first use on
         return found
 
 
