@@ -65,14 +65,13 @@ class Teacher:
                 for name, parameter in module.named_parameters(path, recurse=False):
                     if parameter.requires_grad or name in self.averages:
                         found[name] = parameter
-        for name, parameter in found.items():
-            if hasattr(parameter, "ds_id") and parameter.numel() != parameter.ds_numel:
-                if not parameter.ds_persist:
-                    raise BadInput(
-                        f"backbone.momentum: ZeRO-3 partitions {name}, which the teacher averages. Use stage 1 or 2, "
-                        "a larger stage3_param_persistence_threshold, or momentum: 0."
-                    )
-                parameter.all_gather()  # below the threshold: stays whole from its first use on
+        # Measured: after an evaluation ZeRO-3 gathers these anew inside the teacher's pass, which is then the student's.
+        partitioned = next((n for n, p in found.items() if hasattr(p, "ds_id")), None)
+        if partitioned is not None:
+            raise BadInput(
+                f"backbone.momentum: the teacher averages {partitioned}, which ZeRO-3 holds in parts. Use stage 2 "
+                "(ds_configs/zero2.json), or momentum: 0."
+            )
         return found
 
 
