@@ -65,7 +65,7 @@ class Teacher:
                 for name, parameter in module.named_parameters(path, recurse=False):
                     if parameter.requires_grad or name in self.averages:
                         found[name] = parameter
-        # Measured, cause not found: at stage 3 the losses leave those of stage 2 at the first step after an evaluation.
+        # Measured, cause not found: at stage 3 losses leave those of stage 2 at the first step after an evaluation.
         partitioned = next((n for n, p in found.items() if hasattr(p, "ds_id")), None)
         if partitioned is not None:
             raise BadInput(
