@@ -8,6 +8,7 @@ SHELL := /bin/bash
 PYTHON ?= python3
 DEVICE ?= $(if $(shell command -v nvidia-smi),cuda,cpu)
 TORCH_INDEX ?=
+CORES ?= $(shell n=$$(nproc); echo $$((n < 8 ? n : 8)))
 
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 # Compiled once, in the project: jobs that share a cache in the home directory wait for each other's lock for ever.
@@ -44,8 +45,10 @@ demo: setup
 compare: setup
 	python launchers/compare.py
 
+# One process a core for the tests that compute alone; those that start ranks take all cores, so one after the other.
 test: setup
-	python -m pytest -m "not slow"
+	OMP_NUM_THREADS=1 python -m pytest -m "not slow and not distributed" --numprocesses $(CORES) --dist loadfile
+	python -m pytest -m "distributed and not slow"
 
 test-slow: setup
 	python -m pytest -m slow

@@ -10,6 +10,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 PATIENCE = 60  # seconds
@@ -44,6 +45,8 @@ def in_ranks(function: Callable[..., Any], *args: Any, ranks: int = 2) -> list[A
 
 
 def _rank(queue: Any, store: Path, rank: int, ranks: int, function: Callable[..., Any], args: tuple) -> None:
+    # The pool of this process's parent did not come along: a parallel loop would wait for it for ever.
+    torch.set_num_threads(1)
     try:
         dist.init_process_group(
             "gloo", init_method=f"file://{store}", rank=rank, world_size=ranks, timeout=timedelta(seconds=PATIENCE)

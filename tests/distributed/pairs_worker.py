@@ -7,6 +7,7 @@ import json
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
@@ -16,6 +17,7 @@ import torch  # noqa: E402
 from mmpeft_ds.data.stream import BadBudget, Step  # noqa: E402
 from mmpeft_ds.engine import setup, zero_state  # noqa: E402
 from mmpeft_ds.engine.checkpoint import TrainState  # noqa: E402
+from mmpeft_ds.engine.forward import forward  # noqa: E402
 from mmpeft_ds.engine.step import Stepper  # noqa: E402
 
 
@@ -34,11 +36,27 @@ def run_case(case: dict, sections: dict, folder: Path, ranks: setup.Ranks) -> di
     rows = []
     for step in range(pairs.STEPS):
         slots = mine(pairs.slots_of(step, parts.backbone), case.get("skew", False), ranks)
-        rows.append(stepper.take(Step(0, step, [pairs.packed(slots, parts.backbone, parts.train[0].task)]), 0.0))
+        batch = pairs.packed(slots, parts.backbone, parts.train[0].task)
+        rows.append(stepper.take(Step(0, step, [batch]), 0.0))
+        if step == pairs.STEPS // 2:
+            look(built, parts, batch if not case.get("skew") else None, ranks)
     zero_state.ensure_adam_state(built.engine)
     weights = {n: zero_state.read_full(built.engine, p)["weight"] for n, p in built.trainables.items()}
     built.engine.destroy()
     return {"losses": [r["loss"] for r in rows], "norms": [r["grad_norm"] for r in rows], "weights": weights}
+
+
+def look(built: setup.Built, parts: SimpleNamespace, batch: Any, ranks: setup.Ranks) -> None:
+    """What an evaluation and a checkpoint do in the middle of a run, which must not show afterwards."""
+    if batch is not None:
+        training = [m for m in built.model.modules() if m.training]
+        built.engine.eval()
+        with torch.no_grad():
+            forward(built.engine, parts.backbone, batch.to(ranks.device))
+        for module in training:
+            module.training = True
+    for parameter in built.trainables.values():
+        zero_state.read_full(built.engine, parameter)
 
 
 def main() -> None:
