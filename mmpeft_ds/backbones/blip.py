@@ -199,9 +199,10 @@ class BlipBackbone:
         return _stock.untrained(model, {"vision_model": "embeddings", **dict.fromkeys(texts, "embeddings")})
 
     @property
-    def condition_width(self) -> int:
-        """Width of the mean class token of a text's images, which is published."""
-        return self._config.vision_config.hidden_size
+    def condition_width(self) -> int | None:
+        """Width of the mean class token of a text's images, which is published; a text that is compared with many
+        images has none (form `retrieval`)."""
+        return None if self.options.form == "retrieval" else self._config.vision_config.hidden_size
 
     # forms that write
 
