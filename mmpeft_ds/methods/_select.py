@@ -131,6 +131,8 @@ def _of_the_model(model: nn.Module) -> list[tuple[str, nn.Module]]:
 
 
 def _matching(key: str, what: str, paths: list[str], patterns: Sequence[str]) -> list[str]:
+    if not patterns:
+        raise BadInput(f"{key}: the list is empty. Name at least one pattern, or leave it out.")
     for pattern in patterns:
         if not any(fnmatchcase(path, pattern) for path in paths):
             raise BadInput(f"{key}: {pattern!r} matches no {what}. They are named like {', '.join(paths[:3])}.")
@@ -142,6 +144,8 @@ def _towers(sites: Sites, wanted: str | Sequence[str] | None) -> list[str]:
     if not towers:
         raise BadInput("tower: the model has no layers of a known family (see mmpeft_ds/sites/families).")
     if wanted is not None and not isinstance(wanted, str):
+        if not wanted:
+            raise BadInput(f"tower: the list is empty. Known: {_known(towers)}.")
         chosen = {path for name in wanted for path in _fitting(towers, name)}
         return [path for path in towers if path in chosen]
     if wanted is None:

@@ -361,6 +361,7 @@ def test_the_check_needs_sites_alone():
         (blip, {"r": 0}, "1 or more"),
         (blip, {"dropout": 1.0}, "dropout"),
         (blip, {"gate_std": -1.0}, "gate_std"),
+        (blip, {"towers": "text"}, "towers: expected list"),
         (blip, {"towers": ["vision"]}, "no tower 'vision'"),
         (blip, {"layers": [0, 7]}, "layers"),
         (blip, {"layers": []}, "leave no layer"),

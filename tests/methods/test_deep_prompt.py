@@ -272,12 +272,24 @@ def test_the_hidden_states_of_two_prompts_stand_side_by_side():
     torch.testing.assert_close(output(wrapped, tiny), output(long, tiny), rtol=0, atol=1e-6)
 
 
+def test_states_that_transformers_captured_before_the_tokens_came_are_cut_too():
+    """Its hooks come with the first `output_hidden_states` and stay, so they may be older than ours."""
+    base = ZOO["clip_vision"].build(None)
+    pixels = torch.randn(2, 3, base.config.image_size, base.config.image_size)
+    plain = base(pixels, output_hidden_states=True).hidden_states
+    wrapped = peft.get_peft_model(base, DeepPromptConfig(style="vpt", length=P))
+    states = wrapped(pixel_values=pixels, output_hidden_states=True).hidden_states
+    assert [s.shape for s in states[1:]] == [s.shape for s in plain[1:]]
+
+
 @pytest.mark.parametrize(
     ("family", "options", "says"),
     [
         ("bert", {"style": "prompt"}, "style"),
         ("bert", {"length": 0}, "1 or more"),
+        ("bert", {"length": 1.5}, "length: expected int, got 1.5"),
         ("bert", {"dropout": 1.0}, "dropout"),
+        ("bert", {"init_std": -1.0}, "init_std: must be 0 or more"),
         ("bert", {"attention": ["cross"]}, "no 'cross' attention"),
         ("bert", {"attention": ["self"], "style": "vpt"}, "enter a whole layer"),
         ("bert", {"depth": "shallow"}, "stands in every chosen layer"),

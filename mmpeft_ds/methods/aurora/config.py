@@ -8,6 +8,7 @@ from typing import ClassVar, Literal
 from peft import PeftConfig
 
 from mmpeft_ds.errors import BadInput
+from mmpeft_ds.methods._config import check_types
 
 PEFT_TYPE = "AURORA"
 FORMS = ("tucker", "cp")
@@ -70,6 +71,7 @@ class AuroraConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PEFT_TYPE
+        check_types(self)
         for key in ("image_targets", "text_targets"):
             given = getattr(self, key)
             if unknown := [t for t in given if t not in TARGETS]:

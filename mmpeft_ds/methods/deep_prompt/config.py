@@ -58,6 +58,8 @@ class DeepPromptConfig(SiteConfig):
             self._at_least("reparameterize", 1)
         if not 0 <= self.dropout < 1:
             raise BadInput(f"dropout: must lie in [0, 1), got {self.dropout}.")
+        if self.init_std < 0:
+            raise BadInput(f"init_std: must be 0 or more, got {self.init_std}.")
         if self.attention is not None:
             self._some_of("attention", ("self", "cross"))
             if self.style == "vpt":

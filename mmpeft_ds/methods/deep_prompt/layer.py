@@ -142,7 +142,8 @@ class Hooked:
         """Register the hooks; returns itself."""
         self._handles = [
             module.register_forward_pre_hook(self.before, with_kwargs=True),
-            module.register_forward_hook(self.after),
+            # Before hooks that are there already: that of transformers for `output_hidden_states` stays for good.
+            module.register_forward_hook(self.after, prepend=True),
         ]
         return self
 
