@@ -97,12 +97,24 @@ def checkpoint(function: Callable[..., Any], *args: Any, use_reentrant: bool = F
     condition = current()
     if use_reentrant and condition is not None and condition.requires_grad:
         raise ValueError("reentrant checkpointing loses the gradient of the condition; set use_reentrant to false")
+    if use_reentrant and torch.is_grad_enabled():
+        args = _with_gradient(args)
 
     def run(*inner: Any, **inner_kwargs: Any) -> Any:
         with conditioned(condition):
             return function(*inner, **inner_kwargs)
 
     return torch.utils.checkpoint.checkpoint(run, *args, use_reentrant=use_reentrant, **kwargs)
+
+
+def _with_gradient(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Behind frozen embeddings no input needs gradient, and reentrant checkpointing would then give none to the
+    adapters inside: let the first one need it."""
+    floating = [i for i, a in enumerate(args) if isinstance(a, Tensor) and a.is_floating_point()]
+    if not floating or any(args[i].requires_grad for i in floating):
+        return args
+    first = floating[0]
+    return (*args[:first], args[first].detach().requires_grad_(), *args[first + 1 :])
 
 
 def enable_checkpointing(model: Any, use_reentrant: bool = False) -> None:

@@ -19,6 +19,7 @@ from mmpeft_ds.engine import setup, zero_state  # noqa: E402
 from mmpeft_ds.engine.checkpoint import TrainState  # noqa: E402
 from mmpeft_ds.engine.forward import forward  # noqa: E402
 from mmpeft_ds.engine.step import Stepper  # noqa: E402
+from mmpeft_ds.sites.condition import enable_checkpointing  # noqa: E402
 
 
 def mine(slots: list, skew: bool, ranks: setup.Ranks) -> list:
@@ -32,6 +33,8 @@ def mine(slots: list, skew: bool, ranks: setup.Ranks) -> list:
 def run_case(case: dict, sections: dict, folder: Path, ranks: setup.Ranks) -> dict:
     parts = pairs.resolved(case, sections, folder)
     built = setup.build(parts, ranks)
+    if case.get("reentrant"):
+        enable_checkpointing(built.model.get_base_model(), use_reentrant=True)
     stepper = Stepper(parts, built, ranks, pairs.STEPS, TrainState(), BadBudget(1.0, 1000))
     rows = []
     for step in range(pairs.STEPS):

@@ -21,7 +21,7 @@ WORKER = Path(__file__).with_name("pairs_worker.py")
 
 
 def case(method: str, backbone: str, suffix: str = "", **options) -> dict:
-    ours = {k: options.pop(k) for k in ("gradient_checkpointing", "skew", "stage") if k in options}
+    ours = {k: options.pop(k) for k in ("gradient_checkpointing", "reentrant", "skew", "stage") if k in options}
     name = "-".join(filter(None, [method, backbone, suffix]))
     return {"name": name, "backbone": backbone, "method": {"name": method, **options}, **ours}
 
@@ -29,12 +29,14 @@ def case(method: str, backbone: str, suffix: str = "", **options) -> dict:
 BART = ["text_model.model.encoder", "text_model.model.decoder"]
 CASES = [
     case("routed_lora", "vision_text_decoder", r=2, route="matmul1", train_norms=True),
+    case("routed_lora", "vision_text_decoder", "reentrant", r=2, gradient_checkpointing=True, reentrant=True),
     case("routed_lora", "clip_bart", r=2, route="mul", tower=BART),
     case("routed_lora", "mllm", "skew", r=2, route="none", skew=True),
     case("routed_adapter", "vision_text_encoder", r=4, route="add", train_norms=True),
     case("routed_adapter", "vision_text_decoder", r=4, route="mul"),
     case("p_adapter", "blip", r=2),
     case("p_adapter", "blip", "recompute", r=2, gradient_checkpointing=True),
+    case("p_adapter", "blip", "reentrant", r=2, gradient_checkpointing=True, reentrant=True),
     case("aurora", "blip_vqa", r=4),
     case("aurora", "blip_vqa", "recompute", r=4, gradient_checkpointing=True),
     case("aurora", "clip", r=4),

@@ -48,3 +48,12 @@ def test_reentrant_checkpointing_refuses_a_condition_that_needs_gradient(field):
             checkpoint(lambda t: t, x, use_reentrant=True)
     with conditioned(Condition(**{field: torch.ones(1, 1, 1)})):
         checkpoint(lambda t: t * 2, x, use_reentrant=True)
+
+
+def test_reentrant_checkpointing_behind_frozen_embeddings_trains_what_is_inside():
+    weight = torch.nn.Parameter(torch.tensor(3.0))
+    x = torch.ones(2, 3, 4)
+    checkpoint(lambda t: t * weight, x, use_reentrant=True).sum().backward()
+    assert weight.grad.item() == 24 and not x.requires_grad
+    with torch.no_grad():
+        assert not checkpoint(lambda t: t * weight, x, use_reentrant=True).requires_grad
