@@ -58,26 +58,34 @@ class SiteLayer(BaseTunerLayer):
         return self._disable_adapters or self.merged
 
 
-class TrainedNorm(nn.Module, SiteLayer):
-    """A frozen norm and a trained copy of it per adapter; the first active adapter that has one is used.
+class TrainedCopy(nn.Module, SiteLayer):
+    """A frozen module and a trained copy of one `part` of it per adapter, at `PATH.{prefix}_{part}.ADAPTER`; the first
+    active adapter that has one is used.
 
     Args:
         prefix: of the method's parameter names; peft finds the copies by it.
     """
 
+    part = ""
     tokenwise = True
 
     def __init__(self, base: nn.Module, adapter_name: str, prefix: str):
         nn.Module.__init__(self)
         SiteLayer.__init__(self, base, adapter_name)
-        self._copies = f"{prefix}_norm"
+        self._copies = f"{prefix}_{self.part}"
         self.adapter_layer_names = (self._copies,)
         setattr(self, self._copies, nn.ModuleDict())
 
     @property
     def copies(self) -> nn.ModuleDict:
-        """The trained norm of each adapter."""
+        """The copy of each adapter."""
         return getattr(self, self._copies)
+
+
+class TrainedNorm(TrainedCopy):
+    """A frozen norm and trained copies of it."""
+
+    part = "norm"
 
     def update_layer(self, adapter_name: str, config: PeftConfig) -> None:
         """Add an adapter, whose norm starts as the frozen one."""
@@ -128,28 +136,10 @@ class HeldBias(nn.Module):
         return (out + (self.bias - self.frozen)).to(out.dtype)
 
 
-class TrainedBias(nn.Module, SiteLayer):
-    """A frozen Linear, Conv1D or norm and a trained copy of its bias per adapter; the first active adapter that has
-    one is used.
+class TrainedBias(TrainedCopy):
+    """A frozen Linear, Conv1D or norm and trained copies of its bias, `PATH.{prefix}_bias.ADAPTER.bias`."""
 
-    Args:
-        prefix: of the method's parameter names; peft finds the copies by it. They are called
-            `PATH.{prefix}_bias.ADAPTER.bias`.
-    """
-
-    tokenwise = True
-
-    def __init__(self, base: nn.Module, adapter_name: str, prefix: str):
-        nn.Module.__init__(self)
-        SiteLayer.__init__(self, base, adapter_name)
-        self._copies = f"{prefix}_bias"
-        self.adapter_layer_names = (self._copies,)
-        setattr(self, self._copies, nn.ModuleDict())
-
-    @property
-    def copies(self) -> nn.ModuleDict:
-        """The trained bias of each adapter."""
-        return getattr(self, self._copies)
+    part = "bias"
 
     def update_layer(self, adapter_name: str, config: PeftConfig) -> None:
         """Add an adapter, whose bias starts as the frozen one."""
