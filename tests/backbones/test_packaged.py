@@ -55,4 +55,6 @@ def test_conversion_leaves_one_complete_folder_and_is_done_once(converted):
 def test_a_folder_that_was_left_half_written_is_replaced(converted):
     (converted / "complete.json").unlink()
     (converted / "model.safetensors").write_bytes(b"half")
-    AutoModel.from_pretrained(_packaged.ensure("dinov2-focus"))
+    model = AutoModel.from_pretrained(_packaged.ensure("dinov2-focus"))
+    assert (converted / "complete.json").is_file()
+    assert all(p.isfinite().all() for p in model.parameters())

@@ -115,4 +115,5 @@ def test_the_page_shows_right_answers_green_and_wrong_ones_red():
 
 
 def test_a_text_that_the_font_lacks_does_not_stop_the_run():
-    page([(torch.zeros(3, 4, 4), [{"text": "何色ですか" * 20, "prediction": "赤"}])])
+    sheet = page([(torch.zeros(3, 4, 4), [{"text": "何色ですか" * 20, "prediction": "赤"}])])
+    assert sheet.dim() == 3 and sheet.shape[0] == 3 and sheet.max() > 0

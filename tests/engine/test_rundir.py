@@ -164,6 +164,7 @@ def test_the_lock_waits_a_little_for_an_owner_that_is_leaving(tmp_path):
     multiprocessing.get_context("fork").Process(target=lambda: (time.sleep(0.5), child.kill())).start()
     RunDir.open(tmp_path / "a", RECIPE).close()
     child.join(10)
+    assert child.exitcode == -signal.SIGKILL  # the owner was there, and left first
 
 
 def test_a_finished_run_says_so_unless_it_is_made_longer(tmp_path):
