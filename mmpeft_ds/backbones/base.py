@@ -68,6 +68,15 @@ class Writing(Protocol):
         """
 
 
+class Ranking(Protocol):
+    """What a backbone offers besides, if its model can choose from a list of answers."""
+
+    def rank(
+        self, model: Any, batch: PackedBatch, answers: list[str], k: int = 128, smoothing: float = 0.0
+    ) -> list[str]:
+        """The best of `answers` for each prompt of the batch: the k with the likeliest first token, scored whole."""
+
+
 class Standardised(Protocol):
     """What a backbone offers besides, if its condition can be scaled with statistics of the data set."""
 
