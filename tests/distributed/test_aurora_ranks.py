@@ -13,7 +13,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from distributed import aurora_worker, launch  # noqa: E402
 
-pytestmark = pytest.mark.distributed
+# Slow: the common case is among the pairs of test_pairs_ranks.py.
+pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 WORKER = Path(__file__).with_name("aurora_worker.py")
 CASES = [
     {"name": "plain", "leaves": False, "recompute": False},
