@@ -93,7 +93,7 @@ class Stepper:
         torch.manual_seed(seed_of(self.recipe.seed, state.step, self.ranks.rank))
         agreed = self.agree(step.micro, task)
         self.stopping = self.stopping or agreed.stop
-        before = copy.deepcopy(self.budget)
+        before = copy.deepcopy(self.budget) if agreed.bad else None
         for batch in step.micro:
             self.budget.feed(batch)
         if agreed.bad:
