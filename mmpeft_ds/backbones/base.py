@@ -90,3 +90,40 @@ class Standardised(Protocol):
 
     def build_vision(self) -> Callable[[dict[str, Tensor]], Tensor]:
         """The frozen tower alone: what `collate_images` returned -> (I, condition_width) float32 features."""
+
+
+class Embedding(Protocol):
+    """What a backbone offers besides, if its frozen towers can serve as encoders of images and texts.
+
+    Attributes:
+        feature_widths: D of image and of text features.
+    """
+
+    feature_widths: tuple[int, int]
+
+    def towers_key(self) -> str:
+        """Hash of the towers' weights, the image transform and the choice of feature: what features belong to."""
+
+    def embed(self, model: PreTrainedModel, batch: PackedBatch) -> tuple[Tensor | None, Tensor | None]:
+        """Features of the images (I, Dv) and texts (T, Dt) of the batch, at least float32, not normalised; None where
+        the batch has none of them."""
+
+    def embed_texts(self, model: PreTrainedModel, texts: list[str]) -> Tensor:
+        """(n, Dt) of plain texts, such as class names in a template."""
+
+    def logit_scale_of(self, model: PreTrainedModel) -> float:
+        """Factor of the cosine of image and text, 1 / temperature; 1 for towers that were never aligned."""
+
+
+class OnFeatures(Protocol):
+    """What a backbone offers besides, if it reads feature shards and scores classes."""
+
+    def use_features(self, towers: dict[str, Any]) -> None:
+        """What the manifest says of the stored features; before `check`."""
+
+    def use_encoder(self, encoder: Backbone) -> None:
+        """The backbone that the `encoder` section names; before `check`."""
+
+    def use_bank(self, bank: dict[str, Tensor]) -> None:
+        """Class texts and support samples (`sites.features.Bank`), on meta where only shapes are known; before
+        `build`."""

@@ -54,6 +54,22 @@ class Prompted:
         return sum(text.count(IMAGE_MARK) for text in (self.prompt, *(text for _, text in self.turns)))
 
 
+@dataclass(frozen=True)
+class Described:
+    """A text that goes with a sample (a caption), and its features where a shard has them stored.
+
+    Attributes:
+        text: the words; may be empty.
+        features: (D,) of a frozen text encoder, not normalised; None where nothing is stored.
+    """
+
+    text: str = ""
+    features: Tensor | None = None
+
+    def __str__(self) -> str:
+        return self.text
+
+
 @dataclass
 class Written:
     """What a model that writes says of the T texts of a batch; made by `Backbone.read`, consumed by tasks.
@@ -85,7 +101,7 @@ class Sample:
         sample_id: `dataset/key` as the manifest names it; empty for padding.
         weight: 1 for a good sample, 0 for padding, a bad sample or a dummy.
         images: transformed images (what the backbone's image transform returned), in order.
-        texts: raw strings, or `Prompted` for models that write.
+        texts: raw strings, `Prompted` for models that write, or `Described` where features are stored.
         targets: one task-defined target per text.
         record: the sample's json, for metrics and the page of predictions.
         bad: (kind, shard, key) when the sample could not be used.
@@ -94,7 +110,7 @@ class Sample:
     sample_id: str = ""
     weight: float = 0.0
     images: list[Any] = field(default_factory=list)
-    texts: list[str | Prompted] = field(default_factory=list)
+    texts: list[str | Prompted | Described] = field(default_factory=list)
     targets: list[Any] = field(default_factory=list)
     record: dict[str, Any] = field(default_factory=dict)
     bad: tuple[str, str, str] | None = None
@@ -205,6 +221,6 @@ def pack(
         text_owner=owner([len(s.texts) for s in samples]),
         targets=collate_targets(targets) if targets else {},
         records=[s.record for s in samples],
-        raw_texts=texts,
+        raw_texts=[t.text if isinstance(t, Described) else t for t in texts],
         bad=[s.bad for s in samples if s.bad is not None],
     )

@@ -7,12 +7,14 @@ import sys
 import peft.mapping
 
 from mmpeft_ds import registry
+from mmpeft_ds.methods._head import HeadConfig
 from mmpeft_ds.methods.base import Method
 
 
-def names() -> list[str]:
-    """All methods."""
-    return registry.names(sys.modules[__name__])
+def names(heads: bool | None = None) -> list[str]:
+    """All methods; with `heads`, only those that score frozen features (True) or attach inside a model (False)."""
+    found = registry.names(sys.modules[__name__])
+    return [n for n in found if heads is None or issubclass(get(n).Config, HeadConfig) is heads]
 
 
 def get(name: str, where: str = "method") -> Method:

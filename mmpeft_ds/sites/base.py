@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
+from mmpeft_ds.sites.features import FeatureSite
+
 
 @dataclass(frozen=True)
 class Projection:
@@ -113,10 +115,11 @@ class FFNSite:
 
 @dataclass(frozen=True)
 class Sites:
-    """All sites of a model in the order in which they run."""
+    """All sites of a model in the order in which they run; `features` where classification heads attach."""
 
     attention: list[AttentionSite] = field(default_factory=list)
     ffn: list[FFNSite] = field(default_factory=list)
+    features: list[FeatureSite] = field(default_factory=list)
 
     @property
     def towers(self) -> dict[str, str]:

@@ -24,6 +24,7 @@ def find_sites(model: nn.Module) -> Sites:
         sites = reader.layers[_named(module, reader.layers)](block)
         found.attention.extend(sites.attention)
         found.ffn.extend(sites.ffn)
+        found.features.extend(sites.features)
     return found
 
 

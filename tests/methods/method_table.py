@@ -164,7 +164,7 @@ def table() -> str:
         for column in COLUMNS:
             (place := Path(folder) / column.replace(" ", "_")).mkdir()
             made = Column.make(column, place)
-            for name in methods.names():
+            for name in methods.names(heads=False):
                 text = cell(name, made)
                 if text != "yes" and not text.startswith("`"):
                     if text not in notes:
@@ -172,7 +172,7 @@ def table() -> str:
                     text = f"no ({notes.index(text) + 1})"
                 cells[name, column] = text
     lines = [f"| | {' | '.join(COLUMNS)} |", "|---" * (len(COLUMNS) + 1) + "|"]
-    for name in methods.names():
+    for name in methods.names(heads=False):
         lines.append(f"| `{name}` | {' | '.join(cells[name, column] for column in COLUMNS)} |")
     lines += ["", *(f"{at}. {note}" for at, note in enumerate(notes, 1))]
     return "\n".join(lines).rstrip()

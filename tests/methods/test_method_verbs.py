@@ -25,7 +25,7 @@ MODELS = ("bert", "gpt2", "blip", "bart")
 # Not `enable_input_require_grads`, whose leaf BLIP changes in place.
 WITH_GRADIENT = torch.ones(1, requires_grad=True)
 # peft's own layers take the change off again, which does not restore the bits.
-PEFTS_OWN = [name for name in methods.names() if methods.get(name).Tuner is None]
+PEFTS_OWN = [name for name in methods.names(heads=False) if methods.get(name).Tuner is None]
 
 
 @contextmanager
@@ -53,7 +53,7 @@ def attach(name: str, model: nn.Module, filled: bool = True, **options: object) 
 
 def attachable() -> list[tuple[str, str]]:
     pairs = []
-    for name in methods.names():
+    for name in methods.names(heads=False):
         for model in MODELS:
             try:
                 attach(name, ZOO[model].build())
@@ -92,7 +92,7 @@ def bare(model: nn.Module) -> dict[str, Tensor]:
 
 
 def test_every_method_attaches_to_some_of_these_models():
-    assert {name for name, _ in PAIRS} == set(methods.names())
+    assert {name for name, _ in PAIRS} == set(methods.names(heads=False))
     assert {model for _, model in PAIRS} == set(MODELS)
 
 
@@ -245,7 +245,7 @@ def test_trainables_are_float32_on_a_bfloat16_base(pair):
 
 
 # a head in bfloat16 stays so with peft's own tuners
-@pytest.mark.parametrize("name", [name for name in methods.names() if name not in PEFTS_OWN])
+@pytest.mark.parametrize("name", [name for name in methods.names(heads=False) if name not in PEFTS_OWN])
 def test_heads_that_train_beside_are_float32_and_saved(name, tmp_path):
     wrapped = attach(name, ZOO["bert"].build().to(torch.bfloat16), modules_to_save=["pooler"])
     with condition():

@@ -4,9 +4,11 @@ import dataclasses
 
 import peft
 import pytest
+import tiny_features
 import torch
 from tiny_stock import IDS, bert, gpt2, image
 from torch import nn
+from torch.nn.functional import cross_entropy
 from transformers import GPT2Config, GPT2Model, RobertaConfig, RobertaModel, ViTConfig, ViTModel
 
 import mmpeft_ds
@@ -17,7 +19,7 @@ from mmpeft_ds.sites import find_sites
 from mmpeft_ds.sites.condition import Condition, conditioned
 
 
-@pytest.mark.parametrize("name", methods.names())
+@pytest.mark.parametrize("name", methods.names(heads=False))
 @pytest.mark.parametrize("build", [bert, gpt2])
 def test_every_method_attaches_trains_and_sorts_its_parameters(name, build, tmp_path):
     method = methods.get(name)
@@ -41,6 +43,50 @@ def test_every_method_attaches_trains_and_sorts_its_parameters(name, build, tmp_
     again = peft.PeftModel.from_pretrained(build(), tmp_path)
     with conditioned(Condition(image())):
         assert torch.equal(again(IDS)[0], out)
+
+
+@pytest.mark.parametrize("name", methods.names(heads=True))
+def test_every_head_attaches_trains_and_sorts_its_parameters(name, tmp_path):
+    method = methods.get(name)
+    assert isinstance(method, Method)
+    assert methods.of(method.Config()) is method
+    config, z = method.Config(), tiny_features.rows()
+    given = {"image_features": z.image, "text_features": z.text}
+    model = tiny_features.model()
+    if name in LIVE_TEXT:
+        with pytest.raises(BadInput, match=name):
+            method.check(config, find_sites(model), None)
+        return
+    method.check(config, find_sites(model), None)
+    with torch.no_grad():
+        before = model(**given).logits
+    wrapped = peft.get_peft_model(model, method.prepare(config, model, find_sites(model)))
+    trained = [n for n, p in wrapped.named_parameters() if p.requires_grad]
+    kinds = method.kinds(trained)
+    assert sorted(kinds["peft"]) == sorted(trained) and bool(trained) != (name == "zero_shot")
+    assert all(method.prefix in n for n in trained)
+    assert all(p.dtype == torch.float32 for p in wrapped.parameters() if p.requires_grad)
+    out = wrapped(**given)
+    assert out.logits.shape == (7, 5) and out.logits.isfinite().all()
+    if trained and not config.gradient_free:
+        loss = sum(w * cross_entropy(t, torch.arange(7) % 5) for w, t in out.terms or [(1.0, out.logits)])
+        loss.backward()
+        assert any(p.grad is not None and p.grad.any() for p in wrapped.parameters())
+    with torch.no_grad():
+        for p in wrapped.parameters():
+            p += 0.01 * p.requires_grad
+        out = wrapped.eval()(**given).logits
+        with wrapped.disable_adapter():
+            assert torch.equal(wrapped(**given).logits, before)
+        wrapped.save_pretrained(tmp_path)
+        again = peft.PeftModel.from_pretrained(tiny_features.model(), tmp_path).eval()
+        assert torch.equal(again(**given).logits, out)
+    with pytest.raises(BadInput, match="needs a model of features"):
+        method.check(config, find_sites(bert()), None)
+
+
+# learns in the text tower, so it needs one; see its own tests
+LIVE_TEXT = {"coop"}
 
 
 def test_registered_with_peft_and_exported():
