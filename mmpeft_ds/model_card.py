@@ -57,8 +57,9 @@ On a base model of your own: `import mmpeft_ds, peft; peft.PeftModel.from_pretra
 
 def _source(source: Any) -> str:
     manifest, options = source.manifest, source.options
+    chosen = f" ({options.subset})" if options.subset else ""
     return (
-        f"* {manifest.name}, split {options.split}: {manifest.samples(options.split):,} samples, "
+        f"* {manifest.name}, split {options.split}{chosen}: {source.samples:,} samples, "
         f"licence {manifest.licence}, task {options.task['name']}"
     )
 

@@ -13,12 +13,15 @@ class SourceOptions:
     Attributes:
         dir: directory that holds manifest.json; a local path or anything fsspec opens.
         split: which split of it.
+        subset: JSON file that names the samples to use, written by data_prep/fewshot.py; a path, or one below `dir`.
+            Empty: all of the split.
         task: `name` of a file in tasks/ and that task's options.
         weight: share of the steps of an epoch, relative to the other sources' weights times their sizes.
     """
 
     dir: str
     split: str = "train"
+    subset: str = ""
     task: dict[str, Any] = field(default_factory=lambda: {"name": "vqa"})
     weight: float = 1.0
 
@@ -33,6 +36,10 @@ class DataOptions:
         global_batch: slots of one optimizer step over all ranks and accumulation steps.
         workers: loader processes a rank; 0 decodes in the training process.
         shuffle_block: consecutive positions inside which samples are permuted; shards are permuted as well.
+        evaluation_order: `stored` visits an evaluated split in the order of its shards, `shuffled` in a random one,
+            the same in every run; `auto` is `shuffled` where the task or the method couples samples, so that a list
+            sorted by class tells nothing.
+        evaluation_seed: of that random order.
         last_batch: `pad` completes the last step of an epoch with weight-0 slots, `drop` leaves it out.
         max_bad_fraction: share of the samples read that may be bad before the run stops.
         max_bad_in_a_row: consecutive bad samples that stop the run.
@@ -50,6 +57,8 @@ class DataOptions:
     global_batch: int = 64
     workers: int = 2
     shuffle_block: int = 10_000
+    evaluation_order: Literal["auto", "stored", "shuffled"] = "auto"
+    evaluation_seed: int = 0
     last_batch: Literal["pad", "drop"] = "pad"
     max_bad_fraction: float = 0.001
     max_bad_in_a_row: int = 100

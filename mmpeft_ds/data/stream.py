@@ -23,6 +23,7 @@ from mmpeft_ds.data.decode import EXTENSIONS, decode
 from mmpeft_ds.data.manifest import Manifest
 from mmpeft_ds.data.options import DataOptions
 from mmpeft_ds.data.shards import ShardReader, members
+from mmpeft_ds.data.subset import Subset
 from mmpeft_ds.data.workers import WorkerPool
 from mmpeft_ds.errors import BadInput, BadSample
 
@@ -44,6 +45,7 @@ class StreamSource:
         collate_images, collate_texts, collate_targets: non-empty flat list -> tensors, see `data.batch.pack`.
         fields: json fields that every record must have.
         weight: share of the steps, relative to the other sources'.
+        subset: the samples to use; None: all of the split.
     """
 
     manifest: Manifest
@@ -55,6 +57,12 @@ class StreamSource:
     collate_targets: Callable[[list[Any]], dict[str, Tensor]]
     fields: Sequence[str] = ()
     weight: float = 1.0
+    subset: Subset | None = None
+
+    @property
+    def samples(self) -> int:
+        """Samples of an epoch."""
+        return self.manifest.samples(self.split) if self.subset is None else len(self.subset)
 
 
 @dataclass
@@ -89,8 +97,9 @@ class Stream:
         rank, world_size: this rank; the global batch does not depend on them.
         accumulation: micro-batches a step.
         seed: of order, augmentation and choices.
-        train: shuffle and obey `last_batch`; otherwise the manifest's order, every sample exactly once, and epoch 0's
-            choices in every epoch.
+        train: shuffle and obey `last_batch`; otherwise every sample exactly once, in the same order and with epoch
+            0's choices in every epoch.
+        coupled: predictions of a sample depend on its batch mates; see `options.evaluation_order`.
         pin_memory: put batches into pinned memory, from which a GPU copies asynchronously.
 
     Raises:
@@ -107,6 +116,7 @@ class Stream:
         accumulation: int = 1,
         seed: int = 0,
         train: bool = True,
+        coupled: bool = False,
         pin_memory: bool = False,
     ):
         if not sources:
@@ -114,7 +124,7 @@ class Stream:
         last_batch = options.last_batch if train else "pad"
         self.slots = options.global_batch
         self.micro_slots = order.micro_slots(self.slots, rank, world_size, accumulation)
-        self.sizes = [s.manifest.samples(s.split) for s in sources]
+        self.sizes = [s.samples for s in sources]
         steps = [order.steps_of(n, self.slots, last_batch) for n in self.sizes]
         for source, n, count in zip(sources, self.sizes, steps, strict=True):
             if count == 0:
@@ -123,7 +133,7 @@ class Stream:
                     f"{self.slots}. Use a smaller batch, or data.last_batch: pad."
                 )
         self.mix = order.Mix(steps, [s.weight if train else 1.0 for s in sources], seed)
-        self.loader = _Loader(sources, options, seed, train)
+        self.loader = _Loader(sources, options, seed, train, coupled)
         self._pool = WorkerPool(self.loader, options.workers, options.prefetch, pin_memory)
 
     @property
@@ -167,9 +177,15 @@ class Stream:
 class _Loader:
     """Makes the micro-batch of a request, in whatever process; its caches never change what comes out."""
 
-    def __init__(self, sources: Sequence[StreamSource], options: DataOptions, seed: int, train: bool):
+    def __init__(
+        self, sources: Sequence[StreamSource], options: DataOptions, seed: int, train: bool, coupled: bool = False
+    ):
         self.sources, self.options, self.seed, self.train = list(sources), options, seed, train
+        chosen = options.evaluation_order
+        self.shuffled_evaluation = not train and (chosen == "shuffled" or (chosen == "auto" and coupled))
         self.readers = [ShardReader(s.manifest, s.split, options.cache_dir, options.allow_pipe) for s in sources]
+        # Of each source: shard -> the samples to use; None: all of every shard.
+        self.places = [None if s.subset is None else s.subset.places(s.manifest) for s in sources]
         self._orders: dict[int, tuple[int, order.EpochOrder]] = {}
 
     def __call__(self, request: _Request) -> PackedBatch:
@@ -180,7 +196,7 @@ class _Loader:
             None if slot is None else order.position_of(len(places), self.options.global_batch, slot, visit.step)
             for slot in request.slots
         ]
-        wanted = [places[p] for p in positions if p is not None]
+        wanted = [self._place(visit.source, *places[p]) for p in positions if p is not None]
         pieces = iter(zip(wanted, self.readers[visit.source].read(wanted), strict=True))
         samples = [Sample() if p is None else self._sample(visit.source, epoch, *next(pieces)) for p in positions]
         source = self.sources[visit.source]
@@ -192,10 +208,24 @@ class _Loader:
 
     def _order(self, source: int, epoch: int) -> order.EpochOrder:
         if self._orders.get(source, (None,))[0] != epoch:
-            sizes = [shard.samples for shard in self.readers[source].shards]
-            key = order.key_of(self.seed, "order", source, epoch)
-            self._orders[source] = (epoch, order.EpochOrder(sizes, key, self.options.shuffle_block, self.train))
+            chosen = self.places[source]
+            shards = self.readers[source].shards
+            sizes = [shard.samples for shard in shards] if chosen is None else [len(rows) for rows in chosen]
+            key, block = order.key_of(self.seed, "order", source, epoch), self.options.shuffle_block
+            if self.shuffled_evaluation:
+                # One block: a split sorted by class must not stay so inside blocks. Of the data set's name, not of the
+                # recipe's seed or of the source's place, so that every method meets the same batches.
+                data = self.sources[source]
+                key = order.key_of("evaluation", self.options.evaluation_seed, data.manifest.name, data.split)
+                block = sum(sizes)
+            shuffle = self.train or self.shuffled_evaluation
+            self._orders[source] = (epoch, order.EpochOrder(sizes, key, block, shuffle))
         return self._orders[source][1]
+
+    def _place(self, source: int, shard: int, number: int) -> tuple[int, int]:
+        """(shard, sample) of sample `number` of those of a shard that are used."""
+        chosen = self.places[source]
+        return shard, number if chosen is None else int(chosen[shard][number])
 
     def _sample(self, source: int, epoch: int, place: tuple[int, int], piece: bytes | BadSample) -> Sample:
         """One slot; whatever is wrong with the sample makes it a slot of weight 0."""

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mmpeft_ds import recipe as recipes
+from mmpeft_ds.data.options import SourceOptions
 from mmpeft_ds.data.shards import ShardReader, members
 from mmpeft_ds.engine import checkpoint, setup, trainer
 from mmpeft_ds.engine.evaluator import evaluate
@@ -46,7 +47,7 @@ def assess(
         raise BadInput(f"{run}: no run directory (it has no recipe.yaml). Give --run the run_dir of a recipe.")
     recipe = recipes.load(run / "recipe.yaml", overrides)
     recipe.data.validation = []
-    for source in (replace(s, split=split, weight=1.0) for s in recipe.data.sources):
+    for source in (_on(s, split) for s in recipe.data.sources):
         if source not in recipe.data.validation:
             recipe.data.validation.append(source)
     # Nothing has to be saved: a launcher that is gone, or a signal, ends it within a step.
@@ -74,14 +75,14 @@ def _assess(run: Path, split: str, which: str, recipe: Any, stop: StopFlag) -> l
         if result is None:
             return None
         seconds = time.perf_counter() - began
-        train = next(s for s in resolved.train if replace(s.options, split=split, weight=1.0) == source.options)
+        train = next(s for s in resolved.train if _on(s.options, split) == source.options)
         report = {
             "dir": source.options.dir,
             "split": split,
             "task": source.options.task["name"],
             "checkpoint": path.name,
             "step": state.step,
-            "samples": source.manifest.samples(split),
+            "samples": source.samples,
             "rows": on_rank0(lambda result=result: len(result.rows)),
             "bad_samples": result.bad,
             "scores": result.scores,
@@ -95,6 +96,11 @@ def _assess(run: Path, split: str, which: str, recipe: Any, stop: StopFlag) -> l
         with (run / f"predictions-{split}.jsonl").open("w", encoding="utf-8") as file:
             file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     return reports
+
+
+def _on(options: SourceOptions, split: str) -> SourceOptions:
+    """A training source's data set and task, on all of another split."""
+    return replace(options, split=split, weight=1.0, subset="")
 
 
 def find_checkpoint(run: Path, which: str) -> Path:
@@ -118,13 +124,14 @@ def find_checkpoint(run: Path, which: str) -> Path:
 
 
 def records(source: ResolvedSource) -> Iterator[dict[str, Any]]:
-    """The json of every sample of a split, in order; images are not decoded."""
+    """The json of every sample that is used of a split, in order; images are not decoded."""
     manifest, split = source.manifest, source.options.split
     reader = ShardReader(manifest, split)
+    places = [range(s.samples) for s in manifest.shards(split)] if source.subset is None else None
     try:
-        for number, shard in enumerate(manifest.shards(split)):
-            for first in range(0, shard.samples, CHUNK):
-                wanted = [(number, i) for i in range(first, min(first + CHUNK, shard.samples))]
+        for number, rows in enumerate(places or source.subset.places(manifest)):
+            for first in range(0, len(rows), CHUNK):
+                wanted = [(number, int(i)) for i in rows[first : first + CHUNK]]
                 for piece in reader.read(wanted):
                     if isinstance(piece, bytes):
                         yield json.loads(members(piece)[1]["json"])

@@ -27,11 +27,11 @@ def make(resolved: Resolved) -> dict[str, Any]:
         model = attach(resolved, resolved.backbone.build(on_meta=True))
     steps_per_epoch, sources = 0, []
     for source in resolved.train:
-        samples = source.manifest.samples(source.options.split)
+        samples = source.samples
         steps = steps_of(samples, recipe.data.global_batch, recipe.data.last_batch)
         steps_per_epoch += steps
         sources.append(_source_row(source, samples, steps))
-    validation = [_source_row(s, s.manifest.samples(s.options.split), 0) for s in resolved.validation]
+    validation = [_source_row(s, s.samples, 0) for s in resolved.validation]
     stage = resolved.ds_config.get("zero_optimization", {}).get("stage", 0)
     ranks = sorted({1, 2, 8, 64, int(os.environ.get("WORLD_SIZE") or 1)})
     sizes = parameter_sizes(model, 2 if recipe.engine.dtype == "bfloat16" else 4)

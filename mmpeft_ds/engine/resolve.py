@@ -23,6 +23,7 @@ from mmpeft_ds import backbones, methods, registry, tasks
 from mmpeft_ds.backbones.base import Backbone
 from mmpeft_ds.data.manifest import Manifest
 from mmpeft_ds.data.options import SourceOptions
+from mmpeft_ds.data.subset import Subset
 from mmpeft_ds.engine.checks import check_coupling, check_fields, check_names, check_values
 from mmpeft_ds.engine.ds_config import check_ds_config
 from mmpeft_ds.errors import BadInput
@@ -35,11 +36,17 @@ from mmpeft_ds.tasks.base import Task
 
 @dataclass
 class ResolvedSource:
-    """One data set of the recipe: its options, what its manifest says, and the task asked of it."""
+    """One data set of the recipe: its options, what its manifest says, the task asked of it, and which samples."""
 
     options: SourceOptions
     manifest: Manifest
     task: Task
+    subset: Subset | None = None
+
+    @property
+    def samples(self) -> int:
+        """How many samples of the split are used."""
+        return self.manifest.samples(self.options.split) if self.subset is None else len(self.subset)
 
 
 def titles(sources: list[ResolvedSource]) -> list[str]:
@@ -98,7 +105,12 @@ def resolve(recipe: Recipe) -> Resolved:
     def finish(key: str, options: SourceOptions) -> ResolvedSource:
         task = make_task(recipe, key, options, labels)
         check_fields(recipe, key, options, manifests[key], task)
-        return ResolvedSource(options, manifests[key], task)
+        with _named(recipe, f"{key}.subset"):
+            subset = Subset.load(options.subset, manifests[key], options.split) if options.subset else None
+        if hasattr(task, "use_source"):
+            with _named(recipe, key):
+                task.use_source(manifests[key].labels, subset.classes if subset else None)
+        return ResolvedSource(options, manifests[key], task, subset)
 
     sources = {role: [finish(key, options) for key, options in entries] for role, entries in listed.items()}
     check_coupling(recipe, [s.task for s in sources["train"]], method_config)

@@ -284,6 +284,7 @@ def make_stream(resolved: Resolved, sources: list[ResolvedSource], ranks: Ranks,
             collate_targets=source.task.collate,
             fields=source.task.fields,
             weight=source.options.weight,
+            subset=source.subset,
         )
         for source in sources
     ]
@@ -295,6 +296,7 @@ def make_stream(resolved: Resolved, sources: list[ResolvedSource], ranks: Ranks,
         accumulation=recipe.optim.accumulation if train else 1,
         seed=recipe.seed,
         train=train,
+        coupled=any(getattr(part, "couples_samples", False) for part in (resolved.method_config, sources[0].task)),
         pin_memory=ranks.device.type == "cuda",
     )
 
