@@ -69,6 +69,7 @@ class Manifest:
         labels: closed list of answers or classes in the order of their class index, or None.
         label_counts: how often each label occurs in the training split, or None.
         statistics: features' key -> {mean, std, count, split, ...}, added by data_prep/feature_stats.py.
+        towers: of feature shards, which frozen towers made them, see `data.feature_shards`; empty for other data sets.
         dir: where it was loaded from; local path or a URL that fsspec opens; not stored.
         schema: version of this format.
     """
@@ -83,6 +84,7 @@ class Manifest:
     labels: list[str] | None = None
     label_counts: list[int] | None = None
     statistics: dict[str, dict[str, Any]] = field(default_factory=dict)
+    towers: dict[str, Any] = field(default_factory=dict)
     dir: str = ""
     schema: int = SCHEMA
 
@@ -101,7 +103,7 @@ class Manifest:
             BadInput: if there is none, it is damaged, or a newer version of this project wrote it.
         """
         where = str(dir).rstrip("/") or "/"
-        text = _read(where, FILE, "prepare the data set first: python data_prep/prepare.py SOURCE --out DIR")
+        text = read_side_file(where, FILE, "prepare the data set first: python data_prep/prepare.py SOURCE --out DIR")
         try:
             raw = json.loads(text)
             schema = raw.pop("schema")
@@ -163,7 +165,7 @@ class Manifest:
             return self._index_cache[split]
         info = self.index[split]
         hint = "restore it or prepare the data set again with --overwrite"
-        data = _read(self.dir, info.file, hint)
+        data = read_side_file(self.dir, info.file, hint)
         found = hashlib.sha256(data).hexdigest()
         if found != info.sha256:
             raise BadInput(
@@ -195,6 +197,12 @@ class Manifest:
                 raise ValueError(f"index file {info.file!r}")
         if self.labels is not None and len(self.labels) != len(self.label_counts or []):
             raise ValueError("labels and label_counts differ in length")
+        if self.towers:
+            if not (self.towers["key"] and isinstance(self.towers["image_width"], int)):
+                raise ValueError("towers without key or image_width")
+            texts = self.towers.get("classes")
+            if texts and not (_PLAIN_FILE.fullmatch(texts["file"]) and re.fullmatch("[0-9a-f]{64}", texts["sha256"])):
+                raise ValueError(f"class texts {texts}")
 
 
 def sample_key(split: str, number: int) -> str:
@@ -229,8 +237,8 @@ def sync_dir(path: Path) -> None:
         os.close(handle)
 
 
-def _read(dir: str, file: str, hint: str) -> bytes:
-    """All bytes of a file of a data set."""
+def read_side_file(dir: str, file: str, hint: str) -> bytes:
+    """All bytes of a file of a data set. Raises BadInput, which ends with `hint` if there is no such file."""
     url = f"{dir}/{file}"
     try:
         with fsspec.open(url, "rb") as stream:

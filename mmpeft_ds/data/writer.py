@@ -52,7 +52,8 @@ def members(sample: Any) -> dict[str, bytes]:
     """Extension -> bytes of a raw sample: `json`; `jpg`, or `0.jpg`, `1.jpg`, ... if several; `npy` for features.
 
     Args:
-        sample: has `name`, `images`, `record` and `features` like data_prep.sources.base.RawSample.
+        sample: has `name`, `images`, `record` and `features` like data_prep.sources.base.RawSample; may have `arrays`,
+            name -> further array, stored as `NAME.npy`.
 
     Raises:
         ValueError: if an image extension is unknown, the record is no JSON, or features hold Python objects.
@@ -66,9 +67,9 @@ def members(sample: Any) -> dict[str, bytes]:
             raise ValueError(f"{sample.name}: image extension {extension!r} is none of {', '.join(IMAGE_EXTENSIONS)}")
         found[extension if len(sample.images) == 1 else f"{i}.{extension}"] = data
     if sample.features is not None:
-        buffer = io.BytesIO()
-        np.save(buffer, sample.features, allow_pickle=False)
-        found["npy"] = buffer.getvalue()
+        found["npy"] = _npy(sample.features)
+    for name, array in getattr(sample, "arrays", {}).items():
+        found[f"{name}.npy"] = _npy(array)
     return found
 
 
@@ -149,6 +150,7 @@ def write_manifest(
     parts: dict[str, list[Part]],
     labels: list[str] | None,
     label_split: str,
+    towers: dict[str, Any] | None = None,
 ) -> Manifest:
     """Write the side files and, last, the manifest of a data set whose shards are all in place.
 
@@ -156,6 +158,7 @@ def write_manifest(
         parts: split -> parts of its shards in order.
         labels: closed label list in the order of the class index, or None.
         label_split: split whose labels are counted.
+        towers: of feature shards, see `data.feature_shards`.
     """
     index, fields = {}, {}
     for split, of_split in parts.items():
@@ -181,6 +184,7 @@ def write_manifest(
         fields=fields,
         labels=labels,
         label_counts=counts,
+        towers=towers or {},
         dir=str(dir),
     )
     manifest.save(dir)
@@ -197,6 +201,8 @@ class FieldCounts:
         self._put("images", "images", len(sample.images))
         if sample.features is not None:
             self._put("features", str(sample.features.dtype), sample.features.size)
+        for name, array in getattr(sample, "arrays", {}).items():
+            self._put(name, str(array.dtype), array.size)
         for name, value in sample.record.items():
             self._value(name, value)
 
@@ -251,6 +257,12 @@ def file_sha256(path: str | Path) -> str:
     """sha256 of a file, 64 hexadecimal digits."""
     with open(path, "rb") as stream:
         return _sha256(stream)
+
+
+def _npy(array: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    np.save(buffer, array, allow_pickle=False)
+    return buffer.getvalue()
 
 
 def _sha256(stream: Any) -> str:
