@@ -1,0 +1,212 @@
+"""Task: name the class of an image, from the closed list of the training data; captions may help."""
+
+# B rows (one text a sample) of the micro-batch, C classes of the training data, C' of them that may be predicted
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from mmpeft_ds.data.batch import Described, PackedBatch
+from mmpeft_ds.errors import BadInput, BadSample
+
+
+@dataclass
+class Options:
+    """Keys of a source's `task` section.
+
+    Attributes:
+        text: `none`; or `captions`, one caption of the sample goes with its image: drawn in training, the first one in
+            evaluation. Nothing about it depends on the label.
+        columns: which classes may be predicted: `target`, those of this data set, or of the subset that it is cut to,
+            before the softmax; or `all` that the model knows.
+    """
+
+    text: Literal["none", "captions"] = "none"
+    columns: Literal["target", "all"] = "target"
+
+
+class Classification:
+    """Records hold `label`, the class index in their own data set, `class_name`, and `captions` (a list) if wanted.
+
+    Classes meet by name, so a data set of other drawings may know fewer classes, or number them in another way.
+    """
+
+    Options = Options
+    couples_samples = False
+    main_metric = "accuracy"
+    better = "max"
+
+    def __init__(self, options: Options, labels: list[str] | None):
+        if not labels:
+            raise BadInput(
+                "task classification: the data set has no label list. Prepare it with one: it names the classes."
+            )
+        self.options, self.labels = options, list(labels)
+        self.fields = ("label", "captions") if options.text == "captions" else ("label",)
+        self._index = {label: i for i, label in enumerate(self.labels)}
+        self._own: list[str] = self.labels
+        self._columns: list[int] = list(range(len(self.labels)))
+        self._allowed = frozenset(self._columns)
+
+    def use_source(self, labels: list[str] | None, classes: list[str] | None = None) -> None:
+        """Which data set is asked about.
+
+        Args:
+            labels: of this data set, in the order of its class index; None: those of the training data.
+            classes: the only ones that occur, where a subset leaves some out.
+
+        Raises:
+            BadInput: a class that the training data do not know.
+        """
+        self._own = list(labels) if labels else self.labels
+        wanted = (classes if classes is not None else self._own) if self.options.columns == "target" else self.labels
+        unknown = [name for name in (classes if classes is not None else self._own) if name not in self._index]
+        if unknown:
+            raise BadInput(
+                f"class {unknown[0]!r} is none of the {len(self.labels)} classes of the training data "
+                f"({len(unknown)} unknown). Give a subset that leaves it out, or train on it."
+            )
+        # In the order of the training data, so that ties fall as they do with all columns.
+        self._allowed = frozenset(self._index[name] for name in wanted)
+        self._columns = sorted(self._allowed)
+
+    def read(self, record: dict[str, Any], generator: torch.Generator) -> tuple[list[Described], list[Any]]:
+        """One text, a drawn caption or nothing, and the class. Raises BadSample."""
+        return self._read(record, generator)
+
+    def read_all(self, record: dict[str, Any], generator: torch.Generator) -> tuple[list[Described], list[Any]]:
+        """As `read`, with the first caption: what evaluation reads."""
+        return self._read(record, None)
+
+    def _read(
+        self, record: dict[str, Any], generator: torch.Generator | None
+    ) -> tuple[list[Described], list[dict[str, Any]]]:
+        # Text first: it knows nothing of the label.
+        text = self._caption(record, generator) if self.options.text == "captions" else Described()
+        return [text], [{"label": self._label(record)}]
+
+    @staticmethod
+    def _caption(record: dict[str, Any], generator: torch.Generator | None) -> Described:
+        captions, stored = record.get("captions"), record.get("text")
+        if not isinstance(captions, list) or not captions or not all(isinstance(c, str) for c in captions):
+            raise BadSample("field", "`captions` is no list of texts, or an empty one")
+        if isinstance(stored, Tensor) and len(stored) != len(captions):
+            raise BadSample("field", f"{len(captions)} captions but features of {len(stored)}")
+        number = 0 if generator is None else int(torch.randint(len(captions), (), generator=generator))
+        return Described(captions[number], stored[number] if isinstance(stored, Tensor) else None)
+
+    def _label(self, record: dict[str, Any]) -> int:
+        """Class index in the training data. Raises BadSample."""
+        label, name = record.get("label"), record.get("class_name")
+        if name is None:
+            if isinstance(label, bool) or not isinstance(label, int) or not 0 <= label < len(self._own):
+                raise BadSample("label", f"{label!r} is no class index below {len(self._own)}")
+            name = self._own[label]
+        if self._index.get(name) not in self._allowed:
+            raise BadSample("label", f"class {name!r} is none of those that may be predicted here")
+        return self._index[name]
+
+    def collate(self, targets: list[Any]) -> dict[str, Tensor]:
+        """`label` (B,) int64, -1 = unknown."""
+        return {"label": torch.tensor([target["label"] for target in targets], dtype=torch.int64)}
+
+    def dummy_target(self) -> Any:
+        return {"label": -1}
+
+    def ask(self, texts: list[str]) -> tuple[dict[str, Any], list[Any]]:
+        """Images of unknown class, with the given texts as their captions."""
+        return {}, [self.dummy_target() for _ in texts]
+
+    def weight(self, batch: PackedBatch) -> float:
+        """Samples of known class that enter the loss."""
+        return float(self._weights(batch).double().sum()) if len(batch.text_owner) else 0.0
+
+    def _weights(self, batch: PackedBatch) -> Tensor:
+        return batch.text_weight * (batch.targets["label"] >= 0)
+
+    def loss(self, outputs: Any, batch: PackedBatch) -> Tensor:
+        """Sum over samples of weight times the cross-entropies of `outputs.terms`, [(weight, (B, C) logits)], or of
+        `outputs.logits` where a model has no terms."""
+        terms = getattr(outputs, "terms", None) or [(1.0, outputs.logits)]
+        if not len(batch.text_owner):
+            return sum(_at_least_float32(logits).sum() * 0 for _, logits in terms)
+        weights = self._weights(batch)
+        position = torch.zeros(len(self.labels), dtype=torch.int64)
+        position[self._columns] = torch.arange(len(self._columns))
+        # -1 must not index the logits; its weight is 0
+        target = position.to(weights.device)[batch.targets["label"].clamp(min=0)]
+        total = 0
+        for scale, logits in terms:
+            each = cross_entropy(self._restricted(_at_least_float32(logits)), target, reduction="none")
+            # where, not a product: a row without weight must not spread a loss that is not finite
+            total = total + scale * torch.where(weights > 0, each * weights.to(each.dtype), 0).sum()
+        return total
+
+    def predict(self, outputs: Any, batch: PackedBatch) -> list[dict[str, Any]]:
+        """One row a sample of weight > 0: sample_id, text, prediction and its probability; and, where the class is
+        known, its name (`answer`) and index (`label`) in the training data."""
+        if not len(batch.text_owner):
+            return []
+        probability, best = self._restricted(_at_least_float32(outputs.logits)).softmax(1).max(1)
+        columns = zip(
+            best.tolist(),
+            probability.tolist(),
+            batch.text_owner.tolist(),
+            batch.text_weight.tolist(),
+            batch.targets["label"].tolist(),
+            batch.raw_texts,
+            strict=True,
+        )
+        rows = []
+        for column, share, slot, weight, label, text in columns:
+            if weight > 0:
+                row = {"sample_id": batch.sample_id[slot], "text": str(text)}
+                row |= {"prediction": self.labels[self._columns[column]], "probability": share}
+                rows.append(row | ({"answer": self.labels[label], "label": label} if label >= 0 else {}))
+        return rows
+
+    def _restricted(self, logits: Tensor) -> Tensor:
+        """(B, C) -> (B, C'): only the classes that may be predicted."""
+        return logits if len(self._columns) == len(self.labels) else logits[:, self._columns]
+
+    def score(self, rows: list[dict[str, Any]]) -> dict[str, float]:
+        """`accuracy`, top-1, and `mean_class_accuracy`, the mean over the classes that occur."""
+        return _accuracies((row["answer"], row["prediction"]) for row in rows if "answer" in row)
+
+    def baselines(self, train: Iterable[dict[str, Any]], test: Iterable[dict[str, Any]]) -> dict[str, float]:
+        """`majority`: always the class with most training samples, of equals the first in the alphabet."""
+        counts = Counter(_name(record) for record in train)
+        if not counts:
+            return {}
+        majority = min(counts, key=lambda name: (-counts[name], name))
+        return {"majority": _accuracies((_name(r), majority) for r in test).get("accuracy", 0.0)}
+
+
+ENTRY = Classification
+
+
+def _accuracies(pairs: Iterable[tuple[str, str]]) -> dict[str, float]:
+    """Of (class, prediction)."""
+    right: dict[str, list[bool]] = defaultdict(list)
+    for answer, prediction in pairs:
+        right[answer].append(answer == prediction)
+    if not right:
+        return {}
+    everything = [r for of_class in right.values() for r in of_class]
+    mean = sum(sum(of_class) / len(of_class) for of_class in right.values()) / len(right)
+    return {"accuracy": sum(everything) / len(everything), "mean_class_accuracy": mean}
+
+
+def _name(record: dict[str, Any]) -> str:
+    return str(record.get("class_name", record.get("label")))
+
+
+def _at_least_float32(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
