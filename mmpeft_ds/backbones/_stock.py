@@ -9,7 +9,9 @@ trained here also loads on the stock model, and the other way round.
 from __future__ import annotations
 
 import functools
+import hashlib
 import inspect
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -24,6 +26,7 @@ from mmpeft_ds.sites import condition as condition_context
 
 # Weights of a random base: the same on every rank and at every ZeRO stage.
 RANDOM_SEED = 0
+TEXTS_AT_ONCE = 256  # of `embed_texts`
 
 
 def read_config(name: str, where: str, families: tuple[str, ...]) -> PretrainedConfig:
@@ -160,3 +163,24 @@ def mean_per_text(vectors_Id: Tensor, image_owner: Tensor, text_owner: Tensor, s
     sums = vectors_Id.new_zeros(slots, vectors_Id.shape[1]).index_add(0, image_owner, vectors_Id)
     count = torch.bincount(image_owner, minlength=slots).clamp(min=1).to(sums.dtype)
     return (sums / count[:, None])[text_owner]
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """float64 stays."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+@torch.no_grad()
+def embed_texts(backbone: Any, model: PreTrainedModel, texts: list[str]) -> Tensor:
+    """(n, d) features of plain texts by a dual encoder, not normalised, on the device of the model."""
+    device = next(model.parameters()).device
+    rows = [torch.zeros(0, backbone.feature_widths[1], device=device)]
+    for start in range(0, len(texts), TEXTS_AT_ONCE):
+        tokens = backbone.collate_texts(texts[start : start + TEXTS_AT_ONCE])
+        rows.append(model(**{name: ids.to(device) for name, ids in tokens.items()}, unit=False).text_features)
+    return torch.cat(rows)
+
+
+def short_hash(values: Any) -> str:
+    """Of something json-able, equal for equal contents; 16 characters."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]

@@ -6,8 +6,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import hashlib
-import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
@@ -16,8 +14,7 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer, PretrainedConfig, PreTrainedModel
 
-from mmpeft_ds.backbones import _towers
-from mmpeft_ds.backbones._stock import RANDOM_SEED
+from mmpeft_ds.backbones import _stock, _towers
 from mmpeft_ds.backbones._transform import SquareTransform
 from mmpeft_ds.backbones._vision_side import Affine
 from mmpeft_ds.data.batch import PackedBatch
@@ -112,6 +109,9 @@ class VisionBackbone:
 
     def image_transform(self, train: bool) -> Callable[[Tensor, Any], Tensor]:
         """Resize to the tower's input; no augmentation, since answers may depend on colour, side and place."""
+        return self._square()
+
+    def _square(self) -> SquareTransform:
         o = self.options
         resample = (
             o.resample
@@ -163,17 +163,20 @@ class VisionBackbone:
 
     def statistics_key(self) -> str:
         """Which statistics fit: hash of the vision weights, the image transform and the choice of feature."""
+        return _stock.short_hash(self._vision_choice())
+
+    def _vision_choice(self) -> dict[str, Any]:
+        """All that the vector of an image depends on."""
         o = self.options
-        choice = {
+        return {
             "weights": _towers.weights_hash(o.vision, "backbone.vision"),
             "layers": self._vision_config.num_hidden_layers,
             "feature": o.vision_feature,
             "norm": o.vision_norm,
-            "transform": asdict(self.image_transform(False)),
+            "transform": asdict(self._square()),
             "mean": self._pixels["mean"],
             "std": self._pixels["std"],
         }
-        return hashlib.sha256(json.dumps(choice, sort_keys=True).encode()).hexdigest()[:16]
 
     def build_vision(self) -> Callable[[dict[str, Tensor]], Tensor]:
         """Function from `collate_images` output to the (I, d) vectors of the images, not yet standardised."""
@@ -240,7 +243,7 @@ class VisionBackbone:
 
     def _random_tower(self, config: PretrainedConfig, kind: str, pooler: bool) -> PreTrainedModel:
         with torch.random.fork_rng():
-            torch.manual_seed(RANDOM_SEED)
+            torch.manual_seed(_stock.RANDOM_SEED)
             return _towers.empty_tower(config, kind, pooler).to(self.dtype)
 
     def _loading(self) -> dict[str, Any]:

@@ -94,10 +94,12 @@ class Affine(nn.Module):
 class VisionSide:
     """Mixin of a composed `PreTrainedModel`; its constructor calls `_join_towers` when both towers exist."""
 
-    def _join_towers(self, vision: PreTrainedModel, text: PreTrainedModel) -> None:
+    def _join_towers(self, vision: PreTrainedModel | None, text: PreTrainedModel) -> None:
         config = self.config
         self.vision_model, self.text_model = vision, text
         for tower, key in ((vision, "vision_config"), (text, "text_config")):
+            if tower is None:  # its features are stored
+                continue
             # one object, so that later changes (attention implementation) reach both
             getattr(config, key)._attn_implementation = tower.config._attn_implementation
             tower.config = getattr(config, key)
@@ -105,7 +107,8 @@ class VisionSide:
         zscore = config.feature_norm == "zscore"
         self.feature_norm = Affine(config.feature_mean, config.feature_std, dim=2) if zscore else None
         # Modules as pretrained, without the adapters that come later. The tuple of lists is no submodule to nn.Module.
-        object.__setattr__(self, "_frozen", (list(vision.modules()), list(text.modules())))
+        modules = tuple([] if tower is None else list(tower.modules()) for tower in (vision, text))
+        object.__setattr__(self, "_frozen", modules)
 
     def train(self, mode: bool = True) -> VisionSide:
         """Frozen towers stay in eval mode; adapters inside them and the head follow `mode`."""

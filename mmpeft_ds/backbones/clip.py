@@ -8,6 +8,7 @@ The model is transformers' own CLIPModel or SiglipModel (same parameter names) w
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -59,8 +60,8 @@ class DualEncoderOutput(ModelOutput):
     """What the model returns; the similarity of text t and image i is `logit_scale * text_t . image_i + logit_bias`.
 
     Attributes:
-        image_features: (I, p) unit vectors, at least float32; None without images.
-        text_features: (T, p) unit vectors, at least float32; None without texts.
+        image_features: (I, p), at least float32, unit vectors unless asked otherwise; None without images.
+        text_features: (T, p), likewise; None without texts.
         logit_scale: the checkpoint's (frozen) factor, a number greater than 0; 1 / temperature.
         logit_bias: SigLIP's offset; None for CLIP.
     """
@@ -89,6 +90,7 @@ class DualEncoder(_stock.Publishing):
         image_owner: Tensor | None = None,
         text_owner: Tensor | None = None,
         num_slots: int | None = None,
+        unit: bool = True,
         return_dict: bool | None = None,
         **kwargs: Any,
     ) -> DualEncoderOutput:
@@ -100,6 +102,7 @@ class DualEncoder(_stock.Publishing):
             image_owner, text_owner: slot of each image and text; None: image i and text i belong to slot i. Only a
                 condition needs them.
             num_slots: number of slots; None: as many as needed.
+            unit: give unit vectors; otherwise features as they leave the projections.
             return_dict: accepted for transformers' sake; the output is always a ModelOutput.
         """
         raw = texts = None
@@ -115,10 +118,11 @@ class DualEncoder(_stock.Publishing):
             )
             with conditioned(condition):
                 texts = self.get_text_features(input_ids, attention_mask=attention_mask).pooler_output
+        finish = _unit if unit else _stock.at_least_float32
         return DualEncoderOutput(
-            image_features=None if raw is None else _unit(raw),
-            text_features=None if texts is None else _unit(texts),
-            logit_scale=_at_least_float32(self.logit_scale).exp(),
+            image_features=None if raw is None else finish(raw),
+            text_features=None if texts is None else finish(texts),
+            logit_scale=_stock.at_least_float32(self.logit_scale).exp(),
             logit_bias=getattr(self, "logit_bias", None),
         )
 
@@ -222,6 +226,34 @@ class ClipBackbone:
         """Each tower without a trainable, or its embeddings."""
         return _stock.untrained(model, {"vision_model": "embeddings", "text_model": "embeddings"})
 
+    # as encoders (`backbones.base.Embedding`)
+
+    @property
+    def feature_widths(self) -> tuple[int, int]:
+        """The shared space is as wide for images as for texts."""
+        return (_shared_width(self._config),) * 2
+
+    def embed(self, model: nn.Module, batch: PackedBatch) -> tuple[Tensor | None, Tensor | None]:
+        """(I, p) and (T, p) features of the batch behind the projections, not normalised; None for what it lacks."""
+        out = model(**self.inputs(batch), unit=False)
+        return out.image_features, out.text_features
+
+    def embed_texts(self, model: nn.Module, texts: list[str]) -> Tensor:
+        """(n, p), on the device of the model, without gradient."""
+        return _stock.embed_texts(self, model, texts)
+
+    def logit_scale_of(self, model: nn.Module) -> float:
+        """The checkpoint's 1 / temperature."""
+        return float(model.logit_scale.double().exp())
+
+    def towers_key(self) -> str:
+        """Hash of the weights, the image transform and the length of texts: what features depend on."""
+        o = self.options
+        weights = "random" if o.random_weights else _towers.weights_hash(o.model, WHERE)
+        transform = dataclasses.asdict(self.image_transform(False))
+        pixels = {key: self._pixels[key] for key in ("mean", "std")}
+        return _stock.short_hash([weights, transform, pixels, o.max_text_length])
+
     @property
     def condition_width(self) -> int | None:
         """Width of the shared space, None without a condition."""
@@ -256,9 +288,5 @@ def _shared_width(config: PretrainedConfig) -> int:
     return config.projection_dim if config.model_type == "clip" else config.text_config.projection_size
 
 
-def _at_least_float32(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
-
-
 def _unit(x: Tensor) -> Tensor:
-    return normalize(_at_least_float32(x), dim=-1)
+    return normalize(_stock.at_least_float32(x), dim=-1)

@@ -48,6 +48,19 @@ def make_clip(folder):
     return entry(entry.Options(tiny_clip.write(folder, "clip")), None)
 
 
+def make_dual_encoder(folder):
+    entry = registry.load(backbones, "dual_encoder", "backbone.name")
+    options = entry.Options(
+        vision=tiny_towers.write_vision(folder / "vision", "dinov2"),
+        text=tiny_towers.write_text(folder / "text", "bert"),
+        image_size=8,
+        max_text_length=19,
+        projection="mlp",
+        width=12,
+    )
+    return entry(options, None)
+
+
 def make_blip(folder):
     entry = registry.load(backbones, "blip", "backbone.name")
     return entry(entry.Options(tiny_blip.write(folder, "captioner")), None)
@@ -62,6 +75,7 @@ MAKERS = {
     "vision_text_encoder": make_vision_text_encoder,
     "vision_text_decoder": make_vision_text_decoder,
     "clip": make_clip,
+    "dual_encoder": make_dual_encoder,
     "clip_bart": make_clip_bart,
     "blip": make_blip,
     "mllm": make_mllm,
