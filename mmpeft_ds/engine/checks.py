@@ -36,6 +36,7 @@ def check_values(recipe: Recipe) -> None:
         ("optim.min_lr_ratio", 0 <= optim.min_lr_ratio <= 1, "must lie in [0, 1]"),
         ("optim.clip", optim.clip >= 0, "must be 0 (off) or more"),
         ("optim.accumulation", optim.accumulation >= 1, "must be 1 or more"),
+        ("optim.ewc.strength", 0 <= optim.ewc.strength < float("inf"), "must be 0 or more"),
         ("engine.save_every", engine.save_every >= 0, "must be 0 (at evaluations) or more"),
         ("engine.keep_last", engine.keep_last >= 1, "must be 1 or more"),
         ("engine.eval_every", engine.eval_every >= 0, "must be 0 (every epoch) or more"),

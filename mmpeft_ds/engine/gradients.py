@@ -1,8 +1,10 @@
-"""The gradients that ZeRO holds on this rank between backward and step: their norms, and how to throw them away."""
+"""The gradients that ZeRO holds on this rank between backward and step: their norms, what is added to them, and how to
+throw them away."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,6 +27,77 @@ def held(engine: Any) -> Iterator[tuple[nn.Parameter, Tensor]]:
             yield from zip(optimizer.params_in_partition[index], kept, strict=False)
 
 
+@dataclass
+class Shard:
+    """What this rank's optimizer holds of one trained parameter: n elements of it, flattened, from `start` on.
+
+    Attributes:
+        master: (n,) value that the optimizer steps on.
+        gradient: (n,) gradient, averaged over ranks.
+        partition: of ZeRO-3, the padded tensor that `gradient` is the beginning of.
+    """
+
+    parameter: nn.Parameter
+    start: int
+    master: Tensor
+    gradient: Tensor
+    partition: Tensor | None = None
+
+    def write(self) -> None:
+        """Hand `gradient`, changed in place, back to an optimizer that gave a copy of it, and has taken its norm."""
+        if self.partition is not None:
+            from deepspeed.utils import safe_set_local_grad
+
+            safe_set_local_grad(self.parameter, self.partition)
+
+
+def whole(parameters: Iterable[nn.Parameter]) -> Iterator[Shard]:
+    """Parameters that one process holds whole, as shards; one without a gradient gets one of zeros."""
+    for p in parameters:
+        if p.grad is None:
+            p.grad = torch.zeros_like(p)
+        yield Shard(p, 0, p.detach().view(-1), p.grad.view(-1))
+
+
+def place(engine: Any, parameter: nn.Parameter) -> tuple[int, int]:
+    """(first element, number of elements) of the flattened parameter that this rank's optimizer holds."""
+    stage = engine.zero_optimization_stage()
+    if stage == 0:
+        return 0, parameter.numel()
+    if stage == 3:
+        size = parameter.ds_tensor.ds_numel
+        start = torch.distributed.get_rank(group=parameter.ds_process_group) * size
+        return start, max(0, min(size, parameter.ds_numel - start))  # the rest is padding
+    held_here = parameter._hp_mapping  # None: other ranks hold all of it
+    address = held_here and held_here.lp_fragment_address
+    return (int(address.start), int(address.numel)) if address else (0, 0)
+
+
+def shards(engine: Any) -> Iterator[Shard]:
+    """What this rank's optimizer holds of each trained parameter, after the last backward of a step and before it.
+
+    Stage 0 holds all of each on every rank. What is added to `gradient` there is clipped and stepped on like the rest.
+    """
+    optimizer, stage = engine.optimizer, engine.zero_optimization_stage()
+    if stage == 0:
+        yield from whole(p for group in optimizer.param_groups for p in group["params"])
+    elif stage == 3:
+        from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_grad
+
+        for p in (p for group in optimizer.fp16_groups for p in group):
+            start, n = place(engine, p)
+            partition = safe_get_local_grad(p)
+            yield Shard(p, start, safe_get_local_fp32_param(p)[:n], partition[:n], partition)
+    else:
+        for p, gradient in held(engine):
+            yield Shard(p, place(engine, p)[0], p._hp_mapping.get_hp_fragment(), gradient.view(-1))
+
+
+def replicated(engine: Any) -> bool:
+    """Whether other ranks hold the same gradients, so that a sum over ranks must count them on rank 0 alone."""
+    return engine.zero_optimization_stage() == 0 and engine.global_rank != 0
+
+
 def squared_norms(engine: Any, group_of: dict[int, int], groups: int) -> Tensor:
     """Squared gradient norm per module group of what this rank holds, (groups,) float64; sums over ranks to the whole.
 
@@ -33,7 +106,7 @@ def squared_norms(engine: Any, group_of: dict[int, int], groups: int) -> Tensor:
     """
     norms = torch.zeros(groups, dtype=torch.float64, device=engine.device)
     pairs = list(held(engine))
-    if not pairs or (engine.zero_optimization_stage() == 0 and engine.global_rank != 0):  # replicated: count once
+    if not pairs or replicated(engine):
         return norms
     squares = torch.stack(torch._foreach_norm([g.float() for _, g in pairs])).double() ** 2
     index = torch.tensor([group_of[id(p)] for p, _ in pairs], device=norms.device)

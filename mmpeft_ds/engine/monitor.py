@@ -25,6 +25,7 @@ SCALARS = {
     "loss": "train/loss",
     "lr": "train/lr",
     "grad_norm": "train/grad_norm",
+    "ewc_penalty": "train/ewc_penalty",
     "skipped_total": "train/skipped_steps",
     "epoch": "train/epoch",
     "samples_per_second": "speed/samples_per_second",

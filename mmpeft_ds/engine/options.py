@@ -7,6 +7,24 @@ from typing import Literal
 
 
 @dataclass
+class EwcOptions:
+    """Elastic weight consolidation: stay near the optimum of an earlier task where that task's loss is steep.
+
+    Attributes:
+        file: written by launchers/fisher.py for a run of the earlier task; empty: off.
+        strength: lambda of lambda * sum F (theta - theta*)^2, without a half.
+        start: a new run starts at theta*, where the file knows the parameter.
+        allow_missing: leave parameters free whose shape has changed, such as a head for other classes, and accept
+            that some of the file are not in the model.
+    """
+
+    file: str = ""
+    strength: float = 1.0
+    start: bool = True
+    allow_missing: bool = False
+
+
+@dataclass
 class OptimOptions:
     """Optimiser and schedule (AdamW on the trainable parameters only).
 
@@ -23,6 +41,7 @@ class OptimOptions:
         min_lr_ratio: final learning rate as a share of the peak.
         clip: maximum global gradient norm, 0 = off.
         accumulation: micro-steps per optimizer step; `data.global_batch` is split by it.
+        ewc: elastic weight consolidation towards an earlier task.
     """
 
     lr: float = 1e-3
@@ -37,6 +56,7 @@ class OptimOptions:
     min_lr_ratio: float = 0.0
     clip: float = 1.0
     accumulation: int = 1
+    ewc: EwcOptions = field(default_factory=EwcOptions)
 
 
 @dataclass

@@ -57,12 +57,14 @@ class Built:
         model: the `PeftModel`.
         trainables: parameter name -> parameter, in the model's order.
         stage: ZeRO stage.
+        ewc: what pulls the trainables towards an earlier task (`engine.ewc.Pull`), or None.
     """
 
     engine: Any
     model: nn.Module
     trainables: dict[str, nn.Parameter]
     stage: int
+    ewc: Any = None
 
 
 # ---------------------------------------------------------------------------------------------------- processes

@@ -74,6 +74,7 @@ class Stepper:
         stop_requested: Callable[[], bool] = lambda: False,
     ):
         self.resolved, self.recipe, self.engine = resolved, resolved.recipe, built.engine
+        self.ewc = built.ewc
         self.ranks, self.total, self.state, self.budget = ranks, total, state, budget
         self.stop_requested, self.stopping = stop_requested, False
         self.source_names = titles(resolved.train) if len(resolved.train) > 1 else [""]
@@ -103,7 +104,7 @@ class Stepper:
                 self.budget = before  # the step has not happened
                 raise
         loss, forward_seconds = self.accumulate(step.micro, task, agreed)
-        loss, norms, table = self.reduce(loss, [waited, forward_seconds, *self.memory()])
+        loss, penalty, norms, table = self.reduce(loss, [waited, forward_seconds, *self.memory()])
         norm = math.sqrt(sum(norms))
         lr = learning_rate(self.recipe.optim, state.step - state.skipped_total, self.total)
         applied = math.isfinite(loss) and math.isfinite(norm) and agreed.weight > 0
@@ -130,6 +131,7 @@ class Stepper:
             "step": state.step,
             "epoch": state.epoch,
             "loss": loss,
+            **({"ewc_penalty": penalty} if self.ewc else {}),  # not in the loss
             "lr": lr,
             "grad_norm": norm,
             "samples_per_second": agreed.rows / seconds,
@@ -199,18 +201,20 @@ class Stepper:
                 self.engine.step()  # below the accumulation boundary this only counts the micro-step
         return total / agreed.weight if agreed.weight else total, forward_seconds
 
-    def reduce(self, loss: torch.Tensor, row: list[float]) -> tuple[float, list[float], list[list[float]]]:
-        """One all-reduce after the last backward: loss, squared gradient norm per group, every rank's timing row.
+    def reduce(self, loss: torch.Tensor, row: list[float]) -> tuple[float, float, list[float], list[list[float]]]:
+        """One all-reduce after the last backward: loss, EWC penalty, squared gradient norm per group, all timing rows.
 
         What is not finite on one rank comes out not finite on all, so all of them skip the step together.
         """
+        pulled = self.ewc.add(gradients.shards(self.engine)) if self.ewc else 0.0
+        penalty = 0.0 if gradients.replicated(self.engine) else pulled
         squares = gradients.squared_norms(self.engine, self.group_of, len(self.groups)).tolist()
         table = [0.0] * (len(row) * self.ranks.world_size)
         table[self.ranks.rank * len(row) : (self.ranks.rank + 1) * len(row)] = row
-        summed = collectives.sum_scalars([loss.item(), *squares, *table], self.ranks.device)
-        ends = 1 + len(squares)
+        summed = collectives.sum_scalars([loss.item(), penalty, *squares, *table], self.ranks.device)
+        ends = 2 + len(squares)
         rows = [summed[i : i + len(row)] for i in range(ends, len(summed), len(row))]
-        return summed[0], summed[1:ends], rows
+        return summed[0], summed[1], summed[2:ends], rows
 
     def check_budget(self) -> None:
         """Merge the ranks' counts of bad samples; called only where all of them know that there is a new one."""

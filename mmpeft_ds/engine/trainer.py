@@ -12,7 +12,7 @@ import torch
 from mmpeft_ds import recipe as recipes
 from mmpeft_ds.data.shards import verify_shards
 from mmpeft_ds.data.stream import BadBudget, Step, Stream, StreamSource
-from mmpeft_ds.engine import checkpoint, fingerprint, setup
+from mmpeft_ds.engine import checkpoint, ewc, fingerprint, setup
 from mmpeft_ds.engine.checkpoint import TrainState
 from mmpeft_ds.engine.evaluator import Evaluation, evaluate
 from mmpeft_ds.engine.monitor import Monitor, Observer, Silent, plain
@@ -56,16 +56,20 @@ def _with_stream(resolved: Resolved, ranks: Ranks, run_dir: RunDir, stop: StopFl
         if ranks.rank == 0:
             print(done["table"])
         return 0
+    ewc.check(recipe)
     check_shards(resolved, ranks)
     built = setup.build(resolved, ranks)
     prints = fingerprint.frozen_fingerprint(fingerprint.frozen_tensors(built.model))
     state = TrainState(global_batch=recipe.data.global_batch)
     if run_dir.resume_from is not None:
         state = checkpoint.load(run_dir.resume_from, built.engine, built.trainables, prints)
+    built.ewc = ewc.load(recipe, built, prints, state, fresh=run_dir.resume_from is None)
     run_dir.truncate(state.step)  # to 0 as well: an earlier start may have died before its first checkpoint
     observer: Observer = Silent()
     if ranks.rank == 0:
         observer = Monitor(run_dir.path, recipe.monitor, total, state.step, recipes.to_yaml(recipe))
+    for line in built.ewc.told if built.ewc else ():
+        observer.say(line)
     training = Training(resolved, built, ranks, stream, total, state, run_dir, prints, observer, stop)
     try:
         finished = training.loop()
@@ -270,15 +274,18 @@ def numel(parameter: torch.nn.Parameter) -> int:
 # -------------------------------------------------------------------------------------------------------- data
 
 
-def make_stream(resolved: Resolved, sources: list[ResolvedSource], ranks: Ranks, *, train: bool) -> Stream:
-    """The stream of one rank over `sources`."""
+def make_stream(
+    resolved: Resolved, sources: list[ResolvedSource], ranks: Ranks, *, train: bool, augment: bool | None = None
+) -> Stream:
+    """The stream of one rank over `sources`; `augment` says whether images are transformed as in training, by default
+    where the samples are those of training."""
     recipe, backbone = resolved.recipe, resolved.backbone
     entries = [
         StreamSource(
             manifest=source.manifest,
             split=source.options.split,
             read=source.task.read if train else getattr(source.task, "read_all", source.task.read),
-            image_transform=backbone.image_transform(train),
+            image_transform=backbone.image_transform(train if augment is None else augment),
             collate_images=backbone.collate_images,
             collate_texts=backbone.collate_texts,
             collate_targets=source.task.collate,

@@ -1,0 +1,242 @@
+"""Elastic weight consolidation: the optimum of an earlier task in a file, and the pull towards it in training.
+
+    loss = loss of the new task + strength * sum_k F_k (theta_k - theta*_k)^2
+
+F is the diagonal empirical Fisher of the earlier task (engine/fisher.py), theta* the weights it was taken at. F and
+theta* lie on each rank in the parts that ZeRO gives its gradients; the pull is added after their reduction and before
+the norm is taken, so it is clipped like the rest, and it is no mean over ranks.
+
+Source: Kirkpatrick et al., arXiv 1612.00796, equation 3 (whose lambda / 2 is `strength`); GA-Net, arXiv 2408.00290.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from mmpeft_ds.engine import gradients, zero_state
+from mmpeft_ds.engine.checkpoint import TrainState, fsync
+from mmpeft_ds.engine.fingerprint import base_name
+from mmpeft_ds.engine.options import EwcOptions
+from mmpeft_ds.engine.rank0 import on_rank0, rank, world_size
+from mmpeft_ds.errors import BadInput
+from mmpeft_ds.recipe import Recipe, where
+
+FORMAT = "mmpeft_ds.ewc.1"
+LISTED = 8  # parameter names in one line of the log
+
+
+class Pull:
+    """Adds the gradient of the penalty to gradients.
+
+    Args:
+        strength: lambda.
+
+    Attributes:
+        told: lines for people: which parameters are held and which are free.
+    """
+
+    def __init__(self, strength: float = 1.0):
+        self.strength = strength
+        self.told: list[str] = []
+        self.parts: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def hold(self, parameter: nn.Parameter, fisher: Tensor, anchor: Tensor, start: int = 0, n: int | None = None):
+        """Pull elements `start` to `start + n` of the flattened parameter; the default is all of them.
+
+        Args:
+            fisher, anchor: F and theta* of the whole parameter, in its shape. Copied: an anchor that shares its memory
+                with the weights would move with them, and never pull.
+        """
+        end = None if n is None else start + n
+        copied = (t.detach().reshape(-1)[start:end].clone() for t in (fisher, anchor))
+        self.parts[id(parameter)] = tuple(copied)
+
+    @torch.no_grad()
+    def add(self, shards: Iterable[gradients.Shard]) -> float:
+        """Add 2 * strength * F * (theta - theta*) to the gradients of `shards`.
+
+        Returns:
+            strength * sum F (theta - theta*)^2 over these shards; over those of all ranks it sums to the penalty.
+        """
+        pulled = [s for s in shards if id(s.parameter) in self.parts and s.master.numel()]
+        if not pulled:
+            return 0.0
+        fisher, anchor = zip(*(self.parts[id(s.parameter)] for s in pulled), strict=True)
+        away = torch._foreach_sub([s.master for s in pulled], anchor)
+        pull = torch._foreach_mul(away, fisher)
+        torch._foreach_add_([s.gradient for s in pulled], pull, alpha=2 * self.strength)
+        for shard in pulled:
+            shard.write()
+        terms = [torch.dot(p.double(), a.double()) for p, a in zip(pull, away, strict=True)]
+        return self.strength * torch.stack(terms).sum().item()
+
+
+def load(recipe: Recipe, built: Any, prints: dict[str, str], state: TrainState, fresh: bool) -> Pull | None:
+    """What the recipe's `optim.ewc` asks for, in the parts that this rank holds; None where it asks for nothing.
+
+    A new run starts at theta* unless `optim.ewc.start` is false. Collective.
+
+    Args:
+        built: `engine.setup.Built`.
+        prints: fingerprint of the frozen base.
+        state: remembers which file the run was started with.
+        fresh: whether the run is new, not continued from a checkpoint.
+
+    Raises:
+        BadInput: no such file, of another base, with other shapes, not that of the run; an optimizer offloaded below
+            ZeRO-3.
+    """
+    options, engine, trainables = recipe.optim.ewc, built.engine, built.trainables
+    key = where(recipe, "optim.ewc.file")
+    path = Path(options.file)
+    digest = on_rank0(lambda: _digest(path, key)) if options.file else ""
+    if not fresh and state.extra.get("ewc", "") != digest:
+        raise BadInput(
+            f"{key}: {options.file or 'empty'}: the run was started with another file, or without. Restore it."
+        )
+    if not options.file:
+        return None
+    state.extra["ewc"] = digest
+    if getattr(engine.optimizer, "cpu_offload", False):
+        raise BadInput(f"{key}: with an optimizer offloaded at ZeRO-{built.stage}, use ZeRO-3 or no offload.")
+    shapes = {name: zero_state.full_shape(p) for name, p in trainables.items()}
+    known, told = on_rank0(lambda: _compare(path, key, shapes, prints, options))
+    pull = Pull(options.strength)
+    pull.told = told
+    anchors = []
+    for name in known:
+        parameter = trainables[name]
+        fisher, anchor = _read(path, name, shapes[name], engine.device)
+        pull.hold(parameter, fisher, anchor, *gradients.place(engine, parameter))
+        if options.start and fresh:
+            anchors.append(anchor)
+    if anchors:
+        _start(engine, [trainables[name] for name in known], anchors)
+    return pull
+
+
+def save(
+    path: Path, fisher: dict[str, Tensor], anchor: dict[str, Tensor], base: dict[str, str], facts: dict[str, Any]
+) -> None:
+    """Write F and theta* (whole, on the CPU) as safetensors; the file has its name only when it is complete.
+
+    Args:
+        base: fingerprint of the frozen parameters, see `frozen_parameters`.
+        facts: json-able, where the numbers come from.
+    """
+    tensors = {f"fisher.{n}": t.contiguous() for n, t in fisher.items()}
+    tensors |= {f"anchor.{n}": t.contiguous() for n, t in anchor.items()}
+    partial = path.with_name(f".{path.name}.partial")
+    save_file(tensors, partial, {"format": FORMAT, "base": json.dumps(base), "facts": json.dumps(facts)})
+    fsync(partial)
+    os.replace(partial, path)
+    fsync(path.parent)
+
+
+def frozen_parameters(model: nn.Module, prints: dict[str, str]) -> dict[str, str]:
+    """Of the fingerprint of everything frozen, the parameters: buffers such as class texts go with the task."""
+    names = {base_name(n) for n, p in model.named_parameters() if not p.requires_grad}
+    return {name: value for name, value in prints.items() if name in names}
+
+
+def check(recipe: Recipe) -> None:
+    """Refuse a file that does not exist or is not ours, before anything is built. Collective. Raises BadInput."""
+    if recipe.optim.ewc.file:
+        on_rank0(lambda: _metadata(Path(recipe.optim.ewc.file), where(recipe, "optim.ewc.file")))
+
+
+# ------------------------------------------------------------------------------------------------------- helpers
+
+
+def _metadata(path: Path, key: str) -> dict[str, str]:
+    how = "Write it with launchers/fisher.py --run RUN --out FILE for a run of the earlier task."
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+    except (OSError, SafetensorError) as error:
+        raise BadInput(f"{key}: {path}: cannot be read ({error}). {how}") from error
+    if metadata.get("format") != FORMAT:
+        raise BadInput(f"{key}: {path}: is no file of Fisher information. {how}")
+    return metadata
+
+
+def _digest(path: Path, key: str) -> str:
+    _metadata(path, key)
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _compare(
+    path: Path, key: str, shapes: dict[str, tuple[int, ...]], prints: dict[str, str], options: EwcOptions
+) -> tuple[list[str], list[str]]:
+    """Names that the file holds in the shapes of the model, and lines about the others. Raises BadInput."""
+    metadata = _metadata(path, key)
+    base = json.loads(metadata["base"])
+    wrong = sorted(name for name in base.keys() & prints.keys() if base[name] != prints[name])
+    if wrong or (base and not base.keys() & prints.keys()):
+        first = wrong[0] if wrong else min(base)
+        raise BadInput(
+            f"{key}: {path}: belongs to another base model: frozen weight {first} is {prints.get(first, 'absent')}, "
+            f"was {base[first]}. Give the file of a run on this base."
+        )
+    with safe_open(path, "pt") as file:
+        stored = {
+            name.removeprefix("anchor."): tuple(file.get_slice(name).get_shape())
+            for name in file.keys()  # noqa: SIM118
+            if name.startswith("anchor.")
+        }
+    known = [name for name, shape in shapes.items() if stored.get(name) == shape]
+    changed = [name for name, shape in shapes.items() if name in stored and stored[name] != shape]
+    absent = [name for name in stored if name not in shapes]
+    if not known:
+        raise BadInput(
+            f"{key}: {path}: knows no trained parameter of this model. Use the method that it was made with."
+        )
+    if (changed or absent) and not options.allow_missing:
+        name = (changed or absent)[0]
+        raise BadInput(
+            f"{key}: {path}: {name} has shape {stored[name]} there and {shapes.get(name, 'absent')} here "
+            f"({len(changed) + len(absent)} such). Set optim.ewc.allow_missing: true to leave them free."
+        )
+    new = [name for name in shapes if name not in stored]
+    told = [f"EWC: {len(known)} parameters are held with strength {options.strength:g} ({path})"]
+    for names, what in (
+        (new, "free, not in the file"),
+        (changed, "free, of another shape"),
+        (absent, "not in the model"),
+    ):
+        if names:
+            more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
+            told.append(f"EWC: {what}: {', '.join(names[:LISTED])}{more}")
+    return known, told
+
+
+def _read(path: Path, name: str, shape: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    """F and theta* of one parameter, whole, on every rank; rank 0 reads. Collective."""
+    if rank() == 0:
+        with safe_open(path, "pt") as file:
+            both = torch.stack([file.get_tensor(f"{kind}.{name}") for kind in ("fisher", "anchor")]).to(device)
+    else:
+        both = torch.empty((2, *shape), dtype=torch.float32, device=device)
+    if world_size() > 1:
+        dist.broadcast(both, src=0)
+    return both[0], both[1]
+
+
+def _start(engine: Any, parameters: list[nn.Parameter], values: list[Tensor]) -> None:
+    """Masters and parameters become `values`. Collective."""
+    if engine.zero_optimization_stage() > 0:  # without ZeRO the parameters are the masters
+        for parameter, value in zip(parameters, values, strict=True):
+            zero_state.write_full(engine, parameter, {"weight": value})
+    zero_state.write_parameters(parameters, values)

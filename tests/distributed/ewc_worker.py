@@ -1,0 +1,69 @@
+"""Ranks of test_ewc_ranks.py: Fisher information and a few steps with elastic weight consolidation, case by case.
+
+    deepspeed --num_accelerators 2 ewc_worker.py CASES.json OUT
+
+Each case is {name, stage, ...}; rank 0 writes OUT/NAME.pt with what came out.
+"""
+
+import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch  # noqa: E402
+from distributed.train_worker import own_micro  # noqa: E402
+from engine import tiny  # noqa: E402
+
+from mmpeft_ds.data.stream import BadBudget, Step  # noqa: E402
+from mmpeft_ds.engine import ewc, fisher, gradients, setup, zero_state  # noqa: E402
+from mmpeft_ds.engine.checkpoint import TrainState  # noqa: E402
+from mmpeft_ds.engine.step import Stepper  # noqa: E402
+
+FISHER_STEPS, STEPS = range(30, 34), range(6)
+
+
+def run_case(case: dict, folder: Path, ranks: setup.Ranks) -> dict:
+    recipe = tiny.make_recipe(folder, case["stage"], optim__accumulation=case.get("accumulation", 1))
+    recipe.optim.ewc.file, recipe.optim.ewc.strength = str(folder / "earlier.safetensors"), case["strength"]
+    recipe.optim.ewc.start = case.get("start", True)
+    task = tiny.TinyTask()
+    resolved = tiny.make_resolved(recipe, task)
+    built = setup.build(resolved, ranks)
+    state = TrainState()
+
+    def steps(numbers):
+        for number in numbers:
+            micro = own_micro(tiny.global_slots(number, resolved.backbone), case, ranks)
+            yield Step(0, number, [tiny.pack_slots(slots, resolved.backbone, task) for slots in micro])
+
+    squares, facts = fisher.measure(Stepper(resolved, built, ranks, 10, TrainState(), BadBudget(1.0, 1000)),
+                                    steps(FISHER_STEPS))  # fmt: skip
+    mine = not gradients.replicated(built.engine)
+    measured = {n: squares.whole(p, mine=mine).clone() for n, p in built.trainables.items()}
+    before = {n: zero_state.read_weight(p) for n, p in built.trainables.items()}
+    built.ewc = ewc.load(recipe, built, {}, state, fresh=True)
+    started = {n: zero_state.read_weight(p) for n, p in built.trainables.items()}
+    stepper = Stepper(resolved, built, ranks, 10, state, BadBudget(1.0, 1000))
+    rows = [stepper.take(step, 0.0) for step in steps(STEPS)]
+    after = {n: zero_state.read_weight(p) for n, p in built.trainables.items()}
+    built.engine.destroy()
+    return {"fisher": measured, "facts": facts, "before": before, "started": started, "rows": rows, "weights": after,
+            "told": built.ewc.told}  # fmt: skip
+
+
+def main() -> None:
+    args = [a for a in sys.argv[1:] if not a.startswith("--local_rank")]
+    cases, out = json.loads(Path(args[0]).read_text()), Path(args[1])
+    ranks = setup.start(SimpleNamespace(engine=SimpleNamespace(threads=1), seed=0))
+    for case in cases:
+        result = run_case(case, out, ranks)
+        if ranks.rank == 0:
+            torch.save(result, out / f"{case['name']}.pt")
+            print("case done", case["name"], flush=True)
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
