@@ -73,10 +73,13 @@ def load(path: str | Path, overrides: list[str] | None = None) -> Recipe:
     raw = parse_yaml(text, str(path))
     if not isinstance(raw, dict):
         raise BadInput(f"{path}: holds {_shown(raw)} instead of a mapping. Start from recipes/quickstart.yaml.")
-    keys = []
-    for item in overrides or []:
-        keys.append(_override(raw, item))
-    return from_dict(raw, Origin(str(path), tuple(keys)))
+    return overridden(raw, overrides or [], str(path))
+
+
+def overridden(raw: dict[str, Any], overrides: list[str], name: str = "recipe") -> Recipe:
+    """The recipe of a plain mapping, which is changed, after `a.b=value` overrides; `name` is for error messages."""
+    keys = [_override(raw, item) for item in overrides]
+    return from_dict(raw, Origin(name, tuple(keys)))
 
 
 def from_dict(raw: dict[str, Any], origin: Origin | None = None) -> Recipe:

@@ -262,7 +262,7 @@ class _Loader:
                 yield from features if features.dim() > 2 else (features,)
             return
         min_size = getattr(source.image_transform, "min_size", None) if self.options.decode == "scaled" else None
-        for name in _image_names(parts):
+        for name in image_names(parts):
             yield decode(parts[name], self.options.max_pixels, min_size)
 
 
@@ -349,7 +349,7 @@ def _array(data: bytes) -> Tensor:
         raise BadSample("npy", str(error)) from error
 
 
-def _image_names(parts: dict[str, bytes]) -> list[str]:
+def image_names(parts: dict[str, bytes]) -> list[str]:
     """Names of the images of a sample in order: `jpg`, or `0.jpg`, `1.png`, ..., `10.jpg`."""
 
     def rank(name: str) -> tuple[int, str]:
