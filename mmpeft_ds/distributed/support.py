@@ -1,0 +1,87 @@
+"""Support samples that are spread over ranks: class means, the whole set in one order, and whether ranks agree."""
+
+# n samples of this rank, M of all ranks, C classes
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from mmpeft_ds.distributed.gather import gather_rows
+from mmpeft_ds.distributed.shards import ranks_of
+from mmpeft_ds.errors import AgreedBadInput
+
+
+def class_means(features: Tensor, labels: Tensor, num_classes: int, group: Any = None) -> tuple[Tensor, Tensor]:
+    """Mean of the samples of each class over all ranks, whoever holds them. Collective.
+
+    Args:
+        features: (n, D) of this rank; n may be 0.
+        labels: (n,) int64.
+
+    Returns:
+        (C, D) means in the dtype of `features`, zeros for a class without samples, summed in float64 so that they do
+        not depend on the ranks but for its rounding; and (C,) int64 counts.
+    """
+    sums = torch.zeros(num_classes, features.shape[1], dtype=torch.float64, device=features.device)
+    sums.index_add_(0, labels, features.double())
+    counts = torch.bincount(labels, minlength=num_classes)
+    if ranks_of(group) > 1:
+        dist.all_reduce(sums, group=group)
+        dist.all_reduce(counts, group=group)
+    return (sums / counts.clamp(min=1)[:, None]).to(features.dtype), counts
+
+
+def gather_support(features: Tensor, labels: Tensor, ids: Tensor, group: Any = None) -> tuple[Tensor, Tensor, Tensor]:
+    """All samples on every rank, in an order that does not depend on who held them: by label, then by id. Collective.
+
+    Args:
+        features: (n, ...) of this rank; n may be 0 and differ between ranks.
+        labels, ids: (n,) int64; samples of equal label and id stay in rank order.
+
+    Returns:
+        features (M, ...), labels (M,), ids (M,).
+    """
+    everything = [gather_rows(part, group=group) for part in (features, labels, ids)]
+    order = everything[2].argsort(stable=True)
+    order = order[everything[1][order].argsort(stable=True)]
+    features, labels, ids = (part[order] for part in everything)
+    return features, labels, ids
+
+
+def checksum(tensors: list[Tensor]) -> int:
+    """Of all bits of the tensors, their shapes and order: a signed 64-bit number."""
+    total = 0
+    for tensor in tensors:
+        bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
+        flat = tensor.detach().contiguous().reshape(-1).view(bits).to(torch.int64)
+        # int64 of torch wraps; a factor that differs by position makes the order count
+        factors = torch.arange(len(flat), device=flat.device) * 0x9E3779B1 * 2 + 1
+        for part in (int((flat * factors).sum()), *tensor.shape):
+            total = (total * 1_000_003 + part) % 2**64
+    return total - 2**63
+
+
+def check_agreement(tensors: list[Tensor], what: str, group: Any = None) -> None:
+    """Refuse, on all ranks, tensors that are not the same to the bit on every rank. Collective.
+
+    Args:
+        what: their name in the message.
+
+    Raises:
+        AgreedBadInput: they differ.
+    """
+    if ranks_of(group) == 1:
+        return
+    device = tensors[0].device if tensors else torch.device("cpu")
+    least = torch.tensor(checksum(tensors), dtype=torch.int64, device=device)
+    most = least.clone()
+    dist.all_reduce(least, op=dist.ReduceOp.MIN, group=group)
+    dist.all_reduce(most, op=dist.ReduceOp.MAX, group=group)
+    if int(least) != int(most):
+        raise AgreedBadInput(
+            f"{what}: ranks hold different values. Give every rank the same files, and the same order of samples."
+        )
