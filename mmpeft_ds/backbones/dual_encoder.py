@@ -209,7 +209,7 @@ class DualEncoderBackbone(VisionBackbone):
         """1 / temperature; 1 where towers were only put side by side."""
         if not self.options.model and not hasattr(model, "peft_config"):
             return 1.0
-        return float(_whole(model.logit_scale.log_scale).double().exp())
+        return float(model.logit_scale.log_scale.detach().double().exp())
 
     def towers_key(self) -> str:
         """Hash of weights, image transform, and everything else that features depend on.
@@ -307,13 +307,3 @@ class DualEncoderBackbone(VisionBackbone):
 
 
 ENTRY = DualEncoderBackbone
-
-
-def _whole(parameter: Tensor) -> Tensor:
-    """The value of a parameter that ZeRO-3 may have taken away. Collective there."""
-    if not hasattr(parameter, "ds_id"):
-        return parameter.detach()
-    import deepspeed  # only what DeepSpeed partitioned gets here
-
-    with deepspeed.zero.GatheredParameters([parameter]):
-        return parameter.detach().clone()
