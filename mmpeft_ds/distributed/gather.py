@@ -1,6 +1,6 @@
 """All ranks' rows of a tensor, with the gradient of what every rank does with them."""
 
-# N rows of this rank, M rows of all ranks in rank order
+# B rows of this rank, M rows of all ranks in rank order, N ranks
 
 from __future__ import annotations
 
@@ -10,15 +10,31 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from mmpeft_ds.distributed.counters import record
+
+# torch 2.13 gave these two their present names
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+# other backends sum everything and keep a part
+_SCATTERS = {"nccl", "gloo", "xccl", "hccl"}
+
+
+def group_size(group: Any = None) -> int:
+    """Ranks of a process group; 1 without one."""
+    return dist.get_world_size(group) if dist.is_initialized() else 1
+
+
+def group_rank(group: Any = None) -> int:
+    """This rank in a process group; 0 without one."""
+    return dist.get_rank(group) if dist.is_initialized() else 0
+
 
 def gather_sizes(sizes: list[int], device: torch.device | str, group: Any = None) -> list[list[int]]:
     """The numbers of every rank, in rank order; all ranks give as many. Collective."""
-    if _size(group) == 1:
+    if group_size(group) == 1:
         return [list(sizes)]
     mine = torch.tensor(sizes, dtype=torch.int64, device=device)
-    everyone = [torch.empty_like(mine) for _ in range(_size(group))]
-    dist.all_gather(everyone, mine, group=group)
-    return torch.stack(everyone).tolist()
+    return all_gather(mine, group).tolist()
 
 
 def gather_rows(x: Tensor, counts: list[int] | None = None, group: Any = None) -> Tensor:
@@ -26,41 +42,73 @@ def gather_rows(x: Tensor, counts: list[int] | None = None, group: Any = None) -
 
     The gradient of a rank's rows is the SUM over ranks of what each found for them, undivided: with losses that are
     this rank's share of one sum, averaged or summed over ranks afterwards, it is that of a single rank with all rows.
-    All ranks must take part in the backward, also one whose loss does not depend on the rows (times 0).
+    All ranks must take part in the backward, also one whose loss does not depend on the rows (times 0), and `x` must
+    need gradient on all ranks or on none. The backward is a reduce-scatter; half precision is summed in float32.
 
     Args:
-        x: (N, ...); ranks may have different N, also 0, but equal other sizes.
-        counts: N of every rank, where it is known already.
+        x: (B, ...); ranks may have different B, also 0, but equal other sizes.
+        counts: B of every rank, where it is known already; else one more small collective finds it.
         group: process group; None = all ranks. Without a process group, or alone in it, `x` itself is returned.
 
     Returns:
         (M, ...).
+
+    Source: GA-Net across ranks, scheme S; arXiv 2408.00290 has one device only.
     """
-    if _size(group) == 1:
+    if group_size(group) == 1:
         return x
     counts = [n for (n,) in gather_sizes([len(x)], x.device, group)] if counts is None else counts
     return _Gather.apply(x, counts, group)
+
+
+def all_gather(x: Tensor, group: Any = None) -> Tensor:
+    """Equal tensors of N ranks stacked: (N, *x.shape). Collective, without gradient."""
+    ranks = group_size(group)
+    x = x.detach().contiguous()
+    # no backend of ours moves booleans everywhere; the bits are the same
+    wire = x.view(torch.uint8) if x.dtype == torch.bool else x
+    everyone = wire.new_empty(ranks * wire.numel())
+    with record("all_gather", (ranks - 1) * wire.nbytes, x.device):
+        _all_gather(everyone, wire.reshape(-1), group=group)
+    return everyone.view(x.dtype).view(ranks, *x.shape)
 
 
 class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, counts: list[int], group: Any) -> Tensor:
         ctx.counts, ctx.group = counts, group
-        most = max(counts)
-        padded = x.new_zeros(most, *x.shape[1:])
-        padded[: len(x)] = x
-        everyone = [torch.empty_like(padded) for _ in counts]
-        dist.all_gather(everyone, padded, group=group)
+        everyone = all_gather(_pad(x, _most(counts)), group)
         return torch.cat([rows[:count] for rows, count in zip(everyone, counts, strict=True)])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        total = grad.contiguous().clone()
-        dist.all_reduce(total, group=ctx.group)
-        rank = dist.get_rank(ctx.group)
-        start = sum(ctx.counts[:rank])
-        return total[start : start + ctx.counts[rank]], None, None
+        most, mine = _most(ctx.counts), ctx.counts[group_rank(ctx.group)]
+        summed = torch.float32 if grad.dtype in (torch.float16, torch.bfloat16) else grad.dtype
+        shares = torch.cat([_pad(part, most) for part in grad.to(summed).split(ctx.counts)])
+        return _sum_of_share(shares, most, ctx.group)[:mine].to(grad.dtype), None, None
 
 
-def _size(group: Any) -> int:
-    return dist.get_world_size(group) if dist.is_initialized() else 1
+def _sum_of_share(shares: Tensor, size: int, group: Any) -> Tensor:
+    """Sum over ranks of this rank's `size` rows of (N size, ...)."""
+    ranks, shares = group_size(group), shares.contiguous()
+    if dist.get_backend(group) in _SCATTERS:
+        out = shares.new_empty(size, *shares.shape[1:])
+        with record("reduce_scatter", (ranks - 1) * out.nbytes, shares.device):
+            _reduce_scatter(out, shares, op=dist.ReduceOp.SUM, group=group)
+        return out
+    with record("all_reduce", 2 * (ranks - 1) * shares.nbytes // ranks, shares.device):
+        dist.all_reduce(shares, group=group)
+    return shares.narrow(0, group_rank(group) * size, size)
+
+
+def _most(counts: list[int]) -> int:
+    """Rows that every rank sends: at least one, so that no backend meets an empty tensor."""
+    return max(1, max(counts))
+
+
+def _pad(x: Tensor, rows: int) -> Tensor:
+    if len(x) == rows:
+        return x
+    padded = x.new_zeros(rows, *x.shape[1:])
+    padded[: len(x)] = x
+    return padded

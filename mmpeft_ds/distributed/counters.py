@@ -1,0 +1,95 @@
+"""What collectives cost: how often each kind ran, the bytes it received, the time it took."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+
+
+@dataclass
+class Traffic:
+    """Collectives seen while counting.
+
+    Attributes:
+        calls: number of collectives of each kind, such as `all_gather`, `reduce_scatter`, `all_reduce`, `shift`.
+        bytes: what this rank received for each kind, as a ring passes it round: (N - 1) shares for a gather or a
+            reduce-scatter, 2 (N - 1) / N of the tensor for an all-reduce. As much is sent.
+    """
+
+    calls: dict[str, int] = field(default_factory=lambda: defaultdict(int))
+    bytes: dict[str, int] = field(default_factory=lambda: defaultdict(int))
+    _seconds: float = 0.0
+    _events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = field(default_factory=list)
+
+    @property
+    def total_calls(self) -> int:
+        """Collectives of all kinds."""
+        return sum(self.calls.values())
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes received in all kinds."""
+        return sum(self.bytes.values())
+
+    @property
+    def seconds(self) -> float:
+        """Time in collectives, waiting for other ranks included; on a GPU this waits for those that still run."""
+        for began, ended in self._events:
+            ended.synchronize()
+            self._seconds += began.elapsed_time(ended) / 1000
+        self._events.clear()
+        return self._seconds
+
+
+_OPEN: list[Traffic] = []
+
+
+@contextmanager
+def counted(traffic: Traffic | None = None) -> Iterator[Traffic]:
+    """Count the collectives of this package's gathers and graphs, backward ones too, until the block ends.
+
+    Args:
+        traffic: counts are added to it; None = a new one. Blocks may be nested: each counts.
+    """
+    traffic = Traffic() if traffic is None else traffic
+    _OPEN.append(traffic)
+    try:
+        yield traffic
+    finally:
+        # by identity: two counts that are equal are not the same
+        _OPEN.pop(next(i for i in reversed(range(len(_OPEN))) if _OPEN[i] is traffic))
+
+
+@contextmanager
+def record(kind: str, received: int, device: torch.device) -> Iterator[None]:
+    """Around one collective: tells every open count of it.
+
+    Args:
+        kind: its name.
+        received: bytes that this rank receives.
+        device: where its tensors are; GPU work is timed by events, so nothing waits here.
+    """
+    if not _OPEN:
+        yield
+        return
+    events = None
+    if device.type == "cuda":
+        events = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        events[0].record(torch.cuda.current_stream(device))
+    began = time.perf_counter()
+    yield
+    seconds = time.perf_counter() - began
+    if events is not None:
+        events[1].record(torch.cuda.current_stream(device))
+    for traffic in _OPEN:
+        traffic.calls[kind] += 1
+        traffic.bytes[kind] += received
+        if events is None:
+            traffic._seconds += seconds
+        else:
+            traffic._events.append(events)

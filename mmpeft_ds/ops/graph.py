@@ -1,0 +1,224 @@
+"""Cosine similarity between samples, and which pairs of them a threshold makes neighbours. No gradient anywhere."""
+
+# B own rows, n rows of a block of columns, M all rows, D feature width, P pairs
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mmpeft_ds.ops import bits as packed
+
+# Similarities held at a time. On a CPU a tile stays in the cache; a GPU wants work.
+CHUNK = {"cpu": 2**19, "other": 2**25}
+# Values of the pairs that are computed again at a time.
+_PAIR_VALUES = 2**22
+
+
+@contextmanager
+def exact_float32() -> Iterator[None]:
+    """Matrix products keep all bits of float32: no TF32, no bfloat16 passes, no autocast, whatever is set outside."""
+    settings = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+    before = [setting.fp32_precision for setting in settings]
+    with torch.autocast("cuda", enabled=False), torch.autocast("cpu", enabled=False):
+        try:
+            for setting in settings:
+                setting.fp32_precision = "ieee"
+            yield
+        finally:
+            for setting, value in zip(settings, before, strict=True):
+                setting.fp32_precision = value
+
+
+def similarity_dtype(x: Tensor) -> torch.dtype:
+    """In which precision rows are compared: float64 stays, all else float32."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def unit_rows(x: Tensor) -> Tensor:
+    """Rows of length 1 in `similarity_dtype`; a row of zeros, or one that is not finite, becomes zeros. (n, D)."""
+    x = x.detach().to(similarity_dtype(x))
+    length = torch.linalg.vector_norm(x, dim=1, keepdim=True)
+    usable = (length > 0) & length.isfinite()
+    return torch.where(usable, x / torch.where(usable, length, 1.0), 0.0)
+
+
+def unit_parts(parts: list[Tensor]) -> Tensor:
+    """Modalities (n, Di) side by side, each of length 1: (n, sum of Di).
+
+    The cosine of two such rows is the mean of the modalities' cosines, so the modality with larger norms does not
+    decide alone. A modality that a sample lacks is a row of zeros.
+
+    Source: GA-Net, arXiv 2408.00290, whose released code compares the plain concatenation.
+    """
+    return torch.cat([unit_rows(part) for part in parts], 1)
+
+
+def cosines(a: Tensor, b: Tensor) -> Tensor:
+    """Cosine of each pair of rows of (P, D) and (P, D), float64 (P,), the same bits wherever the pair stands.
+
+    The value does not depend on other pairs nor on the order of the two, unlike an entry of a matrix product. Equal
+    rows give exactly 1, and rows of small integers the nearest float64 to their cosine. 0 where a row is zero or not
+    finite.
+    """
+    out = a.new_empty(len(a), dtype=torch.float64)
+    step = max(1, _PAIR_VALUES // max(1, a.shape[1]))
+    for start in range(0, len(a), step):
+        p, q = (rows[start : start + step].double() for rows in (a, b))
+        length = ((p * p).sum(1) * (q * q).sum(1)).sqrt()
+        usable = (length > 0) & length.isfinite()
+        out[start : start + step] = torch.where(usable, (p * q).sum(1) / torch.where(usable, length, 1.0), 0.0)
+    return out
+
+
+@dataclass
+class Rows:
+    """Samples to compare: `raw` (n, D) in their own dtype, `unit` (n, D), and the `start` position of the first."""
+
+    raw: Tensor
+    unit: Tensor
+    start: int
+
+    @classmethod
+    def of(cls, raw: Tensor, start: int = 0) -> Rows:
+        """Rows of any scale whose first stands at position `start` among all M."""
+        return cls(raw.detach(), unit_rows(raw), start)
+
+    def __len__(self) -> int:
+        return len(self.raw)
+
+    def __getitem__(self, part: slice) -> Rows:
+        return Rows(self.raw[part], self.unit[part], self.start + part.indices(len(self))[0])
+
+
+def margin(rows: Rows) -> float:
+    """How far a product of unit rows may be from the cosine: four standard deviations of its rounding, at worst."""
+    return math.sqrt(max(64, rows.unit.shape[1])) * torch.finfo(rows.unit.dtype).eps
+
+
+def products(own: Rows, block: Rows) -> Tensor:
+    """Cosines of all pairs to within `margin`, (B, n)."""
+    with exact_float32():
+        return own.unit @ block.unit.mT
+
+
+def above(own: Rows, block: Rows, tau: float) -> Tensor:
+    """Which pairs of a tile have a cosine above `tau`, strictly: (B, n) bool.
+
+    A product of matrices rounds differently in tiles of different shapes, so pairs within `margin` of `tau` are
+    decided by `cosines`: the answer for a pair is the same in any tile and on any rank.
+    """
+    excess = products(own, block).sub_(tau)
+    mask = excess > 0
+    close = (excess.abs_() <= margin(own)).nonzero(as_tuple=True)
+    if len(close[0]):
+        mask[close] = cosines_at(own, block, *close) > tau
+    return mask
+
+
+def cosines_at(own: Rows, block: Rows, row: Tensor, column: Tensor) -> Tensor:
+    """`cosines` of the pairs (row, column), (P,)."""
+    out = torch.empty(len(row), dtype=torch.float64, device=row.device)
+    step = max(1, _PAIR_VALUES // max(1, own.raw.shape[1]))
+    for start in range(0, len(row), step):
+        part = slice(start, start + step)
+        out[part] = cosines(own.raw[row[part]], block.raw[column[part]])
+    return out
+
+
+def default_chunk(device: torch.device) -> int:
+    """Similarities to hold at a time on a device."""
+    return CHUNK.get(device.type, CHUNK["other"])
+
+
+# ------------------------------------------------------------------------------------------------ threshold graph
+
+
+def decide_pairs(own: Rows, block: Rows, total: int, tau: float, bits: Tensor, chunk: int | None = None) -> None:
+    """Set the bits of the pairs of `own` with `block` that are above `tau` and that `own` decides.
+
+    Of the pair {i, j} of the M positions the one decides that the other follows by at most M / 2, round the circle:
+    every pair is decided once, all ranks do equal work, and half of the similarities are never computed.
+
+    Args:
+        own, block: rows with their positions.
+        total: M.
+        tau: threshold; equality does not make an edge.
+        bits: packed (B, ceil(M / 8)) uint8, changed in place.
+        chunk: similarities to hold at a time; None = by device.
+
+    Source: GA-Net, arXiv 2408.00290, the undirected graph of cosines above 0.7.
+    """
+    chunk = chunk or default_chunk(own.raw.device)
+    height = max(1, min(len(own), math.isqrt(chunk // 2)))
+    for top in range(0, len(own), height):
+        rows = own[top : min(top + height, len(own))]
+        for left, right in _decided_columns(rows, block, total):
+            for at in range(left, right, max(1, chunk // height)):
+                columns = block[at - block.start : min(at + max(1, chunk // height), right) - block.start]
+                mask = above(rows, columns, tau)
+                if not _decides_all(rows, columns, total):
+                    mask &= _decides(rows, columns, total)
+                packed.set_bits(bits[top : top + len(rows)], columns.start, mask)
+
+
+def _decided_columns(rows: Rows, block: Rows, total: int) -> Iterator[tuple[int, int]]:
+    """Stretches of the block's positions in which some of the rows decides."""
+    first, end = rows.start + 1, min(rows.start + len(rows) + total // 2, rows.start + 1 + total)
+    for turn in (0, total):
+        left, right = max(first - turn, block.start), min(end - turn, block.start + len(block))
+        if left < right:
+            yield left, right
+
+
+def _decides_all(rows: Rows, columns: Rows, total: int) -> bool:
+    nearest = (columns.start - (rows.start + len(rows) - 1)) % total
+    return nearest > 0 and 2 * (nearest + len(rows) + len(columns) - 2) < total
+
+
+def _decides(rows: Rows, columns: Rows, total: int) -> Tensor:
+    """(rows, columns) bool, which pairs the rows decide."""
+    device = rows.raw.device
+    i = torch.arange(rows.start, rows.start + len(rows), device=device)[:, None]
+    ahead = (torch.arange(columns.start, columns.start + len(columns), device=device) - i) % total
+    # half way round both would: the earlier one does
+    return (ahead > 0) & ((2 * ahead < total) | ((2 * ahead == total) & (2 * i < total)))
+
+
+def symmetric_edges(bits: Tensor, rows: slice, chunk: int | None = None) -> tuple[Tensor, Tensor]:
+    """Edges of A or A^T and one self-loop, for some rows of the packed matrix A of all M nodes.
+
+    Args:
+        bits: (M, ceil(M / 8)) uint8.
+        rows: positions of the targets.
+        chunk: entries to unpack at a time.
+
+    Returns:
+        source position and target position, (E,) int64 each, by target, then by source.
+    """
+    total = len(bits)
+    height = max(8, (chunk or default_chunk(bits.device)) // max(1, total))
+    sources, targets = [], []
+    for top in range(rows.start, rows.stop, height):
+        bottom = min(top + height, rows.stop)
+        edge = packed.unpack(bits[top:bottom])[:, :total]
+        first = top // 8
+        turned = packed.unpack(bits[:, first : -(-bottom // 8)])[:, top - 8 * first : bottom - 8 * first]
+        edge |= turned.T
+        own = torch.arange(bottom - top, device=bits.device)
+        edge[own, own + top] = True
+        target, source = edge.nonzero(as_tuple=True)
+        sources.append(source)
+        targets.append(target + top)
+    none = torch.zeros(0, dtype=torch.int64, device=bits.device)
+    return (torch.cat(sources), torch.cat(targets)) if sources else (none, none)
+
+
+def symmetric_degrees(bits: Tensor) -> Tensor:
+    """Row sums of A or A^T with one self-loop, (M,) int64; no pair may be set both ways in `bits`."""
+    return packed.row_counts(bits) + packed.column_counts(bits)[: len(bits)] + 1

@@ -1,0 +1,171 @@
+"""The k most similar samples of each row, without the matrix of all similarities."""
+
+# B own rows, n rows of a block of columns, D feature width, K candidates kept for a row
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mmpeft_ds.ops.graph import Rows, cosines_at, default_chunk, margin, products
+
+# Candidates beyond k: nearly equal ones are told apart by their exact cosine, without a second pass.
+SPARE = 8
+
+
+@dataclass
+class Nearest:
+    """Best hits of B rows, by descending cosine, equal cosines by ascending key.
+
+    Attributes:
+        position: (B, k) int64, -1 where there are fewer than k.
+        cosine: (B, k) float64, -inf there; `cosines` where that decides something, else to within `margin`.
+        key: (B, k) int64, of the hit.
+    """
+
+    position: Tensor
+    cosine: Tensor
+    key: Tensor
+
+    def merge(self, other: Nearest) -> Nearest:
+        """The best of two blocks; both must have been found with `exact`."""
+        joined = Nearest(*(torch.cat(pair, 1) for pair in zip(self._columns(), other._columns(), strict=True)))
+        return joined._best(self.position.shape[1])
+
+    def _columns(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.position, self.cosine, self.key
+
+    def _best(self, k: int) -> Nearest:
+        order = _by_cosine_then_key(self.cosine, self.key)[:, :k]
+        return Nearest(*(column.gather(1, order) for column in self._columns()))
+
+
+def nearest(
+    own: Rows,
+    block: Rows,
+    keys: Tensor,
+    k: int,
+    *,
+    tau: float | None = None,
+    with_self: bool = False,
+    exact: bool = False,
+    chunk: int | None = None,
+) -> Nearest:
+    """The k rows of a block that are most similar to each own row. Memory O(B k + chunk).
+
+    Which rows are chosen depends on their exact cosines and keys alone: not on the size of a tile, nor on the order
+    of the block. Only rows whose candidates are too close to call in float32 are looked at again.
+
+    Args:
+        own, block: rows with their positions.
+        keys: (n,) int64, one for each row of the block; of equal cosines the smaller key comes first.
+        k: hits of a row.
+        tau: if given, the cosines that are returned lie on the right side of it.
+        with_self: a row may be its own hit.
+        exact: all returned cosines are exact, so that blocks can be merged.
+        chunk: similarities to hold at a time; None = by device.
+
+    Source: GA-Net, arXiv 2408.00290 (journal version), an exact inner-product search.
+    """
+    chunk = chunk or default_chunk(own.raw.device)
+    if not len(own) or not len(block):
+        nothing = torch.full((len(own), k), -1, dtype=torch.int64, device=own.raw.device)
+        return Nearest(nothing, torch.full_like(nothing, -math.inf, dtype=torch.float64), torch.zeros_like(nothing))
+    parts = [
+        _nearest_of_rows(own[part], block, keys, k, tau, with_self, exact, chunk)
+        for part in _blocks(len(own), math.isqrt(chunk // 2))
+    ]
+    return Nearest(*(torch.cat(columns) for columns in zip(*(part._columns() for part in parts), strict=True)))
+
+
+def _nearest_of_rows(
+    own: Rows, block: Rows, keys: Tensor, k: int, tau: float | None, with_self: bool, exact: bool, chunk: int
+) -> Nearest:
+    kept = k + SPARE
+    values, columns = _candidates(own, block, kept, with_self, chunk)
+    near = 2 * margin(own)
+    cosine = values.double()
+    missing = values == -math.inf
+    last = values[:, k - 1 : k]
+    # the k-th and the one after it cannot be told apart; or the two first, of which a search drops one
+    unsure = _close(last, values[:, k : k + 1], near)
+    if with_self:
+        unsure |= _close(values[:, :1], values[:, 1:2], near)
+    needed = unsure[:, None] & ~missing
+    if tau is not None:
+        needed |= (values - tau).abs() <= near
+    if exact:
+        needed |= ~missing
+    row, slot = needed.nonzero(as_tuple=True)
+    cosine[row, slot] = cosines_at(own, block, row, columns[row, slot])
+    found = Nearest(
+        torch.where(missing, -1, columns + block.start), cosine, torch.where(missing, 0, keys[columns])
+    )._best(k)
+    # so many nearly equal that some may not be among the candidates
+    crowded = _close(last, values[:, -1:], near).nonzero().flatten()
+    if len(block) > kept and len(crowded):
+        step = max(1, chunk // len(block))
+        for some in crowded.split(step):
+            again = _all_of_rows(own, some, block, keys, k, last[some] - near, with_self)
+            for mine, new in zip(found._columns(), again._columns(), strict=True):
+                mine[some] = new
+    return found
+
+
+def _candidates(own: Rows, block: Rows, kept: int, with_self: bool, chunk: int) -> tuple[Tensor, Tensor]:
+    """The `kept` largest products of each row and their columns, padded with -inf and 0."""
+    values = own.unit.new_full((len(own), kept), -math.inf)
+    columns = torch.zeros(len(own), kept, dtype=torch.int64, device=values.device)
+    for part in _blocks(len(block), max(1, chunk // len(own))):
+        tile = _without_self(products(own, block[part]), own, block[part], with_self)
+        best, at = tile.topk(min(kept, tile.shape[1]))
+        values, order = torch.cat([values, best], 1).topk(kept)
+        columns = torch.cat([columns, at + part.start], 1).gather(1, order)
+    return values, columns
+
+
+def _without_self(tile: Tensor, own: Rows, block: Rows, with_self: bool) -> Tensor:
+    if not with_self:
+        first, end = max(own.start, block.start), min(own.start + len(own), block.start + len(block))
+        if first < end:
+            shared = torch.arange(first, end, device=tile.device)
+            tile[shared - own.start, shared - block.start] = -math.inf
+    return tile
+
+
+def _all_of_rows(
+    own: Rows, rows: Tensor, block: Rows, keys: Tensor, k: int, floor: Tensor, with_self: bool
+) -> Nearest:
+    """As `nearest`, from the exact cosines of everything above `floor`, (rows, 1)."""
+    some = Rows(own.raw[rows], own.unit[rows], -1)
+    tile = products(some, block)
+    inside = rows + own.start - block.start
+    mine = (inside >= 0) & (inside < len(block))
+    if not with_self:
+        tile[mine.nonzero().flatten(), inside[mine]] = -math.inf
+    row, column = (tile >= floor).nonzero(as_tuple=True)
+    cosine = torch.full(tile.shape, -math.inf, dtype=torch.float64, device=tile.device)
+    cosine[row, column] = cosines_at(some, block, row, column)
+    position = torch.arange(block.start, block.start + len(block), device=tile.device).expand(tile.shape)
+    found = Nearest(position, cosine, keys.expand(tile.shape))._best(k)
+    return Nearest(torch.where(found.cosine == -math.inf, -1, found.position), found.cosine, found.key)
+
+
+def _by_cosine_then_key(cosine: Tensor, key: Tensor) -> Tensor:
+    by_key = key.argsort(dim=1, stable=True)
+    return by_key.gather(1, cosine.gather(1, by_key).argsort(dim=1, descending=True, stable=True))
+
+
+def _close(a: Tensor, b: Tensor, near: float) -> Tensor:
+    """(B,) bool, whether two columns of candidates, both there, differ by at most `near`."""
+    if not b.shape[1]:
+        return torch.zeros(len(a), dtype=torch.bool, device=a.device)
+    return ((a - b).abs() <= near).flatten()
+
+
+def _blocks(length: int, size: int) -> list[slice]:
+    size = max(1, size)
+    return [slice(start, min(start + size, length)) for start in range(0, length, size)]
