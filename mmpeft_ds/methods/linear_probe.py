@@ -1,0 +1,123 @@
+"""Linear probe: logistic regression on image features, as CoOp's few-shot tables have it (Zhou et al., IJCV 2022,
+arXiv 2109.01134; Radford et al., arXiv 2103.00020)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cache
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from mmpeft_ds.errors import BadInput
+from mmpeft_ds.methods._few_shot import at_least, one_of
+from mmpeft_ds.methods._head import Head, HeadConfig, HeadMethod, HeadTuner
+from mmpeft_ds.ops.logistic import logistic_regression, search_strength
+from mmpeft_ds.sites.features import Features, Labelled, Scores
+
+
+@dataclass
+class LinearProbeConfig(HeadConfig):
+    """Solved once (`lbfgs`), or trained like any other head (`gradient`)."""
+
+    method: ClassVar[str] = "linear_probe"
+
+    solver: str = field(
+        default="lbfgs",
+        metadata={"help": "`lbfgs` solves for all training rows at once; `gradient` trains step by step."},
+    )
+    strength: float | None = field(
+        default=None,
+        metadata={"help": "C of the regression, 1 / weight of its penalty; default: searched on validation."},
+    )
+    halvings: int = field(default=8, metadata={"help": "Halvings of the search of C behind its coarse grid."})
+    max_iter: int = field(default=1000, metadata={"help": "Iterations of L-BFGS at most."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        one_of(self, "solver", ("lbfgs", "gradient"))
+        if self.strength is not None and not 0 < self.strength < float("inf"):
+            raise BadInput(f"linear_probe: strength: must be above 0, got {self.strength}.")
+        at_least(self, "halvings", 0)
+        at_least(self, "max_iter", 1)
+
+    @property
+    def gradient_free(self) -> bool:
+        return self.solver == "lbfgs"
+
+
+class LinearProbeHead(Head):
+    """logits = z W^T + b on features as they are; W and b are zero at first. It reads nothing of the bank."""
+
+    def __init__(self, config: LinearProbeConfig, base: object):
+        super().__init__(config, base)
+        weight, bias = torch.zeros(self.bank.num_classes, base.image_width), torch.zeros(self.bank.num_classes)
+        if config.gradient_free:
+            self.calibrated = ("weight", "bias")
+            self.register_buffer("weight", weight)
+            self.register_buffer("bias", bias)
+        else:
+            self.weight, self.bias = nn.Parameter(weight), nn.Parameter(bias)
+
+    def forward(self, features: Features) -> Scores:
+        return Scores(nn.functional.linear(features.image.to(self.weight.dtype), self.weight, self.bias))
+
+    def calibrate(self, train: Labelled, validation: Labelled | None) -> dict[str, float]:
+        """Solve for W and b on the training rows, with the C that is right most often on validation.
+
+        Raises:
+            BadInput: if C has to be searched and there is no validation split, or no row to fit.
+        """
+        if not self.config.gradient_free:
+            return {}
+        x, y = train.features.image[train.features.valid], train.labels[train.features.valid]
+        if not len(y):
+            raise BadInput("linear_probe: there is no training row to fit. See data.sources.")
+
+        @cache
+        def solved(strength: float) -> tuple[Tensor, Tensor]:
+            return logistic_regression(x, y, self.bank.num_classes, strength, self.config.max_iter)
+
+        strength, told = self.config.strength, {}
+        if strength is None:
+            if validation is None:
+                raise BadInput(
+                    "linear_probe: C is searched on validation, and the recipe names none. Give data.validation, or "
+                    "set method.strength."
+                )
+            rows = validation.features.valid
+            held_out, labels = validation.features.image[rows].double(), validation.labels[rows]
+
+            def accuracy(strength: float) -> float:
+                weight, bias = solved(strength)
+                return ((held_out @ weight.T + bias).argmax(1) == labels).double().mean().item()
+
+            strength, told["validation_accuracy"] = search_strength(accuracy, self.config.halvings)
+        weight, bias = solved(strength)
+        self.weight.copy_(weight)
+        self.bias.copy_(bias)
+        return {"strength": strength, **told}
+
+    def export(self) -> dict[str, Tensor]:
+        """`weight` (C, D) and `bias` (C,): logits = z weight^T + bias, z as it is."""
+        return {"weight": self.weight.detach(), "bias": self.bias.detach()}
+
+
+class LinearProbeTuner(HeadTuner):
+    """Tuner with the verbs of every peft tuner."""
+
+    prefix = "linear_probe_"
+    head_class = LinearProbeHead
+
+
+class LinearProbe(HeadMethod):
+    """The method entry: what recipes and the engine use."""
+
+    peft_type = "LINEAR_PROBE"
+    Config = LinearProbeConfig
+    Tuner = LinearProbeTuner
+    prefix = LinearProbeTuner.prefix
+
+
+ENTRY = LinearProbe

@@ -1,0 +1,150 @@
+"""Tip-Adapter and Tip-Adapter-F: a cache of labelled images votes beside the class texts (Zhang et al., ECCV 2022,
+arXiv 2111.03930)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import normalize
+
+from mmpeft_ds.errors import BadInput
+from mmpeft_ds.methods._few_shot import Remembered, at_least, unit_ensemble, wide
+from mmpeft_ds.methods._head import Head, HeadConfig, HeadMethod, HeadTuner
+from mmpeft_ds.ops import cache_affinity
+from mmpeft_ds.sites.features import Features, Labelled, Scores
+
+
+@dataclass
+class TipAdapterConfig(HeadConfig):
+    """Defaults are those published for ImageNet; docs/methods/few_shot_baselines.md has the other data sets."""
+
+    method: ClassVar[str] = "tip_adapter"
+
+    train_keys: bool = field(default=False, metadata={"help": "Train the keys of the cache (Tip-Adapter-F)."})
+    text: bool = field(default=True, metadata={"help": "Add the votes to zero-shot logits; false: the cache alone."})
+    alpha: float = field(default=1.17, metadata={"help": "Weight of the cache before the search, and in training."})
+    beta: float = field(default=1.0, metadata={"help": "Sharpness of the votes before the search, and in training."})
+    search: bool = field(
+        default=True, metadata={"help": "Search alpha and beta on the validation split, after training the keys."}
+    )
+    max_alpha: float = field(default=3.0, metadata={"help": "End of the grid of alpha, never reached."})
+    max_beta: float = field(default=7.0, metadata={"help": "End of the grid of beta, never reached."})
+    alpha_steps: int = field(default=20, metadata={"help": "Values of alpha, from 0.1."})
+    beta_steps: int = field(default=200, metadata={"help": "Values of beta, from 0.1."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for key in ("alpha", "beta"):
+            at_least(self, key, 0)
+            at_least(self, f"max_{key}", 0.1)
+            at_least(self, f"{key}_steps", 1)
+
+    @property
+    def gradient_free(self) -> bool:
+        return not self.train_keys
+
+
+class TipAdapterHead(Head):
+    """logits = tau u(z) T^T + alpha sum over cache rows of their class of exp(-beta (1 - u(z) key)).
+
+    T is the ensemble of unit templates; keys are unit vectors, the mean over augmented passes of each support sample.
+    Trained keys are not brought back to unit length, as in the published code. That code writes 100 for tau.
+    """
+
+    calibrated = ("alpha", "beta")
+
+    def __init__(self, config: TipAdapterConfig, base: object):
+        super().__init__(config, base)
+        self._once = Remembered()
+        support = wide(self.bank.support)
+        if config.train_keys:
+            self.keys = nn.Parameter(self._frozen_keys().clone())
+        for name in self.calibrated:
+            # in float64 the grid's values stay what they are
+            value = torch.tensor(getattr(config, name), dtype=torch.float64, device=support.device)
+            self.register_buffer(name, value)
+
+    @classmethod
+    def needed(cls, config: TipAdapterConfig) -> tuple[str, ...]:
+        return ("text", "support") if config.text else ("support",)
+
+    def _frozen_keys(self) -> Tensor:
+        return self._once.get("keys", lambda _: normalize(wide(self.bank.cache), dim=-1), self.bank.support)
+
+    def _parts(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, C) zero-shot logits, or zeros, and (M, B) products of keys and queries."""
+        keys = self.keys if self.config.train_keys else self._frozen_keys()
+        unit = normalize(image.to(keys.dtype), dim=-1)
+        if self.config.text:
+            text = self._once.get("text", lambda texts: unit_ensemble(wide(texts)), self.bank.positive)
+            logits = self.logit_scale * unit @ text.to(keys.dtype).T
+        else:
+            logits = unit.new_zeros(len(unit), self.bank.num_classes)
+        return logits, keys @ unit.T
+
+    def forward(self, features: Features) -> Scores:
+        logits, cosine = self._parts(features.image)
+        alpha, beta = self.alpha.to(logits.dtype), self.beta.to(logits.dtype)
+        votes = cache_affinity.votes(cosine, self.bank.support_labels, self.bank.num_classes, beta)
+        return Scores(logits + alpha * votes)
+
+    @torch.no_grad()
+    def calibrate(self, train: Labelled, validation: Labelled | None) -> dict[str, float]:
+        """Alpha and beta of the grid that are right most often on validation; without `search` they stay.
+
+        Raises:
+            BadInput: if there is no validation split to search on.
+        """
+        if not self.config.search:
+            return {}
+        if validation is None:
+            raise BadInput(
+                "tip_adapter: alpha and beta are searched on validation, and the recipe names none. Give "
+                "data.validation, or set method.search: false."
+            )
+        rows = validation.features.valid
+        c = self.config
+        found = cache_affinity.search(
+            *self._parts(validation.features.image[rows]),
+            self.bank.support_labels,
+            validation.labels[rows],
+            cache_affinity.grid(c.max_beta, c.beta_steps),
+            # alone, the cache predicts the same whatever its weight
+            cache_affinity.grid(c.max_alpha, c.alpha_steps) if c.text else [float(self.alpha)],
+        )
+        told = {"validation_accuracy": 0.0}
+        if found is not None:
+            self.beta.fill_(found[0])
+            self.alpha.fill_(found[1])
+            told["validation_accuracy"] = found[2] / int(rows.sum())
+        return {"alpha": float(self.alpha), "beta": float(self.beta), **told}
+
+    def export(self) -> dict[str, Tensor]:
+        """`keys` (M, D), `labels` (M,), `alpha`, `beta`, and with texts `text` (C, D) and `scale`."""
+        keys = self.keys.detach() if self.config.train_keys else self._frozen_keys()
+        found = {"keys": keys, "labels": self.bank.support_labels, "alpha": self.alpha, "beta": self.beta}
+        if self.config.text:
+            found |= {"text": unit_ensemble(wide(self.bank.positive)), "scale": keys.new_tensor(self.logit_scale)}
+        return found
+
+
+class TipAdapterTuner(HeadTuner):
+    """Tuner with the verbs of every peft tuner."""
+
+    prefix = "tip_adapter_"
+    head_class = TipAdapterHead
+
+
+class TipAdapter(HeadMethod):
+    """The method entry: what recipes and the engine use."""
+
+    peft_type = "TIP_ADAPTER"
+    Config = TipAdapterConfig
+    Tuner = TipAdapterTuner
+    prefix = TipAdapterTuner.prefix
+
+
+ENTRY = TipAdapter
