@@ -58,8 +58,7 @@ def evaluate(
     Raises:
         AgreedBadInput: if the data of some rank cannot be read.
     """
-    was_training = model.training
-    training = [m for m in model.modules() if m.training] if was_training else []
+    training = [m for m in model.modules() if m.training]
     model.eval()
     rows: list[dict[str, Any]] = []
     parts: list[Any] = []  # of a task that must see all of the split before it can answer

@@ -236,9 +236,13 @@ class Stepper:
 
 
 def set_modes(model: torch.nn.Module, backbone: Any, recipe: recipes.Recipe) -> None:
-    """Eval mode, unless dropout or recomputation is asked for; the frozen prefix stays in eval mode in any case."""
+    """Eval mode, unless dropout or recomputation is asked for; the frozen prefix stays in eval mode in any case, and
+    what differs between training and evaluation by more than dropout (`follows_training`) trains in training mode."""
     engine = recipe.engine
     model.train(engine.train_dropout or engine.gradient_checkpointing)
+    for module in model.modules():
+        if getattr(module, "follows_training", False):
+            module.train()
     base = model.get_base_model()
     for path in backbone.frozen_prefix(base):
         base.get_submodule(path).eval()
