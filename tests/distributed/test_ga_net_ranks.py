@@ -1,0 +1,295 @@
+"""GA-Net over ranks gives the logits, loss and every gradient of one rank with all rows, in float64;
+variants that are wrong are found by their gradients."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from pathlib import Path
+
+import numpy as np
+import peft
+import pytest
+import torch
+import torch.distributed as dist
+from in_ranks import in_ranks
+from torch.nn.functional import cross_entropy
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "goldens"))
+
+import ga_net_oracle as oracle  # noqa: E402
+import tiny_features  # noqa: E402
+from golden_framework import GOLDENS_DIR, Golden  # noqa: E402
+
+from mmpeft_ds import GaNetConfig  # noqa: E402
+from mmpeft_ds.distributed import graph_conv  # noqa: E402
+from mmpeft_ds.distributed.counters import counted  # noqa: E402
+from mmpeft_ds.distributed.gather import gather_rows as real_gather  # noqa: E402
+from mmpeft_ds.distributed.graph import threshold_graph as real_threshold  # noqa: E402
+from mmpeft_ds.methods.ga_net import head as ga_net_head  # noqa: E402
+
+WIDTH, CLASSES, R = 6, 4, 5  # of each modality
+SPLITS = [(12,), (6, 6), (4, 4, 4), (3, 3, 3, 3), (5, 4, 3), (6, 0, 6)]
+KINDS = {  # options of the method, and how the oracle makes the same graph
+    "linear": ({"variant": "v1", "train": "all", "tau": 0.3}, "threshold"),
+    "relu": ({"variant": "v1", "train": "all", "tau": 0.3, "activation": "relu", "residual": True}, "threshold"),
+    "directed": ({"variant": "v2", "train": "all", "tau": -0.2, "k": 3, "fusion": False, "up": "joined"}, "directed"),
+    "both ways": ({"graph": "knn", "tau": -0.2, "k": 3, "normalise_similarity": False}, "both_ways"),
+}  # fmt: skip
+
+
+def network(options):
+    """The peft model in float64, with biases that are not zero."""
+    base = tiny_features.model(classes=CLASSES, width=WIDTH, text_width=WIDTH, templates=0, support=0)
+    torch.manual_seed(3)
+    model = peft.get_peft_model(base, GaNetConfig(r=R, **options)).double()
+    head = base.features.head
+    with torch.no_grad():
+        for parameter in head.parameters():
+            parameter.normal_(0, 0.5)
+    return model, head
+
+
+def data(rows=12):
+    """Rows in loose clusters, so that graphs are neither empty nor full."""
+    made = torch.Generator().manual_seed(11)
+    centres = torch.randn(3, 2 * WIDTH, generator=made, dtype=torch.float64)
+    x = centres[torch.arange(rows) % 3] + 0.9 * torch.randn(rows, 2 * WIDTH, generator=made, dtype=torch.float64)
+    return x, torch.randint(CLASSES, (rows,), generator=made)
+
+
+def own_rows(rank, split, x, labels, padding):
+    """This rank's rows as leaf, labels, valid, ids; `padding` rows that hold NaN behind them."""
+    start = sum(split[:rank])
+    mine = slice(start, start + split[rank])
+    rows = torch.cat([x[mine], torch.full((padding, x.shape[1]), torch.nan, dtype=x.dtype)])
+    valid = torch.arange(len(rows)) < split[rank]
+    key = torch.cat([torch.arange(len(x))[mine], torch.full((padding,), 99)])
+    target = torch.cat([labels[mine], torch.zeros(padding, dtype=torch.int64)])
+    return rows.requires_grad_(), target, valid, key
+
+
+def share(rank, split, options, x, labels, padding=(), weights=None, scale=None):
+    """What one rank of a data-parallel run finds: its logits, loss and gradients averaged over ranks."""
+    model, head = network(options)
+    if weights is not None:
+        head.load_state_dict({**head.state_dict(), **weights})
+    rows, target, valid, key = own_rows(rank, split, x, labels, padding[rank] if padding else 0)
+    out = model(
+        text_features=rows[:, : x.shape[1] // 2], image_features=rows[:, x.shape[1] // 2 :], valid=valid, key=key
+    )
+    losses = cross_entropy(out.logits, target, reduction="none")[valid]
+    scale = len(split) / len(x) if scale is None else scale(rank, split)
+    loss = scale * losses.sum()
+    loss.backward()
+    found = {name: p.grad / len(split) for name, p in head.named_parameters()}
+    for gradient in (*found.values(), mean_loss := loss.detach() / len(split)):
+        if dist.is_initialized():
+            dist.all_reduce(gradient)
+    found["x"] = rows.grad[valid] / len(split)
+    return {
+        "logits": out.logits[valid].detach().numpy(),
+        "loss": mean_loss.numpy(),
+        **{name: g.numpy() for name, g in found.items()},
+    }
+
+
+def over(split, *args, **kwargs):
+    """`share` on as many ranks as `split` has; rows joined in rank order."""
+    parts = in_ranks(lambda rank: share(rank, split, *args, **kwargs), ranks=len(split))
+    joined = {name: np.concatenate([p[name] for p in parts]) for name in ("logits", "x")}
+    for name in set(parts[0]) - set(joined):
+        joined[name] = parts[0][name]
+        assert all(np.array_equal(p[name], joined[name]) for p in parts)
+    return joined
+
+
+def off(found, expected):
+    """Largest error of each array, as a share of the expected one's largest magnitude."""
+    errors = {}
+    for name, want in expected.items():
+        want = np.asarray(want)
+        errors[name] = float(np.abs(found[name] - want).max() / max(np.abs(want).max(), 1e-30))
+    return errors
+
+
+def same(found, expected, tolerance=1e-12):
+    errors = off(found, expected)
+    assert max(errors.values()) <= tolerance, errors
+
+
+def expected_of(kind):
+    options, graph = KINDS[kind]
+    x, labels = data()
+    _, head = network(options)
+    a = oracle.adjacency(x, graph, options["tau"], options.get("k", 0))
+    weights = {n: p.detach() for n, p in head.named_parameters()}
+    relu = options.get("activation") == "relu" or "variant" not in options
+    found = oracle.gradients(weights, x, labels, oracle.hat(a), relu, options.get("residual", False))
+    crossing = int(a.sum()) - len(x) - sum(int(a[i : i + 4, i : i + 4].sum()) - 4 for i in (0, 4, 8))
+    assert crossing > 8, "the graph must cross ranks"
+    return {n: t.numpy() for n, t in found.items()}
+
+
+@pytest.fixture(scope="module")
+def references():
+    return {kind: expected_of(kind) for kind in KINDS}
+
+
+@pytest.mark.parametrize("split", SPLITS, ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_any_ranks_give_the_gradients_of_one_with_all_rows(kind, split, references):
+    same(over(split, KINDS[kind][0], *data()), references[kind])
+
+
+GOLDEN = GOLDENS_DIR / "ganet" / "dist_reference.npz"
+
+
+@pytest.mark.skipif(not GOLDEN.exists(), reason=f"no {GOLDEN}")
+@pytest.mark.parametrize("split", SPLITS, ids=str)
+@pytest.mark.parametrize("activation", ["linear", "relu"])
+def test_any_ranks_give_the_gradients_of_the_reference_vectors(activation, split):
+    from ganet_model import NAMES
+
+    golden = Golden.load(GOLDEN, GOLDENS_DIR)
+    options = {"variant": "v1", "train": "all", "tau": golden.number("tau")}
+    options["activation"] = "relu" if activation == "relu" else "none"
+    weights = {NAMES[key]: golden.tensor(key) for key in NAMES if key in golden}
+    found = over(split, options, golden.tensor("X"), golden.tensor("labels"), weights=weights)
+    same(found, {
+        "logits": golden.array(f"{activation}_logits"),
+        "loss": golden.array(f"{activation}_loss"),
+        "x": golden.array(f"{activation}_dX"),
+        **{name: golden.array(f"{activation}_d{key}") for key, name in NAMES.items() if key in golden},
+    })  # fmt: skip
+
+
+@pytest.mark.parametrize("padding", [(0, 0, 0), (1, 3, 2), (0, 5, 0)], ids=str)
+@pytest.mark.parametrize("kind", ["relu", "directed", "both ways"])
+def test_padding_rows_change_nothing_whatever_is_in_them(kind, padding, references):
+    same(over((6, 0, 6), KINDS[kind][0], *data(), padding=padding), references[kind])
+
+
+def test_a_rank_without_edges_takes_part(references):
+    x, labels = data()
+    x[:8, 8:], x[8:] = 0, torch.eye(2 * WIDTH, dtype=x.dtype)[8:]
+    options = KINDS["relu"][0]
+    a = oracle.adjacency(x, "threshold", options["tau"], 0)
+    assert (a[8:].sum(1) == 1).all() and a[:8].sum() > 8, "only the last rank is without edges"
+    _, head = network(options)
+    weights = {n: p.detach() for n, p in head.named_parameters()}
+    want = oracle.gradients(weights, x, labels, oracle.hat(a), relu=True, residual=True)
+    same(over((4, 4, 4), options, x, labels), {n: t.numpy() for n, t in want.items()})
+
+
+def train(rank, split, options, steps=10, rate=0.05):
+    """Weights after some steps of plain gradient descent, each on rows of its own."""
+    model, head = network(options)
+    optimizer = torch.optim.SGD(head.parameters(), lr=rate)
+    for step in range(steps):
+        x, labels = data()
+        order = torch.randperm(len(x), generator=torch.Generator().manual_seed(step))
+        rows, target, valid, key = own_rows(rank, split, x[order], labels[order], 1)
+        out = model(text_features=rows[:, :WIDTH], image_features=rows[:, WIDTH:], valid=valid, key=key)
+        losses = cross_entropy(out.logits, target, reduction="none")[valid]
+        optimizer.zero_grad()
+        (len(split) / len(x) * losses.sum()).backward()
+        for parameter in head.parameters():
+            dist.all_reduce(parameter.grad)
+            parameter.grad /= len(split)
+        optimizer.step()
+    return {n: p.detach().numpy() for n, p in head.named_parameters()}
+
+
+@pytest.mark.parametrize("split", [(3, 3, 3, 3), (5, 0, 4, 3)], ids=str)
+@pytest.mark.parametrize("kind", ["relu", "both ways"])
+def test_ten_steps_on_four_ranks_end_where_one_rank_ends(kind, split):
+    options = KINDS[kind][0]
+    (alone,) = in_ranks(lambda rank: train(rank, (12,), options), ranks=1)
+    several = in_ranks(lambda rank: train(rank, split, options), ranks=4)
+    start = {n: p.detach().numpy() for n, p in network(options)[1].named_parameters()}
+    same(several[0], alone, 1e-10)
+    assert min(off(start, alone).values()) > 1e-6, "each parameter must have moved"
+
+
+# ---------------------------------------------------------------------------------------- variants that are wrong
+
+WRONG = [  # what is broken; whether the logits still come out right
+    ("only own rows are differentiable", True),
+    ("the backward averages over ranks", True),
+    ("a graph among own rows", False),
+    ("own columns as degrees", False),
+    ("padding counts in the mean", True),
+    ("a plain mean of own rows", True),
+]
+
+
+def broken(what, monkeypatch):
+    """Break one thing in the package; returns (loss scale, or None as it is, and padding)."""
+    if what == "only own rows are differentiable":
+        monkeypatch.setattr(graph_conv, "gather_rows", own_slot)
+    elif what == "the backward averages over ranks":
+        monkeypatch.setattr(graph_conv, "gather_rows", averaging)
+    elif what == "a graph among own rows":
+        monkeypatch.setattr(ga_net_head, "threshold_graph", without_others)
+    elif what == "own columns as degrees":
+        monkeypatch.setattr(ga_net_head, "normalised", by_own_columns)
+    elif what == "padding counts in the mean":
+        return (lambda rank, split: len(split) / (sum(split) + 3)), (0, 1, 2)
+    elif what == "a plain mean of own rows":
+        return (lambda rank, split: 1 / split[rank]), ()
+    return None, ()
+
+
+def own_slot(x, counts=None, group=None):
+    everyone = real_gather(x.detach(), counts, group)
+    start = sum(counts[: dist.get_rank()])
+    return torch.cat([everyone[:start], x, everyone[start + len(x) :]])
+
+
+def averaging(x, counts=None, group=None):
+    everyone = real_gather(x, counts, group)
+    if everyone.requires_grad:
+        everyone.register_hook(lambda gradient: gradient / dist.get_world_size())
+    return everyone
+
+
+def without_others(*args, **kwargs):
+    graph = real_threshold(*args, **kwargs)
+    start = sum(graph.counts[: dist.get_rank()])
+    own = (graph.source >= start) & (graph.source < start + graph.counts[dist.get_rank()])
+    kept = {name: getattr(graph, name)[own] for name in ("source", "target", "weight")}
+    return dataclasses.replace(graph, **kept)
+
+
+def by_own_columns(graph, *args):
+    weight = torch.ones_like(graph.weight)
+    into = torch.zeros(graph.counts[dist.get_rank()], dtype=weight.dtype).index_add(0, graph.target, weight)
+    out_of = torch.zeros(graph.num_sources, dtype=weight.dtype).index_add(0, graph.source, weight)
+    return dataclasses.replace(graph, weight=(into[graph.target] * out_of[graph.source]).rsqrt())
+
+
+@pytest.mark.parametrize("what, logits_right", WRONG, ids=[w for w, _ in WRONG])
+def test_a_wrong_variant_is_found_by_its_gradients(what, logits_right, references, monkeypatch):
+    scale, padding = broken(what, monkeypatch)
+    split = (5, 4, 3) if "mean" in what else (6, 6)
+    errors = off(over(split, KINDS["relu"][0], *data(), scale=scale, padding=padding), references["relu"])
+    assert (errors["logits"] < 1e-12) == logits_right
+    assert max(errors.values()) > 0.05
+    if what in ("only own rows are differentiable", "the backward averages over ranks"):
+        assert errors["classifier.bias"] < 1e-12  # right even so: it is no evidence
+
+
+# ------------------------------------------------------------------------------------------------------- traffic
+
+
+def traffic(rank, rows, backward=True):
+    """Calls and bytes of one forward and backward with `rows` rows a rank."""
+    model, _ = network(KINDS["relu"][0])
+    x, labels = data(rows * dist.get_world_size())
+    own, target, valid, key = own_rows(rank, [rows] * dist.get_world_size(), x, labels, 0)
+    with counted() as forward:
+        out = model(text_features=own[:, :WIDTH], image_features=own[:, WIDTH:], valid=valid, key=key)
+    with counted() as backward:
+        cross_entropy(out.logits, target).backward()
+    return (dict(forward.calls), dict(forward.bytes)), (dict(backward.calls), dict(backward.bytes))
