@@ -14,17 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mmpeft_ds.distributed.gather import gather_rows
-
-
-def ranks_of(group: Any = None) -> int:
-    """Ranks of a group; 1 without a process group."""
-    return dist.get_world_size(group) if dist.is_initialized() else 1
-
-
-def rank_in(group: Any = None) -> int:
-    """This rank in a group; 0 without a process group."""
-    return dist.get_rank(group) if dist.is_initialized() else 0
+from mmpeft_ds.distributed.counters import record
+from mmpeft_ds.distributed.gather import _most, _pad, _sum_of_share, gather_rows, group_rank, group_size
 
 
 def share(total: int, ranks: int, rank: int) -> slice:
@@ -35,12 +26,12 @@ def share(total: int, ranks: int, rank: int) -> slice:
 def sum_to_owner(x: Tensor, counts: list[int], group: Any = None) -> Tensor:
     """Own rows of the sum over ranks: (M, ...) summands of all rows -> (N, ...). Collective, also in backward.
 
-    The gradient of own rows goes to every rank's summands of them: it is the adjoint of `gather_rows`.
+    The gradient of own rows goes, as it is, to every rank's summands of them: the adjoint of `gather_rows`.
 
     Args:
         counts: N of every rank, in rank order.
     """
-    return x if ranks_of(group) == 1 else _SumToOwner.apply(x, counts, group)
+    return x if group_size(group) == 1 else _SumToOwner.apply(x, counts, group)
 
 
 def columns_to_rows(x: Tensor, rows: list[int], columns: list[int], group: Any = None) -> Tensor:
@@ -49,7 +40,7 @@ def columns_to_rows(x: Tensor, rows: list[int], columns: list[int], group: Any =
     Args:
         rows, columns: N and K of every rank, in rank order.
     """
-    return x if ranks_of(group) == 1 else _ColumnsToRows.apply(x, rows, columns, group)
+    return x if group_size(group) == 1 else _ColumnsToRows.apply(x, rows, columns, group)
 
 
 def sharded_cross_entropy(
@@ -68,11 +59,22 @@ def sharded_cross_entropy(
     return _ShardedCrossEntropy.apply(logits, labels, columns, counts, group)
 
 
+def all_reduced(x: Tensor, how: Any = dist.ReduceOp.SUM, group: Any = None) -> Tensor:
+    """The sum (or another reduction) over ranks, in the place of `x`, without gradient. Collective."""
+    ranks = group_size(group)
+    if ranks > 1:
+        with record("all_reduce", 2 * (ranks - 1) * x.nbytes // ranks, x.device):
+            dist.all_reduce(x, op=how, group=group)
+    return x
+
+
 class _SumToOwner(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, counts: list[int], group: Any) -> Tensor:
         ctx.counts, ctx.group = counts, group
-        return _reduce_rows(x, counts, group)
+        most = _most(counts)
+        shares = torch.cat([_pad(part, most) for part in x.split(counts)])
+        return _sum_of_share(shares, most, group)[: counts[group_rank(group)]].clone()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
@@ -83,35 +85,31 @@ class _ColumnsToRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, rows: list[int], columns: list[int], group: Any) -> Tensor:
         ctx.rows, ctx.columns, ctx.group = rows, columns, group
-        mine = rows[rank_in(group)]
-        blocks = _exchange(list(x.split(rows)), [(mine, k) for k in columns], group)
-        return torch.cat(blocks, 1)
+        mine = rows[group_rank(group)]
+        return torch.cat(_exchange(x.split(rows), [(mine, k) for k in columns], group), 1)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        mine = ctx.columns[rank_in(ctx.group)]
-        blocks = _exchange(list(grad.split(ctx.columns, 1)), [(n, mine) for n in ctx.rows], ctx.group)
-        return torch.cat(blocks), None, None, None
+        mine = ctx.columns[group_rank(ctx.group)]
+        return torch.cat(_exchange(grad.split(ctx.columns, 1), [(n, mine) for n in ctx.rows], ctx.group)), *[None] * 3
 
 
 class _ShardedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, labels: Tensor, columns: list[int], counts: list[int], group: Any) -> Tensor:
-        rank = rank_in(group)
+        rank = group_rank(group)
         local = labels - sum(columns[:rank])
         here = (local >= 0) & (local < columns[rank])
-        # a rank may hold no column at all
+        # one column more, of nothing: a rank may hold none, and a target that is elsewhere has to point somewhere
         wide = torch.cat([logits, logits.new_full((len(logits), 1), -torch.inf)], 1)
-        most = _all_reduced(wide.amax(1), dist.ReduceOp.MAX, group)
-        total = _all_reduced((wide - most[:, None]).exp().sum(1), dist.ReduceOp.SUM, group)
-        local = local.where(here, torch.full_like(local, wide.shape[1] - 1))
-        target = wide.gather(1, local[:, None])[:, 0].where(here, most.new_zeros(()))
-        target = _all_reduced(target, dist.ReduceOp.SUM, group)
-        losses = total.log() + most - target
-        ctx.save_for_backward(logits, most + total.log(), local, here)
+        local = local.where(here, wide.shape[1] - 1)
+        most = all_reduced(wide.amax(1), dist.ReduceOp.MAX, group)
+        parts = torch.stack([(wide - most[:, None]).exp().sum(1), wide.gather(1, local[:, None])[:, 0].where(here, 0)])
+        total, target = all_reduced(parts, group=group)
+        partition = most + total.log()
+        ctx.save_for_backward(logits, partition, local, here)
         ctx.counts, ctx.group = counts, group
-        first = sum(counts[:rank])
-        return losses[first : first + counts[rank]].clone()
+        return (partition - target).split(counts)[rank].clone()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
@@ -123,33 +121,12 @@ class _ShardedCrossEntropy(torch.autograd.Function):
         return found * every[:, None], None, None, None, None
 
 
-def _all_reduced(x: Tensor, how: Any, group: Any) -> Tensor:
-    if ranks_of(group) > 1:
-        dist.all_reduce(x, op=how, group=group)
-    return x
-
-
-def _reduce_rows(x: Tensor, counts: list[int], group: Any) -> Tensor:
-    """Own rows of the sum over ranks, without gradient."""
-    rank = rank_in(group)
-    if dist.get_backend(group) == "nccl":
-        most = max(counts)
-        padded = x.new_zeros(len(counts), most, *x.shape[1:])
-        for block, rows in zip(padded, x.split(counts), strict=True):
-            block[: len(rows)] = rows
-        own = x.new_empty(most, *x.shape[1:])
-        dist.reduce_scatter_tensor(own, padded.flatten(0, 1), group=group)
-        return own[: counts[rank]]
-    total = x.contiguous().clone()
-    dist.all_reduce(total, group=group)
-    first = sum(counts[:rank])
-    return total[first : first + counts[rank]].clone()
-
-
-def _exchange(blocks: list[Tensor], shapes: list[tuple[int, int]], group: Any) -> list[Tensor]:
+def _exchange(blocks: Any, shapes: list[tuple[int, int]], group: Any) -> list[Tensor]:
     """Block r goes to rank r; what comes back from rank r has shape `shapes[r]`."""
     sent = torch.cat([block.reshape(-1) for block in blocks])
-    sizes = [a * b for a, b in shapes]
+    sizes = [rows * columns for rows, columns in shapes]
     got = sent.new_empty(sum(sizes))
-    dist.all_to_all_single(got, sent, sizes, [block.numel() for block in blocks], group=group)
+    received = (sum(sizes) - sizes[group_rank(group)]) * got.element_size()
+    with record("all_to_all", received, got.device):
+        dist.all_to_all_single(got, sent, sizes, [block.numel() for block in blocks], group=group)
     return [part.reshape(shape) for part, shape in zip(got.split(sizes), shapes, strict=True)]

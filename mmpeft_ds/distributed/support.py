@@ -10,8 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mmpeft_ds.distributed.gather import gather_rows
-from mmpeft_ds.distributed.shards import ranks_of
+from mmpeft_ds.distributed.gather import gather_rows, group_size
+from mmpeft_ds.distributed.shards import all_reduced
 from mmpeft_ds.errors import AgreedBadInput
 
 
@@ -29,9 +29,8 @@ def class_means(features: Tensor, labels: Tensor, num_classes: int, group: Any =
     sums = torch.zeros(num_classes, features.shape[1], dtype=torch.float64, device=features.device)
     sums.index_add_(0, labels, features.double())
     counts = torch.bincount(labels, minlength=num_classes)
-    if ranks_of(group) > 1:
-        dist.all_reduce(sums, group=group)
-        dist.all_reduce(counts, group=group)
+    all_reduced(sums, group=group)
+    all_reduced(counts, group=group)
     return (sums / counts.clamp(min=1)[:, None]).to(features.dtype), counts
 
 
@@ -74,13 +73,12 @@ def check_agreement(tensors: list[Tensor], what: str, group: Any = None) -> None
     Raises:
         AgreedBadInput: they differ.
     """
-    if ranks_of(group) == 1:
+    if group_size(group) == 1:
         return
     device = tensors[0].device if tensors else torch.device("cpu")
-    least = torch.tensor(checksum(tensors), dtype=torch.int64, device=device)
-    most = least.clone()
-    dist.all_reduce(least, op=dist.ReduceOp.MIN, group=group)
-    dist.all_reduce(most, op=dist.ReduceOp.MAX, group=group)
+    mine = torch.tensor(checksum(tensors), dtype=torch.int64, device=device)
+    least = all_reduced(mine.clone(), dist.ReduceOp.MIN, group)
+    most = all_reduced(mine, dist.ReduceOp.MAX, group)
     if int(least) != int(most):
         raise AgreedBadInput(
             f"{what}: ranks hold different values. Give every rank the same files, and the same order of samples."

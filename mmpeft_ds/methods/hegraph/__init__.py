@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from mmpeft_ds.distributed.shards import rank_in, ranks_of, share
+from mmpeft_ds.distributed.gather import group_rank, group_size
+from mmpeft_ds.distributed.shards import share
 from mmpeft_ds.errors import BadInput
 from mmpeft_ds.methods._head import Head, HeadMethod, HeadTuner
 from mmpeft_ds.methods.hegraph.config import HeGraphConfig
@@ -57,7 +58,7 @@ class BankHead(ClassGraphHead, Head):
         bank = self.bank
         negative = bank.negative_text if "np" in self.relations else None
         whole = Nodes(bank.text, negative, bank.prototypes, bank.cache, bank.support_labels)
-        ranks, rank = ranks_of(self.group), rank_in(self.group)
+        ranks, rank = group_size(self.group), group_rank(self.group)
         if self.shard == "cache":
             own = share(len(whole.labels), ranks, rank)
             return Nodes(whole.positive, negative, whole.visual, whole.cache[own], whole.labels[own])

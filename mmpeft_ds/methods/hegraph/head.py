@@ -11,12 +11,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, softplus
 
-from mmpeft_ds.distributed.gather import gather_rows, gather_sizes
-from mmpeft_ds.distributed.shards import columns_to_rows, rank_in, ranks_of, sharded_cross_entropy, sum_to_owner
+from mmpeft_ds.distributed.gather import gather_rows, gather_sizes, group_rank, group_size
+from mmpeft_ds.distributed.shards import all_reduced, columns_to_rows, sharded_cross_entropy, sum_to_owner
 from mmpeft_ds.distributed.support import check_agreement
 from mmpeft_ds.errors import BadInput
 from mmpeft_ds.methods._layers import gathered
@@ -253,7 +252,7 @@ class ClassGraphHead(nn.Module):
     @torch.no_grad()
     def export(self) -> dict[str, Tensor]:
         """A classifier that needs no graph: what `ops.class_graph.classify` takes, on the CPU. All ranks call it."""
-        with gathered(list(self.parameters())):
+        with gathered([p for p in self.parameters() if p.numel() != getattr(p, "ds_numel", p.numel())]):
             made, refined = self.made(), self.refined(training=False)
             text, labels = refined.text, made.nodes.labels
             cache = self._moved(refined, training=False)
@@ -281,7 +280,7 @@ class ClassGraphHead(nn.Module):
         """The class graph as `torch_geometric.data.HeteroData`; see `ops.class_graph_data`."""
         from mmpeft_ds.ops.class_graph_data import hetero_data  # torch_geometric takes seconds to import
 
-        if self.shard == "classes" and ranks_of(self.group) > 1:
+        if self.shard == "classes" and group_size(self.group) > 1:
             raise BadInput("hetero_data: no rank holds the whole graph with shard: classes. Use shard: none.")
         return hetero_data(self.graph(), self.nodes().to(self.dtype).of_classes, self.relations)
 
@@ -357,20 +356,19 @@ class ClassGraphHead(nn.Module):
             if not own.all():
                 raise BadInput("cache: with shard: classes a rank holds the cache rows of its own classes alone.")
         rows = torch.bincount(nodes.labels, minlength=classes)
-        if self.shard != "none" and ranks_of(self.group) > 1:
-            dist.all_reduce(rows, group=self.group)
+        if self.shard != "none":
+            all_reduced(rows, group=self.group)
         return Made(source, versions, nodes, fixed, columns, first, rows.clamp(min=1))
 
     def _whole(self, nodes: Nodes) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Nodes of all classes, and the options of `class_graph` that say which rows of the graph are held here."""
-        if self.shard != "classes" or ranks_of(self.group) == 1:
+        if self.shard != "classes" or group_size(self.group) == 1:
             return nodes.of_classes, {}
         counts = self._counts(nodes.positive)
-        first = sum(counts[: rank_in(self.group)])
+        first = sum(counts[: group_rank(self.group)])
 
         def totals(own: Tensor, sent: Tensor) -> tuple[Tensor, Tensor]:
-            dist.all_reduce(sent, group=self.group)
-            return gather_rows(own, counts, self.group), sent
+            return gather_rows(own, counts, self.group), all_reduced(sent, group=self.group)
 
         whole = {kind: gather_rows(x, counts, self.group) for kind, x in nodes.of_classes.items()}
         return whole, {"rows": slice(first, first + len(nodes.positive)), "totals": totals}
