@@ -21,7 +21,7 @@ INSTALL := $(PIP) install --constraint constraints/$(DEVICE).txt $(if $(TORCH_IN
 BUILD_OPERATOR := from deepspeed.accelerator import get_accelerator as a; \
 	a().device_name() == 'cpu' and a().create_op_builder('ShareMemCommBuilder').load()
 
-.PHONY: setup demo test test-slow compare bench lint tensorboard clean
+.PHONY: setup demo test test-slow compare fewshot-data bench lint tensorboard clean
 
 setup: $(STAMP)
 
@@ -44,6 +44,24 @@ demo: setup
 
 compare: setup
 	python launchers/compare.py
+
+# Real images for few-shot runs, out of npm and Debian packages; what a registry does not give is left out with a line.
+RAW := data/raw
+EMOJI := @lobehub/fluent-emoji-3d@1.1.0 emoji-datasource-twitter@16.0.0 emoji-datasource-google@16.0.0 emojilib@4.0.3
+VENDORS := fluent twitter google
+STAMPS := $(RAW)/stamps/usr/share/tuxpaint/stamps
+NPM := npm install --ignore-scripts --no-audit --no-fund --loglevel=error
+
+fewshot-data: setup
+	@mkdir -p $(RAW)/emoji $(RAW)/stamps
+	@test -d $(RAW)/emoji/node_modules/emojilib || $(NPM) --prefix $(RAW)/emoji $(EMOJI) \
+	|| echo "fewshot-data: no emoji: npm is missing, or its registry cannot be reached" >&2
+	@test -d $(STAMPS) || (cd $(RAW)/stamps && apt-get -qq download tuxpaint-stamps-default \
+	&& dpkg-deb -x tuxpaint-stamps-default_*.deb . && rm -f tuxpaint-stamps-default_*.deb) \
+	|| echo "fewshot-data: no stamps: this is no Debian, or its mirror cannot be reached (apt-get update?)" >&2
+	@test ! -d $(RAW)/emoji/node_modules/emojilib || for vendor in $(VENDORS); do \
+	python data_prep/prepare.py emoji --vendor $$vendor --out data/emoji-$$vendor --name emoji-$$vendor || exit; done
+	@test ! -d $(STAMPS) || python data_prep/prepare.py stamps --out data/stamps
 
 # One process a core for the tests that compute alone; those that start ranks take all cores, so one after the other.
 test: setup
