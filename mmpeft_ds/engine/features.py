@@ -68,7 +68,7 @@ def run(recipe: Recipe, options: FeatureOptions) -> int:
             return 0
         began = time.perf_counter()
         maker.build()
-        finished = _make_shards(maker, plan, ranks)
+        finished = make_shards(maker, plan, ranks, "features")
         if not finished:
             if ranks.rank == 0:
                 print(f"{options.out}: stopped; the same command continues")
@@ -147,12 +147,17 @@ def make_plan(source: Manifest, options: FeatureOptions, towers: dict[str, Any])
     return Plan(jobs, todo)
 
 
-def _make_shards(maker: Maker, plan: Plan, ranks: Any) -> bool:
-    """All shards that are missing, in rounds of one shard a rank; False if a rank was told to stop."""
+def make_shards(maker: Any, plan: Plan, ranks: Any, what: str) -> bool:
+    """All shards that are missing, in rounds of one shard a rank; False if a rank was told to stop.
+
+    Args:
+        maker: `write(job, progress)` makes one shard, None if stopped; `stop` tells of signals. Raises BadInput.
+        what: is made, for the progress lines.
+    """
     from tqdm import tqdm
 
     mine = plan.todo[ranks.rank :: ranks.world_size]
-    title = "features" if ranks.world_size == 1 else f"features (rank 0 of {ranks.world_size})"
+    title = what if ranks.world_size == 1 else f"{what} (rank 0 of {ranks.world_size})"
     bar = tqdm(
         total=sum(job.count for job in mine), desc=title, unit="sample", disable=None if not ranks.rank else True
     )
