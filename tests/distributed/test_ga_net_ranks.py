@@ -283,13 +283,44 @@ def test_a_wrong_variant_is_found_by_its_gradients(what, logits_right, reference
 # ------------------------------------------------------------------------------------------------------- traffic
 
 
-def traffic(rank, rows, backward=True):
-    """Calls and bytes of one forward and backward with `rows` rows a rank."""
-    model, _ = network(KINDS["relu"][0])
-    x, labels = data(rows * dist.get_world_size())
-    own, target, valid, key = own_rows(rank, [rows] * dist.get_world_size(), x, labels, 0)
+def traffic(rank, rows, **options):
+    """Traffic of one forward and of its backward with `rows` rows a rank."""
+    model, _ = network({**KINDS["relu"][0], **options})
+    ranks = dist.get_world_size()
+    x, labels = data(rows * ranks)
+    own, target, valid, key = own_rows(rank, [rows] * ranks, x, labels, 0)
+    own = own.detach()  # frozen features
     with counted() as forward:
         out = model(text_features=own[:, :WIDTH], image_features=own[:, WIDTH:], valid=valid, key=key)
     with counted() as backward:
         cross_entropy(out.logits, target).backward()
-    return (dict(forward.calls), dict(forward.bytes)), (dict(backward.calls), dict(backward.bytes))
+    return [(dict(t.calls), dict(t.bytes)) for t in (forward, backward)], out.report["gather_bytes"]
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_a_step_costs_one_gather_of_features_masks_and_each_layers_narrower_side(ranks):
+    rows, double = 4, 8
+    others = (ranks - 1) * rows
+    features = others * 2 * WIDTH * double
+    masks = others * -(-rows * ranks // 8)
+    small = (ranks - 1) * 8 + others  # numbers of rows, and which are valid
+    hidden, scores = others * R * double, others * CLASSES * double
+    for (forward, backward), reported in in_ranks(lambda rank: traffic(rank, rows), ranks=ranks):
+        assert forward == ({"all_gather": 6}, {"all_gather": small + features + masks + hidden + scores})
+        assert backward == ({"reduce_scatter": 2}, {"reduce_scatter": hidden + scores})
+        assert reported == small + features + masks + hidden + scores
+
+
+def test_the_released_optimiser_needs_no_gradient_of_the_bottleneck():
+    """What is frozen sends nothing back: one reduce-scatter is left, on every rank alike."""
+    for (_, backward), _ in in_ranks(lambda rank: traffic(rank, 4, train="head"), ranks=2):
+        assert backward[0] == {"reduce_scatter": 1}
+
+
+def test_alone_nothing_is_sent():
+    model, _ = network(KINDS["relu"][0])
+    x, _ = data()
+    with counted() as seen:
+        out = model(text_features=x[:, :WIDTH], image_features=x[:, WIDTH:])
+        out.logits.sum().backward()
+    assert seen.total_calls == 0 and out.report["gather_bytes"] == 0

@@ -11,12 +11,17 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from mmpeft_ds import GaNetConfig, methods
-from mmpeft_ds.backbones.features import FeatureConfig, FeatureModel
-from mmpeft_ds.engine import checks
+from mmpeft_ds.backbones.features import FeatureConfig, FeatureModel, FeaturesBackbone
+from mmpeft_ds.backbones.features import Options as FeatureOptions
+from mmpeft_ds.data.batch import Described, Sample, hash_id, pack
+from mmpeft_ds.engine import checks, graph_report
 from mmpeft_ds.errors import BadInput
 from mmpeft_ds.methods.ga_net.config import VARIANTS
 from mmpeft_ds.recipe import Recipe
 from mmpeft_ds.sites import find_sites
+from mmpeft_ds.sites.features import Labelled
+from mmpeft_ds.tasks.classification import Classification
+from mmpeft_ds.tasks.classification import Options as ClassificationOptions
 
 HEAD = "base_model.model.features.ga_net_head.default."
 
@@ -282,3 +287,83 @@ def test_features_that_are_not_there_are_named():
     model, _ = attached()
     with pytest.raises(BadInput, match="bring no text"):
         model(image_features=tiny_features.rows(4).image)
+
+
+# -------------------------------------------------------------------------------------------- who is in the batch
+
+
+def clustered(count=120, classes=6):
+    """Rows whose class their features tell only faintly, a row of any order."""
+    made = torch.Generator().manual_seed(5)
+    labels = torch.randint(classes, (count,), generator=made)
+    centres = torch.randn(classes, 8, generator=made)
+    rows = tiny_features.rows(count)
+    rows.image = centres[labels] + 1.2 * torch.randn(count, 8, generator=made)
+    rows.text = centres[labels] + 1.2 * torch.randn(count, 8, generator=made)
+    return Labelled(rows, labels)
+
+
+def test_the_report_shows_that_a_sorted_list_leaks_classes():
+    data = clustered()
+    # edges between all of a batch: in one of a single class the mean of the rows names it
+    model, head = attached(classes=6, variant="v1", tau=-1.0, train="all", r=8)
+    optimizer = torch.optim.Adam(head.parameters(), lr=0.01)
+    for step in range(60):
+        order = torch.randperm(120, generator=torch.Generator().manual_seed(step))
+        with head.without_edges():
+            loss = cross_entropy(run(model, data.features[order]).logits, data.labels[order])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    lines = graph_report.invariance(head, data, 10)
+    assert [line["order"] for line in lines] == [
+        "no edges", "shuffled, seed 0", "shuffled, seed 1", "shuffled, seed 2", "sorted by class"
+    ]  # fmt: skip
+    found = {line["order"]: line for line in lines}
+    shuffled = [found[f"shuffled, seed {seed}"] for seed in range(3)]
+    assert all(line["degree"] == 9 and line["isolated"] == 0 for line in lines[1:])
+    assert found["sorted by class"]["same_class"] > 0.7 > 0.3 > max(line["same_class"] for line in shuffled)
+    assert found["sorted by class"]["top1"] > 0.2 + max(line["top1"] for line in shuffled)
+    with head.without_edges():
+        right = (run(model, data.features).logits.argmax(1) == data.labels).float().mean()
+    assert found["no edges"]["top1"] == pytest.approx(right.item())
+
+
+class Leaky(Classification):
+    """As the release: words of the class are cut from the captions of its own samples."""
+
+    def _read(self, record, generator):
+        texts, targets = super()._read(record, generator)
+        name = record["class_name"]
+        text = Described(" ".join(w for w in texts[0].text.split() if name not in w), None)
+        return [text], targets
+
+
+def predictions(task_class, names, columns="all"):
+    """What a model with live captions predicts for samples whose classes are said to be `names`."""
+    labels = ["cat", "dog", "owl"]
+    task = task_class(ClassificationOptions(text="captions", columns=columns), labels)
+    backbone = FeaturesBackbone(FeatureOptions(), labels)
+    backbone.use_features({"key": "toy", "image_width": 8, "text_width": 8})
+    torch.manual_seed(0)
+    model = peft.get_peft_model(backbone.build(), GaNetConfig(r=6, tau=-0.5))
+    made = torch.Generator().manual_seed(2)
+    samples = []
+    for i, name in enumerate(names):
+        record = {"label": labels.index(name), "class_name": name, "captions": [f"a {labels[i % 3]} on a mat {i}"]}
+        texts, targets = task.read_all(record, made)
+        # a toy text encoder: a text's features are drawn by its words
+        drawn = torch.Generator().manual_seed(hash_id(texts[0].text) % 2**31)
+        texts = [Described(texts[0].text, torch.randn(8, generator=drawn))]
+        samples.append(Sample(f"t/{i}", 1.0, [torch.randn(8, generator=made)], texts, targets, record))
+    batch = pack(samples, backbone.collate_images, backbone.collate_texts, task.collate)
+    rows = task.predict(model(**backbone.inputs(batch)), batch)
+    return [(row["sample_id"], row["prediction"], row["probability"]) for row in rows]
+
+
+def test_other_test_labels_leave_every_prediction_as_it_is_to_the_bit():
+    names = ["cat", "dog", "owl", "cat", "owl", "owl", "dog", "dog", "cat"]
+    permuted = names[4:] + names[:4]
+    assert predictions(Classification, names) == predictions(Classification, permuted)
+    assert predictions(Classification, names, "target") == predictions(Classification, permuted, "target")
+    assert predictions(Leaky, names) != predictions(Leaky, permuted), "the check must notice captions that know labels"

@@ -42,7 +42,7 @@ class Fusion(nn.Module):
 
 
 class GaNetHead(Head):
-    """Classifies each sample from itself and the samples it is joined to: one graph a forward over the rows of all ranks.
+    """Classifies each sample from itself and those it is joined to: one graph a forward over the rows of all ranks.
 
     No gradient goes through the making of the graph. All ranks run the same collectives whatever rows they have.
 
