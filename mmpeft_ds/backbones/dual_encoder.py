@@ -118,6 +118,37 @@ class DualEncoderBackbone(VisionBackbone):
 
     Options = Options
 
+    def use_features(self, towers: dict[str, Any]) -> None:
+        """What the manifest says of the stored features, which must be those of this vision tower.
+
+        Raises:
+            BadInput: naming the first difference.
+        """
+        if self.options.images == "live":
+            raise BadInput(
+                "backbone.images: live, but these shards hold features. Set images: stored, or name pixels."
+            )
+        section = dict(towers.get("backbone") or {})
+        name = section.pop("name", "unknown")
+        if name != "dual_encoder":
+            raise BadInput(f"backbone: the stored features were made by {name!r}. Make some with dual_encoder.")
+        theirs = DualEncoderBackbone(Options(**section), None)
+        if theirs.options.projection != "none" or theirs.options.model:
+            raise BadInput(
+                "backbone.images: stored, but these features have gone through projections. Make them with "
+                "projection: none."
+            )
+        made, wanted = theirs._vision_choice(), self._vision_choice()
+        if self.options.model:  # its weights are those of all towers together
+            made.pop("weights"), wanted.pop("weights")
+        if differing := [key for key in wanted if made.get(key) != wanted[key]]:
+            raise BadInput(
+                f"backbone.vision: the stored features are of another one ({differing[0]}: {made[differing[0]]}, here "
+                f"{wanted[differing[0]]}). Name the tower that made them, or make them again."
+            )
+        if theirs.towers_key() != towers.get("key"):
+            raise BadInput("backbone.vision: the files of the tower that made the stored features have changed.")
+
     def check(self) -> None:
         """Refuse what cannot work, from configurations only."""
         o = self.options
@@ -236,8 +267,16 @@ class DualEncoderBackbone(VisionBackbone):
     def _vision_choice(self) -> dict[str, Any]:
         if not self.options.model:
             return super()._vision_choice()
-        weights = _towers.weights_hash(self.options.model, "backbone.model")
-        return {"weights": weights, "transform": asdict(self._square())}
+        saved = self._saved
+        return {
+            "weights": _towers.weights_hash(self.options.model, "backbone.model"),
+            "layers": saved.vision_config.num_hidden_layers,
+            "feature": saved.vision_feature,
+            "norm": saved.vision_norm,
+            "transform": asdict(self._square()),
+            "mean": saved.pixel_mean,
+            "std": saved.pixel_std,
+        }
 
     def _text_hash(self) -> str:
         return "" if self.options.model else _towers.weights_hash(self.options.text, "backbone.text")

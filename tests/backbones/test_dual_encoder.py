@@ -1,5 +1,6 @@
 """The composed dual encoder: the towers' own features, stored features, projections, temperature, saved whole."""
 
+import dataclasses
 import math
 
 import peft
@@ -276,6 +277,36 @@ def test_the_key_of_the_towers_follows_what_features_depend_on(folders):
     assert len(keys) == 5 and base not in keys
     with pytest.raises(BadInput, match="not trained"):
         made(folders, projection="mlp")[0].towers_key()
+
+
+def test_stored_features_of_another_tower_are_refused(folders, tmp_path):
+    def towers(**options):
+        backbone = made(folders, **options)[0]
+        section = {"name": "dual_encoder", **dataclasses.asdict(backbone.options)}
+        return {"key": backbone.towers_key(), "backbone": section}
+
+    stored = made(folders, images="stored", projection="mlp", text_feature="cls")[0]
+    stored.use_features(towers())
+    backbone, model = made(folders, projection="mlp")
+    model.save_pretrained(tmp_path)
+    backbone._tokenizer.save_pretrained(tmp_path)
+    whole = made(folders, model=str(tmp_path), images="stored")[0]
+    whole.use_features(towers())
+    for wrong, said in [
+        (towers(vision="dinov2"), "weights"),
+        (towers(vision_layers=2), "layers: 2, here 3"),
+        (towers(vision_feature="mean"), "feature"),
+        ({**towers(), "key": "0"}, "have changed"),
+        ({**towers(), "backbone": {"name": "clip"}}, "made by 'clip'"),
+        ({**towers(), "backbone": {**towers()["backbone"], "projection": "mlp"}}, "projections"),
+    ]:
+        with pytest.raises(BadInput, match=said) as error:
+            stored.use_features(wrong)
+        assert "\n" not in str(error.value)
+    with pytest.raises(BadInput, match="layers"):
+        whole.use_features(towers(vision_layers=2))
+    with pytest.raises(BadInput, match="images: live"):
+        made(folders)[0].use_features(towers())
 
 
 def test_a_prompted_text_is_read_whole(folders):
