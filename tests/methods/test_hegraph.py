@@ -1,0 +1,400 @@
+"""HeGraphAdapter as a peft method: invariants of the layer, training and evaluation, export, verbs, bad input."""
+
+import warnings
+from types import SimpleNamespace
+
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch.nn.functional import cross_entropy
+
+from mmpeft_ds import HeGraphConfig
+from mmpeft_ds.backbones.features import FeatureConfig, FeatureModel
+from mmpeft_ds.engine.evaluator import evaluate
+from mmpeft_ds.engine.step import set_modes
+from mmpeft_ds.errors import BadInput
+from mmpeft_ds.methods._head import head_of
+from mmpeft_ds.methods.hegraph import Coefficients, HeGraphHead, classify
+from mmpeft_ds.ops import class_graph as ops
+from mmpeft_ds.sites.features import Bank
+
+C, D, TAU = 5, 8, 7.0
+LABELS = torch.tensor([0, 0, 1, 1, 1, 2, 3, 3, 4])
+NOTHING = {name: 0.0 for name in ("beta_pn", "beta_vn", "alpha_pp", "alpha_vp", "alpha_np", "alpha_np_test", "gamma")}
+
+
+def draw(*shape, seed=0, dtype=torch.float64):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def base(dtype=torch.float64, classes=C, labels=LABELS, width=D, **parts):
+    bank = {
+        "positive": draw(classes, 2, D, seed=1, dtype=dtype),
+        "negative": draw(classes, 3, D, seed=2, dtype=dtype),
+        "support": draw(len(labels), 2, width, seed=3, dtype=dtype),
+        "support_labels": labels,
+    }
+    config = FeatureConfig(image_width=width, num_classes=classes, logit_scale=TAU, ensemble="raw")
+    return FeatureModel(config, Bank(classes, **bank | parts))
+
+
+def made(seed=0, model=None, **options):
+    torch.manual_seed(seed)
+    model = peft.get_peft_model(base() if model is None else model, HeGraphConfig(**options))
+    return model, head_of(model)
+
+
+Z, Y = draw(6, D, seed=4), torch.tensor([0, 4, 2, 2, 1, 3])
+
+
+@torch.no_grad()
+def scores(model, z=Z):
+    out = model(image_features=z)
+    return out.terms[0][1], out.terms[1][1], out.logits
+
+
+# --------------------------------------------------------------------------------------------------- invariants
+
+
+def test_without_messages_it_is_zero_shot_and_a_plain_cache():
+    model, head = made(**NOTHING)
+    text, visual, _ = scores(model.train())
+    with model.disable_adapter(), torch.no_grad():
+        zero_shot = model(image_features=Z).logits
+    torch.testing.assert_close(text, zero_shot, atol=1e-13, rtol=0)
+    cache = ops.unit(head.bank.cache)
+    affinity = (ops.unit(Z) @ cache.T - 1).exp() @ torch.nn.functional.one_hot(LABELS, C).double()
+    torch.testing.assert_close(visual, TAU * affinity, atol=1e-12, rtol=0)
+
+
+def test_weights_of_zero_move_nothing():
+    _, head = made()
+    with torch.no_grad():
+        for weight in head.weights().values():
+            weight.zero_()
+        found = head.refined(training=True)
+    assert torch.equal(found.negative, head.bank.negative_text) and torch.equal(found.text, head.bank.text)
+    assert (found.shift == 0).all()
+
+
+def test_permuted_classes_permute_the_scores():
+    order = torch.tensor([3, 0, 4, 1, 2])
+    plain, _ = made()
+    bank = plain.get_base_model().features.base_layer.bank
+    labels = order.argsort()[bank.support_labels]
+    rows = labels.argsort(stable=True)
+    moved = base(
+        positive=bank.positive[order],
+        negative=bank.negative[order],
+        support=bank.support[rows],
+        support_labels=labels[rows],
+    )
+    permuted, _ = made(model=moved)
+    for a, b in zip(scores(plain), scores(permuted), strict=True):
+        torch.testing.assert_close(a[:, order], b, atol=1e-12, rtol=0)
+
+
+def test_each_weight_learns_from_its_own_head():
+    model, head = made()
+    for term, moved, still in ((0, ("W_n", "W_p"), ("W_v",)), (1, ("W_v",), ("W_n", "W_p"))):
+        head.zero_grad()
+        cross_entropy(model.train()(image_features=Z).terms[term][1], Y).backward()
+        assert all(getattr(head, name).grad.abs().max() > 1e-6 for name in moved)
+        assert all(getattr(head, name).grad is None or (getattr(head, name).grad == 0).all() for name in still)
+
+
+def test_gradients_agree_with_differences():
+    model, head = made(learned=True, topk=3)
+    parameters = list(head.parameters())
+
+    def loss(*_):
+        return head.losses(Z, Y).sum()
+
+    assert torch.autograd.gradcheck(loss, parameters, atol=1e-6)
+
+
+@pytest.mark.parametrize("options", [{}, {"learned": True}, {"drop": ["vp", "vn"]}, {"activation": "relu"}])
+def test_training_and_evaluation_differ_through_alpha_np_alone(options):
+    model, head = made(**options)
+    trained = scores(model.train())
+    tested = scores(model.eval())
+    assert (trained[0] - tested[0]).abs().max() > 1e-4
+    assert torch.equal(trained[1], tested[1])
+    # in training with the other number, and in evaluation with the same
+    _, other = made(**options | {"alpha_np_test": None})
+    with torch.no_grad():
+        tested_as_trained = other.eval().both(Z)[0]
+    torch.testing.assert_close(tested_as_trained, trained[0], atol=1e-14, rtol=0)
+    if "learned" not in options:
+        model, _ = made(**options | {"alpha_np": 0.1})
+        torch.testing.assert_close(scores(model.train())[0], tested[0], atol=1e-14, rtol=0)
+
+
+def test_one_class_and_a_class_without_images_stay_finite():
+    lonely = base(classes=1, labels=torch.zeros(3, dtype=torch.int64))
+    empty = base(labels=torch.tensor([0, 0, 2, 3, 4]))
+    for model in (lonely, empty):
+        for options in ({}, {"cache_reduce": "mean"}, {"degree": "target"}):
+            tuned, head = made(model=model, **options)
+            out = tuned.train()(image_features=torch.cat([Z, torch.zeros(1, D)]))
+            sum(weight * cross_entropy(x, torch.zeros(7, dtype=torch.int64)) for weight, x in out.terms).backward()
+            assert out.logits.isfinite().all()
+            assert all(p.grad.isfinite().all() for p in head.parameters())
+            model = tuned.unload()
+
+
+# ------------------------------------------------------------------------------------------------- configuration
+
+
+@pytest.mark.parametrize(
+    ("options", "text_moves", "visual_moves"),
+    [
+        ({"degree": "target"}, True, False),
+        ({"activation": "relu"}, True, True),
+        ({"activation": "identity"}, True, True),
+        ({"flip": False}, True, False),
+        ({"topk": 2}, True, True),
+        ({"gamma": 0.0}, False, True),
+        ({"visual_scale": 3.0}, False, True),
+        ({"cache_reduce": "mean"}, False, True),
+        *(({name: 0.01}, True, False) for name in ("beta_pn", "beta_vn", "alpha_pp", "alpha_vp", "alpha_np")),
+        *(({"drop": [name]}, True, False) for name in ("pn", "vn", "pp", "vp", "np")),
+        ({"drop": ["vv"]}, False, True),
+        ({"fusion": 0.3}, False, False),
+        ({"fuse": "logits"}, False, False),
+    ],
+)
+def test_every_option_moves_what_it_should(options, text_moves, visual_moves):
+    plain, _ = made()
+    other, head = made(**options)
+    with torch.no_grad():
+        for kind, weight in head.weights().items():
+            weight.copy_(head_of(plain).weights()[kind])
+    before, after = scores(plain.train()), scores(other.train())
+    assert ((before[0] - after[0]).abs().max() > 1e-5) == text_moves
+    assert ((before[1] - after[1]).abs().max() > 1e-5) == visual_moves
+    assert (before[2] - after[2]).abs().max() > 1e-7
+
+
+def test_lambda_and_w_weigh_the_cache_head():
+    model, head = made(visual_loss=0.7, fusion=0.0)
+    out = model.train()(image_features=Z)
+    assert [weight for weight, _ in out.terms] == [1.0, 0.7]
+    torch.testing.assert_close(out.logits, out.terms[0][1].log_softmax(1))
+    losses = [cross_entropy(x, Y, reduction="none") for _, x in out.terms]
+    torch.testing.assert_close(head.losses(Z, Y), losses[0] + 0.7 * losses[1])
+
+
+def test_what_nothing_reads_does_not_train():
+    _, head = made(drop=["np"])
+    assert sorted(head.weights()) == ["positive", "visual"] and head.needed(head.config) == ("text", "support")
+    assert sorted(made(drop=["vv"])[1].weights()) == ["negative", "positive"]
+    unread = base(negative=None)
+    text, _, _ = scores(made(model=unread, drop=["np"])[0])
+    assert text.isfinite().all()
+
+
+def test_learned_factors_start_at_the_table_and_move():
+    fixed, _ = made()
+    model, head = made(learned=True)
+    torch.testing.assert_close(scores(model.train())[0], scores(fixed.train())[0], atol=1e-13, rtol=0)
+    head.losses(Z, Y).mean().backward()
+    assert head.factors.shape == (6,) and (head.factors.grad != 0).all()
+    with torch.no_grad():
+        head.factors.fill_(-50)
+        assert (head.message_factors(training=True) > 0).all()
+    names = [n for n, p in model.named_parameters() if p.requires_grad]
+    assert len(names) == 4 and all(".hegraph_" in n for n in names)
+
+
+def test_parameters_are_three_squares_and_start_small():
+    model, head = made(model=base(torch.bfloat16))
+    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == 3 * D * D
+    for weight in head.weights().values():
+        assert weight.dtype == torch.float32 and weight.abs().max() <= D**-0.5 < 1.2 * weight.abs().max()
+    out = model(image_features=Z.bfloat16())
+    assert out.logits.dtype == torch.float32
+    with torch.autocast("cpu", torch.bfloat16):
+        again = model(image_features=Z.bfloat16())
+    assert torch.equal(out.logits, again.logits), "autocast reaches the exponentials"
+
+
+# -------------------------------------------------------------------------------------------- modes of the engine
+
+
+def test_the_engine_trains_the_head_in_training_mode_without_dropout_and_after_an_evaluation():
+    model, head = made()
+    backbone = SimpleNamespace(frozen_prefix=lambda model: [])
+    quiet = SimpleNamespace(engine=SimpleNamespace(train_dropout=False, gradient_checkpointing=False))
+    want = scores(model.train())[0]
+    set_modes(model.eval(), backbone, quiet)
+    assert not model.training and head.training
+    assert torch.equal(scores(model)[0], want)
+    modes = []
+
+    def no_steps():
+        modes.append(head.training)
+        yield from ()
+
+    evaluate(model, backbone, SimpleNamespace(score=lambda rows: {}), no_steps(), "cpu")
+    assert modes == [False], "an evaluation scores in evaluation mode"
+    assert head.training and not model.training, "and gives the mode back"
+
+
+def test_gradients_in_evaluation_mode_are_warned_of_once():
+    model, _ = made()
+    with pytest.warns(UserWarning, match="alpha_np_test"):
+        model.eval()(image_features=Z)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(image_features=Z)
+        model.train()(image_features=Z)
+    _, head = made()
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("error")
+        head.eval().both(Z)
+
+
+# --------------------------------------------------------------------------- made once, and made anew when it must be
+
+
+def test_what_is_kept_between_batches_follows_weights_and_bank():
+    model, head = made()
+    model.eval()
+    first = scores(model)[2]
+    assert torch.equal(scores(model)[2], first) and head._kept is not None
+    head.W_p.data.mul_(1.5)  # as an optimizer that torch does not count
+    second = scores(model)[2]
+    assert not torch.equal(first, second)
+    with torch.no_grad():
+        head.bank.positive.mul_(-1)
+    third = scores(model)[2]
+    assert not torch.equal(second, third)
+    fresh, _ = made()
+    head_of(fresh).bank.positive.mul_(-1)
+    head_of(fresh).W_p.data.mul_(1.5)
+    torch.testing.assert_close(scores(fresh.eval())[2], third)
+    model.float()
+    assert scores(model, Z.float())[2].dtype == torch.float32
+
+
+def test_an_evaluation_in_inference_mode_leaves_nothing_that_training_cannot_use():
+    model, head = made()
+    with torch.inference_mode():
+        model.eval()(image_features=Z)
+    head.train().losses(Z, Y).mean().backward()
+    assert head.W_n.grad is not None
+
+
+# ------------------------------------------------------------------------------------------- export, saving, verbs
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"fuse": "logits"}, {"cache_reduce": "mean", "visual_scale": 2.0}, {"drop": ["vv"]}]
+)
+def test_the_exported_classifier_needs_no_graph(options, tmp_path):
+    model, head = made(**options)
+    save_file(head.train().export(), tmp_path / "classifier.safetensors")
+    loaded = load_file(tmp_path / "classifier.safetensors")
+    assert sorted(loaded) == sorted(
+        ["text", "cache", "labels", "tau", "visual_scale", "fusion", "mean_over_rows", "fuse_logits"]
+    )
+    torch.testing.assert_close(classify(loaded, Z), scores(model.eval())[2], atol=1e-13, rtol=0)
+    assert (classify(loaded, Z) - scores(model.train())[2]).abs().max() > 1e-5, "the export is of training"
+    assert torch.equal(classify(loaded, Z).argmax(1), classify(loaded, 3 * Z).argmax(1))
+
+
+def test_an_adapter_directory_holds_the_weights_alone_and_loads(tmp_path):
+    model, head = made()
+    with torch.no_grad():
+        head.W_v.add_(0.1)
+    model.eval().save_pretrained(tmp_path)
+    saved = load_file(tmp_path / "adapter_model.safetensors")
+    assert len(saved) == 3 and all(t.shape == (D, D) for t in saved.values())
+    again = peft.PeftModel.from_pretrained(base(), tmp_path)
+    assert torch.equal(scores(again)[2], scores(model)[2])
+    with again.disable_adapter():
+        assert torch.equal(again(image_features=Z).logits, base()(image_features=Z).logits)
+
+
+def test_two_adapters_keep_their_own_weights_and_options():
+    model, _ = made()
+    first = scores(model.eval())[2]
+    model.add_adapter("other", HeGraphConfig(gamma=0.0, drop=["pp"]))
+    model.set_adapter("other")
+    second = scores(model)[2]
+    model.set_adapter("default")
+    assert torch.equal(scores(model)[2], first) and not torch.equal(first, second)
+
+
+def test_the_class_alone_gives_what_the_method_gives():
+    model, head = made()
+    nodes = head.nodes()
+    torch.manual_seed(0)
+    alone = HeGraphHead(
+        nodes.positive, nodes.negative, nodes.visual, nodes.cache, nodes.labels, coeffs={"gamma": 0.5}, tau=TAU
+    )
+    text, visual, fused = scores(model.train())
+    with torch.no_grad():
+        assert torch.equal(alone(Z)[0], text) and torch.equal(alone(Z)[1], visual)
+        torch.testing.assert_close(alone.predict(Z), fused.exp())
+        assert torch.equal(alone.refine()[0], head.refine()[0])
+    assert sorted(alone.state_dict()) == ["W_n", "W_p", "W_v", "cache", "labels", "negative", "positive", "visual"]
+    assert alone.hetero_data()["positive"].x is not None
+    assert alone.coefficients == Coefficients()
+
+
+# ----------------------------------------------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"drop": ["px"]}, "drop: 'px'"),
+        ({"drop": list(ops.RELATIONS)}, "nothing would train"),
+        ({"drop": ["np", "pp", "vp", "vv"]}, "nothing would train"),
+        ({"activation": "gelu"}, "activation: 'gelu'"),
+        ({"degree": "row"}, "degree: 'row'"),
+        ({"shard": "rows"}, "shard: 'rows'"),
+        ({"topk": 0}, "topk"),
+        ({"fusion": -1.0}, "fusion"),
+        ({"visual_loss": -0.1}, "visual_loss"),
+        ({"learned": True, "gamma": 0.0}, "gamma: learned"),
+        ({"gamma": "half"}, "gamma"),
+    ],
+)
+def test_a_config_that_cannot_work_is_refused_in_one_line(options, says):
+    with pytest.raises(BadInput, match=says) as told:
+        HeGraphConfig(**options)
+    assert "\n" not in str(told.value)
+
+
+@pytest.mark.parametrize("part", ["positive", "negative", "support"])
+def test_a_bank_without_what_it_reads_is_refused(part):
+    parts = {part: None} if part != "support" else {"support": None, "support_labels": None}
+    with pytest.raises(BadInput, match="not there"):
+        made(model=base(**parts))
+
+
+def test_images_of_another_space_are_refused():
+    with pytest.raises(BadInput, match="width 6 and class texts 8"):
+        made(model=base(width=6))
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"neg": draw(C, D - 1)}, "neg: shape"),
+        ({"vis": draw(C - 1, D)}, "vis: shape"),
+        ({"cache": draw(3, D)}, "cache: shape"),
+        ({"labels": torch.zeros(9)}, "labels: dtype"),
+        ({"neg": None}, "neg: missing"),
+        ({"coeffs": {"delta": 1.0}}, "coeffs: 'delta'"),
+        ({"act": "gelu"}, "activation: 'gelu'"),
+    ],
+)
+def test_tensors_that_do_not_belong_together_are_refused(change, says):
+    given = {"pos": draw(C, D), "neg": draw(C, D), "vis": draw(C, D), "cache": draw(9, D), "labels": LABELS} | change
+    with pytest.raises(BadInput, match=says):
+        HeGraphHead(**given, tau=1.0)
