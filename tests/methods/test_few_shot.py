@@ -1,0 +1,464 @@
+"""The few-shot baselines on a tiny bank: formulae, sizes, gradients, calibration, what travels, what is refused."""
+
+import copy
+import dataclasses
+
+import peft
+import pytest
+import tiny_features
+import torch
+from torch import nn
+from torch.func import functional_call
+from torch.nn.functional import cross_entropy, normalize
+
+from mmpeft_ds import methods
+from mmpeft_ds.errors import BadInput
+from mmpeft_ds.methods._head import head_of
+from mmpeft_ds.sites import find_sites
+from mmpeft_ds.sites.features import Features, Labelled
+
+C, D, K = 5, 8, 3
+# name -> method and options
+TRAINED = {
+    "linear_probe": ("linear_probe", {"solver": "gradient"}),
+    "clip_adapter": ("clip_adapter", {}),
+    "tip_adapter_f": ("tip_adapter", {"train_keys": True}),
+    "tip_adapter_f_alone": ("tip_adapter", {"train_keys": True, "text": False}),
+    "task_res": ("task_res", {}),
+    "graph_adapter": ("graph_adapter", {}),
+}
+FREE = {
+    "zero_shot": ("zero_shot", {"ensemble": "raw"}),
+    "linear_probe_lbfgs": ("linear_probe", {}),
+    "tip_adapter": ("tip_adapter", {}),
+    "tip_adapter_alone": ("tip_adapter", {"text": False}),
+}
+ALL = TRAINED | FREE
+
+
+def attach(case: str, base: nn.Module | None = None, **options: object) -> peft.PeftModel:
+    name, fixed = ALL.get(case, (case, {}))
+    torch.manual_seed(3)
+    return peft.get_peft_model(base or tiny_features.model(), methods.get(name).Config(**{**fixed, **options}))
+
+
+def moved(wrapped: peft.PeftModel, seed: int = 5) -> peft.PeftModel:
+    """With other trained values and calibrated numbers, so that nothing agrees by being at its start."""
+    made = torch.Generator().manual_seed(seed)
+    head = head_of(wrapped)
+    with torch.no_grad():
+        for p in head.parameters():
+            p += 0.3 * torch.randn(p.shape, generator=made).to(p.dtype)
+        for name in head.calibrated:
+            buffer = getattr(head, name)
+            buffer += torch.rand(buffer.shape, generator=made).to(buffer.dtype)
+    return wrapped
+
+
+def say(wrapped: nn.Module, z: Features | None = None) -> torch.Tensor:
+    with torch.no_grad():
+        return wrapped(image_features=(z or tiny_features.rows()).image).logits
+
+
+# ------------------------------------------------------------------------------------------------------- formulae
+
+
+def unit(x):
+    return normalize(x, dim=-1)
+
+
+def defined(case: str, wrapped: peft.PeftModel, z: torch.Tensor) -> torch.Tensor:
+    """The published formulae once more, plainly."""
+    head, bank, tau = head_of(wrapped), head_of(wrapped).bank, 10.0
+    raw, tip = bank.positive.mean(1), unit(unit(bank.positive).mean(1))
+    if case == "zero_shot":
+        return tau * unit(z) @ unit(raw).T
+    if case.startswith("linear_probe"):
+        return z @ head.weight.T + head.bias
+    if case == "clip_adapter":
+        h = torch.relu(torch.relu(z @ head.down.weight.T) @ head.up.weight.T)
+        return tau * unit(0.2 * h + 0.8 * z) @ tip.T
+    if case.startswith("tip_adapter"):
+        keys = head.keys if "_f" in case else unit(bank.support.mean(1))
+        onehot = torch.eye(C, dtype=z.dtype)[bank.support_labels]
+        votes = torch.exp(-head.beta * (1 - unit(z) @ keys.T)).to(z.dtype) @ onehot
+        return head.alpha.to(z.dtype) * votes + (0 if "alone" in case else tau * unit(z) @ tip.T)
+    if case == "task_res":
+        return tau * unit(z) @ unit(raw + 0.5 * head.residual).T
+    assert case == "graph_adapter"
+    visual = bank.prototypes
+    out = torch.zeros_like(raw)
+    for q in range(C):  # five classes: one group
+        for share, bank_rows, weight, bias in (
+            (0.7, raw, head.weight_text, head.bias_text),
+            (0.3, visual, head.weight_image, head.bias_image),
+        ):
+            nodes = torch.cat([raw[q : q + 1], bank_rows])
+            adjacency = (unit(nodes) @ unit(nodes).T).clamp(min=0) + torch.eye(len(nodes), dtype=z.dtype)
+            scale = adjacency.sum(1).rsqrt()
+            aggregated = (scale[:, None] * adjacency * scale)[0] @ nodes
+            out[q] += share * torch.tanh(aggregated @ weight + bias[q])
+    return tau * unit(z) @ unit(0.7 * raw + 0.3 * out).T
+
+
+@pytest.mark.parametrize("case", ALL)
+def test_logits_are_what_the_formula_says(case):
+    base = tiny_features.model(dtype=torch.float64)
+    wrapped = moved(attach(case, base).double())
+    z = tiny_features.rows(dtype=torch.float64)
+    torch.testing.assert_close(say(wrapped, z), defined(case, wrapped, z.image).detach(), atol=1e-12, rtol=1e-12)
+
+
+def test_ensembles_of_templates():
+    bank = tiny_features.model().features.bank
+    for ensemble, want in (("unit", unit(unit(bank.positive).mean(1))), ("raw", unit(bank.positive.mean(1)))):
+        text = head_of(attach("zero_shot", ensemble=ensemble)).text
+        torch.testing.assert_close(unit(text), want)
+    raw, units = (say(attach("zero_shot", ensemble=e)) for e in ("raw", "unit"))
+    assert (raw - units).abs().max() > 1e-2
+    base = tiny_features.model()
+    assert torch.equal(say(attach("zero_shot", ensemble=None)), say(base))
+
+
+# ------------------------------------------------------------------------------------- where they start, and sizes
+
+
+@pytest.mark.parametrize("case", ALL)
+def test_disabled_it_is_zero_shot_to_the_bit_also_after_training(case):
+    base = tiny_features.model()
+    before, frozen = say(base), {n: b.clone() for n, b in base.named_buffers()}
+    wrapped = moved(attach(case, base))
+    assert not torch.equal(say(wrapped), before)
+    with wrapped.disable_adapter():
+        assert torch.equal(say(wrapped), before)
+    assert all(torch.equal(b, frozen[n]) for n, b in wrapped.unload().named_buffers())
+
+
+def test_a_residual_of_zero_is_zero_shot_to_the_bit():
+    base = tiny_features.model()
+    base.features.ensemble = "raw"
+    assert torch.equal(say(attach("task_res", copy.deepcopy(base))), say(base))
+
+
+@pytest.mark.parametrize(
+    ("case", "options"),
+    [("clip_adapter", {"ratio": 0.0}), ("graph_adapter", {"beta": 1.0}), ("tip_adapter", {"alpha": 0.0})],
+)
+def test_the_share_that_switches_it_off_leaves_zero_shot(case, options):
+    base = tiny_features.model()
+    base.features.ensemble = "unit" if case == "tip_adapter" else "raw"
+    torch.testing.assert_close(say(attach(case, copy.deepcopy(base), **options)), say(base), atol=1e-5, rtol=1e-5)
+
+
+def test_numbers_of_trained_parameters():
+    width, classes, shots = 16, 6, 4
+    base = tiny_features.model(classes=classes, width=width, support=shots)
+    want = {
+        "linear_probe": classes * (width + 1),
+        "clip_adapter": width * width // 2,
+        "tip_adapter_f": classes * shots * width,
+        "tip_adapter_f_alone": classes * shots * width,
+        "task_res": classes * width,
+        "graph_adapter": 2 * (width * width + classes * width),
+    } | dict.fromkeys(FREE, 0)
+    for case, count in want.items():
+        wrapped = attach(case, copy.deepcopy(base))
+        assert sum(p.numel() for p in wrapped.parameters() if p.requires_grad) == count, case
+        assert head_of(wrapped).config.gradient_free == (count == 0)
+
+
+def test_starts_are_the_published_ones():
+    head = head_of(attach("graph_adapter"))
+    for weight, bias in ((head.weight_text, head.bias_text), (head.weight_image, head.bias_image)):
+        assert not bias.any() and weight.abs().max() <= D**-0.5 and weight.std() > 0.4 * D**-0.5
+    head = head_of(attach("tip_adapter_f"))
+    torch.testing.assert_close(head.keys.detach(), unit(head.bank.support.mean(1)))
+    assert (float(head.alpha), float(head.beta)) == (1.17, 1.0)
+
+
+# ------------------------------------------------------------------------------------------------------ gradients
+
+
+@pytest.mark.parametrize("case", TRAINED)
+def test_gradients_are_those_of_finite_differences(case):
+    wrapped = moved(attach(case, tiny_features.model(dtype=torch.float64)).double())
+    head, rows = head_of(wrapped), tiny_features.labelled(6, dtype=torch.float64)
+    names, values = zip(*((n, p.detach().clone().requires_grad_()) for n, p in head.named_parameters()), strict=True)
+
+    def loss(*parameters):
+        scores = functional_call(head, dict(zip(names, parameters, strict=True)), (rows.features,))
+        return cross_entropy(scores.logits, rows.labels)
+
+    assert torch.autograd.gradcheck(loss, values)
+
+
+@pytest.mark.parametrize("case", TRAINED)
+def test_a_few_steps_lower_the_loss_and_leave_the_bank_alone(case):
+    wrapped, rows = attach(case), tiny_features.labelled(20)
+    frozen = copy.deepcopy(head_of(wrapped).bank.state_dict())
+    optimizer = torch.optim.AdamW([p for p in wrapped.parameters() if p.requires_grad], 0.02)
+    losses = []
+    for _ in range(20):
+        loss = cross_entropy(wrapped(image_features=rows.features.image).logits, rows.labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.95 * losses[0]
+    assert all(torch.equal(b, frozen[n]) for n, b in head_of(wrapped).bank.state_dict().items())
+
+
+@pytest.mark.parametrize("case", ALL)
+def test_a_rank_without_rows_gives_no_rows_and_zero_gradients(case):
+    wrapped = attach(case)
+    logits = wrapped(image_features=torch.zeros(0, D)).logits
+    assert logits.shape == (0, C)
+    if case in TRAINED:
+        logits.sum().backward()
+        assert all(p.grad is not None and not p.grad.any() for p in head_of(wrapped).parameters())
+
+
+# ---------------------------------------------------------------------------------------------------- calibration
+
+
+def split(count: int, seed: int, noise: float = 0.8, holes: bool = False) -> Labelled:
+    """Rows near class centres that are the texts of the tiny bank; with `holes` every third row does not count."""
+    centres = tiny_features.model().features.bank.positive.mean(1)
+    labels = torch.arange(count) % C
+    made = torch.Generator().manual_seed(seed)
+    image = centres[labels] + noise * torch.randn(count, D, generator=made)
+    valid = torch.ones(count, dtype=torch.bool)
+    if holes:
+        valid[::3] = False
+        image[::3] = 1e6
+    return Labelled(Features(image, None, valid, torch.arange(count)), labels)
+
+
+def accuracy(wrapped: nn.Module, rows: Labelled) -> float:
+    valid = rows.features.valid
+    right = say(wrapped, rows.features).argmax(1) == rows.labels
+    return right[valid].double().mean().item()
+
+
+@pytest.mark.parametrize("case", ["tip_adapter", "tip_adapter_alone", "tip_adapter_f"])
+def test_alpha_and_beta_are_the_best_of_the_grid_on_validation(case):
+    wrapped = attach(case, alpha_steps=4, beta_steps=5)
+    head, validation = head_of(wrapped), split(40, 1, 1.5, holes=True)
+    told = head.calibrate(split(15, 0), validation)
+    found = float(head.beta), float(head.alpha)
+    assert told["validation_accuracy"] == pytest.approx(accuracy(wrapped, validation))
+    assert (told["beta"], told["alpha"]) == found
+    alphas = [1.17] if case == "tip_adapter_alone" else [0.1 + i * 2.9 / 4 for i in range(4)]
+    best, want = 0.0, None
+    for beta in [0.1 + i * 6.9 / 5 for i in range(5)]:
+        for alpha in alphas:
+            head.beta.fill_(beta)
+            head.alpha.fill_(alpha)
+            if (now := accuracy(wrapped, validation)) > best:
+                best, want = now, (beta, alpha)
+    assert found == pytest.approx(want)
+
+
+def test_the_search_sees_validation_and_nothing_else():
+    first, second = attach("tip_adapter"), attach("tip_adapter")
+    validation = split(30, 1, 1.5)
+    head_of(first).calibrate(split(15, 0), validation)
+    other = split(15, 9)
+    other.labels = other.labels.flip(0)
+    head_of(second).calibrate(other, validation)
+    assert torch.equal(say(first), say(second))
+
+
+def test_the_linear_probe_is_the_regression_with_the_strength_that_validation_prefers():
+    wrapped = attach("linear_probe_lbfgs", halvings=2)
+    train, validation = split(25, 0, 1.2, holes=True), split(40, 1, 1.2, holes=True)
+    assert not say(wrapped).any()
+    told = head_of(wrapped).calibrate(train, validation)
+    assert told["validation_accuracy"] == pytest.approx(accuracy(wrapped, validation))
+    assert accuracy(wrapped, train) > 0.9
+    for strength in (1e6, 1e2, 1.0, 1e-2, 1e-6):
+        other = attach("linear_probe_lbfgs", strength=strength)
+        assert head_of(other).calibrate(train, None) == {"strength": strength}
+        assert accuracy(other, validation) <= told["validation_accuracy"]
+    fixed = attach("linear_probe_lbfgs", strength=told["strength"])
+    head_of(fixed).calibrate(train, None)
+    assert torch.equal(say(fixed), say(wrapped))
+
+
+def test_solved_and_trained_linear_probes_agree():
+    train, c = split(40, 0, 1.2), 0.05
+    solved = attach("linear_probe_lbfgs", strength=c)
+    head_of(solved).calibrate(train, None)
+    trained = attach("linear_probe")
+    optimizer = torch.optim.LBFGS(head_of(trained).parameters(), max_iter=200, line_search_fn="strong_wolfe")
+
+    def closure():
+        optimizer.zero_grad()
+        logits = trained(image_features=train.features.image).logits
+        loss = cross_entropy(logits, train.labels, reduction="sum")
+        loss = loss + head_of(trained).weight.square().sum() / (2 * c)
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    torch.testing.assert_close(say(trained).softmax(1), say(solved).softmax(1), atol=1e-3, rtol=0)
+    assert head_of(trained).calibrate(train, None) == {}
+
+
+@pytest.mark.parametrize("case", ["linear_probe_lbfgs", "tip_adapter"])
+def test_a_search_without_validation_is_refused_and_can_be_switched_off(case):
+    with pytest.raises(BadInput, match="data.validation") as caught:
+        head_of(attach(case)).calibrate(split(15, 0), None)
+    assert "\n" not in str(caught.value)
+    off = {"search": False} if case == "tip_adapter" else {"strength": 1.0}
+    head_of(attach(case, **off)).calibrate(split(15, 0), None)
+
+
+# --------------------------------------------------------------------------------------------------- what travels
+
+
+@pytest.mark.parametrize("case", ALL)
+def test_saving_and_loading_keeps_every_bit_also_of_what_was_found(case, tmp_path):
+    wrapped = moved(attach(case))
+    wrapped.save_pretrained(tmp_path)
+    again = peft.PeftModel.from_pretrained(tiny_features.model(), tmp_path, adapter_name="renamed")
+    assert torch.equal(say(again), say(wrapped))
+    for name in head_of(wrapped).calibrated:
+        assert torch.equal(getattr(head_of(again), name), getattr(head_of(wrapped), name))
+    lazy = peft.PeftModel.from_pretrained(tiny_features.model(), tmp_path, low_cpu_mem_usage=True)
+    for name, tensor in head_of(wrapped).state_dict().items():
+        assert torch.equal(head_of(lazy).state_dict()[name], tensor)
+    # where a mapped file lies in memory, a matrix product may round otherwise
+    torch.testing.assert_close(say(lazy), say(wrapped), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("case", ALL)
+def test_what_is_exported_is_the_classifier(case):
+    wrapped, z = moved(attach(case)), tiny_features.rows().image
+    out = head_of(wrapped).export()
+    assert not any(tensor.requires_grad for tensor in out.values())
+    if case.startswith("linear_probe"):
+        logits = z @ out["weight"].T + out["bias"]
+    else:
+        if case == "clip_adapter":
+            h = torch.relu(torch.relu(z @ out["down"].T) @ out["up"].T)
+            z = out["ratio"] * h + (1 - out["ratio"]) * z
+        logits = out["scale"] * unit(z) @ unit(out["text"]).T if "text" in out else 0
+        if "keys" in out:
+            affinity = torch.exp(-out["beta"] * (1 - unit(z) @ out["keys"].T))
+            logits = logits + out["alpha"] * affinity @ torch.eye(C)[out["labels"]]
+    torch.testing.assert_close(logits, say(wrapped), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("case", ["zero_shot", "clip_adapter", "tip_adapter", "task_res", "graph_adapter"])
+def test_what_is_remembered_of_the_bank_follows_it(case):
+    wrapped = attach(case)
+    before = say(wrapped)
+    assert torch.equal(say(wrapped), before)
+    bank = head_of(wrapped).bank
+    other = tiny_features.model(seed=7).features.bank
+    bank.positive.copy_(other.positive)
+    bank.support.copy_(other.support)
+    assert not torch.equal(say(wrapped), before)
+    fresh = tiny_features.model()
+    fresh.features.bank.load_state_dict(bank.state_dict())
+    assert torch.equal(say(attach(case, fresh)), say(wrapped))
+
+
+def test_what_was_remembered_without_gradients_serves_training():
+    for case in TRAINED:
+        wrapped, z = attach(case), tiny_features.rows().image
+        with torch.inference_mode():
+            wrapped(image_features=z)
+        wrapped(image_features=z).logits.square().sum().backward()
+
+
+def test_two_heads_share_a_bank():
+    wrapped = moved(attach("task_res"))
+    first = say(wrapped)
+    wrapped.add_adapter("tip", methods.get("task_res").Config(alpha=1.0))
+    assert torch.equal(say(wrapped), first)
+    wrapped.set_adapter("tip")
+    assert not torch.equal(say(wrapped), first)
+    wrapped.set_adapter("default")
+    assert torch.equal(say(wrapped), first)
+
+
+# -------------------------------------------------------------------------------------------------- what is refused
+
+NEEDS = {
+    "zero_shot": ("text",),
+    "linear_probe": (),
+    "linear_probe_lbfgs": (),
+    "clip_adapter": ("text",),
+    "tip_adapter": ("text", "support"),
+    "tip_adapter_f": ("text", "support"),
+    "tip_adapter_alone": ("support",),
+    "tip_adapter_f_alone": ("support",),
+    "task_res": ("text",),
+    "graph_adapter": ("text", "support"),
+}
+
+
+@pytest.mark.parametrize("case", ALL)
+@pytest.mark.parametrize("without", ["text", "support"])
+def test_what_the_bank_lacks_is_refused_where_it_is_read_and_only_there(case, without):
+    base = tiny_features.model(**{"templates" if without == "text" else "support": 0})
+    name, options = ALL[case]
+    method = methods.get(name)
+    if without not in NEEDS[case]:
+        assert say(attach(case, base)).isfinite().all()
+        return
+    with pytest.raises(BadInput, match=f"{name}: needs") as caught:
+        method.check(method.Config(**options), find_sites(base), None)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(BadInput, match=f"{name}: needs"):
+        attach(case, base)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "says"),
+    [
+        ("zero_shot", {"ensemble": "both"}, "ensemble: 'both' is unknown"),
+        ("clip_adapter", {"ratio": 1.5}, "ratio: must lie in"),
+        ("clip_adapter", {"reduction": 0}, "reduction: must be 1 or more"),
+        ("task_res", {"alpha": -1.0}, "alpha: must be 0 or more"),
+        ("graph_adapter", {"groups": 0}, "groups: must be 1 or more"),
+        ("graph_adapter", {"beta": 2.0}, "beta: must lie in"),
+        ("tip_adapter", {"max_beta": 0.0}, "max_beta: must be 0.1 or more"),
+        ("tip_adapter", {"alpha_steps": 0}, "alpha_steps: must be 1 or more"),
+        ("tip_adapter", {"beta": float("nan")}, "beta: must be 0 or more"),
+        ("linear_probe", {"solver": "sgd"}, "solver: 'sgd' is unknown"),
+        ("linear_probe", {"strength": 0.0}, "strength: must be above 0"),
+        ("linear_probe", {"halvings": "many"}, "halvings: expected int"),
+    ],
+)
+def test_values_that_cannot_work_are_refused(name, options, says):
+    with pytest.raises(BadInput, match=says):
+        methods.get(name).Config(**options)
+
+
+def test_widths_that_do_not_fit_are_refused():
+    with pytest.raises(BadInput, match="reduction: 16 leaves nothing of 8"):
+        attach("clip_adapter", reduction=16)
+    base = tiny_features.model()
+    base.features.bank.support = torch.randn(C * K, 2, 6)
+    with pytest.raises(BadInput, match="share a space"):
+        attach("graph_adapter", base)
+
+
+def test_a_class_without_images_and_a_single_class_stay_finite():
+    base = tiny_features.model()
+    base.features.bank.support_labels[:K] = 1
+    for case in ("tip_adapter", "tip_adapter_f", "graph_adapter"):
+        assert say(attach(case, copy.deepcopy(base))).isfinite().all()
+    for case in ALL:
+        assert say(attach(case, tiny_features.model(classes=1))).shape == (7, 1)
+
+
+def test_configs_travel_as_json():
+    for name, options in ALL.values():
+        config = methods.get(name).Config(**options)
+        assert type(config)(**{k: v for k, v in config.to_dict().items() if k != "peft_type"}) == dataclasses.replace(
+            config
+        )
