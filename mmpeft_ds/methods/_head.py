@@ -89,6 +89,11 @@ class Head(nn.Module):
     def forward(self, features: Features) -> Scores:
         raise NotImplementedError
 
+    @property
+    def calibrates(self) -> bool:
+        """Whether `calibrate` has something to find; else the rows need not be read."""
+        return type(self).calibrate is not Head.calibrate
+
     def calibrate(self, train: Labelled, validation: Labelled | None) -> dict[str, float]:
         """After training: search or solve what is not trained by gradient, on validation, never on test.
 

@@ -118,6 +118,11 @@ class GaNetHead(Head):
         finally:
             self._alone = before
 
+    @property
+    def calibrates(self) -> bool:
+        """There are several tau to choose from."""
+        return bool(self.config.tau_grid)
+
     @torch.no_grad()
     def calibrate(self, train: Labelled, validation: Labelled | None) -> dict[str, float]:
         """Take the tau of `tau_grid` with the best top-1 on validation rows, in graphs of `tau_batch` rows, which the

@@ -1,0 +1,77 @@
+"""GA-Net from feature shards with captions on two ranks, by the trainer: trained, tau searched, reported, loaded."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from distributed import launch  # noqa: E402
+
+from data import toy_features  # noqa: E402
+from mmpeft_ds import adapter  # noqa: E402
+
+pytestmark = pytest.mark.distributed
+WORKER = Path(__file__).with_name("ga_net_run_worker.py")
+SAMPLES, BATCH = 45, 20
+GRID = [-0.5, 0.6, 0.9]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("ga_net_run")
+    samples = []
+    for i in range(SAMPLES):
+        made = toy_features.sample(i)
+        for features in (made.features, made.arrays["text"]):
+            features[:, i % toy_features.CLASSES] += 2.5
+        samples.append(made)
+    toy_features.write_features(folder / "toy", samples)
+    source = {"dir": str(folder / "toy"), "task": {"name": "classification", "text": "captions"}}
+    content = {
+        "run_dir": str(folder / "run"),
+        "backbone": {"name": "features"},
+        "method": {"name": "ga_net", "r": 8, "tau": 0.5, "tau_grid": GRID, "tau_batch": BATCH},
+        "data": {"sources": [source], "validation": [source], "global_batch": BATCH, "workers": 0},
+        "optim": {"epochs": 15, "lr": 0.02, "warmup": 0.0},
+        "engine": {"deepspeed": "ds_configs/zero3.json"},
+    }
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(content))
+    result = launch.run(WORKER, str(folder / "recipe.yaml"), ranks=2, timeout=180)
+    assert result.code == 0 and not result.killed, result.tail()
+    return folder / "run"
+
+
+def test_it_trains_on_two_ranks(run):
+    losses = [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert len(losses) == 15 * 3 and losses[-1] < 0.7 * losses[0]
+    assert json.loads((run / "finished.json").read_text())["metrics"]["tau"] in GRID
+
+
+def test_the_adapter_holds_the_tau_that_was_found(run):
+    told = json.loads((run / "finished.json").read_text())["metrics"]
+    loaded = adapter.load(run / "adapter")
+    head = loaded.model.get_base_model().features.head
+    assert head.tau == told["tau"]
+    # what the run said of its last evaluation is what the loaded model does on the same graphs' worth of samples
+    rng = np.random.default_rng(0)
+    rows = torch.from_numpy(rng.normal(size=(5, toy_features.WIDTH))).float()
+    texts = torch.from_numpy(rng.normal(size=(5, toy_features.TEXT_WIDTH))).float()
+    with torch.no_grad():
+        out = loaded.model(image_features=rows, text_features=texts)
+    assert out.logits.shape == (5, toy_features.CLASSES) and torch.isfinite(out.logits).all()
+
+
+def test_the_report_of_a_run_is_written(run):
+    report = json.loads((run / "graph-report-train.json").read_text())
+    assert report["rows"] == SAMPLES
+    orders = [line["order"] for line in report["lines"]]
+    assert orders[0] == "no edges" and orders[-1] == "sorted by class" and len(orders) == 5
+    assert all(line["top1"] > 0.5 for line in report["lines"][1:])
