@@ -6,6 +6,9 @@ backbone.json               name and options of the backbone, and the base model
 labels.json                 answers in class order, or null
 image_transform.json        what happens to a decoded image
 feature_statistics.json     mean and deviation of the condition, or null
+bank.safetensors            of models of features: class texts and support samples that the head reads
+towers.json                 of models of features: what made the stored features
+classifier.safetensors      of heads that have such a form: a classifier that needs neither bank nor graph
 base_fingerprint.json       of every frozen tensor, under its name in the bare base model
 metrics.json                what the run reached
 README.md                   model card
@@ -26,7 +29,7 @@ from typing import Any
 import numpy as np
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from mmpeft_ds import recipe as recipes
@@ -37,7 +40,10 @@ from mmpeft_ds.engine import checkpoint, fingerprint, zero_state
 from mmpeft_ds.engine.forward import answer
 from mmpeft_ds.engine.rank0 import on_rank0, rank
 from mmpeft_ds.errors import BadInput, BadSample
+from mmpeft_ds.methods._head import head_of
+from mmpeft_ds.methods._layers import gathered
 from mmpeft_ds.model_card import model_card
+from mmpeft_ds.sites.base import base_layer
 from mmpeft_ds.tasks.base import Task
 
 WEIGHTS = "adapter_model.safetensors"
@@ -63,9 +69,12 @@ def export(directory: str | Path, model: Any, resolved: Any, metrics: dict[str, 
     for name, parameter in peft_model.named_parameters():
         if parameter.requires_grad:
             trained[name] = _master(engine, parameter)
+    for name, buffer in _found_without_gradients(peft_model):
+        trained[name] = buffer.detach().cpu().clone() if rank() == 0 else None
     prints = fingerprint.frozen_fingerprint(fingerprint.frozen_tensors(peft_model))
     directory = Path(directory)
-    return on_rank0(lambda: _write(directory, peft_model, trained, prints, resolved, metrics))
+    plain = _plain_classifier(peft_model)
+    return on_rank0(lambda: _write(directory, peft_model, trained, plain, prints, resolved, metrics))
 
 
 @dataclass
@@ -144,8 +153,14 @@ class Loaded:
             raise BadInput(f"predict: {bad}") from bad
 
 
-def load(directory: str | Path, device: torch.device | str = "cpu") -> Loaded:
+def load(
+    directory: str | Path, device: torch.device | str = "cpu", overrides: list[str] | None = None
+) -> Loaded:
     """Rebuild base and adapter from an adapter directory and the base weights that it names.
+
+    Args:
+        overrides: changes of its recipe (`a.b=value`), for a base that is built in another form; images may then be
+            transformed otherwise.
 
     Raises:
         BadInput: if the directory is not whole, or the base model is not the one this was trained on.
@@ -158,19 +173,24 @@ def load(directory: str | Path, device: torch.device | str = "cpu") -> Loaded:
         raise BadInput(
             f"{directory}: no adapter directory, {absent[0]} is missing. Give the `adapter` folder of a run."
         )
-    recipe = recipes.load(directory / "recipe.yaml")
+    recipe = recipes.load(directory / "recipe.yaml", overrides)
     labels = _read(directory, "labels.json")
-    backbone = make_backbone(recipe, labels)
+    towers = _read(directory, "towers.json") if (directory / "towers.json").is_file() else {}
+    backbone = make_backbone(recipe, labels, towers)
+    if (directory / "bank.safetensors").is_file():
+        backbone.use_bank(load_file(directory / "bank.safetensors"))
     if (statistics := _read(directory, "feature_statistics.json")) is not None:
         backbone.use_statistics(statistics)
     found = _transform(backbone)
-    if found != (told := _read(directory, "image_transform.json")):
+    if found != (told := _read(directory, "image_transform.json")) and not overrides:
         raise BadInput(f"{directory}: images were transformed by {told} in training, this version does {found}")
     tasks = []
     for i, source in enumerate(recipe.data.sources):
         if source.task not in [s.task for s in recipe.data.sources[:i]]:
             tasks.append(make_task(recipe, f"data.sources.{i}", source, labels))
     base = backbone.build()
+    if hasattr(backbone, "read_classes"):
+        backbone.read_classes(base)
     float32_heads(base)
     prints = fingerprint.frozen_fingerprint(fingerprint.all_tensors(base))
     fingerprint.compare(_read(directory, "base_fingerprint.json"), prints, str(directory), missing_ok=True)
@@ -190,6 +210,7 @@ def _write(
     directory: Path,
     model: PeftModel,
     trained: dict[str, Tensor],
+    plain: dict[str, Tensor],
     prints: dict[str, str],
     resolved: Any,
     metrics: dict[str, Any],
@@ -198,7 +219,7 @@ def _write(
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
-        _fill(partial, model, trained, prints, resolved, metrics)
+        _fill(partial, model, trained, plain, prints, resolved, metrics)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
@@ -216,6 +237,7 @@ def _fill(
     partial: Path,
     model: PeftModel,
     trained: dict[str, Tensor],
+    plain: dict[str, Tensor],
     prints: dict[str, str],
     resolved: Any,
     metrics: dict[str, Any],
@@ -241,11 +263,40 @@ def _fill(
     }
     for file, value in contents.items():
         (partial / file).write_text(json.dumps(value, indent=1, default=str, ensure_ascii=False) + "\n")
+    if hasattr(backbone, "use_bank"):
+        _features_files(partial, model, plain, backbone)
     (partial / "recipe.yaml").write_text(recipes.to_yaml(recipe))
     (partial / "README.md").write_text(model_card(resolved, metrics, trained))
     for file in partial.iterdir():
         checkpoint.fsync(file)
     checkpoint.fsync(partial)
+
+
+def _plain_classifier(model: PeftModel) -> dict[str, Tensor]:
+    """What the head exports, on the CPU; empty for any other model. Collective."""
+    head = head_of(model)
+    if head is None:
+        return {}
+    with gathered(list(head.parameters())), torch.no_grad():
+        return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in head.export().items()}
+
+
+def _features_files(partial: Path, model: PeftModel, plain: dict[str, Tensor], backbone: Any) -> None:
+    """What a model of features brings besides: its bank, its towers, and a plain classifier if the head has one."""
+    bank = base_layer(model.get_base_model().features).bank
+    save_file({n: getattr(bank, n).cpu().contiguous() for n in bank.NAMES}, partial / "bank.safetensors")
+    (partial / "towers.json").write_text(json.dumps(backbone.towers, indent=1, ensure_ascii=False) + "\n")
+    if plain:
+        save_file(plain, partial / "classifier.safetensors")
+
+
+def _found_without_gradients(model: PeftModel) -> list[tuple[str, Tensor]]:
+    """Buffers that heads have set by search or in closed form."""
+    return [
+        (f"{path}.{name}", getattr(module, name))
+        for path, module in model.named_modules()
+        for name in getattr(module, "calibrated", ())
+    ]
 
 
 def _verify(path: Path, trained: dict[str, Tensor]) -> None:

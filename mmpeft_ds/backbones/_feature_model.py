@@ -72,6 +72,8 @@ class ZeroShot(nn.Module):
         self.bank = bank
         self.image_width, self.text_width = config.image_width, config.text_width
         self.logit_scale, self.ensemble = config.logit_scale, config.ensemble
+        # What the number above says, for peft and transformers, which take a model without parameters for another kind.
+        self.scale = nn.Parameter(torch.tensor([config.logit_scale]), requires_grad=False)
 
     @property
     def class_text(self) -> Tensor:
@@ -93,6 +95,8 @@ class FeatureModel(PreTrainedModel):
         bank: class texts and support samples; None: empty tensors of the configuration's shapes.
         encoder: frozen model that makes features of what is not stored; with `embed`, its backbone's function
             (model, batch) -> image and text features.
+        class_names, tokenise: for methods that write texts about the classes: their names in words, and list of texts
+            -> arguments of the encoder.
     """
 
     config_class = FeatureConfig
@@ -100,7 +104,13 @@ class FeatureModel(PreTrainedModel):
     _no_split_modules: list[str] = []
 
     def __init__(
-        self, config: FeatureConfig, bank: Bank | None = None, encoder: nn.Module | None = None, embed: Any = None
+        self,
+        config: FeatureConfig,
+        bank: Bank | None = None,
+        encoder: nn.Module | None = None,
+        embed: Any = None,
+        class_names: list[str] | None = None,
+        tokenise: Any = None,
     ):
         super().__init__(config)
         if bank is None:
@@ -110,11 +120,12 @@ class FeatureModel(PreTrainedModel):
         if encoder is not None:
             self.encoder = encoder
         self._embed = embed
+        self.class_names, self.tokenise = class_names, tokenise
         self.post_init()
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the bank: without an encoder there is no parameter."""
+        """Of the bank, whatever the encoder computes in."""
         return base_layer(self.features).bank.positive.dtype
 
     @property

@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -29,12 +29,15 @@ class Options:
         images: `stored` in feature shards, or `live` through the encoder, from pixels.
         texts: captions' features: `stored`, or `live` through the encoder; `none` leaves captions out.
         ensemble: of the templates of a class: `unit` averages unit vectors, `raw` the vectors as they are.
+        templates, negative_templates: class texts where none are stored; `{}` stands for the name of a class.
     """
 
     encoder: dict[str, Any] | None = None
     images: Literal["stored", "live"] = "stored"
     texts: Literal["none", "stored", "live"] = "stored"
     ensemble: Literal["unit", "raw"] = "unit"
+    templates: list[str] = field(default_factory=lambda: ["a photo of a {}."])
+    negative_templates: list[str] = field(default_factory=lambda: ["a photo of no {}."])
 
 
 @dataclass(frozen=True)
@@ -48,12 +51,14 @@ class ViewTransform:
     augmented: bool
     takes_features = True
 
+    def row(self, rows: int, seed: int) -> int:
+        """Which of the rows (1 + V) a sample takes whose random choices have this seed."""
+        return 1 + seed % (rows - 1) if self.augmented and rows > 1 else 0
+
     def __call__(self, features: Tensor, generator: torch.Generator | None = None) -> Tensor:
         if features.dim() == 1:
             return features
-        if not self.augmented or len(features) == 1:
-            return features[0]
-        return features[1 + int(torch.randint(len(features) - 1, (), generator=generator))]
+        return features[self.row(len(features), 0 if generator is None else generator.initial_seed())]
 
 
 class FeaturesBackbone:
@@ -135,8 +140,47 @@ class FeaturesBackbone:
             ensemble=self.options.ensemble,
         )
         bank = {name: tensor.to("meta") if on_meta else tensor for name, tensor in self.bank.items()}
-        model = FeatureModel(config, Bank(config.num_classes, **bank), encoder, self.encoder and self.encoder.embed)
+        if self._live_classes:
+            for name, templates in self._templates.items():
+                shape = (config.num_classes, len(templates), image)
+                bank[name] = torch.zeros(shape, device="meta" if on_meta else None)
+        model = FeatureModel(
+            config,
+            Bank(config.num_classes, **bank),
+            encoder,
+            self.encoder and self.encoder.embed,
+            self._class_names,
+            self.encoder and self.encoder.collate_texts,
+        )
         return model.requires_grad_(False).train()
+
+    def read_classes(self, model: nn.Module) -> None:
+        """Where no class texts are stored, let the encoder read them; whole weights, before anything is attached."""
+        if not self._live_classes:
+            return
+        names = self._class_names
+        for part, templates in self._templates.items():
+            texts = [template.replace("{}", name) for name in names for template in templates]
+            was_training = model.encoder.training
+            with torch.no_grad():
+                found = self.encoder.embed_texts(model.encoder.eval(), texts)
+            model.encoder.train(was_training)
+            getattr(model.features.bank, part).copy_(found.view(len(names), len(templates), -1))
+
+    @property
+    def _class_names(self) -> list[str]:
+        """In words."""
+        return [label.replace("_", " ") for label in self.labels or []]
+
+    @property
+    def _live_classes(self) -> bool:
+        """Class texts come from the encoder; towers of unequal widths have none that images could be compared with."""
+        equal = self.encoder is not None and self.encoder.feature_widths[0] == self.encoder.feature_widths[1]
+        return equal and not self.towers
+
+    @property
+    def _templates(self) -> dict[str, list[str]]:
+        return {"positive": self.options.templates, "negative": self.options.negative_templates}
 
     def image_transform(self, train: bool) -> Callable[[Tensor, Any], Tensor]:
         """Choose a stored view, or what the encoder does to pixels."""
@@ -145,10 +189,11 @@ class FeaturesBackbone:
         return ViewTransform(train)
 
     def collate_images(self, images: list[Any]) -> dict[str, Tensor]:
-        """`image_features` (I, Dv), at least float32; or what the encoder takes."""
+        """`image_features` (I, Dv), at least float32; or what the encoder takes. A tensor holds all rows already."""
         if self.options.images == "live":
             return self.encoder.collate_images(images)
-        return {"image_features": torch.stack([_wide(image) for image in images])}
+        rows = images if isinstance(images, Tensor) else torch.stack([_wide(image) for image in images])
+        return {"image_features": _wide(rows)}
 
     def collate_texts(self, texts: list[Any]) -> dict[str, Tensor]:
         """`text_features` (T, Dt), zeros for a text without any; or what the encoder takes; nothing where captions are

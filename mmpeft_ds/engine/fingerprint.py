@@ -70,8 +70,9 @@ def _buffers_and_constants(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
             continue
         if hasattr(module, "frozen_constants"):
             yield from ((base_name(f"{path}.{key}"), value) for key, value in module.frozen_constants().items())
+        found = getattr(module, "calibrated", ())  # a head has set these: they are not of the base
         for key, buffer in module.named_buffers(recurse=False):
-            if key not in module._non_persistent_buffers_set:
+            if key not in module._non_persistent_buffers_set and key not in found:
                 yield base_name(f"{path}.{key}" if path else key), buffer
 
 

@@ -24,6 +24,7 @@ from mmpeft_ds.backbones.base import Backbone
 from mmpeft_ds.data.manifest import Manifest
 from mmpeft_ds.data.options import SourceOptions
 from mmpeft_ds.data.subset import Subset
+from mmpeft_ds.engine import feature_bank
 from mmpeft_ds.engine.checks import check_coupling, check_fields, check_names, check_values
 from mmpeft_ds.engine.ds_config import check_ds_config
 from mmpeft_ds.errors import BadInput
@@ -96,8 +97,12 @@ def resolve(recipe: Recipe) -> Resolved:
         raise BadInput(f"{where(recipe, 'data.sources')}: empty. Name a prepared data set: [{{dir: data/easy-vqa}}].")
     manifests = {key: load_manifest(recipe, key, o) for role in listed.values() for key, o in role}
     check_names(recipe, [(key, o, manifests[key]) for role in listed.values() for key, o in role])
-    labels = union_of_labels([manifests[key] for key, _ in listed["train"]])
-    backbone = make_backbone(recipe, labels)
+    subsets = {}
+    for key, options in (entry for role in listed.values() for entry in role):
+        with _named(recipe, f"{key}.subset"):
+            subsets[key] = Subset.load(options.subset, manifests[key], options.split) if options.subset else None
+    labels = union_of_labels([(manifests[key], subsets[key]) for key, _ in listed["train"]])
+    backbone = make_backbone(recipe, labels, feature_bank.towers_of(list(manifests.values())))
     statistics = feature_statistics(recipe, backbone, manifests[listed["train"][0][0]])
     if statistics is not None:
         backbone.use_statistics(statistics)
@@ -105,8 +110,7 @@ def resolve(recipe: Recipe) -> Resolved:
     def finish(key: str, options: SourceOptions) -> ResolvedSource:
         task = make_task(recipe, key, options, labels)
         check_fields(recipe, key, options, manifests[key], task)
-        with _named(recipe, f"{key}.subset"):
-            subset = Subset.load(options.subset, manifests[key], options.split) if options.subset else None
+        subset = subsets[key]
         if hasattr(task, "use_source"):
             with _named(recipe, key):
                 task.use_source(manifests[key].labels, subset.classes if subset else None)
@@ -114,6 +118,9 @@ def resolve(recipe: Recipe) -> Resolved:
 
     sources = {role: [finish(key, options) for key, options in entries] for role, entries in listed.items()}
     check_coupling(recipe, [s.task for s in sources["train"]], method_config)
+    if hasattr(backbone, "use_bank"):
+        wanted = feature_bank.needed(method, method_config)
+        backbone.use_bank(feature_bank.shapes(sources["train"], labels, wanted))
     check_sites(recipe, backbone, method, method_config)
     return Resolved(
         recipe, ds_config, backbone, method, method_config, sources["train"], sources["validation"], labels, statistics
@@ -136,10 +143,22 @@ def expand(recipe: Recipe) -> Recipe:
     return full
 
 
-def make_backbone(recipe: Recipe, labels: list[str] | None) -> Backbone:
-    """The backbone entry of the recipe, checked but not built; `use_statistics` may have to follow."""
+def make_backbone(recipe: Recipe, labels: list[str] | None, towers: dict[str, Any] | None = None) -> Backbone:
+    """The backbone entry of the recipe, checked but not built; `use_statistics` or `use_bank` may have to follow.
+
+    Args:
+        towers: what the manifest says of stored features.
+    """
     entry, options = _component(backbones, recipe.backbone, "backbone", origin_of(recipe))
     backbone = entry(options, labels)
+    if section := getattr(options, "encoder", None):
+        inner, inner_options = _component(backbones, section, "backbone.encoder", origin_of(recipe))
+        encoder = inner(inner_options, None)
+        with _named(recipe, "backbone.encoder"):
+            encoder.check()
+            backbone.use_encoder(encoder)
+    if towers and hasattr(backbone, "use_features"):
+        backbone.use_features(towers)
     backbone.attention = recipe.engine.attention
     backbone.dtype = getattr(torch, recipe.engine.dtype)
     backbone.train_dropout = recipe.engine.train_dropout
@@ -204,11 +223,13 @@ def load_manifest(recipe: Recipe, key: str, options: SourceOptions) -> Manifest:
     return manifest
 
 
-def union_of_labels(manifests: list[Manifest]) -> list[str] | None:
-    """Closed list that the head covers: the labels of all train sets, each once, in order of appearance."""
+def union_of_labels(sources: list[tuple[Manifest, Subset | None]]) -> list[str] | None:
+    """Closed list that the head covers: the labels of all train sets, or of the classes that their subsets leave, each
+    once, in order of appearance."""
     merged: dict[str, None] = {}
-    for manifest in manifests:
-        merged.update(dict.fromkeys(manifest.labels or []))
+    for manifest, subset in sources:
+        kept = subset.classes if subset is not None and subset.classes is not None else manifest.labels or []
+        merged.update(dict.fromkeys(label for label in manifest.labels or [] if label in kept))
     return list(merged) or None
 
 

@@ -10,6 +10,7 @@ import logging
 import os
 import socket
 import subprocess
+import types
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -19,8 +20,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from mmpeft_ds.engine import feature_bank
 from mmpeft_ds.engine.ds_config import check_ds_config, merge
 from mmpeft_ds.errors import BadInput
+from mmpeft_ds.methods._layers import gathered
 from mmpeft_ds.recipe import REPOSITORY, Recipe
 from mmpeft_ds.sites import find_sites
 from mmpeft_ds.sites.base import Sites
@@ -201,8 +204,14 @@ def build(resolved: Any, ranks: Ranks) -> Built:
     config = merge(resolved.ds_config, recipe, ranks.world_size, trainable=0)
     partitioning = HfDeepSpeedConfig(config) if stage == 3 else None
     prepare_backbone(resolved.backbone, recipe)
+    if hasattr(resolved.backbone, "use_bank"):
+        wanted = feature_bank.needed(resolved.method, resolved.method_config)
+        resolved.backbone.use_bank(feature_bank.read(resolved.train, resolved.labels, wanted))
     torch.manual_seed(recipe.seed)
     base = resolved.backbone.build()
+    if hasattr(resolved.backbone, "read_classes"):
+        with gathered(list(base.parameters())):
+            resolved.backbone.read_classes(base)
     sites = find_sites(base)
     # Loading under ZeRO-3 draws other numbers than loading whole; the adapters must start alike at every stage.
     torch.manual_seed(recipe.seed)
@@ -211,6 +220,8 @@ def build(resolved: Any, ranks: Ranks) -> Built:
     if recipe.engine.gradient_checkpointing:
         base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     trainables = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    if not trainables and getattr(resolved.method_config, "gradient_free", False):
+        return Built(FrozenEngine(model.to(ranks.device), ranks), model, {}, 0)
     check_trainables(trainables)
     if stage == 3:
         mark_leaves(model, sites)
@@ -226,6 +237,24 @@ def build(resolved: Any, ranks: Ranks) -> Built:
     if stage == 3:
         keep_frozen(engine)
     return Built(engine, model, trainables, stage)
+
+
+class FrozenEngine:
+    """In the place of DeepSpeed's engine around a model in which nothing trains."""
+
+    def __init__(self, model: nn.Module, ranks: Ranks):
+        self.module, self.device, self.global_rank = model, ranks.device, ranks.rank
+        self.optimizer = types.SimpleNamespace(param_groups=[], state={})
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.module(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["module"], name)
+
+    def zero_optimization_stage(self) -> int:
+        """0: nothing is split."""
+        return 0
 
 
 def prepare_backbone(backbone: Any, recipe: Recipe) -> None:

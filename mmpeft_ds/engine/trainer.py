@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ import torch
 from mmpeft_ds import recipe as recipes
 from mmpeft_ds.data.shards import verify_shards
 from mmpeft_ds.data.stream import BadBudget, Step, Stream, StreamSource
-from mmpeft_ds.engine import checkpoint, ewc, fingerprint, setup
+from mmpeft_ds.engine import calibrate, checkpoint, ewc, fingerprint, setup
 from mmpeft_ds.engine.checkpoint import TrainState
 from mmpeft_ds.engine.evaluator import Evaluation, evaluate
 from mmpeft_ds.engine.monitor import Monitor, Observer, Silent, plain
@@ -24,8 +24,14 @@ from mmpeft_ds.engine.stop import StopFlag
 from mmpeft_ds.errors import AgreedBadInput, BadInput
 
 
-def run(recipe: recipes.Recipe, *, fresh: bool = False) -> int:
+def run(
+    recipe: recipes.Recipe, *, fresh: bool = False, conclude: Callable[[Training], bool] | None = None
+) -> int:
     """Train `recipe`, or continue its run directory; every rank calls it. Returns the exit code.
+
+    Args:
+        conclude: called on all ranks when the model stands as it will be exported, before the run counts as finished;
+            what it returns says whether it got to its end.
 
     Raises:
         BadInput: on all ranks, in one line.
@@ -36,22 +42,31 @@ def run(recipe: recipes.Recipe, *, fresh: bool = False) -> int:
         resolved = resolve(recipe)
         run_dir = RunDir.open(recipe.run_dir, recipes.to_dict(resolved.recipe), fresh=fresh)
         try:
-            return _run(resolved, ranks, run_dir, stop)
+            return _run(resolved, ranks, run_dir, stop, conclude)
         finally:
             run_dir.close()
 
 
-def _run(resolved: Resolved, ranks: Ranks, run_dir: RunDir, stop: StopFlag) -> int:
+def _run(
+    resolved: Resolved, ranks: Ranks, run_dir: RunDir, stop: StopFlag, conclude: Callable[[Training], bool] | None
+) -> int:
     stream = make_stream(resolved, resolved.train, ranks, train=True)
     try:
-        return _with_stream(resolved, ranks, run_dir, stop, stream)
+        return _with_stream(resolved, ranks, run_dir, stop, stream, conclude)
     finally:
         stream.close()  # workers that still start would hold up the exit of a process that only brings bad news
 
 
-def _with_stream(resolved: Resolved, ranks: Ranks, run_dir: RunDir, stop: StopFlag, stream: Stream) -> int:
+def _with_stream(
+    resolved: Resolved,
+    ranks: Ranks,
+    run_dir: RunDir,
+    stop: StopFlag,
+    stream: Stream,
+    conclude: Callable[[Training], bool] | None,
+) -> int:
     recipe = resolved.recipe
-    total = total_steps(recipe, stream)
+    total = total_steps(recipe, stream, getattr(resolved.method_config, "gradient_free", False))
     if (done := run_dir.finished(total)) is not None:
         if ranks.rank == 0:
             print(done["table"])
@@ -72,10 +87,8 @@ def _with_stream(resolved: Resolved, ranks: Ranks, run_dir: RunDir, stop: StopFl
         observer.say(line)
     training = Training(resolved, built, ranks, stream, total, state, run_dir, prints, observer, stop)
     try:
-        finished = training.loop()
-        if finished:
-            training.finish()
-        else:
+        finished = training.loop() and training.finish(conclude)
+        if not finished:
             observer.say(f"stopped after step {state.step} of {total}; the same command continues it")
     finally:
         observer.close()
@@ -118,7 +131,7 @@ class Training:
         """
         try:
             # A run that was stopped before an evaluation that was due makes up for it first.
-            verdict = self.settle() if self.state.step else None
+            verdict = self.settle() if self.state.step or not self.total else None
             steps = self.steps()
             while verdict is None:
                 self.last = self.stepper.take(*next(steps))
@@ -230,8 +243,12 @@ class Training:
         )
         self.saved_at = self.state.step
 
-    def finish(self) -> None:
-        """The adapter directory, of the best checkpoint where there is one, and the final table."""
+    def finish(self, conclude: Callable[[Training], bool] | None = None) -> bool:
+        """The adapter directory, of the best checkpoint where there is one, and the final table.
+
+        Returns:
+            False if `conclude` was stopped: the run then does not count as finished.
+        """
         from mmpeft_ds import adapter
 
         state = self.state
@@ -255,10 +272,35 @@ class Training:
         earlier = state.best is not None and state.best_step != state.step
         if earlier and (best := checkpoint.best_valid(self.run_dir.path)) is not None:
             checkpoint.load(best, self.built.engine, self.built.trainables)
+        metrics |= plain(self.calibrate())
+        if conclude is not None and not conclude(self):
+            return False
         adapter.export(self.run_dir.adapter, self.built.engine, self.resolved, metrics)
         table = "\n".join(f"{name:>16}  {value}" for name, value in metrics.items())
         self.run_dir.finish(self.total, metrics, table)
         self.observer.say(table)
+        return True
+
+    def calibrate(self) -> dict[str, Any]:
+        """Let a head that has something to find look at the training rows and at the first validation source; its
+        numbers. What it found is in a checkpoint afterwards, which counts as the best."""
+        if calibrate.head(self.built.model) is None:
+            return {}
+
+        def rows(source: ResolvedSource) -> Any:
+            stream = make_stream(self.resolved, [source], self.ranks, train=False)
+            try:
+                args = (self.built.engine, self.resolved.backbone, source.task, stream.epoch(0), self.ranks.device)
+                return calibrate.rows_of(*args)
+            finally:
+                stream.close()
+
+        chosen = self.resolved.validation[:1]
+        told = calibrate.run(self.built, rows(self.resolved.train[0]), rows(chosen[0]) if chosen else None)
+        if chosen and (found := self.evaluate(0)) is not None:
+            self.observer.evaluation(titles(self.resolved.validation)[0], self.state.step, found)
+        self.save(best=True)
+        return told
 
     def close(self) -> None:
         """End the loader workers of the validation streams."""
@@ -308,8 +350,10 @@ def make_stream(
     )
 
 
-def total_steps(recipe: recipes.Recipe, stream: Stream) -> int:
-    """Optimizer steps of the whole run."""
+def total_steps(recipe: recipes.Recipe, stream: Stream, gradient_free: bool = False) -> int:
+    """Optimizer steps of the whole run; none for a method that learns without gradients."""
+    if gradient_free:
+        return 0
     return recipe.optim.max_steps or sum(stream.steps_per_epoch(e) for e in range(recipe.optim.epochs))
 
 

@@ -5,8 +5,8 @@ support samples. A model of features has one site, the module that turns `Featur
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -61,9 +61,8 @@ class Features:
         return Features(self.image[index], text, self.valid[index], self.key[index])
 
 
-@dataclass
-class Scores:
-    """What a head says of B rows.
+class Scores(NamedTuple):
+    """What a head says of B rows. A tuple, in which ZeRO-3 finds the tensors whose backward needs parameters.
 
     Attributes:
         logits: (B, C); the largest is the prediction, their softmax the probabilities.
@@ -74,7 +73,7 @@ class Scores:
 
     logits: Tensor
     terms: list[tuple[float, Tensor]] | None = None
-    report: dict[str, float] = field(default_factory=dict)
+    report: dict[str, float] | None = None
     graph: Any = None
 
 

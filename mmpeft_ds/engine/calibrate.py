@@ -1,0 +1,76 @@
+"""What a head finds without gradients, after training: a search on validation, or a closed form."""
+
+# B rows of a batch, N rows of a whole split
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from mmpeft_ds.distributed import collectives
+from mmpeft_ds.distributed.gather import gather_rows
+from mmpeft_ds.engine import modality, zero_state
+from mmpeft_ds.methods._head import Head, head_of
+from mmpeft_ds.methods._layers import gathered
+from mmpeft_ds.sites.features import Features, Labelled
+
+
+def head(model: nn.Module) -> Head | None:
+    """The head of `model` that has something to find; None where there is none."""
+    found = head_of(model)
+    return found if found is not None and found.calibrates else None
+
+
+@torch.no_grad()
+def rows_of(engine: Any, backbone: Any, task: Any, steps: Any, device: torch.device | str) -> Labelled:
+    """All rows of a split and their classes, on every rank, in the order of their keys. Collective.
+
+    Args:
+        steps: of a stream that evaluates.
+    """
+    module = getattr(engine, "module", engine)
+    base = module.get_base_model() if hasattr(module, "get_base_model") else module
+    image, text, key, label = [], [], [], []
+    for step in steps:
+        for batch in step.micro:
+            anywhere = collectives.sum_scalars(modality.present(batch), device)
+            if not any(anywhere):
+                continue
+            batch = modality.complete(batch, anywhere, backbone, task).to(device)
+            rows = base.rows(**backbone.inputs(batch))
+            good = rows.valid
+            image.append(rows.image[good])
+            text += [] if rows.text is None else [rows.text[good]]
+            key.append(rows.key[good])
+            label.append(batch.targets["label"][good])
+    parts = [gather_rows(torch.cat(part)) if part else None for part in (image, text, key, label)]
+    order = parts[2].argsort(stable=True)
+    image, text, key, label = (None if part is None else part[order] for part in parts)
+    return Labelled(Features(image, text, torch.ones(len(key), dtype=torch.bool, device=key.device), key), label)
+
+
+def run(built: Any, train: Labelled, validation: Labelled | None) -> dict[str, float]:
+    """Let the head look at these rows, on every rank alike, and put what it found into the engine. Collective.
+
+    Returns:
+        what the head tells.
+    """
+    found = head(built.model)
+    own = [p for p in found.parameters() if p.requires_grad]
+    with gathered(own), torch.enable_grad():
+        before = [p.detach().clone() for p in own]
+        told = found.calibrate(train, validation)
+        after = [p.detach().clone() for p in own]
+    # Under ZeRO-3 a forward pass of the head takes the whole weights away again: such a head has set none.
+    pairs = ((p, old, new) for p, old, new in zip(own, before, after, strict=True) if new.shape == old.shape)
+    changed = [(p, new) for p, old, new in pairs if not torch.equal(old, new)]
+    if changed:
+        zero_state.ensure_adam_state(built.engine)
+        for p, new in changed:
+            zeros = torch.zeros_like(new)
+            moments = dict.fromkeys(zero_state.MOMENTS, zeros)
+            zero_state.write_full(built.engine, p, {"weight": new.to(built.engine.device), **moments})
+        zero_state.write_parameters([p for p, _ in changed], [new for _, new in changed])
+    return told
