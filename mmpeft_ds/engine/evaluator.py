@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mmpeft_ds.data.batch import PackedBatch
 from mmpeft_ds.distributed import collectives
-from mmpeft_ds.engine import modality
+from mmpeft_ds.engine import graph_health, modality
 from mmpeft_ds.engine.forward import answer
 from mmpeft_ds.engine.rank0 import on_rank0
 from mmpeft_ds.errors import AgreedBadInput, BadInput
@@ -26,12 +26,15 @@ class Evaluation:
         rows: predictions ordered by sample id, on rank 0 only; empty elsewhere.
         bad: samples that could not be read and so are absent from all of these, on every rank.
         pictures: up to as many (image (3, H, W) in [0, 1], its rows) as asked for, of rank 0's share.
+        graph: picture (3, H, W) in [0, 1] of the graph among rank 0's rows of the first batch, where pictures were
+            asked for and the model makes a graph.
     """
 
     scores: dict[str, float]
     rows: list[dict[str, Any]] = field(default_factory=list)
     pictures: list[tuple[Tensor, list[dict[str, Any]]]] = field(default_factory=list)
     bad: int = 0
+    graph: Tensor | None = None
 
 
 @torch.no_grad()
@@ -43,6 +46,7 @@ def evaluate(
     device: torch.device | str,
     pictures: int = 0,
     stop_requested: Callable[[], bool] = lambda: False,
+    thumbnail: Callable[[str], Tensor | None] | None = None,
 ) -> Evaluation | None:
     """Run `model` over `steps` of a stream and score it. Collective.
 
@@ -51,6 +55,7 @@ def evaluate(
         steps: `Stream(..., train=False).epoch(...)`: as many steps with as many micro-batches on every rank.
         pictures: images to keep for the page of predictions.
         stop_requested: whether this process was told to stop.
+        thumbnail: sample id -> small picture, for batches that hold no pixels.
 
     Returns:
         None if some rank was told to stop before the end.
@@ -64,6 +69,7 @@ def evaluate(
     parts: list[Any] = []  # of a task that must see all of the split before it can answer
     kept: list[tuple[Tensor, list[dict[str, Any]]]] = []
     loss_sum, weight_sum, bad, stopped = 0.0, 0.0, 0, False
+    seen: graph_health.View | None = None
     for step in _together(steps, device):
         bits = [x for b in step.micro for x in modality.present(b)]
         failed, stop, *anywhere = collectives.sum_scalars([0.0, float(stop_requested()), *bits], device)
@@ -87,7 +93,9 @@ def evaluate(
             else:
                 rows += found
             if collectives.rank() == 0 and len(kept) < pictures:
-                kept += _pictures(batch, found, pictures - len(kept))
+                kept += _pictures(batch, found, pictures - len(kept), thumbnail)
+            if collectives.rank() == 0 and pictures and seen is None:
+                seen = graph_health.view(outputs, batch, found)
     if hasattr(task, "collect") and not stopped:
         rows = task.conclude(getattr(model, "module", model), parts, device)
     for module in training:
@@ -99,7 +107,8 @@ def evaluate(
     gathered.sort(key=lambda row: row["sample_id"])  # stable: texts of a sample keep their order
     scores = on_rank0(lambda: dict(task.score(gathered)))
     loss = loss_sum / weight_sum if weight_sum else float("nan")
-    return Evaluation({**scores, "loss": loss}, gathered, kept, int(bad))
+    drawn = graph_health.picture(seen, thumbnail) if seen is not None else None
+    return Evaluation({**scores, "loss": loss}, gathered, kept, int(bad), drawn)
 
 
 def _together(steps: Iterable[Any], device: torch.device | str) -> Iterator[Any]:
@@ -112,12 +121,21 @@ def _together(steps: Iterable[Any], device: torch.device | str) -> Iterator[Any]
         raise AgreedBadInput(collectives.first_message(str(problem))) from problem
 
 
-def _pictures(batch: PackedBatch, rows: list[dict[str, Any]], limit: int) -> list[tuple[Tensor, list[dict[str, Any]]]]:
-    """First image of each good slot, stretched to [0, 1], with the rows of that slot."""
+def _pictures(
+    batch: PackedBatch,
+    rows: list[dict[str, Any]],
+    limit: int,
+    thumbnail: Callable[[str], Tensor | None] | None = None,
+) -> list[tuple[Tensor, list[dict[str, Any]]]]:
+    """First image of each good slot, stretched to [0, 1], with the rows of that slot; or its thumbnail."""
     pixels = next((v for v in batch.images.values() if v.dim() == 4 and v.shape[1] == 3), None)
+    found: list[tuple[Tensor, list[dict[str, Any]]]] = []
     if pixels is None:
-        return []
-    found = []
+        for row in rows[:limit] if thumbnail is not None else ():
+            if (small := thumbnail(row["sample_id"])) is None:  # then the others have none either
+                break
+            found.append((small, [row]))
+        return found
     owners = batch.image_owner.tolist()
     for slot, sample_id in enumerate(batch.sample_id):
         mine = [row for row in rows if row["sample_id"] == sample_id]

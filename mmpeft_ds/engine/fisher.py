@@ -83,7 +83,7 @@ def measure(stepper: Stepper, steps: Iterable[Step]) -> tuple[SquaredGradients, 
             stepper.budget.feed(batch)
         if agreed.bad:
             stepper.check_budget()
-        loss, _ = stepper.accumulate(step.micro, task, agreed)
+        loss, *_ = stepper.accumulate(step.micro, task, agreed)
         shards = list(gradients.shards(engine))
         finite = all(bool(torch.isfinite(s.gradient).all()) for s in shards)
         loss, wrong = collectives.sum_scalars([loss.item(), float(not finite)], stepper.ranks.device)

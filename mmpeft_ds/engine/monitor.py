@@ -100,6 +100,8 @@ class Monitor:
                 self.board.add_scalar(tag, row[key], step)
         if "source_name" in row:  # losses of several tasks make no curve together
             self.board.add_scalar(f"train/loss/{row['source_name']}", row["loss"], step)
+        for name, value in row.get("graph", {}).items():
+            self.board.add_scalar(f"graph/{name}", value, step)
         for name, norm in row["grad_norms"].items():
             self.board.add_scalar(f"grad_norm/{name}", norm, step)
         for key, tag in (("rss_mib", "memory_mib/rank_{}"), ("device_mib", "device_memory_mib/rank_{}")):
@@ -119,6 +121,8 @@ class Monitor:
             self.board.add_scalar(f"eval/{split}/{name}", value, step)
         if evaluation.pictures:
             self.board.add_image(f"predictions/{split}", page(evaluation.pictures), step)
+        if evaluation.graph is not None:
+            self.board.add_image(f"graph/{split}", evaluation.graph, step)
         self.board.flush()
 
     def say(self, line: str) -> None:

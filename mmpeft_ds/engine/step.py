@@ -23,7 +23,7 @@ from mmpeft_ds import recipe as recipes
 from mmpeft_ds.data.batch import PackedBatch
 from mmpeft_ds.data.stream import BadBudget, Step
 from mmpeft_ds.distributed import collectives
-from mmpeft_ds.engine import gradients, modality
+from mmpeft_ds.engine import gradients, graph_health, modality
 from mmpeft_ds.engine.checkpoint import TrainState
 from mmpeft_ds.engine.forward import forward
 from mmpeft_ds.engine.resolve import Resolved, titles
@@ -103,8 +103,9 @@ class Stepper:
             except BadInput:
                 self.budget = before  # the step has not happened
                 raise
-        loss, forward_seconds = self.accumulate(step.micro, task, agreed)
-        loss, penalty, norms, table = self.reduce(loss, [waited, forward_seconds, *self.memory()])
+        loss, forward_seconds, report = self.accumulate(step.micro, task, agreed)
+        row = [waited, forward_seconds, *self.memory()]
+        loss, penalty, report, norms, table = self.reduce(loss, report, row)
         norm = math.sqrt(sum(norms))
         lr = learning_rate(self.recipe.optim, state.step - state.skipped_total, self.total)
         applied = math.isfinite(loss) and math.isfinite(norm) and agreed.weight > 0
@@ -132,6 +133,7 @@ class Stepper:
             "epoch": state.epoch,
             "loss": loss,
             **({"ewc_penalty": penalty} if self.ewc else {}),  # not in the loss
+            **({"graph": graph_health.summary(report, self.ranks.world_size)} if report else {}),
             "lr": lr,
             "grad_norm": norm,
             "samples_per_second": agreed.rows / seconds,
@@ -183,26 +185,34 @@ class Stepper:
         present = [bits[i : i + width] for i in range(0, len(bits), width)]
         return Agreed(weight, stop > 0, int(rows), int(bad), collectives.sum_mod_2_64((low, high)), present)
 
-    def accumulate(self, micro: list[PackedBatch], task: Any, agreed: Agreed) -> tuple[torch.Tensor, float]:
-        """Forward and backward of every micro-batch: this rank's share of the loss, and seconds of forward."""
+    def accumulate(
+        self, micro: list[PackedBatch], task: Any, agreed: Agreed
+    ) -> tuple[torch.Tensor, float, dict[str, float]]:
+        """Forward and backward of every micro-batch: this rank's share of the loss, seconds of forward, and what a
+        head reports, summed."""
         # DeepSpeed divides by the rank count and by the accumulation steps; W makes it one mean over the whole step.
         scale = self.ranks.world_size * self.recipe.optim.accumulation / agreed.weight if agreed.weight else 0.0
         total = torch.zeros((), dtype=torch.float64, device=self.ranks.device)
-        forward_seconds = 0.0
+        forward_seconds, report = 0.0, {}
         for i, (batch, present) in enumerate(zip(micro, agreed.present, strict=True)):
             began = time.perf_counter()
             batch = modality.complete(batch, present, self.resolved.backbone, task).to(self.ranks.device)
             outputs = forward(self.engine, self.resolved.backbone, batch)
             loss = task.loss(outputs, batch)
             forward_seconds += time.perf_counter() - began
+            for name, value in graph_health.measure(outputs, batch).items():
+                report[name] = report.get(name, 0.0) + value
             self.engine.backward(loss * scale)
             total += loss.detach()
             if i + 1 < len(micro):
                 self.engine.step()  # below the accumulation boundary this only counts the micro-step
-        return total / agreed.weight if agreed.weight else total, forward_seconds
+        return total / agreed.weight if agreed.weight else total, forward_seconds, report
 
-    def reduce(self, loss: torch.Tensor, row: list[float]) -> tuple[float, float, list[float], list[list[float]]]:
-        """One all-reduce after the last backward: loss, EWC penalty, squared gradient norm per group, all timing rows.
+    def reduce(
+        self, loss: torch.Tensor, report: dict[str, float], row: list[float]
+    ) -> tuple[float, float, dict[str, float], list[float], list[list[float]]]:
+        """One all-reduce after the last backward: loss, EWC penalty, what heads report, squared gradient norm per
+        group, all timing rows.
 
         What is not finite on one rank comes out not finite on all, so all of them skip the step together.
         """
@@ -211,10 +221,11 @@ class Stepper:
         squares = gradients.squared_norms(self.engine, self.group_of, len(self.groups)).tolist()
         table = [0.0] * (len(row) * self.ranks.world_size)
         table[self.ranks.rank * len(row) : (self.ranks.rank + 1) * len(row)] = row
-        summed = collectives.sum_scalars([loss.item(), penalty, *squares, *table], self.ranks.device)
-        ends = 2 + len(squares)
+        summed = collectives.sum_scalars([loss.item(), penalty, *report.values(), *squares, *table], self.ranks.device)
+        told = 2 + len(report)
+        ends = told + len(squares)
         rows = [summed[i : i + len(row)] for i in range(ends, len(summed), len(row))]
-        return summed[0], summed[1], summed[2:ends], rows
+        return summed[0], summed[1], dict(zip(report, summed[2:told], strict=True)), summed[told:ends], rows
 
     def check_budget(self) -> None:
         """Merge the ranks' counts of bad samples; called only where all of them know that there is a new one."""

@@ -12,6 +12,7 @@ import torch
 from mmpeft_ds import recipe as recipes
 from mmpeft_ds.data.shards import verify_shards
 from mmpeft_ds.data.stream import BadBudget, Step, Stream, StreamSource
+from mmpeft_ds.data.thumbnails import Thumbnails
 from mmpeft_ds.engine import calibrate, checkpoint, ewc, fingerprint, setup
 from mmpeft_ds.engine.checkpoint import TrainState
 from mmpeft_ds.engine.evaluator import Evaluation, evaluate
@@ -223,6 +224,7 @@ class Training:
             self.ranks.device,
             pictures=self.recipe.monitor.samples,
             stop_requested=self.stepper.stop_requested,
+            thumbnail=thumbnails_of(self.resolved.validation[index]),
         )
 
     def save(self, best: bool) -> None:
@@ -348,6 +350,11 @@ def make_stream(
         coupled=any(getattr(part, "couples_samples", False) for part in (resolved.method_config, sources[0].task)),
         pin_memory=ranks.device.type == "cuda",
     )
+
+
+def thumbnails_of(source: ResolvedSource) -> Thumbnails | None:
+    """Small pictures of the samples of feature shards; other shards hold the images themselves."""
+    return Thumbnails(source.manifest, source.options.split) if source.manifest.towers else None
 
 
 def total_steps(recipe: recipes.Recipe, stream: Stream, gradient_free: bool = False) -> int:

@@ -1,0 +1,143 @@
+"""What a run shows of the graph over its batches: health in numbers every step, and a picture at evaluations."""
+
+# B rows of this rank, E edges
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mmpeft_ds.data.batch import PackedBatch
+
+SIDE, CELL, MARGIN = 1000, 44, 40  # pixels of the picture, of a thumbnail, and around all
+MOST = 64  # nodes of a picture
+SAME, OTHER, UNKNOWN = "seagreen", "indianred", "silver"
+
+
+def measure(outputs: Any, batch: PackedBatch) -> dict[str, float]:
+    """Numbers of one forward, each a sum over own rows, the same names on every rank; empty without any. Collective.
+
+    Only here does the graph meet the labels: no head ever sees them.
+    """
+    graph = getattr(outputs, "graph", None)
+    if graph is None:
+        return dict(getattr(outputs, "report", None) or {})
+    labels = batch.targets.get("label")
+    if labels is not None:
+        labels = torch.where(graph.valid, labels, -1)
+    return graph.health(labels)
+
+
+def summary(sums: dict[str, float], ranks: int) -> dict[str, float]:
+    """What the curves show, from sums over ranks.
+
+    Returns:
+        edges (self-loops aside), mean_degree, isolated nodes, same_class_share of the edges between known classes,
+        gather_ms a rank, gather_mib over all ranks, and whatever else the head reports.
+    """
+    found = dict(sums)
+    nodes, labelled = found.pop("nodes", 0.0), found.pop("labelled_edges", 0.0)
+    same = found.pop("same_class_edges", 0.0)
+    if "edges" in found and nodes:
+        found["mean_degree"] = found["edges"] / nodes
+    if labelled:
+        found["same_class_share"] = same / labelled
+    if "gather_ms" in found:
+        found["gather_ms"] /= ranks
+        found["gather_mib"] = found.pop("gather_bytes", 0.0) / 2**20
+    return found
+
+
+@dataclass
+class View:
+    """Own rows of one evaluated batch, and the edges between them.
+
+    Attributes:
+        names: B sample ids.
+        edges: (source, target) rows, each pair once.
+        labels: B class indices, -1 where unknown.
+        right: B; None where the class is unknown.
+        pixels: sample id -> (3, H, W) in [0, 1], where the batch holds images.
+    """
+
+    names: list[str]
+    edges: list[tuple[int, int]]
+    labels: list[int]
+    right: list[bool | None]
+    pixels: dict[str, Tensor]
+
+
+def view(outputs: Any, batch: PackedBatch, rows: list[dict[str, Any]]) -> View | None:
+    """Of the first rows of this rank's batch; None where there is no graph between two of them."""
+    graph = getattr(outputs, "graph", None)
+    if graph is None:
+        return None
+    kept = graph.valid.nonzero()[:MOST, 0].tolist()
+    if len(kept) < 2:
+        return None
+    place = {row: i for i, row in enumerate(kept)}
+    own = graph.source - graph.offset
+    pairs = zip(own.tolist(), graph.target.tolist(), strict=True)
+    edges = {tuple(sorted((place[s], place[t]))) for s, t in pairs if s != t and s in place and t in place}
+    labels = batch.targets["label"].tolist() if "label" in batch.targets else [-1] * len(graph.valid)
+    owners = batch.text_owner.tolist()
+    names = [batch.sample_id[owners[row]] for row in kept]
+    said = {row["sample_id"]: row for row in rows}
+    right = [said[n]["prediction"] == said[n]["answer"] if "answer" in said.get(n, {}) else None for n in names]
+    pixels = next((v for v in batch.images.values() if v.dim() == 4 and v.shape[1] == 3), None)
+    shown = {}
+    if pixels is not None:
+        slots = batch.image_owner.tolist()
+        for name, row in zip(names, kept, strict=True):
+            if owners[row] in slots:
+                image = pixels[slots.index(owners[row])].float().cpu()
+                low, high = image.amin(), image.amax()
+                shown[name] = (image - low) / (high - low).clamp(min=1e-6)
+    return View(names, sorted(edges), [labels[row] for row in kept], right, shown)
+
+
+def picture(seen: View, thumbnail: Callable[[str], Tensor | None] | None = None) -> Tensor:
+    """The graph drawn, (3, H, W) in [0, 1]: neighbours lie close, edges within a class are green and others red,
+    frames say whether the prediction is right.
+
+    Args:
+        thumbnail: sample id -> (3, H, W) in [0, 1], for samples whose batch holds no pixels.
+    """
+    import networkx
+    from PIL import Image, ImageDraw
+
+    nodes = networkx.empty_graph(len(seen.names))
+    nodes.add_edges_from(seen.edges)
+    laid = networkx.spring_layout(nodes, seed=0, k=3 / math.sqrt(len(seen.names)), iterations=80)
+    spread = np.array([laid[i] for i in range(len(seen.names))])
+    low, high = spread.min(0), spread.max(0)
+    room = SIDE - 2 * MARGIN
+    points = (MARGIN + (spread - low) / np.maximum(high - low, 1e-9) * room).tolist()
+    sheet = Image.new("RGB", (SIDE, SIDE), "white")
+    draw = ImageDraw.Draw(sheet)
+    for a, b in seen.edges:
+        known = seen.labels[a] >= 0 and seen.labels[b] >= 0
+        colour = UNKNOWN if not known else SAME if seen.labels[a] == seen.labels[b] else OTHER
+        draw.line([tuple(points[a]), tuple(points[b])], fill=colour, width=2)
+    half = CELL // 2
+    for i, (x, y) in enumerate(points):
+        frame = {True: SAME, False: OTHER, None: UNKNOWN}[seen.right[i]]
+        box = (int(x) - half, int(y) - half)
+        name = seen.names[i]
+        image = seen.pixels.get(name)
+        if image is None and thumbnail is not None:
+            image = thumbnail(name)
+        draw.rectangle((box[0] - 3, box[1] - 3, box[0] + CELL + 2, box[1] + CELL + 2), fill=frame)
+        if image is None:
+            draw.rectangle((*box, box[0] + CELL - 1, box[1] + CELL - 1), fill="white")
+            draw.text((box[0] + 4, box[1] + half - 6), str(seen.labels[i]), fill="black")
+            continue
+        pixels = (image.clamp(0, 1) * 255).to(torch.uint8).permute(1, 2, 0).numpy()
+        sheet.paste(Image.fromarray(pixels).resize((CELL, CELL), Image.Resampling.LANCZOS), box)
+    return torch.from_numpy(np.asarray(sheet).copy()).permute(2, 0, 1).float() / 255
