@@ -60,6 +60,10 @@ class LinearProbeHead(Head):
         else:
             self.weight, self.bias = nn.Parameter(weight), nn.Parameter(bias)
 
+    @property
+    def calibrates(self) -> bool:
+        return self.config.gradient_free
+
     def forward(self, features: Features) -> Scores:
         return Scores(nn.functional.linear(features.image.to(self.weight.dtype), self.weight, self.bias))
 
@@ -69,7 +73,7 @@ class LinearProbeHead(Head):
         Raises:
             BadInput: if C has to be searched and there is no validation split, or no row to fit.
         """
-        if not self.config.gradient_free:
+        if not self.calibrates:
             return {}
         x, y = train.features.image[train.features.valid], train.labels[train.features.valid]
         if not len(y):

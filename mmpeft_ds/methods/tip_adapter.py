@@ -71,6 +71,10 @@ class TipAdapterHead(Head):
     def needed(cls, config: TipAdapterConfig) -> tuple[str, ...]:
         return ("text", "support") if config.text else ("support",)
 
+    @property
+    def calibrates(self) -> bool:
+        return self.config.search
+
     def _frozen_keys(self) -> Tensor:
         return self._once.get("keys", lambda _: normalize(wide(self.bank.cache), dim=-1), self.bank.support)
 
@@ -98,7 +102,7 @@ class TipAdapterHead(Head):
         Raises:
             BadInput: if there is no validation split to search on.
         """
-        if not self.config.search:
+        if not self.calibrates:
             return {}
         if validation is None:
             raise BadInput(

@@ -2,6 +2,8 @@
 
 import copy
 import dataclasses
+import re
+from pathlib import Path
 
 import peft
 import pytest
@@ -11,7 +13,7 @@ from torch import nn
 from torch.func import functional_call
 from torch.nn.functional import cross_entropy, normalize
 
-from mmpeft_ds import methods
+from mmpeft_ds import methods, recipe
 from mmpeft_ds.errors import BadInput
 from mmpeft_ds.methods._head import head_of
 from mmpeft_ds.sites import find_sites
@@ -462,3 +464,15 @@ def test_configs_travel_as_json():
         assert type(config)(**{k: v for k, v in config.to_dict().items() if k != "peft_type"}) == dataclasses.replace(
             config
         )
+
+
+def test_the_fragments_of_the_page_are_recipes():
+    page = (Path(__file__).parents[2] / "docs" / "methods" / "few_shot_baselines.md").read_text("utf-8")
+    fragments = [recipe.parse_yaml(text, "page") for text in re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)]
+    assert {f["method"]["name"] for f in fragments} == {name for name, _ in ALL.values()}
+    for fragment in fragments:
+        method = dict(fragment["method"])
+        config = methods.get(method.pop("name")).Config(**method)
+        assert config.gradient_free == ("optim" not in fragment)
+        typed = recipe.from_dict({"run_dir": "runs/page", "backbone": {"name": "features"}, **fragment})
+        assert typed.optim.schedule == ("cosine" if "optim" in fragment else "linear")
