@@ -176,12 +176,11 @@ def threshold_graph(
     nodes = _Nodes(x, valid, None, counts, group)
     with counted(nodes.traffic):
         total = sum(nodes.shares)
-        own = Rows.of(nodes.x, nodes.start)
-        bits = torch.zeros(len(own), max(1, -(-total // 8)), dtype=torch.uint8, device=x.device)
-        for block in nodes.blocks(exchange):
+        bits = torch.zeros(len(nodes.x), max(1, -(-total // 8)), dtype=torch.uint8, device=x.device)
+        for own, block in nodes.blocks(exchange):
             decide_pairs(own, block, total, tau, bits, chunk)
         everyone = gather_rows(bits, nodes.shares, group)
-        source, target = symmetric_edges(everyone, slice(nodes.start, nodes.start + len(own)), chunk)
+        source, target = symmetric_edges(everyone, slice(nodes.start, nodes.start + len(nodes.x)), chunk)
         degree = symmetric_degrees(everyone)
     return nodes.graph(source, target, degree, degree, exchange)
 
@@ -271,13 +270,15 @@ class _Nodes:
         self.offset, self.start = sum(self.counts[:rank]), sum(self.shares[:rank])
         self.x = x.detach()[self.valid]
 
-    def blocks(self, exchange: str) -> Iterator[Rows]:
-        """All valid rows, at once or rank by rank. Collective."""
+    def blocks(self, exchange: str) -> Iterator[tuple[Rows, Rows]]:
+        """Own rows and those of all, at once or rank by rank. Collective."""
         if exchange == "gather" or group_size(self.group) == 1:
-            yield Rows.of(gather_rows(self.x, self.shares, self.group))
+            everyone = Rows.of(gather_rows(self.x, self.shares, self.group))
+            yield everyone[self.start : self.start + len(self.x)], everyone
         else:
+            own = Rows.of(self.x, self.start)
             for rank, rows in ring_blocks(self.x, self.shares, self.group):
-                yield Rows.of(rows, sum(self.shares[:rank]))
+                yield own, Rows.of(rows, sum(self.shares[:rank]))
 
     def graph(self, source: Tensor, target: Tensor, in_degree: Tensor, out_degree: Tensor, exchange: str) -> Graph:
         """Edges and degrees among valid rows, numbered as all rows are."""
@@ -301,10 +302,9 @@ class _Nodes:
 
 
 def _search(nodes: _Nodes, k: int, tau: float | None, with_self: bool, exchange: str, chunk: int | None) -> Nearest:
-    own = Rows.of(nodes.x, nodes.start)
     ring = exchange == "ring" and group_size(nodes.group) > 1
     hits = None
-    for block in nodes.blocks(exchange):
+    for own, block in nodes.blocks(exchange):
         keys = nodes.keys[block.start : block.start + len(block)]
         found = nearest(own, block, keys, k, tau=tau, with_self=with_self, exact=ring, chunk=chunk)
         hits = found if hits is None else hits.merge(found)

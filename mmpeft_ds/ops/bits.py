@@ -34,9 +34,12 @@ def set_bits(bits: Tensor, column: int, mask: Tensor) -> None:
 
 def row_counts(bits: Tensor) -> Tensor:
     """Set bits of each row of (n, w), int64 (n,)."""
-    ones = unpack(torch.arange(256, device=bits.device, dtype=torch.uint8).view(256, 1)).sum(1)
-    # rows in blocks: a count is eight times the size of its byte
-    return torch.cat([ones[block.int()].sum(1) for block in bits.split(_ROWS)]) if len(bits) else ones.new_zeros(0)
+    words = torch.nn.functional.pad(bits, (0, -bits.shape[1] % 8)).view(torch.int64)
+    # sums of neighbouring bits, then of pairs, of fours, of bytes
+    words = words - ((words >> 1) & 0x5555555555555555)
+    words = (words & 0x3333333333333333) + ((words >> 2) & 0x3333333333333333)
+    words = (words + (words >> 4)) & 0x0F0F0F0F0F0F0F0F
+    return ((words * 0x0101010101010101) >> 56).sum(1)
 
 
 def column_counts(bits: Tensor) -> Tensor:

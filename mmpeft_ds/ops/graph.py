@@ -17,7 +17,7 @@ from mmpeft_ds.ops import bits as packed
 # Similarities held at a time. On a CPU a tile stays in the cache; a GPU wants work.
 CHUNK = {"cpu": 2**19, "other": 2**25}
 # Values of the pairs that are computed again at a time.
-_PAIR_VALUES = 2**22
+_PAIR_VALUES = {"cpu": 2**17, "other": 2**24}
 
 
 @contextmanager
@@ -45,7 +45,8 @@ def unit_rows(x: Tensor) -> Tensor:
     x = x.detach().to(similarity_dtype(x))
     length = torch.linalg.vector_norm(x, dim=1, keepdim=True)
     usable = (length > 0) & length.isfinite()
-    return torch.where(usable, x / torch.where(usable, length, 1.0), 0.0)
+    unit = x / torch.where(usable, length, 1.0)
+    return unit.masked_fill_(~usable, 0.0)
 
 
 def unit_parts(parts: list[Tensor]) -> Tensor:
@@ -66,14 +67,10 @@ def cosines(a: Tensor, b: Tensor) -> Tensor:
     rows give exactly 1, and rows of small integers the nearest float64 to their cosine. 0 where a row is zero or not
     finite.
     """
-    out = a.new_empty(len(a), dtype=torch.float64)
-    step = max(1, _PAIR_VALUES // max(1, a.shape[1]))
-    for start in range(0, len(a), step):
-        p, q = (rows[start : start + step].double() for rows in (a, b))
-        length = ((p * p).sum(1) * (q * q).sum(1)).sqrt()
-        usable = (length > 0) & length.isfinite()
-        out[start : start + step] = torch.where(usable, (p * q).sum(1) / torch.where(usable, length, 1.0), 0.0)
-    return out
+    a, b = a.detach().double(), b.detach().double()
+    length = ((a * a).sum(1) * (b * b).sum(1)).sqrt()
+    usable = (length > 0) & length.isfinite()
+    return torch.where(usable, (a * b).sum(1) / torch.where(usable, length, 1.0), 0.0)
 
 
 @dataclass
@@ -124,7 +121,7 @@ def above(own: Rows, block: Rows, tau: float) -> Tensor:
 def cosines_at(own: Rows, block: Rows, row: Tensor, column: Tensor) -> Tensor:
     """`cosines` of the pairs (row, column), (P,)."""
     out = torch.empty(len(row), dtype=torch.float64, device=row.device)
-    step = max(1, _PAIR_VALUES // max(1, own.raw.shape[1]))
+    step = max(1, _by_device(_PAIR_VALUES, out.device) // max(1, own.raw.shape[1]))
     for start in range(0, len(row), step):
         part = slice(start, start + step)
         out[part] = cosines(own.raw[row[part]], block.raw[column[part]])
@@ -133,7 +130,11 @@ def cosines_at(own: Rows, block: Rows, row: Tensor, column: Tensor) -> Tensor:
 
 def default_chunk(device: torch.device) -> int:
     """Similarities to hold at a time on a device."""
-    return CHUNK.get(device.type, CHUNK["other"])
+    return _by_device(CHUNK, device)
+
+
+def _by_device(sizes: dict[str, int], device: torch.device) -> int:
+    return sizes.get(device.type, sizes["other"])
 
 
 # ------------------------------------------------------------------------------------------------ threshold graph
@@ -162,8 +163,7 @@ def decide_pairs(own: Rows, block: Rows, total: int, tau: float, bits: Tensor, c
             for at in range(left, right, max(1, chunk // height)):
                 columns = block[at - block.start : min(at + max(1, chunk // height), right) - block.start]
                 mask = above(rows, columns, tau)
-                if not _decides_all(rows, columns, total):
-                    mask &= _decides(rows, columns, total)
+                mask &= _decides(rows, columns, total)
                 packed.set_bits(bits[top : top + len(rows)], columns.start, mask)
 
 
@@ -176,18 +176,13 @@ def _decided_columns(rows: Rows, block: Rows, total: int) -> Iterator[tuple[int,
             yield left, right
 
 
-def _decides_all(rows: Rows, columns: Rows, total: int) -> bool:
-    nearest = (columns.start - (rows.start + len(rows) - 1)) % total
-    return nearest > 0 and 2 * (nearest + len(rows) + len(columns) - 2) < total
-
-
-def _decides(rows: Rows, columns: Rows, total: int) -> Tensor:
-    """(rows, columns) bool, which pairs the rows decide."""
-    device = rows.raw.device
-    i = torch.arange(rows.start, rows.start + len(rows), device=device)[:, None]
-    ahead = (torch.arange(columns.start, columns.start + len(columns), device=device) - i) % total
+def _decides(rows: Rows, columns: Rows, total: int) -> Tensor | bool:
+    """Which pairs of a tile the rows decide, (rows, columns) bool; True where it is all."""
+    lowest = columns.start - (rows.start + len(rows) - 1)
+    ahead = torch.arange(lowest, columns.start + len(columns) - rows.start, device=rows.raw.device)
     # half way round both would: the earlier one does
-    return (ahead > 0) & ((2 * ahead < total) | ((2 * ahead == total) & (2 * i < total)))
+    decided = (2 * (ahead % total) < total) & (ahead % total > 0) | (2 * ahead == total)
+    return bool(decided.all()) or decided.unfold(0, len(columns), 1).flip(0)
 
 
 def symmetric_edges(bits: Tensor, rows: slice, chunk: int | None = None) -> tuple[Tensor, Tensor]:

@@ -97,8 +97,6 @@ def _nearest_of_rows(
     needed = unsure[:, None] & ~missing
     if tau is not None:
         needed |= (values - tau).abs() <= near
-    if exact:
-        needed |= ~missing
     row, slot = needed.nonzero(as_tuple=True)
     cosine[row, slot] = cosines_at(own, block, row, columns[row, slot])
     found = Nearest(
@@ -112,6 +110,9 @@ def _nearest_of_rows(
             again = _all_of_rows(own, some, block, keys, k, last[some] - near, with_self)
             for mine, new in zip(found._columns(), again._columns(), strict=True):
                 mine[some] = new
+    if exact:
+        row, slot = (found.position >= 0).nonzero(as_tuple=True)
+        found.cosine[row, slot] = cosines_at(own, block, row, found.position[row, slot] - block.start)
     return found
 
 
