@@ -64,6 +64,11 @@ def load(path: str | Path, overrides: list[str] | None = None) -> Recipe:
     Raises:
         BadInput: unreadable file, unknown or missing key, wrong type; one line naming file, key and remedy.
     """
+    return from_dict(*read(path, overrides or []))
+
+
+def read(path: str | Path, overrides: list[str]) -> tuple[dict[str, Any], Origin]:
+    """The mapping of a YAML file after overrides, and where its values come from. Raises BadInput."""
     path = Path(path)
     try:
         text = path.read_text(encoding="utf-8")
@@ -73,7 +78,8 @@ def load(path: str | Path, overrides: list[str] | None = None) -> Recipe:
     raw = parse_yaml(text, str(path))
     if not isinstance(raw, dict):
         raise BadInput(f"{path}: holds {_shown(raw)} instead of a mapping. Start from recipes/quickstart.yaml.")
-    return overridden(raw, overrides or [], str(path))
+    keys = [_override(raw, item) for item in overrides]
+    return raw, Origin(str(path), tuple(keys))
 
 
 def overridden(raw: dict[str, Any], overrides: list[str], name: str = "recipe") -> Recipe:

@@ -101,7 +101,7 @@ def resolve(recipe: Recipe) -> Resolved:
     for key, options in (entry for role in listed.values() for entry in role):
         with _named(recipe, f"{key}.subset"):
             subsets[key] = Subset.load(options.subset, manifests[key], options.split) if options.subset else None
-    labels = union_of_labels([(manifests[key], subsets[key]) for key, _ in listed["train"]])
+    labels = union_of_labels([manifests[key] for key, _ in listed["train"]])
     backbone = make_backbone(recipe, labels, feature_bank.towers_of(list(manifests.values())))
     statistics = feature_statistics(recipe, backbone, manifests[listed["train"][0][0]])
     if statistics is not None:
@@ -223,13 +223,14 @@ def load_manifest(recipe: Recipe, key: str, options: SourceOptions) -> Manifest:
     return manifest
 
 
-def union_of_labels(sources: list[tuple[Manifest, Subset | None]]) -> list[str] | None:
-    """Closed list that the head covers: the labels of all train sets, or of the classes that their subsets leave, each
-    once, in order of appearance."""
+def union_of_labels(manifests: list[Manifest]) -> list[str] | None:
+    """Closed list that the head covers: the labels of all train sets, each once, in order of appearance.
+
+    Also where a subset leaves classes out: what was trained on some can then be asked about the others.
+    """
     merged: dict[str, None] = {}
-    for manifest, subset in sources:
-        kept = subset.classes if subset is not None and subset.classes is not None else manifest.labels or []
-        merged.update(dict.fromkeys(label for label in manifest.labels or [] if label in kept))
+    for manifest in manifests:
+        merged.update(dict.fromkeys(manifest.labels or []))
     return list(merged) or None
 
 
