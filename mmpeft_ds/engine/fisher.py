@@ -9,6 +9,7 @@ eval mode, so F does not depend on the number of ranks.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
@@ -31,6 +32,7 @@ from mmpeft_ds.engine.resolve import resolve
 from mmpeft_ds.engine.step import Stepper
 from mmpeft_ds.engine.stop import StopFlag
 from mmpeft_ds.errors import AgreedBadInput, BadInput
+from mmpeft_ds.methods._head import head_of
 
 
 class SquaredGradients:
@@ -73,6 +75,8 @@ def measure(stepper: Stepper, steps: Iterable[Step]) -> tuple[SquaredGradients, 
         AgreedBadInput: too many bad samples, or a loss or gradient that is not finite.
     """
     engine, squares = stepper.engine, SquaredGradients()
+    # A head may estimate it on other logits than it trains on, as the release of GA-Net does.
+    estimated = getattr(head_of(engine.module), "estimating_fisher", contextlib.nullcontext)
     losses, samples = 0.0, 0
     for number, step in enumerate(_together(steps, stepper)):
         task = stepper.resolved.train[step.source].task
@@ -83,7 +87,8 @@ def measure(stepper: Stepper, steps: Iterable[Step]) -> tuple[SquaredGradients, 
             stepper.budget.feed(batch)
         if agreed.bad:
             stepper.check_budget()
-        loss, *_ = stepper.accumulate(step.micro, task, agreed)
+        with estimated():
+            loss, *_ = stepper.accumulate(step.micro, task, agreed)
         shards = list(gradients.shards(engine))
         finite = all(bool(torch.isfinite(s.gradient).all()) for s in shards)
         loss, wrong = collectives.sum_scalars([loss.item(), float(not finite)], stepper.ranks.device)

@@ -294,7 +294,7 @@ def traffic(rank, rows, **options):
         out = model(text_features=own[:, :WIDTH], image_features=own[:, WIDTH:], valid=valid, key=key)
     with counted() as backward:
         cross_entropy(out.logits, target).backward()
-    return [(dict(t.calls), dict(t.bytes)) for t in (forward, backward)], out.report["gather_bytes"]
+    return [(dict(t.calls), dict(t.bytes)) for t in (forward, backward)], out.graph.health()["gather_bytes"]
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
@@ -323,4 +323,4 @@ def test_alone_nothing_is_sent():
     with counted() as seen:
         out = model(text_features=x[:, :WIDTH], image_features=x[:, WIDTH:])
         out.logits.sum().backward()
-    assert seen.total_calls == 0 and out.report["gather_bytes"] == 0
+    assert seen.total_calls == 0 and out.graph.health()["gather_bytes"] == 0

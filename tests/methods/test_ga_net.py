@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from types import SimpleNamespace
 
 import peft
 import pytest
@@ -14,7 +15,7 @@ from mmpeft_ds import GaNetConfig, methods
 from mmpeft_ds.backbones.features import FeatureConfig, FeatureModel, FeaturesBackbone
 from mmpeft_ds.backbones.features import Options as FeatureOptions
 from mmpeft_ds.data.batch import Described, Sample, hash_id, pack
-from mmpeft_ds.engine import checks, graph_report
+from mmpeft_ds.engine import checks, fisher, graph_report
 from mmpeft_ds.errors import BadInput
 from mmpeft_ds.methods.ga_net.config import VARIANTS
 from mmpeft_ds.recipe import Recipe
@@ -224,6 +225,46 @@ def test_what_stands_in_rows_that_are_not_valid_reaches_nothing(options):
     kept = rows[rows.valid]
     for got, expected in zip(want, [run(model, kept).logits.detach()], strict=False):
         torch.testing.assert_close(got, expected)
+
+
+# --------------------------------------------------------------------------------------------- Fisher information
+
+
+class OneProcess:
+    """Stands for the stepper of one process without DeepSpeed: a batch is (rows, labels)."""
+
+    def __init__(self, model):
+        trained = [p for p in model.parameters() if p.requires_grad]
+        self.engine = SimpleNamespace(
+            module=model,
+            optimizer=SimpleNamespace(param_groups=[{"params": trained}]),
+            zero_optimization_stage=lambda: 0,
+            zero_grad=model.zero_grad,
+            micro_steps=0,
+        )
+        self.ranks = SimpleNamespace(device="cpu")
+        self.budget = SimpleNamespace(feed=lambda batch: None)
+        self.resolved = SimpleNamespace(train=[SimpleNamespace(task=None)])
+
+    def agree(self, micro, task):
+        return SimpleNamespace(stop=False, bad=0, weight=1.0, rows=1)
+
+    def accumulate(self, micro, task, agreed):
+        data = micro[0]
+        loss = cross_entropy(run(self.engine.module, data.features).logits, data.labels)
+        loss.backward()
+        return loss.detach(), 0.0, {}
+
+
+@pytest.mark.parametrize("options", [{}, {"variant": "v1", "train": "all"}, {"variant": "v2", "train": "all", "k": 3}])
+def test_of_which_logits_fisher_information_is_estimated(options):
+    model, head = attached(**{"tau": 0.1, **options})
+    squares, _ = fisher.measure(OneProcess(model), [SimpleNamespace(micro=[tiny_features.labelled()], source=0)])
+    seen = {n.split(".")[0] for n, p in head.named_parameters() if squares.whole(p).any()}
+    released = {"v1": {"classifier"}, "v2": {"classifier", "fusion"}}
+    assert seen == released.get(options.get("variant"), {"down", "conv", "up", "classifier"})
+    run(model, tiny_features.rows()).logits.sum().backward()
+    assert head.down.weight.grad.any(), "training is as before"
 
 
 # --------------------------------------------------------------------------------------------------- search of tau

@@ -77,8 +77,7 @@ class GaNetHead(Head):
         """Collective. Rows that are not valid have no edge, no part in any gradient, and logits that mean nothing."""
         features = self._clean(features)
         graph = self.graph(features)
-        logits_BC = self.classifier(self._hidden(features, graph), graph)
-        return Scores(logits_BC, report=graph.health(), graph=graph)
+        return Scores(self.classifier(self._hidden(features, graph), graph), graph=graph)
 
     def nodes(self, features: Features, normalise: bool) -> Tensor:
         """(B, D): text and image joined, in this order; with `normalise` each of length 1."""

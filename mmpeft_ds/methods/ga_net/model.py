@@ -45,15 +45,5 @@ class GaNet(HeadMethod):
                 f"{site.image_width}. Set fusion: false, or choose encoders of one width."
             )
 
-    @staticmethod
-    def fisher_weight(config: GaNetConfig, name: str) -> float:
-        """Factor of a parameter's Fisher information: 1; in v2 0.8 for classifier and fusion and 0.5 for the rest.
-
-        Source: the release of June 2025, which weighs by names of parameters.
-        """
-        if config.variant != "v2":
-            return 1.0
-        return 0.8 if ".classifier." in name or ".fusion." in name else 0.5
-
 
 ENTRY = GaNet
