@@ -178,7 +178,8 @@ def write_class_texts(dir: Path, name: str, positive: Tensor, negative: Tensor) 
     Args:
         positive, negative: (C, T, D) of the templates and the negated ones, not normalised; stored as float32.
     """
-    data = save({"positive": positive.float().contiguous(), "negative": negative.float().contiguous()})
+    tensors = {"positive": positive, "negative": negative}
+    data = save({name: x.float().contiguous().clone() for name, x in tensors.items()})  # they may be the same tensor
     file = f"{name}.classes.safetensors"
     write_atomic(dir / file, data)
     return {"file": file, "sha256": hashlib.sha256(data).hexdigest()}

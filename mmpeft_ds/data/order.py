@@ -14,8 +14,11 @@ from dataclasses import dataclass
 from fractions import Fraction
 from itertools import accumulate
 
+import numpy as np
+
 MASK = 2**64 - 1
 ROUNDS = 8
+TABLE = 2**22  # samples of an epoch up to which `EpochOrder.many` keeps a table, of 4 bytes each
 
 
 def key_of(*parts: int | str) -> int:
@@ -48,6 +51,21 @@ class Permutation:
             if i < self.n:
                 return i
 
+    def table(self) -> np.ndarray:
+        """(n,) int64: all look-ups at once, a hundred times as fast as one after the other."""
+        found, at = np.zeros(self.n, np.int64), np.arange(self.n)
+        i = np.arange(self.n, dtype=np.uint64)
+        half, low = np.uint64(self.half), np.uint64(self.low)
+        while self.n > 1 and len(at):
+            left, right = i >> half, i & low
+            for key in self.keys:
+                left, right = right, left ^ (_mix_many(right ^ np.uint64(key)) & low)
+            i = left << half | right
+            inside = i < self.n
+            found[at[inside]] = i[inside]
+            i, at = i[~inside], at[~inside]
+        return found
+
 
 class EpochOrder:
     """Position -> (shard, sample) of one source in one epoch.
@@ -65,6 +83,7 @@ class EpochOrder:
         self.shards = [shards[i] if shuffle else i for i in range(len(sizes))]
         self.ends = list(accumulate(sizes[s] for s in self.shards))
         self.n = self.ends[-1] if self.ends else 0
+        self._table: np.ndarray | None = None
 
     def __len__(self) -> int:
         return self.n
@@ -78,6 +97,26 @@ class EpochOrder:
             position = first + Permutation(size, key_of(self.key, first))[position - first]
         at = bisect_right(self.ends, position)
         return self.shards[at], position - (self.ends[at - 1] if at else 0)
+
+    def many(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Shards and samples of many positions, int64 as `positions`; an epoch's first call makes a table."""
+        if self.shuffle:
+            if self.n > TABLE:
+                places = [self[p] for p in positions.tolist()]
+                return tuple(np.array(places, np.int64).reshape(-1, 2).T)
+            if self._table is None:
+                self._table = self._permuted()
+            positions = self._table[positions]
+        at = np.searchsorted(self.ends, positions, side="right")
+        starts = np.array([0, *self.ends[:-1]], np.int64)
+        return np.array(self.shards, np.int64)[at], positions - starts[at]
+
+    def _permuted(self) -> np.ndarray:
+        blocks = [
+            first + Permutation(min(self.block, self.n - first), key_of(self.key, first)).table()
+            for first in range(0, self.n, self.block)
+        ]
+        return np.concatenate(blocks).astype(np.int32)
 
 
 def steps_of(n: int, slots: int, last_batch: str) -> int:
@@ -165,3 +204,10 @@ def _mix(x: int) -> int:
     x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9 & MASK
     x = (x ^ x >> 27) * 0x94D049BB133111EB & MASK
     return x ^ x >> 31
+
+
+def _mix_many(x: np.ndarray) -> np.ndarray:
+    """`_mix` of uint64 numbers, whose products wrap around by themselves."""
+    x = (x ^ x >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ x >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)
+    return x ^ x >> np.uint64(31)

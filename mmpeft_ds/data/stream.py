@@ -20,6 +20,7 @@ from torch import Tensor
 from mmpeft_ds.data import order
 from mmpeft_ds.data.batch import PackedBatch, Sample, pack, with_images
 from mmpeft_ds.data.decode import EXTENSIONS, decode
+from mmpeft_ds.data.feature_batches import FeatureBatches
 from mmpeft_ds.data.manifest import Manifest
 from mmpeft_ds.data.options import DataOptions
 from mmpeft_ds.data.shards import ShardReader, members
@@ -41,7 +42,7 @@ class StreamSource:
         image_transform: (uint8 (3, H, W), torch.Generator) -> what `collate_images` takes. Its attribute `min_size`,
             (height, width), is what `decode: scaled` aims at; without it images are decoded at full size. With a true
             attribute `takes_features` it gets stored features instead: the sample's array, one image, or the arrays
-            along its first of three dimensions.
+            along its first of three dimensions; with a method `row`, see `data.feature_batches`, whole batches.
         collate_images, collate_texts, collate_targets: non-empty flat list -> tensors, see `data.batch.pack`.
         fields: json fields that every record must have.
         weight: share of the steps, relative to the other sources'.
@@ -187,6 +188,10 @@ class _Loader:
         # Of each source: shard -> the samples to use; None: all of every shard.
         self.places = [None if s.subset is None else s.subset.places(s.manifest) for s in sources]
         self._orders: dict[int, tuple[int, order.EpochOrder]] = {}
+        self.gathers = [
+            FeatureBatches(s, reader, self._seed_of) if FeatureBatches.possible(s, reader) else None
+            for s, reader in zip(sources, self.readers, strict=True)
+        ]
 
     def __call__(self, request: _Request) -> PackedBatch:
         visit = request.visit
@@ -196,15 +201,38 @@ class _Loader:
             None if slot is None else order.position_of(len(places), self.options.global_batch, slot, visit.step)
             for slot in request.slots
         ]
+        gathered = self._gathered(visit.source, epoch, places, positions)
+        if gathered is not None:
+            return gathered
         wanted = [self._place(visit.source, *places[p]) for p in positions if p is not None]
         pieces = iter(zip(wanted, self.readers[visit.source].read(wanted), strict=True))
         samples = [Sample() if p is None else self._sample(visit.source, epoch, *next(pieces)) for p in positions]
         source = self.sources[visit.source]
         return pack(samples, source.collate_images, source.collate_texts, source.collate_targets)
 
+    def _gathered(
+        self, source: int, epoch: int, places: order.EpochOrder, positions: list[int | None]
+    ) -> PackedBatch | None:
+        """The same micro-batch all at once, where the source holds features and nothing stands against it."""
+        if self.gathers[source] is None:
+            return None
+        slots = [slot for slot, position in enumerate(positions) if position is not None]
+        shards, samples = places.many(np.array([positions[slot] for slot in slots], np.int64))
+        if (chosen := self.places[source]) is not None:
+            starts = np.cumsum([0, *map(len, chosen)])
+            samples = np.concatenate(chosen)[starts[shards] + samples]
+        return self.gathers[source].make(epoch, shards, samples, slots, len(positions))
+
     def close(self) -> None:
         for reader in self.readers:
             reader.close()
+        for gather in self.gathers:
+            if gather is not None:
+                gather.close()
+
+    def _seed_of(self, epoch: int, sample_id: str) -> int:
+        """Of the random choices of a sample."""
+        return order.key_of(self.seed, "sample", epoch, sample_id)
 
     def _order(self, source: int, epoch: int) -> order.EpochOrder:
         if self._orders.get(source, (None,))[0] != epoch:
@@ -242,7 +270,7 @@ class _Loader:
             return Sample(sample_id=f"{name}/{key}", bad=(bad.kind, shard, key))
 
     def _good_sample(self, source: StreamSource, epoch: int, sample_id: str, parts: dict[str, bytes]) -> Sample:
-        generator = torch.Generator().manual_seed(order.key_of(self.seed, "sample", epoch, sample_id))
+        generator = torch.Generator().manual_seed(self._seed_of(epoch, sample_id))
         record = _record(parts, source.fields)
         try:
             texts, targets = source.read(record, generator)

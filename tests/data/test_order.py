@@ -2,6 +2,7 @@
 
 from collections import Counter
 
+import numpy as np
 import pytest
 
 from mmpeft_ds.data.order import EpochOrder, Mix, Permutation, micro_slots, position_of, steps_of
@@ -175,3 +176,22 @@ def test_no_position_outside_an_epoch():
             order[position]
     with pytest.raises(IndexError):
         Mix([3], [1], 0).at(0, 3)
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 5, 16, 17, 1000])
+def test_all_look_ups_at_once_are_those_one_by_one(n):
+    for key in (0, 7, 2**64 - 1):
+        permutation = Permutation(n, key)
+        assert permutation.table().tolist() == [permutation[i] for i in range(n)]
+
+
+@pytest.mark.parametrize("table", [0, 2**22])
+@pytest.mark.parametrize("shuffle", [True, False])
+@pytest.mark.parametrize("sizes", [[1], [7, 1, 12], [10, 10, 10], [3, 0, 31]])
+def test_many_places_are_those_one_by_one(monkeypatch, sizes, shuffle, table):
+    monkeypatch.setattr("mmpeft_ds.data.order.TABLE", table)
+    order = EpochOrder(sizes, 11, 8, shuffle)
+    positions = np.array([*range(len(order)), 0, len(order) - 1])
+    shards, samples = order.many(positions)
+    assert list(zip(shards.tolist(), samples.tolist(), strict=True)) == [order[p] for p in positions.tolist()]
+    assert [len(a) for a in order.many(positions[:0])] == [0, 0]

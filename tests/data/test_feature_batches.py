@@ -1,0 +1,232 @@
+"""Micro-batches gathered from feature shards are those that reading sample by sample makes."""
+
+import pickle
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from data import toy_features as toy
+from mmpeft_ds.data.batch import Described
+from mmpeft_ds.data.feature_columns import Columns
+from mmpeft_ds.data.options import DataOptions
+from mmpeft_ds.data.shards import ShardReader
+from mmpeft_ds.data.stream import Stream, StreamSource
+from mmpeft_ds.data.subset import Subset
+from mmpeft_ds.errors import BadInput, BadSample
+
+COUNT = 23
+
+
+@dataclass(frozen=True)
+class OneByOne:
+    """A view of the stored features by the sample's seed, which the stream must ask for sample by sample."""
+
+    takes_features = True
+
+    def __call__(self, features, generator):
+        if features.dim() != 2:
+            raise BadSample("features", "not (1 + V, D)")
+        return features[1 + generator.initial_seed() % (len(features) - 1)]
+
+
+@dataclass(frozen=True)
+class Whole(OneByOne):
+    """The same, for whole batches."""
+
+    def row(self, rows, seed):
+        return 1 + seed % (rows - 1)
+
+
+def read(record, generator):
+    """One caption, drawn; targets tell of the draw, and of what is in the record."""
+    if record["label"] == "broken":
+        raise BadSample("label", "broken")
+    number = int(torch.randint(len(record["captions"]), (), generator=generator))
+    return [Described(record["captions"][number], record["text"][number])], [(record["label"], number)]
+
+
+def read_first(record, generator):
+    """Nothing is drawn."""
+    return [Described(record["captions"][0], record["text"][0])], [(record["label"], 0)]
+
+
+def collate_images(images):
+    return {"image_features": images if isinstance(images, Tensor) else torch.stack(images)}
+
+
+def collate_texts(texts):
+    return {"text_features": torch.stack([text.features for text in texts])}
+
+
+def collate_targets(targets):
+    return {"label": torch.tensor(targets)}
+
+
+def batches(manifest, transform, world_size=1, epochs=(0, 1), train=True, read=read, subset=None, **options):
+    """All micro-batches of all ranks; and how many of them were gathered."""
+    source = StreamSource(
+        manifest, "train", read, transform, collate_images, collate_texts, collate_targets, ("label",), subset=subset
+    )
+    options = DataOptions(**{"global_batch": 5, "workers": 0, "shuffle_block": 8, **options})
+    found, gathered = [], 0
+    for rank in range(world_size):
+        stream = Stream([source], options, rank=rank, world_size=world_size, seed=3, train=train)
+        gather = stream.loader.gathers[0]
+        if gather is not None:
+            make = gather.make
+
+            def counted(*args, make=make):
+                nonlocal gathered
+                result = make(*args)
+                gathered += result is not None
+                return result
+
+            gather.make = counted
+        for epoch in epochs:
+            found += [batch for step in stream.epoch(epoch) for batch in step.micro]
+        stream.close()
+    return found, gathered
+
+
+def assert_equal(gathered, others):
+    assert len(gathered) == len(others)
+    for a, b in zip(gathered, others, strict=True):
+        for name in ("weight", "image_owner", "text_owner"):
+            assert torch.equal(getattr(a, name), getattr(b, name)), name
+            assert getattr(a, name).dtype == getattr(b, name).dtype
+        for name in ("images", "texts", "targets"):
+            mine, theirs = getattr(a, name), getattr(b, name)
+            assert mine.keys() == theirs.keys()
+            assert all(torch.equal(mine[k], theirs[k]) and mine[k].dtype == theirs[k].dtype for k in mine), name
+        assert (a.sample_id, a.raw_texts, a.bad) == (b.sample_id, b.raw_texts, b.bad)
+        assert [plain(r) for r in a.records] == [plain(r) for r in b.records]
+
+
+def plain(record):
+    return {k: v.tolist() if isinstance(v, Tensor) else v for k, v in record.items()}
+
+
+def write(tmp_path, dtype=np.float32, change=lambda samples: None, **options):
+    samples = [toy.sample(i, dtype) for i in range(COUNT)]
+    change(samples)
+    return toy.write_features(tmp_path / "set", samples, **options)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32])
+@pytest.mark.parametrize("world_size", [1, 2, 3, 7])
+@pytest.mark.parametrize("read", [read, read_first])
+def test_gathered_batches_are_those_read_one_by_one(tmp_path, dtype, world_size, read):
+    manifest = write(tmp_path, dtype)
+    gathered, count = batches(manifest, Whole(), world_size, epochs=(0, 1, 0), read=read)
+    others, none = batches(manifest, OneByOne(), world_size, epochs=(0, 1, 0), read=read)
+    assert_equal(gathered, others)
+    assert none == 0
+    assert count == sum(bool(sum(batch.weight)) for batch in gathered)  # every batch with a sample
+    assert gathered[-1].images["image_features"].dtype == torch.from_numpy(np.zeros(0, dtype)).dtype
+
+
+def test_the_draw_of_a_sample_changes_with_the_epoch(tmp_path):
+    manifest = write(tmp_path)
+    first, _ = batches(manifest, Whole(), epochs=(0,))
+    second, _ = batches(manifest, Whole(), epochs=(1,))
+    rows = [{name: (row.tolist(), text) for b in found for name, row, text in triples(b)} for found in (first, second)]
+    assert rows[0].keys() == rows[1].keys()
+    assert any(rows[0][name][0] != rows[1][name][0] for name in rows[0])
+    assert any(rows[0][name][1] != rows[1][name][1] for name in rows[0])
+
+
+def triples(batch):
+    names = [batch.sample_id[owner] for owner in batch.image_owner.tolist()]
+    return zip(names, batch.images["image_features"], batch.raw_texts, strict=True)
+
+
+def test_evaluation_and_subsets_are_gathered_too(tmp_path):
+    manifest = write(tmp_path)
+    keys = [f"train-{i:09d}" for i in (1, 2, 5, 9, 14, 20, 21)]
+    subset = Subset("toy", "train", keys)
+    for options in ({"train": False}, {"subset": subset}, {"train": False, "subset": subset}):
+        gathered, count = batches(manifest, Whole(), 2, **options)
+        assert_equal(gathered, batches(manifest, OneByOne(), 2, **options)[0])
+        assert count > 0
+    seen = {name for batch in gathered for name in batch.sample_id if name}
+    assert seen == {f"toy/{key}" for key in keys}
+
+
+def spoil_shape(samples):
+    samples[3].features = samples[3].features[0, 0]
+
+
+def spoil_record(samples):
+    samples[6].record["label"] = "broken"
+
+
+def spoil_fields(samples):
+    del samples[17].record["label"]
+
+
+def spoil_captions(samples):
+    samples[9].arrays = {}
+
+
+@pytest.mark.parametrize("spoil", [spoil_shape, spoil_record, spoil_fields, spoil_captions])
+def test_a_bad_sample_is_bad_in_the_same_way(tmp_path, spoil, caplog):
+    manifest = write(tmp_path, change=spoil)
+    gathered, count = batches(manifest, Whole(), 2)
+    others, _ = batches(manifest, OneByOne(), 2)
+    assert_equal(gathered, others)
+    assert sum(len(batch.bad) for batch in gathered) == 2  # once an epoch
+    assert 0 < count < len(gathered)  # its batch mates came the slow way, the others did not
+
+
+@pytest.mark.parametrize(("place", "bad"), [(0, 2), (100, 2), (130, 2), (150, 2), (512, 2), (600, 0)])
+def test_damaged_bytes_are_noticed_as_they_are_one_by_one(tmp_path, place, bad, caplog):
+    manifest = write(tmp_path)
+    path = tmp_path / "set" / "toy-train-000001.tar"
+    data = bytearray(path.read_bytes())
+    begin = int(manifest.offsets("train", 1)[2][0])
+    data[begin + place] ^= 0x15
+    path.write_bytes(data)
+    gathered, _ = batches(manifest, Whole(), 2)
+    others, _ = batches(manifest, OneByOne(), 2)
+    assert_equal(gathered, others)
+    assert sum(len(batch.bad) for batch in gathered) == bad  # inside a text of the record nothing can tell
+
+
+def test_a_shortened_shard_gives_bad_samples_and_a_missing_one_stops(tmp_path, caplog):
+    manifest = write(tmp_path)
+    path = tmp_path / "set" / "toy-train-000001.tar"
+    data = path.read_bytes()
+    path.write_bytes(data[: int(manifest.offsets("train", 1)[2][0]) + 700])
+    gathered, _ = batches(manifest, Whole())
+    assert_equal(gathered, batches(manifest, OneByOne())[0])
+    assert {kind for batch in gathered for kind, _, _ in batch.bad} == {"read"}
+    path.write_bytes(b"")
+    with pytest.raises(BadInput, match="toy-train-000001"):
+        batches(manifest, Whole())
+    path.unlink()
+    with pytest.raises(BadInput, match="toy-train-000001"):
+        batches(manifest, Whole())
+
+
+def test_worker_processes_gather_the_same(tmp_path):
+    manifest = write(tmp_path)
+    source = (manifest, "train", read, Whole(), collate_images, collate_texts, collate_targets, ("label",))
+    stream = Stream([StreamSource(*source)], DataOptions(global_batch=5, workers=0, shuffle_block=8), seed=3)
+    next(stream.epoch(0))
+    copy = pickle.loads(pickle.dumps(stream.loader))  # as it travels to a worker, with its files open
+    requests = list(stream._requests(1, 0))
+    assert_equal([copy(r) for r in requests], [stream.loader(r) for r in requests])
+
+
+def test_columns_say_where_everything_is(tmp_path):
+    manifest = write(tmp_path, change=spoil_captions)
+    columns = Columns(ShardReader(manifest, "train")).shard(2)
+    assert columns.good.tolist() == [True] * 4
+    assert (columns.rows, columns.width) == (1 + toy.VIEWS, toy.WIDTH)
+    rows = columns.images(np.array([3, 0]), np.array([0, 2]))
+    assert rows.tolist() == [toy.image_features(11)[0].tolist(), toy.image_features(8)[2].tolist()]
+    assert columns.text(0).tolist() == toy.text_features(8).tolist()
+    assert columns.text(1) is None
