@@ -29,6 +29,8 @@ METHODS = {
     # a search would turn the last bits of trained keys into another grid point where two are equally right
     "tip_adapter_f": {"name": "tip_adapter", "train_keys": True, "search": False},
     "task_res": {"name": "task_res"},
+    "clip_adapter": {"name": "clip_adapter"},
+    "graph_adapter": {"name": "graph_adapter"},
     "hegraph": {"name": "hegraph"},
     "ga_net": {"name": "ga_net"},
 }
@@ -69,7 +71,7 @@ def folder(tmp_path_factory) -> Path:
     toy_features.write_features(path / "toy", samples, image_width=wide, logit_scale=10.0, **templates)
     for ranks, stage in ((2, 3), (1, 0)):
         recipes = [str(recipe(path, name, stage, ranks)) for name in METHODS]
-        result = launch.run(WORKER, *recipes, ranks=ranks, timeout=240)
+        result = launch.run(WORKER, *recipes, ranks=ranks, timeout=400)
         assert result.code == 0 and not result.killed, result.tail()
     return path
 
