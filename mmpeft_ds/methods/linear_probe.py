@@ -27,6 +27,9 @@ class LinearProbeConfig(HeadConfig):
         default="lbfgs",
         metadata={"help": "`lbfgs` solves for all training rows at once; `gradient` trains step by step."},
     )
+    inputs: str = field(
+        default="image", metadata={"help": "What it reads: `image`, `text` (a caption's features), or `both` joined."}
+    )
     strength: float | None = field(
         default=None,
         metadata={"help": "C of the regression, 1 / weight of its penalty; default: searched on validation."},
@@ -37,6 +40,7 @@ class LinearProbeConfig(HeadConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         one_of(self, "solver", ("lbfgs", "gradient"))
+        one_of(self, "inputs", ("image", "text", "both"))
         if self.strength is not None and not 0 < self.strength < float("inf"):
             raise BadInput(f"linear_probe: strength: must be above 0, got {self.strength}.")
         at_least(self, "halvings", 0)
@@ -52,7 +56,11 @@ class LinearProbeHead(Head):
 
     def __init__(self, config: LinearProbeConfig, base: object):
         super().__init__(config, base)
-        weight, bias = torch.zeros(self.bank.num_classes, base.image_width), torch.zeros(self.bank.num_classes)
+        widths = {"text": base.text_width, "image": base.image_width}
+        read = widths if config.inputs == "both" else {config.inputs: widths[config.inputs]}
+        if missing := [name for name, width in read.items() if not width]:
+            raise BadInput(f"linear_probe: inputs: {config.inputs} needs {missing[0]} features, which are not there.")
+        weight, bias = torch.zeros(self.bank.num_classes, sum(read.values())), torch.zeros(self.bank.num_classes)
         if config.gradient_free:
             self.calibrated = ("weight", "bias")
             self.register_buffer("weight", weight)
@@ -64,8 +72,16 @@ class LinearProbeHead(Head):
     def calibrates(self) -> bool:
         return self.config.gradient_free
 
+    def rows(self, features: Features) -> Tensor:
+        """(B, D) what it reads, text before image."""
+        if self.config.inputs == "image":
+            return features.image
+        if features.text is None:
+            raise BadInput("linear_probe: inputs: these samples bring no captions. Set task.text: captions.")
+        return features.text if self.config.inputs == "text" else torch.cat([features.text, features.image], 1)
+
     def forward(self, features: Features) -> Scores:
-        return Scores(nn.functional.linear(features.image.to(self.weight.dtype), self.weight, self.bias))
+        return Scores(nn.functional.linear(self.rows(features).to(self.weight.dtype), self.weight, self.bias))
 
     def calibrate(self, train: Labelled, validation: Labelled | None) -> dict[str, float]:
         """Solve for W and b on the training rows, with the C that is right most often on validation.
@@ -75,7 +91,7 @@ class LinearProbeHead(Head):
         """
         if not self.calibrates:
             return {}
-        x, y = train.features.image[train.features.valid], train.labels[train.features.valid]
+        x, y = self.rows(train.features)[train.features.valid], train.labels[train.features.valid]
         if not len(y):
             raise BadInput("linear_probe: there is no training row to fit. See data.sources.")
 
@@ -91,7 +107,7 @@ class LinearProbeHead(Head):
                     "set method.strength."
                 )
             rows = validation.features.valid
-            held_out, labels = validation.features.image[rows].double(), validation.labels[rows]
+            held_out, labels = self.rows(validation.features)[rows].double(), validation.labels[rows]
 
             def accuracy(strength: float) -> float:
                 weight, bias = solved(strength)

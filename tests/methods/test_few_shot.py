@@ -287,6 +287,30 @@ def test_the_linear_probe_is_the_regression_with_the_strength_that_validation_pr
     assert torch.equal(say(fixed), say(wrapped))
 
 
+def test_a_linear_probe_reads_the_image_the_caption_or_both_and_says_what_is_missing():
+    rows = split(30, 3, 1.2)
+    rows.features.text = torch.randn(30, D, generator=torch.Generator().manual_seed(4))
+    shown = {}
+    for inputs in ("image", "text", "both"):
+        head = head_of(attach("linear_probe_lbfgs", inputs=inputs, strength=1.0))
+        head.calibrate(rows, None)
+        shown[inputs] = head(rows.features).logits
+        assert head.weight.shape[1] == (2 * D if inputs == "both" else D)
+    alone = head_of(attach("linear_probe_lbfgs", strength=1.0))
+    alone.calibrate(
+        Labelled(Features(rows.features.text, None, rows.features.valid, rows.features.key), rows.labels), None
+    )
+    torch.testing.assert_close(
+        shown["text"], alone(Features(rows.features.text, None, *[rows.features.valid] * 2)).logits
+    )
+    assert not torch.equal(shown["both"], shown["image"])
+    rows.features.text = None
+    with pytest.raises(BadInput, match="captions"):
+        head(rows.features)
+    with pytest.raises(BadInput, match="text features"):
+        attach("linear_probe_lbfgs", tiny_features.model(text_width=0), inputs="both")
+
+
 def test_solved_and_trained_linear_probes_agree():
     train, c = split(40, 0, 1.2), 0.05
     solved = attach("linear_probe_lbfgs", strength=c)
