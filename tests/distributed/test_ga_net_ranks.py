@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "goldens"))
 
 import ga_net_oracle as oracle  # noqa: E402
 import tiny_features  # noqa: E402
+from ganet_model import NAMES  # noqa: E402
 from golden_framework import GOLDENS_DIR, Golden  # noqa: E402
 
 from mmpeft_ds import GaNetConfig  # noqa: E402
@@ -96,12 +97,22 @@ def share(rank, split, options, x, labels, padding=(), weights=None, scale=None)
 
 def over(split, *args, **kwargs):
     """`share` on as many ranks as `split` has; rows joined in rank order."""
-    parts = in_ranks(lambda rank: share(rank, split, *args, **kwargs), ranks=len(split))
-    joined = {name: np.concatenate([p[name] for p in parts]) for name in ("logits", "x")}
-    for name in set(parts[0]) - set(joined):
-        joined[name] = parts[0][name]
-        assert all(np.array_equal(p[name], joined[name]) for p in parts)
-    return joined
+    return all_over(split, [(args, kwargs)])[0]
+
+
+def all_over(split, jobs):
+    """`over` for each (args, kwargs), in one process group."""
+    ranks = in_ranks(lambda rank: [share(rank, split, *args, **kwargs) for args, kwargs in jobs], ranks=len(split))
+    return [joined(parts) for parts in zip(*ranks, strict=True)]
+
+
+def joined(parts):
+    """What ranks have in common, once; their rows one after the other."""
+    found = {name: np.concatenate([p[name] for p in parts]) for name in ("logits", "x")}
+    for name in set(parts[0]) - set(found):
+        found[name] = parts[0][name]
+        assert all(np.array_equal(p[name], found[name]) for p in parts)
+    return found
 
 
 def off(found, expected):
@@ -136,38 +147,57 @@ def references():
     return {kind: expected_of(kind) for kind in KINDS}
 
 
+@pytest.fixture(scope="module")
+def found():
+    """(kind, split) -> what ranks find; of each split all kinds in one process group."""
+    runs = {}
+
+    def of(kind, split):
+        if split not in runs:
+            kinds = {name: ((options, *data()), {}) for name, (options, _) in KINDS.items()} | golden_jobs()
+            runs[split] = dict(zip(kinds, all_over(split, list(kinds.values())), strict=True))
+        return runs[split][kind]
+
+    return of
+
+
 @pytest.mark.parametrize("split", SPLITS, ids=str)
 @pytest.mark.parametrize("kind", KINDS)
-def test_any_ranks_give_the_gradients_of_one_with_all_rows(kind, split, references):
-    same(over(split, KINDS[kind][0], *data()), references[kind])
+def test_any_ranks_give_the_gradients_of_one_with_all_rows(kind, split, references, found):
+    same(found(kind, split), references[kind])
 
 
 GOLDEN = GOLDENS_DIR / "ganet" / "dist_reference.npz"
 
 
+def golden_jobs():
+    """`share` of the reference vectors, linear and with ReLU."""
+    if not GOLDEN.exists():
+        return {}
+    golden = Golden.load(GOLDEN, GOLDENS_DIR)
+    weights = {NAMES[key]: golden.tensor(key) for key in NAMES if key in golden}
+    rows = golden.tensor("X"), golden.tensor("labels")
+    options = {"variant": "v1", "train": "all", "tau": golden.number("tau")}
+    activations = {"golden linear": "none", "golden relu": "relu"}
+    return {n: (({**options, "activation": a}, *rows), {"weights": weights}) for n, a in activations.items()}
+
+
 @pytest.mark.skipif(not GOLDEN.exists(), reason=f"no {GOLDEN}")
 @pytest.mark.parametrize("split", SPLITS, ids=str)
 @pytest.mark.parametrize("activation", ["linear", "relu"])
-def test_any_ranks_give_the_gradients_of_the_reference_vectors(activation, split):
-    from ganet_model import NAMES
-
+def test_any_ranks_give_the_gradients_of_the_reference_vectors(activation, split, found):
     golden = Golden.load(GOLDEN, GOLDENS_DIR)
-    options = {"variant": "v1", "train": "all", "tau": golden.number("tau")}
-    options["activation"] = "relu" if activation == "relu" else "none"
-    weights = {NAMES[key]: golden.tensor(key) for key in NAMES if key in golden}
-    found = over(split, options, golden.tensor("X"), golden.tensor("labels"), weights=weights)
-    same(found, {
-        "logits": golden.array(f"{activation}_logits"),
-        "loss": golden.array(f"{activation}_loss"),
-        "x": golden.array(f"{activation}_dX"),
-        **{name: golden.array(f"{activation}_d{key}") for key, name in NAMES.items() if key in golden},
-    })  # fmt: skip
+    wanted = {"logits": "logits", "loss": "loss", "x": "dX"}
+    wanted |= {name: f"d{key}" for key, name in NAMES.items() if key in golden}
+    same(found(f"golden {activation}", split), {n: golden.array(f"{activation}_{k}") for n, k in wanted.items()})
 
 
 @pytest.mark.parametrize("padding", [(0, 0, 0), (1, 3, 2), (0, 5, 0)], ids=str)
-@pytest.mark.parametrize("kind", ["relu", "directed", "both ways"])
-def test_padding_rows_change_nothing_whatever_is_in_them(kind, padding, references):
-    same(over((6, 0, 6), KINDS[kind][0], *data(), padding=padding), references[kind])
+def test_padding_rows_change_nothing_whatever_is_in_them(padding, references):
+    kinds = ["relu", "directed", "both ways"]
+    jobs = [((KINDS[kind][0], *data()), {"padding": padding}) for kind in kinds]
+    for kind, run in zip(kinds, all_over((6, 0, 6), jobs), strict=True):
+        same(run, references[kind])
 
 
 def test_a_rank_without_edges_takes_part(references):
@@ -201,14 +231,14 @@ def train(rank, split, options, steps=10, rate=0.05):
     return {n: p.detach().numpy() for n, p in head.named_parameters()}
 
 
-@pytest.mark.parametrize("split", [(3, 3, 3, 3), (5, 0, 4, 3)], ids=str)
 @pytest.mark.parametrize("kind", ["relu", "both ways"])
-def test_ten_steps_on_four_ranks_end_where_one_rank_ends(kind, split):
+def test_ten_steps_on_four_ranks_end_where_one_rank_ends(kind):
     options = KINDS[kind][0]
     (alone,) = in_ranks(lambda rank: train(rank, (12,), options), ranks=1)
-    several = in_ranks(lambda rank: train(rank, split, options), ranks=4)
+    splits = [(3, 3, 3, 3), (5, 0, 4, 3)]
+    for several in in_ranks(lambda rank: [train(rank, split, options) for split in splits], ranks=4)[0]:
+        same(several, alone, 1e-10)
     start = {n: p.detach().numpy() for n, p in network(options)[1].named_parameters()}
-    same(several[0], alone, 1e-10)
     assert min(off(start, alone).values()) > 1e-6, "each parameter must have moved"
 
 
