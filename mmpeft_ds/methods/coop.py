@@ -225,7 +225,8 @@ class CoOpTuner(HeadTuner):
         tokenise, names = getattr(model, "tokenise", None), getattr(model, "class_names", None)
         if tokenise is None or not names:
             raise BadInput(f"coop: the model does not know its class names as texts. {NO_ENCODER}")
-        prompts = Prompts.of(names, tokenise, config)
+        with torch.device("cpu"):  # also for a model on meta, whose sizes are only counted
+            prompts = Prompts.of(names, tokenise, config)
         embedding = model.get_submodule(tower).get_input_embeddings()
         (path,) = (name for name, module in model.named_modules() if module is embedding)
         return {site.path: (model.encoder, prompts), path: len(names)}
