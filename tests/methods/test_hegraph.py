@@ -17,7 +17,7 @@ from mmpeft_ds.errors import BadInput
 from mmpeft_ds.methods._head import head_of
 from mmpeft_ds.methods.hegraph import Coefficients, HeGraphHead, classify
 from mmpeft_ds.ops import class_graph as ops
-from mmpeft_ds.sites.features import Bank
+from mmpeft_ds.sites.features import Bank, Features, Labelled
 
 C, D, TAU = 5, 8, 7.0
 LABELS = torch.tensor([0, 0, 1, 1, 1, 2, 3, 3, 4])
@@ -220,6 +220,59 @@ def test_parameters_are_three_squares_and_start_small():
     assert torch.equal(out.logits, again.logits), "autocast reaches the exponentials"
 
 
+# -------------------------------------------------------------------------------------- factors found on validation
+
+
+def labelled(z, y):
+    n = len(z)
+    return Labelled(Features(z, None, torch.ones(n, dtype=torch.bool), torch.arange(n)), y)
+
+
+def test_a_search_takes_the_first_best_multiples_and_touches_evaluation_alone(tmp_path):
+    model, head = made(search=True, multiples=[1.0, 0.0, 3.0])
+    z = draw(40, D, seed=9)
+    configured = scores(model.eval(), z)
+    trained = scores(model.train(), z)[:2]
+    # what evaluation would say with another choice, as labels: the search must find a choice as good
+    head.searched.copy_(torch.tensor([3.0, 0.0, 1.0, 0.0]))
+    y = scores(model.eval(), z)[2].argmax(1)
+    assert (y != configured[2].argmax(1)).any()
+    head.searched.fill_(1.0)
+    told = head.train().calibrate(labelled(z, y), labelled(z, y))
+    assert told["validation_accuracy"] == 1.0 and head.training
+    assert torch.equal(scores(model.eval(), z)[2].argmax(1), y)
+    for a, b in zip(scores(model.train(), z), trained, strict=False):
+        assert torch.equal(a, b), "training has changed"
+
+    model.eval().save_pretrained(tmp_path)
+    again = peft.PeftModel.from_pretrained(base(), tmp_path)
+    assert torch.equal(scores(again, z)[2], scores(model, z)[2])
+    torch.testing.assert_close(classify(head.export(), z), scores(model, z)[2])
+
+
+def test_a_search_in_which_nothing_is_better_keeps_the_configured_factors():
+    model, head = made(search=True)
+    z = draw(20, D, seed=9)
+    y = scores(model.eval(), z)[2].argmax(1)
+    told = head.calibrate(labelled(z, y), labelled(z, y))
+    assert (head.searched == 1).all()
+    assert {k: round(v, 9) for k, v in told.items()} == {
+        "validation_accuracy": 1.0, "alpha_np_test": 0.1, "alpha_vp": 0.24, "gamma": 0.5, "fusion": 1.0
+    }  # fmt: skip
+
+
+def test_without_search_nothing_is_found_and_nothing_more_is_saved():
+    _, head = made()
+    assert head.calibrate(labelled(Z, Y), None) == {} and not head.calibrates and not head.calibrated
+    assert sorted(head.state_dict()) == ["W_n", "W_p", "W_v"]
+
+
+def test_a_search_without_validation_is_refused():
+    _, head = made(search=True)
+    with pytest.raises(BadInput, match="search on|searched on validation"):
+        head.calibrate(labelled(Z, Y), None)
+
+
 # -------------------------------------------------------------------------------------------- modes of the engine
 
 
@@ -360,6 +413,7 @@ def test_the_class_alone_gives_what_the_method_gives():
         ({"topk": 0}, "topk"),
         ({"fusion": -1.0}, "fusion"),
         ({"visual_loss": -0.1}, "visual_loss"),
+        ({"multiples": []}, "multiples"),
         ({"learned": True, "gamma": 0.0}, "gamma: learned"),
         ({"gamma": "half"}, "gamma"),
     ],

@@ -60,6 +60,13 @@ class HeGraphConfig(HeadConfig):
     learned: bool = field(
         default=False, metadata={"help": "Train the factors of the messages too, positive, from the values here."}
     )
+    search: bool = field(
+        default=False,
+        metadata={"help": "After training, try multiples of alpha_np_test, alpha_vp, gamma and fusion on validation."},
+    )
+    multiples: list[float] = field(
+        default_factory=lambda: [1.0, 0.0, 0.5, 2.0], metadata={"help": "The multiples that are tried."}
+    )
     visual_scale: float | None = field(
         default=None, metadata={"help": "Scale of the cache head's logits; default that of the text head."}
     )
@@ -87,6 +94,8 @@ class HeGraphConfig(HeadConfig):
                 raise BadInput(f"{key}: must be 0 or more, got {getattr(self, key)}.")
         if not self.relations:
             raise BadInput("drop: no relation that has a say is left, so nothing would train. Drop fewer.")
+        if not self.multiples or min(self.multiples) < 0:
+            raise BadInput(f"multiples: must be numbers of 0 or more, at least one, got {self.multiples}.")
         if self.learned:
             low = [FACTORS[name] for name in self.relations if getattr(self, FACTORS[name]) <= 0]
             if low:

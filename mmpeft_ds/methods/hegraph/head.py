@@ -7,7 +7,6 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Collection
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,73 +18,12 @@ from mmpeft_ds.distributed.shards import all_reduced, columns_to_rows, sharded_c
 from mmpeft_ds.distributed.support import check_agreement
 from mmpeft_ds.errors import BadInput
 from mmpeft_ds.methods._layers import gathered
+from mmpeft_ds.methods.hegraph.nodes import Made, Nodes
 from mmpeft_ds.ops import class_graph as ops
-from mmpeft_ds.ops.class_graph import Coefficients, Products, Refined
+from mmpeft_ds.ops.class_graph import Coefficients, Refined
 
 WEIGHTS = {"negative": "W_n", "positive": "W_p", "visual": "W_v"}  # receiving kind -> parameter
 SHARDS = ("none", "cache", "classes")
-
-
-@dataclass(frozen=True)
-class Nodes:
-    """Frozen features that a head reads, not normalised; of what is shared out, the part of this rank.
-
-    Attributes:
-        positive, negative, visual: (R, D) text, negated text and mean image of each class; `negative` is None where no
-            relation reads it.
-        cache: (M, D) support features.
-        labels: (M,) class of each, counted over the classes of all ranks.
-    """
-
-    positive: Tensor
-    negative: Tensor | None
-    visual: Tensor
-    cache: Tensor
-    labels: Tensor
-
-    def to(self, dtype: torch.dtype) -> Nodes:
-        """The features in that dtype."""
-        negative = None if self.negative is None else self.negative.to(dtype)
-        features = [x.to(dtype) for x in (self.positive, self.visual, self.cache)]
-        return Nodes(features[0], negative, *features[1:], self.labels)
-
-    @property
-    def of_classes(self) -> dict[str, Tensor]:
-        """The nodes of the graph, by kind."""
-        found = {"positive": self.positive, "negative": self.negative, "visual": self.visual}
-        return {kind: x for kind, x in found.items() if x is not None}
-
-
-@dataclass(frozen=True)
-class Made:
-    """What the nodes give, once and for all.
-
-    Attributes:
-        source, versions: the tensors it was made of, to notice a change.
-        nodes: see there.
-        fixed: sums over edges.
-        columns: classes of every rank where they are shared out, else of this one.
-        first: first own class.
-        cache_rows: (C,) over all ranks.
-    """
-
-    source: list[Tensor]
-    versions: list[int]
-    nodes: Nodes
-    fixed: Products
-    columns: list[int]
-    first: int
-    cache_rows: Tensor
-
-    @property
-    def own(self) -> slice:
-        """Own classes."""
-        return slice(self.first, self.first + len(self.nodes.positive))
-
-    @property
-    def labels(self) -> Tensor:
-        """(M,) class of each cache row, counted over own classes."""
-        return self.nodes.labels - self.first
 
 
 class ClassGraphHead(nn.Module):
@@ -238,7 +176,7 @@ class ClassGraphHead(nn.Module):
 
     def log_probabilities(self, text: Tensor, visual: Tensor) -> Tensor:
         """(B, C) what both heads say together."""
-        return ops.fuse(text, visual, self.coefficients.fusion, self.fuse)
+        return ops.fuse(text, visual, self.fusion, self.fuse)
 
     def predict(self, z: Tensor) -> Tensor:
         """(B, C) probabilities."""
@@ -260,7 +198,7 @@ class ClassGraphHead(nn.Module):
             text = gather_rows(text, made.columns, self.group)
         if self.shard != "none":
             cache, labels = (gather_rows(x, group=self.group) for x in (cache, labels))
-        numbers = {"tau": self.tau, "visual_scale": self.visual_scale, "fusion": self.coefficients.fusion}
+        numbers = {"tau": self.tau, "visual_scale": self.visual_scale, "fusion": self.fusion}
         flags = {"mean_over_rows": self.cache_reduce == "mean", "fuse_logits": self.fuse == "logits"}
         exported = {
             "text": text,
@@ -291,6 +229,11 @@ class ClassGraphHead(nn.Module):
         """In which everything is computed: float64 for float64 weights, else float32."""
         wide = any(p.dtype == torch.float64 for p in self.parameters())
         return torch.float64 if wide else torch.float32
+
+    @property
+    def fusion(self) -> float:
+        """w, weight of the cache head in predictions."""
+        return self.coefficients.fusion
 
     def message_factors(self, training: bool) -> Tensor:
         """(relations,) factor of each message."""

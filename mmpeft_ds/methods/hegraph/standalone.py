@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from mmpeft_ds.errors import BadInput
-from mmpeft_ds.methods.hegraph.head import ClassGraphHead, Nodes
+from mmpeft_ds.methods.hegraph.head import ClassGraphHead
+from mmpeft_ds.methods.hegraph.nodes import Nodes
 from mmpeft_ds.ops.class_graph import Coefficients
 
 
