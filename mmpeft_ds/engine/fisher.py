@@ -10,6 +10,7 @@ eval mode, so F does not depend on the number of ranks.
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
@@ -97,7 +98,8 @@ def measure(stepper: Stepper, steps: Iterable[Step]) -> tuple[SquaredGradients, 
         if agreed.weight > 0:
             squares.add(shards)
             losses, samples = losses + loss, samples + agreed.rows
-        gradients.discard(engine)
+        with _unwarned():
+            gradients.discard(engine)
     if not squares.batches:
         raise AgreedBadInput("no batch has a sample that can be used. Choose another --split.")
     return squares, {"loss": losses / squares.batches, "batches": squares.batches, "samples": samples}
@@ -199,6 +201,18 @@ def factors_of(names: Sequence[str], weights: Sequence[tuple[str, float]]) -> di
 
 def _trace(fisher: dict[str, Tensor]) -> float:
     return sum(f.double().sum().item() for f in fisher.values())
+
+
+@contextlib.contextmanager
+def _unwarned() -> Iterator[None]:
+    """Without DeepSpeed's warning that a step is skipped: here every step is, on purpose."""
+    logger = logging.getLogger("DeepSpeed")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
 
 
 def _together(steps: Iterable[Step], stepper: Stepper) -> Iterator[Step]:

@@ -12,6 +12,7 @@ from rich.table import Table
 from torch import nn
 
 from mmpeft_ds.data.order import steps_of
+from mmpeft_ds.engine import ewc
 from mmpeft_ds.engine.resolve import Resolved, attach
 
 KINDS = ("peft", "norm", "bias", "head")
@@ -23,6 +24,7 @@ MASTER_BYTES, GRADIENT_BYTES = 12, 4  # fp32 weight and two Adam moments; fp32 g
 def make(resolved: Resolved) -> dict[str, Any]:
     """Numbers of the run as JSON-able mapping; allocates no weight and needs no launcher."""
     recipe = resolved.recipe
+    ewc.check(recipe)
     with torch.device("meta"):
         model = attach(resolved, resolved.backbone.build(on_meta=True))
     steps_per_epoch, sources = 0, []

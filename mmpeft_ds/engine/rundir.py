@@ -25,6 +25,7 @@ from typing import Any
 
 import yaml
 
+from mmpeft_ds import recipe as recipes
 from mmpeft_ds.engine import checkpoint, events
 from mmpeft_ds.engine.rank0 import on_rank0, rank
 from mmpeft_ds.errors import BadInput
@@ -35,6 +36,7 @@ MAY_DIFFER = (
     "run_dir",
     "optim.epochs",
     "optim.max_steps",
+    "optim.ewc.file",  # its content may not
     "engine.deepspeed",
     "engine.save_every",
     "engine.eval_every",
@@ -241,8 +243,17 @@ def _may_differ(key: str) -> bool:
 
 
 def _saved_recipe(target: Path, newest: Path | None) -> dict[str, Any] | None:
-    """The recipe that the checkpoint was trained with; without one, what recipe.yaml says does not matter."""
-    return None if newest is None else checkpoint.read_json(newest, "recipe")
+    """The recipe that the checkpoint was trained with; without one, what recipe.yaml says does not matter.
+
+    Options that did not exist then have their defaults, with which they change nothing.
+    """
+    if newest is None:
+        return None
+    saved = checkpoint.read_json(newest, "recipe")
+    try:
+        return recipes.to_dict(recipes.from_dict(saved))
+    except BadInput:  # options that do not exist any more: said as a difference
+        return saved
 
 
 def _first_free(path: Path) -> Path:

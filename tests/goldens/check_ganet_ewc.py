@@ -9,12 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 import torch
+from check_ga_net import graph_options
+from ganet_model import NAMES, Model
 from golden_framework import Golden, checks
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from mmpeft_ds.engine.ewc import Pull
-from mmpeft_ds.engine.fisher import SquaredGradients
+from mmpeft_ds.engine.fisher import SquaredGradients, factors_of
 from mmpeft_ds.engine.gradients import Shard, whole
 
 RANKS = 3
@@ -22,18 +24,21 @@ RANKS = 3
 
 def batches(golden: Golden) -> Iterator[tuple[Tensor, Tensor]]:
     """Rows and labels of each consecutive batch."""
-    sizes = golden.tensor("batch_sizes").tolist()
+    sizes = golden.tensor("batch_sizes" if "batch_sizes" in golden else "batches").tolist()
     yield from zip(golden.tensor("X").split(sizes), golden.tensor("labels").split(sizes), strict=True)
 
 
-def fisher(model: nn.Module, golden: Golden, logits: Callable[[Tensor], Tensor]) -> SquaredGradients:
-    """Of the batches of the file, at the weights that `model` has."""
+def fisher(
+    golden: Golden, parameters: dict[str, nn.Parameter], logits: Callable[[Tensor], Tensor]
+) -> dict[str, Tensor]:
+    """Of the batches of the file, at the weights that the parameters have."""
     squares = SquaredGradients()
     for x, labels in batches(golden):
-        model.zero_grad()
+        for p in parameters.values():
+            p.grad = None
         cross_entropy(logits(x), labels).backward()
-        squares.add(whole(model.parameters()))
-    return squares
+        squares.add(whole(parameters.values()))
+    return {name: squares.whole(p) for name, p in parameters.items()}
 
 
 def pulled(parameters: dict[nn.Parameter, tuple[Tensor, Tensor]]) -> float:
@@ -56,11 +61,11 @@ def set_to(parameters: dict[str, nn.Parameter], golden: Golden, suffix: str) -> 
             p.copy_(golden.tensor(f"{name}{suffix}"))
 
 
-def penalty(golden: Golden, parameters: dict[str, nn.Parameter], squares: SquaredGradients) -> Tensor:
-    """Move to the weights of the file and pull; F comes from `squares`, the anchor is what the parameters were."""
-    held = {p: (squares.whole(p), p.detach().clone()) for p in parameters.values()}
-    for name, p in parameters.items():
-        golden.same(f"F_{name}", squares.whole(p))
+def penalty(golden: Golden, parameters: dict[str, nn.Parameter], importance: dict[str, Tensor]) -> Tensor:
+    """Move to the weights of the file and pull back to what the parameters were."""
+    held = {p: (importance[name], p.detach().clone()) for name, p in parameters.items()}
+    for name in parameters:
+        golden.same(f"F_{name}", importance[name])
     set_to(parameters, golden, "_now")
     for p in parameters.values():
         p.grad = torch.zeros_like(p)
@@ -72,7 +77,52 @@ def linear(golden: Golden) -> None:
     head = nn.Linear(golden.tensor("W_anchor").shape[1], golden.tensor("W_anchor").shape[0]).double()
     parameters = {"W": head.weight, "b": head.bias}
     set_to(parameters, golden, "_anchor")
-    got = penalty(golden, parameters, fisher(head, golden, head))
+    got = penalty(golden, parameters, fisher(golden, parameters, head))
     golden.same("penalty", got)
+    for name, p in parameters.items():
+        golden.same(f"d{name}", p.grad)
+
+
+def network(golden: Golden, variant: str) -> tuple[Model, dict[str, nn.Parameter]]:
+    """GA-Net of the file's widths at the anchor, and the parameters that the file knows."""
+    known = [key for key in NAMES if f"{key}_anchor" in golden]
+    classifier = golden.array("W2_anchor")
+    options = {"variant": variant, **graph_options(golden, variant)}
+    if "Wt_anchor" in golden:
+        options["fusion_width"] = len(golden.array("Wt_anchor"))
+    model = Model(golden.array("X").shape[1], 5, classifier.shape[1], **options)
+    parameters = {key: model.parameter(key) for key in known}
+    assert all(p.requires_grad for p in parameters.values())
+    set_to(parameters, golden, "_anchor")
+    return model, parameters
+
+
+@checks("ganet/ewc_graph_v1*")
+def graph_v1(golden: Golden) -> None:
+    model, parameters = network(golden, "v1")
+    with model.head.estimating_fisher():
+        importance = fisher(golden, parameters, lambda x: model(x).logits)
+    aliased = Pull(1.0)
+    for name, p in parameters.items():  # the release keeps the tensor itself, which moves with the weights
+        aliased.parts[id(p)] = importance[name].view(-1), p.detach().view(-1)
+    golden.same("penalty_intended", penalty(golden, parameters, importance))
+    for name, p in parameters.items():
+        expected = 2 * golden.tensor(f"F_{name}") * (golden.tensor(f"{name}_now") - golden.tensor(f"{name}_anchor"))
+        assert (p.grad - expected).abs().max() < golden.tolerance, f"{golden.name}: gradient of {name}"
+        p.grad = torch.zeros_like(p)
+    golden.same("penalty_official_aliased", torch.tensor(aliased.add(whole(parameters.values()))).double())
+    golden.same("dW2_official", parameters["W2"].grad)
+
+
+@checks("ganet/ewc_v2*")
+def graph_v2(golden: Golden) -> None:
+    model, parameters = network(golden, "v2")
+    with model.head.estimating_fisher():
+        importance = fisher(golden, parameters, lambda x: model(x).logits)
+    # by groups of names, the first pattern that fits: fusion and graph head 0.8, anything else 0.5
+    names = {key: f"features.head.{NAMES[key]}" for key in parameters}
+    factors = factors_of(list(names.values()), [("*fusion*", 0.8), ("*classifier*", 0.8), ("*", 0.5)])
+    weighted = {key: factors[names[key]] * f for key, f in importance.items()}
+    golden.same("penalty", penalty(golden, parameters, weighted))
     for name, p in parameters.items():
         golden.same(f"d{name}", p.grad)
