@@ -254,17 +254,19 @@ class _Nodes:
         self.traffic, self.group = Traffic(), group
         self.valid = torch.ones(len(x), dtype=torch.bool, device=x.device) if valid is None else valid
         with counted(self.traffic):
-            self.counts = counts or [n for (n,) in gather_sizes([len(x)], x.device, group)]
+            if counts is None:
+                counts = [n for (n,) in gather_sizes([len(x)], x.device, group)]
             told = self.valid[:, None].view(torch.uint8)
             if key is not None:
-                told = torch.cat([told, key.contiguous().view(torch.uint8).view(len(x), 8)], 1)
-            told = gather_rows(told, self.counts, group)
-        everyone = told[:, 0].bool()
+                told = torch.cat([key.contiguous().view(torch.uint8).view(len(x), 8), told], 1)
+            told = gather_rows(told, counts, group)
+        self.counts = counts
+        everyone = told[:, -1].bool()
         self.positions = everyone.nonzero().flatten()
         if key is None:
             self.keys = self.positions
         else:
-            self.keys = told[:, 1:].contiguous().view(torch.int64).flatten()[self.positions]
+            self.keys = told[:, :8].flatten().view(torch.int64)[self.positions]
         self.shares = [int(part.sum()) for part in everyone.split(self.counts)]
         rank = group_rank(group)
         self.offset, self.start = sum(self.counts[:rank]), sum(self.shares[:rank])

@@ -7,6 +7,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 from torch_geometric.nn import MessagePassing
+from torch_geometric.typing import OptTensor
 
 from mmpeft_ds.distributed.counters import counted
 from mmpeft_ds.distributed.gather import gather_rows, group_size
@@ -63,11 +64,12 @@ class GraphConv(MessagePassing):
         return self._pass(graph.adjacency(_sum_dtype(x)), gather_rows(x, graph.counts, graph.group))
 
     def _pass(self, adjacency: Tensor, x: Tensor) -> Tensor:
-        return self.propagate(adjacency, x=x.to(adjacency.dtype)).to(x.dtype)
+        # propagate_type: (x: Tensor, edge_weight: OptTensor)
+        return self.propagate(adjacency, x=x.to(adjacency.dtype), edge_weight=None).to(x.dtype)
 
-    def message(self, x_j: Tensor, edge_weight: Tensor) -> Tensor:
-        """What one edge carries: for tools that look at single messages."""
-        return edge_weight[:, None] * x_j
+    def message(self, x_j: Tensor, edge_weight: OptTensor) -> Tensor:
+        """What one edge carries: for tools that propagate an `edge_index` to look at single messages."""
+        return x_j if edge_weight is None else edge_weight[:, None] * x_j
 
     def message_and_aggregate(self, adj_t: Tensor, x: Tensor) -> Tensor:
         """All messages and their sums as one sparse product, so that no (E, F) tensor is made."""
