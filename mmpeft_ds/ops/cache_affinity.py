@@ -20,11 +20,19 @@ def votes(cosine_MB: Tensor, labels_M: Tensor, num_classes: int, sharpness: floa
 
     Source: Tip-Adapter, arXiv 2111.03930, section 3.1.
     """
+    order, starts = _by_class(labels_M, num_classes)
+    return _sums(torch.exp(-sharpness * (1.0 - cosine_MB.index_select(0, order))), starts)
+
+
+def _by_class(labels_M: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
+    """Rows in the order of their classes, and (C + 1,) where each class begins."""
     order = torch.argsort(labels_M, stable=True)
-    affinity = torch.exp(-sharpness * (1.0 - cosine_MB.index_select(0, order)))
-    starts = torch.searchsorted(labels_M[order], torch.arange(num_classes + 1, device=labels_M.device))
+    return order, torch.searchsorted(labels_M[order], torch.arange(num_classes + 1, device=labels_M.device))
+
+
+def _sums(affinity_MB: Tensor, starts: Tensor) -> Tensor:
     # Not index_add: on GPUs that adds in any order, and the same query would not give the same bits twice.
-    return torch.segment_reduce(affinity, "sum", offsets=starts, axis=0, initial=0.0).T
+    return torch.segment_reduce(affinity_MB, "sum", offsets=starts, axis=0, initial=0.0).T
 
 
 def grid(greatest: float, steps: int, least: float = 0.1) -> list[float]:
@@ -57,11 +65,14 @@ def search(
     Source: as `grid`.
     """
     right = torch.zeros(len(sharpnesses), len(weights), dtype=torch.int64, device=text_BC.device)
+    order, starts = _by_class(labels_M, text_BC.shape[1])
     rows = max(1, CHUNK // max(1, len(labels_M)))
     for start in range(0, len(targets_B), rows):
         part = slice(start, start + rows)
+        distance = 1.0 - cosine_MB[order, part]
+        affinity = torch.empty_like(distance)  # one for all: new memory costs ten times the arithmetic
         for i, sharpness in enumerate(sharpnesses):
-            cached = votes(cosine_MB[:, part], labels_M, text_BC.shape[1], sharpness)
+            cached = _sums(torch.mul(distance, -sharpness, out=affinity).exp_(), starts)
             for j, weight in enumerate(weights):
                 right[i, j] += ((text_BC[part] + weight * cached).argmax(1) == targets_B[part]).sum()
     best = int(right.max())
