@@ -1,11 +1,14 @@
 """HeGraphAdapter as a peft method: invariants of the layer, training and evaluation, export, verbs, bad input."""
 
+import re
 import warnings
+from pathlib import Path
 from types import SimpleNamespace
 
 import peft
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 from torch.nn.functional import cross_entropy
 
@@ -307,6 +310,28 @@ def test_gradients_in_evaluation_mode_are_warned_of_once():
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("error")
         head.eval().both(Z)
+
+
+# ---------------------------------------------------------------------------------------------------- the guide
+
+
+def test_every_ablation_of_the_guide_is_a_config_that_scores_otherwise():
+    page = Path(__file__).parents[2] / "docs" / "methods" / "hegraph.md"
+    rows = re.findall(r"^\|[^|]*\| (`method\..*) \|$", page.read_text("utf-8"), re.M)
+    assert len(rows) >= 15
+    plain, _ = made()
+    defaults = HeGraphConfig()
+    for row in rows:
+        overrides = dict(re.findall(r"method\.(\w+)=([^ `]+)", row))
+        options = {key: yaml.safe_load(value) for key, value in overrides.items()}
+        assert any(getattr(defaults, key) != value for key, value in options.items()), row
+        model, head = made(**{key: 2 if key == "topk" else value for key, value in options.items()})
+        with torch.no_grad():
+            for kind, weight in head.weights().items():
+                weight.copy_(head_of(plain).weights()[kind])
+        if not {"learned", "search", "visual_loss"} & set(options):  # these change what is trained or found alone
+            outs = [scores(m.eval())[2] for m in (plain, model)]
+            assert not torch.equal(*outs), row
 
 
 # --------------------------------------------------------------------------- made once, and made anew when it must be
