@@ -14,6 +14,8 @@ from mmpeft_ds.distributed.gather import gather_rows, group_size
 from mmpeft_ds.distributed.shards import all_reduced
 from mmpeft_ds.errors import AgreedBadInput
 
+PIECE = 1 << 20  # elements
+
 
 def class_means(features: Tensor, labels: Tensor, num_classes: int, group: Any = None) -> tuple[Tensor, Tensor]:
     """Mean of the samples of each class over all ranks, whoever holds them. Collective.
@@ -56,12 +58,19 @@ def checksum(tensors: list[Tensor]) -> int:
     total = 0
     for tensor in tensors:
         bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
-        flat = tensor.detach().contiguous().reshape(-1).view(bits).to(torch.int64)
-        # int64 of torch wraps; a factor that differs by position makes the order count
-        factors = torch.arange(len(flat), device=flat.device) * 0x9E3779B1 * 2 + 1
-        for part in (int((flat * factors).sum()), *tensor.shape):
-            total = (total * 1_000_003 + part) % 2**64
+        flat = tensor.detach().contiguous().reshape(-1).view(bits)
+        for part in tensor.shape:
+            total = _mixed(total, part)
+        # support features of ten passes may be gigabytes: a piece at a time becomes int64
+        for piece in flat.split(PIECE):
+            # int64 of torch wraps; a factor that differs by position makes the order count
+            factors = torch.arange(len(piece), device=flat.device) * 0x9E3779B1 * 2 + 1
+            total = _mixed(total, int((piece.to(torch.int64) * factors).sum()))
     return total - 2**63
+
+
+def _mixed(total: int, part: int) -> int:
+    return (total * 1_000_003 + part) % 2**64
 
 
 def check_agreement(tensors: list[Tensor], what: str, group: Any = None) -> None:

@@ -4,15 +4,20 @@ Losses, logits and every gradient agree in float64 to 1e-12, for uneven and empt
 """
 
 import numpy as np
+import peft
 import pytest
 import torch
 from in_ranks import in_ranks
 from torch.nn.functional import cross_entropy
 
+from mmpeft_ds import HeGraphConfig
+from mmpeft_ds.backbones.features import FeatureConfig, FeatureModel
 from mmpeft_ds.distributed import shards, support
 from mmpeft_ds.errors import BadInput
+from mmpeft_ds.methods._head import head_of
 from mmpeft_ds.methods.hegraph import HeGraphHead, classify
 from mmpeft_ds.methods.hegraph import head as head_module
+from mmpeft_ds.sites.features import Bank
 
 C, D, ROWS = 5, 6, 7
 WEIGHTS = ("W_n", "W_p", "W_v", "factors")
@@ -56,7 +61,7 @@ def make(shard, rank, ranks, options):
 
 
 def gradients(head):
-    return {n: p.grad.numpy() for n in WEIGHTS if (p := getattr(head, n)) is not None}
+    return {n: p.grad.clone().numpy() for n in WEIGHTS if (p := getattr(head, n)) is not None}
 
 
 def steps(head, z, y):
@@ -111,6 +116,31 @@ def test_ranks_together_are_one_rank_with_everything(ranks):
         want = expected(options)
         for shard in ("none", "cache", "classes"):
             same([found[shard, i] for found in everywhere], want)
+
+
+def method(rank, ranks, shard):
+    """The same through a model of features and peft: every rank has the whole bank, and works on its part."""
+    pos, neg, _, cache, labels, z, y = everything()
+    bank = Bank(C, pos[:, None], neg[:, None], cache[:, None], labels)
+    model = FeatureModel(FeatureConfig(image_width=D, num_classes=C, logit_scale=3.0), bank)
+    torch.manual_seed(0)
+    model = peft.get_peft_model(model, HeGraphConfig(shard=shard)).train()
+    mine = part(SPLITS[ranks][0], rank)
+    out = model(image_features=z[mine])
+    loss = sum(weight * cross_entropy(x, y[mine], reduction="none") for weight, x in out.terms).sum() / ROWS
+    loss.backward()
+    return out.logits.detach().numpy(), loss.item(), gradients(head_of(model))
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_the_method_shares_its_bank_out_and_is_still_one_rank(ranks):
+    logits, loss, grads = method(0, 1, "none")
+    for shard in ("cache", "classes"):
+        found = in_ranks(method, ranks, shard, ranks=ranks)
+        np.testing.assert_allclose(np.concatenate([f[0] for f in found]), logits, atol=1e-12, rtol=0)
+        assert sum(f[1] for f in found) == pytest.approx(loss, abs=1e-12)
+        for name, gradient in grads.items():
+            np.testing.assert_allclose(sum(f[2][name] for f in found), gradient, atol=1e-12, rtol=0)
 
 
 # --------------------------------------------------------------------------- negative controls: wrong gradients show
@@ -225,6 +255,16 @@ def disagree(rank, how):
 def test_ranks_with_other_features_are_refused_on_all_ranks(how):
     told = in_ranks(disagree, how)
     assert all(("different values" in t and "\n" not in t) if how != "same" else t is None for t in told), told
+
+
+def test_the_checksum_sees_bits_shapes_and_order(monkeypatch):
+    x = torch.randn(6, 5)
+    other = [x.T, x.flip(0), -x, x[:5], torch.cat([x, x[:1]]), x.double(), x.view(5, 6)]
+    for piece in (4, 1000):
+        monkeypatch.setattr(support, "PIECE", piece)
+        sums = [support.checksum([y]) for y in (x, *other)]
+        assert len(set(sums)) == len(sums) and all(-(2**63) <= s < 2**63 for s in sums)
+        assert support.checksum([x.clone()]) == sums[0] != support.checksum([x, x[:0]])
 
 
 def misplaced(rank):

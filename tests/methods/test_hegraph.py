@@ -298,6 +298,15 @@ def test_the_engine_trains_the_head_in_training_mode_without_dropout_and_after_a
     assert head.training and not model.training, "and gives the mode back"
 
 
+def test_without_its_mark_the_head_would_train_with_the_factor_of_evaluation(monkeypatch):
+    """Negative control."""
+    model, head = made()
+    quiet = SimpleNamespace(engine=SimpleNamespace(train_dropout=False, gradient_checkpointing=False))
+    monkeypatch.setattr(type(head), "follows_training", False)
+    set_modes(model.train(), SimpleNamespace(frozen_prefix=lambda model: []), quiet)
+    assert not head.training
+
+
 def test_gradients_in_evaluation_mode_are_warned_of_once():
     model, _ = made()
     with pytest.warns(UserWarning, match="alpha_np_test"):
@@ -394,6 +403,13 @@ def test_an_adapter_directory_holds_the_weights_alone_and_loads(tmp_path):
     assert torch.equal(scores(again)[2], scores(model)[2])
     with again.disable_adapter():
         assert torch.equal(again(image_features=Z).logits, base()(image_features=Z).logits)
+
+
+def test_it_attaches_to_a_bank_that_is_not_there_yet():
+    """As `--check` does, which reads no features."""
+    model, head = made(model=base().to("meta"), learned=True, search=True)
+    assert {p.device.type for p in head.parameters()} == {"meta"}
+    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == 3 * D * D + 6
 
 
 def test_two_adapters_keep_their_own_weights_and_options():
