@@ -95,6 +95,15 @@ def check_coupling(recipe: Recipe, train_tasks: list[Task], method_config: PeftC
         )
 
 
+def check_validation(recipe: Recipe, method_config: PeftConfig) -> None:
+    """Refuse a method that searches on validation where there is none, before it has trained. Raises BadInput."""
+    if getattr(method_config, "needs_validation", False) and not recipe.data.validation:
+        raise BadInput(
+            f"{where(recipe, 'data.validation')}: empty, but {recipe.method['name']} searches some of its numbers "
+            "there. Name a validation split, or give the numbers (see docs/methods/few_shot_baselines.md)."
+        )
+
+
 def _lookup(recipe: Recipe, key: str) -> Any:
     value: Any = recipe
     for part in key.split("."):

@@ -25,7 +25,7 @@ from mmpeft_ds.data.manifest import Manifest
 from mmpeft_ds.data.options import SourceOptions
 from mmpeft_ds.data.subset import Subset
 from mmpeft_ds.engine import feature_bank
-from mmpeft_ds.engine.checks import check_coupling, check_fields, check_names, check_values
+from mmpeft_ds.engine.checks import check_coupling, check_fields, check_names, check_validation, check_values
 from mmpeft_ds.engine.ds_config import check_ds_config
 from mmpeft_ds.errors import BadInput
 from mmpeft_ds.methods._tuner import to_float32
@@ -89,6 +89,7 @@ def resolve(recipe: Recipe) -> Resolved:
     ds_config = check_ds_config(recipe)
     recipe = expand(recipe)
     method, method_config = make_method(recipe)
+    check_validation(recipe, method_config)
     listed = {
         "train": list(_keyed("data.sources", recipe.data.sources)),
         "validation": list(_keyed("data.validation", recipe.data.validation)),

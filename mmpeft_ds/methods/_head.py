@@ -28,6 +28,7 @@ class HeadConfig(PeftConfig):
     Attributes:
         couples_samples: the scores of a row depend on other rows of the batch.
         gradient_free: nothing is trained by gradient: zero-shot, closed form, or a cache as it is.
+        needs_validation: `calibrate` searches on a validation split; a recipe without one is refused at the start.
     """
 
     method: ClassVar[str] = ""
@@ -41,6 +42,10 @@ class HeadConfig(PeftConfig):
 
     @property
     def gradient_free(self) -> bool:
+        return False
+
+    @property
+    def needs_validation(self) -> bool:
         return False
 
 

@@ -50,6 +50,10 @@ class LinearProbeConfig(HeadConfig):
     def gradient_free(self) -> bool:
         return self.solver == "lbfgs"
 
+    @property
+    def needs_validation(self) -> bool:
+        return self.gradient_free and self.strength is None
+
 
 class LinearProbeHead(Head):
     """logits = z W^T + b on features as they are; W and b are zero at first. It reads nothing of the bank."""

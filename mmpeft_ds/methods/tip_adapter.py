@@ -46,6 +46,10 @@ class TipAdapterConfig(HeadConfig):
     def gradient_free(self) -> bool:
         return not self.train_keys
 
+    @property
+    def needs_validation(self) -> bool:
+        return self.search
+
 
 class TipAdapterHead(Head):
     """logits = tau u(z) T^T + alpha sum over cache rows of their class of exp(-beta (1 - u(z) key)).

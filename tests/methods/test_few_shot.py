@@ -14,6 +14,7 @@ from torch.func import functional_call
 from torch.nn.functional import cross_entropy, normalize
 
 from mmpeft_ds import methods, recipe
+from mmpeft_ds.engine.checks import check_validation
 from mmpeft_ds.errors import BadInput
 from mmpeft_ds.methods._head import head_of
 from mmpeft_ds.sites import find_sites
@@ -338,6 +339,13 @@ def test_a_search_without_validation_is_refused_and_can_be_switched_off(case):
     assert "\n" not in str(caught.value)
     off = {"search": False} if case == "tip_adapter" else {"strength": 1.0}
     head_of(attach(case, **off)).calibrate(split(15, 0), None)
+    # a recipe is refused before anything has trained
+    name = ALL[case][0]
+    raw = {"run_dir": "runs/x", "backbone": {"name": "features"}, "method": {"name": name}}
+    with pytest.raises(BadInput, match=f"data.validation: empty, but {name} searches"):
+        check_validation(recipe.from_dict(raw), methods.get(name).Config())
+    check_validation(recipe.from_dict(raw), methods.get(name).Config(**off))
+    check_validation(recipe.from_dict({**raw, "data": {"validation": [{"dir": "d"}]}}), methods.get(name).Config())
 
 
 # --------------------------------------------------------------------------------------------------- what travels
