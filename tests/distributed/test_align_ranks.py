@@ -1,0 +1,182 @@
+"""Two towers aligned through the engine, from pixels and from stored features, and CoOp on what comes out: the same on
+1 and 2 ranks."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parents[1] / "backbones")]
+
+import tiny_clip  # noqa: E402
+import tiny_towers  # noqa: E402
+from distributed import launch  # noqa: E402
+from engine import toy_vqa  # noqa: E402
+
+from mmpeft_ds import adapter, merging  # noqa: E402
+from mmpeft_ds.backbones import dual_encoder  # noqa: E402
+from mmpeft_ds.data.batch import Sample, pack  # noqa: E402
+from mmpeft_ds.data.decode import decode  # noqa: E402
+from mmpeft_ds.data.writer import PARTS, write_manifest, write_shard  # noqa: E402
+
+pytestmark = pytest.mark.distributed
+WORKER = Path(__file__).with_name("heads_worker.py")
+CLASSES = ["red circle", "blue square", "big shape"]
+WORDS = ["round", "what color", "it is there"]
+
+
+def samples() -> list[SimpleNamespace]:
+    """Images of three classes, each with two captions that nobody else has."""
+    found = []
+    for i in range(21):
+        name = CLASSES[i % 3]
+        captions = [f"a {name} {WORDS[i % 7 % 3]}", f"{WORDS[i % 5 % 3]} the {name}" + " a" * (i % 4)]
+        record = {"captions": captions, "label": i % 3, "class_name": name}
+        images = [("png", toy_vqa.png(i))]
+        found.append(SimpleNamespace(name=f"source {i}", images=images, record=record, features=None))
+    return found
+
+
+def write(folder: Path, made: list[SimpleNamespace], **options) -> None:
+    (folder / PARTS).mkdir(parents=True)
+    parts = [write_shard(folder, "toy", "train", n, n * 7, made[n * 7 : n * 7 + 7]) for n in range(3)]
+    write_manifest(folder, "toy", "CC0-1.0", {"name": "toy"}, 7, {"train": parts}, CLASSES, "train", **options)
+
+
+@torch.no_grad()
+def write_features(folder: Path) -> None:
+    """What the towers make of the same images, in the place of pixels."""
+    backbone = dual_encoder.ENTRY(dual_encoder.Options(**towers(folder)), None)
+    model, transform = backbone.build().eval(), backbone.image_transform(False)
+    made = samples()
+    for sample in made:
+        pixels = transform(decode(sample.images[0][1]))
+        batch = pack([Sample("x", 1.0, [pixels])], backbone.collate_images, backbone.collate_texts, lambda t: {})
+        sample.features, sample.images = backbone.embed(model, batch)[0].numpy(), []
+    section = {"name": "dual_encoder", **dataclasses.asdict(backbone.options)}
+    described = {"key": backbone.towers_key(), "backbone": section, "compute": "float32", "views": 0}
+    widths = dict(zip(("image_width", "text_width"), backbone.feature_widths, strict=True))
+    write(folder / "stored", made, towers={**described, **widths})
+
+
+def towers(folder: Path) -> dict:
+    vision, text = str(folder / "vision"), str(folder / "text")
+    return {"vision": vision, "text": text, "image_size": 8, "max_text_length": 19, "text_feature": "mean"}
+
+
+def recipe(folder: Path, name: str, stage: int, ranks: int) -> Path:
+    aligned = {"name": "dual_encoder", **towers(folder), "projection": "mlp", "width": 12, "train_logit_scale": True}
+    contrast = {"name": "retrieval", "loss": "contrast", "rerank": 0, "captions": 1}
+    classify = {"name": "classification"}
+    lora, coop = {"name": "lora", "r": 2}, {"name": "coop", "context": 4, "init_std": 0.3}
+    clip = {"name": "clip", "model": str(folder / "clip")}
+    backbone, method, task, data = {
+        "live": (aligned, lora, contrast, "toy"),
+        "stored": ({**aligned, "images": "stored"}, lora, contrast, "stored"),
+        "coop_bert": (
+            {"name": "features", "encoder": aligned, "images": "live", "texts": "none"},
+            coop,
+            classify,
+            "toy",
+        ),
+        "coop_clip": (
+            {"name": "features", "encoder": clip, "images": "live", "texts": "none"},
+            {**coop, "class_specific": True, "position": "middle"},
+            classify,
+            "toy",
+        ),
+    }[name]
+    source = {"dir": str(folder / data), "task": task}
+    content = {
+        "run_dir": str(folder / f"{name}-{ranks}"),
+        "backbone": backbone,
+        "method": method,
+        "data": {"sources": [source], "validation": [source], "global_batch": 8, "workers": 0},
+        "optim": {"epochs": 2, "lr": 0.01, "warmup": 0.0},
+        "engine": {"deepspeed": f"ds_configs/zero{stage}.json"},
+        "monitor": {"tensorboard": False},
+    }
+    path = folder / f"{name}-{ranks}.yaml"
+    path.write_text(yaml.safe_dump(content))
+    return path
+
+
+NAMES = ("live", "stored", "coop_bert", "coop_clip")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("align")
+    tiny_towers.write_vision(path / "vision", "dinov2")
+    tiny_towers.write_text(path / "text", "bert")
+    tiny_clip.write(path / "clip", "clip")
+    write(path / "toy", samples())
+    write_features(path)
+    for ranks, stage in ((2, 3), (1, 0)):
+        recipes = [str(recipe(path, name, stage, ranks)) for name in NAMES]
+        result = launch.run(WORKER, *recipes, ranks=ranks, timeout=500)
+        assert result.code == 0 and not result.killed, result.tail()
+    return path
+
+
+def weights(folder: Path, name: str, ranks: int) -> dict[str, torch.Tensor]:
+    return load_file(folder / f"{name}-{ranks}" / "adapter" / adapter.WEIGHTS)
+
+
+def assert_equal(one: dict, other: dict) -> None:
+    assert one.keys() == other.keys()
+    for name, weight in one.items():
+        torch.testing.assert_close(weight, other[name], atol=2e-4, rtol=2e-4, msg=name)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_two_ranks_under_zero_3_train_as_one(folder, name):
+    assert_equal(weights(folder, name, 2), weights(folder, name, 1))
+
+
+def test_stored_features_train_as_pixels_do(folder):
+    """Two captions of a sample are drawn alike, and there are no augmented passes."""
+    assert_equal(weights(folder, "stored", 1), weights(folder, "live", 1))
+
+
+def test_the_comparison_would_notice_an_untrained_adapter(folder):
+    loaded = adapter.load(folder / "live-1" / "adapter")
+    for module in ("text_projection", "logit_scale"):
+        wrapped = loaded.model.get_base_model().get_submodule(module)
+        pairs = zip(
+            wrapped.original_module.parameters(), wrapped.modules_to_save["default"].parameters(), strict=False
+        )
+        assert module == "logit_scale" or max(float((a - b).abs().max()) for a, b in pairs) > 1e-2
+    one, other = weights(folder, "live", 1), weights(folder, "coop_bert", 1)
+    with pytest.raises(AssertionError):
+        assert_equal(one, other)
+    with pytest.raises(AssertionError):
+        assert_equal(one, {name: weight * 1.01 for name, weight in one.items()})
+
+
+@pytest.mark.parametrize("name", ["coop_bert", "coop_clip"])
+def test_of_coop_only_the_context_is_saved(folder, name):
+    (context,) = weights(folder, name, 2).values()
+    assert context.shape == ((4, 16) if name == "coop_bert" else (3, 4, 16))
+    assert float(context.std()) > 0.05
+
+
+def test_what_was_aligned_on_stored_features_is_merged_with_its_vision_tower(folder, tmp_path):
+    told = merging.merge(folder / "stored-2" / "adapter", tmp_path / "merged")
+    assert told["largest_difference"] < 1e-5
+    loaded = adapter.load(folder / "live-2" / "adapter")
+    batch = merging.probe(loaded.backbone)
+    want = merging.outputs(loaded.model, loaded.backbone, batch)
+    options = {"model": str(tmp_path / "merged"), "max_text_length": 19}
+    entry = type(loaded.backbone)
+    backbone = entry(entry.Options(**options), None)
+    got = merging.outputs(backbone.build().eval(), backbone, batch)
+    for one, other in zip(got, want, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-3, rtol=1e-3)
