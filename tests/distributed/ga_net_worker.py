@@ -145,7 +145,7 @@ def main() -> None:
         result = run_case(case, out, ranks)
         if ranks.rank == 0:
             torch.save(result, out / f"{case['name']}.pt")
-            print("case done", case["name"], flush=True)
+            print(f"case done: {case['name']}.", flush=True)
     torch.distributed.destroy_process_group()
 
 

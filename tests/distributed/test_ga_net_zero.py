@@ -38,11 +38,14 @@ CASES = [{"options": FIX, "steps": STEPS, **case} for case in CASES]
 def folder(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("ga_net")
     (path / "cases.json").write_text(json.dumps(CASES))
-    result = launch.run(
-        Path(worker.__file__), str(path / "cases.json"), str(path), ranks=2, timeout=60 + 8 * len(CASES)
-    )
-    assert not result.killed, f"it hung:\n{result.tail()}"
-    assert result.code == 0, result.tail()
+    with launch.Launch(worker.__file__, str(path / "cases.json"), str(path), ranks=2) as launched:
+        patience = 240.0  # two ranks that import everything on a busy machine
+        for case in CASES:
+            done = launched.wait_for(f"case done: {case['name']}.", patience)
+            assert done, f"{case['name']}: failed, or hung for {patience} s:\n{launched.output[-6000:]}"
+            patience = 60.0
+        result = launched.wait(60.0)
+    assert result.code == 0 and not result.killed, result.tail()
     return path
 
 
