@@ -8,7 +8,7 @@ from torch.nn.functional import cross_entropy, normalize
 
 
 def adjacency(x: Tensor, kind: str, tau: float, k: int) -> Tensor:
-    """(M, M) with self-loops, row = target. `kind`: threshold, directed (to its neighbours), both_ways."""
+    """(M, M) with self-loops, row = target. `kind`: threshold, directed, hearing (its transpose), both_ways."""
     unit = normalize(x, dim=1)
     cosine = unit @ unit.T
     own = torch.eye(len(x), dtype=torch.bool)
@@ -17,12 +17,14 @@ def adjacency(x: Tensor, kind: str, tau: float, k: int) -> Tensor:
     else:
         best = cosine.masked_fill(own, -2).topk(min(k, len(x) - 1), dim=1).indices
         chosen = torch.zeros_like(own).scatter(1, best, True) & (cosine > tau)
-        edges = chosen.T if kind == "directed" else chosen | chosen.T
+        edges = {"directed": chosen.T, "hearing": chosen, "both_ways": chosen | chosen.T}[kind]
     return (edges | own).to(x.dtype)
 
 
-def hat(a: Tensor) -> Tensor:
-    """Normalised by in-degrees of targets and out-degrees of sources."""
+def hat(a: Tensor, mean: bool = False) -> Tensor:
+    """Normalised by in-degrees of targets and out-degrees of sources; with `mean` by the former alone."""
+    if mean:
+        return a / a.sum(1, keepdim=True).clamp(min=1)
     return a / a.sum(1).clamp(min=1).sqrt()[:, None] / a.sum(0).clamp(min=1).sqrt()[None, :]
 
 

@@ -34,7 +34,13 @@ SPLITS = [(12,), (6, 6), (4, 4, 4), (3, 3, 3, 3), (5, 4, 3), (6, 0, 6)]
 KINDS = {  # options of the method, and how the oracle makes the same graph
     "linear": ({"variant": "v1", "train": "all", "tau": 0.3}, "threshold"),
     "relu": ({"variant": "v1", "train": "all", "tau": 0.3, "activation": "relu", "residual": True}, "threshold"),
+    "ring": ({"variant": "v1", "train": "all", "tau": 0.3, "exchange": "ring"}, "threshold"),
     "directed": ({"variant": "v2", "train": "all", "tau": -0.2, "k": 3, "fusion": False, "up": "joined"}, "directed"),
+    "mean": (
+        {"graph": "knn", "tau": -0.2, "k": 3, "symmetric": False, "normalise_similarity": False,
+         "normalisation": "mean", "exchange": "ring"},
+        "hearing",
+    ),
     "both ways": ({"graph": "knn", "tau": -0.2, "k": 3, "normalise_similarity": False}, "both_ways"),
 }  # fmt: skip
 
@@ -136,7 +142,7 @@ def expected_of(kind):
     a = oracle.adjacency(x, graph, options["tau"], options.get("k", 0))
     weights = {n: p.detach() for n, p in head.named_parameters()}
     relu = options.get("activation") == "relu" or "variant" not in options
-    found = oracle.gradients(weights, x, labels, oracle.hat(a), relu, options.get("residual", False))
+    found = oracle.gradients(weights, x, labels, oracle.hat(a, kind == "mean"), relu, options.get("residual", False))
     crossing = int(a.sum()) - len(x) - sum(int(a[i : i + 4, i : i + 4].sum()) - 4 for i in (0, 4, 8))
     assert crossing > 8, "the graph must cross ranks"
     return {n: t.numpy() for n, t in found.items()}

@@ -12,19 +12,22 @@ from mmpeft_ds.methods._head import HeadConfig
 VARIANTS: dict[str, dict[str, Any]] = {
     # the method as the paper describes it, without the defects of the release
     "fix": {
-        "graph": "threshold", "tau": 0.7, "k": 5, "symmetric": True, "self_loops": "merged",
+        "graph": "threshold", "tau": 0.7, "k": 5, "symmetric": True, "direction": "from_neighbour",
+        "self_loops": "merged",
         "normalise_similarity": True, "normalise_input": False, "up": "joined", "activation": "relu",
         "residual": False, "fusion": False, "train": "all", "fisher": "model",
     },
     # as released in July 2024, with the paper
     "v1": {
-        "graph": "threshold", "tau": 0.7, "k": 5, "symmetric": True, "self_loops": "merged",
+        "graph": "threshold", "tau": 0.7, "k": 5, "symmetric": True, "direction": "from_neighbour",
+        "self_loops": "merged",
         "normalise_similarity": False, "normalise_input": False, "up": "joined", "activation": "none",
         "residual": False, "fusion": False, "train": "head", "fisher": "released",
     },
     # as released in June 2025, with the journal version
     "v2": {
-        "graph": "knn", "tau": 0.4, "k": 5, "symmetric": False, "self_loops": "appended",
+        "graph": "knn", "tau": 0.4, "k": 5, "symmetric": False, "direction": "to_neighbour",
+        "self_loops": "appended",
         "normalise_similarity": False, "normalise_input": False, "up": "image", "activation": "none",
         "residual": False, "fusion": True, "train": "head", "fisher": "released",
     },
@@ -76,10 +79,22 @@ class GaNetConfig(HeadConfig):
     k: int | None = field(default=None, metadata={"help": _BY_VARIANT + "Neighbours of a sample in a knn graph."})
     symmetric: bool | None = field(
         default=None,
+        metadata={"help": _BY_VARIANT + "Edges of a knn graph point both ways."},
+    )
+    direction: Literal["auto", "to_neighbour", "from_neighbour"] = field(
+        default="auto",
         metadata={
-            "help": _BY_VARIANT + "Edges of a knn graph point both ways. Else a sample is heard by its neighbours, as "
-            "in v2."
+            "help": "Of a knn graph that is not symmetric: to_neighbour: a sample is heard by its neighbours, as in "
+            "v2; from_neighbour: it hears them."
         },
+    )
+    normalisation: Literal["symmetric", "mean"] = field(
+        default="symmetric",
+        metadata={"help": "symmetric: by the roots of both degrees. mean: of all that a sample hears (GraphSAGE)."},
+    )
+    exchange: Literal["gather", "ring"] = field(
+        default="gather",
+        metadata={"help": "ring: the rows of the ranks pass by, so that none ever holds all; same results."},
     )
     self_loops: Literal["auto", "merged", "appended"] = field(
         default="auto",
@@ -140,7 +155,8 @@ class GaNetConfig(HeadConfig):
         known = {
             "inputs": ("both", "image", "text"), "graph": ("threshold", "knn", "none"), "up": ("joined", "image"),
             "self_loops": ("merged", "appended"), "activation": ("relu", "none"), "train": ("all", "head"),
-            "fisher": ("model", "released"),
+            "fisher": ("model", "released"), "direction": ("to_neighbour", "from_neighbour"),
+            "normalisation": ("symmetric", "mean"), "exchange": ("gather", "ring"),
         }  # fmt: skip
         for key, values in known.items():
             if getattr(self, key) not in values:

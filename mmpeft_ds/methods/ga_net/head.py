@@ -93,10 +93,20 @@ class GaNetHead(Head):
             return _edgeless(valid)
         x = self.nodes(features, config.normalise_similarity)
         if config.graph == "threshold":
-            return normalised(threshold_graph(x, self.tau, valid))
-        released = config.self_loops == "appended"
-        graph = knn_graph(x, config.k, self.tau, valid, features.key, symmetric=config.symmetric, released=released)
-        return normalised(graph)
+            graph = threshold_graph(x, self.tau, valid, exchange=config.exchange)
+        else:
+            graph = knn_graph(
+                x,
+                config.k,
+                self.tau,
+                valid,
+                features.key,
+                config.direction,
+                config.symmetric,
+                released=config.self_loops == "appended",
+                exchange=config.exchange,
+            )
+        return normalised(graph, config.normalisation)
 
     @contextlib.contextmanager
     def estimating_fisher(self) -> Iterator[None]:
