@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -28,16 +29,24 @@ def png(seed: int) -> bytes:
     return buffer.getvalue()
 
 
-def sample(i: int) -> SimpleNamespace:
-    """One image with one to three questions."""
-    asked = [{"question": QUESTIONS[k], "answers": [LABELS[(i + k) % 4]], "type": "toy"} for k in range(1 + i % 3)]
+def sample(i: int, answer: Callable[[int, int], int] = int.__add__) -> SimpleNamespace:
+    """One image with one to three questions; `answer` gives the label of question k about image i, mod 4."""
+    labels = [LABELS[answer(i, k) % 4] for k in range(1 + i % 3)]
+    asked = [{"question": QUESTIONS[k], "answers": [label], "type": "toy"} for k, label in enumerate(labels)]
     return SimpleNamespace(name=f"source {i}", images=[("png", png(i))], record={"questions": asked}, features=None)
 
 
-def write_data(folder: Path, train: int = 30, val: int = 7, per_shard: int = 8) -> Manifest:
+def write_data(
+    folder: Path,
+    train: int = 30,
+    val: int = 7,
+    per_shard: int = 8,
+    answer: Callable[[int, int], int] = int.__add__,
+) -> Manifest:
     """Shards of a train and a val split."""
     (folder / PARTS).mkdir(parents=True)
-    splits = {"train": [sample(i) for i in range(train)], "val": [sample(1000 + i) for i in range(val)]}
+    numbers = {"train": range(train), "val": range(1000, 1000 + val)}
+    splits = {split: [sample(i, answer) for i in chosen] for split, chosen in numbers.items()}
     parts: dict[str, list] = {}
     for split, samples in splits.items():
         starts = range(0, len(samples), per_shard)
