@@ -82,14 +82,14 @@ class Pull:
         return self.strength * torch.stack(terms).sum().item()
 
 
-def load(recipe: Recipe, built: Any, prints: dict[str, str], state: TrainState, fresh: bool) -> Pull | None:
+def load(recipe: Recipe, built: Any, base: dict[str, str], state: TrainState, fresh: bool) -> Pull | None:
     """What the recipe's `optim.ewc` asks for, in the parts that this rank holds; None where it asks for nothing.
 
     A new run starts at theta* unless `optim.ewc.start` is false. Collective.
 
     Args:
         built: `engine.setup.Built`.
-        prints: fingerprint of the frozen base.
+        base: see `base_of`.
         state: remembers which file the run was started with.
         fresh: whether the run is new, not continued from a checkpoint.
 
@@ -111,7 +111,7 @@ def load(recipe: Recipe, built: Any, prints: dict[str, str], state: TrainState, 
     if getattr(engine.optimizer, "cpu_offload", False):
         raise BadInput(f"{key}: with an optimizer offloaded at ZeRO-{built.stage}, use ZeRO-3 or no offload.")
     shapes = {name: zero_state.full_shape(p) for name, p in trainables.items()}
-    known, told = on_rank0(lambda: _compare(path, key, shapes, prints, options))
+    known, told = on_rank0(lambda: _compare(path, key, shapes, base, options))
     pull = Pull(options.strength)
     pull.told = told
     anchors = []
@@ -132,7 +132,7 @@ def save(
     """Write F and theta* (whole, on the CPU) as safetensors; the file has its name only when it is complete.
 
     Args:
-        base: fingerprint of the frozen parameters, see `frozen_parameters`.
+        base: see `base_of`.
         facts: json-able, where the numbers come from.
     """
     tensors = {f"fisher.{n}": t.contiguous() for n, t in fisher.items()}
@@ -144,10 +144,17 @@ def save(
     fsync(path.parent)
 
 
-def frozen_parameters(model: nn.Module, prints: dict[str, str]) -> dict[str, str]:
-    """Of the fingerprint of everything frozen, the parameters: buffers such as class texts go with the task."""
+def base_of(model: nn.Module, prints: dict[str, str], sources: Iterable[Any]) -> dict[str, str]:
+    """What the optimum of a run belongs to: of the fingerprint of everything frozen, the parameters (buffers such as
+    class texts go with the task), and the towers that made the stored features of its data sets.
+
+    Args:
+        sources: `engine.resolve.ResolvedSource` of the training.
+    """
     names = {base_name(n) for n, p in model.named_parameters() if not p.requires_grad}
-    return {name: value for name, value in prints.items() if name in names}
+    towers = sorted({source.manifest.towers["key"] for source in sources if source.manifest.towers})
+    frozen = {name: value for name, value in prints.items() if name in names}
+    return frozen | ({"towers of the stored features": ", ".join(towers)} if towers else {})
 
 
 def check(recipe: Recipe) -> None:
@@ -178,17 +185,17 @@ def _digest(path: Path, key: str) -> str:
 
 
 def _compare(
-    path: Path, key: str, shapes: dict[str, tuple[int, ...]], prints: dict[str, str], options: EwcOptions
+    path: Path, key: str, shapes: dict[str, tuple[int, ...]], now: dict[str, str], options: EwcOptions
 ) -> tuple[list[str], list[str]]:
     """Names that the file holds in the shapes of the model, and lines about the others. Raises BadInput."""
     metadata = _metadata(path, key)
     base = json.loads(metadata["base"])
-    wrong = sorted(name for name in base.keys() & prints.keys() if base[name] != prints[name])
-    if wrong or (base and not base.keys() & prints.keys()):
+    wrong = sorted(name for name in base.keys() & now.keys() if base[name] != now[name])
+    if wrong or (base and not base.keys() & now.keys()):
         first = wrong[0] if wrong else min(base)
         raise BadInput(
-            f"{key}: {path}: belongs to another base model: frozen weight {first} is {prints.get(first, 'absent')}, "
-            f"was {base[first]}. Give the file of a run on this base."
+            f"{key}: {path}: belongs to another base model: frozen {first} is {now.get(first, 'absent')}, was "
+            f"{base[first]}. Give the file of a run on this base."
         )
     with safe_open(path, "pt") as file:
         stored = {

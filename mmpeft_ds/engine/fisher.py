@@ -181,7 +181,7 @@ def _estimate(
         "seed": recipe.seed,
         "weights": [list(pair) for pair in weights],
     }
-    base = ewc.frozen_parameters(built.model, prints)
+    base = ewc.base_of(built.model, prints, resolved.train)
     out.parent.mkdir(parents=True, exist_ok=True)
     on_rank0(lambda: ewc.save(out, fisher, anchor, base, facts))
     return facts | {"parameters": len(built.trainables), "trace": on_rank0(lambda: _trace(fisher))}

@@ -79,7 +79,8 @@ def _with_stream(
     state = TrainState(global_batch=recipe.data.global_batch)
     if run_dir.resume_from is not None:
         state = checkpoint.load(run_dir.resume_from, built.engine, built.trainables, prints)
-    built.ewc = ewc.load(recipe, built, prints, state, fresh=run_dir.resume_from is None)
+    base = ewc.base_of(built.model, prints, resolved.train)
+    built.ewc = ewc.load(recipe, built, base, state, fresh=run_dir.resume_from is None)
     run_dir.truncate(state.step)  # to 0 as well: an earlier start may have died before its first checkpoint
     observer: Observer = Silent()
     if ranks.rank == 0:

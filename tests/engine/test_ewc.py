@@ -124,10 +124,21 @@ def test_what_is_no_longer_in_the_model_is_named_or_refused(file):
 def test_another_base_is_refused(file):
     trained = parameters(adapter=(4, 3), head=(3, 4))
     for prints in ({"tower.weight": "float32 2x2 01"}, {"other.weight": "float32 2x2 00"}):
-        with pytest.raises(BadInput, match="another base model: frozen weight tower.weight") as refused:
+        with pytest.raises(BadInput, match="another base model: frozen tower.weight") as refused:
             load(file, trained, prints)
         assert "\n" not in str(refused.value)
     assert load(file, trained, {**BASE, "new.weight": "float32 1 00"}) is not None
+
+
+def test_the_base_is_what_is_frozen_and_the_towers_of_stored_features():
+    model = nn.Module()
+    model.tower, model.head = nn.Linear(2, 2).requires_grad_(False), nn.Linear(2, 2)
+    model.register_buffer("class_texts", torch.zeros(3))
+    prints = {"tower.weight": "1", "tower.bias": "2", "class_texts": "3"}
+    pixels, features = (SimpleNamespace(manifest=SimpleNamespace(towers=t)) for t in ({}, {"key": "k"}))
+    frozen = {"tower.weight": "1", "tower.bias": "2"}
+    assert ewc.base_of(model, prints, [pixels]) == frozen
+    assert ewc.base_of(model, prints, [features, features]) == {**frozen, "towers of the stored features": "k"}
 
 
 def test_another_method_is_refused(file):
