@@ -1,7 +1,8 @@
 """Whole micro-batches from feature shards, gathered instead of read sample by sample; what comes out is the same.
 
-A sample whose record draws nothing at random is read once and remembered. Whatever is not plain (a bad sample, several
-images, a record that cannot be used) sends its micro-batch the slow way, which knows what to do with it.
+Records are parsed once and remembered, and so is what a task reads from them without drawing at random. Whatever is
+not plain (a bad sample, several images, a record that cannot be used) sends its micro-batch the slow way, which knows
+what to do with it.
 """
 
 # S slots of a micro-batch, D width, V augmented passes
@@ -27,12 +28,13 @@ REMEMBERED = 2**16  # samples of a source whose texts and targets are kept; some
 
 @dataclass(frozen=True)
 class _Read:
-    """What a task reads from a record that draws nothing at random."""
+    """What a task reads from a record; `fixed` if it draws nothing at random, so that every epoch reads the same."""
 
     sample_id: str
     record: dict[str, Any]
     texts: list[Any]
     targets: list[Any]
+    fixed: bool
 
 
 class FeatureBatches:
@@ -74,8 +76,10 @@ class FeatureBatches:
         if len({(c.dtype, c.rows, c.width) for c in columns.values()}) > 1:
             return None
         try:
-            pairs = zip(shards.tolist(), samples.tolist(), strict=True)
-            read = [self._remembered.get(pair) or self._read(epoch, columns[pair[0]], *pair) for pair in pairs]
+            read = [
+                known if (known := self._remembered.get(pair)) and known.fixed else self._read(epoch, columns, pair)
+                for pair in zip(shards.tolist(), samples.tolist(), strict=True)
+            ]
         except BadSample:
             return None
         return self._packed(read, self._images(epoch, by_shard, columns, samples, read), slots, size)
@@ -84,27 +88,39 @@ class FeatureBatches:
         """Let go of the files."""
         self.columns.close()
 
-    def _read(self, epoch: int, columns: ShardColumns, shard: int, sample: int) -> _Read:
-        """One record, its texts and targets. Raises BadSample."""
-        sample_id = f"{self.source.manifest.name}/{self.columns.key(shard, sample)}"
+    def _read(self, epoch: int, columns: dict[int, ShardColumns], pair: tuple[int, int]) -> _Read:
+        """Texts and targets of sample `pair`, (shard, sample). Raises BadSample."""
+        known = self._remembered.get(pair)
+        if known is None:
+            sample_id = f"{self.source.manifest.name}/{self.columns.key(*pair)}"
+            record = self._record(columns[pair[0]], pair[1])
+        else:
+            sample_id, record = known.sample_id, known.record
         generator = self._generator.manual_seed(self.seed_of(epoch, sample_id))
-        before = generator.get_state().numpy().tobytes()
+        before = _state(generator) if known is None else b""
         try:
-            record = json.loads(columns.record(sample))
-            if (captions := columns.text(sample)) is not None:
-                record["text"] = torch.from_numpy(np.array(captions))  # a copy: the file may go
-            if any(name not in record for name in self.source.fields):
-                raise BadSample("field")
             texts, targets = self.source.read(record, generator)
             if len(texts) != len(targets):
                 raise BadSample("type")
             texts = with_images(texts, 1)
         except (TypeError, KeyError, ValueError, IndexError, AttributeError) as error:
             raise BadSample("type", str(error)) from error
-        found = _Read(sample_id, record, texts, targets)
-        if len(self._remembered) < REMEMBERED and generator.get_state().numpy().tobytes() == before:
-            self._remembered[shard, sample] = found
+        found = _Read(sample_id, record, texts, targets, known is None and _state(generator) == before)
+        if known is None and len(self._remembered) < REMEMBERED:
+            self._remembered[pair] = found
         return found
+
+    def _record(self, columns: ShardColumns, sample: int) -> dict[str, Any]:
+        """The json of a sample with the features of its captions under `text`. Raises BadSample."""
+        try:
+            record = json.loads(columns.record(sample))
+            if (captions := columns.text(sample)) is not None:
+                record["text"] = torch.from_numpy(np.array(captions))  # a copy: the file may go
+        except (ValueError, TypeError) as error:
+            raise BadSample("json", str(error)) from error
+        if any(name not in record for name in self.source.fields):
+            raise BadSample("field")
+        return record
 
     def _images(
         self,
@@ -150,3 +166,7 @@ class FeatureBatches:
             raw_texts=[t.text if isinstance(t, Described) else t for t in texts],
             bad=[],
         )
+
+
+def _state(generator: torch.Generator) -> bytes:
+    return generator.get_state().numpy().tobytes()

@@ -133,6 +133,12 @@ def position_of(n: int, slots: int, slot: int, step: int) -> int | None:
     return first + step if first + step < end else None
 
 
+def positions_of(n: int, slots: int, some: np.ndarray, step: int) -> np.ndarray:
+    """`position_of` of some slots at once, int64; -1 for None."""
+    first, end = some * n // slots, (some + 1) * n // slots
+    return np.where(first + step < end, first + step, -1)
+
+
 def micro_slots(slots: int, rank: int, world_size: int, accumulation: int) -> list[list[int | None]]:
     """Slots of one rank, split into `accumulation` micro-batches of equal size on all ranks; None is padding.
 

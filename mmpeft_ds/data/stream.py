@@ -197,31 +197,31 @@ class _Loader:
         visit = request.visit
         epoch = visit.epoch if self.train else 0
         places = self._order(visit.source, epoch)
+        if self.gathers[visit.source] is not None:
+            gathered = self._gathered(request, epoch, places)
+            if gathered is not None:
+                return gathered
         positions = [
             None if slot is None else order.position_of(len(places), self.options.global_batch, slot, visit.step)
             for slot in request.slots
         ]
-        gathered = self._gathered(visit.source, epoch, places, positions)
-        if gathered is not None:
-            return gathered
         wanted = [self._place(visit.source, *places[p]) for p in positions if p is not None]
         pieces = iter(zip(wanted, self.readers[visit.source].read(wanted), strict=True))
         samples = [Sample() if p is None else self._sample(visit.source, epoch, *next(pieces)) for p in positions]
         source = self.sources[visit.source]
         return pack(samples, source.collate_images, source.collate_texts, source.collate_targets)
 
-    def _gathered(
-        self, source: int, epoch: int, places: order.EpochOrder, positions: list[int | None]
-    ) -> PackedBatch | None:
-        """The same micro-batch all at once, where the source holds features and nothing stands against it."""
-        if self.gathers[source] is None:
-            return None
-        slots = [slot for slot, position in enumerate(positions) if position is not None]
-        shards, samples = places.many(np.array([positions[slot] for slot in slots], np.int64))
+    def _gathered(self, request: _Request, epoch: int, places: order.EpochOrder) -> PackedBatch | None:
+        """The micro-batch all at once, where the source holds features and nothing stands against it."""
+        source, size = request.visit.source, len(request.slots)
+        own = np.array([-1 if slot is None else slot for slot in request.slots], np.int64)
+        positions = order.positions_of(len(places), self.options.global_batch, own, request.visit.step)
+        filled = np.flatnonzero((own >= 0) & (positions >= 0))
+        shards, samples = places.many(positions[filled])
         if (chosen := self.places[source]) is not None:
             starts = np.cumsum([0, *map(len, chosen)])
             samples = np.concatenate(chosen)[starts[shards] + samples]
-        return self.gathers[source].make(epoch, shards, samples, slots, len(positions))
+        return self.gathers[source].make(epoch, shards, samples, filled.tolist(), size)
 
     def close(self) -> None:
         for reader in self.readers:

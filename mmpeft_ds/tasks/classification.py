@@ -99,7 +99,9 @@ class Classification:
             raise BadSample("field", "`captions` is no list of texts, or an empty one")
         if isinstance(stored, Tensor) and len(stored) != len(captions):
             raise BadSample("field", f"{len(captions)} captions but features of {len(stored)}")
-        number = 0 if generator is None else int(torch.randint(len(captions), (), generator=generator))
+        # A single one is not drawn: what draws nothing is read once and remembered (`data.feature_batches`).
+        drawn = generator is not None and len(captions) > 1
+        number = int(torch.randint(len(captions), (), generator=generator)) if drawn else 0
         return Described(captions[number], stored[number] if isinstance(stored, Tensor) else None)
 
     def _label(self, record: dict[str, Any]) -> int:

@@ -5,7 +5,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from mmpeft_ds.data.order import EpochOrder, Mix, Permutation, micro_slots, position_of, steps_of
+from mmpeft_ds.data.order import EpochOrder, Mix, Permutation, micro_slots, position_of, positions_of, steps_of
 
 
 def walk(sizes, slots, world_size, accumulation=1, start=0, key=3, last_batch="pad", block=10, shuffle=True):
@@ -195,3 +195,11 @@ def test_many_places_are_those_one_by_one(monkeypatch, sizes, shuffle, table):
     shards, samples = order.many(positions)
     assert list(zip(shards.tolist(), samples.tolist(), strict=True)) == [order[p] for p in positions.tolist()]
     assert [len(a) for a in order.many(positions[:0])] == [0, 0]
+
+
+def test_many_positions_are_those_one_by_one():
+    for n, slots in ((5, 7), (23, 4), (24, 4)):
+        for step in range(n // slots + 2):
+            one_by_one = [position_of(n, slots, slot, step) for slot in range(slots)]
+            found = positions_of(n, slots, np.arange(slots), step).tolist()
+            assert found == [-1 if p is None else p for p in one_by_one]
