@@ -17,7 +17,8 @@ from mmpeft_ds.errors import BadInput
 from mmpeft_ds.methods._head import head_of
 from mmpeft_ds.methods.hegraph import HeGraphHead, classify
 from mmpeft_ds.methods.hegraph import head as head_module
-from mmpeft_ds.sites.features import Bank
+from mmpeft_ds.ops import class_graph as ops
+from mmpeft_ds.sites.features import Bank, Features, Labelled
 
 C, D, ROWS = 5, 6, 7
 WEIGHTS = ("W_n", "W_p", "W_v", "factors")
@@ -130,6 +131,25 @@ def method(rank, ranks, shard):
     loss = sum(weight * cross_entropy(x, y[mine], reduction="none") for weight, x in out.terms).sum() / ROWS
     loss.backward()
     return out.logits.detach().numpy(), loss.item(), gradients(head_of(model))
+
+
+def searched(rank, ranks, shard):
+    pos, neg, _, cache, labels, _, _ = everything()
+    bank = Bank(C, pos[:, None], neg[:, None], cache[:, None], labels)
+    model = FeatureModel(FeatureConfig(image_width=D, num_classes=C, logit_scale=3.0), bank)
+    torch.manual_seed(0)
+    z = torch.randn(60, D, dtype=torch.float64)
+    head = head_of(peft.get_peft_model(model, HeGraphConfig(shard=shard, search=True)))
+    y = (ops.unit(z) @ ops.unit(pos).T).argmax(1)  # as if the texts alone were right
+    given = Labelled(Features(z, None, torch.ones(60, dtype=torch.bool), torch.arange(60)), y)
+    return head.calibrate(given, given), head.searched.tolist()
+
+
+def test_a_search_finds_the_same_on_all_ranks_however_work_is_shared():
+    want = searched(0, 1, "none")
+    assert want[1][0] == 0 and want[1][3] == 0, "neither negated texts nor the cache help"
+    for shard in ("none", "cache", "classes"):
+        assert in_ranks(searched, 2, shard) == [want, want]
 
 
 @pytest.mark.parametrize("ranks", [2, 4])

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mmpeft_ds.distributed.gather import group_rank, group_size
-from mmpeft_ds.distributed.shards import share
+from mmpeft_ds.distributed.shards import all_reduced, share
 from mmpeft_ds.errors import BadInput
 from mmpeft_ds.methods._head import Head, HeadMethod, HeadTuner
 from mmpeft_ds.methods.hegraph.config import HeGraphConfig
@@ -129,19 +129,24 @@ class BankHead(ClassGraphHead, Head):
         z, labels = validation.features.image[rows], validation.labels[rows]
         mode = self.training
         self.eval()
-        best, right = None, -1
+        tried, right = [], []
         for text, visual, multiples in self._candidates(z):
             for w in self.config.multiples:
                 fused = ops.fuse(text, visual, self.coefficients.fusion * w, self.fuse)
-                correct = int((fused.argmax(1) == labels).sum())
-                if correct > right:
-                    best, right = [*multiples, w], correct
-        self.searched.copy_(torch.tensor(best, dtype=torch.float64))
+                tried.append([*multiples, w])
+                right.append((fused.argmax(1) == labels).sum())
+        # over ranks, so that all choose alike even where rounding differs between them
+        counts = all_reduced(torch.stack(right), group=self.group).tolist()
+        best = counts.index(max(counts))
+        self.searched.copy_(torch.tensor(tried[best], dtype=torch.float64))
         self.train(mode)
-        factors = dict(zip(self.relations, self.message_factors(training=False).tolist(), strict=True))
+        # rounded: float32 would tell 0.1 as 0.10000000149
+        values = [round(value, 6) for value in self.message_factors(training=False).tolist()]
+        factors = dict(zip(self.relations, values, strict=True))
         names = {"np": "alpha_np_test", "vp": "alpha_vp", "vv": "gamma"}
         told = {names[name]: factors[name] for name in SEARCHED if name in factors}
-        return {"validation_accuracy": right / max(1, len(labels)), **told, "fusion": self.fusion}
+        accuracy = max(counts) / max(1, len(labels) * group_size(self.group))
+        return {"validation_accuracy": accuracy, **told, "fusion": self.fusion}
 
     def _candidates(self, z: Tensor) -> Iterator[tuple[Tensor, Tensor, list[float]]]:
         """Logits (N, C) of both heads for every choice of multiples. Collective where something is shared out."""
