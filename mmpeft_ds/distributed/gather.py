@@ -73,6 +73,23 @@ def all_gather(x: Tensor, group: Any = None) -> Tensor:
     return everyone.view(x.dtype).view(ranks, *x.shape)
 
 
+def exchange_rows(x: Tensor, counts: list[int], group: Any = None) -> Tensor:
+    """What every rank has for this one's rows: (N, B, ...) from (M, ...) on each rank. Collective, without gradient.
+
+    Args:
+        x: (M, ...), a part for each rank in rank order.
+        counts: B of every rank.
+        group: process group; None = all ranks.
+    """
+    ranks, mine = group_size(group), counts[group_rank(group)]
+    if ranks == 1:
+        return x[None]
+    out = x.new_empty(ranks * mine, *x.shape[1:])
+    with record("all_to_all", (ranks - 1) * out.nbytes // ranks, x.device):
+        dist.all_to_all_single(out, x.contiguous(), [mine] * ranks, counts, group=group)
+    return out.view(ranks, mine, *x.shape[1:])
+
+
 class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, counts: list[int], group: Any) -> Tensor:

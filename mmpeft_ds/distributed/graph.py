@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from mmpeft_ds.distributed.counters import Traffic, counted
-from mmpeft_ds.distributed.gather import gather_rows, gather_sizes, group_rank, group_size
+from mmpeft_ds.distributed.gather import exchange_rows, gather_rows, gather_sizes, group_rank, group_size
 from mmpeft_ds.distributed.ring import ring_blocks
 from mmpeft_ds.ops.graph import Rows, decide_pairs, symmetric_degrees, symmetric_edges
-from mmpeft_ds.ops.graph_topk import Nearest, nearest
+from mmpeft_ds.ops.graph_topk import Nearest, best_of, nearest, settled, shared_candidates
 
 DIRECTIONS = ("to_neighbour", "from_neighbour")
 EXCHANGES = ("gather", "ring")
@@ -204,7 +204,8 @@ def knn_graph(
 
     Each rank searches for its own samples; the lists of neighbours travel, so that every rank knows all edges and
     degrees. Equal cosines are ordered by `key`, so the graph is the same for any number of ranks and order of samples.
-    Collective, without gradient. Memory: O(B k + chunk) besides the features and M k numbers of 4 bytes.
+    Collective, without gradient. Memory besides the features: O(M k + chunk); with the ring O(B k + chunk) and the
+    lists of neighbours, M k numbers of 4 bytes.
 
     Args:
         x, valid, group, counts, exchange, chunk: as for `threshold_graph`.
@@ -304,13 +305,31 @@ class _Nodes:
 
 
 def _search(nodes: _Nodes, k: int, tau: float | None, with_self: bool, exchange: str, chunk: int | None) -> Nearest:
-    ring = exchange == "ring" and group_size(nodes.group) > 1
+    if exchange == "gather" or group_size(nodes.group) == 1:
+        return _search_together(nodes, k, tau, with_self, chunk)
     hits = None
     for own, block in nodes.blocks(exchange):
         keys = nodes.keys[block.start : block.start + len(block)]
-        found = nearest(own, block, keys, k, tau=tau, with_self=with_self, exact=ring, chunk=chunk)
+        found = nearest(own, block, keys, k, tau=tau, with_self=with_self, exact=True, chunk=chunk)
         hits = found if hits is None else hits.merge(found)
     return hits
+
+
+def _search_together(nodes: _Nodes, k: int, tau: float | None, with_self: bool, chunk: int | None) -> Nearest:
+    """Each rank computes half of its similarities and tells the others what they mean for theirs."""
+    ((own, everyone),) = nodes.blocks("gather")
+    values, columns, *of_all = shared_candidates(own, everyone, k, with_self=with_self, chunk=chunk)
+    kept = values.shape[1]
+    # one message: columns as numbers of the width of the values
+    whole = torch.int64 if values.dtype == torch.float64 else torch.int32
+    told = torch.cat([of_all[0].view(whole), of_all[1].to(whole)], 1)
+    heard = exchange_rows(told, nodes.shares, nodes.group)
+    values, columns = best_of(
+        [values, *(part[:, :kept].contiguous().view(values.dtype) for part in heard)],
+        [columns, *(part[:, kept:].long() for part in heard)],
+        kept,
+    )
+    return settled(own, everyone, nodes.keys, k, values, columns, tau=tau, with_self=with_self, chunk=chunk)
 
 
 def _without_first(hits: Nearest) -> Nearest:

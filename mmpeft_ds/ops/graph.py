@@ -15,7 +15,7 @@ from torch import Tensor
 from mmpeft_ds.ops import bits as packed
 
 # Similarities held at a time. On a CPU a tile stays in the cache; a GPU wants work.
-CHUNK = {"cpu": 2**19, "other": 2**25}
+CHUNK = {"cpu": 2**18, "other": 2**25}
 # Values of the pairs that are computed again at a time.
 _PAIR_VALUES = {"cpu": 2**17, "other": 2**24}
 
@@ -155,16 +155,26 @@ def decide_pairs(own: Rows, block: Rows, total: int, tau: float, bits: Tensor, c
 
     Source: GA-Net, arXiv 2408.00290, the undirected graph of cosines above 0.7.
     """
+    for rows, columns, decided in decided_tiles(own, block, total, chunk):
+        mask = above(rows, columns, tau)
+        mask &= decided
+        top = rows.start - own.start
+        packed.set_bits(bits[top : top + len(rows)], columns.start, mask)
+
+
+def decided_tiles(
+    own: Rows, block: Rows, total: int, chunk: int | None = None
+) -> Iterator[tuple[Rows, Rows, Tensor | bool]]:
+    """Tiles of `own` x `block` with pairs that `own` decides, as `decide_pairs` says: rows, columns, which pairs."""
     chunk = chunk or default_chunk(own.raw.device)
-    height = max(1, min(len(own), math.isqrt(chunk // 2)))
+    height = max(1, min(len(own), math.isqrt(chunk // 4)))
+    width = max(1, chunk // height)
     for top in range(0, len(own), height):
         rows = own[top : min(top + height, len(own))]
         for left, right in _decided_columns(rows, block, total):
-            for at in range(left, right, max(1, chunk // height)):
-                columns = block[at - block.start : min(at + max(1, chunk // height), right) - block.start]
-                mask = above(rows, columns, tau)
-                mask &= _decides(rows, columns, total)
-                packed.set_bits(bits[top : top + len(rows)], columns.start, mask)
+            for at in range(left, right, width):
+                columns = block[at - block.start : min(at + width, right) - block.start]
+                yield rows, columns, _decides(rows, columns, total)
 
 
 def _decided_columns(rows: Rows, block: Rows, total: int) -> Iterator[tuple[int, int]]:

@@ -10,15 +10,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mmpeft_ds.ops.graph import Rows, cosines_at, default_chunk, margin, products
+from mmpeft_ds.ops.graph import Rows, cosines_at, decided_tiles, default_chunk, margin, products
 
 # Candidates beyond k: nearly equal ones are told apart by their exact cosine, without a second pass.
-SPARE = 8
+SPARE = 4
 
 
 @dataclass
 class Nearest:
-    """Best hits of B rows, by descending cosine, equal cosines by ascending key.
+    """Best hits of B rows, by descending cosine (to within `margin` unless exact), equal cosines by ascending key.
 
     Attributes:
         position: (B, k) int64, -1 where there are fewer than k.
@@ -74,18 +74,72 @@ def nearest(
     if not len(own) or not len(block):
         nothing = torch.full((len(own), k), -1, dtype=torch.int64, device=own.raw.device)
         return Nearest(nothing, torch.full_like(nothing, -math.inf, dtype=torch.float64), torch.zeros_like(nothing))
-    parts = [
-        _nearest_of_rows(own[part], block, keys, k, tau, with_self, exact, chunk)
-        for part in _blocks(len(own), math.isqrt(chunk // 2))
-    ]
+    kept = k + SPARE
+    parts = []
+    for part in _blocks(len(own), math.isqrt(chunk // 4)):
+        best = _candidates(own[part], block, kept, with_self, chunk)
+        options = {"tau": tau, "with_self": with_self, "exact": exact, "chunk": chunk}
+        parts.append(settled(own[part], block, keys, k, *best, **options))
     return Nearest(*(torch.cat(columns) for columns in zip(*(part._columns() for part in parts), strict=True)))
 
 
-def _nearest_of_rows(
-    own: Rows, block: Rows, keys: Tensor, k: int, tau: float | None, with_self: bool, exact: bool, chunk: int
+def shared_candidates(
+    own: Rows, everyone: Rows, k: int, *, with_self: bool = False, chunk: int | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What one rank's half of the similarities says of its own rows and of all.
+
+    Every pair is computed by one rank, for both of its ends. The best of what all ranks found for a row, as `settled`
+    takes them, are those of a search through everything.
+
+    Args:
+        own, everyone: B and M rows with their positions.
+        k, with_self, chunk: as for `nearest`.
+
+    Returns:
+        values (B, k + SPARE) and columns (B, k + SPARE) int64 of own rows; values and columns (M, k + SPARE) of all
+        rows; -inf where there are fewer.
+    """
+    kept, total = k + SPARE, len(everyone)
+    values, columns = _none(own, len(own), kept)
+    values_of_all, columns_of_all = _none(own, total, kept)
+    for rows, block, decided in decided_tiles(own, everyone, total, chunk):
+        tile = products(rows, block)
+        if decided is not True:
+            tile.masked_fill_(~decided, -math.inf)
+        here = slice(rows.start - own.start, rows.start - own.start + len(rows))
+        _take(values, columns, here, tile, block.start)
+        _take(values_of_all, columns_of_all, slice(block.start, block.start + len(block)), tile.mT, rows.start)
+    if with_self and len(own):
+        mine = torch.arange(own.start, own.start + len(own), device=values.device)[:, None]
+        values, columns = best_of([values, own.unit.square().sum(1, keepdim=True)], [columns, mine], kept)
+    return values, columns, values_of_all, columns_of_all
+
+
+def best_of(values: list[Tensor], columns: list[Tensor], kept: int) -> tuple[Tensor, Tensor]:
+    """The `kept` largest of several lists of candidates for the same rows."""
+    best, order = torch.cat(values, 1).topk(kept)
+    return best, torch.cat(columns, 1).gather(1, order)
+
+
+def settled(
+    own: Rows,
+    block: Rows,
+    keys: Tensor,
+    k: int,
+    values: Tensor,
+    columns: Tensor,
+    *,
+    tau: float | None = None,
+    with_self: bool = False,
+    exact: bool = False,
+    chunk: int | None = None,
 ) -> Nearest:
-    kept = k + SPARE
-    values, columns = _candidates(own, block, kept, with_self, chunk)
+    """The k best of the k + SPARE candidates with the largest products, decided by exact cosines and keys.
+
+    Args:
+        values, columns: (B, k + SPARE) products of unit rows, -inf where there is no hit, and columns of the block.
+        others: as for `nearest`.
+    """
     near = 2 * margin(own)
     cosine = values.double()
     missing = values == -math.inf
@@ -99,13 +153,12 @@ def _nearest_of_rows(
         needed |= (values - tau).abs() <= near
     row, slot = needed.nonzero(as_tuple=True)
     cosine[row, slot] = cosines_at(own, block, row, columns[row, slot])
-    found = Nearest(
-        torch.where(missing, -1, columns + block.start), cosine, torch.where(missing, 0, keys[columns])
-    )._best(k)
+    positions, keys_ = torch.where(missing, -1, columns + block.start), torch.where(missing, 0, keys[columns])
+    found = Nearest(positions, cosine, keys_)._best(k)
     # so many nearly equal that some may not be among the candidates
     crowded = _close(last, values[:, -1:], near).nonzero().flatten()
-    if len(block) > kept and len(crowded):
-        step = max(1, chunk // len(block))
+    if len(block) > values.shape[1] and len(crowded):
+        step = max(1, (chunk or default_chunk(values.device)) // len(block))
         for some in crowded.split(step):
             again = _all_of_rows(own, some, block, keys, k, last[some] - near, with_self)
             for mine, new in zip(found._columns(), again._columns(), strict=True):
@@ -113,18 +166,29 @@ def _nearest_of_rows(
     if exact:
         row, slot = (found.position >= 0).nonzero(as_tuple=True)
         found.cosine[row, slot] = cosines_at(own, block, row, found.position[row, slot] - block.start)
+        found = found._best(k)
     return found
 
 
+def _none(like: Rows, rows: int, kept: int) -> tuple[Tensor, Tensor]:
+    """Lists without candidates."""
+    values = like.unit.new_full((rows, kept), -math.inf)
+    return values, torch.zeros(rows, kept, dtype=torch.int64, device=values.device)
+
+
+def _take(values: Tensor, columns: Tensor, rows: slice, tile: Tensor, start: int) -> None:
+    """Put the best of a tile into the lists of its rows, in place."""
+    kept = values.shape[1]
+    best, at = tile.topk(min(kept, tile.shape[1]))
+    values[rows], columns[rows] = best_of([values[rows], best], [columns[rows], at + start], kept)
+
+
 def _candidates(own: Rows, block: Rows, kept: int, with_self: bool, chunk: int) -> tuple[Tensor, Tensor]:
-    """The `kept` largest products of each row and their columns, padded with -inf and 0."""
-    values = own.unit.new_full((len(own), kept), -math.inf)
-    columns = torch.zeros(len(own), kept, dtype=torch.int64, device=values.device)
+    """The `kept` largest products of each row and their columns."""
+    values, columns = _none(own, len(own), kept)
     for part in _blocks(len(block), max(1, chunk // len(own))):
         tile = _without_self(products(own, block[part]), own, block[part], with_self)
-        best, at = tile.topk(min(kept, tile.shape[1]))
-        values, order = torch.cat([values, best], 1).topk(kept)
-        columns = torch.cat([columns, at + part.start], 1).gather(1, order)
+        _take(values, columns, slice(0, len(own)), tile, part.start)
     return values, columns
 
 

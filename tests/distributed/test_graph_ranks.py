@@ -12,6 +12,7 @@ from in_ranks import in_ranks
 from mmpeft_ds.distributed import graph as graphs
 from mmpeft_ds.distributed.counters import counted
 from mmpeft_ds.distributed.graph import knn_graph, normalised, threshold_graph
+from mmpeft_ds.ops.graph_topk import SPARE
 
 TAU, K = 0.5, 3
 X = features()
@@ -267,7 +268,13 @@ def test_collectives_and_bytes_are_those_of_the_cost_table(ranks):
         features_, bits, lists = others * B * D * 4, others * B * (B * ranks // 8), others * B * k * 4
         valid, key = others * B, others * B * 8
         assert found["threshold", "gather"] == ({"all_gather": 3}, {"all_gather": valid + features_ + bits}, True)
-        assert found["knn", "gather"] == ({"all_gather": 3}, {"all_gather": valid + key + features_ + lists}, True)
+        # every pair is computed once: a cosine and a number of each candidate for the other end of it
+        halves = others * B * (k + SPARE) * 8
+        assert found["knn", "gather"] == (
+            {"all_gather": 3, "all_to_all": 1},
+            {"all_gather": valid + key + features_ + lists, "all_to_all": halves},
+            True,
+        )
         calls = {"all_gather": 2, "shift": others}
         assert found["threshold", "ring"] == (calls, {"all_gather": valid + bits, "shift": features_}, True)
         assert found["knn", "ring"] == (calls, {"all_gather": valid + key + lists, "shift": features_}, True)

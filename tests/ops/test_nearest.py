@@ -5,7 +5,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mmpeft_ds.ops.graph import Rows, cosines_at
-from mmpeft_ds.ops.graph_topk import SPARE, nearest
+from mmpeft_ds.ops.graph_topk import SPARE, best_of, nearest, settled, shared_candidates
 
 
 def features(rows, width=6, seed=0):
@@ -60,6 +60,35 @@ def test_ties_by_position_would_not_do():
     assert not torch.equal(order[moved], here[order])
 
 
+def together(x, keys, k, splits, **options):
+    """Positions, as ranks find them that compute each pair once."""
+    rows, found, start = Rows.of(x), [], 0
+    for size in splits:
+        own = rows[start : start + size]
+        found.append((own, *shared_candidates(own, rows, k, **options)))
+        start += size
+    hits = []
+    for own, values, columns, *_ in found:
+        here = slice(own.start, own.start + len(own))
+        values = [values, *(others[3][here] for others in found)]
+        columns = [columns, *(others[4][here] for others in found)]
+        best = best_of(values, columns, k + SPARE)
+        hits.append(settled(own, rows, keys, k, *best, exact=True, **options).position)
+    return torch.cat(hits)
+
+
+@pytest.mark.parametrize("with_self", [False, True])
+@pytest.mark.parametrize("chunk", [None, 7, 64])
+@pytest.mark.parametrize("copies", [1, 2, 2 * SPARE + 9])
+def test_each_pair_computed_once_gives_the_same_hits(copies, chunk, with_self):
+    x = torch.cat([features(24), features(1, seed=3).expand(copies, -1)])
+    total = len(x)
+    keys = torch.randperm(total, generator=torch.Generator().manual_seed(1))
+    want = by_full_sort(x, keys.tolist(), 4, with_self)
+    for splits in ([total], [10, total - 10], [5, 0, total - 5]):
+        assert torch.equal(together(x, keys, 4, splits, chunk=chunk, with_self=with_self), want)
+
+
 def test_rows_without_direction_tie_at_zero():
     x = torch.cat([torch.zeros(25, 4), features(3, 4)])
     keys = torch.arange(28).flip(0)
@@ -110,5 +139,5 @@ def test_memory_is_that_of_the_hits_and_one_chunk(crowded):
         nearest(rows, rows, torch.arange(1500), k, chunk=chunk)
     assert largest.numel <= max(chunk, 2 * len(x) * (k + SPARE), 4 * 2**15)
     with Largest() as largest:
-        nearest(rows, rows, torch.arange(1500), k, chunk=2**23)
+        nearest(rows, rows, torch.arange(1500), k, chunk=2**24)
     assert largest.numel >= 1500 * 1500, "the control: with a large chunk the similarity is held"
