@@ -86,6 +86,7 @@ class Cell:
         half: `all` classes, or `base`: trained on those, scored on both halves.
         recipe: of the run.
         tests: what scores it.
+        once: the method knows neither shots nor seeds, so this run stands for all.
     """
 
     method: str
@@ -94,6 +95,7 @@ class Cell:
     half: str
     recipe: recipes.Recipe
     tests: tuple[TestSet, ...]
+    once: bool = False
 
     @property
     def path(self) -> Path:
@@ -201,7 +203,8 @@ class Study:
             recipe.engine.eval_every, recipe.engine.patience = NEVER, 0
         tests = [TestSet(**filled(vars(test), entry.get("features", ""))) for test in self.options.tests]
         # Halves are of the training data's own classes.
-        return Cell(name, shots, seed, half, recipe, tuple(tests if half == "all" else tests[:1]))
+        tests = tuple(tests if half == "all" else tests[:1])
+        return Cell(name, shots, seed, half, recipe, tests, bool(entry.get("once")))
 
 
 def run(study: Study) -> bool:
@@ -295,6 +298,7 @@ def _score(training: trainer.Training, cell: Cell) -> bool:
         "shots": cell.shots,
         "seed": cell.seed,
         "half": cell.half,
+        "once": cell.once,
         "reads": reads(cell.recipe),
         "classes": len(resolved.labels or []),
         "train_samples": sum(source.samples for source in resolved.train),

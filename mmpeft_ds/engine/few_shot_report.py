@@ -37,7 +37,7 @@ def markdown(results: list[dict[str, Any]]) -> str:
         lines += _table(["method", "reads", *(f"{s}-shot" for s in shots), "trained at most"])
         for name, rows in _by_method(whole).items():
             cells = [_shown(_scores(rows, test, s)) for s in shots]
-            if len({r["shots"] for r in rows}) == 1 and len(shots) > 1:  # a method that knows no shots
+            if rows[0]["once"]:
                 cells = [next(c for c in cells if c)] * len(shots)
             trained = max(r["trainable_parameters"] for r in rows)
             lines.append(_row([name, rows[0]["reads"], *cells, f"{trained:,}" if trained else "-"]))
@@ -82,7 +82,7 @@ def plot(path: Path, results: list[dict[str, Any]]) -> None:
             style = {"label": name, "color": colors[i % len(colors)], "linestyle": "-" if i < len(colors) else ":"}
             points = [(s, values) for s in shots if (values := _scores(rows, test, s))]
             means = [100 * statistics.mean(values) for _, values in points]
-            if len(points) == 1 and len(shots) > 1:
+            if rows[0]["once"]:
                 axes.axhline(means[0], **{**style, "linestyle": "--"})
                 continue
             spread = [100 * _deviation(values) for _, values in points]

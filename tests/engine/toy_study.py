@@ -61,7 +61,7 @@ def recipe(root: Path, **changes: Any) -> dict[str, Any]:
         write_style(root / "plain-one", "plain", CLASSES)
         write_style(root / "moved-one", "moved", CLASSES[::-1][:4], 0.5)
         fewshot.main([str(root / "plain-one"), "--shots", "1", "2", "--seeds", "1", "2", "--classes", *fewshot.HALVES])
-    task = {"name": "classification"}
+    task, faster = {"name": "classification"}, {"optim": {"lr": 0.02}}
     return {
         "run_dir": str(root / "study"),
         "backbone": {"name": "features"},
@@ -84,7 +84,7 @@ def recipe(root: Path, **changes: Any) -> dict[str, Any]:
         },
         "methods": [
             {"name": "Zero shot", "features": "one", "once": True, "method": {"name": "zero_shot"}},
-            {"name": "TaskRes", "features": "one", "method": {"name": "task_res"}, "by_shots": {2: {"optim": {"lr": 0.02}}}},
+            {"name": "TaskRes", "features": "one", "method": {"name": "task_res"}, "by_shots": {2: faster}},
         ],
         **changes,
     }  # fmt: skip
