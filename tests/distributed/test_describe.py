@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
+import runpy
 import sys
 import time
 from pathlib import Path
@@ -17,7 +19,9 @@ from transformers import BlipForConditionalGeneration
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parents[1] / "backbones")]
 
+import tiny_backbones  # noqa: E402
 import tiny_blip  # noqa: E402
+import tiny_mllm  # noqa: E402
 from distributed import launch  # noqa: E402
 
 from data_prep.verify import verify  # noqa: E402
@@ -273,6 +277,55 @@ def test_a_backbone_that_writes_nothing_is_refused(folder):
     options = describe.DescribeOptions(str(folder / "data"), folder / "mute")
     with pytest.raises(BadInput, match="writes no text"):
         describe.Describer(recipes.from_dict(raw), Manifest.load(folder / "data"), options, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_vl"])
+def test_models_that_converse_describe_too(folder, family):
+    model = tiny_mllm.write(folder / family, family)
+    raw = {"run_dir": "unused", "backbone": {"name": "mllm", "model": str(model)}, "method": {"name": "lora"}}
+    source = Manifest.load(folder / "data")
+    how = {"max_new_tokens": 3, "min_new_tokens": 3}
+    options = describe.DescribeOptions(
+        str(folder / "data"), folder / f"by_{family}", splits=("test",), prompt="what is it", generation=how, batch=2
+    )
+    made = describe.Describer(recipes.from_dict(raw), source, options, torch.device("cpu"))
+    found = [r["json"]["captions"] for r in records(finish(made), "test")]
+    assert [len(c) for c in found] == [1, 1, 1]
+    options = dataclasses.replace(options, out=folder / f"alone_by_{family}", batch=1)
+    alone = describe.Describer(recipes.from_dict(raw), source, options, torch.device("cpu"))
+    assert [r["json"]["captions"] for r in records(finish(alone), "test")] == found, "padding changed a caption"
+
+
+def test_a_vision_tower_before_a_language_model_describes_too(folder, tmp_path):
+    backbone = tiny_backbones.MAKERS["vision_text_decoder"](tmp_path)
+    section = {"name": "vision_text_decoder", **dataclasses.asdict(backbone.options)}
+    raw = {"run_dir": "unused", "backbone": section, "method": {"name": "lora"}}
+    options = describe.DescribeOptions(
+        str(folder / "data"), tmp_path / "out", splits=("test",), generation={"max_new_tokens": 3}
+    )
+    source = Manifest.load(folder / "data")
+    made = describe.Describer(recipes.from_dict(raw), source, options, torch.device("cpu"))
+    assert [len(r["json"]["captions"]) for r in records(finish(made), "test")] == [1, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        ([], "which model?"),
+        (["--backbone", "blip", "--adapter", "x"], "which model?"),
+        (["--backbone", "blip", "--generate", "beams"], "KEY=VALUE"),
+        (["--backbone", "blip", "--set", "modle=x"], "modle"),
+    ],
+)
+def test_the_command_says_in_one_line_what_is_wrong(folder, args, words, monkeypatch, capsys):
+    command = [str(LAUNCHER), "--data", str(folder / "data"), "--out", str(folder / "no"), *args]
+    monkeypatch.setattr(sys, "argv", command)
+    monkeypatch.setattr(sys, "path", ["replaced by the launcher", *sys.path])
+    monkeypatch.setattr(describe.setup, "start", lambda recipe: SimpleNamespace(rank=0, device=torch.device("cpu")))
+    with pytest.raises(SystemExit) as left:
+        runpy.run_path(str(LAUNCHER), run_name="__main__")
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert left.value.code == 2 and words in line
 
 
 def test_shard_names_are_those_of_the_source_unless_named(folder):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
+import runpy
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -211,3 +213,12 @@ def test_a_run_that_is_older_than_an_option_goes_on(tmp_path):
     assert list(rundir._differences(rundir._saved_recipe(tmp_path, step), now)) == []
     now["optim"]["ewc"]["strength"] = 2.0
     assert list(rundir._differences(rundir._saved_recipe(tmp_path, step), now)) == ["optim.ewc.strength: 1.0 -> 2.0"]
+
+
+@pytest.mark.parametrize("item", ["0.5", "=0.5", "*head*", "*head*=many", "*head*=-1", "*head*=inf"])
+def test_a_weight_that_cannot_be_is_refused_by_the_command(item, monkeypatch):
+    monkeypatch.setattr(sys, "path", ["replaced by the launcher", *sys.path])
+    launcher = runpy.run_path(str(recipes.REPOSITORY / "launchers" / "fisher.py"))
+    with pytest.raises(BadInput, match="expected PATTERN=FACTOR"):
+        launcher["factor"](item)
+    assert launcher["factor"]("*a=b*=0.5") == ("*a=b*", 0.5)
