@@ -5,8 +5,8 @@
     python benchmarks/features.py --runs 1 --batches 64 --samples 2048
 
 All three train the same head through the same engine, one process, in turn. The array is the ceiling: its reader picks
-rows of one .npy by a random permutation and knows nothing of shards, records, bad samples, resume or ranks. Training is
-measured from the second epoch on; reading alone, also in the first, in which the records are parsed.
+rows of one .npy by a random permutation and knows nothing of shards, records, bad samples, resume or ranks. Training
+is measured from the second epoch on; reading alone, also in the first, in which the records are parsed.
 """
 
 import argparse

@@ -10,7 +10,7 @@ what to do with it.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mmpeft_ds.data import order
 from mmpeft_ds.data.batch import Described, PackedBatch, with_images
 from mmpeft_ds.data.feature_columns import Columns, ShardColumns, reachable
 from mmpeft_ds.data.shards import ShardReader
@@ -37,24 +38,61 @@ class _Read:
     fixed: bool
 
 
+class _Memory:
+    """What is known of the samples of a split, in columns, so that many are looked up at once.
+
+    Attributes:
+        keys: (n,) uint64, of the sample ids; `known`: (n,) bool, where there is one, and `read` holds a `_Read`.
+        plain: (n,) bool: fixed, with exactly one text; `names`, `records`, `texts`, `targets`, `raw` hold it apart.
+    """
+
+    COLUMNS = ("names", "records", "texts", "targets", "raw")
+
+    def __init__(self, n: int):
+        self.keys, self.known, self.plain = np.zeros(n, np.uint64), np.zeros(n, bool), np.zeros(n, bool)
+        self.read, self.count = np.empty(n, object), 0
+        for name in self.COLUMNS:
+            setattr(self, name, np.empty(n, object))
+
+    def add(self, number: int, one: _Read) -> None:
+        """Remember a sample, if there is room."""
+        if self.count >= REMEMBERED:
+            return
+        self.count += 1
+        self.read[number], self.keys[number], self.known[number] = one, order.key_of(one.sample_id), True
+        if one.fixed and len(one.texts) == 1:
+            self.plain[number] = True
+            self.names[number], self.records[number] = one.sample_id, one.record
+            self.texts[number], self.targets[number] = one.texts[0], one.targets[0]
+            self.raw[number] = _raw(one.texts[0])
+
+
 class FeatureBatches:
     """Micro-batches of one source.
 
     Args:
-        source: a `StreamSource` of feature shards whose `image_transform` says by `row(rows, seed)` which row of the
-            stored features a sample takes; `collate_images` then also takes one (S, D) tensor of such rows.
+        source: a `StreamSource` of feature shards whose `image_transform` says by `row(rows, seeds)` which row of the
+            stored features samples with these seeds take (numbers or arrays); `collate_images` then also takes one
+            (S, D) tensor of such rows.
         reader: of its split.
-        seed_of: (epoch, sample id) -> seed of the sample's random choices.
+        epoch_key: epoch -> key that makes, with that of a sample's id, the seed of its random choices.
     """
 
-    def __init__(self, source: Any, reader: ShardReader, seed_of: Callable[[int, str], int]):
-        self.source, self.seed_of = source, seed_of
+    def __init__(self, source: Any, reader: ShardReader, epoch_key: Callable[[int], int]):
+        self.source, self.epoch_key = source, epoch_key
         self.columns = Columns(reader)
-        self._remembered: dict[tuple[int, int], _Read] = {}
-        self._generator = torch.Generator()
+        self.firsts = np.cumsum([0, *(shard.samples for shard in reader.shards)])
+        self._start()
 
     def __getstate__(self) -> dict:
-        return {**self.__dict__, "_remembered": {}, "_generator": torch.Generator()}
+        return {k: v for k, v in self.__dict__.items() if k not in ("_memory", "_generator")}
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__.update(state)
+        self._start()
+
+    def _start(self) -> None:
+        self._memory, self._generator = _Memory(int(self.firsts[-1])), torch.Generator()
 
     @staticmethod
     def possible(source: Any, reader: ShardReader) -> bool:
@@ -62,7 +100,7 @@ class FeatureBatches:
         return bool(source.manifest.towers) and hasattr(source.image_transform, "row") and reachable(reader)
 
     def make(
-        self, epoch: int, shards: np.ndarray, samples: np.ndarray, slots: Sequence[int], size: int
+        self, epoch: int, shards: np.ndarray, samples: np.ndarray, slots: np.ndarray, size: int
     ) -> PackedBatch | None:
         """The micro-batch whose slot `slots[i]` holds sample `samples[i]` of `shards[i]`; None: only the slow way can.
 
@@ -75,29 +113,47 @@ class FeatureBatches:
             return None
         if len({(c.dtype, c.rows, c.width) for c in columns.values()}) > 1:
             return None
+        numbers, memory = self.firsts[shards] + samples, self._memory
+        key = self.epoch_key(epoch)
         try:
-            read = [
-                known if (known := self._remembered.get(pair)) and known.fixed else self._read(epoch, columns, pair)
-                for pair in zip(shards.tolist(), samples.tolist(), strict=True)
-            ]
+            for i in np.flatnonzero(~memory.known[numbers]).tolist():
+                if memory.count < REMEMBERED:
+                    memory.add(int(numbers[i]), self._read(key, columns, int(shards[i]), int(samples[i])))
+            plain = bool(memory.plain[numbers].all())
+            pairs = [] if plain else zip(shards.tolist(), samples.tolist(), strict=True)
+            read = [self._read(key, columns, *pair) for pair in pairs]
         except BadSample:
             return None
-        return self._packed(read, self._images(epoch, by_shard, columns, samples, read), slots, size)
+        keys = memory.keys[numbers] if plain else np.array([order.key_of(r.sample_id) for r in read], np.uint64)
+        images = self._images(order.combined_many(key, keys), by_shard, columns, samples)
+        if plain:
+            found = {name: getattr(memory, name)[numbers] for name in _Memory.COLUMNS}
+            texts, targets, raw = (found[name].tolist() for name in ("texts", "targets", "raw"))
+            return self._packed(images, slots, size, found["names"], found["records"], slots, texts, targets, raw)
+        texts = [text for one in read for text in one.texts]
+        targets = [target for one in read for target in one.targets]
+        names, records = [one.sample_id for one in read], [one.record for one in read]
+        owner = np.repeat(slots, [len(one.texts) for one in read])
+        return self._packed(images, slots, size, names, records, owner, texts, targets, [_raw(t) for t in texts])
 
     def close(self) -> None:
         """Let go of the files."""
         self.columns.close()
 
-    def _read(self, epoch: int, columns: dict[int, ShardColumns], pair: tuple[int, int]) -> _Read:
-        """Texts and targets of sample `pair`, (shard, sample). Raises BadSample."""
-        known = self._remembered.get(pair)
+    def _read(self, epoch_key: int, columns: dict[int, ShardColumns], shard: int, sample: int) -> _Read:
+        """Texts and targets of one sample. Raises BadSample."""
+        known = self._memory.read[self.firsts[shard] + sample]
+        if known is not None and known.fixed:
+            return known
         if known is None:
-            sample_id = f"{self.source.manifest.name}/{self.columns.key(*pair)}"
-            record = self._record(columns[pair[0]], pair[1])
+            sample_id = f"{self.source.manifest.name}/{self.columns.key(shard, sample)}"
+            record = self._record(columns[shard], sample)
         else:
             sample_id, record = known.sample_id, known.record
-        generator = self._generator.manual_seed(self.seed_of(epoch, sample_id))
-        before = _state(generator) if known is None else b""
+        generator = self._generator.manual_seed(order.combined(epoch_key, order.key_of(sample_id)))
+        # Whether anything was drawn matters only to what is remembered.
+        new = known is None and self._memory.count < REMEMBERED
+        before = _state(generator) if new else b""
         try:
             texts, targets = self.source.read(record, generator)
             if len(texts) != len(targets):
@@ -105,15 +161,12 @@ class FeatureBatches:
             texts = with_images(texts, 1)
         except (TypeError, KeyError, ValueError, IndexError, AttributeError) as error:
             raise BadSample("type", str(error)) from error
-        found = _Read(sample_id, record, texts, targets, known is None and _state(generator) == before)
-        if known is None and len(self._remembered) < REMEMBERED:
-            self._remembered[pair] = found
-        return found
+        return _Read(sample_id, record, texts, targets, new and _state(generator) == before)
 
     def _record(self, columns: ShardColumns, sample: int) -> dict[str, Any]:
         """The json of a sample with the features of its captions under `text`. Raises BadSample."""
         try:
-            record = json.loads(columns.record(sample))
+            record = json.loads(str(columns.record(sample), "utf-8"))
             if (captions := columns.text(sample)) is not None:
                 record["text"] = torch.from_numpy(np.array(captions))  # a copy: the file may go
         except (ValueError, TypeError) as error:
@@ -123,49 +176,43 @@ class FeatureBatches:
         return record
 
     def _images(
-        self,
-        epoch: int,
-        by_shard: dict[int, np.ndarray],
-        columns: dict[int, ShardColumns],
-        samples: np.ndarray,
-        read: list[_Read],
+        self, seeds: np.ndarray, by_shard: dict[int, np.ndarray], columns: dict[int, ShardColumns], samples: np.ndarray
     ) -> Tensor:
         """(S, D) rows as they are stored."""
         first = next(iter(columns.values()))
-        choose = self.source.image_transform.row
-        if first.rows == 1:
-            rows = np.zeros(len(read), np.int64)
-        else:
-            rows = np.array([choose(first.rows, self.seed_of(epoch, one.sample_id)) for one in read], np.int64)
-        found = np.empty((len(read), first.width), first.dtype)
+        rows = np.zeros(len(samples), np.int64)
+        rows[:] = self.source.image_transform.row(first.rows, seeds)
+        found = np.empty((len(samples), first.width), first.dtype)
         for shard, own in by_shard.items():
             found[own] = columns[shard].images(samples[own], rows[own])
         return torch.from_numpy(found)
 
-    def _packed(self, read: list[_Read], images: Tensor, slots: Sequence[int], size: int) -> PackedBatch:
-        """As `data.batch.pack` of the same samples."""
-        source = self.source
-        texts = [text for one in read for text in one.texts]
-        targets = [target for one in read for target in one.targets]
-        at = torch.tensor(slots, dtype=torch.int64)
-        counts = torch.tensor([len(one.texts) for one in read], dtype=torch.int64)
-        sample_id, records = [""] * size, [{} for _ in range(size)]
-        for slot, one in zip(slots, read, strict=True):
-            sample_id[slot], records[slot] = one.sample_id, dict(one.record)
+    def _packed(
+        self, images: Tensor, slots: np.ndarray, size: int, names: Any, records: Any, text_owner: np.ndarray,
+        texts: list[Any], targets: list[Any], raw: list[Any],
+    ) -> PackedBatch:  # fmt: skip
+        """As `data.batch.pack` of the same samples. Records are the remembered ones: nobody may change them."""
+        sample_id, kept = np.full(size, "", object), np.array([{} for _ in range(size)], object)
+        sample_id[slots], kept[slots] = names, records
         weight = torch.zeros(size)
-        weight[at] = 1.0
+        weight[torch.from_numpy(slots)] = 1.0
+        source = self.source
         return PackedBatch(
-            sample_id=sample_id,
+            sample_id=sample_id.tolist(),
             weight=weight,
             images=source.collate_images(images),
-            image_owner=at,
+            image_owner=torch.from_numpy(slots),
             texts=source.collate_texts(texts) if texts else {},
-            text_owner=torch.repeat_interleave(at, counts),
+            text_owner=torch.from_numpy(text_owner),
             targets=source.collate_targets(targets) if targets else {},
-            records=records,
-            raw_texts=[t.text if isinstance(t, Described) else t for t in texts],
+            records=kept.tolist(),
+            raw_texts=raw,
             bad=[],
         )
+
+
+def _raw(text: Any) -> Any:
+    return text.text if isinstance(text, Described) else text
 
 
 def _state(generator: torch.Generator) -> bytes:

@@ -26,6 +26,16 @@ def key_of(*parts: int | str) -> int:
     return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "big")
 
 
+def combined(epoch: int, sample: int) -> int:
+    """Seed of a sample's random choices in an epoch, from the keys of both."""
+    return _mix(epoch ^ sample)
+
+
+def combined_many(epoch: int, samples: np.ndarray) -> np.ndarray:
+    """`combined` of many samples' keys, uint64."""
+    return _mix_many(samples ^ np.uint64(epoch))
+
+
 class Permutation:
     """Keyed bijection of range(n): a Feistel network on the next even power of two, walked until it falls below n.
 

@@ -189,7 +189,7 @@ class _Loader:
         self.places = [None if s.subset is None else s.subset.places(s.manifest) for s in sources]
         self._orders: dict[int, tuple[int, order.EpochOrder]] = {}
         self.gathers = [
-            FeatureBatches(s, reader, self._seed_of) if FeatureBatches.possible(s, reader) else None
+            FeatureBatches(s, reader, self._epoch_key) if FeatureBatches.possible(s, reader) else None
             for s, reader in zip(sources, self.readers, strict=True)
         ]
 
@@ -221,7 +221,7 @@ class _Loader:
         if (chosen := self.places[source]) is not None:
             starts = np.cumsum([0, *map(len, chosen)])
             samples = np.concatenate(chosen)[starts[shards] + samples]
-        return self.gathers[source].make(epoch, shards, samples, filled.tolist(), size)
+        return self.gathers[source].make(epoch, shards, samples, filled, size)
 
     def close(self) -> None:
         for reader in self.readers:
@@ -230,9 +230,9 @@ class _Loader:
             if gather is not None:
                 gather.close()
 
-    def _seed_of(self, epoch: int, sample_id: str) -> int:
-        """Of the random choices of a sample."""
-        return order.key_of(self.seed, "sample", epoch, sample_id)
+    def _epoch_key(self, epoch: int) -> int:
+        """With the key of a sample's id it makes the seed of the sample's random choices."""
+        return order.key_of(self.seed, "sample", epoch)
 
     def _order(self, source: int, epoch: int) -> order.EpochOrder:
         if self._orders.get(source, (None,))[0] != epoch:
@@ -270,7 +270,8 @@ class _Loader:
             return Sample(sample_id=f"{name}/{key}", bad=(bad.kind, shard, key))
 
     def _good_sample(self, source: StreamSource, epoch: int, sample_id: str, parts: dict[str, bytes]) -> Sample:
-        generator = torch.Generator().manual_seed(self._seed_of(epoch, sample_id))
+        seed = order.combined(self._epoch_key(epoch), order.key_of(sample_id))
+        generator = torch.Generator().manual_seed(seed)
         record = _record(parts, source.fields)
         try:
             texts, targets = source.read(record, generator)
