@@ -63,10 +63,12 @@ fewshot-data: setup
 	python data_prep/prepare.py emoji --vendor $$vendor --out data/emoji-$$vendor --name emoji-$$vendor || exit; done
 	@test ! -d $(STAMPS) || python data_prep/prepare.py stamps --out data/stamps
 
-# One process a core for the tests that compute alone; those that start ranks take all cores, so one after the other.
+# One process a core for the tests that compute alone. Those that start ranks take all cores while they compute, but a
+# launch is seconds of start-up on one core, so two files at a time; those that watch the clock, one after the other.
 test: setup
 	OMP_NUM_THREADS=1 python -m pytest -m "not slow and not distributed" --numprocesses $(CORES) --dist loadfile
-	python -m pytest -m "distributed and not slow"
+	python -m pytest -m "distributed and not slow and not alone" --numprocesses 2 --dist loadfile
+	python -m pytest -m "distributed and not slow and alone"
 
 test-slow: setup
 	python -m pytest -m slow

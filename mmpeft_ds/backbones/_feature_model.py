@@ -72,7 +72,7 @@ class ZeroShot(nn.Module):
         self.bank = bank
         self.image_width, self.text_width = config.image_width, config.text_width
         self.logit_scale, self.ensemble = config.logit_scale, config.ensemble
-        # What the number above says, for peft and transformers, which take a model without parameters for another kind.
+        # The number above again, for peft and transformers: a model without parameters they take for another kind.
         self.scale = nn.Parameter(torch.tensor([config.logit_scale]), requires_grad=False)
 
     @property

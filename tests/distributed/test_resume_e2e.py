@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from distributed import launch  # noqa: E402
 from engine import toy_vqa  # noqa: E402
 
-pytestmark = pytest.mark.distributed
+pytestmark = [pytest.mark.distributed, pytest.mark.alone]
 TRAIN = launch.REPOSITORY / "launchers" / "train.py"
 EXACT = ("step", "epoch", "loss", "lr", "grad_norm", "sample_keys_hash", "weight")
 STEPS = 15  # three epochs of five steps

@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from distributed import launch  # noqa: E402
 from distributed.launch import Launch  # noqa: E402
 
-pytestmark = pytest.mark.distributed
+pytestmark = [pytest.mark.distributed, pytest.mark.alone]
 WORKER = Path(__file__).with_name("stop_worker.py")
 
 
