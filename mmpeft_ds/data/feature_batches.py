@@ -42,29 +42,35 @@ class _Memory:
     """What is known of the samples of a split, in columns, so that many are looked up at once.
 
     Attributes:
-        keys: (n,) uint64, of the sample ids; `known`: (n,) bool, where there is one, and `read` holds a `_Read`.
-        plain: (n,) bool: fixed, with exactly one text; `names`, `records`, `texts`, `targets`, `raw` hold it apart.
+        place: (n,) int32 row of each sample in the columns; row 0 is that of all unknown samples.
+        keys: uint64, of the sample ids.
+        read: `_Read` or None.
+        plain: bool: fixed, with exactly one text; `names`, `records`, `texts`, `targets`, `raw` hold it apart.
     """
 
     COLUMNS = ("names", "records", "texts", "targets", "raw")
 
     def __init__(self, n: int):
-        self.keys, self.known, self.plain = np.zeros(n, np.uint64), np.zeros(n, bool), np.zeros(n, bool)
-        self.read, self.count = np.empty(n, object), 0
+        rows = 1 + min(n, REMEMBERED)
+        self.place, self.count = np.zeros(n, np.int32), 0
+        self.keys, self.plain, self.read = np.zeros(rows, np.uint64), np.zeros(rows, bool), np.empty(rows, object)
         for name in self.COLUMNS:
-            setattr(self, name, np.empty(n, object))
+            setattr(self, name, np.empty(rows, object))
+
+    @property
+    def full(self) -> bool:
+        """No sample can be added."""
+        return self.count + 1 >= len(self.read)
 
     def add(self, number: int, one: _Read) -> None:
-        """Remember a sample, if there is room."""
-        if self.count >= REMEMBERED:
-            return
+        """Remember a sample that is not known yet, while there is room."""
         self.count += 1
-        self.read[number], self.keys[number], self.known[number] = one, order.key_of(one.sample_id), True
+        row = self.place[number] = self.count
+        self.read[row], self.keys[row] = one, order.key_of(one.sample_id)
         if one.fixed and len(one.texts) == 1:
-            self.plain[number] = True
-            self.names[number], self.records[number] = one.sample_id, one.record
-            self.texts[number], self.targets[number] = one.texts[0], one.targets[0]
-            self.raw[number] = _raw(one.texts[0])
+            self.plain[row] = True
+            self.names[row], self.records[row] = one.sample_id, one.record
+            self.texts[row], self.targets[row], self.raw[row] = one.texts[0], one.targets[0], _raw(one.texts[0])
 
 
 class FeatureBatches:
@@ -116,18 +122,19 @@ class FeatureBatches:
         numbers, memory = self.firsts[shards] + samples, self._memory
         key = self.epoch_key(epoch)
         try:
-            for i in np.flatnonzero(~memory.known[numbers]).tolist():
-                if memory.count < REMEMBERED:
+            for i in np.flatnonzero(memory.place[numbers] == 0).tolist():
+                if not memory.full:
                     memory.add(int(numbers[i]), self._read(key, columns, int(shards[i]), int(samples[i])))
-            plain = bool(memory.plain[numbers].all())
+            rows = memory.place[numbers]
+            plain = bool(memory.plain[rows].all())
             pairs = [] if plain else zip(shards.tolist(), samples.tolist(), strict=True)
             read = [self._read(key, columns, *pair) for pair in pairs]
         except BadSample:
             return None
-        keys = memory.keys[numbers] if plain else np.array([order.key_of(r.sample_id) for r in read], np.uint64)
+        keys = memory.keys[rows] if plain else np.array([order.key_of(r.sample_id) for r in read], np.uint64)
         images = self._images(order.combined_many(key, keys), by_shard, columns, samples)
         if plain:
-            found = {name: getattr(memory, name)[numbers] for name in _Memory.COLUMNS}
+            found = {name: getattr(memory, name)[rows] for name in _Memory.COLUMNS}
             texts, targets, raw = (found[name].tolist() for name in ("texts", "targets", "raw"))
             return self._packed(images, slots, size, found["names"], found["records"], slots, texts, targets, raw)
         texts = [text for one in read for text in one.texts]
@@ -142,7 +149,7 @@ class FeatureBatches:
 
     def _read(self, epoch_key: int, columns: dict[int, ShardColumns], shard: int, sample: int) -> _Read:
         """Texts and targets of one sample. Raises BadSample."""
-        known = self._memory.read[self.firsts[shard] + sample]
+        known = self._memory.read[self._memory.place[self.firsts[shard] + sample]]
         if known is not None and known.fixed:
             return known
         if known is None:
@@ -152,7 +159,7 @@ class FeatureBatches:
             sample_id, record = known.sample_id, known.record
         generator = self._generator.manual_seed(order.combined(epoch_key, order.key_of(sample_id)))
         # Whether anything was drawn matters only to what is remembered.
-        new = known is None and self._memory.count < REMEMBERED
+        new = known is None and not self._memory.full
         before = _state(generator) if new else b""
         try:
             texts, targets = self.source.read(record, generator)

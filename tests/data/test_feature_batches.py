@@ -211,6 +211,16 @@ def test_a_shortened_shard_gives_bad_samples_and_a_missing_one_stops(tmp_path, c
         batches(manifest, Whole())
 
 
+@pytest.mark.parametrize("room", [0, 1, 9])
+def test_what_is_remembered_changes_nothing(tmp_path, monkeypatch, room):
+    manifest = write(tmp_path)
+    monkeypatch.setattr("mmpeft_ds.data.feature_batches.REMEMBERED", room)
+    for each in (read, read_first):
+        gathered, count = batches(manifest, Whole(), 2, epochs=(0, 1, 2), read=each)
+        assert_equal(gathered, batches(manifest, OneByOne(), 2, epochs=(0, 1, 2), read=each)[0])
+        assert count > 0
+
+
 def test_worker_processes_gather_the_same(tmp_path):
     manifest = write(tmp_path)
     source = (manifest, "train", read, Whole(), collate_images, collate_texts, collate_targets, ("label",))
