@@ -6,6 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
+from mmpeft_ds.engine.optimizers import TITLES
+
 
 def model_card(resolved: Any, metrics: dict[str, Any], trained: dict[str, Tensor]) -> str:
     """What was trained on what with which result, and how to load it, as Markdown with the hub's header.
@@ -30,8 +32,8 @@ tags: [mmpeft_ds, {recipe.method["name"]}]
 
 * **Base (frozen)**: {backbone}; {recipe.engine.dtype}. `base_fingerprint.json` tells it from any other.
 * **Method**: {recipe.method["name"]}: {method or "its defaults"}. {numel:,} trained parameters in float32.
-* **Training**: AdamW, learning rate {recipe.optim.lr:g}, {recipe.data.global_batch} samples a step,
-  seed {recipe.seed}; everything else is in `recipe.yaml`.
+* **Training**: {TITLES[recipe.optim.name]}, learning rate {recipe.optim.lr:g}, {recipe.data.global_batch} samples
+  a step, seed {recipe.seed}; everything else is in `recipe.yaml`.
 
 ## Data
 

@@ -67,10 +67,11 @@ def run(built: Any, train: Labelled, validation: Labelled | None) -> dict[str, f
     pairs = ((p, old, new) for p, old, new in zip(own, before, after, strict=True) if new.shape == old.shape)
     changed = [(p, new) for p, old, new in pairs if not torch.equal(old, new)]
     if changed:
-        zero_state.ensure_adam_state(built.engine)
+        zero_state.ensure_optimizer_state(built.engine)
+        keys = zero_state.moments(built.engine)
         for p, new in changed:
             zeros = torch.zeros_like(new)
-            moments = dict.fromkeys(zero_state.MOMENTS, zeros)
+            moments = dict.fromkeys(keys, zeros)
             zero_state.write_full(built.engine, p, {"weight": new.to(built.engine.device), **moments})
         zero_state.write_parameters([p for p, _ in changed], [new for _, new in changed])
     return told

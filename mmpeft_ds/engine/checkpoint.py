@@ -3,9 +3,9 @@
     RUN/checkpoints/latest                     name of the newest one, moved atomically after it is complete
                     best                       name of the best one, if any
                     step-00000120/weights.safetensors      float32 masters of the trained parameters
-                                  optimizer.safetensors    NAME.exp_avg, NAME.exp_avg_sq
+                                  optimizer.safetensors    NAME.exp_avg, NAME.exp_avg_sq; of SGD NAME.momentum_buffer
                                   model_state.safetensors  what the model keeps beside its weights, if it does: a queue
-                                  state.json               TrainState, Adam's step, format
+                                  state.json               TrainState, name of the optimiser, Adam's step, format
                                   recipe.json              the resolved recipe
                                   fingerprint.json         of every frozen tensor
                                   checksums.json           sha256 of the files above
@@ -103,7 +103,7 @@ def save(
     Returns:
         the checkpoint's directory, on every rank.
     """
-    zero_state.ensure_adam_state(engine)
+    zero_state.ensure_optimizer_state(engine)
     weights, moments = {}, {}
     for name, parameter in trainables.items():
         full = zero_state.read_full(engine, parameter)  # only trainables are ever gathered
@@ -112,6 +112,7 @@ def save(
             moments |= {f"{name}.{key}": value for key, value in full.items()}
     header = {
         "format": FORMAT,
+        "optimizer": _optimizer(engine, trainables),
         "optimizer_step": zero_state.optimizer_step(engine),
         "state": dataclasses.asdict(state),
         "saved_by": {"world_size": world_size(), "zero_stage": engine.zero_optimization_stage()},
@@ -147,13 +148,14 @@ def load(
         fingerprint: of the frozen base at hand; None skips that check.
 
     Raises:
-        BadInput: if names or shapes of the trained parameters differ, or the base is another one.
+        BadInput: if names or shapes of the trained parameters differ, or the optimiser or the base is another one.
     """
     path = Path(path)
-    header = on_rank0(lambda: _read_header(path, trainables, fingerprint))
-    zero_state.ensure_adam_state(engine)
+    header = on_rank0(lambda: _read_header(path, trainables, fingerprint, _optimizer(engine, trainables)))
+    zero_state.ensure_optimizer_state(engine)
     weights = []
-    with _Reader(path) as read, torch.no_grad():
+    moments = zero_state.moments(engine) if trainables else ()
+    with _Reader(path, moments) as read, torch.no_grad():
         for name, parameter in trainables.items():
             full = read(name, zero_state.full_shape(parameter), engine.device)
             zero_state.write_full(engine, parameter, full)
@@ -225,8 +227,8 @@ def _model(engine: Any, verb: str, *args: Any) -> dict[str, torch.Tensor]:
 class _Reader:
     """Reads one trained parameter's tensors on rank 0 and hands them to all ranks."""
 
-    def __init__(self, path: Path):
-        self.path = path
+    def __init__(self, path: Path, moments: tuple[str, ...]):
+        self.path, self.keys = path, ("weight", *moments)
         self.files: list[Any] = []
 
     def __enter__(self) -> Callable[..., dict[str, torch.Tensor]]:
@@ -238,26 +240,36 @@ class _Reader:
         self.files = []
 
     def _read(self, name: str, shape: tuple[int, ...], device: torch.device) -> dict[str, torch.Tensor]:
-        keys = ("weight", *zero_state.MOMENTS)
         if rank() == 0:
             weights, optimizer = self.files
-            tensors = [weights.get_tensor(name)] + [optimizer.get_tensor(f"{name}.{k}") for k in keys[1:]]
+            tensors = [weights.get_tensor(name)] + [optimizer.get_tensor(f"{name}.{k}") for k in self.keys[1:]]
             stacked = torch.stack([t.reshape(shape) for t in tensors]).to(device)
         else:
-            stacked = torch.empty((len(keys), *shape), dtype=torch.float32, device=device)
+            stacked = torch.empty((len(self.keys), *shape), dtype=torch.float32, device=device)
         if world_size() > 1:
             dist.broadcast(stacked, src=0)
-        return dict(zip(keys, stacked.unbind(0), strict=True))
+        return dict(zip(self.keys, stacked.unbind(0), strict=True))
+
+
+def _optimizer(engine: Any, trainables: dict[str, nn.Parameter]) -> str | None:
+    """The recipe's name of the optimiser; None where nothing trains."""
+    return zero_state.optimizer_name(engine) if trainables else None
 
 
 def _read_header(
-    path: Path, trainables: dict[str, nn.Parameter], fingerprint: dict[str, str] | None
+    path: Path, trainables: dict[str, nn.Parameter], fingerprint: dict[str, str] | None, optimizer: str | None
 ) -> dict[str, Any]:
     if (wrong := damage(path)) is not None:
         raise BadInput(f"checkpoint {path} is damaged: {wrong}. Name another one, or start over with --fresh.")
     header = read_json(path, "state")
     if header["format"] != FORMAT:
         raise BadInput(f"checkpoint {path} has format {header['format']}, this version reads format {FORMAT}")
+    written_with = header.get("optimizer", "adamw")  # which was the only one, and not named
+    if trainables and written_with != optimizer:
+        raise BadInput(
+            f"checkpoint {path}: was written with optim.name: {written_with}, and this run has {optimizer}. "
+            "Use the recipe it was trained with, or --fresh."
+        )
     with safe_open(path / "weights.safetensors", "pt") as file:
         saved = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
     here = {name: zero_state.full_shape(p) for name, p in trainables.items()}

@@ -8,6 +8,7 @@ from peft import PeftConfig
 
 from mmpeft_ds.data.manifest import Manifest
 from mmpeft_ds.data.options import SourceOptions
+from mmpeft_ds.engine.options import OptimOptions
 from mmpeft_ds.errors import BadInput
 from mmpeft_ds.recipe import Recipe, where
 from mmpeft_ds.tasks.base import Task
@@ -26,6 +27,8 @@ def check_values(recipe: Recipe) -> None:
         ("data.max_bad_fraction", 0 <= data.max_bad_fraction <= 1, "must lie in [0, 1]"),
         ("data.max_bad_in_a_row", data.max_bad_in_a_row >= 1, "must be 1 or more"),
         ("data.max_pixels", data.max_pixels >= 1, "must be 1 or more"),
+        ("optim.momentum", 0 <= optim.momentum < 1, "must lie in [0, 1)"),
+        ("optim.warmup_lr", 0 <= optim.warmup_lr < float("inf"), "must be 0 or more"),
         ("optim.lr", 0 < optim.lr < float("inf"), "must be above 0"),
         ("optim.weight_decay", optim.weight_decay >= 0, "must be 0 or more"),
         ("optim.betas", all(0 <= b < 1 for b in optim.betas), "must lie in [0, 1)"),
@@ -58,8 +61,39 @@ def check_values(recipe: Recipe) -> None:
             f"{where(recipe, 'optim.accumulation')}: {optim.accumulation} does not divide data.global_batch "
             f"{data.global_batch}. Choose a divisor, so that every micro-step has equally many slots."
         )
+    check_unread(recipe)
     if engine.patience and not data.validation:
         raise BadInput(f"{where(recipe, 'engine.patience')}: early stopping needs a source in data.validation.")
+
+
+def check_unread(recipe: Recipe) -> None:
+    """Refuse settings that the chosen optimiser or schedule does not read. Raises BadInput."""
+    optim = recipe.optim
+    adam, by_epoch = optim.name != "sgd", optim.schedule == "cosine_epoch"
+    unread = [
+        ("momentum", adam, f"optim.name: {optim.name} does not read it (sgd does)"),
+        ("betas", not adam, "optim.name: sgd does not read them (adamw and adam do)"),
+        ("eps", not adam, "optim.name: sgd does not read it (adamw and adam do)"),
+        ("warmup", by_epoch, "optim.schedule: cosine_epoch does not read it: its first epoch has optim.warmup_lr"),
+        ("warmup_lr", not by_epoch, f"optim.schedule: {optim.schedule} does not read it (cosine_epoch does)"),
+    ]
+    defaults = OptimOptions()
+    for name, ignored, why in unread:
+        if ignored and getattr(optim, name) != getattr(defaults, name):
+            raise BadInput(f"{where(recipe, f'optim.{name}')}: {why}. Leave it out, or choose the one that does.")
+
+
+def check_schedule(recipe: Recipe, total: int, steps_per_epoch: int) -> None:
+    """Refuse a run by epochs that would end within its warm-up. Raises BadInput.
+
+    Args:
+        total: optimizer steps of the run, 0 where nothing is trained step by step.
+    """
+    if recipe.optim.schedule == "cosine_epoch" and 0 < total <= steps_per_epoch:
+        raise BadInput(
+            f"{where(recipe, 'optim.schedule')}: cosine_epoch spends the first epoch ({steps_per_epoch} steps) at "
+            f"optim.warmup_lr, and the run has {total} steps. Raise optim.epochs or optim.max_steps, or use cosine."
+        )
 
 
 def check_fields(recipe: Recipe, key: str, options: SourceOptions, manifest: Manifest, task: Task) -> None:

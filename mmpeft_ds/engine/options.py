@@ -26,33 +26,41 @@ class EwcOptions:
 
 @dataclass
 class OptimOptions:
-    """Optimiser and schedule (AdamW on the trainable parameters only).
+    """Optimiser and schedule, of the trainable parameters only.
 
     Attributes:
+        name: `adamw` shrinks the weights by the decay, apart from the gradient; `adam` and `sgd` add decay times
+            weight to the gradient (L2).
         lr: peak learning rate.
         weight_decay: applied to matrices; biases, norms and names in `no_decay` are excluded.
         no_decay: further parameter name fragments without decay.
-        betas: Adam's moment decay rates.
-        eps: Adam's epsilon.
+        betas: moment decay rates of `adamw` and `adam`.
+        eps: epsilon of `adamw` and `adam`.
+        momentum: of `sgd`, without Nesterov's.
         epochs: passes over the data; ignored where `max_steps` is set.
         max_steps: optimizer steps of the run, 0 = from `epochs`.
-        warmup: warm-up steps if >= 1, else that share of all steps.
-        schedule: decay after warm-up, per step, to `min_lr_ratio` times lr.
+        warmup: warm-up steps if >= 1, else that share of all steps; `cosine_epoch` has its own.
+        warmup_lr: learning rate of the first epoch under `cosine_epoch`.
+        schedule: decay after warm-up to `min_lr_ratio` times lr, per step; `cosine_epoch` per epoch, behind one epoch
+            at `warmup_lr`, as the few-shot baselines were published.
         min_lr_ratio: final learning rate as a share of the peak.
         clip: maximum global gradient norm, 0 = off.
         accumulation: micro-steps per optimizer step; `data.global_batch` is split by it.
         ewc: elastic weight consolidation towards an earlier task.
     """
 
+    name: Literal["adamw", "adam", "sgd"] = "adamw"
     lr: float = 1e-3
     weight_decay: float = 0.0
     no_decay: list[str] = field(default_factory=list)
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
+    momentum: float = 0.9
     epochs: int = 1
     max_steps: int = 0
     warmup: float = 0.05
-    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    warmup_lr: float = 1e-5
+    schedule: Literal["linear", "cosine", "constant", "cosine_epoch"] = "linear"
     min_lr_ratio: float = 0.0
     clip: float = 1.0
     accumulation: int = 1

@@ -12,13 +12,14 @@ from rich.table import Table
 from torch import nn
 
 from mmpeft_ds.data.order import steps_of
-from mmpeft_ds.engine import ewc
+from mmpeft_ds.engine import ewc, optimizers
+from mmpeft_ds.engine.checks import check_schedule
 from mmpeft_ds.engine.resolve import Resolved, attach
 
 KINDS = ("peft", "norm", "bias", "head")
 # What DeepSpeed uses when a ds_configs JSON is silent.
 DEFAULT_PERSISTENCE, DEFAULT_LIVE, DEFAULT_PREFETCH, DEFAULT_BUCKET = 100_000, 1_000_000_000, 50_000_000, 500_000_000
-MASTER_BYTES, GRADIENT_BYTES = 12, 4  # fp32 weight and two Adam moments; fp32 gradient
+MASTER_BYTES, GRADIENT_BYTES = 4, 4  # float32, as each of the optimiser's moments
 
 
 def make(resolved: Resolved) -> dict[str, Any]:
@@ -36,7 +37,11 @@ def make(resolved: Resolved) -> dict[str, Any]:
     validation = [_source_row(s, s.samples, 0) for s in resolved.validation]
     stage = resolved.ds_config.get("zero_optimization", {}).get("stage", 0)
     ranks = sorted({1, 2, 8, 64, int(os.environ.get("WORLD_SIZE") or 1)})
-    sizes = parameter_sizes(model, 2 if recipe.engine.dtype == "bfloat16" else 4)
+    moments = len(optimizers.MOMENTS[recipe.optim.name])
+    sizes = parameter_sizes(model, 2 if recipe.engine.dtype == "bfloat16" else 4, moments)
+    total_steps = recipe.optim.max_steps or steps_per_epoch * recipe.optim.epochs
+    if not getattr(resolved.method_config, "gradient_free", False):
+        check_schedule(recipe, total_steps, steps_per_epoch)
     return {
         "backbone": recipe.backbone["name"],
         "method": recipe.method["name"],
@@ -46,7 +51,7 @@ def make(resolved: Resolved) -> dict[str, Any]:
         "global_batch": recipe.data.global_batch,
         "accumulation": recipe.optim.accumulation,
         "steps_per_epoch": steps_per_epoch,
-        "total_steps": recipe.optim.max_steps or steps_per_epoch * recipe.optim.epochs,
+        "total_steps": total_steps,
         "trainable_by_kind": trainable_by_kind(resolved, model),
         "trainable_parameters": sizes["trainable"],
         "total_parameters": sizes["total"],
@@ -64,8 +69,8 @@ def trainable_by_kind(resolved: Resolved, model: nn.Module) -> dict[str, int]:
     return {kind: sum(numel[name] for name in kinds.get(kind, [])) for kind in KINDS}
 
 
-def parameter_sizes(model: nn.Module, base_bytes: int) -> dict[str, int]:
-    """Element counts that the memory formula needs; works on a meta model."""
+def parameter_sizes(model: nn.Module, base_bytes: int, moments: int) -> dict[str, int]:
+    """Element counts that the memory formula needs; works on a meta model. `moments`: of the optimiser."""
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     frozen = Counter(p.numel() for p in model.parameters() if not p.requires_grad)
     modules = (sum(p.numel() for p in m.parameters(recurse=False)) for m in model.modules())
@@ -75,20 +80,21 @@ def parameter_sizes(model: nn.Module, base_bytes: int) -> dict[str, int]:
         "largest_module": max(modules),
         "sizes": dict(frozen),
         "base_bytes": base_bytes,
+        "moments": moments,
     }
 
 
 def zero_bytes(sizes: dict[str, Any], ds_config: dict[str, Any], stage: int, ranks: int) -> int:
     """Bytes a rank holds for weights, gradients and optimizer state; activations come on top.
 
-    Trainables are float32 at every stage with 12 bytes of master and moments each; the frozen base has its own width.
+    Trainables are float32 at every stage with a master and the optimiser's moments; the frozen base has its own width.
     ZeRO-3 splits the base but keeps small tensors whole and up to `max_live_parameters` gathered during a step.
     """
     zero = ds_config.get("zero_optimization", {})
     b, trained = sizes["base_bytes"], sizes["trainable"]
     frozen = sizes["total"] - trained
     shared = ranks if stage >= 1 else 1
-    optimizer = MASTER_BYTES * trained // shared
+    optimizer = MASTER_BYTES * (1 + sizes["moments"]) * trained // shared
     gradient = GRADIENT_BYTES * trained // (ranks if stage >= 2 else 1)
     bucket = GRADIENT_BYTES * min(_number(zero, "reduce_bucket_size", DEFAULT_BUCKET), trained)
     if stage < 3:

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from mmpeft_ds.engine import feature_bank
+from mmpeft_ds.engine import feature_bank, optimizers
 from mmpeft_ds.engine.ds_config import check_ds_config, merge
 from mmpeft_ds.errors import BadInput
 from mmpeft_ds.methods._layers import gathered
@@ -228,11 +228,13 @@ def build(resolved: Any, ranks: Ranks) -> Built:
     numel = sum(_numel(p) for p in trainables.values())
     decays = getattr(resolved.method, "decays", None)
     groups = parameter_groups(trainables, recipe, decays and functools.partial(decays, resolved.method_config))
-    optimizer = torch.optim.AdamW(groups, lr=recipe.optim.lr, betas=tuple(recipe.optim.betas), eps=recipe.optim.eps)
+    optimizer = optimizers.make(groups, recipe.optim)
     # model_parameters is left out: DeepSpeed takes the optimiser's, which are the trainables and nothing else.
-    engine, *_ = deepspeed.initialize(
-        model=model, optimizer=optimizer, config=merge(resolved.ds_config, recipe, ranks.world_size, numel)
-    )
+    config = merge(resolved.ds_config, recipe, ranks.world_size, numel)
+    if not any(hasattr(p, "ds_id") for p in model.parameters()):
+        # Nothing was loaded in parts, as with stored features: DeepSpeed would cast the trainables like the rest.
+        config["bf16"] = {"enabled": False}
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
     check_engine(engine, trainables)
     if stage == 3:
         keep_frozen(engine)

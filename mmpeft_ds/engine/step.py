@@ -61,6 +61,7 @@ class Stepper:
         state: advanced by every step.
         budget: this rank's share of the bad samples.
         stop_requested: whether this process was told to stop.
+        steps_per_epoch: for a schedule by epochs.
     """
 
     def __init__(
@@ -72,11 +73,13 @@ class Stepper:
         state: TrainState,
         budget: BadBudget,
         stop_requested: Callable[[], bool] = lambda: False,
+        steps_per_epoch: int = 0,
     ):
         self.resolved, self.recipe, self.engine = resolved, resolved.recipe, built.engine
         self.ewc = built.ewc
         self.ranks, self.total, self.state, self.budget = ranks, total, state, budget
         self.stop_requested, self.stopping = stop_requested, False
+        self.steps_per_epoch = steps_per_epoch
         self.source_names = titles(resolved.train) if len(resolved.train) > 1 else [""]
         self.groups, self.group_of = gradients.group_names(built.trainables)
         self.process = psutil.Process()
@@ -107,7 +110,8 @@ class Stepper:
         row = [waited, forward_seconds, *self.memory()]
         loss, penalty, report, norms, table = self.reduce(loss, report, row)
         norm = math.sqrt(sum(norms))
-        lr = learning_rate(self.recipe.optim, state.step - state.skipped_total, self.total)
+        done = state.step - state.skipped_total
+        lr = learning_rate(self.recipe.optim, done, self.total, self.steps_per_epoch)
         applied = math.isfinite(loss) and math.isfinite(norm) and agreed.weight > 0
         if applied:
             for group in self.engine.optimizer.param_groups:

@@ -15,6 +15,7 @@ from mmpeft_ds.data.stream import BadBudget, Step, Stream, StreamSource
 from mmpeft_ds.data.thumbnails import Thumbnails
 from mmpeft_ds.engine import calibrate, checkpoint, ewc, fingerprint, setup
 from mmpeft_ds.engine.checkpoint import TrainState
+from mmpeft_ds.engine.checks import check_schedule
 from mmpeft_ds.engine.evaluator import Evaluation, evaluate
 from mmpeft_ds.engine.monitor import Monitor, Observer, Silent, plain
 from mmpeft_ds.engine.resolve import Resolved, ResolvedSource, resolve, titles
@@ -68,6 +69,7 @@ def _with_stream(
 ) -> int:
     recipe = resolved.recipe
     total = total_steps(recipe, stream, getattr(resolved.method_config, "gradient_free", False))
+    check_schedule(recipe, total, stream.steps_per_epoch())
     if (done := run_dir.finished(total)) is not None:
         if ranks.rank == 0:
             print(done["table"])
@@ -121,7 +123,8 @@ class Training:
         budget = BadBudget(data.max_bad_fraction, data.max_bad_in_a_row, stream.num_samples)
         if ranks.rank == 0 and "bad_budget" in state.extra:  # counts add up over ranks, so one of them takes them all
             budget = budget.merged([state.extra["bad_budget"]])
-        self.stepper = Stepper(resolved, built, ranks, total, state, budget, stop.requested)
+        per_epoch = stream.steps_per_epoch()
+        self.stepper = Stepper(resolved, built, ranks, total, state, budget, stop.requested, per_epoch)
         self.validation = [make_stream(resolved, [source], ranks, train=False) for source in resolved.validation]
         self.last: dict[str, Any] = {}
         self.saved_at = state.step if run_dir.resume_from is not None else -1

@@ -1,8 +1,8 @@
-"""Read and write the trained parameters, their float32 masters and Adam moments under any ZeRO stage.
+"""Read and write the trained parameters, their float32 masters and optimiser state under any ZeRO stage.
 
 What DeepSpeed 0.19.8 does not do by itself, and what is therefore done here (each was measured):
 
-* Adam's state does not exist before the first step; it is created, as torch's Adam would.
+* The optimiser's state does not exist before the first step; it is created, as torch's optimiser would.
 * Under ZeRO-3 the `safe_set_full_*` calls raise for sizes that the rank count does not divide; the own slice is set.
 * Setting a master does not refresh the parameter that the next forward uses; it is written as well.
 """
@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
+from mmpeft_ds.engine import optimizers
 
 
 def full_shape(parameter: nn.Parameter) -> tuple[int, ...]:
@@ -24,18 +24,27 @@ def full_shape(parameter: nn.Parameter) -> tuple[int, ...]:
     return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 
-def ensure_adam_state(engine: Any) -> None:
-    """Create the state that Adam's first step would create, where it does not exist yet.
+def optimizer_name(engine: Any) -> str:
+    """What the recipe calls the optimizer that DeepSpeed steps, such as `adamw`."""
+    return optimizers.name_of(_inner(engine))
+
+
+def moments(engine: Any) -> tuple[str, ...]:
+    """Names of the optimizer's state tensors in the shape of the parameter."""
+    return optimizers.MOMENTS[optimizer_name(engine)]
+
+
+def ensure_optimizer_state(engine: Any) -> None:
+    """Create the state that the optimizer's first step would create, where it does not exist yet.
 
     Raises:
-        TypeError: for an optimizer that is not of the Adam family.
+        TypeError: for an optimizer that no recipe can name.
     """
-    zero = engine.optimizer
-    inner = getattr(zero, "optimizer", zero)
+    zero, inner = engine.optimizer, _inner(engine)
     flats = _flat_masters(engine)
     for flat in flats:
         if not inner.state[flat]:
-            inner.state[flat].update(_new_state(inner, flat))
+            inner.state[flat].update(optimizers.new_state(inner, flat))
     if hasattr(zero, "_lazy_init_hp_params_optimizer_state"):
         # Stages 1 and 2: each parameter's views into the flat state. DeepSpeed links them all after the step of the
         # first parameter group, when the other groups have no state yet, and never again.
@@ -44,19 +53,19 @@ def ensure_adam_state(engine: Any) -> None:
 
 
 def optimizer_step(engine: Any) -> int:
-    """Steps that Adam has counted, for its bias correction."""
-    inner = getattr(engine.optimizer, "optimizer", engine.optimizer)
+    """Steps that Adam has counted, for its bias correction; 0 for SGD, which counts none."""
+    inner = _inner(engine)
     return max((int(inner.state[flat].get("step", 0)) for flat in _flat_masters(engine)), default=0)
 
 
 def set_optimizer_step(engine: Any, step: int) -> None:
-    """Set Adam's counter of every parameter."""
-    inner = getattr(engine.optimizer, "optimizer", engine.optimizer)
+    """Set Adam's counter of every parameter; SGD has none."""
+    inner = _inner(engine)
     for flat in _flat_masters(engine):
         state = inner.state[flat]
-        if isinstance(state["step"], Tensor):
+        if isinstance(state.get("step"), Tensor):
             state["step"].fill_(step)
-        else:
+        elif "step" in state:
             state["step"] = step
 
 
@@ -69,15 +78,16 @@ def read_weight(parameter: nn.Parameter) -> Tensor:
 
 
 def read_full(engine: Any, parameter: nn.Parameter) -> dict[str, Tensor]:
-    """`weight`, `exp_avg` and `exp_avg_sq` of one parameter, whole and float32, on the CPU. Collective."""
+    """`weight` and the optimizer's `moments` of one parameter, whole and float32, on the CPU. Collective."""
     from deepspeed.utils import safe_get_full_optimizer_state
 
+    keys = moments(engine)
     if _is_partitioned(parameter):
-        moments = {key: safe_get_full_optimizer_state(parameter, key) for key in MOMENTS}
+        held = {key: safe_get_full_optimizer_state(parameter, key) for key in keys}
     else:
-        moments = {key: engine.optimizer.state[parameter][key] for key in MOMENTS}
+        held = {key: engine.optimizer.state[parameter][key] for key in keys}
     shape = full_shape(parameter)
-    whole = {key: value.detach().to("cpu", torch.float32, copy=True).reshape(shape) for key, value in moments.items()}
+    whole = {key: value.detach().to("cpu", torch.float32, copy=True).reshape(shape) for key, value in held.items()}
     return {"weight": read_weight(parameter)} | whole
 
 
@@ -103,8 +113,8 @@ def write_full(engine: Any, parameter: nn.Parameter, values: dict[str, Tensor]) 
                 safe_set_full_fp32_param(parameter, value)
             else:
                 safe_set_full_optimizer_state(parameter, value, key)
-    else:
-        for key in MOMENTS:
+    else:  # without ZeRO the parameter is the master
+        for key in values.keys() - {"weight"}:
             engine.optimizer.state[parameter][key].copy_(values[key])
 
 
@@ -123,6 +133,10 @@ def _is_partitioned(parameter: nn.Parameter) -> bool:
     return hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping")
 
 
+def _inner(engine: Any) -> Any:
+    return getattr(engine.optimizer, "optimizer", engine.optimizer)  # stage 0 has no wrapper
+
+
 def _flat_masters(engine: Any) -> list[Tensor]:
     """The tensors under which the inner optimizer keeps its state, on this rank."""
     zero = engine.optimizer
@@ -130,18 +144,6 @@ def _flat_masters(engine: Any) -> list[Tensor]:
         if hasattr(zero, attribute):
             return list(getattr(zero, attribute))
     return [p for group in zero.param_groups for p in group["params"]]
-
-
-def _new_state(inner: Any, flat: Tensor) -> dict[str, Any]:
-    if isinstance(inner, torch.optim.Adam):  # AdamW is one
-        group = inner.param_groups[0]
-        on_device = group.get("capturable") or group.get("fused")
-        step: Any = torch.zeros((), dtype=torch.float32, device=flat.device if on_device else "cpu")
-    elif type(inner).__name__ == "DeepSpeedCPUAdam":
-        step = 0
-    else:
-        raise TypeError(f"checkpoints hold the state of Adam, the optimizer is {type(inner).__name__}")
-    return {"step": step, **{key: torch.zeros_like(flat, memory_format=torch.preserve_format) for key in MOMENTS}}
 
 
 def _own_part(parameter: nn.Parameter, value: Tensor) -> Tensor:

@@ -21,11 +21,13 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from mmpeft_ds.engine import checkpoint, zero_state
+from mmpeft_ds.engine import checkpoint, optimizers, zero_state
 from mmpeft_ds.engine.fingerprint import frozen_fingerprint, frozen_tensors
+from mmpeft_ds.engine.options import OptimOptions
 from mmpeft_ds.errors import BadInput
 
 B, D, STEPS, MORE = 12, 7, 4, 3
+OTHER_OPTIMIZERS = [f"stage{stage}-{name}" for name in ("sgd", "adam") for stage in (1, 3)]
 
 
 class Block(nn.Module):
@@ -71,7 +73,7 @@ def config(stage: int, bf16: bool) -> dict:
     }
 
 
-def make(stage: int, bf16: bool = False, seed: int = 0, flip: str | None = None, decay: bool = True):
+def make(stage: int, bf16: bool = False, seed: int = 0, flip: str | None = None, name: str = "adamw"):
     torch.manual_seed(seed)
     model = Toy()
     if bf16:
@@ -87,10 +89,21 @@ def make(stage: int, bf16: bool = False, seed: int = 0, flip: str | None = None,
     vectors = [p for n, p in named.items() if len(zero_state.full_shape(p)) < 2]
     matrices = [p for n, p in named.items() if len(zero_state.full_shape(p)) >= 2]
     groups = [{"params": matrices, "weight_decay": 0.01}, {"params": vectors, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=1e-2)
+    optimizer = optimizers.make(groups, OptimOptions(name=name, lr=1e-2))
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config(stage, bf16))
     trainables = {n: p for n, p in engine.module.named_parameters() if p.requires_grad}
     return engine, trainables
+
+
+def make_named(name: str, stage: int):
+    """An engine at `stage` with the base and the optimizer of the checkpoint `name`, as `stage3-sgd`."""
+    kind = name.partition("-")[2]
+    return make(stage, kind == "bf16", name=kind if kind in optimizers.MOMENTS else "adamw")
+
+
+def batch(step: int) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(step)
+    return torch.randn(B, D, generator=generator), torch.randint(0, 5, (B,), generator=generator)
 
 
 def train(engine, first: int, steps: int) -> list[float]:
@@ -98,9 +111,7 @@ def train(engine, first: int, steps: int) -> list[float]:
     n, r = dist.get_world_size(), dist.get_rank()
     losses = []
     for step in range(first, first + steps):
-        generator = torch.Generator().manual_seed(step)
-        x = torch.randn(B, D, generator=generator)
-        y = torch.randint(0, 5, (B,), generator=generator)
+        x, y = batch(step)
         mine = slice(r * B // n, (r + 1) * B // n)
         total = nn.functional.cross_entropy(engine(x[mine]), y[mine], reduction="sum")
         engine.backward(n * total / B)
@@ -151,29 +162,62 @@ def save(run_dir: Path, engine, trainables, step: int, fingerprint, **options) -
 def write(work: Path) -> dict:
     """Reference runs at this world size: losses before and after the checkpoint, in one go and resumed."""
     results: dict = {}
-    for stage in (0, 1, 2, 3):
-        for bf16 in (False, True):
-            name = f"stage{stage}{'-bf16' if bf16 else ''}"
-            engine, trainables = make(stage, bf16)
-            losses = train(engine, 0, STEPS)
-            prints, counts = frozen(engine), {}
-            dist.barrier()
-            with counted_bytes(counts):
-                save(work / name, engine, trainables, STEPS, prints)
-            after = train(engine, STEPS, MORE)
-            total = sum(p.numel() if stage < 3 else p.ds_numel for p in trainables.values())
-            everything: dict = {}
-            with counted_bytes(everything), deepspeed.zero.GatheredParameters(list(engine.module.parameters())):
-                pass  # what a save that gathers frozen weights would show
-            results[name] = {
-                "counts_of_everything": everything,
-                "losses": losses,
-                "after": after,
-                "counts": counts,
-                "trainable_bytes": 4 * total,
-            }
-            results[name]["fingerprint"] = prints
+    for name in (*(f"stage{s}{kind}" for s in (0, 1, 2, 3) for kind in ("", "-bf16")), *OTHER_OPTIMIZERS):
+        stage = int(name[5])
+        engine, trainables = make_named(name, stage)
+        if name in OTHER_OPTIMIZERS:
+            save(work / "unstarted" / name, engine, trainables, 0, {})  # makes the state before the first step does
+        losses = train(engine, 0, STEPS)
+        prints, counts = frozen(engine), {}
+        dist.barrier()
+        with counted_bytes(counts):
+            save(work / name, engine, trainables, STEPS, prints)
+        after = train(engine, STEPS, MORE)
+        total = sum(p.numel() if stage < 3 else p.ds_numel for p in trainables.values())
+        everything: dict = {}
+        with counted_bytes(everything), deepspeed.zero.GatheredParameters(list(engine.module.parameters())):
+            pass  # what a save that gathers frozen weights would show
+        results[name] = {
+            "counts_of_everything": everything,
+            "losses": losses,
+            "after": after,
+            "counts": counts,
+            "trainable_bytes": 4 * total,
+        }
+        results[name]["fingerprint"] = prints
+        engine.destroy()
+        if name in OTHER_OPTIMIZERS:
+            engine, _ = make_named(name, stage)
+            results[name]["never_saved"] = train(engine, 0, STEPS + MORE)
             engine.destroy()
+    return results
+
+
+def plain(names: list[str]) -> dict:
+    """Losses of torch's own optimisers on one process's whole batches, nothing saved and nothing resumed."""
+    results = {}
+    for name in names:
+        torch.manual_seed(0)
+        model = Toy()
+        named = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        groups = [
+            {"params": [p for p in named.values() if p.dim() >= 2], "weight_decay": 0.01},
+            {"params": [p for p in named.values() if p.dim() < 2], "weight_decay": 0.0},
+        ]
+        if name == "sgd":
+            optimizer = torch.optim.SGD(groups, lr=1e-2, momentum=0.9)
+        else:
+            optimizer = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[name](groups, lr=1e-2)
+        losses = []
+        for step in range(STEPS + MORE):
+            x, y = batch(step)
+            loss = nn.functional.cross_entropy(model(x), y)
+            optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(named.values(), 1.0)
+            optimizer.step()
+            losses.append(loss.item())
+        results[name] = losses
     return results
 
 
@@ -181,10 +225,9 @@ def read(work: Path, written: dict, stages: dict[str, list[int]]) -> dict:
     """Continue each checkpoint under the given stages, from other initial weights."""
     results: dict = {}
     for name, into in stages.items():
-        bf16 = name.endswith("bf16")
         path = checkpoint.newest_valid(work / name)
         for stage in into:
-            engine, trainables = make(stage, bf16)
+            engine, trainables = make_named(name, stage)
             with torch.no_grad():  # the checkpoint alone must decide
                 scramble(engine, trainables)
             state = checkpoint.load(path, engine, trainables, frozen(engine))
@@ -201,22 +244,24 @@ def read(work: Path, written: dict, stages: dict[str, list[int]]) -> dict:
 
 def scramble(engine, trainables) -> None:
     """Give the trained parameters other values, in master and parameter."""
-    zero_state.ensure_adam_state(engine)
+    zero_state.ensure_optimizer_state(engine)
     values = []
     for parameter in trainables.values():
         value = torch.full(zero_state.full_shape(parameter), 0.3)
-        zero_state.write_full(engine, parameter, {"weight": value, "exp_avg": value, "exp_avg_sq": value})
+        zero_state.write_full(engine, parameter, {"weight": value, **dict.fromkeys(zero_state.moments(engine), value)})
         values.append(value)
     zero_state.write_parameters(trainables.values(), values)
 
 
 def refusals(work: Path) -> dict:
-    """Messages of what must be refused: a flipped bit in a frozen weight, another trainable set."""
+    """Messages of what must be refused: a flipped bit in a frozen weight, another trainable set or optimizer."""
     results = {}
     for stage in (1, 3):
         path = checkpoint.newest_valid(work / f"stage{stage}")
         engine, trainables = make(stage, flip="blocks.1.base.weight")
         results[f"flip{stage}"] = message(checkpoint.load, path, engine, trainables, frozen(engine))
+        sgd = checkpoint.newest_valid(work / f"stage{stage}-sgd")
+        results[f"optimizer{stage}"] = message(checkpoint.load, sgd, engine, trainables)
         renamed = {n.replace("head", "tail"): p for n, p in trainables.items()}
         results[f"names{stage}"] = message(checkpoint.load, path, engine, renamed)
         engine.destroy()
@@ -241,13 +286,15 @@ def main() -> None:
     names = ["stage0", "stage1", "stage2", "stage3"]
     if args.mode == "write":
         results = write(args.work)
-        every = {name: [0, 1, 2, 3] for name in ("stage3", "stage1")}
+        every = {name: [0, 1, 2, 3] for name in ("stage3", "stage1", "stage3-sgd")}
         same = {name: [int(name[5])] for name in results if name not in every}
         results = {"written": results, "read": read(args.work, results, every | same | {"stage3-bf16": [1, 3]})}
         results["refusals"] = refusals(args.work)
+        results["plain"] = plain(list(optimizers.MOMENTS))
     else:
         written = json.loads((args.work / "write-0.json").read_text())["written"]
         into = {"stage3": [3, 1, 0], "stage1": [3]} | {name: [2] for name in names if name in ("stage0", "stage2")}
+        into |= {"stage1-sgd": [3], "stage3-sgd": [1], "stage1-adam": [3], "stage3-adam": [1]}
         results = {"read": read(args.work, written, into)}
     suffix = "write" if args.mode == "write" else f"read{dist.get_world_size()}"
     (args.work / f"{suffix}-{os.environ['RANK']}.json").write_text(json.dumps(results))

@@ -72,7 +72,7 @@ def run_case(case: dict, folder: Path, ranks: setup.Ranks) -> dict:
 
     rows = [stepper.take(mine(step), 0.0) for step in range(STEPS)]
     found = evaluate(built.engine, resolved.backbone, task, [mine(8), mine(9)], ranks.device)
-    zero_state.ensure_adam_state(built.engine)
+    zero_state.ensure_optimizer_state(built.engine)
     weights = {n: zero_state.read_full(built.engine, p)["weight"] for n, p in built.trainables.items()}
     partitioned = sum(hasattr(p, "ds_id") for p in built.model.parameters())
     built.engine.destroy()

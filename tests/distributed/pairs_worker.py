@@ -43,7 +43,7 @@ def run_case(case: dict, sections: dict, folder: Path, ranks: setup.Ranks) -> di
         rows.append(stepper.take(Step(0, step, [batch]), 0.0))
         if step == pairs.STEPS // 2:
             look(built, parts, batch if not case.get("skew") else None, ranks)
-    zero_state.ensure_adam_state(built.engine)
+    zero_state.ensure_optimizer_state(built.engine)
     weights = {n: zero_state.read_full(built.engine, p)["weight"] for n, p in built.trainables.items()}
     built.engine.destroy()
     return {"losses": [r["loss"] for r in rows], "norms": [r["grad_norm"] for r in rows], "weights": weights}

@@ -62,7 +62,7 @@ def run_case(case: dict, folder: Path, ranks: setup.Ranks) -> dict:
         steps = [Step(0, 0, [tiny.pack_slots(m, resolved.backbone, task) for m in micro]) for micro in parts]
         result = vars(evaluate(built.engine, resolved.backbone, task, steps, ranks.device, pictures=3))
     weights = {}
-    zero_state.ensure_adam_state(built.engine)
+    zero_state.ensure_optimizer_state(built.engine)
     for name, parameter in built.trainables.items():
         weights[name] = zero_state.read_full(built.engine, parameter)["weight"]
     dtypes = sorted({str(p.dtype) for p in built.model.parameters() if not p.requires_grad})
