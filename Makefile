@@ -21,7 +21,7 @@ INSTALL := $(PIP) install --constraint constraints/$(DEVICE).txt $(if $(TORCH_IN
 BUILD_OPERATOR := from deepspeed.accelerator import get_accelerator as a; \
 	a().device_name() == 'cpu' and a().create_op_builder('ShareMemCommBuilder').load()
 
-.PHONY: setup demo test test-slow compare fewshot-data bench lint tensorboard clean
+.PHONY: setup demo test test-slow compare fewshot-data fewshot bench lint tensorboard clean
 
 setup: $(STAMP)
 
@@ -62,6 +62,10 @@ fewshot-data: setup
 	@test ! -d $(RAW)/emoji/node_modules/emojilib || for vendor in $(VENDORS); do \
 	python data_prep/prepare.py emoji --vendor $$vendor --out data/emoji-$$vendor --name emoji-$$vendor || exit; done
 	@test ! -d $(STAMPS) || python data_prep/prepare.py stamps --out data/stamps
+
+# All few-shot methods on emoji: features, alignment, 226 runs, table and plot in runs/fewshot_emoji.
+fewshot: fewshot-data
+	python launchers/fewshot_emoji.py
 
 # One process a core for the tests that compute alone. Those that start ranks take all cores while they compute, but a
 # launch is seconds of start-up on one core, so two files at a time; those that watch the clock, one after the other.
