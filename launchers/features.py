@@ -3,7 +3,7 @@
 
     deepspeed --num_accelerators 2 launchers/features.py --data data/stamps --out data/stamps-features --views 10 \\
         --backbone dual_encoder --set vision=packaged:dinov2-focus --set image_size=126 --set text=packaged:minilm
-    deepspeed launchers/features.py --data data/stamps --out data/stamps-features --recipe recipes/fewshot_ga_net.yaml
+    deepspeed launchers/features.py --data data/pets --out data/pets-features --recipe recipes/align_emoji.yaml
 
 The same command continues an interrupted run and leaves a finished directory alone. Any number of ranks writes the
 same bytes. A rank computes with one thread, since more would round otherwise: on CPU start a rank a core, or give
