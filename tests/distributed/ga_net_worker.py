@@ -2,7 +2,7 @@
 
     deepspeed --num_accelerators 2 ga_net_worker.py CASES.json OUT
 
-Each case is {name, stage, persistence, rows, options, steps}; rank 0 writes OUT/NAME.pt with what came out.
+Each case is {name, stage, persistence, rows, options, steps, dtype}; rank 0 writes OUT/NAME.pt with what came out.
 """
 
 import json
@@ -86,6 +86,7 @@ def resolved(case: dict, folder: Path):
         method={"name": "ga_net", "r": R, **case["options"]},
     )
     recipe.engine.deepspeed = f"ds_configs/zero{case['stage']}.json"
+    recipe.engine.dtype = case.get("dtype", "float32")
     recipe.optim.lr, recipe.optim.warmup, recipe.optim.max_steps = LR, 0.0, case["steps"]
     recipe.optim.schedule, recipe.optim.clip = "constant", 0.0
     recipe.data.global_batch = SLOTS

@@ -28,6 +28,8 @@ CASES = [
     {"name": "a rank without samples", "stage": 3, "persistence": 0, "rows": "one"},
     {"name": "a rank without samples, stage 1", "stage": 1, "rows": "one"},
     {"name": "no edges", "stage": 3, "persistence": 0, "rows": "uneven", "options": {"tau": 1.0}},
+    # stored features stay float32, and with them all that trains
+    {"name": "base in bfloat16", "stage": 3, "persistence": 0, "rows": "even", "dtype": "bfloat16"},
     {"name": "released v2", "stage": 3, "persistence": 0, "rows": "even", "options": {"variant": "v2", "tau": 0.2}},
     {"name": "released v2, stage 1", "stage": 1, "rows": "even", "options": {"variant": "v2", "tau": 0.2}},
 ]  # fmt: skip
