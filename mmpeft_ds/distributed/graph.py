@@ -32,7 +32,8 @@ class Graph:
 
     Attributes:
         source: (E,) int64, position in [0, M) among the rows of all ranks.
-        target: (E,) int64, own row in [0, B), ascending. An edge that occurs twice counts twice.
+        target: (E,) int64, own row in [0, B). Edges are sorted by target, then by source; one that occurs twice counts
+            twice.
         weight: (E,) float64; 1 until `normalised`.
         counts: rows of every rank; their sum is M.
         valid: (B,) bool; what is not valid has no edge, not even to itself.
@@ -88,6 +89,11 @@ class Graph:
                 first, columns = sum(self.counts[:rank]), self.counts[rank]
                 here = (source >= first) & (source < first + columns)
                 source, target, weight = source[here] - first, target[here], weight[here]
+            # a sparse matrix has no entry twice
+            codes = target * max(1, columns) + source
+            codes, entry = torch.unique_consecutive(codes, return_inverse=True)
+            target, source = codes // max(1, columns), codes % max(1, columns)
+            weight = weight.new_zeros(len(codes)).index_add_(0, entry, weight)
             ends = torch.bincount(target, minlength=self.num_targets).cumsum(0)
             rows = torch.cat([ends.new_zeros(1), ends])
             size = (self.num_targets, columns)
@@ -271,7 +277,7 @@ class _Nodes:
         self.shares = [int(part.sum()) for part in everyone.split(self.counts)]
         rank = group_rank(group)
         self.offset, self.start = sum(self.counts[:rank]), sum(self.shares[:rank])
-        self.x = x.detach()[self.valid]
+        self.x = x.detach() if self.shares[rank] == len(x) else x.detach()[self.valid]
 
     def blocks(self, exchange: str) -> Iterator[tuple[Rows, Rows]]:
         """Own rows and those of all, at once or rank by rank. Collective."""

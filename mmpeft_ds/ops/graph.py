@@ -46,7 +46,7 @@ def unit_rows(x: Tensor) -> Tensor:
     length = torch.linalg.vector_norm(x, dim=1, keepdim=True)
     usable = (length > 0) & length.isfinite()
     unit = x / torch.where(usable, length, 1.0)
-    return unit.masked_fill_(~usable, 0.0)
+    return unit if usable.all() else unit.masked_fill_(~usable, 0.0)
 
 
 def unit_parts(parts: list[Tensor]) -> Tensor:
@@ -75,33 +75,48 @@ def cosines(a: Tensor, b: Tensor) -> Tensor:
 
 @dataclass
 class Rows:
-    """Samples to compare: `raw` (n, D) in their own dtype, `unit` (n, D), and the `start` position of the first."""
+    """Samples to compare.
+
+    Attributes:
+        raw: (n, D) in their own dtype.
+        values: (n, D) the same in `similarity_dtype`, zeros where a row is not finite.
+        scale: (n, 1) one over their lengths, 0 for a row of zeros. Products are scaled, not rows: there are fewer.
+        start: position of the first among all.
+    """
 
     raw: Tensor
-    unit: Tensor
+    values: Tensor
+    scale: Tensor
     start: int
 
     @classmethod
     def of(cls, raw: Tensor, start: int = 0) -> Rows:
         """Rows of any scale whose first stands at position `start` among all M."""
-        return cls(raw.detach(), unit_rows(raw), start)
+        raw = raw.detach()
+        values = raw.to(similarity_dtype(raw))
+        length = torch.linalg.vector_norm(values, dim=1, keepdim=True)
+        if not length.isfinite().all():
+            values = values.masked_fill(~length.isfinite(), 0.0)
+            length = length.masked_fill(~length.isfinite(), 0.0)
+        return cls(raw, values, torch.where(length > 0, 1 / length, 0.0), start)
 
     def __len__(self) -> int:
         return len(self.raw)
 
     def __getitem__(self, part: slice) -> Rows:
-        return Rows(self.raw[part], self.unit[part], self.start + part.indices(len(self))[0])
+        start = self.start + part.indices(len(self))[0]
+        return Rows(self.raw[part], self.values[part], self.scale[part], start)
 
 
 def margin(rows: Rows) -> float:
-    """How far a product of unit rows may be from the cosine: four standard deviations of its rounding, at worst."""
-    return math.sqrt(max(64, rows.unit.shape[1])) * torch.finfo(rows.unit.dtype).eps
+    """How far an entry of `products` may be from the cosine: four standard deviations of its rounding, at worst."""
+    return math.sqrt(max(64, rows.values.shape[1])) * torch.finfo(rows.values.dtype).eps
 
 
 def products(own: Rows, block: Rows) -> Tensor:
     """Cosines of all pairs to within `margin`, (B, n)."""
     with exact_float32():
-        return own.unit @ block.unit.mT
+        return (own.values @ block.values.mT).mul_(own.scale).mul_(block.scale.mT)
 
 
 def above(own: Rows, block: Rows, tau: float) -> Tensor:
@@ -167,7 +182,8 @@ def decided_tiles(
 ) -> Iterator[tuple[Rows, Rows, Tensor | bool]]:
     """Tiles of `own` x `block` with pairs that `own` decides, as `decide_pairs` says: rows, columns, which pairs."""
     chunk = chunk or default_chunk(own.raw.device)
-    height = max(1, min(len(own), math.isqrt(chunk // 4)))
+    # tiles stick out of the half of the matrix by their height
+    height = max(1, min(len(own), math.isqrt(chunk // 4), max(64, total // 8)))
     width = max(1, chunk // height)
     for top in range(0, len(own), height):
         rows = own[top : min(top + height, len(own))]

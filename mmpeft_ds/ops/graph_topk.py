@@ -111,7 +111,7 @@ def shared_candidates(
         _take(values_of_all, columns_of_all, slice(block.start, block.start + len(block)), tile.mT, rows.start)
     if with_self and len(own):
         mine = torch.arange(own.start, own.start + len(own), device=values.device)[:, None]
-        values, columns = best_of([values, own.unit.square().sum(1, keepdim=True)], [columns, mine], kept)
+        values, columns = best_of([values, (own.scale > 0).to(values.dtype)], [columns, mine], kept)
     return values, columns, values_of_all, columns_of_all
 
 
@@ -172,7 +172,7 @@ def settled(
 
 def _none(like: Rows, rows: int, kept: int) -> tuple[Tensor, Tensor]:
     """Lists without candidates."""
-    values = like.unit.new_full((rows, kept), -math.inf)
+    values = like.values.new_full((rows, kept), -math.inf)
     return values, torch.zeros(rows, kept, dtype=torch.int64, device=values.device)
 
 
@@ -205,7 +205,7 @@ def _all_of_rows(
     own: Rows, rows: Tensor, block: Rows, keys: Tensor, k: int, floor: Tensor, with_self: bool
 ) -> Nearest:
     """As `nearest`, from the exact cosines of everything above `floor`, (rows, 1)."""
-    some = Rows(own.raw[rows], own.unit[rows], -1)
+    some = Rows(own.raw[rows], own.values[rows], own.scale[rows], -1)
     tile = products(some, block)
     inside = rows + own.start - block.start
     mine = (inside >= 0) & (inside < len(block))

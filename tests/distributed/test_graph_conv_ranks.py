@@ -136,6 +136,15 @@ def test_ranks_give_the_gradients_of_one(split):
                 assert rank["forward"] == {"all_gather": 2} and rank["backward"] == {"reduce_scatter": 2}
 
 
+def test_a_rank_without_a_valid_row_takes_part():
+    """It has no edge at all, not even to itself; in_ranks waits a minute at most."""
+    valid = torch.arange(12) < 6
+    cases = [{"valid": valid, "exchange": exchange} for exchange in ("gather", "ring")]
+    for steps in zip(*in_ranks(lambda rank: [step(rank, [6, 6], **case) for case in cases]), strict=True):
+        off = worst(steps, one_rank(X, LABELS, valid, hat(matrix("threshold", valid))), valid)
+        assert max(off.values()) < TOLERANCE, off
+
+
 EVERYONE = torch.ones(12, dtype=torch.bool)
 
 
