@@ -199,20 +199,23 @@ class FeatureBatches:
         texts: list[Any], targets: list[Any], raw: list[Any],
     ) -> PackedBatch:  # fmt: skip
         """As `data.batch.pack` of the same samples. Records are the remembered ones: nobody may change them."""
-        sample_id, kept = np.full(size, "", object), np.array([{} for _ in range(size)], object)
-        sample_id[slots], kept[slots] = names, records
+        sample_id, kept = list(names), list(records)
+        if len(slots) < size:
+            sample_id, kept = [""] * size, [{} for _ in range(size)]
+            for slot, name, record in zip(slots.tolist(), names, records, strict=True):
+                sample_id[slot], kept[slot] = name, record
         weight = torch.zeros(size)
         weight[torch.from_numpy(slots)] = 1.0
         source = self.source
         return PackedBatch(
-            sample_id=sample_id.tolist(),
+            sample_id=sample_id,
             weight=weight,
             images=source.collate_images(images),
             image_owner=torch.from_numpy(slots),
             texts=source.collate_texts(texts) if texts else {},
             text_owner=torch.from_numpy(text_owner),
             targets=source.collate_targets(targets) if targets else {},
-            records=kept.tolist(),
+            records=kept,
             raw_texts=raw,
             bad=[],
         )
