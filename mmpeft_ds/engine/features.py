@@ -206,7 +206,6 @@ def _finish(maker: Maker, plan: Plan, seconds: float) -> None:
     options, source, out, name = maker.options, maker.source, maker.options.out, maker.name
     parts: dict[str, list[Part]] = {}
     left_out: dict[str, Any] = {}
-    images = texts = 0
     for job in plan.jobs:
         file = shard_file(name, job.split, job.number)
         part = finished_part(out, file)
