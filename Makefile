@@ -63,7 +63,7 @@ fewshot-data: setup
 	python data_prep/prepare.py emoji --vendor $$vendor --out data/emoji-$$vendor --name emoji-$$vendor || exit; done
 	@test ! -d $(STAMPS) || python data_prep/prepare.py stamps --out data/stamps
 
-# All few-shot methods on emoji: features, alignment, 226 runs, table and plot in runs/fewshot_emoji.
+# All few-shot methods on emoji: features, alignment, 241 runs, table and plot in runs/fewshot_emoji.
 fewshot: fewshot-data
 	python launchers/fewshot_emoji.py
 

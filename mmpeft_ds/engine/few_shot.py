@@ -84,7 +84,7 @@ class Cell:
         method: name of the row.
         shots, seed: of the subset.
         half: `all` classes, or `base`: trained on those, scored on both halves.
-        recipe: of the run.
+        recipe: of the run, made of the mapping `given`.
         tests: what scores it.
         once: the method knows neither shots nor seeds, so this run stands for all.
     """
@@ -94,6 +94,7 @@ class Cell:
     seed: int
     half: str
     recipe: recipes.Recipe
+    given: dict[str, Any]
     tests: tuple[TestSet, ...]
     once: bool = False
 
@@ -108,8 +109,9 @@ class Cell:
 
     @property
     def key(self) -> str:
-        """Hash of everything the result depends on, but for where it is written."""
-        content = recipes.to_dict(self.recipe) | {"run_dir": "", "tests": [vars(test) for test in self.tests]}
+        """Hash of what the study says of it, but for where it is written: new options with defaults change nothing."""
+        where = {"run_dir": "", "shots": self.shots, "half": self.half, "select": self.recipe.engine.eval_every}
+        content = self.given | where | {"tests": [vars(test) for test in self.tests]}
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
@@ -195,7 +197,8 @@ class Study:
         merged["run_dir"] = str(self.out / slug(name) / f"{shots}-seed{seed}{suffix}")
         merged["seed"] = seed
         origin = recipes.Origin(f"{self.origin.path}: methods.{index} ({name})", self.origin.overrides)
-        recipe = recipes.from_dict(filled(merged, entry.get("features", "")), origin)
+        given = filled(merged, entry.get("features", ""))
+        recipe = recipes.from_dict(given, origin)
         for role, split in (("sources", ""), ("validation", "-val")):
             for source in getattr(recipe.data, role):
                 source.subset = source.subset or f"fewshot/{shots}-seed{seed}{split}{suffix}.json"
@@ -204,7 +207,7 @@ class Study:
         tests = [TestSet(**filled(vars(test), entry.get("features", ""))) for test in self.options.tests]
         # Halves are of the training data's own classes.
         tests = tuple(tests if half == "all" else tests[:1])
-        return Cell(name, shots, seed, half, recipe, tests, bool(entry.get("once")))
+        return Cell(name, shots, seed, half, recipe, given, tests, bool(entry.get("once")))
 
 
 def run(study: Study) -> bool:
