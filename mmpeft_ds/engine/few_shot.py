@@ -25,6 +25,7 @@ from mmpeft_ds import recipe as recipes
 from mmpeft_ds.data.options import SourceOptions
 from mmpeft_ds.data.shards import verify_shards
 from mmpeft_ds.data.subset import Subset
+from mmpeft_ds.distributed import collectives
 from mmpeft_ds.engine import feature_bank, resolve, setup, trainer
 from mmpeft_ds.engine.assess import records
 from mmpeft_ds.engine.checks import check_fields
@@ -217,7 +218,7 @@ def run(study: Study) -> bool:
         BadInput: on all ranks, naming the cell.
     """
     cells = study.cells()
-    setup.start(cells[0].recipe)
+    device, asked = setup.start(cells[0].recipe).device, []
     done = on_rank0(lambda: [_is_done(cell) for cell in cells])
     for number, (cell, there) in enumerate(zip(cells, done, strict=True), 1):
         if there:
@@ -225,8 +226,13 @@ def run(study: Study) -> bool:
         # Whoever removed a result wants it again: a run that counts as finished would only print its table.
         on_rank0(lambda cell=cell: (cell.path / "finished.json").unlink(missing_ok=True))
         began = time.perf_counter()
+
+        def conclude(training: trainer.Training, cell: Cell = cell) -> bool:
+            asked.append(training.stepper.stop_requested)
+            return _score(training, cell)
+
         with _logged(cell.path):
-            trainer.run(cell.recipe, conclude=lambda training, cell=cell: _score(training, cell))
+            trainer.run(cell.recipe, conclude=conclude)
         result = on_rank0(lambda cell=cell: _read(cell))
         if result is None:
             return False
@@ -234,6 +240,9 @@ def run(study: Study) -> bool:
             scores = ", ".join(f"{name} {s['accuracy']:.3f}" for name, s in result["tests"].items())
             seconds = time.perf_counter() - began
             print(f"[{number}/{len(cells)}] {cell.title}: {scores} ({seconds:.1f} s)", flush=True)
+        # A signal that came when this run was all but over is meant for the study.
+        if collectives.sum_scalars([float(asked[-1]())], device)[0] and number < len(cells):
+            return False
         gc.collect()  # an engine and its model refer to each other
     return True
 
