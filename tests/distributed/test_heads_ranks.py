@@ -34,6 +34,11 @@ METHODS = {
     "hegraph": {"name": "hegraph"},
     "ga_net": {"name": "ga_net"},
 }
+# The others train with AdamW and a line; 3 steps an epoch.
+OPTIM = {
+    "task_res": {"name": "adam", "weight_decay": 5e-4, "schedule": "cosine_epoch"},
+    "clip_adapter": {"name": "sgd", "lr": 0.1, "weight_decay": 5e-4, "schedule": "cosine_epoch", "warmup_lr": 1e-3},
+}
 
 
 def recipe(folder: Path, name: str, stage: int, ranks: int) -> Path:
@@ -45,7 +50,7 @@ def recipe(folder: Path, name: str, stage: int, ranks: int) -> Path:
         "backbone": {"name": "features", "texts": text},
         "method": METHODS[name],
         "data": {"sources": [source], "validation": [source], "global_batch": 8, "workers": 0},
-        "optim": {"epochs": 3, "lr": 0.01, "warmup": 0.0},
+        "optim": {"epochs": 3, "lr": 0.01, **OPTIM.get(name, {"warmup": 0.0})},
         "engine": {"deepspeed": f"ds_configs/zero{stage}.json"},
         "monitor": {"tensorboard": False},
     }
@@ -95,6 +100,14 @@ def test_one_rank_and_two_ranks_under_zero_3_come_to_the_same_head(folder, name)
     assert steps == (0 if name in ("zero_shot", "linear_probe", "tip_adapter") else 9)
     accuracy = finished(folder, name, 1)["best"]
     assert accuracy == pytest.approx(finished(folder, name, 2)["best"], abs=1e-6)
+
+
+@pytest.mark.parametrize(("name", "warmup", "peak"), [("task_res", 1e-5, 0.01), ("clip_adapter", 1e-3, 0.1)])
+def test_a_schedule_by_epochs_follows_the_epochs_of_the_stream(folder, name, warmup, peak):
+    rows = [json.loads(line) for line in (folder / f"{name}-2" / "metrics.jsonl").read_text().splitlines()]
+    rates = [(row["epoch"], row["lr"]) for row in rows if "lr" in row]
+    expected = [warmup, peak, peak * 0.75]  # (1 + cos(pi / 3)) / 2
+    assert rates == [(epoch, pytest.approx(expected[epoch])) for epoch in (0, 0, 0, 1, 1, 1, 2, 2, 2)]
 
 
 def test_what_was_found_by_search_travels_with_the_adapter(folder):
