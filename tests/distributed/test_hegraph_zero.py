@@ -9,6 +9,8 @@ from distributed import launch
 
 from mmpeft_ds.methods.hegraph import Coefficients, classify
 
+pytestmark = pytest.mark.distributed
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
