@@ -10,7 +10,7 @@ from mmpeft_ds.engine import checks, resolve
 from mmpeft_ds.engine.ds_config import check_ds_config
 
 ROOT = Path(__file__).resolve().parents[2]
-# Studies of many runs have a form of their own, see tests/engine/test_few_shot.py.
+# Studies of many runs have a form of their own, see tests/engine/test_few_shot_study.py.
 SHIPPED = sorted(p for p in (ROOT / "recipes").glob("*.yaml") if not p.stem.startswith("fewshot_"))
 
 
