@@ -230,6 +230,8 @@ def _sample(parts: dict[str, bytes], shape: tuple[int, int], text_width: int) ->
     captions = _array(parts["text.npy"]) if "text.npy" in parts else np.zeros((0, text_width), np.float32)
     if captions.ndim != 2 or captions.shape[1] != text_width:
         raise BadSample("features", f"captions of shape {captions.shape} instead of (n, {text_width})")
+    if not (np.isfinite(image).all() and np.isfinite(captions).all()):
+        raise BadSample("features", "a number is not finite")  # one in the bank would spoil every prediction
     try:
         label = json.loads(parts.get("json", b"{}")).get("label", -1)
     except (ValueError, AttributeError) as error:

@@ -129,6 +129,16 @@ def check_coupling(recipe: Recipe, train_tasks: list[Task], method_config: PeftC
         )
 
 
+def check_texts(recipe: Recipe, key: str, options: SourceOptions, method_config: PeftConfig) -> None:
+    """Refuse a method that reads captions where the task brings none: it would learn from zeros. Raises BadInput."""
+    read = getattr(method_config, "inputs", None)
+    if read in ("text", "both") and options.task.get("text") == "none":
+        raise BadInput(
+            f"{where(recipe, f'{key}.task.text')}: none, but {recipe.method['name']} reads captions (inputs: {read}). "
+            "Set text: captions, or method.inputs: image."
+        )
+
+
 def check_validation(recipe: Recipe, method_config: PeftConfig) -> None:
     """Refuse a method that searches on validation where there is none, before it has trained. Raises BadInput."""
     if getattr(method_config, "needs_validation", False) and not recipe.data.validation:

@@ -127,7 +127,8 @@ def estimate(
         on every rank, what the file says of its origin; None if it was told to stop: nothing is written.
 
     Raises:
-        BadInput: no run there, no such checkpoint or split, a pattern that no trained parameter matches.
+        BadInput: no run there, no such checkpoint or split, a pattern that no trained parameter matches, or a
+            method that trains nothing by gradient.
     """
     if not (run / "recipe.yaml").is_file():
         raise BadInput(f"{run}: no run directory (it has no recipe.yaml). Give --run the run_dir of a recipe.")
@@ -135,7 +136,7 @@ def estimate(
     recipe.data.sources = [
         source if source.split == split else replace(source, split=split, subset="") for source in recipe.data.sources
     ]
-    recipe.data.validation, recipe.engine.patience = [], 0
+    recipe.engine.patience = 0
     recipe.engine.train_dropout = recipe.engine.gradient_checkpointing = False
     recipe.optim.ewc = EwcOptions()
     with StopFlag(recipe.engine.stop_grace) as stop:
@@ -146,7 +147,10 @@ def _estimate(
     recipe: recipes.Recipe, run: Path, out: Path, split: str, which: str, weights: Sequence, stop: StopFlag
 ) -> dict[str, Any] | None:
     ranks = setup.start(recipe)
-    resolved = resolve(recipe)
+    resolved = resolve(recipe)  # with the validation split, which methods that search insist on
+    if getattr(resolved.method_config, "gradient_free", False):
+        raise BadInput(f"{run}: {recipe.method['name']} trains nothing by gradient, so it has no Fisher information.")
+    resolved.validation, resolved.recipe.data.validation, recipe.data.validation = [], [], []
     trainer.check_shards(resolved, ranks)
     path = on_rank0(lambda: assess.find_checkpoint(run, which))
     built = setup.build(resolved, ranks)

@@ -25,7 +25,14 @@ from mmpeft_ds.data.manifest import Manifest
 from mmpeft_ds.data.options import SourceOptions
 from mmpeft_ds.data.subset import Subset
 from mmpeft_ds.engine import feature_bank
-from mmpeft_ds.engine.checks import check_coupling, check_fields, check_names, check_validation, check_values
+from mmpeft_ds.engine.checks import (
+    check_coupling,
+    check_fields,
+    check_names,
+    check_texts,
+    check_validation,
+    check_values,
+)
 from mmpeft_ds.engine.ds_config import check_ds_config
 from mmpeft_ds.errors import BadInput
 from mmpeft_ds.methods._tuner import to_float32
@@ -111,6 +118,7 @@ def resolve(recipe: Recipe) -> Resolved:
     def finish(key: str, options: SourceOptions) -> ResolvedSource:
         task = make_task(recipe, key, options, labels)
         check_fields(recipe, key, options, manifests[key], task)
+        check_texts(recipe, key, options, method_config)
         subset = subsets[key]
         if hasattr(task, "use_source"):
             with _named(recipe, key):

@@ -15,6 +15,7 @@ from mmpeft_ds import GaNetConfig, methods
 from mmpeft_ds.backbones.features import FeatureConfig, FeatureModel, FeaturesBackbone
 from mmpeft_ds.backbones.features import Options as FeatureOptions
 from mmpeft_ds.data.batch import Described, Sample, hash_id, pack
+from mmpeft_ds.data.options import SourceOptions
 from mmpeft_ds.engine import checks, fisher, graph_report
 from mmpeft_ds.errors import BadInput
 from mmpeft_ds.methods.ga_net.config import VARIANTS
@@ -139,6 +140,23 @@ def test_accumulation_is_refused_but_for_a_graph_without_edges():
     with pytest.raises(BadInput, match="GaNetConfig couples the samples"):
         checks.check_coupling(recipe, [], GaNetConfig())
     checks.check_coupling(recipe, [], GaNetConfig(graph="none"))
+
+
+def test_a_search_without_validation_is_refused_before_training():
+    recipe = Recipe(run_dir="", backbone={}, method={"name": "ga_net"})
+    with pytest.raises(BadInput, match="data.validation: empty, but ga_net searches"):
+        checks.check_validation(recipe, GaNetConfig(tau_grid=[0.5]))
+    checks.check_validation(recipe, GaNetConfig())
+
+
+@pytest.mark.parametrize("inputs", ["both", "text"])
+def test_captions_that_the_task_leaves_out_are_refused_not_read_as_zeros(inputs):
+    recipe = Recipe(run_dir="", backbone={}, method={"name": "ga_net"})
+    silent, told = (SourceOptions(dir="", task={"name": "classification", "text": t}) for t in ("none", "captions"))
+    with pytest.raises(BadInput, match="task.text: none, but ga_net reads captions"):
+        checks.check_texts(recipe, "data.sources.0", silent, GaNetConfig(inputs=inputs))
+    checks.check_texts(recipe, "data.sources.0", told, GaNetConfig(inputs=inputs))
+    checks.check_texts(recipe, "data.sources.0", silent, GaNetConfig(inputs="image"))
 
 
 # ------------------------------------------------------------------------------- what a prediction may depend on

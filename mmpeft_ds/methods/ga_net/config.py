@@ -179,6 +179,11 @@ class GaNetConfig(HeadConfig):
             raise BadInput("fisher: released reads the node in the place of what `up` gives. Set up: joined.")
 
     @property
+    def needs_validation(self) -> bool:
+        """A tau is searched there."""
+        return bool(self.tau_grid)
+
+    @property
     def couples_samples(self) -> bool:
         """Logits of a sample depend on the others of its step."""
         return self.graph != "none"
