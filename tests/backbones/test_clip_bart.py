@@ -7,11 +7,11 @@ import peft
 import pytest
 import tiny_clip_bart as tiny
 import torch
-from data.toy_shards import RawSample, read, write_toy
 from torch.nn.functional import adaptive_max_pool2d, layer_norm
 from transformers import AutoModelForSeq2SeqLM, BartForConditionalGeneration
 
 import mmpeft_ds
+from data.toy_shards import RawSample, read, write_toy
 from mmpeft_ds.data.batch import Prompted, Sample, pack
 from mmpeft_ds.data.options import DataOptions
 from mmpeft_ds.data.stream import Stream, StreamSource

@@ -6,11 +6,11 @@ from typing import ClassVar
 import peft
 import peft.mapping
 import pytest
-import tiny_features
 import torch
 from torch import nn
 from torch.nn.functional import normalize
 
+import tiny_features
 from mmpeft_ds import registry
 from mmpeft_ds.backbones.base import Backbone
 from mmpeft_ds.backbones.features import ENTRY, FeatureModel, Options, ViewTransform

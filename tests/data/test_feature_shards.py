@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from data.toy_shards import one_image, write_toy
 
 from data import toy_features as toy
+from data.toy_shards import one_image, write_toy
 from mmpeft_ds.data.feature_shards import (
     check_same_towers,
     class_name_in_words,

@@ -13,9 +13,9 @@ from types import SimpleNamespace
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch  # noqa: E402
+
 from backbones import tiny_mllm  # noqa: E402
 from engine import tiny  # noqa: E402
-
 from mmpeft_ds import recipe as recipes  # noqa: E402
 from mmpeft_ds.data.batch import IMAGE_MARK, Prompted, Sample  # noqa: E402
 from mmpeft_ds.data.stream import BadBudget, Step  # noqa: E402

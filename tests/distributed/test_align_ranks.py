@@ -17,9 +17,9 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).res
 
 import tiny_clip  # noqa: E402
 import tiny_towers  # noqa: E402
+
 from distributed import launch  # noqa: E402
 from engine import toy_vqa  # noqa: E402
-
 from mmpeft_ds import adapter, merging  # noqa: E402
 from mmpeft_ds.backbones import dual_encoder  # noqa: E402
 from mmpeft_ds.data.batch import Sample, pack  # noqa: E402

@@ -22,9 +22,9 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).res
 import tiny_backbones  # noqa: E402
 import tiny_blip  # noqa: E402
 import tiny_mllm  # noqa: E402
-from distributed import launch  # noqa: E402
 
 from data_prep.verify import verify  # noqa: E402
+from distributed import launch  # noqa: E402
 from mmpeft_ds import adapter  # noqa: E402
 from mmpeft_ds import recipe as recipes  # noqa: E402
 from mmpeft_ds.data.manifest import Manifest  # noqa: E402

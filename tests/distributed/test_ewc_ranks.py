@@ -15,7 +15,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from distributed import launch  # noqa: E402
 from distributed.ewc_worker import FISHER_STEPS, STEPS  # noqa: E402
 from engine import tiny  # noqa: E402
-
 from mmpeft_ds.engine import ewc, setup  # noqa: E402
 from mmpeft_ds.engine.resolve import attach  # noqa: E402
 

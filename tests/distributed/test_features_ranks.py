@@ -16,7 +16,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from distributed import launch  # noqa: E402
 from engine.toy_pixels import make, pictured, write_pixels, write_towers  # noqa: E402
-
 from mmpeft_ds.data.manifest import Manifest  # noqa: E402
 
 pytestmark = pytest.mark.distributed

@@ -18,10 +18,10 @@ from torch.nn.functional import cross_entropy
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "goldens"))
 
 import ga_net_oracle as oracle  # noqa: E402
-import tiny_features  # noqa: E402
 from ganet_model import NAMES  # noqa: E402
 from golden_framework import GOLDENS_DIR, Golden  # noqa: E402
 
+import tiny_features  # noqa: E402
 from mmpeft_ds import GaNetConfig  # noqa: E402
 from mmpeft_ds.distributed import graph_conv  # noqa: E402
 from mmpeft_ds.distributed.counters import counted  # noqa: E402

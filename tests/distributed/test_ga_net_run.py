@@ -13,9 +13,8 @@ import yaml
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from distributed import launch  # noqa: E402
-
 from data import toy_features  # noqa: E402
+from distributed import launch  # noqa: E402
 from mmpeft_ds import adapter  # noqa: E402
 
 pytestmark = pytest.mark.distributed

@@ -14,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import ga_net_oracle as oracle  # noqa: E402
 import ga_net_worker as worker  # noqa: E402
+
 from distributed import launch  # noqa: E402
 
 pytestmark = pytest.mark.distributed

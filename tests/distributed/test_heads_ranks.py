@@ -13,9 +13,8 @@ import yaml
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from distributed import launch  # noqa: E402
-
 from data import toy_features  # noqa: E402
+from distributed import launch  # noqa: E402
 from mmpeft_ds import adapter  # noqa: E402
 from mmpeft_ds.data.feature_shards import read_features  # noqa: E402
 from mmpeft_ds.data.manifest import Manifest  # noqa: E402

@@ -5,8 +5,8 @@ from __future__ import annotations
 import hegraph_worker as worker
 import pytest
 import torch
-from distributed import launch
 
+from distributed import launch
 from mmpeft_ds.methods.hegraph import Coefficients, classify
 
 pytestmark = pytest.mark.distributed

@@ -14,7 +14,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from backbones import tiny_mllm  # noqa: E402
 from distributed import launch, mllm_worker  # noqa: E402
 from engine import tiny  # noqa: E402
-
 from mmpeft_ds.data.stream import Step  # noqa: E402
 from mmpeft_ds.engine import setup  # noqa: E402
 from mmpeft_ds.engine.evaluator import evaluate  # noqa: E402

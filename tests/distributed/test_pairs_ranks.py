@@ -12,8 +12,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import pairs  # noqa: E402
-from distributed import launch  # noqa: E402
 
+from distributed import launch  # noqa: E402
 from mmpeft_ds import methods  # noqa: E402
 
 pytestmark = pytest.mark.distributed

@@ -15,7 +15,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from distributed import launch  # noqa: E402
 from engine import toy_tasks  # noqa: E402
-
 from mmpeft_ds import adapter  # noqa: E402
 from mmpeft_ds.data.order import Mix  # noqa: E402
 

@@ -13,8 +13,8 @@ from types import SimpleNamespace
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch  # noqa: E402
-from engine import tiny  # noqa: E402
 
+from engine import tiny  # noqa: E402
 from mmpeft_ds.data.stream import BadBudget, Step  # noqa: E402
 from mmpeft_ds.engine import setup, zero_state  # noqa: E402
 from mmpeft_ds.engine.checkpoint import TrainState  # noqa: E402

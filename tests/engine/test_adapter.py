@@ -14,9 +14,8 @@ from safetensors.torch import load_file, save_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from engine import toy_vqa  # noqa: E402
-
 import mmpeft_ds  # noqa: E402
+from engine import toy_vqa  # noqa: E402
 from mmpeft_ds import adapter  # noqa: E402
 from mmpeft_ds.engine import resolve  # noqa: E402
 from mmpeft_ds.errors import BadInput  # noqa: E402

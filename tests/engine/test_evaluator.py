@@ -8,7 +8,6 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from engine import tiny  # noqa: E402
-
 from mmpeft_ds.data.stream import Step  # noqa: E402
 from mmpeft_ds.engine.evaluator import evaluate  # noqa: E402
 

@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from engine.toy_pixels import make, pictured, recipe, start, write_pixels, write_towers
 from PIL import Image
 
 from data_prep.verify import verify
+from engine.toy_pixels import make, pictured, recipe, start, write_pixels, write_towers
 from mmpeft_ds.data.decode import decode
 from mmpeft_ds.data.feature_shards import class_texts, read_features
 from mmpeft_ds.data.manifest import FILE, Manifest

@@ -15,8 +15,8 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).res
 
 import tiny_clip  # noqa: E402
 import tiny_towers  # noqa: E402
-from engine import tiny  # noqa: E402
 
+from engine import tiny  # noqa: E402
 from mmpeft_ds import adapter, merging  # noqa: E402
 from mmpeft_ds import recipe as recipes  # noqa: E402
 from mmpeft_ds.backbones.dual_encoder import ENTRY, Options  # noqa: E402

@@ -7,7 +7,6 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from engine import tiny  # noqa: E402
-
 from mmpeft_ds.data.batch import Sample  # noqa: E402
 from mmpeft_ds.engine import modality  # noqa: E402
 from mmpeft_ds.engine.resolve import attach  # noqa: E402

@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 import yaml
-from engine import tiny
 from PIL import Image
 
+from engine import tiny
 from mmpeft_ds import recipe as recipes
 from mmpeft_ds.data.manifest import Manifest
 from mmpeft_ds.data.writer import PARTS, write_manifest, write_shard

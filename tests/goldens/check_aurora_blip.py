@@ -8,11 +8,11 @@ import numpy as np
 import peft
 import torch
 from check_aurora_layers import factors, gates, mode
-from distributed.in_ranks import in_ranks
 from golden_framework import GOLDENS_DIR, Golden, checks
 from torch import Tensor, nn
 from transformers import BlipConfig, BlipForImageTextRetrieval, BlipForQuestionAnswering
 
+from distributed.in_ranks import in_ranks
 from mmpeft_ds import AuroraConfig
 from mmpeft_ds.backbones import _stock
 from mmpeft_ds.backbones._blip_contrast import Training

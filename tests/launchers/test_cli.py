@@ -8,8 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from engine import toy_vqa
 
+from engine import toy_vqa
 from mmpeft_ds import console
 from mmpeft_ds.errors import BadInput
 

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+
 from distributed import launch
 from engine import toy_vqa
-
 from mmpeft_ds.data import order
 
 pytestmark = pytest.mark.distributed

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from engine import toy_vqa
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -5,10 +5,10 @@ import copy
 import peft
 import pytest
 import tiny_encoders
-import tiny_features
 import torch
 from torch.nn.functional import cross_entropy, normalize
 
+import tiny_features
 from mmpeft_ds.errors import BadInput
 from mmpeft_ds.methods import coop, get
 from mmpeft_ds.sites import find_sites

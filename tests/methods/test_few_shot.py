@@ -7,12 +7,12 @@ from pathlib import Path
 
 import peft
 import pytest
-import tiny_features
 import torch
 from torch import nn
 from torch.func import functional_call
 from torch.nn.functional import cross_entropy, normalize
 
+import tiny_features
 from mmpeft_ds import methods, recipe
 from mmpeft_ds.engine.checks import check_validation, check_values
 from mmpeft_ds.errors import BadInput

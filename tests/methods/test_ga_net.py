@@ -7,10 +7,10 @@ from types import SimpleNamespace
 
 import peft
 import pytest
-import tiny_features
 import torch
 from torch.nn.functional import cross_entropy
 
+import tiny_features
 from mmpeft_ds import GaNetConfig, methods
 from mmpeft_ds.backbones.features import FeatureConfig, FeatureModel, FeaturesBackbone
 from mmpeft_ds.backbones.features import Options as FeatureOptions

@@ -4,7 +4,6 @@ import dataclasses
 
 import peft
 import pytest
-import tiny_features
 import torch
 from tiny_stock import IDS, bert, gpt2, image
 from torch import nn
@@ -12,6 +11,7 @@ from torch.nn.functional import cross_entropy
 from transformers import GPT2Config, GPT2Model, RobertaConfig, RobertaModel, ViTConfig, ViTModel
 
 import mmpeft_ds
+import tiny_features
 from mmpeft_ds import RoutedLoraConfig, methods
 from mmpeft_ds.errors import BadInput
 from mmpeft_ds.methods.base import Method

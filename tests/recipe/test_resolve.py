@@ -4,8 +4,8 @@ import json
 
 import pytest
 import torch
-from engine import toy_vqa
 
+from engine import toy_vqa
 from mmpeft_ds import recipe as recipes
 from mmpeft_ds.data.manifest import Manifest
 from mmpeft_ds.engine import plan, resolve

@@ -3,9 +3,9 @@
 import peft
 import pytest
 import torch
-from backbones.tiny_mllm import FAMILIES, HEADS, INNER, KV_HEADS, LAYERS, TEXT, WIDTH
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralModel, Qwen2Config, Qwen2ForCausalLM
 
+from backbones.tiny_mllm import FAMILIES, HEADS, INNER, KV_HEADS, LAYERS, TEXT, WIDTH
 from mmpeft_ds.sites import find_sites
 from mmpeft_ds.sites.base import features
 

@@ -5,8 +5,8 @@ import math
 import peft
 import pytest
 import torch
-from backbones import tiny_mllm
 
+from backbones import tiny_mllm
 from mmpeft_ds.backbones.mllm import ENTRY
 from mmpeft_ds.backbones.mllm import Options as MllmOptions
 from mmpeft_ds.data.batch import Prompted, Sample, Written, pack

@@ -4,9 +4,9 @@ import numpy as np
 import peft
 import pytest
 import torch
+
 from backbones import tiny_blip, tiny_clip
 from distributed.in_ranks import in_ranks
-
 from mmpeft_ds.backbones import blip, clip
 from mmpeft_ds.data.batch import Sample, pack
 from mmpeft_ds.distributed import collectives

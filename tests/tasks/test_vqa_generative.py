@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from backbones import tiny_blip
 
+from backbones import tiny_blip
 from mmpeft_ds.backbones import blip
 from mmpeft_ds.data.batch import PackedBatch, Sample, Written, pack
 from mmpeft_ds.engine.forward import answer, forward
