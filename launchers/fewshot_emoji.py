@@ -25,8 +25,8 @@ TOWERS = (
     "text=packaged:minilm",
 )
 TEMPLATES = ("{}", "an emoji of a {}", "a small picture of a {}")
-VIEWS = ("--views", "2", "--view-scale", "0.5", "1")
-TEST_ALONE = ("--splits", "test")
+VIEWS = ("--views", "2", "--view-scale", "0.5", "1", "--thumbnails", "64")
+TEST_ALONE = ("--splits", "test", "--thumbnails", "64")
 
 
 def main() -> int:

@@ -103,8 +103,8 @@ def view(outputs: Any, batch: PackedBatch, rows: list[dict[str, Any]]) -> View |
 
 
 def picture(seen: View, thumbnail: Callable[[str], Tensor | None] | None = None) -> Tensor:
-    """The graph drawn, (3, H, W) in [0, 1]: neighbours lie close, edges within a class are green and others red,
-    frames say whether the prediction is right.
+    """The graph drawn, (3, H, W) in [0, 1]: neighbours lie close, who has none stands at the bottom; edges within a
+    class are green and others red, and so are the frames of right and wrong predictions.
 
     Args:
         thumbnail: sample id -> (3, H, W) in [0, 1], for samples whose batch holds no pixels.
@@ -112,21 +112,30 @@ def picture(seen: View, thumbnail: Callable[[str], Tensor | None] | None = None)
     import networkx
     from PIL import Image, ImageDraw
 
-    nodes = networkx.empty_graph(len(seen.names))
-    nodes.add_edges_from(seen.edges)
-    laid = networkx.spring_layout(nodes, seed=0, k=3 / math.sqrt(len(seen.names)), iterations=80)
-    spread = np.array([laid[i] for i in range(len(seen.names))])
-    low, high = spread.min(0), spread.max(0)
-    room = SIDE - 2 * MARGIN
-    points = (MARGIN + (spread - low) / np.maximum(high - low, 1e-9) * room).tolist()
+    joined = sorted({node for edge in seen.edges for node in edge})
+    alone = [i for i in range(len(seen.names)) if i not in joined]
+    columns = (SIDE - 2 * MARGIN) // (CELL + 8)
+    rows_below = math.ceil(len(alone) / columns)
+    points: dict[int, tuple[float, float]] = {}
+    for place, node in enumerate(alone):  # samples without a neighbour stand in rows at the bottom
+        row, column = divmod(place, columns)
+        points[node] = (MARGIN + column * (CELL + 8), SIDE - MARGIN - (rows_below - 1 - row) * (CELL + 8))
+    if joined:
+        graph = networkx.Graph(seen.edges)
+        laid = networkx.spring_layout(graph, seed=0, k=4 / math.sqrt(len(joined)), iterations=150)
+        spread = np.array([laid[node] for node in joined])
+        low, high = spread.min(0), spread.max(0)
+        room = np.array([SIDE - 2 * MARGIN, SIDE - 2 * MARGIN - rows_below * (CELL + 8)])
+        where = MARGIN + (spread - low) / np.maximum(high - low, 1e-9) * room
+        points |= {node: (float(x), float(y)) for node, (x, y) in zip(joined, where, strict=True)}
     sheet = Image.new("RGB", (SIDE, SIDE), "white")
     draw = ImageDraw.Draw(sheet)
     for a, b in seen.edges:
         known = seen.labels[a] >= 0 and seen.labels[b] >= 0
         colour = UNKNOWN if not known else SAME if seen.labels[a] == seen.labels[b] else OTHER
-        draw.line([tuple(points[a]), tuple(points[b])], fill=colour, width=2)
+        draw.line([points[a], points[b]], fill=colour, width=2)
     half = CELL // 2
-    for i, (x, y) in enumerate(points):
+    for i, (x, y) in sorted(points.items()):
         frame = {True: SAME, False: OTHER, None: UNKNOWN}[seen.right[i]]
         box = (int(x) - half, int(y) - half)
         name = seen.names[i]
