@@ -64,7 +64,10 @@ def load(path: str | Path, overrides: list[str] | None = None) -> Recipe:
     Raises:
         BadInput: unreadable file, unknown or missing key, wrong type; one line naming file, key and remedy.
     """
-    return from_dict(*read(path, overrides or []))
+    raw, origin = read(path, overrides or [])
+    if "fewshot" in raw:
+        raise BadInput(f"{path}: a study of many runs. Start it with launchers/fewshot.py --recipe {path}.")
+    return from_dict(raw, origin)
 
 
 def read(path: str | Path, overrides: list[str]) -> tuple[dict[str, Any], Origin]:

@@ -131,3 +131,10 @@ def test_printed_recipe_reads_back_equal(write, tmp_path):
     again.write_text(recipes.to_yaml(recipe))
     assert recipes.load(again) == recipe
     assert recipes.from_dict(recipes.to_dict(recipe)) == recipe
+
+
+def test_a_study_is_sent_to_its_launcher(tmp_path):
+    path = tmp_path / "study.yaml"
+    path.write_text("run_dir: x\nfewshot: {shots: [1]}\nmethods: []\n")
+    with pytest.raises(BadInput, match="launchers/fewshot.py --recipe"):
+        recipes.load(path)
