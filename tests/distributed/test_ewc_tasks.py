@@ -20,7 +20,7 @@ from engine import toy_vqa  # noqa: E402
 from mmpeft_ds import adapter  # noqa: E402
 from mmpeft_ds.engine.forward import forward  # noqa: E402
 
-pytestmark = pytest.mark.distributed
+pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 WORKER = Path(__file__).with_name("ewc_tasks_worker.py")
 # The answer follows from the question; for the second task it is another one.
 TASKS = {"a": lambda i, k: k, "b": lambda i, k: k + 1}

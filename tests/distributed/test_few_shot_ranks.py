@@ -10,7 +10,7 @@ from mmpeft_ds.engine import few_shot
 sys.path.insert(0, str(REPOSITORY / "tests" / "engine"))
 import toy_study  # noqa: E402
 
-pytestmark = pytest.mark.distributed
+pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
 
 def test_two_ranks_have_the_scores_of_one_and_go_on_where_it_stopped(tmp_path):

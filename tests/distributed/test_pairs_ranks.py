@@ -47,6 +47,7 @@ CASES = [
     # a bias of the keys has no gradient but rounding, which Adam would blow up
     case("bitfit", "vision_text_decoder", "skew", biases=["*.c_proj", "*.c_fc", "*.ln_?"], skew=True),
     case("layer_norm", "vision_text_encoder", "skew", skew=True),
+    case("graph_lora", "blip", r=2),
     case("ia3", "blip"),
     case("lora", "mllm", r=2),
 ]
