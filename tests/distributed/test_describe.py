@@ -168,6 +168,8 @@ def test_the_captions_are_what_the_stock_model_writes(folder, one_rank):
         expected = made.backbone._tokens.decode(stock.generate(pixel_values=pixels, **HOW))
     found = [r["json"]["captions"][0] for r in records(one_rank, "test")]
     assert found == expected
+
+
 @pytest.mark.slow
 def test_a_finished_directory_is_left_alone_and_another_model_is_refused(folder, one_rank, capsys):
     made = describer(folder, "again", batch=4)
@@ -184,6 +186,8 @@ def test_a_finished_directory_is_left_alone_and_another_model_is_refused(folder,
     prints = describe.fingerprints.frozen_fingerprint(describe.fingerprints.all_tensors(other.model))
     assert describe.weights_hash(prints) != made.origin["weights"]
     assert content(out) == before
+
+
 @pytest.mark.slow
 def test_sampled_captions_depend_on_the_place_in_the_data_set_alone(folder):
     options = {"captions": 3, "generation": {"do_sample": True, "max_new_tokens": 6}, "batch": 2, "splits": ("train",)}
