@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import sys
 import tempfile
 import traceback
 from collections.abc import Callable
@@ -21,6 +22,7 @@ def in_ranks(function: Callable[..., Any], *args: Any, ranks: int = 2) -> list[A
 
     The function and its arguments need not pickle; what it returns does. Tensors should be detached and small.
     """
+    leave_group()
     fork = multiprocessing.get_context("fork")
     with tempfile.TemporaryDirectory() as folder:
         queue = fork.Queue()
@@ -42,6 +44,15 @@ def in_ranks(function: Callable[..., Any], *args: Any, ranks: int = 2) -> list[A
         problem, _ = found[rank]
         assert problem is None, f"rank {rank}:\n{problem}"
     return [found[rank][1] for rank in range(ranks)]
+
+
+def leave_group() -> None:
+    """End a process group that an earlier test made in this process: forked ranks would inherit it, and could not make
+    their own."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+        if "deepspeed.comm.comm" in sys.modules:  # it keeps its own note of the group
+            sys.modules["deepspeed.comm.comm"].cdb = None
 
 
 def _rank(queue: Any, store: Path, rank: int, ranks: int, function: Callable[..., Any], args: tuple) -> None:
