@@ -82,7 +82,7 @@ def recipe(folder: Path, kind: str, ranks: int, stage: int) -> Path:
     return path
 
 
-@pytest.mark.parametrize(("ranks", "stage"), [(1, 0), (2, 3)])
+@pytest.mark.parametrize(("ranks", "stage"), [pytest.param(1, 0, marks=pytest.mark.slow), (2, 3)])
 def test_features_train_like_the_pixels_they_were_made_of(folder, ranks, stage):
     kinds = ["live", *STORED]
     result = launch.run(WORKER, *(str(recipe(folder, kind, ranks, stage)) for kind in kinds), ranks=ranks, timeout=400)

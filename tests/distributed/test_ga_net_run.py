@@ -17,7 +17,7 @@ from data import toy_features  # noqa: E402
 from distributed import launch  # noqa: E402
 from mmpeft_ds import adapter  # noqa: E402
 
-pytestmark = pytest.mark.distributed
+pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 WORKER = Path(__file__).with_name("ga_net_run_worker.py")
 SAMPLES, BATCH, EPOCHS = 45, 20, 8
 GRID = [-0.5, 0.6, 0.9]

@@ -9,7 +9,7 @@ import torch
 from distributed import launch
 from mmpeft_ds.methods.hegraph import Coefficients, classify
 
-pytestmark = pytest.mark.distributed
+pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
 
 @pytest.fixture(scope="module")

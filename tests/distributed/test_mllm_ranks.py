@@ -21,7 +21,7 @@ from mmpeft_ds.engine.forward import forward  # noqa: E402
 from mmpeft_ds.engine.resolve import attach  # noqa: E402
 from mmpeft_ds.tasks.instruction import Instruction, Options  # noqa: E402
 
-pytestmark = pytest.mark.distributed
+pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 WORKER = Path(__file__).with_name("mllm_worker.py")
 # both towers, so that the rank without images has gradients to reduce for one it did not need
 BOTH = {"name": "lora", "r": 2, "target_modules": ["q_proj", "v_proj", "qkv"]}
