@@ -153,9 +153,7 @@ class Loaded:
             raise BadInput(f"predict: {bad}") from bad
 
 
-def load(
-    directory: str | Path, device: torch.device | str = "cpu", overrides: list[str] | None = None
-) -> Loaded:
+def load(directory: str | Path, device: torch.device | str = "cpu", overrides: list[str] | None = None) -> Loaded:
     """Rebuild base and adapter from an adapter directory and the base weights that it names.
 
     Args:

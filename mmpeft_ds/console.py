@@ -14,6 +14,7 @@ from mmpeft_ds.errors import BadInput
 
 PATIENCE = datetime.timedelta(seconds=5)  # how long other ranks wait for rank 0 to speak first
 
+
 class Parser(argparse.ArgumentParser):
     """argparse whose errors are one line, and which takes the `--local_rank` that launchers add."""
 

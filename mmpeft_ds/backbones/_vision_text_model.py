@@ -16,9 +16,9 @@ from transformers import AutoConfig, AutoModel, PreTrainedModel
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.utils import ModelOutput
 
+from mmpeft_ds.backbones import _positions
 from mmpeft_ds.backbones._towers import empty_tower
 from mmpeft_ds.backbones._vision_side import VisionSide, VisionSideConfig
-from mmpeft_ds.sites import condition as condition_context
 from mmpeft_ds.sites.condition import conditioned
 
 
@@ -114,7 +114,7 @@ class VisionTextEncoder(VisionSide, PreTrainedModel):
         text = text or empty_tower(config.text_config, "text", config.head_input == "pooler")
         self._join_towers(vision, text)
         self.head = Head(config)
-        self.text_model.encoder.layer[-1].attention.output.register_forward_pre_hook(_only_read)
+        _positions.leave_out_unread(self.text_model.encoder.layer)
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -143,8 +143,9 @@ class VisionTextEncoder(VisionSide, PreTrainedModel):
             image_owner: (I,) slot of each image, non-decreasing; None: image i belongs to slot i.
             text_owner: (T,) slot of each text; None: text j belongs to slot j.
             num_slots: S; None: as many as texts.
-            return_last_hidden_state: finish the last layer for all positions, and return them. The head reads one
-                position a text (or the mean of all), and without need the others end at the last attention.
+            return_last_hidden_state: carry all positions to the end, and return them. The head reads one position a
+                text (or the mean of all): without need the others end at the last attention, and padding meets no
+                matrix but those of queries, keys and values.
             return_dict: accepted for transformers' sake; the output is always a ModelOutput.
         """
         images = self.encode_images(pixel_values, image_features)
@@ -153,10 +154,13 @@ class VisionTextEncoder(VisionSide, PreTrainedModel):
         prefix, prefix_keep = self._prefix(vectors, keep)
         hidden, mask = self._embed(input_ids, attention_mask, prefix, prefix_keep)
         condition, read = self._condition(vectors, keep, attention_mask, prefix_keep), None
+        layers = self.text_model.encoder.layer
         if self.config.head_input != "mean":
-            read = _first_position(prefix_keep, hidden.shape[1])
-            if not return_last_hidden_state and self._last_layer_is_tokenwise():
+            read = _positions.first_position(prefix_keep, hidden.shape[1])
+            if not return_last_hidden_state and _positions.tokenwise(layers[-1]):
                 condition = dataclasses.replace(condition, read=read)
+        if condition.own_mask is not None and not return_last_hidden_state and all(map(_positions.rowless, layers)):
+            condition = dataclasses.replace(condition, kept=_positions.kept_positions(condition.own_mask))
         with conditioned(condition):
             hidden = self.text_model.encoder(hidden, attention_mask=mask).last_hidden_state
         logits = self.head(self._head_input(hidden, attention_mask, prefix_keep, read))
@@ -192,17 +196,6 @@ class VisionTextEncoder(VisionSide, PreTrainedModel):
             )
         return hidden, attention_mask
 
-    def _last_layer_is_tokenwise(self) -> bool:
-        """After its attention the last layer mixes no tokens, whatever adapters are in it."""
-        layer = self.text_model.encoder.layer[-1]
-        parts = (layer.attention.output, layer.intermediate, layer.output)
-        wrappers = [m for part in parts for m in part.modules() if hasattr(m, "base_layer")]
-        # disabled ones are nothing, and the layers of peft itself are linear maps
-        return all(
-            getattr(m, "disable_adapters", False) or getattr(m, "tokenwise", type(m).__module__.startswith("peft."))
-            for m in wrappers
-        )
-
     def _head_input(
         self, hidden: Tensor, attention_mask: Tensor | None, prefix_keep: Tensor, read: Tensor | None
     ) -> Tensor:
@@ -215,36 +208,8 @@ class VisionTextEncoder(VisionSide, PreTrainedModel):
             )
             keep = keep.to(hidden.dtype).unsqueeze(2)
             return (hidden * keep).sum(1) / keep.sum(1)
-        first = _take(hidden, read) if hidden.shape[1] == read.shape[1] else hidden
+        first = _positions.take(hidden, read) if hidden.shape[1] == read.shape[1] else hidden
         return self.text_model.pooler(first) if self.config.head_input == "pooler" else first[:, 0]
-
-
-def _first_position(prefix_keep: Tensor, length: int) -> Tensor:
-    """(T, L) bool: position 0, or the first token of the text itself where it has no image."""
-    prefix = prefix_keep.shape[1]
-    read = torch.zeros(len(prefix_keep), length, dtype=torch.bool, device=prefix_keep.device)
-    if prefix == 0:
-        read[:, 0] = True
-    else:
-        read[:, 0] = prefix_keep[:, 0]
-        read[:, prefix] = ~prefix_keep[:, 0]
-    return read
-
-
-def _take(hidden: Tensor, read: Tensor) -> Tensor:
-    """(T, 1, d) the position of each row that `read` marks."""
-    at = read.to(torch.uint8).argmax(1)
-    return hidden.gather(1, at[:, None, None].expand(-1, 1, hidden.shape[2]))
-
-
-def _only_read(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
-    """Forward pre-hook of the last layer's attention output: from here on no token sees another."""
-    condition = condition_context.current()
-    read = None if condition is None else condition.read
-    # another length: somebody has inserted tokens of their own
-    if read is None or any(a.shape[1] != read.shape[1] for a in args):
-        return None
-    return tuple(_take(a, read) for a in args)
 
 
 AutoConfig.register(VisionTextEncoderConfig.model_type, VisionTextEncoderConfig, exist_ok=True)

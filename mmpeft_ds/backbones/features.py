@@ -57,9 +57,7 @@ class ViewTransform:
 
     def __call__(self, features: Tensor, generator: torch.Generator | None = None) -> Tensor:
         if features.dtype == torch.uint8:  # an image, given to an adapter that was trained on stored features
-            raise BadInput(
-                "pixels, but this model reads stored features. Give features (D,), or set images: live."
-            )
+            raise BadInput("pixels, but this model reads stored features. Give features (D,), or set images: live.")
         if features.dim() == 1:
             return features
         return features[self.row(len(features), 0 if generator is None else generator.initial_seed())]

@@ -26,9 +26,7 @@ from mmpeft_ds.engine.stop import StopFlag
 from mmpeft_ds.errors import AgreedBadInput, BadInput
 
 
-def run(
-    recipe: recipes.Recipe, *, fresh: bool = False, conclude: Callable[[Training], bool] | None = None
-) -> int:
+def run(recipe: recipes.Recipe, *, fresh: bool = False, conclude: Callable[[Training], bool] | None = None) -> int:
     """Train `recipe`, or continue its run directory; every rank calls it. Returns the exit code.
 
     Args:

@@ -78,6 +78,11 @@ class BottleneckLayer(nn.Module, SiteLayer):
         self.plans: dict[str, tuple[str, float, Remember | None, BottleneckLayer]] = {}
 
     @property
+    def rowless(self) -> bool:
+        """See `SiteLayer`; a parallel adapter remembers its input as it was before the rows were put together."""
+        return all(remember is None for _, _, remember, _ in self.plans.values())
+
+    @property
     def downs(self) -> nn.ModuleDict:
         """The `down` of each adapter that belongs to this layer."""
         return getattr(self, self.adapter_layer_names[0])

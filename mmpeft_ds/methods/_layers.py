@@ -19,12 +19,15 @@ class SiteLayer(BaseTunerLayer):
 
     Attributes:
         tokenwise: a token's output depends on that token alone, so a backbone may leave out tokens that nobody reads.
+        rowless: besides, it does not matter which row of the batch the token is of, so a backbone may put the tokens
+            of all rows into one.
 
     Args:
         base: the frozen module.
     """
 
     tokenwise = False
+    rowless = False
 
     def __init__(self, base: nn.Module, adapter_name: str):
         self.base_layer = base
@@ -68,6 +71,7 @@ class TrainedCopy(nn.Module, SiteLayer):
 
     part = ""
     tokenwise = True
+    rowless = True
 
     def __init__(self, base: nn.Module, adapter_name: str, prefix: str):
         nn.Module.__init__(self)

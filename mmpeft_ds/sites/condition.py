@@ -29,6 +29,8 @@ class Condition:
         own_mask: (B, L) bool mask of the tower's own tokens, for layers that pool their own input.
         encoder: (B, n, d) states that cross-attention reads, and `encoder_mask` (B, n).
         read: (B, L) bool, the one position of each row whose final state is read; None: all may be.
+        kept: (N,) where the positions that `own_mask` keeps stand in (B * L,), so that layers may leave the others out
+            of what treats every position alone; None: nobody may.
         frame_weights: (B, T) how much each of the T frames counts whose tokens stand one after the other in what
             cross-attention reads; the keys of an adapted cross-attention are multiplied by it.
     """
@@ -40,6 +42,7 @@ class Condition:
     encoder_mask: Tensor | None = None
     read: Tensor | None = None
     frame_weights: Tensor | None = None
+    kept: Tensor | None = None
 
     def expand_to(self, rows: int) -> Condition:
         """Follow beam expansion: row b of the condition serves rows b*k ... b*k+k-1.

@@ -1,0 +1,97 @@
+"""Leaving out the positions of a text encoder that nobody reads: padding, and all but one at the end.
+
+Behind its attention a BERT-like layer treats every position alone, so there the positions of all rows may stand in one
+long row without padding, and in the last layer only the one that the head reads. What stays is computed as before.
+"""
+
+# T texts, L positions of each, N positions that count, d width
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import Tensor, nn
+
+from mmpeft_ds.sites.condition import current
+
+
+def leave_out_unread(layers: Iterable[nn.Module]) -> None:
+    """Let BERT-like `layers`, in order, obey `Condition.kept`, and the last one `Condition.read`."""
+    *others, last = layers
+    for layer in others:
+        layer.attention.output.register_forward_pre_hook(_without_padding)
+        layer.output.register_forward_hook(_with_padding)
+    last.attention.output.register_forward_pre_hook(_only_read)
+
+
+def tokenwise(layer: nn.Module) -> bool:
+    """After its attention this layer mixes no positions, whatever adapters are in it."""
+    # the layers of peft itself are linear maps
+    return all(getattr(m, "tokenwise", type(m).__module__.startswith("peft.")) for m in _adapters(layer))
+
+
+def rowless(layer: nn.Module) -> bool:
+    """As `tokenwise`, and no adapter there asks which row a position is of, say for the row's condition."""
+    return all(getattr(m, "rowless", type(m).__module__.startswith("peft.")) for m in _adapters(layer))
+
+
+def kept_positions(keep_TL: Tensor) -> Tensor | None:
+    """(N,) where the positions that count stand in (T * L,); None if all of them do."""
+    kept = keep_TL.flatten().nonzero()[:, 0]
+    return None if len(kept) == keep_TL.numel() else kept
+
+
+def first_position(prefix_keep: Tensor, length: int) -> Tensor:
+    """(T, L) bool: position 0, or the first token of the text itself where it has no image."""
+    prefix = prefix_keep.shape[1]
+    read = torch.zeros(len(prefix_keep), length, dtype=torch.bool, device=prefix_keep.device)
+    if prefix == 0:
+        read[:, 0] = True
+    else:
+        read[:, 0] = prefix_keep[:, 0]
+        read[:, prefix] = ~prefix_keep[:, 0]
+    return read
+
+
+def take(hidden: Tensor, read: Tensor) -> Tensor:
+    """(T, 1, d) the position of each row that `read` marks."""
+    at = read.to(torch.uint8).argmax(1)
+    return hidden.gather(1, at[:, None, None].expand(-1, 1, hidden.shape[2]))
+
+
+def _adapters(layer: nn.Module) -> Iterator[nn.Module]:
+    """What is wrapped around the parts of a layer behind its attention, but for what is switched off."""
+    for part in (layer.attention.output, layer.intermediate, layer.output):
+        for module in part.modules():
+            if hasattr(module, "base_layer") and not getattr(module, "disable_adapters", False):
+                yield module
+
+
+def _only_read(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+    """Forward pre-hook of the last layer's attention output: from here on no token sees another."""
+    condition = current()
+    read = None if condition is None else condition.read
+    # another length: somebody has inserted tokens of their own
+    if read is None or any(a.shape[1] != read.shape[1] for a in args):
+        return None
+    return tuple(take(a, read) for a in args)
+
+
+def _without_padding(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+    """Forward pre-hook of an attention output: (T, L, d) -> (1, N, d)."""
+    condition = current()
+    if condition is None or condition.kept is None or any(a.shape[:2] != condition.own_mask.shape for a in args):
+        return None
+    return tuple(a.flatten(0, 1).index_select(0, condition.kept).unsqueeze(0) for a in args)
+
+
+def _with_padding(module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> Tensor | None:
+    """Forward hook of the end of the same layer: (1, N, d) -> (T, L, d), zeros where nothing counts."""
+    condition = current()
+    if condition is None or condition.kept is None or out.shape[:2] != (1, len(condition.kept)):
+        return None
+    rows, length = condition.own_mask.shape
+    whole = out.new_zeros(rows * length, out.shape[2])
+    # kept has no position twice; index_copy_ would be the same, at twice the time on a CPU
+    return whole.index_add_(0, condition.kept, out[0]).view(rows, length, -1)
