@@ -19,13 +19,18 @@ import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from multiprocessing import resource_tracker
+from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
 import torch
+from torch.multiprocessing.reductions import reduce_tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from mmpeft_ds.errors import BadInput
 
+# Bytes of a tensor up to which it travels inside its batch. A larger one lies in shared memory, for whose descriptor
+# this process must connect to the worker: a round trip to a process that may have to wait for a core.
+INLINE = 1 << 16
 # Imported by the fork server before it forks the first worker.
 PRELOAD = "mmpeft_ds.data._fork_server"
 
@@ -165,12 +170,27 @@ def _unchanged(result: Any) -> Any:
 
 
 def _init_worker(_: int) -> None:
+    ForkingPickler.register(torch.Tensor, _reduce)
     # The main process decides when to stop; a signal to the whole group must not take its data away before.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     threading.Thread(target=_leave_with_parent, daemon=True).start()
     torch.set_num_threads(1)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+
+def _reduce(tensor: torch.Tensor) -> tuple:
+    small = tensor.device.type == "cpu" and tensor.layout == torch.strided and tensor.nbytes <= INLINE
+    if not small or tensor.requires_grad or type(tensor) is not torch.Tensor:
+        return reduce_tensor(tensor)
+    plain = tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes() if tensor.numel() else b""
+    return _rebuilt, (plain, tensor.dtype, tensor.shape)
+
+
+def _rebuilt(plain: bytes, dtype: torch.dtype, shape: torch.Size) -> torch.Tensor:
+    if not plain:
+        return torch.empty(shape, dtype=dtype)
+    return torch.frombuffer(bytearray(plain), dtype=dtype).view(shape)
 
 
 def _modules_in(payload: bytes) -> list[str]:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
 
 from mmpeft_ds.data.workers import WorkerPool
 from mmpeft_ds.errors import BadInput
@@ -24,6 +25,23 @@ def square(x):
     if x < 0:
         raise ZeroDivisionError("a fault of ours")
     return x * x
+
+
+def tensors(_):
+    """Some that travel inside the batch, some too large for it, some of odd layouts."""
+    numbers = torch.arange(60.0).view(3, 4, 5)
+    return [
+        torch.tensor(7),
+        torch.empty(0, 3, dtype=torch.int32),
+        torch.tensor([True, False]),
+        numbers.bfloat16(),
+        numbers.permute(2, 0, 1),
+        numbers.expand(2, 3, 4, 5),
+        torch.arange(40_000).view(-1, 2),
+        torch.arange(600_000, dtype=torch.uint8).view(3, -1).t(),
+        torch.eye(3).to_sparse(),
+        torch.nn.Parameter(torch.ones(2)),
+    ]
 
 
 def slow_pid(x):
@@ -93,6 +111,20 @@ def test_results_come_in_order_and_a_later_run_ends_the_earlier_one(workers):
     assert list(pool.run([7, 3, 5])) == [49, 9, 25]
     pool.close()
     assert not multiprocessing.active_children()
+
+
+def test_tensors_of_every_kind_come_over_as_they_were():
+    pool = WorkerPool(tensors, 1, 2)
+    pool.wait()
+    found = list(pool.run(range(3)))
+    pool.close()  # what came lives on without the worker
+    for row in found:
+        for got, want in zip(row, tensors(0), strict=True):
+            assert (got.dtype, got.shape, got.layout) == (want.dtype, want.shape, want.layout)
+            assert got.requires_grad == want.requires_grad
+            torch.testing.assert_close(got, want, rtol=0, atol=0)
+        row[4][0, 0, 0] = 5  # and may be written to
+    assert found[0][0] == 7
 
 
 def test_nobody_waits_for_workers_to_start_and_the_hand_over_loses_nothing():
