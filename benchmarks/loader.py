@@ -51,7 +51,8 @@ def main() -> None:
         return
     prepare(args.dir, args.samples)
     decoders = decoder_quality(args.dir)
-    rows = [row(args, loader, decoders) for loader in args.loaders]
+    rates = rates_in_turn(args)
+    rows = [row(args, loader, rates[loader]) for loader in args.loaders]
     report(args, rows, decoders)
 
 
@@ -318,20 +319,24 @@ def once(args, loader: str, workers: int, world_size: int, mode: str) -> dict:
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
-def row(args, loader: str, decoders: dict) -> dict:
+def rates_in_turn(args) -> dict:
+    """Runs of every loader at every worker count: one of each, then the next of each, as a machine's speed drifts."""
+    runs: dict = {loader: {workers: [] for workers in args.workers} for loader in args.loaders}
+    for _, workers, loader in itertools.product(range(args.runs), args.workers, args.loaders):
+        run = once(args, loader, workers, 1, "rate")
+        runs[loader][workers].append(run)
+        log(f"{loader}, {workers} workers: {run.get('missing') or format(run['rate'], '.0f') + ' samples/s'}")
+    return runs
+
+
+def row(args, loader: str, rates: dict) -> dict:
     found: dict = {"loader": loader, "rate": {}, "rates": {}, "first": {}, "resume": {}}
-    for workers in args.workers:
-        runs = [once(args, loader, workers, 1, "rate") for _ in range(args.runs)]
-        if "missing" in runs[0]:
-            log(f"{loader}: {runs[0]['missing']}")
-            return {**found, "missing": runs[0]["missing"]}
+    for workers, runs in rates.items():
+        if missing := next((r["missing"] for r in runs if "missing" in r), None):
+            return {**found, "missing": missing}
         found["rates"][workers] = [r["rate"] for r in runs]
         found["rate"][workers] = statistics.median(r["rate"] for r in runs)
         found["first"][workers] = statistics.median(r["first"] for r in runs)
-        log(
-            f"{loader}, {workers} workers: {found['rate'][workers]:.0f} samples/s, "
-            f"first batch {found['first'][workers]:.2f} s"
-        )
     half = args.samples // BATCH // 2
     for workers in args.workers:
         whole = once(args, loader, workers, 1, f"keys:{half}")
