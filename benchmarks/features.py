@@ -10,9 +10,6 @@ is measured from the second epoch on; reading alone, also in the first, in which
 """
 
 import argparse
-import json
-import os
-import platform
 import statistics
 import sys
 import tempfile
@@ -28,6 +25,7 @@ import numpy as np  # noqa: E402
 import simplejpeg  # noqa: E402
 import torch  # noqa: E402
 
+from benchmarks import _page  # noqa: E402
 from mmpeft_ds import recipe as recipes  # noqa: E402
 from mmpeft_ds.data.batch import PackedBatch  # noqa: E402
 from mmpeft_ds.data.feature_shards import read_features, write_class_texts  # noqa: E402
@@ -239,7 +237,7 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 def report(args: argparse.Namespace, result: dict[str, Any]) -> None:
     """Print the table, and write it beside the numbers."""
-    machine = f"{os.cpu_count()} cores {cpu_name()}, Python {platform.python_version()}, torch {torch.__version__}"
+    machine = _page.machine()
     towers = statistics.median(result["towers"])
     lines = [
         "# Training a head from feature shards",
@@ -267,16 +265,7 @@ def report(args: argparse.Namespace, result: dict[str, Any]) -> None:
     for batch, found in result["batches"].items():
         first, later, array = (statistics.median(found[n]) for n in ("read_first", "read", "read_array"))
         lines.append(f"| {batch} | {first:,.0f} | {later:,.0f} | {array:,.0f} | {later / array:.2f} |")
-    text = "\n".join(lines) + "\n"
-    print(text)
-    args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "features.md").write_text(text)
-    (args.out / "features.json").write_text(json.dumps({"machine": machine, **result}, indent=1) + "\n")
-
-
-def cpu_name() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    return next((l.partition(":")[2].strip() for l in lines if l.startswith("model name")), platform.machine())  # noqa: E741
+    _page.write("features", "\n".join(lines), {"machine": machine, **result}, args.out)
 
 
 def log(line: str) -> None:

@@ -14,7 +14,6 @@ same rows, all of them as queries, in one process with as many threads as there 
 import argparse
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -24,6 +23,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[0] = str(ROOT)
+
+from benchmarks import _page  # noqa: E402
+
 CLASSES, TAU, NEIGHBOURS = 37, 0.7, 5
 OURS = ["gather", "product", "threshold", "knn", "symmetric", "ring"]
 PEERS = ["sklearn", "faiss"]
@@ -170,12 +172,8 @@ def drive(args: argparse.Namespace) -> None:
         {"nodes": int(nodes)} | {key: statistics.median(run[nodes][key] for run in runs) for key in runs[0][nodes]}
         for nodes in runs[0]
     ]
-    result = {"machine": machine(), "ranks": args.ranks, "width": args.width, "rows": table, "runs": runs}
-    text = page(result)
-    print(text)
-    args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "graph.md").write_text(text)
-    (args.out / "graph.json").write_text(json.dumps(result, indent=1) + "\n")
+    result = {"machine": _page.machine(), "ranks": args.ranks, "width": args.width, "rows": table, "runs": runs}
+    _page.write("graph", page(result), result, args.out)
 
 
 def page(result: dict) -> str:
@@ -207,17 +205,6 @@ def page(result: dict) -> str:
         lines.append(f"| {row['nodes']} | " + " | ".join(cells) + " |")
     lines += ["", "Bound: twice the product plus the gather."]
     return "\n".join(lines) + "\n"
-
-
-def machine() -> str:
-    """Processor and versions."""
-    import torch
-
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    name = next(names, platform.processor() or platform.machine())
-    return f"{name}, {os.cpu_count()} cores, torch {torch.__version__}"
 
 
 def main() -> None:

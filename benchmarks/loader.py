@@ -14,7 +14,6 @@ import io
 import itertools
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -24,6 +23,10 @@ from pathlib import Path
 import numpy as np
 
 REPO = Path(__file__).resolve().parents[1]
+sys.path[0] = str(REPO)
+
+from benchmarks import _page  # noqa: E402
+
 SIZE, BATCH, SHUFFLE, SEED = 224, 64, 1000, 1
 LOADERS = ("mmpeft_ds", "mmpeft_ds scaled", "webdataset", "webdataset + our decoder", "megatron-energon")
 # A rate is taken over the batches after these, so that batches made while waiting for the first do not count.
@@ -42,7 +45,7 @@ def main() -> None:
     parser.add_argument(
         "--peer-python", default=sys.executable, help="interpreter that has megatron-energon and torch"
     )
-    parser.add_argument("--out", type=Path, default=REPO / "docs" / "benchmarks", help="folder of loader.md and .json")
+    parser.add_argument("--out", type=Path, default=_page.FOLDER, help="folder of loader.md and .json")
     parser.add_argument("--one", nargs=4, metavar=("LOADER", "WORKERS", "WORLD", "MODE"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
@@ -76,11 +79,16 @@ def prepare(dir: Path, samples: int) -> None:
     """Write the shards with our own writer, unless they are there."""
     import simplejpeg
 
+    from mmpeft_ds.data.manifest import Manifest
     from mmpeft_ds.data.writer import PARTS, write_manifest, write_shard
 
     if (dir / "manifest.json").exists():
+        found = Manifest.load(dir).samples("train")
+        if found != samples:
+            sys.exit(
+                f"{dir}: holds {found} photos, {samples} are asked for. Give --samples {found}, or another --dir."
+            )
         return
-    sys.path.insert(0, str(REPO))
     from data_prep.sources.base import RawSample
 
     (dir / PARTS).mkdir(parents=True, exist_ok=True)
@@ -341,8 +349,10 @@ def row(args, loader: str, rates: dict) -> dict:
     for workers in args.workers:
         whole = once(args, loader, workers, 1, f"keys:{half}")
         runs = [once(args, loader, workers, 1, f"resume:{half}") for _ in range(args.runs)]
-        result = {"seconds": statistics.median(r.get("first", float("nan")) for r in runs)}
-        result["same_keys"] = all(r.get("keys") == whole.get("keys") for r in runs)
+        if missing := next((r["missing"] for r in (whole, *runs) if "missing" in r), None):
+            sys.exit(f"{loader}, {workers} workers, resume: {missing}")
+        result = {"seconds": statistics.median(r["first"] for r in runs)}
+        result["same_keys"] = all(r["keys"] == whole["keys"] for r in runs)
         result["state_bytes"] = runs[0].get("state_bytes")
         other = {n: once(args, loader, workers, n, f"resume:{half}") for n in (2, 3)} if "mmpeft" in loader else {}
         result["other_ranks"] = {n: r.get("keys") == whole.get("keys") for n, r in other.items()} or None
@@ -378,9 +388,7 @@ def decoder_quality(dir: Path) -> dict:
 
 
 def report(args, rows: list[dict], decoders: dict) -> None:
-    machine = (
-        f"{os.cpu_count()} cores {cpu_name()}, Python {platform.python_version()}, load at the end {os.getloadavg()}"
-    )
+    machine = f"{_page.machine()}, load at the end {os.getloadavg()}"
     lines = [
         "# Loading photos",
         "",
@@ -411,20 +419,8 @@ def report(args, rows: list[dict], decoders: dict) -> None:
         d = decoders[name]
         psnr = "identical" if d["psnr_min"] == float("inf") else f"{d['psnr_mean']:.1f} / {d['psnr_min']:.1f}"
         lines.append(f"| {name} | {d['rate']:.0f} | {psnr} |")
-    text = "\n".join(lines) + "\n"
-    print(text)
-    args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "loader.md").write_text(text)
-    (args.out / "loader.json").write_text(
-        json.dumps({"machine": machine, "rows": rows, "decoders": decoders}, indent=1)
-    )
-
-
-def cpu_name() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    return next(
-        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine()
-    )
+    result = {"machine": machine, "rows": rows, "decoders": decoders}
+    _page.write("loader", "\n".join(lines), result, args.out)
 
 
 def log(line: str) -> None:

@@ -14,7 +14,6 @@ its inputs, after a warm-up on 64 tokens; on a GPU that of torch's allocator.
 import argparse
 import json
 import os
-import platform
 import resource
 import statistics
 import subprocess
@@ -24,6 +23,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[0] = str(ROOT)
+
+from benchmarks import _page  # noqa: E402
+
 HEADS, WIDTH, CHANNELS = 12, 64, 8
 FORMS = {"dense": "dense", "two sweeps": "two sweeps, exact eps", "one sweep": "one sweep, eps 0"}
 STREAMING = [form for form in FORMS if form != "dense"]
@@ -128,11 +130,7 @@ def drive(args: argparse.Namespace) -> None:
                 row[form] = {key: statistics.median(run[key] for run in runs) for key in ("seconds", "mib")}
         rows.append(row)
     result = {"machine": _machine(args), "device": args.device, "rows": rows}
-    table = _table(result)
-    print(table)
-    args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "p_laplacian.md").write_text(table)
-    (args.out / "p_laplacian.json").write_text(json.dumps(result, indent=1) + "\n")
+    _page.write("p_laplacian", _table(result), result, args.out)
 
 
 def _too_large(args: argparse.Namespace, rows: list[dict], tokens: int) -> str:
@@ -185,15 +183,8 @@ def _table(result: dict) -> str:
 def _machine(args: argparse.Namespace) -> str:
     import torch
 
-    name = torch.cuda.get_device_name() if args.device == "cuda" else _cpu_name()
-    return f"{name}, {os.cpu_count()} cores, {args.threads} used, torch {torch.__version__}"
-
-
-def _cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.processor() or platform.machine())
+    gpu = f"{torch.cuda.get_device_name()}, " if args.device == "cuda" else ""
+    return f"{gpu}{_page.machine()}, {args.threads} used"
 
 
 def main() -> None:

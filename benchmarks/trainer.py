@@ -14,7 +14,6 @@ tuner, AdamW, 2 ranks x 1 thread. A sample is a question.
 import argparse
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -23,6 +22,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[0] = str(ROOT)
+
+from benchmarks import _page  # noqa: E402
+
 QUESTIONS_PER_RANK = 38  # 8 images of easy-VQA have 77 questions on average
 WARM = 5  # steps left out of the timing
 
@@ -268,7 +270,7 @@ def launch(system: str, stage: int, args: argparse.Namespace, same: bool = False
 
 def drive(args: argparse.Namespace) -> None:
     """Run everything in turn, print and write the table."""
-    result: dict = {"machine": _machine(), "steps": args.steps, "runs": args.runs, "stages": {}}
+    result: dict = {"machine": _page.machine(), "steps": args.steps, "runs": args.runs, "stages": {}}
     for stage in args.stages:
         same = {system: launch(system, stage, args, same=True)["losses"] for system in ("ours", "peer")}
         apart = max(abs(a - b) for a, b in zip(*same.values(), strict=True))
@@ -300,12 +302,7 @@ def drive(args: argparse.Namespace) -> None:
         entry["ratio"] = entry["ours"]["samples_per_second"] / entry["peer"]["samples_per_second"]
     if args.same:
         return
-    table = _table(result)
-    print(table)
-    folder = ROOT / "docs" / "benchmarks"
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "trainer.md").write_text(table)
-    (folder / "trainer.json").write_text(json.dumps(result, indent=1) + "\n")
+    _page.write("trainer", _table(result), result)
 
 
 def _table(result: dict) -> str:
@@ -330,12 +327,6 @@ def _table(result: dict) -> str:
             f"| {e['largest_loss_difference']:.1e} |"
         )
     return "\n".join(lines) + "\n"
-
-
-def _machine() -> str:
-    import torch
-
-    return f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}"
 
 
 def main() -> None:
