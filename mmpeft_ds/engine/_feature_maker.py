@@ -6,9 +6,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import json
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -19,14 +17,14 @@ import torch
 from mmpeft_ds.data.batch import PackedBatch, Sample, pack
 from mmpeft_ds.data.decode import decode
 from mmpeft_ds.data.feature_shards import class_name_in_words, negated
-from mmpeft_ds.data.manifest import Manifest, sample_key, write_atomic
+from mmpeft_ds.data.manifest import Manifest, sample_key
 from mmpeft_ds.data.order import key_of
-from mmpeft_ds.data.shards import ShardReader, members
+from mmpeft_ds.data.shards import members
 from mmpeft_ds.data.stream import image_names
 from mmpeft_ds.data.views import RandomView
-from mmpeft_ds.data.writer import PARTS, Part, part_path, shard_file, write_shard
 from mmpeft_ds.engine import resolve, setup
 from mmpeft_ds.engine._feature_samples import FeatureSample, thumbnail
+from mmpeft_ds.engine.shard_jobs import Job, ShardMaker, Told, record_of
 from mmpeft_ds.engine.stop import StopFlag
 from mmpeft_ds.errors import BadInput, BadSample
 from mmpeft_ds.recipe import Recipe
@@ -72,16 +70,6 @@ class FeatureOptions:
     overwrite: bool = False
 
 
-@dataclass(frozen=True)
-class Job:
-    """One shard: number `number` of a split, whose first sample is the split's sample `first`."""
-
-    split: str
-    number: int
-    first: int
-    count: int
-
-
 @dataclass
 class _Prepared:
     """A decoded sample on its way to the towers; or why there is none."""
@@ -94,7 +82,7 @@ class _Prepared:
     bad: str = ""
 
 
-class Maker:
+class Maker(ShardMaker[_Prepared]):
     """Turns shards of a source into feature shards.
 
     Args:
@@ -112,8 +100,9 @@ class Maker:
         recipe = encoder_recipe(recipe)
         if source.towers:
             raise BadInput(f"{source.dir}: holds features already; give --data the images they were made from.")
-        self.recipe, self.source, self.options, self.device, self.stop = recipe, source, options, device, stop
-        self.name = options.name or source.name
+        together = max(1, options.batch // (1 + options.views))
+        super().__init__(recipe, source, options.out, options.name or source.name, together, options.threads, stop)
+        self.options, self.device = options, device
         self.backbone: Any = resolve.make_backbone(recipe, source.labels)
         if not hasattr(self.backbone, "embed"):
             raise BadInput(
@@ -152,20 +141,6 @@ class Maker:
         setup.prepare_backbone(self.backbone, self.recipe)
         self.model = self.backbone.build().to(self.device).requires_grad_(False).eval()
 
-    def write(self, job: Job, progress: Any = None) -> Part | None:
-        """Make one feature shard; None if it was told to stop meanwhile, and nothing is left of it."""
-        file = shard_file(self.name, job.split, job.number)
-        try:
-            return write_shard(
-                self.options.out, self.name, job.split, job.number, job.first, self._samples(job, file, progress)
-            )
-        except _Stopped:
-            for rest in (self.options.out / PARTS).glob(f"{file}.*.tmp"):
-                rest.unlink(missing_ok=True)
-            return None
-        except OSError as error:
-            raise BadInput(f"{self.options.out}: {error.strerror or error}. The same command continues.") from error
-
     @torch.inference_mode()
     def class_texts(self) -> tuple[torch.Tensor, torch.Tensor]:
         """(C, T, D) text features of the classes, for the templates and the negative ones."""
@@ -183,50 +158,19 @@ class Maker:
             found.append((torch.cat(rows) if rows else torch.zeros(0, width)).view(len(names), len(templates), width))
         return found[0], found[1]
 
-    def _samples(self, job: Job, file: str, progress: Any) -> Iterator[FeatureSample]:
-        """The good samples of one shard with their features; the others are noted beside the part of the shard."""
-        left_out = []
-        for prepared in self._ahead(job):
-            if self.stop is not None and self.stop.requested():
-                raise _Stopped
-            good = [p for p in prepared if not p.bad]
-            left_out += [(p.key, p.bad) for p in prepared if p.bad]
-            yield from self._embedded(good)
-            if progress is not None:
-                progress.update(len(prepared))
-        # Before the part that says that the shard is finished.
-        write_atomic(left_out_path(self.options.out, file), json.dumps(left_out).encode())
+    def make(self, job: Job, number: int, prepared: list[_Prepared], told: Told) -> Iterator[FeatureSample]:
+        """The good samples with their features; the others are noted."""
+        told.bad += [(p.key, p.bad) for p in prepared if p.bad]
+        yield from self._embedded([p for p in prepared if not p.bad])
 
-    def _ahead(self, job: Job) -> Iterator[list[_Prepared]]:
-        """Decoded samples, as many as go through the towers at once; the next ones are made meanwhile."""
-        data = self.recipe.data
-        reader = ShardReader(self.source, job.split, data.cache_dir, data.allow_pipe)
-        step = max(1, self.options.batch // (1 + self.options.views))
-        starts = list(range(0, job.count, step))
-
-        def prepare(first: int) -> list[Any]:
-            wanted = [(job.number, i) for i in range(first, min(first + step, job.count))]
-            pieces = zip(wanted, reader.read(wanted), strict=True)
-            return [pool.submit(self._prepared, job, number, piece) for (_, number), piece in pieces]
-
-        with ThreadPoolExecutor(self.options.threads) as pool:
-            try:
-                coming = prepare(starts[0])
-                for following in [*starts[1:], None]:
-                    ready, coming = coming, [] if following is None else prepare(following)
-                    yield [future.result() for future in ready]
-            finally:
-                pool.shutdown(cancel_futures=True)
-                reader.close()
-
-    def _prepared(self, job: Job, number: int, piece: bytes | BadSample) -> _Prepared:
+    def prepare(self, job: Job, number: int, piece: bytes | BadSample) -> _Prepared:
         """One sample, decoded and transformed: each image's evaluation view and its augmented passes."""
         key = sample_key(job.split, job.first + number)
         try:
             if isinstance(piece, BadSample):
                 raise piece
             key, parts = members(piece)
-            record = _record(parts)
+            record = _captioned(parts)
             if "npy" in parts:
                 raise BadSample("features", "the sample holds an array, not pixels")
             made = _Prepared(key, record, views=1 + self.options.views)
@@ -298,11 +242,6 @@ class Maker:
         return stored.numpy()
 
 
-def left_out_path(out: Path, file: str) -> Path:
-    """Where the bad samples of a shard are noted until the manifest is written: [[key, kind], ...]."""
-    return part_path(out, file).with_suffix(".left_out.json")
-
-
 def encoder_recipe(recipe: Recipe) -> Recipe:
     """A recipe whose backbone section is the encoder: a recipe for heads names it as `backbone.encoder`."""
     section = recipe.backbone.get("encoder")
@@ -314,19 +253,10 @@ def encoder_recipe(recipe: Recipe) -> Recipe:
     return changed
 
 
-def _record(parts: dict[str, bytes]) -> dict[str, Any]:
+def _captioned(parts: dict[str, bytes]) -> dict[str, Any]:
     """The json of a sample, with `captions` as a list of texts. Raises BadSample."""
-    try:
-        record = json.loads(parts.get("json", b"{}"))
-    except ValueError as error:
-        raise BadSample("json", str(error)) from error
-    if not isinstance(record, dict):
-        raise BadSample("json", f"holds a {type(record).__name__}, not an object")
+    record = record_of(parts)
     captions = record.setdefault("captions", [])
     if not isinstance(captions, list) or not all(isinstance(text, str) for text in captions):
         raise BadSample("type", "captions is no list of texts")
     return record
-
-
-class _Stopped(Exception):  # noqa: N818 - no error: a signal came
-    pass

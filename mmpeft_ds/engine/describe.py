@@ -1,8 +1,7 @@
 """Let a model that writes describe the images of a data set: new shards with its captions, everything else as it was.
 
-One shard of the source becomes one shard. Ranks take shards in turn; a shard's bytes depend on its samples, the model
-and the options alone, so any number of ranks writes the same files, and a run that was interrupted goes on where it
-was. A sample that cannot be described keeps its place, without a caption.
+One shard of the source becomes one shard, see `shard_jobs.py`. A sample that cannot be described keeps its place,
+without a caption.
 """
 
 # n captions an image
@@ -13,9 +12,7 @@ import hashlib
 import io
 import json
 import shutil
-from collections import Counter
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,18 +24,17 @@ from mmpeft_ds import adapter
 from mmpeft_ds.data.batch import Prompted, Sample, pack
 from mmpeft_ds.data.blind import ClassNameFilter
 from mmpeft_ds.data.decode import decode
-from mmpeft_ds.data.manifest import FILE, NAME, Manifest, local_path, sample_key, write_atomic
+from mmpeft_ds.data.manifest import NAME, Manifest, local_path, sample_key
 from mmpeft_ds.data.order import key_of
-from mmpeft_ds.data.shards import ShardReader, members, verify_shards
+from mmpeft_ds.data.shards import members
 from mmpeft_ds.data.stream import image_names
 from mmpeft_ds.data.subset import fingerprint
-from mmpeft_ds.data.writer import PARTS, Part, finished_part, part_path, shard_file, write_manifest, write_shard
+from mmpeft_ds.data.writer import PARTS, Part, write_manifest
 from mmpeft_ds.engine import fingerprint as fingerprints
 from mmpeft_ds.engine import resolve, setup
-from mmpeft_ds.engine._feature_maker import Job
 from mmpeft_ds.engine._feature_samples import FeatureSample
-from mmpeft_ds.engine.features import PLAN, Plan, make_shards
 from mmpeft_ds.engine.rank0 import on_rank0
+from mmpeft_ds.engine.shard_jobs import Job, Plan, ShardMaker, Told, carry_out, open_plan, record_of
 from mmpeft_ds.engine.stop import StopFlag
 from mmpeft_ds.errors import BadInput, BadSample
 from mmpeft_ds.recipe import Recipe
@@ -103,7 +99,7 @@ def run(recipe: Recipe, options: DescribeOptions, adapter_dir: Path | None = Non
             if ranks.rank == 0:
                 print(f"{options.out}: these captions are already there, nothing to do")
             return 0
-        if not make_shards(describer, plan, ranks, "describe"):
+        if not carry_out(describer, plan, ranks, "describe"):
             if ranks.rank == 0:
                 print(f"{options.out}: stopped; the same command continues")
             return 1
@@ -124,7 +120,7 @@ class _Read:
     bad: str = ""
 
 
-class Describer:
+class Describer(ShardMaker[_Read]):
     """Turns shards of images into the same shards with captions.
 
     Args:
@@ -144,8 +140,10 @@ class Describer:
         stop: StopFlag | None = None,
         adapter_dir: Path | None = None,
     ):
-        self.recipe, self.source, self.options, self.device, self.stop = recipe, source, options, device, stop
-        self.name = options.name or source.name
+        super().__init__(
+            recipe, source, options.out, options.name or source.name, options.batch, options.threads, stop
+        )
+        self.options, self.device = options, device
         self.filter = ClassNameFilter(source.labels) if options.remove_class_names else None
         if adapter_dir is None:
             self.backbone: Any = resolve.make_backbone(recipe, source.labels)
@@ -179,45 +177,23 @@ class Describer:
             "remove_class_names": options.remove_class_names,
         }
 
-    def write(self, job: Job, progress: Any = None) -> Part | None:
-        """Make one shard; None if it was told to stop meanwhile, and nothing is left of it."""
-        out, file = self.options.out, shard_file(self.name, job.split, job.number)
-        try:
-            return write_shard(out, self.name, job.split, job.number, job.first, self._samples(job, file, progress))
-        except _Stopped:
-            for rest in (out / PARTS).glob(f"{file}.*.tmp"):
-                rest.unlink(missing_ok=True)
-            return None
-        except OSError as error:
-            raise BadInput(f"{out}: {error.strerror or error}. The same command continues.") from error
-
     def _refuse_mute(self, name: str) -> None:
         if not hasattr(self.backbone, "generate"):
             raise BadInput(f"backbone.name: {name!r} writes no text. Use blip, mllm or vision_text_decoder.")
 
-    def _samples(self, job: Job, file: str, progress: Any) -> Iterator[FeatureSample]:
-        """All samples of one shard in order; what was counted is noted beside the part of the shard."""
-        told = {"bad": [], "counts": Counter()}
-        for first, read in self._ahead(job):
-            if self.stop is not None and self.stop.requested():
-                raise _Stopped
-            seeing = [r for r in read if not r.bad]
-            written = iter(self._written(seeing, key_of(self.options.seed, "describe", job.split, job.first + first)))
-            for sample in read:
-                captions = [] if sample.bad else [next(written) for _ in self._texts(sample)]
-                kept = captions if self.filter is None else [self.filter(c) for c in captions]
-                told["bad"] += [(sample.key, sample.bad)] if sample.bad else []
-                told["counts"]["samples"] += 1
-                told["counts"]["captions"] += len(kept)
-                told["counts"]["empty"] += sum(not c for c in kept)
-                told["counts"]["filtered"] += sum(k != c for k, c in zip(kept, captions, strict=True))
-                record = {**sample.record, self.options.field: kept}
-                features = sample.arrays.pop("", None)
-                yield FeatureSample(sample.name, features, sample.arrays, sample.encoded, record)
-            if progress is not None:
-                progress.update(len(read))
-        # Before the part that says that the shard is finished.
-        write_atomic(_told_path(self.options.out, file), json.dumps(told).encode())
+    def make(self, job: Job, number: int, prepared: list[_Read], told: Told) -> Iterator[FeatureSample]:
+        """All samples, with their captions; what is counted of them is noted."""
+        seeing = [r for r in prepared if not r.bad]
+        written = iter(self._written(seeing, key_of(self.options.seed, "describe", job.split, job.first + number)))
+        for sample in prepared:
+            captions = [] if sample.bad else [next(written) for _ in self._texts(sample)]
+            kept = captions if self.filter is None else [self.filter(c) for c in captions]
+            told.bad += [(sample.key, sample.bad)] if sample.bad else []
+            filtered = sum(k != c for k, c in zip(kept, captions, strict=True))
+            told.counts.update(samples=1, captions=len(kept), empty=sum(not c for c in kept), filtered=filtered)
+            record = {**sample.record, self.options.field: kept}
+            features = sample.arrays.pop("", None)
+            yield FeatureSample(sample.name, features, sample.arrays, sample.encoded, record)
 
     def _texts(self, sample: _Read) -> range:
         return range(len(sample.images) * self.options.captions)
@@ -246,28 +222,9 @@ class Describer:
             )
         return [" ".join(text.split()) for text in texts]
 
-    def _ahead(self, job: Job) -> Iterator[tuple[int, list[_Read]]]:
-        """Decoded samples, `batch` at a time with the number of the first; the next ones are decoded meanwhile."""
-        data, step = self.recipe.data, self.options.batch
-        reader = ShardReader(self.source, job.split, data.cache_dir, data.allow_pipe)
-        starts = list(range(0, job.count, step))
-
-        def submit(first: int) -> list[Future[_Read]]:
-            wanted = [(job.number, i) for i in range(first, min(first + step, job.count))]
-            pieces = zip(wanted, reader.read(wanted), strict=True)
-            return [pool.submit(self._read, sample_key(job.split, job.first + i), piece) for (_, i), piece in pieces]
-
-        with ThreadPoolExecutor(self.options.threads) as pool:
-            try:
-                coming = submit(starts[0])
-                for first, following in zip(starts, [*starts[1:], None], strict=True):
-                    ready, coming = coming, [] if following is None else submit(following)
-                    yield first, [future.result() for future in ready]
-            finally:
-                pool.shutdown(cancel_futures=True)
-                reader.close()
-
-    def _read(self, key: str, piece: bytes | BadSample) -> _Read:
+    def prepare(self, job: Job, number: int, piece: bytes | BadSample) -> _Read:
+        """One sample, its images decoded and transformed."""
+        key = sample_key(job.split, job.first + number)
         read = _Read(key, key)
         try:
             if isinstance(piece, BadSample):
@@ -275,7 +232,7 @@ class Describer:
             _, parts = members(piece)
             names = image_names(parts)
             read.encoded = [(name.rpartition(".")[2], parts[name]) for name in names]
-            record = _json(parts)
+            record = record_of(parts)
             read.name, read.record = str(record.pop("source_name", key)), record
             read.arrays = _arrays(parts)
             for name in names:
@@ -318,63 +275,41 @@ def _plan(describer: Describer) -> Plan:
     """What is to be done, on rank 0; notes in the new directory what is being made there. Raises BadInput."""
     source, options = describer.source, describer.options
     out, splits = options.out, list(options.splits) or list(source.splits)
-    for split in splits:
-        if problems := verify_shards(source, split, "size"):
-            raise BadInput(problems[0])
     prints = {split: fingerprint(source, split) for split in splits}
     wanted = {"name": describer.name, "fingerprint": prints, "options": _options(describer)}
-    if (out / FILE).exists():
-        there = Manifest.load(out)
+
+    def of_manifest(there: Manifest) -> dict[str, Any]:
         if there.source.get("name") != "describe":
             raise BadInput(f"{out}: holds another data set. Choose another --out.")
-        have = {"name": there.name, **{k: there.source[k] for k in ("fingerprint", "options")}}
-        _refuse_difference(out, have, wanted)
-        shutil.rmtree(out / PARTS, ignore_errors=True)
-        return Plan([], [], done=True)
-    try:
-        (out / PARTS).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise BadInput(f"--out {out}: cannot be made ({error.strerror}).") from error
-    if (out / PARTS / PLAN).exists():
-        _refuse_difference(out, json.loads((out / PARTS / PLAN).read_text("utf-8")), wanted)
-        for stale in (out / PARTS).glob("*.tmp"):
-            stale.unlink()
-    elif strange := sorted(p.name for p in out.iterdir() if p.suffix in (".tar", ".npy")):
-        raise BadInput(f"{out}: holds {strange[0]}, but no {FILE} that tells of it. Choose an empty directory.")
-    else:
-        write_atomic(out / PARTS / PLAN, json.dumps(wanted, ensure_ascii=False, indent=1).encode())
-    jobs = []
-    for split in splits:
-        first = 0
-        for number, shard in enumerate(source.shards(split)):
-            jobs.append(Job(split, number, first, shard.samples))
-            first += shard.samples
-    return Plan(jobs, [job for job in jobs if finished_part(out, _file(describer, job)) is None])
+        return {"name": there.name, **{k: there.source[k] for k in ("fingerprint", "options")}}
+
+    return open_plan(
+        source,
+        out,
+        describer.name,
+        splits,
+        wanted,
+        of_manifest,
+        lambda have, want: _refuse_difference(out, have, want),
+    )
 
 
 def _finish(describer: Describer, plan: Plan) -> None:
     """Side files and, last, the manifest with where the captions come from."""
     source, out = describer.source, describer.options.out
     parts: dict[str, list[Part]] = {}
-    told: dict[str, dict[str, Any]] = {}
-    for job in plan.jobs:
-        file = _file(describer, job)
-        part = finished_part(out, file)
-        if part is None:
-            raise RuntimeError(f"{out / file}: changed while the other shards were made")
+    told: dict[str, Told] = {}
+    for job, part, here in describer.finished(plan):
         parts.setdefault(job.split, []).append(part)
-        here = json.loads(_told_path(out, file).read_text("utf-8"))
-        total = told.setdefault(job.split, {"bad": 0, "bad_samples": []})
-        total["bad"] += len(here["bad"])
-        total["bad_samples"] += here["bad"]
-        for key, count in here["counts"].items():
-            total[key] = total.get(key, 0) + count
+        told.setdefault(job.split, Told()).add(here)
     description = {
         "name": "describe",
         "options": _options(describer),
         "fingerprint": {split: fingerprint(source, split) for split in parts},
         "of": {"name": source.name, "source": source.source},
-        "described": told,
+        "described": {
+            split: {"bad": len(total.bad), "bad_samples": total.bad, **total.counts} for split, total in told.items()
+        },
     }
     label_split = "train" if "train" in parts else next(iter(parts))
     manifest = write_manifest(
@@ -387,22 +322,14 @@ def _finish(describer: Describer, plan: Plan) -> None:
     print(f"{manifest.name}: captions of {describer.origin['model'] or describer.origin['backbone']} in {out}")
     for split, total in told.items():
         print(
-            f"  {split:8} {total['samples']:>9,} samples  {total['captions']:>9,} captions, {total['filtered']:,} of "
-            f"them filtered, {total['empty']:,} empty; {total['bad']:,} bad samples without one"
+            f"  {split:8} {total.counts['samples']:>9,} samples  {total.counts['captions']:>9,} captions, "
+            f"{total.counts['filtered']:,} of them filtered, {total.counts['empty']:,} empty; {len(total.bad):,} bad "
+            "samples without one"
         )
 
 
 def _options(describer: Describer) -> dict[str, Any]:
     return json.loads(json.dumps({"data": describer.source.name, **describer.origin}))
-
-
-def _file(describer: Describer, job: Job) -> str:
-    return shard_file(describer.name, job.split, job.number)
-
-
-def _told_path(out: Path, file: str) -> Path:
-    """Where counts and bad samples of a shard are noted until the manifest is written."""
-    return part_path(out, file).with_suffix(".described.json")
 
 
 def _refuse_difference(out: Path, have: dict[str, Any], wanted: dict[str, Any]) -> None:
@@ -415,16 +342,6 @@ def _refuse_difference(out: Path, have: dict[str, Any], wanted: dict[str, Any]) 
         raise BadInput(f"{out}: holds captions made with {'; '.join(differs)}. Choose another --out, or delete it.")
 
 
-def _json(parts: dict[str, bytes]) -> dict[str, Any]:
-    try:
-        record = json.loads(parts.get("json", b"{}"))
-    except ValueError as error:
-        raise BadSample("json", str(error)) from error
-    if not isinstance(record, dict):
-        raise BadSample("json", f"holds a {type(record).__name__}, not an object")
-    return record
-
-
 def _arrays(parts: dict[str, bytes]) -> dict[str, np.ndarray]:
     """Arrays of a sample by name; the one without a name is its features."""
     try:
@@ -435,7 +352,3 @@ def _arrays(parts: dict[str, bytes]) -> dict[str, np.ndarray]:
         }
     except (ValueError, OSError, EOFError) as error:
         raise BadSample("npy", str(error)) from error
-
-
-class _Stopped(Exception):  # noqa: N818 - no error: a signal came
-    pass

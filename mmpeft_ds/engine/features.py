@@ -1,7 +1,6 @@
 """Stream image and text shards through frozen towers, once, and keep what they make: feature shards.
 
-One shard of the source becomes one feature shard. Ranks take shards in turn; a shard's bytes depend on its samples and
-the options alone, so any number of ranks writes the same files, and a run that was interrupted goes on where it was.
+One shard of the source becomes one feature shard, see `shard_jobs.py`.
 """
 
 from __future__ import annotations
@@ -9,40 +8,25 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
-
 from mmpeft_ds.data.feature_shards import write_class_texts
-from mmpeft_ds.data.manifest import FILE, NAME, Manifest, local_path, sample_key, write_atomic
-from mmpeft_ds.data.shards import members, verify_shards
+from mmpeft_ds.data.manifest import FILE, NAME, Manifest, local_path, sample_key
+from mmpeft_ds.data.shards import members
 from mmpeft_ds.data.subset import fingerprint
-from mmpeft_ds.data.writer import PARTS, Part, finished_part, shard_file, write_manifest, write_shard
+from mmpeft_ds.data.writer import PARTS, Part, write_manifest, write_shard
 from mmpeft_ds.engine import setup
-from mmpeft_ds.engine._feature_maker import PLACE, TEMPLATES, FeatureOptions, Job, Maker, left_out_path
+from mmpeft_ds.engine._feature_maker import PLACE, TEMPLATES, FeatureOptions, Maker
 from mmpeft_ds.engine._feature_samples import stored_sample
 from mmpeft_ds.engine.rank0 import on_rank0
+from mmpeft_ds.engine.shard_jobs import PLAN, Job, Plan, carry_out, open_plan
 from mmpeft_ds.engine.stop import StopFlag
 from mmpeft_ds.errors import BadInput
 from mmpeft_ds.recipe import Recipe
 
 __all__ = ["TEMPLATES", "FeatureOptions", "run"]
-
-PLAN = "plan.json"
-LINE_EVERY = 10.0  # seconds between progress lines where no terminal is attached
-
-
-@dataclass
-class Plan:
-    """What is left to do; the same on all ranks."""
-
-    jobs: list[Job]
-    todo: list[Job]
-    done: bool = False
 
 
 def run(recipe: Recipe, options: FeatureOptions) -> int:
@@ -68,7 +52,7 @@ def run(recipe: Recipe, options: FeatureOptions) -> int:
             return 0
         began = time.perf_counter()
         maker.build()
-        finished = make_shards(maker, plan, ranks, "features")
+        finished = carry_out(maker, plan, ranks, "features")
         if not finished:
             if ranks.rank == 0:
                 print(f"{options.out}: stopped; the same command continues")
@@ -102,103 +86,30 @@ def make_plan(source: Manifest, options: FeatureOptions, towers: dict[str, Any])
     Raises:
         BadInput: the directory holds something else: features of other towers or options, or another data set.
     """
-    out = options.out
-    splits = list(options.splits) or list(source.splits)
-    for split in splits:
-        source.shards(split)
-        if problems := verify_shards(source, split, "size"):
-            raise BadInput(problems[0])
+    out, splits = options.out, list(options.splits) or list(source.splits)
     wanted = {
         "name": options.name or source.name,
         "source": {split: fingerprint(source, split) for split in splits},
         "towers": towers,
     }
-    if options.overwrite:
-        _clear(out)
-    if (out / FILE).exists():
-        there = Manifest.load(out)
+
+    def of_manifest(there: Manifest) -> dict[str, Any]:
         if not there.towers:
             raise BadInput(f"{out}: holds a data set of pixels. Choose another --out.")
         kept = {k: v for k, v in there.towers.items() if k in towers}
-        _refuse_difference(
-            out, {"name": there.name, "source": there.source.get("fingerprint"), "towers": kept}, wanted
-        )
-        shutil.rmtree(out / PARTS, ignore_errors=True)
-        return Plan([], [], done=True)
-    try:
-        (out / PARTS).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise BadInput(f"--out {out}: cannot be made ({error.strerror}).") from error
-    if (out / PARTS / PLAN).exists():
-        _refuse_difference(out, json.loads((out / PARTS / PLAN).read_text("utf-8")), wanted)
-        for stale in (out / PARTS).glob("*.tmp"):
-            stale.unlink()
-    elif strange := sorted(p.name for p in out.iterdir() if p.suffix in (".tar", ".npy")):
-        raise BadInput(f"{out}: holds {strange[0]}, but no {FILE} that tells of it. Choose an empty directory.")
-    else:
-        write_atomic(out / PARTS / PLAN, json.dumps(wanted, ensure_ascii=False, indent=1).encode())
-    jobs = []
-    for split in splits:
-        first = 0
-        for number, shard in enumerate(source.shards(split)):
-            jobs.append(Job(split, number, first, shard.samples))
-            first += shard.samples
-    todo = [job for job in jobs if finished_part(out, shard_file(wanted["name"], job.split, job.number)) is None]
-    return Plan(jobs, todo)
+        return {"name": there.name, "source": there.source.get("fingerprint"), "towers": kept}
 
-
-def make_shards(maker: Any, plan: Plan, ranks: Any, what: str) -> bool:
-    """All shards that are missing, in rounds of one shard a rank; False if a rank was told to stop.
-
-    Args:
-        maker: `write(job, progress)` makes one shard, None if stopped; `stop` tells of signals. Raises BadInput.
-        what: is made, for the progress lines.
-    """
-    from tqdm import tqdm
-
-    mine = plan.todo[ranks.rank :: ranks.world_size]
-    title = what if ranks.world_size == 1 else f"{what} (rank 0 of {ranks.world_size})"
-    bar = tqdm(
-        total=sum(job.count for job in mine), desc=title, unit="sample", disable=None if not ranks.rank else True
+    if options.overwrite:
+        _clear(out)
+    return open_plan(
+        source,
+        out,
+        wanted["name"],
+        splits,
+        wanted,
+        of_manifest,
+        lambda have, want: _refuse_difference(out, have, want),
     )
-    progress = _Lines(bar, title, sum(job.count for job in mine)) if ranks.rank == 0 else None
-    with bar:
-        for round_ in range(-(-len(plan.todo) // ranks.world_size)):
-            problem, stopped = None, False
-            if round_ < len(mine):
-                try:
-                    stopped = maker.write(mine[round_], progress) is None
-                except BadInput as error:
-                    problem = str(error)
-            # A collective each round: none of the ranks waits for another longer than one shard takes.
-            told: list[Any] = [None] * ranks.world_size
-            if ranks.world_size > 1:
-                dist.all_gather_object(told, (problem, stopped or maker.stop.requested()))
-            else:
-                told = [(problem, stopped)]
-            if problems := [p for p, _ in told if p]:
-                raise BadInput(problems[0])
-            if any(s for _, s in told):
-                return False
-    return True
-
-
-class _Lines:
-    """Advances the bar, and prints a line now and then where no terminal shows it."""
-
-    def __init__(self, bar: Any, title: str, total: int):
-        self.bar, self.title, self.total = bar, title, total
-        self.done, self.began, self.said = 0, time.monotonic(), time.monotonic()
-
-    def update(self, count: int) -> None:
-        """`count` more samples are done."""
-        self.done += count
-        self.bar.update(count)
-        now = time.monotonic()
-        if not sys.stderr.isatty() and now - self.said > LINE_EVERY:
-            self.said = now
-            rate = self.done / (now - self.began)
-            print(f"{self.title}: {self.done:,} of {self.total:,}, {rate:.1f}/s", file=sys.stderr, flush=True)
 
 
 def _finish(maker: Maker, plan: Plan, seconds: float) -> None:
@@ -206,20 +117,15 @@ def _finish(maker: Maker, plan: Plan, seconds: float) -> None:
     options, source, out, name = maker.options, maker.source, maker.options.out, maker.name
     parts: dict[str, list[Part]] = {}
     left_out: dict[str, Any] = {}
-    for job in plan.jobs:
-        file = shard_file(name, job.split, job.number)
-        part = finished_part(out, file)
-        if part is None:
-            raise RuntimeError(f"{out / file}: changed while the other shards were made")
-        here = json.loads(left_out_path(out, file).read_text("utf-8"))
+    for job, part, told in maker.finished(plan):
         noted = left_out.setdefault(job.split, {"count": 0, "samples": []})
-        noted["count"] += len(here)
-        noted["samples"] += here
+        noted["count"] += len(told.bad)
+        noted["samples"] += told.bad
         part = renumbered(out, name, job, part, sum(p.shard.samples for p in parts.get(job.split, [])))
         if part.shard.samples:
             parts.setdefault(job.split, []).append(part)
         else:
-            (out / file).unlink()
+            (out / part.shard.file).unlink()
     for job in plan.jobs:
         if job.split not in parts:
             raise BadInput(f"{source.dir}: split {job.split!r} has no readable sample. data_prep/verify.py lists why.")
