@@ -26,7 +26,7 @@ from data_prep.progress import Progress  # noqa: E402
 from data_prep.reading import parse_sample  # noqa: E402
 from mmpeft_ds import console  # noqa: E402
 from mmpeft_ds import recipe as recipes  # noqa: E402
-from mmpeft_ds.data.decode import decode  # noqa: E402
+from mmpeft_ds.data.decode import MAX_PIXELS, decode  # noqa: E402
 from mmpeft_ds.data.manifest import Manifest, local_path  # noqa: E402
 from mmpeft_ds.data.shards import ShardReader  # noqa: E402
 from mmpeft_ds.engine import resolve  # noqa: E402
@@ -75,7 +75,8 @@ def main(argv: list[str] | None = None) -> None:
         raise BadInput(f"{args.dir}: the manifest can only be rewritten in a local directory; copy it here first.")
     if manifest.samples(args.split) and not manifest.fields[args.split].get("images", {}).get("max"):
         raise BadInput(f"{args.dir}: split {args.split!r} has no images.")
-    backbone = resolve.make_backbone(recipes.load(args.recipe, args.set), manifest.labels)
+    recipe = recipes.load(args.recipe, args.set)
+    backbone = resolve.make_backbone(recipe, manifest.labels)
     if not getattr(backbone, "wants_statistics", False):
         print(f"{args.recipe}: this backbone asks for no feature statistics; nothing to do")
         return
@@ -85,7 +86,7 @@ def main(argv: list[str] | None = None) -> None:
         print(f"{args.dir}: statistics {key} are there already, over {found['count']:,} images of {found['split']!r}")
         return
     torch.set_num_threads(args.threads)
-    statistics = measure(manifest, args.split, backbone, args.batch)
+    statistics = measure(manifest, args.split, backbone, args.batch, recipe.data.max_pixels)
     manifest = Manifest.load(args.dir)  # another run may have added its own meanwhile
     manifest.statistics[key] = statistics
     manifest.save(args.dir)
@@ -95,8 +96,8 @@ def main(argv: list[str] | None = None) -> None:
     )
 
 
-def measure(manifest: Manifest, split: str, backbone: Any, batch: int) -> dict[str, Any]:
-    """Statistics of all readable images of a split.
+def measure(manifest: Manifest, split: str, backbone: Any, batch: int, max_pixels: int = MAX_PIXELS) -> dict[str, Any]:
+    """Statistics of all readable images of a split, of at most `max_pixels` pixels as in training.
 
     Returns:
         mean, std: d numbers each; count: images; bad: samples left out; split; backbone: the options of the tower.
@@ -108,7 +109,7 @@ def measure(manifest: Manifest, split: str, backbone: Any, batch: int) -> dict[s
     vision = backbone.build_vision()
     transform = backbone.image_transform(False)
     with Progress("features", manifest.samples(split)) as progress:
-        for images, samples, unreadable in _ahead(image_batches(manifest, split, transform, batch)):
+        for images, samples, unreadable in _ahead(image_batches(manifest, split, transform, batch, max_pixels)):
             bad += unreadable
             if images:
                 moments.add(vision(backbone.collate_images(images)))
@@ -127,7 +128,7 @@ def measure(manifest: Manifest, split: str, backbone: Any, batch: int) -> dict[s
 
 
 def image_batches(
-    manifest: Manifest, split: str, transform: Callable[[Tensor, Any], Any], batch: int
+    manifest: Manifest, split: str, transform: Callable[[Tensor, Any], Any], batch: int, max_pixels: int
 ) -> Iterator[tuple[list[Any], int, int]]:
     """(transformed images, samples read, samples left out as bad), about `batch` images at a time, in order."""
     reader = ShardReader(manifest, split)
@@ -141,7 +142,7 @@ def image_batches(
                     if isinstance(piece, BadSample):
                         raise piece
                     # all or none of the images of a sample, as in training
-                    images += [transform(decode(data), None) for data in parse_sample(piece).images]
+                    images += [transform(decode(data, max_pixels), None) for data in parse_sample(piece).images]
                 except BadSample:
                     bad += 1
                 if len(images) >= batch:

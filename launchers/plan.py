@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """What a recipe will cost: data, trainables by kind, steps, memory per rank. The same as train.py --check.
 
-    python launchers/plan.py --recipe recipes/quickstart.yaml [--set A.B=VALUE ...] [--json]
+python launchers/plan.py --recipe recipes/quickstart.yaml [--set A.B=VALUE ...] [--json]
 """
 
 import json

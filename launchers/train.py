@@ -1,9 +1,9 @@
 #!/usr/bin/env python
 """Train a recipe, or continue its run directory.
 
-    deepspeed --num_accelerators 2 launchers/train.py --recipe recipes/quickstart.yaml --set optim.lr=1e-3
-    torchrun --nproc-per-node 2 launchers/train.py --recipe recipes/quickstart.yaml
-    python launchers/train.py --recipe recipes/quickstart.yaml --check
+deepspeed --num_accelerators 2 launchers/train.py --recipe recipes/quickstart.yaml --set optim.lr=1e-3
+torchrun --nproc-per-node 2 launchers/train.py --recipe recipes/quickstart.yaml
+python launchers/train.py --recipe recipes/quickstart.yaml --check
 """
 
 import sys

@@ -12,6 +12,8 @@ from typing import Any, NoReturn
 
 from mmpeft_ds.errors import BadInput
 
+# What gloo and NCCL say when a rank that they wait for is gone.
+LOST_A_RANK = ("gloo/transport/", "remote process exited")
 PATIENCE = datetime.timedelta(seconds=5)  # how long other ranks wait for rank 0 to speak first
 
 
@@ -29,7 +31,9 @@ class Parser(argparse.ArgumentParser):
 
 
 def run(main: Callable[[], int | None]) -> NoReturn:
-    """Run a command and leave with its exit code: 0 done, 2 bad input (one line, no traceback), 1 a fault of ours."""
+    """Run a command and leave with its exit code: 0 done, 2 bad input (one line, no traceback), 1 a fault of ours or a
+    rank that is gone (which is one line as well).
+    """
     try:
         code = main() or 0
     except BadInput as e:
@@ -39,6 +43,19 @@ def run(main: Callable[[], int | None]) -> NoReturn:
         code = 2
     except KeyboardInterrupt:
         code = 130
+    except RuntimeError as e:
+        if not any(sign in str(e) for sign in LOST_A_RANK):
+            raise
+        sys.stdout.flush()
+        # Every survivor tells it: which rank is missing is what the others, together, leave over.
+        print(
+            f"rank {rank()}: lost its connection to another rank, which has probably died; the reason is what that "
+            "rank printed last, or the kernel's log if it was killed. The same command continues from the last "
+            f"checkpoint. ({str(e).splitlines()[0]})",
+            file=sys.stderr,
+            flush=True,
+        )
+        code = 1
     sys.exit(code)
 
 

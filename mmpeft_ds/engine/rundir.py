@@ -127,22 +127,30 @@ class RunDir:
         target, newest, differing = on_rank0(take)
         return cls(Path(target), None if newest is None else Path(newest), differing, lock[0] if lock else None)
 
-    def finished(self, total_steps: int) -> dict[str, Any] | None:
-        """What `finish` stored, if the run reached `total_steps`, else None: a longer run goes on. Collective."""
+    def finished(self, total_steps: int, patience: int = 0) -> dict[str, Any] | None:
+        """What `finish` stored; None where there is more to do, since the run is to be longer, or more patient than it
+        was when it stopped early. Collective.
+        """
 
         def read() -> dict[str, Any] | None:
             with contextlib.suppress(FileNotFoundError, ValueError):
                 stored = json.loads((self.path / "finished.json").read_text())
-                if stored["total_steps"] >= total_steps:
+                out_of_patience = stored.get("patience", 0)
+                more_patient = out_of_patience and (patience > out_of_patience or not patience)
+                if stored["total_steps"] >= total_steps and not more_patient:
                     return stored
             return None
 
         return on_rank0(read)
 
-    def finish(self, total_steps: int, metrics: dict[str, Any], table: str) -> None:
-        """Mark the run as done after `total_steps` steps, with its final metrics and printed table. Rank 0 writes."""
+    def finish(self, total_steps: int, metrics: dict[str, Any], table: str, patience: int = 0) -> None:
+        """Mark the run of `total_steps` steps as done, with its final metrics and printed table. Rank 0 writes.
+
+        Args:
+            patience: with which it stopped before its last step; 0 if it did not.
+        """
         if rank() == 0:
-            value = {"total_steps": total_steps, "metrics": metrics, "table": table}
+            value = {"total_steps": total_steps, "patience": patience, "metrics": metrics, "table": table}
             _replace(self.path / "finished.json", json.dumps(value, indent=1) + "\n")
 
     def truncate(self, step: int) -> None:

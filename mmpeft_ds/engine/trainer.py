@@ -68,7 +68,7 @@ def _with_stream(
     recipe = resolved.recipe
     total = total_steps(recipe, stream, getattr(resolved.method_config, "gradient_free", False))
     check_schedule(recipe, total, stream.steps_per_epoch())
-    if (done := run_dir.finished(total)) is not None:
+    if (done := run_dir.finished(total, recipe.engine.patience)) is not None:
         if ranks.rank == 0:
             print(done["table"])
         return 0
@@ -281,7 +281,8 @@ class Training:
             return False
         adapter.export(self.run_dir.adapter, self.built.engine, self.resolved, metrics)
         table = "\n".join(f"{name:>16}  {value}" for name, value in metrics.items())
-        self.run_dir.finish(self.total, metrics, table)
+        early = self.recipe.engine.patience if state.step < self.total else 0
+        self.run_dir.finish(self.total, metrics, table, early)
         self.observer.say(table)
         return True
 

@@ -5,6 +5,7 @@ import torch
 
 from data_prep import feature_stats, prepare
 from mmpeft_ds.data.manifest import Manifest
+from mmpeft_ds.data.options import DataOptions
 from mmpeft_ds.errors import BadInput
 
 
@@ -35,10 +36,13 @@ class Tower:
 
 @pytest.fixture
 def tower(monkeypatch):
-    monkeypatch.setattr(feature_stats.recipes, "load", lambda path, overrides: None)
+    data = DataOptions()
+    for_all = types.SimpleNamespace(data=data)
+    monkeypatch.setattr(feature_stats.recipes, "load", lambda path, overrides: for_all)
     monkeypatch.setattr(feature_stats.resolve, "make_backbone", lambda recipe, labels: Tower())
     monkeypatch.setattr(feature_stats.torch, "set_num_threads", lambda n: None)
     Tower.built = 0
+    return data
 
 
 @pytest.fixture
@@ -87,6 +91,12 @@ def test_an_unreadable_image_is_left_out_and_counted(shards, tower):
     mean, _ = expected(REDS[1:])
     assert (found["count"], found["bad"]) == (12, 1)
     torch.testing.assert_close(torch.tensor(found["mean"], dtype=torch.float64), mean, rtol=1e-12, atol=0)
+
+
+def test_an_image_that_training_would_refuse_does_not_count(shards, tower, jsonl):
+    tower.max_pixels = 1
+    with pytest.raises(BadInput, match="no readable image"):
+        feature_stats.main([str(shards), "--recipe", "r.yaml"])
 
 
 def test_moments_do_not_cancel_far_from_zero():

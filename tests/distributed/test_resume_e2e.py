@@ -74,6 +74,7 @@ def killed(folder, untouched) -> Path:
         launched.ranks()[1].kill()
         result = launched.wait(LIMIT)
     assert result.code != 0 and not result.killed, result.tail()
+    assert "Traceback" not in result.output, result.tail()  # the other rank says in a line that it lost one
     assert not (folder / "killed" / "finished.json").exists()
     return folder / "killed"
 

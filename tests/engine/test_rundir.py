@@ -178,6 +178,18 @@ def test_a_finished_run_says_so_unless_it_is_made_longer(tmp_path):
     run.close()
 
 
+def test_a_run_that_stopped_early_goes_on_with_more_patience(tmp_path):
+    run = RunDir.open(tmp_path / "a", RECIPE)
+    run.finish(10, {"accuracy": 0.5}, "the table", patience=2)
+    assert run.finished(10, patience=2)["table"] == "the table"
+    assert run.finished(10, patience=1) is not None
+    assert run.finished(10, patience=3) is None
+    assert run.finished(10, patience=0) is None  # never stop early
+    run.finish(10, {"accuracy": 0.5}, "the table")  # all steps are taken: patience has no say
+    assert run.finished(10, patience=3) is not None
+    run.close()
+
+
 def test_truncate_cuts_metrics_and_a_half_written_line(tmp_path):
     path = tmp_path / "metrics.jsonl"
     lines = [json.dumps({"step": s, "loss": s / 2}) + "\n" for s in (1, 2, 3, 4)]

@@ -135,6 +135,21 @@ def test_a_fault_of_ours_keeps_its_traceback():
         console.run(lambda: 1 / 0)
 
 
+def test_a_rank_that_lost_another_says_so_in_one_line(monkeypatch, capsys):
+    def alone():
+        raise RuntimeError(
+            "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:547] Connection closed by peer [::1]:9\nC"
+        )
+
+    monkeypatch.setenv("RANK", "3")
+    with pytest.raises(SystemExit) as left:
+        console.run(alone)
+    err = capsys.readouterr().err
+    assert left.value.code == 1 and err.count("\n") == 1 and err.startswith("rank 3: lost its connection")
+    with pytest.raises(RuntimeError, match="ours"):
+        console.run(lambda: (_ for _ in ()).throw(RuntimeError("a fault of ours")))
+
+
 def test_scores_stand_beside_their_baselines(capsys):
     scores = {"accuracy": 0.5, "accuracy_yes_no": 0.25, "loss": 1.0}
     console.score_table(scores, {"prior": 0.125, "prior_yes_no": 0.75}, "t")

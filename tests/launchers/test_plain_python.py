@@ -64,3 +64,8 @@ def test_a_run_that_does_not_improve_stops_early_and_is_finished(tmp_path):
     assert steps == [1, 2, 3]  # of ten: the first evaluation is the best so far, two do not improve on it
     final = json.loads((tmp_path / "run" / "finished.json").read_text())["metrics"]
     assert final["best_step"] == 1 and (tmp_path / "run" / "adapter").is_dir()
+    words[3] = "engine.patience=4"  # more of it: the same run goes on from where it stopped
+    again = call("launchers/train.py", "--recipe", tmp_path / "recipe.yaml", *words)
+    assert again.returncode == 0, again.stderr[-3000:]
+    steps = [json.loads(line)["step"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert steps == [1, 2, 3, 4, 5]
