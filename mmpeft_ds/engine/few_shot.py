@@ -16,7 +16,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -218,7 +218,8 @@ def run(study: Study) -> bool:
         BadInput: on all ranks, naming the cell.
     """
     cells = study.cells()
-    device, asked = setup.start(cells[0].recipe).device, []
+    device = setup.start(cells[0].recipe).device
+    asked: list[Callable[[], bool]] = []
     done = on_rank0(lambda: [_is_done(cell) for cell in cells])
     for number, (cell, there) in enumerate(zip(cells, done, strict=True), 1):
         if there:
@@ -228,7 +229,7 @@ def run(study: Study) -> bool:
         began = time.perf_counter()
 
         def conclude(training: trainer.Training, cell: Cell = cell) -> bool:
-            asked.append(training.stepper.stop_requested)
+            asked[:] = [training.stepper.stop_requested]
             return _score(training, cell)
 
         with _logged(cell.path):

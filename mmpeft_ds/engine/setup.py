@@ -258,6 +258,9 @@ class FrozenEngine:
         """0: nothing is split."""
         return 0
 
+    def destroy(self) -> None:
+        """Nothing to take off."""
+
 
 def prepare_backbone(backbone: Any, recipe: Recipe) -> None:
     """Tell a backbone, before `build`, what the recipe's `engine` section says of it."""

@@ -95,6 +95,8 @@ def _with_stream(
     finally:
         observer.close()
         training.close()
+    # Its hooks on the parameters' autograd nodes, which no garbage collector sees, would keep the model for ever.
+    built.engine.destroy()
     return 0
 
 

@@ -26,7 +26,7 @@ from mmpeft_ds.data.batch import Sample, pack  # noqa: E402
 from mmpeft_ds.data.decode import decode  # noqa: E402
 from mmpeft_ds.data.writer import PARTS, write_manifest, write_shard  # noqa: E402
 
-pytestmark = pytest.mark.distributed
+pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 WORKER = Path(__file__).with_name("heads_worker.py")
 CLASSES = ["red circle", "blue square", "big shape"]
 WORDS = ["round", "what color", "it is there"]

@@ -73,6 +73,7 @@ def test_a_bf16_base_continues_under_another_stage_within_its_precision(two):
     assert found == pytest.approx(two["written"]["stage3-bf16"]["after"], abs=1e-3)
 
 
+@pytest.mark.slow  # test_resume_e2e.py changes the number of ranks through the launcher
 @pytest.mark.parametrize("ranks", [1, 3])
 def test_another_number_of_ranks_continues_the_curve(folder, two, ranks):
     found = run(folder, "read", ranks)["read"]

@@ -125,6 +125,7 @@ def content(directory: Path) -> dict[str, bytes]:
     return {p.name: p.read_bytes() for p in sorted(directory.iterdir())}
 
 
+@pytest.mark.slow
 def test_two_ranks_that_are_killed_and_started_again_write_what_one_rank_writes(folder, one_rank):
     out = folder / "two"
     with launch.Launch(LAUNCHER, *arguments(folder, "two"), ranks=2):

@@ -17,7 +17,7 @@ import ga_net_worker as worker  # noqa: E402
 
 from distributed import launch  # noqa: E402
 
-pytestmark = pytest.mark.distributed
+pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 HEAD = "base_model.model.features.ga_net_head.default."
 FIX = {"tau": 0.2}
 STEPS = 4

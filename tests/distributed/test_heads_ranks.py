@@ -19,7 +19,7 @@ from mmpeft_ds import adapter  # noqa: E402
 from mmpeft_ds.data.feature_shards import read_features  # noqa: E402
 from mmpeft_ds.data.manifest import Manifest  # noqa: E402
 
-pytestmark = pytest.mark.distributed
+pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 WORKER = Path(__file__).with_name("heads_worker.py")
 METHODS = {
     "zero_shot": {"name": "zero_shot"},

@@ -127,7 +127,7 @@ def assert_stopped_cleanly(run: Path, result: launch.Result) -> None:
     assert last < STEPS and f"stopped after step {last}" in result.output
 
 
-@pytest.mark.parametrize(("ranks", "stage"), [(1, 3), (3, 1)])
+@pytest.mark.parametrize(("ranks", "stage"), [pytest.param(1, 3, marks=pytest.mark.slow), (3, 1)])
 def test_other_rank_counts_and_stages_continue_the_same_curve(folder, untouched, killed, ranks, stage):
     found = continued(folder, killed, f"{ranks}-{stage}", f"engine.deepspeed=ds_configs/zero{stage}.json", ranks=ranks)
     assert [row["step"] for row in found] == [row["step"] for row in untouched]

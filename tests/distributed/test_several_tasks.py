@@ -18,7 +18,7 @@ from engine import toy_tasks  # noqa: E402
 from mmpeft_ds import adapter  # noqa: E402
 from mmpeft_ds.data.order import Mix  # noqa: E402
 
-pytestmark = pytest.mark.distributed
+pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 TRAIN = launch.REPOSITORY / "launchers" / "train.py"
 OWN = [4, 2, 3]  # steps of an epoch of each source: 13, 8 and 10 samples in batches of 4
 STEPS = 2 * sum(OWN)

@@ -45,6 +45,7 @@ def test_a_shard_that_only_rank_1_misses_ends_both_ranks_in_one_line(tmp_path):
     assert len(done) > 3 and (run / "checkpoints" / "latest").read_text().strip() == f"step-{done[-1]:08d}"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="DeepSpeed makes these buffers on CPU only")
 def test_a_launch_leaves_no_buffer_in_shared_memory(tmp_path):
     """DeepSpeed on CPU would leave 69 MB a rank, as the second launch shows."""
