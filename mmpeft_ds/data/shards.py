@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import json
 import os
 import shutil
 import tarfile
@@ -15,6 +16,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import fsspec
 import numpy as np
@@ -152,6 +154,21 @@ def members(piece: bytes) -> tuple[str, dict[str, bytes]]:
     if not key:
         raise BadSample("tar", "no member")
     return key, parts
+
+
+def record_of(parts: dict[str, bytes]) -> dict[str, Any]:
+    """The json of a sample whose members are `parts`; empty if it has none.
+
+    Raises:
+        BadSample: `json` if it cannot be parsed, or is no object.
+    """
+    try:
+        record = json.loads(parts.get("json", b"{}"))
+    except ValueError as error:
+        raise BadSample("json", str(error)) from error
+    if not isinstance(record, dict):
+        raise BadSample("json", f"holds a {type(record).__name__}, not an object")
+    return record
 
 
 def verify_shards(manifest: Manifest, split: str, mode: str, rank: int = 0, world_size: int = 1) -> list[str]:

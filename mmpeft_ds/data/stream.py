@@ -7,7 +7,6 @@ worker needs to know nothing but which slots of which step to make.
 from __future__ import annotations
 
 import io
-import json
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -23,7 +22,7 @@ from mmpeft_ds.data.decode import EXTENSIONS, decode
 from mmpeft_ds.data.feature_batches import FeatureBatches
 from mmpeft_ds.data.manifest import Manifest
 from mmpeft_ds.data.options import DataOptions
-from mmpeft_ds.data.shards import ShardReader, members
+from mmpeft_ds.data.shards import ShardReader, members, record_of
 from mmpeft_ds.data.subset import Subset
 from mmpeft_ds.data.workers import WorkerPool
 from mmpeft_ds.errors import BadInput, BadSample
@@ -356,12 +355,7 @@ class BadBudget:
 
 def _record(parts: dict[str, bytes], fields: Sequence[str]) -> dict[str, Any]:
     """The json of a sample with features (`KEY.npy`) under `features`, or `KEY.name.npy` under `name`."""
-    try:
-        record = json.loads(parts.get("json", b"{}"))
-    except ValueError as error:
-        raise BadSample("json", str(error)) from error
-    if not isinstance(record, dict):
-        raise BadSample("json", f"holds a {type(record).__name__}, not an object")
+    record = record_of(parts)
     for name, data in parts.items():
         if name == "npy" or name.endswith(".npy"):
             record[name.removesuffix("npy").rstrip(".") or "features"] = _array(data)

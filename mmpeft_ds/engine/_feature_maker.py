@@ -19,12 +19,12 @@ from mmpeft_ds.data.decode import decode
 from mmpeft_ds.data.feature_shards import class_name_in_words, negated
 from mmpeft_ds.data.manifest import Manifest, sample_key
 from mmpeft_ds.data.order import key_of
-from mmpeft_ds.data.shards import members
+from mmpeft_ds.data.shards import members, record_of
 from mmpeft_ds.data.stream import image_names
 from mmpeft_ds.data.views import RandomView
 from mmpeft_ds.engine import resolve, setup
 from mmpeft_ds.engine._feature_samples import FeatureSample, thumbnail
-from mmpeft_ds.engine.shard_jobs import Job, ShardMaker, Told, record_of
+from mmpeft_ds.engine.shard_jobs import Job, ShardMaker, Told
 from mmpeft_ds.engine.stop import StopFlag
 from mmpeft_ds.errors import BadInput, BadSample
 from mmpeft_ds.recipe import Recipe

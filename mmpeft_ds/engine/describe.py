@@ -26,7 +26,7 @@ from mmpeft_ds.data.blind import ClassNameFilter
 from mmpeft_ds.data.decode import decode
 from mmpeft_ds.data.manifest import NAME, Manifest, local_path, sample_key
 from mmpeft_ds.data.order import key_of
-from mmpeft_ds.data.shards import members
+from mmpeft_ds.data.shards import members, record_of
 from mmpeft_ds.data.stream import image_names
 from mmpeft_ds.data.subset import fingerprint
 from mmpeft_ds.data.writer import PARTS, Part, write_manifest
@@ -34,7 +34,7 @@ from mmpeft_ds.engine import fingerprint as fingerprints
 from mmpeft_ds.engine import resolve, setup
 from mmpeft_ds.engine._feature_samples import FeatureSample
 from mmpeft_ds.engine.rank0 import on_rank0
-from mmpeft_ds.engine.shard_jobs import Job, Plan, ShardMaker, Told, carry_out, open_plan, record_of
+from mmpeft_ds.engine.shard_jobs import Job, Plan, ShardMaker, Told, carry_out, open_plan
 from mmpeft_ds.engine.stop import StopFlag
 from mmpeft_ds.errors import BadInput, BadSample
 from mmpeft_ds.recipe import Recipe

@@ -263,16 +263,5 @@ class Lines:
             print(f"{self.title}: {self.done:,} of {self.total:,}, {rate:.1f}/s", file=sys.stderr, flush=True)
 
 
-def record_of(parts: dict[str, bytes]) -> dict[str, Any]:
-    """The json of a sample. Raises BadSample."""
-    try:
-        record = json.loads(parts.get("json", b"{}"))
-    except ValueError as error:
-        raise BadSample("json", str(error)) from error
-    if not isinstance(record, dict):
-        raise BadSample("json", f"holds a {type(record).__name__}, not an object")
-    return record
-
-
 class _Stopped(Exception):  # noqa: N818 - no error: a signal came
     pass
