@@ -400,11 +400,19 @@ def test_what_is_remembered_of_the_bank_follows_it(case):
 
 
 def test_what_was_remembered_without_gradients_serves_training():
+    """The gradients after a forward in inference mode are those of a head that never had one."""
+    z = tiny_features.rows().image
     for case in TRAINED:
-        wrapped, z = attach(case), tiny_features.rows().image
-        with torch.inference_mode():
-            wrapped(image_features=z)
-        wrapped(image_features=z).logits.square().sum().backward()
+        found = []
+        for looked in (False, True):
+            wrapped = moved(attach(case))
+            if looked:
+                with torch.inference_mode():
+                    wrapped(image_features=z)
+            wrapped(image_features=z).logits.square().sum().backward()
+            found.append([p.grad for p in wrapped.parameters() if p.requires_grad])
+        assert found[0] and all(g is not None and g.any() for g in found[0]), case
+        assert all(torch.equal(g, h) for g, h in zip(*found, strict=True)), case
 
 
 def test_two_heads_share_a_bank():
