@@ -36,7 +36,7 @@ $(STAMP): constraints/$(DEVICE).txt pyproject.toml
 	@echo "Compiling DeepSpeed's CPU operator (about a minute, once) ..."
 	find .cache/torch_extensions -name lock -delete 2>/dev/null || true
 	.venv/bin/python -c "$(BUILD_OPERATOR)"
-	.venv/bin/python -m mmpeft_ds.backbones._packaged
+	.venv/bin/python -m mmpeft_ds.backbones.common.packaged
 	touch $@
 
 demo: setup
@@ -65,7 +65,7 @@ fewshot-data: setup
 
 # All few-shot methods on emoji: features, alignment, 241 runs, table and plot in runs/fewshot_emoji.
 fewshot: fewshot-data
-	python launchers/fewshot_emoji.py
+	python launchers/few_shot_emoji.py
 
 # One process a core for the tests that compute alone. Those that start ranks take all cores while they compute, but a
 # launch is seconds of start-up on one core, so two files at a time; those that watch the clock, one after the other.

@@ -35,7 +35,8 @@ WARM = 5  # steps left out of the timing
 def ours(args: argparse.Namespace) -> dict:
     """Steps through our stream and stepper."""
     from mmpeft_ds.data.stream import BadBudget
-    from mmpeft_ds.engine import setup, trainer
+    from mmpeft_ds.engine import trainer
+    from mmpeft_ds.engine.assembly import build as setup
     from mmpeft_ds.engine.checkpoint import TrainState
     from mmpeft_ds.engine.step import Stepper
 
@@ -70,8 +71,9 @@ def peer(args: argparse.Namespace) -> dict:
     import torch
     import transformers
 
-    from mmpeft_ds.engine import setup, trainer
-    from mmpeft_ds.engine.resolve import attach
+    from mmpeft_ds.engine import trainer
+    from mmpeft_ds.engine.assembly import build as setup
+    from mmpeft_ds.engine.assembly.resolve import attach
 
     recipe = _recipe(args)
     setup.quiet()
@@ -222,7 +224,8 @@ def _our_batches(recipe, resolved, world: int, steps: int) -> list:
     """Our stream's batches in the order in which accelerate hands them out: rank by rank, step by step."""
     import torch
 
-    from mmpeft_ds.engine import setup, trainer
+    from mmpeft_ds.engine import trainer
+    from mmpeft_ds.engine.assembly import build as setup
 
     recipe.data.workers = 0
     streams = [

@@ -22,15 +22,15 @@ if __name__ == "__main__":
 import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
-from data_prep.progress import Progress  # noqa: E402
 from data_prep.reading import parse_sample  # noqa: E402
 from mmpeft_ds import console  # noqa: E402
 from mmpeft_ds import recipe as recipes  # noqa: E402
 from mmpeft_ds.data.decode import MAX_PIXELS, decode  # noqa: E402
 from mmpeft_ds.data.manifest import Manifest, local_path  # noqa: E402
 from mmpeft_ds.data.shards import ShardReader  # noqa: E402
-from mmpeft_ds.engine import resolve  # noqa: E402
+from mmpeft_ds.engine.assembly import resolve  # noqa: E402
 from mmpeft_ds.errors import BadInput, BadSample  # noqa: E402
+from mmpeft_ds.progress import Progress  # noqa: E402
 
 
 class Moments:

@@ -27,12 +27,12 @@ if __name__ == "__main__":
 from data_prep import sources  # noqa: E402
 from data_prep.engines import ENGINES, run_jobs  # noqa: E402
 from data_prep.options import add_options, as_json, compared, read_options  # noqa: E402
-from data_prep.progress import Progress  # noqa: E402
 from data_prep.sources.base import Source  # noqa: E402
 from mmpeft_ds import console, registry  # noqa: E402
 from mmpeft_ds.data.manifest import FILE, NAME, Manifest, write_atomic  # noqa: E402
 from mmpeft_ds.data.writer import PARTS, Part, finished_part, shard_file, write_manifest, write_shard  # noqa: E402
 from mmpeft_ds.errors import BadInput  # noqa: E402
+from mmpeft_ds.progress import Progress  # noqa: E402
 
 PLAN = "plan.json"
 

@@ -17,12 +17,12 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from data_prep.engines import run_jobs  # noqa: E402
-from data_prep.progress import Progress  # noqa: E402
 from data_prep.reading import image_size, parse_sample  # noqa: E402
 from mmpeft_ds import console  # noqa: E402
 from mmpeft_ds.data.manifest import FILE, Manifest, local_path, sample_key  # noqa: E402
 from mmpeft_ds.data.writer import file_sha256  # noqa: E402
 from mmpeft_ds.errors import BadInput, BadSample  # noqa: E402
+from mmpeft_ds.progress import Progress  # noqa: E402
 
 HINT = "Restore it, or prepare the data set again with --overwrite"
 

@@ -59,7 +59,7 @@ def main() -> int:
             raise BadInput(f"--generate {item}: expected KEY=VALUE, such as --generate length_penalty=1.2.")
         generation[key] = recipes.parse_yaml(value, f"--generate {key}")
     recipe = read_recipe(args)
-    from mmpeft_ds.engine import describe
+    from mmpeft_ds.precompute import captions as describe
 
     options = describe.DescribeOptions(
         args.data, args.out, args.name, tuple(args.splits), args.prompt, args.captions, generation, args.seed,

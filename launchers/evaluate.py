@@ -23,7 +23,7 @@ def main() -> int:
     parser.add_argument("--checkpoint", default="best", help="best (default), last, or a name below RUN/checkpoints")
     parser.add_argument("--set", action="append", default=[], metavar="A.B=VALUE", help="override one key; repeatable")
     args = parser.parse_args()
-    from mmpeft_ds.engine.assess import assess
+    from mmpeft_ds.runs.evaluate import assess
 
     reports = assess(args.run, args.split, args.checkpoint, args.set)
     if reports is None:

@@ -50,7 +50,7 @@ def main() -> int:
     parser.add_argument("--overwrite", action="store_true", help="delete the features that are in --out")
     args = parser.parse_args()
     recipe = read_recipe(args)
-    from mmpeft_ds.engine import features
+    from mmpeft_ds.precompute import features
 
     return features.run(
         recipe,

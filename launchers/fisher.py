@@ -33,7 +33,7 @@ def main() -> int:
     if args.out.suffix != ".safetensors":
         raise BadInput(f"--out {args.out}: must end in .safetensors.")
     weights = [factor(item) for item in args.weight]
-    from mmpeft_ds.engine import fisher
+    from mmpeft_ds.runs import fisher
 
     facts = fisher.estimate(args.run, args.out, args.split, args.checkpoint, args.set, weights)
     if console.rank() == 0:

@@ -24,7 +24,7 @@ def main() -> int:
     parser.add_argument("--batch", type=int, default=0, help="samples of a graph (default: data.global_batch)")
     parser.add_argument("--set", action="append", default=[], metavar="A.B=VALUE", help="override one key; repeatable")
     args = parser.parse_args()
-    from mmpeft_ds.engine.graph_report import of_run
+    from mmpeft_ds.runs.graph_report import of_run
 
     lines = of_run(args.run, args.split, args.checkpoint, args.batch, args.set)
     if console.rank() == 0:

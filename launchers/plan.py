@@ -23,7 +23,8 @@ def main() -> int:
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
     args = parser.parse_args()
     recipe = recipes.load(args.recipe, args.set)
-    from mmpeft_ds.engine import plan, resolve
+    from mmpeft_ds.engine import plan
+    from mmpeft_ds.engine.assembly import resolve
 
     report = plan.make(resolve.resolve(recipe))
     if console.rank() == 0:

@@ -27,7 +27,8 @@ def main() -> int:
     args = parser.parse_args()
     recipe = recipes.load(args.recipe, args.set)
     if args.print_recipe or args.check:
-        from mmpeft_ds.engine import plan, resolve
+        from mmpeft_ds.engine import plan
+        from mmpeft_ds.engine.assembly import resolve
 
         if args.print_recipe and console.rank() == 0:
             print(recipes.to_yaml(resolve.expand(recipe)), end="")

@@ -36,13 +36,15 @@ from mmpeft_ds import recipe as recipes
 from mmpeft_ds.backbones.base import Backbone
 from mmpeft_ds.data import decode
 from mmpeft_ds.data.batch import Prompted, Sample, pack
-from mmpeft_ds.engine import checkpoint, fingerprint, zero_state
-from mmpeft_ds.engine.forward import answer
+from mmpeft_ds.engine import checkpoint
+from mmpeft_ds.engine.assembly.forward import answer
+from mmpeft_ds.engine.model_card import model_card
 from mmpeft_ds.engine.rank0 import on_rank0, rank
+from mmpeft_ds.engine.zero import fingerprint
+from mmpeft_ds.engine.zero import state as zero_state
 from mmpeft_ds.errors import BadInput, BadSample
-from mmpeft_ds.methods._head import head_of
-from mmpeft_ds.methods._layers import gathered
-from mmpeft_ds.model_card import model_card
+from mmpeft_ds.methods.common.head import head_of
+from mmpeft_ds.methods.common.layers import gathered
 from mmpeft_ds.sites.base import base_layer
 from mmpeft_ds.tasks.base import Task
 
@@ -163,7 +165,7 @@ def load(directory: str | Path, device: torch.device | str = "cpu", overrides: l
     Raises:
         BadInput: if the directory is not whole, or the base model is not the one this was trained on.
     """
-    from mmpeft_ds.engine.resolve import float32_heads, make_backbone, make_task
+    from mmpeft_ds.engine.assembly.resolve import float32_heads, make_backbone, make_task
 
     directory = Path(directory)
     absent = [name for name in FILES if not (directory / name).is_file()]

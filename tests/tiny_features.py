@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mmpeft_ds.backbones.features import FeatureConfig, FeatureModel
-from mmpeft_ds.sites.features import Bank, Features, Labelled
+from mmpeft_ds.backbones.features.backbone import FeatureConfig, FeatureModel
+from mmpeft_ds.sites.feature_site import Bank, Features, Labelled
 
 
 def model(

@@ -18,8 +18,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from data_prep.sources._splits import SPLITS, by_hash, check_shares, disjoint_captions
 from data_prep.sources.base import RawSample
+from data_prep.sources.common.splits import SPLITS, by_hash, check_shares, disjoint_captions
 from mmpeft_ds.errors import BadInput
 
 PACKAGES = {

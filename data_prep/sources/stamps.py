@@ -19,8 +19,8 @@ from typing import Literal
 
 from PIL import Image
 
-from data_prep.sources._splits import SPLITS, by_hash, check_shares, disjoint_captions, same_words
 from data_prep.sources.base import RawSample
+from data_prep.sources.common.splits import SPLITS, by_hash, check_shares, disjoint_captions, same_words
 from mmpeft_ds.errors import BadInput
 
 LEFT_OUT = "symbols"

@@ -32,7 +32,7 @@ from mmpeft_ds.errors import BadInput
 # this process must connect to the worker: a round trip to a process that may have to wait for a core.
 INLINE = 1 << 16
 # Imported by the fork server before it forks the first worker.
-PRELOAD = "mmpeft_ds.data._fork_server"
+PRELOAD = "mmpeft_ds.data.fork_server"
 
 
 class WorkerPool:

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from torch_geometric.nn import MessagePassing
 from torch_geometric.typing import OptTensor
 
+from mmpeft_ds.distributed.batch_graph import Graph
 from mmpeft_ds.distributed.counters import counted
 from mmpeft_ds.distributed.gather import gather_rows, group_size
-from mmpeft_ds.distributed.graph import Graph
 from mmpeft_ds.distributed.ring import ring_blocks
 
 

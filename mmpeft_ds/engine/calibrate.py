@@ -11,10 +11,11 @@ from torch import nn
 
 from mmpeft_ds.distributed import collectives
 from mmpeft_ds.distributed.gather import gather_rows
-from mmpeft_ds.engine import modality, zero_state
-from mmpeft_ds.methods._head import Head, head_of
-from mmpeft_ds.methods._layers import gathered
-from mmpeft_ds.sites.features import Features, Labelled
+from mmpeft_ds.engine.assembly import modality
+from mmpeft_ds.engine.zero import state as zero_state
+from mmpeft_ds.methods.common.head import Head, head_of
+from mmpeft_ds.methods.common.layers import gathered
+from mmpeft_ds.sites.feature_site import Features, Labelled
 
 
 def head(model: nn.Module) -> Head | None:

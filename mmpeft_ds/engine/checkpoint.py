@@ -33,9 +33,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from mmpeft_ds.engine import fingerprint as fingerprints
-from mmpeft_ds.engine import zero_state
 from mmpeft_ds.engine.rank0 import on_rank0, rank, world_size
+from mmpeft_ds.engine.zero import fingerprint as fingerprints
+from mmpeft_ds.engine.zero import state as zero_state
 from mmpeft_ds.errors import BadInput
 
 FORMAT = 1

@@ -24,13 +24,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from mmpeft_ds.engine import gradients, zero_state
 from mmpeft_ds.engine.checkpoint import TrainState, fsync
-from mmpeft_ds.engine.fingerprint import base_name
-from mmpeft_ds.engine.options import EwcOptions
 from mmpeft_ds.engine.rank0 import on_rank0, rank, world_size
+from mmpeft_ds.engine.zero import gradients
+from mmpeft_ds.engine.zero import state as zero_state
+from mmpeft_ds.engine.zero.fingerprint import base_name
 from mmpeft_ds.errors import BadInput
 from mmpeft_ds.recipe import Recipe, where
+from mmpeft_ds.recipe.options import EwcOptions
 
 FORMAT = "mmpeft_ds.ewc.1"
 LISTED = 8  # parameter names in one line of the log

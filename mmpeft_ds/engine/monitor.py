@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from mmpeft_ds.engine.options import MonitorOptions
+from mmpeft_ds.recipe.options import MonitorOptions
 
 LINE_EVERY = 10.0  # seconds between plain log lines where no terminal is attached
 CELL = 224  # pixels of one image on the page of predictions

@@ -12,9 +12,10 @@ from rich.table import Table
 from torch import nn
 
 from mmpeft_ds.data.order import steps_of
-from mmpeft_ds.engine import ewc, optimizers
-from mmpeft_ds.engine.checks import check_schedule
-from mmpeft_ds.engine.resolve import Resolved, attach
+from mmpeft_ds.engine import ewc
+from mmpeft_ds.engine.assembly.checks import check_schedule
+from mmpeft_ds.engine.assembly.resolve import Resolved, attach
+from mmpeft_ds.engine.optim import optimizers
 
 KINDS = ("peft", "norm", "bias", "head")
 # What DeepSpeed uses when a ds_configs JSON is silent.

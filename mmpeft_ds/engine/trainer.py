@@ -13,16 +13,18 @@ from mmpeft_ds import recipe as recipes
 from mmpeft_ds.data.shards import verify_shards
 from mmpeft_ds.data.stream import BadBudget, Step, Stream, StreamSource
 from mmpeft_ds.data.thumbnails import Thumbnails
-from mmpeft_ds.engine import calibrate, checkpoint, ewc, fingerprint, setup
+from mmpeft_ds.engine import calibrate, checkpoint, ewc
+from mmpeft_ds.engine.assembly import build as setup
+from mmpeft_ds.engine.assembly.build import Built, Ranks
+from mmpeft_ds.engine.assembly.checks import check_schedule
+from mmpeft_ds.engine.assembly.resolve import Resolved, ResolvedSource, resolve, titles
 from mmpeft_ds.engine.checkpoint import TrainState
-from mmpeft_ds.engine.checks import check_schedule
 from mmpeft_ds.engine.evaluator import Evaluation, evaluate
 from mmpeft_ds.engine.monitor import Monitor, Observer, Silent, plain
-from mmpeft_ds.engine.resolve import Resolved, ResolvedSource, resolve, titles
 from mmpeft_ds.engine.rundir import RunDir
-from mmpeft_ds.engine.setup import Built, Ranks
 from mmpeft_ds.engine.step import Stepper, merged_budget
 from mmpeft_ds.engine.stop import StopFlag
+from mmpeft_ds.engine.zero import fingerprint
 from mmpeft_ds.errors import AgreedBadInput, BadInput
 
 

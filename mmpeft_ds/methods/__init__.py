@@ -7,8 +7,8 @@ import sys
 import peft.mapping
 
 from mmpeft_ds import registry
-from mmpeft_ds.methods._head import HeadConfig
 from mmpeft_ds.methods.base import Method
+from mmpeft_ds.methods.common.head import HeadConfig
 
 
 def names(heads: bool | None = None) -> list[str]:

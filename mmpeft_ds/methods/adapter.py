@@ -12,7 +12,7 @@ from typing import ClassVar, Literal
 from torch import nn
 
 from mmpeft_ds.errors import BadInput
-from mmpeft_ds.methods._bottleneck import (
+from mmpeft_ds.methods.common.bottleneck import (
     ACTIVATIONS,
     SUBLAYERS,
     BottleneckLayer,
@@ -21,10 +21,10 @@ from mmpeft_ds.methods._bottleneck import (
     activation_of,
     sublayers,
 )
-from mmpeft_ds.methods._config import SiteConfig
-from mmpeft_ds.methods._layers import TrainedNorm
-from mmpeft_ds.methods._select import norms_like, select
-from mmpeft_ds.methods._tuner import SiteTuner
+from mmpeft_ds.methods.common.config import SiteConfig
+from mmpeft_ds.methods.common.layers import TrainedNorm
+from mmpeft_ds.methods.common.select import norms_like, select
+from mmpeft_ds.methods.common.tuner import SiteTuner
 from mmpeft_ds.sites import Sites, find_sites
 from mmpeft_ds.sites.base import base_layer
 

@@ -18,12 +18,12 @@ import torch
 from torch import Tensor, nn
 
 from mmpeft_ds.errors import BadInput
-from mmpeft_ds.methods._few_shot import at_least, cosine_logits, one_of
-from mmpeft_ds.methods._head import Head, HeadConfig, HeadLayer, HeadMethod, HeadTuner, feature_site
-from mmpeft_ds.methods._layers import SiteLayer
+from mmpeft_ds.methods.common.few_shot import at_least, cosine_logits, one_of
+from mmpeft_ds.methods.common.head import Head, HeadConfig, HeadLayer, HeadMethod, HeadTuner, feature_site
+from mmpeft_ds.methods.common.layers import SiteLayer
 from mmpeft_ds.sites import Sites, find_sites
 from mmpeft_ds.sites.base import base_layer
-from mmpeft_ds.sites.features import Features, Scores
+from mmpeft_ds.sites.feature_site import Features, Scores
 
 MARK = "X"  # stands for a context vector when prompts are tokenised; one token in every vocabulary
 

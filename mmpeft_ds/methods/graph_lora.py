@@ -12,10 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmpeft_ds.errors import BadInput
-from mmpeft_ds.methods._config import SiteConfig
-from mmpeft_ds.methods._layers import SiteLayer
-from mmpeft_ds.methods._select import Selection, select
-from mmpeft_ds.methods._tuner import SiteTuner
+from mmpeft_ds.methods.common.config import SiteConfig
+from mmpeft_ds.methods.common.layers import SiteLayer
+from mmpeft_ds.methods.common.select import Selection, select
+from mmpeft_ds.methods.common.tuner import SiteTuner
 from mmpeft_ds.ops.node_graph import node_mix
 from mmpeft_ds.sites import Sites, find_sites
 from mmpeft_ds.sites.base import base_layer, features

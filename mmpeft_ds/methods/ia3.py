@@ -5,7 +5,7 @@ from __future__ import annotations
 from peft import IA3Config
 from torch import nn
 
-from mmpeft_ds.methods._select import default_selection, stored_in_by_out
+from mmpeft_ds.methods.common.select import default_selection, stored_in_by_out
 from mmpeft_ds.sites import Sites
 
 

@@ -12,10 +12,10 @@ from typing import ClassVar
 from torch import nn
 
 from mmpeft_ds.errors import BadInput
-from mmpeft_ds.methods._config import SiteConfig
-from mmpeft_ds.methods._layers import TrainedNorm
-from mmpeft_ds.methods._select import norms_like, select
-from mmpeft_ds.methods._tuner import SiteTuner
+from mmpeft_ds.methods.common.config import SiteConfig
+from mmpeft_ds.methods.common.layers import TrainedNorm
+from mmpeft_ds.methods.common.select import norms_like, select
+from mmpeft_ds.methods.common.tuner import SiteTuner
 from mmpeft_ds.sites import Sites, find_sites
 
 

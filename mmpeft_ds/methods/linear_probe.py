@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from mmpeft_ds.errors import BadInput
-from mmpeft_ds.methods._few_shot import at_least, one_of
-from mmpeft_ds.methods._head import Head, HeadConfig, HeadMethod, HeadTuner
+from mmpeft_ds.methods.common.few_shot import at_least, one_of
+from mmpeft_ds.methods.common.head import Head, HeadConfig, HeadMethod, HeadTuner
 from mmpeft_ds.ops.logistic import logistic_regression, search_strength
-from mmpeft_ds.sites.features import Features, Labelled, Scores
+from mmpeft_ds.sites.feature_site import Features, Labelled, Scores
 
 
 @dataclass

@@ -8,9 +8,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from mmpeft_ds.methods._few_shot import Remembered, at_least, cosine_logits, wide
-from mmpeft_ds.methods._head import Head, HeadConfig, HeadMethod, HeadTuner
-from mmpeft_ds.sites.features import Features, Scores
+from mmpeft_ds.methods.common.few_shot import Remembered, at_least, cosine_logits, wide
+from mmpeft_ds.methods.common.head import Head, HeadConfig, HeadMethod, HeadTuner
+from mmpeft_ds.sites.feature_site import Features, Scores
 
 
 @dataclass

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from mmpeft_ds.errors import BadInput
-from mmpeft_ds.methods._few_shot import Remembered, at_least, unit_ensemble, wide
-from mmpeft_ds.methods._head import Head, HeadConfig, HeadMethod, HeadTuner
+from mmpeft_ds.methods.common.few_shot import Remembered, at_least, unit_ensemble, wide
+from mmpeft_ds.methods.common.head import Head, HeadConfig, HeadMethod, HeadTuner
 from mmpeft_ds.ops import cache_affinity
-from mmpeft_ds.sites.features import Features, Labelled, Scores
+from mmpeft_ds.sites.feature_site import Features, Labelled, Scores
 
 
 @dataclass

@@ -7,9 +7,9 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from mmpeft_ds.methods._few_shot import Remembered, cosine_logits, one_of, unit_ensemble, wide
-from mmpeft_ds.methods._head import Head, HeadConfig, HeadMethod, HeadTuner
-from mmpeft_ds.sites.features import Features, Scores
+from mmpeft_ds.methods.common.few_shot import Remembered, cosine_logits, one_of, unit_ensemble, wide
+from mmpeft_ds.methods.common.head import Head, HeadConfig, HeadMethod, HeadTuner
+from mmpeft_ds.sites.feature_site import Features, Scores
 
 
 @dataclass

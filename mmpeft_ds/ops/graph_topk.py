@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mmpeft_ds.ops.graph import Rows, cosines_at, decided_tiles, default_chunk, margin, products
+from mmpeft_ds.ops.similarity_graph import Rows, cosines_at, decided_tiles, default_chunk, margin, products
 
 # Candidates beyond k: nearly equal ones are told apart by their exact cosine, without a second pass.
 SPARE = 4

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from mmpeft_ds.sites.features import FeatureSite
+from mmpeft_ds.sites.feature_site import FeatureSite
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from mmpeft_ds.data.batch import PackedBatch, Prompted, Written
 from mmpeft_ds.errors import BadInput
-from mmpeft_ds.tasks import _questions
+from mmpeft_ds.tasks.common import questions as _questions
 
 
 @dataclass

@@ -14,7 +14,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 
 from mmpeft_ds.data.batch import PackedBatch
 from mmpeft_ds.errors import BadInput
-from mmpeft_ds.tasks import _questions
+from mmpeft_ds.tasks.common import questions as _questions
 
 
 @dataclass

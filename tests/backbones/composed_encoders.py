@@ -3,7 +3,7 @@
 import tiny_towers
 import torch
 
-from mmpeft_ds.backbones.vision_text_encoder import ENTRY, Options
+from mmpeft_ds.backbones.vision_text_encoder.backbone import ENTRY, Options
 
 LABELS = ["yes", "no", "red"]
 

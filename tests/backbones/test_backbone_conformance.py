@@ -10,7 +10,7 @@ from tiny_backbones import MAKERS, make_text_only
 from mmpeft_ds import backbones, registry
 from mmpeft_ds.backbones.base import Backbone
 from mmpeft_ds.data.batch import Prompted, Sample, pack
-from mmpeft_ds.engine.forward import forward
+from mmpeft_ds.engine.assembly.forward import forward
 
 
 def test_every_registered_backbone_is_tried_here():

@@ -6,7 +6,7 @@ import tiny_clip
 import torch
 from transformers import CLIPModel, SiglipModel
 
-from mmpeft_ds.backbones.clip import ENTRY, Options
+from mmpeft_ds.backbones.clip.backbone import ENTRY, Options
 from mmpeft_ds.data.batch import Prompted, Sample, pack
 from mmpeft_ds.errors import BadInput
 from mmpeft_ds.methods import get

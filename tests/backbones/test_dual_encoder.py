@@ -11,10 +11,10 @@ import torch
 from torch.nn.functional import cross_entropy, normalize
 from transformers import AutoModel, BertModel, CLIPVisionModel, Dinov2Model, ViTModel
 
-from mmpeft_ds.backbones import clip
-from mmpeft_ds.backbones.dual_encoder import ENTRY, Options, StoredVectors
+from mmpeft_ds.backbones.clip import backbone as clip
+from mmpeft_ds.backbones.dual_encoder.backbone import ENTRY, Options, StoredVectors
 from mmpeft_ds.data.batch import Prompted, Sample, pack
-from mmpeft_ds.engine.resolve import float32_heads
+from mmpeft_ds.engine.assembly.resolve import float32_heads
 from mmpeft_ds.errors import BadInput, BadSample
 from mmpeft_ds.sites import find_sites
 from mmpeft_ds.tasks import retrieval
@@ -210,7 +210,7 @@ def test_features_of_unequal_width_are_not_compared(folders):
 
 @torch.no_grad()
 def test_texts_are_embedded_many_at_once_as_in_a_batch(folders, monkeypatch):
-    monkeypatch.setattr("mmpeft_ds.backbones._stock.TEXTS_AT_ONCE", 2)
+    monkeypatch.setattr("mmpeft_ds.backbones.common.stock.TEXTS_AT_ONCE", 2)
     texts = ["a red circle", "it", "the big blue square", "what shape is it", "round"]
     clip_folder = folders["bert"] + "-clip"
     for backbone in (

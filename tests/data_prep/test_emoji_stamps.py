@@ -9,8 +9,8 @@ from conftest import ROOT, picture
 from PIL import Image
 
 from data_prep import prepare
-from data_prep.fewshot import _records
-from data_prep.sources._splits import by_hash, disjoint_captions, same_words
+from data_prep.few_shot import _records
+from data_prep.sources.common.splits import by_hash, disjoint_captions, same_words
 from mmpeft_ds.data.manifest import Manifest
 from mmpeft_ds.errors import BadInput
 

@@ -61,7 +61,8 @@ def trainables(model: nn.Module) -> dict[str, nn.Parameter]:
 def run_case(case: dict, rank: int) -> dict:
     import deepspeed
 
-    from mmpeft_ds.engine import setup, zero_state
+    from mmpeft_ds.engine.assembly import build as setup
+    from mmpeft_ds.engine.zero import state as zero_state
 
     wrapped = adapted(case["recompute"])
     if case["leaves"]:

@@ -21,10 +21,12 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from mmpeft_ds.engine import checkpoint, optimizers, zero_state
-from mmpeft_ds.engine.fingerprint import frozen_fingerprint, frozen_tensors
-from mmpeft_ds.engine.options import OptimOptions
+from mmpeft_ds.engine import checkpoint
+from mmpeft_ds.engine.optim import optimizers
+from mmpeft_ds.engine.zero import state as zero_state
+from mmpeft_ds.engine.zero.fingerprint import frozen_fingerprint, frozen_tensors
 from mmpeft_ds.errors import BadInput
+from mmpeft_ds.recipe.options import OptimOptions
 
 B, D, STEPS, MORE = 12, 7, 4, 3
 OTHER_OPTIMIZERS = [f"stage{stage}-{name}" for name in ("sgd", "adam") for stage in (1, 3)]

@@ -11,7 +11,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from engine import toy_vqa  # noqa: E402
-from mmpeft_ds.engine import fisher, trainer  # noqa: E402
+from mmpeft_ds.engine import trainer  # noqa: E402
+from mmpeft_ds.runs import fisher  # noqa: E402
 
 
 def run(folder: Path, name: str, data: str, steps: int, **ewc) -> Path:

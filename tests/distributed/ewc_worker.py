@@ -17,9 +17,13 @@ import torch  # noqa: E402
 from distributed.train_worker import own_micro  # noqa: E402
 from engine import tiny  # noqa: E402
 from mmpeft_ds.data.stream import BadBudget, Step  # noqa: E402
-from mmpeft_ds.engine import ewc, fisher, gradients, setup, zero_state  # noqa: E402
+from mmpeft_ds.engine import ewc  # noqa: E402
+from mmpeft_ds.engine.assembly import build as setup  # noqa: E402
 from mmpeft_ds.engine.checkpoint import TrainState  # noqa: E402
 from mmpeft_ds.engine.step import Stepper  # noqa: E402
+from mmpeft_ds.engine.zero import gradients  # noqa: E402
+from mmpeft_ds.engine.zero import state as zero_state  # noqa: E402
+from mmpeft_ds.runs import fisher  # noqa: E402
 
 FISHER_STEPS, STEPS = range(30, 34), range(6)
 

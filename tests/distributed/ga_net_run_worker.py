@@ -9,7 +9,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from mmpeft_ds import recipe as recipes  # noqa: E402
-from mmpeft_ds.engine import graph_report, trainer  # noqa: E402
+from mmpeft_ds.engine import trainer  # noqa: E402
+from mmpeft_ds.runs import graph_report  # noqa: E402
 
 if __name__ == "__main__":
     recipe = recipes.load(next(a for a in sys.argv[1:] if not a.startswith("--")))

@@ -17,14 +17,16 @@ import torch  # noqa: E402
 from torch.nn.functional import cross_entropy  # noqa: E402
 
 from mmpeft_ds import recipe as recipes  # noqa: E402
-from mmpeft_ds.backbones.features import FeaturesBackbone, Options  # noqa: E402
+from mmpeft_ds.backbones.features.backbone import FeaturesBackbone, Options  # noqa: E402
 from mmpeft_ds.data.batch import Described, PackedBatch, Sample, pack  # noqa: E402
 from mmpeft_ds.data.stream import BadBudget, Step  # noqa: E402
-from mmpeft_ds.engine import gradients, setup, zero_state  # noqa: E402
-from mmpeft_ds.engine import resolve as resolving  # noqa: E402
+from mmpeft_ds.engine.assembly import build as setup  # noqa: E402
+from mmpeft_ds.engine.assembly import resolve as resolving  # noqa: E402
 from mmpeft_ds.engine.checkpoint import TrainState  # noqa: E402
-from mmpeft_ds.engine.ds_config import check_ds_config  # noqa: E402
 from mmpeft_ds.engine.step import Stepper  # noqa: E402
+from mmpeft_ds.engine.zero import gradients  # noqa: E402
+from mmpeft_ds.engine.zero import state as zero_state  # noqa: E402
+from mmpeft_ds.engine.zero.config import check_ds_config  # noqa: E402
 
 WIDTH, CLASSES, SLOTS, R, LR = 6, 4, 12, 5, 0.01  # WIDTH of each modality
 TOWERS = {"key": "toy", "image_width": WIDTH, "text_width": WIDTH, "logit_scale": 1.0}

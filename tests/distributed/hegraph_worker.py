@@ -15,16 +15,17 @@ import torch  # noqa: E402
 from torch.nn.functional import cross_entropy  # noqa: E402
 
 from mmpeft_ds import recipe as recipes  # noqa: E402
-from mmpeft_ds.backbones.features import FeaturesBackbone, Options  # noqa: E402
+from mmpeft_ds.backbones.features.backbone import FeaturesBackbone, Options  # noqa: E402
 from mmpeft_ds.data.batch import Described, Sample, pack  # noqa: E402
 from mmpeft_ds.data.stream import BadBudget, Step  # noqa: E402
-from mmpeft_ds.engine import resolve as resolving  # noqa: E402
-from mmpeft_ds.engine import setup, zero_state  # noqa: E402
+from mmpeft_ds.engine.assembly import build as setup  # noqa: E402
+from mmpeft_ds.engine.assembly import resolve as resolving  # noqa: E402
+from mmpeft_ds.engine.assembly.forward import forward  # noqa: E402
 from mmpeft_ds.engine.checkpoint import TrainState  # noqa: E402
-from mmpeft_ds.engine.ds_config import check_ds_config  # noqa: E402
-from mmpeft_ds.engine.forward import forward  # noqa: E402
 from mmpeft_ds.engine.step import Stepper  # noqa: E402
-from mmpeft_ds.methods._head import head_of  # noqa: E402
+from mmpeft_ds.engine.zero import state as zero_state  # noqa: E402
+from mmpeft_ds.engine.zero.config import check_ds_config  # noqa: E402
+from mmpeft_ds.methods.common.head import head_of  # noqa: E402
 
 WIDTH, CLASSES, SLOTS, STEPS, LR = 8, 5, 7, 6, 0.01
 SHARDS = ("none", "cache", "classes")

@@ -19,10 +19,11 @@ from engine import tiny  # noqa: E402
 from mmpeft_ds import recipe as recipes  # noqa: E402
 from mmpeft_ds.data.batch import IMAGE_MARK, Prompted, Sample  # noqa: E402
 from mmpeft_ds.data.stream import BadBudget, Step  # noqa: E402
-from mmpeft_ds.engine import setup, zero_state  # noqa: E402
+from mmpeft_ds.engine.assembly import build as setup  # noqa: E402
 from mmpeft_ds.engine.checkpoint import TrainState  # noqa: E402
 from mmpeft_ds.engine.evaluator import evaluate  # noqa: E402
 from mmpeft_ds.engine.step import Stepper  # noqa: E402
+from mmpeft_ds.engine.zero import state as zero_state  # noqa: E402
 from mmpeft_ds.tasks.instruction import Instruction, Options  # noqa: E402
 
 STEPS = 4

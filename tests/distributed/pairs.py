@@ -17,10 +17,10 @@ from torch import Tensor  # noqa: E402
 
 from mmpeft_ds import recipe as recipes  # noqa: E402
 from mmpeft_ds.data.batch import PackedBatch, Prompted, Sample, pack  # noqa: E402
-from mmpeft_ds.engine import resolve as resolving  # noqa: E402
-from mmpeft_ds.engine import setup  # noqa: E402
-from mmpeft_ds.engine.ds_config import check_ds_config  # noqa: E402
-from mmpeft_ds.engine.forward import forward  # noqa: E402
+from mmpeft_ds.engine.assembly import build as setup  # noqa: E402
+from mmpeft_ds.engine.assembly import resolve as resolving  # noqa: E402
+from mmpeft_ds.engine.assembly.forward import forward  # noqa: E402
+from mmpeft_ds.engine.zero.config import check_ds_config  # noqa: E402
 
 STEPS, SLOTS, LR = 10, 8, 0.005
 WORDS = ["is", "there", "a", "red", "blue", "round", "big", "circle", "square", "what", "color", "it"]

@@ -15,10 +15,11 @@ import pairs  # noqa: E402
 import torch  # noqa: E402
 
 from mmpeft_ds.data.stream import BadBudget, Step  # noqa: E402
-from mmpeft_ds.engine import setup, zero_state  # noqa: E402
+from mmpeft_ds.engine.assembly import build as setup  # noqa: E402
+from mmpeft_ds.engine.assembly.forward import forward  # noqa: E402
 from mmpeft_ds.engine.checkpoint import TrainState  # noqa: E402
-from mmpeft_ds.engine.forward import forward  # noqa: E402
 from mmpeft_ds.engine.step import Stepper  # noqa: E402
+from mmpeft_ds.engine.zero import state as zero_state  # noqa: E402
 from mmpeft_ds.sites.condition import enable_checkpointing  # noqa: E402
 
 

@@ -31,8 +31,9 @@ from mmpeft_ds.data.manifest import Manifest  # noqa: E402
 from mmpeft_ds.data.options import SourceOptions  # noqa: E402
 from mmpeft_ds.data.shards import ShardReader, members  # noqa: E402
 from mmpeft_ds.data.writer import PARTS, shard_file, write_manifest, write_shard  # noqa: E402
-from mmpeft_ds.engine import describe, resolve  # noqa: E402
+from mmpeft_ds.engine.assembly import resolve  # noqa: E402
 from mmpeft_ds.errors import BadInput  # noqa: E402
+from mmpeft_ds.precompute import captions as describe  # noqa: E402
 
 LAUNCHER = launch.REPOSITORY / "launchers" / "describe.py"
 LABELS = ["circle", "square", "red", "the"]  # words that the model knows

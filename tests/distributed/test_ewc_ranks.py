@@ -15,8 +15,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from distributed import launch  # noqa: E402
 from distributed.ewc_worker import FISHER_STEPS, STEPS  # noqa: E402
 from engine import tiny  # noqa: E402
-from mmpeft_ds.engine import ewc, setup  # noqa: E402
-from mmpeft_ds.engine.resolve import attach  # noqa: E402
+from mmpeft_ds.engine import ewc  # noqa: E402
+from mmpeft_ds.engine.assembly import build as setup  # noqa: E402
+from mmpeft_ds.engine.assembly.resolve import attach  # noqa: E402
 
 pytestmark = pytest.mark.distributed
 WORKER = Path(__file__).with_name("ewc_worker.py")

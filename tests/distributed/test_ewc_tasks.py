@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from distributed import launch  # noqa: E402
 from engine import toy_vqa  # noqa: E402
 from mmpeft_ds import adapter  # noqa: E402
-from mmpeft_ds.engine.forward import forward  # noqa: E402
+from mmpeft_ds.engine.assembly.forward import forward  # noqa: E402
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 WORKER = Path(__file__).with_name("ewc_tasks_worker.py")

@@ -5,7 +5,7 @@ import sys
 import pytest
 from launch import REPOSITORY, run
 
-from mmpeft_ds.engine import few_shot
+from mmpeft_ds.runs import few_shot
 
 sys.path.insert(0, str(REPOSITORY / "tests" / "engine"))
 import toy_study  # noqa: E402

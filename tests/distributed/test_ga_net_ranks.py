@@ -24,9 +24,9 @@ from golden_framework import GOLDENS_DIR, Golden  # noqa: E402
 import tiny_features  # noqa: E402
 from mmpeft_ds import GaNetConfig  # noqa: E402
 from mmpeft_ds.distributed import graph_conv  # noqa: E402
+from mmpeft_ds.distributed.batch_graph import threshold_graph as real_threshold  # noqa: E402
 from mmpeft_ds.distributed.counters import counted  # noqa: E402
 from mmpeft_ds.distributed.gather import gather_rows as real_gather  # noqa: E402
-from mmpeft_ds.distributed.graph import threshold_graph as real_threshold  # noqa: E402
 from mmpeft_ds.methods.ga_net import head as ga_net_head  # noqa: E402
 
 WIDTH, CLASSES, R = 6, 4, 5  # of each modality

@@ -9,8 +9,8 @@ from torch import nn
 
 from mmpeft_ds.distributed import gather as gathering
 from mmpeft_ds.distributed import graph_conv
+from mmpeft_ds.distributed.batch_graph import Graph, knn_graph, normalised, threshold_graph
 from mmpeft_ds.distributed.counters import counted
-from mmpeft_ds.distributed.graph import Graph, knn_graph, normalised, threshold_graph
 from mmpeft_ds.distributed.graph_conv import GraphConv
 
 TAU, K = 0.5, 3

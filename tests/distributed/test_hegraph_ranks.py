@@ -11,14 +11,14 @@ from in_ranks import in_ranks
 from torch.nn.functional import cross_entropy
 
 from mmpeft_ds import HeGraphConfig
-from mmpeft_ds.backbones.features import FeatureConfig, FeatureModel
+from mmpeft_ds.backbones.features.backbone import FeatureConfig, FeatureModel
 from mmpeft_ds.distributed import shards, support
 from mmpeft_ds.errors import BadInput
-from mmpeft_ds.methods._head import head_of
+from mmpeft_ds.methods.common.head import head_of
 from mmpeft_ds.methods.hegraph import HeGraphHead, classify
 from mmpeft_ds.methods.hegraph import head as head_module
 from mmpeft_ds.ops import class_graph as ops
-from mmpeft_ds.sites.features import Bank, Features, Labelled
+from mmpeft_ds.sites.feature_site import Bank, Features, Labelled
 
 C, D, ROWS = 5, 6, 7
 WEIGHTS = ("W_n", "W_p", "W_v", "factors")

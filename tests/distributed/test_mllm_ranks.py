@@ -15,10 +15,10 @@ from backbones import tiny_mllm  # noqa: E402
 from distributed import launch, mllm_worker  # noqa: E402
 from engine import tiny  # noqa: E402
 from mmpeft_ds.data.stream import Step  # noqa: E402
-from mmpeft_ds.engine import setup  # noqa: E402
+from mmpeft_ds.engine.assembly import build as setup  # noqa: E402
+from mmpeft_ds.engine.assembly.forward import forward  # noqa: E402
+from mmpeft_ds.engine.assembly.resolve import attach  # noqa: E402
 from mmpeft_ds.engine.evaluator import evaluate  # noqa: E402
-from mmpeft_ds.engine.forward import forward  # noqa: E402
-from mmpeft_ds.engine.resolve import attach  # noqa: E402
 from mmpeft_ds.tasks.instruction import Instruction, Options  # noqa: E402
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]

@@ -54,8 +54,8 @@ def outcome(folder: Path, name: str) -> dict:
 
 def train_plainly(folder: Path, skip: tuple[int, ...] = ()) -> dict:
     """The same 10 steps by one process in PyTorch, without DeepSpeed and without our engine's step."""
-    from mmpeft_ds.engine import setup
-    from mmpeft_ds.engine.resolve import attach
+    from mmpeft_ds.engine.assembly import build as setup
+    from mmpeft_ds.engine.assembly.resolve import attach
 
     recipe, task = tiny.make_recipe(folder), tiny.TinyTask()
     resolved = tiny.make_resolved(recipe, task)

@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import mmpeft_ds  # noqa: E402
 from engine import toy_vqa  # noqa: E402
 from mmpeft_ds import adapter  # noqa: E402
-from mmpeft_ds.engine import resolve  # noqa: E402
+from mmpeft_ds.engine.assembly import resolve  # noqa: E402
 from mmpeft_ds.errors import BadInput  # noqa: E402
 
 IMAGES = [toy_vqa.png(1), [toy_vqa.png(2), toy_vqa.png(3)], None]

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from mmpeft_ds.engine.ds_config import check_ds_config, merge
+from mmpeft_ds.engine.zero.config import check_ds_config, merge
 from mmpeft_ds.errors import BadInput
 from mmpeft_ds.recipe import REPOSITORY, Recipe
 

@@ -14,7 +14,7 @@ from mmpeft_ds.engine.evaluator import evaluate  # noqa: E402
 
 @pytest.fixture(scope="module")
 def parts(tmp_path_factory):
-    from mmpeft_ds.engine.resolve import attach
+    from mmpeft_ds.engine.assembly.resolve import attach
 
     folder = tmp_path_factory.mktemp("evaluator")
     tiny.make_towers(folder)

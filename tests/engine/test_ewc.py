@@ -16,9 +16,9 @@ from mmpeft_ds import recipe as recipes
 from mmpeft_ds.engine import ewc, rundir
 from mmpeft_ds.engine.checkpoint import TrainState
 from mmpeft_ds.engine.ewc import Pull
-from mmpeft_ds.engine.fisher import SquaredGradients, factors_of
-from mmpeft_ds.engine.gradients import Shard, whole
+from mmpeft_ds.engine.zero.gradients import Shard, whole
 from mmpeft_ds.errors import BadInput
+from mmpeft_ds.runs.fisher import SquaredGradients, factors_of
 
 RAW = {"run_dir": "x", "backbone": {"name": "clip"}, "method": {"name": "lora"}}
 BASE = {"tower.weight": "float32 2x2 00"}

@@ -20,9 +20,9 @@ from mmpeft_ds.data.manifest import FILE, Manifest
 from mmpeft_ds.data.shards import ShardReader, members
 from mmpeft_ds.data.views import RandomView, crop_box
 from mmpeft_ds.data.writer import PARTS
-from mmpeft_ds.engine import features
-from mmpeft_ds.engine.features import FeatureOptions, Maker
 from mmpeft_ds.errors import BadInput
+from mmpeft_ds.precompute import features
+from mmpeft_ds.precompute.features import FeatureOptions, Maker
 
 COUNT = {"train": 12, "test": 7}
 

@@ -9,9 +9,9 @@ import pytest
 import toy_study
 import yaml
 
-from mmpeft_ds.engine import few_shot, few_shot_report
-from mmpeft_ds.engine.few_shot import Study
 from mmpeft_ds.errors import BadInput
+from mmpeft_ds.runs import few_shot, few_shot_report
+from mmpeft_ds.runs.few_shot import Study
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -176,7 +176,7 @@ def test_the_csv_has_a_line_a_run_and_test_set_and_the_plot_is_a_picture(tmp_pat
 
 @pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("fewshot_*.yaml")), ids=lambda p: p.stem)
 def test_a_shipped_study_is_valid_as_far_as_that_goes_without_its_data(path):
-    from mmpeft_ds.engine import checks, resolve
+    from mmpeft_ds.engine.assembly import checks, resolve
 
     cells = Study.load(path).cells()
     assert {c.shots for c in cells} == {1, 2, 4, 8, 16} and {c.seed for c in cells} == {1, 2, 3}

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from mmpeft_ds.engine import fingerprint
+from mmpeft_ds.engine.zero import fingerprint
 from mmpeft_ds.errors import BadInput
 
 DTYPES = [

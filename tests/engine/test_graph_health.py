@@ -7,7 +7,7 @@ import torch
 
 from mmpeft_ds.data.batch import Sample, pack
 from mmpeft_ds.data.thumbnails import Thumbnails
-from mmpeft_ds.distributed.graph import threshold_graph
+from mmpeft_ds.distributed.batch_graph import threshold_graph
 from mmpeft_ds.engine import graph_health
 from mmpeft_ds.engine.evaluator import _pictures
 

@@ -8,8 +8,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from engine import tiny  # noqa: E402
 from mmpeft_ds.data.batch import Sample  # noqa: E402
-from mmpeft_ds.engine import modality  # noqa: E402
-from mmpeft_ds.engine.resolve import attach  # noqa: E402
+from mmpeft_ds.engine.assembly import modality  # noqa: E402
+from mmpeft_ds.engine.assembly.resolve import attach  # noqa: E402
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from mmpeft_ds.engine.evaluator import Evaluation
 from mmpeft_ds.engine.monitor import Monitor, page
-from mmpeft_ds.engine.options import MonitorOptions
+from mmpeft_ds.recipe.options import MonitorOptions
 
 
 def row(step: int, **changes) -> dict:

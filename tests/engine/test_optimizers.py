@@ -11,11 +11,13 @@ import torch
 from torch import nn
 
 from mmpeft_ds import recipe as recipes
-from mmpeft_ds.engine import calibrate, checkpoint, gradients, optimizers
-from mmpeft_ds.engine.checks import check_schedule, check_values
+from mmpeft_ds.engine import calibrate, checkpoint
+from mmpeft_ds.engine.assembly.checks import check_schedule, check_values
 from mmpeft_ds.engine.ewc import Pull
-from mmpeft_ds.engine.options import OptimOptions
+from mmpeft_ds.engine.optim import optimizers
+from mmpeft_ds.engine.zero import gradients
 from mmpeft_ds.errors import BadInput
+from mmpeft_ds.recipe.options import OptimOptions
 
 NAMES = list(optimizers.MOMENTS)
 D, STEPS = 5, 5

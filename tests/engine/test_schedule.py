@@ -2,8 +2,8 @@ import pytest
 import torch
 from transformers import get_cosine_schedule_with_warmup, get_linear_schedule_with_warmup
 
-from mmpeft_ds.engine.options import OptimOptions
-from mmpeft_ds.engine.schedule import learning_rate, warmup_steps
+from mmpeft_ds.engine.optim.schedule import learning_rate, warmup_steps
+from mmpeft_ds.recipe.options import OptimOptions
 
 
 @pytest.mark.parametrize("name", ["linear", "cosine"])

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from mmpeft_ds.engine.resolve import titles
+from mmpeft_ds.engine.assembly.resolve import titles
 
 
 def source(name, split, task):

@@ -5,7 +5,7 @@ import os
 import pytest
 import torch
 
-from mmpeft_ds.engine import setup
+from mmpeft_ds.engine.assembly import build as setup
 from mmpeft_ds.errors import BadInput
 
 

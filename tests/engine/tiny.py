@@ -12,8 +12,8 @@ from torch import Tensor
 
 from mmpeft_ds import recipe as recipes
 from mmpeft_ds.data.batch import PackedBatch, Sample, pack
-from mmpeft_ds.engine import resolve as resolving
-from mmpeft_ds.engine.ds_config import check_ds_config
+from mmpeft_ds.engine.assembly import resolve as resolving
+from mmpeft_ds.engine.zero.config import check_ds_config
 
 WIDTH, LABELS = 16, 5
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "is", "it", "red", "blue", "round", "big", "what", "?"]

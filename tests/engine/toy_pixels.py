@@ -12,8 +12,8 @@ from data.toy_shards import RawSample, encoded
 from mmpeft_ds import recipe as recipes
 from mmpeft_ds.data.manifest import Manifest
 from mmpeft_ds.data.writer import PARTS, write_manifest, write_shard
-from mmpeft_ds.engine import features
-from mmpeft_ds.engine.features import FeatureOptions, Maker, Plan, make_plan
+from mmpeft_ds.precompute import features
+from mmpeft_ds.precompute.features import FeatureOptions, Maker, Plan, make_plan
 
 CLASSES = 3
 TEXTS = ["a red circle", "is it big", "the blue square is there"]

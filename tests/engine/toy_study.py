@@ -8,7 +8,7 @@ import numpy as np
 import torch
 import yaml
 
-from data_prep import fewshot
+from data_prep import few_shot as fewshot
 from mmpeft_ds.data.feature_shards import write_class_texts
 from mmpeft_ds.data.manifest import Manifest
 from mmpeft_ds.data.writer import PARTS, write_manifest, write_shard

@@ -16,7 +16,7 @@ from engine import tiny
 from mmpeft_ds import recipe as recipes
 from mmpeft_ds.data.manifest import Manifest
 from mmpeft_ds.data.writer import PARTS, write_manifest, write_shard
-from mmpeft_ds.engine import resolve
+from mmpeft_ds.engine.assembly import resolve
 
 LABELS = ["red", "blue", "round", "big"]
 QUESTIONS = ["is it red ?", "what is it ?", "is a big round ?"]

@@ -14,11 +14,10 @@ from transformers import BlipConfig, BlipForImageTextRetrieval, BlipForQuestionA
 
 from distributed.in_ranks import in_ranks
 from mmpeft_ds import AuroraConfig
-from mmpeft_ds.backbones import _stock
-from mmpeft_ds.backbones._blip_contrast import Training
-from mmpeft_ds.backbones._blip_model import QuestionAnswerer
-from mmpeft_ds.backbones._blip_retrieval import Retriever
-from mmpeft_ds.backbones._momentum import Queue
+from mmpeft_ds.backbones.blip.contrast import Training
+from mmpeft_ds.backbones.blip.model import QuestionAnswerer
+from mmpeft_ds.backbones.blip.momentum import Queue
+from mmpeft_ds.backbones.blip.retrieval import Retriever
 from mmpeft_ds.distributed.gather import gather_rows
 from mmpeft_ds.metrics.retrieval import ranks, retrieval_scores
 from mmpeft_ds.ops import contrastive
@@ -163,7 +162,7 @@ def inside(module: nn.Module) -> nn.Module:
 
 
 def attached(mixin: type, stock: type, weights: dict[str, np.ndarray], heads: int, heads_too: tuple = ()) -> Named:
-    model = _stock.publishing(mixin, stock)(config(weights, heads)).double().eval()
+    model = stock.publishing(mixin, stock)(config(weights, heads)).double().eval()
     tuned = peft.get_peft_model(
         model, AuroraConfig(r=weights["core"].shape[0], modules_to_save=list(heads_too) or None)
     )

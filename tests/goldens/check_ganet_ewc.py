@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from mmpeft_ds.engine.ewc import Pull
-from mmpeft_ds.engine.fisher import SquaredGradients, factors_of
-from mmpeft_ds.engine.gradients import Shard, whole
+from mmpeft_ds.engine.zero.gradients import Shard, whole
+from mmpeft_ds.runs.fisher import SquaredGradients, factors_of
 
 RANKS = 3
 

@@ -9,11 +9,11 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from mmpeft_ds import HeGraphConfig
-from mmpeft_ds.backbones.features import FeatureConfig, FeatureModel
-from mmpeft_ds.methods._head import head_of
+from mmpeft_ds.backbones.features.backbone import FeatureConfig, FeatureModel
+from mmpeft_ds.methods.common.head import head_of
 from mmpeft_ds.methods.hegraph import HeGraphHead
 from mmpeft_ds.ops.class_graph import affinity, classify
-from mmpeft_ds.sites.features import Bank
+from mmpeft_ds.sites.feature_site import Bank
 
 FACTORS = {
     "beta_pn": "h_b_pn",

@@ -10,9 +10,9 @@ from golden_framework import Golden, checks
 from torch import nn
 from transformers import GPT2Config, ViTConfig
 
-from mmpeft_ds.backbones._vision_decoder_model import VisionTextDecoder, VisionTextDecoderConfig
-from mmpeft_ds.backbones.vision_text_decoder import ENTRY, labels_of
-from mmpeft_ds.backbones.vision_text_decoder import Options as BackboneOptions
+from mmpeft_ds.backbones.vision_text_decoder.backbone import ENTRY, labels_of
+from mmpeft_ds.backbones.vision_text_decoder.backbone import Options as BackboneOptions
+from mmpeft_ds.backbones.vision_text_decoder.model import VisionTextDecoder, VisionTextDecoderConfig
 from mmpeft_ds.data.batch import PackedBatch
 from mmpeft_ds.tasks.captioning import Captioning, Options
 

@@ -9,7 +9,7 @@ from torch import nn
 from transformers import RobertaConfig, ViTConfig
 
 from mmpeft_ds import RoutedAdapterConfig, RoutedLoraConfig
-from mmpeft_ds.backbones._vision_text_model import VisionTextEncoder, VisionTextEncoderConfig
+from mmpeft_ds.backbones.vision_text_encoder.model import VisionTextEncoder, VisionTextEncoderConfig
 from mmpeft_ds.data.batch import PackedBatch
 from mmpeft_ds.tasks.vqa import Options, Vqa
 

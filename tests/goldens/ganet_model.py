@@ -10,7 +10,7 @@ from golden_framework import Golden
 from torch import Tensor
 
 from mmpeft_ds import GaNetConfig
-from mmpeft_ds.backbones.features import FeatureConfig, FeatureModel
+from mmpeft_ds.backbones.features.backbone import FeatureConfig, FeatureModel
 from mmpeft_ds.methods.ga_net import GaNetHead
 
 NAMES = {  # file -> parameter

@@ -29,7 +29,7 @@ import tiny_towers  # noqa: E402
 
 from mmpeft_ds import backbones, methods, registry  # noqa: E402
 from mmpeft_ds.data.batch import Prompted, Sample, pack  # noqa: E402
-from mmpeft_ds.engine.forward import forward  # noqa: E402
+from mmpeft_ds.engine.assembly.forward import forward  # noqa: E402
 from mmpeft_ds.errors import BadInput  # noqa: E402
 from mmpeft_ds.sites import find_sites  # noqa: E402
 

@@ -14,11 +14,11 @@ from torch.nn.functional import cross_entropy, normalize
 
 import tiny_features
 from mmpeft_ds import methods, recipe
-from mmpeft_ds.engine.checks import check_validation, check_values
+from mmpeft_ds.engine.assembly.checks import check_validation, check_values
 from mmpeft_ds.errors import BadInput
-from mmpeft_ds.methods._head import head_of
+from mmpeft_ds.methods.common.head import head_of
 from mmpeft_ds.sites import find_sites
-from mmpeft_ds.sites.features import Features, Labelled
+from mmpeft_ds.sites.feature_site import Features, Labelled
 
 C, D, K = 5, 8, 3
 # name -> method and options

@@ -12,16 +12,17 @@ from torch.nn.functional import cross_entropy
 
 import tiny_features
 from mmpeft_ds import GaNetConfig, methods
-from mmpeft_ds.backbones.features import FeatureConfig, FeatureModel, FeaturesBackbone
-from mmpeft_ds.backbones.features import Options as FeatureOptions
+from mmpeft_ds.backbones.features.backbone import FeatureConfig, FeatureModel, FeaturesBackbone
+from mmpeft_ds.backbones.features.backbone import Options as FeatureOptions
 from mmpeft_ds.data.batch import Described, Sample, hash_id, pack
 from mmpeft_ds.data.options import SourceOptions
-from mmpeft_ds.engine import checks, fisher, graph_report
+from mmpeft_ds.engine.assembly import checks
 from mmpeft_ds.errors import BadInput
 from mmpeft_ds.methods.ga_net.config import VARIANTS
 from mmpeft_ds.recipe import Recipe
+from mmpeft_ds.runs import fisher, graph_report
 from mmpeft_ds.sites import find_sites
-from mmpeft_ds.sites.features import Labelled
+from mmpeft_ds.sites.feature_site import Labelled
 from mmpeft_ds.tasks.classification import Classification
 from mmpeft_ds.tasks.classification import Options as ClassificationOptions
 

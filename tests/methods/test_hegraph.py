@@ -13,14 +13,14 @@ from safetensors.torch import load_file, save_file
 from torch.nn.functional import cross_entropy
 
 from mmpeft_ds import HeGraphConfig
-from mmpeft_ds.backbones.features import FeatureConfig, FeatureModel
+from mmpeft_ds.backbones.features.backbone import FeatureConfig, FeatureModel
 from mmpeft_ds.engine.evaluator import evaluate
 from mmpeft_ds.engine.step import set_modes
 from mmpeft_ds.errors import BadInput
-from mmpeft_ds.methods._head import head_of
+from mmpeft_ds.methods.common.head import head_of
 from mmpeft_ds.methods.hegraph import Coefficients, HeGraphHead, classify
 from mmpeft_ds.ops import class_graph as ops
-from mmpeft_ds.sites.features import Bank, Features, Labelled
+from mmpeft_ds.sites.feature_site import Bank, Features, Labelled
 
 C, D, TAU = 5, 8, 7.0
 LABELS = torch.tensor([0, 0, 1, 1, 1, 2, 3, 3, 4])

@@ -11,7 +11,9 @@ import tiny_clip  # noqa: E402
 import tiny_towers  # noqa: E402
 import torch  # noqa: E402
 
-from mmpeft_ds.backbones import clip, dual_encoder, features  # noqa: E402
+from mmpeft_ds.backbones.clip import backbone as clip  # noqa: E402
+from mmpeft_ds.backbones.dual_encoder import backbone as dual_encoder  # noqa: E402
+from mmpeft_ds.backbones.features import backbone as features  # noqa: E402
 
 CLASSES = ["red circle", "big_blue square", "round"]
 

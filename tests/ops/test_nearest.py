@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mmpeft_ds.ops.graph import Rows, cosines_at
 from mmpeft_ds.ops.graph_topk import SPARE, best_of, nearest, settled, shared_candidates
+from mmpeft_ds.ops.similarity_graph import Rows, cosines_at
 
 
 def features(rows, width=6, seed=0):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from mmpeft_ds.ops import bits as packed
-from mmpeft_ds.ops.graph import (
+from mmpeft_ds.ops.similarity_graph import (
     Rows,
     above,
     cosines,

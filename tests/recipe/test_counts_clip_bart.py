@@ -7,7 +7,7 @@ import torch
 from transformers import BartConfig
 
 from mmpeft_ds import recipe as recipes
-from mmpeft_ds.engine import resolve
+from mmpeft_ds.engine.assembly import resolve
 
 ROOT = Path(__file__).resolve().parents[2]
 VISUAL = 1_582_848

@@ -9,7 +9,7 @@ from tokenizers.models import WordLevel
 from transformers import BlipConfig, PreTrainedTokenizerFast
 
 from mmpeft_ds import recipe as recipes
-from mmpeft_ds.engine import resolve
+from mmpeft_ds.engine.assembly import resolve
 
 ROOT = Path(__file__).resolve().parents[2]
 ATTENTION, FFN = 222_146, 148_320

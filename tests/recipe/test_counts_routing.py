@@ -8,7 +8,8 @@ import torch
 from transformers import GPT2Config, RobertaConfig, ViTConfig
 
 from mmpeft_ds import recipe as recipes
-from mmpeft_ds.engine import plan, resolve
+from mmpeft_ds.engine import plan
+from mmpeft_ds.engine.assembly import resolve
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 SIZES = {

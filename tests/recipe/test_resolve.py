@@ -8,7 +8,8 @@ import torch
 from engine import toy_vqa
 from mmpeft_ds import recipe as recipes
 from mmpeft_ds.data.manifest import Manifest
-from mmpeft_ds.engine import plan, resolve
+from mmpeft_ds.engine import plan
+from mmpeft_ds.engine.assembly import resolve
 from mmpeft_ds.errors import BadInput
 
 

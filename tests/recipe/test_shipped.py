@@ -6,8 +6,8 @@ import pytest
 import yaml
 
 from mmpeft_ds import recipe as recipes
-from mmpeft_ds.engine import checks, resolve
-from mmpeft_ds.engine.ds_config import check_ds_config
+from mmpeft_ds.engine.assembly import checks, resolve
+from mmpeft_ds.engine.zero.config import check_ds_config
 
 ROOT = Path(__file__).resolve().parents[2]
 # Studies of many runs have a form of their own, see tests/engine/test_few_shot_study.py.

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from backbones import tiny_mllm
-from mmpeft_ds.backbones.mllm import ENTRY
-from mmpeft_ds.backbones.mllm import Options as MllmOptions
+from mmpeft_ds.backbones.mllm.backbone import ENTRY
+from mmpeft_ds.backbones.mllm.backbone import Options as MllmOptions
 from mmpeft_ds.data.batch import Prompted, Sample, Written, pack
-from mmpeft_ds.engine.forward import answer, forward
+from mmpeft_ds.engine.assembly.forward import answer, forward
 from mmpeft_ds.errors import BadInput, BadSample
 from mmpeft_ds.methods import get
 from mmpeft_ds.sites import find_sites

@@ -7,10 +7,11 @@ import torch
 
 from backbones import tiny_blip, tiny_clip
 from distributed.in_ranks import in_ranks
-from mmpeft_ds.backbones import blip, clip
+from mmpeft_ds.backbones.blip import backbone as blip
+from mmpeft_ds.backbones.clip import backbone as clip
 from mmpeft_ds.data.batch import Sample, pack
 from mmpeft_ds.distributed import collectives
-from mmpeft_ds.engine.forward import forward
+from mmpeft_ds.engine.assembly.forward import forward
 from mmpeft_ds.errors import BadInput, BadSample
 from mmpeft_ds.methods.aurora import AuroraConfig
 from mmpeft_ds.tasks.retrieval import ENTRY, Options

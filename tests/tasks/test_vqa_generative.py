@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from backbones import tiny_blip
-from mmpeft_ds.backbones import blip
+from mmpeft_ds.backbones.blip import backbone as blip
 from mmpeft_ds.data.batch import PackedBatch, Sample, Written, pack
-from mmpeft_ds.engine.forward import answer, forward
+from mmpeft_ds.engine.assembly.forward import answer, forward
 from mmpeft_ds.errors import BadInput
 from mmpeft_ds.tasks.vqa_generative import ENTRY, Options
 

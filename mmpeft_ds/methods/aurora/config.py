@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 from peft import PeftConfig
 
 from mmpeft_ds.errors import BadInput
-from mmpeft_ds.methods._config import check_types
+from mmpeft_ds.methods.common.config import check_types
 
 PEFT_TYPE = "AURORA"
 FORMS = ("tucker", "cp")

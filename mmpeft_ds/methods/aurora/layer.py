@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from mmpeft_ds.errors import BadInput
-from mmpeft_ds.methods._layers import SiteLayer
 from mmpeft_ds.methods.aurora.config import AuroraConfig
+from mmpeft_ds.methods.common.layers import SiteLayer
 from mmpeft_ds.ops import mode_product
 from mmpeft_ds.ops.frame_weighting import weight_frame_keys
 from mmpeft_ds.ops.gated_query import gated_query

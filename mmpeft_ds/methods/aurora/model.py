@@ -8,7 +8,6 @@ from typing import Any
 from torch import nn
 
 from mmpeft_ds.errors import BadInput
-from mmpeft_ds.methods._tuner import SiteTuner
 from mmpeft_ds.methods.aurora.config import PEFT_TYPE, AuroraConfig
 from mmpeft_ds.methods.aurora.layer import (
     AttentionEnd,
@@ -19,6 +18,7 @@ from mmpeft_ds.methods.aurora.layer import (
     LinearPlace,
     NormPlace,
 )
+from mmpeft_ds.methods.common.tuner import SiteTuner
 from mmpeft_ds.sites import AttentionSite, FFNSite, Projection, Sites, find_sites
 
 Place = LinearPlace | NormPlace

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 from mmpeft_ds.errors import BadInput
-from mmpeft_ds.methods._config import SiteConfig
+from mmpeft_ds.methods.common.config import SiteConfig
 
 
 @dataclass

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from torch import nn
 
 from mmpeft_ds.errors import BadInput
-from mmpeft_ds.methods._select import Selection, select
-from mmpeft_ds.methods._tuner import SiteTuner
+from mmpeft_ds.methods.common.select import Selection, select
+from mmpeft_ds.methods.common.tuner import SiteTuner
 from mmpeft_ds.methods.deep_prompt.call import parameters
 from mmpeft_ds.methods.deep_prompt.config import DeepPromptConfig
 from mmpeft_ds.methods.deep_prompt.layer import (

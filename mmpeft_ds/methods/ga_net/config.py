@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 from mmpeft_ds.errors import BadInput
-from mmpeft_ds.methods._head import HeadConfig
+from mmpeft_ds.methods.common.head import HeadConfig
 
 # What `variant` says of every field that a recipe leaves out.
 VARIANTS: dict[str, dict[str, Any]] = {

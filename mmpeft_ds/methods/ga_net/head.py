@@ -12,13 +12,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmpeft_ds.distributed import collectives
+from mmpeft_ds.distributed.batch_graph import Graph, knn_graph, normalised, threshold_graph
 from mmpeft_ds.distributed.gather import gather_rows, gather_sizes
-from mmpeft_ds.distributed.graph import Graph, knn_graph, normalised, threshold_graph
 from mmpeft_ds.distributed.graph_conv import GraphConv
 from mmpeft_ds.errors import BadInput
-from mmpeft_ds.methods._head import Head
+from mmpeft_ds.methods.common.head import Head
 from mmpeft_ds.methods.ga_net.config import GaNetConfig
-from mmpeft_ds.sites.features import Features, Labelled, Scores
+from mmpeft_ds.sites.feature_site import Features, Labelled, Scores
 
 
 class Fusion(nn.Module):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from mmpeft_ds.errors import BadInput
-from mmpeft_ds.methods._head import HeadMethod, HeadTuner, feature_site
+from mmpeft_ds.methods.common.head import HeadMethod, HeadTuner, feature_site
 from mmpeft_ds.methods.ga_net.config import GaNetConfig
 from mmpeft_ds.methods.ga_net.head import GaNetHead
 from mmpeft_ds.sites.base import Sites

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar, Literal, get_args, get_type_hints
 
 from mmpeft_ds.errors import BadInput
-from mmpeft_ds.methods._head import HeadConfig
+from mmpeft_ds.methods.common.head import HeadConfig
 from mmpeft_ds.ops.class_graph import RELATIONS, Coefficients, Relation, in_use
 
 # What decides whether a relation has a say, by name of its coefficient.

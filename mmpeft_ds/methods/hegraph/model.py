@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from mmpeft_ds.distributed.gather import group_rank, group_size
 from mmpeft_ds.distributed.shards import all_reduced, share
 from mmpeft_ds.errors import BadInput
-from mmpeft_ds.methods._head import Head, HeadMethod, HeadTuner
+from mmpeft_ds.methods.common.head import Head, HeadMethod, HeadTuner
 from mmpeft_ds.methods.hegraph.config import HeGraphConfig
 from mmpeft_ds.methods.hegraph.head import ClassGraphHead
 from mmpeft_ds.methods.hegraph.nodes import Nodes
 from mmpeft_ds.ops import class_graph as ops
-from mmpeft_ds.sites.features import Features, Labelled, Scores
+from mmpeft_ds.sites.feature_site import Features, Labelled, Scores
 
 CHUNK = 1024  # validation rows at a time: their affinity to the cache is (rows, M)
 SEARCHED = ("np", "vp", "vv")  # relations whose factors are searched, and after them w

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from mmpeft_ds.errors import BadInput
-from mmpeft_ds.methods._layers import SiteLayer
+from mmpeft_ds.methods.common.layers import SiteLayer
+from mmpeft_ds.methods.p_adapter.attention_graph import Propagation
 from mmpeft_ds.methods.p_adapter.config import PAdapterConfig
-from mmpeft_ds.methods.p_adapter.graph import Propagation
 from mmpeft_ds.sites.base import AttentionSite, FFNSite, base_layer
 from mmpeft_ds.sites.observe import Observation, close_for, observe, open_for, opened
 

@@ -7,10 +7,10 @@ from typing import Any
 from torch import nn
 
 from mmpeft_ds.errors import BadInput
-from mmpeft_ds.methods._select import select
-from mmpeft_ds.methods._tuner import SiteTuner
+from mmpeft_ds.methods.common.select import select
+from mmpeft_ds.methods.common.tuner import SiteTuner
+from mmpeft_ds.methods.p_adapter.attention_graph import check_published
 from mmpeft_ds.methods.p_adapter.config import PEFT_TYPE, PAdapterConfig
-from mmpeft_ds.methods.p_adapter.graph import check_published
 from mmpeft_ds.methods.p_adapter.layer import (
     AttentionBranch,
     AttentionLayer,

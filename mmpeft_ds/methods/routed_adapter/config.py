@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
-from mmpeft_ds.methods._bottleneck import ACTIVATIONS, SUBLAYERS
-from mmpeft_ds.methods._routed import RoutedConfig
+from mmpeft_ds.methods.common.bottleneck import ACTIVATIONS, SUBLAYERS
+from mmpeft_ds.methods.common.routed import RoutedConfig
 
 PEFT_TYPE = "ROUTED_ADAPTER"
 

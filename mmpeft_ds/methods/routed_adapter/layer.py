@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmpeft_ds.methods._bottleneck import ACTIVATIONS
-from mmpeft_ds.methods._layers import SiteLayer
-from mmpeft_ds.methods._routed import Bottleneck, routed_on
+from mmpeft_ds.methods.common.bottleneck import ACTIVATIONS
+from mmpeft_ds.methods.common.layers import SiteLayer
+from mmpeft_ds.methods.common.routed import Bottleneck, routed_on
 from mmpeft_ds.methods.routed_adapter.config import RoutedAdapterConfig
 
 STD = 0.02  # of both projections, as the published backbones initialise them

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from torch import nn
 
-from mmpeft_ds.methods._bottleneck import Sublayer, activation_of, sublayers
-from mmpeft_ds.methods._layers import TrainedNorm
-from mmpeft_ds.methods._routed import check_condition, selected
-from mmpeft_ds.methods._select import norms_like
-from mmpeft_ds.methods._tuner import SiteTuner
+from mmpeft_ds.methods.common.bottleneck import Sublayer, activation_of, sublayers
+from mmpeft_ds.methods.common.layers import TrainedNorm
+from mmpeft_ds.methods.common.routed import check_condition, selected
+from mmpeft_ds.methods.common.select import norms_like
+from mmpeft_ds.methods.common.tuner import SiteTuner
 from mmpeft_ds.methods.routed_adapter.config import PEFT_TYPE, RoutedAdapterConfig
 from mmpeft_ds.methods.routed_adapter.layer import AdapterPlace, RoutedAdapterLayer
 from mmpeft_ds.sites import Sites, find_sites

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 from mmpeft_ds.errors import BadInput
-from mmpeft_ds.methods._routed import RoutedConfig
+from mmpeft_ds.methods.common.routed import RoutedConfig
 
 PEFT_TYPE = "ROUTED_LORA"
 

@@ -7,10 +7,10 @@ import re
 from torch import nn
 
 from mmpeft_ds.errors import BadInput
-from mmpeft_ds.methods._layers import SiteLayer, TrainedBias, TrainedNorm
-from mmpeft_ds.methods._routed import check_condition, selected
-from mmpeft_ds.methods._select import biases_like, norms_like
-from mmpeft_ds.methods._tuner import SiteTuner
+from mmpeft_ds.methods.common.layers import SiteLayer, TrainedBias, TrainedNorm
+from mmpeft_ds.methods.common.routed import check_condition, selected
+from mmpeft_ds.methods.common.select import biases_like, norms_like
+from mmpeft_ds.methods.common.tuner import SiteTuner
 from mmpeft_ds.methods.routed_lora.config import PEFT_TYPE, RoutedLoraConfig
 from mmpeft_ds.methods.routed_lora.layer import Projections, RoutedLoraLinear
 from mmpeft_ds.sites import Sites, find_sites

@@ -1,7 +1,7 @@
 """BERT, RoBERTa and XLM-RoBERTa."""
 
 from mmpeft_ds.sites.base import Family
-from mmpeft_ds.sites.families._post_norm import reader
+from mmpeft_ds.sites.common.post_norm import reader
 
 READ = reader(causal=lambda block: block.module.is_decoder)
 NAMES = ("Bert", "Roberta", "XLMRoberta")

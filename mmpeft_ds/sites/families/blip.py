@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from mmpeft_ds.sites.base import AttentionSite, Block, Family, FFNSite, Sites
-from mmpeft_ds.sites.families._post_norm import reader
+from mmpeft_ds.sites.common.post_norm import reader
 
 
 def read_vision(block: Block) -> Sites:

@@ -1,7 +1,7 @@
 """CLIP: the same layer class in both towers; the text tower is causal."""
 
 from mmpeft_ds.sites.base import Family
-from mmpeft_ds.sites.families._pre_norm import reader
+from mmpeft_ds.sites.common.pre_norm import reader
 
 READ = reader(
     "self_attn", "out_proj", "num_heads", ("layer_norm1", "layer_norm2"), causal=lambda block: block.modality == "text"

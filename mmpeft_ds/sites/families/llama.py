@@ -1,7 +1,7 @@
 """Llama, Mistral and Qwen2: causal; RMSNorm before each sublayer; k and v in fewer heads than q; gated MLP."""
 
 from mmpeft_ds.sites.base import Family
-from mmpeft_ds.sites.families._pre_norm import reader
+from mmpeft_ds.sites.common.pre_norm import reader
 
 READ = reader(
     "self_attn",

@@ -7,8 +7,8 @@ attend within one image (or window) each.
 from __future__ import annotations
 
 from mmpeft_ds.sites.base import AttentionSite, Block, Family, Sites
+from mmpeft_ds.sites.common.pre_norm import feed_forward
 from mmpeft_ds.sites.families import llama
-from mmpeft_ds.sites.families._pre_norm import feed_forward
 
 
 def read_vision(block: Block) -> Sites:

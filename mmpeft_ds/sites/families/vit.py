@@ -1,7 +1,7 @@
 """ViT."""
 
 from mmpeft_ds.sites.base import Family
-from mmpeft_ds.sites.families._pre_norm import reader
+from mmpeft_ds.sites.common.pre_norm import reader
 
 READ = reader("attention", "o_proj", "num_attention_heads", ("layernorm_before", "layernorm_after"))
 ENTRY = Family(towers={"ViTModel": "image"}, layers={"ViTLayer": READ})

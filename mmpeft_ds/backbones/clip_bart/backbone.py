@@ -1,0 +1,296 @@
+"""Backbone: CLIP grid features and BART, which writes its answer; several tasks told apart by their prompts.
+
+The defaults are the frame of VL-Adapter that the routing paper uses (arXiv 2403.09377; specs/routing.md 2.3).
+"""
+
+# T texts, I images, L and S text lengths, n grid features of an image, F their width
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import BartForConditionalGeneration, PretrainedConfig, PreTrainedModel
+
+from mmpeft_ds.backbones.clip_bart.model import ClipBart, ClipBartConfig, ClipBartOutput
+from mmpeft_ds.backbones.common import stock, tower_loading
+from mmpeft_ds.backbones.common.generation import in_step, one_of
+from mmpeft_ds.backbones.common.transform import SquareTransform
+from mmpeft_ds.data.batch import PackedBatch, Prompted, Written
+from mmpeft_ds.errors import BadInput, BadSample
+
+# The rows that name places in the grid are frozen: the same in every run, and wherever an adapter is loaded.
+ORDER_SEED = 0
+
+
+@dataclass
+class Options:
+    """Keys of the recipe's `backbone` section.
+
+    Attributes:
+        text: hub name or local directory of a bart model and its tokenizer.
+        random_weights: take only its configuration and tokenizer; for tests and measurements.
+        vision: empty: grid features are stored with the shards, (n, F) an image; else hub name, local directory or
+            packaged:NAME of a vit, deit, dinov2, clip or siglip tower whose patches are the grid.
+        vision_norm: apply the tower's LayerNorm after its last layer.
+        image_size: side of the tower's square input in pixels, a multiple of the patch size.
+        fit: `stretch` the whole image to the square, or `crop` its centre.
+        resample: `bilinear`, `bicubic`, or `auto` = as the tower was trained.
+        feature_width: F of stored features: 2048 for CLIP-RN101; a tower brings its own.
+        grid: side of the grid after adaptive max pooling, 0 = as it comes.
+        max_images: images of a sample that are told apart.
+        order_tokens: frozen rows added to the token table, which name the places in the grid.
+        condition: what adapters route on. `visual`: in the encoder the mean of the visual embeddings, in the decoder
+            the mean of what the encoder made of them; `embedding`: the former in both; `tokens`: all visual
+            embeddings; `none`.
+        max_text_length: tokens of a prompt with its special tokens; longer ones are cut.
+        max_target_length: the same of what is to be written.
+    """
+
+    text: str = "facebook/bart-base"
+    random_weights: bool = False
+    vision: str = ""
+    vision_norm: bool = True
+    image_size: int = 224
+    fit: Literal["stretch", "crop"] = "stretch"
+    resample: Literal["auto", "bilinear", "bicubic"] = "auto"
+    feature_width: int = 2048
+    grid: int = 6
+    max_images: int = 2
+    order_tokens: int = 200
+    condition: Literal["none", "visual", "embedding", "tokens"] = "visual"
+    max_text_length: int = 20
+    max_target_length: int = 40
+
+
+@dataclass(frozen=True)
+class StoredGrid:
+    """Takes stored grid features, (n, width) with n a square number, in the place of images."""
+
+    width: int
+
+    takes_features = True  # tells the stream to hand over arrays
+
+    def __call__(self, features: Tensor, generator: Any = None) -> Tensor:
+        """The features as they are. Raises BadSample."""
+        n = features.shape[0] if features.dim() == 2 else -1
+        if not features.is_floating_point() or n < 1 or round(n**0.5) ** 2 != n or features.shape[1] != self.width:
+            raise BadSample("features", f"{features.dtype} of shape {tuple(features.shape)}, not (n^2, {self.width})")
+        return features
+
+
+class ClipBartBackbone:
+    """The family as recipes use it; attributes as in `backbones/base.py`."""
+
+    Options = Options
+    modalities = ("image", "text")
+
+    def __init__(self, options: Options, labels: list[str] | None):
+        self.options = options
+        self.labels = labels
+        self.attention = "auto"
+        self.dtype = torch.float32
+        self.train_dropout = False
+
+    def check(self) -> None:
+        """Refuse what cannot work, from configurations only."""
+        o, text = self.options, self._text_config
+        if o.vision:
+            patch = self._vision_config.patch_size
+            patch = patch if isinstance(patch, int) else patch[0]
+            if o.image_size <= 0 or o.image_size % patch:
+                raise BadInput(
+                    f"backbone.image_size: {o.image_size} is no positive multiple of the patch size {patch}."
+                )
+            if o.grid > o.image_size // patch:
+                raise BadInput(f"backbone.grid: {o.grid}, but the tower sees {o.image_size // patch} patches a side.")
+        places = o.grid**2 if o.grid else (o.image_size // patch) ** 2 if o.vision else 1
+        if o.grid < 0 or places > o.order_tokens:
+            raise BadInput(f"backbone.grid: {places} places need as many backbone.order_tokens, not {o.order_tokens}.")
+        if o.max_images < 1 or o.feature_width < 1:
+            raise BadInput("backbone.max_images and backbone.feature_width must be 1 or more.")
+        for key in ("max_text_length", "max_target_length"):
+            if not 3 <= getattr(o, key) <= text.max_position_embeddings:
+                raise BadInput(
+                    f"backbone.{key}: {getattr(o, key)} must lie between 3 (one word) and the "
+                    f"{text.max_position_embeddings} positions of {o.text!r}."
+                )
+
+    def build(self, on_meta: bool = False) -> PreTrainedModel:
+        """The model with frozen BART and tower, and a fresh visual embedding."""
+        text = stock.load(
+            BartForConditionalGeneration,
+            self.options.text,
+            "backbone.text",
+            copy.deepcopy(self._text_config),
+            self.dtype,
+            self.attention,
+            random_weights=self.options.random_weights,
+            on_meta=on_meta,
+        )
+        with torch.random.fork_rng():
+            torch.manual_seed(ORDER_SEED)
+            if self.options.order_tokens:
+                text.resize_token_embeddings(text.config.vocab_size + self.options.order_tokens, mean_resizing=False)
+        config = self._config(text.config)
+        vision = None
+        if self.options.vision and not on_meta:
+            loading = {
+                "dtype": self.dtype,
+                "attn_implementation": tower_loading.choose_attention(self.attention, self.dtype),
+                **tower_loading.pooler_argument(self._vision_config, "vision", False),
+            }
+            vision = tower_loading.load_tower(self.options.vision, "backbone.vision", config.vision_config, **loading)
+        if on_meta:
+            with torch.device("meta"):
+                model = ClipBart(config, vision, text)
+        else:
+            with torch.random.fork_rng():
+                # The same visual embedding on every rank and at every ZeRO stage, whatever loading has drawn.
+                torch.manual_seed(torch.initial_seed())
+                model = ClipBart(config, vision, text)
+        model.text_model.requires_grad_(False)
+        if model.vision_model is not None:
+            model.vision_model.requires_grad_(False)
+        return model.train()
+
+    def image_transform(self, train: bool) -> Callable[[Tensor, Any], Tensor]:
+        """Stored features as they are, or resized pixels; no augmentation, since answers may depend on the place."""
+        o = self.options
+        if not o.vision:
+            return StoredGrid(o.feature_width)
+        resample = {2: "bilinear", 3: "bicubic"}.get(self._pixels["resample"], "bicubic")
+        return SquareTransform(o.image_size, o.fit, resample if o.resample == "auto" else o.resample)
+
+    def collate_images(self, images: list[Any]) -> dict[str, Tensor]:
+        """Stack transformed images, or stored features. Raises BadInput where grids differ."""
+        images = [torch.as_tensor(image) for image in images]
+        if len({image.shape for image in images}) > 1:
+            shapes = sorted({tuple(image.shape) for image in images})
+            raise BadInput(
+                f"image features of one batch differ: {shapes[0]} and {shapes[1]}. Store grids of one size."
+            )
+        return {"pixel_values" if self.options.vision else "image_features": torch.stack(images)}
+
+    def collate_texts(self, texts: list[str | Prompted]) -> dict[str, Tensor]:
+        """Token ids and mask of the prompts; `decoder_input_ids` and `labels` of the targets, -100 where unknown."""
+        prompts = [t.prompt if isinstance(t, Prompted) else t for t in texts]
+        targets = [t.target if isinstance(t, Prompted) else "" for t in texts]
+        o, tokenizer = self.options, self._tokenizer
+        read = tokenizer(prompts, truncation=True, max_length=o.max_text_length, padding=True, return_tensors="pt")
+        told = tokenizer(targets, truncation=True, max_length=o.max_target_length, padding=True, return_tensors="pt")
+        ids = told["input_ids"]
+        start = torch.full_like(ids[:, :1], self._text_config.decoder_start_token_id)
+        known = torch.tensor([bool(t) for t in targets])[:, None] & told["attention_mask"].bool()
+        return {
+            "input_ids": read["input_ids"],
+            "attention_mask": read["attention_mask"],
+            "decoder_input_ids": torch.cat([start, ids[:, :-1]], 1),
+            "labels": ids.masked_fill(~known, -100),
+        }
+
+    def dummy(self, modality: str) -> Any:
+        """Features of zeros or a black image of 8x8 pixels; or a text of one letter, to be answered by one."""
+        if modality == "text":
+            return Prompted("a", "a")
+        if self.options.vision:
+            return torch.zeros(3, 8, 8, dtype=torch.uint8)
+        return torch.zeros(max(self.options.grid, 1) ** 2, self.options.feature_width)
+
+    def inputs(self, batch: PackedBatch) -> dict[str, Any]:
+        """Forward arguments of ClipBart."""
+        return {
+            **{name: rows for name, rows in batch.texts.items() if name != "labels"},
+            **batch.images,
+            "image_owner": batch.image_owner,
+            "text_owner": batch.text_owner,
+            "num_slots": len(batch.sample_id),
+        }
+
+    def read(self, outputs: ClipBartOutput, batch: PackedBatch) -> Written:
+        """Logits as they are: the decoder's position s already predicts label s."""
+        return Written(outputs.logits, batch.texts["labels"])
+
+    def generate(self, model: Any, batch: PackedBatch, choices: list[str] | None = None, **options: Any) -> list[str]:
+        """What the model writes about each text.
+
+        Args:
+            choices: the only answers that may be written. Greedy decoding then compares the logits of the first token
+                in which they differ.
+            options: of transformers' `generate`.
+        """
+        if choices:
+            ids = self._tokenizer(list(choices), add_special_tokens=True)["input_ids"]
+            allowed = one_of(ids, self._text_config.eos_token_id)
+            options = {**options, "prefix_allowed_tokens_fn": allowed, "max_new_tokens": max(map(len, ids)) + 1}
+            # of the checkpoint, for summaries; they would forbid a choice
+            options |= {"no_repeat_ngram_size": 0, "forced_bos_token_id": None}
+        asked = {name: value for name, value in self.inputs(batch).items() if name != "decoder_input_ids"}
+        written = model.generate(**asked, synced_gpus=in_step(model), **{"do_sample": False, **options})
+        return [text.strip() for text in self._tokenizer.batch_decode(written, skip_special_tokens=True)]
+
+    def frozen_prefix(self, model: nn.Module) -> list[str]:
+        """The vision tower, as far as nothing in it trains."""
+        at, base = next((n, m) for n, m in model.named_modules() if isinstance(m, ClipBart))
+        tower = base.vision_model
+        if tower is None or any(p.requires_grad for p in tower.parameters()):
+            return []
+        return [f"{at}.vision_model" if at else "vision_model"]
+
+    @property
+    def condition_width(self) -> int | None:
+        """Width of the vectors that adapters may route on, None without a condition."""
+        return None if self.options.condition == "none" else self._text_config.d_model
+
+    # configurations and parts
+
+    @functools.cached_property
+    def _text_config(self) -> PretrainedConfig:
+        config = stock.read_config(self.options.text, "backbone.text", ("bart",))
+        if not self.train_dropout:
+            # BART drops out by function, not by modules that could be put into eval mode.
+            config.dropout = config.attention_dropout = config.activation_dropout = 0.0
+        config.encoder_layerdrop = config.decoder_layerdrop = 0.0
+        return config
+
+    @functools.cached_property
+    def _vision_config(self) -> PretrainedConfig:
+        config = tower_loading.load_config(self.options.vision, "backbone.vision", "vision")
+        if hasattr(config, "vision_use_head"):
+            config.vision_use_head = False
+        return config
+
+    @functools.cached_property
+    def _pixels(self) -> dict[str, Any]:
+        return tower_loading.image_processor(self.options.vision, self._vision_config, "backbone.vision")
+
+    @functools.cached_property
+    def _tokenizer(self) -> Any:
+        return stock.read_tokenizer(self.options.text, "backbone.text")
+
+    def _config(self, text: PretrainedConfig) -> ClipBartConfig:
+        o = self.options
+        vision = {}
+        if o.vision:
+            vision = {"pixel_mean": self._pixels["mean"], "pixel_std": self._pixels["std"]}
+            vision["vision_config"] = copy.deepcopy(self._vision_config)
+        config = ClipBartConfig(
+            text_config=text,
+            feature_width=self._vision_config.hidden_size if o.vision else o.feature_width,
+            vision_norm=o.vision_norm,
+            grid=o.grid,
+            max_images=o.max_images,
+            order_tokens=o.order_tokens,
+            condition=o.condition,
+            **vision,
+        )
+        config._attn_implementation = tower_loading.choose_attention(self.attention, self.dtype)
+        return config
+
+
+ENTRY = ClipBartBackbone

@@ -1,0 +1,186 @@
+"""Whole models of transformers as frozen bases: read, loaded, and made to publish a condition.
+
+A class made by `publishing` is the stock class with a mixin in front: parameters keep their names, so an adapter
+trained here also loads on the stock model, and the other way round.
+"""
+
+# I images, T texts, d width
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import inspect
+import json
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel
+
+from mmpeft_ds.backbones.common import tower_loading
+from mmpeft_ds.errors import BadInput
+from mmpeft_ds.sites import condition as condition_context
+
+# Weights of a random base: the same on every rank and at every ZeRO stage.
+RANDOM_SEED = 0
+TEXTS_AT_ONCE = 256  # of `embed_texts`
+
+
+def read_config(name: str, where: str, families: tuple[str, ...]) -> PretrainedConfig:
+    """Configuration of the model `name`, which must be of one of `families` (its `model_type`).
+
+    Raises:
+        BadInput: if it cannot be read or is of another family.
+    """
+    try:
+        config = AutoConfig.from_pretrained(tower_loading.locate(name, where))
+    except (OSError, ValueError, KeyError) as error:
+        raise BadInput(
+            f"{where}: cannot read the configuration of {name!r} ({_first_line(error)}). "
+            "Give a directory with config.json, or a hub name that is in the local cache."
+        ) from error
+    if config.model_type not in families:
+        raise BadInput(f"{where}: {name!r} is of family {config.model_type!r}. Known: {', '.join(families)}.")
+    return config
+
+
+def read_tokenizer(name: str, where: str) -> Any:
+    """Tokenizer of `name`. Raises BadInput."""
+    try:
+        return AutoTokenizer.from_pretrained(tower_loading.locate(name, where))
+    except (OSError, ValueError) as error:
+        raise BadInput(f"{where}: cannot load the tokenizer of {name!r} ({_first_line(error)}).") from error
+
+
+def load(
+    model_class: type[PreTrainedModel],
+    name: str,
+    where: str,
+    config: PretrainedConfig,
+    dtype: torch.dtype,
+    attention: str,
+    random_weights: bool = False,
+    on_meta: bool = False,
+) -> PreTrainedModel:
+    """The frozen model, in train mode.
+
+    Args:
+        attention: as the recipe gives it, `auto` included.
+        random_weights: from the configuration alone, with a fixed seed.
+        on_meta: allocate nothing.
+
+    Raises:
+        BadInput: if there are no weights, or the checkpoint lacks some: they would be random.
+    """
+    kwargs = {"dtype": dtype, "attn_implementation": tower_loading.choose_attention(attention, dtype)}
+    if on_meta:
+        with torch.device("meta"):
+            model = model_class._from_config(config, **kwargs)
+    elif random_weights:
+        with torch.random.fork_rng():
+            torch.manual_seed(RANDOM_SEED)
+            model = model_class._from_config(config, **kwargs)
+    else:
+        model = _pretrained(model_class, name, where, config, kwargs)
+    return model.requires_grad_(False).train()
+
+
+def _pretrained(
+    model_class: type[PreTrainedModel], name: str, where: str, config: PretrainedConfig, kwargs: dict[str, Any]
+) -> PreTrainedModel:
+    try:
+        with tower_loading.quiet_loading():
+            model, info = model_class.from_pretrained(
+                tower_loading.locate(name, where), config=config, output_loading_info=True, **kwargs
+            )
+    except (OSError, SafetensorError) as error:
+        raise BadInput(
+            f"{where}: cannot load the weights of {name!r} ({_first_line(error)}). Restore its files."
+        ) from error
+    if missing := sorted(info["missing_keys"]):
+        some = ", ".join(missing[:3]) + (" ..." if len(missing) > 3 else "")
+        raise BadInput(f"{where}: {name!r} has no weights for {some}, which would be random. Take a whole checkpoint.")
+    return model
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0][:200]
+
+
+class Publishing:
+    """Mixin of a model that publishes a condition: recomputed layers see the condition of their own forward."""
+
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        """No: its parameters are those of the stock class, and older checkpoints are renamed as for that one."""
+        return False
+
+    def _set_gradient_checkpointing(
+        self, enable: bool = True, gradient_checkpointing_func: Callable | None = None, **kwargs: Any
+    ) -> None:
+        given = getattr(gradient_checkpointing_func, "keywords", {})
+        function = functools.partial(condition_context.checkpoint, **given)
+        super()._set_gradient_checkpointing(enable=enable, gradient_checkpointing_func=function, **kwargs)
+
+
+@functools.cache
+def publishing(mixin: type[Publishing], stock: type[PreTrainedModel]) -> type[PreTrainedModel]:
+    """The stock class with `mixin` in front, under the name of the stock class: that is what a saved model names.
+
+    Its forward shows the arguments of both: `generate` decides by their names what it prepares.
+    """
+
+    @functools.wraps(mixin.forward)
+    def forward(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+        return mixin.forward(self, *args, **kwargs)
+
+    theirs, own = (inspect.signature(c.forward).parameters for c in (stock, mixin))
+    added = [p.replace(kind=p.KEYWORD_ONLY) for n, p in own.items() if n not in theirs and p.kind != p.VAR_KEYWORD]
+    forward.__signature__ = inspect.Signature(sorted([*theirs.values(), *added], key=lambda p: p.kind))
+    return type(stock.__name__, (mixin, stock), {"__module__": mixin.__module__, "forward": forward})
+
+
+def untrained(model: nn.Module, towers: dict[str, str]) -> list[str]:
+    """Paths of frozen prefixes: each tower without a trainable, or the embedding of another, if that has none.
+
+    Args:
+        towers: path of each tower and, below it, of its embedding.
+    """
+    found = []
+    for tower, embedding in towers.items():
+        for path in (tower, f"{tower}.{embedding}"):
+            if not any(p.requires_grad for p in model.get_submodule(path).parameters()):
+                found.append(path)
+                break
+    return found
+
+
+def mean_per_text(vectors_Id: Tensor, image_owner: Tensor, text_owner: Tensor, slots: int) -> Tensor:
+    """(T, d) mean over the images of the slot that owns each text; zeros where it has none."""
+    sums = vectors_Id.new_zeros(slots, vectors_Id.shape[1]).index_add(0, image_owner, vectors_Id)
+    count = torch.bincount(image_owner, minlength=slots).clamp(min=1).to(sums.dtype)
+    return (sums / count[:, None])[text_owner]
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """float64 stays."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+@torch.no_grad()
+def embed_texts(backbone: Any, model: PreTrainedModel, texts: list[str]) -> Tensor:
+    """(n, d) features of plain texts by a dual encoder, not normalised, on the device of the model."""
+    device = next(model.parameters()).device
+    rows = [torch.zeros(0, backbone.feature_widths[1], device=device)]
+    for start in range(0, len(texts), TEXTS_AT_ONCE):
+        tokens = backbone.collate_texts(texts[start : start + TEXTS_AT_ONCE])
+        rows.append(model(**{name: ids.to(device) for name, ids in tokens.items()}, unit=False).text_features)
+    return torch.cat(rows)
+
+
+def short_hash(values: Any) -> str:
+    """Of something json-able, equal for equal contents; 16 characters."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]

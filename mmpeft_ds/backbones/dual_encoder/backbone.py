@@ -1,0 +1,350 @@
+"""Backbone: any ViT-like vision tower and any BERT- or RoBERTa-like text encoder side by side, for retrieval and as
+frozen encoders of images and texts.
+
+Without projections and with `cls` features of ViT-B/16 and BERT it is the feature pair of GA-Net (arXiv 2408.00290;
+specs/ganet.md 1.2). Aligned by the task `retrieval` and merged (`launchers/merge.py`) it does what CLIP does.
+"""
+
+# I images, T texts, L text length, V augmented passes, Dv and Dt widths of the features
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+from mmpeft_ds.backbones.common import stock, tower_loading
+from mmpeft_ds.backbones.common.transform import SquareTransform
+from mmpeft_ds.backbones.common.vision_options import VisionBackbone
+from mmpeft_ds.backbones.dual_encoder.model import DualEncoder, DualEncoderConfig
+from mmpeft_ds.data.batch import PackedBatch, Prompted
+from mmpeft_ds.errors import BadInput, BadSample
+
+
+@dataclass
+class Options:
+    """Keys of the recipe's `backbone` section.
+
+    Attributes:
+        model: directory of a dual encoder that was saved whole (`launchers/merge.py`); it fixes what is built, and the
+            keys from `vision` to `width` are left out.
+        vision: hub name, local directory or packaged:NAME of a vit, deit, dinov2, clip or siglip vision tower.
+        vision_layers: use the first n layers only, 0 = all.
+        image_size: side of the square input in pixels, a multiple of the patch size.
+        fit: `stretch` the whole image to the square, or `crop` its centre.
+        resample: `bilinear`, `bicubic`, or `auto` = as the checkpoint was trained.
+        vision_feature: the vector of an image: `pooler` (what the family pools), `cls`, or the `mean` of the patches.
+        vision_norm: apply the tower's LayerNorm after its last layer; false needs `cls` or `mean`.
+        text: hub name, local directory or packaged:NAME of a bert or roberta encoder.
+        text_feature: the vector of a text: `pooler`, `cls` (the first position), or the `mean` of all that count.
+        projection: `none`; `linear`, a matrix without bias; `mlp`, LayerNorm, Linear, GELU, dropout, Linear.
+        width: of the shared space that projections lead to.
+        max_text_length: tokens of a text with its special tokens; longer texts are cut.
+        projection_dropout: inside `mlp`.
+        logit_scale: the factor of the cosine to begin with, 1 / temperature; a `model` brings its own.
+        train_projection, train_logit_scale: train these whole, beside the method.
+        images: `live`: pixels through the vision tower; `stored`: its features come with the data (feature shards),
+            the tower is not built, and each visit in training takes one of the augmented passes at random.
+        random_weights: build both towers from their configurations alone, with a fixed seed; for tests.
+    """
+
+    model: str = ""
+    vision: str = ""
+    vision_layers: int = 0
+    image_size: int = 224
+    fit: Literal["stretch", "crop"] = "stretch"
+    resample: Literal["auto", "bilinear", "bicubic"] = "auto"
+    vision_feature: Literal["pooler", "cls", "mean"] = "cls"
+    vision_norm: bool = True
+    text: str = ""
+    text_feature: Literal["pooler", "cls", "mean"] = "mean"
+    projection: Literal["none", "linear", "mlp"] = "none"
+    width: int = 256
+    max_text_length: int = 64
+    projection_dropout: float = 0.0
+    logit_scale: float = 1 / 0.07
+    train_projection: bool = True
+    train_logit_scale: bool = False
+    images: Literal["live", "stored"] = "live"
+    random_weights: bool = False
+
+    # what other backbones with a vision tower leave open
+    prefix: ClassVar[str] = "none"
+    condition: ClassVar[str] = "none"
+    feature_norm: ClassVar[str] = "none"
+
+
+# What a saved dual encoder fixes.
+FIXED = (
+    "vision", "vision_layers", "image_size", "fit", "resample", "vision_feature", "vision_norm", "text",
+    "text_feature", "projection", "width",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class StoredVectors:
+    """Takes the stored features of one image, (1 + V, Dv): row 0 in evaluation; in training a random one of the V
+    augmented passes, if there are any.
+
+    Attributes:
+        width: Dv.
+        train: draw from the augmented passes.
+    """
+
+    width: int
+    train: bool = False
+
+    takes_features = True  # tells the stream to hand over arrays
+
+    def __call__(self, features: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """One row, float32 (Dv,). Raises BadSample."""
+        rows = features.unsqueeze(0) if features.dim() == 1 else features
+        if not rows.is_floating_point() or rows.dim() != 2 or not len(rows) or rows.shape[1] != self.width:
+            raise BadSample("features", f"{features.dtype} of {tuple(features.shape)}, not (1 + V, {self.width})")
+        row = 0
+        if self.train and len(rows) > 1:
+            row = 1 + int(torch.randint(len(rows) - 1, (), generator=generator))
+        return rows[row].float()
+
+
+class DualEncoderBackbone(VisionBackbone):
+    """The family as recipes use it."""
+
+    Options = Options
+
+    def use_features(self, towers: dict[str, Any]) -> None:
+        """What the manifest says of the stored features, which must be those of this vision tower.
+
+        Raises:
+            BadInput: naming the first difference.
+        """
+        if self.options.images == "live":
+            raise BadInput(
+                "backbone.images: live, but these shards hold features. Set images: stored, or name pixels."
+            )
+        section = dict(towers.get("backbone") or {})
+        name = section.pop("name", "unknown")
+        if name != "dual_encoder":
+            raise BadInput(f"backbone: the stored features were made by {name!r}. Make some with dual_encoder.")
+        theirs = DualEncoderBackbone(Options(**section), None)
+        if theirs.options.projection != "none" or theirs.options.model:
+            raise BadInput(
+                "backbone.images: stored, but these features have gone through projections. Make them with "
+                "projection: none."
+            )
+        made, wanted = theirs._vision_choice(), self._vision_choice()
+        if self.options.model:  # its weights are those of all towers together
+            made.pop("weights"), wanted.pop("weights")
+        if differing := [key for key in wanted if made.get(key) != wanted[key]]:
+            raise BadInput(
+                f"backbone.vision: the stored features are of another one ({differing[0]}: {made[differing[0]]}, here "
+                f"{wanted[differing[0]]}). Name the tower that made them, or make them again."
+            )
+        if theirs.towers_key() != towers.get("key"):
+            raise BadInput("backbone.vision: the files of the tower that made the stored features have changed.")
+
+    def check(self) -> None:
+        """Refuse what cannot work, from configurations only."""
+        o = self.options
+        if o.model:
+            defaults = Options()
+            if given := [key for key in FIXED if getattr(o, key) != getattr(defaults, key)]:
+                raise BadInput(f"backbone.{given[0]}: backbone.model {o.model!r} fixes it. Leave it out.")
+        elif not o.vision or not o.text:
+            missing = "text" if o.vision else "vision"
+            raise BadInput(f"backbone.{missing}: missing. Name both towers, or a whole dual encoder as `model`.")
+        else:
+            self._check_vision()
+        text = self._text_config
+        room = text.max_position_embeddings - (0 if text.model_type == "bert" else text.pad_token_id + 1)
+        if not 3 <= o.max_text_length <= room:
+            raise BadInput(
+                f"backbone.max_text_length: {o.max_text_length}, but the text tower takes 3 to {room} tokens."
+            )
+        if o.width < 1 or not 0 <= o.projection_dropout < 1 or o.logit_scale <= 0:
+            raise BadInput(
+                "backbone.width is at least 1, projection_dropout in [0, 1), logit_scale above 0 (1 / temperature)."
+            )
+
+    def build(self, on_meta: bool = False) -> PreTrainedModel:
+        """The model with frozen pretrained towers, and fresh projections where no `model` brings them."""
+        config = self._config()
+        if self.options.model:
+            load = (DualEncoder, self.options.model, "backbone.model", config, self.dtype, self.attention)
+            model = stock.load(*load, self.options.random_weights, on_meta)
+        elif on_meta:
+            with torch.device("meta"):
+                model = DualEncoder(config)
+        else:
+            vision = self._load_vision(config.vision_config) if config.images == "live" else None
+            text = self._load_text(config)
+            with torch.random.fork_rng():
+                # The same projections on every rank and at every ZeRO stage, however many draws loading took.
+                torch.manual_seed(torch.initial_seed())
+                model = DualEncoder(config, vision, text)
+        return model.requires_grad_(False).train()
+
+    def image_transform(self, train: bool) -> Callable[[Tensor, Any], Tensor]:
+        """Resize to the tower's input, no augmentation; or one row of stored features."""
+        if self.options.images == "stored":
+            return StoredVectors(self._vision_config.hidden_size, train)
+        return self._square()
+
+    def _square(self) -> SquareTransform:
+        if not self.options.model:
+            return super()._square()
+        return SquareTransform(self._saved.image_size, self._saved.fit, self._saved.resample)
+
+    def collate_texts(self, texts: list[str | Prompted]) -> dict[str, Tensor]:
+        """Token ids and mask, as long as the longest text of this batch."""
+        plain = [f"{t.prompt} {t.target}".strip() if isinstance(t, Prompted) else t for t in texts]
+        out = self._tokenizer(
+            plain, truncation=True, max_length=self.options.max_text_length, padding="longest", return_tensors="pt"
+        )
+        return {"input_ids": out["input_ids"], "attention_mask": out["attention_mask"]}
+
+    def dummy(self, modality: str) -> Any:
+        """A black image of 8x8 pixels or zeros as its features; the text `a`."""
+        if modality == "image" and self.options.images == "stored":
+            return torch.zeros(1, self._vision_config.hidden_size)
+        return {"image": torch.zeros(3, 8, 8, dtype=torch.uint8), "text": "a"}[modality]
+
+    def frozen_prefix(self, model: nn.Module) -> list[str]:
+        """Each tower without a trainable, or its embeddings."""
+        towers = {"vision_model": "embeddings", "text_model": "embeddings"}
+        return stock.untrained(model, {t: e for t, e in towers.items() if getattr(model, t) is not None})
+
+    # as encoders (`backbones.base.Embedding`)
+
+    @property
+    def feature_widths(self) -> tuple[int, int]:
+        """(Dv, Dt) of `embed`."""
+        return self._config().feature_widths
+
+    def embed(self, model: nn.Module, batch: PackedBatch) -> tuple[Tensor | None, Tensor | None]:
+        """(I, Dv) and (T, Dt) features of the batch behind the projections, not normalised; None for what it lacks."""
+        out = model(**self.inputs(batch), unit=False)
+        return out.image_features, out.text_features
+
+    def embed_texts(self, model: nn.Module, texts: list[str]) -> Tensor:
+        """(n, Dt), on the device of the model, without gradient."""
+        return stock.embed_texts(self, model, texts)
+
+    def logit_scale_of(self, model: nn.Module) -> float:
+        """1 / temperature; 1 where towers were only put side by side."""
+        if not self.options.model and not hasattr(model, "peft_config"):
+            return 1.0
+        return float(model.logit_scale.log_scale.detach().double().exp())
+
+    def towers_key(self) -> str:
+        """Hash of weights, image transform, and everything else that features depend on.
+
+        Raises:
+            BadInput: if they would depend on projections that nobody has trained.
+        """
+        o = self.options
+        if o.projection != "none" and not o.random_weights:
+            raise BadInput(
+                f"backbone.projection: {o.projection} is not trained, features behind it mean nothing. Use none, or "
+                "the model that launchers/merge.py writes after alignment."
+            )
+        weights = "random" if o.random_weights else [self._vision_choice()["weights"], self._text_hash()]
+        return stock.short_hash(
+            {
+                **self._vision_choice(),
+                "weights": weights,
+                "text_feature": self._config().text_feature,
+                "max_text_length": o.max_text_length,
+            }
+        )
+
+    def _vision_choice(self) -> dict[str, Any]:
+        if not self.options.model:
+            return super()._vision_choice()
+        saved = self._saved
+        return {
+            "weights": tower_loading.weights_hash(self.options.model, "backbone.model"),
+            "layers": saved.vision_config.num_hidden_layers,
+            "feature": saved.vision_feature,
+            "norm": saved.vision_norm,
+            "transform": asdict(self._square()),
+            "mean": saved.pixel_mean,
+            "std": saved.pixel_std,
+        }
+
+    def _text_hash(self) -> str:
+        return "" if self.options.model else tower_loading.weights_hash(self.options.text, "backbone.text")
+
+    # configurations and parts
+
+    def _config(self) -> DualEncoderConfig:
+        o = self.options
+        if o.model:
+            config = copy.deepcopy(self._saved)
+        else:
+            transform = self._square()
+            config = DualEncoderConfig(
+                vision_config=copy.deepcopy(self._vision_config),
+                text_config=copy.deepcopy(self._text_config),
+                vision_feature=o.vision_feature,
+                vision_norm=o.vision_norm,
+                pixel_mean=self._pixels["mean"],
+                pixel_std=self._pixels["std"],
+                image_size=transform.size,
+                fit=transform.fit,
+                resample=transform.resample,
+                text_feature=o.text_feature,
+                projection=o.projection,
+                width=o.width,
+                logit_scale=o.logit_scale,
+            )
+        config.max_text_length = o.max_text_length
+        config.projection_dropout = o.projection_dropout
+        config.train_projection, config.train_logit_scale = o.train_projection, o.train_logit_scale
+        config.images, config.train_dropout = o.images, self.train_dropout
+        config._attn_implementation = tower_loading.choose_attention(self.attention, self.dtype)
+        return config
+
+    @functools.cached_property
+    def _saved(self) -> DualEncoderConfig:
+        return stock.read_config(self.options.model, "backbone.model", (DualEncoderConfig.model_type,))
+
+    @functools.cached_property
+    def _vision_config(self) -> PretrainedConfig:
+        return self._saved.vision_config if self.options.model else super()._vision_config
+
+    @functools.cached_property
+    def _text_config(self) -> PretrainedConfig:
+        if self.options.model:
+            return self._saved.text_config
+        return tower_loading.load_config(self.options.text, "backbone.text", "text")
+
+    @functools.cached_property
+    def _pixels(self) -> dict[str, Any]:
+        if self.options.model:
+            return {"mean": self._saved.pixel_mean, "std": self._saved.pixel_std, "resample": self._saved.resample}
+        return super()._pixels
+
+    @functools.cached_property
+    def _tokenizer(self) -> Any:
+        if self.options.model:
+            return stock.read_tokenizer(self.options.model, "backbone.model")
+        return super()._tokenizer
+
+    def _load_text(self, config: DualEncoderConfig) -> PreTrainedModel:
+        pooler = self.options.text_feature == "pooler"
+        if self.options.random_weights:
+            return self._random_tower(config.text_config, "text", pooler)
+        extra = tower_loading.pooler_argument(config.text_config, "text", pooler)
+        return tower_loading.load_tower(
+            self.options.text, "backbone.text", config.text_config, **self._loading(), **extra
+        )
+
+
+ENTRY = DualEncoderBackbone

@@ -1,0 +1,253 @@
+"""Backbone: features of frozen encoders, stored in feature shards or made on the way, for classification heads."""
+
+# I images, T texts, C classes, D widths, V augmented passes
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from mmpeft_ds.backbones.features.model import ClassificationOutput, FeatureConfig, FeatureModel, ZeroShot
+from mmpeft_ds.data.batch import Described, PackedBatch, hash_id
+from mmpeft_ds.errors import BadInput
+from mmpeft_ds.sites.feature_site import Bank
+
+__all__ = ["ENTRY", "ClassificationOutput", "FeatureConfig", "FeatureModel", "FeaturesBackbone", "ZeroShot"]
+
+
+@dataclass
+class Options:
+    """Keys of the recipe's `backbone` section.
+
+    Attributes:
+        encoder: `name` and options of a backbone whose frozen towers make features; null: all of them are stored.
+        images: `stored` in feature shards, or `live` through the encoder, from pixels.
+        texts: captions' features: `stored`, or `live` through the encoder; `none` leaves captions out.
+        ensemble: of the templates of a class: `unit` averages unit vectors, `raw` the vectors as they are.
+        templates, negative_templates: class texts where none are stored; `{}` stands for the name of a class.
+    """
+
+    encoder: dict[str, Any] | None = None
+    images: Literal["stored", "live"] = "stored"
+    texts: Literal["none", "stored", "live"] = "stored"
+    ensemble: Literal["unit", "raw"] = "unit"
+    templates: list[str] = field(default_factory=lambda: ["a photo of a {}."])
+    negative_templates: list[str] = field(default_factory=lambda: ["a photo of no {}."])
+
+
+@dataclass(frozen=True)
+class ViewTransform:
+    """Stored features of a sample, (1 + V, D) or (D,) -> (D,): the evaluation view, or one of the augmented passes.
+
+    Attributes:
+        augmented: draw a pass, if there are any.
+    """
+
+    augmented: bool
+    takes_features = True
+
+    def row(self, rows: int, seed: int) -> int:
+        """Which of the rows (1 + V) a sample takes whose random choices have this seed."""
+        return 1 + seed % (rows - 1) if self.augmented and rows > 1 else 0
+
+    def __call__(self, features: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        if features.dtype == torch.uint8:  # an image, given to an adapter that was trained on stored features
+            raise BadInput("pixels, but this model reads stored features. Give features (D,), or set images: live.")
+        if features.dim() == 1:
+            return features
+        return features[self.row(len(features), 0 if generator is None else generator.initial_seed())]
+
+
+class FeaturesBackbone:
+    """The family as recipes use it; attributes as in `backbones/base.py`."""
+
+    Options = Options
+    modalities = ("image", "text")
+    condition_width = None
+
+    def __init__(self, options: Options, labels: list[str] | None):
+        self.options, self.labels = options, labels
+        self.attention = "auto"
+        self.dtype = torch.float32
+        self.train_dropout = False
+        self.towers: dict[str, Any] = {}
+        self.encoder: Any = None
+        self.bank: dict[str, Tensor] = {}
+
+    def use_features(self, towers: dict[str, Any]) -> None:
+        """What the manifest says of the stored features."""
+        self.towers = dict(towers)
+
+    def use_encoder(self, encoder: Any) -> None:
+        """The backbone that makes what is not stored."""
+        if not hasattr(encoder, "embed"):
+            raise BadInput("backbone.encoder: this backbone gives no features. Use clip or dual_encoder.")
+        self.encoder = encoder
+
+    def use_bank(self, bank: dict[str, Tensor]) -> None:
+        """Class texts and support samples."""
+        self.bank = dict(bank)
+
+    def check(self) -> None:
+        """Refuse what cannot work."""
+        o = self.options
+        if not self.labels:
+            raise BadInput("backbone: the data set has no closed list of labels. Prepare it with a source of classes.")
+        if o.encoder is None:
+            for key in ("images", "texts"):
+                if getattr(o, key) == "live":
+                    raise BadInput(f"backbone.{key}: live needs backbone.encoder, which names the towers.")
+            if not self.towers:
+                raise BadInput(
+                    "backbone: these shards hold no features. Make some with launchers/features.py, or name "
+                    "backbone.encoder and set images: live."
+                )
+        elif self.towers and self.towers.get("key") != self.encoder.towers_key():
+            raise BadInput(
+                "backbone.encoder: the stored features were made by other towers or another transform (key "
+                f"{self.towers.get('key')}, here {self.encoder.towers_key()}). Make them again with this encoder."
+            )
+        elif not self.towers and o.images == "stored":
+            raise BadInput("backbone.images: stored, but these shards hold no features. Set images: live.")
+
+    @property
+    def widths(self) -> tuple[int, int]:
+        """D of image and of caption features; 0 where there are none."""
+        if self.encoder is not None:
+            image, text = self.encoder.feature_widths
+        else:
+            image, text = self.towers["image_width"], self.towers.get("text_width", 0)
+        return image, 0 if self.options.texts == "none" else text
+
+    def build(self, on_meta: bool = False) -> PreTrainedModel:
+        """The model, everything frozen."""
+        image, text = self.widths
+        encoder, scale = None, float(self.towers.get("logit_scale") or 1.0)
+        if self.encoder is not None:
+            for name in ("dtype", "attention", "train_dropout"):
+                setattr(self.encoder, name, getattr(self, name))
+            encoder = self.encoder.build(on_meta)
+            if not self.towers and not on_meta:
+                scale = self.encoder.logit_scale_of(encoder)
+        config = FeatureConfig(
+            image_width=image,
+            text_width=text,
+            num_classes=len(self.labels or []),
+            logit_scale=scale,
+            ensemble=self.options.ensemble,
+        )
+        bank = {name: tensor.to("meta") if on_meta else tensor for name, tensor in self.bank.items()}
+        if self._live_classes:
+            for name, templates in self._templates.items():
+                shape = (config.num_classes, len(templates), image)
+                bank[name] = torch.zeros(shape, device="meta" if on_meta else None)
+        model = FeatureModel(
+            config,
+            Bank(config.num_classes, **bank),
+            encoder,
+            self.encoder and self.encoder.embed,
+            self._class_names,
+            self.encoder and self.encoder.collate_texts,
+        )
+        return model.requires_grad_(False).train()
+
+    def read_classes(self, model: nn.Module) -> None:
+        """Where no class texts are stored, let the encoder read them; whole weights, before anything is attached."""
+        if not self._live_classes:
+            return
+        names = self._class_names
+        for part, templates in self._templates.items():
+            texts = [template.replace("{}", name) for name in names for template in templates]
+            was_training = model.encoder.training
+            with torch.no_grad():
+                found = self.encoder.embed_texts(model.encoder.eval(), texts)
+            model.encoder.train(was_training)
+            getattr(model.features.bank, part).copy_(found.view(len(names), len(templates), -1))
+
+    @property
+    def _class_names(self) -> list[str]:
+        """In words."""
+        return [label.replace("_", " ") for label in self.labels or []]
+
+    @property
+    def _live_classes(self) -> bool:
+        """Class texts come from the encoder; towers of unequal widths have none that images could be compared with."""
+        equal = self.encoder is not None and self.encoder.feature_widths[0] == self.encoder.feature_widths[1]
+        return equal and not self.towers
+
+    @property
+    def _templates(self) -> dict[str, list[str]]:
+        return {"positive": self.options.templates, "negative": self.options.negative_templates}
+
+    def image_transform(self, train: bool) -> Callable[[Tensor, Any], Tensor]:
+        """Choose a stored view, or what the encoder does to pixels."""
+        if self.options.images == "live":
+            return self.encoder.image_transform(train)
+        return ViewTransform(train)
+
+    def collate_images(self, images: list[Any]) -> dict[str, Tensor]:
+        """`image_features` (I, Dv), at least float32; or what the encoder takes. A tensor holds all rows already."""
+        if self.options.images == "live":
+            return self.encoder.collate_images(images)
+        rows = images if isinstance(images, Tensor) else torch.stack([_wide(image) for image in images])
+        return {"image_features": _wide(rows)}
+
+    def collate_texts(self, texts: list[Any]) -> dict[str, Tensor]:
+        """`text_features` (T, Dt), zeros for a text without any; or what the encoder takes; nothing where captions are
+        left out."""
+        if self.options.texts == "live":
+            return self.encoder.collate_texts([str(text) for text in texts])
+        width = self.widths[1]
+        if not width:
+            return {}
+        rows = [t.features if isinstance(t, Described) and t.features is not None else None for t in texts]
+        dtype = next((_wide(row).dtype for row in rows if row is not None), torch.float32)
+        return {
+            "text_features": torch.stack(
+                [torch.zeros(width, dtype=dtype) if row is None else _wide(row) for row in rows]
+            )
+        }
+
+    def dummy(self, modality: str) -> Any:
+        """The smallest sample: zeros, or what the encoder gives."""
+        live = self.options.images if modality == "image" else self.options.texts
+        if live == "live":
+            return self.encoder.dummy(modality)
+        return torch.zeros(self.widths[0]) if modality == "image" else Described()
+
+    def inputs(self, batch: PackedBatch) -> dict[str, Any]:
+        """Forward arguments."""
+        keys = [hash_id(name) >> 1 for name in batch.sample_id]  # positive int64
+        device = batch.weight.device
+        found: dict[str, Any] = {
+            "image_features": batch.images.get("image_features"),
+            "text_features": batch.texts.get("text_features"),
+            "image_owner": batch.image_owner,
+            "text_owner": batch.text_owner,
+            "valid": batch.text_weight > 0,
+            "key": torch.tensor(keys, dtype=torch.int64, device=device)[batch.text_owner],
+            "num_slots": len(batch.sample_id),
+        }
+        if "live" in (self.options.images, self.options.texts):
+            found["batch"] = batch
+        return found
+
+    def frozen_prefix(self, model: nn.Module) -> list[str]:
+        """The encoder, unless something in it trains."""
+        encoder = getattr(model, "encoder", None)
+        frozen = encoder is not None and not any(p.requires_grad for p in encoder.parameters())
+        return ["encoder"] if frozen else []
+
+
+ENTRY = FeaturesBackbone
+
+
+def _wide(x: Any) -> Tensor:
+    """At least float32."""
+    x = torch.as_tensor(x)
+    return x if x.dtype == torch.float64 else x.float()

@@ -1,0 +1,310 @@
+"""Backbone: multimodal language models (LLaVA-1.5, LLaVA-NeXT, Qwen2-VL, Qwen2.5-VL) that answer in a conversation.
+
+The model is transformers' own class (same parameter names) whose forward takes the packed batch. Image processor,
+tokenizer and chat template are read one by one, since a whole processor may want packages that nothing here needs.
+"""
+
+# I images, T texts, R placeholders, L text length with one placeholder an image
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoImageProcessor, PretrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+
+from mmpeft_ds.backbones.common import stock, tower_loading
+from mmpeft_ds.backbones.common.generation import in_step, one_of
+from mmpeft_ds.backbones.common.vision_model import Affine
+from mmpeft_ds.backbones.mllm.chat import Chat, read_template
+from mmpeft_ds.backbones.mllm.model import ImageText
+from mmpeft_ds.data.batch import PackedBatch, Prompted, Written
+from mmpeft_ds.errors import BadInput
+from mmpeft_ds.sites.condition import conditioned
+
+WHERE = "backbone.model"
+QWEN = ("qwen2_vl", "qwen2_5_vl")
+FAMILIES = ("llava", "llava_next", *QWEN)
+# Where the channels stand in the pixels of an image batch; Qwen's patches are flat, channels first.
+CHANNELS = {"llava": 1, "llava_next": 2, "qwen2_vl": 1, "qwen2_5_vl": 1}
+
+
+@dataclass
+class Options:
+    """Keys of the recipe's `backbone` section.
+
+    Attributes:
+        model: hub name or local directory of a llava, llava_next, qwen2_vl or qwen2_5_vl model.
+        random_weights: take only its configuration, tokenizer and image processor; for tests and measurements.
+        max_text_length: tokens of a conversation, an image counted as one; what is longer is cut at its end.
+        max_pixels: Qwen only: larger images are scaled down to this many pixels, 0 = as the checkpoint says. An image
+            becomes one token for every 28 x 28 pixels.
+        system: said first in conversations without a system turn; empty: nothing.
+        chat_template: Jinja file, where the checkpoint brings no template or another is wanted.
+        condition: what adapters of the language model route on: `none`, the `pooled` vector (mean of an image's tokens
+            behind the projector, mean over the images of a sample), or all these `tokens`.
+    """
+
+    model: str = "llava-hf/llava-1.5-7b-hf"
+    random_weights: bool = False
+    max_text_length: int = 1024
+    max_pixels: int = 0
+    system: str = ""
+    chat_template: str = ""
+    condition: Literal["none", "pooled", "tokens"] = "none"
+
+
+@dataclass(frozen=True)
+class ProcessorTransform:
+    """uint8 (3, H, W) -> what the family's image processor makes of it, still uint8: scaling and normalising wait.
+
+    Attributes:
+        processor: the image processor, which resizes, crops and cuts into tiles or patches.
+        min_size: (height, width) that a decoder at reduced scale must not go below; None: the full image is needed.
+    """
+
+    processor: Any
+    min_size: tuple[int, int] | None = None
+
+    def __call__(self, image: Tensor, generator: Any = None) -> dict[str, Tensor]:
+        out = self.processor(
+            images=[image.numpy()],
+            do_rescale=False,
+            do_normalize=False,
+            input_data_format="channels_first",
+            return_tensors="pt",
+        )
+        found = {name: out[name] for name in ("pixel_values", "image_sizes", "image_grid_thw") if name in out}
+        # Pillow has rounded to whole numbers, so nothing is lost.
+        found["pixel_values"] = found["pixel_values"].to(torch.uint8)
+        return found
+
+
+class MllmBackbone:
+    """The family as recipes use it; attributes as in `backbones/base.py`."""
+
+    Options = Options
+    modalities = ("image", "text")
+
+    def __init__(self, options: Options, labels: list[str] | None):
+        self.options = options
+        self.labels = labels
+        self.attention = "auto"
+        self.dtype = torch.float32
+        self.train_dropout = False
+
+    def check(self) -> None:
+        """Refuse what cannot work, from configurations, tokenizer and chat template."""
+        o = self.options
+        if o.max_text_length < 16:
+            raise BadInput(f"backbone.max_text_length: {o.max_text_length}. A conversation needs 16 tokens at least.")
+        if o.max_pixels and self._config.model_type not in QWEN:
+            raise BadInput(f"backbone.max_pixels: {o.model!r} sees images at sizes of its own. Leave it 0.")
+        if o.max_pixels < 0 or 0 < o.max_pixels < 28 * 28:
+            raise BadInput(f"backbone.max_pixels: {o.max_pixels}. Use 0, or at least 784 (one token).")
+        if not self._tokenizer.is_fast or self._tokenizer.eos_token is None:
+            raise BadInput(f"{WHERE}: {o.model!r} needs a fast tokenizer (tokenizer.json) with an end token.")
+        self._chat.check()
+
+    def build(self, on_meta: bool = False) -> PreTrainedModel:
+        """The pretrained model, everything frozen."""
+        o, config = self.options, copy.deepcopy(self._config)
+        config.condition = o.condition  # saved with the model
+        stock = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(config)]
+        model_class = stock.publishing(ImageText, stock)
+        return stock.load(model_class, o.model, WHERE, config, self.dtype, self.attention, o.random_weights, on_meta)
+
+    def image_transform(self, train: bool) -> Callable[[Tensor, Any], dict[str, Tensor]]:
+        """What the checkpoint's image processor does, up to normalising; no augmentation."""
+        side = None
+        if self._config.model_type == "llava":
+            size = self._processor.size
+            side = size.get("shortest_edge") or size.get("height")
+        return ProcessorTransform(self._processor, (side, side) if side else None)
+
+    def collate_images(self, images: list[Any]) -> dict[str, Tensor]:
+        """LLaVA (I, 3, H, W); LLaVA-NeXT tiles (I, most tiles, 3, H, W) and `image_sizes` (I, 2); Qwen patches of all
+        images (N, values of a patch) and `image_grid_thw` (I, 3)."""
+        names = [name for name in images[0] if name != "pixel_values"]
+        found = {name: torch.cat([image[name] for image in images]) for name in names}
+        pixels = [image["pixel_values"] for image in images]
+        if self._config.model_type == "llava_next":
+            tiles = [p[0] for p in pixels]  # the model leaves out what pads their number
+            return {"pixel_values": nn.utils.rnn.pad_sequence(tiles, batch_first=True), **found}
+        return {"pixel_values": torch.cat(pixels), **found}
+
+    def collate_texts(self, texts: list[str | Prompted]) -> dict[str, Tensor]:
+        """`input_ids`, `attention_mask`, `labels` (T, L), and `prompt_length` (T,): tokens before the last answer."""
+        encoded = [self._chat.encode(text) for text in texts]
+
+        def padded(rows: list[list[int]], fill: int) -> Tensor:
+            return nn.utils.rnn.pad_sequence([torch.tensor(r) for r in rows], batch_first=True, padding_value=fill)
+
+        return {
+            "input_ids": padded([e.ids for e in encoded], self._pad_id),
+            "attention_mask": padded([[1] * len(e.ids) for e in encoded], 0),
+            "labels": padded([e.labels for e in encoded], -100),
+            "prompt_length": torch.tensor([e.prompt_length for e in encoded]),
+        }
+
+    def dummy(self, modality: str) -> Any:
+        """A black image of 28x28 pixels, or a conversation of one word each."""
+        return {"image": torch.zeros(3, 28, 28, dtype=torch.uint8), "text": Prompted("a", "a")}[modality]
+
+    def inputs(self, batch: PackedBatch) -> dict[str, Any]:
+        """Forward arguments; pixels are normalised here, on the device of the batch."""
+        texts = {name: batch.texts[name] for name in ("input_ids", "attention_mask", "labels")}
+        places = texts["attention_mask"].bool() & (texts["input_ids"] == self._config.image_token_id)
+        return {
+            **texts,
+            **self._images(batch),
+            "image_rows": self._image_rows(batch, places.sum(1).tolist()),
+            "image_owner": batch.image_owner,
+            "text_owner": batch.text_owner,
+            "num_slots": len(batch.sample_id),
+        }
+
+    def read(self, outputs: Any, batch: PackedBatch) -> Written:
+        """Logits of the last positions, each beside the token that follows it."""
+        logits, labels = outputs["logits"], outputs["labels"]
+        return Written(logits[:, :-1], labels[:, labels.shape[1] - logits.shape[1] + 1 :])
+
+    @torch.no_grad()
+    def generate(self, model: Any, batch: PackedBatch, choices: list[str] | None = None, **options: Any) -> list[str]:
+        """What the model says after the prompt of each text, which ends where the last answer begins.
+
+        Args:
+            model: the PeftModel, or the base; under ZeRO-3 all ranks call it together.
+            choices: the only answers that may be given.
+            options: of transformers' `generate`, without `max_length`, for prompts have hundreds of image tokens.
+        """
+        if "max_length" in options:
+            raise BadInput("task.max_length: prompts have hundreds of image tokens. Set it 0, and max_new_tokens.")
+        base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        ids, lengths = batch.texts["input_ids"], batch.texts["prompt_length"]
+        prompts = batch.texts["attention_mask"] * (torch.arange(ids.shape[1], device=ids.device) < lengths[:, None])
+        places = prompts.bool() & (ids == self._config.image_token_id)
+        rows = self._image_rows(batch, places.sum(1).tolist())
+        images = self._images(batch)
+        features = base.image_features(images)
+        widened = base.widen(ids, prompts, None, features, rows, left=True)
+        length, end = widened.input_ids.shape[1], self._tokenizer.eos_token_id
+        settings = {
+            "pad_token_id": self._pad_id,
+            "eos_token_id": self._end_ids(base),
+            "suppress_tokens": [self._config.image_token_id],  # a placeholder without image would be an error
+            "do_sample": False,
+            **options,
+        }
+        if choices:
+            known = [[t for t in self._chat.encode(Prompted("a", c)).labels if t not in (-100, end)] for c in choices]
+            settings |= {"prefix_allowed_tokens_fn": one_of(known, end, skip=length)}
+            settings |= {"max_new_tokens": max(map(len, known)) + 1}
+        condition = base.condition_of(features, batch.image_owner, batch.text_owner, len(batch.sample_id))
+        with conditioned(condition):
+            written = model.generate(
+                **base.arguments(widened, features, images.get("image_grid_thw"), rows),
+                synced_gpus=in_step(base),
+                **settings,
+            )
+        return [t.strip() for t in self._tokenizer.batch_decode(written[:, length:], skip_special_tokens=True)]
+
+    def frozen_prefix(self, model: nn.Module) -> list[str]:
+        """Each tower without a trainable, or its embeddings."""
+        vision = ("visual", "patch_embed") if self._config.model_type in QWEN else ("vision_tower", "embeddings")
+        towers = {f"model.{vision[0]}": vision[1], "model.language_model": "embed_tokens"}
+        return stock.untrained(model, towers)
+
+    @property
+    def condition_width(self) -> int | None:
+        """Width of the language model, into which the projector maps; None without a condition."""
+        return None if self.options.condition == "none" else self._config.text_config.hidden_size
+
+    # parts
+
+    @functools.cached_property
+    def _config(self) -> PretrainedConfig:
+        return stock.read_config(self.options.model, WHERE, FAMILIES)
+
+    @functools.cached_property
+    def _tokenizer(self) -> Any:
+        return stock.read_tokenizer(self.options.model, WHERE)
+
+    @functools.cached_property
+    def _processor(self) -> Any:
+        """The image processor in its Pillow form, which gives the same pixels whether or not torchvision is there."""
+        changes: dict[str, Any] = {}
+        place = tower_loading.locate(self.options.model, WHERE)
+        try:
+            processor = AutoImageProcessor.from_pretrained(place, backend="pil")
+            if self.options.max_pixels:
+                least = min(processor.size["shortest_edge"], self.options.max_pixels)
+                changes["size"] = {"shortest_edge": least, "longest_edge": self.options.max_pixels}
+                processor = AutoImageProcessor.from_pretrained(place, backend="pil", **changes)
+        except (OSError, ValueError, ImportError) as error:
+            reason = str(error).strip().splitlines()[0][:200]
+            raise BadInput(
+                f"{WHERE}: cannot read the image processor of {self.options.model!r} ({reason}). "
+                "Its directory needs preprocessor_config.json."
+            ) from error
+        return processor
+
+    @functools.cached_property
+    def _chat(self) -> Chat:
+        o = self.options
+        return Chat(
+            self._tokenizer,
+            read_template(o.model, WHERE, o.chat_template, self._tokenizer),
+            self._tokenizer.convert_ids_to_tokens(self._config.image_token_id),
+            o.system,
+            o.max_text_length,
+        )
+
+    @functools.cached_property
+    def _normalise(self) -> Affine:
+        p = self._processor
+        mean, std = (p.image_mean, p.image_std) if p.do_normalize else ([0.0] * 3, [1.0] * 3)
+        return Affine(list(mean), list(std), CHANNELS[self._config.model_type], scale=p.rescale_factor)
+
+    @property
+    def _pad_id(self) -> int:
+        pad = self._tokenizer.pad_token_id
+        return self._tokenizer.eos_token_id if pad is None else pad
+
+    def _end_ids(self, base: PreTrainedModel) -> list[int]:
+        """Tokens that end an answer: the checkpoint's, and the one that training puts there."""
+        ends = base.generation_config.eos_token_id
+        ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
+        return sorted({*ends, self._tokenizer.eos_token_id})
+
+    def _images(self, batch: PackedBatch) -> dict[str, Tensor]:
+        images = dict(batch.images)
+        if images:
+            pixels = images["pixel_values"]
+            flat = pixels.unflatten(1, (3, -1)) if self._config.model_type in QWEN else pixels
+            images["pixel_values"] = self._normalise(flat).view(pixels.shape)
+        return images
+
+    def _image_rows(self, batch: PackedBatch, places: list[int]) -> Tensor:
+        """(R,) image of each placeholder: a text names the images of its slot in their order.
+
+        A text that was cut may name fewer than there are; those are seen by nobody.
+        """
+        images: dict[int, list[int]] = {}
+        for image, slot in enumerate(batch.image_owner.tolist()):
+            images.setdefault(slot, []).append(image)
+        rows = [i for slot, n in zip(batch.text_owner.tolist(), places, strict=True) for i in images.get(slot, [])[:n]]
+        if len(rows) != sum(places):
+            raise BadInput(
+                f"backbone: texts of this batch hold {sum(places)} placeholders, but their samples {len(rows)} images."
+            )
+        return torch.tensor(rows, dtype=torch.int64, device=batch.text_owner.device)
+
+
+ENTRY = MllmBackbone

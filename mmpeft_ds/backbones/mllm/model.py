@@ -1,0 +1,229 @@
+"""What is put in front of the stock multimodal language models so that they take the packed batch.
+
+Texts come with one placeholder an image. The vision tower runs once per image; only then is it known how many tokens
+an image becomes, and every placeholder is widened to as many. So no rule of any image processor is repeated here, and
+their number cannot be wrong. What is published as condition are the image features behind the projector.
+"""
+
+# I images, T texts, R placeholders of all texts, L text length with placeholders, S with image tokens, d width
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from mmpeft_ds.backbones.common.stock import Publishing
+from mmpeft_ds.sites.condition import Condition, conditioned, current
+
+
+@dataclass
+class Widened:
+    """Texts whose placeholders have become as many tokens as their images.
+
+    Attributes:
+        input_ids, attention_mask: (T, S), padded on one side.
+        labels: (T, S), -100 where nothing is asked; None if there were none.
+        image_tokens: (T, S) int64, 1 where an image token stands.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    labels: Tensor | None
+    image_tokens: Tensor
+
+
+class ImageText(Publishing):
+    """Mixin over the `ForConditionalGeneration` classes: given `image_rows`, for the packed batch; else it is stock.
+
+    `config.condition` says what is published: `none`, the `pooled` vector of an image (mean of its tokens, mean over
+    the images of a slot), or all its `tokens`.
+    """
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        image_sizes: Tensor | None = None,
+        image_grid_thw: Tensor | None = None,
+        mm_token_type_ids: Tensor | None = None,
+        image_rows: Tensor | None = None,
+        image_owner: Tensor | None = None,
+        text_owner: Tensor | None = None,
+        num_slots: int | None = None,
+        logits_to_keep: int | Tensor = 0,
+        mm_encoder_outputs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """The stock forward; or, given `image_rows`, that of a packed batch.
+
+        Args:
+            input_ids, attention_mask, labels: (T, L) with one placeholder an image, padded on the right.
+            pixel_values, image_sizes, image_grid_thw: as the family's image processor makes them, one entry an image.
+            image_rows: (R,) image of each placeholder, in the order of the texts.
+            image_owner, text_owner, num_slots: as in the packed batch; only a condition needs them.
+
+        Returns:
+            the stock output; of a packed batch besides `labels` (T, S), and `logits` for the last positions only, from
+            the first that predicts a label: (T, K, V), K <= S.
+        """
+        images = {"pixel_values": pixel_values, "image_sizes": image_sizes, "image_grid_thw": image_grid_thw}
+        images = {name: value for name, value in images.items() if value is not None}
+        if image_rows is None:
+            own = {"mm_token_type_ids": mm_token_type_ids, "mm_encoder_outputs": mm_encoder_outputs, "labels": labels}
+            own = {name: value for name, value in own.items() if value is not None}
+            return super().forward(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                logits_to_keep=logits_to_keep,
+                **images,
+                **own,
+                **kwargs,
+            )
+        features = self.image_features(images)
+        widened = self.widen(input_ids, attention_mask, labels, features, image_rows)
+        condition = current()  # somebody's own, around the call
+        if condition is None:
+            condition = self.condition_of(features, image_owner, text_owner, num_slots, widened.attention_mask)
+        with conditioned(condition):
+            outputs = super().forward(
+                **self.arguments(widened, features, image_grid_thw, image_rows),
+                logits_to_keep=_asked(widened.labels),
+                use_cache=False,
+                **kwargs,
+            )
+        if widened.labels is not None:
+            outputs["labels"] = widened.labels
+        unread = sorted(set(range(len(features))) - set(image_rows.tolist()))
+        if unread and torch.is_grad_enabled() and features[0].requires_grad:
+            # All ranks must reach the vision tower in backward, also one whose images no text speaks of.
+            outputs["logits"] = outputs["logits"] + sum(features[i].sum() for i in unread) * 0
+        return outputs
+
+    def image_features(self, images: dict[str, Tensor]) -> list[Tensor]:
+        """Per image (n_i, d), behind the projector; each image is seen once."""
+        if "pixel_values" not in images:
+            return []
+        given = {**images, "pixel_values": images["pixel_values"].to(self.dtype)}
+        with _whole(self.model, "image_newline"):
+            return list(self.model.get_image_features(**given, return_dict=True).pooler_output)
+
+    def widen(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        labels: Tensor | None,
+        features: list[Tensor],
+        image_rows: Tensor,
+        left: bool = False,
+    ) -> Widened:
+        """Give every placeholder as many places as its image has features; padding goes to the right, or `left`."""
+        keep = attention_mask.bool()
+        places = keep & (input_ids == self.config.image_token_id)
+        lengths = torch.tensor([len(f) for f in features], dtype=torch.int64, device=input_ids.device)
+        times = keep.to(torch.int64)
+        times[places] = lengths[image_rows]
+        widths = times.sum(1)
+        rows, length = len(input_ids), int(widths.max())
+        row = torch.repeat_interleave(torch.arange(rows, device=input_ids.device), widths)
+        column = torch.arange(len(row), device=input_ids.device) - (widths.cumsum(0) - widths)[row]
+        if left:
+            column = column + (length - widths)[row]
+
+        def spread(values: Tensor, fill: int) -> Tensor:
+            out = values.new_full((rows, length), fill)
+            out[row, column] = values.flatten().repeat_interleave(times.flatten())
+            return out
+
+        pad = self.config.text_config.pad_token_id
+        return Widened(
+            spread(input_ids, 0 if pad is None else pad),
+            spread(attention_mask, 0),
+            None if labels is None else spread(labels, -100),
+            spread(places.to(torch.int64), 0),
+        )
+
+    def arguments(
+        self, widened: Widened, features: list[Tensor], image_grid_thw: Tensor | None, image_rows: Tensor
+    ) -> dict[str, Any]:
+        """Arguments of the stock forward, or of `generate`, for widened texts."""
+        found: dict[str, Any] = {"input_ids": widened.input_ids, "attention_mask": widened.attention_mask}
+        if hasattr(self.model, "get_rope_index"):  # positions in time, height and width
+            found["mm_token_type_ids"] = widened.image_tokens
+            if image_grid_thw is not None and len(image_rows):
+                found["image_grid_thw"] = image_grid_thw[image_rows]
+        if len(image_rows):
+            read = BaseModelOutputWithPooling(pooler_output=[features[i] for i in image_rows.tolist()])
+            found["mm_encoder_outputs"] = {"image": read}
+        return found
+
+    def condition_of(
+        self,
+        features: list[Tensor],
+        image_owner: Tensor | None,
+        text_owner: Tensor | None,
+        num_slots: int | None,
+        own_mask: Tensor | None = None,
+    ) -> Condition:
+        """What adapters of the text tower may route on; zeros for a text without image."""
+        own = None if own_mask is None else own_mask.bool()
+        what = getattr(self.config, "condition", "none")
+        if what == "none":
+            return Condition(own_mask=own)
+        images_of = _images_by_slot(image_owner, len(features), num_slots)
+        slots = range(len(images_of)) if text_owner is None else text_owner.tolist()
+        like = next(t for t in (own_mask, text_owner, *features) if t is not None)
+        nothing = torch.zeros(1, self.config.text_config.hidden_size, dtype=self.dtype, device=like.device)
+        per_text = []
+        for slot in slots:
+            mine = [features[i] for i in images_of[slot]]
+            if mine and what == "pooled":
+                mine = [torch.stack([f.mean(0) for f in mine]).mean(0, keepdim=True)]
+            per_text.append(torch.cat(mine) if mine else nothing)
+        tokens = nn.utils.rnn.pad_sequence(per_text, batch_first=True)
+        if what == "pooled":
+            return Condition(tokens, own_mask=own)
+        counts = torch.tensor([len(t) for t in per_text], device=tokens.device)
+        return Condition(tokens, torch.arange(tokens.shape[1], device=tokens.device) < counts[:, None], own_mask=own)
+
+
+def _asked(labels: Tensor | None) -> int:
+    """How many of the last positions are needed to predict all labels; at least two, of which one is compared."""
+    if labels is None:
+        return 0
+    asked = (labels != -100).any(0).nonzero()
+    first = int(asked[0]) if len(asked) else labels.shape[1]
+    return min(labels.shape[1], max(2, labels.shape[1] - first + 1))
+
+
+def _images_by_slot(image_owner: Tensor | None, images: int, num_slots: int | None) -> list[list[int]]:
+    """Numbers of the images that each slot owns; None: image i belongs to slot i."""
+    owners = list(range(images)) if image_owner is None else image_owner.tolist()
+    found: list[list[int]] = [[] for _ in range(num_slots if num_slots is not None else len(owners))]
+    for image, slot in enumerate(owners):
+        found[slot].append(image)
+    return found
+
+
+@contextlib.contextmanager
+def _whole(module: nn.Module, name: str) -> Iterator[None]:
+    """A parameter that hangs directly on `module`, while a method other than its forward reads it.
+
+    ZeRO-3 gathers such a parameter for the module's forward only.
+    """
+    parameter = getattr(module, name, None)
+    if not hasattr(parameter, "ds_id") or parameter.numel() == parameter.ds_numel:
+        yield  # not partitioned, resident, or still there from the last step
+        return
+    parameter.all_gather()  # what DeepSpeed gives every parameter that it has partitioned
+    try:
+        yield
+    finally:
+        parameter.partition(has_been_updated=False)

@@ -1,0 +1,204 @@
+"""Backbone: any ViT-like vision tower and any causal language model of a known family, joined for writing.
+
+The defaults are the GPT-2 + ViT wiring of the routing paper (arXiv 2403.09377; specs/routing.md 2.2), but for the
+loss, whose published form is `loss: official`.
+"""
+
+# T texts, L text length, P prefix length
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+from mmpeft_ds.backbones.common import stock, tower_loading
+from mmpeft_ds.backbones.common.generation import in_step, one_of
+from mmpeft_ds.backbones.common.vision_options import VisionBackbone, VisionOptions
+from mmpeft_ds.backbones.vision_text_decoder.model import (
+    VisionTextDecoder,
+    VisionTextDecoderConfig,
+    VisionTextDecoderOutput,
+)
+from mmpeft_ds.data.batch import PackedBatch, Prompted, Written
+from mmpeft_ds.errors import BadInput
+
+FAMILIES = ("gpt2", "llama", "mistral", "qwen2")
+
+
+@dataclass
+class Options(VisionOptions):
+    """Keys of the recipe's `backbone` section, beside those of `VisionOptions`.
+
+    Attributes:
+        text: hub name, local directory or packaged:NAME of a gpt2, llama, mistral or qwen2 language model.
+        max_text_length: tokens of start, prompt and target together, without the prefix; longer texts are cut.
+        start: text before every prompt; `auto` is none behind an image prefix and the published "<s>" without one.
+        loss: which tokens the loss asks for. `fixed`: those of the target and one end of text; padding is not asked.
+            `official`: as published, every position up to `max_text_length`, padding with the end of text included,
+            but never the first token, and never token 0 ("!" in GPT-2).
+    """
+
+    text: str = "gpt2"
+    max_text_length: int = 50
+    start: str = "auto"
+    loss: Literal["fixed", "official"] = "fixed"
+
+
+class VisionTextDecoderBackbone(VisionBackbone):
+    """The family as recipes use it."""
+
+    Options = Options
+
+    def check(self) -> None:
+        """Refuse what cannot work, from configurations only."""
+        self._check_vision()
+        o, text = self.options, self._text_config
+        used = o.max_text_length + self._prefix_length
+        if o.max_text_length < 2 or used > text.max_position_embeddings:
+            raise BadInput(
+                f"backbone.max_text_length: {o.max_text_length} with prefix {o.prefix} needs {used} positions; "
+                f"{o.text!r} has {text.max_position_embeddings} (at least 2 are needed for a word and its end)."
+            )
+        if o.prefix == "none" and not self._start:
+            raise BadInput(
+                "backbone.start: empty, and prefix: none leaves nothing to begin with. Give a start, or a prefix."
+            )
+        if o.loss not in ("fixed", "official"):
+            raise BadInput(f"backbone.loss: {o.loss!r}. Use fixed or official.")
+
+    def build(self, on_meta: bool = False) -> PreTrainedModel:
+        """The model, frozen."""
+        config = VisionTextDecoderConfig(**self._side_config(on_meta))
+        config._attn_implementation = tower_loading.choose_attention(self.attention, self.dtype)
+        if on_meta:
+            with torch.device("meta"):
+                model = VisionTextDecoder(config)
+        else:
+            text = stock.load(
+                MODEL_FOR_CAUSAL_LM_MAPPING[type(config.text_config)],
+                self.options.text,
+                "backbone.text",
+                config.text_config,
+                self.dtype,
+                self.attention,
+                self.options.random_weights,
+            )
+            model = VisionTextDecoder(config, self._load_vision(config.vision_config), text)
+        return model.requires_grad_(False).train()
+
+    def collate_texts(self, texts: list[str | Prompted]) -> dict[str, Tensor]:
+        """Ids and mask of start, prompt and target, padded on the right with the end of text, and `labels`: the ids
+        that the loss asks for, -100 elsewhere."""
+        o, end = self.options, self._end_id
+        rows, from_, until = [], [], []
+        for text in texts:
+            text = text if isinstance(text, Prompted) else Prompted(text)
+            start, prompt, target = (self._ids(part) for part in (self._start, text.prompt, text.target))
+            ends = [end] if target and o.loss == "fixed" else []
+            rows.append((start + prompt + target + ends)[: o.max_text_length])
+            # published texts have no prompt, and their start is asked for like the rest
+            from_.append(0 if o.loss == "official" and not prompt else len(start) + len(prompt))
+            until.append(0 if not target else o.max_text_length if o.loss == "official" else len(rows[-1]))
+        length = o.max_text_length if o.loss == "official" else max(1, *map(len, rows))
+        ids = torch.tensor([row + [end] * (length - len(row)) for row in rows])
+        place = torch.arange(length)
+        real = place < torch.tensor([len(row) for row in rows])[:, None]
+        asked = (place >= torch.tensor(from_)[:, None]) & (place < torch.tensor(until)[:, None])
+        return {"input_ids": ids, "attention_mask": real.long(), "labels": labels_of(ids, asked, o.loss)}
+
+    def dummy(self, modality: str) -> Any:
+        """A black image of 8x8 pixels, or the text `a` to be written."""
+        return {"image": torch.zeros(3, 8, 8, dtype=torch.uint8), "text": Prompted("", "a")}[modality]
+
+    def read(self, outputs: VisionTextDecoderOutput, batch: PackedBatch) -> Written:
+        """Labels moved to the position before each token: the last of the prefix predicts the first token."""
+        labels = batch.texts["labels"]
+        prefix = outputs.logits.shape[1] - labels.shape[1]
+        nothing = labels.new_full((len(labels), 1), -100)
+        if prefix == 0:
+            return Written(outputs.logits, torch.cat([labels[:, 1:], nothing], 1))
+        return Written(outputs.logits, torch.cat([nothing.expand(-1, prefix - 1), labels, nothing], 1))
+
+    def generate(self, model: Any, batch: PackedBatch, choices: list[str] | None = None, **options: Any) -> list[str]:
+        """What the model writes after start and prompt of each text.
+
+        Args:
+            choices: the only answers that may be written.
+            options: of transformers' `generate`; `max_length` counts prefix, start and prompt.
+        """
+        if not len(batch.text_owner):
+            return []
+        prompts = [t.prompt if isinstance(t, Prompted) else t for t in batch.raw_texts]
+        rows = [(self._ids(self._start) + self._ids(p))[: self.options.max_text_length] for p in prompts]
+        length = max(map(len, rows))
+        device = batch.text_owner.device
+        ids = torch.tensor([row + [self._end_id] * (length - len(row)) for row in rows], dtype=torch.int64)
+        real = torch.arange(length) < torch.tensor([len(row) for row in rows])[:, None]
+        asked = {k: v for k, v in self.inputs(batch).items() if k not in batch.texts}
+        asked |= {"input_ids": ids.view(len(rows), length).to(device), "attention_mask": real.long().to(device)}
+        if choices:
+            known = [self._ids(choice) for choice in choices]
+            options |= {"prefix_allowed_tokens_fn": one_of(known, self._end_id, skip=0)}
+            options |= {"max_new_tokens": max(map(len, known)) + 1}
+        ends = {"eos_token_id": self._end_id, "pad_token_id": self._end_id}
+        written = model.generate(**asked, **ends, synced_gpus=in_step(model), **{"do_sample": False, **options})
+        texts = self._tokenizer.batch_decode(written, skip_special_tokens=True)
+        return [" ".join(text.split()) for text in texts]
+
+    def frozen_prefix(self, model: nn.Module) -> list[str]:
+        """The vision tower and the embeddings of the language model, as far as nothing in them trains."""
+        at, base = next((n, m) for n, m in model.named_modules() if isinstance(m, VisionTextDecoder))
+        embeddings = [n for n, m in base.text_model.named_modules() if isinstance(m, nn.Embedding)]
+        frozen = []
+        for path in ("vision_model", *(f"text_model.{n}" for n in embeddings)):
+            if any(p.requires_grad for p in base.get_submodule(path).parameters()):
+                break
+            frozen.append(f"{at}.{path}" if at else path)
+        return frozen
+
+    # configurations and parts
+
+    @functools.cached_property
+    def _text_config(self) -> PretrainedConfig:
+        return stock.read_config(self.options.text, "backbone.text", FAMILIES)
+
+    @property
+    def _start(self) -> str:
+        o = self.options
+        return ("<s>" if o.prefix == "none" else "") if o.start == "auto" else o.start
+
+    @property
+    def _end_id(self) -> int:
+        found = self._tokenizer.eos_token_id
+        if found is None:
+            raise BadInput(f"backbone.text: the tokenizer of {self.options.text!r} has no eos_token. Give it one.")
+        return found
+
+    def _ids(self, text: str) -> list[int]:
+        return self._tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
+
+
+ENTRY = VisionTextDecoderBackbone
+
+
+def labels_of(ids_TL: Tensor, asked_TL: Tensor, loss: str) -> Tensor:
+    """(T, L) the ids that the loss asks for, -100 elsewhere.
+
+    Args:
+        ids_TL: tokens.
+        asked_TL: bool, which of them belong to what is to be written (padding too, in the published form).
+        loss: `fixed` asks for all of these; `official` leaves out the first token of a text and every token 0.
+
+    Source: caption loss of arXiv 2403.09377, specs/routing.md 2.2.
+    """
+    labels = ids_TL.masked_fill(~asked_TL, -100)
+    if loss == "official":
+        labels = labels.masked_fill(ids_TL == 0, -100)
+        labels[:, 0] = -100
+    return labels

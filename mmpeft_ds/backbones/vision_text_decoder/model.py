@@ -1,0 +1,261 @@
+"""The composed model that writes: a vision tower seen once per image, and a causal language model behind it.
+
+Source: GPT-2 + ViT of the routing paper (arXiv 2403.09377; specs/routing.md 2.2), each of its choices an option.
+"""
+
+# S slots, I images, T texts, L text length, P prefix length, m vectors of an image, d width, V vocabulary
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
+from transformers.utils import ModelOutput
+
+from mmpeft_ds.backbones.common.tower_loading import empty_tower
+from mmpeft_ds.backbones.common.vision_model import VisionSide, VisionSideConfig
+from mmpeft_ds.errors import BadInput
+from mmpeft_ds.sites.condition import Condition, conditioned
+
+
+class VisionTextDecoderConfig(VisionSideConfig):
+    """Both towers and how they are joined; the options of `backbones/vision_text_decoder.py` explain the fields."""
+
+    model_type = "mmpeft_vision_text_decoder"
+
+
+@dataclass
+class VisionTextDecoderOutput(ModelOutput):
+    """What the model returns.
+
+    Attributes:
+        logits: (T, P + L, V); position s predicts what follows it.
+        past_key_values: cache, while it writes.
+        image_features: (I, m, d) as in `VisionTextEncoderOutput`.
+    """
+
+    logits: Tensor | None = None
+    past_key_values: Any = None
+    image_features: Tensor | None = None
+
+
+class VisionTextDecoder(VisionSide, PreTrainedModel, GenerationMixin):
+    """Vision tower and causal language model. Build from a configuration, or from two loaded towers."""
+
+    config_class = VisionTextDecoderConfig
+    base_model_prefix = "model"
+    main_input_name = "input_ids"
+    input_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    head_modules = ()
+
+    def __init__(
+        self,
+        config: VisionTextDecoderConfig,
+        vision: PreTrainedModel | None = None,
+        text: PreTrainedModel | None = None,
+    ):
+        super().__init__(config)
+        vision = vision or empty_tower(config.vision_config, "vision", config.vision_feature == "pooler")
+        self._join_towers(vision, text or AutoModelForCausalLM.from_config(config.text_config))
+        self.generation_config = copy.deepcopy(self.text_model.generation_config)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.text_model.get_input_embeddings()
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.text_model.get_output_embeddings()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        image_features: Tensor | None = None,
+        image_owner: Tensor | None = None,
+        text_owner: Tensor | None = None,
+        num_slots: int | None = None,
+        inputs_embeds: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        use_cache: bool | None = None,
+        condition_tokens: Tensor | None = None,
+        condition_mask: Tensor | None = None,
+        logits_to_keep: int | Tensor = 0,
+        return_dict: bool | None = None,
+    ) -> VisionTextDecoderOutput:
+        """Logits of every text behind the images of its slot.
+
+        A text without image begins with the token that begins a text, in the place of the prefix.
+
+        Args:
+            input_ids: (T, L), padded on the right.
+            attention_mask: (T, L), 1 = keep; None keeps all. Positions count on through padding, as published.
+            pixel_values: (I, 3, H, W), uint8 (normalised here) or floating point (normalised already).
+            image_features: (I, m, d) or (I, d) in place of pixels.
+            image_owner: (I,) slot of each image, non-decreasing; None: image i belongs to slot i.
+            text_owner: (T,) slot of each text; None: text j belongs to slot j.
+            num_slots: S; None: as many as texts.
+            inputs_embeds, position_ids, past_key_values, use_cache, condition_tokens, condition_mask,
+                logits_to_keep: of a step of `generate`, which has joined prefix and prompt itself.
+            return_dict: accepted for transformers' sake; the output is always a ModelOutput.
+        """
+        if inputs_embeds is not None or past_key_values is not None:
+            given = {"inputs_embeds": inputs_embeds} if inputs_embeds is not None else {"input_ids": input_ids}
+            if attention_mask is not None and attention_mask.dim() == 2:
+                position_ids = _positions(attention_mask)[:, -next(iter(given.values())).shape[1] :]
+            with conditioned(Condition(condition_tokens, condition_mask)):
+                out = self.text_model(
+                    **given,
+                    attention_mask=attention_mask,
+                    position_ids=position_ids,
+                    past_key_values=past_key_values,
+                    use_cache=use_cache,
+                    logits_to_keep=logits_to_keep,
+                )
+            return VisionTextDecoderOutput(out.logits, out.past_key_values)
+        images = self.encode_images(pixel_values, image_features)
+        hidden, keep, condition, prefix = self._joined(
+            input_ids, attention_mask, images, image_owner, text_owner, num_slots
+        )
+        counted = keep.clone()
+        counted[:, prefix:] = 1
+        with conditioned(condition):
+            out = self.text_model(
+                inputs_embeds=hidden, attention_mask=keep, position_ids=_positions(counted), use_cache=False
+            )
+        return VisionTextDecoderOutput(out.logits, image_features=images)
+
+    @torch.no_grad()
+    def generate(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        image_features: Tensor | None = None,
+        image_owner: Tensor | None = None,
+        text_owner: Tensor | None = None,
+        num_slots: int | None = None,
+        **options: Any,
+    ) -> Any:
+        """What follows each prompt behind the images of its slot, as transformers' `generate` returns it.
+
+        Args:
+            input_ids: (T, L) prompts; None: none, for one text an image.
+            attention_mask: (T, L); padding may stand on either side.
+            pixel_values, image_features, image_owner, text_owner, num_slots: as in `forward`.
+            options: of transformers' `generate`. `max_length` counts the prompt with its image positions:
+                20 behind one pooled image vector leaves 19 new tokens.
+
+        Returns:
+            (T, new) token ids without the prompt.
+
+        Raises:
+            BadInput: if the prompt leaves no room below `max_length`.
+        """
+        images = self.encode_images(pixel_values, image_features)
+        if input_ids is None:
+            rows = 1 if images is None else len(images)
+            input_ids = torch.zeros(rows, 0, dtype=torch.int64, device=self.device)
+        hidden, keep, condition, _ = self._joined(
+            input_ids, attention_mask, images, image_owner, text_owner, num_slots
+        )
+        # what counts moves to the right, where the next token follows
+        hidden, keep = _to_the_right(hidden, keep)
+        length = int(keep.sum(1).max())
+        hidden, keep = hidden[:, -length:], keep[:, -length:]
+        longest = options.get("max_length")
+        if longest is not None and options.get("max_new_tokens") is None and longest <= length:
+            raise BadInput(
+                f"max_length: {longest} counts the prompt, which has {length} positions with its image. "
+                "Give max_new_tokens, or a larger max_length."
+            )
+        given = {} if condition.tokens is None else {"condition_tokens": condition.tokens}
+        given |= {} if condition.mask is None else {"condition_mask": condition.mask}
+        return super().generate(inputs_embeds=hidden, attention_mask=keep, **given, **options)
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: Tensor,
+        past_key_values: Any = None,
+        inputs_embeds: Tensor | None = None,
+        is_first_iteration: bool | None = False,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """As every model's; without a cache the prompt, which has no token ids, is read anew at every step."""
+        if past_key_values is None and inputs_embeds is not None and input_ids.shape[1]:
+            inputs_embeds = torch.cat([inputs_embeds, self.get_input_embeddings()(input_ids)], 1)
+            is_first_iteration = True
+        return super().prepare_inputs_for_generation(
+            input_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            is_first_iteration=is_first_iteration,
+            **kwargs,
+        )
+
+    def _joined(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        images: Tensor | None,
+        image_owner: Tensor | None,
+        text_owner: Tensor | None,
+        slots: int | None,
+    ) -> tuple[Tensor, Tensor, Condition, int]:
+        """(T, P + L, d) prefix and embedded text, (T, P + L) which of it counts, the condition, and P."""
+        normed = images if images is None or self.feature_norm is None else self.feature_norm(images)
+        vectors, keep = self._of_texts(normed, input_ids, image_owner, text_owner, slots)
+        prefix, prefix_keep = self._prefix(vectors, keep)
+        embedding = self.get_input_embeddings()
+        hidden = embedding(input_ids)
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        condition = self._condition(vectors, keep, attention_mask, prefix_keep)
+        if self.config.prefix == "none":
+            return hidden, attention_mask, condition, 0
+        begin = embedding(input_ids.new_full((len(input_ids), 1), self._begin_id()))
+        if prefix is None:
+            prefix, prefix_keep = begin, torch.ones_like(begin[..., 0], dtype=torch.bool)
+        else:
+            # the images of a text stand next to it
+            prefix, prefix_keep = _to_the_right(prefix, prefix_keep)
+            alone = ~prefix_keep[:, -1:]
+            last = torch.where(alone[..., None], begin.to(prefix.dtype), prefix[:, -1:])
+            prefix = torch.cat([prefix[:, :-1], last], 1)
+            prefix_keep = torch.cat([prefix_keep[:, :-1], torch.ones_like(alone)], 1)
+        keep = torch.cat([prefix_keep.to(attention_mask.dtype), attention_mask], 1)
+        own = None if condition.own_mask is None else keep.bool()
+        condition = Condition(condition.tokens, condition.mask, own_mask=own)
+        return torch.cat([prefix, hidden], 1), keep, condition, prefix.shape[1]
+
+    def _begin_id(self) -> int:
+        """The token that begins a text; where a family has none, the one that ends it."""
+        config = self.config.text_config
+        found = config.bos_token_id if config.bos_token_id is not None else config.eos_token_id
+        return found[0] if isinstance(found, list) else found or 0
+
+
+def _positions(keep_TS: Tensor) -> Tensor:
+    """(T, S) how many positions that count stand before each."""
+    return keep_TS.long().cumsum(1).sub(1).clamp(min=0)
+
+
+def _to_the_right(hidden_TSd: Tensor, keep_TS: Tensor) -> tuple[Tensor, Tensor]:
+    """Both with what counts moved to the right of what does not, in its order."""
+    order = keep_TS.to(torch.uint8).argsort(dim=1, stable=True)
+    return hidden_TSd.gather(1, order[..., None].expand_as(hidden_TSd)), keep_TS.gather(1, order)
+
+
+AutoConfig.register(VisionTextDecoderConfig.model_type, VisionTextDecoderConfig, exist_ok=True)
+AutoModel.register(VisionTextDecoderConfig, VisionTextDecoder, exist_ok=True)
+AutoModelForCausalLM.register(VisionTextDecoderConfig, VisionTextDecoder, exist_ok=True)

@@ -1,0 +1,171 @@
+"""Backbone: any ViT-like vision tower and any BERT- or RoBERTa-like text encoder, joined for classification.
+
+The defaults are the RoBERTa + ViT wiring of the routing paper (arXiv 2403.09377; specs/routing.md 2.1).
+"""
+
+# T texts, I images, L text length, d width
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+from mmpeft_ds.backbones.common import tower_loading
+from mmpeft_ds.backbones.common.vision_options import VisionBackbone, VisionOptions
+from mmpeft_ds.backbones.vision_text_encoder.model import VisionTextEncoder, VisionTextEncoderConfig
+from mmpeft_ds.errors import BadInput
+
+# A checkpoint of a masked language model has no trained pooler: the paper's frozen pooler is a random projection in
+# effect. A fixed seed makes it the same projection in every run, on every rank and when an adapter is loaded.
+POOLER_SEED = 0
+
+
+@dataclass
+class Options(VisionOptions):
+    """Keys of the recipe's `backbone` section, beside those of `VisionOptions`.
+
+    Attributes:
+        text: hub name, local directory or packaged:NAME of a bert or roberta encoder.
+        max_text_length: tokens of a text with its special tokens, without the prefix; longer texts are cut.
+        embed_twice: send prefix and embedded text through the embedding module again (positions, type, LayerNorm).
+        head_input: `pooler` (frozen) of the first position, the `raw` first position, or the `mean` of all.
+        head_layers: 1 (dropout, Linear) or 2 (Linear, LayerNorm, GELU, dropout, Linear).
+        head_multiple: inner width of the head as a multiple of the text width.
+        head_dropout: 0 in the paper; one-layer heads there use the encoder's hidden dropout.
+        num_labels: size of the head, 0 = from the label list of the data.
+    """
+
+    text: str = "roberta-base"
+    max_text_length: int = 19
+    embed_twice: bool = True
+    head_input: Literal["pooler", "raw", "mean"] = "pooler"
+    head_layers: Literal[1, 2] = 2
+    head_multiple: int = 2
+    head_dropout: float = 0.0
+    num_labels: int = 0
+
+
+class VisionTextEncoderBackbone(VisionBackbone):
+    """The family as recipes use it."""
+
+    Options = Options
+
+    def check(self) -> None:
+        """Refuse what cannot work, from configurations only."""
+        self._check_vision()
+        o, text = self.options, self._text_config
+        room = text.max_position_embeddings - (0 if text.model_type == "bert" else text.pad_token_id + 1)
+        used = o.max_text_length + self._prefix_length
+        if o.max_text_length < 3 or used > room:
+            raise BadInput(
+                f"backbone.max_text_length: {o.max_text_length} with prefix {o.prefix} needs {used} positions; "
+                f"{o.text!r} has {room} (at least 3 are needed for one word)."
+            )
+        if o.head_layers not in (1, 2) or o.head_multiple < 1 or not 0 <= o.head_dropout < 1:
+            raise BadInput("backbone.head_layers is 1 or 2, head_multiple at least 1, head_dropout in [0, 1).")
+        if self._num_labels < 1:
+            raise BadInput(
+                "backbone.num_labels: 0, and the data set has no label list. Say how many answers the head has."
+            )
+        if o.num_labels and self.labels and o.num_labels < len(self.labels):
+            raise BadInput(
+                f"backbone.num_labels: {o.num_labels}, but the data has {len(self.labels)} labels. Use 0 or more."
+            )
+
+    def build(self, on_meta: bool = False) -> PreTrainedModel:
+        """The model with frozen pretrained towers and a fresh head."""
+        config = self._config(on_meta)
+        if on_meta:
+            with torch.device("meta"):
+                model = VisionTextEncoder(config)
+        else:
+            vision = self._load_vision(config.vision_config)
+            text = self._load_text(config)
+            with torch.random.fork_rng():
+                # The same head on every rank and at every ZeRO stage, however many draws loading the towers took.
+                torch.manual_seed(torch.initial_seed())
+                model = VisionTextEncoder(config, vision, text)
+        model.vision_model.requires_grad_(False)
+        model.text_model.requires_grad_(False)
+        return model.train()
+
+    def collate_texts(self, texts: list[str]) -> dict[str, Tensor]:
+        """Token ids and mask, as long as the longest text of this batch."""
+        out = self._tokenizer(
+            texts, truncation=True, max_length=self.options.max_text_length, padding="longest", return_tensors="pt"
+        )
+        return {"input_ids": out["input_ids"], "attention_mask": out["attention_mask"]}
+
+    def dummy(self, modality: str) -> Any:
+        """A black image of 8x8 pixels, or the text `a`."""
+        return {"image": torch.zeros(3, 8, 8, dtype=torch.uint8), "text": "a"}[modality]
+
+    def frozen_prefix(self, model: nn.Module) -> list[str]:
+        """The vision tower and the text embeddings, as far as nothing below them trains."""
+        at, base = next((n, m) for n, m in model.named_modules() if isinstance(m, VisionTextEncoder))
+        dot = f"{at}." if at else ""
+        frozen = []
+        for path, module in (
+            ("vision_model", base.vision_model),
+            ("text_model.embeddings", base.text_model.embeddings),
+        ):
+            if any(p.requires_grad for p in module.parameters()):
+                break
+            frozen.append(dot + path)
+        return frozen
+
+    # configurations and parts
+
+    @functools.cached_property
+    def _text_config(self) -> PretrainedConfig:
+        return tower_loading.load_config(self.options.text, "backbone.text", "text")
+
+    @property
+    def _num_labels(self) -> int:
+        return self.options.num_labels or len(self.labels or [])
+
+    def _config(self, on_meta: bool) -> VisionTextEncoderConfig:
+        o = self.options
+        names = {i: str(label) for i, label in enumerate(self.labels)} if self.labels else None
+        if names is not None and len(names) < self._num_labels:
+            names.update({i: f"LABEL_{i}" for i in range(len(names), self._num_labels)})
+        labels = (
+            {"id2label": names, "label2id": {n: i for i, n in names.items()}}
+            if names
+            else {"num_labels": self._num_labels}
+        )
+        config = VisionTextEncoderConfig(
+            **self._side_config(on_meta),
+            embed_twice=o.embed_twice,
+            head_input=o.head_input,
+            head_layers=o.head_layers,
+            head_multiple=o.head_multiple,
+            head_dropout=o.head_dropout,
+            **labels,
+        )
+        config._attn_implementation = tower_loading.choose_attention(self.attention, self.dtype)
+        return config
+
+    def _load_text(self, config: VisionTextEncoderConfig) -> PreTrainedModel:
+        pooler = self.options.head_input == "pooler"
+        if self.options.random_weights:
+            return self._random_tower(config.text_config, "text", pooler)
+        extra = tower_loading.pooler_argument(config.text_config, "text", pooler)
+        with torch.random.fork_rng():
+            torch.manual_seed(POOLER_SEED)
+            return tower_loading.load_tower(
+                self.options.text,
+                "backbone.text",
+                config.text_config,
+                may_miss=("pooler.",),
+                **self._loading(),
+                **extra,
+            )
+
+
+ENTRY = VisionTextEncoderBackbone

@@ -1,0 +1,370 @@
+"""The graph over the samples of all ranks: edges from every sample to those of this rank.
+
+Building it is collective: all ranks of the group call with the same options, whatever rows they hold, also none.
+"""
+
+# B rows of this rank, M rows of all ranks in rank order, V valid ones among them, E edges, k neighbours, N ranks
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mmpeft_ds.distributed.counters import Traffic, counted
+from mmpeft_ds.distributed.gather import exchange_rows, gather_rows, gather_sizes, group_rank, group_size
+from mmpeft_ds.distributed.ring import ring_blocks
+from mmpeft_ds.ops.graph_topk import Nearest, best_of, nearest, settled, shared_candidates
+from mmpeft_ds.ops.similarity_graph import Rows, decide_pairs, symmetric_degrees, symmetric_edges
+
+DIRECTIONS = ("to_neighbour", "from_neighbour")
+EXCHANGES = ("gather", "ring")
+NORMALISATIONS = ("none", "symmetric", "mean")
+
+
+@dataclass
+class Graph:
+    """Edges into the samples of this rank, of a graph over those of all ranks.
+
+    Attributes:
+        source: (E,) int64, position in [0, M) among the rows of all ranks.
+        target: (E,) int64, own row in [0, B). Edges are sorted by target, then by source; one that occurs twice counts
+            twice.
+        weight: (E,) float64; 1 until `normalised`.
+        counts: rows of every rank; their sum is M.
+        valid: (B,) bool; what is not valid has no edge, not even to itself.
+        in_degree: (B,) int64, edges into own rows, self-loops counted.
+        out_degree: (M,) int64, edges out of all rows.
+        group: the ranks that share it.
+        exchange: `gather` or `ring`: how a convolution on it gets the other ranks' rows.
+        traffic: collectives of building it and of the forward passes of convolutions on it.
+    """
+
+    source: Tensor
+    target: Tensor
+    weight: Tensor
+    counts: list[int]
+    valid: Tensor
+    in_degree: Tensor
+    out_degree: Tensor
+    group: Any = None
+    exchange: str = "gather"
+    traffic: Traffic = field(default_factory=Traffic)
+    _adjacency: dict[Any, Tensor] = field(default_factory=dict, repr=False)
+
+    @property
+    def num_sources(self) -> int:
+        """M."""
+        return sum(self.counts)
+
+    @property
+    def num_targets(self) -> int:
+        """B."""
+        return len(self.valid)
+
+    @property
+    def offset(self) -> int:
+        """Position of the first own row among all."""
+        return sum(self.counts[: group_rank(self.group)])
+
+    @property
+    def edge_index(self) -> Tensor:
+        """(2, E) as torch_geometric has it: sources in [0, M), targets in [0, B)."""
+        return torch.stack([self.source, self.target])
+
+    def adjacency(self, dtype: torch.dtype, rank: int | None = None) -> Tensor:
+        """Weighted sparse CSR matrix, row = target, column = source; made once and kept.
+
+        Args:
+            dtype: of its values.
+            rank: columns of that rank's rows alone, (B, counts[rank]); None: of all, (B, M).
+        """
+        if (dtype, rank) not in self._adjacency:
+            source, target, weight, columns = self.source, self.target, self.weight, self.num_sources
+            if rank is not None:
+                first, columns = sum(self.counts[:rank]), self.counts[rank]
+                here = (source >= first) & (source < first + columns)
+                source, target, weight = source[here] - first, target[here], weight[here]
+            # a sparse matrix has no entry twice
+            codes = target * max(1, columns) + source
+            codes, entry = torch.unique_consecutive(codes, return_inverse=True)
+            target, source = codes // max(1, columns), codes % max(1, columns)
+            weight = weight.new_zeros(len(codes)).index_add_(0, entry, weight)
+            ends = torch.bincount(target, minlength=self.num_targets).cumsum(0)
+            rows = torch.cat([ends.new_zeros(1), ends])
+            size = (self.num_targets, columns)
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
+                matrix = torch.sparse_csr_tensor(rows, source, weight.to(dtype), size, check_invariants=False)
+            self._adjacency[dtype, rank] = matrix
+        return self._adjacency[dtype, rank]
+
+    def health(self, labels: Tensor | None = None) -> dict[str, float]:
+        """What tells a useful graph from an empty one, each a sum over own rows, so that ranks add up.
+
+        Args:
+            labels: (B,) classes of own rows, negative where unknown; collective if given.
+
+        Returns:
+            nodes, edges and degree without self-loops, isolated nodes, same-class and labelled edges, milliseconds and
+            bytes of collectives so far.
+        """
+        apart = self.source != self.target + self.offset
+        source, target = self.source[apart], self.target[apart]
+        degree = torch.bincount(target, minlength=self.num_targets)
+        found = {
+            "nodes": float(self.valid.sum()),
+            "edges": float(len(source)),
+            "isolated": float(((degree == 0) & self.valid).sum()),
+        }
+        if labels is not None:
+            everyone = gather_rows(labels, self.counts, self.group)
+            known = (everyone[source] >= 0) & (labels[target] >= 0)
+            found["labelled_edges"] = float(known.sum())
+            found["same_class_edges"] = float((known & (everyone[source] == labels[target])).sum())
+        return found | {"gather_ms": 1000 * self.traffic.seconds, "gather_bytes": float(self.traffic.total_bytes)}
+
+
+def normalised(graph: Graph, kind: str = "symmetric") -> Graph:
+    """The graph with the weights of a normalisation; degrees count self-loops and are at least 1.
+
+    Args:
+        kind: `symmetric`: in-degree of the target to the -1/2 times out-degree of the source to the -1/2;
+            `mean`: one over the in-degree of the target; `none`: 1.
+
+    Source: GA-Net, arXiv 2408.00290, as DGL computes it: on directed graphs torch_geometric's GCNConv differs, which
+    takes the in-degree at both ends.
+    """
+    if kind not in NORMALISATIONS:
+        raise ValueError(f"normalisation {kind!r} is unknown; known: {', '.join(NORMALISATIONS)}")
+    inward = graph.in_degree.clamp(min=1).double()[graph.target]
+    if kind == "symmetric":
+        weight = (inward * graph.out_degree.clamp(min=1)[graph.source]).rsqrt()
+    else:
+        weight = 1 / inward if kind == "mean" else torch.ones_like(inward)
+    return replace(graph, weight=weight, _adjacency={})
+
+
+def threshold_graph(
+    x: Tensor,
+    tau: float,
+    valid: Tensor | None = None,
+    *,
+    group: Any = None,
+    counts: list[int] | None = None,
+    exchange: str = "gather",
+    chunk: int | None = None,
+) -> Graph:
+    """Undirected graph: an edge both ways where the cosine of two samples exceeds `tau`, and one self-loop each.
+
+    Every pair is decided once, on one rank, and the decisions travel as bits, so that the graph is symmetric however
+    close a cosine is to `tau`, and the same for any number of ranks. Collective, without gradient.
+
+    Args:
+        x: (B, D) features of this rank, any scale; ranks may have different B. Compared in float32 (float64 stays).
+        tau: in [-1, 1]; equality makes no edge.
+        valid: (B,) bool; what is not valid is absent: no edge, no self-loop. None = all are.
+        group: ranks that share the graph; None = all.
+        counts: B of every rank, where known; else a small collective finds it.
+        exchange: `gather`: every rank holds the features of all; `ring`: two ranks' at most. Same edges.
+        chunk: similarities to hold at a time; None = by device.
+
+    Raises:
+        ValueError: if `tau` or a shape is wrong.
+
+    Source: GA-Net, arXiv 2408.00290; released code of July 2024.
+    """
+    _check(x, valid, exchange, tau)
+    nodes = _Nodes(x, valid, None, counts, group)
+    with counted(nodes.traffic):
+        total = sum(nodes.shares)
+        bits = torch.zeros(len(nodes.x), max(1, -(-total // 8)), dtype=torch.uint8, device=x.device)
+        for own, block in nodes.blocks(exchange):
+            decide_pairs(own, block, total, tau, bits, chunk)
+        everyone = gather_rows(bits, nodes.shares, group)
+        source, target = symmetric_edges(everyone, slice(nodes.start, nodes.start + len(nodes.x)), chunk)
+        degree = symmetric_degrees(everyone)
+    return nodes.graph(source, target, degree, degree, exchange)
+
+
+def knn_graph(
+    x: Tensor,
+    k: int,
+    tau: float | None = None,
+    valid: Tensor | None = None,
+    key: Tensor | None = None,
+    direction: str = "to_neighbour",
+    symmetric: bool = False,
+    *,
+    released: bool = False,
+    group: Any = None,
+    counts: list[int] | None = None,
+    exchange: str = "gather",
+    chunk: int | None = None,
+) -> Graph:
+    """Graph of each sample with the k others that are most similar, and one self-loop each.
+
+    Each rank searches for its own samples; the lists of neighbours travel, so that every rank knows all edges and
+    degrees. Equal cosines are ordered by `key`, so the graph is the same for any number of ranks and order of samples.
+    Collective, without gradient. Memory besides the features: O(M k + chunk); with the ring O(B k + chunk) and the
+    lists of neighbours, M k numbers of 4 bytes.
+
+    Args:
+        x, valid, group, counts, exchange, chunk: as for `threshold_graph`.
+        k: neighbours of a sample; fewer where there are not as many.
+        tau: keep a neighbour only if its cosine exceeds it; None = keep all k.
+        key: (B,) int64, stable ids of the samples, different from each other; None = positions.
+        direction: `to_neighbour`: messages go from a sample to its neighbours (GA-Net's second version);
+            `from_neighbour`: the usual one, a sample hears its neighbours.
+        symmetric: an edge both ways where either of two samples has the other as neighbour.
+        released: as the released code: of k + 1 hits the first is dropped, taken to be the sample itself. Where
+            identical samples are about (largest key first, as its search has it) the sample may stay among its own
+            hits, and its self-loop then counts twice. Else the sample itself is left out.
+
+    Raises:
+        ValueError: if an option or a shape is wrong.
+
+    Source: GA-Net, journal version of arXiv 2408.00290; released code of June 2025.
+    """
+    _check(x, valid, exchange, tau)
+    if k < 1 or direction not in DIRECTIONS or (symmetric and released):
+        raise ValueError(
+            f"k {k} must be at least 1, direction {direction!r} one of {', '.join(DIRECTIONS)}, and a released graph "
+            "is never symmetric"
+        )
+    if key is not None and (key.shape != x.shape[:1] or key.dtype != torch.int64):
+        raise ValueError(f"key has shape {tuple(key.shape)} and {key.dtype}, expected ({len(x)},) and torch.int64")
+    nodes = _Nodes(x, valid, key, counts, group)
+    with counted(nodes.traffic):
+        hits = _search(nodes, k + released, tau, released, exchange, chunk)
+        if released:
+            hits = _without_first(hits)
+        kept = hits.position if tau is None else torch.where(hits.cosine > tau, hits.position, -1)
+        neighbours = gather_rows(kept.int(), nodes.shares, group)
+    source, target = _edges_of_lists(neighbours, direction, symmetric)
+    total = sum(nodes.shares)
+    out_degree, in_degree = (torch.bincount(ends, minlength=total) for ends in (source, target))
+    own = (target >= nodes.start) & (target < nodes.start + len(nodes.x))
+    source, target = source[own], target[own]
+    order = (target * total + source).argsort()
+    return nodes.graph(source[order], target[order], in_degree, out_degree, exchange)
+
+
+class _Nodes:
+    """The valid rows of all ranks, numbered through."""
+
+    def __init__(self, x: Tensor, valid: Tensor | None, key: Tensor | None, counts: list[int] | None, group: Any):
+        self.traffic, self.group = Traffic(), group
+        self.valid = torch.ones(len(x), dtype=torch.bool, device=x.device) if valid is None else valid
+        with counted(self.traffic):
+            if counts is None:
+                counts = [n for (n,) in gather_sizes([len(x)], x.device, group)]
+            told = self.valid[:, None].view(torch.uint8)
+            if key is not None:
+                told = torch.cat([key.contiguous().view(torch.uint8).view(len(x), 8), told], 1)
+            told = gather_rows(told, counts, group)
+        self.counts = counts
+        everyone = told[:, -1].bool()
+        self.positions = everyone.nonzero().flatten()
+        if key is None:
+            self.keys = self.positions
+        else:
+            self.keys = told[:, :8].flatten().view(torch.int64)[self.positions]
+        self.shares = [int(part.sum()) for part in everyone.split(self.counts)]
+        rank = group_rank(group)
+        self.offset, self.start = sum(self.counts[:rank]), sum(self.shares[:rank])
+        self.x = x.detach() if self.shares[rank] == len(x) else x.detach()[self.valid]
+
+    def blocks(self, exchange: str) -> Iterator[tuple[Rows, Rows]]:
+        """Own rows and those of all, at once or rank by rank. Collective."""
+        if exchange == "gather" or group_size(self.group) == 1:
+            everyone = Rows.of(gather_rows(self.x, self.shares, self.group))
+            yield everyone[self.start : self.start + len(self.x)], everyone
+        else:
+            own = Rows.of(self.x, self.start)
+            for rank, rows in ring_blocks(self.x, self.shares, self.group):
+                yield own, Rows.of(rows, sum(self.shares[:rank]))
+
+    def graph(self, source: Tensor, target: Tensor, in_degree: Tensor, out_degree: Tensor, exchange: str) -> Graph:
+        """Edges and degrees among valid rows, numbered as all rows are."""
+
+        def spread(degree: Tensor) -> Tensor:
+            return degree.new_zeros(sum(self.counts)).index_copy_(0, self.positions, degree)
+
+        own = slice(self.offset, self.offset + len(self.valid))
+        return Graph(
+            source=self.positions[source],
+            target=self.positions[target] - self.offset,
+            weight=torch.ones(len(source), dtype=torch.float64, device=source.device),
+            counts=self.counts,
+            valid=self.valid,
+            in_degree=spread(in_degree)[own],
+            out_degree=spread(out_degree),
+            group=self.group,
+            exchange=exchange,
+            traffic=self.traffic,
+        )
+
+
+def _search(nodes: _Nodes, k: int, tau: float | None, with_self: bool, exchange: str, chunk: int | None) -> Nearest:
+    if exchange == "gather" or group_size(nodes.group) == 1:
+        return _search_together(nodes, k, tau, with_self, chunk)
+    hits = None
+    for own, block in nodes.blocks(exchange):
+        keys = nodes.keys[block.start : block.start + len(block)]
+        found = nearest(own, block, keys, k, tau=tau, with_self=with_self, exact=True, chunk=chunk)
+        hits = found if hits is None else hits.merge(found)
+    return hits
+
+
+def _search_together(nodes: _Nodes, k: int, tau: float | None, with_self: bool, chunk: int | None) -> Nearest:
+    """Each rank computes half of its similarities and tells the others what they mean for theirs."""
+    ((own, everyone),) = nodes.blocks("gather")
+    values, columns, *of_all = shared_candidates(own, everyone, k, with_self=with_self, chunk=chunk)
+    kept = values.shape[1]
+    # one message: columns as numbers of the width of the values
+    whole = torch.int64 if values.dtype == torch.float64 else torch.int32
+    told = torch.cat([of_all[0].view(whole), of_all[1].to(whole)], 1)
+    heard = exchange_rows(told, nodes.shares, nodes.group)
+    values, columns = best_of(
+        [values, *(part[:, :kept].contiguous().view(values.dtype) for part in heard)],
+        [columns, *(part[:, kept:].long() for part in heard)],
+        kept,
+    )
+    return settled(own, everyone, nodes.keys, k, values, columns, tau=tau, with_self=with_self, chunk=chunk)
+
+
+def _without_first(hits: Nearest) -> Nearest:
+    """Drop the first of k + 1 hits; of equal ones the released search names the last key first."""
+    equal = (hits.cosine == hits.cosine[:, :1]).sum(1, keepdim=True)
+    slots = torch.arange(hits.cosine.shape[1] - 1, device=equal.device)
+    slots = slots + (slots >= equal - 1)
+    return Nearest(*(column.gather(1, slots) for column in (hits.position, hits.cosine, hits.key)))
+
+
+def _edges_of_lists(neighbours: Tensor, direction: str, symmetric: bool) -> tuple[Tensor, Tensor]:
+    """Sources and targets of all edges, from the (V, k) lists of all ranks; -1 is none. Self-loops are added."""
+    query, slot = (neighbours >= 0).nonzero(as_tuple=True)
+    neighbour = neighbours[query, slot].long()
+    source, target = (query, neighbour) if direction == "to_neighbour" else (neighbour, query)
+    if symmetric:
+        total = max(1, len(neighbours))
+        codes = torch.cat([target * total + source, source * total + target]).unique()
+        source, target = codes % total, codes // total
+    own = torch.arange(len(neighbours), device=neighbours.device)
+    return torch.cat([source, own]), torch.cat([target, own])
+
+
+def _check(x: Tensor, valid: Tensor | None, exchange: str, tau: float | None) -> None:
+    if x.ndim != 2:
+        raise ValueError(f"features have shape {tuple(x.shape)}, expected (rows, width)")
+    if valid is not None and (valid.shape != x.shape[:1] or valid.dtype != torch.bool):
+        raise ValueError(f"valid has shape {tuple(valid.shape)} and {valid.dtype}, expected ({len(x)},) and bool")
+    if tau is not None and not -1 <= tau <= 1:
+        raise ValueError(f"tau {tau} is not a cosine: it must be within [-1, 1]")
+    if exchange not in EXCHANGES:
+        raise ValueError(f"exchange {exchange!r} is unknown; known: {', '.join(EXCHANGES)}")

@@ -1,0 +1,155 @@
+"""What cannot work whatever the model is: numbers out of range, and parts of a recipe that exclude each other."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from peft import PeftConfig
+
+from mmpeft_ds.data.manifest import Manifest
+from mmpeft_ds.data.options import SourceOptions
+from mmpeft_ds.errors import BadInput
+from mmpeft_ds.recipe import Recipe, where
+from mmpeft_ds.recipe.options import OptimOptions
+from mmpeft_ds.tasks.base import Task
+
+
+def check_values(recipe: Recipe) -> None:
+    """Refuse numbers out of range and combinations of plain options that cannot work. Raises BadInput."""
+    data, optim, engine = recipe.data, recipe.optim, recipe.engine
+    rules = [
+        ("run_dir", bool(recipe.run_dir.strip()), "must name a directory"),
+        ("seed", recipe.seed >= 0, "must be 0 or more"),
+        ("data.global_batch", data.global_batch >= 1, "must be 1 or more"),
+        ("data.workers", data.workers >= 0, "must be 0 or more"),
+        ("data.prefetch", data.prefetch >= 1, "must be 1 or more"),
+        ("data.shuffle_block", data.shuffle_block >= 1, "must be 1 or more"),
+        ("data.max_bad_fraction", 0 <= data.max_bad_fraction <= 1, "must lie in [0, 1]"),
+        ("data.max_bad_in_a_row", data.max_bad_in_a_row >= 1, "must be 1 or more"),
+        ("data.max_pixels", data.max_pixels >= 1, "must be 1 or more"),
+        ("optim.momentum", 0 <= optim.momentum < 1, "must lie in [0, 1)"),
+        ("optim.warmup_lr", 0 <= optim.warmup_lr < float("inf"), "must be 0 or more"),
+        ("optim.lr", 0 < optim.lr < float("inf"), "must be above 0"),
+        ("optim.weight_decay", optim.weight_decay >= 0, "must be 0 or more"),
+        ("optim.betas", all(0 <= b < 1 for b in optim.betas), "must lie in [0, 1)"),
+        ("optim.eps", optim.eps > 0, "must be above 0"),
+        ("optim.epochs", optim.epochs >= 1, "must be 1 or more"),
+        ("optim.max_steps", optim.max_steps >= 0, "must be 0 (off) or more"),
+        ("optim.warmup", optim.warmup >= 0, "must be 0 or more (a share below 1, else steps)"),
+        ("optim.min_lr_ratio", 0 <= optim.min_lr_ratio <= 1, "must lie in [0, 1]"),
+        ("optim.clip", optim.clip >= 0, "must be 0 (off) or more"),
+        ("optim.accumulation", optim.accumulation >= 1, "must be 1 or more"),
+        ("optim.ewc.strength", 0 <= optim.ewc.strength < float("inf"), "must be 0 or more"),
+        ("engine.save_every", engine.save_every >= 0, "must be 0 (at evaluations) or more"),
+        ("engine.keep_last", engine.keep_last >= 1, "must be 1 or more"),
+        ("engine.eval_every", engine.eval_every >= 0, "must be 0 (every epoch) or more"),
+        ("engine.patience", engine.patience >= 0, "must be 0 (never) or more"),
+        ("engine.stop_grace", engine.stop_grace > 0, "must be above 0 seconds"),
+        ("engine.max_skipped", engine.max_skipped >= 1, "must be 1 or more"),
+        ("engine.threads", engine.threads >= 0, "must be 0 (automatic) or more"),
+        ("monitor.every", recipe.monitor.every >= 1, "must be 1 or more"),
+        ("monitor.samples", recipe.monitor.samples >= 0, "must be 0 (none) or more"),
+    ]
+    for i, source in enumerate(data.sources):
+        rules.append((f"data.sources.{i}.weight", source.weight > 0, "must be above 0"))
+    for key, holds, rule in rules:
+        if not holds:
+            value = _lookup(recipe, key)
+            raise BadInput(f"{where(recipe, key)}: {rule}, got {value}.")
+    if data.global_batch % optim.accumulation:
+        raise BadInput(
+            f"{where(recipe, 'optim.accumulation')}: {optim.accumulation} does not divide data.global_batch "
+            f"{data.global_batch}. Choose a divisor, so that every micro-step has equally many slots."
+        )
+    check_unread(recipe)
+    if engine.patience and not data.validation:
+        raise BadInput(f"{where(recipe, 'engine.patience')}: early stopping needs a source in data.validation.")
+
+
+def check_unread(recipe: Recipe) -> None:
+    """Refuse settings that the chosen optimiser or schedule does not read. Raises BadInput."""
+    optim = recipe.optim
+    adam, by_epoch = optim.name != "sgd", optim.schedule == "cosine_epoch"
+    unread = [
+        ("momentum", adam, f"optim.name: {optim.name} does not read it (sgd does)"),
+        ("betas", not adam, "optim.name: sgd does not read them (adamw and adam do)"),
+        ("eps", not adam, "optim.name: sgd does not read it (adamw and adam do)"),
+        ("warmup", by_epoch, "optim.schedule: cosine_epoch does not read it: its first epoch has optim.warmup_lr"),
+        ("warmup_lr", not by_epoch, f"optim.schedule: {optim.schedule} does not read it (cosine_epoch does)"),
+    ]
+    defaults = OptimOptions()
+    for name, ignored, why in unread:
+        if ignored and getattr(optim, name) != getattr(defaults, name):
+            raise BadInput(f"{where(recipe, f'optim.{name}')}: {why}. Leave it out, or choose the one that does.")
+
+
+def check_schedule(recipe: Recipe, total: int, steps_per_epoch: int) -> None:
+    """Refuse a run by epochs that would end within its warm-up. Raises BadInput.
+
+    Args:
+        total: optimizer steps of the run, 0 where nothing is trained step by step.
+    """
+    if recipe.optim.schedule == "cosine_epoch" and 0 < total <= steps_per_epoch:
+        raise BadInput(
+            f"{where(recipe, 'optim.schedule')}: cosine_epoch spends the first epoch ({steps_per_epoch} steps) at "
+            f"optim.warmup_lr, and the run has {total} steps. Raise optim.epochs or optim.max_steps, or use cosine."
+        )
+
+
+def check_fields(recipe: Recipe, key: str, options: SourceOptions, manifest: Manifest, task: Task) -> None:
+    """Refuse a data set whose records lack what the task reads. Raises BadInput."""
+    present = manifest.fields.get(options.split, {})
+    for name in task.fields if present else ():
+        if not any(path == name or path.startswith((f"{name}[", f"{name}.")) for path in present):
+            raise BadInput(
+                f"{where(recipe, f'{key}.task')}: task {options.task['name']!r} needs the field {name!r}, which "
+                f"{manifest.dir} ({options.split}) has not. It has: {', '.join(present)}."
+            )
+
+
+def check_names(recipe: Recipe, entries: list[tuple[str, SourceOptions, Manifest]]) -> None:
+    """Refuse two data sets whose samples bear the same ids, `NAME/SPLIT-NUMBER`. Raises BadInput."""
+    seen: dict[tuple[str, str], tuple[str, Manifest]] = {}
+    for key, options, manifest in entries:
+        first, other = seen.setdefault((manifest.name, options.split), (key, manifest))
+        if other.splits[options.split] != manifest.splits[options.split]:
+            raise BadInput(
+                f"{where(recipe, f'{key}.dir')}: {manifest.dir} is named {manifest.name!r}, as is {other.dir} "
+                f"({first}): their samples could not be told apart. Prepare one of them with another --name."
+            )
+
+
+def check_coupling(recipe: Recipe, train_tasks: list[Task], method_config: PeftConfig) -> None:
+    """Refuse accumulation where the loss of one sample depends on others of the step. Raises BadInput."""
+    coupled = [t for t in (*train_tasks, method_config) if getattr(t, "couples_samples", False)]
+    if coupled and recipe.optim.accumulation > 1:
+        raise BadInput(
+            f"{where(recipe, 'optim.accumulation')}: {type(coupled[0]).__name__} couples the samples of a step, which "
+            f"accumulation would split. Set optim.accumulation: 1 and use more ranks or a smaller data.global_batch."
+        )
+
+
+def check_texts(recipe: Recipe, key: str, options: SourceOptions, method_config: PeftConfig) -> None:
+    """Refuse a method that reads captions where the task brings none: it would learn from zeros. Raises BadInput."""
+    read = getattr(method_config, "inputs", None)
+    if read in ("text", "both") and options.task.get("text") == "none":
+        raise BadInput(
+            f"{where(recipe, f'{key}.task.text')}: none, but {recipe.method['name']} reads captions (inputs: {read}). "
+            "Set text: captions, or method.inputs: image."
+        )
+
+
+def check_validation(recipe: Recipe, method_config: PeftConfig) -> None:
+    """Refuse a method that searches on validation where there is none, before it has trained. Raises BadInput."""
+    if getattr(method_config, "needs_validation", False) and not recipe.data.validation:
+        raise BadInput(
+            f"{where(recipe, 'data.validation')}: empty, but {recipe.method['name']} searches some of its numbers "
+            "there. Name a validation split, or give the numbers (see docs/methods/few_shot_baselines.md)."
+        )
+
+
+def _lookup(recipe: Recipe, key: str) -> Any:
+    value: Any = recipe
+    for part in key.split("."):
+        value = value[int(part)] if isinstance(value, list) else getattr(value, part)
+    return value

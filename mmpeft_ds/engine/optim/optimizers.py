@@ -1,0 +1,62 @@
+"""The optimisers that a recipe can name: how each is made, and what state it keeps.
+
+All are torch's; DeepSpeed steps them on the parts that ZeRO gives to a rank.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mmpeft_ds.recipe.options import OptimOptions
+
+# Names of the state tensors in the shape of the parameter. With Adam goes a counter of steps; SGD counts none.
+MOMENTS = {
+    "adamw": ("exp_avg", "exp_avg_sq"),
+    "adam": ("exp_avg", "exp_avg_sq"),
+    "sgd": ("momentum_buffer",),
+}
+TITLES = {"adamw": "AdamW", "adam": "Adam with L2", "sgd": "SGD with momentum"}
+
+
+def make(groups: list[dict[str, Any]], options: OptimOptions) -> torch.optim.Optimizer:
+    """The optimiser of `options` over parameter groups, each of which has its own `weight_decay`."""
+    if options.name == "sgd":
+        return torch.optim.SGD(groups, lr=options.lr, momentum=options.momentum)
+    cls = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}[options.name]
+    return cls(groups, lr=options.lr, betas=tuple(options.betas), eps=options.eps)
+
+
+def name_of(optimizer: Any) -> str:
+    """What a recipe calls `optimizer`.
+
+    Raises:
+        TypeError: for one that no recipe can name.
+    """
+    for cls, name in ((torch.optim.AdamW, "adamw"), (torch.optim.Adam, "adam"), (torch.optim.SGD, "sgd")):
+        if isinstance(optimizer, cls):  # AdamW is an Adam, so it comes first
+            return name
+    if type(optimizer).__name__ == "DeepSpeedCPUAdam":
+        return "adamw" if optimizer.adam_w_mode else "adam"
+    raise TypeError(f"checkpoints hold the state of {', '.join(MOMENTS)}, not of {type(optimizer).__name__}")
+
+
+def new_state(optimizer: Any, flat: Tensor) -> dict[str, Any]:
+    """State of `flat` before the first step: what Adam's first step would create, and for SGD a buffer of zeros.
+
+    torch's SGD has no buffer then, and its first step makes the gradient the buffer. From zeros it computes
+    momentum * 0 + gradient, since dampening is 0: the same numbers (a gradient of -0 becomes 0).
+    """
+    name = name_of(optimizer)
+    state: dict[str, Any] = {key: torch.zeros_like(flat, memory_format=torch.preserve_format) for key in MOMENTS[name]}
+    if name == "sgd":
+        return state
+    if isinstance(optimizer, torch.optim.Adam):
+        group = optimizer.param_groups[0]
+        on_device = group.get("capturable") or group.get("fused")
+        step: Any = torch.zeros((), dtype=torch.float32, device=flat.device if on_device else "cpu")
+    else:
+        step = 0
+    return {"step": step, **state}

@@ -1,0 +1,156 @@
+"""Read and write the trained parameters, their float32 masters and optimiser state under any ZeRO stage.
+
+What DeepSpeed 0.19.8 does not do by itself, and what is therefore done here (each was measured):
+
+* The optimiser's state does not exist before the first step; it is created, as torch's optimiser would.
+* Under ZeRO-3 the `safe_set_full_*` calls raise for sizes that the rank count does not divide; the own slice is set.
+* Setting a master does not refresh the parameter that the next forward uses; it is written as well.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from mmpeft_ds.engine.optim import optimizers
+
+
+def full_shape(parameter: nn.Parameter) -> tuple[int, ...]:
+    """Shape of the whole parameter, also when ZeRO-3 holds it in parts."""
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def optimizer_name(engine: Any) -> str:
+    """What the recipe calls the optimizer that DeepSpeed steps, such as `adamw`."""
+    return optimizers.name_of(_inner(engine))
+
+
+def moments(engine: Any) -> tuple[str, ...]:
+    """Names of the optimizer's state tensors in the shape of the parameter."""
+    return optimizers.MOMENTS[optimizer_name(engine)]
+
+
+def ensure_optimizer_state(engine: Any) -> None:
+    """Create the state that the optimizer's first step would create, where it does not exist yet.
+
+    Raises:
+        TypeError: for an optimizer that no recipe can name.
+    """
+    zero, inner = engine.optimizer, _inner(engine)
+    flats = _flat_masters(engine)
+    for flat in flats:
+        if not inner.state[flat]:
+            inner.state[flat].update(optimizers.new_state(inner, flat))
+    if hasattr(zero, "_lazy_init_hp_params_optimizer_state"):
+        # Stages 1 and 2: each parameter's views into the flat state. DeepSpeed links them all after the step of the
+        # first parameter group, when the other groups have no state yet, and never again.
+        zero._hp_optimizer_states_linked = False
+        zero._lazy_init_hp_params_optimizer_state()
+
+
+def optimizer_step(engine: Any) -> int:
+    """Steps that Adam has counted, for its bias correction; 0 for SGD, which counts none."""
+    inner = _inner(engine)
+    return max((int(inner.state[flat].get("step", 0)) for flat in _flat_masters(engine)), default=0)
+
+
+def set_optimizer_step(engine: Any, step: int) -> None:
+    """Set Adam's counter of every parameter; SGD has none."""
+    inner = _inner(engine)
+    for flat in _flat_masters(engine):
+        state = inner.state[flat]
+        if isinstance(state.get("step"), Tensor):
+            state["step"].fill_(step)
+        elif "step" in state:
+            state["step"] = step
+
+
+def read_weight(parameter: nn.Parameter) -> Tensor:
+    """The float32 master of one parameter of a DeepSpeed engine, whole, on the CPU. Collective."""
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    full = safe_get_full_fp32_param(parameter) if _is_partitioned(parameter) else parameter
+    return full.detach().to("cpu", torch.float32, copy=True).reshape(full_shape(parameter))
+
+
+def read_full(engine: Any, parameter: nn.Parameter) -> dict[str, Tensor]:
+    """`weight` and the optimizer's `moments` of one parameter, whole and float32, on the CPU. Collective."""
+    from deepspeed.utils import safe_get_full_optimizer_state
+
+    keys = moments(engine)
+    if _is_partitioned(parameter):
+        held = {key: safe_get_full_optimizer_state(parameter, key) for key in keys}
+    else:
+        held = {key: engine.optimizer.state[parameter][key] for key in keys}
+    shape = full_shape(parameter)
+    whole = {key: value.detach().to("cpu", torch.float32, copy=True).reshape(shape) for key, value in held.items()}
+    return {"weight": read_weight(parameter)} | whole
+
+
+def write_full(engine: Any, parameter: nn.Parameter, values: dict[str, Tensor]) -> None:
+    """Set master and moments of one parameter from whole tensors that every rank has; not yet the parameter itself."""
+    from deepspeed.utils import (
+        safe_set_full_fp32_param,
+        safe_set_full_optimizer_state,
+        safe_set_local_fp32_param,
+        safe_set_local_optimizer_state,
+    )
+
+    if hasattr(parameter, "ds_tensor"):
+        for key, value in values.items():
+            part = _own_part(parameter, value)
+            if key == "weight":
+                safe_set_local_fp32_param(parameter, part)
+            else:
+                safe_set_local_optimizer_state(parameter, part, key)
+    elif _is_partitioned(parameter):
+        for key, value in values.items():
+            if key == "weight":
+                safe_set_full_fp32_param(parameter, value)
+            else:
+                safe_set_full_optimizer_state(parameter, value, key)
+    else:  # without ZeRO the parameter is the master
+        for key in values.keys() - {"weight"}:
+            engine.optimizer.state[parameter][key].copy_(values[key])
+
+
+def write_parameters(parameters: Iterable[nn.Parameter], values: Iterable[Tensor]) -> None:
+    """Set the parameters that the forward uses from whole tensors that every rank has. Collective."""
+    from deepspeed import zero
+
+    parameters = list(parameters)
+    sharded = [p for p in parameters if hasattr(p, "ds_tensor")]
+    with torch.no_grad(), zero.GatheredParameters(sharded, modifier_rank=0, enabled=bool(sharded)):
+        for parameter, value in zip(parameters, values, strict=True):
+            parameter.data.copy_(value)
+
+
+def _is_partitioned(parameter: nn.Parameter) -> bool:
+    return hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping")
+
+
+def _inner(engine: Any) -> Any:
+    return getattr(engine.optimizer, "optimizer", engine.optimizer)  # stage 0 has no wrapper
+
+
+def _flat_masters(engine: Any) -> list[Tensor]:
+    """The tensors under which the inner optimizer keeps its state, on this rank."""
+    zero = engine.optimizer
+    for attribute in ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups"):  # stage 3; stages 1 and 2
+        if hasattr(zero, attribute):
+            return list(getattr(zero, attribute))
+    return [p for group in zero.param_groups for p in group["params"]]
+
+
+def _own_part(parameter: nn.Parameter, value: Tensor) -> Tensor:
+    """This rank's slice of a whole tensor, padded with zeros to the size of a partition."""
+    size = parameter.ds_tensor.ds_numel
+    start = dist.get_rank(group=parameter.ds_process_group) * size
+    part = torch.zeros(size, dtype=value.dtype, device=value.device)
+    own = value.reshape(-1)[start : start + size]
+    part[: own.numel()] = own
+    return part

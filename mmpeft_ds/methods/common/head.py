@@ -1,0 +1,215 @@
+"""What heads on frozen features share: tuner, wrapper, config. A method is a config, a `Head` and an `ENTRY`."""
+
+# B rows, C classes, D width
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from peft import PeftConfig
+from torch import Tensor, nn
+
+from mmpeft_ds.errors import BadInput
+from mmpeft_ds.methods.common.config import check_types
+from mmpeft_ds.methods.common.layers import SiteLayer
+from mmpeft_ds.methods.common.tuner import SiteTuner
+from mmpeft_ds.sites import Sites, find_sites
+from mmpeft_ds.sites.base import base_layer
+from mmpeft_ds.sites.feature_site import Bank, Features, FeatureSite, Labelled, Scores
+
+PARTS = {"text": "class texts", "negative": "negated class texts", "support": "support samples"}
+
+
+@dataclass
+class HeadConfig(PeftConfig):
+    """Base of the configs; a subclass sets `method`, the name under which peft knows it.
+
+    Attributes:
+        couples_samples: the scores of a row depend on other rows of the batch.
+        gradient_free: nothing is trained by gradient: zero-shot, closed form, or a cache as it is.
+        needs_validation: `calibrate` searches on a validation split; a recipe without one is refused at the start.
+    """
+
+    method: ClassVar[str] = ""
+    target_modules: ClassVar[None] = None  # peft reads it; the one site says where
+    couples_samples: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = self.method.upper()
+        check_types(self)
+
+    @property
+    def gradient_free(self) -> bool:
+        return False
+
+    @property
+    def needs_validation(self) -> bool:
+        return False
+
+
+class Head(nn.Module):
+    """One adapter's head. Parameters and buffers are its own; the bank belongs to the frozen base.
+
+    A subclass gives `forward`. Collectives in it run in the same order on all ranks.
+
+    Args:
+        config: of the method.
+        base: the frozen scorer (`ZeroShot`), which is read and never becomes part of the head.
+
+    Attributes:
+        needs: which parts of the bank it reads, of `text`, `negative`, `support`.
+        calibrated: persistent buffers that `calibrate` sets; they travel with checkpoints and adapter directories.
+    """
+
+    needs: ClassVar[tuple[str, ...]] = ()
+    calibrated: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(self, config: Any, base: nn.Module):
+        super().__init__()
+        self.config = config
+        self._base = (base,)  # in a tuple, which hides it from torch: the base is saved and moved by its own model
+
+    @property
+    def base(self) -> nn.Module:
+        """The frozen scorer."""
+        return self._base[0]
+
+    @property
+    def bank(self) -> Bank:
+        """Class texts and support samples."""
+        return self.base.bank
+
+    @property
+    def logit_scale(self) -> float:
+        """Factor of the cosine, 1 / temperature."""
+        return self.base.logit_scale
+
+    @classmethod
+    def needed(cls, config: Any) -> tuple[str, ...]:
+        """Parts of the bank that this configuration reads."""
+        return cls.needs
+
+    def forward(self, features: Features) -> Scores:
+        raise NotImplementedError
+
+    @property
+    def calibrates(self) -> bool:
+        """Whether `calibrate` has something to find; else the rows need not be read."""
+        return type(self).calibrate is not Head.calibrate
+
+    def calibrate(self, train: Labelled, validation: Labelled | None) -> dict[str, float]:
+        """After training: search or solve what is not trained by gradient, on validation, never on test.
+
+        All ranks call it with the same rows, whole parameters, and must come to the same result.
+
+        Returns:
+            numbers worth telling.
+        """
+        return {}
+
+    def export(self) -> dict[str, Tensor]:
+        """Tensors of a classifier that needs neither bank nor graph; empty where there is no such form."""
+        return {}
+
+
+class HeadLayer(nn.Module, SiteLayer):
+    """The frozen scorer and a head per adapter, at `PATH.{prefix}head.ADAPTER`; the first active one scores.
+
+    Args:
+        base: the frozen scorer (`ZeroShot`).
+        prefix: of the method's parameter names; ends in `_`.
+    """
+
+    def __init__(self, base: nn.Module, adapter_name: str, prefix: str):
+        nn.Module.__init__(self)
+        SiteLayer.__init__(self, base, adapter_name)
+        self._heads = f"{prefix}head"
+        self.adapter_layer_names = (self._heads,)
+        setattr(self, self._heads, nn.ModuleDict())
+
+    @property
+    def heads(self) -> nn.ModuleDict:
+        """The head of each adapter."""
+        return getattr(self, self._heads)
+
+    @property
+    def head(self) -> Head | None:
+        """The head that scores; None while adapters are disabled."""
+        if self._disable_adapters:
+            return None
+        return next((self.heads[name] for name in self.active_adapters if name in self.heads), None)
+
+    def forward(self, features: Features) -> Scores:
+        head = self.head
+        return self.base_layer(features) if head is None else head(features)
+
+
+class HeadTuner(SiteTuner):
+    """Tuner of a head method; a subclass sets `prefix` and `head_class`."""
+
+    head_class: ClassVar[type[Head]]
+    unmergeable = "a head takes the place of the frozen scorer and cannot be folded into it."
+
+    def places(self, config: HeadConfig, model: nn.Module) -> dict[str, FeatureSite]:
+        site = feature_site(config, find_sites(model))
+        check_bank(self.head_class, config, site)
+        return {site.path: site}
+
+    def wrap(
+        self, config: HeadConfig, adapter_name: str, target: nn.Module, place: FeatureSite, path: str
+    ) -> nn.Module:
+        layer = target if isinstance(target, HeadLayer) else HeadLayer(target, adapter_name, self.prefix)
+        layer.heads[adapter_name] = self.head_class(config, base_layer(layer))
+        layer.set_adapter(layer.active_adapters, inference_mode=config.inference_mode)
+        return layer
+
+
+class HeadMethod:
+    """Base of the `ENTRY` of a head method; a subclass sets the attributes of `methods.base.Method`."""
+
+    mergeable = False
+    Tuner: ClassVar[type[HeadTuner]]
+    prefix: ClassVar[str]
+
+    @classmethod
+    def check(cls, config: HeadConfig, sites: Sites, condition_width: int | None) -> None:
+        """Raise BadInput where there are no features, or the bank lacks what the head reads."""
+        check_bank(cls.Tuner.head_class, config, feature_site(config, sites))
+
+    @staticmethod
+    def prepare(config: HeadConfig, model: nn.Module, sites: Sites) -> HeadConfig:
+        """Nothing depends on the model."""
+        return config
+
+    @classmethod
+    def kinds(cls, names: list[str]) -> dict[str, list[str]]:
+        """All of it is the method's, except modules that train whole beside it."""
+        found: dict[str, list[str]] = {"peft": [], "norm": [], "bias": [], "head": []}
+        for name in names:
+            found["peft" if cls.prefix in name else "head"].append(name)
+        return found
+
+
+def feature_site(config: HeadConfig, sites: Sites) -> FeatureSite:
+    """The one place where a head attaches. Raises BadInput."""
+    if len(sites.features) != 1:
+        raise BadInput(f"{config.method}: needs a model of features. Use backbone: {{name: features}}.")
+    return sites.features[0]
+
+
+def check_bank(head_class: type[Head], config: Any, site: FeatureSite) -> None:
+    """Raise BadInput if the bank lacks what the head reads."""
+    for part in head_class.needed(config):
+        if not getattr(site, f"has_{part}"):
+            raise BadInput(
+                f"{config.method}: needs {PARTS[part]}, which are not there. Make feature shards with templates "
+                "(launchers/features.py) and name a train split with labels."
+            )
+
+
+def head_of(model: nn.Module) -> Head | None:
+    """The active head of a model of features, through any wrappers; None where none is attached."""
+    found = [module for module in model.modules() if isinstance(module, HeadLayer)]
+    return found[0].head if found else None

@@ -1,0 +1,98 @@
+"""What the tuners of every method share: places found by the sites, float32 heads, sorting of parameter names."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import torch
+from peft import PeftConfig
+from peft.tuners.tuners_utils import BaseTuner
+from peft.utils.other import ModulesToSaveWrapper
+from torch import nn
+
+from mmpeft_ds.errors import BadInput
+from mmpeft_ds.methods.common.layers import SiteLayer
+
+
+class SiteTuner(BaseTuner):
+    """A tuner whose places are full paths found by the sites, not a list of module names.
+
+    A subclass sets `prefix` and gives `places` and `wrap`; the verbs are those of every peft tuner.
+
+    Attributes:
+        unmergeable: why no adapter of this tuner can be merged into the frozen weights; None where each can.
+    """
+
+    unmergeable: str | None = None
+    tuner_layer_cls = SiteLayer
+    target_module_mapping: dict[str, list[str]] = {}
+
+    def places(self, config: PeftConfig, model: nn.Module) -> dict[str, Any]:
+        """Full path of each module to wrap, and what `wrap` needs to know about it. Raises BadInput."""
+        raise NotImplementedError
+
+    def wrap(self, config: PeftConfig, adapter_name: str, target: nn.Module, place: Any, path: str) -> nn.Module:
+        """`target` in a layer that holds this adapter; a `target` that is such a layer already gets one more."""
+        raise NotImplementedError
+
+    def _check_merge_allowed(self) -> None:
+        super()._check_merge_allowed()
+        if self.unmergeable:
+            names = ", ".join(map(repr, self.active_adapters))
+            raise BadInput(f"adapter {names} cannot be merged: {self.unmergeable} Keep it as an adapter.")
+
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        # peft's finds the name only at the end of a key or one before it; our layers hold modules of several parts. A
+        # name that stayed in the file would tie it to loading under that name.
+        return re.sub(rf"(\.{re.escape(cls.prefix)}[^.]*)\.{re.escape(adapter_name)}(?=\.|$)", r"\1", key, count=1)
+
+    def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict) -> PeftConfig:
+        return peft_config
+
+    def _prepare_model(self, peft_config: PeftConfig, model: nn.Module) -> None:
+        self._places = self.places(peft_config, model)
+
+    def _check_target_module_exists(self, peft_config: PeftConfig, key: str) -> bool:
+        return key in self._places
+
+    def _create_and_replace(
+        self,
+        peft_config: PeftConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        layer = self.wrap(peft_config, adapter_name, target, self._places[current_key], current_key)
+        if layer is not target:
+            self._replace_module(parent, target_name, layer, target)
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        # peft's moves the new layer to where the weight of the old one is; ours is made there, and around a dropout
+        # there is no weight.
+        setattr(parent, child_name, new_module)
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """As every tuner; the whole modules that train beside the adapter become float32."""
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        heads_in_float32(model, adapter_name)
+
+
+def heads_in_float32(model: nn.Module, adapter_name: str) -> None:
+    """Whole modules that train beside an adapter are float32 too, and cast what they get."""
+    for module in model.modules():
+        if isinstance(module, ModulesToSaveWrapper) and adapter_name in module.modules_to_save:
+            head = module.modules_to_save[adapter_name]
+            half = [p for p in head.parameters() if p.dtype in (torch.float16, torch.bfloat16)]
+            if half:
+                head.float()
+                head.register_forward_pre_hook(to_float32)
+
+
+def to_float32(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Forward pre-hook of a float32 module in a half precision model."""
+    return tuple(a.float() if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in args)

@@ -1,0 +1,263 @@
+"""Turns a shard of images and texts into a shard of features: decode, transform, frozen towers, write."""
+
+# I images, T texts, C classes, V augmented passes, Dv and Dt widths of the features
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from mmpeft_ds.data.batch import PackedBatch, Sample, pack
+from mmpeft_ds.data.decode import decode
+from mmpeft_ds.data.feature_shards import class_name_in_words, negated
+from mmpeft_ds.data.manifest import Manifest, sample_key
+from mmpeft_ds.data.order import key_of
+from mmpeft_ds.data.shards import members, record_of
+from mmpeft_ds.data.stream import image_names
+from mmpeft_ds.data.views import RandomView
+from mmpeft_ds.engine.assembly import build as setup
+from mmpeft_ds.engine.assembly import resolve
+from mmpeft_ds.engine.stop import StopFlag
+from mmpeft_ds.errors import BadInput, BadSample
+from mmpeft_ds.precompute.feature_samples import FeatureSample, thumbnail
+from mmpeft_ds.precompute.shard_jobs import Job, ShardMaker, Told
+from mmpeft_ds.recipe import Recipe
+
+TEMPLATES = ("a photo of a {}.",)
+PLACE = "{}"
+
+
+@dataclass(frozen=True)
+class FeatureOptions:
+    """What is made of a data set.
+
+    Attributes:
+        data: directory of the source.
+        out: directory of the feature shards.
+        name: of the new data set; empty: as the source, so that both have the same sample ids.
+        splits: which; empty: all.
+        views: V augmented passes of each image.
+        view_scale: share of the area that an augmented pass covers.
+        seed: of the augmented passes.
+        dtype: that features are stored in.
+        templates, negative_templates: texts of the classes with `{}` in the place of the name; negative ones that are
+            left out (None) are the others, negated.
+        thumbnails: longer side of a small picture kept with each sample, 0 = none.
+        batch: images in one forward pass.
+        threads: that decode and transform ahead of the towers.
+        overwrite: delete what was made in `out` before.
+    """
+
+    data: str
+    out: Path
+    name: str = ""
+    splits: tuple[str, ...] = ()
+    views: int = 0
+    view_scale: tuple[float, float] = (0.08, 1.0)
+    seed: int = 0
+    dtype: Literal["float16", "float32"] = "float16"
+    templates: tuple[str, ...] = TEMPLATES
+    negative_templates: tuple[str, ...] | None = None
+    thumbnails: int = 0
+    batch: int = 64
+    threads: int = 1
+    overwrite: bool = False
+
+
+@dataclass
+class _Prepared:
+    """A decoded sample on its way to the towers; or why there is none."""
+
+    key: str
+    record: dict[str, Any] = field(default_factory=dict)
+    images: list[Any] = field(default_factory=list)
+    pictures: list[tuple[str, bytes]] = field(default_factory=list)
+    views: int = 1
+    bad: str = ""
+
+
+class Maker(ShardMaker[_Prepared]):
+    """Turns shards of a source into feature shards.
+
+    Args:
+        recipe: its backbone section names the towers, `engine.dtype` their precision.
+        source: images and texts.
+        device: where the towers run.
+
+    Raises:
+        BadInput: if the backbone gives no features, or the source holds features already.
+    """
+
+    def __init__(
+        self, recipe: Recipe, source: Manifest, options: FeatureOptions, device: torch.device, stop: StopFlag | None
+    ):
+        recipe = encoder_recipe(recipe)
+        if source.towers:
+            raise BadInput(f"{source.dir}: holds features already; give --data the images they were made from.")
+        together = max(1, options.batch // (1 + options.views))
+        super().__init__(recipe, source, options.out, options.name or source.name, together, options.threads, stop)
+        self.options, self.device = options, device
+        self.backbone: Any = resolve.make_backbone(recipe, source.labels)
+        if not hasattr(self.backbone, "embed"):
+            raise BadInput(
+                f"{resolve.origin_of(recipe)('backbone.name')}: {recipe.backbone.get('name')!r} gives no features. "
+                "Use dual_encoder or clip."
+            )
+        self.transform = self.backbone.image_transform(False)
+        if getattr(self.transform, "takes_features", False):
+            raise BadInput("backbone.images: stored; the towers must read pixels here. Set images: live.")
+        self.view = RandomView(options.view_scale, getattr(self.transform, "min_size", None))
+        self.model: Any = None
+
+    def towers(self) -> dict[str, Any]:
+        """What the features depend on, as `Manifest.towers` says it; without what only the built model knows."""
+        o = self.options
+        image_width, text_width = self.backbone.feature_widths
+        texts = bool(text_width and self.source.labels)
+        negative = o.negative_templates
+        return {
+            "key": self.backbone.towers_key(),
+            "compute": self.recipe.engine.dtype,
+            "backbone": {"name": self.recipe.backbone["name"], **dataclasses.asdict(self.backbone.options)},
+            "dtype": o.dtype,
+            "views": o.views,
+            "view_scale": list(o.view_scale),
+            "seed": o.seed,
+            "image_width": int(image_width),
+            "text_width": int(text_width or 0),
+            "templates": list(o.templates) if texts else [],
+            "negative_templates": list(map(negated, o.templates) if negative is None else negative) if texts else [],
+            "thumbnails": o.thumbnails,
+        }
+
+    def build(self) -> None:
+        """Load the towers."""
+        setup.prepare_backbone(self.backbone, self.recipe)
+        self.model = self.backbone.build().to(self.device).requires_grad_(False).eval()
+
+    @torch.inference_mode()
+    def class_texts(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """(C, T, D) text features of the classes, for the templates and the negative ones."""
+        towers = self.towers()
+        names = [class_name_in_words(label) for label in self.source.labels]
+        found = []
+        for templates in (towers["templates"], towers["negative_templates"]):
+            # str.replace: a class name may hold braces.
+            texts = [template.replace(PLACE, name) for name in names for template in templates]
+            rows = [
+                self.backbone.embed_texts(self.model, texts[i : i + self.options.batch]).float().cpu()
+                for i in range(0, len(texts), self.options.batch)
+            ]
+            width = towers["text_width"]
+            found.append((torch.cat(rows) if rows else torch.zeros(0, width)).view(len(names), len(templates), width))
+        return found[0], found[1]
+
+    def make(self, job: Job, number: int, prepared: list[_Prepared], told: Told) -> Iterator[FeatureSample]:
+        """The good samples with their features; the others are noted."""
+        told.bad += [(p.key, p.bad) for p in prepared if p.bad]
+        yield from self._embedded([p for p in prepared if not p.bad])
+
+    def prepare(self, job: Job, number: int, piece: bytes | BadSample) -> _Prepared:
+        """One sample, decoded and transformed: each image's evaluation view and its augmented passes."""
+        key = sample_key(job.split, job.first + number)
+        try:
+            if isinstance(piece, BadSample):
+                raise piece
+            key, parts = members(piece)
+            record = _captioned(parts)
+            if "npy" in parts:
+                raise BadSample("features", "the sample holds an array, not pixels")
+            made = _Prepared(key, record, views=1 + self.options.views)
+            for place, name in enumerate(image_names(parts)):
+                image = decode(parts[name], self.recipe.data.max_pixels)
+                made.images += self._views(image, f"{self.source.name}/{key}", place)
+                if self.options.thumbnails:
+                    made.pictures.append(("jpg", thumbnail(image, self.options.thumbnails)))
+            if not made.images and not record["captions"]:
+                raise BadSample("field", "neither an image nor captions")
+        except BadSample as bad:
+            return _Prepared(key, bad=bad.kind)
+        return made
+
+    def _views(self, image: torch.Tensor, sample_id: str, place: int) -> list[Any]:
+        views = [self.transform(image, None)]
+        for number in range(self.options.views):
+            # Of the sample alone: any rank, any order and any rerun draw the same.
+            generator = torch.Generator().manual_seed(
+                key_of(self.options.seed, "view", sample_id, place, number) % 2**63
+            )
+            views.append(self.transform(self.view(image, generator), None))
+        return views
+
+    @torch.inference_mode()
+    def _embedded(self, prepared: Sequence[_Prepared]) -> Iterator[FeatureSample]:
+        """The same samples with their features."""
+        if not prepared:
+            return
+        batch = self._packed(prepared).to(self.device)
+        image_ID, text_TD = self.backbone.embed(self.model, batch)
+        images, texts = self._stored(image_ID), self._stored(text_TD)
+        at_image = at_text = 0
+        for sample in prepared:
+            features, arrays, captions = None, {}, sample.record["captions"]
+            if sample.images:
+                own = images[at_image : at_image + len(sample.images)]
+                several = len(own) > sample.views
+                features = own.reshape(-1, sample.views, own.shape[-1]) if several else own
+                at_image += len(sample.images)
+            if captions and texts is not None:
+                arrays["text"] = texts[at_text : at_text + len(captions)]
+                at_text += len(captions)
+            record = {**sample.record, "source_id": f"{self.source.name}/{sample.key}"}
+            if not captions:
+                del record["captions"]
+            yield FeatureSample(record.pop("source_name", sample.key), features, arrays, sample.pictures, record)
+
+    def _packed(self, prepared: Sequence[_Prepared]) -> PackedBatch:
+        with_texts = bool(self.backbone.feature_widths[1])
+        samples = [
+            Sample(p.key, 1.0, p.images, texts, [None] * len(texts), p.record)
+            for p in prepared
+            for texts in [list(p.record["captions"]) if with_texts else []]
+        ]
+        return pack(samples, self.backbone.collate_images, self.backbone.collate_texts, lambda _: {})
+
+    def _stored(self, rows: torch.Tensor | None) -> np.ndarray | None:
+        """As they are written. Raises BadInput if the dtype cannot hold them."""
+        if rows is None:
+            return None
+        found = rows.float().cpu()
+        stored = found.to(getattr(torch, self.options.dtype))
+        if not bool(torch.isfinite(stored).all()):
+            raise BadInput(
+                f"the towers gave features that {self.options.dtype} cannot hold (largest {found.abs().max():g}). Use "
+                "--dtype float32, or --compute float32 if the towers themselves ran in half precision."
+            )
+        return stored.numpy()
+
+
+def encoder_recipe(recipe: Recipe) -> Recipe:
+    """A recipe whose backbone section is the encoder: a recipe for heads names it as `backbone.encoder`."""
+    section = recipe.backbone.get("encoder")
+    if not section:
+        return recipe
+    changed = copy.deepcopy(recipe)
+    changed.backbone = dict(section)
+    changed._origin = resolve.origin_of(recipe)
+    return changed
+
+
+def _captioned(parts: dict[str, bytes]) -> dict[str, Any]:
+    """The json of a sample, with `captions` as a list of texts. Raises BadSample."""
+    record = record_of(parts)
+    captions = record.setdefault("captions", [])
+    if not isinstance(captions, list) or not all(isinstance(text, str) for text in captions):
+        raise BadSample("type", "captions is no list of texts")
+    return record

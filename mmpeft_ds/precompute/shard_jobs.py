@@ -1,0 +1,267 @@
+"""New shards out of old ones, one for one: what `features.py` and `describe.py` share.
+
+Ranks take shards in turn; a shard's bytes depend on its samples and the options alone, so any number of ranks writes
+the same files, and a run that was interrupted goes on where it was.
+"""
+
+from __future__ import annotations
+
+import abc
+import json
+import shutil
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import torch.distributed as dist
+
+from mmpeft_ds.data.manifest import FILE, Manifest, write_atomic
+from mmpeft_ds.data.shards import ShardReader, verify_shards
+from mmpeft_ds.data.writer import PARTS, Part, finished_part, part_path, shard_file, write_shard
+from mmpeft_ds.engine.stop import StopFlag
+from mmpeft_ds.errors import BadInput, BadSample
+from mmpeft_ds.precompute.feature_samples import FeatureSample
+from mmpeft_ds.recipe import Recipe
+
+PLAN = "plan.json"
+LINE_EVERY = 10.0  # seconds between progress lines where no terminal is attached
+Prepared = TypeVar("Prepared")
+
+
+@dataclass(frozen=True)
+class Job:
+    """One shard: number `number` of a split, whose first sample is the split's sample `first`."""
+
+    split: str
+    number: int
+    first: int
+    count: int
+
+
+@dataclass
+class Plan:
+    """What is left to do; the same on all ranks."""
+
+    jobs: list[Job]
+    todo: list[Job]
+    done: bool = False
+
+
+@dataclass
+class Told:
+    """What is noted of a shard beside its samples.
+
+    Attributes:
+        bad: (key, kind) of the samples of which nothing could be made.
+        counts: whatever else is counted.
+    """
+
+    bad: list[tuple[str, str]] = field(default_factory=list)
+    counts: Counter[str] = field(default_factory=Counter)
+
+    def add(self, other: Told) -> None:
+        """Take in what was noted of another shard."""
+        self.bad += other.bad
+        self.counts.update(other.counts)
+
+
+class ShardMaker(abc.ABC, Generic[Prepared]):
+    """Makes one new shard out of one of the source.
+
+    Args:
+        recipe: its `data` section says how shards are read.
+        source: the data set.
+        out: directory of the new shards.
+        name: of the new data set.
+        batch: samples that are made at once.
+        threads: that prepare samples ahead of the model.
+        stop: tells of signals.
+    """
+
+    def __init__(
+        self, recipe: Recipe, source: Manifest, out: Path, name: str, batch: int, threads: int, stop: StopFlag | None
+    ):
+        self.recipe, self.source, self.out, self.name = recipe, source, out, name
+        self.batch, self.threads, self.stop = batch, threads, stop
+
+    @abc.abstractmethod
+    def prepare(self, job: Job, number: int, piece: bytes | BadSample) -> Prepared:
+        """Read and decode sample `number` of the job's shard, in a thread; must not raise for a bad one."""
+
+    @abc.abstractmethod
+    def make(self, job: Job, number: int, prepared: list[Prepared], told: Told) -> Iterator[FeatureSample]:
+        """The new samples of some neighbouring ones, the first of them sample `number` of the job's shard."""
+
+    def write(self, job: Job, progress: Lines | None = None) -> Part | None:
+        """Make one shard; None if it was told to stop meanwhile, and nothing is left of it."""
+        file = self.file(job)
+        try:
+            return write_shard(self.out, self.name, job.split, job.number, job.first, self._samples(job, progress))
+        except _Stopped:
+            for rest in (self.out / PARTS).glob(f"{file}.*.tmp"):
+                rest.unlink(missing_ok=True)
+            return None
+        except OSError as error:
+            raise BadInput(f"{self.out}: {error.strerror or error}. The same command continues.") from error
+
+    def finished(self, plan: Plan) -> Iterator[tuple[Job, Part, Told]]:
+        """All shards of a plan that was carried out, in order, and what was noted of each."""
+        for job in plan.jobs:
+            part = finished_part(self.out, self.file(job))
+            if part is None:
+                raise RuntimeError(f"{self.out / self.file(job)}: changed while the other shards were made")
+            noted = json.loads(self._told_path(job).read_text("utf-8"))
+            yield job, part, Told(noted["bad"], Counter(noted["counts"]))
+
+    def file(self, job: Job) -> str:
+        """Name of the shard that a job makes."""
+        return shard_file(self.name, job.split, job.number)
+
+    def _told_path(self, job: Job) -> Path:
+        """Where notes of a shard stay until the manifest is written."""
+        return part_path(self.out, self.file(job)).with_suffix(".told.json")
+
+    def _samples(self, job: Job, progress: Lines | None) -> Iterator[FeatureSample]:
+        told = Told()
+        for number, prepared in self._ahead(job):
+            if self.stop is not None and self.stop.requested():
+                raise _Stopped
+            yield from self.make(job, number, prepared, told)
+            if progress is not None:
+                progress.update(len(prepared))
+        # Before the part that says that the shard is finished.
+        write_atomic(self._told_path(job), json.dumps({"bad": told.bad, "counts": told.counts}).encode())
+
+    def _ahead(self, job: Job) -> Iterator[tuple[int, list[Prepared]]]:
+        """Prepared samples, `batch` at a time, with the number of the first; the next ones are prepared meanwhile."""
+        data = self.recipe.data
+        reader = ShardReader(self.source, job.split, data.cache_dir, data.allow_pipe)
+        starts = list(range(0, job.count, self.batch))
+
+        def submit(first: int) -> list[Future[Prepared]]:
+            wanted = [(job.number, i) for i in range(first, min(first + self.batch, job.count))]
+            pieces = zip(wanted, reader.read(wanted), strict=True)
+            return [pool.submit(self.prepare, job, number, piece) for (_, number), piece in pieces]
+
+        with ThreadPoolExecutor(self.threads) as pool:
+            try:
+                coming = submit(starts[0])
+                for first, following in zip(starts, [*starts[1:], None], strict=True):
+                    ready, coming = coming, [] if following is None else submit(following)
+                    yield first, [future.result() for future in ready]
+            finally:
+                pool.shutdown(cancel_futures=True)
+                reader.close()
+
+
+def open_plan(
+    source: Manifest,
+    out: Path,
+    name: str,
+    splits: Sequence[str],
+    wanted: dict[str, Any],
+    of_manifest: Callable[[Manifest], dict[str, Any]],
+    refuse_difference: Callable[[dict[str, Any], dict[str, Any]], None],
+) -> Plan:
+    """What is to be done in `out`, on rank 0; notes there what is being made.
+
+    Args:
+        splits: of the source; empty: all.
+        wanted: what the new shards depend on, as JSON holds it.
+        of_manifest: the same of a finished data set; raises BadInput if it is none of this kind.
+        refuse_difference: (what is there, `wanted`); raises BadInput if they differ.
+
+    Raises:
+        BadInput: a damaged source, or a directory that holds something else.
+    """
+    splits = list(splits) or list(source.splits)
+    for split in splits:
+        if problems := verify_shards(source, split, "size"):
+            raise BadInput(problems[0])
+    if (out / FILE).exists():
+        refuse_difference(of_manifest(Manifest.load(out)), wanted)
+        shutil.rmtree(out / PARTS, ignore_errors=True)
+        return Plan([], [], done=True)
+    try:
+        (out / PARTS).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BadInput(f"--out {out}: cannot be made ({error.strerror}).") from error
+    if (out / PARTS / PLAN).exists():
+        refuse_difference(json.loads((out / PARTS / PLAN).read_text("utf-8")), wanted)
+        for stale in (out / PARTS).glob("*.tmp"):
+            stale.unlink()
+    elif strange := sorted(p.name for p in out.iterdir() if p.suffix in (".tar", ".npy")):
+        raise BadInput(f"{out}: holds {strange[0]}, but no {FILE} that tells of it. Choose an empty directory.")
+    else:
+        write_atomic(out / PARTS / PLAN, json.dumps(wanted, ensure_ascii=False, indent=1).encode())
+    jobs = []
+    for split in splits:
+        first = 0
+        for number, shard in enumerate(source.shards(split)):
+            jobs.append(Job(split, number, first, shard.samples))
+            first += shard.samples
+    return Plan(jobs, [j for j in jobs if finished_part(out, shard_file(name, j.split, j.number)) is None])
+
+
+def carry_out(maker: ShardMaker, plan: Plan, ranks: Any, what: str) -> bool:
+    """Make all shards that are missing, in rounds of one shard a rank; False if a rank was told to stop.
+
+    Args:
+        what: is made, for the progress lines.
+
+    Raises:
+        BadInput: on all ranks.
+    """
+    from tqdm import tqdm
+
+    mine = plan.todo[ranks.rank :: ranks.world_size]
+    total = sum(job.count for job in mine)
+    title = what if ranks.world_size == 1 else f"{what} (rank 0 of {ranks.world_size})"
+    bar = tqdm(total=total, desc=title, unit="sample", disable=None if not ranks.rank else True)
+    progress = Lines(bar, title, total) if ranks.rank == 0 else None
+    with bar:
+        for round_ in range(-(-len(plan.todo) // ranks.world_size)):
+            problem, stopped = None, False
+            if round_ < len(mine):
+                try:
+                    stopped = maker.write(mine[round_], progress) is None
+                except BadInput as error:
+                    problem = str(error)
+            # A collective each round: none of the ranks waits for another longer than one shard takes.
+            told: list[Any] = [None] * ranks.world_size
+            if ranks.world_size > 1:
+                dist.all_gather_object(told, (problem, stopped or maker.stop.requested()))
+            else:
+                told = [(problem, stopped)]
+            if problems := [p for p, _ in told if p]:
+                raise BadInput(problems[0])
+            if any(s for _, s in told):
+                return False
+    return True
+
+
+class Lines:
+    """Advances a bar, and prints a line now and then where no terminal shows it."""
+
+    def __init__(self, bar: Any, title: str, total: int):
+        self.bar, self.title, self.total = bar, title, total
+        self.done, self.began, self.said = 0, time.monotonic(), time.monotonic()
+
+    def update(self, count: int) -> None:
+        """`count` more samples are done."""
+        self.done += count
+        self.bar.update(count)
+        now = time.monotonic()
+        if not sys.stderr.isatty() and now - self.said > LINE_EVERY:
+            self.said = now
+            rate = self.done / (now - self.began)
+            print(f"{self.title}: {self.done:,} of {self.total:,}, {rate:.1f}/s", file=sys.stderr, flush=True)
+
+
+class _Stopped(Exception):  # noqa: N818 - no error: a signal came
+    pass

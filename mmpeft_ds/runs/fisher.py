@@ -1,0 +1,233 @@
+"""Diagonal empirical Fisher information of a finished run, for elastic weight consolidation (engine/ewc.py).
+
+    F = mean over global batches of (gradient of the batch's mean loss)^2, at the weights theta* of a checkpoint
+
+The square comes after the mean over ranks. The other way round gives another F, whose noise part grows with the number
+of ranks. The global batches are those of the run's first epoch with the transform of evaluation, and the model is in
+eval mode, so F does not depend on the number of ranks.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from mmpeft_ds import recipe as recipes
+from mmpeft_ds.data.stream import BadBudget, Step
+from mmpeft_ds.distributed import collectives
+from mmpeft_ds.engine import checkpoint, ewc, trainer
+from mmpeft_ds.engine.assembly import build as setup
+from mmpeft_ds.engine.assembly.resolve import resolve
+from mmpeft_ds.engine.checkpoint import TrainState
+from mmpeft_ds.engine.rank0 import on_rank0
+from mmpeft_ds.engine.step import Stepper
+from mmpeft_ds.engine.stop import StopFlag
+from mmpeft_ds.engine.zero import fingerprint, gradients
+from mmpeft_ds.engine.zero import state as zero_state
+from mmpeft_ds.errors import AgreedBadInput, BadInput
+from mmpeft_ds.methods.common.head import head_of
+from mmpeft_ds.recipe.options import EwcOptions
+from mmpeft_ds.runs import evaluate as assess
+
+
+class SquaredGradients:
+    """Mean over batches of the squared gradient, float64, in the parts that this rank holds."""
+
+    def __init__(self) -> None:
+        self.batches = 0
+        self.sums: dict[int, tuple[int, Tensor]] = {}
+
+    def add(self, shards: Iterable[gradients.Shard]) -> None:
+        """Count the gradient of one global batch, already averaged over ranks."""
+        self.batches += 1
+        for shard in shards:
+            start, total = self.sums.get(id(shard.parameter), (shard.start, 0.0))
+            self.sums[id(shard.parameter)] = start, total + shard.gradient.detach().double() ** 2
+
+    def whole(self, parameter: nn.Parameter, device: torch.device | str = "cpu", mine: bool = True) -> Tensor:
+        """F of a parameter in its shape, float64, on every rank. Collective.
+
+        Args:
+            mine: whether this rank's part counts; ranks that hold copies count once.
+        """
+        shape = zero_state.full_shape(parameter)
+        flat = torch.zeros(math.prod(shape), dtype=torch.float64, device=device)
+        if mine and id(parameter) in self.sums:
+            start, total = self.sums[id(parameter)]
+            flat[start : start + total.numel()] = total.to(device) / self.batches
+        if collectives.world_size() > 1:
+            dist.all_reduce(flat)
+        return flat.reshape(shape)
+
+
+def measure(stepper: Stepper, steps: Iterable[Step]) -> tuple[SquaredGradients, dict[str, float]] | None:
+    """Forward and backward of every global batch; the weights stay as they are. Collective.
+
+    Returns:
+        the squares, and `loss` (mean over batches), `batches`, `samples`; None if a rank was told to stop.
+
+    Raises:
+        AgreedBadInput: too many bad samples, or a loss or gradient that is not finite.
+    """
+    engine, squares = stepper.engine, SquaredGradients()
+    # A head may estimate it on other logits than it trains on, as the release of GA-Net does.
+    estimated = getattr(head_of(engine.module), "estimating_fisher", contextlib.nullcontext)
+    losses, samples = 0.0, 0
+    for number, step in enumerate(_together(steps, stepper)):
+        task = stepper.resolved.train[step.source].task
+        agreed = stepper.agree(step.micro, task)
+        if agreed.stop:
+            return None
+        for batch in step.micro:
+            stepper.budget.feed(batch)
+        if agreed.bad:
+            stepper.check_budget()
+        with estimated():
+            loss, *_ = stepper.accumulate(step.micro, task, agreed)
+        shards = list(gradients.shards(engine))
+        finite = all(bool(torch.isfinite(s.gradient).all()) for s in shards)
+        loss, wrong = collectives.sum_scalars([loss.item(), float(not finite)], stepper.ranks.device)
+        if wrong or not math.isfinite(loss):
+            raise AgreedBadInput(f"batch {number}: loss or gradient is not finite (loss {loss}). Look at its data.")
+        if agreed.weight > 0:
+            squares.add(shards)
+            losses, samples = losses + loss, samples + agreed.rows
+        with _unwarned():
+            gradients.discard(engine)
+    if not squares.batches:
+        raise AgreedBadInput("no batch has a sample that can be used. Choose another --split.")
+    return squares, {"loss": losses / squares.batches, "batches": squares.batches, "samples": samples}
+
+
+def estimate(
+    run: Path,
+    out: Path,
+    split: str = "train",
+    which: str = "best",
+    overrides: Sequence[str] = (),
+    weights: Sequence[tuple[str, float]] = (),
+) -> dict[str, Any] | None:
+    """Write F and theta* of checkpoint `which` of a run to `out`. Every rank calls it.
+
+    Args:
+        run: run directory.
+        split: of the run's training data sets.
+        which: `best`, `last`, or the name of a checkpoint; `best` is `last` in a run without validation.
+        overrides: as `--set`, for where and how to run.
+        weights: (pattern, factor): F of the parameters whose name matches is multiplied by the factor of the first
+            shell-style pattern that does.
+
+    Returns:
+        on every rank, what the file says of its origin; None if it was told to stop: nothing is written.
+
+    Raises:
+        BadInput: no run there, no such checkpoint or split, a pattern that no trained parameter matches, or a
+            method that trains nothing by gradient.
+    """
+    if not (run / "recipe.yaml").is_file():
+        raise BadInput(f"{run}: no run directory (it has no recipe.yaml). Give --run the run_dir of a recipe.")
+    recipe = recipes.load(run / "recipe.yaml", list(overrides))
+    recipe.data.sources = [
+        source if source.split == split else replace(source, split=split, subset="") for source in recipe.data.sources
+    ]
+    recipe.engine.patience = 0
+    recipe.engine.train_dropout = recipe.engine.gradient_checkpointing = False
+    recipe.optim.ewc = EwcOptions()
+    with StopFlag(recipe.engine.stop_grace) as stop:
+        return _estimate(recipe, run, out, split, which, weights, stop)
+
+
+def _estimate(
+    recipe: recipes.Recipe, run: Path, out: Path, split: str, which: str, weights: Sequence, stop: StopFlag
+) -> dict[str, Any] | None:
+    ranks = setup.start(recipe)
+    resolved = resolve(recipe)  # with the validation split, which methods that search insist on
+    if getattr(resolved.method_config, "gradient_free", False):
+        raise BadInput(f"{run}: {recipe.method['name']} trains nothing by gradient, so it has no Fisher information.")
+    resolved.validation, resolved.recipe.data.validation, recipe.data.validation = [], [], []
+    trainer.check_shards(resolved, ranks)
+    path = on_rank0(lambda: assess.find_checkpoint(run, which))
+    built = setup.build(resolved, ranks)
+    factors = factors_of(list(built.trainables), weights)
+    prints = fingerprint.frozen_fingerprint(fingerprint.frozen_tensors(built.model))
+    state = checkpoint.load(path, built.engine, built.trainables, prints)
+    stream = trainer.make_stream(resolved, resolved.train, ranks, train=True, augment=False)
+    budget = BadBudget(recipe.data.max_bad_fraction, recipe.data.max_bad_in_a_row, stream.num_samples)
+    stepper = Stepper(resolved, built, ranks, stream.steps_per_epoch(), TrainState(), budget, stop.requested)
+    try:
+        steps = assess._counted(stream.epoch(0), stream.steps_per_epoch(), "fisher", ranks.rank)
+        measured = measure(stepper, steps)
+    finally:
+        stream.close()
+    if measured is None:
+        return None
+    squares, facts = measured
+    mine = not gradients.replicated(built.engine)
+    fisher, anchor = {}, {}
+    for name, parameter in built.trainables.items():
+        whole = (factors[name] * squares.whole(parameter, ranks.device, mine)).float().cpu()
+        weight = zero_state.read_weight(parameter)
+        if ranks.rank == 0:
+            fisher[name], anchor[name] = whole, weight
+    facts |= {
+        "run": str(run),
+        "checkpoint": path.name,
+        "step": state.step,
+        "split": split,
+        "dirs": [source.options.dir for source in resolved.train],
+        "global_batch": recipe.data.global_batch,
+        "seed": recipe.seed,
+        "weights": [list(pair) for pair in weights],
+    }
+    base = ewc.base_of(built.model, prints, resolved.train)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    on_rank0(lambda: ewc.save(out, fisher, anchor, base, facts))
+    return facts | {"parameters": len(built.trainables), "trace": on_rank0(lambda: _trace(fisher))}
+
+
+def factors_of(names: Sequence[str], weights: Sequence[tuple[str, float]]) -> dict[str, float]:
+    """The factor of each parameter: that of the first pattern that its name matches, else 1.
+
+    Raises:
+        BadInput: if a pattern matches no name.
+    """
+    for pattern, _ in weights:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise BadInput(f"--weight {pattern}: matches no trained parameter. They are named like {names[0]}.")
+    return {n: next((f for pattern, f in weights if fnmatchcase(n, pattern)), 1.0) for n in names}
+
+
+def _trace(fisher: dict[str, Tensor]) -> float:
+    return sum(f.double().sum().item() for f in fisher.values())
+
+
+@contextlib.contextmanager
+def _unwarned() -> Iterator[None]:
+    """Without DeepSpeed's warning that a step is skipped: here every step is, on purpose."""
+    logger = logging.getLogger("DeepSpeed")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
+
+
+def _together(steps: Iterable[Step], stepper: Stepper) -> Iterator[Step]:
+    """`steps`; where the data of a rank fails, all ranks end with its problem."""
+    try:
+        yield from steps
+    except AgreedBadInput:
+        raise
+    except BadInput as problem:
+        stepper.fail(problem)

@@ -1,0 +1,103 @@
+"""What the predictions of a graph over a batch depend on besides the sample: the evaluation again without edges, in
+several random orders, and sorted by class."""
+
+# n rows of a split
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mmpeft_ds import recipe as recipes
+from mmpeft_ds.engine import calibrate, checkpoint, trainer
+from mmpeft_ds.engine.assembly import build as setup
+from mmpeft_ds.engine.assembly.resolve import resolve
+from mmpeft_ds.engine.rank0 import on_rank0
+from mmpeft_ds.engine.zero import fingerprint
+from mmpeft_ds.errors import BadInput
+from mmpeft_ds.methods.common.head import head_of
+from mmpeft_ds.runs import evaluate as assess
+from mmpeft_ds.sites.feature_site import Labelled
+
+SEEDS = (0, 1, 2)
+
+
+def invariance(head: Any, rows: Labelled, size: int, seeds: Sequence[int] = SEEDS) -> list[dict[str, Any]]:
+    """Accuracy and graph of the same rows in different company. Collective.
+
+    A batch that is sorted by class tells a graph over it what the class is: what accuracy gains over the shuffled ones
+    is leakage, not skill. What the shuffled ones gain over `no edges` is what the graph is worth.
+
+    Args:
+        head: with `without_edges` and `top1`, such as GA-Net's.
+        rows: all rows of a split, the same on every rank.
+        size: rows of a graph.
+
+    Returns:
+        a line an order: `order`, `top1`, and where there are edges `degree` (edges a node), `same_class` (share of
+        edges between samples of one class; None without edges), `isolated` (share of nodes).
+    """
+    labels, n = rows.labels, len(rows.labels)
+    with head.without_edges():
+        lines = [{"order": "no edges", "top1": head.top1(rows, size)["top1"]}]
+    orders = {
+        f"shuffled, seed {seed}": torch.randperm(n, generator=torch.Generator().manual_seed(seed)) for seed in seeds
+    }
+    orders["sorted by class"] = labels.cpu().argsort(stable=True)
+    for name, order in orders.items():
+        found = head.top1(rows, size, order.to(labels.device))
+        nodes, known = max(1.0, found["nodes"]), found["labelled_edges"]
+        lines.append(
+            {
+                "order": name,
+                "top1": found["top1"],
+                "degree": found["edges"] / nodes,
+                "same_class": found["same_class_edges"] / known if known else None,
+                "isolated": found["isolated"] / nodes,
+            }
+        )
+    return lines
+
+
+def of_run(
+    run: Path, split: str, which: str = "best", size: int = 0, overrides: Sequence[str] = ()
+) -> list[dict[str, Any]]:
+    """`invariance` of checkpoint `which` of a run on `split` of its first training data set. Every rank calls it.
+
+    Writes RUN/graph-report-SPLIT.json.
+
+    Args:
+        size: rows of a graph; 0: `data.global_batch`.
+        overrides: as `--set`, for where and how to run.
+
+    Raises:
+        BadInput: no run there, no such checkpoint or split, a method without a graph over the batch, labels missing.
+    """
+    if not (run / "recipe.yaml").is_file():
+        raise BadInput(f"{run}: no run directory (it has no recipe.yaml). Give --run the run_dir of a recipe.")
+    recipe = recipes.load(run / "recipe.yaml", list(overrides))
+    recipe.data.validation = [assess._on(recipe.data.sources[0], split)]
+    ranks = setup.start(recipe)
+    resolved = resolve(recipe)
+    trainer.check_shards(resolved, ranks)
+    path = on_rank0(lambda: assess.find_checkpoint(run, which))
+    built = setup.build(resolved, ranks)
+    head = head_of(built.model)
+    if not hasattr(head, "without_edges"):
+        raise BadInput(f"{run}: method {recipe.method['name']} has no graph over the batch. This report is of ga_net.")
+    prints = fingerprint.frozen_fingerprint(fingerprint.frozen_tensors(built.model))
+    checkpoint.load(path, built.engine, built.trainables, prints)
+    built.engine.eval()
+    source = resolved.validation[0]
+    stream = trainer.make_stream(resolved, [source], ranks, train=False)
+    rows = calibrate.rows_of(built.engine, resolved.backbone, source.task, stream.epoch(0), ranks.device)
+    stream.close()
+    lines = invariance(head, rows, size or recipe.data.global_batch)
+    if ranks.rank == 0:
+        report = {"split": split, "checkpoint": path.name, "rows": len(rows.labels), "lines": lines}
+        (run / f"graph-report-{split}.json").write_text(json.dumps(report, indent=1) + "\n")
+    return lines

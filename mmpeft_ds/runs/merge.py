@@ -1,0 +1,157 @@
+"""A trained adapter folded into its base: one plain transformers folder that needs neither peft nor us to run.
+
+config.json, model.safetensors      of the base's own class, float32
+tokenizer and processor files       copied from where the base has them
+merged.json                         what it was made of, and how far its outputs are from the adapted model's
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft.utils.other import ModulesToSaveWrapper
+from torch import Tensor, nn
+
+from mmpeft_ds import adapter, methods
+from mmpeft_ds import recipe as recipes
+from mmpeft_ds.backbones.common import tower_loading
+from mmpeft_ds.data.batch import PackedBatch, Prompted, Sample, pack
+from mmpeft_ds.engine.assembly.forward import forward
+from mmpeft_ds.errors import BadInput
+
+TOLERANCE = 1e-3  # of the largest output; float32 rounding of large models stays below, a lost adapter does not
+TEXTS = ("a", "a red circle on the left of two dogs", "what is it?")
+# Which options of a backbone name places that hold files for texts and images, in order of preference.
+PLACES = ("model", "text", "vision")
+COPIED = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
+    "vocab.txt", "merges.txt", "spiece.model", "tokenizer.model", "sentencepiece.bpe.model", "chat_template.jinja",
+    "chat_template.json", "preprocessor_config.json", "processor_config.json",
+)  # fmt: skip
+
+
+def merge(directory: str | Path, out: str | Path) -> dict[str, Any]:
+    """Write the model of an adapter directory with everything trained folded in.
+
+    A dual encoder that was trained on stored image features gets its vision tower.
+
+    Args:
+        out: a new directory.
+
+    Returns:
+        contents of merged.json: `backbone`, `method`, `largest_difference` (relative to the largest output), ...
+
+    Raises:
+        BadInput: no such adapter, `out` exists, the method is no change of weights, or the merged model says
+            something else than the adapted one.
+    """
+    out = Path(out)
+    if out.exists():
+        raise BadInput(f"{out}: exists. Give a new directory.")
+    method = _method(directory)
+    reason = getattr(methods.get(method).Tuner, "unmergeable", None)
+    if reason:
+        raise BadInput(f"{directory}: method {method} cannot be merged: {reason} Keep it as an adapter.")
+    loaded = adapter.load(directory, overrides=_whole_towers(directory))
+    recipe, backbone = loaded.recipe, loaded.backbone
+    model = loaded.model.float().eval()
+    batch = probe(backbone)
+    adapted = outputs(model, backbone, batch)
+    _unwrap_heads(model.get_base_model())
+    plain = model.merge_and_unload()
+    difference = _difference(adapted, outputs(plain, backbone, batch))
+    if difference > TOLERANCE:
+        raise BadInput(
+            f"{directory}: method {method} cannot be folded into the weights: merged, outputs differ by "
+            f"{difference:.1e} of the largest. Keep it as an adapter."
+        )
+    partial = out.with_name(f".{out.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    plain.save_pretrained(partial)
+    _copy_files(recipe.backbone, partial)
+    told = {
+        "backbone": recipe.backbone["name"],
+        "method": method,
+        "adapter": str(directory),
+        "largest_difference": difference,
+        "parameters": sum(p.numel() for p in plain.parameters()),
+    }
+    (partial / "merged.json").write_text(json.dumps(told, indent=1) + "\n")
+    partial.rename(out)
+    return told
+
+
+def probe(backbone: Any) -> PackedBatch:
+    """A batch with two noisy images and some texts, for comparing two models."""
+    generator = torch.Generator().manual_seed(0)
+    transform = backbone.image_transform(False)
+
+    def image() -> Any:
+        if getattr(transform, "takes_features", False):
+            dummy = backbone.dummy("image")
+            return transform(torch.randn(dummy.shape, generator=generator), generator)
+        return transform(torch.randint(256, (3, 48, 64), dtype=torch.uint8, generator=generator), generator)
+
+    writes = hasattr(backbone, "read")
+    texts = [Prompted(text, "a dog") if writes else text for text in TEXTS]
+    samples = [Sample(str(i), 1.0, [image()], texts, [0] * len(texts)) for i in range(2)]
+    return pack(samples, backbone.collate_images, backbone.collate_texts, lambda targets: {})
+
+
+@torch.no_grad()
+def outputs(model: nn.Module, backbone: Any, batch: PackedBatch) -> list[Tensor]:
+    """All that the model says of the batch: logits, or features."""
+    said = forward(model, backbone, batch)
+    if hasattr(backbone, "read"):
+        return [said.logits]
+    named = (getattr(said, name, None) for name in ("logits", "image_features", "text_features"))
+    return [tensor for tensor in named if tensor is not None]
+
+
+def _difference(one: list[Tensor], other: list[Tensor]) -> float:
+    """Largest difference of two lists of outputs, relative to the largest finite value of each."""
+    found = [0.0]
+    for a, b in zip(one, other, strict=True):
+        finite = a.isfinite() & b.isfinite()
+        scale = a[finite].abs().max().clamp(min=1e-12)
+        found.append(float((a - b)[finite].abs().max() / scale))
+    return max(found)
+
+
+def _method(directory: str | Path) -> str:
+    path = Path(directory) / "recipe.yaml"
+    if not path.is_file():
+        raise BadInput(f"{directory}: no adapter directory. Give the `adapter` folder of a run.")
+    return recipes.load(path).method["name"]
+
+
+def _whole_towers(directory: str | Path) -> list[str]:
+    """Changes of the recipe that give a model all its towers."""
+    try:
+        options = json.loads((Path(directory) / "backbone.json").read_text())
+    except (OSError, ValueError):
+        return []  # `adapter.load` says what is wrong with it
+    stored = options.get("name") == "dual_encoder" and options.get("options", {}).get("images") == "stored"
+    return ["backbone.images=live"] if stored else []
+
+
+def _unwrap_heads(base: nn.Module) -> None:
+    """Put modules that were trained whole in their places. peft does it too, but for IA3 only if they have a weight of
+    their own."""
+    for path, module in list(base.named_modules()):
+        if isinstance(module, ModulesToSaveWrapper):
+            parent, _, name = path.rpartition(".")
+            setattr(base.get_submodule(parent), name, module.modules_to_save[module.active_adapters[0]])
+
+
+def _copy_files(section: dict[str, Any], out: Path) -> None:
+    for place in (section[key] for key in PLACES if section.get(key)):
+        for name in COPIED:
+            found = tower_loading.find_file(tower_loading.locate(place, "backbone"), name)
+            if found and not (out / name).exists():
+                shutil.copyfile(found, out / name)
