@@ -21,7 +21,7 @@ INSTALL := $(PIP) install --constraint constraints/$(DEVICE).txt $(if $(TORCH_IN
 BUILD_OPERATOR := from deepspeed.accelerator import get_accelerator as a; \
 	a().device_name() == 'cpu' and a().create_op_builder('ShareMemCommBuilder').load()
 
-.PHONY: setup demo test test-slow compare fewshot-data fewshot bench lint tensorboard clean
+.PHONY: setup demo test test-slow compare few-shot-data few-shot bench lint tensorboard clean
 
 setup: $(STAMP)
 
@@ -52,19 +52,19 @@ VENDORS := fluent twitter google
 STAMPS := $(RAW)/stamps/usr/share/tuxpaint/stamps
 NPM := npm install --ignore-scripts --no-audit --no-fund --loglevel=error
 
-fewshot-data: setup
+few-shot-data: setup
 	@mkdir -p $(RAW)/emoji $(RAW)/stamps
 	@test -d $(RAW)/emoji/node_modules/emojilib || $(NPM) --prefix $(RAW)/emoji $(EMOJI) \
-	|| echo "fewshot-data: no emoji: npm is missing, or its registry cannot be reached" >&2
+	|| echo "few-shot-data: no emoji: npm is missing, or its registry cannot be reached" >&2
 	@test -d $(STAMPS) || (cd $(RAW)/stamps && apt-get -qq download tuxpaint-stamps-default \
 	&& dpkg-deb -x tuxpaint-stamps-default_*.deb . && rm -f tuxpaint-stamps-default_*.deb) \
-	|| echo "fewshot-data: no stamps: this is no Debian, or its mirror cannot be reached (apt-get update?)" >&2
+	|| echo "few-shot-data: no stamps: this is no Debian, or its mirror cannot be reached (apt-get update?)" >&2
 	@test ! -d $(RAW)/emoji/node_modules/emojilib || for vendor in $(VENDORS); do \
 	python data_prep/prepare.py emoji --vendor $$vendor --out data/emoji-$$vendor --name emoji-$$vendor || exit; done
 	@test ! -d $(STAMPS) || python data_prep/prepare.py stamps --out data/stamps
 
-# All few-shot methods on emoji: features, alignment, 241 runs, table and plot in runs/fewshot_emoji.
-fewshot: fewshot-data
+# All few-shot methods on emoji: features, alignment, 241 runs, table and plot in runs/few_shot_emoji.
+few-shot: few-shot-data
 	python launchers/few_shot_emoji.py
 
 # One process a core for the tests that compute alone. Those that start ranks take all cores while they compute, but a

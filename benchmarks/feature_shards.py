@@ -137,7 +137,7 @@ class System:
                 began = time.perf_counter()
             waiting = time.perf_counter()
             step = next(steps)
-            stepper.take(step, time.perf_counter() - waiting)
+            stepper.train_step(step, time.perf_counter() - waiting)
         return count * self.batch / (time.perf_counter() - began)
 
 

@@ -52,7 +52,7 @@ def ours(args: argparse.Namespace) -> dict:
     while len(rows) < args.steps:
         began = time.perf_counter()
         step = next(steps)
-        rows.append(stepper.take(step, time.perf_counter() - began))
+        rows.append(stepper.train_step(step, time.perf_counter() - began))
         ends.append(time.perf_counter())
     samples = sum(row["samples"] for row in rows[WARM:])
     stream.close()

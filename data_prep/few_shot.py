@@ -1,9 +1,9 @@
 """Choose a few samples of every class, once and for all methods, in the way of CoOp.
 
-    python data_prep/fewshot.py DIR --shots 1 2 4 8 16 --seeds 1 2 3
-    python data_prep/fewshot.py DIR --shots 16 --seeds 1 2 3 --classes base new
+    python data_prep/few_shot.py DIR --shots 1 2 4 8 16 --seeds 1 2 3
+    python data_prep/few_shot.py DIR --shots 16 --seeds 1 2 3 --classes base new
 
-Writes DIR/fewshot/K-seedS.json, K samples of every class of the training split; K-seedS-val.json, min(K, 4) of the
+Writes DIR/few_shot/K-seedS.json, K samples of every class of the training split; K-seedS-val.json, min(K, 4) of the
 validation split; with halves of the classes the same for each, such as K-seedS-base.json, and SPLIT-base.json, all
 samples of a split of those classes. A recipe names such a file as the `subset` of a source.
 """
@@ -28,7 +28,7 @@ from mmpeft_ds.data.shards import ShardReader, members  # noqa: E402
 from mmpeft_ds.data.subset import Subset, fingerprint  # noqa: E402
 from mmpeft_ds.errors import BadInput, BadSample  # noqa: E402
 
-FOLDER = "fewshot"
+FOLDER = "few_shot"
 MOST_VAL = 4  # shots a class of the validation split
 CHUNK = 256
 HALVES = ("all", "base", "new")
@@ -36,7 +36,7 @@ HALVES = ("all", "base", "new")
 
 def main(argv: list[str] | None = None) -> None:
     """Write the subsets of one data set; `argv` without the program's name, default sys.argv."""
-    parser = console.Parser(prog="fewshot.py", description=__doc__, allow_abbrev=False)
+    parser = console.Parser(prog="few_shot.py", description=__doc__, allow_abbrev=False)
     parser.add_argument("dir", type=Path, metavar="DIR", help="prepared data set with labels, of images or features")
     parser.add_argument("--shots", type=int, nargs="+", default=[1, 2, 4, 8, 16], help="default: 1 2 4 8 16")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="default: 1 2 3")

@@ -23,9 +23,9 @@ def main() -> int:
     parser.add_argument("--checkpoint", default="best", help="best (default), last, or a name below RUN/checkpoints")
     parser.add_argument("--set", action="append", default=[], metavar="A.B=VALUE", help="override one key; repeatable")
     args = parser.parse_args()
-    from mmpeft_ds.runs.evaluate import assess
+    from mmpeft_ds.runs.evaluate import evaluate_run
 
-    reports = assess(args.run, args.split, args.checkpoint, args.set)
+    reports = evaluate_run(args.run, args.split, args.checkpoint, args.set)
     if reports is None:
         if console.rank() == 0:
             print(f"{args.run}: evaluation was stopped; nothing was written")

@@ -1,8 +1,8 @@
 #!/usr/bin/env python
 """A few-shot study: all methods x shots x seeds of a recipe in one process group, then a table, a CSV and a plot.
 
-    deepspeed --num_accelerators 2 launchers/fewshot.py --recipe recipes/fewshot_emoji.yaml
-    python launchers/fewshot.py --recipe recipes/fewshot_emoji.yaml --methods TaskRes --shots 16 --seeds 1
+    deepspeed --num_accelerators 2 launchers/few_shot.py --recipe recipes/few_shot_emoji.yaml
+    python launchers/few_shot.py --recipe recipes/few_shot_emoji.yaml --methods TaskRes --shots 16 --seeds 1
 
 The same command goes on where it was stopped: a run that has its result is not done again. Results are in the recipe's
 run_dir: results.md, results.csv, results.png, and a directory a run.
@@ -20,7 +20,7 @@ from mmpeft_ds import console  # noqa: E402
 def main() -> int:
     """Parse, run what is missing, report."""
     parser = console.Parser(description=__doc__)
-    parser.add_argument("--recipe", required=True, help="YAML file with the sections fewshot and methods")
+    parser.add_argument("--recipe", required=True, help="YAML file with the sections few_shot and methods")
     parser.add_argument("--methods", nargs="+", default=[], metavar="NAME", help="rows of the recipe (default: all)")
     parser.add_argument("--shots", type=int, nargs="+", default=[], help="of the recipe's (default: all)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[], help="of the recipe's (default: all)")

@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """The few-shot study on emoji from nothing: features of the frozen towers, alignment, aligned features, all methods.
 
-make fewshot runs it, after make fewshot-data. Every phase goes on where it stopped, or leaves alone what is done.
+make few-shot runs it, after make few-shot-data. Every phase goes on where it stopped, or leaves alone what is done.
 """
 
 import os
@@ -16,7 +16,7 @@ from launchers._run import launch, python  # noqa: E402
 from mmpeft_ds import console  # noqa: E402
 from mmpeft_ds.errors import BadInput  # noqa: E402
 
-RECIPE, ALIGN, MODEL = "recipes/fewshot_emoji.yaml", "recipes/align_emoji.yaml", "models/aligned"
+RECIPE, ALIGN, MODEL = "recipes/few_shot_emoji.yaml", "recipes/align_emoji.yaml", "models/aligned"
 TOWERS = (
     "vision=packaged:dinov2-focus",
     "vision_layers=11",
@@ -34,9 +34,9 @@ def main() -> int:
     console.Parser(description=__doc__).parse_args()
     os.chdir(ROOT)
     if not Path("data/emoji-fluent/manifest.json").is_file():
-        raise BadInput("data/emoji-fluent: not prepared. Run make fewshot-data, which needs npm's registry.")
+        raise BadInput("data/emoji-fluent: not prepared. Run make few-shot-data, which needs npm's registry.")
     if not Path("data/stamps/manifest.json").is_file():
-        raise BadInput("data/stamps: not prepared; the alignment learns from them. Run make fewshot-data on Debian.")
+        raise BadInput("data/stamps: not prepared; the alignment learns from them. Run make few-shot-data on Debian.")
     phases = [lambda d=d: features(d, "dinov2", VIEWS) for d in ("emoji-fluent", "emoji-twitter", "stamps")]
     phases.append(lambda: features("emoji-google", "dinov2", TEST_ALONE))
     phases.append(lambda: launch("launchers/train.py", "--recipe", ALIGN))
@@ -44,8 +44,8 @@ def main() -> int:
     phases.append(lambda: features("emoji-fluent", "aligned", VIEWS))
     phases += [lambda d=d: features(d, "aligned", TEST_ALONE) for d in ("emoji-twitter", "emoji-google")]
     for kind in ("dinov2", "aligned"):
-        phases.append(lambda kind=kind: python("data_prep/fewshot.py", f"data/emoji-fluent-{kind}"))
-    phases.append(lambda: launch("launchers/fewshot.py", "--recipe", RECIPE))
+        phases.append(lambda kind=kind: python("data_prep/few_shot.py", f"data/emoji-fluent-{kind}"))
+    phases.append(lambda: launch("launchers/few_shot.py", "--recipe", RECIPE))
     for phase in phases:
         if code := phase():
             print(f"ended with exit code {code}; the same command goes on from here", file=sys.stderr)

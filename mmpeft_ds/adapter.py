@@ -73,10 +73,10 @@ def export(directory: str | Path, model: Any, resolved: Any, metrics: dict[str, 
             trained[name] = _master(engine, parameter)
     for name, buffer in _found_without_gradients(peft_model):
         trained[name] = buffer.detach().cpu().clone() if rank() == 0 else None
-    prints = fingerprint.frozen_fingerprint(fingerprint.frozen_tensors(peft_model))
+    fingerprints = fingerprint.frozen_fingerprint(fingerprint.frozen_tensors(peft_model))
     directory = Path(directory)
     plain = _plain_classifier(peft_model)
-    return on_rank0(lambda: _write(directory, peft_model, trained, plain, prints, resolved, metrics))
+    return on_rank0(lambda: _write(directory, peft_model, trained, plain, fingerprints, resolved, metrics))
 
 
 @dataclass
@@ -192,8 +192,8 @@ def load(directory: str | Path, device: torch.device | str = "cpu", overrides: l
     if hasattr(backbone, "read_classes"):
         backbone.read_classes(base)
     float32_heads(base)
-    prints = fingerprint.frozen_fingerprint(fingerprint.all_tensors(base))
-    fingerprint.compare(_read(directory, "base_fingerprint.json"), prints, str(directory), missing_ok=True)
+    fingerprints = fingerprint.frozen_fingerprint(fingerprint.all_tensors(base))
+    fingerprint.compare(_read(directory, "base_fingerprint.json"), fingerprints, str(directory), missing_ok=True)
     model = PeftModel.from_pretrained(base, str(directory)).to(device).eval()
     return Loaded(model, backbone, tasks, labels, recipe, torch.device(device))
 
@@ -211,7 +211,7 @@ def _write(
     model: PeftModel,
     trained: dict[str, Tensor],
     plain: dict[str, Tensor],
-    prints: dict[str, str],
+    fingerprints: dict[str, str],
     resolved: Any,
     metrics: dict[str, Any],
 ) -> Path:
@@ -219,7 +219,7 @@ def _write(
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
-        _fill(partial, model, trained, plain, prints, resolved, metrics)
+        _fill(partial, model, trained, plain, fingerprints, resolved, metrics)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
@@ -238,7 +238,7 @@ def _fill(
     model: PeftModel,
     trained: dict[str, Tensor],
     plain: dict[str, Tensor],
-    prints: dict[str, str],
+    fingerprints: dict[str, str],
     resolved: Any,
     metrics: dict[str, Any],
 ) -> None:
@@ -258,7 +258,7 @@ def _fill(
         "labels.json": resolved.labels,
         "image_transform.json": _transform(backbone),
         "feature_statistics.json": resolved.statistics,
-        "base_fingerprint.json": prints,
+        "base_fingerprint.json": fingerprints,
         "metrics.json": metrics,
     }
     for file, value in contents.items():

@@ -1,7 +1,7 @@
 """The splits of CoOp's few-shot data sets: a root folder of images and their `split_zhou_*.json`.
 
 The file holds {"train": [[path, label, class name], ...], "val": ..., "test": ...}. Samples stay in its order, so
-that data_prep/fewshot.py draws the shots that CoOp draws. Source: CoOp, arXiv 2109.01134.
+that data_prep/few_shot.py draws the shots that CoOp draws. Source: CoOp, arXiv 2109.01134.
 """
 
 from __future__ import annotations

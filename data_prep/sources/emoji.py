@@ -1,6 +1,6 @@
 """Emoji as three vendors draw them, out of npm packages: one set of classes and captions in three styles.
 
-    make fewshot-data        fetches the packages into data/raw/emoji/node_modules
+    make few-shot-data        fetches the packages into data/raw/emoji/node_modules
 
 @lobehub/fluent-emoji-3d (256 px), emoji-datasource-twitter and emoji-datasource-google (64 px); names and classes
 from the latter two, keywords from emojilib. A class is one of Unicode's subcategories. Which emoji is in which split
@@ -227,7 +227,7 @@ class EmojiSource:
         folder = self.options.root / package
         if not folder.is_dir():
             raise BadInput(
-                f"{folder}: not installed. Run `make fewshot-data`, or npm install --ignore-scripts {package}, and "
+                f"{folder}: not installed. Run `make few-shot-data`, or npm install --ignore-scripts {package}, and "
                 "give its node_modules folder as --root."
             )
         return folder

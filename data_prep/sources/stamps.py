@@ -1,6 +1,6 @@
 """Tux Paint's stamps: some 500 small photographs and drawings with a sentence each, sorted into folders.
 
-    make fewshot-data        unpacks Debian's tuxpaint-stamps-default into data/raw/stamps, without root
+    make few-shot-data        unpacks Debian's tuxpaint-stamps-default into data/raw/stamps, without root
 
 The class is the folder, the caption is the first line of the text beside the image, in English. Signs, coins and
 letters (`symbols`) are left out, as are the flipped copies. Images are put on white and padded to squares. Images with
@@ -70,7 +70,7 @@ class Stamps:
             raise BadInput(f"--size: {options.size} is too small, for example 256.")
         if not options.root.is_dir():
             raise BadInput(
-                f"--root {options.root}: no such directory. Run `make fewshot-data`, or install the Debian package "
+                f"--root {options.root}: no such directory. Run `make few-shot-data`, or install the Debian package "
                 "tuxpaint-stamps-default and give /usr/share/tuxpaint/stamps."
             )
         self.options = options

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Protocol, runtime_checkable
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from mmpeft_ds.data.batch import PackedBatch, Prompted, Written
+from mmpeft_ds.data.batch import GenerationOutput, PackedBatch, Prompted
 
 
 @runtime_checkable
@@ -53,10 +53,10 @@ class Backbone(Protocol):
         """Paths of modules below the lowest trainable one, which run in eval mode without autograd."""
 
 
-class Writing(Protocol):
+class Generative(Protocol):
     """What a backbone offers besides, if its model writes text."""
 
-    def read(self, outputs: Any, batch: PackedBatch) -> Written:
+    def read(self, outputs: Any, batch: PackedBatch) -> GenerationOutput:
         """What the task's loss sees of the model's outputs: logits aligned with labels."""
 
     def generate(self, model: Any, batch: PackedBatch, **options: Any) -> list[str]:

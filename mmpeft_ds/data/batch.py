@@ -71,7 +71,7 @@ class Described:
 
 
 @dataclass
-class Written:
+class GenerationOutput:
     """What a model that writes says of the T texts of a batch; made by `Backbone.read`, consumed by tasks.
 
     Attributes:

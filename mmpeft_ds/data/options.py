@@ -13,7 +13,7 @@ class SourceOptions:
     Attributes:
         dir: directory that holds manifest.json; a local path or anything fsspec opens.
         split: which split of it.
-        subset: JSON file that names the samples to use, written by data_prep/fewshot.py; a path, or one below `dir`.
+        subset: JSON file that names the samples to use, written by data_prep/few_shot.py; a path, or one below `dir`.
             Empty: all of the split.
         task: `name` of a file in tasks/ and that task's options.
         weight: share of the steps of an epoch, relative to the other sources' weights times their sizes.

@@ -1,6 +1,6 @@
 """Chosen samples of one split: a few shots of every class, some classes only, another data set's official split.
 
-A JSON file names them by key, so that every method and every run trains on the same images. data_prep/fewshot.py
+A JSON file names them by key, so that every method and every run trains on the same images. data_prep/few_shot.py
 writes such files.
 """
 
@@ -18,7 +18,7 @@ import numpy as np
 from mmpeft_ds.data.manifest import Manifest, local_path, sample_key, write_atomic
 from mmpeft_ds.errors import BadInput
 
-HINT = "data_prep/fewshot.py DIR writes subsets of a data set"
+HINT = "data_prep/few_shot.py DIR writes subsets of a data set"
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ class Subset:
             )
         if self.shards and self.shards != fingerprint(manifest, split):
             raise BadInput(
-                f"{self.file}: was made for other shards than {manifest.dir} has now. Run data_prep/fewshot.py "
+                f"{self.file}: was made for other shards than {manifest.dir} has now. Run data_prep/few_shot.py "
                 f"{manifest.dir} again, with --overwrite."
             )
         if not self.keys:

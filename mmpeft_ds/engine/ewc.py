@@ -145,7 +145,7 @@ def save(
     fsync(path.parent)
 
 
-def base_of(model: nn.Module, prints: dict[str, str], sources: Iterable[Any]) -> dict[str, str]:
+def base_of(model: nn.Module, fingerprints: dict[str, str], sources: Iterable[Any]) -> dict[str, str]:
     """What the optimum of a run belongs to: of the fingerprint of everything frozen, the parameters (buffers such as
     class texts go with the task), and the towers that made the stored features of its data sets.
 
@@ -154,7 +154,7 @@ def base_of(model: nn.Module, prints: dict[str, str], sources: Iterable[Any]) ->
     """
     names = {base_name(n) for n, p in model.named_parameters() if not p.requires_grad}
     towers = sorted({source.manifest.towers["key"] for source in sources if source.manifest.towers})
-    frozen = {name: value for name, value in prints.items() if name in names}
+    frozen = {name: value for name, value in fingerprints.items() if name in names}
     return frozen | ({"towers of the stored features": ", ".join(towers)} if towers else {})
 
 

@@ -87,7 +87,7 @@ class Stepper:
         self.process = psutil.Process()
         set_modes(built.model, resolved.backbone, self.recipe)
 
-    def take(self, step: Step, waited: float) -> dict[str, Any]:
+    def train_step(self, step: Step, waited: float) -> dict[str, Any]:
         """One optimizer step; `waited` seconds were spent waiting for its data. Returns the row of metrics.jsonl.
 
         Raises:
@@ -163,7 +163,7 @@ class Stepper:
         }
 
     def fail(self, problem: BadInput) -> NoReturn:
-        """In the place of `take`, on a rank that has no data for the step: let all ranks end with this problem."""
+        """Called in place of `train_step` on a rank that has no data for the step: all ranks end with `problem`."""
         width = 7 + self.recipe.optim.accumulation * len(modality.MODALITIES)
         collectives.sum_scalars([1.0] + [0.0] * (width - 1), self.ranks.device)
         raise AgreedBadInput(collectives.first_message(str(problem)))

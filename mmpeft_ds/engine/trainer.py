@@ -77,11 +77,11 @@ def _with_stream(
     ewc.check(recipe)
     check_shards(resolved, ranks)
     built = setup.build(resolved, ranks)
-    prints = fingerprint.frozen_fingerprint(fingerprint.frozen_tensors(built.model))
+    fingerprints = fingerprint.frozen_fingerprint(fingerprint.frozen_tensors(built.model))
     state = TrainState(global_batch=recipe.data.global_batch)
     if run_dir.resume_from is not None:
-        state = checkpoint.load(run_dir.resume_from, built.engine, built.trainables, prints)
-    base = ewc.base_of(built.model, prints, resolved.train)
+        state = checkpoint.load(run_dir.resume_from, built.engine, built.trainables, fingerprints)
+    base = ewc.base_of(built.model, fingerprints, resolved.train)
     built.ewc = ewc.load(recipe, built, base, state, fresh=run_dir.resume_from is None)
     run_dir.truncate(state.step)  # to 0 as well: an earlier start may have died before its first checkpoint
     observer: Observer = Silent()
@@ -89,7 +89,7 @@ def _with_stream(
         observer = Monitor(run_dir.path, recipe.monitor, total, state.step, recipes.to_yaml(recipe))
     for line in built.ewc.told if built.ewc else ():
         observer.say(line)
-    training = Training(resolved, built, ranks, stream, total, state, run_dir, prints, observer, stop)
+    training = Training(resolved, built, ranks, stream, total, state, run_dir, fingerprints, observer, stop)
     try:
         finished = training.loop() and training.finish(conclude)
         if not finished:
@@ -114,13 +114,13 @@ class Training:
         total: int,
         state: TrainState,
         run_dir: RunDir,
-        prints: dict[str, str],
+        fingerprints: dict[str, str],
         observer: Observer,
         stop: StopFlag,
     ):
         self.resolved, self.recipe, self.built, self.ranks = resolved, resolved.recipe, built, ranks
         self.stream, self.total, self.state = stream, total, state
-        self.run_dir, self.prints, self.observer = run_dir, prints, observer
+        self.run_dir, self.fingerprints, self.observer = run_dir, fingerprints, observer
         data = self.recipe.data
         budget = BadBudget(data.max_bad_fraction, data.max_bad_in_a_row, stream.num_samples)
         if ranks.rank == 0 and "bad_budget" in state.extra:  # counts add up over ranks, so one of them takes them all
@@ -138,19 +138,19 @@ class Training:
         """
         try:
             # A run that was stopped before an evaluation that was due makes up for it first.
-            verdict = self.settle() if self.state.step or not self.total else None
+            verdict = self.evaluate_and_save() if self.state.step or not self.total else None
             steps = self.steps()
             while verdict is None:
-                self.last = self.stepper.take(*next(steps))
+                self.last = self.stepper.train_step(*next(steps))
                 self.observer.step(self.last)
-                verdict = self.settle()
+                verdict = self.evaluate_and_save()
         except AgreedBadInput:
             if self.state.step:
                 self.save(best=False)
             raise
         return verdict
 
-    def settle(self) -> bool | None:
+    def evaluate_and_save(self) -> bool | None:
         """Evaluate and save after a step, where that is due.
 
         Returns:
@@ -245,7 +245,7 @@ class Training:
             self.built.trainables,
             self.state,
             recipe=recipes.to_dict(self.recipe),
-            fingerprint=self.prints,
+            fingerprint=self.fingerprints,
             keep_last=self.recipe.engine.keep_last,
             best=best,
         )

@@ -19,6 +19,7 @@ from mmpeft_ds.errors import BadInput
 from mmpeft_ds.recipe.options import EngineOptions, MonitorOptions, OptimOptions
 
 REPOSITORY = Path(__file__).resolve().parents[2]
+RENAMED = {"fewshot": "few_shot"}  # sections under an earlier name
 
 
 @dataclass
@@ -65,8 +66,8 @@ def load(path: str | Path, overrides: list[str] | None = None) -> Recipe:
         BadInput: unreadable file, unknown or missing key, wrong type; one line naming file, key and remedy.
     """
     raw, origin = read(path, overrides or [])
-    if "fewshot" in raw:
-        raise BadInput(f"{path}: a study of many runs. Start it with launchers/fewshot.py --recipe {path}.")
+    if "few_shot" in raw:
+        raise BadInput(f"{path}: a study of many runs. Start it with launchers/few_shot.py --recipe {path}.")
     return from_dict(raw, origin)
 
 
@@ -81,6 +82,8 @@ def read(path: str | Path, overrides: list[str]) -> tuple[dict[str, Any], Origin
     raw = parse_yaml(text, str(path))
     if not isinstance(raw, dict):
         raise BadInput(f"{path}: holds {_shown(raw)} instead of a mapping. Start from recipes/quickstart.yaml.")
+    for old in RENAMED.keys() & raw.keys():
+        raise BadInput(f"{path}: the section `{old}` is called `{RENAMED[old]}` now. Rename it there.")
     keys = [_override(raw, item) for item in overrides]
     return raw, Origin(str(path), tuple(keys))
 

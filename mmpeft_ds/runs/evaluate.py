@@ -20,12 +20,13 @@ from mmpeft_ds.engine.evaluator import evaluate
 from mmpeft_ds.engine.monitor import LINE_EVERY, plain
 from mmpeft_ds.engine.rank0 import on_rank0
 from mmpeft_ds.engine.stop import StopFlag
+from mmpeft_ds.engine.zero import fingerprint
 from mmpeft_ds.errors import BadInput
 
 CHUNK = 256  # records read at a time for the baselines
 
 
-def assess(
+def evaluate_run(
     run: Path, split: str, which: str = "best", overrides: list[str] | None = None
 ) -> list[dict[str, Any]] | None:
     """Score checkpoint `which` of a run on `split` of each of its training data sets and tasks. Every rank calls it.
@@ -53,17 +54,17 @@ def assess(
             recipe.data.validation.append(source)
     # Nothing has to be saved: a launcher that is gone, or a signal, ends it within a step.
     with StopFlag(recipe.engine.stop_grace) as stop:
-        return _assess(run, split, which, recipe, stop)
+        return _evaluate_run(run, split, which, recipe, stop)
 
 
-def _assess(run: Path, split: str, which: str, recipe: Any, stop: StopFlag) -> list[dict[str, Any]] | None:
+def _evaluate_run(run: Path, split: str, which: str, recipe: Any, stop: StopFlag) -> list[dict[str, Any]] | None:
     ranks = setup.start(recipe)
     resolved = resolve(recipe)
     trainer.check_shards(resolved, ranks)
     path = on_rank0(lambda: find_checkpoint(run, which))
     built = setup.build(resolved, ranks)
-    prints = trainer.fingerprint.frozen_fingerprint(trainer.fingerprint.frozen_tensors(built.model))
-    state = checkpoint.load(path, built.engine, built.trainables, prints)
+    fingerprints = fingerprint.frozen_fingerprint(fingerprint.frozen_tensors(built.model))
+    state = checkpoint.load(path, built.engine, built.trainables, fingerprints)
     reports, rows = [], []
     for title, source in zip(titles(resolved.validation), resolved.validation, strict=True):
         began = time.perf_counter()

@@ -62,10 +62,10 @@ class TestSet:
 
 @dataclass
 class FewShotOptions:
-    """Keys of the `fewshot` section.
+    """Keys of the `few_shot` section.
 
     Attributes:
-        shots, seeds: of the subsets that data_prep/fewshot.py wrote for the train source.
+        shots, seeds: of the subsets that data_prep/few_shot.py wrote for the train source.
         select: `last`, the state that training ends with; `best`, the best on validation, evaluated every epoch.
         tests: test sets; the first is of the training data's own kind, others are shifted.
         base_to_new: shots for which methods are also trained on the first half of the classes and scored on both, on
@@ -124,7 +124,7 @@ class Study:
 
     Attributes:
         out: directory of all cells and of the tables.
-        options: of the section `fewshot`.
+        options: of the section `few_shot`.
         methods: entries of `methods`, by the name of their row.
         common: everything else, the part of a recipe that all cells share.
     """
@@ -137,22 +137,22 @@ class Study:
 
     @classmethod
     def load(cls, path: str | Path, overrides: list[str] | None = None) -> Study:
-        """Read a few-shot recipe: a recipe without `method`, with the sections `fewshot` and `methods`.
+        """Read a few-shot recipe: a recipe without `method`, with the sections `few_shot` and `methods`.
 
         Raises:
             BadInput: one line naming file, key and remedy.
         """
         raw, origin = recipes.read(path, overrides or [])
-        entries, section = raw.pop("methods", None), raw.pop("fewshot", {})
+        entries, section = raw.pop("methods", None), raw.pop("few_shot", {})
         if not isinstance(entries, list) or not all(isinstance(e, dict) and "name" in e for e in entries or [0]):
             raise BadInput(f"{origin('methods')}: expected a list of mappings with a `name`, one a row of the table.")
         names = [str(entry["name"]) for entry in entries]
         if len(set(map(slug, names))) < len(names):
             raise BadInput(f"{origin('methods')}: two rows have the same name. Give each its own.")
-        options = recipes.typed(FewShotOptions, section, "fewshot", origin)
+        options = recipes.typed(FewShotOptions, section, "few_shot", origin)
         for key, given in (("shots", options.shots), ("seeds", options.seeds), ("tests", options.tests)):
             if not given:
-                raise BadInput(f"{origin('fewshot')}: `{key}` is empty. Name at least one.")
+                raise BadInput(f"{origin('few_shot')}: `{key}` is empty. Name at least one.")
         if "run_dir" not in raw:
             raise BadInput(f"{origin('')}: required key 'run_dir' is missing. Add `run_dir: <a directory>`.")
         return cls(Path(raw["run_dir"]), options, dict(zip(names, entries, strict=True)), raw, origin)
@@ -204,7 +204,7 @@ class Study:
         recipe = recipes.from_dict(given, origin)
         for role, split in (("sources", ""), ("validation", "-val")):
             for source in getattr(recipe.data, role):
-                source.subset = source.subset or f"fewshot/{shots}-seed{seed}{split}{suffix}.json"
+                source.subset = source.subset or f"few_shot/{shots}-seed{seed}{split}{suffix}.json"
         if self.options.select == "last":
             recipe.engine.eval_every, recipe.engine.patience = NEVER, 0
         tests = [TestSet(**filled(vars(test), entry.get("features", ""))) for test in self.options.tests]
@@ -332,9 +332,9 @@ def _score(training: trainer.Training, cell: Cell) -> bool:
 def _source(resolved: resolve.Resolved, test: TestSet, half: str) -> resolve.ResolvedSource:
     """A test set with the task of the training data, checked as other sources are. Raises BadInput."""
     recipe, train = resolved.recipe, resolved.train[0]
-    options = SourceOptions(test.dir, test.split, f"fewshot/{test.split}-{half}.json" if half else "")
+    options = SourceOptions(test.dir, test.split, f"few_shot/{test.split}-{half}.json" if half else "")
     options.task = dict(test.task or train.options.task)
-    key = f"fewshot.tests ({test.name})"
+    key = f"few_shot.tests ({test.name})"
     manifest = resolve.load_manifest(recipe, key, options)
     feature_bank.towers_of([train.manifest, manifest])
     task = resolve.make_task(recipe, key, options, resolved.labels)

@@ -37,7 +37,7 @@ from mmpeft_ds.engine.zero import state as zero_state
 from mmpeft_ds.errors import AgreedBadInput, BadInput
 from mmpeft_ds.methods.common.head import head_of
 from mmpeft_ds.recipe.options import EwcOptions
-from mmpeft_ds.runs import evaluate as assess
+from mmpeft_ds.runs import evaluate
 
 
 class SquaredGradients:
@@ -156,16 +156,16 @@ def _estimate(
         raise BadInput(f"{run}: {recipe.method['name']} trains nothing by gradient, so it has no Fisher information.")
     resolved.validation, resolved.recipe.data.validation, recipe.data.validation = [], [], []
     trainer.check_shards(resolved, ranks)
-    path = on_rank0(lambda: assess.find_checkpoint(run, which))
+    path = on_rank0(lambda: evaluate.find_checkpoint(run, which))
     built = setup.build(resolved, ranks)
     factors = factors_of(list(built.trainables), weights)
-    prints = fingerprint.frozen_fingerprint(fingerprint.frozen_tensors(built.model))
-    state = checkpoint.load(path, built.engine, built.trainables, prints)
+    fingerprints = fingerprint.frozen_fingerprint(fingerprint.frozen_tensors(built.model))
+    state = checkpoint.load(path, built.engine, built.trainables, fingerprints)
     stream = trainer.make_stream(resolved, resolved.train, ranks, train=True, augment=False)
     budget = BadBudget(recipe.data.max_bad_fraction, recipe.data.max_bad_in_a_row, stream.num_samples)
     stepper = Stepper(resolved, built, ranks, stream.steps_per_epoch(), TrainState(), budget, stop.requested)
     try:
-        steps = assess._counted(stream.epoch(0), stream.steps_per_epoch(), "fisher", ranks.rank)
+        steps = evaluate._counted(stream.epoch(0), stream.steps_per_epoch(), "fisher", ranks.rank)
         measured = measure(stepper, steps)
     finally:
         stream.close()
@@ -189,7 +189,7 @@ def _estimate(
         "seed": recipe.seed,
         "weights": [list(pair) for pair in weights],
     }
-    base = ewc.base_of(built.model, prints, resolved.train)
+    base = ewc.base_of(built.model, fingerprints, resolved.train)
     out.parent.mkdir(parents=True, exist_ok=True)
     on_rank0(lambda: ewc.save(out, fisher, anchor, base, facts))
     return facts | {"parameters": len(built.trainables), "trace": on_rank0(lambda: _trace(fisher))}

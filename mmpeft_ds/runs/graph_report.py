@@ -20,7 +20,7 @@ from mmpeft_ds.engine.rank0 import on_rank0
 from mmpeft_ds.engine.zero import fingerprint
 from mmpeft_ds.errors import BadInput
 from mmpeft_ds.methods.common.head import head_of
-from mmpeft_ds.runs import evaluate as assess
+from mmpeft_ds.runs import evaluate
 from mmpeft_ds.sites.feature_site import Labelled
 
 SEEDS = (0, 1, 2)
@@ -80,17 +80,17 @@ def of_run(
     if not (run / "recipe.yaml").is_file():
         raise BadInput(f"{run}: no run directory (it has no recipe.yaml). Give --run the run_dir of a recipe.")
     recipe = recipes.load(run / "recipe.yaml", list(overrides))
-    recipe.data.validation = [assess._on(recipe.data.sources[0], split)]
+    recipe.data.validation = [evaluate._on(recipe.data.sources[0], split)]
     ranks = setup.start(recipe)
     resolved = resolve(recipe)
     trainer.check_shards(resolved, ranks)
-    path = on_rank0(lambda: assess.find_checkpoint(run, which))
+    path = on_rank0(lambda: evaluate.find_checkpoint(run, which))
     built = setup.build(resolved, ranks)
     head = head_of(built.model)
     if not hasattr(head, "without_edges"):
         raise BadInput(f"{run}: method {recipe.method['name']} has no graph over the batch. This report is of ga_net.")
-    prints = fingerprint.frozen_fingerprint(fingerprint.frozen_tensors(built.model))
-    checkpoint.load(path, built.engine, built.trainables, prints)
+    fingerprints = fingerprint.frozen_fingerprint(fingerprint.frozen_tensors(built.model))
+    checkpoint.load(path, built.engine, built.trainables, fingerprints)
     built.engine.eval()
     source = resolved.validation[0]
     stream = trainer.make_stream(resolved, [source], ranks, train=False)

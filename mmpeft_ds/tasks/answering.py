@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from mmpeft_ds.data.batch import PackedBatch, Prompted, Written
+from mmpeft_ds.data.batch import GenerationOutput, PackedBatch, Prompted
 from mmpeft_ds.errors import BadInput
 from mmpeft_ds.tasks.common import questions as _questions
 
@@ -121,7 +121,7 @@ class Answering:
     def _weights(self, batch: PackedBatch) -> Tensor:
         return batch.text_weight * (batch.targets["score"] > 0)
 
-    def loss(self, outputs: Written, batch: PackedBatch) -> Tensor:
+    def loss(self, outputs: GenerationOutput, batch: PackedBatch) -> Tensor:
         """Sum over questions of weight times the mean cross-entropy of the target's tokens (times its score)."""
         total, count = outputs.token_losses()
         each = total / count.clamp(min=1)
@@ -131,7 +131,7 @@ class Answering:
         weights = self._weights(batch).to(each.dtype)
         return torch.where(weights > 0, each * weights, torch.zeros_like(each)).sum()
 
-    def predict(self, outputs: Written, batch: PackedBatch) -> list[dict[str, Any]]:
+    def predict(self, outputs: GenerationOutput, batch: PackedBatch) -> list[dict[str, Any]]:
         """One row per question of weight > 0: sample_id, text, prediction, answers, type, question_id if given."""
         return _questions.rows(batch, outputs.generated) if len(batch.text_owner) else []
 

@@ -21,8 +21,8 @@ class Task(Protocol):
         better: `max` or `min`, the direction of `main_metric`.
         main_metric: key of `score` used for best and early stopping.
 
-    A task whose model writes its answers has besides `generation`, a dict of options for `Backbone.generate`; then
-    `read` returns `Prompted` texts and `predict` finds `outputs.generated` (see `data.batch.Written`). With `ranking`,
+    A task for generative models also has `generation`, a dict of options for `Backbone.generate`; then `read` returns
+    `Prompted` texts and `predict` finds `outputs.generated` (see `data.batch.GenerationOutput`). With `ranking`,
     options for `Backbone.rank`, the same holds for answers picked from a list.
 
     A task that can answer only when it has seen a whole split has `collect(outputs, batch)`, of each micro-batch, and

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from mmpeft_ds.data.batch import PackedBatch, Prompted, Written
+from mmpeft_ds.data.batch import GenerationOutput, PackedBatch, Prompted
 from mmpeft_ds.errors import BadInput, BadSample
 from mmpeft_ds.metrics.captions import caption_scores
 
@@ -104,7 +104,7 @@ class Captioning:
         tokens = (batch.texts["labels"] != -100).sum(1)
         return batch.text_weight * (tokens if self.options.loss == "token" else tokens > 0)
 
-    def loss(self, outputs: Written, batch: PackedBatch) -> Tensor:
+    def loss(self, outputs: GenerationOutput, batch: PackedBatch) -> Tensor:
         """Sum over captions of weight times the sum, or the mean, of the cross-entropy over their tokens."""
         total, count = outputs.token_losses(self.options.smoothing)
         each = total if self.options.loss == "token" else total / count.clamp(min=1)
@@ -112,7 +112,7 @@ class Captioning:
         # where, not a product: a weight-0 caption must not spread a non-finite loss
         return torch.where(weights > 0, each * weights, torch.zeros_like(each)).sum()
 
-    def predict(self, outputs: Written, batch: PackedBatch) -> list[dict[str, Any]]:
+    def predict(self, outputs: GenerationOutput, batch: PackedBatch) -> list[dict[str, Any]]:
         """One row per text of weight > 0: sample_id, text (the prompt), prediction, references."""
         if not len(batch.text_owner):
             return []

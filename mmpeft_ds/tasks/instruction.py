@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from mmpeft_ds.data.batch import IMAGE_MARK, PackedBatch, Prompted, Written
+from mmpeft_ds.data.batch import IMAGE_MARK, GenerationOutput, PackedBatch, Prompted
 from mmpeft_ds.errors import BadInput, BadSample
 
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
@@ -86,7 +86,7 @@ class Instruction:
         counted = tokens if self.options.loss == "token" else tokens > 0
         return float((batch.text_weight.double() * counted).sum())
 
-    def loss(self, outputs: Written, batch: PackedBatch) -> Tensor:
+    def loss(self, outputs: GenerationOutput, batch: PackedBatch) -> Tensor:
         """Sum over conversations of weight times the sum, or the mean, of the cross-entropy over their tokens."""
         total, count = outputs.token_losses()
         each = total if self.options.loss == "token" else total / count.clamp(min=1)
@@ -94,7 +94,7 @@ class Instruction:
         # where, not a product: a weight-0 conversation must not spread a non-finite loss
         return torch.where(weights > 0, each * weights, torch.zeros_like(each)).sum()
 
-    def predict(self, outputs: Written, batch: PackedBatch) -> list[dict[str, Any]]:
+    def predict(self, outputs: GenerationOutput, batch: PackedBatch) -> list[dict[str, Any]]:
         """One row per conversation of weight > 0: sample_id, text (the last question), prediction, the given answer,
         and of all that the assistant says `nll` (sum), `tokens` and `tokens_right` (most likely = given)."""
         if not len(batch.text_owner):

@@ -19,7 +19,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from mmpeft_ds.data.batch import PackedBatch, Prompted, Written
+from mmpeft_ds.data.batch import GenerationOutput, PackedBatch, Prompted
 from mmpeft_ds.errors import BadInput
 from mmpeft_ds.tasks.common import questions as _questions
 
@@ -141,14 +141,14 @@ class VqaGenerative:
         """Questions that enter the loss, each once, however many answers it has."""
         return float((batch.text_weight * batch.targets["first"]).double().sum()) if len(batch.text_owner) else 0.0
 
-    def loss(self, outputs: Written, batch: PackedBatch) -> Tensor:
+    def loss(self, outputs: GenerationOutput, batch: PackedBatch) -> Tensor:
         """Sum over answers of weight times the negative log-likelihood, summed over tokens."""
         total, _ = outputs.token_losses(self.options.smoothing)
         weights = (batch.text_weight * batch.targets["weight"]).to(total.dtype)
         # where, not a product: a weight-0 text must not spread a non-finite loss
         return torch.where(weights > 0, total * weights, torch.zeros_like(total)).sum()
 
-    def predict(self, outputs: Written, batch: PackedBatch) -> list[dict[str, Any]]:
+    def predict(self, outputs: GenerationOutput, batch: PackedBatch) -> list[dict[str, Any]]:
         """One row per question of weight > 0: sample_id, text, prediction, answers, type, question_id if given."""
         return _questions.rows(batch, outputs.generated) if len(batch.text_owner) else []
 

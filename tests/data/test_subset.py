@@ -112,14 +112,14 @@ def test_a_subset_that_does_not_fit_is_refused_in_one_line(toy, tmp_path, change
     path.write_text(json.dumps({"dataset": "toy", "split": "train", "keys": keys(), **change}))
     with pytest.raises(BadInput, match=words) as caught:
         Subset.load(str(path), toy, "train")
-    assert "\n" not in str(caught.value) and "fewshot.py" in str(caught.value)
+    assert "\n" not in str(caught.value) and "few_shot.py" in str(caught.value)
 
 
 @pytest.mark.parametrize("text", ["", "[1]", "{}", '{"dataset": "toy"}'])
 def test_a_damaged_or_missing_subset_is_refused_in_one_line(toy, tmp_path, text):
     path = tmp_path / "bad.json"
     path.write_text(text)
-    for name in (str(path), str(tmp_path / "none.json"), "fewshot/none.json"):
+    for name in (str(path), str(tmp_path / "none.json"), "few_shot/none.json"):
         with pytest.raises(BadInput) as caught:
             Subset.load(name, toy, "train")
         assert "\n" not in str(caught.value) and name in str(caught.value)
@@ -128,10 +128,10 @@ def test_a_damaged_or_missing_subset_is_refused_in_one_line(toy, tmp_path, text)
 def test_a_subset_is_found_beside_the_manifest_and_its_bytes_depend_on_its_content_alone(toy, file, tmp_path):
     from pathlib import Path
 
-    beside = Path(toy.dir) / "fewshot" / "few.json"
+    beside = Path(toy.dir) / "few_shot" / "few.json"
     Subset.load(str(file), toy, "train").save(beside)
     assert beside.read_bytes() == file.read_bytes()
-    assert Subset.load("fewshot/few.json", toy, "train") == Subset.load(str(file), toy, "train")
+    assert Subset.load("few_shot/few.json", toy, "train") == Subset.load(str(file), toy, "train")
 
 
 def test_places_cover_every_shard_and_point_at_the_named_samples(toy, file):

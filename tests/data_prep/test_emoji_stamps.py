@@ -121,7 +121,7 @@ def test_the_shards_hold_the_packages_own_images_and_fingerprint_their_versions(
 
 def test_what_is_missing_is_said_in_one_line(packages, tmp_path):
     for more, words in (
-        (["--root", str(tmp_path)], "make fewshot-data"),
+        (["--root", str(tmp_path)], "make few-shot-data"),
         (["--root", str(packages), "--categories", "Objects"], "Nature"),
         (["--root", str(packages), "--test-fraction", "1"], "--test-fraction"),
     ):
@@ -198,5 +198,5 @@ def test_captions_stay_with_the_later_split():
 
 
 def test_make_offers_the_data():
-    shown = subprocess.run(["make", "-n", "fewshot-data"], cwd=ROOT, capture_output=True, text=True)
+    shown = subprocess.run(["make", "-n", "few_shot-data"], cwd=ROOT, capture_output=True, text=True)
     assert shown.returncode == 0 and "--ignore-scripts" in shown.stdout and "dpkg-deb" in shown.stdout

@@ -50,7 +50,7 @@ def run_case(case: dict, folder: Path, ranks: setup.Ranks) -> dict:
     built.ewc = ewc.load(recipe, built, {}, state, fresh=True)
     started = {n: zero_state.read_weight(p) for n, p in built.trainables.items()}
     stepper = Stepper(resolved, built, ranks, 10, state, BadBudget(1.0, 1000))
-    rows = [stepper.take(step, 0.0) for step in steps(STEPS)]
+    rows = [stepper.train_step(step, 0.0) for step in steps(STEPS)]
     after = {n: zero_state.read_weight(p) for n, p in built.trainables.items()}
     built.engine.destroy()
     return {"fisher": measured, "facts": facts, "before": before, "started": started, "rows": rows, "weights": after,

@@ -126,7 +126,9 @@ def run_case(case: dict, folder: Path, ranks: setup.Ranks) -> dict:
     stepper.accumulate([batch], Task(), agreed)
     found = whole_gradients(built.engine, built.trainables)
     gradients.discard(built.engine)
-    rows = [stepper.take(Step(0, step, [packed(step, mine, parts.backbone)]), 0.0) for step in range(case["steps"])]
+    rows = [
+        stepper.train_step(Step(0, step, [packed(step, mine, parts.backbone)]), 0.0) for step in range(case["steps"])
+    ]
     end = {n: zero_state.read_weight(p).clone() for n, p in built.trainables.items()}
     buffers = {n: b.clone() for n, b in built.model.get_base_model().features.head.named_buffers()}
     built.engine.destroy()

@@ -110,7 +110,7 @@ def run(shard: str, folder: Path, ranks: setup.Ranks) -> dict:
     rows = []
     for step in range(STEPS):
         mine = packed(step, share_of(step, ranks.rank, ranks.world_size), parts.backbone)
-        rows.append(stepper.take(Step(0, step, [mine]), 0.0))
+        rows.append(stepper.train_step(Step(0, step, [mine]), 0.0))
     end = {n: zero_state.read_weight(p).clone() for n, p in built.trainables.items()}
     exported = head_of(built.model).export()
     built.engine.destroy()

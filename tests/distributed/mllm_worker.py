@@ -71,7 +71,7 @@ def run_case(case: dict, folder: Path, ranks: setup.Ranks) -> dict:
         part = chosen[:2] if ranks.rank == 0 else chosen[2:]
         return Step(0, step, [tiny.pack_slots(part, resolved.backbone, task)])
 
-    rows = [stepper.take(mine(step), 0.0) for step in range(STEPS)]
+    rows = [stepper.train_step(mine(step), 0.0) for step in range(STEPS)]
     found = evaluate(built.engine, resolved.backbone, task, [mine(8), mine(9)], ranks.device)
     zero_state.ensure_optimizer_state(built.engine)
     weights = {n: zero_state.read_full(built.engine, p)["weight"] for n, p in built.trainables.items()}

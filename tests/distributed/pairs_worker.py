@@ -41,7 +41,7 @@ def run_case(case: dict, sections: dict, folder: Path, ranks: setup.Ranks) -> di
     for step in range(pairs.STEPS):
         slots = mine(pairs.slots_of(step, parts.backbone), case.get("skew", False), ranks)
         batch = pairs.packed(slots, parts.backbone, parts.train[0].task)
-        rows.append(stepper.take(Step(0, step, [batch]), 0.0))
+        rows.append(stepper.train_step(Step(0, step, [batch]), 0.0))
         if step == pairs.STEPS // 2:
             look(built, parts, batch if not case.get("skew") else None, ranks)
     zero_state.ensure_optimizer_state(built.engine)

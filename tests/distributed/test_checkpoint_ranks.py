@@ -90,9 +90,11 @@ def test_moments_and_step_matter_for_the_curve(two):
 
 
 def test_the_fingerprint_is_the_same_for_every_stage(two):
-    prints = [two["written"][name]["fingerprint"] for name in STAGES]
-    assert all(p == prints[0] for p in prints)
-    assert sorted(prints[0]) == sorted(f"blocks.{i}.{n}" for i in (0, 1) for n in ("base.weight", "base.bias", "mean"))
+    fingerprints = [two["written"][name]["fingerprint"] for name in STAGES]
+    assert all(p == fingerprints[0] for p in fingerprints)
+    assert sorted(fingerprints[0]) == sorted(
+        f"blocks.{i}.{n}" for i in (0, 1) for n in ("base.weight", "base.bias", "mean")
+    )
 
 
 @pytest.mark.parametrize("stage", [1, 3])

@@ -22,7 +22,7 @@ def test_two_ranks_have_the_scores_of_one_and_go_on_where_it_stopped(tmp_path):
         studies.append(few_shot.Study.load(files[-1]))
     assert few_shot.run(studies[0])
     assert few_shot.run(studies[1].only([], [1], [1]))
-    done = run(REPOSITORY / "launchers" / "fewshot.py", "--recipe", str(files[1]), ranks=2)
+    done = run(REPOSITORY / "launchers" / "few_shot.py", "--recipe", str(files[1]), ranks=2)
     assert done.code == 0, done.tail()
     assert "[1/4]" not in done.output and "[2/4]" in done.output and "4 of 4 runs are done" in done.output
     assert (tmp_path / "study-2" / "results.png").is_file()

@@ -56,7 +56,7 @@ def run_case(case: dict, folder: Path, ranks: setup.Ranks) -> dict:
     for step in range(case.get("steps", 10)):
         micro = own_micro(tiny.global_slots(step, resolved.backbone), case, ranks)
         packed = [tiny.pack_slots(slots, resolved.backbone, task) for slots in micro]
-        rows.append(stepper.take(Step(0, step, packed), 0.0))
+        rows.append(stepper.train_step(Step(0, step, packed), 0.0))
     result = None
     if case.get("evaluate"):
         parts = [own_micro(tiny.global_slots(s, resolved.backbone), case, ranks) for s in (20, 21)]

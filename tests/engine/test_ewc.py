@@ -36,12 +36,12 @@ def write(path, trained, base=BASE):
     return fisher
 
 
-def load(path, trained, prints=BASE, fresh=True, state=None, **options):
+def load(path, trained, fingerprints=BASE, fresh=True, state=None, **options):
     recipe = recipes.from_dict({**RAW, "optim": {"ewc": {"file": str(path), **options}}})
     optimizer = SimpleNamespace(param_groups=[{"params": list(trained.values())}])
     engine = SimpleNamespace(optimizer=optimizer, device="cpu", zero_optimization_stage=lambda: 0)
     built = SimpleNamespace(engine=engine, trainables=trained, stage=0)
-    return ewc.load(recipe, built, prints, state or TrainState(), fresh)
+    return ewc.load(recipe, built, fingerprints, state or TrainState(), fresh)
 
 
 @pytest.fixture
@@ -125,9 +125,9 @@ def test_what_is_no_longer_in_the_model_is_named_or_refused(file):
 
 def test_another_base_is_refused(file):
     trained = parameters(adapter=(4, 3), head=(3, 4))
-    for prints in ({"tower.weight": "float32 2x2 01"}, {"other.weight": "float32 2x2 00"}):
+    for fingerprints in ({"tower.weight": "float32 2x2 01"}, {"other.weight": "float32 2x2 00"}):
         with pytest.raises(BadInput, match="another base model: frozen tower.weight") as refused:
-            load(file, trained, prints)
+            load(file, trained, fingerprints)
         assert "\n" not in str(refused.value)
     assert load(file, trained, {**BASE, "new.weight": "float32 1 00"}) is not None
 
@@ -136,11 +136,11 @@ def test_the_base_is_what_is_frozen_and_the_towers_of_stored_features():
     model = nn.Module()
     model.tower, model.head = nn.Linear(2, 2).requires_grad_(False), nn.Linear(2, 2)
     model.register_buffer("class_texts", torch.zeros(3))
-    prints = {"tower.weight": "1", "tower.bias": "2", "class_texts": "3"}
+    fingerprints = {"tower.weight": "1", "tower.bias": "2", "class_texts": "3"}
     pixels, features = (SimpleNamespace(manifest=SimpleNamespace(towers=t)) for t in ({}, {"key": "k"}))
     frozen = {"tower.weight": "1", "tower.bias": "2"}
-    assert ewc.base_of(model, prints, [pixels]) == frozen
-    assert ewc.base_of(model, prints, [features, features]) == {**frozen, "towers of the stored features": "k"}
+    assert ewc.base_of(model, fingerprints, [pixels]) == frozen
+    assert ewc.base_of(model, fingerprints, [features, features]) == {**frozen, "towers of the stored features": "k"}
 
 
 def test_another_method_is_refused(file):

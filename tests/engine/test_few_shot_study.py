@@ -25,9 +25,9 @@ def toy(tmp_path_factory):
 def study(toy, tmp_path):
     def make(**changes):
         given = toy_study.recipe(toy, run_dir=str(tmp_path / "study"))
-        section = changes.pop("fewshot", {})
+        section = changes.pop("few_shot", {})
         return Study.load(
-            toy_study.write(tmp_path / "s.yaml", {**given, **changes, "fewshot": {**given["fewshot"], **section}})
+            toy_study.write(tmp_path / "s.yaml", {**given, **changes, "few_shot": {**given["few_shot"], **section}})
         )
 
     return make
@@ -40,20 +40,20 @@ def test_cells_are_methods_times_shots_times_seeds_with_their_own_subsets_and_se
         *[("TaskRes", shots, seed) for shots in (1, 2) for seed in (1, 2)],
     ]
     last = cells[-1].recipe
-    assert last.data.sources[0].subset == "fewshot/2-seed2.json"
-    assert last.data.validation[0].subset == "fewshot/2-seed2-val.json"
+    assert last.data.sources[0].subset == "few_shot/2-seed2.json"
+    assert last.data.validation[0].subset == "few_shot/2-seed2-val.json"
     assert last.data.sources[0].dir.endswith("plain-one") and cells[-1].tests[1].dir.endswith("moved-one")
     assert last.seed == 2 and last.optim.lr == 0.02 and cells[1].recipe.optim.lr == 0.01
     assert last.engine.eval_every == few_shot.NEVER  # nothing is chosen by validation
-    assert study(fewshot={"select": "best"}).cells()[-1].recipe.engine.eval_every == 0
+    assert study(few_shot={"select": "best"}).cells()[-1].recipe.engine.eval_every == 0
     assert len({cell.path for cell in cells}) == len(cells)
 
 
 def test_base_classes_have_runs_of_their_own_scored_on_the_first_test_set(study):
-    cells = study(fewshot={"base_to_new": [2]}).cells()
+    cells = study(few_shot={"base_to_new": [2]}).cells()
     halves = [c for c in cells if c.half == "base"]
     assert [(c.method, c.shots, c.seed) for c in halves] == [("Zero shot", 2, 1), ("TaskRes", 2, 1), ("TaskRes", 2, 2)]
-    assert halves[-1].recipe.data.sources[0].subset == "fewshot/2-seed2-base.json"
+    assert halves[-1].recipe.data.sources[0].subset == "few_shot/2-seed2-base.json"
     assert [t.name for t in halves[-1].tests] == ["plain"]
 
 
@@ -82,9 +82,9 @@ def test_a_part_of_a_study_is_named_by_its_own_words(study):
         ({"methods": [{"name": "A b", "method": {}}, {"name": "a-B", "method": {}}]}, "same name"),
         ({"methods": [{"name": "A"}]}, r"methods.0 \(A\).*'method' is missing"),
         ({"methods": [{"name": "A", "method": {}, "optym": {}}]}, "optym.*Did you mean 'optim'"),
-        ({"fewshot": {"tests": []}}, "tests"),
-        ({"fewshot": {"shot": [1]}}, "shot: unknown key"),
-        ({"fewshot": {"select": "test"}}, "select"),
+        ({"few_shot": {"tests": []}}, "tests"),
+        ({"few_shot": {"shot": [1]}}, "shot: unknown key"),
+        ({"few_shot": {"select": "test"}}, "select"),
     ],
 )
 def test_a_study_that_cannot_work_is_refused_in_one_line(study, change, words):
@@ -94,7 +94,7 @@ def test_a_study_that_cannot_work_is_refused_in_one_line(study, change, words):
 
 
 def test_the_study_runs_is_not_run_again_and_goes_on_where_a_result_is_missing(study, monkeypatch, capsys):
-    made = study(fewshot={"base_to_new": [2]})
+    made = study(few_shot={"base_to_new": [2]})
     assert few_shot.run(made)
     results = few_shot.results(made)
     assert len(results) == len(made.cells()) == 8
@@ -127,7 +127,7 @@ def test_a_test_set_of_other_towers_or_classes_is_refused_with_the_cell_still_to
     if not (toy / "other-one").exists():
         toy_study.write_style(toy / "other-one", "other", toy_study.CLASSES, key="2" * 16)
         toy_study.write_style(toy / "more-one", "more", [*toy_study.CLASSES[:5], "hen"])
-    made = study(fewshot={"tests": [{"name": "other", "dir": f"{toy}/other-one"}]}).only(["Zero shot"], [], [])
+    made = study(few_shot={"tests": [{"name": "other", "dir": f"{toy}/other-one"}]}).only(["Zero shot"], [], [])
     with pytest.raises(BadInput, match="other towers"):
         few_shot.run(made)
     assert few_shot.results(made) == []
@@ -174,7 +174,7 @@ def test_the_csv_has_a_line_a_run_and_test_set_and_the_plot_is_a_picture(tmp_pat
     assert (tmp_path / "results.md").read_text().startswith("### T1")
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("fewshot_*.yaml")), ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("few_shot_*.yaml")), ids=lambda p: p.stem)
 def test_a_shipped_study_is_valid_as_far_as_that_goes_without_its_data(path):
     from mmpeft_ds.engine.assembly import checks, resolve
 
@@ -185,5 +185,5 @@ def test_a_shipped_study_is_valid_as_far_as_that_goes_without_its_data(path):
         resolve.expand(cell.recipe)
         chosen = [*cell.recipe.data.sources, *cell.recipe.data.validation]
         assert not any(source.split == "test" for source in chosen)
-    assert f"launchers/fewshot.py --recipe recipes/{path.name}" in path.read_text().split("\nrun_dir")[0]
-    assert json.loads(json.dumps(yaml.safe_load(path.read_text())))["fewshot"]["select"] == "last"
+    assert f"launchers/few_shot.py --recipe recipes/{path.name}" in path.read_text().split("\nrun_dir")[0]
+    assert json.loads(json.dumps(yaml.safe_load(path.read_text())))["few_shot"]["select"] == "last"

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 import yaml
 
-from data_prep import few_shot as fewshot
+from data_prep import few_shot
 from mmpeft_ds.data.feature_shards import write_class_texts
 from mmpeft_ds.data.manifest import Manifest
 from mmpeft_ds.data.writer import PARTS, write_manifest, write_shard
@@ -60,7 +60,9 @@ def recipe(root: Path, **changes: Any) -> dict[str, Any]:
     if not (root / "plain-one").exists():
         write_style(root / "plain-one", "plain", CLASSES)
         write_style(root / "moved-one", "moved", CLASSES[::-1][:4], 0.5)
-        fewshot.main([str(root / "plain-one"), "--shots", "1", "2", "--seeds", "1", "2", "--classes", *fewshot.HALVES])
+        few_shot.main(
+            [str(root / "plain-one"), "--shots", "1", "2", "--seeds", "1", "2", "--classes", *few_shot.HALVES]
+        )
     task, faster = {"name": "classification"}, {"optim": {"lr": 0.02}}
     return {
         "run_dir": str(root / "study"),
@@ -74,7 +76,7 @@ def recipe(root: Path, **changes: Any) -> dict[str, Any]:
         "optim": {"epochs": 2, "lr": 0.01},
         "engine": {"deepspeed": "ds_configs/zero1.json", "keep_last": 1, "threads": 1},
         "monitor": {"tensorboard": False},
-        "fewshot": {
+        "few_shot": {
             "shots": [1, 2],
             "seeds": [1, 2],
             "tests": [

@@ -135,6 +135,6 @@ def test_printed_recipe_reads_back_equal(write, tmp_path):
 
 def test_a_study_is_sent_to_its_launcher(tmp_path):
     path = tmp_path / "study.yaml"
-    path.write_text("run_dir: x\nfewshot: {shots: [1]}\nmethods: []\n")
-    with pytest.raises(BadInput, match="launchers/fewshot.py --recipe"):
+    path.write_text("run_dir: x\nfew_shot: {shots: [1]}\nmethods: []\n")
+    with pytest.raises(BadInput, match="launchers/few_shot.py --recipe"):
         recipes.load(path)

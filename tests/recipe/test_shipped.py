@@ -11,7 +11,7 @@ from mmpeft_ds.engine.zero.config import check_ds_config
 
 ROOT = Path(__file__).resolve().parents[2]
 # Studies of many runs have a form of their own, see tests/engine/test_few_shot_study.py.
-SHIPPED = sorted(p for p in (ROOT / "recipes").glob("*.yaml") if not p.stem.startswith("fewshot_"))
+SHIPPED = sorted(p for p in (ROOT / "recipes").glob("*.yaml") if not p.stem.startswith("few_shot_"))
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda p: p.stem)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from mmpeft_ds.data.batch import Prompted, Sample, Written, pack
+from mmpeft_ds.data.batch import GenerationOutput, Prompted, Sample, pack
 from mmpeft_ds.errors import BadInput, BadSample
 from mmpeft_ds.tasks.answering import Answering, Options
 from mmpeft_ds.tasks.base import Task
@@ -71,7 +71,7 @@ def written(lengths, seed=0):
     labels = torch.randint(0, 7, (len(lengths), longest), generator=g)
     for row, length in enumerate(lengths):
         labels[row, length:] = -100
-    return Written(torch.randn(len(lengths), longest, 7, generator=g, dtype=torch.float64), labels)
+    return GenerationOutput(torch.randn(len(lengths), longest, 7, generator=g, dtype=torch.float64), labels)
 
 
 def batch(task, slots):

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from mmpeft_ds.data.batch import Prompted, Sample, Written, pack
+from mmpeft_ds.data.batch import GenerationOutput, Prompted, Sample, pack
 from mmpeft_ds.errors import BadInput, BadSample
 from mmpeft_ds.tasks.captioning import Captioning, Options
 
@@ -32,7 +32,7 @@ def batch(task, *records, weights=None):
 def written(packed, seed=0, dtype=torch.float64):
     labels = packed.texts["labels"]
     logits = torch.randn(*labels.shape, WORDS, generator=torch.Generator().manual_seed(seed), dtype=dtype)
-    return Written(logits, labels, generated=[f"caption {i}" for i in range(len(labels))])
+    return GenerationOutput(logits, labels, generated=[f"caption {i}" for i in range(len(labels))])
 
 
 def three(weights=None, **options):

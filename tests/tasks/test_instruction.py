@@ -9,7 +9,7 @@ import torch
 from backbones import tiny_mllm
 from mmpeft_ds.backbones.mllm.backbone import ENTRY
 from mmpeft_ds.backbones.mllm.backbone import Options as MllmOptions
-from mmpeft_ds.data.batch import Prompted, Sample, Written, pack
+from mmpeft_ds.data.batch import GenerationOutput, Prompted, Sample, pack
 from mmpeft_ds.engine.assembly.forward import answer, forward
 from mmpeft_ds.errors import BadInput, BadSample
 from mmpeft_ds.methods import get
@@ -140,7 +140,7 @@ def test_scores_of_rows_made_by_hand():
         lambda t: {"labels": labels},
         task.collate,
     )
-    rows = task.predict(Written(logits, labels, ["one two", "four"]), packed)
+    rows = task.predict(GenerationOutput(logits, labels, ["one two", "four"]), packed)
     scores = task.score(rows)
     assert scores["token_accuracy"] == pytest.approx(2 / 3) and scores["exact_match"] == 0.5
     assert scores["perplexity"] == pytest.approx(math.exp(100 / 3), rel=1e-3)

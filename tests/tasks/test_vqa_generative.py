@@ -5,7 +5,7 @@ import torch
 
 from backbones import tiny_blip
 from mmpeft_ds.backbones.blip import backbone as blip
-from mmpeft_ds.data.batch import PackedBatch, Sample, Written, pack
+from mmpeft_ds.data.batch import GenerationOutput, PackedBatch, Sample, pack
 from mmpeft_ds.engine.assembly.forward import answer, forward
 from mmpeft_ds.errors import BadInput
 from mmpeft_ds.tasks.vqa_generative import ENTRY, Options
@@ -51,16 +51,16 @@ def test_the_loss_is_the_weighted_sum_of_summed_token_losses_and_counts_question
         torch.randn(4, 3, 7, requires_grad=True),
         torch.tensor([[1, 2, -100], [3, 4, 5], [6, -100, -100], [1, 1, 2]]),
     )
-    loss = task.loss(Written(logits, labels), batch)
+    loss = task.loss(GenerationOutput(logits, labels), batch)
     each = [-sum(logits[i].log_softmax(1)[s, t] for s, t in enumerate(row) if t >= 0) for i, row in enumerate(labels)]
     torch.testing.assert_close(loss, 0.6 * each[0] + 0.3 * each[1] + 0.1 * each[2] + each[3])
     assert task.weight(batch) == 2
-    smooth = ENTRY(Options(smoothing=0.1), LABELS).loss(Written(logits, labels), batch)
+    smooth = ENTRY(Options(smoothing=0.1), LABELS).loss(GenerationOutput(logits, labels), batch)
     assert (smooth - loss).abs() > 1e-3
     absent = batch_of(task, *read(task), weight=0.0)
     assert task.weight(absent) == 0
     infinite = torch.full_like(logits, torch.inf)
-    assert task.loss(Written(infinite, labels), absent) == 0
+    assert task.loss(GenerationOutput(infinite, labels), absent) == 0
 
 
 @pytest.mark.parametrize("form", ["captioner", "vqa"])

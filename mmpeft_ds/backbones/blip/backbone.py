@@ -31,7 +31,7 @@ from mmpeft_ds.backbones.common import generation as _writing
 from mmpeft_ds.backbones.common import stock, tower_loading
 from mmpeft_ds.backbones.common.transform import SquareTransform
 from mmpeft_ds.backbones.common.vision_model import Affine
-from mmpeft_ds.data.batch import PackedBatch, Prompted, Written
+from mmpeft_ds.data.batch import GenerationOutput, PackedBatch, Prompted
 from mmpeft_ds.errors import BadInput
 from mmpeft_ds.ops.context_enhancement import MODES
 
@@ -208,9 +208,9 @@ class BlipBackbone:
 
     # forms that write
 
-    def _read(self, outputs: Any, batch: PackedBatch) -> Written:
+    def _read(self, outputs: Any, batch: PackedBatch) -> GenerationOutput:
         """Logits and the labels of the target's tokens and the [SEP] behind them."""
-        return Written(outputs.logits, batch.texts["labels"])
+        return GenerationOutput(outputs.logits, batch.texts["labels"])
 
     def _generate(self, model: Any, batch: PackedBatch, **options: Any) -> list[str]:
         """What the model writes after each prompt, or in answer to each question.

@@ -21,7 +21,7 @@ from mmpeft_ds.backbones.clip_bart.model import ClipBart, ClipBartConfig, ClipBa
 from mmpeft_ds.backbones.common import stock, tower_loading
 from mmpeft_ds.backbones.common.generation import in_step, one_of
 from mmpeft_ds.backbones.common.transform import SquareTransform
-from mmpeft_ds.data.batch import PackedBatch, Prompted, Written
+from mmpeft_ds.data.batch import GenerationOutput, PackedBatch, Prompted
 from mmpeft_ds.errors import BadInput, BadSample
 
 # The rows that name places in the grid are frozen: the same in every run, and wherever an adapter is loaded.
@@ -212,9 +212,9 @@ class ClipBartBackbone:
             "num_slots": len(batch.sample_id),
         }
 
-    def read(self, outputs: ClipBartOutput, batch: PackedBatch) -> Written:
+    def read(self, outputs: ClipBartOutput, batch: PackedBatch) -> GenerationOutput:
         """Logits as they are: the decoder's position s already predicts label s."""
-        return Written(outputs.logits, batch.texts["labels"])
+        return GenerationOutput(outputs.logits, batch.texts["labels"])
 
     def generate(self, model: Any, batch: PackedBatch, choices: list[str] | None = None, **options: Any) -> list[str]:
         """What the model writes about each text.

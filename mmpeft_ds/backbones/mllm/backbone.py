@@ -24,7 +24,7 @@ from mmpeft_ds.backbones.common.generation import in_step, one_of
 from mmpeft_ds.backbones.common.vision_model import Affine
 from mmpeft_ds.backbones.mllm.chat import Chat, read_template
 from mmpeft_ds.backbones.mllm.model import ImageText
-from mmpeft_ds.data.batch import PackedBatch, Prompted, Written
+from mmpeft_ds.data.batch import GenerationOutput, PackedBatch, Prompted
 from mmpeft_ds.errors import BadInput
 from mmpeft_ds.sites.condition import conditioned
 
@@ -170,10 +170,10 @@ class MllmBackbone:
             "num_slots": len(batch.sample_id),
         }
 
-    def read(self, outputs: Any, batch: PackedBatch) -> Written:
+    def read(self, outputs: Any, batch: PackedBatch) -> GenerationOutput:
         """Logits of the last positions, each beside the token that follows it."""
         logits, labels = outputs["logits"], outputs["labels"]
-        return Written(logits[:, :-1], labels[:, labels.shape[1] - logits.shape[1] + 1 :])
+        return GenerationOutput(logits[:, :-1], labels[:, labels.shape[1] - logits.shape[1] + 1 :])
 
     @torch.no_grad()
     def generate(self, model: Any, batch: PackedBatch, choices: list[str] | None = None, **options: Any) -> list[str]:

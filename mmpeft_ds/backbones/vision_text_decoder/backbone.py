@@ -25,7 +25,7 @@ from mmpeft_ds.backbones.vision_text_decoder.model import (
     VisionTextDecoderConfig,
     VisionTextDecoderOutput,
 )
-from mmpeft_ds.data.batch import PackedBatch, Prompted, Written
+from mmpeft_ds.data.batch import GenerationOutput, PackedBatch, Prompted
 from mmpeft_ds.errors import BadInput
 
 FAMILIES = ("gpt2", "llama", "mistral", "qwen2")
@@ -116,14 +116,14 @@ class VisionTextDecoderBackbone(VisionBackbone):
         """A black image of 8x8 pixels, or the text `a` to be written."""
         return {"image": torch.zeros(3, 8, 8, dtype=torch.uint8), "text": Prompted("", "a")}[modality]
 
-    def read(self, outputs: VisionTextDecoderOutput, batch: PackedBatch) -> Written:
+    def read(self, outputs: VisionTextDecoderOutput, batch: PackedBatch) -> GenerationOutput:
         """Labels moved to the position before each token: the last of the prefix predicts the first token."""
         labels = batch.texts["labels"]
         prefix = outputs.logits.shape[1] - labels.shape[1]
         nothing = labels.new_full((len(labels), 1), -100)
         if prefix == 0:
-            return Written(outputs.logits, torch.cat([labels[:, 1:], nothing], 1))
-        return Written(outputs.logits, torch.cat([nothing.expand(-1, prefix - 1), labels, nothing], 1))
+            return GenerationOutput(outputs.logits, torch.cat([labels[:, 1:], nothing], 1))
+        return GenerationOutput(outputs.logits, torch.cat([nothing.expand(-1, prefix - 1), labels, nothing], 1))
 
     def generate(self, model: Any, batch: PackedBatch, choices: list[str] | None = None, **options: Any) -> list[str]:
         """What the model writes after start and prompt of each text.

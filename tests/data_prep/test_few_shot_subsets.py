@@ -7,8 +7,7 @@ from collections import Counter
 import pytest
 from conftest import picture
 
-from data_prep import few_shot as fewshot
-from data_prep import prepare
+from data_prep import few_shot, prepare
 from mmpeft_ds.data.manifest import Manifest
 from mmpeft_ds.data.subset import Subset
 from mmpeft_ds.errors import BadInput
@@ -51,7 +50,7 @@ def dassl(items, shots):
 
 
 def chosen(manifest, name, split="train"):
-    return Subset.load(f"fewshot/{name}.json", manifest, split).keys
+    return Subset.load(f"few_shot/{name}.json", manifest, split).keys
 
 
 def paths_of(splits, split, keys):
@@ -62,14 +61,14 @@ def test_the_prepared_split_keeps_order_classes_and_names(coop):
     _, splits, manifest = coop
     assert manifest.labels == CLASSES
     assert {s: manifest.samples(s) for s in manifest.splits} == {s: len(v) for s, v in splits.items()}
-    records = fewshot.labels_of(manifest, "train")
+    records = few_shot.labels_of(manifest, "train")
     assert list(records.values()) == [name for _, _, name in splits["train"]]
 
 
 @pytest.mark.parametrize(("shots", "seed"), [(1, 1), (2, 3), (8, 1), (16, 2)])
 def test_the_draw_is_that_of_coop(coop, shots, seed):
     _, splits, manifest = coop
-    fewshot.main([manifest.dir, "--shots", str(shots), "--seeds", str(seed)])
+    few_shot.main([manifest.dir, "--shots", str(shots), "--seeds", str(seed)])
     random.seed(seed)
     train, val = dassl(splits["train"], shots), dassl(splits["val"], min(shots, 4))
     assert paths_of(splits, "train", chosen(manifest, f"{shots}-seed{seed}")) == [path for path, _, _ in train]
@@ -78,8 +77,8 @@ def test_the_draw_is_that_of_coop(coop, shots, seed):
 
 def test_every_class_has_k_samples_or_what_exists_and_none_twice(coop):
     _, splits, manifest = coop
-    fewshot.main([manifest.dir, "--shots", "4", "--seeds", "5", "6"])
-    names = fewshot.labels_of(manifest, "train")
+    few_shot.main([manifest.dir, "--shots", "4", "--seeds", "5", "6"])
+    names = few_shot.labels_of(manifest, "train")
     keys = chosen(manifest, "4-seed5")
     assert Counter(names[k] for k in keys) == {**dict.fromkeys(CLASSES, 4), "ant": 3}
     assert len(set(keys)) == len(keys)
@@ -89,28 +88,28 @@ def test_every_class_has_k_samples_or_what_exists_and_none_twice(coop):
 def test_the_same_command_gives_the_same_bytes_and_another_choice_is_not_overwritten_unasked(coop):
     _, _, manifest = coop
     arguments = [manifest.dir, "--shots", "2", "--seeds", "7"]
-    fewshot.main(arguments)
+    few_shot.main(arguments)
     from pathlib import Path
 
-    path = Path(manifest.dir, "fewshot", "2-seed7.json")
+    path = Path(manifest.dir, "few_shot", "2-seed7.json")
     before = path.read_bytes()
-    fewshot.main(arguments)
+    few_shot.main(arguments)
     assert path.read_bytes() == before
     path.write_text(before.decode().replace('"seed": 7', '"seed": 8'))
     with pytest.raises(BadInput, match="--overwrite"):
-        fewshot.main(arguments)
-    fewshot.main([*arguments, "--overwrite"])
+        few_shot.main(arguments)
+    few_shot.main([*arguments, "--overwrite"])
     assert path.read_bytes() == before
 
 
 def test_base_and_new_halves_split_the_classes_and_the_draw(coop):
     _, _, manifest = coop
-    fewshot.main([manifest.dir, "--shots", "2", "--seeds", "1", "--classes", "all", "base", "new"])
-    names = fewshot.labels_of(manifest, "train")
+    few_shot.main([manifest.dir, "--shots", "2", "--seeds", "1", "--classes", "all", "base", "new"])
+    names = few_shot.labels_of(manifest, "train")
     halves = [chosen(manifest, f"2-seed1-{half}") for half in ("base", "new")]
     assert {names[k] for k in halves[0]} == set(CLASSES[:3]) and {names[k] for k in halves[1]} == set(CLASSES[3:])
     assert sorted(halves[0] + halves[1]) == sorted(chosen(manifest, "2-seed1"))
-    test_base = Subset.load("fewshot/test-base.json", manifest, "test")
+    test_base = Subset.load("few_shot/test-base.json", manifest, "test")
     assert test_base.classes == CLASSES[:3] and len(test_base) == 15
     assert len(chosen(manifest, "test-new", "test")) == 10
 
@@ -118,12 +117,12 @@ def test_base_and_new_halves_split_the_classes_and_the_draw(coop):
 def test_a_data_set_without_validation_gives_training_shots_alone(image_folder, tmp_path):
     out = tmp_path / "out"
     prepare.main(["image-folder", "--folder", str(image_folder), "--out", str(out), "--processes", "1"])
-    fewshot.main([str(out), "--shots", "1", "--seeds", "1"])
-    assert sorted(p.name for p in (out / "fewshot").iterdir()) == ["1-seed1.json"]
+    few_shot.main([str(out), "--shots", "1", "--seeds", "1"])
+    assert sorted(p.name for p in (out / "few_shot").iterdir()) == ["1-seed1.json"]
     with pytest.raises(BadInput, match="no split 'other'"):
-        fewshot.main([str(out), "--split", "other"])
+        few_shot.main([str(out), "--split", "other"])
     with pytest.raises(BadInput, match="--shots"):
-        fewshot.main([str(out), "--shots", "0"])
+        few_shot.main([str(out), "--shots", "0"])
 
 
 @pytest.mark.parametrize(
