@@ -161,8 +161,8 @@ def inside(module: nn.Module) -> nn.Module:
     return module
 
 
-def attached(mixin: type, stock: type, weights: dict[str, np.ndarray], heads: int, heads_too: tuple = ()) -> Named:
-    model = stock.publishing(mixin, stock)(config(weights, heads)).double().eval()
+def attached(mixin: type, stock_class: type, weights: dict[str, np.ndarray], heads: int, heads_too: tuple = ()) -> Named:
+    model = stock.publishing(mixin, stock_class)(config(weights, heads)).double().eval()
     tuned = peft.get_peft_model(
         model, AuroraConfig(r=weights["core"].shape[0], modules_to_save=list(heads_too) or None)
     )

@@ -116,8 +116,8 @@ class MllmBackbone:
         """The pretrained model, everything frozen."""
         o, config = self.options, copy.deepcopy(self._config)
         config.condition = o.condition  # saved with the model
-        stock = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(config)]
-        model_class = stock.publishing(ImageText, stock)
+        stock_class = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(config)]
+        model_class = stock.publishing(ImageText, stock_class)
         return stock.load(model_class, o.model, WHERE, config, self.dtype, self.attention, o.random_weights, on_meta)
 
     def image_transform(self, train: bool) -> Callable[[Tensor, Any], dict[str, Tensor]]:
