@@ -198,5 +198,5 @@ def test_captions_stay_with_the_later_split():
 
 
 def test_make_offers_the_data():
-    shown = subprocess.run(["make", "-n", "few_shot-data"], cwd=ROOT, capture_output=True, text=True)
+    shown = subprocess.run(["make", "-n", "few-shot-data"], cwd=ROOT, capture_output=True, text=True)
     assert shown.returncode == 0 and "--ignore-scripts" in shown.stdout and "dpkg-deb" in shown.stdout

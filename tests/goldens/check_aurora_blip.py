@@ -18,6 +18,7 @@ from mmpeft_ds.backbones.blip.contrast import Training
 from mmpeft_ds.backbones.blip.model import QuestionAnswerer
 from mmpeft_ds.backbones.blip.momentum import Queue
 from mmpeft_ds.backbones.blip.retrieval import Retriever
+from mmpeft_ds.backbones.common import stock
 from mmpeft_ds.distributed.gather import gather_rows
 from mmpeft_ds.metrics.retrieval import ranks, retrieval_scores
 from mmpeft_ds.ops import contrastive
@@ -161,7 +162,9 @@ def inside(module: nn.Module) -> nn.Module:
     return module
 
 
-def attached(mixin: type, stock_class: type, weights: dict[str, np.ndarray], heads: int, heads_too: tuple = ()) -> Named:
+def attached(
+    mixin: type, stock_class: type, weights: dict[str, np.ndarray], heads: int, heads_too: tuple = ()
+) -> Named:
     model = stock.publishing(mixin, stock_class)(config(weights, heads)).double().eval()
     tuned = peft.get_peft_model(
         model, AuroraConfig(r=weights["core"].shape[0], modules_to_save=list(heads_too) or None)
@@ -397,12 +400,12 @@ def gather(golden: Golden) -> None:
 
 @checks("aurora/recall_*")
 def recall(golden: Golden) -> None:
-    image_to_text, text_to_image = golden.tensor("score_image_to_text"), golden.tensor("score_text_to_image")
+    kind = "video" if "score_video_to_text" in golden else "image"  # the file of videos names its arrays after them
+    image_to_text, text_to_image = golden.tensor(f"score_{kind}_to_text"), golden.tensor(f"score_text_to_{kind}")
     each = int(golden.number("captions_per_image")) if "captions_per_image" in golden else 1
     images, texts = image_to_text.shape
     own = torch.arange(texts)[None] // each == torch.arange(images)[:, None]
     scores = retrieval_scores(ranks(image_to_text, own).tolist(), ranks(text_to_image, own.T).tolist())
-    # files of videos speak of videos where these are images
     scores |= {k.replace("img_", "vid_"): v for k, v in scores.items()}
     for key in set(golden.arrays) - golden.seen:
         golden.same(key, torch.tensor(scores[key], dtype=torch.float64))

@@ -28,6 +28,7 @@ _BIAS = re.compile(r"backbone\.(encoder\.layer\.\d+\..+)\.bias$")
 
 
 def names() -> list[str]:
+    """Names of the models that come inside packages."""
     return ["dinov2-focus", "minilm"]
 
 
