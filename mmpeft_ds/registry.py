@@ -1,7 +1,8 @@
 """Entries of a folder of components: one file or one sub-folder per entry, found by name, nothing lists them by hand.
 
-An entry that is a file exports `ENTRY`. An entry that is a folder exports it from the file that bears the kind's name:
-`backbones/blip/backbone.py`; where there is no such file, from its `__init__.py`.
+An entry that is a file exports `ENTRY` and `Options`. A folder exports `ENTRY` from the file that bears the kind's
+name, such as `backbones/blip/backbone.py` (where there is no such file, from its `__init__.py`), and `Options` from
+`options.py`, which imports neither torch nor transformers nor peft.
 """
 
 from __future__ import annotations
@@ -25,21 +26,38 @@ def names(package: ModuleType) -> list[str]:
 
 
 def load(package: ModuleType, name: str, where: str) -> Any:
-    """`ENTRY` of the file `name` in `package`.
+    """`ENTRY` of the file or folder `name` in `package`.
 
     Raises:
-        BadInput: if there is no such file; `where` says which key of the recipe named it.
+        BadInput: if there is no such entry; `where` says which key of the recipe named it.
     """
+    module = _module(package, name, where)
+    kind = package.__name__.rsplit(".", 1)[-1].removesuffix("s")
+    inner = f"{module}.{kind}"
+    return importlib.import_module(inner if _is_there(inner) else module).ENTRY
+
+
+def options(package: ModuleType, name: str, where: str) -> type:
+    """The `Options` dataclass of the entry `name`; that of a folder is read without importing the folder's layers.
+
+    Raises:
+        BadInput: if there is no such entry; `where` says which key of the recipe named it.
+    """
+    module = _module(package, name, where)
+    inner = f"{module}.options"
+    found = importlib.import_module(inner if _is_there(inner) else module)
+    # A folder without options.py keeps them on its entry.
+    return found.Options if hasattr(found, "Options") else load(package, name, where).Options
+
+
+def _module(package: ModuleType, name: str, where: str) -> str:
     known = names(package)
     if name not in known:
         near = difflib.get_close_matches(name, known, n=1)
         hint = f"Did you mean {near[0]!r}? " if near else ""
         kind = package.__name__.rsplit(".", 1)[-1]
         raise BadInput(f"{where}: no {kind} entry named {name!r}. {hint}Known: {', '.join(known)}.")
-    module = f"{package.__name__}.{name}"
-    kind = package.__name__.rsplit(".", 1)[-1].removesuffix("s")
-    inner = f"{module}.{kind}"
-    return importlib.import_module(inner if _is_there(inner) else module).ENTRY
+    return f"{package.__name__}.{name}"
 
 
 def _is_there(module: str) -> bool:
