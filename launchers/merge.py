@@ -23,7 +23,7 @@ def main() -> int:
     parser.add_argument("--adapter", type=Path, required=True, help="adapter directory: RUN/adapter")
     parser.add_argument("--out", type=Path, required=True, help="new directory for the merged model")
     args = parser.parse_args()
-    from mmpeft_ds.runs import merge as merging
+    from mmpeft_ds import merging
 
     told = merging.merge(args.adapter, args.out)
     print(

@@ -20,12 +20,11 @@ import tiny_towers  # noqa: E402
 
 from distributed import launch  # noqa: E402
 from engine import toy_vqa  # noqa: E402
-from mmpeft_ds import adapter  # noqa: E402
+from mmpeft_ds import adapter, merging  # noqa: E402
 from mmpeft_ds.backbones.dual_encoder import backbone as dual_encoder  # noqa: E402
 from mmpeft_ds.data.batch import Sample, pack  # noqa: E402
 from mmpeft_ds.data.decode import decode  # noqa: E402
 from mmpeft_ds.data.writer import PARTS, write_manifest, write_shard  # noqa: E402
-from mmpeft_ds.runs import merge as merging  # noqa: E402
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 WORKER = Path(__file__).with_name("heads_worker.py")

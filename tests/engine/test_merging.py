@@ -17,12 +17,11 @@ import tiny_clip  # noqa: E402
 import tiny_towers  # noqa: E402
 
 from engine import tiny  # noqa: E402
-from mmpeft_ds import adapter  # noqa: E402
+from mmpeft_ds import adapter, merging  # noqa: E402
 from mmpeft_ds import recipe as recipes  # noqa: E402
 from mmpeft_ds.backbones.dual_encoder.backbone import ENTRY, Options  # noqa: E402
 from mmpeft_ds.engine.assembly import resolve  # noqa: E402
 from mmpeft_ds.errors import BadInput  # noqa: E402
-from mmpeft_ds.runs import merge as merging  # noqa: E402
 
 
 @pytest.fixture(scope="module")
