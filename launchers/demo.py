@@ -25,6 +25,7 @@ SKIP = 4  # first steps warm up caches
 
 def main() -> int:
     """All phases in turn, each timed."""
+    console.Parser(description=__doc__).parse_args()
     os.chdir(ROOT)
     seconds = {}
     phases = {
