@@ -17,7 +17,7 @@ from mmpeft_ds.data.batch import Prompted, Sample, pack
 from mmpeft_ds.engine.assembly.resolve import float32_heads
 from mmpeft_ds.errors import BadInput, BadSample
 from mmpeft_ds.sites import find_sites
-from mmpeft_ds.tasks import retrieval
+from mmpeft_ds.tasks.retrieval import task as retrieval
 
 STOCK = {"vit": ViTModel, "dinov2": Dinov2Model, "clip": CLIPVisionModel}
 

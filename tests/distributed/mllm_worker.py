@@ -24,7 +24,7 @@ from mmpeft_ds.engine.checkpoint import TrainState  # noqa: E402
 from mmpeft_ds.engine.evaluator import evaluate  # noqa: E402
 from mmpeft_ds.engine.step import Stepper  # noqa: E402
 from mmpeft_ds.engine.zero import state as zero_state  # noqa: E402
-from mmpeft_ds.tasks.instruction import Instruction, Options  # noqa: E402
+from mmpeft_ds.tasks.instruction.task import Instruction, Options  # noqa: E402
 
 STEPS = 4
 

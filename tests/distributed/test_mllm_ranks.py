@@ -19,7 +19,7 @@ from mmpeft_ds.engine.assembly import build as setup  # noqa: E402
 from mmpeft_ds.engine.assembly.forward import forward  # noqa: E402
 from mmpeft_ds.engine.assembly.resolve import attach  # noqa: E402
 from mmpeft_ds.engine.evaluator import evaluate  # noqa: E402
-from mmpeft_ds.tasks.instruction import Instruction, Options  # noqa: E402
+from mmpeft_ds.tasks.instruction.task import Instruction, Options  # noqa: E402
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 WORKER = Path(__file__).with_name("mllm_worker.py")

@@ -14,7 +14,7 @@ from mmpeft_ds.backbones.vision_text_decoder.backbone import ENTRY, labels_of
 from mmpeft_ds.backbones.vision_text_decoder.backbone import Options as BackboneOptions
 from mmpeft_ds.backbones.vision_text_decoder.model import VisionTextDecoder, VisionTextDecoderConfig
 from mmpeft_ds.data.batch import PackedBatch
-from mmpeft_ds.tasks.captioning import Captioning, Options
+from mmpeft_ds.tasks.captioning.task import Captioning, Options
 
 FIXED = {"tok_emb": "wte", "pos_emb": "wpe", "final_ln": "ln_f"}
 IN_LAYER = {

@@ -11,7 +11,7 @@ from transformers import RobertaConfig, ViTConfig
 from mmpeft_ds import RoutedAdapterConfig, RoutedLoraConfig
 from mmpeft_ds.backbones.vision_text_encoder.model import VisionTextEncoder, VisionTextEncoderConfig
 from mmpeft_ds.data.batch import PackedBatch
-from mmpeft_ds.tasks.vqa import Options, Vqa
+from mmpeft_ds.tasks.vqa.task import Options, Vqa
 
 FIXED = {
     "tok_emb": "text_model.embeddings.word_embeddings.weight",

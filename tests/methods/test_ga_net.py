@@ -23,8 +23,8 @@ from mmpeft_ds.recipe import Recipe
 from mmpeft_ds.runs import fisher, graph_report
 from mmpeft_ds.sites import find_sites
 from mmpeft_ds.sites.feature_site import Labelled
-from mmpeft_ds.tasks.classification import Classification
-from mmpeft_ds.tasks.classification import Options as ClassificationOptions
+from mmpeft_ds.tasks.classification.task import Classification
+from mmpeft_ds.tasks.classification.task import Options as ClassificationOptions
 
 HEAD = "base_model.model.features.ga_net_head.default."
 

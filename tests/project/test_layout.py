@@ -90,6 +90,31 @@ def test_the_import_check_sees_a_violation(tmp_path):
     assert violations("methods", {"mmpeft_ds.sites.find_sites", "mmpeft_ds.errors.BadInput"}) == []
 
 
+def heavy(path: Path, seen: set[Path]) -> list[str]:
+    """What a file imports, itself or through files of this project, that takes seconds to load."""
+    seen.add(path)
+    bad = []
+    for module in imports(path):
+        inner = ours(module)
+        if module.split(".")[0] in ("torch", "transformers", "peft"):
+            bad.append(f"{path.relative_to(ROOT)}: {module}")
+        elif inner:
+            file = PACKAGE.joinpath(*inner.split("."))
+            file = file / "__init__.py" if file.is_dir() else file.with_suffix(".py")
+            bad += [] if file in seen else heavy(file, seen)
+    return bad
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.glob("*/*/options.py")), ids=lambda p: f"{p.parts[-3]}/{p.parts[-2]}")
+def test_options_of_a_component_import_nothing_that_takes_seconds(path):
+    assert not heavy(path, set())
+    assert not heavy(path.parents[1] / "__init__.py", set())
+
+
+def test_the_check_of_options_sees_a_heavy_import():
+    assert heavy(PACKAGE / "backbones" / "clip" / "backbone.py", set())
+
+
 def scripts() -> list[Path]:
     return [p for folder in ("launchers", "data_prep", "benchmarks") for p in (ROOT / folder).glob("*.py")]
 

@@ -94,7 +94,7 @@ def test_missing_feature_statistics_name_the_command_that_makes_them(folder):
 
 
 def test_accumulation_is_refused_where_the_loss_couples_samples(folder, monkeypatch):
-    from mmpeft_ds.tasks import vqa
+    from mmpeft_ds.tasks.vqa import task as vqa
 
     assert resolve.resolve(load(folder, "optim.accumulation=2"))
     monkeypatch.setattr(vqa.Vqa, "couples_samples", True)
@@ -103,7 +103,7 @@ def test_accumulation_is_refused_where_the_loss_couples_samples(folder, monkeypa
 
 
 def test_records_without_the_fields_of_the_task_are_refused(folder, monkeypatch):
-    from mmpeft_ds.tasks import vqa
+    from mmpeft_ds.tasks.vqa import task as vqa
 
     monkeypatch.setattr(vqa.Vqa, "fields", ("captions",))
     assert "'captions'" in refusal(folder)

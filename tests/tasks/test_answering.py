@@ -10,7 +10,7 @@ from torch.nn.functional import cross_entropy
 
 from mmpeft_ds.data.batch import GenerationOutput, Prompted, Sample, pack
 from mmpeft_ds.errors import BadInput, BadSample
-from mmpeft_ds.tasks.answering import Answering, Options
+from mmpeft_ds.tasks.answering.task import Answering, Options
 from mmpeft_ds.tasks.base import Task
 
 TEN = ["red"] * 2 + ["blue"] + ["Green."] * 7

@@ -6,7 +6,7 @@ from torch.nn.functional import cross_entropy
 
 from mmpeft_ds.data.batch import GenerationOutput, Prompted, Sample, pack
 from mmpeft_ds.errors import BadInput, BadSample
-from mmpeft_ds.tasks.captioning import Captioning, Options
+from mmpeft_ds.tasks.captioning.task import Captioning, Options
 
 RECORD = {"captions": ["a red bus", "  a bus drives down the street ", "", "bus"]}
 WORDS = 9

@@ -8,7 +8,7 @@ from torch.nn.functional import cross_entropy
 
 from mmpeft_ds.data.batch import Described, Sample, pack
 from mmpeft_ds.errors import BadInput, BadSample
-from mmpeft_ds.tasks.classification import Classification, Options
+from mmpeft_ds.tasks.classification.task import Classification, Options
 
 LABELS = ["bird", "fruit", "tool", "fish"]
 

@@ -14,7 +14,7 @@ from mmpeft_ds.engine.assembly.forward import answer, forward
 from mmpeft_ds.errors import BadInput, BadSample
 from mmpeft_ds.methods import get
 from mmpeft_ds.sites import find_sites
-from mmpeft_ds.tasks.instruction import Instruction, Options
+from mmpeft_ds.tasks.instruction.task import Instruction, Options
 
 
 def said(*turns):

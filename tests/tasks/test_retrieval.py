@@ -14,7 +14,7 @@ from mmpeft_ds.distributed import collectives
 from mmpeft_ds.engine.assembly.forward import forward
 from mmpeft_ds.errors import BadInput, BadSample
 from mmpeft_ds.methods.aurora import AuroraConfig
-from mmpeft_ds.tasks.retrieval import ENTRY, Options
+from mmpeft_ds.tasks.retrieval.task import ENTRY, Options
 
 CAPTIONS = [
     ["is it red", "a red circle"],

@@ -9,7 +9,7 @@ from mmpeft_ds import registry, tasks
 from mmpeft_ds.data.batch import Sample, pack
 from mmpeft_ds.errors import BadInput, BadSample
 from mmpeft_ds.tasks.base import Task
-from mmpeft_ds.tasks.vqa import Options, Vqa
+from mmpeft_ds.tasks.vqa.task import Options, Vqa
 
 LABELS = ["yes", "no", "red", "2"]
 TEN = ["red"] * 5 + ["no"] * 3 + ["yes", "purple"]

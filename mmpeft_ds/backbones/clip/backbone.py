@@ -12,7 +12,7 @@ import dataclasses
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from torch.nn.functional import normalize
 from transformers import CLIPModel, PretrainedConfig, PreTrainedModel, SiglipModel
 from transformers.utils import ModelOutput
 
+from mmpeft_ds.backbones.clip.options import Options
 from mmpeft_ds.backbones.common import stock, tower_loading
 from mmpeft_ds.backbones.common.transform import SquareTransform
 from mmpeft_ds.backbones.common.vision_model import Affine
@@ -29,30 +30,6 @@ from mmpeft_ds.sites.condition import Condition, conditioned, current
 
 WHERE = "backbone.model"
 STOCK = {"clip": CLIPModel, "siglip": SiglipModel}
-
-
-@dataclass
-class Options:
-    """Keys of the recipe's `backbone` section.
-
-    Attributes:
-        model: hub name or local directory of a clip or siglip model.
-        random_weights: take only its configuration and tokenizer; for tests and measurements.
-        image_size: side of the square input in pixels, a multiple of the patch size; 0 = the checkpoint's.
-        fit: `crop` the centre or `stretch` the image to the square; `auto`: CLIP crops, SigLIP stretches.
-        resample: `bilinear`, `bicubic`, or `auto` = as the checkpoint was trained.
-        max_text_length: tokens of a text with its special tokens, 0 = as many as the model has positions.
-        condition: what adapters of the text tower route on: `none`, or the `pooled` image vector in the shared space.
-            A text that has seen its own image gives the pair away: not for retrieval.
-    """
-
-    model: str = "openai/clip-vit-base-patch16"
-    random_weights: bool = False
-    image_size: int = 0
-    fit: Literal["auto", "crop", "stretch"] = "auto"
-    resample: Literal["auto", "bilinear", "bicubic"] = "auto"
-    max_text_length: int = 0
-    condition: Literal["none", "pooled"] = "none"
 
 
 @dataclass

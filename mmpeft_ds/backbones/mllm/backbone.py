@@ -12,7 +12,7 @@ import copy
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,7 @@ from mmpeft_ds.backbones.common.generation import in_step, one_of
 from mmpeft_ds.backbones.common.vision_model import Affine
 from mmpeft_ds.backbones.mllm.chat import Chat, read_template
 from mmpeft_ds.backbones.mllm.model import ImageText
+from mmpeft_ds.backbones.mllm.options import Options
 from mmpeft_ds.data.batch import GenerationOutput, PackedBatch, Prompted
 from mmpeft_ds.errors import BadInput
 from mmpeft_ds.sites.condition import conditioned
@@ -33,31 +34,6 @@ QWEN = ("qwen2_vl", "qwen2_5_vl")
 FAMILIES = ("llava", "llava_next", *QWEN)
 # Where the channels stand in the pixels of an image batch; Qwen's patches are flat, channels first.
 CHANNELS = {"llava": 1, "llava_next": 2, "qwen2_vl": 1, "qwen2_5_vl": 1}
-
-
-@dataclass
-class Options:
-    """Keys of the recipe's `backbone` section.
-
-    Attributes:
-        model: hub name or local directory of a llava, llava_next, qwen2_vl or qwen2_5_vl model.
-        random_weights: take only its configuration, tokenizer and image processor; for tests and measurements.
-        max_text_length: tokens of a conversation, an image counted as one; what is longer is cut at its end.
-        max_pixels: Qwen only: larger images are scaled down to this many pixels, 0 = as the checkpoint says. An image
-            becomes one token for every 28 x 28 pixels.
-        system: said first in conversations without a system turn; empty: nothing.
-        chat_template: Jinja file, where the checkpoint brings no template or another is wanted.
-        condition: what adapters of the language model route on: `none`, the `pooled` vector (mean of an image's tokens
-            behind the projector, mean over the images of a sample), or all these `tokens`.
-    """
-
-    model: str = "llava-hf/llava-1.5-7b-hf"
-    random_weights: bool = False
-    max_text_length: int = 1024
-    max_pixels: int = 0
-    system: str = ""
-    chat_template: str = ""
-    condition: Literal["none", "pooled", "tokens"] = "none"
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,7 @@ loss, whose published form is `loss: official`.
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,35 +18,17 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from mmpeft_ds.backbones.common import stock, tower_loading
 from mmpeft_ds.backbones.common.generation import in_step, one_of
-from mmpeft_ds.backbones.common.vision_options import VisionBackbone, VisionOptions
+from mmpeft_ds.backbones.common.vision_backbone import VisionBackbone
 from mmpeft_ds.backbones.vision_text_decoder.model import (
     VisionTextDecoder,
     VisionTextDecoderConfig,
     VisionTextDecoderOutput,
 )
+from mmpeft_ds.backbones.vision_text_decoder.options import Options
 from mmpeft_ds.data.batch import GenerationOutput, PackedBatch, Prompted
 from mmpeft_ds.errors import BadInput
 
 FAMILIES = ("gpt2", "llama", "mistral", "qwen2")
-
-
-@dataclass
-class Options(VisionOptions):
-    """Keys of the recipe's `backbone` section, beside those of `VisionOptions`.
-
-    Attributes:
-        text: hub name, local directory or packaged:NAME of a gpt2, llama, mistral or qwen2 language model.
-        max_text_length: tokens of start, prompt and target together, without the prefix; longer texts are cut.
-        start: text before every prompt; `auto` is none behind an image prefix and the published "<s>" without one.
-        loss: which tokens the loss asks for. `fixed`: those of the target and one end of text; padding is not asked.
-            `official`: as published, every position up to `max_text_length`, padding with the end of text included,
-            but never the first token, and never token 0 ("!" in GPT-2).
-    """
-
-    text: str = "gpt2"
-    max_text_length: int = 50
-    start: str = "auto"
-    loss: Literal["fixed", "official"] = "fixed"
 
 
 class VisionTextDecoderBackbone(VisionBackbone):

@@ -8,46 +8,21 @@ The defaults are the RoBERTa + ViT wiring of the routing paper (arXiv 2403.09377
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from mmpeft_ds.backbones.common import tower_loading
-from mmpeft_ds.backbones.common.vision_options import VisionBackbone, VisionOptions
+from mmpeft_ds.backbones.common.vision_backbone import VisionBackbone
 from mmpeft_ds.backbones.vision_text_encoder.model import VisionTextEncoder, VisionTextEncoderConfig
+from mmpeft_ds.backbones.vision_text_encoder.options import Options
 from mmpeft_ds.errors import BadInput
 
 # A checkpoint of a masked language model has no trained pooler: the paper's frozen pooler is a random projection in
 # effect. A fixed seed makes it the same projection in every run, on every rank and when an adapter is loaded.
 POOLER_SEED = 0
-
-
-@dataclass
-class Options(VisionOptions):
-    """Keys of the recipe's `backbone` section, beside those of `VisionOptions`.
-
-    Attributes:
-        text: hub name, local directory or packaged:NAME of a bert or roberta encoder.
-        max_text_length: tokens of a text with its special tokens, without the prefix; longer texts are cut.
-        embed_twice: send prefix and embedded text through the embedding module again (positions, type, LayerNorm).
-        head_input: `pooler` (frozen) of the first position, the `raw` first position, or the `mean` of all.
-        head_layers: 1 (dropout, Linear) or 2 (Linear, LayerNorm, GELU, dropout, Linear).
-        head_multiple: inner width of the head as a multiple of the text width.
-        head_dropout: 0 in the paper; one-layer heads there use the encoder's hidden dropout.
-        num_labels: size of the head, 0 = from the label list of the data.
-    """
-
-    text: str = "roberta-base"
-    max_text_length: int = 19
-    embed_twice: bool = True
-    head_input: Literal["pooler", "raw", "mean"] = "pooler"
-    head_layers: Literal[1, 2] = 2
-    head_multiple: int = 2
-    head_dropout: float = 0.0
-    num_labels: int = 0
 
 
 class VisionTextEncoderBackbone(VisionBackbone):

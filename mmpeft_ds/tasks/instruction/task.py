@@ -10,32 +10,16 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from mmpeft_ds.data.batch import IMAGE_MARK, GenerationOutput, PackedBatch, Prompted
 from mmpeft_ds.errors import BadInput, BadSample
+from mmpeft_ds.tasks.instruction.options import Options
 
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
-
-
-@dataclass
-class Options:
-    """Keys of a source's `task` section.
-
-    Attributes:
-        loss: `token`, the mean over all tokens of the step that the assistant says; or `conversation`, the mean over
-            conversations of their mean over tokens, in which a long answer weighs as much as a short one.
-        num_beams: beams in evaluation, 1 = greedy.
-        max_new_tokens: longest answer in evaluation, in tokens; 0 = write none, and score with the given answers only.
-    """
-
-    loss: Literal["token", "conversation"] = "token"
-    num_beams: int = 1
-    max_new_tokens: int = 64
 
 
 class Instruction:

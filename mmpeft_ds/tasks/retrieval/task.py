@@ -9,8 +9,7 @@ everything by the cosine of the features, and the first of each list anew by the
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,29 +21,9 @@ from mmpeft_ds.distributed.gather import gather_rows, gather_sizes
 from mmpeft_ds.errors import BadInput, BadSample
 from mmpeft_ds.metrics.retrieval import retrieval_scores
 from mmpeft_ds.ops import contrastive
+from mmpeft_ds.tasks.retrieval.options import Options
 
 MATCHED_AT_ONCE = 64  # pairs in one pass of the matching head
-
-
-@dataclass
-class Options:
-    """Keys of a source's `task` section.
-
-    Attributes:
-        loss: `contrast`, what the model itself computes (queue and teacher, with BLIP) or else in-batch contrast over
-            all ranks; `contrast_match`, and the loss of its matching head.
-        captions: of a sample in one visit of training, drawn anew each time; 0 = all. Evaluation takes all.
-        rerank: how many of each list the matching head ranks anew in evaluation, 0 = none.
-        similarity_weight: share of the cosine in the score of what was ranked anew: 0 for images, 1 for videos, as
-            published.
-        id_field: json field that tells which records show the same picture; empty = every record another one.
-    """
-
-    loss: Literal["contrast", "contrast_match"] = "contrast_match"
-    captions: int = 1
-    rerank: int = 128
-    similarity_weight: float = 0.0
-    id_field: str = ""
 
 
 class Retrieval:

@@ -13,8 +13,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,39 +21,9 @@ from torch import Tensor
 from mmpeft_ds.data.batch import GenerationOutput, PackedBatch, Prompted
 from mmpeft_ds.errors import BadInput
 from mmpeft_ds.tasks.common import questions as _questions
+from mmpeft_ds.tasks.vqa_generative.options import Options
 
 _REMOVED = re.compile(r"[.!\"()*#:;~]")
-
-
-@dataclass
-class Options:
-    """Keys of a source's `task` section.
-
-    Attributes:
-        prompt: what the model reads; `{}` stands for the question.
-        clean: write questions in lower case without . ! " ( ) * # : ; ~, as BLIP was trained.
-        answer_weight: of every distinct answer; 0 = the share of annotators who gave it.
-        listed_only: leave out answers that are not among the choices or in the data's label list.
-        smoothing: label smoothing of the loss, and of the score by which answers are ranked.
-        evaluate: `rank` the choices or the label list, or `write` freely.
-        choices: the answers to rank; empty = the data's label list.
-        k: how many of them are scored whole: those with the likeliest first token.
-        num_beams: beams of `write`, 1 = greedy.
-        max_new_tokens: longest answer of `write` in tokens.
-        max_questions: questions of a sample in one visit, drawn anew every epoch, 0 = all.
-    """
-
-    prompt: str = "{}"
-    clean: bool = True
-    answer_weight: float = 0.0
-    listed_only: bool = False
-    smoothing: float = 0.0
-    evaluate: Literal["rank", "write"] = "rank"
-    choices: list[str] = field(default_factory=list)
-    k: int = 128
-    num_beams: int = 1
-    max_new_tokens: int = 10
-    max_questions: int = 0
 
 
 class VqaGenerative:

@@ -6,8 +6,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,21 +14,7 @@ from torch.nn.functional import cross_entropy
 
 from mmpeft_ds.data.batch import Described, PackedBatch
 from mmpeft_ds.errors import BadInput, BadSample
-
-
-@dataclass
-class Options:
-    """Keys of a source's `task` section.
-
-    Attributes:
-        text: `none`; or `captions`, one caption of the sample goes with its image: drawn in training, the first one in
-            evaluation. Nothing about it depends on the label.
-        columns: which classes may be predicted: `target`, those of this data set, or of the subset that it is cut to,
-            before the softmax; or `all` that the model knows.
-    """
-
-    text: Literal["none", "captions"] = "none"
-    columns: Literal["target", "all"] = "target"
+from mmpeft_ds.tasks.classification.options import Options
 
 
 class Classification:

@@ -9,8 +9,7 @@ paper (arXiv 2403.09377; specs/routing.md 2.2).
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,31 +17,7 @@ from torch import Tensor
 from mmpeft_ds.data.batch import GenerationOutput, PackedBatch, Prompted
 from mmpeft_ds.errors import BadInput, BadSample
 from mmpeft_ds.metrics.captions import caption_scores
-
-
-@dataclass
-class Options:
-    """Keys of a source's `task` section.
-
-    Attributes:
-        prompt: what the model reads before it writes.
-        loss: `token`, the mean over all tokens of the step that are asked for, as published; or `caption`, the mean
-            over captions of their mean over tokens, in which a long caption weighs as much as a short one.
-        smoothing: label smoothing, in [0, 1).
-        num_beams: beams in evaluation, 1 = greedy.
-        max_length: longest text in positions, prompt included (behind one image vector 20 leaves 19 new tokens);
-            0 = as `max_new_tokens` says.
-        max_new_tokens: longest caption in tokens, 0 = as `max_length` says.
-        length_penalty: exponent of the length that a beam's score is divided by.
-    """
-
-    prompt: str = ""
-    loss: Literal["token", "caption"] = "token"
-    smoothing: float = 0.0
-    num_beams: int = 5
-    max_length: int = 20
-    max_new_tokens: int = 0
-    length_penalty: float = 1.0
+from mmpeft_ds.tasks.captioning.options import Options
 
 
 class Captioning:

@@ -5,8 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,22 +14,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 from mmpeft_ds.data.batch import PackedBatch
 from mmpeft_ds.errors import BadInput
 from mmpeft_ds.tasks.common import questions as _questions
-
-
-@dataclass
-class Options:
-    """Keys of a source's `task` section.
-
-    Attributes:
-        loss: `bce`, binary cross-entropy against soft targets, the mean over the answers; or `ce`, cross-entropy on
-            the answer that most annotators gave.
-        num_answers: use the first n answers of the label list, 0 = all.
-        max_questions: questions of a sample in one visit, drawn anew every epoch, 0 = all.
-    """
-
-    loss: Literal["bce", "ce"] = "bce"
-    num_answers: int = 0
-    max_questions: int = 0
+from mmpeft_ds.tasks.vqa.options import Options
 
 
 class Vqa:

@@ -1,0 +1,53 @@
+"""Options of the backbone `blip`: a checkpoint, its form, and how its retrieval form is trained."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass
+class Options:
+    """Keys of the recipe's `backbone` section.
+
+    Attributes:
+        model: hub name or local directory of a BLIP checkpoint of the chosen form.
+        form: `captioner`, image -> text decoder, prompt and target in one sequence; `vqa`, image -> question encoder
+            -> answer decoder; `retrieval`, image and text features and a matching head.
+        random_weights: take only its configuration and tokenizer; for tests and measurements.
+        image_size: side of the square input in pixels, a multiple of the patch size; 0 = the checkpoint's.
+        resample: `bilinear`, `bicubic`, or `auto` = as the checkpoint was trained.
+        max_text_length: tokens with [DEC] or [ENC] and [SEP]: of prompt and target together (captioner), of a question
+            (vqa), of a text (retrieval). Longer ones are cut.
+        max_answer_length: of an answer, form vqa.
+        dropout: of the text towers, in hidden states and attention; None = as the checkpoint says. It acts only with
+            engine.train_dropout.
+        temperature: of the contrast (this and all below: form retrieval, in training).
+        momentum: of the teacher that follows the trained parameters, as they stay at each step; 0 = no teacher.
+        queue: pairs of earlier steps that go on as negatives, 0 = none.
+        alpha: share of the teacher in the targets of the contrast.
+        alpha_ramp: steps over which alpha rises from 0; published: those of the first epoch.
+        negatives: where the wrong pairs of the matching head, and the keys of the contrast beside the queue, come
+            from: `all` ranks, each rank's own (`local`, which makes the loss depend on the number of ranks), or
+            `none`: no matching head.
+        frame_aware: weight the frames of a video by their fit to the text in adapted cross-attention.
+        context_enhancement: add the mean text state of the step to the matching pairs (`official`, which gives the
+            label away), to `all_pairs`, or to none (`off`).
+    """
+
+    model: str = "Salesforce/blip-image-captioning-base"
+    form: Literal["captioner", "vqa", "retrieval"] = "captioner"
+    random_weights: bool = False
+    image_size: int = 0
+    resample: Literal["auto", "bilinear", "bicubic"] = "auto"
+    max_text_length: int = 40
+    max_answer_length: int = 20
+    dropout: float | None = None
+    temperature: float = 0.07
+    momentum: float = 0.995
+    queue: int = 57600
+    alpha: float = 0.4
+    alpha_ramp: int = 0
+    negatives: Literal["all", "local", "none"] = "all"
+    frame_aware: bool = False
+    context_enhancement: Literal["off", "official", "all_pairs"] = "off"

@@ -1,0 +1,30 @@
+"""Options of the backbone `clip`: a checkpoint and how it reads images and texts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass
+class Options:
+    """Keys of the recipe's `backbone` section.
+
+    Attributes:
+        model: hub name or local directory of a clip or siglip model.
+        random_weights: take only its configuration and tokenizer; for tests and measurements.
+        image_size: side of the square input in pixels, a multiple of the patch size; 0 = the checkpoint's.
+        fit: `crop` the centre or `stretch` the image to the square; `auto`: CLIP crops, SigLIP stretches.
+        resample: `bilinear`, `bicubic`, or `auto` = as the checkpoint was trained.
+        max_text_length: tokens of a text with its special tokens, 0 = as many as the model has positions.
+        condition: what adapters of the text tower route on: `none`, or the `pooled` image vector in the shared space.
+            A text that has seen its own image gives the pair away: not for retrieval.
+    """
+
+    model: str = "openai/clip-vit-base-patch16"
+    random_weights: bool = False
+    image_size: int = 0
+    fit: Literal["auto", "crop", "stretch"] = "auto"
+    resample: Literal["auto", "bilinear", "bicubic"] = "auto"
+    max_text_length: int = 0
+    condition: Literal["none", "pooled"] = "none"

@@ -1,0 +1,231 @@
+"""The image side of backbones with a vision tower and a text tower: checks, transform, statistics, loading."""
+
+# I images, d width
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer, PretrainedConfig, PreTrainedModel
+
+from mmpeft_ds.backbones.common import stock, tower_loading
+from mmpeft_ds.backbones.common.transform import SquareTransform
+from mmpeft_ds.backbones.common.vision_model import Affine
+from mmpeft_ds.backbones.common.vision_options import VisionOptions
+from mmpeft_ds.data.batch import PackedBatch
+from mmpeft_ds.errors import BadInput
+
+
+class VisionBackbone:
+    """What such backbones share; a subclass has `_text_config` and options that extend `VisionOptions` by `text`.
+
+    Attributes:
+        attention: implementation for both towers, `auto` chooses by device; the engine sets it before `build`.
+        dtype: of the frozen base; the engine sets it before `build`.
+        train_dropout: leave the text tower's dropout on in training; the engine sets it before `build`.
+    """
+
+    modalities = ("image", "text")
+
+    def __init__(self, options: Any, labels: list[str] | None):
+        self.options = options
+        self.labels = labels
+        self.attention = "auto"
+        self.dtype = torch.float32
+        self.train_dropout = False
+        self._statistics: tuple[list[float], list[float]] | None = None
+
+    def _check_vision(self) -> None:
+        """Refuse what cannot work of the image side, from configurations only."""
+        o = self.options
+        vision, text = self._vision_config, self._text_config
+        if (o.prefix != "none" or o.condition != "none") and vision.hidden_size != text.hidden_size:
+            raise BadInput(
+                f"backbone: prefix and condition need towers of equal width, but vision {o.vision!r} is "
+                f"{vision.hidden_size} wide and text {o.text!r} {text.hidden_size}. Choose another pair, or set "
+                "prefix: none and condition: none."
+            )
+        layers = tower_loading.load_config(o.vision, "backbone.vision", "vision").num_hidden_layers
+        if not 0 <= o.vision_layers <= layers:
+            raise BadInput(
+                f"backbone.vision_layers: {o.vision_layers}, but {o.vision!r} has {layers} layers. Use 0 for all."
+            )
+        patch = vision.patch_size if isinstance(vision.patch_size, int) else vision.patch_size[0]
+        if o.image_size <= 0 or o.image_size % patch:
+            raise BadInput(f"backbone.image_size: {o.image_size} is no positive multiple of the patch size {patch}.")
+        if o.vision_feature == "pooler" and not o.vision_norm:
+            raise BadInput(
+                "backbone.vision_norm: false, but a pooler reads the normed tokens. Set vision_feature: cls or mean."
+            )
+        if o.vision_feature == "cls" and not tower_loading.VISION[vision.model_type].summary_tokens:
+            raise BadInput(f"backbone.vision_feature: {o.vision!r} has no class token. Use pooler or mean.")
+        if o.vision_feature == "pooler" and vision.model_type == "siglip_vision_model" and not vision.vision_use_head:
+            raise BadInput(f"backbone.vision_feature: {o.vision!r} has no pooling head. Use mean.")
+
+    @property
+    def _prefix_length(self) -> int:
+        """Positions that one image takes before the text."""
+        patch = self._vision_config.patch_size
+        patch = patch if isinstance(patch, int) else patch[0]
+        tokens = (self.options.image_size // patch) ** 2
+        tokens += tower_loading.VISION[self._vision_config.model_type].summary_tokens
+        return {"none": 0, "pooled": 1, "tokens": tokens}[self.options.prefix]
+
+    def image_transform(self, train: bool) -> Callable[[Tensor, Any], Tensor]:
+        """Resize to the tower's input; no augmentation, since answers may depend on colour, side and place."""
+        return self._square()
+
+    def _square(self) -> SquareTransform:
+        o = self.options
+        resample = (
+            o.resample
+            if o.resample != "auto"
+            else {2: "bilinear", 3: "bicubic"}.get(self._pixels["resample"], "bicubic")
+        )
+        return SquareTransform(o.image_size, o.fit, resample)
+
+    def collate_images(self, images: list[Any]) -> dict[str, Tensor]:
+        """Stack transformed images, or stored features of shape (d,) or (m, d)."""
+        stacked = torch.stack([torch.as_tensor(image) for image in images])
+        return {"pixel_values" if stacked.dim() == 4 else "image_features": stacked}
+
+    def inputs(self, batch: PackedBatch) -> dict[str, Any]:
+        """Forward arguments of the model."""
+        return {
+            **{name: rows for name, rows in batch.texts.items() if name != "labels"},
+            **batch.images,
+            "image_owner": batch.image_owner,
+            "text_owner": batch.text_owner,
+            "num_slots": len(batch.sample_id),
+        }
+
+    @property
+    def condition_width(self) -> int | None:
+        """Width of the vectors that adapters may route on, None without a condition."""
+        return None if self.options.condition == "none" else self._vision_config.hidden_size
+
+    @property
+    def wants_statistics(self) -> bool:
+        """`use_statistics` must be called before `build`."""
+        return self.options.feature_norm == "zscore"
+
+    def use_statistics(self, statistics: dict[str, Any]) -> None:
+        """Mean and standard deviation of the training images' feature, each a list of d numbers.
+
+        Raises:
+            BadInput: if they are of another width than the tower.
+        """
+        mean, std = list(statistics["mean"]), list(statistics["std"])
+        width = self._vision_config.hidden_size
+        if len(mean) != width or len(std) != width:
+            raise BadInput(
+                f"backbone.feature_norm: statistics of width {len(mean)}, but {self.options.vision!r} is {width} "
+                "wide. Run data_prep/feature_stats.py for this backbone."
+            )
+        # A dimension that never varied carries nothing: leave its scale alone instead of dividing by zero.
+        self._statistics = (mean, [s if s > 1e-6 else 1.0 for s in std])
+
+    def statistics_key(self) -> str:
+        """Which statistics fit: hash of the vision weights, the image transform and the choice of feature."""
+        return stock.short_hash(self._vision_choice())
+
+    def _vision_choice(self) -> dict[str, Any]:
+        """All that the vector of an image depends on."""
+        o = self.options
+        return {
+            "weights": tower_loading.weights_hash(o.vision, "backbone.vision"),
+            "layers": self._vision_config.num_hidden_layers,
+            "feature": o.vision_feature,
+            "norm": o.vision_norm,
+            "transform": asdict(self._square()),
+            "mean": self._pixels["mean"],
+            "std": self._pixels["std"],
+        }
+
+    def build_vision(self) -> Callable[[dict[str, Tensor]], Tensor]:
+        """Function from `collate_images` output to the (I, d) vectors of the images, not yet standardised."""
+        config = self._vision_config
+        tower = self._load_vision(config).eval()
+        return functools.partial(
+            _image_vectors, tower, Affine(self._pixels["mean"], self._pixels["std"], 1, 1 / 255), self.options
+        )
+
+    # configurations and parts
+
+    @functools.cached_property
+    def _vision_config(self) -> PretrainedConfig:
+        config = tower_loading.load_config(self.options.vision, "backbone.vision", "vision")
+        if self.options.vision_layers:
+            config = tower_loading.first_layers(config, self.options.vision_layers)
+        if self.options.vision_feature != "pooler" and hasattr(config, "vision_use_head"):
+            config.vision_use_head = False
+        return config
+
+    @functools.cached_property
+    def _pixels(self) -> dict[str, Any]:
+        return tower_loading.image_processor(self.options.vision, self._vision_config, "backbone.vision")
+
+    @functools.cached_property
+    def _tokenizer(self) -> Any:
+        where = "backbone.text"
+        try:
+            return AutoTokenizer.from_pretrained(tower_loading.locate(self.options.text, where), use_fast=True)
+        except (OSError, ValueError) as error:
+            reason = str(error).strip().splitlines()[0][:200]
+            raise BadInput(f"{where}: cannot load the tokenizer of {self.options.text!r} ({reason}).") from error
+
+    def _side_config(self, on_meta: bool) -> dict[str, Any]:
+        """Fields of `VisionSideConfig`. Raises BadInput where statistics are wanted and not there."""
+        o = self.options
+        if self.wants_statistics and self._statistics is None and not on_meta:
+            raise BadInput(
+                "backbone.feature_norm: zscore, but no statistics. Run data_prep/feature_stats.py on the data first."
+            )
+        width = self._vision_config.hidden_size
+        mean, std = self._statistics or ([0.0] * width, [1.0] * width)
+        return {
+            "vision_config": copy.deepcopy(self._vision_config),
+            "text_config": copy.deepcopy(self._text_config),
+            "vision_feature": o.vision_feature,
+            "vision_norm": o.vision_norm,
+            "prefix": o.prefix,
+            "condition": o.condition,
+            "feature_norm": o.feature_norm,
+            "feature_mean": mean if self.wants_statistics else None,
+            "feature_std": std if self.wants_statistics else None,
+            "pixel_mean": self._pixels["mean"],
+            "pixel_std": self._pixels["std"],
+            "train_dropout": self.train_dropout,
+        }
+
+    def _load_vision(self, config: PretrainedConfig) -> PreTrainedModel:
+        pooler = self.options.vision_feature == "pooler"
+        if self.options.random_weights:
+            return self._random_tower(config, "vision", pooler)
+        extra = tower_loading.pooler_argument(config, "vision", pooler)
+        return tower_loading.load_tower(self.options.vision, "backbone.vision", config, **self._loading(), **extra)
+
+    def _random_tower(self, config: PretrainedConfig, kind: str, pooler: bool) -> PreTrainedModel:
+        with torch.random.fork_rng():
+            torch.manual_seed(stock.RANDOM_SEED)
+            return tower_loading.empty_tower(config, kind, pooler).to(self.dtype)
+
+    def _loading(self) -> dict[str, Any]:
+        return {"dtype": self.dtype, "attn_implementation": tower_loading.choose_attention(self.attention, self.dtype)}
+
+
+@torch.no_grad()
+def _image_vectors(
+    tower: PreTrainedModel, pixel_norm: Affine, options: VisionOptions, images: dict[str, Tensor]
+) -> Tensor:
+    reference = next(tower.parameters())
+    pixels = pixel_norm(images["pixel_values"].to(reference.device)).to(reference.dtype)
+    return tower_loading.vision_features(
+        tower, pixels, options.vision_feature, options.vision_norm, with_tokens=False
+    )[:, 0].float()

@@ -1,0 +1,26 @@
+"""Options of the backbone `features`: which features are stored and which an encoder makes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+
+@dataclass
+class Options:
+    """Keys of the recipe's `backbone` section.
+
+    Attributes:
+        encoder: `name` and options of a backbone whose frozen towers make features; null: all of them are stored.
+        images: `stored` in feature shards, or `live` through the encoder, from pixels.
+        texts: captions' features: `stored`, or `live` through the encoder; `none` leaves captions out.
+        ensemble: of the templates of a class: `unit` averages unit vectors, `raw` the vectors as they are.
+        templates, negative_templates: class texts where none are stored; `{}` stands for the name of a class.
+    """
+
+    encoder: dict[str, Any] | None = None
+    images: Literal["stored", "live"] = "stored"
+    texts: Literal["none", "stored", "live"] = "stored"
+    ensemble: Literal["unit", "raw"] = "unit"
+    templates: list[str] = field(default_factory=lambda: ["a photo of a {}."])
+    negative_templates: list[str] = field(default_factory=lambda: ["a photo of no {}."])

@@ -1,0 +1,31 @@
+"""Options of the backbone `mllm`: a checkpoint, the conversation's template and length."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass
+class Options:
+    """Keys of the recipe's `backbone` section.
+
+    Attributes:
+        model: hub name or local directory of a llava, llava_next, qwen2_vl or qwen2_5_vl model.
+        random_weights: take only its configuration, tokenizer and image processor; for tests and measurements.
+        max_text_length: tokens of a conversation, an image counted as one; what is longer is cut at its end.
+        max_pixels: Qwen only: larger images are scaled down to this many pixels, 0 = as the checkpoint says. An image
+            becomes one token for every 28 x 28 pixels.
+        system: said first in conversations without a system turn; empty: nothing.
+        chat_template: Jinja file, where the checkpoint brings no template or another is wanted.
+        condition: what adapters of the language model route on: `none`, the `pooled` vector (mean of an image's tokens
+            behind the projector, mean over the images of a sample), or all these `tokens`.
+    """
+
+    model: str = "llava-hf/llava-1.5-7b-hf"
+    random_weights: bool = False
+    max_text_length: int = 1024
+    max_pixels: int = 0
+    system: str = ""
+    chat_template: str = ""
+    condition: Literal["none", "pooled", "tokens"] = "none"

@@ -1,0 +1,27 @@
+"""Options of the backbone `vision_text_decoder`: two towers, how they are joined, and the loss."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from mmpeft_ds.backbones.common.vision_options import VisionOptions
+
+
+@dataclass
+class Options(VisionOptions):
+    """Keys of the recipe's `backbone` section, beside those of `VisionOptions`.
+
+    Attributes:
+        text: hub name, local directory or packaged:NAME of a gpt2, llama, mistral or qwen2 language model.
+        max_text_length: tokens of start, prompt and target together, without the prefix; longer texts are cut.
+        start: text before every prompt; `auto` is none behind an image prefix and the published "<s>" without one.
+        loss: which tokens the loss asks for. `fixed`: those of the target and one end of text; padding is not asked.
+            `official`: as published, every position up to `max_text_length`, padding with the end of text included,
+            but never the first token, and never token 0 ("!" in GPT-2).
+    """
+
+    text: str = "gpt2"
+    max_text_length: int = 50
+    start: str = "auto"
+    loss: Literal["fixed", "official"] = "fixed"

@@ -1,0 +1,33 @@
+"""Options of the task `answering`: the prompt, the target, and how answers are generated."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+
+@dataclass
+class Options:
+    """Keys of a source's `task` section.
+
+    Attributes:
+        prompt: stands before every question, such as "vqa: ".
+        target: which of the annotators' answers is to be written: one drawn in proportion to its soft score, anew
+            every epoch (`sample`), or the one that most gave (`best`).
+        listed_only: take only answers of the data's label list, as published for VQAv2.
+        score_weight: weight the loss of a question by the soft score of its target, as published for VQAv2; the sum
+            is still divided by the number of questions.
+        choices: the only answers that may be written; empty = any words.
+        num_beams: beams in evaluation, 1 = greedy.
+        max_new_tokens: longest answer in tokens.
+        max_questions: questions of a sample in one visit, drawn anew every epoch, 0 = all.
+    """
+
+    prompt: str = ""
+    target: Literal["sample", "best"] = "sample"
+    listed_only: bool = False
+    score_weight: bool = False
+    choices: list[str] = field(default_factory=list)
+    num_beams: int = 1
+    max_new_tokens: int = 10
+    max_questions: int = 0

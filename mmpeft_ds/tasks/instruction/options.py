@@ -1,0 +1,22 @@
+"""Options of the task `instruction`: the loss, and how answers are generated in evaluation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass
+class Options:
+    """Keys of a source's `task` section.
+
+    Attributes:
+        loss: `token`, the mean over all tokens of the step that the assistant says; or `conversation`, the mean over
+            conversations of their mean over tokens, in which a long answer weighs as much as a short one.
+        num_beams: beams in evaluation, 1 = greedy.
+        max_new_tokens: longest answer in evaluation, in tokens; 0 = write none, and score with the given answers only.
+    """
+
+    loss: Literal["token", "conversation"] = "token"
+    num_beams: int = 1
+    max_new_tokens: int = 64

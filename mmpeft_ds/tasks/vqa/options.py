@@ -1,0 +1,22 @@
+"""Options of the task `vqa`: the loss, and how many answers and questions."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass
+class Options:
+    """Keys of a source's `task` section.
+
+    Attributes:
+        loss: `bce`, binary cross-entropy against soft targets, the mean over the answers; or `ce`, cross-entropy on
+            the answer that most annotators gave.
+        num_answers: use the first n answers of the label list, 0 = all.
+        max_questions: questions of a sample in one visit, drawn anew every epoch, 0 = all.
+    """
+
+    loss: Literal["bce", "ce"] = "bce"
+    num_answers: int = 0
+    max_questions: int = 0

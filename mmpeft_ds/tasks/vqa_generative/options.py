@@ -1,0 +1,37 @@
+"""Options of the task `vqa_generative`: the prompt, the weights of answers, and how answers are found."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+
+@dataclass
+class Options:
+    """Keys of a source's `task` section.
+
+    Attributes:
+        prompt: what the model reads; `{}` stands for the question.
+        clean: write questions in lower case without . ! " ( ) * # : ; ~, as BLIP was trained.
+        answer_weight: of every distinct answer; 0 = the share of annotators who gave it.
+        listed_only: leave out answers that are not among the choices or in the data's label list.
+        smoothing: label smoothing of the loss, and of the score by which answers are ranked.
+        evaluate: `rank` the choices or the label list, or `write` freely.
+        choices: the answers to rank; empty = the data's label list.
+        k: how many of them are scored whole: those with the likeliest first token.
+        num_beams: beams of `write`, 1 = greedy.
+        max_new_tokens: longest answer of `write` in tokens.
+        max_questions: questions of a sample in one visit, drawn anew every epoch, 0 = all.
+    """
+
+    prompt: str = "{}"
+    clean: bool = True
+    answer_weight: float = 0.0
+    listed_only: bool = False
+    smoothing: float = 0.0
+    evaluate: Literal["rank", "write"] = "rank"
+    choices: list[str] = field(default_factory=list)
+    k: int = 128
+    num_beams: int = 1
+    max_new_tokens: int = 10
+    max_questions: int = 0
