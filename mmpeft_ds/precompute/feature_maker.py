@@ -107,7 +107,7 @@ class Maker(ShardMaker[_Prepared]):
         self.backbone: Any = resolve.make_backbone(recipe, source.labels)
         if not hasattr(self.backbone, "embed"):
             raise BadInput(
-                f"{resolve.origin_of(recipe)('backbone.name')}: {recipe.backbone.get('name')!r} gives no features. "
+                f"{recipe.origin('backbone.name')}: {recipe.backbone.get('name')!r} gives no features. "
                 "Use dual_encoder or clip."
             )
         self.transform = self.backbone.image_transform(False)
@@ -250,7 +250,7 @@ def encoder_recipe(recipe: Recipe) -> Recipe:
         return recipe
     changed = copy.deepcopy(recipe)
     changed.backbone = dict(section)
-    changed._origin = resolve.origin_of(recipe)
+    changed.origin = recipe.origin
     return changed
 
 

@@ -139,8 +139,8 @@ def resolve(recipe: Recipe) -> Resolved:
 def expand(recipe: Recipe) -> Recipe:
     """The recipe with the sections of its components typed and their defaults filled in. Raises BadInput."""
     full = copy.deepcopy(recipe)
-    origin = origin_of(recipe)
-    full._origin = origin
+    origin = recipe.origin
+    full.origin = origin
     entry, options = _component(backbones, recipe.backbone, "backbone", origin)
     full.backbone = {"name": recipe.backbone["name"], **dataclasses.asdict(options)}
     for role in ("sources", "validation"):
@@ -158,10 +158,10 @@ def make_backbone(recipe: Recipe, labels: list[str] | None, towers: dict[str, An
     Args:
         towers: what the manifest says of stored features.
     """
-    entry, options = _component(backbones, recipe.backbone, "backbone", origin_of(recipe))
+    entry, options = _component(backbones, recipe.backbone, "backbone", recipe.origin)
     backbone = entry(options, labels)
     if section := getattr(options, "encoder", None):
-        inner, inner_options = _component(backbones, section, "backbone.encoder", origin_of(recipe))
+        inner, inner_options = _component(backbones, section, "backbone.encoder", recipe.origin)
         encoder = inner(inner_options, None)
         with _named(recipe, "backbone.encoder"):
             encoder.check()
@@ -178,15 +178,15 @@ def make_backbone(recipe: Recipe, labels: list[str] | None, towers: dict[str, An
 
 def make_task(recipe: Recipe, key: str, options: SourceOptions, labels: list[str] | None) -> Task:
     """The task of the source that stands at `key` of the recipe."""
-    entry, task_options = _component(tasks, options.task, f"{key}.task", origin_of(recipe))
+    entry, task_options = _component(tasks, options.task, f"{key}.task", recipe.origin)
     return entry(task_options, labels)
 
 
 def make_method(recipe: Recipe) -> tuple[Method, PeftConfig]:
     """The method entry and its config, with the fields that the recipe gives."""
-    entry = _entry(methods, recipe.method, "method", origin_of(recipe))
+    entry = _entry(methods, recipe.method, "method", recipe.origin)
     given = {k: v for k, v in recipe.method.items() if k != "name"}
-    return entry, typed(entry.Config, given, "method", origin_of(recipe), _own_fields(entry.Config))
+    return entry, typed(entry.Config, given, "method", recipe.origin, _own_fields(entry.Config))
 
 
 def attach(resolved: Resolved, base_model: PreTrainedModel) -> PeftModel:
@@ -256,15 +256,10 @@ def feature_statistics(recipe: Recipe, backbone: Backbone, manifest: Manifest) -
         )
         raise BadInput(
             f"{manifest.dir}/manifest.json: no feature statistics (key {key}) for the vision weights and the image "
-            f"transform of {origin_of(recipe).path}. {changed if others else 'Run: '}"
-            f"python data_prep/feature_stats.py {manifest.dir} --recipe {origin_of(recipe).path}"
+            f"transform of {recipe.origin.path}. {changed if others else 'Run: '}"
+            f"python data_prep/feature_stats.py {manifest.dir} --recipe {recipe.origin.path}"
         )
     return manifest.statistics[key]
-
-
-def origin_of(recipe: Recipe) -> Origin:
-    """Where the recipe came from, for error messages."""
-    return getattr(recipe, "_origin", Origin())
 
 
 def _own_fields(config: type[PeftConfig]) -> list[dataclasses.Field]:
