@@ -221,7 +221,8 @@ def _refuse_difference(out: Path, have: dict[str, Any], wanted: dict[str, Any], 
         differs.append(f"source {have['source']['name']}, now {wanted['source']['name']}")
     else:
         new = json.loads(json.dumps(shaping))
-        differs += [f"{k} {old.get(k)}, now {v}" for k, v in new.items() if old.get(k) != v]
+        # An option that the version before did not have is as good as left out where it is empty.
+        differs += [f"{k} {old.get(k)}, now {v}" for k, v in new.items() if old.get(k) != v and (k in old or v)]
         before, after = have["source"]["fingerprint"], wanted["source"]["fingerprint"]
         for key in sorted(before.keys() | after.keys()):
             if before.get(key) != after.get(key):

@@ -8,7 +8,8 @@
 
 `image` is one path, a list of paths (several images, video frames) or absent (text only). `features` is the path of a
 .npy array, or a list of them, one an image, in the place of images. A line may hold several of these; `id` names the
-sample; any other key is kept under `extra`.
+sample. Any other key is kept under `extra`, which no task reads, and named when the data set is prepared; one that looks
+like a key above, or names a file, is refused (see common/unknown_keys.py).
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import hashlib
 import json
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -26,13 +27,15 @@ from typing import Any
 import numpy as np
 
 from data_prep.sources.base import RawSample
+from data_prep.sources.common.unknown_keys import check_unknown
 from data_prep.sources.image_folder import EXTENSIONS
 from mmpeft_ds.errors import BadInput
 
 SHOWN = 20
 MAX_CLASSES = 1_000_000
 CONTENT = ("caption", "captions", "question", "questions", "label", "conversations")
-KNOWN = {"id", "image", "features", "answer", "answers", "class_name", "question_id", "type", *CONTENT}
+FILES = ("image", "features")
+OF_QUESTION = ("question", "answer", "answers", "question_id", "type")
 
 
 @dataclass
@@ -46,6 +49,7 @@ class Options:
         image_root: folder that image paths are relative to (default: the folder of the JSONL file).
         min_answer_count: answers given less often in training are not in the closed answer list.
         max_answers: length of the closed answer list at most; 0 stores none.
+        keep: keys to keep under `extra` although they look like keys that tasks read, or name files.
         licence: written to the manifest.
     """
 
@@ -55,6 +59,7 @@ class Options:
     image_root: Path | None = None
     min_answer_count: int = 1
     max_answers: int = 5000
+    keep: list[str] = field(default_factory=list)
     licence: str = "unknown"
 
 
@@ -75,6 +80,7 @@ class Jsonl:
         """Reads every line and looks for every image before anything is written."""
         problems: list[str] = []
         missing: dict[str, str] = {}
+        extra: Counter[str] = Counter()
         for split, files in self._files.items():
             for file in files:
                 for number, line in _lines(file):
@@ -84,6 +90,7 @@ class Jsonl:
                     except ValueError as error:
                         problems.append(f"{file}:{number}: {error}")
                         continue
+                    extra.update(_extra_keys(record))
                     for path in images:
                         if str(path) not in missing and not path.is_file():
                             missing[str(path)] = f"{file}:{number}: {path} does not exist"
@@ -96,6 +103,9 @@ class Jsonl:
             raise BadInput(
                 f"{names}: {len(problems)} problems{more}. Nothing was written. Mend these lines or remove them."
             )
+        if extra:
+            kept = ", ".join(f"{key} ({count:,})" for key, count in extra.most_common(SHOWN))
+            print(f"kept under `extra`, which no task reads: {kept}", file=sys.stderr)
         return list(self._files)
 
     def fingerprint(self) -> dict[str, str]:
@@ -154,15 +164,18 @@ class Jsonl:
 
         Text labels are numbered in alphabetic order; integer labels keep their number and may bring a `class_name`.
         """
+        labels: set[int | str] = set()
         names: dict[int | str, str] = {}
         for _, line, _ in self._objects(next(iter(self._files))):
             if _is_label(line.get("label")):
-                names[line["label"]] = str(line.get("class_name", line["label"]))
-        if not names or len({type(label) for label in names}) > 1:
+                labels.add(line["label"])
+                if "class_name" in line:
+                    names.setdefault(line["label"], str(line["class_name"]))
+        if not labels or len({type(label) for label in labels}) > 1:
             return []
-        if isinstance(next(iter(names)), str):
-            return sorted(names)
-        return [names.get(i, str(i)) for i in range(max(names) + 1)]
+        if isinstance(next(iter(labels)), str):
+            return sorted(labels)
+        return [names.get(i, str(i)) for i in range(max(labels) + 1)]
 
     def _objects(self, split: str) -> Iterator[tuple[int, dict[str, Any], Path]]:
         """(line number, object, file) of the lines that hold an object."""
@@ -178,13 +191,14 @@ class Jsonl:
     def _parse(self, line: bytes, file: Path, split: str) -> tuple[list[Path], dict[str, Any]]:
         """(paths of images and features, record) of one line; ValueError says what is wrong with it."""
         try:
-            found = json.loads(line.decode("utf-8"), parse_constant=_no_constant)
+            found = json.loads(line.decode("utf-8"), parse_constant=_no_constant, object_pairs_hook=_each_once)
         except UnicodeDecodeError as error:
             raise ValueError(f"is not UTF-8 (byte {error.start})") from error
         except json.JSONDecodeError as error:
             raise ValueError(f"is no JSON object ({error.msg} at column {error.colno})") from error
         if not isinstance(found, dict):
             raise ValueError(f"is a JSON {type(found).__name__}, expected an object {{...}}")
+        extra = self._extra(found, file)
         if not any(name in found for name in CONTENT):
             raise ValueError(f"has none of {', '.join(CONTENT)}")
         images = self._paths(found, "image", sorted(EXTENSIONS), file)
@@ -193,13 +207,45 @@ class Jsonl:
         if "caption" in found or "captions" in found:
             record["captions"] = _captions(found)
         if "question" in found or "questions" in found:
-            record["questions"] = _questions(found, strict=True)
+            record["questions"] = _questions(
+                found, strict=True, extra=lambda one: self._extra_of(one, (*OF_QUESTION, _type_key(one)), file)
+            )
         if "label" in found:
             record.update(self._label(found, split))
         if "conversations" in found:
-            record["conversations"] = _conversations(found["conversations"], len(images))
-        extra = {k: v for k, v in found.items() if k not in KNOWN}
+            record["conversations"] = _conversations(
+                found["conversations"], len(images), lambda turn: self._extra_of(turn, ("from", "value"), file)
+            )
         return images + features, {**record, "extra": extra} if extra else record
+
+    def _extra(self, found: dict[str, Any], file: Path) -> dict[str, Any]:
+        """What no task reads of a line. Raises ValueError if a task was meant to."""
+        read = ["id", *FILES, *CONTENT, "class_name"]
+        if "class_name" in found and "label" not in found:
+            raise ValueError("'class_name' goes with an integer under 'label', and there is none")
+        if "question" in found:
+            read += [*OF_QUESTION, _type_key(found)]
+        elif isinstance(found.get("questions"), list) and all(isinstance(q, str) for q in found["questions"]):
+            read.append("answers")
+        aside = next((key for key in ("answer", "answers") if key in found and key not in read), None)
+        if aside and "questions" in found:
+            raise ValueError(f"{aside!r} stands beside 'questions': put it into the question that it belongs to")
+        if aside:
+            raise ValueError(f"{aside!r} without a 'question': say what is asked, or call it 'caption'")
+        return self._extra_of(found, read, file)
+
+    def _extra_of(self, found: dict[str, Any], read: Collection[str | None], file: Path) -> dict[str, Any]:
+        """The entries of an object that are not `read`. Raises ValueError if one was meant to be."""
+        for one, several in (("caption", "captions"), ("question", "questions"), ("answer", "answers")):
+            if one in found and several in found:
+                raise ValueError(f"has both {one!r} and {several!r}: one of them would be left aside. Keep one")
+        unknown = [key for key in found if key not in read]
+        check_unknown(found, unknown, self.options.keep, self._folders(file))
+        return {key: found[key] for key in unknown}
+
+    def _folders(self, file: Path) -> set[Path]:
+        """Where a path in a line may begin."""
+        return {self.options.image_root or file.parent, file.parent}
 
     def _paths(self, found: dict[str, Any], key: str, extensions: list[str], file: Path) -> list[Path]:
         value = found.get(key)
@@ -223,7 +269,12 @@ class Jsonl:
         if isinstance(label, int):
             if label >= len(self._classes):
                 raise ValueError(f"label {label} does not occur in split {next(iter(self._files))!r}")
-            return {"label": label, "class_name": self._classes[label]}
+            name = self._classes[label]
+            if str(found.get("class_name", name)) != name:
+                raise ValueError(f"label {label} is class {found['class_name']!r} here, but {name!r} in another line")
+            return {"label": label, "class_name": name}
+        if str(found.get("class_name", label)) != label:
+            raise ValueError(f"'class_name' {found['class_name']!r} beside the text {label!r} under 'label': keep one")
         if label not in self._class_index:
             raise ValueError(f"label {label!r} does not occur in split {next(iter(self._files))!r}")
         return {"label": self._class_index[label], "class_name": label}
@@ -249,8 +300,14 @@ def _captions(found: dict[str, Any]) -> list[str]:
     return captions
 
 
-def _questions(found: dict[str, Any], strict: bool = False) -> list[dict[str, Any]]:
-    """Questions in the one form of the shards; wrong ones raise ValueError if `strict`, else are left out."""
+def _questions(
+    found: dict[str, Any], strict: bool = False, extra: Callable[[dict], dict] = lambda one: {}
+) -> list[dict[str, Any]]:
+    """Questions in the one form of the shards; wrong ones raise ValueError if `strict`, else are left out.
+
+    Args:
+        extra: what is to be kept of an entry of `questions` that no task reads.
+    """
     asked = found.get("questions")
     if asked is None:
         asked = [found] if "question" in found else []
@@ -268,7 +325,9 @@ def _questions(found: dict[str, Any], strict: bool = False) -> list[dict[str, An
     read = []
     for one in asked:
         try:
-            read.append(_question(one))
+            question = _question(one)
+            more = extra(one) if one is not found else {}
+            read.append({**question, "extra": more} if more else question)
         except ValueError:
             if strict:
                 raise
@@ -287,16 +346,28 @@ def _question(one: Any) -> dict[str, Any]:
     if not (answers and all(isinstance(a, str) for a in answers)):
         raise ValueError(f"question {text[:40]!r} needs 'answer' (a text) or 'answers' (a list of texts)")
     read: dict[str, Any] = {"question": text, "answers": answers}
-    for name in ("question_id", "type"):
-        if name in one:
-            read[name] = one[name]
-    for name in ("answer_type", "question_type"):  # VQAv2
-        if name in one:
-            read.setdefault("type", one[name])
+    if "question_id" in one:
+        read["question_id"] = one["question_id"]
+    if (name := _type_key(one)) is not None:
+        read["type"] = one[name]
     return read
 
 
-def _conversations(turns: Any, images: int) -> list[dict[str, str]]:
+def _type_key(one: dict[str, Any]) -> str | None:
+    """The key that says of what type a question is; the last two are VQAv2's."""
+    return next((name for name in ("type", "answer_type", "question_type") if name in one), None)
+
+
+def _extra_keys(record: dict[str, Any]) -> Iterator[str]:
+    """Names of what is kept of a record without being read."""
+    yield from record.get("extra", {})
+    for name in ("questions", "conversations"):
+        for item in record.get(name, []):
+            yield from (f"{name}[].{key}" for key in item.get("extra", {}))
+
+
+def _conversations(turns: Any, images: int, extra: Callable[[dict], dict]) -> list[dict[str, Any]]:
+    """Turns in the form of the shards; `extra` gives what is to be kept of a turn that no task reads."""
     if not (isinstance(turns, list) and turns):
         raise ValueError("'conversations' must be a list that is not empty")
     for i, turn in enumerate(turns):
@@ -307,9 +378,13 @@ def _conversations(turns: Any, images: int) -> list[dict[str, str]]:
                 f"turn {i} of 'conversations' is from {turn.get('from')!r}, expected human, gpt or system"
             )
     named = sum(turn["value"].count("<image>") for turn in turns)
-    if named > images:
+    if named not in (0, images):
         raise ValueError(f"'conversations' name <image> {named} times but the line has {images} images")
-    return [{"from": turn["from"], "value": turn["value"]} for turn in turns]
+    read = []
+    for turn in turns:
+        more = extra(turn)
+        read.append({"from": turn["from"], "value": turn["value"], **({"extra": more} if more else {})})
+    return read
 
 
 def _is_label(value: Any) -> bool:
@@ -326,6 +401,14 @@ def _check_storable(record: dict[str, Any]) -> None:
         raise ValueError(f"holds \\u{ord(error.object[error.start]):04x}, half of a character") from error
     except ValueError as error:
         raise ValueError("holds a number that is too large for a float") from error
+
+
+def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
+        raise ValueError(f"has the key {twice!r} twice")
+    return found
 
 
 def _no_constant(name: str) -> None:

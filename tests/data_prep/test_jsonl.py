@@ -75,6 +75,103 @@ def test_rare_answers_and_the_end_of_a_long_list_can_be_left_out(jsonl, tmp_path
     assert manifest.labels == ["a", "b"] and manifest.label_counts == [3, 2]
 
 
+ASKED = {"question": "what?", "answer": "red"}
+TALK = [{"from": "human", "value": "what?"}, {"from": "gpt", "value": "red"}]
+
+
+@pytest.mark.parametrize(
+    ("line", "named", "meant"),
+    [
+        ({"images": ["0.png"], "conversations": TALK}, "images", "'image'"),
+        ({"image_path": "0.png", "conversations": TALK}, "image_path", "'image'"),
+        ({"imagePath": "0.png", **ASKED}, "imagePath", "'image'"),
+        ({"img": "0.png", **ASKED}, "img", "'image'"),
+        ({"Image": "0.png", **ASKED}, "Image", "'image'"),
+        ({"pictures": ["0.png"], **ASKED}, "pictures", "'image'"),
+        ({"photo": "elsewhere", "label": "cat"}, "photo", "'image'"),
+        ({"imgae": "0.png", "caption": "x"}, "imgae", "'image'"),
+        ({"image_url": "http://example.com/0.png", "caption": "x"}, "image_url", "'image'"),
+        ({"file_name": "gone.png", "label": "cat"}, "file_name", "'image'"),
+        ({"image": "0.png", "caption": "x", "second": "1.png"}, "second", "'image'"),
+        ({"image": "0.png", "caption": "x", "more": {"views": [{"at": "1.png"}]}}, "more", "'image'"),
+        ({"x": "data:image/png;base64,AAAA", "caption": "x"}, "x", "'image'"),
+        ({"video": "clip7", "caption": "x"}, "video", "frames"),
+        ({"audio": "a", "caption": "x"}, "audio", "sound"),
+        ({"image_features": "f", "caption": "x"}, "image_features", "'features'"),
+        ({"image": "0.png", "label": "cat", "text": "a cat"}, "text", "'caption'"),
+        ({"image": "0.png", "label": "cat", "description": "a cat"}, "description", "'caption'"),
+        ({"image": "0.png", "caption": "x", "captions_en": ["y"]}, "captions_en", "'caption'"),
+        ({"image": "0.png", **ASKED, "answer_list": ["red"]}, "answer_list", "'answers'"),
+        ({"image": "0.png", "caption": "x", "class": "cat"}, "class", "'label'"),
+        ({"image": "0.png", "label": "cat", "messages": TALK}, "messages", "'conversations'"),
+        ({"image": "0.png", "conversations": TALK, "system": "be short"}, "system", "'conversations'"),
+        ({"messages": [{"role": "user", "content": "what?"}], "images": ["0.png"]}, "messages", "'conversations'"),
+        ({"image": "0.png", "questions": [{**ASKED, "img": "1.png"}]}, "img", "'image'"),
+        ({"conversations": [{**TALK[0], "image": "0.png"}, TALK[1]]}, "image", "'image'"),
+    ],
+)
+def test_a_key_that_looks_like_a_known_one_is_refused_with_the_right_name(line, named, meant, jsonl, tmp_path, capsys):
+    with pytest.raises(BadInput, match="1 problems"):
+        prepare.main(["jsonl", "--out", str(tmp_path / "out"), "--train", str(jsonl(line))])
+    (shown,) = capsys.readouterr().err.splitlines()
+    assert f"the key {named!r}" in shown and meant in shown and f"--keep {named}" in shown
+    assert not (tmp_path / "out").exists()
+
+
+HARMLESS = {
+    "split": "kept",
+    "url": "http://example.com/1.png",
+    "image_id": 7,
+    "image_width": 8,
+    "score": 0.5,
+    "source": "gone.png",
+    "tags": ["a", "b"],
+    "title": "thing",
+    "answer_type": "number",
+    "images": None,
+    "video": [],
+}
+
+
+def test_harmless_keys_stay_under_extra_and_are_named_once(jsonl, tmp_path, capsys):
+    line = {"image": "0.png", "caption": "x", **HARMLESS}
+    asked = {"questions": [{**ASKED, "difficulty": 3}]}
+    talk = {"conversations": [{**TALK[0], "lang": "en"}, TALK[1]]}
+    _, samples = prepared(tmp_path, "--train", jsonl(line, line, asked, talk))
+    records = [s["json"] for s in samples["train"]]
+    assert records[0]["extra"] == HARMLESS
+    assert records[2]["questions"] == [{"question": "what?", "answers": ["red"], "extra": {"difficulty": 3}}]
+    assert records[3]["conversations"] == [{**TALK[0], "extra": {"lang": "en"}}, TALK[1]]
+    (told,) = [x for x in capsys.readouterr().err.splitlines() if "kept under `extra`" in x]
+    assert "split (2)" in told and "questions[].difficulty (1)" in told and "conversations[].lang (1)" in told
+
+
+def test_what_the_user_keeps_by_name_is_kept(jsonl, tmp_path):
+    path = jsonl({"image": "0.png", "label": "cat", "text": "a cat", "thumbnail": "1.png"})
+    _, samples = prepared(tmp_path, "--train", path, "--keep", "text", "thumbnail")
+    assert samples["train"][0]["json"]["extra"] == {"text": "a cat", "thumbnail": "1.png"}
+
+
+def test_an_integer_label_has_one_name_whichever_line_brings_it(jsonl, tmp_path, capsys):
+    lines = [{"label": 1}, {"label": 1, "class_name": "dog"}, {"label": 0, "class_name": "cat"}]
+    manifest, samples = prepared(tmp_path, "--train", jsonl(*lines))
+    assert manifest.labels == ["cat", "dog"] and [s["json"]["label"] for s in samples["train"]] == [1, 1, 0]
+    with pytest.raises(BadInput, match="1 problems"):
+        prepare.main(["jsonl", "--out", str(tmp_path / "b"), "--train", str(jsonl(*lines, lines[2] | {"label": 1}))])
+    assert "label 1 is class 'cat' here, but 'dog' in another line" in capsys.readouterr().err
+
+
+def test_a_directory_prepared_before_an_option_existed_is_still_the_same(jsonl, tmp_path, capsys):
+    path = jsonl({"image": "0.png", "caption": "x"})
+    manifest, _ = prepared(tmp_path, "--train", path)
+    del manifest.source["options"]["keep"]
+    manifest.save(tmp_path / "out")
+    prepared(tmp_path, "--train", path)
+    assert "already prepared" in capsys.readouterr().out
+    with pytest.raises(BadInput, match="keep None, now"):
+        prepared(tmp_path, "--train", path, "--keep", "text")
+
+
 GOOD = {"image": "0.png", "caption": "fine"}
 
 
@@ -107,6 +204,19 @@ GOOD = {"image": "0.png", "caption": "fine"}
         ({"image": "0.png", "conversations": [{"from": "robot", "value": "x"}]}, "from 'robot'"),
         ({"image": "0.png", "conversations": [{"from": "human"}]}, "'value'"),
         ({"conversations": [{"from": "human", "value": "<image> what?"}]}, "1 times but the line has 0"),
+        (
+            {"image": ["0.png", "1.png"], "conversations": [{"from": "human", "value": "<image> what?"}]},
+            "1 times but the line has 2",
+        ),
+        (b'{"caption": "x", "caption": "y"}', "'caption' twice"),
+        ({"caption": "x", "captions": ["y"]}, "both 'caption' and 'captions'"),
+        ({"image": "0.png", "question": "n?", "answer": "2", "answers": ["2"]}, "both 'answer' and 'answers'"),
+        ({"question": "n?", "answer": "2", "questions": ["m?"], "answers": ["3"]}, "both 'question' and"),
+        ({"questions": [{"question": "n?", "answer": "2", "answers": ["2"]}]}, "both 'answer' and 'answers'"),
+        ({"questions": [{"question": "n?", "answer": "2"}], "answers": ["2"]}, "'answers' stands beside 'questions'"),
+        ({"image": "0.png", "caption": "x", "answer": "2"}, "'answer' without a 'question'"),
+        ({"image": "0.png", "caption": "x", "class_name": "cat"}, "'class_name' goes with"),
+        ({"image": "0.png", "label": "cat", "class_name": "dog"}, "'class_name' 'dog' beside"),
     ],
 )
 def test_a_bad_line_is_named_before_anything_is_written(line, says, jsonl, tmp_path, capsys):
