@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +19,7 @@ if __name__ == "__main__":
 
 from data_prep.engines import run_jobs  # noqa: E402
 from data_prep.reading import image_size, parse_sample  # noqa: E402
+from data_prep.sources.common.unknown_keys import looks_like  # noqa: E402
 from mmpeft_ds import console  # noqa: E402
 from mmpeft_ds.data.manifest import FILE, Manifest, local_path, sample_key  # noqa: E402
 from mmpeft_ds.data.writer import file_sha256  # noqa: E402
@@ -95,6 +97,8 @@ def verify(dir: str, list_bad: bool = False, processes: int = 0) -> list[str]:
     strange = _unlisted(manifest)
     if strange:
         print(f"note: {FILE} does not name {', '.join(strange[:5])}{' ...' if len(strange) > 5 else ''}")
+    for split, key, kind in _left_aside(manifest):
+        print(f"note: split {split}: no task reads the key {key!r} of its records, which looks like {kind}")
     verdict = f"{len(problems)} problems" if problems else "all good"
     print(f"{manifest.name}: {len(jobs)} shards, {sum(f.good for f in results):,} samples read well: {verdict}")
     return problems
@@ -137,6 +141,16 @@ def _check_sample(piece: bytes, key: str) -> None:
         raise BadSample("key", f"{sample.key}, and {key} belongs here")
     for image in sample.images:
         image_size(image)
+
+
+def _left_aside(manifest: Manifest) -> Iterator[tuple[str, str, str]]:
+    """(split, key, what it looks like) of the keys under `extra` that may have been meant for a task."""
+    for split, fields in manifest.fields.items():
+        present = [name for name in fields if name != "images" or fields[name]["max"]]
+        present += ["image"] if "images" in present else []
+        for key in dict.fromkeys(re.split(r"[.\[]", path)[1] for path in fields if path.startswith("extra.")):
+            if (kind := looks_like(key, present)) is not None:
+                yield split, key, kind
 
 
 def _unlisted(manifest: Manifest) -> list[str]:

@@ -8,8 +8,8 @@
 
 `image` is one path, a list of paths (several images, video frames) or absent (text only). `features` is the path of a
 .npy array, or a list of them, one an image, in the place of images. A line may hold several of these; `id` names the
-sample. Any other key is kept under `extra`, which no task reads, and named when the data set is prepared; one that looks
-like a key above, or names a file, is refused (see common/unknown_keys.py).
+sample. Any other key is kept under `extra`, which no task reads, and named when the data set is prepared; one that
+looks like a key above, or names a file, is refused (see common/unknown_keys.py).
 """
 
 from __future__ import annotations

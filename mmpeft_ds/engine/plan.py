@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from torch import nn
 
@@ -49,6 +50,7 @@ def make(resolved: Resolved) -> dict[str, Any]:
         "labels": len(resolved.labels or []),
         "sources": sources,
         "validation": validation,
+        "notes": resolved.notes,
         "global_batch": recipe.data.global_batch,
         "accumulation": recipe.optim.accumulation,
         "steps_per_epoch": steps_per_epoch,
@@ -116,13 +118,17 @@ def show(report: dict[str, Any], console: Console | None = None) -> None:
     """Print the plan as tables."""
     console = console or Console()
     table = Table(title="Data", title_justify="left")
-    for column in ("data set", "split", "task", "samples", "texts", "steps/epoch"):
-        table.add_column(column, justify="right" if column in ("samples", "texts", "steps/epoch") else "left")
+    numbers = ("samples", "images", "texts", "steps/epoch")
+    for column in ("data set", "split", "task", *numbers):
+        table.add_column(column, justify="right" if column in numbers else "left")
     for row in (*report["sources"], *report["validation"]):
         steps = f"{row['steps']:,}" if row["steps"] else "-"
         texts = f"{row['texts']:,}" if row["texts"] else "-"
-        table.add_row(row["dir"], row["split"], row["task"], f"{row['samples']:,}", texts, steps)
+        images = "-" if row["images"] is None else f"{row['images']:,}"
+        table.add_row(row["dir"], row["split"], row["task"], f"{row['samples']:,}", images, texts, steps)
     console.print(table)
+    for note in report["notes"]:
+        console.print(f"[b]Note[/b] {escape(note)}")
     share = 100 * report["trainable_parameters"] / report["total_parameters"]
     kinds = ", ".join(f"{kind} {count:,}" for kind, count in report["trainable_by_kind"].items() if count)
     console.print(
@@ -150,6 +156,7 @@ def _source_row(source: Any, samples: int, steps: int) -> dict[str, Any]:
         "split": source.options.split,
         "task": source.options.task["name"],
         "samples": samples,
+        "images": round(samples * fields["images"]["mean"]) if "images" in fields else None,
         "texts": round(samples * texts) if texts else None,
         "steps": steps,
     }

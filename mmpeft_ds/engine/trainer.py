@@ -75,6 +75,9 @@ def _with_stream(
             print(done["table"])
         return 0
     ewc.check(recipe)
+    if ranks.rank == 0:
+        for note in resolved.notes:  # before the base is loaded, which may take minutes
+            print(f"note: {note}", flush=True)
     check_shards(resolved, ranks)
     built = setup.build(resolved, ranks)
     fingerprints = fingerprint.frozen_fingerprint(fingerprint.frozen_tensors(built.model))

@@ -60,6 +60,9 @@ def evaluate_run(
 def _evaluate_run(run: Path, split: str, which: str, recipe: Any, stop: StopFlag) -> list[dict[str, Any]] | None:
     ranks = setup.start(recipe)
     resolved = resolve(recipe)
+    if ranks.rank == 0:
+        for note in resolved.notes:
+            print(f"note: {note}", flush=True)
     trainer.check_shards(resolved, ranks)
     path = on_rank0(lambda: find_checkpoint(run, which))
     built = setup.build(resolved, ranks)

@@ -35,6 +35,16 @@ def test_intact_shards_have_no_problem(shards, capsys):
     assert problems(shards, capsys) == []
 
 
+def test_a_key_that_an_earlier_version_left_aside_is_told(shards, capsys):
+    manifest = Manifest.load(shards)
+    count = {"type": "str", "present": 12, "min": 5, "mean": 5, "max": 5}
+    manifest.fields["train"] |= {"extra.image_path": count, "extra.split": count, "extra.frames[]": count}
+    manifest.save(shards)
+    assert verify.main([str(shards), "--processes", "1"]) == 0
+    (note,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note")]
+    assert "split train" in note and "'image_path'" in note and "looks like image" in note
+
+
 def test_a_flipped_byte_is_found_wherever_it_is(shards, capsys):
     shard = shards / "jsonl-train-000001.tar"
     data = bytearray(shard.read_bytes())

@@ -1,6 +1,7 @@
 """A recipe becomes its parts, or one line says why it cannot."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -107,6 +108,32 @@ def test_records_without_the_fields_of_the_task_are_refused(folder, monkeypatch)
 
     monkeypatch.setattr(vqa.Vqa, "fields", ("captions",))
     assert "'captions'" in refusal(folder)
+
+
+def test_a_data_set_that_brings_the_vision_tower_no_picture_is_told_before_training(folder, tmp_path, capsys):
+    data = Manifest.load(load(folder).data.sources[0].dir)
+    for split, shards in data.splits.items():
+        for name in [s.file for s in shards] + [data.index[split].file]:
+            (tmp_path / name).write_bytes((Path(data.dir) / name).read_bytes())
+
+    def notes(images, **more):
+        for fields in data.fields.values():
+            fields["images"] = {"type": "images", "present": 12, "min": 0, "mean": 1, "max": 1, **images}
+            fields.update(more)
+        data.save(tmp_path)
+        sources = [f"data.{role}.0.dir={tmp_path}" for role in ("sources", "validation")]
+        report = plan.make(resolve.resolve(load(folder, *sources)))
+        plan.show(report)
+        shown = " ".join(capsys.readouterr().out.split())
+        assert all("".join(line.split()) in "".join(shown.split()) for line in report["notes"])
+        return report["notes"]
+
+    assert notes({"min": 1}) == []
+    assert [("some samples have no images" in n, str(tmp_path) in n) for n in notes({})] == [(True, True)] * 2
+    extra = {"extra.images[]": {"type": "str", "present": 12, "min": 5, "mean": 5, "max": 5}}
+    train, val = notes({"mean": 0, "max": 0}, **extra)
+    assert train.startswith("data.sources.0: ") and "no sample has images" in train and "other keys: images." in train
+    assert val.startswith("data.validation.0: ")
 
 
 def test_the_plan_counts_what_training_would_train(folder):

@@ -31,11 +31,12 @@ _WORDS = {
 }
 _KIND_OF = {word: kind for kind, words in _WORDS.items() for word in words.split()}
 # Words with other meanings besides: refused only where the object has none of the keys that they would stand for.
-_WEAK = frozenset(
-    "thumbnail video videos clip clips movie movies frame frames embedding embeddings description descriptions desc text"
-    " texts txt sentence sentences query queries prompt prompts response responses reply replies target targets output"
-    " outputs gt groundtruth truth class classes category categories cls url uri link".split()
-)
+_AMBIGUOUS_WORDS = """
+thumbnail video videos clip clips movie movies frame frames embedding embeddings description descriptions desc text
+texts txt sentence sentences query queries prompt prompts response responses reply replies target targets output
+outputs gt groundtruth truth class classes category categories cls url uri link
+"""
+_AMBIGUOUS = frozenset(_AMBIGUOUS_WORDS.split())
 _KEYS = {
     "image": ("image",),
     "video": ("image",),
@@ -49,11 +50,13 @@ _KEYS = {
 }
 # Words that leave the meaning as it is (`image_path`, `caption_en`); with any other word (`image_id`, `answer_type`) a
 # key is information about a thing, not the thing itself.
-_FILES = frozenset("path paths file files filename filenames filepath filepaths media src url uri link".split())
-_NEUTRAL = _FILES | frozenset(
-    "name names list data input inputs rel abs relative local full main first second left right rgb base64 b bytes alt"
-    " raw short long en ref refs reference references true gold correct human user assistant all new the my a".split()
-)
+_FILE_WORDS = "path paths file files filename filenames filepath filepaths media src url uri link"
+_FILES = frozenset(_FILE_WORDS.split())
+_NEUTRAL_WORDS = """
+name names list data input inputs rel abs relative local full main first second left right rgb base64 b bytes alt raw
+short long en ref refs reference references true gold correct human user assistant all new the my a
+"""
+_NEUTRAL = _FILES | frozenset(_NEUTRAL_WORDS.split())
 _ADVICE = {
     "image": "pictures stand under 'image', a path or a list of paths",
     "video": "frames of a video stand under 'image', a list of paths of pictures",
@@ -63,7 +66,7 @@ _ADVICE = {
     "question": "questions stand under 'question', several under 'questions'",
     "answer": "the answer to a question stands under 'answer', those of several annotators under 'answers'",
     "label": "the class stands under 'label'",
-    "conversations": "conversations stand under 'conversations', a list of {'from': human, gpt or system, 'value': ...}",
+    "conversations": "turns stand under 'conversations', a list of {'from': human, gpt or system, 'value': text}",
 }
 _SUFFIXES = {
     **dict.fromkeys(EXTENSIONS, "image"),
@@ -94,7 +97,7 @@ def check_unknown(
         meant = looks_like(key, present) or _named_file(key, found[key], present, folders)
         if meant is not None:
             raise ValueError(
-                f"no task reads the key {key!r}: {_ADVICE[meant]}. Rename it, remove it, or keep it under `extra` with "
+                f"no task reads the key {key!r}: {_ADVICE[meant]}. Rename it, remove it, or keep it under `extra`: "
                 f"--keep {key}"
             )
 
@@ -119,7 +122,7 @@ def _kind(key: str) -> tuple[str | None, bool]:
         # The last word is what it is: `image_caption` is a caption. But `question_text` is a question.
         heads = [word for word in known if _KIND_OF[word] != "caption" or word[:2] != "te"]
         head = heads[-1] if heads and _KIND_OF[heads[-1]] not in ("image", "video") else known[-1]
-        return _KIND_OF[head], head in _WEAK or not _WEAK.isdisjoint(set(words) & _FILES)
+        return _KIND_OF[head], head in _AMBIGUOUS or not _AMBIGUOUS.isdisjoint(set(words) & _FILES)
     joined = "".join(words)
     return next((kind for kind in _KEYS if len(joined) > 4 and joined in _slips(kind)), None), False
 

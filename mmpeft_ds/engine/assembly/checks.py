@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from peft import PeftConfig
@@ -105,6 +106,34 @@ def check_fields(recipe: Recipe, key: str, options: SourceOptions, manifest: Man
                 f"{where(recipe, f'{key}.task')}: task {options.task['name']!r} needs the field {name!r}, which "
                 f"{manifest.dir} ({options.split}) has not. It has: {', '.join(present)}."
             )
+
+
+def picture_notes(
+    key: str, options: SourceOptions, manifest: Manifest, modalities: Sequence[str], takes_features: bool
+) -> list[str]:
+    """What is to be said before training of a data set whose samples bring a vision tower no picture, or not all.
+
+    Args:
+        modalities: of the backbone.
+        takes_features: the backbone reads stored features in the place of pictures.
+    """
+    fields = manifest.fields.get(options.split, {})
+    if "image" not in modalities or not fields or manifest.towers:
+        return []
+    wanted, other = ("features", "images") if takes_features else ("images", "features")
+    here = f"{key}: {manifest.dir} ({options.split})"
+    stored = fields.get(wanted, {"present": 0, "max": 0})
+    if not stored["max"]:
+        has = f" It has {other}, which this backbone does not read." if fields.get(other, {}).get("max") else ""
+        aside = {path.split(".")[1].removesuffix("[]"): None for path in fields if path.startswith("extra.")}
+        has += f" No task reads what stands under its other keys: {', '.join(aside)}." if aside else ""
+        return [f"{here}: no sample has {wanted}, so the vision tower sees nothing of this data set.{has}"]
+    # A sample without pictures counts as one with 0 of them; one without features counts as nothing.
+    total = manifest.samples(options.split)
+    without = total - stored["present"] if takes_features else 0 if stored["min"] else None
+    if without == 0:
+        return []
+    return [f"{here}: {f'{without:,} of {total:,}' if without else 'some'} samples have no {wanted}."]
 
 
 def check_names(recipe: Recipe, entries: list[tuple[str, SourceOptions, Manifest]]) -> None:

@@ -32,6 +32,7 @@ from mmpeft_ds.engine.assembly.checks import (
     check_texts,
     check_validation,
     check_values,
+    picture_notes,
 )
 from mmpeft_ds.engine.zero.config import check_ds_config
 from mmpeft_ds.errors import BadInput
@@ -73,6 +74,7 @@ class Resolved:
         ds_config: the ds_configs JSON.
         labels: the closed answer list that the head covers, or None.
         statistics: feature statistics of the first train source for the backbone's condition, or None.
+        notes: lines that the user should read before training: what works, but may not be meant.
     """
 
     recipe: Recipe
@@ -84,6 +86,7 @@ class Resolved:
     validation: list[ResolvedSource]
     labels: list[str] | None
     statistics: dict[str, Any] | None
+    notes: list[str] = dataclasses.field(default_factory=list)
 
 
 def resolve(recipe: Recipe) -> Resolved:
@@ -131,8 +134,24 @@ def resolve(recipe: Recipe) -> Resolved:
         wanted = feature_bank.needed(method, method_config)
         backbone.use_bank(feature_bank.shapes(sources["train"], labels, wanted))
     check_sites(recipe, backbone, method, method_config)
+    takes_features = getattr(backbone.image_transform(False), "takes_features", False)
+    notes = [
+        line
+        for entries in listed.values()
+        for key, o in entries
+        for line in picture_notes(key, o, manifests[key], backbone.modalities, takes_features)
+    ]
     return Resolved(
-        recipe, ds_config, backbone, method, method_config, sources["train"], sources["validation"], labels, statistics
+        recipe=recipe,
+        ds_config=ds_config,
+        backbone=backbone,
+        method=method,
+        method_config=method_config,
+        train=sources["train"],
+        validation=sources["validation"],
+        labels=labels,
+        statistics=statistics,
+        notes=notes,
     )
 
 
