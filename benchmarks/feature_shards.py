@@ -32,10 +32,12 @@ from mmpeft_ds.data.feature_shards import read_features, write_class_texts  # no
 from mmpeft_ds.data.manifest import Manifest  # noqa: E402
 from mmpeft_ds.data.stream import BadBudget, Step  # noqa: E402
 from mmpeft_ds.data.writer import PARTS, write_manifest, write_shard  # noqa: E402
-from mmpeft_ds.engine import trainer  # noqa: E402
-from mmpeft_ds.engine.assembly import build as setup  # noqa: E402
-from mmpeft_ds.engine.checkpoint import TrainState  # noqa: E402
+from mmpeft_ds.distributed import processes  # noqa: E402
+from mmpeft_ds.engine import streams  # noqa: E402
+from mmpeft_ds.engine.assembly.build import build  # noqa: E402
+from mmpeft_ds.engine.assembly.resolve import resolve  # noqa: E402
 from mmpeft_ds.engine.step import Stepper  # noqa: E402
+from mmpeft_ds.engine.train_state import TrainState  # noqa: E402
 from mmpeft_ds.precompute.feature_samples import FeatureSample  # noqa: E402
 from mmpeft_ds.precompute.features import FeatureOptions, Maker, _finish, make_plan  # noqa: E402
 
@@ -116,10 +118,10 @@ class System:
                 "engine": {"deepspeed": "ds_configs/zero1.json"},
             }
         )  # fmt: skip
-        self.ranks = setup.start(self.recipe)
-        self.resolved = trainer.resolve(self.recipe)
-        self.built = setup.build(self.resolved, self.ranks)
-        self.stream = trainer.make_stream(self.resolved, self.resolved.train, self.ranks, train=True)
+        self.ranks = processes.start(self.recipe)
+        self.resolved = resolve(self.recipe)
+        self.built = build(self.resolved, self.ranks)
+        self.stream = streams.make_stream(self.resolved, self.resolved.train, self.ranks, train=True)
 
     def steps(self) -> Iterator[Step]:
         """Without end."""
@@ -223,7 +225,7 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
             found["array"].append(system.train(array_steps(folder / "array.npy", labels, batch), args.steps))
         epoch = args.samples // batch
         for _ in range(args.runs):
-            stream = trainer.make_stream(system.resolved, system.resolved.train, system.ranks, train=True)
+            stream = streams.make_stream(system.resolved, system.resolved.train, system.ranks, train=True)
             found["read_first"].append(reading(stream.epoch(0), epoch, batch))
             found["read"].append(reading(stream.epoch(1), epoch, batch))
             stream.close()

@@ -35,16 +35,18 @@ WARM = 5  # steps left out of the timing
 def ours(args: argparse.Namespace) -> dict:
     """Steps through our stream and stepper."""
     from mmpeft_ds.data.stream import BadBudget
-    from mmpeft_ds.engine import trainer
-    from mmpeft_ds.engine.assembly import build as setup
-    from mmpeft_ds.engine.checkpoint import TrainState
+    from mmpeft_ds.distributed import processes
+    from mmpeft_ds.engine.assembly.build import build
+    from mmpeft_ds.engine.assembly.resolve import resolve
     from mmpeft_ds.engine.step import Stepper
+    from mmpeft_ds.engine.streams import make_stream
+    from mmpeft_ds.engine.train_state import TrainState
 
     recipe = _recipe(args)
-    ranks = setup.start(recipe)
-    resolved = trainer.resolve(recipe)
-    stream = trainer.make_stream(resolved, resolved.train, ranks, train=True)
-    built = setup.build(resolved, ranks)
+    ranks = processes.start(recipe)
+    resolved = resolve(recipe)
+    stream = make_stream(resolved, resolved.train, ranks, train=True)
+    built = build(resolved, ranks)
     budget = BadBudget(0, 1)
     stepper = Stepper(resolved, built, ranks, args.steps, TrainState(), budget)
     rows, ends = [], []
@@ -71,14 +73,14 @@ def peer(args: argparse.Namespace) -> dict:
     import torch
     import transformers
 
-    from mmpeft_ds.engine import trainer
-    from mmpeft_ds.engine.assembly import build as setup
-    from mmpeft_ds.engine.assembly.resolve import attach
+    from mmpeft_ds.distributed import processes
+    from mmpeft_ds.engine.assembly.build import prepare_backbone
+    from mmpeft_ds.engine.assembly.resolve import attach, resolve
 
     recipe = _recipe(args)
-    setup.quiet()
+    processes.quiet()
     torch.set_num_threads(1)
-    resolved = trainer.resolve(recipe)
+    resolved = resolve(recipe)
     # TrainingArguments names no backend when it starts DeepSpeed; without a GPU accelerate then counts one process.
     os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
     accelerate.PartialState(backend="nccl" if torch.cuda.is_available() else "gloo")
@@ -112,7 +114,7 @@ def peer(args: argparse.Namespace) -> dict:
             "gradient_clipping": "auto",
         },
     )
-    setup.prepare_backbone(resolved.backbone, recipe)
+    prepare_backbone(resolved.backbone, recipe)
     torch.manual_seed(recipe.seed)
     base = resolved.backbone.build()
     torch.manual_seed(recipe.seed)
@@ -224,13 +226,14 @@ def _our_batches(recipe, resolved, world: int, steps: int) -> list:
     """Our stream's batches in the order in which accelerate hands them out: rank by rank, step by step."""
     import torch
 
-    from mmpeft_ds.engine import trainer
-    from mmpeft_ds.engine.assembly import build as setup
+    from mmpeft_ds.distributed import processes
+    from mmpeft_ds.engine.streams import make_stream
 
     recipe.data.workers = 0
+    cpu = torch.device("cpu")
     streams = [
-        trainer.make_stream(resolved, resolved.train, setup.Ranks(r, world, r, world, torch.device("cpu")), train=True)
-        for r in range(world)
+        make_stream(resolved, resolved.train, processes.Ranks(rank, world, rank, world, cpu), train=True)
+        for rank in range(world)
     ]
     epochs = [stream.epoch(0) for stream in streams]
     return [{"batch": next(epoch).micro[0]} for _ in range(steps) for epoch in epochs]

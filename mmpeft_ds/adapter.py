@@ -16,11 +16,8 @@ README.md                   model card
 
 from __future__ import annotations
 
-import dataclasses
 import io
 import json
-import shutil
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,54 +26,20 @@ from typing import Any
 import numpy as np
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from safetensors.torch import load_file
+from torch import Tensor
 
 from mmpeft_ds import recipe as recipes
 from mmpeft_ds.backbones.base import Backbone
 from mmpeft_ds.data import decode
 from mmpeft_ds.data.batch import Prompted, Sample, pack
-from mmpeft_ds.engine import checkpoint
 from mmpeft_ds.engine.assembly.forward import answer
-from mmpeft_ds.engine.model_card import model_card
-from mmpeft_ds.engine.rank0 import on_rank0, rank
+from mmpeft_ds.engine.export import WEIGHTS, transform_description
 from mmpeft_ds.engine.zero import fingerprint
-from mmpeft_ds.engine.zero import state as zero_state
 from mmpeft_ds.errors import BadInput, BadSample
-from mmpeft_ds.methods.common.head import head_of
-from mmpeft_ds.methods.common.layers import gathered
-from mmpeft_ds.sites.base import base_layer
 from mmpeft_ds.tasks.base import Task
 
-WEIGHTS = "adapter_model.safetensors"
 FILES = ("adapter_config.json", WEIGHTS, "recipe.yaml", "backbone.json", "labels.json", "base_fingerprint.json")
-
-
-def export(directory: str | Path, model: Any, resolved: Any, metrics: dict[str, Any]) -> Path:
-    """Write the adapter directory; one that is there already is replaced as a whole. Collective.
-
-    Only trained parameters are gathered. The weights are read back and compared before the directory gets its name.
-
-    Args:
-        model: the PeftModel, or the DeepSpeed engine around it.
-        resolved: parts of the recipe (`engine.resolve.Resolved`).
-        metrics: json-able, for the model card.
-
-    Raises:
-        RuntimeError: if what peft wrote is not exactly what was trained.
-    """
-    engine = model if hasattr(model, "zero_optimization_stage") else None
-    peft_model: PeftModel = model if engine is None else model.module
-    trained = {}
-    for name, parameter in peft_model.named_parameters():
-        if parameter.requires_grad:
-            trained[name] = _master(engine, parameter)
-    for name, buffer in _found_without_gradients(peft_model):
-        trained[name] = buffer.detach().cpu().clone() if rank() == 0 else None
-    fingerprints = fingerprint.frozen_fingerprint(fingerprint.frozen_tensors(peft_model))
-    directory = Path(directory)
-    plain = _plain_classifier(peft_model)
-    return on_rank0(lambda: _write(directory, peft_model, trained, plain, fingerprints, resolved, metrics))
 
 
 @dataclass
@@ -181,7 +144,7 @@ def load(directory: str | Path, device: torch.device | str = "cpu", overrides: l
         backbone.use_bank(load_file(directory / "bank.safetensors"))
     if (statistics := _read(directory, "feature_statistics.json")) is not None:
         backbone.use_statistics(statistics)
-    found = _transform(backbone)
+    found = transform_description(backbone)
     if found != (told := _read(directory, "image_transform.json")) and not overrides:
         raise BadInput(f"{directory}: images were transformed by {told} in training, this version does {found}")
     tasks = []
@@ -196,129 +159,6 @@ def load(directory: str | Path, device: torch.device | str = "cpu", overrides: l
     fingerprint.compare(_read(directory, "base_fingerprint.json"), fingerprints, str(directory), missing_ok=True)
     model = PeftModel.from_pretrained(base, str(directory)).to(device).eval()
     return Loaded(model, backbone, tasks, labels, recipe, torch.device(device))
-
-
-def _master(engine: Any, parameter: nn.Parameter) -> Tensor | None:
-    """The whole float32 value on rank 0, None elsewhere. Collective."""
-    if engine is None:
-        return parameter.detach().to("cpu", torch.float32, copy=True)
-    full = zero_state.read_weight(parameter)
-    return full if rank() == 0 else None
-
-
-def _write(
-    directory: Path,
-    model: PeftModel,
-    trained: dict[str, Tensor],
-    plain: dict[str, Tensor],
-    fingerprints: dict[str, str],
-    resolved: Any,
-    metrics: dict[str, Any],
-) -> Path:
-    partial = directory.with_name(f".{directory.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        _fill(partial, model, trained, plain, fingerprints, resolved, metrics)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    old = directory.with_name(f".{directory.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if directory.exists():
-        directory.rename(old)
-    partial.rename(directory)
-    checkpoint.fsync(directory.parent)
-    shutil.rmtree(old, ignore_errors=True)
-    return directory
-
-
-def _fill(
-    partial: Path,
-    model: PeftModel,
-    trained: dict[str, Tensor],
-    plain: dict[str, Tensor],
-    fingerprints: dict[str, str],
-    resolved: Any,
-    metrics: dict[str, Any],
-) -> None:
-    # Given whole tensors, peft neither gathers nor looks at the shards. `auto` would ask the hub about embeddings.
-    model.save_pretrained(str(partial), state_dict=dict(trained), save_embedding_layers=False)
-    _verify(partial / WEIGHTS, trained)
-    recipe, backbone = resolved.recipe, resolved.backbone
-    config = model.get_base_model().config
-    name, options = recipe.backbone["name"], {k: v for k, v in recipe.backbone.items() if k != "name"}
-    contents = {
-        "backbone.json": {
-            "name": name,
-            "options": options,
-            "dtype": recipe.engine.dtype,
-            "config": config.to_dict(),
-        },
-        "labels.json": resolved.labels,
-        "image_transform.json": _transform(backbone),
-        "feature_statistics.json": resolved.statistics,
-        "base_fingerprint.json": fingerprints,
-        "metrics.json": metrics,
-    }
-    for file, value in contents.items():
-        (partial / file).write_text(json.dumps(value, indent=1, default=str, ensure_ascii=False) + "\n")
-    if hasattr(backbone, "use_bank"):
-        _features_files(partial, model, plain, backbone)
-    (partial / "recipe.yaml").write_text(recipes.to_yaml(recipe))
-    (partial / "README.md").write_text(model_card(resolved, metrics, trained))
-    for file in partial.iterdir():
-        checkpoint.fsync(file)
-    checkpoint.fsync(partial)
-
-
-def _plain_classifier(model: PeftModel) -> dict[str, Tensor]:
-    """What the head exports, on the CPU; empty for any other model. Collective."""
-    head = head_of(model)
-    if head is None:
-        return {}
-    with gathered(list(head.parameters())), torch.no_grad():
-        return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in head.export().items()}
-
-
-def _features_files(partial: Path, model: PeftModel, plain: dict[str, Tensor], backbone: Any) -> None:
-    """What a model of features brings besides: its bank, its towers, and a plain classifier if the head has one."""
-    bank = base_layer(model.get_base_model().features).bank
-    save_file({n: getattr(bank, n).cpu().contiguous() for n in bank.NAMES}, partial / "bank.safetensors")
-    (partial / "towers.json").write_text(json.dumps(backbone.towers, indent=1, ensure_ascii=False) + "\n")
-    if plain:
-        save_file(plain, partial / "classifier.safetensors")
-
-
-def _found_without_gradients(model: PeftModel) -> list[tuple[str, Tensor]]:
-    """Buffers that heads have set by search or in closed form."""
-    return [
-        (f"{path}.{name}", getattr(module, name))
-        for path, module in model.named_modules()
-        for name in getattr(module, "calibrated", ())
-    ]
-
-
-def _verify(path: Path, trained: dict[str, Tensor]) -> None:
-    """What was written is what was trained: as many tensors, of the same shapes and bits, and none is empty."""
-
-    def census(tensors: dict[str, Tensor]) -> Counter:
-        return Counter((tuple(t.shape), fingerprint.weighted_bits(t.reshape(-1))) for t in tensors.values())
-
-    written = load_file(path)
-    empty = [name for name, tensor in written.items() if tensor.numel() == 0]
-    if empty or census(written) != census(trained):
-        raise RuntimeError(
-            f"{path}: peft wrote {len(written)} tensors ({len(empty)} of them empty) for {len(trained)} trained "
-            f"parameters, and they are not the same; trained: {', '.join(sorted(trained)[:3])} ..."
-        )
-
-
-def _transform(backbone: Backbone) -> dict[str, Any]:
-    """The evaluation transform in words that two versions can compare."""
-    transform = backbone.image_transform(False)
-    values = dataclasses.asdict(transform) if dataclasses.is_dataclass(transform) else {"repr": repr(transform)}
-    return json.loads(json.dumps({"name": type(transform).__name__, **values}, default=str))
 
 
 def _pixels(image: Any, max_pixels: int) -> Tensor:

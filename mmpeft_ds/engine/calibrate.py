@@ -11,10 +11,10 @@ from torch import nn
 
 from mmpeft_ds.distributed import collectives
 from mmpeft_ds.distributed.gather import gather_rows
+from mmpeft_ds.distributed.partitioned import gathered
 from mmpeft_ds.engine.assembly import modality
 from mmpeft_ds.engine.zero import state as zero_state
 from mmpeft_ds.methods.common.head import Head, head_of
-from mmpeft_ds.methods.common.layers import gathered
 from mmpeft_ds.sites.feature_site import Features, Labelled
 
 

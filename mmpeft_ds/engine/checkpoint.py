@@ -23,7 +23,6 @@ import os
 import re
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +32,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from mmpeft_ds.engine.rank0 import on_rank0, rank, world_size
+from mmpeft_ds.distributed.collectives import on_rank0, rank, world_size
+from mmpeft_ds.engine.train_state import TrainState
 from mmpeft_ds.engine.zero import fingerprint as fingerprints
 from mmpeft_ds.engine.zero import state as zero_state
 from mmpeft_ds.errors import BadInput
@@ -43,39 +43,6 @@ CHECKSUMS = "checksums.json"
 MODEL_STATE = "model_state.safetensors"
 _NAME = re.compile(r"step-(\d{8,})(?:\.(\d+))?")
 logger = logging.getLogger(__name__)
-
-
-@dataclass
-class TrainState:
-    """Where training stands after an optimizer step.
-
-    Attributes:
-        epoch: epoch in progress, from 0.
-        step: optimizer steps done in total.
-        step_in_epoch: optimizer steps done in this epoch; with epoch and global_batch the position in the data.
-        global_batch: slots of a step.
-        best: best value of the main metric, None before the first evaluation.
-        best_step: step at which it was reached.
-        evaluations_without_improvement: for early stopping.
-        skipped_in_a_row: steps skipped for a non-finite loss or gradient since the last good one.
-        skipped_total: all of them.
-        bad: kind -> number of bad samples.
-        elapsed: seconds of training over all starts of the run.
-        extra: further json-able state of the engine, such as the position within the bad-sample budget.
-    """
-
-    epoch: int = 0
-    step: int = 0
-    step_in_epoch: int = 0
-    global_batch: int = 0
-    best: float | None = None
-    best_step: int = 0
-    evaluations_without_improvement: int = 0
-    skipped_in_a_row: int = 0
-    skipped_total: int = 0
-    bad: dict[str, int] = field(default_factory=dict)
-    elapsed: float = 0.0
-    extra: dict[str, Any] = field(default_factory=dict)
 
 
 def save(

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from mmpeft_ds.data.batch import PackedBatch
 from mmpeft_ds.distributed import collectives
+from mmpeft_ds.distributed.collectives import on_rank0
 from mmpeft_ds.engine import graph_health
 from mmpeft_ds.engine.assembly import modality
 from mmpeft_ds.engine.assembly.forward import answer
-from mmpeft_ds.engine.rank0 import on_rank0
 from mmpeft_ds.errors import AgreedBadInput, BadInput
 
 

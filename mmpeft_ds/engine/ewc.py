@@ -24,8 +24,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from mmpeft_ds.engine.checkpoint import TrainState, fsync
-from mmpeft_ds.engine.rank0 import on_rank0, rank, world_size
+from mmpeft_ds.distributed.collectives import on_rank0, rank, world_size
+from mmpeft_ds.engine.checkpoint import fsync
+from mmpeft_ds.engine.train_state import TrainState
 from mmpeft_ds.engine.zero import gradients
 from mmpeft_ds.engine.zero import state as zero_state
 from mmpeft_ds.engine.zero.fingerprint import base_name

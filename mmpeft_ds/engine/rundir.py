@@ -26,8 +26,8 @@ from typing import Any
 import yaml
 
 from mmpeft_ds import recipe as recipes
+from mmpeft_ds.distributed.collectives import on_rank0, rank
 from mmpeft_ds.engine import checkpoint, events
-from mmpeft_ds.engine.rank0 import on_rank0, rank
 from mmpeft_ds.errors import BadInput
 
 # A resume may change these: length, the ZeRO JSON, workers and how bytes arrive, logging and evaluation cadence, and

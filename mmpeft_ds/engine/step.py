@@ -23,13 +23,14 @@ from mmpeft_ds import recipe as recipes
 from mmpeft_ds.data.batch import PackedBatch
 from mmpeft_ds.data.stream import BadBudget, Step
 from mmpeft_ds.distributed import collectives
+from mmpeft_ds.distributed.processes import Ranks
 from mmpeft_ds.engine import graph_health
 from mmpeft_ds.engine.assembly import modality
-from mmpeft_ds.engine.assembly.build import Built, Ranks
+from mmpeft_ds.engine.assembly.build import Built
 from mmpeft_ds.engine.assembly.forward import forward
 from mmpeft_ds.engine.assembly.resolve import Resolved, titles
-from mmpeft_ds.engine.checkpoint import TrainState
 from mmpeft_ds.engine.optim.schedule import learning_rate
+from mmpeft_ds.engine.train_state import TrainState
 from mmpeft_ds.engine.zero import gradients
 from mmpeft_ds.errors import AgreedBadInput, BadInput
 

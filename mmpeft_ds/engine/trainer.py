@@ -10,20 +10,21 @@ from typing import Any
 import torch
 
 from mmpeft_ds import recipe as recipes
-from mmpeft_ds.data.shards import verify_shards
-from mmpeft_ds.data.stream import BadBudget, Step, Stream, StreamSource
-from mmpeft_ds.data.thumbnails import Thumbnails
+from mmpeft_ds.data.stream import BadBudget, Step, Stream
+from mmpeft_ds.distributed import processes
+from mmpeft_ds.distributed.processes import Ranks
 from mmpeft_ds.engine import calibrate, checkpoint, ewc
-from mmpeft_ds.engine.assembly import build as setup
-from mmpeft_ds.engine.assembly.build import Built, Ranks
+from mmpeft_ds.engine.assembly.build import Built, build
 from mmpeft_ds.engine.assembly.checks import check_schedule
 from mmpeft_ds.engine.assembly.resolve import Resolved, ResolvedSource, resolve, titles
-from mmpeft_ds.engine.checkpoint import TrainState
 from mmpeft_ds.engine.evaluator import Evaluation, evaluate
+from mmpeft_ds.engine.export import export_adapter
 from mmpeft_ds.engine.monitor import Monitor, Observer, Silent, plain
 from mmpeft_ds.engine.rundir import RunDir
 from mmpeft_ds.engine.step import Stepper, merged_budget
 from mmpeft_ds.engine.stop import StopFlag
+from mmpeft_ds.engine.streams import check_shards, make_stream, thumbnails_of, total_steps
+from mmpeft_ds.engine.train_state import TrainState
 from mmpeft_ds.engine.zero import fingerprint
 from mmpeft_ds.errors import AgreedBadInput, BadInput
 
@@ -40,7 +41,7 @@ def run(recipe: recipes.Recipe, *, fresh: bool = False, conclude: Callable[[Trai
     """
     # First of all: a launcher that dies while the model is being built must be known to have lived.
     with StopFlag(recipe.engine.stop_grace) as stop:
-        ranks = setup.start(recipe)
+        ranks = processes.start(recipe)
         resolved = resolve(recipe)
         run_dir = RunDir.open(recipe.run_dir, recipes.to_dict(resolved.recipe), fresh=fresh)
         try:
@@ -79,7 +80,7 @@ def _with_stream(
         for note in resolved.notes:  # before the base is loaded, which may take minutes
             print(f"note: {note}", flush=True)
     check_shards(resolved, ranks)
-    built = setup.build(resolved, ranks)
+    built = build(resolved, ranks)
     fingerprints = fingerprint.frozen_fingerprint(fingerprint.frozen_tensors(built.model))
     state = TrainState(global_batch=recipe.data.global_batch)
     if run_dir.resume_from is not None:
@@ -260,8 +261,6 @@ class Training:
         Returns:
             False if `conclude` was stopped: the run then does not count as finished.
         """
-        from mmpeft_ds import adapter
-
         state = self.state
         metrics = plain(
             {
@@ -286,7 +285,7 @@ class Training:
         metrics |= plain(self.calibrate())
         if conclude is not None and not conclude(self):
             return False
-        adapter.export(self.run_dir.adapter, self.built.engine, self.resolved, metrics)
+        export_adapter(self.run_dir.adapter, self.built.engine, self.resolved, metrics)
         table = "\n".join(f"{name:>16}  {value}" for name, value in metrics.items())
         early = self.recipe.engine.patience if state.step < self.total else 0
         self.run_dir.finish(self.total, metrics, table, early)
@@ -323,75 +322,3 @@ class Training:
 def numel(parameter: torch.nn.Parameter) -> int:
     """Elements of the whole parameter, also where ZeRO-3 holds it in parts."""
     return getattr(parameter, "ds_numel", parameter.numel())
-
-
-# -------------------------------------------------------------------------------------------------------- data
-
-
-def make_stream(
-    resolved: Resolved, sources: list[ResolvedSource], ranks: Ranks, *, train: bool, augment: bool | None = None
-) -> Stream:
-    """The stream of one rank over `sources`; `augment` says whether images are transformed as in training, by default
-    where the samples are those of training."""
-    recipe, backbone = resolved.recipe, resolved.backbone
-    entries = [
-        StreamSource(
-            manifest=source.manifest,
-            split=source.options.split,
-            read=source.task.read if train else getattr(source.task, "read_all", source.task.read),
-            image_transform=backbone.image_transform(train if augment is None else augment),
-            collate_images=backbone.collate_images,
-            collate_texts=backbone.collate_texts,
-            collate_targets=source.task.collate,
-            fields=source.task.fields,
-            weight=source.options.weight,
-            subset=source.subset,
-        )
-        for source in sources
-    ]
-    return Stream(
-        entries,
-        recipe.data,
-        rank=ranks.rank,
-        world_size=ranks.world_size,
-        accumulation=recipe.optim.accumulation if train else 1,
-        seed=recipe.seed,
-        train=train,
-        coupled=any(getattr(part, "couples_samples", False) for part in (resolved.method_config, sources[0].task)),
-        pin_memory=ranks.device.type == "cuda",
-    )
-
-
-def thumbnails_of(source: ResolvedSource) -> Thumbnails | None:
-    """Small pictures of the samples of feature shards; other shards hold the images themselves."""
-    return Thumbnails(source.manifest, source.options.split) if source.manifest.towers else None
-
-
-def total_steps(recipe: recipes.Recipe, stream: Stream, gradient_free: bool = False) -> int:
-    """Optimizer steps of the whole run; none for a method that learns without gradients."""
-    if gradient_free:
-        return 0
-    return recipe.optim.max_steps or sum(stream.steps_per_epoch(e) for e in range(recipe.optim.epochs))
-
-
-def check_shards(resolved: Resolved, ranks: Ranks) -> None:
-    """Every rank checks its share of the shards.
-
-    Raises:
-        BadInput: on all ranks, with the first problem and their number.
-    """
-    mode = resolved.recipe.data.verify
-    splits = {(s.manifest.dir, s.options.split): s.manifest for s in (*resolved.train, *resolved.validation)}
-    mine = [
-        problem
-        for (_, split), manifest in splits.items()
-        for problem in verify_shards(manifest, split, mode, ranks.rank, ranks.world_size)
-    ]
-    everyone: list[Any] = [mine]
-    if ranks.world_size > 1:
-        everyone = [None] * ranks.world_size
-        torch.distributed.all_gather_object(everyone, mine)
-    problems = [problem for part in everyone for problem in part]
-    if problems:
-        more = f" ({len(problems) - 1} more)" if len(problems) > 1 else ""
-        raise BadInput(f"{problems[0]}{more}")

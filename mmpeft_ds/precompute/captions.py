@@ -30,9 +30,10 @@ from mmpeft_ds.data.shards import members, record_of
 from mmpeft_ds.data.stream import image_names
 from mmpeft_ds.data.subset import fingerprint
 from mmpeft_ds.data.writer import PARTS, Part, write_manifest
-from mmpeft_ds.engine.assembly import build as setup
+from mmpeft_ds.distributed import processes
+from mmpeft_ds.distributed.collectives import on_rank0
 from mmpeft_ds.engine.assembly import resolve
-from mmpeft_ds.engine.rank0 import on_rank0
+from mmpeft_ds.engine.assembly.build import prepare_backbone
 from mmpeft_ds.engine.stop import StopFlag
 from mmpeft_ds.engine.zero import fingerprint as fingerprints
 from mmpeft_ds.errors import BadInput, BadSample
@@ -91,7 +92,7 @@ def run(recipe: Recipe, options: DescribeOptions, adapter_dir: Path | None = Non
     with StopFlag(recipe.engine.stop_grace) as stop:
         # With other threads a matrix product rounds otherwise, and the bytes would depend on the ranks a machine has.
         recipe.engine.threads = recipe.engine.threads or 1
-        ranks = setup.start(recipe)
+        ranks = processes.start(recipe)
         source = Manifest.load(options.data)
         _check(source, options)
         describer = Describer(recipe, source, options, ranks.device, stop, adapter_dir)
@@ -152,7 +153,7 @@ class Describer(ShardMaker[_Read]):
             self._refuse_mute(section)
             if (statistics := resolve.feature_statistics(recipe, self.backbone, source)) is not None:
                 self.backbone.use_statistics(statistics)
-            setup.prepare_backbone(self.backbone, recipe)
+            prepare_backbone(self.backbone, recipe)
             self.model = self.backbone.build().to(device).requires_grad_(False).eval()
         else:
             loaded = adapter.load(adapter_dir, device)

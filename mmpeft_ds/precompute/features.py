@@ -17,8 +17,8 @@ from mmpeft_ds.data.manifest import FILE, NAME, Manifest, local_path, sample_key
 from mmpeft_ds.data.shards import members
 from mmpeft_ds.data.subset import fingerprint
 from mmpeft_ds.data.writer import PARTS, Part, write_manifest, write_shard
-from mmpeft_ds.engine.assembly import build as setup
-from mmpeft_ds.engine.rank0 import on_rank0
+from mmpeft_ds.distributed import processes
+from mmpeft_ds.distributed.collectives import on_rank0
 from mmpeft_ds.engine.stop import StopFlag
 from mmpeft_ds.errors import BadInput
 from mmpeft_ds.precompute.feature_maker import PLACE, TEMPLATES, FeatureOptions, Maker
@@ -41,7 +41,7 @@ def run(recipe: Recipe, options: FeatureOptions) -> int:
     with StopFlag(recipe.engine.stop_grace) as stop:
         # With other threads a matrix product rounds otherwise, and the bytes would depend on the ranks a machine has.
         recipe.engine.threads = recipe.engine.threads or 1
-        ranks = setup.start(recipe)
+        ranks = processes.start(recipe)
         check_options(options)
         source = Manifest.load(options.data)
         maker = Maker(recipe, source, options, ranks.device, stop)

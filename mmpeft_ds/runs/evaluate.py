@@ -13,12 +13,13 @@ from typing import Any
 from mmpeft_ds import recipe as recipes
 from mmpeft_ds.data.options import SourceOptions
 from mmpeft_ds.data.shards import ShardReader, members
-from mmpeft_ds.engine import checkpoint, trainer
-from mmpeft_ds.engine.assembly import build as setup
+from mmpeft_ds.distributed import processes
+from mmpeft_ds.distributed.collectives import on_rank0
+from mmpeft_ds.engine import checkpoint, streams
+from mmpeft_ds.engine.assembly.build import build
 from mmpeft_ds.engine.assembly.resolve import ResolvedSource, resolve, titles
 from mmpeft_ds.engine.evaluator import evaluate
 from mmpeft_ds.engine.monitor import LINE_EVERY, plain
-from mmpeft_ds.engine.rank0 import on_rank0
 from mmpeft_ds.engine.stop import StopFlag
 from mmpeft_ds.engine.zero import fingerprint
 from mmpeft_ds.errors import BadInput
@@ -58,20 +59,20 @@ def evaluate_run(
 
 
 def _evaluate_run(run: Path, split: str, which: str, recipe: Any, stop: StopFlag) -> list[dict[str, Any]] | None:
-    ranks = setup.start(recipe)
+    ranks = processes.start(recipe)
     resolved = resolve(recipe)
     if ranks.rank == 0:
         for note in resolved.notes:
             print(f"note: {note}", flush=True)
-    trainer.check_shards(resolved, ranks)
+    streams.check_shards(resolved, ranks)
     path = on_rank0(lambda: find_checkpoint(run, which))
-    built = setup.build(resolved, ranks)
+    built = build(resolved, ranks)
     fingerprints = fingerprint.frozen_fingerprint(fingerprint.frozen_tensors(built.model))
     state = checkpoint.load(path, built.engine, built.trainables, fingerprints)
     reports, rows = [], []
     for title, source in zip(titles(resolved.validation), resolved.validation, strict=True):
         began = time.perf_counter()
-        stream = trainer.make_stream(resolved, [source], ranks, train=False)
+        stream = streams.make_stream(resolved, [source], ranks, train=False)
         steps = _counted(stream.epoch(0), stream.steps_per_epoch(), title, ranks.rank)
         result = evaluate(
             built.engine, resolved.backbone, source.task, steps, ranks.device, stop_requested=stop.requested

@@ -25,14 +25,13 @@ from mmpeft_ds import recipe as recipes
 from mmpeft_ds.data.options import SourceOptions
 from mmpeft_ds.data.shards import verify_shards
 from mmpeft_ds.data.subset import Subset
-from mmpeft_ds.distributed import collectives
-from mmpeft_ds.engine import trainer
-from mmpeft_ds.engine.assembly import build as setup
+from mmpeft_ds.distributed import collectives, processes
+from mmpeft_ds.distributed.collectives import on_rank0, rank
+from mmpeft_ds.engine import streams, trainer
 from mmpeft_ds.engine.assembly import feature_bank, resolve
 from mmpeft_ds.engine.assembly.checks import check_fields
 from mmpeft_ds.engine.evaluator import evaluate
 from mmpeft_ds.engine.monitor import plain
-from mmpeft_ds.engine.rank0 import on_rank0, rank
 from mmpeft_ds.errors import AgreedBadInput, BadInput
 from mmpeft_ds.runs.evaluate import records
 
@@ -220,7 +219,7 @@ def run(study: Study) -> bool:
         BadInput: on all ranks, naming the cell.
     """
     cells = study.cells()
-    device = setup.start(cells[0].recipe).device
+    device = processes.start(cells[0].recipe).device
     asked: list[Callable[[], bool]] = []
     done = on_rank0(lambda: [_is_done(cell) for cell in cells])
     for number, (cell, there) in enumerate(zip(cells, done, strict=True), 1):
@@ -287,7 +286,7 @@ def _score(training: trainer.Training, cell: Cell) -> bool:
     for test in cell.tests:
         for half in ("",) if cell.half == "all" else HALVES:
             source = _source(resolved, test, half)
-            stream = trainer.make_stream(resolved, [source], training.ranks, train=False)
+            stream = streams.make_stream(resolved, [source], training.ranks, train=False)
             try:
                 found = evaluate(
                     training.built.engine,

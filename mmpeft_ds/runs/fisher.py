@@ -24,14 +24,14 @@ from torch import Tensor, nn
 
 from mmpeft_ds import recipe as recipes
 from mmpeft_ds.data.stream import BadBudget, Step
-from mmpeft_ds.distributed import collectives
-from mmpeft_ds.engine import checkpoint, ewc, trainer
-from mmpeft_ds.engine.assembly import build as setup
+from mmpeft_ds.distributed import collectives, processes
+from mmpeft_ds.distributed.collectives import on_rank0
+from mmpeft_ds.engine import checkpoint, ewc, streams
+from mmpeft_ds.engine.assembly.build import build
 from mmpeft_ds.engine.assembly.resolve import resolve
-from mmpeft_ds.engine.checkpoint import TrainState
-from mmpeft_ds.engine.rank0 import on_rank0
 from mmpeft_ds.engine.step import Stepper
 from mmpeft_ds.engine.stop import StopFlag
+from mmpeft_ds.engine.train_state import TrainState
 from mmpeft_ds.engine.zero import fingerprint, gradients
 from mmpeft_ds.engine.zero import state as zero_state
 from mmpeft_ds.errors import AgreedBadInput, BadInput
@@ -150,18 +150,18 @@ def estimate(
 def _estimate(
     recipe: recipes.Recipe, run: Path, out: Path, split: str, which: str, weights: Sequence, stop: StopFlag
 ) -> dict[str, Any] | None:
-    ranks = setup.start(recipe)
+    ranks = processes.start(recipe)
     resolved = resolve(recipe)  # with the validation split, which methods that search insist on
     if getattr(resolved.method_config, "gradient_free", False):
         raise BadInput(f"{run}: {recipe.method['name']} trains nothing by gradient, so it has no Fisher information.")
     resolved.validation, resolved.recipe.data.validation, recipe.data.validation = [], [], []
-    trainer.check_shards(resolved, ranks)
+    streams.check_shards(resolved, ranks)
     path = on_rank0(lambda: evaluate.find_checkpoint(run, which))
-    built = setup.build(resolved, ranks)
+    built = build(resolved, ranks)
     factors = factors_of(list(built.trainables), weights)
     fingerprints = fingerprint.frozen_fingerprint(fingerprint.frozen_tensors(built.model))
     state = checkpoint.load(path, built.engine, built.trainables, fingerprints)
-    stream = trainer.make_stream(resolved, resolved.train, ranks, train=True, augment=False)
+    stream = streams.make_stream(resolved, resolved.train, ranks, train=True, augment=False)
     budget = BadBudget(recipe.data.max_bad_fraction, recipe.data.max_bad_in_a_row, stream.num_samples)
     stepper = Stepper(resolved, built, ranks, stream.steps_per_epoch(), TrainState(), budget, stop.requested)
     try:

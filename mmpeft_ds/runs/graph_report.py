@@ -13,10 +13,11 @@ from typing import Any
 import torch
 
 from mmpeft_ds import recipe as recipes
-from mmpeft_ds.engine import calibrate, checkpoint, trainer
-from mmpeft_ds.engine.assembly import build as setup
+from mmpeft_ds.distributed import processes
+from mmpeft_ds.distributed.collectives import on_rank0
+from mmpeft_ds.engine import calibrate, checkpoint, streams
+from mmpeft_ds.engine.assembly.build import build
 from mmpeft_ds.engine.assembly.resolve import resolve
-from mmpeft_ds.engine.rank0 import on_rank0
 from mmpeft_ds.engine.zero import fingerprint
 from mmpeft_ds.errors import BadInput
 from mmpeft_ds.methods.common.head import head_of
@@ -81,11 +82,11 @@ def of_run(
         raise BadInput(f"{run}: no run directory (it has no recipe.yaml). Give --run the run_dir of a recipe.")
     recipe = recipes.load(run / "recipe.yaml", list(overrides))
     recipe.data.validation = [evaluate._on(recipe.data.sources[0], split)]
-    ranks = setup.start(recipe)
+    ranks = processes.start(recipe)
     resolved = resolve(recipe)
-    trainer.check_shards(resolved, ranks)
+    streams.check_shards(resolved, ranks)
     path = on_rank0(lambda: evaluate.find_checkpoint(run, which))
-    built = setup.build(resolved, ranks)
+    built = build(resolved, ranks)
     head = head_of(built.model)
     if not hasattr(head, "without_edges"):
         raise BadInput(f"{run}: method {recipe.method['name']} has no graph over the batch. This report is of ga_net.")
@@ -93,7 +94,7 @@ def of_run(
     checkpoint.load(path, built.engine, built.trainables, fingerprints)
     built.engine.eval()
     source = resolved.validation[0]
-    stream = trainer.make_stream(resolved, [source], ranks, train=False)
+    stream = streams.make_stream(resolved, [source], ranks, train=False)
     rows = calibrate.rows_of(built.engine, resolved.backbone, source.task, stream.epoch(0), ranks.device)
     stream.close()
     lines = invariance(head, rows, size or recipe.data.global_batch)

@@ -61,12 +61,12 @@ def trainables(model: nn.Module) -> dict[str, nn.Parameter]:
 def run_case(case: dict, rank: int) -> dict:
     import deepspeed
 
-    from mmpeft_ds.engine.assembly import build as setup
+    from mmpeft_ds.engine.zero import stage3
     from mmpeft_ds.engine.zero import state as zero_state
 
     wrapped = adapted(case["recompute"])
     if case["leaves"]:
-        setup.mark_leaves(wrapped, find_sites(wrapped.get_base_model()))
+        stage3.mark_leaves(wrapped, find_sites(wrapped.get_base_model()))
     own = trainables(wrapped)
     config = {"train_micro_batch_size_per_gpu": ROWS // 2, "zero_optimization": ZERO, "gradient_clipping": 0.0,
               "zero_allow_untested_optimizer": True}  # fmt: skip

@@ -17,10 +17,11 @@ import torch  # noqa: E402
 from distributed.train_worker import own_micro  # noqa: E402
 from engine import tiny  # noqa: E402
 from mmpeft_ds.data.stream import BadBudget, Step  # noqa: E402
+from mmpeft_ds.distributed import processes  # noqa: E402
 from mmpeft_ds.engine import ewc  # noqa: E402
-from mmpeft_ds.engine.assembly import build as setup  # noqa: E402
-from mmpeft_ds.engine.checkpoint import TrainState  # noqa: E402
+from mmpeft_ds.engine.assembly.build import build  # noqa: E402
 from mmpeft_ds.engine.step import Stepper  # noqa: E402
+from mmpeft_ds.engine.train_state import TrainState  # noqa: E402
 from mmpeft_ds.engine.zero import gradients  # noqa: E402
 from mmpeft_ds.engine.zero import state as zero_state  # noqa: E402
 from mmpeft_ds.runs import fisher  # noqa: E402
@@ -28,13 +29,13 @@ from mmpeft_ds.runs import fisher  # noqa: E402
 FISHER_STEPS, STEPS = range(30, 34), range(6)
 
 
-def run_case(case: dict, folder: Path, ranks: setup.Ranks) -> dict:
+def run_case(case: dict, folder: Path, ranks: processes.Ranks) -> dict:
     recipe = tiny.make_recipe(folder, case["stage"], optim__accumulation=case.get("accumulation", 1))
     recipe.optim.ewc.file, recipe.optim.ewc.strength = str(folder / "earlier.safetensors"), case["strength"]
     recipe.optim.ewc.start = case.get("start", True)
     task = tiny.TinyTask()
     resolved = tiny.make_resolved(recipe, task)
-    built = setup.build(resolved, ranks)
+    built = build(resolved, ranks)
     state = TrainState()
 
     def steps(numbers):
@@ -60,7 +61,7 @@ def run_case(case: dict, folder: Path, ranks: setup.Ranks) -> dict:
 def main() -> None:
     args = [a for a in sys.argv[1:] if not a.startswith("--local_rank")]
     cases, out = json.loads(Path(args[0]).read_text()), Path(args[1])
-    ranks = setup.start(SimpleNamespace(engine=SimpleNamespace(threads=1), seed=0))
+    ranks = processes.start(SimpleNamespace(engine=SimpleNamespace(threads=1), seed=0))
     for case in cases:
         result = run_case(case, out, ranks)
         if ranks.rank == 0:

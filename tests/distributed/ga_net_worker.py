@@ -20,10 +20,11 @@ from mmpeft_ds import recipe as recipes  # noqa: E402
 from mmpeft_ds.backbones.features.backbone import FeaturesBackbone, Options  # noqa: E402
 from mmpeft_ds.data.batch import Described, PackedBatch, Sample, pack  # noqa: E402
 from mmpeft_ds.data.stream import BadBudget, Step  # noqa: E402
-from mmpeft_ds.engine.assembly import build as setup  # noqa: E402
+from mmpeft_ds.distributed import processes  # noqa: E402
 from mmpeft_ds.engine.assembly import resolve as resolving  # noqa: E402
-from mmpeft_ds.engine.checkpoint import TrainState  # noqa: E402
+from mmpeft_ds.engine.assembly.build import build  # noqa: E402
 from mmpeft_ds.engine.step import Stepper  # noqa: E402
+from mmpeft_ds.engine.train_state import TrainState  # noqa: E402
 from mmpeft_ds.engine.zero import gradients  # noqa: E402
 from mmpeft_ds.engine.zero import state as zero_state  # noqa: E402
 from mmpeft_ds.engine.zero.config import check_ds_config  # noqa: E402
@@ -115,9 +116,9 @@ def whole_gradients(engine, trainables) -> dict[str, torch.Tensor]:
     return found
 
 
-def run_case(case: dict, folder: Path, ranks: setup.Ranks) -> dict:
+def run_case(case: dict, folder: Path, ranks: processes.Ranks) -> dict:
     parts = resolved(case, folder)
-    built = setup.build(parts, ranks)
+    built = build(parts, ranks)
     stepper = Stepper(parts, built, ranks, case["steps"], TrainState(), BadBudget(1.0, 1000))
     mine = shares(case["rows"], ranks.world_size)[ranks.rank]
     start = {n: zero_state.read_weight(p).clone() for n, p in built.trainables.items()}
@@ -145,7 +146,7 @@ def run_case(case: dict, folder: Path, ranks: setup.Ranks) -> dict:
 def main() -> None:
     args = [a for a in sys.argv[1:] if not a.startswith("--local_rank")]
     cases, out = json.loads(Path(args[0]).read_text()), Path(args[1])
-    ranks = setup.start(SimpleNamespace(engine=SimpleNamespace(threads=1), seed=0))
+    ranks = processes.start(SimpleNamespace(engine=SimpleNamespace(threads=1), seed=0))
     for case in cases:
         result = run_case(case, out, ranks)
         if ranks.rank == 0:

@@ -18,11 +18,13 @@ from mmpeft_ds import recipe as recipes  # noqa: E402
 from mmpeft_ds.backbones.features.backbone import FeaturesBackbone, Options  # noqa: E402
 from mmpeft_ds.data.batch import Described, Sample, pack  # noqa: E402
 from mmpeft_ds.data.stream import BadBudget, Step  # noqa: E402
-from mmpeft_ds.engine.assembly import build as setup  # noqa: E402
+from mmpeft_ds.distributed import processes  # noqa: E402
+from mmpeft_ds.engine.assembly import feature_bank  # noqa: E402
 from mmpeft_ds.engine.assembly import resolve as resolving  # noqa: E402
+from mmpeft_ds.engine.assembly.build import build  # noqa: E402
 from mmpeft_ds.engine.assembly.forward import forward  # noqa: E402
-from mmpeft_ds.engine.checkpoint import TrainState  # noqa: E402
 from mmpeft_ds.engine.step import Stepper  # noqa: E402
+from mmpeft_ds.engine.train_state import TrainState  # noqa: E402
 from mmpeft_ds.engine.zero import state as zero_state  # noqa: E402
 from mmpeft_ds.engine.zero.config import check_ds_config  # noqa: E402
 from mmpeft_ds.methods.common.head import head_of  # noqa: E402
@@ -98,13 +100,13 @@ def resolved(shard: str, folder: Path):
     backbone = FeaturesBackbone(Options(texts="none"), [str(c) for c in range(CLASSES)])
     backbone.use_features(TOWERS)
     source = SimpleNamespace(task=Task(), manifest=SimpleNamespace(towers={}))
-    setup.feature_bank.read = lambda *_: bank()  # there is no data set to read it from
+    feature_bank.read = lambda *_: bank()  # there is no data set to read it from
     return resolving.Resolved(recipe, ds_config, backbone, method, config, [source], [source], None, None)
 
 
-def run(shard: str, folder: Path, ranks: setup.Ranks) -> dict:
+def run(shard: str, folder: Path, ranks: processes.Ranks) -> dict:
     parts = resolved(shard, folder)
-    built = setup.build(parts, ranks)
+    built = build(parts, ranks)
     stepper = Stepper(parts, built, ranks, STEPS, TrainState(), BadBudget(1.0, 1000))
     start = {n: zero_state.read_weight(p).clone() for n, p in built.trainables.items()}
     rows = []
@@ -142,7 +144,7 @@ def run_plainly(folder: Path) -> dict:
 
 def main() -> None:
     folder = Path(next(a for a in sys.argv[1:] if not a.startswith("--")))
-    ranks = setup.start(SimpleNamespace(engine=SimpleNamespace(threads=1), seed=0))
+    ranks = processes.start(SimpleNamespace(engine=SimpleNamespace(threads=1), seed=0))
     for shard in SHARDS:
         result = run(shard, folder, ranks)
         if ranks.rank == 0:

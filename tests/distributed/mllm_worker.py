@@ -19,10 +19,11 @@ from engine import tiny  # noqa: E402
 from mmpeft_ds import recipe as recipes  # noqa: E402
 from mmpeft_ds.data.batch import IMAGE_MARK, Prompted, Sample  # noqa: E402
 from mmpeft_ds.data.stream import BadBudget, Step  # noqa: E402
-from mmpeft_ds.engine.assembly import build as setup  # noqa: E402
-from mmpeft_ds.engine.checkpoint import TrainState  # noqa: E402
+from mmpeft_ds.distributed import processes  # noqa: E402
+from mmpeft_ds.engine.assembly.build import build  # noqa: E402
 from mmpeft_ds.engine.evaluator import evaluate  # noqa: E402
 from mmpeft_ds.engine.step import Stepper  # noqa: E402
+from mmpeft_ds.engine.train_state import TrainState  # noqa: E402
 from mmpeft_ds.engine.zero import state as zero_state  # noqa: E402
 from mmpeft_ds.tasks.instruction.task import Instruction, Options  # noqa: E402
 
@@ -60,10 +61,10 @@ def slots(step: int, backbone) -> list[Sample]:
     ]
 
 
-def run_case(case: dict, folder: Path, ranks: setup.Ranks) -> dict:
+def run_case(case: dict, folder: Path, ranks: processes.Ranks) -> dict:
     task = Instruction(Options(max_new_tokens=3), None)
     resolved = tiny.make_resolved(make_recipe(folder, case), task)
-    built = setup.build(resolved, ranks)
+    built = build(resolved, ranks)
     stepper = Stepper(resolved, built, ranks, 10, TrainState(), BadBudget(1.0, 1000))
 
     def mine(step: int) -> Step:
@@ -83,7 +84,7 @@ def run_case(case: dict, folder: Path, ranks: setup.Ranks) -> dict:
 def main() -> None:
     args = [a for a in sys.argv[1:] if not a.startswith("--local_rank")]
     cases, folder = json.loads(Path(args[0]).read_text()), Path(args[1])
-    ranks = setup.start(SimpleNamespace(engine=SimpleNamespace(threads=1), seed=0))
+    ranks = processes.start(SimpleNamespace(engine=SimpleNamespace(threads=1), seed=0))
     for case in cases:
         result = run_case(case, folder, ranks)
         if ranks.rank == 0:

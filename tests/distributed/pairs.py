@@ -17,8 +17,8 @@ from torch import Tensor  # noqa: E402
 
 from mmpeft_ds import recipe as recipes  # noqa: E402
 from mmpeft_ds.data.batch import PackedBatch, Prompted, Sample, pack  # noqa: E402
-from mmpeft_ds.engine.assembly import build as setup  # noqa: E402
 from mmpeft_ds.engine.assembly import resolve as resolving  # noqa: E402
+from mmpeft_ds.engine.assembly.build import prepare_backbone  # noqa: E402
 from mmpeft_ds.engine.assembly.forward import forward  # noqa: E402
 from mmpeft_ds.engine.zero.config import check_ds_config  # noqa: E402
 
@@ -123,7 +123,7 @@ def resolved(case: dict[str, Any], sections: dict[str, dict[str, Any]], folder: 
 def train_plainly(parts: Any) -> dict[str, Any]:
     """The same steps by one process in PyTorch, without DeepSpeed and without the engine's step."""
     recipe, backbone, task = parts.recipe, parts.backbone, parts.train[0].task
-    setup.prepare_backbone(backbone, recipe)
+    prepare_backbone(backbone, recipe)
     torch.manual_seed(recipe.seed)
     base = backbone.build()
     torch.manual_seed(recipe.seed)

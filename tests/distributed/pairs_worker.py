@@ -15,15 +15,16 @@ import pairs  # noqa: E402
 import torch  # noqa: E402
 
 from mmpeft_ds.data.stream import BadBudget, Step  # noqa: E402
-from mmpeft_ds.engine.assembly import build as setup  # noqa: E402
+from mmpeft_ds.distributed import processes  # noqa: E402
+from mmpeft_ds.engine.assembly.build import Built, build  # noqa: E402
 from mmpeft_ds.engine.assembly.forward import forward  # noqa: E402
-from mmpeft_ds.engine.checkpoint import TrainState  # noqa: E402
 from mmpeft_ds.engine.step import Stepper  # noqa: E402
+from mmpeft_ds.engine.train_state import TrainState  # noqa: E402
 from mmpeft_ds.engine.zero import state as zero_state  # noqa: E402
 from mmpeft_ds.sites.condition import enable_checkpointing  # noqa: E402
 
 
-def mine(slots: list, skew: bool, ranks: setup.Ranks) -> list:
+def mine(slots: list, skew: bool, ranks: processes.Ranks) -> list:
     """This rank's slots of a step; with `skew` rank 0 has all slots with an image and the others none."""
     if skew:
         return [s for s in slots if bool(s.images) == (ranks.rank == 0)] if ranks.rank < 2 else []
@@ -31,9 +32,9 @@ def mine(slots: list, skew: bool, ranks: setup.Ranks) -> list:
     return slots[ranks.rank * each : (ranks.rank + 1) * each]
 
 
-def run_case(case: dict, sections: dict, folder: Path, ranks: setup.Ranks) -> dict:
+def run_case(case: dict, sections: dict, folder: Path, ranks: processes.Ranks) -> dict:
     parts = pairs.resolved(case, sections, folder)
-    built = setup.build(parts, ranks)
+    built = build(parts, ranks)
     if case.get("reentrant"):
         enable_checkpointing(built.model.get_base_model(), use_reentrant=True)
     stepper = Stepper(parts, built, ranks, pairs.STEPS, TrainState(), BadBudget(1.0, 1000))
@@ -50,7 +51,7 @@ def run_case(case: dict, sections: dict, folder: Path, ranks: setup.Ranks) -> di
     return {"losses": [r["loss"] for r in rows], "norms": [r["grad_norm"] for r in rows], "weights": weights}
 
 
-def look(built: setup.Built, parts: SimpleNamespace, batch: Any, ranks: setup.Ranks) -> None:
+def look(built: Built, parts: SimpleNamespace, batch: Any, ranks: processes.Ranks) -> None:
     """What an evaluation and a checkpoint do in the middle of a run, which must not show afterwards."""
     if batch is not None:
         training = [m for m in built.model.modules() if m.training]
@@ -66,7 +67,7 @@ def look(built: setup.Built, parts: SimpleNamespace, batch: Any, ranks: setup.Ra
 def main() -> None:
     args = [a for a in sys.argv[1:] if not a.startswith("--local_rank")]
     given, out = json.loads(Path(args[0]).read_text()), Path(args[1])
-    ranks = setup.start(SimpleNamespace(engine=SimpleNamespace(threads=1), seed=0))
+    ranks = processes.start(SimpleNamespace(engine=SimpleNamespace(threads=1), seed=0))
     for case in given["cases"]:
         result = run_case(case, given["backbones"], out, ranks)
         if ranks.rank == 0:

@@ -25,13 +25,13 @@ import tiny_mllm  # noqa: E402
 
 from data_prep.verify import verify  # noqa: E402
 from distributed import launch  # noqa: E402
-from mmpeft_ds import adapter  # noqa: E402
 from mmpeft_ds import recipe as recipes  # noqa: E402
 from mmpeft_ds.data.manifest import Manifest  # noqa: E402
 from mmpeft_ds.data.options import SourceOptions  # noqa: E402
 from mmpeft_ds.data.shards import ShardReader, members  # noqa: E402
 from mmpeft_ds.data.writer import PARTS, shard_file, write_manifest, write_shard  # noqa: E402
 from mmpeft_ds.engine.assembly import resolve  # noqa: E402
+from mmpeft_ds.engine.export import export_adapter  # noqa: E402
 from mmpeft_ds.errors import BadInput  # noqa: E402
 from mmpeft_ds.precompute import captions as describe  # noqa: E402
 
@@ -232,7 +232,7 @@ def test_an_adapter_directory_of_ours_describes(folder):
     parts = resolve.Resolved(recipe, {}, made, entry, config, [], [], None, None)
     torch.manual_seed(5)
     model = resolve.attach(parts, made.build())
-    adapter.export(folder / "adapter", model, parts, {})
+    export_adapter(folder / "adapter", model, parts, {})
     source = Manifest.load(folder / "data")
     options = describe.DescribeOptions(str(folder / "data"), folder / "tuned", splits=("test",))
     ours = describe.Describer(recipe, source, options, torch.device("cpu"), adapter_dir=folder / "adapter")

@@ -16,7 +16,7 @@ from distributed import launch  # noqa: E402
 from distributed.ewc_worker import FISHER_STEPS, STEPS  # noqa: E402
 from engine import tiny  # noqa: E402
 from mmpeft_ds.engine import ewc  # noqa: E402
-from mmpeft_ds.engine.assembly import build as setup  # noqa: E402
+from mmpeft_ds.engine.assembly.build import prepare_backbone  # noqa: E402
 from mmpeft_ds.engine.assembly.resolve import attach  # noqa: E402
 
 pytestmark = pytest.mark.distributed
@@ -33,7 +33,7 @@ def fresh(folder: Path) -> SimpleNamespace:
     """The tiny model of the worker, without DeepSpeed."""
     recipe, task = tiny.make_recipe(folder), tiny.TinyTask()
     resolved = tiny.make_resolved(recipe, task)
-    setup.prepare_backbone(resolved.backbone, recipe)
+    prepare_backbone(resolved.backbone, recipe)
     torch.manual_seed(recipe.seed)
     base = resolved.backbone.build()
     torch.manual_seed(recipe.seed)

@@ -15,7 +15,7 @@ from backbones import tiny_mllm  # noqa: E402
 from distributed import launch, mllm_worker  # noqa: E402
 from engine import tiny  # noqa: E402
 from mmpeft_ds.data.stream import Step  # noqa: E402
-from mmpeft_ds.engine.assembly import build as setup  # noqa: E402
+from mmpeft_ds.engine.assembly.build import prepare_backbone  # noqa: E402
 from mmpeft_ds.engine.assembly.forward import forward  # noqa: E402
 from mmpeft_ds.engine.assembly.resolve import attach  # noqa: E402
 from mmpeft_ds.engine.evaluator import evaluate  # noqa: E402
@@ -57,7 +57,7 @@ def plainly(folder: Path, case: dict) -> dict:
     """The same steps by one process, without DeepSpeed and with the whole batch at once."""
     recipe, task = mllm_worker.make_recipe(folder, case), Instruction(Options(max_new_tokens=3), None)
     resolved = tiny.make_resolved(recipe, task)
-    setup.prepare_backbone(resolved.backbone, recipe)
+    prepare_backbone(resolved.backbone, recipe)
     torch.manual_seed(recipe.seed)
     base = resolved.backbone.build()
     torch.manual_seed(recipe.seed)

@@ -54,12 +54,12 @@ def outcome(folder: Path, name: str) -> dict:
 
 def train_plainly(folder: Path, skip: tuple[int, ...] = ()) -> dict:
     """The same 10 steps by one process in PyTorch, without DeepSpeed and without our engine's step."""
-    from mmpeft_ds.engine.assembly import build as setup
+    from mmpeft_ds.engine.assembly.build import prepare_backbone
     from mmpeft_ds.engine.assembly.resolve import attach
 
     recipe, task = tiny.make_recipe(folder), tiny.TinyTask()
     resolved = tiny.make_resolved(recipe, task)
-    setup.prepare_backbone(resolved.backbone, recipe)
+    prepare_backbone(resolved.backbone, recipe)
     torch.manual_seed(recipe.seed)
     base = resolved.backbone.build()
     torch.manual_seed(recipe.seed)

@@ -16,14 +16,15 @@ import torch  # noqa: E402
 
 from engine import tiny  # noqa: E402
 from mmpeft_ds.data.stream import BadBudget, Step  # noqa: E402
-from mmpeft_ds.engine.assembly import build as setup  # noqa: E402
-from mmpeft_ds.engine.checkpoint import TrainState  # noqa: E402
+from mmpeft_ds.distributed import processes  # noqa: E402
+from mmpeft_ds.engine.assembly.build import build  # noqa: E402
 from mmpeft_ds.engine.evaluator import evaluate  # noqa: E402
 from mmpeft_ds.engine.step import Stepper  # noqa: E402
+from mmpeft_ds.engine.train_state import TrainState  # noqa: E402
 from mmpeft_ds.engine.zero import state as zero_state  # noqa: E402
 
 
-def own_micro(slots: list, case: dict, ranks: setup.Ranks) -> list[list]:
+def own_micro(slots: list, case: dict, ranks: processes.Ranks) -> list[list]:
     """This rank's slots of a step, cut into micro-batches. `skew`: rank 0 gets all slots with images."""
     if case.get("split") == "skew":
         with_images = [s for s in slots if s.images]
@@ -38,7 +39,7 @@ def own_micro(slots: list, case: dict, ranks: setup.Ranks) -> list[list]:
     return [mine[i * len(mine) // a : (i + 1) * len(mine) // a] for i in range(a)]
 
 
-def run_case(case: dict, folder: Path, ranks: setup.Ranks) -> dict:
+def run_case(case: dict, folder: Path, ranks: processes.Ranks) -> dict:
     recipe = tiny.make_recipe(
         folder,
         case["stage"],
@@ -49,7 +50,7 @@ def run_case(case: dict, folder: Path, ranks: setup.Ranks) -> dict:
     )
     task = tiny.TinyTask(poison=set(case.get("poison", [])))
     resolved = tiny.make_resolved(recipe, task)
-    built = setup.build(resolved, ranks)
+    built = build(resolved, ranks)
     state = TrainState()
     stepper = Stepper(resolved, built, ranks, 10, state, BadBudget(1.0, 1000))
     rows = []
@@ -81,7 +82,7 @@ def run_case(case: dict, folder: Path, ranks: setup.Ranks) -> dict:
 def main() -> None:
     args = [a for a in sys.argv[1:] if not a.startswith("--local_rank")]
     cases, out = json.loads(Path(args[0]).read_text()), Path(args[1])
-    ranks = setup.start(SimpleNamespace(engine=SimpleNamespace(threads=1), seed=0))
+    ranks = processes.start(SimpleNamespace(engine=SimpleNamespace(threads=1), seed=0))
     for case in cases:
         result = run_case(case, out, ranks)
         if ranks.rank == 0:

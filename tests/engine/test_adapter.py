@@ -18,6 +18,7 @@ import mmpeft_ds  # noqa: E402
 from engine import toy_vqa  # noqa: E402
 from mmpeft_ds import adapter  # noqa: E402
 from mmpeft_ds.engine.assembly import resolve  # noqa: E402
+from mmpeft_ds.engine.export import export_adapter  # noqa: E402
 from mmpeft_ds.errors import BadInput  # noqa: E402
 
 IMAGES = [toy_vqa.png(1), [toy_vqa.png(2), toy_vqa.png(3)], None]
@@ -58,7 +59,7 @@ def exported(request, folder):
         if parameter.requires_grad:
             parameter.data += 0.1 * torch.randn_like(parameter)
     target = folder / f"adapter-{request.param}"
-    adapter.export(target, model, resolved, {"accuracy": 0.5})
+    export_adapter(target, model, resolved, {"accuracy": 0.5})
     return target, model, resolved
 
 
@@ -146,7 +147,7 @@ def test_an_incomplete_directory_is_refused(exported, tmp_path):
 def test_export_replaces_a_directory_as_a_whole(exported):
     target, model, resolved = exported
     (target / "left_over.txt").write_text("old")
-    adapter.export(target, model, resolved, {"accuracy": 0.75})
+    export_adapter(target, model, resolved, {"accuracy": 0.75})
     assert not (target / "left_over.txt").exists()
     assert "0.75" in (target / "README.md").read_text()
     assert [p.name for p in target.parent.iterdir() if p.name.startswith(".")] == []
@@ -165,7 +166,7 @@ def test_an_export_that_lost_a_tensor_does_not_get_its_name(folder, exported, mo
 
     monkeypatch.setattr(PeftModel, "save_pretrained", forgetful)
     with pytest.raises(RuntimeError, match="1 of them empty"):
-        adapter.export(folder / "broken", model, resolved, {})
+        export_adapter(folder / "broken", model, resolved, {})
     assert not (folder / "broken").exists()
 
 

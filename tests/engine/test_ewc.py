@@ -14,8 +14,8 @@ from torch import nn
 
 from mmpeft_ds import recipe as recipes
 from mmpeft_ds.engine import ewc, rundir
-from mmpeft_ds.engine.checkpoint import TrainState
 from mmpeft_ds.engine.ewc import Pull
+from mmpeft_ds.engine.train_state import TrainState
 from mmpeft_ds.engine.zero.gradients import Shard, whole
 from mmpeft_ds.errors import BadInput
 from mmpeft_ds.runs.fisher import SquaredGradients, factors_of

@@ -21,6 +21,7 @@ from mmpeft_ds import adapter, merging  # noqa: E402
 from mmpeft_ds import recipe as recipes  # noqa: E402
 from mmpeft_ds.backbones.dual_encoder.backbone import ENTRY, Options  # noqa: E402
 from mmpeft_ds.engine.assembly import resolve  # noqa: E402
+from mmpeft_ds.engine.export import export_adapter  # noqa: E402
 from mmpeft_ds.errors import BadInput  # noqa: E402
 
 
@@ -54,7 +55,7 @@ def exported(folder: Path, place: Path, method: dict, name: str = "dual_encoder"
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
-    adapter.export(place / "adapter", model, resolved, {})
+    export_adapter(place / "adapter", model, resolved, {})
     return place / "adapter", model
 
 

@@ -11,7 +11,7 @@ from tiny_zoo import ZOO, output
 from torch import nn
 
 from mmpeft_ds import PAdapterConfig, methods
-from mmpeft_ds.engine.assembly.build import parameter_groups
+from mmpeft_ds.engine.optim.optimizers import parameter_groups
 from mmpeft_ds.errors import BadInput
 from mmpeft_ds.methods.p_adapter.layer import AttentionLayer, BranchLayer
 from mmpeft_ds.recipe import Recipe

@@ -5,11 +5,13 @@ All are torch's; DeepSpeed steps them on the parts that ZeRO gives to a rank.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from mmpeft_ds.recipe import Recipe
 from mmpeft_ds.recipe.options import OptimOptions
 
 # Names of the state tensors in the shape of the parameter. With Adam goes a counter of steps; SGD counts none.
@@ -27,6 +29,25 @@ def make(groups: list[dict[str, Any]], options: OptimOptions) -> torch.optim.Opt
         return torch.optim.SGD(groups, lr=options.lr, momentum=options.momentum)
     cls = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}[options.name]
     return cls(groups, lr=options.lr, betas=tuple(options.betas), eps=options.eps)
+
+
+def parameter_groups(
+    trainables: dict[str, nn.Parameter], recipe: Recipe, decays: Callable[[str], bool] | None = None
+) -> list[dict[str, Any]]:
+    """Matrices decay; vectors (biases, norms) do not, except those whose name `decays` accepts, and names that contain
+    one of `optim.no_decay` never do."""
+    decay = recipe.optim.weight_decay
+    if not decay:  # one group: half the collectives of ZeRO's per-group reductions
+        return [{"params": list(trainables.values()), "weight_decay": 0.0}]
+
+    def exempt(name: str, parameter: nn.Parameter) -> bool:
+        vector = len(getattr(parameter, "ds_shape", parameter.shape)) < 2
+        return (vector and not (decays and decays(name))) or any(f in name for f in recipe.optim.no_decay)
+
+    plain = [p for n, p in trainables.items() if exempt(n, p)]
+    decayed = [p for n, p in trainables.items() if not exempt(n, p)]
+    groups = [{"params": decayed, "weight_decay": decay}, {"params": plain, "weight_decay": 0.0}]
+    return [g for g in groups if g["params"]]
 
 
 def name_of(optimizer: Any) -> str:

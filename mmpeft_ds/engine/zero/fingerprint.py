@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from mmpeft_ds.engine.rank0 import world_size
+from mmpeft_ds.distributed.collectives import world_size
 from mmpeft_ds.errors import BadInput
 
 _CHUNK = 1 << 17  # elements widened to int64 at a time: 1 MB, which stays in the cache of a core

@@ -13,8 +13,9 @@ import torch.nn.functional as F
 from peft import PeftConfig
 from torch import Tensor, nn
 
+from mmpeft_ds.distributed.partitioned import lent
 from mmpeft_ds.errors import BadInput
-from mmpeft_ds.methods.common.layers import SiteLayer, lent
+from mmpeft_ds.methods.common.layers import SiteLayer
 from mmpeft_ds.methods.common.select import Selection
 
 # Non-linearities by the names that transformers gives them in model configurations.

@@ -11,8 +11,9 @@ import torch
 from peft import PeftConfig
 from torch import Tensor, nn
 
+from mmpeft_ds.distributed.partitioned import lent
 from mmpeft_ds.errors import BadInput
-from mmpeft_ds.methods.common.layers import SiteLayer, lent
+from mmpeft_ds.methods.common.layers import SiteLayer
 from mmpeft_ds.methods.deep_prompt.call import Call, PrefixedCache, causal_mask, longer_mask, parameters
 from mmpeft_ds.methods.deep_prompt.config import DeepPromptConfig
 

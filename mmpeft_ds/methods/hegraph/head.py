@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, softplus
 
 from mmpeft_ds.distributed.gather import gather_rows, gather_sizes, group_rank, group_size
+from mmpeft_ds.distributed.partitioned import gathered
 from mmpeft_ds.distributed.shards import all_reduced, columns_to_rows, sharded_cross_entropy, sum_to_owner
 from mmpeft_ds.distributed.support import check_agreement
 from mmpeft_ds.errors import BadInput
-from mmpeft_ds.methods.common.layers import gathered
 from mmpeft_ds.methods.hegraph.nodes import Made, Nodes
 from mmpeft_ds.ops import class_graph as ops
 from mmpeft_ds.ops.class_graph import Coefficients, Refined

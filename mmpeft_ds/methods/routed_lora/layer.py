@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmpeft_ds.methods.common.layers import SiteLayer, gathered
+from mmpeft_ds.distributed.partitioned import gathered
+from mmpeft_ds.methods.common.layers import SiteLayer
 from mmpeft_ds.methods.common.routed import Bottleneck, routed_on
 from mmpeft_ds.methods.routed_lora.config import RoutedLoraConfig
 from mmpeft_ds.sites.base import base_layer, features

@@ -1,0 +1,151 @@
+"""Processes of a run: joining the group that a launcher laid out, and what each process sets for itself."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import datetime
+import logging
+import os
+import socket
+import subprocess
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from mmpeft_ds.errors import BadInput
+from mmpeft_ds.recipe import REPOSITORY, Recipe
+
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h
+_TIMEOUT = datetime.timedelta(minutes=30)  # of one collective; loading a large base from a slow disk takes minutes
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Where this process stands.
+
+    Attributes:
+        rank, world_size: over all machines.
+        local_rank, local_size: on this machine.
+        device: `cuda:K` or `cpu`.
+    """
+
+    rank: int
+    world_size: int
+    local_rank: int
+    local_size: int
+    device: torch.device
+
+
+def start(recipe: Recipe) -> Ranks:
+    """Join the process group that `deepspeed`, `torchrun`, `srun` or nobody (one process) has laid out.
+
+    Raises:
+        BadInput: more ranks on this machine than GPUs, or the port of rank 0 is taken.
+    """
+    environment()
+    cuda = torch.cuda.is_available()
+    local_rank, local_size = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
+    if cuda and local_rank >= torch.cuda.device_count():
+        raise BadInput(
+            f"local rank {local_rank}: this machine shows {torch.cuda.device_count()} GPU(s). Start as many ranks, or "
+            "hide the GPUs and train on the CPU: CUDA_VISIBLE_DEVICES= DS_ACCELERATOR=cpu."
+        )
+    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    torch.set_num_threads(recipe.engine.threads or max(1, _cores() // local_size))
+    if not cuda:
+        keep_freed_memory()
+    quiet()
+    import deepspeed
+
+    deepspeed.utils.logger.setLevel(logging.WARNING)
+    if not torch.distributed.is_initialized():
+        with no_shared_buffers():
+            try:
+                deepspeed.init_distributed(
+                    "nccl" if cuda else "gloo", auto_mpi_discovery=False, verbose=False, timeout=_TIMEOUT
+                )
+            except torch.distributed.DistNetworkError as error:
+                if "EADDRINUSE" not in str(error) and "address already in use" not in str(error).lower():
+                    raise
+                raise BadInput(
+                    f"port {os.environ['MASTER_PORT']} is taken: another run is on this machine, or the last one is "
+                    "still saving. Wait for it, or give the launcher another --master_port."
+                ) from error
+    torch.manual_seed(recipe.seed)
+    return Ranks(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), local_rank, local_size, device)
+
+
+def environment() -> None:
+    """Set RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT where the launcher did not."""
+    env = os.environ
+    env.setdefault("TOKENIZERS_PARALLELISM", "false")  # loader workers fork; the tokenizer's threads would not survive
+    compiled = REPOSITORY / ".cache" / "torch_extensions"
+    if compiled.is_dir():
+        env.setdefault("TORCH_EXTENSIONS_DIR", str(compiled))
+    if "RANK" in env:  # deepspeed, torchrun
+        env.setdefault("LOCAL_WORLD_SIZE", env.get("LOCAL_SIZE", "1"))
+        return
+    if "SLURM_STEP_NUM_TASKS" in env:  # srun; a bare process inside salloc has SLURM_NTASKS but no step
+        env.update(RANK=env["SLURM_PROCID"], WORLD_SIZE=env["SLURM_STEP_NUM_TASKS"], LOCAL_RANK=env["SLURM_LOCALID"])
+        # "4(x2),3": tasks of each node; the widest is right for all but a ragged last node, where it is cautious.
+        tasks = env.get("SLURM_STEP_TASKS_PER_NODE", "1").split(",")
+        env.setdefault("LOCAL_WORLD_SIZE", str(max(int(t.split("(")[0]) for t in tasks)))
+        env.setdefault("MASTER_ADDR", _first_host(env))
+        env.setdefault("MASTER_PORT", str(20000 + int(env.get("SLURM_JOB_ID", "0")) % 20000))
+        return
+    env.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", LOCAL_WORLD_SIZE="1", MASTER_ADDR="127.0.0.1")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        env["MASTER_PORT"] = str(free.getsockname()[1])
+
+
+@contextlib.contextmanager
+def no_shared_buffers() -> Iterator[None]:
+    """Keep DeepSpeed on CPU from laying 69 MB a rank into /dev/shm, which it never takes away again.
+
+    Only its inference all-reduce would use them. They stay after the run under a name that holds the port, so every
+    launch costs that much memory until the machine restarts, and in a container with 64 MB of /dev/shm they leave no
+    room for the batches of loader workers. DeepSpeed makes them where LOCAL_SIZE says that all ranks share a machine.
+    """
+    before = os.environ.pop("LOCAL_SIZE", None)
+    try:
+        yield
+    finally:
+        if before is not None:
+            os.environ["LOCAL_SIZE"] = before
+
+
+def _first_host(env: Any) -> str:
+    nodes = env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST", "127.0.0.1")
+    if "[" not in nodes:
+        return nodes.split(",")[0]
+    listed = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True)
+    return listed.stdout.split()[0]
+
+
+def _cores() -> int:
+    import psutil
+
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(allowed, psutil.cpu_count(logical=False) or allowed)
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep what is freed; otherwise the kernel maps and zeroes every large tensor of every step anew."""
+    with contextlib.suppress(AttributeError, OSError):  # another C library
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(_M_MMAP_MAX, 0)
+        mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+def quiet() -> None:
+    """Hide the two deprecation warnings that torch prints for calls inside DeepSpeed, and nothing else."""
+    for name in ("all_gather_into_tensor", "reduce_scatter_tensor"):
+        for category in (FutureWarning, DeprecationWarning):
+            warnings.filterwarnings("ignore", rf"`torch\.distributed\.{name}` is deprecated", category)

@@ -1,0 +1,178 @@
+"""Export of a trained model as an adapter directory; adapter.py lists its files and loads it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from mmpeft_ds import recipe as recipes
+from mmpeft_ds.backbones.base import Backbone
+from mmpeft_ds.distributed.collectives import on_rank0, rank
+from mmpeft_ds.distributed.partitioned import gathered
+from mmpeft_ds.engine import checkpoint
+from mmpeft_ds.engine.model_card import model_card
+from mmpeft_ds.engine.zero import fingerprint
+from mmpeft_ds.engine.zero import state as zero_state
+from mmpeft_ds.methods.common.head import head_of
+from mmpeft_ds.sites.base import base_layer
+
+WEIGHTS = "adapter_model.safetensors"
+
+
+def export_adapter(directory: str | Path, model: Any, resolved: Any, metrics: dict[str, Any]) -> Path:
+    """Write the adapter directory; one that is there already is replaced as a whole. Collective.
+
+    Only trained parameters are gathered. The weights are read back and compared before the directory gets its name.
+
+    Args:
+        model: the PeftModel, or the DeepSpeed engine around it.
+        resolved: parts of the recipe (`engine.resolve.Resolved`).
+        metrics: json-able, for the model card.
+
+    Raises:
+        RuntimeError: if what peft wrote is not exactly what was trained.
+    """
+    engine = model if hasattr(model, "zero_optimization_stage") else None
+    peft_model: PeftModel = model if engine is None else model.module
+    trained = {}
+    for name, parameter in peft_model.named_parameters():
+        if parameter.requires_grad:
+            trained[name] = _master(engine, parameter)
+    for name, buffer in _found_without_gradients(peft_model):
+        trained[name] = buffer.detach().cpu().clone() if rank() == 0 else None
+    fingerprints = fingerprint.frozen_fingerprint(fingerprint.frozen_tensors(peft_model))
+    directory = Path(directory)
+    plain = _plain_classifier(peft_model)
+    return on_rank0(lambda: _write(directory, peft_model, trained, plain, fingerprints, resolved, metrics))
+
+
+def _master(engine: Any, parameter: nn.Parameter) -> Tensor | None:
+    """The whole float32 value on rank 0, None elsewhere. Collective."""
+    if engine is None:
+        return parameter.detach().to("cpu", torch.float32, copy=True)
+    full = zero_state.read_weight(parameter)
+    return full if rank() == 0 else None
+
+
+def _write(
+    directory: Path,
+    model: PeftModel,
+    trained: dict[str, Tensor],
+    plain: dict[str, Tensor],
+    fingerprints: dict[str, str],
+    resolved: Any,
+    metrics: dict[str, Any],
+) -> Path:
+    partial = directory.with_name(f".{directory.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        _fill(partial, model, trained, plain, fingerprints, resolved, metrics)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    old = directory.with_name(f".{directory.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if directory.exists():
+        directory.rename(old)
+    partial.rename(directory)
+    checkpoint.fsync(directory.parent)
+    shutil.rmtree(old, ignore_errors=True)
+    return directory
+
+
+def _fill(
+    partial: Path,
+    model: PeftModel,
+    trained: dict[str, Tensor],
+    plain: dict[str, Tensor],
+    fingerprints: dict[str, str],
+    resolved: Any,
+    metrics: dict[str, Any],
+) -> None:
+    # Given whole tensors, peft neither gathers nor looks at the shards. `auto` would ask the hub about embeddings.
+    model.save_pretrained(str(partial), state_dict=dict(trained), save_embedding_layers=False)
+    _verify(partial / WEIGHTS, trained)
+    recipe, backbone = resolved.recipe, resolved.backbone
+    config = model.get_base_model().config
+    name, options = recipe.backbone["name"], {k: v for k, v in recipe.backbone.items() if k != "name"}
+    contents = {
+        "backbone.json": {
+            "name": name,
+            "options": options,
+            "dtype": recipe.engine.dtype,
+            "config": config.to_dict(),
+        },
+        "labels.json": resolved.labels,
+        "image_transform.json": transform_description(backbone),
+        "feature_statistics.json": resolved.statistics,
+        "base_fingerprint.json": fingerprints,
+        "metrics.json": metrics,
+    }
+    for file, value in contents.items():
+        (partial / file).write_text(json.dumps(value, indent=1, default=str, ensure_ascii=False) + "\n")
+    if hasattr(backbone, "use_bank"):
+        _features_files(partial, model, plain, backbone)
+    (partial / "recipe.yaml").write_text(recipes.to_yaml(recipe))
+    (partial / "README.md").write_text(model_card(resolved, metrics, trained))
+    for file in partial.iterdir():
+        checkpoint.fsync(file)
+    checkpoint.fsync(partial)
+
+
+def _plain_classifier(model: PeftModel) -> dict[str, Tensor]:
+    """What the head exports, on the CPU; empty for any other model. Collective."""
+    head = head_of(model)
+    if head is None:
+        return {}
+    with gathered(list(head.parameters())), torch.no_grad():
+        return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in head.export().items()}
+
+
+def _features_files(partial: Path, model: PeftModel, plain: dict[str, Tensor], backbone: Any) -> None:
+    """What a model of features brings besides: its bank, its towers, and a plain classifier if the head has one."""
+    bank = base_layer(model.get_base_model().features).bank
+    save_file({n: getattr(bank, n).cpu().contiguous() for n in bank.NAMES}, partial / "bank.safetensors")
+    (partial / "towers.json").write_text(json.dumps(backbone.towers, indent=1, ensure_ascii=False) + "\n")
+    if plain:
+        save_file(plain, partial / "classifier.safetensors")
+
+
+def _found_without_gradients(model: PeftModel) -> list[tuple[str, Tensor]]:
+    """Buffers that heads have set by search or in closed form."""
+    return [
+        (f"{path}.{name}", getattr(module, name))
+        for path, module in model.named_modules()
+        for name in getattr(module, "calibrated", ())
+    ]
+
+
+def _verify(path: Path, trained: dict[str, Tensor]) -> None:
+    """What was written is what was trained: as many tensors, of the same shapes and bits, and none is empty."""
+
+    def census(tensors: dict[str, Tensor]) -> Counter:
+        return Counter((tuple(t.shape), fingerprint.weighted_bits(t.reshape(-1))) for t in tensors.values())
+
+    written = load_file(path)
+    empty = [name for name, tensor in written.items() if tensor.numel() == 0]
+    if empty or census(written) != census(trained):
+        raise RuntimeError(
+            f"{path}: peft wrote {len(written)} tensors ({len(empty)} of them empty) for {len(trained)} trained "
+            f"parameters, and they are not the same; trained: {', '.join(sorted(trained)[:3])} ..."
+        )
+
+
+def transform_description(backbone: Backbone) -> dict[str, Any]:
+    """The evaluation transform as plain values, which another version can compare with its own."""
+    transform = backbone.imagetransform_description(False)
+    values = dataclasses.asdict(transform) if dataclasses.is_dataclass(transform) else {"repr": repr(transform)}
+    return json.loads(json.dumps({"name": type(transform).__name__, **values}, default=str))

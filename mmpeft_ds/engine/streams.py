@@ -1,0 +1,84 @@
+"""Streams of samples for training and evaluation, made from a resolved recipe."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from mmpeft_ds import recipe as recipes
+from mmpeft_ds.data.shards import verify_shards
+from mmpeft_ds.data.stream import Stream, StreamSource
+from mmpeft_ds.data.thumbnails import Thumbnails
+from mmpeft_ds.distributed.processes import Ranks
+from mmpeft_ds.engine.assembly.resolve import Resolved, ResolvedSource
+from mmpeft_ds.errors import BadInput
+
+
+def make_stream(
+    resolved: Resolved, sources: list[ResolvedSource], ranks: Ranks, *, train: bool, augment: bool | None = None
+) -> Stream:
+    """The stream of one rank over `sources`; `augment` says whether images are transformed as in training, by default
+    where the samples are those of training."""
+    recipe, backbone = resolved.recipe, resolved.backbone
+    entries = [
+        StreamSource(
+            manifest=source.manifest,
+            split=source.options.split,
+            read=source.task.read if train else getattr(source.task, "read_all", source.task.read),
+            image_transform=backbone.image_transform(train if augment is None else augment),
+            collate_images=backbone.collate_images,
+            collate_texts=backbone.collate_texts,
+            collate_targets=source.task.collate,
+            fields=source.task.fields,
+            weight=source.options.weight,
+            subset=source.subset,
+        )
+        for source in sources
+    ]
+    return Stream(
+        entries,
+        recipe.data,
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+        accumulation=recipe.optim.accumulation if train else 1,
+        seed=recipe.seed,
+        train=train,
+        coupled=any(getattr(part, "couples_samples", False) for part in (resolved.method_config, sources[0].task)),
+        pin_memory=ranks.device.type == "cuda",
+    )
+
+
+def thumbnails_of(source: ResolvedSource) -> Thumbnails | None:
+    """Small pictures of the samples of feature shards; other shards hold the images themselves."""
+    return Thumbnails(source.manifest, source.options.split) if source.manifest.towers else None
+
+
+def total_steps(recipe: recipes.Recipe, stream: Stream, gradient_free: bool = False) -> int:
+    """Optimizer steps of the whole run; none for a method that learns without gradients."""
+    if gradient_free:
+        return 0
+    return recipe.optim.max_steps or sum(stream.steps_per_epoch(e) for e in range(recipe.optim.epochs))
+
+
+def check_shards(resolved: Resolved, ranks: Ranks) -> None:
+    """Every rank checks its share of the shards.
+
+    Raises:
+        BadInput: on all ranks, with the first problem and their number.
+    """
+    mode = resolved.recipe.data.verify
+    splits = {(s.manifest.dir, s.options.split): s.manifest for s in (*resolved.train, *resolved.validation)}
+    mine = [
+        problem
+        for (_, split), manifest in splits.items()
+        for problem in verify_shards(manifest, split, mode, ranks.rank, ranks.world_size)
+    ]
+    everyone: list[Any] = [mine]
+    if ranks.world_size > 1:
+        everyone = [None] * ranks.world_size
+        torch.distributed.all_gather_object(everyone, mine)
+    problems = [problem for part in everyone for problem in part]
+    if problems:
+        more = f" ({len(problems) - 1} more)" if len(problems) > 1 else ""
+        raise BadInput(f"{problems[0]}{more}")

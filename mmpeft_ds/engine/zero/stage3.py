@@ -1,0 +1,102 @@
+"""Adjustments of ZeRO-3 to a model that is mostly frozen: whole blocks as leaves, frozen parameters gathered once."""
+
+from __future__ import annotations
+
+import os
+from collections import defaultdict
+from typing import Any
+
+import torch
+from torch import nn
+
+from mmpeft_ds.sites.base import Sites
+
+
+def mark_leaves(model: nn.Module, sites: Sites) -> list[str]:
+    """Make ZeRO-3 fetch each transformer block as a whole; returns the paths of the blocks.
+
+    By default DeepSpeed hooks every Linear and LayerNorm: some twenty hooks and four gathers a block, forward and once
+    more in backward, which at few tokens a step costs more than the arithmetic. One leaf a block needs one gather and
+    keeps the memory bound of a block.
+
+    Trained blocks of vision towers keep the many hooks. What a tower returns as hidden states (LLaVA reads the last
+    but one) is taken before the hook of a leaf, and the gradients of that block would never be reduced: measured.
+    So do trained blocks of towers that a model names in `runs_again`, since one forward runs them several times:
+    DeepSpeed reduces a leaf after each backward pass through it, and stops at the second (measured).
+    """
+    from deepspeed.utils import set_z3_leaf_module
+
+    modules = {_plain(name): module for name, module in model.named_modules()}
+    images = tuple(f"{tower}." if tower else "" for tower, modality in sites.towers.items() if modality == "image")
+    again = tuple(f"{tower}." for tower in getattr(model.get_base_model(), "runs_again", ()))
+    leaves = []
+    for path in block_paths(sites):
+        if path not in modules:
+            continue
+        trained = any(p.requires_grad for p in modules[path].parameters())
+        if trained and path.startswith(images + again):
+            continue
+        leaves.append(path)
+        set_z3_leaf_module(modules[path], True)
+        if trained:
+            modules[path].register_forward_pre_hook(_input_with_gradient, with_kwargs=True)
+    return leaves
+
+
+def keep_frozen(engine: Any) -> None:
+    """Below the persistence threshold, gather a frozen parameter once instead of after every step.
+
+    DeepSpeed shards persistent parameters at the end of a step and gathers them again, since the optimiser has changed
+    them. It has not changed the frozen ones, so those stay. `stage3_param_persistence_threshold` thereby trades memory
+    for traffic, from all frozen weights sharded to all of them resident.
+    """
+    from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+
+    optimizer = engine.optimizer
+    kept = [p for p in optimizer.persistent_parameters if not p.requires_grad]
+    optimizer.persistent_parameters = [p for p in optimizer.persistent_parameters if p.requires_grad]
+    shard_all = optimizer._partition_all_parameters
+
+    def shard_the_rest() -> None:
+        resident = [p for p in kept if p.ds_status == ZeroParamStatus.AVAILABLE]
+        for p in resident:  # what looks sharded already is left alone
+            p.ds_status = ZeroParamStatus.NOT_AVAILABLE
+            p.ds_active_sub_modules.clear()
+        shard_all()
+        for p in resident:
+            p.ds_status = ZeroParamStatus.AVAILABLE
+
+    optimizer._partition_all_parameters = shard_the_rest
+
+
+def _input_with_gradient(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    """Let the first argument of a leaf with trainables require gradient, and be positional.
+
+    DeepSpeed reduces a leaf's gradients in its full backward hook. torch runs that hook when the gradient of the
+    positional inputs is complete, or, if none of them requires one, before the leaf's own backward: too early.
+    """
+    if not args and "hidden_states" in kwargs:
+        kwargs = dict(kwargs)
+        args = (kwargs.pop("hidden_states"),)
+    if torch.is_grad_enabled() and not args[0].requires_grad:
+        args = (args[0].detach().requires_grad_(), *args[1:])
+    return args, kwargs
+
+
+def block_paths(sites: Sites) -> list[str]:
+    """Path of every transformer block: the deepest module that holds all sites of one layer of one tower."""
+    members: dict[tuple[str, int], list[list[str]]] = defaultdict(list)
+    for site in [*sites.attention, *sites.ffn]:
+        members[site.tower, site.layer].append(site.path.split("."))
+    blocks = []
+    for (tower, _), paths in members.items():
+        shared = os.path.commonprefix(paths)
+        if len(paths) == 1:
+            shared = shared[:-1]
+        if len(shared) > len(tower.split(".")):
+            blocks.append(".".join(shared))
+    return blocks
+
+
+def _plain(name: str) -> str:
+    return name.removeprefix("base_model.model.")
