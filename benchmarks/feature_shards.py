@@ -118,7 +118,7 @@ class System:
                 "engine": {"deepspeed": "ds_configs/zero1.json"},
             }
         )  # fmt: skip
-        self.ranks = processes.start(self.recipe)
+        self.ranks = processes.start(self.recipe.engine.threads, self.recipe.seed)
         self.resolved = resolve(self.recipe)
         self.built = build(self.resolved, self.ranks)
         self.stream = streams.make_stream(self.resolved, self.resolved.train, self.ranks, train=True)

@@ -43,7 +43,7 @@ def ours(args: argparse.Namespace) -> dict:
     from mmpeft_ds.engine.train_state import TrainState
 
     recipe = _recipe(args)
-    ranks = processes.start(recipe)
+    ranks = processes.start(recipe.engine.threads, recipe.seed)
     resolved = resolve(recipe)
     stream = make_stream(resolved, resolved.train, ranks, train=True)
     built = build(resolved, ranks)

@@ -29,9 +29,10 @@ from data_prep.engines import ENGINES, run_jobs  # noqa: E402
 from data_prep.options import add_options, as_json, compared, read_options  # noqa: E402
 from data_prep.sources.base import Source  # noqa: E402
 from mmpeft_ds import console, registry  # noqa: E402
-from mmpeft_ds.data.manifest import FILE, NAME, Manifest, write_atomic  # noqa: E402
+from mmpeft_ds.data.manifest import FILE, NAME, Manifest  # noqa: E402
 from mmpeft_ds.data.writer import PARTS, Part, finished_part, shard_file, write_manifest, write_shard  # noqa: E402
 from mmpeft_ds.errors import BadInput  # noqa: E402
+from mmpeft_ds.files import write_json  # noqa: E402
 from mmpeft_ds.progress import Progress  # noqa: E402
 
 PLAN = "plan.json"
@@ -210,7 +211,7 @@ def _write_plan(out: Path, wanted: dict[str, Any], shaping: dict[str, Any]) -> N
         strange = sorted(p.name for p in out.iterdir() if p.suffix in (".tar", ".npy"))
         if strange:
             raise BadInput(f"{out}: holds {strange[0]}, but no {FILE} that tells of it. Choose an empty directory.")
-        write_atomic(plan, json.dumps(wanted, ensure_ascii=False, indent=1).encode())
+        write_json(plan, wanted)
 
 
 def _refuse_difference(out: Path, have: dict[str, Any], wanted: dict[str, Any], shaping: dict[str, Any]) -> None:

@@ -22,8 +22,8 @@ from data_prep.reading import image_size, parse_sample  # noqa: E402
 from data_prep.sources.common.unknown_keys import looks_like  # noqa: E402
 from mmpeft_ds import console  # noqa: E402
 from mmpeft_ds.data.manifest import FILE, Manifest, local_path, sample_key  # noqa: E402
-from mmpeft_ds.data.writer import file_sha256  # noqa: E402
 from mmpeft_ds.errors import BadInput, BadSample  # noqa: E402
+from mmpeft_ds.files import sha256  # noqa: E402
 from mmpeft_ds.progress import Progress  # noqa: E402
 
 HINT = "Restore it, or prepare the data set again with --overwrite"
@@ -111,7 +111,7 @@ def check_shard(job: Job) -> Found:
     path = Path(local_path(manifest.path(shard.file)))
     found = Found([], [])
     try:
-        size, digest = path.stat().st_size, file_sha256(path)
+        size, digest = path.stat().st_size, sha256(path)
     except OSError as error:
         found.problems.append(f"cannot be read ({error.strerror}). {HINT}")
         return found

@@ -176,6 +176,6 @@ def _pixels(image: Any, max_pixels: int) -> Tensor:
 
 def _read(directory: Path, name: str) -> Any:
     try:
-        return json.loads((directory / name).read_text())
+        return json.loads((directory / name).read_text("utf-8"))
     except (OSError, ValueError) as e:
         raise BadInput(f"{directory / name}: cannot be read ({e}). Export the adapter again.") from e

@@ -22,6 +22,7 @@ from mmpeft_ds.backbones.common import tower_loading
 from mmpeft_ds.data.batch import PackedBatch, Prompted, Sample, pack
 from mmpeft_ds.engine.assembly.forward import forward
 from mmpeft_ds.errors import BadInput
+from mmpeft_ds.files import new_directory, write_json
 
 TOLERANCE = 1e-3  # of the largest output; float32 rounding of large models stays below, a lost adapter does not
 TEXTS = ("a", "a red circle on the left of two dogs", "what is it?")
@@ -69,21 +70,18 @@ def merge(directory: str | Path, out: str | Path) -> dict[str, Any]:
             f"{directory}: method {method} cannot be folded into the weights: merged, outputs differ by "
             f"{difference:.1e} of the largest. Keep it as an adapter."
         )
-    partial = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    plain.save_pretrained(partial)
-    _copy_files(recipe.backbone, partial)
-    told = {
+    origin = {
         "backbone": recipe.backbone["name"],
         "method": method,
         "adapter": str(directory),
         "largest_difference": difference,
         "parameters": sum(p.numel() for p in plain.parameters()),
     }
-    (partial / "merged.json").write_text(json.dumps(told, indent=1) + "\n")
-    partial.rename(out)
-    return told
+    with new_directory(out) as partial:
+        plain.save_pretrained(partial)
+        _copy_files(recipe.backbone, partial)
+        write_json(partial / "merged.json", origin)
+    return origin
 
 
 def probe(backbone: Any) -> PackedBatch:

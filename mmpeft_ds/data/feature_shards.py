@@ -31,10 +31,11 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor
 
-from mmpeft_ds.data.manifest import FILE, Manifest, read_side_file, write_atomic
+from mmpeft_ds.data.manifest import FILE, Manifest, read_side_file
 from mmpeft_ds.data.shards import ShardReader, members
 from mmpeft_ds.data.subset import Subset
 from mmpeft_ds.errors import BadInput, BadSample
+from mmpeft_ds.files import write_atomic
 
 log = logging.getLogger(__name__)
 HINT = "Restore it, or make the features again with launchers/features.py"

@@ -19,6 +19,7 @@ import fsspec
 import numpy as np
 
 from mmpeft_ds.errors import BadInput
+from mmpeft_ds.files import write_atomic
 
 SCHEMA = 1
 FILE = "manifest.json"
@@ -215,26 +216,6 @@ def local_path(url: str) -> str | None:
     if url.startswith("file://"):
         return url[len("file://") :]
     return None if re.match(r"pipe:|[A-Za-z0-9_+.-]+(://|::)", url) else url
-
-
-def write_atomic(path: Path, data: bytes) -> None:
-    """Write `data` under a temporary name, flush it to disk, then rename."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with open(temporary, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    sync_dir(path.parent)
-
-
-def sync_dir(path: Path) -> None:
-    """Make renames in `path` survive a power cut."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def read_side_file(dir: str, file: str, hint: str) -> bytes:

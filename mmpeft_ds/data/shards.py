@@ -5,7 +5,6 @@ A sample's range is a piece of tar that holds exactly that sample. Nothing is un
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import os
@@ -23,6 +22,7 @@ import numpy as np
 
 from mmpeft_ds.data.manifest import Manifest, local_path
 from mmpeft_ds.errors import BadInput, BadSample
+from mmpeft_ds.files import follow_umask, sha256
 
 # Slots stay in their shard for long, so a rank's open files are about its slots.
 OPEN_FILES = 256
@@ -197,7 +197,7 @@ def verify_shards(manifest: Manifest, split: str, mode: str, rank: int = 0, worl
                 problems.append(f"{url}: {size} bytes, manifest.json says {info.bytes}. {HINT}")
             elif mode == "sha256":
                 with fs.open(path, "rb") as file:
-                    found = _sha256(file)
+                    found = sha256(file)
                 if found != info.sha256:
                     problems.append(f"{url}: sha256 {found[:12]}.., manifest.json says {info.sha256[:12]}... {HINT}")
         except FileNotFoundError:
@@ -235,7 +235,8 @@ def cached(manifest: Manifest, split: str, shard: int, cache_dir: str) -> str:
             with fsspec.open(url, "rb") as remote:
                 shutil.copyfileobj(remote, copy, 1 << 20)
             copy.seek(0)
-            found = _sha256(copy)
+            found = sha256(copy)
+        follow_umask(Path(temporary))
         if found != info.sha256:
             raise BadInput(f"{url}: sha256 {found[:12]}.., manifest.json says {info.sha256[:12]}... {HINT}")
         os.replace(temporary, path)
@@ -270,10 +271,3 @@ def _plain_members(piece: bytes) -> list[tuple[str, bytes]] | None:
 
 def _checked(data: bytes, size: int) -> bytes | BadSample:
     return data if len(data) == size else BadSample("read", f"{len(data)} of {size} bytes")
-
-
-def _sha256(stream: io.IOBase) -> str:
-    digest = hashlib.sha256()
-    while block := stream.read(1 << 20):
-        digest.update(block)
-    return digest.hexdigest()

@@ -15,8 +15,9 @@ from pathlib import Path
 import fsspec
 import numpy as np
 
-from mmpeft_ds.data.manifest import Manifest, local_path, sample_key, write_atomic
+from mmpeft_ds.data.manifest import Manifest, local_path, sample_key
 from mmpeft_ds.errors import BadInput
+from mmpeft_ds.files import write_json
 
 HINT = "data_prep/few_shot.py DIR writes subsets of a data set"
 
@@ -72,7 +73,7 @@ class Subset:
         """Write it; the same subset gives the same bytes."""
         path.parent.mkdir(parents=True, exist_ok=True)
         content = {k: v for k, v in asdict(self).items() if k != "file"}
-        write_atomic(path, (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
+        write_json(path, content)
 
     def places(self, manifest: Manifest) -> list[np.ndarray]:
         """Shard -> sorted positions inside it, int64; empty arrays for shards without a chosen sample."""

@@ -19,7 +19,8 @@ from typing import Any
 import numpy as np
 import webdataset
 
-from mmpeft_ds.data.manifest import IndexInfo, Manifest, ShardInfo, sample_key, sync_dir, write_atomic
+from mmpeft_ds.data.manifest import IndexInfo, Manifest, ShardInfo, sample_key
+from mmpeft_ds.files import fsync, sha256, write_atomic
 
 PARTS = ".parts"
 IMAGE_EXTENSIONS = ("jpg", "png", "webp", "bmp", "gif", "tif")
@@ -97,12 +98,12 @@ def write_shard(dir: Path, name: str, split: str, number: int, first: int, sampl
         os.fsync(stream.fileno())
         size = stream.seek(0, os.SEEK_END)
         stream.seek(0)
-        digest = _sha256(stream)
+        digest = sha256(stream)
     offsets = sample_offsets(temporary)
     if len(offsets) != total:
         raise RuntimeError(f"{file}: wrote {total} samples but find {len(offsets)} in the tar")
     os.replace(temporary, dir / file)
-    sync_dir(dir)
+    fsync(dir)
     part = Part(ShardInfo(file, total, size, digest), offsets, counts.counts, labels)
     write_atomic(part_path(dir, file), json.dumps(asdict(part), ensure_ascii=False).encode())
     return part
@@ -118,7 +119,7 @@ def finished_part(dir: Path, file: str) -> Part | None:
     try:
         raw = json.loads(part_path(dir, file).read_text("utf-8"))
         part = Part(ShardInfo(**raw["shard"]), [tuple(o) for o in raw["offsets"]], raw["fields"], raw["label_counts"])
-        good = (dir / file).stat().st_size == part.shard.bytes and file_sha256(dir / file) == part.shard.sha256
+        good = (dir / file).stat().st_size == part.shard.bytes and sha256(dir / file) == part.shard.sha256
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return part if good else None
@@ -253,23 +254,10 @@ class FieldCounts:
         count["min"], count["max"] = min(count["min"], size), max(count["max"], size)
 
 
-def file_sha256(path: str | Path) -> str:
-    """sha256 of a file, 64 hexadecimal digits."""
-    with open(path, "rb") as stream:
-        return _sha256(stream)
-
-
 def _npy(array: np.ndarray) -> bytes:
     buffer = io.BytesIO()
     np.save(buffer, array, allow_pickle=False)
     return buffer.getvalue()
-
-
-def _sha256(stream: Any) -> str:
-    digest = hashlib.sha256()
-    while block := stream.read(1 << 20):
-        digest.update(block)
-    return digest.hexdigest()
 
 
 def _labels_of(record: dict[str, Any]) -> Iterable[str]:

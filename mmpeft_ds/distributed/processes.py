@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from mmpeft_ds.errors import BadInput
-from mmpeft_ds.recipe import REPOSITORY, Recipe
+from mmpeft_ds.files import REPOSITORY
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h
 _TIMEOUT = datetime.timedelta(minutes=30)  # of one collective; loading a large base from a slow disk takes minutes
@@ -40,8 +40,12 @@ class Ranks:
     device: torch.device
 
 
-def start(recipe: Recipe) -> Ranks:
+def start(threads: int = 0, seed: int = 0) -> Ranks:
     """Join the process group that `deepspeed`, `torchrun`, `srun` or nobody (one process) has laid out.
+
+    Args:
+        threads: of torch per rank; 0: physical cores of this machine / ranks on it.
+        seed: of torch's generator, the same on every rank.
 
     Raises:
         BadInput: more ranks on this machine than GPUs, or the port of rank 0 is taken.
@@ -57,7 +61,7 @@ def start(recipe: Recipe) -> Ranks:
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
-    torch.set_num_threads(recipe.engine.threads or max(1, _cores() // local_size))
+    torch.set_num_threads(threads or max(1, _cores() // local_size))
     if not cuda:
         keep_freed_memory()
     quiet()
@@ -77,7 +81,7 @@ def start(recipe: Recipe) -> Ranks:
                     f"port {os.environ['MASTER_PORT']} is taken: another run is on this machine, or the last one is "
                     "still saving. Wait for it, or give the launcher another --master_port."
                 ) from error
-    torch.manual_seed(recipe.seed)
+    torch.manual_seed(seed)
     return Ranks(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), local_rank, local_size, device)
 
 

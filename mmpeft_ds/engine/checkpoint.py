@@ -16,10 +16,8 @@ Random numbers need no state of their own: they are drawn from (seed, epoch, sam
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import logging
-import os
 import re
 import shutil
 from collections.abc import Callable
@@ -29,7 +27,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 
 from mmpeft_ds.distributed.collectives import on_rank0, rank, world_size
@@ -37,6 +35,7 @@ from mmpeft_ds.engine.train_state import TrainState
 from mmpeft_ds.engine.zero import fingerprint as fingerprints
 from mmpeft_ds.engine.zero import state as zero_state
 from mmpeft_ds.errors import BadInput
+from mmpeft_ds.files import new_directory, save_tensors, sha256, write_atomic, write_json
 
 FORMAT = 1
 CHECKSUMS = "checksums.json"
@@ -85,15 +84,15 @@ def save(
         "saved_by": {"world_size": world_size(), "zero_stage": engine.zero_optimization_stage()},
     }
     files: dict[str, Callable[[Path], None]] = {
-        "weights.safetensors": lambda p: save_file(weights, p),
-        "optimizer.safetensors": lambda p: save_file(moments, p),
-        "state.json": lambda p: _write_json(p, header),
-        "recipe.json": lambda p: _write_json(p, recipe),
-        "fingerprint.json": lambda p: _write_json(p, fingerprint),
+        "weights.safetensors": lambda p: save_tensors(p, weights),
+        "optimizer.safetensors": lambda p: save_tensors(p, moments),
+        "state.json": lambda p: write_json(p, header),
+        "recipe.json": lambda p: write_json(p, recipe),
+        "fingerprint.json": lambda p: write_json(p, fingerprint),
     }
     extra = {k: v.detach().cpu().contiguous() for k, v in _model(engine, "training_state").items()}
     if extra:
-        files[MODEL_STATE] = lambda p: save_file(extra, p)
+        files[MODEL_STATE] = lambda p: save_tensors(p, extra)
     folder = Path(run_dir) / "checkpoints"
     return on_rank0(lambda: _write(folder, state.step, files, keep_last, best))
 
@@ -159,9 +158,9 @@ def damage(path: str | Path) -> str | None:
     """What is wrong with the checkpoint at `path` in a few words, or None if every file is what was written."""
     path = Path(path)
     try:
-        checksums = json.loads((path / CHECKSUMS).read_text())
+        checksums = json.loads((path / CHECKSUMS).read_text("utf-8"))
         for name, expected in checksums.items():
-            found = _sha256(path / name)
+            found = sha256(path / name)
             if found != expected:
                 return f"{name} has sha256 {found[:12]}..., expected {expected[:12]}..."
     except FileNotFoundError as e:
@@ -173,7 +172,7 @@ def damage(path: str | Path) -> str | None:
 
 def read_json(path: str | Path, name: str) -> dict[str, Any]:
     """One of the JSON files of a checkpoint: `state`, `recipe` or `fingerprint`."""
-    return json.loads((Path(path) / f"{name}.json").read_text())
+    return json.loads((Path(path) / f"{name}.json").read_text("utf-8"))
 
 
 def listing(folder: Path) -> list[Path]:
@@ -296,26 +295,19 @@ def _unreadable(path: Path) -> str | None:
 
 def _write(folder: Path, step: int, files: dict[str, Callable], keep_last: int, best: bool) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
-    for left_over in folder.glob(".partial-*"):  # of a process that was killed while saving
+    for left_over in folder.glob(".*partial*"):  # of a process that was killed while saving
         shutil.rmtree(left_over, ignore_errors=True)
     name = f"step-{step:08d}"
     again = 0
     while (folder / name).exists():  # a step saved twice: never replace one that is whole
         again += 1
         name = f"step-{step:08d}.{again}"
-    partial = folder / f".partial-{name}"
-    partial.mkdir()
-    for file, write in files.items():
-        write(partial / file)
-        fsync(partial / file)
-    _write_json(partial / CHECKSUMS, {file: _sha256(partial / file) for file in files})
-    fsync(partial / CHECKSUMS)
-    fsync(partial)
-    partial.rename(folder / name)
-    fsync(folder)
-    _point(folder / "latest", name)
-    if best:
-        _point(folder / "best", name)
+    with new_directory(folder / name) as partial:
+        for file, write in files.items():
+            write(partial / file)
+        write_json(partial / CHECKSUMS, {file: sha256(partial / file) for file in files})
+    for pointer in ("latest", "best") if best else ("latest",):
+        write_atomic(folder / pointer, name + "\n")
     _prune(folder, keep_last)
     return folder / name
 
@@ -330,32 +322,3 @@ def _prune(folder: Path, keep_last: int) -> None:
             steps.append(step)
         if (superseded or len(steps) > max(1, keep_last)) and path.name not in pointed:
             shutil.rmtree(path)
-
-
-def _point(pointer: Path, name: str) -> None:
-    partial = pointer.with_name(f".{pointer.name}.partial")
-    partial.write_text(name + "\n")
-    fsync(partial)
-    os.replace(partial, pointer)
-    fsync(pointer.parent)
-
-
-def _write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=1, default=str) + "\n")
-
-
-def fsync(path: Path) -> None:
-    """Wait until a file, or the entries of a directory, are on disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        sha = hashlib.sha256()
-        while block := file.read(1 << 20):
-            sha.update(block)
-        return sha.hexdigest()

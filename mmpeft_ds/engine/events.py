@@ -6,8 +6,9 @@ files keep the stale points. Here the points themselves go.
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
+
+from mmpeft_ds.files import replacing
 
 
 def truncate(folder: Path, step: int) -> None:
@@ -37,11 +38,9 @@ def _truncate_file(path: Path, step: int) -> None:
     if not summaries:
         path.unlink()
         return
-    partial = path.with_name(f".{path.name.replace('tfevents', 'partial')}")
-    with partial.open("wb") as file:
+    # TensorBoard reads every file that has `tfevents` in its name.
+    temporary = path.with_name(f".{path.name.replace('tfevents', 'partial')}")
+    with replacing(path, temporary), temporary.open("wb") as file:
         writer = RecordWriter(file)
         for record in kept:
             writer.write(record)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)

@@ -11,9 +11,7 @@ Source: Kirkpatrick et al., arXiv 1612.00796, equation 3 (whose lambda / 2 is `s
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -21,16 +19,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from mmpeft_ds.distributed.collectives import on_rank0, rank, world_size
-from mmpeft_ds.engine.checkpoint import fsync
 from mmpeft_ds.engine.train_state import TrainState
 from mmpeft_ds.engine.zero import gradients
 from mmpeft_ds.engine.zero import state as zero_state
 from mmpeft_ds.engine.zero.fingerprint import base_name
 from mmpeft_ds.errors import BadInput
+from mmpeft_ds.files import replacing, save_tensors, sha256
 from mmpeft_ds.recipe import Recipe, where
 from mmpeft_ds.recipe.options import EwcOptions
 
@@ -139,11 +136,8 @@ def save(
     """
     tensors = {f"fisher.{n}": t.contiguous() for n, t in fisher.items()}
     tensors |= {f"anchor.{n}": t.contiguous() for n, t in anchor.items()}
-    partial = path.with_name(f".{path.name}.partial")
-    save_file(tensors, partial, {"format": FORMAT, "base": json.dumps(base), "facts": json.dumps(facts)})
-    fsync(partial)
-    os.replace(partial, path)
-    fsync(path.parent)
+    with replacing(path) as temporary:
+        save_tensors(temporary, tensors, {"format": FORMAT, "base": json.dumps(base), "facts": json.dumps(facts)})
 
 
 def base_of(model: nn.Module, fingerprints: dict[str, str], sources: Iterable[Any]) -> dict[str, str]:
@@ -182,8 +176,7 @@ def _metadata(path: Path, key: str) -> dict[str, str]:
 
 def _digest(path: Path, key: str) -> str:
     _metadata(path, key)
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return sha256(path)
 
 
 def _compare(

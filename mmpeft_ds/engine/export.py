@@ -4,24 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import shutil
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from mmpeft_ds import recipe as recipes
 from mmpeft_ds.backbones.base import Backbone
 from mmpeft_ds.distributed.collectives import on_rank0, rank
 from mmpeft_ds.distributed.partitioned import gathered
-from mmpeft_ds.engine import checkpoint
 from mmpeft_ds.engine.model_card import model_card
 from mmpeft_ds.engine.zero import fingerprint
 from mmpeft_ds.engine.zero import state as zero_state
+from mmpeft_ds.files import new_directory, save_tensors, write_json
 from mmpeft_ds.methods.common.head import head_of
 from mmpeft_ds.sites.base import base_layer
 
@@ -72,21 +71,8 @@ def _write(
     resolved: Any,
     metrics: dict[str, Any],
 ) -> Path:
-    partial = directory.with_name(f".{directory.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
+    with new_directory(directory, replace=True) as partial:
         _fill(partial, model, trained, plain, fingerprints, resolved, metrics)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    old = directory.with_name(f".{directory.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if directory.exists():
-        directory.rename(old)
-    partial.rename(directory)
-    checkpoint.fsync(directory.parent)
-    shutil.rmtree(old, ignore_errors=True)
     return directory
 
 
@@ -119,14 +105,11 @@ def _fill(
         "metrics.json": metrics,
     }
     for file, value in contents.items():
-        (partial / file).write_text(json.dumps(value, indent=1, default=str, ensure_ascii=False) + "\n")
+        write_json(partial / file, value)
     if hasattr(backbone, "use_bank"):
         _features_files(partial, model, plain, backbone)
-    (partial / "recipe.yaml").write_text(recipes.to_yaml(recipe))
-    (partial / "README.md").write_text(model_card(resolved, metrics, trained))
-    for file in partial.iterdir():
-        checkpoint.fsync(file)
-    checkpoint.fsync(partial)
+    (partial / "recipe.yaml").write_text(recipes.to_yaml(recipe), "utf-8")
+    (partial / "README.md").write_text(model_card(resolved, metrics, trained), "utf-8")
 
 
 def _plain_classifier(model: PeftModel) -> dict[str, Tensor]:
@@ -141,10 +124,10 @@ def _plain_classifier(model: PeftModel) -> dict[str, Tensor]:
 def _features_files(partial: Path, model: PeftModel, plain: dict[str, Tensor], backbone: Any) -> None:
     """What a model of features brings besides: its bank, its towers, and a plain classifier if the head has one."""
     bank = base_layer(model.get_base_model().features).bank
-    save_file({n: getattr(bank, n).cpu().contiguous() for n in bank.NAMES}, partial / "bank.safetensors")
-    (partial / "towers.json").write_text(json.dumps(backbone.towers, indent=1, ensure_ascii=False) + "\n")
+    save_tensors(partial / "bank.safetensors", {n: getattr(bank, n).cpu().contiguous() for n in bank.NAMES})
+    write_json(partial / "towers.json", backbone.towers)
     if plain:
-        save_file(plain, partial / "classifier.safetensors")
+        save_tensors(partial / "classifier.safetensors", plain)
 
 
 def _found_without_gradients(model: PeftModel) -> list[tuple[str, Tensor]]:
@@ -173,6 +156,6 @@ def _verify(path: Path, trained: dict[str, Tensor]) -> None:
 
 def transform_description(backbone: Backbone) -> dict[str, Any]:
     """The evaluation transform as plain values, which another version can compare with its own."""
-    transform = backbone.imagetransform_description(False)
+    transform = backbone.image_transform(False)
     values = dataclasses.asdict(transform) if dataclasses.is_dataclass(transform) else {"repr": repr(transform)}
     return json.loads(json.dumps({"name": type(transform).__name__, **values}, default=str))

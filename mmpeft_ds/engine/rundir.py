@@ -29,6 +29,7 @@ from mmpeft_ds import recipe as recipes
 from mmpeft_ds.distributed.collectives import on_rank0, rank
 from mmpeft_ds.engine import checkpoint, events
 from mmpeft_ds.errors import BadInput
+from mmpeft_ds.files import write_atomic, write_json
 
 # A resume may change these: length, the ZeRO JSON, workers and how bytes arrive, logging and evaluation cadence, and
 # how much trouble stops a run: the message that stops it says to raise these.
@@ -118,7 +119,7 @@ class RunDir:
                         f"{target}: the recipe differs from the one of this run in {'; '.join(refused)}. "
                         "Restore these values to continue it, or add --fresh to start in a new directory."
                     )
-                _replace(target / "recipe.yaml", yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True))
+                write_atomic(target / "recipe.yaml", yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True))
             except BaseException:
                 lock.pop().release()
                 raise
@@ -151,7 +152,7 @@ class RunDir:
         """
         if rank() == 0:
             value = {"total_steps": total_steps, "patience": patience, "metrics": metrics, "table": table}
-            _replace(self.path / "finished.json", json.dumps(value, indent=1) + "\n")
+            write_json(self.path / "finished.json", value)
 
     def truncate(self, step: int) -> None:
         """Cut metrics.jsonl and the TensorBoard files after `step`, and unmark a finished run. Collective."""
@@ -225,7 +226,7 @@ def truncate_jsonl(path: Path, step: int) -> None:
             if line.endswith(b"\n") and json.loads(line).get("step", 0) <= step:
                 kept.append(line)
     if len(kept) != len(lines):
-        _replace(path, b"".join(kept))
+        write_atomic(path, b"".join(kept))
 
 
 def _differences(old: Any, new: Any, key: str = "") -> list[str]:
@@ -277,13 +278,3 @@ def _refuse_foreign(path: Path) -> None:
         raise BadInput(f"{path}: is a file, run_dir must name a directory")
     if path.is_dir() and any(path.iterdir()) and not any((path / n).exists() for n in ("recipe.yaml", ".lock")):
         raise BadInput(f"{path}: holds files that are not a run's. Choose another run_dir, or empty it.")
-
-
-def _replace(path: Path, content: str | bytes) -> None:
-    """Write a file so that it is the old or the new one at any moment."""
-    partial = path.with_name(f".{path.name}.partial")
-    with partial.open("wb") as file:
-        file.write(content.encode() if isinstance(content, str) else content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)

@@ -41,7 +41,7 @@ def run(recipe: recipes.Recipe, *, fresh: bool = False, conclude: Callable[[Trai
     """
     # First of all: a launcher that dies while the model is being built must be known to have lived.
     with StopFlag(recipe.engine.stop_grace) as stop:
-        ranks = processes.start(recipe)
+        ranks = processes.start(recipe.engine.threads, recipe.seed)
         resolved = resolve(recipe)
         run_dir = RunDir.open(recipe.run_dir, recipes.to_dict(resolved.recipe), fresh=fresh)
         try:

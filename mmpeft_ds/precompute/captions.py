@@ -92,7 +92,7 @@ def run(recipe: Recipe, options: DescribeOptions, adapter_dir: Path | None = Non
     with StopFlag(recipe.engine.stop_grace) as stop:
         # With other threads a matrix product rounds otherwise, and the bytes would depend on the ranks a machine has.
         recipe.engine.threads = recipe.engine.threads or 1
-        ranks = processes.start(recipe)
+        ranks = processes.start(recipe.engine.threads, recipe.seed)
         source = Manifest.load(options.data)
         _check(source, options)
         describer = Describer(recipe, source, options, ranks.device, stop, adapter_dir)

@@ -41,7 +41,7 @@ def run(recipe: Recipe, options: FeatureOptions) -> int:
     with StopFlag(recipe.engine.stop_grace) as stop:
         # With other threads a matrix product rounds otherwise, and the bytes would depend on the ranks a machine has.
         recipe.engine.threads = recipe.engine.threads or 1
-        ranks = processes.start(recipe)
+        ranks = processes.start(recipe.engine.threads, recipe.seed)
         check_options(options)
         source = Manifest.load(options.data)
         maker = Maker(recipe, source, options, ranks.device, stop)

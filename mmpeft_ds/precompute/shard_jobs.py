@@ -20,11 +20,12 @@ from typing import Any, Generic, TypeVar
 
 import torch.distributed as dist
 
-from mmpeft_ds.data.manifest import FILE, Manifest, write_atomic
+from mmpeft_ds.data.manifest import FILE, Manifest
 from mmpeft_ds.data.shards import ShardReader, verify_shards
 from mmpeft_ds.data.writer import PARTS, Part, finished_part, part_path, shard_file, write_shard
 from mmpeft_ds.engine.stop import StopFlag
 from mmpeft_ds.errors import BadInput, BadSample
+from mmpeft_ds.files import write_json
 from mmpeft_ds.precompute.feature_samples import FeatureSample
 from mmpeft_ds.recipe import Recipe
 
@@ -135,7 +136,7 @@ class ShardMaker(abc.ABC, Generic[Prepared]):
             if progress is not None:
                 progress.update(len(prepared))
         # Before the part that says that the shard is finished.
-        write_atomic(self._told_path(job), json.dumps({"bad": told.bad, "counts": told.counts}).encode())
+        write_json(self._told_path(job), {"bad": told.bad, "counts": told.counts})
 
     def _ahead(self, job: Job) -> Iterator[tuple[int, list[Prepared]]]:
         """Prepared samples, `batch` at a time, with the number of the first; the next ones are prepared meanwhile."""
@@ -198,7 +199,7 @@ def open_plan(
     elif strange := sorted(p.name for p in out.iterdir() if p.suffix in (".tar", ".npy")):
         raise BadInput(f"{out}: holds {strange[0]}, but no {FILE} that tells of it. Choose an empty directory.")
     else:
-        write_atomic(out / PARTS / PLAN, json.dumps(wanted, ensure_ascii=False, indent=1).encode())
+        write_json(out / PARTS / PLAN, wanted)
     jobs = []
     for split in splits:
         first = 0

@@ -12,10 +12,10 @@ import yaml
 
 from mmpeft_ds.data.options import DataOptions
 from mmpeft_ds.errors import BadInput
+from mmpeft_ds.files import REPOSITORY
 from mmpeft_ds.recipe.options import EngineOptions, MonitorOptions, OptimOptions
 from mmpeft_ds.recipe.parse import Origin, override, parse_yaml, shown, typed
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 RENAMED = {"fewshot": "few_shot"}  # sections under an earlier name
 
 

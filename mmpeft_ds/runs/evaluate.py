@@ -23,6 +23,7 @@ from mmpeft_ds.engine.monitor import LINE_EVERY, plain
 from mmpeft_ds.engine.stop import StopFlag
 from mmpeft_ds.engine.zero import fingerprint
 from mmpeft_ds.errors import BadInput
+from mmpeft_ds.files import write_atomic, write_json
 
 CHUNK = 256  # records read at a time for the baselines
 
@@ -59,7 +60,7 @@ def evaluate_run(
 
 
 def _evaluate_run(run: Path, split: str, which: str, recipe: Any, stop: StopFlag) -> list[dict[str, Any]] | None:
-    ranks = processes.start(recipe)
+    ranks = processes.start(recipe.engine.threads, recipe.seed)
     resolved = resolve(recipe)
     if ranks.rank == 0:
         for note in resolved.notes:
@@ -98,9 +99,9 @@ def _evaluate_run(run: Path, split: str, which: str, recipe: Any, stop: StopFlag
         reports.append(report)
         rows += [{"source": title, **row} for row in result.rows] if len(resolved.validation) > 1 else result.rows
     if ranks.rank == 0:
-        (run / f"evaluation-{split}.json").write_text(json.dumps(plain(reports), indent=1) + "\n")
-        with (run / f"predictions-{split}.jsonl").open("w", encoding="utf-8") as file:
-            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        write_json(run / f"evaluation-{split}.json", plain(reports))
+        lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        write_atomic(run / f"predictions-{split}.jsonl", "".join(lines))
     return reports
 
 

@@ -33,6 +33,7 @@ from mmpeft_ds.engine.assembly.checks import check_fields
 from mmpeft_ds.engine.evaluator import evaluate
 from mmpeft_ds.engine.monitor import plain
 from mmpeft_ds.errors import AgreedBadInput, BadInput
+from mmpeft_ds.files import write_json
 from mmpeft_ds.runs.evaluate import records
 
 RESULT = "result.json"
@@ -219,7 +220,7 @@ def run(study: Study) -> bool:
         BadInput: on all ranks, naming the cell.
     """
     cells = study.cells()
-    device = processes.start(cells[0].recipe).device
+    device = processes.start(cells[0].recipe.engine.threads).device
     asked: list[Callable[[], bool]] = []
     done = on_rank0(lambda: [_is_done(cell) for cell in cells])
     for number, (cell, there) in enumerate(zip(cells, done, strict=True), 1):
@@ -323,8 +324,7 @@ def _score(training: trainer.Training, cell: Cell) -> bool:
         "baselines": baselines,
         "key": cell.key,
     }
-    text = json.dumps(plain(result), indent=1, ensure_ascii=False) + "\n"
-    on_rank0(lambda: (cell.path / RESULT).write_text(text, "utf-8"))
+    on_rank0(lambda: write_json(cell.path / RESULT, plain(result)))
     return True
 
 

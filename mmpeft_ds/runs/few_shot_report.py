@@ -9,6 +9,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from mmpeft_ds.files import write_atomic
+
 METRIC = "accuracy"
 CELL_KEYS = ("method", "reads", "half", "shots", "seed", "train_samples", "trainable_parameters", "steps")
 
@@ -21,8 +23,8 @@ def write(out: Path, results: list[dict[str, Any]]) -> str:
     """
     out.mkdir(parents=True, exist_ok=True)
     text = markdown(results)
-    (out / "results.md").write_text(text, "utf-8")
-    (out / "results.csv").write_text(as_csv(results), "utf-8", newline="")
+    write_atomic(out / "results.md", text)
+    write_atomic(out / "results.csv", as_csv(results))
     plot(out / "results.png", results)
     return text
 

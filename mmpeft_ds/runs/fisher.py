@@ -150,7 +150,7 @@ def estimate(
 def _estimate(
     recipe: recipes.Recipe, run: Path, out: Path, split: str, which: str, weights: Sequence, stop: StopFlag
 ) -> dict[str, Any] | None:
-    ranks = processes.start(recipe)
+    ranks = processes.start(recipe.engine.threads, recipe.seed)
     resolved = resolve(recipe)  # with the validation split, which methods that search insist on
     if getattr(resolved.method_config, "gradient_free", False):
         raise BadInput(f"{run}: {recipe.method['name']} trains nothing by gradient, so it has no Fisher information.")

@@ -5,7 +5,6 @@ several random orders, and sorted by class."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from mmpeft_ds.engine.assembly.build import build
 from mmpeft_ds.engine.assembly.resolve import resolve
 from mmpeft_ds.engine.zero import fingerprint
 from mmpeft_ds.errors import BadInput
+from mmpeft_ds.files import write_json
 from mmpeft_ds.methods.common.head import head_of
 from mmpeft_ds.runs import evaluate
 from mmpeft_ds.sites.feature_site import Labelled
@@ -82,7 +82,7 @@ def of_run(
         raise BadInput(f"{run}: no run directory (it has no recipe.yaml). Give --run the run_dir of a recipe.")
     recipe = recipes.load(run / "recipe.yaml", list(overrides))
     recipe.data.validation = [evaluate._on(recipe.data.sources[0], split)]
-    ranks = processes.start(recipe)
+    ranks = processes.start(recipe.engine.threads, recipe.seed)
     resolved = resolve(recipe)
     streams.check_shards(resolved, ranks)
     path = on_rank0(lambda: evaluate.find_checkpoint(run, which))
@@ -100,5 +100,5 @@ def of_run(
     lines = invariance(head, rows, size or recipe.data.global_batch)
     if ranks.rank == 0:
         report = {"split": split, "checkpoint": path.name, "rows": len(rows.labels), "lines": lines}
-        (run / f"graph-report-{split}.json").write_text(json.dumps(report, indent=1) + "\n")
+        write_json(run / f"graph-report-{split}.json", report)
     return lines

@@ -6,7 +6,7 @@ import fsspec
 import numpy as np
 import pytest
 
-from mmpeft_ds.data.manifest import Manifest, local_path, sample_key, write_atomic
+from mmpeft_ds.data.manifest import Manifest, local_path, sample_key
 from mmpeft_ds.data.writer import finished_part, members, part_path, write_manifest, write_shard
 from mmpeft_ds.errors import BadInput
 
@@ -132,19 +132,6 @@ def test_a_side_file_of_another_length_is_refused(made):
     (made / "manifest.json").write_text(json.dumps(raw))
     with pytest.raises(BadInput, match=r"expected int64 \(10, 2\)"):
         Manifest.load(made).offsets("train", 0)
-
-
-def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
-    path = tmp_path / "f"
-    write_atomic(path, b"old")
-
-    def no_rename(*a):
-        raise OSError("power cut")
-
-    monkeypatch.setattr("mmpeft_ds.data.manifest.os.replace", no_rename)
-    with pytest.raises(OSError, match="power cut"):
-        write_atomic(path, b"new")
-    assert path.read_bytes() == b"old"
 
 
 def test_members_are_named_by_their_place_and_format():

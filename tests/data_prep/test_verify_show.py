@@ -7,8 +7,8 @@ from PIL import Image
 
 from data_prep import prepare, show, verify
 from mmpeft_ds.data.manifest import Manifest
-from mmpeft_ds.data.writer import file_sha256
 from mmpeft_ds.errors import BadInput
+from mmpeft_ds.files import sha256
 
 
 @pytest.fixture
@@ -96,7 +96,7 @@ def test_samples_under_a_wrong_key_are_found(shards, capsys):
 def _rehash(out, shard):
     manifest = Manifest.load(out)
     manifest.splits["train"][0] = replace(
-        manifest.splits["train"][0], sha256=file_sha256(shard), bytes=shard.stat().st_size
+        manifest.splits["train"][0], sha256=sha256(shard), bytes=shard.stat().st_size
     )
     manifest.save(out)
 

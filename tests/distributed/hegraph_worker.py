@@ -144,7 +144,7 @@ def run_plainly(folder: Path) -> dict:
 
 def main() -> None:
     folder = Path(next(a for a in sys.argv[1:] if not a.startswith("--")))
-    ranks = processes.start(SimpleNamespace(engine=SimpleNamespace(threads=1), seed=0))
+    ranks = processes.start(threads=1)
     for shard in SHARDS:
         result = run(shard, folder, ranks)
         if ranks.rank == 0:

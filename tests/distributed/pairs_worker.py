@@ -67,7 +67,7 @@ def look(built: Built, parts: SimpleNamespace, batch: Any, ranks: processes.Rank
 def main() -> None:
     args = [a for a in sys.argv[1:] if not a.startswith("--local_rank")]
     given, out = json.loads(Path(args[0]).read_text()), Path(args[1])
-    ranks = processes.start(SimpleNamespace(engine=SimpleNamespace(threads=1), seed=0))
+    ranks = processes.start(threads=1)
     for case in given["cases"]:
         result = run_case(case, given["backbones"], out, ranks)
         if ranks.rank == 0:

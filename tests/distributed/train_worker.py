@@ -8,7 +8,6 @@ Each case is {name, stage, accumulation, split, poison, dtype, ...}; rank 0 writ
 import json
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -82,7 +81,7 @@ def run_case(case: dict, folder: Path, ranks: processes.Ranks) -> dict:
 def main() -> None:
     args = [a for a in sys.argv[1:] if not a.startswith("--local_rank")]
     cases, out = json.loads(Path(args[0]).read_text()), Path(args[1])
-    ranks = processes.start(SimpleNamespace(engine=SimpleNamespace(threads=1), seed=0))
+    ranks = processes.start(threads=1)
     for case in cases:
         result = run_case(case, out, ranks)
         if ranks.rank == 0:

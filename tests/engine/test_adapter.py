@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import stat
 import sys
 from pathlib import Path
 
@@ -151,6 +153,17 @@ def test_export_replaces_a_directory_as_a_whole(exported):
     assert not (target / "left_over.txt").exists()
     assert "0.75" in (target / "README.md").read_text()
     assert [p.name for p in target.parent.iterdir() if p.name.startswith(".")] == []
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077], ids=oct)
+def test_every_file_of_an_export_follows_the_umask(exported, umask):
+    target, model, resolved = exported
+    before = os.umask(umask)
+    try:
+        export_adapter(target, model, resolved, {"accuracy": 0.5})
+    finally:
+        os.umask(before)
+    assert {stat.S_IMODE(path.stat().st_mode) for path in target.iterdir()} == {0o666 & ~umask}
 
 
 def test_an_export_that_lost_a_tensor_does_not_get_its_name(folder, exported, monkeypatch):

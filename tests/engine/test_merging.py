@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import stat
 import sys
 from pathlib import Path
 
@@ -90,6 +92,17 @@ def test_a_merged_dual_encoder_is_taken_by_its_directory_and_says_what_the_adapt
         words
     )
     assert json.loads((tmp_path / "merged" / "merged.json").read_text())["method"] == "lora"
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077], ids=oct)
+def test_every_file_of_a_merged_folder_follows_the_umask(folder, tmp_path, umask):
+    target, _ = exported(folder, tmp_path, {"name": "bitfit"}, "vision_text_encoder")
+    before = os.umask(umask)
+    try:
+        merging.merge(target, tmp_path / "merged")
+    finally:
+        os.umask(before)
+    assert {stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "merged").iterdir()} == {0o666 & ~umask}
 
 
 @pytest.mark.parametrize("method", ["lora", "layer_norm", "bitfit", "ia3", "aurora"])

@@ -48,7 +48,7 @@ def started(path: Path) -> None:
     run = RunDir.open(path, RECIPE)
     writers = {
         "state.json": lambda p: p.write_text("{}"),
-        "recipe.json": lambda p: checkpoint._write_json(p, RECIPE),
+        "recipe.json": lambda p: checkpoint.write_json(p, RECIPE),
     }
     for name in ("weights.safetensors", "optimizer.safetensors"):
         writers[name] = lambda p: p.write_bytes(b"\x02\0\0\0\0\0\0\0{}")

@@ -26,4 +26,4 @@ def test_more_ranks_than_gpus_are_refused(monkeypatch):
     for name, value in {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(BadInput, match=r"local rank 1.* 1 GPU"):
-        processes.start(None)
+        processes.start()

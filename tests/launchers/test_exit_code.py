@@ -52,11 +52,10 @@ def test_a_launch_leaves_no_buffer_in_shared_memory(tmp_path):
     script = tmp_path / "join.py"
     script.write_text(
         "import os, sys, torch\n"
-        "from types import SimpleNamespace as S\n"
-        "from mmpeft_ds.engine import setup\n"
+        "from mmpeft_ds.distributed import processes\n"
         "import contextlib\n"
-        "if 'control' in sys.argv: setup.no_shared_buffers = contextlib.nullcontext\n"
-        "setup.start(S(engine=S(threads=1), seed=0))\n"
+        "if 'control' in sys.argv: processes.no_shared_buffers = contextlib.nullcontext\n"
+        "processes.start(threads=1)\n"
         "torch.distributed.barrier()\n"
         "open(sys.argv[-1], 'w').write(os.environ['MASTER_PORT'])\n"
     )

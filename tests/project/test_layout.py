@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "mmpeft_ds"
 # Design 2: what each folder may import of this project; everybody may import these contracts.
-COMMON = {"errors", "registry", "data.batch"}
+COMMON = {"errors", "files", "progress", "registry", "data.batch"}
 ALLOWED = {
     "ops": {"ops"},
     "sites": {"sites"},
@@ -25,7 +25,7 @@ ALLOWED = {
 THIRD_PARTY = {
     "ops": {"torch", "torch_geometric"},
     "sites": {"torch", "torch_geometric"},
-    "distributed": {"torch", "torch_geometric"},
+    "distributed": {"torch", "torch_geometric", "psutil"},
     "methods": {"torch", "torch_geometric", "peft", "safetensors"},
 }
 # Only where a model that DeepSpeed partitioned must be gathered; test_importing_... keeps it lazy.

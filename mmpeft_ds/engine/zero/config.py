@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from mmpeft_ds.errors import BadInput
-from mmpeft_ds.recipe import REPOSITORY, Recipe, where
+from mmpeft_ds.files import REPOSITORY
+from mmpeft_ds.recipe import Recipe, where
 
 # Keys a ds_configs JSON may set. Offload and ZeRO++ live inside zero_optimization.
 OWNED = (

@@ -1,0 +1,118 @@
+"""Writing files: complete or absent at any moment, checked by hash, and with the permissions that the umask gives."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+REPOSITORY = Path(__file__).resolve().parents[1]  # the checkout this package lies in
+
+
+def fsync(path: str | os.PathLike) -> None:
+    """Wait until the bytes of a file, or the entries of a directory, are on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sha256(file: str | os.PathLike | IO[bytes]) -> str:
+    """sha256 of a file, or of the rest of an open one, as 64 hexadecimal digits."""
+    if not hasattr(file, "read"):
+        with open(file, "rb") as stream:
+            return sha256(stream)
+    digest = hashlib.sha256()
+    while block := file.read(1 << 20):
+        digest.update(block)
+    return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def replacing(path: Path, temporary: Path | None = None) -> Iterator[Path]:
+    """A temporary path to write to, which takes the place of the file `path` when the block ends without an error.
+
+    A reader, and whoever starts after a crash, sees the old file or the new one, never a part.
+
+    Args:
+        temporary: in the same directory; by default `path` with a name that no other process uses.
+    """
+    temporary = temporary or path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        fsync(temporary)
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    fsync(path.parent)
+
+
+def write_atomic(path: Path, content: bytes | str) -> None:
+    """Write a file, text as UTF-8, so that it is the old or the new one at any moment."""
+    with replacing(path) as temporary:
+        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file so that it is the old or the new one at any moment; what JSON does not know becomes a text."""
+    write_atomic(path, json.dumps(value, indent=1, ensure_ascii=False, default=str) + "\n")
+
+
+@contextlib.contextmanager
+def new_directory(path: Path, replace: bool = False) -> Iterator[Path]:
+    """A new directory to fill, which is called `path` when the block ends without an error. One writer at a time.
+
+    Everything in it is on disk and follows the umask before it gets its name.
+
+    Args:
+        replace: a directory of that name makes way for it; otherwise there must be none.
+    """
+    partial, old = (path.with_name(f".{path.name}.{word}") for word in ("partial", "old"))
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        follow_umask(partial)
+        for inner in partial.rglob("*"):
+            fsync(inner)
+        fsync(partial)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+    if replace and path.exists():
+        path.rename(old)
+    partial.rename(path)
+    fsync(path.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def follow_umask(path: Path) -> None:
+    """Give a file, or all files below a directory, the permissions of any new file there.
+
+    safetensors and tempfile make files of mode 0600, which a colleague on a shared file system cannot read.
+    """
+    folder = path if path.is_dir() else path.parent
+    example = folder / f".mode.{os.getpid()}.tmp"
+    descriptor = os.open(example, os.O_CREAT | os.O_WRONLY, 0o666)  # less the umask, or by the directory's rules
+    mode = os.fstat(descriptor).st_mode & 0o777
+    os.close(descriptor)
+    example.unlink()
+    for file in path.rglob("*") if path.is_dir() else [path]:
+        if file.is_file():
+            file.chmod(mode)
+
+
+def save_tensors(path: Path, tensors: dict[str, Any], metadata: dict[str, str] | None = None) -> None:
+    """Write torch tensors as a safetensors file with the permissions that the umask gives."""
+    from safetensors.torch import save_file
+
+    save_file(tensors, path, metadata)
+    follow_umask(path)

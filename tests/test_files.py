@@ -1,0 +1,84 @@
+"""Files are complete or absent, and others may read them as the umask says."""
+
+import os
+import stat
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from mmpeft_ds import files
+
+
+@pytest.fixture(params=[0o022, 0o077], ids=oct)
+def umask(request):
+    before = os.umask(request.param)
+    yield request.param
+    os.umask(before)
+
+
+def modes(folder: Path) -> set[int]:
+    return {stat.S_IMODE(path.stat().st_mode) for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "f"
+    files.write_atomic(path, b"old")
+
+    def no_rename(*a):
+        raise OSError("power cut")
+
+    monkeypatch.setattr("mmpeft_ds.files.os.replace", no_rename)
+    with pytest.raises(OSError, match="power cut"):
+        files.write_atomic(path, b"new")
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_directory_has_its_name_only_when_it_is_complete(tmp_path):
+    with pytest.raises(ZeroDivisionError), files.new_directory(tmp_path / "d") as partial:
+        (partial / "f").write_text("half")
+        assert not (tmp_path / "d").exists()
+        raise ZeroDivisionError
+    assert not list(tmp_path.iterdir())
+    with files.new_directory(tmp_path / "d") as partial:
+        (partial / "f").write_text("whole")
+    assert (tmp_path / "d" / "f").read_text() == "whole" and list(tmp_path.iterdir()) == [tmp_path / "d"]
+
+
+def test_a_directory_makes_way_for_a_new_one_only_where_that_is_asked(tmp_path):
+    for text in ("first", "second"):
+        with files.new_directory(tmp_path / "d", replace=True) as partial:
+            (partial / text).write_text(text)
+    assert [p.name for p in (tmp_path / "d").iterdir()] == ["second"] and list(tmp_path.iterdir()) == [tmp_path / "d"]
+    with pytest.raises(OSError, match="d"), files.new_directory(tmp_path / "d"):
+        pass
+    assert [p.name for p in (tmp_path / "d").iterdir()] == ["second"]
+
+
+def test_tensors_follow_the_umask_which_safetensors_does_not(tmp_path, umask):
+    tensors = {"w": torch.arange(3.0)}
+    save_file(tensors, tmp_path / "plain.safetensors")
+    assert modes(tmp_path) == {0o600}
+    (tmp_path / "plain.safetensors").unlink()
+    files.save_tensors(tmp_path / "ours.safetensors", tensors, {"made": "here"})
+    files.write_json(tmp_path / "neighbour.json", {})
+    assert modes(tmp_path) == {0o666 & ~umask}
+    assert load_file(tmp_path / "ours.safetensors")["w"].equal(tensors["w"])
+
+
+def test_what_others_wrote_into_a_new_directory_follows_the_umask(tmp_path, umask):
+    with files.new_directory(tmp_path / "d") as partial:
+        (partial / "inner").mkdir()
+        save_file({"w": torch.zeros(2)}, partial / "inner" / "model.safetensors")
+        (partial / "config.json").write_text("{}")
+    assert modes(tmp_path / "d") == {0o666 & ~umask}
+    assert stat.S_IMODE((tmp_path / "d").stat().st_mode) == 0o777 & ~umask
+
+
+def test_sha256_of_a_file_and_of_an_open_one_are_equal(tmp_path):
+    (tmp_path / "f").write_bytes(b"x" * 3_000_000)
+    with (tmp_path / "f").open("rb") as stream:
+        assert files.sha256(stream) == files.sha256(tmp_path / "f")
+    assert files.sha256(tmp_path / "f") != files.sha256(Path(__file__))
