@@ -5,12 +5,12 @@ import pickle
 
 import pytest
 import torch
-from tiny_backbones import MAKERS, make_text_only
 
 from mmpeft_ds import backbones, registry
 from mmpeft_ds.backbones.base import Backbone
 from mmpeft_ds.data.batch import Prompted, Sample, pack
 from mmpeft_ds.engine.assembly.forward import forward
+from tests.helpers.models.tiny_backbones import MAKERS, make_text_only
 
 
 def test_every_registered_backbone_is_tried_here():

@@ -2,7 +2,6 @@
 
 import peft
 import pytest
-import tiny_blip
 import torch
 from transformers import AutoModelForImageTextToText
 
@@ -13,6 +12,7 @@ from mmpeft_ds.engine.assembly.forward import forward
 from mmpeft_ds.errors import BadInput
 from mmpeft_ds.methods.aurora import AuroraConfig
 from mmpeft_ds.sites.condition import enable_checkpointing
+from tests.helpers.models import tiny_blip
 
 QUESTIONS = [Prompted("is it red ?", "blue"), Prompted("is it red ?", "a big circle"), Prompted("what ?", "red")]
 

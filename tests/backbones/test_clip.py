@@ -2,7 +2,6 @@
 
 import peft
 import pytest
-import tiny_clip
 import torch
 from transformers import CLIPModel, SiglipModel
 
@@ -13,6 +12,7 @@ from mmpeft_ds.methods import get
 from mmpeft_ds.methods.routed_lora import RoutedLoraConfig
 from mmpeft_ds.sites import find_sites
 from mmpeft_ds.sites.condition import Condition, conditioned
+from tests.helpers.models import tiny_clip
 
 STOCK = {"clip": CLIPModel, "siglip": SiglipModel}
 
@@ -202,7 +202,7 @@ def test_impossible_options_are_refused_in_one_line(folders, family, options, sa
 
 
 def test_a_model_of_another_family_is_refused(tmp_path):
-    import tiny_towers
+    from tests.helpers.models import tiny_towers
 
     with pytest.raises(BadInput, match="family 'bert'"):
         made({"clip": tiny_towers.write_text(tmp_path, "bert")})

@@ -5,18 +5,18 @@ import copy
 import numpy as np
 import peft
 import pytest
-import tiny_clip_bart as tiny
 import torch
 from torch.nn.functional import adaptive_max_pool2d, layer_norm
 from transformers import AutoModelForSeq2SeqLM, BartForConditionalGeneration
 
 import mmpeft_ds
-from data.toy_shards import RawSample, read, write_toy
 from mmpeft_ds.data.batch import Prompted, Sample, pack
 from mmpeft_ds.data.options import DataOptions
 from mmpeft_ds.data.stream import Stream, StreamSource
 from mmpeft_ds.errors import BadInput, BadSample
 from mmpeft_ds.sites.condition import current
+from tests.helpers.data.tiny_shards import RawSample, read, write_shards
+from tests.helpers.models import tiny_clip_bart
 
 
 @pytest.fixture(scope="module")
@@ -28,9 +28,15 @@ def samples():
     """Two questions on one image, one on a pair, one without an image, padding."""
     return [
         Sample(
-            "a", 1.0, [tiny.grid(0)], [Prompted("vqa : is it red ?", "yes"), Prompted("what", "red blue .")], [0, 0]
+            "a",
+            1.0,
+            [tiny_clip_bart.grid(0)],
+            [Prompted("vqa : is it red ?", "yes"), Prompted("what", "red blue .")],
+            [0, 0],
         ),
-        Sample("b", 1.0, [tiny.grid(1), tiny.grid(2)], [Prompted("nlvr : is it round", "true")], [0]),
+        Sample(
+            "b", 1.0, [tiny_clip_bart.grid(1), tiny_clip_bart.grid(2)], [Prompted("nlvr : is it round", "true")], [0]
+        ),
         Sample("c", 1.0, [], [Prompted("a big circle", "square")], [0]),
         Sample(),
     ]
@@ -67,24 +73,26 @@ def attach(model, **options):
 
 
 def test_the_visual_embedding_is_the_published_sum(folder):
-    backbone = tiny.make(folder)
+    backbone = tiny_clip_bart.make(folder)
     model = spread(backbone.build())
-    grids = torch.stack([tiny.grid(1), tiny.grid(2)])
+    grids = torch.stack([tiny_clip_bart.grid(1), tiny_clip_bart.grid(2)])
     with torch.no_grad():
         got, keep = model._visual_tokens(grids, torch.zeros(1, 3).long(), torch.tensor([0, 0]), torch.tensor([0]), 1)
         v = model.visual_embedding
-        pooled = adaptive_max_pool2d(grids.transpose(1, 2).reshape(2, tiny.FEATURES, 3, 3), 2)
-        features = layer_norm(v.feature(pooled.flatten(2).transpose(1, 2)), (tiny.WIDTH,)) * v.feature_norm.weight
-        box = layer_norm(v.box.bias, (tiny.WIDTH,)) * v.box_norm.weight + v.box_norm.bias
+        pooled = adaptive_max_pool2d(grids.transpose(1, 2).reshape(2, tiny_clip_bart.FEATURES, 3, 3), 2)
+        features = (
+            layer_norm(v.feature(pooled.flatten(2).transpose(1, 2)), (tiny_clip_bart.WIDTH,)) * v.feature_norm.weight
+        )
+        box = layer_norm(v.box.bias, (tiny_clip_bart.WIDTH,)) * v.box_norm.weight + v.box_norm.bias
         table = model.text_model.model.shared.weight
-        assert len(table) == len(tiny.WORDS) + 9
+        assert len(table) == len(tiny_clip_bart.WORDS) + 9
         want = features + v.feature_norm.bias + box + v.image_order.weight[:2, None] + table[-4:].flip(0)
-    torch.testing.assert_close(got, want.reshape(1, 8, tiny.WIDTH), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(got, want.reshape(1, 8, tiny_clip_bart.WIDTH), atol=1e-5, rtol=1e-5)
     assert keep.all()
 
 
 def test_without_images_it_is_stock_bart(folder):
-    backbone = tiny.make(folder)
+    backbone = tiny_clip_bart.make(folder)
     model = backbone.build().eval()
     batch = packed(
         backbone, [Sample("c", 1.0, [], [Prompted("a big red circle", "it is"), Prompted("a", "red")], [0, 0])]
@@ -98,17 +106,19 @@ def test_without_images_it_is_stock_bart(folder):
 
 
 def test_the_rows_that_name_places_are_the_same_in_every_build(folder):
-    first, again = (tiny.make(folder).build().text_model.model.shared.weight[-9:] for _ in range(2))
+    first, again = (tiny_clip_bart.make(folder).build().text_model.model.shared.weight[-9:] for _ in range(2))
     assert torch.equal(first, again) and first.std() > 0.01
     saved = BartForConditionalGeneration.from_pretrained(folder / "bart").model.shared.weight
-    assert torch.equal(tiny.make(folder).build().text_model.model.shared.weight[:-9], saved)
+    assert torch.equal(tiny_clip_bart.make(folder).build().text_model.model.shared.weight[:-9], saved)
 
 
 def test_labels_are_aligned_and_unknown_answers_ask_nothing(folder):
-    backbone = tiny.make(folder)
+    backbone = tiny_clip_bart.make(folder)
     model = backbone.build().eval()
-    batch = packed(backbone, [Sample("c", 1.0, [tiny.grid(0)], [Prompted("a", "red blue"), "what color"], [0, 0])])
-    words = {word: i for i, word in enumerate(tiny.WORDS)}
+    batch = packed(
+        backbone, [Sample("c", 1.0, [tiny_clip_bart.grid(0)], [Prompted("a", "red blue"), "what color"], [0, 0])]
+    )
+    words = {word: i for i, word in enumerate(tiny_clip_bart.WORDS)}
     red, blue = words["red"], words["blue"]
     assert batch.texts["labels"].tolist() == [[0, red, blue, 2], [-100] * 4]
     assert batch.texts["decoder_input_ids"].tolist() == [[2, 0, red, blue], [2, 0, 2, 1]]
@@ -123,7 +133,7 @@ def test_labels_are_aligned_and_unknown_answers_ask_nothing(folder):
 
 @pytest.mark.parametrize("condition", ["visual", "embedding", "tokens", "none"])
 def test_what_adapters_are_given_to_route_on(folder, condition):
-    backbone = tiny.make(folder, condition=condition)
+    backbone = tiny_clip_bart.make(folder, condition=condition)
     model = spread(backbone.build())
     seen = {}
     base = model.text_model.model
@@ -143,11 +153,13 @@ def test_what_adapters_are_given_to_route_on(folder, condition):
         assert seen["encoder"].tokens is None and seen["decoder"].tokens is None
         return
     if condition == "tokens":
-        assert seen["encoder"].tokens.shape == (4, 8, tiny.WIDTH) and torch.equal(seen["encoder"].mask, visual)
+        assert seen["encoder"].tokens.shape == (4, 8, tiny_clip_bart.WIDTH) and torch.equal(
+            seen["encoder"].mask, visual
+        )
         assert torch.equal(seen["decoder"].tokens, seen["encoder"].tokens)
         assert torch.equal(seen["decoder"].mask, visual)
         return
-    assert seen["encoder"].tokens.shape == (4, 1, tiny.WIDTH)
+    assert seen["encoder"].tokens.shape == (4, 1, tiny_clip_bart.WIDTH)
     assert seen["encoder"].tokens[3].eq(0).all() and seen["decoder"].tokens[3].eq(0).all()
     states = encoded.last_hidden_state[2, length : length + 8].mean(0)
     assert torch.equal(seen["encoder"].tokens[0], seen["encoder"].tokens[1])  # two questions about one image
@@ -160,7 +172,7 @@ def test_what_adapters_are_given_to_route_on(folder, condition):
 @pytest.mark.parametrize("source", ["given", "cross_mean", "cross"])
 @pytest.mark.parametrize("beams", [1, 3])
 def test_generation_with_cache_equals_generation_without_it_and_routes_follow_beams(folder, source, beams):
-    backbone = tiny.make(folder)
+    backbone = tiny_clip_bart.make(folder)
     route = {"given": "mul", "cross_mean": "add", "cross": "matmul1"}[source]
     model = attach(spread(backbone.build()), route=route, condition=source)
     told = dict(output_scores=True, return_dict_in_generate=True)
@@ -186,11 +198,11 @@ def test_generation_with_cache_equals_generation_without_it_and_routes_follow_be
 
 
 def test_closed_choices_are_compared_at_the_first_token_that_differs(folder):
-    backbone = tiny.make(folder)
+    backbone = tiny_clip_bart.make(folder)
     model = spread(backbone.build())
-    rows = [Sample(f"{i}", 1.0, [tiny.grid(i)], [Prompted("nlvr : is it red")], [0]) for i in range(12)]
+    rows = [Sample(f"{i}", 1.0, [tiny_clip_bart.grid(i)], [Prompted("nlvr : is it red")], [0]) for i in range(12)]
     batch = packed(backbone, rows)
-    words = {word: i for i, word in enumerate(tiny.WORDS)}
+    words = {word: i for i, word in enumerate(tiny_clip_bart.WORDS)}
     with torch.no_grad():
         logits = model(**asked(backbone, batch), decoder_input_ids=torch.tensor([[2, 0]]).expand(12, -1)).logits[:, 1]
     want = ["true" if row[words["true"]] > row[words["false"]] else "false" for row in logits]
@@ -202,7 +214,7 @@ def test_closed_choices_are_compared_at_the_first_token_that_differs(folder):
 
 def test_the_routed_gradient_reaches_the_visual_embedding_with_and_without_recomputation(folder):
     def gradients(checkpointing, route="mul"):
-        backbone = tiny.make(folder)
+        backbone = tiny_clip_bart.make(folder)
         model = attach(backbone.build(), route=route)
         if checkpointing:
             model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
@@ -221,10 +233,10 @@ def test_the_routed_gradient_reaches_the_visual_embedding_with_and_without_recom
 
 
 def test_dropout_is_barts_own_or_none(folder):
-    batch = packed(tiny.make(folder))
+    batch = packed(tiny_clip_bart.make(folder))
 
     def twice(train_dropout):
-        backbone = tiny.make(folder)
+        backbone = tiny_clip_bart.make(folder)
         backbone.train_dropout = train_dropout
         model = backbone.build().train()
         return [model(**backbone.inputs(batch)).logits for _ in range(2)]
@@ -233,7 +245,7 @@ def test_dropout_is_barts_own_or_none(folder):
 
 
 def test_disabling_and_reloading_an_adapter_is_exact(folder, tmp_path):
-    backbone = tiny.make(folder)
+    backbone = tiny_clip_bart.make(folder)
     batch = packed(backbone)
     frozen = spread(backbone.build())
     with torch.no_grad():
@@ -249,7 +261,7 @@ def test_disabling_and_reloading_an_adapter_is_exact(folder, tmp_path):
 
 
 def test_auto_classes_know_the_model(folder, tmp_path):
-    backbone = tiny.make(folder, vision="clip")
+    backbone = tiny_clip_bart.make(folder, vision="clip")
     model = backbone.build().eval()
     model.save_pretrained(tmp_path)
     loaded = AutoModelForSeq2SeqLM.from_pretrained(tmp_path).eval()
@@ -266,7 +278,7 @@ def test_auto_classes_know_the_model(folder, tmp_path):
 
 @pytest.mark.parametrize("family", ["vit", "clip", "dinov2", "siglip"])
 def test_a_tower_gives_its_patches_as_the_grid(folder, family):
-    backbone = tiny.make(folder, vision=family)
+    backbone = tiny_clip_bart.make(folder, vision=family)
     backbone.check()
     model = backbone.build().eval()
     pixels = torch.randint(0, 256, (2, 3, 8, 8), dtype=torch.uint8)
@@ -282,12 +294,12 @@ def test_a_tower_gives_its_patches_as_the_grid(folder, family):
 
 
 def test_stored_features_travel_through_the_stream_in_the_place_of_images(folder, tmp_path):
-    one, two = tiny.grid(0).half().numpy(), np.stack([tiny.grid(1), tiny.grid(2)])
+    one, two = tiny_clip_bart.grid(0).half().numpy(), np.stack([tiny_clip_bart.grid(1), tiny_clip_bart.grid(2)])
     record = {"texts": ["what"], "answers": [1]}
     raw = [RawSample("x", [], record, one), RawSample("y", [], record, two), RawSample("z", [], record)]
     raw.append(RawSample("bad", [], record, one[:7]))
-    manifest = write_toy(tmp_path / "data", raw)
-    backbone = tiny.make(folder)
+    manifest = write_shards(tmp_path / "data", raw)
+    backbone = tiny_clip_bart.make(folder)
     source = StreamSource(
         manifest, "train", read, backbone.image_transform(False), backbone.collate_images, backbone.collate_texts,
         lambda t: {},
@@ -303,16 +315,18 @@ def test_stored_features_travel_through_the_stream_in_the_place_of_images(folder
 
 
 def test_features_of_another_shape_are_refused():
-    transform = tiny.registry.load(tiny.backbones, "clip_bart", "backbone.name")(tiny_options(), None).image_transform(
-        True
-    )
-    for shape in ((9, 5), (8, tiny.FEATURES), (tiny.FEATURES,), (2, 9, tiny.FEATURES)):
+    transform = tiny_clip_bart.registry.load(tiny_clip_bart.backbones, "clip_bart", "backbone.name")(
+        tiny_options(), None
+    ).image_transform(True)
+    for shape in ((9, 5), (8, tiny_clip_bart.FEATURES), (tiny_clip_bart.FEATURES,), (2, 9, tiny_clip_bart.FEATURES)):
         with pytest.raises(BadSample, match="features"):
             transform(torch.zeros(shape), None)
 
 
 def tiny_options(**options):
-    return tiny.registry.load(tiny.backbones, "clip_bart", "x").Options(feature_width=tiny.FEATURES, **options)
+    return tiny_clip_bart.registry.load(tiny_clip_bart.backbones, "clip_bart", "x").Options(
+        feature_width=tiny_clip_bart.FEATURES, **options
+    )
 
 
 @pytest.mark.parametrize(
@@ -328,14 +342,14 @@ def tiny_options(**options):
 )
 def test_what_cannot_work_is_refused_in_one_line(folder, options, message):
     with pytest.raises(BadInput, match=message) as problem:
-        tiny.make(folder, **options).check()
+        tiny_clip_bart.make(folder, **options).check()
     assert "\n" not in str(problem.value)
 
 
 def test_another_family_and_too_many_images_are_refused(folder):
     with pytest.raises(BadInput, match="family 'vit'"):
-        tiny.tiny_towers.write_vision(folder / "other", "vit")
-        tiny.make(folder, text=str(folder / "other")).check()
-    backbone = tiny.make(folder, max_images=1)
+        tiny_clip_bart.tiny_towers.write_vision(folder / "other", "vit")
+        tiny_clip_bart.make(folder, text=str(folder / "other")).check()
+    backbone = tiny_clip_bart.make(folder, max_images=1)
     with pytest.raises(BadInput, match="max_images: a sample has 2 images"):
         backbone.build()(**backbone.inputs(packed(backbone)))

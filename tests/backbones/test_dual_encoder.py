@@ -5,8 +5,6 @@ import math
 
 import peft
 import pytest
-import tiny_clip
-import tiny_towers
 import torch
 from torch.nn.functional import cross_entropy, normalize
 from transformers import AutoModel, BertModel, CLIPVisionModel, Dinov2Model, ViTModel
@@ -18,6 +16,7 @@ from mmpeft_ds.engine.assembly.resolve import float32_heads
 from mmpeft_ds.errors import BadInput, BadSample
 from mmpeft_ds.sites import find_sites
 from mmpeft_ds.tasks.retrieval import task as retrieval
+from tests.helpers.models import tiny_clip, tiny_towers
 
 STOCK = {"vit": ViTModel, "dinov2": Dinov2Model, "clip": CLIPVisionModel}
 

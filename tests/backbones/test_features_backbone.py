@@ -10,7 +10,6 @@ import torch
 from torch import nn
 from torch.nn.functional import normalize
 
-import tiny_features
 from mmpeft_ds import registry
 from mmpeft_ds.backbones.base import Backbone
 from mmpeft_ds.backbones.features.backbone import ENTRY, FeatureModel, Options, ViewTransform
@@ -20,6 +19,7 @@ from mmpeft_ds.errors import BadInput
 from mmpeft_ds.methods.common.head import Head, HeadConfig, HeadTuner
 from mmpeft_ds.sites import find_sites
 from mmpeft_ds.sites.feature_site import Features, Scores
+from tests.helpers.models import tiny_feature_model
 
 TOWERS = {"key": "k", "image_width": 8, "text_width": 6, "logit_scale": 10.0}
 
@@ -85,11 +85,11 @@ def test_it_is_a_backbone_and_says_what_is_missing():
 
 
 def test_scores_are_scaled_cosines_with_the_mean_of_unit_templates():
-    model, z = tiny_features.model(), tiny_features.rows()
+    model, z = tiny_feature_model.model(), tiny_feature_model.rows()
     text = normalize(normalize(model.features.bank.positive, dim=-1).mean(1), dim=-1)
     want = 10 * normalize(z.image, dim=-1) @ text.T
     torch.testing.assert_close(model(image_features=z.image).logits, want)
-    bare = tiny_features.model(templates=0)
+    bare = tiny_feature_model.model(templates=0)
     assert not bare(image_features=z.image).logits.any()
 
 
@@ -128,7 +128,7 @@ def test_views():
 
 
 def test_the_base_is_a_transformers_folder(tmp_path):
-    model, z = tiny_features.model(), tiny_features.rows()
+    model, z = tiny_feature_model.model(), tiny_feature_model.rows()
     model.save_pretrained(tmp_path)
     again = FeatureModel.from_pretrained(tmp_path).eval()
     assert torch.equal(again(image_features=z.image).logits, model(image_features=z.image).logits)
@@ -136,7 +136,7 @@ def test_the_base_is_a_transformers_folder(tmp_path):
 
 
 def test_a_head_takes_the_place_of_the_scorer_and_leaves_it_alone(tmp_path):
-    model, z = tiny_features.model(), tiny_features.rows()
+    model, z = tiny_feature_model.model(), tiny_feature_model.rows()
     before = model(image_features=z.image).logits
     wrapped = peft.get_peft_model(model, ShiftConfig())
     assert [s.path for s in find_sites(wrapped.get_base_model()).features] == ["features"]
@@ -152,11 +152,11 @@ def test_a_head_takes_the_place_of_the_scorer_and_leaves_it_alone(tmp_path):
     with wrapped.disable_adapter():
         assert torch.equal(wrapped(image_features=z.image).logits, before)
     wrapped.save_pretrained(tmp_path)
-    again = peft.PeftModel.from_pretrained(tiny_features.model(), tmp_path)
+    again = peft.PeftModel.from_pretrained(tiny_feature_model.model(), tmp_path)
     assert torch.equal(again(image_features=z.image).logits, out.logits)
     state = wrapped.get_base_model().training_state()
     assert {n: float(t) for n, t in state.items()} == {"features.toy_shift_head.default.found": 0.5}
-    fresh = peft.get_peft_model(tiny_features.model(), ShiftConfig()).get_base_model()
+    fresh = peft.get_peft_model(tiny_feature_model.model(), ShiftConfig()).get_base_model()
     fresh.load_training_state(state)
     assert float(fresh.features.head.found) == 0.5
     with pytest.raises(BadInput, match="cannot be merged"):
@@ -165,13 +165,13 @@ def test_a_head_takes_the_place_of_the_scorer_and_leaves_it_alone(tmp_path):
 
 def test_what_the_bank_lacks_is_said():
     with pytest.raises(BadInput, match="toy_shift: needs class texts"):
-        peft.get_peft_model(tiny_features.model(templates=0), ShiftConfig())
+        peft.get_peft_model(tiny_feature_model.model(templates=0), ShiftConfig())
     with pytest.raises(BadInput, match="needs a model of features"):
         peft.get_peft_model(nn.Sequential(nn.Linear(2, 2)), ShiftConfig())
 
 
 def test_prototypes_are_class_means_and_an_absent_class_is_zero():
-    bank = tiny_features.model().features.bank
+    bank = tiny_feature_model.model().features.bank
     torch.testing.assert_close(bank.prototypes[1], bank.support[3:6].mean((0, 1)))
     bank.support_labels[:3] = 1
     assert not bank.prototypes[0].any()

@@ -2,7 +2,6 @@
 
 import peft
 import pytest
-import tiny_mllm
 import torch
 from transformers import LlavaNextProcessor, LlavaProcessor
 
@@ -14,6 +13,7 @@ from mmpeft_ds.errors import BadInput, BadSample
 from mmpeft_ds.methods import get
 from mmpeft_ds.methods.routed_lora import RoutedLoraConfig
 from mmpeft_ds.sites import find_sites
+from tests.helpers.models import tiny_mllm
 
 FAMILIES = list(tiny_mllm.FAMILIES)
 one_of_each_kind = pytest.mark.parametrize("family", ["llava_next", "qwen2_5_vl"])

@@ -5,9 +5,9 @@ import copy
 import peft
 import pytest
 import torch
-from composed_encoders import entry, inputs, write_towers
 
 import mmpeft_ds
+from tests.helpers.models.tiny_composed_encoder import entry, inputs, write_towers
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,6 @@
 
 import peft
 import pytest
-import tiny_towers
 import torch
 from torch.nn.functional import cross_entropy
 from transformers import AutoModel, AutoModelForCausalLM
@@ -13,6 +12,7 @@ from mmpeft_ds.data.batch import Prompted, Sample, pack
 from mmpeft_ds.engine.assembly.forward import forward
 from mmpeft_ds.errors import BadInput
 from mmpeft_ds.sites.condition import current
+from tests.helpers.models import tiny_towers
 
 LORA = {"train_bias": True, "train_norms": True, "r": 4}
 ADAPTER = {"train_norms": True, "r": 4}

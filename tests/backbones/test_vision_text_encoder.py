@@ -5,9 +5,7 @@ import dataclasses
 
 import peft
 import pytest
-import tiny_towers
 import torch
-from composed_encoders import LABELS, entry, inputs, write_towers
 from transformers import AutoModel, RobertaConfig, ViTConfig
 
 import mmpeft_ds
@@ -17,6 +15,8 @@ from mmpeft_ds.backbones.vision_text_encoder.backbone import ENTRY, Options
 from mmpeft_ds.backbones.vision_text_encoder.model import VisionTextEncoder, VisionTextEncoderConfig
 from mmpeft_ds.errors import BadInput
 from mmpeft_ds.sites.condition import current
+from tests.helpers.models import tiny_towers
+from tests.helpers.models.tiny_composed_encoder import LABELS, entry, inputs, write_towers
 
 
 @pytest.fixture(scope="module")

@@ -11,9 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from engine import toy_vqa
 from mmpeft_ds import adapter
 from mmpeft_ds.engine.assembly.forward import answer
+from tests.helpers.runs import tiny_vqa
 
 HERE = Path(__file__).resolve().parent
 RUNS = ("composed", "features")
@@ -47,7 +47,7 @@ def expected(name: str) -> dict:
 def questions(name: str) -> tuple[list, list]:
     """As make.py asked them."""
     if name == "composed":
-        return [toy_vqa.png(i) for i in range(2000, 2004)], [toy_vqa.QUESTIONS[: 1 + i % 3] for i in range(4)]
+        return [tiny_vqa.png(i) for i in range(2000, 2004)], [tiny_vqa.QUESTIONS[: 1 + i % 3] for i in range(4)]
     drawn = torch.randn(5, 3, 8, generator=torch.Generator().manual_seed(3))
     return list(drawn), [""] * 5
 

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from toy_shards import collate_images, collate_targets, collate_texts
 
 from mmpeft_ds.data.batch import IMAGE_MARK, Prompted, Sample, hash_id, pack
 from mmpeft_ds.errors import BadSample
+from tests.helpers.data.tiny_shards import collate_images, collate_targets, collate_texts
 
 
 def packed(*samples):

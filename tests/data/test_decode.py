@@ -7,10 +7,10 @@ import pytest
 import simplejpeg
 import torch
 from PIL import Image
-from toy_shards import encoded, photo
 
 from mmpeft_ds.data.decode import center_crop, decode, resize
 from mmpeft_ds.errors import BadSample
+from tests.helpers.data.images import encoded, photo
 
 
 def saved(image, kind="PNG", **options) -> bytes:

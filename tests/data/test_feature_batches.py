@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from data import toy_features as toy
 from mmpeft_ds.data.batch import Described
 from mmpeft_ds.data.feature_columns import Columns
 from mmpeft_ds.data.options import DataOptions
@@ -16,6 +15,7 @@ from mmpeft_ds.data.shards import ShardReader
 from mmpeft_ds.data.stream import Stream, StreamSource
 from mmpeft_ds.data.subset import Subset
 from mmpeft_ds.errors import BadInput, BadSample
+from tests.helpers.data import tiny_features
 
 COUNT = 23
 
@@ -110,9 +110,9 @@ def plain(record):
 
 
 def write(tmp_path, dtype=np.float32, change=lambda samples: None, **options):
-    samples = [toy.sample(i, dtype) for i in range(COUNT)]
+    samples = [tiny_features.sample(i, dtype) for i in range(COUNT)]
     change(samples)
-    return toy.write_features(tmp_path / "set", samples, **options)
+    return tiny_features.write_features(tmp_path / "set", samples, **options)
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32])
@@ -235,8 +235,11 @@ def test_columns_say_where_everything_is(tmp_path):
     manifest = write(tmp_path, change=spoil_captions)
     columns = Columns(ShardReader(manifest, "train")).shard(2)
     assert columns.good.tolist() == [True] * 4
-    assert (columns.rows, columns.width) == (1 + toy.VIEWS, toy.WIDTH)
+    assert (columns.rows, columns.width) == (1 + tiny_features.VIEWS, tiny_features.WIDTH)
     rows = columns.images(np.array([3, 0]), np.array([0, 2]))
-    assert rows.tolist() == [toy.image_features(11)[0].tolist(), toy.image_features(8)[2].tolist()]
-    assert columns.text(0).tolist() == toy.text_features(8).tolist()
+    assert rows.tolist() == [
+        tiny_features.image_features(11)[0].tolist(),
+        tiny_features.image_features(8)[2].tolist(),
+    ]
+    assert columns.text(0).tolist() == tiny_features.text_features(8).tolist()
     assert columns.text(1) is None

@@ -7,11 +7,11 @@ import tarfile
 import fsspec
 import numpy as np
 import pytest
-from toy_shards import RawSample, one_image, write_toy
 
 from mmpeft_ds.data.manifest import Manifest
 from mmpeft_ds.data.shards import ShardReader, _plain_members, check_pipe, members, verify_shards
 from mmpeft_ds.errors import BadInput, BadSample
+from tests.helpers.data.tiny_shards import RawSample, one_image, write_shards
 
 
 def tar(entries: dict[str, bytes], format=tarfile.PAX_FORMAT) -> bytes:
@@ -26,7 +26,7 @@ def tar(entries: dict[str, bytes], format=tarfile.PAX_FORMAT) -> bytes:
 
 @pytest.fixture(scope="module")
 def toy(tmp_path_factory):
-    return write_toy(tmp_path_factory.mktemp("shards") / "toy", [one_image(i) for i in range(20)])
+    return write_shards(tmp_path_factory.mktemp("shards") / "toy", [one_image(i) for i in range(20)])
 
 
 def test_ranges_hold_exactly_the_samples_that_tarfile_finds(toy):
@@ -128,7 +128,7 @@ def test_a_damaged_copy_never_enters_the_cache(toy, tmp_path):
 
 
 def test_start_check_finds_missing_short_and_altered_shards(tmp_path):
-    manifest = write_toy(tmp_path / "toy", [one_image(i) for i in range(40)])
+    manifest = write_shards(tmp_path / "toy", [one_image(i) for i in range(40)])
     files = [tmp_path / "toy" / shard.file for shard in manifest.shards("train")]
     for mode in ("none", "size", "sha256"):
         assert verify_shards(manifest, "train", mode) == []
@@ -150,7 +150,7 @@ def test_start_check_finds_missing_short_and_altered_shards(tmp_path):
 
 
 def test_a_shard_that_vanishes_later_stops_with_one_line_and_a_short_one_gives_bad_samples(tmp_path):
-    manifest = write_toy(tmp_path / "toy", [one_image(i) for i in range(14)])
+    manifest = write_shards(tmp_path / "toy", [one_image(i) for i in range(14)])
     first, second = (tmp_path / "toy" / shard.file for shard in manifest.shards("train"))
     first.write_bytes(first.read_bytes()[:3000])
     found = ShardReader(manifest, "train").read([(0, 0), (0, 6)])
@@ -170,6 +170,6 @@ def test_pipes_are_refused_unless_allowed():
 
 def test_features_written_as_npy_come_back(tmp_path):
     features = np.arange(6, dtype=np.float32).reshape(2, 3)
-    manifest = write_toy(tmp_path / "toy", [RawSample("f", [], {"label": 1}, features)])
+    manifest = write_shards(tmp_path / "toy", [RawSample("f", [], {"label": 1}, features)])
     key, parts = members(ShardReader(manifest, "train").read([(0, 0)])[0])
     assert np.array_equal(np.load(io.BytesIO(parts["npy"]), allow_pickle=False), features)

@@ -6,59 +6,21 @@ import json
 import numpy as np
 import pytest
 import torch
-from toy_shards import RawSample, encoded, one_image, read, source, transform, write_toy
 
 from mmpeft_ds.data.manifest import Manifest
 from mmpeft_ds.data.options import DataOptions
 from mmpeft_ds.data.stream import BadBudget, Stream
 from mmpeft_ds.errors import BadInput
+from tests.helpers.data.images import encoded
+from tests.helpers.data.streamed import ids, rows, run
+from tests.helpers.data.tiny_shards import RawSample, one_image, read, source, transform, write_shards
 
 N = 45
 
 
 @pytest.fixture(scope="module")
 def toy(tmp_path_factory):
-    return write_toy(tmp_path_factory.mktemp("stream") / "toy", [one_image(i) for i in range(N)])
-
-
-def rows(steps):
-    """Step -> what every sample of positive weight brought along, in slot order."""
-    found = {}
-    for step in steps:
-        for batch in step.micro:
-            for j, owner in enumerate(batch.text_owner.tolist()):
-                assert batch.weight[owner] == 1
-                (image,) = (batch.image_owner == owner).nonzero().flatten().tolist()
-                row = batch.sample_id[owner], batch.raw_texts[j], batch.targets["answer"][j].item()
-                row += (batch.targets["draw"][j].item(), batch.images["pixels"][image].float().mean().item())
-                found.setdefault(step.step, []).append(row)
-    return found
-
-
-def run(manifest, world_size=1, epoch=0, start=0, accumulation=1, train=True, seed=0, sources=None, **options):
-    """The same as `rows`, over all ranks in rank order."""
-    found = {}
-    for rank in range(world_size):
-        stream = Stream(
-            sources or [source(manifest)],
-            DataOptions(**{"global_batch": 8, "workers": 0, "shuffle_block": 20, **options}),
-            rank=rank,
-            world_size=world_size,
-            accumulation=accumulation,
-            seed=seed,
-            train=train,
-        )
-        stream.wait_for_workers()
-        try:
-            for step, part in rows(stream.epoch(epoch, start)).items():
-                found.setdefault(step, []).extend(part)
-        finally:
-            stream.close()
-    return found
-
-
-def ids(found):
-    return [row[0] for part in found.values() for row in part]
+    return write_shards(tmp_path_factory.mktemp("stream") / "toy", [one_image(i) for i in range(N)])
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 8, 96])
@@ -137,7 +99,7 @@ def test_choices_depend_on_seed_epoch_and_sample_alone(toy):
 
 
 def test_one_source_a_step_and_all_sources_in_proportion(toy, tmp_path):
-    other = write_toy(tmp_path / "other", [one_image(i) for i in range(16)], name="other")
+    other = write_shards(tmp_path / "other", [one_image(i) for i in range(16)], name="other")
     sources = [source(toy), source(other)]
     found = run(None, 2, sources=sources)
     assert len(found) == 8
@@ -188,7 +150,7 @@ def test_text_only_two_image_video_and_ragged_samples_pack_into_one_batch(tmp_pa
         RawSample("image only", pictures(3), {"texts": [], "answers": []}),
         RawSample("many questions", pictures(4), {"texts": list("xyz"), "answers": [4, 5, 6]}),
     ]
-    manifest = write_toy(tmp_path / "mixed", samples)
+    manifest = write_shards(tmp_path / "mixed", samples)
     (step,) = Stream([source(manifest)], DataOptions(global_batch=6, workers=0), train=False).epoch(0)
     (batch,) = step.micro
     kinds = {record.get("source_name"): slot for slot, record in enumerate(batch.records)}
@@ -210,7 +172,7 @@ def test_text_only_two_image_video_and_ragged_samples_pack_into_one_batch(tmp_pa
 def test_features_become_tensors_of_the_record(tmp_path):
     features = np.arange(6, dtype=np.float32).reshape(2, 3)
     sample = RawSample("features", [], {"texts": ["a"], "answers": [0]}, features)
-    (step,) = Stream([source(write_toy(tmp_path / "f", [sample]))], DataOptions(global_batch=1, workers=0)).epoch(0)
+    (step,) = Stream([source(write_shards(tmp_path / "f", [sample]))], DataOptions(global_batch=1, workers=0)).epoch(0)
     assert np.array_equal(step.micro[0].records[0]["features"].numpy(), features)
 
 
@@ -261,7 +223,7 @@ def test_a_bad_sample_becomes_a_slot_without_weight_and_nothing_else_changes(tmp
         small = encoded(1, "PNG")
         samples = [RawSample(s.name, [], s.record) for s in clean]
         samples[4] = RawSample(name, [("png", small)], clean[4].record)
-    manifest = write_toy(tmp_path / "bad", samples)
+    manifest = write_shards(tmp_path / "bad", samples)
     stream = Stream(
         [source(manifest)], DataOptions(global_batch=4, workers=workers, max_pixels=max_pixels), train=False
     )
@@ -279,7 +241,7 @@ def test_a_bad_sample_becomes_a_slot_without_weight_and_nothing_else_changes(tmp
 def test_damaged_json_tar_and_pickled_arrays_are_bad(tmp_path):
     samples = [one_image(i) for i in range(3)]
     samples.append(RawSample("array", [], {"texts": [], "answers": []}, np.zeros(20)))
-    manifest = write_toy(tmp_path / "bad", samples)
+    manifest = write_shards(tmp_path / "bad", samples)
     file = tmp_path / "bad" / manifest.shards("train")[0].file
     data = file.read_bytes()
     text = json.dumps({"answers": [0]})[:-1].encode()
@@ -307,7 +269,7 @@ def test_a_fault_of_the_transform_is_no_bad_sample(toy):
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_missing_shard_stops_with_one_line(tmp_path, workers):
-    manifest = write_toy(tmp_path / "gone", [one_image(i) for i in range(10)])
+    manifest = write_shards(tmp_path / "gone", [one_image(i) for i in range(10)])
     file = tmp_path / "gone" / manifest.shards("train")[1].file
     file.unlink()
     with pytest.raises(BadInput, match=file.name) as caught:

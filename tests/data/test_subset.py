@@ -4,12 +4,12 @@ import json
 
 import pytest
 import torch
-from test_stream import ids, run
-from toy_shards import one_image, source, write_toy
 
 from mmpeft_ds.data import order
 from mmpeft_ds.data.subset import Subset, fingerprint
 from mmpeft_ds.errors import BadInput
+from tests.helpers.data.streamed import ids, run
+from tests.helpers.data.tiny_shards import one_image, source, write_shards
 
 N = 45
 CHOSEN = (3, 0, 44, 13, 14, 20, 21, 27, 9, 40, 30)  # none of shard 5, the last of the last shard
@@ -17,7 +17,7 @@ CHOSEN = (3, 0, 44, 13, 14, 20, 21, 27, 9, 40, 30)  # none of shard 5, the last 
 
 @pytest.fixture(scope="module")
 def toy(tmp_path_factory):
-    return write_toy(tmp_path_factory.mktemp("subset") / "toy", [one_image(i) for i in range(N)])
+    return write_shards(tmp_path_factory.mktemp("subset") / "toy", [one_image(i) for i in range(N)])
 
 
 def keys(numbers=CHOSEN):

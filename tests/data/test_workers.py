@@ -7,7 +7,6 @@ import subprocess
 import sys
 import textwrap
 import time
-from pathlib import Path
 
 import psutil
 import pytest
@@ -15,8 +14,7 @@ import torch
 
 from mmpeft_ds.data.workers import WorkerPool
 from mmpeft_ds.errors import BadInput
-
-HERE = Path(__file__).parent
+from tests.helpers import launch
 
 
 def square(x):
@@ -65,9 +63,8 @@ def run_script(tmp_path, body: str) -> subprocess.Popen:
         textwrap.dedent(
             """
             import multiprocessing, os, signal, sys, time
-            sys.path.insert(0, {here!r})
             from mmpeft_ds.data.workers import WorkerPool
-            from test_workers import square
+            from tests.data.test_workers import square
             print("main runs", flush=True)
             if __name__ == "__main__":
                 pool = WorkerPool(square, 2, 2)
@@ -76,10 +73,11 @@ def run_script(tmp_path, body: str) -> subprocess.Popen:
                 next(results)
                 print(*[p.pid for p in multiprocessing.active_children()], flush=True)
             """
-        ).format(here=str(HERE))
+        )
         + textwrap.indent(textwrap.dedent(body), "    ")
     )
-    return subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True, start_new_session=True)
+    command, env = [sys.executable, str(script)], launch.environment()
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True, env=env)
 
 
 def pids_of(process) -> list[int]:

@@ -1,22 +1,10 @@
-"""Small sources for the scripts of data_prep, which are no installed package."""
+"""Small sources for the scripts of data_prep."""
 
-import io
 import json
-import sys
-from pathlib import Path
 
 import pytest
-from PIL import Image
 
-ROOT = Path(__file__).resolve().parents[2]
-if str(ROOT) not in sys.path:
-    sys.path.insert(0, str(ROOT))
-
-
-def picture(color: tuple[int, int, int], form: str = "PNG", size: tuple[int, int] = (8, 6)) -> bytes:
-    buffer = io.BytesIO()
-    Image.new("RGB", size, color).save(buffer, form)
-    return buffer.getvalue()
+from tests.helpers.data.images import picture
 
 
 @pytest.fixture

@@ -5,7 +5,6 @@ import json
 import subprocess
 
 import pytest
-from conftest import ROOT, picture
 from PIL import Image
 
 from data_prep import prepare
@@ -13,6 +12,8 @@ from data_prep.few_shot import _records
 from data_prep.sources.common.splits import by_hash, disjoint_captions, same_words
 from mmpeft_ds.data.manifest import Manifest
 from mmpeft_ds.errors import BadInput
+from tests.helpers import ROOT
+from tests.helpers.data.images import picture
 
 
 def classes_of(size):

@@ -5,12 +5,12 @@ import random
 from collections import Counter
 
 import pytest
-from conftest import picture
 
 from data_prep import few_shot, prepare
 from mmpeft_ds.data.manifest import Manifest
 from mmpeft_ds.data.subset import Subset
 from mmpeft_ds.errors import BadInput
+from tests.helpers.data.images import picture
 
 CLASSES = ["cat", "american_dog", "eel", "fox", "ant"]  # of 12, 12, 12, 12 and 3 training images
 

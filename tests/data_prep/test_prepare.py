@@ -20,8 +20,7 @@ from data_prep.sources.base import RawSample, Source
 from mmpeft_ds import registry
 from mmpeft_ds.data.manifest import Manifest
 from mmpeft_ds.errors import BadInput
-
-ROOT = Path(__file__).resolve().parents[2]
+from tests.helpers import ROOT
 
 
 def contents(out):

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,21 +12,17 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parents[1] / "backbones")]
-
-import tiny_clip  # noqa: E402
-import tiny_towers  # noqa: E402
-
-from distributed import launch  # noqa: E402
-from engine import toy_vqa  # noqa: E402
-from mmpeft_ds import adapter, merging  # noqa: E402
-from mmpeft_ds.backbones.dual_encoder import backbone as dual_encoder  # noqa: E402
-from mmpeft_ds.data.batch import Sample, pack  # noqa: E402
-from mmpeft_ds.data.decode import decode  # noqa: E402
-from mmpeft_ds.data.writer import PARTS, write_manifest, write_shard  # noqa: E402
+from mmpeft_ds import adapter, merging
+from mmpeft_ds.backbones.dual_encoder import backbone as dual_encoder
+from mmpeft_ds.data.batch import Sample, pack
+from mmpeft_ds.data.decode import decode
+from mmpeft_ds.data.writer import PARTS, write_manifest, write_shard
+from tests.helpers import launch
+from tests.helpers.models import tiny_clip, tiny_towers
+from tests.helpers.runs import tiny_vqa
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
-WORKER = Path(__file__).with_name("heads_worker.py")
+SCRIPT = "tests.helpers.rank_scripts.train_recipes"
 CLASSES = ["red circle", "blue square", "big shape"]
 WORDS = ["round", "what color", "it is there"]
 
@@ -39,7 +34,7 @@ def samples() -> list[SimpleNamespace]:
         name = CLASSES[i % 3]
         captions = [f"a {name} {WORDS[i % 7 % 3]}", f"{WORDS[i % 5 % 3]} the {name}" + " a" * (i % 4)]
         record = {"captions": captions, "label": i % 3, "class_name": name}
-        images = [("png", toy_vqa.png(i))]
+        images = [("png", tiny_vqa.png(i))]
         found.append(SimpleNamespace(name=f"source {i}", images=images, record=record, features=None))
     return found
 
@@ -121,7 +116,7 @@ def folder(tmp_path_factory) -> Path:
     write_features(path)
     for ranks, stage in ((2, 3), (1, 0)):
         recipes = [str(recipe(path, name, stage, ranks)) for name in NAMES]
-        result = launch.run(WORKER, *recipes, ranks=ranks, timeout=500)
+        result = launch.run(SCRIPT, *recipes, ranks=ranks, timeout=500)
         assert result.code == 0 and not result.killed, result.tail()
     return path
 

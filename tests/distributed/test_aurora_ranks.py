@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import json
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from distributed import aurora_worker, launch  # noqa: E402
+from tests.helpers import launch
+from tests.helpers.rank_scripts import aurora
 
 # Slow: the common case is among the pairs of test_pairs_ranks.py.
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
-WORKER = Path(__file__).with_name("aurora_worker.py")
+SCRIPT = "tests.helpers.rank_scripts.aurora"
 CASES = [
     {"name": "plain", "leaves": False, "recompute": False},
     {"name": "leaves", "leaves": True, "recompute": False},
@@ -27,7 +24,7 @@ CASES = [
 def results(tmp_path_factory):
     folder = tmp_path_factory.mktemp("aurora")
     (folder / "cases.json").write_text(json.dumps(CASES))
-    done = launch.run(WORKER, str(folder / "cases.json"), str(folder), timeout=240)
+    done = launch.run(SCRIPT, str(folder / "cases.json"), str(folder), timeout=240)
     assert done.code == 0 and not done.killed, done.tail()
     return {case["name"]: torch.load(folder / f"{case['name']}.pt") for case in CASES}
 
@@ -35,14 +32,14 @@ def results(tmp_path_factory):
 @pytest.fixture(scope="module")
 def alone():
     """The same steps in one process: the mean of both halves, since states of a half do not see the other."""
-    wrapped = aurora_worker.adapted()
-    step, own = aurora_worker.Step(wrapped), aurora_worker.trainables(wrapped)
+    wrapped = aurora.adapted()
+    step, own = aurora.Step(wrapped), aurora.trainables(wrapped)
     with torch.no_grad():
-        before = wrapped.get_base_model().vision_model(aurora_worker.batch(0)[0]).last_hidden_state
-    optimizer = torch.optim.AdamW(own.values(), **aurora_worker.ADAM)
+        before = wrapped.get_base_model().vision_model(aurora.batch(0)[0]).last_hidden_state
+    optimizer = torch.optim.AdamW(own.values(), **aurora.ADAM)
     start = {n: p.detach().clone() for n, p in own.items()}
-    for i in range(aurora_worker.STEPS):
-        pixels, ids = aurora_worker.batch(i)
+    for i in range(aurora.STEPS):
+        pixels, ids = aurora.batch(i)
         optimizer.zero_grad()
         (sum(step(p, t) for p, t in zip(pixels.chunk(2), ids.chunk(2), strict=True)) / 2).backward()
         optimizer.step()

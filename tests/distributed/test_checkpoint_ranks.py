@@ -4,23 +4,20 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from distributed import launch  # noqa: E402
+from tests.helpers import launch
 
 pytestmark = pytest.mark.distributed
-WORKER = Path(__file__).with_name("checkpoint_worker.py")
+SCRIPT = "tests.helpers.rank_scripts.checkpoint"
 STAGES = ("stage0", "stage1", "stage2", "stage3")
 OTHER_OPTIMIZERS = ("stage1-sgd", "stage3-sgd", "stage1-adam", "stage3-adam")
 
 
 def run(folder: Path, mode: str, ranks: int) -> dict:
-    result = launch.run(WORKER, str(folder), mode, ranks=ranks, timeout=150)
+    result = launch.run(SCRIPT, str(folder), mode, ranks=ranks, timeout=150)
     assert result.code == 0 and not result.killed, result.tail()
     name = mode if mode == "write" else f"read{ranks}"
     every = [json.loads((folder / f"{name}-{r}.json").read_text()) for r in range(ranks)]

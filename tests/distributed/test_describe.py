@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
-import runpy
-import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,25 +15,20 @@ import torch
 from PIL import Image
 from transformers import BlipForConditionalGeneration
 
-sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parents[1] / "backbones")]
+from data_prep.verify import verify
+from mmpeft_ds import recipe as recipes
+from mmpeft_ds.data.manifest import Manifest
+from mmpeft_ds.data.options import SourceOptions
+from mmpeft_ds.data.shards import ShardReader, members
+from mmpeft_ds.data.writer import PARTS, shard_file, write_manifest, write_shard
+from mmpeft_ds.engine.assembly import resolve
+from mmpeft_ds.engine.export import export_adapter
+from mmpeft_ds.errors import BadInput
+from mmpeft_ds.precompute import captions as describe
+from tests.helpers import ROOT, commands, launch
+from tests.helpers.models import tiny_backbones, tiny_blip, tiny_mllm
 
-import tiny_backbones  # noqa: E402
-import tiny_blip  # noqa: E402
-import tiny_mllm  # noqa: E402
-
-from data_prep.verify import verify  # noqa: E402
-from distributed import launch  # noqa: E402
-from mmpeft_ds import recipe as recipes  # noqa: E402
-from mmpeft_ds.data.manifest import Manifest  # noqa: E402
-from mmpeft_ds.data.options import SourceOptions  # noqa: E402
-from mmpeft_ds.data.shards import ShardReader, members  # noqa: E402
-from mmpeft_ds.data.writer import PARTS, shard_file, write_manifest, write_shard  # noqa: E402
-from mmpeft_ds.engine.assembly import resolve  # noqa: E402
-from mmpeft_ds.engine.export import export_adapter  # noqa: E402
-from mmpeft_ds.errors import BadInput  # noqa: E402
-from mmpeft_ds.precompute import captions as describe  # noqa: E402
-
-LAUNCHER = launch.REPOSITORY / "launchers" / "describe.py"
+LAUNCHER = ROOT / "launchers" / "describe.py"
 LABELS = ["circle", "square", "red", "the"]  # words that the model knows
 SAMPLES, PER_SHARD, BAD = 22, 2, 5
 # long captions by many beams, so that there is time for a kill
@@ -322,14 +315,11 @@ def test_a_vision_tower_before_a_language_model_describes_too(folder, tmp_path):
     ],
 )
 def test_the_command_says_in_one_line_what_is_wrong(folder, args, words, monkeypatch, capsys):
-    command = [str(LAUNCHER), "--data", str(folder / "data"), "--out", str(folder / "no"), *args]
-    monkeypatch.setattr(sys, "argv", command)
-    monkeypatch.setattr(sys, "path", ["replaced by the launcher", *sys.path])
+    command = ["--data", str(folder / "data"), "--out", str(folder / "no"), *args]
     monkeypatch.setattr(describe.setup, "start", lambda recipe: SimpleNamespace(rank=0, device=torch.device("cpu")))
-    with pytest.raises(SystemExit) as left:
-        runpy.run_path(str(LAUNCHER), run_name="__main__")
+    code = commands.run_script(LAUNCHER, command, monkeypatch)
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
-    assert left.value.code == 2 and words in line
+    assert code == 2 and words in line
 
 
 def test_shard_names_are_those_of_the_source_unless_named(folder):

@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from distributed import launch  # noqa: E402
-from distributed.ewc_worker import FISHER_STEPS, STEPS  # noqa: E402
-from engine import tiny  # noqa: E402
-from mmpeft_ds.engine import ewc  # noqa: E402
-from mmpeft_ds.engine.assembly.build import prepare_backbone  # noqa: E402
-from mmpeft_ds.engine.assembly.resolve import attach  # noqa: E402
+from mmpeft_ds.engine import ewc
+from mmpeft_ds.engine.assembly.build import prepare_backbone
+from mmpeft_ds.engine.assembly.resolve import attach
+from tests.helpers import launch
+from tests.helpers.rank_scripts.ewc import FISHER_STEPS, STEPS
+from tests.helpers.runs import tiny_classifier
 
 pytestmark = pytest.mark.distributed
-WORKER = Path(__file__).with_name("ewc_worker.py")
+SCRIPT = "tests.helpers.rank_scripts.ewc"
 STRENGTH = 3.0
 CASES = [
     *({"name": f"zero{s}", "stage": s, "strength": STRENGTH} for s in (0, 1, 2, 3)),
@@ -31,8 +28,8 @@ CASES = [
 
 def fresh(folder: Path) -> SimpleNamespace:
     """The tiny model of the worker, without DeepSpeed."""
-    recipe, task = tiny.make_recipe(folder), tiny.TinyTask()
-    resolved = tiny.make_resolved(recipe, task)
+    recipe, task = tiny_classifier.make_recipe(folder), tiny_classifier.TinyTask()
+    resolved = tiny_classifier.make_resolved(recipe, task)
     prepare_backbone(resolved.backbone, recipe)
     torch.manual_seed(recipe.seed)
     base = resolved.backbone.build()
@@ -43,7 +40,7 @@ def fresh(folder: Path) -> SimpleNamespace:
 
 
 def loss_of(plain: SimpleNamespace, slots: list) -> torch.Tensor:
-    batch = tiny.pack_slots(slots, plain.backbone, plain.task)
+    batch = tiny_classifier.pack_slots(slots, plain.backbone, plain.task)
     return plain.task.loss(plain.model(**plain.backbone.inputs(batch)), batch) / plain.task.weight(batch)
 
 
@@ -51,7 +48,7 @@ def squares(plain: SimpleNamespace, parts: int = 1) -> dict[str, torch.Tensor]:
     """Mean over batches of the squared gradient; with `parts`, the mean of the squares of each part's gradient."""
     totals = {n: torch.zeros_like(p, dtype=torch.float64) for n, p in plain.trained.items()}
     for step in FISHER_STEPS:
-        slots = tiny.global_slots(step, plain.backbone)
+        slots = tiny_classifier.global_slots(step, plain.backbone)
         for part in range(parts):
             mine = slots[part * len(slots) // parts : (part + 1) * len(slots) // parts]
             plain.model.zero_grad()
@@ -70,7 +67,7 @@ def train(plain: SimpleNamespace, fisher: dict, anchor: dict, strength: float) -
     )
     found = {"loss": [], "penalty": [], "norm": []}
     for done, step in enumerate(STEPS):
-        task_loss = loss_of(plain, tiny.global_slots(step, plain.backbone))
+        task_loss = loss_of(plain, tiny_classifier.global_slots(step, plain.backbone))
         penalty = strength * sum((fisher[n] * (p - anchor[n]) ** 2).sum() for n, p in plain.trained.items())
         optimizer.zero_grad()
         (task_loss + penalty).backward()
@@ -96,11 +93,11 @@ def earlier(folder: Path) -> tuple[dict, dict]:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("ewc_ranks")
-    tiny.make_towers(path)
+    tiny_classifier.make_towers(path)
     fisher, anchor = earlier(path)
     ewc.save(path / "earlier.safetensors", fisher, anchor, {}, {})
     (path / "cases.json").write_text(json.dumps(CASES))
-    result = launch.run(WORKER, str(path / "cases.json"), str(path), ranks=2, timeout=120)
+    result = launch.run(SCRIPT, str(path / "cases.json"), str(path), ranks=2, timeout=120)
     assert result.code == 0, result.tail()
     return path
 

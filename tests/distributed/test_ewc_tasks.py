@@ -13,15 +13,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from distributed import launch  # noqa: E402
-from engine import toy_vqa  # noqa: E402
-from mmpeft_ds import adapter  # noqa: E402
-from mmpeft_ds.engine.assembly.forward import forward  # noqa: E402
+from mmpeft_ds import adapter
+from mmpeft_ds.engine.assembly.forward import forward
+from tests.helpers import ROOT, launch
+from tests.helpers.runs import tiny_vqa
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
-WORKER = Path(__file__).with_name("ewc_tasks_worker.py")
+SCRIPT = "tests.helpers.rank_scripts.ewc_tasks"
 # The answer follows from the question; for the second task it is another one.
 TASKS = {"a": lambda i, k: k, "b": lambda i, k: k + 1}
 
@@ -29,13 +27,13 @@ TASKS = {"a": lambda i, k: k, "b": lambda i, k: k + 1}
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("ewc_tasks")
-    toy_vqa.prepare(path)
+    tiny_vqa.prepare(path)
     statistics = json.loads((path / "data" / "manifest.json").read_text())["statistics"]
     for task, answer in TASKS.items():
-        manifest = toy_vqa.write_data(path / f"data_{task}", answer=answer)
+        manifest = tiny_vqa.write_data(path / f"data_{task}", answer=answer)
         manifest.statistics = statistics
         manifest.save(path / f"data_{task}")
-    result = launch.run(WORKER, str(path), ranks=2, timeout=240)
+    result = launch.run(SCRIPT, str(path), ranks=2, timeout=240)
     assert result.code == 0, result.tail()
     assert "OVERFLOW" not in result.output
     return path
@@ -50,8 +48,8 @@ def losses(folder) -> dict[str, dict[str, float]]:
 @torch.no_grad()
 def loss(folder: Path, run: str, answer) -> float:
     loaded = adapter.load(folder / f"run_{run}" / "adapter")
-    batch = loaded.batch([toy_vqa.png(i) for i in range(12)], [toy_vqa.QUESTIONS] * 12)
-    labels = torch.tensor([answer(i, k) % 4 for i in range(12) for k in range(len(toy_vqa.QUESTIONS))])
+    batch = loaded.batch([tiny_vqa.png(i) for i in range(12)], [tiny_vqa.QUESTIONS] * 12)
+    labels = torch.tensor([answer(i, k) % 4 for i in range(12) for k in range(len(tiny_vqa.QUESTIONS))])
     return torch.nn.functional.cross_entropy(forward(loaded.model, loaded.backbone, batch).logits, labels).item()
 
 
@@ -78,7 +76,7 @@ def test_runs_start_at_the_optimum_and_tell_the_penalty(folder):
 
 def test_one_process_writes_the_file_of_two_ranks(folder):
     out = folder / "fisher_one_rank.safetensors"
-    command = [sys.executable, launch.REPOSITORY / "launchers" / "fisher.py", "--run", folder / "run_a", "--out", out]
+    command = [sys.executable, ROOT / "launchers" / "fisher.py", "--run", folder / "run_a", "--out", out]
     weight = ["--weight", "*head*=0.5", "--weight", "*=1"]
     done = subprocess.run([*command, *weight], capture_output=True, text=True, timeout=120, env=launch.environment())
     assert done.returncode == 0, done.stderr[-2000:]

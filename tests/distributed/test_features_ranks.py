@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import filecmp
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,15 +11,13 @@ import pytest
 import torch
 import yaml
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from distributed import launch  # noqa: E402
-from engine.toy_pixels import make, pictured, write_pixels, write_towers  # noqa: E402
-from mmpeft_ds.data.manifest import Manifest  # noqa: E402
+from mmpeft_ds.data.manifest import Manifest
+from tests.helpers import ROOT, launch
+from tests.helpers.data.tiny_pictures import make, pictured, write_pixels, write_towers
 
 pytestmark = pytest.mark.distributed
-LAUNCHER = launch.REPOSITORY / "launchers" / "features.py"
-WORKER = Path(__file__).with_name("heads_worker.py")
+LAUNCHER = ROOT / "launchers" / "features.py"
+SCRIPT = "tests.helpers.rank_scripts.train_recipes"
 # stored as -> tolerance of a loss; rounding to half precision moves a feature of size 1 by 5e-4 at most
 STORED = {"float32": 1e-6, "float16": 2e-3}
 VIEWS = ["--views", "2", "--view-scale", "0.3", "1", "--thumbnails", "16", "--batch", "6"]
@@ -85,7 +82,7 @@ def recipe(folder: Path, kind: str, ranks: int, stage: int) -> Path:
 @pytest.mark.parametrize(("ranks", "stage"), [pytest.param(1, 0, marks=pytest.mark.slow), (2, 3)])
 def test_features_train_like_the_pixels_they_were_made_of(folder, ranks, stage):
     kinds = ["live", *STORED]
-    result = launch.run(WORKER, *(str(recipe(folder, kind, ranks, stage)) for kind in kinds), ranks=ranks, timeout=400)
+    result = launch.run(SCRIPT, *(str(recipe(folder, kind, ranks, stage)) for kind in kinds), ranks=ranks, timeout=400)
     assert result.code == 0, result.tail()
     losses = {kind: read_losses(folder / f"run-{kind}-{ranks}-{stage}") for kind in kinds}
     assert len(losses["live"]) == 9

@@ -4,30 +4,25 @@ variants that are wrong are found by their gradients."""
 from __future__ import annotations
 
 import dataclasses
-import sys
-from pathlib import Path
 
 import numpy as np
 import peft
 import pytest
 import torch
 import torch.distributed as dist
-from in_ranks import in_ranks
 from torch.nn.functional import cross_entropy
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "goldens"))
-
-import ga_net_oracle as oracle  # noqa: E402
-from ganet_model import NAMES  # noqa: E402
-from golden_framework import GOLDENS_DIR, Golden  # noqa: E402
-
-import tiny_features  # noqa: E402
-from mmpeft_ds import GaNetConfig  # noqa: E402
-from mmpeft_ds.distributed import graph_conv  # noqa: E402
-from mmpeft_ds.distributed.batch_graph import threshold_graph as real_threshold  # noqa: E402
-from mmpeft_ds.distributed.counters import counted  # noqa: E402
-from mmpeft_ds.distributed.gather import gather_rows as real_gather  # noqa: E402
-from mmpeft_ds.methods.ga_net import head as ga_net_head  # noqa: E402
+from mmpeft_ds import GaNetConfig
+from mmpeft_ds.distributed import graph_conv
+from mmpeft_ds.distributed.batch_graph import threshold_graph as real_threshold
+from mmpeft_ds.distributed.counters import counted
+from mmpeft_ds.distributed.gather import gather_rows as real_gather
+from mmpeft_ds.methods.ga_net import head as ga_net_head
+from tests.helpers.forked_ranks import in_ranks
+from tests.helpers.goldens import GOLDENS_DIR, Golden
+from tests.helpers.models import tiny_feature_model
+from tests.helpers.models.tiny_ga_net import NAMES
+from tests.helpers.references import ga_net as oracle
 
 WIDTH, CLASSES, R = 6, 4, 5  # of each modality
 SPLITS = [(12,), (6, 6), (4, 4, 4), (3, 3, 3, 3), (5, 4, 3), (6, 0, 6)]
@@ -47,7 +42,7 @@ KINDS = {  # options of the method, and how the oracle makes the same graph
 
 def network(options):
     """The peft model in float64, with biases that are not zero."""
-    base = tiny_features.model(classes=CLASSES, width=WIDTH, text_width=WIDTH, templates=0, support=0)
+    base = tiny_feature_model.model(classes=CLASSES, width=WIDTH, text_width=WIDTH, templates=0, support=0)
     torch.manual_seed(3)
     model = peft.get_peft_model(base, GaNetConfig(r=R, **options)).double()
     head = base.features.head

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,14 +10,12 @@ import pytest
 import torch
 import yaml
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from data import toy_features  # noqa: E402
-from distributed import launch  # noqa: E402
-from mmpeft_ds import adapter  # noqa: E402
+from mmpeft_ds import adapter
+from tests.helpers import launch
+from tests.helpers.data import tiny_features
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
-WORKER = Path(__file__).with_name("ga_net_run_worker.py")
+SCRIPT = "tests.helpers.rank_scripts.ga_net_run"
 SAMPLES, BATCH, EPOCHS = 45, 20, 8
 GRID = [-0.5, 0.6, 0.9]
 
@@ -28,11 +25,11 @@ def run(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("ga_net_run")
     samples = []
     for i in range(SAMPLES):
-        made = toy_features.sample(i)
+        made = tiny_features.sample(i)
         for features in (made.features, made.arrays["text"]):
-            features[:, i % toy_features.CLASSES] += 2.5
+            features[:, i % tiny_features.CLASSES] += 2.5
         samples.append(made)
-    toy_features.write_features(folder / "toy", samples)
+    tiny_features.write_features(folder / "toy", samples)
     source = {"dir": str(folder / "toy"), "task": {"name": "classification", "text": "captions"}}
     content = {
         "run_dir": str(folder / "run"),
@@ -43,7 +40,7 @@ def run(tmp_path_factory) -> Path:
         "engine": {"deepspeed": "ds_configs/zero3.json", "eval_every": 1000},
     }
     (folder / "recipe.yaml").write_text(yaml.safe_dump(content))
-    result = launch.run(WORKER, str(folder / "recipe.yaml"), ranks=2, timeout=400)
+    result = launch.run(SCRIPT, str(folder / "recipe.yaml"), ranks=2, timeout=400)
     assert result.code == 0 and not result.killed, result.tail()
     return folder / "run"
 
@@ -61,11 +58,11 @@ def test_the_adapter_holds_the_tau_that_was_found(run):
     assert head.tau == told["tau"]
     # what the run said of its last evaluation is what the loaded model does on the same graphs' worth of samples
     rng = np.random.default_rng(0)
-    rows = torch.from_numpy(rng.normal(size=(5, toy_features.WIDTH))).float()
-    texts = torch.from_numpy(rng.normal(size=(5, toy_features.TEXT_WIDTH))).float()
+    rows = torch.from_numpy(rng.normal(size=(5, tiny_features.WIDTH))).float()
+    texts = torch.from_numpy(rng.normal(size=(5, tiny_features.TEXT_WIDTH))).float()
     with torch.no_grad():
         out = loaded.model(image_features=rows, text_features=texts)
-    assert out.logits.shape == (5, toy_features.CLASSES) and torch.isfinite(out.logits).all()
+    assert out.logits.shape == (5, tiny_features.CLASSES) and torch.isfinite(out.logits).all()
 
 
 def test_the_report_of_a_run_is_written(run):

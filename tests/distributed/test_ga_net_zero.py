@@ -4,18 +4,14 @@ samples or without edges does not hang, and everything that should train does.""
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-
-import ga_net_oracle as oracle  # noqa: E402
-import ga_net_worker as worker  # noqa: E402
-
-from distributed import launch  # noqa: E402
+from tests.helpers import launch
+from tests.helpers.rank_scripts import ga_net as worker
+from tests.helpers.references import ga_net as oracle
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 HEAD = "base_model.model.features.ga_net_head.default."
@@ -41,7 +37,7 @@ CASES = [{"options": FIX, "steps": STEPS, **case} for case in CASES]
 def folder(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("ga_net")
     (path / "cases.json").write_text(json.dumps(CASES))
-    with launch.Launch(worker.__file__, str(path / "cases.json"), str(path), ranks=2) as launched:
+    with launch.Launch(worker.__name__, str(path / "cases.json"), str(path), ranks=2) as launched:
         patience = 240.0  # two ranks that import everything on a busy machine
         for case in CASES:
             done = launched.wait_for(f"case done: {case['name']}.", patience)

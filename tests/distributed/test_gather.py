@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from in_ranks import in_ranks
 
 from mmpeft_ds.distributed.gather import gather_rows, gather_sizes
+from tests.helpers.forked_ranks import in_ranks
 
 SIZES = [3, 1, 0]
 

@@ -3,8 +3,6 @@
 import pytest
 import torch
 import torch.distributed as dist
-from graph_oracle import SPLITS, dense, features, hat, knn_matrix, one_rank, share, threshold_matrix, weights
-from in_ranks import in_ranks
 from torch import nn
 
 from mmpeft_ds.distributed import gather as gathering
@@ -12,6 +10,18 @@ from mmpeft_ds.distributed import graph_conv
 from mmpeft_ds.distributed.batch_graph import Graph, knn_graph, normalised, threshold_graph
 from mmpeft_ds.distributed.counters import counted
 from mmpeft_ds.distributed.graph_conv import GraphConv
+from tests.helpers.forked_ranks import in_ranks
+from tests.helpers.references.graph import (
+    SPLITS,
+    dense,
+    features,
+    hat,
+    knn_matrix,
+    one_rank,
+    share,
+    threshold_matrix,
+    weights,
+)
 
 TAU, K = 0.5, 3
 X = features()

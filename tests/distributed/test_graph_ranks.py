@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from graph_oracle import SPLITS, dense, features, hat, knn_matrix, share, threshold_matrix
-from in_ranks import in_ranks
 
 from mmpeft_ds.distributed import batch_graph as graphs
 from mmpeft_ds.distributed.batch_graph import knn_graph, normalised, threshold_graph
 from mmpeft_ds.distributed.counters import counted
 from mmpeft_ds.ops.graph_topk import SPARE
+from tests.helpers.forked_ranks import in_ranks
+from tests.helpers.references.graph import SPLITS, dense, features, hat, knn_matrix, share, threshold_matrix
 
 TAU, K = 0.5, 3
 X = features()

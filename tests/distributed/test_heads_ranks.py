@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,16 +10,14 @@ import pytest
 import torch
 import yaml
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from data import toy_features  # noqa: E402
-from distributed import launch  # noqa: E402
-from mmpeft_ds import adapter  # noqa: E402
-from mmpeft_ds.data.feature_shards import read_features  # noqa: E402
-from mmpeft_ds.data.manifest import Manifest  # noqa: E402
+from mmpeft_ds import adapter
+from mmpeft_ds.data.feature_shards import read_features
+from mmpeft_ds.data.manifest import Manifest
+from tests.helpers import launch
+from tests.helpers.data import tiny_features
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
-WORKER = Path(__file__).with_name("heads_worker.py")
+SCRIPT = "tests.helpers.rank_scripts.train_recipes"
 METHODS = {
     "zero_shot": {"name": "zero_shot"},
     "linear_probe": {"name": "linear_probe"},
@@ -63,19 +60,19 @@ def recipe(folder: Path, name: str, stage: int, ranks: int) -> Path:
 def folder(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("heads")
     # as wide as its class texts, so that images can be compared with them
-    wide = toy_features.TEXT_WIDTH
+    wide = tiny_features.TEXT_WIDTH
     samples = []
     for i in range(21):
-        made = toy_features.sample(i)
-        noise = np.random.default_rng(i).normal(size=(1 + toy_features.VIEWS, wide)).astype(np.float32)
-        noise[:, i % toy_features.CLASSES] += 1.5
+        made = tiny_features.sample(i)
+        noise = np.random.default_rng(i).normal(size=(1 + tiny_features.VIEWS, wide)).astype(np.float32)
+        noise[:, i % tiny_features.CLASSES] += 1.5
         made.features = noise
         samples.append(made)
     templates = {"templates": ["a {}", "{}"], "negative_templates": ["no {}", "no {}s"]}
-    toy_features.write_features(path / "toy", samples, image_width=wide, logit_scale=10.0, **templates)
+    tiny_features.write_features(path / "toy", samples, image_width=wide, logit_scale=10.0, **templates)
     for ranks, stage in ((2, 3), (1, 0)):
         recipes = [str(recipe(path, name, stage, ranks)) for name in METHODS]
-        result = launch.run(WORKER, *recipes, ranks=ranks, timeout=400)
+        result = launch.run(SCRIPT, *recipes, ranks=ranks, timeout=400)
         assert result.code == 0 and not result.killed, result.tail()
     return path
 

@@ -7,7 +7,6 @@ import numpy as np
 import peft
 import pytest
 import torch
-from in_ranks import in_ranks
 from torch.nn.functional import cross_entropy
 
 from mmpeft_ds import HeGraphConfig
@@ -19,6 +18,7 @@ from mmpeft_ds.methods.hegraph import HeGraphHead, classify
 from mmpeft_ds.methods.hegraph import head as head_module
 from mmpeft_ds.ops import class_graph as ops
 from mmpeft_ds.sites.feature_site import Bank, Features, Labelled
+from tests.helpers.forked_ranks import in_ranks
 
 C, D, ROWS = 5, 6, 7
 WEIGHTS = ("W_n", "W_p", "W_v", "factors")

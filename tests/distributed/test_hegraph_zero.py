@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import hegraph_worker as worker
 import pytest
 import torch
 
-from distributed import launch
 from mmpeft_ds.methods.hegraph import Coefficients, classify
+from tests.helpers import launch
+from tests.helpers.rank_scripts import hegraph as worker
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
@@ -15,7 +15,7 @@ pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("hegraph")
-    result = launch.run(worker.__file__, str(path), ranks=2, timeout=200)
+    result = launch.run(worker.__name__, str(path), ranks=2, timeout=200)
     assert result.code == 0, result.tail()
     return path
 

@@ -3,26 +3,24 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from backbones import tiny_mllm  # noqa: E402
-from distributed import launch, mllm_worker  # noqa: E402
-from engine import tiny  # noqa: E402
-from mmpeft_ds.data.stream import Step  # noqa: E402
-from mmpeft_ds.engine.assembly.build import prepare_backbone  # noqa: E402
-from mmpeft_ds.engine.assembly.forward import forward  # noqa: E402
-from mmpeft_ds.engine.assembly.resolve import attach  # noqa: E402
-from mmpeft_ds.engine.evaluator import evaluate  # noqa: E402
-from mmpeft_ds.tasks.instruction.task import Instruction, Options  # noqa: E402
+from mmpeft_ds.data.stream import Step
+from mmpeft_ds.engine.assembly.build import prepare_backbone
+from mmpeft_ds.engine.assembly.forward import forward
+from mmpeft_ds.engine.assembly.resolve import attach
+from mmpeft_ds.engine.evaluator import evaluate
+from mmpeft_ds.tasks.instruction.task import Instruction, Options
+from tests.helpers import launch
+from tests.helpers.models import tiny_mllm
+from tests.helpers.rank_scripts import mllm
+from tests.helpers.runs import tiny_classifier
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
-WORKER = Path(__file__).with_name("mllm_worker.py")
+SCRIPT = "tests.helpers.rank_scripts.mllm"
 # both towers, so that the rank without images has gradients to reduce for one it did not need
 BOTH = {"name": "lora", "r": 2, "target_modules": ["q_proj", "v_proj", "qkv"]}
 ROUTED = {"name": "routed_lora", "r": 2, "route": "mul", "train_norms": True}
@@ -48,15 +46,15 @@ def folder(tmp_path_factory) -> Path:
     zero = {"stage": 3, "stage3_param_persistence_threshold": 0, "stage3_max_live_parameters": 0}
     (path / "ds.json").write_text(json.dumps({"zero_optimization": zero}))
     (path / "cases.json").write_text(json.dumps(CASES))
-    result = launch.run(WORKER, str(path / "cases.json"), str(path), ranks=2, timeout=240)
+    result = launch.run(SCRIPT, str(path / "cases.json"), str(path), ranks=2, timeout=240)
     assert result.code == 0, result.tail()
     return path
 
 
 def plainly(folder: Path, case: dict) -> dict:
     """The same steps by one process, without DeepSpeed and with the whole batch at once."""
-    recipe, task = mllm_worker.make_recipe(folder, case), Instruction(Options(max_new_tokens=3), None)
-    resolved = tiny.make_resolved(recipe, task)
+    recipe, task = mllm.make_recipe(folder, case), Instruction(Options(max_new_tokens=3), None)
+    resolved = tiny_classifier.make_resolved(recipe, task)
     prepare_backbone(resolved.backbone, recipe)
     torch.manual_seed(recipe.seed)
     base = resolved.backbone.build()
@@ -65,8 +63,8 @@ def plainly(folder: Path, case: dict) -> dict:
     trainables = {n: p for n, p in model.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(trainables.values(), lr=0.02, weight_decay=0.0)
     losses = []
-    for step in range(mllm_worker.STEPS):
-        batch = tiny.pack_slots(mllm_worker.slots(step, resolved.backbone), resolved.backbone, task)
+    for step in range(mllm.STEPS):
+        batch = tiny_classifier.pack_slots(mllm.slots(step, resolved.backbone), resolved.backbone, task)
         loss = task.loss(forward(model, resolved.backbone, batch), batch) / task.weight(batch)
         losses.append(loss.item())
         optimizer.zero_grad()
@@ -74,7 +72,9 @@ def plainly(folder: Path, case: dict) -> dict:
         for group in optimizer.param_groups:
             group["lr"] = 0.02 * (1 - step / 10)
         optimizer.step()
-    batches = [tiny.pack_slots(mllm_worker.slots(step, resolved.backbone), resolved.backbone, task) for step in (8, 9)]
+    batches = [
+        tiny_classifier.pack_slots(mllm.slots(step, resolved.backbone), resolved.backbone, task) for step in (8, 9)
+    ]
     found = evaluate(model, resolved.backbone, task, [Step(0, 0, [b]) for b in batches], "cpu")
     return {"losses": losses, "weights": {n: p.detach() for n, p in trainables.items()}, "rows": found.rows}
 

@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-
-import pairs  # noqa: E402
-
-from distributed import launch  # noqa: E402
-from mmpeft_ds import methods  # noqa: E402
+from mmpeft_ds import methods
+from tests.helpers import launch
+from tests.helpers.runs import tiny_pairs
 
 pytestmark = pytest.mark.distributed
-WORKER = Path(__file__).with_name("pairs_worker.py")
+SCRIPT = "tests.helpers.rank_scripts.pairs"
 
 
 def case(method: str, backbone: str, suffix: str = "", **options) -> dict:
@@ -56,9 +52,9 @@ CASES = [
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("pairs")
-    sections = pairs.write_backbones(path, {c["backbone"] for c in CASES})
+    sections = tiny_pairs.write_backbones(path, {c["backbone"] for c in CASES})
     (path / "cases.json").write_text(json.dumps({"cases": CASES, "backbones": sections}))
-    result = launch.run(WORKER, str(path / "cases.json"), str(path), ranks=2, timeout=400)
+    result = launch.run(SCRIPT, str(path / "cases.json"), str(path), ranks=2, timeout=400)
     assert result.code == 0, result.tail()
     return path
 
@@ -78,7 +74,7 @@ def compare(found: dict, expected: dict) -> None:
 @pytest.mark.parametrize("given", CASES, ids=lambda c: c["name"])
 def test_two_ranks_under_zero3_train_as_one_plain_process(folder, given):
     sections = json.loads((folder / "cases.json").read_text())["backbones"]
-    expected = pairs.train_plainly(pairs.resolved(given, sections, folder))
+    expected = tiny_pairs.train_plainly(tiny_pairs.resolved(given, sections, folder))
     compare(torch.load(folder / f"{given['name']}.pt", weights_only=False), expected)
     moved = [n for n, w in expected["weights"].items() if not torch.equal(w, expected["start"][n])]
     assert len(moved) > 0.7 * len(expected["weights"]), set(expected["weights"]) - set(moved)

@@ -16,13 +16,11 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from distributed import launch  # noqa: E402
-from engine import toy_vqa  # noqa: E402
+from tests.helpers import ROOT, launch
+from tests.helpers.runs import tiny_vqa
 
 pytestmark = [pytest.mark.distributed, pytest.mark.alone]
-TRAIN = launch.REPOSITORY / "launchers" / "train.py"
+TRAIN = ROOT / "launchers" / "train.py"
 EXACT = ("step", "epoch", "loss", "lr", "grad_norm", "sample_keys_hash", "weight")
 STEPS = 15  # three epochs of five steps
 LIMIT = 240.0  # seconds a launch may take on a busy machine
@@ -51,7 +49,7 @@ def wait_for_step(folder: Path, run: str, step: int, launched: launch.Launch) ->
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("resume")
-    toy_vqa.prepare(path)
+    tiny_vqa.prepare(path)
     recipe = yaml.safe_load((path / "recipe.yaml").read_text())
     recipe["optim"]["epochs"] = 3
     recipe["engine"]["save_every"] = 2
@@ -139,9 +137,7 @@ def alone(*words: str) -> subprocess.CompletedProcess:
     """launchers/train.py without a launcher: one rank."""
     command = [sys.executable, str(TRAIN), *words]
     environment = launch.environment()
-    return subprocess.run(
-        command, capture_output=True, text=True, timeout=LIMIT, env=environment, cwd=launch.REPOSITORY
-    )
+    return subprocess.run(command, capture_output=True, text=True, timeout=LIMIT, env=environment, cwd=ROOT)
 
 
 def test_a_finished_run_prints_its_table_and_ends_well(folder, untouched):

@@ -5,21 +5,18 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import sys
 from collections import Counter
 from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from distributed import launch  # noqa: E402
-from engine import toy_tasks  # noqa: E402
-from mmpeft_ds import adapter  # noqa: E402
-from mmpeft_ds.data.order import Mix  # noqa: E402
+from mmpeft_ds import adapter
+from mmpeft_ds.data.order import Mix
+from tests.helpers import ROOT, launch
+from tests.helpers.runs import tiny_tasks
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
-TRAIN = launch.REPOSITORY / "launchers" / "train.py"
+TRAIN = ROOT / "launchers" / "train.py"
 OWN = [4, 2, 3]  # steps of an epoch of each source: 13, 8 and 10 samples in batches of 4
 STEPS = 2 * sum(OWN)
 
@@ -36,7 +33,7 @@ def train(folder: Path, run: str, ranks: int, *sets: str) -> tuple[list[dict], s
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("tasks")
-    toy_tasks.prepare(path)
+    tiny_tasks.prepare(path)
     return path
 
 
@@ -93,7 +90,7 @@ def test_a_run_continued_with_another_stage_and_rank_count_takes_the_same_tasks_
 def test_the_adapter_answers_each_of_its_tasks(folder, whole):
     loaded = adapter.load(folder / "whole" / "adapter")
     assert [type(task).__name__ for task in loaded.tasks] == ["Answering", "Answering", "Captioning"]
-    grids = [toy_tasks.tiny_clip_bart.grid(i) for i in range(3)]
+    grids = [tiny_tasks.tiny_clip_bart.grid(i) for i in range(3)]
     rows = loaded.predict(grids, ["what color is it"] * 3)
     assert [row["text"] for row in rows] == ["what color is it"] * 3
     judged = loaded.predict([grids[:2], grids[1:]], ["is it the same"] * 2, task=1)

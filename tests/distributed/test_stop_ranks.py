@@ -5,19 +5,15 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from distributed import launch  # noqa: E402
-from distributed.launch import Launch  # noqa: E402
+from tests.helpers import launch
+from tests.helpers.launch import Launch
 
 pytestmark = [pytest.mark.distributed, pytest.mark.alone]
-WORKER = Path(__file__).with_name("stop_worker.py")
+SCRIPT = "tests.helpers.rank_scripts.stop"
 
 
 def to_inner_launcher(launched: Launch) -> None:
@@ -40,7 +36,7 @@ def outcomes(tmp_path_factory) -> dict[str, tuple[launch.Result, list[str]]]:
         launches = {}
         for case in CASES:
             folder = tmp_path_factory.mktemp("stop")
-            launches[case] = folder, stack.enter_context(Launch(WORKER, str(folder), ranks=2))
+            launches[case] = folder, stack.enter_context(Launch(SCRIPT, str(folder), ranks=2))
         for case, (_, launched) in launches.items():
             for rank in (0, 1):
                 assert launched.wait_for(f"rank {rank} ready", 90), f"{case}: {launched.output}"

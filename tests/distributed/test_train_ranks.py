@@ -5,19 +5,16 @@ from __future__ import annotations
 import copy
 import json
 import math
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from distributed import launch  # noqa: E402
-from engine import tiny  # noqa: E402
+from tests.helpers import launch
+from tests.helpers.runs import tiny_classifier
 
 pytestmark = pytest.mark.distributed
-WORKER = Path(__file__).with_name("train_worker.py")
+SCRIPT = "tests.helpers.rank_scripts.train"
 STEPS = 10
 CASES = [
     *({"name": f"zero{s}", "stage": s} for s in (0, 1, 2, 3)),
@@ -36,9 +33,9 @@ CASES = [
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("train_ranks")
-    tiny.make_towers(path)
+    tiny_classifier.make_towers(path)
     (path / "cases.json").write_text(json.dumps(CASES))
-    result = launch.run(WORKER, str(path / "cases.json"), str(path), ranks=2, timeout=240)
+    result = launch.run(SCRIPT, str(path / "cases.json"), str(path), ranks=2, timeout=240)
     assert result.code == 0, result.tail()
     return path
 
@@ -57,8 +54,8 @@ def train_plainly(folder: Path, skip: tuple[int, ...] = ()) -> dict:
     from mmpeft_ds.engine.assembly.build import prepare_backbone
     from mmpeft_ds.engine.assembly.resolve import attach
 
-    recipe, task = tiny.make_recipe(folder), tiny.TinyTask()
-    resolved = tiny.make_resolved(recipe, task)
+    recipe, task = tiny_classifier.make_recipe(folder), tiny_classifier.TinyTask()
+    resolved = tiny_classifier.make_resolved(recipe, task)
     prepare_backbone(resolved.backbone, recipe)
     torch.manual_seed(recipe.seed)
     base = resolved.backbone.build()
@@ -72,7 +69,9 @@ def train_plainly(folder: Path, skip: tuple[int, ...] = ()) -> dict:
     )
     losses, norms, done = [], [], 0
     for step in range(STEPS):
-        batch = tiny.pack_slots(tiny.global_slots(step, resolved.backbone), resolved.backbone, task)
+        batch = tiny_classifier.pack_slots(
+            tiny_classifier.global_slots(step, resolved.backbone), resolved.backbone, task
+        )
         loss = task.loss(model(**resolved.backbone.inputs(batch)), batch) / task.weight(batch)
         losses.append(loss.item())
         optimizer.zero_grad()
@@ -168,8 +167,10 @@ def test_rows_tell_what_entered_the_loss(folder):
 @pytest.mark.parametrize("name", ["zero1_evaluate", "zero3_evaluate"])
 def test_evaluation_sees_every_sample_once_in_one_order_whatever_the_split(folder, name):
     found = outcome(folder, name)["evaluation"]
-    resolved = tiny.make_resolved(tiny.make_recipe(folder), tiny.TinyTask())
-    slots = [slot for step in (20, 21) for slot in tiny.global_slots(step, resolved.backbone) if slot.weight > 0]
+    resolved = tiny_classifier.make_resolved(tiny_classifier.make_recipe(folder), tiny_classifier.TinyTask())
+    slots = [
+        slot for step in (20, 21) for slot in tiny_classifier.global_slots(step, resolved.backbone) if slot.weight > 0
+    ]
     expected = sorted((s.sample_id, text) for s in slots for text in s.texts)
     assert sorted((r["sample_id"], r["text"]) for r in found["rows"]) == expected
     assert [r["sample_id"] for r in found["rows"]] == sorted(r["sample_id"] for r in found["rows"])

@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import stat
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,23 +13,21 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import mmpeft_ds
+from mmpeft_ds import adapter
+from mmpeft_ds.engine.assembly import resolve
+from mmpeft_ds.engine.export import export_adapter
+from mmpeft_ds.errors import BadInput
+from tests.helpers.runs import tiny_vqa
 
-import mmpeft_ds  # noqa: E402
-from engine import toy_vqa  # noqa: E402
-from mmpeft_ds import adapter  # noqa: E402
-from mmpeft_ds.engine.assembly import resolve  # noqa: E402
-from mmpeft_ds.engine.export import export_adapter  # noqa: E402
-from mmpeft_ds.errors import BadInput  # noqa: E402
-
-IMAGES = [toy_vqa.png(1), [toy_vqa.png(2), toy_vqa.png(3)], None]
+IMAGES = [tiny_vqa.png(1), [tiny_vqa.png(2), tiny_vqa.png(3)], None]
 TEXTS = ["is it red ?", ["what is it ?", "is a big round ?"], "is it blue ?"]
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("adapter")
-    toy_vqa.prepare(path)
+    tiny_vqa.prepare(path)
     return path
 
 
@@ -51,7 +48,7 @@ def exported(request, folder):
     """A model whose adapter is not at its initial values, and its directory."""
     given = dict(METHODS[request.param])
     method = given.pop("method", None)
-    recipe = toy_vqa.recipe(folder, **given)
+    recipe = tiny_vqa.recipe(folder, **given)
     if method:
         recipe.method = method
     resolved = resolve.resolve(recipe)
@@ -69,7 +66,7 @@ def test_load_gives_the_logits_of_the_trained_model_to_the_bit(exported):
     target, model, _ = exported
     loaded = mmpeft_ds.load(target)
     assert torch.equal(logits(loaded, loaded.model), logits(loaded, model))
-    assert loaded.labels == toy_vqa.LABELS
+    assert loaded.labels == tiny_vqa.LABELS
 
 
 def test_stock_peft_loads_it_on_the_base(exported):
@@ -99,7 +96,7 @@ def test_predict_answers_every_text_in_order(exported):
     loaded = mmpeft_ds.load(exported[0])
     rows = loaded.predict(IMAGES, TEXTS, batch=2)
     assert [r["text"] for r in rows] == ["is it red ?", "what is it ?", "is a big round ?", "is it blue ?"]
-    assert {r["prediction"] for r in rows} <= set(toy_vqa.LABELS)
+    assert {r["prediction"] for r in rows} <= set(tiny_vqa.LABELS)
 
 
 def test_predict_names_a_file_that_is_no_image(exported, tmp_path):

@@ -1,15 +1,11 @@
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from engine import tiny  # noqa: E402
-from mmpeft_ds.data.stream import Step  # noqa: E402
-from mmpeft_ds.engine.evaluator import evaluate  # noqa: E402
+from mmpeft_ds.data.stream import Step
+from mmpeft_ds.engine.evaluator import evaluate
+from tests.helpers.runs import tiny_classifier
 
 
 @pytest.fixture(scope="module")
@@ -17,16 +13,16 @@ def parts(tmp_path_factory):
     from mmpeft_ds.engine.assembly.resolve import attach
 
     folder = tmp_path_factory.mktemp("evaluator")
-    tiny.make_towers(folder)
-    task = tiny.TinyTask()
-    resolved = tiny.make_resolved(tiny.make_recipe(folder), task)
+    tiny_classifier.make_towers(folder)
+    task = tiny_classifier.TinyTask()
+    resolved = tiny_classifier.make_resolved(tiny_classifier.make_recipe(folder), task)
     return attach(resolved, resolved.backbone.build()), resolved.backbone, task
 
 
 def steps_of(backbone, task, width: int) -> list[Step]:
-    slots = [s for step in range(3) for s in tiny.global_slots(step, backbone)]
+    slots = [s for step in range(3) for s in tiny_classifier.global_slots(step, backbone)]
     batches = [slots[i : i + width] for i in range(0, len(slots), width)]
-    return [Step(0, i, [tiny.pack_slots(batch, backbone, task)]) for i, batch in enumerate(batches)]
+    return [Step(0, i, [tiny_classifier.pack_slots(batch, backbone, task)]) for i, batch in enumerate(batches)]
 
 
 def test_batch_width_changes_neither_rows_nor_loss(parts):

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import runpy
-import sys
 from types import SimpleNamespace
 
 import pytest
@@ -19,6 +17,7 @@ from mmpeft_ds.engine.train_state import TrainState
 from mmpeft_ds.engine.zero.gradients import Shard, whole
 from mmpeft_ds.errors import BadInput
 from mmpeft_ds.runs.fisher import SquaredGradients, factors_of
+from tests.helpers import commands
 
 RAW = {"run_dir": "x", "backbone": {"name": "clip"}, "method": {"name": "lora"}}
 BASE = {"tower.weight": "float32 2x2 00"}
@@ -217,8 +216,7 @@ def test_a_run_that_is_older_than_an_option_goes_on(tmp_path):
 
 @pytest.mark.parametrize("item", ["0.5", "=0.5", "*head*", "*head*=many", "*head*=-1", "*head*=inf"])
 def test_a_weight_that_cannot_be_is_refused_by_the_command(item, monkeypatch):
-    monkeypatch.setattr(sys, "path", ["replaced by the launcher", *sys.path])
-    launcher = runpy.run_path(str(recipes.REPOSITORY / "launchers" / "fisher.py"))
+    launcher = commands.load_script(recipes.REPOSITORY / "launchers" / "fisher.py", monkeypatch)
     with pytest.raises(BadInput, match="expected PATTERN=FACTOR"):
         launcher["factor"](item)
     assert launcher["factor"]("*a=b*=0.5") == ("*a=b*", 0.5)

@@ -13,7 +13,6 @@ import torch
 from PIL import Image
 
 from data_prep.verify import verify
-from engine.toy_pixels import make, pictured, recipe, start, write_pixels, write_towers
 from mmpeft_ds.data.decode import decode
 from mmpeft_ds.data.feature_shards import class_texts, read_features
 from mmpeft_ds.data.manifest import FILE, Manifest
@@ -23,6 +22,7 @@ from mmpeft_ds.data.writer import PARTS
 from mmpeft_ds.errors import BadInput
 from mmpeft_ds.precompute import features
 from mmpeft_ds.precompute.features import FeatureOptions, Maker
+from tests.helpers.data.tiny_pictures import make, pictured, recipe, start, write_pixels, write_towers
 
 COUNT = {"train": 12, "test": 7}
 

@@ -3,17 +3,15 @@
 import csv
 import io
 import json
-from pathlib import Path
 
 import pytest
-import toy_study
 import yaml
 
 from mmpeft_ds.errors import BadInput
 from mmpeft_ds.runs import few_shot, few_shot_report
 from mmpeft_ds.runs.few_shot import Study
-
-ROOT = Path(__file__).resolve().parents[2]
+from tests.helpers import ROOT
+from tests.helpers.runs import tiny_study
 
 
 @pytest.fixture(scope="module")
@@ -24,10 +22,10 @@ def toy(tmp_path_factory):
 @pytest.fixture
 def study(toy, tmp_path):
     def make(**changes):
-        given = toy_study.recipe(toy, run_dir=str(tmp_path / "study"))
+        given = tiny_study.recipe(toy, run_dir=str(tmp_path / "study"))
         section = changes.pop("few_shot", {})
         return Study.load(
-            toy_study.write(tmp_path / "s.yaml", {**given, **changes, "few_shot": {**given["few_shot"], **section}})
+            tiny_study.write(tmp_path / "s.yaml", {**given, **changes, "few_shot": {**given["few_shot"], **section}})
         )
 
     return make
@@ -125,8 +123,8 @@ def test_the_study_runs_is_not_run_again_and_goes_on_where_a_result_is_missing(s
 
 def test_a_test_set_of_other_towers_or_classes_is_refused_with_the_cell_still_to_be_done(study, toy):
     if not (toy / "other-one").exists():
-        toy_study.write_style(toy / "other-one", "other", toy_study.CLASSES, key="2" * 16)
-        toy_study.write_style(toy / "more-one", "more", [*toy_study.CLASSES[:5], "hen"])
+        tiny_study.write_style(toy / "other-one", "other", tiny_study.CLASSES, key="2" * 16)
+        tiny_study.write_style(toy / "more-one", "more", [*tiny_study.CLASSES[:5], "hen"])
     made = study(few_shot={"tests": [{"name": "other", "dir": f"{toy}/other-one"}]}).only(["Zero shot"], [], [])
     with pytest.raises(BadInput, match="other towers"):
         few_shot.run(made)

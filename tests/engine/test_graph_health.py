@@ -69,17 +69,17 @@ def test_thumbnails_are_found_by_sample_id(tmp_path):
     import numpy as np
     from PIL import Image
 
-    from data import toy_features
+    from tests.helpers.data import tiny_features
 
     def small(i):
         buffer = io.BytesIO()
         Image.fromarray(np.full((8, 8, 3), 20 * i, np.uint8)).save(buffer, "PNG")
         return buffer.getvalue()
 
-    samples = [toy_features.sample(i) for i in range(6)]
+    samples = [tiny_features.sample(i) for i in range(6)]
     for i, made in enumerate(samples):
         made.images = [("png", small(i))]
-    manifest = toy_features.write_features(tmp_path / "toy", samples)
+    manifest = tiny_features.write_features(tmp_path / "toy", samples)
     found = Thumbnails(manifest, "train")
     for i in (0, 3, 5):
         assert torch.equal(found(f"toy/train-{i:09d}"), torch.full((3, 8, 8), 20 * i / 255))

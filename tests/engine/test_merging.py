@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import stat
-import sys
 from pathlib import Path
 
 import peft
@@ -13,18 +12,14 @@ import pytest
 import torch
 from transformers import AutoModel, AutoTokenizer, CLIPModel
 
-sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parents[1] / "backbones")]
-
-import tiny_clip  # noqa: E402
-import tiny_towers  # noqa: E402
-
-from engine import tiny  # noqa: E402
-from mmpeft_ds import adapter, merging  # noqa: E402
-from mmpeft_ds import recipe as recipes  # noqa: E402
-from mmpeft_ds.backbones.dual_encoder.backbone import ENTRY, Options  # noqa: E402
-from mmpeft_ds.engine.assembly import resolve  # noqa: E402
-from mmpeft_ds.engine.export import export_adapter  # noqa: E402
-from mmpeft_ds.errors import BadInput  # noqa: E402
+from mmpeft_ds import adapter, merging
+from mmpeft_ds import recipe as recipes
+from mmpeft_ds.backbones.dual_encoder.backbone import ENTRY, Options
+from mmpeft_ds.engine.assembly import resolve
+from mmpeft_ds.engine.export import export_adapter
+from mmpeft_ds.errors import BadInput
+from tests.helpers.models import tiny_clip, tiny_towers
+from tests.helpers.runs import tiny_classifier
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +44,7 @@ def backbone_section(folder: Path, name: str, **options) -> dict:
 def exported(folder: Path, place: Path, method: dict, name: str = "dual_encoder", **options) -> tuple[Path, object]:
     """The directory of an adapter whose trained values are not those it began with, and the adapted model."""
     recipe = recipes.Recipe(run_dir=str(place), backbone=backbone_section(folder, name, **options), method=method)
-    resolved = tiny.make_resolved(resolve.expand(recipe), tiny.TinyTask())
+    resolved = tiny_classifier.make_resolved(resolve.expand(recipe), tiny_classifier.TinyTask())
     resolved.train, resolved.validation = [], []  # no data set is needed to merge
     torch.manual_seed(7)
     model = resolve.attach(resolved, resolved.backbone.build()).eval()

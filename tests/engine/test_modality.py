@@ -1,28 +1,23 @@
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from engine import tiny  # noqa: E402
-from mmpeft_ds.data.batch import Sample  # noqa: E402
-from mmpeft_ds.engine.assembly import modality  # noqa: E402
-from mmpeft_ds.engine.assembly.resolve import attach  # noqa: E402
+from mmpeft_ds.data.batch import Sample
+from mmpeft_ds.engine.assembly import modality
+from mmpeft_ds.engine.assembly.resolve import attach
+from tests.helpers.runs import tiny_classifier
 
 
 @pytest.fixture(scope="module")
 def parts(tmp_path_factory):
     folder = tmp_path_factory.mktemp("modality")
-    tiny.make_towers(folder)
-    task = tiny.TinyTask()
-    resolved = tiny.make_resolved(tiny.make_recipe(folder), task)
+    tiny_classifier.make_towers(folder)
+    task = tiny_classifier.TinyTask()
+    resolved = tiny_classifier.make_resolved(tiny_classifier.make_recipe(folder), task)
     return attach(resolved, resolved.backbone.build()).eval(), resolved.backbone, task
 
 
 def text_only(backbone, task):
-    return tiny.pack_slots(
+    return tiny_classifier.pack_slots(
         [Sample("a", 1.0, [], ["red is big ?"], [2]), Sample("b", 1.0, [], ["a"], [1])], backbone, task
     )
 
@@ -58,7 +53,7 @@ def test_loss_and_gradients_do_not_change_and_the_tower_gets_a_gradient(parts):
 
 def test_a_rank_with_nothing_but_padding_gets_a_slot_of_everything(parts):
     model, backbone, task = parts
-    batch = modality.complete(tiny.pack_slots([], backbone, task), [1.0, 1.0], backbone, task)
+    batch = modality.complete(tiny_classifier.pack_slots([], backbone, task), [1.0, 1.0], backbone, task)
     assert batch.modalities == {"image", "text"}
     assert task.loss(model(**backbone.inputs(batch)), batch).item() == 0.0
 
@@ -67,7 +62,7 @@ def test_a_rank_with_nothing_but_padding_gets_a_slot_of_everything(parts):
 def test_a_micro_step_that_is_empty_on_all_ranks_runs_and_weighs_nothing(parts, slots):
     """The last step of an epoch under accumulation, or nothing but bad samples."""
     model, backbone, task = parts
-    batch = modality.complete(tiny.pack_slots(slots, backbone, task), [0.0, 0.0], backbone, task)
+    batch = modality.complete(tiny_classifier.pack_slots(slots, backbone, task), [0.0, 0.0], backbone, task)
     loss = task.loss(model(**backbone.inputs(batch)), batch)
     loss.backward()
     assert loss.item() == 0.0 and task.weight(batch) == 0.0
@@ -76,7 +71,7 @@ def test_a_micro_step_that_is_empty_on_all_ranks_runs_and_weighs_nothing(parts, 
 def test_images_of_which_nobody_asks_anything_run(parts):
     model, backbone, task = parts
     picture = backbone.image_transform(False)(torch.zeros(3, 8, 8, dtype=torch.uint8), None)
-    unasked = tiny.pack_slots([Sample("a", 1.0, [picture])], backbone, task)
+    unasked = tiny_classifier.pack_slots([Sample("a", 1.0, [picture])], backbone, task)
     batch = modality.complete(unasked, [1.0, 0.0], backbone, task)
     assert task.loss(model(**backbone.inputs(batch)), batch).item() == 0.0
 

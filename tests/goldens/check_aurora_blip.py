@@ -7,12 +7,9 @@ import re
 import numpy as np
 import peft
 import torch
-from check_aurora_layers import factors, gates, mode
-from golden_framework import GOLDENS_DIR, Golden, checks
 from torch import Tensor, nn
 from transformers import BlipConfig, BlipForImageTextRetrieval, BlipForQuestionAnswering
 
-from distributed.in_ranks import in_ranks
 from mmpeft_ds import AuroraConfig
 from mmpeft_ds.backbones.blip.contrast import Training
 from mmpeft_ds.backbones.blip.model import QuestionAnswerer
@@ -23,6 +20,9 @@ from mmpeft_ds.distributed.gather import gather_rows
 from mmpeft_ds.metrics.retrieval import ranks, retrieval_scores
 from mmpeft_ds.ops import contrastive
 from mmpeft_ds.ops.context_enhancement import context_enhancement
+from tests.goldens.check_aurora_layers import factors, gates, mode
+from tests.helpers.forked_ranks import in_ranks
+from tests.helpers.goldens import GOLDENS_DIR, Golden, checks
 
 CLS, SEP, ENC, DEC = 1, 2, 3, 4
 VISION = {

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 
 import peft
 import torch
-from golden_framework import Golden, checks
 from torch import Tensor, nn
 from transformers import BlipTextConfig, BlipTextModel, BlipVisionConfig, BlipVisionModel
 
@@ -14,6 +13,7 @@ from mmpeft_ds import AuroraConfig
 from mmpeft_ds.ops.context_enhancement import add_context, context_enhancement
 from mmpeft_ds.ops.frame_weighting import frame_weights
 from mmpeft_ds.sites.condition import Condition, conditioned
+from tests.helpers.goldens import Golden, checks
 
 SHARED = ("down", "up", "core")
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import peft
 import torch
-from golden_framework import Golden, checks
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, one_hot
 
@@ -12,6 +11,7 @@ from mmpeft_ds.backbones.features.backbone import FeatureConfig, FeatureModel
 from mmpeft_ds.methods import get
 from mmpeft_ds.methods.common.head import Head, head_of
 from mmpeft_ds.sites.feature_site import Bank, Labelled
+from tests.helpers.goldens import Golden, checks
 
 LOGITS, VALUES = 5e-5, 2e-6  # float32 on both sides; logits reach 100
 STEPPED = 2e-5  # Adam divides small gradients by themselves, rounding and all

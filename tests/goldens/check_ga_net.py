@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from ganet_model import NAMES, Model, dense
-from golden_framework import Golden, checks
 from torch.nn.functional import cross_entropy
+
+from tests.helpers.goldens import Golden, checks
+from tests.helpers.models.tiny_ga_net import NAMES, Model, dense
 
 TAU = {"v1": 0.7, "v2": 0.4}
 

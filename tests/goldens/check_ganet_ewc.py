@@ -9,15 +9,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 import torch
-from check_ga_net import graph_options
-from ganet_model import NAMES, Model
-from golden_framework import Golden, checks
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from mmpeft_ds.engine.ewc import Pull
 from mmpeft_ds.engine.zero.gradients import Shard, whole
 from mmpeft_ds.runs.fisher import SquaredGradients, factors_of
+from tests.goldens.check_ga_net import graph_options
+from tests.helpers.goldens import Golden, checks
+from tests.helpers.models.tiny_ga_net import NAMES, Model
 
 RANKS = 3
 

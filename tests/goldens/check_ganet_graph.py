@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import torch
-from golden_framework import Golden, checks
 from torch import Tensor
 
 from mmpeft_ds.distributed.batch_graph import Graph, knn_graph, normalised, threshold_graph
 from mmpeft_ds.distributed.graph_conv import GraphConv
 from mmpeft_ds.ops.similarity_graph import Rows, cosines_at, products
+from tests.helpers.goldens import Golden, checks
 
 TOLERANCE = 1e-14
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import peft
 import torch
-from golden_framework import Golden, checks
 from torch import nn
 from transformers import BertConfig, BertModel
 
 from mmpeft_ds import GraphLoraConfig
 from mmpeft_ds.methods.graph_lora import GraphLoraLinear
+from tests.helpers.goldens import Golden, checks
 
 NAMES = {  # file -> parameter; what the file writes with a leading 1 is stored so too, or viewed
     "node": "node",

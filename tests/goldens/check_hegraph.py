@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import peft
 import torch
-from golden_framework import Golden, checks
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
@@ -14,6 +13,7 @@ from mmpeft_ds.methods.common.head import head_of
 from mmpeft_ds.methods.hegraph import HeGraphHead
 from mmpeft_ds.ops.class_graph import affinity, classify
 from mmpeft_ds.sites.feature_site import Bank
+from tests.helpers.goldens import Golden, checks
 
 FACTORS = {
     "beta_pn": "h_b_pn",

@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator
 
 import peft
 import torch
-from golden_framework import Golden, checks
 from torch import Tensor, nn
 from transformers import BertConfig, BertModel, BlipTextConfig, BlipTextModel, DynamicCache, EncoderDecoderCache
 
@@ -16,6 +15,7 @@ from mmpeft_ds import PAdapterConfig
 from mmpeft_ds.methods.p_adapter.layer import AttentionLayer, FFNInput, FFNLayer
 from mmpeft_ds.ops.p_laplacian import _weights, _weights_without_eps, differences, self_loops
 from mmpeft_ds.sites.observe import Observation, observing
+from tests.helpers.goldens import Golden, checks
 
 FORWARD, GRADIENT = 1e-12, 1e-8
 KERNELS = ("dense", "stream")

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import peft
 import torch
-from check_routed_lora import bert, gpt2
-from golden_framework import Golden, checks
 from torch import Tensor, nn
 
 from mmpeft_ds import RoutedAdapterConfig
 from mmpeft_ds.sites.condition import Condition, conditioned
+from tests.goldens.check_routed_lora import bert, gpt2
+from tests.helpers.goldens import Golden, checks
 
 NAMES = {"W_down": "A", "b_down": "down_bias", "W_up": "B", "b_up": "up_bias"}
 

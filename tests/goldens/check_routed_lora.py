@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import peft
 import torch
-from golden_framework import Golden, checks
 from torch import Tensor, nn
 from transformers import BertConfig, BertModel, GPT2Config, GPT2Model
 
 from mmpeft_ds import RoutedLoraConfig
 from mmpeft_ds.sites.condition import Condition, conditioned
+from tests.helpers.goldens import Golden, checks
 
 NAMES = {  # file -> adapter parameter
     "A": "A",

@@ -5,8 +5,6 @@ from __future__ import annotations
 
 import peft
 import torch
-from check_routing_models import OF_ADAPTER, OWN, config_of
-from golden_framework import Golden, checks
 from torch import nn
 from transformers import GPT2Config, ViTConfig
 
@@ -15,6 +13,8 @@ from mmpeft_ds.backbones.vision_text_decoder.backbone import Options as Backbone
 from mmpeft_ds.backbones.vision_text_decoder.model import VisionTextDecoder, VisionTextDecoderConfig
 from mmpeft_ds.data.batch import PackedBatch
 from mmpeft_ds.tasks.captioning.task import Captioning, Options
+from tests.goldens.check_routing_models import OF_ADAPTER, OWN, config_of
+from tests.helpers.goldens import Golden, checks
 
 FIXED = {"tok_emb": "wte", "pos_emb": "wpe", "final_ln": "ln_f"}
 IN_LAYER = {

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import peft
 import torch
-from golden_framework import Golden, checks
 from torch import nn
 from transformers import RobertaConfig, ViTConfig
 
@@ -12,6 +11,7 @@ from mmpeft_ds import RoutedAdapterConfig, RoutedLoraConfig
 from mmpeft_ds.backbones.vision_text_encoder.model import VisionTextEncoder, VisionTextEncoderConfig
 from mmpeft_ds.data.batch import PackedBatch
 from mmpeft_ds.tasks.vqa.task import Options, Vqa
+from tests.helpers.goldens import Golden, checks
 
 FIXED = {
     "tok_emb": "text_model.embeddings.word_embeddings.weight",

@@ -2,7 +2,8 @@
 
 import numpy as np
 import pytest
-from golden_framework import GOLDENS_DIR, Golden, checker_of, find, idle, load_checkers, run, why_not_due
+
+from tests.helpers.goldens import GOLDENS_DIR, Golden, checker_of, find, idle, load_checkers, run, why_not_due
 
 load_checkers()
 FILES = find(GOLDENS_DIR)

@@ -2,24 +2,21 @@
 
 import datetime
 import json
-import runpy
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-from engine import toy_vqa
 from mmpeft_ds import console
 from mmpeft_ds.errors import BadInput
-
-ROOT = Path(__file__).resolve().parents[2]
+from tests.helpers import ROOT, commands
+from tests.helpers.runs import tiny_vqa
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("toy")
-    toy_vqa.prepare(path)
+    tiny_vqa.prepare(path)
     return path
 
 
@@ -28,13 +25,10 @@ def command(monkeypatch, capsys):
     """Run a launcher in this process: (exit code, stdout, stderr)."""
 
     def run(script, *args):
-        monkeypatch.setattr(sys, "argv", [str(ROOT / "launchers" / script), *map(str, args)])
-        monkeypatch.setattr(sys, "path", ["replaced by the launcher", *sys.path])
-        with pytest.raises(SystemExit) as left:
-            runpy.run_path(str(ROOT / "launchers" / script), run_name="__main__")
-        assert sys.path[0] == str(ROOT)
+        code = commands.run_script(ROOT / "launchers" / script, list(map(str, args)), monkeypatch)
+        assert sys.path[0] == str(ROOT)  # under test: the launcher's own folder is replaced by the repository
         out, err = capsys.readouterr()
-        return left.value.code, out, err
+        return code, out, err
 
     return run
 

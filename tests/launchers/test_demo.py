@@ -1,12 +1,11 @@
 """What the demo reports comes from the files of the runs, under names that stay."""
 
 import importlib
-import sys
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.helpers import commands
+
 KEYS = {
     "test_accuracy", "test_accuracy_yes_no", "majority", "question_only", "question_only_yes_no",
     "trainable_parameters", "total_parameters", "samples_per_second", "world_size", "zero_stage", "train_seconds",
@@ -15,7 +14,7 @@ KEYS = {
 
 @pytest.fixture
 def demo(monkeypatch):
-    monkeypatch.setattr(sys, "path", [str(ROOT), *sys.path])
+    commands.path_to_replace(monkeypatch)
     return importlib.import_module("launchers.demo")
 
 

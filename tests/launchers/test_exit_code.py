@@ -7,9 +7,9 @@ import pytest
 import torch
 import yaml
 
-from distributed import launch
-from engine import toy_vqa
 from mmpeft_ds.data import order
+from tests.helpers import launch
+from tests.helpers.runs import tiny_vqa
 
 pytestmark = pytest.mark.distributed
 
@@ -26,7 +26,7 @@ def test_exit_code_2_comes_through_the_deepspeed_launcher(tmp_path):
 
 def test_a_shard_that_only_rank_1_misses_ends_both_ranks_in_one_line(tmp_path):
     """Without the check at start a shard may go while nobody reads it; the other rank must not wait or blame gloo."""
-    toy_vqa.prepare(tmp_path)
+    tiny_vqa.prepare(tmp_path)
     shards = sorted((tmp_path / "data").glob("toy-train-*.tar"))
     key = order.key_of(3, "order", 0, 0)  # seed of the toy recipe, first source, first epoch
     last = order.EpochOrder([8, 8, 8, 6], key, 1, True)[29][0]  # of the last position, so a slot of rank 1 alone

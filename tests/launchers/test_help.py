@@ -1,13 +1,11 @@
 """Every command answers `--help` at once, and never starts its work instead."""
 
-import runpy
 import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.helpers import ROOT, commands
+
 SCRIPTS = sorted(
     path
     for folder in ("launchers", "data_prep", "benchmarks")
@@ -24,15 +22,12 @@ def ask(monkeypatch, capsys, tmp_path):
         raise AssertionError(f"started {args}")
 
     def run(path, *arguments):
-        monkeypatch.setattr(sys, "argv", [str(path), *arguments])
-        monkeypatch.setattr(sys, "path", ["replaced by the script", *sys.path])
         monkeypatch.setattr(subprocess, "Popen", refuse)
         monkeypatch.chdir(tmp_path)
-        with pytest.raises(SystemExit) as left:
-            runpy.run_path(str(path), run_name="__main__")
+        code = commands.run_script(path, [*arguments], monkeypatch)
         assert not list(tmp_path.iterdir())
         out, err = capsys.readouterr()
-        return left.value.code, out, err
+        return code, out, err
 
     return run
 

@@ -8,9 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from engine import toy_vqa
-
-ROOT = Path(__file__).resolve().parents[2]
+from tests.helpers import ROOT
+from tests.helpers.runs import tiny_vqa
 
 
 def call(*command: str | Path) -> subprocess.CompletedProcess:
@@ -23,7 +22,7 @@ def call(*command: str | Path) -> subprocess.CompletedProcess:
 
 @pytest.mark.distributed
 def test_train_then_evaluate_then_predict(tmp_path):
-    toy_vqa.prepare(tmp_path)
+    tiny_vqa.prepare(tmp_path)
     run = tmp_path / "run"
     trained = call("launchers/train.py", "--recipe", tmp_path / "recipe.yaml", "--set", "optim.max_steps=3")
     assert trained.returncode == 0, trained.stderr[-3000:]
@@ -33,7 +32,7 @@ def test_train_then_evaluate_then_predict(tmp_path):
     (report,) = json.loads((run / "evaluation-val.json").read_text())
     rows = [json.loads(line) for line in (run / "predictions-val.jsonl").read_text().splitlines()]
     # 7 samples with 1 to 3 questions, each once
-    asked = [len(toy_vqa.sample(1000 + i).record["questions"]) for i in range(7)]
+    asked = [len(tiny_vqa.sample(1000 + i).record["questions"]) for i in range(7)]
     assert report["samples"] == 7 and len(rows) == report["rows"] == sum(asked)
     right = sum(row["prediction"] in row["answers"] for row in rows)
     assert report["scores"]["accuracy"] == pytest.approx(right / len(rows))
@@ -42,7 +41,7 @@ def test_train_then_evaluate_then_predict(tmp_path):
     assert report["scores"]["accuracy"] == pytest.approx(logged), "what training saw is what evaluation sees"
 
     picture = tmp_path / "new.png"
-    picture.write_bytes(toy_vqa.png(5))
+    picture.write_bytes(tiny_vqa.png(5))
     predicted = call(
         "launchers/predict.py", "--adapter", run / "adapter", "--images", picture, "--text", "is it red ?",
         "--text", "what is it ?", "--out", tmp_path / "answers.jsonl",
@@ -50,12 +49,12 @@ def test_train_then_evaluate_then_predict(tmp_path):
     assert predicted.returncode == 0, predicted.stderr[-3000:]
     answers = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
     assert [a["text"] for a in answers] == ["is it red ?", "what is it ?"]
-    assert all(a["image"] == str(picture) and a["prediction"] in toy_vqa.LABELS for a in answers)
+    assert all(a["image"] == str(picture) and a["prediction"] in tiny_vqa.LABELS for a in answers)
 
 
 @pytest.mark.distributed
 def test_a_run_that_does_not_improve_stops_early_and_is_finished(tmp_path):
-    toy_vqa.prepare(tmp_path)
+    tiny_vqa.prepare(tmp_path)
     sets = ["optim.lr=1e-12", "engine.patience=2", "engine.eval_every=1"]
     words = [word for s in sets for word in ("--set", s)]
     trained = call("launchers/train.py", "--recipe", tmp_path / "recipe.yaml", *words)

@@ -4,8 +4,6 @@ import dataclasses
 
 import pytest
 import torch
-from tiny_blip_models import IDS, D, answering, attach, blip, clip, fill, grads, output, pixels
-from tiny_stock import bert, gpt2
 from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaModel
 
@@ -14,6 +12,8 @@ from mmpeft_ds.errors import BadInput
 from mmpeft_ds.methods.aurora.layer import AttentionEnd, AuroraLinear, Factors, GatedEnd
 from mmpeft_ds.sites import find_sites
 from mmpeft_ds.sites.condition import Condition, conditioned, enable_checkpointing
+from tests.helpers.models.tiny_aurora import IDS, D, answering, attach, blip, clip, fill, grads, output, pixels
+from tests.helpers.models.tiny_stock import bert, gpt2
 
 
 def trained(model):

@@ -7,11 +7,11 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_blip_models import answering, attach, blip, clip, fill, output
 
 from mmpeft_ds import AuroraConfig
 from mmpeft_ds.errors import BadInput
 from mmpeft_ds.methods.aurora.layer import Factors
+from tests.helpers.models.tiny_aurora import answering, attach, blip, clip, fill, output
 
 
 def factors(model):

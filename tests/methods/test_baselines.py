@@ -3,14 +3,14 @@
 import peft
 import pytest
 import torch
-from tiny_stock import bert, fill, gpt2
-from tiny_zoo import ZOO, output
 from torch.nn import functional as F
 from transformers import BartConfig, BartModel, BlipConfig, BlipForConditionalGeneration
 
 from mmpeft_ds import AdapterConfig, BitFitConfig, LayerNormConfig, UniAdapterConfig, methods
 from mmpeft_ds.errors import BadInput
 from mmpeft_ds.sites import find_sites
+from tests.helpers.models.tiny_stock import bert, fill, gpt2
+from tests.helpers.models.tiny_zoo import ZOO, output
 
 ACTIVATION = {"bert": F.gelu, "gpt2": lambda x: F.gelu(x, approximate="tanh")}
 

@@ -4,14 +4,13 @@ import copy
 
 import peft
 import pytest
-import tiny_encoders
 import torch
 from torch.nn.functional import cross_entropy, normalize
 
-import tiny_features
 from mmpeft_ds.errors import BadInput
 from mmpeft_ds.methods import coop, get
 from mmpeft_ds.sites import find_sites
+from tests.helpers.models import tiny_feature_model, tiny_prompted_encoder
 
 KINDS = ("bert", "roberta", "clip")
 IMAGES, LABELS = 7, torch.tensor([0, 1, 2, 0, 1, 2, 1])
@@ -20,11 +19,11 @@ IMAGES, LABELS = 7, torch.tensor([0, 1, 2, 0, 1, 2, 1])
 @pytest.fixture(scope="module")
 def sections(tmp_path_factory):
     place = tmp_path_factory.mktemp("coop")
-    return {kind: tiny_encoders.write(place / kind, kind) for kind in KINDS}
+    return {kind: tiny_prompted_encoder.write(place / kind, kind) for kind in KINDS}
 
 
 def attached(sections, kind, dtype=torch.float32, **options):
-    base = tiny_encoders.model(sections[kind], dtype)
+    base = tiny_prompted_encoder.model(sections[kind], dtype)
     torch.manual_seed(3)
     config = coop.CoOpConfig(**{"context": 4, "init_std": 0.5, **options})
     return peft.get_peft_model(base, config)
@@ -114,7 +113,7 @@ def test_the_vectors_start_as_published(sections):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_disabled_it_is_zero_shot_and_other_texts_are_read_as_ever(sections, kind, tmp_path):
-    base = tiny_encoders.model(sections[kind])
+    base = tiny_prompted_encoder.model(sections[kind])
     given = torch.randn(IMAGES, base.config.image_width, generator=torch.Generator().manual_seed(5))
     caption = base.tokenise(["a red circle", "what is it"])
     with torch.no_grad():
@@ -126,7 +125,7 @@ def test_disabled_it_is_zero_shot_and_other_texts_are_read_as_ever(sections, kin
         with model.disable_adapter():
             assert torch.equal(model(image_features=given).logits, frozen)
         model.save_pretrained(tmp_path)
-        again = peft.PeftModel.from_pretrained(tiny_encoders.model(sections[kind]), tmp_path).eval()
+        again = peft.PeftModel.from_pretrained(tiny_prompted_encoder.model(sections[kind]), tmp_path).eval()
         assert torch.equal(again(image_features=given).logits, trained)
 
 
@@ -179,7 +178,7 @@ def test_in_a_half_precision_base_the_context_is_float32(sections):
 
 
 def test_a_model_without_text_encoder_is_refused_in_one_line():
-    model = tiny_features.model()
+    model = tiny_feature_model.model()
     method = get("coop")
     for refused in (
         lambda: method.check(method.Config(), find_sites(model), None),

@@ -6,14 +6,14 @@ import math
 import peft
 import pytest
 import torch
-from tiny_stock import IDS, fill
-from tiny_zoo import MASK, ZOO, output
 from torch import Tensor
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from mmpeft_ds import DeepPromptConfig
 from mmpeft_ds.errors import BadInput
 from mmpeft_ds.sites import find_sites
+from tests.helpers.models.tiny_stock import IDS, fill
+from tests.helpers.models.tiny_zoo import MASK, ZOO, output
 
 P = 3
 # family, tower, attention; T5 is refused

@@ -3,7 +3,6 @@
 import copy
 import dataclasses
 import re
-from pathlib import Path
 
 import peft
 import pytest
@@ -12,13 +11,14 @@ from torch import nn
 from torch.func import functional_call
 from torch.nn.functional import cross_entropy, normalize
 
-import tiny_features
 from mmpeft_ds import methods, recipe
 from mmpeft_ds.engine.assembly.checks import check_validation, check_values
 from mmpeft_ds.errors import BadInput
 from mmpeft_ds.methods.common.head import head_of
 from mmpeft_ds.sites import find_sites
 from mmpeft_ds.sites.feature_site import Features, Labelled
+from tests.helpers import ROOT
+from tests.helpers.models import tiny_feature_model
 
 C, D, K = 5, 8, 3
 # name -> method and options
@@ -42,7 +42,7 @@ ALL = TRAINED | FREE
 def attach(case: str, base: nn.Module | None = None, **options: object) -> peft.PeftModel:
     name, fixed = ALL.get(case, (case, {}))
     torch.manual_seed(3)
-    return peft.get_peft_model(base or tiny_features.model(), methods.get(name).Config(**{**fixed, **options}))
+    return peft.get_peft_model(base or tiny_feature_model.model(), methods.get(name).Config(**{**fixed, **options}))
 
 
 def moved(wrapped: peft.PeftModel, seed: int = 5) -> peft.PeftModel:
@@ -60,7 +60,7 @@ def moved(wrapped: peft.PeftModel, seed: int = 5) -> peft.PeftModel:
 
 def say(wrapped: nn.Module, z: Features | None = None) -> torch.Tensor:
     with torch.no_grad():
-        return wrapped(image_features=(z or tiny_features.rows()).image).logits
+        return wrapped(image_features=(z or tiny_feature_model.rows()).image).logits
 
 
 # ------------------------------------------------------------------------------------------------------- formulae
@@ -106,20 +106,20 @@ def defined(case: str, wrapped: peft.PeftModel, z: torch.Tensor) -> torch.Tensor
 
 @pytest.mark.parametrize("case", ALL)
 def test_logits_are_what_the_formula_says(case):
-    base = tiny_features.model(dtype=torch.float64)
+    base = tiny_feature_model.model(dtype=torch.float64)
     wrapped = moved(attach(case, base).double())
-    z = tiny_features.rows(dtype=torch.float64)
+    z = tiny_feature_model.rows(dtype=torch.float64)
     torch.testing.assert_close(say(wrapped, z), defined(case, wrapped, z.image).detach(), atol=1e-12, rtol=1e-12)
 
 
 def test_ensembles_of_templates():
-    bank = tiny_features.model().features.bank
+    bank = tiny_feature_model.model().features.bank
     for ensemble, want in (("unit", unit(unit(bank.positive).mean(1))), ("raw", unit(bank.positive.mean(1)))):
         text = head_of(attach("zero_shot", ensemble=ensemble)).text
         torch.testing.assert_close(unit(text), want)
     raw, units = (say(attach("zero_shot", ensemble=e)) for e in ("raw", "unit"))
     assert (raw - units).abs().max() > 1e-2
-    base = tiny_features.model()
+    base = tiny_feature_model.model()
     assert torch.equal(say(attach("zero_shot", ensemble=None)), say(base))
 
 
@@ -128,7 +128,7 @@ def test_ensembles_of_templates():
 
 @pytest.mark.parametrize("case", ALL)
 def test_disabled_it_is_zero_shot_to_the_bit_also_after_training(case):
-    base = tiny_features.model()
+    base = tiny_feature_model.model()
     before, frozen = say(base), {n: b.clone() for n, b in base.named_buffers()}
     wrapped = moved(attach(case, base))
     assert not torch.equal(say(wrapped), before)
@@ -138,7 +138,7 @@ def test_disabled_it_is_zero_shot_to_the_bit_also_after_training(case):
 
 
 def test_a_residual_of_zero_is_zero_shot_to_the_bit():
-    base = tiny_features.model()
+    base = tiny_feature_model.model()
     base.features.ensemble = "raw"
     assert torch.equal(say(attach("task_res", copy.deepcopy(base))), say(base))
 
@@ -148,14 +148,14 @@ def test_a_residual_of_zero_is_zero_shot_to_the_bit():
     [("clip_adapter", {"ratio": 0.0}), ("graph_adapter", {"beta": 1.0}), ("tip_adapter", {"alpha": 0.0})],
 )
 def test_the_share_that_switches_it_off_leaves_zero_shot(case, options):
-    base = tiny_features.model()
+    base = tiny_feature_model.model()
     base.features.ensemble = "unit" if case == "tip_adapter" else "raw"
     torch.testing.assert_close(say(attach(case, copy.deepcopy(base), **options)), say(base), atol=1e-5, rtol=1e-5)
 
 
 def test_numbers_of_trained_parameters():
     width, classes, shots = 16, 6, 4
-    base = tiny_features.model(classes=classes, width=width, support=shots)
+    base = tiny_feature_model.model(classes=classes, width=width, support=shots)
     want = {
         "linear_probe": classes * (width + 1),
         "clip_adapter": width * width // 2,
@@ -184,8 +184,8 @@ def test_starts_are_the_published_ones():
 
 @pytest.mark.parametrize("case", TRAINED)
 def test_gradients_are_those_of_finite_differences(case):
-    wrapped = moved(attach(case, tiny_features.model(dtype=torch.float64)).double())
-    head, rows = head_of(wrapped), tiny_features.labelled(6, dtype=torch.float64)
+    wrapped = moved(attach(case, tiny_feature_model.model(dtype=torch.float64)).double())
+    head, rows = head_of(wrapped), tiny_feature_model.labelled(6, dtype=torch.float64)
     names, values = zip(*((n, p.detach().clone().requires_grad_()) for n, p in head.named_parameters()), strict=True)
 
     def loss(*parameters):
@@ -197,7 +197,7 @@ def test_gradients_are_those_of_finite_differences(case):
 
 @pytest.mark.parametrize("case", TRAINED)
 def test_a_few_steps_lower_the_loss_and_leave_the_bank_alone(case):
-    wrapped, rows = attach(case), tiny_features.labelled(20)
+    wrapped, rows = attach(case), tiny_feature_model.labelled(20)
     frozen = copy.deepcopy(head_of(wrapped).bank.state_dict())
     optimizer = torch.optim.AdamW([p for p in wrapped.parameters() if p.requires_grad], 0.02)
     losses = []
@@ -226,7 +226,7 @@ def test_a_rank_without_rows_gives_no_rows_and_zero_gradients(case):
 
 def split(count: int, seed: int, noise: float = 0.8, holes: bool = False) -> Labelled:
     """Rows near class centres that are the texts of the tiny bank; with `holes` every third row does not count."""
-    centres = tiny_features.model().features.bank.positive.mean(1)
+    centres = tiny_feature_model.model().features.bank.positive.mean(1)
     labels = torch.arange(count) % C
     made = torch.Generator().manual_seed(seed)
     image = centres[labels] + noise * torch.randn(count, D, generator=made)
@@ -309,7 +309,7 @@ def test_a_linear_probe_reads_the_image_the_caption_or_both_and_says_what_is_mis
     with pytest.raises(BadInput, match="captions"):
         head(rows.features)
     with pytest.raises(BadInput, match="text features"):
-        attach("linear_probe_lbfgs", tiny_features.model(text_width=0), inputs="both")
+        attach("linear_probe_lbfgs", tiny_feature_model.model(text_width=0), inputs="both")
 
 
 def test_solved_and_trained_linear_probes_agree():
@@ -355,11 +355,11 @@ def test_a_search_without_validation_is_refused_and_can_be_switched_off(case):
 def test_saving_and_loading_keeps_every_bit_also_of_what_was_found(case, tmp_path):
     wrapped = moved(attach(case))
     wrapped.save_pretrained(tmp_path)
-    again = peft.PeftModel.from_pretrained(tiny_features.model(), tmp_path, adapter_name="renamed")
+    again = peft.PeftModel.from_pretrained(tiny_feature_model.model(), tmp_path, adapter_name="renamed")
     assert torch.equal(say(again), say(wrapped))
     for name in head_of(wrapped).calibrated:
         assert torch.equal(getattr(head_of(again), name), getattr(head_of(wrapped), name))
-    lazy = peft.PeftModel.from_pretrained(tiny_features.model(), tmp_path, low_cpu_mem_usage=True)
+    lazy = peft.PeftModel.from_pretrained(tiny_feature_model.model(), tmp_path, low_cpu_mem_usage=True)
     for name, tensor in head_of(wrapped).state_dict().items():
         assert torch.equal(head_of(lazy).state_dict()[name], tensor)
     # where a mapped file lies in memory, a matrix product may round otherwise
@@ -368,7 +368,7 @@ def test_saving_and_loading_keeps_every_bit_also_of_what_was_found(case, tmp_pat
 
 @pytest.mark.parametrize("case", ALL)
 def test_what_is_exported_is_the_classifier(case):
-    wrapped, z = moved(attach(case)), tiny_features.rows().image
+    wrapped, z = moved(attach(case)), tiny_feature_model.rows().image
     out = head_of(wrapped).export()
     assert not any(tensor.requires_grad for tensor in out.values())
     if case.startswith("linear_probe"):
@@ -390,18 +390,18 @@ def test_what_is_remembered_of_the_bank_follows_it(case):
     before = say(wrapped)
     assert torch.equal(say(wrapped), before)
     bank = head_of(wrapped).bank
-    other = tiny_features.model(seed=7).features.bank
+    other = tiny_feature_model.model(seed=7).features.bank
     bank.positive.copy_(other.positive)
     bank.support.copy_(other.support)
     assert not torch.equal(say(wrapped), before)
-    fresh = tiny_features.model()
+    fresh = tiny_feature_model.model()
     fresh.features.bank.load_state_dict(bank.state_dict())
     assert torch.equal(say(attach(case, fresh)), say(wrapped))
 
 
 def test_what_was_remembered_without_gradients_serves_training():
     """The gradients after a forward in inference mode are those of a head that never had one."""
-    z = tiny_features.rows().image
+    z = tiny_feature_model.rows().image
     for case in TRAINED:
         found = []
         for looked in (False, True):
@@ -445,7 +445,7 @@ NEEDS = {
 @pytest.mark.parametrize("case", ALL)
 @pytest.mark.parametrize("without", ["text", "support"])
 def test_what_the_bank_lacks_is_refused_where_it_is_read_and_only_there(case, without):
-    base = tiny_features.model(**{"templates" if without == "text" else "support": 0})
+    base = tiny_feature_model.model(**{"templates" if without == "text" else "support": 0})
     name, options = ALL[case]
     method = methods.get(name)
     if without not in NEEDS[case]:
@@ -483,19 +483,19 @@ def test_values_that_cannot_work_are_refused(name, options, says):
 def test_widths_that_do_not_fit_are_refused():
     with pytest.raises(BadInput, match="reduction: 16 leaves nothing of 8"):
         attach("clip_adapter", reduction=16)
-    base = tiny_features.model()
+    base = tiny_feature_model.model()
     base.features.bank.support = torch.randn(C * K, 2, 6)
     with pytest.raises(BadInput, match="share a space"):
         attach("graph_adapter", base)
 
 
 def test_a_class_without_images_and_a_single_class_stay_finite():
-    base = tiny_features.model()
+    base = tiny_feature_model.model()
     base.features.bank.support_labels[:K] = 1
     for case in ("tip_adapter", "tip_adapter_f", "graph_adapter"):
         assert say(attach(case, copy.deepcopy(base))).isfinite().all()
     for case in ALL:
-        assert say(attach(case, tiny_features.model(classes=1))).shape == (7, 1)
+        assert say(attach(case, tiny_feature_model.model(classes=1))).shape == (7, 1)
 
 
 def test_configs_travel_as_json():
@@ -507,7 +507,7 @@ def test_configs_travel_as_json():
 
 
 def test_the_fragments_of_the_page_are_recipes():
-    page = (Path(__file__).parents[2] / "docs" / "methods" / "few_shot_baselines.md").read_text("utf-8")
+    page = (ROOT / "docs" / "methods" / "few_shot_baselines.md").read_text("utf-8")
     fragments = [recipe.parse_yaml(text, "page") for text in re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)]
     assert {f["method"]["name"] for f in fragments} == {name for name, _ in ALL.values()}
     for fragment in fragments:

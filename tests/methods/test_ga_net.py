@@ -10,7 +10,6 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-import tiny_features
 from mmpeft_ds import GaNetConfig, methods
 from mmpeft_ds.backbones.features.backbone import FeatureConfig, FeatureModel, FeaturesBackbone
 from mmpeft_ds.backbones.features.backbone import Options as FeatureOptions
@@ -25,12 +24,13 @@ from mmpeft_ds.sites import find_sites
 from mmpeft_ds.sites.feature_site import Labelled
 from mmpeft_ds.tasks.classification.task import Classification
 from mmpeft_ds.tasks.classification.task import Options as ClassificationOptions
+from tests.helpers.models import tiny_feature_model
 
 HEAD = "base_model.model.features.ga_net_head.default."
 
 
 def attached(seed=0, classes=5, **options):
-    base = tiny_features.model(classes=classes, templates=2)
+    base = tiny_feature_model.model(classes=classes, templates=2)
     torch.manual_seed(seed)
     model = peft.get_peft_model(base, GaNetConfig(**{"r": 6, "tau": 0.1, **options}))
     return model, base.features.head
@@ -87,7 +87,7 @@ def moved(**options):
     model, head = attached(**options)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
     before = {n: t.clone() for n, t in head.state_dict().items()}
-    data = tiny_features.labelled()
+    data = tiny_feature_model.labelled()
     cross_entropy(run(model, data.features).logits, data.labels).backward()
     optimizer.step()
     return {n for n, t in head.state_dict().items() if not torch.equal(t, before[n])}
@@ -117,9 +117,9 @@ def test_names_hold_the_prefix_and_all_is_saved(tmp_path):
         assert trained and all(n.startswith(HEAD) for n in trained)
         assert methods.get("ga_net").kinds(trained)["peft"] == trained
         head.tau_choice.fill_(len(head.config.tau_grid) - 1)
-        rows = tiny_features.rows(9)
+        rows = tiny_feature_model.rows(9)
         model.save_pretrained(tmp_path)
-        again = peft.PeftModel.from_pretrained(tiny_features.model(), tmp_path)
+        again = peft.PeftModel.from_pretrained(tiny_feature_model.model(), tmp_path)
         assert torch.equal(run(again, rows).logits, run(model, rows).logits)
         assert again.get_base_model().features.head.tau == head.tau
         fresh, _ = attached(seed=1, **options)
@@ -129,10 +129,10 @@ def test_names_hold_the_prefix_and_all_is_saved(tmp_path):
 
 
 def test_disabled_it_is_the_frozen_scorer_to_the_bit():
-    rows = tiny_features.rows(9)
+    rows = tiny_feature_model.rows(9)
     model, _ = attached()
     with model.disable_adapter():
-        assert torch.equal(run(model, rows).logits, run(tiny_features.model(), rows).logits)
+        assert torch.equal(run(model, rows).logits, run(tiny_feature_model.model(), rows).logits)
 
 
 def test_accumulation_is_refused_but_for_a_graph_without_edges():
@@ -167,7 +167,7 @@ def test_without_activation_it_is_two_hops_of_an_affine_map():
     """Y = A A X M + (A A 1) u + (A 1) v + b, as the release computes."""
     model, head = attached(variant="v1", tau=0.1, train="all")
     head.double()
-    rows = tiny_features.rows(12, dtype=torch.float64)
+    rows = tiny_feature_model.rows(12, dtype=torch.float64)
     with torch.no_grad():
         for parameter in head.parameters():
             parameter.normal_()
@@ -186,7 +186,7 @@ def test_without_activation_it_is_two_hops_of_an_affine_map():
 
 
 def test_without_edges_a_sample_stands_for_itself():
-    rows = tiny_features.rows(9)
+    rows = tiny_feature_model.rows(9)
     model, _ = attached(graph="none")
     alone = torch.cat([run(model, rows[i : i + 1]).logits for i in range(9)])
     torch.testing.assert_close(run(model, rows).logits, alone)
@@ -196,14 +196,14 @@ def test_without_edges_a_sample_stands_for_itself():
 
 
 def test_the_order_of_the_rows_does_not_matter():
-    rows, order = tiny_features.rows(11), torch.randperm(11)
+    rows, order = tiny_feature_model.rows(11), torch.randperm(11)
     for options in ({}, {"graph": "knn", "k": 3}, {"variant": "v2", "k": 3, "tau": 0.0}):
         model, _ = attached(**options)
         torch.testing.assert_close(run(model, rows[order]).logits, run(model, rows).logits[order])
 
 
 def test_similarity_may_count_both_modalities_alike():
-    rows = tiny_features.rows(12)
+    rows = tiny_feature_model.rows(12)
     loud = dataclasses.replace(rows, text=1e4 * rows.text)
     fixed, _ = attached(tau=0.3)
     assert torch.equal(run(fixed, loud).graph.edge_index, run(fixed, rows).graph.edge_index)
@@ -215,7 +215,7 @@ def test_similarity_may_count_both_modalities_alike():
 
 @pytest.mark.parametrize("inputs", ["image", "text"])
 def test_one_modality_alone_reads_nothing_of_the_other(inputs):
-    rows = tiny_features.rows(9)
+    rows = tiny_feature_model.rows(9)
     model, head = attached(inputs=inputs)
     assert head.down.in_features == 8
     changed = dataclasses.replace(rows, **{"text" if inputs == "image" else "image": rows.image.flip(0)})
@@ -228,7 +228,7 @@ def test_one_modality_alone_reads_nothing_of_the_other(inputs):
 @pytest.mark.parametrize("options", [{}, {"graph": "knn"}, {"graph": "none"}], ids=str)
 def test_what_stands_in_rows_that_are_not_valid_reaches_nothing(options):
     model, head = attached(**options)
-    rows, labels = tiny_features.rows(9), torch.arange(9) % 5
+    rows, labels = tiny_feature_model.rows(9), torch.arange(9) % 5
     rows.valid[3:5] = False
 
     def gradients(rows):
@@ -278,11 +278,11 @@ class OneProcess:
 @pytest.mark.parametrize("options", [{}, {"variant": "v1", "train": "all"}, {"variant": "v2", "train": "all", "k": 3}])
 def test_of_which_logits_fisher_information_is_estimated(options):
     model, head = attached(**{"tau": 0.1, **options})
-    squares, _ = fisher.measure(OneProcess(model), [SimpleNamespace(micro=[tiny_features.labelled()], source=0)])
+    squares, _ = fisher.measure(OneProcess(model), [SimpleNamespace(micro=[tiny_feature_model.labelled()], source=0)])
     seen = {n.split(".")[0] for n, p in head.named_parameters() if squares.whole(p).any()}
     released = {"v1": {"classifier"}, "v2": {"classifier", "fusion"}}
     assert seen == released.get(options.get("variant"), {"down", "conv", "up", "classifier"})
-    run(model, tiny_features.rows()).logits.sum().backward()
+    run(model, tiny_feature_model.rows()).logits.sum().backward()
     assert head.down.weight.grad.any(), "training is as before"
 
 
@@ -291,7 +291,7 @@ def test_of_which_logits_fisher_information_is_estimated(options):
 
 def test_tau_is_searched_on_validation_rows():
     _, head = attached(classes=3, tau_grid=[-0.9, 0.2, 0.8], tau_batch=30)
-    validation = tiny_features.labelled(60, classes=3)
+    validation = tiny_feature_model.labelled(60, classes=3)
     assert head.tau == 0.1
     told = head.calibrate(validation, validation)
     right = {}
@@ -341,12 +341,12 @@ def test_features_that_are_not_there_are_named():
         ({"text_width": 0}, {}, "inputs: both needs text features"),
         ({"text_width": 4}, {"variant": "v2"}, "fusion: adds text features of width 4"),
     ):
-        sites = find_sites(tiny_features.model(templates=0, **widths))
+        sites = find_sites(tiny_feature_model.model(templates=0, **widths))
         with pytest.raises(BadInput, match=message):
             method.check(GaNetConfig(**options), sites, None)
     model, _ = attached()
     with pytest.raises(BadInput, match="bring no text"):
-        model(image_features=tiny_features.rows(4).image)
+        model(image_features=tiny_feature_model.rows(4).image)
 
 
 # -------------------------------------------------------------------------------------------- who is in the batch
@@ -357,7 +357,7 @@ def clustered(count=120, classes=6):
     made = torch.Generator().manual_seed(5)
     labels = torch.randint(classes, (count,), generator=made)
     centres = torch.randn(classes, 8, generator=made)
-    rows = tiny_features.rows(count)
+    rows = tiny_feature_model.rows(count)
     rows.image = centres[labels] + 1.2 * torch.randn(count, 8, generator=made)
     rows.text = centres[labels] + 1.2 * torch.randn(count, 8, generator=made)
     return Labelled(rows, labels)

@@ -2,7 +2,6 @@
 
 import re
 import warnings
-from pathlib import Path
 from types import SimpleNamespace
 
 import peft
@@ -21,6 +20,7 @@ from mmpeft_ds.methods.common.head import head_of
 from mmpeft_ds.methods.hegraph import Coefficients, HeGraphHead, classify
 from mmpeft_ds.ops import class_graph as ops
 from mmpeft_ds.sites.feature_site import Bank, Features, Labelled
+from tests.helpers import ROOT
 
 C, D, TAU = 5, 8, 7.0
 LABELS = torch.tensor([0, 0, 1, 1, 1, 2, 3, 3, 4])
@@ -325,7 +325,7 @@ def test_gradients_in_evaluation_mode_are_warned_of_once():
 
 
 def test_every_ablation_of_the_guide_is_a_config_that_scores_otherwise():
-    page = Path(__file__).parents[2] / "docs" / "methods" / "hegraph.md"
+    page = ROOT / "docs" / "methods" / "hegraph.md"
     rows = re.findall(r"^\|[^|]*\| (`method\..*) \|$", page.read_text("utf-8"), re.M)
     assert len(rows) >= 15
     plain, _ = made()

@@ -12,14 +12,14 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_stock import fill, image
-from tiny_zoo import ZOO, output
 from torch import Tensor, nn
 
 from mmpeft_ds import methods
 from mmpeft_ds.errors import BadInput
 from mmpeft_ds.sites import find_sites
 from mmpeft_ds.sites.condition import Condition, conditioned, enable_checkpointing
+from tests.helpers.models.tiny_stock import fill, image
+from tests.helpers.models.tiny_zoo import ZOO, output
 
 MODELS = ("bert", "gpt2", "blip", "bart")
 # Not `enable_input_require_grads`, whose leaf BLIP changes in place.

@@ -5,18 +5,18 @@ import dataclasses
 import peft
 import pytest
 import torch
-from tiny_stock import IDS, bert, gpt2, image
 from torch import nn
 from torch.nn.functional import cross_entropy
 from transformers import GPT2Config, GPT2Model, RobertaConfig, RobertaModel, ViTConfig, ViTModel
 
 import mmpeft_ds
-import tiny_features
 from mmpeft_ds import RoutedLoraConfig, methods
 from mmpeft_ds.errors import BadInput
 from mmpeft_ds.methods.base import Method
 from mmpeft_ds.sites import find_sites
 from mmpeft_ds.sites.condition import Condition, conditioned
+from tests.helpers.models import tiny_feature_model
+from tests.helpers.models.tiny_stock import IDS, bert, gpt2, image
 
 
 @pytest.mark.parametrize("name", methods.names(heads=False))
@@ -50,9 +50,9 @@ def test_every_head_attaches_trains_and_sorts_its_parameters(name, tmp_path):
     method = methods.get(name)
     assert isinstance(method, Method)
     assert methods.of(method.Config()) is method
-    config, z = method.Config(), tiny_features.rows()
+    config, z = method.Config(), tiny_feature_model.rows()
     given = {"image_features": z.image, "text_features": z.text}
-    model = tiny_features.model()
+    model = tiny_feature_model.model()
     if name in LIVE_TEXT:
         with pytest.raises(BadInput, match=name):
             method.check(config, find_sites(model), None)
@@ -79,7 +79,7 @@ def test_every_head_attaches_trains_and_sorts_its_parameters(name, tmp_path):
         with wrapped.disable_adapter():
             assert torch.equal(wrapped(**given).logits, before)
         wrapped.save_pretrained(tmp_path)
-        again = peft.PeftModel.from_pretrained(tiny_features.model(), tmp_path).eval()
+        again = peft.PeftModel.from_pretrained(tiny_feature_model.model(), tmp_path).eval()
         assert torch.equal(again(**given).logits, out)
     with pytest.raises(BadInput, match="needs a model of features"):
         method.check(config, find_sites(bert()), None)

@@ -6,8 +6,6 @@ import copy
 import peft
 import pytest
 import torch
-from tiny_stock import IDS, fill
-from tiny_zoo import ZOO, output
 from torch import nn
 
 from mmpeft_ds import PAdapterConfig, methods
@@ -16,6 +14,8 @@ from mmpeft_ds.errors import BadInput
 from mmpeft_ds.methods.p_adapter.layer import AttentionLayer, BranchLayer
 from mmpeft_ds.recipe import Recipe
 from mmpeft_ds.sites import observe
+from tests.helpers.models.tiny_stock import IDS, fill
+from tests.helpers.models.tiny_zoo import ZOO, output
 
 REFUSED = {"t5"}
 # family -> options that choose its towers

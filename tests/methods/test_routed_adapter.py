@@ -5,7 +5,6 @@ import copy
 import peft
 import pytest
 import torch
-from tiny_stock import IDS, D, bert, fill, gpt2, image, output
 from torch.nn import functional as F
 
 from mmpeft_ds import RoutedAdapterConfig, RoutedLoraConfig, methods
@@ -14,6 +13,7 @@ from mmpeft_ds.ops.bottleneck_attention import bottleneck_attention
 from mmpeft_ds.ops.route import ROUTES, route
 from mmpeft_ds.sites import find_sites
 from mmpeft_ds.sites.condition import Condition, conditioned, enable_checkpointing
+from tests.helpers.models.tiny_stock import IDS, D, bert, fill, gpt2, image, output
 
 BUILD = {"bert": bert, "roberta": lambda: bert(roberta=True), "gpt2": gpt2}
 VARIANTS = RoutedAdapterConfig.VARIANTS

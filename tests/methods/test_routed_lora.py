@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from tiny_stock import IDS, D, bert, fill, gpt2, grads, image, output, wrap
 from torch import nn
 from torch.nn import functional as F
 
@@ -10,6 +9,7 @@ from mmpeft_ds import RoutedLoraConfig
 from mmpeft_ds.errors import BadInput
 from mmpeft_ds.ops.route import ROUTES, route
 from mmpeft_ds.sites.condition import Condition, conditioned, enable_checkpointing
+from tests.helpers.models.tiny_stock import IDS, D, bert, fill, gpt2, grads, image, output, wrap
 
 ROUTED = [k for k in ROUTES if k != "none"]
 VARIANTS = ["plain", "after_up", "split", "split_merge", "split_merge_ln"]

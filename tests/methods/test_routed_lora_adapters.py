@@ -8,11 +8,12 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_stock import IDS, bert, fill, gpt2, image, output, wrap
 
 from mmpeft_ds import RoutedLoraConfig
 from mmpeft_ds.errors import BadInput
 from mmpeft_ds.sites.condition import Condition, conditioned
+from tests.helpers import launch
+from tests.helpers.models.tiny_stock import IDS, bert, fill, gpt2, image, output, wrap
 
 EVERYTHING = {"train_bias": True, "train_norms": True}
 BUILD = {"bert": bert, "gpt2": gpt2}
@@ -133,8 +134,7 @@ def test_the_head_is_saved_beside_the_adapter(tmp_path):
 
 SCRIPT = """
 import sys, torch, peft, mmpeft_ds
-sys.path.insert(0, {here!r})
-from tiny_stock import bert, output
+from tests.helpers.models.tiny_stock import bert, output
 model = peft.PeftModel.from_pretrained(bert(), {adapter!r})
 torch.save(output(model).detach(), {adapter!r} + "/out.pt")
 assert "deepspeed" not in sys.modules, "importing mmpeft_ds imports deepspeed"
@@ -144,9 +144,8 @@ assert "deepspeed" not in sys.modules, "importing mmpeft_ds imports deepspeed"
 def test_a_fresh_process_with_peft_and_mmpeft_ds_alone_gives_the_same_bits(tmp_path):
     wrapped = wrap(bert(), route="matmul1", **EVERYTHING)
     wrapped.save_pretrained(tmp_path)
-    here = str(__file__).rpartition("/")[0]
-    code = SCRIPT.format(here=here, adapter=str(tmp_path))
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+    code = SCRIPT.format(adapter=str(tmp_path))
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120, env=launch.environment())
     assert torch.equal(torch.load(tmp_path / "out.pt"), output(wrapped))
 
 

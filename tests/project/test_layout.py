@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.helpers import ROOT
+
 PACKAGE = ROOT / "mmpeft_ds"
 # Design 2: what each folder may import of this project; everybody may import these contracts.
 COMMON = {"errors", "files", "progress", "registry", "data.batch"}
@@ -128,7 +129,7 @@ def test_launchers_are_thin_and_take_their_folder_off_the_path():
     for path in (ROOT / "launchers").glob("*.py"):
         text = path.read_text("utf-8")
         assert len(text.splitlines()) <= 100, path
-        assert path.stem.startswith("_") or "sys.path[0] = " in text, path
+        assert path.stem.startswith("_") or "sys.path[0] = " in text, path  # under test
 
 
 def test_importing_the_package_does_not_import_deepspeed():

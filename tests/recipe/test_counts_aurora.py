@@ -1,7 +1,5 @@
 """Trainable parameters of Aurora on BLIP-base, on the meta device, as the shipped recipes train it."""
 
-from pathlib import Path
-
 import pytest
 import torch
 from tokenizers import Tokenizer
@@ -10,8 +8,8 @@ from transformers import BlipConfig, PreTrainedTokenizerFast
 
 from mmpeft_ds import recipe as recipes
 from mmpeft_ds.engine.assembly import resolve
+from tests.helpers import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 HEADS = 768 * 256 + 256 + 768 * 2 + 2  # vision_proj and itm_head
 # rank -> factors, modes of the image tower, of a text tower (self and cross), gates of a text tower
 PARTS = {

@@ -1,15 +1,13 @@
 """Trainable parameters of CLIP-BART at real size, on the meta device, as the shipped recipes train it."""
 
-from pathlib import Path
-
 import pytest
 import torch
 from transformers import BartConfig
 
 from mmpeft_ds import recipe as recipes
 from mmpeft_ds.engine.assembly import resolve
+from tests.helpers import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 VISUAL = 1_582_848
 
 

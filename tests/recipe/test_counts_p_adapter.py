@@ -1,7 +1,5 @@
 """Trainable parameters of p-Adapter on BLIP-base, on the meta device, as the shipped recipes train it."""
 
-from pathlib import Path
-
 import pytest
 import torch
 from tokenizers import Tokenizer
@@ -10,8 +8,8 @@ from transformers import BlipConfig, PreTrainedTokenizerFast
 
 from mmpeft_ds import recipe as recipes
 from mmpeft_ds.engine.assembly import resolve
+from tests.helpers import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 ATTENTION, FFN = 222_146, 148_320
 
 

@@ -1,6 +1,5 @@
 """The shipped recipes of the routing paper train exactly as many parameters as the published models, by kind."""
 
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -10,8 +9,9 @@ from transformers import GPT2Config, RobertaConfig, ViTConfig
 from mmpeft_ds import recipe as recipes
 from mmpeft_ds.engine import plan
 from mmpeft_ds.engine.assembly import resolve
+from tests.helpers import ROOT
 
-RECIPES = Path(__file__).resolve().parents[2] / "recipes"
+RECIPES = ROOT / "recipes"
 SIZES = {
     "base": dict(hidden_size=768, num_hidden_layers=12, num_attention_heads=12, intermediate_size=3072),
     "large": dict(hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096),

@@ -6,18 +6,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from engine import toy_vqa
 from mmpeft_ds import recipe as recipes
 from mmpeft_ds.data.manifest import Manifest
 from mmpeft_ds.engine import plan
 from mmpeft_ds.engine.assembly import resolve
 from mmpeft_ds.errors import BadInput
+from tests.helpers.runs import tiny_vqa
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("toy")
-    toy_vqa.prepare(path)
+    tiny_vqa.prepare(path)
     return path
 
 
@@ -34,7 +34,7 @@ def refusal(folder, *overrides) -> str:
 
 def test_parts_of_a_good_recipe(folder):
     resolved = resolve.resolve(load(folder))
-    assert resolved.labels == toy_vqa.LABELS
+    assert resolved.labels == tiny_vqa.LABELS
     assert [s.options.split for s in (*resolved.train, *resolved.validation)] == ["train", "val"]
     assert resolved.train[0].task.options.loss == "ce"
     assert resolved.method_config.r == 2 and resolved.ds_config["zero_optimization"]["stage"] == 3
@@ -181,7 +181,7 @@ def test_changed_vision_weights_are_told_from_statistics_that_were_never_compute
 
 
 def test_two_data_sets_of_one_name_are_refused_but_one_may_stand_twice(folder, tmp_path):
-    made = toy_vqa.write_data(tmp_path / "other", train=11)
+    made = tiny_vqa.write_data(tmp_path / "other", train=11)
     statistics = Manifest.load(folder / "data").statistics
     made.statistics = statistics
     made.save(tmp_path / "other")

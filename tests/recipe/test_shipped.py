@@ -1,15 +1,13 @@
 """Every recipe that is shipped can be read, and says how to run it."""
 
-from pathlib import Path
-
 import pytest
 import yaml
 
 from mmpeft_ds import recipe as recipes
 from mmpeft_ds.engine.assembly import checks, resolve
 from mmpeft_ds.engine.zero.config import check_ds_config
+from tests.helpers import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 # Studies of many runs have a form of their own, see tests/engine/test_few_shot_study.py.
 SHIPPED = sorted(p for p in (ROOT / "recipes").glob("*.yaml") if not p.stem.startswith("few_shot_"))
 

@@ -5,9 +5,9 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralModel, Qwen2Config, Qwen2ForCausalLM
 
-from backbones.tiny_mllm import FAMILIES, HEADS, INNER, KV_HEADS, LAYERS, TEXT, WIDTH
 from mmpeft_ds.sites import find_sites
 from mmpeft_ds.sites.base import features
+from tests.helpers.models.tiny_mllm import FAMILIES, HEADS, INNER, KV_HEADS, LAYERS, TEXT, WIDTH
 
 ALONE = {
     "llama": (lambda: LlamaForCausalLM(LlamaConfig(**TEXT)), "model"),

@@ -1,8 +1,6 @@
 """Questions answered in words: targets drawn by their scores, the published loss, what is asked of the model."""
 
-import sys
 from collections import Counter
-from pathlib import Path
 
 import pytest
 import torch
@@ -142,8 +140,7 @@ def test_a_record_without_questions_is_a_bad_sample():
 
 def test_a_tiny_clip_bart_learns_its_answers_and_writes_them(tmp_path):
     """Loss, labels, prompts, generation and score belong together: what is learned by heart is written."""
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "backbones"))
-    import tiny_clip_bart
+    from tests.helpers.models import tiny_clip_bart
 
     torch.manual_seed(0)
     tiny_clip_bart.write_bart(tmp_path / "bart", scale=0.1)

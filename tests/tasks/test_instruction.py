@@ -6,7 +6,6 @@ import peft
 import pytest
 import torch
 
-from backbones import tiny_mllm
 from mmpeft_ds.backbones.mllm.backbone import ENTRY
 from mmpeft_ds.backbones.mllm.backbone import Options as MllmOptions
 from mmpeft_ds.data.batch import GenerationOutput, Prompted, Sample, pack
@@ -15,6 +14,7 @@ from mmpeft_ds.errors import BadInput, BadSample
 from mmpeft_ds.methods import get
 from mmpeft_ds.sites import find_sites
 from mmpeft_ds.tasks.instruction.task import Instruction, Options
+from tests.helpers.models import tiny_mllm
 
 
 def said(*turns):

@@ -3,12 +3,12 @@
 import pytest
 import torch
 
-from backbones import tiny_blip
 from mmpeft_ds.backbones.blip import backbone as blip
 from mmpeft_ds.data.batch import GenerationOutput, PackedBatch, Sample, pack
 from mmpeft_ds.engine.assembly.forward import answer, forward
 from mmpeft_ds.errors import BadInput
 from mmpeft_ds.tasks.vqa_generative.task import ENTRY, Options
+from tests.helpers.models import tiny_blip
 
 RECORD = {
     "questions": [

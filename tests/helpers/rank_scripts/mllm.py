@@ -1,0 +1,95 @@
+"""Ranks of test_mllm_ranks.py: trains and evaluates tiny multimodal language models in one launch.
+
+    deepspeed --num_accelerators 2 --module tests.helpers.rank_scripts.mllm CASES.json FOLDER
+
+Each case is {name, family, method, ...}; rank 0 gets all samples with images, rank 1 the rest; rank 0 writes NAME.pt.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+from mmpeft_ds import recipe as recipes
+from mmpeft_ds.data.batch import IMAGE_MARK, Prompted, Sample
+from mmpeft_ds.data.stream import BadBudget, Step
+from mmpeft_ds.distributed import processes
+from mmpeft_ds.engine.assembly.build import build
+from mmpeft_ds.engine.evaluator import evaluate
+from mmpeft_ds.engine.step import Stepper
+from mmpeft_ds.engine.train_state import TrainState
+from mmpeft_ds.engine.zero import state as zero_state
+from mmpeft_ds.tasks.instruction.task import Instruction, Options
+from tests.helpers.models import tiny_mllm
+from tests.helpers.runs import tiny_classifier
+
+STEPS = 4
+
+
+def make_recipe(folder: Path, case: dict) -> recipes.Recipe:
+    recipe = recipes.Recipe(
+        run_dir=str(folder / "run"),
+        backbone={"name": "mllm", "model": str(folder / case["family"]), "condition": case.get("condition", "none")},
+        method=case["method"],
+    )
+    recipe.engine.deepspeed = str(folder / "ds.json")
+    recipe.engine.gradient_checkpointing = case.get("gradient_checkpointing", False)
+    recipe.optim.lr, recipe.optim.warmup, recipe.optim.max_steps = 0.02, 0.0, 10
+    recipe.optim.weight_decay, recipe.optim.clip = 0.0, 0.0
+    recipe.data.global_batch = 4
+    return recipe
+
+
+def slots(step: int, backbone) -> list[Sample]:
+    """One image; two images of other sizes; text alone with an earlier answer; padding."""
+    transform, g = backbone.image_transform(True), torch.Generator().manual_seed(step)
+
+    def image(height: int, width: int):
+        return transform(torch.randint(256, (3, height, width), dtype=torch.uint8, generator=g))
+
+    talk = Prompted("what color ?", "blue .", (("user", "is it round ?"), ("assistant", "no .")))
+    pair = Prompted(f"{IMAGE_MARK} and {IMAGE_MARK} same ?", ("yes", "no")[step % 2])
+    return [
+        Sample(f"{step}/one", 1.0, [image(9, 14)], [Prompted("is it ?", "a red circle .")], [{}]),
+        Sample(f"{step}/two", 1.0, [image(16, 8), image(6, 16)], [pair], [{}]),
+        Sample(f"{step}/text", 1.0, [], [talk], [{}]),
+        Sample(),
+    ]
+
+
+def run_case(case: dict, folder: Path, ranks: processes.Ranks) -> dict:
+    task = Instruction(Options(max_new_tokens=3), None)
+    resolved = tiny_classifier.make_resolved(make_recipe(folder, case), task)
+    built = build(resolved, ranks)
+    stepper = Stepper(resolved, built, ranks, 10, TrainState(), BadBudget(1.0, 1000))
+
+    def mine(step: int) -> Step:
+        chosen = slots(step, resolved.backbone)
+        part = chosen[:2] if ranks.rank == 0 else chosen[2:]
+        return Step(0, step, [tiny_classifier.pack_slots(part, resolved.backbone, task)])
+
+    rows = [stepper.train_step(mine(step), 0.0) for step in range(STEPS)]
+    found = evaluate(built.engine, resolved.backbone, task, [mine(8), mine(9)], ranks.device)
+    zero_state.ensure_optimizer_state(built.engine)
+    weights = {n: zero_state.read_full(built.engine, p)["weight"] for n, p in built.trainables.items()}
+    partitioned = sum(hasattr(p, "ds_id") for p in built.model.parameters())
+    built.engine.destroy()
+    return {"losses": [r["loss"] for r in rows], "weights": weights, "rows": found.rows, "partitioned": partitioned}
+
+
+def main() -> None:
+    args = [a for a in sys.argv[1:] if not a.startswith("--local_rank")]
+    cases, folder = json.loads(Path(args[0]).read_text()), Path(args[1])
+    ranks = processes.start(threads=1)
+    for case in cases:
+        result = run_case(case, folder, ranks)
+        if ranks.rank == 0:
+            torch.save(result, folder / f"{case['name']}.pt")
+            print("case done", case["name"], flush=True)
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    assert tiny_mllm.FAMILIES
+    main()

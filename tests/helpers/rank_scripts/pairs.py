@@ -1,0 +1,78 @@
+"""Ranks of test_pairs_ranks.py: trains pairs of method and backbone one after the other in one launch.
+
+deepspeed --num_accelerators 2 --module tests.helpers.rank_scripts.pairs CASES.json OUT
+"""
+
+import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from mmpeft_ds.data.stream import BadBudget, Step
+from mmpeft_ds.distributed import processes
+from mmpeft_ds.engine.assembly.build import Built, build
+from mmpeft_ds.engine.assembly.forward import forward
+from mmpeft_ds.engine.step import Stepper
+from mmpeft_ds.engine.train_state import TrainState
+from mmpeft_ds.engine.zero import state as zero_state
+from mmpeft_ds.sites.condition import enable_checkpointing
+from tests.helpers.runs import tiny_pairs
+
+
+def mine(slots: list, skew: bool, ranks: processes.Ranks) -> list:
+    """This rank's slots of a step; with `skew` rank 0 has all slots with an image and the others none."""
+    if skew:
+        return [s for s in slots if bool(s.images) == (ranks.rank == 0)] if ranks.rank < 2 else []
+    each = len(slots) // ranks.world_size
+    return slots[ranks.rank * each : (ranks.rank + 1) * each]
+
+
+def run_case(case: dict, sections: dict, folder: Path, ranks: processes.Ranks) -> dict:
+    parts = tiny_pairs.resolved(case, sections, folder)
+    built = build(parts, ranks)
+    if case.get("reentrant"):
+        enable_checkpointing(built.model.get_base_model(), use_reentrant=True)
+    stepper = Stepper(parts, built, ranks, tiny_pairs.STEPS, TrainState(), BadBudget(1.0, 1000))
+    rows = []
+    for step in range(tiny_pairs.STEPS):
+        slots = mine(tiny_pairs.slots_of(step, parts.backbone), case.get("skew", False), ranks)
+        batch = tiny_pairs.packed(slots, parts.backbone, parts.train[0].task)
+        rows.append(stepper.train_step(Step(0, step, [batch]), 0.0))
+        if step == tiny_pairs.STEPS // 2:
+            look(built, parts, batch if not case.get("skew") else None, ranks)
+    zero_state.ensure_optimizer_state(built.engine)
+    weights = {n: zero_state.read_full(built.engine, p)["weight"] for n, p in built.trainables.items()}
+    built.engine.destroy()
+    return {"losses": [r["loss"] for r in rows], "norms": [r["grad_norm"] for r in rows], "weights": weights}
+
+
+def look(built: Built, parts: SimpleNamespace, batch: Any, ranks: processes.Ranks) -> None:
+    """What an evaluation and a checkpoint do in the middle of a run, which must not show afterwards."""
+    if batch is not None:
+        training = [m for m in built.model.modules() if m.training]
+        built.engine.eval()
+        with torch.no_grad():
+            forward(built.engine, parts.backbone, batch.to(ranks.device))
+        for module in training:
+            module.training = True
+    for parameter in built.trainables.values():
+        zero_state.read_full(built.engine, parameter)
+
+
+def main() -> None:
+    args = [a for a in sys.argv[1:] if not a.startswith("--local_rank")]
+    given, out = json.loads(Path(args[0]).read_text()), Path(args[1])
+    ranks = processes.start(threads=1)
+    for case in given["cases"]:
+        result = run_case(case, given["backbones"], out, ranks)
+        if ranks.rank == 0:
+            torch.save(result, out / f"{case['name']}.pt")
+            print("case done", case["name"], flush=True)
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
