@@ -1,12 +1,13 @@
 """A folder of images whose sub-folders are the classes, with or without train/val/test folders above them.
 
 FOLDER/cat/1.jpg FOLDER/dog/1.jpg            one split, or a hash split with --val-fraction, --test-fraction
-FOLDER/train/cat/1.jpg FOLDER/val/cat/2.jpg  the splits as they are
+FOLDER/train/cat/1.jpg FOLDER/val/cat/2.jpg  the splits as they are; also Training, valid, dev, test2017, ...
 """
 
 from __future__ import annotations
 
 import hashlib
+import re
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,7 +18,15 @@ from data_prep.sources.base import RawSample
 from mmpeft_ds.errors import BadInput
 
 EXTENSIONS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
-SPLIT_FOLDERS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
+SPLITS = ("train", "val", "test")
+_SPLIT_OF = {
+    **dict.fromkeys(("train", "training", "trn", "trainval"), "train"),
+    **dict.fromkeys(
+        ("val", "valid", "validation", "validate", "dev", "devel", "eval", "evaluation", "minival"), "val"
+    ),
+    **dict.fromkeys(("test", "testing", "tst"), "test"),
+}
+_BESIDE_SPLIT = frozenset(("set", "sets", "data", "dataset", "images", "image", "imgs", "img", "split"))
 
 
 @dataclass
@@ -28,12 +37,14 @@ class Options:
         folder: folder that holds the class folders, or train/val/test folders of them.
         val_fraction: share of every class that becomes the split `val`, chosen by a hash of the file name.
         test_fraction: share of every class that becomes the split `test`.
+        as_classes: the folders below `folder` are classes, even those that are named like splits.
         licence: written to the manifest.
     """
 
     folder: Path
     val_fraction: float = 0.0
     test_fraction: float = 0.0
+    as_classes: bool = False
     licence: str = "unknown"
 
 
@@ -55,7 +66,8 @@ class ImageFolder:
     def splits(self) -> list[str]:
         unknown = sorted({c for images in self._images.values() for c, _ in images} - set(self._classes))
         if unknown:
-            raise BadInput(f"{self.options.folder}: class {unknown[0]!r} has no training images. Remove or move it.")
+            first = next(iter(self._images))
+            raise BadInput(f"{self.options.folder}: class {unknown[0]!r} has no images in {first}. Remove or move it.")
         return list(self._images)
 
     def fingerprint(self) -> dict[str, str]:
@@ -88,39 +100,73 @@ class ImageFolder:
     def _images(self) -> dict[str, list[tuple[str, Path]]]:
         """Split -> (class, file) in order of class and name; the training split comes first."""
         folder = self.options.folder
-        found = {p.name: p for p in sorted(folder.iterdir()) if p.is_dir()}
-        if "train" in found:
-            strange = sorted(set(found) - set(SPLIT_FOLDERS))
-            if strange:
-                raise BadInput(
-                    f"{folder}: {strange[0]!r} stands beside 'train' but is none of {', '.join(SPLIT_FOLDERS)}."
-                )
-            if self.options.val_fraction or self.options.test_fraction:
-                raise BadInput(f"{folder}: has its own train folder; leave out --val-fraction and --test-fraction.")
-            by_split: dict[str, list[tuple[str, Path]]] = {s: [] for s in ("train", "val", "test")}
-            for name, path in found.items():
-                by_split[SPLIT_FOLDERS[name]] += self._of_classes(path)
-            return {split: images for split, images in by_split.items() if images}
-        return self._hash_split(self._of_classes(folder))
+        splits: dict[str, Path] = {}
+        classes = []
+        for path in sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith((".", "__"))):
+            split = None if self.options.as_classes else split_of(path.name)
+            if split is None:
+                classes.append(path.name)
+            elif split in splits:
+                raise BadInput(f"{folder}: {splits[split].name!r} and {path.name!r} both mean {split}. Move one away.")
+            else:
+                splits[split] = path
+        if not splits:
+            return self._hash_split(self._of_classes(folder))
+        if classes:
+            raise BadInput(
+                f"{folder}: {next(iter(splits.values())).name!r} is named like a split, {classes[0]!r} beside it is "
+                "not. Put classes into folders of splits, or, if all are classes, say --as-classes."
+            )
+        if self.options.val_fraction or self.options.test_fraction:
+            names = ", ".join(path.name for path in splits.values())
+            raise BadInput(f"{folder}: has its own splits ({names}); leave out --val-fraction and --test-fraction.")
+        return {split: self._of_classes(splits[split]) for split in SPLITS if split in splits}
 
     def _of_classes(self, folder: Path) -> list[tuple[str, Path]]:
-        images, skipped = [], []
+        images, skipped, deeper = [], [], []
         for path in sorted(p for p in folder.rglob("*") if p.is_file()):
             parts = path.relative_to(folder).parts
             if any(p.startswith(".") for p in parts):
                 continue
             if path.suffix.lower() in EXTENSIONS and len(parts) > 1:
                 images.append((parts[0], path))
+                if len(parts) > 2:
+                    deeper.append(parts[1])
             else:
                 skipped.append(path)
-        if skipped:
-            print(
-                f"{folder}: {len(skipped)} files are no images in a class folder, such as {skipped[0]}",
-                file=sys.stderr,
-            )
         if not images:
             raise BadInput(f"{folder}: no images in class folders. Expected {folder}/CLASS/IMAGE.jpg")
+        if not self.options.as_classes:
+            self._refuse_splits(folder, {name for name, _ in images}, "classes of")
+            self._refuse_splits(folder, set(deeper), "all folders below the class folders of")
+        self._tell(folder, images, skipped)
         return images
+
+    @staticmethod
+    def _refuse_splits(folder: Path, names: set[str], what: str) -> None:
+        if names and all(split_of(name) for name in names):
+            raise BadInput(
+                f"{folder}: {', '.join(sorted(names))} are {what} this folder, but look like splits. Expected "
+                "FOLDER/SPLIT/CLASS/IMAGE.jpg: give the --folder that holds the splits, or say --as-classes."
+            )
+
+    @staticmethod
+    def _tell(folder: Path, images: list[tuple[str, Path]], skipped: list[Path]) -> None:
+        """What of a folder is not as it should be."""
+        notes = [
+            (skipped, "files are no images in a class folder"),
+            (
+                [path for name, path in images if path.parent != folder / name],
+                "images lie in folders below their class folder, and count as its class",
+            ),
+            (
+                sorted(p for p in folder.iterdir() if p.is_dir() and p.name[0] != "." and p.name not in dict(images)),
+                "folders hold no image, and are no classes",
+            ),
+        ]
+        for paths, what in notes:
+            if paths:
+                print(f"{folder}: {len(paths)} {what}, such as {paths[0]}", file=sys.stderr)
 
     def _hash_split(self, images: list[tuple[str, Path]]) -> dict[str, list[tuple[str, Path]]]:
         """The same share of every class; which files depends on their names alone."""
@@ -138,6 +184,15 @@ class ImageFolder:
                 order = order[round(len(paths) * share) :]
         splits = ["train", *(s for s, share in shares.items() if share)]
         return {s: [(c, p) for c, p in images if chosen.get(p, "train") == s] for s in splits}
+
+
+def split_of(name: str) -> str | None:
+    """The split that a folder of this name means: `Training`, `val2017`, `test_images`; None for any other name."""
+    words = re.findall("[a-z]+", re.sub(r"([a-z])([A-Z])", r"\1 \2", name).lower())
+    words = [word.removesuffix("set") if word.removesuffix("set") in _SPLIT_OF else word for word in words]
+    splits = {_SPLIT_OF[word] for word in words if word in _SPLIT_OF}
+    known = all(word in _SPLIT_OF or word in _BESIDE_SPLIT for word in words)
+    return splits.pop() if known and len(splits) == 1 else None
 
 
 ENTRY = ImageFolder

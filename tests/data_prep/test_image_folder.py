@@ -1,0 +1,97 @@
+"""Folders of images: which of them are splits, which are classes, and what is refused because it could be either."""
+
+import pytest
+
+from data_prep import prepare
+from data_prep.sources.image_folder import split_of
+from mmpeft_ds.data.manifest import Manifest
+from mmpeft_ds.errors import BadInput
+from tests.helpers.data.images import picture
+
+
+def folder(tmp_path, *classes):
+    """Three pictures in each of the named folders below `tmp_path`/photos."""
+    for name in classes:
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        for i in range(3):
+            (tmp_path / "photos" / name / f"{i}.png").write_bytes(picture((40 * i, 0, 0)))
+    return tmp_path / "photos"
+
+
+def prepared(tmp_path, *argv):
+    out = tmp_path / "out"
+    prepare.main(["image-folder", "--folder", str(tmp_path / "photos"), "--out", str(out), "--processes", "1", *argv])
+    return Manifest.load(out)
+
+
+@pytest.mark.parametrize(
+    ("names", "splits"),
+    [
+        (("train", "val", "test"), ("train", "val", "test")),
+        (("training", "validation"), ("train", "val")),
+        (("TRAIN", "VAL"), ("train", "val")),
+        (("Train", "Valid", "Testing"), ("train", "val", "test")),
+        (("train", "dev"), ("train", "val")),
+        (("trn", "eval", "tst"), ("train", "val", "test")),
+        (("train2017", "val2017"), ("train", "val")),
+        (("train_images", "test-set"), ("train", "test")),
+        (("trainset", "TestSet"), ("train", "test")),
+        (("val", "test"), ("val", "test")),
+        (("Validation",), ("val",)),
+    ],
+)
+def test_folders_named_like_splits_are_the_splits(names, splits, tmp_path):
+    folder(tmp_path, *(f"{split}/{name}" for split in names for name in ("cat", "dog")))
+    manifest = prepared(tmp_path)
+    assert manifest.labels == ["cat", "dog"] and tuple(manifest.splits) == splits
+    assert {manifest.samples(split) for split in manifest.splits} == {6}
+
+
+@pytest.mark.parametrize(
+    "name", ["cat", "trainer", "validity", "protest", "test_bench", "train_station", "devil", "2017"]
+)
+def test_other_names_are_classes(name, tmp_path):
+    assert split_of(name) is None
+    folder(tmp_path, name, "dog")
+    assert prepared(tmp_path).labels == sorted([name, "dog"])
+
+
+@pytest.mark.parametrize(
+    ("classes", "says"),
+    [
+        (("cat", "dog", "test"), "'test' is named like a split, 'cat' beside it is not"),
+        (("bus", "car", "train"), "'train' is named like a split, 'bus'"),
+        (("val/cat", "dev/cat"), "'dev' and 'val' both mean val"),
+        (("photos/train/cat", "photos/val/cat"), "train, val are all folders below the class folders"),
+        (("cat/Train", "cat/Test", "dog/Train"), "Test, Train are all folders below the class folders"),
+        (("train/training/cat", "train/validation/cat"), "training, validation are classes"),
+        (("train/cat", "test/dog"), "class 'dog' has no images in train"),
+    ],
+)
+def test_what_could_be_splits_or_classes_is_refused(classes, says, tmp_path):
+    folder(tmp_path, *classes)
+    with pytest.raises(BadInput, match=says):
+        prepared(tmp_path)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_user_may_say_that_all_are_classes(tmp_path):
+    folder(tmp_path, "bus", "train", "test")
+    manifest = prepared(tmp_path, "--as-classes")
+    assert manifest.labels == ["bus", "test", "train"] and manifest.samples("train") == 9
+
+
+def test_splits_of_their_own_and_a_share_are_refused_together(tmp_path):
+    folder(tmp_path, "TRAIN/cat")
+    with pytest.raises(BadInput, match=r"own splits \(TRAIN\)"):
+        prepared(tmp_path, "--val-fraction", "0.1")
+
+
+def test_folders_below_class_folders_and_empty_ones_are_told(tmp_path, capsys):
+    photos = folder(tmp_path, "cat", "cat/tabby", "dog")
+    (photos / "mouse").mkdir()
+    manifest = prepared(tmp_path)
+    assert manifest.labels == ["cat", "dog"] and manifest.samples("train") == 9
+    below, empty = capsys.readouterr().err.splitlines()[:2]
+    assert "3 images lie in folders below their class folder" in below and "tabby" in below
+    assert "1 folders hold no image" in empty and "mouse" in empty
