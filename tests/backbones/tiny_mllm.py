@@ -1,0 +1,3 @@
+"""The helper under its earlier place, for small scripts outside the repository that put this folder on their path."""
+
+from tests.helpers.models.tiny_mllm import *  # noqa: F403
