@@ -5,9 +5,7 @@ python data_prep/show.py DIR [--split train] [--out sheet.png] [--samples 24]
 
 from __future__ import annotations
 
-import io
 import sys
-import textwrap
 from pathlib import Path
 
 if __name__ == "__main__":
@@ -15,16 +13,17 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import fsspec  # noqa: E402
-from PIL import Image, ImageDraw, ImageFont  # noqa: E402
+from PIL import Image  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.table import Column, Table  # noqa: E402
 
 from data_prep.reading import StoredSample, parse_sample  # noqa: E402
 from mmpeft_ds import console  # noqa: E402
+from mmpeft_ds.contact_sheet import Layout, Tile, draw, opened  # noqa: E402
 from mmpeft_ds.data.manifest import Manifest  # noqa: E402
 from mmpeft_ds.errors import BadInput, BadSample  # noqa: E402
 
-TILE, MARGIN, LINES, COLUMNS = 220, 10, 6, 6
+LAYOUT = Layout()
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -83,59 +82,24 @@ def print_tables(manifest: Manifest, splits: list[str]) -> None:
 
 
 def contact_sheet(manifest: Manifest, split: str, count: int) -> Image.Image:
-    """A picture of `count` samples spread evenly over the split, each with its first image and its texts."""
+    """A picture of `count` samples spread evenly over the split, each with its images and its texts."""
     total = manifest.samples(split)
     numbers = sorted({i * total // min(count, total) for i in range(min(count, total))})
-    rows = -(-len(numbers) // COLUMNS)
-    font = ImageFont.load_default(13)
-    height = TILE + LINES * 16 + MARGIN
-    sheet = Image.new("RGB", (min(COLUMNS, len(numbers)) * (TILE + MARGIN) + MARGIN, rows * height + MARGIN), "white")
-    draw = ImageDraw.Draw(sheet)
-    for place, number in enumerate(numbers):
-        x = MARGIN + place % COLUMNS * (TILE + MARGIN)
-        y = MARGIN + place // COLUMNS * height
-        picture, caption = _tile(manifest, split, number)
-        draw.rectangle((x, y, x + TILE - 1, y + TILE - 1), fill="#eeeeee")
-        if picture is not None:
-            sheet.paste(picture, (x + (TILE - picture.width) // 2, y + (TILE - picture.height) // 2))
-        draw.multiline_text((x, y + TILE + 2), _wrap(caption, font), fill="black", font=font, spacing=2)
-    return sheet
+    return draw([("", [_tile(manifest, split, number) for number in numbers])], LAYOUT)
 
 
-def _tile(manifest: Manifest, split: str, number: int) -> tuple[Image.Image | None, list[str]]:
-    """(images of one sample side by side, caption lines); a sample that cannot be read says so in its place."""
+def _tile(manifest: Manifest, split: str, number: int) -> Tile:
+    """Images and texts of one sample; one that cannot be read says so in its place."""
     try:
         sample = _sample(manifest, split, number)
     except BadSample as error:
-        return None, [f"sample {number}: {error}"]
-    pictures = []
-    shown = sample.images[:4]
-    across = 1 if len(shown) == 1 else 2
-    for data in shown:
-        try:
-            with Image.open(io.BytesIO(data)) as image:
-                picture = image.convert("RGBA")
-        except (OSError, Image.DecompressionBombError):
-            return None, [f"{sample.key}: an image cannot be read"]
-        scale = min(TILE / across / picture.width, TILE / across / picture.height)
-        size = max(round(picture.width * scale), 1), max(round(picture.height * scale), 1)
-        ground = Image.new("RGBA", size, "white")
-        ground.alpha_composite(
-            picture.resize(size, Image.Resampling.BICUBIC if scale < 1 else Image.Resampling.NEAREST)
-        )
-        pictures.append(ground.convert("RGB"))
-    lines = [
-        f"{sample.key}" + (f"  {len(sample.images)} images" if len(sample.images) != 1 else ""),
-        *describe(sample),
-    ]
-    if not pictures:
-        return None, lines
-    tile = Image.new("RGB", (TILE, TILE), "#eeeeee")
-    cell = TILE // across
-    for i, picture in enumerate(pictures):
-        x, y = i % across * cell, i // across * cell
-        tile.paste(picture, (x + (cell - picture.width) // 2, y + (cell - picture.height) // 2))
-    return tile, lines
+        return Tile(lines=[f"sample {number}: {error}"])
+    try:
+        pictures = [opened(data) for data in sample.images[:4]]
+    except (OSError, Image.DecompressionBombError):
+        return Tile(lines=[f"{sample.key}: an image cannot be read"])
+    count = f"  {len(sample.images)} images" if len(sample.images) != 1 else ""
+    return Tile(pictures, [f"{sample.key}{count}", *describe(sample)])
 
 
 def _sample(manifest: Manifest, split: str, number: int) -> StoredSample:
@@ -169,14 +133,6 @@ def describe(sample: StoredSample) -> list[str]:
     if sample.features is not None:
         lines.append(f"features {sample.features.dtype} {sample.features.shape}")
     return lines
-
-
-def _wrap(lines: list[str], font: ImageFont.FreeTypeFont) -> str:
-    wide = int(TILE / font.getlength("n"))
-    wrapped = [part for line in lines for part in textwrap.wrap(line, wide) or [""]]
-    if len(wrapped) > LINES:
-        wrapped = [*wrapped[: LINES - 1], "..."]
-    return "\n".join(wrapped)
 
 
 def _right(name: str) -> Column:

@@ -3,11 +3,13 @@
 
     python launchers/predict.py --adapter runs/quickstart/adapter --images photos --text "is there a circle?"
     python launchers/predict.py --adapter DIR --images a.png b.png --texts questions.txt --out answers.jsonl
+    python launchers/predict.py --adapter DIR --images photos          # captions and classes need no text
 
-Every text is asked of every image; the image tower runs once an image.
+Every text is asked of every image; the image tower runs once per image. An image that cannot be read gets a row with
+its error, the others go on, and the exit code is 2. With --out the answers are written after every batch, and the same
+command continues without asking again what it has. To search a folder by texts: launchers/search.py.
 """
 
-import json
 import sys
 from pathlib import Path
 
@@ -16,9 +18,9 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from mmpeft_ds import console  # noqa: E402
 from mmpeft_ds.errors import BadInput  # noqa: E402
+from mmpeft_ds.runs import inputs  # noqa: E402
 
-EXTENSIONS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".npy"}
-LISTED = 50  # answers printed where no file was asked for
+LISTED = 50  # answers printed; all of them are in --out
 
 
 def main() -> int:
@@ -29,68 +31,41 @@ def main() -> int:
     parser.add_argument("--text", action="append", default=[], help="what to ask; repeatable")
     parser.add_argument("--texts", type=Path, help="file with one text a line")
     parser.add_argument("--task", type=int, default=0, help="of several tasks, which (data.sources' order, from 0)")
-    parser.add_argument("--out", type=Path, help="write one JSON object an answer")
+    parser.add_argument("--out", type=Path, help="write one JSON object per answer")
     parser.add_argument("--batch", type=int, default=32, help="images at a time (default: 32)")
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
     args = parser.parse_args()
     if args.batch < 1:
         raise BadInput(f"--batch: must be 1 or more, got {args.batch}.")
-    images, texts = find_images(args.images), find_texts(args.text, args.texts)
-    import torch
-    from tqdm import tqdm
+    images, texts = inputs.find_pictures(args.images), inputs.read_texts(args.text, args.texts)
+    from mmpeft_ds.runs import predict
 
-    from mmpeft_ds import adapter
-
-    device = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
-    loaded = adapter.load(args.adapter, device)
-    rows = []
-    for start in tqdm(range(0, len(images), args.batch), desc="predict", unit="batch", disable=None):
-        part = images[start : start + args.batch]
-        for row in loaded.predict(part, [texts] * len(part), args.batch, args.task):
-            rows.append({"image": row["sample_id"], **{k: row[k] for k in ("text", "prediction") if k in row}})
-    show(rows[:LISTED], len(rows))
+    answers = predict.predict(
+        args.adapter, images, texts, out=args.out, batch=args.batch, device=args.device, task=args.task
+    )
+    show(answers.rows)
     if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        with args.out.open("w", encoding="utf-8") as file:
-            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        print(f"{len(rows):,} answers: {args.out}")
+        known = f" ({answers.known:,} images had theirs already)" if answers.known else ""
+        print(f"{len(answers.rows):,} answers: {args.out}{known}")
+    if failed := answers.failed:
+        raise BadInput(f"{len(failed):,} of {len(images):,} images have no answer. The first: {failed[0]['error']}")
     return 0
 
 
-def find_images(given: list[Path]) -> list[Path]:
-    """Files as given, directories with everything below them that looks like an image."""
-    found = []
-    for path in given:
-        if not path.exists():
-            raise BadInput(f"--images {path}: no such file or directory. Give image files or a folder of them.")
-        inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in EXTENSIONS) if path.is_dir() else [path]
-        if not inside:
-            raise BadInput(f"--images {path}: no image in it. Known endings: {', '.join(sorted(EXTENSIONS))}.")
-        found += inside
-    return found
-
-
-def find_texts(given: list[str], file: Path | None) -> list[str]:
-    """Texts of the command line and of the file."""
-    texts = list(given)
-    if file is not None:
-        try:
-            texts += [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
-        except (OSError, UnicodeDecodeError) as e:
-            raise BadInput(f"--texts {file}: cannot be read as UTF-8 text. Give a file with one text a line.") from e
-    if not texts:
-        raise BadInput('--text: nothing to ask. Add --text "is there a circle?" or --texts FILE.')
-    return texts
-
-
-def show(rows: list[dict], total: int) -> None:
+def show(rows: list[dict]) -> None:
     """The first answers as a table."""
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
-    table = Table("image", "text", "answer", title=f"{len(rows)} of {total:,} answers", title_justify="left")
-    for row in rows:
-        table.add_row(row["image"], row["text"], str(row["prediction"]))
+    listed = rows[:LISTED]
+    asked = any(row["text"] for row in listed)
+    title = f"{len(listed):,} of {len(rows):,} answers" if len(rows) > len(listed) else f"{len(rows):,} answers"
+    table = Table("image", *(["text"] if asked else []), "answer", title=title, title_justify="left")
+    for row, name in zip(listed, inputs.short_names([row["image"] for row in listed]), strict=True):
+        said = row.get("prediction", "cannot be read")
+        answer = f"{said:.3f}" if isinstance(said, float) else str(said)
+        table.add_row(*map(Text, (name, *([row["text"]] if asked else []), answer)))
     Console().print(table)
 
 

@@ -65,16 +65,20 @@ class Loaded:
     def task(self) -> Task:
         return self.tasks[0]
 
-    @torch.no_grad()
     def predict(
-        self, images: Sequence[Any], texts: Sequence[str | Sequence[str]], batch: int = 32, task: int = 0
+        self,
+        images: Sequence[Any],
+        texts: Sequence[str | Sequence[str]] | None = None,
+        batch: int = 32,
+        task: int = 0,
     ) -> list[dict[str, Any]]:
         """Answer questions about images.
 
         Args:
             images: N entries: a path, encoded bytes, a uint8 (3, H, W) tensor, a list of these, or None for no image;
                 for a backbone that takes stored features, .npy files or tensors of one image each.
-            texts: N entries: a text, or several texts about the same entry, for which the vision tower runs once.
+            texts: N entries: a text, or several texts about the same entry, for which the vision tower runs once;
+                None where the task needs no text, such as captioning.
             batch: entries at a time.
             task: which of `tasks` is asked.
 
@@ -83,59 +87,92 @@ class Loaded:
             the task tells.
 
         Raises:
-            BadInput: naming the image that cannot be read; no such task.
+            BadInput: naming the image that cannot be read; no such task; a task that needs texts got none.
         """
-        if not 0 <= task < len(self.tasks):
-            raise BadInput(f"predict: no task {task}; this adapter was trained on {len(self.tasks)}, counted from 0")
+        if texts is None:
+            texts = [self.texts_for([], task)] * len(images)
         if len(images) != len(texts):
             raise BadInput(f"predict: {len(images)} images but {len(texts)} texts; give one entry of texts an image")
         rows: list[dict[str, Any]] = []
         for start in range(0, len(images), batch):
             chosen = range(start, min(start + batch, len(images)))
-            packed = self.batch([images[i] for i in chosen], [texts[i] for i in chosen], start, task)
-            outputs = answer(self.model, self.backbone, self.tasks[task], packed)
-            rows += self.tasks[task].predict(outputs, packed)
+            samples = [self.sample(self._name(images[i], i), images[i], texts[i], task) for i in chosen]
+            rows += self.answer(samples, task)
         return rows
+
+    def texts_for(self, given: Sequence[str], task: int = 0) -> list[str]:
+        """`texts_for` the task of that number."""
+        return texts_for(self.asked(task), given)
+
+    def asked(self, task: int) -> Task:
+        """The task of that number. Raises BadInput."""
+        if not 0 <= task < len(self.tasks):
+            raise BadInput(f"predict: no task {task}; this adapter was trained on {len(self.tasks)}, counted from 0")
+        return self.tasks[task]
+
+    @torch.no_grad()
+    def answer(self, samples: Sequence[Sample], task: int = 0) -> list[dict[str, Any]]:
+        """The rows of `predict` for samples that `sample` has made, in one forward pass."""
+        packed = self.pack(samples, task)
+        return self.tasks[task].predict(answer(self.model, self.backbone, self.tasks[task], packed), packed)
 
     def batch(self, images: Sequence[Any], texts: Sequence[str | Sequence[str]], first: int = 0, task: int = 0) -> Any:
         """The packed batch that `predict` sends through the model, on its device."""
-        asks = self.tasks[task]
+        entries = enumerate(zip(images, texts, strict=True), start=first)
+        return self.pack([self.sample(self._name(e, n), e, asked, task) for n, (e, asked) in entries], task)
+
+    def sample(self, name: str, entry: Any, asked: str | Sequence[str], task: int = 0) -> Sample:
+        """One entry of `predict`, read and transformed. Raises BadInput naming the image that cannot be used."""
+        asks = self.asked(task)
         transform = self.backbone.image_transform(False)
-        samples = []
-        for number, (entry, asked) in enumerate(zip(images, texts, strict=True), start=first):
-            entries = [] if entry is None else list(entry) if isinstance(entry, (list, tuple)) else [entry]
-            asked = [asked] if isinstance(asked, str) else list(asked)
-            record, targets = asks.ask(asked)
-            if any(getattr(asks, how, None) is not None for how in ("generation", "ranking")):
-                asked = [getattr(asks, "prompted", Prompted)(text) for text in asked]
-            name = str(entry) if isinstance(entry, (str, Path)) else str(number)
-            pixels = [transform(_pixels(image, self.recipe.data.max_pixels), None) for image in entries]
-            samples.append(Sample(name, 1.0, pixels, asked, targets, record))
+        entries = [] if entry is None else list(entry) if isinstance(entry, (list, tuple)) else [entry]
+        asked = [asked] if isinstance(asked, str) else list(asked)
+        record, targets = asks.ask(asked)
+        if any(getattr(asks, how, None) is not None for how in ("generation", "ranking")):
+            asked = [getattr(asks, "prompted", Prompted)(text) for text in asked]
+        pixels = []
+        for image in entries:
+            decoded = _pixels(image, self.recipe.data.max_pixels)
+            try:
+                pixels.append(transform(decoded, None))
+            except BadSample as bad:
+                hint = " This model reads stored features, .npy files." if decoded.dtype == torch.uint8 else ""
+                raise BadInput(f"{self._name(image, name)}: cannot be used ({bad}).{hint}") from bad
+        return Sample(name, 1.0, pixels, asked, targets, record)
+
+    def pack(self, samples: Sequence[Sample], task: int) -> Any:
         b = self.backbone
         try:
-            return pack(samples, b.collate_images, b.collate_texts, asks.collate).to(self.device)
+            return pack(samples, b.collate_images, b.collate_texts, self.tasks[task].collate).to(self.device)
         except BadSample as bad:
             raise BadInput(f"predict: {bad}") from bad
 
+    @staticmethod
+    def _name(entry: Any, otherwise: Any) -> str:
+        return str(entry) if isinstance(entry, (str, Path)) else str(otherwise)
 
-def load(directory: str | Path, device: torch.device | str = "cpu", overrides: list[str] | None = None) -> Loaded:
+
+def load(
+    directory: str | Path,
+    device: torch.device | str = "cpu",
+    overrides: list[str] | None = None,
+    pictures: bool = False,
+) -> Loaded:
     """Rebuild base and adapter from an adapter directory and the base weights that it names.
 
     Args:
         overrides: changes of its recipe (`a.b=value`), for a base that is built in another form; images may then be
             transformed otherwise.
+        pictures: read picture files even where the adapter was trained on stored features: the frozen towers that
+            made these are built as well.
 
     Raises:
         BadInput: if the directory is not whole, or the base model is not the one this was trained on.
     """
-    from mmpeft_ds.engine.assembly.resolve import float32_heads, make_backbone, make_task
+    from mmpeft_ds.engine.assembly.resolve import float32_heads, make_backbone
 
-    directory = Path(directory)
-    absent = [name for name in FILES if not (directory / name).is_file()]
-    if absent:
-        raise BadInput(
-            f"{directory}: no adapter directory, {absent[0]} is missing. Give the `adapter` folder of a run."
-        )
+    directory = _whole(directory)
+    overrides = [*(overrides or []), *(reading_pictures(directory) if pictures else [])]
     recipe = recipes.load(directory / "recipe.yaml", overrides)
     labels = _read(directory, "labels.json")
     towers = _read(directory, "towers.json") if (directory / "towers.json").is_file() else {}
@@ -147,10 +184,7 @@ def load(directory: str | Path, device: torch.device | str = "cpu", overrides: l
     found = transform_description(backbone)
     if found != (told := _read(directory, "image_transform.json")) and not overrides:
         raise BadInput(f"{directory}: images were transformed by {told} in training, this version does {found}")
-    tasks = []
-    for i, source in enumerate(recipe.data.sources):
-        if source.task not in [s.task for s in recipe.data.sources[:i]]:
-            tasks.append(make_task(recipe, f"data.sources.{i}", source, labels))
+    tasks = _tasks(recipe, labels)
     base = backbone.build()
     if hasattr(backbone, "read_classes"):
         backbone.read_classes(base)
@@ -159,6 +193,57 @@ def load(directory: str | Path, device: torch.device | str = "cpu", overrides: l
     fingerprint.compare(_read(directory, "base_fingerprint.json"), fingerprints, str(directory), missing_ok=True)
     model = PeftModel.from_pretrained(base, str(directory)).to(device).eval()
     return Loaded(model, backbone, tasks, labels, recipe, torch.device(device))
+
+
+def tasks_of(directory: str | Path) -> list[Task]:
+    """The tasks of an adapter directory, without its model. Raises BadInput."""
+    directory = _whole(directory)
+    return _tasks(recipes.load(directory / "recipe.yaml"), _read(directory, "labels.json"))
+
+
+def texts_for(task: Task, given: Sequence[str]) -> list[str]:
+    """The texts to ask `task`: those given, or one empty text where it needs none. Raises BadInput."""
+    if given or task.example_text is None:
+        return list(given) or [""]
+    name = type(task).__name__.lower()
+    raise BadInput(f"nothing to ask: task {name} needs a text, such as --text {json.dumps(task.example_text)}.")
+
+
+def _whole(directory: str | Path) -> Path:
+    """The directory, if all its files are there. Raises BadInput."""
+    directory = Path(directory)
+    absent = [name for name in FILES if not (directory / name).is_file()]
+    if absent:
+        raise BadInput(
+            f"{directory}: no adapter directory, {absent[0]} is missing. Give the `adapter` folder of a run."
+        )
+    return directory
+
+
+def _tasks(recipe: recipes.Recipe, labels: list[str] | None) -> list[Task]:
+    """Each task of the train sources once."""
+    from mmpeft_ds.engine.assembly.resolve import make_task
+
+    tasks = []
+    for i, source in enumerate(recipe.data.sources):
+        if source.task not in [s.task for s in recipe.data.sources[:i]]:
+            tasks.append(make_task(recipe, f"data.sources.{i}", source, labels))
+    return tasks
+
+
+def reading_pictures(directory: Path) -> list[str]:
+    """Changes of an adapter's recipe with which its model reads picture files in the place of stored features; none
+    where it does so already, or where nobody knows what made the features."""
+    options = _read(directory, "backbone.json")["options"]
+    if options.get("images") != "stored":
+        return []
+    changes = ["backbone.images=live"]
+    if "encoder" in options and options["encoder"] is None:
+        towers = _read(directory, "towers.json") if (directory / "towers.json").is_file() else {}
+        if not towers.get("backbone"):
+            raise BadInput(f"{directory}: trained on stored features, and towers.json does not say what made them.")
+        changes.append(f"backbone.encoder={json.dumps(towers['backbone'])}")
+    return changes + (["backbone.texts=live"] if options.get("texts") == "stored" else [])
 
 
 def _pixels(image: Any, max_pixels: int) -> Tensor:

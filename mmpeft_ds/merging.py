@@ -7,7 +7,6 @@ merged.json                         what it was made of, and how far its outputs
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -57,7 +56,7 @@ def merge(directory: str | Path, out: str | Path) -> dict[str, Any]:
     reason = getattr(methods.get(method).Tuner, "unmergeable", None)
     if reason:
         raise BadInput(f"{directory}: method {method} cannot be merged: {reason} Keep it as an adapter.")
-    loaded = adapter.load(directory, overrides=_whole_towers(directory))
+    loaded = adapter.load(directory, pictures=True)
     recipe, backbone = loaded.recipe, loaded.backbone
     model = loaded.model.float().eval()
     batch = probe(backbone)
@@ -126,16 +125,6 @@ def _method(directory: str | Path) -> str:
     if not path.is_file():
         raise BadInput(f"{directory}: no adapter directory. Give the `adapter` folder of a run.")
     return recipes.load(path).method["name"]
-
-
-def _whole_towers(directory: str | Path) -> list[str]:
-    """Changes of the recipe that give a model all its towers."""
-    try:
-        options = json.loads((Path(directory) / "backbone.json").read_text())
-    except (OSError, ValueError):
-        return []  # `adapter.load` says what is wrong with it
-    stored = options.get("name") == "dual_encoder" and options.get("options", {}).get("images") == "stored"
-    return ["backbone.images=live"] if stored else []
 
 
 def _unwrap_heads(base: nn.Module) -> None:

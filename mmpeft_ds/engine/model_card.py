@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 from typing import Any
 
 from torch import Tensor
@@ -19,7 +21,8 @@ def model_card(resolved: Any, metrics: dict[str, Any], trained: dict[str, Tensor
     """
     recipe = resolved.recipe
     backbone = ", ".join(f"{k} `{v}`" for k, v in recipe.backbone.items() if isinstance(v, str))
-    method = ", ".join(f"{k} `{v}`" for k, v in recipe.method.items() if v not in (None, "", [], {}) and k != "name")
+    changed = ", ".join(f"{k} `{_shown(v)}`" for k, v in _own_settings(resolved).items())
+    method = f" with {changed}, otherwise its defaults" if changed else " with its defaults"
     numel = sum(t.numel() for t in trained.values())
     data = "\n".join(_source(source) for source in resolved.train)
     table = "\n".join(f"| {name} | {_shown(value)} |" for name, value in metrics.items())
@@ -31,7 +34,7 @@ tags: [mmpeft_ds, {recipe.method["name"]}]
 # {recipe.method["name"]} on {recipe.backbone["name"]}
 
 * **Base (frozen)**: {backbone}; {recipe.engine.dtype}. `base_fingerprint.json` tells it from any other.
-* **Method**: {recipe.method["name"]}: {method or "its defaults"}. {numel:,} trained parameters in float32.
+* **Method**: {recipe.method["name"]}{method}. {numel:,} trained parameters in float32.
 * **Training**: {TITLES[recipe.optim.name]}, learning rate {recipe.optim.lr:g}, {recipe.data.global_batch} samples
   a step, seed {recipe.seed}; everything else is in `recipe.yaml`.
 
@@ -48,9 +51,11 @@ tags: [mmpeft_ds, {recipe.method["name"]}]
 ## Load
 
 ```python
-import mmpeft_ds
-adapter = mmpeft_ds.load("THIS_DIRECTORY")
-print(adapter.predict(["photo.jpg"], ["What colour is the square?"]))
+{_example(resolved)}
+```
+
+```sh
+{_commands(resolved)}
 ```
 
 On a base model of your own: `import mmpeft_ds, peft; peft.PeftModel.from_pretrained(base, "THIS_DIRECTORY")`.
@@ -64,6 +69,54 @@ def _source(source: Any) -> str:
         f"* {manifest.name}, split {options.split}{chosen}: {source.samples:,} samples, "
         f"licence {manifest.licence}, task {options.task['name']}"
     )
+
+
+def _own_settings(resolved: Any) -> dict[str, Any]:
+    """The method's settings that differ from its defaults."""
+    defaults = {f.name: f for f in dataclasses.fields(resolved.method.Config)}
+    own = {}
+    for key, value in resolved.recipe.method.items():
+        field = defaults.get(key)
+        if field is None or value in (None, "", [], {}):
+            continue
+        factory = field.default_factory
+        default = factory() if factory is not dataclasses.MISSING else field.default
+        if value != default:
+            own[key] = value
+    return own
+
+
+def _example(resolved: Any) -> str:
+    """Python that asks the adapter about one picture, as its first task asks."""
+    stored, known = _stored(resolved)
+    text = _example_text(resolved)
+    note = "  # with the frozen towers that made the stored features" if known else ""
+    asked = f", [{json.dumps(text)}]" if text is not None else ""
+    file = "features.npy" if stored and not known else "photo.jpg"
+    return (
+        f'import mmpeft_ds\nadapter = mmpeft_ds.load("THIS_DIRECTORY"{", pictures=True" if known else ""}){note}\n'
+        f'print(adapter.predict(["{file}"]{asked}))'
+    )
+
+
+def _commands(resolved: Any) -> str:
+    """The same from a shell, for a folder."""
+    text = _example_text(resolved)
+    asked = f" --text {json.dumps(text)}" if text is not None else ""
+    lines = [f"python launchers/predict.py --adapter THIS_DIRECTORY --images photos{asked}"]
+    if resolved.train and resolved.train[0].options.task["name"] == "retrieval":
+        lines.append(f"python launchers/search.py --adapter THIS_DIRECTORY --images photos{asked} --out results")
+    return "\n".join(lines)
+
+
+def _example_text(resolved: Any) -> str | None:
+    return resolved.train[0].task.example_text if resolved.train else None
+
+
+def _stored(resolved: Any) -> tuple[bool, bool]:
+    """Whether the model reads stored features, and whether the backbone can make them of pictures."""
+    stored = bool(getattr(resolved.backbone.image_transform(False), "takes_features", False))
+    return stored, stored and resolved.recipe.backbone.get("images") == "stored"
 
 
 def _shown(value: Any) -> str:

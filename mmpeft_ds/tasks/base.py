@@ -20,6 +20,8 @@ class Task(Protocol):
         couples_samples: the loss of one sample depends on others of the step (graph, InfoNCE): no accumulation.
         better: `max` or `min`, the direction of `main_metric`.
         main_metric: key of `score` used for best and early stopping.
+        example_text: what somebody may ask about a new picture, for model cards and error messages; None where the
+            task needs no text.
 
     A task for generative models also has `generation`, a dict of options for `Backbone.generate`; then `read` returns
     `Prompted` texts and `predict` finds `outputs.generated` (see `data.batch.GenerationOutput`). With `ranking`,
@@ -35,6 +37,7 @@ class Task(Protocol):
     couples_samples: bool
     main_metric: str
     better: str
+    example_text: str | None
 
     def __init__(self, options: Any, labels: list[str] | None): ...
 

@@ -116,7 +116,7 @@ def test_show_prints_counts_fields_and_labels_and_draws_every_sample(shards, tmp
     for text in ("train", "12", "questions[].question", "yes", "100.0%"):
         assert text in out
     with Image.open(sheet) as image:
-        tile, margin, columns = show.TILE, show.MARGIN, show.COLUMNS
+        tile, margin, columns = show.LAYOUT.tile, show.LAYOUT.margin, show.LAYOUT.columns
         assert image.width == columns * (tile + margin) + margin
         height = (image.height - margin) // 2
         for i in range(12):  # the middle of every tile has its picture's colour

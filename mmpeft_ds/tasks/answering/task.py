@@ -28,6 +28,7 @@ class Answering:
     couples_samples = False
     main_metric = "accuracy"
     better = "max"
+    example_text = "what is in the picture?"
 
     def __init__(self, options: Options, labels: list[str] | None):
         for key in ("num_beams", "max_new_tokens"):

@@ -28,6 +28,7 @@ class Captioning:
     couples_samples = False
     main_metric = "cider"
     better = "max"
+    example_text = None
 
     def __init__(self, options: Options, labels: list[str] | None):
         if options.loss not in ("token", "caption"):

@@ -27,6 +27,7 @@ class Classification:
     couples_samples = False
     main_metric = "accuracy"
     better = "max"
+    example_text = None
 
     def __init__(self, options: Options, labels: list[str] | None):
         if not labels:

@@ -30,6 +30,7 @@ class Instruction:
     couples_samples = False
     main_metric = "perplexity"
     better = "min"
+    example_text = "Describe the picture."
 
     def __init__(self, options: Options, labels: list[str] | None):
         if options.loss not in ("token", "conversation"):

@@ -37,6 +37,7 @@ class Retrieval:
     couples_samples = True
     main_metric = "r_mean"
     better = "max"
+    example_text = "a dog on a beach"
 
     def __init__(self, options: Options, labels: list[str] | None):
         if options.loss not in ("contrast", "contrast_match"):
@@ -99,7 +100,7 @@ class Retrieval:
 
     def predict(self, outputs: Any, batch: PackedBatch) -> list[dict[str, Any]]:
         """One row per pair of weight > 0; `prediction` is the cosine of text and picture."""
-        image = _image_features(outputs, batch)[batch.text_owner]
+        image = image_features(outputs, batch)[batch.text_owner]
         cosine = (image * outputs.text_features).sum(1).tolist()
         columns = zip(cosine, batch.text_owner.tolist(), _pair_weights(batch).tolist(), batch.raw_texts, strict=True)
         return [
@@ -117,7 +118,7 @@ class Retrieval:
         ids = torch.zeros(len(batch.sample_id), dtype=torch.int64, device=texts.device)
         ids[batch.text_owner[texts]] = batch.targets["pair_id"][texts]
         found: dict[str, Any] = {
-            "image": _image_features(outputs, batch)[slots],
+            "image": image_features(outputs, batch)[slots],
             "image_id": ids[slots],
             "text": outputs.text_features[texts],
             "text_id": batch.targets["pair_id"][texts],
@@ -247,7 +248,7 @@ def _pair_weights(batch: PackedBatch) -> Tensor:
     return batch.text_weight * (pictures[batch.text_owner] > 0)
 
 
-def _image_features(outputs: Any, batch: PackedBatch) -> Tensor:
+def image_features(outputs: Any, batch: PackedBatch) -> Tensor:
     """(S, E) unit vectors: the model's, if it has one a slot, else the mean over the images of a slot."""
     features, slots = outputs.image_features, len(batch.sample_id)
     if getattr(outputs, "image_tokens", None) is not None:
@@ -260,7 +261,7 @@ def _image_features(outputs: Any, batch: PackedBatch) -> Tensor:
 
 def _in_batch(outputs: Any, batch: PackedBatch) -> Tensor:
     """(T,) contrast of each pair with the pairs of all ranks; of this rank alone in evaluation."""
-    image, text = _image_features(outputs, batch)[batch.text_owner], outputs.text_features
+    image, text = image_features(outputs, batch)[batch.text_owner], outputs.text_features
     keep, ids = _pair_weights(batch) > 0, batch.targets["pair_id"]
     scale = getattr(outputs, "logit_scale", None)
     temperature = 1 / scale if scale is not None else 0.07

@@ -25,6 +25,7 @@ class Vqa:
     couples_samples = False
     main_metric = "accuracy"
     better = "max"
+    example_text = "what is in the picture?"
 
     def __init__(self, options: Options, labels: list[str] | None):
         if not labels:

@@ -44,6 +44,7 @@ class TinyTask:
     couples_samples: bool = False
     main_metric: str = "accuracy"
     better: str = "max"
+    example_text: str | None = "is it red ?"
     poison: set[str] = field(default_factory=set)  # sample ids whose loss is NaN
 
     def collate(self, targets: list[int]) -> dict[str, Tensor]:

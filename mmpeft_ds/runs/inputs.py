@@ -1,0 +1,69 @@
+"""What a command is asked about: picture files, texts, and the device that answers. Imports no model."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from mmpeft_ds.errors import BadInput
+
+PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
+FEATURES = ".npy"
+
+
+def find_pictures(given: Sequence[Path], option: str = "--images") -> list[Path]:
+    """Files as given, and of each directory everything below it that looks like a picture or stored features.
+
+    Raises:
+        BadInput: a path that is not there, a directory without pictures, or pictures mixed with stored features.
+    """
+    paths: list[Path] = []
+    for path in given:
+        if not path.exists():
+            raise BadInput(f"{option} {path}: no such file or directory. Give image files or a folder of them.")
+        endings = (*PICTURES, FEATURES)
+        inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in endings) if path.is_dir() else [path]
+        if not inside:
+            raise BadInput(f"{option} {path}: no image in it. Known endings: {', '.join(endings)}.")
+        paths += inside
+    stored = [p for p in paths if p.suffix.lower() == FEATURES]
+    if 0 < len(stored) < len(paths):
+        raise BadInput(f"{option}: pictures and stored features together ({stored[0]}). Ask about them one by one.")
+    return list(dict.fromkeys(paths))
+
+
+def read_texts(given: Sequence[str], file: Path | None, option: str = "--texts") -> list[str]:
+    """Texts of the command line, then those of the file, one a line; each once. Raises BadInput."""
+    texts = list(given)
+    if file is not None:
+        try:
+            texts += [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+        except (OSError, UnicodeDecodeError) as e:
+            raise BadInput(f"{option} {file}: cannot be read as UTF-8 text. Give a file with one text a line.") from e
+    return list(dict.fromkeys(texts))
+
+
+def device_of(name: str) -> Any:
+    """The torch.device that `--device` names; `auto` is a GPU if there is one. Raises BadInput."""
+    import torch
+
+    there = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if name == "auto":
+        return torch.device("cuda" if there else "cpu")
+    known = ["cpu", *(f"cuda:{i}" for i in range(there))]
+    if name not in known and not (name == "cuda" and there):
+        reason = "torch sees no GPU on this machine" if name.startswith("cuda") and not there else "no such device"
+        raise BadInput(f"--device {name}: {reason}. Use one of auto, {', '.join(known)}.")
+    return torch.device(name)
+
+
+def short_names(paths: Sequence[str], width: int = 40) -> list[str]:
+    """Names that fit into `width` characters and still differ where the paths do: without the folder that all share,
+    and shortened in the middle."""
+    folders = {os.path.dirname(path) for path in paths}
+    shared = os.path.commonpath(folders) if folders and len({os.path.isabs(f) for f in folders}) == 1 else ""
+    names = [os.path.relpath(path, shared) if shared else path for path in paths]
+    head = width // 3
+    return [n if len(n) <= width else f"{n[:head]}...{n[head + 3 - width :]}" for n in names]

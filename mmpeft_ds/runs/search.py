@@ -1,0 +1,207 @@
+"""Search among new pictures with an adapter that was trained for retrieval: the best pictures of each text, or the
+best texts of each picture.
+
+OUT/results.jsonl      one object per hit: text, image, rank from 1, score (cosine)
+OUT/results.png        contact sheet of the hits
+OUT/index.safetensors  features of the pictures, which the next search takes over as long as files and adapter are
+                       the same
+"""
+
+# N pictures, Q texts, E feature width
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from mmpeft_ds import adapter, files
+from mmpeft_ds.contact_sheet import Layout, Tile, draw, opened
+from mmpeft_ds.engine.assembly.forward import forward
+from mmpeft_ds.errors import BadInput
+from mmpeft_ds.progress import Progress
+from mmpeft_ds.runs.inputs import device_of
+from mmpeft_ds.runs.predict import identity
+from mmpeft_ds.tasks.retrieval.task import Retrieval, image_features
+
+RESULTS, SHEET, INDEX = "results.jsonl", "results.png", "index.safetensors"
+FILLER = "a"  # the text beside a picture, or the picture beside a text, of which nothing is used
+
+
+@dataclass
+class Found:
+    """What a search gives.
+
+    Attributes:
+        hits: objects with `text`, `image`, `rank` from 1 and `score`, in order of query and rank.
+        errors: picture -> why it could not be read.
+    """
+
+    hits: list[dict[str, Any]]
+    errors: dict[str, str] = field(default_factory=dict)
+
+
+class Searcher:
+    """Features of pictures and texts from one adapter, comparable by their cosine.
+
+    Args:
+        directory: adapter directory of a run with the task `retrieval`.
+
+    Raises:
+        BadInput: the adapter has no such task.
+    """
+
+    def __init__(self, directory: Path, device: torch.device):
+        tasks = adapter.tasks_of(directory)
+        self.task = next((i for i, task in enumerate(tasks) if isinstance(task, Retrieval)), None)
+        if self.task is None:
+            named = ", ".join(type(task).__name__.lower() for task in tasks)
+            raise BadInput(
+                f"{directory}: trained for {named}; a search needs the task retrieval. Ask this adapter with "
+                "launchers/predict.py."
+            )
+        self.loaded = adapter.load(directory, device, pictures=True)
+
+    def picture(self, path: Path) -> Any:
+        """A picture, read and transformed. Raises BadInput."""
+        return self.loaded.sample(str(path), path, [FILLER], self.task)
+
+    @torch.no_grad()
+    def pictures(self, samples: Sequence[Any]) -> Tensor:
+        """(n, E) unit vectors of pictures, on the CPU."""
+        batch = self.loaded.pack(samples, self.task)
+        return image_features(forward(self.loaded.model, self.loaded.backbone, batch), batch).float().cpu()
+
+    @torch.no_grad()
+    def texts(self, texts: Sequence[str], batch: int) -> Tensor:
+        """(Q, E) unit vectors of texts, on the CPU."""
+        backbone, rows = self.loaded.backbone, []
+        for start in range(0, len(texts), batch):
+            sample = self.loaded.sample("texts", backbone.dummy("image"), texts[start : start + batch], self.task)
+            packed = self.loaded.pack([sample], self.task)
+            rows.append(forward(self.loaded.model, backbone, packed).text_features.float().cpu())
+        return torch.cat(rows)
+
+
+def search(
+    directory: Path,
+    pictures: Sequence[Path],
+    texts: Sequence[str],
+    *,
+    out: Path,
+    top: int = 12,
+    batch: int = 32,
+    device: str = "auto",
+    of_pictures: bool = False,
+) -> Found:
+    """Rank the pictures for each text, or with `of_pictures` the texts for each picture, and write `out`.
+
+    Raises:
+        BadInput: no such adapter or device, an adapter without retrieval, or no picture that can be read.
+    """
+    searcher = Searcher(directory, device_of(device))
+    index = Index(out / INDEX, identity(directory, searcher.task))
+    found = Found([])
+    image_NE = index.features(pictures, searcher, batch, found.errors)
+    read = [p for p in pictures if str(p) not in found.errors]
+    if not read:
+        raise BadInput(f"none of the {len(pictures):,} pictures can be read. {next(iter(found.errors.values()))}")
+    score_QN = searcher.texts(texts, batch) @ image_NE.T
+    scores = score_QN.T if of_pictures else score_QN
+    values, order = scores.topk(min(top, scores.shape[1]))
+    for query, (row, places) in enumerate(zip(values.tolist(), order.tolist(), strict=True)):
+        for rank, (score, place) in enumerate(zip(row, places, strict=True), start=1):
+            text, picture = (place, query) if of_pictures else (query, place)
+            found.hits.append({"text": texts[text], "image": str(read[picture]), "rank": rank, "score": score})
+    out.mkdir(parents=True, exist_ok=True)
+    with (out / RESULTS).open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(hit, ensure_ascii=False) + "\n" for hit in found.hits)
+    contact_sheet(found.hits, of_pictures).save(out / SHEET)
+    return found
+
+
+def contact_sheet(hits: Sequence[dict[str, Any]], of_pictures: bool) -> Any:
+    """The hits of each query below its text; or each picture above its best texts."""
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for hit in hits:
+        groups.setdefault(hit["image" if of_pictures else "text"], []).append(hit)
+    if of_pictures:
+        tiles = [
+            Tile(_thumbnail(image), [Path(image).name, *(f"{h['score']:.3f}  {h['text']}" for h in own)])
+            for image, own in groups.items()
+        ]
+        return draw([("", tiles)], Layout(tile=300, columns=4, lines=10))
+    sheet = []
+    for text, own in groups.items():
+        lines = [[f"{hit['rank']}.  {hit['score']:.3f}", Path(hit["image"]).name] for hit in own]
+        sheet.append((text, [Tile(_thumbnail(hit["image"]), below) for hit, below in zip(own, lines, strict=True)]))
+    return draw(sheet, Layout(lines=3))
+
+
+def _thumbnail(path: str) -> list[Any]:
+    try:
+        return [opened(Path(path).read_bytes())]
+    except (OSError, ValueError):
+        return []
+
+
+class Index:
+    """Picture features of earlier searches, by path, size and time of change.
+
+    Args:
+        made_by: what the adapter is; features of another one are not used.
+    """
+
+    def __init__(self, path: Path, made_by: str):
+        self.path, self.made_by = path, made_by
+        self.rows: dict[str, Tensor] = {}
+        try:
+            with safe_open(path, "pt") as file:
+                told = file.metadata()
+                if told["adapter"] == made_by:
+                    self.rows = dict(zip(json.loads(told["keys"]), file.get_tensor("features"), strict=True))
+        except (OSError, SafetensorError, KeyError, ValueError):  # none yet, or half of one: made anew
+            pass
+
+    def features(
+        self, pictures: Sequence[Path], searcher: Searcher, batch: int, errors: dict[str, str]
+    ) -> Tensor | None:
+        """(N, E) of the pictures that can be read, in order; why others cannot goes into `errors`."""
+        keys = {path: self._key(path) for path in pictures}
+        left = [path for path in pictures if keys[path] not in self.rows]
+        known = len(self.rows)
+        try:
+            with Progress("read pictures", len(left), "pictures") as progress:
+                for start in range(0, len(left), batch):
+                    samples = []
+                    for path in left[start : start + batch]:
+                        try:
+                            samples.append((path, searcher.picture(path)))
+                        except BadInput as problem:
+                            errors[str(path)] = str(problem)
+                    if samples:
+                        made = searcher.pictures([sample for _, sample in samples])
+                        self.rows |= {keys[path]: row for (path, _), row in zip(samples, made, strict=True)}
+                    progress.advance(len(left[start : start + batch]))
+        finally:  # also where somebody stops it: the next search goes on from here
+            if len(self.rows) > known:
+                self._save()
+        rows = [self.rows[keys[path]] for path in pictures if str(path) not in errors]
+        return torch.stack(rows) if rows else None
+
+    @staticmethod
+    def _key(path: Path) -> str:
+        stat = path.stat()
+        return f"{path.resolve()}\n{stat.st_size}\n{stat.st_mtime_ns}"
+
+    def _save(self) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        told = {"adapter": self.made_by, "keys": json.dumps(list(self.rows))}
+        with files.replacing(self.path) as partial:
+            files.save_tensors(partial, {"features": torch.stack(list(self.rows.values()))}, told)
