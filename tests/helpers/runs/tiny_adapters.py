@@ -12,7 +12,7 @@ from mmpeft_ds import recipe as recipes
 from mmpeft_ds.data.manifest import Manifest
 from mmpeft_ds.data.writer import PARTS, write_manifest, write_shard
 from mmpeft_ds.engine.assembly import feature_bank, resolve
-from mmpeft_ds.engine.export import export as export_adapter
+from mmpeft_ds.engine.export import export_adapter
 
 LABELS = ["red", "blue", "round"]
 CAPTIONS = ["a red circle", "is it big", "the blue square is there"]
