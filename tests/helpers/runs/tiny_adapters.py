@@ -13,6 +13,10 @@ from mmpeft_ds.data.manifest import Manifest
 from mmpeft_ds.data.writer import PARTS, write_manifest, write_shard
 from mmpeft_ds.engine.assembly import feature_bank, resolve
 from mmpeft_ds.engine.export import export_adapter
+from tests.helpers.data import tiny_pictures
+from tests.helpers.data.images import encoded
+from tests.helpers.data.tiny_shards import RawSample
+from tests.helpers.models import tiny_blip, tiny_mllm, tiny_towers
 
 LABELS = ["red", "blue", "round"]
 CAPTIONS = ["a red circle", "is it big", "the blue square is there"]
