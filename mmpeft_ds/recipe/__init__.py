@@ -28,6 +28,10 @@ class Recipe:
         seed: of data order, augmentation, initialisation and dropout.
         backbone: `name` of a file in backbones/ and its options.
         method: `name` of a file or folder in methods/ and the fields of its config.
+        data: what is read, in which order and how much at a time.
+        optim: optimiser, learning rate schedule and length.
+        engine: DeepSpeed, precision, checkpoints.
+        monitor: TensorBoard and the pictures on it.
     """
 
     run_dir: str
