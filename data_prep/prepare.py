@@ -29,6 +29,7 @@ from data_prep.engines import ENGINES, run_jobs  # noqa: E402
 from data_prep.options import add_options, as_json, compared, read_options  # noqa: E402
 from data_prep.sources.base import Source  # noqa: E402
 from mmpeft_ds import console, registry  # noqa: E402
+from mmpeft_ds.data import identity  # noqa: E402
 from mmpeft_ds.data.manifest import FILE, NAME, Manifest  # noqa: E402
 from mmpeft_ds.data.writer import PARTS, Part, finished_part, shard_file, write_manifest, write_shard  # noqa: E402
 from mmpeft_ds.errors import BadInput  # noqa: E402
@@ -273,6 +274,9 @@ def _report(manifest: Manifest, title: str) -> None:
     for split, shards in manifest.splits.items():
         size = sum(s.bytes for s in shards) / 1e6
         print(f"  {split:8} {manifest.samples(split):>9,} samples  {len(shards):>5,} shards  {size:>9,.1f} MB")
+    for split, fields in manifest.fields.items():
+        for line in identity.notes(split, fields):
+            print(f"  {line}")
     if manifest.labels:
         print(f"  {len(manifest.labels)} labels, most frequent first: {', '.join(manifest.labels[:8])}"[:118])
 

@@ -21,6 +21,7 @@ from torch import Tensor
 from mmpeft_ds.data import order
 from mmpeft_ds.data.batch import Described, PackedBatch, with_images
 from mmpeft_ds.data.feature_columns import Columns, ShardColumns, reachable
+from mmpeft_ds.data.identity import PICTURE, content_id
 from mmpeft_ds.data.shards import ShardReader
 from mmpeft_ds.errors import BadSample
 
@@ -180,6 +181,8 @@ class FeatureBatches:
             raise BadSample("json", str(error)) from error
         if any(name not in record for name in self.source.fields):
             raise BadSample("field")
+        if self.source.identify:
+            record.setdefault(PICTURE, content_id([columns.content(sample)]))
         return record
 
     def _images(

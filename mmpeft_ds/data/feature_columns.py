@@ -89,6 +89,11 @@ class ShardColumns:
         at = int(self._text_at[sample])
         return self.bytes[at : at + dtype.itemsize * shape[0] * shape[1]].view(dtype).reshape(shape)
 
+    def content(self, sample: int) -> bytes:
+        """All image features of a good sample, as they are stored."""
+        at = int(self._image_at[sample]) * self.dtype.itemsize
+        return self.bytes[at : at + self.dtype.itemsize * self.rows * self.width].tobytes()
+
     def record(self, sample: int) -> bytes:
         """The json of a sample."""
         at, size = int(self.json.at[sample]), int(self.json.size[sample])

@@ -66,7 +66,7 @@ class Manifest:
         index: split -> its side file.
         fields: split -> field path (`questions[].answers`) -> {type, present, min, mean, max}; the last three are
             lengths of text and lists or values of numbers; `images` counts the images of a sample, `features` the
-            numbers of its array.
+            numbers of its array. See `data.identity` for `distinct` of `images` and `shared` of `captions[]`.
         labels: closed list of answers or classes in the order of their class index, or None.
         label_counts: how often each label occurs in the training split, or None.
         statistics: features' key -> {mean, std, count, split, ...}, added by data_prep/feature_stats.py.

@@ -20,6 +20,7 @@ from mmpeft_ds.data import order
 from mmpeft_ds.data.batch import PackedBatch, Sample, pack, with_images
 from mmpeft_ds.data.decode import EXTENSIONS, decode
 from mmpeft_ds.data.feature_batches import FeatureBatches
+from mmpeft_ds.data.identity import PICTURE, content_id
 from mmpeft_ds.data.manifest import Manifest
 from mmpeft_ds.data.options import DataOptions
 from mmpeft_ds.data.shards import ShardReader, members, record_of
@@ -46,6 +47,8 @@ class StreamSource:
         fields: json fields that every record must have.
         weight: share of the steps, relative to the other sources'.
         subset: the samples to use; None: all of the split.
+        identify: give each record the identity of its images (of its stored features, where it has them) under
+            `PICTURE`, unless it brings one.
     """
 
     manifest: Manifest
@@ -58,6 +61,7 @@ class StreamSource:
     fields: Sequence[str] = ()
     weight: float = 1.0
     subset: Subset | None = None
+    identify: bool = False
 
     @property
     def samples(self) -> int:
@@ -272,6 +276,8 @@ class _Loader:
         seed = order.combined(self._epoch_key(epoch), order.key_of(sample_id))
         generator = torch.Generator().manual_seed(seed)
         record = _record(parts, source.fields)
+        if source.identify:
+            _identify(record, parts)
         try:
             texts, targets = source.read(record, generator)
         except (TypeError, KeyError, ValueError, IndexError, AttributeError) as error:
@@ -363,6 +369,14 @@ def _record(parts: dict[str, bytes], fields: Sequence[str]) -> dict[str, Any]:
         if name not in record:
             raise BadSample("field", f"no field {name!r}")
     return record
+
+
+def _identify(record: dict[str, Any], parts: dict[str, bytes]) -> None:
+    """Give a record the identity of what a model sees of it."""
+    features = record.get("features")
+    contents = [parts[name] for name in image_names(parts)] if features is None else [features.numpy().tobytes()]
+    if contents:
+        record.setdefault(PICTURE, content_id(contents))
 
 
 def _array(data: bytes) -> Tensor:

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import webdataset
 
+from mmpeft_ds.data import identity
 from mmpeft_ds.data.manifest import IndexInfo, Manifest, ShardInfo, sample_key
 from mmpeft_ds.files import fsync, sha256, write_atomic
 
@@ -36,12 +37,14 @@ class Part:
         offsets: (begin, length) in bytes of every sample, as `Manifest.offsets` gives them.
         fields: field path -> `FieldCount` numbers.
         label_counts: answer or class name -> occurrences.
+        contents: of every sample, the identity of its pictures and of each caption, see `data.identity`.
     """
 
     shard: ShardInfo
     offsets: list[tuple[int, int]]
     fields: dict[str, dict[str, Any]] = field(default_factory=dict)
     label_counts: dict[str, int] = field(default_factory=dict)
+    contents: list[tuple[str, list[str]]] = field(default_factory=list)
 
 
 def shard_file(name: str, split: str, number: int) -> str:
@@ -82,7 +85,7 @@ def write_shard(dir: Path, name: str, split: str, number: int, first: int, sampl
     """
     file = shard_file(name, split, number)
     temporary = dir / PARTS / f"{file}.{os.getpid()}.tmp"
-    counts, labels, total = FieldCounts(), {}, 0
+    counts, labels, contents = FieldCounts(), {}, []
     with open(temporary, "w+b") as stream:
         # One ShardWriter a shard; a fixed mtime, and its fixed user and mode, make the bytes reproducible.
         with webdataset.ShardWriter(
@@ -93,18 +96,18 @@ def write_shard(dir: Path, name: str, split: str, number: int, first: int, sampl
                 counts.add(sample)
                 for label in _labels_of(sample.record):
                     labels[label] = labels.get(label, 0) + 1
-                total += 1
+                contents.append(identity.contents(sample))
         stream.flush()
         os.fsync(stream.fileno())
         size = stream.seek(0, os.SEEK_END)
         stream.seek(0)
         digest = sha256(stream)
     offsets = sample_offsets(temporary)
-    if len(offsets) != total:
-        raise RuntimeError(f"{file}: wrote {total} samples but find {len(offsets)} in the tar")
+    if len(offsets) != len(contents):
+        raise RuntimeError(f"{file}: wrote {len(contents)} samples but find {len(offsets)} in the tar")
     os.replace(temporary, dir / file)
     fsync(dir)
-    part = Part(ShardInfo(file, total, size, digest), offsets, counts.counts, labels)
+    part = Part(ShardInfo(file, len(contents), size, digest), offsets, counts.counts, labels, contents)
     write_atomic(part_path(dir, file), json.dumps(asdict(part), ensure_ascii=False).encode())
     return part
 
@@ -118,7 +121,8 @@ def finished_part(dir: Path, file: str) -> Part | None:
     """The part of a shard that an earlier run finished, if the tar still has the bytes it had then; None otherwise."""
     try:
         raw = json.loads(part_path(dir, file).read_text("utf-8"))
-        part = Part(ShardInfo(**raw["shard"]), [tuple(o) for o in raw["offsets"]], raw["fields"], raw["label_counts"])
+        offsets, contents = ([tuple(item) for item in raw[key]] for key in ("offsets", "contents"))
+        part = Part(ShardInfo(**raw["shard"]), offsets, raw["fields"], raw["label_counts"], contents)
         good = (dir / file).stat().st_size == part.shard.bytes and sha256(dir / file) == part.shard.sha256
     except (OSError, ValueError, KeyError, TypeError):
         return None
@@ -172,6 +176,8 @@ def write_manifest(
         for part in of_split:
             merged.merge(part.fields)
         fields[split] = merged.summary()
+        for path, found in identity.summary([one for part in of_split for one in part.contents]).items():
+            fields[split].setdefault(path, {}).update(found)
     counts = None
     if labels is not None:
         counts = [sum(part.label_counts.get(label, 0) for part in parts[label_split]) for label in labels]

@@ -33,6 +33,7 @@ def make_stream(
             fields=source.task.fields,
             weight=source.options.weight,
             subset=source.subset,
+            identify=getattr(source.task, "identifies_pictures", False),
         )
         for source in sources
     ]

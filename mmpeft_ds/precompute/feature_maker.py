@@ -17,6 +17,7 @@ import torch
 from mmpeft_ds.data.batch import PackedBatch, Sample, pack
 from mmpeft_ds.data.decode import decode
 from mmpeft_ds.data.feature_shards import class_name_in_words, negated
+from mmpeft_ds.data.identity import PICTURE, content_id
 from mmpeft_ds.data.manifest import Manifest, sample_key
 from mmpeft_ds.data.order import key_of
 from mmpeft_ds.data.shards import members, record_of
@@ -175,7 +176,10 @@ class Maker(ShardMaker[_Prepared]):
             if "npy" in parts:
                 raise BadSample("features", "the sample holds an array, not pixels")
             made = _Prepared(key, record, views=1 + self.options.views)
-            for place, name in enumerate(image_names(parts)):
+            names = image_names(parts)
+            if names:  # features of equal pictures may differ in their last bit
+                record.setdefault(PICTURE, content_id(parts[name] for name in names))
+            for place, name in enumerate(names):
                 image = decode(parts[name], self.recipe.data.max_pixels)
                 made.images += self._views(image, f"{self.source.name}/{key}", place)
                 if self.options.thumbnails:

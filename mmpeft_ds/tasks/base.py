@@ -29,7 +29,8 @@ class Task(Protocol):
 
     A task that can answer only when it has seen a whole split has `collect(outputs, batch)`, of each micro-batch, and
     `conclude(model, parts, device)`, collective, which returns the rows (on any ranks) in the place of `predict`'s.
-    With `read_all`, that is what evaluation reads of a record.
+    With `read_all`, that is what evaluation reads of a record. With `identifies_pictures`, records tell which of them
+    show the same images (`data.identity.PICTURE`).
     """
 
     Options: ClassVar[type]

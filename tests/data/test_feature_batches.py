@@ -65,11 +65,12 @@ def collate_targets(targets):
     return {"label": torch.tensor(targets)}
 
 
-def batches(manifest, transform, world_size=1, epochs=(0, 1), train=True, read=read, subset=None, **options):
+def batches(
+    manifest, transform, world_size=1, epochs=(0, 1), train=True, read=read, subset=None, identify=False, **options
+):
     """All micro-batches of all ranks; and how many of them were gathered."""
-    source = StreamSource(
-        manifest, "train", read, transform, collate_images, collate_texts, collate_targets, ("label",), subset=subset
-    )
+    functions = read, transform, collate_images, collate_texts, collate_targets
+    source = StreamSource(manifest, "train", *functions, ("label",), subset=subset, identify=identify)
     options = DataOptions(**{"global_batch": 5, "workers": 0, "shuffle_block": 8, **options})
     found, gathered = [], 0
     for rank in range(world_size):
@@ -126,6 +127,19 @@ def test_gathered_batches_are_those_read_one_by_one(tmp_path, dtype, world_size,
     assert none == 0
     assert count == sum(bool(sum(batch.weight)) for batch in gathered)  # every batch with a sample
     assert gathered[-1].images["image_features"].dtype == torch.from_numpy(np.zeros(0, dtype)).dtype
+
+
+def test_samples_with_equal_features_show_one_picture_whichever_way_they_are_read(tmp_path):
+    def repeat(samples):
+        samples[7].features = samples[2].features.copy()
+
+    manifest = write(tmp_path, change=repeat)
+    for transform in (Whole(), OneByOne()):
+        found, _ = batches(manifest, transform, epochs=(0,), identify=True)
+        shown = {i: r["picture"] for b in found for i, r in zip(b.sample_id, b.records, strict=True) if r}
+        assert len(shown) == COUNT and len(set(shown.values())) == COUNT - 1
+        assert shown["toy/train-000000002"] == shown["toy/train-000000007"]
+    assert not any("picture" in r for b in batches(manifest, Whole(), epochs=(0,))[0] for r in b.records)
 
 
 def test_the_draw_of_a_sample_changes_with_the_epoch(tmp_path):

@@ -15,6 +15,7 @@ from PIL import Image
 from data_prep.verify import verify
 from mmpeft_ds.data.decode import decode
 from mmpeft_ds.data.feature_shards import class_texts, read_features
+from mmpeft_ds.data.identity import content_id
 from mmpeft_ds.data.manifest import FILE, Manifest
 from mmpeft_ds.data.shards import ShardReader, members
 from mmpeft_ds.data.views import RandomView, crop_box
@@ -93,6 +94,7 @@ def test_records_thumbnails_and_where_they_came_from_are_kept(made):
         record = json.loads(parts["json"])
         assert record["source_id"] == f"shapes/train-{number:09d}" == f"shapes/{key}"
         assert record["source_name"] == f"source {number}"
+        assert record["picture"] == content_id([data for _, data in pictured(number).images])
         assert record["captions"] == pictured(number).record["captions"]
         assert max(Image.open(io.BytesIO(parts["jpg"])).size) == 16
     reader.close()

@@ -271,6 +271,21 @@ def test_two_ranks_evaluate_as_one(folder, options):
     assert got[0] == want and got[1] == []
 
 
+def test_a_picture_that_several_samples_show_is_matched_as_one(folder):
+    task = ENTRY(Options(), None)
+    split = []
+    for n, captions in enumerate(CAPTIONS):
+        for k, caption in enumerate(captions):
+            record = {"captions": [caption], "picture": str(n)}
+            split.append(Sample(f"{n}.{k}", 1.0, [image(10 * n)], *task.read_all(record, torch.Generator()), record))
+    for options in ({"rerank": 50}, {"rerank": 3}):
+        want, got = (
+            sorted((r["kind"], r["text"], r["rank"]) for r in evaluated(folder, batches, **options))
+            for batches in ([samples(range(5))], [split[:3], split[3:]])
+        )
+        assert got == want
+
+
 def test_scores_are_recalls_of_both_directions(folder):
     task = ENTRY(Options(), None)
     rows = [{"kind": "image_to_text", "rank": r} for r in (1, 2)] + [

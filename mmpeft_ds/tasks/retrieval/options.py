@@ -17,7 +17,11 @@ class Options:
         rerank: how many of each list the matching head ranks anew in evaluation, 0 = none.
         similarity_weight: share of the cosine in the score of what was ranked anew: 0 for images, 1 for videos, as
             published.
-        id_field: json field that tells which records show the same picture; empty = every record another one.
+        id_field: json field (of the record, or of its `extra`) that tells which samples show the same picture. Empty:
+            samples whose images are equal to the byte do, however many lines of a file name them. Each picture is one
+            candidate with the captions of all its samples; each caption is a candidate of its own, also where another
+            picture has the same words, and only its own picture counts as right. In training, samples of one picture
+            are no negatives of each other.
     """
 
     loss: Literal["contrast", "contrast_match"] = "contrast_match"

@@ -1,13 +1,16 @@
 """Task: find the picture that a text describes, and the texts that describe a picture; recall at 1, 5 and 10.
 
 Trains by contrast of all pairs of the step, and by matching where the model has a head for it (BLIP). Evaluation ranks
-everything by the cosine of the features, and the first of each list anew by the matching head.
+everything by the cosine of the features, and the first of each list anew by the matching head. A picture that several
+samples show is one picture: one candidate, one query, no negative of itself. A caption belongs to the picture of its
+own sample alone, also where other pictures have a caption of the same words.
 """
 
 # T texts (pairs with the images of their slots), S slots, E feature width; G pictures and N texts of the whole split
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
@@ -16,6 +19,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from mmpeft_ds.data.batch import PackedBatch, hash_id
+from mmpeft_ds.data.identity import PICTURE
 from mmpeft_ds.distributed import collectives
 from mmpeft_ds.distributed.gather import gather_rows, gather_sizes
 from mmpeft_ds.errors import BadInput, BadSample
@@ -38,6 +42,7 @@ class Retrieval:
     main_metric = "r_mean"
     better = "max"
     example_text = "a dog on a beach"
+    identifies_pictures = True
 
     def __init__(self, options: Options, labels: list[str] | None):
         if options.loss not in ("contrast", "contrast_match"):
@@ -60,12 +65,19 @@ class Retrieval:
         captions = record.get("captions")
         if not isinstance(captions, list) or not captions or not all(isinstance(c, str) for c in captions):
             raise BadSample("field", "`captions` is no list of texts")
-        name = self.options.id_field
-        if name and name not in record:
-            raise BadSample("field", f"no `{name}`")
-        # the captions tell two records of one batch apart where nothing else does
-        key = f"{name}:{record[name]}" if name else "\n".join(captions)
+        # Records of a stream say which picture they show; those of somebody who asks are told apart by their captions.
+        key = self._picture(record) or "\n".join(captions)
         return list(captions), [_id(key)] * len(captions)
+
+    def _picture(self, record: dict[str, Any]) -> str | None:
+        """What is equal for records of the same picture; None where the record does not say. Raises BadSample."""
+        name = self.options.id_field
+        if name:
+            holder = record if name in record else record.get("extra", {})
+            if name not in holder:
+                raise BadSample("field", f"no `{name}`, which task.id_field names")
+            return f"{name}:{holder[name]}"
+        return next((f"{key}:{record[key]}" for key in (PICTURE, "source_name") if key in record), None)
 
     def collate(self, targets: list[Any]) -> dict[str, Tensor]:
         """`pair_id` (T,), equal for texts about the same picture."""
@@ -114,20 +126,29 @@ class Retrieval:
     def collect(self, outputs: Any, batch: PackedBatch) -> dict[str, Any]:
         """What `conclude` needs of one micro-batch, on the CPU."""
         texts = _pair_weights(batch) > 0
+        owners, kept = batch.text_owner.tolist(), texts.tolist()
         slots = batch.text_owner[texts].unique()
-        ids = torch.zeros(len(batch.sample_id), dtype=torch.int64, device=texts.device)
-        ids[batch.text_owner[texts]] = batch.targets["pair_id"][texts]
+        pictures = torch.zeros(len(batch.sample_id), dtype=torch.int64)
+        for slot in slots.tolist():
+            sample = f"sample:{batch.sample_id[slot]}"
+            pictures[slot] = _id(self._picture(batch.records[slot]) or sample)
+        pictures = pictures.to(texts.device)
+        before = Counter()
+        rows = []
+        for slot in owners:
+            rows.append(_id(f"{batch.sample_id[slot]} {before[slot]}"))
+            before[slot] += 1
         found: dict[str, Any] = {
             "image": image_features(outputs, batch)[slots],
-            "image_id": ids[slots],
+            "image_id": pictures[slots],
             "text": outputs.text_features[texts],
-            "text_id": batch.targets["pair_id"][texts],
+            "text_id": pictures[batch.text_owner[texts]],
+            "text_row": torch.tensor(rows, dtype=torch.int64, device=texts.device)[texts],
         }
         if self.options.rerank and getattr(outputs, "image_tokens", None) is not None:
             found |= {"tokens": outputs.image_tokens[slots], "mask": outputs.image_mask[slots]}
             found |= {key: batch.texts[key][texts] for key in ("input_ids", "attention_mask")}
         found = {key: value.cpu() for key, value in found.items()}
-        owners, kept = batch.text_owner.tolist(), texts.tolist()
         found["image_names"] = [batch.sample_id[i] for i in slots.tolist()]
         found["text_names"] = [
             (batch.sample_id[slot], text)
@@ -140,21 +161,25 @@ class Retrieval:
     def conclude(self, model: Any, parts: list[dict[str, Any]], device: torch.device | str) -> list[dict[str, Any]]:
         """Rank all against all; one row a text and one a picture, on rank 0. Collective.
 
-        Each rank matches the pairs whose picture it holds; no image tokens travel.
+        Each rank matches the pairs whose picture it holds; no image tokens travel. Of several samples that show one
+        picture the first by name stands for it.
 
         Returns:
             rows with `kind` (`text_to_image`, `image_to_text`), `rank` from 1, `prediction`, `sample_id`, `text`.
         """
         if not parts:  # on all ranks: evaluation runs in step
             return []
-        mine = {key: torch.cat([p[key] for p in parts]).to(device) for key in ("image", "image_id", "text", "text_id")}
+        parts_of = ("image", "image_id", "text", "text_id", "text_row")
+        mine = {key: torch.cat([p[key] for p in parts]).to(device) for key in parts_of}
         names = {
             key: collectives.gather_everywhere([name for p in parts for name in p[key]])
             for key in ("image_names", "text_names")
         }
-        image, image_id, text, text_id = (gather_rows(x) for x in mine.values())
+        image, image_id, text, text_id, text_row = (gather_rows(x) for x in mine.values())
         if not len(text):
             return []
+        shown = _one_each(image_id.tolist(), names["image_names"]).to(device)
+        image, image_id = image[shown], image_id[shown]
         cosine = text @ image.T
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
         matched = self.options.rerank > 0 and "tokens" in parts[0]
@@ -164,19 +189,22 @@ class Retrieval:
             top = scores.topk(min(self.options.rerank, most) if matched else most, 1)
             lists[kind] = (top.indices, top.values)
         if matched:
-            lists = self._match(base, parts, lists, device)
+            lists = self._match(base, parts, lists, shown, device)
         if collectives.rank() != 0:
             return []
-        rows = []
+        rows, pictures = [], [names["image_names"][i] for i in shown.tolist()]
         for kind, (order, scores) in lists.items():
-            asks, answers = (text_id, image_id) if kind == "text_to_image" else (image_id, text_id)
-            places = _places(scores, order, asks, answers).tolist()
-            best = order.gather(1, scores.argmax(1, keepdim=True))[:, 0].tolist()
+            of_text = kind == "text_to_image"
+            asks, answers, ties = (text_id, image_id, image_id) if of_text else (image_id, text_id, text_row)
+            places = _places(scores, order, asks, answers, ties).tolist()
+            last = torch.iinfo(ties.dtype).max
+            first_of = ties[order].masked_fill(scores < scores.amax(1, keepdim=True), last).argmin(1, keepdim=True)
+            best = order.gather(1, first_of)[:, 0].tolist()
             for i, (place, first) in enumerate(zip(places, best, strict=True)):
-                if kind == "text_to_image":
-                    (name, query), answer = names["text_names"][i], names["image_names"][first]
+                if of_text:
+                    (name, query), answer = names["text_names"][i], pictures[first]
                 else:
-                    name, query, answer = names["image_names"][i], "", names["text_names"][first][1]
+                    name, query, answer = pictures[i], "", names["text_names"][first][1]
                 rows.append({"sample_id": name, "kind": kind, "text": query, "prediction": answer, "rank": place})
         return rows
 
@@ -190,9 +218,18 @@ class Retrieval:
         return {}
 
     def _match(
-        self, model: Any, parts: list[dict[str, Any]], lists: dict[str, tuple[Tensor, Tensor]], device: Any
+        self,
+        model: Any,
+        parts: list[dict[str, Any]],
+        lists: dict[str, tuple[Tensor, Tensor]],
+        shown: Tensor,
+        device: Any,
     ) -> dict[str, tuple[Tensor, Tensor]]:
-        """The same lists with the scores of the matching head. Collective."""
+        """The same lists with the scores of the matching head. Collective.
+
+        Args:
+            shown: of each picture, which of the samples of all ranks stands for it.
+        """
         tokens = [row for p in parts for row in zip(p["tokens"], p["mask"], strict=True)]
         texts = [row for p in parts for row in zip(p["input_ids"], p["attention_mask"], strict=True)]
         longest = max((len(ids) for ids, _ in texts), default=1)
@@ -206,8 +243,8 @@ class Retrieval:
         first = sum(size[0] for size in sizes[: collectives.rank()])
 
         (to_image, cos_t), (to_text, cos_i) = lists["text_to_image"], lists["image_to_text"]
-        asked_t = torch.arange(len(to_image), device=device)[:, None] * images + to_image
-        asked_i = to_text * images + torch.arange(len(to_text), device=device)[:, None]
+        asked_t = torch.arange(len(to_image), device=device)[:, None] * images + shown[to_image]
+        asked_i = to_text * images + shown[:, None]
         keys = torch.cat([asked_t.flatten(), asked_i.flatten()]).unique()
         own = keys[(keys % images >= first) & (keys % images < first + len(tokens))]
         steps = -(-len(own) // MATCHED_AT_ONCE)
@@ -278,10 +315,27 @@ def _in_batch(outputs: Any, batch: PackedBatch) -> Tensor:
     return (losses[0] + losses[1]) / 2
 
 
-def _places(scores_Qk: Tensor, order_Qk: Tensor, asks_Q: Tensor, answers_C: Tensor) -> Tensor:
-    """(Q,) rank, from 1, of the best candidate with the id of each query; behind all wrong ones if not listed."""
+def _one_each(ids: list[int], names: list[str]) -> Tensor:
+    """Of each picture the place of the sample whose name comes first, in the order of places: the same picture stands
+    for the others however samples are spread over ranks."""
+    chosen: dict[int, int] = {}
+    for place, (picture, name) in enumerate(zip(ids, names, strict=True)):
+        if picture not in chosen or name < names[chosen[picture]]:
+            chosen[picture] = place
+    return torch.tensor(sorted(chosen.values()), dtype=torch.int64)
+
+
+def _places(scores_Qk: Tensor, order_Qk: Tensor, asks_Q: Tensor, answers_C: Tensor, ties_C: Tensor) -> Tensor:
+    """(Q,) rank, from 1, of the best candidate with the id of each query; behind all wrong ones if not listed.
+
+    Candidates of equal score (captions of the same words) stand in the order of `ties_C`, numbers that are as good as
+    random: a right one among n equal ones is found as often as chance finds it.
+    """
     right = asks_Q[:, None] == answers_C[order_Qk]
     best = scores_Qk.masked_fill(~right, -torch.inf).amax(1, keepdim=True)
-    listed = ((scores_Qk >= best) & ~right).sum(1) + 1
+    ties = ties_C[order_Qk]
+    own = ties.masked_fill(~right | (scores_Qk < best), torch.iinfo(ties.dtype).max).amin(1, keepdim=True)
+    before = (scores_Qk > best) | ((scores_Qk == best) & (ties < own))
+    listed = (before & ~right).sum(1) + 1
     behind = torch.stack([(answers_C != ask).sum() for ask in asks_Q]) + 1
     return torch.where(right.any(1), listed, behind)
