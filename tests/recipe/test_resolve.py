@@ -107,7 +107,32 @@ def test_records_without_the_fields_of_the_task_are_refused(folder, monkeypatch)
     from mmpeft_ds.tasks.vqa import task as vqa
 
     monkeypatch.setattr(vqa.Vqa, "fields", ("captions",))
-    assert "'captions'" in refusal(folder)
+    assert "captions" in refusal(folder)
+
+
+@pytest.fixture
+def captions(folder, tmp_path):
+    """The toy data set with captions in the place of questions, as its manifest says."""
+    data = Manifest.load(load(folder).data.sources[0].dir)
+    data.labels, data.label_counts = None, None
+    for split, shards in data.splits.items():
+        for name in [s.file for s in shards] + [data.index[split].file]:
+            (tmp_path / name).write_bytes((Path(data.dir) / name).read_bytes())
+        stats = {"type": "list", "present": 12, "min": 1, "mean": 1, "max": 1}
+        data.fields[split] = {"captions": stats, "captions[]": {**stats, "type": "str"}}
+    data.save(tmp_path)
+    return [f"data.{role}.0.dir={tmp_path}" for role in ("sources", "validation")]
+
+
+def test_a_task_that_does_not_fit_the_records_is_told_before_what_only_it_needs(folder, captions):
+    """Captions and a recipe for questions: neither the number of labels nor a list of them is asked for."""
+    said = refusal(folder, *captions)
+    assert "the task is vqa" in said and "hold captions" in said and "label" not in said
+    assert "captioning or retrieval" in said and "recipes/retrieval_own.yaml" in said
+    said = refusal(folder, "data.sources.0.task={name: captioning}")
+    assert "hold questions" in said and "vqa" in said and "answering" in said
+    said = refusal(folder, *captions, "data.sources.0.task={name: retrieval}", "data.validation.0.task={name: vqa}")
+    assert "data.validation.0.task" in said, "negative control: captions are what retrieval reads"
 
 
 def test_a_data_set_that_brings_the_vision_tower_no_picture_is_told_before_training(folder, tmp_path, capsys):

@@ -7,10 +7,11 @@ from typing import Any
 
 from peft import PeftConfig
 
+from mmpeft_ds import registry, tasks
 from mmpeft_ds.data.manifest import Manifest
 from mmpeft_ds.data.options import SourceOptions
 from mmpeft_ds.errors import BadInput
-from mmpeft_ds.recipe import Recipe, where
+from mmpeft_ds.recipe import Recipe, find_file, where
 from mmpeft_ds.recipe.options import OptimOptions
 from mmpeft_ds.tasks.base import Task
 
@@ -97,11 +98,47 @@ def check_schedule(recipe: Recipe, total: int, steps_per_epoch: int) -> None:
         )
 
 
+def check_records(recipe: Recipe, key: str, options: SourceOptions, manifest: Manifest) -> None:
+    """Refuse a task whose main field the records do not hold, before anything is asked that only this task needs.
+
+    Raises:
+        BadInput: naming what the records hold, and the tasks that read it.
+    """
+    present = manifest.fields.get(options.split, {})
+    name = options.task["name"]
+    wanted = registry.load(tasks, name, where(recipe, f"{key}.task.name")).fields
+    absent = [field for field in wanted if not _holds(present, field)]
+    if not present or not absent:
+        return
+    known = {other: registry.load(tasks, other, key).fields for other in registry.names(tasks)}
+    fitting = [other for other, fields in known.items() if all(_holds(present, field) for field in fields)]
+    held = sorted({field for other in fitting for field in known[other]}) or [_top(path) for path in present]
+    remedy = f"Use task {' or '.join(fitting)}." if fitting else "Prepare the data with that field."
+    raise BadInput(
+        f"{where(recipe, f'{key}.task')}: the task is {name}, which reads {', '.join(absent)}, but the records of "
+        f"{manifest.dir} ({options.split}) hold {', '.join(dict.fromkeys(held))}. {remedy}{_own_recipes(fitting)}"
+    )
+
+
+def _own_recipes(names: Sequence[str]) -> str:
+    shipped = [f"recipes/{name}_own.yaml" for name in names]
+    there = [path for path in shipped if find_file(path).is_file()]
+    return f" Start from {' or '.join(there)}." if there else ""
+
+
+def _top(path: str) -> str:
+    return path.partition("[")[0].partition(".")[0]
+
+
+def _holds(present: dict[str, Any], field: str) -> bool:
+    return any(_top(path) == field for path in present)
+
+
 def check_fields(recipe: Recipe, key: str, options: SourceOptions, manifest: Manifest, task: Task) -> None:
-    """Refuse a data set whose records lack what the task reads. Raises BadInput."""
+    """Refuse a data set whose records lack what the task reads with its options. Raises BadInput."""
     present = manifest.fields.get(options.split, {})
     for name in task.fields if present else ():
-        if not any(path == name or path.startswith((f"{name}[", f"{name}.")) for path in present):
+        if not _holds(present, name):
             raise BadInput(
                 f"{where(recipe, f'{key}.task')}: task {options.task['name']!r} needs the field {name!r}, which "
                 f"{manifest.dir} ({options.split}) has not. It has: {', '.join(present)}."

@@ -29,6 +29,7 @@ from mmpeft_ds.engine.assembly.checks import (
     check_coupling,
     check_fields,
     check_names,
+    check_records,
     check_texts,
     check_validation,
     check_values,
@@ -108,6 +109,8 @@ def resolve(recipe: Recipe) -> Resolved:
         raise BadInput(f"{where(recipe, 'data.sources')}: empty. Name a prepared data set: [{{dir: data/easy-vqa}}].")
     manifests = {key: load_manifest(recipe, key, o) for role in listed.values() for key, o in role}
     check_names(recipe, [(key, o, manifests[key]) for role in listed.values() for key, o in role])
+    for key, options in (entry for role in listed.values() for entry in role):
+        check_records(recipe, key, options, manifests[key])
     subsets = {}
     for key, options in (entry for role in listed.values() for entry in role):
         with _named(recipe, f"{key}.subset"):

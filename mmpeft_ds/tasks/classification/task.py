@@ -24,6 +24,7 @@ class Classification:
     """
 
     Options = Options
+    fields: tuple[str, ...] = ("label",)
     couples_samples = False
     main_metric = "accuracy"
     better = "max"
@@ -35,7 +36,8 @@ class Classification:
                 "task classification: the data set has no label list. Prepare it with one: it names the classes."
             )
         self.options, self.labels = options, list(labels)
-        self.fields = ("label", "captions") if options.text == "captions" else ("label",)
+        if options.text == "captions":
+            self.fields = ("label", "captions")
         self._index = {label: i for i, label in enumerate(self.labels)}
         self._own: list[str] = self.labels
         self._columns: list[int] = list(range(len(self.labels)))
