@@ -8,17 +8,15 @@ from __future__ import annotations
 
 import json
 import math
-import sys
-import time
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from mmpeft_ds.progress import Progress
 from mmpeft_ds.recipe.options import MonitorOptions
 
-LINE_EVERY = 10.0  # seconds between plain log lines where no terminal is attached
 CELL = 224  # pixels of one image on the page of predictions
 # Row keys that go to TensorBoard, and under which tag.
 SCALARS = {
@@ -85,13 +83,18 @@ class Monitor:
             self.board = SummaryWriter(str(directory / "tensorboard"), flush_secs=30)
             if start == 0:
                 self.board.add_text("recipe", f"```yaml\n{recipe}\n```", 0)
-        self.console = _Bar(total, start) if sys.stderr.isatty() else _Lines(total, start)
+        self.progress = Progress("train", total, "steps", done=start, first_and_last=True)
+        self.progress.__enter__()  # until `close`
 
     def step(self, row: dict[str, Any]) -> None:
         """One optimizer step: a line of metrics.jsonl, the curves, the bar."""
         self.metrics.write(json.dumps({k: plain(v) for k, v in row.items()}) + "\n")
         self.metrics.flush()
-        self.console.step(row)
+        self.progress.advance(
+            row["step"] - self.progress.done,
+            note=f"loss {row['loss']:.4f}, {row['samples_per_second']:.0f} samples/s",
+            details=f"epoch {row['epoch']}, lr {row['lr']:.2e}",
+        )
         if self.board is None or row["step"] % self.options.every:
             return
         step = row["step"]
@@ -127,7 +130,7 @@ class Monitor:
 
     def say(self, line: str) -> None:
         """A line for people."""
-        self.console.say(line)
+        self.progress.say(line)
 
     def flush(self) -> None:
         """Hand everything so far to the operating system; TensorBoard's writer keeps half a minute to itself."""
@@ -136,7 +139,7 @@ class Monitor:
             self.board.flush()
 
     def close(self) -> None:
-        self.console.close()
+        self.progress.close()
         self.metrics.close()
         if self.board is not None:
             self.board.close()
@@ -180,63 +183,3 @@ def plain(value: Any) -> Any:
     if isinstance(value, list):
         return [plain(v) for v in value]
     return value
-
-
-class _Bar:
-    """A bar with loss, samples/s and time left, for a terminal."""
-
-    def __init__(self, total: int, start: int):
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-        self.bar = Progress(
-            TextColumn("train"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("loss {task.fields[loss]}"),
-            TextColumn("{task.fields[speed]} samples/s"),
-            TimeRemainingColumn(),
-            console=_stderr(),
-        )
-        self.task = self.bar.add_task("train", total=total, completed=start, loss="-", speed="-")
-        self.bar.start()
-
-    def step(self, row: dict[str, Any]) -> None:
-        fields = {"loss": f"{row['loss']:.4f}", "speed": f"{row['samples_per_second']:.0f}"}
-        self.bar.update(self.task, completed=row["step"], **fields)
-
-    def say(self, line: str) -> None:
-        self.bar.console.print(line, highlight=False)
-
-    def close(self) -> None:
-        self.bar.stop()
-
-
-class _Lines:
-    """Plain lines for log files: the first step, then one about every ten seconds, and the last."""
-
-    def __init__(self, total: int, start: int):
-        self.total, self.start = total, start
-        self.began, self.last = time.monotonic(), 0.0
-
-    def step(self, row: dict[str, Any]) -> None:
-        now = time.monotonic()
-        if now - self.last < LINE_EVERY and row["step"] != self.total:
-            return
-        self.last = now
-        done = max(1, row["step"] - self.start)
-        left = (now - self.began) / done * (self.total - row["step"])
-        self.say(
-            f"step {row['step']}/{self.total}  epoch {row['epoch']}  loss {row['loss']:.4f}  lr {row['lr']:.2e}  "
-            f"{row['samples_per_second']:.0f} samples/s  left {int(left // 60)}:{int(left % 60):02d}"
-        )
-
-    def say(self, line: str) -> None:
-        print(line, file=sys.stderr, flush=True)
-
-    def close(self) -> None: ...
-
-
-def _stderr() -> Any:
-    from rich.console import Console
-
-    return Console(stderr=True)

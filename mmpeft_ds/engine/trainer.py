@@ -27,6 +27,7 @@ from mmpeft_ds.engine.streams import check_shards, make_stream, thumbnails_of, t
 from mmpeft_ds.engine.train_state import TrainState
 from mmpeft_ds.engine.zero import fingerprint
 from mmpeft_ds.errors import AgreedBadInput, BadInput
+from mmpeft_ds.progress import Progress
 
 
 def run(recipe: recipes.Recipe, *, fresh: bool = False, conclude: Callable[[Training], bool] | None = None) -> int:
@@ -226,11 +227,13 @@ class Training:
 
     def evaluate(self, index: int) -> Evaluation | None:
         """One validation source, every sample once; None if a rank was told to stop meanwhile."""
+        stream, title = self.validation[index], titles(self.resolved.validation)[index]
+        progress = Progress(title, stream.steps_per_epoch(), "steps", shown=self.ranks.rank == 0)
         return evaluate(
             self.built.engine,
             self.resolved.backbone,
             self.resolved.validation[index].task,
-            self.validation[index].epoch(0),
+            progress.track(stream.epoch(0)),
             self.ranks.device,
             pictures=self.recipe.monitor.samples,
             stop_requested=self.stepper.stop_requested,

@@ -9,8 +9,6 @@ from __future__ import annotations
 import abc
 import json
 import shutil
-import sys
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -27,10 +25,10 @@ from mmpeft_ds.engine.stop import StopFlag
 from mmpeft_ds.errors import BadInput, BadSample
 from mmpeft_ds.files import write_json
 from mmpeft_ds.precompute.feature_samples import FeatureSample
+from mmpeft_ds.progress import Progress
 from mmpeft_ds.recipe import Recipe
 
 PLAN = "plan.json"
-LINE_EVERY = 10.0  # seconds between progress lines where no terminal is attached
 Prepared = TypeVar("Prepared")
 
 
@@ -98,7 +96,7 @@ class ShardMaker(abc.ABC, Generic[Prepared]):
     def make(self, job: Job, number: int, prepared: list[Prepared], told: Told) -> Iterator[FeatureSample]:
         """The new samples of some neighbouring ones, the first of them sample `number` of the job's shard."""
 
-    def write(self, job: Job, progress: Lines | None = None) -> Part | None:
+    def write(self, job: Job, progress: Progress | None = None) -> Part | None:
         """Make one shard; None if it was told to stop meanwhile, and nothing is left of it."""
         file = self.file(job)
         try:
@@ -127,14 +125,14 @@ class ShardMaker(abc.ABC, Generic[Prepared]):
         """Where notes of a shard stay until the manifest is written."""
         return part_path(self.out, self.file(job)).with_suffix(".told.json")
 
-    def _samples(self, job: Job, progress: Lines | None) -> Iterator[FeatureSample]:
+    def _samples(self, job: Job, progress: Progress | None) -> Iterator[FeatureSample]:
         told = Told()
         for number, prepared in self._ahead(job):
             if self.stop is not None and self.stop.requested():
                 raise _Stopped
             yield from self.make(job, number, prepared, told)
             if progress is not None:
-                progress.update(len(prepared))
+                progress.advance(len(prepared))
         # Before the part that says that the shard is finished.
         write_json(self._told_path(job), {"bad": told.bad, "counts": told.counts})
 
@@ -218,14 +216,10 @@ def carry_out(maker: ShardMaker, plan: Plan, ranks: Any, what: str) -> bool:
     Raises:
         BadInput: on all ranks.
     """
-    from tqdm import tqdm
-
     mine = plan.todo[ranks.rank :: ranks.world_size]
     total = sum(job.count for job in mine)
     title = what if ranks.world_size == 1 else f"{what} (rank 0 of {ranks.world_size})"
-    bar = tqdm(total=total, desc=title, unit="sample", disable=None if not ranks.rank else True)
-    progress = Lines(bar, title, total) if ranks.rank == 0 else None
-    with bar:
+    with Progress(title, total, shown=ranks.rank == 0) as progress:
         for round_ in range(-(-len(plan.todo) // ranks.world_size)):
             problem, stopped = None, False
             if round_ < len(mine):
@@ -244,24 +238,6 @@ def carry_out(maker: ShardMaker, plan: Plan, ranks: Any, what: str) -> bool:
             if any(s for _, s in told):
                 return False
     return True
-
-
-class Lines:
-    """Advances a bar, and prints a line now and then where no terminal shows it."""
-
-    def __init__(self, bar: Any, title: str, total: int):
-        self.bar, self.title, self.total = bar, title, total
-        self.done, self.began, self.said = 0, time.monotonic(), time.monotonic()
-
-    def update(self, count: int) -> None:
-        """`count` more samples are done."""
-        self.done += count
-        self.bar.update(count)
-        now = time.monotonic()
-        if not sys.stderr.isatty() and now - self.said > LINE_EVERY:
-            self.said = now
-            rate = self.done / (now - self.began)
-            print(f"{self.title}: {self.done:,} of {self.total:,}, {rate:.1f}/s", file=sys.stderr, flush=True)
 
 
 class _Stopped(Exception):  # noqa: N818 - no error: a signal came

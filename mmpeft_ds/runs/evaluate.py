@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -19,11 +18,12 @@ from mmpeft_ds.engine import checkpoint, streams
 from mmpeft_ds.engine.assembly.build import build
 from mmpeft_ds.engine.assembly.resolve import ResolvedSource, resolve, titles
 from mmpeft_ds.engine.evaluator import evaluate
-from mmpeft_ds.engine.monitor import LINE_EVERY, plain
+from mmpeft_ds.engine.monitor import plain
 from mmpeft_ds.engine.stop import StopFlag
 from mmpeft_ds.engine.zero import fingerprint
 from mmpeft_ds.errors import BadInput
 from mmpeft_ds.files import write_atomic, write_json
+from mmpeft_ds.progress import Progress
 
 CHUNK = 256  # records read at a time for the baselines
 
@@ -74,7 +74,8 @@ def _evaluate_run(run: Path, split: str, which: str, recipe: Any, stop: StopFlag
     for title, source in zip(titles(resolved.validation), resolved.validation, strict=True):
         began = time.perf_counter()
         stream = streams.make_stream(resolved, [source], ranks, train=False)
-        steps = _counted(stream.epoch(0), stream.steps_per_epoch(), title, ranks.rank)
+        progress = Progress(title, stream.steps_per_epoch(), "steps", shown=ranks.rank == 0)
+        steps = progress.track(stream.epoch(0))
         result = evaluate(
             built.engine, resolved.backbone, source.task, steps, ranks.device, stop_requested=stop.requested
         )
@@ -144,18 +145,3 @@ def records(source: ResolvedSource) -> Iterator[dict[str, Any]]:
                         yield json.loads(members(piece)[1]["json"])
     finally:
         reader.close()
-
-
-def _counted(steps: Iterator[Any], total: int, name: str, rank: int) -> Iterator[Any]:
-    """A bar on rank 0, or a line every ten seconds where no terminal is attached."""
-    if rank != 0:
-        yield from steps
-        return
-    from tqdm import tqdm
-
-    said = time.monotonic()
-    for done, step in enumerate(tqdm(steps, total=total, desc=name, unit="step", disable=None)):
-        yield step
-        if not sys.stderr.isatty() and time.monotonic() - said > LINE_EVERY:
-            said = time.monotonic()
-            print(f"{name}: step {done + 1}/{total}", file=sys.stderr, flush=True)

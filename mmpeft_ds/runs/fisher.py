@@ -36,6 +36,7 @@ from mmpeft_ds.engine.zero import fingerprint, gradients
 from mmpeft_ds.engine.zero import state as zero_state
 from mmpeft_ds.errors import AgreedBadInput, BadInput
 from mmpeft_ds.methods.common.head import head_of
+from mmpeft_ds.progress import Progress
 from mmpeft_ds.recipe.options import EwcOptions
 from mmpeft_ds.runs import evaluate
 
@@ -165,7 +166,8 @@ def _estimate(
     budget = BadBudget(recipe.data.max_bad_fraction, recipe.data.max_bad_in_a_row, stream.num_samples)
     stepper = Stepper(resolved, built, ranks, stream.steps_per_epoch(), TrainState(), budget, stop.requested)
     try:
-        steps = evaluate._counted(stream.epoch(0), stream.steps_per_epoch(), "fisher", ranks.rank)
+        progress = Progress("fisher", stream.steps_per_epoch(), "steps", shown=ranks.rank == 0)
+        steps = progress.track(stream.epoch(0))
         measured = measure(stepper, steps)
     finally:
         stream.close()
