@@ -97,7 +97,7 @@ def test_the_study_runs_is_not_run_again_and_goes_on_where_a_result_is_missing(s
     results = few_shot.results(made)
     assert len(results) == len(made.cells()) == 8
     said = capsys.readouterr().out.splitlines()
-    assert len([line for line in said if line.startswith("[")]) == 8 and "train: 1 of" not in "".join(said)
+    assert len([line for line in said if "/8] " in line]) == 8 and "train: 1 of" not in "".join(said)
     whole = [r for r in results if r["half"] == "all"]
     assert all(set(r["tests"]) == {"plain", "moved"} for r in whole)
     assert all(r["tests"]["plain"]["samples"] == 30 and r["tests"]["moved"]["samples"] == 20 for r in whole)
