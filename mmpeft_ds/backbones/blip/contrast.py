@@ -22,6 +22,7 @@ from mmpeft_ds.distributed.gather import gather_rows, gather_sizes
 from mmpeft_ds.ops import contrastive
 from mmpeft_ds.ops.context_enhancement import context_enhancement
 from mmpeft_ds.ops.frame_weighting import frame_weights
+from mmpeft_ds.ops.precision import at_least_float32
 
 
 @dataclass
@@ -255,7 +256,7 @@ def _match(
     heads = context_enhancement(positive[:, :1], negative[:, :1], pool.context, options.context_enhancement)
     inputs = torch.cat(heads)[:, 0]
     logits = model.itm_head(inputs)
-    losses = contrastive.matching_loss(logits if logits.dtype == torch.float64 else logits.float(), possible)
+    losses = contrastive.matching_loss(at_least_float32(logits), possible)
     return {
         "matching_losses": losses,
         "fused_positive": positive,

@@ -17,6 +17,7 @@ from torch.nn.functional import cross_entropy
 from transformers.utils import ModelOutput
 
 from mmpeft_ds.backbones.common.stock import Publishing
+from mmpeft_ds.ops.precision import at_least_float32
 from mmpeft_ds.sites.condition import Condition, conditioned
 
 # Candidates scored at a time: a constant, so that ranks with different numbers of questions run in lockstep.
@@ -377,6 +378,7 @@ def _best(first_UV: Tensor, first_token_C: Tensor, k: int, losses: Any) -> Tenso
 
 def _summed_loss(logits: Tensor, ids: Tensor, mask: Tensor, smoothing: float) -> Tensor:
     """(R,) loss of the tokens `ids`, each predicted at its own position of `logits`, summed where `mask`."""
-    logits = logits if logits.dtype == torch.float64 else logits.float()
     labels = ids.masked_fill(mask == 0, -100)
-    return cross_entropy(logits.transpose(1, 2), labels, reduction="none", label_smoothing=smoothing).sum(1)
+    return cross_entropy(
+        at_least_float32(logits).transpose(1, 2), labels, reduction="none", label_smoothing=smoothing
+    ).sum(1)

@@ -20,6 +20,7 @@ from mmpeft_ds.backbones.blip.contrast import Encoded, Pairs, Training, train_st
 from mmpeft_ds.backbones.blip.model import ImageStates, SeesImages, by_slot
 from mmpeft_ds.backbones.blip.momentum import Queue, Teacher
 from mmpeft_ds.errors import BadInput
+from mmpeft_ds.ops.precision import at_least_float32
 from mmpeft_ds.sites.condition import Condition, conditioned
 
 TAUGHT = ("vision_model", "text_encoder", "vision_proj", "text_proj")
@@ -218,4 +219,4 @@ class Retriever(SeesImages):
 
 
 def _unit(x: Tensor) -> Tensor:
-    return normalize(x if x.dtype == torch.float64 else x.float(), dim=-1)
+    return normalize(at_least_float32(x), dim=-1)

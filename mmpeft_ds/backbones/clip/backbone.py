@@ -26,6 +26,7 @@ from mmpeft_ds.backbones.common.transform import SquareTransform
 from mmpeft_ds.backbones.common.vision_model import Affine
 from mmpeft_ds.data.batch import PackedBatch, Prompted
 from mmpeft_ds.errors import BadInput
+from mmpeft_ds.ops.precision import at_least_float32
 from mmpeft_ds.sites.condition import Condition, conditioned, current
 
 WHERE = "backbone.model"
@@ -95,11 +96,11 @@ class DualEncoder(stock.Publishing):
             )
             with conditioned(condition):
                 texts = self.get_text_features(input_ids, attention_mask=attention_mask).pooler_output
-        finish = _unit if unit else stock.at_least_float32
+        finish = _unit if unit else at_least_float32
         return DualEncoderOutput(
             image_features=None if raw is None else finish(raw),
             text_features=None if texts is None else finish(texts),
-            logit_scale=stock.at_least_float32(self.logit_scale).exp(),
+            logit_scale=at_least_float32(self.logit_scale).exp(),
             logit_bias=getattr(self, "logit_bias", None),
         )
 
@@ -266,4 +267,4 @@ def _shared_width(config: PretrainedConfig) -> int:
 
 
 def _unit(x: Tensor) -> Tensor:
-    return normalize(stock.at_least_float32(x), dim=-1)
+    return normalize(at_least_float32(x), dim=-1)

@@ -165,11 +165,6 @@ def mean_per_text(vectors_Id: Tensor, image_owner: Tensor, text_owner: Tensor, s
     return (sums / count[:, None])[text_owner]
 
 
-def at_least_float32(x: Tensor) -> Tensor:
-    """float64 stays."""
-    return x if x.dtype == torch.float64 else x.float()
-
-
 @torch.no_grad()
 def embed_texts(backbone: Any, model: PreTrainedModel, texts: list[str]) -> Tensor:
     """(n, d) features of plain texts by a dual encoder, not normalised, on the device of the model."""

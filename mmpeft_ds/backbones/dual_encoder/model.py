@@ -17,10 +17,10 @@ from torch.nn.functional import normalize
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 
 from mmpeft_ds.backbones.clip.backbone import DualEncoderOutput
-from mmpeft_ds.backbones.common.stock import at_least_float32
 from mmpeft_ds.backbones.common.tower_loading import empty_tower
 from mmpeft_ds.backbones.common.vision_model import VisionSide, VisionSideConfig
 from mmpeft_ds.errors import BadInput
+from mmpeft_ds.ops.precision import at_least_float32
 from mmpeft_ds.sites.condition import Condition, conditioned, current
 
 # As CLIP limits it: beyond, the loss is ruled by a few pairs.

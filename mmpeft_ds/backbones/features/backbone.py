@@ -16,6 +16,7 @@ from mmpeft_ds.backbones.features.model import ClassificationOutput, FeatureConf
 from mmpeft_ds.backbones.features.options import Options
 from mmpeft_ds.data.batch import Described, PackedBatch, hash_id
 from mmpeft_ds.errors import BadInput
+from mmpeft_ds.ops.precision import at_least_float32
 from mmpeft_ds.sites.feature_site import Bank
 
 __all__ = ["ENTRY", "ClassificationOutput", "FeatureConfig", "FeatureModel", "FeaturesBackbone", "ZeroShot"]
@@ -230,5 +231,4 @@ ENTRY = FeaturesBackbone
 
 def _wide(x: Any) -> Tensor:
     """At least float32."""
-    x = torch.as_tensor(x)
-    return x if x.dtype == torch.float64 else x.float()
+    return at_least_float32(torch.as_tensor(x))

@@ -14,6 +14,7 @@ from torch.nn.functional import cross_entropy
 
 from mmpeft_ds.data.batch import Described, PackedBatch
 from mmpeft_ds.errors import BadInput, BadSample
+from mmpeft_ds.ops.precision import at_least_float32
 from mmpeft_ds.tasks.classification.options import Options
 
 
@@ -126,7 +127,7 @@ class Classification:
         `outputs.logits` where a model has no terms."""
         terms = getattr(outputs, "terms", None) or [(1.0, outputs.logits)]
         if not len(batch.text_owner):
-            return sum(_at_least_float32(logits).sum() * 0 for _, logits in terms)
+            return sum(at_least_float32(logits).sum() * 0 for _, logits in terms)
         weights = self._weights(batch)
         position = torch.zeros(len(self.labels), dtype=torch.int64)
         position[self._columns] = torch.arange(len(self._columns))
@@ -134,7 +135,7 @@ class Classification:
         target = position.to(weights.device)[batch.targets["label"].clamp(min=0)]
         total = 0
         for scale, logits in terms:
-            each = cross_entropy(self._restricted(_at_least_float32(logits)), target, reduction="none")
+            each = cross_entropy(self._restricted(at_least_float32(logits)), target, reduction="none")
             # where, not a product: a row without weight must not spread a loss that is not finite
             total = total + scale * torch.where(weights > 0, each * weights.to(each.dtype), 0).sum()
         return total
@@ -144,7 +145,7 @@ class Classification:
         known, its name (`answer`) and index (`label`) in the training data."""
         if not len(batch.text_owner):
             return []
-        probability, best = self._restricted(_at_least_float32(outputs.logits)).softmax(1).max(1)
+        probability, best = self._restricted(at_least_float32(outputs.logits)).softmax(1).max(1)
         columns = zip(
             best.tolist(),
             probability.tolist(),
@@ -196,7 +197,3 @@ def _accuracies(pairs: Iterable[tuple[str, str]]) -> dict[str, float]:
 
 def _name(record: dict[str, Any]) -> str:
     return str(record.get("class_name", record.get("label")))
-
-
-def _at_least_float32(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()

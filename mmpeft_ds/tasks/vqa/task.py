@@ -13,6 +13,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 
 from mmpeft_ds.data.batch import PackedBatch
 from mmpeft_ds.errors import BadInput
+from mmpeft_ds.ops.precision import at_least_float32
 from mmpeft_ds.tasks.common import questions as _questions
 from mmpeft_ds.tasks.vqa.options import Options
 
@@ -84,7 +85,7 @@ class Vqa:
 
     def loss(self, outputs: Any, batch: PackedBatch) -> Tensor:
         """Sum over questions of weight times cross-entropy, or times the mean over answers of the binary one."""
-        logits = _at_least_float32(outputs.logits)
+        logits = at_least_float32(outputs.logits)
         if not len(batch.text_owner):
             return logits.sum() * 0
         if self.options.loss == "ce":
@@ -114,7 +115,3 @@ class Vqa:
 
 
 ENTRY = Vqa
-
-
-def _at_least_float32(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
