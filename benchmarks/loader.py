@@ -26,6 +26,7 @@ REPO = Path(__file__).resolve().parents[1]
 sys.path[0] = str(REPO)
 
 from benchmarks import _page  # noqa: E402
+from mmpeft_ds.data.transform import ImageTransform  # noqa: E402
 
 SIZE, BATCH, SHUFFLE, SEED = 224, 64, 1000, 1
 LOADERS = ("mmpeft_ds", "mmpeft_ds scaled", "webdataset", "webdataset + our decoder", "megatron-energon")
@@ -138,7 +139,7 @@ def pil_224(data: bytes):
         return np.asarray(image.convert("RGB").resize((SIZE, SIZE), Image.BICUBIC))
 
 
-class Transform:
+class Transform(ImageTransform):
     min_size = (SIZE, SIZE)
 
     def __call__(self, image, generator=None):

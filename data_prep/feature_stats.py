@@ -77,7 +77,7 @@ def main(argv: list[str] | None = None) -> None:
         raise BadInput(f"{args.dir}: split {args.split!r} has no images.")
     recipe = recipes.load(args.recipe, args.set)
     backbone = resolve.make_backbone(recipe, manifest.labels)
-    if not getattr(backbone, "wants_statistics", False):
+    if not backbone.wants_statistics:
         print(f"{args.recipe}: this backbone asks for no feature statistics; nothing to do")
         return
     key = backbone.statistics_key()

@@ -30,14 +30,14 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from mmpeft_ds import recipe as recipes
-from mmpeft_ds.backbones.base import Backbone
+from mmpeft_ds.backbones.base import BackboneBase
 from mmpeft_ds.data import decode
-from mmpeft_ds.data.batch import Prompted, Sample, pack
+from mmpeft_ds.data.batch import Sample, pack
 from mmpeft_ds.engine.assembly.forward import answer
 from mmpeft_ds.engine.export import WEIGHTS, transform_description
 from mmpeft_ds.engine.zero import fingerprint
 from mmpeft_ds.errors import BadInput, BadSample
-from mmpeft_ds.tasks.base import Task
+from mmpeft_ds.tasks.base import TaskBase
 
 FILES = ("adapter_config.json", WEIGHTS, "recipe.yaml", "backbone.json", "labels.json", "base_fingerprint.json")
 
@@ -55,14 +55,14 @@ class Loaded:
     """
 
     model: PeftModel
-    backbone: Backbone
-    tasks: list[Task]
+    backbone: BackboneBase
+    tasks: list[TaskBase]
     labels: list[str] | None
     recipe: recipes.Recipe
     device: torch.device
 
     @property
-    def task(self) -> Task:
+    def task(self) -> TaskBase:
         return self.tasks[0]
 
     def predict(
@@ -104,7 +104,7 @@ class Loaded:
         """`texts_for` the task of that number."""
         return texts_for(self.asked(task), given)
 
-    def asked(self, task: int) -> Task:
+    def asked(self, task: int) -> TaskBase:
         """The task of that number. Raises BadInput."""
         if not 0 <= task < len(self.tasks):
             raise BadInput(f"predict: no task {task}; this adapter was trained on {len(self.tasks)}, counted from 0")
@@ -128,8 +128,7 @@ class Loaded:
         entries = [] if entry is None else list(entry) if isinstance(entry, (list, tuple)) else [entry]
         asked = [asked] if isinstance(asked, str) else list(asked)
         record, targets = asks.ask(asked)
-        if any(getattr(asks, how, None) is not None for how in ("generation", "ranking")):
-            asked = [getattr(asks, "prompted", Prompted)(text) for text in asked]
+        asked = [asks.prompted(text) for text in asked]
         pixels = []
         for image in entries:
             decoded = _pixels(image, self.recipe.data.max_pixels)
@@ -186,8 +185,7 @@ def load(
         raise BadInput(f"{directory}: images were transformed by {told} in training, this version does {found}")
     tasks = _tasks(recipe, labels)
     base = backbone.build()
-    if hasattr(backbone, "read_classes"):
-        backbone.read_classes(base)
+    backbone.read_classes(base)
     float32_heads(base)
     fingerprints = fingerprint.frozen_fingerprint(fingerprint.all_tensors(base))
     fingerprint.compare(_read(directory, "base_fingerprint.json"), fingerprints, str(directory), missing_ok=True)
@@ -195,13 +193,13 @@ def load(
     return Loaded(model, backbone, tasks, labels, recipe, torch.device(device))
 
 
-def tasks_of(directory: str | Path) -> list[Task]:
+def tasks_of(directory: str | Path) -> list[TaskBase]:
     """The tasks of an adapter directory, without its model. Raises BadInput."""
     directory = _whole(directory)
     return _tasks(recipes.load(directory / "recipe.yaml"), _read(directory, "labels.json"))
 
 
-def texts_for(task: Task, given: Sequence[str]) -> list[str]:
+def texts_for(task: TaskBase, given: Sequence[str]) -> list[str]:
     """The texts to ask `task`: those given, or one empty text where it needs none. Raises BadInput."""
     if given or task.example_text is None:
         return list(given) or [""]
@@ -220,7 +218,7 @@ def _whole(directory: str | Path) -> Path:
     return directory
 
 
-def _tasks(recipe: recipes.Recipe, labels: list[str] | None) -> list[Task]:
+def _tasks(recipe: recipes.Recipe, labels: list[str] | None) -> list[TaskBase]:
     """Each task of the train sources once."""
     from mmpeft_ds.engine.assembly.resolve import make_task
 

@@ -19,6 +19,7 @@ from mmpeft_ds import adapter, methods
 from mmpeft_ds import recipe as recipes
 from mmpeft_ds.backbones.common import tower_loading
 from mmpeft_ds.data.batch import PackedBatch, Prompted, Sample, pack
+from mmpeft_ds.data.transform import hooks_of
 from mmpeft_ds.engine.assembly.forward import forward
 from mmpeft_ds.errors import BadInput
 from mmpeft_ds.files import new_directory, write_json
@@ -89,13 +90,12 @@ def probe(backbone: Any) -> PackedBatch:
     transform = backbone.image_transform(False)
 
     def image() -> Any:
-        if getattr(transform, "takes_features", False):
+        if hooks_of(transform).takes_features:
             dummy = backbone.dummy("image")
             return transform(torch.randn(dummy.shape, generator=generator), generator)
         return transform(torch.randint(256, (3, 48, 64), dtype=torch.uint8, generator=generator), generator)
 
-    writes = hasattr(backbone, "read")
-    texts = [Prompted(text, "a dog") if writes else text for text in TEXTS]
+    texts = [Prompted(text, "a dog") if backbone.generates else text for text in TEXTS]
     samples = [Sample(str(i), 1.0, [image()], texts, [0] * len(texts)) for i in range(2)]
     return pack(samples, backbone.collate_images, backbone.collate_texts, lambda targets: {})
 
@@ -103,11 +103,10 @@ def probe(backbone: Any) -> PackedBatch:
 @torch.no_grad()
 def outputs(model: nn.Module, backbone: Any, batch: PackedBatch) -> list[Tensor]:
     """All that the model says of the batch: logits, or features."""
-    said = forward(model, backbone, batch)
-    if hasattr(backbone, "read"):
-        return [said.logits]
-    named = (getattr(said, name, None) for name in ("logits", "image_features", "text_features"))
-    return [tensor for tensor in named if tensor is not None]
+    result = forward(model, backbone, batch)
+    if backbone.generates:
+        return [result.logits]
+    return [result[name] for name in ("logits", "image_features", "text_features") if name in result]
 
 
 def _difference(one: list[Tensor], other: list[Tensor]) -> float:

@@ -1,129 +1,273 @@
-"""What a backbone must offer. One file per family; `ENTRY` in it is a class that satisfies `Backbone`."""
+"""The contract of a backbone: `BackboneBase`, and `ModelHooks` for the model that a backbone builds.
+
+A backbone is a file `backbones/NAME.py`, or a folder `backbones/NAME/` with `options.py` and `backbone.py`. Its
+`ENTRY` is a subclass of `BackboneBase` that gives `Options`, `build`, `image_transform` and `collate_texts`; all else
+has a default.
+"""
+
+# S slots, I images, T texts, L text length, D feature widths
 
 from __future__ import annotations
 
+import abc
 from collections.abc import Callable
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from typing import Any, ClassVar
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from mmpeft_ds.data.batch import GenerationOutput, PackedBatch, Prompted
+from mmpeft_ds.data.batch import PackedBatch, Prompted
+from mmpeft_ds.errors import BadInput
+from mmpeft_ds.sites.base import base_model
 
 
-@runtime_checkable
-class Backbone(Protocol):
-    """A frozen model family, built from the options of the recipe's `backbone` section.
+class BackboneBase(abc.ABC):
+    """A frozen model family, made from the options of the recipe's `backbone` section.
+
+    Args:
+        options: an `Options`.
+        labels: the closed list of answers or classes of the training data, None without one.
 
     Attributes:
-        Options: dataclass of the recipe keys beside `name`.
+        Options: dataclass of the recipe keys beside `name`; it imports neither torch nor transformers.
         modalities: what `dummy` can make and a batch may hold, in the order in which the towers run.
         condition_width: width of the condition that the model publishes, None if it publishes none.
-
-    Before `build` the engine sets `dtype`, `attention` and `train_dropout` from the recipe's `engine` section.
+        generates: the model generates text: texts are `Prompted`, `read` gives a `GenerationOutput`, and `generate`
+            works.
+        ranks_answers: `rank` works.
+        embeds: the frozen towers serve as encoders of images and texts: `feature_widths`, `towers_key`, `embed` and
+            `embed_texts` work.
+        wants_statistics: the condition is standardised: `use_statistics` is called before `build`, and
+            `statistics_key` and `build_vision` work.
+        reads_bank: the model scores classes from a bank of class texts and support samples: `use_bank` is called
+            before `build`, and `read_classes` after it.
+        dtype: of the frozen weights. This and the next two are set from the recipe's `engine` section before `build`.
+        attention: attention implementation as transformers names them; `auto` leaves the choice to the backbone.
+        train_dropout: keep the dropout of the text tower on in training.
     """
 
     Options: ClassVar[type]
-    modalities: tuple[str, ...]
-    condition_width: int | None
+    modalities: tuple[str, ...] = ("image", "text")
+    condition_width: int | None = None
+    generates: bool = False
+    ranks_answers: bool = False
+    embeds: bool = False
+    wants_statistics: bool = False
+    reads_bank: bool = False
 
-    def __init__(self, options: Any, labels: list[str] | None): ...
+    def __init__(self, options: Any, labels: list[str] | None):
+        self.options, self.labels = options, labels
+        self.dtype = torch.float32
+        self.attention = "auto"
+        self.train_dropout = False
 
-    def check(self) -> None:
-        """Raise BadInput if the options cannot work; reads configurations only, never weights."""
+    # required
 
+    @abc.abstractmethod
     def build(self, on_meta: bool = False) -> PreTrainedModel:
-        """The pretrained model, called inside the engine's init context; `on_meta` allocates nothing."""
+        """The pretrained model, frozen, called inside the engine's init context.
 
-    def image_transform(self, train: bool) -> Callable[[Tensor, Any], Any]:
-        """(uint8 (3, H, W) RGB, torch.Generator) -> what `collate_images` takes; must pickle."""
+        Its forward takes what `inputs` returns. It publishes the condition, if it has one, with
+        `sites.condition.conditioned`.
 
-    def collate_images(self, images: list[Any]) -> dict[str, Tensor]: ...
+        Args:
+            on_meta: build it on the meta device, which allocates nothing.
+        """
 
-    def collate_texts(self, texts: list[str | Prompted]) -> dict[str, Tensor]:
-        """Forward arguments of the text side, each (T, L)."""
+    @abc.abstractmethod
+    def image_transform(self, train: bool) -> Callable[[Tensor, torch.Generator | None], Any]:
+        """Function (uint8 (3, H, W) RGB image, generator) -> what `collate_images` takes.
+
+        It must survive pickling. See `data.transform.ImageTransform` for what it may say besides, such as that it
+        takes stored features instead of pixels.
+
+        Args:
+            train: augment, if this family does; the generator is seeded per sample and epoch.
+        """
+
+    @abc.abstractmethod
+    def collate_texts(self, texts: list[Any]) -> dict[str, Tensor]:
+        """Forward arguments of the text side, each of shape (T, L); `labels` among them is read by the task alone.
+
+        Args:
+            texts: what the task's `read` returned: strings, `Prompted`, or `Described`.
+        """
+
+    # with defaults
+
+    def check(self) -> None:  # noqa: B027 (an empty default is meant)
+        """Raise BadInput if the options cannot work. Reads configurations only, never weights. Default: accept all."""
+
+    def collate_images(self, images: list[Any]) -> dict[str, Tensor]:
+        """Forward arguments of the image side, first dimension I. Default: `pixel_values`, the images stacked."""
+        return {"pixel_values": torch.stack([torch.as_tensor(image) for image in images])}
 
     def dummy(self, modality: str) -> Any:
-        """The smallest raw `image` (uint8, before the transform) or `text` (str) that runs that modality's tower."""
+        """The smallest raw `image` (before the transform) or `text` that runs the tower of that modality.
+
+        Under ZeRO-3 a rank whose batch lacks a modality runs it, with weight 0. Default: a black image of 8 x 8
+        pixels, and the text "a".
+        """
+        if modality == "image":
+            return torch.zeros(3, 8, 8, dtype=torch.uint8)
+        return Prompted("a", "a") if self.generates else "a"
 
     def inputs(self, batch: PackedBatch) -> dict[str, Any]:
-        """Forward arguments. The model itself publishes the condition with `sites.condition.conditioned`."""
+        """Forward arguments for a batch. Default: its texts without `labels`, its images, and who owns which."""
+        return {
+            **{name: rows for name, rows in batch.texts.items() if name != "labels"},
+            **batch.images,
+            "image_owner": batch.image_owner,
+            "text_owner": batch.text_owner,
+            "num_slots": len(batch.sample_id),
+        }
 
-    def frozen_prefix(self, model: PreTrainedModel) -> list[str]:
-        """Paths of modules below the lowest trainable one, which run in eval mode without autograd."""
+    def read(self, outputs: Any, batch: PackedBatch) -> Any:
+        """What the task sees of the model's outputs.
 
+        Default: the outputs themselves. A model that generates returns a `GenerationOutput`, logits beside labels.
+        """
+        return outputs
 
-class Generative(Protocol):
-    """What a backbone offers besides, if its model writes text."""
+    def frozen_prefix(self, model: nn.Module) -> list[str]:
+        """Paths of modules below the lowest trainable one; they run in eval mode and without autograd.
 
-    def read(self, outputs: Any, batch: PackedBatch) -> GenerationOutput:
-        """What the task's loss sees of the model's outputs: logits aligned with labels."""
+        Default: none, which is always right and sometimes slower.
+        """
+        return []
+
+    # a model that generates text (`generates`), or ranks given answers (`ranks_answers`)
 
     def generate(self, model: Any, batch: PackedBatch, **options: Any) -> list[str]:
-        """What the model writes after the prompt of each text of the batch, special tokens stripped.
+        """The text generated after the prompt of each text of the batch, without special tokens.
 
         Args:
             model: the PeftModel; under ZeRO-3 all ranks call it together (`synced_gpus`).
-            options: of transformers' `generate` (num_beams, max_new_tokens, ...), as the task gives them.
+            options: of transformers' `generate` (num_beams, max_new_tokens, ...), as the task gives them; and
+                `choices`, the only texts that may be generated.
         """
-
-
-class Ranking(Protocol):
-    """What a backbone offers besides, if its model can choose from a list of answers."""
+        raise self._lacks("generates")
 
     def rank(
         self, model: Any, batch: PackedBatch, answers: list[str], k: int = 128, smoothing: float = 0.0
     ) -> list[str]:
-        """The best of `answers` for each prompt of the batch: the k with the likeliest first token, scored whole."""
+        """The best of `answers` for each prompt of the batch.
 
+        Args:
+            answers: at least one; the same list on all ranks.
+            k: how many of them are scored in full: those with the likeliest first token.
+            smoothing: label smoothing of the score.
+        """
+        raise self._lacks("ranks_answers")
 
-class Standardised(Protocol):
-    """What a backbone offers besides, if its condition can be scaled with statistics of the data set."""
+    # towers that serve as encoders (`embeds`)
 
-    wants_statistics: bool
+    @property
+    def feature_widths(self) -> tuple[int, int]:
+        """Widths (Dv, Dt) of the features of images and of texts."""
+        raise self._lacks("embeds")
+
+    def towers_key(self) -> str:
+        """Hash of all that features depend on: the towers' weights, the image transform, the choice of feature."""
+        raise self._lacks("embeds")
+
+    def embed(self, model: nn.Module, batch: PackedBatch) -> tuple[Tensor | None, Tensor | None]:
+        """Features of the images (I, Dv) and of the texts (T, Dt) of the batch, at least float32, not normalised; None
+        for a modality that the batch lacks."""
+        raise self._lacks("embeds")
+
+    def embed_texts(self, model: nn.Module, texts: list[str]) -> Tensor:
+        """Features (n, Dt) of plain texts, such as class names in a template, without gradient."""
+        raise self._lacks("embeds")
+
+    def logit_scale_of(self, model: nn.Module) -> float:
+        """Factor of the cosine of image and text, 1 / temperature. Default: 1, for towers that were never aligned."""
+        return 1.0
+
+    # a standardised condition (`wants_statistics`)
 
     def statistics_key(self) -> str:
-        """Hash of the tower's weights, the image transform and the choice of feature: what statistics belong to."""
+        """Hash of all that the statistics depend on: the tower's weights, the image transform, the feature."""
+        raise self._lacks("wants_statistics")
 
     def use_statistics(self, statistics: dict[str, Any]) -> None:
-        """Take `mean` and `std`, lists of `condition_width` numbers, from a manifest; before `build`."""
+        """Take `mean` and `std`, lists of `condition_width` numbers, from a manifest; called before `build`."""
+        raise self._lacks("wants_statistics")
 
     def build_vision(self) -> Callable[[dict[str, Tensor]], Tensor]:
         """The frozen tower alone: what `collate_images` returned -> (I, condition_width) float32 features."""
+        raise self._lacks("wants_statistics")
 
-
-class Embedding(Protocol):
-    """What a backbone offers besides, if its frozen towers can serve as encoders of images and texts.
-
-    Attributes:
-        feature_widths: D of image and of text features.
-    """
-
-    feature_widths: tuple[int, int]
-
-    def towers_key(self) -> str:
-        """Hash of the towers' weights, the image transform and the choice of feature: what features belong to."""
-
-    def embed(self, model: PreTrainedModel, batch: PackedBatch) -> tuple[Tensor | None, Tensor | None]:
-        """Features of the images (I, Dv) and texts (T, Dt) of the batch, at least float32, not normalised; None where
-        the batch has none of them."""
-
-    def embed_texts(self, model: PreTrainedModel, texts: list[str]) -> Tensor:
-        """(n, Dt) of plain texts, such as class names in a template."""
-
-    def logit_scale_of(self, model: PreTrainedModel) -> float:
-        """Factor of the cosine of image and text, 1 / temperature; 1 for towers that were never aligned."""
-
-
-class OnFeatures(Protocol):
-    """What a backbone offers besides, if it reads feature shards and scores classes."""
+    # stored features, an encoder inside, a bank (`reads_bank`)
 
     def use_features(self, towers: dict[str, Any]) -> None:
-        """What the manifest says of the stored features; before `check`."""
+        """Take what the manifest says of stored features; called before `check` where the data has some.
 
-    def use_encoder(self, encoder: Backbone) -> None:
-        """The backbone that the `encoder` section names; before `check`."""
+        Default: raise BadInput, since this backbone reads pixels.
+        """
+        raise BadInput(
+            "backbone: these shards hold features of frozen encoders, but this backbone reads pixels. Name the shards "
+            "of images, or a backbone that reads features: features or dual_encoder."
+        )
+
+    @property
+    def encoder_section(self) -> dict[str, Any] | None:
+        """Name and options of another backbone that this one runs as its encoder. Default: none."""
+        return None
+
+    def use_encoder(self, encoder: BackboneBase) -> None:
+        """Take the backbone that `encoder_section` names; called before `check`."""
+        raise self._lacks("encoder_section")
 
     def use_bank(self, bank: dict[str, Tensor]) -> None:
-        """Class texts and support samples (`sites.features.Bank`), on meta where only shapes are known; before
-        `build`."""
+        """Take the parts of a `sites.feature_site.Bank`, on the meta device where only shapes are known."""
+        raise self._lacks("reads_bank")
+
+    def read_classes(self, model: nn.Module) -> None:  # noqa: B027 (an empty default is meant)
+        """Fill in class texts that the bank lacks; the weights of `model` are whole, and no adapter is attached yet.
+
+        Default: nothing.
+        """
+
+    def _lacks(self, hook: str) -> NotImplementedError:
+        return NotImplementedError(f"{type(self).__name__} does not do this; it would have to set `{hook}`.")
+
+
+class ModelHooks:
+    """Mixin of a model that tells the engine more than a stock model of transformers does.
+
+    A stock model needs no mixin: `model_hooks` gives these defaults for it.
+
+    Attributes:
+        head_modules: paths of modules that are trained whole, as peft's `modules_to_save`. Default: none.
+        runs_again: paths of towers that one forward runs several times; ZeRO-3 then keeps finer hooks in them.
+            Default: none.
+    """
+
+    head_modules: tuple[str, ...] = ()
+    runs_again: tuple[str, ...] = ()
+
+    def training_state(self) -> dict[str, Tensor]:
+        """Tensors beside the trainables that a checkpoint must hold, such as a queue; equal on all ranks.
+
+        Default: none.
+        """
+        return {}
+
+    def load_training_state(self, state: dict[str, Tensor]) -> None:  # noqa: B027 (an empty default is meant)
+        """Take what `training_state` gave, on whatever device. Default: nothing."""
+
+
+class HasFrozenConstants:
+    """Mixin of a module with numbers that its output depends on and that are neither parameters nor buffers."""
+
+    def frozen_constants(self) -> dict[str, Tensor]:
+        """Name and tensor of each, for the fingerprint of the frozen base."""
+        raise NotImplementedError
+
+
+def model_hooks(model: nn.Module) -> ModelHooks:
+    """The hooks of the base model that `model` is, or that peft has wrapped; the defaults for a stock model."""
+    base = base_model(model)
+    return base if isinstance(base, ModelHooks) else ModelHooks()

@@ -23,6 +23,7 @@ from mmpeft_ds.data.batch import Described, PackedBatch, with_images
 from mmpeft_ds.data.feature_columns import Columns, ShardColumns, reachable
 from mmpeft_ds.data.identity import PICTURE, content_id
 from mmpeft_ds.data.shards import ShardReader
+from mmpeft_ds.data.transform import hooks_of
 from mmpeft_ds.errors import BadSample
 
 REMEMBERED = 2**16  # samples of a source whose texts and targets are kept; some hundred bytes to some kB each
@@ -104,7 +105,7 @@ class FeatureBatches:
     @staticmethod
     def possible(source: Any, reader: ShardReader) -> bool:
         """Whether a source can be read this way at all."""
-        return bool(source.manifest.towers) and hasattr(source.image_transform, "row") and reachable(reader)
+        return bool(source.manifest.towers) and hooks_of(source.image_transform).takes_one_row and reachable(reader)
 
     def make(
         self, epoch: int, shards: np.ndarray, samples: np.ndarray, slots: np.ndarray, size: int

@@ -25,6 +25,7 @@ from mmpeft_ds.data.manifest import Manifest
 from mmpeft_ds.data.options import DataOptions
 from mmpeft_ds.data.shards import ShardReader, members, record_of
 from mmpeft_ds.data.subset import Subset
+from mmpeft_ds.data.transform import hooks_of
 from mmpeft_ds.data.workers import WorkerPool
 from mmpeft_ds.errors import BadInput, BadSample
 
@@ -39,10 +40,9 @@ class StreamSource:
         manifest: of the data set; sample ids are `manifest.name/key`.
         split: which split.
         read: (record, torch.Generator) -> texts and one target a text; raises BadSample.
-        image_transform: (uint8 (3, H, W), torch.Generator) -> what `collate_images` takes. Its attribute `min_size`,
-            (height, width), is what `decode: scaled` aims at; without it images are decoded at full size. With a true
-            attribute `takes_features` it gets stored features instead: the sample's array, one image, or the arrays
-            along its first of three dimensions; with a method `row`, see `data.feature_batches`, whole batches.
+        image_transform: (uint8 (3, H, W), torch.Generator) -> what `collate_images` takes; a plain function, or a
+            `data.transform.ImageTransform`. Where it takes features it gets the sample's array, one image, or the
+            arrays along its first of three dimensions.
         collate_images, collate_texts, collate_targets: non-empty flat list -> tensors, see `data.batch.pack`.
         fields: json fields that every record must have.
         weight: share of the steps, relative to the other sources'.
@@ -290,12 +290,13 @@ class _Loader:
 
     def _images(self, source: StreamSource, parts: dict[str, bytes], record: dict[str, Any]) -> Iterator[Tensor]:
         """Decoded images of a sample, or its stored features in their place; those leave the record."""
-        if getattr(source.image_transform, "takes_features", False):
+        transform = hooks_of(source.image_transform)
+        if transform.takes_features:
             features = record.pop("features", None)
             if features is not None:
                 yield from features if features.dim() > 2 else (features,)
             return
-        min_size = getattr(source.image_transform, "min_size", None) if self.options.decode == "scaled" else None
+        min_size = transform.min_size if self.options.decode == "scaled" else None
         for name in image_names(parts):
             yield decode(parts[name], self.options.max_pixels, min_size)
 

@@ -15,6 +15,7 @@ from mmpeft_ds.distributed.partitioned import gathered
 from mmpeft_ds.engine.assembly import modality
 from mmpeft_ds.engine.zero import state as zero_state
 from mmpeft_ds.methods.common.head import Head, head_of
+from mmpeft_ds.sites.base import base_model
 from mmpeft_ds.sites.feature_site import Features, Labelled
 
 
@@ -31,8 +32,7 @@ def rows_of(engine: Any, backbone: Any, task: Any, steps: Any, device: torch.dev
     Args:
         steps: of a stream that evaluates.
     """
-    module = getattr(engine, "module", engine)
-    base = module.get_base_model() if hasattr(module, "get_base_model") else module
+    base = base_model(getattr(engine, "module", engine))
     image, text, key, label = [], [], [], []
     for step in steps:
         for batch in step.micro:

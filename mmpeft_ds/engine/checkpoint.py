@@ -30,6 +30,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import nn
 
+from mmpeft_ds.backbones.base import model_hooks
 from mmpeft_ds.distributed.collectives import on_rank0, rank, world_size
 from mmpeft_ds.engine.train_state import TrainState
 from mmpeft_ds.engine.zero import fingerprint as fingerprints
@@ -185,9 +186,7 @@ def listing(folder: Path) -> list[Path]:
 
 def _model(engine: Any, verb: str, *args: Any) -> dict[str, torch.Tensor]:
     """Call a method of the base model that keeps state beside its weights; the same state on every rank."""
-    module = engine.module
-    base = module.get_base_model() if hasattr(module, "get_base_model") else module
-    return getattr(base, verb)(*args) if hasattr(base, verb) else {}
+    return getattr(model_hooks(engine.module), verb)(*args)
 
 
 class _Reader:

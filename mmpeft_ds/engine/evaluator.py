@@ -89,7 +89,7 @@ def evaluate(
             loss_sum += float(task.loss(outputs, batch))
             weight_sum += task.weight(batch)
             found = task.predict(outputs, batch)
-            if hasattr(task, "collect"):
+            if task.concludes:
                 parts.append(task.collect(outputs, batch))
             else:
                 rows += found
@@ -97,7 +97,7 @@ def evaluate(
                 kept += _pictures(batch, found, pictures - len(kept), thumbnail)
             if collectives.rank() == 0 and pictures and seen is None:
                 seen = graph_health.view(outputs, batch, found)
-    if hasattr(task, "collect") and not stopped:
+    if task.concludes and not stopped:
         rows = task.conclude(getattr(model, "module", model), parts, device)
     for module in training:
         module.training = True

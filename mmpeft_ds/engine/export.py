@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from mmpeft_ds import recipe as recipes
-from mmpeft_ds.backbones.base import Backbone
+from mmpeft_ds.backbones.base import BackboneBase
 from mmpeft_ds.distributed.collectives import on_rank0, rank
 from mmpeft_ds.distributed.partitioned import gathered
 from mmpeft_ds.engine.model_card import model_card
@@ -106,7 +106,7 @@ def _fill(
     }
     for file, value in contents.items():
         write_json(partial / file, value)
-    if hasattr(backbone, "use_bank"):
+    if backbone.reads_bank:
         _features_files(partial, model, plain, backbone)
     (partial / "recipe.yaml").write_text(recipes.to_yaml(recipe), "utf-8")
     (partial / "README.md").write_text(model_card(resolved, metrics, trained), "utf-8")
@@ -154,7 +154,7 @@ def _verify(path: Path, trained: dict[str, Tensor]) -> None:
         )
 
 
-def transform_description(backbone: Backbone) -> dict[str, Any]:
+def transform_description(backbone: BackboneBase) -> dict[str, Any]:
     """The evaluation transform as plain values, which another version can compare with its own."""
     transform = backbone.image_transform(False)
     values = dataclasses.asdict(transform) if dataclasses.is_dataclass(transform) else {"repr": repr(transform)}

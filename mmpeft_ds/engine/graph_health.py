@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mmpeft_ds.backbones.features.model import ClassificationOutput
 from mmpeft_ds.data.batch import PackedBatch
 
 SIDE, CELL, MARGIN = 1000, 44, 40  # pixels of the picture, of a thumbnail, and around all
@@ -25,9 +26,11 @@ def measure(outputs: Any, batch: PackedBatch) -> dict[str, float]:
 
     Only here does the graph meet the labels: no head ever sees them.
     """
-    graph = getattr(outputs, "graph", None)
+    if not isinstance(outputs, ClassificationOutput):
+        return {}
+    graph = outputs.graph
     if graph is None:
-        return dict(getattr(outputs, "report", None) or {})
+        return dict(outputs.report or {})
     labels = batch.targets.get("label")
     if labels is not None:
         labels = torch.where(graph.valid, labels, -1)
@@ -75,7 +78,7 @@ class View:
 
 def view(outputs: Any, batch: PackedBatch, rows: list[dict[str, Any]]) -> View | None:
     """Of the first rows of this rank's batch; None where there is no graph between two of them."""
-    graph = getattr(outputs, "graph", None)
+    graph = outputs.graph if isinstance(outputs, ClassificationOutput) else None
     if graph is None:
         return None
     kept = graph.valid.nonzero()[:MOST, 0].tolist()

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from mmpeft_ds.data.transform import hooks_of
 from mmpeft_ds.engine.optim.optimizers import TITLES
 
 
@@ -115,7 +116,7 @@ def _example_text(resolved: Any) -> str | None:
 
 def _stored(resolved: Any) -> tuple[bool, bool]:
     """Whether the model reads stored features, and whether the backbone can make them of pictures."""
-    stored = bool(getattr(resolved.backbone.image_transform(False), "takes_features", False))
+    stored = hooks_of(resolved.backbone.image_transform(False)).takes_features
     return stored, stored and resolved.recipe.backbone.get("images") == "stored"
 
 

@@ -25,7 +25,7 @@ def make_stream(
         StreamSource(
             manifest=source.manifest,
             split=source.options.split,
-            read=source.task.read if train else getattr(source.task, "read_all", source.task.read),
+            read=source.task.read if train else source.task.read_all,
             image_transform=backbone.image_transform(train if augment is None else augment),
             collate_images=backbone.collate_images,
             collate_texts=backbone.collate_texts,
@@ -33,7 +33,7 @@ def make_stream(
             fields=source.task.fields,
             weight=source.options.weight,
             subset=source.subset,
-            identify=getattr(source.task, "identifies_pictures", False),
+            identify=source.task.identifies_pictures,
         )
         for source in sources
     ]
@@ -45,7 +45,7 @@ def make_stream(
         accumulation=recipe.optim.accumulation if train else 1,
         seed=recipe.seed,
         train=train,
-        coupled=any(getattr(part, "couples_samples", False) for part in (resolved.method_config, sources[0].task)),
+        coupled=sources[0].task.couples_samples or getattr(resolved.method_config, "couples_samples", False),
         pin_memory=ranks.device.type == "cuda",
     )
 

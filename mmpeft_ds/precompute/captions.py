@@ -8,6 +8,7 @@ without a caption.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import io
 import json
@@ -29,6 +30,7 @@ from mmpeft_ds.data.order import key_of
 from mmpeft_ds.data.shards import members, record_of
 from mmpeft_ds.data.stream import image_names
 from mmpeft_ds.data.subset import fingerprint
+from mmpeft_ds.data.transform import hooks_of
 from mmpeft_ds.data.writer import PARTS, Part, write_manifest
 from mmpeft_ds.distributed import processes
 from mmpeft_ds.distributed.collectives import on_rank0
@@ -161,11 +163,11 @@ class Describer(ShardMaker[_Read]):
             section = recipe.backbone["name"]
             self._refuse_mute(section)
         self.transform = self.backbone.image_transform(False)
-        if getattr(self.transform, "takes_features", False):
+        if hooks_of(self.transform).takes_features:
             raise BadInput("backbone: reads stored features; the model must see pixels here.")
         prints = fingerprints.frozen_fingerprint(fingerprints.all_tensors(self.model))
         self.origin = {
-            "model": getattr(self.backbone.options, "model", "") or str(adapter_dir or ""),
+            "model": dataclasses.asdict(self.backbone.options).get("model") or str(adapter_dir or ""),
             "backbone": section,
             "adapter": adapter_dir is not None,
             "weights": weights_hash(prints),
@@ -180,7 +182,7 @@ class Describer(ShardMaker[_Read]):
         }
 
     def _refuse_mute(self, name: str) -> None:
-        if not hasattr(self.backbone, "generate"):
+        if not self.backbone.generates:
             raise BadInput(f"backbone.name: {name!r} writes no text. Use blip, mllm or vision_text_decoder.")
 
     def make(self, job: Job, number: int, prepared: list[_Read], told: Told) -> Iterator[FeatureSample]:

@@ -22,6 +22,7 @@ from mmpeft_ds.data.manifest import Manifest, sample_key
 from mmpeft_ds.data.order import key_of
 from mmpeft_ds.data.shards import members, record_of
 from mmpeft_ds.data.stream import image_names
+from mmpeft_ds.data.transform import hooks_of
 from mmpeft_ds.data.views import RandomView
 from mmpeft_ds.engine.assembly import resolve
 from mmpeft_ds.engine.assembly.build import prepare_backbone
@@ -106,15 +107,15 @@ class Maker(ShardMaker[_Prepared]):
         super().__init__(recipe, source, options.out, options.name or source.name, together, options.threads, stop)
         self.options, self.device = options, device
         self.backbone: Any = resolve.make_backbone(recipe, source.labels)
-        if not hasattr(self.backbone, "embed"):
+        if not self.backbone.embeds:
             raise BadInput(
                 f"{recipe.origin('backbone.name')}: {recipe.backbone.get('name')!r} gives no features. "
                 "Use dual_encoder or clip."
             )
         self.transform = self.backbone.image_transform(False)
-        if getattr(self.transform, "takes_features", False):
+        if hooks_of(self.transform).takes_features:
             raise BadInput("backbone.images: stored; the towers must read pixels here. Set images: live.")
-        self.view = RandomView(options.view_scale, getattr(self.transform, "min_size", None))
+        self.view = RandomView(options.view_scale, hooks_of(self.transform).min_size)
         self.model: Any = None
 
     def towers(self) -> dict[str, Any]:

@@ -339,8 +339,7 @@ def _source(resolved: resolve.Resolved, test: TestSet, half: str) -> resolve.Res
     task = resolve.make_task(recipe, key, options, resolved.labels)
     check_fields(recipe, key, options, manifest, task)
     subset = Subset.load(options.subset, manifest, options.split) if half else None
-    if hasattr(task, "use_source"):
-        task.use_source(manifest.labels, subset.classes if subset else None)
+    task.use_source(manifest.labels, subset.classes if subset else None)
     problems = on_rank0(lambda: verify_shards(manifest, options.split, recipe.data.verify, 0, 1))
     if problems:
         raise AgreedBadInput(problems[0])

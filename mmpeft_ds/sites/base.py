@@ -158,11 +158,20 @@ class Family:
     layers: dict[str, Callable[[Block], Sites]]
 
 
+class SharedWithTeacher:
+    """Mark of a module of which a momentum teacher uses the student's parameters instead of averages of them."""
+
+
 def base_layer(module: nn.Module) -> nn.Module:
     """The module inside any adapter wrappers."""
     while hasattr(module, "base_layer"):
         module = module.base_layer
     return module
+
+
+def base_model(model: nn.Module) -> nn.Module:
+    """The model that peft has wrapped, adapters inside; `model` itself where there is no wrapper."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def features(linear: nn.Module) -> tuple[int, int]:

@@ -1,69 +1,153 @@
-"""What a task must offer. One file per task; `ENTRY` in it is a class that satisfies `Task`."""
+"""The contract of a task: `TaskBase`, from the records of a data set to loss, predictions and scores.
+
+A task is a file `tasks/NAME.py`, or a folder `tasks/NAME/` with `options.py` and `task.py`. Its `ENTRY` is a subclass
+of `TaskBase` that gives `Options`, `main_metric`, `read`, `loss`, `predict` and `score`; all else has a default.
+"""
+
+# T texts of a micro-batch
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Protocol, runtime_checkable
+import abc
+from collections.abc import Iterable
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from mmpeft_ds.data.batch import PackedBatch
+from mmpeft_ds.data.batch import PackedBatch, Prompted
 
 
-@runtime_checkable
-class Task(Protocol):
-    """What is asked of the model, built from the options of a source's `task` section.
+class TaskBase(abc.ABC):
+    """What the model is trained to do, made from the options of a source's `task` section.
+
+    Args:
+        options: an `Options`.
+        labels: the closed list of answers or classes of the training data, None without one.
+
+    Raises:
+        BadInput: from the constructor of a subclass, if the options or labels cannot work.
 
     Attributes:
-        Options: dataclass of the recipe keys beside `name`.
-        fields: json fields that every record must have.
-        couples_samples: the loss of one sample depends on others of the step (graph, InfoNCE): no accumulation.
-        better: `max` or `min`, the direction of `main_metric`.
-        main_metric: key of `score` used for best and early stopping.
+        Options: dataclass of the recipe keys beside `name`; it imports neither torch nor transformers.
+        main_metric: key of `score` by which the best checkpoint is chosen and early stopping decides.
+        better: whether more of `main_metric` is better (`max`) or less (`min`).
+        fields: json fields that every record must have; an instance may add some by its options.
         example_text: what somebody may ask about a new picture, for model cards and error messages; None where the
             task needs no text.
-
-    A task for generative models also has `generation`, a dict of options for `Backbone.generate`; then `read` returns
-    `Prompted` texts and `predict` finds `outputs.generated` (see `data.batch.GenerationOutput`). With `ranking`,
-    options for `Backbone.rank`, the same holds for answers picked from a list.
-
-    A task that can answer only when it has seen a whole split has `collect(outputs, batch)`, of each micro-batch, and
-    `conclude(model, parts, device)`, collective, which returns the rows (on any ranks) in the place of `predict`'s.
-    With `read_all`, that is what evaluation reads of a record. With `identifies_pictures`, records tell which of them
-    show the same images (`data.identity.PICTURE`).
+        couples_samples: the loss of a sample depends on the others of its step (contrast, a graph), so gradients must
+            not be accumulated over micro-batches.
+        generation: options of `BackboneBase.generate`, for a task whose answers are generated; None otherwise. Texts
+            are then `Prompted`, and in evaluation `outputs.generated` holds the generated texts.
+        ranking: the same for answers that `BackboneBase.rank` picks from a list.
+        concludes: the answers depend on the whole split: evaluation calls `collect` for each micro-batch and
+            `conclude` at the end; it then scores the rows of `conclude` instead of those of `predict`.
+        identifies_pictures: records tell which of them show the same images (`data.identity.PICTURE`), so the data
+            tells the task by the images themselves where the records do not.
     """
 
     Options: ClassVar[type]
-    fields: tuple[str, ...]
-    couples_samples: bool
-    main_metric: str
-    better: str
-    example_text: str | None
+    main_metric: ClassVar[str]
+    better: Literal["max", "min"] = "max"
+    fields: tuple[str, ...] = ()
+    example_text: str | None = None
+    couples_samples: bool = False
+    generation: dict[str, Any] | None = None
+    ranking: dict[str, Any] | None = None
+    concludes: bool = False
+    identifies_pictures: bool = False
 
-    def __init__(self, options: Any, labels: list[str] | None): ...
+    def __init__(self, options: Any, labels: list[str] | None):
+        self.options, self.labels = options, labels
 
+    # required
+
+    @abc.abstractmethod
     def read(self, record: dict[str, Any], generator: torch.Generator) -> tuple[list[Any], list[Any]]:
-        """Texts of one sample and a target for each. Raises BadSample."""
+        """Texts of one sample in training, and a target for each.
 
-    def collate(self, targets: list[Any]) -> dict[str, Tensor]: ...
+        Args:
+            record: the sample's json.
+            generator: seeded per sample and epoch.
 
-    def dummy_target(self) -> Any:
-        """A target that goes with a weight-0 text."""
+        Returns:
+            texts (strings, `Prompted` or `Described`), and as many targets for `collate`.
 
-    def ask(self, texts: list[str]) -> tuple[dict[str, Any], list[Any]]:
-        """For new texts without known answers: a record and a target for each text, as `predict` reads them."""
+        Raises:
+            BadSample: if the record cannot be used.
+        """
 
-    def weight(self, batch: PackedBatch) -> float:
-        """Total loss weight of this micro-batch, known before the forward."""
-
+    @abc.abstractmethod
     def loss(self, outputs: Any, batch: PackedBatch) -> Tensor:
-        """Weighted SUM of the losses, at least float32; the engine divides by the total weight of the step."""
+        """Weighted SUM of the losses, at least float32; the engine divides by the total weight of the step.
 
+        A text of weight 0 must not reach the sum, even if its own loss is not finite (`common.losses.weighted_sum`).
+
+        Args:
+            outputs: what `BackboneBase.read` returned.
+        """
+
+    @abc.abstractmethod
     def predict(self, outputs: Any, batch: PackedBatch) -> list[dict[str, Any]]:
         """One json-able row per text of weight > 0, with `sample_id`, `text`, `prediction` and what `score` needs."""
 
+    @abc.abstractmethod
     def score(self, rows: list[dict[str, Any]]) -> dict[str, float]:
-        """Metrics of all rows of a split, called on rank 0."""
+        """Metrics of all rows of a split; called on rank 0."""
 
-    def baselines(self, train: list[dict[str, Any]], test: list[dict[str, Any]]) -> dict[str, float]:
-        """Scores that need no model (priors), from the records of the splits."""
+    # with defaults
+
+    def read_all(self, record: dict[str, Any], generator: torch.Generator) -> tuple[list[Any], list[Any]]:
+        """Texts and targets of one sample in evaluation. Default: as in training."""
+        return self.read(record, generator)
+
+    def collate(self, targets: list[Any]) -> dict[str, Tensor]:
+        """Tensors of the targets of a batch, first dimension T. Default: none."""
+        return {}
+
+    def dummy_target(self) -> Any:
+        """A target that goes with a text of weight 0. Default: an empty dictionary."""
+        return {}
+
+    def ask(self, texts: list[str]) -> tuple[dict[str, Any], list[Any]]:
+        """A record and a target for each of new texts whose answers nobody knows; what prediction reads.
+
+        Default: an empty record, and dummy targets.
+        """
+        return {}, [self.dummy_target() for _ in texts]
+
+    def prompted(self, text: str) -> Any:
+        """A new text as the model reads it. Default: itself, as the prompt where answers are generated or ranked."""
+        return text if self.generation is None and self.ranking is None else Prompted(text)
+
+    def weight(self, batch: PackedBatch) -> float:
+        """Total loss weight of this micro-batch, known before the forward. Default: that of its texts."""
+        return float(batch.text_weight.double().sum()) if len(batch.text_owner) else 0.0
+
+    def use_source(self, labels: list[str] | None, classes: list[str] | None = None) -> None:  # noqa: B027
+        """Which data set the records come from. Default: nothing, the task does not depend on it.
+
+        Args:
+            labels: of this data set, in the order of its class index; None: those of the training data.
+            classes: the only ones that occur, where a subset leaves some out.
+
+        Raises:
+            BadInput: if the task cannot be put to this data set.
+        """
+
+    def collect(self, outputs: Any, batch: PackedBatch) -> Any:
+        """What `conclude` needs of one micro-batch, on the CPU. Only with `concludes`."""
+        raise NotImplementedError(f"{type(self).__name__} has no `collect`; a task that `concludes` needs one.")
+
+    def conclude(self, model: Any, parts: list[Any], device: torch.device | str) -> list[dict[str, Any]]:
+        """The rows of the whole split, on any ranks. Collective. Only with `concludes`.
+
+        Args:
+            model: the PeftModel.
+            parts: what `collect` returned on this rank.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no `conclude`; a task that `concludes` needs one.")
+
+    def baselines(self, train: Iterable[dict[str, Any]], test: Iterable[dict[str, Any]]) -> dict[str, float]:
+        """Scores that need no model (priors), from the records of the splits. Default: none."""
+        return {}

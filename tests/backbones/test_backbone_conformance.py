@@ -2,15 +2,25 @@
 
 import dataclasses
 import pickle
+import re
 
 import pytest
 import torch
 
 from mmpeft_ds import backbones, registry
-from mmpeft_ds.backbones.base import Backbone
+from mmpeft_ds.backbones.base import BackboneBase, ModelHooks, model_hooks
 from mmpeft_ds.data.batch import Prompted, Sample, pack
 from mmpeft_ds.engine.assembly.forward import forward
+from mmpeft_ds.errors import BadInput
 from tests.helpers.models.tiny_backbones import MAKERS, make_text_only
+
+ABILITIES = {
+    "generates": ["read", "generate"],
+    "ranks_answers": ["rank"],
+    "embeds": ["feature_widths", "towers_key", "embed", "embed_texts"],
+    "wants_statistics": ["statistics_key", "use_statistics", "build_vision"],
+    "reads_bank": ["use_bank"],
+}
 
 
 def test_every_registered_backbone_is_tried_here():
@@ -57,7 +67,7 @@ def packed(backbone, given):
     for s in given:
         images = [transform(i, torch.Generator()) for i in s.images] if "image" in backbone.modalities else []
         texts = s.texts
-        if hasattr(backbone, "read"):
+        if backbone.generates:
             texts = [Prompted(text, "a red circle") if isinstance(text, str) else text for text in texts]
         made.append(dataclasses.replace(s, images=images, texts=texts))
     return pack(made, backbone.collate_images, backbone.collate_texts, lambda t: {"label": torch.tensor(t)})
@@ -65,17 +75,61 @@ def packed(backbone, given):
 
 @torch.no_grad()
 def answers(backbone, model, given):
-    """(T, n): what the model says of each text, of whatever kind: losses of what it writes, logits, or features."""
+    """(T, n) outputs of the model for each text, of whatever kind: losses of generated text, logits, or features."""
     batch = packed(backbone, given)
     outputs = forward(model, backbone, batch)
-    if hasattr(backbone, "read"):
+    if backbone.generates:
         return torch.stack(outputs.token_losses(), 1)
     return outputs["logits"] if "logits" in outputs else outputs["text_features"]
 
 
-def test_it_satisfies_the_protocol(backbone):
-    assert isinstance(backbone, Backbone)
+def test_it_is_of_the_base_class_and_can_do_what_it_says(backbone):
+    assert isinstance(backbone, BackboneBase)
     assert backbone.modalities and set(backbone.modalities) <= {"image", "text"}
+    for ability, methods in ABILITIES.items():
+        overridden = [name for name in methods if getattr(type(backbone), name) is not getattr(BackboneBase, name)]
+        if getattr(backbone, ability):
+            assert overridden == methods, f"{ability} needs {set(methods) - set(overridden)}"
+
+
+@pytest.mark.parametrize("name", registry.names(backbones))
+def test_every_entry_documents_its_options(name):
+    options = registry.options(backbones, name, "backbone.name")
+    entry = registry.load(backbones, name, "backbone.name")
+    assert issubclass(entry, BackboneBase) and entry.Options is options
+    documented = "".join(parent.__doc__ or "" for parent in options.__mro__ if dataclasses.is_dataclass(parent))
+    for field in dataclasses.fields(options):
+        assert re.search(rf"^ +(\w+, )*{field.name}(, \w+)*: ", documented, re.M), field.name
+
+
+def test_a_backbone_that_lacks_a_required_method_cannot_be_made():
+    required = {"build", "image_transform", "collate_texts"}
+    assert BackboneBase.__abstractmethods__ == required
+
+    class Whole(BackboneBase):
+        build = image_transform = collate_texts = lambda self, *args: None
+
+    assert Whole(None, None).dummy("text") == "a"
+    for name in required:
+        part = type("Part", (BackboneBase,), {other: Whole.build for other in required - {name}})
+        with pytest.raises(TypeError, match=name):
+            part(None, None)
+
+
+def test_what_a_backbone_cannot_do_is_said_by_its_default(tmp_path):
+    plain = make_text_only(tmp_path)
+    with pytest.raises(NotImplementedError, match="generates"):
+        plain.generate(None, None)
+    with pytest.raises(BadInput, match="reads pixels"):
+        plain.use_features({"key": "k"})
+
+
+def test_a_stock_model_has_the_default_hooks_and_a_model_of_ours_its_own(backbone, model):
+    hooks = model_hooks(model)
+    assert isinstance(hooks, ModelHooks) and (hooks is model or type(hooks) is ModelHooks)
+    for path in (*hooks.head_modules, *hooks.runs_again):
+        model.get_submodule(path)
+    hooks.load_training_state(hooks.training_state())
 
 
 def test_on_meta_nothing_is_allocated_and_the_shape_is_that_of_the_real_model(backbone, model):

@@ -209,7 +209,7 @@ def test_features_of_unequal_width_are_not_compared(folders):
 
 @torch.no_grad()
 def test_texts_are_embedded_many_at_once_as_in_a_batch(folders, monkeypatch):
-    monkeypatch.setattr("mmpeft_ds.backbones.common.stock.TEXTS_AT_ONCE", 2)
+    monkeypatch.setattr("mmpeft_ds.backbones.common.encoders.TEXTS_AT_ONCE", 2)
     texts = ["a red circle", "it", "the big blue square", "what shape is it", "round"]
     clip_folder = folders["bert"] + "-clip"
     for backbone in (

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.functional import normalize
 
 from mmpeft_ds import registry
-from mmpeft_ds.backbones.base import Backbone
+from mmpeft_ds.backbones.base import BackboneBase
 from mmpeft_ds.backbones.features.backbone import ENTRY, FeatureModel, Options, ViewTransform
 from mmpeft_ds.data.batch import Described, Sample, pack
 from mmpeft_ds.engine.assembly import modality
@@ -75,7 +75,7 @@ def sample(name, image=True, text=True, weight=1.0):
 
 
 def test_it_is_a_backbone_and_says_what_is_missing():
-    assert isinstance(backbone(), Backbone)
+    assert isinstance(backbone(), BackboneBase)
     with pytest.raises(BadInput, match="no closed list of labels"):
         ENTRY(Options(), None).check()
     with pytest.raises(BadInput, match="hold no features"):

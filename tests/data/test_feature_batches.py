@@ -14,6 +14,7 @@ from mmpeft_ds.data.options import DataOptions
 from mmpeft_ds.data.shards import ShardReader
 from mmpeft_ds.data.stream import Stream, StreamSource
 from mmpeft_ds.data.subset import Subset
+from mmpeft_ds.data.transform import ImageTransform
 from mmpeft_ds.errors import BadInput, BadSample
 from tests.helpers.data import tiny_features
 
@@ -21,7 +22,7 @@ COUNT = 23
 
 
 @dataclass(frozen=True)
-class OneByOne:
+class OneByOne(ImageTransform):
     """A view of the stored features by the sample's seed, which the stream must ask for sample by sample."""
 
     takes_features = True
@@ -35,6 +36,8 @@ class OneByOne:
 @dataclass(frozen=True)
 class Whole(OneByOne):
     """The same, for whole batches."""
+
+    takes_one_row = True
 
     def row(self, rows, seed):
         return 1 + seed % (rows - 1)

@@ -10,6 +10,7 @@ import torch
 from mmpeft_ds.data.manifest import Manifest
 from mmpeft_ds.data.options import DataOptions
 from mmpeft_ds.data.stream import BadBudget, Stream
+from mmpeft_ds.data.transform import ImageTransform, hooks_of
 from mmpeft_ds.errors import BadInput
 from tests.helpers.data.images import encoded
 from tests.helpers.data.streamed import ids, rows, run
@@ -285,7 +286,7 @@ def test_the_largest_image_that_is_allowed_passes(toy):
 def test_scaled_decoding_needs_a_transform_that_says_its_size(toy):
     seen = []
 
-    class Sized:
+    class Sized(ImageTransform):
         min_size = (16, 16)
 
         def __call__(self, image, generator):
@@ -297,7 +298,7 @@ def test_scaled_decoding_needs_a_transform_that_says_its_size(toy):
     seen.clear()
     run(toy, sources=[source(toy, image_transform=Sized())], decode="full")
     assert set(seen) == {(40, 60)}
-    assert not hasattr(transform, "min_size")
+    assert hooks_of(transform).min_size is None
     assert run(toy, decode="scaled") == run(toy)
 
 

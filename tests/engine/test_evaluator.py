@@ -61,6 +61,6 @@ def test_bad_samples_are_absent_from_the_rows_and_counted(parts):
 
 def test_nothing_to_evaluate_gives_nan_and_no_rows(parts):
     _, backbone, _ = parts
-    task = SimpleNamespace(score=lambda rows: {"accuracy": float(len(rows))}, weight=lambda b: 0.0)
+    task = SimpleNamespace(score=lambda rows: {"accuracy": float(len(rows))}, weight=lambda b: 0.0, concludes=False)
     result = evaluate(torch.nn.Identity(), backbone, task, [], "cpu")
     assert result.rows == [] and result.scores["loss"] != result.scores["loss"]

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from mmpeft_ds.backbones.features.model import ClassificationOutput
 from mmpeft_ds.data.batch import Sample, pack
 from mmpeft_ds.data.thumbnails import Thumbnails
 from mmpeft_ds.distributed.batch_graph import threshold_graph
@@ -28,7 +29,7 @@ def batch():
 
 
 def outputs():
-    return SimpleNamespace(graph=threshold_graph(X, 0.7, VALID), report={"other": 1.0})
+    return ClassificationOutput(graph=threshold_graph(X, 0.7, VALID), report={"other": 1.0})
 
 
 def test_sums_become_degrees_and_shares():
@@ -42,7 +43,7 @@ def test_sums_become_degrees_and_shares():
 
 
 def test_other_heads_report_what_they_like_and_most_models_nothing():
-    assert graph_health.measure(SimpleNamespace(report={"a": 1.0}), batch()) == {"a": 1.0}
+    assert graph_health.measure(ClassificationOutput(report={"a": 1.0}), batch()) == {"a": 1.0}
     assert graph_health.measure(SimpleNamespace(logits=X), batch()) == {}
     assert graph_health.summary({"a": 1.0}, 2) == {"a": 1.0}
 
@@ -60,7 +61,7 @@ def test_the_picture_shows_neighbours_and_who_is_right():
 
     assert has(46, 139, 87) and has(205, 92, 92)  # seagreen: same class or right; indianred: other class or wrong
     assert has(127, 127, 127)  # thumbnails
-    assert graph_health.view(SimpleNamespace(graph=None), batch(), rows) is None
+    assert graph_health.view(ClassificationOutput(logits=X), batch(), rows) is None
 
 
 def test_thumbnails_are_found_by_sample_id(tmp_path):

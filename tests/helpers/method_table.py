@@ -76,7 +76,7 @@ class Column:
         generator = torch.Generator().manual_seed(1)
         image = torch.randint(0, 256, (3, 9, 11), dtype=torch.uint8, generator=generator)
         texts = ["is there a red circle", "what color is it"]
-        if hasattr(backbone, "read"):
+        if backbone.generates:
             texts = [Prompted(text, "a red circle") for text in texts]
         sample = Sample("one", 1.0, [transform(image, torch.Generator())], texts, [0, 0])
         labels = lambda targets: {"label": torch.tensor(targets)}  # noqa: E731
@@ -86,9 +86,9 @@ class Column:
 
 
 def say(backbone: Any, model: nn.Module, batch: Any) -> Tensor:
-    """What the model says, of whatever kind: losses of what it writes, logits, or features."""
+    """What the model says, of whatever kind: losses of generated text, logits, or features."""
     outputs = forward(model, backbone, batch)
-    if hasattr(backbone, "read"):
+    if backbone.generates:
         return torch.stack(list(outputs.token_losses()), 1)
     found = [outputs[key] for key in ("logits", "text_features", "image_features") if outputs.get(key) is not None]
     return torch.cat([tensor.flatten() for tensor in found])

@@ -293,7 +293,7 @@ def test_the_engine_trains_the_head_in_training_mode_without_dropout_and_after_a
         modes.append(head.training)
         yield from ()
 
-    evaluate(model, backbone, SimpleNamespace(score=lambda rows: {}), no_steps(), "cpu")
+    evaluate(model, backbone, SimpleNamespace(score=lambda rows: {}, concludes=False), no_steps(), "cpu")
     assert modes == [False], "an evaluation scores in evaluation mode"
     assert head.training and not model.training, "and gives the mode back"
 

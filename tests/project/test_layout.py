@@ -12,7 +12,7 @@ from tests.helpers import ROOT
 
 PACKAGE = ROOT / "mmpeft_ds"
 # Design 2: what each folder may import of this project; everybody may import these contracts.
-COMMON = {"errors", "files", "progress", "registry", "data.batch"}
+COMMON = {"errors", "files", "progress", "registry", "data.batch", "data.transform"}
 ALLOWED = {
     "ops": {"ops"},
     "sites": {"sites"},

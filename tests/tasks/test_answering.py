@@ -9,7 +9,7 @@ from torch.nn.functional import cross_entropy
 from mmpeft_ds.data.batch import GenerationOutput, Prompted, Sample, pack
 from mmpeft_ds.errors import BadInput, BadSample
 from mmpeft_ds.tasks.answering.task import Answering, Options
-from mmpeft_ds.tasks.base import Task
+from mmpeft_ds.tasks.base import TaskBase
 
 TEN = ["red"] * 2 + ["blue"] + ["Green."] * 7
 
@@ -25,7 +25,7 @@ def drawn(task, answers, seed):
 
 def test_it_is_a_task_that_asks_for_words():
     task = Answering(Options(), None)
-    assert isinstance(task, Task)
+    assert isinstance(task, TaskBase)
     assert task.generation == {"num_beams": 1, "max_new_tokens": 10}
     closed = Answering(Options(choices=["true", "false"]), None)
     assert closed.generation["choices"] == ["true", "false"]

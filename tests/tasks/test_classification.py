@@ -1,11 +1,10 @@
 """Classification: texts that know no label, classes by name, restricted columns, weighted terms, scores."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
+from mmpeft_ds.backbones.features.model import ClassificationOutput
 from mmpeft_ds.data.batch import Described, Sample, pack
 from mmpeft_ds.errors import BadInput, BadSample
 from mmpeft_ds.tasks.classification.task import Classification, Options
@@ -33,7 +32,7 @@ def batch(of, *records, weights=None, slots=()):
 
 
 def out(logits, terms=None):
-    return SimpleNamespace(logits=logits, terms=terms)
+    return ClassificationOutput(logits=logits, terms=terms)
 
 
 def random(rows, seed=1, dtype=torch.float64):

@@ -8,6 +8,7 @@ import torch
 from torch.nn.functional import cross_entropy, normalize
 
 from data_prep import prepare
+from mmpeft_ds.backbones.common.composed import DualEncoderOutput
 from mmpeft_ds.data.batch import Sample, hash_id, pack
 from mmpeft_ds.data.manifest import Manifest
 from mmpeft_ds.data.options import DataOptions
@@ -35,7 +36,7 @@ def outputs(batch, right):
     texts = (
         features(*[owner[t] if right else t for t in batch.raw_texts]) if batch.raw_texts else torch.zeros(0, WIDTH)
     )
-    return SimpleNamespace(image_features=images, text_features=texts, image_tokens=None)
+    return DualEncoderOutput(image_features=images, text_features=texts)
 
 
 def colours(images):
@@ -169,7 +170,7 @@ def samples_of(*names):
 def test_a_picture_twice_in_a_batch_is_no_negative_of_itself_and_equal_captions_are():
     task, batch = samples_of(("a", "one"), ("a", "two"), ("b", "one"))
     image, text = features("a", "a", "b").requires_grad_(), features("one", "two", "one").requires_grad_()
-    loss = task.loss(SimpleNamespace(image_features=image, text_features=text, image_tokens=None), batch)
+    loss = task.loss(DualEncoderOutput(image_features=image, text_features=text), batch)
     grads = torch.autograd.grad(loss, [image, text])
     share = torch.tensor([[0.5, 0.5, 0], [0.5, 0.5, 0], [0, 0, 1]])
     image, text = (x.detach().clone().requires_grad_() for x in (image, text))

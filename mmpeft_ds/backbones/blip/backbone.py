@@ -13,7 +13,6 @@ from collections.abc import Callable
 from dataclasses import fields
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers import (
     BlipForConditionalGeneration,
@@ -23,20 +22,20 @@ from transformers import (
     PreTrainedModel,
 )
 
-from mmpeft_ds.backbones.blip import tokens as _blip_tokens
 from mmpeft_ds.backbones.blip.contrast import Training
 from mmpeft_ds.backbones.blip.model import Captioner, QuestionAnswerer
 from mmpeft_ds.backbones.blip.options import Options
 from mmpeft_ds.backbones.blip.retrieval import Retriever
-from mmpeft_ds.backbones.common import generation as _writing
+from mmpeft_ds.backbones.blip.tokens import BlipTokens
 from mmpeft_ds.backbones.common import stock, tower_loading
+from mmpeft_ds.backbones.common.generation import in_step
+from mmpeft_ds.backbones.common.stock_backbone import WHERE, StockBackbone
 from mmpeft_ds.backbones.common.transform import SquareTransform
-from mmpeft_ds.backbones.common.vision_model import Affine
 from mmpeft_ds.data.batch import GenerationOutput, PackedBatch, Prompted
 from mmpeft_ds.errors import BadInput
 from mmpeft_ds.ops.context_enhancement import MODES
+from mmpeft_ds.sites.base import base_model
 
-WHERE = "backbone.model"
 FORMS = {
     "captioner": (Captioner, BlipForConditionalGeneration),
     "vqa": (QuestionAnswerer, BlipForQuestionAnswering),
@@ -44,22 +43,17 @@ FORMS = {
 }
 
 
-class BlipBackbone:
-    """The family as recipes use it; attributes as in `backbones/base.py`."""
+class BlipBackbone(StockBackbone):
+    """BLIP as recipes use it; the forms `captioner` and `vqa` generate text, the form `retrieval` does not."""
 
     Options = Options
-    modalities = ("image", "text")
+    families = ("blip",)
 
     def __init__(self, options: Options, labels: list[str] | None):
         if options.form not in FORMS:
             raise BadInput(f"backbone.form: {options.form!r}. Use {', '.join(FORMS)}.")
-        self.options = options
-        self.labels = labels
-        self.attention = "auto"
-        self.dtype = torch.float32
-        self.train_dropout = False
-        if options.form != "retrieval":  # the engine asks whether a backbone has them
-            self.read, self.generate, self.rank = self._read, self._generate, self._rank
+        super().__init__(options, labels)
+        self._ranked: tuple[list[str], tuple[Tensor, Tensor]] | None = None
 
     def check(self) -> None:
         """Refuse what cannot work, from configurations only."""
@@ -99,7 +93,7 @@ class BlipBackbone:
             ("context_enhancement", o.context_enhancement in MODES),
         ):
             if not good:
-                raise BadInput(f"backbone.{key}: {getattr(o, key)!r} cannot be; see `Options` in backbones/blip.py.")
+                raise BadInput(f"backbone.{key}: {getattr(o, key)!r} cannot be; see backbones/blip/options.py.")
 
     def build(self, on_meta: bool = False) -> PreTrainedModel:
         """The pretrained model, everything frozen."""
@@ -114,18 +108,13 @@ class BlipBackbone:
     def image_transform(self, train: bool) -> Callable[[Tensor, Any], Tensor]:
         """Stretch to the square input of the tower; no augmentation."""
         o = self.options
-        resample = {2: "bilinear", 3: "bicubic"}.get(self._pixels["resample"], "bicubic")
         size = o.image_size or self._config.vision_config.image_size
-        return SquareTransform(size, "stretch", o.resample if o.resample != "auto" else resample)
-
-    def collate_images(self, images: list[Any]) -> dict[str, Tensor]:
-        """Stack transformed images, uint8."""
-        return {"pixel_values": torch.stack([torch.as_tensor(image) for image in images])}
+        return SquareTransform(size, "stretch", tower_loading.interpolation(o.resample, self._pixels))
 
     def collate_texts(self, texts: list[str | Prompted]) -> dict[str, Tensor]:
-        """Token ids and masks as the form reads them, and for forms that write `labels` for `read`.
+        """Token ids and masks as the form reads them, and for forms that generate `labels` for `read`.
 
-        A text that is not in two parts is to be written by the captioner; the others read it.
+        A text without a prompt is the target of the captioner, and the prompt of the other forms.
         """
         o, tokens = self.options, self._tokens
         if o.form == "captioner":
@@ -137,17 +126,12 @@ class BlipBackbone:
             return questions
         return {**questions, **tokens.answers([t.target for t in given], o.max_answer_length)}
 
-    def dummy(self, modality: str) -> Any:
-        """A black image of 8x8 pixels, or the text `a`, which forms that write also have to write."""
-        text = "a" if self.options.form == "retrieval" else Prompted("a", "a")
-        return {"image": torch.zeros(3, 8, 8, dtype=torch.uint8), "text": text}[modality]
-
     def inputs(self, batch: PackedBatch) -> dict[str, Any]:
         """Forward arguments; pixels are normalised here, on the device of the batch."""
-        texts = {name: tensor for name, tensor in batch.texts.items() if name != "labels"}
+        pairs = {}
         if "pair_id" in batch.targets:
-            texts |= {"pair_id": batch.targets["pair_id"], "pair_weight": batch.text_weight}
-        return {**texts, **self._seen(batch)}
+            pairs = {"pair_id": batch.targets["pair_id"], "pair_weight": batch.text_weight}
+        return super().inputs(batch) | pairs
 
     def frozen_prefix(self, model: nn.Module) -> list[str]:
         """The towers without a trainable from the image on, or the embeddings of the first that has one."""
@@ -160,40 +144,49 @@ class BlipBackbone:
         images has none (form `retrieval`)."""
         return None if self.options.form == "retrieval" else self._config.vision_config.hidden_size
 
-    # forms that write
+    # forms that generate text
 
-    def _read(self, outputs: Any, batch: PackedBatch) -> GenerationOutput:
-        """Logits and the labels of the target's tokens and the [SEP] behind them."""
-        return GenerationOutput(outputs.logits, batch.texts["labels"])
+    @property
+    def generates(self) -> bool:
+        """Not in form `retrieval`."""
+        return self.options.form != "retrieval"
 
-    def _generate(self, model: Any, batch: PackedBatch, **options: Any) -> list[str]:
-        """What the model writes after each prompt, or in answer to each question.
+    @property
+    def ranks_answers(self) -> bool:
+        """As `generates`."""
+        return self.generates
+
+    def read(self, outputs: Any, batch: PackedBatch) -> Any:
+        """Logits and the labels of the target's tokens and the [SEP] behind them; the outputs of form `retrieval`."""
+        return GenerationOutput(outputs.logits, batch.texts["labels"]) if self.generates else outputs
+
+    def generate(self, model: Any, batch: PackedBatch, **options: Any) -> list[str]:
+        """The text generated after each prompt, or in answer to each question.
 
         Args:
-            options: of transformers' `generate`, and `choices`: the only texts that may come out, all ranked whole.
+            options: of transformers' `generate`, and `choices`: the only texts that may come out, all ranked in full.
         """
         if choices := options.pop("choices", None):
-            return self._rank(model, batch, list(choices), k=len(choices))
-        base = model.get_base_model() if hasattr(model, "get_base_model") else model
+            return self.rank(model, batch, list(choices), k=len(choices))
+        base = base_model(model)
         prompts = self._prompts(batch, left=True)
-        written = base.generate(**prompts, **self._seen(batch), synced_gpus=_writing.in_step(base), **options)
-        return self._tokens.decode(written)
+        ids = base.generate(**prompts, **self._sides(batch), synced_gpus=in_step(base), **options)
+        return self._tokens.decode(ids)
 
-    def _rank(
+    def rank(
         self, model: Any, batch: PackedBatch, answers: list[str], k: int = 128, smoothing: float = 0.0
     ) -> list[str]:
         """Which of `answers` follows each prompt, or answers each question, best.
 
         Args:
             answers: at least one; the same list on all ranks.
-            k: how many of them are scored whole: those with the likeliest first token.
+            k: how many of them are scored in full: those with the likeliest first token.
             smoothing: label smoothing of the score.
         """
-        base = model.get_base_model() if hasattr(model, "get_base_model") else model
         ids, mask = (t.to(batch.weight.device) for t in self._candidates(answers))
         prompts = self._prompts(batch, left=False)
-        best = base.rank(
-            **prompts, candidate_ids=ids, candidate_mask=mask, k=k, smoothing=smoothing, **self._seen(batch)
+        best = base_model(model).rank(
+            **prompts, candidate_ids=ids, candidate_mask=mask, k=k, smoothing=smoothing, **self._sides(batch)
         )
         return [answers[i] for i in best.tolist()]
 
@@ -212,36 +205,23 @@ class BlipBackbone:
             self._ranked = (list(answers), self._tokens.candidates(answers, self.options.max_answer_length))
         return self._ranked[1]
 
-    _ranked: tuple[list[str], tuple[Tensor, Tensor]] | None = None
+    def _sides(self, batch: PackedBatch) -> dict[str, Any]:
+        """Forward arguments without the texts."""
+        return {name: value for name, value in self.inputs(batch).items() if name not in batch.texts}
 
-    def _seen(self, batch: PackedBatch) -> dict[str, Any]:
-        images = dict(batch.images)
-        if "pixel_values" in images and not images["pixel_values"].is_floating_point():
-            images["pixel_values"] = self._normalise(images["pixel_values"])
-        owners = {"image_owner": batch.image_owner, "text_owner": batch.text_owner}
-        return {**images, **owners, "num_slots": len(batch.sample_id)}
-
-    # what the checkpoint says
+    # configurations and parts
 
     @functools.cached_property
     def _config(self) -> PretrainedConfig:
-        config = stock.read_config(self.options.model, WHERE, ("blip",))
+        config = stock.read_config(self.options.model, WHERE, self.families)
         if self.options.dropout is not None:
             config.text_config.hidden_dropout_prob = self.options.dropout
             config.text_config.attention_probs_dropout_prob = self.options.dropout
         return config
 
     @functools.cached_property
-    def _pixels(self) -> dict[str, Any]:
-        return tower_loading.image_processor(self.options.model, self._config.vision_config, WHERE)
-
-    @functools.cached_property
-    def _normalise(self) -> Affine:
-        return Affine(self._pixels["mean"], self._pixels["std"], dim=1, scale=1 / 255)
-
-    @functools.cached_property
-    def _tokens(self) -> _blip_tokens.BlipTokens:
-        return _blip_tokens.BlipTokens(stock.read_tokenizer(self.options.model, WHERE), self._config.text_config)
+    def _tokens(self) -> BlipTokens:
+        return BlipTokens(self._tokenizer, self._config.text_config)
 
 
 ENTRY = BlipBackbone

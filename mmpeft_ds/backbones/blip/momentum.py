@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from mmpeft_ds.errors import BadInput
+from mmpeft_ds.sites.base import SharedWithTeacher
 
 NOBODY = -100  # id of a place of the queue that nobody has filled
 QUEUE_SEED = 0
@@ -20,8 +21,8 @@ class Teacher:
     """The model itself under averaged parameters.
 
     Only what trains differs between teacher and student, so only that is averaged and kept; for a forward of the
-    teacher it changes places with the student's. Modules with `teacher_shares` (Aurora's factors) stay the student's.
-    No second model is held, and adapters of any method follow, without knowing.
+    teacher it changes places with the student's. Modules that are `SharedWithTeacher` (Aurora's factors) stay the
+    student's. No second model is held, and the adapters of any method are averaged without knowing of it.
 
     Args:
         model: the base model, adapters inside.
@@ -60,7 +61,7 @@ class Teacher:
         found = {}
         for part in self._parts:
             for path, module in self._model.get_submodule(part).named_modules(prefix=part):
-                if getattr(module, "teacher_shares", False):
+                if isinstance(module, SharedWithTeacher):
                     continue
                 for name, parameter in module.named_parameters(path, recurse=False):
                     if parameter.requires_grad or name in self.averages:

@@ -1,4 +1,4 @@
-"""Backbone: CLIP grid features and BART, which writes its answer; several tasks told apart by their prompts.
+"""Backbone: CLIP grid features and BART, which generates the answer; prompts tell several tasks apart.
 
 The defaults are the frame of VL-Adapter that the routing paper uses (arXiv 2403.09377; specs/routing.md 2.3).
 """
@@ -17,12 +17,14 @@ import torch
 from torch import Tensor, nn
 from transformers import BartForConditionalGeneration, PretrainedConfig, PreTrainedModel
 
+from mmpeft_ds.backbones.base import BackboneBase
 from mmpeft_ds.backbones.clip_bart.model import ClipBart, ClipBartConfig, ClipBartOutput
 from mmpeft_ds.backbones.clip_bart.options import Options
 from mmpeft_ds.backbones.common import stock, tower_loading
 from mmpeft_ds.backbones.common.generation import in_step, one_of
 from mmpeft_ds.backbones.common.transform import SquareTransform
 from mmpeft_ds.data.batch import GenerationOutput, PackedBatch, Prompted
+from mmpeft_ds.data.transform import ImageTransform
 from mmpeft_ds.errors import BadInput, BadSample
 
 # The rows that name places in the grid are frozen: the same in every run, and wherever an adapter is loaded.
@@ -30,12 +32,12 @@ ORDER_SEED = 0
 
 
 @dataclass(frozen=True)
-class StoredGrid:
+class StoredGrid(ImageTransform):
     """Takes stored grid features, (n, width) with n a square number, in the place of images."""
 
     width: int
 
-    takes_features = True  # tells the stream to hand over arrays
+    takes_features = True
 
     def __call__(self, features: Tensor, generator: Any = None) -> Tensor:
         """The features as they are. Raises BadSample."""
@@ -45,18 +47,11 @@ class StoredGrid:
         return features
 
 
-class ClipBartBackbone:
-    """The family as recipes use it; attributes as in `backbones/base.py`."""
+class ClipBartBackbone(BackboneBase):
+    """CLIP grid features and BART as recipes use them."""
 
     Options = Options
-    modalities = ("image", "text")
-
-    def __init__(self, options: Options, labels: list[str] | None):
-        self.options = options
-        self.labels = labels
-        self.attention = "auto"
-        self.dtype = torch.float32
-        self.train_dropout = False
+    generates = True
 
     def check(self) -> None:
         """Refuse what cannot work, from configurations only."""
@@ -125,8 +120,7 @@ class ClipBartBackbone:
         o = self.options
         if not o.vision:
             return StoredGrid(o.feature_width)
-        resample = {2: "bilinear", 3: "bicubic"}.get(self._pixels["resample"], "bicubic")
-        return SquareTransform(o.image_size, o.fit, resample if o.resample == "auto" else o.resample)
+        return SquareTransform(o.image_size, o.fit, tower_loading.interpolation(o.resample, self._pixels))
 
     def collate_images(self, images: list[Any]) -> dict[str, Tensor]:
         """Stack transformed images, or stored features. Raises BadInput where grids differ."""
@@ -144,10 +138,10 @@ class ClipBartBackbone:
         targets = [t.target if isinstance(t, Prompted) else "" for t in texts]
         o, tokenizer = self.options, self._tokenizer
         read = tokenizer(prompts, truncation=True, max_length=o.max_text_length, padding=True, return_tensors="pt")
-        told = tokenizer(targets, truncation=True, max_length=o.max_target_length, padding=True, return_tensors="pt")
-        ids = told["input_ids"]
+        target = tokenizer(targets, truncation=True, max_length=o.max_target_length, padding=True, return_tensors="pt")
+        ids = target["input_ids"]
         start = torch.full_like(ids[:, :1], self._text_config.decoder_start_token_id)
-        known = torch.tensor([bool(t) for t in targets])[:, None] & told["attention_mask"].bool()
+        known = torch.tensor([bool(t) for t in targets])[:, None] & target["attention_mask"].bool()
         return {
             "input_ids": read["input_ids"],
             "attention_mask": read["attention_mask"],
@@ -156,44 +150,32 @@ class ClipBartBackbone:
         }
 
     def dummy(self, modality: str) -> Any:
-        """Features of zeros or a black image of 8x8 pixels; or a text of one letter, to be answered by one."""
-        if modality == "text":
-            return Prompted("a", "a")
-        if self.options.vision:
-            return torch.zeros(3, 8, 8, dtype=torch.uint8)
+        """As of every backbone, but for stored features, which are zeros."""
+        if modality == "text" or self.options.vision:
+            return super().dummy(modality)
         return torch.zeros(max(self.options.grid, 1) ** 2, self.options.feature_width)
-
-    def inputs(self, batch: PackedBatch) -> dict[str, Any]:
-        """Forward arguments of ClipBart."""
-        return {
-            **{name: rows for name, rows in batch.texts.items() if name != "labels"},
-            **batch.images,
-            "image_owner": batch.image_owner,
-            "text_owner": batch.text_owner,
-            "num_slots": len(batch.sample_id),
-        }
 
     def read(self, outputs: ClipBartOutput, batch: PackedBatch) -> GenerationOutput:
         """Logits as they are: the decoder's position s already predicts label s."""
         return GenerationOutput(outputs.logits, batch.texts["labels"])
 
     def generate(self, model: Any, batch: PackedBatch, choices: list[str] | None = None, **options: Any) -> list[str]:
-        """What the model writes about each text.
+        """The text generated after each prompt.
 
         Args:
-            choices: the only answers that may be written. Greedy decoding then compares the logits of the first token
-                in which they differ.
+            choices: the only answers that may be generated. Greedy decoding then compares the logits of the first
+                token in which they differ.
             options: of transformers' `generate`.
         """
         if choices:
-            ids = self._tokenizer(list(choices), add_special_tokens=True)["input_ids"]
-            allowed = one_of(ids, self._text_config.eos_token_id)
-            options = {**options, "prefix_allowed_tokens_fn": allowed, "max_new_tokens": max(map(len, ids)) + 1}
+            known = self._tokenizer(list(choices), add_special_tokens=True)["input_ids"]
+            allowed = one_of(known, self._text_config.eos_token_id)
+            options = {**options, "prefix_allowed_tokens_fn": allowed, "max_new_tokens": max(map(len, known)) + 1}
             # of the checkpoint, for summaries; they would forbid a choice
             options |= {"no_repeat_ngram_size": 0, "forced_bos_token_id": None}
         asked = {name: value for name, value in self.inputs(batch).items() if name != "decoder_input_ids"}
-        written = model.generate(**asked, synced_gpus=in_step(model), **{"do_sample": False, **options})
-        return [text.strip() for text in self._tokenizer.batch_decode(written, skip_special_tokens=True)]
+        ids = model.generate(**asked, synced_gpus=in_step(model), **{"do_sample": False, **options})
+        return [text.strip() for text in self._tokenizer.batch_decode(ids, skip_special_tokens=True)]
 
     def frozen_prefix(self, model: nn.Module) -> list[str]:
         """The vision tower, as far as nothing in it trains."""

@@ -1,4 +1,4 @@
-"""The composed model: CLIP grid features behind BART's embedded text, BART's decoder writes the answer.
+"""The composed generative model: CLIP grid features behind BART's embedded text, the answer from BART's decoder.
 
 Source: the frame of VL-Adapter that the routing paper took over (arXiv 2403.09377; specs/routing.md 2.3). What
 adapters route on there was not published: the condition is our choice, and an option.
@@ -22,53 +22,40 @@ from transformers import (
     AutoModelForSeq2SeqLM,
     BartForConditionalGeneration,
     GenerationMixin,
-    PretrainedConfig,
     PreTrainedModel,
 )
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_outputs import Seq2SeqLMOutput
 from transformers.utils import ModelOutput
 
-from mmpeft_ds.backbones.common.stock import Publishing
-from mmpeft_ds.backbones.common.tower_loading import VISION, empty_tower, vision_features
-from mmpeft_ds.backbones.common.vision_model import Affine
-from mmpeft_ds.backbones.vision_text_encoder.model import HeadLinear
+from mmpeft_ds.backbones.common.composed import ComposedConfig, ComposedModel, HeadLinear
+from mmpeft_ds.backbones.common.tower_loading import VISION, empty_tower
 from mmpeft_ds.errors import BadInput
 from mmpeft_ds.sites.condition import Condition, conditioned
 
 
-class ClipBartConfig(PretrainedConfig):
-    """BART and where its visual tokens come from; the options of `backbones/clip_bart.py` explain the fields.
+class ClipBartConfig(ComposedConfig):
+    """BART and where its visual tokens come from; `backbones/clip_bart/options.py` explains the fields.
 
-    `text_config` and `vision_config` are configurations or their dictionaries; without `vision_config` the grid
-    features are given. The last `order_tokens` rows of BART's token table name places in the grid.
+    Without `vision_config` the grid features are given. The last `order_tokens` rows of BART's token table name places
+    in the grid.
     """
 
     model_type = "mmpeft_clip_bart"
-    sub_configs = {"text_config": AutoConfig, "vision_config": AutoConfig}
     is_encoder_decoder = True
 
-    text_config: PretrainedConfig | dict | None = None
-    vision_config: PretrainedConfig | dict | None = None
     feature_width: int = 2048
     vision_norm: bool = True
     grid: int = 6
     max_images: int = 2
     order_tokens: int = 200
     condition: str = "visual"
-    pixel_mean: list[float] | tuple[float, ...] = (0.5, 0.5, 0.5)
-    pixel_std: list[float] | tuple[float, ...] = (0.5, 0.5, 0.5)
-    initializer_range: float = 0.02
 
     def __post_init__(self, **kwargs: Any) -> None:
-        for key in self.sub_configs:
-            value = getattr(self, key)
-            if isinstance(value, dict):
-                value = dict(value)
-                setattr(self, key, AutoConfig.for_model(value.pop("model_type"), **value))
+        self._read_sub_configs()
         if self.text_config is not None:
             for name in ("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id"):
-                kwargs.setdefault(name, getattr(self.text_config, name, None))
+                kwargs.setdefault(name, getattr(self.text_config, name))
         super().__post_init__(**kwargs)
         self.is_encoder_decoder = True
 
@@ -137,22 +124,10 @@ class VisualEmbedding(nn.Module):
         return features + self.box_norm(self.box(boxes)) + self.image_order(order_I)[:, None] + places_nd.to(dtype)
 
 
-class ClipBart(Publishing, PreTrainedModel, GenerationMixin):
-    """Optional vision tower, visual embedding, BART. Build from a configuration, or from loaded parts.
-
-    Attributes:
-        head_modules: modules that are trained in full (peft's `modules_to_save`).
-    """
+class ClipBart(ComposedModel, GenerationMixin):
+    """Optional vision tower, visual embedding, BART. Build from a configuration, or from loaded parts."""
 
     config_class = ClipBartConfig
-    base_model_prefix = "model"
-    main_input_name = "input_ids"
-    input_modalities = ("image", "text")
-    supports_gradient_checkpointing = True
-    _supports_sdpa = True
-    _supports_flash_attn = True
-    _supports_flex_attn = True
-    _supports_attention_backend = True
     head_modules = ("visual_embedding",)
 
     def __init__(
@@ -162,40 +137,19 @@ class ClipBart(Publishing, PreTrainedModel, GenerationMixin):
         text: BartForConditionalGeneration | None = None,
     ):
         super().__init__(config)
+        if vision is None and config.vision_config is not None:
+            vision = empty_tower(config.vision_config, "vision", False)
         text = text or BartForConditionalGeneration._from_config(config.text_config)
-        parts = {"text_config": text}
-        if config.vision_config is not None:
-            parts["vision_config"] = vision or empty_tower(config.vision_config, "vision", False)
-        self.vision_model = parts.get("vision_config")
-        self.text_model = text
-        for key, part in parts.items():
-            # one object, so that later changes (attention implementation) reach both
-            getattr(config, key)._attn_implementation = part.config._attn_implementation
-            part.config = getattr(config, key)
-        self.pixel_norm = Affine(config.pixel_mean, config.pixel_std, dim=1, scale=1 / 255)
+        self._join(vision, text, text_follows_mode=True)
         self.visual_embedding = VisualEmbedding(config.feature_width, config.text_config.d_model, config.max_images)
-        frozen = [] if self.vision_model is None else list(self.vision_model.modules())
-        # The tower as pretrained, without the adapters that come later; no submodule to nn.Module.
-        object.__setattr__(self, "_frozen", (frozen,))
         self.post_init()
         self.generation_config = copy.deepcopy(text.generation_config)
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.text_model.get_input_embeddings()
 
     def get_output_embeddings(self) -> nn.Module:
         return self.text_model.get_output_embeddings()
 
     def get_encoder(self, modality: str | None = None) -> nn.Module:
         return self.text_model.model.encoder
-
-    def train(self, mode: bool = True) -> ClipBart:
-        """The vision tower stays in eval mode; adapters inside it, BART and the visual embedding follow `mode`."""
-        super().train(mode)
-        for module in self._frozen[0]:
-            # transformers recomputes a layer only if the layer itself is in training mode
-            module.training = mode and getattr(module, "gradient_checkpointing", False)
-        return self
 
     def forward(
         self,
@@ -311,13 +265,7 @@ class ClipBart(Publishing, PreTrainedModel, GenerationMixin):
             return None
         if self.vision_model is None:
             raise BadInput("pixels were given, but this model has no vision tower. Give image_features, or a tower.")
-        if not pixel_values.is_floating_point():
-            pixel_values = self.pixel_norm(pixel_values)
-        # dtype of a parameter: under ZeRO-3 its shape is gone, its dtype stays
-        pixel_values = pixel_values.to(next(self.vision_model.parameters()).dtype)
-        tuned = any(p.requires_grad for p in self.vision_model.parameters())
-        with torch.set_grad_enabled(torch.is_grad_enabled() and tuned):
-            tokens = vision_features(self.vision_model, pixel_values, "mean", self.config.vision_norm, True)
+        tokens = self._through_vision_tower(pixel_values, "mean", with_tokens=True)
         return tokens[:, 1 + VISION[self.config.vision_config.model_type].summary_tokens :]
 
     def _visual_tokens(

@@ -12,7 +12,6 @@ import functools
 import hashlib
 import inspect
 import json
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,13 +19,13 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel
 
+from mmpeft_ds.backbones.base import ModelHooks
 from mmpeft_ds.backbones.common import tower_loading
+from mmpeft_ds.backbones.common.recomputing import RecomputesUnderCondition
 from mmpeft_ds.errors import BadInput
-from mmpeft_ds.sites import condition as condition_context
 
 # Weights of a random base: the same on every rank and at every ZeRO stage.
 RANDOM_SEED = 0
-TEXTS_AT_ONCE = 256  # of `embed_texts`
 
 
 def read_config(name: str, where: str, families: tuple[str, ...]) -> PretrainedConfig:
@@ -110,20 +109,13 @@ def _first_line(error: Exception) -> str:
     return str(error).strip().splitlines()[0][:200]
 
 
-class Publishing:
-    """Mixin of a model that publishes a condition: recomputed layers see the condition of their own forward."""
+class Publishing(ModelHooks, RecomputesUnderCondition):
+    """Mixin before a stock model, which then publishes a condition and may have hooks for the engine."""
 
     @classmethod
     def is_custom_code(cls) -> bool:
         """No: its parameters are those of the stock class, and older checkpoints are renamed as for that one."""
         return False
-
-    def _set_gradient_checkpointing(
-        self, enable: bool = True, gradient_checkpointing_func: Callable | None = None, **kwargs: Any
-    ) -> None:
-        given = getattr(gradient_checkpointing_func, "keywords", {})
-        function = functools.partial(condition_context.checkpoint, **given)
-        super()._set_gradient_checkpointing(enable=enable, gradient_checkpointing_func=function, **kwargs)
 
 
 @functools.cache
@@ -163,17 +155,6 @@ def mean_per_text(vectors_Id: Tensor, image_owner: Tensor, text_owner: Tensor, s
     sums = vectors_Id.new_zeros(slots, vectors_Id.shape[1]).index_add(0, image_owner, vectors_Id)
     count = torch.bincount(image_owner, minlength=slots).clamp(min=1).to(sums.dtype)
     return (sums / count[:, None])[text_owner]
-
-
-@torch.no_grad()
-def embed_texts(backbone: Any, model: PreTrainedModel, texts: list[str]) -> Tensor:
-    """(n, d) features of plain texts by a dual encoder, not normalised, on the device of the model."""
-    device = next(model.parameters()).device
-    rows = [torch.zeros(0, backbone.feature_widths[1], device=device)]
-    for start in range(0, len(texts), TEXTS_AT_ONCE):
-        tokens = backbone.collate_texts(texts[start : start + TEXTS_AT_ONCE])
-        rows.append(model(**{name: ids.to(device) for name, ids in tokens.items()}, unit=False).text_features)
-    return torch.cat(rows)
 
 
 def short_hash(values: Any) -> str:

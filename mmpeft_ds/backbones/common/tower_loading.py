@@ -197,6 +197,11 @@ def image_processor(name: str, config: PretrainedConfig, where: str) -> dict[str
     }
 
 
+def interpolation(option: str, pixels: dict[str, Any]) -> str:
+    """The interpolation that `option` names; for `auto` that of `pixels`, which `image_processor` gave."""
+    return {2: "bilinear", 3: "bicubic"}.get(pixels["resample"], "bicubic") if option == "auto" else option
+
+
 def weights_hash(name: str, where: str) -> str:
     """SHA-256 over the weight files of a tower, in the order of their names.
 

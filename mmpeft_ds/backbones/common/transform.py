@@ -8,9 +8,11 @@ from typing import Any, Literal
 from torch import Tensor
 from torch.nn.functional import interpolate
 
+from mmpeft_ds.data.transform import ImageTransform
+
 
 @dataclass(frozen=True)
-class SquareTransform:
+class SquareTransform(ImageTransform):
     """uint8 (3, H, W) -> uint8 (3, size, size), antialiased.
 
     Attributes:

@@ -14,31 +14,19 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer, PretrainedConfig, PreTrainedModel
 
+from mmpeft_ds.backbones.base import BackboneBase
 from mmpeft_ds.backbones.common import stock, tower_loading
+from mmpeft_ds.backbones.common.affine import Affine
 from mmpeft_ds.backbones.common.transform import SquareTransform
-from mmpeft_ds.backbones.common.vision_model import Affine
 from mmpeft_ds.backbones.common.vision_options import VisionOptions
-from mmpeft_ds.data.batch import PackedBatch
 from mmpeft_ds.errors import BadInput
 
 
-class VisionBackbone:
-    """What such backbones share; a subclass has `_text_config` and options that extend `VisionOptions` by `text`.
-
-    Attributes:
-        attention: implementation for both towers, `auto` chooses by device; the engine sets it before `build`.
-        dtype: of the frozen base; the engine sets it before `build`.
-        train_dropout: leave the text tower's dropout on in training; the engine sets it before `build`.
-    """
-
-    modalities = ("image", "text")
+class VisionBackbone(BackboneBase):
+    """Base of such backbones; a subclass has `_text_config`, and options that extend `VisionOptions` by `text`."""
 
     def __init__(self, options: Any, labels: list[str] | None):
-        self.options = options
-        self.labels = labels
-        self.attention = "auto"
-        self.dtype = torch.float32
-        self.train_dropout = False
+        super().__init__(options, labels)
         self._statistics: tuple[list[float], list[float]] | None = None
 
     def _check_vision(self) -> None:
@@ -83,27 +71,12 @@ class VisionBackbone:
 
     def _square(self) -> SquareTransform:
         o = self.options
-        resample = (
-            o.resample
-            if o.resample != "auto"
-            else {2: "bilinear", 3: "bicubic"}.get(self._pixels["resample"], "bicubic")
-        )
-        return SquareTransform(o.image_size, o.fit, resample)
+        return SquareTransform(o.image_size, o.fit, tower_loading.interpolation(o.resample, self._pixels))
 
     def collate_images(self, images: list[Any]) -> dict[str, Tensor]:
         """Stack transformed images, or stored features of shape (d,) or (m, d)."""
         stacked = torch.stack([torch.as_tensor(image) for image in images])
         return {"pixel_values" if stacked.dim() == 4 else "image_features": stacked}
-
-    def inputs(self, batch: PackedBatch) -> dict[str, Any]:
-        """Forward arguments of the model."""
-        return {
-            **{name: rows for name, rows in batch.texts.items() if name != "labels"},
-            **batch.images,
-            "image_owner": batch.image_owner,
-            "text_owner": batch.text_owner,
-            "num_slots": len(batch.sample_id),
-        }
 
     @property
     def condition_width(self) -> int | None:
@@ -112,7 +85,7 @@ class VisionBackbone:
 
     @property
     def wants_statistics(self) -> bool:
-        """`use_statistics` must be called before `build`."""
+        """Under `feature_norm: zscore`."""
         return self.options.feature_norm == "zscore"
 
     def use_statistics(self, statistics: dict[str, Any]) -> None:

@@ -1,36 +1,27 @@
-"""The image side of composed models: a vision tower seen once per image, a prefix for the text, the condition.
+"""The image side of composed models: a vision tower that runs once per image, a prefix for the text, the condition.
 
-Shared by the encoder and the decoder that stand behind it.
+The models of `dual_encoder`, `vision_text_encoder` and `vision_text_decoder` have it.
 """
 
 # S slots, I images, T texts, L text length, k most images of a slot, m vectors of an image, P prefix length, d width
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
-from typing import Any
-
 import torch
-from torch import Tensor, nn
-from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+from torch import Tensor
+from transformers import PreTrainedModel
 
-from mmpeft_ds.backbones.common.tower_loading import vision_features
-from mmpeft_ds.sites import condition as condition_context
+from mmpeft_ds.backbones.common.affine import Affine
+from mmpeft_ds.backbones.common.composed import ComposedConfig, ComposedModel
 from mmpeft_ds.sites.condition import Condition
 
 
-class VisionSideConfig(PretrainedConfig):
+class VisionSideConfig(ComposedConfig):
     """Both towers and how the image reaches the text; the options of the backbones explain the fields.
 
-    `vision_config` and `text_config` are configurations or their dictionaries; `feature_mean` and `feature_std` belong
-    to `feature_norm: zscore`.
+    `feature_mean` and `feature_std` belong to `feature_norm: zscore`.
     """
 
-    sub_configs = {"vision_config": AutoConfig, "text_config": AutoConfig}
-
-    vision_config: PretrainedConfig | dict | None = None
-    text_config: PretrainedConfig | dict | None = None
     vision_feature: str = "pooler"
     vision_norm: bool = True
     prefix: str = "pooled"
@@ -38,18 +29,7 @@ class VisionSideConfig(PretrainedConfig):
     feature_norm: str = "none"
     feature_mean: list[float] | None = None
     feature_std: list[float] | None = None
-    pixel_mean: list[float] | tuple[float, ...] = (0.5, 0.5, 0.5)
-    pixel_std: list[float] | tuple[float, ...] = (0.5, 0.5, 0.5)
     train_dropout: bool = False
-    initializer_range: float = 0.02
-
-    def __post_init__(self, **kwargs: Any) -> None:
-        for key in self.sub_configs:
-            value = getattr(self, key)
-            if isinstance(value, dict):
-                value = dict(value)
-                setattr(self, key, AutoConfig.for_model(value.pop("model_type"), **value))
-        super().__post_init__(**kwargs)
 
     @property
     def with_tokens(self) -> bool:
@@ -57,77 +37,14 @@ class VisionSideConfig(PretrainedConfig):
         return "tokens" in (self.prefix, self.condition)
 
 
-class Affine(nn.Module):
-    """(x - mean) / std over one dimension, in at least float32.
-
-    The statistics are constants of the configuration and not buffers: a buffer would be rounded to bfloat16 with the
-    base, and is left empty by loaders that build on the meta device.
-    """
-
-    def __init__(self, mean: list[float], std: list[float], dim: int, scale: float = 1.0):
-        super().__init__()
-        self.mean, self.std, self.dim, self.scale = list(mean), list(std), dim, scale
-        self._ready: dict[tuple, tuple[Tensor, Tensor]] = {}
-
-    def forward(self, x: Tensor) -> Tensor:
-        dtype = torch.promote_types(x.dtype, torch.float32) if x.is_floating_point() else torch.float32
-        key = (x.device, dtype, x.dim())
-        if key not in self._ready:
-            shape = [1] * x.dim()
-            shape[self.dim] = -1
-            std = torch.tensor(self.std, dtype=torch.float64)
-            mean = torch.tensor(self.mean, dtype=torch.float64)
-            # one fused multiply and add: x * factor + shift
-            pair = (self.scale / std, -mean / std)
-            self._ready[key] = tuple(t.view(shape).to(x.device, dtype) for t in pair)
-        factor, shift = self._ready[key]
-        return torch.addcmul(shift, x.to(dtype), factor)
-
-    def frozen_constants(self) -> dict[str, Tensor]:
-        """What the fingerprint of the frozen base covers of this module."""
-        return {name: torch.tensor(getattr(self, name), dtype=torch.float64) for name in ("mean", "std")}
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_ready": {}}
-
-
-class VisionSide:
-    """Mixin of a composed `PreTrainedModel`; its constructor calls `_join_towers` when both towers exist."""
+class VisionSide(ComposedModel):
+    """A composed model whose text model reads image vectors, as a prefix or through the condition."""
 
     def _join_towers(self, vision: PreTrainedModel | None, text: PreTrainedModel) -> None:
         config = self.config
-        self.vision_model, self.text_model = vision, text
-        for tower, key in ((vision, "vision_config"), (text, "text_config")):
-            if tower is None:  # its features are stored
-                continue
-            # one object, so that later changes (attention implementation) reach both
-            getattr(config, key)._attn_implementation = tower.config._attn_implementation
-            tower.config = getattr(config, key)
-        self.pixel_norm = Affine(config.pixel_mean, config.pixel_std, dim=1, scale=1 / 255)
+        self._join(vision, text, text_follows_mode=config.train_dropout)
         zscore = config.feature_norm == "zscore"
         self.feature_norm = Affine(config.feature_mean, config.feature_std, dim=2) if zscore else None
-        # Modules as pretrained, without the adapters that come later. The tuple of lists is no submodule to nn.Module.
-        modules = tuple([] if tower is None else list(tower.modules()) for tower in (vision, text))
-        object.__setattr__(self, "_frozen", modules)
-
-    def train(self, mode: bool = True) -> VisionSide:
-        """Frozen towers stay in eval mode; adapters inside them and the head follow `mode`."""
-        super().train(mode)
-        vision, text = self._frozen
-        for modules in (vision, [] if self.config.train_dropout else text):
-            for module in modules:
-                # transformers recomputes a layer only if the layer itself is in training mode; its dropouts stay off
-                module.training = mode and getattr(module, "gradient_checkpointing", False)
-        return self
-
-    def _set_gradient_checkpointing(
-        self, enable: bool = True, gradient_checkpointing_func: Callable | None = None, **kwargs
-    ):
-        """Recompute layers under the condition of their own forward (`sites.condition.checkpoint`)."""
-        given = getattr(gradient_checkpointing_func, "keywords", {})
-        function = functools.partial(condition_context.checkpoint, **given)
-        super()._set_gradient_checkpointing(enable=enable, gradient_checkpointing_func=function, **kwargs)
-        self.train(self.training)
 
     def encode_images(self, pixel_values: Tensor | None, image_features: Tensor | None = None) -> Tensor | None:
         """(I, m, d) features as the tower gives them, m = 1 or 1 + tokens; None without images."""
@@ -138,14 +55,7 @@ class VisionSide:
             return features
         if pixel_values is None or len(pixel_values) == 0:
             return None
-        if not pixel_values.is_floating_point():
-            pixel_values = self.pixel_norm(pixel_values)
-        # dtype of a parameter: under ZeRO-3 its shape is gone, its dtype stays
-        pixel_values = pixel_values.to(next(self.vision_model.parameters()).dtype)
-        tuned = any(p.requires_grad for p in self.vision_model.parameters())
-        with torch.set_grad_enabled(torch.is_grad_enabled() and tuned):
-            c = self.config
-            return vision_features(self.vision_model, pixel_values, c.vision_feature, c.vision_norm, c.with_tokens)
+        return self._through_vision_tower(pixel_values, self.config.vision_feature, self.config.with_tokens)
 
     def _of_texts(
         self,

@@ -20,16 +20,19 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from mmpeft_ds.backbones.common import stock, tower_loading
+from mmpeft_ds.backbones.common.encoders import EncoderPair
 from mmpeft_ds.backbones.common.transform import SquareTransform
 from mmpeft_ds.backbones.common.vision_backbone import VisionBackbone
 from mmpeft_ds.backbones.dual_encoder.model import DualEncoder, DualEncoderConfig
 from mmpeft_ds.backbones.dual_encoder.options import FIXED, Options
-from mmpeft_ds.data.batch import PackedBatch, Prompted
+from mmpeft_ds.data.batch import Prompted
+from mmpeft_ds.data.transform import ImageTransform
 from mmpeft_ds.errors import BadInput, BadSample
+from mmpeft_ds.sites.base import base_model
 
 
 @dataclass(frozen=True)
-class StoredVectors:
+class StoredVectors(ImageTransform):
     """Takes the stored features of one image, (1 + V, Dv): row 0 in evaluation; in training a random one of the V
     augmented passes, if there are any.
 
@@ -41,7 +44,7 @@ class StoredVectors:
     width: int
     train: bool = False
 
-    takes_features = True  # tells the stream to hand over arrays
+    takes_features = True
 
     def __call__(self, features: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """One row, float32 (Dv,). Raises BadSample."""
@@ -54,8 +57,8 @@ class StoredVectors:
         return rows[row].float()
 
 
-class DualEncoderBackbone(VisionBackbone):
-    """The family as recipes use it."""
+class DualEncoderBackbone(VisionBackbone, EncoderPair):
+    """Two towers as recipes use them."""
 
     Options = Options
 
@@ -151,35 +154,24 @@ class DualEncoderBackbone(VisionBackbone):
         return {"input_ids": out["input_ids"], "attention_mask": out["attention_mask"]}
 
     def dummy(self, modality: str) -> Any:
-        """A black image of 8x8 pixels or zeros as its features; the text `a`."""
+        """As of every backbone, but for stored features, which are zeros."""
         if modality == "image" and self.options.images == "stored":
             return torch.zeros(1, self._vision_config.hidden_size)
-        return {"image": torch.zeros(3, 8, 8, dtype=torch.uint8), "text": "a"}[modality]
+        return super().dummy(modality)
 
     def frozen_prefix(self, model: nn.Module) -> list[str]:
         """Each tower without a trainable, or its embeddings."""
         towers = {"vision_model": "embeddings", "text_model": "embeddings"}
         return stock.untrained(model, {t: e for t, e in towers.items() if getattr(model, t) is not None})
 
-    # as encoders (`backbones.base.Embedding`)
-
     @property
     def feature_widths(self) -> tuple[int, int]:
         """(Dv, Dt) of `embed`."""
         return self._config().feature_widths
 
-    def embed(self, model: nn.Module, batch: PackedBatch) -> tuple[Tensor | None, Tensor | None]:
-        """(I, Dv) and (T, Dt) features of the batch behind the projections, not normalised; None for what it lacks."""
-        out = model(**self.inputs(batch), unit=False)
-        return out.image_features, out.text_features
-
-    def embed_texts(self, model: nn.Module, texts: list[str]) -> Tensor:
-        """(n, Dt), on the device of the model, without gradient."""
-        return stock.embed_texts(self, model, texts)
-
     def logit_scale_of(self, model: nn.Module) -> float:
         """1 / temperature; 1 where towers were only put side by side."""
-        if not self.options.model and not hasattr(model, "peft_config"):
+        if not self.options.model and base_model(model) is model:
             return 1.0
         return float(model.logit_scale.log_scale.detach().double().exp())
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 
-from mmpeft_ds.backbones.clip.backbone import DualEncoderOutput
+from mmpeft_ds.backbones.common.composed import DualEncoderOutput
 from mmpeft_ds.backbones.common.tower_loading import empty_tower
 from mmpeft_ds.backbones.common.vision_model import VisionSide, VisionSideConfig
 from mmpeft_ds.errors import BadInput
@@ -28,7 +28,7 @@ LARGEST_SCALE = 100.0
 
 
 class DualEncoderConfig(VisionSideConfig):
-    """Both towers and how their features meet; the options of `backbones/dual_encoder.py` explain the fields."""
+    """Both towers and how their features meet; `backbones/dual_encoder/options.py` explains the fields."""
 
     model_type = "mmpeft_dual_encoder"
 
@@ -117,24 +117,16 @@ class LogitScale(nn.Module):
         return (log_scale - excess).exp()
 
 
-class DualEncoder(VisionSide, PreTrainedModel):
+class DualEncoder(VisionSide):
     """Vision tower, text encoder, projections. Build from a configuration, or from loaded towers.
 
     With `images: stored` there is no vision tower: its features come in the place of pixels.
 
     Attributes:
-        head_modules: modules that are trained in full (peft's `modules_to_save`).
+        head_modules: those of the projections and the logit scale that the configuration trains.
     """
 
     config_class = DualEncoderConfig
-    base_model_prefix = "model"
-    main_input_name = "input_ids"
-    input_modalities = ("image", "text")
-    supports_gradient_checkpointing = True
-    _supports_sdpa = True
-    _supports_flash_attn = True
-    _supports_flex_attn = True
-    _supports_attention_backend = True
     _keep_in_fp32_modules_strict = ["logit_scale"]
 
     def __init__(
@@ -161,9 +153,6 @@ class DualEncoder(VisionSide, PreTrainedModel):
             module.reset_parameters()
         else:
             super()._init_weights(module)
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.text_model.get_input_embeddings()
 
     def forward(
         self,

@@ -12,9 +12,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from mmpeft_ds.backbones.base import BackboneBase
 from mmpeft_ds.backbones.features.model import ClassificationOutput, FeatureConfig, FeatureModel, ZeroShot
 from mmpeft_ds.backbones.features.options import Options
 from mmpeft_ds.data.batch import Described, PackedBatch, hash_id
+from mmpeft_ds.data.transform import ImageTransform
 from mmpeft_ds.errors import BadInput
 from mmpeft_ds.ops.precision import at_least_float32
 from mmpeft_ds.sites.feature_site import Bank
@@ -23,7 +25,7 @@ __all__ = ["ENTRY", "ClassificationOutput", "FeatureConfig", "FeatureModel", "Fe
 
 
 @dataclass(frozen=True)
-class ViewTransform:
+class ViewTransform(ImageTransform):
     """Stored features of a sample, (1 + V, D) or (D,) -> (D,): the evaluation view, or one of the augmented passes.
 
     Attributes:
@@ -32,6 +34,7 @@ class ViewTransform:
 
     augmented: bool
     takes_features = True
+    takes_one_row = True
 
     def row(self, rows: int, seed: int) -> int:
         """Which of the rows (1 + V) a sample takes whose random choices have this seed."""
@@ -45,29 +48,30 @@ class ViewTransform:
         return features[self.row(len(features), 0 if generator is None else generator.initial_seed())]
 
 
-class FeaturesBackbone:
-    """The family as recipes use it; attributes as in `backbones/base.py`."""
+class FeaturesBackbone(BackboneBase):
+    """Models of features as recipes use them."""
 
     Options = Options
-    modalities = ("image", "text")
-    condition_width = None
+    reads_bank = True
 
     def __init__(self, options: Options, labels: list[str] | None):
-        self.options, self.labels = options, labels
-        self.attention = "auto"
-        self.dtype = torch.float32
-        self.train_dropout = False
+        super().__init__(options, labels)
         self.towers: dict[str, Any] = {}
-        self.encoder: Any = None
+        self.encoder: BackboneBase | None = None
         self.bank: dict[str, Tensor] = {}
+
+    @property
+    def encoder_section(self) -> dict[str, Any] | None:
+        """Name and options of the backbone that makes what is not stored."""
+        return self.options.encoder
 
     def use_features(self, towers: dict[str, Any]) -> None:
         """What the manifest says of the stored features."""
         self.towers = dict(towers)
 
-    def use_encoder(self, encoder: Any) -> None:
+    def use_encoder(self, encoder: BackboneBase) -> None:
         """The backbone that makes what is not stored."""
-        if not hasattr(encoder, "embed"):
+        if not encoder.embeds:
             raise BadInput("backbone.encoder: this backbone gives no features. Use clip or dual_encoder.")
         self.encoder = encoder
 
@@ -139,7 +143,7 @@ class FeaturesBackbone:
         return model.requires_grad_(False).train()
 
     def read_classes(self, model: nn.Module) -> None:
-        """Where no class texts are stored, let the encoder read them; whole weights, before anything is attached."""
+        """Where no class texts are stored, fill the bank with what the encoder makes of the class names."""
         if not self._live_classes:
             return
         names = self._class_names
@@ -147,9 +151,9 @@ class FeaturesBackbone:
             texts = [template.replace("{}", name) for name in names for template in templates]
             was_training = model.encoder.training
             with torch.no_grad():
-                found = self.encoder.embed_texts(model.encoder.eval(), texts)
+                rows = self.encoder.embed_texts(model.encoder.eval(), texts)
             model.encoder.train(was_training)
-            getattr(model.features.bank, part).copy_(found.view(len(names), len(templates), -1))
+            getattr(model.features.bank, part).copy_(rows.view(len(names), len(templates), -1))
 
     @property
     def _class_names(self) -> list[str]:
@@ -206,7 +210,7 @@ class FeaturesBackbone:
         """Forward arguments."""
         keys = [hash_id(name) >> 1 for name in batch.sample_id]  # positive int64
         device = batch.weight.device
-        found: dict[str, Any] = {
+        inputs: dict[str, Any] = {
             "image_features": batch.images.get("image_features"),
             "text_features": batch.texts.get("text_features"),
             "image_owner": batch.image_owner,
@@ -216,13 +220,12 @@ class FeaturesBackbone:
             "num_slots": len(batch.sample_id),
         }
         if "live" in (self.options.images, self.options.texts):
-            found["batch"] = batch
-        return found
+            inputs["batch"] = batch
+        return inputs
 
     def frozen_prefix(self, model: nn.Module) -> list[str]:
         """The encoder, unless something in it trains."""
-        encoder = getattr(model, "encoder", None)
-        frozen = encoder is not None and not any(p.requires_grad for p in encoder.parameters())
+        frozen = self.encoder is not None and not any(p.requires_grad for p in model.encoder.parameters())
         return ["encoder"] if frozen else []
 
 

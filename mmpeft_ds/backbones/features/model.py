@@ -14,6 +14,7 @@ from torch.nn.functional import normalize
 from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
+from mmpeft_ds.backbones.base import ModelHooks
 from mmpeft_ds.backbones.common.stock import mean_per_text
 from mmpeft_ds.sites.base import base_layer
 from mmpeft_ds.sites.feature_site import Bank, Features, Scores
@@ -88,7 +89,7 @@ class ZeroShot(nn.Module):
         return Scores(self.logit_scale * normalize(image, dim=-1) @ self.class_text.to(image.dtype).T)
 
 
-class FeatureModel(PreTrainedModel):
+class FeatureModel(ModelHooks, PreTrainedModel):
     """Rows of features in, class scores out; `features` is where heads attach, `encoder` the frozen towers if any.
 
     Args:

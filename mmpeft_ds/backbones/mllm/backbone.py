@@ -16,20 +16,22 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoImageProcessor, PretrainedConfig, PreTrainedModel
+from transformers import AutoImageProcessor, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
 from mmpeft_ds.backbones.common import stock, tower_loading
+from mmpeft_ds.backbones.common.affine import Affine
 from mmpeft_ds.backbones.common.generation import in_step, one_of
-from mmpeft_ds.backbones.common.vision_model import Affine
+from mmpeft_ds.backbones.common.stock_backbone import WHERE, StockBackbone
 from mmpeft_ds.backbones.mllm.chat import Chat, read_template
 from mmpeft_ds.backbones.mllm.model import ImageText
 from mmpeft_ds.backbones.mllm.options import Options
 from mmpeft_ds.data.batch import GenerationOutput, PackedBatch, Prompted
+from mmpeft_ds.data.transform import ImageTransform
 from mmpeft_ds.errors import BadInput
+from mmpeft_ds.sites.base import base_model
 from mmpeft_ds.sites.condition import conditioned
 
-WHERE = "backbone.model"
 QWEN = ("qwen2_vl", "qwen2_5_vl")
 FAMILIES = ("llava", "llava_next", *QWEN)
 # Where the channels stand in the pixels of an image batch; Qwen's patches are flat, channels first.
@@ -37,7 +39,7 @@ CHANNELS = {"llava": 1, "llava_next": 2, "qwen2_vl": 1, "qwen2_5_vl": 1}
 
 
 @dataclass(frozen=True)
-class ProcessorTransform:
+class ProcessorTransform(ImageTransform):
     """uint8 (3, H, W) -> what the family's image processor makes of it, still uint8: scaling and normalising wait.
 
     Attributes:
@@ -56,24 +58,18 @@ class ProcessorTransform:
             input_data_format="channels_first",
             return_tensors="pt",
         )
-        found = {name: out[name] for name in ("pixel_values", "image_sizes", "image_grid_thw") if name in out}
+        tensors = {name: out[name] for name in ("pixel_values", "image_sizes", "image_grid_thw") if name in out}
         # Pillow has rounded to whole numbers, so nothing is lost.
-        found["pixel_values"] = found["pixel_values"].to(torch.uint8)
-        return found
+        tensors["pixel_values"] = tensors["pixel_values"].to(torch.uint8)
+        return tensors
 
 
-class MllmBackbone:
-    """The family as recipes use it; attributes as in `backbones/base.py`."""
+class MllmBackbone(StockBackbone):
+    """Multimodal language models as recipes use them."""
 
     Options = Options
-    modalities = ("image", "text")
-
-    def __init__(self, options: Options, labels: list[str] | None):
-        self.options = options
-        self.labels = labels
-        self.attention = "auto"
-        self.dtype = torch.float32
-        self.train_dropout = False
+    families = FAMILIES
+    generates = True
 
     def check(self) -> None:
         """Refuse what cannot work, from configurations, tokenizer and chat template."""
@@ -108,12 +104,12 @@ class MllmBackbone:
         """LLaVA (I, 3, H, W); LLaVA-NeXT tiles (I, most tiles, 3, H, W) and `image_sizes` (I, 2); Qwen patches of all
         images (N, values of a patch) and `image_grid_thw` (I, 3)."""
         names = [name for name in images[0] if name != "pixel_values"]
-        found = {name: torch.cat([image[name] for image in images]) for name in names}
+        sizes = {name: torch.cat([image[name] for image in images]) for name in names}
         pixels = [image["pixel_values"] for image in images]
         if self._config.model_type == "llava_next":
             tiles = [p[0] for p in pixels]  # the model leaves out what pads their number
-            return {"pixel_values": nn.utils.rnn.pad_sequence(tiles, batch_first=True), **found}
-        return {"pixel_values": torch.cat(pixels), **found}
+            return {"pixel_values": nn.utils.rnn.pad_sequence(tiles, batch_first=True), **sizes}
+        return {"pixel_values": torch.cat(pixels), **sizes}
 
     def collate_texts(self, texts: list[str | Prompted]) -> dict[str, Tensor]:
         """`input_ids`, `attention_mask`, `labels` (T, L), and `prompt_length` (T,): tokens before the last answer."""
@@ -130,8 +126,8 @@ class MllmBackbone:
         }
 
     def dummy(self, modality: str) -> Any:
-        """A black image of 28x28 pixels, or a conversation of one word each."""
-        return {"image": torch.zeros(3, 28, 28, dtype=torch.uint8), "text": Prompted("a", "a")}[modality]
+        """A black image of 28 x 28 pixels (one token of Qwen's), or a conversation of one word each."""
+        return torch.zeros(3, 28, 28, dtype=torch.uint8) if modality == "image" else super().dummy(modality)
 
     def inputs(self, batch: PackedBatch) -> dict[str, Any]:
         """Forward arguments; pixels are normalised here, on the device of the batch."""
@@ -153,7 +149,7 @@ class MllmBackbone:
 
     @torch.no_grad()
     def generate(self, model: Any, batch: PackedBatch, choices: list[str] | None = None, **options: Any) -> list[str]:
-        """What the model says after the prompt of each text, which ends where the last answer begins.
+        """The answer generated after the prompt of each text, which ends where the last answer begins.
 
         Args:
             model: the PeftModel, or the base; under ZeRO-3 all ranks call it together.
@@ -162,7 +158,7 @@ class MllmBackbone:
         """
         if "max_length" in options:
             raise BadInput("task.max_length: prompts have hundreds of image tokens. Set it 0, and max_new_tokens.")
-        base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        base = base_model(model)
         ids, lengths = batch.texts["input_ids"], batch.texts["prompt_length"]
         prompts = batch.texts["attention_mask"] * (torch.arange(ids.shape[1], device=ids.device) < lengths[:, None])
         places = prompts.bool() & (ids == self._config.image_token_id)
@@ -184,12 +180,12 @@ class MllmBackbone:
             settings |= {"max_new_tokens": max(map(len, known)) + 1}
         condition = base.condition_of(features, batch.image_owner, batch.text_owner, len(batch.sample_id))
         with conditioned(condition):
-            written = model.generate(
+            ids = model.generate(
                 **base.arguments(widened, features, images.get("image_grid_thw"), rows),
                 synced_gpus=in_step(base),
                 **settings,
             )
-        return [t.strip() for t in self._tokenizer.batch_decode(written[:, length:], skip_special_tokens=True)]
+        return [t.strip() for t in self._tokenizer.batch_decode(ids[:, length:], skip_special_tokens=True)]
 
     def frozen_prefix(self, model: nn.Module) -> list[str]:
         """Each tower without a trainable, or its embeddings."""
@@ -203,14 +199,6 @@ class MllmBackbone:
         return None if self.options.condition == "none" else self._config.text_config.hidden_size
 
     # parts
-
-    @functools.cached_property
-    def _config(self) -> PretrainedConfig:
-        return stock.read_config(self.options.model, WHERE, FAMILIES)
-
-    @functools.cached_property
-    def _tokenizer(self) -> Any:
-        return stock.read_tokenizer(self.options.model, WHERE)
 
     @functools.cached_property
     def _processor(self) -> Any:

@@ -1,4 +1,4 @@
-"""Backbone: any ViT-like vision tower and any causal language model of a known family, joined for writing.
+"""Backbone: any ViT-like vision tower and any causal language model of a known family, joined to generate text.
 
 The defaults are the GPT-2 + ViT wiring of the routing paper (arXiv 2403.09377; specs/routing.md 2.2), but for the
 loss, whose published form is `loss: official`.
@@ -32,9 +32,10 @@ FAMILIES = ("gpt2", "llama", "mistral", "qwen2")
 
 
 class VisionTextDecoderBackbone(VisionBackbone):
-    """The family as recipes use it."""
+    """A vision tower and a language model as recipes use them."""
 
     Options = Options
+    generates = True
 
     def check(self) -> None:
         """Refuse what cannot work, from configurations only."""
@@ -93,10 +94,6 @@ class VisionTextDecoderBackbone(VisionBackbone):
         asked = (place >= torch.tensor(from_)[:, None]) & (place < torch.tensor(until)[:, None])
         return {"input_ids": ids, "attention_mask": real.long(), "labels": labels_of(ids, asked, o.loss)}
 
-    def dummy(self, modality: str) -> Any:
-        """A black image of 8x8 pixels, or the text `a` to be written."""
-        return {"image": torch.zeros(3, 8, 8, dtype=torch.uint8), "text": Prompted("", "a")}[modality]
-
     def read(self, outputs: VisionTextDecoderOutput, batch: PackedBatch) -> GenerationOutput:
         """Labels moved to the position before each token: the last of the prefix predicts the first token."""
         labels = batch.texts["labels"]
@@ -107,10 +104,10 @@ class VisionTextDecoderBackbone(VisionBackbone):
         return GenerationOutput(outputs.logits, torch.cat([nothing.expand(-1, prefix - 1), labels, nothing], 1))
 
     def generate(self, model: Any, batch: PackedBatch, choices: list[str] | None = None, **options: Any) -> list[str]:
-        """What the model writes after start and prompt of each text.
+        """The text generated after start and prompt of each text.
 
         Args:
-            choices: the only answers that may be written.
+            choices: the only answers that may be generated.
             options: of transformers' `generate`; `max_length` counts prefix, start and prompt.
         """
         if not len(batch.text_owner):
@@ -128,8 +125,8 @@ class VisionTextDecoderBackbone(VisionBackbone):
             options |= {"prefix_allowed_tokens_fn": one_of(known, self._end_id, skip=0)}
             options |= {"max_new_tokens": max(map(len, known)) + 1}
         ends = {"eos_token_id": self._end_id, "pad_token_id": self._end_id}
-        written = model.generate(**asked, **ends, synced_gpus=in_step(model), **{"do_sample": False, **options})
-        texts = self._tokenizer.batch_decode(written, skip_special_tokens=True)
+        generated = model.generate(**asked, **ends, synced_gpus=in_step(model), **{"do_sample": False, **options})
+        texts = self._tokenizer.batch_decode(generated, skip_special_tokens=True)
         return [" ".join(text.split()) for text in texts]
 
     def frozen_prefix(self, model: nn.Module) -> list[str]:
@@ -156,10 +153,10 @@ class VisionTextDecoderBackbone(VisionBackbone):
 
     @property
     def _end_id(self) -> int:
-        found = self._tokenizer.eos_token_id
-        if found is None:
+        end = self._tokenizer.eos_token_id
+        if end is None:
             raise BadInput(f"backbone.text: the tokenizer of {self.options.text!r} has no eos_token. Give it one.")
-        return found
+        return end
 
     def _ids(self, text: str) -> list[int]:
         return self._tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
@@ -173,7 +170,7 @@ def labels_of(ids_TL: Tensor, asked_TL: Tensor, loss: str) -> Tensor:
 
     Args:
         ids_TL: tokens.
-        asked_TL: bool, which of them belong to what is to be written (padding too, in the published form).
+        asked_TL: bool, which of them belong to the target (padding too, in the published form).
         loss: `fixed` asks for all of these; `official` leaves out the first token of a text and every token 0.
 
     Source: caption loss of arXiv 2403.09377, specs/routing.md 2.2.

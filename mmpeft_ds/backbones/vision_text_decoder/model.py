@@ -1,4 +1,4 @@
-"""The composed model that writes: a vision tower seen once per image, and a causal language model behind it.
+"""The composed generative model: a vision tower that runs once per image, and a causal language model behind it.
 
 Source: GPT-2 + ViT of the routing paper (arXiv 2403.09377; specs/routing.md 2.2), each of its choices an option.
 """
@@ -23,7 +23,7 @@ from mmpeft_ds.sites.condition import Condition, conditioned
 
 
 class VisionTextDecoderConfig(VisionSideConfig):
-    """Both towers and how they are joined; the options of `backbones/vision_text_decoder.py` explain the fields."""
+    """Both towers and how they are joined; `backbones/vision_text_decoder/options.py` explains the fields."""
 
     model_type = "mmpeft_vision_text_decoder"
 
@@ -43,19 +43,10 @@ class VisionTextDecoderOutput(ModelOutput):
     image_features: Tensor | None = None
 
 
-class VisionTextDecoder(VisionSide, PreTrainedModel, GenerationMixin):
+class VisionTextDecoder(VisionSide, GenerationMixin):
     """Vision tower and causal language model. Build from a configuration, or from two loaded towers."""
 
     config_class = VisionTextDecoderConfig
-    base_model_prefix = "model"
-    main_input_name = "input_ids"
-    input_modalities = ("image", "text")
-    supports_gradient_checkpointing = True
-    _supports_sdpa = True
-    _supports_flash_attn = True
-    _supports_flex_attn = True
-    _supports_attention_backend = True
-    head_modules = ()
 
     def __init__(
         self,
@@ -68,9 +59,6 @@ class VisionTextDecoder(VisionSide, PreTrainedModel, GenerationMixin):
         self._join_towers(vision, text or AutoModelForCausalLM.from_config(config.text_config))
         self.generation_config = copy.deepcopy(self.text_model.generation_config)
         self.post_init()
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.text_model.get_input_embeddings()
 
     def get_output_embeddings(self) -> nn.Module:
         return self.text_model.get_output_embeddings()

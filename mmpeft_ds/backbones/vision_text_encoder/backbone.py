@@ -8,7 +8,6 @@ The defaults are the RoBERTa + ViT wiring of the routing paper (arXiv 2403.09377
 from __future__ import annotations
 
 import functools
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +25,7 @@ POOLER_SEED = 0
 
 
 class VisionTextEncoderBackbone(VisionBackbone):
-    """The family as recipes use it."""
+    """A vision tower, a text encoder and a head as recipes use them."""
 
     Options = Options
 
@@ -75,10 +74,6 @@ class VisionTextEncoderBackbone(VisionBackbone):
             texts, truncation=True, max_length=self.options.max_text_length, padding="longest", return_tensors="pt"
         )
         return {"input_ids": out["input_ids"], "attention_mask": out["attention_mask"]}
-
-    def dummy(self, modality: str) -> Any:
-        """A black image of 8x8 pixels, or the text `a`."""
-        return {"image": torch.zeros(3, 8, 8, dtype=torch.uint8), "text": "a"}[modality]
 
     def frozen_prefix(self, model: nn.Module) -> list[str]:
         """The vision tower and the text embeddings, as far as nothing below them trains."""

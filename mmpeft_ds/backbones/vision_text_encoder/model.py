@@ -1,4 +1,4 @@
-"""The composed model: a vision tower seen once per image, a text encoder that reads prefix and question, a head.
+"""The composed classifier: a vision tower that runs once per image, a text encoder behind it, and a head.
 
 Source: RoBERTa + ViT of the routing paper (arXiv 2403.09377; specs/routing.md 2.1), each of its choices an option.
 """
@@ -16,14 +16,15 @@ from transformers import AutoConfig, AutoModel, PreTrainedModel
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.utils import ModelOutput
 
+from mmpeft_ds.backbones.common.composed import HeadLinear
 from mmpeft_ds.backbones.common.tower_loading import empty_tower
 from mmpeft_ds.backbones.common.vision_model import VisionSide, VisionSideConfig
-from mmpeft_ds.backbones.vision_text_encoder import positions as _positions
+from mmpeft_ds.backbones.vision_text_encoder import positions as unread
 from mmpeft_ds.sites.condition import conditioned
 
 
 class VisionTextEncoderConfig(VisionSideConfig):
-    """Both towers, how they are joined, and the head; the options of `backbones/vision_text_encoder.py` explain the
+    """Both towers, how they are joined, and the head; `backbones/vision_text_encoder/options.py` explains the
     fields. `num_labels` and `id2label` mean what they mean everywhere in transformers.
     """
 
@@ -52,17 +53,6 @@ class VisionTextEncoderOutput(ModelOutput):
     last_hidden_state: Tensor | None = None
 
 
-class HeadLinear(nn.Linear):
-    """Linear with weights from N(0, 0.02) and no bias to begin with, set before ZeRO-3 partitions them."""
-
-    std = 0.02
-
-    def reset_parameters(self) -> None:
-        nn.init.normal_(self.weight, std=self.std)
-        if self.bias is not None:
-            nn.init.zeros_(self.bias)
-
-
 class Head(nn.Module):
     """Classifier on one vector a text: dropout, Linear; or Linear, LayerNorm, GELU, dropout, Linear."""
 
@@ -85,22 +75,10 @@ class Head(nn.Module):
         return self.out(self.dropout(x))
 
 
-class VisionTextEncoder(VisionSide, PreTrainedModel):
-    """Vision tower, text encoder, head. Build from a configuration, or from two loaded towers.
-
-    Attributes:
-        head_modules: modules that are trained in full (peft's `modules_to_save`).
-    """
+class VisionTextEncoder(VisionSide):
+    """Vision tower, text encoder, head. Build from a configuration, or from two loaded towers."""
 
     config_class = VisionTextEncoderConfig
-    base_model_prefix = "model"
-    main_input_name = "input_ids"
-    input_modalities = ("image", "text")
-    supports_gradient_checkpointing = True
-    _supports_sdpa = True
-    _supports_flash_attn = True
-    _supports_flex_attn = True
-    _supports_attention_backend = True
     head_modules = ("head",)
 
     def __init__(
@@ -114,11 +92,8 @@ class VisionTextEncoder(VisionSide, PreTrainedModel):
         text = text or empty_tower(config.text_config, "text", config.head_input == "pooler")
         self._join_towers(vision, text)
         self.head = Head(config)
-        _positions.leave_out_unread(self.text_model.encoder.layer)
+        unread.leave_out_unread(self.text_model.encoder.layer)
         self.post_init()
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.text_model.get_input_embeddings()
 
     def forward(
         self,
@@ -156,11 +131,11 @@ class VisionTextEncoder(VisionSide, PreTrainedModel):
         condition, read = self._condition(vectors, keep, attention_mask, prefix_keep), None
         layers = self.text_model.encoder.layer
         if self.config.head_input != "mean":
-            read = _positions.first_position(prefix_keep, hidden.shape[1])
-            if not return_last_hidden_state and _positions.tokenwise(layers[-1]):
+            read = unread.first_position(prefix_keep, hidden.shape[1])
+            if not return_last_hidden_state and unread.tokenwise(layers[-1]):
                 condition = dataclasses.replace(condition, read=read)
-        if condition.own_mask is not None and not return_last_hidden_state and all(map(_positions.rowless, layers)):
-            condition = dataclasses.replace(condition, kept=_positions.kept_positions(condition.own_mask))
+        if condition.own_mask is not None and not return_last_hidden_state and all(map(unread.rowless, layers)):
+            condition = dataclasses.replace(condition, kept=unread.kept_positions(condition.own_mask))
         with conditioned(condition):
             hidden = self.text_model.encoder(hidden, attention_mask=mask).last_hidden_state
         logits = self.head(self._head_input(hidden, attention_mask, prefix_keep, read))
@@ -208,7 +183,7 @@ class VisionTextEncoder(VisionSide, PreTrainedModel):
             )
             keep = keep.to(hidden.dtype).unsqueeze(2)
             return (hidden * keep).sum(1) / keep.sum(1)
-        first = _positions.take(hidden, read) if hidden.shape[1] == read.shape[1] else hidden
+        first = unread.take(hidden, read) if hidden.shape[1] == read.shape[1] else hidden
         return self.text_model.pooler(first) if self.config.head_input == "pooler" else first[:, 0]
 
 

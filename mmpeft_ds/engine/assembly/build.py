@@ -63,12 +63,12 @@ def build(resolved: Any, ranks: Ranks) -> Built:
     config = merge(resolved.ds_config, recipe, ranks.world_size, trainable=0)
     partitioning = HfDeepSpeedConfig(config) if stage == 3 else None
     prepare_backbone(resolved.backbone, recipe)
-    if hasattr(resolved.backbone, "use_bank"):
+    if resolved.backbone.reads_bank:
         wanted = feature_bank.needed(resolved.method, resolved.method_config)
         resolved.backbone.use_bank(feature_bank.read(resolved.train, resolved.labels, wanted))
     torch.manual_seed(recipe.seed)
     base = resolved.backbone.build()
-    if hasattr(resolved.backbone, "read_classes"):
+    if resolved.backbone.reads_bank:
         with gathered(list(base.parameters())):
             resolved.backbone.read_classes(base)
     sites = find_sites(base)

@@ -13,7 +13,7 @@ from mmpeft_ds.data.options import SourceOptions
 from mmpeft_ds.errors import BadInput
 from mmpeft_ds.recipe import Recipe, find_file, where
 from mmpeft_ds.recipe.options import OptimOptions
-from mmpeft_ds.tasks.base import Task
+from mmpeft_ds.tasks.base import TaskBase
 
 
 def check_values(recipe: Recipe) -> None:
@@ -134,7 +134,7 @@ def _holds(present: dict[str, Any], field: str) -> bool:
     return any(_top(path) == field for path in present)
 
 
-def check_fields(recipe: Recipe, key: str, options: SourceOptions, manifest: Manifest, task: Task) -> None:
+def check_fields(recipe: Recipe, key: str, options: SourceOptions, manifest: Manifest, task: TaskBase) -> None:
     """Refuse a data set whose records lack what the task reads with its options. Raises BadInput."""
     present = manifest.fields.get(options.split, {})
     for name in task.fields if present else ():
@@ -185,7 +185,7 @@ def check_names(recipe: Recipe, entries: list[tuple[str, SourceOptions, Manifest
             )
 
 
-def check_coupling(recipe: Recipe, train_tasks: list[Task], method_config: PeftConfig) -> None:
+def check_coupling(recipe: Recipe, train_tasks: list[TaskBase], method_config: PeftConfig) -> None:
     """Refuse accumulation where the loss of one sample depends on others of the step. Raises BadInput."""
     coupled = [t for t in (*train_tasks, method_config) if getattr(t, "couples_samples", False)]
     if coupled and recipe.optim.accumulation > 1:

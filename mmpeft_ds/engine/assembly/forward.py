@@ -4,29 +4,33 @@ from __future__ import annotations
 
 from typing import Any
 
+from mmpeft_ds.backbones.base import BackboneBase
 from mmpeft_ds.data.batch import PackedBatch
 from mmpeft_ds.errors import BadInput
+from mmpeft_ds.tasks.base import TaskBase
 
 
-def forward(model: Any, backbone: Any, batch: PackedBatch) -> Any:
-    """What the task's loss and `predict` get: the model's outputs, read by the backbone where it writes text.
+def forward(model: Any, backbone: BackboneBase, batch: PackedBatch) -> Any:
+    """What the task's loss and `predict` get: the model's outputs as the backbone reads them.
 
     Args:
         model: DeepSpeed engine or plain module.
     """
-    outputs = model(**backbone.inputs(batch))
-    return backbone.read(outputs, batch) if hasattr(backbone, "read") else outputs
+    return backbone.read(model(**backbone.inputs(batch)), batch)
 
 
-def answer(model: Any, backbone: Any, task: Any, batch: PackedBatch) -> Any:
-    """`forward`, and what the model writes, or picks from a list, if the task asks for it (`outputs.generated`)."""
+def answer(model: Any, backbone: BackboneBase, task: TaskBase, batch: PackedBatch) -> Any:
+    """`forward`, and the texts that the model generates, or picks from a list, if the task asks for it
+    (`outputs.generated`)."""
     outputs = forward(model, backbone, batch)
-    for name, run in (("generation", "generate"), ("ranking", "rank")):
-        options = getattr(task, name, None)
+    for name, options, able, run in (
+        ("generation", task.generation, backbone.generates, backbone.generate),
+        ("ranking", task.ranking, backbone.ranks_answers, backbone.rank),
+    ):
         if options is not None:
-            if not hasattr(backbone, run):
+            if not able:
                 raise BadInput(
                     f"task: asks for {name}, which this backbone cannot do. Choose another task or backbone."
                 )
-            outputs.generated = getattr(backbone, run)(getattr(model, "module", model), batch, **options)
+            outputs.generated = run(getattr(model, "module", model), batch, **options)
     return outputs

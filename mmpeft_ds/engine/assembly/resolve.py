@@ -20,10 +20,11 @@ from peft import PeftConfig, PeftModel
 from transformers import PreTrainedModel
 
 from mmpeft_ds import backbones, methods, registry, tasks
-from mmpeft_ds.backbones.base import Backbone
+from mmpeft_ds.backbones.base import BackboneBase, model_hooks
 from mmpeft_ds.data.manifest import Manifest
 from mmpeft_ds.data.options import SourceOptions
 from mmpeft_ds.data.subset import Subset
+from mmpeft_ds.data.transform import hooks_of
 from mmpeft_ds.engine.assembly import feature_bank
 from mmpeft_ds.engine.assembly.checks import (
     check_coupling,
@@ -41,7 +42,7 @@ from mmpeft_ds.methods.base import Method
 from mmpeft_ds.methods.common.tuner import to_float32
 from mmpeft_ds.recipe import Origin, Recipe, typed, where
 from mmpeft_ds.sites import find_sites
-from mmpeft_ds.tasks.base import Task
+from mmpeft_ds.tasks.base import TaskBase
 
 
 @dataclass
@@ -50,7 +51,7 @@ class ResolvedSource:
 
     options: SourceOptions
     manifest: Manifest
-    task: Task
+    task: TaskBase
     subset: Subset | None = None
 
     @property
@@ -80,7 +81,7 @@ class Resolved:
 
     recipe: Recipe
     ds_config: dict[str, Any]
-    backbone: Backbone
+    backbone: BackboneBase
     method: Method
     method_config: PeftConfig
     train: list[ResolvedSource]
@@ -126,18 +127,17 @@ def resolve(recipe: Recipe) -> Resolved:
         check_fields(recipe, key, options, manifests[key], task)
         check_texts(recipe, key, options, method_config)
         subset = subsets[key]
-        if hasattr(task, "use_source"):
-            with _named(recipe, key):
-                task.use_source(manifests[key].labels, subset.classes if subset else None)
+        with _named(recipe, key):
+            task.use_source(manifests[key].labels, subset.classes if subset else None)
         return ResolvedSource(options, manifests[key], task, subset)
 
     sources = {role: [finish(key, options) for key, options in entries] for role, entries in listed.items()}
     check_coupling(recipe, [s.task for s in sources["train"]], method_config)
-    if hasattr(backbone, "use_bank"):
+    if backbone.reads_bank:
         wanted = feature_bank.needed(method, method_config)
         backbone.use_bank(feature_bank.shapes(sources["train"], labels, wanted))
     check_sites(recipe, backbone, method, method_config)
-    takes_features = getattr(backbone.image_transform(False), "takes_features", False)
+    takes_features = hooks_of(backbone.image_transform(False)).takes_features
     notes = [
         line
         for entries in listed.values()
@@ -174,7 +174,7 @@ def expand(recipe: Recipe) -> Recipe:
     return full
 
 
-def make_backbone(recipe: Recipe, labels: list[str] | None, towers: dict[str, Any] | None = None) -> Backbone:
+def make_backbone(recipe: Recipe, labels: list[str] | None, towers: dict[str, Any] | None = None) -> BackboneBase:
     """The backbone entry of the recipe, checked but not built; `use_statistics` or `use_bank` may have to follow.
 
     Args:
@@ -182,14 +182,15 @@ def make_backbone(recipe: Recipe, labels: list[str] | None, towers: dict[str, An
     """
     entry, options = _component(backbones, recipe.backbone, "backbone", recipe.origin)
     backbone = entry(options, labels)
-    if section := getattr(options, "encoder", None):
+    if section := backbone.encoder_section:
         inner, inner_options = _component(backbones, section, "backbone.encoder", recipe.origin)
         encoder = inner(inner_options, None)
         with _named(recipe, "backbone.encoder"):
             encoder.check()
             backbone.use_encoder(encoder)
-    if towers and hasattr(backbone, "use_features"):
-        backbone.use_features(towers)
+    if towers:
+        with _named(recipe):
+            backbone.use_features(towers)
     backbone.attention = recipe.engine.attention
     backbone.dtype = getattr(torch, recipe.engine.dtype)
     backbone.train_dropout = recipe.engine.train_dropout
@@ -198,7 +199,7 @@ def make_backbone(recipe: Recipe, labels: list[str] | None, towers: dict[str, An
     return backbone
 
 
-def make_task(recipe: Recipe, key: str, options: SourceOptions, labels: list[str] | None) -> Task:
+def make_task(recipe: Recipe, key: str, options: SourceOptions, labels: list[str] | None) -> TaskBase:
     """The task of the source that stands at `key` of the recipe."""
     entry, task_options = _component(tasks, options.task, f"{key}.task", recipe.origin)
     return entry(task_options, labels)
@@ -229,7 +230,7 @@ def float32_heads(base_model: PreTrainedModel) -> list[str]:
 
     Before the adapter is attached or loaded: peft copies the module with its dtype and loads weights into that dtype.
     """
-    heads = list(getattr(base_model, "head_modules", []))
+    heads = list(model_hooks(base_model).head_modules)
     for path in heads:
         head = base_model.get_submodule(path)
         if any(p.dtype in (torch.float16, torch.bfloat16) and not hasattr(p, "ds_id") for p in head.parameters()):
@@ -238,10 +239,10 @@ def float32_heads(base_model: PreTrainedModel) -> list[str]:
     return heads
 
 
-def check_sites(recipe: Recipe, backbone: Backbone, method: Method, config: PeftConfig) -> None:
+def check_sites(recipe: Recipe, backbone: BackboneBase, method: Method, config: PeftConfig) -> None:
     """Run the method's own checks on the model without storage. Raises BadInput."""
     with _named(recipe, "method"):
-        method.check(config, find_sites(backbone.build(on_meta=True)), getattr(backbone, "condition_width", None))
+        method.check(config, find_sites(backbone.build(on_meta=True)), backbone.condition_width)
 
 
 def load_manifest(recipe: Recipe, key: str, options: SourceOptions) -> Manifest:
@@ -265,9 +266,9 @@ def union_of_labels(manifests: list[Manifest]) -> list[str] | None:
     return list(merged) or None
 
 
-def feature_statistics(recipe: Recipe, backbone: Backbone, manifest: Manifest) -> dict[str, Any] | None:
+def feature_statistics(recipe: Recipe, backbone: BackboneBase, manifest: Manifest) -> dict[str, Any] | None:
     """Mean and deviation that the backbone's condition is scaled with, from the manifest; None if it wants none."""
-    if not getattr(backbone, "wants_statistics", False):
+    if not backbone.wants_statistics:
         return None
     key = backbone.statistics_key()
     if key not in manifest.statistics:

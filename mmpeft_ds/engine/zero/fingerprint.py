@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from mmpeft_ds.backbones.base import HasFrozenConstants
 from mmpeft_ds.distributed.collectives import world_size
 from mmpeft_ds.errors import BadInput
 
@@ -64,11 +65,11 @@ def frozen_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def _buffers_and_constants(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """A module whose `frozen_constants()` returns name -> tensor has numbers that matter and are no buffers."""
+    """Saved buffers, and the numbers of modules that are `HasFrozenConstants`."""
     for path, module in model.named_modules():
         if ".original_module" in path or ".modules_to_save" in path:
             continue
-        if hasattr(module, "frozen_constants"):
+        if isinstance(module, HasFrozenConstants):
             yield from ((base_name(f"{path}.{key}"), value) for key, value in module.frozen_constants().items())
         found = getattr(module, "calibrated", ())  # a head has set these: they are not of the base
         for key, buffer in module.named_buffers(recurse=False):

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from mmpeft_ds.backbones.base import model_hooks
 from mmpeft_ds.sites.base import Sites
 
 
@@ -28,7 +29,7 @@ def mark_leaves(model: nn.Module, sites: Sites) -> list[str]:
 
     modules = {_plain(name): module for name, module in model.named_modules()}
     images = tuple(f"{tower}." if tower else "" for tower, modality in sites.towers.items() if modality == "image")
-    again = tuple(f"{tower}." for tower in getattr(model.get_base_model(), "runs_again", ()))
+    again = tuple(f"{tower}." for tower in model_hooks(model).runs_again)
     leaves = []
     for path in block_paths(sites):
         if path not in modules:

@@ -17,7 +17,7 @@ from mmpeft_ds.methods.common.layers import SiteLayer
 from mmpeft_ds.ops import mode_product
 from mmpeft_ds.ops.frame_weighting import weight_frame_keys
 from mmpeft_ds.ops.gated_query import gated_query
-from mmpeft_ds.sites.base import base_layer, features
+from mmpeft_ds.sites.base import SharedWithTeacher, base_layer, features
 from mmpeft_ds.sites.condition import current
 
 DELTA = {
@@ -57,17 +57,14 @@ class LinearPlace:
         return len(self.parts) if self.role == "attention" else self.chunks
 
 
-class Factors(nn.Module):
+class Factors(SharedWithTeacher, nn.Module):
     """What all leaves of one (in, out) width share. The first leaf that needs it holds it, the others borrow it.
 
-    Attributes:
-        teacher_shares: a momentum teacher uses the student's, instead of an average of them, as published.
+    As published, a momentum teacher uses the student's instead of averages of them.
 
     Args:
         core: the full or superdiagonal core, which all widths share; None where another `Factors` holds it.
     """
-
-    teacher_shares = True
 
     def __init__(self, widths: tuple[int, int], config: AuroraConfig, with_core: bool, like: Tensor):
         super().__init__()

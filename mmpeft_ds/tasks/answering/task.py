@@ -1,4 +1,4 @@
-"""Task: questions about a sample's images, answered in words by a model that writes; official VQA accuracy.
+"""Task: questions about a sample's images, answered in words by a generative model; official VQA accuracy.
 
 Several tasks of one model differ by their prompts: with "vqa: ", "gpa: " and "nlvr: " as in VL-Adapter
 (arXiv 2112.06825; specs/routing.md 2.3) these are VQAv2, GQA and, with `choices: ["true", "false"]`, NLVR2.
@@ -8,7 +8,6 @@ Several tasks of one model differ by their prompts: with "vqa: ", "gpa: " and "n
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -17,43 +16,39 @@ from torch import Tensor
 from mmpeft_ds.data.batch import GenerationOutput, PackedBatch, Prompted
 from mmpeft_ds.errors import BadInput
 from mmpeft_ds.tasks.answering.options import Options
-from mmpeft_ds.tasks.common import questions as _questions
+from mmpeft_ds.tasks.common.losses import weighted_sum
+from mmpeft_ds.tasks.common.questions import QuestionTask, answer_rows, drawn_questions, soft_scores
 
 
-class Answering:
+class Answering(QuestionTask):
     """Records hold `questions`: a list of {question, answers (1 or 10), question_id?, type?}."""
 
     Options = Options
-    fields = ("questions",)
-    couples_samples = False
-    main_metric = "accuracy"
-    better = "max"
-    example_text = "what is in the picture?"
 
     def __init__(self, options: Options, labels: list[str] | None):
+        super().__init__(options, labels)
         for key in ("num_beams", "max_new_tokens"):
             if getattr(options, key) < 1:
                 raise BadInput(f"task.{key}: {getattr(options, key)}. Use 1 or more.")
-        if options.max_questions < 0:
-            raise BadInput(f"task.max_questions: {options.max_questions}. Use 0 for all or a positive number.")
         if len(options.choices) == 1 or len(set(options.choices)) < len(options.choices) or "" in options.choices:
             raise BadInput(f"task.choices: {options.choices}. Name at least two different answers, or none for any.")
         if options.listed_only and not labels:
             raise BadInput(
                 "task.listed_only: true, but the data has no label list. Prepare it with one, or say false."
             )
-        self.options = options
         known = options.choices or (labels if options.listed_only else None)
         self._known = None if known is None else dict.fromkeys(known)
-        self.generation: dict[str, Any] = {"num_beams": options.num_beams, "max_new_tokens": options.max_new_tokens}
+        self.generation = {"num_beams": options.num_beams, "max_new_tokens": options.max_new_tokens}
         if options.choices:
             self.generation["choices"] = options.choices
 
-    def read(self, record: dict[str, Any], generator: torch.Generator) -> tuple[list[Prompted], list[Any]]:
+    def read_questions(
+        self, record: dict[str, Any], most: int, generator: torch.Generator
+    ) -> tuple[list[Prompted], list[Any]]:
         """Prompt and target of each question, its number in the record, and the score of the target."""
         texts, targets = [], []
-        for number, question, answers in _questions.chosen(record, self.options.max_questions, generator):
-            answer, score = self._target(_questions.soft_scores(answers, self._known), generator)
+        for number, question, answers in drawn_questions(record, most, generator):
+            answer, score = self._target(soft_scores(answers, self._known), generator)
             texts.append(self.prompted(question, answer))
             targets.append({"question": number, "score": score})
         return texts, targets
@@ -63,7 +58,7 @@ class Answering:
         return Prompted(self.options.prompt + question, answer)
 
     def _target(self, scores: dict[str, float], generator: torch.Generator) -> tuple[str, float]:
-        """The answer to be written and its score; empty and 0 where nobody gave one that counts."""
+        """The target answer and its score; empty and 0 where nobody gave one that counts."""
         if not scores:
             return "", 0.0
         answers = list(scores)
@@ -83,11 +78,6 @@ class Answering:
     def dummy_target(self) -> Any:
         return {"question": -1, "score": 1.0}
 
-    def ask(self, texts: list[str]) -> tuple[dict[str, Any], list[Any]]:
-        """A record with these questions, none of them answered, and their targets."""
-        questions = [{"question": text, "answers": []} for text in texts]
-        return {"questions": questions}, [{"question": i, "score": 0.0} for i in range(len(texts))]
-
     def weight(self, batch: PackedBatch) -> float:
         """Questions that enter the loss: those with a known answer."""
         return float(self._weights(batch).double().sum()) if len(batch.text_owner) else 0.0
@@ -101,21 +91,11 @@ class Answering:
         each = total / count.clamp(min=1)
         if self.options.score_weight:
             each = each * batch.targets["score"].to(each.dtype)
-        # where, not a product: a weight-0 question must not spread a non-finite loss
-        weights = self._weights(batch).to(each.dtype)
-        return torch.where(weights > 0, each * weights, torch.zeros_like(each)).sum()
+        return weighted_sum(each, self._weights(batch))
 
     def predict(self, outputs: GenerationOutput, batch: PackedBatch) -> list[dict[str, Any]]:
         """One row per question of weight > 0: sample_id, text, prediction, answers, type, question_id if given."""
-        return _questions.rows(batch, outputs.generated) if len(batch.text_owner) else []
-
-    def score(self, rows: list[dict[str, Any]]) -> dict[str, float]:
-        """`accuracy` and `accuracy_<type>`: official VQA accuracy where several annotators answered, else plain."""
-        return _questions.accuracy(rows)
-
-    def baselines(self, train: Iterable[dict[str, Any]], test: Iterable[dict[str, Any]]) -> dict[str, float]:
-        """`majority` and `question_only`: answers without a model, overall and by question type."""
-        return _questions.priors(train, test)
+        return answer_rows(batch, outputs.generated) if len(batch.text_owner) else []
 
 
 ENTRY = Answering

@@ -8,7 +8,6 @@ paper (arXiv 2403.09377; specs/routing.md 2.2).
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -17,20 +16,20 @@ from torch import Tensor
 from mmpeft_ds.data.batch import GenerationOutput, PackedBatch, Prompted
 from mmpeft_ds.errors import BadInput, BadSample
 from mmpeft_ds.metrics.captions import caption_scores
+from mmpeft_ds.tasks.base import TaskBase
 from mmpeft_ds.tasks.captioning.options import Options
+from mmpeft_ds.tasks.common.losses import weighted_sum
 
 
-class Captioning:
+class Captioning(TaskBase):
     """Records hold `captions`, a list of texts; one is drawn at each visit, all are references in evaluation."""
 
     Options = Options
     fields = ("captions",)
-    couples_samples = False
     main_metric = "cider"
-    better = "max"
-    example_text = None
 
     def __init__(self, options: Options, labels: list[str] | None):
+        super().__init__(options, labels)
         if options.loss not in ("token", "caption"):
             raise BadInput(f"task.loss: {options.loss!r}. Use token or caption.")
         if not 0 <= options.smoothing < 1:
@@ -39,9 +38,8 @@ class Captioning:
             raise BadInput(f"task.num_beams: {options.num_beams}. Use 1 or more.")
         if min(options.max_length, options.max_new_tokens) < 0 or not options.max_length + options.max_new_tokens:
             raise BadInput("task.max_length and task.max_new_tokens: one of them must be above 0, neither below.")
-        self.options = options
         longest = {"max_new_tokens": options.max_new_tokens} if options.max_new_tokens else {}
-        self.generation: dict[str, Any] = {
+        self.generation = {
             "num_beams": options.num_beams,
             "length_penalty": options.length_penalty,
             **(longest or {"max_length": options.max_length}),
@@ -52,21 +50,15 @@ class Captioning:
         captions = record.get("captions")
         if not isinstance(captions, list) or not all(isinstance(c, str) for c in captions):
             raise BadSample("field", "`captions` is no list of texts")
-        written = [c.strip() for c in captions if c.strip()]
-        if not written:
+        texts = [c.strip() for c in captions if c.strip()]
+        if not texts:
             raise BadSample("field", "`captions` holds no text")
-        drawn = int(torch.randint(len(written), (), generator=generator)) if len(written) > 1 else 0
-        return [Prompted(self.options.prompt, written[drawn])], [{}]
+        drawn = int(torch.randint(len(texts), (), generator=generator)) if len(texts) > 1 else 0
+        return [Prompted(self.options.prompt, texts[drawn])], [{}]
 
     def prompted(self, text: str) -> Prompted:
-        """A text that somebody asks with, as the model reads it."""
+        """A text given in prediction, as the model reads it: behind the prompt."""
         return Prompted(self.options.prompt + text)
-
-    def collate(self, targets: list[Any]) -> dict[str, Tensor]:
-        return {}
-
-    def dummy_target(self) -> Any:
-        return {}
 
     def ask(self, texts: list[str]) -> tuple[dict[str, Any], list[Any]]:
         """A record without captions, and a target for each text."""
@@ -84,9 +76,7 @@ class Captioning:
         """Sum over captions of weight times the sum, or the mean, of the cross-entropy over their tokens."""
         total, count = outputs.token_losses(self.options.smoothing)
         each = total if self.options.loss == "token" else total / count.clamp(min=1)
-        weights = batch.text_weight.to(each.dtype)
-        # where, not a product: a weight-0 caption must not spread a non-finite loss
-        return torch.where(weights > 0, each * weights, torch.zeros_like(each)).sum()
+        return weighted_sum(each, batch.text_weight)
 
     def predict(self, outputs: GenerationOutput, batch: PackedBatch) -> list[dict[str, Any]]:
         """One row per text of weight > 0: sample_id, text (the prompt), prediction, references."""
@@ -110,10 +100,6 @@ class Captioning:
         """`cider`, `bleu1` to `bleu4`, `rouge_l`, of the rows that have references."""
         known = [r for r in rows if r["references"]]
         return caption_scores([r["prediction"] for r in known], [r["references"] for r in known]) if known else {}
-
-    def baselines(self, train: Iterable[dict[str, Any]], test: Iterable[dict[str, Any]]) -> dict[str, float]:
-        """None: CIDEr of a constant caption says nothing."""
-        return {}
 
 
 ENTRY = Captioning

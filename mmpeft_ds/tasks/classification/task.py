@@ -15,28 +15,27 @@ from torch.nn.functional import cross_entropy
 from mmpeft_ds.data.batch import Described, PackedBatch
 from mmpeft_ds.errors import BadInput, BadSample
 from mmpeft_ds.ops.precision import at_least_float32
+from mmpeft_ds.tasks.base import TaskBase
 from mmpeft_ds.tasks.classification.options import Options
+from mmpeft_ds.tasks.common.losses import weighted_sum
 
 
-class Classification:
+class Classification(TaskBase):
     """Records hold `label`, the class index in their own data set, `class_name`, and `captions` (a list) if wanted.
 
     Classes meet by name, so a data set of other drawings may know fewer classes, or number them in another way.
     """
 
     Options = Options
-    fields: tuple[str, ...] = ("label",)
-    couples_samples = False
+    fields = ("label",)
     main_metric = "accuracy"
-    better = "max"
-    example_text = None
 
     def __init__(self, options: Options, labels: list[str] | None):
         if not labels:
             raise BadInput(
                 "task classification: the data set has no label list. Prepare it with one: it names the classes."
             )
-        self.options, self.labels = options, list(labels)
+        super().__init__(options, list(labels))
         if options.text == "captions":
             self.fields = ("label", "captions")
         self._index = {label: i for i, label in enumerate(self.labels)}
@@ -125,7 +124,7 @@ class Classification:
     def loss(self, outputs: Any, batch: PackedBatch) -> Tensor:
         """Sum over samples of weight times the cross-entropies of `outputs.terms`, [(weight, (B, C) logits)], or of
         `outputs.logits` where a model has no terms."""
-        terms = getattr(outputs, "terms", None) or [(1.0, outputs.logits)]
+        terms = outputs.get("terms") or [(1.0, outputs.logits)]
         if not len(batch.text_owner):
             return sum(at_least_float32(logits).sum() * 0 for _, logits in terms)
         weights = self._weights(batch)
@@ -136,8 +135,7 @@ class Classification:
         total = 0
         for scale, logits in terms:
             each = cross_entropy(self._restricted(at_least_float32(logits)), target, reduction="none")
-            # where, not a product: a row without weight must not spread a loss that is not finite
-            total = total + scale * torch.where(weights > 0, each * weights.to(each.dtype), 0).sum()
+            total = total + scale * weighted_sum(each, weights)
         return total
 
     def predict(self, outputs: Any, batch: PackedBatch) -> list[dict[str, Any]]:

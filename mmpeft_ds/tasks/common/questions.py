@@ -1,10 +1,11 @@
-"""What tasks on records with `questions` share: reading them, choosing some, rows, scores, priors.
+"""Questions and answers: the base of tasks on records with `questions`, and reading, rows, scores and priors of them.
 
 `questions` is a list of {question, answers (1 or 10), question_id?, type?}.
 """
 
 from __future__ import annotations
 
+import abc
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
@@ -13,11 +14,54 @@ from typing import Any
 import torch
 
 from mmpeft_ds.data.batch import PackedBatch
-from mmpeft_ds.errors import BadSample
+from mmpeft_ds.errors import BadInput, BadSample
 from mmpeft_ds.metrics.vqa import answer_score, normalize_answer, soft_score
+from mmpeft_ds.tasks.base import TaskBase
 
 
-def chosen(record: dict[str, Any], most: int, generator: torch.Generator) -> Iterator[tuple[int, str, list[str]]]:
+class QuestionTask(TaskBase):
+    """Base of such tasks: the options have `max_questions`, and targets hold `question`, its number in the record."""
+
+    fields = ("questions",)
+    main_metric = "accuracy"
+    example_text = "what is in the picture?"
+
+    def __init__(self, options: Any, labels: list[str] | None):
+        super().__init__(options, labels)
+        if options.max_questions < 0:
+            raise BadInput(f"task.max_questions: {options.max_questions}. Use 0 for all or a positive number.")
+
+    @abc.abstractmethod
+    def read_questions(
+        self, record: dict[str, Any], most: int, generator: torch.Generator
+    ) -> tuple[list[Any], list[Any]]:
+        """Texts and targets of at most `most` questions of a record, 0 = all; see `drawn_questions`."""
+
+    def read(self, record: dict[str, Any], generator: torch.Generator) -> tuple[list[Any], list[Any]]:
+        """Questions of one sample in training, at most `max_questions` of them."""
+        return self.read_questions(record, self.options.max_questions, generator)
+
+    def read_all(self, record: dict[str, Any], generator: torch.Generator) -> tuple[list[Any], list[Any]]:
+        """All questions of one sample, for evaluation."""
+        return self.read_questions(record, 0, generator)
+
+    def ask(self, texts: list[str]) -> tuple[dict[str, Any], list[Any]]:
+        """A record with these questions, none of them answered, and their targets."""
+        record = {"questions": [{"question": text, "answers": []} for text in texts]}
+        return record, self.read_all(record, torch.Generator())[1]
+
+    def score(self, rows: list[dict[str, Any]]) -> dict[str, float]:
+        """`accuracy` and `accuracy_<type>`: official VQA accuracy where several annotators answered, else plain."""
+        return accuracies(rows)
+
+    def baselines(self, train: Iterable[dict[str, Any]], test: Iterable[dict[str, Any]]) -> dict[str, float]:
+        """`majority` and `question_only`: answers without a model, overall and by question type."""
+        return priors(train, test)
+
+
+def drawn_questions(
+    record: dict[str, Any], most: int, generator: torch.Generator
+) -> Iterator[tuple[int, str, list[str]]]:
     """Number, text and answers of `most` questions of a record, drawn and in order; 0 = all. Raises BadSample."""
     questions = record.get("questions")
     if not isinstance(questions, list):
@@ -33,16 +77,16 @@ def soft_scores(answers: list[str], known: dict[str, Any] | None) -> dict[str, f
     """Answer -> soft score, most frequent first; with `known`, others count only if they normalise to one of it."""
     votes: Counter[str] = Counter()
     for answer in answers:
-        found = answer if known is None or answer in known else normalize_answer(answer)
-        if known is None or found in known:
-            votes[found] += 1
+        counted = answer if known is None or answer in known else normalize_answer(answer)
+        if known is None or counted in known:
+            votes[counted] += 1
     # Counter keeps the order of first occurrence among equals, which is the order of the record.
     return {answer: soft_score(count, len(answers)) for answer, count in votes.most_common()}
 
 
-def rows(batch: PackedBatch, predictions: list[str]) -> list[dict[str, Any]]:
+def answer_rows(batch: PackedBatch, predictions: list[str]) -> list[dict[str, Any]]:
     """One row per question of weight > 0: sample_id, text, prediction, answers, type, question_id if given."""
-    found = []
+    rows = []
     columns = zip(
         predictions,
         batch.text_owner.tolist(),
@@ -57,11 +101,11 @@ def rows(batch: PackedBatch, predictions: list[str]) -> list[dict[str, Any]]:
             row |= {"answers": list(asked.get("answers", [])), "type": asked.get("type", "")}
             if "question_id" in asked:
                 row["question_id"] = asked["question_id"]
-            found.append(row)
-    return found
+            rows.append(row)
+    return rows
 
 
-def accuracy(rows: list[dict[str, Any]]) -> dict[str, float]:
+def accuracies(rows: list[dict[str, Any]]) -> dict[str, float]:
     """`accuracy` and `accuracy_<type>`: official VQA accuracy where several annotators answered, else plain."""
     return _by_type("accuracy", ((r["type"], r["answers"], r["prediction"]) for r in rows))
 

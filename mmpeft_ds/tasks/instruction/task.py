@@ -1,6 +1,6 @@
 """Task: conversations about a sample's images, as LLaVA's instruction data has them; loss on what the assistant says.
 
-Of a conversation in evaluation, the last answer is written anew and compared with the one given.
+In evaluation the last answer of a conversation is generated anew and compared with the given one.
 """
 
 # T texts (conversations) of the micro-batch, S positions, V vocabulary
@@ -17,30 +17,30 @@ from torch import Tensor
 
 from mmpeft_ds.data.batch import IMAGE_MARK, GenerationOutput, PackedBatch, Prompted
 from mmpeft_ds.errors import BadInput, BadSample
+from mmpeft_ds.tasks.base import TaskBase
+from mmpeft_ds.tasks.common.losses import weighted_sum
 from mmpeft_ds.tasks.instruction.options import Options
 
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 
 
-class Instruction:
+class Instruction(TaskBase):
     """Records hold `conversations`: a list of {from: human, gpt or system, value}; `<image>` marks a place."""
 
     Options = Options
     fields = ("conversations",)
-    couples_samples = False
     main_metric = "perplexity"
     better = "min"
     example_text = "Describe the picture."
 
     def __init__(self, options: Options, labels: list[str] | None):
+        super().__init__(options, labels)
         if options.loss not in ("token", "conversation"):
             raise BadInput(f"task.loss: {options.loss!r}. Use token or conversation.")
         if options.num_beams < 1:
             raise BadInput(f"task.num_beams: {options.num_beams}. Use 1 or more.")
         if options.max_new_tokens < 0:
             raise BadInput(f"task.max_new_tokens: {options.max_new_tokens}. Use 1 or more, or 0 to write nothing.")
-        self.options = options
-        self.generation: dict[str, Any] | None = None
         if options.max_new_tokens:
             self.generation = {"num_beams": options.num_beams, "max_new_tokens": options.max_new_tokens}
 
@@ -50,14 +50,8 @@ class Instruction:
         return [Prompted(turns[-2][1], turns[-1][1], tuple(turns[:-2]))], [{}]
 
     def prompted(self, text: str) -> Prompted:
-        """A question that somebody asks, as the model reads it."""
+        """A question given in prediction, as the model reads it."""
         return Prompted(text)
-
-    def collate(self, targets: list[Any]) -> dict[str, Tensor]:
-        return {}
-
-    def dummy_target(self) -> Any:
-        return {}
 
     def ask(self, texts: list[str]) -> tuple[dict[str, Any], list[Any]]:
         """A record without conversations, and a target for each text."""
@@ -75,9 +69,7 @@ class Instruction:
         """Sum over conversations of weight times the sum, or the mean, of the cross-entropy over their tokens."""
         total, count = outputs.token_losses()
         each = total if self.options.loss == "token" else total / count.clamp(min=1)
-        weights = batch.text_weight.to(each.dtype)
-        # where, not a product: a weight-0 conversation must not spread a non-finite loss
-        return torch.where(weights > 0, each * weights, torch.zeros_like(each)).sum()
+        return weighted_sum(each, batch.text_weight)
 
     def predict(self, outputs: GenerationOutput, batch: PackedBatch) -> list[dict[str, Any]]:
         """One row per conversation of weight > 0: sample_id, text (the last question), prediction, the given answer,
@@ -86,18 +78,18 @@ class Instruction:
             return []
         nll, tokens = outputs.token_losses()
         right = ((outputs.logits.argmax(-1) == outputs.labels) & (outputs.labels != -100)).sum(1)
-        written = outputs.generated or [""] * len(batch.raw_texts)
+        generated = outputs.generated or [""] * len(batch.raw_texts)
         rows = []
         for i, (text, slot) in enumerate(zip(batch.raw_texts, batch.text_owner.tolist(), strict=True)):
             if batch.weight[slot] > 0:
-                row = {"sample_id": batch.sample_id[slot], "text": text.prompt, "prediction": written[i]}
+                row = {"sample_id": batch.sample_id[slot], "text": text.prompt, "prediction": generated[i]}
                 row |= {"answer": text.target, "nll": float(nll[i])}
                 rows.append(row | {"tokens": int(tokens[i]), "tokens_right": int(right[i])})
         return rows
 
     def score(self, rows: list[dict[str, Any]]) -> dict[str, float]:
         """`perplexity` and `token_accuracy` over all tokens of the assistant; `exact_match` of the last answers, if
-        they were written (case and spaces do not count)."""
+        they were generated (case and spaces do not count)."""
         tokens = sum(r["tokens"] for r in rows)
         scores = {}
         if tokens:

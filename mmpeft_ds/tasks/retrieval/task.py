@@ -11,7 +11,6 @@ own sample alone, also where other pictures have a caption of the same words.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -25,12 +24,14 @@ from mmpeft_ds.distributed.gather import gather_rows, gather_sizes
 from mmpeft_ds.errors import BadInput, BadSample
 from mmpeft_ds.metrics.retrieval import retrieval_scores
 from mmpeft_ds.ops import contrastive
+from mmpeft_ds.tasks.base import TaskBase
+from mmpeft_ds.tasks.common.losses import weighted_sum
 from mmpeft_ds.tasks.retrieval.options import Options
 
 MATCHED_AT_ONCE = 64  # pairs in one pass of the matching head
 
 
-class Retrieval:
+class Retrieval(TaskBase):
     """Records hold `captions`, a list of texts about the sample's images.
 
     Source: ALBEF, arXiv 2107.07651; BLIP, arXiv 2201.12086; Aurora, arXiv 2305.08381.
@@ -40,17 +41,17 @@ class Retrieval:
     fields = ("captions",)
     couples_samples = True
     main_metric = "r_mean"
-    better = "max"
+    concludes = True
     example_text = "a dog on a beach"
     identifies_pictures = True
 
     def __init__(self, options: Options, labels: list[str] | None):
+        super().__init__(options, labels)
         if options.loss not in ("contrast", "contrast_match"):
             raise BadInput(f"task.loss: {options.loss!r}. Use contrast or contrast_match.")
         for key in ("captions", "rerank"):
             if getattr(options, key) < 0:
                 raise BadInput(f"task.{key}: {getattr(options, key)}. Use 0 or more.")
-        self.options = options
 
     def read(self, record: dict[str, Any], generator: torch.Generator) -> tuple[list[str], list[Any]]:
         """Some captions of a record, drawn, each with the id of the picture."""
@@ -96,19 +97,17 @@ class Retrieval:
 
     def loss(self, outputs: Any, batch: PackedBatch) -> Tensor:
         """Sum over pairs of their losses; in evaluation the contrast within this micro-batch."""
-        each = getattr(outputs, "contrast_losses", None)
+        each = outputs.get("contrast_losses")
         if each is None:
             each = _in_batch(outputs, batch)
         if self.options.loss == "contrast_match" and torch.is_grad_enabled():
-            if getattr(outputs, "matching_losses", None) is None:
+            if outputs.get("matching_losses") is None:
                 raise BadInput(
                     "task.loss: contrast_match, but the backbone matches nothing. Use loss: contrast, or blip in its "
                     "retrieval form with negatives."
                 )
             each = each + outputs.matching_losses
-        weights = _pair_weights(batch).to(each.dtype)
-        # where, not a product: a weight-0 pair must not spread a non-finite loss
-        return torch.where(weights > 0, each * weights, torch.zeros_like(each)).sum()
+        return weighted_sum(each, _pair_weights(batch))
 
     def predict(self, outputs: Any, batch: PackedBatch) -> list[dict[str, Any]]:
         """One row per pair of weight > 0; `prediction` is the cosine of text and picture."""
@@ -121,7 +120,7 @@ class Retrieval:
             if weight > 0
         ]
 
-    # evaluation of a whole split: nothing can be ranked before all of it was seen
+    # evaluation of a whole split: nothing can be ranked before everything has been encoded
 
     def collect(self, outputs: Any, batch: PackedBatch) -> dict[str, Any]:
         """What `conclude` needs of one micro-batch, on the CPU."""
@@ -145,7 +144,7 @@ class Retrieval:
             "text_id": pictures[batch.text_owner[texts]],
             "text_row": torch.tensor(rows, dtype=torch.int64, device=texts.device)[texts],
         }
-        if self.options.rerank and getattr(outputs, "image_tokens", None) is not None:
+        if self.options.rerank and outputs.get("image_tokens") is not None:
             found |= {"tokens": outputs.image_tokens[slots], "mask": outputs.image_mask[slots]}
             found |= {key: batch.texts[key][texts] for key in ("input_ids", "attention_mask")}
         found = {key: value.cpu() for key, value in found.items()}
@@ -181,7 +180,6 @@ class Retrieval:
         shown = _one_each(image_id.tolist(), names["image_names"]).to(device)
         image, image_id = image[shown], image_id[shown]
         cosine = text @ image.T
-        base = model.get_base_model() if hasattr(model, "get_base_model") else model
         matched = self.options.rerank > 0 and "tokens" in parts[0]
         lists = {}
         for kind, scores in (("text_to_image", cosine), ("image_to_text", cosine.T)):
@@ -189,7 +187,7 @@ class Retrieval:
             top = scores.topk(min(self.options.rerank, most) if matched else most, 1)
             lists[kind] = (top.indices, top.values)
         if matched:
-            lists = self._match(base, parts, lists, shown, device)
+            lists = self._match(model, parts, lists, shown, device)
         if collectives.rank() != 0:
             return []
         rows, pictures = [], [names["image_names"][i] for i in shown.tolist()]
@@ -212,10 +210,6 @@ class Retrieval:
         """`txt_*`: pictures that look for their texts; `img_*`: texts that look for their picture; `r_mean`."""
         found = {k: [r["rank"] for r in rows if r.get("kind") == k] for k in ("image_to_text", "text_to_image")}
         return retrieval_scores(*found.values()) if all(found.values()) else {}
-
-    def baselines(self, train: Iterable[dict[str, Any]], test: Iterable[dict[str, Any]]) -> dict[str, float]:
-        """None: chance is k over the number of pictures."""
-        return {}
 
     def _match(
         self,
@@ -288,7 +282,7 @@ def _pair_weights(batch: PackedBatch) -> Tensor:
 def image_features(outputs: Any, batch: PackedBatch) -> Tensor:
     """(S, E) unit vectors: the model's, if it has one a slot, else the mean over the images of a slot."""
     features, slots = outputs.image_features, len(batch.sample_id)
-    if getattr(outputs, "image_tokens", None) is not None:
+    if outputs.get("image_tokens") is not None:
         return features
     if features is None:
         return outputs.text_features.new_zeros(slots, outputs.text_features.shape[1])
@@ -300,7 +294,7 @@ def _in_batch(outputs: Any, batch: PackedBatch) -> Tensor:
     """(T,) contrast of each pair with the pairs of all ranks; of this rank alone in evaluation."""
     image, text = image_features(outputs, batch)[batch.text_owner], outputs.text_features
     keep, ids = _pair_weights(batch) > 0, batch.targets["pair_id"]
-    scale = getattr(outputs, "logit_scale", None)
+    scale = outputs.get("logit_scale")
     temperature = 1 / scale if scale is not None else 0.07
     pool = (image, text, ids, keep.to(torch.uint8))
     if torch.is_grad_enabled():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,6 +13,7 @@ from mmpeft_ds import recipe as recipes
 from mmpeft_ds.data.batch import PackedBatch, Sample, pack
 from mmpeft_ds.engine.assembly import resolve as resolving
 from mmpeft_ds.engine.zero.config import check_ds_config
+from mmpeft_ds.tasks.base import TaskBase
 
 WIDTH, LABELS = 16, 5
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "is", "it", "red", "blue", "round", "big", "what", "?"]
@@ -36,16 +36,22 @@ def make_towers(folder: Path) -> None:
     BertTokenizerFast(str(folder / "text" / "vocab.txt")).save_pretrained(folder / "text")
 
 
-@dataclass
-class TinyTask:
-    """Cross-entropy over LABELS answers, one a text."""
+class TinyTask(TaskBase):
+    """Cross-entropy over LABELS answers, one a text; the texts and targets are made elsewhere.
 
-    fields: tuple[str, ...] = ()
-    couples_samples: bool = False
-    main_metric: str = "accuracy"
-    better: str = "max"
-    example_text: str | None = "is it red ?"
-    poison: set[str] = field(default_factory=set)  # sample ids whose loss is NaN
+    Args:
+        poison: sample ids whose loss is NaN.
+    """
+
+    main_metric = "accuracy"
+    example_text = "is it red ?"
+
+    def __init__(self, poison: set[str] | None = None):
+        super().__init__(None, None)
+        self.poison = poison or set()
+
+    def read(self, record: dict[str, Any], generator: torch.Generator) -> tuple[list[Any], list[Any]]:
+        raise NotImplementedError
 
     def collate(self, targets: list[int]) -> dict[str, Tensor]:
         return {"label": torch.tensor(targets)}

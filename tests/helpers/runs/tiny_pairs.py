@@ -75,7 +75,7 @@ class ToyTask:
 def slots_of(step: int, backbone: Any) -> list[Sample]:
     """Slots of one step, 0 to 2 images and 1 to 2 ragged texts each, a padding slot and uneven weights."""
     g = torch.Generator().manual_seed(1000 + step)
-    writes = hasattr(backbone, "read")
+    writes = backbone.generates
     transform = backbone.image_transform(True)
 
     def draw(high: int) -> int:
@@ -109,7 +109,7 @@ def resolved(case: dict[str, Any], sections: dict[str, dict[str, Any]], folder: 
     method, config = resolving.make_method(recipe)
     backbone = resolving.make_backbone(recipe, tiny_backbones.LABELS)
     resolving.check_sites(recipe, backbone, method, config)
-    source = SimpleNamespace(task=ToyTask(hasattr(backbone, "read")))
+    source = SimpleNamespace(task=ToyTask(backbone.generates))
     return resolving.Resolved(
         recipe, check_ds_config(recipe), backbone, method, config, [source], [source], None, None
     )
