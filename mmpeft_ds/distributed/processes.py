@@ -5,13 +5,17 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import datetime
+import glob
 import logging
 import os
 import socket
 import subprocess
+import sys
+import time
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +24,7 @@ from mmpeft_ds.errors import BadInput
 from mmpeft_ds.files import REPOSITORY
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h
+_OPERATOR = "deepspeed_shm_comm"  # what DeepSpeed compiles for the CPU at its first use
 _TIMEOUT = datetime.timedelta(minutes=30)  # of one collective; loading a large base from a slow disk takes minutes
 
 
@@ -68,6 +73,8 @@ def start(threads: int = 0, seed: int = 0) -> Ranks:
     import deepspeed
 
     deepspeed.utils.logger.setLevel(logging.WARNING)
+    if not cuda and local_rank == 0:  # one per machine, so that none removes the lock of another's new build
+        remove_stale_lock(_OPERATOR)
     if not torch.distributed.is_initialized():
         with no_shared_buffers():
             try:
@@ -107,6 +114,49 @@ def environment() -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         env["MASTER_PORT"] = str(free.getsockname()[1])
+
+
+def remove_stale_lock(extension: str) -> bool:
+    """Remove the lock that an interrupted build of a torch extension has left; every later build would wait for it
+    without a word. Whether there was one.
+
+    Whoever builds keeps the file open, so a lock that no process has open belongs to nobody. On a file system that
+    other machines share, where their processes cannot be seen, only a lock of more than ten minutes is removed.
+    """
+    from torch.utils import cpp_extension
+
+    lock = Path(cpp_extension._get_build_directory(extension, verbose=False)) / "lock"
+    try:
+        age = time.time() - lock.stat().st_mtime
+        if _opened_here(lock) or (age < 600 and not _on_local_disk(lock)):
+            return False
+        lock.unlink()
+    except OSError:  # none, or another rank was first
+        return False
+    print(f"note: removed {lock}, which an interrupted build of DeepSpeed's operator had left", file=sys.stderr)
+    return True
+
+
+def _opened_here(path: Path) -> bool:
+    """Whether a process of this machine that we may look at has the file open."""
+    wanted = path.stat()
+    for link in glob.iglob("/proc/[0-9]*/fd/*"):
+        try:
+            there = os.stat(link)
+        except OSError:  # the process has ended, or is another user's
+            continue
+        if (there.st_dev, there.st_ino) == (wanted.st_dev, wanted.st_ino):
+            return True
+    return False
+
+
+def _on_local_disk(path: Path) -> bool:
+    """Whether the file lies on a disk of this machine, as far as psutil knows."""
+    import psutil
+
+    parts = [p for p in psutil.disk_partitions(all=True) if path.resolve().is_relative_to(p.mountpoint)]
+    kind = max(parts, key=lambda p: len(p.mountpoint)).fstype if parts else ""
+    return kind in ("ext2", "ext3", "ext4", "xfs", "btrfs", "zfs", "overlay", "tmpfs", "apfs", "f2fs")
 
 
 @contextlib.contextmanager

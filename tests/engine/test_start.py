@@ -1,6 +1,7 @@
 """Joining the ranks leaves nothing on the machine, and what cannot work there is said in a line."""
 
 import os
+import time
 
 import pytest
 import torch
@@ -27,3 +28,30 @@ def test_more_ranks_than_gpus_are_refused(monkeypatch):
         monkeypatch.setenv(name, value)
     with pytest.raises(BadInput, match=r"local rank 1.* 1 GPU"):
         processes.start()
+
+
+@pytest.fixture
+def lock(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    monkeypatch.setattr(processes, "_on_local_disk", lambda path: True)
+    (tmp_path / "op").mkdir()
+    path = tmp_path / "op" / "lock"
+    path.touch()
+    return path
+
+
+def test_the_lock_of_an_interrupted_build_is_removed_but_not_that_of_a_running_one(lock, capsys):
+    """torch waits for such a file for ever, without a word; whoever builds keeps it open."""
+    with lock.open():
+        assert not processes.remove_stale_lock("op") and lock.exists()
+    assert processes.remove_stale_lock("op") and not lock.exists()
+    assert str(lock) in capsys.readouterr().err
+    assert not processes.remove_stale_lock("op")
+
+
+def test_a_young_lock_on_a_shared_file_system_may_belong_to_another_machine(lock, monkeypatch):
+    monkeypatch.setattr(processes, "_on_local_disk", lambda path: False)
+    assert not processes.remove_stale_lock("op")
+    hour_ago = time.time() - 3600
+    os.utime(lock, (hour_ago, hour_ago))
+    assert processes.remove_stale_lock("op")
