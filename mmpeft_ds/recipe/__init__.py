@@ -14,7 +14,7 @@ from mmpeft_ds.data.options import DataOptions
 from mmpeft_ds.errors import BadInput
 from mmpeft_ds.files import REPOSITORY
 from mmpeft_ds.recipe.options import EngineOptions, MonitorOptions, OptimOptions
-from mmpeft_ds.recipe.parse import Origin, override, parse_yaml, shown, typed
+from mmpeft_ds.recipe.parse import Origin, override_all, parse_yaml, shown, typed
 
 RENAMED = {"fewshot": "few_shot"}  # sections under an earlier name
 
@@ -74,14 +74,12 @@ def read(path: str | Path, overrides: list[str]) -> tuple[dict[str, Any], Origin
         raise BadInput(f"{path}: holds {shown(raw)} instead of a mapping. Start from recipes/quickstart.yaml.")
     for old in RENAMED.keys() & raw.keys():
         raise BadInput(f"{path}: the section `{old}` is called `{RENAMED[old]}` now. Rename it there.")
-    keys = [override(raw, item) for item in overrides]
-    return raw, Origin(str(path), tuple(keys))
+    return raw, override_all(raw, overrides, str(path))
 
 
 def overridden(raw: dict[str, Any], overrides: list[str], name: str = "recipe") -> Recipe:
     """The recipe of a plain mapping, which is changed, after `a.b=value` overrides; `name` is for error messages."""
-    keys = [override(raw, item) for item in overrides]
-    return from_dict(raw, Origin(name, tuple(keys)))
+    return from_dict(raw, override_all(raw, overrides, name))
 
 
 def from_dict(raw: dict[str, Any], origin: Origin | None = None) -> Recipe:

@@ -7,6 +7,7 @@ import difflib
 import json
 import re
 import typing
+from collections.abc import Collection, Sequence
 from dataclasses import MISSING
 from typing import Any
 
@@ -14,14 +15,22 @@ import pydantic
 import yaml
 
 from mmpeft_ds.errors import BadInput
+from mmpeft_ds.recipe import elsewhere
 
 
 class Origin:
-    """Where a value came from, for error messages: the recipe file, or the `--set` that changed it."""
+    """Where a value came from, for error messages: the recipe file, or the `--set` that changed it.
 
-    def __init__(self, path: str = "recipe", overrides: tuple[str, ...] = ()):
+    Args:
+        path: of the file.
+        overrides: keys that `--set` gave.
+        replaced: of those that name a component (`method.name`), the name that stood in the file.
+    """
+
+    def __init__(self, path: str = "recipe", overrides: tuple[str, ...] = (), replaced: dict[str, str] | None = None):
         self.path = path
         self.overrides = overrides
+        self.replaced = replaced or {}
 
     def __call__(self, key: str) -> str:
         for given in self.overrides:
@@ -46,9 +55,7 @@ def typed(cls: type, given: Any, key: str, origin: Origin, fields: list[dataclas
     hints = _hints(cls)
     for name in given:
         if name not in known:
-            near = difflib.get_close_matches(str(name), known, n=1)
-            hint = f"Did you mean {near[0]!r}? " if near else ""
-            raise BadInput(f"{origin(_join(key, name))}: unknown key. {hint}Known: {', '.join(known)}.")
+            raise BadInput(_unknown(str(name), known, key, origin))
     for name, f in known.items():
         if name not in given and f.default is MISSING and f.default_factory is MISSING:
             what = _type_name(hints[name])
@@ -58,6 +65,21 @@ def typed(cls: type, given: Any, key: str, origin: Origin, fields: list[dataclas
         return cls(**values)
     except (ValueError, TypeError, BadInput) as e:
         raise BadInput(f"{origin(key)}: {_one_line(e)}") from e
+
+
+def _unknown(name: str, known: Collection[str], key: str, origin: Origin) -> str:
+    """The message about a key that nobody reads."""
+    position = _join(key, name)
+    former = origin.replaced.get(f"{key}.name")
+    if former and position not in origin.overrides:
+        return (
+            f"{origin.path}: {position}: belongs to {former!r}, which --set {key}.name replaced, and the new one does "
+            f"not know it. Replace the section as a whole: --set '{key}={{name: ..., ...}}'. Known there: "
+            f"{', '.join(known)}."
+        )
+    near = difflib.get_close_matches(name, known, n=1)
+    hint = elsewhere.hint(name, position) or (f"Did you mean {near[0]!r}? " if near else "")
+    return f"{origin(position)}: unknown key. {hint}Known: {', '.join(known)}."
 
 
 def parse_yaml(text: str, name: str) -> Any:
@@ -86,6 +108,26 @@ class _Loader(yaml.SafeLoader):
 # YAML 1.1 wants a dot in a float; people write 1e-3.
 _FLOAT = re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$")
 _Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789"))
+
+
+def override_all(raw: dict[str, Any], items: Sequence[str], path: str) -> Origin:
+    """Set all `a.b=value` in the mapping of a recipe, in place; where its values come from. Raises BadInput."""
+    before = _names(raw)
+    keys = tuple(override(raw, item) for item in items)
+    after = _names(raw)
+    replaced = {key: name for key, name in before.items() if key in keys and after.get(key) != name}
+    return Origin(path, keys, replaced)
+
+
+def _names(raw: Any, key: str = "") -> dict[str, str]:
+    """Dotted key -> the name of every component in a mapping."""
+    entries = raw.items() if isinstance(raw, dict) else enumerate(raw) if isinstance(raw, list) else ()
+    found: dict[str, str] = {}
+    for part, value in entries:
+        if part == "name" and isinstance(value, str):
+            found[_join(key, part)] = value
+        found |= _names(value, _join(key, part))
+    return found
 
 
 def override(raw: dict[str, Any], item: str) -> str:

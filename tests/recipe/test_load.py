@@ -1,12 +1,18 @@
 """A recipe is typed: what it says is what runs, and what it cannot mean is refused in one line."""
 
+import re
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 import yaml
 
 from mmpeft_ds import recipe as recipes
+from mmpeft_ds.data.options import DataOptions
+from mmpeft_ds.engine.assembly import resolve
 from mmpeft_ds.errors import BadInput
+from mmpeft_ds.recipe import elsewhere
+from mmpeft_ds.recipe.options import EngineOptions, MonitorOptions, OptimOptions
 
 MINIMAL = {"run_dir": "runs/x", "backbone": {"name": "b"}, "method": {"name": "m"}}
 
@@ -59,12 +65,37 @@ def test_an_integer_may_stand_for_a_number_but_not_a_truth_value_or_text(write):
         ({"data": {"last_batch": "padd"}}, ["data.last_batch", "pad, drop", '"padd"']),
         ({"optim": {"lr": "fast"}}, ["optim.lr", "expected a number", '"fast"']),
         ({"optim": 3}, ["optim", "expected a mapping"]),
+        ({"engine": {"micro_batch": 8}}, ["engine.micro_batch", "data.global_batch and optim.accumulation"]),
+        ({"engine": {"device": "cpu"}}, ["engine.device", "CUDA_VISIBLE_DEVICES"]),
+        ({"optim": {"learning_rate": 1}}, ["optim.learning_rate", "optim.lr"]),
+        ({"engine": {"bf16": True}}, ["engine.bf16", "engine.dtype: bfloat16"]),
+        ({"batch_size": 8}, ["batch_size", "data.global_batch"]),
         ({"seed": None}, ["seed", "expected an integer", "null"]),
     ],
 )
 def test_a_wrong_key_or_type_is_named_with_file_key_and_remedy(write, sections, words):
     line = refusal(write(**sections))
     assert all(word in line for word in words), line
+
+
+def test_what_other_trainers_call_a_key_leads_to_one_that_exists():
+    """Every key that the hints name is one of a recipe, or a section."""
+    known = set(recipes.to_dict(recipes.from_dict({"run_dir": "r", "backbone": {}, "method": {}})))
+    of = {"data": DataOptions, "optim": OptimOptions, "engine": EngineOptions, "monitor": MonitorOptions}
+    for name, here in elsewhere.KEYS.items():
+        for key in re.findall(r"\b(?:data|optim|engine|monitor)\.\w+", here) or [here.split(" ")[0].split(".")[0]]:
+            section, _, option = key.partition(".")
+            assert section in known | {"nothing"}, (name, here)
+            assert not option or option in {f.name for f in fields(of[section])}, (name, here)
+
+
+def test_keys_of_a_component_that_set_replaced_are_said_to_be_the_former_ones(write):
+    path = write(method={"name": "routed_lora", "route": "mul"}, backbone={"name": "clip"})
+    line = str(pytest.raises(BadInput, resolve.expand, recipes.load(path, ["method.name=ga_net"])).value)
+    assert "r.yaml: method.route: belongs to 'routed_lora'" in line and "--set method.name" in line
+    assert "--set 'method={name: " in line
+    line = str(pytest.raises(BadInput, resolve.expand, recipes.load(path, ["method.routee=mul"])).value)
+    assert "belongs" not in line and "Did you mean 'route'" in line
 
 
 def test_a_missing_required_key_is_named(tmp_path):
