@@ -76,7 +76,7 @@ def main(argv: list[str] | None = None) -> None:
     if manifest.samples(args.split) and not manifest.fields[args.split].get("images", {}).get("max"):
         raise BadInput(f"{args.dir}: split {args.split!r} has no images.")
     recipe = recipes.load(args.recipe, args.set)
-    backbone = resolve.make_backbone(recipe, manifest.labels)
+    backbone = resolve.make_backbone(recipes.components(recipe).backbone, recipe.engine, manifest.labels)
     if not backbone.wants_statistics:
         print(f"{args.recipe}: this backbone asks for no feature statistics; nothing to do")
         return

@@ -31,7 +31,7 @@ def main() -> int:
         from mmpeft_ds.engine.assembly import resolve
 
         if args.print_recipe and console.rank() == 0:
-            print(recipes.to_yaml(resolve.expand(recipe)), end="")
+            print(recipes.to_yaml(recipes.filled(recipe)), end="")
         if args.check:
             report = plan.make(resolve.resolve(recipe))
             if console.rank() == 0:

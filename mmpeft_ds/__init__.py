@@ -1,6 +1,8 @@
 """Parameter-efficient tuning of large frozen vision-language models on DeepSpeed.
 
-Importing this package registers every method with peft; `load` rebuilds base and adapter from an adapter directory.
+Importing this package registers every method with peft, or, where peft has not been imported, sees to it that this
+happens when it is. It imports neither torch nor transformers nor peft itself, so that commands answer at once. `load`
+rebuilds base and adapter from an adapter directory; the configs of the methods are here under their names.
 """
 
 from __future__ import annotations
@@ -9,24 +11,24 @@ import importlib
 from typing import Any
 
 from mmpeft_ds import methods
+from mmpeft_ds.methods.common.registration import when_peft_is_there
 
 __version__ = "0.1.0"
 
-methods.register()
-# Every method's config under its own name: mmpeft_ds.RoutedLoraConfig, ...
-_CONFIGS = {methods.get(name).Config.__name__: methods.get(name).Config for name in methods.names()}
 _LAZY = {"load": "mmpeft_ds.adapter"}
 
-__all__ = ["__version__", *_LAZY, *_CONFIGS]
+when_peft_is_there(methods.register)
 
 
 def __getattr__(name: str) -> Any:
-    if name in _CONFIGS:
-        return _CONFIGS[name]
     if name in _LAZY:
         return getattr(importlib.import_module(_LAZY[name]), name)
+    if name == "__all__":
+        return __dir__()
+    if name.endswith("Config") and (method := methods.configs().get(name)):
+        return methods.get(method).Config
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted(__all__)
+    return sorted(["__version__", *_LAZY, *methods.configs()])

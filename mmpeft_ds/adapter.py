@@ -175,7 +175,7 @@ def load(
     recipe = recipes.load(directory / "recipe.yaml", overrides)
     labels = _read(directory, "labels.json")
     towers = _read(directory, "towers.json") if (directory / "towers.json").is_file() else {}
-    backbone = make_backbone(recipe, labels, towers)
+    backbone = make_backbone(recipes.components(recipe).backbone, recipe.engine, labels, towers)
     if (directory / "bank.safetensors").is_file():
         backbone.use_bank(load_file(directory / "bank.safetensors"))
     if (statistics := _read(directory, "feature_statistics.json")) is not None:
@@ -222,10 +222,11 @@ def _tasks(recipe: recipes.Recipe, labels: list[str] | None) -> list[TaskBase]:
     """Each task of the train sources once."""
     from mmpeft_ds.engine.assembly.resolve import make_task
 
+    sections = recipes.components(recipe).tasks
     tasks = []
     for i, source in enumerate(recipe.data.sources):
         if source.task not in [s.task for s in recipe.data.sources[:i]]:
-            tasks.append(make_task(recipe, f"data.sources.{i}", source, labels))
+            tasks.append(make_task(sections[f"data.sources.{i}"], labels))
     return tasks
 
 

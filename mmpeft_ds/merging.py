@@ -15,12 +15,13 @@ import torch
 from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
-from mmpeft_ds import adapter, methods
+from mmpeft_ds import adapter
 from mmpeft_ds import recipe as recipes
 from mmpeft_ds.backbones.common import tower_loading
 from mmpeft_ds.data.batch import PackedBatch, Prompted, Sample, pack
 from mmpeft_ds.data.transform import hooks_of
 from mmpeft_ds.engine.assembly.forward import forward
+from mmpeft_ds.engine.assembly.resolve import make_method
 from mmpeft_ds.errors import BadInput
 from mmpeft_ds.files import new_directory, write_json
 
@@ -53,10 +54,10 @@ def merge(directory: str | Path, out: str | Path) -> dict[str, Any]:
     out = Path(out)
     if out.exists():
         raise BadInput(f"{out}: exists. Give a new directory.")
-    method = _method(directory)
-    reason = getattr(methods.get(method).Tuner, "unmergeable", None)
-    if reason:
-        raise BadInput(f"{directory}: method {method} cannot be merged: {reason} Keep it as an adapter.")
+    section = _method(directory)
+    method, config = make_method(section)
+    if reason := method.unmergeable(config):
+        raise BadInput(f"{directory}: method {section.name} cannot be merged: {reason} Keep it as an adapter.")
     loaded = adapter.load(directory, pictures=True)
     recipe, backbone = loaded.recipe, loaded.backbone
     model = loaded.model.float().eval()
@@ -67,12 +68,12 @@ def merge(directory: str | Path, out: str | Path) -> dict[str, Any]:
     difference = _difference(adapted, outputs(plain, backbone, batch))
     if difference > TOLERANCE:
         raise BadInput(
-            f"{directory}: method {method} cannot be folded into the weights: merged, outputs differ by "
+            f"{directory}: method {section.name} cannot be folded into the weights: merged, outputs differ by "
             f"{difference:.1e} of the largest. Keep it as an adapter."
         )
     origin = {
         "backbone": recipe.backbone["name"],
-        "method": method,
+        "method": section.name,
         "adapter": str(directory),
         "largest_difference": difference,
         "parameters": sum(p.numel() for p in plain.parameters()),
@@ -119,11 +120,11 @@ def _difference(one: list[Tensor], other: list[Tensor]) -> float:
     return max(found)
 
 
-def _method(directory: str | Path) -> str:
+def _method(directory: str | Path) -> recipes.Section:
     path = Path(directory) / "recipe.yaml"
     if not path.is_file():
         raise BadInput(f"{directory}: no adapter directory. Give the `adapter` folder of a run.")
-    return recipes.load(path).method["name"]
+    return recipes.components(recipes.load(path)).method
 
 
 def _unwrap_heads(base: nn.Module) -> None:

@@ -211,14 +211,12 @@ class BackboneBase(abc.ABC):
             "of images, or a backbone that reads features: features or dual_encoder."
         )
 
-    @property
-    def encoder_section(self) -> dict[str, Any] | None:
-        """Name and options of another backbone that this one runs as its encoder. Default: none."""
-        return None
-
     def use_encoder(self, encoder: BackboneBase) -> None:
-        """Take the backbone that `encoder_section` names; called before `check`."""
-        raise self._lacks("encoder_section")
+        """Take the backbone that the option `encoder` names; called before `check`.
+
+        An option that names another component says so in its metadata: `field(metadata={"component": "backbones"})`.
+        """
+        raise self._lacks("encoder")
 
     def use_bank(self, bank: dict[str, Tensor]) -> None:
         """Take the parts of a `sites.feature_site.Bank`, on the meta device where only shapes are known."""

@@ -23,6 +23,7 @@ from mmpeft_ds.engine.zero import state as zero_state
 from mmpeft_ds.files import new_directory, save_tensors, write_json
 from mmpeft_ds.methods.common.head import head_of
 from mmpeft_ds.sites.base import base_layer
+from mmpeft_ds.sites.feature_site import calibrated_buffers
 
 WEIGHTS = "adapter_model.safetensors"
 
@@ -46,7 +47,7 @@ def export_adapter(directory: str | Path, model: Any, resolved: Any, metrics: di
     for name, parameter in peft_model.named_parameters():
         if parameter.requires_grad:
             trained[name] = _master(engine, parameter)
-    for name, buffer in _found_without_gradients(peft_model):
+    for name, buffer in calibrated_buffers(peft_model).items():
         trained[name] = buffer.detach().cpu().clone() if rank() == 0 else None
     fingerprints = fingerprint.frozen_fingerprint(fingerprint.frozen_tensors(peft_model))
     directory = Path(directory)
@@ -128,15 +129,6 @@ def _features_files(partial: Path, model: PeftModel, plain: dict[str, Tensor], b
     write_json(partial / "towers.json", backbone.towers)
     if plain:
         save_tensors(partial / "classifier.safetensors", plain)
-
-
-def _found_without_gradients(model: PeftModel) -> list[tuple[str, Tensor]]:
-    """Buffers that heads have set by search or in closed form."""
-    return [
-        (f"{path}.{name}", getattr(module, name))
-        for path, module in model.named_modules()
-        for name in getattr(module, "calibrated", ())
-    ]
 
 
 def _verify(path: Path, trained: dict[str, Tensor]) -> None:

@@ -42,7 +42,7 @@ def make(resolved: Resolved) -> dict[str, Any]:
     moments = len(optimizers.MOMENTS[recipe.optim.name])
     sizes = parameter_sizes(model, 2 if recipe.engine.dtype == "bfloat16" else 4, moments)
     total_steps = recipe.optim.max_steps or steps_per_epoch * recipe.optim.epochs
-    if not getattr(resolved.method_config, "gradient_free", False):
+    if not resolved.method_options.gradient_free:
         check_schedule(recipe, total_steps, steps_per_epoch)
     return {
         "backbone": recipe.backbone["name"],

@@ -260,7 +260,7 @@ def _saved_recipe(target: Path, newest: Path | None) -> dict[str, Any] | None:
         return None
     saved = checkpoint.read_json(newest, "recipe")
     try:
-        return recipes.to_dict(recipes.from_dict(saved))
+        return recipes.to_dict(recipes.filled(recipes.from_dict(saved)))
     except BadInput:  # options that do not exist any more: said as a difference
         return saved
 

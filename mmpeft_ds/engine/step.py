@@ -33,6 +33,7 @@ from mmpeft_ds.engine.optim.schedule import learning_rate
 from mmpeft_ds.engine.train_state import TrainState
 from mmpeft_ds.engine.zero import gradients
 from mmpeft_ds.errors import AgreedBadInput, BadInput
+from mmpeft_ds.methods.common.head import Head
 
 
 @dataclass
@@ -259,7 +260,7 @@ def set_modes(model: torch.nn.Module, backbone: Any, recipe: recipes.Recipe) -> 
     engine = recipe.engine
     model.train(engine.train_dropout or engine.gradient_checkpointing)
     for module in model.modules():
-        if getattr(module, "follows_training", False):
+        if isinstance(module, Head) and module.follows_training:
             module.train()
     base = model.get_base_model()
     for path in backbone.frozen_prefix(base):

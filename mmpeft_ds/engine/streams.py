@@ -45,7 +45,7 @@ def make_stream(
         accumulation=recipe.optim.accumulation if train else 1,
         seed=recipe.seed,
         train=train,
-        coupled=sources[0].task.couples_samples or getattr(resolved.method_config, "couples_samples", False),
+        coupled=resolved.method_options.couples_samples or sources[0].task.couples_samples,
         pin_memory=ranks.device.type == "cuda",
     )
 

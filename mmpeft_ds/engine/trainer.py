@@ -70,7 +70,7 @@ def _with_stream(
     conclude: Callable[[Training], bool] | None,
 ) -> int:
     recipe = resolved.recipe
-    total = total_steps(recipe, stream, getattr(resolved.method_config, "gradient_free", False))
+    total = total_steps(recipe, stream, resolved.method_options.gradient_free)
     check_schedule(recipe, total, stream.steps_per_epoch())
     if (done := run_dir.finished(total, recipe.engine.patience)) is not None:
         if ranks.rank == 0:

@@ -1,36 +1,49 @@
-"""What is trained: one file or folder per paper. Each is registered with peft when `mmpeft_ds` is imported."""
+"""What is trained: one folder per method. Each is registered with peft when both `mmpeft_ds` and peft are imported."""
 
 from __future__ import annotations
 
 import sys
-
-import peft.mapping
+from typing import TYPE_CHECKING
 
 from mmpeft_ds import registry
-from mmpeft_ds.methods.base import Method
-from mmpeft_ds.methods.common.head import HeadConfig
+
+if TYPE_CHECKING:  # names and options are asked for without torch and peft
+    from peft import PeftConfig
+
+    from mmpeft_ds.methods.base import MethodOptions, SiteMethod
+
+THIS = sys.modules[__name__]
 
 
 def names(heads: bool | None = None) -> list[str]:
     """All methods; with `heads`, only those that score frozen features (True) or attach inside a model (False)."""
-    found = registry.names(sys.modules[__name__])
-    return [n for n in found if heads is None or issubclass(get(n).Config, HeadConfig) is heads]
+    return [n for n in registry.names(THIS) if heads is None or options(n).scores_features is heads]
 
 
-def get(name: str, where: str = "method") -> Method:
+def options(name: str, where: str = "method") -> type[MethodOptions]:
+    """The options of a method, read without torch and peft; `where` says in errors who named it. Raises BadInput."""
+    return registry.options(THIS, name, where)
+
+
+def get(name: str, where: str = "method") -> type[SiteMethod]:
     """The entry of a method; `where` says in errors who named it. Raises BadInput."""
-    return registry.load(sys.modules[__name__], name, where)
+    return registry.load(THIS, name, where)
 
 
-def of(config: peft.PeftConfig) -> Method:
+def of(config: PeftConfig) -> type[SiteMethod]:
     """The entry whose config this is. Raises KeyError."""
-    return {str(getattr(get(n).peft_type, "value", get(n).peft_type)): get(n) for n in names()}[
-        str(getattr(config.peft_type, "value", config.peft_type))
-    ]
+    return {get(name).peft_type: get(name) for name in names()}[config.peft_type]
+
+
+def configs() -> dict[str, str]:
+    """Name of each public config (`RoutedLoraConfig`) -> name of its method. Imports neither torch nor peft."""
+    return {options(name).__name__.removesuffix("Options") + "Config": name for name in names()}
 
 
 def register() -> None:
     """Tell peft about the methods that it does not have itself. May be called again."""
+    import peft.mapping
+
     for name in names():
         method = get(name)
         if method.Tuner is None:

@@ -1,52 +1,198 @@
-"""What a method must offer: a peft config and tuner, registered with peft, plus a little for recipes.
+"""The contract of a method: its options, its peft config and tuner, its checks on sites, and hooks of the engine.
 
-One file or folder per paper; `ENTRY` in it is a class that satisfies `Method`.
+A method is a folder `methods/NAME/` with its options in `options.py` and its `ENTRY`, a subclass of `SiteMethod`, in
+`method.py`. Every hook has a documented default here.
 """
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Protocol, runtime_checkable
+import dataclasses
+import typing
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from peft import PeftConfig
-from torch import nn
+from mmpeft_ds.errors import BadInput
+from mmpeft_ds.recipe.parse import choices, type_name, typed, validated
 
-from mmpeft_ds.sites.base import Sites
+if TYPE_CHECKING:  # options are read without torch and peft
+    from peft import PeftConfig
+    from torch import nn
+
+    from mmpeft_ds.recipe.parse import Origin
+    from mmpeft_ds.sites import Sites
+
+KINDS = ("peft", "norm", "bias", "head")
 
 
-@runtime_checkable
-class Method(Protocol):
-    """What is trained.
+class MethodOptions:
+    """Base of a method's options, which are what the recipe's `method` section may set.
+
+    A subclass is a dataclass of plain values, each with a `help` text in its metadata, named after the method:
+    `RoutedLoraOptions` for `RoutedLoraConfig`. Its `__post_init__` calls `super().__post_init__()`, which checks the
+    types, and refuses with BadInput the values that cannot work.
 
     Attributes:
-        peft_type: key under which the tuner is registered with peft; peft's own for its methods (`LORA`).
-        Config: the `peft.PeftConfig` dataclass; the recipe's `method` section gives its fields.
-        Tuner: the `BaseTuner` class, or None when peft already has it.
-        prefix: what names of its parameters contain (peft needs it to find them in a state dict).
-        mergeable: the trained delta can be folded into the base weights.
+        scores_features: the method is a head on the features of a frozen model, not a change inside it.
     """
 
-    peft_type: ClassVar[str]
+    scores_features: ClassVar[bool] = False
+
+    @property
+    def couples_samples(self) -> bool:
+        """Whether what the model says of a sample depends on others of its batch. Default: no."""
+        return False
+
+    @property
+    def gradient_free(self) -> bool:
+        """Whether nothing is trained by gradient: zero-shot, closed form, or a cache as it is. Default: no."""
+        return False
+
+    @property
+    def needs_validation(self) -> bool:
+        """Whether something is searched on a validation split; a recipe without one is refused. Default: no."""
+        return False
+
+    @property
+    def reads_captions(self) -> bool:
+        """Whether a head reads the texts of samples, which the task then has to bring. Default: no."""
+        return False
+
+    def __post_init__(self) -> None:
+        # In a config, which is a dataclass of peft as well, peft's turn comes first.
+        if after := getattr(super(), "__post_init__", None):
+            after()
+        self._check_types()
+
+    @classmethod
+    def own_fields(cls) -> dict[str, dataclasses.Field]:
+        """The options by name; of a config, without the fields that are peft's own."""
+        ours = [base for base in cls.__mro__ if issubclass(base, MethodOptions)]
+        names = {name for base in ours for name in vars(base).get("__annotations__", {})}
+        return {f.name: f for f in dataclasses.fields(cls) if f.name in names}
+
+    def _check_types(self) -> None:
+        # peft builds configs from whatever a call or a file says, and a text in the place of a list of patterns would
+        # match letter by letter.
+        hints = typing.get_type_hints(type(self))
+        for name in self.own_fields():
+            value, hint = getattr(self, name), hints[name]
+            try:
+                validated(hint, value)
+            except (ValueError, TypeError):
+                if known := choices(hint):
+                    self._refuse(name, f"{value!r} is unknown. Known: {', '.join(map(str, known))}.")
+                self._refuse(name, f"expected {type_name(hint)}, got {value!r}.")
+
+    def _refuse(self, key: str, problem: str) -> typing.NoReturn:
+        raise BadInput(f"{key}: {problem}")
+
+    def _one_of(self, key: str, known: Sequence[str]) -> None:
+        given = getattr(self, key)
+        for value in [given] if isinstance(given, str) else given:
+            if value not in known:
+                self._refuse(key, f"{value!r} is unknown. Known: {', '.join(known)}.")
+
+    def _some_of(self, key: str, known: Sequence[str]) -> None:
+        self._one_of(key, known)
+        given = getattr(self, key)
+        if not given or len(set(given)) != len(given):
+            self._refuse(key, f"{given} must name at least one of {', '.join(known)}, each once.")
+
+    def _at_least(self, key: str, least: float) -> None:
+        if not least <= getattr(self, key) < float("inf"):
+            self._refuse(key, f"must be {least:g} or more, got {getattr(self, key)}.")
+
+    def _share(self, key: str, below: bool = False) -> None:
+        """Refuse what is not in [0, 1], or, if `below`, in [0, 1)."""
+        value = getattr(self, key)
+        if not (0 <= value < 1 if below else 0 <= value <= 1):
+            self._refuse(key, f"must lie in [0, 1{')' if below else ']'}, got {value}.")
+
+
+class SiteMethod:
+    """Base of the `ENTRY` of a method.
+
+    Attributes:
+        Options: what a recipe may set.
+        Config: the peft config, a dataclass that inherits `Options`, except for methods of peft's own.
+        Tuner: the peft `BaseTuner`; None where peft has it already.
+        prefix: what the names of trained parameters contain, by which peft finds them; default that of the tuner.
+        peft_type: key of the tuner in peft; default that of the config.
+    """
+
+    Options: ClassVar[type[MethodOptions]]
     Config: ClassVar[type[PeftConfig]]
-    Tuner: ClassVar[type | None]
+    Tuner: ClassVar[type | None] = None
     prefix: ClassVar[str]
-    mergeable: ClassVar[bool]
+    peft_type: ClassVar[str]
 
-    @staticmethod
-    def check(config: PeftConfig, sites: Sites, condition_width: int | None) -> None:
-        """Raise BadInput when the config cannot work on these sites (unequal widths, no condition, no such layer)."""
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if cls.Tuner is not None:
+            cls.prefix, cls.peft_type = cls.Tuner.prefix, cls.Config.PEFT_TYPE
 
-    @staticmethod
-    def prepare(config: PeftConfig, model: nn.Module, sites: Sites) -> PeftConfig:
-        """Fill what depends on the model (target paths) and return the config that peft gets."""
+    @classmethod
+    def config(cls, options: MethodOptions, origin: Origin) -> PeftConfig:
+        """The peft config of these options; `origin` says in errors where they came from. Raises BadInput."""
+        given = {name: getattr(options, name) for name in options.own_fields()}
+        if issubclass(cls.Config, MethodOptions):
+            return cls.Config(**given)
+        # peft's own: another release may lack fields, so only those that are set
+        defaults = type(options)()
+        return typed(cls.Config, {k: v for k, v in given.items() if v != getattr(defaults, k)}, "method", origin)
 
-    @staticmethod
-    def kinds(names: list[str]) -> dict[str, Any]:
-        """Sort trainable parameter names into `peft`, `norm`, `bias`, `head` for the summary."""
+    @classmethod
+    def check(cls, config: PeftConfig, sites: Sites, condition_width: int | None) -> None:
+        """Refuse a config that cannot work on these sites: no such layer, unequal widths, no condition.
 
+        Default: everything works.
 
-class Decaying(Protocol):
-    """What a method offers besides, if weight decay is to reach vectors: the engine decays matrices alone."""
+        Args:
+            condition_width: width of the condition that the backbone publishes; None where it publishes none.
 
-    @staticmethod
-    def decays(config: PeftConfig, name: str) -> bool:
-        """Whether the trained vector of this name decays."""
+        Raises:
+            BadInput: in one line, beginning with the option.
+        """
+
+    @classmethod
+    def prepare(cls, config: PeftConfig, model: nn.Module, sites: Sites) -> PeftConfig:
+        """The config that peft gets, with what depends on the model filled in.
+
+        Default: as it is; the tuner finds its places by itself.
+        """
+        return config
+
+    @classmethod
+    def unmergeable(cls, config: PeftConfig) -> str | None:
+        """Why such an adapter cannot be folded into the frozen weights, in a sentence; None where it can.
+
+        Default: what the tuner says; peft's own tuners merge.
+        """
+        return cls.Tuner.unmergeable(config) if cls.Tuner is not None else None
+
+    @classmethod
+    def decays(cls, config: PeftConfig, name: str) -> bool:
+        """Whether weight decay reaches the trained vector of this name. The engine decays matrices; default: not."""
+        return False
+
+    @classmethod
+    def kind(cls, name: str) -> str:
+        """Which of `KINDS` the trained parameter of this name is.
+
+        Default: a name with the method's prefix is `peft`, or `norm` or `bias` for a trained copy of one; what trains
+        whole beside it is `head`.
+        """
+        own = f".{cls.prefix}"
+        if ".modules_to_save." in name or own not in name:
+            return "head"
+        return next((kind for kind in ("norm", "bias") if f"{own}_{kind}." in name), "peft")
+
+    @classmethod
+    def kinds(cls, names: list[str]) -> dict[str, list[str]]:
+        """Names of trained parameters by kind, for the summary; every one of `KINDS` is a key."""
+        return {kind: [name for name in names if cls.kind(name) == kind] for kind in KINDS}
+
+    @classmethod
+    def bank_parts(cls, config: PeftConfig) -> tuple[str, ...]:
+        """Parts of the bank of features that a head reads, of `text`, `negative`, `support`. Default: none."""
+        return ()

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from mmpeft_ds.ops.class_graph import RELATIONS, ClassGraph, Relation
+from mmpeft_ds.ops.class_graph import ClassGraph
+from mmpeft_ds.ops.class_relations import RELATIONS, Relation
 
 if TYPE_CHECKING:
     from torch_geometric.data import HeteroData

@@ -41,7 +41,7 @@ from mmpeft_ds.engine.zero import fingerprint as fingerprints
 from mmpeft_ds.errors import BadInput, BadSample
 from mmpeft_ds.precompute.feature_samples import FeatureSample
 from mmpeft_ds.precompute.shard_jobs import Job, Plan, ShardMaker, Told, carry_out, open_plan
-from mmpeft_ds.recipe import Recipe
+from mmpeft_ds.recipe import Recipe, components
 
 
 @dataclass(frozen=True)
@@ -150,7 +150,7 @@ class Describer(ShardMaker[_Read]):
         self.options, self.device = options, device
         self.filter = ClassNameFilter(source.labels) if options.remove_class_names else None
         if adapter_dir is None:
-            self.backbone: Any = resolve.make_backbone(recipe, source.labels)
+            self.backbone: Any = resolve.make_backbone(components(recipe).backbone, recipe.engine, source.labels)
             section = recipe.backbone["name"]
             self._refuse_mute(section)
             if (statistics := resolve.feature_statistics(recipe, self.backbone, source)) is not None:

@@ -30,7 +30,7 @@ from mmpeft_ds.engine.stop import StopFlag
 from mmpeft_ds.errors import BadInput, BadSample
 from mmpeft_ds.precompute.feature_samples import FeatureSample, thumbnail
 from mmpeft_ds.precompute.shard_jobs import Job, ShardMaker, Told
-from mmpeft_ds.recipe import Recipe
+from mmpeft_ds.recipe import Recipe, components
 
 TEMPLATES = ("a photo of a {}.",)
 PLACE = "{}"
@@ -106,7 +106,7 @@ class Maker(ShardMaker[_Prepared]):
         together = max(1, options.batch // (1 + options.views))
         super().__init__(recipe, source, options.out, options.name or source.name, together, options.threads, stop)
         self.options, self.device = options, device
-        self.backbone: Any = resolve.make_backbone(recipe, source.labels)
+        self.backbone: Any = resolve.make_backbone(components(recipe).backbone, recipe.engine, source.labels)
         if not self.backbone.embeds:
             raise BadInput(
                 f"{recipe.origin('backbone.name')}: {recipe.backbone.get('name')!r} gives no features. "

@@ -13,8 +13,14 @@ import yaml
 from mmpeft_ds.data.options import DataOptions
 from mmpeft_ds.errors import BadInput
 from mmpeft_ds.files import REPOSITORY
+from mmpeft_ds.recipe.components import Section, components, filled
 from mmpeft_ds.recipe.options import EngineOptions, MonitorOptions, OptimOptions
 from mmpeft_ds.recipe.parse import Origin, override_all, parse_yaml, shown, typed
+
+__all__ = [
+    "Origin", "Recipe", "Section", "components", "filled", "from_dict", "load", "overridden", "override", "parse_yaml",
+    "read", "to_dict", "to_yaml", "typed", "where",
+]  # fmt: skip
 
 RENAMED = {"fewshot": "few_shot"}  # sections under an earlier name
 
@@ -50,7 +56,7 @@ class Recipe:
 def load(path: str | Path, overrides: list[str] | None = None) -> Recipe:
     """The recipe of a YAML file after `a.b=value` overrides (list elements by number: `data.sources.0.dir=...`).
 
-    Components' own sections (`backbone`, `method`, a source's `task`) stay mappings here; `engine.resolve` types them.
+    The sections of components (`backbone`, `method`, a source's `task`) are checked, but stay plain mappings.
 
     Raises:
         BadInput: unreadable file, unknown or missing key, wrong type; one line naming file, key and remedy.
@@ -87,6 +93,7 @@ def from_dict(raw: dict[str, Any], origin: Origin | None = None) -> Recipe:
     origin = origin or Origin()
     recipe = typed(Recipe, raw, "", origin)
     recipe.origin = origin
+    components(recipe)  # for the errors
     return recipe
 
 

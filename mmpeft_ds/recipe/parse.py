@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import json
 import re
+import types
 import typing
 from collections.abc import Collection, Sequence
 from dataclasses import MISSING
@@ -58,13 +60,13 @@ def typed(cls: type, given: Any, key: str, origin: Origin, fields: list[dataclas
             raise BadInput(_unknown(str(name), known, key, origin))
     for name, f in known.items():
         if name not in given and f.default is MISSING and f.default_factory is MISSING:
-            what = _type_name(hints[name])
+            what = type_name(hints[name])
             raise BadInput(f"{origin(key)}: required key {name!r} is missing. Add `{name}: <{what}>`.")
     values = {name: _value(hints[name], value, _join(key, name), origin, known[name]) for name, value in given.items()}
     try:
         return cls(**values)
     except (ValueError, TypeError, BadInput) as e:
-        raise BadInput(f"{origin(key)}: {_one_line(e)}") from e
+        raise BadInput(f"{origin(key)}: {one_line(e)}") from e
 
 
 def _unknown(name: str, known: Collection[str], key: str, origin: Origin) -> str:
@@ -89,7 +91,7 @@ def parse_yaml(text: str, name: str) -> Any:
     except yaml.YAMLError as e:
         mark = getattr(e, "problem_mark", None)
         at = f" line {mark.line + 1}:" if mark else ""
-        problem = getattr(e, "problem", None) or _one_line(e)
+        problem = getattr(e, "problem", None) or one_line(e)
         raise BadInput(f"{name}:{at} not valid YAML ({problem}). Check indentation, colons and quotes there.") from e
 
 
@@ -173,11 +175,25 @@ def _value(hint: Any, value: Any, key: str, origin: Origin, f: dataclasses.Field
     if typing.get_origin(hint) is list and inner and dataclasses.is_dataclass(inner[0]) and isinstance(value, list):
         return [typed(inner[0], v, _join(key, i), origin) for i, v in enumerate(value)]
     try:
-        # Through JSON: strict (no "8" for 8, no 1 for true), yet a list may stand for a tuple and 1 for 1.0.
-        return pydantic.TypeAdapter(hint).validate_json(json.dumps(value, default=str), strict=True)
-    except pydantic.ValidationError:
+        return validated(hint, json.loads(json.dumps(value, default=str)))
+    except ValueError:
         example = "" if f.default in (MISSING, None) else f", such as {json.dumps(f.default, default=str)}"
-        raise BadInput(f"{origin(key)}: expected {_type_name(hint)}{example}, got {shown(value)}.") from None
+        raise BadInput(f"{origin(key)}: expected {type_name(hint)}{example}, got {shown(value)}.") from None
+
+
+def validated(hint: Any, value: Any) -> Any:
+    """`value` as the type `hint` has it: no "8" for 8 and no 1 for true, yet a list for a tuple and 1 for 1.0.
+
+    Raises:
+        ValueError: if it is of another type.
+        TypeError: if it is nothing that JSON can hold.
+    """
+    return _adapter(hint).validate_json(json.dumps(value), strict=True)
+
+
+@functools.cache
+def _adapter(hint: Any) -> pydantic.TypeAdapter:
+    return pydantic.TypeAdapter(hint)
 
 
 def _hints(cls: type) -> dict[str, Any]:
@@ -187,19 +203,33 @@ def _hints(cls: type) -> dict[str, Any]:
         return {f.name: Any if isinstance(f.type, str) else f.type for f in dataclasses.fields(cls)}
 
 
-def _type_name(hint: Any) -> str:
-    simple = {int: "an integer", float: "a number", str: "a text", bool: "true or false"}
+def choices(hint: Any) -> tuple[Any, ...]:
+    """The values that a `Literal`, or an optional one, allows; empty for other types."""
+    if typing.get_origin(hint) is typing.Literal:
+        return typing.get_args(hint)
+    inner = [choices(h) for h in typing.get_args(hint) if h is not types.NoneType]
+    return inner[0] if len(inner) == 1 and _is_union(hint) else ()
+
+
+def type_name(hint: Any) -> str:
+    """A type as error messages name it."""
+    simple = {int: "an integer", float: "a number", str: "a text", bool: "true or false", types.NoneType: "null"}
     if hint in simple:
         return simple[hint]
-    if typing.get_origin(hint) is typing.Literal:
+    origin = typing.get_origin(hint)
+    if origin is typing.Literal:
         return "one of " + ", ".join(map(str, typing.get_args(hint)))
-    if dataclasses.is_dataclass(hint):
-        return "a mapping"
-    if typing.get_origin(hint) in (list, tuple):
+    if _is_union(hint):
+        return " or ".join(map(type_name, typing.get_args(hint)))
+    if origin in (list, tuple):
         return "a list"
-    if typing.get_origin(hint) is dict:
+    if dataclasses.is_dataclass(hint) or origin is dict:
         return "a mapping"
-    return str(hint).replace("typing.", "").replace("NoneType", "null")
+    return str(hint).replace("typing.", "")
+
+
+def _is_union(hint: Any) -> bool:
+    return typing.get_origin(hint) in (typing.Union, types.UnionType)
 
 
 def shown(value: Any) -> str:
@@ -212,5 +242,6 @@ def _join(key: str, name: Any) -> str:
     return f"{key}.{name}" if key else str(name)
 
 
-def _one_line(error: Exception) -> str:
+def one_line(error: Exception) -> str:
+    """The message of an error without line breaks."""
     return " ".join(str(error).split())

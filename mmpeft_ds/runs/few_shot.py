@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mmpeft_ds import recipe as recipes
+from mmpeft_ds import tasks
 from mmpeft_ds.data.options import SourceOptions
 from mmpeft_ds.data.shards import verify_shards
 from mmpeft_ds.data.subset import Subset
@@ -336,7 +337,8 @@ def _source(resolved: resolve.Resolved, test: TestSet, half: str) -> resolve.Res
     key = f"few_shot.tests ({test.name})"
     manifest = resolve.load_manifest(recipe, key, options)
     feature_bank.towers_of([train.manifest, manifest])
-    task = resolve.make_task(recipe, key, options, resolved.labels)
+    section = recipes.Section.read(tasks, options.task, f"{key}.task", recipe.origin)
+    task = resolve.make_task(section, resolved.labels)
     check_fields(recipe, key, options, manifest, task)
     subset = Subset.load(options.subset, manifest, options.split) if half else None
     task.use_source(manifest.labels, subset.classes if subset else None)

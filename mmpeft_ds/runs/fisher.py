@@ -82,7 +82,8 @@ def measure(stepper: Stepper, steps: Iterable[Step]) -> tuple[SquaredGradients, 
     """
     engine, squares = stepper.engine, SquaredGradients()
     # A head may estimate it on other logits than it trains on, as the release of GA-Net does.
-    estimated = getattr(head_of(engine.module), "estimating_fisher", contextlib.nullcontext)
+    head = head_of(engine.module)
+    estimated = contextlib.nullcontext if head is None else head.estimating_fisher
     losses, samples = 0.0, 0
     for number, step in enumerate(_together(steps, stepper)):
         task = stepper.resolved.train[step.source].task
@@ -153,7 +154,7 @@ def _estimate(
 ) -> dict[str, Any] | None:
     ranks = processes.start(recipe.engine.threads, recipe.seed)
     resolved = resolve(recipe)  # with the validation split, which methods that search insist on
-    if getattr(resolved.method_config, "gradient_free", False):
+    if resolved.method_options.gradient_free:
         raise BadInput(f"{run}: {recipe.method['name']} trains nothing by gradient, so it has no Fisher information.")
     resolved.validation, resolved.recipe.data.validation, recipe.data.validation = [], [], []
     streams.check_shards(resolved, ranks)

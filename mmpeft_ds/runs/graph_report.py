@@ -34,7 +34,7 @@ def invariance(head: Any, rows: Labelled, size: int, seeds: Sequence[int] = SEED
     is leakage, not skill. What the shuffled ones gain over `no edges` is what the graph is worth.
 
     Args:
-        head: with `without_edges` and `top1`, such as GA-Net's.
+        head: one that is `over_batch`, such as GA-Net's.
         rows: all rows of a split, the same on every rank.
         size: rows of a graph.
 
@@ -88,7 +88,7 @@ def of_run(
     path = on_rank0(lambda: evaluate.find_checkpoint(run, which))
     built = build(resolved, ranks)
     head = head_of(built.model)
-    if not hasattr(head, "without_edges"):
+    if head is None or not head.over_batch:
         raise BadInput(f"{run}: method {recipe.method['name']} has no graph over the batch. This report is of ga_net.")
     fingerprints = fingerprint.frozen_fingerprint(fingerprint.frozen_tensors(built.model))
     checkpoint.load(path, built.engine, built.trainables, fingerprints)

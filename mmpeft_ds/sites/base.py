@@ -179,3 +179,17 @@ def features(linear: nn.Module) -> tuple[int, int]:
     if hasattr(linear, "in_features"):
         return linear.in_features, linear.out_features
     return linear.nx, linear.nf
+
+
+class AdapterLayer:
+    """What an adapter's layer tells a backbone that may leave out tokens around it; both are no by default, which is
+    always right and sometimes slower.
+
+    Attributes:
+        tokenwise: a token's output depends on that token alone, so tokens that nobody reads may be left out.
+        rowless: besides, it does not matter which row of the batch the token is of, so the tokens of all rows may be
+            put into one.
+    """
+
+    tokenwise = False
+    rowless = False

@@ -146,3 +146,24 @@ class Bank(nn.Module):
         """Which of `text`, `negative` and `support` are there."""
         parts = {"text": self.positive, "negative": self.negative, "support": self.support}
         return {name: tensor.numel() > 0 for name, tensor in parts.items()}
+
+
+class Calibrated(nn.Module):
+    """Base of a module with buffers that are found after training, by search or in closed form.
+
+    Attributes:
+        calibrated: their names, of a submodule with its path; they are persistent and travel with checkpoints and
+            adapter directories.
+    """
+
+    calibrated: tuple[str, ...] = ()
+
+
+def calibrated_buffers(model: nn.Module) -> dict[str, Tensor]:
+    """The calibrated buffers of all modules of `model` by their full paths."""
+    return {
+        f"{path}.{name}": module.get_buffer(name)
+        for path, module in model.named_modules()
+        if isinstance(module, Calibrated)
+        for name in module.calibrated
+    }

@@ -5,12 +5,12 @@ import pytest
 import torch
 from transformers import AutoModelForImageTextToText
 
+from mmpeft_ds import AuroraConfig
 from mmpeft_ds.backbones.blip.backbone import ENTRY, Options
 from mmpeft_ds.backbones.blip.model import mend_cross_attention
 from mmpeft_ds.data.batch import Prompted, Sample, pack
 from mmpeft_ds.engine.assembly.forward import forward
 from mmpeft_ds.errors import BadInput
-from mmpeft_ds.methods.aurora import AuroraConfig
 from mmpeft_ds.sites.condition import enable_checkpointing
 from tests.helpers.models import tiny_blip
 

@@ -5,11 +5,11 @@ import pytest
 import torch
 from transformers import CLIPModel, SiglipModel
 
+from mmpeft_ds import RoutedLoraConfig
 from mmpeft_ds.backbones.clip.backbone import ENTRY, Options
 from mmpeft_ds.data.batch import Prompted, Sample, pack
 from mmpeft_ds.errors import BadInput
 from mmpeft_ds.methods import get
-from mmpeft_ds.methods.routed_lora import RoutedLoraConfig
 from mmpeft_ds.sites import find_sites
 from mmpeft_ds.sites.condition import Condition, conditioned
 from tests.helpers.models import tiny_clip

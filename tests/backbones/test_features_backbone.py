@@ -16,7 +16,8 @@ from mmpeft_ds.backbones.features.backbone import ENTRY, FeatureModel, Options, 
 from mmpeft_ds.data.batch import Described, Sample, pack
 from mmpeft_ds.engine.assembly import modality
 from mmpeft_ds.errors import BadInput
-from mmpeft_ds.methods.common.head import Head, HeadConfig, HeadTuner
+from mmpeft_ds.methods.common.config import HeadConfig
+from mmpeft_ds.methods.common.head import Head, HeadTuner
 from mmpeft_ds.sites import find_sites
 from mmpeft_ds.sites.feature_site import Features, Scores
 from tests.helpers.models import tiny_feature_model

@@ -5,13 +5,13 @@ import pytest
 import torch
 from transformers import LlavaNextProcessor, LlavaProcessor
 
+from mmpeft_ds import RoutedLoraConfig
 from mmpeft_ds.backbones.mllm.backbone import ENTRY, Options
 from mmpeft_ds.data.batch import Prompted, Sample, pack
 from mmpeft_ds.engine.assembly import modality
 from mmpeft_ds.engine.assembly.forward import forward
 from mmpeft_ds.errors import BadInput, BadSample
 from mmpeft_ds.methods import get
-from mmpeft_ds.methods.routed_lora import RoutedLoraConfig
 from mmpeft_ds.sites import find_sites
 from tests.helpers.models import tiny_mllm
 

@@ -39,7 +39,7 @@ def tower(monkeypatch):
     data = DataOptions()
     for_all = types.SimpleNamespace(data=data)
     monkeypatch.setattr(feature_stats.recipes, "load", lambda path, overrides: for_all)
-    monkeypatch.setattr(feature_stats.resolve, "make_backbone", lambda recipe, labels: Tower())
+    monkeypatch.setattr(feature_stats.resolve, "make_backbone", lambda section, engine, labels: Tower())
     monkeypatch.setattr(feature_stats.torch, "set_num_threads", lambda n: None)
     Tower.built = 0
     return data
@@ -116,7 +116,7 @@ def test_no_images_no_split_and_no_wish_are_said(shards, tower, jsonl, tmp_path,
     with pytest.raises(BadInput, match="has no images"):
         feature_stats.main([str(text), "--recipe", "r.yaml"])
     plain = types.SimpleNamespace(wants_statistics=False)
-    monkeypatch.setattr(feature_stats.resolve, "make_backbone", lambda recipe, labels: plain)
+    monkeypatch.setattr(feature_stats.resolve, "make_backbone", lambda section, engine, labels: plain)
     feature_stats.main([str(shards), "--recipe", "r.yaml"])
     assert "nothing to do" in capsys.readouterr().out
     assert Manifest.load(shards).statistics == {}

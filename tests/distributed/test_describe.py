@@ -219,9 +219,9 @@ def test_an_adapter_directory_of_ours_describes(folder):
     raw = {"run_dir": "unused", "backbone": backbone, "method": {"name": "graph_lora", "near_identity": False}}
     recipe = recipes.from_dict(raw)
     recipe.data.sources = [SourceOptions(str(folder / "data"), task={"name": "captioning"})]
-    recipe = resolve.expand(recipe)
-    entry, config = resolve.make_method(recipe)
-    made = resolve.make_backbone(recipe, None)
+    recipe = recipes.filled(recipe)
+    entry, config = resolve.make_method(recipes.components(recipe).method)
+    made = resolve.make_backbone(recipes.components(recipe).backbone, recipe.engine, None)
     parts = resolve.Resolved(recipe, {}, made, entry, config, [], [], None, None)
     torch.manual_seed(5)
     model = resolve.attach(parts, made.build())

@@ -14,9 +14,10 @@ from mmpeft_ds.backbones.features.backbone import FeatureConfig, FeatureModel
 from mmpeft_ds.distributed import shards, support
 from mmpeft_ds.errors import BadInput
 from mmpeft_ds.methods.common.head import head_of
-from mmpeft_ds.methods.hegraph import HeGraphHead, classify
 from mmpeft_ds.methods.hegraph import head as head_module
+from mmpeft_ds.methods.hegraph.standalone import HeGraphHead
 from mmpeft_ds.ops import class_graph as ops
+from mmpeft_ds.ops.class_graph import classify
 from mmpeft_ds.sites.feature_site import Bank, Features, Labelled
 from tests.helpers.forked_ranks import in_ranks
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mmpeft_ds.methods.hegraph import Coefficients, classify
+from mmpeft_ds.ops.class_graph import classify
+from mmpeft_ds.ops.class_relations import Coefficients
 from tests.helpers import launch
 from tests.helpers.rank_scripts import hegraph as worker
 

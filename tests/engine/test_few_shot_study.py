@@ -7,6 +7,7 @@ import json
 import pytest
 import yaml
 
+from mmpeft_ds import recipe as recipes
 from mmpeft_ds.errors import BadInput
 from mmpeft_ds.runs import few_shot, few_shot_report
 from mmpeft_ds.runs.few_shot import Study
@@ -174,13 +175,13 @@ def test_the_csv_has_a_line_a_run_and_test_set_and_the_plot_is_a_picture(tmp_pat
 
 @pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("few_shot_*.yaml")), ids=lambda p: p.stem)
 def test_a_shipped_study_is_valid_as_far_as_that_goes_without_its_data(path):
-    from mmpeft_ds.engine.assembly import checks, resolve
+    from mmpeft_ds.engine.assembly import checks
 
     cells = Study.load(path).cells()
     assert {c.shots for c in cells} == {1, 2, 4, 8, 16} and {c.seed for c in cells} == {1, 2, 3}
     for cell in {c.method: c for c in cells}.values():
         checks.check_values(cell.recipe)
-        resolve.expand(cell.recipe)
+        recipes.filled(cell.recipe)
         chosen = [*cell.recipe.data.sources, *cell.recipe.data.validation]
         assert not any(source.split == "test" for source in chosen)
     assert f"launchers/few_shot.py --recipe recipes/{path.name}" in path.read_text().split("\nrun_dir")[0]

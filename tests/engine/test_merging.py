@@ -44,7 +44,7 @@ def backbone_section(folder: Path, name: str, **options) -> dict:
 def exported(folder: Path, place: Path, method: dict, name: str = "dual_encoder", **options) -> tuple[Path, object]:
     """The directory of an adapter whose trained values are not those it began with, and the adapted model."""
     recipe = recipes.Recipe(run_dir=str(place), backbone=backbone_section(folder, name, **options), method=method)
-    resolved = tiny_classifier.make_resolved(resolve.expand(recipe), tiny_classifier.TinyTask())
+    resolved = tiny_classifier.make_resolved(recipes.filled(recipe), tiny_classifier.TinyTask())
     resolved.train, resolved.validation = [], []  # no data set is needed to merge
     torch.manual_seed(7)
     model = resolve.attach(resolved, resolved.backbone.build()).eval()

@@ -8,7 +8,7 @@ from torch import nn
 from transformers import BertConfig, BertModel
 
 from mmpeft_ds import GraphLoraConfig
-from mmpeft_ds.methods.graph_lora import GraphLoraLinear
+from mmpeft_ds.methods.graph_lora.method import GraphLoraLinear
 from tests.helpers.goldens import Golden, checks
 
 NAMES = {  # file -> parameter; what the file writes with a leading 1 is stored so too, or viewed

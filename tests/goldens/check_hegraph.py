@@ -10,7 +10,7 @@ from torch.nn.functional import cross_entropy
 from mmpeft_ds import HeGraphConfig
 from mmpeft_ds.backbones.features.backbone import FeatureConfig, FeatureModel
 from mmpeft_ds.methods.common.head import head_of
-from mmpeft_ds.methods.hegraph import HeGraphHead
+from mmpeft_ds.methods.hegraph.standalone import HeGraphHead
 from mmpeft_ds.ops.class_graph import affinity, classify
 from mmpeft_ds.sites.feature_site import Bank
 from tests.helpers.goldens import Golden, checks

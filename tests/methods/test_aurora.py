@@ -1,7 +1,5 @@
 """What Aurora computes and what it trains."""
 
-import dataclasses
-
 import pytest
 import torch
 from torch.nn import functional as F
@@ -337,8 +335,7 @@ def test_a_bfloat16_base_has_float32_trainables_and_bfloat16_activations():
 
 
 def test_every_field_has_its_help():
-    own = set(AuroraConfig.__annotations__)
-    fields = [f for f in dataclasses.fields(AuroraConfig) if f.name in own]
+    fields = AuroraConfig.own_fields().values()
     assert len(fields) > 10 and all(f.metadata.get("help") for f in fields)
 
 
@@ -361,7 +358,7 @@ def test_the_check_needs_sites_alone():
         (blip, {"r": 0}, "1 or more"),
         (blip, {"dropout": 1.0}, "dropout"),
         (blip, {"gate_std": -1.0}, "gate_std"),
-        (blip, {"towers": "text"}, "towers: expected list"),
+        (blip, {"towers": "text"}, "towers: expected a list"),
         (blip, {"towers": ["vision"]}, "no tower 'vision'"),
         (blip, {"layers": [0, 7]}, "layers"),
         (blip, {"layers": []}, "leave no layer"),

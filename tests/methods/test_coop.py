@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy, normalize
 
+from mmpeft_ds import CoOpConfig
 from mmpeft_ds.errors import BadInput
-from mmpeft_ds.methods import coop, get
+from mmpeft_ds.methods import get
 from mmpeft_ds.sites import find_sites
 from tests.helpers.models import tiny_feature_model, tiny_prompted_encoder
 
@@ -25,7 +26,7 @@ def sections(tmp_path_factory):
 def attached(sections, kind, dtype=torch.float32, **options):
     base = tiny_prompted_encoder.model(sections[kind], dtype)
     torch.manual_seed(3)
-    config = coop.CoOpConfig(**{"context": 4, "init_std": 0.5, **options})
+    config = CoOpConfig(**{"context": 4, "init_std": 0.5, **options})
     return peft.get_peft_model(base, config)
 
 
@@ -134,7 +135,7 @@ def test_two_adapters_have_contexts_of_their_own(sections):
     given = rows(model)
     with torch.no_grad():
         one = model.eval()(image_features=given).logits
-        model.add_adapter("other", coop.CoOpConfig(context=2, position="middle", init_std=0.5))
+        model.add_adapter("other", CoOpConfig(context=2, position="middle", init_std=0.5))
         model.set_adapter("other")
         other = model(image_features=given).logits
         assert not torch.allclose(one, other)
@@ -200,4 +201,4 @@ def test_prompts_that_would_be_cut_are_refused(sections):
 @pytest.mark.parametrize("options", [{"context": 0}, {"position": "front"}, {"init_std": -1.0}])
 def test_impossible_options_are_refused(options):
     with pytest.raises(BadInput, match="coop"):
-        coop.CoOpConfig(**options)
+        CoOpConfig(**options)

@@ -287,7 +287,7 @@ def test_states_that_transformers_captured_before_the_tokens_came_are_cut_too():
     [
         ("bert", {"style": "prompt"}, "style"),
         ("bert", {"length": 0}, "1 or more"),
-        ("bert", {"length": 1.5}, "length: expected int, got 1.5"),
+        ("bert", {"length": 1.5}, "length: expected an integer, got 1.5"),
         ("bert", {"dropout": 1.0}, "dropout"),
         ("bert", {"init_std": -1.0}, "init_std: must be 0 or more"),
         ("bert", {"attention": ["cross"]}, "no 'cross' attention"),

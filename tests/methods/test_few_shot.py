@@ -472,7 +472,7 @@ def test_what_the_bank_lacks_is_refused_where_it_is_read_and_only_there(case, wi
         ("tip_adapter", {"beta": float("nan")}, "beta: must be 0 or more"),
         ("linear_probe", {"solver": "sgd"}, "solver: 'sgd' is unknown"),
         ("linear_probe", {"strength": 0.0}, "strength: must be above 0"),
-        ("linear_probe", {"halvings": "many"}, "halvings: expected int"),
+        ("linear_probe", {"halvings": "many"}, "halvings: expected an integer"),
     ],
 )
 def test_values_that_cannot_work_are_refused(name, options, says):

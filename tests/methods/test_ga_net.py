@@ -17,7 +17,7 @@ from mmpeft_ds.data.batch import Described, Sample, hash_id, pack
 from mmpeft_ds.data.options import SourceOptions
 from mmpeft_ds.engine.assembly import checks
 from mmpeft_ds.errors import BadInput
-from mmpeft_ds.methods.ga_net.config import VARIANTS
+from mmpeft_ds.methods.ga_net.options import VARIANTS
 from mmpeft_ds.recipe import Recipe
 from mmpeft_ds.runs import fisher, graph_report
 from mmpeft_ds.sites import find_sites

@@ -7,7 +7,7 @@ from transformers import BlipConfig, BlipForConditionalGeneration
 
 from mmpeft_ds import GraphLoraConfig
 from mmpeft_ds.errors import BadInput
-from mmpeft_ds.methods.graph_lora import GraphLoraLinear
+from mmpeft_ds.methods.graph_lora.method import GraphLoraLinear
 from mmpeft_ds.ops.node_graph import node_mix
 from tests.helpers.models.tiny_zoo import ZOO, output
 

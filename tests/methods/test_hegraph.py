@@ -17,8 +17,10 @@ from mmpeft_ds.engine.evaluator import evaluate
 from mmpeft_ds.engine.step import set_modes
 from mmpeft_ds.errors import BadInput
 from mmpeft_ds.methods.common.head import head_of
-from mmpeft_ds.methods.hegraph import Coefficients, HeGraphHead, classify
+from mmpeft_ds.methods.hegraph.standalone import HeGraphHead
 from mmpeft_ds.ops import class_graph as ops
+from mmpeft_ds.ops.class_graph import classify
+from mmpeft_ds.ops.class_relations import Coefficients
 from mmpeft_ds.sites.feature_site import Bank, Features, Labelled
 from tests.helpers import ROOT
 

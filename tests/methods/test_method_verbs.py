@@ -163,7 +163,7 @@ def test_merging_is_exact_or_refused(pair):
     frozen = run(base, model)
     wrapped = attach(name, base)
     kept = run(wrapped, model)
-    if not methods.get(name).mergeable:
+    if methods.get(name).unmergeable(wrapped.peft_config["default"]):
         for verb in (wrapped.merge_adapter, wrapped.merge_and_unload):
             with pytest.raises(BadInput, match="cannot be merged") as refused:
                 verb()

@@ -12,7 +12,7 @@ from transformers import GPT2Config, GPT2Model, RobertaConfig, RobertaModel, ViT
 import mmpeft_ds
 from mmpeft_ds import RoutedLoraConfig, methods
 from mmpeft_ds.errors import BadInput
-from mmpeft_ds.methods.base import Method
+from mmpeft_ds.methods.base import SiteMethod
 from mmpeft_ds.sites import find_sites
 from mmpeft_ds.sites.condition import Condition, conditioned
 from tests.helpers.models import tiny_feature_model
@@ -23,7 +23,7 @@ from tests.helpers.models.tiny_stock import IDS, bert, gpt2, image
 @pytest.mark.parametrize("build", [bert, gpt2])
 def test_every_method_attaches_trains_and_sorts_its_parameters(name, build, tmp_path):
     method = methods.get(name)
-    assert isinstance(method, Method)
+    assert issubclass(method, SiteMethod)
     assert methods.of(method.Config()) is method
     model = build()
     sites = find_sites(model)
@@ -48,7 +48,7 @@ def test_every_method_attaches_trains_and_sorts_its_parameters(name, build, tmp_
 @pytest.mark.parametrize("name", methods.names(heads=True))
 def test_every_head_attaches_trains_and_sorts_its_parameters(name, tmp_path):
     method = methods.get(name)
-    assert isinstance(method, Method)
+    assert issubclass(method, SiteMethod)
     assert methods.of(method.Config()) is method
     config, z = method.Config(), tiny_feature_model.rows()
     given = {"image_features": z.image, "text_features": z.text}

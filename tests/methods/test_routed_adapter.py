@@ -1,6 +1,7 @@
 """What routed adapters compute, where they stand, what they share, and what is refused."""
 
 import copy
+from typing import get_args, get_type_hints
 
 import peft
 import pytest
@@ -16,7 +17,7 @@ from mmpeft_ds.sites.condition import Condition, conditioned, enable_checkpointi
 from tests.helpers.models.tiny_stock import IDS, D, bert, fill, gpt2, image, output
 
 BUILD = {"bert": bert, "roberta": lambda: bert(roberta=True), "gpt2": gpt2}
-VARIANTS = RoutedAdapterConfig.VARIANTS
+VARIANTS = get_args(get_type_hints(RoutedAdapterConfig)["variant"])
 ENDS = {
     "bert": ("encoder.layer.0.attention.output.dropout", "encoder.layer.0.output.dropout"),
     "gpt2": ("transformer.h.0.attn.resid_dropout", "transformer.h.0.mlp.dropout"),

@@ -6,6 +6,7 @@ from torch.nn.functional import one_hot
 from torch_geometric.nn import MessagePassing
 
 from mmpeft_ds.ops import class_graph as ops
+from mmpeft_ds.ops import class_relations
 from mmpeft_ds.ops.class_graph_data import hetero_data
 
 C, D = 6, 5
@@ -31,14 +32,14 @@ def test_off_the_diagonal_all_relations_are_signed_cosines():
     x = nodes()
     off = ~torch.eye(C, dtype=torch.bool)
     for name, weights in ops.class_graph(x).weights.items():
-        relation = ops.RELATIONS[name]
+        relation = class_relations.RELATIONS[name]
         same(weights[off], cosine(x[relation.receiver], x[relation.sender])[off])
         assert (weights[off] < 0).any(), "the draw shows no sign"
 
 
 @pytest.mark.parametrize(("name", "sign"), [("pn", -1), ("vn", -1), ("np", -1), ("vp", 1), ("pp", 0), ("vv", 0)])
 def test_the_edge_of_a_class_to_itself_is_flipped_kept_or_removed(name, sign):
-    x, relation = nodes(), ops.RELATIONS[name]
+    x, relation = nodes(), class_relations.RELATIONS[name]
     own = cosine(x[relation.receiver], x[relation.sender]).diagonal()
     same(ops.class_graph(x).weights[name].diagonal(), sign * own)
     same(ops.class_graph(x, flip=False).weights[name].diagonal(), abs(sign) * own)
@@ -97,7 +98,7 @@ def test_row_blocks_are_rows_of_the_whole_graph(degree):
     x = nodes()
     whole, fixed = ops.class_graph(x, degree=degree, topk=3), ops.products(x, degree=degree, topk=3)
     for rows in (slice(0, 2), slice(2, 2), slice(2, 6)):
-        for name in ops.RELATIONS:
+        for name in class_relations.RELATIONS:
             r = whole.weights[name].abs()
             options = {
                 "degree": degree,
@@ -105,7 +106,7 @@ def test_row_blocks_are_rows_of_the_whole_graph(degree):
                 "rows": rows,
                 "totals": lambda own, sent, r=r: (r.sum(1), r.sum(0)),
             }
-            relation = {name: ops.RELATIONS[name]}
+            relation = {name: class_relations.RELATIONS[name]}
             same(ops.class_graph(x, relations=relation, **options).edges[name], whole.edges[name][rows])
             same(ops.products(x, relations=relation, **options).sums[name], fixed.sums[name][rows])
 
@@ -137,7 +138,7 @@ def literal(x, w, coefficients, act):
 @pytest.mark.parametrize("act", list(ops.ACTIVATIONS))
 def test_sums_made_beforehand_change_no_number_and_no_gradient(act):
     x, w = nodes(), weights()
-    coefficients = ops.Coefficients().of_relations(training=True)
+    coefficients = class_relations.Coefficients().of_relations(training=True)
     found = ops.refine(ops.products(x), w, coefficients, act)
     want = literal(x, w, coefficients, ops.ACTIVATIONS[act])
     probe = [torch.randn(C, D, dtype=torch.float64) for _ in want]
@@ -153,14 +154,14 @@ def test_sums_made_beforehand_change_no_number_and_no_gradient(act):
 
 def test_without_a_relation_the_layer_is_that_of_coefficient_zero():
     x, w = nodes(), weights()
-    for name in ops.RELATIONS:
-        kept = ops.in_use((name,))
-        given = ops.Coefficients().of_relations(True)
+    for name in class_relations.RELATIONS:
+        kept = class_relations.in_use((name,))
+        given = class_relations.Coefficients().of_relations(True)
         found = ops.refine(ops.products(x, relations=kept), w, given)
         want = ops.refine(ops.products(x), w, given | {name: 0.0})
         same(found.text, want.text)
         assert (found.shift is None) == (name == "vv")
-    assert list(ops.in_use(("np",))) == ["pp", "vp", "vv"], "nobody reads the negated texts"
+    assert list(class_relations.in_use(("np",))) == ["pp", "vp", "vv"], "nobody reads the negated texts"
 
 
 # ------------------------------------------------------------------------------------------- torch_geometric
@@ -181,7 +182,7 @@ class Weighted(MessagePassing):
 
 
 def sparse_layer(data, name, x, weight, own=True):
-    relation = ops.RELATIONS[name]
+    relation = class_relations.RELATIONS[name]
     edges = data[relation.sender, name, relation.receiver]
     summed = Weighted()(x[relation.sender], x[relation.receiver], edges)
     if own:
@@ -191,7 +192,7 @@ def sparse_layer(data, name, x, weight, own=True):
 
 @pytest.mark.parametrize("topk", [None, 2])
 def test_message_passing_over_the_exported_edges_equals_the_dense_layer(topk):
-    x, w, c = nodes(), weights(), ops.Coefficients().of_relations(True)
+    x, w, c = nodes(), weights(), class_relations.Coefficients().of_relations(True)
     data = hetero_data(ops.class_graph(x, topk=topk), x)
     data.validate()
     dense = ops.refine(ops.products(x, topk=topk), w, c)
@@ -214,7 +215,7 @@ def test_one_class_and_a_class_without_images_stay_finite():
     for x in (nodes(classes=1), nodes()):
         x["visual"][0] = 0
         w = weights()
-        found = ops.refine(ops.products(x), w, ops.Coefficients().of_relations(True))
+        found = ops.refine(ops.products(x), w, class_relations.Coefficients().of_relations(True))
         (found.text.sum() + found.shift.sum()).backward()
         for tensor in (found.text, found.shift, *(p.grad for p in w.values())):
             assert tensor.isfinite().all()

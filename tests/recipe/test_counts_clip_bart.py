@@ -20,9 +20,9 @@ def bart_base(tmp_path_factory):
 
 
 def counted(recipe):
-    backbone = resolve.make_backbone(recipe, None)
-    method, config = resolve.make_method(recipe)
-    resolve.check_sites(recipe, backbone, method, config)
+    backbone = resolve.make_backbone(recipes.components(recipe).backbone, recipe.engine, None)
+    method, config = resolve.make_method(recipes.components(recipe).method)
+    resolve.check_sites(recipes.components(recipe).method, backbone, method, config)
     with torch.device("meta"):
         parts = resolve.Resolved(recipe, {}, backbone, method, config, [], [], None, None)
         model = resolve.attach(parts, backbone.build(on_meta=True))

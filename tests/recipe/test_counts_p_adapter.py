@@ -29,9 +29,9 @@ def blip_base(tmp_path_factory):
 
 def sizes(blip_base, name, *changes):
     recipe = recipes.load(ROOT / "recipes" / f"{name}.yaml", [f"backbone.model={blip_base}", *changes])
-    backbone = resolve.make_backbone(recipe, None)
-    method, config = resolve.make_method(recipe)
-    resolve.check_sites(recipe, backbone, method, config)
+    backbone = resolve.make_backbone(recipes.components(recipe).backbone, recipe.engine, None)
+    method, config = resolve.make_method(recipes.components(recipe).method)
+    resolve.check_sites(recipes.components(recipe).method, backbone, method, config)
     with torch.device("meta"):
         parts = resolve.Resolved(recipe, {}, backbone, method, config, [], [], None, None)
         model = resolve.attach(parts, backbone.build(on_meta=True))

@@ -38,8 +38,8 @@ def counted(towers, recipe, size, *changes):
     names = [f"backbone.vision={towers / f'vit-{size}'}", f"backbone.text={towers / f'{text}-{size}'}"]
     head = ["backbone.num_labels=3129"] if text == "roberta" else []
     loaded = recipes.load(RECIPES / f"{recipe}.yaml", [*names, *head, *changes])
-    backbone = resolve.make_backbone(loaded, None)
-    method, config = resolve.make_method(loaded)
+    backbone = resolve.make_backbone(recipes.components(loaded).backbone, loaded.engine, None)
+    method, config = resolve.make_method(recipes.components(loaded).method)
     parts = SimpleNamespace(method=method, method_config=config)
     with torch.device("meta"):
         model = resolve.attach(parts, backbone.build(on_meta=True))

@@ -14,7 +14,7 @@ from mmpeft_ds.errors import BadInput
 from mmpeft_ds.recipe import elsewhere
 from mmpeft_ds.recipe.options import EngineOptions, MonitorOptions, OptimOptions
 
-MINIMAL = {"run_dir": "runs/x", "backbone": {"name": "b"}, "method": {"name": "m"}}
+MINIMAL = {"run_dir": "runs/x", "backbone": {"name": "features"}, "method": {"name": "lora"}}
 
 
 @pytest.fixture
@@ -42,7 +42,7 @@ def test_defaults_are_filled_in_and_given_values_kept(write):
 
 def test_one_e_minus_three_is_a_number_in_file_and_override(tmp_path):
     path = tmp_path / "r.yaml"
-    path.write_text("run_dir: x\nbackbone: {name: b}\nmethod: {name: m}\noptim: {lr: 1e-3}\n")
+    path.write_text("run_dir: x\nbackbone: {name: features}\nmethod: {name: lora}\noptim: {lr: 1e-3}\n")
     assert recipes.load(path).optim.lr == 1e-3
     assert recipes.load(path, ["optim.lr=3E-4"]).optim.lr == 3e-4
 
@@ -100,7 +100,7 @@ def test_keys_of_a_component_that_set_replaced_are_said_to_be_the_former_ones(wr
 
 def test_a_missing_required_key_is_named(tmp_path):
     path = tmp_path / "r.yaml"
-    path.write_text("backbone: {name: b}\nmethod: {name: m}\n")
+    path.write_text("backbone: {name: features}\nmethod: {name: lora}\n")
     assert "'run_dir' is missing" in refusal(path)
 
 
@@ -128,9 +128,13 @@ def test_a_missing_or_binary_file_is_refused(tmp_path):
 
 def test_overrides_reach_nested_keys_and_list_elements(write):
     path = write(data={"sources": [{"dir": "a"}, {"dir": "b"}]})
-    recipe = recipes.load(path, ["data.sources.1.dir=c", "backbone.size=70", "optim.betas=[0.5, 0.6]", "seed=7"])
+    recipe = recipes.load(path, ["data.sources.1.dir=c", "backbone.images=live", "optim.betas=[0.5, 0.6]", "seed=7"])
     assert [s.dir for s in recipe.data.sources] == ["a", "c"]
-    assert recipe.backbone == {"name": "b", "size": 70} and recipe.optim.betas == (0.5, 0.6) and recipe.seed == 7
+    assert (
+        recipe.backbone == {"name": "features", "images": "live"}
+        and recipe.optim.betas == (0.5, 0.6)
+        and recipe.seed == 7
+    )
 
 
 def test_a_later_override_wins(write):

@@ -42,8 +42,8 @@ def test_parts_of_a_good_recipe(folder):
 
 
 def test_expanding_twice_changes_nothing_and_the_copy_reads_back(folder):
-    once = resolve.expand(load(folder))
-    assert resolve.expand(once) == once
+    once = recipes.filled(load(folder))
+    assert recipes.filled(once) == once and once != load(folder)
     assert recipes.from_dict(recipes.to_dict(once)) == once
 
 

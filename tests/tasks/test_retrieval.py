@@ -5,13 +5,13 @@ import peft
 import pytest
 import torch
 
+from mmpeft_ds import AuroraConfig
 from mmpeft_ds.backbones.blip import backbone as blip
 from mmpeft_ds.backbones.clip import backbone as clip
 from mmpeft_ds.data.batch import Sample, pack
 from mmpeft_ds.distributed import collectives
 from mmpeft_ds.engine.assembly.forward import forward
 from mmpeft_ds.errors import BadInput, BadSample
-from mmpeft_ds.methods.aurora import AuroraConfig
 from mmpeft_ds.tasks.retrieval.task import ENTRY, Options
 from tests.helpers.forked_ranks import in_ranks
 from tests.helpers.models import tiny_blip, tiny_clip

@@ -60,11 +60,6 @@ class FeaturesBackbone(BackboneBase):
         self.encoder: BackboneBase | None = None
         self.bank: dict[str, Tensor] = {}
 
-    @property
-    def encoder_section(self) -> dict[str, Any] | None:
-        """Name and options of the backbone that makes what is not stored."""
-        return self.options.encoder
-
     def use_features(self, towers: dict[str, Any]) -> None:
         """What the manifest says of the stored features."""
         self.towers = dict(towers)

@@ -17,7 +17,7 @@ from transformers.utils import ModelOutput
 from mmpeft_ds.backbones.base import ModelHooks
 from mmpeft_ds.backbones.common.stock import mean_per_text
 from mmpeft_ds.sites.base import base_layer
-from mmpeft_ds.sites.feature_site import Bank, Features, Scores
+from mmpeft_ds.sites.feature_site import Bank, Features, Scores, calibrated_buffers
 
 
 class FeatureConfig(PretrainedConfig):
@@ -190,11 +190,7 @@ class FeatureModel(ModelHooks, PreTrainedModel):
 
     def training_state(self) -> dict[str, Tensor]:
         """What heads have found without gradients, for checkpoints: path -> tensor."""
-        return {
-            f"{path}.{name}": getattr(module, name)
-            for path, module in self.named_modules()
-            for name in getattr(module, "calibrated", ())
-        }
+        return calibrated_buffers(self)
 
     def load_training_state(self, state: dict[str, Tensor]) -> None:
         """Put back what `training_state` gave."""

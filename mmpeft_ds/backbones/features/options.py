@@ -18,7 +18,7 @@ class Options:
         templates, negative_templates: class texts where none are stored; `{}` stands for the name of a class.
     """
 
-    encoder: dict[str, Any] | None = None
+    encoder: dict[str, Any] | None = field(default=None, metadata={"component": "backbones"})
     images: Literal["stored", "live"] = "stored"
     texts: Literal["none", "stored", "live"] = "stored"
     ensemble: Literal["unit", "raw"] = "unit"

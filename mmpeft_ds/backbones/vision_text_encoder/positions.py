@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor, nn
 
+from mmpeft_ds.sites.base import AdapterLayer
 from mmpeft_ds.sites.condition import current
 
 
@@ -27,13 +28,12 @@ def leave_out_unread(layers: Iterable[nn.Module]) -> None:
 
 def tokenwise(layer: nn.Module) -> bool:
     """After its attention this layer mixes no positions, whatever adapters are in it."""
-    # the layers of peft itself are linear maps
-    return all(getattr(m, "tokenwise", type(m).__module__.startswith("peft.")) for m in _adapters(layer))
+    return all(m.tokenwise if isinstance(m, AdapterLayer) else _of_peft(m) for m in _adapters(layer))
 
 
 def rowless(layer: nn.Module) -> bool:
     """As `tokenwise`, and no adapter there asks which row a position is of, say for the row's condition."""
-    return all(getattr(m, "rowless", type(m).__module__.startswith("peft.")) for m in _adapters(layer))
+    return all(m.rowless if isinstance(m, AdapterLayer) else _of_peft(m) for m in _adapters(layer))
 
 
 def kept_positions(keep_TL: Tensor) -> Tensor | None:
@@ -58,6 +58,11 @@ def take(hidden: Tensor, read: Tensor) -> Tensor:
     """(T, 1, d) the position of each row that `read` marks."""
     at = read.to(torch.uint8).argmax(1)
     return hidden.gather(1, at[:, None, None].expand(-1, 1, hidden.shape[2]))
+
+
+def _of_peft(module: nn.Module) -> bool:
+    """The layers of peft itself are linear maps of single tokens."""
+    return type(module).__module__.startswith("peft.")
 
 
 def _adapters(layer: nn.Module) -> Iterator[nn.Module]:

@@ -64,7 +64,7 @@ def build(resolved: Any, ranks: Ranks) -> Built:
     partitioning = HfDeepSpeedConfig(config) if stage == 3 else None
     prepare_backbone(resolved.backbone, recipe)
     if resolved.backbone.reads_bank:
-        wanted = feature_bank.needed(resolved.method, resolved.method_config)
+        wanted = resolved.method.bank_parts(resolved.method_config)
         resolved.backbone.use_bank(feature_bank.read(resolved.train, resolved.labels, wanted))
     torch.manual_seed(recipe.seed)
     base = resolved.backbone.build()
@@ -79,14 +79,13 @@ def build(resolved: Any, ranks: Ranks) -> Built:
     if recipe.engine.gradient_checkpointing:
         base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     trainables = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    if not trainables and getattr(resolved.method_config, "gradient_free", False):
+    if not trainables and resolved.method_options.gradient_free:
         return Built(FrozenEngine(model.to(ranks.device), ranks), model, {}, 0)
     check_trainables(trainables)
     if stage == 3:
         stage3.mark_leaves(model, sites)
     numel = sum(_numel(p) for p in trainables.values())
-    decays = getattr(resolved.method, "decays", None)
-    decays = decays and functools.partial(decays, resolved.method_config)
+    decays = functools.partial(resolved.method.decays, resolved.method_config)
     groups = optimizers.parameter_groups(trainables, recipe, decays)
     optimizer = optimizers.make(groups, recipe.optim)
     # model_parameters is left out: DeepSpeed takes the optimiser's, which are the trainables and nothing else.

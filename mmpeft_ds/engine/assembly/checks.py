@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from peft import PeftConfig
-
 from mmpeft_ds import registry, tasks
 from mmpeft_ds.data.manifest import Manifest
 from mmpeft_ds.data.options import SourceOptions
 from mmpeft_ds.errors import BadInput
+from mmpeft_ds.methods.base import MethodOptions
 from mmpeft_ds.recipe import Recipe, find_file, where
 from mmpeft_ds.recipe.options import OptimOptions
 from mmpeft_ds.tasks.base import TaskBase
@@ -185,9 +184,9 @@ def check_names(recipe: Recipe, entries: list[tuple[str, SourceOptions, Manifest
             )
 
 
-def check_coupling(recipe: Recipe, train_tasks: list[TaskBase], method_config: PeftConfig) -> None:
+def check_coupling(recipe: Recipe, train_tasks: list[TaskBase], method: MethodOptions) -> None:
     """Refuse accumulation where the loss of one sample depends on others of the step. Raises BadInput."""
-    coupled = [t for t in (*train_tasks, method_config) if getattr(t, "couples_samples", False)]
+    coupled = [part for part in (*train_tasks, method) if part.couples_samples]
     if coupled and recipe.optim.accumulation > 1:
         raise BadInput(
             f"{where(recipe, 'optim.accumulation')}: {type(coupled[0]).__name__} couples the samples of a step, which "
@@ -195,19 +194,18 @@ def check_coupling(recipe: Recipe, train_tasks: list[TaskBase], method_config: P
         )
 
 
-def check_texts(recipe: Recipe, key: str, options: SourceOptions, method_config: PeftConfig) -> None:
+def check_texts(recipe: Recipe, key: str, options: SourceOptions, method: MethodOptions) -> None:
     """Refuse a method that reads captions where the task brings none: it would learn from zeros. Raises BadInput."""
-    read = getattr(method_config, "inputs", None)
-    if read in ("text", "both") and options.task.get("text") == "none":
+    if method.reads_captions and options.task.get("text") == "none":
         raise BadInput(
-            f"{where(recipe, f'{key}.task.text')}: none, but {recipe.method['name']} reads captions (inputs: {read}). "
+            f"{where(recipe, f'{key}.task.text')}: none, but {recipe.method['name']} reads captions. "
             "Set text: captions, or method.inputs: image."
         )
 
 
-def check_validation(recipe: Recipe, method_config: PeftConfig) -> None:
+def check_validation(recipe: Recipe, method: MethodOptions) -> None:
     """Refuse a method that searches on validation where there is none, before it has trained. Raises BadInput."""
-    if getattr(method_config, "needs_validation", False) and not recipe.data.validation:
+    if method.needs_validation and not recipe.data.validation:
         raise BadInput(
             f"{where(recipe, 'data.validation')}: empty, but {recipe.method['name']} searches some of its numbers "
             "there. Name a validation split, or give the numbers (see docs/methods/few_shot_baselines.md)."

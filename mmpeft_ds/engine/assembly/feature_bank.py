@@ -16,12 +16,6 @@ from mmpeft_ds.distributed.gather import gather_rows
 from mmpeft_ds.errors import AgreedBadInput, BadInput
 
 
-def needed(method: Any, config: Any) -> tuple[str, ...]:
-    """Which parts of the bank the method's head reads; nothing for other methods."""
-    head = getattr(getattr(method, "Tuner", None), "head_class", None)
-    return head.needed(config) if head is not None else ()
-
-
 def towers_of(manifests: list[Manifest]) -> dict[str, Any]:
     """What made the features of these data sets, the same for all; empty for shards of pixels. Raises BadInput."""
     feature_shards.check_same_towers(manifests)

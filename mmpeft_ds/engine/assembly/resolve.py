@@ -11,7 +11,6 @@ import dataclasses
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
-from types import ModuleType
 from typing import Any
 
 import peft
@@ -19,7 +18,6 @@ import torch
 from peft import PeftConfig, PeftModel
 from transformers import PreTrainedModel
 
-from mmpeft_ds import backbones, methods, registry, tasks
 from mmpeft_ds.backbones.base import BackboneBase, model_hooks
 from mmpeft_ds.data.manifest import Manifest
 from mmpeft_ds.data.options import SourceOptions
@@ -38,9 +36,11 @@ from mmpeft_ds.engine.assembly.checks import (
 )
 from mmpeft_ds.engine.zero.config import check_ds_config
 from mmpeft_ds.errors import BadInput
-from mmpeft_ds.methods.base import Method
+from mmpeft_ds.methods.base import MethodOptions, SiteMethod
 from mmpeft_ds.methods.common.tuner import to_float32
-from mmpeft_ds.recipe import Origin, Recipe, typed, where
+from mmpeft_ds.recipe import Recipe, Section, components, filled, where
+from mmpeft_ds.recipe.components import keyed_sources
+from mmpeft_ds.recipe.options import EngineOptions
 from mmpeft_ds.sites import find_sites
 from mmpeft_ds.tasks.base import TaskBase
 
@@ -82,13 +82,18 @@ class Resolved:
     recipe: Recipe
     ds_config: dict[str, Any]
     backbone: BackboneBase
-    method: Method
+    method: type[SiteMethod]
     method_config: PeftConfig
     train: list[ResolvedSource]
     validation: list[ResolvedSource]
     labels: list[str] | None
     statistics: dict[str, Any] | None
     notes: list[str] = dataclasses.field(default_factory=list)
+
+    @property
+    def method_options(self) -> MethodOptions:
+        """What the engine asks of the method; the defaults for a config of peft's own."""
+        return self.method_config if isinstance(self.method_config, MethodOptions) else self.method.Options()
 
 
 def resolve(recipe: Recipe) -> Resolved:
@@ -99,49 +104,41 @@ def resolve(recipe: Recipe) -> Resolved:
     """
     check_values(recipe)
     ds_config = check_ds_config(recipe)
-    recipe = expand(recipe)
-    method, method_config = make_method(recipe)
-    check_validation(recipe, method_config)
-    listed = {
-        "train": list(_keyed("data.sources", recipe.data.sources)),
-        "validation": list(_keyed("data.validation", recipe.data.validation)),
-    }
-    if not listed["train"]:
+    parts = components(recipe)
+    recipe = filled(recipe, parts)
+    check_validation(recipe, parts.method.options)
+    method, method_config = make_method(parts.method)
+    listed = keyed_sources(recipe)
+    if not listed["sources"]:
         raise BadInput(f"{where(recipe, 'data.sources')}: empty. Name a prepared data set: [{{dir: data/easy-vqa}}].")
-    manifests = {key: load_manifest(recipe, key, o) for role in listed.values() for key, o in role}
-    check_names(recipe, [(key, o, manifests[key]) for role in listed.values() for key, o in role])
-    for key, options in (entry for role in listed.values() for entry in role):
-        check_records(recipe, key, options, manifests[key])
-    subsets = {}
-    for key, options in (entry for role in listed.values() for entry in role):
-        with _named(recipe, f"{key}.subset"):
-            subsets[key] = Subset.load(options.subset, manifests[key], options.split) if options.subset else None
-    labels = union_of_labels([manifests[key] for key, _ in listed["train"]])
-    backbone = make_backbone(recipe, labels, feature_bank.towers_of(list(manifests.values())))
-    statistics = feature_statistics(recipe, backbone, manifests[listed["train"][0][0]])
+    options = listed["sources"] | listed["validation"]
+    manifests = {key: load_manifest(recipe, key, o) for key, o in options.items()}
+    check_names(recipe, [(key, o, manifests[key]) for key, o in options.items()])
+    for key, o in options.items():
+        check_records(recipe, key, o, manifests[key])
+    subsets = {key: load_subset(recipe, key, o, manifests[key]) for key, o in options.items()}
+    labels = union_of_labels([manifests[key] for key in listed["sources"]])
+    backbone = make_backbone(parts.backbone, recipe.engine, labels, feature_bank.towers_of(list(manifests.values())))
+    statistics = feature_statistics(recipe, backbone, manifests[next(iter(listed["sources"]))])
     if statistics is not None:
         backbone.use_statistics(statistics)
-
-    def finish(key: str, options: SourceOptions) -> ResolvedSource:
-        task = make_task(recipe, key, options, labels)
-        check_fields(recipe, key, options, manifests[key], task)
-        check_texts(recipe, key, options, method_config)
-        subset = subsets[key]
+    sources = {}
+    for key, o in options.items():
+        task = make_task(parts.tasks[key], labels)
+        check_fields(recipe, key, o, manifests[key], task)
+        check_texts(recipe, key, o, parts.method.options)
         with _named(recipe, key):
-            task.use_source(manifests[key].labels, subset.classes if subset else None)
-        return ResolvedSource(options, manifests[key], task, subset)
-
-    sources = {role: [finish(key, options) for key, options in entries] for role, entries in listed.items()}
-    check_coupling(recipe, [s.task for s in sources["train"]], method_config)
+            task.use_source(manifests[key].labels, subsets[key].classes if subsets[key] else None)
+        sources[key] = ResolvedSource(o, manifests[key], task, subsets[key])
+    train, validation = ([sources[key] for key in listed[role]] for role in ("sources", "validation"))
+    check_coupling(recipe, [source.task for source in train], parts.method.options)
     if backbone.reads_bank:
-        wanted = feature_bank.needed(method, method_config)
-        backbone.use_bank(feature_bank.shapes(sources["train"], labels, wanted))
-    check_sites(recipe, backbone, method, method_config)
+        backbone.use_bank(feature_bank.shapes(train, labels, method.bank_parts(method_config)))
+    check_sites(parts.method, backbone, method, method_config)
     takes_features = hooks_of(backbone.image_transform(False)).takes_features
     notes = [
         line
-        for entries in listed.values()
-        for key, o in entries
+        for key, o in options.items()
         for line in picture_notes(key, o, manifests[key], backbone.modalities, takes_features)
     ]
     return Resolved(
@@ -150,66 +147,50 @@ def resolve(recipe: Recipe) -> Resolved:
         backbone=backbone,
         method=method,
         method_config=method_config,
-        train=sources["train"],
-        validation=sources["validation"],
+        train=train,
+        validation=validation,
         labels=labels,
         statistics=statistics,
         notes=notes,
     )
 
 
-def expand(recipe: Recipe) -> Recipe:
-    """The recipe with the sections of its components typed and their defaults filled in. Raises BadInput."""
-    full = copy.deepcopy(recipe)
-    origin = recipe.origin
-    full.origin = origin
-    entry, options = _component(backbones, recipe.backbone, "backbone", origin)
-    full.backbone = {"name": recipe.backbone["name"], **dataclasses.asdict(options)}
-    for role in ("sources", "validation"):
-        for key, source in _keyed(f"data.{role}", getattr(full.data, role)):
-            entry, options = _component(tasks, source.task, f"{key}.task", origin)
-            source.task = {"name": source.task["name"], **dataclasses.asdict(options)}
-    _, config = make_method(recipe)
-    full.method = {"name": recipe.method["name"], **_plain_fields(config)}
-    return full
-
-
-def make_backbone(recipe: Recipe, labels: list[str] | None, towers: dict[str, Any] | None = None) -> BackboneBase:
-    """The backbone entry of the recipe, checked but not built; `use_statistics` or `use_bank` may have to follow.
+def make_backbone(
+    section: Section, engine: EngineOptions, labels: list[str] | None, towers: dict[str, Any] | None = None
+) -> BackboneBase:
+    """The backbone of a recipe, checked but not built; `use_statistics` or `use_bank` may have to follow.
 
     Args:
+        section: `components(recipe).backbone`.
+        engine: says its dtype, attention and dropout.
         towers: what the manifest says of stored features.
     """
-    entry, options = _component(backbones, recipe.backbone, "backbone", recipe.origin)
-    backbone = entry(options, labels)
-    if section := backbone.encoder_section:
-        inner, inner_options = _component(backbones, section, "backbone.encoder", recipe.origin)
-        encoder = inner(inner_options, None)
-        with _named(recipe, "backbone.encoder"):
+    backbone = section.entry(section.options, labels)
+    if inner := section.inner.get("encoder"):
+        encoder = inner.entry(inner.options, None)
+        with inner.blamed():
             encoder.check()
             backbone.use_encoder(encoder)
-    if towers:
-        with _named(recipe):
+    backbone.attention = engine.attention
+    backbone.dtype = getattr(torch, engine.dtype)
+    backbone.train_dropout = engine.train_dropout
+    try:
+        if towers:
             backbone.use_features(towers)
-    backbone.attention = recipe.engine.attention
-    backbone.dtype = getattr(torch, recipe.engine.dtype)
-    backbone.train_dropout = recipe.engine.train_dropout
-    with _named(recipe):
         backbone.check()
+    except BadInput as e:  # which names its options with the section
+        raise BadInput(f"{section.origin('')}: {e}") from e
     return backbone
 
 
-def make_task(recipe: Recipe, key: str, options: SourceOptions, labels: list[str] | None) -> TaskBase:
-    """The task of the source that stands at `key` of the recipe."""
-    entry, task_options = _component(tasks, options.task, f"{key}.task", recipe.origin)
-    return entry(task_options, labels)
+def make_task(section: Section, labels: list[str] | None) -> TaskBase:
+    """The task of a data source; `section` is one of `components(recipe).tasks`."""
+    return section.entry(section.options, labels)
 
 
-def make_method(recipe: Recipe) -> tuple[Method, PeftConfig]:
-    """The method entry and its config, with the fields that the recipe gives."""
-    entry = _entry(methods, recipe.method, "method", recipe.origin)
-    given = {k: v for k, v in recipe.method.items() if k != "name"}
-    return entry, typed(entry.Config, given, "method", recipe.origin, _own_fields(entry.Config))
+def make_method(section: Section) -> tuple[type[SiteMethod], PeftConfig]:
+    """The method and its peft config; `section` is `components(recipe).method`."""
+    return section.entry, section.entry.config(section.options, section.origin)
 
 
 def attach(resolved: Resolved, base_model: PreTrainedModel) -> PeftModel:
@@ -239,9 +220,9 @@ def float32_heads(base_model: PreTrainedModel) -> list[str]:
     return heads
 
 
-def check_sites(recipe: Recipe, backbone: BackboneBase, method: Method, config: PeftConfig) -> None:
+def check_sites(section: Section, backbone: BackboneBase, method: type[SiteMethod], config: PeftConfig) -> None:
     """Run the method's own checks on the model without storage. Raises BadInput."""
-    with _named(recipe, "method"):
+    with section.blamed():
         method.check(config, find_sites(backbone.build(on_meta=True)), backbone.condition_width)
 
 
@@ -253,6 +234,12 @@ def load_manifest(recipe: Recipe, key: str, options: SourceOptions) -> Manifest:
         manifest = Manifest.load(options.dir)
         manifest.shards(options.split)
     return manifest
+
+
+def load_subset(recipe: Recipe, key: str, options: SourceOptions, manifest: Manifest) -> Subset | None:
+    """The samples of a source that are used; None for all. Raises BadInput."""
+    with _named(recipe, f"{key}.subset"):
+        return Subset.load(options.subset, manifest, options.split) if options.subset else None
 
 
 def union_of_labels(manifests: list[Manifest]) -> list[str] | None:
@@ -285,33 +272,6 @@ def feature_statistics(recipe: Recipe, backbone: BackboneBase, manifest: Manifes
     return manifest.statistics[key]
 
 
-def _own_fields(config: type[PeftConfig]) -> list[dataclasses.Field]:
-    """Fields of a method; those of every peft config (base model, versions) are filled by peft."""
-    internal = {f.name for f in dataclasses.fields(PeftConfig)}
-    return [f for f in dataclasses.fields(config) if f.name not in internal]
-
-
-def _plain_fields(config: PeftConfig) -> dict[str, Any]:
-    """What a recipe can say of a config: fields that are set to numbers, words, or lists of them."""
-    values = {f.name: getattr(config, f.name) for f in _own_fields(type(config))}
-    values = {k: sorted(v) if isinstance(v, set) else v for k, v in values.items()}
-    return {k: v for k, v in values.items() if isinstance(v, bool | int | float | str | list)}
-
-
-def _entry(package: ModuleType, section: dict[str, Any], key: str, origin: Origin) -> Any:
-    name = section.get("name")
-    if not isinstance(name, str):
-        known = ", ".join(registry.names(package))
-        raise BadInput(f"{origin(key)}: `name` is missing or no text. Add `name:` with one of {known}.")
-    return registry.load(package, name, origin(f"{key}.name"))
-
-
-def _component(package: ModuleType, section: dict[str, Any], key: str, origin: Origin) -> tuple[Any, Any]:
-    """An entry and its typed options."""
-    entry = _entry(package, section, key, origin)
-    return entry, typed(entry.Options, {k: v for k, v in section.items() if k != "name"}, key, origin)
-
-
 @contextlib.contextmanager
 def _named(recipe: Recipe, key: str = "") -> Iterator[None]:
     """Errors of a component also say which file and key of the recipe they are about."""
@@ -319,7 +279,3 @@ def _named(recipe: Recipe, key: str = "") -> Iterator[None]:
         yield
     except BadInput as e:
         raise BadInput(f"{where(recipe, key)}: {e}") from e
-
-
-def _keyed(key: str, sources: list[SourceOptions]) -> Iterator[tuple[str, SourceOptions]]:
-    return ((f"{key}.{i}", source) for i, source in enumerate(sources))

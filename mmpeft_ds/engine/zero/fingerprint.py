@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from mmpeft_ds.backbones.base import HasFrozenConstants
 from mmpeft_ds.distributed.collectives import world_size
 from mmpeft_ds.errors import BadInput
+from mmpeft_ds.sites.feature_site import calibrated_buffers
 
 _CHUNK = 1 << 17  # elements widened to int64 at a time: 1 MB, which stays in the cache of a core
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -66,15 +67,16 @@ def frozen_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 def _buffers_and_constants(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Saved buffers, and the numbers of modules that are `HasFrozenConstants`."""
+    of_heads = calibrated_buffers(model)  # a head has set these: they are not of the base
     for path, module in model.named_modules():
         if ".original_module" in path or ".modules_to_save" in path:
             continue
         if isinstance(module, HasFrozenConstants):
             yield from ((base_name(f"{path}.{key}"), value) for key, value in module.frozen_constants().items())
-        found = getattr(module, "calibrated", ())  # a head has set these: they are not of the base
         for key, buffer in module.named_buffers(recurse=False):
-            if key not in module._non_persistent_buffers_set and key not in found:
-                yield base_name(f"{path}.{key}" if path else key), buffer
+            name = f"{path}.{key}" if path else key
+            if key not in module._non_persistent_buffers_set and name not in of_heads:
+                yield base_name(name), buffer
 
 
 def base_name(name: str) -> str:

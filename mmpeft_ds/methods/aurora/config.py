@@ -1,90 +1,16 @@
-"""Fields of Aurora."""
+"""The peft config of Aurora."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from dataclasses import dataclass
+from typing import ClassVar
 
-from peft import PeftConfig
-
-from mmpeft_ds.errors import BadInput
-from mmpeft_ds.methods.common.config import check_types
-
-PEFT_TYPE = "AURORA"
-FORMS = ("tucker", "cp")
-TARGETS = ("q", "k", "v", "out", "fc1", "fc2")
+from mmpeft_ds.methods.aurora.options import AuroraOptions
+from mmpeft_ds.methods.common.config import MethodConfig
 
 
 @dataclass
-class AuroraConfig(PeftConfig):
-    """One (down, core, up) for the updates of all layers; a layer owns only its modes, and the gates of a text layer.
+class AuroraConfig(AuroraOptions, MethodConfig):
+    """AuroraOptions as a peft config."""
 
-    Source: Aurora, NeurIPS 2023, arXiv 2305.08381.
-    """
-
-    target_modules: ClassVar[None] = None  # peft reads it; the sites say where, not a list of names
-
-    r: int = field(default=32, metadata={"help": "Rank; the full core has r^3 numbers."})
-    form: Literal["tucker", "cp"] = field(
-        default="tucker",
-        metadata={"help": "Core: a full r x r x r tensor as in the released code, or its superdiagonal alone."},
-    )
-    image_targets: list[str] = field(
-        default_factory=lambda: ["q", "k", "v", "out", "fc1", "fc2"],
-        metadata={"help": "Adapted maps of image layers: q, k, v, out, fc1, fc2."},
-    )
-    text_targets: list[str] = field(
-        default_factory=lambda: ["q", "k", "v"],
-        metadata={"help": "Adapted maps of text layers, of self- and of cross-attention: q, k, v, out, fc1, fc2."},
-    )
-    towers: list[str] | None = field(
-        default=None, metadata={"help": "Paths of towers, or `text`, `image` for all of a kind; default all."}
-    )
-    layers: list[int] | None = field(
-        default=None, metadata={"help": "Layer indices, the same in every tower; default all."}
-    )
-    scale: float = field(
-        default=1.0, metadata={"help": "Multiplies what is added to out, fc1 and fc2 of image layers, as published."}
-    )
-    scale_all: bool = field(default=False, metadata={"help": "Let `scale` multiply all that is added, everywhere."})
-    dropout: float = field(
-        default=0.1,
-        metadata={
-            "help": "In the bottleneck, each map with a mask of its own: after the core in image towers, before it in "
-            "text towers, as published."
-        },
-    )
-    gates: bool | None = field(
-        default=None,
-        metadata={
-            "help": "Gated query transformation of text layers that have cross-attention and end in a LayerNorm: true "
-            "demands that there are such layers, false leaves it out; default wherever there are some."
-        },
-    )
-    gate_std: float = field(
-        default=2e-4, metadata={"help": "The gates start normal with this deviation: near the frozen model; 0: at it."}
-    )
-    modules_to_save: list[str] | None = field(
-        default=None, metadata={"help": "Modules trained whole beside the adapter, such as projections and heads."}
-    )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.peft_type = PEFT_TYPE
-        check_types(self)
-        for key in ("image_targets", "text_targets"):
-            given = getattr(self, key)
-            if unknown := [t for t in given if t not in TARGETS]:
-                raise BadInput(f"{key}: {unknown[0]!r} is unknown. Known: {', '.join(TARGETS)}.")
-            if len(set(given)) != len(given):
-                raise BadInput(f"{key}: {given} must name each map once.")
-        if not self.image_targets and not self.text_targets:
-            raise BadInput("image_targets, text_targets: both are empty. Name at least one map.")
-        if self.form not in FORMS:
-            raise BadInput(f"form: {self.form!r} is unknown. Known: {', '.join(FORMS)}.")
-        if self.r < 1:
-            raise BadInput(f"r: must be 1 or more, got {self.r}.")
-        if not 0 <= self.dropout < 1:
-            raise BadInput(f"dropout: must lie in [0, 1), got {self.dropout}.")
-        if self.gate_std < 0:
-            raise BadInput(f"gate_std: must be 0 or more, got {self.gate_std}.")
+    PEFT_TYPE: ClassVar[str] = "AURORA"

@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from mmpeft_ds.distributed.partitioned import lent
 from mmpeft_ds.errors import BadInput
 from mmpeft_ds.methods.common.layers import SiteLayer
+from mmpeft_ds.methods.common.options import SUBLAYERS
 from mmpeft_ds.methods.common.select import Selection
 
-# Non-linearities by the names that transformers gives them in model configurations.
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+# For every name of `options.ACTIVATIONS`.
+FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
     "gelu_new": partial(F.gelu, approximate="tanh"),
     "gelu_fast": partial(F.gelu, approximate="tanh"),
@@ -31,7 +32,6 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "tanh": torch.tanh,
     "linear": lambda x: x,
 }
-SUBLAYERS = ("self", "cross", "ffn")
 
 
 class Down(nn.Linear):
@@ -108,7 +108,7 @@ class BottleneckLayer(nn.Module, SiteLayer):
         Args:
             config: gives `r`, `scale`, `near_identity`.
             width: d.
-            activation: a key of `ACTIVATIONS`.
+            activation: a key of `FUNCTIONS`.
             like: a frozen parameter, whose device is taken, and whose dtype if it is float64; else float32.
             remember: knows the sublayer's input; None: the adapter comes behind the sublayer.
             owner: the layer whose `down` is used; None: an own one.
@@ -134,7 +134,7 @@ class BottleneckLayer(nn.Module, SiteLayer):
                     lent(self, list(owner.downs[name].parameters()))
                 t = out if remember is None else remember.take(name)
                 up = self.ups[name]
-                added = up(ACTIVATIONS[activation](owner.downs[name](t.to(up.weight.dtype))))
+                added = up(FUNCTIONS[activation](owner.downs[name](t.to(up.weight.dtype))))
                 out = (out + (added if scale == 1.0 else scale * added)).to(out.dtype)
         return out
 
@@ -212,8 +212,8 @@ def sublayers(chosen: Selection, after: list[str] | None) -> list[Sublayer]:
 
 
 def activation_of(wanted: str | None, place: Sublayer) -> str:
-    """The wanted non-linearity, or that of the backbone. Raises BadInput where it is not one of `ACTIVATIONS`."""
+    """The wanted non-linearity, or that of the backbone. Raises BadInput where it is not one of `FUNCTIONS`."""
     name = wanted or place.activation
-    if name is None or name not in ACTIVATIONS:
-        raise BadInput(f"activation: the backbone's at {place.end} is {name!r}. Name one of {', '.join(ACTIVATIONS)}.")
+    if name is None or name not in FUNCTIONS:
+        raise BadInput(f"activation: the backbone's at {place.end} is {name!r}. Name one of {', '.join(FUNCTIONS)}.")
     return name

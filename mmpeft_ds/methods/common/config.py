@@ -1,77 +1,54 @@
-"""What the configs of the baselines share: where, and what trains whole beside."""
+"""Bases of the peft configs: options of a method joined with the fields that every peft config has."""
 
 from __future__ import annotations
 
 import dataclasses
-import typing
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+import difflib
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from peft import PeftConfig
 
 from mmpeft_ds.errors import BadInput
+from mmpeft_ds.methods.common.options import HeadOptions
 
 
-def check_types(config: PeftConfig) -> None:
-    """Raise BadInput if a field that `config` adds to peft's is not of its declared type: peft builds configs from
-    whatever a call or a file says, and a text in place of a list of patterns would match letter by letter. Fields of a
-    few words are left to the config, which names them."""
-    hints, inherited = typing.get_type_hints(type(config)), PeftConfig.__dataclass_fields__
-    for f in dataclasses.fields(config):
-        value, hint = getattr(config, f.name), hints[f.name]
-        if f.name not in inherited and typing.get_origin(hint) is not typing.Literal and not _fits(value, hint):
-            raise BadInput(f"{f.name}: expected {f.type}, got {value!r}.")
-
-
-def _fits(value: Any, hint: Any) -> bool:
-    """As in recipes: 1 stands for 1.0 but not for true, a tuple for a list."""
-    inner = typing.get_args(hint)
-    if typing.get_origin(hint) is list:
-        return isinstance(value, list | tuple) and all(_fits(v, inner[0]) for v in value)
-    if inner:
-        return any(_fits(value, one) for one in inner)
-    if isinstance(value, bool):
-        return hint is bool
-    return isinstance(value, int | float if hint is float else hint)
+class UnknownField(BadInput, TypeError):  # noqa: N818 - peft catches the TypeError and reads its words
+    """A config was called with a keyword that it does not have."""
 
 
 @dataclass
-class SiteConfig(PeftConfig):
-    """Fields of a method that attaches to the sites of one tower or of several. A subclass sets `PEFT_TYPE`."""
+class MethodConfig(PeftConfig):
+    """Base of a method's peft config, which names its options first: `class MyConfig(MyOptions, MethodConfig)`.
+
+    Attributes:
+        PEFT_TYPE: the name under which peft knows the method.
+    """
 
     PEFT_TYPE: ClassVar[str] = ""
     target_modules: ClassVar[None] = None  # peft reads it; the sites say where, not a list of names
 
-    tower: str | list[str] | None = field(
-        default=None,
-        metadata={
-            "help": "Path of the tower, or `text` or `image`, or a list of these ([text] is encoder and decoder of "
-            "BART); default the text tower, or the only tower."
-        },
-    )
-    layers: list[int] | None = field(default=None, metadata={"help": "Layer indices of the tower; default all."})
-    modules_to_save: list[str] | None = field(
-        default=None, metadata={"help": "Modules trained whole beside the adapter, such as the head."}
-    )
+    def __new__(cls, *args: Any, **kwargs: Any) -> MethodConfig:
+        known = {f.name for f in dataclasses.fields(cls)}
+        for name in kwargs:
+            if name not in known:
+                own = list(cls.own_fields())
+                near = difflib.get_close_matches(name, own, n=1)
+                hint = f"Did you mean {near[0]!r}? " if near else ""
+                raise UnknownField(
+                    f"{cls.__name__} got an unexpected keyword argument {name!r}. {hint}Known: {', '.join(own)}."
+                )
+        return super().__new__(cls)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = self.PEFT_TYPE
-        check_types(self)
 
-    def _one_of(self, key: str, known: Sequence[str]) -> None:
-        given = getattr(self, key)
-        for value in [given] if isinstance(given, str) else given:
-            if value not in known:
-                raise BadInput(f"{key}: {value!r} is unknown. Known: {', '.join(known)}.")
 
-    def _some_of(self, key: str, known: Sequence[str]) -> None:
-        self._one_of(key, known)
-        given = getattr(self, key)
-        if not given or len(set(given)) != len(given):
-            raise BadInput(f"{key}: {given} must name at least one of {', '.join(known)}, each once.")
+@dataclass
+class HeadConfig(HeadOptions, MethodConfig):
+    """Base of the peft config of a head: `class MyConfig(MyOptions, HeadConfig)`."""
 
-    def _at_least(self, key: str, least: int) -> None:
-        if getattr(self, key) < least:
-            raise BadInput(f"{key}: must be {least} or more, got {getattr(self, key)}.")
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        cls.PEFT_TYPE = cls.method.upper()

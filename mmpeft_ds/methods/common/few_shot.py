@@ -11,8 +11,6 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from mmpeft_ds.errors import BadInput
-
 
 def cosine_logits(image_BD: Tensor, text_CD: Tensor, scale: float) -> Tensor:
     """(B, C) scaled cosines of image features and class texts of any length, in the dtype of the texts."""
@@ -48,22 +46,3 @@ class Remembered:
                 result = make(*tensors)
             self._known[name] = ([(tensor, tensor._version) for tensor in tensors], result)
         return result
-
-
-def at_least(config: Any, key: str, least: float) -> None:
-    """Raise BadInput if the field is below `least`, or no number."""
-    if not least <= getattr(config, key) < float("inf"):
-        raise BadInput(f"{config.method}: {key}: must be {least:g} or more, got {getattr(config, key)}.")
-
-
-def share(config: Any, key: str) -> None:
-    """Raise BadInput if the field is not in [0, 1]."""
-    if not 0 <= getattr(config, key) <= 1:
-        raise BadInput(f"{config.method}: {key}: must lie in [0, 1], got {getattr(config, key)}.")
-
-
-def one_of(config: Any, key: str, known: tuple[str, ...]) -> None:
-    """Raise BadInput if the field is none of `known`."""
-    if getattr(config, key) not in known:
-        value = getattr(config, key)
-        raise BadInput(f"{config.method}: {key}: {value!r} is unknown. Known: {', '.join(known)}.")

@@ -1,55 +1,27 @@
-"""What heads on frozen features share: tuner, wrapper, config. A method is a config, a `Head` and an `ENTRY`."""
+"""Heads on frozen features: the head itself, its wrapper, its tuner, and the base of its method entry."""
 
 # B rows, C classes, D width
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import contextlib
 from typing import Any, ClassVar
 
-from peft import PeftConfig
 from torch import Tensor, nn
 
 from mmpeft_ds.errors import BadInput
-from mmpeft_ds.methods.common.config import check_types
+from mmpeft_ds.methods.base import SiteMethod
+from mmpeft_ds.methods.common.config import HeadConfig
 from mmpeft_ds.methods.common.layers import SiteLayer
 from mmpeft_ds.methods.common.tuner import SiteTuner
 from mmpeft_ds.sites import Sites, find_sites
 from mmpeft_ds.sites.base import base_layer
-from mmpeft_ds.sites.feature_site import Bank, Features, FeatureSite, Labelled, Scores
+from mmpeft_ds.sites.feature_site import Bank, Calibrated, Features, FeatureSite, Labelled, Scores
 
 PARTS = {"text": "class texts", "negative": "negated class texts", "support": "support samples"}
 
 
-@dataclass
-class HeadConfig(PeftConfig):
-    """Base of the configs; a subclass sets `method`, the name under which peft knows it.
-
-    Attributes:
-        couples_samples: the scores of a row depend on other rows of the batch.
-        gradient_free: nothing is trained by gradient: zero-shot, closed form, or a cache as it is.
-        needs_validation: `calibrate` searches on a validation split; a recipe without one is refused at the start.
-    """
-
-    method: ClassVar[str] = ""
-    target_modules: ClassVar[None] = None  # peft reads it; the one site says where
-    couples_samples: ClassVar[bool] = False
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.peft_type = self.method.upper()
-        check_types(self)
-
-    @property
-    def gradient_free(self) -> bool:
-        return False
-
-    @property
-    def needs_validation(self) -> bool:
-        return False
-
-
-class Head(nn.Module):
+class Head(Calibrated):
     """One adapter's head. Parameters and buffers are its own; the bank belongs to the frozen base.
 
     A subclass gives `forward`. Collectives in it run in the same order on all ranks.
@@ -59,12 +31,16 @@ class Head(nn.Module):
         base: the frozen scorer (`ZeroShot`), which is read and never becomes part of the head.
 
     Attributes:
-        needs: which parts of the bank it reads, of `text`, `negative`, `support`.
-        calibrated: persistent buffers that `calibrate` sets; they travel with checkpoints and adapter directories.
+        needs: which parts of the bank it reads, of `text`, `negative`, `support`; default none.
+        calibrated: persistent buffers that `calibrate` sets; default none.
+        follows_training: training differs from evaluation by more than dropout, so that the head is put into training
+            mode during steps, where the rest of the model may be in evaluation mode; default not.
+        over_batch: scores rows over a graph of the batch, and offers `without_edges` and `top1`; default not.
     """
 
     needs: ClassVar[tuple[str, ...]] = ()
-    calibrated: ClassVar[tuple[str, ...]] = ()
+    follows_training: ClassVar[bool] = False
+    over_batch: ClassVar[bool] = False
 
     def __init__(self, config: Any, base: nn.Module):
         super().__init__()
@@ -109,6 +85,10 @@ class Head(nn.Module):
         """
         return {}
 
+    def estimating_fisher(self) -> contextlib.AbstractContextManager[None]:
+        """Inside, `forward` gives the logits of which Fisher information is estimated. Default: those of training."""
+        return contextlib.nullcontext()
+
     def export(self) -> dict[str, Tensor]:
         """Tensors of a classifier that needs neither bank nor graph; empty where there is no such form."""
         return {}
@@ -150,7 +130,10 @@ class HeadTuner(SiteTuner):
     """Tuner of a head method; a subclass sets `prefix` and `head_class`."""
 
     head_class: ClassVar[type[Head]]
-    unmergeable = "a head takes the place of the frozen scorer and cannot be folded into it."
+
+    @classmethod
+    def unmergeable(cls, config: HeadConfig) -> str:
+        return "a head takes the place of the frozen scorer and cannot be folded into it."
 
     def places(self, config: HeadConfig, model: nn.Module) -> dict[str, FeatureSite]:
         site = feature_site(config, find_sites(model))
@@ -166,30 +149,19 @@ class HeadTuner(SiteTuner):
         return layer
 
 
-class HeadMethod:
-    """Base of the `ENTRY` of a head method; a subclass sets the attributes of `methods.base.Method`."""
+class HeadMethod(SiteMethod):
+    """Base of the `ENTRY` of a head method: as `SiteMethod`, with a `HeadTuner`."""
 
-    mergeable = False
     Tuner: ClassVar[type[HeadTuner]]
-    prefix: ClassVar[str]
 
     @classmethod
     def check(cls, config: HeadConfig, sites: Sites, condition_width: int | None) -> None:
         """Raise BadInput where there are no features, or the bank lacks what the head reads."""
         check_bank(cls.Tuner.head_class, config, feature_site(config, sites))
 
-    @staticmethod
-    def prepare(config: HeadConfig, model: nn.Module, sites: Sites) -> HeadConfig:
-        """Nothing depends on the model."""
-        return config
-
     @classmethod
-    def kinds(cls, names: list[str]) -> dict[str, list[str]]:
-        """All of it is the method's, except modules that train whole beside it."""
-        found: dict[str, list[str]] = {"peft": [], "norm": [], "bias": [], "head": []}
-        for name in names:
-            found["peft" if cls.prefix in name else "head"].append(name)
-        return found
+    def bank_parts(cls, config: HeadConfig) -> tuple[str, ...]:
+        return cls.Tuner.head_class.needed(config)
 
 
 def feature_site(config: HeadConfig, sites: Sites) -> FeatureSite:

@@ -1,4 +1,4 @@
-"""What the layers of every method share: adapter verbs, exact merging, trained copies of norms and biases."""
+"""Layers that several methods share: adapter verbs, exact merging, trained copies of norms and biases."""
 
 from __future__ import annotations
 
@@ -10,23 +10,15 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
 from mmpeft_ds.distributed.partitioned import gathered
-from mmpeft_ds.sites.base import base_layer
+from mmpeft_ds.sites.base import AdapterLayer, base_layer
 
 
-class SiteLayer(BaseTunerLayer):
+class SiteLayer(BaseTunerLayer, AdapterLayer):
     """A wrapper around one module of the frozen model; a subclass is an `nn.Module` as well, made first.
-
-    Attributes:
-        tokenwise: a token's output depends on that token alone, so a backbone may leave out tokens that nobody reads.
-        rowless: besides, it does not matter which row of the batch the token is of, so a backbone may put the tokens
-            of all rows into one.
 
     Args:
         base: the frozen module.
     """
-
-    tokenwise = False
-    rowless = False
 
     def __init__(self, base: nn.Module, adapter_name: str):
         self.base_layer = base

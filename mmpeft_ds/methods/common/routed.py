@@ -1,82 +1,29 @@
-"""What routed LoRA and routed adapters share: fields, what they route on, and the bottleneck itself."""
+"""The routed bottleneck of routed LoRA and routed adapters: where it may stand, what it routes on, its parameters."""
 
 # B batch, L text length, m conditioning tokens, d in width, g parts of a fused projection, r rank, w = g r
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmpeft_ds.errors import BadInput
-from mmpeft_ds.methods.common.config import SiteConfig
+from mmpeft_ds.methods.common.config import MethodConfig
+from mmpeft_ds.methods.common.options import IN_A_QUARTER, RoutedOptions
 from mmpeft_ds.methods.common.select import Selection, select
 from mmpeft_ds.ops.bottleneck_attention import bottleneck_attention
-from mmpeft_ds.ops.route import MIXES_TOKENS, ROUTES, pool_condition, route
+from mmpeft_ds.ops.route import MIXES_TOKENS, pool_condition, route
 from mmpeft_ds.sites import Sites
 from mmpeft_ds.sites.condition import Condition, current
 
-SOURCES = ("given", "self", "self_mean", "cross", "cross_mean")
-POOLS = ("all", "mean", "first")
-# These work in a quarter of the rank.
-IN_A_QUARTER = ("split", "split_merge", "split_merge_ln", "cross_attention")
-
 
 @dataclass
-class RoutedConfig(SiteConfig):
-    """Fields of a bottleneck that an image feature routes. A subclass adds `variant` and where it stands."""
-
-    VARIANTS: ClassVar[tuple[str, ...]] = ()
-
-    r: int = field(default=16, metadata={"help": "Width of the bottleneck."})
-    route: Literal["none", "mul", "add", "matmul1", "matmul2", "matmul1_relu", "xtxt", "ones"] = field(
-        default="mul",
-        metadata={"help": "Routing function; `none` routes nothing and needs no condition (see `variant`)."},
-    )
-    heads: int = field(default=4, metadata={"help": "Heads of `variant: cross_attention`."})
-    reshape_compat: bool = field(
-        default=False,
-        metadata={"help": "Re-read memory where the equation transposes, as published (differs for m > 1)."},
-    )
-    train_norms: bool | list[str] = field(
-        default=False,
-        metadata={"help": "Train copies of the norms of the chosen layers, or of those matching full-path patterns."},
-    )
-    condition: Literal["given", "self", "self_mean", "cross", "cross_mean"] = field(
-        default="given",
-        metadata={
-            "help": "What is routed on: what the model publishes, the layer's own input (or its masked mean), or the "
-            "encoder states of cross-attention (or their masked mean)."
-        },
-    )
-    pool: Literal["all", "mean", "first"] = field(
-        default="all", metadata={"help": "Pooling of a given condition: every token, their masked mean, the first."}
-    )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for key, known in (
-            ("route", ROUTES),
-            ("variant", self.VARIANTS),
-            ("condition", SOURCES),
-            ("pool", POOLS),
-        ):
-            self._one_of(key, known)
-        self._at_least("r", 1)
-        self._at_least("heads", 1)
-        if self.variant not in ("plain", "cross_attention") and self.route == "none":
-            raise BadInput(f"variant: {self.variant!r} exists to be routed. Choose a route, or variant: plain.")
-        if self.variant in IN_A_QUARTER and self.r % 4:
-            raise BadInput(f"r: variant {self.variant!r} works in a quarter of it; {self.r} is no multiple of 4.")
-
-    @property
-    def routed(self) -> bool:
-        """Whether layers need a condition."""
-        return self.route != "none" or self.variant == "cross_attention"
+class RoutedConfig(RoutedOptions, MethodConfig):
+    """Base of the peft configs of methods with a routed bottleneck."""
 
     @property
     def tokenwise(self) -> bool:

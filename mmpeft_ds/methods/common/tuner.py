@@ -19,12 +19,8 @@ class SiteTuner(BaseTuner):
     """A tuner whose places are full paths found by the sites, not a list of module names.
 
     A subclass sets `prefix` and gives `places` and `wrap`; the verbs are those of every peft tuner.
-
-    Attributes:
-        unmergeable: why no adapter of this tuner can be merged into the frozen weights; None where each can.
     """
 
-    unmergeable: str | None = None
     tuner_layer_cls = SiteLayer
     target_module_mapping: dict[str, list[str]] = {}
 
@@ -36,11 +32,19 @@ class SiteTuner(BaseTuner):
         """`target` in a layer that holds this adapter; a `target` that is such a layer already gets one more."""
         raise NotImplementedError
 
+    @classmethod
+    def unmergeable(cls, config: PeftConfig) -> str | None:
+        """Why an adapter with this config cannot be merged into the frozen weights, in a sentence; None where it can.
+
+        Default: it can.
+        """
+        return None
+
     def _check_merge_allowed(self) -> None:
         super()._check_merge_allowed()
-        if self.unmergeable:
-            names = ", ".join(map(repr, self.active_adapters))
-            raise BadInput(f"adapter {names} cannot be merged: {self.unmergeable} Keep it as an adapter.")
+        for name in self.active_adapters:
+            if reason := self.unmergeable(self.peft_config[name]):
+                raise BadInput(f"adapter {name!r} cannot be merged: {reason} Keep it as an adapter.")
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:

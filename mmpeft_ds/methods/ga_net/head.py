@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from mmpeft_ds.distributed import collectives
 from mmpeft_ds.distributed.batch_graph import Graph, knn_graph, normalised, threshold_graph
 from mmpeft_ds.distributed.gather import gather_rows, gather_sizes
-from mmpeft_ds.distributed.graph_conv import GraphConv
 from mmpeft_ds.errors import BadInput
 from mmpeft_ds.methods.common.head import Head
 from mmpeft_ds.methods.ga_net.config import GaNetConfig
@@ -50,8 +49,12 @@ class GaNetHead(Head):
     """
 
     calibrated = ("tau_choice",)
+    over_batch = True
 
     def __init__(self, config: GaNetConfig, base: nn.Module):
+        # torch_geometric takes a second to import, which is for runs with a graph alone
+        from mmpeft_ds.distributed.graph_conv import GraphConv
+
         super().__init__(config, base)
         joined = sum(self._widths())
         up = joined if config.up == "joined" else base.image_width
@@ -64,8 +67,8 @@ class GaNetHead(Head):
         self.register_buffer("tau_choice", torch.tensor(-1))
         self._fisher = self._alone = False
         if config.train == "head":
-            for part in (self.down, self.conv, self.up):
-                _freeze(part)
+            frozen = ("down", "conv", "up")
+            self.calibrated += tuple(f"{part}.{name}" for part in frozen for name in _freeze(self.get_submodule(part)))
 
     @property
     def tau(self) -> float:
@@ -222,10 +225,10 @@ def _edgeless(valid: Tensor) -> Graph:
     return Graph(own + start, own, weight, counts, valid, in_degree=valid.long(), out_degree=loops)
 
 
-def _freeze(module: nn.Module) -> None:
-    """Make the parameters of `module` buffers that checkpoints and adapter directories hold."""
+def _freeze(module: nn.Module) -> list[str]:
+    """Make the parameters of `module` buffers, and give their names: checkpoints and adapter directories hold them."""
     names = list(module._parameters)
     for name in names:
         values = module._parameters.pop(name).detach()
         module.register_buffer(name, values)
-    module.calibrated = tuple(names)
+    return names

@@ -20,7 +20,8 @@ from mmpeft_ds.distributed.support import check_agreement
 from mmpeft_ds.errors import BadInput
 from mmpeft_ds.methods.hegraph.nodes import Made, Nodes
 from mmpeft_ds.ops import class_graph as ops
-from mmpeft_ds.ops.class_graph import Coefficients, Refined
+from mmpeft_ds.ops.class_graph import Refined
+from mmpeft_ds.ops.class_relations import Coefficients, in_use
 
 WEIGHTS = {"negative": "W_n", "positive": "W_p", "visual": "W_v"}  # receiving kind -> parameter
 SHARDS = ("none", "cache", "classes")
@@ -88,7 +89,7 @@ class ClassGraphHead(nn.Module):
             if value not in known[key]:
                 raise BadInput(f"{key}: {value!r} is unknown. Known: {', '.join(known[key])}.")
         self.coefficients, self.tau = coefficients, float(tau)
-        self.relations = ops.in_use(drop)
+        self.relations = in_use(drop)
         self.graph_options = {"degree": degree, "flip": flip, "topk": topk}
         self.activation, self.fuse, self.cache_reduce = activation, fuse, cache_reduce
         self.visual_scale = self.tau if visual_scale is None else float(visual_scale)

@@ -11,7 +11,7 @@ from torch import Tensor
 from mmpeft_ds.errors import BadInput
 from mmpeft_ds.methods.hegraph.head import ClassGraphHead
 from mmpeft_ds.methods.hegraph.nodes import Nodes
-from mmpeft_ds.ops.class_graph import Coefficients
+from mmpeft_ds.ops.class_relations import Coefficients
 
 
 class HeGraphHead(ClassGraphHead):

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from mmpeft_ds.errors import BadInput
-from mmpeft_ds.methods.p_adapter.config import CLAMP, PAdapterConfig
+from mmpeft_ds.methods.p_adapter.config import PAdapterConfig
+from mmpeft_ds.methods.p_adapter.options import CLAMP
 from mmpeft_ds.ops.p_laplacian import (
     attention_probabilities,
     p_laplacian,

@@ -1,59 +1,16 @@
-"""Fields of routed adapters."""
+"""The peft config of routed adapters."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from dataclasses import dataclass
+from typing import ClassVar
 
-from mmpeft_ds.methods.common.bottleneck import ACTIVATIONS, SUBLAYERS
 from mmpeft_ds.methods.common.routed import RoutedConfig
-
-PEFT_TYPE = "ROUTED_ADAPTER"
+from mmpeft_ds.methods.routed_adapter.options import RoutedAdapterOptions
 
 
 @dataclass
-class RoutedAdapterConfig(RoutedConfig):
-    """A bottleneck behind a sublayer, before the residual add: `o = act(route(A x + a, A y + a)) B + b`.
+class RoutedAdapterConfig(RoutedAdapterOptions, RoutedConfig):
+    """RoutedAdapterOptions as a peft config."""
 
-    In a causal tower the published form adds x inside and uses one adapter for all sublayers of a layer; elsewhere the
-    sublayer's result is replaced by o, and every sublayer has its own.
-
-    Source: Qu, Tuytelaars, Moens, ECCV 2024, arXiv 2403.09377.
-    """
-
-    PEFT_TYPE: ClassVar[str] = PEFT_TYPE
-    VARIANTS: ClassVar[tuple[str, ...]] = ("plain", "split", "split_merge", "split_merge_ln", "cross_attention")
-
-    r: int = field(default=64, metadata={"help": "Width of the bottleneck."})
-    after: list[str] | None = field(
-        default=None,
-        metadata={"help": "Which sublayers: self, cross, ffn; default all that the chosen layers have."},
-    )
-    residual: bool | None = field(
-        default=None,
-        metadata={"help": "Add the sublayer's own result to the adapter's; default as published: in causal towers."},
-    )
-    shared: bool | None = field(
-        default=None,
-        metadata={"help": "One adapter for all sublayers of a layer; default as published: in causal towers."},
-    )
-    activation: str | None = field(
-        default=None,
-        metadata={
-            "help": "Non-linearity after the route (gelu, gelu_new, relu, silu, ...); default that of the backbone."
-        },
-    )
-    variant: Literal["plain", "split", "split_merge", "split_merge_ln", "cross_attention"] = field(
-        default="plain",
-        metadata={
-            "help": "One `down` for text and image, or own two-stage projections of each; or cross-attention in the "
-            "bottleneck in place of the route."
-        },
-    )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.after is not None:
-            self._some_of("after", SUBLAYERS)
-        if self.activation is not None:
-            self._one_of("activation", tuple(ACTIVATIONS))
+    PEFT_TYPE: ClassVar[str] = "ROUTED_ADAPTER"

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmpeft_ds.methods.common.bottleneck import ACTIVATIONS
+from mmpeft_ds.methods.common.bottleneck import FUNCTIONS
 from mmpeft_ds.methods.common.layers import SiteLayer
 from mmpeft_ds.methods.common.routed import Bottleneck, routed_on
 from mmpeft_ds.methods.routed_adapter.config import RoutedAdapterConfig
@@ -64,7 +64,7 @@ class RoutedPath(Bottleneck):
         dtype = self.B.dtype
         x = x_BLd.to(dtype)
         z = self.bottleneck(x, None if y_Bmd is None else y_Bmd.to(dtype), mask_Bm)
-        out = F.linear(ACTIVATIONS[self.activation](z), self.B, self.up_bias)
+        out = F.linear(FUNCTIONS[self.activation](z), self.B, self.up_bias)
         return out + x if self.residual else out
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mmpeft_ds import GaNetConfig
 from mmpeft_ds.backbones.features.backbone import FeatureConfig, FeatureModel
-from mmpeft_ds.methods.ga_net import GaNetHead
+from mmpeft_ds.methods.ga_net.head import GaNetHead
 from tests.helpers.goldens import Golden
 
 NAMES = {  # file -> parameter

@@ -93,7 +93,7 @@ def resolved(case: dict, folder: Path):
     ds_config = check_ds_config(recipe)
     if "persistence" in case:
         ds_config["zero_optimization"]["stage3_param_persistence_threshold"] = case["persistence"]
-    method, config = resolving.make_method(recipe)
+    method, config = resolving.make_method(recipes.components(recipe).method)
     backbone = FeaturesBackbone(Options(), [str(c) for c in range(CLASSES)])
     backbone.use_features(TOWERS)
     source = SimpleNamespace(task=Task(), manifest=SimpleNamespace(towers={}))

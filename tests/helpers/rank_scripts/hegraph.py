@@ -94,7 +94,7 @@ def resolved(shard: str, folder: Path):
     recipe.data.global_batch = SLOTS
     ds_config = check_ds_config(recipe)
     ds_config["zero_optimization"]["stage3_param_persistence_threshold"] = 0  # so that every weight is split
-    method, config = resolving.make_method(recipe)
+    method, config = resolving.make_method(recipes.components(recipe).method)
     backbone = FeaturesBackbone(Options(texts="none"), [str(c) for c in range(CLASSES)])
     backbone.use_features(TOWERS)
     source = SimpleNamespace(task=Task(), manifest=SimpleNamespace(towers={}))

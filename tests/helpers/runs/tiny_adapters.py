@@ -121,7 +121,7 @@ def built(resolved: resolve.Resolved) -> PreTrainedModel:
     backbone = resolved.backbone
     if resolved.recipe.backbone["name"] != "features":
         return backbone.build()
-    wanted = feature_bank.needed(resolved.method, resolved.method_config)
+    wanted = resolved.method.bank_parts(resolved.method_config)
     backbone.use_bank(feature_bank.read(resolved.train, resolved.labels, wanted))
     base = backbone.build()
     backbone.read_classes(base)

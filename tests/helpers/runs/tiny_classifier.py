@@ -109,8 +109,8 @@ def make_recipe(folder: Path, stage: int = 0, **overrides: Any) -> recipes.Recip
 
 def make_resolved(recipe: recipes.Recipe, task: TinyTask) -> Any:
     """What `resolve` would give, without a data set."""
-    method, config = resolving.make_method(recipe)
-    backbone = resolving.make_backbone(recipe, None)
+    method, config = resolving.make_method(recipes.components(recipe).method)
+    backbone = resolving.make_backbone(recipes.components(recipe).backbone, recipe.engine, None)
     source = SimpleNamespace(task=task)
     return resolving.Resolved(
         recipe, check_ds_config(recipe), backbone, method, config, [source], [source], None, None

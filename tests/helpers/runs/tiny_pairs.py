@@ -106,9 +106,9 @@ def resolved(case: dict[str, Any], sections: dict[str, dict[str, Any]], folder: 
     recipe.optim.lr, recipe.optim.warmup, recipe.optim.max_steps = LR, 0.0, STEPS
     recipe.optim.schedule, recipe.optim.clip = "constant", 1.0
     recipe.data.global_batch = SLOTS
-    method, config = resolving.make_method(recipe)
-    backbone = resolving.make_backbone(recipe, tiny_backbones.LABELS)
-    resolving.check_sites(recipe, backbone, method, config)
+    method, config = resolving.make_method(recipes.components(recipe).method)
+    backbone = resolving.make_backbone(recipes.components(recipe).backbone, recipe.engine, tiny_backbones.LABELS)
+    resolving.check_sites(recipes.components(recipe).method, backbone, method, config)
     source = SimpleNamespace(task=ToyTask(backbone.generates))
     return resolving.Resolved(
         recipe, check_ds_config(recipe), backbone, method, config, [source], [source], None, None

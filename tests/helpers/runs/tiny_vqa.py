@@ -95,7 +95,7 @@ def prepare(folder: Path) -> None:
     tiny_classifier.make_towers(folder)
     manifest = write_data(folder / "data")
     made = recipe(folder)
-    backbone = resolve.make_backbone(made, LABELS)
+    backbone = resolve.make_backbone(recipes.components(made).backbone, made.engine, LABELS)
     vector = np.linspace(0.5, 1.5, tiny_classifier.WIDTH).tolist()
     manifest.statistics[backbone.statistics_key()] = {"mean": vector, "std": vector[::-1], "count": 30}
     manifest.save(folder / "data")

@@ -1,0 +1,167 @@
+"""The peft tuner of deep prompts: which leaves hold them, and which modules are hooked."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from mmpeft_ds.errors import BadInput
+from mmpeft_ds.methods.base import SiteMethod
+from mmpeft_ds.methods.common.select import Selection, select
+from mmpeft_ds.methods.common.tuner import SiteTuner
+from mmpeft_ds.methods.deep_prompt.call import parameters
+from mmpeft_ds.methods.deep_prompt.config import DeepPromptConfig
+from mmpeft_ds.methods.deep_prompt.layer import (
+    Hooked,
+    Passage,
+    PrefixedRows,
+    PrefixedSelfAttention,
+    PromptedBlock,
+    PromptLayer,
+)
+from mmpeft_ds.methods.deep_prompt.options import DeepPromptOptions
+from mmpeft_ds.sites import AttentionSite, Sites, find_sites
+from mmpeft_ds.sites.base import base_layer
+
+# Arguments whose length goes with the tokens in ways that prompts cannot follow.
+BOUND = {
+    "position_bias": "adds a bias for each pair of positions",
+    "cu_seqlens": "packs all images into one sequence",
+}
+
+
+@dataclass
+class Place:
+    """A leaf that holds prompts.
+
+    Attributes:
+        parts: (first output feature, width) of each of its parts: "key", "value", "token".
+        hooked: path of the attention module or layer that it belongs to.
+        passage: of tokens.
+    """
+
+    parts: dict[str, tuple[int, int]]
+    hooked: str
+    passage: Passage | None = None
+
+
+class DeepPromptModel(SiteTuner):
+    """Tuner with the verbs of every peft tuner; see `DeepPromptConfig`."""
+
+    prefix = "deep_prompt"
+
+    @classmethod
+    def unmergeable(cls, config: DeepPromptConfig) -> str:
+        return "a prompt is no change of a weight."
+
+    def places(self, config: DeepPromptConfig, model: nn.Module) -> dict[str, Place]:
+        chosen = select(find_sites(model), config.tower, config.layers)
+        found: dict[str, Place] = {}
+        self._hooks: dict[str, Hooked] = {}
+        self._borrowed: dict = {}
+        if config.style == "vpt":
+            self._places_of_tokens(config, chosen, model, found)
+        else:
+            for site in _attention(config, chosen):
+                core = site.q.path.rpartition(".")[0]
+                self._hooks[core] = _prefix_hook(model.get_submodule(core), core, site)
+                for part, projection in (("key", site.k), ("value", site.v)):
+                    place = found.setdefault(projection.path, Place({}, core))
+                    place.parts[part] = (projection.start, projection.width)
+        return found
+
+    def _places_of_tokens(
+        self, config: DeepPromptConfig, chosen: Selection, model: nn.Module, found: dict[str, Place]
+    ) -> None:
+        for tower in chosen.towers:
+            sites = [s for s in chosen.attention if s.tower == tower and not s.cross]
+            first, last = sites[0].layer, sites[-1].layer
+            if config.depth == "shallow" and len(sites) != last - first + 1:
+                raise BadInput(f"layers: tokens that enter once pass every layer from {first} to {last}. Name all.")
+            for site in sites:
+                _check_tokens(model, site)
+                passage = Passage()
+                if config.depth == "shallow":
+                    passage = Passage(site.layer == first, site.layer == last, deep=False)
+                found[site.out.path] = Place({"token": (0, site.out.width)}, site.block, passage)
+                self._hooks[site.block] = PromptedBlock(site.block)
+
+    def wrap(
+        self, config: DeepPromptConfig, adapter_name: str, target: nn.Module, place: Place, path: str
+    ) -> nn.Module:
+        if isinstance(target, PromptLayer):
+            layer = target
+        else:
+            hooked = self._hooks[place.hooked]
+            if not hooked.layers:
+                hooked.attach(self.model.get_submodule(place.hooked))
+            layer = PromptLayer(target, adapter_name, place.parts, hooked)
+        if not config.shared and (place.passage is None or place.passage.enter):
+            self._borrowed = {}
+        layer.update_layer(adapter_name, config, base_layer(target).weight, self._borrowed)
+        if place.passage is not None:
+            layer.hooked.passages[adapter_name] = place.passage
+        return layer
+
+
+class DeepPrompt(SiteMethod):
+    """The method entry: what recipes and the engine use."""
+
+    Options = DeepPromptOptions
+    Config = DeepPromptConfig
+    Tuner = DeepPromptModel
+
+    @classmethod
+    def check(cls, config: DeepPromptConfig, sites: Sites, condition_width: int | None) -> None:
+        """Raise BadInput when there is no such tower, layer or attention."""
+        chosen = select(sites, config.tower, config.layers)
+        if config.style == "prefix":
+            _attention(config, chosen)
+
+
+def _attention(config: DeepPromptConfig, chosen: Selection) -> list[AttentionSite]:
+    found = []
+    for kind in config.attention or ("self", "cross"):
+        sites = [s for s in chosen.attention if s.cross == (kind == "cross")]
+        if not sites and config.attention:
+            names = ", ".join(map(repr, chosen.towers))
+            raise BadInput(f"attention: tower {names} has no {kind!r} attention. Leave it out.")
+        found += sites
+    return found
+
+
+def _prefix_hook(core: nn.Module, path: str, site: AttentionSite) -> Hooked:
+    """How a prefix gets into this attention module. Raises BadInput if it cannot."""
+    names = parameters(type(core))
+    _check_bound(names, path)
+    if site.cross:
+        source = "encoder_hidden_states" if "encoder_hidden_states" in names else "key_value_states"
+        mask = "encoder_attention_mask" if "encoder_attention_mask" in names else "attention_mask"
+        return PrefixedRows(path, rows=True, source=source, mask=mask)
+    if "past_key_values" in names:
+        return PrefixedSelfAttention(path)
+    if "position_embeddings" in names:
+        raise BadInput(f"style: {path} rotates its keys and takes no cache, so a prefix has no way in. Use adapters.")
+    return PrefixedRows(path, rows=True)
+
+
+def _check_tokens(model: nn.Module, site: AttentionSite) -> None:
+    """Raise BadInput where tokens cannot stand before those of a layer."""
+    core = site.q.path.rpartition(".")[0]
+    inner, outer = (parameters(type(model.get_submodule(path))) for path in (core, site.block))
+    _check_bound(inner + outer, site.block)
+    if "position_embeddings" in inner + outer or (site.causal and "past_key_values" in inner):
+        raise BadInput(
+            f"style: {site.block} writes with a cache and counts positions by it, so it takes no tokens (vpt). "
+            "Use style: prefix."
+        )
+
+
+def _check_bound(names: tuple[str, ...], path: str) -> None:
+    for name, why in BOUND.items():
+        if name in names:
+            raise BadInput(f"style: {path} {why}, which prompts do not fit. Use lora or adapter there.")
+
+
+ENTRY = DeepPrompt

@@ -1,0 +1,189 @@
+"""Low-rank paths whose factors a small graph of learned nodes writes, as GA-Net tunes its captioner (2408.00290)."""
+
+# d in width, o width of a part, r rank, k width of a node, R relations
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mmpeft_ds.errors import BadInput
+from mmpeft_ds.methods.base import SiteMethod
+from mmpeft_ds.methods.common.config import MethodConfig
+from mmpeft_ds.methods.common.layers import SiteLayer
+from mmpeft_ds.methods.common.select import Selection, select
+from mmpeft_ds.methods.common.tuner import SiteTuner
+from mmpeft_ds.methods.graph_lora.options import GraphLoraOptions
+from mmpeft_ds.ops.node_graph import node_mix
+from mmpeft_ds.sites import Sites, find_sites
+from mmpeft_ds.sites.base import base_layer, features
+
+NODES = 2  # one writes `down`, the other `up`
+
+
+@dataclass
+class GraphLoraConfig(GraphLoraOptions, MethodConfig):
+    """GraphLoraOptions as a peft config."""
+
+    PEFT_TYPE: ClassVar[str] = "GRAPH_LORA"
+
+
+class WrittenFactors(nn.Module):
+    """The graph of one part of one projection, and the maps from its nodes to the two factors. The adjacency is a
+    parameter as published, though only whether an entry is 0 matters: no gradient ever changes it.
+
+    Args:
+        d, o: input features, and output features of the part.
+        like: a frozen parameter, whose device is taken, and whose dtype if it is float64; else float32.
+    """
+
+    def __init__(self, config: GraphLoraConfig, d: int, o: int, like: Tensor):
+        super().__init__()
+        self.r, self.d, self.o, self.scale = config.r, d, o, config.scale
+        k, relations = config.node_width, config.relations
+        dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+        shapes = {
+            "node": (NODES, k),
+            "relation_weight": (relations, k, k),
+            "relation_bias": (relations, k),
+            "attention_weight": (1, 2 * k),
+            "attention_bias": (1,),
+            "gate_weight": (1, k),
+            "gate_bias": (1,),
+            "adjacency": (relations, NODES, NODES),
+            "down_weight": (config.r * d, k),
+            "down_bias": (config.r * d,),
+            "up_weight": (o * config.r, k),
+            "up_bias": (o * config.r,),
+        }
+        for name, shape in shapes.items():
+            setattr(self, name, nn.Parameter(torch.empty(shape, dtype=dtype, device=like.device)))
+        self.reset(config)
+
+    @torch.no_grad()
+    def reset(self, config: GraphLoraConfig) -> None:
+        """Nodes from N(0, 1), maps as those of `nn.Linear`; `up` zero where the config says so."""
+        for name, parameter in self.named_parameters():
+            fan_in = 2 * config.node_width if name.startswith("attention") else config.node_width
+            parameter.uniform_(-(fan_in**-0.5), fan_in**-0.5)
+        self.node.normal_()
+        if config.adjacency == "dense":
+            self.adjacency.fill_(1.0)
+        else:
+            self.adjacency.copy_(torch.eye(NODES).expand_as(self.adjacency))
+        if config.near_identity:
+            self.up_weight.zero_()
+            self.up_bias.zero_()
+
+    def nodes(self) -> Tensor:
+        """What the graph makes of its nodes, (2, k)."""
+        return node_mix(
+            self.node, self.relation_weight, self.relation_bias, self.attention_weight[0], self.attention_bias,
+            self.adjacency, self.gate_weight[0], self.gate_bias,
+        )  # fmt: skip
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """`down` (r, d) and `up` (o, r)."""
+        first, second = self.nodes()
+        down = ((self.down_weight * first).sum(-1) + self.down_bias).view(self.r, self.d)
+        return down, ((self.up_weight * second).sum(-1) + self.up_bias).view(self.o, self.r)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., d) -> (..., o), what is added to the frozen output."""
+        down, up = self.factors()
+        return self.scale * F.linear(F.linear(x.to(down.dtype), down), up)
+
+
+class GraphLoraLinear(nn.Module, SiteLayer):
+    """A frozen Linear or Conv1D and, per adapter, one graph for each of its adapted parts."""
+
+    adapter_layer_names = ("graph_lora",)
+    other_param_names = ("parts",)
+    tokenwise = True
+
+    def __init__(self, base: nn.Module, adapter_name: str):
+        nn.Module.__init__(self)
+        SiteLayer.__init__(self, base, adapter_name)
+        self.in_features, self.out_features = features(base)
+        self.graph_lora = nn.ModuleDict()
+        self.parts: dict[str, list[tuple[int, int]]] = {}
+
+    def update_layer(self, adapter_name: str, parts: list[tuple[int, int]], config: GraphLoraConfig) -> None:
+        """Add an adapter; `parts` are (first output feature, width)."""
+        like = base_layer(self).weight
+        written = [WrittenFactors(config, self.in_features, width, like) for _, width in parts]
+        self.parts[adapter_name] = parts
+        self.graph_lora[adapter_name] = nn.ModuleList(written)
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def forward(self, x: Tensor, *args: object, **kwargs: object) -> Tensor:
+        """(..., d) -> (..., out)."""
+        frozen = self._frozen()
+        out = self.base_layer(x, *args, **kwargs)
+        if frozen:
+            return out
+        for name in self.active_adapters:
+            for (start, width), written in zip(self.parts.get(name, ()), self.graph_lora[name], strict=True):
+                added = F.pad(written(x), (start, self.out_features - start - width))
+                out = (out + added).to(out.dtype)
+        return out
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Fold the change into the frozen weight."""
+        for name in self._start_merge(adapter_names, ("weight",)):
+            weight = self.base_layer.weight
+            with torch.no_grad():
+                for (start, width), written in zip(self.parts[name], self.graph_lora[name], strict=True):
+                    down, up = written.factors()
+                    change = (written.scale * up @ down).to(weight.dtype)
+                    if safe_merge and not torch.isfinite(change).all():
+                        raise ValueError(f"adapter {name!r} is not finite and was not merged")
+                    stored_in_by_out = type(self.base_layer).__name__ == "Conv1D"
+                    rows = weight.T if stored_in_by_out else weight
+                    rows[start : start + width] += change
+            self.merged_adapters.append(name)
+
+
+class GraphLoraModel(SiteTuner):
+    """Tuner with the verbs of every peft tuner; see `GraphLoraConfig`."""
+
+    prefix = "graph_lora"
+
+    def places(self, config: GraphLoraConfig, model: nn.Module) -> dict[str, list[tuple[int, int]]]:
+        projections = _chosen(config, find_sites(model)).projections(config.targets)
+        return {path: [(p.start, p.width) for p in parts] for path, parts in projections.items()}
+
+    def wrap(
+        self, config: GraphLoraConfig, adapter_name: str, target: nn.Module, place: list[tuple[int, int]], path: str
+    ) -> nn.Module:
+        layer = target if isinstance(target, SiteLayer) else GraphLoraLinear(target, adapter_name)
+        if not isinstance(layer, GraphLoraLinear):
+            raise BadInput(
+                f"{path}: an earlier adapter of this model is a {type(layer).__name__} here. Use one of them."
+            )
+        layer.update_layer(adapter_name, place, config)
+        return layer
+
+
+class GraphLora(SiteMethod):
+    """The method entry: what recipes and the engine use."""
+
+    Options = GraphLoraOptions
+    Config = GraphLoraConfig
+    Tuner = GraphLoraModel
+
+    @classmethod
+    def check(cls, config: GraphLoraConfig, sites: Sites, condition_width: int | None) -> None:
+        """Raise BadInput when there is no such tower or layer."""
+        _chosen(config, sites)
+
+
+def _chosen(config: GraphLoraConfig, sites: Sites) -> Selection:
+    return select(sites, config.tower, config.layers)
+
+
+ENTRY = GraphLora
