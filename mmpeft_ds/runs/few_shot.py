@@ -28,14 +28,13 @@ from mmpeft_ds.data.shards import verify_shards
 from mmpeft_ds.data.subset import Subset
 from mmpeft_ds.distributed import collectives, processes
 from mmpeft_ds.distributed.collectives import on_rank0, rank
-from mmpeft_ds.engine import streams, trainer
+from mmpeft_ds.engine import trainer
 from mmpeft_ds.engine.assembly import feature_bank, resolve
 from mmpeft_ds.engine.assembly.checks import check_fields
-from mmpeft_ds.engine.evaluator import evaluate
 from mmpeft_ds.engine.monitor import plain
 from mmpeft_ds.errors import AgreedBadInput, BadInput
 from mmpeft_ds.files import write_json
-from mmpeft_ds.runs.evaluate import records
+from mmpeft_ds.runs.finished import evaluate_source, records
 
 RESULT = "result.json"
 HALVES = ("base", "new")
@@ -288,22 +287,12 @@ def _score(training: trainer.Training, cell: Cell) -> bool:
     for test in cell.tests:
         for half in ("",) if cell.half == "all" else HALVES:
             source = _source(resolved, test, half)
-            stream = streams.make_stream(resolved, [source], training.ranks, train=False)
-            try:
-                found = evaluate(
-                    training.built.engine,
-                    resolved.backbone,
-                    source.task,
-                    stream.epoch(0),
-                    training.ranks.device,
-                    stop_requested=training.stepper.stop_requested,
-                )
-            finally:
-                stream.close()
-            if found is None:
-                return False
             title = f"{test.name} {half}".strip()
-            scores[title] = {**found.scores, "samples": source.samples - found.bad}
+            stop_requested = training.stepper.stop_requested
+            result = evaluate_source(resolved, training.built, training.ranks, source, title, stop_requested)
+            if result is None:
+                return False
+            scores[title] = {**result.scores, "samples": source.samples - result.bad}
             # Of all that could have been trained on: among a few of each class none is the most frequent.
             train = replace(resolved.train[0], subset=None)
             baselines[title] = on_rank0(

@@ -22,23 +22,22 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from mmpeft_ds import recipe as recipes
 from mmpeft_ds.data.stream import BadBudget, Step
-from mmpeft_ds.distributed import collectives, processes
+from mmpeft_ds.distributed import collectives
 from mmpeft_ds.distributed.collectives import on_rank0
-from mmpeft_ds.engine import checkpoint, ewc, streams
-from mmpeft_ds.engine.assembly.build import build
+from mmpeft_ds.engine import ewc
 from mmpeft_ds.engine.assembly.resolve import resolve
 from mmpeft_ds.engine.step import Stepper
 from mmpeft_ds.engine.stop import StopFlag
+from mmpeft_ds.engine.streams import make_stream
 from mmpeft_ds.engine.train_state import TrainState
-from mmpeft_ds.engine.zero import fingerprint, gradients
+from mmpeft_ds.engine.zero import gradients
 from mmpeft_ds.engine.zero import state as zero_state
 from mmpeft_ds.errors import AgreedBadInput, BadInput
 from mmpeft_ds.methods.common.head import head_of
 from mmpeft_ds.progress import Progress
 from mmpeft_ds.recipe.options import EwcOptions
-from mmpeft_ds.runs import evaluate
+from mmpeft_ds.runs.finished import FinishedRun, open_run, read_recipe
 
 
 class SquaredGradients:
@@ -136,9 +135,7 @@ def estimate(
         BadInput: no run there, no such checkpoint or split, a pattern that no trained parameter matches, or a
             method that trains nothing by gradient.
     """
-    if not (run / "recipe.yaml").is_file():
-        raise BadInput(f"{run}: no run directory (it has no recipe.yaml). Give --run the run_dir of a recipe.")
-    recipe = recipes.load(run / "recipe.yaml", list(overrides))
+    recipe = read_recipe(run, overrides)
     recipe.data.sources = [
         source if source.split == split else replace(source, split=split, subset="") for source in recipe.data.sources
     ]
@@ -146,56 +143,61 @@ def estimate(
     recipe.engine.train_dropout = recipe.engine.gradient_checkpointing = False
     recipe.optim.ewc = EwcOptions()
     with StopFlag(recipe.engine.stop_grace) as stop:
-        return _estimate(recipe, run, out, split, which, weights, stop)
+        resolved = resolve(recipe)  # with the validation split, which methods that search insist on
+        if resolved.method_options.gradient_free:
+            name = recipe.method["name"]
+            raise BadInput(f"{run}: {name} trains nothing by gradient, so it has no Fisher information.")
+        resolved.validation, resolved.recipe.data.validation = [], []
+        opened = open_run(run, resolved, which)
+        factors = factors_of(list(opened.built.trainables), weights)
+        measured = _measure_run(opened, stop)
+        if measured is None:
+            return None
+        squares, facts = measured
+        facts |= {
+            "run": str(run),
+            "checkpoint": opened.checkpoint.name,
+            "step": opened.state.step,
+            "split": split,
+            "dirs": [source.options.dir for source in resolved.train],
+            "global_batch": recipe.data.global_batch,
+            "seed": recipe.seed,
+            "weights": [list(pair) for pair in weights],
+        }
+        trace = _write(out, opened, squares, factors, facts)
+        return facts | {"parameters": len(opened.built.trainables), "trace": trace}
 
 
-def _estimate(
-    recipe: recipes.Recipe, run: Path, out: Path, split: str, which: str, weights: Sequence, stop: StopFlag
-) -> dict[str, Any] | None:
-    ranks = processes.start(recipe.engine.threads, recipe.seed)
-    resolved = resolve(recipe)  # with the validation split, which methods that search insist on
-    if resolved.method_options.gradient_free:
-        raise BadInput(f"{run}: {recipe.method['name']} trains nothing by gradient, so it has no Fisher information.")
-    resolved.validation, resolved.recipe.data.validation, recipe.data.validation = [], [], []
-    streams.check_shards(resolved, ranks)
-    path = on_rank0(lambda: evaluate.find_checkpoint(run, which))
-    built = build(resolved, ranks)
-    factors = factors_of(list(built.trainables), weights)
-    fingerprints = fingerprint.frozen_fingerprint(fingerprint.frozen_tensors(built.model))
-    state = checkpoint.load(path, built.engine, built.trainables, fingerprints)
-    stream = streams.make_stream(resolved, resolved.train, ranks, train=True, augment=False)
-    budget = BadBudget(recipe.data.max_bad_fraction, recipe.data.max_bad_in_a_row, stream.num_samples)
-    stepper = Stepper(resolved, built, ranks, stream.steps_per_epoch(), TrainState(), budget, stop.requested)
+def _measure_run(opened: FinishedRun, stop: StopFlag) -> tuple[SquaredGradients, dict[str, Any]] | None:
+    """`measure` over the first epoch of the run's training data, without augmentation."""
+    resolved, ranks = opened.resolved, opened.ranks
+    stream = make_stream(resolved, resolved.train, ranks, train=True, augment=False)
+    data, steps = resolved.recipe.data, stream.steps_per_epoch()
+    budget = BadBudget(data.max_bad_fraction, data.max_bad_in_a_row, stream.num_samples)
+    stepper = Stepper(resolved, opened.built, ranks, steps, TrainState(), budget, stop.requested)
     try:
-        progress = Progress("fisher", stream.steps_per_epoch(), "steps", shown=ranks.rank == 0)
-        steps = progress.track(stream.epoch(0))
-        measured = measure(stepper, steps)
+        with Progress("fisher", steps, "steps", shown=ranks.rank == 0) as progress:
+            return measure(stepper, progress.track(stream.epoch(0)))
     finally:
         stream.close()
-    if measured is None:
-        return None
-    squares, facts = measured
+
+
+def _write(
+    out: Path, opened: FinishedRun, squares: SquaredGradients, factors: dict[str, float], facts: dict[str, Any]
+) -> float:
+    """Gather F and theta* and write them on rank 0; the trace of F, on every rank. Collective."""
+    built = opened.built
     mine = not gradients.replicated(built.engine)
     fisher, anchor = {}, {}
     for name, parameter in built.trainables.items():
-        whole = (factors[name] * squares.whole(parameter, ranks.device, mine)).float().cpu()
+        whole = (factors[name] * squares.whole(parameter, opened.ranks.device, mine)).float().cpu()
         weight = zero_state.read_weight(parameter)
-        if ranks.rank == 0:
+        if opened.ranks.rank == 0:
             fisher[name], anchor[name] = whole, weight
-    facts |= {
-        "run": str(run),
-        "checkpoint": path.name,
-        "step": state.step,
-        "split": split,
-        "dirs": [source.options.dir for source in resolved.train],
-        "global_batch": recipe.data.global_batch,
-        "seed": recipe.seed,
-        "weights": [list(pair) for pair in weights],
-    }
-    base = ewc.base_of(built.model, fingerprints, resolved.train)
+    base = ewc.base_of(built.model, opened.fingerprints, opened.resolved.train)
     out.parent.mkdir(parents=True, exist_ok=True)
     on_rank0(lambda: ewc.save(out, fisher, anchor, base, facts))
-    return facts | {"parameters": len(built.trainables), "trace": on_rank0(lambda: _trace(fisher))}
+    return on_rank0(lambda: sum(f.double().sum().item() for f in fisher.values()))
 
 
 def factors_of(names: Sequence[str], weights: Sequence[tuple[str, float]]) -> dict[str, float]:
@@ -208,10 +210,6 @@ def factors_of(names: Sequence[str], weights: Sequence[tuple[str, float]]) -> di
         if not any(fnmatchcase(name, pattern) for name in names):
             raise BadInput(f"--weight {pattern}: matches no trained parameter. They are named like {names[0]}.")
     return {n: next((f for pattern, f in weights if fnmatchcase(n, pattern)), 1.0) for n in names}
-
-
-def _trace(fisher: dict[str, Tensor]) -> float:
-    return sum(f.double().sum().item() for f in fisher.values())
 
 
 @contextlib.contextmanager

@@ -11,17 +11,13 @@ from typing import Any
 
 import torch
 
-from mmpeft_ds import recipe as recipes
-from mmpeft_ds.distributed import processes
-from mmpeft_ds.distributed.collectives import on_rank0
-from mmpeft_ds.engine import calibrate, checkpoint, streams
-from mmpeft_ds.engine.assembly.build import build
+from mmpeft_ds.engine import calibrate
 from mmpeft_ds.engine.assembly.resolve import resolve
-from mmpeft_ds.engine.zero import fingerprint
+from mmpeft_ds.engine.streams import make_stream
 from mmpeft_ds.errors import BadInput
 from mmpeft_ds.files import write_json
 from mmpeft_ds.methods.common.head import head_of
-from mmpeft_ds.runs import evaluate
+from mmpeft_ds.runs.finished import on_split, open_run, read_recipe
 from mmpeft_ds.sites.feature_site import Labelled
 
 SEEDS = (0, 1, 2)
@@ -78,27 +74,20 @@ def of_run(
     Raises:
         BadInput: no run there, no such checkpoint or split, a method without a graph over the batch, labels missing.
     """
-    if not (run / "recipe.yaml").is_file():
-        raise BadInput(f"{run}: no run directory (it has no recipe.yaml). Give --run the run_dir of a recipe.")
-    recipe = recipes.load(run / "recipe.yaml", list(overrides))
-    recipe.data.validation = [evaluate._on(recipe.data.sources[0], split)]
-    ranks = processes.start(recipe.engine.threads, recipe.seed)
+    recipe = read_recipe(run, overrides)
+    recipe.data.validation = [on_split(recipe.data.sources[0], split)]
     resolved = resolve(recipe)
-    streams.check_shards(resolved, ranks)
-    path = on_rank0(lambda: evaluate.find_checkpoint(run, which))
-    built = build(resolved, ranks)
-    head = head_of(built.model)
+    opened = open_run(run, resolved, which)
+    head = head_of(opened.built.model)
     if head is None or not head.over_batch:
         raise BadInput(f"{run}: method {recipe.method['name']} has no graph over the batch. This report is of ga_net.")
-    fingerprints = fingerprint.frozen_fingerprint(fingerprint.frozen_tensors(built.model))
-    checkpoint.load(path, built.engine, built.trainables, fingerprints)
-    built.engine.eval()
-    source = resolved.validation[0]
-    stream = streams.make_stream(resolved, [source], ranks, train=False)
-    rows = calibrate.rows_of(built.engine, resolved.backbone, source.task, stream.epoch(0), ranks.device)
+    opened.built.engine.eval()
+    source, ranks = resolved.validation[0], opened.ranks
+    stream = make_stream(resolved, [source], ranks, train=False)
+    rows = calibrate.rows_of(opened.built.engine, resolved.backbone, source.task, stream.epoch(0), ranks.device)
     stream.close()
     lines = invariance(head, rows, size or recipe.data.global_batch)
     if ranks.rank == 0:
-        report = {"split": split, "checkpoint": path.name, "rows": len(rows.labels), "lines": lines}
+        report = {"split": split, "checkpoint": opened.checkpoint.name, "rows": len(rows.labels), "lines": lines}
         write_json(run / f"graph-report-{split}.json", report)
     return lines

@@ -95,6 +95,11 @@ class Resolved:
         """What the engine asks of the method; the defaults for a config of peft's own."""
         return self.method_config if isinstance(self.method_config, MethodOptions) else self.method.Options()
 
+    def print_notes(self, rank: int) -> None:
+        """Print the notes, on rank 0."""
+        for note in self.notes if rank == 0 else ():
+            print(f"note: {note}", flush=True)
+
 
 def resolve(recipe: Recipe) -> Resolved:
     """Load the parts of `recipe` and refuse what cannot work.

@@ -1,0 +1,149 @@
+"""Opening a finished or interrupted run: its recipe, one of its checkpoints in the built model, its data."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from mmpeft_ds import recipe as recipes
+from mmpeft_ds.data.options import SourceOptions
+from mmpeft_ds.data.shards import ShardReader, members
+from mmpeft_ds.distributed import processes
+from mmpeft_ds.distributed.collectives import on_rank0
+from mmpeft_ds.distributed.processes import Ranks
+from mmpeft_ds.engine import checkpoint
+from mmpeft_ds.engine.assembly.build import Built, build
+from mmpeft_ds.engine.assembly.resolve import Resolved, ResolvedSource
+from mmpeft_ds.engine.evaluator import Evaluation, evaluate
+from mmpeft_ds.engine.streams import check_shards, make_stream
+from mmpeft_ds.engine.train_state import TrainState
+from mmpeft_ds.engine.zero import fingerprint
+from mmpeft_ds.errors import BadInput
+from mmpeft_ds.progress import Progress
+
+CHUNK = 256  # records read at a time
+
+
+@dataclass
+class FinishedRun:
+    """A checkpoint of a run in the model that it was trained in.
+
+    Attributes:
+        path: run directory.
+        checkpoint: directory of the checkpoint that is loaded.
+        fingerprints: of every frozen tensor.
+        state: of training, when the checkpoint was written.
+    """
+
+    path: Path
+    resolved: Resolved
+    ranks: Ranks
+    checkpoint: Path
+    built: Built
+    fingerprints: dict[str, str]
+    state: TrainState
+
+    def evaluate(self, source: ResolvedSource, title: str, stop_requested: Callable[[], bool]) -> Evaluation | None:
+        """Score the model on a source, see `evaluate_source`."""
+        return evaluate_source(self.resolved, self.built, self.ranks, source, title, stop_requested)
+
+
+def read_recipe(run: Path, overrides: Sequence[str] = ()) -> recipes.Recipe:
+    """The recipe of a run directory, with `overrides` as of `--set`. Raises BadInput."""
+    if not (run / "recipe.yaml").is_file():
+        raise BadInput(f"{run}: no run directory (it has no recipe.yaml). Give --run the run_dir of a recipe.")
+    return recipes.load(run / "recipe.yaml", list(overrides))
+
+
+def open_run(run: Path, resolved: Resolved, which: str) -> FinishedRun:
+    """Join the ranks, build the model and load checkpoint `which` of a run. Every rank calls it.
+
+    Args:
+        run: run directory.
+        resolved: its recipe, with the sources that are needed.
+        which: `best`, `last`, or the name of a checkpoint; `best` is `last` in a run without validation.
+
+    Raises:
+        BadInput: on all ranks: no such checkpoint, shards that are missing or altered, another base model.
+    """
+    ranks = processes.start(resolved.recipe.engine.threads, resolved.recipe.seed)
+    resolved.print_notes(ranks.rank)  # before the base is loaded, which may take minutes
+    check_shards(resolved, ranks)
+    path = on_rank0(lambda: find_checkpoint(run, which))
+    built = build(resolved, ranks)
+    fingerprints = fingerprint.frozen_fingerprint(fingerprint.frozen_tensors(built.model))
+    state = checkpoint.load(path, built.engine, built.trainables, fingerprints)
+    return FinishedRun(run, resolved, ranks, path, built, fingerprints, state)
+
+
+def find_checkpoint(run: Path, which: str) -> Path:
+    """The checkpoint that `which` names, whole. Raises BadInput."""
+    folder = run / "checkpoints"
+    name = which
+    if which in ("best", "last"):
+        pointers = [folder / "best", folder / "latest"] if which == "best" else [folder / "latest"]
+        pointer = next((p for p in pointers if p.is_file()), None)
+        if pointer is None:
+            raise BadInput(f"{run}: no checkpoint yet. Train first; the same train command continues the run.")
+        name = pointer.read_text().strip()
+    path = folder / name
+    if not path.is_dir():
+        there = ", ".join(p.name for p in checkpoint.listing(folder)) or "none"
+        raise BadInput(f"{run}: no checkpoint {name!r}. There: {there}; or use --checkpoint best or last.")
+    damage = checkpoint.damage(path)
+    if damage is not None:
+        raise BadInput(f"{path}: damaged: {damage}. Use another one with --checkpoint NAME.")
+    return path
+
+
+def evaluate_source(
+    resolved: Resolved,
+    built: Built,
+    ranks: Ranks,
+    source: ResolvedSource,
+    title: str,
+    stop_requested: Callable[[], bool],
+) -> Evaluation | None:
+    """Score a built model on every sample of a source, once. Collective.
+
+    Args:
+        title: for the progress display.
+        stop_requested: whether this process was told to stop.
+
+    Returns:
+        None if a rank was told to stop before the end.
+    """
+    stream = make_stream(resolved, [source], ranks, train=False)
+    progress = Progress(title, stream.steps_per_epoch(), "steps", shown=ranks.rank == 0)
+    try:
+        steps = progress.track(stream.epoch(0))
+        return evaluate(
+            built.engine, resolved.backbone, source.task, steps, ranks.device, stop_requested=stop_requested
+        )
+    finally:
+        progress.close()
+        stream.close()
+
+
+def on_split(options: SourceOptions, split: str) -> SourceOptions:
+    """A training source's data set and task, on all of another split."""
+    return replace(options, split=split, weight=1.0, subset="")
+
+
+def records(source: ResolvedSource) -> Iterator[dict[str, Any]]:
+    """The json of every sample that is used of a split, in order; images are not decoded."""
+    manifest, split = source.manifest, source.options.split
+    reader = ShardReader(manifest, split)
+    places = [range(s.samples) for s in manifest.shards(split)] if source.subset is None else None
+    try:
+        for number, rows in enumerate(places or source.subset.places(manifest)):
+            for first in range(0, len(rows), CHUNK):
+                wanted = [(number, int(i)) for i in rows[first : first + CHUNK]]
+                for piece in reader.read(wanted):
+                    if isinstance(piece, bytes):
+                        yield json.loads(members(piece)[1]["json"])
+    finally:
+        reader.close()
