@@ -18,8 +18,8 @@ from mmpeft_ds.recipe.options import EngineOptions, MonitorOptions, OptimOptions
 from mmpeft_ds.recipe.parse import Origin, override_all, parse_yaml, shown, typed
 
 __all__ = [
-    "Origin", "Recipe", "Section", "components", "filled", "from_dict", "load", "overridden", "override", "parse_yaml",
-    "read", "to_dict", "to_yaml", "typed", "where",
+    "Origin", "Recipe", "Section", "components", "filled", "from_dict", "load", "overridden", "parse_yaml", "read",
+    "to_dict", "to_yaml", "typed", "where",
 ]  # fmt: skip
 
 RENAMED = {"fewshot": "few_shot"}  # sections under an earlier name

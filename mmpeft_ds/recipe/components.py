@@ -60,9 +60,7 @@ class Section:
             known = ", ".join(registry.names(package))
             raise BadInput(f"{origin(key)}: `name` is missing or no text. Add `name:` with one of {known}.")
         kind = registry.options(package, name, origin(f"{key}.name"))
-        values = {k: v for k, v in given.items() if k != "name"}
-        _refuse_options_of_another(kind, name, values, key, origin)
-        options = typed(kind, values, key, origin)
+        options = typed(kind, {k: v for k, v in given.items() if k != "name"}, key, origin)
         inner = {
             f.name: cls.read(PACKAGES[f.metadata["component"]], value, f"{key}.{f.name}", origin)
             for f in dataclasses.fields(options)
@@ -136,14 +134,3 @@ def filled(recipe: Recipe, parts: Components | None = None) -> Recipe:
         for key, source in entries.items():
             source.task = parts.tasks[key].plain()
     return full
-
-
-def _refuse_options_of_another(kind: type, name: str, values: dict[str, Any], key: str, origin: Origin) -> None:
-    """A name that `--set` has changed leaves the options of the former component in the file."""
-    known = {f.name for f in dataclasses.fields(kind)}
-    strange = [k for k in values if k not in known and f"{key}.{k}" not in origin.overrides]
-    if strange and f"{key}.name" in origin.overrides:
-        raise BadInput(
-            f"{origin.path}: {key}.{strange[0]}: unknown key of {name}. --set {key}.name changed the component, and "
-            f"the file's options are of the former. Replace the whole section: --set '{key}={{name: {name}}}'."
-        )
