@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from transformers import BlipConfig, BlipForImageTextRetrieval, BlipForQuestionAnswering
 
 from mmpeft_ds import AuroraConfig
-from mmpeft_ds.backbones.blip.contrast import Training
 from mmpeft_ds.backbones.blip.model import QuestionAnswerer
 from mmpeft_ds.backbones.blip.momentum import Queue
+from mmpeft_ds.backbones.blip.options import Options as BlipOptions
 from mmpeft_ds.backbones.blip.retrieval import Retriever
 from mmpeft_ds.backbones.common import stock
 from mmpeft_ds.distributed.gather import gather_rows
@@ -206,7 +206,7 @@ def step(golden: Golden, before: Golden) -> None:
     )
     model = named.model
     model.train_for(
-        Training(
+        BlipOptions(
             momentum=golden.number("ema"),
             alpha=golden.number("alpha"),
             queue=before.array("queue_image").shape[1],

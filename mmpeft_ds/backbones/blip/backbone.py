@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Callable
-from dataclasses import fields
 from typing import Any
 
 from torch import Tensor, nn
@@ -22,7 +21,6 @@ from transformers import (
     PreTrainedModel,
 )
 
-from mmpeft_ds.backbones.blip.contrast import Training
 from mmpeft_ds.backbones.blip.model import Captioner, QuestionAnswerer
 from mmpeft_ds.backbones.blip.options import Options
 from mmpeft_ds.backbones.blip.retrieval import Retriever
@@ -102,7 +100,7 @@ class BlipBackbone(StockBackbone):
         config.enc_token_id = self._tokens.enc  # saved with the model
         model = stock.load(model_class, o.model, WHERE, config, self.dtype, "eager", o.random_weights, on_meta)
         if o.form == "retrieval":
-            model.train_for(Training(**{f.name: getattr(o, f.name) for f in fields(Training)}))
+            model.train_for(o)
         return model
 
     def image_transform(self, train: bool) -> Callable[[Tensor, Any], Tensor]:

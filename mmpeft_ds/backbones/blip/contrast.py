@@ -10,7 +10,7 @@ Source: Aurora, arXiv 2305.08381, released code; ALBEF, arXiv 2107.07651. Ranks 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,25 +26,11 @@ from mmpeft_ds.ops.precision import at_least_float32
 
 
 @dataclass
-class Training:
-    """How the form is trained; the options of `backbones/blip.py` explain the fields."""
-
-    temperature: float = 0.07
-    momentum: float = 0.995
-    queue: int = 57600
-    alpha: float = 0.4
-    alpha_ramp: int = 0
-    negatives: Literal["all", "local", "none"] = "all"
-    frame_aware: bool = False
-    context_enhancement: Literal["off", "official", "all_pairs"] = "off"
-
-
-@dataclass
 class Encoded:
-    """One pass of both towers.
+    """Result of one pass through both towers.
 
     Attributes:
-        seen: images of every slot.
+        seen: image states of every slot.
         frames: (S, k, E) unit vectors of the single images.
         image, text: (S, E) and (T, E) unit vectors, at least float32.
         text_states: (T, L, d).
@@ -59,7 +45,7 @@ class Encoded:
 
 @dataclass
 class Pairs:
-    """This rank's pairs.
+    """The pairs of this rank.
 
     Attributes:
         ids: (T,) int64, not negative.
@@ -77,7 +63,7 @@ class Pairs:
 
 @dataclass
 class Pool:
-    """The pairs that one loss sees together: of all ranks in the same order, or of this one; only those that count.
+    """The pairs that one loss compares: of all ranks in the same order, or of this one; only those that count.
 
     Attributes:
         rows: (T,) where this rank's pairs stand in it; meaningless for those that do not count.
@@ -114,7 +100,7 @@ def train_step(
 
     Args:
         model: a `Retriever`, with its options, queue, temperature and steps.
-        taught: what the teacher says of the same batch.
+        taught: the same batch as the teacher encodes it; None without a teacher.
         negatives: (T,) image and (T,) text of each pair, as rows of the pool, in place of drawing them.
     """
     options = model.training_options
@@ -122,15 +108,21 @@ def train_step(
     matching = options.negatives != "none"
     pool = make_pool(encoded, taught or encoded, pairs, options.negatives != "local", matching)
     model.queue.like(encoded.text)
-    found = {"contrast_losses": _contrast(model, encoded, taught, pairs, pool, temperature)}
+    results = {"contrast_losses": _contrast(model, encoded, taught, pairs, pool, temperature)}
     _enqueue(model, taught or encoded, pairs, pool)
     if matching:
-        found |= _match(model, encoded, pairs, pool, temperature, negatives)
-    return found
+        results |= _match(model, encoded, pairs, pool, temperature, negatives)
+    return results
 
 
 def make_pool(encoded: Encoded, keys: Encoded, pairs: Pairs, everywhere: bool, matching: bool) -> Pool:
-    """Collective if `everywhere`; what only `matching` needs is gathered for that alone."""
+    """The pool of this step. Collective if `everywhere`.
+
+    Args:
+        keys: features that queries are compared with, the teacher's where there is one.
+        everywhere: the pairs of all ranks form the pool.
+        matching: gather also what the matching head needs.
+    """
     seen = encoded.seen
     mine = [len(pairs.ids), *seen.tokens.shape[:2], pairs.input_ids.shape[1], encoded.frames.shape[1]]
     sizes = gather_sizes(mine, pairs.ids.device) if everywhere else [mine]
@@ -146,7 +138,7 @@ def make_pool(encoded: Encoded, keys: Encoded, pairs: Pairs, everywhere: bool, m
     kept = gathered(pairs.keep.to(torch.uint8), counts).bool()
     start = sum(counts[:rank])
     rows = (kept.cumsum(0) - 1)[start : start + len(pairs.ids)].clamp(min=0)
-    if not kept.any():  # nothing counts anywhere, but the same modules run
+    if not kept.any():  # no pair counts on any rank; all are kept, so that every rank runs the same modules
         kept = torch.ones_like(kept)
 
     def of_pairs(x: Tensor) -> Tensor:
@@ -208,7 +200,7 @@ def _contrast(
 
 @torch.no_grad()
 def _enqueue(model: Any, keys: Encoded, pairs: Pairs, pool: Pool) -> None:
-    """The pairs of all ranks that count, in rank order, also where each rank contrasts by itself."""
+    """Push the pairs of all ranks that count, in rank order, also where each rank contrasts by itself."""
     if not len(model.queue):
         return
     kept = gather_rows(pairs.keep.to(torch.uint8)).bool()
@@ -224,7 +216,8 @@ def _match(
     temperature: Tensor,
     negatives: tuple[Tensor, Tensor] | None,
 ) -> dict[str, Tensor]:
-    """Matching pairs, and for each of them its text with a wrong image and its image with a wrong text."""
+    """Losses and states of the matching head, for each pair, its text with a wrong image, and its image with a wrong
+    text."""
     options = model.training_options
     own = encoded.seen.rows(pairs.slot)
     frames = encoded.frames[pairs.slot]
@@ -275,7 +268,7 @@ def _negatives(
     temperature: Tensor,
     given: tuple[Tensor, Tensor] | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(T,) image and (T,) text for each pair, as rows of the pool, and (2 T,) bool: there were any."""
+    """(T,) wrong image and (T,) wrong text of each pair, as rows of the pool, and (2 T,) bool: there was one."""
     if given is not None:
         return *given, torch.ones(2 * len(pairs.ids), dtype=torch.bool, device=pairs.ids.device)
     # One set of numbers for all pairs of the pool, so that a pair draws the same whichever rank holds it.

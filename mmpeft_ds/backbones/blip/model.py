@@ -1,4 +1,4 @@
-"""BLIP's writing models: transformers' own classes whose forward takes the packed batch.
+"""BLIP's generative forms: transformers' own classes whose forward takes the packed batch.
 
 Source: BLIP, arXiv 2201.12086, as p-Adapter (AAAI 2024) and Aurora (arXiv 2305.08381) tune it.
 """
@@ -20,13 +20,13 @@ from mmpeft_ds.backbones.common.stock import Publishing
 from mmpeft_ds.ops.precision import at_least_float32
 from mmpeft_ds.sites.condition import Condition, conditioned
 
-# Candidates scored at a time: a constant, so that ranks with different numbers of questions run in lockstep.
+# Candidates scored at a time: a constant, so that ranks with different numbers of questions make as many passes.
 RANK_CHUNK = 8
 
 
 @dataclass
 class ImageStates:
-    """What the vision tower says of the images that each row of the text side sees.
+    """Last states of the vision tower for the images that each row of the text side sees.
 
     Attributes:
         tokens: (T, m, d) tokens of the row's images, one image after the other.
@@ -50,8 +50,8 @@ class ImageStates:
 
 
 @dataclass
-class WriterOutput(ModelOutput):
-    """What a writing form returns.
+class GenerativeBlipOutput(ModelOutput):
+    """Output of a generative form.
 
     Attributes:
         logits: (T, L, vocabulary); position s predicts token s + 1 of what the decoder read.
@@ -61,7 +61,7 @@ class WriterOutput(ModelOutput):
 
 
 def mend_cross_attention(model: nn.Module) -> None:
-    """Let the mask of cross-attention reach its softmax.
+    """Let the mask of cross-attention act, which stock BLIP ignores.
 
     transformers 5.23 hands it to `BlipTextSelfAttention` as `attention_mask`, which that reads in self-attention only;
     padding of questions and of images would be attended to. Hooks stay where they are when adapters wrap what is
@@ -78,8 +78,8 @@ def _name_the_mask(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tu
     return args, {**kwargs, "encoder_attention_mask": kwargs.get("attention_mask")}
 
 
-class SeesImages(Publishing):
-    """Mixin: the packed images of a batch as every BLIP form reads them."""
+class PackedBlip(Publishing):
+    """Mixin over a class of BLIP: images and their owners as the packed batch has them."""
 
     def __init__(self, config: Any):
         super().__init__(config)
@@ -94,7 +94,7 @@ class SeesImages(Publishing):
         other_size = pixels.shape[-1] != self.config.vision_config.image_size
         return self.vision_model(pixels, interpolate_pos_encoding=other_size).last_hidden_state
 
-    def see(
+    def image_states(
         self,
         input_ids: Tensor,
         pixel_values: Tensor | None,
@@ -102,7 +102,7 @@ class SeesImages(Publishing):
         text_owner: Tensor | None,
         num_slots: int | None,
     ) -> ImageStates:
-        """The images of every text; owners as in the packed batch, None: image and text i belong to slot i."""
+        """Image states of every text; owners as in the packed batch, None: image and text i belong to slot i."""
         states, device = self.encode_images(pixel_values), input_ids.device
         if text_owner is None:
             text_owner = torch.arange(len(input_ids), device=device)
@@ -116,7 +116,7 @@ class SeesImages(Publishing):
 
 
 def by_slot(states_Ind: Tensor, image_owner: Tensor, slots: int) -> ImageStates:
-    """The images of every slot, one row a slot."""
+    """Image states of every slot, one row per slot."""
     images, tokens, width = states_Ind.shape
     device = states_Ind.device
     counts = torch.bincount(image_owner, minlength=slots)
@@ -130,8 +130,9 @@ def by_slot(states_Ind: Tensor, image_owner: Tensor, slots: int) -> ImageStates:
     return ImageStates(packed.flatten(1, 2), mask, pooled)
 
 
-class Captioner(SeesImages):
-    """Mixin over BlipForConditionalGeneration: prompt and target in one causal sequence that looks at the image."""
+class Captioner(PackedBlip):
+    """Mixin over BlipForConditionalGeneration: prompt and target in one causal sequence with cross-attention to the
+    images."""
 
     def forward(
         self,
@@ -143,7 +144,7 @@ class Captioner(SeesImages):
         num_slots: int | None = None,
         return_dict: bool | None = None,
         **kwargs: Any,
-    ) -> WriterOutput:
+    ) -> GenerativeBlipOutput:
         """Logits of every text.
 
         Args:
@@ -153,8 +154,8 @@ class Captioner(SeesImages):
             num_slots: S; None: as many as needed.
             return_dict: accepted for transformers' sake; the output is always a ModelOutput.
         """
-        seen = self.see(input_ids, pixel_values, image_owner, text_owner, num_slots)
-        return WriterOutput(logits=self._decode(input_ids, attention_mask, seen))
+        seen = self.image_states(input_ids, pixel_values, image_owner, text_owner, num_slots)
+        return GenerativeBlipOutput(logits=self._decode(input_ids, attention_mask, seen))
 
     def _decode(self, input_ids: Tensor, attention_mask: Tensor | None, seen: ImageStates) -> Tensor:
         with conditioned(seen.condition(attention_mask)):
@@ -177,10 +178,10 @@ class Captioner(SeesImages):
         num_slots: int | None = None,
         **options: Any,
     ) -> Tensor:
-        """Token ids written after prompts padded on the LEFT, (T, new); arguments as in `forward`."""
-        seen = self.see(input_ids, pixel_values, image_owner, text_owner, num_slots)
-        written = _generate(self, input_ids, attention_mask, seen.condition(), options)
-        return written[:, input_ids.shape[1] :]
+        """Token ids (T, new) generated after prompts that are padded on the LEFT; arguments as in `forward`."""
+        seen = self.image_states(input_ids, pixel_values, image_owner, text_owner, num_slots)
+        ids = _generate(self, input_ids, attention_mask, seen.condition(), options)
+        return ids[:, input_ids.shape[1] :]
 
     @torch.no_grad()
     def rank(
@@ -198,7 +199,7 @@ class Captioner(SeesImages):
     ) -> Tensor:
         """(T,) which candidate fits each prompt best.
 
-        The k candidates with the likeliest first token are scored whole, by the sum of their tokens' losses.
+        The k candidates with the likeliest first token are scored in full, by the sum of their tokens' losses.
 
         Args:
             input_ids, attention_mask: (T, L) prompts padded on the right, without [SEP].
@@ -207,7 +208,7 @@ class Captioner(SeesImages):
 
         Source: p-Adapter, AAAI 2024; ALBEF's and BLIP's answer ranking.
         """
-        seen = self.see(input_ids, pixel_values, image_owner, text_owner, num_slots)
+        seen = self.image_states(input_ids, pixel_values, image_owner, text_owner, num_slots)
         length = attention_mask.sum(1)
         last = self._decode(input_ids, attention_mask, seen)[torch.arange(len(input_ids)), length - 1]
         prompts, answers = input_ids.shape[1], candidate_ids.shape[1]
@@ -229,8 +230,8 @@ class Captioner(SeesImages):
         return _best(last, candidate_ids[:, 0], k, losses)
 
 
-class QuestionAnswerer(SeesImages):
-    """Mixin over BlipForQuestionAnswering: an encoder reads question and image, a decoder writes the answer."""
+class QuestionAnswerer(PackedBlip):
+    """Mixin over BlipForQuestionAnswering: an encoder reads question and image, a decoder generates the answer."""
 
     def forward(
         self,
@@ -244,7 +245,7 @@ class QuestionAnswerer(SeesImages):
         num_slots: int | None = None,
         return_dict: bool | None = None,
         **kwargs: Any,
-    ) -> WriterOutput:
+    ) -> GenerativeBlipOutput:
         """Logits of every answer.
 
         Args:
@@ -257,7 +258,9 @@ class QuestionAnswerer(SeesImages):
         states, mask, seen, back = self._questions(
             input_ids, attention_mask, pixel_values, image_owner, text_owner, num_slots
         )
-        return WriterOutput(logits=self._answer(answer_ids, answer_mask, states[back], mask[back], seen.pooled[back]))
+        return GenerativeBlipOutput(
+            logits=self._answer(answer_ids, answer_mask, states[back], mask[back], seen.pooled[back])
+        )
 
     def _questions(
         self,
@@ -274,7 +277,7 @@ class QuestionAnswerer(SeesImages):
         keys = torch.cat([text_owner[:, None], input_ids, attention_mask], 1)
         unique, back = torch.unique_consecutive(keys, dim=0, return_inverse=True)
         owner, (ids, mask) = unique[:, 0], unique[:, 1:].chunk(2, 1)
-        seen = self.see(ids, pixel_values, image_owner, owner, num_slots)
+        seen = self.image_states(ids, pixel_values, image_owner, owner, num_slots)
         with conditioned(seen.condition(mask)):
             states = self.text_encoder(
                 input_ids=ids,

@@ -1,4 +1,4 @@
-"""A slowly following teacher and a queue of what it said: the state of contrastive training beside the weights."""
+"""State of contrastive training beside the weights: a momentum teacher, and a queue of the features that it made."""
 
 # E shared width, Q length of the queue, M pairs of all ranks
 
@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from mmpeft_ds.errors import BadInput
 from mmpeft_ds.sites.base import SharedWithTeacher
 
-NOBODY = -100  # id of a place of the queue that nobody has filled
+EMPTY = -100  # id of a place of the queue that was not filled yet
 QUEUE_SEED = 0
 
 
 class Teacher:
-    """The model itself under averaged parameters.
+    """Momentum teacher: the model itself under averages of its parameters.
 
     Only what trains differs between teacher and student, so only that is averaged and kept; for a forward of the
     teacher it changes places with the student's. Modules that are `SharedWithTeacher` (Aurora's factors) stay the
@@ -58,22 +58,22 @@ class Teacher:
                 parameter.data = data
 
     def _followed(self) -> dict[str, nn.Parameter]:
-        found = {}
+        followed = {}
         for part in self._parts:
             for path, module in self._model.get_submodule(part).named_modules(prefix=part):
                 if isinstance(module, SharedWithTeacher):
                     continue
                 for name, parameter in module.named_parameters(path, recurse=False):
                     if parameter.requires_grad or name in self.averages:
-                        found[name] = parameter
-        # Measured, cause not found: at stage 3 losses leave those of stage 2 at the first step after an evaluation.
-        partitioned = next((n for n, p in found.items() if hasattr(p, "ds_id")), None)
+                        followed[name] = parameter
+        # Measured, the cause is unknown: at stage 3 the losses depart from those of stage 2 after an evaluation.
+        partitioned = next((n for n, p in followed.items() if hasattr(p, "ds_id")), None)
         if partitioned is not None:
             raise BadInput(
                 f"backbone.momentum: the teacher averages {partitioned}, which ZeRO-3 holds in parts. Use stage 2 "
                 "(ds_configs/zero2.json), or momentum: 0."
             )
-        return found
+        return followed
 
 
 class Queue:
@@ -81,7 +81,7 @@ class Queue:
 
     Attributes:
         image, text: (E, Q) unit columns, at least float32; random before they are filled, the same in every run.
-        ids: (Q,) int64, NOBODY where nothing was written.
+        ids: (Q,) int64, EMPTY where no pair was pushed yet.
         pointer: where the next pair goes.
     """
 
@@ -90,7 +90,7 @@ class Queue:
         self.image, self.text = (
             nn.functional.normalize(torch.randn(width, length, generator=generator), dim=0) for _ in range(2)
         )
-        self.ids = torch.full((length,), NOBODY)
+        self.ids = torch.full((length,), EMPTY)
         self.pointer = 0
 
     def __len__(self) -> int:
@@ -104,12 +104,12 @@ class Queue:
 
     @torch.no_grad()
     def push(self, image_ME: Tensor, text_ME: Tensor, ids_M: Tensor) -> None:
-        """Overwrite the oldest pairs with these, the same on all ranks; past the end it begins anew."""
+        """Overwrite the oldest pairs with these, which are the same on all ranks."""
         pairs, length = len(ids_M), len(self)
         if not pairs or not length:
             return
         at = (self.pointer + torch.arange(pairs, device=ids_M.device)) % length
-        last = slice(max(0, pairs - length), None)  # of more pairs than places the last ones stay
+        last = slice(max(0, pairs - length), None)  # of more pairs than places only the last are kept
         self.image[:, at[last]] = image_ME[last].T.to(self.image.dtype)
         self.text[:, at[last]] = text_ME[last].T.to(self.text.dtype)
         self.ids[at[last]] = ids_M[last]

@@ -1,4 +1,4 @@
-"""BLIP's retrieval form: features to search with, a matching head for what was found, and training of both.
+"""BLIP's retrieval form: features for the search, a matching head that ranks its results anew, and their training.
 
 Source: BLIP, arXiv 2201.12086; as Aurora (arXiv 2305.08381) tunes it.
 """
@@ -16,9 +16,10 @@ from torch import Tensor
 from torch.nn.functional import normalize
 from transformers.utils import ModelOutput
 
-from mmpeft_ds.backbones.blip.contrast import Encoded, Pairs, Training, train_step
-from mmpeft_ds.backbones.blip.model import ImageStates, SeesImages, by_slot
+from mmpeft_ds.backbones.blip.contrast import Encoded, Pairs, train_step
+from mmpeft_ds.backbones.blip.model import ImageStates, PackedBlip, by_slot
 from mmpeft_ds.backbones.blip.momentum import Queue, Teacher
+from mmpeft_ds.backbones.blip.options import Options
 from mmpeft_ds.errors import BadInput
 from mmpeft_ds.ops.precision import at_least_float32
 from mmpeft_ds.sites.condition import Condition, conditioned
@@ -28,7 +29,7 @@ TAUGHT = ("vision_model", "text_encoder", "vision_proj", "text_proj")
 
 @dataclass
 class RetrievalOutput(ModelOutput):
-    """What the retrieval form returns.
+    """Output of the retrieval form.
 
     Attributes:
         text_features: (T, E) unit vectors, at least float32.
@@ -55,21 +56,24 @@ class RetrievalOutput(ModelOutput):
     matching_logits: Tensor | None = None
 
 
-class Retriever(SeesImages):
-    """Mixin over BlipForImageTextRetrieval. `train_for` says how it is trained; without, it encodes and matches.
+class Retriever(PackedBlip):
+    """Mixin over BlipForImageTextRetrieval, which encodes and matches; after `train_for` it also computes losses.
 
     Attributes:
-        steps: training forwards so far; with the queue and the teacher's averages it is what `training_state` keeps.
+        steps: training forwards so far; kept by `training_state`, as are the queue and the teacher's averages.
         temperature: scalar tensor, clamped at every use.
-        runs_again: towers that one training forward runs several times, which the engine has to know under ZeRO-3.
     """
 
-    training_options: Training | None = None
+    training_options: Options | None = None
     runs_again = ("text_encoder",)
     head_modules = ("vision_proj", "itm_head")
 
-    def train_for(self, options: Training) -> None:
-        """Prepare training; before adapters are attached or afterwards."""
+    def train_for(self, options: Options) -> None:
+        """Prepare training, before or after adapters are attached.
+
+        Args:
+            options: from `temperature` to `context_enhancement` they are read.
+        """
         self.training_options = options
         self.temperature = torch.tensor(options.temperature, dtype=torch.float64)
         self.teacher = Teacher(self, TAUGHT, options.momentum) if options.momentum else None
@@ -112,7 +116,7 @@ class Retriever(SeesImages):
         training = self.training_options is not None and pair_id is not None and torch.is_grad_enabled()
         taught = self._teach(given) if training else None
         encoded = self.encode(*given)
-        found = {
+        results = {
             "text_features": encoded.text,
             "image_features": encoded.image,
             "image_tokens": encoded.seen.tokens,
@@ -128,9 +132,9 @@ class Retriever(SeesImages):
             if self.training_options.frame_aware and len(counts[text_owner][keep].unique()) > 1:
                 raise BadInput("backbone.frame_aware: samples have different numbers of frames. Prepare equally many.")
             pairs = Pairs(pair_id, text_owner, keep, input_ids, attention_mask)
-            found |= train_step(self, encoded, taught, pairs, negatives)
+            results |= train_step(self, encoded, taught, pairs, negatives)
             self.steps += 1
-        return RetrievalOutput(**found)
+        return RetrievalOutput(**results)
 
     # encoding
 
@@ -142,7 +146,7 @@ class Retriever(SeesImages):
         image_owner: Tensor | None,
         slots: int,
     ) -> Encoded:
-        """Images and texts, each alone: a text knows nothing of its image here."""
+        """Images and texts, each alone: no text is fused with its image here."""
         states = self.encode_images(pixel_values)
         if states is None:
             parameter = next(self.vision_model.parameters())
@@ -189,7 +193,7 @@ class Retriever(SeesImages):
             ).last_hidden_state
 
     def _teach(self, given: tuple) -> Encoded | None:
-        """What the teacher says of the batch, after it has followed the student; None without one."""
+        """The batch as the teacher encodes it, after it has followed the student; None without a teacher."""
         if self.teacher is None:
             return None
         self.teacher.update()
@@ -197,7 +201,7 @@ class Retriever(SeesImages):
             return self.encode(*given)
 
     def training_state(self) -> dict[str, Tensor]:
-        """What a checkpoint keeps of contrastive training, beside the weights; empty without it."""
+        """Steps, queue and averages, which a checkpoint keeps beside the weights; empty where nothing is trained."""
         if self.training_options is None:
             return {}
         averages = {} if self.teacher is None else self.teacher.averages

@@ -1,4 +1,4 @@
-"""Texts as BLIP reads them: which special token stands first, where the answer begins, on which side padding goes."""
+"""Tokens of BLIP's texts: which special token stands first, where the answer begins, on which side padding goes."""
 
 # T texts, L length
 
@@ -15,8 +15,9 @@ IGNORED = -100
 
 
 class BlipTokens:
-    """A BERT tokenizer with BLIP's two tokens more: [DEC] begins what a decoder writes, [ENC] what an encoder fuses
-    with the image. Checkpoints name [DEC] as `bos_token_id`; [ENC] is the next one, unless the tokenizer has it.
+    """A BERT tokenizer with BLIP's two additional tokens: [DEC] begins the sequence of a decoder, [ENC] one that an
+    encoder fuses with the image. Checkpoints name [DEC] as `bos_token_id`; [ENC] is the next one, unless the tokenizer
+    has it.
 
     Args:
         tokenizer: of the checkpoint.
@@ -36,7 +37,7 @@ class BlipTokens:
 
     def sequences(self, texts: list[Prompted], longest: int) -> dict[str, Tensor]:
         """[DEC] prompt target [SEP]: `input_ids`, `attention_mask` and `labels`, each (T, L); label s is the token at
-        s + 1, if it belongs to the target or ends it. A text whose target nobody knows asks for nothing."""
+        s + 1, if it belongs to the target or ends it. Without a target all labels are ignored."""
         rows, labels = [], []
         for text, prompt, target in zip(
             texts, self._ids([t.prompt for t in texts]), self._ids([t.target for t in texts]), strict=True
@@ -49,7 +50,7 @@ class BlipTokens:
         return {**self._padded(rows), "labels": _stack(labels, IGNORED)}
 
     def prompts(self, prompts: list[str], longest: int, left: bool) -> dict[str, Tensor]:
-        """[DEC] prompt: `input_ids`, `attention_mask`, padded on the left for writing on, or on the right."""
+        """[DEC] prompt: `input_ids`, `attention_mask`, padded on the left for generation, or on the right."""
         return self._padded([[self.dec, *ids[: longest - 2]] for ids in self._ids(prompts)], left)
 
     def encoder(self, texts: list[str], longest: int, fused: bool) -> dict[str, Tensor]:
@@ -63,18 +64,18 @@ class BlipTokens:
 
     def answers(self, answers: list[str], longest: int) -> dict[str, Tensor]:
         """[DEC] answer [SEP]: `answer_ids`, `answer_mask` and `labels` as in `sequences`, without prompt."""
-        found = self.sequences([Prompted("", a) for a in answers], longest)
-        return {"answer_ids": found["input_ids"], "answer_mask": found["attention_mask"], "labels": found["labels"]}
+        rows = self.sequences([Prompted("", a) for a in answers], longest)
+        return {"answer_ids": rows["input_ids"], "answer_mask": rows["attention_mask"], "labels": rows["labels"]}
 
     def candidates(self, answers: list[str], longest: int) -> tuple[Tensor, Tensor]:
         """answer [SEP]: (C, A) ids and mask."""
-        found = self._padded([[*ids[: longest - 2], self.sep] for ids in self._ids(answers)])
-        return found["input_ids"], found["attention_mask"]
+        rows = self._padded([[*ids[: longest - 2], self.sep] for ids in self._ids(answers)])
+        return rows["input_ids"], rows["attention_mask"]
 
-    def decode(self, written: Tensor) -> list[str]:
+    def decode(self, ids_TL: Tensor) -> list[str]:
         """Words of each row up to the first [SEP]."""
         texts = []
-        for row in written.tolist():
+        for row in ids_TL.tolist():
             row = row[: row.index(self.sep)] if self.sep in row else row
             # [DEC] and [ENC] are no words of the tokenizer
             texts.append(self._tokenizer.decode([i for i in row if i < self._words and i not in self._special]))

@@ -62,7 +62,7 @@ class ClipBartConfig(ComposedConfig):
 
 @dataclass
 class Encoded(ModelOutput):
-    """What the encoder hands to the decoder; every tensor has a row per text, so all follow beam expansion.
+    """Input of the decoder from the encoder; every tensor has a row per text, so all follow beam expansion.
 
     Attributes:
         last_hidden_state: (T, L + N, d), text first.
@@ -79,7 +79,7 @@ class Encoded(ModelOutput):
 
 @dataclass
 class ClipBartOutput(Seq2SeqLMOutput):
-    """As every sequence-to-sequence model of transformers, and
+    """Output of the model: that of every sequence-to-sequence model of transformers, and
 
     Attributes:
         image_features: (I, n, F) grid features before pooling, to be passed back instead of pixels; None without.
@@ -169,7 +169,7 @@ class ClipBart(ComposedModel, GenerationMixin):
         return_dict: bool | None = None,
         **kwargs: Any,
     ) -> ClipBartOutput:
-        """Logits of what is written about every text and the images of its slot.
+        """Logits of the target of every text, which the decoder generates from the text and the images of its slot.
 
         Args:
             input_ids: (T, L); not needed with `encoder_outputs`.
@@ -179,7 +179,7 @@ class ClipBart(ComposedModel, GenerationMixin):
             image_owner: (I,) slot of each image, non-decreasing; None: image i belongs to slot i.
             text_owner: (T,) slot of each text; None: text j belongs to slot j.
             num_slots: S; None: as many as texts.
-            decoder_input_ids: (T, S) what has been written, beginning with the start token; None: from `labels`.
+            decoder_input_ids: (T, S) tokens so far, beginning with the start token; None: from `labels`.
             labels: (T, S) token ids, -100 = not asked; they give `loss`, the mean over the asked tokens.
             encoder_outputs: what `encode` returned.
             return_dict: accepted for transformers' sake; the output is always a ModelOutput.
@@ -321,7 +321,7 @@ class ClipBart(ComposedModel, GenerationMixin):
         return table(rows) / table.embed_scale
 
     def _routed(self, visual: Tensor, keep: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """What encoder layers route on, and which of it counts: the mean of the visual tokens, or all of them."""
+        """Vectors that encoder layers route on, and which count: the mean of the visual tokens, or all of them."""
         if self.config.condition == "none":
             return None, None
         if self.config.condition == "tokens" and visual.shape[1]:
@@ -329,7 +329,7 @@ class ClipBart(ComposedModel, GenerationMixin):
         return _mean(visual, keep), None
 
     def _decoder_condition(self, encoded: Encoded) -> Condition:
-        """What decoder layers route on, computed again in every pass: encoder outputs at the visual tokens."""
+        """Vectors that decoder layers route on: encoder outputs at the visual tokens, computed again in every pass."""
         states, visual, tokens = encoded.last_hidden_state, encoded.visual, encoded.condition
         mask = None
         if self.config.condition == "visual":

@@ -21,13 +21,13 @@ class Options:
         resample: `bilinear`, `bicubic`, or `auto` = as the tower was trained.
         feature_width: F of stored features: 2048 for CLIP-RN101; a tower brings its own.
         grid: side of the grid after adaptive max pooling, 0 = as it comes.
-        max_images: images of a sample that are told apart.
+        max_images: images that a sample may have; each gets a trained embedding of its place among them.
         order_tokens: frozen rows added to the token table, which name the places in the grid.
         condition: what adapters route on. `visual`: in the encoder the mean of the visual embeddings, in the decoder
             the mean of what the encoder made of them; `embedding`: the former in both; `tokens`: all visual
             embeddings; `none`.
         max_text_length: tokens of a prompt with its special tokens; longer ones are cut.
-        max_target_length: the same of what is to be written.
+        max_target_length: tokens of a target with its special tokens; longer ones are cut.
     """
 
     text: str = "facebook/bart-base"

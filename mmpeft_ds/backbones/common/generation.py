@@ -1,4 +1,4 @@
-"""What backbones that write share: answers held to a closed list, and generation in step with other ranks."""
+"""Generation under two constraints: answers of a closed list, and equally many steps on all ranks."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ def in_step(model: nn.Module) -> bool:
 
 
 def one_of(sequences: Iterable[list[int]], end: int, skip: int = 1) -> Callable[[int, Tensor], list[int]]:
-    """`prefix_allowed_tokens_fn` of transformers' `generate` that lets it write one of `sequences` and nothing else.
+    """`prefix_allowed_tokens_fn` of transformers' `generate` that allows one of `sequences` and nothing else.
 
     Greedy, this compares the logits of the first token in which the choices differ.
 
     Args:
         sequences: token ids of each choice, special tokens included.
         end: token that follows a choice.
-        skip: tokens that stand before what is written.
+        skip: tokens before the generated ones.
     """
     tree: dict[int, Any] = {}
     for sequence in sequences:
@@ -32,9 +32,9 @@ def one_of(sequences: Iterable[list[int]], end: int, skip: int = 1) -> Callable[
             at = at.setdefault(token, {})
         at.setdefault(end, {})
 
-    def allowed(row: int, written: Tensor) -> list[int]:
+    def allowed(row: int, ids: Tensor) -> list[int]:
         at = tree
-        for token in written[skip:].tolist():
+        for token in ids[skip:].tolist():
             at = at.get(token, {})
         return list(at) or [end]
 

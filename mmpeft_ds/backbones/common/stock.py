@@ -1,4 +1,4 @@
-"""Whole models of transformers as frozen bases: read, loaded, and made to publish a condition.
+"""Whole models of transformers as frozen bases: reading, loading, and publishing a condition.
 
 A class made by `publishing` is the stock class with a mixin in front: parameters keep their names, so an adapter
 trained here also loads on the stock model, and the other way round.
@@ -141,13 +141,13 @@ def untrained(model: nn.Module, towers: dict[str, str]) -> list[str]:
     Args:
         towers: path of each tower and, below it, of its embedding.
     """
-    found = []
+    frozen = []
     for tower, embedding in towers.items():
         for path in (tower, f"{tower}.{embedding}"):
             if not any(p.requires_grad for p in model.get_submodule(path).parameters()):
-                found.append(path)
+                frozen.append(path)
                 break
-    return found
+    return frozen
 
 
 def mean_per_text(vectors_Id: Tensor, image_owner: Tensor, text_owner: Tensor, slots: int) -> Tensor:
@@ -158,5 +158,5 @@ def mean_per_text(vectors_Id: Tensor, image_owner: Tensor, text_owner: Tensor, s
 
 
 def short_hash(values: Any) -> str:
-    """Of something json-able, equal for equal contents; 16 characters."""
+    """Hash of something json-able, 16 hexadecimal digits; equal for equal contents."""
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]

@@ -182,14 +182,14 @@ def vision_features(
 def image_processor(name: str, config: PretrainedConfig, where: str) -> dict[str, Any]:
     """`mean`, `std` and `resample` (PIL number) that the checkpoint was trained with, or its family's.
 
-    Towers that are no family of their own here (BLIP's) were trained with CLIP's.
+    Towers of other families (BLIP's) were trained with CLIP's.
     """
     family = VISION.get(config.model_type)
     mean, std = CLIP if family is None else (family.mean, family.std)
     given: dict[str, Any] = {}
-    found = find_file(locate(name, where), "preprocessor_config.json")
-    if found:
-        given = json.loads(Path(found).read_text())
+    path = find_file(locate(name, where), "preprocessor_config.json")
+    if path:
+        given = json.loads(Path(path).read_text())
     return {
         "mean": list(given.get("image_mean") or mean),
         "std": list(given.get("image_std") or std),

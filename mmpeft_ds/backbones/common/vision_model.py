@@ -87,13 +87,13 @@ class VisionSide(ComposedModel):
     def _dtype(self) -> torch.dtype:
         return next(self.get_input_embeddings().parameters()).dtype
 
-    def _pick(self, vectors: Tensor, keep: Tensor, what: str) -> tuple[Tensor, Tensor]:
+    def _pick(self, vectors: Tensor, keep: Tensor, part: str) -> tuple[Tensor, Tensor]:
         """(T, k * n, d) and (T, k * n): the pooled vector of every image (n = 1), or all its tokens."""
-        chosen = vectors[:, :, :1] if what == "pooled" else vectors[:, :, 1:]
+        chosen = vectors[:, :, :1] if part == "pooled" else vectors[:, :, 1:]
         return chosen.flatten(1, 2), keep.repeat_interleave(chosen.shape[2], 1)
 
     def _prefix(self, vectors: Tensor, keep: Tensor) -> tuple[Tensor | None, Tensor]:
-        """Prefix (T, P, d) and which of it counts (T, P)."""
+        """Prefix (T, P, d), None without one, and which of its positions count (T, P)."""
         if self.config.prefix == "none" or vectors.shape[1] == 0:
             return None, keep[:, :0]
         return self._pick(vectors, keep, self.config.prefix)
@@ -101,7 +101,7 @@ class VisionSide(ComposedModel):
     def _condition(
         self, vectors: Tensor, keep: Tensor, attention_mask: Tensor | None, prefix_keep: Tensor
     ) -> Condition:
-        """What adapters may route on: the mean over the slot's images, or all their tokens; zeros without image."""
+        """Vectors that adapters may route on: the mean over the slot's images, or all tokens; zeros without image."""
         own = None
         if attention_mask is not None:
             own = torch.cat([prefix_keep, attention_mask.bool()], 1)
@@ -110,7 +110,7 @@ class VisionSide(ComposedModel):
         if self.config.condition == "tokens":
             if vectors.shape[1]:
                 return Condition(*self._pick(vectors, keep, "tokens"), own_mask=own)
-            # as a text without image is told beside texts that have one: tokens, none of which counts
+            # as for a text without image in a batch where others have one: tokens, none of which counts
             nothing = vectors.new_zeros(len(vectors), 1, vectors.shape[-1])
             return Condition(nothing, keep.new_zeros(len(keep), 1), own_mask=own)
         count = keep.sum(1).clamp(min=1).to(vectors.dtype)

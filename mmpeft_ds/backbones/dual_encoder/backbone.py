@@ -63,7 +63,7 @@ class DualEncoderBackbone(VisionBackbone, EncoderPair):
     Options = Options
 
     def use_features(self, towers: dict[str, Any]) -> None:
-        """What the manifest says of the stored features, which must be those of this vision tower.
+        """Check that the stored features, as the manifest describes them, are those of this vision tower.
 
         Raises:
             BadInput: naming the first difference.
@@ -166,7 +166,7 @@ class DualEncoderBackbone(VisionBackbone, EncoderPair):
 
     @property
     def feature_widths(self) -> tuple[int, int]:
-        """(Dv, Dt) of `embed`."""
+        """Widths (Dv, Dt) of the features of images and texts."""
         return self._config().feature_widths
 
     def logit_scale_of(self, model: nn.Module) -> float:

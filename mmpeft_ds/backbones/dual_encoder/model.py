@@ -23,7 +23,7 @@ from mmpeft_ds.errors import BadInput
 from mmpeft_ds.ops.precision import at_least_float32
 from mmpeft_ds.sites.condition import Condition, conditioned, current
 
-# As CLIP limits it: beyond, the loss is ruled by a few pairs.
+# CLIP's limit; with a larger factor a few pairs dominate the loss.
 LARGEST_SCALE = 100.0
 
 
@@ -78,7 +78,7 @@ class Projection(nn.Module):
 
 
 class ProjectionLinear(nn.Linear):
-    """Linear that keeps the size of what goes through it, to begin with; set before ZeRO-3 partitions it."""
+    """Linear that at first keeps the norm of its input on average; initialised before ZeRO-3 partitions it."""
 
     def reset_parameters(self) -> None:
         nn.init.normal_(self.weight, std=self.in_features**-0.5)
@@ -110,7 +110,7 @@ class LogitScale(nn.Module):
         """The factor, shape (1,), at least float32 and at most 100; above that its gradient can still lower it.
 
         Args:
-            like: nothing of it is used; peft's wrapper wants to hand something on.
+            like: ignored; peft's wrapper of a trained module needs an argument to pass on.
         """
         log_scale = at_least_float32(self.log_scale)
         excess = (log_scale - math.log(LARGEST_SCALE)).clamp(min=0).detach()
@@ -120,7 +120,7 @@ class LogitScale(nn.Module):
 class DualEncoder(VisionSide):
     """Vision tower, text encoder, projections. Build from a configuration, or from loaded towers.
 
-    With `images: stored` there is no vision tower: its features come in the place of pixels.
+    With `images: stored` there is no vision tower: its features take the place of pixels.
 
     Attributes:
         head_modules: those of the projections and the logit scale that the configuration trains.

@@ -1,4 +1,4 @@
-"""Backbone: features of frozen encoders, stored in feature shards or made on the way, for classification heads."""
+"""Backbone: features of frozen encoders, stored in feature shards or computed in every step, for heads on them."""
 
 # I images, T texts, C classes, D widths, V augmented passes
 
@@ -61,17 +61,17 @@ class FeaturesBackbone(BackboneBase):
         self.bank: dict[str, Tensor] = {}
 
     def use_features(self, towers: dict[str, Any]) -> None:
-        """What the manifest says of the stored features."""
+        """Take what the manifest says of the stored features."""
         self.towers = dict(towers)
 
     def use_encoder(self, encoder: BackboneBase) -> None:
-        """The backbone that makes what is not stored."""
+        """Take the backbone that computes what is not stored."""
         if not encoder.embeds:
             raise BadInput("backbone.encoder: this backbone gives no features. Use clip or dual_encoder.")
         self.encoder = encoder
 
     def use_bank(self, bank: dict[str, Tensor]) -> None:
-        """Class texts and support samples."""
+        """Take class texts and support samples."""
         self.bank = dict(bank)
 
     def check(self) -> None:
@@ -195,7 +195,7 @@ class FeaturesBackbone(BackboneBase):
         }
 
     def dummy(self, modality: str) -> Any:
-        """The smallest sample: zeros, or what the encoder gives."""
+        """Zeros in the place of stored features, or the dummy of the encoder."""
         live = self.options.images if modality == "image" else self.options.texts
         if live == "live":
             return self.encoder.dummy(modality)

@@ -43,7 +43,7 @@ class FeatureConfig(PretrainedConfig):
 
 @dataclass
 class ClassificationOutput(ModelOutput):
-    """What the model returns, a row for each text (for each image where no text is given).
+    """Output of the model, one row per text (per image where no text is given).
 
     Attributes:
         logits: (B, C).
@@ -96,8 +96,8 @@ class FeatureModel(ModelHooks, PreTrainedModel):
         bank: class texts and support samples; None: empty tensors of the configuration's shapes.
         encoder: frozen model that makes features of what is not stored; with `embed`, its backbone's function
             (model, batch) -> image and text features.
-        class_names, tokenise: for methods that write texts about the classes: their names in words, and list of texts
-            -> arguments of the encoder.
+        class_names, tokenise: for methods that learn prompts of the classes: their names in words, and a function list
+            of texts -> arguments of the encoder.
     """
 
     config_class = FeatureConfig
@@ -147,10 +147,10 @@ class FeatureModel(ModelHooks, PreTrainedModel):
         num_slots: int | None = None,
         batch: Any = None,
     ) -> Features:
-        """One row a text: the mean of its slot's image features, and its own; as `forward` takes them.
+        """One row per text: the mean of its slot's image features, and its own; as `forward` takes them.
 
         Args:
-            image_features: (I, Dv); text_features: (T, Dt); None: what `batch` says, through the encoder.
+            image_features: (I, Dv); text_features: (T, Dt); None: the encoder computes them from `batch`.
             image_owner, text_owner: slot of each image and text; None: row i is image i and text i.
             valid: (B,) bool; None: all are.
             key: (B,) int64; None: their position.

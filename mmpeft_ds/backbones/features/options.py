@@ -1,4 +1,4 @@
-"""Options of the backbone `features`: which features are stored and which an encoder makes."""
+"""Options of the backbone `features`: which features are stored and which an encoder computes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ class Options:
     """Keys of the recipe's `backbone` section.
 
     Attributes:
-        encoder: `name` and options of a backbone whose frozen towers make features; null: all of them are stored.
+        encoder: `name` and options of a backbone whose frozen towers compute features; null: all of them are stored.
         images: `stored` in feature shards, or `live` through the encoder, from pixels.
         texts: captions' features: `stored`, or `live` through the encoder; `none` leaves captions out.
         ensemble: of the templates of a class: `unit` averages unit vectors, `raw` the vectors as they are.

@@ -1,7 +1,7 @@
 """Backbone: multimodal language models (LLaVA-1.5, LLaVA-NeXT, Qwen2-VL, Qwen2.5-VL) that answer in a conversation.
 
 The model is transformers' own class (same parameter names) whose forward takes the packed batch. Image processor,
-tokenizer and chat template are read one by one, since a whole processor may want packages that nothing here needs.
+tokenizer and chat template are read one by one, since a processor as a whole may need packages that are not needed.
 """
 
 # I images, T texts, R placeholders, L text length with one placeholder an image

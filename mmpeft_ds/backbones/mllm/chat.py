@@ -22,7 +22,7 @@ class Encoded:
 
     Attributes:
         ids: tokens.
-        labels: as many; -100 on all that the assistant does not say.
+        labels: as many; -100 on everything but the answers of the assistant.
         prompt_length: tokens before the last answer.
     """
 
@@ -39,7 +39,7 @@ class Chat:
         tokenizer: a fast one, which knows where each token stands in the text.
         template: Jinja source of the chat template.
         image_token: the placeholder as text.
-        system: said first in conversations that have no system turn; empty: nothing.
+        system: text of a first system turn for conversations that have none; empty: no such turn.
         max_length: tokens at most, an image counted as one; what is longer is cut at its end.
     """
 
@@ -67,14 +67,14 @@ class Chat:
             if at < len(spans) and end > max(start, spans[at][0]):
                 labels[i] = ids[i]
         prompt_length = sum(1 for start, end in offsets if end <= prompt_end)
-        found = Encoded(ids[: self.max_length], labels[: self.max_length], min(prompt_length, self.max_length))
+        encoded = Encoded(ids[: self.max_length], labels[: self.max_length], min(prompt_length, self.max_length))
         wanted, got = text.images if text.images is not None else text.marks, out["input_ids"].count(self.image_id)
         if got != wanted:
             raise BadInput(
                 f"backbone: {wanted} images go with the text {text.prompt[:60]!r}, but it comes to {got} placeholders "
                 f"{self.image_token}. Give a backbone.chat_template that renders one for every image."
             )
-        return found
+        return encoded
 
     @property
     def image_id(self) -> int:
@@ -94,45 +94,45 @@ class Chat:
             turns.append(("assistant", text.target))
         first = text.images or 0 if not text.marks else 0
         messages = []
-        for role, said in turns:
-            pieces = self._pieces(said)
+        for role, content in turns:
+            pieces = self._pieces(content)
             if role == "user" and first:
                 pieces, first = [{"type": "image"}] * first + pieces, 0
             messages.append({"role": role, "content": pieces})
         return messages
 
-    def _pieces(self, said: str) -> list[dict[str, str]]:
+    def _pieces(self, turn: str) -> list[dict[str, str]]:
         """Texts and images of a turn; the line break between a mark and its text is the template's business."""
         pieces: list[dict[str, str]] = []
-        for i, part in enumerate(said.split(IMAGE_MARK)):
+        for i, part in enumerate(turn.split(IMAGE_MARK)):
             if i:
                 pieces.append({"type": "image"})
                 part = part.removeprefix("\n")
-            if i < said.count(IMAGE_MARK):
+            if i < turn.count(IMAGE_MARK):
                 part = part.removesuffix("\n")
-            part = part.replace(self.image_token, "")  # a placeholder that somebody has typed is no image
+            part = part.replace(self.image_token, "")  # a placeholder typed into the text is no image
             if part:
                 pieces.append({"type": "text", "text": part})
         return pieces
 
     def _rendered(self, messages: list[dict[str, Any]]) -> tuple[str, list[tuple[int, int]], int]:
-        """The conversation as text, (start, end) of all that the assistant says, and where its last answer begins."""
+        """The conversation as text, (start, end) of each answer of the assistant, and where the last one begins."""
         text, before, spans = "", "", []
         for i, message in enumerate(messages):
             if message["role"] != "assistant":
                 continue
             asked = self._render(messages[:i], answer_follows=True)
-            said = self._render(messages[: i + 1])
-            if not asked.startswith(before) or not said.startswith(asked):
+            answered = self._render(messages[: i + 1])
+            if not asked.startswith(before) or not answered.startswith(asked):
                 raise BadInput(
-                    "backbone.chat_template: what it renders changes when a turn is added, so answers cannot be told "
-                    "from prompts. Give another template."
+                    "backbone.chat_template: what it renders changes when a turn is added, so answers cannot be "
+                    "separated from prompts. Give another template."
                 )
             text += asked[len(before) :]
-            answer, rest = self._ended(said[len(asked) :])
+            answer, rest = self._ended(answered[len(asked) :])
             spans.append((len(text), len(text) + len(answer)))
             text += answer + rest
-            before = said
+            before = answered
         if messages[-1]["role"] != "assistant":
             asked = self._render(messages, answer_follows=True)
             text += asked[len(before) :]
@@ -159,7 +159,7 @@ class Chat:
 
 
 def read_template(name: str, where: str, given: str, tokenizer: Any) -> str:
-    """Source of the chat template: the file `given`, or what the checkpoint `name` brings. Raises BadInput."""
+    """Source of the chat template: the file `given`, or that of the checkpoint `name`. Raises BadInput."""
     if given:
         path = Path(given).expanduser()
         if not path.is_file():
@@ -170,8 +170,8 @@ def read_template(name: str, where: str, given: str, tokenizer: Any) -> str:
     # Processors of older releases keep it in a file of their own.
     place = tower_loading.locate(name, where)
     for file in ("chat_template.jinja", "chat_template.json"):
-        found = tower_loading.find_file(place, file)
-        if found:
-            text = Path(found).read_text()
+        path = tower_loading.find_file(place, file)
+        if path:
+            text = Path(path).read_text()
             return text if file.endswith("jinja") else json.loads(text)["chat_template"]
     raise BadInput(f"{where}: {name!r} brings no chat template. Give a Jinja file in backbone.chat_template.")

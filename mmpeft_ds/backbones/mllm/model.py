@@ -1,8 +1,8 @@
-"""What is put in front of the stock multimodal language models so that they take the packed batch.
+"""Multimodal language models: a mixin with which transformers' own classes take the packed batch.
 
 Texts come with one placeholder an image. The vision tower runs once per image; only then is it known how many tokens
 an image becomes, and every placeholder is widened to as many. So no rule of any image processor is repeated here, and
-their number cannot be wrong. What is published as condition are the image features behind the projector.
+their number cannot be wrong. The published condition is made of the image features behind the projector.
 """
 
 # I images, T texts, R placeholders of all texts, L text length with placeholders, S with image tokens, d width
@@ -89,7 +89,7 @@ class ImageText(Publishing):
             )
         features = self.image_features(images)
         widened = self.widen(input_ids, attention_mask, labels, features, image_rows)
-        condition = current()  # somebody's own, around the call
+        condition = current()  # one that the caller has set around the call takes precedence
         if condition is None:
             condition = self.condition_of(features, image_owner, text_owner, num_slots, widened.attention_mask)
         with conditioned(condition):
@@ -103,7 +103,7 @@ class ImageText(Publishing):
             outputs["labels"] = widened.labels
         unread = sorted(set(range(len(features))) - set(image_rows.tolist()))
         if unread and torch.is_grad_enabled() and features[0].requires_grad:
-            # All ranks must reach the vision tower in backward, also one whose images no text speaks of.
+            # All ranks must reach the vision tower in backward, also one whose images no text refers to.
             outputs["logits"] = outputs["logits"] + sum(features[i].sum() for i in unread) * 0
         return outputs
 
@@ -154,15 +154,15 @@ class ImageText(Publishing):
         self, widened: Widened, features: list[Tensor], image_grid_thw: Tensor | None, image_rows: Tensor
     ) -> dict[str, Any]:
         """Arguments of the stock forward, or of `generate`, for widened texts."""
-        found: dict[str, Any] = {"input_ids": widened.input_ids, "attention_mask": widened.attention_mask}
+        arguments: dict[str, Any] = {"input_ids": widened.input_ids, "attention_mask": widened.attention_mask}
         if hasattr(self.model, "get_rope_index"):  # positions in time, height and width
-            found["mm_token_type_ids"] = widened.image_tokens
+            arguments["mm_token_type_ids"] = widened.image_tokens
             if image_grid_thw is not None and len(image_rows):
-                found["image_grid_thw"] = image_grid_thw[image_rows]
+                arguments["image_grid_thw"] = image_grid_thw[image_rows]
         if len(image_rows):
             read = BaseModelOutputWithPooling(pooler_output=[features[i] for i in image_rows.tolist()])
-            found["mm_encoder_outputs"] = {"image": read}
-        return found
+            arguments["mm_encoder_outputs"] = {"image": read}
+        return arguments
 
     def condition_of(
         self,
@@ -172,10 +172,10 @@ class ImageText(Publishing):
         num_slots: int | None,
         own_mask: Tensor | None = None,
     ) -> Condition:
-        """What adapters of the text tower may route on; zeros for a text without image."""
+        """Vectors that adapters of the text tower may route on; zeros for a text without image."""
         own = None if own_mask is None else own_mask.bool()
-        what = getattr(self.config, "condition", "none")
-        if what == "none":
+        kind = getattr(self.config, "condition", "none")
+        if kind == "none":
             return Condition(own_mask=own)
         images_of = _images_by_slot(image_owner, len(features), num_slots)
         slots = range(len(images_of)) if text_owner is None else text_owner.tolist()
@@ -184,11 +184,11 @@ class ImageText(Publishing):
         per_text = []
         for slot in slots:
             mine = [features[i] for i in images_of[slot]]
-            if mine and what == "pooled":
+            if mine and kind == "pooled":
                 mine = [torch.stack([f.mean(0) for f in mine]).mean(0, keepdim=True)]
             per_text.append(torch.cat(mine) if mine else nothing)
         tokens = nn.utils.rnn.pad_sequence(per_text, batch_first=True)
-        if what == "pooled":
+        if kind == "pooled":
             return Condition(tokens, own_mask=own)
         counts = torch.tensor([len(t) for t in per_text], device=tokens.device)
         return Condition(tokens, torch.arange(tokens.shape[1], device=tokens.device) < counts[:, None], own_mask=own)
@@ -206,15 +206,15 @@ def _asked(labels: Tensor | None) -> int:
 def _images_by_slot(image_owner: Tensor | None, images: int, num_slots: int | None) -> list[list[int]]:
     """Numbers of the images that each slot owns; None: image i belongs to slot i."""
     owners = list(range(images)) if image_owner is None else image_owner.tolist()
-    found: list[list[int]] = [[] for _ in range(num_slots if num_slots is not None else len(owners))]
+    images_of: list[list[int]] = [[] for _ in range(num_slots if num_slots is not None else len(owners))]
     for image, slot in enumerate(owners):
-        found[slot].append(image)
-    return found
+        images_of[slot].append(image)
+    return images_of
 
 
 @contextlib.contextmanager
 def _whole(module: nn.Module, name: str) -> Iterator[None]:
-    """A parameter that hangs directly on `module`, while a method other than its forward reads it.
+    """Keep a parameter directly on `module` gathered while a method other than its forward reads it.
 
     ZeRO-3 gathers such a parameter for the module's forward only.
     """

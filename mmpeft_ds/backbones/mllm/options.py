@@ -16,7 +16,7 @@ class Options:
         max_text_length: tokens of a conversation, an image counted as one; what is longer is cut at its end.
         max_pixels: Qwen only: larger images are scaled down to this many pixels, 0 = as the checkpoint says. An image
             becomes one token for every 28 x 28 pixels.
-        system: said first in conversations without a system turn; empty: nothing.
+        system: text of a first system turn for conversations that have none; empty: no such turn.
         chat_template: Jinja file, where the checkpoint brings no template or another is wanted.
         condition: what adapters of the language model route on: `none`, the `pooled` vector (mean of an image's tokens
             behind the projector, mean over the images of a sample), or all these `tokens`.

@@ -130,7 +130,7 @@ class VisionTextDecoderBackbone(VisionBackbone):
         return [" ".join(text.split()) for text in texts]
 
     def frozen_prefix(self, model: nn.Module) -> list[str]:
-        """The vision tower and the embeddings of the language model, as far as nothing in them trains."""
+        """The vision tower and the embeddings of the language model, up to the first that has a trainable."""
         at, base = next((n, m) for n, m in model.named_modules() if isinstance(m, VisionTextDecoder))
         embeddings = [n for n, m in base.text_model.named_modules() if isinstance(m, nn.Embedding)]
         frozen = []

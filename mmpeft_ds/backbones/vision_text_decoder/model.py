@@ -30,11 +30,11 @@ class VisionTextDecoderConfig(VisionSideConfig):
 
 @dataclass
 class VisionTextDecoderOutput(ModelOutput):
-    """What the model returns.
+    """Output of the model.
 
     Attributes:
         logits: (T, P + L, V); position s predicts what follows it.
-        past_key_values: cache, while it writes.
+        past_key_values: cache, during generation.
         image_features: (I, m, d) as in `VisionTextEncoderOutput`.
     """
 
@@ -229,8 +229,8 @@ class VisionTextDecoder(VisionSide, GenerationMixin):
     def _begin_id(self) -> int:
         """The token that begins a text; where a family has none, the one that ends it."""
         config = self.config.text_config
-        found = config.bos_token_id if config.bos_token_id is not None else config.eos_token_id
-        return found[0] if isinstance(found, list) else found or 0
+        begin = config.bos_token_id if config.bos_token_id is not None else config.eos_token_id
+        return begin[0] if isinstance(begin, list) else begin or 0
 
 
 def _positions(keep_TS: Tensor) -> Tensor:

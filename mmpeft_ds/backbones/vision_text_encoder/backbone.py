@@ -76,7 +76,7 @@ class VisionTextEncoderBackbone(VisionBackbone):
         return {"input_ids": out["input_ids"], "attention_mask": out["attention_mask"]}
 
     def frozen_prefix(self, model: nn.Module) -> list[str]:
-        """The vision tower and the text embeddings, as far as nothing below them trains."""
+        """The vision tower and the text embeddings, up to the first that has a trainable."""
         at, base = next((n, m) for n, m in model.named_modules() if isinstance(m, VisionTextEncoder))
         dot = f"{at}." if at else ""
         frozen = []

@@ -39,7 +39,7 @@ class VisionTextEncoderConfig(VisionSideConfig):
 
 @dataclass
 class VisionTextEncoderOutput(ModelOutput):
-    """What the model returns.
+    """Output of the model.
 
     Attributes:
         logits: (T, num_labels).
@@ -118,9 +118,9 @@ class VisionTextEncoder(VisionSide):
             image_owner: (I,) slot of each image, non-decreasing; None: image i belongs to slot i.
             text_owner: (T,) slot of each text; None: text j belongs to slot j.
             num_slots: S; None: as many as texts.
-            return_last_hidden_state: carry all positions to the end, and return them. The head reads one position a
-                text (or the mean of all): without need the others end at the last attention, and padding meets no
-                matrix but those of queries, keys and values.
+            return_last_hidden_state: compute all positions to the end, and return them. Otherwise only those that
+                the head reads go through the last feed-forward block, and padding only through the projections of
+                queries, keys and values.
             return_dict: accepted for transformers' sake; the output is always a ModelOutput.
         """
         images = self.encode_images(pixel_values, image_features)

@@ -12,12 +12,12 @@ class Options:
 
     Attributes:
         prompt: stands before every question, such as "vqa: ".
-        target: which of the annotators' answers is to be written: one drawn in proportion to its soft score, anew
+        target: which of the annotators' answers is the target: one drawn in proportion to its soft score, anew
             every epoch (`sample`), or the one that most gave (`best`).
         listed_only: take only answers of the data's label list, as published for VQAv2.
         score_weight: weight the loss of a question by the soft score of its target, as published for VQAv2; the sum
             is still divided by the number of questions.
-        choices: the only answers that may be written; empty = any words.
+        choices: the only answers that may be generated; empty = any words.
         num_beams: beams in evaluation, 1 = greedy.
         max_new_tokens: longest answer in tokens.
         max_questions: questions of a sample in one visit, drawn anew every epoch, 0 = all.

@@ -11,7 +11,7 @@ class Options:
     """Keys of a source's `task` section.
 
     Attributes:
-        prompt: what the model reads before it writes.
+        prompt: text before every caption, which the model does not generate.
         loss: `token`, the mean over all tokens of the step that are asked for, as published; or `caption`, the mean
             over captions of their mean over tokens, in which a long caption weighs as much as a short one.
         smoothing: label smoothing, in [0, 1).

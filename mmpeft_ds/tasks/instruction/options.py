@@ -11,10 +11,10 @@ class Options:
     """Keys of a source's `task` section.
 
     Attributes:
-        loss: `token`, the mean over all tokens of the step that the assistant says; or `conversation`, the mean over
+        loss: `token`, the mean over all tokens of the assistant in the step; or `conversation`, the mean over
             conversations of their mean over tokens, in which a long answer weighs as much as a short one.
         num_beams: beams in evaluation, 1 = greedy.
-        max_new_tokens: longest answer in evaluation, in tokens; 0 = write none, and score with the given answers only.
+        max_new_tokens: longest answer in evaluation, in tokens; 0 = generate none, and score the given answers only.
     """
 
     loss: Literal["token", "conversation"] = "token"

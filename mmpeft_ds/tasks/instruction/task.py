@@ -1,4 +1,4 @@
-"""Task: conversations about a sample's images, as LLaVA's instruction data has them; loss on what the assistant says.
+"""Task: conversations about a sample's images, as LLaVA's instruction data has them; loss on the assistant's turns.
 
 In evaluation the last answer of a conversation is generated anew and compared with the given one.
 """
@@ -40,7 +40,7 @@ class Instruction(TaskBase):
         if options.num_beams < 1:
             raise BadInput(f"task.num_beams: {options.num_beams}. Use 1 or more.")
         if options.max_new_tokens < 0:
-            raise BadInput(f"task.max_new_tokens: {options.max_new_tokens}. Use 1 or more, or 0 to write nothing.")
+            raise BadInput(f"task.max_new_tokens: {options.max_new_tokens}. Use 1 or more, or 0 to generate nothing.")
         if options.max_new_tokens:
             self.generation = {"num_beams": options.num_beams, "max_new_tokens": options.max_new_tokens}
 
@@ -58,7 +58,7 @@ class Instruction(TaskBase):
         return {"conversations": []}, [{} for _ in texts]
 
     def weight(self, batch: PackedBatch) -> float:
-        """Tokens that the assistant says, or conversations, that enter the loss."""
+        """Tokens of the assistant, or conversations, that enter the loss."""
         if not len(batch.text_owner):
             return 0.0
         tokens = (batch.texts["labels"] != -100).sum(1)
@@ -73,7 +73,7 @@ class Instruction(TaskBase):
 
     def predict(self, outputs: GenerationOutput, batch: PackedBatch) -> list[dict[str, Any]]:
         """One row per conversation of weight > 0: sample_id, text (the last question), prediction, the given answer,
-        and of all that the assistant says `nll` (sum), `tokens` and `tokens_right` (most likely = given)."""
+        and of all turns of the assistant `nll` (sum), `tokens` and `tokens_right` (most likely = given)."""
         if not len(batch.text_owner):
             return []
         nll, tokens = outputs.token_losses()
@@ -116,7 +116,7 @@ ENTRY = Instruction
 def _turns(conversation: Any) -> list[tuple[str, str]]:
     """(role, text) of a conversation that ends with an answer. Raises BadSample.
 
-    As LLaVA reads its data: what the assistant says before the first question, and a question without answer at the
+    As LLaVA reads its data: a turn of the assistant before the first question, and a question without answer at the
     end, are left out.
     """
     if not isinstance(conversation, list):
@@ -128,7 +128,7 @@ def _turns(conversation: Any) -> list[tuple[str, str]]:
             raise BadSample("type", "a turn needs `from` (human, gpt or system) and a text in `value`")
         text = turn["value"].strip()
         if role == "assistant" and IMAGE_MARK in text:
-            raise BadSample("turns", f"the assistant says {IMAGE_MARK}, which marks the place of an image it reads")
+            raise BadSample("turns", f"a turn of the assistant holds {IMAGE_MARK}, which stands for an image it reads")
         if role == "system":
             if turns:
                 raise BadSample("turns", "a system turn stands behind others")

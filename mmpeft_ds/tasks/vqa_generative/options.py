@@ -1,4 +1,4 @@
-"""Options of the task `vqa_generative`: the prompt, the weights of answers, and how answers are found."""
+"""Options of the task `vqa_generative`: the prompt, the weights of answers, and how evaluation answers."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ class Options:
 
     Attributes:
         prompt: what the model reads; `{}` stands for the question.
-        clean: write questions in lower case without . ! " ( ) * # : ; ~, as BLIP was trained.
+        clean: put questions into lower case without . ! " ( ) * # : ; ~, as BLIP was trained.
         answer_weight: of every distinct answer; 0 = the share of annotators who gave it.
         listed_only: leave out answers that are not among the choices or in the data's label list.
         smoothing: label smoothing of the loss, and of the score by which answers are ranked.
-        evaluate: `rank` the choices or the label list, or `write` freely.
+        evaluate: `rank` the choices or the label list, or `write`: generate freely.
         choices: the answers to rank; empty = the data's label list.
-        k: how many of them are scored whole: those with the likeliest first token.
+        k: how many of them are scored in full: those with the likeliest first token.
         num_beams: beams of `write`, 1 = greedy.
         max_new_tokens: longest answer of `write` in tokens.
         max_questions: questions of a sample in one visit, drawn anew every epoch, 0 = all.
