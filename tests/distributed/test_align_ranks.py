@@ -116,7 +116,7 @@ def folder(tmp_path_factory) -> Path:
     write_features(path)
     for ranks, stage in ((2, 3), (1, 0)):
         recipes = [str(recipe(path, name, stage, ranks)) for name in NAMES]
-        result = launch.run(SCRIPT, *recipes, ranks=ranks, timeout=500)
+        result = launch.run_forked(SCRIPT, *recipes, ranks=ranks)
         assert result.code == 0 and not result.killed, result.tail()
     return path
 

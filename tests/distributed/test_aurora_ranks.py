@@ -24,7 +24,7 @@ CASES = [
 def results(tmp_path_factory):
     folder = tmp_path_factory.mktemp("aurora")
     (folder / "cases.json").write_text(json.dumps(CASES))
-    done = launch.run(SCRIPT, str(folder / "cases.json"), str(folder), timeout=240)
+    done = launch.run_forked(SCRIPT, str(folder / "cases.json"), str(folder))
     assert done.code == 0 and not done.killed, done.tail()
     return {case["name"]: torch.load(folder / f"{case['name']}.pt") for case in CASES}
 

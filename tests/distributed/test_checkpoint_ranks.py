@@ -17,7 +17,7 @@ OTHER_OPTIMIZERS = ("stage1-sgd", "stage3-sgd", "stage1-adam", "stage3-adam")
 
 
 def run(folder: Path, mode: str, ranks: int) -> dict:
-    result = launch.run(SCRIPT, str(folder), mode, ranks=ranks, timeout=150)
+    result = launch.run_forked(SCRIPT, str(folder), mode, ranks=ranks)
     assert result.code == 0 and not result.killed, result.tail()
     name = mode if mode == "write" else f"read{ranks}"
     every = [json.loads((folder / f"{name}-{r}.json").read_text()) for r in range(ranks)]

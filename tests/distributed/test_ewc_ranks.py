@@ -97,7 +97,7 @@ def folder(tmp_path_factory) -> Path:
     fisher, anchor = earlier(path)
     ewc.save(path / "earlier.safetensors", fisher, anchor, {}, {})
     (path / "cases.json").write_text(json.dumps(CASES))
-    result = launch.run(SCRIPT, str(path / "cases.json"), str(path), ranks=2, timeout=120)
+    result = launch.run_forked(SCRIPT, str(path / "cases.json"), str(path), ranks=2)
     assert result.code == 0, result.tail()
     return path
 

@@ -33,7 +33,7 @@ def folder(tmp_path_factory) -> Path:
         manifest = tiny_vqa.write_data(path / f"data_{task}", answer=answer)
         manifest.statistics = statistics
         manifest.save(path / f"data_{task}")
-    result = launch.run(SCRIPT, str(path), ranks=2, timeout=240)
+    result = launch.run_forked(SCRIPT, str(path), ranks=2)
     assert result.code == 0, result.tail()
     assert "OVERFLOW" not in result.output
     return path

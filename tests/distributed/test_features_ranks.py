@@ -43,7 +43,7 @@ def test_two_ranks_write_the_bytes_of_one(folder):
     towers = Manifest.load(one).towers["backbone"]
     options = [f"--set={key}={towers[key]}" for key in ("vision", "text", "image_size", "max_text_length")]
     args = ["--data", folder / "pixels", "--out", two, "--backbone", towers["name"], *options, *VIEWS]
-    result = launch.run(LAUNCHER, *map(str, args), ranks=2, timeout=300)
+    result = launch.run(LAUNCHER, *map(str, args), ranks=2)
     assert result.code == 0, result.tail()
     assert "23 samples in" in result.output
     names = sorted(p.name for p in one.iterdir())
@@ -82,7 +82,7 @@ def recipe(folder: Path, kind: str, ranks: int, stage: int) -> Path:
 @pytest.mark.parametrize(("ranks", "stage"), [pytest.param(1, 0, marks=pytest.mark.slow), (2, 3)])
 def test_features_train_like_the_pixels_they_were_made_of(folder, ranks, stage):
     kinds = ["live", *STORED]
-    result = launch.run(SCRIPT, *(str(recipe(folder, kind, ranks, stage)) for kind in kinds), ranks=ranks, timeout=400)
+    result = launch.run_forked(SCRIPT, *(str(recipe(folder, kind, ranks, stage)) for kind in kinds), ranks=ranks)
     assert result.code == 0, result.tail()
     losses = {kind: read_losses(folder / f"run-{kind}-{ranks}-{stage}") for kind in kinds}
     assert len(losses["live"]) == 9

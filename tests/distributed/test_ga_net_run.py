@@ -40,7 +40,7 @@ def run(tmp_path_factory) -> Path:
         "engine": {"deepspeed": "ds_configs/zero3.json", "eval_every": 1000},
     }
     (folder / "recipe.yaml").write_text(yaml.safe_dump(content))
-    result = launch.run(SCRIPT, str(folder / "recipe.yaml"), ranks=2, timeout=400)
+    result = launch.run_forked(SCRIPT, str(folder / "recipe.yaml"), ranks=2)
     assert result.code == 0 and not result.killed, result.tail()
     return folder / "run"
 

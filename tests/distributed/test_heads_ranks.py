@@ -72,7 +72,7 @@ def folder(tmp_path_factory) -> Path:
     tiny_features.write_features(path / "toy", samples, image_width=wide, logit_scale=10.0, **templates)
     for ranks, stage in ((2, 3), (1, 0)):
         recipes = [str(recipe(path, name, stage, ranks)) for name in METHODS]
-        result = launch.run(SCRIPT, *recipes, ranks=ranks, timeout=400)
+        result = launch.run_forked(SCRIPT, *recipes, ranks=ranks)
         assert result.code == 0 and not result.killed, result.tail()
     return path
 

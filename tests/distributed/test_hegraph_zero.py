@@ -16,7 +16,7 @@ pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("hegraph")
-    result = launch.run(worker.__name__, str(path), ranks=2, timeout=200)
+    result = launch.run_forked(worker.__name__, str(path))
     assert result.code == 0, result.tail()
     return path
 

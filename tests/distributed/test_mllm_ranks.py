@@ -46,7 +46,7 @@ def folder(tmp_path_factory) -> Path:
     zero = {"stage": 3, "stage3_param_persistence_threshold": 0, "stage3_max_live_parameters": 0}
     (path / "ds.json").write_text(json.dumps({"zero_optimization": zero}))
     (path / "cases.json").write_text(json.dumps(CASES))
-    result = launch.run(SCRIPT, str(path / "cases.json"), str(path), ranks=2, timeout=240)
+    result = launch.run_forked(SCRIPT, str(path / "cases.json"), str(path), ranks=2)
     assert result.code == 0, result.tail()
     return path
 

@@ -54,7 +54,7 @@ def folder(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("pairs")
     sections = tiny_pairs.write_backbones(path, {c["backbone"] for c in CASES})
     (path / "cases.json").write_text(json.dumps({"cases": CASES, "backbones": sections}))
-    result = launch.run(SCRIPT, str(path / "cases.json"), str(path), ranks=2, timeout=400)
+    result = launch.run_forked(SCRIPT, str(path / "cases.json"), str(path), ranks=2)
     assert result.code == 0, result.tail()
     return path
 

@@ -6,8 +6,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -59,7 +57,7 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def untouched(folder) -> list[dict]:
-    result = launch.run(TRAIN, *arguments(folder, "untouched"), ranks=2, timeout=LIMIT)
+    result = launch.run_forked(TRAIN, *arguments(folder, "untouched"))
     assert result.code == 0 and not result.killed, result.tail()
     return rows(folder, "untouched")
 
@@ -79,7 +77,7 @@ def killed(folder, untouched) -> Path:
 
 def continued(folder: Path, killed: Path, name: str, *sets: str, ranks: int) -> list[dict]:
     shutil.copytree(killed, folder / name)
-    result = launch.run(TRAIN, *arguments(folder, name, *sets), ranks=ranks, timeout=LIMIT)
+    result = launch.run_forked(TRAIN, *arguments(folder, name, *sets), ranks=ranks)
     assert result.code == 0 and not result.killed, result.tail()
     return rows(folder, name)
 
@@ -110,7 +108,7 @@ def test_killed_then_stopped_twice_continues_to_the_bit(folder, untouched, kille
         result = launched.wait(25)
     assert not result.killed, result.tail()
     assert_stopped_cleanly(folder / run, result)
-    result = launch.run(TRAIN, *arguments(folder, run), ranks=2, timeout=LIMIT)
+    result = launch.run_forked(TRAIN, *arguments(folder, run))
     assert result.code == 0, result.tail()
     assert exact(rows(folder, run)) == exact(untouched)
     ours, theirs = (load_file(folder / r / "adapter" / "adapter_model.safetensors") for r in (run, "untouched"))
@@ -133,25 +131,18 @@ def test_other_rank_counts_and_stages_continue_the_same_curve(folder, untouched,
     assert [row["loss"] for row in found] == pytest.approx([row["loss"] for row in untouched], abs=1e-5)
 
 
-def alone(*words: str) -> subprocess.CompletedProcess:
-    """launchers/train.py without a launcher: one rank."""
-    command = [sys.executable, str(TRAIN), *words]
-    environment = launch.environment()
-    return subprocess.run(command, capture_output=True, text=True, timeout=LIMIT, env=environment, cwd=ROOT)
-
-
 def test_a_finished_run_prints_its_table_and_ends_well(folder, untouched):
     before = (folder / "untouched" / "metrics.jsonl").read_bytes()
-    result = alone(*arguments(folder, "untouched"))
-    assert result.returncode == 0 and "train_loss" in result.stdout, result.stderr
+    result = launch.run_forked(TRAIN, *arguments(folder, "untouched"), ranks=0)
+    assert result.code == 0 and "train_loss" in result.output, result.tail()
     assert (folder / "untouched" / "metrics.jsonl").read_bytes() == before
 
 
 def test_another_recipe_is_refused_with_the_keys_that_differ(folder, killed):
-    result = alone(*arguments(folder, "killed", "optim.lr=0.5", "data.workers=1"))
-    assert result.returncode == 2, result.stderr
-    last = result.stderr.strip().splitlines()[-1]
-    assert "optim.lr: 0.01 -> 0.5" in last and "data.workers" not in last and "Traceback" not in result.stderr
+    result = launch.run_forked(TRAIN, *arguments(folder, "killed", "optim.lr=0.5", "data.workers=1"), ranks=0)
+    assert result.code == 2, result.tail()
+    last = result.output.strip().splitlines()[-1]
+    assert "optim.lr: 0.01 -> 0.5" in last and "data.workers" not in last and "Traceback" not in result.output
 
 
 def test_a_flipped_bit_in_a_frozen_weight_is_noticed(folder, killed):
@@ -163,8 +154,8 @@ def test_a_flipped_bit_in_a_frozen_weight_is_noticed(folder, killed):
     try:
         save_file(tensors, weights, metadata={"format": "pt"})
         shutil.copytree(killed, folder / "flipped")
-        result = alone(*arguments(folder, "flipped"))
+        result = launch.run_forked(TRAIN, *arguments(folder, "flipped"), ranks=0)
     finally:
         weights.write_bytes(before)
-    assert result.returncode == 2, result.stderr
-    assert f"frozen weight text_model.{name} is" in result.stderr and "Traceback" not in result.stderr
+    assert result.code == 2, result.tail()
+    assert f"frozen weight text_model.{name} is" in result.output and "Traceback" not in result.output

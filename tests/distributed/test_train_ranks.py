@@ -35,7 +35,7 @@ def folder(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("train_ranks")
     tiny_classifier.make_towers(path)
     (path / "cases.json").write_text(json.dumps(CASES))
-    result = launch.run(SCRIPT, str(path / "cases.json"), str(path), ranks=2, timeout=240)
+    result = launch.run_forked(SCRIPT, str(path / "cases.json"), str(path), ranks=2)
     assert result.code == 0, result.tail()
     return path
 

@@ -1,4 +1,4 @@
-"""Start the real `deepspeed` launcher on this machine, and never leave a process behind."""
+"""Starting ranks on this machine, by the real `deepspeed` launcher or without it, and leaving no process behind."""
 
 from __future__ import annotations
 
@@ -10,21 +10,30 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 
-from tests.helpers import ROOT
+from tests.helpers import ROOT, rank_server
 
 
 @dataclass
 class Result:
-    """Exit code of the launcher and what all ranks printed; `killed` when the wall clock ended it."""
+    """How a launch ended.
+
+    Attributes:
+        code: exit code of the launcher; without one, the first of the ranks' that is not 0.
+        output: what all ranks printed.
+        killed: whether the time was up.
+        codes: exit codes of the ranks where there was no launcher.
+    """
 
     code: int
     output: str
     killed: bool = False
+    codes: Sequence[int] = ()
 
     def tail(self, lines: int = 60) -> str:
         """The end of the output, for the message of an assertion."""
@@ -143,3 +152,25 @@ def run(
     """Launch `script` on `ranks` ranks and wait for its end, at most `timeout` seconds."""
     with Launch(script, *args, ranks=ranks, env=env) as launched:
         return launched.wait(timeout)
+
+
+def run_forked(
+    script: str | Path, *args: str, ranks: int = 2, timeout: float = 600.0, env: dict[str, str] | None = None
+) -> Result:
+    """`run` without a launcher: ranks that have imported everything run `script`, each to its own end.
+
+    Nobody ends the other ranks when one fails.
+
+    Args:
+        ranks: 0 is one process that no launcher has told anything, as `python script` starts it.
+    """
+    group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(ranks)}
+    group |= {"LOCAL_SIZE": str(ranks)}
+    given = [environment(**group, RANK=str(r), LOCAL_RANK=str(r)) for r in range(ranks)] or [environment()]
+    with tempfile.NamedTemporaryFile(prefix="ranks-", suffix=".log") as log:
+        job = {"script": str(script), "args": args, "log": log.name, "timeout": timeout}
+        codes = rank_server.ask(job | {"environments": [e | (env or {}) for e in given]})
+        output = Path(log.name).read_text(errors="replace")
+    if None in codes:
+        return Result(-signal.SIGKILL, output, killed=True)
+    return Result(next((code for code in codes if code), 0), output, codes=codes)

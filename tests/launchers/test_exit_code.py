@@ -8,7 +8,7 @@ import torch
 import yaml
 
 from mmpeft_ds.data import order
-from tests.helpers import launch
+from tests.helpers import ROOT, launch
 from tests.helpers.runs import tiny_vqa
 
 pytestmark = pytest.mark.distributed
@@ -34,8 +34,8 @@ def test_a_shard_that_only_rank_1_misses_ends_both_ranks_in_one_line(tmp_path):
     # One slot a rank: rank 1 needs that shard in its second half only.
     sets = ["data.verify=none", "data.shuffle_block=1", "optim.epochs=1", "data.global_batch=2"]
     words = [word for s in sets for word in ("--set", s)]
-    result = launch.run("launchers/train.py", "--recipe", str(tmp_path / "recipe.yaml"), *words, ranks=2, timeout=120)
-    assert not result.killed and result.code == 2, result.tail()
+    result = launch.run_forked(ROOT / "launchers" / "train.py", "--recipe", str(tmp_path / "recipe.yaml"), *words)
+    assert list(result.codes) == [2, 2], result.tail()
     lines = [line for line in result.output.splitlines() if "error: " in line]
     assert len(lines) == 1 and shards[last].name in lines[0], result.tail()
     assert "Traceback" not in result.output, result.tail()
