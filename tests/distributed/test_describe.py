@@ -316,7 +316,8 @@ def test_a_vision_tower_before_a_language_model_describes_too(folder, tmp_path):
 )
 def test_the_command_says_in_one_line_what_is_wrong(folder, args, words, monkeypatch, capsys):
     command = ["--data", str(folder / "data"), "--out", str(folder / "no"), *args]
-    monkeypatch.setattr(describe.setup, "start", lambda recipe: SimpleNamespace(rank=0, device=torch.device("cpu")))
+    alone = SimpleNamespace(rank=0, device=torch.device("cpu"))
+    monkeypatch.setattr(describe.processes, "start", lambda *given: alone)
     code = commands.run_script(LAUNCHER, command, monkeypatch)
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert code == 2 and words in line
