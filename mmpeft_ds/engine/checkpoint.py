@@ -9,12 +9,14 @@
                                   recipe.json              the resolved recipe
                                   fingerprint.json         of every frozen tensor
                                   checksums.json           sha256 of the files above
+                                  evaluated.json           TrainState after an evaluation that followed the saving
 
 Random numbers need no state of their own: they are drawn from (seed, epoch, sample) and (seed, step, rank).
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import logging
@@ -136,6 +138,22 @@ def load(
     return TrainState(**{k: v for k, v in header["state"].items() if k in known})
 
 
+def record_evaluation(path: Path, state: TrainState, keep_last: int, best: bool) -> None:
+    """Add to a checkpoint what an evaluation of its weights gave; if `best`, move that pointer to it. Collective.
+
+    Args:
+        path: of a checkpoint that was saved after the step that `state` is at.
+    """
+
+    def write() -> None:
+        write_json(path / "evaluated.json", dataclasses.asdict(state))
+        if best:
+            write_atomic(path.parent / "best", path.name + "\n")
+        _prune(path.parent, keep_last)
+
+    on_rank0(write)
+
+
 def newest_valid(run_dir: str | Path) -> Path | None:
     """The checkpoint to continue from: the one that `latest` names, else the newest that is whole. Collective.
 
@@ -172,7 +190,7 @@ def damage(path: str | Path) -> str | None:
 
 
 def read_json(path: str | Path, name: str) -> dict[str, Any]:
-    """One of the JSON files of a checkpoint: `state`, `recipe` or `fingerprint`."""
+    """One of the JSON files of a checkpoint: `state`, `recipe`, `fingerprint` or `evaluated`."""
     return json.loads((Path(path) / f"{name}.json").read_text("utf-8"))
 
 
@@ -246,6 +264,8 @@ def _read_header(
             )
     if fingerprint is not None:
         fingerprints.compare(read_json(path, "fingerprint"), fingerprint, f"checkpoint {path}")
+    with contextlib.suppress(FileNotFoundError, ValueError):  # without it the evaluation is made again
+        header["state"] = read_json(path, "evaluated")
     return header
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -40,71 +42,57 @@ def run(recipe: recipes.Recipe, *, fresh: bool = False, conclude: Callable[[Trai
     Raises:
         BadInput: on all ranks, in one line.
     """
-    # First of all: a launcher that dies while the model is being built must be known to have lived.
-    with StopFlag(recipe.engine.stop_grace) as stop:
-        ranks = processes.start(recipe.engine.threads, recipe.seed)
+    with contextlib.ExitStack() as stack:
+        # Enter first, so that a launcher dying during the build is noticed.
+        stop = stack.enter_context(StopFlag(recipe.engine.stop_grace))
+
+        # Parse, before the ranks meet: what is wrong with the recipe is said at once.
         resolved = resolve(recipe)
-        run_dir = RunDir.open(recipe.run_dir, recipes.to_dict(resolved.recipe), fresh=fresh)
-        try:
-            return _run(resolved, ranks, run_dir, stop, conclude)
-        finally:
-            run_dir.close()
+        recipe = resolved.recipe
+        ranks = processes.start(recipe.engine.threads, recipe.seed)
+        run_dir = RunDir.open(recipe.run_dir, recipes.to_dict(recipe), fresh=fresh)
+        stack.callback(run_dir.close)
+        stream = make_stream(resolved, resolved.train, ranks, train=True)
+        stack.callback(stream.close)  # loader workers that still start would delay the exit after an error
+        total = total_steps(recipe, stream, resolved.method_options.gradient_free)
+        check_schedule(recipe, total, stream.steps_per_epoch())
+        finished = run_dir.finished(total, recipe.engine.patience)
+        if finished is not None:
+            if ranks.rank == 0:
+                print(finished["table"])
+            return 0
+        ewc.check(recipe)
+        resolved.print_notes(ranks.rank)
+        check_shards(resolved, ranks)
 
+        # Build.
+        built = build(resolved, ranks)
+        fingerprints = fingerprint.frozen_fingerprint(fingerprint.frozen_tensors(built.model))
 
-def _run(
-    resolved: Resolved, ranks: Ranks, run_dir: RunDir, stop: StopFlag, conclude: Callable[[Training], bool] | None
-) -> int:
-    stream = make_stream(resolved, resolved.train, ranks, train=True)
-    try:
-        return _with_stream(resolved, ranks, run_dir, stop, stream, conclude)
-    finally:
-        stream.close()  # workers that still start would hold up the exit of a process that only brings bad news
+        # Restore.
+        state = TrainState(global_batch=recipe.data.global_batch)
+        if run_dir.resume_from is not None:
+            state = checkpoint.load(run_dir.resume_from, built.engine, built.trainables, fingerprints)
+        base = ewc.base_of(built.model, fingerprints, resolved.train)
+        built.ewc = ewc.load(recipe, built, base, state, fresh=run_dir.resume_from is None)
+        run_dir.truncate(state.step)  # to 0 as well: an earlier start may have died before its first checkpoint
 
-
-def _with_stream(
-    resolved: Resolved,
-    ranks: Ranks,
-    run_dir: RunDir,
-    stop: StopFlag,
-    stream: Stream,
-    conclude: Callable[[Training], bool] | None,
-) -> int:
-    recipe = resolved.recipe
-    total = total_steps(recipe, stream, resolved.method_options.gradient_free)
-    check_schedule(recipe, total, stream.steps_per_epoch())
-    if (done := run_dir.finished(total, recipe.engine.patience)) is not None:
+        # Train.
+        observer: Observer = Silent()
         if ranks.rank == 0:
-            print(done["table"])
-        return 0
-    ewc.check(recipe)
-    if ranks.rank == 0:
-        for note in resolved.notes:  # before the base is loaded, which may take minutes
-            print(f"note: {note}", flush=True)
-    check_shards(resolved, ranks)
-    built = build(resolved, ranks)
-    fingerprints = fingerprint.frozen_fingerprint(fingerprint.frozen_tensors(built.model))
-    state = TrainState(global_batch=recipe.data.global_batch)
-    if run_dir.resume_from is not None:
-        state = checkpoint.load(run_dir.resume_from, built.engine, built.trainables, fingerprints)
-    base = ewc.base_of(built.model, fingerprints, resolved.train)
-    built.ewc = ewc.load(recipe, built, base, state, fresh=run_dir.resume_from is None)
-    run_dir.truncate(state.step)  # to 0 as well: an earlier start may have died before its first checkpoint
-    observer: Observer = Silent()
-    if ranks.rank == 0:
-        observer = Monitor(run_dir.path, recipe.monitor, total, state.step, recipes.to_yaml(recipe))
-    for line in built.ewc.told if built.ewc else ():
-        observer.say(line)
-    training = Training(resolved, built, ranks, stream, total, state, run_dir, fingerprints, observer, stop)
-    try:
-        finished = training.loop() and training.finish(conclude)
-        if not finished:
+            observer = Monitor(run_dir.path, recipe.monitor, total, state.step, recipes.to_yaml(recipe))
+        stack.callback(observer.close)
+        for line in built.ewc.told if built.ewc else ():
+            observer.say(line)
+        training = Training(resolved, built, ranks, stream, total, state, run_dir, fingerprints, observer, stop)
+        stack.callback(training.close)
+        if not (training.loop() and training.finish(conclude)):
             observer.say(f"stopped after step {state.step} of {total}; the same command continues it")
-    finally:
-        observer.close()
-        training.close()
-    # Its hooks on the parameters' autograd nodes, which no garbage collector sees, would keep the model for ever.
-    built.engine.destroy()
-    return 0
+
+        # Close. DeepSpeed's hooks on the parameters' autograd nodes, which no garbage collector sees, would keep the
+        # model for ever.
+        built.engine.destroy()
+        return 0
 
 
 class Training:
@@ -134,7 +122,8 @@ class Training:
         self.stepper = Stepper(resolved, built, ranks, total, state, budget, stop.requested, per_epoch)
         self.validation = [make_stream(resolved, [source], ranks, train=False) for source in resolved.validation]
         self.last: dict[str, Any] = {}
-        self.saved_at = state.step if run_dir.resume_from is not None else -1
+        self.saved: Path | None = run_dir.resume_from  # the newest checkpoint
+        self.saved_at = state.step if self.saved is not None else -1
 
     def loop(self) -> bool:
         """Train until the end, early stopping, or a stop request; True if there is nothing left to train.
@@ -151,12 +140,12 @@ class Training:
                 verdict = self.evaluate_and_save()
         except AgreedBadInput:
             if self.state.step:
-                self.save(best=False)
+                self.save()
             raise
         return verdict
 
     def evaluate_and_save(self) -> bool | None:
-        """Evaluate and save after a step, where that is due.
+        """Save and evaluate after a step, where that is due.
 
         Returns:
             True: nothing left to train; False: told to stop; None: go on.
@@ -166,13 +155,16 @@ class Training:
         epoch_over = state.step_in_epoch >= self.stream.steps_per_epoch(state.epoch)
         due = at_end or (state.step % engine.eval_every == 0 if engine.eval_every else epoch_over)
         missing = bool(self.validation) and due and state.extra.get("evaluated_at") != state.step
-        best = False
+        save_due = at_end or (state.step % engine.save_every == 0 if engine.save_every else due)
+        if save_due or self.stepper.stopping:
+            self.save()  # before the evaluation: a stop during it loses no step
         if missing and not self.stepper.stopping:
             best = self.validate()
             missing = self.stepper.stopping
-        save_due = at_end or (state.step % engine.save_every == 0 if engine.save_every else due)
-        if save_due or best or self.stepper.stopping:
-            self.save(best)
+            if self.saved is not None and self.saved_at == state.step and not missing:
+                checkpoint.record_evaluation(self.saved, state, engine.keep_last, best)
+            elif best or missing:
+                self.save(best)
         if (at_end or self.out_of_patience()) and not missing:
             return True
         return False if self.stepper.stopping else None
@@ -240,13 +232,13 @@ class Training:
             thumbnail=thumbnails_of(self.resolved.validation[index]),
         )
 
-    def save(self, best: bool) -> None:
+    def save(self, best: bool = False) -> None:
         """A checkpoint of where the run stands, unless there is one already."""
         if self.saved_at == self.state.step and not best:
             return
         self.state.extra["bad_budget"] = merged_budget(self.stepper.budget).state()
         self.observer.flush()  # a kill right after the checkpoint must not cost the curves up to it
-        checkpoint.save(
+        self.saved = checkpoint.save(
             self.run_dir.path,
             self.built.engine,
             self.built.trainables,

@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import save_file
 
 from mmpeft_ds.engine import checkpoint
+from mmpeft_ds.engine.train_state import TrainState
 from mmpeft_ds.errors import BadInput
 
 
@@ -118,6 +119,15 @@ def test_a_pointer_moved_back_by_hand_is_followed(tmp_path):
     write(tmp_path, 10)
     (tmp_path / "checkpoints" / "latest").write_text("step-00000005\n")
     assert checkpoint.newest_valid(tmp_path) == first
+
+
+def test_an_evaluation_is_added_to_the_checkpoint_that_was_saved_before_it(tmp_path):
+    first, second = write(tmp_path, 5, best=True), write(tmp_path, 10, keep=1)
+    state = TrainState(step=10, best=0.5, best_step=10, extra={"evaluated_at": 10})
+    checkpoint.record_evaluation(second, state, keep_last=1, best=True)
+    assert checkpoint.best_valid(tmp_path) == second and checkpoint.damage(second) is None
+    assert TrainState(**checkpoint.read_json(second, "evaluated")) == state
+    assert not first.exists()  # it was kept for being the best
 
 
 @pytest.mark.parametrize("victim", ["weights.safetensors", "state.json", "checksums.json"])
