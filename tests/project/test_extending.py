@@ -1,0 +1,79 @@
+"""The examples of docs/extending.md are complete: saved as one file each, recipes find them and they train."""
+
+import re
+import sys
+
+import pytest
+import torch
+
+from mmpeft_ds import backbones, registry, tasks
+from mmpeft_ds.backbones.base import model_hooks
+from mmpeft_ds.data.batch import Sample, pack
+from mmpeft_ds.engine.assembly.forward import forward
+from mmpeft_ds.errors import BadSample
+from tests.helpers import ROOT
+from tests.helpers.models import tiny_towers
+
+
+@pytest.fixture
+def saved(tmp_path, monkeypatch):
+    """Save the first example of a section as a file NAME.py in a folder of `package`."""
+
+    def save(section, package, name):
+        page = (ROOT / "docs" / "extending.md").read_text("utf-8")
+        code = re.search(rf"^## {section}$.*?^```python\n(.*?)^```$", page, re.M | re.S).group(1)
+        folder = tmp_path / package.__name__
+        folder.mkdir()
+        (folder / f"{name}.py").write_text(code)
+        monkeypatch.setattr(package, "__path__", [*package.__path__, str(folder)])
+        monkeypatch.delitem(sys.modules, f"{package.__name__}.{name}", raising=False)
+        assert name in registry.names(package)
+        entry = registry.load(package, name, "name")
+        assert registry.options(package, name, "name") is entry.Options
+        return entry
+
+    return save
+
+
+def pixels(seed):
+    return torch.randint(0, 256, (3, 9, 11), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+
+
+def test_the_example_backbone_and_the_example_task_train_together(saved, tmp_path):
+    entry, rating = saved("A backbone", backbones, "image_classifier"), saved("A task", tasks, "rating")
+    made = entry(entry.Options(model=tiny_towers.write_vision(tmp_path / "vit", "vit")), ["a", "b"])
+    made.check()
+    torch.manual_seed(0)
+    model, task = made.build(), rating(rating.Options(), None)
+    assert {p.device.type for p in made.build(on_meta=True).parameters()} == {"meta"}
+    for path in model_hooks(model).head_modules:
+        model.get_submodule(path).requires_grad_(True)
+    transform, samples = made.image_transform(True), []
+    for i, images in enumerate(([1], [2, 3], [])):
+        record = {"rating": i}
+        texts, targets = task.read(record, torch.Generator())
+        weight = float(i < 2)
+        samples.append(Sample(str(i), weight, [transform(pixels(s), None) for s in images], texts, targets, record))
+    batch = pack(samples, made.collate_images, made.collate_texts, task.collate)
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.003)
+    losses = []
+    for _ in range(20):
+        optimizer.zero_grad()
+        loss = task.loss(forward(model, made, batch), batch)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] / 2
+    trained = {n for n, p in model.named_parameters() if p.grad is not None}
+    assert trained == {"classifier.weight", "classifier.bias"}
+    rows = task.predict(forward(model, made, batch), batch)
+    assert [row["sample_id"] for row in rows] == ["0", "1"] and set(task.score(rows)) == {task.main_metric}
+    with pytest.raises(BadSample):
+        task.read({"rating": "good"}, torch.Generator())
+
+
+def test_the_example_backbone_answers_samples_without_images_with_zeros(saved, tmp_path):
+    entry = saved("A backbone", backbones, "image_classifier")
+    made = entry(entry.Options(model=tiny_towers.write_vision(tmp_path / "vit", "vit")), ["a", "b"])
+    batch = pack([Sample("s", 1.0, [], ["a"], [0])], made.collate_images, made.collate_texts, lambda t: {})
+    assert forward(made.build().eval(), made, batch).logits.tolist() == [[0.0, 0.0]]
