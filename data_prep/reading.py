@@ -11,9 +11,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from mmpeft_ds.data.decode import FORMATS
+from mmpeft_ds.data.formats import FORMATS, STORED
 from mmpeft_ds.data.shards import members
-from mmpeft_ds.data.writer import IMAGE_EXTENSIONS
 from mmpeft_ds.errors import BadSample
 
 
@@ -65,6 +64,6 @@ def _images(parts: dict[str, bytes]) -> list[tuple[int, bytes]]:
     found = []
     for extension, data in parts.items():
         number, _, kind = extension.rpartition(".")
-        if kind in IMAGE_EXTENSIONS and (number == "" or number.isdigit()):
+        if kind in STORED.values() and (number == "" or number.isdigit()):
             found.append((int(number or 0), data))
     return found

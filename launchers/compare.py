@@ -12,13 +12,14 @@ import statistics
 import sys
 import time
 from pathlib import Path
+from typing import get_args
 
 # This folder must not come first on the path: its file names would hide installed modules of the same name.
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from launchers._run import ROOT, launch, python, rows_of  # noqa: E402
 from mmpeft_ds import console  # noqa: E402
-from mmpeft_ds.ops.route import ROUTES  # noqa: E402
+from mmpeft_ds.methods.common.options import Route  # noqa: E402
 
 RECIPE, DATA = "recipes/quickstart.yaml", "data/easy-vqa"
 SMOOTH = 10  # steps a point of the plot averages
@@ -33,10 +34,10 @@ def main() -> int:
     code = python("data_prep/prepare.py", "easy-vqa", "--out", DATA)
     if code := code or python("data_prep/feature_stats.py", DATA, "--recipe", RECIPE):
         return code
-    rows = {}
-    for number, route in enumerate(ROUTES):
+    rows, routes = {}, get_args(Route)
+    for number, route in enumerate(routes):
         run = args.out / f"{route}-{args.steps}"
-        print(f"\n--- {number + 1}/{len(ROUTES)} {route}", flush=True)
+        print(f"\n--- {number + 1}/{len(routes)} {route}", flush=True)
         if code := train(route, run, args):
             return code
         rows[route] = read(run)

@@ -17,8 +17,9 @@ from pathlib import Path
 # This folder must not come first on the path: its file names would hide installed modules of the same name.
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from mmpeft_ds import console  # noqa: E402
+from mmpeft_ds import adapter_files, console  # noqa: E402
 from mmpeft_ds import recipe as recipes  # noqa: E402
+from mmpeft_ds.data.manifest import Manifest  # noqa: E402
 from mmpeft_ds.errors import BadInput  # noqa: E402
 
 SECTIONS = ("backbone", "engine", "data")
@@ -59,6 +60,9 @@ def main() -> int:
             raise BadInput(f"--generate {item}: expected KEY=VALUE, such as --generate length_penalty=1.2.")
         generation[key] = recipes.parse_yaml(value, f"--generate {key}")
     recipe = read_recipe(args)
+    Manifest.load(args.data)  # what is wrong with it is said before torch is imported
+    if args.adapter:
+        adapter_files.whole(args.adapter)
     from mmpeft_ds.precompute import captions as describe
 
     options = describe.DescribeOptions(

@@ -13,6 +13,7 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from mmpeft_ds import console  # noqa: E402
+from mmpeft_ds import recipe as recipes  # noqa: E402
 
 
 def main() -> int:
@@ -23,6 +24,7 @@ def main() -> int:
     parser.add_argument("--checkpoint", default="best", help="best (default), last, or a name below RUN/checkpoints")
     parser.add_argument("--set", action="append", default=[], metavar="A.B=VALUE", help="override one key; repeatable")
     args = parser.parse_args()
+    recipes.of_run(args.run, args.set)  # what is wrong with it is said before torch is imported
     from mmpeft_ds.runs.evaluate import evaluate_run
 
     reports = evaluate_run(args.run, args.split, args.checkpoint, args.set)

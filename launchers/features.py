@@ -18,6 +18,7 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from mmpeft_ds import console  # noqa: E402
 from mmpeft_ds import recipe as recipes  # noqa: E402
+from mmpeft_ds.data.manifest import Manifest  # noqa: E402
 from mmpeft_ds.errors import BadInput  # noqa: E402
 
 SECTIONS = ("backbone", "engine", "data", "seed")
@@ -50,6 +51,7 @@ def main() -> int:
     parser.add_argument("--overwrite", action="store_true", help="delete the features that are in --out")
     args = parser.parse_args()
     recipe = read_recipe(args)
+    Manifest.load(args.data)  # what is wrong with it is said before torch is imported
     from mmpeft_ds.precompute import features
 
     return features.run(

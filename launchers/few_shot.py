@@ -15,6 +15,8 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from mmpeft_ds import console  # noqa: E402
+from mmpeft_ds.runs import few_shot_report  # noqa: E402
+from mmpeft_ds.runs.few_shot_study import Study, results  # noqa: E402
 
 
 def main() -> int:
@@ -28,27 +30,31 @@ def main() -> int:
     parser.add_argument("--check", action="store_true", help="list the runs and what is done of them")
     parser.add_argument("--report", action="store_true", help="run nothing, write the tables of what is done")
     args = parser.parse_args()
-    from mmpeft_ds.runs import few_shot, few_shot_report
-
-    whole = few_shot.Study.load(args.recipe, args.set)
+    whole = Study.load(args.recipe, args.set)
     study = whole.only(args.methods, args.shots, args.seeds)
+    cells = whole.cells()
     if args.check:
         return check(study) if console.rank() == 0 else 0
-    finished = args.report or few_shot.run(study)
+    finished = args.report or run(study)
     if console.rank() == 0:
-        results = few_shot.results(whole)
-        if results:
-            print(few_shot_report.write(whole.out, results))
+        done = results(whole)
+        if done:
+            print(few_shot_report.write(whole.out, done))
             print(f"written: {whole.out}/results.md, results.csv, results.png")
-        print(f"{len(results)} of {len(whole.cells())} runs are done" + ("" if finished else "; it was stopped"))
+        print(f"{len(done)} of {len(cells)} runs are done" + ("" if finished else "; it was stopped"))
     return 0
 
 
-def check(study) -> int:
-    """One line a run."""
+def run(study: Study) -> bool:
+    """Run what is missing; False if it was stopped."""
     from mmpeft_ds.runs import few_shot
 
-    done = {(r["method"], r["shots"], r["seed"], r["half"]) for r in few_shot.results(study)}
+    return few_shot.run(study)
+
+
+def check(study: Study) -> int:
+    """One line a run."""
+    done = {(r["method"], r["shots"], r["seed"], r["half"]) for r in results(study)}
     for cell in study.cells():
         there = (cell.method, cell.shots, cell.seed, cell.half) in done
         print(f"{'done' if there else '    '}  {cell.path}  {cell.title}")

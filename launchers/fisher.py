@@ -14,6 +14,7 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from mmpeft_ds import console  # noqa: E402
+from mmpeft_ds import recipe as recipes  # noqa: E402
 from mmpeft_ds.errors import BadInput  # noqa: E402
 
 
@@ -33,6 +34,7 @@ def main() -> int:
     if args.out.suffix != ".safetensors":
         raise BadInput(f"--out {args.out}: must end in .safetensors.")
     weights = [factor(item) for item in args.weight]
+    recipes.of_run(args.run, args.set)  # what is wrong with it is said before torch is imported
     from mmpeft_ds.runs import fisher
 
     facts = fisher.estimate(args.run, args.out, args.split, args.checkpoint, args.set, weights)

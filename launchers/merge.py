@@ -14,7 +14,7 @@ from pathlib import Path
 # This folder must not come first on the path: its file names would hide installed modules of the same name.
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from mmpeft_ds import console  # noqa: E402
+from mmpeft_ds import adapter_files, console  # noqa: E402
 
 
 def main() -> int:
@@ -23,6 +23,7 @@ def main() -> int:
     parser.add_argument("--adapter", type=Path, required=True, help="adapter directory: RUN/adapter")
     parser.add_argument("--out", type=Path, required=True, help="new directory for the merged model")
     args = parser.parse_args()
+    adapter_files.whole(args.adapter)  # said before torch is imported
     from mmpeft_ds import merging
 
     told = merging.merge(args.adapter, args.out)

@@ -23,6 +23,9 @@ def main() -> int:
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
     args = parser.parse_args()
     recipe = recipes.load(args.recipe, args.set)
+    from mmpeft_ds.engine.assembly.outline import outline
+
+    outline(recipe)  # what is wrong with recipe or data is said before torch is imported
     from mmpeft_ds.engine import plan
     from mmpeft_ds.engine.assembly import resolve
 

@@ -16,7 +16,7 @@ from pathlib import Path
 # This folder must not come first on the path: its file names would hide installed modules of the same name.
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from mmpeft_ds import console  # noqa: E402
+from mmpeft_ds import adapter_files, console  # noqa: E402
 from mmpeft_ds.errors import BadInput  # noqa: E402
 from mmpeft_ds.runs import inputs  # noqa: E402
 
@@ -38,6 +38,7 @@ def main() -> int:
     if args.batch < 1:
         raise BadInput(f"--batch: must be 1 or more, got {args.batch}.")
     images, texts = inputs.find_pictures(args.images), inputs.read_texts(args.text, args.texts)
+    adapter_files.whole(args.adapter)  # said before torch is imported
     from mmpeft_ds.runs import predict
 
     answers = predict.predict(

@@ -16,7 +16,7 @@ from pathlib import Path
 # This folder must not come first on the path: its file names would hide installed modules of the same name.
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from mmpeft_ds import console  # noqa: E402
+from mmpeft_ds import adapter_files, console  # noqa: E402
 from mmpeft_ds.errors import BadInput  # noqa: E402
 from mmpeft_ds.runs import inputs  # noqa: E402
 
@@ -43,6 +43,7 @@ def main() -> int:
     captions = inputs.read_texts([], args.captions, "--captions")
     if bool(texts) == bool(captions):
         raise BadInput('nothing to look for: give --text "a dog on a beach" or --texts FILE, or else --captions FILE.')
+    adapter_files.whole(args.adapter)  # said before torch is imported
     from mmpeft_ds.runs import search
 
     found = search.search(

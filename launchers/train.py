@@ -26,16 +26,20 @@ def main() -> int:
     parser.add_argument("--fresh", action="store_true", help="start over in a new directory; never overwrites")
     args = parser.parse_args()
     recipe = recipes.load(args.recipe, args.set)
-    if args.print_recipe or args.check:
+    if args.print_recipe and console.rank() == 0:
+        print(recipes.to_yaml(recipes.filled(recipe)), end="")
+    if args.print_recipe and not args.check:
+        return 0
+    from mmpeft_ds.engine.assembly.outline import outline
+
+    outline(recipe)  # what is wrong with recipe or data is said before torch is imported
+    if args.check:
         from mmpeft_ds.engine import plan
         from mmpeft_ds.engine.assembly import resolve
 
-        if args.print_recipe and console.rank() == 0:
-            print(recipes.to_yaml(recipes.filled(recipe)), end="")
-        if args.check:
-            report = plan.make(resolve.resolve(recipe))
-            if console.rank() == 0:
-                plan.show(report)
+        report = plan.make(resolve.resolve(recipe))
+        if console.rank() == 0:
+            plan.show(report)
         return 0
     from mmpeft_ds.engine import trainer
 

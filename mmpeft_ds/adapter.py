@@ -30,16 +30,15 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from mmpeft_ds import recipe as recipes
+from mmpeft_ds.adapter_files import whole
 from mmpeft_ds.backbones.base import BackboneBase
 from mmpeft_ds.data import decode
 from mmpeft_ds.data.batch import Sample, pack
 from mmpeft_ds.engine.assembly.forward import answer
-from mmpeft_ds.engine.export import WEIGHTS, transform_description
+from mmpeft_ds.engine.export import transform_description
 from mmpeft_ds.engine.zero import fingerprint
 from mmpeft_ds.errors import BadInput, BadSample
 from mmpeft_ds.tasks.base import TaskBase
-
-FILES = ("adapter_config.json", WEIGHTS, "recipe.yaml", "backbone.json", "labels.json", "base_fingerprint.json")
 
 
 @dataclass
@@ -170,7 +169,7 @@ def load(
     """
     from mmpeft_ds.engine.assembly.resolve import float32_heads, make_backbone
 
-    directory = _whole(directory)
+    directory = whole(directory)
     overrides = [*(overrides or []), *(reading_pictures(directory) if pictures else [])]
     recipe = recipes.load(directory / "recipe.yaml", overrides)
     labels = _read(directory, "labels.json")
@@ -195,7 +194,7 @@ def load(
 
 def tasks_of(directory: str | Path) -> list[TaskBase]:
     """The tasks of an adapter directory, without its model. Raises BadInput."""
-    directory = _whole(directory)
+    directory = whole(directory)
     return _tasks(recipes.load(directory / "recipe.yaml"), _read(directory, "labels.json"))
 
 
@@ -205,17 +204,6 @@ def texts_for(task: TaskBase, given: Sequence[str]) -> list[str]:
         return list(given) or [""]
     name = type(task).__name__.lower()
     raise BadInput(f"nothing to ask: task {name} needs a text, such as --text {json.dumps(task.example_text)}.")
-
-
-def _whole(directory: str | Path) -> Path:
-    """The directory, if all its files are there. Raises BadInput."""
-    directory = Path(directory)
-    absent = [name for name in FILES if not (directory / name).is_file()]
-    if absent:
-        raise BadInput(
-            f"{directory}: no adapter directory, {absent[0]} is missing. Give the `adapter` folder of a run."
-        )
-    return directory
 
 
 def _tasks(recipe: recipes.Recipe, labels: list[str] | None) -> list[TaskBase]:

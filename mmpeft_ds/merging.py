@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from mmpeft_ds import adapter
 from mmpeft_ds import recipe as recipes
+from mmpeft_ds.adapter_files import whole
 from mmpeft_ds.backbones.common import tower_loading
 from mmpeft_ds.data.batch import PackedBatch, Prompted, Sample, pack
 from mmpeft_ds.data.transform import hooks_of
@@ -54,7 +55,7 @@ def merge(directory: str | Path, out: str | Path) -> dict[str, Any]:
     out = Path(out)
     if out.exists():
         raise BadInput(f"{out}: exists. Give a new directory.")
-    section = _method(directory)
+    section = recipes.components(recipes.load(whole(directory) / "recipe.yaml")).method
     method, config = make_method(section)
     if reason := method.unmergeable(config):
         raise BadInput(f"{directory}: method {section.name} cannot be merged: {reason} Keep it as an adapter.")
@@ -118,13 +119,6 @@ def _difference(one: list[Tensor], other: list[Tensor]) -> float:
         scale = a[finite].abs().max().clamp(min=1e-12)
         found.append(float((a - b)[finite].abs().max() / scale))
     return max(found)
-
-
-def _method(directory: str | Path) -> recipes.Section:
-    path = Path(directory) / "recipe.yaml"
-    if not path.is_file():
-        raise BadInput(f"{directory}: no adapter directory. Give the `adapter` folder of a run.")
-    return recipes.components(recipes.load(path)).method
 
 
 def _unwrap_heads(base: nn.Module) -> None:

@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.sources.base import RawSample
+from mmpeft_ds.data.formats import STORED_SUFFIXES
 from mmpeft_ds.errors import BadInput
 
 SPLITS = ("train", "val", "test")
-EXTENSIONS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 
 
 @dataclass
@@ -94,7 +94,7 @@ class CoopSplit:
             raise ValueError(f"entry {str(entry)[:60]}")
         if Path(path).is_absolute() or ".." in Path(path).parts:
             raise ValueError(f"path {path!r} leaves the root")
-        if Path(path).suffix.lower() not in EXTENSIONS:
+        if Path(path).suffix.lower() not in STORED_SUFFIXES:
             raise ValueError(f"{path!r} is no image")
         return path, label, str(name)
 

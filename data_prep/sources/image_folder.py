@@ -15,9 +15,9 @@ from functools import cached_property
 from pathlib import Path
 
 from data_prep.sources.base import RawSample
+from mmpeft_ds.data.formats import STORED_SUFFIXES
 from mmpeft_ds.errors import BadInput
 
-EXTENSIONS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 SPLITS = ("train", "val", "test")
 _SPLIT_OF = {
     **dict.fromkeys(("train", "training", "trn", "trainval"), "train"),
@@ -128,7 +128,7 @@ class ImageFolder:
             parts = path.relative_to(folder).parts
             if any(p.startswith(".") for p in parts):
                 continue
-            if path.suffix.lower() in EXTENSIONS and len(parts) > 1:
+            if path.suffix.lower() in STORED_SUFFIXES and len(parts) > 1:
                 images.append((parts[0], path))
                 if len(parts) > 2:
                     deeper.append(parts[1])

@@ -28,7 +28,7 @@ import numpy as np
 
 from data_prep.sources.base import RawSample
 from data_prep.sources.common.unknown_keys import check_unknown
-from data_prep.sources.image_folder import EXTENSIONS
+from mmpeft_ds.data.formats import STORED_SUFFIXES
 from mmpeft_ds.errors import BadInput
 
 SHOWN = 20
@@ -201,7 +201,7 @@ class Jsonl:
         extra = self._extra(found, file)
         if not any(name in found for name in CONTENT):
             raise ValueError(f"has none of {', '.join(CONTENT)}")
-        images = self._paths(found, "image", sorted(EXTENSIONS), file)
+        images = self._paths(found, "image", sorted(STORED_SUFFIXES), file)
         features = self._paths(found, "features", [".npy"], file)
         record: dict[str, Any] = {}
         if "caption" in found or "captions" in found:

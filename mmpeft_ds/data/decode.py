@@ -17,12 +17,9 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torch.nn.functional import interpolate
 
+from mmpeft_ds.data.formats import FORMATS, MAX_PIXELS
 from mmpeft_ds.errors import BadSample
 
-EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "ppm")
-# Plugins that may parse what comes from outside; Pillow knows many more.
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
-MAX_PIXELS = 89_478_485
 ORIENTATION = 0x0112
 
 

@@ -18,8 +18,9 @@ from torch import Tensor
 
 from mmpeft_ds.data import order
 from mmpeft_ds.data.batch import PackedBatch, Sample, pack, with_images
-from mmpeft_ds.data.decode import EXTENSIONS, decode
+from mmpeft_ds.data.decode import decode
 from mmpeft_ds.data.feature_batches import FeatureBatches
+from mmpeft_ds.data.formats import READ
 from mmpeft_ds.data.identity import PICTURE, content_id
 from mmpeft_ds.data.manifest import Manifest
 from mmpeft_ds.data.options import DataOptions
@@ -394,4 +395,4 @@ def image_names(parts: dict[str, bytes]) -> list[str]:
         head = name.rpartition(".")[0]
         return (int(head) if head.isdecimal() else -1, name)
 
-    return sorted((n for n in parts if n.rsplit(".", 1)[-1] in EXTENSIONS), key=rank)
+    return sorted((n for n in parts if n.rsplit(".", 1)[-1] in READ), key=rank)

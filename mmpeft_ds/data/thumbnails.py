@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from mmpeft_ds.data.decode import EXTENSIONS, decode
+from mmpeft_ds.data.decode import decode
+from mmpeft_ds.data.formats import READ
 from mmpeft_ds.data.manifest import Manifest
 from mmpeft_ds.data.shards import ShardReader, members
 from mmpeft_ds.errors import BadInput, BadSample
@@ -31,7 +32,7 @@ class Thumbnails:
         try:
             (piece,) = reader.read([(shard, place)])
             parts = {} if isinstance(piece, BadSample) else members(piece)[1]
-            name = next((n for n in sorted(parts) if n.rpartition(".")[2] in EXTENSIONS), None)
+            name = next((n for n in sorted(parts) if n.rpartition(".")[2] in READ), None)
             return None if name is None else decode(parts[name], MAX_PIXELS).float() / 255
         except (BadSample, BadInput, IndexError):
             return None

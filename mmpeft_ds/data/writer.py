@@ -17,15 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import webdataset
 
 from mmpeft_ds.data import identity
+from mmpeft_ds.data.formats import STORED
 from mmpeft_ds.data.manifest import IndexInfo, Manifest, ShardInfo, sample_key
 from mmpeft_ds.files import fsync, sha256, write_atomic
 
 PARTS = ".parts"
-IMAGE_EXTENSIONS = ("jpg", "png", "webp", "bmp", "gif", "tif")
-_SAME_FORMAT = {"jpeg": "jpg", "tiff": "tif"}
 
 
 @dataclass
@@ -66,10 +64,10 @@ def members(sample: Any) -> dict[str, bytes]:
     text = json.dumps(record, sort_keys=True, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     found = {"json": text.encode()}
     for i, (extension, data) in enumerate(sample.images):
-        extension = _SAME_FORMAT.get(extension.lower(), extension.lower())
-        if extension not in IMAGE_EXTENSIONS:
-            raise ValueError(f"{sample.name}: image extension {extension!r} is none of {', '.join(IMAGE_EXTENSIONS)}")
-        found[extension if len(sample.images) == 1 else f"{i}.{extension}"] = data
+        stored = STORED.get(extension.lower())
+        if stored is None:
+            raise ValueError(f"{sample.name}: image extension {extension!r} is none of {', '.join(STORED)}")
+        found[stored if len(sample.images) == 1 else f"{i}.{stored}"] = data
     if sample.features is not None:
         found["npy"] = _npy(sample.features)
     for name, array in getattr(sample, "arrays", {}).items():
@@ -87,12 +85,9 @@ def write_shard(dir: Path, name: str, split: str, number: int, first: int, sampl
     temporary = dir / PARTS / f"{file}.{os.getpid()}.tmp"
     counts, labels, contents = FieldCounts(), {}, []
     with open(temporary, "w+b") as stream:
-        # One ShardWriter a shard; a fixed mtime, and its fixed user and mode, make the bytes reproducible.
-        with webdataset.ShardWriter(
-            "%d", opener=lambda _: stream, maxcount=2**62, maxsize=2**62, verbose=0, mtime=0, compress=False
-        ) as writer:
+        with tarfile.open(fileobj=stream, mode="w|", format=tarfile.USTAR_FORMAT) as archive:
             for i, sample in enumerate(samples):
-                writer.write({"__key__": sample_key(split, first + i), **members(sample)})
+                add_sample(archive, sample_key(split, first + i), members(sample))
                 counts.add(sample)
                 for label in _labels_of(sample.record):
                     labels[label] = labels.get(label, 0) + 1
@@ -110,6 +105,16 @@ def write_shard(dir: Path, name: str, split: str, number: int, first: int, sampl
     part = Part(ShardInfo(file, len(contents), size, digest), offsets, counts.counts, labels, contents)
     write_atomic(part_path(dir, file), json.dumps(asdict(part), ensure_ascii=False).encode())
     return part
+
+
+def add_sample(archive: tarfile.TarFile, key: str, parts: dict[str, bytes]) -> None:
+    """Add the files of a sample to a tar, in order and with a fixed time, user and mode, so that the bytes depend on
+    nothing else. They are those of webdataset.ShardWriter, whose import would bring torch into every worker."""
+    for extension in sorted(parts):
+        info = tarfile.TarInfo(f"{key}.{extension}")
+        info.size, info.mode, info.mtime = len(parts[extension]), 0o444, 0
+        info.uname = info.gname = "bigdata"
+        archive.addfile(info, io.BytesIO(parts[extension]))
 
 
 def part_path(dir: Path, file: str) -> Path:

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from mmpeft_ds import recipe as recipes
+from mmpeft_ds.adapter_files import WEIGHTS
 from mmpeft_ds.backbones.base import BackboneBase
 from mmpeft_ds.distributed.collectives import on_rank0, rank
 from mmpeft_ds.distributed.partitioned import gathered
@@ -24,8 +25,6 @@ from mmpeft_ds.files import new_directory, save_tensors, write_json
 from mmpeft_ds.methods.common.head import head_of
 from mmpeft_ds.sites.base import base_layer
 from mmpeft_ds.sites.feature_site import calibrated_buffers
-
-WEIGHTS = "adapter_model.safetensors"
 
 
 def export_adapter(directory: str | Path, model: Any, resolved: Any, metrics: dict[str, Any]) -> Path:

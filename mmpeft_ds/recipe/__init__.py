@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -18,8 +19,8 @@ from mmpeft_ds.recipe.options import EngineOptions, MonitorOptions, OptimOptions
 from mmpeft_ds.recipe.parse import Origin, override_all, parse_yaml, shown, typed
 
 __all__ = [
-    "Origin", "Recipe", "Section", "components", "filled", "from_dict", "load", "overridden", "parse_yaml", "read",
-    "to_dict", "to_yaml", "typed", "where",
+    "Origin", "Recipe", "Section", "components", "filled", "from_dict", "load", "of_run", "overridden", "parse_yaml",
+    "read", "to_dict", "to_yaml", "typed", "where",
 ]  # fmt: skip
 
 RENAMED = {"fewshot": "few_shot"}  # sections under an earlier name
@@ -81,6 +82,13 @@ def read(path: str | Path, overrides: list[str]) -> tuple[dict[str, Any], Origin
     for old in RENAMED.keys() & raw.keys():
         raise BadInput(f"{path}: the section `{old}` is called `{RENAMED[old]}` now. Rename it there.")
     return raw, override_all(raw, overrides, str(path))
+
+
+def of_run(run: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe of a run directory after `overrides`, as of `--set`. Raises BadInput."""
+    if not (run / "recipe.yaml").is_file():
+        raise BadInput(f"{run}: no run directory (it has no recipe.yaml). Give --run the run_dir of a recipe.")
+    return load(run / "recipe.yaml", list(overrides))
 
 
 def overridden(raw: dict[str, Any], overrides: list[str], name: str = "recipe") -> Recipe:

@@ -8,12 +8,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from mmpeft_ds import recipe as recipes
 from mmpeft_ds.distributed.collectives import on_rank0
 from mmpeft_ds.engine.assembly.resolve import Resolved, ResolvedSource, resolve, titles
 from mmpeft_ds.engine.monitor import plain
 from mmpeft_ds.engine.stop import StopFlag
 from mmpeft_ds.files import write_atomic, write_json
-from mmpeft_ds.runs.finished import on_split, open_run, read_recipe, records
+from mmpeft_ds.runs.finished import on_split, open_run, records
 
 
 def evaluate_run(
@@ -35,7 +36,7 @@ def evaluate_run(
     Raises:
         BadInput: no run there, no such checkpoint or split.
     """
-    recipe = read_recipe(run, overrides)
+    recipe = recipes.of_run(run, overrides)
     recipe.data.validation = []
     for source in (on_split(s, split) for s in recipe.data.sources):
         if source not in recipe.data.validation:

@@ -8,18 +8,13 @@ what was best on validation); nothing is ever chosen on them.
 from __future__ import annotations
 
 import contextlib
-import copy
 import gc
-import hashlib
-import json
 import os
-import re
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
 
 from mmpeft_ds import recipe as recipes
 from mmpeft_ds import tasks
@@ -31,186 +26,12 @@ from mmpeft_ds.distributed.collectives import on_rank0, rank
 from mmpeft_ds.engine import trainer
 from mmpeft_ds.engine.assembly import feature_bank, resolve
 from mmpeft_ds.engine.assembly.checks import check_fields
+from mmpeft_ds.engine.assembly.outline import load_manifest
 from mmpeft_ds.engine.monitor import plain
-from mmpeft_ds.errors import AgreedBadInput, BadInput
+from mmpeft_ds.errors import AgreedBadInput
 from mmpeft_ds.files import write_json
+from mmpeft_ds.runs.few_shot_study import HALVES, RESULT, Cell, Study, TestSet, is_done, read_result, reads
 from mmpeft_ds.runs.finished import evaluate_source, records
-
-RESULT = "result.json"
-HALVES = ("base", "new")
-NEVER = 10**9  # steps between evaluations: only the end is one
-SETTINGS = ("name", "features", "once", "base_to_new", "by_shots")  # keys of a method that are not a recipe's
-
-
-@dataclass
-class TestSet:
-    """A data set that scores cells and chooses nothing.
-
-    Attributes:
-        name: in tables.
-        dir, split: where it is.
-        task: as of a train source; empty: the train source's.
-    """
-
-    __test__ = False  # not pytest's
-
-    name: str
-    dir: str
-    split: str = "test"
-    task: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass
-class FewShotOptions:
-    """Keys of the `few_shot` section.
-
-    Attributes:
-        shots, seeds: of the subsets that data_prep/few_shot.py wrote for the train source.
-        select: `last`, the state that training ends with; `best`, the best on validation, evaluated every epoch.
-        tests: test sets; the first is of the training data's own kind, others are shifted.
-        base_to_new: shots for which methods are also trained on the first half of the classes and scored on both, on
-            the first test set; a method's `base_to_new: false` leaves it out.
-    """
-
-    shots: list[int] = field(default_factory=lambda: [1, 2, 4, 8, 16])
-    seeds: list[int] = field(default_factory=lambda: [1, 2, 3])
-    select: Literal["last", "best"] = "last"
-    tests: list[TestSet] = field(default_factory=list)
-    base_to_new: list[int] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One run.
-
-    Attributes:
-        method: name of the row.
-        shots, seed: of the subset.
-        half: `all` classes, or `base`: trained on those, scored on both halves.
-        recipe: of the run, made of the mapping `given`.
-        tests: what scores it.
-        once: the method knows neither shots nor seeds, so this run stands for all.
-    """
-
-    method: str
-    shots: int
-    seed: int
-    half: str
-    recipe: recipes.Recipe
-    given: dict[str, Any]
-    tests: tuple[TestSet, ...]
-    once: bool = False
-
-    @property
-    def path(self) -> Path:
-        return Path(self.recipe.run_dir)
-
-    @property
-    def title(self) -> str:
-        half = "" if self.half == "all" else ", base classes"
-        return f"{self.method}, {self.shots} shot{'s' * (self.shots > 1)}, seed {self.seed}{half}"
-
-    @property
-    def key(self) -> str:
-        """Hash of what the study says of it, but for where it is written: new options with defaults change nothing."""
-        where = {"run_dir": "", "shots": self.shots, "half": self.half, "select": self.recipe.engine.eval_every}
-        content = self.given | where | {"tests": [vars(test) for test in self.tests]}
-        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-@dataclass
-class Study:
-    """A parsed few-shot recipe.
-
-    Attributes:
-        out: directory of all cells and of the tables.
-        options: of the section `few_shot`.
-        methods: entries of `methods`, by the name of their row.
-        common: everything else, the part of a recipe that all cells share.
-    """
-
-    out: Path
-    options: FewShotOptions
-    methods: dict[str, dict[str, Any]]
-    common: dict[str, Any]
-    origin: recipes.Origin
-
-    @classmethod
-    def load(cls, path: str | Path, overrides: list[str] | None = None) -> Study:
-        """Read a few-shot recipe: a recipe without `method`, with the sections `few_shot` and `methods`.
-
-        Raises:
-            BadInput: one line naming file, key and remedy.
-        """
-        raw, origin = recipes.read(path, overrides or [])
-        entries, section = raw.pop("methods", None), raw.pop("few_shot", {})
-        if not isinstance(entries, list) or not all(isinstance(e, dict) and "name" in e for e in entries or [0]):
-            raise BadInput(f"{origin('methods')}: expected a list of mappings with a `name`, one a row of the table.")
-        names = [str(entry["name"]) for entry in entries]
-        if len(set(map(slug, names))) < len(names):
-            raise BadInput(f"{origin('methods')}: two rows have the same name. Give each its own.")
-        options = recipes.typed(FewShotOptions, section, "few_shot", origin)
-        for key, given in (("shots", options.shots), ("seeds", options.seeds), ("tests", options.tests)):
-            if not given:
-                raise BadInput(f"{origin('few_shot')}: `{key}` is empty. Name at least one.")
-        if "run_dir" not in raw:
-            raise BadInput(f"{origin('')}: required key 'run_dir' is missing. Add `run_dir: <a directory>`.")
-        return cls(Path(raw["run_dir"]), options, dict(zip(names, entries, strict=True)), raw, origin)
-
-    def only(self, methods: list[str], shots: list[int], seeds: list[int]) -> Study:
-        """A part of it; empty lists leave everything. Raises BadInput for what it does not hold."""
-        for key, wanted, known in (
-            ("methods", methods, list(self.methods)),
-            ("shots", shots, self.options.shots),
-            ("seeds", seeds, self.options.seeds),
-        ):
-            if strange := [w for w in wanted if w not in known]:
-                raise BadInput(
-                    f"--{key}: {strange[0]!r} is not in {self.origin('')}. Known: {', '.join(map(str, known))}."
-                )
-        part = copy.deepcopy(self)
-        part.methods = {name: entry for name, entry in part.methods.items() if not methods or name in methods}
-        part.options.shots = shots or part.options.shots
-        part.options.seeds = seeds or part.options.seeds
-        return part
-
-    def cells(self) -> list[Cell]:
-        """All runs, method by method. Raises BadInput."""
-        found = []
-        for name, entry in self.methods.items():
-            once = bool(entry.get("once"))
-            for half in ("all", "base"):
-                shots = self.options.shots
-                if half == "base":
-                    shots = [s for s in shots if s in self.options.base_to_new and entry.get("base_to_new", True)]
-                for count in shots[-1:] if once else shots:
-                    for seed in self.options.seeds[:1] if once else self.options.seeds:
-                        found.append(self.cell(name, count, seed, half))
-        return found
-
-    def cell(self, name: str, shots: int, seed: int, half: str = "all") -> Cell:
-        """One run: the common part, the method's, what the method says of so many shots, and the subset."""
-        entry = self.methods[name]
-        index = list(self.methods).index(name)
-        merged = copy.deepcopy(self.common)
-        by_shots = entry.get("by_shots") or {}
-        for part in (entry, by_shots.get(shots) or by_shots.get(str(shots)) or {}):
-            merged = deep_merge(merged, {k: v for k, v in part.items() if k not in SETTINGS})
-        suffix = "" if half == "all" else f"-{half}"
-        merged["run_dir"] = str(self.out / slug(name) / f"{shots}-seed{seed}{suffix}")
-        merged["seed"] = seed
-        origin = recipes.Origin(f"{self.origin.path}: methods.{index} ({name})", self.origin.overrides)
-        given = filled(merged, entry.get("features", ""))
-        recipe = recipes.from_dict(given, origin)
-        for role, split in (("sources", ""), ("validation", "-val")):
-            for source in getattr(recipe.data, role):
-                source.subset = source.subset or f"few_shot/{shots}-seed{seed}{split}{suffix}.json"
-        if self.options.select == "last":
-            recipe.engine.eval_every, recipe.engine.patience = NEVER, 0
-        tests = [TestSet(**filled(vars(test), entry.get("features", ""))) for test in self.options.tests]
-        # Halves are of the training data's own classes.
-        tests = tuple(tests if half == "all" else tests[:1])
-        return Cell(name, shots, seed, half, recipe, given, tests, bool(entry.get("once")))
 
 
 def run(study: Study) -> bool:
@@ -222,7 +43,7 @@ def run(study: Study) -> bool:
     cells = study.cells()
     device = processes.start(cells[0].recipe.engine.threads).device
     asked: list[Callable[[], bool]] = []
-    done = on_rank0(lambda: [_is_done(cell) for cell in cells])
+    done = on_rank0(lambda: [is_done(cell) for cell in cells])
     for number, (cell, there) in enumerate(zip(cells, done, strict=True), 1):
         if there:
             continue
@@ -236,7 +57,7 @@ def run(study: Study) -> bool:
 
         with _logged(cell.path):
             trainer.run(cell.recipe, conclude=conclude)
-        result = on_rank0(lambda cell=cell: _read(cell))
+        result = on_rank0(lambda cell=cell: read_result(cell))
         if result is None:
             return False
         if rank() == 0:
@@ -248,34 +69,6 @@ def run(study: Study) -> bool:
             return False
         gc.collect()  # an engine and its model refer to each other
     return True
-
-
-def results(study: Study) -> list[dict[str, Any]]:
-    """What every cell that is done has left, in order."""
-    return [result for cell in study.cells() if (result := _read(cell)) is not None]
-
-
-def slug(name: str) -> str:
-    """A row's name as a directory."""
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
-
-
-def deep_merge(below: Any, above: Any) -> Any:
-    """`above` laid over `below`: mappings key by key, but a component of another name replaces all of its section."""
-    if not (isinstance(below, dict) and isinstance(above, dict)):
-        return copy.deepcopy(above)
-    if "name" in above and above["name"] != below.get("name"):
-        return copy.deepcopy(above)
-    return {**below, **{key: deep_merge(below.get(key), value) for key, value in above.items()}}
-
-
-def filled(value: Any, features: str) -> Any:
-    """A copy in which every `{features}` of a text is the method's."""
-    if isinstance(value, dict):
-        return {key: filled(v, features) for key, v in value.items()}
-    if isinstance(value, list):
-        return [filled(v, features) for v in value]
-    return value.replace("{features}", features) if isinstance(value, str) else value
 
 
 # ----------------------------------------------------------------------------------------------------- one cell
@@ -324,7 +117,7 @@ def _source(resolved: resolve.Resolved, test: TestSet, half: str) -> resolve.Res
     options = SourceOptions(test.dir, test.split, f"few_shot/{test.split}-{half}.json" if half else "")
     options.task = dict(test.task or train.options.task)
     key = f"few_shot.tests ({test.name})"
-    manifest = resolve.load_manifest(recipe, key, options)
+    manifest = load_manifest(recipe, key, options)
     feature_bank.towers_of([train.manifest, manifest])
     section = recipes.Section.read(tasks, options.task, f"{key}.task", recipe.origin)
     task = resolve.make_task(section, resolved.labels)
@@ -335,32 +128,6 @@ def _source(resolved: resolve.Resolved, test: TestSet, half: str) -> resolve.Res
     if problems:
         raise AgreedBadInput(problems[0])
     return resolve.ResolvedSource(options, manifest, task, subset)
-
-
-def reads(recipe: recipes.Recipe) -> str:
-    """What of a sample the method sees: `image`, `captions` or both."""
-    captions = recipe.data.sources[0].task.get("text", "none") == "captions"
-    inputs = recipe.method.get("inputs", "both" if captions else "image")
-    return {"image": "image", "text": "captions", "both": "image + captions" if captions else "image"}[inputs]
-
-
-def _is_done(cell: Cell) -> bool:
-    found = _read(cell)
-    if found is not None and found["key"] != cell.key:
-        raise BadInput(
-            f"{cell.path / RESULT}: the settings of {cell.title} have changed since. Remove {cell.path} to run it "
-            "again, or give another run_dir."
-        )
-    return found is not None
-
-
-def _read(cell: Cell) -> dict[str, Any] | None:
-    try:
-        return json.loads((cell.path / RESULT).read_text("utf-8"))
-    except FileNotFoundError:
-        return None
-    except ValueError as error:
-        raise BadInput(f"{cell.path / RESULT}: damaged. Remove {cell.path} to run it again.") from error
 
 
 @contextlib.contextmanager

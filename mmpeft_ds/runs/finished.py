@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from mmpeft_ds import recipe as recipes
 from mmpeft_ds.data.options import SourceOptions
 from mmpeft_ds.data.shards import ShardReader, members
 from mmpeft_ds.distributed import processes
@@ -49,13 +48,6 @@ class FinishedRun:
     def evaluate(self, source: ResolvedSource, title: str, stop_requested: Callable[[], bool]) -> Evaluation | None:
         """Score the model on a source, see `evaluate_source`."""
         return evaluate_source(self.resolved, self.built, self.ranks, source, title, stop_requested)
-
-
-def read_recipe(run: Path, overrides: Sequence[str] = ()) -> recipes.Recipe:
-    """The recipe of a run directory, with `overrides` as of `--set`. Raises BadInput."""
-    if not (run / "recipe.yaml").is_file():
-        raise BadInput(f"{run}: no run directory (it has no recipe.yaml). Give --run the run_dir of a recipe.")
-    return recipes.load(run / "recipe.yaml", list(overrides))
 
 
 def open_run(run: Path, resolved: Resolved, which: str) -> FinishedRun:

@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from mmpeft_ds import recipe as recipes
 from mmpeft_ds.data.stream import BadBudget, Step
 from mmpeft_ds.distributed import collectives
 from mmpeft_ds.distributed.collectives import on_rank0
@@ -37,7 +38,7 @@ from mmpeft_ds.errors import AgreedBadInput, BadInput
 from mmpeft_ds.methods.common.head import head_of
 from mmpeft_ds.progress import Progress
 from mmpeft_ds.recipe.options import EwcOptions
-from mmpeft_ds.runs.finished import FinishedRun, open_run, read_recipe
+from mmpeft_ds.runs.finished import FinishedRun, open_run
 
 
 class SquaredGradients:
@@ -135,7 +136,7 @@ def estimate(
         BadInput: no run there, no such checkpoint or split, a pattern that no trained parameter matches, or a
             method that trains nothing by gradient.
     """
-    recipe = read_recipe(run, overrides)
+    recipe = recipes.of_run(run, overrides)
     recipe.data.sources = [
         source if source.split == split else replace(source, split=split, subset="") for source in recipe.data.sources
     ]

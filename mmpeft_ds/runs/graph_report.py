@@ -11,13 +11,14 @@ from typing import Any
 
 import torch
 
+from mmpeft_ds import recipe as recipes
 from mmpeft_ds.engine import calibrate
 from mmpeft_ds.engine.assembly.resolve import resolve
 from mmpeft_ds.engine.streams import make_stream
 from mmpeft_ds.errors import BadInput
 from mmpeft_ds.files import write_json
 from mmpeft_ds.methods.common.head import head_of
-from mmpeft_ds.runs.finished import on_split, open_run, read_recipe
+from mmpeft_ds.runs.finished import on_split, open_run
 from mmpeft_ds.sites.feature_site import Labelled
 
 SEEDS = (0, 1, 2)
@@ -74,7 +75,7 @@ def of_run(
     Raises:
         BadInput: no run there, no such checkpoint or split, a method without a graph over the batch, labels missing.
     """
-    recipe = read_recipe(run, overrides)
+    recipe = recipes.of_run(run, overrides)
     recipe.data.validation = [on_split(recipe.data.sources[0], split)]
     resolved = resolve(recipe)
     opened = open_run(run, resolved, which)

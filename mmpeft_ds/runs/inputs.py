@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from mmpeft_ds.data.formats import READ_SUFFIXES
 from mmpeft_ds.errors import BadInput
 
-PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
 FEATURES = ".npy"
 
 
@@ -23,7 +23,7 @@ def find_pictures(given: Sequence[Path], option: str = "--images") -> list[Path]
     for path in given:
         if not path.exists():
             raise BadInput(f"{option} {path}: no such file or directory. Give image files or a folder of them.")
-        endings = (*PICTURES, FEATURES)
+        endings = (*READ_SUFFIXES, FEATURES)
         inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in endings) if path.is_dir() else [path]
         if not inside:
             raise BadInput(f"{option} {path}: no image in it. Known endings: {', '.join(endings)}.")

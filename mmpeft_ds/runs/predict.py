@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from mmpeft_ds import adapter
+from mmpeft_ds.adapter_files import WEIGHTS
 from mmpeft_ds.errors import BadInput
 from mmpeft_ds.progress import Progress
 from mmpeft_ds.runs.inputs import FEATURES, device_of
@@ -108,7 +109,7 @@ def _ask(
 
 def identity(directory: Path, task: int) -> str:
     """A short hash of the adapter's weights and the task that is asked."""
-    digest = hashlib.sha256((directory / adapter.WEIGHTS).read_bytes())
+    digest = hashlib.sha256((directory / WEIGHTS).read_bytes())
     digest.update((directory / "recipe.yaml").read_bytes() + str(task).encode())
     return digest.hexdigest()[:12]
 

@@ -3,9 +3,10 @@ import types
 import pytest
 import torch
 
-from data_prep import feature_stats, prepare
+from data_prep import feature_moments, feature_stats, prepare
+from mmpeft_ds import recipe as recipes
 from mmpeft_ds.data.manifest import Manifest
-from mmpeft_ds.data.options import DataOptions
+from mmpeft_ds.engine.assembly import resolve
 from mmpeft_ds.errors import BadInput
 
 
@@ -36,11 +37,12 @@ class Tower:
 
 @pytest.fixture
 def tower(monkeypatch):
-    data = DataOptions()
-    for_all = types.SimpleNamespace(data=data)
-    monkeypatch.setattr(feature_stats.recipes, "load", lambda path, overrides: for_all)
-    monkeypatch.setattr(feature_stats.resolve, "make_backbone", lambda section, engine, labels: Tower())
-    monkeypatch.setattr(feature_stats.torch, "set_num_threads", lambda n: None)
+    sections = {"backbone": {"name": "features"}, "method": {"name": "lora"}}
+    for_all = recipes.from_dict({"run_dir": "r", **sections})
+    data = for_all.data
+    monkeypatch.setattr(recipes, "load", lambda path, overrides: for_all)
+    monkeypatch.setattr(resolve, "make_backbone", lambda section, engine, labels: Tower())
+    monkeypatch.setattr(torch, "set_num_threads", lambda n: None)
     Tower.built = 0
     return data
 
@@ -102,7 +104,7 @@ def test_an_image_that_training_would_refuse_does_not_count(shards, tower, jsonl
 def test_moments_do_not_cancel_far_from_zero():
     torch.manual_seed(0)
     rows = torch.randn(1000, 3, dtype=torch.float64) + 1e7
-    moments = feature_stats.Moments()
+    moments = feature_moments.Moments()
     for part in rows.split(7):
         moments.add(part)
     torch.testing.assert_close(moments.std, rows.std(0, correction=0), rtol=1e-9, atol=0)
@@ -116,7 +118,7 @@ def test_no_images_no_split_and_no_wish_are_said(shards, tower, jsonl, tmp_path,
     with pytest.raises(BadInput, match="has no images"):
         feature_stats.main([str(text), "--recipe", "r.yaml"])
     plain = types.SimpleNamespace(wants_statistics=False)
-    monkeypatch.setattr(feature_stats.resolve, "make_backbone", lambda section, engine, labels: plain)
+    monkeypatch.setattr(resolve, "make_backbone", lambda section, engine, labels: plain)
     feature_stats.main([str(shards), "--recipe", "r.yaml"])
     assert "nothing to do" in capsys.readouterr().out
     assert Manifest.load(shards).statistics == {}

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 import mmpeft_ds
 from mmpeft_ds import adapter
+from mmpeft_ds.adapter_files import WEIGHTS
 from mmpeft_ds.engine.assembly import resolve
 from mmpeft_ds.engine.export import export_adapter
 from mmpeft_ds.errors import BadInput
@@ -86,7 +87,7 @@ def test_the_adapter_matters(exported):
 
 def test_the_file_holds_the_trained_tensors_in_float32_and_nothing_frozen(exported):
     target, model, _ = exported
-    written = load_file(target / adapter.WEIGHTS)
+    written = load_file(target / WEIGHTS)
     expected = [tuple(p.shape) for p in model.parameters() if p.requires_grad]
     assert sorted(tuple(t.shape) for t in written.values()) == sorted(expected)
     assert {t.dtype for t in written.values()} == {torch.float32}
@@ -169,7 +170,7 @@ def test_an_export_that_lost_a_tensor_does_not_get_its_name(folder, exported, mo
 
     def forgetful(self, directory, state_dict, **options):
         original(self, directory, state_dict=state_dict, **options)
-        path = Path(directory) / adapter.WEIGHTS
+        path = Path(directory) / WEIGHTS
         tensors = load_file(path)
         first = sorted(tensors)[0]
         save_file({**tensors, first: torch.zeros(0)}, path)

@@ -9,8 +9,8 @@ import yaml
 
 from mmpeft_ds import recipe as recipes
 from mmpeft_ds.errors import BadInput
-from mmpeft_ds.runs import few_shot, few_shot_report
-from mmpeft_ds.runs.few_shot import Study
+from mmpeft_ds.runs import few_shot, few_shot_report, few_shot_study
+from mmpeft_ds.runs.few_shot_study import Study
 from tests.helpers import ROOT
 from tests.helpers.runs import tiny_study
 
@@ -43,7 +43,7 @@ def test_cells_are_methods_times_shots_times_seeds_with_their_own_subsets_and_se
     assert last.data.validation[0].subset == "few_shot/2-seed2-val.json"
     assert last.data.sources[0].dir.endswith("plain-one") and cells[-1].tests[1].dir.endswith("moved-one")
     assert last.seed == 2 and last.optim.lr == 0.02 and cells[1].recipe.optim.lr == 0.01
-    assert last.engine.eval_every == few_shot.NEVER  # nothing is chosen by validation
+    assert last.engine.eval_every == few_shot_study.NEVER  # nothing is chosen by validation
     assert study(few_shot={"select": "best"}).cells()[-1].recipe.engine.eval_every == 0
     assert len({cell.path for cell in cells}) == len(cells)
 
@@ -58,9 +58,9 @@ def test_base_classes_have_runs_of_their_own_scored_on_the_first_test_set(study)
 
 def test_a_component_of_another_name_replaces_the_common_one_and_of_the_same_name_adds_to_it():
     below = {"backbone": {"name": "features", "texts": "none"}, "optim": {"lr": 1, "clip": 2}}
-    same = few_shot.deep_merge(below, {"backbone": {"name": "features", "images": "live"}, "optim": {"lr": 3}})
+    same = few_shot_study.deep_merge(below, {"backbone": {"name": "features", "images": "live"}, "optim": {"lr": 3}})
     assert same == {"backbone": {"name": "features", "texts": "none", "images": "live"}, "optim": {"lr": 3, "clip": 2}}
-    assert few_shot.deep_merge(below, {"backbone": {"name": "clip"}})["backbone"] == {"name": "clip"}
+    assert few_shot_study.deep_merge(below, {"backbone": {"name": "clip"}})["backbone"] == {"name": "clip"}
     assert below["optim"] == {"lr": 1, "clip": 2}
 
 
@@ -95,7 +95,7 @@ def test_a_study_that_cannot_work_is_refused_in_one_line(study, change, words):
 def test_the_study_runs_is_not_run_again_and_goes_on_where_a_result_is_missing(study, monkeypatch, capsys):
     made = study(few_shot={"base_to_new": [2]})
     assert few_shot.run(made)
-    results = few_shot.results(made)
+    results = few_shot_study.results(made)
     assert len(results) == len(made.cells()) == 8
     said = capsys.readouterr().out.splitlines()
     assert len([line for line in said if "/8] " in line]) == 8 and "train: 1 of" not in "".join(said)
@@ -113,9 +113,9 @@ def test_the_study_runs_is_not_run_again_and_goes_on_where_a_result_is_missing(s
     monkeypatch.setattr(few_shot.trainer, "run", lambda r, **more: calls.append(r.run_dir) or original(r, **more))
     assert few_shot.run(made) and not calls
     gone = made.cells()[3]
-    (gone.path / few_shot.RESULT).unlink()
+    (gone.path / few_shot_study.RESULT).unlink()
     assert few_shot.run(made) and calls == [str(gone.path)]
-    assert few_shot.results(made) == results
+    assert few_shot_study.results(made) == results
 
     other = study(optim={"epochs": 3, "lr": 0.01})
     with pytest.raises(BadInput, match="TaskRes.*have changed"):
@@ -129,7 +129,7 @@ def test_a_test_set_of_other_towers_or_classes_is_refused_with_the_cell_still_to
     made = study(few_shot={"tests": [{"name": "other", "dir": f"{toy}/other-one"}]}).only(["Zero shot"], [], [])
     with pytest.raises(BadInput, match="other towers"):
         few_shot.run(made)
-    assert few_shot.results(made) == []
+    assert few_shot_study.results(made) == []
 
 
 def result(method, shots, seed, accuracy, half="all", once=False, **tests):

@@ -13,7 +13,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from data_prep.sources.image_folder import EXTENSIONS
+from mmpeft_ds.data.formats import STORED_SUFFIXES
 
 # Words that stand for each kind of content in the data of other tools.
 _WORDS = {
@@ -69,7 +69,7 @@ _ADVICE = {
     "conversations": "turns stand under 'conversations', a list of {'from': human, gpt or system, 'value': text}",
 }
 _SUFFIXES = {
-    **dict.fromkeys(EXTENSIONS, "image"),
+    **dict.fromkeys(STORED_SUFFIXES, "image"),
     **dict.fromkeys((".npy", ".npz"), "features"),
     **dict.fromkeys((".mp4", ".avi", ".mov", ".mkv", ".webm"), "video"),
 }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mmpeft_ds import registry, tasks
 from mmpeft_ds.data.manifest import Manifest
@@ -12,7 +12,9 @@ from mmpeft_ds.errors import BadInput
 from mmpeft_ds.methods.base import MethodOptions
 from mmpeft_ds.recipe import Recipe, find_file, where
 from mmpeft_ds.recipe.options import OptimOptions
-from mmpeft_ds.tasks.base import TaskBase
+
+if TYPE_CHECKING:  # what is checked first must not wait for torch
+    from mmpeft_ds.tasks.base import TaskBase
 
 
 def check_values(recipe: Recipe) -> None:

@@ -5,11 +5,9 @@ Nothing big is loaded: configurations, manifests and a model on the meta device.
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import dataclasses
 import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,19 +25,14 @@ from mmpeft_ds.engine.assembly import feature_bank
 from mmpeft_ds.engine.assembly.checks import (
     check_coupling,
     check_fields,
-    check_names,
     check_records,
-    check_texts,
-    check_validation,
-    check_values,
     picture_notes,
 )
-from mmpeft_ds.engine.zero.config import check_ds_config
+from mmpeft_ds.engine.assembly.outline import blamed, outline
 from mmpeft_ds.errors import BadInput
 from mmpeft_ds.methods.base import MethodOptions, SiteMethod
 from mmpeft_ds.methods.common.tuner import to_float32
-from mmpeft_ds.recipe import Recipe, Section, components, filled, where
-from mmpeft_ds.recipe.components import keyed_sources
+from mmpeft_ds.recipe import Recipe, Section
 from mmpeft_ds.recipe.options import EngineOptions
 from mmpeft_ds.sites import find_sites
 from mmpeft_ds.tasks.base import TaskBase
@@ -107,35 +100,24 @@ def resolve(recipe: Recipe) -> Resolved:
     Raises:
         BadInput: one line: what, where, how to mend it.
     """
-    check_values(recipe)
-    ds_config = check_ds_config(recipe)
-    parts = components(recipe)
-    recipe = filled(recipe, parts)
-    check_validation(recipe, parts.method.options)
+    plain = outline(recipe)
+    recipe, parts, manifests, subsets = plain.recipe, plain.parts, plain.manifests, plain.subsets
     method, method_config = make_method(parts.method)
-    listed = keyed_sources(recipe)
-    if not listed["sources"]:
-        raise BadInput(f"{where(recipe, 'data.sources')}: empty. Name a prepared data set: [{{dir: data/easy-vqa}}].")
-    options = listed["sources"] | listed["validation"]
-    manifests = {key: load_manifest(recipe, key, o) for key, o in options.items()}
-    check_names(recipe, [(key, o, manifests[key]) for key, o in options.items()])
-    for key, o in options.items():
-        check_records(recipe, key, o, manifests[key])
-    subsets = {key: load_subset(recipe, key, o, manifests[key]) for key, o in options.items()}
-    labels = union_of_labels([manifests[key] for key in listed["sources"]])
+    for key, options in plain.sources.items():
+        check_records(recipe, key, options, manifests[key])
+    labels = plain.labels()
     backbone = make_backbone(parts.backbone, recipe.engine, labels, feature_bank.towers_of(list(manifests.values())))
-    statistics = feature_statistics(recipe, backbone, manifests[next(iter(listed["sources"]))])
+    statistics = feature_statistics(recipe, backbone, manifests[plain.of("sources")[0]])
     if statistics is not None:
         backbone.use_statistics(statistics)
     sources = {}
-    for key, o in options.items():
+    for key, options in plain.sources.items():
         task = make_task(parts.tasks[key], labels)
-        check_fields(recipe, key, o, manifests[key], task)
-        check_texts(recipe, key, o, parts.method.options)
-        with _named(recipe, key):
+        check_fields(recipe, key, options, manifests[key], task)
+        with blamed(recipe, key):
             task.use_source(manifests[key].labels, subsets[key].classes if subsets[key] else None)
-        sources[key] = ResolvedSource(o, manifests[key], task, subsets[key])
-    train, validation = ([sources[key] for key in listed[role]] for role in ("sources", "validation"))
+        sources[key] = ResolvedSource(options, manifests[key], task, subsets[key])
+    train, validation = ([sources[key] for key in plain.of(role)] for role in ("sources", "validation"))
     check_coupling(recipe, [source.task for source in train], parts.method.options)
     if backbone.reads_bank:
         backbone.use_bank(feature_bank.shapes(train, labels, method.bank_parts(method_config)))
@@ -143,12 +125,12 @@ def resolve(recipe: Recipe) -> Resolved:
     takes_features = hooks_of(backbone.image_transform(False)).takes_features
     notes = [
         line
-        for key, o in options.items()
-        for line in picture_notes(key, o, manifests[key], backbone.modalities, takes_features)
+        for key, options in plain.sources.items()
+        for line in picture_notes(key, options, manifests[key], backbone.modalities, takes_features)
     ]
     return Resolved(
         recipe=recipe,
-        ds_config=ds_config,
+        ds_config=plain.ds_config,
         backbone=backbone,
         method=method,
         method_config=method_config,
@@ -231,33 +213,6 @@ def check_sites(section: Section, backbone: BackboneBase, method: type[SiteMetho
         method.check(config, find_sites(backbone.build(on_meta=True)), backbone.condition_width)
 
 
-def load_manifest(recipe: Recipe, key: str, options: SourceOptions) -> Manifest:
-    """The manifest of a source, which must have the split. Raises BadInput."""
-    with _named(recipe, key):
-        if options.dir.startswith("pipe:") and not recipe.data.allow_pipe:
-            raise BadInput("pipe: runs a shell command and is refused. Set data.allow_pipe: true if you trust it.")
-        manifest = Manifest.load(options.dir)
-        manifest.shards(options.split)
-    return manifest
-
-
-def load_subset(recipe: Recipe, key: str, options: SourceOptions, manifest: Manifest) -> Subset | None:
-    """The samples of a source that are used; None for all. Raises BadInput."""
-    with _named(recipe, f"{key}.subset"):
-        return Subset.load(options.subset, manifest, options.split) if options.subset else None
-
-
-def union_of_labels(manifests: list[Manifest]) -> list[str] | None:
-    """Closed list that the head covers: the labels of all train sets, each once, in order of appearance.
-
-    Also where a subset leaves classes out: what was trained on some can then be asked about the others.
-    """
-    merged: dict[str, None] = {}
-    for manifest in manifests:
-        merged.update(dict.fromkeys(manifest.labels or []))
-    return list(merged) or None
-
-
 def feature_statistics(recipe: Recipe, backbone: BackboneBase, manifest: Manifest) -> dict[str, Any] | None:
     """Mean and deviation that the backbone's condition is scaled with, from the manifest; None if it wants none."""
     if not backbone.wants_statistics:
@@ -275,12 +230,3 @@ def feature_statistics(recipe: Recipe, backbone: BackboneBase, manifest: Manifes
             f"python data_prep/feature_stats.py {manifest.dir} --recipe {recipe.origin.path}"
         )
     return manifest.statistics[key]
-
-
-@contextlib.contextmanager
-def _named(recipe: Recipe, key: str = "") -> Iterator[None]:
-    """Errors of a component also say which file and key of the recipe they are about."""
-    try:
-        yield
-    except BadInput as e:
-        raise BadInput(f"{where(recipe, key)}: {e}") from e

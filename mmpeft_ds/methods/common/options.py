@@ -8,6 +8,7 @@ from typing import ClassVar, Literal, NoReturn
 from mmpeft_ds.errors import BadInput
 from mmpeft_ds.methods.base import MethodOptions
 
+Route = Literal["none", "mul", "add", "matmul1", "matmul2", "matmul1_relu", "xtxt", "ones"]
 PROJECTIONS = ("q", "k", "v", "out")
 SUBLAYERS = ("self", "cross", "ffn")
 # Non-linearities of bottlenecks, by the names that transformers gives them in model configurations.
@@ -40,7 +41,7 @@ class RoutedOptions(SiteOptions):
     """Options of a bottleneck that an image feature routes. A subclass adds `variant` and where it stands."""
 
     r: int = field(default=16, metadata={"help": "Width of the bottleneck."})
-    route: Literal["none", "mul", "add", "matmul1", "matmul2", "matmul1_relu", "xtxt", "ones"] = field(
+    route: Route = field(
         default="mul",
         metadata={"help": "Routing function; `none` routes nothing and needs no condition (see `variant`)."},
     )

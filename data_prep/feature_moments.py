@@ -1,0 +1,108 @@
+"""Mean and deviation of a vision tower's features over the images of a split, for feature_stats.py."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from torch import Tensor
+
+from data_prep.reading import parse_sample
+from mmpeft_ds.data.decode import decode
+from mmpeft_ds.data.formats import MAX_PIXELS
+from mmpeft_ds.data.manifest import Manifest
+from mmpeft_ds.data.shards import ShardReader
+from mmpeft_ds.errors import BadInput, BadSample
+from mmpeft_ds.progress import Progress
+
+
+class Moments:
+    """Mean and variance per dimension of rows that come in batches, in float64."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.mean: Tensor | float = 0.0
+        self.squares: Tensor | float = 0.0
+
+    def add(self, rows_ID: Tensor) -> None:
+        """Merge a batch by the differences of the means, which does not cancel as a sum of squares would."""
+        rows_ID = rows_ID.double().cpu()
+        n = len(rows_ID)
+        mean = rows_ID.mean(0)
+        delta = mean - self.mean
+        total = self.count + n
+        self.squares = self.squares + ((rows_ID - mean) ** 2).sum(0) + delta**2 * (self.count * n / total)
+        self.mean = self.mean + delta * (n / total)
+        self.count = total
+
+    @property
+    def std(self) -> Tensor:
+        """Standard deviation of the rows seen, divided by their number."""
+        return (self.squares / self.count).sqrt()
+
+
+def measure(manifest: Manifest, split: str, backbone: Any, batch: int, max_pixels: int = MAX_PIXELS) -> dict[str, Any]:
+    """Statistics of all readable images of a split, of at most `max_pixels` pixels as in training.
+
+    Returns:
+        mean, std: d numbers each; count: images; bad: samples left out; split; backbone: the options of the tower.
+
+    Raises:
+        BadInput: if no image is readable.
+    """
+    moments, bad = Moments(), 0
+    vision = backbone.build_vision()
+    transform = backbone.image_transform(False)
+    with Progress("features", manifest.samples(split)) as progress:
+        for images, samples, unreadable in _ahead(image_batches(manifest, split, transform, batch, max_pixels)):
+            bad += unreadable
+            if images:
+                moments.add(vision(backbone.collate_images(images)))
+            progress.advance(samples)
+    if not moments.count:
+        raise BadInput(
+            f"{manifest.dir}: no readable image in split {split!r}; data_prep/verify.py shows what is wrong."
+        )
+    return {
+        "mean": moments.mean.tolist(),
+        "std": moments.std.tolist(),
+        "count": moments.count,
+        "bad": bad,
+        "split": split,
+    }
+
+
+def image_batches(
+    manifest: Manifest, split: str, transform: Callable[[Tensor, Any], Any], batch: int, max_pixels: int
+) -> Iterator[tuple[list[Any], int, int]]:
+    """(transformed images, samples read, samples left out as bad), about `batch` images at a time, in order."""
+    reader = ShardReader(manifest, split)
+    images, samples, bad = [], 0, 0
+    for number, shard in enumerate(manifest.shards(split)):
+        for first in range(0, shard.samples, batch):
+            wanted = [(number, i) for i in range(first, min(first + batch, shard.samples))]
+            for piece in reader.read(wanted):
+                samples += 1
+                try:
+                    if isinstance(piece, BadSample):
+                        raise piece
+                    # all or none of the images of a sample, as in training
+                    images += [transform(decode(data, max_pixels), None) for data in parse_sample(piece).images]
+                except BadSample:
+                    bad += 1
+                if len(images) >= batch:
+                    yield images, samples, bad
+                    images, samples, bad = [], 0, 0
+    reader.close()
+    if samples:
+        yield images, samples, bad
+
+
+def _ahead(batches: Iterator[Any]) -> Iterator[Any]:
+    """The same batches, each made while the one before is used."""
+    with ThreadPoolExecutor(1) as pool:
+        coming = pool.submit(next, batches, None)
+        while (found := coming.result()) is not None:
+            coming = pool.submit(next, batches, None)
+            yield found

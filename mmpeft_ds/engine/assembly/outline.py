@@ -1,0 +1,98 @@
+"""Outline of a run: what a recipe says, as far as it can be read and checked without torch.
+
+Commands ask for it before they import anything that takes seconds, so that a wrong recipe is refused at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from mmpeft_ds.data.manifest import Manifest
+from mmpeft_ds.data.options import SourceOptions
+from mmpeft_ds.data.subset import Subset
+from mmpeft_ds.engine.assembly.checks import check_names, check_texts, check_validation, check_values
+from mmpeft_ds.engine.zero.config import check_ds_config
+from mmpeft_ds.errors import BadInput
+from mmpeft_ds.recipe import Recipe, components, filled, where
+from mmpeft_ds.recipe.components import Components, keyed_sources
+
+
+@dataclass(frozen=True)
+class Outline:
+    """Parts of a recipe that need no torch, checked against each other.
+
+    Attributes:
+        recipe: with the defaults of its components filled in.
+        parts: its components.
+        ds_config: the ds_configs JSON.
+        sources: data sources by their positions in the recipe, such as `data.sources.0`.
+        manifests, subsets: of each source; None for a source that is used whole.
+    """
+
+    recipe: Recipe
+    parts: Components
+    ds_config: dict[str, Any]
+    sources: dict[str, SourceOptions]
+    manifests: dict[str, Manifest]
+    subsets: dict[str, Subset | None]
+
+    def of(self, role: str) -> list[str]:
+        """Positions of the sources of a role: `sources`, which train, or `validation`."""
+        return [key for key in self.sources if key.startswith(f"data.{role}.")]
+
+    def labels(self) -> list[str] | None:
+        """Closed list that the head covers: the labels of all train sets, each once, in order of appearance.
+
+        Also where a subset leaves classes out: what was trained on some can then be asked about the others.
+        """
+        merged: dict[str, None] = {}
+        for key in self.of("sources"):
+            merged.update(dict.fromkeys(self.manifests[key].labels or []))
+        return list(merged) or None
+
+
+def outline(recipe: Recipe) -> Outline:
+    """Read and check what needs no torch. Raises BadInput."""
+    check_values(recipe)
+    ds_config = check_ds_config(recipe)
+    parts = components(recipe)
+    recipe = filled(recipe, parts)
+    check_validation(recipe, parts.method.options)
+    listed = keyed_sources(recipe)
+    if not listed["sources"]:
+        raise BadInput(f"{where(recipe, 'data.sources')}: empty. Name a prepared data set: [{{dir: data/easy-vqa}}].")
+    sources = listed["sources"] | listed["validation"]
+    manifests = {key: load_manifest(recipe, key, options) for key, options in sources.items()}
+    check_names(recipe, [(key, options, manifests[key]) for key, options in sources.items()])
+    subsets = {key: load_subset(recipe, key, options, manifests[key]) for key, options in sources.items()}
+    for key, options in sources.items():
+        check_texts(recipe, key, options, parts.method.options)
+    return Outline(recipe, parts, ds_config, sources, manifests, subsets)
+
+
+def load_manifest(recipe: Recipe, key: str, options: SourceOptions) -> Manifest:
+    """The manifest of a source, which must have the split. Raises BadInput."""
+    with blamed(recipe, key):
+        if options.dir.startswith("pipe:") and not recipe.data.allow_pipe:
+            raise BadInput("pipe: runs a shell command and is refused. Set data.allow_pipe: true if you trust it.")
+        manifest = Manifest.load(options.dir)
+        manifest.shards(options.split)
+    return manifest
+
+
+def load_subset(recipe: Recipe, key: str, options: SourceOptions, manifest: Manifest) -> Subset | None:
+    """The samples of a source that are used; None for all. Raises BadInput."""
+    with blamed(recipe, f"{key}.subset"):
+        return Subset.load(options.subset, manifest, options.split) if options.subset else None
+
+
+@contextlib.contextmanager
+def blamed(recipe: Recipe, key: str) -> Iterator[None]:
+    """Inside, errors also say which file and key of the recipe they are about."""
+    try:
+        yield
+    except BadInput as e:
+        raise BadInput(f"{where(recipe, key)}: {e}") from e
