@@ -43,7 +43,7 @@ def main() -> int:
             print(f"{name} ended with exit code {code}; the same command goes on from here", file=sys.stderr)
             return code
         seconds[name] = time.perf_counter() - began
-    plan = json.loads(output("launchers/plan.py", "--recipe", RECIPE, "--json"))
+    plan = json.loads(output("launchers/train.py", "--recipe", RECIPE, "--check", "--json", "-"))
     (report,) = json.loads((RUN / "evaluation-test.json").read_text())
     metrics = collect(plan, report, seconds)
     (RUN / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n")

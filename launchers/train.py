@@ -3,9 +3,10 @@
 
 deepspeed --num_accelerators 2 launchers/train.py --recipe recipes/quickstart.yaml --set optim.lr=1e-3
 torchrun --nproc-per-node 2 launchers/train.py --recipe recipes/quickstart.yaml
-python launchers/train.py --recipe recipes/quickstart.yaml --check
+python launchers/train.py --recipe recipes/quickstart.yaml --check [--json FILE]
 """
 
+import json
 import sys
 from pathlib import Path
 
@@ -22,9 +23,14 @@ def main() -> int:
     parser.add_argument("--recipe", required=True, help="YAML file, see recipes/")
     parser.add_argument("--set", action="append", default=[], metavar="A.B=VALUE", help="override one key; repeatable")
     parser.add_argument("--check", action="store_true", help="resolve everything and print sizes and memory")
+    parser.add_argument(
+        "--json", metavar="FILE", help="with --check: write its numbers as JSON; - prints them instead"
+    )
     parser.add_argument("--print-recipe", action="store_true", help="print the recipe with every default filled in")
     parser.add_argument("--fresh", action="store_true", help="start over in a new directory; never overwrites")
     args = parser.parse_args()
+    if args.json and not args.check:
+        parser.error("--json writes what --check finds. Add --check")
     recipe = recipes.load(args.recipe, args.set)
     if args.print_recipe and console.rank() == 0:
         print(recipes.to_yaml(recipes.filled(recipe)), end="")
@@ -39,11 +45,24 @@ def main() -> int:
 
         report = plan.make(resolve.resolve(recipe))
         if console.rank() == 0:
-            plan.show(report)
+            show(report, args.json)
         return 0
     from mmpeft_ds.engine import trainer
 
     return trainer.run(recipe, fresh=args.fresh)
+
+
+def show(report: dict, file: str | None) -> None:
+    """Print the numbers of --check as tables, or as JSON to a file or (-) in the place of the tables."""
+    from mmpeft_ds.engine import plan
+    from mmpeft_ds.files import write_json
+
+    if file == "-":
+        print(json.dumps(report, indent=1))
+        return
+    plan.show(report)
+    if file:
+        write_json(Path(file), report)
 
 
 if __name__ == "__main__":

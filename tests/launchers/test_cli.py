@@ -43,9 +43,12 @@ def test_check_prints_sizes_and_trains_nothing(command, folder):
     assert "ZeRO-3" in out and "ZeRO-1" in out and "head" in out and "10 steps" in out
 
 
-def test_plan_as_json(command, folder):
-    code, out, _ = command("plan.py", "--recipe", folder / "recipe.yaml", "--json")
+def test_check_as_json(command, folder, tmp_path):
+    code, out, _ = command("train.py", "--recipe", folder / "recipe.yaml", "--check", "--json", "-")
     assert code == 0 and json.loads(out)["total_steps"] == 10
+    file = tmp_path / "check.json"
+    code, tables, _ = command("train.py", "--recipe", folder / "recipe.yaml", "--check", "--json", file)
+    assert code == 0 and json.loads(file.read_text()) == json.loads(out) and "ZeRO-3" in tables
 
 
 def test_print_recipe_prints_a_recipe_that_loads(command, folder, tmp_path):
@@ -62,6 +65,7 @@ def test_print_recipe_prints_a_recipe_that_loads(command, folder, tmp_path):
         ("train.py", [], ["--recipe"]),
         ("train.py", ["--recipe", "none.yaml"], ["none.yaml", "No such file"]),
         ("train.py", ["--recipe", "x", "--sett", "y"], ["--sett"]),
+        ("train.py", ["--recipe", "x", "--json", "y"], ["--json", "--check"]),
         ("evaluate.py", ["--run", "no/such/run"], ["no/such/run", "recipe.yaml"]),
         ("predict.py", ["--adapter", "a", "--images", "no-images", "--text", "x"], ["no-images"]),
         ("predict.py", ["--adapter", "a", "--images", str(ROOT / "recipes"), "--text", "x"], ["no image"]),
@@ -75,8 +79,8 @@ def test_bad_arguments_are_one_line(command, script, args, words):
 
 @pytest.mark.parametrize("flag", ["--local_rank=1", "--local-rank=1"])
 def test_the_argument_that_launchers_add_is_accepted(command, folder, flag):
-    code, out, _ = command("plan.py", flag, "--recipe", folder / "recipe.yaml", "--json")
-    assert code == 0 and json.loads(out)
+    code, out, _ = command("train.py", flag, "--recipe", folder / "recipe.yaml", "--print-recipe")
+    assert code == 0 and out.startswith("run_dir:")
 
 
 def test_only_rank_0_speaks_of_an_error_that_all_ranks_have(monkeypatch, capsys):
