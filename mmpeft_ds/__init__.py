@@ -11,13 +11,13 @@ import importlib
 from typing import Any
 
 from mmpeft_ds import methods
-from mmpeft_ds.methods.common.registration import when_peft_is_there
+from mmpeft_ds.registration import when_imported
 
 __version__ = "0.1.0"
 
 _LAZY = {"load": "mmpeft_ds.adapter"}
 
-when_peft_is_there(methods.register)
+when_imported("peft", methods.__name__, methods.register)
 
 
 def __getattr__(name: str) -> Any:

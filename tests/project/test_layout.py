@@ -13,7 +13,17 @@ from tests.helpers import ROOT
 
 PACKAGE = ROOT / "mmpeft_ds"
 # What everybody may import: the bottom, and the form in which samples travel.
-COMMON = {"adapter_files", "errors", "files", "progress", "registry", "data.batch", "data.identity", "data.transform"}
+COMMON = {
+    "adapter_files",
+    "errors",
+    "files",
+    "progress",
+    "registration",
+    "registry",
+    "data.batch",
+    "data.identity",
+    "data.transform",
+}
 # What each room may import besides itself, from below to above. `methods` and the like stand for the whole room,
 # `methods.__init__` for its name alone, by which components are looked up.
 ALLOWED = {
