@@ -3,7 +3,7 @@
 
 deepspeed --num_accelerators 2 launchers/train.py --recipe recipes/quickstart.yaml --set optim.lr=1e-3
 torchrun --nproc-per-node 2 launchers/train.py --recipe recipes/quickstart.yaml
-python launchers/train.py --recipe recipes/quickstart.yaml --check [--json FILE]
+python launchers/train.py --recipe recipes/quickstart.yaml --check [--samples N] [--ranks N ...] [--json FILE]
 """
 
 import json
@@ -15,6 +15,7 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from mmpeft_ds import console  # noqa: E402
 from mmpeft_ds import recipe as recipes  # noqa: E402
+from mmpeft_ds.errors import BadInput  # noqa: E402
 
 
 def main() -> int:
@@ -22,28 +23,36 @@ def main() -> int:
     parser = console.Parser(description=__doc__)
     parser.add_argument("--recipe", required=True, help="YAML file, see recipes/")
     parser.add_argument("--set", action="append", default=[], metavar="A.B=VALUE", help="override one key; repeatable")
-    parser.add_argument("--check", action="store_true", help="resolve everything and print sizes and memory")
-    parser.add_argument(
-        "--json", metavar="FILE", help="with --check: write its numbers as JSON; - prints them instead"
-    )
     parser.add_argument("--print-recipe", action="store_true", help="print the recipe with every default filled in")
     parser.add_argument("--fresh", action="store_true", help="start over in a new directory; never overwrites")
+    parser.add_argument("--check", action="store_true", help="say what a start would refuse or do, and print sizes")
+    sizes = parser.add_argument_group("with --check")
+    sizes.add_argument("--json", metavar="FILE", help="write the numbers as JSON; - prints them instead of the tables")
+    sizes.add_argument("--samples", type=int, metavar="N",
+                       help="size a run before its data is there: each split counts as N samples, marked as assumed")  # fmt: skip
+    sizes.add_argument("--labels", type=int, metavar="N", help="of such data: answers or classes (default: 1,000)")
+    sizes.add_argument("--ranks", type=int, nargs="+", metavar="N", help="work out the memory for N ranks as well")
     args = parser.parse_args()
-    if args.json and not args.check:
-        parser.error("--json writes what --check finds. Add --check")
+    for name in ("json", "samples", "labels", "ranks"):
+        if getattr(args, name) is not None and not args.check:
+            parser.error(f"--{name} is about what --check prints. Add --check")
+    if min(args.ranks or [1]) < 1:
+        raise BadInput("--ranks: must be 1 or more.")
     recipe = recipes.load(args.recipe, args.set)
     if args.print_recipe and console.rank() == 0:
         print(recipes.to_yaml(recipes.filled(recipe)), end="")
     if args.print_recipe and not args.check:
         return 0
+    from mmpeft_ds.data.assumed import Assumed
     from mmpeft_ds.engine.assembly.outline import outline
 
-    outline(recipe)  # what is wrong with recipe or data is said before torch is imported
+    assumed = None if args.samples is None else Assumed(args.samples, args.labels or Assumed.labels)
+    outline(recipe, assumed)  # what is wrong with recipe or data is said before torch is imported
     if args.check:
         from mmpeft_ds.engine import plan
         from mmpeft_ds.engine.assembly import resolve
 
-        report = plan.make(resolve.resolve(recipe))
+        report = plan.make(resolve.resolve(recipe, assumed), args.ranks or ())
         if console.rank() == 0:
             show(report, args.json)
         return 0

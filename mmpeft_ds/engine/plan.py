@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,8 +13,10 @@ from rich.markup import escape
 from rich.table import Table
 from torch import nn
 
+from mmpeft_ds import recipe as recipes
+from mmpeft_ds.data.assumed import is_assumed
 from mmpeft_ds.data.order import steps_of
-from mmpeft_ds.engine import ewc
+from mmpeft_ds.engine import ewc, rundir
 from mmpeft_ds.engine.assembly.checks import check_schedule
 from mmpeft_ds.engine.assembly.resolve import Resolved, attach
 from mmpeft_ds.engine.optim import optimizers
@@ -24,8 +27,15 @@ DEFAULT_PERSISTENCE, DEFAULT_LIVE, DEFAULT_PREFETCH, DEFAULT_BUCKET = 100_000, 1
 MASTER_BYTES, GRADIENT_BYTES = 4, 4  # float32, as each of the optimiser's moments
 
 
-def make(resolved: Resolved) -> dict[str, Any]:
-    """Numbers of the run as JSON-able mapping; allocates no weight and needs no launcher."""
+def make(resolved: Resolved, ranks: Sequence[int] = ()) -> dict[str, Any]:
+    """Numbers of the run as JSON-able mapping; allocates no weight and needs no launcher.
+
+    Args:
+        ranks: further numbers of ranks to work out the memory for.
+
+    Raises:
+        BadInput: what a start would refuse.
+    """
     recipe = resolved.recipe
     ewc.check(recipe)
     with torch.device("meta"):
@@ -38,12 +48,14 @@ def make(resolved: Resolved) -> dict[str, Any]:
         sources.append(_source_row(source, samples, steps))
     validation = [_source_row(s, s.samples, 0) for s in resolved.validation]
     stage = resolved.ds_config.get("zero_optimization", {}).get("stage", 0)
-    ranks = sorted({1, 2, 8, 64, int(os.environ.get("WORLD_SIZE") or 1)})
+    ranks = sorted({1, 2, 8, 64, int(os.environ.get("WORLD_SIZE") or 1), *ranks})
     moments = len(optimizers.MOMENTS[recipe.optim.name])
     sizes = parameter_sizes(model, 2 if recipe.engine.dtype == "bfloat16" else 4, moments)
     total_steps = recipe.optim.max_steps or steps_per_epoch * recipe.optim.epochs
     if not resolved.method_options.gradient_free:
         check_schedule(recipe, total_steps, steps_per_epoch)
+    asked = 0 if resolved.method_options.gradient_free else total_steps
+    there = (recipe.run_dir, recipes.to_dict(recipe), asked, recipe.engine.patience)
     return {
         "backbone": recipe.backbone["name"],
         "method": recipe.method["name"],
@@ -51,6 +63,7 @@ def make(resolved: Resolved) -> dict[str, Any]:
         "sources": sources,
         "validation": validation,
         "notes": resolved.notes,
+        "remarks": [*resolved.remarks, *rundir.preview(*there)],
         "global_batch": recipe.data.global_batch,
         "accumulation": recipe.optim.accumulation,
         "steps_per_epoch": steps_per_epoch,
@@ -117,35 +130,46 @@ def zero_bytes(sizes: dict[str, Any], ds_config: dict[str, Any], stage: int, ran
 def show(report: dict[str, Any], console: Console | None = None) -> None:
     """Print the plan as tables."""
     console = console or Console()
+    rows = [*report["sources"], *report["validation"]]
     table = Table(title="Data", title_justify="left")
-    numbers = ("samples", "images", "texts", "steps/epoch")
+    numbers = [n for n in ("samples", "images", "texts", "steps") if any(row[n] for row in rows)]
     for column in ("data set", "split", "task", *numbers):
-        table.add_column(column, justify="right" if column in numbers else "left")
-    for row in (*report["sources"], *report["validation"]):
-        steps = f"{row['steps']:,}" if row["steps"] else "-"
-        texts = f"{row['texts']:,}" if row["texts"] else "-"
-        images = "-" if row["images"] is None else f"{row['images']:,}"
-        table.add_row(row["dir"], row["split"], row["task"], f"{row['samples']:,}", images, texts, steps)
+        shown = "steps/epoch" if column == "steps" else column
+        table.add_column(shown, justify="right" if column in numbers else "left", overflow="fold")
+    for row in rows:
+        counts = {n: f"{row[n]:,}" if row[n] else "-" for n in numbers}
+        counts["samples"] += " assumed" if row["assumed"] else ""
+        table.add_row(row["dir"], row["split"], row["task"], *counts.values())
     console.print(table)
-    for note in report["notes"]:
-        console.print(f"[b]Note[/b] {escape(note)}")
-    share = 100 * report["trainable_parameters"] / report["total_parameters"]
+    for note in (*report["notes"], *report["remarks"]):
+        console.print(f"[b]Note[/b] {escape(note)}", highlight=False)
+    console.print(f"[b]{report['method']}[/b] on [b]{report['backbone']}[/b]")
+    for name, value in _facts(report).items():
+        console.print(f"  {name:<11} {value}", highlight=False)
+    table = Table(title=f"Memory per rank, {report['dtype']}, no activations", title_justify="left")
+    columns = {f"ZeRO-{report['zero_stage']} (this recipe)": report["bytes_per_rank"]}
+    if report["zero_stage"] != 1:
+        columns["ZeRO-1"] = report["bytes_per_rank_zero1"]
+    for column in ("ranks", *columns):
+        table.add_column(column, justify="right")
+    for n in report["bytes_per_rank"]:
+        table.add_row(str(n), *(_size(sizes[n]) for sizes in columns.values()))
+    console.print(table)
+
+
+def _facts(report: dict[str, Any]) -> dict[str, str]:
+    """What the plan says of training, each in one line."""
+    trained, total = report["trainable_parameters"], report["total_parameters"]
     kinds = ", ".join(f"{kind} {count:,}" for kind, count in report["trainable_by_kind"].items() if count)
-    console.print(
-        f"[b]{report['method']}[/b] on [b]{report['backbone']}[/b]: {report['trainable_parameters']:,} of "
-        f"{report['total_parameters']:,} parameters train ({share:.2f} %): {kinds}"
-    )
-    console.print(
-        f"{report['total_steps']:,} steps of {report['global_batch']} slots, {report['accumulation']} micro-step(s), "
-        f"{report['labels']} labels"
-    )
-    table = Table(title=f"Memory per rank without activations ({report['dtype']})", title_justify="left")
-    table.add_column("ranks", justify="right")
-    table.add_column(f"ZeRO-{report['zero_stage']} (this recipe)", justify="right")
-    table.add_column("ZeRO-1", justify="right")
-    for n, size in report["bytes_per_rank"].items():
-        table.add_row(str(n), _size(size), _size(report["bytes_per_rank_zero1"][n]))
-    console.print(table)
+    assumed = any(row["assumed"] for row in report["sources"])
+    parts = f" in {report['accumulation']} micro-steps" if report["accumulation"] > 1 else ""
+    facts = {
+        "trained": f"{trained:,} of {total:,} parameters ({100 * trained / total:.2f}%)",
+        "of these": kinds,
+        "length": f"{report['total_steps']:,} steps of {report['global_batch']:,} samples{parts}",
+        "labels": f"{report['labels']:,}{' assumed' if assumed else ''}" if report["labels"] else "",
+    }
+    return {name: value for name, value in facts.items() if value}
 
 
 def _source_row(source: Any, samples: int, steps: int) -> dict[str, Any]:
@@ -159,6 +183,7 @@ def _source_row(source: Any, samples: int, steps: int) -> dict[str, Any]:
         "images": round(samples * fields["images"]["mean"]) if "images" in fields else None,
         "texts": round(samples * texts) if texts else None,
         "steps": steps,
+        "assumed": is_assumed(source.manifest),
     }
 
 

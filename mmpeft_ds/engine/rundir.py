@@ -110,15 +110,7 @@ class RunDir:
             target.mkdir(parents=True, exist_ok=True)
             lock.append(Lock(target / ".lock"))
             try:
-                newest = checkpoint._newest_valid(target / "checkpoints")
-                old = _saved_recipe(target, newest)
-                differing = tuple(_differences(old, recipe)) if newest is not None and old is not None else ()
-                refused = [d for d in differing if not _may_differ(d.split(":")[0])]
-                if refused:
-                    raise BadInput(
-                        f"{target}: the recipe differs from the one of this run in {'; '.join(refused)}. "
-                        "Restore these values to continue it, or add --fresh to start in a new directory."
-                    )
+                newest, differing = _compared(target, recipe)
                 write_atomic(target / "recipe.yaml", yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True))
             except BaseException:
                 lock.pop().release()
@@ -132,17 +124,7 @@ class RunDir:
         """What `finish` stored; None where there is more to do, since the run is to be longer, or more patient than it
         was when it stopped early. Collective.
         """
-
-        def read() -> dict[str, Any] | None:
-            with contextlib.suppress(FileNotFoundError, ValueError):
-                stored = json.loads((self.path / "finished.json").read_text())
-                out_of_patience = stored.get("patience", 0)
-                more_patient = out_of_patience and (patience > out_of_patience or not patience)
-                if stored["total_steps"] >= total_steps and not more_patient:
-                    return stored
-            return None
-
-        return on_rank0(read)
+        return on_rank0(lambda: _finished(self.path, total_steps, patience))
 
     def finish(self, total_steps: int, metrics: dict[str, Any], table: str, patience: int = 0) -> None:
         """Mark the run of `total_steps` steps as done, with its final metrics and printed table. Rank 0 writes.
@@ -213,6 +195,62 @@ class Lock:
         with contextlib.suppress(OSError):
             os.ftruncate(self.descriptor, 0)
             os.close(self.descriptor)
+
+
+def preview(path: str | Path, recipe: dict[str, Any], total_steps: int, patience: int = 0) -> list[str]:
+    """What a start of `recipe` would do in the run directory `path`, which is left as it is; in words, none if it is
+    new.
+
+    Args:
+        recipe: resolved recipe, plain data.
+        total_steps: optimizer steps that it asks for.
+
+    Raises:
+        BadInput: as the start itself would.
+    """
+    target = Path(path)
+    _refuse_foreign(target)
+    if not target.is_dir():
+        return []
+    newest, differing = _compared(target, json.loads(json.dumps(recipe, default=str)))
+    lines = [f"{target}: continued with another {', '.join(differing)}"] if differing else []
+    if newest is None:
+        return lines
+    step = checkpoint.read_json(newest, "state").get("step", 0)
+    if (done := _finished(target, total_steps, patience)) is not None:
+        return [*lines, f"{target}: {finished_words(done, total_steps)}; a start prints its table"]
+    return [*lines, f"{target}: a start continues this run after step {step:,} of {total_steps:,}"]
+
+
+def finished_words(done: dict[str, Any], total_steps: int) -> str:
+    """A finished run in words; with the steps that are asked for now, where these are fewer."""
+    trained = done["total_steps"]
+    fewer = f", and {total_steps:,} are asked for" if total_steps < trained else ""
+    return f"this run is finished, with {trained:,} steps{fewer}"
+
+
+def _compared(target: Path, recipe: dict[str, Any]) -> tuple[Path | None, tuple[str, ...]]:
+    """The checkpoint to continue from, and the keys that differ from its recipe and may. Raises BadInput."""
+    newest = checkpoint._newest_valid(target / "checkpoints")
+    old = _saved_recipe(target, newest)
+    differing = tuple(_differences(old, recipe)) if newest is not None and old is not None else ()
+    refused = [d for d in differing if not _may_differ(d.split(":")[0])]
+    if refused:
+        raise BadInput(
+            f"{target}: the recipe differs from the one of this run in {'; '.join(refused)}. "
+            "Restore these values to continue it, or add --fresh to start in a new directory."
+        )
+    return newest, differing
+
+
+def _finished(path: Path, total_steps: int, patience: int) -> dict[str, Any] | None:
+    with contextlib.suppress(FileNotFoundError, ValueError):
+        stored = json.loads((path / "finished.json").read_text())
+        out_of_patience = stored.get("patience", 0)
+        more_patient = out_of_patience and (patience > out_of_patience or not patience)
+        if stored["total_steps"] >= total_steps and not more_patient:
+            return stored
+    return None
 
 
 def truncate_jsonl(path: Path, step: int) -> None:

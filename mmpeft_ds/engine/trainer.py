@@ -22,7 +22,7 @@ from mmpeft_ds.engine.assembly.resolve import Resolved, ResolvedSource, resolve,
 from mmpeft_ds.engine.evaluator import Evaluation, evaluate
 from mmpeft_ds.engine.export import export_adapter
 from mmpeft_ds.engine.monitor import Monitor, Observer, Silent, plain
-from mmpeft_ds.engine.rundir import RunDir
+from mmpeft_ds.engine.rundir import RunDir, finished_words
 from mmpeft_ds.engine.step import Stepper, merged_budget
 from mmpeft_ds.engine.stop import StopFlag
 from mmpeft_ds.engine.streams import check_shards, make_stream, thumbnails_of, total_steps
@@ -59,10 +59,10 @@ def run(recipe: recipes.Recipe, *, fresh: bool = False, conclude: Callable[[Trai
         finished = run_dir.finished(total, recipe.engine.patience)
         if finished is not None:
             if ranks.rank == 0:
-                print(finished["table"])
+                print(f"{run_dir.path}: {finished_words(finished, total)}\n{finished['table']}")
             return 0
         ewc.check(recipe)
-        resolved.print_notes(ranks.rank)
+        resolved.print_notes(ranks.rank, of_training=True)  # before the base is loaded, which may take minutes
         check_shards(resolved, ranks)
 
         # Build.

@@ -51,6 +51,58 @@ def test_check_as_json(command, folder, tmp_path):
     assert code == 0 and json.loads(file.read_text()) == json.loads(out) and "ZeRO-3" in tables
 
 
+def test_the_plan_fits_80_columns_and_says_each_thing_once(command, folder):
+    changed = ("--set", "engine.deepspeed=ds_configs/zero1.json")
+    code, out, _ = command("train.py", "--recipe", folder / "recipe.yaml", "--check", *changed)
+    assert code == 0 and max(map(len, out.splitlines())) <= 80
+    assert out.count("ZeRO-1") == 1 and "%)" in out and "( " not in out
+
+
+def test_a_recipe_is_sized_before_its_data_is_there_and_what_is_assumed_is_marked(command, folder):
+    absent = [word for role in ("sources", "validation") for word in ("--set", f"data.{role}.0.dir=data/not-yet")]
+    words = ("--recipe", folder / "recipe.yaml", *absent)
+    code, out, _ = command("train.py", *words, "--check", "--samples", "600", "--labels", "7")
+    assert code == 0 and "600 assumed" in out and "7 assumed" in out and "200 steps" in out
+    code, _, err = command("train.py", *words, "--check")
+    assert code == 2 and is_one_line(err, "data/not-yet/manifest.json", "prepare.py", "--check --samples N")
+    code, _, err = command("train.py", *words, "--samples", "600")
+    assert code == 2 and is_one_line(err, "--samples", "--check")
+    code, out, _ = command("train.py", "--recipe", folder / "recipe.yaml", "--check", "--samples", "600")
+    assert code == 0 and "assumed" not in out, "negative control: what is there is counted"
+
+
+def test_the_plan_for_other_numbers_of_ranks(command, folder):
+    words = ("--recipe", folder / "recipe.yaml", "--check", "--json", "-")
+    _, out, _ = command("train.py", *words, "--ranks", "3", "24")
+    assert {"3", "24", "64"} <= set(json.loads(out)["bytes_per_rank"])
+    code, _, err = command("train.py", *words, "--ranks", "0")
+    assert code == 2 and is_one_line(err, "--ranks")
+
+
+def test_check_says_what_a_start_would_do_in_the_run_directory(command, folder, tmp_path, monkeypatch):
+    from mmpeft_ds import recipe as recipes
+    from mmpeft_ds.engine import checkpoint, rundir
+    from mmpeft_ds.engine.assembly import resolve
+
+    run = tmp_path / "run"
+    words = ("train.py", "--recipe", folder / "recipe.yaml", "--check", "--set", f"run_dir={run}")
+    trained = resolve.expand(recipes.load(folder / "recipe.yaml", [f"run_dir={run}", "optim.epochs=6"]))
+    run.mkdir()
+    (run / "recipe.yaml").write_text(recipes.to_yaml(trained))
+    saved = {"recipe": recipes.to_dict(trained), "state": {"step": 30}}
+    monkeypatch.setattr(checkpoint, "_newest_valid", lambda folder: run / "checkpoints" / "step-30")
+    monkeypatch.setattr(checkpoint, "read_json", lambda path, name: saved[name])
+    code, out, err = command(*words, "--set", "optim.epochs=8")
+    assert code == 0 and "continues this run after step 30 of 40" in " ".join(out.split()), err
+    code, _, err = command(*words, "--set", "optim.lr=0.5")
+    assert code == 2 and is_one_line(err, "optim.lr: 0.01 -> 0.5", "--fresh")
+    opened = rundir.RunDir(run)
+    opened.finish(30, {}, "the table")
+    code, out, _ = command(*words)
+    assert code == 0 and "finished, with 30 steps, and 10 are asked for" in " ".join(out.split())
+    assert (run / "finished.json").exists() and not (run / ".lock").exists(), "--check leaves it as it is"
+
+
 def test_print_recipe_prints_a_recipe_that_loads(command, folder, tmp_path):
     from mmpeft_ds import recipe as recipes
 

@@ -161,6 +161,44 @@ def test_a_data_set_that_brings_the_vision_tower_no_picture_is_told_before_train
     assert val.startswith("data.validation.0: ")
 
 
+RETRIEVAL = "{name: retrieval, loss: contrast, rerank: 0}"
+
+
+@pytest.fixture
+def retrieval(folder, captions):
+    """Overrides that make a retrieval run of it: 30 samples."""
+    pair = f"{{name: dual_encoder, vision: {folder}/vision, text: {folder}/text, image_size: 8, max_text_length: 12}}"
+    tasks = [f"data.{role}.0.task={RETRIEVAL}" for role in ("sources", "validation")]
+    return [*captions, *tasks, f"backbone={pair}", "method={name: lora}"]
+
+
+def test_contrast_with_nothing_to_contrast_is_refused(folder, retrieval):
+    """The loss of a step with one pair is 0, and was so on every step without a word."""
+    assert resolve.resolve(load(folder, *retrieval, "data.global_batch=2"))
+    line = refusal(folder, *retrieval, "data.global_batch=1")
+    assert "--set data.global_batch: 1" in line and "retrieval" in line and "such as 30" in line
+    assert resolve.resolve(load(folder, "data.global_batch=1")), "negative control: questions need no others"
+
+
+def test_steps_that_are_not_what_was_meant_are_remarked(folder, retrieval):
+    def remarks(*overrides):
+        return resolve.resolve(load(folder, *retrieval, *overrides)).remarks
+
+    assert remarks("optim.max_steps=500") == []
+    (line,) = remarks("optim.max_steps=500", "data.global_batch=4096")
+    assert "30 samples" in line and "4,096" in line
+    (line,) = remarks("optim.max_steps=500", "data.global_batch=29")
+    assert "holds one sample" in line and "data.last_batch: drop" in line
+    assert remarks("optim.max_steps=500", "data.global_batch=29", "data.last_batch=drop") == []
+
+
+def test_a_run_of_few_steps_is_remarked_unless_it_was_asked_for(folder):
+    (line,) = resolve.resolve(load(folder)).remarks
+    assert "10 steps in all" in line and "optim.epochs=40 would give about 200" in line
+    assert resolve.resolve(load(folder, "optim.max_steps=10")).remarks == []
+    assert resolve.resolve(load(folder, "optim.epochs=20")).remarks == []
+
+
 def test_the_plan_counts_what_training_would_train(folder):
     resolved = resolve.resolve(load(folder))
     report = plan.make(resolved)

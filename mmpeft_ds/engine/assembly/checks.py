@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from mmpeft_ds import registry, tasks
 from mmpeft_ds.data.manifest import Manifest
 from mmpeft_ds.data.options import SourceOptions
+from mmpeft_ds.data.order import steps_of
 from mmpeft_ds.errors import BadInput
 from mmpeft_ds.methods.base import MethodOptions
 from mmpeft_ds.recipe import Recipe, find_file, where
@@ -15,6 +16,8 @@ from mmpeft_ds.recipe.options import OptimOptions
 
 if TYPE_CHECKING:  # what is checked first must not wait for torch
     from mmpeft_ds.tasks.base import TaskBase
+
+FEW_STEPS = 100  # a run by epochs that is shorter is remarked
 
 
 def check_values(recipe: Recipe) -> None:
@@ -172,6 +175,52 @@ def picture_notes(
     if without == 0:
         return []
     return [f"{here}: {f'{without:,} of {total:,}' if without else 'some'} samples have no {wanted}."]
+
+
+def check_contrast(recipe: Recipe, key: str, options: SourceOptions, task: TaskBase, samples: int) -> None:
+    """Refuse a loss over the pairs of a step where a step holds one sample only. Raises BadInput.
+
+    A queue of earlier pairs (`backbone.queue`) is something to compare with.
+    """
+    batch = recipe.data.global_batch
+    if not task.couples_samples or recipe.backbone.get("queue") or min(batch, samples) > 1:
+        return
+    name = options.task["name"]
+    if samples == 1:
+        raise BadInput(f"{where(recipe, key)}: one sample, but task {name} tells it from the others of its step.")
+    raise BadInput(
+        f"{where(recipe, 'data.global_batch')}: 1, but task {name} learns by telling a sample from the others of its "
+        f"step: there are none, and the loss would be 0. Use more, such as {min(64, samples)}."
+    )
+
+
+def run_notes(recipe: Recipe, sources: Sequence[tuple[str, TaskBase, int]], by_gradients: bool) -> list[str]:
+    """What is to be said of the length of a run and of its steps, before it starts.
+
+    Args:
+        sources: key, task and number of samples of each train source.
+        by_gradients: the method trains step by step.
+    """
+    data, optim, notes = recipe.data, recipe.optim, []
+    for key, task, samples in sources:
+        if samples < data.global_batch:
+            notes.append(
+                f"{key}: {samples:,} samples, fewer than data.global_batch: {data.global_batch:,}. Every step holds "
+                "all of them, and empty places."
+            )
+        elif task.couples_samples and data.last_batch == "pad" and samples % data.global_batch == 1:
+            notes.append(
+                f"{key}: the last step of an epoch holds one sample, which has no other to be told from. Set "
+                "data.last_batch: drop, or another data.global_batch."
+            )
+    per_epoch = sum(steps_of(samples, data.global_batch, data.last_batch) for _, _, samples in sources)
+    total = per_epoch * optim.epochs
+    if by_gradients and not optim.max_steps and 0 < total < FEW_STEPS:
+        notes.append(
+            f"optim.epochs: {optim.epochs} gives {total} steps in all, few for training anything. "
+            f"optim.epochs={-(-2 * FEW_STEPS // per_epoch)} would give about {2 * FEW_STEPS}."
+        )
+    return notes
 
 
 def check_names(recipe: Recipe, entries: list[tuple[str, SourceOptions, Manifest]]) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from mmpeft_ds.data.assumed import Assumed, is_absent, is_assumed
 from mmpeft_ds.data.manifest import Manifest
 from mmpeft_ds.data.options import SourceOptions
 from mmpeft_ds.data.subset import Subset
@@ -54,8 +55,15 @@ class Outline:
         return list(merged) or None
 
 
-def outline(recipe: Recipe) -> Outline:
-    """Read and check what needs no torch. Raises BadInput."""
+def outline(recipe: Recipe, assumed: Assumed | None = None) -> Outline:
+    """Read and check what needs no torch.
+
+    Args:
+        assumed: what to take for data sets that are not prepared yet; None: they are refused.
+
+    Raises:
+        BadInput: one line: what, where, how to mend it.
+    """
     check_values(recipe)
     ds_config = check_ds_config(recipe)
     parts = components(recipe)
@@ -65,7 +73,7 @@ def outline(recipe: Recipe) -> Outline:
     if not listed["sources"]:
         raise BadInput(f"{where(recipe, 'data.sources')}: empty. Name a prepared data set: [{{dir: data/easy-vqa}}].")
     sources = listed["sources"] | listed["validation"]
-    manifests = {key: load_manifest(recipe, key, options) for key, options in sources.items()}
+    manifests = {key: load_manifest(recipe, key, options, assumed) for key, options in sources.items()}
     check_names(recipe, [(key, options, manifests[key]) for key, options in sources.items()])
     subsets = {key: load_subset(recipe, key, options, manifests[key]) for key, options in sources.items()}
     for key, options in sources.items():
@@ -73,11 +81,20 @@ def outline(recipe: Recipe) -> Outline:
     return Outline(recipe, parts, ds_config, sources, manifests, subsets)
 
 
-def load_manifest(recipe: Recipe, key: str, options: SourceOptions) -> Manifest:
-    """The manifest of a source, which must have the split. Raises BadInput."""
+def load_manifest(recipe: Recipe, key: str, options: SourceOptions, assumed: Assumed | None = None) -> Manifest:
+    """The manifest of a source, which must have the split; an assumed one where it is absent. Raises BadInput."""
+    if assumed is not None and is_absent(options.dir):
+        splits = [s.split for s in (*recipe.data.sources, *recipe.data.validation) if s.dir == options.dir]
+        stored = recipe.backbone.get("images") == "stored" and recipe.backbone.get("encoder", "") is None
+        return assumed.manifest(options.dir, splits, stored)
     with blamed(recipe, key):
         if options.dir.startswith("pipe:") and not recipe.data.allow_pipe:
             raise BadInput("pipe: runs a shell command and is refused. Set data.allow_pipe: true if you trust it.")
+        if is_absent(options.dir):
+            raise BadInput(
+                f"{options.dir}/manifest.json: not found; prepare the data set first: python data_prep/prepare.py "
+                f"SOURCE --out {options.dir}. To size the run before: --check --samples N."
+            )
         manifest = Manifest.load(options.dir)
         manifest.shards(options.split)
     return manifest
@@ -86,7 +103,8 @@ def load_manifest(recipe: Recipe, key: str, options: SourceOptions) -> Manifest:
 def load_subset(recipe: Recipe, key: str, options: SourceOptions, manifest: Manifest) -> Subset | None:
     """The samples of a source that are used; None for all. Raises BadInput."""
     with blamed(recipe, f"{key}.subset"):
-        return Subset.load(options.subset, manifest, options.split) if options.subset else None
+        there = options.subset and not is_assumed(manifest)
+        return Subset.load(options.subset, manifest, options.split) if there else None
 
 
 @contextlib.contextmanager

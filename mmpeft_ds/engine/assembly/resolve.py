@@ -17,16 +17,19 @@ from peft import PeftConfig, PeftModel
 from transformers import PreTrainedModel
 
 from mmpeft_ds.backbones.base import BackboneBase, model_hooks
+from mmpeft_ds.data.assumed import Assumed, is_assumed
 from mmpeft_ds.data.manifest import Manifest
 from mmpeft_ds.data.options import SourceOptions
 from mmpeft_ds.data.subset import Subset
 from mmpeft_ds.data.transform import hooks_of
 from mmpeft_ds.engine.assembly import feature_bank
 from mmpeft_ds.engine.assembly.checks import (
+    check_contrast,
     check_coupling,
     check_fields,
     check_records,
     picture_notes,
+    run_notes,
 )
 from mmpeft_ds.engine.assembly.outline import blamed, outline
 from mmpeft_ds.errors import BadInput
@@ -70,6 +73,7 @@ class Resolved:
         labels: the closed answer list that the head covers, or None.
         statistics: feature statistics of the first train source for the backbone's condition, or None.
         notes: lines that the user should read before training: what works, but may not be meant.
+        remarks: the same, about the length of the run and the size of its steps.
     """
 
     recipe: Recipe
@@ -82,29 +86,35 @@ class Resolved:
     labels: list[str] | None
     statistics: dict[str, Any] | None
     notes: list[str] = dataclasses.field(default_factory=list)
+    remarks: list[str] = dataclasses.field(default_factory=list)
 
     @property
     def method_options(self) -> MethodOptions:
         """What the engine asks of the method; the defaults for a config of peft's own."""
         return self.method_config if isinstance(self.method_config, MethodOptions) else self.method.Options()
 
-    def print_notes(self, rank: int) -> None:
-        """Print the notes, on rank 0."""
-        for note in self.notes if rank == 0 else ():
+    def print_notes(self, rank: int, of_training: bool = False) -> None:
+        """Print the notes, and with `of_training` the remarks, on rank 0."""
+        for note in (*self.notes, *(self.remarks if of_training else ())) if rank == 0 else ():
             print(f"note: {note}", flush=True)
 
 
-def resolve(recipe: Recipe) -> Resolved:
+def resolve(recipe: Recipe, assumed: Assumed | None = None) -> Resolved:
     """Load the parts of `recipe` and refuse what cannot work.
+
+    Args:
+        assumed: what to take for data sets that are not prepared yet; None: they are refused. For sizing only.
 
     Raises:
         BadInput: one line: what, where, how to mend it.
     """
-    plain = outline(recipe)
+    plain = outline(recipe, assumed)
     recipe, parts, manifests, subsets = plain.recipe, plain.parts, plain.manifests, plain.subsets
     method, method_config = make_method(parts.method)
     for key, options in plain.sources.items():
         check_records(recipe, key, options, manifests[key])
+        if is_assumed(manifests[key]) and not {"questions", "label"} & set(parts.tasks[key].entry.fields):
+            manifests[key].labels = manifests[key].label_counts = None
     labels = plain.labels()
     backbone = make_backbone(parts.backbone, recipe.engine, labels, feature_bank.towers_of(list(manifests.values())))
     statistics = feature_statistics(recipe, backbone, manifests[plain.of("sources")[0]])
@@ -119,6 +129,8 @@ def resolve(recipe: Recipe) -> Resolved:
         sources[key] = ResolvedSource(options, manifests[key], task, subsets[key])
     train, validation = ([sources[key] for key in plain.of(role)] for role in ("sources", "validation"))
     check_coupling(recipe, [source.task for source in train], parts.method.options)
+    for key, source in zip(plain.of("sources"), train, strict=True):
+        check_contrast(recipe, key, source.options, source.task, source.samples)
     if backbone.reads_bank:
         backbone.use_bank(feature_bank.shapes(train, labels, method.bank_parts(method_config)))
     check_sites(parts.method, backbone, method, method_config)
@@ -128,6 +140,8 @@ def resolve(recipe: Recipe) -> Resolved:
         for key, options in plain.sources.items()
         for line in picture_notes(key, options, manifests[key], backbone.modalities, takes_features)
     ]
+    trained = [(key, sources[key].task, sources[key].samples) for key in plain.of("sources")]
+    remarks = run_notes(recipe, trained, not parts.method.options.gradient_free)
     return Resolved(
         recipe=recipe,
         ds_config=plain.ds_config,
@@ -139,6 +153,7 @@ def resolve(recipe: Recipe) -> Resolved:
         labels=labels,
         statistics=statistics,
         notes=notes,
+        remarks=remarks,
     )
 
 
@@ -217,6 +232,8 @@ def feature_statistics(recipe: Recipe, backbone: BackboneBase, manifest: Manifes
     """Mean and deviation that the backbone's condition is scaled with, from the manifest; None if it wants none."""
     if not backbone.wants_statistics:
         return None
+    if is_assumed(manifest):
+        return {"mean": [0.0] * backbone.condition_width, "std": [1.0] * backbone.condition_width, "count": 0}
     key = backbone.statistics_key()
     if key not in manifest.statistics:
         others = len(manifest.statistics)
