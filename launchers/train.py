@@ -29,7 +29,7 @@ def main() -> int:
     sizes = parser.add_argument_group("with --check")
     sizes.add_argument("--json", metavar="FILE", help="write the numbers as JSON; - prints them instead of the tables")
     sizes.add_argument("--samples", type=int, metavar="N",
-                       help="size a run before its data is there: each split counts as N samples, marked as assumed")  # fmt: skip
+                       help="before the data is there: take N samples for each split, marked as assumed")  # fmt: skip
     sizes.add_argument("--labels", type=int, metavar="N", help="of such data: answers or classes (default: 1,000)")
     sizes.add_argument("--ranks", type=int, nargs="+", metavar="N", help="work out the memory for N ranks as well")
     args = parser.parse_args()

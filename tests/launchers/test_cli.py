@@ -82,11 +82,10 @@ def test_the_plan_for_other_numbers_of_ranks(command, folder):
 def test_check_says_what_a_start_would_do_in_the_run_directory(command, folder, tmp_path, monkeypatch):
     from mmpeft_ds import recipe as recipes
     from mmpeft_ds.engine import checkpoint, rundir
-    from mmpeft_ds.engine.assembly import resolve
 
     run = tmp_path / "run"
     words = ("train.py", "--recipe", folder / "recipe.yaml", "--check", "--set", f"run_dir={run}")
-    trained = resolve.expand(recipes.load(folder / "recipe.yaml", [f"run_dir={run}", "optim.epochs=6"]))
+    trained = recipes.filled(recipes.load(folder / "recipe.yaml", [f"run_dir={run}", "optim.epochs=6"]))
     run.mkdir()
     (run / "recipe.yaml").write_text(recipes.to_yaml(trained))
     saved = {"recipe": recipes.to_dict(trained), "state": {"step": 30}}
