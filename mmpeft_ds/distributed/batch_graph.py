@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mmpeft_ds.distributed import collectives
 from mmpeft_ds.distributed.counters import Traffic, counted
-from mmpeft_ds.distributed.gather import exchange_rows, gather_rows, gather_sizes, group_rank, group_size
+from mmpeft_ds.distributed.gather import exchange_rows, gather_rows, gather_sizes
 from mmpeft_ds.distributed.ring import ring_blocks
 from mmpeft_ds.ops.graph_topk import Nearest, best_of, nearest, settled, shared_candidates
 from mmpeft_ds.ops.similarity_graph import Rows, decide_pairs, symmetric_degrees, symmetric_edges
@@ -69,7 +70,7 @@ class Graph:
     @property
     def offset(self) -> int:
         """Position of the first own row among all."""
-        return sum(self.counts[: group_rank(self.group)])
+        return sum(self.counts[: collectives.rank(self.group)])
 
     @property
     def edge_index(self) -> Tensor:
@@ -275,13 +276,13 @@ class _Nodes:
         else:
             self.keys = told[:, :8].flatten().view(torch.int64)[self.positions]
         self.shares = [int(part.sum()) for part in everyone.split(self.counts)]
-        rank = group_rank(group)
+        rank = collectives.rank(group)
         self.offset, self.start = sum(self.counts[:rank]), sum(self.shares[:rank])
         self.x = x.detach() if self.shares[rank] == len(x) else x.detach()[self.valid]
 
     def blocks(self, exchange: str) -> Iterator[tuple[Rows, Rows]]:
         """Own rows and those of all, at once or rank by rank. Collective."""
-        if exchange == "gather" or group_size(self.group) == 1:
+        if exchange == "gather" or collectives.world_size(self.group) == 1:
             everyone = Rows.of(gather_rows(self.x, self.shares, self.group))
             yield everyone[self.start : self.start + len(self.x)], everyone
         else:
@@ -311,7 +312,7 @@ class _Nodes:
 
 
 def _search(nodes: _Nodes, k: int, tau: float | None, with_self: bool, exchange: str, chunk: int | None) -> Nearest:
-    if exchange == "gather" or group_size(nodes.group) == 1:
+    if exchange == "gather" or collectives.world_size(nodes.group) == 1:
         return _search_together(nodes, k, tau, with_self, chunk)
     hits = None
     for own, block in nodes.blocks(exchange):

@@ -16,14 +16,14 @@ from mmpeft_ds.errors import BadInput
 T = TypeVar("T")
 
 
-def world_size() -> int:
-    """Ranks of the run; 1 without a process group."""
-    return dist.get_world_size() if dist.is_initialized() else 1
+def world_size(group: Any = None) -> int:
+    """Ranks of a process group, by default of the run; 1 without one."""
+    return dist.get_world_size(group) if dist.is_initialized() else 1
 
 
-def rank() -> int:
-    """This rank; 0 without a process group."""
-    return dist.get_rank() if dist.is_initialized() else 0
+def rank(group: Any = None) -> int:
+    """This rank in a process group, by default in the run; 0 without one."""
+    return dist.get_rank(group) if dist.is_initialized() else 0
 
 
 def sum_scalars(values: Sequence[float], device: torch.device | str = "cpu") -> list[float]:

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from mmpeft_ds.distributed import collectives
 from mmpeft_ds.distributed.counters import record
 
 # torch 2.13 gave these two their present names
@@ -19,19 +20,9 @@ _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_sc
 _SCATTERS = {"nccl", "gloo", "xccl", "hccl"}
 
 
-def group_size(group: Any = None) -> int:
-    """Ranks of a process group; 1 without one."""
-    return dist.get_world_size(group) if dist.is_initialized() else 1
-
-
-def group_rank(group: Any = None) -> int:
-    """This rank in a process group; 0 without one."""
-    return dist.get_rank(group) if dist.is_initialized() else 0
-
-
 def gather_sizes(sizes: list[int], device: torch.device | str, group: Any = None) -> list[list[int]]:
     """The numbers of every rank, in rank order; all ranks give as many. Collective."""
-    if group_size(group) == 1:
+    if collectives.world_size(group) == 1:
         return [list(sizes)]
     mine = torch.tensor(sizes, dtype=torch.int64, device=device)
     return all_gather(mine, group).tolist()
@@ -55,7 +46,7 @@ def gather_rows(x: Tensor, counts: list[int] | None = None, group: Any = None) -
 
     Source: GA-Net across ranks, scheme S; arXiv 2408.00290 has one device only.
     """
-    if group_size(group) == 1:
+    if collectives.world_size(group) == 1:
         return x
     counts = [n for (n,) in gather_sizes([len(x)], x.device, group)] if counts is None else counts
     return _Gather.apply(x, counts, group)
@@ -63,7 +54,7 @@ def gather_rows(x: Tensor, counts: list[int] | None = None, group: Any = None) -
 
 def all_gather(x: Tensor, group: Any = None) -> Tensor:
     """Equal tensors of N ranks stacked: (N, *x.shape). Collective, without gradient."""
-    ranks = group_size(group)
+    ranks = collectives.world_size(group)
     x = x.detach().contiguous()
     # no backend of ours moves booleans everywhere; the bits are the same
     wire = x.view(torch.uint8) if x.dtype == torch.bool else x
@@ -81,7 +72,7 @@ def exchange_rows(x: Tensor, counts: list[int], group: Any = None) -> Tensor:
         counts: B of every rank.
         group: process group; None = all ranks.
     """
-    ranks, mine = group_size(group), counts[group_rank(group)]
+    ranks, mine = collectives.world_size(group), counts[collectives.rank(group)]
     if ranks == 1:
         return x[None]
     out = x.new_empty(ranks * mine, *x.shape[1:])
@@ -101,7 +92,7 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        most, mine = _most(ctx.counts), ctx.counts[group_rank(ctx.group)]
+        most, mine = _most(ctx.counts), ctx.counts[collectives.rank(ctx.group)]
         summed = torch.float32 if grad.dtype in (torch.float16, torch.bfloat16) else grad.dtype
         shares = torch.cat([_pad(part, most) for part in grad.to(summed).split(ctx.counts)])
         return _sum_of_share(shares, most, ctx.group)[:mine].to(grad.dtype), None, None
@@ -109,7 +100,7 @@ class _Gather(torch.autograd.Function):
 
 def _sum_of_share(shares: Tensor, size: int, group: Any) -> Tensor:
     """Sum over ranks of this rank's `size` rows of (N size, ...)."""
-    ranks, shares = group_size(group), shares.contiguous()
+    ranks, shares = collectives.world_size(group), shares.contiguous()
     if dist.get_backend(group) in _SCATTERS:
         out = shares.new_empty(size, *shares.shape[1:])
         with record("reduce_scatter", (ranks - 1) * out.nbytes, shares.device):
@@ -117,7 +108,7 @@ def _sum_of_share(shares: Tensor, size: int, group: Any) -> Tensor:
         return out
     with record("all_reduce", 2 * (ranks - 1) * shares.nbytes // ranks, shares.device):
         dist.all_reduce(shares, group=group)
-    return shares.narrow(0, group_rank(group) * size, size)
+    return shares.narrow(0, collectives.rank(group) * size, size)
 
 
 def _most(counts: list[int]) -> int:

@@ -9,9 +9,10 @@ from torch import Tensor, nn
 from torch_geometric.nn import MessagePassing
 from torch_geometric.typing import OptTensor
 
+from mmpeft_ds.distributed import collectives
 from mmpeft_ds.distributed.batch_graph import Graph
 from mmpeft_ds.distributed.counters import counted
-from mmpeft_ds.distributed.gather import gather_rows, group_size
+from mmpeft_ds.distributed.gather import gather_rows
 from mmpeft_ds.distributed.ring import ring_blocks
 
 
@@ -58,7 +59,7 @@ class GraphConv(MessagePassing):
 
     def aggregate_rows(self, x: Tensor, graph: Graph) -> Tensor:
         """Weighted sums over the edges into own rows: (B, F) of this rank to (B, F), with gradient. Collective."""
-        if graph.exchange == "ring" and group_size(graph.group) > 1:
+        if graph.exchange == "ring" and collectives.world_size(graph.group) > 1:
             blocks = ring_blocks(x, graph.counts, graph.group)
             return sum(self._pass(graph.adjacency(_sum_dtype(x), rank), rows) for rank, rows in blocks)
         return self._pass(graph.adjacency(_sum_dtype(x)), gather_rows(x, graph.counts, graph.group))

@@ -11,8 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from mmpeft_ds.distributed import collectives
 from mmpeft_ds.distributed.counters import record
-from mmpeft_ds.distributed.gather import group_rank, group_size
 
 
 def ring_blocks(x: Tensor, counts: list[int], group: Any = None) -> Iterator[tuple[int, Tensor]]:
@@ -26,7 +26,7 @@ def ring_blocks(x: Tensor, counts: list[int], group: Any = None) -> Iterator[tup
         counts: B of every rank.
         group: process group; None = all ranks.
     """
-    ranks, mine = group_size(group), group_rank(group)
+    ranks, mine = collectives.world_size(group), collectives.rank(group)
     most = max(1, max(counts))
     block = x if len(x) == most else torch.cat([x, x.new_zeros(most - len(x), *x.shape[1:])])
     for step in range(ranks):
@@ -50,7 +50,7 @@ class _Shift(torch.autograd.Function):
 
 
 def _shift(x: Tensor, by: int, group: Any) -> Tensor:
-    ranks, mine = group_size(group), group_rank(group)
+    ranks, mine = collectives.world_size(group), collectives.rank(group)
     x = x.detach().contiguous()
     out = torch.empty_like(x)
 

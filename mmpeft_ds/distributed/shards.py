@@ -14,8 +14,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from mmpeft_ds.distributed import collectives
 from mmpeft_ds.distributed.counters import record
-from mmpeft_ds.distributed.gather import _most, _pad, _sum_of_share, gather_rows, group_rank, group_size
+from mmpeft_ds.distributed.gather import _most, _pad, _sum_of_share, gather_rows
 
 
 def share(total: int, ranks: int, rank: int) -> slice:
@@ -31,7 +32,7 @@ def sum_to_owner(x: Tensor, counts: list[int], group: Any = None) -> Tensor:
     Args:
         counts: N of every rank, in rank order.
     """
-    return x if group_size(group) == 1 else _SumToOwner.apply(x, counts, group)
+    return x if collectives.world_size(group) == 1 else _SumToOwner.apply(x, counts, group)
 
 
 def columns_to_rows(x: Tensor, rows: list[int], columns: list[int], group: Any = None) -> Tensor:
@@ -40,7 +41,7 @@ def columns_to_rows(x: Tensor, rows: list[int], columns: list[int], group: Any =
     Args:
         rows, columns: N and K of every rank, in rank order.
     """
-    return x if group_size(group) == 1 else _ColumnsToRows.apply(x, rows, columns, group)
+    return x if collectives.world_size(group) == 1 else _ColumnsToRows.apply(x, rows, columns, group)
 
 
 def sharded_cross_entropy(
@@ -61,7 +62,7 @@ def sharded_cross_entropy(
 
 def all_reduced(x: Tensor, how: Any = dist.ReduceOp.SUM, group: Any = None) -> Tensor:
     """The sum (or another reduction) over ranks, in the place of `x`, without gradient. Collective."""
-    ranks = group_size(group)
+    ranks = collectives.world_size(group)
     if ranks > 1:
         with record("all_reduce", 2 * (ranks - 1) * x.nbytes // ranks, x.device):
             dist.all_reduce(x, op=how, group=group)
@@ -74,7 +75,7 @@ class _SumToOwner(torch.autograd.Function):
         ctx.counts, ctx.group = counts, group
         most = _most(counts)
         shares = torch.cat([_pad(part, most) for part in x.split(counts)])
-        return _sum_of_share(shares, most, group)[: counts[group_rank(group)]].clone()
+        return _sum_of_share(shares, most, group)[: counts[collectives.rank(group)]].clone()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
@@ -85,19 +86,19 @@ class _ColumnsToRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, rows: list[int], columns: list[int], group: Any) -> Tensor:
         ctx.rows, ctx.columns, ctx.group = rows, columns, group
-        mine = rows[group_rank(group)]
+        mine = rows[collectives.rank(group)]
         return torch.cat(_exchange(x.split(rows), [(mine, k) for k in columns], group), 1)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        mine = ctx.columns[group_rank(ctx.group)]
+        mine = ctx.columns[collectives.rank(ctx.group)]
         return torch.cat(_exchange(grad.split(ctx.columns, 1), [(n, mine) for n in ctx.rows], ctx.group)), *[None] * 3
 
 
 class _ShardedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, labels: Tensor, columns: list[int], counts: list[int], group: Any) -> Tensor:
-        rank = group_rank(group)
+        rank = collectives.rank(group)
         local = labels - sum(columns[:rank])
         here = (local >= 0) & (local < columns[rank])
         # one column more, of nothing: a rank may hold none, and a target that is elsewhere has to point somewhere
@@ -126,7 +127,7 @@ def _exchange(blocks: Any, shapes: list[tuple[int, int]], group: Any) -> list[Te
     sent = torch.cat([block.reshape(-1) for block in blocks])
     sizes = [rows * columns for rows, columns in shapes]
     got = sent.new_empty(sum(sizes))
-    received = (sum(sizes) - sizes[group_rank(group)]) * got.element_size()
+    received = (sum(sizes) - sizes[collectives.rank(group)]) * got.element_size()
     with record("all_to_all", received, got.device):
         dist.all_to_all_single(got, sent, sizes, [block.numel() for block in blocks], group=group)
     return [part.reshape(shape) for part, shape in zip(got.split(sizes), shapes, strict=True)]

@@ -10,7 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mmpeft_ds.distributed.gather import gather_rows, group_size
+from mmpeft_ds.distributed import collectives
+from mmpeft_ds.distributed.gather import gather_rows
 from mmpeft_ds.distributed.shards import all_reduced
 from mmpeft_ds.errors import AgreedBadInput
 
@@ -82,7 +83,7 @@ def check_agreement(tensors: list[Tensor], what: str, group: Any = None) -> None
     Raises:
         AgreedBadInput: they differ.
     """
-    if group_size(group) == 1:
+    if collectives.world_size(group) == 1:
         return
     device = tensors[0].device if tensors else torch.device("cpu")
     mine = torch.tensor(checksum(tensors), dtype=torch.int64, device=device)

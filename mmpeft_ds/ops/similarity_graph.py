@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from mmpeft_ds.ops import bits as packed
+from mmpeft_ds.ops.precision import at_least_float32
 
 # Similarities held at a time. On a CPU a tile stays in the cache; a GPU wants work.
 CHUNK = {"cpu": 2**18, "other": 2**25}
@@ -35,14 +36,9 @@ def exact_float32() -> Iterator[None]:
                 setting.fp32_precision = value
 
 
-def similarity_dtype(x: Tensor) -> torch.dtype:
-    """In which precision rows are compared: float64 stays, all else float32."""
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
 def unit_rows(x: Tensor) -> Tensor:
-    """Rows of length 1 in `similarity_dtype`; a row of zeros, or one that is not finite, becomes zeros. (n, D)."""
-    x = x.detach().to(similarity_dtype(x))
+    """(n, D) rows of length 1, float32 or float64; a row of zeros, or one that is not finite, becomes zeros."""
+    x = at_least_float32(x.detach())
     length = torch.linalg.vector_norm(x, dim=1, keepdim=True)
     usable = (length > 0) & length.isfinite()
     unit = x / torch.where(usable, length, 1.0)
@@ -79,7 +75,7 @@ class Rows:
 
     Attributes:
         raw: (n, D) in their own dtype.
-        values: (n, D) the same in `similarity_dtype`, zeros where a row is not finite.
+        values: (n, D) the same in float32 (float64 stays), zeros where a row is not finite.
         scale: (n, 1) one over their lengths, 0 for a row of zeros. Products are scaled, not rows: there are fewer.
         start: position of the first among all.
     """
@@ -93,7 +89,7 @@ class Rows:
     def of(cls, raw: Tensor, start: int = 0) -> Rows:
         """Rows of any scale whose first stands at position `start` among all M."""
         raw = raw.detach()
-        values = raw.to(similarity_dtype(raw))
+        values = at_least_float32(raw)
         length = torch.linalg.vector_norm(values, dim=1, keepdim=True)
         if not length.isfinite().all():
             values = values.masked_fill(~length.isfinite(), 0.0)

@@ -11,7 +11,7 @@ from torch.nn.functional import cross_entropy
 
 from mmpeft_ds import HeGraphConfig
 from mmpeft_ds.backbones.features.backbone import FeatureConfig, FeatureModel
-from mmpeft_ds.distributed import shards, support
+from mmpeft_ds.distributed import collectives, shards, support
 from mmpeft_ds.errors import BadInput
 from mmpeft_ds.methods.common.head import head_of
 from mmpeft_ds.methods.hegraph import head as head_module
@@ -172,7 +172,7 @@ class OwnGradient(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, counts, group):
-        ctx.counts, ctx.rank = counts, shards.group_rank(group)
+        ctx.counts, ctx.rank = counts, collectives.rank(group)
         return shards.all_reduced(x.clone(), group=group).split(counts)[ctx.rank].clone()
 
     @staticmethod
@@ -195,7 +195,7 @@ def gather_without_reduction(x, counts=None, group=None):
     if not x.requires_grad:
         return shards.gather_rows(x, counts, group)
     everyone = list(shards.gather_rows(x.detach(), counts, group).split(counts))
-    everyone[shards.group_rank(group)] = x
+    everyone[collectives.rank(group)] = x
     return torch.cat(everyone)
 
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
+
+from mmpeft_ds.distributed import collectives
 
 
 def in_step(model: nn.Module) -> bool:
     """Whether all ranks must take equally many steps of generation: each step gathers partitioned weights."""
-    ranks = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
-    return ranks > 1 and any(hasattr(p, "ds_id") for p in model.parameters())
+    return collectives.world_size() > 1 and any(hasattr(p, "ds_id") for p in model.parameters())
 
 
 def one_of(sequences: Iterable[list[int]], end: int, skip: int = 1) -> Callable[[int, Tensor], list[int]]:

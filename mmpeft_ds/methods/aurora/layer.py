@@ -17,6 +17,7 @@ from mmpeft_ds.methods.common.layers import SiteLayer
 from mmpeft_ds.ops import mode_product
 from mmpeft_ds.ops.frame_weighting import weight_frame_keys
 from mmpeft_ds.ops.gated_query import gated_query
+from mmpeft_ds.ops.precision import full_dtype
 from mmpeft_ds.sites.base import SharedWithTeacher, base_layer, features
 from mmpeft_ds.sites.condition import current
 
@@ -367,5 +368,5 @@ class GatedEnd(nn.Module, SiteLayer):
 
 def _parameter(like: Tensor, *shape: int) -> nn.Parameter:
     """Trained in float32 whatever the base is; float64 stays float64, which reference vectors need."""
-    dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+    dtype = full_dtype(like.dtype)
     return nn.Parameter(torch.empty(*shape, dtype=dtype, device=like.device))

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from mmpeft_ds.errors import BadInput
 from mmpeft_ds.methods.clip_adapter.options import ClipAdapterOptions
 from mmpeft_ds.methods.common.config import HeadConfig
-from mmpeft_ds.methods.common.few_shot import Remembered, cosine_logits, wide
+from mmpeft_ds.methods.common.few_shot import Remembered, cosine_logits
 from mmpeft_ds.methods.common.head import Head, HeadMethod, HeadTuner
+from mmpeft_ds.ops.precision import at_least_float32
 from mmpeft_ds.sites.feature_site import Features, Scores
 
 
@@ -31,7 +32,7 @@ class ClipAdapterHead(Head):
         inner = width // config.reduction
         if inner < 1:
             raise BadInput(f"clip_adapter: reduction: {config.reduction} leaves nothing of {width} features.")
-        dtype = wide(self.bank.positive).dtype
+        dtype = at_least_float32(self.bank.positive).dtype
         self.down = nn.Linear(width, inner, bias=False, dtype=dtype)
         self.up = nn.Linear(inner, width, bias=False, dtype=dtype)
         self._once = Remembered()
@@ -39,7 +40,7 @@ class ClipAdapterHead(Head):
     @property
     def text(self) -> Tensor:
         """(C, D), of unit length."""
-        return self._once.get("text", lambda _: wide(self.base.class_text), self.bank.positive)
+        return self._once.get("text", lambda _: at_least_float32(self.base.class_text), self.bank.positive)
 
     def forward(self, features: Features) -> Scores:
         z, ratio = features.image.to(self.text.dtype), self.config.ratio

@@ -18,6 +18,7 @@ from mmpeft_ds.errors import BadInput
 from mmpeft_ds.methods.common.layers import SiteLayer
 from mmpeft_ds.methods.common.options import SUBLAYERS
 from mmpeft_ds.methods.common.select import Selection
+from mmpeft_ds.ops.precision import full_dtype
 
 # For every name of `options.ACTIVATIONS`.
 FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -113,7 +114,7 @@ class BottleneckLayer(nn.Module, SiteLayer):
             remember: knows the sublayer's input; None: the adapter comes behind the sublayer.
             owner: the layer whose `down` is used; None: an own one.
         """
-        dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+        dtype = full_dtype(like.dtype)
         where = {"dtype": dtype, "device": like.device}
         if owner is None:
             self.downs[adapter_name] = Down(width, config.r, **where)

@@ -23,11 +23,6 @@ def unit_ensemble(texts_CTD: Tensor) -> Tensor:
     return normalize(normalize(texts_CTD, dim=-1).mean(1), dim=-1)
 
 
-def wide(x: Tensor) -> Tensor:
-    """At least float32: in that dtype heads are trained and compared; float64 stays."""
-    return x if x.dtype == torch.float64 else x.float()
-
-
 class Remembered:
     """Results computed once from frozen tensors, and again when one of those is replaced, moved or written to."""
 

@@ -10,6 +10,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
 from mmpeft_ds.distributed.partitioned import gathered
+from mmpeft_ds.ops.precision import full_dtype
 from mmpeft_ds.sites.base import AdapterLayer, base_layer
 
 
@@ -121,7 +122,7 @@ class HeldBias(nn.Module):
 
     def __init__(self, frozen: nn.Parameter):
         super().__init__()
-        dtype = torch.float64 if frozen.dtype == torch.float64 else torch.float32
+        dtype = full_dtype(frozen.dtype)
         self.bias = nn.Parameter(frozen.detach().to(dtype, copy=True))
         # Under ZeRO-3 the frozen bias may be away when it has to be taken off the output again.
         self.register_buffer("frozen", frozen.detach().clone(), persistent=False)

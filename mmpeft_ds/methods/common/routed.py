@@ -16,6 +16,7 @@ from mmpeft_ds.methods.common.config import MethodConfig
 from mmpeft_ds.methods.common.options import IN_A_QUARTER, RoutedOptions
 from mmpeft_ds.methods.common.select import Selection, select
 from mmpeft_ds.ops.bottleneck_attention import bottleneck_attention
+from mmpeft_ds.ops.precision import full_dtype
 from mmpeft_ds.ops.route import MIXES_TOKENS, pool_condition, route
 from mmpeft_ds.sites import Sites
 from mmpeft_ds.sites.condition import Condition, current
@@ -130,7 +131,7 @@ class Bottleneck(nn.Module):
         super().__init__()
         self.r, self.kind, self.variant, self.heads = config.r, config.route, config.variant, config.heads
         self.blocks, self.reshape_compat = blocks, config.reshape_compat
-        self._like = (torch.float64 if like.dtype == torch.float64 else torch.float32, like.device)
+        self._like = (full_dtype(like.dtype), like.device)
         w = parts * config.r
         inner = w // 4 if config.variant in IN_A_QUARTER else w
         if config.variant == "cross_attention" and inner % config.heads:

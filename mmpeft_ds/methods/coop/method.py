@@ -23,6 +23,7 @@ from mmpeft_ds.methods.common.few_shot import cosine_logits
 from mmpeft_ds.methods.common.head import Head, HeadLayer, HeadMethod, HeadTuner, feature_site
 from mmpeft_ds.methods.common.layers import SiteLayer
 from mmpeft_ds.methods.coop.options import CoOpOptions
+from mmpeft_ds.ops.precision import full_dtype
 from mmpeft_ds.sites import Sites, find_sites
 from mmpeft_ds.sites.base import base_layer
 from mmpeft_ds.sites.feature_site import Features, Scores
@@ -98,7 +99,7 @@ class Context(nn.Module):
 
     def __init__(self, shape: tuple[int, ...], std: float, like: Tensor):
         super().__init__()
-        dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+        dtype = full_dtype(like.dtype)
         self.vectors = nn.Parameter(std * torch.randn(shape, dtype=dtype).to(like.device))
 
     def forward(self, embedded_CLd: Tensor, place_CL: Tensor) -> Tensor:

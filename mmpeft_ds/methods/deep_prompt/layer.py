@@ -16,6 +16,7 @@ from mmpeft_ds.errors import BadInput
 from mmpeft_ds.methods.common.layers import SiteLayer
 from mmpeft_ds.methods.deep_prompt.call import Call, PrefixedCache, causal_mask, longer_mask, parameters
 from mmpeft_ds.methods.deep_prompt.config import DeepPromptConfig
+from mmpeft_ds.ops.precision import full_dtype
 
 
 class Prompts(nn.Module):
@@ -27,7 +28,7 @@ class Prompts(nn.Module):
 
     def __init__(self, width: int, config: DeepPromptConfig, like: Tensor):
         super().__init__()
-        where = {"dtype": torch.float64 if like.dtype == torch.float64 else torch.float32, "device": like.device}
+        where = {"dtype": full_dtype(like.dtype), "device": like.device}
         inner, self.length = config.reparameterize, config.length
         self.tokens = nn.Parameter(torch.empty(config.length, inner or width, **where))
         with torch.no_grad():

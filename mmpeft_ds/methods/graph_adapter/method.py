@@ -10,10 +10,11 @@ from torch import Tensor, nn
 
 from mmpeft_ds.errors import BadInput
 from mmpeft_ds.methods.common.config import HeadConfig
-from mmpeft_ds.methods.common.few_shot import Remembered, cosine_logits, wide
+from mmpeft_ds.methods.common.few_shot import Remembered, cosine_logits
 from mmpeft_ds.methods.common.head import Head, HeadMethod, HeadTuner
 from mmpeft_ds.methods.graph_adapter.options import GraphAdapterOptions
 from mmpeft_ds.ops import graph_adapter as ops
+from mmpeft_ds.ops.precision import at_least_float32
 from mmpeft_ds.sites.feature_site import Features, Scores
 
 
@@ -29,7 +30,7 @@ class GraphAdapterHead(Head):
 
     def __init__(self, config: GraphAdapterConfig, base: object):
         super().__init__(config, base)
-        positive = wide(self.bank.positive)
+        positive = at_least_float32(self.bank.positive)
         classes, _, width = positive.shape
         if self.bank.support.shape[-1] != width:
             raise BadInput(
@@ -49,7 +50,7 @@ class GraphAdapterHead(Head):
         """(C, D) texts and (C, D) image prototypes, frozen."""
         return self._once.get(
             "banks",
-            lambda texts, *_: (wide(texts).mean(1), wide(self.bank.prototypes)),
+            lambda texts, *_: (at_least_float32(texts).mean(1), at_least_float32(self.bank.prototypes)),
             self.bank.positive,
             self.bank.support,
             self.bank.support_labels,

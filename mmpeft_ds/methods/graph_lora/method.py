@@ -19,6 +19,7 @@ from mmpeft_ds.methods.common.select import Selection, select
 from mmpeft_ds.methods.common.tuner import SiteTuner
 from mmpeft_ds.methods.graph_lora.options import GraphLoraOptions
 from mmpeft_ds.ops.node_graph import node_mix
+from mmpeft_ds.ops.precision import full_dtype
 from mmpeft_ds.sites import Sites, find_sites
 from mmpeft_ds.sites.base import base_layer, features
 
@@ -45,7 +46,7 @@ class WrittenFactors(nn.Module):
         super().__init__()
         self.r, self.d, self.o, self.scale = config.r, d, o, config.scale
         k, relations = config.node_width, config.relations
-        dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+        dtype = full_dtype(like.dtype)
         shapes = {
             "node": (NODES, k),
             "relation_weight": (relations, k, k),

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, softplus
 
-from mmpeft_ds.distributed.gather import gather_rows, gather_sizes, group_rank, group_size
+from mmpeft_ds.distributed import collectives
+from mmpeft_ds.distributed.gather import gather_rows, gather_sizes
 from mmpeft_ds.distributed.partitioned import gathered
 from mmpeft_ds.distributed.shards import all_reduced, columns_to_rows, sharded_cross_entropy, sum_to_owner
 from mmpeft_ds.distributed.support import check_agreement
@@ -22,6 +23,7 @@ from mmpeft_ds.methods.hegraph.nodes import Made, Nodes
 from mmpeft_ds.ops import class_graph as ops
 from mmpeft_ds.ops.class_graph import Refined
 from mmpeft_ds.ops.class_relations import Coefficients, in_use
+from mmpeft_ds.ops.precision import full_dtype
 
 WEIGHTS = {"negative": "W_n", "positive": "W_p", "visual": "W_v"}  # receiving kind -> parameter
 SHARDS = ("none", "cache", "classes")
@@ -94,7 +96,7 @@ class ClassGraphHead(nn.Module):
         self.activation, self.fuse, self.cache_reduce = activation, fuse, cache_reduce
         self.visual_scale = self.tau if visual_scale is None else float(visual_scale)
         self.shard, self.group = shard, group
-        factory = {"device": device, "dtype": torch.float64 if dtype == torch.float64 else torch.float32}
+        factory = {"device": device, "dtype": full_dtype(dtype)}
         for kind, name in WEIGHTS.items():
             used = any(relation.receiver == kind for relation in self.relations.values())
             setattr(self, name, nn.Parameter(torch.empty(width, width, **factory)) if used else None)
@@ -219,7 +221,7 @@ class ClassGraphHead(nn.Module):
         """The class graph as `torch_geometric.data.HeteroData`; see `ops.class_graph_data`."""
         from mmpeft_ds.ops.class_graph_data import hetero_data  # torch_geometric takes seconds to import
 
-        if self.shard == "classes" and group_size(self.group) > 1:
+        if self.shard == "classes" and collectives.world_size(self.group) > 1:
             raise BadInput("hetero_data: no rank holds the whole graph with shard: classes. Use shard: none.")
         return hetero_data(self.graph(), self.nodes().to(self.dtype).of_classes, self.relations)
 
@@ -306,10 +308,10 @@ class ClassGraphHead(nn.Module):
 
     def _whole(self, nodes: Nodes) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Nodes of all classes, and the options of `class_graph` that say which rows of the graph are held here."""
-        if self.shard != "classes" or group_size(self.group) == 1:
+        if self.shard != "classes" or collectives.world_size(self.group) == 1:
             return nodes.of_classes, {}
         counts = self._counts(nodes.positive)
-        first = sum(counts[: group_rank(self.group)])
+        first = sum(counts[: collectives.rank(self.group)])
 
         def totals(own: Tensor, sent: Tensor) -> tuple[Tensor, Tensor]:
             return gather_rows(own, counts, self.group), all_reduced(sent, group=self.group)

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from mmpeft_ds.distributed.gather import group_rank, group_size
+from mmpeft_ds.distributed import collectives
 from mmpeft_ds.distributed.shards import all_reduced, share
 from mmpeft_ds.errors import BadInput
 from mmpeft_ds.methods.common.head import Head, HeadMethod, HeadTuner
@@ -89,7 +89,7 @@ class BankHead(ClassGraphHead, Head):
         bank = self.bank
         negative = bank.negative_text if "np" in self.relations else None
         whole = Nodes(bank.text, negative, bank.prototypes, bank.cache, bank.support_labels)
-        ranks, rank = group_size(self.group), group_rank(self.group)
+        ranks, rank = collectives.world_size(self.group), collectives.rank(self.group)
         if self.shard == "cache":
             own = share(len(whole.labels), ranks, rank)
             return Nodes(whole.positive, negative, whole.visual, whole.cache[own], whole.labels[own])
@@ -146,7 +146,7 @@ class BankHead(ClassGraphHead, Head):
         factors = dict(zip(self.relations, values, strict=True))
         names = {"np": "alpha_np_test", "vp": "alpha_vp", "vv": "gamma"}
         told = {names[name]: factors[name] for name in SEARCHED if name in factors}
-        accuracy = max(counts) / max(1, len(labels) * group_size(self.group))
+        accuracy = max(counts) / max(1, len(labels) * collectives.world_size(self.group))
         return {"validation_accuracy": accuracy, **told, "fusion": self.fusion}
 
     def _candidates(self, z: Tensor) -> Iterator[tuple[Tensor, Tensor, list[float]]]:

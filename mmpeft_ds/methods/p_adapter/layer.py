@@ -17,6 +17,7 @@ from mmpeft_ds.errors import BadInput
 from mmpeft_ds.methods.common.layers import SiteLayer
 from mmpeft_ds.methods.p_adapter.attention_graph import Propagation
 from mmpeft_ds.methods.p_adapter.config import PAdapterConfig
+from mmpeft_ds.ops.precision import full_dtype
 from mmpeft_ds.sites.base import AttentionSite, FFNSite, base_layer
 from mmpeft_ds.sites.observe import Observation, close_for, observe, open_for, opened
 
@@ -265,7 +266,7 @@ def factory_of(module: nn.Module) -> dict[str, object]:
     """Where and in which dtype trained parameters beside `module` live: float32 whatever the base is, except that
     float64 stays, which reference vectors need."""
     weight = base_layer(module).weight
-    dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    dtype = full_dtype(weight.dtype)
     return {"dtype": dtype, "device": weight.device}
 
 

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from mmpeft_ds.methods.common.config import HeadConfig
-from mmpeft_ds.methods.common.few_shot import Remembered, cosine_logits, wide
+from mmpeft_ds.methods.common.few_shot import Remembered, cosine_logits
 from mmpeft_ds.methods.common.head import Head, HeadMethod, HeadTuner
 from mmpeft_ds.methods.task_res.options import TaskResOptions
+from mmpeft_ds.ops.precision import at_least_float32
 from mmpeft_ds.sites.feature_site import Features, Scores
 
 
@@ -27,14 +28,14 @@ class TaskResHead(Head):
     def __init__(self, config: TaskResConfig, base: object):
         super().__init__(config, base)
         classes, _, width = self.bank.positive.shape
-        positive = wide(self.bank.positive)
+        positive = at_least_float32(self.bank.positive)
         self.residual = nn.Parameter(torch.zeros(classes, width, dtype=positive.dtype, device=positive.device))
         self._once = Remembered()
 
     @property
     def text(self) -> Tensor:
         """(C, D) class texts with their residuals, not of unit length."""
-        frozen = self._once.get("text", lambda texts: wide(texts).mean(1), self.bank.positive)
+        frozen = self._once.get("text", lambda texts: at_least_float32(texts).mean(1), self.bank.positive)
         return frozen + self.config.alpha * self.residual
 
     def forward(self, features: Features) -> Scores:

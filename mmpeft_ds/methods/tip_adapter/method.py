@@ -11,10 +11,11 @@ from torch.nn.functional import normalize
 
 from mmpeft_ds.errors import BadInput
 from mmpeft_ds.methods.common.config import HeadConfig
-from mmpeft_ds.methods.common.few_shot import Remembered, unit_ensemble, wide
+from mmpeft_ds.methods.common.few_shot import Remembered, unit_ensemble
 from mmpeft_ds.methods.common.head import Head, HeadMethod, HeadTuner
 from mmpeft_ds.methods.tip_adapter.options import TipAdapterOptions
 from mmpeft_ds.ops import cache_affinity
+from mmpeft_ds.ops.precision import at_least_float32
 from mmpeft_ds.sites.feature_site import Features, Labelled, Scores
 
 
@@ -35,7 +36,7 @@ class TipAdapterHead(Head):
     def __init__(self, config: TipAdapterConfig, base: object):
         super().__init__(config, base)
         self._once = Remembered()
-        support = wide(self.bank.support)
+        support = at_least_float32(self.bank.support)
         if config.train_keys:
             self.keys = nn.Parameter(self._frozen_keys().clone())
         for name in self.calibrated:
@@ -52,14 +53,16 @@ class TipAdapterHead(Head):
         return self.config.search
 
     def _frozen_keys(self) -> Tensor:
-        return self._once.get("keys", lambda _: normalize(wide(self.bank.cache), dim=-1), self.bank.support)
+        return self._once.get(
+            "keys", lambda _: normalize(at_least_float32(self.bank.cache), dim=-1), self.bank.support
+        )
 
     def _parts(self, image: Tensor) -> tuple[Tensor, Tensor]:
         """(B, C) zero-shot logits, or zeros, and (M, B) products of keys and queries."""
         keys = self.keys if self.config.train_keys else self._frozen_keys()
         unit = normalize(image.to(keys.dtype), dim=-1)
         if self.config.text:
-            text = self._once.get("text", lambda texts: unit_ensemble(wide(texts)), self.bank.positive)
+            text = self._once.get("text", lambda texts: unit_ensemble(at_least_float32(texts)), self.bank.positive)
             logits = self.logit_scale * unit @ text.to(keys.dtype).T
         else:
             logits = unit.new_zeros(len(unit), self.bank.num_classes)
@@ -107,7 +110,10 @@ class TipAdapterHead(Head):
         keys = self.keys.detach() if self.config.train_keys else self._frozen_keys()
         found = {"keys": keys, "labels": self.bank.support_labels, "alpha": self.alpha, "beta": self.beta}
         if self.config.text:
-            found |= {"text": unit_ensemble(wide(self.bank.positive)), "scale": keys.new_tensor(self.logit_scale)}
+            found |= {
+                "text": unit_ensemble(at_least_float32(self.bank.positive)),
+                "scale": keys.new_tensor(self.logit_scale),
+            }
         return found
 
 

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from mmpeft_ds.methods.common.config import HeadConfig
-from mmpeft_ds.methods.common.few_shot import Remembered, cosine_logits, unit_ensemble, wide
+from mmpeft_ds.methods.common.few_shot import Remembered, cosine_logits, unit_ensemble
 from mmpeft_ds.methods.common.head import Head, HeadMethod, HeadTuner
 from mmpeft_ds.methods.zero_shot.options import ZeroShotOptions
+from mmpeft_ds.ops.precision import at_least_float32
 from mmpeft_ds.sites.feature_site import Features, Scores
 
 
@@ -31,9 +32,9 @@ class ZeroShotHead(Head):
     def text(self) -> Tensor:
         """(C, D), of unit length where the ensemble is of unit vectors."""
         if self.config.ensemble is None:
-            return wide(self.base.class_text)
+            return at_least_float32(self.base.class_text)
         make = unit_ensemble if self.config.ensemble == "unit" else lambda texts: texts.mean(1)
-        return self._once.get("text", lambda texts: make(wide(texts)), self.bank.positive)
+        return self._once.get("text", lambda texts: make(at_least_float32(texts)), self.bank.positive)
 
     def forward(self, features: Features) -> Scores:
         if self.config.ensemble is None:
