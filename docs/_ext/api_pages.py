@@ -18,6 +18,7 @@ COMPONENTS = {"methods", "backbones", "tasks"}
 OUTSIDE = {"config", "options", "backbone", "method", "task"}
 # Code spans stay together; outside them these characters would be markup in reStructuredText.
 SPAN = re.compile(r"(``.+?``|(?<![`\w:])`[^`]+`(?!`))", re.DOTALL)
+COLUMNS = re.compile(r"\S {3,}\S")
 MARKUP = re.compile(r"([|*])|(?<=\w)(_)(?!\w)")
 
 
@@ -69,9 +70,18 @@ def page(name: str, modules: list[str]) -> str:
 def as_rst(app: Any, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
     """Markdown habits of a docstring as reStructuredText, in place."""
     written: list[str] = []
-    for is_block, part in _blocks(list(lines)):
+    for is_block, part in _blocks(_indented_listings(list(lines))):
         written += ["::", "", *part, ""] if is_block else _prose("\n".join(part)).split("\n")
     lines[:] = written
+
+
+def _indented_listings(lines: list[str]) -> list[str]:
+    """Paragraphs with columns, words apart by three spaces or more, are moved in, so that they count as listings."""
+    paragraphs = "\n".join(lines).split("\n\n")
+    for i, paragraph in enumerate(paragraphs):
+        if i and not paragraph.startswith(" ") and COLUMNS.search(paragraph):
+            paragraphs[i] = "\n".join(f"    {line}" for line in paragraph.split("\n"))
+    return "\n\n".join(paragraphs).split("\n")
 
 
 def _blocks(lines: list[str]) -> list[tuple[bool, list[str]]]:
@@ -96,6 +106,8 @@ def _prose(text: str) -> str:
     for i, part in enumerate(parts):
         if i % 2 and not part.startswith("``"):
             parts[i] = _over_lines(part) if "\n" in part else f"``{' '.join(part[1:-1].split())}``"
+            if parts[i + 1][:1].isalnum():
+                parts[i] += "\\ "  # the end of a plural, as in `name`s
         elif not i % 2:
             parts[i] = MARKUP.sub(lambda m: "\\" + m.group(0), part)
     return "".join(parts)

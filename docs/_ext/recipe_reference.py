@@ -69,20 +69,14 @@ class ComponentKeys(_Written):
 
     def text(self) -> str:
         """Headings and tables."""
-        from mmpeft_ds import methods, registry
-        from mmpeft_ds.engine.assembly import resolve
+        from mmpeft_ds import registry
 
         kind = self.arguments[0]
         package = importlib.import_module(f"mmpeft_ds.{kind}")
         parts = []
         for name in registry.names(package):
-            if kind == "methods":
-                cls = methods.get(name).Config
-                fields = resolve._own_fields(cls)
-            else:
-                cls = registry.options(package, name, kind)
-                fields = dataclasses.fields(cls)
-            parts += [f"### {kind.removesuffix('s')} `{name}`", "", table(cls, fields), ""]
+            cls = registry.options(package, name, kind)
+            parts += [f"### {kind.removesuffix('s')} `{name}`", "", table(cls, dataclasses.fields(cls)), ""]
         return "\n".join(parts)
 
 

@@ -12,7 +12,9 @@ Beside them:
 * `launch`: the real launcher, and `rank_scripts/`: the modules that its ranks run,
 * `forked_ranks`: ranks as forked processes of the test,
 * `commands`: scripts of launchers/ and data_prep/ inside the process of the test,
-* `goldens`: reference vector files; `method_table`: the table of docs/methods.md.
+* `goldens`: reference vector files,
+* `method_table`: the table of docs/methods.md; `memory_table`: that of docs/memory.md,
+* `doc_pages` and `doc_checks`: code blocks of the documentation, and what must hold of them.
 """
 
 from pathlib import Path
