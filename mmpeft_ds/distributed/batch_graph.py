@@ -1,4 +1,4 @@
-"""The graph over the samples of all ranks: edges from every sample to those of this rank.
+"""Graph over the samples of all ranks: edges from every sample to those of this rank.
 
 Building it is collective: all ranks of the group call with the same options, whatever rows they hold, also none.
 """
@@ -105,7 +105,7 @@ class Graph:
         return self._adjacency[dtype, rank]
 
     def health(self, labels: Tensor | None = None) -> dict[str, float]:
-        """What tells a useful graph from an empty one, each a sum over own rows, so that ranks add up.
+        """Numbers that tell a useful graph from an empty one: sums over own rows, which can be added up over ranks.
 
         Args:
             labels: (B,) classes of own rows, negative where unknown; collective if given.
@@ -117,7 +117,7 @@ class Graph:
         apart = self.source != self.target + self.offset
         source, target = self.source[apart], self.target[apart]
         degree = torch.bincount(target, minlength=self.num_targets)
-        found = {
+        health = {
             "nodes": float(self.valid.sum()),
             "edges": float(len(source)),
             "isolated": float(((degree == 0) & self.valid).sum()),
@@ -125,9 +125,9 @@ class Graph:
         if labels is not None:
             everyone = gather_rows(labels, self.counts, self.group)
             known = (everyone[source] >= 0) & (labels[target] >= 0)
-            found["labelled_edges"] = float(known.sum())
-            found["same_class_edges"] = float((known & (everyone[source] == labels[target])).sum())
-        return found | {"gather_ms": 1000 * self.traffic.seconds, "gather_bytes": float(self.traffic.total_bytes)}
+            health["labelled_edges"] = float(known.sum())
+            health["same_class_edges"] = float((known & (everyone[source] == labels[target])).sum())
+        return health | {"gather_ms": 1000 * self.traffic.seconds, "gather_bytes": float(self.traffic.total_bytes)}
 
 
 def normalised(graph: Graph, kind: str = "symmetric") -> Graph:
@@ -264,17 +264,17 @@ class _Nodes:
         with counted(self.traffic):
             if counts is None:
                 counts = [n for (n,) in gather_sizes([len(x)], x.device, group)]
-            told = self.valid[:, None].view(torch.uint8)
+            packed = self.valid[:, None].view(torch.uint8)
             if key is not None:
-                told = torch.cat([key.contiguous().view(torch.uint8).view(len(x), 8), told], 1)
-            told = gather_rows(told, counts, group)
+                packed = torch.cat([key.contiguous().view(torch.uint8).view(len(x), 8), packed], 1)
+            packed = gather_rows(packed, counts, group)
         self.counts = counts
-        everyone = told[:, -1].bool()
+        everyone = packed[:, -1].bool()
         self.positions = everyone.nonzero().flatten()
         if key is None:
             self.keys = self.positions
         else:
-            self.keys = told[:, :8].flatten().view(torch.int64)[self.positions]
+            self.keys = packed[:, :8].flatten().view(torch.int64)[self.positions]
         self.shares = [int(part.sum()) for part in everyone.split(self.counts)]
         rank = collectives.rank(group)
         self.offset, self.start = sum(self.counts[:rank]), sum(self.shares[:rank])
@@ -317,23 +317,23 @@ def _search(nodes: _Nodes, k: int, tau: float | None, with_self: bool, exchange:
     hits = None
     for own, block in nodes.blocks(exchange):
         keys = nodes.keys[block.start : block.start + len(block)]
-        found = nearest(own, block, keys, k, tau=tau, with_self=with_self, exact=True, chunk=chunk)
-        hits = found if hits is None else hits.merge(found)
+        nearest_here = nearest(own, block, keys, k, tau=tau, with_self=with_self, exact=True, chunk=chunk)
+        hits = nearest_here if hits is None else hits.merge(nearest_here)
     return hits
 
 
 def _search_together(nodes: _Nodes, k: int, tau: float | None, with_self: bool, chunk: int | None) -> Nearest:
-    """Each rank computes half of its similarities and tells the others what they mean for theirs."""
+    """Each rank computes half of its similarities and sends the others what they need of them."""
     ((own, everyone),) = nodes.blocks("gather")
     values, columns, *of_all = shared_candidates(own, everyone, k, with_self=with_self, chunk=chunk)
     kept = values.shape[1]
     # one message: columns as numbers of the width of the values
     whole = torch.int64 if values.dtype == torch.float64 else torch.int32
-    told = torch.cat([of_all[0].view(whole), of_all[1].to(whole)], 1)
-    heard = exchange_rows(told, nodes.shares, nodes.group)
+    message = torch.cat([of_all[0].view(whole), of_all[1].to(whole)], 1)
+    received = exchange_rows(message, nodes.shares, nodes.group)
     values, columns = best_of(
-        [values, *(part[:, :kept].contiguous().view(values.dtype) for part in heard)],
-        [columns, *(part[:, kept:].long() for part in heard)],
+        [values, *(part[:, :kept].contiguous().view(values.dtype) for part in received)],
+        [columns, *(part[:, kept:].long() for part in received)],
         kept,
     )
     return settled(own, everyone, nodes.keys, k, values, columns, tau=tau, with_self=with_self, chunk=chunk)

@@ -1,4 +1,4 @@
-"""Small collectives of the training loop: each works without a process group too, as if alone.
+"""Small collectives of the training loop; without a process group each works as on a single rank.
 
 Every function here must be called by all ranks in the same order.
 """
@@ -29,7 +29,7 @@ def rank(group: Any = None) -> int:
 def sum_scalars(values: Sequence[float], device: torch.device | str = "cpu") -> list[float]:
     """Sums over ranks, in float64; integers are exact below 2**53.
 
-    The result has the same bits on every rank: gloo and nccl reduce an element once and hand the result on.
+    The result has the same bits on every rank: gloo and NCCL reduce each element once and send the result to all.
     """
     if world_size() == 1:
         return [float(v) for v in values]
@@ -39,7 +39,7 @@ def sum_scalars(values: Sequence[float], device: torch.device | str = "cpu") -> 
 
 
 def sum_mod_2_64(halves: Sequence[float]) -> int:
-    """Undo `split_64` after its two halves went through `sum_scalars`."""
+    """The sum of numbers mod 2^64, from the sums of their halves (see `split_64`)."""
     low, high = (int(h) for h in halves)
     return (low + (high << 32)) % 2**64
 

@@ -1,4 +1,4 @@
-"""What collectives cost: how often each kind ran, the bytes it received, the time it took."""
+"""Cost of collectives: how often each kind ran, the bytes it received, the time it took."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ class Traffic:
 
     Attributes:
         calls: number of collectives of each kind, such as `all_gather`, `reduce_scatter`, `all_reduce`, `shift`.
-        bytes: what this rank received for each kind, as a ring passes it round: (N - 1) shares for a gather or a
-            reduce-scatter, 2 (N - 1) / N of the tensor for an all-reduce. As much is sent.
+        bytes: received by this rank per kind, for collectives that run as rings: (N - 1) shares for a gather or a
+            reduce-scatter, 2 (N - 1) / N of the tensor for an all-reduce. The same number is sent.
     """
 
     calls: dict[str, int] = field(default_factory=lambda: defaultdict(int))
@@ -38,7 +38,7 @@ class Traffic:
 
     @property
     def seconds(self) -> float:
-        """Time in collectives, waiting for other ranks included; on a GPU this waits for those that still run."""
+        """Seconds in collectives, waiting for other ranks included; on a GPU this waits for those that still run."""
         for began, ended in self._events:
             ended.synchronize()
             self._seconds += began.elapsed_time(ended) / 1000
@@ -61,18 +61,18 @@ def counted(traffic: Traffic | None = None) -> Iterator[Traffic]:
     try:
         yield traffic
     finally:
-        # by identity: two counts that are equal are not the same
+        # By identity: two counts with equal numbers are not the same.
         _OPEN.pop(next(i for i in reversed(range(len(_OPEN))) if _OPEN[i] is traffic))
 
 
 @contextmanager
 def record(kind: str, received: int, device: torch.device) -> Iterator[None]:
-    """Around one collective: tells every open count of it.
+    """Add one collective, which runs inside the block, to every open count.
 
     Args:
         kind: its name.
         received: bytes that this rank receives.
-        device: where its tensors are; GPU work is timed by events, so nothing waits here.
+        device: of its tensors; work on a GPU is timed by events, so that nothing waits here.
     """
     if not _OPEN:
         yield

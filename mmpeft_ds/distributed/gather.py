@@ -1,4 +1,4 @@
-"""All ranks' rows of a tensor, with the gradient of what every rank does with them."""
+"""Gather of all ranks' rows of a tensor, with the gradient of what every rank does with them."""
 
 # B rows of this rank, M rows of all ranks in rank order, N ranks
 
@@ -13,10 +13,10 @@ from torch import Tensor
 from mmpeft_ds.distributed import collectives
 from mmpeft_ds.distributed.counters import record
 
-# torch 2.13 gave these two their present names
+# torch before 2.13 has other names for these two.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-# other backends sum everything and keep a part
+# Other backends have no reduce-scatter: they sum everything and keep a part.
 _SCATTERS = {"nccl", "gloo", "xccl", "hccl"}
 
 
@@ -31,8 +31,8 @@ def gather_sizes(sizes: list[int], device: torch.device | str, group: Any = None
 def gather_rows(x: Tensor, counts: list[int] | None = None, group: Any = None) -> Tensor:
     """Rows of all ranks, the same on every rank. Collective, forward and (where `x` needs gradient) backward.
 
-    The gradient of a rank's rows is the SUM over ranks of what each found for them, undivided: with losses that are
-    this rank's share of one sum, averaged or summed over ranks afterwards, it is that of a single rank with all rows.
+    The gradient of a rank's rows is the SUM of the gradients that all ranks have for them, not divided. Where each
+    rank's loss is its share of one sum, this is the gradient that a single rank with all rows would have.
     All ranks must take part in the backward, also one whose loss does not depend on the rows (times 0), and `x` must
     need gradient on all ranks or on none. The backward is a reduce-scatter; half precision is summed in float32.
 
@@ -56,16 +56,16 @@ def all_gather(x: Tensor, group: Any = None) -> Tensor:
     """Equal tensors of N ranks stacked: (N, *x.shape). Collective, without gradient."""
     ranks = collectives.world_size(group)
     x = x.detach().contiguous()
-    # no backend of ours moves booleans everywhere; the bits are the same
-    wire = x.view(torch.uint8) if x.dtype == torch.bool else x
-    everyone = wire.new_empty(ranks * wire.numel())
-    with record("all_gather", (ranks - 1) * wire.nbytes, x.device):
-        _all_gather(everyone, wire.reshape(-1), group=group)
+    # Not every backend sends booleans; as bytes they have the same bits.
+    as_bytes = x.view(torch.uint8) if x.dtype == torch.bool else x
+    everyone = as_bytes.new_empty(ranks * as_bytes.numel())
+    with record("all_gather", (ranks - 1) * as_bytes.nbytes, x.device):
+        _all_gather(everyone, as_bytes.reshape(-1), group=group)
     return everyone.view(x.dtype).view(ranks, *x.shape)
 
 
 def exchange_rows(x: Tensor, counts: list[int], group: Any = None) -> Tensor:
-    """What every rank has for this one's rows: (N, B, ...) from (M, ...) on each rank. Collective, without gradient.
+    """The parts of all ranks for this rank's rows: (N, B, ...) from (M, ...) on each. Collective, without gradient.
 
     Args:
         x: (M, ...), a part for each rank in rank order.
@@ -112,7 +112,7 @@ def _sum_of_share(shares: Tensor, size: int, group: Any) -> Tensor:
 
 
 def _most(counts: list[int]) -> int:
-    """Rows that every rank sends: at least one, so that no backend meets an empty tensor."""
+    """Number of rows that every rank sends: at least one, since some backends refuse empty tensors."""
     return max(1, max(counts))
 
 

@@ -10,24 +10,24 @@ from torch import nn
 
 @contextlib.contextmanager
 def gathered(parameters: list[nn.Parameter]) -> Iterator[None]:
-    """The whole values of `parameters` on every rank, also where ZeRO-3 partitioned them at construction."""
+    """Within the block every rank has the whole values of `parameters`, also where ZeRO-3 partitioned them."""
     partitioned = [p for p in parameters if hasattr(p, "ds_id")]
     if not partitioned:
         yield
         return
-    import deepspeed  # only a model that DeepSpeed partitioned gets here
+    import deepspeed  # reached only by models that DeepSpeed has partitioned
 
     with deepspeed.zero.GatheredParameters(partitioned):
         yield
 
 
 def lent(user: nn.Module, parameters: list[nn.Parameter]) -> None:
-    """Parameters that another module holds are about to be used by `user`: ZeRO-3 is told, once, to gather them for it
-    as it does for their holder."""
+    """Call before `user` uses parameters that another module owns: registers them with ZeRO-3, once, so that they are
+    gathered for `user` as for their owner."""
     known = getattr(user, "_external_params", {})
     strange = [p for p in parameters if hasattr(p, "ds_id") and (id(p) not in known or p.numel() != p.ds_numel)]
     if strange:
-        import deepspeed  # only partitioned parameters get here
+        import deepspeed  # reached only by models that DeepSpeed has partitioned
 
         for parameter in strange:
             deepspeed.zero.register_external_parameter(user, parameter)

@@ -30,7 +30,7 @@ _TIMEOUT = datetime.timedelta(minutes=30)  # of one collective; loading a large 
 
 @dataclass(frozen=True)
 class Ranks:
-    """Where this process stands.
+    """The position of this process among all.
 
     Attributes:
         rank, world_size: over all machines.
@@ -161,7 +161,7 @@ def _on_local_disk(path: Path) -> bool:
 
 @contextlib.contextmanager
 def no_shared_buffers() -> Iterator[None]:
-    """Keep DeepSpeed on CPU from laying 69 MB a rank into /dev/shm, which it never takes away again.
+    """Within the block DeepSpeed on CPU does not allocate 69 MB per rank in /dev/shm, which it would never free.
 
     Only its inference all-reduce would use them. They stay after the run under a name that holds the port, so every
     launch costs that much memory until the machine restarts, and in a container with 64 MB of /dev/shm they leave no
@@ -191,7 +191,7 @@ def _cores() -> int:
 
 
 def keep_freed_memory() -> None:
-    """Let glibc keep what is freed; otherwise the kernel maps and zeroes every large tensor of every step anew."""
+    """Let glibc keep freed memory; otherwise the kernel maps and clears every large tensor anew in every step."""
     with contextlib.suppress(AttributeError, OSError):  # another C library
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(_M_MMAP_MAX, 0)
@@ -199,7 +199,7 @@ def keep_freed_memory() -> None:
 
 
 def quiet() -> None:
-    """Hide the two deprecation warnings that torch prints for calls inside DeepSpeed, and nothing else."""
+    """Hide the two deprecation warnings of torch about calls inside DeepSpeed, and no others."""
     for name in ("all_gather_into_tensor", "reduce_scatter_tensor"):
         for category in (FutureWarning, DeprecationWarning):
             warnings.filterwarnings("ignore", rf"`torch\.distributed\.{name}` is deprecated", category)

@@ -1,4 +1,4 @@
-"""Rows that travel round a ring of ranks, so that no rank ever holds those of all."""
+"""Exchange of rows round a ring of ranks, so that no rank ever holds the rows of all."""
 
 # B rows of this rank, N ranks
 
@@ -37,7 +37,7 @@ def ring_blocks(x: Tensor, counts: list[int], group: Any = None) -> Iterator[tup
 
 
 class _Shift(torch.autograd.Function):
-    """Give the tensor to the rank `by` further on, take that of the rank as far back; gradients go the other way."""
+    """Send the tensor `by` ranks on and receive that of the rank as far back; gradients go the other way."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, by: int, group: Any) -> Tensor:

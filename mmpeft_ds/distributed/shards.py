@@ -1,7 +1,7 @@
-"""Scores whose columns or whose summands are spread over ranks, back to the rank that owns the row.
+"""Scores whose columns or summands are spread over ranks, brought to the rank that owns the row.
 
-Everything here keeps one convention: the loss of a rank is that of its own rows, and losses are summed (or averaged)
-over ranks. The gradient that a rank finds for what it holds is then its share of a sum over ranks, whatever it holds.
+One convention holds everywhere: the loss of a rank is that of its own rows, and losses are summed (or averaged) over
+ranks. The gradient that a rank has for its columns or summands is then its share of a sum over ranks.
 """
 
 # N rows of this rank, M rows of all ranks in rank order, K columns of this rank, C columns of all ranks
@@ -20,7 +20,7 @@ from mmpeft_ds.distributed.gather import _most, _pad, _sum_of_share, gather_rows
 
 
 def share(total: int, ranks: int, rank: int) -> slice:
-    """This rank's stretch of `total` things; lengths differ by at most one, and may be 0."""
+    """This rank's part of `total` items, as a slice; lengths differ by at most one, and may be 0."""
     return slice(total * rank // ranks, total * (rank + 1) // ranks)
 
 
@@ -101,7 +101,7 @@ class _ShardedCrossEntropy(torch.autograd.Function):
         rank = collectives.rank(group)
         local = labels - sum(columns[:rank])
         here = (local >= 0) & (local < columns[rank])
-        # one column more, of nothing: a rank may hold none, and a target that is elsewhere has to point somewhere
+        # One column of -inf more: a rank may hold no column, and targets that other ranks hold need a valid index.
         wide = torch.cat([logits, logits.new_full((len(logits), 1), -torch.inf)], 1)
         local = local.where(here, wide.shape[1] - 1)
         most = all_reduced(wide.amax(1), dist.ReduceOp.MAX, group)
@@ -116,14 +116,14 @@ class _ShardedCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
         logits, partition, local, here = ctx.saved_tensors
         every = gather_rows(grad, ctx.counts, ctx.group)
-        found = (logits - partition[:, None]).exp()
+        gradient = (logits - partition[:, None]).exp()
         rows = here.nonzero()[:, 0]
-        found[rows, local[rows]] -= 1
-        return found * every[:, None], None, None, None, None
+        gradient[rows, local[rows]] -= 1
+        return gradient * every[:, None], None, None, None, None
 
 
 def _exchange(blocks: Any, shapes: list[tuple[int, int]], group: Any) -> list[Tensor]:
-    """Block r goes to rank r; what comes back from rank r has shape `shapes[r]`."""
+    """Send block r to rank r; returns the blocks from all ranks, of which that of rank r has shape `shapes[r]`."""
     sent = torch.cat([block.reshape(-1) for block in blocks])
     sizes = [rows * columns for rows, columns in shapes]
     got = sent.new_empty(sum(sizes))

@@ -1,4 +1,4 @@
-"""Support samples that are spread over ranks: class means, the whole set in one order, and whether ranks agree."""
+"""Support samples that are spread over ranks: class means, the whole set in a fixed order, a check of agreement."""
 
 # n samples of this rank, M of all ranks, C classes
 
@@ -55,16 +55,16 @@ def gather_support(features: Tensor, labels: Tensor, ids: Tensor, group: Any = N
 
 
 def checksum(tensors: list[Tensor]) -> int:
-    """Of all bits of the tensors, their shapes and order: a signed 64-bit number."""
+    """A signed 64-bit number that depends on all bits of the tensors, on their shapes and on their order."""
     total = 0
     for tensor in tensors:
         bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
         flat = tensor.detach().contiguous().reshape(-1).view(bits)
         for part in tensor.shape:
             total = _mixed(total, part)
-        # support features of ten passes may be gigabytes: a piece at a time becomes int64
+        # Support features of ten passes may be gigabytes, so only a piece at a time is widened to int64.
         for piece in flat.split(PIECE):
-            # int64 of torch wraps; a factor that differs by position makes the order count
+            # int64 wraps around in torch. Factors that differ by position make the sum depend on the order.
             factors = torch.arange(len(piece), device=flat.device) * 0x9E3779B1 * 2 + 1
             total = _mixed(total, int((piece.to(torch.int64) * factors).sum()))
     return total - 2**63
