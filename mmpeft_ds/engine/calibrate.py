@@ -1,4 +1,4 @@
-"""What a head finds without gradients, after training: a search on validation, or a closed form."""
+"""Calibration of heads after training, without gradients: a search on validation, or a closed form."""
 
 # B rows of a batch, N rows of a whole split
 
@@ -20,9 +20,9 @@ from mmpeft_ds.sites.feature_site import Features, Labelled
 
 
 def head(model: nn.Module) -> Head | None:
-    """The head of `model` that has something to find; None where there is none."""
-    found = head_of(model)
-    return found if found is not None and found.calibrates else None
+    """The head of `model` if it is one that calibrates, else None."""
+    any_head = head_of(model)
+    return any_head if any_head is not None and any_head.calibrates else None
 
 
 @torch.no_grad()
@@ -30,7 +30,7 @@ def rows_of(engine: Any, backbone: Any, task: Any, steps: Any, device: torch.dev
     """All rows of a split and their classes, on every rank, in the order of their keys. Collective.
 
     Args:
-        steps: of a stream that evaluates.
+        steps: of an evaluation stream.
     """
     base = base_model(getattr(engine, "module", engine))
     image, text, key, label = [], [], [], []
@@ -53,18 +53,18 @@ def rows_of(engine: Any, backbone: Any, task: Any, steps: Any, device: torch.dev
 
 
 def run(built: Any, train: Labelled, validation: Labelled | None) -> dict[str, float]:
-    """Let the head look at these rows, on every rank alike, and put what it found into the engine. Collective.
+    """Calibrate the head on these rows, the same on every rank, and write the new weights into the engine. Collective.
 
     Returns:
-        what the head tells.
+        numbers that the head reports, such as what it has chosen.
     """
-    found = head(built.model)
-    own = [p for p in found.parameters() if p.requires_grad]
+    calibrated = head(built.model)
+    own = [p for p in calibrated.parameters() if p.requires_grad]
     with gathered(own), torch.enable_grad():
         before = [p.detach().clone() for p in own]
-        told = found.calibrate(train, validation)
+        report = calibrated.calibrate(train, validation)
         after = [p.detach().clone() for p in own]
-    # Under ZeRO-3 a forward pass of the head takes the whole weights away again: such a head has set none.
+    # Under ZeRO-3 a forward pass of the head releases the whole weights again; a head that runs one has set none.
     pairs = ((p, old, new) for p, old, new in zip(own, before, after, strict=True) if new.shape == old.shape)
     changed = [(p, new) for p, old, new in pairs if not torch.equal(old, new)]
     if changed:
@@ -75,4 +75,4 @@ def run(built: Any, train: Labelled, validation: Labelled | None) -> dict[str, f
             moments = dict.fromkeys(keys, zeros)
             zero_state.write_full(built.engine, p, {"weight": new.to(built.engine.device), **moments})
         zero_state.write_parameters([p for p, _ in changed], [new for _, new in changed])
-    return told
+    return report

@@ -1,4 +1,4 @@
-"""Evaluation: every sample of a split exactly once, in lockstep over ranks, rows gathered on rank 0."""
+"""Evaluation of a split: every sample exactly once, in lockstep over ranks, rows gathered on rank 0."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from mmpeft_ds.errors import AgreedBadInput, BadInput
 
 @dataclass
 class Evaluation:
-    """Of one split.
+    """Result of evaluating one split.
 
     Attributes:
         scores: metrics of the task and `loss`, on every rank.
         rows: predictions ordered by sample id, on rank 0 only; empty elsewhere.
-        bad: samples that could not be read and so are absent from all of these, on every rank.
-        pictures: up to as many (image (3, H, W) in [0, 1], its rows) as asked for, of rank 0's share.
-        graph: picture (3, H, W) in [0, 1] of the graph among rank 0's rows of the first batch, where pictures were
-            asked for and the model makes a graph.
+        bad: number of samples that could not be read and are left out, on every rank.
+        pictures: (image (3, H, W) in [0, 1], its rows) of rank 0's share, up to the number asked for.
+        graph: picture (3, H, W) in [0, 1] of the graph among rank 0's rows of the first batch, if pictures are asked
+            for and the model makes a graph.
     """
 
     scores: dict[str, float]
@@ -53,7 +53,7 @@ def evaluate(
 
     Args:
         model: DeepSpeed engine or plain module; its mode is restored afterwards.
-        steps: `Stream(..., train=False).epoch(...)`: as many steps with as many micro-batches on every rank.
+        steps: `Stream(..., train=False).epoch(...)`, with equally many steps and micro-batches on every rank.
         pictures: images to keep for the page of predictions.
         stop_requested: whether this process was told to stop.
         thumbnail: sample id -> small picture, for batches that hold no pixels.
@@ -67,7 +67,7 @@ def evaluate(
     training = [m for m in model.modules() if m.training]
     model.eval()
     rows: list[dict[str, Any]] = []
-    parts: list[Any] = []  # of a task that must see all of the split before it can answer
+    parts: list[Any] = []  # for tasks that need the whole split before they can answer
     kept: list[tuple[Tensor, list[dict[str, Any]]]] = []
     loss_sum, weight_sum, bad, stopped = 0.0, 0.0, 0, False
     seen: graph_health.View | None = None
@@ -88,15 +88,15 @@ def evaluate(
             outputs = answer(model, backbone, task, batch)
             loss_sum += float(task.loss(outputs, batch))
             weight_sum += task.weight(batch)
-            found = task.predict(outputs, batch)
+            predictions = task.predict(outputs, batch)
             if task.concludes:
                 parts.append(task.collect(outputs, batch))
             else:
-                rows += found
+                rows += predictions
             if collectives.rank() == 0 and len(kept) < pictures:
-                kept += _pictures(batch, found, pictures - len(kept), thumbnail)
+                kept += _pictures(batch, predictions, pictures - len(kept), thumbnail)
             if collectives.rank() == 0 and pictures and seen is None:
-                seen = graph_health.view(outputs, batch, found)
+                seen = graph_health.view(outputs, batch, predictions)
     if task.concludes and not stopped:
         rows = task.conclude(getattr(model, "module", model), parts, device)
     for module in training:
@@ -117,7 +117,7 @@ def _together(steps: Iterable[Any], device: torch.device | str) -> Iterator[Any]
     try:
         yield from steps
     except BadInput as problem:
-        # one micro-batch a step: evaluation does not accumulate
+        # Evaluation does not accumulate, so there is one micro-batch per step.
         collectives.sum_scalars([1.0] + [0.0] * (1 + len(modality.MODALITIES)), device)
         raise AgreedBadInput(collectives.first_message(str(problem))) from problem
 
@@ -130,18 +130,18 @@ def _pictures(
 ) -> list[tuple[Tensor, list[dict[str, Any]]]]:
     """First image of each good slot, stretched to [0, 1], with the rows of that slot; or its thumbnail."""
     pixels = next((v for v in batch.images.values() if v.dim() == 4 and v.shape[1] == 3), None)
-    found: list[tuple[Tensor, list[dict[str, Any]]]] = []
+    chosen: list[tuple[Tensor, list[dict[str, Any]]]] = []
     if pixels is None:
         for row in rows[:limit] if thumbnail is not None else ():
             if (small := thumbnail(row["sample_id"])) is None:  # then the others have none either
                 break
-            found.append((small, [row]))
-        return found
+            chosen.append((small, [row]))
+        return chosen
     owners = batch.image_owner.tolist()
     for slot, sample_id in enumerate(batch.sample_id):
         mine = [row for row in rows if row["sample_id"] == sample_id]
-        if len(found) < limit and mine and slot in owners:
+        if len(chosen) < limit and mine and slot in owners:
             image = pixels[owners.index(slot)].float().cpu()
             low, high = image.amin(), image.amax()
-            found.append(((image - low) / (high - low).clamp(min=1e-6), mine))
-    return found
+            chosen.append(((image - low) / (high - low).clamp(min=1e-6), mine))
+    return chosen

@@ -1,4 +1,4 @@
-"""From a resolved recipe to a DeepSpeed engine: process environment, frozen base, adapters, optimiser."""
+"""Building of a resolved recipe: the frozen base, its adapters, the optimiser, and DeepSpeed around them."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Built:
         model: the `PeftModel`.
         trainables: parameter name -> parameter, in the model's order.
         stage: ZeRO stage.
-        ewc: what pulls the trainables towards an earlier task (`engine.ewc.Pull`), or None.
+        ewc: elastic weight consolidation towards an earlier task (`engine.ewc.Pull`), or None.
     """
 
     engine: Any
@@ -38,12 +38,6 @@ class Built:
     trainables: dict[str, nn.Parameter]
     stage: int
     ewc: Any = None
-
-
-# ---------------------------------------------------------------------------------------------------- processes
-
-
-# -------------------------------------------------------------------------------------------------------- model
 
 
 def build(resolved: Any, ranks: Ranks) -> Built:
@@ -59,7 +53,7 @@ def build(resolved: Any, ranks: Ranks) -> Built:
 
     recipe: Recipe = resolved.recipe
     stage = resolved.ds_config["zero_optimization"].get("stage", 0)
-    # from_pretrained partitions while it loads as long as this object lives, so it must exist before the backbone.
+    # While this object exists, from_pretrained partitions what it loads, so create it before the backbone.
     config = merge(resolved.ds_config, recipe, ranks.world_size, trainable=0)
     partitioning = HfDeepSpeedConfig(config) if stage == 3 else None
     prepare_backbone(resolved.backbone, recipe)
@@ -72,7 +66,7 @@ def build(resolved: Any, ranks: Ranks) -> Built:
         with gathered(list(base.parameters())):
             resolved.backbone.read_classes(base)
     sites = find_sites(base)
-    # Loading under ZeRO-3 draws other numbers than loading whole; the adapters must start alike at every stage.
+    # Seed again: loading under ZeRO-3 draws other numbers than loading whole, and adapters must start alike.
     torch.manual_seed(recipe.seed)
     model = attach(resolved, base)
     del partitioning
@@ -88,10 +82,10 @@ def build(resolved: Any, ranks: Ranks) -> Built:
     decays = functools.partial(resolved.method.decays, resolved.method_config)
     groups = optimizers.parameter_groups(trainables, recipe, decays)
     optimizer = optimizers.make(groups, recipe.optim)
-    # model_parameters is left out: DeepSpeed takes the optimiser's, which are the trainables and nothing else.
+    # Leave model_parameters out: DeepSpeed then takes those of the optimiser, which are the trainables alone.
     config = merge(resolved.ds_config, recipe, ranks.world_size, numel)
     if not any(hasattr(p, "ds_id") for p in model.parameters()):
-        # Nothing was loaded in parts, as with stored features: DeepSpeed would cast the trainables like the rest.
+        # Nothing is partitioned, as with stored features, so DeepSpeed would cast the trainables to bfloat16 too.
         config["bf16"] = {"enabled": False}
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
     check_engine(engine, trainables)
@@ -101,7 +95,7 @@ def build(resolved: Any, ranks: Ranks) -> Built:
 
 
 class FrozenEngine:
-    """In the place of DeepSpeed's engine around a model in which nothing trains."""
+    """Stands in for DeepSpeed's engine where nothing trains."""
 
     def __init__(self, model: nn.Module, ranks: Ranks):
         self.module, self.device, self.global_rank = model, ranks.device, ranks.rank
@@ -114,26 +108,26 @@ class FrozenEngine:
         return getattr(self.__dict__["module"], name)
 
     def zero_optimization_stage(self) -> int:
-        """0: nothing is split."""
+        """0: nothing is partitioned."""
         return 0
 
     def destroy(self) -> None:
-        """Nothing to take off."""
+        """Nothing to remove: there are no hooks."""
 
 
 def prepare_backbone(backbone: Any, recipe: Recipe) -> None:
-    """Tell a backbone, before `build`, what the recipe's `engine` section says of it."""
+    """Set on a backbone, before its `build`, the options of the recipe's `engine` section."""
     backbone.dtype = getattr(torch, recipe.engine.dtype)
     backbone.attention = recipe.engine.attention
     backbone.train_dropout = recipe.engine.train_dropout
 
 
 def check_trainables(trainables: dict[str, nn.Parameter]) -> None:
-    """Trainables exist and are float32.
+    """Check that there are trainables and that all are float32.
 
     Raises:
         BadInput: if there is none.
-        TypeError: if one is not float32: bf16 adapters lose updates below their 8 bits.
+        TypeError: if one is not float32. In bfloat16, updates below its 8 bits would be lost.
     """
     if not trainables:
         raise BadInput("recipe: method: it leaves nothing to train. Name target layers, a head, norms or biases.")
@@ -145,7 +139,7 @@ def check_trainables(trainables: dict[str, nn.Parameter]) -> None:
 
 
 def check_engine(engine: Any, trainables: dict[str, nn.Parameter]) -> None:
-    """After `initialize`: DeepSpeed trains exactly what the recipe trains, still in float32."""
+    """Check after `initialize` that DeepSpeed trains exactly what the recipe trains, still in float32."""
     now = {n: p for n, p in engine.module.named_parameters() if p.requires_grad}
     if list(now) != list(trainables):
         raise RuntimeError(f"DeepSpeed changed the trainable set: {sorted(set(now) ^ set(trainables))[:5]}")

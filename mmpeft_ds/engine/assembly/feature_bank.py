@@ -1,4 +1,4 @@
-"""The bank of a model of features, from feature shards: class texts, and the support samples of all ranks."""
+"""Bank of a feature model, read from feature shards: class texts, and the support samples of all ranks."""
 
 # C classes, M support samples, V passes, D width
 
@@ -17,13 +17,13 @@ from mmpeft_ds.errors import AgreedBadInput, BadInput
 
 
 def towers_of(manifests: list[Manifest]) -> dict[str, Any]:
-    """What made the features of these data sets, the same for all; empty for shards of pixels. Raises BadInput."""
+    """The towers that made the features of all these data sets; empty for shards of pixels. Raises BadInput."""
     feature_shards.check_same_towers(manifests)
     return manifests[0].towers
 
 
 def shapes(sources: list[Any], labels: list[str] | None, wanted: tuple[str, ...]) -> dict[str, Tensor]:
-    """The bank on the meta device, for what is checked before anything is read; empty without stored features.
+    """The bank on the meta device, for checks before anything is read; empty without stored features.
 
     Args:
         sources: train sources (`engine.resolve.ResolvedSource`).
@@ -33,16 +33,16 @@ def shapes(sources: list[Any], labels: list[str] | None, wanted: tuple[str, ...]
     if not towers:
         return {}
     classes, width = len(labels or []), towers["image_width"]
-    found = {}
+    bank = {}
     for name, key in (("positive", "templates"), ("negative", "negative_templates")):
         count = len(towers.get(key) or [])
         if _comparable(towers) and count and (name == "positive" or "negative" in wanted):
-            found[name] = torch.empty(classes, count, width, device="meta")
+            bank[name] = torch.empty(classes, count, width, device="meta")
     if "support" in wanted:
         samples = sum(source.samples for source in sources)
-        found["support"] = torch.empty(samples, max(1, towers.get("views", 0)), width, device="meta")
-        found["support_labels"] = torch.empty(samples, dtype=torch.int64, device="meta")
-    return found
+        bank["support"] = torch.empty(samples, max(1, towers.get("views", 0)), width, device="meta")
+        bank["support_labels"] = torch.empty(samples, dtype=torch.int64, device="meta")
+    return bank
 
 
 def read(sources: list[Any], labels: list[str] | None, wanted: tuple[str, ...]) -> dict[str, Tensor]:
@@ -54,10 +54,10 @@ def read(sources: list[Any], labels: list[str] | None, wanted: tuple[str, ...]) 
     labels = labels or []
     if not sources[0].manifest.towers:
         return {}
-    problem, found, mine = "", {}, None
+    problem, bank, mine = "", {}, None
     try:
         if _comparable(sources[0].manifest.towers):
-            found = _texts(sources, labels, "negative" in wanted)
+            bank = _texts(sources, labels, "negative" in wanted)
         if "support" in wanted:
             mine = _support(sources, labels)
     except BadInput as error:
@@ -69,12 +69,12 @@ def read(sources: list[Any], labels: list[str] | None, wanted: tuple[str, ...]) 
         everyone = collectives.gather_everywhere(names)
         images, classes = gather_rows(images), gather_rows(classes)
         order = sorted(range(len(everyone)), key=lambda i: (int(classes[i]), everyone[i]))
-        found["support"], found["support_labels"] = images[order], classes[order]
-    return found
+        bank["support"], bank["support_labels"] = images[order], classes[order]
+    return bank
 
 
 def _comparable(towers: dict[str, Any]) -> bool:
-    """Class texts are stored, and images can be compared with them."""
+    """Whether class texts are stored in the space of the images."""
     return bool(towers.get("classes")) and towers["image_width"] == towers["text_width"]
 
 
@@ -85,11 +85,11 @@ def _texts(sources: list[Any], labels: list[str], negative: bool) -> dict[str, T
         for name, tensor in feature_shards.class_texts(manifest).items():
             for label, row in zip(manifest.labels or [], tensor, strict=False):
                 rows[name].setdefault(label, row)
-    found = {}
+    texts = {}
     for name, of_class in rows.items():
         if of_class and (name == "positive" or negative):
-            found[name] = torch.stack([of_class[label] for label in labels])
-    return found
+            texts[name] = torch.stack([of_class[label] for label in labels])
+    return texts
 
 
 def _support(sources: list[Any], labels: list[str]) -> tuple[Tensor, Tensor, list[str]]:

@@ -1,4 +1,4 @@
-"""One forward of a batch, as training, evaluation and `predict` all do it."""
+"""Forward pass of a batch, the same in training, evaluation and `predict`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from mmpeft_ds.tasks.base import TaskBase
 
 
 def forward(model: Any, backbone: BackboneBase, batch: PackedBatch) -> Any:
-    """What the task's loss and `predict` get: the model's outputs as the backbone reads them.
+    """The model's outputs as the backbone reads them, for the task's loss and `predict`.
 
     Args:
         model: DeepSpeed engine or plain module.

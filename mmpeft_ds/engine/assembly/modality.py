@@ -1,8 +1,8 @@
-"""Modality-skew safety: all ranks run the same towers in every micro-step.
+"""Dummy slots for missing modalities, so that all ranks run the same towers in every micro-step.
 
-A rank whose micro-batch has no image would skip the vision tower; under ZeRO-3 the others then wait for ever in a
-gather, and in ZeRO-1/2 in a gradient reduction. So whoever lacks a modality that some rank has gets one weight-0 slot
-of it.
+A rank whose micro-batch has no image would skip the vision tower. The others would then wait for ever: under ZeRO-3 in
+a gather, under ZeRO-1 and 2 in a gradient reduction. So a rank that lacks a modality which another rank has gets one
+slot of it with weight 0.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ MODALITIES = ("image", "text")
 
 
 def present(batch: PackedBatch) -> list[float]:
-    """Per entry of MODALITIES 1 if this micro-batch has it, else 0; summed over ranks: how many ranks have it."""
+    """Per entry of MODALITIES: 1 if this micro-batch has it, else 0. Its sum over ranks says how many have it."""
     return [float(name in batch.modalities) for name in MODALITIES]
 
 
@@ -34,14 +34,14 @@ def complete(batch: PackedBatch, anywhere: list[float], backbone: Any, task: Any
     """
     wanted = {name for name, count in zip(MODALITIES, anywhere, strict=True) if count}
     if not wanted & {"text"}:
-        # Nothing but padding and bad samples on all ranks, or images of which nothing is asked: the micro-step counts
-        # all the same, and a forward needs its text.
+        # All ranks have padding, bad samples or images without texts alone. The micro-step counts all the same, and a
+        # forward needs a text.
         wanted = set(backbone.modalities)
     missing = wanted - batch.modalities
     if not missing:
         return batch
-    # The slot owns a text whenever any rank has texts: the loss, times 0, then reaches the tower through that text, so
-    # that its trainable parameters get a (zero) gradient as on the other ranks.
+    # Give the slot a text whenever any rank has texts. Through it the loss, times 0, reaches the tower, so that its
+    # trainable parameters get a gradient (of zeros) as on the other ranks.
     slot = Sample()
     if "image" in missing:
         transform = backbone.image_transform(False)
@@ -65,7 +65,7 @@ def complete(batch: PackedBatch, anywhere: list[float], backbone: Any, task: Any
 
 
 def _append(rows: dict[str, Tensor], extra: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Rows of both; `extra` is cropped or zero-padded to the other's widths, since nothing of it counts."""
+    """Rows of both. `extra`, whose values do not count, is cropped or padded with zeros to the widths of the other."""
     if not rows or not extra:
         return rows or extra
     return {name: torch.cat([rows[name], _fit(extra[name], rows[name])]) for name in rows}
