@@ -60,8 +60,9 @@ def save(
 ) -> Path:
     """Write a checkpoint below `run_dir` and move `latest` (and, if `best`, `best`) to it. Collective.
 
-    It appears under its name only when all its bytes are on disk; a process killed at any moment leaves the previous
-    ones as they were. All but the `keep_last` newest and the best are removed afterwards.
+    It appears under its name only when all its bytes are on disk and have been compared with what trains; a process
+    killed at any moment leaves the previous ones as they were. All but the `keep_last` newest and the best are removed
+    afterwards.
 
     Args:
         run_dir: the run directory, seen by rank 0.
@@ -71,8 +72,12 @@ def save(
 
     Returns:
         the checkpoint's directory, on every rank.
+
+    Raises:
+        RuntimeError: if what was written is not what the next forward uses and the optimizer holds.
     """
     zero_state.ensure_optimizer_state(engine)
+    held = Held.of(engine, trainables)
     weights, moments = {}, {}
     for name, parameter in trainables.items():
         full = zero_state.read_full(engine, parameter)  # only trainables are ever gathered
@@ -97,7 +102,45 @@ def save(
     if extra:
         files[MODEL_STATE] = lambda p: save_tensors(p, extra)
     folder = Path(run_dir) / "checkpoints"
-    return on_rank0(lambda: _write(folder, state.step, files, keep_last, best))
+    return on_rank0(lambda: _write(folder, state.step, files, keep_last, best, held.check))
+
+
+@dataclasses.dataclass(frozen=True)
+class Held:
+    """What trains, known without DeepSpeed's map from parameters to their masters, to compare files with.
+
+    Attributes:
+        weights: name -> fingerprint of the float32 parameter that the next forward uses.
+        moments: of the optimizer, name -> sum of the bits of all numbers.
+    """
+
+    weights: dict[str, str]
+    moments: dict[str, int]
+
+    @classmethod
+    def of(cls, engine: Any, trainables: dict[str, nn.Parameter]) -> Held:
+        """Collective. Raises RuntimeError if ranks hold different copies of a parameter."""
+        weights, differing = fingerprints.over_ranks(trainables.items())
+        if differing:
+            raise RuntimeError(f"trained parameter {differing[0]} is not the same on all ranks")
+        return cls(weights, zero_state.state_sums(engine) if trainables else {})
+
+    def check(self, folder: Path) -> None:
+        """Compare the files of a checkpoint with what trains. Raises RuntimeError."""
+        self.check_weights(load_file(folder / "weights.safetensors"), f"{folder}/weights.safetensors")
+        written = load_file(folder / "optimizer.safetensors")
+        for key, held in self.moments.items():
+            found = sum(zero_state.bits_sum(t) for name, t in written.items() if name.endswith(f".{key}"))
+            if found % 2**64 != held:
+                raise RuntimeError(f"{folder}/optimizer.safetensors: {key} is not what the optimizer holds")
+
+    def check_weights(self, written: dict[str, torch.Tensor], where: str) -> None:
+        """Raises RuntimeError, naming the first tensor that is not the one that trains."""
+        wrong = [name for name, print in self.weights.items() if fingerprints.of_whole(written[name]) != print]
+        if wrong:
+            raise RuntimeError(
+                f"{where}: {len(wrong)} of {len(self.weights)} tensors are not those that train, first {wrong[0]}"
+            )
 
 
 def load(
@@ -312,7 +355,14 @@ def _unreadable(path: Path) -> str | None:
     return None
 
 
-def _write(folder: Path, step: int, files: dict[str, Callable], keep_last: int, best: bool) -> Path:
+def _write(
+    folder: Path,
+    step: int,
+    files: dict[str, Callable],
+    keep_last: int,
+    best: bool,
+    check: Callable[[Path], None] = lambda partial: None,
+) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     for left_over in folder.glob(".*partial*"):  # of a process that was killed while saving
         shutil.rmtree(left_over, ignore_errors=True)
@@ -324,6 +374,7 @@ def _write(folder: Path, step: int, files: dict[str, Callable], keep_last: int, 
     with new_directory(folder / name) as partial:
         for file, write in files.items():
             write(partial / file)
+        check(partial)
         write_json(partial / CHECKSUMS, {file: sha256(partial / file) for file in files})
     for pointer in ("latest", "best") if best else ("latest",):
         write_atomic(folder / pointer, name + "\n")

@@ -11,13 +11,14 @@ from typing import Any
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from mmpeft_ds import recipe as recipes
 from mmpeft_ds.adapter_files import WEIGHTS
 from mmpeft_ds.backbones.base import BackboneBase
 from mmpeft_ds.distributed.collectives import on_rank0, rank
 from mmpeft_ds.distributed.partitioned import gathered
+from mmpeft_ds.engine.checkpoint import Held
 from mmpeft_ds.engine.model_card import model_card
 from mmpeft_ds.engine.zero import fingerprint
 from mmpeft_ds.engine.zero import state as zero_state
@@ -42,10 +43,7 @@ def export_adapter(directory: str | Path, model: Any, resolved: Any, metrics: di
     """
     engine = model if hasattr(model, "zero_optimization_stage") else None
     peft_model: PeftModel = model if engine is None else model.module
-    trained = {}
-    for name, parameter in peft_model.named_parameters():
-        if parameter.requires_grad:
-            trained[name] = _master(engine, parameter)
+    trained = trained_tensors(peft_model, engine)
     for name, buffer in calibrated_buffers(peft_model).items():
         trained[name] = buffer.detach().cpu().clone() if rank() == 0 else None
     fingerprints = fingerprint.frozen_fingerprint(fingerprint.frozen_tensors(peft_model))
@@ -54,12 +52,19 @@ def export_adapter(directory: str | Path, model: Any, resolved: Any, metrics: di
     return on_rank0(lambda: _write(directory, peft_model, trained, plain, fingerprints, resolved, metrics))
 
 
-def _master(engine: Any, parameter: nn.Parameter) -> Tensor | None:
-    """The whole float32 value on rank 0, None elsewhere. Collective."""
+def trained_tensors(model: PeftModel, engine: Any = None) -> dict[str, Tensor | None]:
+    """Name -> the whole float32 value of each trained parameter, None on all ranks but 0. Collective.
+
+    Raises:
+        RuntimeError: if what DeepSpeed gives as a parameter is not what the next forward uses.
+    """
+    trainables = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if engine is None:
-        return parameter.detach().to("cpu", torch.float32, copy=True)
-    full = zero_state.read_weight(parameter)
-    return full if rank() == 0 else None
+        return {name: p.detach().to("cpu", torch.float32, copy=True) for name, p in trainables.items()}
+    held = Held.of(engine, trainables)
+    full = {name: zero_state.read_weight(p) for name, p in trainables.items()}
+    on_rank0(lambda: held.check_weights(full, "exported adapter"))
+    return full if rank() == 0 else dict.fromkeys(full)
 
 
 def _write(

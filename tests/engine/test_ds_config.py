@@ -2,7 +2,9 @@ import json
 from pathlib import Path
 
 import pytest
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
+from mmpeft_ds.engine.zero import config
 from mmpeft_ds.engine.zero.config import check_ds_config, merge
 from mmpeft_ds.errors import BadInput
 from mmpeft_ds.recipe import REPOSITORY, Recipe
@@ -48,6 +50,28 @@ def test_auto_for_a_key_of_the_recipe_is_fine(tmp_path):
         ({"zero_optimization": {"stage": 9}}, "zero_optimization"),
         ({"zero_optimization": {"stage": 3, "stage3_max_live_parameters": "auto"}}, "auto"),
         ({"zero_optimization": 3}, "zero_optimization"),
+        ({"zero_optimization": {"stage": 2, "round_robin_gradients": True}}, "other parameters' numbers"),
+        ({"zero_optimization": {"stage": 1, "elastic_checkpoint": True}}, "elastic_checkpoint: true is refused"),
+        ({"zero_optimization": {"stage": 3, "zero_quantized_gradients": True}}, "rounded to 4 bits"),
+        ({"zero_optimization": {"stage": 3, "stage3_module_granularity_threshold": 9}}, "granularity_threshold: 9 is"),
+        ({"zero_optimization": {"stage": 2, "compute_grad_norm": False}}, "nothing would be clipped"),
+        ({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}, "refused below stage 3"),
+        ({"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}}, "'nvme' is refused"),
+        ({"prescale_gradients": True}, "prescale_gradients: true is refused"),
+        ({"gradient_predivide_factor": 2}, "gradient_predivide_factor: 2 is refused"),
+        ({"communication_data_type": "bf16"}, 'communication_data_type: "bf16" is refused'),
+        ({"sparse_gradients": True}, "sparse_gradients: true is refused"),
+        ({"gradient_clipping": 1.0}, "optim.clip"),
+        (
+            {
+                "zero_optimization": {
+                    "stage3_gather_fp16_weights_on_model_save": False,
+                    "stage": 3,
+                    "gather_16bit_weights_on_model_save": False,
+                }
+            },
+            "deprecated parameter",
+        ),
         ("{", "JSON"),
         ("[]", "list"),
     ],
@@ -56,6 +80,28 @@ def test_what_cannot_work_is_refused_in_one_line(tmp_path, config, said):
     with pytest.raises(BadInput, match=said) as caught:
         check_ds_config(written(tmp_path, config))
     assert "\n" not in str(caught.value)
+
+
+def test_what_deepspeed_does_anyway_may_be_written_out(tmp_path):
+    fields = {name: f.default for name, f in DeepSpeedZeroConfig.model_fields.items()}
+    own = ("stage", "leaf_module", "stage3_gather_fp16_weights_on_model_save")  # the last one under its new name
+    values = {name: value for name, value in fields.items() if value is not None and name not in own}
+    given = {"zero_optimization": {"stage": 3, **values}, "prescale_gradients": False, "gradient_predivide_factor": 1}
+    assert check_ds_config(written(tmp_path, given))["zero_optimization"]["round_robin_gradients"] is False
+
+
+def test_a_new_key_of_deepspeed_is_refused_until_somebody_has_tried_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(config, "ZERO_KEYS", config.ZERO_KEYS - {"reduce_scatter"})
+    given = written(tmp_path, {"zero_optimization": {"stage": 1, "reduce_scatter": False}})
+    with pytest.raises(BadInput, match="reduce_scatter: false is refused: nobody has shown"):
+        check_ds_config(given)
+
+
+def test_clipping_is_always_said_to_deepspeed(tmp_path):
+    recipe = written(tmp_path, {})
+    for clip in (0.0, 0.7):
+        recipe.optim.clip = clip
+        assert merge(check_ds_config(recipe), recipe, 2, 10)["gradient_clipping"] == clip
 
 
 def test_a_missing_file_is_refused():

@@ -1,4 +1,8 @@
-"""The ds_configs JSON: it owns zero_optimization, offload and communication; everything else belongs to the recipe."""
+"""The ds_configs JSON: it owns zero_optimization, offload and communication; everything else belongs to the recipe.
+
+A key may be set only where it is known that gradient norms, weights, checkpoints, adapters and resumed runs stay right
+with it: tests/distributed/test_ds_keys_ranks.py trains with each. The default of DeepSpeed may be written out for any.
+"""
 
 from __future__ import annotations
 
@@ -11,16 +15,57 @@ from mmpeft_ds.files import REPOSITORY
 from mmpeft_ds.recipe import Recipe, where
 
 # Keys a ds_configs JSON may set. Offload and ZeRO++ live inside zero_optimization.
-OWNED = (
-    "zero_optimization",
-    "aio",
-    "communication_data_type",
-    "comms_logger",
-    "prescale_gradients",
-    "gradient_predivide_factor",
-    "sparse_gradients",
-    "disable_allgather",
+OWNED = ("zero_optimization", "comms_logger")
+# Further keys of DeepSpeed: the one value that may be written out, and what speaks against others.
+FIXED = {
+    "prescale_gradients": (False, "stages 2 and 3 end with an assertion, after the base was loaded"),
+    "gradient_predivide_factor": (1.0, "stage 3 then scales gradients by another number than the rank count"),
+    "communication_data_type": (None, "gradients would be rounded on their way between ranks"),
+    "sparse_gradients": (False, "DeepSpeed no longer has it"),
+    "disable_allgather": (False, "DeepSpeed ignores it"),
+    "aio": (None, "only offload to NVMe reads it"),
+}
+# Keys of zero_optimization that may be set to anything that DeepSpeed accepts: they change what is sent when, how much
+# at a time, and where it lies, but no number.
+ZERO_KEYS = frozenset(
+    (
+        "stage",
+        "contiguous_gradients",
+        "overlap_comm",
+        "reduce_scatter",
+        "reduce_bucket_size",
+        "use_multi_rank_bucket_allreduce",
+        "allgather_partitions",
+        "allgather_bucket_size",
+        "ignore_unused_parameters",
+        "sub_group_size",
+        "prefetch_bucket_size",
+        "param_persistence_threshold",
+        "model_persistence_threshold",
+        "max_live_parameters",
+        "max_reuse_distance",
+        "use_all_reduce_for_fetch_params",
+        "allgather_sequential",
+        "gather_16bit_weights_on_model_save",  # of DeepSpeed's own saving, which is not used
+        "memory_efficient_linear",
+        "offload_param",
+        "offload_optimizer",
+        "zero_hpz_partition_size",
+        "log_trace_cache_warnings",
+        "enable_sanity_checks",
+    )
 )
+ZERO_REFUSED = {
+    "round_robin_gradients": "DeepSpeed then hands out other parameters' numbers, and saves would hold those",
+    "compute_grad_norm": "nothing would be clipped, and a gradient that is not finite would be stepped on",
+    "zero_quantized_weights": "frozen weights would be rounded to 8 bits, so it would be another base",
+    "zero_quantized_nontrainable_weights": "frozen weights would be rounded to 8 bits, so it would be another base",
+    "zero_quantized_gradients": "gradients would be rounded to 4 bits on their way between ranks",
+    "zenflow": "gradients would be applied some steps late",
+    "module_granularity_threshold": "the trainer itself says which blocks are fetched as a whole",
+    "leaf_module": "the trainer itself says which blocks are fetched as a whole",
+}
+NOT_TRIED = "nobody has shown that checkpoints and adapters stay right with it"
 # DeepSpeed's name -> the recipe's key, for the message; the JSON may name these only as "auto".
 RECIPE_KEYS = {
     "train_batch_size": "data.global_batch",
@@ -63,7 +108,9 @@ def check_ds_config(recipe: Recipe) -> dict[str, Any]:
                 f'{path}: {key} belongs to the recipe\'s {RECIPE_KEYS[key]} and may only be "auto" here. '
                 f"Remove it and set {RECIPE_KEYS[key]} in the recipe."
             )
-        if key not in RECIPE_KEYS and key not in OWNED:
+        if key in FIXED and value not in (FIXED[key][0], "auto"):
+            raise BadInput(f"{path}: {key}: {json.dumps(value)} is refused: {FIXED[key][1]}. Remove the key.")
+        if key not in RECIPE_KEYS and key not in OWNED and key not in FIXED:
             raise BadInput(f"{path}: unknown key {key!r}. Remove it; a ds_configs JSON may set {', '.join(OWNED)}.")
     zero = config.get("zero_optimization", {"stage": 0})
     _check_zero(path, zero)
@@ -81,21 +128,41 @@ def _check_zero(path: Path, zero: Any) -> None:
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig  # slow to import: only when a run is near
 
     fields = DeepSpeedZeroConfig.model_fields
-    known = {name for name in fields} | {f.alias for f in fields.values() if f.alias}
+    names = {name: name for name in fields} | {f.alias: name for name, f in fields.items() if f.alias}
     for key, value in zero.items():
-        if key not in known:
+        if key not in names:
             raise BadInput(
                 f"{path}: zero_optimization.{key} is not known to DeepSpeed. Remove it or mend its spelling."
             )
         if value == "auto" and key not in AUTO_SIZES:
             raise BadInput(f'{path}: zero_optimization.{key} cannot be "auto". Give a value or remove it.')
+        name = names[key]
+        if name not in ZERO_KEYS and value not in (fields[name].default, None):
+            why = ZERO_REFUSED.get(name, NOT_TRIED)
+            raise BadInput(f"{path}: zero_optimization.{key}: {json.dumps(value)} is refused: {why}. Remove the key.")
+    _check_offload(path, zero)
     try:
         DeepSpeedZeroConfig(**{k: v for k, v in zero.items() if v != "auto"})
+    except AssertionError as error:  # an old name of a key beside its new one
+        raise BadInput(f"{path}: zero_optimization: {' '.join(str(error).split())}. Mend it.") from error
     except ValueError as error:
         first = str(error).splitlines()
         raise BadInput(
             f"{path}: zero_optimization: {' '.join(line.strip() for line in first[1:3])}. Mend it."
         ) from error
+
+
+def _check_offload(path: Path, zero: dict[str, Any]) -> None:
+    for key in ("offload_param", "offload_optimizer"):
+        section = zero.get(key)
+        device = section.get("device", "none") if isinstance(section, dict) else "none"
+        if device not in ("none", "cpu"):
+            raise BadInput(f"{path}: zero_optimization.{key}.device: {device!r} is refused: {NOT_TRIED}. Use cpu.")
+        if key == "offload_optimizer" and device == "cpu" and zero.get("stage", 0) != 3:
+            raise BadInput(
+                f"{path}: zero_optimization.{key} is refused below stage 3: DeepSpeed then shows no gradients, so "
+                "that norms read 0 and EWC adds nothing. Use stage 3, or leave it out: adapters are small."
+            )
 
 
 def merge(config: dict[str, Any], recipe: Recipe, world_size: int, trainable: int) -> dict[str, Any]:

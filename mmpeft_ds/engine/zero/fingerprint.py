@@ -97,11 +97,25 @@ def frozen_fingerprint(frozen: Iterable[tuple[str, Tensor]]) -> dict[str, str]:
     Raises:
         BadInput: if the copies of a tensor differ between ranks.
     """
-    frozen = sorted(frozen, key=lambda item: item[0])
-    labels, sums, sharded, group = [], [], [], None
+    prints, differing = over_ranks(frozen)
+    if differing:
+        raise BadInput(
+            f"frozen weight {differing[0]} is not the same on all ranks; give every node the same files of the base "
+            "model"
+        )
+    return prints
+
+
+def of_whole(tensor: Tensor) -> str:
+    """The fingerprint of one tensor that this process holds whole."""
+    return _described(tensor, weighted_bits(tensor.detach().reshape(-1)))
+
+
+def over_ranks(tensors: Iterable[tuple[str, Tensor]]) -> tuple[dict[str, str], list[str]]:
+    """Fingerprints as `frozen_fingerprint` gives them, and the names of tensors whose copies differ. Collective."""
+    frozen = sorted(tensors, key=lambda item: item[0])
+    sums, sharded, group = [], [], None
     for _, tensor in frozen:
-        shape = tuple(getattr(tensor, "ds_shape", tensor.shape))
-        labels.append(f"{str(tensor.dtype).removeprefix('torch.')} {'x'.join(map(str, shape)) or 'scalar'}")
         shard = getattr(tensor, "ds_tensor", None)
         sharded.append(shard is not None)
         if shard is None:
@@ -111,6 +125,7 @@ def frozen_fingerprint(frozen: Iterable[tuple[str, Tensor]]) -> dict[str, str]:
             start = dist.get_rank(group=group) * shard.ds_numel
             own = max(0, min(shard.ds_numel, tensor.ds_numel - start))  # the rest is padding with no defined value
             sums.append(weighted_bits(shard.detach().reshape(-1)[:own], start))
+    differing: list[str] = []
     if world_size() > 1 and sums:
         nccl = "nccl" in dist.get_backend()
         device = torch.device("cuda", torch.cuda.current_device()) if nccl else torch.device("cpu")
@@ -120,16 +135,15 @@ def frozen_fingerprint(frozen: Iterable[tuple[str, Tensor]]) -> dict[str, str]:
         dist.all_reduce(total, group=group)
         dist.all_reduce(low, op=dist.ReduceOp.MIN)
         dist.all_reduce(high, op=dist.ReduceOp.MAX)
-        differing = torch.nonzero(whole & (low != high)).flatten().tolist()
-        if differing:
-            raise BadInput(
-                f"frozen weight {frozen[differing[0]][0]} is not the same on all ranks; "
-                "give every node the same files of the base model"
-            )
+        differing = [frozen[i][0] for i in torch.nonzero(whole & (low != high)).flatten().tolist()]
         sums = torch.where(whole, low, total).tolist()
-    return {
-        name: f"{label} {value % 2**64:016x}" for (name, _), label, value in zip(frozen, labels, sums, strict=True)
-    }
+    return {name: _described(tensor, value) for (name, tensor), value in zip(frozen, sums, strict=True)}, differing
+
+
+def _described(tensor: Tensor, value: int) -> str:
+    shape = tuple(getattr(tensor, "ds_shape", tensor.shape))
+    kind = str(tensor.dtype).removeprefix("torch.")
+    return f"{kind} {'x'.join(map(str, shape)) or 'scalar'} {value % 2**64:016x}"
 
 
 def compare(saved: dict[str, str], now: dict[str, str], where: str, missing_ok: bool = False) -> None:

@@ -9,13 +9,14 @@ What DeepSpeed 0.19.8 does not do by itself, and what is therefore done here (ea
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from mmpeft_ds.distributed import collectives
 from mmpeft_ds.engine.optim import optimizers
 
 
@@ -50,6 +51,28 @@ def ensure_optimizer_state(engine: Any) -> None:
         # first parameter group, when the other groups have no state yet, and never again.
         zero._hp_optimizer_states_linked = False
         zero._lazy_init_hp_params_optimizer_state()
+
+
+def state_sums(engine: Any) -> dict[str, int]:
+    """Of each of the optimizer's moments the sum of the raw bits of all its numbers mod 2^64, over ranks. Collective.
+
+    Taken from what the optimizer steps on, not through DeepSpeed's map from parameters to it.
+    """
+    inner, everywhere = _inner(engine), engine.zero_optimization_stage() > 0
+    found = {}
+    for key in moments(engine):
+        flats = (inner.state[flat][key] for flat in _flat_masters(engine))
+        own = sum(bits_sum(part) for flat in _without_padding(engine, flats) for part in flat)
+        low, high = collectives.split_64(own % 2**64)
+        if everywhere:
+            low, high = collectives.sum_scalars([low, high], engine.device)
+        found[key] = collectives.sum_mod_2_64((low, high))
+    return found
+
+
+def bits_sum(tensor: Tensor) -> int:
+    """Sum of the raw bits of a float32 tensor, as signed integers."""
+    return int(tensor.detach().contiguous().view(torch.int32).sum(dtype=torch.int64))
 
 
 def optimizer_step(engine: Any) -> int:
@@ -144,6 +167,27 @@ def _flat_masters(engine: Any) -> list[Tensor]:
         if hasattr(zero, attribute):
             return list(getattr(zero, attribute))
     return [p for group in zero.param_groups for p in group["params"]]
+
+
+def _without_padding(engine: Any, flats: Iterable[Tensor]) -> Iterator[Iterator[Tensor]]:
+    """The parts of flat tensors that belong to parameters. Only stage 3 pads between them, with undefined values; what
+    stages 1 and 2 add at the end is 0."""
+    groups = getattr(engine.optimizer, "fp16_groups", None)
+    if groups is None:
+        yield from (iter([flat]) for flat in flats)
+        return
+    for group, flat in zip(groups, flats, strict=True):
+        parts = flat.split(
+            [p.ds_tensor.ds_numel for p in group] + [flat.numel() - sum(p.ds_tensor.ds_numel for p in group)]
+        )
+        yield (part[: own_elements(p)] for p, part in zip(group, parts, strict=False))
+
+
+def own_elements(parameter: nn.Parameter) -> int:
+    """How many elements of a parameter that ZeRO-3 has split lie on this rank; its part may be longer."""
+    size = parameter.ds_tensor.ds_numel
+    start = dist.get_rank(group=parameter.ds_process_group) * size
+    return max(0, min(size, parameter.ds_numel - start))
 
 
 def _own_part(parameter: nn.Parameter, value: Tensor) -> Tensor:
