@@ -11,7 +11,9 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from transformers import BlipForImageTextRetrieval
 
+from mmpeft_ds.backbones.base import ModelHooks
 from mmpeft_ds.sites import find_sites
 from mmpeft_ds.sites.condition import enable_checkpointing
 from tests.helpers.models.tiny_aurora import attach, blip, fill
@@ -37,6 +39,10 @@ class Step(nn.Module):
         return sum((i + 1) * (p.last_hidden_state.flatten(1) @ ramp).mean() for i, p in enumerate(passes))
 
 
+class RunsAgain(ModelHooks, BlipForImageTextRetrieval):
+    runs_again = ("text_encoder",)
+
+
 def batch(step: int) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(100 + step)
     pixels = torch.randn(ROWS, 3, 8, 8, generator=generator)
@@ -44,8 +50,7 @@ def batch(step: int) -> tuple[Tensor, Tensor]:
 
 
 def adapted(recompute: bool = False) -> nn.Module:
-    wrapped = fill(attach(blip(), filled=False), scale=0.1)
-    wrapped.get_base_model().runs_again = ("text_encoder",)
+    wrapped = fill(attach(blip(RunsAgain), filled=False), scale=0.1)
     if recompute:
         enable_checkpointing(wrapped.get_base_model())
         wrapped.train()
