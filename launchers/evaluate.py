@@ -14,20 +14,22 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from mmpeft_ds import console  # noqa: E402
 from mmpeft_ds import recipe as recipes  # noqa: E402
+from mmpeft_ds.runs import inputs  # noqa: E402
 
 
 def main() -> int:
     """Evaluate and print one table a data set."""
     parser = console.Parser(description=__doc__)
     parser.add_argument("--run", type=Path, required=True, help="run directory")
-    parser.add_argument("--split", default="test", help="split of the run's data sets (default: test)")
+    parser.add_argument("--split", help="split of the run's data sets (default: test, or val where there is no test)")
     parser.add_argument("--checkpoint", default="best", help="best (default), last, or a name below RUN/checkpoints")
     parser.add_argument("--set", action="append", default=[], metavar="A.B=VALUE", help="override one key; repeatable")
     args = parser.parse_args()
-    recipes.of_run(args.run, args.set)  # what is wrong with it is said before torch is imported
+    recipe = recipes.of_run(args.run, args.set)  # what is wrong with it is said before torch is imported
+    split = args.split or inputs.default_split([source.dir for source in recipe.data.sources])
     from mmpeft_ds.runs.evaluate import evaluate_run
 
-    reports = evaluate_run(args.run, args.split, args.checkpoint, args.set)
+    reports = evaluate_run(args.run, split, args.checkpoint, args.set)
     if reports is None:
         if console.rank() == 0:
             print(f"{args.run}: evaluation was stopped; nothing was written")
@@ -38,7 +40,7 @@ def main() -> int:
             rows = f"{report['rows']:,} predictions{left_out}"
             title = f"{report['dir']} ({report['split']}), {rows}, {report['checkpoint']}"
             console.score_table(report["scores"], report["baselines"], title)
-        print(f"predictions: {args.run / f'predictions-{args.split}.jsonl'}")
+        print(f"predictions: {args.run / f'predictions-{split}.jsonl'}")
     return 0
 
 

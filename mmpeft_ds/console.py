@@ -65,26 +65,47 @@ def rank() -> int:
 
 
 def score_table(scores: dict[str, float], baselines: dict[str, float], title: str) -> None:
-    """Print the scores of a run beside those that need no model, a line a metric.
+    """Print `score_text`."""
+    print(score_text(scores, baselines, title))
+
+
+def score_text(scores: dict[str, float], baselines: dict[str, float], title: str) -> str:
+    """The scores of a run beside those that need no model, as a table with a line per metric.
 
     Args:
         scores: of a task; the first key is its overall metric and a prefix of those by kind.
-        baselines: NAME and NAME_KIND for the same kinds.
+        baselines: NAME and NAME_KIND, which stand beside that metric and the same kinds, or NAME_METRIC.
     """
+    import io
+
     from rich.console import Console
     from rich.table import Table
 
-    models = [n for n in baselines if not any(n.startswith(f"{other}_") for other in baselines)]
+    columns = _by_name(scores, baselines)
     table = Table(title=title, title_justify="left")
     table.add_column("")
-    for name in (*models, "this run"):
+    for name in (*columns, "this run"):
         table.add_column(name.replace("_", " "), justify="right", style="bold" if name == "this run" else None)
-    main = next(iter(scores), "")
     for metric, value in scores.items():
+        values = (*(column.get(metric) for column in columns.values()), value)
+        table.add_row(metric, *("-" if v is None else f"{v:.4f}" for v in values))
+    text = io.StringIO()
+    Console(file=text, width=max(80, len(title))).print(table)
+    return text.getvalue().rstrip("\n")
+
+
+def _by_name(scores: dict[str, float], baselines: dict[str, float]) -> dict[str, dict[str, float]]:
+    """Baseline -> metric -> value."""
+    main = next(iter(scores), "")
+    named = {key: max((m for m in scores if key.endswith(f"_{m}")), key=len, default="") for key in baselines}
+    kinds = [key for key, metric in named.items() if not metric]
+    names = [key for key in kinds if not any(key.startswith(f"{other}_") for other in kinds)]
+    columns: dict[str, dict[str, float]] = {}
+    for key, metric in named.items():
+        name = key.removesuffix(f"_{metric}") if metric else next(n for n in names if f"{key}_".startswith(f"{n}_"))
         # `majority_yes_no` stands beside `accuracy_yes_no`
-        priors = [baselines.get(n + metric.removeprefix(main)) if metric.startswith(main) else None for n in models]
-        table.add_row(metric, *("-" if v is None else f"{v:.4f}" for v in (*priors, value)))
-    Console().print(table)
+        columns.setdefault(name, {})[metric or main + key.removeprefix(name)] = baselines[key]
+    return columns
 
 
 def _speaks() -> bool:

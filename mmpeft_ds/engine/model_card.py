@@ -10,6 +10,7 @@ from torch import Tensor
 
 from mmpeft_ds.data.transform import hooks_of
 from mmpeft_ds.engine.optim.optimizers import TITLES
+from mmpeft_ds.engine.summary import shown
 
 
 def model_card(resolved: Any, metrics: dict[str, Any], trained: dict[str, Tensor]) -> str:
@@ -21,12 +22,13 @@ def model_card(resolved: Any, metrics: dict[str, Any], trained: dict[str, Tensor
         trained: name -> whole tensor.
     """
     recipe = resolved.recipe
-    backbone = ", ".join(f"{k} `{v}`" for k, v in recipe.backbone.items() if isinstance(v, str))
+    options = {k: v for k, v in recipe.backbone.items() if isinstance(v, str) and v and k != "name"}
+    backbone = ", ".join([recipe.backbone["name"], *(f"{k} `{v}`" for k, v in options.items())])
     changed = ", ".join(f"{k} `{_shown(v)}`" for k, v in _own_settings(resolved).items())
     method = f" with {changed}, otherwise its defaults" if changed else " with its defaults"
     numel = sum(t.numel() for t in trained.values())
     data = "\n".join(_source(source) for source in resolved.train)
-    table = "\n".join(f"| {name} | {_shown(value)} |" for name, value in metrics.items())
+    table = "\n".join(f"| {name} | {value} |" for name, value in shown(metrics).items())
     return f"""---
 library_name: peft
 tags: [mmpeft_ds, {recipe.method["name"]}]

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 
 from mmpeft_ds import recipe as recipes
-from mmpeft_ds.data.shards import verify_shards
+from mmpeft_ds.data.shards import ShardReader, members, verify_shards
 from mmpeft_ds.data.stream import Stream, StreamSource
 from mmpeft_ds.data.thumbnails import Thumbnails
 from mmpeft_ds.distributed.processes import Ranks
 from mmpeft_ds.engine.assembly.resolve import Resolved, ResolvedSource
 from mmpeft_ds.errors import BadInput
+
+CHUNK = 256  # records read at a time
 
 
 def make_stream(
@@ -83,3 +87,19 @@ def check_shards(resolved: Resolved, ranks: Ranks) -> None:
     if problems:
         more = f" ({len(problems) - 1} more)" if len(problems) > 1 else ""
         raise BadInput(f"{problems[0]}{more}")
+
+
+def records(source: ResolvedSource) -> Iterator[dict[str, Any]]:
+    """The json of every sample that is used of a split, in order; images are not decoded."""
+    manifest, split = source.manifest, source.options.split
+    reader = ShardReader(manifest, split)
+    places = [range(s.samples) for s in manifest.shards(split)] if source.subset is None else None
+    try:
+        for number, rows in enumerate(places or source.subset.places(manifest)):
+            for first in range(0, len(rows), CHUNK):
+                wanted = [(number, int(i)) for i in rows[first : first + CHUNK]]
+                for piece in reader.read(wanted):
+                    if isinstance(piece, bytes):
+                        yield json.loads(members(piece)[1]["json"])
+    finally:
+        reader.close()

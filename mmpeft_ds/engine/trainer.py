@@ -14,8 +14,9 @@ import torch
 from mmpeft_ds import recipe as recipes
 from mmpeft_ds.data.stream import BadBudget, Step, Stream
 from mmpeft_ds.distributed import processes
+from mmpeft_ds.distributed.collectives import on_rank0
 from mmpeft_ds.distributed.processes import Ranks
-from mmpeft_ds.engine import calibrate, checkpoint, ewc
+from mmpeft_ds.engine import calibrate, checkpoint, ewc, summary
 from mmpeft_ds.engine.assembly.build import Built, build
 from mmpeft_ds.engine.assembly.checks import check_schedule
 from mmpeft_ds.engine.assembly.resolve import Resolved, ResolvedSource, resolve, titles
@@ -213,6 +214,7 @@ class Training:
         sign = 1.0 if task.better == "max" else -1.0
         if state.best is None or sign * value > sign * state.best:
             state.best, state.best_step, state.evaluations_without_improvement = value, state.step, 0
+            state.extra["best_scores"] = plain(results[0].scores)
             return True
         state.evaluations_without_improvement += 1
         return False
@@ -268,6 +270,8 @@ class Training:
                 "peak_rss_mib": self.last.get("peak_rss_mib"),
                 "best": state.best,
                 "best_step": state.best_step,
+                "best_metric": self.resolved.validation[0].task.main_metric if self.validation else None,
+                "best_of": titles(self.resolved.validation)[0] if self.validation else None,
                 "skipped_steps": state.skipped_total,
                 "bad_samples": state.bad,
                 "world_size": self.ranks.world_size,
@@ -281,7 +285,8 @@ class Training:
         if conclude is not None and not conclude(self):
             return False
         export_adapter(self.run_dir.adapter, self.built.engine, self.resolved, metrics)
-        table = "\n".join(f"{name:>16}  {value}" for name, value in metrics.items())
+        baselines = on_rank0(lambda: summary.baselines_of(self.resolved))
+        table = summary.table(metrics, state.extra.get("best_scores", {}), baselines)
         early = self.recipe.engine.patience if state.step < self.total else 0
         self.run_dir.finish(self.total, metrics, table, early)
         self.observer.say(table)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import comb
 from statistics import median
 
 import torch
@@ -44,3 +45,19 @@ def retrieval_scores(image_to_text: Sequence[int], text_to_image: Sequence[int])
     """
     texts, images = recall(image_to_text, "txt_"), recall(text_to_image, "img_")
     return {**texts, **images, "r_mean": (texts["txt_r_mean"] + images["img_r_mean"]) / 2}
+
+
+def chance(captions: Sequence[int]) -> dict[str, float]:
+    """The same scores, without the median ranks, where every ranking is drawn at random: their expected values.
+
+    Args:
+        captions: number of captions of each picture, at least one.
+    """
+    pictures, texts = len(captions), sum(captions)
+    txt, img = {}, {}
+    for k in DEPTHS:
+        missed = [comb(texts - own, k) / comb(texts, k) if k <= texts - own else 0.0 for own in captions]
+        txt[f"txt_r{k}"] = 100.0 * (1 - sum(missed) / pictures)
+        img[f"img_r{k}"] = 100.0 * min(k / pictures, 1.0)
+    txt["txt_r_mean"], img["img_r_mean"] = sum(txt.values()) / len(DEPTHS), sum(img.values()) / len(DEPTHS)
+    return {**txt, **img, "r_mean": (txt["txt_r_mean"] + img["img_r_mean"]) / 2}

@@ -13,8 +13,9 @@ from mmpeft_ds.distributed.collectives import on_rank0
 from mmpeft_ds.engine.assembly.resolve import Resolved, ResolvedSource, resolve, titles
 from mmpeft_ds.engine.monitor import plain
 from mmpeft_ds.engine.stop import StopFlag
+from mmpeft_ds.engine.streams import records
 from mmpeft_ds.files import write_atomic, write_json
-from mmpeft_ds.runs.finished import on_split, open_run, records
+from mmpeft_ds.runs.finished import on_split, open_run
 
 
 def evaluate_run(

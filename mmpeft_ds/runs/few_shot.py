@@ -28,10 +28,11 @@ from mmpeft_ds.engine.assembly import feature_bank, resolve
 from mmpeft_ds.engine.assembly.checks import check_fields
 from mmpeft_ds.engine.assembly.outline import load_manifest
 from mmpeft_ds.engine.monitor import plain
+from mmpeft_ds.engine.streams import records
 from mmpeft_ds.errors import AgreedBadInput
 from mmpeft_ds.files import write_json
 from mmpeft_ds.runs.few_shot_study import HALVES, RESULT, Cell, Study, TestSet, is_done, read_result, reads
-from mmpeft_ds.runs.finished import evaluate_source, records
+from mmpeft_ds.runs.finished import evaluate_source
 
 
 def run(study: Study) -> bool:

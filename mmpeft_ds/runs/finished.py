@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from mmpeft_ds.data.options import SourceOptions
-from mmpeft_ds.data.shards import ShardReader, members
 from mmpeft_ds.distributed import processes
 from mmpeft_ds.distributed.collectives import on_rank0
 from mmpeft_ds.distributed.processes import Ranks
@@ -22,8 +19,6 @@ from mmpeft_ds.engine.train_state import TrainState
 from mmpeft_ds.engine.zero import fingerprint
 from mmpeft_ds.errors import BadInput
 from mmpeft_ds.progress import Progress
-
-CHUNK = 256  # records read at a time
 
 
 @dataclass
@@ -123,19 +118,3 @@ def evaluate_source(
 def on_split(options: SourceOptions, split: str) -> SourceOptions:
     """A training source's data set and task, on all of another split."""
     return replace(options, split=split, weight=1.0, subset="")
-
-
-def records(source: ResolvedSource) -> Iterator[dict[str, Any]]:
-    """The json of every sample that is used of a split, in order; images are not decoded."""
-    manifest, split = source.manifest, source.options.split
-    reader = ShardReader(manifest, split)
-    places = [range(s.samples) for s in manifest.shards(split)] if source.subset is None else None
-    try:
-        for number, rows in enumerate(places or source.subset.places(manifest)):
-            for first in range(0, len(rows), CHUNK):
-                wanted = [(number, int(i)) for i in rows[first : first + CHUNK]]
-                for piece in reader.read(wanted):
-                    if isinstance(piece, bytes):
-                        yield json.loads(members(piece)[1]["json"])
-    finally:
-        reader.close()

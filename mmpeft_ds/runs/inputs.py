@@ -1,4 +1,4 @@
-"""What a command is asked about: picture files, texts, and the device that answers. Imports no model."""
+"""What a command is asked about: picture files, texts, a split, and the device that answers. Imports no model."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mmpeft_ds.data.formats import READ_SUFFIXES
+from mmpeft_ds.data.manifest import Manifest
 from mmpeft_ds.errors import BadInput
 
 FEATURES = ".npy"
@@ -43,6 +44,18 @@ def read_texts(given: Sequence[str], file: Path | None, option: str = "--texts")
         except (OSError, UnicodeDecodeError) as e:
             raise BadInput(f"{option} {file}: cannot be read as UTF-8 text. Give a file with one text a line.") from e
     return list(dict.fromkeys(texts))
+
+
+def default_split(dirs: Sequence[str]) -> str:
+    """The split to evaluate on where none is named: `test` if all these data sets have it, else `val`, else the only
+    one beside `train`. Raises BadInput that lists the splits there are."""
+    manifests = [Manifest.load(dir) for dir in dirs]
+    common = [s for s in manifests[0].splits if all(s in m.splits for m in manifests)]
+    held_out = [s for s in common if s != "train"]
+    for split in ("test", "val", *(held_out if len(held_out) == 1 else ())):
+        if split in common:
+            return split
+    raise BadInput(f"--split: name one; the splits of {manifests[0].dir} are {', '.join(manifests[0].splits)}.")
 
 
 def device_of(name: str) -> Any:

@@ -185,6 +185,27 @@ def test_a_rank_that_lost_another_says_so_in_one_line(monkeypatch, capsys):
         console.run(lambda: (_ for _ in ()).throw(RuntimeError("a fault of ours")))
 
 
+def test_the_split_to_evaluate_on_is_one_that_is_there(folder, tmp_path):
+    from mmpeft_ds.data.manifest import Manifest
+    from mmpeft_ds.runs import inputs
+
+    data = Manifest.load(folder / "data")
+    assert inputs.default_split([data.dir]) == "val"
+    splits, index = data.splits, data.index
+
+    def default(*names):
+        data.splits = {name: splits["val"] for name in names}
+        data.index = {name: index["val"] for name in names}
+        data.save(tmp_path)
+        return inputs.default_split([tmp_path])
+
+    assert default("train", "val", "test") == "test"
+    assert default("train", "held_out") == "held_out"
+    for names in (("train", "a", "b"), ("train",)):
+        with pytest.raises(BadInput, match=f"--split.*{', '.join(names)}"):
+            default(*names)
+
+
 def test_scores_stand_beside_their_baselines(capsys):
     scores = {"accuracy": 0.5, "accuracy_yes_no": 0.25, "loss": 1.0}
     console.score_table(scores, {"prior": 0.125, "prior_yes_no": 0.75}, "t")

@@ -29,7 +29,9 @@ def test_train_then_evaluate_then_predict(tmp_path):
     trained = python(TRAIN, "--recipe", str(tmp_path / "recipe.yaml"), "--set", "optim.max_steps=3")
     assert trained.code == 0, trained.tail()
 
-    evaluated = launch.run_forked(EVALUATE, "--run", str(run), "--split", "val", ranks=0)
+    assert "best accuracy" in trained.output and "majority" in trained.output, "scores stand beside a baseline"
+
+    evaluated = launch.run_forked(EVALUATE, "--run", str(run), ranks=0)  # val, since there is no test split
     assert evaluated.code == 0, evaluated.tail()
     (report,) = json.loads((run / "evaluation-val.json").read_text())
     rows = [json.loads(line) for line in (run / "predictions-val.jsonl").read_text().splitlines()]

@@ -161,7 +161,7 @@ def test_questions_of_somebody_new_need_no_answer(backbone, model):
 def test_the_prior_is_the_most_frequent_last_answer():
     task = Instruction(Options(), None)
     train = [ONE, ONLY_TEXT, said("his it ?", "gNo  ."), {"conversations": "damaged"}]
-    assert task.baselines(train, [ONLY_TEXT, LONG]) == {"majority": 0.5}
+    assert task.baselines(train, [ONLY_TEXT, LONG]) == {"majority_exact_match": 0.5}
     assert task.baselines([], [ONE]) == {}
 
 

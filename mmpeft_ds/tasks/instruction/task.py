@@ -101,13 +101,13 @@ class Instruction(TaskBase):
         return scores
 
     def baselines(self, train: Iterable[dict[str, Any]], test: Iterable[dict[str, Any]]) -> dict[str, float]:
-        """`majority`: exact match of always giving the most frequent last answer of the training conversations."""
+        """`majority_exact_match`: of always giving the most frequent last answer of the training conversations."""
         counts = Counter(_plain(answer) for answer in _last_answers(train))
         asked = [_plain(answer) for answer in _last_answers(test)]
         if not counts or not asked:
             return {}
         majority = min(counts, key=lambda answer: (-counts[answer], answer))
-        return {"majority": asked.count(majority) / len(asked)}
+        return {"majority_exact_match": asked.count(majority) / len(asked)}
 
 
 ENTRY = Instruction

@@ -11,6 +11,7 @@ own sample alone, also where other pictures have a caption of the same words.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from mmpeft_ds.data.batch import PackedBatch, hash_id
 from mmpeft_ds.data.identity import PICTURE
 from mmpeft_ds.distributed.gather import gather_rows
 from mmpeft_ds.errors import BadInput, BadSample
-from mmpeft_ds.metrics.retrieval import retrieval_scores
+from mmpeft_ds.metrics.retrieval import chance, retrieval_scores
 from mmpeft_ds.ops import contrastive
 from mmpeft_ds.tasks.base import TaskBase
 from mmpeft_ds.tasks.common.losses import weighted_sum
@@ -163,6 +164,11 @@ class Retrieval(TaskBase):
         """`txt_*`: pictures that look for their texts; `img_*`: texts that look for their picture; `r_mean`."""
         ranks = {k: [r["rank"] for r in rows if r.get("kind") == k] for k in ("image_to_text", "text_to_image")}
         return retrieval_scores(*ranks.values()) if all(ranks.values()) else {}
+
+    def baselines(self, train: Iterable[dict[str, Any]], test: Iterable[dict[str, Any]]) -> dict[str, float]:
+        """`chance_*`: every ranking drawn at random. Records that show the same picture count as several."""
+        captions = [len(record["captions"]) for record in test if record.get("captions")]
+        return {f"chance_{name}": value for name, value in chance(captions).items()} if captions else {}
 
 
 ENTRY = Retrieval
