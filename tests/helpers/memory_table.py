@@ -127,8 +127,8 @@ def row(name: str, paths: dict[str, Path]) -> dict[str, Any]:
 def table(folder: Path, names: list[str] | None = None) -> list[str]:
     """Lines of the table, for some recipes or all."""
     paths = configurations(folder)
-    ranks = " | ".join(f"GiB per rank, {n} rank{'s' * (n > 1)}" for n in RANKS)
-    lines = [f"| recipe | parameters | trained | base | ZeRO | {ranks} | with ZeRO-1, 8 ranks |"]
+    ranks = " | ".join(f"{n} rank{'s' * (n > 1)}" for n in RANKS)
+    lines = [f"| recipe | parameters | trained | base | ZeRO | {ranks} | ZeRO-1, 8 ranks |"]
     lines.append("|---" * (6 + len(RANKS)) + "|")
     for name in names or sorted(MODELS):
         r = row(name, paths)
