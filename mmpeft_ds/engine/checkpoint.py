@@ -1,10 +1,10 @@
-"""The portable checkpoint: only what trains, unsharded, written by rank 0, resumed on any rank count and ZeRO stage.
+"""Checkpoints: only what trains, unsharded, written by rank 0, read with any number of ranks and any ZeRO stage.
 
     RUN/checkpoints/latest                     name of the newest one, moved atomically after it is complete
                     best                       name of the best one, if any
                     step-00000120/weights.safetensors      float32 masters of the trained parameters
                                   optimizer.safetensors    NAME.exp_avg, NAME.exp_avg_sq; of SGD NAME.momentum_buffer
-                                  model_state.safetensors  what the model keeps beside its weights, if it does: a queue
+                                  model_state.safetensors  state of the model beside its weights, such as a queue
                                   state.json               TrainState, name of the optimiser, Adam's step, format
                                   recipe.json              the resolved recipe
                                   fingerprint.json         of every frozen tensor
@@ -80,7 +80,7 @@ def save(
     held = Held.of(engine, trainables)
     weights, moments = {}, {}
     for name, parameter in trainables.items():
-        full = zero_state.read_full(engine, parameter)  # only trainables are ever gathered
+        full = zero_state.read_full(engine, parameter)  # gathers trainables only, never a frozen weight
         if rank() == 0:
             weights[name] = full.pop("weight")
             moments |= {f"{name}.{key}": value for key, value in full.items()}
@@ -151,8 +151,8 @@ def load(
 ) -> TrainState:
     """Put a checkpoint into `engine`, whatever rank count and stage it was saved with. Collective.
 
-    Rank 0 reads the files, the others receive. Afterwards masters, moments, Adam's step and the parameters that
-    the next forward uses are those of the saved run. The learning rate is the schedule's business: a function of step.
+    Rank 0 reads the files and broadcasts them. Afterwards the masters, the moments, Adam's step and the parameters of
+    the next forward are those of the saved run. The learning rate needs no state: it is a function of the step.
 
     Args:
         path: a checkpoint directory, as `newest_valid` returns it.
@@ -217,14 +217,14 @@ def best_valid(run_dir: str | Path) -> Path | None:
 
 
 def damage(path: str | Path) -> str | None:
-    """What is wrong with the checkpoint at `path` in a few words, or None if every file is what was written."""
+    """What is wrong with the checkpoint at `path`, in a few words; None if every file is as it was written."""
     path = Path(path)
     try:
         checksums = json.loads((path / CHECKSUMS).read_text("utf-8"))
         for name, expected in checksums.items():
-            found = sha256(path / name)
-            if found != expected:
-                return f"{name} has sha256 {found[:12]}..., expected {expected[:12]}..."
+            digest = sha256(path / name)
+            if digest != expected:
+                return f"{name} has sha256 {digest[:12]}..., expected {expected[:12]}..."
     except FileNotFoundError as e:
         return f"{Path(e.filename).name} is missing"
     except (ValueError, AttributeError, TypeError, OSError) as e:
@@ -241,17 +241,17 @@ def listing(folder: Path) -> list[Path]:
     """Checkpoints in `folder`, newest first."""
     if not folder.is_dir():
         return []
-    found = [(m, p) for p in folder.iterdir() if (m := _NAME.fullmatch(p.name)) and p.is_dir()]
-    return [p for m, p in sorted(found, key=lambda f: (int(f[0][1]), int(f[0][2] or 0)), reverse=True)]
+    named = [(m, p) for p in folder.iterdir() if (m := _NAME.fullmatch(p.name)) and p.is_dir()]
+    return [p for m, p in sorted(named, key=lambda pair: (int(pair[0][1]), int(pair[0][2] or 0)), reverse=True)]
 
 
 def _model(engine: Any, verb: str, *args: Any) -> dict[str, torch.Tensor]:
-    """Call a method of the base model that keeps state beside its weights; the same state on every rank."""
+    """Call `verb` of the base model, which reads or sets the state that it keeps beside its weights."""
     return getattr(model_hooks(engine.module), verb)(*args)
 
 
 class _Reader:
-    """Reads one trained parameter's tensors on rank 0 and hands them to all ranks."""
+    """Reads the tensors of one trained parameter on rank 0 and broadcasts them."""
 
     def __init__(self, path: Path, moments: tuple[str, ...]):
         self.path, self.keys = path, ("weight", *moments)
@@ -278,7 +278,7 @@ class _Reader:
 
 
 def _optimizer(engine: Any, trainables: dict[str, nn.Parameter]) -> str | None:
-    """The recipe's name of the optimiser; None where nothing trains."""
+    """The optimiser's name in recipes; None where nothing trains."""
     return zero_state.optimizer_name(engine) if trainables else None
 
 
@@ -290,7 +290,7 @@ def _read_header(
     header = read_json(path, "state")
     if header["format"] != FORMAT:
         raise BadInput(f"checkpoint {path} has format {header['format']}, this version reads format {FORMAT}")
-    written_with = header.get("optimizer", "adamw")  # which was the only one, and not named
+    written_with = header.get("optimizer", "adamw")  # files without a name are older than the other optimisers
     if trainables and written_with != optimizer:
         raise BadInput(
             f"checkpoint {path}: was written with optim.name: {written_with}, and this run has {optimizer}. "
@@ -315,7 +315,7 @@ def _read_header(
 def _newest_valid(folder: Path) -> Path | None:
     candidates = listing(folder)
     pointer = folder / "latest"
-    if pointer.is_file():  # goes first: whoever moves it back by hand wants to continue from there
+    if pointer.is_file():  # takes precedence, so that a user may move it back by hand
         named = [p for p in candidates if p.name == pointer.read_text(errors="replace").strip()]
         candidates = named + [p for p in candidates if p not in named]
     complaints = []
@@ -344,7 +344,7 @@ def _best_valid(folder: Path) -> Path | None:
 
 
 def _unreadable(path: Path) -> str | None:
-    """Damage that a matching checksum does not exclude: written wrong, or by something else."""
+    """Why files with correct checksums cannot be read, such as those of another program; None if they can."""
     try:
         read_json(path, "state")
         for name in ("weights", "optimizer"):
@@ -368,7 +368,7 @@ def _write(
         shutil.rmtree(left_over, ignore_errors=True)
     name = f"step-{step:08d}"
     again = 0
-    while (folder / name).exists():  # a step saved twice: never replace one that is whole
+    while (folder / name).exists():  # never replace a complete checkpoint of the same step
         again += 1
         name = f"step-{step:08d}.{again}"
     with new_directory(folder / name) as partial:

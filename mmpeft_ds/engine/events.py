@@ -1,7 +1,7 @@
-"""Cut TensorBoard's event files after a step.
+"""Truncation of TensorBoard's event files after a step.
 
-`SummaryWriter(purge_step=...)` only asks the reader to forget what it has loaded before, and other readers of the
-files keep the stale points. Here the points themselves go.
+`SummaryWriter(purge_step=...)` only asks TensorBoard to forget points that it has loaded; other readers of the files
+keep them. Here the points themselves are removed.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from mmpeft_ds.files import replacing
 
 
 def truncate(folder: Path, step: int) -> None:
-    """Remove every summary above `step` from the event files below `folder`, and a record cut short by a kill.
+    """Remove from the event files below `folder` every summary above `step`, and records that a kill has cut short.
 
-    Files in which nothing has to go are left untouched; one that keeps no summary is removed.
+    Files without either are left untouched; a file that keeps no summary is removed.
     """
     for path in sorted(folder.rglob("*.tfevents.*")) if folder.is_dir() else ():
         _truncate_file(path, step)

@@ -2,9 +2,10 @@
 
     loss = loss of the new task + strength * sum_k F_k (theta_k - theta*_k)^2
 
-F is the diagonal empirical Fisher of the earlier task (engine/fisher.py), theta* the weights it was taken at. F and
-theta* lie on each rank in the parts that ZeRO gives its gradients; the pull is added after their reduction and before
-the norm is taken, so it is clipped like the rest, and it is no mean over ranks.
+F is the diagonal empirical Fisher information of the earlier task (runs/fisher.py), theta* the weights at which it was
+estimated. Each rank holds the parts of F and theta* that belong to its parts of the gradients under ZeRO. The gradient
+of the penalty is added after the reduction of gradients, so it is no mean over ranks, and before their norm is taken,
+so it is clipped like the rest.
 
 Source: Kirkpatrick et al., arXiv 1612.00796, equation 3 (whose lambda / 2 is `strength`); GA-Net, arXiv 2408.00290.
 """
@@ -36,26 +37,26 @@ LISTED = 8  # parameter names in one line of the log
 
 
 class Pull:
-    """Adds the gradient of the penalty to gradients.
+    """The gradient of the penalty, added to the gradients of the task.
 
     Args:
         strength: lambda.
 
     Attributes:
-        told: lines for people: which parameters are held and which are free.
+        summary: lines that say which parameters are held and which are free.
     """
 
     def __init__(self, strength: float = 1.0):
         self.strength = strength
-        self.told: list[str] = []
+        self.summary: list[str] = []
         self.parts: dict[int, tuple[Tensor, Tensor]] = {}
 
     def hold(self, parameter: nn.Parameter, fisher: Tensor, anchor: Tensor, start: int = 0, n: int | None = None):
         """Pull elements `start` to `start + n` of the flattened parameter; the default is all of them.
 
         Args:
-            fisher, anchor: F and theta* of the whole parameter, in its shape. Copied: an anchor that shares its memory
-                with the weights would move with them, and never pull.
+            fisher, anchor: F and theta* of the whole parameter, in its shape. They are copied, since an anchor that
+                shares its memory with the weights would move with them.
         """
         end = None if n is None else start + n
         copied = (t.detach().reshape(-1)[start:end].clone() for t in (fisher, anchor))
@@ -82,14 +83,14 @@ class Pull:
 
 
 def load(recipe: Recipe, built: Any, base: dict[str, str], state: TrainState, fresh: bool) -> Pull | None:
-    """What the recipe's `optim.ewc` asks for, in the parts that this rank holds; None where it asks for nothing.
+    """Read the file of the recipe's `optim.ewc` into the parts that this rank holds; None if it names none.
 
     A new run starts at theta* unless `optim.ewc.start` is false. Collective.
 
     Args:
         built: `engine.setup.Built`.
         base: see `base_of`.
-        state: remembers which file the run was started with.
+        state: stores the hash of the file that the run was started with.
         fresh: whether the run is new, not continued from a checkpoint.
 
     Raises:
@@ -110,9 +111,9 @@ def load(recipe: Recipe, built: Any, base: dict[str, str], state: TrainState, fr
     if getattr(engine.optimizer, "cpu_offload", False):
         raise BadInput(f"{key}: with an optimizer offloaded at ZeRO-{built.stage}, use ZeRO-3 or no offload.")
     shapes = {name: zero_state.full_shape(p) for name, p in trainables.items()}
-    known, told = on_rank0(lambda: _compare(path, key, shapes, base, options))
+    known, summary = on_rank0(lambda: _compare(path, key, shapes, base, options))
     pull = Pull(options.strength)
-    pull.told = told
+    pull.summary = summary
     anchors = []
     for name in known:
         parameter = trainables[name]
@@ -141,8 +142,8 @@ def save(
 
 
 def base_of(model: nn.Module, fingerprints: dict[str, str], sources: Iterable[Any]) -> dict[str, str]:
-    """What the optimum of a run belongs to: of the fingerprint of everything frozen, the parameters (buffers such as
-    class texts go with the task), and the towers that made the stored features of its data sets.
+    """Fingerprints of the base model that the optimum of a run belongs to: of frozen parameters (buffers such as class
+    texts belong to the task), and of the towers that made the stored features of its data sets.
 
     Args:
         sources: `engine.resolve.ResolvedSource` of the training.
@@ -182,7 +183,7 @@ def _digest(path: Path, key: str) -> str:
 def _compare(
     path: Path, key: str, shapes: dict[str, tuple[int, ...]], now: dict[str, str], options: EwcOptions
 ) -> tuple[list[str], list[str]]:
-    """Names that the file holds in the shapes of the model, and lines about the others. Raises BadInput."""
+    """Names that the file has in the shapes of the model, and a summary in lines. Raises BadInput."""
     metadata = _metadata(path, key)
     base = json.loads(metadata["base"])
     wrong = sorted(name for name in base.keys() & now.keys() if base[name] != now[name])
@@ -212,7 +213,7 @@ def _compare(
             f"({len(changed) + len(absent)} such). Set optim.ewc.allow_missing: true to leave them free."
         )
     new = [name for name in shapes if name not in stored]
-    told = [f"EWC: {len(known)} parameters are held with strength {options.strength:g} ({path})"]
+    summary = [f"EWC: {len(known)} parameters are held with strength {options.strength:g} ({path})"]
     for names, what in (
         (new, "free, not in the file"),
         (changed, "free, of another shape"),
@@ -220,8 +221,8 @@ def _compare(
     ):
         if names:
             more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
-            told.append(f"EWC: {what}: {', '.join(names[:LISTED])}{more}")
-    return known, told
+            summary.append(f"EWC: {what}: {', '.join(names[:LISTED])}{more}")
+    return known, summary
 
 
 def _read(path: Path, name: str, shape: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
@@ -237,7 +238,7 @@ def _read(path: Path, name: str, shape: tuple[int, ...], device: torch.device) -
 
 
 def _start(engine: Any, parameters: list[nn.Parameter], values: list[Tensor]) -> None:
-    """Masters and parameters become `values`. Collective."""
+    """Set masters and parameters to `values`. Collective."""
     if engine.zero_optimization_stage() > 0:  # without ZeRO the parameters are the masters
         for parameter, value in zip(parameters, values, strict=True):
             zero_state.write_full(engine, parameter, {"weight": value})

@@ -29,14 +29,14 @@ from mmpeft_ds.sites.feature_site import calibrated_buffers
 
 
 def export_adapter(directory: str | Path, model: Any, resolved: Any, metrics: dict[str, Any]) -> Path:
-    """Write the adapter directory; one that is there already is replaced as a whole. Collective.
+    """Write the adapter directory, which replaces one that is there already as a whole. Collective.
 
     Only trained parameters are gathered. The weights are read back and compared before the directory gets its name.
 
     Args:
         model: the PeftModel, or the DeepSpeed engine around it.
-        resolved: parts of the recipe (`engine.resolve.Resolved`).
-        metrics: json-able, for the model card.
+        resolved: the resolved recipe (`engine.assembly.resolve.Resolved`).
+        metrics: for the model card, JSON-able.
 
     Raises:
         RuntimeError: if what peft wrote is not exactly what was trained.
@@ -90,7 +90,7 @@ def _fill(
     resolved: Any,
     metrics: dict[str, Any],
 ) -> None:
-    # Given whole tensors, peft neither gathers nor looks at the shards. `auto` would ask the hub about embeddings.
+    # Give peft whole tensors, so that it does not look at the shards. `auto` would ask the hub about embeddings.
     model.save_pretrained(str(partial), state_dict=dict(trained), save_embedding_layers=False)
     _verify(partial / WEIGHTS, trained)
     recipe, backbone = resolved.recipe, resolved.backbone
@@ -118,7 +118,7 @@ def _fill(
 
 
 def _plain_classifier(model: PeftModel) -> dict[str, Tensor]:
-    """What the head exports, on the CPU; empty for any other model. Collective."""
+    """Tensors that the head exports as a plain classifier, on the CPU; empty for any other model. Collective."""
     head = head_of(model)
     if head is None:
         return {}
@@ -127,7 +127,7 @@ def _plain_classifier(model: PeftModel) -> dict[str, Tensor]:
 
 
 def _features_files(partial: Path, model: PeftModel, plain: dict[str, Tensor], backbone: Any) -> None:
-    """What a model of features brings besides: its bank, its towers, and a plain classifier if the head has one."""
+    """Write the further files of a feature model: its bank, its towers, and a plain classifier if the head has one."""
     bank = base_layer(model.get_base_model().features).bank
     save_tensors(partial / "bank.safetensors", {n: getattr(bank, n).cpu().contiguous() for n in bank.NAMES})
     write_json(partial / "towers.json", backbone.towers)
@@ -136,7 +136,7 @@ def _features_files(partial: Path, model: PeftModel, plain: dict[str, Tensor], b
 
 
 def _verify(path: Path, trained: dict[str, Tensor]) -> None:
-    """What was written is what was trained: as many tensors, of the same shapes and bits, and none is empty."""
+    """Check that the file holds what was trained: the same number of tensors, shapes and bits, and none is empty."""
 
     def census(tensors: dict[str, Tensor]) -> Counter:
         return Counter((tuple(t.shape), fingerprint.weighted_bits(t.reshape(-1))) for t in tensors.values())

@@ -1,4 +1,4 @@
-"""What a run shows of the graph over its batches: health in numbers every step, and a picture at evaluations."""
+"""Reports on the graph over a batch: numbers of its health every step, and a picture at evaluations."""
 
 # B rows of this rank, E edges
 
@@ -22,9 +22,9 @@ SAME, OTHER, UNKNOWN = "seagreen", "indianred", "silver"
 
 
 def measure(outputs: Any, batch: PackedBatch) -> dict[str, float]:
-    """Numbers of one forward, each a sum over own rows, the same names on every rank; empty without any. Collective.
+    """Numbers of one forward pass as sums over own rows, with the same names on every rank; may be empty. Collective.
 
-    Only here does the graph meet the labels: no head ever sees them.
+    Labels are compared with the graph only here; no head ever sees them.
     """
     if not isinstance(outputs, ClassificationOutput):
         return {}
@@ -38,23 +38,23 @@ def measure(outputs: Any, batch: PackedBatch) -> dict[str, float]:
 
 
 def summary(sums: dict[str, float], ranks: int) -> dict[str, float]:
-    """What the curves show, from sums over ranks.
+    """Numbers for the curves, from sums over ranks.
 
     Returns:
-        edges (self-loops aside), mean_degree, isolated nodes, same_class_share of the edges between known classes,
-        gather_ms a rank, gather_mib over all ranks, and whatever else the head reports.
+        edges (without self-loops), mean_degree, isolated nodes, same_class_share of the edges between known classes,
+        gather_ms per rank, gather_mib of all ranks, and what else the head reports.
     """
-    found = dict(sums)
-    nodes, labelled = found.pop("nodes", 0.0), found.pop("labelled_edges", 0.0)
-    same = found.pop("same_class_edges", 0.0)
-    if "edges" in found and nodes:
-        found["mean_degree"] = found["edges"] / nodes
+    numbers = dict(sums)
+    nodes, labelled = numbers.pop("nodes", 0.0), numbers.pop("labelled_edges", 0.0)
+    same = numbers.pop("same_class_edges", 0.0)
+    if "edges" in numbers and nodes:
+        numbers["mean_degree"] = numbers["edges"] / nodes
     if labelled:
-        found["same_class_share"] = same / labelled
-    if "gather_ms" in found:
-        found["gather_ms"] /= ranks
-        found["gather_mib"] = found.pop("gather_bytes", 0.0) / 2**20
-    return found
+        numbers["same_class_share"] = same / labelled
+    if "gather_ms" in numbers:
+        numbers["gather_ms"] /= ranks
+        numbers["gather_mib"] = numbers.pop("gather_bytes", 0.0) / 2**20
+    return numbers
 
 
 @dataclass
@@ -77,7 +77,7 @@ class View:
 
 
 def view(outputs: Any, batch: PackedBatch, rows: list[dict[str, Any]]) -> View | None:
-    """Of the first rows of this rank's batch; None where there is no graph between two of them."""
+    """View of the first rows of this rank's batch; None where there is no graph of at least two of them."""
     graph = outputs.graph if isinstance(outputs, ClassificationOutput) else None
     if graph is None:
         return None
@@ -91,8 +91,8 @@ def view(outputs: Any, batch: PackedBatch, rows: list[dict[str, Any]]) -> View |
     labels = batch.targets["label"].tolist() if "label" in batch.targets else [-1] * len(graph.valid)
     owners = batch.text_owner.tolist()
     names = [batch.sample_id[owners[row]] for row in kept]
-    said = {row["sample_id"]: row for row in rows}
-    right = [said[n]["prediction"] == said[n]["answer"] if "answer" in said.get(n, {}) else None for n in names]
+    row_of = {row["sample_id"]: row for row in rows}
+    right = [row_of[n]["prediction"] == row_of[n]["answer"] if "answer" in row_of.get(n, {}) else None for n in names]
     pixels = next((v for v in batch.images.values() if v.dim() == 4 and v.shape[1] == 3), None)
     shown = {}
     if pixels is not None:
@@ -106,8 +106,8 @@ def view(outputs: Any, batch: PackedBatch, rows: list[dict[str, Any]]) -> View |
 
 
 def picture(seen: View, thumbnail: Callable[[str], Tensor | None] | None = None) -> Tensor:
-    """The graph drawn, (3, H, W) in [0, 1]: neighbours lie close, who has none stands at the bottom; edges within a
-    class are green and others red, and so are the frames of right and wrong predictions.
+    """Picture of a graph, (3, H, W) in [0, 1]. Neighbours lie close, nodes without any at the bottom. Edges within a
+    class are green, others red; frames of right predictions are green, of wrong ones red.
 
     Args:
         thumbnail: sample id -> (3, H, W) in [0, 1], for samples whose batch holds no pixels.

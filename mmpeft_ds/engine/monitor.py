@@ -1,4 +1,4 @@
-"""What a run shows: metrics.jsonl, TensorBoard, and a bar or plain lines on the console. Rank 0 only.
+"""Monitoring of a run: metrics.jsonl, TensorBoard, and progress on the console. Rank 0 only.
 
 RUN/metrics.jsonl     one object per optimizer step, flushed at once; floats keep every bit (repr)
 RUN/tensorboard/      the same curves, evaluations, a page of predictions, the recipe as text
@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from mmpeft_ds.progress import Progress
 from mmpeft_ds.recipe.options import MonitorOptions
 
 CELL = 224  # pixels of one image on the page of predictions
-# Row keys that go to TensorBoard, and under which tag.
+# Keys of metrics.jsonl that go to TensorBoard, and their tags there.
 SCALARS = {
     "loss": "train/loss",
     "lr": "train/lr",
@@ -34,36 +34,27 @@ SCALARS = {
 }
 
 
-class Observer(Protocol):
-    """What the trainer tells."""
+class Observer:
+    """Receives what a run reports. This one shows nothing: it is that of every rank but 0."""
 
-    def step(self, row: dict[str, Any]) -> None: ...
+    def step(self, row: dict[str, Any]) -> None:
+        """An optimizer step is done; `row` is its line of metrics.jsonl."""
 
-    def evaluation(self, split: str, step: int, evaluation: Any) -> None: ...
+    def evaluation(self, split: str, step: int, evaluation: Any) -> None:
+        """A split is evaluated after `step`; `evaluation` is an `evaluator.Evaluation`."""
 
-    def say(self, line: str) -> None: ...
+    def say(self, line: str) -> None:
+        """Print a line."""
 
-    def flush(self) -> None: ...
+    def flush(self) -> None:
+        """Hand everything so far to the operating system."""
 
-    def close(self) -> None: ...
-
-
-class Silent:
-    """Every rank but 0."""
-
-    def step(self, row: dict[str, Any]) -> None: ...
-
-    def evaluation(self, split: str, step: int, evaluation: Any) -> None: ...
-
-    def say(self, line: str) -> None: ...
-
-    def flush(self) -> None: ...
-
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """The run is over."""
 
 
-class Monitor:
-    """Rank 0.
+class Monitor(Observer):
+    """Shows and records what a run reports, on rank 0.
 
     Args:
         directory: run directory; metrics.jsonl there is already cut to `start`.
@@ -87,7 +78,6 @@ class Monitor:
         self.progress.__enter__()  # until `close`
 
     def step(self, row: dict[str, Any]) -> None:
-        """One optimizer step: a line of metrics.jsonl, the curves, the bar."""
         self.metrics.write(json.dumps({k: plain(v) for k, v in row.items()}) + "\n")
         self.metrics.flush()
         self.progress.advance(
@@ -101,7 +91,7 @@ class Monitor:
         for key, tag in SCALARS.items():
             if key in row:
                 self.board.add_scalar(tag, row[key], step)
-        if "source_name" in row:  # losses of several tasks make no curve together
+        if "source_name" in row:  # the losses of several tasks are not comparable, so each has its own curve
             self.board.add_scalar(f"train/loss/{row['source_name']}", row["loss"], step)
         for name, value in row.get("graph", {}).items():
             self.board.add_scalar(f"graph/{name}", value, step)
@@ -114,7 +104,6 @@ class Monitor:
             self.board.add_scalar(f"bad_samples/{kind}", count, step)
 
     def evaluation(self, split: str, step: int, evaluation: Any) -> None:
-        """Metrics of one split, and its page of predictions."""
         bad = f", {evaluation.bad:,} bad samples left out" if evaluation.bad else ""
         shown = ", ".join(f"{k} {v:.4f}" for k, v in evaluation.scores.items())
         self.say(f"step {step}: {split}: {shown} ({len(evaluation.rows):,} rows{bad})")
@@ -129,14 +118,12 @@ class Monitor:
         self.board.flush()
 
     def say(self, line: str) -> None:
-        """A line for people."""
         self.progress.say(line)
 
     def flush(self) -> None:
-        """Hand everything so far to the operating system; TensorBoard's writer keeps half a minute to itself."""
         self.metrics.flush()
         if self.board is not None:
-            self.board.flush()
+            self.board.flush()  # it writes only every half minute by itself
 
     def close(self) -> None:
         self.progress.close()
@@ -164,8 +151,8 @@ def page(pictures: list[tuple[Tensor, list[dict[str, Any]]]], columns: int = 4, 
             right = not answers or str(row["prediction"]) in answers
             below = top + CELL + 2 + 2 * j * 12
             draw.text((left, below), _short(row.get("text", "")), fill="black")
-            told = f"-> {row['prediction']}" + (f"  (answer: {answer})" if answer else "")
-            draw.text((left, below + 12), _short(told), fill="darkgreen" if right else "firebrick")
+            result = f"-> {row['prediction']}" + (f"  (answer: {answer})" if answer else "")
+            draw.text((left, below + 12), _short(result), fill="darkgreen" if right else "firebrick")
     return torch.from_numpy(np.asarray(sheet).copy()).permute(2, 0, 1).float() / 255
 
 
@@ -175,7 +162,7 @@ def _short(text: str, limit: int = 36) -> str:
 
 
 def plain(value: Any) -> Any:
-    """NaN and infinity are no JSON: they are written as the strings `nan`, `inf`, `-inf`."""
+    """`value` for JSON, which has neither NaN nor infinity: they become the strings `nan`, `inf`, `-inf`."""
     if isinstance(value, float) and not math.isfinite(value):
         return repr(value)
     if isinstance(value, dict):

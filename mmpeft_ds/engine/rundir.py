@@ -1,12 +1,12 @@
-"""The run directory: who may write in it, whether it is continued, and what a resume cuts off.
+"""Run directory: its lock, whether a run is continued in it, and what a resume cuts off.
 
 RUN/recipe.yaml       resolved recipe of the run
 RUN/checkpoints/      engine/checkpoint.py
-RUN/metrics.jsonl     one object a step
+RUN/metrics.jsonl     one object per step
 RUN/tensorboard/      event files
-RUN/adapter/          what the run is for
-RUN/finished.json     the final table; its presence makes the same command print it and leave
-RUN/.lock             held by the live owner
+RUN/adapter/          the result, engine/export.py
+RUN/finished.json     the final table; where it exists, the same command prints it and exits
+RUN/.lock             held by the process that writes here
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ from mmpeft_ds.engine import checkpoint, events
 from mmpeft_ds.errors import BadInput
 from mmpeft_ds.files import write_atomic, write_json
 
-# A resume may change these: length, the ZeRO JSON, workers and how bytes arrive, logging and evaluation cadence, and
-# how much trouble stops a run: the message that stops it says to raise these.
+# Keys that a resume may change: length, the ZeRO JSON, workers and reading, the cadence of logs and evaluations, and
+# the limits of bad data and skipped steps: a run that exceeded them is told to raise them.
 MAY_DIFFER = (
     "run_dir",
     "optim.epochs",
@@ -54,7 +54,7 @@ MAY_DIFFER = (
     "data.verify",
     "monitor",
 )
-LOCK_WAIT = 5.0  # seconds: a killed run's ranks need a moment to go
+LOCK_WAIT = 5.0  # seconds; the ranks of a killed run need a moment to exit
 logger = logging.getLogger(__name__)
 
 
@@ -91,7 +91,7 @@ class RunDir:
 
     @classmethod
     def open(cls, path: str | Path, recipe: dict[str, Any], fresh: bool = False) -> RunDir:
-        """Take the run directory `path`, new or to be continued. Collective: rank 0 works, all learn the result.
+        """Open the run directory `path`, new or to be continued. Collective: rank 0 works, all ranks get the result.
 
         Args:
             recipe: resolved recipe, plain data; written to recipe.yaml.
@@ -102,7 +102,7 @@ class RunDir:
                 recipe differs from the saved one in a key that a resume may not change.
         """
         recipe = json.loads(json.dumps(recipe, default=str))  # tuples become lists, as in the saved one
-        lock: list[Lock] = []  # stays on rank 0; the rest of the result travels
+        lock: list[Lock] = []  # stays on rank 0; the rest of the result is broadcast
 
         def take() -> tuple[str, str | None, tuple[str, ...]]:
             target = _first_free(Path(path)) if fresh else Path(path)
@@ -121,8 +121,9 @@ class RunDir:
         return cls(Path(target), None if newest is None else Path(newest), differing, lock[0] if lock else None)
 
     def finished(self, total_steps: int, patience: int = 0) -> dict[str, Any] | None:
-        """What `finish` stored; None where there is more to do, since the run is to be longer, or more patient than it
-        was when it stopped early. Collective.
+        """Contents of finished.json, or None if there is more to train. Collective.
+
+        That is so if the run is to be longer, or if it stopped early and is to be more patient.
         """
         return on_rank0(lambda: _finished(self.path, total_steps, patience))
 
@@ -130,7 +131,7 @@ class RunDir:
         """Mark the run of `total_steps` steps as done, with its final metrics and printed table. Rank 0 writes.
 
         Args:
-            patience: with which it stopped before its last step; 0 if it did not.
+            patience: `engine.patience` if the run stopped early, else 0.
         """
         if rank() == 0:
             value = {"total_steps": total_steps, "patience": patience, "metrics": metrics, "table": table}
@@ -148,14 +149,14 @@ class RunDir:
         on_rank0(cut)
 
     def close(self) -> None:
-        """Give the lock back."""
+        """Release the lock."""
         if self._lock is not None:
             self._lock.release()
             self._lock = None
 
 
 class Lock:
-    """A lock that ends with its process, however that ends; the file says who holds it.
+    """A lock on a file, which ends with its process in any case; the file says which process holds it.
 
     POSIX record locks: unlike flock they are not inherited by loader workers that outlive a killed rank, and they work
     on NFS. They belong to the process, so the file must not be opened a second time by its owner.
@@ -271,10 +272,10 @@ def _differences(old: Any, new: Any, key: str = "") -> list[str]:
     """`key: old -> new` for every leaf that differs; a list counts as a leaf unless it holds sections."""
     if isinstance(old, dict) and isinstance(new, dict):
         keys = [*old, *(k for k in new if k not in old)]
-        found = []
+        differences = []
         for k in keys:
-            found += _differences(old.get(k, "absent"), new.get(k, "absent"), f"{key}.{k}" if key else str(k))
-        return found
+            differences += _differences(old.get(k, "absent"), new.get(k, "absent"), f"{key}.{k}" if key else str(k))
+        return differences
     if (
         isinstance(old, list)
         and isinstance(new, list)

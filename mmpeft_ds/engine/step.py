@@ -1,7 +1,7 @@
-"""One optimizer step over all ranks: two small all-reduces around DeepSpeed's own.
+"""One optimizer step over all ranks, with two small all-reduces besides those of DeepSpeed.
 
-Before the first forward the ranks agree on the weight of the step, on stopping, on bad samples and on who has which
-modality; after the last backward on loss and gradient norms, and so on whether the step can be taken.
+Before the first forward the ranks agree on the weight of the step, on stopping, on bad samples and on which rank has
+which modality; after the last backward on loss and gradient norms, and so on whether the step is applied.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ from mmpeft_ds.methods.common.head import Head
 
 @dataclass
 class Agreed:
-    """What all ranks know of a step before its first forward.
+    """What all ranks know of a step before its first forward pass.
 
     Attributes:
         weight: total weight of the loss over ranks and micro-steps.
-        stop: some rank was asked to stop.
+        stop: whether a stop was requested on some rank.
         rows: texts (slots, where there are no texts) that enter the loss.
         bad: slots that could not be used.
         keys_hash: sum mod 2^64 of the hashes of the sample ids that enter the loss.
@@ -58,12 +58,12 @@ class Agreed:
 
 
 class Stepper:
-    """Takes optimizer steps.
+    """Runs optimizer steps.
 
     Args:
         total: optimizer steps of the run, for the schedule.
         state: advanced by every step.
-        budget: this rank's share of the bad samples.
+        budget: counts of this rank's bad samples.
         stop_requested: whether this process was told to stop.
         steps_per_epoch: for a schedule by epochs.
     """
@@ -97,7 +97,7 @@ class Stepper:
         """
         began = time.perf_counter()
         state, task = self.state, self.resolved.train[step.source].task
-        # Dropout of step s is the same whether or not the run was interrupted before it.
+        # Seed per step, so that dropout is the same whether or not the run was interrupted before.
         torch.manual_seed(seed_of(self.recipe.seed, state.step, self.ranks.rank))
         agreed = self.agree(step.micro, task)
         self.stopping = self.stopping or agreed.stop
@@ -108,7 +108,7 @@ class Stepper:
             try:
                 self.check_budget()
             except BadInput:
-                self.budget = before  # the step has not happened
+                self.budget = before  # as if the step had not begun
                 raise
         loss, forward_seconds, report = self.accumulate(step.micro, task, agreed)
         row = [waited, forward_seconds, *self.memory()]
@@ -165,13 +165,13 @@ class Stepper:
         }
 
     def fail(self, problem: BadInput) -> NoReturn:
-        """Called in place of `train_step` on a rank that has no data for the step: all ranks end with `problem`."""
+        """End all ranks with `problem`; called in place of `train_step` on a rank that cannot read the step's data."""
         width = 7 + self.recipe.optim.accumulation * len(modality.MODALITIES)
         collectives.sum_scalars([1.0] + [0.0] * (width - 1), self.ranks.device)
         raise AgreedBadInput(collectives.first_message(str(problem)))
 
     def agree(self, micro: list[PackedBatch], task: Any) -> Agreed:
-        """One all-reduce before the first forward: weights, stop flag, bad slots, who has which modality.
+        """One all-reduce before the first forward: weights, stop flag, bad slots, and which rank has which modality.
 
         Raises:
             BadInput: some rank has called `fail`.
@@ -196,9 +196,12 @@ class Stepper:
     def accumulate(
         self, micro: list[PackedBatch], task: Any, agreed: Agreed
     ) -> tuple[torch.Tensor, float, dict[str, float]]:
-        """Forward and backward of every micro-batch: this rank's share of the loss, seconds of forward, and what a
-        head reports, summed."""
-        # DeepSpeed divides by the rank count and by the accumulation steps; W makes it one mean over the whole step.
+        """Forward and backward of every micro-batch.
+
+        Returns:
+            this rank's share of the loss, seconds of the forward passes, and the sum of what heads report.
+        """
+        # DeepSpeed divides by the rank count and by the accumulation steps; with W the loss is one mean over the step.
         scale = self.ranks.world_size * self.recipe.optim.accumulation / agreed.weight if agreed.weight else 0.0
         total = torch.zeros((), dtype=torch.float64, device=self.ranks.device)
         forward_seconds, report = 0.0, {}
@@ -213,7 +216,7 @@ class Stepper:
             self.engine.backward(loss * scale)
             total += loss.detach()
             if i + 1 < len(micro):
-                self.engine.step()  # below the accumulation boundary this only counts the micro-step
+                self.engine.step()  # before the accumulation boundary this only counts the micro-step
         return total / agreed.weight if agreed.weight else total, forward_seconds, report
 
     def reduce(
@@ -222,7 +225,7 @@ class Stepper:
         """One all-reduce after the last backward: loss, EWC penalty, what heads report, squared gradient norm per
         group, all timing rows.
 
-        What is not finite on one rank comes out not finite on all, so all of them skip the step together.
+        A value that is not finite on one rank is not finite in the sum, so all ranks skip the step together.
         """
         pulled = self.ewc.add(gradients.shards(self.engine)) if self.ewc else 0.0
         penalty = 0.0 if gradients.replicated(self.engine) else pulled
@@ -230,20 +233,26 @@ class Stepper:
         table = [0.0] * (len(row) * self.ranks.world_size)
         table[self.ranks.rank * len(row) : (self.ranks.rank + 1) * len(row)] = row
         summed = collectives.sum_scalars([loss.item(), penalty, *report.values(), *squares, *table], self.ranks.device)
-        told = 2 + len(report)
-        ends = told + len(squares)
-        rows = [summed[i : i + len(row)] for i in range(ends, len(summed), len(row))]
-        return summed[0], summed[1], dict(zip(report, summed[2:told], strict=True)), summed[told:ends], rows
+        norms_start = 2 + len(report)
+        table_start = norms_start + len(squares)
+        rows = [summed[i : i + len(row)] for i in range(table_start, len(summed), len(row))]
+        return (
+            summed[0],
+            summed[1],
+            dict(zip(report, summed[2:norms_start], strict=True)),
+            summed[norms_start:table_start],
+            rows,
+        )
 
     def check_budget(self) -> None:
-        """Merge the ranks' counts of bad samples; called only where all of them know that there is a new one."""
+        """Merge the ranks' counts of bad samples; called by all ranks after a step that has a new one."""
         merged = merged_budget(self.budget)
         self.state.bad = dict(merged.counts)
         if (problem := merged.problem()) is not None:
             raise AgreedBadInput(f"data: {problem}")
 
     def memory(self) -> list[float]:
-        """Resident MiB of this process now and at most so far, and peak of its device where there is one."""
+        """MiB of this process: resident now, resident at most so far, and the peak of its GPU where there is one."""
         resident = self.process.memory_info().rss / 2**20
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
         if self.ranks.device.type == "cuda":
@@ -255,8 +264,11 @@ class Stepper:
 
 
 def set_modes(model: torch.nn.Module, backbone: Any, recipe: recipes.Recipe) -> None:
-    """Eval mode, unless dropout or recomputation is asked for; the frozen prefix stays in eval mode in any case, and
-    what differs between training and evaluation by more than dropout (`follows_training`) trains in training mode."""
+    """Put the model into eval mode, or into training mode for dropout or gradient checkpointing.
+
+    The frozen prefix stays in eval mode in any case. Modules that differ between training and evaluation by more than
+    dropout (`follows_training`) are put into training mode in any case.
+    """
     engine = recipe.engine
     model.train(engine.train_dropout or engine.gradient_checkpointing)
     for module in model.modules():
@@ -272,7 +284,7 @@ def set_modes(model: torch.nn.Module, backbone: Any, recipe: recipes.Recipe) -> 
 
 
 def merged_budget(budget: BadBudget) -> BadBudget:
-    """What the budgets of all ranks have seen together. Collective."""
+    """The sum of the budgets of all ranks. Collective."""
     everyone: list[Any] = [budget.state()]
     if collectives.world_size() > 1:
         everyone = [None] * collectives.world_size()

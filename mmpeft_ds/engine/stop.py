@@ -1,10 +1,10 @@
-"""Stop cleanly: after a signal, or when the launcher has died, every rank finishes its step, saves and leaves.
+"""Clean stop: after a signal, or when the launcher has died, every rank finishes its step, saves and exits.
 
-What happens without this (measured): SIGTERM to `deepspeed` kills that process alone, and its child `launch.py` and
-all ranks go on as orphans; SIGTERM to `launch.py` reaches the ranks one after the other and kills them 30 seconds
-later; Ctrl-C reaches a rank twice, as SIGINT from the terminal and as SIGTERM from `launch.py`.
+Without this (measured), SIGTERM to `deepspeed` kills that process alone, and its child `launch.py` and
+all ranks go on as orphans. SIGTERM to `launch.py` reaches the ranks one after the other and kills them 30 seconds
+later. Ctrl-C reaches a rank twice, as SIGINT from the terminal and as SIGTERM from `launch.py`.
 
-One rank that has noticed is enough: the engine all-reduces `requested()`, so that all stop after the same step.
+It is enough that one rank notices: `requested()` is all-reduced, so that all ranks stop after the same step.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ import psutil
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 POLL = 0.5  # seconds between looks at the launcher
-AGAIN = 1.0  # a Ctrl-C this long after the first is a second one, not its echo
+AGAIN = 1.0  # seconds after which another Ctrl-C is a second one, and not the first one arriving twice
 LAUNCHERS = ("deepspeed", "deepspeed.launcher", "torchrun", "torch.distributed.run", "torch.distributed.launch")
 
 
 class StopFlag:
-    """Notices that the run should end; use it as a context manager around training, in the main thread.
+    """Notices requests to end the run. Use it as a context manager around the run, in the main thread.
 
     The first SIGTERM or SIGINT only sets the flag. A second Ctrl-C, at least a second after the first, ends the
     process at once, as Python's default handler does. SIGTERM may come any number of times: launchers repeat it.
 
     Args:
-        grace: seconds from the request to the end of the process if it has not left by itself (`engine.stop_grace`);
-            the `deepspeed` launcher, when it gets the signal itself, kills ranks after 30 in any case.
-        on_request: called once, from the watching thread, with the reason; for one line on the console.
+        grace: seconds after a request until the process is ended if it has not exited (`engine.stop_grace`). The
+            `deepspeed` launcher kills its ranks 30 seconds after it gets a signal itself in any case.
+        on_request: called once with the reason, from the watching thread.
     """
 
     def __init__(self, grace: float = 30.0, on_request: Callable[[str], None] | None = None):
@@ -46,17 +46,17 @@ class StopFlag:
         self.reason = ""
         self._on_request = on_request
         self._since: float | None = None
-        self._told = False
+        self._reported = False
         self._closed = threading.Event()
         self._previous: dict[int, Any] = {}
         self._launchers: list[psutil.Process] = []
 
     def requested(self) -> bool:
-        """Whether this rank has noticed a reason to stop; cheap, no collective."""
+        """Whether this rank has noticed a request; cheap, no collective."""
         return self._since is not None
 
     def request(self, reason: str) -> None:
-        """Ask for the end of the run from within, for the given reason."""
+        """Request the end of the run."""
         if self._since is None:
             self.reason = reason
             self._since = time.monotonic()
@@ -68,22 +68,22 @@ class StopFlag:
         self._write.setblocking(False)
         for number in SIGNALS:
             self._previous[number] = signal.signal(number, self._handle)
-        # Python runs handlers between two bytecodes of the main thread, which may hang in a collective; the byte that
-        # the C handler writes here is seen by the watching thread at once.
+        # Python runs handlers between two bytecodes of the main thread, which may wait in a collective. The byte that
+        # the C handler writes here wakes the watching thread at once.
         self._old_wakeup = signal.set_wakeup_fd(self._write.fileno(), warn_on_full_buffer=False)
         self._thread = threading.Thread(target=self._watch, name="stop-watch", daemon=True)
         self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Restore the handlers that were there before; the time limit of a running stop ends with this."""
+        """Restore the former handlers; ends the time limit of a requested stop."""
         self._closed.set()
         signal.set_wakeup_fd(self._old_wakeup)
         for number, handler in self._previous.items():
             signal.signal(number, handler)
         if self.requested() and self._launchers:
-            # `launch.py` sends its SIGTERM to one rank after the other: the last ones are leaving when it arrives, and
-            # are to leave with 0.
+            # `launch.py` sends SIGTERM to one rank after the other; ranks that are exiting already when it arrives
+            # shall still exit with 0.
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
         self._thread.join(2 * POLL)
         self._read.close()
@@ -106,8 +106,8 @@ class StopFlag:
                 self.request(f"the launcher (pid {dead.pid}) is gone")
             if self._since is None:
                 continue
-            if not self._told and self._on_request is not None:
-                self._told = True
+            if not self._reported and self._on_request is not None:
+                self._reported = True
                 self._on_request(self.reason)
             if time.monotonic() - self._since > self.grace and not self._closed.is_set():
                 rank = os.environ.get("RANK", "0")
@@ -122,13 +122,13 @@ class StopFlag:
 
 def launchers_above() -> list[psutil.Process]:
     """Launcher processes among the ancestors of this one, nearest first; none for a plain `python train.py`."""
-    found = []
+    launchers = []
     with contextlib.suppress(psutil.Error):
         for process in psutil.Process().parents():
             with contextlib.suppress(psutil.Error):
                 if _is_launcher(process.cmdline()):
-                    found.append(process)
-    return found
+                    launchers.append(process)
+    return launchers
 
 
 def alive(process: psutil.Process) -> bool:
@@ -138,11 +138,11 @@ def alive(process: psutil.Process) -> bool:
     except psutil.NoSuchProcess:
         return False
     except psutil.Error:
-        return True  # cannot be seen, which is no proof of its death
+        return True  # it cannot be seen, which does not mean that it is dead
 
 
 def _is_launcher(command: list[str]) -> bool:
-    """Interpreter, options and program; what follows belongs to the script and may name anything."""
+    """Whether interpreter, options and program are those of a launcher; later words belong to the script."""
     for i, word in enumerate(command[:6]):
         name = os.path.basename(word)
         if word == "-m" and i + 1 < len(command):

@@ -22,8 +22,12 @@ CHUNK = 256  # records read at a time
 def make_stream(
     resolved: Resolved, sources: list[ResolvedSource], ranks: Ranks, *, train: bool, augment: bool | None = None
 ) -> Stream:
-    """The stream of one rank over `sources`; `augment` says whether images are transformed as in training, by default
-    where the samples are those of training."""
+    """The stream of this rank over `sources`.
+
+    Args:
+        train: order, sampling and accumulation of training; False: every sample once.
+        augment: transform images as in training; None: as `train`.
+    """
     recipe, backbone = resolved.recipe, resolved.backbone
     entries = [
         StreamSource(
@@ -55,19 +59,19 @@ def make_stream(
 
 
 def thumbnails_of(source: ResolvedSource) -> Thumbnails | None:
-    """Small pictures of the samples of feature shards; other shards hold the images themselves."""
+    """Thumbnails of the samples of feature shards; None for other shards, which hold the images themselves."""
     return Thumbnails(source.manifest, source.options.split) if source.manifest.towers else None
 
 
 def total_steps(recipe: recipes.Recipe, stream: Stream, gradient_free: bool = False) -> int:
-    """Optimizer steps of the whole run; none for a method that learns without gradients."""
+    """Optimizer steps of the whole run; 0 for a method that learns without gradients."""
     if gradient_free:
         return 0
     return recipe.optim.max_steps or sum(stream.steps_per_epoch(e) for e in range(recipe.optim.epochs))
 
 
 def check_shards(resolved: Resolved, ranks: Ranks) -> None:
-    """Every rank checks its share of the shards.
+    """Check the shards of all sources, each rank its share. Collective.
 
     Raises:
         BadInput: on all ranks, with the first problem and their number.

@@ -8,7 +8,7 @@ from typing import Any
 
 @dataclass
 class TrainState:
-    """Where training stands after an optimizer step.
+    """State of training after an optimizer step.
 
     Attributes:
         epoch: epoch in progress, from 0.
@@ -19,10 +19,10 @@ class TrainState:
         best_step: step at which it was reached.
         evaluations_without_improvement: for early stopping.
         skipped_in_a_row: steps skipped for a non-finite loss or gradient since the last good one.
-        skipped_total: all of them.
+        skipped_total: skipped steps of the whole run.
         bad: kind -> number of bad samples.
         elapsed: seconds of training over all starts of the run.
-        extra: further json-able state of the engine, such as the position within the bad-sample budget.
+        extra: further JSON-able state of the engine, such as the budget of bad samples.
     """
 
     epoch: int = 0

@@ -1,4 +1,4 @@
-"""A training run: set up, loop, evaluate, save, stop. One optimizer step is in step.py."""
+"""A training run: parse, build, restore, train, finish, close. One optimizer step is in step.py."""
 
 from __future__ import annotations
 
@@ -8,8 +8,6 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from mmpeft_ds import recipe as recipes
 from mmpeft_ds.data.stream import BadBudget, Step, Stream
@@ -22,13 +20,14 @@ from mmpeft_ds.engine.assembly.checks import check_schedule
 from mmpeft_ds.engine.assembly.resolve import Resolved, ResolvedSource, resolve, titles
 from mmpeft_ds.engine.evaluator import Evaluation, evaluate
 from mmpeft_ds.engine.export import export_adapter
-from mmpeft_ds.engine.monitor import Monitor, Observer, Silent, plain
+from mmpeft_ds.engine.monitor import Monitor, Observer, plain
 from mmpeft_ds.engine.rundir import RunDir, finished_words
 from mmpeft_ds.engine.step import Stepper, merged_budget
 from mmpeft_ds.engine.stop import StopFlag
 from mmpeft_ds.engine.streams import check_shards, make_stream, thumbnails_of, total_steps
 from mmpeft_ds.engine.train_state import TrainState
 from mmpeft_ds.engine.zero import fingerprint
+from mmpeft_ds.engine.zero import state as zero_state
 from mmpeft_ds.errors import AgreedBadInput, BadInput
 from mmpeft_ds.progress import Progress
 
@@ -79,11 +78,11 @@ def run(recipe: recipes.Recipe, *, fresh: bool = False, conclude: Callable[[Trai
         run_dir.truncate(state.step)  # to 0 as well: an earlier start may have died before its first checkpoint
 
         # Train.
-        observer: Observer = Silent()
+        observer = Observer()
         if ranks.rank == 0:
             observer = Monitor(run_dir.path, recipe.monitor, total, state.step, recipes.to_yaml(recipe))
         stack.callback(observer.close)
-        for line in built.ewc.told if built.ewc else ():
+        for line in built.ewc.summary if built.ewc else ():
             observer.say(line)
         training = Training(resolved, built, ranks, stream, total, state, run_dir, fingerprints, observer, stop)
         stack.callback(training.close)
@@ -97,7 +96,7 @@ def run(recipe: recipes.Recipe, *, fresh: bool = False, conclude: Callable[[Trai
 
 
 class Training:
-    """The loop over steps, and what happens between them."""
+    """The loop over steps, with evaluations and checkpoints between them."""
 
     def __init__(
         self,
@@ -117,7 +116,7 @@ class Training:
         self.run_dir, self.fingerprints, self.observer = run_dir, fingerprints, observer
         data = self.recipe.data
         budget = BadBudget(data.max_bad_fraction, data.max_bad_in_a_row, stream.num_samples)
-        if ranks.rank == 0 and "bad_budget" in state.extra:  # counts add up over ranks, so one of them takes them all
+        if ranks.rank == 0 and "bad_budget" in state.extra:  # counts are summed over ranks, so rank 0 takes them all
             budget = budget.merged([state.extra["bad_budget"]])
         per_epoch = stream.steps_per_epoch()
         self.stepper = Stepper(resolved, built, ranks, total, state, budget, stop.requested, per_epoch)
@@ -132,7 +131,7 @@ class Training:
         Bad input that all ranks know of ends the run after a checkpoint, so that no step is lost.
         """
         try:
-            # A run that was stopped before an evaluation that was due makes up for it first.
+            # Make up for an evaluation that was due when the run was stopped.
             verdict = self.evaluate_and_save() if self.state.step or not self.total else None
             steps = self.steps()
             while verdict is None:
@@ -149,7 +148,7 @@ class Training:
         """Save and evaluate after a step, where that is due.
 
         Returns:
-            True: nothing left to train; False: told to stop; None: go on.
+            True: nothing is left to train; False: a stop was requested; None: go on.
         """
         state, engine = self.state, self.recipe.engine
         at_end = state.step >= self.total
@@ -176,7 +175,7 @@ class Training:
         return bool(patience) and self.state.evaluations_without_improvement >= patience
 
     def steps(self) -> Iterator[tuple[Step, float]]:
-        """Steps of all epochs from where the state stands, each with the seconds waited for it."""
+        """Steps of all epochs from the present state on, each with the seconds waited for it."""
         while self.state.step < self.total:
             if self.state.step_in_epoch >= self.stream.steps_per_epoch(self.state.epoch):
                 self.state.epoch, self.state.step_in_epoch = self.state.epoch + 1, 0
@@ -185,7 +184,7 @@ class Training:
                 began = time.perf_counter()
                 try:
                     step = next(steps, None)
-                except BadInput as problem:  # of this rank alone, such as a shard that has gone
+                except BadInput as problem:  # on this rank alone, such as a shard that cannot be read any more
                     self.stepper.fail(problem)
                 if step is None:
                     break
@@ -208,7 +207,7 @@ class Training:
         value = results[0].scores.get(task.main_metric, math.nan)
         state = self.state
         state.extra["evaluated_at"] = state.step
-        if math.isnan(value):  # no answered question among the good samples: nothing to choose the best by
+        if math.isnan(value):  # such as without an answered question among the good samples
             self.observer.say(f"step {state.step}: data.validation.0 gives no {task.main_metric}; not compared")
             return False
         sign = 1.0 if task.better == "max" else -1.0
@@ -220,7 +219,7 @@ class Training:
         return False
 
     def evaluate(self, index: int) -> Evaluation | None:
-        """One validation source, every sample once; None if a rank was told to stop meanwhile."""
+        """Evaluate one validation source, every sample once; None if a stop was requested meanwhile."""
         stream, title = self.validation[index], titles(self.resolved.validation)[index]
         progress = Progress(title, stream.steps_per_epoch(), "steps", shown=self.ranks.rank == 0)
         return evaluate(
@@ -235,11 +234,11 @@ class Training:
         )
 
     def save(self, best: bool = False) -> None:
-        """A checkpoint of where the run stands, unless there is one already."""
+        """Save a checkpoint of this step, unless it has one already."""
         if self.saved_at == self.state.step and not best:
             return
         self.state.extra["bad_budget"] = merged_budget(self.stepper.budget).state()
-        self.observer.flush()  # a kill right after the checkpoint must not cost the curves up to it
+        self.observer.flush()  # so that the curves up to the checkpoint survive a kill right after it
         self.saved = checkpoint.save(
             self.run_dir.path,
             self.built.engine,
@@ -253,7 +252,7 @@ class Training:
         self.saved_at = self.state.step
 
     def finish(self, conclude: Callable[[Training], bool] | None = None) -> bool:
-        """The adapter directory, of the best checkpoint where there is one, and the final table.
+        """Write the adapter directory, of the best checkpoint where there is one, and the final table.
 
         Returns:
             False if `conclude` was stopped: the run then does not count as finished.
@@ -265,8 +264,8 @@ class Training:
                 "train_loss": self.last.get("loss"),
                 "train_seconds": state.elapsed,
                 "samples_per_second": state.extra.get("samples", 0) / max(state.elapsed, 1e-9),
-                "trainable_parameters": sum(map(numel, self.built.trainables.values())),
-                "total_parameters": sum(map(numel, self.built.model.parameters())),
+                "trainable_parameters": sum(map(zero_state.numel, self.built.trainables.values())),
+                "total_parameters": sum(map(zero_state.numel, self.built.model.parameters())),
                 "peak_rss_mib": self.last.get("peak_rss_mib"),
                 "best": state.best,
                 "best_step": state.best_step,
@@ -293,8 +292,12 @@ class Training:
         return True
 
     def calibrate(self) -> dict[str, Any]:
-        """Let a head that has something to find look at the training rows and at the first validation source; its
-        numbers. What it found is in a checkpoint afterwards, which counts as the best."""
+        """Calibrate a head that does so, on the training rows and the first validation source, and evaluate it again.
+        A new checkpoint, which counts as the best, has the result.
+
+        Returns:
+            numbers that the head reports.
+        """
         if calibrate.head(self.built.model) is None:
             return {}
 
@@ -307,18 +310,13 @@ class Training:
                 stream.close()
 
         chosen = self.resolved.validation[:1]
-        told = calibrate.run(self.built, rows(self.resolved.train[0]), rows(chosen[0]) if chosen else None)
-        if chosen and (found := self.evaluate(0)) is not None:
-            self.observer.evaluation(titles(self.resolved.validation)[0], self.state.step, found)
+        report = calibrate.run(self.built, rows(self.resolved.train[0]), rows(chosen[0]) if chosen else None)
+        if chosen and (evaluation := self.evaluate(0)) is not None:
+            self.observer.evaluation(titles(self.resolved.validation)[0], self.state.step, evaluation)
         self.save(best=True)
-        return told
+        return report
 
     def close(self) -> None:
         """End the loader workers of the validation streams."""
         for stream in self.validation:
             stream.close()
-
-
-def numel(parameter: torch.nn.Parameter) -> int:
-    """Elements of the whole parameter, also where ZeRO-3 holds it in parts."""
-    return getattr(parameter, "ds_numel", parameter.numel())

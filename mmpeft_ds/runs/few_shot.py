@@ -29,6 +29,7 @@ from mmpeft_ds.engine.assembly.checks import check_fields
 from mmpeft_ds.engine.assembly.outline import load_manifest
 from mmpeft_ds.engine.monitor import plain
 from mmpeft_ds.engine.streams import records
+from mmpeft_ds.engine.zero import state as zero_state
 from mmpeft_ds.errors import AgreedBadInput
 from mmpeft_ds.files import write_json
 from mmpeft_ds.runs.few_shot_study import HALVES, RESULT, Cell, Study, TestSet, is_done, read_result, reads
@@ -101,7 +102,7 @@ def _score(training: trainer.Training, cell: Cell) -> bool:
         "reads": reads(cell.recipe),
         "classes": len(resolved.labels or []),
         "train_samples": sum(source.samples for source in resolved.train),
-        "trainable_parameters": sum(map(trainer.numel, training.built.trainables.values())),
+        "trainable_parameters": sum(map(zero_state.numel, training.built.trainables.values())),
         "steps": training.state.step,
         "train_seconds": training.state.elapsed,
         "tests": scores,

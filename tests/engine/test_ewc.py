@@ -99,7 +99,7 @@ def test_parameters_that_the_file_does_not_know_are_free_and_named(file):
     trained = parameters(adapter=(4, 3), head=(3, 4), gate=(2,))
     pull = load(file, trained)
     assert id(trained["gate"]) not in pull.parts and len(pull.parts) == 2
-    assert any("not in the file: gate" in line for line in pull.told)
+    assert any("not in the file: gate" in line for line in pull.summary)
     moved(trained)
     pull.add(whole(trained.values()))
     assert trained["adapter"].grad.any() and not trained["gate"].grad.any()
@@ -112,14 +112,14 @@ def test_a_head_for_other_classes_is_free_only_when_allowed(file):
     assert "\n" not in str(refused.value)
     pull = load(file, trained, allow_missing=True)
     assert set(pull.parts) == {id(trained["adapter"])}
-    assert any("of another shape: head" in line for line in pull.told)
+    assert any("of another shape: head" in line for line in pull.summary)
 
 
 def test_what_is_no_longer_in_the_model_is_named_or_refused(file):
     trained = parameters(adapter=(4, 3))
     with pytest.raises(BadInput, match="head.*absent"):
         load(file, trained)
-    assert any("not in the model: head" in line for line in load(file, trained, allow_missing=True).told)
+    assert any("not in the model: head" in line for line in load(file, trained, allow_missing=True).summary)
 
 
 def test_another_base_is_refused(file):
@@ -203,7 +203,7 @@ def test_the_first_pattern_that_fits_gives_the_weight():
 
 def test_a_run_that_is_older_than_an_option_goes_on(tmp_path):
     """An option that a run's recipe does not know has its default, with which nothing changes."""
-    now = recipes.to_dict(recipes.from_dict(RAW))
+    now = recipes.to_dict(recipes.filled(recipes.from_dict(RAW)))
     saved = copy.deepcopy(now)
     del saved["optim"]["ewc"], saved["data"]["evaluation_order"]
     step = tmp_path / "step-00000001"

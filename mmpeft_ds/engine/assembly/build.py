@@ -15,6 +15,7 @@ from mmpeft_ds.distributed.processes import Ranks
 from mmpeft_ds.engine.assembly import feature_bank
 from mmpeft_ds.engine.optim import optimizers
 from mmpeft_ds.engine.zero import stage3
+from mmpeft_ds.engine.zero import state as zero_state
 from mmpeft_ds.engine.zero.config import merge
 from mmpeft_ds.errors import BadInput
 from mmpeft_ds.recipe import Recipe
@@ -78,7 +79,7 @@ def build(resolved: Any, ranks: Ranks) -> Built:
     check_trainables(trainables)
     if stage == 3:
         stage3.mark_leaves(model, sites)
-    numel = sum(_numel(p) for p in trainables.values())
+    numel = sum(map(zero_state.numel, trainables.values()))
     decays = functools.partial(resolved.method.decays, resolved.method_config)
     groups = optimizers.parameter_groups(trainables, recipe, decays)
     optimizer = optimizers.make(groups, recipe.optim)
@@ -148,7 +149,3 @@ def check_engine(engine: Any, trainables: dict[str, nn.Parameter]) -> None:
     groups = held if held is not None else [g["params"] for g in engine.optimizer.param_groups]
     if {id(p) for group in groups for p in group} != {id(p) for p in now.values()}:
         raise RuntimeError("the optimizer does not hold exactly the trainable parameters")
-
-
-def _numel(parameter: nn.Parameter) -> int:
-    return getattr(parameter, "ds_numel", parameter.numel())

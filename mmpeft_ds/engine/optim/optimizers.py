@@ -1,6 +1,6 @@
-"""The optimisers that a recipe can name: how each is made, and what state it keeps.
+"""Optimisers that a recipe can name: their construction, parameter groups and state.
 
-All are torch's; DeepSpeed steps them on the parts that ZeRO gives to a rank.
+All are torch's; DeepSpeed steps them on the parts of parameters that a rank holds under ZeRO.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from mmpeft_ds.recipe import Recipe
 from mmpeft_ds.recipe.options import OptimOptions
 
-# Names of the state tensors in the shape of the parameter. With Adam goes a counter of steps; SGD counts none.
+# Names of the state tensors that have the shape of the parameter. Adam has a counter of steps besides, SGD none.
 MOMENTS = {
     "adamw": ("exp_avg", "exp_avg_sq"),
     "adam": ("exp_avg", "exp_avg_sq"),
@@ -24,7 +24,7 @@ TITLES = {"adamw": "AdamW", "adam": "Adam with L2", "sgd": "SGD with momentum"}
 
 
 def make(groups: list[dict[str, Any]], options: OptimOptions) -> torch.optim.Optimizer:
-    """The optimiser of `options` over parameter groups, each of which has its own `weight_decay`."""
+    """The optimiser of `options` over parameter groups, each with its own `weight_decay`."""
     if options.name == "sgd":
         return torch.optim.SGD(groups, lr=options.lr, momentum=options.momentum)
     cls = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}[options.name]
@@ -51,7 +51,7 @@ def parameter_groups(
 
 
 def name_of(optimizer: Any) -> str:
-    """What a recipe calls `optimizer`.
+    """Name of `optimizer` in recipes.
 
     Raises:
         TypeError: for one that no recipe can name.
@@ -65,10 +65,10 @@ def name_of(optimizer: Any) -> str:
 
 
 def new_state(optimizer: Any, flat: Tensor) -> dict[str, Any]:
-    """State of `flat` before the first step: what Adam's first step would create, and for SGD a buffer of zeros.
+    """State of `flat` before the first step: as Adam's first step creates it, and for SGD a buffer of zeros.
 
-    torch's SGD has no buffer then, and its first step makes the gradient the buffer. From zeros it computes
-    momentum * 0 + gradient, since dampening is 0: the same numbers (a gradient of -0 becomes 0).
+    torch's SGD has no buffer before its first step, which makes the gradient the buffer. With a buffer of zeros it
+    computes momentum * 0 + gradient, which are the same numbers (a gradient of -0 becomes 0).
     """
     name = name_of(optimizer)
     state: dict[str, Any] = {key: torch.zeros_like(flat, memory_format=torch.preserve_format) for key in MOMENTS[name]}

@@ -15,12 +15,12 @@ def warmup_steps(options: OptimOptions, total: int) -> int:
 def learning_rate(options: OptimOptions, step: int, total: int, steps_per_epoch: int = 0) -> float:
     """Learning rate of optimizer step `step` (counted from 0) of `total`.
 
-    The curves per step are those of transformers' schedulers: warm-up starts at 0 and the last step is one short of
-    the end. The one per epoch is that of CoOp's frame (Zhou et al., arXiv 2109.01134): of E epochs the first has
-    `warmup_lr`; the cosine over E epochs begins in the second, at its start, so its last two values are not reached.
+    Schedules per step are those of transformers: warm-up starts at 0, and the last step is one before the end.
+    `cosine_epoch` is that of CoOp's code (Zhou et al., arXiv 2109.01134): of E epochs the first has `warmup_lr`, and
+    the cosine over E epochs starts in the second, so that its last two values are not reached.
 
     Args:
-        steps_per_epoch: only `cosine_epoch` asks for it.
+        steps_per_epoch: needed by `cosine_epoch` alone.
 
     Raises:
         ValueError: `cosine_epoch` without `steps_per_epoch`.

@@ -80,7 +80,7 @@ RECIPE_KEYS = {
     "steps_per_print": "monitor.every",
     "tensorboard": "monitor.tensorboard",
 }
-# Inside zero_optimization: what `"auto"` becomes is known only once the trainables are.
+# Keys of zero_optimization that may be "auto": their sizes follow from the number of trainables.
 AUTO_SIZES = ("reduce_bucket_size", "allgather_bucket_size")
 
 
@@ -166,7 +166,7 @@ def _check_offload(path: Path, zero: dict[str, Any]) -> None:
 
 
 def merge(config: dict[str, Any], recipe: Recipe, world_size: int, trainable: int) -> dict[str, Any]:
-    """What DeepSpeed gets: the JSON plus the recipe's part.
+    """The configuration for DeepSpeed: the JSON and the recipe's part.
 
     Args:
         config: of `check_ds_config`.
@@ -175,11 +175,11 @@ def merge(config: dict[str, Any], recipe: Recipe, world_size: int, trainable: in
     zero = dict(config["zero_optimization"])
     stage = zero.get("stage", 0)
     # The default of 5e8 elements would be a buffer of 2 GB for adapters of a few MB. With room for all trainables
-    # there is one reduction a backward.
+    # there is one reduction per backward pass.
     for key in AUTO_SIZES:
         if zero.get(key, "auto") == "auto":
             zero[key] = max(2 * trainable, 1 << 16)
-    # The stream's slots may be uneven over ranks; DeepSpeed only prints these numbers and wants them consistent.
+    # The slots may be uneven over ranks. DeepSpeed only prints these numbers, and checks that they are consistent.
     accumulation = recipe.optim.accumulation
     micro = max(1, -(-recipe.data.global_batch // (world_size * accumulation)))
     return {
@@ -189,8 +189,8 @@ def merge(config: dict[str, Any], recipe: Recipe, world_size: int, trainable: in
         "gradient_accumulation_steps": accumulation,
         "train_batch_size": micro * accumulation * world_size,
         "gradient_clipping": recipe.optim.clip,
-        # Measured: on keeps fp32 adapters at stage 3 but casts them to bf16 at stages 1-2; off makes zero.Init build a
-        # float32 base at stage 3. So on at stage 3 only; below it the base itself is cast.
+        # Measured: with bf16 on, adapters stay float32 at stage 3 but are cast to bfloat16 at stages 1 and 2; with it
+        # off, zero.Init builds a float32 base at stage 3. So it is on at stage 3 only; below, the base itself is cast.
         "bf16": {"enabled": recipe.engine.dtype == "bfloat16" and stage == 3},
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,

@@ -1,9 +1,9 @@
-"""Fingerprint of what is frozen: equal for any rank count and ZeRO stage, and without gathering a weight.
+"""Fingerprint of frozen weights, equal for any number of ranks and ZeRO stage, and computed without gathering them.
 
 Per tensor: sum over i of (2 i + 1) * bits_i mod 2^64, where i is the element's position in the flattened tensor and
-bits_i its raw bits as a signed integer. A sum of shards is the sum of the whole, so every rank adds up what it holds
-and 8 bytes a tensor are all-reduced. The weights are odd: one flipped bit changes a term by an odd number times a
-power of two below 2^64, so it always shows; and values that changed places do not cancel.
+bits_i its raw bits as a signed integer. Sums of parts add up to the sum of the whole, so every rank sums the part that
+it holds, and 8 bytes per tensor are all-reduced. The factors are odd: one flipped bit changes a term by an odd number
+times a power of two below 2^64, so it always shows; and exchanged values do not cancel.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from mmpeft_ds.distributed.collectives import world_size
 from mmpeft_ds.errors import BadInput
 from mmpeft_ds.sites.feature_site import calibrated_buffers
 
-_CHUNK = 1 << 17  # elements widened to int64 at a time: 1 MB, which stays in the cache of a core
+_CHUNK = 1 << 17  # elements that become int64 at a time: 1 MB, which stays in the cache of a core
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -54,10 +54,11 @@ def all_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def frozen_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Frozen parameters and saved buffers of `model`, under the names that they bear in the bare base model.
+    """Frozen parameters and saved buffers of `model`, under their names in the bare base model.
 
-    Weights that an adapter has replaced by a trained copy (peft's `modules_to_save`) are left out: they act no more,
-    and a head's random values differ from run to run. Buffers that are not saved follow from the configuration.
+    Weights that an adapter has replaced by a trained copy (peft's `modules_to_save`) are left out: they have no
+    effect, and a head's random values differ from run to run. Buffers that are not saved follow from the
+    configuration.
     """
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad and ".original_module." not in name:
@@ -80,7 +81,7 @@ def _buffers_and_constants(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def base_name(name: str) -> str:
-    """`name` without what DeepSpeed's engine and peft's wrappers have put into it."""
+    """`name` without the parts that DeepSpeed's engine and peft's wrappers have added."""
     name = name.removeprefix("module.").removeprefix("base_model.model.")
     return name.replace(".base_layer.", ".")
 
@@ -123,7 +124,7 @@ def over_ranks(tensors: Iterable[tuple[str, Tensor]]) -> tuple[dict[str, str], l
         else:
             group = tensor.ds_process_group
             start = dist.get_rank(group=group) * shard.ds_numel
-            own = max(0, min(shard.ds_numel, tensor.ds_numel - start))  # the rest is padding with no defined value
+            own = max(0, min(shard.ds_numel, tensor.ds_numel - start))  # the rest is padding of undefined value
             sums.append(weighted_bits(shard.detach().reshape(-1)[:own], start))
     differing: list[str] = []
     if world_size() > 1 and sums:
@@ -152,8 +153,8 @@ def compare(saved: dict[str, str], now: dict[str, str], where: str, missing_ok: 
     Args:
         saved: fingerprint that was written.
         now: fingerprint of the model at hand.
-        where: what the saved fingerprint belongs to, for the message.
-        missing_ok: the model may have tensors that `saved` does not know (an adapter replaces them).
+        where: owner of the saved fingerprint, for the message.
+        missing_ok: the model may have tensors that are not in `saved` (an adapter replaces them).
 
     Raises:
         BadInput: naming the first tensor that differs and how many do.

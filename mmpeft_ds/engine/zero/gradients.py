@@ -1,5 +1,4 @@
-"""The gradients that ZeRO holds on this rank between backward and step: their norms, what is added to them, and how to
-throw them away."""
+"""Gradients that ZeRO holds on this rank between backward and step: norms, additions, and how to drop them."""
 
 from __future__ import annotations
 
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 
 
 def held(engine: Any) -> Iterator[tuple[nn.Parameter, Tensor]]:
-    """(parameter, the part of its averaged gradient that this rank holds); stage 0 holds all of each on every rank."""
+    """(parameter, this rank's part of its averaged gradient); at stage 0 every rank holds all of each."""
     optimizer = engine.optimizer
     stage = engine.zero_optimization_stage()
     if stage == 0:
@@ -29,7 +28,7 @@ def held(engine: Any) -> Iterator[tuple[nn.Parameter, Tensor]]:
 
 @dataclass
 class Shard:
-    """What this rank's optimizer holds of one trained parameter: n elements of it, flattened, from `start` on.
+    """The part of one trained parameter that this rank's optimizer holds: n elements, flattened, from `start` on.
 
     Attributes:
         master: (n,) value that the optimizer steps on.
@@ -44,7 +43,7 @@ class Shard:
     partition: Tensor | None = None
 
     def write(self) -> None:
-        """Hand `gradient`, changed in place, back to an optimizer that gave a copy of it, and has taken its norm."""
+        """Write `gradient`, changed in place, back into an optimizer that gave a copy of it."""
         if self.partition is not None:
             from deepspeed.utils import safe_set_local_grad
 
@@ -52,7 +51,7 @@ class Shard:
 
 
 def whole(parameters: Iterable[nn.Parameter]) -> Iterator[Shard]:
-    """Parameters that one process holds whole, as shards; one without a gradient gets one of zeros."""
+    """Shards of parameters that this process holds whole; a missing gradient becomes one of zeros."""
     for p in parameters:
         if p.grad is None:
             p.grad = torch.zeros_like(p)
@@ -60,7 +59,7 @@ def whole(parameters: Iterable[nn.Parameter]) -> Iterator[Shard]:
 
 
 def place(engine: Any, parameter: nn.Parameter) -> tuple[int, int]:
-    """(first element, number of elements) of the flattened parameter that this rank's optimizer holds."""
+    """(first element, number of elements) of this rank's part of the flattened parameter."""
     stage = engine.zero_optimization_stage()
     if stage == 0:
         return 0, parameter.numel()
@@ -74,9 +73,9 @@ def place(engine: Any, parameter: nn.Parameter) -> tuple[int, int]:
 
 
 def shards(engine: Any) -> Iterator[Shard]:
-    """What this rank's optimizer holds of each trained parameter, after the last backward of a step and before it.
+    """This rank's part of each trained parameter, between the last backward of a step and `engine.step`.
 
-    Stage 0 holds all of each on every rank. What is added to `gradient` there is clipped and stepped on like the rest.
+    At stage 0 every rank holds all of each. Additions to `gradient` are clipped and applied like the rest.
     """
     optimizer, stage = engine.optimizer, engine.zero_optimization_stage()
     if stage == 0:
@@ -99,7 +98,7 @@ def replicated(engine: Any) -> bool:
 
 
 def squared_norms(engine: Any, group_of: dict[int, int], groups: int) -> Tensor:
-    """Squared gradient norm per module group of what this rank holds, (groups,) float64; sums over ranks to the whole.
+    """Squared gradient norm per module group of this rank's parts, (groups,) float64; to be summed over ranks.
 
     Args:
         group_of: `id(parameter)` -> index of its group.
@@ -114,10 +113,10 @@ def squared_norms(engine: Any, group_of: dict[int, int], groups: int) -> Tensor:
 
 
 def discard(engine: Any) -> None:
-    """Skip the step on this rank; called by all ranks together. Weights, moments and Adam's counter stay as they are.
+    """Skip the step; called by all ranks together. Weights, moments and Adam's counter stay as they are.
 
-    ZeRO optimisers drop every gradient themselves when their norm is not finite, and count the step as skipped: so
-    all parts are made so, whichever rank found the trouble. Without ZeRO the gradients are simply forgotten.
+    ZeRO optimisers drop all gradients when their norm is not finite, and count the step as skipped. So every rank
+    makes its parts NaN, also where its own gradients are finite. Without ZeRO the gradients are set to zero.
     """
     if engine.zero_optimization_stage() == 0:
         engine.zero_grad()
@@ -130,14 +129,14 @@ def discard(engine: Any) -> None:
     if engine.was_step_applied():
         raise RuntimeError("DeepSpeed applied a step that all ranks had agreed to skip")
     for part in parts:
-        # Stage 3 keeps these buffers, and later steps do not overwrite their padding: a NaN there would stay for ever.
+        # Stage 3 keeps these buffers, and later steps do not overwrite their padding, in which a NaN would stay.
         part.zero_()
 
 
 def _parts(optimizer: Any) -> Iterator[Tensor]:
-    """The tensors from which ZeRO takes the norm that decides whether it steps."""
+    """Tensors from which ZeRO computes the norm that decides whether it steps."""
     if getattr(optimizer, "offload_optimizer", False) or getattr(optimizer, "cpu_offload", False):
-        # With offload the norms were taken during backward, one a parameter.
+        # With offload the norms are computed during backward, one per parameter.
         for key, norm in optimizer.norm_for_param_grads.items():
             optimizer.norm_for_param_grads[key] = torch.as_tensor(norm, dtype=torch.float64).clone()
             yield optimizer.norm_for_param_grads[key]

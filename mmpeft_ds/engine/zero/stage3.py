@@ -14,16 +14,16 @@ from mmpeft_ds.sites.base import Sites
 
 
 def mark_leaves(model: nn.Module, sites: Sites) -> list[str]:
-    """Make ZeRO-3 fetch each transformer block as a whole; returns the paths of the blocks.
+    """Make ZeRO-3 gather each transformer block as a whole; returns the paths of the blocks.
 
-    By default DeepSpeed hooks every Linear and LayerNorm: some twenty hooks and four gathers a block, forward and once
-    more in backward, which at few tokens a step costs more than the arithmetic. One leaf a block needs one gather and
-    keeps the memory bound of a block.
+    By default DeepSpeed hooks every Linear and LayerNorm: about twenty hooks and four gathers per block in forward,
+    and again in backward, which at few tokens per step costs more than the arithmetic. A block that is one leaf needs
+    one gather and keeps the memory bound of a block.
 
-    Trained blocks of vision towers keep the many hooks. What a tower returns as hidden states (LLaVA reads the last
-    but one) is taken before the hook of a leaf, and the gradients of that block would never be reduced: measured.
-    So do trained blocks of towers that a model names in `runs_again`, since one forward runs them several times:
-    DeepSpeed reduces a leaf after each backward pass through it, and stops at the second (measured).
+    Trained blocks of vision towers are no leaves: hidden states that a tower returns (LLaVA reads the last but one)
+    are taken before the hook of a leaf, so the gradients of that block would never be reduced (measured). Neither are
+    trained blocks of towers that a model names in `runs_again`, since one forward runs them several times: DeepSpeed
+    reduces a leaf after each backward pass through it, and fails at the second (measured).
     """
     from deepspeed.utils import set_z3_leaf_module
 
@@ -45,11 +45,11 @@ def mark_leaves(model: nn.Module, sites: Sites) -> list[str]:
 
 
 def keep_frozen(engine: Any) -> None:
-    """Below the persistence threshold, gather a frozen parameter once instead of after every step.
+    """Gather frozen parameters below the persistence threshold once instead of after every step.
 
-    DeepSpeed shards persistent parameters at the end of a step and gathers them again, since the optimiser has changed
-    them. It has not changed the frozen ones, so those stay. `stage3_param_persistence_threshold` thereby trades memory
-    for traffic, from all frozen weights sharded to all of them resident.
+    DeepSpeed partitions persistent parameters again at the end of a step and gathers them anew, since the optimiser
+    has changed them. Frozen ones have not changed, so they stay. `stage3_param_persistence_threshold` thereby trades
+    memory for traffic, from all frozen weights partitioned to all of them resident.
     """
     from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 
@@ -60,7 +60,7 @@ def keep_frozen(engine: Any) -> None:
 
     def shard_the_rest() -> None:
         resident = [p for p in kept if p.ds_status == ZeroParamStatus.AVAILABLE]
-        for p in resident:  # what looks sharded already is left alone
+        for p in resident:  # DeepSpeed leaves parameters alone that look partitioned already
             p.ds_status = ZeroParamStatus.NOT_AVAILABLE
             p.ds_active_sub_modules.clear()
         shard_all()
@@ -71,10 +71,10 @@ def keep_frozen(engine: Any) -> None:
 
 
 def _input_with_gradient(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-    """Let the first argument of a leaf with trainables require gradient, and be positional.
+    """Make the first argument of a leaf with trainables positional, and let it require gradient.
 
     DeepSpeed reduces a leaf's gradients in its full backward hook. torch runs that hook when the gradient of the
-    positional inputs is complete, or, if none of them requires one, before the leaf's own backward: too early.
+    positional inputs is complete; if none of them requires one, it runs before the leaf's own backward, too early.
     """
     if not args and "hidden_states" in kwargs:
         kwargs = dict(kwargs)

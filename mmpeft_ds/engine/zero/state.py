@@ -1,10 +1,10 @@
-"""Read and write the trained parameters, their float32 masters and optimiser state under any ZeRO stage.
+"""Reading and writing of trained parameters, their float32 masters and optimiser state under any ZeRO stage.
 
-What DeepSpeed 0.19.8 does not do by itself, and what is therefore done here (each was measured):
+DeepSpeed 0.19.8 does not do the following by itself (each was measured), so it is done here:
 
 * The optimiser's state does not exist before the first step; it is created, as torch's optimiser would.
 * Under ZeRO-3 the `safe_set_full_*` calls raise for sizes that the rank count does not divide; the own slice is set.
-* Setting a master does not refresh the parameter that the next forward uses; it is written as well.
+* Setting a master does not set the parameter that the next forward uses; it is written as well.
 """
 
 from __future__ import annotations
@@ -21,17 +21,22 @@ from mmpeft_ds.engine.optim import optimizers
 
 
 def full_shape(parameter: nn.Parameter) -> tuple[int, ...]:
-    """Shape of the whole parameter, also when ZeRO-3 holds it in parts."""
+    """Shape of the whole parameter, also where ZeRO-3 has partitioned it."""
     return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 
+def numel(parameter: nn.Parameter) -> int:
+    """Elements of the whole parameter, also where ZeRO-3 has partitioned it."""
+    return getattr(parameter, "ds_numel", parameter.numel())
+
+
 def optimizer_name(engine: Any) -> str:
-    """What the recipe calls the optimizer that DeepSpeed steps, such as `adamw`."""
+    """Name in recipes of the optimizer that DeepSpeed steps, such as `adamw`."""
     return optimizers.name_of(_inner(engine))
 
 
 def moments(engine: Any) -> tuple[str, ...]:
-    """Names of the optimizer's state tensors in the shape of the parameter."""
+    """Names of the optimizer's state tensors that have the shape of the parameter."""
     return optimizers.MOMENTS[optimizer_name(engine)]
 
 
@@ -47,8 +52,8 @@ def ensure_optimizer_state(engine: Any) -> None:
         if not inner.state[flat]:
             inner.state[flat].update(optimizers.new_state(inner, flat))
     if hasattr(zero, "_lazy_init_hp_params_optimizer_state"):
-        # Stages 1 and 2: each parameter's views into the flat state. DeepSpeed links them all after the step of the
-        # first parameter group, when the other groups have no state yet, and never again.
+        # Stages 1 and 2: link each parameter's views into the flat state. DeepSpeed does so once, after the step of
+        # the first parameter group, when the other groups have no state yet.
         zero._hp_optimizer_states_linked = False
         zero._lazy_init_hp_params_optimizer_state()
 
@@ -115,7 +120,7 @@ def read_full(engine: Any, parameter: nn.Parameter) -> dict[str, Tensor]:
 
 
 def write_full(engine: Any, parameter: nn.Parameter, values: dict[str, Tensor]) -> None:
-    """Set master and moments of one parameter from whole tensors that every rank has; not yet the parameter itself."""
+    """Set master and moments of one parameter from whole tensors that every rank has, but not the parameter itself."""
     from deepspeed.utils import (
         safe_set_full_fp32_param,
         safe_set_full_optimizer_state,
@@ -161,7 +166,7 @@ def _inner(engine: Any) -> Any:
 
 
 def _flat_masters(engine: Any) -> list[Tensor]:
-    """The tensors under which the inner optimizer keeps its state, on this rank."""
+    """Tensors that are the keys of the inner optimizer's state on this rank."""
     zero = engine.optimizer
     for attribute in ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups"):  # stage 3; stages 1 and 2
         if hasattr(zero, attribute):

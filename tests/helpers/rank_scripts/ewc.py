@@ -52,7 +52,7 @@ def run_case(case: dict, folder: Path, ranks: processes.Ranks) -> dict:
     after = {n: zero_state.read_weight(p) for n, p in built.trainables.items()}
     built.engine.destroy()
     return {"fisher": measured, "facts": facts, "before": before, "started": started, "rows": rows, "weights": after,
-            "told": built.ewc.told}  # fmt: skip
+            "told": built.ewc.summary}  # fmt: skip
 
 
 def main() -> None:
