@@ -17,7 +17,9 @@ SCRIPT = "tests.helpers.rank_scripts.pairs"
 
 
 def case(method: str, backbone: str, suffix: str = "", **options) -> dict:
-    ours = {k: options.pop(k) for k in ("gradient_checkpointing", "reentrant", "skew", "stage") if k in options}
+    ours = {
+        k: options.pop(k) for k in ("gradient_checkpointing", "reentrant", "skew", "stage", "zero") if k in options
+    }
     name = "-".join(filter(None, [method, backbone, suffix]))
     return {"name": name, "backbone": backbone, "method": {"name": method, **options}, **ours}
 
@@ -46,6 +48,8 @@ CASES = [
     case("graph_lora", "blip", r=2),
     case("ia3", "blip"),
     case("lora", "mllm", r=2),
+    # the last one: its groups of ranks stay in the process
+    case("routed_lora", "mllm", "node_copies", r=2, route="none", zero={"zero_hpz_partition_size": 2}),
 ]
 
 

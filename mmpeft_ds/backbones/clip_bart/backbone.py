@@ -52,6 +52,7 @@ class ClipBartBackbone(BackboneBase):
 
     Options = Options
     generates = True
+    loads_in_parts = True
 
     def check(self) -> None:
         """Refuse what cannot work, from configurations only."""

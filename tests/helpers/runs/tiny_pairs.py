@@ -110,9 +110,9 @@ def resolved(case: dict[str, Any], sections: dict[str, dict[str, Any]], folder: 
     backbone = resolving.make_backbone(recipes.components(recipe).backbone, recipe.engine, tiny_backbones.LABELS)
     resolving.check_sites(recipes.components(recipe).method, backbone, method, config)
     source = SimpleNamespace(task=ToyTask(backbone.generates))
-    return resolving.Resolved(
-        recipe, check_ds_config(recipe), backbone, method, config, [source], [source], None, None
-    )
+    ds_config = check_ds_config(recipe)
+    ds_config["zero_optimization"] |= case.get("zero", {})
+    return resolving.Resolved(recipe, ds_config, backbone, method, config, [source], [source], None, None)
 
 
 def train_plainly(parts: Any) -> dict[str, Any]:
