@@ -12,7 +12,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from mmpeft_ds import adapter, merging
+from mmpeft_ds import adapter, adapter_files, merging
 from mmpeft_ds.backbones.dual_encoder import backbone as dual_encoder
 from mmpeft_ds.data.batch import Sample, pack
 from mmpeft_ds.data.decode import decode
@@ -122,7 +122,7 @@ def folder(tmp_path_factory) -> Path:
 
 
 def weights(folder: Path, name: str, ranks: int) -> dict[str, torch.Tensor]:
-    return load_file(folder / f"{name}-{ranks}" / "adapter" / adapter.WEIGHTS)
+    return load_file(folder / f"{name}-{ranks}" / "adapter" / adapter_files.WEIGHTS)
 
 
 def assert_equal(one: dict, other: dict) -> None:
