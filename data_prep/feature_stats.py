@@ -40,10 +40,11 @@ def main(argv: list[str] | None = None) -> None:
     if manifest.samples(args.split) and not manifest.fields[args.split].get("images", {}).get("max"):
         raise BadInput(f"{args.dir}: split {args.split!r} has no images.")
     recipe = recipes.load(args.recipe, args.set)
-    import torch  # what could be refused without it has been
+    with console.quick_imports():  # what could be refused without torch has been
+        import torch
 
-    from data_prep.feature_moments import measure
-    from mmpeft_ds.engine.assembly import resolve
+        from data_prep.feature_moments import measure
+        from mmpeft_ds.engine.assembly import resolve
 
     backbone = resolve.make_backbone(recipes.components(recipe).backbone, recipe.engine, manifest.labels)
     if not backbone.wants_statistics:

@@ -63,7 +63,8 @@ def main() -> int:
     Manifest.load(args.data)  # what is wrong with it is said before torch is imported
     if args.adapter:
         adapter_files.whole(args.adapter)
-    from mmpeft_ds.precompute import captions as describe
+    with console.quick_imports():
+        from mmpeft_ds.precompute import captions as describe
 
     options = describe.DescribeOptions(
         args.data, args.out, args.name, tuple(args.splits), args.prompt, args.captions, generation, args.seed,

@@ -27,7 +27,8 @@ def main() -> int:
     args = parser.parse_args()
     recipe = recipes.of_run(args.run, args.set)  # what is wrong with it is said before torch is imported
     split = args.split or inputs.default_split([source.dir for source in recipe.data.sources])
-    from mmpeft_ds.runs.evaluate import evaluate_run
+    with console.quick_imports():
+        from mmpeft_ds.runs.evaluate import evaluate_run
 
     reports = evaluate_run(args.run, split, args.checkpoint, args.set)
     if reports is None:

@@ -52,7 +52,8 @@ def main() -> int:
     args = parser.parse_args()
     recipe = read_recipe(args)
     Manifest.load(args.data)  # what is wrong with it is said before torch is imported
-    from mmpeft_ds.precompute import features
+    with console.quick_imports():
+        from mmpeft_ds.precompute import features
 
     return features.run(
         recipe,

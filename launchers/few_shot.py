@@ -47,7 +47,8 @@ def main() -> int:
 
 def run(study: Study) -> bool:
     """Run what is missing; False if it was stopped."""
-    from mmpeft_ds.runs import few_shot
+    with console.quick_imports():
+        from mmpeft_ds.runs import few_shot
 
     return few_shot.run(study)
 

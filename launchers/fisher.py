@@ -35,7 +35,8 @@ def main() -> int:
         raise BadInput(f"--out {args.out}: must end in .safetensors.")
     weights = [factor(item) for item in args.weight]
     recipes.of_run(args.run, args.set)  # what is wrong with it is said before torch is imported
-    from mmpeft_ds.runs import fisher
+    with console.quick_imports():
+        from mmpeft_ds.runs import fisher
 
     facts = fisher.estimate(args.run, args.out, args.split, args.checkpoint, args.set, weights)
     if console.rank() == 0:

@@ -26,7 +26,8 @@ def main() -> int:
     parser.add_argument("--set", action="append", default=[], metavar="A.B=VALUE", help="override one key; repeatable")
     args = parser.parse_args()
     recipes.of_run(args.run, args.set)  # what is wrong with it is said before torch is imported
-    from mmpeft_ds.runs.graph_report import of_run
+    with console.quick_imports():
+        from mmpeft_ds.runs.graph_report import of_run
 
     lines = of_run(args.run, args.split, args.checkpoint, args.batch, args.set)
     if console.rank() == 0:

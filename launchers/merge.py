@@ -24,7 +24,8 @@ def main() -> int:
     parser.add_argument("--out", type=Path, required=True, help="new directory for the merged model")
     args = parser.parse_args()
     adapter_files.whole(args.adapter)  # said before torch is imported
-    from mmpeft_ds import merging
+    with console.quick_imports():
+        from mmpeft_ds import merging
 
     told = merging.merge(args.adapter, args.out)
     print(

@@ -39,7 +39,8 @@ def main() -> int:
         raise BadInput(f"--batch: must be 1 or more, got {args.batch}.")
     images, texts = inputs.find_pictures(args.images), inputs.read_texts(args.text, args.texts)
     adapter_files.whole(args.adapter)  # said before torch is imported
-    from mmpeft_ds.runs import predict
+    with console.quick_imports():
+        from mmpeft_ds.runs import predict
 
     answers = predict.predict(
         args.adapter, images, texts, out=args.out, batch=args.batch, device=args.device, task=args.task

@@ -44,7 +44,8 @@ def main() -> int:
     if bool(texts) == bool(captions):
         raise BadInput('nothing to look for: give --text "a dog on a beach" or --texts FILE, or else --captions FILE.')
     adapter_files.whole(args.adapter)  # said before torch is imported
-    from mmpeft_ds.runs import search
+    with console.quick_imports():
+        from mmpeft_ds.runs import search
 
     found = search.search(
         args.adapter, images, texts or captions, out=args.out, top=args.top, batch=args.batch, device=args.device,

@@ -49,15 +49,15 @@ def main() -> int:
     assumed = None if args.samples is None else Assumed(args.samples, args.labels or Assumed.labels)
     outline(recipe, assumed)  # what is wrong with recipe or data is said before torch is imported
     if args.check:
-        from mmpeft_ds.engine import plan
-        from mmpeft_ds.engine.assembly import resolve
-
+        with console.quick_imports():
+            from mmpeft_ds.engine import plan
+            from mmpeft_ds.engine.assembly import resolve
         report = plan.make(resolve.resolve(recipe, assumed), args.ranks or ())
         if console.rank() == 0:
             show(report, args.json)
         return 0
-    from mmpeft_ds.engine import trainer
-
+    with console.quick_imports():
+        from mmpeft_ds.engine import trainer
     return trainer.run(recipe, fresh=args.fresh)
 
 

@@ -17,7 +17,7 @@ __version__ = "0.1.0"
 
 _LAZY = {"load": "mmpeft_ds.adapter"}
 
-when_imported("peft", methods.__name__, methods.register)
+when_imported("peft", methods.register)
 
 
 def __getattr__(name: str) -> Any:

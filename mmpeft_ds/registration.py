@@ -15,18 +15,19 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
+OURS = f"{__name__.partition('.')[0]}."
 
-def when_imported(library: str, ours: str, register: Callable[[], Any]) -> None:
+
+def when_imported(library: str, register: Callable[[], Any]) -> None:
     """Call `register` now if `library` has been imported, else after each import of it.
 
     Args:
         library: top-level name, such as peft.
-        ours: package of ours that `register` imports from.
     """
     loaded = sys.modules.get(library)
     if loaded is not None and not getattr(loaded.__spec__, "_initializing", False):
         register()
-    _WATCHER.waiting.append(_Waiting(library, ours, register))
+    _WATCHER.waiting.append(_Waiting(library, register))
     if _WATCHER not in sys.meta_path:
         sys.meta_path.insert(0, _WATCHER)
 
@@ -34,26 +35,25 @@ def when_imported(library: str, ours: str, register: Callable[[], Any]) -> None:
 def register_model(package: str) -> None:
     """Import `model.py` of the backbone `package`, which registers its classes with the Auto classes of transformers,
     as soon as transformers is imported."""
-    when_imported("transformers", package, lambda: importlib.import_module(f"{package}.model"))
+    when_imported("transformers", lambda: importlib.import_module(f"{package}.model"))
 
 
 @dataclass
 class _Waiting:
     """A registration that waits for a library.
 
-    Our own modules import the library too, and registration imports ours. So where one of ours was first, registration
-    waits until that one is complete.
+    Our own modules import the library too, and registration imports many of ours. So where one of ours was first,
+    registration waits until no module of ours is half imported.
     """
 
     library: str
-    ours: str
     register: Callable[[], Any]
     running: int = 0  # imports of the library and of our own modules that have not ended
     due: bool = False
 
     def concerns(self, name: str) -> bool:
         """Whether the import of this module may make the registration due, or delay it."""
-        return name == self.library or name.startswith(f"{self.ours}.")
+        return name == self.library or name.startswith(OURS)
 
     @contextlib.contextmanager
     def importing(self, name: str) -> Iterator[None]:

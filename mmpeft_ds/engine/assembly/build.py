@@ -16,7 +16,7 @@ from mmpeft_ds.engine.assembly import feature_bank
 from mmpeft_ds.engine.optim import optimizers
 from mmpeft_ds.engine.zero import stage3
 from mmpeft_ds.engine.zero import state as zero_state
-from mmpeft_ds.engine.zero.config import merge
+from mmpeft_ds.engine.zero.config import check_by_deepspeed, merge
 from mmpeft_ds.errors import BadInput
 from mmpeft_ds.recipe import Recipe
 from mmpeft_ds.sites import find_sites
@@ -45,7 +45,7 @@ def build(resolved: Any, ranks: Ranks) -> Built:
     """The frozen base, its adapters and DeepSpeed around them.
 
     Raises:
-        BadInput: when nothing is trainable.
+        BadInput: when nothing is trainable, or DeepSpeed refuses the JSON.
     """
     import deepspeed
     from transformers.integrations import HfDeepSpeedConfig
@@ -53,6 +53,7 @@ def build(resolved: Any, ranks: Ranks) -> Built:
     from mmpeft_ds.engine.assembly.resolve import attach
 
     recipe: Recipe = resolved.recipe
+    check_by_deepspeed(recipe, resolved.ds_config)
     stage = resolved.ds_config["zero_optimization"].get("stage", 0)
     # While this object exists, from_pretrained partitions what it loads, so create it before the backbone.
     config = merge(resolved.ds_config, recipe, ranks.world_size, trainable=0)

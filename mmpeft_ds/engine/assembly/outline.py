@@ -15,7 +15,7 @@ from mmpeft_ds.data.manifest import Manifest
 from mmpeft_ds.data.options import SourceOptions
 from mmpeft_ds.data.subset import Subset
 from mmpeft_ds.engine.assembly.checks import check_names, check_texts, check_validation, check_values
-from mmpeft_ds.engine.zero.config import check_ds_config
+from mmpeft_ds.engine.zero.config import read_ds_config
 from mmpeft_ds.errors import BadInput
 from mmpeft_ds.recipe import Recipe, components, filled, where
 from mmpeft_ds.recipe.components import Components, keyed_sources
@@ -65,7 +65,7 @@ def outline(recipe: Recipe, assumed: Assumed | None = None) -> Outline:
         BadInput: one line: what, where, how to mend it.
     """
     check_values(recipe)
-    ds_config = check_ds_config(recipe)
+    ds_config = read_ds_config(recipe)
     parts = components(recipe)
     recipe = filled(recipe, parts)
     check_validation(recipe, parts.method.options)

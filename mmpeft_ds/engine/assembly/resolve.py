@@ -33,6 +33,7 @@ from mmpeft_ds.engine.assembly.checks import (
     run_notes,
 )
 from mmpeft_ds.engine.assembly.outline import blamed, outline
+from mmpeft_ds.engine.zero.config import check_by_deepspeed, is_shipped
 from mmpeft_ds.errors import BadInput
 from mmpeft_ds.methods.base import MethodOptions, SiteMethod
 from mmpeft_ds.methods.common.tuner import to_float32
@@ -111,6 +112,8 @@ def resolve(recipe: Recipe, assumed: Assumed | None = None) -> Resolved:
     """
     plain = outline(recipe, assumed)
     recipe, parts, manifests, subsets = plain.recipe, plain.parts, plain.manifests, plain.subsets
+    if not is_shipped(recipe):  # else the build asks DeepSpeed, which takes a second to import
+        check_by_deepspeed(recipe, plain.ds_config)
     method, method_config = make_method(parts.method)
     for key, options in plain.sources.items():
         check_records(recipe, key, options, manifests[key])

@@ -85,10 +85,17 @@ AUTO_SIZES = ("reduce_bucket_size", "allgather_bucket_size")
 
 
 def check_ds_config(recipe: Recipe) -> dict[str, Any]:
-    """The JSON that `engine.deepspeed` names.
+    """The JSON that `engine.deepspeed` names, checked by us and by DeepSpeed. Raises BadInput as those do."""
+    config = read_ds_config(recipe)
+    check_by_deepspeed(recipe, config)
+    return config
+
+
+def read_ds_config(recipe: Recipe) -> dict[str, Any]:
+    """The JSON that `engine.deepspeed` names, as far as it can be checked without DeepSpeed.
 
     Raises:
-        BadInput: if there is none, it is no JSON object, sets a key that the recipe owns, or DeepSpeed refuses it.
+        BadInput: if there is none, it is no JSON object, or it sets a key that the recipe owns or nobody has tried.
     """
     here = where(recipe, "engine.deepspeed")
     path = find(recipe.engine.deepspeed)
@@ -113,7 +120,9 @@ def check_ds_config(recipe: Recipe) -> dict[str, Any]:
         if key not in RECIPE_KEYS and key not in OWNED and key not in FIXED:
             raise BadInput(f"{path}: unknown key {key!r}. Remove it; a ds_configs JSON may set {', '.join(OWNED)}.")
     zero = config.get("zero_optimization", {"stage": 0})
-    _check_zero(path, zero)
+    if not isinstance(zero, dict):
+        raise BadInput(f'{path}: zero_optimization must be a JSON object, such as {{"stage": 3}}.')
+    _check_offload(path, zero)
     return {**{k: v for k, v in config.items() if k in OWNED}, "zero_optimization": zero}
 
 
@@ -122,9 +131,22 @@ def find(path: str) -> Path | None:
     return next((p for p in (Path(path), REPOSITORY / path) if p.is_file()), None)
 
 
-def _check_zero(path: Path, zero: Any) -> None:
-    if not isinstance(zero, dict):
-        raise BadInput(f'{path}: zero_optimization must be a JSON object, such as {{"stage": 3}}.')
+def is_shipped(recipe: Recipe) -> bool:
+    """Whether the JSON is one of ds_configs/, all of which are known to suit DeepSpeed."""
+    path = find(recipe.engine.deepspeed)
+    return path is not None and path.resolve().parent == REPOSITORY / "ds_configs"
+
+
+def check_by_deepspeed(recipe: Recipe, config: dict[str, Any]) -> None:
+    """Refuse keys and values of `zero_optimization` that DeepSpeed does not know, or that we know to go wrong.
+
+    Args:
+        config: of `read_ds_config`.
+
+    Raises:
+        BadInput: naming the key.
+    """
+    path, zero = find(recipe.engine.deepspeed), config["zero_optimization"]
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig  # slow to import: only when a run is near
 
     fields = DeepSpeedZeroConfig.model_fields
@@ -140,7 +162,6 @@ def _check_zero(path: Path, zero: Any) -> None:
         if name not in ZERO_KEYS and value not in (fields[name].default, None):
             why = ZERO_REFUSED.get(name, NOT_TRIED)
             raise BadInput(f"{path}: zero_optimization.{key}: {json.dumps(value)} is refused: {why}. Remove the key.")
-    _check_offload(path, zero)
     try:
         DeepSpeedZeroConfig(**{k: v for k, v in zero.items() if v != "auto"})
     except AssertionError as error:  # an old name of a key beside its new one
