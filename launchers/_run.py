@@ -49,7 +49,7 @@ def launch(*command: str) -> int:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     launcher = str(Path(sys.executable).with_name("deepspeed"))
-    return python(launcher, "--num_accelerators", str(ranks()), "--master_port", port, *command)
+    return python(launcher, "--quiet", "--num_accelerators", str(ranks()), "--master_port", port, *command)
 
 
 def output(*command: str) -> str:

@@ -38,6 +38,7 @@ from mmpeft_ds.engine.assembly.forward import answer
 from mmpeft_ds.engine.export import transform_description
 from mmpeft_ds.engine.zero import fingerprint
 from mmpeft_ds.errors import BadInput, BadSample
+from mmpeft_ds.quiet import without_warnings
 from mmpeft_ds.tasks.base import TaskBase
 
 
@@ -188,7 +189,8 @@ def load(
     float32_heads(base)
     fingerprints = fingerprint.frozen_fingerprint(fingerprint.all_tensors(base))
     fingerprint.compare(_read(directory, "base_fingerprint.json"), fingerprints, str(directory), missing_ok=True)
-    model = PeftModel.from_pretrained(base, str(directory)).to(device).eval()
+    with without_warnings():
+        model = PeftModel.from_pretrained(base, str(directory)).to(device).eval()
     return Loaded(model, backbone, tasks, labels, recipe, torch.device(device))
 
 

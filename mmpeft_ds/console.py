@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
 from mmpeft_ds.errors import BadInput
+from mmpeft_ds.quiet import quiet
 
 # What gloo and NCCL say when a rank that they wait for is gone.
 LOST_A_RANK = ("gloo/transport/", "remote process exited")
@@ -35,6 +36,7 @@ def run(main: Callable[[], int | None]) -> NoReturn:
     """Run a command and leave with its exit code: 0 done, 2 bad input (one line, no traceback), 1 a fault of ours or a
     rank that is gone (which is one line as well).
     """
+    quiet()
     try:
         code = main() or 0
     except BadInput as e:
@@ -75,8 +77,9 @@ def quick_imports() -> Iterator[None]:
 
 
 def rank() -> int:
-    """Rank of this process from the launcher's environment (deepspeed and torchrun, else Slurm), 0 without one."""
-    return int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0)
+    """Rank of this process from the launcher's environment (deepspeed and torchrun, Slurm, mpirun), 0 without one."""
+    names = ("RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
+    return int(next((os.environ[name] for name in names if os.environ.get(name)), 0))
 
 
 def score_table(scores: dict[str, float], baselines: dict[str, float], title: str) -> None:

@@ -12,7 +12,7 @@ import socket
 import subprocess
 import sys
 import time
-import warnings
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +22,7 @@ import torch
 
 from mmpeft_ds.errors import BadInput
 from mmpeft_ds.files import REPOSITORY
+from mmpeft_ds.quiet import quiet, without_lines
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h
 _OPERATOR = "deepspeed_shm_comm"  # what DeepSpeed compiles for the CPU at its first use
@@ -76,7 +77,7 @@ def start(threads: int = 0, seed: int = 0) -> Ranks:
     if not cuda and local_rank == 0:  # one per machine, so that none removes the lock of another's new build
         remove_stale_lock(_OPERATOR)
     if not torch.distributed.is_initialized():
-        with no_shared_buffers():
+        with no_shared_buffers(), without_lines("built successfully"):
             try:
                 deepspeed.init_distributed(
                     "nccl" if cuda else "gloo", auto_mpi_discovery=False, verbose=False, timeout=_TIMEOUT
@@ -93,13 +94,20 @@ def start(threads: int = 0, seed: int = 0) -> Ranks:
 
 
 def environment() -> None:
-    """Set RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT where the launcher did not."""
+    """Set RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT where the launcher did not.
+
+    Raises:
+        BadInput: variables that name several processes, but not how they meet.
+    """
     env = os.environ
     env.setdefault("TOKENIZERS_PARALLELISM", "false")  # loader workers fork; the tokenizer's threads would not survive
     compiled = REPOSITORY / ".cache" / "torch_extensions"
     if compiled.is_dir():
         env.setdefault("TORCH_EXTENSIONS_DIR", str(compiled))
-    if "RANK" in env:  # deepspeed, torchrun
+    if "RANK" in env:  # deepspeed, torchrun, or somebody by hand
+        missing = [n for n in ("WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if n not in env]
+        if missing:
+            raise BadInput(f"RANK={env['RANK']} is set, but not {', '.join(missing)}. Set all of them, or none.")
         env.setdefault("LOCAL_WORLD_SIZE", env.get("LOCAL_SIZE", "1"))
         return
     if "SLURM_STEP_NUM_TASKS" in env:  # srun; a bare process inside salloc has SLURM_NTASKS but no step
@@ -110,10 +118,47 @@ def environment() -> None:
         env.setdefault("MASTER_ADDR", _first_host(env))
         env.setdefault("MASTER_PORT", str(20000 + int(env.get("SLURM_JOB_ID", "0")) % 20000))
         return
+    if any(names[0] in env for names in _MPI):
+        _from_mpi(env)
+        return
+    if int(env.get("SLURM_PROCID") or 0) or int(env.get("WORLD_SIZE") or 1) > 1:
+        named = "SLURM_PROCID" if int(env.get("SLURM_PROCID") or 0) else "WORLD_SIZE"
+        raise BadInput(
+            f"{named}={env[named]} says that there are several processes, but not how they meet; each would train "
+            "alone. Start them by srun, torchrun, mpirun or deepspeed, or set RANK, WORLD_SIZE, LOCAL_RANK, "
+            "MASTER_ADDR and MASTER_PORT."
+        )
     env.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", LOCAL_WORLD_SIZE="1", MASTER_ADDR="127.0.0.1")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         env["MASTER_PORT"] = str(free.getsockname()[1])
+
+
+# What mpirun of Open MPI, and of MPICH and Intel MPI, calls RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE.
+_MPI = (
+    ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE"),
+    ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
+)
+
+
+def _from_mpi(env: Any) -> None:
+    """The variables of torch from those of mpirun. Raises BadInput."""
+    names = next(names for names in _MPI if names[0] in env)
+    missing = [name for name in names if name not in env]
+    rank, size, local_rank, local_size = (env.get(name, "") for name in names)
+    alone = size == "1" or local_size == size  # all of them on this machine
+    if missing and size != "1":
+        raise BadInput(f"{names[0]}={rank} is set, but not {', '.join(missing)}. Start by torchrun or deepspeed.")
+    if not alone and not {"MASTER_ADDR", "MASTER_PORT"} <= set(env):
+        raise BadInput(
+            f"mpirun on several machines ({names[1]}={size}, {names[3]}={local_size}): name where rank 0 listens: "
+            "mpirun -x MASTER_ADDR=node1 -x MASTER_PORT=29500 ..."
+        )
+    env.update(RANK=rank, WORLD_SIZE=size, LOCAL_RANK=local_rank or "0", LOCAL_WORLD_SIZE=local_size or "1")
+    env.setdefault("MASTER_ADDR", "127.0.0.1")
+    # The same for all processes of a job, another for another one.
+    job = env.get("PMIX_NAMESPACE") or env.get("OMPI_MCA_ess_base_jobid") or env.get("PMI_ID") or str(os.getppid())
+    env.setdefault("MASTER_PORT", str(20000 + zlib.crc32(job.encode()) % 20000))
 
 
 def remove_stale_lock(extension: str) -> bool:
@@ -196,10 +241,3 @@ def keep_freed_memory() -> None:
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(_M_MMAP_MAX, 0)
         mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
-
-
-def quiet() -> None:
-    """Hide the two deprecation warnings of torch about calls inside DeepSpeed, and no others."""
-    for name in ("all_gather_into_tensor", "reduce_scatter_tensor"):
-        for category in (FutureWarning, DeprecationWarning):
-            warnings.filterwarnings("ignore", rf"`torch\.distributed\.{name}` is deprecated", category)

@@ -21,10 +21,13 @@ def test_deepspeed_is_not_told_that_all_ranks_share_a_machine_while_they_meet(mo
     assert "LOCAL_SIZE" not in os.environ
 
 
+MEETING = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+
+
 def test_more_ranks_than_gpus_are_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}.items():
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", **MEETING}.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(BadInput, match=r"local rank 1.* 1 GPU"):
         processes.start()
@@ -55,3 +58,58 @@ def test_a_young_lock_on_a_shared_file_system_may_belong_to_another_machine(lock
     hour_ago = time.time() - 3600
     os.utime(lock, (hour_ago, hour_ago))
     assert processes.remove_stale_lock("op")
+
+
+NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+@pytest.fixture
+def told(monkeypatch):
+    """What a process with these variables takes for its place."""
+
+    def start(**variables: str) -> dict[str, str]:
+        clean = {k: v for k, v in os.environ.items() if k not in NAMES and not k.startswith(("SLURM", "OMPI", "PMI"))}
+        monkeypatch.setattr(os, "environ", {**clean, **variables})
+        processes.environment()
+        return {name: os.environ[name] for name in NAMES}
+
+    return start
+
+
+def test_one_process_is_alone(told):
+    assert told()["WORLD_SIZE"] == "1"
+    assert told(SLURM_NTASKS="4", SLURM_PROCID="0")["WORLD_SIZE"] == "1", "the script of sbatch itself, without srun"
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE"),
+        ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
+    ],
+)
+def test_mpirun_is_understood_on_one_machine_and_wants_an_address_on_several(told, names):
+    first, second = (told(**dict(zip(names, (rank, "2", rank, "2"), strict=True))) for rank in "01")
+    assert (first["RANK"], second["RANK"]) == ("0", "1") and second["LOCAL_RANK"] == "1"
+    assert all(
+        first[name] == second[name] for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    )
+    assert first["WORLD_SIZE"] == "2"
+    across = dict(zip(names, ("2", "4", "0", "2"), strict=True))
+    with pytest.raises(BadInput, match="MASTER_ADDR"):
+        told(**across)
+    assert told(**across, **MEETING)["MASTER_ADDR"] == "127.0.0.1"
+
+
+@pytest.mark.parametrize(
+    ("variables", "says"),
+    [
+        ({"SLURM_PROCID": "1", "SLURM_NTASKS": "2"}, "SLURM_PROCID=1.*srun"),
+        ({"WORLD_SIZE": "2"}, "WORLD_SIZE=2.*train alone"),
+        ({"RANK": "0", "WORLD_SIZE": "2"}, "not LOCAL_RANK, MASTER_ADDR, MASTER_PORT"),
+        ({"PMI_RANK": "0", "PMI_SIZE": "2"}, "MPI_LOCALRANKID"),
+    ],
+)
+def test_processes_that_would_each_think_they_are_alone_are_refused(told, variables, says):
+    with pytest.raises(BadInput, match=says):
+        told(**variables)

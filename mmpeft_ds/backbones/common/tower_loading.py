@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
 from transformers.utils import cached_file
+from transformers.utils.logging import set_tqdm_hook
 
 from mmpeft_ds.backbones.common import packaged
 from mmpeft_ds.errors import BadInput
@@ -251,11 +252,19 @@ def _side(image_size: Any) -> int:
 
 @contextlib.contextmanager
 def quiet_loading() -> Iterator[None]:
-    """Keep transformers from listing the weights of unused layers; what is missing is checked by the caller."""
+    """Keep transformers from listing the weights of unused layers, and from a bar for them on every rank; what is
+    missing is checked by the caller."""
     logger = logging.getLogger("transformers")
     before = logger.level
     logger.setLevel(logging.ERROR)
+    bars = set_tqdm_hook(_without_loading_bar)
     try:
         yield
     finally:
         logger.setLevel(before)
+        set_tqdm_hook(bars)
+
+
+def _without_loading_bar(factory: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """A bar of transformers; downloads keep theirs."""
+    return factory(*args, **{**kwargs, "disable": True} if kwargs.get("desc") == "Loading weights" else kwargs)

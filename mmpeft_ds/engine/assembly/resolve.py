@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,6 +36,7 @@ from mmpeft_ds.engine.zero.config import check_by_deepspeed, is_shipped
 from mmpeft_ds.errors import BadInput
 from mmpeft_ds.methods.base import MethodOptions, SiteMethod
 from mmpeft_ds.methods.common.tuner import to_float32
+from mmpeft_ds.quiet import without_warnings
 from mmpeft_ds.recipe import Recipe, Section
 from mmpeft_ds.recipe.options import EngineOptions
 from mmpeft_ds.sites import find_sites
@@ -207,9 +207,7 @@ def attach(resolved: Resolved, base_model: PreTrainedModel) -> PeftModel:
     heads = float32_heads(base_model)
     if heads:
         config.modules_to_save = sorted({*(getattr(config, "modules_to_save", None) or []), *heads})
-    with warnings.catch_warnings():
-        # peft asks transformers by a name that transformers has since deprecated
-        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
+    with without_warnings():
         return peft.get_peft_model(base_model, config)
 
 
