@@ -4,79 +4,23 @@ One shard of the source becomes one shard, see `shard_jobs.py`. A sample that ca
 without a caption.
 """
 
-# n captions an image
-
 from __future__ import annotations
 
-import dataclasses
-import hashlib
-import io
 import json
 import shutil
-from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-
-from mmpeft_ds import adapter
-from mmpeft_ds.data.batch import Prompted, Sample, pack
-from mmpeft_ds.data.blind import ClassNameFilter
-from mmpeft_ds.data.decode import decode
-from mmpeft_ds.data.manifest import NAME, Manifest, local_path, sample_key
-from mmpeft_ds.data.order import key_of
-from mmpeft_ds.data.shards import members, record_of
-from mmpeft_ds.data.stream import image_names
+from mmpeft_ds.data.manifest import NAME, Manifest, local_path
 from mmpeft_ds.data.subset import fingerprint
-from mmpeft_ds.data.transform import hooks_of
 from mmpeft_ds.data.writer import PARTS, Part, write_manifest
 from mmpeft_ds.distributed import processes
 from mmpeft_ds.distributed.collectives import on_rank0
-from mmpeft_ds.engine.assembly import resolve
-from mmpeft_ds.engine.assembly.build import prepare_backbone
 from mmpeft_ds.engine.stop import StopFlag
-from mmpeft_ds.engine.zero import fingerprint as fingerprints
-from mmpeft_ds.errors import BadInput, BadSample
-from mmpeft_ds.precompute.feature_samples import FeatureSample
-from mmpeft_ds.precompute.shard_jobs import Job, Plan, ShardMaker, Told, carry_out, open_plan
-from mmpeft_ds.recipe import Recipe, components
-
-
-@dataclass(frozen=True)
-class DescribeOptions:
-    """What is written of a data set.
-
-    Attributes:
-        data: directory of the source.
-        out: directory of the new shards.
-        name: of the new data set; empty: as the source, so that both have the same sample ids.
-        splits: which; empty: all.
-        prompt: what the model reads before it writes.
-        captions: n, of each image; more than one needs sampling.
-        generation: options of transformers' `generate`.
-        seed: of sampling.
-        field: of the record that gets the list of captions, n for each image in order.
-        replace: the records may have that field already; what stood there is left out.
-        remove_class_names: take the names of all classes of the data set out of every caption.
-        batch: images in one forward pass.
-        threads: that decode ahead of the model.
-    """
-
-    data: str
-    out: Path
-    name: str = ""
-    splits: tuple[str, ...] = ()
-    prompt: str = ""
-    captions: int = 1
-    generation: dict[str, Any] = field(default_factory=lambda: {"num_beams": 1, "max_new_tokens": 19})
-    seed: int = 0
-    field: str = "captions"
-    replace: bool = False
-    remove_class_names: bool = False
-    batch: int = 32
-    threads: int = 1
+from mmpeft_ds.errors import BadInput
+from mmpeft_ds.precompute.caption_maker import DescribeOptions, Describer
+from mmpeft_ds.precompute.shard_jobs import Plan, Told, carry_out, open_plan
+from mmpeft_ds.recipe import Recipe
 
 
 def run(recipe: Recipe, options: DescribeOptions, adapter_dir: Path | None = None) -> int:
@@ -109,148 +53,6 @@ def run(recipe: Recipe, options: DescribeOptions, adapter_dir: Path | None = Non
             return 1
         on_rank0(lambda: _finish(describer, plan))
     return 0
-
-
-@dataclass
-class _Read:
-    """A sample of the source, its images decoded and transformed; or why it cannot be described."""
-
-    key: str
-    name: str = ""
-    record: dict[str, Any] = field(default_factory=dict)
-    encoded: list[tuple[str, bytes]] = field(default_factory=list)
-    arrays: dict[str, Any] = field(default_factory=dict)
-    images: list[Any] = field(default_factory=list)
-    bad: str = ""
-
-
-class Describer(ShardMaker[_Read]):
-    """Turns shards of images into the same shards with captions.
-
-    Args:
-        recipe: `data` and `engine` sections, and the backbone unless there is an adapter directory.
-        device: where the model runs.
-
-    Raises:
-        BadInput: if the model writes nothing, or reads stored features.
-    """
-
-    def __init__(
-        self,
-        recipe: Recipe,
-        source: Manifest,
-        options: DescribeOptions,
-        device: torch.device,
-        stop: StopFlag | None = None,
-        adapter_dir: Path | None = None,
-    ):
-        super().__init__(
-            recipe, source, options.out, options.name or source.name, options.batch, options.threads, stop
-        )
-        self.options, self.device = options, device
-        self.filter = ClassNameFilter(source.labels) if options.remove_class_names else None
-        if adapter_dir is None:
-            self.backbone: Any = resolve.make_backbone(components(recipe).backbone, recipe.engine, source.labels)
-            section = recipe.backbone["name"]
-            self._refuse_mute(section)
-            if (statistics := resolve.feature_statistics(recipe, self.backbone, source)) is not None:
-                self.backbone.use_statistics(statistics)
-            prepare_backbone(self.backbone, recipe)
-            self.model = self.backbone.build().to(device).requires_grad_(False).eval()
-        else:
-            loaded = adapter.load(adapter_dir, device)
-            recipe, self.backbone, self.model = loaded.recipe, loaded.backbone, loaded.model
-            section = recipe.backbone["name"]
-            self._refuse_mute(section)
-        self.transform = self.backbone.image_transform(False)
-        if hooks_of(self.transform).takes_features:
-            raise BadInput("backbone: reads stored features; the model must see pixels here.")
-        prints = fingerprints.frozen_fingerprint(fingerprints.all_tensors(self.model))
-        self.origin = {
-            "model": dataclasses.asdict(self.backbone.options).get("model") or str(adapter_dir or ""),
-            "backbone": section,
-            "adapter": adapter_dir is not None,
-            "weights": weights_hash(prints),
-            "dtype": recipe.engine.dtype,
-            "prompt": options.prompt,
-            "captions": options.captions,
-            "generation": options.generation,
-            "seed": options.seed,
-            "batch": options.batch,
-            "field": options.field,
-            "remove_class_names": options.remove_class_names,
-        }
-
-    def _refuse_mute(self, name: str) -> None:
-        if not self.backbone.generates:
-            raise BadInput(f"backbone.name: {name!r} writes no text. Use blip, mllm or vision_text_decoder.")
-
-    def make(self, job: Job, number: int, prepared: list[_Read], told: Told) -> Iterator[FeatureSample]:
-        """All samples, with their captions; what is counted of them is noted."""
-        seeing = [r for r in prepared if not r.bad]
-        written = iter(self._written(seeing, key_of(self.options.seed, "describe", job.split, job.first + number)))
-        for sample in prepared:
-            captions = [] if sample.bad else [next(written) for _ in self._texts(sample)]
-            kept = captions if self.filter is None else [self.filter(c) for c in captions]
-            told.bad += [(sample.key, sample.bad)] if sample.bad else []
-            filtered = sum(k != c for k, c in zip(kept, captions, strict=True))
-            told.counts.update(samples=1, captions=len(kept), empty=sum(not c for c in kept), filtered=filtered)
-            record = {**sample.record, self.options.field: kept}
-            features = sample.arrays.pop("", None)
-            yield FeatureSample(sample.name, features, sample.arrays, sample.encoded, record)
-
-    def _texts(self, sample: _Read) -> range:
-        return range(len(sample.images) * self.options.captions)
-
-    @torch.inference_mode()
-    def _written(self, read: list[_Read], seed: int) -> list[str]:
-        """n captions for each image of the samples, in order."""
-        images = [(sample.key, image) for sample in read for image in sample.images]
-        texts: list[str] = []
-        torch.manual_seed(seed % 2**63)  # of the place in the data set alone: no rank count changes it
-        n = self.options.captions
-        for start in range(0, len(images), self.options.batch):
-            prompts = [Prompted(self.options.prompt)] * n
-            slots = [Sample(k, 1.0, [i], prompts, [None] * n) for k, i in images[start : start + self.options.batch]]
-            b = self.backbone
-            try:
-                batch = pack(slots, b.collate_images, b.collate_texts, lambda _: {}).to(self.device)
-                texts += b.generate(self.model, batch, **self.options.generation)
-            except (ValueError, TypeError, BadSample) as error:
-                # transformers says in several lines which options it does not take
-                raise BadInput(f"--generate: {' '.join(str(error).split())[:300]}") from error
-        if len(texts) != n * len(images):
-            raise BadInput(
-                f"--generate: gave {len(texts)} texts for {len(images)} images. Give --captions, not "
-                "num_return_sequences."
-            )
-        return [" ".join(text.split()) for text in texts]
-
-    def prepare(self, job: Job, number: int, piece: bytes | BadSample) -> _Read:
-        """One sample, its images decoded and transformed."""
-        key = sample_key(job.split, job.first + number)
-        read = _Read(key, key)
-        try:
-            if isinstance(piece, BadSample):
-                raise piece
-            _, parts = members(piece)
-            names = image_names(parts)
-            read.encoded = [(name.rpartition(".")[2], parts[name]) for name in names]
-            record = record_of(parts)
-            read.name, read.record = str(record.pop("source_name", key)), record
-            read.arrays = _arrays(parts)
-            for name in names:
-                read.images.append(self.transform(decode(parts[name], self.recipe.data.max_pixels), None))
-            if not names:
-                raise BadSample("image", "none")
-        except BadSample as bad:
-            read.bad, read.images = bad.kind, []
-        return read
-
-
-def weights_hash(prints: dict[str, str]) -> str:
-    """One hash of the fingerprints of all tensors of a model."""
-    return hashlib.sha256(json.dumps(prints, sort_keys=True).encode()).hexdigest()
 
 
 def _check(source: Manifest, o: DescribeOptions) -> None:
@@ -344,15 +146,3 @@ def _refuse_difference(out: Path, have: dict[str, Any], wanted: dict[str, Any]) 
     differs += [f"{key} {before.get(key)}, now {value}" for key, value in now.items() if before.get(key) != value]
     if differs:
         raise BadInput(f"{out}: holds captions made with {'; '.join(differs)}. Choose another --out, or delete it.")
-
-
-def _arrays(parts: dict[str, bytes]) -> dict[str, np.ndarray]:
-    """Arrays of a sample by name; the one without a name is its features."""
-    try:
-        return {
-            name.removesuffix("npy").rstrip("."): np.load(io.BytesIO(data), allow_pickle=False)
-            for name, data in parts.items()
-            if name.endswith("npy")
-        }
-    except (ValueError, OSError, EOFError) as error:
-        raise BadSample("npy", str(error)) from error
