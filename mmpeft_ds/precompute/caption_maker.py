@@ -28,31 +28,31 @@ from mmpeft_ds.data.transform import hooks_of
 from mmpeft_ds.engine.assembly import resolve
 from mmpeft_ds.engine.assembly.build import prepare_backbone
 from mmpeft_ds.engine.stop import StopFlag
-from mmpeft_ds.engine.zero import fingerprint as fingerprints
+from mmpeft_ds.engine.zero.fingerprint import all_tensors, frozen_fingerprint
 from mmpeft_ds.errors import BadInput, BadSample
 from mmpeft_ds.precompute.feature_samples import FeatureSample
-from mmpeft_ds.precompute.shard_jobs import Job, ShardMaker, Told
+from mmpeft_ds.precompute.shard_jobs import Job, ShardMaker, ShardNotes
 from mmpeft_ds.recipe import Recipe, components
 
 
 @dataclass(frozen=True)
 class DescribeOptions:
-    """What is written of a data set.
+    """Options of the captions of a data set.
 
     Attributes:
         data: directory of the source.
         out: directory of the new shards.
         name: of the new data set; empty: as the source, so that both have the same sample ids.
-        splits: which; empty: all.
-        prompt: what the model reads before it writes.
-        captions: n, of each image; more than one needs sampling.
+        splits: empty: all.
+        prompt: text that the model continues.
+        captions: n, number per image; more than one needs sampling.
         generation: options of transformers' `generate`.
         seed: of sampling.
         field: of the record that gets the list of captions, n for each image in order.
-        replace: the records may have that field already; what stood there is left out.
+        replace: records may have that field already; its contents are left out.
         remove_class_names: take the names of all classes of the data set out of every caption.
         batch: images in one forward pass.
-        threads: that decode ahead of the model.
+        threads: number of threads that decode ahead of the model.
     """
 
     data: str
@@ -71,8 +71,8 @@ class DescribeOptions:
 
 
 @dataclass
-class _Read:
-    """A sample of the source, its images decoded and transformed; or why it cannot be described."""
+class _Prepared:
+    """A sample of the source, its images decoded and transformed; or the kind of its fault."""
 
     key: str
     name: str = ""
@@ -83,7 +83,7 @@ class _Read:
     bad: str = ""
 
 
-class Describer(ShardMaker[_Read]):
+class CaptionMaker(ShardMaker[_Prepared]):
     """Turns shards of images into the same shards with captions.
 
     Args:
@@ -91,7 +91,7 @@ class Describer(ShardMaker[_Read]):
         device: where the model runs.
 
     Raises:
-        BadInput: if the model writes nothing, or reads stored features.
+        BadInput: if the model cannot generate text, or reads stored features.
     """
 
     def __init__(
@@ -111,7 +111,7 @@ class Describer(ShardMaker[_Read]):
         if adapter_dir is None:
             self.backbone: Any = resolve.make_backbone(components(recipe).backbone, recipe.engine, source.labels)
             section = recipe.backbone["name"]
-            self._refuse_mute(section)
+            self._check_generates(section)
             if (statistics := resolve.feature_statistics(recipe, self.backbone, source)) is not None:
                 self.backbone.use_statistics(statistics)
             prepare_backbone(self.backbone, recipe)
@@ -120,16 +120,16 @@ class Describer(ShardMaker[_Read]):
             loaded = adapter.load(adapter_dir, device)
             recipe, self.backbone, self.model = loaded.recipe, loaded.backbone, loaded.model
             section = recipe.backbone["name"]
-            self._refuse_mute(section)
+            self._check_generates(section)
         self.transform = self.backbone.image_transform(False)
         if hooks_of(self.transform).takes_features:
             raise BadInput("backbone: reads stored features; the model must see pixels here.")
-        prints = fingerprints.frozen_fingerprint(fingerprints.all_tensors(self.model))
+        fingerprints = frozen_fingerprint(all_tensors(self.model))
         self.origin = {
             "model": dataclasses.asdict(self.backbone.options).get("model") or str(adapter_dir or ""),
             "backbone": section,
             "adapter": adapter_dir is not None,
-            "weights": weights_hash(prints),
+            "weights": weights_hash(fingerprints),
             "dtype": recipe.engine.dtype,
             "prompt": options.prompt,
             "captions": options.captions,
@@ -140,33 +140,33 @@ class Describer(ShardMaker[_Read]):
             "remove_class_names": options.remove_class_names,
         }
 
-    def _refuse_mute(self, name: str) -> None:
+    def _check_generates(self, name: str) -> None:
         if not self.backbone.generates:
-            raise BadInput(f"backbone.name: {name!r} writes no text. Use blip, mllm or vision_text_decoder.")
+            raise BadInput(f"backbone.name: {name!r} generates no text. Use blip, mllm or vision_text_decoder.")
 
-    def make(self, job: Job, number: int, prepared: list[_Read], told: Told) -> Iterator[FeatureSample]:
-        """All samples, with their captions; what is counted of them is noted."""
-        seeing = [r for r in prepared if not r.bad]
-        written = iter(self._written(seeing, key_of(self.options.seed, "describe", job.split, job.first + number)))
+    def make(self, job: Job, number: int, prepared: list[_Prepared], notes: ShardNotes) -> Iterator[FeatureSample]:
+        """All samples with their captions; counts go into `notes`."""
+        good = [sample for sample in prepared if not sample.bad]
+        generated = iter(self._captions(good, key_of(self.options.seed, "describe", job.split, job.first + number)))
         for sample in prepared:
-            captions = [] if sample.bad else [next(written) for _ in self._texts(sample)]
+            captions = [] if sample.bad else [next(generated) for _ in self._texts(sample)]
             kept = captions if self.filter is None else [self.filter(c) for c in captions]
-            told.bad += [(sample.key, sample.bad)] if sample.bad else []
+            notes.bad += [(sample.key, sample.bad)] if sample.bad else []
             filtered = sum(k != c for k, c in zip(kept, captions, strict=True))
-            told.counts.update(samples=1, captions=len(kept), empty=sum(not c for c in kept), filtered=filtered)
+            notes.counts.update(samples=1, captions=len(kept), empty=sum(not c for c in kept), filtered=filtered)
             record = {**sample.record, self.options.field: kept}
             features = sample.arrays.pop("", None)
             yield FeatureSample(sample.name, features, sample.arrays, sample.encoded, record)
 
-    def _texts(self, sample: _Read) -> range:
+    def _texts(self, sample: _Prepared) -> range:
         return range(len(sample.images) * self.options.captions)
 
     @torch.inference_mode()
-    def _written(self, read: list[_Read], seed: int) -> list[str]:
+    def _captions(self, samples: list[_Prepared], seed: int) -> list[str]:
         """n captions for each image of the samples, in order."""
-        images = [(sample.key, image) for sample in read for image in sample.images]
+        images = [(sample.key, image) for sample in samples for image in sample.images]
         texts: list[str] = []
-        torch.manual_seed(seed % 2**63)  # of the place in the data set alone: no rank count changes it
+        torch.manual_seed(seed % 2**63)  # depends on the place in the data set, not on the number of ranks
         n = self.options.captions
         for start in range(0, len(images), self.options.batch):
             prompts = [Prompted(self.options.prompt)] * n
@@ -176,7 +176,7 @@ class Describer(ShardMaker[_Read]):
                 batch = pack(slots, b.collate_images, b.collate_texts, lambda _: {}).to(self.device)
                 texts += b.generate(self.model, batch, **self.options.generation)
             except (ValueError, TypeError, BadSample) as error:
-                # transformers says in several lines which options it does not take
+                # transformers lists in several lines the options that it does not know.
                 raise BadInput(f"--generate: {' '.join(str(error).split())[:300]}") from error
         if len(texts) != n * len(images):
             raise BadInput(
@@ -185,31 +185,31 @@ class Describer(ShardMaker[_Read]):
             )
         return [" ".join(text.split()) for text in texts]
 
-    def prepare(self, job: Job, number: int, piece: bytes | BadSample) -> _Read:
+    def prepare(self, job: Job, number: int, piece: bytes | BadSample) -> _Prepared:
         """One sample, its images decoded and transformed."""
         key = sample_key(job.split, job.first + number)
-        read = _Read(key, key)
+        sample = _Prepared(key, key)
         try:
             if isinstance(piece, BadSample):
                 raise piece
             _, parts = members(piece)
             names = image_names(parts)
-            read.encoded = [(name.rpartition(".")[2], parts[name]) for name in names]
+            sample.encoded = [(name.rpartition(".")[2], parts[name]) for name in names]
             record = record_of(parts)
-            read.name, read.record = str(record.pop("source_name", key)), record
-            read.arrays = _arrays(parts)
+            sample.name, sample.record = str(record.pop("source_name", key)), record
+            sample.arrays = _arrays(parts)
             for name in names:
-                read.images.append(self.transform(decode(parts[name], self.recipe.data.max_pixels), None))
+                sample.images.append(self.transform(decode(parts[name], self.recipe.data.max_pixels), None))
             if not names:
                 raise BadSample("image", "none")
         except BadSample as bad:
-            read.bad, read.images = bad.kind, []
-        return read
+            sample.bad, sample.images = bad.kind, []
+        return sample
 
 
-def weights_hash(prints: dict[str, str]) -> str:
+def weights_hash(fingerprints: dict[str, str]) -> str:
     """One hash of the fingerprints of all tensors of a model."""
-    return hashlib.sha256(json.dumps(prints, sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(fingerprints, sort_keys=True).encode()).hexdigest()
 
 
 def _arrays(parts: dict[str, bytes]) -> dict[str, np.ndarray]:

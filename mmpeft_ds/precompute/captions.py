@@ -1,7 +1,7 @@
-"""Let a model that writes describe the images of a data set: new shards with its captions, everything else as it was.
+"""Captions of the images of a data set by a generative model: new shards with them, all else as it was.
 
-One shard of the source becomes one shard, see `shard_jobs.py`. A sample that cannot be described keeps its place,
-without a caption.
+One shard of the source becomes one shard, see shard_jobs.py. A sample that cannot be read keeps its place, without a
+caption.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from mmpeft_ds.distributed import processes
 from mmpeft_ds.distributed.collectives import on_rank0
 from mmpeft_ds.engine.stop import StopFlag
 from mmpeft_ds.errors import BadInput
-from mmpeft_ds.precompute.caption_maker import DescribeOptions, Describer
-from mmpeft_ds.precompute.shard_jobs import Plan, Told, carry_out, open_plan
+from mmpeft_ds.precompute.caption_maker import CaptionMaker, DescribeOptions
+from mmpeft_ds.precompute.shard_jobs import Plan, ShardNotes, carry_out, open_plan
 from mmpeft_ds.recipe import Recipe
 
 
 def run(recipe: Recipe, options: DescribeOptions, adapter_dir: Path | None = None) -> int:
-    """Describe the images that `options` name. Every rank calls it.
+    """Make captions of the images of a data set. Every rank calls it.
 
     Args:
         recipe: its backbone section names the model, unless an adapter directory does.
@@ -36,22 +36,22 @@ def run(recipe: Recipe, options: DescribeOptions, adapter_dir: Path | None = Non
         BadInput: on all ranks, in one line.
     """
     with StopFlag(recipe.engine.stop_grace) as stop:
-        # With other threads a matrix product rounds otherwise, and the bytes would depend on the ranks a machine has.
+        # The number of threads changes the rounding of matrix products, and the bytes must not depend on it.
         recipe.engine.threads = recipe.engine.threads or 1
-        ranks = processes.start(recipe.engine.threads, recipe.seed)
         source = Manifest.load(options.data)
         _check(source, options)
-        describer = Describer(recipe, source, options, ranks.device, stop, adapter_dir)
-        plan = on_rank0(lambda: _plan(describer))
+        ranks = processes.start(recipe.engine.threads, recipe.seed)
+        maker = CaptionMaker(recipe, source, options, ranks.device, stop, adapter_dir)
+        plan = on_rank0(lambda: _plan(maker))
         if plan.done:
             if ranks.rank == 0:
                 print(f"{options.out}: these captions are already there, nothing to do")
             return 0
-        if not carry_out(describer, plan, ranks, "describe"):
+        if not carry_out(maker, plan, ranks, "describe"):
             if ranks.rank == 0:
                 print(f"{options.out}: stopped; the same command continues")
             return 1
-        on_rank0(lambda: _finish(describer, plan))
+        on_rank0(lambda: _finish(maker, plan))
     return 0
 
 
@@ -77,12 +77,12 @@ def _check(source: Manifest, o: DescribeOptions) -> None:
             )
 
 
-def _plan(describer: Describer) -> Plan:
-    """What is to be done, on rank 0; notes in the new directory what is being made there. Raises BadInput."""
-    source, options = describer.source, describer.options
+def _plan(maker: CaptionMaker) -> Plan:
+    """Plan the shards, on rank 0, and write into the new directory what is being made there. Raises BadInput."""
+    source, options = maker.source, maker.options
     out, splits = options.out, list(options.splits) or list(source.splits)
-    prints = {split: fingerprint(source, split) for split in splits}
-    wanted = {"name": describer.name, "fingerprint": prints, "options": _options(describer)}
+    fingerprints = {split: fingerprint(source, split) for split in splits}
+    wanted = {"name": maker.name, "fingerprint": fingerprints, "options": _options(maker)}
 
     def of_manifest(there: Manifest) -> dict[str, Any]:
         if there.source.get("name") != "describe":
@@ -92,7 +92,7 @@ def _plan(describer: Describer) -> Plan:
     return open_plan(
         source,
         out,
-        describer.name,
+        maker.name,
         splits,
         wanted,
         of_manifest,
@@ -100,33 +100,33 @@ def _plan(describer: Describer) -> Plan:
     )
 
 
-def _finish(describer: Describer, plan: Plan) -> None:
-    """Side files and, last, the manifest with where the captions come from."""
-    source, out = describer.source, describer.options.out
+def _finish(maker: CaptionMaker, plan: Plan) -> None:
+    """Write the side files and, last, the manifest, which says where the captions come from."""
+    source, out = maker.source, maker.options.out
     parts: dict[str, list[Part]] = {}
-    told: dict[str, Told] = {}
-    for job, part, here in describer.finished(plan):
+    notes: dict[str, ShardNotes] = {}
+    for job, part, of_shard in maker.finished(plan):
         parts.setdefault(job.split, []).append(part)
-        told.setdefault(job.split, Told()).add(here)
+        notes.setdefault(job.split, ShardNotes()).add(of_shard)
     description = {
         "name": "describe",
-        "options": _options(describer),
+        "options": _options(maker),
         "fingerprint": {split: fingerprint(source, split) for split in parts},
         "of": {"name": source.name, "source": source.source},
         "described": {
-            split: {"bad": len(total.bad), "bad_samples": total.bad, **total.counts} for split, total in told.items()
+            split: {"bad": len(total.bad), "bad_samples": total.bad, **total.counts} for split, total in notes.items()
         },
     }
     label_split = "train" if "train" in parts else next(iter(parts))
     manifest = write_manifest(
-        out, describer.name, source.licence, description, source.samples_per_shard, parts, source.labels, label_split
+        out, maker.name, source.licence, description, source.samples_per_shard, parts, source.labels, label_split
     )
-    if source.statistics:  # of the images, which are the same
+    if source.statistics:  # of the images, which have not changed
         manifest.statistics = source.statistics
         manifest.save(out)
     shutil.rmtree(out / PARTS)
-    print(f"{manifest.name}: captions of {describer.origin['model'] or describer.origin['backbone']} in {out}")
-    for split, total in told.items():
+    print(f"{manifest.name}: captions of {maker.origin['model'] or maker.origin['backbone']} in {out}")
+    for split, total in notes.items():
         print(
             f"  {split:8} {total.counts['samples']:>9,} samples  {total.counts['captions']:>9,} captions, "
             f"{total.counts['filtered']:,} of them filtered, {total.counts['empty']:,} empty; {len(total.bad):,} bad "
@@ -134,8 +134,8 @@ def _finish(describer: Describer, plan: Plan) -> None:
         )
 
 
-def _options(describer: Describer) -> dict[str, Any]:
-    return json.loads(json.dumps({"data": describer.source.name, **describer.origin}))
+def _options(maker: CaptionMaker) -> dict[str, Any]:
+    return json.loads(json.dumps({"data": maker.source.name, **maker.origin}))
 
 
 def _refuse_difference(out: Path, have: dict[str, Any], wanted: dict[str, Any]) -> None:

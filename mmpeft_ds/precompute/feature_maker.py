@@ -1,4 +1,4 @@
-"""Turns a shard of images and texts into a shard of features: decode, transform, frozen towers, write."""
+"""Features of a shard of images and texts by frozen towers: decode, transform, embed, write."""
 
 # I images, T texts, C classes, V augmented passes, Dv and Dt widths of the features
 
@@ -29,7 +29,7 @@ from mmpeft_ds.engine.assembly.build import prepare_backbone
 from mmpeft_ds.engine.stop import StopFlag
 from mmpeft_ds.errors import BadInput, BadSample
 from mmpeft_ds.precompute.feature_samples import FeatureSample, thumbnail
-from mmpeft_ds.precompute.shard_jobs import Job, ShardMaker, Told
+from mmpeft_ds.precompute.shard_jobs import Job, ShardMaker, ShardNotes
 from mmpeft_ds.recipe import Recipe, components
 
 TEMPLATES = ("a photo of a {}.",)
@@ -38,23 +38,23 @@ PLACE = "{}"
 
 @dataclass(frozen=True)
 class FeatureOptions:
-    """What is made of a data set.
+    """Options of the features of a data set.
 
     Attributes:
         data: directory of the source.
         out: directory of the feature shards.
         name: of the new data set; empty: as the source, so that both have the same sample ids.
-        splits: which; empty: all.
+        splits: empty: all.
         views: V augmented passes of each image.
         view_scale: share of the area that an augmented pass covers.
         seed: of the augmented passes.
         dtype: that features are stored in.
-        templates, negative_templates: texts of the classes with `{}` in the place of the name; negative ones that are
-            left out (None) are the others, negated.
+        templates, negative_templates: texts of the classes with `{}` in the place of the name; negative ones by
+            default (None) are the others, negated.
         thumbnails: longer side of a small picture kept with each sample, 0 = none.
         batch: images in one forward pass.
-        threads: that decode and transform ahead of the towers.
-        overwrite: delete what was made in `out` before.
+        threads: number of threads that decode and transform ahead of the towers.
+        overwrite: delete features that were made in `out` before.
     """
 
     data: str
@@ -75,7 +75,7 @@ class FeatureOptions:
 
 @dataclass
 class _Prepared:
-    """A decoded sample on its way to the towers; or why there is none."""
+    """A decoded and transformed sample; or the kind of its fault."""
 
     key: str
     record: dict[str, Any] = field(default_factory=dict)
@@ -119,7 +119,7 @@ class Maker(ShardMaker[_Prepared]):
         self.model: Any = None
 
     def towers(self) -> dict[str, Any]:
-        """What the features depend on, as `Manifest.towers` says it; without what only the built model knows."""
+        """All that the features depend on, as `Manifest.towers` has it, but for what only the built model knows."""
         o = self.options
         image_width, text_width = self.backbone.feature_widths
         texts = bool(text_width and self.source.labels)
@@ -149,25 +149,27 @@ class Maker(ShardMaker[_Prepared]):
         """(C, T, D) text features of the classes, for the templates and the negative ones."""
         towers = self.towers()
         names = [class_name_in_words(label) for label in self.source.labels]
-        found = []
+        texts_of_classes = []
         for templates in (towers["templates"], towers["negative_templates"]):
-            # str.replace: a class name may hold braces.
+            # Not str.format: a class name may hold braces.
             texts = [template.replace(PLACE, name) for name in names for template in templates]
             rows = [
                 self.backbone.embed_texts(self.model, texts[i : i + self.options.batch]).float().cpu()
                 for i in range(0, len(texts), self.options.batch)
             ]
             width = towers["text_width"]
-            found.append((torch.cat(rows) if rows else torch.zeros(0, width)).view(len(names), len(templates), width))
-        return found[0], found[1]
+            texts_of_classes.append(
+                (torch.cat(rows) if rows else torch.zeros(0, width)).view(len(names), len(templates), width)
+            )
+        return texts_of_classes[0], texts_of_classes[1]
 
-    def make(self, job: Job, number: int, prepared: list[_Prepared], told: Told) -> Iterator[FeatureSample]:
-        """The good samples with their features; the others are noted."""
-        told.bad += [(p.key, p.bad) for p in prepared if p.bad]
+    def make(self, job: Job, number: int, prepared: list[_Prepared], notes: ShardNotes) -> Iterator[FeatureSample]:
+        """The good samples with their features; bad ones go into `notes`."""
+        notes.bad += [(p.key, p.bad) for p in prepared if p.bad]
         yield from self._embedded([p for p in prepared if not p.bad])
 
     def prepare(self, job: Job, number: int, piece: bytes | BadSample) -> _Prepared:
-        """One sample, decoded and transformed: each image's evaluation view and its augmented passes."""
+        """One sample, decoded and transformed: the evaluation view of each image and its augmented passes."""
         key = sample_key(job.split, job.first + number)
         try:
             if isinstance(piece, BadSample):
@@ -194,7 +196,7 @@ class Maker(ShardMaker[_Prepared]):
     def _views(self, image: torch.Tensor, sample_id: str, place: int) -> list[Any]:
         views = [self.transform(image, None)]
         for number in range(self.options.views):
-            # Of the sample alone: any rank, any order and any rerun draw the same.
+            # Seeded by the sample alone, so that any rank, order and rerun draws the same.
             generator = torch.Generator().manual_seed(
                 key_of(self.options.seed, "view", sample_id, place, number) % 2**63
             )
@@ -235,21 +237,21 @@ class Maker(ShardMaker[_Prepared]):
         return pack(samples, self.backbone.collate_images, self.backbone.collate_texts, lambda _: {})
 
     def _stored(self, rows: torch.Tensor | None) -> np.ndarray | None:
-        """As they are written. Raises BadInput if the dtype cannot hold them."""
+        """`rows` in the dtype that is stored. Raises BadInput if it cannot hold them."""
         if rows is None:
             return None
-        found = rows.float().cpu()
-        stored = found.to(getattr(torch, self.options.dtype))
+        computed = rows.float().cpu()
+        stored = computed.to(getattr(torch, self.options.dtype))
         if not bool(torch.isfinite(stored).all()):
             raise BadInput(
-                f"the towers gave features that {self.options.dtype} cannot hold (largest {found.abs().max():g}). Use "
-                "--dtype float32, or --compute float32 if the towers themselves ran in half precision."
+                f"the towers gave features that {self.options.dtype} cannot hold (largest {computed.abs().max():g}). "
+                "Use --dtype float32, or --compute float32 if the towers themselves ran in half precision."
             )
         return stored.numpy()
 
 
 def encoder_recipe(recipe: Recipe) -> Recipe:
-    """A recipe whose backbone section is the encoder: a recipe for heads names it as `backbone.encoder`."""
+    """A recipe whose backbone section is the encoder, which recipes of heads name in `backbone.encoder`."""
     section = recipe.backbone.get("encoder")
     if not section:
         return recipe

@@ -20,7 +20,7 @@ QUALITY = 85
 
 @dataclass
 class FeatureSample:
-    """What `data.writer` writes of one sample.
+    """One sample, as `data.writer` takes it.
 
     Attributes:
         name: the source's own name of it.
@@ -38,7 +38,7 @@ class FeatureSample:
 
 
 def stored_sample(piece: bytes) -> FeatureSample:
-    """The sample of a piece of tar that was written by us; written again it gives the same bytes."""
+    """The sample of a piece of a tar that we wrote; written again it gives the same bytes."""
     _, parts = members(piece)
     record = json.loads(parts["json"])
     arrays = {n.removesuffix("npy").rstrip("."): _array(data) for n, data in parts.items() if n.endswith("npy")}

@@ -1,6 +1,6 @@
-"""Stream image and text shards through frozen towers, once, and keep what they make: feature shards.
+"""Precomputed features: image and text shards are streamed once through frozen towers, into feature shards.
 
-One shard of the source becomes one feature shard, see `shard_jobs.py`.
+One shard of the source becomes one feature shard, see shard_jobs.py.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ __all__ = ["TEMPLATES", "FeatureOptions", "run"]
 
 
 def run(recipe: Recipe, options: FeatureOptions) -> int:
-    """Make the features that `options` name with the towers of the recipe's backbone. Every rank calls it.
+    """Precompute the features of a data set with the towers of the recipe's backbone. Every rank calls it.
 
     Returns:
         exit code: 0 done or already there, 1 stopped by a signal or because the launcher has died.
@@ -39,11 +39,11 @@ def run(recipe: Recipe, options: FeatureOptions) -> int:
         BadInput: on all ranks, in one line.
     """
     with StopFlag(recipe.engine.stop_grace) as stop:
-        # With other threads a matrix product rounds otherwise, and the bytes would depend on the ranks a machine has.
+        # The number of threads changes the rounding of matrix products, and the bytes must not depend on it.
         recipe.engine.threads = recipe.engine.threads or 1
-        ranks = processes.start(recipe.engine.threads, recipe.seed)
         check_options(options)
         source = Manifest.load(options.data)
+        ranks = processes.start(recipe.engine.threads, recipe.seed)
         maker = Maker(recipe, source, options, ranks.device, stop)
         plan = on_rank0(lambda: make_plan(source, options, maker.towers()))
         if plan.done:
@@ -81,7 +81,7 @@ def check_options(options: FeatureOptions) -> None:
 
 
 def make_plan(source: Manifest, options: FeatureOptions, towers: dict[str, Any]) -> Plan:
-    """What is to be done in `options.out`, on rank 0; notes there what is being made.
+    """Plan the shards in `options.out`, on rank 0, and write there what is being made.
 
     Raises:
         BadInput: the directory holds something else: features of other towers or options, or another data set.
@@ -113,14 +113,14 @@ def make_plan(source: Manifest, options: FeatureOptions, towers: dict[str, Any])
 
 
 def _finish(maker: Maker, plan: Plan, seconds: float) -> None:
-    """Class texts, keys without gaps, side files and, last, the manifest."""
+    """Write class texts, keys without gaps, side files and, last, the manifest."""
     options, source, out, name = maker.options, maker.source, maker.options.out, maker.name
     parts: dict[str, list[Part]] = {}
     left_out: dict[str, Any] = {}
-    for job, part, told in maker.finished(plan):
-        noted = left_out.setdefault(job.split, {"count": 0, "samples": []})
-        noted["count"] += len(told.bad)
-        noted["samples"] += told.bad
+    for job, part, notes in maker.finished(plan):
+        counted = left_out.setdefault(job.split, {"count": 0, "samples": []})
+        counted["count"] += len(notes.bad)
+        counted["samples"] += notes.bad
         part = renumbered(out, name, job, part, sum(p.shard.samples for p in parts.get(job.split, [])))
         if part.shard.samples:
             parts.setdefault(job.split, []).append(part)
@@ -138,7 +138,7 @@ def _finish(maker: Maker, plan: Plan, seconds: float) -> None:
         "name": "features",
         "options": {"data": source.name},
         "fingerprint": {split: fingerprint(source, split) for split in splits},
-        "left_out": {split: noted for split, noted in left_out.items() if noted["count"]},
+        "left_out": {split: bad for split, bad in left_out.items() if bad["count"]},
     }
     label_split = "train" if "train" in splits else splits[0]
     manifest = write_manifest(
@@ -156,7 +156,7 @@ def _finish(maker: Maker, plan: Plan, seconds: float) -> None:
     made = sum(job.count for job in plan.todo)
     images = sum(_total(manifest, split, "features") for split in splits) // towers["image_width"]
     texts = sum(_total(manifest, split, "text") for split in splits) // max(towers["text_width"], 1)
-    bad = sum(noted["count"] for noted in left_out.values())
+    bad = sum(counted["count"] for counted in left_out.values())
     print(f"{manifest.name}: features of towers {towers['key']} in {out}")
     for split in splits:
         shards = manifest.splits[split]
@@ -168,7 +168,7 @@ def _finish(maker: Maker, plan: Plan, seconds: float) -> None:
 
 
 def renumbered(out: Path, name: str, job: Job, part: Part, first: int) -> Part:
-    """The shard with keys from `first` on: written again if samples of shards before it were left out."""
+    """The shard with keys from `first` on; it is written again if samples of shards before it were left out."""
     data = (out / part.shard.file).read_bytes()
     pieces = [data[begin : begin + length] for begin, length in part.offsets]
     if not pieces or members(pieces[0])[0] == sample_key(job.split, first):
@@ -182,7 +182,7 @@ def _total(manifest: Manifest, split: str, name: str) -> int:
 
 
 def _refuse_difference(out: Path, have: dict[str, Any], wanted: dict[str, Any]) -> None:
-    """BadInput that lists what differs between what is in `out` and what was asked."""
+    """Raise BadInput if `out` holds features of other options, naming those that differ."""
     wanted = json.loads(json.dumps(wanted))
     differs = [
         f"{key} {have.get(key)}, now {wanted[key]}" for key in ("name", "source") if have.get(key) != wanted[key]
@@ -203,7 +203,7 @@ def _refuse_difference(out: Path, have: dict[str, Any], wanted: dict[str, Any]) 
 
 
 def _clear(out: Path) -> None:
-    """Delete feature shards that were made in `out`, and nothing else."""
+    """Delete the feature shards of `out` and their side files, and nothing else."""
     names = set()
     if (out / FILE).exists():
         manifest = Manifest.load(out)

@@ -1,7 +1,7 @@
-"""New shards out of old ones, one for one: what `features.py` and `describe.py` share.
+"""Jobs that make new shards out of old ones, one for one, as features.py and captions.py do.
 
-Ranks take shards in turn; a shard's bytes depend on its samples and the options alone, so any number of ranks writes
-the same files, and a run that was interrupted goes on where it was.
+Ranks take shards in turn. The bytes of a shard depend on its samples and the options alone, so any number of ranks
+writes the same files, and an interrupted run continues where it was.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Job:
 
 @dataclass
 class Plan:
-    """What is left to do; the same on all ranks."""
+    """All jobs, and those that are left to do; the same on all ranks."""
 
     jobs: list[Job]
     todo: list[Job]
@@ -52,34 +52,34 @@ class Plan:
 
 
 @dataclass
-class Told:
-    """What is noted of a shard beside its samples.
+class ShardNotes:
+    """Notes about a shard beside its samples.
 
     Attributes:
-        bad: (key, kind) of the samples of which nothing could be made.
-        counts: whatever else is counted.
+        bad: (key, kind) of the samples that could not be used.
+        counts: further numbers, by name.
     """
 
     bad: list[tuple[str, str]] = field(default_factory=list)
     counts: Counter[str] = field(default_factory=Counter)
 
-    def add(self, other: Told) -> None:
-        """Take in what was noted of another shard."""
+    def add(self, other: ShardNotes) -> None:
+        """Add the notes about another shard."""
         self.bad += other.bad
         self.counts.update(other.counts)
 
 
 class ShardMaker(abc.ABC, Generic[Prepared]):
-    """Makes one new shard out of one of the source.
+    """Makes one new shard out of one shard of the source.
 
     Args:
         recipe: its `data` section says how shards are read.
         source: the data set.
         out: directory of the new shards.
         name: of the new data set.
-        batch: samples that are made at once.
-        threads: that prepare samples ahead of the model.
-        stop: tells of signals.
+        batch: samples per forward pass.
+        threads: number of threads that prepare samples ahead of the model.
+        stop: notices requests to stop.
     """
 
     def __init__(
@@ -90,14 +90,14 @@ class ShardMaker(abc.ABC, Generic[Prepared]):
 
     @abc.abstractmethod
     def prepare(self, job: Job, number: int, piece: bytes | BadSample) -> Prepared:
-        """Read and decode sample `number` of the job's shard, in a thread; must not raise for a bad one."""
+        """Read and decode sample `number` of the job's shard, in a thread. Must not raise for a bad sample."""
 
     @abc.abstractmethod
-    def make(self, job: Job, number: int, prepared: list[Prepared], told: Told) -> Iterator[FeatureSample]:
-        """The new samples of some neighbouring ones, the first of them sample `number` of the job's shard."""
+    def make(self, job: Job, number: int, prepared: list[Prepared], notes: ShardNotes) -> Iterator[FeatureSample]:
+        """The new samples of consecutive ones, the first of which is sample `number` of the job's shard."""
 
     def write(self, job: Job, progress: Progress | None = None) -> Part | None:
-        """Make one shard; None if it was told to stop meanwhile, and nothing is left of it."""
+        """Make one shard. None if a stop was requested meanwhile; nothing of the shard is left then."""
         file = self.file(job)
         try:
             return write_shard(self.out, self.name, job.split, job.number, job.first, self._samples(job, progress))
@@ -108,36 +108,36 @@ class ShardMaker(abc.ABC, Generic[Prepared]):
         except OSError as error:
             raise BadInput(f"{self.out}: {error.strerror or error}. The same command continues.") from error
 
-    def finished(self, plan: Plan) -> Iterator[tuple[Job, Part, Told]]:
-        """All shards of a plan that was carried out, in order, and what was noted of each."""
+    def finished(self, plan: Plan) -> Iterator[tuple[Job, Part, ShardNotes]]:
+        """All shards of a finished plan in order, and the notes about each."""
         for job in plan.jobs:
             part = finished_part(self.out, self.file(job))
             if part is None:
                 raise RuntimeError(f"{self.out / self.file(job)}: changed while the other shards were made")
-            noted = json.loads(self._told_path(job).read_text("utf-8"))
-            yield job, part, Told(noted["bad"], Counter(noted["counts"]))
+            noted = json.loads(self._notes_path(job).read_text("utf-8"))
+            yield job, part, ShardNotes(noted["bad"], Counter(noted["counts"]))
 
     def file(self, job: Job) -> str:
-        """Name of the shard that a job makes."""
+        """Name of the shard of a job."""
         return shard_file(self.name, job.split, job.number)
 
-    def _told_path(self, job: Job) -> Path:
-        """Where notes of a shard stay until the manifest is written."""
+    def _notes_path(self, job: Job) -> Path:
+        """File of the notes about a shard until the manifest is written."""
         return part_path(self.out, self.file(job)).with_suffix(".told.json")
 
     def _samples(self, job: Job, progress: Progress | None) -> Iterator[FeatureSample]:
-        told = Told()
+        notes = ShardNotes()
         for number, prepared in self._ahead(job):
             if self.stop is not None and self.stop.requested():
                 raise _Stopped
-            yield from self.make(job, number, prepared, told)
+            yield from self.make(job, number, prepared, notes)
             if progress is not None:
                 progress.advance(len(prepared))
-        # Before the part that says that the shard is finished.
-        write_json(self._told_path(job), {"bad": told.bad, "counts": told.counts})
+        # Write the notes before the part, which says that the shard is finished.
+        write_json(self._notes_path(job), {"bad": notes.bad, "counts": notes.counts})
 
     def _ahead(self, job: Job) -> Iterator[tuple[int, list[Prepared]]]:
-        """Prepared samples, `batch` at a time, with the number of the first; the next ones are prepared meanwhile."""
+        """Prepared samples, `batch` at a time, and the number of the first; the next ones are prepared meanwhile."""
         data = self.recipe.data
         reader = ShardReader(self.source, job.split, data.cache_dir, data.allow_pipe)
         starts = list(range(0, job.count, self.batch))
@@ -167,13 +167,13 @@ def open_plan(
     of_manifest: Callable[[Manifest], dict[str, Any]],
     refuse_difference: Callable[[dict[str, Any], dict[str, Any]], None],
 ) -> Plan:
-    """What is to be done in `out`, on rank 0; notes there what is being made.
+    """Plan the shards in `out`, on rank 0, and write there what is being made.
 
     Args:
         splits: of the source; empty: all.
-        wanted: what the new shards depend on, as JSON holds it.
-        of_manifest: the same of a finished data set; raises BadInput if it is none of this kind.
-        refuse_difference: (what is there, `wanted`); raises BadInput if they differ.
+        wanted: all that the new shards depend on, JSON-able.
+        of_manifest: gives the same of a finished data set; raises BadInput for one of another kind.
+        refuse_difference: takes the same of what is in `out`, and `wanted`; raises BadInput if they differ.
 
     Raises:
         BadInput: a damaged source, or a directory that holds something else.
@@ -208,10 +208,10 @@ def open_plan(
 
 
 def carry_out(maker: ShardMaker, plan: Plan, ranks: Any, what: str) -> bool:
-    """Make all shards that are missing, in rounds of one shard a rank; False if a rank was told to stop.
+    """Make all missing shards, in rounds of one shard per rank; False if a stop was requested on a rank.
 
     Args:
-        what: is made, for the progress lines.
+        what: title of the progress display.
 
     Raises:
         BadInput: on all ranks.
@@ -227,18 +227,18 @@ def carry_out(maker: ShardMaker, plan: Plan, ranks: Any, what: str) -> bool:
                     stopped = maker.write(mine[round_], progress) is None
                 except BadInput as error:
                     problem = str(error)
-            # A collective each round: none of the ranks waits for another longer than one shard takes.
-            told: list[Any] = [None] * ranks.world_size
+            # Meet after every round, so that no rank waits for another longer than one shard takes.
+            outcomes: list[Any] = [None] * ranks.world_size
             if ranks.world_size > 1:
-                dist.all_gather_object(told, (problem, stopped or maker.stop.requested()))
+                dist.all_gather_object(outcomes, (problem, stopped or maker.stop.requested()))
             else:
-                told = [(problem, stopped)]
-            if problems := [p for p, _ in told if p]:
+                outcomes = [(problem, stopped)]
+            if problems := [p for p, _ in outcomes if p]:
                 raise BadInput(problems[0])
-            if any(s for _, s in told):
+            if any(s for _, s in outcomes):
                 return False
     return True
 
 
-class _Stopped(Exception):  # noqa: N818 - no error: a signal came
+class _Stopped(Exception):  # noqa: N818 - a stop was requested, which is no error
     pass

@@ -23,8 +23,10 @@ from mmpeft_ds.data.shards import ShardReader, members
 from mmpeft_ds.data.writer import PARTS, shard_file, write_manifest, write_shard
 from mmpeft_ds.engine.assembly import resolve
 from mmpeft_ds.engine.export import export_adapter
+from mmpeft_ds.engine.zero.fingerprint import all_tensors, frozen_fingerprint
 from mmpeft_ds.errors import BadInput
 from mmpeft_ds.precompute import captions as describe
+from mmpeft_ds.precompute.caption_maker import weights_hash
 from tests.helpers import ROOT, commands, launch
 from tests.helpers.models import tiny_backbones, tiny_blip, tiny_mllm
 
@@ -86,7 +88,7 @@ def one_rank(folder) -> Path:
     return out
 
 
-def describer(folder: Path, out: str, data: str = "data", **options: object) -> describe.Describer:
+def describer(folder: Path, out: str, data: str = "data", **options: object) -> describe.CaptionMaker:
     raw = {
         "run_dir": "unused",
         "backbone": {"name": "blip", "model": str(folder / "blip")},
@@ -95,10 +97,10 @@ def describer(folder: Path, out: str, data: str = "data", **options: object) -> 
     recipe, source = recipes.from_dict(raw), Manifest.load(folder / data)
     made = describe.DescribeOptions(str(folder / data), folder / out, **options)
     describe._check(source, made)
-    return describe.Describer(recipe, source, made, torch.device("cpu"))
+    return describe.CaptionMaker(recipe, source, made, torch.device("cpu"))
 
 
-def finish(made: describe.Describer, reverse: bool = False) -> Path:
+def finish(made: describe.CaptionMaker, reverse: bool = False) -> Path:
     plan = describe._plan(made)
     for job in plan.todo[:: -1 if reverse else 1]:
         assert made.write(job) is not None
@@ -178,8 +180,8 @@ def test_a_finished_directory_is_left_alone_and_another_model_is_refused(folder,
     other = describer(folder, "again", batch=4)
     with torch.no_grad():
         other.model.vision_model.embeddings.class_embedding += 1
-    prints = describe.fingerprints.frozen_fingerprint(describe.fingerprints.all_tensors(other.model))
-    assert describe.weights_hash(prints) != made.origin["weights"]
+    prints = frozen_fingerprint(all_tensors(other.model))
+    assert weights_hash(prints) != made.origin["weights"]
     assert content(out) == before
 
 
@@ -228,7 +230,7 @@ def test_an_adapter_directory_of_ours_describes(folder):
     export_adapter(folder / "adapter", model, parts, {})
     source = Manifest.load(folder / "data")
     options = describe.DescribeOptions(str(folder / "data"), folder / "tuned", splits=("test",))
-    ours = describe.Describer(recipe, source, options, torch.device("cpu"), adapter_dir=folder / "adapter")
+    ours = describe.CaptionMaker(recipe, source, options, torch.device("cpu"), adapter_dir=folder / "adapter")
     plain = describer(folder, "frozen", splits=("test",))
     assert ours.origin["weights"] != plain.origin["weights"] and ours.origin["adapter"]
     tuned, frozen = records(finish(ours), "test"), records(finish(plain), "test")
@@ -272,8 +274,8 @@ def test_a_backbone_that_writes_nothing_is_refused(folder):
     raw = {"run_dir": "x", "backbone": {"name": "blip", "model": str(folder / "blip"), "form": "retrieval"},
            "method": {"name": "lora"}}  # fmt: skip
     options = describe.DescribeOptions(str(folder / "data"), folder / "mute")
-    with pytest.raises(BadInput, match="writes no text"):
-        describe.Describer(recipes.from_dict(raw), Manifest.load(folder / "data"), options, torch.device("cpu"))
+    with pytest.raises(BadInput, match="generates no text"):
+        describe.CaptionMaker(recipes.from_dict(raw), Manifest.load(folder / "data"), options, torch.device("cpu"))
 
 
 @pytest.mark.parametrize("family", ["llava", "qwen2_vl"])
@@ -285,11 +287,11 @@ def test_models_that_converse_describe_too(folder, family):
     options = describe.DescribeOptions(
         str(folder / "data"), folder / f"by_{family}", splits=("test",), prompt="what is it", generation=how, batch=2
     )
-    made = describe.Describer(recipes.from_dict(raw), source, options, torch.device("cpu"))
+    made = describe.CaptionMaker(recipes.from_dict(raw), source, options, torch.device("cpu"))
     found = [r["json"]["captions"] for r in records(finish(made), "test")]
     assert [len(c) for c in found] == [1, 1, 1]
     options = dataclasses.replace(options, out=folder / f"alone_by_{family}", batch=1)
-    alone = describe.Describer(recipes.from_dict(raw), source, options, torch.device("cpu"))
+    alone = describe.CaptionMaker(recipes.from_dict(raw), source, options, torch.device("cpu"))
     assert [r["json"]["captions"] for r in records(finish(alone), "test")] == found, "padding changed a caption"
 
 
@@ -301,7 +303,7 @@ def test_a_vision_tower_before_a_language_model_describes_too(folder, tmp_path):
         str(folder / "data"), tmp_path / "out", splits=("test",), generation={"max_new_tokens": 3}
     )
     source = Manifest.load(folder / "data")
-    made = describe.Describer(recipes.from_dict(raw), source, options, torch.device("cpu"))
+    made = describe.CaptionMaker(recipes.from_dict(raw), source, options, torch.device("cpu"))
     assert [len(r["json"]["captions"]) for r in records(finish(made), "test")] == [1, 1, 1]
 
 
