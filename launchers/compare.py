@@ -59,7 +59,13 @@ def read(run: Path) -> dict:
     """What one row shows."""
     (report,) = json.loads((ROOT / run / "evaluation-val.json").read_text())
     steps = rows_of(run)
-    return {"scores": report["scores"], "loss": [s["loss"] for s in steps], "speed": steps[-1]["samples_per_second"]}
+    counted = f"{report['scored']:,} of {report['there']:,} {report['unit']}"
+    return {
+        "counted": counted,
+        "scores": report["scores"],
+        "loss": [s["loss"] for s in steps],
+        "speed": steps[-1]["samples_per_second"],
+    }
 
 
 def table(rows: dict, args: argparse.Namespace) -> None:
@@ -71,7 +77,8 @@ def table(rows: dict, args: argparse.Namespace) -> None:
         values = [f"{row['scores'][m]:.4f}" for m in metrics] + [f"{statistics.mean(row['loss'][-SMOOTH:]):.3f}"]
         lines.append(f"| {name} | " + " | ".join(values) + " |")
     text = "\n".join(lines)
-    print(f"\n{args.steps} steps each, {time.strftime('%Y-%m-%d')}\n{text}")
+    text = f"{next(iter(rows.values()))['counted']} of the validation split\n\n{text}"
+    print(f"\n{args.steps} steps each, {time.strftime('%Y-%m-%d')}, {text}")
     (ROOT / args.out / "table.md").write_text(text + "\n")
     (ROOT / args.out / "table.json").write_text(json.dumps({r: rows[r]["scores"] for r in rows}, indent=1) + "\n")
 

@@ -85,7 +85,11 @@ def collect(plan: dict, report: dict, seconds: dict) -> dict:
 
 def show(report: dict, m: dict) -> None:
     """The table, then one line a fact."""
-    console.score_table(report["scores"], report["baselines"], "easy-VQA, official test split")
+    console.score_table(
+        report["scores"],
+        report["baselines"],
+        f"easy-VQA, official test split, {report['scored']:,} of {report['there']:,} {report['unit']}",
+    )
     print(f"parameters       {m['trainable_parameters']:,} trained of {m['total_parameters']:,}")
     print(f"speed            {m['samples_per_second']:.0f} questions/s; ", end="")
     print(f"{m['step_seconds']:.2f} s a step at ZeRO-{m['zero_stage']}, {m['step_seconds_zero1']:.2f} s at ZeRO-1")

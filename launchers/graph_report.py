@@ -6,6 +6,7 @@
 What `sorted by class` gains over the shuffled orders is leakage, not skill. Writes RUN/graph-report-SPLIT.json.
 """
 
+import json
 import sys
 from pathlib import Path
 
@@ -31,7 +32,8 @@ def main() -> int:
 
     lines = of_run(args.run, args.split, args.checkpoint, args.batch, args.set)
     if console.rank() == 0:
-        show(lines, f"{args.run} on {args.split}")
+        report = json.loads((args.run / f"graph-report-{args.split}.json").read_text())
+        show(lines, f"{args.run} on {args.split}, {report['rows']:,} of {report['there']:,} samples")
     return 0
 
 

@@ -278,7 +278,7 @@ class _Loader:
         generator = torch.Generator().manual_seed(seed)
         record = _record(parts, source.fields)
         if source.identify:
-            _identify(record, parts)
+            identify(record, parts)
         try:
             texts, targets = source.read(record, generator)
         except (TypeError, KeyError, ValueError, IndexError, AttributeError) as error:
@@ -373,8 +373,8 @@ def _record(parts: dict[str, bytes], fields: Sequence[str]) -> dict[str, Any]:
     return record
 
 
-def _identify(record: dict[str, Any], parts: dict[str, bytes]) -> None:
-    """Give a record the identity of what a model sees of it."""
+def identify(record: dict[str, Any], parts: dict[str, bytes]) -> None:
+    """Give the record of a sample whose members are `parts` the identity of what a model sees of it."""
     features = record.get("features")
     contents = [parts[name] for name in image_names(parts)] if features is None else [features.numpy().tobytes()]
     if contents:

@@ -15,6 +15,8 @@ from mmpeft_ds.distributed.collectives import on_rank0
 from mmpeft_ds.engine import graph_health
 from mmpeft_ds.engine.assembly import modality
 from mmpeft_ds.engine.assembly.forward import answer
+from mmpeft_ds.engine.assembly.resolve import ResolvedSource
+from mmpeft_ds.engine.streams import items_of
 from mmpeft_ds.errors import AgreedBadInput, BadInput
 
 
@@ -25,6 +27,9 @@ class Evaluation:
     Attributes:
         scores: metrics of the task and `loss`, on every rank.
         rows: predictions ordered by sample id, on rank 0 only; empty elsewhere.
+        scored, there: how many questions, captions or samples the scores rest on, and how many the source has, on
+            every rank; see `count`.
+        unit: what they are, in the plural.
         bad: number of samples that could not be read and are left out, on every rank.
         pictures: (image (3, H, W) in [0, 1], its rows) of rank 0's share, up to the number asked for.
         graph: picture (3, H, W) in [0, 1] of the graph among rank 0's rows of the first batch, if pictures are asked
@@ -36,6 +41,15 @@ class Evaluation:
     pictures: list[tuple[Tensor, list[dict[str, Any]]]] = field(default_factory=list)
     bad: int = 0
     graph: Tensor | None = None
+    scored: int = 0
+    there: int = 0
+    unit: str = "samples"
+
+    @property
+    def counted(self) -> str:
+        """`72 of 72 questions`, and what was left out."""
+        bad = f", {self.bad:,} bad samples left out" if self.bad else ""
+        return f"{self.scored:,} of {self.there:,} {self.unit}{bad}"
 
 
 @torch.no_grad()
@@ -110,6 +124,14 @@ def evaluate(
     loss = loss_sum / weight_sum if weight_sum else float("nan")
     drawn = graph_health.picture(seen, thumbnail) if seen is not None else None
     return Evaluation({**scores, "loss": loss}, gathered, kept, int(bad), drawn)
+
+
+def count(evaluation: Evaluation, source: ResolvedSource) -> Evaluation:
+    """Say how much of a source an evaluation rests on, and return it. Collective."""
+    numbers = on_rank0(lambda: (source.task.scored(evaluation.rows), items_of(source)))
+    evaluation.scored, evaluation.there = numbers
+    evaluation.unit = source.task.unit
+    return evaluation
 
 
 def _together(steps: Iterable[Any], device: torch.device | str) -> Iterator[Any]:

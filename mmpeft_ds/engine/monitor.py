@@ -104,9 +104,8 @@ class Monitor(Observer):
             self.board.add_scalar(f"bad_samples/{kind}", count, step)
 
     def evaluation(self, split: str, step: int, evaluation: Any) -> None:
-        bad = f", {evaluation.bad:,} bad samples left out" if evaluation.bad else ""
         shown = ", ".join(f"{k} {v:.4f}" for k, v in evaluation.scores.items())
-        self.say(f"step {step}: {split}: {shown} ({len(evaluation.rows):,} rows{bad})")
+        self.say(f"step {step}: {split}: {shown} ({evaluation.counted})")
         if self.board is None:
             return
         for name, value in evaluation.scores.items():

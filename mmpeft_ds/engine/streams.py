@@ -10,7 +10,7 @@ import torch
 
 from mmpeft_ds import recipe as recipes
 from mmpeft_ds.data.shards import ShardReader, members, verify_shards
-from mmpeft_ds.data.stream import Stream, StreamSource
+from mmpeft_ds.data.stream import Stream, StreamSource, identify
 from mmpeft_ds.data.thumbnails import Thumbnails
 from mmpeft_ds.distributed.processes import Ranks
 from mmpeft_ds.engine.assembly.resolve import Resolved, ResolvedSource
@@ -93,6 +93,17 @@ def check_shards(resolved: Resolved, ranks: Ranks) -> None:
         raise BadInput(f"{problems[0]}{more}")
 
 
+def items_of(source: ResolvedSource) -> int:
+    """How many questions, captions or whatever the task scores one by one there are in a source."""
+    field = source.task.items
+    if not field:
+        return source.samples
+    counted = source.manifest.fields.get(source.options.split, {}).get(f"{field}[]")
+    if source.subset is None and counted is not None:
+        return counted["present"]
+    return sum(len(record.get(field, [])) for record in records(source))
+
+
 def records(source: ResolvedSource) -> Iterator[dict[str, Any]]:
     """The json of every sample that is used of a split, in order; images are not decoded."""
     manifest, split = source.manifest, source.options.split
@@ -104,6 +115,10 @@ def records(source: ResolvedSource) -> Iterator[dict[str, Any]]:
                 wanted = [(number, int(i)) for i in rows[first : first + CHUNK]]
                 for piece in reader.read(wanted):
                     if isinstance(piece, bytes):
-                        yield json.loads(members(piece)[1]["json"])
+                        parts = members(piece)[1]
+                        record = json.loads(parts["json"])
+                        if source.task.identifies_pictures:
+                            identify(record, parts)
+                        yield record
     finally:
         reader.close()

@@ -23,7 +23,8 @@ def table(metrics: dict[str, Any], scores: dict[str, float], baselines: dict[str
     width = max(map(len, facts))
     lines = [f"{name:<{width}}  {value}" for name, value in facts.items()]
     if scores:
-        title = f"{metrics.get('best_of') or 'validation'}, step {metrics['best_step']}"
+        counted = f", {metrics['best_counted']}" if metrics.get("best_counted") else ""
+        title = f"{metrics.get('best_of') or 'validation'}, step {metrics['best_step']}{counted}"
         lines.append(console.score_text(scores, baselines, title))
     return "\n".join(lines)
 
@@ -32,7 +33,7 @@ def shown(metrics: dict[str, Any]) -> dict[str, str]:
     """Metrics of a run as people read them: what is empty left out, numbers rounded, the best score by its name."""
     facts = {}
     for name, value in metrics.items():
-        if name in ("best_of", "best_metric", "best_step") or value in (None, "", [], {}, 0):
+        if name in ("best_of", "best_metric", "best_step", "best_counted") or value in (None, "", [], {}, 0):
             continue
         if name == "best":
             where = f", {metrics['best_of']}" if metrics.get("best_of") else ""

@@ -18,7 +18,7 @@ from mmpeft_ds.engine import calibrate, checkpoint, ewc, summary
 from mmpeft_ds.engine.assembly.build import Built, build
 from mmpeft_ds.engine.assembly.checks import check_schedule
 from mmpeft_ds.engine.assembly.resolve import Resolved, ResolvedSource, resolve, titles
-from mmpeft_ds.engine.evaluator import Evaluation, evaluate
+from mmpeft_ds.engine.evaluator import Evaluation, count, evaluate
 from mmpeft_ds.engine.export import export_adapter
 from mmpeft_ds.engine.monitor import Monitor, Observer, plain
 from mmpeft_ds.engine.rundir import RunDir, finished_words
@@ -214,6 +214,7 @@ class Training:
         if state.best is None or sign * value > sign * state.best:
             state.best, state.best_step, state.evaluations_without_improvement = value, state.step, 0
             state.extra["best_scores"] = plain(results[0].scores)
+            state.extra["best_counted"] = results[0].counted
             return True
         state.evaluations_without_improvement += 1
         return False
@@ -221,17 +222,19 @@ class Training:
     def evaluate(self, index: int) -> Evaluation | None:
         """Evaluate one validation source, every sample once; None if a stop was requested meanwhile."""
         stream, title = self.validation[index], titles(self.resolved.validation)[index]
+        source = self.resolved.validation[index]
         progress = Progress(title, stream.steps_per_epoch(), "steps", shown=self.ranks.rank == 0)
-        return evaluate(
+        result = evaluate(
             self.built.engine,
             self.resolved.backbone,
-            self.resolved.validation[index].task,
+            source.task,
             progress.track(stream.epoch(0)),
             self.ranks.device,
             pictures=self.recipe.monitor.samples,
             stop_requested=self.stepper.stop_requested,
-            thumbnail=thumbnails_of(self.resolved.validation[index]),
+            thumbnail=thumbnails_of(source),
         )
+        return None if result is None else count(result, source)
 
     def save(self, best: bool = False) -> None:
         """Save a checkpoint of this step, unless it has one already."""
@@ -271,6 +274,7 @@ class Training:
                 "best_step": state.best_step,
                 "best_metric": self.resolved.validation[0].task.main_metric if self.validation else None,
                 "best_of": titles(self.resolved.validation)[0] if self.validation else None,
+                "best_counted": state.extra.get("best_counted"),
                 "skipped_steps": state.skipped_total,
                 "bad_samples": state.bad,
                 "world_size": self.ranks.world_size,

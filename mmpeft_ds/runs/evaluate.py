@@ -31,8 +31,9 @@ def evaluate_run(
         overrides: as `--set`, for where and how to run: engine.deepspeed, data.workers, data.sources.0.dir.
 
     Returns:
-        on every rank, one report per data set and task: dir, split, task, checkpoint, step, samples, rows, scores,
-        baselines, seconds. None if it was told to stop (a signal, or the launcher has died): nothing is written.
+        on every rank, one report per data set and task: dir, split, task, checkpoint, step, samples, rows, scored and
+        there (how many of `unit` the scores rest on, and how many the split has), bad_samples, scores, baselines,
+        seconds. None if it was told to stop (a signal, or the launcher has died): nothing is written.
 
     Raises:
         BadInput: no run there, no such checkpoint or split.
@@ -62,6 +63,9 @@ def evaluate_run(
                     "step": opened.state.step,
                     "samples": source.samples,
                     "rows": on_rank0(lambda result=result: len(result.rows)),
+                    "scored": result.scored,
+                    "there": result.there,
+                    "unit": result.unit,
                     "bad_samples": result.bad,
                     "scores": result.scores,
                     "baselines": on_rank0(lambda source=source: _baselines(resolved, source)),

@@ -87,7 +87,7 @@ def _score(training: trainer.Training, cell: Cell) -> bool:
             result = evaluate_source(resolved, training.built, training.ranks, source, title, stop_requested)
             if result is None:
                 return False
-            scores[title] = {**result.scores, "samples": source.samples - result.bad}
+            scores[title] = {**result.scores, "samples": result.scored, "of": result.there}
             # Of all that could have been trained on: among a few of each class none is the most frequent.
             train = replace(resolved.train[0], subset=None)
             baselines[title] = on_rank0(

@@ -35,7 +35,7 @@ def markdown(results: list[dict[str, Any]]) -> str:
     shots = sorted({r["shots"] for r in results})
     parts = []
     for test in _tests(whole):
-        lines = [f"### {test} ({_samples(whole, test)} images)", ""]
+        lines = [f"### {test} ({_samples(whole, test)})", ""]
         lines += _table(["method", "reads", *(f"{s}-shot" for s in shots), "trained at most"])
         for name, rows in _by_method(whole).items():
             cells = [_shown(_scores(rows, test, s)) for s in shots]
@@ -138,8 +138,11 @@ def _shown(values: list[float]) -> str:
     return f"{mean} ± {100 * _deviation(values):.1f}" if len(values) > 1 else mean
 
 
-def _samples(results: list[dict[str, Any]], test: str) -> int:
-    return next(int(r["tests"][test]["samples"]) for r in results if test in r["tests"])
+def _samples(results: list[dict[str, Any]], test: str) -> str:
+    """How many images of a test set the accuracies rest on; results of earlier versions do not say of how many."""
+    scores = next(r["tests"][test] for r in results if test in r["tests"])
+    of = f" of {int(scores['of'])}" if "of" in scores else ""
+    return f"{int(scores['samples'])}{of} images"
 
 
 def _majority(results: list[dict[str, Any]], test: str) -> float | None:

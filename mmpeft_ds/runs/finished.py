@@ -13,7 +13,7 @@ from mmpeft_ds.distributed.processes import Ranks
 from mmpeft_ds.engine import checkpoint
 from mmpeft_ds.engine.assembly.build import Built, build
 from mmpeft_ds.engine.assembly.resolve import Resolved, ResolvedSource
-from mmpeft_ds.engine.evaluator import Evaluation, evaluate
+from mmpeft_ds.engine.evaluator import Evaluation, count, evaluate
 from mmpeft_ds.engine.streams import check_shards, make_stream
 from mmpeft_ds.engine.train_state import TrainState
 from mmpeft_ds.engine.zero import fingerprint
@@ -107,9 +107,10 @@ def evaluate_source(
     progress = Progress(title, stream.steps_per_epoch(), "steps", shown=ranks.rank == 0)
     try:
         steps = progress.track(stream.epoch(0))
-        return evaluate(
+        result = evaluate(
             built.engine, resolved.backbone, source.task, steps, ranks.device, stop_requested=stop_requested
         )
+        return None if result is None else count(result, source)
     finally:
         progress.close()
         stream.close()

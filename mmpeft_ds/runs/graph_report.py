@@ -89,6 +89,7 @@ def of_run(
     stream.close()
     lines = invariance(head, rows, size or recipe.data.global_batch)
     if ranks.rank == 0:
-        report = {"split": split, "checkpoint": opened.checkpoint.name, "rows": len(rows.labels), "lines": lines}
+        report = {"split": split, "checkpoint": opened.checkpoint.name, "rows": len(rows.labels)}
+        report |= {"there": source.samples, "lines": lines}
         write_json(run / f"graph-report-{split}.json", report)
     return lines

@@ -42,6 +42,8 @@ class TaskBase(abc.ABC):
         ranking: the same for answers that `BackboneBase.rank` picks from a list.
         concludes: the answers depend on the whole split: evaluation calls `collect` for each micro-batch and
             `conclude` at the end; it then scores the rows of `conclude` instead of those of `predict`.
+        unit: what is scored one by one, in the plural.
+        items: field of the records that holds them as a list; empty where each sample is one.
         identifies_pictures: records tell which of them show the same images (`data.identity.PICTURE`), so the data
             tells the task by the images themselves where the records do not.
     """
@@ -56,6 +58,8 @@ class TaskBase(abc.ABC):
     ranking: dict[str, Any] | None = None
     concludes: bool = False
     identifies_pictures: bool = False
+    unit: str = "samples"
+    items: str = ""
 
     def __init__(self, options: Any, labels: list[str] | None):
         self.options, self.labels = options, labels
@@ -98,8 +102,15 @@ class TaskBase(abc.ABC):
     # with defaults
 
     def read_all(self, record: dict[str, Any], generator: torch.Generator) -> tuple[list[Any], list[Any]]:
-        """Texts and targets of one sample in evaluation. Default: as in training."""
+        """Texts and targets of one sample in evaluation: all of it, whatever options limit or draw in training.
+
+        Default: as in training, for tasks that read the same every time.
+        """
         return self.read(record, generator)
+
+    def scored(self, rows: list[dict[str, Any]]) -> int:
+        """How many of `unit` the scores of `rows` rest on; called on rank 0. Default: one per row."""
+        return len(rows)
 
     def collate(self, targets: list[Any]) -> dict[str, Tensor]:
         """Tensors of the targets of a batch, first dimension T. Default: none."""

@@ -26,7 +26,8 @@ def python(script: Path, *args: str) -> launch.Result:
 def test_train_then_evaluate_then_predict(tmp_path):
     tiny_vqa.prepare(tmp_path)
     run = tmp_path / "run"
-    trained = python(TRAIN, "--recipe", str(tmp_path / "recipe.yaml"), "--set", "optim.max_steps=3")
+    limit = ("--set", "data.sources.0.task.max_questions=1")  # of training; evaluation asks all questions
+    trained = python(TRAIN, "--recipe", str(tmp_path / "recipe.yaml"), "--set", "optim.max_steps=3", *limit)
     assert trained.code == 0, trained.tail()
 
     assert "best accuracy" in trained.output and "majority" in trained.output, "scores stand beside a baseline"
@@ -38,6 +39,9 @@ def test_train_then_evaluate_then_predict(tmp_path):
     # 7 samples with 1 to 3 questions, each once
     asked = [len(tiny_vqa.sample(1000 + i).record["questions"]) for i in range(7)]
     assert report["samples"] == 7 and len(rows) == report["rows"] == sum(asked)
+    assert report["scored"] == report["there"] == len(rows) and report["unit"] == "questions"
+    counted = f"{len(rows)} of {len(rows)} questions"
+    assert counted in " ".join(evaluated.output.split()) and counted in " ".join(trained.output.split())
     right = sum(row["prediction"] in row["answers"] for row in rows)
     assert report["scores"]["accuracy"] == pytest.approx(right / len(rows))
     assert "majority" in report["baselines"] and "majority" in evaluated.output and "this run" in evaluated.output

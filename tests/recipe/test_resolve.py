@@ -1,5 +1,6 @@
 """A recipe becomes its parts, or one line says why it cannot."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -8,7 +9,8 @@ import torch
 
 from mmpeft_ds import recipe as recipes
 from mmpeft_ds.data.manifest import Manifest
-from mmpeft_ds.engine import plan
+from mmpeft_ds.data.subset import Subset
+from mmpeft_ds.engine import plan, streams
 from mmpeft_ds.engine.assembly import resolve
 from mmpeft_ds.errors import BadInput
 from tests.helpers.runs import tiny_vqa
@@ -202,6 +204,14 @@ def test_a_run_of_few_steps_is_remarked_unless_it_was_asked_for(folder):
     assert "10 steps in all" in line and "optim.epochs=40 would give about 200" in line
     assert resolve.resolve(load(folder, "optim.max_steps=10")).remarks == []
     assert resolve.resolve(load(folder, "optim.epochs=20")).remarks == []
+
+
+def test_how_many_questions_there_are_is_known_with_and_without_a_subset(folder):
+    (source,) = resolve.resolve(load(folder)).validation
+    each = [len(tiny_vqa.sample(1000 + i).record["questions"]) for i in range(7)]
+    assert streams.items_of(source) == sum(each)
+    some = Subset(source.manifest.name, "val", ["val-000000001", "val-000000002"])
+    assert streams.items_of(dataclasses.replace(source, subset=some)) == each[1] + each[2]
 
 
 def test_the_plan_counts_what_training_would_train(folder):

@@ -75,7 +75,29 @@ def test_evaluation_reads_everything_that_training_draws_from(task):
     assert len(asked[0]) == 1 and asked[1] == {0, 1, 2}
 
 
+LIMITS = {"max_questions": 1, "captions": 1, "text": "captions"}  # what limits or draws in training, where there is it
+
+
+def test_evaluation_draws_nothing_and_reads_as_many_as_the_task_says_there_are(task):
+    own = {name: value for name, value in LIMITS.items() if hasattr(task.options, name)}
+    limited = type(task)(dataclasses.replace(task.options, **own), LABELS)
+    record = RECORD | {"questions": [{"question": "is it?", "answers": ["yes"] * 5 + ["no"] * 5} for _ in range(3)]}
+
+    def read(how, seed):
+        generator = torch.Generator().manual_seed(seed)
+        before = generator.get_state()
+        texts, targets = getattr(limited, how)(record, generator)
+        return (texts, targets), bool((generator.get_state() != before).any())
+
+    first, drew = read("read_all", 0)
+    assert not drew and all(read("read_all", seed)[0] == first for seed in range(1, 20))
+    assert len(first[0]) == (len(record[limited.items]) if limited.items else 1)
+    if own or limited.fields == ("captions",) or getattr(limited.options, "target", "") == "sample":
+        assert any(read("read", seed)[1] for seed in range(20)), "negative control: training does draw"
+
+
 def test_no_rows_have_no_scores(task):
+    assert task.scored([]) == 0
     assert task.score([]) == {} and task.baselines([], []) == {}
 
 

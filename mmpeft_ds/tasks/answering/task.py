@@ -43,7 +43,7 @@ class Answering(QuestionTask):
             self.generation["choices"] = options.choices
 
     def read_questions(
-        self, record: dict[str, Any], most: int, generator: torch.Generator
+        self, record: dict[str, Any], most: int, generator: torch.Generator | None
     ) -> tuple[list[Prompted], list[Any]]:
         """Prompt and target of each question, its number in the record, and the score of the target."""
         texts, targets = [], []
@@ -57,12 +57,13 @@ class Answering(QuestionTask):
         """A question as the model reads it."""
         return Prompted(self.options.prompt + question, answer)
 
-    def _target(self, scores: dict[str, float], generator: torch.Generator) -> tuple[str, float]:
-        """The target answer and its score; empty and 0 where nobody gave one that counts."""
+    def _target(self, scores: dict[str, float], generator: torch.Generator | None) -> tuple[str, float]:
+        """The target answer and its score; empty and 0 where nobody gave one that counts. Without a generator nothing
+        is drawn: the most frequent one."""
         if not scores:
             return "", 0.0
         answers = list(scores)
-        if self.options.target == "best":
+        if generator is None or self.options.target == "best":
             return answers[0], scores[answers[0]]
         weights = torch.tensor(list(scores.values()), dtype=torch.float64)
         drawn = answers[int(torch.multinomial(weights, 1, generator=generator))]

@@ -47,14 +47,28 @@ class Captioning(TaskBase):
 
     def read(self, record: dict[str, Any], generator: torch.Generator) -> tuple[list[Prompted], list[Any]]:
         """The prompt and one of the captions, drawn anew at each visit."""
+        texts = self._captions(record)
+        drawn = int(torch.randint(len(texts), (), generator=generator)) if len(texts) > 1 else 0
+        return [Prompted(self.options.prompt, texts[drawn])], [{}]
+
+    def read_all(self, record: dict[str, Any], generator: torch.Generator) -> tuple[list[Prompted], list[Any]]:
+        """The prompt and the first caption, for evaluation, whose loss would else depend on a draw."""
+        return [Prompted(self.options.prompt, self._captions(record)[0])], [{}]
+
+    def scored(self, rows: list[dict[str, Any]]) -> int:
+        """Samples with captions to compare with."""
+        return sum(bool(row["references"]) for row in rows)
+
+    @staticmethod
+    def _captions(record: dict[str, Any]) -> list[str]:
+        """Captions that hold a text. Raises BadSample if there is none."""
         captions = record.get("captions")
         if not isinstance(captions, list) or not all(isinstance(c, str) for c in captions):
             raise BadSample("field", "`captions` is no list of texts")
         texts = [c.strip() for c in captions if c.strip()]
         if not texts:
             raise BadSample("field", "`captions` holds no text")
-        drawn = int(torch.randint(len(texts), (), generator=generator)) if len(texts) > 1 else 0
-        return [Prompted(self.options.prompt, texts[drawn])], [{}]
+        return texts
 
     def prompted(self, text: str) -> Prompted:
         """A text given in prediction, as the model reads it: behind the prompt."""

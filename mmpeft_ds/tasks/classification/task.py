@@ -65,6 +65,10 @@ class Classification(TaskBase):
         self._allowed = frozenset(self._index[name] for name in wanted)
         self._columns = sorted(self._allowed)
 
+    def scored(self, rows: list[dict[str, Any]]) -> int:
+        """Samples of known class."""
+        return sum("answer" in row for row in rows)
+
     def read(self, record: dict[str, Any], generator: torch.Generator) -> tuple[list[Described], list[Any]]:
         """One text, a drawn caption or nothing, and the class. Raises BadSample."""
         return self._read(record, generator)

@@ -25,6 +25,7 @@ class QuestionTask(TaskBase):
     fields = ("questions",)
     main_metric = "accuracy"
     example_text = "what is in the picture?"
+    unit, items = "questions", "questions"
 
     def __init__(self, options: Any, labels: list[str] | None):
         super().__init__(options, labels)
@@ -33,9 +34,13 @@ class QuestionTask(TaskBase):
 
     @abc.abstractmethod
     def read_questions(
-        self, record: dict[str, Any], most: int, generator: torch.Generator
+        self, record: dict[str, Any], most: int, generator: torch.Generator | None
     ) -> tuple[list[Any], list[Any]]:
-        """Texts and targets of at most `most` questions of a record, 0 = all; see `drawn_questions`."""
+        """Texts and targets of at most `most` questions of a record, 0 = all; see `drawn_questions`.
+
+        Args:
+            generator: None in evaluation, where nothing is drawn.
+        """
 
     def read(self, record: dict[str, Any], generator: torch.Generator) -> tuple[list[Any], list[Any]]:
         """Questions of one sample in training, at most `max_questions` of them."""
@@ -43,7 +48,11 @@ class QuestionTask(TaskBase):
 
     def read_all(self, record: dict[str, Any], generator: torch.Generator) -> tuple[list[Any], list[Any]]:
         """All questions of one sample, for evaluation."""
-        return self.read_questions(record, 0, generator)
+        return self.read_questions(record, 0, None)
+
+    def scored(self, rows: list[dict[str, Any]]) -> int:
+        """Questions that somebody has answered."""
+        return sum(bool(row["answers"]) for row in rows)
 
     def ask(self, texts: list[str]) -> tuple[dict[str, Any], list[Any]]:
         """A record with these questions, none of them answered, and their targets."""
@@ -60,7 +69,7 @@ class QuestionTask(TaskBase):
 
 
 def drawn_questions(
-    record: dict[str, Any], most: int, generator: torch.Generator
+    record: dict[str, Any], most: int, generator: torch.Generator | None
 ) -> Iterator[tuple[int, str, list[str]]]:
     """Number, text and answers of `most` questions of a record, drawn and in order; 0 = all. Raises BadSample."""
     questions = record.get("questions")

@@ -29,6 +29,7 @@ class Instruction(TaskBase):
 
     Options = Options
     fields = ("conversations",)
+    unit = "conversations"
     main_metric = "perplexity"
     better = "min"
     example_text = "Describe the picture."
@@ -86,6 +87,10 @@ class Instruction(TaskBase):
                 row |= {"answer": text.target, "nll": float(nll[i])}
                 rows.append(row | {"tokens": int(tokens[i]), "tokens_right": int(right[i])})
         return rows
+
+    def scored(self, rows: list[dict[str, Any]]) -> int:
+        """Conversations in which the assistant's words were read at all."""
+        return sum(row["tokens"] > 0 for row in rows)
 
     def score(self, rows: list[dict[str, Any]]) -> dict[str, float]:
         """`perplexity` and `token_accuracy` over all tokens of the assistant; `exact_match` of the last answers, if

@@ -43,6 +43,7 @@ class Retrieval(TaskBase):
     concludes = True
     example_text = "a dog on a beach"
     identifies_pictures = True
+    unit, items = "captions", "captions"
 
     def __init__(self, options: Options, labels: list[str] | None):
         super().__init__(options, labels)
@@ -160,15 +161,22 @@ class Retrieval(TaskBase):
         Collective."""
         return rank_split(model, parts, self.options.rerank, self.options.similarity_weight, device)
 
+    def scored(self, rows: list[dict[str, Any]]) -> int:
+        """Captions that looked for their picture."""
+        return sum(row.get("kind") == "text_to_image" for row in rows)
+
     def score(self, rows: list[dict[str, Any]]) -> dict[str, float]:
         """`txt_*`: pictures that look for their texts; `img_*`: texts that look for their picture; `r_mean`."""
         ranks = {k: [r["rank"] for r in rows if r.get("kind") == k] for k in ("image_to_text", "text_to_image")}
         return retrieval_scores(*ranks.values()) if all(ranks.values()) else {}
 
     def baselines(self, train: Iterable[dict[str, Any]], test: Iterable[dict[str, Any]]) -> dict[str, float]:
-        """`chance_*`: every ranking drawn at random. Records that show the same picture count as several."""
-        captions = [len(record["captions"]) for record in test if record.get("captions")]
-        return {f"chance_{name}": value for name, value in chance(captions).items()} if captions else {}
+        """`chance_*`: every ranking drawn at random."""
+        captions: Counter[Any] = Counter()
+        for number, record in enumerate(test):
+            if record.get("captions"):
+                captions[self._picture(record) or number] += len(record["captions"])
+        return {f"chance_{name}": value for name, value in chance([*captions.values()]).items()} if captions else {}
 
 
 ENTRY = Retrieval

@@ -39,7 +39,7 @@ class Vqa(QuestionTask):
         self._index = {label: i for i, label in enumerate(self.labels)}
 
     def read_questions(
-        self, record: dict[str, Any], most: int, generator: torch.Generator
+        self, record: dict[str, Any], most: int, generator: torch.Generator | None
     ) -> tuple[list[str], list[Any]]:
         """Questions of one sample and, for each, its number in the record and the score of every known answer."""
         texts, targets = [], []

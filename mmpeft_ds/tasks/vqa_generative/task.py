@@ -57,7 +57,7 @@ class VqaGenerative(QuestionTask):
             self.generation = {"num_beams": options.num_beams, "max_new_tokens": options.max_new_tokens}
 
     def read_questions(
-        self, record: dict[str, Any], most: int, generator: torch.Generator
+        self, record: dict[str, Any], most: int, generator: torch.Generator | None
     ) -> tuple[list[Prompted], list[Any]]:
         """Every question once for each of its distinct answers, the most frequent first; for training."""
         texts, targets = [], []
@@ -70,7 +70,7 @@ class VqaGenerative(QuestionTask):
     def read_all(self, record: dict[str, Any], generator: torch.Generator) -> tuple[list[Prompted], list[Any]]:
         """Every question once, for evaluation, with its most frequent answer if it has one that counts."""
         texts, targets = [], []
-        for number, question, answers in drawn_questions(record, 0, generator):
+        for number, question, answers in drawn_questions(record, 0, None):
             best = next(iter(self._weighted(answers)), "")
             texts.append(self.prompted(question, best))
             targets.append({"question": number, "weight": float(bool(best)), "first": float(bool(best))})
