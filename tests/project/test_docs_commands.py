@@ -166,3 +166,10 @@ def test_what_troubleshooting_quotes_is_what_the_code_says():
         return any(all(part.strip() in text for part in quote.split("...")) for text in texts)
 
     assert not [quote for quote in quoted if not said(quote)] and not said("a line that nothing says")
+
+
+def test_every_link_of_the_readme_leads_to_a_file():
+    """The links of docs/ are checked when the site is built."""
+    links = re.findall(r"\]\(([^)#]+)", (ROOT / "README.md").read_text("utf-8"))
+    local = [link for link in links if "://" not in link]
+    assert len(local) > 20 and not [link for link in local if not (ROOT / link).is_file()]
