@@ -1,16 +1,16 @@
-"""The adapter directory: all that a run leaves to be used, loadable by stock peft, or rebuilt whole by `load`.
+"""Adapter directories: the result of a run, which stock peft loads onto a base model and `load` with its base.
 
-adapter_config.json, adapter_model.safetensors    peft's own; float32 masters of everything trained
+adapter_config.json, adapter_model.safetensors    as of peft; float32 masters of everything trained
 recipe.yaml                 resolved recipe
 backbone.json               name and options of the backbone, and the base model's configuration
 labels.json                 answers in class order, or null
-image_transform.json        what happens to a decoded image
+image_transform.json        transform of decoded images
 feature_statistics.json     mean and deviation of the condition, or null
-bank.safetensors            of models of features: class texts and support samples that the head reads
-towers.json                 of models of features: what made the stored features
+bank.safetensors            of feature models: class texts and support samples that the head reads
+towers.json                 of feature models: the towers that made the stored features
 classifier.safetensors      of heads that have such a form: a classifier that needs neither bank nor graph
 base_fingerprint.json       of every frozen tensor, under its name in the bare base model
-metrics.json                what the run reached
+metrics.json                metrics of the run
 README.md                   model card
 """
 
@@ -49,9 +49,9 @@ class Loaded:
     Attributes:
         model: PeftModel in eval mode.
         backbone: transforms, tokenisation and forward arguments.
-        tasks: of the recipe's train sources.
+        tasks: those of the recipe's train sources.
         labels: answers in class order, or None.
-        recipe: that it was trained with.
+        recipe: with which it was trained.
     """
 
     model: PeftModel
@@ -83,8 +83,8 @@ class Loaded:
             task: which of `tasks` is asked.
 
         Returns:
-            one row per text in order: `prediction`, `text`, `sample_id` (path or number of the entry), and what else
-            the task tells.
+            one row per text in order: `prediction`, `text`, `sample_id` (path or number of the entry), and further
+            values of the task.
 
         Raises:
             BadInput: naming the image that cannot be read; no such task; a task that needs texts got none.
@@ -180,9 +180,9 @@ def load(
         backbone.use_bank(load_file(directory / "bank.safetensors"))
     if (statistics := _read(directory, "feature_statistics.json")) is not None:
         backbone.use_statistics(statistics)
-    found = transform_description(backbone)
-    if found != (told := _read(directory, "image_transform.json")) and not overrides:
-        raise BadInput(f"{directory}: images were transformed by {told} in training, this version does {found}")
+    trained_with, now = _read(directory, "image_transform.json"), transform_description(backbone)
+    if now != trained_with and not overrides:
+        raise BadInput(f"{directory}: images were transformed by {trained_with} in training, this version does {now}")
     tasks = _tasks(recipe, labels)
     base = backbone.build()
     backbone.read_classes(base)

@@ -1,8 +1,8 @@
-"""A trained adapter folded into its base: one plain transformers folder that needs neither peft nor us to run.
+"""Merging of an adapter into its base: one plain transformers folder that needs neither peft nor this project.
 
 config.json, model.safetensors      of the base's own class, float32
 tokenizer and processor files       copied from where the base has them
-merged.json                         what it was made of, and how far its outputs are from the adapted model's
+merged.json                         its origin, and the difference of its outputs from those of the adapted model
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from mmpeft_ds.engine.assembly.resolve import make_method
 from mmpeft_ds.errors import BadInput
 from mmpeft_ds.files import new_directory, write_json
 
-TOLERANCE = 1e-3  # of the largest output; float32 rounding of large models stays below, a lost adapter does not
+TOLERANCE = 1e-3  # share of the largest output: above float32 rounding of large models, below a lost adapter
 TEXTS = ("a", "a red circle on the left of two dogs", "what is it?")
-# Which options of a backbone name places that hold files for texts and images, in order of preference.
+# Options of backbones that name folders with files for texts and images, in order of preference.
 PLACES = ("model", "text", "vision")
 COPIED = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
@@ -38,7 +38,7 @@ COPIED = (
 
 
 def merge(directory: str | Path, out: str | Path) -> dict[str, Any]:
-    """Write the model of an adapter directory with everything trained folded in.
+    """Write the model of an adapter directory with all trained weights merged into it.
 
     A dual encoder that was trained on stored image features gets its vision tower.
 
@@ -49,8 +49,8 @@ def merge(directory: str | Path, out: str | Path) -> dict[str, Any]:
         contents of merged.json: `backbone`, `method`, `largest_difference` (relative to the largest output), ...
 
     Raises:
-        BadInput: no such adapter, `out` exists, the method is no change of weights, or the merged model says
-            something else than the adapted one.
+        BadInput: no such adapter, `out` exists, the method cannot be merged, or the outputs of the merged model
+            differ from those of the adapted one.
     """
     out = Path(out)
     if out.exists():
@@ -104,7 +104,7 @@ def probe(backbone: Any) -> PackedBatch:
 
 @torch.no_grad()
 def outputs(model: nn.Module, backbone: Any, batch: PackedBatch) -> list[Tensor]:
-    """All that the model says of the batch: logits, or features."""
+    """Outputs of the model for the batch: logits, or features."""
     result = forward(model, backbone, batch)
     if backbone.generates:
         return [result.logits]
@@ -113,12 +113,12 @@ def outputs(model: nn.Module, backbone: Any, batch: PackedBatch) -> list[Tensor]
 
 def _difference(one: list[Tensor], other: list[Tensor]) -> float:
     """Largest difference of two lists of outputs, relative to the largest finite value of each."""
-    found = [0.0]
+    differences = [0.0]
     for a, b in zip(one, other, strict=True):
         finite = a.isfinite() & b.isfinite()
         scale = a[finite].abs().max().clamp(min=1e-12)
-        found.append(float((a - b)[finite].abs().max() / scale))
-    return max(found)
+        differences.append(float((a - b)[finite].abs().max() / scale))
+    return max(differences)
 
 
 def _unwrap_heads(base: nn.Module) -> None:
@@ -133,6 +133,6 @@ def _unwrap_heads(base: nn.Module) -> None:
 def _copy_files(section: dict[str, Any], out: Path) -> None:
     for place in (section[key] for key in PLACES if section.get(key)):
         for name in COPIED:
-            found = tower_loading.find_file(tower_loading.locate(place, "backbone"), name)
-            if found and not (out / name).exists():
-                shutil.copyfile(found, out / name)
+            file = tower_loading.find_file(tower_loading.locate(place, "backbone"), name)
+            if file and not (out / name).exists():
+                shutil.copyfile(file, out / name)

@@ -33,7 +33,7 @@ def evaluate_run(
     Returns:
         on every rank, one report per data set and task: dir, split, task, checkpoint, step, samples, rows, scored and
         there (how many of `unit` the scores rest on, and how many the split has), bad_samples, scores, baselines,
-        seconds. None if it was told to stop (a signal, or the launcher has died): nothing is written.
+        seconds. None if a stop was requested: nothing is written.
 
     Raises:
         BadInput: no run there, no such checkpoint or split.

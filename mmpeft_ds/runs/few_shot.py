@@ -1,8 +1,8 @@
-"""All cells of a few-shot study, methods x shots x seeds, one after the other in one process group.
+"""Runs of a few-shot study: its cells (methods x shots x seeds) one after the other in one process group.
 
-A cell is a run directory like any other, with `result.json` beside what a run leaves; a cell that has it is not done
-again, so a study that was stopped goes on where it stood. Test sets are scored once, by what training ends with (or by
-what was best on validation); nothing is ever chosen on them.
+A cell is a run directory as of any training, with `result.json` besides. A cell that has this file is not run again,
+so a study that was stopped continues where it was. Test sets are scored once, by the state at the end of training (or
+by the best state on validation); nothing is ever chosen on them.
 """
 
 from __future__ import annotations
@@ -37,24 +37,24 @@ from mmpeft_ds.runs.finished import evaluate_source
 
 
 def run(study: Study) -> bool:
-    """Do every cell that is not done; every rank calls it. False if it was told to stop before the end.
+    """Run every cell that is not done; every rank calls it. False if a stop was requested before the end.
 
     Raises:
         BadInput: on all ranks, naming the cell.
     """
     cells = study.cells()
     device = processes.start(cells[0].recipe.engine.threads).device
-    asked: list[Callable[[], bool]] = []
+    stop_requested: list[Callable[[], bool]] = []  # of the newest cell
     done = on_rank0(lambda: [is_done(cell) for cell in cells])
-    for number, (cell, there) in enumerate(zip(cells, done, strict=True), 1):
-        if there:
+    for number, (cell, is_there) in enumerate(zip(cells, done, strict=True), 1):
+        if is_there:
             continue
-        # Whoever removed a result wants it again: a run that counts as finished would only print its table.
+        # If its result has been removed, run it again; a run that counts as finished would only print its table.
         on_rank0(lambda cell=cell: (cell.path / "finished.json").unlink(missing_ok=True))
         began = time.perf_counter()
 
         def conclude(training: trainer.Training, cell: Cell = cell) -> bool:
-            asked[:] = [training.stepper.stop_requested]
+            stop_requested[:] = [training.stepper.stop_requested]
             return _score(training, cell)
 
         with _logged(cell.path):
@@ -66,8 +66,8 @@ def run(study: Study) -> bool:
             scores = ", ".join(f"{name} {s['accuracy']:.3f}" for name, s in result["tests"].items())
             seconds = time.perf_counter() - began
             print(f"[{number}/{len(cells)}] {cell.title}: {scores} ({seconds:.1f} s)", flush=True)
-        # A signal that came when this run was all but over is meant for the study.
-        if collectives.sum_scalars([float(asked[-1]())], device)[0] and number < len(cells):
+        # A signal at the very end of this run stops the study.
+        if collectives.sum_scalars([float(stop_requested[-1]())], device)[0] and number < len(cells):
             return False
         gc.collect()  # an engine and its model refer to each other
     return True
@@ -77,7 +77,7 @@ def run(study: Study) -> bool:
 
 
 def _score(training: trainer.Training, cell: Cell) -> bool:
-    """Score every test set with the state that the run exports and write it down; False if told to stop."""
+    """Score every test set with the exported state and write the result; False if a stop was requested."""
     resolved, scores, baselines = training.resolved, {}, {}
     for test in cell.tests:
         for half in ("",) if cell.half == "all" else HALVES:
@@ -88,7 +88,7 @@ def _score(training: trainer.Training, cell: Cell) -> bool:
             if result is None:
                 return False
             scores[title] = {**result.scores, "samples": result.scored, "of": result.there}
-            # Of all that could have been trained on: among a few of each class none is the most frequent.
+            # Baselines see the whole training split: among a few samples of each class none is the most frequent.
             train = replace(resolved.train[0], subset=None)
             baselines[title] = on_rank0(
                 lambda train=train, source=source: source.task.baselines(records(train), records(source))
@@ -114,7 +114,7 @@ def _score(training: trainer.Training, cell: Cell) -> bool:
 
 
 def _source(resolved: resolve.Resolved, test: TestSet, half: str) -> resolve.ResolvedSource:
-    """A test set with the task of the training data, checked as other sources are. Raises BadInput."""
+    """A test set with the task of the training data, checked as sources of recipes are. Raises BadInput."""
     recipe, train = resolved.recipe, resolved.train[0]
     options = SourceOptions(test.dir, test.split, f"few_shot/{test.split}-{half}.json" if half else "")
     options.task = dict(test.task or train.options.task)
@@ -134,7 +134,7 @@ def _source(resolved: resolve.Resolved, test: TestSet, half: str) -> resolve.Res
 
 @contextlib.contextmanager
 def _logged(path: Path) -> Iterator[None]:
-    """What a run prints goes to its own log; many of them would bury the table."""
+    """Within the block, output goes to a log of the run, since that of many runs would hide the table."""
     on_rank0(lambda: path.parent.mkdir(parents=True, exist_ok=True))
     with open(path.with_suffix(".log") if rank() == 0 else os.devnull, "a", encoding="utf-8") as log:
         before = sys.stderr
@@ -143,5 +143,5 @@ def _logged(path: Path) -> Iterator[None]:
                 yield
             except BaseException:
                 if rank() == 0:
-                    print(f"what this run said before it failed: {path.with_suffix('.log')}", file=before)
+                    print(f"output of the run that failed: {path.with_suffix('.log')}", file=before)
                 raise

@@ -1,4 +1,4 @@
-"""What a few-shot study shows: results.md, results.csv and a plot of accuracy over shots."""
+"""Reports of a few-shot study: results.md, results.csv and a plot of accuracy over shots."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ CELL_KEYS = ("method", "reads", "half", "shots", "seed", "train_samples", "train
 
 
 def write(out: Path, results: list[dict[str, Any]]) -> str:
-    """Write the three files into `out`; the Markdown, which is also what to print.
+    """Write the three files into `out` and return the Markdown.
 
     Args:
-        results: one mapping a cell, as `engine.few_shot` writes them, in the order of the table.
+        results: one mapping per cell, as `runs.few_shot` writes them, in the order of the table.
     """
     out.mkdir(parents=True, exist_ok=True)
     text = markdown(results)
@@ -30,7 +30,7 @@ def write(out: Path, results: list[dict[str, Any]]) -> str:
 
 
 def markdown(results: list[dict[str, Any]]) -> str:
-    """A table a test set: a row a method, a column a number of shots, mean and deviation over seeds in percent."""
+    """One table per test set: a row per method, a column per number of shots, mean and deviation over seeds in %."""
     whole = [r for r in results if r["half"] == "all"]
     shots = sorted({r["shots"] for r in results})
     parts = []
@@ -54,7 +54,7 @@ def markdown(results: list[dict[str, Any]]) -> str:
 
 
 def as_csv(results: list[dict[str, Any]]) -> str:
-    """A line a cell and test set, with every metric."""
+    """One line per cell and test set, with all metrics."""
     metrics = sorted({name for r in results for scores in r["tests"].values() for name in scores})
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
@@ -66,7 +66,7 @@ def as_csv(results: list[dict[str, Any]]) -> str:
 
 
 def plot(path: Path, results: list[dict[str, Any]]) -> None:
-    """Accuracy over shots, a panel a test set, bars of one deviation over seeds."""
+    """Plot accuracy over shots: one panel per test set, error bars of one standard deviation over seeds."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -100,7 +100,7 @@ def plot(path: Path, results: list[dict[str, Any]]) -> None:
 
 
 def _base_to_new(results: list[dict[str, Any]], test: str) -> str:
-    """Accuracies on the classes that were trained on, on the others, and their harmonic mean, over seeds."""
+    """Accuracy on the classes that were trained on, accuracy on the others, and their harmonic mean, over seeds."""
     lines = [f"### {test}, from base to new classes", "", *_table(["method", "shots", "base", "new", "harmonic mean"])]
     for name, rows in _by_method(results).items():
         for shots in sorted({r["shots"] for r in rows}):
@@ -115,14 +115,14 @@ def _tests(results: list[dict[str, Any]]) -> list[str]:
 
 
 def _by_method(results: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-    found: dict[str, list[dict[str, Any]]] = {}
+    rows_of: dict[str, list[dict[str, Any]]] = {}
     for r in results:
-        found.setdefault(r["method"], []).append(r)
-    return found
+        rows_of.setdefault(r["method"], []).append(r)
+    return rows_of
 
 
 def _scores(rows: list[dict[str, Any]], test: str, shots: int) -> list[float]:
-    """Over seeds."""
+    """Accuracies of all seeds."""
     return [r["tests"][test][METRIC] for r in rows if r["shots"] == shots and test in r["tests"]]
 
 

@@ -1,4 +1,4 @@
-"""A few-shot study: its recipe, its cells (methods x shots x seeds), and what is done of them. Imports no model."""
+"""A few-shot study: its recipe, its cells (methods x shots x seeds) and their results. Imports no model."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from mmpeft_ds.errors import BadInput
 
 RESULT = "result.json"
 HALVES = ("base", "new")
-NEVER = 10**9  # steps between evaluations: only the end is one
-SETTINGS = ("name", "features", "once", "base_to_new", "by_shots")  # keys of a method that are not a recipe's
+NEVER = 10**9  # steps between evaluations, so that there is only the one at the end
+SETTINGS = ("name", "features", "once", "base_to_new", "by_shots")  # keys of a method that no recipe has
 
 
 @dataclass
 class TestSet:
-    """A data set that scores cells and chooses nothing.
+    """A data set that scores cells; nothing is chosen on it.
 
     Attributes:
         name: in tables.
-        dir, split: where it is.
-        task: as of a train source; empty: the train source's.
+        dir, split: of the data set.
+        task: as of a train source; empty: that of the train source.
     """
 
-    __test__ = False  # not pytest's
+    __test__ = False  # no test class of pytest
 
     name: str
     dir: str
@@ -43,7 +43,7 @@ class FewShotOptions:
 
     Attributes:
         shots, seeds: of the subsets that data_prep/few_shot.py wrote for the train source.
-        select: `last`, the state that training ends with; `best`, the best on validation, evaluated every epoch.
+        select: `last`, the state at the end of training; `best`, the best on validation, evaluated every epoch.
         tests: test sets; the first is of the training data's own kind, others are shifted.
         base_to_new: shots for which methods are also trained on the first half of the classes and scored on both, on
             the first test set; a method's `base_to_new: false` leaves it out.
@@ -58,15 +58,15 @@ class FewShotOptions:
 
 @dataclass(frozen=True)
 class Cell:
-    """One run.
+    """One run of the study.
 
     Attributes:
         method: name of the row.
         shots, seed: of the subset.
-        half: `all` classes, or `base`: trained on those, scored on both halves.
+        half: `all` classes, or `base`: trained on the first half of them, scored on both.
         recipe: of the run, made of the mapping `given`.
-        tests: what scores it.
-        once: the method knows neither shots nor seeds, so this run stands for all.
+        tests: its test sets.
+        once: the method depends on neither shots nor seeds, so this run stands for all.
     """
 
     method: str
@@ -89,7 +89,7 @@ class Cell:
 
     @property
     def key(self) -> str:
-        """Hash of what the study says of it, but for where it is written: new options with defaults change nothing."""
+        """Hash of its settings in the study, without paths; new options do not change it while they have defaults."""
         where = {"run_dir": "", "shots": self.shots, "half": self.half, "select": self.recipe.engine.eval_every}
         content = self.given | where | {"tests": [vars(test) for test in self.tests]}
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
@@ -103,7 +103,7 @@ class Study:
         out: directory of all cells and of the tables.
         options: of the section `few_shot`.
         methods: entries of `methods`, by the name of their row.
-        common: everything else, the part of a recipe that all cells share.
+        common: everything else: the part of a recipe that all cells share.
     """
 
     out: Path
@@ -135,7 +135,7 @@ class Study:
         return cls(Path(raw["run_dir"]), options, dict(zip(names, entries, strict=True)), raw, origin)
 
     def only(self, methods: list[str], shots: list[int], seeds: list[int]) -> Study:
-        """A part of it; empty lists leave everything. Raises BadInput for what it does not hold."""
+        """A part of the study; empty lists keep everything. Raises BadInput for names that it does not have."""
         for key, wanted, known in (
             ("methods", methods, list(self.methods)),
             ("shots", shots, self.options.shots),
@@ -153,7 +153,7 @@ class Study:
 
     def cells(self) -> list[Cell]:
         """All runs, method by method. Raises BadInput."""
-        found = []
+        cells = []
         for name, entry in self.methods.items():
             once = bool(entry.get("once"))
             for half in ("all", "base"):
@@ -162,11 +162,11 @@ class Study:
                     shots = [s for s in shots if s in self.options.base_to_new and entry.get("base_to_new", True)]
                 for count in shots[-1:] if once else shots:
                     for seed in self.options.seeds[:1] if once else self.options.seeds:
-                        found.append(self.cell(name, count, seed, half))
-        return found
+                        cells.append(self.cell(name, count, seed, half))
+        return cells
 
     def cell(self, name: str, shots: int, seed: int, half: str = "all") -> Cell:
-        """One run: the common part, the method's, what the method says of so many shots, and the subset."""
+        """One run: the common part, the method's, its settings for this number of shots, and the subset."""
         entry = self.methods[name]
         index = list(self.methods).index(name)
         merged = copy.deepcopy(self.common)
@@ -177,44 +177,44 @@ class Study:
         merged["run_dir"] = str(self.out / slug(name) / f"{shots}-seed{seed}{suffix}")
         merged["seed"] = seed
         origin = recipes.Origin(f"{self.origin.path}: methods.{index} ({name})", self.origin.overrides)
-        given = filled(merged, entry.get("features", ""))
+        given = with_features(merged, entry.get("features", ""))
         recipe = recipes.from_dict(given, origin)
         for role, split in (("sources", ""), ("validation", "-val")):
             for source in getattr(recipe.data, role):
                 source.subset = source.subset or f"few_shot/{shots}-seed{seed}{split}{suffix}.json"
         if self.options.select == "last":
             recipe.engine.eval_every, recipe.engine.patience = NEVER, 0
-        tests = [TestSet(**filled(vars(test), entry.get("features", ""))) for test in self.options.tests]
-        # Halves are of the training data's own classes.
+        tests = [TestSet(**with_features(vars(test), entry.get("features", ""))) for test in self.options.tests]
+        # The halves are of the classes of the training data, so only the first test set has them.
         tests = tuple(tests if half == "all" else tests[:1])
         return Cell(name, shots, seed, half, recipe, given, tests, bool(entry.get("once")))
 
 
 def results(study: Study) -> list[dict[str, Any]]:
-    """What every cell that is done has left, in order."""
+    """Results of the cells that are done, in order."""
     return [result for cell in study.cells() if (result := read_result(cell)) is not None]
 
 
 def reads(recipe: recipes.Recipe) -> str:
-    """What of a sample the method sees: `image`, `captions` or both."""
+    """Which parts of a sample the method reads: `image`, `captions` or both."""
     captions = recipe.data.sources[0].task.get("text", "none") == "captions"
     inputs = recipe.method.get("inputs", "both" if captions else "image")
     return {"image": "image", "text": "captions", "both": "image + captions" if captions else "image"}[inputs]
 
 
 def is_done(cell: Cell) -> bool:
-    """Whether the cell has its result. Raises BadInput if that is of other settings."""
-    found = read_result(cell)
-    if found is not None and found["key"] != cell.key:
+    """Whether the cell has its result. Raises BadInput if the result is of other settings."""
+    result = read_result(cell)
+    if result is not None and result["key"] != cell.key:
         raise BadInput(
             f"{cell.path / RESULT}: the settings of {cell.title} have changed since. Remove {cell.path} to run it "
             "again, or give another run_dir."
         )
-    return found is not None
+    return result is not None
 
 
 def read_result(cell: Cell) -> dict[str, Any] | None:
-    """What the cell has left, None if it is not done. Raises BadInput if that is damaged."""
+    """The result of the cell, None if it is not done. Raises BadInput if it is damaged."""
     try:
         return json.loads((cell.path / RESULT).read_text("utf-8"))
     except FileNotFoundError:
@@ -224,7 +224,7 @@ def read_result(cell: Cell) -> dict[str, Any] | None:
 
 
 def slug(name: str) -> str:
-    """A row's name as a directory."""
+    """Name of a row as the name of a directory."""
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
@@ -237,10 +237,10 @@ def deep_merge(below: Any, above: Any) -> Any:
     return {**below, **{key: deep_merge(below.get(key), value) for key, value in above.items()}}
 
 
-def filled(value: Any, features: str) -> Any:
-    """A copy in which every `{features}` of a text is the method's."""
+def with_features(value: Any, features: str) -> Any:
+    """A copy of `value` with `features` in the place of every `{features}` in texts."""
     if isinstance(value, dict):
-        return {key: filled(v, features) for key, v in value.items()}
+        return {key: with_features(v, features) for key, v in value.items()}
     if isinstance(value, list):
-        return [filled(v, features) for v in value]
+        return [with_features(v, features) for v in value]
     return value.replace("{features}", features) if isinstance(value, str) else value

@@ -98,10 +98,10 @@ def evaluate_source(
 
     Args:
         title: for the progress display.
-        stop_requested: whether this process was told to stop.
+        stop_requested: whether a stop was requested of this process.
 
     Returns:
-        None if a rank was told to stop before the end.
+        None if a stop was requested on a rank before the end.
     """
     stream = make_stream(resolved, [source], ranks, train=False)
     progress = Progress(title, stream.steps_per_epoch(), "steps", shown=ranks.rank == 0)

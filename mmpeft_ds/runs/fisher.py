@@ -2,9 +2,9 @@
 
     F = mean over global batches of (gradient of the batch's mean loss)^2, at the weights theta* of a checkpoint
 
-The square comes after the mean over ranks. The other way round gives another F, whose noise part grows with the number
-of ranks. The global batches are those of the run's first epoch with the transform of evaluation, and the model is in
-eval mode, so F does not depend on the number of ranks.
+The mean over ranks is taken before the square. The other way round F would be another one, with noise that grows with
+the number of ranks. The global batches are those of the run's first epoch with the transform of evaluation, and the
+model is in eval mode, so F does not depend on the number of ranks.
 """
 
 from __future__ import annotations
@@ -42,14 +42,14 @@ from mmpeft_ds.runs.finished import FinishedRun, open_run
 
 
 class SquaredGradients:
-    """Mean over batches of the squared gradient, float64, in the parts that this rank holds."""
+    """Mean over batches of the squared gradient, float64, of the parts that this rank holds."""
 
     def __init__(self) -> None:
         self.batches = 0
         self.sums: dict[int, tuple[int, Tensor]] = {}
 
     def add(self, shards: Iterable[gradients.Shard]) -> None:
-        """Count the gradient of one global batch, already averaged over ranks."""
+        """Add the gradient of one global batch, already averaged over ranks."""
         self.batches += 1
         for shard in shards:
             start, total = self.sums.get(id(shard.parameter), (shard.start, 0.0))
@@ -59,7 +59,7 @@ class SquaredGradients:
         """F of a parameter in its shape, float64, on every rank. Collective.
 
         Args:
-            mine: whether this rank's part counts; ranks that hold copies count once.
+            mine: whether this rank's part counts; of ranks that hold copies only one does.
         """
         shape = zero_state.full_shape(parameter)
         flat = torch.zeros(math.prod(shape), dtype=torch.float64, device=device)
@@ -75,13 +75,13 @@ def measure(stepper: Stepper, steps: Iterable[Step]) -> tuple[SquaredGradients, 
     """Forward and backward of every global batch; the weights stay as they are. Collective.
 
     Returns:
-        the squares, and `loss` (mean over batches), `batches`, `samples`; None if a rank was told to stop.
+        the squares, and `loss` (mean over batches), `batches`, `samples`; None if a stop was requested on a rank.
 
     Raises:
         AgreedBadInput: too many bad samples, or a loss or gradient that is not finite.
     """
     engine, squares = stepper.engine, SquaredGradients()
-    # A head may estimate it on other logits than it trains on, as the release of GA-Net does.
+    # A head may estimate F on other logits than it trains on, as the released code of GA-Net does.
     head = head_of(engine.module)
     estimated = contextlib.nullcontext if head is None else head.estimating_fisher
     losses, samples = 0.0, 0
@@ -130,7 +130,7 @@ def estimate(
             shell-style pattern that does.
 
     Returns:
-        on every rank, what the file says of its origin; None if it was told to stop: nothing is written.
+        on every rank, the facts in the file about its origin; None if a stop was requested: nothing is written.
 
     Raises:
         BadInput: no run there, no such checkpoint or split, a pattern that no trained parameter matches, or a
@@ -215,7 +215,7 @@ def factors_of(names: Sequence[str], weights: Sequence[tuple[str, float]]) -> di
 
 @contextlib.contextmanager
 def _unwarned() -> Iterator[None]:
-    """Without DeepSpeed's warning that a step is skipped: here every step is, on purpose."""
+    """Within the block DeepSpeed does not warn that steps are skipped: here all are, on purpose."""
     logger = logging.getLogger("DeepSpeed")
     before = logger.level
     logger.setLevel(logging.ERROR)
@@ -226,7 +226,7 @@ def _unwarned() -> Iterator[None]:
 
 
 def _together(steps: Iterable[Step], stepper: Stepper) -> Iterator[Step]:
-    """`steps`; where the data of a rank fails, all ranks end with its problem."""
+    """`steps`; if a rank cannot read its data, all ranks end with its problem."""
     try:
         yield from steps
     except AgreedBadInput:

@@ -1,5 +1,7 @@
-"""What the predictions of a graph over a batch depend on besides the sample: the evaluation again without edges, in
-several random orders, and sorted by class."""
+"""Report on a graph over the batch: accuracy without edges, in several random orders, and sorted by class.
+
+It says how far predictions depend on the other samples of a batch.
+"""
 
 # n rows of a split
 
@@ -25,19 +27,20 @@ SEEDS = (0, 1, 2)
 
 
 def invariance(head: Any, rows: Labelled, size: int, seeds: Sequence[int] = SEEDS) -> list[dict[str, Any]]:
-    """Accuracy and graph of the same rows in different company. Collective.
+    """Accuracy and graph of the same rows in different batches. Collective.
 
-    A batch that is sorted by class tells a graph over it what the class is: what accuracy gains over the shuffled ones
-    is leakage, not skill. What the shuffled ones gain over `no edges` is what the graph is worth.
+    In a batch that is sorted by class, neighbours give the class away: accuracy above that of shuffled rows is
+    leakage. Accuracy of shuffled rows above that of `no edges` is what the graph contributes.
 
     Args:
         head: one that is `over_batch`, such as GA-Net's.
         rows: all rows of a split, the same on every rank.
-        size: rows of a graph.
+        size: rows per graph.
 
     Returns:
-        a line an order: `order`, `top1`, and where there are edges `degree` (edges a node), `same_class` (share of
-        edges between samples of one class; None without edges), `isolated` (share of nodes).
+        one mapping per order: `order`, `top1`, and where there are edges `degree` (edges per node), `same_class`
+            (share
+        of edges between samples of one class; None without edges), `isolated` (share of nodes).
     """
     labels, n = rows.labels, len(rows.labels)
     with head.without_edges():
@@ -47,15 +50,15 @@ def invariance(head: Any, rows: Labelled, size: int, seeds: Sequence[int] = SEED
     }
     orders["sorted by class"] = labels.cpu().argsort(stable=True)
     for name, order in orders.items():
-        found = head.top1(rows, size, order.to(labels.device))
-        nodes, known = max(1.0, found["nodes"]), found["labelled_edges"]
+        numbers = head.top1(rows, size, order.to(labels.device))
+        nodes, known = max(1.0, numbers["nodes"]), numbers["labelled_edges"]
         lines.append(
             {
                 "order": name,
-                "top1": found["top1"],
-                "degree": found["edges"] / nodes,
-                "same_class": found["same_class_edges"] / known if known else None,
-                "isolated": found["isolated"] / nodes,
+                "top1": numbers["top1"],
+                "degree": numbers["edges"] / nodes,
+                "same_class": numbers["same_class_edges"] / known if known else None,
+                "isolated": numbers["isolated"] / nodes,
             }
         )
     return lines
@@ -69,7 +72,7 @@ def of_run(
     Writes RUN/graph-report-SPLIT.json.
 
     Args:
-        size: rows of a graph; 0: `data.global_batch`.
+        size: rows per graph; 0: `data.global_batch`.
         overrides: as `--set`, for where and how to run.
 
     Raises:
