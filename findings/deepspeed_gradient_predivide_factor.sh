@@ -5,8 +5,8 @@
 #   averaged gradient is the same for every factor, at every stage.
 # What happens: at stages 0, 1 and 2 it is. At stage 3 (reduce_scatter off, which the option asks for there) the factor is
 #   multiplied back only where it differs from the rank count: with 2 ranks and factor 2 gradients are half as large.
-# Source: deepspeed.runtime.zero.stage3, __avg_scatter_grads and its neighbours for whole buckets: the multiplication after
-#   the reduction stands behind `factor != world size`, as if the factor took the place of the averaging itself.
+# Source: deepspeed.runtime.zero.stage3, __avg_scatter_contiguous_grads: buffers are divided by the factor and by the rank
+#   count, and multiplied by the factor again only if the two differ.
 # Who is hurt: runs moved from stage 2 to stage 3 with the same JSON: SGD and clipping change, Adam hides most of it.
 . "$(dirname "$0")/_lib.sh"
 pins torch==2.13.0 deepspeed==0.19.8

@@ -5,7 +5,8 @@
 #   the training.
 # What happens: the command exits with 143 at once; its child (deepspeed.launcher.launch) and every rank go on as orphans,
 #   keep their GPUs, and may write into a run directory that the next start uses too.
-# Source: deepspeed.launcher.runner.main handles SIGINT only; deepspeed.launcher.launch would pass SIGTERM on, but gets none.
+# Source: deepspeed.launcher.runner.main installs signal handlers for several nodes over pdsh only; deepspeed.launcher.launch
+#   would pass SIGTERM on, but gets none.
 # Who is hurt: job systems, containers and supervisors that signal the process they started and not its group.
 . "$(dirname "$0")/_lib.sh"
 pins torch==2.13.0 deepspeed==0.19.8

@@ -5,8 +5,8 @@
 #   inside, the functions of deepspeed.utils that read "the full fp32 weight of this parameter" still return it.
 # What happens: training is right, but safe_get_full_fp32_param(p) and safe_get_full_optimizer_state(p, ...) return values
 #   of other parameters, in the right shape and without a warning. Only the parameter itself (p.data) can be trusted.
-# Source: deepspeed.runtime.zero.stage_1_and_2, where the flat buffer is built from the reordered tensors, and
-#   deepspeed.utils.mixed_precision_linkage, whose offsets are taken from the order of the parameter group.
+# Source: deepspeed.runtime.zero.stage_1_and_2._link_all_hp_params: offsets into the reordered buffer are computed in the order
+#   of the parameter group, unless some tensor happens to be padded.
 # Who is hurt: whoever exports adapters, keeps moments in checkpoints of their own, or logs weight norms through these calls.
 . "$(dirname "$0")/_lib.sh"
 pins torch==2.13.0 deepspeed==0.19.8

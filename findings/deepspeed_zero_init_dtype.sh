@@ -5,8 +5,8 @@
 #   checkpoint loaded in bfloat16, stays bfloat16; a float32 layer stays float32.
 # What happens: the dtype of the configuration wins. Without bf16 in it, dtype=bfloat16 is built as float32 (twice the
 #   memory for a frozen base); with bf16 in it, a plain float32 layer is built as bfloat16. Only a later .bfloat16() is kept.
-# Source: deepspeed.runtime.zero.partition_parameters.InsertPostInitMethodToModuleSubClasses, which replaces torch.empty,
-#   torch.zeros and others by versions that cast floating-point results, and Init._set_dtype.
+# Source: deepspeed.runtime.zero.partition_parameters: InsertPostInitMethodToModuleSubClasses replaces torch.empty, torch.zeros
+#   and others by zero_wrapper_for_fp_tensor_constructor, which casts; _set_dtype chooses the type from the configuration.
 # Who is hurt: frozen bfloat16 models under ZeRO 3 whose trainable part shall stay float32.
 . "$(dirname "$0")/_lib.sh"
 pins torch==2.13.0 deepspeed==0.19.8

@@ -8,7 +8,7 @@
 # Who is hurt: reference models by disable_adapter() (DPO, KL terms, "before and after" tables), several adapters on one base,
 #   and whoever saves the unloaded model.
 . "$(dirname "$0")/_lib.sh"
-pins torch==2.13.0 transformers==5.23.0 peft==0.21.2
+pins torch==2.13.0 transformers==5.23.0 peft==0.21.2 tokenizers==0.23.3 pillow==13.0.0
 
 observe <<'PY'
 import copy, torch

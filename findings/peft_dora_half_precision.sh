@@ -7,7 +7,7 @@
 # Source: peft.tuners.lora.dora.DoraLinearLayer.forward (mag_norm_scale = magnitude / weight_norm in the base's dtype).
 # Who is hurt: checks that "an untrained adapter leaves the model alone", and comparisons that take step 0 as the base.
 . "$(dirname "$0")/_lib.sh"
-pins torch==2.13.0 transformers==5.23.0 peft==0.21.2
+pins torch==2.13.0 transformers==5.23.0 peft==0.21.2 tokenizers==0.23.3 pillow==13.0.0
 
 observe <<'PY'
 import copy, torch

@@ -9,7 +9,7 @@
 # Who is hurt: adapters on CLIP towers of open_clip and on SigLIP: fewer parameters train than the table says; DDP and ZeRO
 #   meet parameters that never get a gradient.
 . "$(dirname "$0")/_lib.sh"
-pins torch==2.13.0 transformers==5.23.0 peft==0.21.2
+pins torch==2.13.0 transformers==5.23.0 peft==0.21.2 tokenizers==0.23.3 pillow==13.0.0
 
 observe <<'PY'
 import torch

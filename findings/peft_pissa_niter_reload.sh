@@ -10,7 +10,7 @@
 #   PeftModel.from_pretrained, which attaches with the stored init_lora_weights.
 # Who is hurt: whoever takes the recommended fast variant for large models and evaluates in another process.
 . "$(dirname "$0")/_lib.sh"
-pins torch==2.13.0 transformers==5.23.0 peft==0.21.2
+pins torch==2.13.0 transformers==5.23.0 peft==0.21.2 tokenizers==0.23.3 pillow==13.0.0
 
 observe <<'PY'
 import copy, torch

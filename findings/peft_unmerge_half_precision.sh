@@ -8,7 +8,7 @@
 # Source: peft.tuners.lora.layer.Linear.merge and unmerge (`weight.data += delta`, `-= delta`).
 # Who is hurt: servers that switch adapters by merging, evaluations "with and without adapter", hashes of the base.
 . "$(dirname "$0")/_lib.sh"
-pins torch==2.13.0 transformers==5.23.0 peft==0.21.2
+pins torch==2.13.0 transformers==5.23.0 peft==0.21.2 tokenizers==0.23.3 pillow==13.0.0
 
 observe <<'PY'
 import torch

@@ -8,7 +8,7 @@
 # Source: peft.tuners.lora.model.LoraModel._generalized_task_arithmetic_weighted_adapter.
 # Who is hurt: averaging adapters of several tasks or seeds, task arithmetic, interpolation between adapters.
 . "$(dirname "$0")/_lib.sh"
-pins torch==2.13.0 transformers==5.23.0 peft==0.21.2
+pins torch==2.13.0 transformers==5.23.0 peft==0.21.2 tokenizers==0.23.3 pillow==13.0.0
 
 observe <<'PY'
 import torch

@@ -6,7 +6,7 @@
 # What happens: any tensor of an edge store whose length equals the number of edges is an edge attribute, whatever it means.
 #   A weight per receiving node is cut by subgraph() along the edges, and copied into the reverse relation, in graphs with as
 #   many edges as receivers; in all others it is left as it was, now belonging to nodes that may be gone.
-# Source: torch_geometric.data.storage.EdgeStorage.is_edge_attr.
+# Source: torch_geometric.data.storage.EdgeStorage.is_edge_attr (the sizes alone decide).
 # Who is hurt: heterogeneous graphs that keep per-class or per-receiver numbers beside edge_index: wrong in some graphs only.
 . "$(dirname "$0")/_lib.sh"
 pins torch==2.13.0 torch-geometric==2.8.1

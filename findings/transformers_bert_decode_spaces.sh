@@ -9,7 +9,7 @@
 # Source: the decoder of tokenizers.decoders.WordPiece and PreTrainedTokenizerBase.clean_up_tokenization_spaces, now False.
 # Who is hurt: generative models on BERT's vocabulary (BLIP, BERT decoders): exact-match scores count a right answer as wrong.
 . "$(dirname "$0")/_lib.sh"
-pins torch==2.13.0 transformers==5.23.0 peft==0.21.2
+pins torch==2.13.0 transformers==5.23.0 peft==0.21.2 tokenizers==0.23.3 pillow==13.0.0
 
 observe <<'PY'
 import pathlib

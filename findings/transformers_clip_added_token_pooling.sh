@@ -8,7 +8,7 @@
 # Source: transformers.models.clip.modeling_clip.CLIPTextModel.forward (argmax over input_ids if eos_token_id == 2).
 # Who is hurt: textual inversion, learnt prompt tokens and <image> placeholders in CLIP's vocabulary.
 . "$(dirname "$0")/_lib.sh"
-pins torch==2.13.0 transformers==5.23.0 peft==0.21.2
+pins torch==2.13.0 transformers==5.23.0 peft==0.21.2 tokenizers==0.23.3 pillow==13.0.0
 
 observe <<'PY'
 import torch

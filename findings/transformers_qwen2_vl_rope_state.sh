@@ -8,7 +8,7 @@
 # Source: transformers.models.qwen2_vl.modeling_qwen2_vl.Qwen2VLModel.rope_deltas (and its relatives in later families).
 # Who is hurt: servers and samplers that interleave requests, speculative decoding, evaluation hooks inside a decoding loop.
 . "$(dirname "$0")/_lib.sh"
-pins torch==2.13.0 transformers==5.23.0 peft==0.21.2
+pins torch==2.13.0 transformers==5.23.0 peft==0.21.2 tokenizers==0.23.3 pillow==13.0.0
 
 observe <<'PY'
 import torch

@@ -8,7 +8,7 @@
 # Source: transformers.models.qwen2_vl.image_processing_pil_qwen2_vl.Qwen2VLImageProcessorPil.__init__.
 # Who is hurt: whoever bounds memory and sequence length by the documented option: it is ignored without a word.
 . "$(dirname "$0")/_lib.sh"
-pins torch==2.13.0 transformers==5.23.0 peft==0.21.2 pillow==13.0.0
+pins torch==2.13.0 transformers==5.23.0 peft==0.21.2 tokenizers==0.23.3 pillow==13.0.0
 
 observe <<'PY'
 import json, pathlib

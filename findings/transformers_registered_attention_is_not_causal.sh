@@ -9,7 +9,7 @@
 # Source: transformers.masking_utils._preprocess_mask_arguments: an unknown name skips the mask.
 # Who is hurt: adapters and probes that register attention: the training loss is far too good, generation is bad.
 . "$(dirname "$0")/_lib.sh"
-pins torch==2.13.0 transformers==5.23.0 peft==0.21.2
+pins torch==2.13.0 transformers==5.23.0 peft==0.21.2 tokenizers==0.23.3 pillow==13.0.0
 
 observe <<'PY'
 import copy, torch

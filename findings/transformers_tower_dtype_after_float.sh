@@ -9,7 +9,7 @@
 #   from_pretrained, whose default dtype "auto" believes the part's configuration.
 # Who is hurt: merged checkpoints of bfloat16 runs, two-tower models taken apart for feature extraction.
 . "$(dirname "$0")/_lib.sh"
-pins torch==2.13.0 transformers==5.23.0 peft==0.21.2
+pins torch==2.13.0 transformers==5.23.0 peft==0.21.2 tokenizers==0.23.3 pillow==13.0.0
 
 observe <<'PY'
 import json, pathlib, torch

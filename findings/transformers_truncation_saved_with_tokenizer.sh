@@ -5,10 +5,10 @@
 # What happens: they are set on the shared fast tokenizer and written by the next save_pretrained. AutoTokenizer resets them
 #   at each call, so that transformers notices nothing; tokenizers.Tokenizer.from_file (and what is built on it: inference
 #   servers, exports to other languages) cuts every text at 4 tokens.
-# Source: transformers.tokenization_utils_tokenizers, set_truncation_and_padding; tokenizers.Tokenizer.save.
+# Source: transformers.tokenization_utils_tokenizers.TokenizersBackend.set_truncation_and_padding, tokenizers.Tokenizer.save.
 # Who is hurt: checkpoints saved after a training loop that truncated its batches, served by another program.
 . "$(dirname "$0")/_lib.sh"
-pins torch==2.13.0 transformers==5.23.0 peft==0.21.2 tokenizers==0.23.3
+pins torch==2.13.0 transformers==5.23.0 peft==0.21.2 tokenizers==0.23.3 pillow==13.0.0
 
 observe <<'PY'
 import json, pathlib

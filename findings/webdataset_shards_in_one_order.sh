@@ -5,7 +5,7 @@
 # What happens: the generator is made anew from the same seed at each iteration, also when no seed was given (one is drawn
 #   when the data set is built). detshuffle=True counts epochs, but in the data set object: with a DataLoader whose workers
 #   are started anew each epoch (the default) it, too, repeats its first epoch for ever.
-# Source: webdataset.compat.WebDataset.create_url_iterator and webdataset.filters._shuffle (random.Random(seed) at each call).
+# Source: webdataset.compat.WebDataset.__init__ (shuffle(..., seed=self.seed)) and webdataset.filters._shuffle (random.Random(seed)).
 # Who is hurt: training over many epochs with a small sample buffer: neighbours in a batch are the same every time.
 . "$(dirname "$0")/_lib.sh"
 pins torch==2.13.0 webdataset==1.0.2 accelerate==1.15.0
