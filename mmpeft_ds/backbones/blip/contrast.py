@@ -1,7 +1,7 @@
 """One training step of BLIP's retrieval form: contrast with all pairs and the queue, matching with hard negatives.
 
-Source: Aurora, arXiv 2305.08381, released code; ALBEF, arXiv 2107.07651. Ranks together form one set of pairs unless
-`negatives: local` asks for the released wiring, in which each rank is a set of its own.
+Source: Aurora, arXiv 2305.08381, released code; ALBEF, arXiv 2107.07651. All ranks together form one set of pairs,
+unless `negatives: local` asks for the released behaviour, in which each rank forms a set of its own.
 """
 
 # S slots, T pairs (texts and the images of their slots), L text length, k images of a slot, m image tokens of a slot
@@ -49,7 +49,7 @@ class Pairs:
 
     Attributes:
         ids: (T,) int64, not negative.
-        slot: (T,) where the images of each are.
+        slot: (T,) slot of each pair, which owns its images.
         keep: (T,) bool; the others are absent from all losses, negatives and the queue.
         input_ids, attention_mask: (T, L).
     """
@@ -66,9 +66,9 @@ class Pool:
     """The pairs that one loss compares: of all ranks in the same order, or of this one; only those that count.
 
     Attributes:
-        rows: (T,) where this rank's pairs stand in it; meaningless for those that do not count.
+        rows: (T,) row of the pool of each pair of this rank; meaningless for those that do not count.
         ids, slot: (M,), slot in [0, Z).
-        key_image, key_text: (M, E) what queries are compared with, the teacher's or with gradient.
+        key_image, key_text: (M, E) keys of the contrast: the teacher's features, or the model's with gradient.
         image, text: (M, E), without gradient.
         input_ids, attention_mask: (M, L).
         seen, frames: images of Z slots, with gradient, and (Z, k, E), without.
@@ -271,7 +271,7 @@ def _negatives(
     """(T,) wrong image and (T,) wrong text of each pair, as rows of the pool, and (2 T,) bool: there was one."""
     if given is not None:
         return *given, torch.ones(2 * len(pairs.ids), dtype=torch.bool, device=pairs.ids.device)
-    # One set of numbers for all pairs of the pool, so that a pair draws the same whichever rank holds it.
+    # Random numbers for all pairs of the pool, so that a pair draws the same negatives whichever rank holds it.
     local = model.training_options.negatives == "local"
     generator = torch.Generator().manual_seed(model.steps * 65536 + (collectives.rank() if local else 0))
     uniform = torch.rand(2, len(pool.ids), dtype=torch.float64, generator=generator).to(pairs.ids.device)

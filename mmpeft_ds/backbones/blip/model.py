@@ -44,7 +44,7 @@ class ImageStates:
         return ImageStates(self.tokens[index], self.mask[index], self.pooled[index])
 
     def condition(self, own_mask: Tensor | None = None) -> Condition:
-        """What adapters of a text tower that reads these images may route on."""
+        """The condition for adapters of a text tower that reads these images."""
         own = None if own_mask is None else own_mask.bool()
         return Condition(self.pooled, own_mask=own, encoder=self.tokens, encoder_mask=self.mask)
 
@@ -63,9 +63,9 @@ class GenerativeBlipOutput(ModelOutput):
 def mend_cross_attention(model: nn.Module) -> None:
     """Let the mask of cross-attention act, which stock BLIP ignores.
 
-    transformers 5.23 hands it to `BlipTextSelfAttention` as `attention_mask`, which that reads in self-attention only;
-    padding of questions and of images would be attended to. Hooks stay where they are when adapters wrap what is
-    inside the module, and run again in recomputation.
+    transformers 5.23 passes it to `BlipTextSelfAttention` as `attention_mask`, which is read there in self-attention
+    only, so padding of questions and of images would be attended to. The hooks stay in place when adapters wrap parts
+    of the module, and run again in recomputation.
     """
     for module in model.modules():
         if type(module).__name__ == "BlipTextSelfAttention":
@@ -89,7 +89,7 @@ class PackedBlip(Publishing):
         """(I, n, d) last states, class token first; None without images. Each image goes through the tower once."""
         if pixel_values is None or len(pixel_values) == 0:
             return None
-        # dtype of a parameter: under ZeRO-3 its shape is gone, its dtype stays
+        # a partitioned parameter keeps its dtype under ZeRO-3, but not its shape
         pixels = pixel_values.to(next(self.vision_model.parameters()).dtype)
         other_size = pixels.shape[-1] != self.config.vision_config.image_size
         return self.vision_model(pixels, interpolate_pos_encoding=other_size).last_hidden_state
@@ -271,7 +271,7 @@ class QuestionAnswerer(PackedBlip):
         text_owner: Tensor | None,
         num_slots: int | None,
     ) -> tuple[Tensor, Tensor, ImageStates, Tensor]:
-        """Of the different questions (U, L, d) states, (U, L) masks, images; and (T,) which question each text is."""
+        """States (U, L, d), masks (U, L) and images of the different questions, and (T,) the question of each text."""
         if text_owner is None:
             text_owner = torch.arange(len(input_ids), device=input_ids.device)
         keys = torch.cat([text_owner[:, None], input_ids, attention_mask], 1)

@@ -21,8 +21,8 @@ class Teacher:
     """Momentum teacher: the model itself under averages of its parameters.
 
     Only what trains differs between teacher and student, so only that is averaged and kept; for a forward of the
-    teacher it changes places with the student's. Modules that are `SharedWithTeacher` (Aurora's factors) stay the
-    student's. No second model is held, and the adapters of any method are averaged without knowing of it.
+    teacher the averages take the place of the student's parameters. Modules that are `SharedWithTeacher` (Aurora's
+    factors) stay the student's. No second model is held, and adapters of any method work without a change.
 
     Args:
         model: the base model, adapters inside.
@@ -36,7 +36,7 @@ class Teacher:
 
     @torch.no_grad()
     def update(self) -> None:
-        """Follow the student by one step; parameters met for the first time start as they are."""
+        """Follow the student by one step; the average of a new parameter starts at its value."""
         for name, parameter in self._followed().items():
             if name not in self.averages:
                 self.averages[name] = parameter.detach().clone()
@@ -45,7 +45,7 @@ class Teacher:
 
     @contextlib.contextmanager
     def teaching(self) -> Iterator[None]:
-        """Inside, the model is the teacher, without gradient."""
+        """Context in which the model is the teacher, without gradient."""
         swapped = [(p, self.averages[n]) for n, p in self._followed().items() if n in self.averages]
         online = [parameter.data for parameter, _ in swapped]
         try:
@@ -97,7 +97,7 @@ class Queue:
         return len(self.ids)
 
     def like(self, features: Tensor) -> None:
-        """Move to the device, and the precision if it is double, of `features`."""
+        """Move to the device of `features`, and to float64 if they are."""
         dtype = torch.promote_types(features.dtype, torch.float32)
         self.image, self.text = (t.to(features.device, dtype) for t in (self.image, self.text))
         self.ids = self.ids.to(features.device)

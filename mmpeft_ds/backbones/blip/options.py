@@ -19,20 +19,20 @@ class Options:
         resample: `bilinear`, `bicubic`, or `auto` = as the checkpoint was trained.
         max_text_length: tokens with [DEC] or [ENC] and [SEP]: of prompt and target together (captioner), of a question
             (vqa), of a text (retrieval). Longer ones are cut.
-        max_answer_length: of an answer, form vqa.
-        dropout: of the text towers, in hidden states and attention; None = as the checkpoint says. It acts only with
-            engine.train_dropout.
-        temperature: of the contrast (this and all below: form retrieval, in training).
-        momentum: of the teacher that follows the trained parameters, as they stay at each step; 0 = no teacher.
-        queue: pairs of earlier steps that go on as negatives, 0 = none.
+        max_answer_length: tokens of an answer with its special tokens; form `vqa`.
+        dropout: dropout of the text towers, in hidden states and attention; None = as the checkpoint says. It acts
+            only with engine.train_dropout.
+        temperature: temperature of the contrastive loss. This and all keys below act when the form `retrieval` trains.
+        momentum: share of the teacher's averages of the trained parameters that is kept at each step; 0 = no teacher.
+        queue: pairs of earlier steps that are kept as negatives, 0 = none.
         alpha: share of the teacher in the targets of the contrast.
         alpha_ramp: steps over which alpha rises from 0; published: those of the first epoch.
         negatives: where the wrong pairs of the matching head, and the keys of the contrast beside the queue, come
-            from: `all` ranks, each rank's own (`local`, which makes the loss depend on the number of ranks), or
+            from: `all` ranks, or each rank's own (`local`, with which the loss depends on the number of ranks).
             `none`: no matching head.
         frame_aware: weight the frames of a video by their fit to the text in adapted cross-attention.
-        context_enhancement: add the mean text state of the step to the matching pairs (`official`, which gives the
-            label away), to `all_pairs`, or to none (`off`).
+        context_enhancement: add the mean text state of the step to the matching pairs (`official`, which reveals
+            the label), to `all_pairs`, or to none (`off`).
     """
 
     model: str = "Salesforce/blip-image-captioning-base"

@@ -72,7 +72,7 @@ class Retriever(PackedBlip):
         """Prepare training, before or after adapters are attached.
 
         Args:
-            options: from `temperature` to `context_enhancement` they are read.
+            options: its keys from `temperature` on are read.
         """
         self.training_options = options
         self.temperature = torch.tensor(options.temperature, dtype=torch.float64)
@@ -176,10 +176,10 @@ class Retriever(PackedBlip):
     def fuse(
         self, input_ids: Tensor, attention_mask: Tensor, seen: ImageStates, weights: Tensor | None = None
     ) -> Tensor:
-        """(R, L, d) states of texts that look at images; the first token becomes [ENC].
+        """(R, L, d) states of texts with cross-attention to images; the first token becomes [ENC].
 
         Args:
-            weights: (R, k) how much each frame counts, for adapters that weight frames.
+            weights: (R, k) weight of each frame, for adapters that weight frames.
         """
         ids = input_ids.clone()
         ids[:, 0] = getattr(self.config, "enc_token_id", self.config.text_config.bos_token_id + 1)

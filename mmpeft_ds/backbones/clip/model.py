@@ -18,13 +18,13 @@ from mmpeft_ds.sites.condition import Condition, conditioned, current
 
 
 class PackedClip(Publishing):
-    """Mixin over CLIPModel or SiglipModel: either side may be absent, and texts know whose images they go with.
+    """Mixin over CLIPModel or SiglipModel: either side may be absent, and texts route on their own images.
 
     `config.condition` says what adapters of the text tower route on: `none`, or the `pooled` image vector.
     """
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        """CLIP's temperature has no dimensions, which ZeRO-3 cannot partition: a buffer, as it stays frozen."""
+        """Make CLIP's temperature a buffer: it is frozen, and ZeRO-3 cannot partition a tensor without dimensions."""
         if param is not None and param.dim() == 0:
             self.register_buffer(name, param.data)
         else:

@@ -18,7 +18,7 @@ class Options:
         resample: `bilinear`, `bicubic`, or `auto` = as the checkpoint was trained.
         max_text_length: tokens of a text with its special tokens, 0 = as many as the model has positions.
         condition: what adapters of the text tower route on: `none`, or the `pooled` image vector in the shared space.
-            A text that has seen its own image gives the pair away: not for retrieval.
+            Not for retrieval, where a text that routes on its own image reveals the pair.
     """
 
     model: str = "openai/clip-vit-base-patch16"

@@ -1,4 +1,4 @@
-"""Backbone: CLIP grid features and BART, which generates the answer; prompts tell several tasks apart.
+"""Backbone: CLIP grid features and BART, which generates the answer; several tasks differ by their prompts.
 
 The defaults are the frame of VL-Adapter that the routing paper uses (arXiv 2403.09377; specs/routing.md 2.3).
 """
@@ -27,7 +27,7 @@ from mmpeft_ds.data.batch import GenerationOutput, PackedBatch, Prompted
 from mmpeft_ds.data.transform import ImageTransform
 from mmpeft_ds.errors import BadInput, BadSample
 
-# The rows that name places in the grid are frozen: the same in every run, and wherever an adapter is loaded.
+# Seed of the frozen rows that name places in the grid: they are the same in every run and wherever an adapter loads.
 ORDER_SEED = 0
 
 
@@ -108,7 +108,7 @@ class ClipBartBackbone(BackboneBase):
                 model = ClipBart(config, vision, text)
         else:
             with torch.random.fork_rng():
-                # The same visual embedding on every rank and at every ZeRO stage, whatever loading has drawn.
+                # The same visual embedding on every rank and at every ZeRO stage, whatever loading has drawn before.
                 torch.manual_seed(torch.initial_seed())
                 model = ClipBart(config, vision, text)
         model.text_model.requires_grad_(False)
@@ -172,14 +172,14 @@ class ClipBartBackbone(BackboneBase):
             known = self._tokenizer(list(choices), add_special_tokens=True)["input_ids"]
             allowed = one_of(known, self._text_config.eos_token_id)
             options = {**options, "prefix_allowed_tokens_fn": allowed, "max_new_tokens": max(map(len, known)) + 1}
-            # of the checkpoint, for summaries; they would forbid a choice
+            # settings of the checkpoint for summaries, which would forbid some choices
             options |= {"no_repeat_ngram_size": 0, "forced_bos_token_id": None}
         asked = {name: value for name, value in self.inputs(batch).items() if name != "decoder_input_ids"}
         ids = model.generate(**asked, synced_gpus=in_step(model), **{"do_sample": False, **options})
         return [text.strip() for text in self._tokenizer.batch_decode(ids, skip_special_tokens=True)]
 
     def frozen_prefix(self, model: nn.Module) -> list[str]:
-        """The vision tower, as far as nothing in it trains."""
+        """The vision tower, unless something in it trains."""
         at, base = next((n, m) for n, m in model.named_modules() if isinstance(m, ClipBart))
         tower = base.vision_model
         if tower is None or any(p.requires_grad for p in tower.parameters()):
@@ -197,7 +197,7 @@ class ClipBartBackbone(BackboneBase):
     def _text_config(self) -> PretrainedConfig:
         config = stock.read_config(self.options.text, "backbone.text", ("bart",))
         if not self.train_dropout:
-            # BART drops out by function, not by modules that could be put into eval mode.
+            # BART calls dropout as a function, so there are no modules that could be put into eval mode.
             config.dropout = config.attention_dropout = config.activation_dropout = 0.0
         config.encoder_layerdrop = config.decoder_layerdrop = 0.0
         return config

@@ -1,7 +1,7 @@
 """The composed generative model: CLIP grid features behind BART's embedded text, the answer from BART's decoder.
 
-Source: the frame of VL-Adapter that the routing paper took over (arXiv 2403.09377; specs/routing.md 2.3). What
-adapters route on there was not published: the condition is our choice, and an option.
+Source: the frame of VL-Adapter that the routing paper took over (arXiv 2403.09377; specs/routing.md 2.3). It is not
+published what adapters route on there: the condition is our choice, and an option.
 """
 
 # S slots, I images, T texts, L text length, n grid features of an image, k most images of a slot, N = k n, F feature
@@ -68,7 +68,7 @@ class Encoded(ModelOutput):
         last_hidden_state: (T, L + N, d), text first.
         mask: (T, L + N) bool, True = keep.
         visual: (T, L + N) bool, True = a visual token that is there.
-        condition: (T, m, d) what encoder layers were given to route on, None without a condition.
+        condition: (T, m, d) vectors that the encoder layers routed on, None without a condition.
     """
 
     last_hidden_state: Tensor | None = None
@@ -89,7 +89,7 @@ class ClipBartOutput(Seq2SeqLMOutput):
 
 
 class OrderEmbedding(nn.Embedding):
-    """Embedding that starts from N(0, 0.02), set before ZeRO-3 partitions it."""
+    """Embedding that starts from N(0, 0.02), initialised before ZeRO-3 partitions it."""
 
     def reset_parameters(self) -> None:
         nn.init.normal_(self.weight, std=HeadLinear.std)
@@ -98,8 +98,8 @@ class OrderEmbedding(nn.Embedding):
 class VisualEmbedding(nn.Module):
     """Grid features to BART's width: LN(Linear(feature)) + LN(Linear(box)) + image order + place in the grid.
 
-    Grid cells have no boxes: the four corners and the area are zero, as published, so what is left of the second term
-    is one trained vector.
+    Grid cells have no boxes: the four corners and the area are zero, as published, so the second term is one
+    trained vector.
     """
 
     def __init__(self, feature_width: int, width: int, max_images: int):
@@ -115,7 +115,7 @@ class VisualEmbedding(nn.Module):
 
         Args:
             features_InF: grid features.
-            places_nd: what stands for each place in the grid; frozen rows of the token table.
+            places_nd: vector of each place in the grid; frozen rows of the token table.
             order_I: number of each image within its slot.
         """
         dtype = self.feature.weight.dtype
@@ -340,7 +340,7 @@ class ClipBart(ComposedModel, GenerationMixin):
 
 
 def _mean(x_TNd: Tensor, keep_TN: Tensor) -> Tensor:
-    """(T, 1, d) mean over what counts; zeros where nothing does."""
+    """(T, 1, d) mean over the positions that are kept; zeros where none is."""
     kept = torch.where(keep_TN[:, :, None], x_TNd, 0).sum(1, keepdim=True)
     return kept / keep_TN.sum(1).clamp(min=1).to(x_TNd.dtype)[:, None, None]
 

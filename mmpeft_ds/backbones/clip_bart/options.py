@@ -13,18 +13,18 @@ class Options:
     Attributes:
         text: hub name or local directory of a bart model and its tokenizer.
         random_weights: take only its configuration and tokenizer; for tests and measurements.
-        vision: empty: grid features are stored with the shards, (n, F) an image; else hub name, local directory or
+        vision: empty: grid features are stored with the shards, (n, F) per image; else hub name, local directory or
             packaged:NAME of a vit, deit, dinov2, clip or siglip tower whose patches are the grid.
         vision_norm: apply the tower's LayerNorm after its last layer.
         image_size: side of the tower's square input in pixels, a multiple of the patch size.
         fit: `stretch` the whole image to the square, or `crop` its centre.
         resample: `bilinear`, `bicubic`, or `auto` = as the tower was trained.
-        feature_width: F of stored features: 2048 for CLIP-RN101; a tower brings its own.
+        feature_width: F of stored features: 2048 for CLIP-RN101; a tower has its own.
         grid: side of the grid after adaptive max pooling, 0 = as it comes.
         max_images: images that a sample may have; each gets a trained embedding of its place among them.
         order_tokens: frozen rows added to the token table, which name the places in the grid.
         condition: what adapters route on. `visual`: in the encoder the mean of the visual embeddings, in the decoder
-            the mean of what the encoder made of them; `embedding`: the former in both; `tokens`: all visual
+            the mean of the encoder's outputs at their places; `embedding`: the former in both; `tokens`: all visual
             embeddings; `none`.
         max_text_length: tokens of a prompt with its special tokens; longer ones are cut.
         max_target_length: tokens of a target with its special tokens; longer ones are cut.

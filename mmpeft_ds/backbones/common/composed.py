@@ -27,7 +27,7 @@ class ComposedConfig(PretrainedConfig):
     Attributes:
         vision_config, text_config: configurations or their dictionaries.
         pixel_mean, pixel_std: statistics by which uint8 pixels are standardised after scaling to [0, 1].
-        initializer_range: deviation of the weights that are not pretrained.
+        initializer_range: standard deviation of the weights that are not pretrained.
     """
 
     sub_configs = {"vision_config": AutoConfig, "text_config": AutoConfig}
@@ -51,9 +51,9 @@ class ComposedConfig(PretrainedConfig):
 
 
 class ComposedModel(ModelHooks, RecomputesUnderCondition, PreTrainedModel):
-    """A model around `vision_model` (None where features are stored) and `text_model`.
+    """Base of a model around `vision_model` (None where features are stored) and `text_model`.
 
-    A subclass calls `_join` in its constructor, when both exist.
+    The constructor of a subclass calls `_join` when both exist.
     """
 
     base_model_prefix = "model"
@@ -66,7 +66,7 @@ class ComposedModel(ModelHooks, RecomputesUnderCondition, PreTrainedModel):
     _supports_attention_backend = True
 
     def _join(self, vision: PreTrainedModel | None, text: PreTrainedModel, text_follows_mode: bool) -> None:
-        """Hold both towers, and the standardising of pixels.
+        """Set up both towers, and the standardising of pixels.
 
         Args:
             text_follows_mode: the pretrained modules of the text model follow `train` and `eval`; otherwise they stay
@@ -83,7 +83,7 @@ class ComposedModel(ModelHooks, RecomputesUnderCondition, PreTrainedModel):
         self.pixel_norm = Affine(config.pixel_mean, config.pixel_std, dim=1, scale=1 / 255)
         still = [] if vision is None else list(vision.modules())
         still += [] if text_follows_mode else list(text.modules())
-        # Modules as pretrained, without the adapters that come later. The tuple keeps nn.Module from registering them.
+        # The modules as pretrained, without adapters that come later; nn.Module does not register those in a tuple.
         object.__setattr__(self, "_still", (still,))
 
     def train(self, mode: bool = True) -> ComposedModel:
@@ -105,7 +105,7 @@ class ComposedModel(ModelHooks, RecomputesUnderCondition, PreTrainedModel):
         """(I, m, d) features of pixels, uint8 or standardised already; see `tower_loading.vision_features`."""
         if not pixel_values.is_floating_point():
             pixel_values = self.pixel_norm(pixel_values)
-        # dtype of a parameter: under ZeRO-3 its shape is gone, its dtype stays
+        # a partitioned parameter keeps its dtype under ZeRO-3, but not its shape
         pixel_values = pixel_values.to(next(self.vision_model.parameters()).dtype)
         tuned = any(p.requires_grad for p in self.vision_model.parameters())
         with torch.set_grad_enabled(torch.is_grad_enabled() and tuned):
@@ -113,7 +113,7 @@ class ComposedModel(ModelHooks, RecomputesUnderCondition, PreTrainedModel):
 
 
 class HeadLinear(nn.Linear):
-    """Linear with weights from N(0, 0.02) and no bias to begin with, set before ZeRO-3 partitions them."""
+    """Linear whose weights start from N(0, 0.02) and biases from 0, initialised before ZeRO-3 partitions them."""
 
     std = 0.02
 
@@ -125,7 +125,7 @@ class HeadLinear(nn.Linear):
 
 @dataclass
 class DualEncoderOutput(ModelOutput):
-    """What a dual encoder returns.
+    """Output of a dual encoder.
 
     The similarity of text t and image i is `logit_scale * text_t . image_i + logit_bias`.
 

@@ -1,4 +1,4 @@
-"""Dual encoders as encoders of images and texts: what `backbones/clip` and `backbones/dual_encoder` share."""
+"""Dual encoders as encoders of images and texts, for `backbones/clip` and `backbones/dual_encoder`."""
 
 # I images, T texts, n plain texts, D width of the features
 

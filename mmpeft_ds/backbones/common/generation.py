@@ -18,7 +18,7 @@ def in_step(model: nn.Module) -> bool:
 def one_of(sequences: Iterable[list[int]], end: int, skip: int = 1) -> Callable[[int, Tensor], list[int]]:
     """`prefix_allowed_tokens_fn` of transformers' `generate` that allows one of `sequences` and nothing else.
 
-    Greedy, this compares the logits of the first token in which the choices differ.
+    Greedy decoding then compares the logits of the first token in which the choices differ.
 
     Args:
         sequences: token ids of each choice, special tokens included.

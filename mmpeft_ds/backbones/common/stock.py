@@ -114,15 +114,15 @@ class Publishing(ModelHooks, RecomputesUnderCondition):
 
     @classmethod
     def is_custom_code(cls) -> bool:
-        """No: its parameters are those of the stock class, and older checkpoints are renamed as for that one."""
+        """False: its parameters are those of the stock class, for which transformers renames older checkpoints."""
         return False
 
 
 @functools.cache
 def publishing(mixin: type[Publishing], stock: type[PreTrainedModel]) -> type[PreTrainedModel]:
-    """The stock class with `mixin` in front, under the name of the stock class: that is what a saved model names.
+    """The stock class with `mixin` in front, under the name of the stock class: a saved model bears that name.
 
-    Its forward shows the arguments of both: `generate` decides by their names what it prepares.
+    The signature of its forward has the arguments of both: `generate` prepares inputs by their names.
     """
 
     @functools.wraps(mixin.forward)
@@ -136,7 +136,7 @@ def publishing(mixin: type[Publishing], stock: type[PreTrainedModel]) -> type[Pr
 
 
 def untrained(model: nn.Module, towers: dict[str, str]) -> list[str]:
-    """Paths of frozen prefixes: each tower without a trainable, or the embedding of another, if that has none.
+    """Paths of frozen prefixes: each tower without a trainable, or else its embedding, if that has none.
 
     Args:
         towers: path of each tower and, below it, of its embedding.

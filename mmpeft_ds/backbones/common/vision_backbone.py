@@ -32,7 +32,7 @@ class VisionBackbone(BackboneBase):
         self._statistics: tuple[list[float], list[float]] | None = None
 
     def _check_vision(self) -> None:
-        """Refuse what cannot work of the image side, from configurations only."""
+        """Refuse options of the image side that cannot work, from configurations only."""
         o = self.options
         vision, text = self._vision_config, self._text_config
         if (o.prefix != "none" or o.condition != "none") and vision.hidden_size != text.hidden_size:
@@ -103,15 +103,15 @@ class VisionBackbone(BackboneBase):
                 f"backbone.feature_norm: statistics of width {len(mean)}, but {self.options.vision!r} is {width} "
                 "wide. Run data_prep/feature_stats.py for this backbone."
             )
-        # A dimension that never varied carries nothing: leave its scale alone instead of dividing by zero.
+        # A dimension that never varied keeps its scale, which avoids a division by zero.
         self._statistics = (mean, [s if s > 1e-6 else 1.0 for s in std])
 
     def statistics_key(self) -> str:
-        """Which statistics fit: hash of the vision weights, the image transform and the choice of feature."""
+        """Hash of the vision weights, the image transform and the choice of feature: the key of fitting statistics."""
         return stock.short_hash(self._vision_choice())
 
     def _vision_choice(self) -> dict[str, Any]:
-        """All that the vector of an image depends on."""
+        """Everything that the vector of an image depends on."""
         o = self.options
         return {
             "weights": tower_loading.weights_hash(o.vision, "backbone.vision"),
@@ -156,7 +156,7 @@ class VisionBackbone(BackboneBase):
             raise BadInput(f"{where}: cannot load the tokenizer of {self.options.text!r} ({reason}).") from error
 
     def _side_config(self, on_meta: bool) -> dict[str, Any]:
-        """Fields of `VisionSideConfig`. Raises BadInput where statistics are wanted and not there."""
+        """Fields of `VisionSideConfig`. Raises BadInput where statistics are needed and missing."""
         o = self.options
         if self.wants_statistics and self._statistics is None and not on_meta:
             raise BadInput(

@@ -19,7 +19,7 @@ class VisionOptions:
         vision_feature: the vector of an image: `pooler` (what the family pools), `cls`, or the `mean` of the patches.
         vision_norm: apply the tower's LayerNorm after its last layer; false needs `cls` or `mean`.
         feature_norm: `zscore` standardises each dimension with the statistics stored with the shards.
-        prefix: what goes before the text: `none`, the `pooled` vector, or all `tokens` of an image.
+        prefix: vectors before the text: `none`, the `pooled` vector, or all `tokens` of an image.
         condition: what adapters route on: `none`, the `pooled` vector (mean over the images of a sample), or `tokens`.
         random_weights: build both towers from their configurations alone, with a fixed seed; for tests.
     """

@@ -2,7 +2,7 @@
 frozen encoders of images and texts.
 
 Without projections and with `cls` features of ViT-B/16 and BERT it is the feature pair of GA-Net (arXiv 2408.00290;
-specs/ganet.md 1.2). Aligned by the task `retrieval` and merged (`launchers/merge.py`) it does what CLIP does.
+specs/ganet.md 1.2). Aligned by the task `retrieval` and merged (`launchers/merge.py`) it can be used as CLIP is.
 """
 
 # I images, T texts, L text length, V augmented passes, Dv and Dt widths of the features
@@ -170,7 +170,7 @@ class DualEncoderBackbone(VisionBackbone, EncoderPair):
         return self._config().feature_widths
 
     def logit_scale_of(self, model: nn.Module) -> float:
-        """1 / temperature; 1 where towers were only put side by side."""
+        """1 / temperature; 1 for towers that were not aligned."""
         if not self.options.model and base_model(model) is model:
             return 1.0
         return float(model.logit_scale.log_scale.detach().double().exp())
@@ -179,7 +179,7 @@ class DualEncoderBackbone(VisionBackbone, EncoderPair):
         """Hash of weights, image transform, and everything else that features depend on.
 
         Raises:
-            BadInput: if they would depend on projections that nobody has trained.
+            BadInput: if they would depend on projections that are not trained.
         """
         o = self.options
         if o.projection != "none" and not o.random_weights:

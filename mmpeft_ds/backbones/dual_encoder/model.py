@@ -1,7 +1,7 @@
 """The composed dual encoder: a vision tower and a text encoder side by side, each projected into a shared space.
 
-transformers' VisionTextDualEncoderModel pools both sides in the one way of CLIP's; here the feature of each side is
-an option, as is the projection.
+transformers' VisionTextDualEncoderModel pools both sides as CLIP does; here the feature of each side is an option, as
+is the projection.
 """
 
 # I images, T texts, L text length, Dv and Dt width of the towers, p width of the shared space
@@ -87,11 +87,11 @@ class ProjectionLinear(nn.Linear):
 
 
 class LogitScale(nn.Module):
-    """Holds ln of the factor in front of the cosines, shape (1,): ZeRO-3 cannot partition a number without dimension.
+    """The factor of the cosines as its logarithm, shape (1,): ZeRO-3 cannot partition a tensor without dimensions.
 
     Args:
-        value: the factor to begin with, 1 / temperature.
-        trained: a parameter; else a buffer.
+        value: the initial factor, 1 / temperature.
+        trained: make it a parameter; else it is a buffer.
     """
 
     def __init__(self, value: float, trained: bool):
@@ -173,7 +173,7 @@ class DualEncoder(VisionSide):
             input_ids, attention_mask: (T, L).
             pixel_values: (I, 3, H, W), uint8 (normalised here) or floating point (normalised already).
             image_features: (I, Dv) of the vision tower, in the place of pixels.
-            image_owner, text_owner, num_slots: accepted as of every backbone; no feature depends on them.
+            image_owner, text_owner, num_slots: accepted as by every backbone; no feature depends on them.
             unit: give unit vectors, which can be compared; otherwise features as they are.
             return_dict: accepted for transformers' sake; the output is always a ModelOutput.
 

@@ -21,12 +21,12 @@ class Options:
         vision_feature: the vector of an image: `pooler` (what the family pools), `cls`, or the `mean` of the patches.
         vision_norm: apply the tower's LayerNorm after its last layer; false needs `cls` or `mean`.
         text: hub name, local directory or packaged:NAME of a bert or roberta encoder.
-        text_feature: the vector of a text: `pooler`, `cls` (the first position), or the `mean` of all that count.
+        text_feature: the vector of a text: `pooler`, `cls` (the first position), or the `mean` without padding.
         projection: `none`; `linear`, a matrix without bias; `mlp`, LayerNorm, Linear, GELU, dropout, Linear.
-        width: of the shared space that projections lead to.
+        width: width of the shared space behind the projections.
         max_text_length: tokens of a text with its special tokens; longer texts are cut.
-        projection_dropout: inside `mlp`.
-        logit_scale: the factor of the cosine to begin with, 1 / temperature; a `model` brings its own.
+        projection_dropout: dropout inside `mlp`.
+        logit_scale: initial factor of the cosine, 1 / temperature; a `model` has its own.
         train_projection, train_logit_scale: train these whole, beside the method.
         images: `live`: pixels through the vision tower; `stored`: its features come with the data (feature shards),
             the tower is not built, and each visit in training takes one of the augmented passes at random.

@@ -138,7 +138,7 @@ class FeaturesBackbone(BackboneBase):
         return model.requires_grad_(False).train()
 
     def read_classes(self, model: nn.Module) -> None:
-        """Where no class texts are stored, fill the bank with what the encoder makes of the class names."""
+        """Where no class texts are stored, fill the bank with features of the class names by the encoder."""
         if not self._live_classes:
             return
         names = self._class_names
@@ -152,12 +152,12 @@ class FeaturesBackbone(BackboneBase):
 
     @property
     def _class_names(self) -> list[str]:
-        """In words."""
+        """Names of the classes in words."""
         return [label.replace("_", " ") for label in self.labels or []]
 
     @property
     def _live_classes(self) -> bool:
-        """Class texts come from the encoder; towers of unequal widths have none that images could be compared with."""
+        """Whether class texts come from the encoder: none are stored, and its towers are of equal width."""
         equal = self.encoder is not None and self.encoder.feature_widths[0] == self.encoder.feature_widths[1]
         return equal and not self.towers
 
@@ -166,21 +166,21 @@ class FeaturesBackbone(BackboneBase):
         return {"positive": self.options.templates, "negative": self.options.negative_templates}
 
     def image_transform(self, train: bool) -> Callable[[Tensor, Any], Tensor]:
-        """Choose a stored view, or what the encoder does to pixels."""
+        """Choice of a stored view, or the transform of the encoder."""
         if self.options.images == "live":
             return self.encoder.image_transform(train)
         return ViewTransform(train)
 
     def collate_images(self, images: list[Any]) -> dict[str, Tensor]:
-        """`image_features` (I, Dv), at least float32; or what the encoder takes. A tensor holds all rows already."""
+        """`image_features` (I, Dv), at least float32, of a list of rows or a tensor; or the encoder's arguments."""
         if self.options.images == "live":
             return self.encoder.collate_images(images)
         rows = images if isinstance(images, Tensor) else torch.stack([_wide(image) for image in images])
         return {"image_features": _wide(rows)}
 
     def collate_texts(self, texts: list[Any]) -> dict[str, Tensor]:
-        """`text_features` (T, Dt), zeros for a text without any; or what the encoder takes; nothing where captions are
-        left out."""
+        """`text_features` (T, Dt), zeros for a text without any; or the encoder's arguments; nothing where captions
+        are left out."""
         if self.options.texts == "live":
             return self.encoder.collate_texts([str(text) for text in texts])
         width = self.widths[1]

@@ -21,7 +21,7 @@ from mmpeft_ds.sites.feature_site import Bank, Features, Scores, calibrated_buff
 
 
 class FeatureConfig(PretrainedConfig):
-    """Widths and what the bank holds.
+    """Widths, and shapes of the bank.
 
     Attributes:
         image_width, text_width: D of the features; 0: none.
@@ -49,7 +49,7 @@ class ClassificationOutput(ModelOutput):
         logits: (B, C).
         terms: weighted logits whose cross-entropies make the loss, or None (`sites.features.Scores`).
         report: sums over own rows for the monitor.
-        graph: what a picture of the graph needs.
+        graph: the graph, for a picture of it.
         features: the rows that were scored.
     """
 
@@ -73,7 +73,7 @@ class ZeroShot(nn.Module):
         self.bank = bank
         self.image_width, self.text_width = config.image_width, config.text_width
         self.logit_scale, self.ensemble = config.logit_scale, config.ensemble
-        # The number above again, for peft and transformers: a model without parameters they take for another kind.
+        # The same number as a parameter: peft and transformers need a model to have one.
         self.scale = nn.Parameter(torch.tensor([config.logit_scale]), requires_grad=False)
 
     @property
@@ -94,7 +94,7 @@ class FeatureModel(ModelHooks, PreTrainedModel):
 
     Args:
         bank: class texts and support samples; None: empty tensors of the configuration's shapes.
-        encoder: frozen model that makes features of what is not stored; with `embed`, its backbone's function
+        encoder: frozen model that computes features that are not stored; with `embed`, its backbone's function
             (model, batch) -> image and text features.
         class_names, tokenise: for methods that learn prompts of the classes: their names in words, and a function list
             of texts -> arguments of the encoder.
@@ -126,7 +126,7 @@ class FeatureModel(ModelHooks, PreTrainedModel):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the bank, whatever the encoder computes in."""
+        """The dtype of the bank, whatever that of the encoder."""
         return base_layer(self.features).bank.positive.dtype
 
     @property

@@ -13,8 +13,9 @@ class Options:
     Attributes:
         encoder: `name` and options of a backbone whose frozen towers compute features; null: all of them are stored.
         images: `stored` in feature shards, or `live` through the encoder, from pixels.
-        texts: captions' features: `stored`, or `live` through the encoder; `none` leaves captions out.
-        ensemble: of the templates of a class: `unit` averages unit vectors, `raw` the vectors as they are.
+        texts: features of captions: `stored`, or `live` through the encoder; `none` leaves captions out.
+        ensemble: how the templates of a class become one text: `unit` averages unit vectors, `raw` the vectors as they
+            are.
         templates, negative_templates: class texts where none are stored; `{}` stands for the name of a class.
     """
 

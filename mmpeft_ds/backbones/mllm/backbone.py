@@ -4,7 +4,7 @@ The model is transformers' own class (same parameter names) whose forward takes 
 tokenizer and chat template are read one by one, since a processor as a whole may need packages that are not needed.
 """
 
-# I images, T texts, R placeholders, L text length with one placeholder an image
+# I images, T texts, R placeholders, L text length with one placeholder per image
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ CHANNELS = {"llava": 1, "llava_next": 2, "qwen2_vl": 1, "qwen2_5_vl": 1}
 
 @dataclass(frozen=True)
 class ProcessorTransform(ImageTransform):
-    """uint8 (3, H, W) -> what the family's image processor makes of it, still uint8: scaling and normalising wait.
+    """uint8 (3, H, W) -> output of the family's image processor, still uint8: normalising comes on the device.
 
     Attributes:
         processor: the image processor, which resizes, crops and cuts into tiles or patches.
@@ -93,7 +93,7 @@ class MllmBackbone(StockBackbone):
         return stock.load(model_class, o.model, WHERE, config, self.dtype, self.attention, o.random_weights, on_meta)
 
     def image_transform(self, train: bool) -> Callable[[Tensor, Any], dict[str, Tensor]]:
-        """What the checkpoint's image processor does, up to normalising; no augmentation."""
+        """The checkpoint's image processor without normalising; no augmentation."""
         side = None
         if self._config.model_type == "llava":
             size = self._processor.size
@@ -107,7 +107,7 @@ class MllmBackbone(StockBackbone):
         sizes = {name: torch.cat([image[name] for image in images]) for name in names}
         pixels = [image["pixel_values"] for image in images]
         if self._config.model_type == "llava_next":
-            tiles = [p[0] for p in pixels]  # the model leaves out what pads their number
+            tiles = [p[0] for p in pixels]  # tiles that only pad the number are left out by the model
             return {"pixel_values": nn.utils.rnn.pad_sequence(tiles, batch_first=True), **sizes}
         return {"pixel_values": torch.cat(pixels), **sizes}
 
@@ -154,7 +154,7 @@ class MllmBackbone(StockBackbone):
         Args:
             model: the PeftModel, or the base; under ZeRO-3 all ranks call it together.
             choices: the only answers that may be given.
-            options: of transformers' `generate`, without `max_length`, for prompts have hundreds of image tokens.
+            options: of transformers' `generate`, without `max_length`, since prompts have hundreds of image tokens.
         """
         if "max_length" in options:
             raise BadInput("task.max_length: prompts have hundreds of image tokens. Set it 0, and max_new_tokens.")
@@ -242,7 +242,7 @@ class MllmBackbone(StockBackbone):
         return self._tokenizer.eos_token_id if pad is None else pad
 
     def _end_ids(self, base: PreTrainedModel) -> list[int]:
-        """Tokens that end an answer: the checkpoint's, and the one that training puts there."""
+        """Tokens that end an answer: the checkpoint's, and the one that labels end with in training."""
         ends = base.generation_config.eos_token_id
         ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
         return sorted({*ends, self._tokenizer.eos_token_id})
@@ -258,7 +258,7 @@ class MllmBackbone(StockBackbone):
     def _image_rows(self, batch: PackedBatch, places: list[int]) -> Tensor:
         """(R,) image of each placeholder: a text names the images of its slot in their order.
 
-        A text that was cut may name fewer than there are; those are seen by nobody.
+        A text that was cut may name fewer than there are; the others are not seen.
         """
         images: dict[int, list[int]] = {}
         for image, slot in enumerate(batch.image_owner.tolist()):

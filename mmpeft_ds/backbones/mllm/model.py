@@ -1,6 +1,6 @@
 """Multimodal language models: a mixin with which transformers' own classes take the packed batch.
 
-Texts come with one placeholder an image. The vision tower runs once per image; only then is it known how many tokens
+Texts come with one placeholder per image. The vision tower runs once per image; only then is it known how many tokens
 an image becomes, and every placeholder is widened to as many. So no rule of any image processor is repeated here, and
 their number cannot be wrong. The published condition is made of the image features behind the projector.
 """
@@ -24,7 +24,7 @@ from mmpeft_ds.sites.condition import Condition, conditioned, current
 
 @dataclass
 class Widened:
-    """Texts whose placeholders have become as many tokens as their images.
+    """Texts in which every placeholder is replaced by as many tokens as its image has features.
 
     Attributes:
         input_ids, attention_mask: (T, S), padded on one side.
@@ -39,7 +39,7 @@ class Widened:
 
 
 class ImageText(Publishing):
-    """Mixin over the `ForConditionalGeneration` classes: given `image_rows`, for the packed batch; else it is stock.
+    """Mixin over the `ForConditionalGeneration` classes: with `image_rows` for the packed batch, else stock.
 
     `config.condition` says what is published: `none`, the `pooled` vector of an image (mean of its tokens, mean over
     the images of a slot), or all its `tokens`.
@@ -65,8 +65,8 @@ class ImageText(Publishing):
         """The stock forward; or, given `image_rows`, that of a packed batch.
 
         Args:
-            input_ids, attention_mask, labels: (T, L) with one placeholder an image, padded on the right.
-            pixel_values, image_sizes, image_grid_thw: as the family's image processor makes them, one entry an image.
+            input_ids, attention_mask, labels: (T, L) with one placeholder per image, padded on the right.
+            pixel_values, image_sizes, image_grid_thw: as the family's image processor makes them, one entry per image.
             image_rows: (R,) image of each placeholder, in the order of the texts.
             image_owner, text_owner, num_slots: as in the packed batch; only a condition needs them.
 

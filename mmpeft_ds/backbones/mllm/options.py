@@ -17,7 +17,7 @@ class Options:
         max_pixels: Qwen only: larger images are scaled down to this many pixels, 0 = as the checkpoint says. An image
             becomes one token for every 28 x 28 pixels.
         system: text of a first system turn for conversations that have none; empty: no such turn.
-        chat_template: Jinja file, where the checkpoint brings no template or another is wanted.
+        chat_template: Jinja file of the chat template, where the checkpoint has none or its own is to be replaced.
         condition: what adapters of the language model route on: `none`, the `pooled` vector (mean of an image's tokens
             behind the projector, mean over the images of a sample), or all these `tokens`.
     """

@@ -76,7 +76,7 @@ class VisionTextDecoderBackbone(VisionBackbone):
 
     def collate_texts(self, texts: list[str | Prompted]) -> dict[str, Tensor]:
         """Ids and mask of start, prompt and target, padded on the right with the end of text, and `labels`: the ids
-        that the loss asks for, -100 elsewhere."""
+        that enter the loss, -100 elsewhere."""
         o, end = self.options, self._end_id
         rows, from_, until = [], [], []
         for text in texts:
@@ -84,7 +84,7 @@ class VisionTextDecoderBackbone(VisionBackbone):
             start, prompt, target = (self._ids(part) for part in (self._start, text.prompt, text.target))
             ends = [end] if target and o.loss == "fixed" else []
             rows.append((start + prompt + target + ends)[: o.max_text_length])
-            # published texts have no prompt, and their start is asked for like the rest
+            # published texts have no prompt, and their start enters the loss like the rest
             from_.append(0 if o.loss == "official" and not prompt else len(start) + len(prompt))
             until.append(0 if not target else o.max_text_length if o.loss == "official" else len(rows[-1]))
         length = o.max_text_length if o.loss == "official" else max(1, *map(len, rows))
@@ -166,12 +166,12 @@ ENTRY = VisionTextDecoderBackbone
 
 
 def labels_of(ids_TL: Tensor, asked_TL: Tensor, loss: str) -> Tensor:
-    """(T, L) the ids that the loss asks for, -100 elsewhere.
+    """(T, L) the ids that enter the loss, -100 elsewhere.
 
     Args:
         ids_TL: tokens.
         asked_TL: bool, which of them belong to the target (padding too, in the published form).
-        loss: `fixed` asks for all of these; `official` leaves out the first token of a text and every token 0.
+        loss: `fixed` takes all of these; `official` leaves out the first token of a text and every token 0.
 
     Source: caption loss of arXiv 2403.09377, specs/routing.md 2.2.
     """

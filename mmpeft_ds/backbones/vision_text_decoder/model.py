@@ -83,7 +83,7 @@ class VisionTextDecoder(VisionSide, GenerationMixin):
     ) -> VisionTextDecoderOutput:
         """Logits of every text behind the images of its slot.
 
-        A text without image begins with the token that begins a text, in the place of the prefix.
+        A text without image has the begin-of-text token in the place of the prefix.
 
         Args:
             input_ids: (T, L), padded on the right.
@@ -135,7 +135,7 @@ class VisionTextDecoder(VisionSide, GenerationMixin):
         num_slots: int | None = None,
         **options: Any,
     ) -> Any:
-        """What follows each prompt behind the images of its slot, as transformers' `generate` returns it.
+        """Continuation of each prompt behind the images of its slot, as transformers' `generate` returns it.
 
         Args:
             input_ids: (T, L) prompts; None: none, for one text an image.
@@ -157,7 +157,7 @@ class VisionTextDecoder(VisionSide, GenerationMixin):
         hidden, keep, condition, _ = self._joined(
             input_ids, attention_mask, images, image_owner, text_owner, num_slots
         )
-        # what counts moves to the right, where the next token follows
+        # kept positions move to the right, where the next token follows
         hidden, keep = _to_the_right(hidden, keep)
         length = int(keep.sum(1).max())
         hidden, keep = hidden[:, -length:], keep[:, -length:]
@@ -179,7 +179,7 @@ class VisionTextDecoder(VisionSide, GenerationMixin):
         is_first_iteration: bool | None = False,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """As every model's; without a cache the prompt, which has no token ids, is read anew at every step."""
+        """As for every model; without a cache the prompt, which has no token ids, is encoded anew at every step."""
         if past_key_values is None and inputs_embeds is not None and input_ids.shape[1]:
             inputs_embeds = torch.cat([inputs_embeds, self.get_input_embeddings()(input_ids)], 1)
             is_first_iteration = True
@@ -200,7 +200,7 @@ class VisionTextDecoder(VisionSide, GenerationMixin):
         text_owner: Tensor | None,
         slots: int | None,
     ) -> tuple[Tensor, Tensor, Condition, int]:
-        """(T, P + L, d) prefix and embedded text, (T, P + L) which of it counts, the condition, and P."""
+        """(T, P + L, d) prefix and embedded text, (T, P + L) which positions are kept, the condition, and P."""
         normed = images if images is None or self.feature_norm is None else self.feature_norm(images)
         vectors, keep = self._of_texts(normed, input_ids, image_owner, text_owner, slots)
         prefix, prefix_keep = self._prefix(vectors, keep)
@@ -234,12 +234,12 @@ class VisionTextDecoder(VisionSide, GenerationMixin):
 
 
 def _positions(keep_TS: Tensor) -> Tensor:
-    """(T, S) how many positions that count stand before each."""
+    """(T, S) number of kept positions before each."""
     return keep_TS.long().cumsum(1).sub(1).clamp(min=0)
 
 
 def _to_the_right(hidden_TSd: Tensor, keep_TS: Tensor) -> tuple[Tensor, Tensor]:
-    """Both with what counts moved to the right of what does not, in its order."""
+    """Both with the kept positions moved to the right, in their order."""
     order = keep_TS.to(torch.uint8).argsort(dim=1, stable=True)
     return hidden_TSd.gather(1, order[..., None].expand_as(hidden_TSd)), keep_TS.gather(1, order)
 

@@ -16,7 +16,7 @@ class Options(VisionOptions):
         text: hub name, local directory or packaged:NAME of a gpt2, llama, mistral or qwen2 language model.
         max_text_length: tokens of start, prompt and target together, without the prefix; longer texts are cut.
         start: text before every prompt; `auto` is none behind an image prefix and the published "<s>" without one.
-        loss: which tokens the loss asks for. `fixed`: those of the target and one end of text; padding is not asked.
+        loss: which tokens enter the loss. `fixed`: those of the target and one end of text, but no padding.
             `official`: as published, every position up to `max_text_length`, padding with the end of text included,
             but never the first token, and never token 0 ("!" in GPT-2).
     """

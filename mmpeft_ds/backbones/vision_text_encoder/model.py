@@ -54,7 +54,7 @@ class VisionTextEncoderOutput(ModelOutput):
 
 
 class Head(nn.Module):
-    """Classifier on one vector a text: dropout, Linear; or Linear, LayerNorm, GELU, dropout, Linear."""
+    """Classifier on one vector per text: dropout, Linear; or Linear, LayerNorm, GELU, dropout, Linear."""
 
     def __init__(self, config: VisionTextEncoderConfig):
         super().__init__()
@@ -146,7 +146,7 @@ class VisionTextEncoder(VisionSide):
     def _embed(
         self, input_ids: Tensor, attention_mask: Tensor | None, prefix: Tensor | None, prefix_keep: Tensor
     ) -> tuple[Tensor, Tensor | None]:
-        """Input of the first layer (T, P + L, d) and the attention mask in the form that the implementation wants.
+        """Input of the first layer (T, P + L, d) and the attention mask in the form that the implementation needs.
 
         Positions count the prefix tokens that a text really has, so that its answer does not depend on how many images
         other texts of the batch have.
@@ -159,7 +159,7 @@ class VisionTextEncoder(VisionSide):
                 attention_mask = torch.ones_like(input_ids)
             attention_mask = torch.cat([prefix_keep.to(attention_mask.dtype), attention_mask], 1)
         if self.config.prefix != "none" and self.config.embed_twice:
-            # also where no text has an image, or the answer would depend on the rest of the batch
+            # also where no text has an image: otherwise the answer would depend on the rest of the batch
             steps = torch.ones_like(input_ids)
             positions = torch.cat([prefix_keep.to(steps.dtype), steps], 1).cumsum(1).sub(1).clamp(min=0)
             # RoBERTa counts from padding_idx + 1, BERT from 0

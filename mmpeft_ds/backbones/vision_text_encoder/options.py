@@ -19,7 +19,7 @@ class Options(VisionOptions):
         head_input: `pooler` (frozen) of the first position, the `raw` first position, or the `mean` of all.
         head_layers: 1 (dropout, Linear) or 2 (Linear, LayerNorm, GELU, dropout, Linear).
         head_multiple: inner width of the head as a multiple of the text width.
-        head_dropout: 0 in the paper; one-layer heads there use the encoder's hidden dropout.
+        head_dropout: dropout of the head; 0 in the paper, whose one-layer heads use the encoder's hidden dropout.
         num_labels: size of the head, 0 = from the label list of the data.
     """
 

@@ -1,7 +1,7 @@
-"""Leaving out the positions of a text encoder that nobody reads: padding, and all but one at the end.
+"""Skipping of positions of a text encoder that are never read: padding, and in the last layer all but one.
 
 Behind its attention a BERT-like layer treats every position alone, so there the positions of all rows may stand in one
-long row without padding, and in the last layer only the one that the head reads. What stays is computed as before.
+long row without padding, and in the last layer only the one that the head reads. The rest is as before.
 """
 
 # T texts, L positions of each, N positions that count, d width
@@ -18,7 +18,7 @@ from mmpeft_ds.sites.condition import current
 
 
 def leave_out_unread(layers: Iterable[nn.Module]) -> None:
-    """Let BERT-like `layers`, in order, obey `Condition.kept`, and the last one `Condition.read`."""
+    """Make BERT-like `layers`, given in order, follow `Condition.kept`, and the last one `Condition.read`."""
     *others, last = layers
     for layer in others:
         layer.attention.output.register_forward_pre_hook(_without_padding)
@@ -27,12 +27,12 @@ def leave_out_unread(layers: Iterable[nn.Module]) -> None:
 
 
 def tokenwise(layer: nn.Module) -> bool:
-    """After its attention this layer mixes no positions, whatever adapters are in it."""
+    """Whether this layer, with the adapters in it, mixes no positions after its attention."""
     return all(m.tokenwise if isinstance(m, AdapterLayer) else _of_peft(m) for m in _adapters(layer))
 
 
 def rowless(layer: nn.Module) -> bool:
-    """As `tokenwise`, and no adapter there asks which row a position is of, say for the row's condition."""
+    """As `tokenwise`, and no adapter there asks which row a position is of, such as for the condition of that row."""
     return all(m.rowless if isinstance(m, AdapterLayer) else _of_peft(m) for m in _adapters(layer))
 
 
@@ -66,7 +66,7 @@ def _of_peft(module: nn.Module) -> bool:
 
 
 def _adapters(layer: nn.Module) -> Iterator[nn.Module]:
-    """What is wrapped around the parts of a layer behind its attention, but for what is switched off."""
+    """Adapters around the parts of a layer behind its attention, except those that are disabled."""
     for part in (layer.attention.output, layer.intermediate, layer.output):
         for module in part.modules():
             if hasattr(module, "base_layer") and not getattr(module, "disable_adapters", False):
@@ -77,7 +77,7 @@ def _only_read(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...
     """Forward pre-hook of the last layer's attention output: from here on no token sees another."""
     condition = current()
     read = None if condition is None else condition.read
-    # another length: somebody has inserted tokens of their own
+    # another length: a method has inserted tokens
     if read is None or any(a.shape[1] != read.shape[1] for a in args):
         return None
     return tuple(take(a, read) for a in args)

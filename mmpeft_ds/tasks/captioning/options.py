@@ -12,7 +12,7 @@ class Options:
 
     Attributes:
         prompt: text before every caption, which the model does not generate.
-        loss: `token`, the mean over all tokens of the step that are asked for, as published; or `caption`, the mean
+        loss: `token`, the mean over all target tokens of the step, as published; or `caption`, the mean
             over captions of their mean over tokens, in which a long caption weighs as much as a short one.
         smoothing: label smoothing, in [0, 1).
         num_beams: beams in evaluation, 1 = greedy.

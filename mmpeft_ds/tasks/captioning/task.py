@@ -22,7 +22,7 @@ from mmpeft_ds.tasks.common.losses import weighted_sum
 
 
 class Captioning(TaskBase):
-    """Records hold `captions`, a list of texts; one is drawn at each visit, all are references in evaluation."""
+    """Records hold `captions`, a list of texts; training draws one per visit, evaluation takes all as references."""
 
     Options = Options
     fields = ("captions",)
@@ -79,7 +79,7 @@ class Captioning(TaskBase):
         return {"captions": []}, [{} for _ in texts]
 
     def weight(self, batch: PackedBatch) -> float:
-        """Tokens that are asked for, or captions, that enter the loss."""
+        """Target tokens, or captions, that enter the loss."""
         return float(self._weights(batch).double().sum()) if len(batch.text_owner) else 0.0
 
     def _weights(self, batch: PackedBatch) -> Tensor:

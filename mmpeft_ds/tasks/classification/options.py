@@ -13,8 +13,8 @@ class Options:
     Attributes:
         text: `none`; or `captions`, one caption of the sample goes with its image: drawn in training, the first one in
             evaluation. Nothing about it depends on the label.
-        columns: which classes may be predicted: `target`, those of this data set, or of the subset that it is cut to,
-            before the softmax; or `all` that the model knows.
+        columns: classes that may be predicted: `target`, those of this data set or of its subset, with a softmax over
+            these alone; or `all` classes of the training data.
     """
 
     text: Literal["none", "captions"] = "none"

@@ -23,7 +23,7 @@ from mmpeft_ds.tasks.common.losses import weighted_sum
 class Classification(TaskBase):
     """Records hold `label`, the class index in their own data set, `class_name`, and `captions` (a list) if wanted.
 
-    Classes meet by name, so a data set of other drawings may know fewer classes, or number them in another way.
+    Classes are matched by name, so another data set may have fewer of them, or number them in another way.
     """
 
     Options = Options
@@ -44,7 +44,7 @@ class Classification(TaskBase):
         self._allowed = frozenset(self._columns)
 
     def use_source(self, labels: list[str] | None, classes: list[str] | None = None) -> None:
-        """Which data set is asked about.
+        """Take the classes of the data set that is read.
 
         Args:
             labels: of this data set, in the order of its class index; None: those of the training data.
@@ -61,7 +61,7 @@ class Classification(TaskBase):
                 f"class {unknown[0]!r} is none of the {len(self.labels)} classes of the training data "
                 f"({len(unknown)} unknown). Give a subset that leaves it out, or train on it."
             )
-        # In the order of the training data, so that ties fall as they do with all columns.
+        # In the order of the training data, so that ties are resolved as with all columns.
         self._allowed = frozenset(self._index[name] for name in wanted)
         self._columns = sorted(self._allowed)
 
@@ -80,7 +80,7 @@ class Classification(TaskBase):
     def _read(
         self, record: dict[str, Any], generator: torch.Generator | None
     ) -> tuple[list[Described], list[dict[str, Any]]]:
-        # Text first: it knows nothing of the label.
+        # The text comes first and cannot depend on the label.
         text = self._caption(record, generator) if self.options.text == "captions" else Described()
         return [text], [{"label": self._label(record)}]
 
@@ -91,7 +91,7 @@ class Classification(TaskBase):
             raise BadSample("field", "`captions` is no list of texts, or an empty one")
         if isinstance(stored, Tensor) and len(stored) != len(captions):
             raise BadSample("field", f"{len(captions)} captions but features of {len(stored)}")
-        # A single one is not drawn: what draws nothing is read once and remembered (`data.feature_batches`).
+        # A single one is not drawn: a record that draws nothing is read once and remembered (`data.feature_batches`).
         drawn = generator is not None and len(captions) > 1
         number = int(torch.randint(len(captions), (), generator=generator)) if drawn else 0
         return Described(captions[number], stored[number] if isinstance(stored, Tensor) else None)
@@ -143,7 +143,7 @@ class Classification(TaskBase):
         return total
 
     def predict(self, outputs: Any, batch: PackedBatch) -> list[dict[str, Any]]:
-        """One row a sample of weight > 0: sample_id, text, prediction and its probability; and, where the class is
+        """One row per sample of weight > 0: sample_id, text, prediction and its probability; and, where the class is
         known, its name (`answer`) and index (`label`) in the training data."""
         if not len(batch.text_owner):
             return []
@@ -186,7 +186,7 @@ ENTRY = Classification
 
 
 def _accuracies(pairs: Iterable[tuple[str, str]]) -> dict[str, float]:
-    """Of (class, prediction)."""
+    """Accuracies of pairs (class, prediction)."""
     right: dict[str, list[bool]] = defaultdict(list)
     for answer, prediction in pairs:
         right[answer].append(answer == prediction)

@@ -83,7 +83,7 @@ def drawn_questions(
 
 
 def soft_scores(answers: list[str], known: dict[str, Any] | None) -> dict[str, float]:
-    """Answer -> soft score, most frequent first; with `known`, others count only if they normalise to one of it."""
+    """Answer -> soft score, most frequent first; with `known`, only answers that are, or normalise to, one of it."""
     votes: Counter[str] = Counter()
     for answer in answers:
         counted = answer if known is None or answer in known else normalize_answer(answer)

@@ -11,9 +11,9 @@ class Options:
     """Keys of a source's `task` section.
 
     Attributes:
-        loss: `contrast`, what the model itself computes (queue and teacher, with BLIP) or else in-batch contrast over
-            all ranks; `contrast_match`, and the loss of its matching head.
-        captions: of a sample in one visit of training, drawn anew each time; 0 = all. Evaluation takes all.
+        loss: `contrast`, the contrastive loss that the model computes itself (BLIP, with queue and teacher), or else
+            that of all pairs of the step over all ranks; `contrast_match`, that plus the loss of the matching head.
+        captions: captions of a sample in one visit in training, drawn anew each time; 0 = all. Evaluation takes all.
         rerank: how many of each list the matching head ranks anew in evaluation, 0 = none.
         similarity_weight: share of the cosine in the score of what was ranked anew: 0 for images, 1 for videos, as
             published.

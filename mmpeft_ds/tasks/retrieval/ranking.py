@@ -130,8 +130,8 @@ def _match(
 
 
 def _one_each(ids: list[int], names: list[str]) -> Tensor:
-    """Of each picture the place of the sample whose name comes first, in the order of places: the same picture stands
-    for the others however samples are spread over ranks."""
+    """Place of the sample that stands for each picture, in the order of places: the first by name, so that it is the
+    same one however samples are spread over ranks."""
     chosen: dict[int, int] = {}
     for place, (picture, name) in enumerate(zip(ids, names, strict=True)):
         if picture not in chosen or name < names[chosen[picture]]:
@@ -143,7 +143,7 @@ def _places(scores_Qk: Tensor, order_Qk: Tensor, asks_Q: Tensor, answers_C: Tens
     """(Q,) rank, from 1, of the best candidate with the id of each query; behind all wrong ones if not listed.
 
     Candidates of equal score (captions of the same words) stand in the order of `ties_C`, numbers that are as good as
-    random: a right one among n equal ones is found as often as chance finds it.
+    random, so that a right one among n equal ones ranks as chance has it.
     """
     right = asks_Q[:, None] == answers_C[order_Qk]
     best = scores_Qk.masked_fill(~right, -torch.inf).amax(1, keepdim=True)

@@ -193,7 +193,7 @@ def _pair_weights(batch: PackedBatch) -> Tensor:
 
 
 def image_features(outputs: Any, batch: PackedBatch) -> Tensor:
-    """(S, E) unit vectors: the model's, if it has one a slot, else the mean over the images of a slot."""
+    """(S, E) unit vectors: the model's, if it has one per slot, else the mean over the images of a slot."""
     features, slots = outputs.image_features, len(batch.sample_id)
     if outputs.get("image_tokens") is not None:
         return features

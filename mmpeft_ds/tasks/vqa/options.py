@@ -1,4 +1,4 @@
-"""Options of the task `vqa`: the loss, and how many answers and questions."""
+"""Options of the task `vqa`: the loss, and the number of answers and questions."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ class Options:
     Attributes:
         prompt: what the model reads; `{}` stands for the question.
         clean: put questions into lower case without . ! " ( ) * # : ; ~, as BLIP was trained.
-        answer_weight: of every distinct answer; 0 = the share of annotators who gave it.
+        answer_weight: weight of every distinct answer; 0 = the share of annotators who gave it.
         listed_only: leave out answers that are not among the choices or in the data's label list.
         smoothing: label smoothing of the loss, and of the score by which answers are ranked.
         evaluate: `rank` the choices or the label list, or `write`: generate freely.

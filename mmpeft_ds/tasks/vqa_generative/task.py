@@ -88,7 +88,7 @@ class VqaGenerative(QuestionTask):
         return {answer: given or count / len(answers) for answer, count in votes.most_common()}
 
     def collate(self, targets: list[Any]) -> dict[str, Tensor]:
-        """`question`, `weight` and `first` (T,): number in the record, weight of the answer, 1 once a question."""
+        """`question`, `weight` and `first` (T,): number in the record, weight of the answer, 1 for one answer each."""
         return {
             "question": torch.tensor([t["question"] for t in targets], dtype=torch.int64),
             "weight": torch.tensor([t["weight"] for t in targets], dtype=torch.float32),
