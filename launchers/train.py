@@ -52,7 +52,9 @@ def main() -> int:
         with console.quick_imports():
             from mmpeft_ds.engine import plan
             from mmpeft_ds.engine.assembly import resolve
-        report = plan.make(resolve.resolve(recipe, assumed), args.ranks or ())
+
+            # Inside as well, since transformers imports the classes of a model when it is built.
+            report = plan.make(resolve.resolve(recipe, assumed), args.ranks or ())
         if console.rank() == 0:
             show(report, args.json)
         return 0
