@@ -18,6 +18,17 @@ from typing import Any
 import torch.utils.checkpoint
 from torch import Tensor
 
+_AXES = {
+    "tokens": ("rows of text", "conditioning tokens", "width"),
+    "mask": ("rows of text", "conditioning tokens"),
+    "own_mask": ("rows of text", "positions"),
+    "encoder": ("rows of text", "encoder positions", "width"),
+    "encoder_mask": ("rows of text", "encoder positions"),
+    "read": ("rows of text", "positions"),
+    "frame_weights": ("rows of text", "frames"),
+    "kept": ("kept positions",),
+}
+
 
 @dataclass(frozen=True)
 class Condition:
@@ -43,6 +54,24 @@ class Condition:
     read: Tensor | None = None
     frame_weights: Tensor | None = None
     kept: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        for name, axes in _AXES.items():
+            tensor = getattr(self, name)
+            if tensor is not None and tensor.dim() != len(axes):
+                hint = ""
+                if name in ("tokens", "encoder") and tensor.dim() == 2:
+                    hint = f" For one vector per row: {name}=x.unsqueeze(1)."
+                raise ValueError(
+                    f"Condition({name}=...): a tensor of shape {tuple(tensor.shape)} was given, expected "
+                    f"({', '.join(axes)}).{hint}"
+                )
+        for mask, tensor in ((self.mask, self.tokens), (self.encoder_mask, self.encoder)):
+            if mask is not None and tensor is not None and mask.shape != tensor.shape[:2]:
+                raise ValueError(
+                    f"Condition: a mask of shape {tuple(mask.shape)} was given for tokens of shape "
+                    f"{tuple(tensor.shape)}, expected {tuple(tensor.shape[:2])}."
+                )
 
     def expand_to(self, rows: int) -> Condition:
         """Follow beam expansion: row b of the condition serves rows b*k ... b*k+k-1.

@@ -13,6 +13,14 @@ from mmpeft_ds.errors import BadInput
 from mmpeft_ds.methods.common.options import HeadOptions
 
 
+class PeftTypeName(str):
+    """Name of a method that peft's own enumeration does not have; peft's messages ask for `value`."""
+
+    @property
+    def value(self) -> str:
+        return str(self)
+
+
 class UnknownField(BadInput, TypeError):  # noqa: N818 - peft catches the TypeError and reads its words
     """A config was called with a keyword that it does not have."""
 
@@ -42,7 +50,7 @@ class MethodConfig(PeftConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.peft_type = self.PEFT_TYPE
+        self.peft_type = PeftTypeName(self.PEFT_TYPE)
 
 
 @dataclass

@@ -167,7 +167,11 @@ class HeadMethod(SiteMethod):
 def feature_site(config: HeadConfig, sites: Sites) -> FeatureSite:
     """The one place where a head attaches. Raises BadInput."""
     if len(sites.features) != 1:
-        raise BadInput(f"{config.method}: needs a model of features. Use backbone: {{name: features}}.")
+        raise BadInput(
+            f"{config.method}: a head that classifies features of frozen encoders; this model has no place for one. "
+            "In Python attach it to a mmpeft_ds.backbones.features.model.FeatureModel, in a recipe use backbone: "
+            "{name: features}; the encoder of both may be a CLIP."
+        )
     return sites.features[0]
 
 

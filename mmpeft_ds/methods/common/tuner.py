@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from typing import Any
 
 import torch
@@ -39,6 +40,33 @@ class SiteTuner(BaseTuner):
         Default: it can.
         """
         return None
+
+    def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """Refused: the mean of two such adapters is no adapter of the mean. Raises BadInput."""
+        raise BadInput(
+            f"add_weighted_adapter: adapters of {self._method} cannot be combined into one. Keep them side by side "
+            "and choose by set_adapter(name)."
+        )
+
+    @property
+    def _method(self) -> str:
+        return next(iter(self.peft_config.values())).peft_type.lower()
+
+    def _apply(self, fn: Any, recurse: bool = True) -> SiteTuner:
+        before = self._trained_dtypes()
+        super()._apply(fn, recurse)
+        if torch.float32 in before and (halved := self._trained_dtypes() & {torch.float16, torch.bfloat16}):
+            dtype = str(next(iter(halved)))
+            warnings.warn(
+                f"the trained parameters of {self._method} are {dtype} now, which loses small updates and what they "
+                f"hold beyond its precision. Cast the base before attaching: base.to({dtype}), then "
+                "peft.get_peft_model(base, config); the adapter stays float32 and casts at its edges.",
+                stacklevel=3,
+            )
+        return self
+
+    def _trained_dtypes(self) -> set[torch.dtype]:
+        return {p.dtype for p in self.parameters() if p.requires_grad}
 
     def _check_merge_allowed(self) -> None:
         super()._check_merge_allowed()

@@ -1,0 +1,79 @@
+"""Corners of peft and torch that people reach with a model of their own: each ends in a sentence, not in internals."""
+
+import warnings
+
+import peft
+import pytest
+import torch
+from transformers import BertConfig, BertModel
+
+import mmpeft_ds
+from mmpeft_ds import methods
+from mmpeft_ds.errors import BadInput
+from mmpeft_ds.sites.condition import Condition
+from tests.helpers.models import tiny_feature_model
+
+CONFIGS = ["RoutedLoraConfig", "PAdapterConfig", "BitFitConfig"]
+
+
+def bert() -> BertModel:
+    sizes = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24)
+    return BertModel(BertConfig(vocab_size=9, **sizes))
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_mixed_model_is_refused_in_pefts_own_words(name):
+    with pytest.raises(ValueError, match="not compatible with the `PeftMixedModel`"):
+        peft.get_peft_model(bert(), getattr(mmpeft_ds, name)(), mixed=True)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_weighted_sum_of_adapters_is_refused_with_what_to_do(name):
+    config = getattr(mmpeft_ds, name)
+    model = peft.get_peft_model(bert(), config())
+    model.add_adapter("b", config())
+    with pytest.raises(BadInput, match="set_adapter"):
+        model.add_weighted_adapter(["default", "b"], [0.5, 0.5], "c")
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_casting_an_attached_model_to_half_precision_warns_and_says_the_order(name):
+    """p and m of p_adapter, and every small update, need float32."""
+    config = getattr(mmpeft_ds, name)
+    model = peft.get_peft_model(bert(), config())
+    with pytest.warns(UserWarning, match=r"base\.to\(torch\.bfloat16\), then peft\.get_peft_model"):
+        model.to(torch.bfloat16)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        model = peft.get_peft_model(bert().to(torch.bfloat16), config())
+        model.to("cpu")
+        model.float()
+    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+
+
+def test_a_head_on_a_model_without_features_is_told_where_it_belongs_without_a_recipe():
+    with pytest.raises(BadInput, match="FeatureModel"):
+        peft.get_peft_model(bert(), mmpeft_ds.GaNetConfig())
+    assert peft.get_peft_model(tiny_feature_model.model(), mmpeft_ds.TaskResConfig())
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"tokens": torch.zeros(2, 32)}, r"tokens=.*\(2, 32\).*conditioning tokens, width.*unsqueeze\(1\)"),
+        ({"mask": torch.zeros(2)}, r"mask=.*\(2,\)"),
+        ({"tokens": torch.zeros(2, 3, 4), "mask": torch.zeros(2, 4)}, r"mask of shape \(2, 4\).*expected \(2, 3\)"),
+        ({"encoder": torch.zeros(2, 3, 4), "encoder_mask": torch.zeros(3, 3)}, r"expected \(2, 3\)"),
+    ],
+)
+def test_a_condition_of_the_wrong_shape_is_refused_where_it_is_made(given, says):
+    with pytest.raises(ValueError, match=says):
+        Condition(**given)
+
+
+def test_every_method_of_ours_has_a_type_that_peft_can_name():
+    names = [name for name in methods.names() if name not in ("lora", "ia3")]
+    assert names
+    for name in names:
+        kind = methods.get(name).Config().peft_type
+        assert kind == kind.value == str(kind)
