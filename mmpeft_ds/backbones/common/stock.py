@@ -38,7 +38,7 @@ def read_config(name: str, where: str, families: tuple[str, ...]) -> PretrainedC
         config = AutoConfig.from_pretrained(tower_loading.locate(name, where))
     except (OSError, ValueError, KeyError) as error:
         raise BadInput(
-            f"{where}: cannot read the configuration of {name!r} ({_first_line(error)}). "
+            f"{where}: cannot read the configuration of {name!r} ({tower_loading.first_line(error)}). "
             "Give a directory with config.json, or a hub name that is in the local cache."
         ) from error
     if config.model_type not in families:
@@ -51,7 +51,9 @@ def read_tokenizer(name: str, where: str) -> Any:
     try:
         return AutoTokenizer.from_pretrained(tower_loading.locate(name, where))
     except (OSError, ValueError) as error:
-        raise BadInput(f"{where}: cannot load the tokenizer of {name!r} ({_first_line(error)}).") from error
+        raise BadInput(
+            f"{where}: cannot load the tokenizer of {name!r} ({tower_loading.first_line(error)})."
+        ) from error
 
 
 def load(
@@ -97,16 +99,12 @@ def _pretrained(
             )
     except (OSError, SafetensorError) as error:
         raise BadInput(
-            f"{where}: cannot load the weights of {name!r} ({_first_line(error)}). Restore its files."
+            f"{where}: cannot load the weights of {name!r} ({tower_loading.first_line(error)}). Restore its files."
         ) from error
     if missing := sorted(info["missing_keys"]):
         some = ", ".join(missing[:3]) + (" ..." if len(missing) > 3 else "")
         raise BadInput(f"{where}: {name!r} has no weights for {some}, which would be random. Take a whole checkpoint.")
     return model
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0][:200]
 
 
 class Publishing(ModelHooks, RecomputesUnderCondition):

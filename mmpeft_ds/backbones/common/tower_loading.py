@@ -84,9 +84,8 @@ def load_config(name: str, where: str, kind: str) -> PretrainedConfig:
     try:
         config = AutoConfig.from_pretrained(locate(name, where))
     except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0][:200]
         raise BadInput(
-            f"{where}: cannot read the configuration of {name!r} ({reason}). "
+            f"{where}: cannot read the configuration of {name!r} ({first_line(error)}). "
             "Give a directory with config.json, a hub name that is in the local cache, or packaged:NAME."
         ) from error
     if kind == "vision" and config.model_type in ("clip", "siglip"):
@@ -125,8 +124,9 @@ def load_tower(
                 locate(name, where), config=config, output_loading_info=True, **kwargs
             )
     except (OSError, SafetensorError) as error:
-        reason = str(error).strip().splitlines()[0][:200]
-        raise BadInput(f"{where}: cannot load the weights of {name!r} ({reason}). Restore its files.") from error
+        raise BadInput(
+            f"{where}: cannot load the weights of {name!r} ({first_line(error)}). Restore its files."
+        ) from error
     missing = sorted(k for k in info["missing_keys"] if not k.startswith(may_miss or ("\0",)))
     if missing:
         some = ", ".join(missing[:3]) + (" ..." if len(missing) > 3 else "")
@@ -234,6 +234,11 @@ def choose_attention(wanted: str, dtype: torch.dtype) -> str:
     half = dtype in (torch.bfloat16, torch.float16)
     flash = half and torch.cuda.is_available() and importlib.util.find_spec("flash_attn") is not None
     return "flash_attention_2" if flash else "sdpa"
+
+
+def first_line(error: Exception) -> str:
+    """The beginning of an error message of a library, for one of ours."""
+    return str(error).strip().splitlines()[0][:200]
 
 
 def find_file(place: str, file: str) -> str | None:

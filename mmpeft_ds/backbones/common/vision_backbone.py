@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from mmpeft_ds.backbones.base import BackboneBase
 from mmpeft_ds.backbones.common import stock, tower_loading
@@ -148,12 +148,7 @@ class VisionBackbone(BackboneBase):
 
     @functools.cached_property
     def _tokenizer(self) -> Any:
-        where = "backbone.text"
-        try:
-            return AutoTokenizer.from_pretrained(tower_loading.locate(self.options.text, where), use_fast=True)
-        except (OSError, ValueError) as error:
-            reason = str(error).strip().splitlines()[0][:200]
-            raise BadInput(f"{where}: cannot load the tokenizer of {self.options.text!r} ({reason}).") from error
+        return stock.read_tokenizer(self.options.text, "backbone.text")
 
     def _side_config(self, on_meta: bool) -> dict[str, Any]:
         """Fields of `VisionSideConfig`. Raises BadInput where statistics are needed and missing."""

@@ -212,7 +212,7 @@ class MllmBackbone(StockBackbone):
                 changes["size"] = {"shortest_edge": least, "longest_edge": self.options.max_pixels}
                 processor = AutoImageProcessor.from_pretrained(place, backend="pil", **changes)
         except (OSError, ValueError, ImportError) as error:
-            reason = str(error).strip().splitlines()[0][:200]
+            reason = tower_loading.first_line(error)
             raise BadInput(
                 f"{WHERE}: cannot read the image processor of {self.options.model!r} ({reason}). "
                 "Its directory needs preprocessor_config.json."

@@ -153,7 +153,7 @@ class Chat:
                 messages, chat_template=self.template, tokenize=False, add_generation_prompt=answer_follows
             )
         except (TemplateError, TypeError, KeyError) as error:
-            reason = str(error).strip().splitlines()[0][:200]
+            reason = tower_loading.first_line(error)
             roles = ", ".join(m["role"] for m in messages)
             raise BadInput(f"backbone.chat_template: cannot render the turns {roles} ({reason}).") from error
 
