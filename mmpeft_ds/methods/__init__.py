@@ -36,7 +36,10 @@ def of(config: PeftConfig) -> type[SiteMethod]:
 
 
 def configs() -> dict[str, str]:
-    """Name of each public config (`RoutedLoraConfig`) -> name of its method. Imports neither torch nor peft."""
+    """Name of each public config (`RoutedLoraConfig`) -> name of its method.
+
+    It follows from the name of the options (`RoutedLoraOptions`), so this imports neither torch nor peft.
+    """
     return {options(name).__name__.removesuffix("Options") + "Config": name for name in names()}
 
 

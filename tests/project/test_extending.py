@@ -3,16 +3,20 @@
 import re
 import sys
 
+import peft
 import pytest
 import torch
 
-from mmpeft_ds import backbones, registry, tasks
+import mmpeft_ds
+from mmpeft_ds import backbones, methods, registry, tasks
 from mmpeft_ds.backbones.base import model_hooks
 from mmpeft_ds.data.batch import Sample, pack
 from mmpeft_ds.engine.assembly.forward import forward
-from mmpeft_ds.errors import BadSample
+from mmpeft_ds.errors import BadInput, BadSample
+from mmpeft_ds.methods.base import SiteMethod
+from mmpeft_ds.sites import find_sites
 from tests.helpers import ROOT
-from tests.helpers.models import tiny_towers
+from tests.helpers.models import tiny_stock, tiny_towers
 
 
 @pytest.fixture
@@ -77,3 +81,29 @@ def test_the_example_backbone_answers_samples_without_images_with_zeros(saved, t
     made = entry(entry.Options(model=tiny_towers.write_vision(tmp_path / "vit", "vit")), ["a", "b"])
     batch = pack([Sample("s", 1.0, [], ["a"], [0])], made.collate_images, made.collate_texts, lambda t: {})
     assert forward(made.build().eval(), made, batch).logits.tolist() == [[0.0, 0.0]]
+
+
+def test_the_example_method_attaches_trains_saves_and_loads(saved, tmp_path, monkeypatch):
+    entry = saved("A method", methods, "channel_scale")
+    assert issubclass(entry, SiteMethod) and methods.configs()["ChannelScaleConfig"] == "channel_scale"
+    for what in ("CONFIG", "TUNER", "PREFIX"):  # forgotten again behind this test
+        monkeypatch.setitem(getattr(peft.mapping, f"PEFT_TYPE_TO_{what}_MAPPING"), "CHANNEL_SCALE", None)
+    methods.register()
+    base, config = tiny_stock.bert(), mmpeft_ds.ChannelScaleConfig(targets=["q", "out"])
+    entry.check(config, find_sites(base), None)
+    frozen = tiny_stock.output(base)
+    model = peft.get_peft_model(base, entry.prepare(config, base, find_sites(base)))
+    trained = [n for n, p in model.named_parameters() if p.requires_grad]
+    assert entry.kinds(trained)["peft"] == trained and len(trained) == 4
+    assert torch.equal(tiny_stock.output(model), frozen), "zero factors change nothing"
+    tiny_stock.output(model).square().sum().backward()
+    assert all(p.grad.any() for p in model.parameters() if p.requires_grad)
+    changed = tiny_stock.output(tiny_stock.fill(model, scale=0.1))
+    assert not torch.equal(changed, frozen)
+    with model.disable_adapter():
+        assert torch.equal(tiny_stock.output(model), frozen)
+    with pytest.raises(BadInput, match="cannot be merged: nobody has written how"):
+        model.merge_adapter()
+    model.save_pretrained(tmp_path / "adapter")
+    again = peft.PeftModel.from_pretrained(tiny_stock.bert(), tmp_path / "adapter")
+    assert torch.equal(tiny_stock.output(again), changed)
