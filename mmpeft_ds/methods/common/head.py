@@ -168,9 +168,9 @@ def feature_site(config: HeadConfig, sites: Sites) -> FeatureSite:
     """The one place where a head attaches. Raises BadInput."""
     if len(sites.features) != 1:
         raise BadInput(
-            f"{config.method}: needs a model of features of frozen encoders, and this is none. In Python attach it to a "
-            "mmpeft_ds.backbones.features.model.FeatureModel, in a recipe use backbone: {name: features}; the encoder "
-            "of both may be a CLIP."
+            f"{config.method}: needs a model of features of frozen encoders, and this is none. In Python attach it to "
+            "a mmpeft_ds.backbones.features.model.FeatureModel, in a recipe use backbone: {name: features}; the "
+            "encoder of both may be a CLIP."
         )
     return sites.features[0]
 
