@@ -1,7 +1,8 @@
-"""The packed batch: every sample is a slot that owns any number of images and texts.
+"""Packed batches: every sample is a slot that owns any number of images and texts.
 
-Many questions on one image, two images to a question, video frames, text-only samples, and slots without a sample
-(padding, bad samples: weight 0) are one case. A frozen tower runs once per image, however many texts ask about it.
+Several questions about an image, two images per question, video frames, samples of text alone, and slots without a
+sample (padding and bad samples, of weight 0) are one case. A frozen tower runs once per image, however many texts
+belong to it.
 """
 
 # S slots of this rank's micro-batch, I images, T texts, L text length
@@ -25,15 +26,15 @@ IMAGE_MARK = "<image>"
 
 @dataclass(frozen=True)
 class Prompted:
-    """A text in two parts, for models that write.
+    """A text in two parts, for generative models.
 
     Attributes:
-        prompt: what the model reads; it takes no part in the loss.
-        target: what it should write; empty where nobody knows.
-        turns: for models that converse, what was said before, as (role, text); roles `system`, `user`, `assistant`.
-            What the assistant said there enters the loss as `target` does.
-        images: how many images the sample has; packing fills it in. Texts that are read may say by IMAGE_MARK where
-            each image belongs, in their order; where none does, the images come first.
+        prompt: text that the model reads; it is not part of the loss.
+        target: text that it should generate; empty if unknown.
+        turns: earlier turns of a conversation, as (role, text), with roles `system`, `user` and `assistant`. Those of
+            the assistant enter the loss as `target` does.
+        images: number of images of the sample, set by packing. IMAGE_MARK in prompt and turns stands for one image
+            each, in their order; without any mark the images come first.
     """
 
     prompt: str
@@ -50,17 +51,17 @@ class Prompted:
 
     @property
     def marks(self) -> int:
-        """Images that its texts name."""
+        """Number of marks for images in its texts."""
         return sum(text.count(IMAGE_MARK) for text in (self.prompt, *(text for _, text in self.turns)))
 
 
 @dataclass(frozen=True)
 class Described:
-    """A text that goes with a sample (a caption), and its features where a shard has them stored.
+    """A text that belongs to a sample, such as a caption, and its stored features where there are any.
 
     Attributes:
-        text: the words; may be empty.
-        features: (D,) of a frozen text encoder, not normalised; None where nothing is stored.
+        text: may be empty.
+        features: (D,) of a frozen text encoder, not normalised; None if none are stored.
     """
 
     text: str = ""
@@ -72,12 +73,12 @@ class Described:
 
 @dataclass
 class GenerationOutput:
-    """What a model that writes says of the T texts of a batch; made by `Backbone.read`, consumed by tasks.
+    """Outputs of a generative model for the T texts of a batch; made by `Backbone.read`, read by tasks.
 
     Attributes:
-        logits: (T, S, V); position s predicts `labels[:, s]`, whatever shift the family has.
-        labels: (T, S) int64 token ids, -100 where nothing is asked.
-        generated: T strings, in evaluation of a task with `generation`.
+        logits: (T, S, V); position s predicts `labels[:, s]`, with the shift of the model family undone.
+        labels: (T, S) int64 token ids, -100 at positions without loss.
+        generated: T strings, in the evaluation of a task with `generation`.
         extra: further outputs of the family.
     """
 
@@ -87,7 +88,7 @@ class GenerationOutput:
     extra: dict[str, Any] = field(default_factory=dict)
 
     def token_losses(self, smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
-        """(T,) negative log-likelihood summed over the asked tokens, at least float32, and (T,) their number."""
+        """(T,) negative log-likelihood, summed over the tokens with loss, at least float32; and (T,) their number."""
         logits = self.logits if self.logits.dtype == torch.float64 else self.logits.float()
         losses = cross_entropy(logits.transpose(1, 2), self.labels, reduction="none", label_smoothing=smoothing)
         return losses.sum(1), (self.labels != -100).sum(1)
@@ -100,11 +101,11 @@ class Sample:
     Attributes:
         sample_id: `dataset/key` as the manifest names it; empty for padding.
         weight: 1 for a good sample, 0 for padding, a bad sample or a dummy.
-        images: transformed images (what the backbone's image transform returned), in order.
-        texts: raw strings, `Prompted` for models that write, or `Described` where features are stored.
+        images: results of the backbone's image transform, in order.
+        texts: strings, `Prompted` for generative models, or `Described` where features are stored.
         targets: one task-defined target per text.
-        record: the sample's json, for metrics and the page of predictions.
-        bad: (kind, shard, key) when the sample could not be used.
+        record: the sample's JSON, for metrics and the page of predictions.
+        bad: (kind, shard, key) if the sample could not be used.
     """
 
     sample_id: str = ""
@@ -122,14 +123,14 @@ class PackedBatch:
 
     Attributes:
         sample_id: S strings.
-        weight: (S,) float32; a slot of weight 0 is absent from loss, graph and metric.
+        weight: (S,) float32; a slot of weight 0 is left out of loss, graph and metric.
         images: forward arguments of the image side, first dimension I (or as the backbone packs them); empty if none.
         image_owner: (I,) int64, slot that owns image i, non-decreasing.
         texts: forward arguments of the text side, each (T, L); empty without texts.
         text_owner: (T,) int64, slot that owns text j, non-decreasing.
-        targets: what the task made of the targets, first dimension T.
+        targets: as the task has collated them, first dimension T.
         records: S json objects; raw texts are kept under `raw_texts`.
-        raw_texts: T strings, or `Prompted` that know how many images go with them.
+        raw_texts: T strings, or `Prompted` with the number of images set.
         bad: (kind, shard, key) of the slots that could not be used.
     """
 
@@ -146,7 +147,7 @@ class PackedBatch:
 
     @property
     def modalities(self) -> frozenset[str]:
-        """Which of `image` and `text` this micro-batch has at all."""
+        """Those of `image` and `text` of which this micro-batch has any."""
         present = {"image": len(self.image_owner), "text": len(self.text_owner)}
         return frozenset(name for name, count in present.items() if count)
 
@@ -156,7 +157,7 @@ class PackedBatch:
         return self.weight[self.text_owner]
 
     def to(self, device: torch.device | str, non_blocking: bool = True) -> PackedBatch:
-        """A copy whose tensors live on `device`."""
+        """A copy with its tensors on `device`."""
         return self._mapped(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> PackedBatch:
@@ -186,7 +187,7 @@ def hash_id(sample_id: str) -> int:
 
 
 def with_images(texts: Sequence[Any], images: int) -> list[Any]:
-    """`texts` of a sample with that many images; those in two parts know it. Raises BadSample."""
+    """`texts` of a sample with that many images, which is set in `Prompted` ones. Raises BadSample."""
     return [t.with_images(images) if isinstance(t, Prompted) and t.images is None else t for t in texts]
 
 

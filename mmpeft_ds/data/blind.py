@@ -1,7 +1,7 @@
-"""Texts that know no label: all class names of a data set are taken out of every text, whatever its own class is.
+"""Removal of class names from texts: those of all classes of a data set, whatever the class of the sample is.
 
-GA-Net's published filter deletes the words of the true class alone, also of test images: a class word that is still
-there then speaks against that class. This one never looks at a label.
+GA-Net's published filter deletes the words of the true class alone, also for test images; a class name that remains
+then tells that the sample is not of that class. This filter never reads a label.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ class ClassNameFilter:
         names = {class_name_in_words(label).strip().lower() for label in labels or ()} - {""}
         if not names:
             raise BadInput("--remove-class-names: the data set has no class names in its manifest. Leave it out.")
-        # the longest first: of `sea lion` and `lion`, no `sea` is to stay behind
-        found = "|".join(_pattern(name) for name in sorted(names, key=lambda n: (-len(n), n)))
-        self._names = re.compile(rf"(?<!\w)(?:{found})(?:'s|s|es)?(?!\w)", re.IGNORECASE)
+        # Longest first, so that `sea lion` is removed as a whole where `lion` is a class too.
+        pattern = "|".join(_pattern(name) for name in sorted(names, key=lambda n: (-len(n), n)))
+        self._names = re.compile(rf"(?<!\w)(?:{pattern})(?:'s|s|es)?(?!\w)", re.IGNORECASE)
 
     def __call__(self, text: str) -> str:
-        """`text` without class names; what is left stands with single blanks, and may be empty."""
+        """`text` without class names and with single blanks; may be empty."""
         before = None
-        while text != before:  # a name may come together around one that was removed
+        while text != before:  # removing a name may bring the words of another one together
             before, text = text, " ".join(self._names.sub(" ", text).split())
         return text
 

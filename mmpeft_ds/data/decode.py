@@ -1,8 +1,8 @@
-"""Encoded image -> uint8 RGB tensor, fast where the format allows it; and the resize that goes with it.
+"""Decoding of images to uint8 RGB tensors, and their resizing.
 
-JPEG goes through libjpeg-turbo, everything else (and a JPEG that it refuses) through Pillow. Pictures come out as a
-viewer shows them: EXIF orientation applied, transparency on white, 16 bits reduced to 8; of an animation, the first
-frame.
+JPEG is decoded by libjpeg-turbo, everything else (and any JPEG that it refuses) by Pillow. Pictures are as a viewer
+shows
+them: with EXIF orientation applied, transparency on white, 16 bits reduced to 8, and the first frame of an animation.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ def decode(data: bytes, max_pixels: int = MAX_PIXELS, min_size: tuple[int, int] 
 
     Args:
         data: the encoded file.
-        max_pixels: larger images are refused from their header alone.
+        max_pixels: images with more are refused after reading the header.
         min_size: (height, width) that suffices: a JPEG at least twice as large is decoded at the smallest scale m/8
-            that is not smaller than this. None decodes at full size.
+            that is not smaller than this. None: decode at full size.
 
     Returns:
-        uint8 tensor (3, H, W), RGB; its memory is channels-last, which `resize` is fastest on.
+        uint8 tensor (3, H, W), RGB, channels-last in memory, with which `resize` is fastest.
 
     Raises:
         BadSample: `pixels` if too large, `image` if it cannot be decoded completely.
@@ -73,7 +73,7 @@ def center_crop(image: Tensor, size: int | tuple[int, int]) -> Tensor:
 
 
 def _decode_jpeg(data: bytes, max_pixels: int, min_size: tuple[int, int] | None) -> Tensor | None:
-    """A JPEG by libjpeg-turbo, or None where Pillow has to judge (CMYK, damaged, or only unusual)."""
+    """A JPEG decoded by libjpeg-turbo; None for those that Pillow must try (CMYK, damaged, or unusual)."""
     try:
         height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
         _check_pixels(width, height, max_pixels)
@@ -95,7 +95,7 @@ def _decode_jpeg(data: bytes, max_pixels: int, min_size: tuple[int, int] | None)
 def _decode_other(data: bytes, max_pixels: int) -> Tensor:
     try:
         with warnings.catch_warnings():
-            # Pillow warns of large images and odd metadata; the limit that counts is ours.
+            # Pillow warns of large images and odd metadata; max_pixels is the limit here.
             warnings.simplefilter("ignore")
             image = Image.open(io.BytesIO(data), formats=FORMATS)
             _check_pixels(*image.size, max_pixels)
@@ -132,15 +132,15 @@ def _check_pixels(width: int, height: int, max_pixels: int) -> None:
 
 
 def _jpeg_orientation(data: bytes) -> int:
-    """EXIF orientation of a JPEG, 1 to 8; the picture is only opened by Pillow if it has an EXIF segment at all."""
-    # APP1 stands directly behind SOI, or behind JFIF's APP0 of a few bytes.
+    """EXIF orientation of a JPEG, 1 to 8; Pillow opens the picture only if it has an EXIF segment."""
+    # The segment APP1 follows SOI directly, or JFIF's APP0 of a few bytes.
     if data.find(b"Exif\0\0", 0, 1024) < 0:
         return 1
     try:
-        found = Image.open(io.BytesIO(data), formats=("JPEG",)).getexif().get(ORIENTATION, 1)
+        orientation = Image.open(io.BytesIO(data), formats=("JPEG",)).getexif().get(ORIENTATION, 1)
     except Exception:  # noqa: BLE001 - damaged metadata does not make the picture unusable
         return 1
-    return found if found in range(1, 9) else 1
+    return orientation if orientation in range(1, 9) else 1
 
 
 def _oriented(image_CHW: Tensor, orientation: int) -> Tensor:

@@ -1,8 +1,8 @@
-"""Whole micro-batches from feature shards, gathered instead of read sample by sample; what comes out is the same.
+"""Micro-batches from feature shards, gathered as a whole; the same as when they are read sample by sample.
 
-Records are parsed once and remembered, and so is what a task reads from them without drawing at random. Whatever is
-not plain (a bad sample, several images, a record that cannot be used) sends its micro-batch the slow way, which knows
-what to do with it.
+Records are parsed once and kept, as are the texts and targets that a task reads from them without drawing at random. A
+micro-batch with anything unusual (a bad sample, several images, a record that cannot be used) is left to the stream,
+which reads it sample by sample.
 """
 
 # S slots of a micro-batch, D width, V augmented passes
@@ -31,7 +31,7 @@ REMEMBERED = 2**16  # samples of a source whose texts and targets are kept; some
 
 @dataclass(frozen=True)
 class _Read:
-    """What a task reads from a record; `fixed` if it draws nothing at random, so that every epoch reads the same."""
+    """Texts and targets of a record; `fixed`: read without drawing at random, so the same in every epoch."""
 
     sample_id: str
     record: dict[str, Any]
@@ -41,13 +41,13 @@ class _Read:
 
 
 class _Memory:
-    """What is known of the samples of a split, in columns, so that many are looked up at once.
+    """Samples of a split that were read before, in columns, so that many are looked up at once.
 
     Attributes:
-        place: (n,) int32 row of each sample in the columns; row 0 is that of all unknown samples.
+        place: (n,) int32 row of each sample in the columns; row 0 stands for all samples not read yet.
         keys: uint64, of the sample ids.
         read: `_Read` or None.
-        plain: bool: fixed, with exactly one text; `names`, `records`, `texts`, `targets`, `raw` hold it apart.
+        plain: bool: fixed, with exactly one text; `names`, `records`, `texts`, `targets` and `raw` are its parts.
     """
 
     COLUMNS = ("names", "records", "texts", "targets", "raw")
@@ -61,11 +61,11 @@ class _Memory:
 
     @property
     def full(self) -> bool:
-        """No sample can be added."""
+        """Whether no sample can be added."""
         return self.count + 1 >= len(self.read)
 
     def add(self, number: int, one: _Read) -> None:
-        """Remember a sample that is not known yet, while there is room."""
+        """Add a sample that is not there yet, while there is room."""
         self.count += 1
         row = self.place[number] = self.count
         self.read[row], self.keys[row] = one, order.key_of(one.sample_id)
@@ -79,11 +79,11 @@ class FeatureBatches:
     """Micro-batches of one source.
 
     Args:
-        source: a `StreamSource` of feature shards whose `image_transform` says by `row(rows, seeds)` which row of the
-            stored features samples with these seeds take (numbers or arrays); `collate_images` then also takes one
+        source: a `StreamSource` of feature shards. Its `image_transform.row(rows, seeds)` gives the row of the stored
+            features that samples with these seeds take (numbers or arrays), and its `collate_images` also takes one
             (S, D) tensor of such rows.
         reader: of its split.
-        epoch_key: epoch -> key that makes, with that of a sample's id, the seed of its random choices.
+        epoch_key: epoch -> key, from which with the key of a sample's id the seed of its random choices is made.
     """
 
     def __init__(self, source: Any, reader: ShardReader, epoch_key: Callable[[int], int]):
@@ -104,16 +104,19 @@ class FeatureBatches:
 
     @staticmethod
     def possible(source: Any, reader: ShardReader) -> bool:
-        """Whether a source can be read this way at all."""
+        """Whether a source can be read this way."""
         return bool(source.manifest.towers) and hooks_of(source.image_transform).takes_one_row and reachable(reader)
 
     def make(
         self, epoch: int, shards: np.ndarray, samples: np.ndarray, slots: np.ndarray, size: int
     ) -> PackedBatch | None:
-        """The micro-batch whose slot `slots[i]` holds sample `samples[i]` of `shards[i]`; None: only the slow way can.
+        """The micro-batch with sample `samples[i]` of shard `shards[i]` in slot `slots[i]`.
 
         Args:
             slots: increasing, below `size`; the others are padding.
+
+        Returns:
+            None if it has to be read sample by sample.
         """
         by_shard = {int(s): np.flatnonzero(shards == s) for s in np.unique(shards)}
         columns = {s: self.columns.shard(s) for s in by_shard}
@@ -136,9 +139,9 @@ class FeatureBatches:
         keys = memory.keys[rows] if plain else np.array([order.key_of(r.sample_id) for r in read], np.uint64)
         images = self._images(order.combined_many(key, keys), by_shard, columns, samples)
         if plain:
-            found = {name: getattr(memory, name)[rows] for name in _Memory.COLUMNS}
-            texts, targets, raw = (found[name].tolist() for name in ("texts", "targets", "raw"))
-            return self._packed(images, slots, size, found["names"], found["records"], slots, texts, targets, raw)
+            names, records, texts, targets, raw = (getattr(memory, name)[rows] for name in _Memory.COLUMNS)
+            lists = (texts.tolist(), targets.tolist(), raw.tolist())
+            return self._packed(images, slots, size, names, records, slots, *lists)
         texts = [text for one in read for text in one.texts]
         targets = [target for one in read for target in one.targets]
         names, records = [one.sample_id for one in read], [one.record for one in read]
@@ -146,7 +149,7 @@ class FeatureBatches:
         return self._packed(images, slots, size, names, records, owner, texts, targets, [_raw(t) for t in texts])
 
     def close(self) -> None:
-        """Let go of the files."""
+        """Close the files."""
         self.columns.close()
 
     def _read(self, epoch_key: int, columns: dict[int, ShardColumns], shard: int, sample: int) -> _Read:
@@ -160,7 +163,7 @@ class FeatureBatches:
         else:
             sample_id, record = known.sample_id, known.record
         generator = self._generator.manual_seed(order.combined(epoch_key, order.key_of(sample_id)))
-        # Whether anything was drawn matters only to what is remembered.
+        # Find out whether the task draws at random only for samples that can be kept.
         new = known is None and not self._memory.full
         before = _state(generator) if new else b""
         try:
@@ -177,7 +180,7 @@ class FeatureBatches:
         try:
             record = json.loads(str(columns.record(sample), "utf-8"))
             if (captions := columns.text(sample)) is not None:
-                record["text"] = torch.from_numpy(np.array(captions))  # a copy: the file may go
+                record["text"] = torch.from_numpy(np.array(captions))  # a copy, since the file may be closed
         except (ValueError, TypeError) as error:
             raise BadSample("json", str(error)) from error
         if any(name not in record for name in self.source.fields):
@@ -189,20 +192,20 @@ class FeatureBatches:
     def _images(
         self, seeds: np.ndarray, by_shard: dict[int, np.ndarray], columns: dict[int, ShardColumns], samples: np.ndarray
     ) -> Tensor:
-        """(S, D) rows as they are stored."""
+        """(S, D) rows in the dtype that is stored."""
         first = next(iter(columns.values()))
         rows = np.zeros(len(samples), np.int64)
         rows[:] = self.source.image_transform.row(first.rows, seeds)
-        found = np.empty((len(samples), first.width), first.dtype)
+        images = np.empty((len(samples), first.width), first.dtype)
         for shard, own in by_shard.items():
-            found[own] = columns[shard].images(samples[own], rows[own])
-        return torch.from_numpy(found)
+            images[own] = columns[shard].images(samples[own], rows[own])
+        return torch.from_numpy(images)
 
     def _packed(
         self, images: Tensor, slots: np.ndarray, size: int, names: Any, records: Any, text_owner: np.ndarray,
         texts: list[Any], targets: list[Any], raw: list[Any],
     ) -> PackedBatch:  # fmt: skip
-        """As `data.batch.pack` of the same samples. Records are the remembered ones: nobody may change them."""
+        """The same as `data.batch.pack` of these samples. Later batches share the records: do not change them."""
         sample_id, kept = list(names), list(records)
         if len(slots) < size:
             sample_id, kept = [""] * size, [{} for _ in range(size)]

@@ -1,7 +1,7 @@
-"""Where the features of a shard lie, worked out for all of its samples at once; and rows of them by index.
+"""Columns of a feature shard: the positions of the features of all its samples, and rows of them by index.
 
-A tar keeps arrays as they are, at known places. So the file is mapped into memory, its headers are checked with array
-arithmetic, and a batch is gathered from it without parsing a sample again. The tar stays the only source.
+A tar holds arrays byte by byte, at known positions. So the file is mapped into memory, its headers are checked with
+array arithmetic, and batches are gathered from it without parsing any sample again. The tar remains the only source.
 """
 
 # n samples of a shard, S slots, D width
@@ -18,16 +18,16 @@ from mmpeft_ds.data.manifest import local_path, sample_key
 from mmpeft_ds.data.shards import BLOCK, HINT, ShardReader, cached
 from mmpeft_ds.errors import BadInput
 
-MEMBERS = 8  # of a sample; more are left to the slow way
+MEMBERS = 8  # files per sample; samples with more are read one by one
 EXTENSIONS = ("json", "npy", "text.npy", "jpg")
-_NPY_HEADER = 128  # bytes before the numbers, as numpy writes it for any plain shape
+_NPY_HEADER = 128  # bytes before the numbers, in files that numpy writes for any plain shape
 _DTYPES = (np.dtype("<f2"), np.dtype("<f4"))
 _OCTAL = 8 ** np.arange(10, -1, -1, dtype=np.int64)
 
 
 @dataclass(frozen=True)
 class Member:
-    """One kind of member of all samples: where its bytes begin in the file, and how many; -1 where it is missing."""
+    """One kind of member of all samples: position of its bytes in the file (-1 if it is missing), and their number."""
 
     at: np.ndarray
     size: np.ndarray
@@ -42,9 +42,10 @@ class ShardColumns:
         keys: of the n samples.
 
     Attributes:
-        good: (n,) bool: laid out as launchers/features.py writes it: one image's features of the shape most have.
+        good: (n,) bool: whether a sample is as launchers/features.py writes it, with one image's features of the shape
+            that most samples have.
         rows, width, dtype: of those features: (1 + V, D).
-        json: where the record of each sample is.
+        json: the record of each sample.
 
     Raises:
         OSError: if the file cannot be opened.
@@ -53,10 +54,10 @@ class ShardColumns:
     def __init__(self, path: str, offsets: np.ndarray, keys: list[str]):
         self.bytes = np.asarray(np.memmap(path, np.uint8, mode="r"))  # a plain array: slices of memmaps are slow
         offsets = np.asarray(offsets)
-        found, good = _members(self.bytes, offsets, keys)
-        self.json = found["json"]
+        by_extension, good = _members(self.bytes, offsets, keys)
+        self.json = by_extension["json"]
         good &= self.json.at >= 0
-        image, text = found["npy"], found["text.npy"]
+        image, text = by_extension["npy"], by_extension["text.npy"]
         self._shapes: dict[int, tuple[np.dtype, tuple[int, ...]]] = {}
         kinds = self._kinds(image)
         usable = [k for k, (_, shape) in self._shapes.items() if len(shape) == 2 and min(shape) > 0]
@@ -72,7 +73,7 @@ class ShardColumns:
         self.good &= ~bad_text
         size = self.dtype.itemsize
         numbers = self.bytes[: len(self.bytes) // size * size].view(self.dtype)
-        # Row i begins with number i of the file: places of features are picked from these overlapping rows.
+        # Row i starts at number i of the file, so that features at any position are picked by their first number.
         self._rows_from = np.lib.stride_tricks.sliding_window_view(numbers, max(self.width, 1))
         self._image_at //= size
 
@@ -100,7 +101,7 @@ class ShardColumns:
         return self.bytes[at : at + size].tobytes()
 
     def _kinds(self, member: Member) -> np.ndarray:
-        """(n,) which of `_shapes` an array has; -1: missing, or none that we write."""
+        """(n,) key in `_shapes` of each array; -1 if it is missing or not as we write it."""
         kinds = np.full(len(member.at), -1)
         there = np.flatnonzero((member.at >= 0) & (member.size >= _NPY_HEADER))
         if not len(there):
@@ -121,7 +122,7 @@ class ShardColumns:
 
 
 class Columns:
-    """The columns of the shards of a split, opened when they are first asked for.
+    """The columns of the shards of a split, opened on first use.
 
     Args:
         reader: of the split; its files are local, or copied into its cache directory.
@@ -155,19 +156,19 @@ class Columns:
         return sample_key(self.reader.split, int(self._firsts[shard]) + sample)
 
     def close(self) -> None:
-        """Let go of the files."""
+        """Close the files."""
         self._open.clear()
 
 
 def reachable(reader: ShardReader) -> bool:
-    """Whether the shards of a split are, or come, to local files, which can be mapped."""
+    """Whether the shards of a split are local files, or copied to such, which can be mapped into memory."""
     return bool(reader.cache_dir) or local_path(reader.manifest.dir) is not None
 
 
 def _members(data: np.ndarray, offsets: np.ndarray, keys: list[str]) -> tuple[dict[str, Member], np.ndarray]:
-    """Members of all samples by extension, and which samples hold nothing but plain members of the right key."""
+    """Members of all samples by extension, and whether each sample holds plain members of the right key alone."""
     n = len(offsets)
-    found = {e: Member(np.full(n, -1), np.zeros(n, np.int64)) for e in EXTENSIONS}
+    by_extension = {e: Member(np.full(n, -1), np.zeros(n, np.int64)) for e in EXTENSIONS}
     at, end = offsets[:, 0].astype(np.int64), offsets.sum(1)
     stem = np.array([f"{key}.".encode() for key in keys])
     stem = stem.view(np.uint8).reshape(n, -1)
@@ -184,17 +185,17 @@ def _members(data: np.ndarray, offsets: np.ndarray, keys: list[str]) -> tuple[di
         for extension in EXTENSIONS:
             name = np.frombuffer(extension.encode() + b"\0", np.uint8)
             is_it = (headers[:, stem.shape[1] : stem.shape[1] + len(name)] == name).all(1)
-            is_it &= found[extension].at[live] < 0
-            found[extension].at[live[is_it]] = at[live[is_it]] + BLOCK
-            found[extension].size[live[is_it]] = size[is_it]
+            is_it &= by_extension[extension].at[live] < 0
+            by_extension[extension].at[live[is_it]] = at[live[is_it]] + BLOCK
+            by_extension[extension].size[live[is_it]] = size[is_it]
             known |= is_it
         good[live] &= plain & known
         at[live] += BLOCK + -(-size // BLOCK) * BLOCK
-    return found, good & (at == end)
+    return by_extension, good & (at == end)
 
 
 def _checked_sizes(headers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Sizes that (n, 512) tar headers tell, and which headers are plain ustar ones with the right checksum."""
+    """Sizes in (n, 512) tar headers, and whether each header is a plain ustar one with the right checksum."""
     digits = headers[:, 124:135].astype(np.int64) - ord("0")
     claimed = headers[:, 148:154].astype(np.int64) - ord("0")
     plain = ((digits >= 0) & (digits < 8)).all(1) & ((claimed >= 0) & (claimed < 8)).all(1)
@@ -205,7 +206,7 @@ def _checked_sizes(headers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _described(header: bytes) -> tuple[np.dtype, tuple[int, ...]] | None:
-    """dtype and shape of a plain C-ordered array of ours behind such a header; None for anything else."""
+    """dtype and shape of the plain C-ordered array of ours that follows such a header; None for any other."""
     stream = io.BytesIO(header)
     try:
         if np.lib.format.read_magic(stream) != (1, 0):
@@ -217,9 +218,9 @@ def _described(header: bytes) -> tuple[np.dtype, tuple[int, ...]] | None:
 
 
 def _gather(data: np.ndarray, at: np.ndarray, size: int) -> np.ndarray:
-    """(n, size) bytes from the places `at`; those behind the end are zeros."""
+    """(n, size) bytes from the positions `at`; rows that reach beyond the end are zeros."""
     inside = at + size <= len(data)
-    found = np.zeros((len(at), size), np.uint8)
+    gathered = np.zeros((len(at), size), np.uint8)
     if inside.any():
-        found[inside] = np.lib.stride_tricks.sliding_window_view(data, size)[at[inside]]
-    return found
+        gathered[inside] = np.lib.stride_tricks.sliding_window_view(data, size)[at[inside]]
+    return gathered

@@ -1,15 +1,15 @@
-"""Feature shards: data sets whose samples hold what frozen towers made of images and captions, instead of pixels.
+"""Feature shards: data sets whose samples hold precomputed features of images and captions, instead of pixels.
 
     KEY.npy        (1 + V, Dv) image features, not normalised: row 0 of the evaluation transform, rows 1.. of V
-                   augmented passes; of several images, one dimension more in front
+                   augmented passes; with several images, one dimension more in front
     KEY.text.npy   (n, Dt) features of the n captions; absent without captions
     KEY.json       the record of the source, and `source_id`, the sample's id there
-    KEY.jpg        a thumbnail, if wanted; it is for eyes, nothing computes with it
+    KEY.jpg        a thumbnail, if wanted, for display only
 
-`Manifest.towers` says what made them: `key` (hash of the towers' weights, the image transform and the choice of
+`Manifest.towers` describes the towers: `key` (hash of the towers' weights, the image transform and the choice of
 feature), `compute` (dtype of the towers), `backbone` (its section of a recipe), `dtype`, `views`, `view_scale`,
 `seed`, `image_width`, `text_width`, `logit_scale`, `templates`, `negative_templates`, `classes` ({file, sha256} of the
-class texts). Features of different towers have nothing in common, so they never mix: see `check_same_towers`.
+class texts). Features of different towers cannot be compared, so they are never mixed, see `check_same_towers`.
 """
 
 # C classes, T templates, V augmented passes, D (Dv, Dt) widths, n samples of this rank
@@ -50,10 +50,10 @@ class StoredFeatures:
     Attributes:
         image: (n, 1 + V, Dv) float32, row 0 of the evaluation transform; of several images, the first one's.
         text: (T, Dt) float32, all captions of all samples.
-        text_owner: (T,) int64, which of the n samples each caption belongs to, non-decreasing.
+        text_owner: (T,) int64, index of the sample that each caption belongs to, non-decreasing.
         label: (n,) int64 class index in the manifest's labels; -1 for a sample without a label.
         key: n keys; sample ids are `manifest.name/key`.
-        bad: (kind, shard, key) of samples that could not be used; they are left out of everything above.
+        bad: (kind, shard, key) of samples that could not be used; they are left out of all above.
     """
 
     image: Tensor
@@ -86,10 +86,10 @@ def class_texts(manifest: Manifest) -> dict[str, Tensor]:
         return {"positive": empty, "negative": empty}
     info = towers["classes"]
     data = read_side_file(manifest.dir, info["file"], HINT)
-    found = hashlib.sha256(data).hexdigest()
-    if found != info["sha256"]:
+    digest = hashlib.sha256(data).hexdigest()
+    if digest != info["sha256"]:
         raise BadInput(
-            f"{manifest.path(info['file'])}: sha256 {found[:12]}.., {FILE} says {info['sha256'][:12]}... {HINT}."
+            f"{manifest.path(info['file'])}: sha256 {digest[:12]}.., {FILE} says {info['sha256'][:12]}... {HINT}."
         )
     tensors = load(data)
     for name, tensor in tensors.items():
@@ -104,7 +104,7 @@ def class_texts(manifest: Manifest) -> dict[str, Tensor]:
 def read_features(
     manifest: Manifest, split: str, subset: str = "", rank: int = 0, world_size: int = 1
 ) -> StoredFeatures:
-    """This rank's share of the features of a split: neighbouring samples, as many on each rank or one fewer.
+    """This rank's share of the features of a split: consecutive samples, in shares that differ by at most one.
 
     Args:
         subset: JSON file that names the samples to use, see `data.subset`; empty: all of the split.
@@ -174,7 +174,7 @@ def check_same_towers(manifests: Sequence[Manifest]) -> None:
 
 
 def write_class_texts(dir: Path, name: str, positive: Tensor, negative: Tensor) -> dict[str, str]:
-    """Write `NAME.classes.safetensors`; its entry `classes` of `Manifest.towers`.
+    """Write `NAME.classes.safetensors`; returns its entry `classes` of `Manifest.towers`.
 
     Args:
         positive, negative: (C, T, D) of the templates and the negated ones, not normalised; stored as float32.
@@ -187,21 +187,21 @@ def write_class_texts(dir: Path, name: str, positive: Tensor, negative: Tensor) 
 
 
 def negated(template: str) -> str:
-    """A template that denies its class: `no` stands before the class, in the place of an article.
+    """A template that denies its class: `no` before the class, in the place of an article.
 
-    Source: HeGraphAdapter, arXiv 2410.07854, assumption A-2. Formatted texts are never edited: the names of classes
-    may hold the same words.
+    Source: HeGraphAdapter, arXiv 2410.07854, assumption A-2. The template is edited before the class name is filled
+    in, since names may hold the same words.
     """
     return _SLOT.sub("no ", template, count=1)
 
 
 def class_name_in_words(label: str) -> str:
-    """A class name as texts say it: underscores are spaces."""
+    """A class name for texts: with spaces for underscores."""
     return label.replace("_", " ")
 
 
 def _places(manifest: Manifest, split: str, subset: str) -> list[tuple[int, int]]:
-    """(shard, sample) in order of all samples that are asked for."""
+    """(shard, sample) of all chosen samples, in order."""
     if subset:
         chosen = Subset.load(subset, manifest, split).places(manifest)
         return [(shard, int(i)) for shard, rows in enumerate(chosen) for i in rows]

@@ -45,12 +45,12 @@ def summary(samples: Sequence[tuple[str, Sequence[str]]]) -> dict[str, dict[str,
         for caption in captions:
             owners.setdefault(caption, set()).add(picture or str(number))
     shared = sum(len(owners[caption]) > 1 for _, captions in samples for caption in captions)
-    found = {}
+    numbers = {}
     if len(set(pictures)) < len(pictures):
-        found["images"] = {"distinct": len(set(pictures)), "of": len(pictures)}
+        numbers["images"] = {"distinct": len(set(pictures)), "of": len(pictures)}
     if shared:
-        found["captions[]"] = {"shared": shared}
-    return found
+        numbers["captions[]"] = {"shared": shared}
+    return numbers
 
 
 def notes(split: str, fields: dict[str, dict[str, Any]]) -> list[str]:

@@ -1,7 +1,7 @@
-"""manifest.json: what a prepared data set holds, read before the first byte of a shard.
+"""The manifest of a prepared data set, manifest.json, which is read before any shard.
 
-A data set directory holds `NAME-SPLIT-000000.tar ...`, one `NAME-SPLIT.index.npy` a split (where every sample begins
-and how long it is) and `manifest.json`, written last: a directory without it is not finished.
+A data set directory holds `NAME-SPLIT-000000.tar ...`, one `NAME-SPLIT.index.npy` per split (position and length of
+every sample) and `manifest.json`, which is written last: a directory without it is not finished.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ class ShardInfo:
 
     Attributes:
         file: name in the directory of the manifest.
-        samples: how many it holds.
-        bytes: its size.
+        samples: number of samples.
+        bytes: size of the file.
         sha256: of the whole file, 64 hexadecimal digits.
     """
 
@@ -59,8 +59,8 @@ class Manifest:
     Attributes:
         name: data set name, `[a-z0-9_-]+`; sample ids are `name/key`.
         licence: SPDX name or a short statement.
-        source: `name` of the file in data_prep/sources, its `options`, and `fingerprint`: what the shards were made
-            from, file or package name -> version or sha256.
+        source: `name` of the file in data_prep/sources, its `options`, and `fingerprint` of the data that the shards
+            were made from: file or package name -> version or sha256.
         samples_per_shard: of every shard but the last of a split.
         splits: split -> its shards, in order.
         index: split -> its side file.
@@ -71,7 +71,7 @@ class Manifest:
         label_counts: how often each label occurs in the training split, or None.
         statistics: features' key -> {mean, std, count, split, ...}, added by data_prep/feature_stats.py.
         towers: of feature shards, which frozen towers made them, see `data.feature_shards`; empty for other data sets.
-        dir: where it was loaded from; local path or a URL that fsspec opens; not stored.
+        dir: directory that it was loaded from, a local path or a URL that fsspec opens; not stored.
         schema: version of this format.
     """
 
@@ -93,7 +93,7 @@ class Manifest:
         self._index_cache: dict[str, np.ndarray] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        # A memory map would travel to loader processes as a full copy.
+        # Leave out memory maps, which would be sent to loader processes as full copies.
         return {**self.__dict__, "_index_cache": {}}
 
     @classmethod
@@ -148,11 +148,11 @@ class Manifest:
         return f"{self.dir}/{file}"
 
     def offsets(self, split: str, shard_index: int) -> np.ndarray:
-        """Where the samples of one shard are.
+        """Positions of the samples of one shard.
 
         Returns:
             int64 array (samples, 2): byte offset of the first tar header of the sample, and the bytes of all its
-            members with headers and padding. Reading that range gives a piece of tar that holds exactly this sample.
+            members with headers and padding. That range of bytes is a piece of tar that holds exactly this sample.
 
         Raises:
             BadInput: if the side file is missing, altered or of another length than the manifest says.
@@ -167,13 +167,13 @@ class Manifest:
         info = self.index[split]
         hint = "restore it or prepare the data set again with --overwrite"
         data = read_side_file(self.dir, info.file, hint)
-        found = hashlib.sha256(data).hexdigest()
-        if found != info.sha256:
+        digest = hashlib.sha256(data).hexdigest()
+        if digest != info.sha256:
             raise BadInput(
-                f"{self.path(info.file)}: sha256 {found[:12]}.., manifest says {info.sha256[:12]}..; {hint}."
+                f"{self.path(info.file)}: sha256 {digest[:12]}.., manifest says {info.sha256[:12]}..; {hint}."
             )
         local = local_path(self.path(info.file))
-        # The file of a local set is mapped, so that all ranks of a node share its pages.
+        # Map local files into memory, so that all ranks of a node share their pages.
         expected = (self.samples(split), 2)
         table = np.load(local, mmap_mode="r") if local else np.load(io.BytesIO(data), allow_pickle=False)
         if table.shape != expected or table.dtype != np.int64:
@@ -182,7 +182,7 @@ class Manifest:
         return table
 
     def _check(self) -> None:
-        """Raise ValueError if what was read contradicts itself. Files named by a manifest stay in its directory."""
+        """Raise ValueError if the contents contradict each other, or name files outside the manifest's directory."""
         if not NAME.fullmatch(self.name):
             raise ValueError(f"name {self.name!r}")
         if set(self.splits) != set(self.index):
@@ -207,7 +207,7 @@ class Manifest:
 
 
 def sample_key(split: str, number: int) -> str:
-    """Key of sample `number` of a split: fixed width, `[a-z0-9_-]`. WebDataset cuts a key at its first dot."""
+    """Key of sample `number` of a split: of fixed width, without a dot, at which WebDataset would cut it."""
     return f"{split}-{number:09d}"
 
 

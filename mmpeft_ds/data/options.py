@@ -8,15 +8,15 @@ from typing import Any, Literal
 
 @dataclass
 class SourceOptions:
-    """One prepared data set and what is asked of it.
+    """One prepared data set and its task.
 
     Attributes:
-        dir: directory that holds manifest.json; a local path or anything fsspec opens.
-        split: which split of it.
+        dir: directory with manifest.json; a local path or a URL that fsspec opens.
+        split: of the data set.
         subset: JSON file that names the samples to use, written by data_prep/few_shot.py; a path, or one below `dir`.
             Empty: all of the split.
-        task: `name` of a file in tasks/ and that task's options.
-        weight: share of the steps of an epoch, relative to the other sources' weights times their sizes.
+        task: `name` of an entry in tasks/, and its options.
+        weight: a source's share of the steps is in proportion to its weight times its size.
     """
 
     dir: str
@@ -31,25 +31,25 @@ class DataOptions:
     """Stream of samples.
 
     Attributes:
-        sources: what trains; one source (so one task) a step.
-        validation: what is evaluated during training; selects `best` and early stopping.
+        sources: data sets for training; each step takes one source, so one task.
+        validation: data sets that are evaluated during training; the first decides on `best` and early stopping.
         global_batch: slots of one optimizer step over all ranks and accumulation steps.
-        workers: loader processes a rank; 0 decodes in the training process.
-        shuffle_block: consecutive positions inside which samples are permuted; shards are permuted as well.
+        workers: loader processes per rank; 0 decodes in the training process.
+        shuffle_block: number of consecutive positions within which samples are permuted; shards are permuted as well.
         evaluation_order: `stored` visits an evaluated split in the order of its shards, `shuffled` in a random one,
-            the same in every run; `auto` is `shuffled` where the task or the method couples samples, so that a list
-            sorted by class tells nothing.
+            the same in every run; `auto` is `shuffled` where the task or the method couples samples, so that a split
+            sorted by class gives no class away.
         evaluation_seed: of that random order.
         last_batch: `pad` completes the last step of an epoch with weight-0 slots, `drop` leaves it out.
-        max_bad_fraction: share of the samples read that may be bad before the run stops.
+        max_bad_fraction: share of the samples that may be bad before the run stops.
         max_bad_in_a_row: consecutive bad samples that stop the run.
         max_pixels: images with more are refused before decoding.
         decode: `full` decodes at full size, `scaled` lets libjpeg-turbo decode at a smaller scale (faster, PSNR
             about 41 dB).
         allow_pipe: accept `pipe:` URLs, which run shell commands.
         verify: `size` checks shard sizes at start, `sha256` also their hashes, `none` neither.
-        prefetch: batches each worker prepares ahead.
-        cache_dir: where remote shards are kept; empty reads ranges directly.
+        prefetch: batches that each worker prepares ahead.
+        cache_dir: directory for copies of remote shards; empty: byte ranges are read directly.
     """
 
     sources: list[SourceOptions] = field(default_factory=list)

@@ -1,8 +1,8 @@
-"""Which sample stands where in an epoch: pure arithmetic on (seed, epoch, sizes); the whole state is (epoch, step, G).
+"""Order of the samples in an epoch: pure arithmetic on (seed, epoch, sizes). The whole state is (epoch, step, G).
 
-An epoch of a source is a sequence of positions. Shards are permuted, then positions are permuted inside consecutive
-blocks by a keyed bijection, so a look-up needs no list of samples. The sequence is cut into G equal stretches, one a
-slot of the global batch; slot g takes the t-th sample of its stretch at step t. Ranks own neighbouring slots.
+An epoch of a source is a sequence of positions. Shards are permuted, then positions are permuted within consecutive
+blocks by a keyed bijection, so that a look-up needs no list of samples. The sequence is cut into G equal stretches,
+one per slot of the global batch; slot g takes the t-th sample of its stretch at step t. Ranks own consecutive slots.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ import numpy as np
 
 MASK = 2**64 - 1
 ROUNDS = 8
-TABLE = 2**22  # samples of an epoch up to which `EpochOrder.many` keeps a table, of 4 bytes each
+TABLE = 2**22  # largest number of samples for which `EpochOrder.many` keeps a table, of 4 bytes each
 
 
 def key_of(*parts: int | str) -> int:
-    """64-bit key of a tuple of numbers and strings; differs (all but surely) whenever one part differs."""
+    """64-bit key of a tuple of numbers and strings; almost surely another one if a part differs."""
     return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "big")
 
 
@@ -37,9 +37,9 @@ def combined_many(epoch: int, samples: np.ndarray) -> np.ndarray:
 
 
 class Permutation:
-    """Keyed bijection of range(n): a Feistel network on the next even power of two, walked until it falls below n.
+    """Keyed bijection of range(n): a Feistel network on the next even power of two, applied until below n.
 
-    Constant memory; a look-up takes 8 rounds times fewer than 4 walks on average, for any n.
+    Takes constant memory; a look-up applies the network, of 8 rounds, fewer than 4 times on average, for any n.
     """
 
     def __init__(self, n: int, key: int):
@@ -62,8 +62,8 @@ class Permutation:
                 return i
 
     def table(self) -> np.ndarray:
-        """(n,) int64: all look-ups at once, a hundred times as fast as one after the other."""
-        found, at = np.zeros(self.n, np.int64), np.arange(self.n)
+        """(n,) int64: all look-ups at once, a hundred times faster than one by one."""
+        table, at = np.zeros(self.n, np.int64), np.arange(self.n)
         i = np.arange(self.n, dtype=np.uint64)
         half, low = np.uint64(self.half), np.uint64(self.low)
         while self.n > 1 and len(at):
@@ -72,9 +72,9 @@ class Permutation:
                 left, right = right, left ^ (_mix_many(right ^ np.uint64(key)) & low)
             i = left << half | right
             inside = i < self.n
-            found[at[inside]] = i[inside]
+            table[at[inside]] = i[inside]
             i, at = i[~inside], at[~inside]
-        return found
+        return table
 
 
 class EpochOrder:
@@ -83,8 +83,8 @@ class EpochOrder:
     Args:
         sizes: samples of every shard, in the manifest's order.
         key: of (seed, source, epoch), see `key_of`.
-        block: consecutive positions inside which samples are permuted, >= 1.
-        shuffle: False gives the manifest's order, as evaluation needs it.
+        block: number of consecutive positions within which samples are permuted, >= 1.
+        shuffle: False: the manifest's order.
     """
 
     def __init__(self, sizes: Sequence[int], key: int, block: int, shuffle: bool):
@@ -109,7 +109,7 @@ class EpochOrder:
         return self.shards[at], position - (self.ends[at - 1] if at else 0)
 
     def many(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Shards and samples of many positions, int64 as `positions`; an epoch's first call makes a table."""
+        """Shards and samples of many positions, int64 as `positions`; the first call makes a table of the epoch."""
         if self.shuffle:
             if self.n > TABLE:
                 places = [self[p] for p in positions.tolist()]
@@ -130,12 +130,12 @@ class EpochOrder:
 
 
 def steps_of(n: int, slots: int, last_batch: str) -> int:
-    """Steps in which `slots` slots visit `n` samples; `drop` leaves out the step in which some slots are empty."""
+    """Steps in which `slots` slots take `n` samples; `drop` leaves out a last step with empty slots."""
     return n // slots if last_batch == "drop" else ceil(n, slots)
 
 
 def position_of(n: int, slots: int, slot: int, step: int) -> int | None:
-    """Position of `slot` at `step` in an epoch of `n` samples; None where its stretch is already used up.
+    """Position of `slot` at `step` in an epoch of `n` samples; None if its stretch has ended.
 
     The lengths of the stretches differ by at most one, so only the last step of an epoch can have empty slots.
     """
@@ -152,7 +152,7 @@ def positions_of(n: int, slots: int, some: np.ndarray, step: int) -> np.ndarray:
 def micro_slots(slots: int, rank: int, world_size: int, accumulation: int) -> list[list[int | None]]:
     """Slots of one rank, split into `accumulation` micro-batches of equal size on all ranks; None is padding.
 
-    Ranks own neighbouring slots, as many each or one fewer; padding stands at the end of a micro-batch.
+    Ranks own consecutive slots, in numbers that differ by at most one; padding is at the end of a micro-batch.
     """
     mine = list(range(rank * slots // world_size, (rank + 1) * slots // world_size))
     width = ceil(ceil(slots, world_size), accumulation)
@@ -163,7 +163,7 @@ def micro_slots(slots: int, rank: int, world_size: int, accumulation: int) -> li
 
 @dataclass(frozen=True)
 class Visit:
-    """What one step of a mixed epoch is: step `step` of epoch `epoch` of source `source`."""
+    """One step of a mixed epoch: step `step` of epoch `epoch` of source `source`."""
 
     source: int
     epoch: int
@@ -171,16 +171,16 @@ class Visit:
 
 
 class Mix:
-    """One source a step, interleaved evenly in proportion to weight times size.
+    """Interleaving of sources, one per step, evenly and in proportion to weight times size.
 
-    An epoch of the mix has as many steps as one epoch of each source together; with equal weights each source is seen
-    exactly once. A source that gets more or fewer steps than its own epoch has goes on in the next epoch where it
+    An epoch of the mix has as many steps as the epochs of all sources together; with equal weights every source is
+    read exactly once. A source with more or fewer steps than its own epoch has continues in the next epoch where it
     stopped.
 
     Args:
         steps: own steps of every source's epoch, each >= 1.
         weights: relative weights, > 0.
-        seed: shifts which source begins.
+        seed: of the shift of each source.
     """
 
     def __init__(self, steps: Sequence[int], weights: Sequence[float], seed: int):
@@ -194,7 +194,7 @@ class Mix:
             self.visits[i] += 1
 
     def at(self, epoch: int, step: int) -> Visit:
-        """Which source's which step stands at `step` of `epoch`."""
+        """The source, and its step, at `step` of `epoch`."""
         if not 0 <= step < self.steps:
             raise IndexError(f"step {step} is outside an epoch of {self.steps} steps")
         # Source i against all later ones: of the first s steps, floor((s * visits + shift) / total) are its own.
@@ -215,7 +215,7 @@ def ceil(n: int, by: int) -> int:
 
 
 def _mix(x: int) -> int:
-    """Finaliser of splitmix64: every input bit moves every output bit."""
+    """Finaliser of splitmix64: every input bit affects every output bit."""
     x &= MASK
     x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9 & MASK
     x = (x ^ x >> 27) * 0x94D049BB133111EB & MASK

@@ -1,6 +1,6 @@
-"""Read single samples out of shards by byte range, and check shards at start.
+"""Reading of single samples from shards by byte range, and checks of shards at start.
 
-A sample's range is a piece of tar that holds exactly that sample. Nothing is unpickled and nothing is executed.
+The range of a sample is a piece of tar that holds exactly that sample. Nothing is unpickled and nothing is executed.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from mmpeft_ds.data.manifest import Manifest, local_path
 from mmpeft_ds.errors import BadInput, BadSample
 from mmpeft_ds.files import follow_umask, sha256
 
-# Slots stay in their shard for long, so a rank's open files are about its slots.
+# Each slot reads one shard for a long time, so a rank needs about as many open files as slots.
 OPEN_FILES = 256
 TRIES = 3
 BLOCK = tarfile.BLOCKSIZE
@@ -32,16 +32,16 @@ HINT = "Restore it, or prepare the data set again; data_prep/verify.py checks a 
 
 
 class ShardReader:
-    """Bytes of samples of one split, from local files, or anything fsspec opens, or a local copy of it.
+    """Reads the bytes of samples of one split, from local files, from what fsspec opens, or from a local copy.
 
     Args:
         manifest: of the data set.
-        split: which split.
-        cache_dir: where whole remote shards are kept and read from; empty reads ranges directly.
+        split: of the data set.
+        cache_dir: directory for copies of remote shards; empty: byte ranges are read directly.
         allow_pipe: see `check_pipe`.
 
     Raises:
-        BadInput: unknown split, or a `pipe:` URL that is not allowed.
+        BadInput: an unknown split, or a `pipe:` URL that is not allowed.
     """
 
     def __init__(self, manifest: Manifest, split: str, cache_dir: str = "", allow_pipe: bool = False):
@@ -67,10 +67,10 @@ class ShardReader:
         url = self.manifest.path(self.shards[ranges[0][0]].file) if ranges else ""
         if ranges and local_path(url) is None and not self.cache_dir:
             return self._read_remote(ranges)
-        found = []
+        pieces = []
         for first in range(0, len(ranges), OPEN_FILES):
-            found += self._read_local(ranges[first : first + OPEN_FILES])
-        return found
+            pieces += self._read_local(ranges[first : first + OPEN_FILES])
+        return pieces
 
     def close(self) -> None:
         """Close the files that are open."""
@@ -85,13 +85,13 @@ class ShardReader:
     def _read_local(self, ranges: list[tuple[int, int, int]]) -> list[bytes | BadSample]:
         files = [self._open(shard) for shard, _, _ in ranges]
         if hasattr(os, "posix_fadvise"):
-            # All reads of the batch are known now: let the disk work on them together.
+            # Announce all reads of the batch, so that the disk works on them together.
             for file, (_, begin, size) in zip(files, ranges, strict=True):
                 os.posix_fadvise(file, begin, size, os.POSIX_FADV_WILLNEED)
-        found = [_checked(os.pread(f, size, at), size) for f, (_, at, size) in zip(files, ranges, strict=True)]
+        pieces = [_checked(os.pread(f, size, at), size) for f, (_, at, size) in zip(files, ranges, strict=True)]
         while len(self._files) > OPEN_FILES:
             os.close(self._files.popitem(last=False)[1])
-        return found
+        return pieces
 
     def _open(self, shard: int) -> int:
         if shard in self._files:
@@ -113,8 +113,8 @@ class ShardReader:
         ends = [begin + size for _, begin, size in ranges]
         for attempt in range(TRIES):
             try:
-                found = fs.cat_ranges(paths, starts, ends, on_error="raise")
-                return [_checked(data, size) for data, (_, _, size) in zip(found, ranges, strict=True)]
+                pieces = fs.cat_ranges(paths, starts, ends, on_error="raise")
+                return [_checked(data, size) for data, (_, _, size) in zip(pieces, ranges, strict=True)]
             except FileNotFoundError as error:
                 raise BadInput(f"{error.filename or error}: shard not found. {HINT}") from error
             except OSError as error:
@@ -128,20 +128,20 @@ class ShardReader:
 
 
 def members(piece: bytes) -> tuple[str, dict[str, bytes]]:
-    """Key and {extension: bytes} of the one sample in a tar piece; the extension is all behind the key's first dot.
+    """Key and {extension: bytes} of the one sample in a piece of tar; the extension follows the key's first dot.
 
     Raises:
-        BadSample: `tar` if it cannot be parsed, does not hold exactly one key, or holds what only pickle could read.
+        BadSample: `tar` if it cannot be parsed, does not hold exactly one key, or holds pickled files.
     """
-    found = _plain_members(piece)
-    if found is None:
+    files = _plain_members(piece)
+    if files is None:
         try:
             with tarfile.open(fileobj=io.BytesIO(piece), mode="r:") as archive:
-                found = [(m.name, archive.extractfile(m).read()) for m in archive if m.isfile()]
+                files = [(m.name, archive.extractfile(m).read()) for m in archive if m.isfile()]
         except (tarfile.TarError, OSError, ValueError, EOFError) as error:
             raise BadSample("tar", str(error)) from error
     key, parts = "", {}
-    for name, data in found:
+    for name, data in files:
         folder, _, base = name.rpartition("/")
         stem, _, extension = base.partition(".")
         this = f"{folder}/{stem}" if folder else stem
@@ -185,7 +185,7 @@ def verify_shards(manifest: Manifest, split: str, mode: str, rank: int = 0, worl
         return problems
     if rank == 0:
         try:
-            manifest.offsets(split, 0)  # now, not at the first evaluation after an epoch
+            manifest.offsets(split, 0)  # so that damage is seen now, not at the first evaluation
         except BadInput as error:
             problems.append(str(error))
     for info in manifest.shards(split)[rank::world_size]:
@@ -197,9 +197,9 @@ def verify_shards(manifest: Manifest, split: str, mode: str, rank: int = 0, worl
                 problems.append(f"{url}: {size} bytes, manifest.json says {info.bytes}. {HINT}")
             elif mode == "sha256":
                 with fs.open(path, "rb") as file:
-                    found = sha256(file)
-                if found != info.sha256:
-                    problems.append(f"{url}: sha256 {found[:12]}.., manifest.json says {info.sha256[:12]}... {HINT}")
+                    digest = sha256(file)
+                if digest != info.sha256:
+                    problems.append(f"{url}: sha256 {digest[:12]}.., manifest.json says {info.sha256[:12]}... {HINT}")
         except FileNotFoundError:
             problems.append(f"{url}: missing, manifest.json lists it. {HINT}")
         except (OSError, ValueError, ImportError) as error:
@@ -218,12 +218,12 @@ def check_pipe(dir: str, allow_pipe: bool) -> None:
 
 
 def cached(manifest: Manifest, split: str, shard: int, cache_dir: str) -> str:
-    """Path of the local copy of a remote shard, fetched and checked if it is not there yet.
+    """Path of the local copy of a remote shard, which is fetched and checked if it is not there yet.
 
-    Several processes may ask at once: each fetches to its own temporary name, and the last rename wins.
+    Several processes may call it at once: each fetches to its own temporary name, and the last rename wins.
     """
     info = manifest.shards(split)[shard]
-    # The hash in the name keeps an old copy from standing in for a newer shard of the same name.
+    # The hash in the name tells an old copy from a newer shard of the same name.
     path = Path(cache_dir) / f"{info.sha256[:16]}-{info.file}"
     if path.exists() and path.stat().st_size == info.bytes:
         return str(path)
@@ -235,10 +235,10 @@ def cached(manifest: Manifest, split: str, shard: int, cache_dir: str) -> str:
             with fsspec.open(url, "rb") as remote:
                 shutil.copyfileobj(remote, copy, 1 << 20)
             copy.seek(0)
-            found = sha256(copy)
+            digest = sha256(copy)
         follow_umask(Path(temporary))
-        if found != info.sha256:
-            raise BadInput(f"{url}: sha256 {found[:12]}.., manifest.json says {info.sha256[:12]}... {HINT}")
+        if digest != info.sha256:
+            raise BadInput(f"{url}: sha256 {digest[:12]}.., manifest.json says {info.sha256[:12]}... {HINT}")
         os.replace(temporary, path)
     except OSError as error:
         raise BadInput(f"{url}: cannot be copied to {path.parent} ({' '.join(str(error).split())}).") from error
@@ -248,8 +248,8 @@ def cached(manifest: Manifest, split: str, shard: int, cache_dir: str) -> str:
 
 
 def _plain_members(piece: bytes) -> list[tuple[str, bytes]] | None:
-    """(name, bytes) of members with plain ustar headers, ten times as fast as tarfile; None asks for tarfile."""
-    found, at = [], 0
+    """(name, bytes) of members with plain ustar headers, ten times faster than tarfile; None: use tarfile."""
+    files, at = [], 0
     while at + BLOCK <= len(piece):
         header = piece[at : at + BLOCK]
         if not any(header):
@@ -264,9 +264,9 @@ def _plain_members(piece: bytes) -> list[tuple[str, bytes]] | None:
             return None
         if claimed != sum(header) - sum(header[148:156]) + 8 * ord(" "):
             return None
-        found.append((header[:100].partition(b"\0")[0].decode("utf-8", "replace"), piece[at + BLOCK : end]))
+        files.append((header[:100].partition(b"\0")[0].decode("utf-8", "replace"), piece[at + BLOCK : end]))
         at = at + BLOCK + -(-size // BLOCK) * BLOCK
-    return found
+    return files
 
 
 def _checked(data: bytes, size: int) -> bytes | BadSample:

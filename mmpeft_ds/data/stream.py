@@ -1,7 +1,7 @@
-"""Samples of prepared data sets as packed batches, the same global batches for any number of ranks and workers.
+"""Streams of packed batches from prepared data sets: the same global batches for any number of ranks and workers.
 
-Order is a pure function (see order.py), so a resume starts at its step without reading anything before it, and a
-worker needs to know nothing but which slots of which step to make.
+The order is a pure function (see order.py). So a resume starts at its step without reading anything before it, and a
+worker needs only the slots and the step of the batch to make.
 """
 
 from __future__ import annotations
@@ -35,18 +35,18 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class StreamSource:
-    """One split of a data set and what is made of its samples. With workers, the functions must pickle.
+    """One split of a data set, and the functions that read its samples. With workers, these must pickle.
 
     Attributes:
         manifest: of the data set; sample ids are `manifest.name/key`.
-        split: which split.
-        read: (record, torch.Generator) -> texts and one target a text; raises BadSample.
+        split: of the data set.
+        read: (record, torch.Generator) -> texts and one target per text; raises BadSample.
         image_transform: (uint8 (3, H, W), torch.Generator) -> what `collate_images` takes; a plain function, or a
             `data.transform.ImageTransform`. Where it takes features it gets the sample's array, one image, or the
             arrays along its first of three dimensions.
         collate_images, collate_texts, collate_targets: non-empty flat list -> tensors, see `data.batch.pack`.
         fields: json fields that every record must have.
-        weight: share of the steps, relative to the other sources'.
+        weight: relative share of the steps.
         subset: the samples to use; None: all of the split.
         identify: give each record the identity of its images (of its stored features, where it has them) under
             `PICTURE`, unless it brings one.
@@ -72,12 +72,12 @@ class StreamSource:
 
 @dataclass
 class Step:
-    """What one rank does in one optimizer step.
+    """The batches of one rank for one optimizer step.
 
     Attributes:
         source: index of the source (so of the task).
         step: step of the epoch.
-        micro: as many batches as accumulation steps, of equally many slots on every rank; some may hold no sample.
+        micro: one batch per accumulation step, with equally many slots on every rank; some may hold no sample.
     """
 
     source: int
@@ -94,17 +94,17 @@ class _Request:
 
 
 class Stream:
-    """Epochs of one rank.
+    """The epochs of one rank.
 
     Args:
         sources: at least one; each step takes all its slots from one of them.
-        options: `global_batch` slots a step, workers, shuffling, limits.
+        options: `global_batch` slots per step, workers, shuffling, limits.
         rank, world_size: this rank; the global batch does not depend on them.
-        accumulation: micro-batches a step.
+        accumulation: micro-batches per step.
         seed: of order, augmentation and choices.
-        train: shuffle and obey `last_batch`; otherwise every sample exactly once, in the same order and with epoch
-            0's choices in every epoch.
-        coupled: predictions of a sample depend on its batch mates; see `options.evaluation_order`.
+        train: shuffle and follow `last_batch`; otherwise take every sample exactly once, in the same order and with
+            the random choices of epoch 0 in every epoch.
+        coupled: predictions of a sample depend on the others of its batch, see `options.evaluation_order`.
         pin_memory: put batches into pinned memory, from which a GPU copies asynchronously.
 
     Raises:
@@ -164,7 +164,7 @@ class Stream:
             yield Step(source, step, [next(made) for _ in self.micro_slots])
 
     def wait_for_workers(self) -> None:
-        """Return when all workers run. Nobody needs to: until then this process makes the batches."""
+        """Return when all workers run. It is never needed: until then this process makes the batches."""
         self._pool.wait()
 
     def close(self) -> None:
@@ -180,7 +180,7 @@ class Stream:
 
 
 class _Loader:
-    """Makes the micro-batch of a request, in whatever process; its caches never change what comes out."""
+    """Makes the micro-batch of a request, in any process. Its caches never change the result."""
 
     def __init__(
         self, sources: Sequence[StreamSource], options: DataOptions, seed: int, train: bool, coupled: bool = False
@@ -189,7 +189,7 @@ class _Loader:
         chosen = options.evaluation_order
         self.shuffled_evaluation = not train and (chosen == "shuffled" or (chosen == "auto" and coupled))
         self.readers = [ShardReader(s.manifest, s.split, options.cache_dir, options.allow_pipe) for s in sources]
-        # Of each source: shard -> the samples to use; None: all of every shard.
+        # Per source: shard -> the samples to use; None: all of every shard.
         self.places = [None if s.subset is None else s.subset.places(s.manifest) for s in sources]
         self._orders: dict[int, tuple[int, order.EpochOrder]] = {}
         self.gathers = [
@@ -216,7 +216,7 @@ class _Loader:
         return pack(samples, source.collate_images, source.collate_texts, source.collate_targets)
 
     def _gathered(self, request: _Request, epoch: int, places: order.EpochOrder) -> PackedBatch | None:
-        """The micro-batch all at once, where the source holds features and nothing stands against it."""
+        """The micro-batch gathered as a whole, for feature shards; None if it must be read sample by sample."""
         source, size = request.visit.source, len(request.slots)
         own = np.array([-1 if slot is None else slot for slot in request.slots], np.int64)
         positions = order.positions_of(len(places), self.options.global_batch, own, request.visit.step)
@@ -235,7 +235,7 @@ class _Loader:
                 gather.close()
 
     def _epoch_key(self, epoch: int) -> int:
-        """With the key of a sample's id it makes the seed of the sample's random choices."""
+        """Key from which with that of a sample's id the seed of the sample's random choices is made."""
         return order.key_of(self.seed, "sample", epoch)
 
     def _order(self, source: int, epoch: int) -> order.EpochOrder:
@@ -245,8 +245,8 @@ class _Loader:
             sizes = [shard.samples for shard in shards] if chosen is None else [len(rows) for rows in chosen]
             key, block = order.key_of(self.seed, "order", source, epoch), self.options.shuffle_block
             if self.shuffled_evaluation:
-                # One block: a split sorted by class must not stay so inside blocks. Of the data set's name, not of the
-                # recipe's seed or of the source's place, so that every method meets the same batches.
+                # In one block, so that a split sorted by class is shuffled over all classes. The key depends on the
+                # name of the data set, not on the recipe's seed, so that every method gets the same batches.
                 data = self.sources[source]
                 key = order.key_of("evaluation", self.options.evaluation_seed, data.manifest.name, data.split)
                 block = sum(sizes)
@@ -255,15 +255,14 @@ class _Loader:
         return self._orders[source][1]
 
     def _place(self, source: int, shard: int, number: int) -> tuple[int, int]:
-        """(shard, sample) of sample `number` of those of a shard that are used."""
+        """(shard, sample) of number `number` among the samples of a shard that are used."""
         chosen = self.places[source]
         return shard, number if chosen is None else int(chosen[shard][number])
 
     def _sample(self, source: int, epoch: int, place: tuple[int, int], piece: bytes | BadSample) -> Sample:
-        """One slot; whatever is wrong with the sample makes it a slot of weight 0."""
+        """One slot; a sample with any fault becomes a slot of weight 0."""
         name, shard = self.sources[source].manifest.name, self.readers[source].shards[place[0]].file
-        # Stands in for the key of a sample that is too damaged to tell it.
-        key = f"#{place[1]}"
+        key = f"#{place[1]}"  # for samples that are too damaged to read their key
         try:
             if isinstance(piece, BadSample):
                 raise piece
@@ -282,7 +281,7 @@ class _Loader:
         try:
             texts, targets = source.read(record, generator)
         except (TypeError, KeyError, ValueError, IndexError, AttributeError) as error:
-            # A record of the wrong shape; a task need not test the type of everything it touches.
+            # The record has another structure than the task expects; tasks need not check every type.
             raise BadSample("type", f"{type(error).__name__}: {error}") from error
         if len(texts) != len(targets):
             raise BadSample("type", f"{len(texts)} texts but {len(targets)} targets")
@@ -290,7 +289,7 @@ class _Loader:
         return Sample(sample_id, 1.0, images, with_images(texts, len(images)), targets, record)
 
     def _images(self, source: StreamSource, parts: dict[str, bytes], record: dict[str, Any]) -> Iterator[Tensor]:
-        """Decoded images of a sample, or its stored features in their place; those leave the record."""
+        """Decoded images of a sample, or its stored features, which are taken out of the record."""
         transform = hooks_of(source.image_transform)
         if transform.takes_features:
             features = record.pop("features", None)
@@ -303,12 +302,12 @@ class _Loader:
 
 
 class BadBudget:
-    """Counts bad samples and says when there are too many. Every rank feeds its own; merged, all see the same.
+    """Counts bad samples and tells when there are too many. Every rank counts its own; merged counts are those of all.
 
     Args:
-        max_fraction: bad samples allowed, as a share of the samples of an epoch or of those read, whichever are more;
-            rounded up, so that 0 allows none and anything else at least one.
-        max_in_a_row: bad samples since the last good one that stop the run; over ranks their runs add up.
+        max_fraction: allowed share of bad samples among those of an epoch or those read, whichever are more; rounded
+            up, so that 0 allows none and any other value at least one.
+        max_in_a_row: number of bad samples since the last good one that stops the run, summed over ranks.
         num_samples: samples of an epoch, see `Stream.num_samples`.
     """
 
@@ -321,7 +320,7 @@ class BadBudget:
         self.listed: list[tuple[str, str, str]] = []
 
     def feed(self, batch: PackedBatch) -> None:
-        """Count one micro-batch of this rank; padding counts as nothing."""
+        """Count one micro-batch of this rank, but for its padding."""
         for sample_id, weight in zip(batch.sample_id, batch.weight.tolist(), strict=True):
             self.seen += bool(sample_id)
             self.in_a_row = 0 if weight > 0 else self.in_a_row + bool(sample_id)
@@ -331,12 +330,12 @@ class BadBudget:
         self.listed = [*self.listed, *map(tuple, batch.bad)][: self.LISTED]
 
     def state(self) -> dict[str, Any]:
-        """Plain data for the other ranks, and for a checkpoint."""
+        """The counts as plain data, for other ranks and for checkpoints."""
         names = ("seen", "bad", "in_a_row", "counts", "listed")
         return {name: getattr(self, name) for name in names}
 
     def merged(self, states: Sequence[dict[str, Any]]) -> BadBudget:
-        """A budget with the same limits that has seen what all `states` have seen."""
+        """A budget with the same limits and the sum of the counts of `states`."""
         total = BadBudget(self.max_fraction, self.max_in_a_row, self.num_samples)
         for state in states:
             total.seen, total.bad = total.seen + state["seen"], total.bad + state["bad"]
@@ -362,7 +361,7 @@ class BadBudget:
 
 
 def _record(parts: dict[str, bytes], fields: Sequence[str]) -> dict[str, Any]:
-    """The json of a sample with features (`KEY.npy`) under `features`, or `KEY.name.npy` under `name`."""
+    """The JSON of a sample, with the array `KEY.npy` under `features` and arrays `KEY.NAME.npy` under `NAME`."""
     record = record_of(parts)
     for name, data in parts.items():
         if name == "npy" or name.endswith(".npy"):

@@ -1,6 +1,6 @@
-"""Chosen samples of one split: a few shots of every class, some classes only, another data set's official split.
+"""Subsets of a split: a few shots of every class, some classes alone, or the official split of another benchmark.
 
-A JSON file names them by key, so that every method and every run trains on the same images. data_prep/few_shot.py
+A JSON file names the samples by key, so that all methods and runs train on the same images. data_prep/few_shot.py
 writes such files.
 """
 
@@ -24,18 +24,18 @@ HINT = "data_prep/few_shot.py DIR writes subsets of a data set"
 
 @dataclass(frozen=True)
 class Subset:
-    """What the file holds.
+    """Contents of a subset file.
 
     Attributes:
         dataset: name of the data set.
         split: the split that the keys are of.
-        keys: of the samples, in any order, none twice.
-        shots: samples a class, 0 = all.
-        seed: of the draw.
-        protocol: how they were chosen, in words.
+        keys: of the samples, in any order, each once.
+        shots: samples per class, 0 = all.
+        seed: of the random choice.
+        protocol: how the samples were chosen, in words.
         classes: names of the classes that may occur, for protocols that leave some out; None: all of the data set.
-        shards: `fingerprint` of the split when the keys were chosen; empty in files written by hand.
-        file: where it was read from; not stored.
+        shards: `fingerprint` of the split when the samples were chosen; empty in files written by hand.
+        file: path that it was read from; not stored.
     """
 
     dataset: str
@@ -53,11 +53,11 @@ class Subset:
 
     @classmethod
     def load(cls, path: str, manifest: Manifest, split: str) -> Subset:
-        """The subset in the file `path`, a path as it is or below the data set's directory.
+        """Read the subset file `path`, given as it is or relative to the data set's directory.
 
         Raises:
-            BadInput: one line: no such file, damaged, of another data set or split, made before the shards changed, a
-                key that the split has not or that stands there twice, or no key at all.
+            BadInput: one line: no such file, damaged, of another data set or split, made before the shards changed,
+                with a key twice or one that the split does not have, or without keys.
         """
         raw = _read(path, manifest)
         try:
@@ -70,7 +70,7 @@ class Subset:
         return subset
 
     def save(self, path: Path) -> None:
-        """Write it; the same subset gives the same bytes."""
+        """Write the file; the same subset gives the same bytes."""
         path.parent.mkdir(parents=True, exist_ok=True)
         content = {k: v for k, v in asdict(self).items() if k != "file"}
         write_json(path, content)
@@ -116,12 +116,12 @@ class Subset:
 
 
 def fingerprint(manifest: Manifest, split: str) -> str:
-    """Hash of the bytes of a split: changes whenever a key may stand for another sample."""
+    """Hash of the bytes of a split; another one whenever a key may stand for another sample."""
     return hashlib.sha256("".join(shard.sha256 for shard in manifest.shards(split)).encode()).hexdigest()
 
 
 def _number(key: str) -> int:
-    """Position in the split that a key stands for, -1 if it is no key of ours."""
+    """Position of a key in the split; -1 if it is not in our form."""
     digits = key.rpartition("-")[2]
     return int(digits) if digits.isascii() and digits.isdigit() else -1
 

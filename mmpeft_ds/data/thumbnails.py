@@ -1,4 +1,4 @@
-"""Small pictures of the samples of a split, for eyes: what feature shards keep of the pixels."""
+"""Thumbnails of the samples of feature shards, for display."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ MAX_PIXELS = 1 << 22
 
 
 class Thumbnails:
-    """sample id -> its first image, (3, H, W) in [0, 1]; None where there is none, or it cannot be read."""
+    """Sample id -> its first image, (3, H, W) in [0, 1]; None if there is none, or it cannot be read."""
 
     def __init__(self, manifest: Manifest, split: str):
         self.manifest, self.split = manifest, split

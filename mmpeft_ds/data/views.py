@@ -1,4 +1,4 @@
-"""Augmented views of a picture: a random part of it at another aspect ratio, mirrored half of the time."""
+"""Augmented views of an image: a random crop of random aspect ratio, mirrored with probability 1/2."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ RATIO = (3 / 4, 4 / 3)
 
 @dataclass(frozen=True)
 class RandomView:
-    """uint8 (3, H, W) -> a random crop of it, uint8, brought to `size` and mirrored with probability 1/2.
+    """uint8 (3, H, W) -> a random crop of it, uint8, resized to `size` and mirrored with probability 1/2.
 
     Attributes:
-        scale: the least and the largest share of the area that a crop covers.
+        scale: smallest and largest share of the area that a crop covers.
         size: (height, width) of the result; None keeps the size of the crop.
 
     Source: the training transform of CoOp (arXiv 2109.01134) and Tip-Adapter (arXiv 2207.09519): random resized crop
@@ -40,7 +40,7 @@ class RandomView:
 def crop_box(
     height: int, width: int, scale: tuple[float, float], generator: torch.Generator
 ) -> tuple[int, int, int, int]:
-    """(top, left, height, width) of a random crop; the largest central one of a fitting ratio if none is found."""
+    """(top, left, height, width) of a random crop; after ten tries the largest central one of an allowed ratio."""
     for _ in range(TRIES):
         share, ratio, down, right = torch.rand(4, generator=generator, dtype=torch.float64).tolist()
         area = height * width * (scale[0] + share * (scale[1] - scale[0]))

@@ -1,8 +1,8 @@
-"""Processes that make batches, started so that they neither inherit nor disturb the training process.
+"""Worker processes that make batches, which neither inherit from the training process nor disturb it.
 
-A fork server is used: a fresh process that imports what the workers need once and forks them. A plain fork of a
-training process would copy its threads' locks, its CUDA context and its connections to other ranks, which then outlive
-it: a rank that was killed would look alive to the others.
+They are forked by a fork server: a fresh process that imports once what the workers need. A plain fork of a training
+process would copy the locks of its threads, its CUDA context and its connections to other ranks, which would then
+outlive it: a killed rank would look alive to the others.
 """
 
 from __future__ import annotations
@@ -28,23 +28,23 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from mmpeft_ds.errors import BadInput
 
-# Bytes of a tensor up to which it travels inside its batch. A larger one lies in shared memory, for whose descriptor
-# this process must connect to the worker: a round trip to a process that may have to wait for a core.
+# Largest tensor, in bytes, that is sent inside its batch. Larger ones are put into shared memory, for whose descriptor
+# this process must connect to the worker, which may have to wait for a core first.
 INLINE = 1 << 16
-# Imported by the fork server before it forks the first worker.
+# The fork server imports it before it forks the first worker.
 PRELOAD = "mmpeft_ds.data.fork_server"
 
 
 class WorkerPool:
     """Maps a function over requests in worker processes, in order.
 
-    The workers start in the background: a fork server needs seconds to import what they need, and until they are there
-    this process makes the results itself.
+    The workers start in the background, since the imports of the fork server take seconds. Until they run, this
+    process makes the results itself.
 
     Args:
         make: request -> result; must pickle if there are workers.
-        workers: processes; 0 calls `make` in this process when a result is asked for.
-        prefetch: results each worker prepares ahead.
+        workers: number of processes; 0: `make` is called in this process when a result is taken.
+        prefetch: results that each worker prepares ahead.
         pin_memory: put results that have a method `pin_memory` into pinned memory.
     """
 
@@ -88,7 +88,7 @@ class WorkerPool:
             self._starting.join()
 
     def close(self) -> None:
-        """End the workers, kindly at first."""
+        """End the workers; those that have not ended after five seconds are killed."""
         self._stop()
         self.wait()
         self._loader = None
@@ -97,7 +97,7 @@ class WorkerPool:
         _kill(self._processes)
 
     def _stop(self) -> None:
-        """End the run whose results somebody may still hold; it keeps the workers alive otherwise."""
+        """End the iterator of the last `run`, which would otherwise keep the workers alive while it is referenced."""
         if self._running is not None:
             self._running.close()
         self._running = None
@@ -106,13 +106,13 @@ class WorkerPool:
         before = set(multiprocessing.active_children())
         try:
             with _main_hidden(not needs_main), _signals_held():
-                # Nothing is asked for yet, so this only starts the workers, which stay.
+                # There are no requests yet, so this only starts the workers, which persist.
                 iter(self._loader)
-        except BaseException as error:  # noqa: BLE001 - raised where results are asked for
+        except BaseException as error:  # noqa: BLE001 - raised again where results are taken
             self._failure = error
         self._processes += [p for p in multiprocessing.active_children() if p not in before]
-        # Registered after the loader's own clean-up, so it runs first: that one would wait for ever at exit for
-        # workers that nobody told to end, since they ignore SIGTERM.
+        # Registered after the loader's own clean-up, so that it runs before it: at exit that one would wait for ever
+        # for the workers, which ignore SIGTERM.
         atexit.register(self._end)
 
     def _here(self, requests: Iterator[Any]) -> Iterator[Any]:
@@ -128,7 +128,7 @@ class WorkerPool:
             except StopIteration:
                 return
         if isinstance(self._failure, (EOFError, OSError)):
-            # A signal to the whole group ended the fork server while it still imported: go on without workers.
+            # A signal to the whole group has ended the fork server during its imports: continue without workers.
             yield from here
             return
         if self._failure is not None:
@@ -141,7 +141,7 @@ class WorkerPool:
 
 
 class _Requests(Sampler):
-    """What the workers are asked for, exchanged between epochs."""
+    """The requests to the workers, replaced for every epoch."""
 
     pending: Iterator[Any] = iter(())
 
@@ -161,7 +161,7 @@ class _Maker(Dataset):
         try:
             return self.make(request)
         except BadInput as error:
-            # Raised in the worker it would come back as a page of traceback.
+            # Return it: raised in the worker it would arrive as a page of traceback.
             return error
 
 
@@ -171,7 +171,7 @@ def _unchanged(result: Any) -> Any:
 
 def _init_worker(_: int) -> None:
     ForkingPickler.register(torch.Tensor, _reduce)
-    # The main process decides when to stop; a signal to the whole group must not take its data away before.
+    # Ignore signals to the whole group: the main process decides when to stop, and needs data until then.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     threading.Thread(target=_leave_with_parent, daemon=True).start()
@@ -194,24 +194,24 @@ def _rebuilt(plain: bytes, dtype: torch.dtype, shape: torch.Size) -> torch.Tenso
 
 
 def _modules_in(payload: bytes) -> list[str]:
-    """Modules that unpickling imports: loaded once in the server instead of once in every worker."""
+    """Modules that unpickling imports, to be imported once in the server instead of once in every worker."""
     named = {arg for _, arg, _ in pickletools.genops(payload) if isinstance(arg, str)}
     return sorted(name for name in named & set(sys.modules) if name != "__main__")
 
 
 def _leave_with_parent() -> None:
-    # The loader's own watch looks at the parent process, which is the fork server; that waits for its workers in turn.
+    # The loader's own check watches the parent process, which is the fork server, and that waits for its workers.
     multiprocessing.parent_process().join()
     os._exit(1)
 
 
 @contextlib.contextmanager
 def _signals_held() -> Iterator[None]:
-    """Block SIGTERM and SIGINT in this thread, so that what it starts is born with them blocked.
+    """Within the block SIGTERM and SIGINT are blocked in this thread, and in the processes that it starts.
 
-    A signal to the whole group must not end the fork server or a worker before it could say that it ignores them.
+    Otherwise a signal to the whole group could end the fork server or a worker before it has begun to ignore them.
     """
-    resource_tracker.ensure_running()  # else it starts with the first process, and unblocks both signals at its end
+    resource_tracker.ensure_running()  # otherwise it starts in the block, and unblocks both signals when it has
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
     try:
         yield
@@ -221,7 +221,7 @@ def _signals_held() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _main_hidden(hide: bool) -> Iterator[None]:
-    """Keep new processes from running the main script again, which they do to find what is defined there."""
+    """Within the block new processes do not run the main script again, as they otherwise do for its definitions."""
     main = sys.modules["__main__"].__dict__
     hidden = {name: main.pop(name) for name in ("__file__", "__spec__") if hide and name in main}
     if hide:

@@ -1,7 +1,7 @@
-"""Write shards: plain WebDataset tars whose bytes depend on the samples alone.
+"""Writing of shards: plain WebDataset tars whose bytes depend on the samples alone.
 
-A shard is one job: it is written under a temporary name, renamed, and only then described by a part file. So a job
-that was interrupted leaves nothing that looks finished, and jobs may run in any order, on any process or node.
+Each shard is a job: it is written under a temporary name, renamed, and only then described by a part file. So an
+interrupted job leaves nothing that looks finished, and jobs may run in any order, in any process and on any node.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ PARTS = ".parts"
 
 @dataclass
 class Part:
-    """What one finished shard adds to the manifest.
+    """The contribution of one finished shard to the manifest.
 
     Attributes:
         shard: the tar file.
@@ -62,17 +62,17 @@ def members(sample: Any) -> dict[str, bytes]:
     """
     record = {**sample.record, "source_name": sample.name}
     text = json.dumps(record, sort_keys=True, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-    found = {"json": text.encode()}
+    parts = {"json": text.encode()}
     for i, (extension, data) in enumerate(sample.images):
         stored = STORED.get(extension.lower())
         if stored is None:
             raise ValueError(f"{sample.name}: image extension {extension!r} is none of {', '.join(STORED)}")
-        found[stored if len(sample.images) == 1 else f"{i}.{stored}"] = data
+        parts[stored if len(sample.images) == 1 else f"{i}.{stored}"] = data
     if sample.features is not None:
-        found["npy"] = _npy(sample.features)
+        parts["npy"] = _npy(sample.features)
     for name, array in getattr(sample, "arrays", {}).items():
-        found[f"{name}.npy"] = _npy(array)
-    return found
+        parts[f"{name}.npy"] = _npy(array)
+    return parts
 
 
 def write_shard(dir: Path, name: str, split: str, number: int, first: int, samples: Iterable[Any]) -> Part:
@@ -118,12 +118,12 @@ def add_sample(archive: tarfile.TarFile, key: str, parts: dict[str, bytes]) -> N
 
 
 def part_path(dir: Path, file: str) -> Path:
-    """Where the part of the shard `file` is kept until the manifest is written."""
+    """Path of the part file of the shard `file`, which is kept until the manifest is written."""
     return dir / PARTS / f"{file}.json"
 
 
 def finished_part(dir: Path, file: str) -> Part | None:
-    """The part of a shard that an earlier run finished, if the tar still has the bytes it had then; None otherwise."""
+    """The part of a shard that an earlier run has finished, if the tar has not changed since; None otherwise."""
     try:
         raw = json.loads(part_path(dir, file).read_text("utf-8"))
         offsets, contents = ([tuple(item) for item in raw[key]] for key in ("offsets", "contents"))
@@ -136,19 +136,19 @@ def finished_part(dir: Path, file: str) -> Part | None:
 
 def sample_offsets(tar: Path) -> list[tuple[int, int]]:
     """(offset of the first header, bytes of all members and padding) of every sample of a tar, in order."""
-    found: list[list[int]] = []
+    offsets: list[list[int]] = []
     previous = None
     with tarfile.open(tar, "r:") as archive:
         for member in archive:
             key = member.name.split(".", 1)[0]
             end = member.offset_data + -(-member.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
             if key == previous:
-                found[-1][1] = end - found[-1][0]
+                offsets[-1][1] = end - offsets[-1][0]
             else:
-                found.append([member.offset, end - member.offset])
+                offsets.append([member.offset, end - member.offset])
             previous = key
-            archive.members = []  # tarfile keeps every header otherwise
-    return [tuple(pair) for pair in found]
+            archive.members = []  # otherwise tarfile keeps every header
+    return [tuple(pair) for pair in offsets]
 
 
 def write_manifest(
@@ -181,8 +181,8 @@ def write_manifest(
         for part in of_split:
             merged.merge(part.fields)
         fields[split] = merged.summary()
-        for path, found in identity.summary([one for part in of_split for one in part.contents]).items():
-            fields[split].setdefault(path, {}).update(found)
+        for path, numbers in identity.summary([one for part in of_split for one in part.contents]).items():
+            fields[split].setdefault(path, {}).update(numbers)
     counts = None
     if labels is not None:
         counts = [sum(part.label_counts.get(label, 0) for part in parts[label_split]) for label in labels]
@@ -204,7 +204,7 @@ def write_manifest(
 
 
 class FieldCounts:
-    """Simple statistics of the fields of many samples; those of several shards merge."""
+    """Simple statistics of the fields of many samples; those of several shards can be merged."""
 
     def __init__(self) -> None:
         self.counts: dict[str, dict[str, Any]] = {}
@@ -272,7 +272,7 @@ def _npy(array: np.ndarray) -> bytes:
 
 
 def _labels_of(record: dict[str, Any]) -> Iterable[str]:
-    """What counts towards the closed label list: all answers of all questions, or the class name."""
+    """Entries for the closed label list: all answers of all questions, or the class name."""
     if "class_name" in record:
         yield record["class_name"]
     for question in record.get("questions", []):
