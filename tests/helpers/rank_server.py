@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import gc
 import importlib
 import json
 import os
@@ -26,7 +27,14 @@ from typing import Any
 from tests.helpers import ROOT
 
 # Everything that takes long to import, and nothing that starts a thread or joins a process group.
-IMPORTS = ("deepspeed", "mmpeft_ds.engine.trainer", "mmpeft_ds.runs.evaluate", "tests.helpers.runs.tiny_pairs")
+IMPORTS = (
+    "deepspeed.runtime.zero.muon.muon_optimizer",  # with torch's compiler; every engine imports it
+    "deepspeed.runtime.zero.stage3",
+    "deepspeed.runtime.zero.stage_1_and_2",
+    "mmpeft_ds.engine.trainer",
+    "mmpeft_ds.runs.evaluate",
+    "tests.helpers.runs.tiny_pairs",
+)
 
 _server: subprocess.Popen | None = None
 
@@ -56,6 +64,9 @@ def serve() -> None:
     os.dup2(2, 1)  # what an import prints is no answer
     for module in IMPORTS:
         importlib.import_module(module)
+    # DeepSpeed collects garbage for every engine: it need not look at what was imported.
+    gc.collect()
+    gc.freeze()
     while line := sys.stdin.readline():
         job = json.loads(line)
         pids = []

@@ -18,7 +18,7 @@ from mmpeft_ds.engine.assembly.forward import forward
 from mmpeft_ds.engine.zero.config import check_ds_config
 from tests.helpers.models import tiny_backbones
 
-STEPS, SLOTS, LR = 10, 8, 0.005
+STEPS, SLOTS, LR = 6, 8, 0.005
 WORDS = ["is", "there", "a", "red", "blue", "round", "big", "circle", "square", "what", "color", "it"]
 
 
