@@ -1,4 +1,4 @@
-"""What nobody reads is left out of a text encoder, and nothing else changes."""
+"""Positions of a text encoder that nothing reads are left out, and nothing else changes."""
 
 import copy
 
@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import mmpeft_ds
+from mmpeft_ds.sites.base import AdapterLayer
 from tests.helpers.models.tiny_composed_encoder import entry, inputs, write_towers
 
 
@@ -109,7 +110,7 @@ def test_an_adapter_that_asks_for_the_row_keeps_the_padding(towers, config):
 def test_an_adapter_that_lies_about_rows_is_wrong(towers):
     """The negative control of the two tests above."""
 
-    class ByRow(torch.nn.Module):
+    class ByRow(torch.nn.Module, AdapterLayer):
         tokenwise = rowless = True
 
         def __init__(self, base):
@@ -148,7 +149,7 @@ def test_behind_the_last_attention_a_routed_adapter_sees_all_tokens_only_if_it_m
 
 
 def test_an_adapter_that_mixes_tokens_gets_all_of_them(towers):
-    class Mean(torch.nn.Module):
+    class Mean(torch.nn.Module, AdapterLayer):
         def __init__(self, base):
             super().__init__()
             self.base_layer = base
