@@ -13,6 +13,7 @@ from mmpeft_ds.data.decode import decode
 from mmpeft_ds.data.formats import MAX_PIXELS
 from mmpeft_ds.data.manifest import Manifest
 from mmpeft_ds.data.shards import ShardReader
+from mmpeft_ds.data.transform import apply
 from mmpeft_ds.errors import BadInput, BadSample
 from mmpeft_ds.progress import Progress
 
@@ -88,7 +89,7 @@ def image_batches(
                     if isinstance(piece, BadSample):
                         raise piece
                     # all or none of the images of a sample, as in training
-                    images += [transform(decode(data, max_pixels), None) for data in parse_sample(piece).images]
+                    images += [apply(transform, decode(data, max_pixels), None) for data in parse_sample(piece).images]
                 except BadSample:
                     bad += 1
                 if len(images) >= batch:

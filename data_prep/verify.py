@@ -21,6 +21,7 @@ from data_prep.engines import run_jobs  # noqa: E402
 from data_prep.reading import image_size, parse_sample  # noqa: E402
 from data_prep.sources.common.unknown_keys import looks_like  # noqa: E402
 from mmpeft_ds import console  # noqa: E402
+from mmpeft_ds.data.formats import check_aspect  # noqa: E402
 from mmpeft_ds.data.manifest import FILE, Manifest, local_path, sample_key  # noqa: E402
 from mmpeft_ds.errors import BadInput, BadSample  # noqa: E402
 from mmpeft_ds.files import sha256  # noqa: E402
@@ -140,7 +141,8 @@ def _check_sample(piece: bytes, key: str) -> None:
     if sample.key != key:
         raise BadSample("key", f"{sample.key}, and {key} belongs here")
     for image in sample.images:
-        image_size(image)
+        width, height = image_size(image)
+        check_aspect(height, width)
 
 
 def _left_aside(manifest: Manifest) -> Iterator[tuple[str, str, str]]:

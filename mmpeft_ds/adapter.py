@@ -34,6 +34,7 @@ from mmpeft_ds.adapter_files import whole
 from mmpeft_ds.backbones.base import BackboneBase
 from mmpeft_ds.data import decode
 from mmpeft_ds.data.batch import Sample, pack
+from mmpeft_ds.data.transform import apply
 from mmpeft_ds.engine.assembly.forward import answer
 from mmpeft_ds.engine.export import transform_description
 from mmpeft_ds.engine.zero import fingerprint
@@ -133,7 +134,7 @@ class Loaded:
         for image in entries:
             decoded = _pixels(image, self.recipe.data.max_pixels)
             try:
-                pixels.append(transform(decoded, None))
+                pixels.append(apply(transform, decoded, None))
             except BadSample as bad:
                 hint = " This model reads stored features, .npy files." if decoded.dtype == torch.uint8 else ""
                 raise BadInput(f"{self._name(image, name)}: cannot be used ({bad}).{hint}") from bad

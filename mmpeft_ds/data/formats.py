@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from mmpeft_ds.errors import BadSample
+
 # Ending of a picture file -> ending of its name in a shard; other endings are not stored.
 STORED = {
     "jpg": "jpg", "jpeg": "jpg", "png": "png", "webp": "webp", "bmp": "bmp", "gif": "gif", "tif": "tif", "tiff": "tif",
@@ -14,3 +16,12 @@ MAX_PIXELS = 89_478_485
 # As `Path.suffix` gives the endings.
 STORED_SUFFIXES = tuple(f".{ending}" for ending in STORED)
 READ_SUFFIXES = tuple(f".{ending}" for ending in READ)
+# The longer side of a picture over the shorter one, at most. Processors scale the shorter side up before they cut out
+# the centre, so a strip of a few kilobytes would fill the memory; Qwen2-VL's refuses more as well.
+MAX_ASPECT = 200
+
+
+def check_aspect(height: int, width: int) -> None:
+    """Raises BadSample for a picture with a side of 0, or more than MAX_ASPECT times as long as wide."""
+    if max(height, width) > MAX_ASPECT * min(height, width):
+        raise BadSample("aspect", f"{width} x {height} pixels, more than {MAX_ASPECT} times as long as wide")

@@ -26,7 +26,7 @@ from mmpeft_ds.data.manifest import Manifest
 from mmpeft_ds.data.options import DataOptions
 from mmpeft_ds.data.shards import ShardReader, members, record_of
 from mmpeft_ds.data.subset import Subset
-from mmpeft_ds.data.transform import hooks_of
+from mmpeft_ds.data.transform import apply, hooks_of
 from mmpeft_ds.data.workers import WorkerPool
 from mmpeft_ds.errors import BadInput, BadSample
 
@@ -212,8 +212,30 @@ class _Loader:
         wanted = [self._place(visit.source, *places[p]) for p in positions if p is not None]
         pieces = iter(zip(wanted, self.readers[visit.source].read(wanted), strict=True))
         samples = [Sample() if p is None else self._sample(visit.source, epoch, *next(pieces)) for p in positions]
-        source = self.sources[visit.source]
-        return pack(samples, source.collate_images, source.collate_texts, source.collate_targets)
+        shards = iter([self.readers[visit.source].shards[shard].file for shard, _ in wanted])
+        return self._packed(visit.source, samples, ["" if p is None else next(shards) for p in positions])
+
+    def _packed(self, number: int, samples: list[Sample], shards: list[str]) -> PackedBatch:
+        """The batch; a sample that cannot even be packed alone is bad, as one that cannot be read."""
+        source = self.sources[number]
+        functions = source.collate_images, source.collate_texts, source.collate_targets
+        try:
+            return pack(samples, *functions)
+        except (ValueError, TypeError, RuntimeError, ArithmeticError, LookupError, AssertionError) as error:
+            usable = [_packs(sample, functions) for sample in samples]
+            good = [sample.weight > 0 and kept for sample, kept in zip(samples, usable, strict=True)]
+            if all(usable) or not any(good):  # not a single sample's doing
+                raise
+            log.warning("samples that cannot be packed: %s", " ".join(str(error).split())[:200])
+        return pack(
+            [
+                sample
+                if kept
+                else Sample(sample.sample_id, bad=("collate", shard, sample.sample_id.partition("/")[2]))
+                for sample, kept, shard in zip(samples, usable, shards, strict=True)
+            ],
+            *functions,
+        )
 
     def _gathered(self, request: _Request, epoch: int, places: order.EpochOrder) -> PackedBatch | None:
         """The micro-batch gathered as a whole, for feature shards; None if it must be read sample by sample."""
@@ -285,7 +307,7 @@ class _Loader:
             raise BadSample("type", f"{type(error).__name__}: {error}") from error
         if len(texts) != len(targets):
             raise BadSample("type", f"{len(texts)} texts but {len(targets)} targets")
-        images = [source.image_transform(image, generator) for image in self._images(source, parts, record)]
+        images = [apply(source.image_transform, image, generator) for image in self._images(source, parts, record)]
         return Sample(sample_id, 1.0, images, with_images(texts, len(images)), targets, record)
 
     def _images(self, source: StreamSource, parts: dict[str, bytes], record: dict[str, Any]) -> Iterator[Tensor]:
@@ -306,7 +328,7 @@ class BadBudget:
 
     Args:
         max_fraction: allowed share of bad samples among those of an epoch or those read, whichever are more; rounded
-            up, so that 0 allows none and any other value at least one.
+            up, so that 0 allows none and any other value at least one per epoch.
         max_in_a_row: number of bad samples since the last good one that stops the run, summed over ranks.
         num_samples: samples of an epoch, see `Stream.num_samples`.
     """
@@ -348,6 +370,9 @@ class BadBudget:
     def problem(self) -> str | None:
         """One line if the run must stop, with the first bad samples; None while within the budget."""
         allowed = int(np.ceil(self.max_fraction * max(self.seen, self.num_samples)))
+        if self.num_samples:  # the one that a small data set may have is met again in every epoch
+            epochs = -(-self.seen // self.num_samples)
+            allowed = max(allowed, epochs * int(np.ceil(self.max_fraction * self.num_samples)))
         if self.bad <= allowed and self.in_a_row < self.max_in_a_row:
             return None
         kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(self.counts.items()))
@@ -358,6 +383,15 @@ class BadBudget:
             f"the data, or raise data.max_bad_fraction ({self.max_fraction}) or data.max_bad_in_a_row "
             f"({self.max_in_a_row})."
         )
+
+
+def _packs(sample: Sample, functions: Sequence[Callable]) -> bool:
+    try:
+        pack([sample], *functions)
+    except (ValueError, TypeError, RuntimeError, ArithmeticError, LookupError, AssertionError) as error:
+        log.warning("bad sample %s: %s", sample.sample_id, " ".join(str(error).split())[:200])
+        return False
+    return True
 
 
 def _record(parts: dict[str, bytes], fields: Sequence[str]) -> dict[str, Any]:

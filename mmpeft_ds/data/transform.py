@@ -8,6 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mmpeft_ds.data.formats import check_aspect
+from mmpeft_ds.errors import BadSample
+
 
 class ImageTransform:
     """Base of transforms that say more of themselves than a plain function can; it must survive pickling.
@@ -47,6 +50,23 @@ class ImageTransform:
 
 
 _DEFAULTS = ImageTransform()
+
+
+def apply(transform: Callable[..., Any], image: Tensor, generator: torch.Generator | None) -> Any:
+    """What a transform makes of one image; whatever it refuses is a bad sample. A RuntimeError is a fault of ours.
+
+    Raises:
+        BadSample: `aspect` for a strip that would be huge once scaled, `image` for what the transform refuses.
+    """
+    if image.dim() == 3 and not hooks_of(transform).takes_features:
+        check_aspect(*image.shape[-2:])
+    try:
+        return transform(image, generator)
+    except BadSample:
+        raise
+    except (ValueError, TypeError, ArithmeticError, LookupError, OSError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise BadSample("image", f"refused by the image transform: {type(error).__name__}: {reason}") from error
 
 
 def hooks_of(transform: Callable[..., Any]) -> ImageTransform:

@@ -24,7 +24,7 @@ from mmpeft_ds.data.manifest import Manifest, sample_key
 from mmpeft_ds.data.order import key_of
 from mmpeft_ds.data.shards import members, record_of
 from mmpeft_ds.data.stream import image_names
-from mmpeft_ds.data.transform import hooks_of
+from mmpeft_ds.data.transform import apply, hooks_of
 from mmpeft_ds.engine.assembly import resolve
 from mmpeft_ds.engine.assembly.build import prepare_backbone
 from mmpeft_ds.engine.stop import StopFlag
@@ -199,7 +199,7 @@ class CaptionMaker(ShardMaker[_Prepared]):
             sample.name, sample.record = str(record.pop("source_name", key)), record
             sample.arrays = _arrays(parts)
             for name in names:
-                sample.images.append(self.transform(decode(parts[name], self.recipe.data.max_pixels), None))
+                sample.images.append(apply(self.transform, decode(parts[name], self.recipe.data.max_pixels), None))
             if not names:
                 raise BadSample("image", "none")
         except BadSample as bad:

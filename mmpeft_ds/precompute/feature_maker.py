@@ -22,7 +22,7 @@ from mmpeft_ds.data.manifest import Manifest, sample_key
 from mmpeft_ds.data.order import key_of
 from mmpeft_ds.data.shards import members, record_of
 from mmpeft_ds.data.stream import image_names
-from mmpeft_ds.data.transform import hooks_of
+from mmpeft_ds.data.transform import apply, hooks_of
 from mmpeft_ds.data.views import RandomView
 from mmpeft_ds.engine.assembly import resolve
 from mmpeft_ds.engine.assembly.build import prepare_backbone
@@ -194,13 +194,13 @@ class Maker(ShardMaker[_Prepared]):
         return made
 
     def _views(self, image: torch.Tensor, sample_id: str, place: int) -> list[Any]:
-        views = [self.transform(image, None)]
+        views = [apply(self.transform, image, None)]
         for number in range(self.options.views):
             # Seeded by the sample alone, so that any rank, order and rerun draws the same.
             generator = torch.Generator().manual_seed(
                 key_of(self.options.seed, "view", sample_id, place, number) % 2**63
             )
-            views.append(self.transform(self.view(image, generator), None))
+            views.append(apply(self.transform, self.view(image, generator), None))
         return views
 
     @torch.inference_mode()
