@@ -68,8 +68,8 @@ few-shot-data: setup
 few-shot: few-shot-data
 	python launchers/few_shot_emoji.py
 
-# One process a core for the tests that compute alone. Those that start ranks take all cores while they compute, but a
-# launch is seconds of start-up on one core, so two files at a time; those that watch the clock, one after the other.
+# One process per core for the tests that compute alone. Those that start ranks use several cores only while the ranks
+# compute, so two files run at a time; those that kill, stop or wait for processes run one after the other.
 test: setup
 	OMP_NUM_THREADS=1 python -m pytest -m "not slow and not distributed" --numprocesses $(CORES) --dist loadfile
 	python -m pytest -m "distributed and not slow and not alone" --numprocesses 2 --dist loadfile
