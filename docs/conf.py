@@ -35,6 +35,7 @@ autodoc_default_options = {
     "show-inheritance": True,
     "member-order": "bysource",
     "ignore-module-all": True,
+    "exclude-members": "ENTRY",
 }
 autodoc_typehints = "signature"
 autodoc_typehints_format = "short"

@@ -39,8 +39,7 @@ def invariance(head: Any, rows: Labelled, size: int, seeds: Sequence[int] = SEED
 
     Returns:
         one mapping per order: `order`, `top1`, and where there are edges `degree` (edges per node), `same_class`
-            (share
-        of edges between samples of one class; None without edges), `isolated` (share of nodes).
+        (share of edges between samples of one class; None without edges), `isolated` (share of nodes).
     """
     labels, n = rows.labels, len(rows.labels)
     with head.without_edges():

@@ -8,14 +8,17 @@ import pytest
 import torch
 
 import mmpeft_ds
+from data_prep import prepare, sources, verify
 from mmpeft_ds import backbones, methods, registry, tasks
 from mmpeft_ds.backbones.base import model_hooks
 from mmpeft_ds.data.batch import Sample, pack
+from mmpeft_ds.data.manifest import Manifest
 from mmpeft_ds.engine.assembly.forward import forward
 from mmpeft_ds.errors import BadInput, BadSample
 from mmpeft_ds.methods.base import SiteMethod
 from mmpeft_ds.sites import find_sites
 from tests.helpers import ROOT
+from tests.helpers.data.images import encoded
 from tests.helpers.models import tiny_stock, tiny_towers
 
 
@@ -107,3 +110,18 @@ def test_the_example_method_attaches_trains_saves_and_loads(saved, tmp_path, mon
     model.save_pretrained(tmp_path / "adapter")
     again = peft.PeftModel.from_pretrained(tiny_stock.bert(), tmp_path / "adapter")
     assert torch.equal(tiny_stock.output(again), changed)
+
+
+def test_the_example_source_is_prepared_and_verified(saved, tmp_path):
+    saved("A data set", sources, "csv_table")
+    for i in range(3):
+        (tmp_path / f"{i}.jpg").write_bytes(encoded(i))
+    table = tmp_path / "table.csv"
+    table.write_text("file,class,split\n0.jpg,cat,train\n1.jpg,dog,train\n2.jpg,cat,val\n")
+    prepare.main(["csv-table", "--table", str(table), "--out", str(tmp_path / "out"), "--processes", "1"])
+    manifest = Manifest.load(tmp_path / "out")
+    assert manifest.labels == ["cat", "dog"] and [manifest.samples(s) for s in ("train", "val")] == [2, 1]
+    verify.main([str(tmp_path / "out")])
+    table.write_text("file,class\n9.jpg,cat\n")
+    with pytest.raises(BadInput, match="table.csv:2"):
+        prepare.main(["csv-table", "--table", str(table), "--out", str(tmp_path / "other")])
