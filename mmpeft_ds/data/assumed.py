@@ -15,7 +15,7 @@ SOURCE = "assumed"  # `Manifest.source["name"]`
 
 @dataclass(frozen=True)
 class Assumed:
-    """What is assumed of a data set that is not there.
+    """Assumptions about a data set that is not there.
 
     Attributes:
         samples: of each split.

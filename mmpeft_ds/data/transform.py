@@ -29,7 +29,7 @@ class ImageTransform:
     takes_one_row = False
 
     def __call__(self, image: Tensor, generator: torch.Generator | None) -> Any:
-        """What `collate_images` of the backbone takes.
+        """The image as `collate_images` of the backbone takes it.
 
         Args:
             image: uint8 (3, H, W) RGB, or stored features.
@@ -41,7 +41,7 @@ class ImageTransform:
         raise NotImplementedError
 
     def row(self, rows: int, seed: int) -> int:
-        """Which of the stored rows a sample takes.
+        """Index of the stored row that a sample takes.
 
         Args:
             seed: of the sample's random choices; of an array of seeds the result is an array.

@@ -69,7 +69,7 @@ class GraphConv(MessagePassing):
         return self.propagate(adjacency, x=x.to(adjacency.dtype), edge_weight=None).to(x.dtype)
 
     def message(self, x_j: Tensor, edge_weight: OptTensor) -> Tensor:
-        """What one edge carries: for tools that propagate an `edge_index` to look at single messages."""
+        """The message of one edge, for tools that propagate an `edge_index` to look at single messages."""
         return x_j if edge_weight is None else edge_weight[:, None] * x_j
 
     def message_and_aggregate(self, adj_t: Tensor, x: Tensor) -> Tensor:

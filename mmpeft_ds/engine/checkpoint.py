@@ -107,7 +107,7 @@ def save(
 
 @dataclasses.dataclass(frozen=True)
 class Held:
-    """What trains, known without DeepSpeed's map from parameters to their masters, to compare files with.
+    """Fingerprints of all that trains, computed without DeepSpeed's map from parameters to masters, to check files by.
 
     Attributes:
         weights: name -> fingerprint of the float32 parameter that the next forward uses.
@@ -119,23 +119,23 @@ class Held:
 
     @classmethod
     def of(cls, engine: Any, trainables: dict[str, nn.Parameter]) -> Held:
-        """Collective. Raises RuntimeError if ranks hold different copies of a parameter."""
+        """Those of an engine. Collective. Raises RuntimeError if ranks hold different copies of a parameter."""
         weights, differing = fingerprints.over_ranks(trainables.items())
         if differing:
             raise RuntimeError(f"trained parameter {differing[0]} is not the same on all ranks")
         return cls(weights, zero_state.state_sums(engine) if trainables else {})
 
     def check(self, folder: Path) -> None:
-        """Compare the files of a checkpoint with what trains. Raises RuntimeError."""
+        """Compare the files of a checkpoint with them. Raises RuntimeError."""
         self.check_weights(load_file(folder / "weights.safetensors"), f"{folder}/weights.safetensors")
         written = load_file(folder / "optimizer.safetensors")
         for key, held in self.moments.items():
-            found = sum(zero_state.bits_sum(t) for name, t in written.items() if name.endswith(f".{key}"))
-            if found % 2**64 != held:
+            written_bits = sum(zero_state.bits_sum(t) for name, t in written.items() if name.endswith(f".{key}"))
+            if written_bits % 2**64 != held:
                 raise RuntimeError(f"{folder}/optimizer.safetensors: {key} is not what the optimizer holds")
 
     def check_weights(self, written: dict[str, torch.Tensor], where: str) -> None:
-        """Raises RuntimeError, naming the first tensor that is not the one that trains."""
+        """Raise RuntimeError, naming the first tensor that differs."""
         wrong = [name for name, print in self.weights.items() if fingerprints.of_whole(written[name]) != print]
         if wrong:
             raise RuntimeError(

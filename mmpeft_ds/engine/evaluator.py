@@ -69,11 +69,11 @@ def evaluate(
         model: DeepSpeed engine or plain module; its mode is restored afterwards.
         steps: `Stream(..., train=False).epoch(...)`, with equally many steps and micro-batches on every rank.
         pictures: images to keep for the page of predictions.
-        stop_requested: whether this process was told to stop.
+        stop_requested: whether a stop was requested of this process.
         thumbnail: sample id -> small picture, for batches that hold no pixels.
 
     Returns:
-        None if some rank was told to stop before the end.
+        None if a stop was requested on a rank before the end.
 
     Raises:
         AgreedBadInput: if the data of some rank cannot be read.

@@ -14,7 +14,7 @@ from mmpeft_ds.engine.summary import shown
 
 
 def model_card(resolved: Any, metrics: dict[str, Any], trained: dict[str, Tensor]) -> str:
-    """What was trained on what with which result, and how to load it, as Markdown with the hub's header.
+    """The model card: training, data, results and how to load the adapter, as Markdown with the header of the hub.
 
     Args:
         resolved: parts of the recipe (`engine.resolve.Resolved`).

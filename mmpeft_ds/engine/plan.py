@@ -1,4 +1,4 @@
-"""What a recipe will cost, worked out on the meta device: data, trainables by kind, steps, memory per rank."""
+"""Plan of a run, computed on the meta device: data, trainables by kind, steps, memory per rank."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from mmpeft_ds.engine.assembly.resolve import Resolved, attach
 from mmpeft_ds.engine.optim import optimizers
 
 KINDS = ("peft", "norm", "bias", "head")
-# What DeepSpeed uses when a ds_configs JSON is silent.
+# Defaults of DeepSpeed for keys that a ds_configs JSON leaves out.
 DEFAULT_PERSISTENCE, DEFAULT_LIVE, DEFAULT_PREFETCH, DEFAULT_BUCKET = 100_000, 1_000_000_000, 50_000_000, 500_000_000
 MASTER_BYTES, GRADIENT_BYTES = 4, 4  # float32, as each of the optimiser's moments
 
 
 def make(resolved: Resolved, ranks: Sequence[int] = ()) -> dict[str, Any]:
-    """Numbers of the run as JSON-able mapping; allocates no weight and needs no launcher.
+    """Numbers of the run as a JSON-able mapping. Allocates no weights and needs no launcher.
 
     Args:
         ranks: further numbers of ranks to work out the memory for.
@@ -158,7 +158,7 @@ def show(report: dict[str, Any], console: Console | None = None) -> None:
 
 
 def _facts(report: dict[str, Any]) -> dict[str, str]:
-    """What the plan says of training, each in one line."""
+    """Facts about the training, one line each."""
     trained, total = report["trainable_parameters"], report["total_parameters"]
     kinds = ", ".join(f"{kind} {count:,}" for kind, count in report["trainable_by_kind"].items() if count)
     assumed = any(row["assumed"] for row in report["sources"])

@@ -192,19 +192,18 @@ class Lock:
         return True
 
     def release(self) -> None:
-        """Let go; the file stays, empty."""
+        """Release the lock; the file stays, empty."""
         with contextlib.suppress(OSError):
             os.ftruncate(self.descriptor, 0)
             os.close(self.descriptor)
 
 
 def preview(path: str | Path, recipe: dict[str, Any], total_steps: int, patience: int = 0) -> list[str]:
-    """What a start of `recipe` would do in the run directory `path`, which is left as it is; in words, none if it is
-    new.
+    """Lines that say what a start would do in the run directory `path`; none for a new one. Changes nothing.
 
     Args:
         recipe: resolved recipe, plain data.
-        total_steps: optimizer steps that it asks for.
+        total_steps: optimizer steps of the recipe.
 
     Raises:
         BadInput: as the start itself would.
@@ -224,7 +223,7 @@ def preview(path: str | Path, recipe: dict[str, Any], total_steps: int, patience
 
 
 def finished_words(done: dict[str, Any], total_steps: int) -> str:
-    """A finished run in words; with the steps that are asked for now, where these are fewer."""
+    """A sentence about a finished run, with the number of steps of the recipe if it is smaller now."""
     trained = done["total_steps"]
     fewer = f", and {total_steps:,} are asked for" if total_steps < trained else ""
     return f"this run is finished, with {trained:,} steps{fewer}"

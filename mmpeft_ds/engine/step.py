@@ -64,7 +64,7 @@ class Stepper:
         total: optimizer steps of the run, for the schedule.
         state: advanced by every step.
         budget: counts of this rank's bad samples.
-        stop_requested: whether this process was told to stop.
+        stop_requested: whether a stop was requested of this process.
         steps_per_epoch: for a schedule by epochs.
     """
 

@@ -84,7 +84,7 @@ class EngineOptions:
         patience: evaluations without improvement before the run stops, 0 = never.
         stop_grace: seconds within which a signalled run has saved and left.
         max_skipped: steps skipped in a row for a non-finite loss or gradient before the run stops.
-        threads: torch threads a rank, 0 = physical cores / local ranks.
+        threads: torch threads per rank, 0 = physical cores / ranks of the machine.
     """
 
     deepspeed: str = "ds_configs/zero3.json"

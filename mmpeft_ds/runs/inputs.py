@@ -1,4 +1,4 @@
-"""What a command is asked about: picture files, texts, a split, and the device that answers. Imports no model."""
+"""Inputs of commands: picture files, texts, a split, and the device. Imports no model."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def find_pictures(given: Sequence[Path], option: str = "--images") -> list[Path]
 
 
 def read_texts(given: Sequence[str], file: Path | None, option: str = "--texts") -> list[str]:
-    """Texts of the command line, then those of the file, one a line; each once. Raises BadInput."""
+    """Texts of the command line, then those of the file, one per line; each once. Raises BadInput."""
     texts = list(given)
     if file is not None:
         try:

@@ -22,7 +22,7 @@ from mmpeft_ds.runs.inputs import FEATURES, device_of
 
 @dataclass
 class Answers:
-    """What `predict` gives.
+    """Result of `predict`.
 
     Attributes:
         rows: one per picture and text, in the order in which they were asked.

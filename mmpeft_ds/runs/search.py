@@ -35,8 +35,8 @@ FILLER = "a"  # the text beside a picture, or the picture beside a text, of whic
 
 
 @dataclass
-class Found:
-    """What a search gives.
+class Hits:
+    """Result of a search.
 
     Attributes:
         hits: objects with `text`, `image`, `rank` from 1 and `score`, in order of query and rank.
@@ -99,7 +99,7 @@ def search(
     batch: int = 32,
     device: str = "auto",
     of_pictures: bool = False,
-) -> Found:
+) -> Hits:
     """Rank the pictures for each text, or with `of_pictures` the texts for each picture, and write `out`.
 
     Raises:
@@ -107,23 +107,23 @@ def search(
     """
     searcher = Searcher(directory, device_of(device))
     index = Index(out / INDEX, identity(directory, searcher.task))
-    found = Found([])
-    image_NE = index.features(pictures, searcher, batch, found.errors)
-    read = [p for p in pictures if str(p) not in found.errors]
+    result = Hits([])
+    image_NE = index.features(pictures, searcher, batch, result.errors)
+    read = [p for p in pictures if str(p) not in result.errors]
     if not read:
-        raise BadInput(f"none of the {len(pictures):,} pictures can be read. {next(iter(found.errors.values()))}")
+        raise BadInput(f"none of the {len(pictures):,} pictures can be read. {next(iter(result.errors.values()))}")
     score_QN = searcher.texts(texts, batch) @ image_NE.T
     scores = score_QN.T if of_pictures else score_QN
     values, order = scores.topk(min(top, scores.shape[1]))
     for query, (row, places) in enumerate(zip(values.tolist(), order.tolist(), strict=True)):
         for rank, (score, place) in enumerate(zip(row, places, strict=True), start=1):
             text, picture = (place, query) if of_pictures else (query, place)
-            found.hits.append({"text": texts[text], "image": str(read[picture]), "rank": rank, "score": score})
+            result.hits.append({"text": texts[text], "image": str(read[picture]), "rank": rank, "score": score})
     out.mkdir(parents=True, exist_ok=True)
     with (out / RESULTS).open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(hit, ensure_ascii=False) + "\n" for hit in found.hits)
-    contact_sheet(found.hits, of_pictures).save(out / SHEET)
-    return found
+        file.writelines(json.dumps(hit, ensure_ascii=False) + "\n" for hit in result.hits)
+    contact_sheet(result.hits, of_pictures).save(out / SHEET)
+    return result
 
 
 def contact_sheet(hits: Sequence[dict[str, Any]], of_pictures: bool) -> Any:
@@ -163,9 +163,9 @@ class Index:
         self.rows: dict[str, Tensor] = {}
         try:
             with safe_open(path, "pt") as file:
-                told = file.metadata()
-                if told["adapter"] == made_by:
-                    self.rows = dict(zip(json.loads(told["keys"]), file.get_tensor("features"), strict=True))
+                metadata = file.metadata()
+                if metadata["adapter"] == made_by:
+                    self.rows = dict(zip(json.loads(metadata["keys"]), file.get_tensor("features"), strict=True))
         except (OSError, SafetensorError, KeyError, ValueError):  # none yet, or half of one: made anew
             pass
 
@@ -202,6 +202,6 @@ class Index:
 
     def _save(self) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        told = {"adapter": self.made_by, "keys": json.dumps(list(self.rows))}
+        metadata = {"adapter": self.made_by, "keys": json.dumps(list(self.rows))}
         with files.replacing(self.path) as partial:
-            files.save_tensors(partial, {"features": torch.stack(list(self.rows.values()))}, told)
+            files.save_tensors(partial, {"features": torch.stack(list(self.rows.values()))}, metadata)

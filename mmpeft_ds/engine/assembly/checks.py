@@ -1,4 +1,4 @@
-"""What cannot work whatever the model is: numbers out of range, and parts of a recipe that exclude each other."""
+"""Checks of recipes that hold for any model: ranges of numbers, and parts that exclude each other."""
 
 from __future__ import annotations
 
@@ -152,7 +152,7 @@ def check_fields(recipe: Recipe, key: str, options: SourceOptions, manifest: Man
 def picture_notes(
     key: str, options: SourceOptions, manifest: Manifest, modalities: Sequence[str], takes_features: bool
 ) -> list[str]:
-    """What is to be said before training of a data set whose samples bring a vision tower no picture, or not all.
+    """Lines for the user about a data set whose samples, or some of them, have no picture for the vision tower.
 
     Args:
         modalities: of the backbone.
@@ -195,7 +195,7 @@ def check_contrast(recipe: Recipe, key: str, options: SourceOptions, task: TaskB
 
 
 def run_notes(recipe: Recipe, sources: Sequence[tuple[str, TaskBase, int]], by_gradients: bool) -> list[str]:
-    """What is to be said of the length of a run and of its steps, before it starts.
+    """Lines for the user about the length of a run and its steps, before it starts.
 
     Args:
         sources: key, task and number of samples of each train source.

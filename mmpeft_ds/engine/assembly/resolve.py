@@ -1,4 +1,4 @@
-"""From a recipe to its parts: backbone, method, tasks and manifests, with every impossible combination refused.
+"""Resolving of recipes into their parts: backbone, method, tasks and manifests; impossible combinations are refused.
 
 Nothing big is loaded: configurations, manifests and a model on the meta device.
 """
@@ -92,7 +92,7 @@ class Resolved:
 
     @property
     def method_options(self) -> MethodOptions:
-        """What the engine asks of the method; the defaults for a config of peft's own."""
+        """The method's options for the engine; the defaults for a config of peft itself."""
         return self.method_config if isinstance(self.method_config, MethodOptions) else self.method.Options()
 
     def print_notes(self, rank: int, of_training: bool = False) -> None:

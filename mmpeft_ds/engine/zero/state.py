@@ -59,20 +59,20 @@ def ensure_optimizer_state(engine: Any) -> None:
 
 
 def state_sums(engine: Any) -> dict[str, int]:
-    """Of each of the optimizer's moments the sum of the raw bits of all its numbers mod 2^64, over ranks. Collective.
+    """Per moment of the optimizer, the sum of the raw bits of all its numbers over all ranks, mod 2^64. Collective.
 
-    Taken from what the optimizer steps on, not through DeepSpeed's map from parameters to it.
+    Read from the tensors that the optimizer steps on, not through DeepSpeed's map from parameters to them.
     """
     inner, everywhere = _inner(engine), engine.zero_optimization_stage() > 0
-    found = {}
+    sums = {}
     for key in moments(engine):
         flats = (inner.state[flat][key] for flat in _flat_masters(engine))
         own = sum(bits_sum(part) for flat in _without_padding(engine, flats) for part in flat)
         low, high = collectives.split_64(own % 2**64)
         if everywhere:
             low, high = collectives.sum_scalars([low, high], engine.device)
-        found[key] = collectives.sum_mod_2_64((low, high))
-    return found
+        sums[key] = collectives.sum_mod_2_64((low, high))
+    return sums
 
 
 def bits_sum(tensor: Tensor) -> int:
