@@ -206,7 +206,7 @@ def attach(resolved: Resolved, base_model: PreTrainedModel) -> PeftModel:
     config = resolved.method.prepare(copy.deepcopy(resolved.method_config), base_model, sites)
     heads = float32_heads(base_model)
     if heads:
-        config.modules_to_save = sorted({*(getattr(config, "modules_to_save", None) or []), *heads})
+        config.modules_to_save = sorted({*(config.modules_to_save or []), *heads})
     with without_warnings():
         return peft.get_peft_model(base_model, config)
 

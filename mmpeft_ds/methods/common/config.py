@@ -34,7 +34,9 @@ class MethodConfig(PeftConfig):
     """
 
     PEFT_TYPE: ClassVar[str] = ""
-    target_modules: ClassVar[None] = None  # peft reads it; the sites say where, not a list of names
+    # Peft reads both of every config; the sites say where, and heads train nothing whole.
+    target_modules: ClassVar[None] = None
+    modules_to_save: ClassVar[None] = None
 
     def __new__(cls, *args: Any, **kwargs: Any) -> MethodConfig:
         known = {f.name for f in dataclasses.fields(cls)}

@@ -210,7 +210,7 @@ class CoOpTuner(HeadTuner):
     def places(self, config: CoOpConfig, model: nn.Module) -> dict[str, Any]:
         sites = find_sites(model)
         site, tower = feature_site(config, sites), text_tower(sites)
-        tokenise, names = getattr(model, "tokenise", None), getattr(model, "class_names", None)
+        tokenise, names = model.tokenise, model.class_names  # every model with a feature site has them, or None
         if tokenise is None or not names:
             raise BadInput(f"coop: the model does not know its class names as texts. {NO_ENCODER}")
         with torch.device("cpu"):  # also for a model on meta, whose sizes are only counted
