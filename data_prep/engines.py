@@ -54,6 +54,11 @@ def _die_with_parent() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
+def python_path() -> str:
+    """PYTHONPATH of Ray's workers: the project, and what this process was given."""
+    return os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH", ""))))
+
+
 def _ray(work: Callable[[Any], Any], jobs: Sequence[Any], cpus: int) -> Iterator[tuple[int, Any]]:
     try:
         import ray
@@ -66,7 +71,8 @@ def _ray(work: Callable[[Any], Any], jobs: Sequence[Any], cpus: int) -> Iterator
         # Workers import data_prep from the same path: a cluster needs the project on a shared file system.
         ray.init(
             num_cpus=None if "RAY_ADDRESS" in os.environ else cpus or None,
-            runtime_env={"env_vars": {"PYTHONPATH": str(ROOT)}},
+            # It replaces that of this process, which may name folders that the source needs.
+            runtime_env={"env_vars": {"PYTHONPATH": python_path()}},
             log_to_driver=False,
         )
     try:

@@ -67,4 +67,10 @@ def notes(split: str, fields: dict[str, dict[str, Any]]) -> list[str]:
             f"{split}: {captions['shared']:,} of {captions['present']:,} captions stand with more than one picture. "
             "In retrieval each belongs to its own picture alone, so not all of them can be found first."
         )
+    answers = fields.get("questions[].answers", {})
+    if 1 < answers.get("max", 0) < 10:
+        lines.append(
+            f"{split}: questions have at most {answers['max']} answers. The official VQA measure is made for ten: of "
+            "two or three a right answer scores below 1. `accuracy_any` stands beside it."
+        )
     return lines

@@ -293,7 +293,8 @@ def merged_budget(budget: BadBudget) -> BadBudget:
 
 
 def seed_of(*parts: int) -> int:
-    """A generator seed that differs whenever one part does."""
+    """A seed that differs whenever one part does; torch's CPU generator reads its lower 32 bits, so that two of some
+    65,000 seeds may give the same numbers there."""
     digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1
 

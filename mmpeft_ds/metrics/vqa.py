@@ -79,6 +79,12 @@ def answer_score(prediction: str, answers: Sequence[str]) -> float:
     return vqa_accuracy(prediction, answers)
 
 
+def any_score(prediction: str, answers: Sequence[str]) -> float:
+    """1 where the prediction is one of the answers, once all are normalised: for lists of accepted alternatives, and
+    for fewer than four annotators, with whom the VQA measure cannot reach 1."""
+    return float(normalize_answer(prediction) in {normalize_answer(answer) for answer in answers})
+
+
 def soft_score(count: int, annotators: int) -> float:
     """Training target of an answer that `count` annotators gave: 1 for the only one, else 0.3 a vote up to 1."""
     return 1.0 if annotators == 1 else min(0.3 * count, 1.0)

@@ -1,5 +1,8 @@
 """Multimodal language models: the stock loss and generation, packed; chat labels; adapters; batches without images."""
 
+import json
+from pathlib import Path
+
 import peft
 import pytest
 import torch
@@ -399,3 +402,16 @@ def test_a_longest_text_with_its_prompt_makes_no_sense_here(folders):
     backbone, model = made(folders, "llava")
     with pytest.raises(BadInput, match="max_new_tokens"):
         backbone.generate(model, batch(backbone, ONE), max_length=20)
+
+
+def test_the_recipe_s_max_pixels_wins_over_those_in_the_checkpoint_s_file(tmp_path):
+    folder = tiny_mllm.write(tmp_path / "qwen", "qwen2_vl")
+    path = Path(folder) / "preprocessor_config.json"
+    config = json.loads(path.read_text())
+    del config["size"]  # checkpoints on the hub have these keys in its place
+    path.write_text(json.dumps(config | {"min_pixels": 784, "max_pixels": 12_845_056}))
+    backbone = ENTRY(Options(folder, max_pixels=4096), None)
+    made = backbone.image_transform(False)(torch.zeros(3, 300, 300, dtype=torch.uint8), None)
+    _, height, width = made["image_grid_thw"][0].tolist()
+    patch = backbone._config.vision_config.patch_size
+    assert height * width * patch**2 <= 4096

@@ -210,6 +210,8 @@ class MllmBackbone(StockBackbone):
             if self.options.max_pixels:
                 least = min(processor.size["shortest_edge"], self.options.max_pixels)
                 changes["size"] = {"shortest_edge": least, "longest_edge": self.options.max_pixels}
+                # Where the checkpoint's file has these keys, as those on the hub do, they win over `size`.
+                changes |= {"min_pixels": least, "max_pixels": self.options.max_pixels}
                 processor = AutoImageProcessor.from_pretrained(place, backend="pil", **changes)
         except (OSError, ValueError, ImportError) as error:
             reason = tower_loading.first_line(error)

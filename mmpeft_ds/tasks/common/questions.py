@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import abc
 import re
+import statistics
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -15,8 +16,10 @@ import torch
 
 from mmpeft_ds.data.batch import PackedBatch
 from mmpeft_ds.errors import BadInput, BadSample
-from mmpeft_ds.metrics.vqa import answer_score, normalize_answer, soft_score
+from mmpeft_ds.metrics.vqa import answer_score, any_score, normalize_answer, soft_score
 from mmpeft_ds.tasks.base import TaskBase
+
+ANNOTATORS = 10  # of a question in VQA v1 and v2, for whom the official measure is made
 
 
 class QuestionTask(TaskBase):
@@ -115,8 +118,17 @@ def answer_rows(batch: PackedBatch, predictions: list[str]) -> list[dict[str, An
 
 
 def accuracies(rows: list[dict[str, Any]]) -> dict[str, float]:
-    """`accuracy` and `accuracy_<type>`: official VQA accuracy where several annotators answered, else plain."""
-    return _by_type("accuracy", ((r["type"], r["answers"], r["prediction"]) for r in rows))
+    """`accuracy` and `accuracy_<type>`: official VQA accuracy where several annotators answered, else plain.
+
+    Where some questions have more than one answer but fewer than ten, also `accuracy_any`: predictions that are one of
+    the answers.
+    """
+    scores = _by_type("accuracy", ((r["type"], r["answers"], r["prediction"]) for r in rows))
+    if any(1 < len(row["answers"]) < ANNOTATORS for row in rows):
+        scores["accuracy_any"] = statistics.mean(
+            any_score(r["prediction"], r["answers"]) for r in rows if r["answers"]
+        )
+    return scores
 
 
 def priors(train: Iterable[dict[str, Any]], test: Iterable[dict[str, Any]]) -> dict[str, float]:
