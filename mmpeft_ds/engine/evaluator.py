@@ -31,14 +31,15 @@ class Evaluation:
             every rank; see `count`.
         unit: what they are, in the plural.
         bad: number of samples that could not be read and are left out, on every rank.
-        pictures: (image (3, H, W) in [0, 1], its rows) of rank 0's share, up to the number asked for.
+        pictures: (image (3, H, W) in [0, 1], its rows) of rank 0's share, up to the number asked for; None in the
+            place of an image that nobody has.
         graph: picture (3, H, W) in [0, 1] of the graph among rank 0's rows of the first batch, if pictures are asked
             for and the model makes a graph.
     """
 
     scores: dict[str, float]
     rows: list[dict[str, Any]] = field(default_factory=list)
-    pictures: list[tuple[Tensor, list[dict[str, Any]]]] = field(default_factory=list)
+    pictures: list[tuple[Tensor | None, list[dict[str, Any]]]] = field(default_factory=list)
     bad: int = 0
     graph: Tensor | None = None
     scored: int = 0
@@ -82,7 +83,7 @@ def evaluate(
     model.eval()
     rows: list[dict[str, Any]] = []
     parts: list[Any] = []  # for tasks that need the whole split before they can answer
-    kept: list[tuple[Tensor, list[dict[str, Any]]]] = []
+    kept: list[tuple[Tensor | None, list[dict[str, Any]]]] = []
     loss_sum, weight_sum, bad, stopped = 0.0, 0.0, 0, False
     seen: graph_health.View | None = None
     for step in _together(steps, device):
@@ -113,6 +114,7 @@ def evaluate(
                 seen = graph_health.view(outputs, batch, predictions)
     if task.concludes and not stopped:
         rows = task.conclude(getattr(model, "module", model), parts, device)
+        kept = [(image, _concluded(mine, rows)) for image, mine in kept]
     for module in training:
         module.training = True
     if stopped:
@@ -144,21 +146,26 @@ def _together(steps: Iterable[Any], device: torch.device | str) -> Iterator[Any]
         raise AgreedBadInput(collectives.first_message(str(problem))) from problem
 
 
+def _concluded(mine: list[dict[str, Any]], rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows about the sample of `mine` that a task gave at the end of the split: what was found for its image."""
+    found = [row for row in rows if row["sample_id"] == mine[0]["sample_id"] and not row.get("text")]
+    return found or mine
+
+
 def _pictures(
     batch: PackedBatch,
     rows: list[dict[str, Any]],
     limit: int,
     thumbnail: Callable[[str], Tensor | None] | None = None,
-) -> list[tuple[Tensor, list[dict[str, Any]]]]:
-    """First image of each good slot, stretched to [0, 1], with the rows of that slot; or its thumbnail."""
+) -> list[tuple[Tensor | None, list[dict[str, Any]]]]:
+    """First image of each good slot, stretched to [0, 1], with the rows of that slot; or its thumbnail, if any."""
     pixels = next((v for v in batch.images.values() if v.dim() == 4 and v.shape[1] == 3), None)
-    chosen: list[tuple[Tensor, list[dict[str, Any]]]] = []
+    chosen: list[tuple[Tensor | None, list[dict[str, Any]]]] = []
     if pixels is None:
-        for row in rows[:limit] if thumbnail is not None else ():
-            if (small := thumbnail(row["sample_id"])) is None:  # then the others have none either
-                break
-            chosen.append((small, [row]))
-        return chosen
+        of_sample: dict[str, list[dict[str, Any]]] = {}
+        for row in rows:
+            of_sample.setdefault(row["sample_id"], []).append(row)
+        return [(thumbnail(name) if thumbnail else None, of_sample[name]) for name in list(of_sample)[:limit]]
     owners = batch.image_owner.tolist()
     for slot, sample_id in enumerate(batch.sample_id):
         mine = [row for row in rows if row["sample_id"] == sample_id]

@@ -14,10 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mmpeft_ds import contact_sheet
 from mmpeft_ds.progress import Progress
 from mmpeft_ds.recipe.options import MonitorOptions
 
-CELL = 224  # pixels of one image on the page of predictions
+# The page of predictions; letters large enough to be read where TensorBoard shows it at half its size.
+PAGE = contact_sheet.Layout(tile=224, columns=4, font=18, lines=8)
 # Keys of metrics.jsonl that go to TensorBoard, and their tags there.
 SCALARS = {
     "loss": "train/loss",
@@ -131,33 +133,48 @@ class Monitor(Observer):
             self.board.close()
 
 
-def page(pictures: list[tuple[Tensor, list[dict[str, Any]]]], columns: int = 4, lines: int = 3) -> Tensor:
-    """Images with their texts, predictions and answers drawn below, as one picture (3, H, W) in [0, 1]."""
-    import numpy as np
-    from PIL import Image, ImageDraw
+def page(pictures: list[tuple[Tensor | None, list[dict[str, Any]]]]) -> Tensor:
+    """Images with their texts, predictions and answers drawn below, as one picture (3, H, W) in [0, 1].
 
-    columns = min(columns, len(pictures))
-    height = CELL + 8 + 2 * lines * 12
-    sheet = Image.new("RGB", (columns * (CELL + 8), math.ceil(len(pictures) / columns) * height), "white")
-    draw = ImageDraw.Draw(sheet)
-    for i, (image, rows) in enumerate(pictures):
-        left, top = i % columns * (CELL + 8) + 4, i // columns * height + 4
-        pixels = (image.clamp(0, 1) * 255).to(torch.uint8).permute(1, 2, 0).numpy()
-        sheet.paste(Image.fromarray(pixels).resize((CELL, CELL), Image.Resampling.NEAREST), (left, top))
-        for j, row in enumerate(rows[:lines]):
-            answers = [str(a) for a in row.get("answers", [row["answer"]] if "answer" in row else [])]
-            answer = max(answers, key=answers.count, default="")
-            right = not answers or str(row["prediction"]) in answers
-            below = top + CELL + 2 + 2 * j * 12
-            draw.text((left, below), _short(row.get("text", "")), fill="black")
-            result = f"-> {row['prediction']}" + (f"  (answer: {answer})" if answer else "")
-            draw.text((left, below + 12), _short(result), fill="darkgreen" if right else "firebrick")
+    Args:
+        pictures: image (3, H, W) in [0, 1], or None where there is none to show, and its rows.
+    """
+    import numpy as np
+
+    sheet = contact_sheet.draw([("", [_tile(image, rows) for image, rows in pictures])], PAGE)
     return torch.from_numpy(np.asarray(sheet).copy()).permute(2, 0, 1).float() / 255
 
 
-def _short(text: str, limit: int = 36) -> str:
-    text = " ".join(str(text).split()).encode("latin-1", "replace").decode("latin-1")  # PIL's built-in font is Latin-1
-    return text if len(text) <= limit else text[: limit - 1] + "~"
+def _tile(image: Tensor | None, rows: list[dict[str, Any]]) -> contact_sheet.Tile:
+    from PIL import Image
+
+    drawn = []
+    if image is not None:
+        drawn = [Image.fromarray((image.clamp(0, 1) * 255).to(torch.uint8).permute(1, 2, 0).numpy())]
+    lines: list[str | tuple[str, str]] = [] if drawn or not rows else [rows[0]["sample_id"]]
+    for row in rows[:3]:
+        if row.get("text"):
+            lines.append(_short(row["text"]))
+        lines.append(_result(row))
+    return contact_sheet.Tile(drawn, lines)
+
+
+def _result(row: dict[str, Any]) -> tuple[str, str]:
+    """What was predicted, and the colour that says whether it is right."""
+    answers = [str(a) for a in row.get("answers", [row["answer"]] if "answer" in row else [])]
+    answer = max(answers, key=answers.count, default="")
+    prediction = row["prediction"]
+    words = f"-> {prediction:.3f}" if isinstance(prediction, float) else f"-> {_short(prediction)}"
+    if "rank" in row:  # retrieval: where the right one stands
+        right, more = row["rank"] == 1, f" (right one: rank {row['rank']})" if row["rank"] > 1 else ""
+    else:
+        right, more = not answers or str(prediction) in answers, f" (answer: {_short(answer)})" if answer else ""
+    return words + more, "darkgreen" if right else "firebrick"
+
+
+def _short(text: Any, limit: int = 80) -> str:
+    text = " ".join(str(text).split())
+    return text if len(text) <= limit else f"{text[: limit - 3]}..."
 
 
 def plain(value: Any) -> Any:

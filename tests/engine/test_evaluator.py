@@ -4,8 +4,11 @@ import pytest
 import torch
 
 from mmpeft_ds.data.stream import Step
+from mmpeft_ds.distributed.processes import Ranks
+from mmpeft_ds.engine import streams
+from mmpeft_ds.engine.assembly import resolve
 from mmpeft_ds.engine.evaluator import evaluate
-from tests.helpers.runs import tiny_classifier
+from tests.helpers.runs import tiny_adapters, tiny_classifier
 
 
 @pytest.fixture(scope="module")
@@ -64,3 +67,17 @@ def test_nothing_to_evaluate_gives_nan_and_no_rows(parts):
     task = SimpleNamespace(score=lambda rows: {"accuracy": float(len(rows))}, weight=lambda b: 0.0, concludes=False)
     result = evaluate(torch.nn.Identity(), backbone, task, [], "cpu")
     assert result.rows == [] and result.scores["loss"] != result.scores["loss"]
+
+
+def test_the_page_of_a_retrieval_run_on_stored_features_shows_what_was_found(tmp_path):
+    resolved = resolve.resolve(tiny_adapters.recipe(tmp_path, "retrieval on stored features"))
+    ranks = Ranks(0, 1, 0, 1, torch.device("cpu"))
+    stream = streams.make_stream(resolved, resolved.validation, ranks, train=False)
+    model = resolve.attach(resolved, resolved.backbone.build())
+    task = resolved.validation[0].task
+    result = evaluate(model, resolved.backbone, task, stream.epoch(0), "cpu", pictures=3)
+    stream.close()
+    assert len(result.pictures) == 3
+    for image, rows in result.pictures:
+        (row,) = rows
+        assert image is None and row["kind"] == "image_to_text" and row["prediction"] in tiny_adapters.CAPTIONS

@@ -5,7 +5,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from mmpeft_ds.engine.evaluator import Evaluation
-from mmpeft_ds.engine.monitor import Monitor, page
+from mmpeft_ds.engine.monitor import PAGE, Monitor, page
 from mmpeft_ds.recipe.options import MonitorOptions
 
 
@@ -117,3 +117,17 @@ def test_the_page_shows_right_answers_green_and_wrong_ones_red():
 def test_a_text_that_the_font_lacks_does_not_stop_the_run():
     sheet = page([(torch.zeros(3, 4, 4), [{"text": "何色ですか" * 20, "prediction": "赤"}])])
     assert sheet.dim() == 3 and sheet.shape[0] == 3 and sheet.max() > 0
+
+
+def test_the_letters_of_the_page_are_readable_where_it_is_shown_small():
+    """TensorBoard shows the page at about half its size: 10 pixels for a letter are left of 18 or more."""
+    assert PAGE.font >= 18 and PAGE.columns * PAGE.tile <= 1000
+
+
+def test_retrieval_without_pictures_has_a_page_with_names_and_ranks():
+    """A run on stored features without thumbnails had no page at all."""
+    sheet = page([(None, [{"sample_id": "own/val-3", "text": "", "prediction": "a red circle", "rank": 4}])])
+    assert sheet.shape[0] == 3 and sheet.min() < 0.2
+    first = page([(None, [{"sample_id": "own/val-3", "text": "", "prediction": "a red circle", "rank": 1}])])
+    green, red = ((s[c] - s[1 - c] > 0.2).any() for s, c in ((first, 1), (sheet, 0)))
+    assert green and red
