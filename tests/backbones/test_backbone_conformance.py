@@ -1,4 +1,4 @@
-"""What every backbone must do, run over every registered entry and a text-only one."""
+"""The contract of backbones, run over every registered entry and a text-only one."""
 
 import dataclasses
 import pickle

@@ -1,3 +1,5 @@
+"""Manifests: reading gives what was written, byte offsets, travel to workers, and refusals."""
+
 import json
 import pickle
 from pathlib import Path

@@ -1,3 +1,5 @@
+"""Mean and deviation of image features over a whole split, for any batch size, kept in the manifest."""
+
 import types
 
 import pytest

@@ -1,3 +1,5 @@
+"""The source for JSON lines: records, images beside the file, and lines that are refused."""
+
 import numpy as np
 import pytest
 import webdataset

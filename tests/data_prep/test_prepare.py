@@ -1,3 +1,5 @@
+"""Preparation of shards: the same bytes every time, continued after an interruption, one line for bad input."""
+
 import errno
 import io
 import json

@@ -1,3 +1,5 @@
+"""verify.py finds damaged shards, and show.py draws samples."""
+
 import json
 import tarfile
 from dataclasses import replace

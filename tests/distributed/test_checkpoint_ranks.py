@@ -1,4 +1,4 @@
-"""A checkpoint of any rank count and ZeRO stage continues under any other; one launch a rank count runs all."""
+"""A checkpoint of any rank count and ZeRO stage continues under any other; one launch per rank count runs all."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Runs of launchers/train.py that are killed, stopped and continued end as the run that nothing happened to."""
+"""Runs of launchers/train.py that are killed, stopped and continued end like a run that was never interrupted."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One model, three tasks, one a step: shares, order, resume, scores of each, and an adapter that knows them all."""
+"""One model and three tasks, one per step: shares, order, resume, scores, and an adapter that knows them all."""
 
 from __future__ import annotations
 

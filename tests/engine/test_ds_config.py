@@ -1,3 +1,5 @@
+"""DeepSpeed JSON files: the shipped ones are valid, and conflicts with the recipe are refused."""
+
 import json
 from pathlib import Path
 

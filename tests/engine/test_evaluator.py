@@ -1,3 +1,5 @@
+"""Evaluation in one process: every sample once, scores, and pictures for TensorBoard."""
+
 from types import SimpleNamespace
 
 import pytest

@@ -1,3 +1,5 @@
+"""Batches that lack a modality get a slot of weight 0 that has it, and neither loss nor gradients change."""
+
 import pytest
 import torch
 

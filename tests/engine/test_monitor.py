@@ -1,3 +1,5 @@
+"""What a run logs: metrics.jsonl, TensorBoard curves and pictures."""
+
 import json
 import math
 

@@ -1,3 +1,5 @@
+"""Learning-rate schedules."""
+
 import pytest
 import torch
 from transformers import get_cosine_schedule_with_warmup, get_linear_schedule_with_warmup

@@ -1,4 +1,4 @@
-"""What tests of the commands share: a launcher in this process, tiny adapters of every task, a folder of pictures."""
+"""Fixtures of the commands' tests: a launcher in this process, tiny adapters of every task, a folder of pictures."""
 
 import io
 import sys

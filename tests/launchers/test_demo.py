@@ -1,4 +1,4 @@
-"""What the demo reports comes from the files of the runs, under names that stay."""
+"""The demo's report comes from the files of the runs, and its names stay the same."""
 
 import importlib
 

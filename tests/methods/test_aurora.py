@@ -1,4 +1,4 @@
-"""What Aurora computes and what it trains."""
+"""Aurora: outputs against the equations, and which parameters train."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""What the baselines compute, what they train, and what they refuse."""
+"""The baselines: outputs, trained parameters, and refusals."""
 
 import peft
 import pytest

@@ -1,4 +1,4 @@
-"""What deep prompts compute in every family, beside a plain evaluation of the equation."""
+"""Deep prompts in every family, compared with a plain evaluation of the equation."""
 
 import copy
 import math

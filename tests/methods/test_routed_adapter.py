@@ -1,4 +1,4 @@
-"""What routed adapters compute, where they stand, what they share, and what is refused."""
+"""Routed adapters: outputs, places in the model, shared weights, and refusals."""
 
 import copy
 from typing import get_args, get_type_hints

@@ -1,4 +1,4 @@
-"""What routed LoRA computes and what it trains."""
+"""Routed LoRA: outputs against the equations, and which parameters train."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""What is pinned is what pyproject.toml allows, and a CPU machine cannot slip into gigabytes of CUDA packages."""
+"""Pinned versions are those that pyproject.toml allows; a CPU machine gets no CUDA packages."""
 
 import re
 import sys

@@ -1,4 +1,4 @@
-"""What every task must do, run over every registered entry, and over a task that gives only what is required."""
+"""The contract of tasks, run over every registered entry and over a task that gives only what is required."""
 
 import dataclasses
 import json

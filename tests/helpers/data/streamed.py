@@ -1,4 +1,4 @@
-"""What a stream over `tiny_shards` yields, as rows that can be compared."""
+"""Samples that a stream over `tiny_shards` yields, as rows that can be compared."""
 
 from mmpeft_ds.data.options import DataOptions
 from mmpeft_ds.data.stream import Stream

@@ -1,4 +1,4 @@
-"""Pairs of method and backbone, a toy batch stream for them, and plain training to compare with."""
+"""Pairs of method and backbone, a small batch stream for them, and plain training to compare with."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def _blip_vqa(folder: Path) -> Any:
     return entry(entry.Options(tiny_blip.write(folder, "vqa"), form="vqa"), None)
 
 
-class ToyTask:
+class TinyTask:
     """Cross-entropy over labels, or the likelihood of what should be written: the mean over texts."""
 
     fields: tuple[str, ...] = ()
@@ -94,7 +94,7 @@ def slots_of(step: int, backbone: Any) -> list[Sample]:
     return slots
 
 
-def packed(slots: list[Sample], backbone: Any, task: ToyTask) -> PackedBatch:
+def packed(slots: list[Sample], backbone: Any, task: TinyTask) -> PackedBatch:
     return pack(slots, backbone.collate_images, backbone.collate_texts, task.collate)
 
 
@@ -109,7 +109,7 @@ def resolved(case: dict[str, Any], sections: dict[str, dict[str, Any]], folder: 
     method, config = resolving.make_method(recipes.components(recipe).method)
     backbone = resolving.make_backbone(recipes.components(recipe).backbone, recipe.engine, tiny_backbones.LABELS)
     resolving.check_sites(recipes.components(recipe).method, backbone, method, config)
-    source = SimpleNamespace(task=ToyTask(backbone.generates))
+    source = SimpleNamespace(task=TinyTask(backbone.generates))
     ds_config = check_ds_config(recipe)
     ds_config["zero_optimization"] |= case.get("zero", {})
     return resolving.Resolved(recipe, ds_config, backbone, method, config, [source], [source], None, None)

@@ -1,4 +1,4 @@
-"""A toy VQA data set in shards, and a recipe that trains a tiny model on it through the real launchers."""
+"""A small VQA data set in shards, and a recipe that trains a tiny model on it through the real launchers."""
 
 from __future__ import annotations
 
