@@ -81,7 +81,7 @@ def test_every_head_attaches_trains_and_sorts_its_parameters(name, tmp_path):
         wrapped.save_pretrained(tmp_path)
         again = peft.PeftModel.from_pretrained(tiny_feature_model.model(), tmp_path).eval()
         assert torch.equal(again(**given).logits, out)
-    with pytest.raises(BadInput, match="a head that classifies features of frozen encoders"):
+    with pytest.raises(BadInput, match="needs a model of features"):
         method.check(config, find_sites(bert()), None)
 
 
