@@ -18,6 +18,7 @@ COMMON = {
     "errors",
     "files",
     "progress",
+    "quiet",
     "registration",
     "registry",
     "data.batch",
@@ -40,7 +41,7 @@ ALLOWED = {
     "engine.zero": {"distributed", "sites", "recipe", "backbones", "engine.optim"},
     "engine.assembly": {"data", "distributed", "sites", "recipe", "methods", "backbones", "tasks", "engine.optim",
                         "engine.zero"},
-    "engine": {"data", "distributed", "sites", "recipe", "methods", "backbones", "tasks"},
+    "engine": {"data", "distributed", "sites", "recipe", "methods", "backbones", "tasks", "console"},  # its last table
     "adapter": {"data", "distributed", "sites", "recipe", "methods", "backbones", "tasks", "engine"},
     "merging": {"data", "sites", "recipe", "methods", "backbones", "engine", "adapter"},
     "precompute": {"data", "distributed", "sites", "recipe", "methods", "backbones", "tasks", "engine", "adapter"},
