@@ -27,7 +27,8 @@ def hetero_data(graph: ClassGraph, nodes: dict[str, Tensor], relations: dict[str
 
     Returns:
         data[kind].x (C, D); data[sender, relation, receiver] with edge_index (2, E) int64, row 0 the sender;
-        edge_weight (E,) normalised; cosine (E,) with its sign; self_weight (C,) of the receivers.
+        edge_weight (E,) normalised; cosine (E,) with its sign; data[receiver] with self_weight_RELATION (C,): of the
+        nodes, since a transform takes whatever is in the store of the edges for something of the edges.
     """
     from torch_geometric.data import HeteroData  # seconds to import
 
@@ -41,5 +42,5 @@ def hetero_data(graph: ClassGraph, nodes: dict[str, Tensor], relations: dict[str
         edges.edge_index = weights.nonzero().T.flip(0).contiguous()
         edges.edge_weight = graph.edges[name][receiver, sender]
         edges.cosine = weights[receiver, sender]
-        edges.self_weight = graph.self_weight[name]
+        data[relation.receiver][f"self_weight_{name}"] = graph.self_weight[name]
     return data

@@ -186,7 +186,7 @@ def sparse_layer(data, name, x, weight, own=True):
     edges = data[relation.sender, name, relation.receiver]
     summed = Weighted()(x[relation.sender], x[relation.receiver], edges)
     if own:
-        summed = summed + edges.self_weight[:, None] * x[relation.receiver]
+        summed = summed + data[relation.receiver][f"self_weight_{name}"][:, None] * x[relation.receiver]
     return torch.tanh(summed @ weight)
 
 
@@ -205,6 +205,8 @@ def test_message_passing_over_the_exported_edges_equals_the_dense_layer(topk):
     text = x["positive"] + sum(c[name] * sent[name] for name in ("pp", "vp", "np"))
     torch.testing.assert_close(text, dense.text, atol=1e-12, rtol=0)
     assert data["positive", "pp", "positive"].edge_index.shape[1] <= C * (C - 1)
+    assert all(store.is_edge_attr(key) or key == "edge_index" for store in data.edge_stores for key in store)
+    assert data["positive"].is_node_attr("self_weight_pp")
     assert torch.equal(data["visual"].x, x["visual"])
 
 
