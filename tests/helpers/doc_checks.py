@@ -6,12 +6,14 @@ import ast
 import contextlib
 import importlib
 import re
+import tempfile
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from mmpeft_ds import console, registry
 from mmpeft_ds import recipe as recipes
@@ -252,9 +254,26 @@ def check_marked_python(block: Block) -> None:
 SECTIONS = {"backbone", "method", "data", "optim", "engine", "monitor", "seed", "run_dir"}
 
 
+def _check_study(given: dict[str, Any], block: Block) -> None:
+    """The sections `few_shot` and `methods`, with the rest of the shipped study; every run of it is typed."""
+    from mmpeft_ds.runs.few_shot_study import Study
+
+    raw = recipes.parse_yaml((ROOT / "recipes" / "few_shot_emoji.yaml").read_text(), "few_shot_emoji")
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "study.yaml"
+        path.write_text(yaml.safe_dump(raw | given))
+        try:
+            for cell in Study.load(path).cells():
+                recipes.filled(cell.recipe)
+        except BadInput as e:
+            raise Wrong(f"{block}: {e}") from None
+
+
 def check_yaml(block: Block) -> None:
     """A fragment of a recipe, laid over the quickstart's, has known keys and types. Raises Wrong."""
     given = recipes.parse_yaml(block.text, str(block))
+    if isinstance(given, dict) and "few_shot" in given:
+        return _check_study(given, block)
     if not isinstance(given, dict) or not given.keys() <= SECTIONS | {"task"}:
         return
     raw = recipes.parse_yaml(STAND_IN.read_text(), "quickstart")

@@ -114,7 +114,11 @@ def test_what_a_command_makes_may_be_used_below_it(monkeypatch):
 
 
 def test_a_wrong_key_in_a_fragment_is_noticed():
-    for text in ("method: {name: p_adapter, pp: 1}", "optim: {lrr: 1}", "task: {name: vqa, los: ce}"):
+    study = (
+        "few_shot: {shots: [1], seeds: [1], tests: [{name: a, dir: b}]}\n"
+        "methods: [{name: a, method: {name: coop, x: 1}}]"
+    )
+    for text in ("method: {name: p_adapter, pp: 1}", "optim: {lrr: 1}", "task: {name: vqa, los: ce}", study):
         (block,) = blocks(f"```yaml\n{text}\n```\n", "page.md")
         with pytest.raises(Wrong, match="unknown key"):
             doc_checks.check_yaml(block)
