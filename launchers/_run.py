@@ -60,6 +60,11 @@ def output(*command: str) -> str:
     return done.stdout[done.stdout.index("{") :]  # libraries print notes before it
 
 
+def counted(report: dict) -> str:
+    """How much of a split an evaluation scored: `9,673 of 9,673 questions`."""
+    return f"{report['scored']:,} of {report['there']:,} {report['unit']}"
+
+
 def rows_of(run: Path) -> list[dict]:
     """metrics.jsonl of a run, empty without one."""
     path = ROOT / run / "metrics.jsonl"

@@ -17,7 +17,7 @@ from typing import get_args
 # This folder must not come first on the path: its file names would hide installed modules of the same name.
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from launchers._run import ROOT, launch, python, rows_of  # noqa: E402
+from launchers._run import ROOT, counted, launch, python, rows_of  # noqa: E402
 from mmpeft_ds import console  # noqa: E402
 from mmpeft_ds.methods.common.options import Route  # noqa: E402
 
@@ -34,11 +34,10 @@ def main() -> int:
     code = python("data_prep/prepare.py", "easy-vqa", "--out", DATA)
     if code := code or python("data_prep/feature_stats.py", DATA, "--recipe", RECIPE):
         return code
-    rows, routes = {}, get_args(Route)
-    for number, route in enumerate(routes):
-        run = args.out / f"{route}-{args.steps}"
-        print(f"\n--- {number + 1}/{len(routes)} {route}", flush=True)
-        if code := train(route, run, args):
+    rows = {}
+    for number, route in enumerate(routes := get_args(Route), 1):
+        print(f"\n--- {number}/{len(routes)} {route}", flush=True)
+        if code := train(route, run := args.out / f"{route}-{args.steps}", args):
             return code
         rows[route] = read(run)
     table(rows, args)
@@ -57,11 +56,9 @@ def train(route: str, run: Path, args: argparse.Namespace) -> int:
 
 def read(run: Path) -> dict:
     """What one row shows."""
-    (report,) = json.loads((ROOT / run / "evaluation-val.json").read_text())
-    steps = rows_of(run)
-    counted = f"{report['scored']:,} of {report['there']:,} {report['unit']}"
+    (report,), steps = json.loads((ROOT / run / "evaluation-val.json").read_text()), rows_of(run)
     return {
-        "counted": counted,
+        "counted": counted(report),
         "scores": report["scores"],
         "loss": [s["loss"] for s in steps],
         "speed": steps[-1]["samples_per_second"],
@@ -75,9 +72,8 @@ def table(rows: dict, args: argparse.Namespace) -> None:
     for route, row in rows.items():
         name = "none (plain LoRA)" if route == "none" else route
         values = [f"{row['scores'][m]:.4f}" for m in metrics] + [f"{statistics.mean(row['loss'][-SMOOTH:]):.3f}"]
-        lines.append(f"| {name} | " + " | ".join(values) + " |")
-    text = "\n".join(lines)
-    text = f"{next(iter(rows.values()))['counted']} of the validation split\n\n{text}"
+        lines.append(" | ".join(["| " + name, *values]) + " |")
+    text = f"{next(iter(rows.values()))['counted']} of the validation split\n\n" + "\n".join(lines)
     print(f"\n{args.steps} steps each, {time.strftime('%Y-%m-%d')}, {text}")
     (ROOT / args.out / "table.md").write_text(text + "\n")
     (ROOT / args.out / "table.json").write_text(json.dumps({r: rows[r]["scores"] for r in rows}, indent=1) + "\n")

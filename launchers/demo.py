@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # This folder must not come first on the path: its file names would hide installed modules of the same name.
 sys.path[0] = str(ROOT)
 
-from launchers._run import launch, output, python, rows_of  # noqa: E402
+from launchers._run import counted, launch, output, python, rows_of  # noqa: E402
 from mmpeft_ds import console  # noqa: E402
 
 RECIPE, DATA, RUN = "recipes/quickstart.yaml", "data/easy-vqa", Path("runs/quickstart")
@@ -85,11 +85,8 @@ def collect(plan: dict, report: dict, seconds: dict) -> dict:
 
 def show(report: dict, m: dict) -> None:
     """The table, then one line a fact."""
-    console.score_table(
-        report["scores"],
-        report["baselines"],
-        f"easy-VQA, official test split, {report['scored']:,} of {report['there']:,} {report['unit']}",
-    )
+    title = f"easy-VQA, official test split, {counted(report)}"
+    console.score_table(report["scores"], report["baselines"], title)
     print(f"parameters       {m['trainable_parameters']:,} trained of {m['total_parameters']:,}")
     print(f"speed            {m['samples_per_second']:.0f} questions/s; ", end="")
     print(f"{m['step_seconds']:.2f} s a step at ZeRO-{m['zero_stage']}, {m['step_seconds_zero1']:.2f} s at ZeRO-1")

@@ -11,6 +11,7 @@ import difflib
 import importlib
 import importlib.util
 import pkgutil
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -48,6 +49,24 @@ def options(package: ModuleType, name: str, where: str) -> type:
     found = importlib.import_module(inner if _is_there(inner) else module)
     # A folder without options.py keeps them on its entry.
     return found.Options if hasattr(found, "Options") else load(package, name, where).Options
+
+
+def lazy_names(package: str) -> Callable[[str], Any]:
+    """The `__getattr__` of an entry's folder: `from mmpeft_ds.tasks.retrieval import Retrieval` finds the name in
+    the file of the folder that defines it, options first, and nothing is imported before somebody asks.
+    """
+
+    def find(name: str) -> Any:
+        path = importlib.import_module(package).__path__
+        files = sorted((m.name for m in pkgutil.iter_modules(path)), key=lambda file: (file != "options", file))
+        if not name.startswith("__") and name not in files:
+            for file in files:
+                module = importlib.import_module(f"{package}.{file}")
+                if name in vars(module):
+                    return vars(module)[name]
+        raise AttributeError(f"module {package!r} has no attribute {name!r}")
+
+    return find
 
 
 def _module(package: ModuleType, name: str, where: str) -> str:

@@ -27,6 +27,9 @@ def test_metrics_are_collected_from_both_runs(demo, monkeypatch, capsys):
     runs = {demo.RUN: main, demo.ZERO1: [row(0.5, 10, [1, 1], 1.0)] * 6}
     monkeypatch.setattr(demo, "rows_of", runs.__getitem__)
     report = {
+        "scored": 90,
+        "there": 1234,
+        "unit": "questions",
         "scores": {"accuracy": 0.9, "accuracy_yes_no": 0.8, "loss": 0.3},
         "baselines": {"majority": 0.3, "majority_yes_no": 0.4, "question_only": 0.6, "question_only_yes_no": 0.7},
     }
@@ -39,4 +42,5 @@ def test_metrics_are_collected_from_both_runs(demo, monkeypatch, capsys):
     assert (metrics["step_seconds"], metrics["step_seconds_zero1"]) == (2.0, 0.5)
     demo.show(report, metrics)
     out = capsys.readouterr().out
+    assert "90 of 1,234 questions" in out
     assert "this run" in out and "question only" in out and "0.50 s at ZeRO-1" in out and "tensorboard --logdir" in out

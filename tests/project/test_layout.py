@@ -41,7 +41,8 @@ ALLOWED = {
     "engine.zero": {"distributed", "sites", "recipe", "backbones", "engine.optim"},
     "engine.assembly": {"data", "distributed", "sites", "recipe", "methods", "backbones", "tasks", "engine.optim",
                         "engine.zero"},
-    "engine": {"data", "distributed", "sites", "recipe", "methods", "backbones", "tasks", "console"},  # its last table
+    "engine": {"data", "distributed", "sites", "recipe", "methods", "backbones", "tasks",
+               "console", "contact_sheet"},  # its last table, its page of predictions
     "adapter": {"data", "distributed", "sites", "recipe", "methods", "backbones", "tasks", "engine"},
     "merging": {"data", "sites", "recipe", "methods", "backbones", "engine", "adapter"},
     "precompute": {"data", "distributed", "sites", "recipe", "methods", "backbones", "tasks", "engine", "adapter"},

@@ -1,1 +1,5 @@
 """Routed LoRA: a LoRA bottleneck steered by an image feature (arXiv 2403.09377)."""
+
+from mmpeft_ds.registry import lazy_names
+
+__getattr__ = lazy_names(__name__)
