@@ -7,7 +7,9 @@ import tarfile
 import fsspec
 import numpy as np
 import pytest
+import webdataset
 
+from mmpeft_ds.data import writer
 from mmpeft_ds.data.manifest import Manifest
 from mmpeft_ds.data.shards import ShardReader, _plain_members, check_pipe, members, verify_shards
 from mmpeft_ds.errors import BadInput, BadSample
@@ -173,3 +175,17 @@ def test_features_written_as_npy_come_back(tmp_path):
     manifest = write_shards(tmp_path / "toy", [RawSample("f", [], {"label": 1}, features)])
     key, parts = members(ShardReader(manifest, "train").read([(0, 0)])[0])
     assert np.array_equal(np.load(io.BytesIO(parts["npy"]), allow_pickle=False), features)
+
+
+def test_shards_are_those_of_webdatasets_writer_to_the_byte(tmp_path):
+    """`writer.add_sample` stands in for webdataset.ShardWriter, whose import would bring torch into every worker."""
+    rows = [{"jpg": b"\xff\xd8" + bytes(range(256)) * (i + 1), "json": b'{"n":%d}' % i} for i in range(5)]
+    rows.append({"1.png": b"second", "0.png": b"first", "npy": b"x" * 10_300, "json": b"{}"})  # over a tar's record
+    with (tmp_path / "ours.tar").open("wb") as stream:
+        with tarfile.open(fileobj=stream, mode="w|", format=tarfile.USTAR_FORMAT) as archive:
+            for i, row in enumerate(rows):
+                writer.add_sample(archive, f"train-{i:07d}", row)
+    with webdataset.ShardWriter(str(tmp_path / "%d.tar"), verbose=0, mtime=0, compress=False) as theirs:
+        for i, row in enumerate(rows):
+            theirs.write({"__key__": f"train-{i:07d}", **row})
+    assert (tmp_path / "ours.tar").read_bytes() == (tmp_path / "0.tar").read_bytes()
