@@ -95,7 +95,7 @@ def new_directory(path: Path, replace: bool = False) -> Iterator[Path]:
 
 
 def follow_umask(path: Path) -> None:
-    """Give a file, or all files below a directory, the permissions of any new file there.
+    """Give a file, or a directory and all files below it, the permissions of new ones there.
 
     safetensors and tempfile make files of mode 0600, which a colleague on a shared file system cannot read.
     """
@@ -108,6 +108,8 @@ def follow_umask(path: Path) -> None:
     for file in path.rglob("*") if path.is_dir() else [path]:
         if file.is_file():
             file.chmod(mode)
+    if path.is_dir():
+        path.chmod(mode | (mode & 0o444) >> 2)  # whoever may read it may enter it
 
 
 def save_tensors(path: Path, tensors: dict[str, Any], metadata: dict[str, str] | None = None) -> None:

@@ -19,6 +19,7 @@ import tempfile
 from pathlib import Path
 
 from mmpeft_ds.errors import BadInput
+from mmpeft_ds.files import follow_umask
 
 TENSORS = 223
 PARAMETERS = 22_056_576
@@ -100,8 +101,7 @@ def _convert_dinov2(source: Path, target: Path, where: str) -> None:
         (temporary / _COMPLETE).write_text(
             json.dumps({"source": source.name, "tensors": len(state), "parameters": parameters})
         )
-        temporary.chmod(0o755)
-        (temporary / "model.safetensors").chmod(0o644)
+        follow_umask(temporary)
         if target.exists() and not (target / _COMPLETE).is_file():
             shutil.rmtree(target)
         try:
