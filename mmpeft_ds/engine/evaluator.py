@@ -158,7 +158,10 @@ def _pictures(
     limit: int,
     thumbnail: Callable[[str], Tensor | None] | None = None,
 ) -> list[tuple[Tensor | None, list[dict[str, Any]]]]:
-    """First image of each good slot, stretched to [0, 1], with the rows of that slot; or its thumbnail, if any."""
+    """First image of each good slot, stretched to [0, 1], with the rows of that slot.
+
+    Stored features show their thumbnail, or None where there is none.
+    """
     pixels = next((v for v in batch.images.values() if v.dim() == 4 and v.shape[1] == 3), None)
     chosen: list[tuple[Tensor | None, list[dict[str, Any]]]] = []
     if pixels is None:

@@ -87,4 +87,5 @@ def test_thumbnails_are_found_by_sample_id(tmp_path):
     assert found("toy/train-000000099") is None and found("other/train-000000000") is None
     rows = [{"sample_id": f"toy/train-{i:09d}"} for i in range(6)]
     assert [r[0]["sample_id"][-1] for _, r in _pictures(batch(), rows, 2, found)] == ["0", "1"]
-    assert _pictures(batch(), rows, 2) == []
+    # stored features without thumbnails: the page of predictions shows the texts alone
+    assert _pictures(batch(), rows, 2) == [(None, rows[:1]), (None, rows[1:2])]

@@ -92,7 +92,7 @@ def test_options_of_peft_that_are_objects_are_given_as_mappings():
     [
         ("target_modules", ["RoutedLoraConfig", "'target_modules'", "Did you mean 'targets'"]),
         ("lora_alpha", ["Did you mean 'alpha'"]),
-        ("xyz", ["Known: tower, layers"]),
+        ("xyz", ["Known: ", "tower, layers, r, route"]),
         ("PEFT_TYPE", ["unexpected"]),
     ],
 )
