@@ -97,11 +97,11 @@ class Retrieval(TaskBase):
 
     def loss(self, outputs: Any, batch: PackedBatch) -> Tensor:
         """Sum over pairs of their losses; in evaluation the contrast within this micro-batch."""
-        each = outputs.get("contrast_losses")
+        each = getattr(outputs, "contrast_losses", None)
         if each is None:
             each = _in_batch(outputs, batch)
         if self.options.loss == "contrast_match" and torch.is_grad_enabled():
-            if outputs.get("matching_losses") is None:
+            if getattr(outputs, "matching_losses", None) is None:
                 raise BadInput(
                     "task.loss: contrast_match, but the backbone matches nothing. Use loss: contrast, or blip in its "
                     "retrieval form with negatives."
@@ -144,7 +144,7 @@ class Retrieval(TaskBase):
             "text_id": pictures[batch.text_owner[texts]],
             "text_row": torch.tensor(rows, dtype=torch.int64, device=texts.device)[texts],
         }
-        if self.options.rerank and outputs.get("image_tokens") is not None:
+        if self.options.rerank and getattr(outputs, "image_tokens", None) is not None:
             part |= {"tokens": outputs.image_tokens[slots], "mask": outputs.image_mask[slots]}
             part |= {key: batch.texts[key][texts] for key in ("input_ids", "attention_mask")}
         part = {key: value.cpu() for key, value in part.items()}
@@ -195,7 +195,7 @@ def _pair_weights(batch: PackedBatch) -> Tensor:
 def image_features(outputs: Any, batch: PackedBatch) -> Tensor:
     """(S, E) unit vectors: the model's, if it has one per slot, else the mean over the images of a slot."""
     features, slots = outputs.image_features, len(batch.sample_id)
-    if outputs.get("image_tokens") is not None:
+    if getattr(outputs, "image_tokens", None) is not None:
         return features
     if features is None:
         return outputs.text_features.new_zeros(slots, outputs.text_features.shape[1])
