@@ -40,7 +40,6 @@ class BackboneBase(abc.ABC):
             `embed_texts` work.
         wants_statistics: the condition is standardised: `use_statistics` is called before `build`, and
             `statistics_key` and `build_vision` work.
-        loads_in_parts: `build` loads several checkpoints, one after the other.
         reads_bank: the model scores classes from a bank of class texts and support samples: `use_bank` is called
             before `build`, and `read_classes` after it.
         dtype: of the frozen weights. This and the next two are set from the recipe's `engine` section before `build`.
@@ -55,7 +54,6 @@ class BackboneBase(abc.ABC):
     ranks_answers: bool = False
     embeds: bool = False
     wants_statistics: bool = False
-    loads_in_parts: bool = False
     reads_bank: bool = False
 
     def __init__(self, options: Any, labels: list[str] | None):

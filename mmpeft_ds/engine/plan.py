@@ -23,6 +23,7 @@ from mmpeft_ds.engine.optim import optimizers
 
 KINDS = ("peft", "norm", "bias", "head")
 # Defaults of DeepSpeed for keys that a ds_configs JSON leaves out.
+MACHINE = 8  # ranks on a machine, which "auto" of zero_hpz_partition_size reads at the start of a run
 DEFAULT_PERSISTENCE, DEFAULT_LIVE, DEFAULT_PREFETCH, DEFAULT_BUCKET = 100_000, 1_000_000_000, 50_000_000, 500_000_000
 MASTER_BYTES, GRADIENT_BYTES = 4, 4  # float32, as each of the optimiser's moments
 
@@ -122,7 +123,7 @@ def zero_bytes(sizes: dict[str, Any], ds_config: dict[str, Any], stage: int, ran
     # A rank alone holds the base once: nothing is gathered.
     gathered = b * max(live, persistent) if ranks > 1 else 0
     own = 0 if "offload_param" in zero else b * frozen // ranks  # offloaded: in host memory
-    group = _number(zero, "zero_hpz_partition_size", 1)
+    group = MACHINE if zero.get("zero_hpz_partition_size") == "auto" else zero.get("zero_hpz_partition_size", 1)
     own += b * frozen // group if 1 < group < ranks else 0  # the copy that each node keeps
     return own + gathered + 4 * trained // ranks + optimizer + gradient + bucket
 

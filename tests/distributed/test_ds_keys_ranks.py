@@ -94,7 +94,7 @@ def test_keys_that_may_be_set_change_no_number(folder, name):
 
 
 def test_every_key_that_may_be_set_is_tried():
-    # zero_hpz_partition_size is tried in test_pairs_ranks.py: a process can make its groups only once
+    # zero_hpz_partition_size is tried in test_pairs_ranks.py, which needs four ranks
     tried = {key.removeprefix("stage3_") for case in CASES[:5] for key in case["zero"]}
     assert tried | {"zero_hpz_partition_size"} == ZERO_KEYS
 

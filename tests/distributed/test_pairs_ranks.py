@@ -48,17 +48,31 @@ CASES = [
     case("graph_lora", "blip", r=2),
     case("ia3", "blip"),
     case("lora", "mllm", r=2),
-    # the last one: its groups of ranks stay in the process
-    case("routed_lora", "mllm", "node_copies", r=2, route="none", zero={"zero_hpz_partition_size": 2}),
+]
+# Four ranks, as on two machines. One after the other in the same processes: a base of two checkpoints, one of one, and
+# one without copies.
+COPIES = {"zero_hpz_partition_size": "auto"}
+ON_MACHINES = [
+    case("routed_lora", "vision_text_decoder", "copies", r=2, route="matmul1", zero=COPIES),
+    case("routed_lora", "mllm", "copies", r=2, route="none", zero=COPIES),
+    case("routed_lora", "vision_text_decoder", "no_copies", r=2, route="mul"),
 ]
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("pairs")
-    sections = tiny_pairs.write_backbones(path, {c["backbone"] for c in CASES})
-    (path / "cases.json").write_text(json.dumps({"cases": CASES, "backbones": sections}))
-    result = launch.run_forked(SCRIPT, str(path / "cases.json"), str(path), ranks=2)
+    return trained(tmp_path_factory.mktemp("pairs"), CASES, 2)
+
+
+@pytest.fixture(scope="module")
+def on_machines(tmp_path_factory) -> Path:
+    return trained(tmp_path_factory.mktemp("machines"), ON_MACHINES, 4, "2")
+
+
+def trained(path: Path, cases: list[dict], ranks: int, *args: str) -> Path:
+    sections = tiny_pairs.write_backbones(path, {c["backbone"] for c in cases})
+    (path / "cases.json").write_text(json.dumps({"cases": cases, "backbones": sections}))
+    result = launch.run_forked(SCRIPT, str(path / "cases.json"), str(path), *args, ranks=ranks)
     assert result.code == 0, result.tail()
     return path
 
@@ -82,6 +96,14 @@ def test_two_ranks_under_zero3_train_as_one_plain_process(folder, given):
     compare(torch.load(folder / f"{given['name']}.pt", weights_only=False), expected)
     moved = [n for n, w in expected["weights"].items() if not torch.equal(w, expected["start"][n])]
     assert len(moved) > 0.7 * len(expected["weights"]), set(expected["weights"]) - set(moved)
+
+
+@pytest.mark.parametrize("given", ON_MACHINES, ids=lambda c: c["name"])
+def test_a_copy_of_the_base_on_every_machine_changes_no_number(on_machines, given):
+    sections = json.loads((on_machines / "cases.json").read_text())["backbones"]
+    result = torch.load(on_machines / f"{given['name']}.pt", weights_only=False)
+    compare(result, tiny_pairs.train_plainly(tiny_pairs.resolved(given, sections, on_machines)))
+    assert (result["copies"] > 0.9) == ("zero" in given)
 
 
 def test_the_comparison_notices_a_wrong_mean(folder):

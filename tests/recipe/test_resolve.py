@@ -91,11 +91,6 @@ def test_a_key_that_recipe_and_json_both_own_is_refused(folder, tmp_path):
     assert "train_batch_size" in line and "data.global_batch" in line
 
 
-def test_copies_per_node_are_refused_for_a_base_of_two_checkpoints(folder):
-    line = refusal(folder, "engine.deepspeed=ds_configs/zero3_nodes.json")
-    assert "zero_hpz_partition_size: 8" in line and "vision_text_encoder loads two" in line and "zero3.json" in line
-
-
 def test_missing_feature_statistics_name_the_command_that_makes_them(folder):
     line = refusal(folder, "backbone.image_size=16")  # another transform, so other statistics
     assert "data_prep/feature_stats.py" in line and str(folder / "recipe.yaml") in line

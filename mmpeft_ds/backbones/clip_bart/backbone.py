@@ -52,7 +52,6 @@ class ClipBartBackbone(BackboneBase):
 
     Options = Options
     generates = True
-    loads_in_parts = True
 
     def check(self) -> None:
         """Refuse what cannot work, from configurations only."""

@@ -25,8 +25,6 @@ from mmpeft_ds.errors import BadInput
 class VisionBackbone(BackboneBase):
     """Base of such backbones; a subclass has `_text_config`, and options that extend `VisionOptions` by `text`."""
 
-    loads_in_parts = True
-
     def __init__(self, options: Any, labels: list[str] | None):
         super().__init__(options, labels)
         self._statistics: tuple[list[float], list[float]] | None = None

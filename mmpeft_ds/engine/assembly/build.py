@@ -14,7 +14,7 @@ from mmpeft_ds.distributed.partitioned import gathered
 from mmpeft_ds.distributed.processes import Ranks
 from mmpeft_ds.engine.assembly import feature_bank
 from mmpeft_ds.engine.optim import optimizers
-from mmpeft_ds.engine.zero import stage3
+from mmpeft_ds.engine.zero import node_groups, stage3
 from mmpeft_ds.engine.zero import state as zero_state
 from mmpeft_ds.engine.zero.config import check_by_deepspeed, merge
 from mmpeft_ds.errors import BadInput
@@ -54,9 +54,10 @@ def build(resolved: Any, ranks: Ranks) -> Built:
 
     recipe: Recipe = resolved.recipe
     check_by_deepspeed(recipe, resolved.ds_config)
-    stage = resolved.ds_config["zero_optimization"].get("stage", 0)
+    ds_config = node_groups.make(resolved.ds_config, ranks)
+    stage = ds_config["zero_optimization"].get("stage", 0)
     # While this object exists, from_pretrained partitions what it loads, so create it before the backbone.
-    config = merge(resolved.ds_config, recipe, ranks.world_size, trainable=0)
+    config = merge(ds_config, recipe, ranks.world_size, trainable=0)
     partitioning = HfDeepSpeedConfig(config) if stage == 3 else None
     prepare_backbone(resolved.backbone, recipe)
     if resolved.backbone.reads_bank:
@@ -85,7 +86,7 @@ def build(resolved: Any, ranks: Ranks) -> Built:
     groups = optimizers.parameter_groups(trainables, recipe, decays)
     optimizer = optimizers.make(groups, recipe.optim)
     # Leave model_parameters out: DeepSpeed then takes those of the optimiser, which are the trainables alone.
-    config = merge(resolved.ds_config, recipe, ranks.world_size, numel)
+    config = merge(ds_config, recipe, ranks.world_size, numel)
     if not any(hasattr(p, "ds_id") for p in model.parameters()):
         # Nothing is partitioned, as with stored features, so DeepSpeed would cast the trainables to bfloat16 too.
         config["bf16"] = {"enabled": False}

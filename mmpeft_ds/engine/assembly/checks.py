@@ -223,17 +223,6 @@ def run_notes(recipe: Recipe, sources: Sequence[tuple[str, TaskBase, int]], by_g
     return notes
 
 
-def check_groups(recipe: Recipe, ds_config: dict[str, Any], backbone: Any) -> None:
-    """Refuse copies per node for a base that loads in parts: DeepSpeed makes its groups of ranks at the first part and
-    stops with an assertion at the second. Raises BadInput."""
-    size = ds_config["zero_optimization"].get("zero_hpz_partition_size", 1)
-    if size > 1 and backbone.loads_in_parts:
-        raise BadInput(
-            f"{where(recipe, 'engine.deepspeed')}: zero_hpz_partition_size: {size} works with a base of one "
-            f"checkpoint, and {recipe.backbone['name']} loads two. Use ds_configs/zero3.json."
-        )
-
-
 def check_names(recipe: Recipe, entries: list[tuple[str, SourceOptions, Manifest]]) -> None:
     """Refuse two data sets whose samples bear the same ids, `NAME/SPLIT-NUMBER`. Raises BadInput."""
     seen: dict[tuple[str, str], tuple[str, Manifest]] = {}

@@ -26,7 +26,6 @@ from mmpeft_ds.engine.assembly.checks import (
     check_contrast,
     check_coupling,
     check_fields,
-    check_groups,
     check_records,
     picture_notes,
     run_notes,
@@ -121,7 +120,6 @@ def resolve(recipe: Recipe, assumed: Assumed | None = None) -> Resolved:
             manifests[key].labels = manifests[key].label_counts = None
     labels = plain.labels()
     backbone = make_backbone(parts.backbone, recipe.engine, labels, feature_bank.towers_of(list(manifests.values())))
-    check_groups(recipe, plain.ds_config, backbone)
     statistics = feature_statistics(recipe, backbone, manifests[plain.of("sources")[0]])
     if statistics is not None:
         backbone.use_statistics(statistics)

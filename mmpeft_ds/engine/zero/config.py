@@ -80,8 +80,10 @@ RECIPE_KEYS = {
     "steps_per_print": "monitor.every",
     "tensorboard": "monitor.tensorboard",
 }
-# Keys of zero_optimization that may be "auto": their sizes follow from the number of trainables.
+# Keys of zero_optimization that may be "auto": their sizes follow from the number of trainables,
 AUTO_SIZES = ("reduce_bucket_size", "allgather_bucket_size")
+# and the size of the groups that keep one more copy of the base from the ranks on each machine (node_groups.py).
+AUTO = (*AUTO_SIZES, "zero_hpz_partition_size")
 
 
 def check_ds_config(recipe: Recipe) -> dict[str, Any]:
@@ -156,7 +158,7 @@ def check_by_deepspeed(recipe: Recipe, config: dict[str, Any]) -> None:
             raise BadInput(
                 f"{path}: zero_optimization.{key} is not known to DeepSpeed. Remove it or mend its spelling."
             )
-        if value == "auto" and key not in AUTO_SIZES:
+        if value == "auto" and key not in AUTO:
             raise BadInput(f'{path}: zero_optimization.{key} cannot be "auto". Give a value or remove it.')
         name = names[key]
         if name not in ZERO_KEYS and value not in (fields[name].default, None):
@@ -190,7 +192,7 @@ def merge(config: dict[str, Any], recipe: Recipe, world_size: int, trainable: in
     """The configuration for DeepSpeed: the JSON and the recipe's part.
 
     Args:
-        config: of `check_ds_config`.
+        config: of `check_ds_config`, or of `node_groups.make`, which sets the size of the groups that keep copies.
         trainable: number of trainable elements; sizes the reduction buckets.
     """
     zero = dict(config["zero_optimization"])

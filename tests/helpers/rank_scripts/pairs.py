@@ -1,9 +1,10 @@
 """Ranks of test_pairs_ranks.py: trains pairs of method and backbone one after the other in one launch.
 
-deepspeed --num_accelerators 2 --module tests.helpers.rank_scripts.pairs CASES.json OUT
+deepspeed --num_accelerators 2 --module tests.helpers.rank_scripts.pairs CASES.json OUT [RANKS_PER_MACHINE]
 """
 
 import json
+import os
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -42,11 +43,15 @@ def run_case(case: dict, sections: dict, folder: Path, ranks: processes.Ranks) -
         batch = tiny_pairs.packed(slots, parts.backbone, parts.train[0].task)
         rows.append(stepper.train_step(Step(0, step, [batch]), 0.0))
         if step == tiny_pairs.STEPS // 2:
-            look(built, parts, batch if not case.get("skew") else None, ranks)
+            # Without the trainer every rank must run the same towers, so only where each has an image.
+            look(built, parts, batch if ranks.world_size == 2 and not case.get("skew") else None, ranks)
     zero_state.ensure_optimizer_state(built.engine)
+    frozen = [p for p in built.model.parameters() if not p.requires_grad]
+    copies = sum(getattr(p, "ds_secondary_tensor", None) is not None for p in frozen)
     weights = {n: zero_state.read_full(built.engine, p)["weight"] for n, p in built.trainables.items()}
     built.engine.destroy()
-    return {"losses": [r["loss"] for r in rows], "norms": [r["grad_norm"] for r in rows], "weights": weights}
+    norms = [r["grad_norm"] for r in rows]
+    return {"losses": [r["loss"] for r in rows], "norms": norms, "weights": weights, "copies": copies / len(frozen)}
 
 
 def look(built: Built, parts: SimpleNamespace, batch: Any, ranks: processes.Ranks) -> None:
@@ -64,6 +69,9 @@ def look(built: Built, parts: SimpleNamespace, batch: Any, ranks: processes.Rank
 
 def main() -> None:
     args = [a for a in sys.argv[1:] if not a.startswith("--local_rank")]
+    if args[2:]:  # as if so many of the ranks shared a machine
+        os.environ["LOCAL_RANK"] = str(int(os.environ["RANK"]) % int(args[2]))
+        os.environ["LOCAL_WORLD_SIZE"] = args[2]
     given, out = json.loads(Path(args[0]).read_text()), Path(args[1])
     ranks = processes.start(threads=1)
     for case in given["cases"]:
