@@ -149,6 +149,13 @@ class BackboneBase(abc.ABC):
         """
         raise self._lacks("generates")
 
+    def as_generated(self, text: str) -> str | None:
+        """`text` as `generate` would give it back, through the tokenizer; None if the tokenizer lacks a part of it.
+
+        Where it equals a generated text both are the same to the model. Default: the text itself.
+        """
+        return text
+
     def rank(
         self, model: Any, batch: PackedBatch, answers: list[str], k: int = 128, smoothing: float = 0.0
     ) -> list[str]:

@@ -79,12 +79,14 @@ class GenerationOutput:
         logits: (T, S, V); position s predicts `labels[:, s]`, with the shift of the model family undone.
         labels: (T, S) int64 token ids, -100 at positions without loss.
         generated: T strings, in the evaluation of a task with `generation`.
+        as_generated: `BackboneBase.as_generated`, beside `generated`.
         extra: further outputs of the family.
     """
 
     logits: Tensor
     labels: Tensor
     generated: list[str] | None = None
+    as_generated: Callable[[str], str | None] | None = None
     extra: dict[str, Any] = field(default_factory=dict)
 
     def token_losses(self, smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
@@ -92,6 +94,20 @@ class GenerationOutput:
         logits = self.logits if self.logits.dtype == torch.float64 else self.logits.float()
         losses = cross_entropy(logits.transpose(1, 2), self.labels, reduction="none", label_smoothing=smoothing)
         return losses.sum(1), (self.labels != -100).sum(1)
+
+    def spelled_as(self, generated: str, references: Sequence[str]) -> str:
+        """A generated text as the references spell it, where it is one of them to the model's tokenizer.
+
+        Tokenizers drop spaces, case or accents, so that a model cannot generate some references to the letter. Texts
+        that are the same to the tokenizer become the same here, and no others.
+
+        Returns:
+            the most frequent of the references that it equals; the text itself if it equals none.
+        """
+        if self.as_generated is None:
+            return generated
+        equal = [text for text in references if self.as_generated(text) == generated]
+        return max(equal, key=equal.count) if equal else generated
 
 
 @dataclass

@@ -171,6 +171,10 @@ class BlipBackbone(StockBackbone):
         ids = base.generate(**prompts, **self._sides(batch), synced_gpus=in_step(base), **options)
         return self._tokens.decode(ids)
 
+    def as_generated(self, text: str) -> str | None:
+        """`text` through the tokenizer."""
+        return self._tokens.spelling.as_generated(text)
+
     def rank(
         self, model: Any, batch: PackedBatch, answers: list[str], k: int = 128, smoothing: float = 0.0
     ) -> list[str]:

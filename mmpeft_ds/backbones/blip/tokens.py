@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mmpeft_ds.backbones.common.spelling import Spelling
 from mmpeft_ds.data.batch import Prompted
 
 IGNORED = -100
@@ -25,7 +26,7 @@ class BlipTokens:
     """
 
     def __init__(self, tokenizer: Any, text_config: Any):
-        self._tokenizer = tokenizer
+        self._tokenizer, self.spelling = tokenizer, Spelling(tokenizer, skip_special_tokens=False)
         known = tokenizer.get_vocab()
         self.cls: int = tokenizer.cls_token_id
         self.sep: int = text_config.sep_token_id
@@ -73,13 +74,13 @@ class BlipTokens:
         return rows["input_ids"], rows["attention_mask"]
 
     def decode(self, ids_TL: Tensor) -> list[str]:
-        """Words of each row up to the first [SEP]."""
+        """The text of each row up to the first [SEP]."""
         texts = []
         for row in ids_TL.tolist():
             row = row[: row.index(self.sep)] if self.sep in row else row
             # [DEC] and [ENC] are no words of the tokenizer
-            texts.append(self._tokenizer.decode([i for i in row if i < self._words and i not in self._special]))
-        return [text.strip() for text in texts]
+            texts.append(self.spelling.decode([i for i in row if i < self._words and i not in self._special]))
+        return texts
 
     def _ids(self, texts: list[str]) -> list[list[int]]:
         return self._tokenizer(texts, add_special_tokens=False)["input_ids"]

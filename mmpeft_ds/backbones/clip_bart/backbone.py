@@ -22,6 +22,7 @@ from mmpeft_ds.backbones.clip_bart.model import ClipBart, ClipBartConfig, ClipBa
 from mmpeft_ds.backbones.clip_bart.options import Options
 from mmpeft_ds.backbones.common import stock, tower_loading
 from mmpeft_ds.backbones.common.generation import in_step, one_of
+from mmpeft_ds.backbones.common.spelling import Spelling
 from mmpeft_ds.backbones.common.transform import SquareTransform
 from mmpeft_ds.data.batch import GenerationOutput, PackedBatch, Prompted
 from mmpeft_ds.data.transform import ImageTransform
@@ -175,7 +176,11 @@ class ClipBartBackbone(BackboneBase):
             options |= {"no_repeat_ngram_size": 0, "forced_bos_token_id": None}
         asked = {name: value for name, value in self.inputs(batch).items() if name != "decoder_input_ids"}
         ids = model.generate(**asked, synced_gpus=in_step(model), **{"do_sample": False, **options})
-        return [text.strip() for text in self._tokenizer.batch_decode(ids, skip_special_tokens=True)]
+        return self._spelling.decode_all(ids.tolist(), choices)
+
+    def as_generated(self, text: str) -> str | None:
+        """`text` through the tokenizer."""
+        return self._spelling.as_generated(text)
 
     def frozen_prefix(self, model: nn.Module) -> list[str]:
         """The vision tower, unless something in it trains."""
@@ -215,6 +220,10 @@ class ClipBartBackbone(BackboneBase):
     @functools.cached_property
     def _tokenizer(self) -> Any:
         return stock.read_tokenizer(self.options.text, "backbone.text")
+
+    @functools.cached_property
+    def _spelling(self) -> Spelling:
+        return Spelling(self._tokenizer)
 
     def _config(self, text: PretrainedConfig) -> ClipBartConfig:
         o = self.options

@@ -22,6 +22,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 from mmpeft_ds.backbones.common import stock, tower_loading
 from mmpeft_ds.backbones.common.affine import Affine
 from mmpeft_ds.backbones.common.generation import in_step, one_of
+from mmpeft_ds.backbones.common.spelling import Spelling
 from mmpeft_ds.backbones.common.stock_backbone import WHERE, StockBackbone
 from mmpeft_ds.backbones.mllm.chat import Chat, read_template
 from mmpeft_ds.backbones.mllm.model import ImageText
@@ -185,7 +186,11 @@ class MllmBackbone(StockBackbone):
                 synced_gpus=in_step(base),
                 **settings,
             )
-        return [t.strip() for t in self._tokenizer.batch_decode(ids[:, length:], skip_special_tokens=True)]
+        return self._spelling.decode_all(ids[:, length:].tolist(), choices)
+
+    def as_generated(self, text: str) -> str | None:
+        """`text` through the tokenizer."""
+        return self._spelling.as_generated(text)
 
     def frozen_prefix(self, model: nn.Module) -> list[str]:
         """Each tower without a trainable, or its embeddings."""
@@ -231,6 +236,10 @@ class MllmBackbone(StockBackbone):
             o.system,
             o.max_text_length,
         )
+
+    @functools.cached_property
+    def _spelling(self) -> Spelling:
+        return Spelling(self._tokenizer)
 
     @functools.cached_property
     def _normalise(self) -> Affine:

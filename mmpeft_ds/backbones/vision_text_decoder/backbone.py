@@ -18,6 +18,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from mmpeft_ds.backbones.common import stock, tower_loading
 from mmpeft_ds.backbones.common.generation import in_step, one_of
+from mmpeft_ds.backbones.common.spelling import Spelling
 from mmpeft_ds.backbones.common.vision_backbone import VisionBackbone
 from mmpeft_ds.backbones.vision_text_decoder.model import (
     VisionTextDecoder,
@@ -126,8 +127,12 @@ class VisionTextDecoderBackbone(VisionBackbone):
             options |= {"max_new_tokens": max(map(len, known)) + 1}
         ends = {"eos_token_id": self._end_id, "pad_token_id": self._end_id}
         generated = model.generate(**asked, **ends, synced_gpus=in_step(model), **{"do_sample": False, **options})
-        texts = self._tokenizer.batch_decode(generated, skip_special_tokens=True)
-        return [" ".join(text.split()) for text in texts]
+        return [" ".join(text.split()) for text in self._spelling.decode_all(generated.tolist(), choices)]
+
+    def as_generated(self, text: str) -> str | None:
+        """`text` through the tokenizer, on one line."""
+        text = self._spelling.as_generated(text)
+        return None if text is None else " ".join(text.split())
 
     def frozen_prefix(self, model: nn.Module) -> list[str]:
         """The vision tower and the embeddings of the language model, up to the first that has a trainable."""
@@ -145,6 +150,10 @@ class VisionTextDecoderBackbone(VisionBackbone):
     @functools.cached_property
     def _text_config(self) -> PretrainedConfig:
         return stock.read_config(self.options.text, "backbone.text", FAMILIES)
+
+    @functools.cached_property
+    def _spelling(self) -> Spelling:
+        return Spelling(self._tokenizer)
 
     @property
     def _start(self) -> str:

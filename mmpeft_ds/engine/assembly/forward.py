@@ -33,4 +33,6 @@ def answer(model: Any, backbone: BackboneBase, task: TaskBase, batch: PackedBatc
                     f"task: asks for {name}, which this backbone cannot do. Choose another task or backbone."
                 )
             outputs.generated = run(getattr(model, "module", model), batch, **options)
+    if task.generation is not None:
+        outputs.as_generated = backbone.as_generated
     return outputs

@@ -96,8 +96,16 @@ def soft_scores(answers: list[str], known: dict[str, Any] | None) -> dict[str, f
     return {answer: soft_score(count, len(answers)) for answer, count in votes.most_common()}
 
 
-def answer_rows(batch: PackedBatch, predictions: list[str]) -> list[dict[str, Any]]:
-    """One row per question of weight > 0: sample_id, text, prediction, answers, type, question_id if given."""
+def answer_rows(
+    batch: PackedBatch,
+    predictions: list[str],
+    spelled_as: Callable[[str, list[str]], str] = lambda prediction, answers: prediction,
+) -> list[dict[str, Any]]:
+    """One row per question of weight > 0: sample_id, text, prediction, answers, type, question_id if given.
+
+    Args:
+        spelled_as: `GenerationOutput.spelled_as`, for generated predictions.
+    """
     rows = []
     columns = zip(
         predictions,
@@ -109,8 +117,9 @@ def answer_rows(batch: PackedBatch, predictions: list[str]) -> list[dict[str, An
     for prediction, slot, weight, number in columns:
         if weight > 0:
             asked = batch.records[slot]["questions"][number]
-            row = {"sample_id": batch.sample_id[slot], "text": asked["question"], "prediction": prediction}
-            row |= {"answers": list(asked.get("answers", [])), "type": asked.get("type", "")}
+            answers = list(asked.get("answers", []))
+            row = {"sample_id": batch.sample_id[slot], "text": asked["question"]}
+            row |= {"prediction": spelled_as(prediction, answers), "answers": answers, "type": asked.get("type", "")}
             if "question_id" in asked:
                 row["question_id"] = asked["question_id"]
             rows.append(row)

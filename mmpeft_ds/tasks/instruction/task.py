@@ -83,7 +83,8 @@ class Instruction(TaskBase):
         rows = []
         for i, (text, slot) in enumerate(zip(batch.raw_texts, batch.text_owner.tolist(), strict=True)):
             if batch.weight[slot] > 0:
-                row = {"sample_id": batch.sample_id[slot], "text": text.prompt, "prediction": generated[i]}
+                row = {"sample_id": batch.sample_id[slot], "text": text.prompt}
+                row |= {"prediction": outputs.spelled_as(generated[i], [text.target])}
                 row |= {"answer": text.target, "nll": float(nll[i])}
                 rows.append(row | {"tokens": int(tokens[i]), "tokens_right": int(right[i])})
         return rows

@@ -109,7 +109,7 @@ class VqaGenerative(QuestionTask):
 
     def predict(self, outputs: GenerationOutput, batch: PackedBatch) -> list[dict[str, Any]]:
         """One row per question of weight > 0: sample_id, text, prediction, answers, type, question_id if given."""
-        return answer_rows(batch, outputs.generated) if len(batch.text_owner) else []
+        return answer_rows(batch, outputs.generated, outputs.spelled_as) if len(batch.text_owner) else []
 
 
 ENTRY = VqaGenerative
