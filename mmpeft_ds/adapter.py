@@ -21,16 +21,16 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import numpy as np
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file
 from torch import Tensor
 
 from mmpeft_ds import recipe as recipes
-from mmpeft_ds.adapter_files import whole
+from mmpeft_ds.adapter_files import REMEDY, read_json, whole
 from mmpeft_ds.backbones.base import BackboneBase
 from mmpeft_ds.data import decode
 from mmpeft_ds.data.batch import Sample, pack
@@ -39,7 +39,6 @@ from mmpeft_ds.engine.assembly.forward import answer
 from mmpeft_ds.engine.export import transform_description
 from mmpeft_ds.engine.zero import fingerprint
 from mmpeft_ds.errors import BadInput, BadSample
-from mmpeft_ds.quiet import without_warnings
 from mmpeft_ds.tasks.base import TaskBase
 
 
@@ -167,21 +166,23 @@ def load(
             made these are built as well.
 
     Raises:
-        BadInput: if the directory is not whole, or the base model is not the one this was trained on.
+        BadInput: if the directory is not whole, its files do not fit together, or the base model is not the one this
+            was trained on.
     """
     from mmpeft_ds.engine.assembly.resolve import float32_heads, make_backbone
+    from mmpeft_ds.engine.assembly.saved_adapter import attach_saved, read_tensors
 
     directory = whole(directory)
     overrides = [*(overrides or []), *(reading_pictures(directory) if pictures else [])]
     recipe = recipes.load(directory / "recipe.yaml", overrides)
-    labels = _read(directory, "labels.json")
-    towers = _read(directory, "towers.json") if (directory / "towers.json").is_file() else {}
-    backbone = make_backbone(recipes.components(recipe).backbone, recipe.engine, labels, towers)
+    sections = recipes.components(recipe)
+    labels = read_labels(directory)
+    backbone = make_backbone(sections.backbone, recipe.engine, labels, _towers(directory))
     if (directory / "bank.safetensors").is_file():
-        backbone.use_bank(load_file(directory / "bank.safetensors"))
-    if (statistics := _read(directory, "feature_statistics.json")) is not None:
+        backbone.use_bank(read_tensors(directory / "bank.safetensors"))
+    if (statistics := read_json(directory / "feature_statistics.json", (dict, NoneType))) is not None:
         backbone.use_statistics(statistics)
-    trained_with, now = _read(directory, "image_transform.json"), transform_description(backbone)
+    trained_with, now = read_json(directory / "image_transform.json", dict), transform_description(backbone)
     if now != trained_with and not overrides:
         raise BadInput(f"{directory}: images were transformed by {trained_with} in training, this version does {now}")
     tasks = _tasks(recipe, labels)
@@ -189,16 +190,24 @@ def load(
     backbone.read_classes(base)
     float32_heads(base)
     fingerprints = fingerprint.frozen_fingerprint(fingerprint.all_tensors(base))
-    fingerprint.compare(_read(directory, "base_fingerprint.json"), fingerprints, str(directory), missing_ok=True)
-    with without_warnings():
-        model = PeftModel.from_pretrained(base, str(directory)).to(device).eval()
+    saved = read_json(directory / "base_fingerprint.json", dict)
+    fingerprint.compare(saved, fingerprints, str(directory), missing_ok=True)
+    model = attach_saved(directory, base, sections.method).to(device).eval()
     return Loaded(model, backbone, tasks, labels, recipe, torch.device(device))
 
 
 def tasks_of(directory: str | Path) -> list[TaskBase]:
     """The tasks of an adapter directory, without its model. Raises BadInput."""
     directory = whole(directory)
-    return _tasks(recipes.load(directory / "recipe.yaml"), _read(directory, "labels.json"))
+    return _tasks(recipes.load(directory / "recipe.yaml"), read_labels(directory))
+
+
+def read_labels(directory: Path) -> list[str] | None:
+    """The answers in class order, each once; None where the task has no closed list. Raises BadInput."""
+    labels = read_json(directory / "labels.json", (list, NoneType))
+    if labels is not None and not (all(isinstance(x, str) for x in labels) and len(set(labels)) == len(labels)):
+        raise BadInput(f"{directory / 'labels.json'}: is no list of texts, each once. {REMEDY}")
+    return labels
 
 
 def texts_for(task: TaskBase, given: Sequence[str]) -> list[str]:
@@ -224,12 +233,12 @@ def _tasks(recipe: recipes.Recipe, labels: list[str] | None) -> list[TaskBase]:
 def reading_pictures(directory: Path) -> list[str]:
     """Changes of an adapter's recipe with which its model reads picture files in the place of stored features; none
     where it does so already, or where nobody knows what made the features."""
-    options = _read(directory, "backbone.json")["options"]
+    options = read_json(directory / "backbone.json", dict).get("options", {})
     if options.get("images") != "stored":
         return []
     changes = ["backbone.images=live"]
     if "encoder" in options and options["encoder"] is None:
-        towers = _read(directory, "towers.json") if (directory / "towers.json").is_file() else {}
+        towers = _towers(directory)
         if not towers.get("backbone"):
             raise BadInput(f"{directory}: trained on stored features, and towers.json does not say what made them.")
         changes.append(f"backbone.encoder={json.dumps(towers['backbone'])}")
@@ -249,8 +258,7 @@ def _pixels(image: Any, max_pixels: int) -> Tensor:
         raise BadInput(f"{name}: cannot be read as an image ({e})") from e
 
 
-def _read(directory: Path, name: str) -> Any:
-    try:
-        return json.loads((directory / name).read_text("utf-8"))
-    except (OSError, ValueError) as e:
-        raise BadInput(f"{directory / name}: cannot be read ({e}). Export the adapter again.") from e
+def _towers(directory: Path) -> dict[str, Any]:
+    """What made the stored features; empty where there are none."""
+    path = directory / "towers.json"
+    return read_json(path, dict) if path.is_file() else {}

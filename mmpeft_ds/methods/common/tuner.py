@@ -10,10 +10,12 @@ import torch
 from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.other import ModulesToSaveWrapper
-from torch import nn
+from torch import Tensor, nn
 
 from mmpeft_ds.errors import BadInput
+from mmpeft_ds.methods.common.fit import file_names, misfit, shapes
 from mmpeft_ds.methods.common.layers import SiteLayer
+from mmpeft_ds.sites.feature_site import calibrated_buffers
 
 
 class SiteTuner(BaseTuner):
@@ -79,6 +81,23 @@ class SiteTuner(BaseTuner):
         # peft's finds the name only at the end of a key or one before it; our layers hold modules of several parts. A
         # name that stayed in the file would tie it to loading under that name.
         return re.sub(rf"(\.{re.escape(cls.prefix)}[^.]*)\.{re.escape(adapter_name)}(?=\.|$)", r"\1", key, count=1)
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """As peft's, which every way of loading calls; refuses a file that does not fit. Raises BadInput."""
+        state = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        here = model.state_dict()
+        needed = {name for name, _ in model.named_parameters()} | calibrated_buffers(model).keys()
+        known = {name: tuple(here[name].shape) for name in file_names(model, here, adapter_name).values()}
+        wanted = {name: shape for name, shape in known.items() if name in needed or name in state}
+        if problem := misfit(shapes(state), wanted):
+            raise BadInput(
+                f"the adapter file does not fit the model: {problem}. Take the adapter_model.safetensors and "
+                "adapter_config.json of one run, and the base model of that run."
+            )
+        return state
 
     def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict) -> PeftConfig:
         return peft_config

@@ -1,0 +1,152 @@
+"""Attaching of a saved adapter, whose files are compared with each other and with the model before any is read in."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+import peft
+from peft import PeftConfig, PeftModel
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming
+
+from mmpeft_ds.adapter_files import CONFIG, REMEDY, WEIGHTS, read_json
+from mmpeft_ds.backbones.common.tower_loading import first_line
+from mmpeft_ds.engine.assembly.resolve import make_method
+from mmpeft_ds.errors import BadInput
+from mmpeft_ds.methods.common.fit import file_names, misfit, shapes
+from mmpeft_ds.quiet import without_warnings
+from mmpeft_ds.recipe import Section
+from mmpeft_ds.sites import find_sites
+from mmpeft_ds.sites.feature_site import calibrated_buffers
+
+logger = logging.getLogger(__name__)
+PREFIX = "base_model.model."  # of every name in a file of peft
+Rename = Callable[[str], str]
+
+
+def attach_saved(directory: Path, base_model: PreTrainedModel, section: Section) -> PeftModel:
+    """`base_model` with the adapter of `directory` in it, everything frozen.
+
+    Tensors under the names of an older peft or transformers are taken, with a warning that says so.
+
+    Args:
+        directory: adapter directory.
+        base_model: bare; its heads have the dtype that they had in training.
+        section: the `method` section of the adapter's recipe.
+
+    Raises:
+        BadInput: a file cannot be read; the configuration is not that of the recipe; tensors are missing, belong to
+            nothing in this model, have another shape, or are not finite.
+    """
+    rename = present_names(base_model)
+    config = read_config(directory / CONFIG, base_model, section, rename)
+    tensors = read_tensors(directory / WEIGHTS)
+    try:
+        with without_warnings():
+            model = peft.get_peft_model(base_model, config)
+    except (BadInput, ValueError, TypeError, RuntimeError) as error:
+        raise BadInput(f"{directory / CONFIG}: cannot be attached ({first_line(error)}). {REMEDY}") from error
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad} | calibrated_buffers(model)
+    names = file_names(model, trained)
+    tensors = _under_present_names(tensors, names, rename, directory / WEIGHTS)
+    if problem := misfit(shapes(tensors), shapes({name: trained[inside] for name, inside in names.items()})):
+        raise BadInput(f"{directory / WEIGHTS}: does not fit the model: {problem}. {REMEDY}")
+    result = peft.set_peft_model_state_dict(model, tensors)
+    if wrong := [*result.unexpected_keys, *(name for name in result.missing_keys if name in trained)]:
+        raise RuntimeError(f"{directory / WEIGHTS}: peft read {len(wrong)} tensors to other places, first {wrong[0]}")
+    config.inference_mode = True
+    return model.requires_grad_(False)
+
+
+def read_config(path: Path, base_model: PreTrainedModel, section: Section, rename: Rename) -> PeftConfig:
+    """The peft config in a file, for an adapter that trains. Raises BadInput where it is not that of the recipe."""
+    method, of_recipe = make_method(section)
+    named = read_json(path, dict).get("peft_type")
+    if named != method.peft_type:
+        raise BadInput(
+            f"{path}: peft_type is {named!r}, but the recipe beside it says method {section.name}, whose adapters are "
+            f"{str(method.peft_type)!r}. {REMEDY}"
+        )
+    try:
+        config = method.Config.from_pretrained(str(path.parent))
+    except (BadInput, ValueError, TypeError) as error:
+        raise BadInput(
+            f"{path}: is no configuration of method {section.name} ({first_line(error)}). {REMEDY}"
+        ) from error
+    expected = method.prepare(copy.deepcopy(of_recipe), base_model, find_sites(base_model))
+    for option in section.options.own_fields():
+        here, there = getattr(config, option), getattr(expected, option)
+        # how the weights started says nothing of trained ones
+        if _plain(here) and _plain(there) and here != there and not option.startswith("init_"):
+            raise BadInput(f"{path}: {option} is {here!r}, but {there!r} in the recipe beside it. {REMEDY}")
+    config.inference_mode = False
+    modules = {name for name, _ in base_model.named_modules()}
+    for option in ("target_modules", "modules_to_save"):
+        if isinstance(paths := vars(config).get(option), (list, set)):
+            setattr(config, option, type(paths)(rename(p) if rename(p) in modules else p for p in paths))
+    return config
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file. Raises BadInput where it cannot be read or a number is not finite."""
+    try:
+        tensors = load_file(path)
+    except (OSError, SafetensorError, ValueError) as error:
+        raise BadInput(f"{path}: cannot be read ({first_line(error)}). {REMEDY}") from error
+    if wrong := sorted(name for name, tensor in tensors.items() if not tensor.isfinite().all()):
+        raise BadInput(f"{path}: {len(wrong)} tensors hold numbers that are not finite, first {wrong[0]}. {REMEDY}")
+    return tensors
+
+
+def present_names(base_model: PreTrainedModel) -> Rename:
+    """Name of a tensor or module in an older transformers -> its present name, by the table of transformers itself."""
+    table = [t for t in get_model_conversion_mapping(base_model, add_legacy=False) if isinstance(t, WeightRenaming)]
+
+    def rename(name: str) -> str:
+        for entry in table:
+            name, _ = entry.rename_source_key(name)
+        return name
+
+    return rename
+
+
+def _under_present_names(
+    tensors: dict[str, Tensor], names: dict[str, str], rename: Rename, path: Path
+) -> dict[str, Tensor]:
+    """`tensors` under the names that peft writes now, if they fit after renaming; otherwise as they are.
+
+    Args:
+        names: name in a file -> name in the model, of everything that is trained.
+    """
+    if tensors.keys() == names.keys():
+        return tensors
+    written = {inside: name for name, inside in names.items()}
+
+    def with_prefix(name: str) -> str:
+        return name if name.startswith(PREFIX) else PREFIX + name
+
+    def of_peft(name: str) -> str:  # a plain state dict has names with the adapter's in them, as the model has
+        name = with_prefix(name)
+        return written.get(name, name)
+
+    def of_transformers(name: str) -> str:
+        return of_peft(PREFIX + rename(name.removeprefix(PREFIX)))
+
+    for kind, renamed in (("a plain state dict", of_peft), ("an older transformers", of_transformers)):
+        mapped = {renamed(name): tensor for name, tensor in tensors.items()}
+        if mapped.keys() == names.keys() and len(mapped) == len(tensors):
+            old = next(name for name in tensors if renamed(name) != name)
+            logger.warning("%s: names tensors as %s does; %s is read as %s, and so on", path, kind, old, renamed(old))
+            return mapped
+    return tensors
+
+
+def _plain(value: object) -> bool:
+    return isinstance(value, (bool, int, float, str))
