@@ -74,7 +74,6 @@ def peer(args: argparse.Namespace) -> dict:
     import transformers
 
     from mmpeft_ds.distributed import processes
-    from mmpeft_ds.engine.assembly.build import prepare_backbone
     from mmpeft_ds.engine.assembly.resolve import attach, resolve
 
     recipe = _recipe(args)
@@ -114,7 +113,6 @@ def peer(args: argparse.Namespace) -> dict:
             "gradient_clipping": "auto",
         },
     )
-    prepare_backbone(resolved.backbone, recipe)
     torch.manual_seed(recipe.seed)
     base = resolved.backbone.build()
     torch.manual_seed(recipe.seed)

@@ -169,7 +169,7 @@ def load(
         BadInput: if the directory is not whole, its files do not fit together, or the base model is not the one this
             was trained on.
     """
-    from mmpeft_ds.engine.assembly.resolve import float32_heads, make_backbone
+    from mmpeft_ds.engine.assembly.resolve import float32_heads, make_backbone, make_method
     from mmpeft_ds.engine.assembly.saved_adapter import attach_saved, read_tensors
 
     directory = whole(directory)
@@ -177,7 +177,9 @@ def load(
     recipe = recipes.load(directory / "recipe.yaml", overrides)
     sections = recipes.components(recipe)
     labels = read_labels(directory)
-    backbone = make_backbone(sections.backbone, recipe.engine, labels, _towers(directory))
+    method, config = make_method(sections.method)
+    observed = method.observes_attention(config)
+    backbone = make_backbone(sections.backbone, recipe.engine, labels, _towers(directory), observed)
     if (directory / "bank.safetensors").is_file():
         backbone.use_bank(read_tensors(directory / "bank.safetensors"))
     if (statistics := read_json(directory / "feature_statistics.json", (dict, NoneType))) is not None:

@@ -42,6 +42,9 @@ class BackboneBase(abc.ABC):
             `statistics_key` and `build_vision` work.
         reads_bank: the model scores classes from a bank of class texts and support samples: `use_bank` is called
             before `build`, and `read_classes` after it.
+        attentions: attention implementations that compute what the checkpoint means, the first for `auto`; empty: all
+            that transformers has. flash-attn takes a mask for a number of tokens at one end of each row, which is
+            wrong where padding stands between tokens.
         dtype: of the frozen weights. This and the next two are set from the recipe's `engine` section before `build`.
         attention: attention implementation as transformers names them; `auto` leaves the choice to the backbone.
         train_dropout: keep the dropout of the text tower on in training.
@@ -55,6 +58,7 @@ class BackboneBase(abc.ABC):
     embeds: bool = False
     wants_statistics: bool = False
     reads_bank: bool = False
+    attentions: tuple[str, ...] = ()
 
     def __init__(self, options: Any, labels: list[str] | None):
         self.options, self.labels = options, labels

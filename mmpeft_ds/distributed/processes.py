@@ -8,8 +8,8 @@ import datetime
 import glob
 import logging
 import os
+import re
 import socket
-import subprocess
 import sys
 import time
 import zlib
@@ -46,12 +46,13 @@ class Ranks:
     device: torch.device
 
 
-def start(threads: int = 0, seed: int = 0) -> Ranks:
+def start(threads: int = 0, seed: int = 0, matmul: str = "float32") -> Ranks:
     """Join the process group that `deepspeed`, `torchrun`, `srun` or nobody (one process) has laid out.
 
     Args:
         threads: of torch per rank; 0: physical cores of this machine / ranks on it.
         seed: of torch's generator, the same on every rank.
+        matmul: `tf32` or `float32`, how CUDA multiplies float32 matrices.
 
     Raises:
         BadInput: more ranks on this machine than GPUs, or the port of rank 0 is taken.
@@ -59,14 +60,18 @@ def start(threads: int = 0, seed: int = 0) -> Ranks:
     environment()
     cuda = torch.cuda.is_available()
     local_rank, local_size = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
-    if cuda and local_rank >= torch.cuda.device_count():
+    if cuda and (task := _task_with_own_gpu()):
+        local_rank = task
+        os.environ["LOCAL_RANK"] = "0"  # DeepSpeed reads the number of the GPU from it
+    elif cuda and local_rank >= torch.cuda.device_count():
         raise BadInput(
             f"local rank {local_rank}: this machine shows {torch.cuda.device_count()} GPU(s). Start as many ranks, or "
             "hide the GPUs and train on the CPU: CUDA_VISIBLE_DEVICES= DS_ACCELERATOR=cpu."
         )
-    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
+    multiply_float32(matmul)
     torch.set_num_threads(threads or max(1, _cores() // local_size))
     if not cuda:
         keep_freed_memory()
@@ -93,6 +98,19 @@ def start(threads: int = 0, seed: int = 0) -> Ranks:
     return Ranks(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), local_rank, local_size, device)
 
 
+def _task_with_own_gpu() -> int:
+    """Number on this machine of a Slurm task that sees one GPU of its own, as with `--gpus-per-task=1`; else 0."""
+    task = int(os.environ.get("SLURM_LOCALID") or 0)
+    started_by_srun = os.environ["LOCAL_RANK"] in ("0", str(task))  # not by torchrun inside it
+    return task if started_by_srun and torch.cuda.device_count() == 1 else 0
+
+
+def multiply_float32(matmul: str) -> None:
+    """Let CUDA multiply float32 matrices in `tf32` or in `float32`; convolutions alike. The CPU knows only float32."""
+    for setting in (torch.backends.cuda.matmul, torch.backends.cudnn.conv):
+        setting.fp32_precision = "tf32" if matmul == "tf32" else "ieee"
+
+
 def environment() -> None:
     """Set RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT where the launcher did not.
 
@@ -116,7 +134,8 @@ def environment() -> None:
         tasks = env.get("SLURM_STEP_TASKS_PER_NODE", "1").split(",")
         env.setdefault("LOCAL_WORLD_SIZE", str(max(int(t.split("(")[0]) for t in tasks)))
         env.setdefault("MASTER_ADDR", _first_host(env))
-        env.setdefault("MASTER_PORT", str(20000 + int(env.get("SLURM_JOB_ID", "0")) % 20000))
+        # Below 32768, where Linux begins to hand out ports to outgoing connections.
+        env.setdefault("MASTER_PORT", str(20000 + int(env.get("SLURM_JOB_ID", "0")) % 10000))
         return
     if any(names[0] in env for names in _MPI):
         _from_mpi(env)
@@ -158,7 +177,7 @@ def _from_mpi(env: Any) -> None:
     env.setdefault("MASTER_ADDR", "127.0.0.1")
     # The same for all processes of a job, another for another one.
     job = env.get("PMIX_NAMESPACE") or env.get("OMPI_MCA_ess_base_jobid") or env.get("PMI_ID") or str(os.getppid())
-    env.setdefault("MASTER_PORT", str(20000 + zlib.crc32(job.encode()) % 20000))
+    env.setdefault("MASTER_PORT", str(20000 + zlib.crc32(job.encode()) % 10000))
 
 
 def remove_stale_lock(extension: str) -> bool:
@@ -221,11 +240,9 @@ def no_shared_buffers() -> Iterator[None]:
 
 
 def _first_host(env: Any) -> str:
+    """The first node of a Slurm list such as `gpu[003-010,012],cpu1`; few containers have scontrol to ask."""
     nodes = env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST", "127.0.0.1")
-    if "[" not in nodes:
-        return nodes.split(",")[0]
-    listed = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True)
-    return listed.stdout.split()[0]
+    return re.sub(r"\[([^],-]+)[^]]*\]", r"\1", nodes).split(",")[0]
 
 
 def _cores() -> int:

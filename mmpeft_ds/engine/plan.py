@@ -17,7 +17,7 @@ from mmpeft_ds import recipe as recipes
 from mmpeft_ds.data.assumed import is_assumed
 from mmpeft_ds.data.order import steps_of
 from mmpeft_ds.engine import ewc, rundir
-from mmpeft_ds.engine.assembly.checks import check_schedule
+from mmpeft_ds.engine.assembly.checks import check_schedule, idle_note
 from mmpeft_ds.engine.assembly.resolve import Resolved, attach
 from mmpeft_ds.engine.optim import optimizers
 
@@ -49,6 +49,7 @@ def make(resolved: Resolved, ranks: Sequence[int] = ()) -> dict[str, Any]:
         sources.append(_source_row(source, samples, steps))
     validation = [_source_row(s, s.samples, 0) for s in resolved.validation]
     stage = resolved.ds_config.get("zero_optimization", {}).get("stage", 0)
+    asked_ranks = max([int(os.environ.get("WORLD_SIZE") or 1), *ranks])
     ranks = sorted({1, 2, 8, 64, int(os.environ.get("WORLD_SIZE") or 1), *ranks})
     moments = len(optimizers.MOMENTS[recipe.optim.name])
     sizes = parameter_sizes(model, 2 if recipe.engine.dtype == "bfloat16" else 4, moments)
@@ -64,7 +65,7 @@ def make(resolved: Resolved, ranks: Sequence[int] = ()) -> dict[str, Any]:
         "sources": sources,
         "validation": validation,
         "notes": resolved.notes,
-        "remarks": [*resolved.remarks, *rundir.preview(*there)],
+        "remarks": [*resolved.remarks, *idle_note(recipe, asked_ranks), *rundir.preview(*there)],
         "global_batch": recipe.data.global_batch,
         "accumulation": recipe.optim.accumulation,
         "steps_per_epoch": steps_per_epoch,

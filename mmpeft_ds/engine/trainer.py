@@ -16,7 +16,7 @@ from mmpeft_ds.distributed.collectives import on_rank0
 from mmpeft_ds.distributed.processes import Ranks
 from mmpeft_ds.engine import calibrate, checkpoint, ewc, summary
 from mmpeft_ds.engine.assembly.build import Built, build
-from mmpeft_ds.engine.assembly.checks import check_schedule
+from mmpeft_ds.engine.assembly.checks import check_schedule, idle_note
 from mmpeft_ds.engine.assembly.resolve import Resolved, ResolvedSource, resolve, titles
 from mmpeft_ds.engine.evaluator import Evaluation, count, evaluate
 from mmpeft_ds.engine.export import export_adapter
@@ -49,7 +49,7 @@ def run(recipe: recipes.Recipe, *, fresh: bool = False, conclude: Callable[[Trai
         # Parse, before the ranks meet: what is wrong with the recipe is said at once.
         resolved = resolve(recipe)
         recipe = resolved.recipe
-        ranks = processes.start(recipe.engine.threads, recipe.seed)
+        ranks = processes.start(recipe.engine.threads, recipe.seed, recipe.engine.matmul)
         run_dir = RunDir.open(recipe.run_dir, recipes.to_dict(recipe), fresh=fresh)
         stack.callback(run_dir.close)
         stream = make_stream(resolved, resolved.train, ranks, train=True)
@@ -62,6 +62,7 @@ def run(recipe: recipes.Recipe, *, fresh: bool = False, conclude: Callable[[Trai
                 print(f"{run_dir.path}: {finished_words(finished, total)}\n{finished['table']}")
             return 0
         ewc.check(recipe)
+        resolved.remarks += idle_note(recipe, ranks.world_size)
         resolved.print_notes(ranks.rank, of_training=True)  # before the base is loaded, which may take minutes
         check_shards(resolved, ranks)
 

@@ -171,6 +171,11 @@ class SiteMethod:
         return cls.Tuner.unmergeable(config) if cls.Tuner is not None else None
 
     @classmethod
+    def observes_attention(cls, config: PeftConfig) -> bool:
+        """Whether it reads queries, keys or scores of attention, which only SDPA and eager show. Default: not."""
+        return False
+
+    @classmethod
     def decays(cls, config: PeftConfig, name: str) -> bool:
         """Whether weight decay reaches the trained vector of this name. The engine decays matrices; default: not."""
         return False

@@ -26,7 +26,6 @@ from mmpeft_ds.data.shards import members, record_of
 from mmpeft_ds.data.stream import image_names
 from mmpeft_ds.data.transform import apply, hooks_of
 from mmpeft_ds.engine.assembly import resolve
-from mmpeft_ds.engine.assembly.build import prepare_backbone
 from mmpeft_ds.engine.stop import StopFlag
 from mmpeft_ds.engine.zero.fingerprint import all_tensors, frozen_fingerprint
 from mmpeft_ds.errors import BadInput, BadSample
@@ -114,7 +113,6 @@ class CaptionMaker(ShardMaker[_Prepared]):
             self._check_generates(section)
             if (statistics := resolve.feature_statistics(recipe, self.backbone, source)) is not None:
                 self.backbone.use_statistics(statistics)
-            prepare_backbone(self.backbone, recipe)
             self.model = self.backbone.build().to(device).requires_grad_(False).eval()
         else:
             loaded = adapter.load(adapter_dir, device)

@@ -40,7 +40,7 @@ def run(recipe: Recipe, options: DescribeOptions, adapter_dir: Path | None = Non
         recipe.engine.threads = recipe.engine.threads or 1
         source = Manifest.load(options.data)
         _check(source, options)
-        ranks = processes.start(recipe.engine.threads, recipe.seed)
+        ranks = processes.start(recipe.engine.threads, recipe.seed, recipe.engine.matmul)
         maker = CaptionMaker(recipe, source, options, ranks.device, stop, adapter_dir)
         plan = on_rank0(lambda: _plan(maker))
         if plan.done:

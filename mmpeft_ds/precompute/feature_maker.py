@@ -25,7 +25,6 @@ from mmpeft_ds.data.stream import image_names
 from mmpeft_ds.data.transform import apply, hooks_of
 from mmpeft_ds.data.views import RandomView
 from mmpeft_ds.engine.assembly import resolve
-from mmpeft_ds.engine.assembly.build import prepare_backbone
 from mmpeft_ds.engine.stop import StopFlag
 from mmpeft_ds.errors import BadInput, BadSample
 from mmpeft_ds.precompute.feature_samples import FeatureSample, thumbnail
@@ -141,7 +140,6 @@ class Maker(ShardMaker[_Prepared]):
 
     def build(self) -> None:
         """Load the towers."""
-        prepare_backbone(self.backbone, self.recipe)
         self.model = self.backbone.build().to(self.device).requires_grad_(False).eval()
 
     @torch.inference_mode()

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from typing import Literal
+
+from mmpeft_ds.errors import BadInput
+
+ATTENTION = ("auto", "eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3", "flash_attention_4")
 
 
 @dataclass
@@ -77,7 +82,11 @@ class EngineOptions:
         dtype: of the frozen base; trainables are float32 at every stage.
         train_dropout: run the model with dropout in the trained part; frozen towers stay in eval mode regardless.
         gradient_checkpointing: recompute blocks in backward.
-        attention: implementation; `auto` chooses flash-attn on CUDA if installed, then SDPA, then eager.
+        attention: implementation: one of `ATTENTION`, or `owner/name` of a kernel on the hub, as transformers takes
+            them. `auto` is flash-attn on CUDA where it is installed, the base is half precision, and backbone and
+            method work with it; else SDPA, and eager where a family has no other.
+        matmul: how float32 matrices are multiplied on CUDA: `tf32` rounds the factors to 10 bits and runs on tensor
+            cores, `float32` does not. Graphs are decided in float32 either way.
         save_every: optimizer steps between checkpoints, 0 = at every evaluation and at the end.
         keep_last: checkpoints kept beside the best.
         eval_every: optimizer steps between evaluations, 0 = at the end of every epoch.
@@ -91,7 +100,8 @@ class EngineOptions:
     dtype: Literal["float32", "bfloat16"] = "float32"
     train_dropout: bool = False
     gradient_checkpointing: bool = False
-    attention: Literal["auto", "flash_attention_2", "sdpa", "eager"] = "auto"
+    attention: str = "auto"
+    matmul: Literal["tf32", "float32"] = "tf32"
     save_every: int = 0
     keep_last: int = 2
     eval_every: int = 0
@@ -99,6 +109,13 @@ class EngineOptions:
     stop_grace: float = 30.0
     max_skipped: int = 10
     threads: int = 0
+
+    def __post_init__(self) -> None:
+        if self.attention not in ATTENTION and not re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]+)?", self.attention):
+            raise BadInput(
+                f"attention: {self.attention!r} is unknown. Known: {', '.join(ATTENTION)}, or owner/name of a kernel "
+                "on the hub."
+            )
 
 
 @dataclass

@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from mmpeft_ds.engine import ewc
-from mmpeft_ds.engine.assembly.build import prepare_backbone
 from mmpeft_ds.engine.assembly.resolve import attach
 from tests.helpers import launch
 from tests.helpers.rank_scripts.ewc import FISHER_STEPS, STEPS
@@ -30,7 +29,6 @@ def fresh(folder: Path) -> SimpleNamespace:
     """The tiny model of the worker, without DeepSpeed."""
     recipe, task = tiny_classifier.make_recipe(folder), tiny_classifier.TinyTask()
     resolved = tiny_classifier.make_resolved(recipe, task)
-    prepare_backbone(resolved.backbone, recipe)
     torch.manual_seed(recipe.seed)
     base = resolved.backbone.build()
     torch.manual_seed(recipe.seed)

@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from mmpeft_ds.data.stream import Step
-from mmpeft_ds.engine.assembly.build import prepare_backbone
 from mmpeft_ds.engine.assembly.forward import forward
 from mmpeft_ds.engine.assembly.resolve import attach
 from mmpeft_ds.engine.evaluator import evaluate
@@ -55,7 +54,6 @@ def plainly(folder: Path, case: dict) -> dict:
     """The same steps by one process, without DeepSpeed and with the whole batch at once."""
     recipe, task = mllm.make_recipe(folder, case), Instruction(Options(max_new_tokens=3), None)
     resolved = tiny_classifier.make_resolved(recipe, task)
-    prepare_backbone(resolved.backbone, recipe)
     torch.manual_seed(recipe.seed)
     base = resolved.backbone.build()
     torch.manual_seed(recipe.seed)

@@ -33,6 +33,60 @@ def test_more_ranks_than_gpus_are_refused(monkeypatch):
         processes.start()
 
 
+def start_on_cuda(monkeypatch, gpus: int, **variables: str) -> processes.Ranks:
+    """`processes.start` of a machine with so many GPUs, as far as it gets without one."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(processes, "multiply_float32", lambda matmul: None)
+    clean = {k: v for k, v in os.environ.items() if k not in NAMES and not k.startswith("SLURM")}
+    monkeypatch.setattr(os, "environ", {**clean, **variables})
+    return processes.start(threads=1)
+
+
+SRUN = {
+    "SLURM_STEP_NUM_TASKS": "16",
+    "SLURM_STEP_TASKS_PER_NODE": "8(x2)",
+    "SLURM_STEP_NODELIST": "gpu[007-008]",
+    "SLURM_PROCID": "11",
+    "SLURM_LOCALID": "3",
+    "SLURM_JOB_ID": "123456789",
+}
+
+
+def test_a_slurm_task_that_sees_one_gpu_of_its_own_takes_it(monkeypatch):
+    """`srun --gpus-per-task=1` numbers the one GPU 0 in every task."""
+    for _ in range(2):  # a study starts more than once in a process
+        ranks = start_on_cuda(monkeypatch, 1, **SRUN)
+        assert (ranks.rank, ranks.local_rank, ranks.local_size) == (11, 3, 8)
+        assert ranks.device == torch.device("cuda", 0) and os.environ["LOCAL_RANK"] == "0"
+    ranks = start_on_cuda(monkeypatch, 8, **SRUN)
+    assert ranks.device == torch.device("cuda", 3) and os.environ["LOCAL_RANK"] == "3"
+
+
+def test_two_ranks_of_torchrun_inside_a_slurm_task_with_one_gpu_are_refused(monkeypatch):
+    torchrun = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", **MEETING}
+    with pytest.raises(BadInput, match="1 GPU"):
+        start_on_cuda(monkeypatch, 1, **torchrun, SLURM_LOCALID="0")
+
+
+@pytest.mark.parametrize(
+    ("nodes", "first"),
+    [
+        ("node7", "node7"),
+        ("node7,node9", "node7"),
+        ("gpu[003-010,012],cpu1", "gpu003"),
+        ("gpu[12,14-15]-ib,x[1-2]", "gpu12-ib"),
+        ("rack[0-1]node[3-4]", "rack0node3"),
+    ],
+)
+def test_the_first_node_of_slurm_is_found_without_scontrol(told, nodes, first):
+    meeting = told(**{**SRUN, "SLURM_STEP_NODELIST": nodes})
+    assert meeting["MASTER_ADDR"] == first
+    assert 20000 <= int(meeting["MASTER_PORT"]) < 32768, "else a connection of another program may hold it"
+
+
 @pytest.fixture
 def lock(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))

@@ -279,3 +279,10 @@ def test_a_head_in_half_precision_trains_in_float32_whatever_the_method(folder):
     head = model.get_base_model().head
     head(torch.randn(2, head.modules_to_save["default"].dense.in_features, dtype=torch.bfloat16))
     assert seen == [(torch.float32, torch.float32)]
+
+
+def test_ranks_that_would_compute_on_padding_are_told(folder):
+    notes = plan.make(resolve.resolve(load(folder, "data.global_batch=8", "optim.accumulation=2")), [64])["remarks"]
+    assert any("has samples for 4 of 64 ranks" in line and "60 compute on padding" in line for line in notes)
+    notes = plan.make(resolve.resolve(load(folder, "data.global_batch=8")), [8])["remarks"]
+    assert not any("padding" in line for line in notes)

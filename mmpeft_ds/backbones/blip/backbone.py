@@ -46,6 +46,7 @@ class BlipBackbone(StockBackbone):
 
     Options = Options
     families = ("blip",)
+    attentions = ("eager",)  # transformers has no other for it
 
     def __init__(self, options: Options, labels: list[str] | None):
         if options.form not in FORMS:
@@ -65,8 +66,6 @@ class BlipBackbone(StockBackbone):
         if o.dropout is not None and not 0 <= o.dropout < 1:
             raise BadInput(f"backbone.dropout: {o.dropout} must lie in [0, 1).")
         self._check_training()
-        if self.attention not in ("auto", "eager"):
-            raise BadInput(f"engine.attention: {self.attention!r}, but BLIP has only eager attention. Use auto.")
         vision, text = config.vision_config.hidden_size, config.text_config
         if text.encoder_hidden_size != vision:
             raise BadInput(

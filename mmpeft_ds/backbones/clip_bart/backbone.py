@@ -53,6 +53,7 @@ class ClipBartBackbone(BackboneBase):
 
     Options = Options
     generates = True
+    attentions = ("sdpa", "eager", "flex_attention")  # the encoder reads text, its padding, then the image
 
     def check(self) -> None:
         """Refuse what cannot work, from configurations only."""

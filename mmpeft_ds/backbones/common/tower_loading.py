@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import importlib.util
 import json
 import logging
 import os
@@ -20,7 +19,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
-from transformers.utils import cached_file
+from transformers.utils import cached_file, is_flash_attn_2_available
 from transformers.utils.logging import set_tqdm_hook
 
 from mmpeft_ds.backbones.common import packaged
@@ -232,8 +231,7 @@ def choose_attention(wanted: str, dtype: torch.dtype) -> str:
     if wanted != "auto":
         return wanted
     half = dtype in (torch.bfloat16, torch.float16)
-    flash = half and torch.cuda.is_available() and importlib.util.find_spec("flash_attn") is not None
-    return "flash_attention_2" if flash else "sdpa"
+    return "flash_attention_2" if half and is_flash_attn_2_available() else "sdpa"
 
 
 def first_line(error: Exception) -> str:

@@ -59,7 +59,6 @@ def build(resolved: Any, ranks: Ranks) -> Built:
     # While this object exists, from_pretrained partitions what it loads, so create it before the backbone.
     config = merge(ds_config, recipe, ranks.world_size, trainable=0)
     partitioning = HfDeepSpeedConfig(config) if stage == 3 else None
-    prepare_backbone(resolved.backbone, recipe)
     if resolved.backbone.reads_bank:
         wanted = resolved.method.bank_parts(resolved.method_config)
         resolved.backbone.use_bank(feature_bank.read(resolved.train, resolved.labels, wanted))
@@ -116,13 +115,6 @@ class FrozenEngine:
 
     def destroy(self) -> None:
         """Nothing to remove: there are no hooks."""
-
-
-def prepare_backbone(backbone: Any, recipe: Recipe) -> None:
-    """Set on a backbone, before its `build`, the options of the recipe's `engine` section."""
-    backbone.dtype = getattr(torch, recipe.engine.dtype)
-    backbone.attention = recipe.engine.attention
-    backbone.train_dropout = recipe.engine.train_dropout
 
 
 def check_trainables(trainables: dict[str, nn.Parameter]) -> None:

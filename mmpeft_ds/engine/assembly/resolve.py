@@ -12,6 +12,7 @@ from typing import Any
 
 import peft
 import torch
+import transformers
 from peft import PeftConfig, PeftModel
 from transformers import PreTrainedModel
 
@@ -119,7 +120,8 @@ def resolve(recipe: Recipe, assumed: Assumed | None = None) -> Resolved:
         if is_assumed(manifests[key]) and not {"questions", "label"} & set(parts.tasks[key].entry.fields):
             manifests[key].labels = manifests[key].label_counts = None
     labels = plain.labels()
-    backbone = make_backbone(parts.backbone, recipe.engine, labels, feature_bank.towers_of(list(manifests.values())))
+    towers = feature_bank.towers_of(list(manifests.values()))
+    backbone = make_backbone(parts.backbone, recipe.engine, labels, towers, method.observes_attention(method_config))
     statistics = feature_statistics(recipe, backbone, manifests[plain.of("sources")[0]])
     if statistics is not None:
         backbone.use_statistics(statistics)
@@ -161,7 +163,11 @@ def resolve(recipe: Recipe, assumed: Assumed | None = None) -> Resolved:
 
 
 def make_backbone(
-    section: Section, engine: EngineOptions, labels: list[str] | None, towers: dict[str, Any] | None = None
+    section: Section,
+    engine: EngineOptions,
+    labels: list[str] | None,
+    towers: dict[str, Any] | None = None,
+    observed: bool = False,
 ) -> BackboneBase:
     """The backbone of a recipe, checked but not built; `use_statistics` or `use_bank` may have to follow.
 
@@ -169,6 +175,7 @@ def make_backbone(
         section: `components(recipe).backbone`.
         engine: says its dtype, attention and dropout.
         towers: what the manifest says of stored features.
+        observed: a method will read queries, keys or scores of attention.
     """
     backbone = section.entry(section.options, labels)
     if inner := section.inner.get("encoder"):
@@ -176,10 +183,10 @@ def make_backbone(
         with inner.blamed():
             encoder.check()
             backbone.use_encoder(encoder)
-    backbone.attention = engine.attention
     backbone.dtype = getattr(torch, engine.dtype)
     backbone.train_dropout = engine.train_dropout
     try:
+        backbone.attention = attention_of(engine.attention, section.name, backbone, observed)
         if towers:
             backbone.use_features(towers)
         backbone.check()
@@ -221,6 +228,39 @@ def float32_heads(base_model: PreTrainedModel) -> list[str]:
             head.float()
             head.register_forward_pre_hook(to_float32)
     return heads
+
+
+def attention_of(wanted: str, name: str, backbone: BackboneBase, observed: bool) -> str:
+    """The attention implementation that the backbone is to load with, `auto` where it may choose.
+
+    Args:
+        wanted: `engine.attention`.
+        name: of the backbone.
+        observed: a method will read queries, keys or scores of attention.
+
+    Raises:
+        BadInput: `wanted` hides them, computes something else with this backbone, or is not installed.
+    """
+    if wanted == "auto":
+        return backbone.attentions[0] if backbone.attentions else "sdpa" if observed else "auto"
+    if backbone.attentions and wanted not in backbone.attentions:
+        raise BadInput(
+            f"engine.attention: {wanted!r} does not work with {name}, which takes {', '.join(backbone.attentions)}. "
+            "Use auto."
+        )
+    if observed and wanted not in ("sdpa", "eager"):
+        raise BadInput(
+            f"engine.attention: {wanted!r} does not show its scores, which the method reads. Use auto, sdpa or eager."
+        )
+    available = {
+        "flash_attention_2": transformers.utils.is_flash_attn_2_available,
+        "flash_attention_3": transformers.utils.is_flash_attn_3_available,
+        "flash_attention_4": transformers.utils.is_flash_attn_4_available,
+        "flex_attention": transformers.utils.is_torch_flex_attn_available,
+    }
+    if wanted in available and not available[wanted]():
+        raise BadInput(f"engine.attention: {wanted!r} is not installed here, or needs another GPU. Use auto or sdpa.")
+    return wanted
 
 
 def check_sites(section: Section, backbone: BackboneBase, method: type[SiteMethod], config: PeftConfig) -> None:

@@ -215,6 +215,9 @@ def merge(config: dict[str, Any], recipe: Recipe, world_size: int, trainable: in
         # Measured: with bf16 on, adapters stay float32 at stage 3 but are cast to bfloat16 at stages 1 and 2; with it
         # off, zero.Init builds a float32 base at stage 3. So it is on at stage 3 only; below, the base itself is cast.
         "bf16": {"enabled": recipe.engine.dtype == "bfloat16" and stage == 3},
+        # Otherwise DeepSpeed adds up float32 gradients over ranks, and keeps the sum, in bfloat16 where bf16 is on.
+        "communication_data_type": "fp32",
+        "data_types": {"grad_accum_dtype": "fp32"},
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 2**31,

@@ -82,6 +82,11 @@ class PAdapter(SiteMethod):
         checked(config, sites)
 
     @classmethod
+    def observes_attention(cls, config: PAdapterConfig) -> bool:
+        """The graph of an attention block is made of its scores."""
+        return bool({"self", "cross"} & set(config.sublayers))
+
+    @classmethod
     def decays(cls, config: PAdapterConfig, name: str) -> bool:
         """p and m are vectors, which the engine does not decay; `decay_p` asks for it."""
         return config.decay_p and name.endswith((".graph.p", ".graph.m"))

@@ -13,7 +13,6 @@ from torch import Tensor
 from mmpeft_ds import recipe as recipes
 from mmpeft_ds.data.batch import PackedBatch, Prompted, Sample, pack
 from mmpeft_ds.engine.assembly import resolve as resolving
-from mmpeft_ds.engine.assembly.build import prepare_backbone
 from mmpeft_ds.engine.assembly.forward import forward
 from mmpeft_ds.engine.zero.config import check_ds_config
 from tests.helpers.models import tiny_backbones
@@ -118,7 +117,6 @@ def resolved(case: dict[str, Any], sections: dict[str, dict[str, Any]], folder: 
 def train_plainly(parts: Any) -> dict[str, Any]:
     """The same steps by one process in PyTorch, without DeepSpeed and without the engine's step."""
     recipe, backbone, task = parts.recipe, parts.backbone, parts.train[0].task
-    prepare_backbone(backbone, recipe)
     torch.manual_seed(recipe.seed)
     base = backbone.build()
     torch.manual_seed(recipe.seed)
