@@ -18,16 +18,17 @@ from typing import Any
 OURS = f"{__name__.partition('.')[0]}."
 
 
-def when_imported(library: str, register: Callable[[], Any]) -> None:
+def when_imported(library: str, register: Callable[[], Any], at_once: bool = False) -> None:
     """Call `register` now if `library` has been imported, else after each import of it.
 
     Args:
-        library: top-level name, such as peft.
+        library: name of the module, such as peft.
+        at_once: even while modules of ours are half imported; for a `register` that imports none of them.
     """
     loaded = sys.modules.get(library)
     if loaded is not None and not getattr(loaded.__spec__, "_initializing", False):
         register()
-    _WATCHER.waiting.append(_Waiting(library, register))
+    _WATCHER.waiting.append(_Waiting(library, register, at_once))
     if _WATCHER not in sys.meta_path:
         sys.meta_path.insert(0, _WATCHER)
 
@@ -48,12 +49,13 @@ class _Waiting:
 
     library: str
     register: Callable[[], Any]
+    at_once: bool
     running: int = 0  # imports of the library and of our own modules that have not ended
     due: bool = False
 
     def concerns(self, name: str) -> bool:
         """Whether the import of this module may make the registration due, or delay it."""
-        return name == self.library or name.startswith(OURS)
+        return name == self.library or (name.startswith(OURS) and not self.at_once)
 
     @contextlib.contextmanager
     def importing(self, name: str) -> Iterator[None]:

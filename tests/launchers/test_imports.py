@@ -91,3 +91,24 @@ def test_the_recorder_sees_heavy_imports_of_children_too(run):
     """Negative control."""
     child = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'import webdataset'])"
     assert run("-c", child)[2] >= {"torch", "webdataset"}
+
+
+def names_of_transformers(quickly: bool) -> tuple[int, list[int]]:
+    """In a new process: how often its list of model files came from memory, and how many names it offers."""
+    code = (
+        "import contextlib; from mmpeft_ds import console\n"
+        f"with console.quick_imports() if {quickly} else contextlib.nullcontext():\n"
+        "    import transformers, transformers.models\n"
+        "memo = transformers.utils.import_utils.create_import_structure_from_path.cache_info()\n"
+        "print(memo.hits, len(dir(transformers)), len(dir(transformers.models)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    hits, *names = map(int, done.stdout.split())
+    return hits, names
+
+
+def test_quick_imports_read_the_model_files_of_transformers_once():
+    """Without them each is read twice (negative control)."""
+    (hits, names), (plain_hits, plain_names) = names_of_transformers(True), names_of_transformers(False)
+    assert hits > 100 and plain_hits == 0
+    assert names == plain_names and min(names) > 1000
