@@ -75,6 +75,21 @@ def test_tensorboard_has_the_curves_the_metrics_the_predictions_and_the_recipe(t
     assert b"seed: 7" in found.Tensors("recipe/text_summary")[0].tensor_proto.string_val[0]
 
 
+def test_what_is_written_a_step_does_not_grow_with_the_number_of_ranks(tmp_path):
+    memory = [500.0 + (rank == 300) * 70 for rank in range(512)]
+    monitor = Monitor(tmp_path, MonitorOptions(), 100, 0, "")
+    for step in (1, 2, 100):
+        monitor.step(row(step, rss_mib=memory, peak_rss_mib=memory))
+    monitor.close()
+    read = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    summary = {"highest": 570.0, "rank_of_highest": 300, "mean": sum(memory) / 512}
+    assert read[0]["rss_mib"] == read[0]["peak_rss_mib"] == summary and len(json.dumps(read[0])) < 1000
+    assert read[2]["rss_mib"] == memory
+    found = board(tmp_path)
+    assert [e.value for e in found.Scalars("memory_mib/rank_of_highest")] == [300, 300, 300]
+    assert [e.step for e in found.Scalars("memory_mib/rank_511")] == [100]
+
+
 def test_each_of_several_tasks_has_a_loss_curve_of_its_own(tmp_path):
     monitor = Monitor(tmp_path, MonitorOptions(), 4, 0, "")
     for step in range(1, 5):
