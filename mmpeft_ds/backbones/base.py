@@ -38,8 +38,8 @@ class BackboneBase(abc.ABC):
         ranks_answers: `rank` works.
         embeds: the frozen towers serve as encoders of images and texts: `feature_widths`, `towers_key`, `embed` and
             `embed_texts` work.
-        wants_statistics: the condition is standardised: `use_statistics` is called before `build`, and
-            `statistics_key` and `build_vision` work.
+        wants_statistics: the image feature is standardised: `use_statistics` is called before `build`, and
+            `statistics_width`, `statistics_key` and `build_vision` work.
         reads_bank: the model scores classes from a bank of class texts and support samples: `use_bank` is called
             before `build`, and `read_classes` after it.
         attentions: attention implementations that compute what the checkpoint means, the first for `auto`; empty: all
@@ -196,18 +196,23 @@ class BackboneBase(abc.ABC):
         """Factor of the cosine of image and text, 1 / temperature. Default: 1, for towers that were never aligned."""
         return 1.0
 
-    # a standardised condition (`wants_statistics`)
+    # a standardised image feature (`wants_statistics`)
+
+    @property
+    def statistics_width(self) -> int:
+        """Width of the feature that is standardised."""
+        raise self._lacks("wants_statistics")
 
     def statistics_key(self) -> str:
         """Hash of all that the statistics depend on: the tower's weights, the image transform, the feature."""
         raise self._lacks("wants_statistics")
 
     def use_statistics(self, statistics: dict[str, Any]) -> None:
-        """Take `mean` and `std`, lists of `condition_width` numbers, from a manifest; called before `build`."""
+        """Take `mean` and `std`, lists of `statistics_width` numbers, from a manifest; called before `build`."""
         raise self._lacks("wants_statistics")
 
     def build_vision(self) -> Callable[[dict[str, Tensor]], Tensor]:
-        """The frozen tower alone: what `collate_images` returned -> (I, condition_width) float32 features."""
+        """The frozen tower alone: what `collate_images` returned -> (I, statistics_width) float32 features."""
         raise self._lacks("wants_statistics")
 
     # stored features, an encoder inside, a bank (`reads_bank`)

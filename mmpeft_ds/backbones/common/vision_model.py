@@ -68,7 +68,7 @@ class VisionSide(ComposedModel):
         """(T, k, m, d) features of the images that each text sees, zeros where its slot has fewer, and (T, k) keep."""
         texts, device = len(input_ids), input_ids.device
         if images is None:
-            images = torch.zeros(0, 1, self.config.vision_config.hidden_size, device=device, dtype=self._dtype())
+            images = torch.zeros(0, 1, self._vector_width(), device=device, dtype=self._dtype())
         images = images.to(self._dtype())
         if image_owner is None:
             image_owner = torch.arange(len(images), device=device)
@@ -83,6 +83,10 @@ class VisionSide(ComposedModel):
         by_slot = images.new_zeros(slots, most, *images.shape[1:]).index_put((image_owner, place), images)
         keep = torch.arange(most, device=device) < counts[:, None]
         return by_slot[text_owner], keep[text_owner]
+
+    def _vector_width(self) -> int:
+        """Width of the image vectors that become prefix and condition."""
+        return self.config.vision_config.hidden_size
 
     def _dtype(self) -> torch.dtype:
         return next(self.get_input_embeddings().parameters()).dtype

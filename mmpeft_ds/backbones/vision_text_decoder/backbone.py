@@ -54,10 +54,12 @@ class VisionTextDecoderBackbone(VisionBackbone):
             )
         if o.loss not in ("fixed", "official"):
             raise BadInput(f"backbone.loss: {o.loss!r}. Use fixed or official.")
+        if o.projection not in ("none", "linear", "mlp"):
+            raise BadInput(f"backbone.projection: {o.projection!r}. Use none, linear or mlp.")
 
     def build(self, on_meta: bool = False) -> PreTrainedModel:
         """The model, frozen."""
-        config = VisionTextDecoderConfig(**self._side_config(on_meta))
+        config = VisionTextDecoderConfig(**self._side_config(on_meta), projection=self.options.projection)
         config._attn_implementation = tower_loading.choose_attention(self.attention, self.dtype)
         if on_meta:
             with torch.device("meta"):
@@ -146,6 +148,13 @@ class VisionTextDecoderBackbone(VisionBackbone):
         return frozen
 
     # configurations and parts
+
+    _other_widths = "Set projection: mlp or linear, which trains what joins them, or choose another pair."
+
+    @property
+    def _vector_width(self) -> int:
+        tower = self._vision_config if self.options.projection == "none" else self._text_config
+        return tower.hidden_size
 
     @functools.cached_property
     def _text_config(self) -> PretrainedConfig:

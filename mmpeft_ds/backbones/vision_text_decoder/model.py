@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers.utils import ModelOutput
 
+from mmpeft_ds.backbones.common.composed import HeadLinear
 from mmpeft_ds.backbones.common.tower_loading import empty_tower
 from mmpeft_ds.backbones.common.vision_model import VisionSide, VisionSideConfig
 from mmpeft_ds.errors import BadInput
@@ -26,6 +27,8 @@ class VisionTextDecoderConfig(VisionSideConfig):
     """Both towers and how they are joined; `backbones/vision_text_decoder/options.py` explains the fields."""
 
     model_type = "mmpeft_vision_text_decoder"
+
+    projection: str = "none"
 
 
 @dataclass
@@ -43,8 +46,33 @@ class VisionTextDecoderOutput(ModelOutput):
     image_features: Tensor | None = None
 
 
+class VisionProjection(nn.Module):
+    """(I, m, d) features of the vision tower into the width of the language model, (I, m, w).
+
+    `linear`: a Linear; `mlp`: LayerNorm, Linear, GELU, Linear.
+    """
+
+    def __init__(self, kind: str, width: int, text_width: int):
+        super().__init__()
+        self.deep = kind == "mlp"
+        if self.deep:
+            self.norm = nn.LayerNorm(width)
+            self.dense = HeadLinear(width, text_width)
+        self.out = HeadLinear(text_width if self.deep else width, text_width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.to(self.out.weight.dtype)
+        if self.deep:
+            x = nn.functional.gelu(self.dense(self.norm(x)))
+        return self.out(x)
+
+
 class VisionTextDecoder(VisionSide, GenerationMixin):
-    """Vision tower and causal language model. Build from a configuration, or from two loaded towers."""
+    """Vision tower and causal language model. Build from a configuration, or from two loaded towers.
+
+    Attributes:
+        head_modules: the projection of the image vectors, where there is one.
+    """
 
     config_class = VisionTextDecoderConfig
 
@@ -57,6 +85,10 @@ class VisionTextDecoder(VisionSide, GenerationMixin):
         super().__init__(config)
         vision = vision or empty_tower(config.vision_config, "vision", config.vision_feature == "pooler")
         self._join_towers(vision, text or AutoModelForCausalLM.from_config(config.text_config))
+        widths = config.vision_config.hidden_size, config.text_config.hidden_size
+        projected = config.projection != "none"
+        self.vision_projection = VisionProjection(config.projection, *widths) if projected else None
+        self.head_modules = ("vision_projection",) if projected else ()
         self.generation_config = copy.deepcopy(self.text_model.generation_config)
         self.post_init()
 
@@ -201,8 +233,10 @@ class VisionTextDecoder(VisionSide, GenerationMixin):
         slots: int | None,
     ) -> tuple[Tensor, Tensor, Condition, int]:
         """(T, P + L, d) prefix and embedded text, (T, P + L) which positions are kept, the condition, and P."""
-        normed = images if images is None or self.feature_norm is None else self.feature_norm(images)
-        vectors, keep = self._of_texts(normed, input_ids, image_owner, text_owner, slots)
+        vectors = images if images is None or self.feature_norm is None else self.feature_norm(images)
+        if vectors is not None and self.vision_projection is not None:
+            vectors = self.vision_projection(vectors)
+        vectors, keep = self._of_texts(vectors, input_ids, image_owner, text_owner, slots)
         prefix, prefix_keep = self._prefix(vectors, keep)
         embedding = self.get_input_embeddings()
         hidden = embedding(input_ids)
@@ -225,6 +259,10 @@ class VisionTextDecoder(VisionSide, GenerationMixin):
         own = None if condition.own_mask is None else keep.bool()
         condition = Condition(condition.tokens, condition.mask, own_mask=own)
         return torch.cat([prefix, hidden], 1), keep, condition, prefix.shape[1]
+
+    def _vector_width(self) -> int:
+        tower = self.config.vision_config if self.vision_projection is None else self.config.text_config
+        return tower.hidden_size
 
     def _begin_id(self) -> int:
         """The token that begins a text; where a family has none, the one that ends it."""

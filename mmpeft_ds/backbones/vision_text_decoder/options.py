@@ -14,6 +14,8 @@ class Options(VisionOptions):
 
     Attributes:
         text: hub name, local directory or packaged:NAME of a gpt2, llama, mistral or qwen2 language model.
+        projection: what carries image vectors to the width of the language model, trained whole beside the method:
+            `none` for towers of equal width, `linear`, or `mlp` (LayerNorm, Linear, GELU, Linear).
         max_text_length: tokens of start, prompt and target together, without the prefix; longer texts are cut.
         start: text before every prompt; `auto` is none behind an image prefix and the published "<s>" without one.
         loss: which tokens enter the loss. `fixed`: those of the target and one end of text, but no padding.
@@ -22,6 +24,7 @@ class Options(VisionOptions):
     """
 
     text: str = "gpt2"
+    projection: Literal["none", "linear", "mlp"] = "none"
     max_text_length: int = 50
     start: str = "auto"
     loss: Literal["fixed", "official"] = "fixed"

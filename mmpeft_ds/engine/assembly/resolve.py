@@ -274,7 +274,7 @@ def feature_statistics(recipe: Recipe, backbone: BackboneBase, manifest: Manifes
     if not backbone.wants_statistics:
         return None
     if is_assumed(manifest):
-        return {"mean": [0.0] * backbone.condition_width, "std": [1.0] * backbone.condition_width, "count": 0}
+        return {"mean": [0.0] * backbone.statistics_width, "std": [1.0] * backbone.statistics_width, "count": 0}
     key = backbone.statistics_key()
     if key not in manifest.statistics:
         others = len(manifest.statistics)
