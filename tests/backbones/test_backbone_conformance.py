@@ -18,7 +18,7 @@ ABILITIES = {
     "generates": ["read", "generate"],
     "ranks_answers": ["rank"],
     "embeds": ["feature_widths", "towers_key", "embed", "embed_texts"],
-    "wants_statistics": ["statistics_key", "use_statistics", "build_vision"],
+    "wants_statistics": ["statistics_width", "statistics_key", "use_statistics", "build_vision"],
     "reads_bank": ["use_bank"],
 }
 

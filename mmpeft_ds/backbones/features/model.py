@@ -10,12 +10,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import normalize
+from torch.nn.functional import cross_entropy, normalize
 from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
 from mmpeft_ds.backbones.base import ModelHooks
 from mmpeft_ds.backbones.common.stock import mean_per_text
+from mmpeft_ds.ops.precision import at_least_float32
 from mmpeft_ds.sites.base import base_layer
 from mmpeft_ds.sites.feature_site import Bank, Features, Scores, calibrated_buffers
 
@@ -32,6 +33,8 @@ class FeatureConfig(PretrainedConfig):
     """
 
     model_type = "mmpeft_features"
+    # Trainer collects every other output of an evaluation as an array.
+    keys_to_ignore_at_inference = ["terms", "report", "graph", "features"]
 
     image_width: int = 0
     text_width: int = 0
@@ -46,6 +49,7 @@ class ClassificationOutput(ModelOutput):
     """Output of the model, one row per text (per image where no text is given).
 
     Attributes:
+        loss: scalar, where `labels` were given.
         logits: (B, C).
         terms: weighted logits whose cross-entropies make the loss, or None (`sites.features.Scores`).
         report: sums over own rows for the monitor.
@@ -53,6 +57,7 @@ class ClassificationOutput(ModelOutput):
         features: the rows that were scored.
     """
 
+    loss: Tensor | None = None
     logits: Tensor | None = None
     terms: list[tuple[float, Tensor]] | None = None
     report: dict[str, float] | None = None
@@ -182,11 +187,31 @@ class FeatureModel(ModelHooks, PreTrainedModel):
             torch.arange(rows, device=image.device) if key is None else key,
         )
 
-    def forward(self, *args: Any, return_dict: bool | None = None, **kwargs: Any) -> ClassificationOutput:
-        """Score the rows; arguments as in `rows`. `return_dict` is accepted for transformers' sake."""
-        rows = self.rows(*args, **kwargs)
+    def forward(
+        self,
+        image_features: Tensor | None = None,
+        text_features: Tensor | None = None,
+        image_owner: Tensor | None = None,
+        text_owner: Tensor | None = None,
+        valid: Tensor | None = None,
+        key: Tensor | None = None,
+        num_slots: int | None = None,
+        batch: Any = None,
+        labels: Tensor | None = None,
+        return_dict: bool | None = None,
+    ) -> ClassificationOutput:
+        """Score the rows, and with `labels` also give their loss, as stock classifiers of transformers do.
+
+        Args:
+            labels: (B,) class of each row, -100 for a row that does not count. The loss is the mean over rows that
+                count and are valid. Recipes leave labels to their task, which weights rows over ranks.
+            return_dict: accepted for transformers' sake; the output is always a ModelOutput.
+            (others): as in `rows`.
+        """
+        rows = self.rows(image_features, text_features, image_owner, text_owner, valid, key, num_slots, batch)
         scores = self.features(rows)
-        return ClassificationOutput(scores.logits, scores.terms, scores.report, scores.graph, rows)
+        loss = None if labels is None else _mean_loss(scores, labels.masked_fill(~rows.valid, -100))
+        return ClassificationOutput(loss, scores.logits, scores.terms, scores.report, scores.graph, rows)
 
     def training_state(self) -> dict[str, Tensor]:
         """What heads have found without gradients, for checkpoints: path -> tensor."""
@@ -197,6 +222,14 @@ class FeatureModel(ModelHooks, PreTrainedModel):
         for path, tensor in state.items():
             module, _, name = path.rpartition(".")
             getattr(self.get_submodule(module), name).copy_(tensor)
+
+
+def _mean_loss(scores: Scores, labels: Tensor) -> Tensor:
+    """Cross-entropies of the terms, each the mean over the rows whose label is not -100; 0 where there is none."""
+    count = (labels != -100).sum().clamp(min=1)
+    terms = scores.terms or [(1.0, scores.logits)]
+    sums = (w * cross_entropy(at_least_float32(logits), labels, reduction="sum") for w, logits in terms)
+    return sum(sums) / count
 
 
 def empty_bank(config: FeatureConfig) -> Bank:
