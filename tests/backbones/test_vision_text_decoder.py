@@ -320,6 +320,53 @@ def test_the_model_is_known_to_the_auto_classes_and_keeps_its_tied_head(towers, 
         assert torch.equal(loaded(**backbone.inputs(packed)).logits, model(**backbone.inputs(packed)).logits)
 
 
+@pytest.mark.parametrize("projection", ["linear", "mlp"])
+@pytest.mark.parametrize(("prefix", "condition"), [("pooled", "none"), ("tokens", "pooled"), ("none", "tokens")])
+def test_a_projection_joins_towers_of_different_width_and_trains_with_the_adapter(
+    towers, projection, prefix, condition, tmp_path
+):
+    backbone = entry(towers, "llama", "wide", projection=projection, prefix=prefix, condition=condition)
+    assert backbone.condition_width == (None if condition == "none" else tiny_towers.WIDTH)
+    torch.manual_seed(5)
+    base = backbone.build()
+    assert base.head_modules == ("vision_projection",)
+    route = {"none": "none", "pooled": "mul", "tokens": "matmul1"}[condition]
+    model = adapted(base, route=route, modules_to_save=[*base.head_modules])
+    packed = batch(backbone, *MIXED)
+    outputs = forward(model, backbone, packed)
+    outputs.token_losses()[0].sum().backward()
+    grads = {n: p.grad for n, p in model.named_parameters() if "vision_projection.modules_to_save" in n}
+    assert len(grads) == (6 if projection == "mlp" else 2)
+    assert all(g is not None and g.any() for g in grads.values())
+    assert not any(p.grad is not None for n, p in model.named_parameters() if ".original_module." in n)
+    model.save_pretrained(tmp_path)
+    torch.manual_seed(6)  # the projection of the new base is another, the adapter brings the trained one
+    again = peft.PeftModel.from_pretrained(backbone.build(), tmp_path).eval()
+    with torch.no_grad():
+        assert torch.equal(forward(again, backbone, packed).logits, outputs.logits)
+    assert backbone.generate(again, packed, max_new_tokens=3) == backbone.generate(model, packed, max_new_tokens=3)
+
+
+def test_a_text_without_image_does_not_depend_on_the_projection(towers):
+    backbone = entry(towers, "llama", "wide", projection="mlp", condition="none")
+    packed = batch(backbone, ([], [("", "a red circle")]))
+    model = backbone.build().eval()
+    with torch.no_grad():
+        before = model(**backbone.inputs(packed)).logits
+        model.vision_projection.out.weight.add_(1)
+        assert torch.equal(model(**backbone.inputs(packed)).logits, before)
+
+
+def test_a_model_with_a_projection_is_saved_whole(towers, tmp_path):
+    backbone = entry(towers, "llama", "wide", projection="mlp")
+    model = backbone.build().eval()
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    packed = batch(backbone, *MIXED)
+    with torch.no_grad():
+        assert torch.equal(loaded(**backbone.inputs(packed)).logits, model(**backbone.inputs(packed)).logits)
+
+
 def test_random_weights_are_the_same_in_every_build(towers):
     backbone = entry(towers, random_weights=True)
     torch.manual_seed(1)
@@ -332,7 +379,8 @@ def test_random_weights_are_the_same_in_every_build(towers):
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"vision": "wide"}, "32 wide"),
+        ({"vision": "wide"}, "32 wide.*projection: mlp"),
+        ({"projection": "deep"}, "none, linear or mlp"),
         ({"text": "bert"}, "family 'bert'"),
         ({"max_text_length": 40}, "positions"),
         ({"max_text_length": 1}, "at least 2"),

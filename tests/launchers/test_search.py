@@ -13,7 +13,9 @@ def hits_of(folder):
     return [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("kind", ["retrieval", "retrieval on stored features"])
+@pytest.mark.parametrize(
+    "kind", ["retrieval", "retrieval on stored features", "retrieval with clip", "retrieval with blip"]
+)
 def test_the_ranking_is_that_of_the_adapters_own_scores(adapters, photos, command, kind):
     directory, out = adapters(kind), photos.parent / "results"
     texts = ["a red circle", "the blue square"]

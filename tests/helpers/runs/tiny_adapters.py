@@ -16,7 +16,7 @@ from mmpeft_ds.engine.export import export_adapter
 from tests.helpers.data import tiny_pictures
 from tests.helpers.data.images import encoded
 from tests.helpers.data.tiny_shards import RawSample
-from tests.helpers.models import tiny_blip, tiny_mllm, tiny_towers
+from tests.helpers.models import tiny_blip, tiny_clip, tiny_mllm, tiny_towers
 
 LABELS = ["red", "blue", "round"]
 CAPTIONS = ["a red circle", "is it big", "the blue square is there"]
@@ -61,6 +61,9 @@ def sections(folder: Path, kind: str) -> dict[str, Any]:
         return _made(writer, lora, {"name": "answering", "max_new_tokens": 3})
     if kind == "captioning":
         return _made(writer, lora, {"name": "captioning", "num_beams": 1, "max_length": 8})
+    if kind == "captioning through a projection":
+        other = {"vision": tiny_towers.write_vision(folder / "wide", "dinov2", width=32), "projection": "mlp"}
+        return _made({**writer, **other}, lora, {"name": "captioning", "num_beams": 1, "max_new_tokens": 8})
     if kind == "vqa_generative":
         blip = {"name": "blip", "form": "vqa", "model": tiny_blip.write(folder / "blip", "vqa"), "max_text_length": 19}
         return _made(blip, lora, {"name": "vqa_generative"})
@@ -69,6 +72,13 @@ def sections(folder: Path, kind: str) -> dict[str, Any]:
         return _made(model, lora, {"name": "instruction", "max_new_tokens": 3})
     if kind == "retrieval":
         return _made({**pair, "projection": "mlp", "width": 12}, lora, retrieval)
+    if kind == "retrieval with clip":
+        clip = {"name": "clip", "model": tiny_clip.write(folder / "clip", "clip")}
+        return _made(clip, lora, retrieval)
+    if kind == "retrieval with blip":
+        model = tiny_blip.write(folder / "blip", "retrieval")
+        blip = {"name": "blip", "form": "retrieval", "model": model, "max_text_length": 19, "queue": 0}
+        return _made(blip, lora, {"name": "retrieval"})
     if kind == "retrieval on stored features":
         made = {**pair, "projection": "mlp", "width": 12, "images": "stored"}
         return _made(made, lora, retrieval, stored=pair)
@@ -81,8 +91,9 @@ def sections(folder: Path, kind: str) -> dict[str, Any]:
 
 
 KINDS = (
-    "vqa", "answering", "captioning", "vqa_generative", "instruction", "retrieval", "retrieval on stored features",
-    "classification", "classification on stored features",
+    "vqa", "answering", "captioning", "captioning through a projection", "vqa_generative", "instruction", "retrieval",
+    "retrieval with clip", "retrieval with blip", "retrieval on stored features", "classification",
+    "classification on stored features",
 )  # fmt: skip
 
 
