@@ -1,5 +1,5 @@
-"""Two towers aligned through the engine, from pixels and from stored features, and CoOp on what comes out: the same on
-1 and 2 ranks."""
+"""Two towers aligned through the engine, from pixels and from stored features, CoOp on what comes out, and a tower
+joined to a language model by a projection: the same on 1 and 2 ranks."""
 
 from __future__ import annotations
 
@@ -72,8 +72,12 @@ def recipe(folder: Path, name: str, stage: int, ranks: int) -> Path:
     classify = {"name": "classification"}
     lora, coop = {"name": "lora", "r": 2}, {"name": "coop", "context": 4, "init_std": 0.3}
     clip = {"name": "clip", "model": str(folder / "clip")}
+    writer = {"name": "vision_text_decoder", "vision": str(folder / "wide"), "text": str(folder / "decoder")}
+    writer |= {"image_size": 8, "max_text_length": 19, "projection": "mlp", "prefix": "tokens"}
+    routed = {"name": "routed_lora", "r": 2, "route": "mul"}
     backbone, method, task, data = {
         "live": (aligned, lora, contrast, "toy"),
+        "captioner": (writer, routed, {"name": "captioning", "num_beams": 2, "max_new_tokens": 4}, "toy"),
         "stored": ({**aligned, "images": "stored"}, lora, contrast, "stored"),
         "coop_bert": (
             {"name": "features", "encoder": aligned, "images": "live", "texts": "none"},
@@ -103,7 +107,7 @@ def recipe(folder: Path, name: str, stage: int, ranks: int) -> Path:
     return path
 
 
-NAMES = ("live", "stored", "coop_bert", "coop_clip")
+NAMES = ("live", "stored", "captioner", "coop_bert", "coop_clip")
 
 
 @pytest.fixture(scope="module")
@@ -111,6 +115,8 @@ def folder(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("align")
     tiny_towers.write_vision(path / "vision", "dinov2")
     tiny_towers.write_text(path / "text", "bert")
+    tiny_towers.write_vision(path / "wide", "dinov2", width=32)
+    tiny_towers.write_decoder(path / "decoder", "llama")
     tiny_clip.write(path / "clip", "clip")
     write(path / "toy", samples())
     write_features(path)
@@ -154,6 +160,19 @@ def test_the_comparison_would_notice_an_untrained_adapter(folder):
         assert_equal(one, other)
     with pytest.raises(AssertionError):
         assert_equal(one, {name: weight * 1.01 for name, weight in one.items()})
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_projection_trains_and_travels_with_its_adapter(folder, ranks):
+    names = [n for n in weights(folder, "captioner", ranks) if "vision_projection" in n]
+    assert len(names) == 6
+    loaded = adapter.load(folder / f"captioner-{ranks}" / "adapter")
+    projection = loaded.model.get_base_model().vision_projection
+    for name, trained in projection.modules_to_save["default"].named_parameters():
+        assert torch.equal(trained, weights(folder, "captioner", ranks)[f"base_model.model.vision_projection.{name}"])
+        assert not torch.equal(trained, projection.original_module.get_parameter(name))
+    rows = loaded.predict([sample.images[0][1] for sample in samples()[:2]])
+    assert len(rows) == 2 and all(isinstance(row["prediction"], str) for row in rows)
 
 
 @pytest.mark.parametrize("name", ["coop_bert", "coop_clip"])

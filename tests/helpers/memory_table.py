@@ -18,6 +18,7 @@ from transformers import (
     BartConfig,
     BlipConfig,
     CLIPVisionConfig,
+    Dinov2Config,
     GPT2Config,
     LlamaConfig,
     LlavaConfig,
@@ -47,6 +48,7 @@ MODELS: dict[str, dict[str, str]] = {
     **{f"clip_bart_multitask_{m}": {"text": "bart"} for m in ("lora", "adapter")},
     **{f"p_adapter_blip_{d}": {"model": "blip"} for d in ("vqav2", "snli_ve", "coco")},
     **dict.fromkeys(("aurora_vqav2", "aurora_flickr30k", "captioning_own"), {"model": "blip"}),
+    "captioning_own_packaged": {"vision": "dinov2", "text": "smollm2"},
     "lora_llava15_instruct": {"model": "llava"},
     "lora_qwen2vl_instruct": {"model": "qwen2_vl"},
 }
@@ -59,6 +61,11 @@ def configurations(folder: Path) -> dict[str, Path]:
         "vit": ViTConfig(**BASE),
         "roberta": RobertaConfig(**BASE, vocab_size=50265, max_position_embeddings=514, type_vocab_size=1),
         "gpt2": GPT2Config(),
+        "dinov2": Dinov2Config(hidden_size=384, num_attention_heads=6, image_size=518),
+        "smollm2": LlamaConfig(
+            vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
+            num_key_value_heads=3, max_position_embeddings=8192, tie_word_embeddings=True,
+        ),
         "bart": BartConfig(d_model=768, encoder_ffn_dim=3072, decoder_ffn_dim=3072, **layers),
         "blip": BlipConfig(
             text_config={**BASE, "vocab_size": 30_524, "encoder_hidden_size": 768},
