@@ -34,7 +34,9 @@ def test_the_rebuilt_tower_gives_what_the_onnx_graph_gives(converted):
     import onnx
     from onnx.reference import ReferenceEvaluator
 
-    model = onnx.load(str(packaged._package_dir(packaged._models()["dinov2-focus"], "") / "models" / "vit_s_focus.onnx"))
+    model = onnx.load(
+        str(packaged._package_dir(packaged._models()["dinov2-focus"], "") / "models" / "vit_s_focus.onnx")
+    )
     # the last LayerNorm of the tower ends where its bias is added; the saliency decoder behind it is cut off
     end = next(i for i, n in enumerate(model.graph.node) if "backbone.layernorm.bias" in n.input)
     name = model.graph.node[end].output[0]

@@ -63,8 +63,14 @@ def configurations(folder: Path) -> dict[str, Path]:
         "gpt2": GPT2Config(),
         "dinov2": Dinov2Config(hidden_size=384, num_attention_heads=6, image_size=518),
         "smollm2": LlamaConfig(
-            vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
-            num_key_value_heads=3, max_position_embeddings=8192, tie_word_embeddings=True,
+            vocab_size=49152,
+            hidden_size=576,
+            intermediate_size=1536,
+            num_hidden_layers=30,
+            num_attention_heads=9,
+            num_key_value_heads=3,
+            max_position_embeddings=8192,
+            tie_word_embeddings=True,
         ),
         "bart": BartConfig(d_model=768, encoder_ffn_dim=3072, decoder_ffn_dim=3072, **layers),
         "blip": BlipConfig(

@@ -18,7 +18,9 @@ SHAPES = {
     "ffn_down": (WIDTH, INNER),
 }
 TENSORS = LAYERS * (len(SHAPES) + 2) + 2  # two norms a layer; embedding and last norm
-PARAMETERS = LAYERS * (sum(rows * columns for rows, columns in SHAPES.values()) + 2 * WIDTH) + (len(TOKENS) + 1) * WIDTH
+PARAMETERS = (
+    LAYERS * (sum(rows * columns for rows, columns in SHAPES.values()) + 2 * WIDTH) + (len(TOKENS) + 1) * WIDTH
+)
 
 
 def write(path: Path) -> None:
