@@ -194,11 +194,17 @@ def _compare(
             f"{base[first]}. Give the file of a run on this base."
         )
     with safe_open(path, "pt") as file:
-        stored = {
-            name.removeprefix("anchor."): tuple(file.get_slice(name).get_shape())
-            for name in file.keys()  # noqa: SIM118
-            if name.startswith("anchor.")
-        }
+        both = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    stored, fisher = (
+        {name.removeprefix(kind): shape for name, shape in both.items() if name.startswith(kind)}
+        for kind in ("anchor.", "fisher.")
+    )
+    if unpaired := sorted(name for name in stored.keys() | fisher.keys() if stored.get(name) != fisher.get(name)):
+        name = unpaired[0]
+        raise BadInput(
+            f"{key}: {path}: is damaged: the anchor of {name} has shape {stored.get(name, 'absent')}, its Fisher "
+            f"information {fisher.get(name, 'absent')}. Write it again with launchers/fisher.py."
+        )
     known = [name for name, shape in shapes.items() if stored.get(name) == shape]
     changed = [name for name, shape in shapes.items() if name in stored and stored[name] != shape]
     absent = [name for name in stored if name not in shapes]

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from mmpeft_ds import recipe as recipes
@@ -113,6 +114,16 @@ def test_a_head_for_other_classes_is_free_only_when_allowed(file):
     pull = load(file, trained, allow_missing=True)
     assert set(pull.parts) == {id(trained["adapter"])}
     assert any("of another shape: head" in line for line in pull.summary)
+
+
+def test_an_anchor_without_its_fisher_information_is_damage(file):
+    tensors, metadata = load_file(file), ewc._metadata(file, "key")
+    del tensors["fisher.head"]
+    save_file(tensors, file, metadata)
+    with pytest.raises(
+        BadInput, match=r"damaged: the anchor of head has shape \(3, 4\), its Fisher information absent"
+    ):
+        load(file, parameters(adapter=(4, 3), head=(3, 4)))
 
 
 def test_what_is_no_longer_in_the_model_is_named_or_refused(file):
