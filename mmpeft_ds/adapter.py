@@ -21,16 +21,16 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import NoneType
 from typing import Any
 
 import numpy as np
 import torch
 from peft import PeftModel
 from torch import Tensor
+from transformers import PretrainedConfig
 
 from mmpeft_ds import recipe as recipes
-from mmpeft_ds.adapter_files import REMEDY, read_json, whole
+from mmpeft_ds.adapter_files import REMEDY, read_backbone, read_json, read_labels, read_statistics, whole
 from mmpeft_ds.backbones.base import BackboneBase
 from mmpeft_ds.data import decode
 from mmpeft_ds.data.batch import Sample, pack
@@ -169,32 +169,32 @@ def load(
         BadInput: if the directory is not whole, its files do not fit together, or the base model is not the one this
             was trained on.
     """
-    from mmpeft_ds.engine.assembly.resolve import float32_heads, make_backbone, make_method
-    from mmpeft_ds.engine.assembly.saved_adapter import attach_saved, read_tensors
+    from mmpeft_ds.engine.assembly.resolve import float32_heads
+    from mmpeft_ds.engine.assembly.saved_adapter import attach_saved
 
     directory = whole(directory)
     overrides = [*(overrides or []), *(reading_pictures(directory) if pictures else [])]
     recipe = recipes.load(directory / "recipe.yaml", overrides)
-    sections = recipes.components(recipe)
-    labels = read_labels(directory)
-    method, config = make_method(sections.method)
-    observed = method.observes_attention(config)
-    backbone = make_backbone(sections.backbone, recipe.engine, labels, _towers(directory), observed)
-    if (directory / "bank.safetensors").is_file():
-        backbone.use_bank(read_tensors(directory / "bank.safetensors"))
-    if (statistics := read_json(directory / "feature_statistics.json", (dict, NoneType))) is not None:
-        backbone.use_statistics(statistics)
+    sections, labels = recipes.components(recipe), read_labels(directory)
+    backbone = _backbone(directory, recipe, labels)
     trained_with, now = read_json(directory / "image_transform.json", dict), transform_description(backbone)
     if now != trained_with and not overrides:
         raise BadInput(f"{directory}: images were transformed by {trained_with} in training, this version does {now}")
     tasks = _tasks(recipe, labels)
     base = backbone.build()
     backbone.read_classes(base)
+    check_classes(directory, base.config)
     float32_heads(base)
     fingerprints = fingerprint.frozen_fingerprint(fingerprint.all_tensors(base))
     saved = read_json(directory / "base_fingerprint.json", dict)
-    fingerprint.compare(saved, fingerprints, str(directory), missing_ok=True)
-    model = attach_saved(directory, base, sections.method).to(device).eval()
+    fingerprint.compare(saved, fingerprints, str(directory), missing_ok=True, otherwise="")
+    model = attach_saved(directory, base, sections.method)
+    unknown = sorted({name for name, _ in fingerprint.frozen_tensors(model)} - saved.keys())
+    if unknown and not overrides:  # a base in another form may have a tower that training did without
+        says = f"says nothing of {len(unknown)} frozen tensors, first {unknown[0]}"
+        raise BadInput(f"{directory / 'base_fingerprint.json'}: {says}. {REMEDY}")
+    model.active_peft_config.inference_mode = True
+    model = model.requires_grad_(False).to(device).eval()
     return Loaded(model, backbone, tasks, labels, recipe, torch.device(device))
 
 
@@ -204,12 +204,28 @@ def tasks_of(directory: str | Path) -> list[TaskBase]:
     return _tasks(recipes.load(directory / "recipe.yaml"), read_labels(directory))
 
 
-def read_labels(directory: Path) -> list[str] | None:
-    """The answers in class order, each once; None where the task has no closed list. Raises BadInput."""
-    labels = read_json(directory / "labels.json", (list, NoneType))
-    if labels is not None and not (all(isinstance(x, str) for x in labels) and len(set(labels)) == len(labels)):
-        raise BadInput(f"{directory / 'labels.json'}: is no list of texts, each once. {REMEDY}")
-    return labels
+def _backbone(directory: Path, recipe: recipes.Recipe, labels: list[str] | None) -> BackboneBase:
+    """The backbone of an adapter directory, with what it reads there, not built yet. Raises BadInput."""
+    from mmpeft_ds.engine.assembly.resolve import make_backbone, make_method
+    from mmpeft_ds.engine.assembly.saved_adapter import read_bank
+
+    sections = recipes.components(recipe)
+    method, config = make_method(sections.method)
+    observed = method.observes_attention(config)
+    backbone = make_backbone(sections.backbone, recipe.engine, labels, _towers(directory), observed)
+    if backbone.reads_bank:
+        backbone.use_bank(read_bank(directory / "bank.safetensors"))
+    if backbone.wants_statistics:
+        backbone.use_statistics(read_statistics(directory))
+    return backbone
+
+
+def check_classes(directory: Path, config: PretrainedConfig) -> None:
+    """Refuse a list of answers that is not as long as in training, where no trained tensor shows it."""
+    saved = read_backbone(directory)["config"].get("num_classes")
+    now = vars(config).get("num_classes")
+    if saved != now:
+        raise BadInput(f"{directory}: labels.json names {now} classes, and the head was trained for {saved}. {REMEDY}")
 
 
 def texts_for(task: TaskBase, given: Sequence[str]) -> list[str]:
@@ -235,7 +251,7 @@ def _tasks(recipe: recipes.Recipe, labels: list[str] | None) -> list[TaskBase]:
 def reading_pictures(directory: Path) -> list[str]:
     """Changes of an adapter's recipe with which its model reads picture files in the place of stored features; none
     where it does so already, or where nobody knows what made the features."""
-    options = read_json(directory / "backbone.json", dict).get("options", {})
+    options = read_backbone(directory)["options"]
     if options.get("images") != "stored":
         return []
     changes = ["backbone.images=live"]

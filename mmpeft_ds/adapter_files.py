@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 from mmpeft_ds.errors import BadInput
@@ -12,8 +13,8 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 FILES = (CONFIG, WEIGHTS, "recipe.yaml", "backbone.json", "labels.json", "base_fingerprint.json")
 # What the directory needs when a file of it is damaged, or of another run.
 REMEDY = (
-    "All files of an adapter directory belong to one run and its base: restore it as a whole, or give the train "
-    "command of its run again in a new run_dir."
+    "All files of an adapter directory belong to one run and its base: restore the directory, or train its recipe "
+    "again in a new run_dir."
 )
 
 
@@ -44,3 +45,30 @@ def read_json(path: Path, kinds: type | tuple[type, ...]) -> Any:
     if not isinstance(value, kinds):
         raise BadInput(f"{path}: holds a {type(value).__name__}, which does not belong there. {REMEDY}")
     return value
+
+
+def read_labels(directory: Path) -> list[str] | None:
+    """The answers in class order, each once; None where the task has no closed list. Raises BadInput."""
+    labels = read_json(directory / "labels.json", (list, NoneType))
+    if labels is not None and not (all(isinstance(x, str) for x in labels) and len(set(labels)) == len(labels)):
+        raise BadInput(f"{directory / 'labels.json'}: is no list of texts, each once. {REMEDY}")
+    return labels
+
+
+def read_statistics(directory: Path) -> dict[str, Any]:
+    """Mean and deviation of the condition, each a list of numbers. Raises BadInput."""
+    path = directory / "feature_statistics.json"
+    statistics = read_json(path, dict)
+    for name in ("mean", "std"):
+        numbers = statistics.get(name)
+        if not isinstance(numbers, list) or not all(isinstance(x, (int, float)) for x in numbers):
+            raise BadInput(f"{path}: `{name}` is no list of numbers. {REMEDY}")
+    return statistics
+
+
+def read_backbone(directory: Path) -> dict[str, Any]:
+    """`options` of the backbone and `config` of the base model, besides others. Raises BadInput."""
+    backbone = read_json(directory / "backbone.json", dict)
+    if not all(isinstance(backbone.get(name), dict) for name in ("options", "config")):
+        raise BadInput(f"{directory / 'backbone.json'}: does not hold `options` and `config`. {REMEDY}")
+    return backbone

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import stat
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from mmpeft_ds.adapter_files import WEIGHTS
 from mmpeft_ds.engine.assembly import resolve
 from mmpeft_ds.engine.export import export_adapter
 from mmpeft_ds.errors import BadInput
+from tests.helpers import ROOT
 from tests.helpers.runs import tiny_vqa
 
 IMAGES = [tiny_vqa.png(1), [tiny_vqa.png(2), tiny_vqa.png(3)], None]
@@ -142,6 +144,40 @@ def test_an_incomplete_directory_is_refused(exported, tmp_path):
     (target / "labels.json").unlink()
     with pytest.raises(BadInput, match="labels.json is missing"):
         mmpeft_ds.load(target)
+
+
+def without(name: str) -> Callable[[dict], dict]:
+    return lambda value: {key: item for key, item in value.items() if key != name}
+
+
+# Kind of the stored old run, file, change of what it holds, and the line. A cache of features is of no size that a
+# trained tensor has in common with the list of classes, so that only the comparison of files shows another list.
+CONTRADICTIONS = [
+    ("composed", "labels.json", lambda labels: [*labels, "more"], "head.out.bias: 4 in the file, 5 here"),
+    ("composed", "labels.json", lambda labels: labels[:2] * 2, "each once"),
+    ("composed", "feature_statistics.json", without("mean"), "`mean` is no list of numbers"),
+    ("composed", "base_fingerprint.json", lambda prints: {}, "says nothing of 79 frozen tensors"),
+    ("composed", "base_fingerprint.json", without("feature_norm.mean"), "1 frozen tensors, first feature_norm.mean"),
+    ("composed", "backbone.json", lambda value: [value], "holds a list"),
+    ("features", "labels.json", lambda labels: labels[:-1], "names 5 classes, and the head was trained for 6"),
+    ("features", "labels.json", lambda labels: [*labels, "more"], "names 7 classes, and the head was trained for 6"),
+    ("features", "bank.safetensors", without("negative"), "does not hold exactly positive, negative"),
+    ("features", "bank.safetensors", lambda bank: bank | {"support": bank["support"][1:]}, "features.bank.support"),
+    ("features", WEIGHTS, without("base_model.model.features.tip_adapter_head.alpha"), r"1 of the 3 .* are missing"),
+]
+
+
+@pytest.mark.parametrize("kind, file, change, message", CONTRADICTIONS, ids=lambda value: str(value)[:20])
+def test_files_that_contradict_each_other_are_refused_in_a_line(tmp_path, monkeypatch, kind, file, change, message):
+    monkeypatch.chdir(ROOT / "tests" / "compatibility" / kind)  # its recipe names the base model relative to there
+    path = copy(Path("run/adapter"), tmp_path / "a") / file
+    if path.suffix == ".json":
+        path.write_text(json.dumps(change(json.loads(path.read_text()))))
+    else:
+        save_file({name: tensor.clone() for name, tensor in change(load_file(path)).items()}, path)
+    with pytest.raises(BadInput, match=message) as refused:
+        mmpeft_ds.load(path.parent)
+    assert "\n" not in str(refused.value)
 
 
 def test_export_replaces_a_directory_as_a_whole(exported):

@@ -1,8 +1,10 @@
-"""A saved adapter fits the model or is refused, for every method: missing, renamed, foreign and reshaped tensors."""
+"""A saved adapter fits the model or is refused, for every method; names of older layouts are read, damage is named."""
 
 from __future__ import annotations
 
 import copy
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,15 +14,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from mmpeft_ds import methods
-from mmpeft_ds.adapter_files import WEIGHTS
+from mmpeft_ds import backbones, methods, registry
+from mmpeft_ds.adapter_files import CONFIG, WEIGHTS
 from mmpeft_ds.engine.assembly.saved_adapter import attach_saved
 from mmpeft_ds.errors import BadInput
 from mmpeft_ds.recipe.components import Section
 from mmpeft_ds.recipe.parse import Origin
 from mmpeft_ds.sites import find_sites
 from mmpeft_ds.sites.feature_site import calibrated_buffers
-from tests.helpers.models import tiny_feature_model, tiny_prompted_encoder
+from tests.helpers.models import tiny_feature_model, tiny_mllm, tiny_prompted_encoder
 from tests.helpers.models.tiny_zoo import ZOO
 
 # options besides the defaults that bring further tensors: searched factors, trained keys, a probe that is solved
@@ -74,7 +76,7 @@ def test_an_adapter_loads_to_the_bit(saved):
     loaded = attach_saved(directory, base, section)
     state = loaded.state_dict()
     assert all(torch.equal(state[name], tensor) for name, tensor in trained.items())
-    assert not any(p.requires_grad for p in loaded.parameters())
+    assert {n for n, p in loaded.named_parameters() if p.requires_grad} <= trained.keys()
 
 
 def test_an_adapter_that_does_not_fit_is_refused(saved):
@@ -91,3 +93,108 @@ def test_an_adapter_that_does_not_fit_is_refused(saved):
             whose = message.format(n=len(trained)) + "|pooler"  # a whole module is missed by peft itself
             with pytest.raises((BadInput, KeyError), match=whose):
                 peft.PeftModel.from_pretrained(copy.deepcopy(base), directory)
+
+
+# Names of modules before transformers 4.52, by those of today.
+BEFORE_4_52 = {
+    "llava": {
+        "model.language_model.layers": "language_model.model.layers",
+        "model.vision_tower.encoder": "vision_tower.vision_model.encoder",
+    },
+    "qwen2_vl": {"model.language_model.layers": "model.layers", "model.visual.blocks": "visual.blocks"},
+}
+
+
+@pytest.fixture(scope="module", params=BEFORE_4_52)
+def language_model(request, tmp_path_factory) -> tuple[Path, Section, nn.Module, str]:
+    """A LoRA of both towers of a multimodal language model, its method, a fresh base, and the family."""
+    folder = tmp_path_factory.mktemp(request.param)
+    entry = registry.load(backbones, "mllm", "backbone.name")
+    base = entry(entry.Options(tiny_mllm.write(folder / "base", request.param)), None).build()
+    paths = [s.q.path for s in find_sites(base).attention if s.layer < 2]
+    section = Section.read(methods, {"name": "lora", "target_modules": paths}, "method", Origin())
+    method = section.entry
+    model = peft.get_peft_model(copy.deepcopy(base), method.config(section.options, section.origin))
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data += torch.randn_like(parameter)
+    model.save_pretrained(folder / "adapter", save_embedding_layers=False)
+    return folder / "adapter", section, base, request.param
+
+
+def old(name: str, family: str) -> str:
+    for now, then in BEFORE_4_52[family].items():
+        name = name.replace(now, then)
+    return name
+
+
+def test_an_adapter_from_before_transformers_4_52_is_read_under_the_present_names(language_model, tmp_path, caplog):
+    directory, section, base, family = language_model
+    right = load_file(directory / WEIGHTS)
+    copied = Path(shutil.copytree(directory, tmp_path / "old"))
+    renamed = {old(name, family): tensor for name, tensor in right.items()}
+    assert not renamed.keys() & right.keys()
+    save_file(renamed, copied / WEIGHTS)
+    config = json.loads((copied / CONFIG).read_text())
+    config["target_modules"] = [old(name, family) for name in config["target_modules"]]
+    (copied / CONFIG).write_text(json.dumps(config))
+    loaded = attach_saved(copied, copy.deepcopy(base), section)
+    state = peft.get_peft_model_state_dict(loaded, save_embedding_layers=False)
+    assert state.keys() == right.keys() and all(torch.equal(state[name], right[name]) for name in right)
+    assert [record.getMessage() for record in caplog.records if "is read as" in record.getMessage()]
+
+
+@pytest.mark.parametrize(
+    "as_there", [lambda n: n.replace(".weight", ".default.weight"), lambda n: n.removeprefix("base_model.model.")]
+)
+def test_a_plain_state_dict_is_read_under_the_names_of_peft(language_model, tmp_path, as_there):
+    directory, section, base, _ = language_model
+    right = load_file(directory / WEIGHTS)
+    copied = Path(shutil.copytree(directory, tmp_path / "plain"))
+    save_file({as_there(name): tensor for name, tensor in right.items()}, copied / WEIGHTS)
+    loaded = attach_saved(copied, copy.deepcopy(base), section)
+    state = peft.get_peft_model_state_dict(loaded, save_embedding_layers=False)
+    assert state.keys() == right.keys() and all(torch.equal(state[name], right[name]) for name in right)
+
+
+def edited(**values: object) -> Callable[[Path], None]:
+    def edit(directory: Path) -> None:
+        config = json.loads((directory / CONFIG).read_text())
+        (directory / CONFIG).write_text(json.dumps(config | values))
+
+    return edit
+
+
+DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
+    "cut configuration": (lambda d: (d / CONFIG).write_bytes((d / CONFIG).read_bytes()[:200]), "cannot be read"),
+    "no configuration": (lambda d: (d / CONFIG).write_text("[]"), "holds a list"),
+    "unknown type": (edited(peft_type="WONDER"), "peft_type is 'WONDER'"),
+    "another method": (edited(peft_type="IA3"), "peft_type is 'IA3'"),
+    "absurd rank": (edited(r=10**9), "r is 1000000000, but 8 in the recipe"),
+    "another scale": (edited(lora_alpha=64), "lora_alpha is 64, but 8"),
+    "ranks of some": (edited(rank_pattern={"q_proj": 3, "qkv": 3}), "another shape"),
+    "other modules": (edited(target_modules=["lm_head"]), "does not fit"),
+    "no such modules": (edited(target_modules=["nowhere"]), "cannot be attached"),
+    "empty weights": (lambda d: (d / WEIGHTS).write_bytes(b""), "cannot be read"),
+    "cut weights": (lambda d: (d / WEIGHTS).write_bytes((d / WEIGHTS).read_bytes()[:-9]), "cannot be read"),
+    "pickle": (lambda d: torch.save({"x": torch.zeros(2)}, d / WEIGHTS), "cannot be read"),
+    "no tensors": (lambda d: save_file({}, d / WEIGHTS), "are missing"),
+    "integers": (lambda d: changed(d, torch.Tensor.long), "holds torch.int64"),
+    "not a number": (lambda d: changed(d, lambda t: t * float("nan")), "not finite"),
+}
+
+
+def changed(directory: Path, change: Callable[[Tensor], Tensor]) -> None:
+    save_file({n: change(t) for n, t in load_file(directory / WEIGHTS).items()}, directory / WEIGHTS)
+
+
+@pytest.mark.parametrize("language_model", ["llava"], indirect=True)
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_adapter_is_one_line(language_model, tmp_path, damage):
+    directory, section, base, _ = language_model
+    copied = Path(shutil.copytree(directory, tmp_path / "damaged"))
+    damaging, message = DAMAGE[damage]
+    damaging(copied)
+    with pytest.raises(BadInput, match=message) as refused:
+        attach_saved(copied, copy.deepcopy(base), section)
+    assert "\n" not in str(refused.value) and str(copied) in str(refused.value)

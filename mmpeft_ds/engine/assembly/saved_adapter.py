@@ -24,7 +24,7 @@ from mmpeft_ds.methods.common.fit import file_names, misfit, shapes
 from mmpeft_ds.quiet import without_warnings
 from mmpeft_ds.recipe import Section
 from mmpeft_ds.sites import find_sites
-from mmpeft_ds.sites.feature_site import calibrated_buffers
+from mmpeft_ds.sites.feature_site import Bank, calibrated_buffers
 
 logger = logging.getLogger(__name__)
 PREFIX = "base_model.model."  # of every name in a file of peft
@@ -32,13 +32,13 @@ Rename = Callable[[str], str]
 
 
 def attach_saved(directory: Path, base_model: PreTrainedModel, section: Section) -> PeftModel:
-    """`base_model` with the adapter of `directory` in it, everything frozen.
+    """`base_model` with the adapter of `directory` in it, everything that it trains still trainable.
 
-    Tensors under the names of an older peft or transformers are taken, with a warning that says so.
+    Tensors under the names of an older transformers or of a plain state dict are taken, with a warning that says so.
 
     Args:
         directory: adapter directory.
-        base_model: bare; its heads have the dtype that they had in training.
+        base_model: bare; its heads have the dtype that they had in training (`float32_heads`).
         section: the `method` section of the adapter's recipe.
 
     Raises:
@@ -58,11 +58,12 @@ def attach_saved(directory: Path, base_model: PreTrainedModel, section: Section)
     tensors = _under_present_names(tensors, names, rename, directory / WEIGHTS)
     if problem := misfit(shapes(tensors), shapes({name: trained[inside] for name, inside in names.items()})):
         raise BadInput(f"{directory / WEIGHTS}: does not fit the model: {problem}. {REMEDY}")
+    if kind := sorted(n for n, t in tensors.items() if t.is_floating_point() != trained[names[n]].is_floating_point()):
+        raise BadInput(f"{directory / WEIGHTS}: {kind[0]} holds {tensors[kind[0]].dtype}. {REMEDY}")
     result = peft.set_peft_model_state_dict(model, tensors)
     if wrong := [*result.unexpected_keys, *(name for name in result.missing_keys if name in trained)]:
         raise RuntimeError(f"{directory / WEIGHTS}: peft read {len(wrong)} tensors to other places, first {wrong[0]}")
-    config.inference_mode = True
-    return model.requires_grad_(False)
+    return model
 
 
 def read_config(path: Path, base_model: PreTrainedModel, section: Section, rename: Rename) -> PeftConfig:
@@ -84,7 +85,7 @@ def read_config(path: Path, base_model: PreTrainedModel, section: Section, renam
     for option in section.options.own_fields():
         here, there = getattr(config, option), getattr(expected, option)
         # how the weights started says nothing of trained ones
-        if _plain(here) and _plain(there) and here != there and not option.startswith("init_"):
+        if _stated(here) and _stated(there) and here != there and not option.startswith("init_"):
             raise BadInput(f"{path}: {option} is {here!r}, but {there!r} in the recipe beside it. {REMEDY}")
     config.inference_mode = False
     modules = {name for name, _ in base_model.named_modules()}
@@ -103,6 +104,15 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     if wrong := sorted(name for name, tensor in tensors.items() if not tensor.isfinite().all()):
         raise BadInput(f"{path}: {len(wrong)} tensors hold numbers that are not finite, first {wrong[0]}. {REMEDY}")
     return tensors
+
+
+def read_bank(path: Path) -> dict[str, Tensor]:
+    """Class texts and support samples that a head reads, by the names of `Bank`. Raises BadInput."""
+    bank = read_tensors(path)
+    dimensions = {name: tensor.ndim for name, tensor in bank.items()}
+    if dimensions != {name: 1 if name == "support_labels" else 3 for name in Bank.NAMES}:
+        raise BadInput(f"{path}: does not hold exactly {', '.join(Bank.NAMES)} in their dimensions. {REMEDY}")
+    return bank
 
 
 def present_names(base_model: PreTrainedModel) -> Rename:
@@ -148,5 +158,6 @@ def _under_present_names(
     return tensors
 
 
-def _plain(value: object) -> bool:
-    return isinstance(value, (bool, int, float, str))
+def _stated(value: object) -> bool:
+    """Whether the value of an option can be compared: peft shortens lists, and old recipes left out mappings."""
+    return isinstance(value, (bool, int, float, str)) or (isinstance(value, dict) and bool(value))

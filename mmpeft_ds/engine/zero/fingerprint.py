@@ -147,7 +147,13 @@ def _described(tensor: Tensor, value: int) -> str:
     return f"{kind} {'x'.join(map(str, shape)) or 'scalar'} {value % 2**64:016x}"
 
 
-def compare(saved: dict[str, str], now: dict[str, str], where: str, missing_ok: bool = False) -> None:
+def compare(
+    saved: dict[str, str],
+    now: dict[str, str],
+    where: str,
+    missing_ok: bool = False,
+    otherwise: str = ", or start over with --fresh",
+) -> None:
     """Refuse a base that is not the saved one.
 
     Args:
@@ -155,6 +161,7 @@ def compare(saved: dict[str, str], now: dict[str, str], where: str, missing_ok: 
         now: fingerprint of the model at hand.
         where: owner of the saved fingerprint, for the message.
         missing_ok: the model may have tensors that are not in `saved` (an adapter replaces them).
+        otherwise: for the message, what else may be done than restoring the base.
 
     Raises:
         BadInput: naming the first tensor that differs and how many do.
@@ -168,5 +175,5 @@ def compare(saved: dict[str, str], now: dict[str, str], where: str, missing_ok: 
     more = f" (and {rest} more)" if rest else ""
     raise BadInput(
         f"{where}: frozen weight {first}{more} is {now.get(first, 'absent')}, expected {saved.get(first, 'absent')}. "
-        "The base model has changed; restore the base this was trained on, or start over with --fresh."
+        f"The base model has changed; restore the base this was trained on{otherwise}."
     )
