@@ -4,7 +4,8 @@
                     best                       name of the best one, if any
                     step-00000120/weights.safetensors      float32 masters of the trained parameters
                                   optimizer.safetensors    NAME.exp_avg, NAME.exp_avg_sq; of SGD NAME.momentum_buffer
-                                  model_state.safetensors  state of the model beside its weights, such as a queue
+                                  model_state.safetensors  state beside the weights: of the model, such as a queue, and
+                                                           what an adapter was attached with
                                   state.json               TrainState, name of the optimiser, Adam's step, format
                                   recipe.json              the resolved recipe
                                   fingerprint.json         of every frozen tensor
@@ -39,10 +40,12 @@ from mmpeft_ds.engine.zero import fingerprint as fingerprints
 from mmpeft_ds.engine.zero import state as zero_state
 from mmpeft_ds.errors import BadInput
 from mmpeft_ds.files import new_directory, save_tensors, sha256, write_atomic, write_json
+from mmpeft_ds.methods.common.layers import kept_buffers
 
 FORMAT = 1
 CHECKSUMS = "checksums.json"
 MODEL_STATE = "model_state.safetensors"
+ADAPTER = "adapter:"  # before the names of an adapter's buffers in that file
 _NAME = re.compile(r"step-(\d{8,})(?:\.(\d+))?")
 logger = logging.getLogger(__name__)
 
@@ -98,7 +101,9 @@ def save(
         "recipe.json": lambda p: write_json(p, recipe),
         "fingerprint.json": lambda p: write_json(p, fingerprint),
     }
-    extra = {k: v.detach().cpu().contiguous() for k, v in _model(engine, "training_state").items()}
+    extra = _model(engine, "training_state")
+    extra |= {f"{ADAPTER}{name}": buffer for name, buffer in kept_buffers(engine.module).items()}
+    extra = {k: v.detach().cpu().contiguous() for k, v in extra.items()}
     if extra:
         files[MODEL_STATE] = lambda p: save_tensors(p, extra)
     folder = Path(run_dir) / "checkpoints"
@@ -175,6 +180,8 @@ def load(
     zero_state.write_parameters(trainables.values(), weights)
     zero_state.set_optimizer_step(engine, header["optimizer_step"])
     extra = on_rank0(lambda: load_file(path / MODEL_STATE) if (path / MODEL_STATE).is_file() else {})
+    for name, buffer in kept_buffers(engine.module).items():
+        buffer.copy_(extra.pop(f"{ADAPTER}{name}"))
     if extra:
         _model(engine, "load_training_state", extra)
     known = {f.name for f in dataclasses.fields(TrainState)}

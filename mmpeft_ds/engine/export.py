@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from mmpeft_ds import recipe as recipes
-from mmpeft_ds.adapter_files import WEIGHTS
+from mmpeft_ds.adapter_files import CONFIG, WEIGHTS
 from mmpeft_ds.backbones.base import BackboneBase
 from mmpeft_ds.distributed.collectives import on_rank0, rank
 from mmpeft_ds.distributed.partitioned import gathered
@@ -90,9 +90,13 @@ def _fill(
     resolved: Any,
     metrics: dict[str, Any],
 ) -> None:
+    saved, changed = resolved.method.saved_form(model, trained)
     # Give peft whole tensors, so that it does not look at the shards. `auto` would ask the hub about embeddings.
-    model.save_pretrained(str(partial), state_dict=dict(trained), save_embedding_layers=False)
-    _verify(partial / WEIGHTS, trained)
+    model.save_pretrained(str(partial), state_dict=dict(saved), save_embedding_layers=False)
+    _verify(partial / WEIGHTS, saved)
+    if changed:
+        config = json.loads((partial / CONFIG).read_text("utf-8"))
+        write_json(partial / CONFIG, config | changed)
     recipe, backbone = resolved.recipe, resolved.backbone
     config = model.get_base_model().config
     name, options = recipe.backbone["name"], {k: v for k, v in recipe.backbone.items() if k != "name"}

@@ -15,8 +15,8 @@ from mmpeft_ds.errors import BadInput
 from mmpeft_ds.recipe.parse import choices, type_name, typed, validated
 
 if TYPE_CHECKING:  # options are read without torch and peft
-    from peft import PeftConfig
-    from torch import nn
+    from peft import PeftConfig, PeftModel
+    from torch import Tensor, nn
 
     from mmpeft_ds.recipe.parse import Origin
     from mmpeft_ds.sites import Sites
@@ -57,6 +57,19 @@ class MethodOptions:
         """Whether a head reads the texts of samples, which the task then has to bring. Default: no."""
         return False
 
+    def check_training(self, dtype: str, stage: int) -> None:  # noqa: B027 (an empty default is meant)
+        """Refuse options with which a run would not end in an adapter that loads. Default: none.
+
+        Called before a run, and not when an adapter is loaded, so that those of earlier versions stay readable.
+
+        Args:
+            dtype: of the frozen model, as `engine.dtype`.
+            stage: ZeRO stage.
+
+        Raises:
+            BadInput: in one line, beginning with the option.
+        """
+
     def __post_init__(self) -> None:
         # In a config, which is a dataclass of peft as well, peft's turn comes first.
         if after := getattr(super(), "__post_init__", None):
@@ -82,6 +95,15 @@ class MethodOptions:
                 if known := choices(hint):
                     self._refuse(name, f"{value!r} is unknown. Known: {', '.join(map(str, known))}.")
                 self._refuse(name, f"expected {type_name(hint)}, got {value!r}.")
+
+    def _check_whole_modules(self, modules: list[str] | None, dtype: str) -> None:
+        """Refuse `modules_to_save` of peft's own methods in half precision: peft trains copies of that precision."""
+        if modules and dtype != "float32":
+            self._refuse(
+                "modules_to_save",
+                f"peft would train the copies of {', '.join(modules)} in {dtype}, where small updates are lost. Use "
+                "engine.dtype: float32, or leave it out: heads of the backbone train in float32 by themselves.",
+            )
 
     def _refuse(self, key: str, problem: str) -> typing.NoReturn:
         raise BadInput(f"{key}: {problem}")
@@ -161,6 +183,30 @@ class SiteMethod:
         Default: as it is; the tuner finds its places by itself.
         """
         return config
+
+    @classmethod
+    def attach(cls, config: PeftConfig, model: nn.Module) -> PeftModel:
+        """`model` with the layers of the method in it; `config` is what `prepare` gave.
+
+        Default: as peft does it. It must leave the frozen weights as they are: an adapter is loaded onto those.
+        """
+        import peft
+
+        return peft.get_peft_model(model, config)
+
+    @classmethod
+    def saved_form(cls, model: PeftModel, trained: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """What an adapter directory holds of a trained model, so that peft loads it onto the frozen model as it was.
+
+        Default: what was trained, under the config that it was attached with.
+
+        Args:
+            trained: name -> whole tensor of each trained parameter, on the CPU.
+
+        Returns:
+            tensors by name, and the fields of adapter_config.json that differ from the model's config.
+        """
+        return trained, {}
 
     @classmethod
     def unmergeable(cls, config: PeftConfig) -> str | None:

@@ -69,6 +69,9 @@ def outline(recipe: Recipe, assumed: Assumed | None = None) -> Outline:
     parts = components(recipe)
     recipe = filled(recipe, parts)
     check_validation(recipe, parts.method.options)
+    with parts.method.blamed():
+        stage = ds_config.get("zero_optimization", {}).get("stage", 0)
+        parts.method.options.check_training(recipe.engine.dtype, stage)
     listed = keyed_sources(recipe)
     if not listed["sources"]:
         raise BadInput(f"{where(recipe, 'data.sources')}: empty. Name a prepared data set: [{{dir: data/easy-vqa}}].")

@@ -10,7 +10,6 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
-import peft
 import torch
 import transformers
 from peft import PeftConfig, PeftModel
@@ -37,8 +36,9 @@ from mmpeft_ds.errors import BadInput
 from mmpeft_ds.methods.base import MethodOptions, SiteMethod
 from mmpeft_ds.methods.common.tuner import to_float32
 from mmpeft_ds.quiet import without_warnings
-from mmpeft_ds.recipe import Recipe, Section
+from mmpeft_ds.recipe import Recipe, Section, components
 from mmpeft_ds.recipe.options import EngineOptions
+from mmpeft_ds.recipe.parse import one_line
 from mmpeft_ds.sites import find_sites
 from mmpeft_ds.tasks.base import TaskBase
 
@@ -209,11 +209,24 @@ def attach(resolved: Resolved, base_model: PreTrainedModel) -> PeftModel:
     """`base_model` with the method's layers in it; everything else is frozen, the head is a trained copy."""
     sites = find_sites(base_model)
     config = resolved.method.prepare(copy.deepcopy(resolved.method_config), base_model, sites)
+    section = components(resolved.recipe).method
+    check_whole_modules(section, config, base_model)
     heads = float32_heads(base_model)
     if heads:
         config.modules_to_save = sorted({*(config.modules_to_save or []), *heads})
-    with without_warnings():
-        return peft.get_peft_model(base_model, config)
+    try:
+        with without_warnings(), section.blamed():
+            return resolved.method.attach(config, base_model)
+    except (ValueError, NotImplementedError) as e:  # of peft, such as a name in target_modules that no module has
+        raise BadInput(f"{section.where()}: {one_line(e)}") from e
+
+
+def check_whole_modules(section: Section, config: PeftConfig, model: PreTrainedModel) -> None:
+    """Refuse a name in `modules_to_save` that no module has: peft trains nothing there. Raises BadInput."""
+    paths = [path for path, _ in model.named_modules()]
+    for name in config.modules_to_save or ():
+        if not any(path == name or path.endswith(f".{name}") for path in paths):
+            raise BadInput(f"{section.where('modules_to_save')}: no module of the model is named {name!r}.")
 
 
 def float32_heads(base_model: PreTrainedModel) -> list[str]:

@@ -83,7 +83,8 @@ def _buffers_and_constants(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 def base_name(name: str) -> str:
     """`name` without the parts that DeepSpeed's engine and peft's wrappers have added."""
     name = name.removeprefix("module.").removeprefix("base_model.model.")
-    return name.replace(".base_layer.", ".")
+    # peft trains single tokens by a layer inside the embedding
+    return name.replace(".token_adapter.base_layer.", ".").replace(".base_layer.", ".")
 
 
 def frozen_fingerprint(frozen: Iterable[tuple[str, Tensor]]) -> dict[str, str]:

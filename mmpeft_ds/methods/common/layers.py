@@ -53,6 +53,27 @@ class SiteLayer(BaseTunerLayer, AdapterLayer):
         return self._disable_adapters or self.merged
 
 
+class KeepsBuffers(nn.Module):
+    """Base of a module with buffers that were drawn or computed when it was attached, and do not train.
+
+    Attributes:
+        kept: their names. They are not persistent, and travel with checkpoints, so that a run that goes on finds them
+            as they were, also on another machine.
+    """
+
+    kept: tuple[str, ...] = ()
+
+
+def kept_buffers(model: nn.Module) -> dict[str, Tensor]:
+    """The buffers that checkpoints keep, of all modules of `model`, by their full paths."""
+    return {
+        f"{path}.{name}": module.get_buffer(name)
+        for path, module in model.named_modules()
+        if isinstance(module, KeepsBuffers)
+        for name in module.kept
+    }
+
+
 class TrainedCopy(nn.Module, SiteLayer):
     """A frozen module and a trained copy of one `part` of it per adapter, at `PATH.{prefix}_{part}.ADAPTER`; the first
     active adapter that has one is used.

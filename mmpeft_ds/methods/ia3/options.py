@@ -25,5 +25,9 @@ class IA3Options(MethodOptions):
     )
     init_ia3_weights: bool = field(default=True, metadata={"help": "Start as the frozen model."})
 
+    def check_training(self, dtype: str, stage: int) -> None:
+        """Refuse what would train in half precision. Raises BadInput."""
+        self._check_whole_modules(self.modules_to_save, dtype)
+
 
 Options = IA3Options

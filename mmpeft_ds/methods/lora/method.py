@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from peft import LoraConfig
-from torch import nn
+import copy
+import dataclasses
+from typing import Any
+
+from peft import LoraConfig, PeftModel
+from torch import Tensor, nn
 
 from mmpeft_ds.methods.base import SiteMethod
 from mmpeft_ds.methods.common.select import Selection, default_selection, stored_in_by_out
-from mmpeft_ds.methods.lora.options import LoraOptions
+from mmpeft_ds.methods.lora import start
+from mmpeft_ds.methods.lora.options import REWRITING, LoraOptions
+from mmpeft_ds.recipe.parse import Origin
 from mmpeft_ds.sites import Sites
 
 
@@ -18,6 +24,15 @@ class Lora(SiteMethod):
     Config = LoraConfig
     peft_type = "LORA"
     prefix = "lora_"
+
+    @classmethod
+    def config(cls, options: LoraOptions, origin: Origin) -> LoraConfig:
+        """As every method's; peft's own type of `init_lora_weights` knows no `pissa_niter_4`."""
+        if not REWRITING.fullmatch(str(options.init_lora_weights)):
+            return super().config(options, origin)
+        config = super().config(dataclasses.replace(options, init_lora_weights=True), origin)
+        config.init_lora_weights = options.init_lora_weights
+        return config
 
     @classmethod
     def check(cls, config: LoraConfig, sites: Sites, condition_width: int | None) -> None:
@@ -31,9 +46,26 @@ class Lora(SiteMethod):
         if config.target_modules is None:
             chosen = _chosen(config, sites)
             config.target_modules = set(chosen.projections(("q", "v")))
-            config.layers_to_transform = None  # the paths say it already
+            config.layers_to_transform = config.layers_pattern = None  # the paths say it already
             config.fan_in_fan_out = stored_in_by_out(model, config.target_modules)
         return config
+
+    @classmethod
+    def attach(cls, config: LoraConfig, model: nn.Module) -> PeftModel:
+        """As peft does it, but `pissa` and `olora` leave the frozen weights alone (see `start`)."""
+        given = config.init_lora_weights
+        if not REWRITING.fullmatch(str(given)):
+            return super().attach(config, model)
+        plain = copy.copy(config)
+        plain.init_lora_weights = True
+        wrapped = super().attach(plain, model)
+        start.begin(wrapped, str(given))
+        return wrapped
+
+    @classmethod
+    def saved_form(cls, model: PeftModel, trained: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Of `pissa` and `olora` a plain LoRA of twice the rank: what was trained less its start."""
+        return start.as_plain_lora(model, trained)
 
     @classmethod
     def kind(cls, name: str) -> str:

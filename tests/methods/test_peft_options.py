@@ -1,0 +1,279 @@
+"""Every option of peft's own LoRA and (IA)^3 ends in an adapter that is what was trained, or is refused by name.
+
+A field that a new version of peft brings fails here until it is decided.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from torch import Tensor
+
+from mmpeft_ds import adapter, merging, methods
+from mmpeft_ds import recipe as recipes
+from mmpeft_ds.engine.assembly import resolve
+from mmpeft_ds.engine.assembly.build import check_trainables
+from mmpeft_ds.engine.assembly.forward import forward
+from mmpeft_ds.engine.export import export_adapter
+from mmpeft_ds.errors import BadInput
+from mmpeft_ds.methods.ia3.options import IA3Options
+from mmpeft_ds.methods.lora.options import REFUSED, REFUSED_STARTS, LoraOptions
+from mmpeft_ds.sites import find_sites
+from tests.helpers import ROOT
+from tests.helpers.models.tiny_zoo import ZOO, output
+from tests.helpers.runs import tiny_classifier
+
+# Fields of every peft config, which peft fills in by itself.
+PEFTS = {f.name for f in dataclasses.fields(peft.PeftConfig)}
+TOKENS = {"word_embeddings": [1, 6]}
+BLOCKS = {"target_modules_bd_a": ["query"], "target_modules_bd_b": ["value"], "nblocks": 2}
+# field -> settings with which it is trained; those of a refused one, and what the line says
+LORA_WORKS: dict[str, list[dict[str, Any]]] = {
+    "r": [{"r": 3}],
+    "target_modules": [{"target_modules": ["query", "dense"]}, {"target_modules": ".*query"}],
+    "exclude_modules": [{"target_modules": ["query", "value"], "exclude_modules": ["value"]}],
+    "lora_alpha": [{"lora_alpha": 3}],
+    "lora_dropout": [{"lora_dropout": 0.3}],
+    "fan_in_fan_out": [],  # found by itself: see the test with GPT-2
+    "bias": [{"bias": "lora_only"}],
+    "use_rslora": [{"use_rslora": True}],
+    "modules_to_save": [{"modules_to_save": ["embeddings.LayerNorm"]}],
+    "init_lora_weights": [
+        {"init_lora_weights": False},
+        {"init_lora_weights": "gaussian"},
+        {"init_lora_weights": "orthogonal"},
+        {"init_lora_weights": "pissa"},
+        {"init_lora_weights": "pissa_niter_4", "lora_dropout": 0.2},
+        {"init_lora_weights": "olora", "lora_alpha": 3},
+        {
+            "init_lora_weights": "pissa",
+            "use_rslora": True,
+            "rank_pattern": {"query": 5},
+            "alpha_pattern": {"value": 3},
+        },
+    ],
+    "layers_to_transform": [{"layers_to_transform": [1]}, {"layers_to_transform": 1}],
+    "layers_pattern": [
+        {"target_modules": ["query"], "layers_to_transform": [1], "layers_pattern": "layer"},
+        {"layers_to_transform": [0], "layers_pattern": "layer"},
+    ],
+    "rank_pattern": [{"rank_pattern": {"query": 5}}],
+    "alpha_pattern": [{"alpha_pattern": {"query": 5}}],
+    "trainable_token_indices": [{"trainable_token_indices": TOKENS}, {"trainable_token_indices": [1, 6]}],
+    "use_dora": [{"use_dora": True}],
+    "lora_bias": [{"lora_bias": True}],
+    "use_bdlora": [{"use_bdlora": BLOCKS}],
+}
+ONLY_FLOAT32 = {"bias", "modules_to_save"}
+LORA_REFUSED: dict[str, dict[str, Any]] = {
+    "loftq_config": {"loftq_config": {"loftq_bits": 4}},
+    "eva_config": {"eva_config": {"rho": 2.0}},
+    "corda_config": {"corda_config": {"corda_method": "kpm"}},
+    "lora_ga_config": {"lora_ga_config": {"scale": "unit"}},
+    "megatron_config": {"megatron_config": {"a": 1}},
+    "megatron_core": {"megatron_core": "other"},
+    "velora_config": {"velora_config": {"num_groups": 4}},
+    "monteclora_config": {"monteclora_config": {}},
+    "kasa_config": {"kasa_config": {}},
+    "alora_invocation_tokens": {"alora_invocation_tokens": [5]},
+    "use_qalora": {"use_qalora": True},
+    "qalora_group_size": {"qalora_group_size": 4},
+    "layer_replication": {"layer_replication": [[0, 2], [1, 2]]},
+    "runtime_config": {"runtime_config": {"ephemeral_gpu_offload": True}},
+    "target_parameters": {"target_parameters": ["query.weight"]},
+    "arrow_config": {"arrow_config": {}},
+    "ensure_weight_tying": {"ensure_weight_tying": True},
+}
+IA3_WORKS: dict[str, list[dict[str, Any]]] = {
+    "target_modules": [{"target_modules": ["key", "value"], "feedforward_modules": []}],
+    "exclude_modules": [
+        {"target_modules": ["key", "value"], "feedforward_modules": [], "exclude_modules": ["value"]},
+    ],
+    "feedforward_modules": [{"target_modules": ["key", "output.dense"], "feedforward_modules": ["output.dense"]}],
+    "fan_in_fan_out": [],
+    "modules_to_save": [{"modules_to_save": ["embeddings.LayerNorm"]}],
+    "init_ia3_weights": [{"init_ia3_weights": False}, {}],
+}
+TRAINED = [
+    (name, settings, dtype)
+    for name, table in (("lora", LORA_WORKS), ("ia3", IA3_WORKS))
+    for field, cases in table.items()
+    for settings in cases
+    for dtype in ("float32", "bfloat16")
+    if not (dtype == "bfloat16" and field in ONLY_FLOAT32)
+]
+
+
+def test_every_field_of_peft_is_decided_and_offered():
+    decided = {"lora": (peft.LoraConfig, LORA_WORKS.keys() | LORA_REFUSED.keys()), "ia3": (peft.IA3Config, IA3_WORKS)}
+    for name, (config, fields) in decided.items():
+        there = {f.name for f in dataclasses.fields(config)} - PEFTS
+        assert there == set(fields) == set(methods.get(name).Options.own_fields()), name
+    assert LORA_REFUSED.keys() == REFUSED.keys() and not LORA_WORKS.keys() & REFUSED.keys()
+
+
+def test_every_start_that_peft_names_is_decided():
+    hint = next(f for f in dataclasses.fields(peft.LoraConfig) if f.name == "init_lora_weights")
+    named = {value for value in ("gaussian", "eva", "olora", "pissa", "corda", "loftq", "orthogonal", "mica")}
+    assert all(value in str(hint.type) for value in named)
+    listed = str(hint.type).split("[", 1)[1].rsplit("]", 1)[0].replace("pissa_niter_[number of iters]", "")
+    assert {part.strip(" '\"") for part in listed.split(",")} - {""} == named
+    assert named - REFUSED_STARTS.keys() == {"gaussian", "olora", "pissa", "orthogonal"}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("peft_options")
+    tiny_classifier.make_towers(path)
+    return path
+
+
+def logits(model: torch.nn.Module, backbone: Any) -> Tensor:
+    return merging.outputs(model.eval(), backbone, merging.probe(backbone))[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "dtype"), TRAINED, ids=lambda part: str(part).replace(" ", "") if part else "plain"
+)
+def test_two_steps_with_an_option_are_what_its_adapter_says_on_a_fresh_base(folder, tmp_path, name, settings, dtype):
+    recipe = tiny_classifier.make_recipe(folder, method={"name": name, **settings}, engine__dtype=dtype)
+    recipes.components(recipe).method.options.check_training(dtype, 0)
+    resolved = tiny_classifier.make_resolved(recipes.filled(recipe), tiny_classifier.TinyTask())
+    backbone = resolved.backbone
+    frozen, base, fresh = logits(backbone.build(), backbone), backbone.build(), backbone.build()
+    kept = {path: p.clone() for path, p in base.named_parameters()}
+    torch.manual_seed(7)
+    model = resolve.attach(resolved, base).train()
+    trainables = {path: p for path, p in model.named_parameters() if p.requires_grad}
+    check_trainables(trainables)
+    optimizer = torch.optim.Adam(trainables.values(), 0.05)
+    for _ in range(2):
+        forward(model, backbone, merging.probe(backbone)).logits.float().square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    trained = logits(model, backbone)
+    assert (trained - frozen).abs().max() > 0.1
+    if settings.get("bias") is None:  # else peft trains those of the base itself
+        bare = {path.replace(".base_layer", "").replace(".token_adapter", ""): p
+                for path, p in model.get_base_model().named_parameters() if not p.requires_grad}  # fmt: skip
+        assert all(torch.equal(bare[path], p) for path, p in kept.items() if path in bare)
+    resolved.train = resolved.validation = []
+    export_adapter(tmp_path / "adapter", model, resolved, {})
+    assert torch.equal(logits(adapter.load(tmp_path / "adapter").model, backbone), trained)
+    resolve.float32_heads(fresh)
+    assert torch.equal(logits(peft.PeftModel.from_pretrained(fresh, tmp_path / "adapter"), backbone), trained)
+
+
+@pytest.mark.parametrize("settings", LORA_REFUSED.values(), ids=LORA_REFUSED)
+def test_what_does_not_work_is_refused_by_name(settings):
+    (name,) = settings
+    with pytest.raises(BadInput, match=f"^{name}: is not offered: .+") as refused:
+        LoraOptions(**settings).check_training("float32", 0)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("settings", "dtype", "stage", "says"),
+    [
+        *(({"init_lora_weights": start}, "float32", 0, f"{start}.* is not offered") for start in REFUSED_STARTS),
+        ({"init_lora_weights": "pisa"}, "float32", 0, "no such start.*pissa_niter_4"),
+        ({"init_lora_weights": "pissa_niter_x"}, "float32", 0, "no such start"),
+        ({"init_lora_weights": "pissa", "use_dora": True}, "float32", 0, "^use_dora: does not go with"),
+        ({"init_lora_weights": "olora", "lora_bias": True}, "float32", 0, "^lora_bias: does not go with"),
+        ({"bias": "all"}, "float32", 0, "^bias: all is not offered.*bitfit"),
+        ({"bias": "lora_only"}, "bfloat16", 0, "^bias: .*bfloat16.*bitfit"),
+        ({"modules_to_save": ["pooler"]}, "bfloat16", 0, "^modules_to_save: .*pooler in bfloat16"),
+        ({"trainable_token_indices": [1]}, "float32", 3, "^trainable_token_indices: .*stage 3"),
+    ],
+)
+def test_values_that_do_not_work_are_refused_with_the_remedy(settings, dtype, stage, says):
+    with pytest.raises(BadInput, match=says):
+        LoraOptions(**settings).check_training(dtype, stage)
+
+
+def test_ia3_refuses_half_precision_copies():
+    IA3Options(modules_to_save=["pooler"]).check_training("float32", 3)
+    with pytest.raises(BadInput, match="pooler in bfloat16"):
+        IA3Options(modules_to_save=["pooler"]).check_training("bfloat16", 0)
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"target_modules": ["nothing"]}, "recipe: method: .*target_modules"),
+        ({"modules_to_save": ["nothing"]}, "recipe: method.modules_to_save: .*'nothing'"),
+        ({"init_lora_weights": "orthogonal", "r": 3}, "recipe: method: .*even"),
+        ({"init_lora_weights": "pissa", "r": 17}, "recipe: method: r: 17 is more than the 16 singular values"),
+        (
+            {"init_lora_weights": "pissa", "target_modules": ["word_embeddings"]},
+            "recipe: method: init_lora_weights: pissa cannot start at .*word_embeddings .Embedding.",
+        ),
+    ],
+)
+def test_what_only_the_model_can_tell_is_one_line_before_training(folder, settings, says):
+    recipe = tiny_classifier.make_recipe(folder, method={"name": "lora", **settings})
+    resolved = tiny_classifier.make_resolved(recipes.filled(recipe), tiny_classifier.TinyTask())
+    for on_meta in (True, False):  # as --check, and as a run
+        with pytest.raises(BadInput, match=says), torch.device("meta" if on_meta else "cpu"):
+            resolve.attach(resolved, resolved.backbone.build(on_meta=on_meta))
+
+
+@pytest.mark.parametrize("start", ["pissa", "pissa_niter_2"])
+def test_a_start_works_on_weights_that_are_stored_in_by_out(start):
+    """GPT-2's Conv1D; peft's OLoRA does not turn such weights and is refused."""
+    lora = methods.get("lora")
+    base = ZOO["gpt2"].build()
+    frozen = output(base, ZOO["gpt2"])
+    config = lora.prepare(peft.LoraConfig(r=2, init_lora_weights="pissa"), base, find_sites(base))
+    config.init_lora_weights = start
+    model = lora.attach(config, base)
+    torch.testing.assert_close(output(model, ZOO["gpt2"]), frozen, rtol=1e-5, atol=1e-6)
+    with model.disable_adapter():
+        assert torch.equal(output(model, ZOO["gpt2"]), frozen)
+    config.init_lora_weights = "olora"
+    with pytest.raises(BadInput, match="olora cannot start at .*Conv1D"):
+        lora.attach(config, ZOO["gpt2"].build())
+
+
+def test_a_start_is_the_one_that_peft_computes(folder):
+    """PiSSA by peft itself: the same factors, and the same outputs but for rounding."""
+    recipe = tiny_classifier.make_recipe(folder, method={"name": "lora", "init_lora_weights": "pissa"})
+    resolved = tiny_classifier.make_resolved(recipes.filled(recipe), tiny_classifier.TinyTask())
+    model = resolve.attach(resolved, resolved.backbone.build())
+    base = resolved.backbone.build()
+    resolve.float32_heads(base)
+    config = resolved.method.prepare(resolved.method_config, base, find_sites(base))
+    theirs = peft.get_peft_model(base, config)
+    ours = dict(model.named_parameters())
+    factors = {path: p for path, p in theirs.named_parameters() if ".lora_" in path}
+    assert factors and all(torch.equal(ours[path], p) for path, p in factors.items())
+    generator = torch.Generator().manual_seed(1)
+    for path, p in factors.items():  # both trained alike
+        change = torch.randn(p.shape, generator=generator)
+        p.data += change
+        ours[path].data += change
+    one, other = (logits(m, resolved.backbone) for m in (model, theirs))
+    torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
+def test_a_refusal_needs_no_torch(tmp_path):
+    """The whole command, with data sets that are not prepared: the option is said first."""
+    code = (
+        "import sys; from mmpeft_ds import recipe; from mmpeft_ds.engine.assembly.outline import outline\n"
+        "try: outline(recipe.load(sys.argv[1], ['method={name: lora, init_lora_weights: eva}']))\n"
+        "except Exception as e: print(e)\n"
+        "assert 'torch' not in sys.modules"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(ROOT / "recipes" / "quickstart.yaml")],
+        capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}, cwd=tmp_path, check=True,
+    )  # fmt: skip
+    assert "method: init_lora_weights: 'eva' is not offered: it needs activations" in done.stdout
