@@ -90,11 +90,11 @@ def _fill(
     resolved: Any,
     metrics: dict[str, Any],
 ) -> None:
-    saved, changed = resolved.method.saved_form(model, trained)
+    saved = resolved.method.saved_tensors(model, trained)
     # Give peft whole tensors, so that it does not look at the shards. `auto` would ask the hub about embeddings.
     model.save_pretrained(str(partial), state_dict=dict(saved), save_embedding_layers=False)
     _verify(partial / WEIGHTS, saved)
-    if changed:
+    if changed := resolved.method.saved_fields(resolved.method_config):
         config = json.loads((partial / CONFIG).read_text("utf-8"))
         write_json(partial / CONFIG, config | changed)
     recipe, backbone = resolved.recipe, resolved.backbone

@@ -195,18 +195,20 @@ class SiteMethod:
         return peft.get_peft_model(model, config)
 
     @classmethod
-    def saved_form(cls, model: PeftModel, trained: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """What an adapter directory holds of a trained model, so that peft loads it onto the frozen model as it was.
+    def saved_tensors(cls, model: PeftModel, trained: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Tensors of an adapter directory, with which peft makes of the frozen model what `model` is.
 
-        Default: what was trained, under the config that it was attached with.
+        Default: what was trained.
 
         Args:
             trained: name -> whole tensor of each trained parameter, on the CPU.
-
-        Returns:
-            tensors by name, and the fields of adapter_config.json that differ from the model's config.
         """
-        return trained, {}
+        return trained
+
+    @classmethod
+    def saved_fields(cls, config: PeftConfig) -> dict[str, Any]:
+        """Fields of adapter_config.json that differ from `config`, with which the adapter trained. Default: none."""
+        return {}
 
     @classmethod
     def unmergeable(cls, config: PeftConfig) -> str | None:

@@ -82,6 +82,8 @@ def read_config(path: Path, base_model: PreTrainedModel, section: Section, renam
             f"{path}: is no configuration of method {section.name} ({first_line(error)}). {REMEDY}"
         ) from error
     expected = method.prepare(copy.deepcopy(of_recipe), base_model, find_sites(base_model))
+    for option, value in method.saved_fields(expected).items():
+        setattr(expected, option, value)
     for option in section.options.own_fields():
         here, there = getattr(config, option), getattr(expected, option)
         # how the weights started says nothing of trained ones

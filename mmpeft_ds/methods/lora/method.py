@@ -63,9 +63,14 @@ class Lora(SiteMethod):
         return wrapped
 
     @classmethod
-    def saved_form(cls, model: PeftModel, trained: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Of `pissa` and `olora` a plain LoRA of twice the rank: what was trained less its start."""
-        return start.as_plain_lora(model, trained)
+    def saved_tensors(cls, model: PeftModel, trained: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Of `pissa` and `olora` the factors of a plain LoRA: what was trained less its start."""
+        return start.joined(model, trained)
+
+    @classmethod
+    def saved_fields(cls, config: LoraConfig) -> dict[str, Any]:
+        """Of `pissa` and `olora` those of a plain LoRA of twice the rank and the same scale."""
+        return start.plain_fields(config) if REWRITING.fullmatch(str(config.init_lora_weights)) else {}
 
     @classmethod
     def kind(cls, name: str) -> str:

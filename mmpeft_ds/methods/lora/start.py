@@ -17,7 +17,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
 from peft.tuners import lora
 from torch import Tensor, nn
 from torch.nn import functional
@@ -67,16 +67,18 @@ def begin(model: PeftModel, init: str) -> None:
             layer.lora_A[name], layer.lora_B[name] = Factor(down, up=False), Factor(up, up=True)
 
 
-def as_plain_lora(model: PeftModel, trained: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """What peft loads onto the frozen model as it was, as `SiteMethod.saved_form`."""
-    factors = {f"{path}.weight": m for path, m in model.named_modules() if isinstance(m, Factor)}
-    if not factors:
-        return trained, {}
-    joined = {name: factors[name].joined(w) if name in factors else w for name, w in trained.items()}
-    config = model.peft_config[model.active_adapter]
+def joined(model: PeftModel, trained: dict[str, Tensor]) -> dict[str, Tensor]:
+    """`trained`, with the start joined to each factor that has one, as `SiteMethod.saved_tensors`."""
+    factors = {f"{path}.weight": module for path, module in model.named_modules() if isinstance(module, Factor)}
+    return {name: factors[name].joined(w) if name in factors else w for name, w in trained.items()}
+
+
+def plain_fields(config: LoraConfig) -> dict[str, Any]:
+    """Fields of the config of the joined factors, as `SiteMethod.saved_fields`."""
     # The scale stays: it is alpha / r, or with use_rslora alpha / sqrt(r).
     grown = 2**0.5 if config.use_rslora else 2
-    return joined, {
+    return {
+        "init_lora_weights": True,
         "r": 2 * config.r,
         "rank_pattern": {path: 2 * r for path, r in (config.rank_pattern or {}).items()},
         "lora_alpha": grown * config.lora_alpha,
