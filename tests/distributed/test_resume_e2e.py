@@ -22,6 +22,7 @@ TRAIN = ROOT / "launchers" / "train.py"
 EXACT = ("step", "epoch", "loss", "lr", "grad_norm", "sample_keys_hash", "weight")
 STEPS = 15  # three epochs of five steps
 LIMIT = 240.0  # seconds a launch may take on a busy machine
+GRACE = "engine.stop_grace=120"  # a clean stop on a busy machine
 
 
 def arguments(folder: Path, run: str, *sets: str) -> list[str]:
@@ -95,17 +96,17 @@ def test_killed_then_stopped_twice_continues_to_the_bit(folder, untouched, kille
     run = "stopped"
     shutil.copytree(killed, folder / run)
     # to the launcher alone: it dies of it, and its ranks have to notice
-    with launch.Launch(TRAIN, *arguments(folder, run), ranks=2) as launched:
+    with launch.Launch(TRAIN, *arguments(folder, run, GRACE), ranks=2) as launched:
         wait_for_step(folder, run, 8, launched)
         launched.process.send_signal(signal.SIGTERM)
-        result = launched.wait(25)
+        result = launched.wait(LIMIT)
     assert result.code == -signal.SIGTERM and not result.killed, result.tail()
     assert_stopped_cleanly(folder / run, result)
     # to the group, with loader processes
-    with launch.Launch(TRAIN, *arguments(folder, run, "data.workers=1"), ranks=2) as launched:
+    with launch.Launch(TRAIN, *arguments(folder, run, GRACE, "data.workers=1"), ranks=2) as launched:
         wait_for_step(folder, run, 11, launched)
         os.killpg(launched.session, signal.SIGTERM)
-        result = launched.wait(25)
+        result = launched.wait(LIMIT)
     assert not result.killed, result.tail()
     assert_stopped_cleanly(folder / run, result)
     result = launch.run_forked(TRAIN, *arguments(folder, run))
