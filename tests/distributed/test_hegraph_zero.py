@@ -24,7 +24,7 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(worker.setup.feature_bank, "read", None)  # the worker replaces it; this puts it back
+        patch.setattr(worker.feature_bank, "read", None)  # the worker replaces it; this puts it back
         return worker.run_plainly(tmp_path_factory.mktemp("plain"))
 
 
@@ -49,7 +49,7 @@ def test_two_ranks_under_zero3_train_as_one_plain_process(folder, plain, shard):
 def test_training_used_the_factor_of_training(folder, tmp_path):
     """The engine ran without dropout, so in evaluation mode; with the other factor the losses would differ."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(worker.setup.feature_bank, "read", None)
+        patch.setattr(worker.feature_bank, "read", None)
         of_relations = Coefficients.of_relations
         patch.setattr(Coefficients, "of_relations", lambda self, training: of_relations(self, False))
         wrong = worker.run_plainly(tmp_path)

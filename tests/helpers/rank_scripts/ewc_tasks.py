@@ -8,6 +8,8 @@ Both tasks ask the same questions about the same images and want other answers.
 import sys
 from pathlib import Path
 
+import torch.distributed as dist
+
 from mmpeft_ds.engine import trainer
 from mmpeft_ds.runs import fisher
 from tests.helpers.runs import tiny_vqa
@@ -30,7 +32,7 @@ def main() -> None:
     # a strength of 0 starts from the same weights and does not pull
     run(folder, "run_free", "data_b", 10, file=str(out), strength=0.0)
     run(folder, "run_held", "data_b", 10, file=str(out), strength=2000.0)
-    trainer.torch.distributed.destroy_process_group()
+    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
