@@ -188,11 +188,16 @@ class SiteMethod:
     def attach(cls, config: PeftConfig, model: nn.Module) -> PeftModel:
         """`model` with the layers of the method in it; `config` is what `prepare` gave.
 
-        Default: as peft does it. It must leave the frozen weights as they are: an adapter is loaded onto those.
+        Default: as peft does it, and refused where no forward would read the layers (BadInput). It must leave the
+        frozen weights as they are: an adapter is loaded onto those.
         """
         import peft
 
-        return peft.get_peft_model(model, config)
+        from mmpeft_ds.methods.common.select import refuse_never_called
+
+        wrapped = peft.get_peft_model(model, config)
+        refuse_never_called(model)
+        return wrapped
 
     @classmethod
     def saved_tensors(cls, model: PeftModel, trained: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -28,6 +28,23 @@ def made(folders, family="clip", **options):
     return backbone, backbone.build().eval()
 
 
+def attached(base, name, **options):
+    """A PeftModel as the engine makes it, every weight of the adapter other than 0."""
+    method = get(name)
+    model = method.attach(method.prepare(method.Config(**options), base, find_sites(base)), base)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.1)
+    return model
+
+
+def without_gradient(model, inputs):
+    """Names of the trained parameters that the similarities of all pairs do not reach."""
+    out = model(**inputs)
+    (out.text_features @ out.image_features.T).square().sum().backward()
+    return [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None]
+
+
 def image(seed):
     return torch.randint(0, 256, (3, 9, 12), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
 
@@ -106,6 +123,34 @@ def test_long_texts_keep_their_end_token(folders):
     backbone, _ = made(folders, max_text_length=5)
     ids = backbone.collate_texts(["a red circle is it a blue square"])["input_ids"]
     assert ids.shape == (1, 5) and ids[0, -1] == tiny_clip.VOCABULARY["[EOS]"]
+
+
+def test_lora_that_siglips_pooling_head_would_never_read_is_refused_and_trains_without_it(folders):
+    """`nn.MultiheadAttention` reads the weight of its out_proj and does not call the module."""
+    backbone, base = made(folders, "siglip")
+    inputs = backbone.inputs(batch(backbone, *PAIRS))
+    config = peft.LoraConfig(target_modules=["q_proj", "out_proj"], r=2, init_lora_weights=False)
+    idle = without_gradient(peft.get_peft_model(base, config), inputs)
+    assert len(idle) == 2 and all("head.attention.out_proj" in name for name in idle), "peft attaches it all the same"
+    with pytest.raises(BadInput, match=r"exclude_modules: \[head.attention.out_proj\]") as caught:
+        attached(made(folders, "siglip")[1], "lora", target_modules=["q_proj", "out_proj"])
+    assert "\n" not in str(caught.value)
+    left_out = dict(target_modules=["q_proj", "out_proj"], exclude_modules=["head.attention.out_proj"], r=2)
+    assert without_gradient(attached(made(folders, "siglip")[1], "lora", **left_out), inputs) == []
+
+
+def test_lora_around_the_whole_attention_of_the_pooling_head_is_no_fault(folders):
+    backbone, base = made(folders, "siglip")
+    model = attached(base, "lora", target_modules=["head.attention"], r=2)
+    assert without_gradient(model, backbone.inputs(batch(backbone, *PAIRS))) == []
+
+
+def test_trained_biases_leave_out_what_the_pooling_head_never_calls(folders):
+    backbone, base = made(folders, "siglip")
+    model = attached(base, "bitfit", biases=["vision_model.*"])
+    names = [n for n, p in model.named_parameters() if p.requires_grad]
+    assert any(".head.mlp." in n for n in names) and not any("head.attention" in n for n in names)
+    assert without_gradient(model, backbone.inputs(batch(backbone, *PAIRS))) == []
 
 
 @pytest.mark.parametrize("tower", ["text", "image"])

@@ -101,7 +101,8 @@ def biases_like(model: nn.Module, patterns: Sequence[str] | None, key: str = "tr
     Raises:
         BadInput: if a pattern matches no such module.
     """
-    biased = [path for path, module in _of_the_model(model) if has_bias(base_layer(module))]
+    idle = never_called(model)
+    biased = [path for path, module in _of_the_model(model) if has_bias(base_layer(module)) and path not in idle]
     return biased if patterns is None else _matching(key, "module with a bias", biased, patterns)
 
 
@@ -109,6 +110,30 @@ def has_bias(module: nn.Module) -> bool:
     """Whether `module` is a Linear, a Conv1D or a norm that adds a bias to its output."""
     adds = isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D" or "Norm" in type(module).__name__
     return adds and isinstance(getattr(module, "bias", None), nn.Parameter)
+
+
+def never_called(model: nn.Module) -> list[str]:
+    """Paths of the output projections of `nn.MultiheadAttention`, which reads their weights and never calls them.
+
+    What is attached to one trains nothing and changes nothing. peft's layer around the whole attention does work.
+    SigLIP's pooling head holds such an attention.
+    """
+    return [
+        f"{path}.out_proj".lstrip(".")
+        for path, module in model.named_modules()
+        if isinstance(module, nn.MultiheadAttention) and not path.endswith(".base_layer")
+    ]
+
+
+def refuse_never_called(model: nn.Module) -> None:
+    """Raise BadInput if `model` holds adapters in modules that are never called; see `never_called`."""
+    idle = [path for path in never_called(model) if isinstance(model.get_submodule(path), BaseTunerLayer)]
+    if idle:
+        names = [".".join(path.split(".")[-3:]) for path in idle]
+        raise BadInput(
+            f"target_modules: {idle[0]} is inside nn.MultiheadAttention, which never calls it, so an adapter "
+            f"there would train nothing. Leave it out: exclude_modules: [{', '.join(names)}]"
+        )
 
 
 def inside(path: str, parents: Collection[str]) -> bool:
