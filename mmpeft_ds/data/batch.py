@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -69,6 +69,18 @@ class Described:
 
     def __str__(self) -> str:
         return self.text
+
+
+class CollatedTexts(dict[str, Tensor]):
+    """Forward arguments of the text side, as `collate_texts` returns them, with counts of what is not as in the texts.
+
+    Attributes:
+        changes: (T, 3) int64: tokens cut from the prompt, tokens cut from the target, control tokens read as words.
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor], changes: Tensor):
+        super().__init__(tensors)
+        self.changes = changes
 
 
 @dataclass
@@ -148,6 +160,7 @@ class PackedBatch:
         records: S json objects; raw texts are kept under `raw_texts`.
         raw_texts: T strings, or `Prompted` with the number of images set.
         bad: (kind, shard, key) of the slots that could not be used.
+        changes: (T, 3) as in `CollatedTexts`; None if nobody counted.
     """
 
     sample_id: list[str]
@@ -160,6 +173,7 @@ class PackedBatch:
     records: list[dict[str, Any]]
     raw_texts: list[str | Prompted]
     bad: list[tuple[str, str, str]]
+    changes: Tensor | None = None
 
     @property
     def modalities(self) -> frozenset[str]:
@@ -171,6 +185,12 @@ class PackedBatch:
     def text_weight(self) -> Tensor:
         """(T,) weight of the slot that owns each text."""
         return self.weight[self.text_owner]
+
+    def changed_texts(self) -> list[int]:
+        """How many texts of weight > 0 have a cut prompt, a cut target, and control tokens that are read as words."""
+        if self.changes is None:
+            return [0, 0, 0]
+        return ((self.changes > 0) & (self.text_weight > 0)[:, None]).sum(0).tolist()
 
     def to(self, device: torch.device | str, non_blocking: bool = True) -> PackedBatch:
         """A copy with its tensors on `device`."""
@@ -217,7 +237,7 @@ def pack(
 
     Raises:
         ValueError: if a sample has another number of targets than texts.
-        BadSample: if a text names another number of images than its sample has.
+        BadSample: if a text names another number of images than its sample has, or cannot be turned into tokens.
     """
     for s in samples:
         if len(s.targets) != len(s.texts):
@@ -229,15 +249,22 @@ def pack(
     def owner(counts: list[int]) -> Tensor:
         return torch.repeat_interleave(torch.arange(len(samples)), torch.tensor(counts, dtype=torch.int64))
 
+    collated = collate_texts(texts) if texts else {}
     return PackedBatch(
         sample_id=[s.sample_id for s in samples],
         weight=torch.tensor([s.weight for s in samples], dtype=torch.float32),
         images=collate_images(images) if images else {},
         image_owner=owner([len(s.images) for s in samples]),
-        texts=collate_texts(texts) if texts else {},
+        texts=dict(collated),
         text_owner=owner([len(s.texts) for s in samples]),
         targets=collate_targets(targets) if targets else {},
         records=[s.record for s in samples],
         raw_texts=[t.text if isinstance(t, Described) else t for t in texts],
         bad=[s.bad for s in samples if s.bad is not None],
+        changes=changes_of(collated, len(texts)),
     )
+
+
+def changes_of(collated: Mapping[str, Tensor], texts: int) -> Tensor:
+    """(T, 3) changes of that many collated texts; zeros where the backbone counts none."""
+    return collated.changes if isinstance(collated, CollatedTexts) else torch.zeros(texts, 3, dtype=torch.int64)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from mmpeft_ds.data import order
-from mmpeft_ds.data.batch import Described, PackedBatch, with_images
+from mmpeft_ds.data.batch import Described, PackedBatch, changes_of, with_images
 from mmpeft_ds.data.feature_columns import Columns, ShardColumns, reachable
 from mmpeft_ds.data.identity import PICTURE, content_id
 from mmpeft_ds.data.shards import ShardReader
@@ -117,6 +117,9 @@ class FeatureBatches:
 
         Returns:
             None if it has to be read sample by sample.
+
+        Raises:
+            BadSample: if the tensors of the texts cannot be made; then as well.
         """
         by_shard = {int(s): np.flatnonzero(shards == s) for s in np.unique(shards)}
         columns = {s: self.columns.shard(s) for s in by_shard}
@@ -214,17 +217,19 @@ class FeatureBatches:
         weight = torch.zeros(size)
         weight[torch.from_numpy(slots)] = 1.0
         source = self.source
+        collated = source.collate_texts(texts) if texts else {}
         return PackedBatch(
             sample_id=sample_id,
             weight=weight,
             images=source.collate_images(images),
             image_owner=torch.from_numpy(slots),
-            texts=source.collate_texts(texts) if texts else {},
+            texts=dict(collated),
             text_owner=torch.from_numpy(text_owner),
             targets=source.collate_targets(targets) if targets else {},
             records=kept,
             raw_texts=raw,
             bad=[],
+            changes=changes_of(collated, len(texts)),
         )
 
 

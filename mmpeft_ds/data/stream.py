@@ -32,6 +32,11 @@ from mmpeft_ds.errors import BadInput, BadSample
 
 log = logging.getLogger(__name__)
 
+# What one sample may cause in the functions of a backbone or task that make tensors of a batch.
+PACKING_ERRORS = (
+    BadSample, ValueError, TypeError, RuntimeError, ArithmeticError, LookupError, AssertionError,
+)  # fmt: skip
+
 
 @dataclass
 class StreamSource:
@@ -221,18 +226,18 @@ class _Loader:
         functions = source.collate_images, source.collate_texts, source.collate_targets
         try:
             return pack(samples, *functions)
-        except (ValueError, TypeError, RuntimeError, ArithmeticError, LookupError, AssertionError) as error:
-            usable = [_packs(sample, functions) for sample in samples]
-            good = [sample.weight > 0 and kept for sample, kept in zip(samples, usable, strict=True)]
-            if all(usable) or not any(good):  # not a single sample's doing
+        except PACKING_ERRORS as error:
+            kinds = [_refused(sample, functions) for sample in samples]
+            good = [sample.weight > 0 and kind is None for sample, kind in zip(samples, kinds, strict=True)]
+            alone = isinstance(error, BadSample)  # else it may be none of the samples' doing
+            if not any(kinds) or not (alone or any(good)):
                 raise
-            log.warning("samples that cannot be packed: %s", " ".join(str(error).split())[:200])
         return pack(
             [
                 sample
-                if kept
-                else Sample(sample.sample_id, bad=("collate", shard, sample.sample_id.partition("/")[2]))
-                for sample, kept, shard in zip(samples, usable, shards, strict=True)
+                if kind is None
+                else Sample(sample.sample_id, bad=(kind, shard, sample.sample_id.partition("/")[2]))
+                for sample, kind, shard in zip(samples, kinds, shards, strict=True)
             ],
             *functions,
         )
@@ -247,7 +252,10 @@ class _Loader:
         if (chosen := self.places[source]) is not None:
             starts = np.cumsum([0, *map(len, chosen)])
             samples = np.concatenate(chosen)[starts[shards] + samples]
-        return self.gathers[source].make(epoch, shards, samples, filled, size)
+        try:
+            return self.gathers[source].make(epoch, shards, samples, filled, size)
+        except BadSample:
+            return None
 
     def close(self) -> None:
         for reader in self.readers:
@@ -385,13 +393,14 @@ class BadBudget:
         )
 
 
-def _packs(sample: Sample, functions: Sequence[Callable]) -> bool:
+def _refused(sample: Sample, functions: Sequence[Callable]) -> str | None:
+    """Kind of the fault for which a sample cannot be packed alone; None if it can."""
     try:
         pack([sample], *functions)
-    except (ValueError, TypeError, RuntimeError, ArithmeticError, LookupError, AssertionError) as error:
+    except PACKING_ERRORS as error:
         log.warning("bad sample %s: %s", sample.sample_id, " ".join(str(error).split())[:200])
-        return False
-    return True
+        return error.kind if isinstance(error, BadSample) else "collate"
+    return None
 
 
 def _record(parts: dict[str, bytes], fields: Sequence[str]) -> dict[str, Any]:

@@ -29,7 +29,7 @@ from mmpeft_ds.backbones.common import stock, tower_loading
 from mmpeft_ds.backbones.common.generation import in_step
 from mmpeft_ds.backbones.common.stock_backbone import WHERE, StockBackbone
 from mmpeft_ds.backbones.common.transform import SquareTransform
-from mmpeft_ds.data.batch import GenerationOutput, PackedBatch, Prompted
+from mmpeft_ds.data.batch import CollatedTexts, GenerationOutput, PackedBatch, Prompted
 from mmpeft_ds.errors import BadInput
 from mmpeft_ds.ops.context_enhancement import MODES
 from mmpeft_ds.sites.base import base_model
@@ -121,7 +121,8 @@ class BlipBackbone(StockBackbone):
         questions = tokens.encoder([t.prompt for t in given], o.max_text_length, fused=o.form == "vqa")
         if o.form == "retrieval":
             return questions
-        return {**questions, **tokens.answers([t.target for t in given], o.max_answer_length)}
+        answers = tokens.answers([t.target for t in given], o.max_answer_length)
+        return CollatedTexts({**questions, **answers}, questions.changes + answers.changes)
 
     def inputs(self, batch: PackedBatch) -> dict[str, Any]:
         """Forward arguments; pixels are normalised here, on the device of the batch."""

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from mmpeft_ds.backbones.common.spelling import Spelling
-from mmpeft_ds.data.batch import Prompted
+from mmpeft_ds.backbones.common.texts import TextIds, collated, fitted
+from mmpeft_ds.data.batch import CollatedTexts, Prompted
 
 IGNORED = -100
 
@@ -26,7 +27,7 @@ class BlipTokens:
     """
 
     def __init__(self, tokenizer: Any, text_config: Any):
-        self._tokenizer, self.spelling = tokenizer, Spelling(tokenizer, skip_special_tokens=False)
+        self._texts, self.spelling = TextIds(tokenizer), Spelling(tokenizer, skip_special_tokens=False)
         known = tokenizer.get_vocab()
         self.cls: int = tokenizer.cls_token_id
         self.sep: int = text_config.sep_token_id
@@ -36,41 +37,49 @@ class BlipTokens:
         self._words = max(known.values()) + 1
         self._special = {self.cls, self.sep, self.pad, self.dec, self.enc}
 
-    def sequences(self, texts: list[Prompted], longest: int) -> dict[str, Tensor]:
+    def sequences(self, texts: list[Prompted], longest: int) -> CollatedTexts:
         """[DEC] prompt target [SEP]: `input_ids`, `attention_mask` and `labels`, each (T, L); label s is the token at
-        s + 1, if it belongs to the target or ends it. Without a target all labels are ignored."""
+        s + 1, if it belongs to the target or ends it. Without a target all labels are ignored.
+
+        Where both are longer than `longest` with the two special tokens, the prompt loses its middle and the target its
+        end.
+        """
         rows, labels = [], []
-        for text, prompt, target in zip(
-            texts, self._ids([t.prompt for t in texts]), self._ids([t.target for t in texts]), strict=True
-        ):
-            words = (prompt + target)[: longest - 2]
-            row = [self.dec, *words, self.sep]
-            first = min(len(prompt), len(words)) if text.target else len(row)
+        prompts, targets = (self._texts.words(part) for part in ([t.prompt for t in texts], [t.target for t in texts]))
+        for i, text in enumerate(texts):
+            prompts[i], targets[i] = fitted(prompts[i], targets[i], longest - 2)
+            row = [self.dec, *prompts[i].ids, *targets[i].ids, self.sep]
+            first = len(prompts[i].ids) if text.target else len(row)
             rows.append(row)
             labels.append([row[i + 1] if first <= i < len(row) - 1 else IGNORED for i in range(len(row))])
-        return {**self._padded(rows), "labels": _stack(labels, IGNORED)}
+        return collated({**self._padded(rows), "labels": _stack(labels, IGNORED)}, prompts, targets)
 
     def prompts(self, prompts: list[str], longest: int, left: bool) -> dict[str, Tensor]:
         """[DEC] prompt: `input_ids`, `attention_mask`, padded on the left for generation, or on the right."""
-        return self._padded([[self.dec, *ids[: longest - 2]] for ids in self._ids(prompts)], left)
+        words = [one.without_middle(longest - 2) for one in self._texts.words(prompts)]
+        return self._padded([[self.dec, *one.ids] for one in words], left)
 
-    def encoder(self, texts: list[str], longest: int, fused: bool) -> dict[str, Tensor]:
+    def encoder(self, texts: list[str], longest: int, fused: bool) -> CollatedTexts:
         """[ENC] or [CLS], text, [SEP]: `input_ids`, `attention_mask`.
 
         Args:
-            fused: the text is read together with an image.
+            fused: the text is a question and read together with an image; it loses its middle where it is too long.
+                Others, which are captions, lose their end.
         """
-        first = self.enc if fused else self.cls
-        return self._padded([[first, *ids[: longest - 2], self.sep] for ids in self._ids(texts)])
+        first, room = self.enc if fused else self.cls, longest - 2
+        words = [w.without_middle(room) if fused else w.without_end(room) for w in self._texts.words(texts)]
+        return collated(self._padded([[first, *one.ids, self.sep] for one in words]), words)
 
-    def answers(self, answers: list[str], longest: int) -> dict[str, Tensor]:
+    def answers(self, answers: list[str], longest: int) -> CollatedTexts:
         """[DEC] answer [SEP]: `answer_ids`, `answer_mask` and `labels` as in `sequences`, without prompt."""
         rows = self.sequences([Prompted("", a) for a in answers], longest)
-        return {"answer_ids": rows["input_ids"], "answer_mask": rows["attention_mask"], "labels": rows["labels"]}
+        names = {"answer_ids": "input_ids", "answer_mask": "attention_mask", "labels": "labels"}
+        return CollatedTexts({name: rows[its] for name, its in names.items()}, rows.changes)
 
     def candidates(self, answers: list[str], longest: int) -> tuple[Tensor, Tensor]:
         """answer [SEP]: (C, A) ids and mask."""
-        rows = self._padded([[*ids[: longest - 2], self.sep] for ids in self._ids(answers)])
+        words = [one.without_end(longest - 2) for one in self._texts.words(answers)]
+        rows = self._padded([[*one.ids, self.sep] for one in words])
         return rows["input_ids"], rows["attention_mask"]
 
     def decode(self, ids_TL: Tensor) -> list[str]:
@@ -81,9 +90,6 @@ class BlipTokens:
             # [DEC] and [ENC] are no words of the tokenizer
             texts.append(self.spelling.decode([i for i in row if i < self._words and i not in self._special]))
         return texts
-
-    def _ids(self, texts: list[str]) -> list[list[int]]:
-        return self._tokenizer(texts, add_special_tokens=False)["input_ids"]
 
     def _padded(self, rows: list[list[int]], left: bool = False) -> dict[str, Tensor]:
         keep = [[1] * len(row) for row in rows]

@@ -20,6 +20,7 @@ from mmpeft_ds.backbones.clip.options import Options
 from mmpeft_ds.backbones.common import stock, tower_loading
 from mmpeft_ds.backbones.common.encoders import EncoderPair
 from mmpeft_ds.backbones.common.stock_backbone import WHERE, StockBackbone
+from mmpeft_ds.backbones.common.texts import collated
 from mmpeft_ds.backbones.common.transform import SquareTransform
 from mmpeft_ds.data.batch import Prompted
 from mmpeft_ds.errors import BadInput
@@ -67,14 +68,15 @@ class ClipBackbone(StockBackbone, EncoderPair):
         )
 
     def collate_texts(self, texts: list[str | Prompted]) -> dict[str, Tensor]:
-        """Token ids and mask, as long as the longest text of this batch; SigLIP's padded to its full length."""
+        """Token ids and mask, as long as the longest text of this batch; SigLIP's padded to its full length. Longer
+        texts lose their end."""
         plain = [f"{t.prompt} {t.target}".strip() if isinstance(t, Prompted) else t for t in texts]
         length = self.options.max_text_length or self._config.text_config.max_position_embeddings
-        padding = "max_length" if self._siglip else "longest"
-        out = self._tokenizer(plain, truncation=True, max_length=length, padding=padding, return_tensors="pt")
+        words = [one.without_end(length - self._texts.frame_length) for one in self._texts.words(plain)]
+        padded = self._texts.padded(words, length if self._siglip else None)
         # SigLIP attends to its padding, as it was trained
         names = ("input_ids",) if self._siglip else ("input_ids", "attention_mask")
-        return {name: out[name] for name in names}
+        return collated({name: padded[name] for name in names}, words)
 
     def frozen_prefix(self, model: nn.Module) -> list[str]:
         """Each tower without a trainable, or its embeddings."""

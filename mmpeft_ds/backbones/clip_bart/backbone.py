@@ -23,6 +23,7 @@ from mmpeft_ds.backbones.clip_bart.options import Options
 from mmpeft_ds.backbones.common import stock, tower_loading
 from mmpeft_ds.backbones.common.generation import in_step, one_of
 from mmpeft_ds.backbones.common.spelling import Spelling
+from mmpeft_ds.backbones.common.texts import TextIds, collated
 from mmpeft_ds.backbones.common.transform import SquareTransform
 from mmpeft_ds.data.batch import GenerationOutput, PackedBatch, Prompted
 from mmpeft_ds.data.transform import ImageTransform
@@ -135,21 +136,24 @@ class ClipBartBackbone(BackboneBase):
         return {"pixel_values" if self.options.vision else "image_features": torch.stack(images)}
 
     def collate_texts(self, texts: list[str | Prompted]) -> dict[str, Tensor]:
-        """Token ids and mask of the prompts; `decoder_input_ids` and `labels` of the targets, -100 where unknown."""
+        """Token ids and mask of the prompts; `decoder_input_ids` and `labels` of the targets, -100 where unknown. Longer
+        prompts lose their middle, longer targets their end."""
         prompts = [t.prompt if isinstance(t, Prompted) else t for t in texts]
         targets = [t.target if isinstance(t, Prompted) else "" for t in texts]
-        o, tokenizer = self.options, self._tokenizer
-        read = tokenizer(prompts, truncation=True, max_length=o.max_text_length, padding=True, return_tensors="pt")
-        target = tokenizer(targets, truncation=True, max_length=o.max_target_length, padding=True, return_tensors="pt")
+        o, frame = self.options, self._texts.frame_length
+        asked = [one.without_middle(o.max_text_length - frame) for one in self._texts.words(prompts)]
+        said = [one.without_end(o.max_target_length - frame) for one in self._texts.words(targets)]
+        read, target = self._texts.padded(asked), self._texts.padded(said)
         ids = target["input_ids"]
         start = torch.full_like(ids[:, :1], self._text_config.decoder_start_token_id)
         known = torch.tensor([bool(t) for t in targets])[:, None] & target["attention_mask"].bool()
-        return {
+        tensors = {
             "input_ids": read["input_ids"],
             "attention_mask": read["attention_mask"],
             "decoder_input_ids": torch.cat([start, ids[:, :-1]], 1),
             "labels": ids.masked_fill(~known, -100),
         }
+        return collated(tensors, asked, said)
 
     def dummy(self, modality: str) -> Any:
         """As of every backbone, but for stored features, which are zeros."""
@@ -170,7 +174,7 @@ class ClipBartBackbone(BackboneBase):
             options: of transformers' `generate`.
         """
         if choices:
-            known = self._tokenizer(list(choices), add_special_tokens=True)["input_ids"]
+            known = [self._texts.framed(one) for one in self._texts.words(choices)]
             allowed = one_of(known, self._text_config.eos_token_id)
             options = {**options, "prefix_allowed_tokens_fn": allowed, "max_new_tokens": max(map(len, known)) + 1}
             # settings of the checkpoint for summaries, which would forbid some choices
@@ -225,6 +229,10 @@ class ClipBartBackbone(BackboneBase):
     @functools.cached_property
     def _spelling(self) -> Spelling:
         return Spelling(self._tokenizer)
+
+    @functools.cached_property
+    def _texts(self) -> TextIds:
+        return TextIds(self._tokenizer)
 
     def _config(self, text: PretrainedConfig) -> ClipBartConfig:
         o = self.options

@@ -14,6 +14,8 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from mmpeft_ds.backbones.common.texts import TextIds
+
 _MARKS = re.escape("!\"#$%&'()*+,-./:;<=>?@[\\]^_`{|}~\u2018\u2019\u201c\u201d\u2013\u2014\u2026€£¥¢°")
 _PIECES = re.compile(f"[{_MARKS}]|[^\\s{_MARKS}]+")
 _CURRENCIES = "$€£¥"
@@ -36,7 +38,7 @@ class Spelling:
     """
 
     def __init__(self, tokenizer: Any, skip_special_tokens: bool = True):
-        self._tokenizer, self._skip = tokenizer, skip_special_tokens
+        self._tokenizer, self._texts, self._skip = tokenizer, TextIds(tokenizer), skip_special_tokens
         self._known: dict[str, str | None] = {}
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -66,6 +68,7 @@ class Spelling:
         return self._ids("t-shirt") == self._ids("t - shirt")
 
     def _ids(self, text: str) -> list[int]:
+        text, _ = self._texts.plain(text)
         return self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
 

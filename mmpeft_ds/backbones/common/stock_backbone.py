@@ -13,6 +13,7 @@ from transformers import PretrainedConfig
 
 from mmpeft_ds.backbones.base import BackboneBase
 from mmpeft_ds.backbones.common import stock, tower_loading
+from mmpeft_ds.backbones.common.texts import TextIds
 from mmpeft_ds.backbones.common.vision_model import Affine
 from mmpeft_ds.data.batch import PackedBatch
 
@@ -46,6 +47,10 @@ class StockBackbone(BackboneBase):
     @functools.cached_property
     def _tokenizer(self) -> Any:
         return stock.read_tokenizer(self.options.model, WHERE)
+
+    @functools.cached_property
+    def _texts(self) -> TextIds:
+        return TextIds(self._tokenizer)
 
     @functools.cached_property
     def _pixels(self) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from mmpeft_ds.backbones.base import BackboneBase
 from mmpeft_ds.backbones.common import stock, tower_loading
 from mmpeft_ds.backbones.common.affine import Affine
+from mmpeft_ds.backbones.common.texts import TextIds
 from mmpeft_ds.backbones.common.transform import SquareTransform
 from mmpeft_ds.backbones.common.vision_options import VisionOptions
 from mmpeft_ds.errors import BadInput
@@ -159,6 +160,10 @@ class VisionBackbone(BackboneBase):
     @functools.cached_property
     def _tokenizer(self) -> Any:
         return stock.read_tokenizer(self.options.text, "backbone.text")
+
+    @functools.cached_property
+    def _texts(self) -> TextIds:
+        return TextIds(self._tokenizer)
 
     def _side_config(self, on_meta: bool) -> dict[str, Any]:
         """Fields of `VisionSideConfig`. Raises BadInput where statistics are needed and missing."""

@@ -21,6 +21,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from mmpeft_ds.backbones.common import stock, tower_loading
 from mmpeft_ds.backbones.common.encoders import EncoderPair
+from mmpeft_ds.backbones.common.texts import collated
 from mmpeft_ds.backbones.common.transform import SquareTransform
 from mmpeft_ds.backbones.common.vision_backbone import VisionBackbone
 from mmpeft_ds.backbones.dual_encoder.model import DualEncoder, DualEncoderConfig
@@ -146,12 +147,11 @@ class DualEncoderBackbone(VisionBackbone, EncoderPair):
         return SquareTransform(self._saved.image_size, self._saved.fit, self._saved.resample)
 
     def collate_texts(self, texts: list[str | Prompted]) -> dict[str, Tensor]:
-        """Token ids and mask, as long as the longest text of this batch."""
+        """Token ids and mask, as long as the longest text of this batch; longer ones lose their end."""
         plain = [f"{t.prompt} {t.target}".strip() if isinstance(t, Prompted) else t for t in texts]
-        out = self._tokenizer(
-            plain, truncation=True, max_length=self.options.max_text_length, padding="longest", return_tensors="pt"
-        )
-        return {"input_ids": out["input_ids"], "attention_mask": out["attention_mask"]}
+        room = self.options.max_text_length - self._texts.frame_length
+        words = [one.without_end(room) for one in self._texts.words(plain)]
+        return collated(self._texts.padded(words), words)
 
     def dummy(self, modality: str) -> Any:
         """As of every backbone, but for stored features, which are zeros."""

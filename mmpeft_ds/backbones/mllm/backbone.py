@@ -27,7 +27,7 @@ from mmpeft_ds.backbones.common.stock_backbone import WHERE, StockBackbone
 from mmpeft_ds.backbones.mllm.chat import Chat, read_template
 from mmpeft_ds.backbones.mllm.model import ImageText
 from mmpeft_ds.backbones.mllm.options import Options
-from mmpeft_ds.data.batch import GenerationOutput, PackedBatch, Prompted
+from mmpeft_ds.data.batch import CollatedTexts, GenerationOutput, PackedBatch, Prompted
 from mmpeft_ds.data.transform import ImageTransform
 from mmpeft_ds.errors import BadInput
 from mmpeft_ds.sites.base import base_model
@@ -119,12 +119,13 @@ class MllmBackbone(StockBackbone):
         def padded(rows: list[list[int]], fill: int) -> Tensor:
             return nn.utils.rnn.pad_sequence([torch.tensor(r) for r in rows], batch_first=True, padding_value=fill)
 
-        return {
+        tensors = {
             "input_ids": padded([e.ids for e in encoded], self._pad_id),
             "attention_mask": padded([[1] * len(e.ids) for e in encoded], 0),
             "labels": padded([e.labels for e in encoded], -100),
             "prompt_length": torch.tensor([e.prompt_length for e in encoded]),
         }
+        return CollatedTexts(tensors, torch.tensor([[e.cut, e.cut_answer, e.control] for e in encoded]))
 
     def dummy(self, modality: str) -> Any:
         """A black image of 28 x 28 pixels (one token of Qwen's), or a conversation of one word each."""
@@ -269,7 +270,7 @@ class MllmBackbone(StockBackbone):
     def _image_rows(self, batch: PackedBatch, places: list[int]) -> Tensor:
         """(R,) image of each placeholder: a text names the images of its slot in their order.
 
-        A text that was cut may name fewer than there are; the others are not seen.
+        A text of weight 0 that was cropped may name fewer than there are; the others are not seen.
         """
         images: dict[int, list[int]] = {}
         for image, slot in enumerate(batch.image_owner.tolist()):

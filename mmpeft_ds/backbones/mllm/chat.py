@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import bisect
+import dataclasses
+import functools
+import itertools
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,8 +14,9 @@ from typing import Any
 from jinja2 import TemplateError
 
 from mmpeft_ds.backbones.common import tower_loading
+from mmpeft_ds.backbones.common.texts import TextIds, shares
 from mmpeft_ds.data.batch import IMAGE_MARK, Prompted
-from mmpeft_ds.errors import BadInput
+from mmpeft_ds.errors import BadInput, BadSample
 
 ROLES = ("system", "user", "assistant")
 
@@ -24,11 +29,17 @@ class Encoded:
         ids: tokens.
         labels: as many; -100 on everything but the answers of the assistant.
         prompt_length: tokens before the last answer.
+        cut: tokens that were left out of the turns before the last answer so that the rest fits.
+        cut_answer: the same of the last answer.
+        control: control tokens that stood in the turns and are read as plain words.
     """
 
     ids: list[int]
     labels: list[int]
     prompt_length: int
+    cut: int = 0
+    cut_answer: int = 0
+    control: int = 0
 
 
 @dataclass(frozen=True)
@@ -40,7 +51,8 @@ class Chat:
         template: Jinja source of the chat template.
         image_token: the placeholder as text.
         system: text of a first system turn for conversations that have none; empty: no such turn.
-        max_length: tokens at most, an image counted as one; what is longer is cut at its end.
+        max_length: tokens at most, an image counted as one. A longer conversation loses its oldest turns, then the
+            middle of the last question, then the end of its answer; never an image, nor the header of the answer.
     """
 
     tokenizer: Any
@@ -50,14 +62,40 @@ class Chat:
     max_length: int
 
     def encode(self, text: str | Prompted) -> Encoded:
-        """Tokens and labels of one conversation. Raises BadInput where the template cannot render it."""
-        text = text if isinstance(text, Prompted) else Prompted(text)
+        """Tokens and labels of one conversation.
+
+        Raises:
+            BadInput: where the template cannot render it.
+            BadSample: where no word of the last question and answer fits.
+        """
+        text, control = self._plain(text if isinstance(text, Prompted) else Prompted(text))
+        encoded = self._encoded(text)
+        wanted, got = text.images if text.images is not None else text.marks, encoded.ids.count(self.image_id)
+        if got != wanted:
+            raise BadInput(
+                f"backbone: {wanted} images go with the text {text.prompt[:60]!r}, but it comes to {got} placeholders "
+                f"{self.image_token}. Give a backbone.chat_template that renders one for every image."
+            )
+        if len(encoded.ids) > self.max_length:
+            encoded = self._shortened(text, encoded)
+        encoded.control = control
+        return encoded
+
+    def _encoded(self, text: Prompted, ended: bool = True) -> Encoded:
+        """Tokens and labels, however many.
+
+        Args:
+            ended: the end token of the last answer is a label too.
+        """
         rendered, spans, prompt_end = self._rendered(self._messages(text))
+        if not ended:
+            spans[-1] = (spans[-1][0], spans[-1][1] - len(self.tokenizer.eos_token))
         bos = self.tokenizer.bos_token
         out = self.tokenizer(
             rendered,
             add_special_tokens=not (bos and rendered.startswith(bos)),
             return_offsets_mapping=True,
+            verbose=False,
         )
         ids, offsets = out["input_ids"], out["offset_mapping"]
         labels, at = [-100] * len(ids), 0
@@ -66,24 +104,79 @@ class Chat:
                 at += 1
             if at < len(spans) and end > max(start, spans[at][0]):
                 labels[i] = ids[i]
-        prompt_length = sum(1 for start, end in offsets if end <= prompt_end)
-        encoded = Encoded(ids[: self.max_length], labels[: self.max_length], min(prompt_length, self.max_length))
-        wanted, got = text.images if text.images is not None else text.marks, out["input_ids"].count(self.image_id)
-        if got != wanted:
-            raise BadInput(
-                f"backbone: {wanted} images go with the text {text.prompt[:60]!r}, but it comes to {got} placeholders "
-                f"{self.image_token}. Give a backbone.chat_template that renders one for every image."
-            )
+        # behind the end token of each answer comes a token without label
+        self._texts.refuse_control((label for label, after in itertools.pairwise(labels) if after != -100), text.target)
+        return Encoded(ids, labels, sum(1 for start, end in offsets if end <= prompt_end))
+
+    def _plain(self, text: Prompted) -> tuple[Prompted, int]:
+        """The conversation with the control tokens in it broken up, and how many there were. Marks of images stay,
+        but in what the assistant says."""
+
+        def plain(role: str, words: str) -> tuple[str, int]:
+            pieces = [words] if role == "assistant" else words.split(IMAGE_MARK)
+            pairs = [self._texts.plain(piece) for piece in pieces]
+            return IMAGE_MARK.join(piece for piece, _ in pairs), sum(number for _, number in pairs)
+
+        prompt, target = plain("user", text.prompt), plain("assistant", text.target)
+        turns = [(role, *plain(role, words)) for role, words in text.turns]
+        changed = dataclasses.replace(
+            text, prompt=prompt[0], target=target[0], turns=tuple((role, words) for role, words, _ in turns)
+        )
+        return changed, prompt[1] + target[1] + sum(number for _, _, number in turns)
+
+    def _shortened(self, text: Prompted, whole: Encoded) -> Encoded:
+        """The conversation in `max_length` tokens. Raises BadSample."""
+        pairs = (len(text.turns) - sum(role == "system" for role, _ in text.turns)) // 2
+        dropped = bisect.bisect_left(range(pairs), True, key=lambda n: self._fits(_without_oldest(text, n)))
+        text = _without_oldest(text, dropped)
+        encoded, answer = self._encoded(text), text.target
+        for attempt in itertools.count():
+            excess = len(encoded.ids) - self.max_length
+            if excess <= 0:
+                break
+            # What is cut may take a token more or less when it is read anew.
+            text = self._last_turn_cut(text, excess + attempt)
+            encoded = self._encoded(text, ended=text.target == answer)
+        if text.target != answer:
+            encoded.cut_answer = len(self._texts.words([answer])[0].ids) - len(self._texts.words([text.target])[0].ids)
+        encoded.cut = len(whole.ids) - len(encoded.ids) - encoded.cut_answer
         return encoded
+
+    def _fits(self, text: Prompted) -> bool:
+        return len(self._encoded(text).ids) <= self.max_length
+
+    def _last_turn_cut(self, text: Prompted, excess: int) -> Prompted:
+        """The conversation with so many tokens less in its last question and answer. Raises BadSample."""
+        parts = text.prompt.split(IMAGE_MARK)
+        *asked, answered = (len(words.ids) for words in self._texts.words([*parts, text.target]))
+        room = sum(asked) + answered - excess
+        if room < (2 if answered else 1):
+            raise BadSample(
+                "length",
+                f"template, system text and images leave no room for a question in max_text_length {self.max_length}",
+            )
+        keep_asked, keep_answered = shares(sum(asked), answered, room)
+        for _ in range(sum(asked) - keep_asked):
+            asked[asked.index(max(asked))] -= 1
+        parts = [self._texts.without_middle(part, keep) for part, keep in zip(parts, asked, strict=True)]
+        target = self._texts.without_end(text.target, keep_answered)
+        return dataclasses.replace(text, prompt=IMAGE_MARK.join(parts), target=target)
+
+    @functools.cached_property
+    def _texts(self) -> TextIds:
+        return TextIds(self.tokenizer, (self.image_token, IMAGE_MARK))
 
     @property
     def image_id(self) -> int:
         return self.tokenizer.convert_tokens_to_ids(self.image_token)
 
     def check(self) -> None:
-        """Render a conversation with an image. Raises BadInput if this template cannot."""
+        """Render a conversation with an image. Raises BadInput if this template cannot, or leaves no room."""
         turns = (("user", "one?"), ("assistant", "two."))
-        self.encode(Prompted("three?", "four.", turns, images=1))
+        try:
+            self.encode(Prompted("three?", "four.", turns, images=1))
+        except BadSample as bad:
+            raise BadInput(f"backbone.max_text_length: {bad.detail}. Raise it.") from bad
 
     def _messages(self, text: Prompted) -> list[dict[str, Any]]:
         """Turns as the template takes them: a role and a list of texts and images."""
@@ -110,7 +203,6 @@ class Chat:
                 part = part.removeprefix("\n")
             if i < turn.count(IMAGE_MARK):
                 part = part.removesuffix("\n")
-            part = part.replace(self.image_token, "")  # a placeholder typed into the text is no image
             if part:
                 pieces.append({"type": "text", "text": part})
         return pieces
@@ -156,6 +248,17 @@ class Chat:
             reason = tower_loading.first_line(error)
             roles = ", ".join(m["role"] for m in messages)
             raise BadInput(f"backbone.chat_template: cannot render the turns {roles} ({reason}).") from error
+
+
+def _without_oldest(text: Prompted, number: int) -> Prompted:
+    """The conversation without its first `number` questions and their answers; images that these named come first in
+    the question that follows."""
+    system = [turn for turn in text.turns if turn[0] == "system"]
+    turns = [turn for turn in text.turns if turn[0] != "system"]
+    marks = sum(words.count(IMAGE_MARK) for _, words in turns[: 2 * number])
+    turns = [*turns[2 * number :], ("user", text.prompt)]
+    turns[0] = (turns[0][0], f"{IMAGE_MARK}\n" * marks + turns[0][1])
+    return dataclasses.replace(text, turns=(*system, *turns[:-1]), prompt=turns[-1][1])
 
 
 def read_template(name: str, where: str, given: str, tokenizer: Any) -> str:

@@ -19,6 +19,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from mmpeft_ds.backbones.common import stock, tower_loading
 from mmpeft_ds.backbones.common.generation import in_step, one_of
 from mmpeft_ds.backbones.common.spelling import Spelling
+from mmpeft_ds.backbones.common.texts import collated, fitted
 from mmpeft_ds.backbones.common.vision_backbone import VisionBackbone
 from mmpeft_ds.backbones.vision_text_decoder.model import (
     VisionTextDecoder,
@@ -79,23 +80,28 @@ class VisionTextDecoderBackbone(VisionBackbone):
 
     def collate_texts(self, texts: list[str | Prompted]) -> dict[str, Tensor]:
         """Ids and mask of start, prompt and target, padded on the right with the end of text, and `labels`: the ids
-        that enter the loss, -100 elsewhere."""
-        o, end = self.options, self._end_id
+        that enter the loss, -100 elsewhere. Where a text is too long, the prompt loses its middle and the target its
+        end."""
+        o, end, start = self.options, self._end_id, self._start_ids
+        texts = [text if isinstance(text, Prompted) else Prompted(text) for text in texts]
+        prompts, targets = self._texts.words([t.prompt for t in texts]), self._texts.words([t.target for t in texts])
         rows, from_, until = [], [], []
-        for text in texts:
-            text = text if isinstance(text, Prompted) else Prompted(text)
-            start, prompt, target = (self._ids(part) for part in (self._start, text.prompt, text.target))
-            ends = [end] if target and o.loss == "fixed" else []
-            rows.append((start + prompt + target + ends)[: o.max_text_length])
+        for i, text in enumerate(texts):
+            if text.target and o.loss == "fixed":
+                targets[i].ids.append(end)  # the first to go where the target is cut
+            prompts[i], targets[i] = fitted(prompts[i], targets[i], o.max_text_length - len(start))
+            before = start + prompts[i].ids
+            rows.append(before + targets[i].ids)
             # published texts have no prompt, and their start enters the loss like the rest
-            from_.append(0 if o.loss == "official" and not prompt else len(start) + len(prompt))
-            until.append(0 if not target else o.max_text_length if o.loss == "official" else len(rows[-1]))
+            from_.append(0 if o.loss == "official" and not text.prompt else len(before))
+            until.append(0 if not text.target else o.max_text_length if o.loss == "official" else len(rows[-1]))
         length = o.max_text_length if o.loss == "official" else max(1, *map(len, rows))
         ids = torch.tensor([row + [end] * (length - len(row)) for row in rows])
         place = torch.arange(length)
         real = place < torch.tensor([len(row) for row in rows])[:, None]
         asked = (place >= torch.tensor(from_)[:, None]) & (place < torch.tensor(until)[:, None])
-        return {"input_ids": ids, "attention_mask": real.long(), "labels": labels_of(ids, asked, o.loss)}
+        tensors = {"input_ids": ids, "attention_mask": real.long(), "labels": labels_of(ids, asked, o.loss)}
+        return collated(tensors, prompts, targets)
 
     def read(self, outputs: VisionTextDecoderOutput, batch: PackedBatch) -> GenerationOutput:
         """Labels moved to the position before each token: the last of the prefix predicts the first token."""
@@ -116,7 +122,8 @@ class VisionTextDecoderBackbone(VisionBackbone):
         if not len(batch.text_owner):
             return []
         prompts = [t.prompt if isinstance(t, Prompted) else t for t in batch.raw_texts]
-        rows = [(self._ids(self._start) + self._ids(p))[: self.options.max_text_length] for p in prompts]
+        room = self.options.max_text_length - len(self._start_ids)
+        rows = [self._start_ids + words.without_middle(room).ids for words in self._texts.words(prompts)]
         length = max(map(len, rows))
         device = batch.text_owner.device
         ids = torch.tensor([row + [self._end_id] * (length - len(row)) for row in rows], dtype=torch.int64)
@@ -124,7 +131,7 @@ class VisionTextDecoderBackbone(VisionBackbone):
         asked = {k: v for k, v in self.inputs(batch).items() if k not in batch.texts}
         asked |= {"input_ids": ids.view(len(rows), length).to(device), "attention_mask": real.long().to(device)}
         if choices:
-            known = [self._ids(choice) for choice in choices]
+            known = [words.ids for words in self._texts.words(choices)]
             options |= {"prefix_allowed_tokens_fn": one_of(known, self._end_id, skip=0)}
             options |= {"max_new_tokens": max(map(len, known)) + 1}
         ends = {"eos_token_id": self._end_id, "pad_token_id": self._end_id}
@@ -176,8 +183,9 @@ class VisionTextDecoderBackbone(VisionBackbone):
             raise BadInput(f"backbone.text: the tokenizer of {self.options.text!r} has no eos_token. Give it one.")
         return end
 
-    def _ids(self, text: str) -> list[int]:
-        return self._tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
+    @functools.cached_property
+    def _start_ids(self) -> list[int]:
+        return self._tokenizer(self._start, add_special_tokens=False)["input_ids"] if self._start else []
 
 
 ENTRY = VisionTextDecoderBackbone

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from mmpeft_ds.backbones.common import tower_loading
+from mmpeft_ds.backbones.common.texts import collated
 from mmpeft_ds.backbones.common.vision_backbone import VisionBackbone
 from mmpeft_ds.backbones.vision_text_encoder.model import VisionTextEncoder, VisionTextEncoderConfig
 from mmpeft_ds.backbones.vision_text_encoder.options import Options
@@ -69,11 +70,10 @@ class VisionTextEncoderBackbone(VisionBackbone):
         return model.train()
 
     def collate_texts(self, texts: list[str]) -> dict[str, Tensor]:
-        """Token ids and mask, as long as the longest text of this batch."""
-        out = self._tokenizer(
-            texts, truncation=True, max_length=self.options.max_text_length, padding="longest", return_tensors="pt"
-        )
-        return {"input_ids": out["input_ids"], "attention_mask": out["attention_mask"]}
+        """Token ids and mask, as long as the longest text of this batch; longer ones lose their middle."""
+        room = self.options.max_text_length - self._texts.frame_length
+        words = [one.without_middle(room) for one in self._texts.words(texts)]
+        return collated(self._texts.padded(words), words)
 
     def frozen_prefix(self, model: nn.Module) -> list[str]:
         """The vision tower and the text embeddings, up to the first that has a trainable."""

@@ -61,6 +61,7 @@ def complete(batch: PackedBatch, anywhere: list[float], backbone: Any, task: Any
         records=batch.records + dummy.records,
         raw_texts=batch.raw_texts + dummy.raw_texts,
         bad=batch.bad,
+        changes=None if batch.changes is None else torch.cat([batch.changes, torch.zeros_like(dummy.changes)]),
     )
 
 
