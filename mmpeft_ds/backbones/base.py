@@ -40,6 +40,8 @@ class BackboneBase(abc.ABC):
             `embed_texts` work.
         wants_statistics: the image feature is standardised: `use_statistics` is called before `build`, and
             `statistics_width`, `statistics_key` and `build_vision` work.
+        prompt_limit, target_limit: options that limit the tokens of a text, and of its target where it has one; what is
+            longer is cut, and messages name them.
         reads_bank: the model scores classes from a bank of class texts and support samples: `use_bank` is called
             before `build`, and `read_classes` after it.
         attentions: attention implementations that compute what the checkpoint means, the first for `auto`; empty: all
@@ -59,6 +61,8 @@ class BackboneBase(abc.ABC):
     wants_statistics: bool = False
     reads_bank: bool = False
     attentions: tuple[str, ...] = ()
+    prompt_limit: str = "max_text_length"
+    target_limit: str = "max_text_length"
 
     def __init__(self, options: Any, labels: list[str] | None):
         self.options, self.labels = options, labels
@@ -96,6 +100,12 @@ class BackboneBase(abc.ABC):
 
         Args:
             texts: what the task's `read` returned: strings, `Prompted`, or `Described`.
+
+        Returns:
+            a `CollatedTexts` where texts may have been changed on the way, with the counts.
+
+        Raises:
+            BadSample: for a text that cannot be read by this family; its sample is then left out and counted.
         """
 
     # with defaults

@@ -44,6 +44,8 @@ class TaskBase(abc.ABC):
             `conclude` at the end; it then scores the rows of `conclude` instead of those of `predict`.
         unit: what is scored one by one, in the plural.
         items: field of the records that holds them as a list; empty where each sample is one.
+        prompt_kind, target_kind: what its texts and their targets are, in the singular, for the counts of cut texts.
+        no_weight: why nothing of some data may enter the loss, for the message that ends such a run.
         identifies_pictures: records tell which of them show the same images (`data.identity.PICTURE`), so the data
             tells the task by the images themselves where the records do not.
     """
@@ -60,6 +62,9 @@ class TaskBase(abc.ABC):
     identifies_pictures: bool = False
     unit: str = "samples"
     items: str = ""
+    prompt_kind: str = "text"
+    target_kind: str = "target"
+    no_weight: str = "no sample could be used"
 
     def __init__(self, options: Any, labels: list[str] | None):
         self.options, self.labels = options, labels

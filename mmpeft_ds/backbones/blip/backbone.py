@@ -142,6 +142,11 @@ class BlipBackbone(StockBackbone):
         images has none (form `retrieval`)."""
         return None if self.options.form == "retrieval" else self._config.vision_config.hidden_size
 
+    @property
+    def target_limit(self) -> str:
+        """Answers of form `vqa` have a limit of their own."""
+        return "max_answer_length" if self.options.form == "vqa" else "max_text_length"
+
     # forms that generate text
 
     @property

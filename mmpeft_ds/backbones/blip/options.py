@@ -18,8 +18,8 @@ class Options:
         image_size: side of the square input in pixels, a multiple of the patch size; 0 = the checkpoint's.
         resample: `bilinear`, `bicubic`, or `auto` = as the checkpoint was trained.
         max_text_length: tokens with [DEC] or [ENC] and [SEP]: of prompt and target together (captioner), of a question
-            (vqa), of a text (retrieval). Longer ones are cut.
-        max_answer_length: tokens of an answer with its special tokens; form `vqa`.
+            (vqa), of a text (retrieval). Longer prompts and questions lose their middle, other texts their end.
+        max_answer_length: tokens of an answer with its special tokens, form `vqa`; longer ones lose their end.
         dropout: dropout of the text towers, in hidden states and attention; None = as the checkpoint says. It acts
             only with engine.train_dropout.
         temperature: temperature of the contrastive loss. This and all keys below act when the form `retrieval` trains.

@@ -14,6 +14,7 @@ from mmpeft_ds.backbones.common.texts import TextIds, collated, fitted
 from mmpeft_ds.data.batch import CollatedTexts, Prompted
 
 IGNORED = -100
+CONTROL = ("[DEC]", "[ENC]")  # also where a tokenizer has them as plain words
 
 
 class BlipTokens:
@@ -27,7 +28,7 @@ class BlipTokens:
     """
 
     def __init__(self, tokenizer: Any, text_config: Any):
-        self._texts, self.spelling = TextIds(tokenizer), Spelling(tokenizer, skip_special_tokens=False)
+        self._texts, self.spelling = TextIds(tokenizer, CONTROL), Spelling(tokenizer, skip_special_tokens=False)
         known = tokenizer.get_vocab()
         self.cls: int = tokenizer.cls_token_id
         self.sep: int = text_config.sep_token_id
@@ -41,8 +42,7 @@ class BlipTokens:
         """[DEC] prompt target [SEP]: `input_ids`, `attention_mask` and `labels`, each (T, L); label s is the token at
         s + 1, if it belongs to the target or ends it. Without a target all labels are ignored.
 
-        Where both are longer than `longest` with the two special tokens, the prompt loses its middle and the target its
-        end.
+        Where a row would be longer than `longest`, the prompt loses its middle and the target its end.
         """
         rows, labels = [], []
         prompts, targets = (self._texts.words(part) for part in ([t.prompt for t in texts], [t.target for t in texts]))

@@ -16,7 +16,8 @@ class Options:
         image_size: side of the square input in pixels, a multiple of the patch size; 0 = the checkpoint's.
         fit: `crop` the centre or `stretch` the image to the square; `auto`: CLIP crops, SigLIP stretches.
         resample: `bilinear`, `bicubic`, or `auto` = as the checkpoint was trained.
-        max_text_length: tokens of a text with its special tokens, 0 = as many as the model has positions.
+        max_text_length: tokens of a text with its special tokens, 0 = as many as the model has positions;
+            longer ones lose their end.
         condition: what adapters of the text tower route on: `none`, or the `pooled` image vector in the shared space.
             Not for retrieval, where a text that routes on its own image reveals the pair.
     """

@@ -55,6 +55,7 @@ class ClipBartBackbone(BackboneBase):
     Options = Options
     generates = True
     attentions = ("sdpa", "eager", "flex_attention")  # the encoder reads text, its padding, then the image
+    target_limit = "max_target_length"
 
     def check(self) -> None:
         """Refuse what cannot work, from configurations only."""
@@ -136,8 +137,10 @@ class ClipBartBackbone(BackboneBase):
         return {"pixel_values" if self.options.vision else "image_features": torch.stack(images)}
 
     def collate_texts(self, texts: list[str | Prompted]) -> dict[str, Tensor]:
-        """Token ids and mask of the prompts; `decoder_input_ids` and `labels` of the targets, -100 where unknown. Longer
-        prompts lose their middle, longer targets their end."""
+        """Token ids and mask of the prompts; `decoder_input_ids` and `labels` of the targets, -100 where unknown.
+
+        Prompts that are too long lose their middle, targets their end.
+        """
         prompts = [t.prompt if isinstance(t, Prompted) else t for t in texts]
         targets = [t.target if isinstance(t, Prompted) else "" for t in texts]
         o, frame = self.options, self._texts.frame_length

@@ -26,8 +26,8 @@ class Options:
         condition: what adapters route on. `visual`: in the encoder the mean of the visual embeddings, in the decoder
             the mean of the encoder's outputs at their places; `embedding`: the former in both; `tokens`: all visual
             embeddings; `none`.
-        max_text_length: tokens of a prompt with its special tokens; longer ones are cut.
-        max_target_length: tokens of a target with its special tokens; longer ones are cut.
+        max_text_length: tokens of a prompt with its special tokens; longer ones lose their middle.
+        max_target_length: tokens of a target with its special tokens; longer ones lose their end.
     """
 
     text: str = "facebook/bart-base"

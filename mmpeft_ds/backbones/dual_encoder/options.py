@@ -24,7 +24,7 @@ class Options:
         text_feature: the vector of a text: `pooler`, `cls` (the first position), or the `mean` without padding.
         projection: `none`; `linear`, a matrix without bias; `mlp`, LayerNorm, Linear, GELU, dropout, Linear.
         width: width of the shared space behind the projections.
-        max_text_length: tokens of a text with its special tokens; longer texts are cut.
+        max_text_length: tokens of a text with its special tokens; longer ones lose their end.
         projection_dropout: dropout inside `mlp`.
         logit_scale: initial factor of the cosine, 1 / temperature; a `model` has its own.
         train_projection, train_logit_scale: train these whole, beside the method.

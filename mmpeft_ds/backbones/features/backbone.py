@@ -151,6 +151,11 @@ class FeaturesBackbone(BackboneBase):
             getattr(model.features.bank, part).copy_(rows.view(len(names), len(templates), -1))
 
     @property
+    def prompt_limit(self) -> str:
+        """The key of the encoder, which reads the captions."""
+        return f"encoder.{self.encoder.prompt_limit}" if self.encoder is not None else super().prompt_limit
+
+    @property
     def _class_names(self) -> list[str]:
         """Names of the classes in words."""
         return [label.replace("_", " ") for label in self.labels or []]

@@ -105,7 +105,9 @@ class Chat:
             if at < len(spans) and end > max(start, spans[at][0]):
                 labels[i] = ids[i]
         # behind the end token of each answer comes a token without label
-        self._texts.refuse_control((label for label, after in itertools.pairwise(labels) if after != -100), text.target)
+        self._texts.refuse_control(
+            (label for label, after in itertools.pairwise(labels) if after != -100), text.target
+        )
         return Encoded(ids, labels, sum(1 for start, end in offsets if end <= prompt_end))
 
     def _plain(self, text: Prompted) -> tuple[Prompted, int]:

@@ -16,7 +16,8 @@ class Options(VisionOptions):
         text: hub name, local directory or packaged:NAME of a gpt2, llama, mistral or qwen2 language model.
         projection: what carries image vectors to the width of the language model, trained whole beside the method:
             `none` for towers of equal width, `linear`, or `mlp` (LayerNorm, Linear, GELU, Linear).
-        max_text_length: tokens of start, prompt and target together, without the prefix; longer texts are cut.
+        max_text_length: tokens of start, prompt and target together, without the prefix. Where they are longer, the
+            prompt loses its middle, and a target longer than half of the room its end.
         start: text before every prompt; `auto` is none behind an image prefix and the published "<s>" without one.
         loss: which tokens enter the loss. `fixed`: those of the target and one end of text, but no padding.
             `official`: as published, every position up to `max_text_length`, padding with the end of text included,

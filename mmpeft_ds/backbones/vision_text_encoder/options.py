@@ -14,7 +14,8 @@ class Options(VisionOptions):
 
     Attributes:
         text: hub name, local directory or packaged:NAME of a bert or roberta encoder.
-        max_text_length: tokens of a text with its special tokens, without the prefix; longer texts are cut.
+        max_text_length: tokens of a text with its special tokens, without the prefix; longer ones lose their
+            middle.
         embed_twice: send prefix and embedded text through the embedding module again (positions, type, LayerNorm).
         head_input: `pooler` (frozen) of the first position, the `raw` first position, or the `mean` of all.
         head_layers: 1 (dropout, Linear) or 2 (Linear, LayerNorm, GELU, dropout, Linear).

@@ -27,6 +27,7 @@ class Captioning(TaskBase):
     Options = Options
     fields = ("captions",)
     main_metric = "cider"
+    prompt_kind, target_kind = "prompt", "caption"
 
     def __init__(self, options: Options, labels: list[str] | None):
         super().__init__(options, labels)

@@ -29,6 +29,8 @@ class Classification(TaskBase):
     Options = Options
     fields = ("label",)
     main_metric = "accuracy"
+    prompt_kind = "caption"
+    no_weight = "no sample has a class that is known"
 
     def __init__(self, options: Options, labels: list[str] | None):
         if not labels:

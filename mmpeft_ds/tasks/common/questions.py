@@ -29,6 +29,8 @@ class QuestionTask(TaskBase):
     main_metric = "accuracy"
     example_text = "what is in the picture?"
     unit, items = "questions", "questions"
+    prompt_kind, target_kind = "question", "answer"
+    no_weight = "no question has an answer that counts"
 
     def __init__(self, options: Any, labels: list[str] | None):
         super().__init__(options, labels)

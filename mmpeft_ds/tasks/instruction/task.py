@@ -30,6 +30,8 @@ class Instruction(TaskBase):
     Options = Options
     fields = ("conversations",)
     unit = "conversations"
+    prompt_kind, target_kind = "conversation", "answer"
+    no_weight = "no conversation has a word of the assistant"
     main_metric = "perplexity"
     better = "min"
     example_text = "Describe the picture."

@@ -44,6 +44,8 @@ class Retrieval(TaskBase):
     example_text = "a dog on a beach"
     identifies_pictures = True
     unit, items = "captions", "captions"
+    prompt_kind = "caption"
+    no_weight = "no caption belongs to an image"
 
     def __init__(self, options: Options, labels: list[str] | None):
         super().__init__(options, labels)
