@@ -1,7 +1,9 @@
 """Check prepared shards against their manifest: sizes, sha256, side files, every sample.
 
     python data_prep/verify.py DIR [--list-bad] [--processes N]
+    python data_prep/verify.py DIR --recipe R.yaml
 
+With a recipe that reads DIR, also how many texts are longer than its backbone reads, or hold control tokens.
 One line per problem; exit code 0 if there is none, 2 otherwise. The images' headers are read, their pixels are not.
 """
 
@@ -21,6 +23,7 @@ from data_prep.engines import run_jobs  # noqa: E402
 from data_prep.reading import image_size, parse_sample  # noqa: E402
 from data_prep.sources.common.unknown_keys import looks_like  # noqa: E402
 from mmpeft_ds import console  # noqa: E402
+from mmpeft_ds import recipe as recipes  # noqa: E402
 from mmpeft_ds.data.formats import check_aspect  # noqa: E402
 from mmpeft_ds.data.manifest import FILE, Manifest, local_path, sample_key  # noqa: E402
 from mmpeft_ds.errors import BadInput, BadSample  # noqa: E402
@@ -55,7 +58,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("dir", metavar="DIR", help="directory with a manifest.json")
     parser.add_argument("--list-bad", action="store_true", help="name every bad sample, not one a shard")
     parser.add_argument("--processes", type=int, default=0, help="how many at a time (default: all CPUs)")
+    parser.add_argument("--recipe", help="YAML file whose data.sources or data.validation name DIR")
+    parser.add_argument("--set", action="append", default=[], metavar="A.B=VALUE", help="override one key; repeatable")
     args = parser.parse_args(argv)
+    if args.set and not args.recipe:
+        parser.error("--set is about a recipe. Add --recipe")
+    if args.recipe:
+        show_texts(args.dir, args.recipe, args.set)
     return 2 if verify(args.dir, args.list_bad, args.processes) else 0
 
 
@@ -103,6 +112,29 @@ def verify(dir: str, list_bad: bool = False, processes: int = 0) -> list[str]:
     verdict = f"{len(problems)} problems" if problems else "all good"
     print(f"{manifest.name}: {len(jobs)} shards, {sum(f.good for f in results):,} samples read well: {verdict}")
     return problems
+
+
+def show_texts(dir: str, recipe_file: str, overrides: list[str]) -> None:
+    """Print which texts of `dir` the recipe's backbone would cut, read otherwise than they stand, or refuse.
+
+    Raises:
+        BadInput: if the recipe does not read `dir`, or cannot be resolved.
+    """
+    recipe = recipes.load(recipe_file, overrides)
+    named = [source for source in (*recipe.data.sources, *recipe.data.validation) if _same(source.dir, dir)]
+    if not named:
+        raise BadInput(f"--recipe {recipe_file}: does not read {dir}. Name one whose data.sources or validation do.")
+    from mmpeft_ds.engine.assembly.resolve import resolve
+    from mmpeft_ds.engine.text_check import check_texts
+
+    resolved = resolve(recipe)
+    sources = [s for s in (*resolved.train, *resolved.validation) if _same(s.options.dir, dir)]
+    for source, check in check_texts(resolved, sources):
+        print(check.line(resolved.backbone, source) or f"{dir} ({source.options.split}): all texts are read whole.")
+
+
+def _same(one: str, other: str) -> bool:
+    return Path(one).resolve() == Path(other).resolve()
 
 
 def check_shard(job: Job) -> Found:

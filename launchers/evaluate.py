@@ -38,7 +38,8 @@ def main() -> int:
     if console.rank() == 0:
         for report in reports:
             left_out = f", {report['bad_samples']:,} bad samples left out" if report["bad_samples"] else ""
-            counted = f"{report['scored']:,} of {report['there']:,} {report['unit']} scored{left_out}"
+            changed = f", {report['changed']}" if report["changed"] else ""
+            counted = f"{report['scored']:,} of {report['there']:,} {report['unit']} scored{left_out}{changed}"
             title = f"{report['dir']} ({report['split']}), {counted}, {report['checkpoint']}"
             console.score_table(report["scores"], report["baselines"], title)
         print(f"predictions: {args.run / f'predictions-{split}.jsonl'}")

@@ -49,6 +49,8 @@ def main() -> int:
     if args.out:
         known = f" ({answers.known:,} images had theirs already)" if answers.known else ""
         print(f"{len(answers.rows):,} answers: {args.out}{known}")
+    if cut := answers.cut:
+        print(f"note: {len(cut):,} texts are too long to be read whole (cut_tokens). The first: {cut[0][:60]!r}")
     if failed := answers.failed:
         raise BadInput(f"{len(failed):,} of {len(images):,} images have no answer. The first: {failed[0]['error']}")
     return 0

@@ -53,6 +53,8 @@ def main() -> int:
     )  # fmt: skip
     show(found.hits, "image" if captions else "text")
     print(f"{len(found.hits):,} hits: {args.out / search.RESULTS}, contact sheet: {args.out / search.SHEET}")
+    if found.cut:
+        print(f"note: the end of {len(found.cut):,} texts was too long to be read. The first: {found.cut[0][:60]!r}")
     if found.errors:
         first = next(iter(found.errors.values()))
         raise BadInput(f"{len(found.errors):,} of {len(images):,} images were left out. The first: {first}")

@@ -83,8 +83,8 @@ class Loaded:
             task: which of `tasks` is asked.
 
         Returns:
-            one row per text in order: `prediction`, `text`, `sample_id` (path or number of the entry), and further
-            values of the task.
+            one row per text in order: `prediction`, `text`, `sample_id` (path or number of the entry), further values
+            of the task, and `cut_tokens` where a text was too long and so many of its tokens were not read.
 
         Raises:
             BadInput: naming the image that cannot be read; no such task; a task that needs texts got none.
@@ -114,7 +114,11 @@ class Loaded:
     def answer(self, samples: Sequence[Sample], task: int = 0) -> list[dict[str, Any]]:
         """The rows of `predict` for samples that `sample` has made, in one forward pass."""
         packed = self.pack(samples, task)
-        return self.tasks[task].predict(answer(self.model, self.backbone, self.tasks[task], packed), packed)
+        rows = self.tasks[task].predict(answer(self.model, self.backbone, self.tasks[task], packed), packed)
+        cut = packed.changes[:, 0].tolist()
+        if len(rows) == len(cut):
+            rows = [row | ({"cut_tokens": n} if n else {}) for row, n in zip(rows, cut, strict=True)]
+        return rows
 
     def batch(self, images: Sequence[Any], texts: Sequence[str | Sequence[str]], first: int = 0, task: int = 0) -> Any:
         """The packed batch that `predict` sends through the model, on its device."""

@@ -40,8 +40,8 @@ class BackboneBase(abc.ABC):
             `embed_texts` work.
         wants_statistics: the image feature is standardised: `use_statistics` is called before `build`, and
             `statistics_width`, `statistics_key` and `build_vision` work.
-        prompt_limit, target_limit: options that limit the tokens of a text, and of its target where it has one; what is
-            longer is cut, and messages name them.
+        prompt_limit, target_limit: options that limit the tokens of a text, and of its target where it has one;
+            messages about texts that were cut name them.
         reads_bank: the model scores classes from a bank of class texts and support samples: `use_bank` is called
             before `build`, and `read_classes` after it.
         attentions: attention implementations that compute what the checkpoint means, the first for `auto`; empty: all

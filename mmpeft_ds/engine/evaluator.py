@@ -17,6 +17,7 @@ from mmpeft_ds.engine.assembly import modality
 from mmpeft_ds.engine.assembly.forward import answer
 from mmpeft_ds.engine.assembly.resolve import ResolvedSource
 from mmpeft_ds.engine.streams import items_of
+from mmpeft_ds.engine.text_counts import CHANGES, TextCounts
 from mmpeft_ds.errors import AgreedBadInput, BadInput
 
 
@@ -31,6 +32,8 @@ class Evaluation:
             every rank; see `count`.
         unit: what they are, in the plural.
         bad: number of samples that could not be read and are left out, on every rank.
+        texts: texts that were cut to fit or hold control tokens, on every rank.
+        weight: total weight of the loss, on every rank.
         pictures: (image (3, H, W) in [0, 1], its rows) of rank 0's share, up to the number asked for; None in the
             place of an image that nobody has.
         graph: picture (3, H, W) in [0, 1] of the graph among rank 0's rows of the first batch, if pictures are asked
@@ -45,12 +48,15 @@ class Evaluation:
     scored: int = 0
     there: int = 0
     unit: str = "samples"
+    texts: TextCounts = field(default_factory=TextCounts)
+    weight: float = 0.0
 
     @property
     def counted(self) -> str:
-        """`72 of 72 questions`, and what was left out."""
+        """`72 of 72 questions`, what was left out, and what was cut."""
         bad = f", {self.bad:,} bad samples left out" if self.bad else ""
-        return f"{self.scored:,} of {self.there:,} {self.unit}{bad}"
+        changed = f", {self.texts.words()}" if self.texts else ""
+        return f"{self.scored:,} of {self.there:,} {self.unit}{bad}{changed}"
 
 
 @torch.no_grad()
@@ -85,6 +91,7 @@ def evaluate(
     parts: list[Any] = []  # for tasks that need the whole split before they can answer
     kept: list[tuple[Tensor | None, list[dict[str, Any]]]] = []
     loss_sum, weight_sum, bad, stopped = 0.0, 0.0, 0, False
+    changed = [0] * CHANGES
     seen: graph_health.View | None = None
     for step in _together(steps, device):
         bits = [x for b in step.micro for x in modality.present(b)]
@@ -99,6 +106,7 @@ def evaluate(
             present = anywhere[i * len(modality.MODALITIES) : (i + 1) * len(modality.MODALITIES)]
             if not any(present):  # padding on every rank
                 continue
+            changed = [a + b for a, b in zip(changed, batch.changed_texts(), strict=True)]
             batch = modality.complete(batch, present, backbone, task).to(device)
             outputs = answer(model, backbone, task, batch)
             loss_sum += float(task.loss(outputs, batch))
@@ -119,13 +127,15 @@ def evaluate(
         module.training = True
     if stopped:
         return None
-    loss_sum, weight_sum, bad = collectives.sum_scalars([loss_sum, weight_sum, bad], device)
+    loss_sum, weight_sum, bad, *changed = collectives.sum_scalars([loss_sum, weight_sum, bad, *changed], device)
+    texts = TextCounts()
+    texts.add(task, changed)
     gathered = collectives.gather_to_first(rows) or []
     gathered.sort(key=lambda row: row["sample_id"])  # stable: texts of a sample keep their order
     scores = on_rank0(lambda: dict(task.score(gathered)))
     loss = loss_sum / weight_sum if weight_sum else float("nan")
     drawn = graph_health.picture(seen, thumbnail) if seen is not None else None
-    return Evaluation({**scores, "loss": loss}, gathered, kept, int(bad), drawn)
+    return Evaluation({**scores, "loss": loss}, gathered, kept, int(bad), drawn, texts=texts, weight=weight_sum)
 
 
 def count(evaluation: Evaluation, source: ResolvedSource) -> Evaluation:

@@ -108,6 +108,10 @@ class Monitor(Observer):
                 self.board.add_scalar(f"{tag}/{name}", value, step)
         for kind, count in row["bad"].items():
             self.board.add_scalar(f"bad_samples/{kind}", count, step)
+        for kind, count in row.get("cut_texts", {}).items():
+            self.board.add_scalar(f"cut_texts/{kind}", count, step)
+        if row.get("control_tokens"):
+            self.board.add_scalar("control_tokens/texts", row["control_tokens"], step)
 
     def evaluation(self, split: str, step: int, evaluation: Any) -> None:
         shown = ", ".join(f"{k} {v:.4f}" for k, v in evaluation.scores.items())
@@ -116,6 +120,10 @@ class Monitor(Observer):
             return
         for name, value in evaluation.scores.items():
             self.board.add_scalar(f"eval/{split}/{name}", value, step)
+        for kind, count in evaluation.texts.cut.items():
+            self.board.add_scalar(f"cut_texts/{split}/{kind}", count, step)
+        if evaluation.texts.control:
+            self.board.add_scalar(f"control_tokens/{split}/texts", evaluation.texts.control, step)
         if evaluation.pictures:
             self.board.add_image(f"predictions/{split}", page(evaluation.pictures), step)
         if evaluation.graph is not None:

@@ -16,7 +16,7 @@ from torch import nn
 from mmpeft_ds import recipe as recipes
 from mmpeft_ds.data.assumed import is_assumed
 from mmpeft_ds.data.order import steps_of
-from mmpeft_ds.engine import ewc, rundir
+from mmpeft_ds.engine import ewc, rundir, text_check
 from mmpeft_ds.engine.assembly.checks import check_schedule, idle_note
 from mmpeft_ds.engine.assembly.resolve import Resolved, attach
 from mmpeft_ds.engine.optim import optimizers
@@ -57,6 +57,7 @@ def make(resolved: Resolved, ranks: Sequence[int] = ()) -> dict[str, Any]:
     if not resolved.method_options.gradient_free:
         check_schedule(recipe, total_steps, steps_per_epoch)
     asked = 0 if resolved.method_options.gradient_free else total_steps
+    texts, text_notes = _texts(resolved)
     there = (recipe.run_dir, recipes.to_dict(recipe), asked, recipe.engine.patience)
     return {
         "backbone": recipe.backbone["name"],
@@ -65,7 +66,8 @@ def make(resolved: Resolved, ranks: Sequence[int] = ()) -> dict[str, Any]:
         "sources": sources,
         "validation": validation,
         "notes": resolved.notes,
-        "remarks": [*resolved.remarks, *idle_note(recipe, asked_ranks), *rundir.preview(*there)],
+        "texts": texts,
+        "remarks": [*text_notes, *resolved.remarks, *idle_note(recipe, asked_ranks), *rundir.preview(*there)],
         "global_batch": recipe.data.global_batch,
         "accumulation": recipe.optim.accumulation,
         "steps_per_epoch": steps_per_epoch,
@@ -78,6 +80,29 @@ def make(resolved: Resolved, ranks: Sequence[int] = ()) -> dict[str, Any]:
         "bytes_per_rank": {n: zero_bytes(sizes, resolved.ds_config, stage, n) for n in ranks},
         "bytes_per_rank_zero1": {n: zero_bytes(sizes, {}, 1, n) for n in ranks},
     }
+
+
+def _texts(resolved: Resolved) -> tuple[list[dict[str, Any]], list[str]]:
+    """Counts of texts that would be cut, hold control tokens or cannot be read, in a part of each source; and lines
+    for the user."""
+    rows, lines = [], []
+    for source, check in text_check.check_texts(
+        resolved, [*resolved.train, *resolved.validation], text_check.LOOKED_AT
+    ):
+        rows.append(
+            {
+                "dir": source.options.dir,
+                "split": source.options.split,
+                "task": source.options.task["name"],
+                "looked_at": check.samples,
+                "cut_texts": check.counts.cut,
+                "control_tokens": check.counts.control,
+                "refused": check.refused,
+            }
+        )
+        line = check.line(resolved.backbone, source)
+        lines += [line] if line and line not in lines else []
+    return rows, lines
 
 
 def trainable_by_kind(resolved: Resolved, model: nn.Module) -> dict[str, int]:

@@ -30,10 +30,15 @@ from mmpeft_ds.engine.assembly.build import Built
 from mmpeft_ds.engine.assembly.forward import forward
 from mmpeft_ds.engine.assembly.resolve import Resolved, titles
 from mmpeft_ds.engine.optim.schedule import learning_rate
+from mmpeft_ds.engine.text_counts import CHANGES, TextCounts, nothing_learnt
 from mmpeft_ds.engine.train_state import TrainState
 from mmpeft_ds.engine.zero import gradients
 from mmpeft_ds.errors import AgreedBadInput, BadInput
 from mmpeft_ds.methods.common.head import Head
+from mmpeft_ds.tasks.base import TaskBase
+
+# In `TrainState.extra`: total weight of the loss in the epoch, and in the run.
+EPOCH_WEIGHT, RUN_WEIGHT = "epoch_weight", "run_weight"
 
 
 @dataclass
@@ -46,6 +51,7 @@ class Agreed:
         rows: texts (slots, where there are no texts) that enter the loss.
         bad: slots that could not be used.
         keys_hash: sum mod 2^64 of the hashes of the sample ids that enter the loss.
+        changed: texts with a cut prompt, a cut target, and control tokens, see `PackedBatch.changed_texts`.
         present: per micro-step, `modality.present` summed over ranks.
     """
 
@@ -54,6 +60,7 @@ class Agreed:
     rows: int
     bad: int
     keys_hash: int
+    changed: list[float]
     present: list[list[float]]
 
 
@@ -125,12 +132,9 @@ class Stepper:
         else:
             gradients.discard(self.engine)
             if state.skipped_in_a_row + 1 >= self.recipe.engine.max_skipped:
-                raise AgreedBadInput(
-                    f"step {state.step}: loss or gradient not finite in {state.skipped_in_a_row + 1} steps in a row "
-                    f"(loss {loss}, gradient norm {norm}). Lower optim.lr, set optim.clip, or look at the data of "
-                    "these steps; engine.max_skipped allows more."
-                )
+                raise AgreedBadInput(f"step {state.step}: {self.why_skipped(task, agreed, loss, norm)}")
             state.skipped_in_a_row, state.skipped_total = state.skipped_in_a_row + 1, state.skipped_total + 1
+        self.count_texts(task, agreed)
         state.step, state.step_in_epoch = state.step + 1, state.step_in_epoch + 1
         seconds = time.perf_counter() - began + waited
         state.elapsed += seconds
@@ -154,6 +158,8 @@ class Stepper:
             "skipped": not applied,
             "skipped_total": state.skipped_total,
             "bad": dict(state.bad),
+            "cut_texts": dict(state.cut_texts),
+            "control_tokens": state.control_tokens,
             "slowest_rank": max(range(len(busy)), key=busy.__getitem__),
             "slowest_excess": max(busy) - statistics.median(busy),
             "grad_norms": {n: math.sqrt(s) for n, s in zip(self.groups, norms, strict=True)},
@@ -166,12 +172,13 @@ class Stepper:
 
     def fail(self, problem: BadInput) -> NoReturn:
         """End all ranks with `problem`; called in place of `train_step` on a rank that cannot read the step's data."""
-        width = 7 + self.recipe.optim.accumulation * len(modality.MODALITIES)
+        width = 7 + CHANGES + self.recipe.optim.accumulation * len(modality.MODALITIES)
         collectives.sum_scalars([1.0] + [0.0] * (width - 1), self.ranks.device)
         raise AgreedBadInput(collectives.first_message(str(problem)))
 
     def agree(self, micro: list[PackedBatch], task: Any) -> Agreed:
-        """One all-reduce before the first forward: weights, stop flag, bad slots, and which rank has which modality.
+        """One all-reduce before the first forward: weights, stop flag, bad slots, changed texts, and which rank has
+        which modality.
 
         Raises:
             BadInput: some rank has called `fail`.
@@ -184,14 +191,16 @@ class Stepper:
             float(sum(_rows(b) for b in micro)),
             float(sum(len(b.bad) for b in micro)),
             *hashes,
+            *(sum(numbers) for numbers in zip(*(b.changed_texts() for b in micro), strict=True)),
             *(bit for b in micro for bit in modality.present(b)),
         ]
-        failed, weight, stop, rows, bad, low, high, *bits = collectives.sum_scalars(mine, self.ranks.device)
+        failed, weight, stop, rows, bad, low, high, *rest = collectives.sum_scalars(mine, self.ranks.device)
         if failed:
             raise AgreedBadInput(collectives.first_message(""))
         width = len(modality.MODALITIES)
+        changed, bits = rest[:CHANGES], rest[CHANGES:]
         present = [bits[i : i + width] for i in range(0, len(bits), width)]
-        return Agreed(weight, stop > 0, int(rows), int(bad), collectives.sum_mod_2_64((low, high)), present)
+        return Agreed(weight, stop > 0, int(rows), int(bad), collectives.sum_mod_2_64((low, high)), changed, present)
 
     def accumulate(
         self, micro: list[PackedBatch], task: Any, agreed: Agreed
@@ -250,6 +259,31 @@ class Stepper:
         self.state.bad = dict(merged.counts)
         if (problem := merged.problem()) is not None:
             raise AgreedBadInput(f"data: {problem}")
+
+    def count_texts(self, task: TaskBase, agreed: Agreed) -> None:
+        """Add up the changed texts and the weight of a step."""
+        counts = self.text_counts()
+        counts.add(task, agreed.changed)
+        self.state.cut_texts, self.state.control_tokens = counts.cut, counts.control
+        for name in (EPOCH_WEIGHT, RUN_WEIGHT):
+            self.state.extra[name] = self.state.extra.get(name, 0.0) + agreed.weight
+
+    def text_counts(self) -> TextCounts:
+        """Texts of the run so far that were changed."""
+        return TextCounts(dict(self.state.cut_texts), self.state.control_tokens)
+
+    def why_skipped(self, task: TaskBase, agreed: Agreed, loss: float, norm: float) -> str:
+        """Why the last step of too many in a row was not applied, and what to do about it."""
+        steps = self.state.skipped_in_a_row + 1
+        if not agreed.weight:
+            counts = self.text_counts()
+            counts.add(task, agreed.changed)
+            why = nothing_learnt(self.resolved.backbone, [task], counts)
+            return f"nothing of it enters the loss, and no step was applied in {steps} steps in a row: {why}"
+        return (
+            f"loss or gradient not finite in {steps} steps in a row (loss {loss}, gradient norm {norm}). Lower "
+            "optim.lr, set optim.clip, or look at the data of these steps; engine.max_skipped allows more."
+        )
 
     def memory(self) -> list[float]:
         """MiB of this process: resident now, resident at most so far, and the peak of its GPU where there is one."""

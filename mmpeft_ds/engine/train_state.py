@@ -21,6 +21,8 @@ class TrainState:
         skipped_in_a_row: steps skipped for a non-finite loss or gradient since the last good one.
         skipped_total: skipped steps of the whole run.
         bad: kind -> number of bad samples.
+        cut_texts: kind -> number of texts that were cut to fit.
+        control_tokens: number of texts with control tokens, which were read as words.
         elapsed: seconds of training over all starts of the run.
         extra: further JSON-able state of the engine, such as the budget of bad samples.
     """
@@ -35,5 +37,7 @@ class TrainState:
     skipped_in_a_row: int = 0
     skipped_total: int = 0
     bad: dict[str, int] = field(default_factory=dict)
+    cut_texts: dict[str, int] = field(default_factory=dict)
+    control_tokens: int = 0
     elapsed: float = 0.0
     extra: dict[str, Any] = field(default_factory=dict)

@@ -22,14 +22,16 @@ from mmpeft_ds.engine.evaluator import Evaluation, count, evaluate
 from mmpeft_ds.engine.export import export_adapter
 from mmpeft_ds.engine.monitor import Monitor, Observer, plain
 from mmpeft_ds.engine.rundir import RunDir, finished_words
-from mmpeft_ds.engine.step import Stepper, merged_budget
+from mmpeft_ds.engine.step import EPOCH_WEIGHT, RUN_WEIGHT, Stepper, merged_budget
 from mmpeft_ds.engine.stop import StopFlag
 from mmpeft_ds.engine.streams import check_shards, make_stream, thumbnails_of, total_steps
+from mmpeft_ds.engine.text_counts import note, nothing_learnt
 from mmpeft_ds.engine.train_state import TrainState
 from mmpeft_ds.engine.zero import fingerprint
 from mmpeft_ds.engine.zero import state as zero_state
 from mmpeft_ds.errors import AgreedBadInput, BadInput
 from mmpeft_ds.progress import Progress
+from mmpeft_ds.tasks.base import TaskBase
 
 
 def run(recipe: recipes.Recipe, *, fresh: bool = False, conclude: Callable[[Training], bool] | None = None) -> int:
@@ -125,6 +127,10 @@ class Training:
         self.last: dict[str, Any] = {}
         self.saved: Path | None = run_dir.resume_from  # the newest checkpoint
         self.saved_at = state.step if self.saved is not None else -1
+        # A checkpoint of an older version lacks them; what it has trained on had weight.
+        state.extra.setdefault(EPOCH_WEIGHT, float(state.step_in_epoch > 0))
+        state.extra.setdefault(RUN_WEIGHT, float(state.step > 0))
+        self.changes_noted = False
 
     def loop(self) -> bool:
         """Train until the end, early stopping, or a stop request; True if there is nothing left to train.
@@ -132,18 +138,47 @@ class Training:
         Bad input that all ranks know of ends the run after a checkpoint, so that no step is lost.
         """
         try:
+            self.check_weight()
             # Make up for an evaluation that was due when the run was stopped.
             verdict = self.evaluate_and_save() if self.state.step or not self.total else None
             steps = self.steps()
             while verdict is None:
                 self.last = self.stepper.train_step(*next(steps))
                 self.observer.step(self.last)
+                self.note_changes()
+                self.check_weight()
                 verdict = self.evaluate_and_save()
         except AgreedBadInput:
             if self.state.step:
                 self.save()
             raise
         return verdict
+
+    def check_weight(self) -> None:
+        """End a run that learns nothing: an epoch, or all of a run, in which nothing entered the loss.
+
+        Raises:
+            AgreedBadInput: on all ranks, also when such a run is started again.
+        """
+        state = self.state
+        epoch_over = 0 < self.stream.steps_per_epoch(state.epoch) <= state.step_in_epoch
+        run_over = 0 < self.total <= state.step
+        if (epoch_over and not state.extra[EPOCH_WEIGHT]) or (run_over and not state.extra[RUN_WEIGHT]):
+            why = nothing_learnt(self.resolved.backbone, self.train_tasks, self.stepper.text_counts())
+            raise AgreedBadInput(f"data: nothing of epoch {state.epoch} enters the loss: {why}")
+
+    def note_changes(self) -> None:
+        """Say once in a start of the run that texts are cut, or hold control tokens."""
+        counts = self.stepper.text_counts()
+        if counts and not self.changes_noted:
+            self.changes_noted = True
+            words = note(self.resolved.backbone, self.train_tasks, counts)
+            self.observer.say(f"note: after step {self.state.step}: {words} (cut_texts, control_tokens in metrics)")
+
+    @property
+    def train_tasks(self) -> list[TaskBase]:
+        """The tasks of the training sources."""
+        return [source.task for source in self.resolved.train]
 
     def evaluate_and_save(self) -> bool | None:
         """Save and evaluate after a step, where that is due.
@@ -180,6 +215,7 @@ class Training:
         while self.state.step < self.total:
             if self.state.step_in_epoch >= self.stream.steps_per_epoch(self.state.epoch):
                 self.state.epoch, self.state.step_in_epoch = self.state.epoch + 1, 0
+                self.state.extra[EPOCH_WEIGHT] = 0.0
             steps = self.stream.epoch(self.state.epoch, self.state.step_in_epoch)
             while True:
                 began = time.perf_counter()
@@ -202,6 +238,10 @@ class Training:
             if result is None:
                 self.stepper.stopping = True
                 return False
+            if not result.weight:
+                task = self.resolved.validation[index].task
+                why = nothing_learnt(self.resolved.backbone, [task], result.texts)
+                raise AgreedBadInput(f"data.validation.{index} ({title}): nothing of it enters the loss: {why}")
             results.append(result)
             self.observer.evaluation(title, self.state.step, result)
         task = self.resolved.validation[0].task
@@ -278,6 +318,8 @@ class Training:
                 "best_counted": state.extra.get("best_counted"),
                 "skipped_steps": state.skipped_total,
                 "bad_samples": state.bad,
+                "cut_texts": state.cut_texts,
+                "control_tokens": state.control_tokens,
                 "world_size": self.ranks.world_size,
                 "zero_stage": self.built.stage,
             }

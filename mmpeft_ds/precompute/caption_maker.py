@@ -172,6 +172,10 @@ class CaptionMaker(ShardMaker[_Prepared]):
             b = self.backbone
             try:
                 batch = pack(slots, b.collate_images, b.collate_texts, lambda _: {}).to(self.device)
+                if batch.changes is not None and batch.changes[:, 0].any():
+                    raise BadInput(
+                        f"--prompt: too long for backbone.{b.prompt_limit}. Shorten it, or raise the limit."
+                    )
                 texts += b.generate(self.model, batch, **self.options.generation)
             except (ValueError, TypeError, BadSample) as error:
                 # transformers lists in several lines the options that it does not know.

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from mmpeft_ds.data.batch import PackedBatch, Sample, pack
+from mmpeft_ds.data.batch import PackedBatch, Sample, changes_of, pack
 from mmpeft_ds.data.decode import decode
 from mmpeft_ds.data.feature_shards import class_name_in_words, negated
 from mmpeft_ds.data.identity import PICTURE, content_id
@@ -81,6 +81,7 @@ class _Prepared:
     images: list[Any] = field(default_factory=list)
     pictures: list[tuple[str, bytes]] = field(default_factory=list)
     views: int = 1
+    cut: int = 0  # captions whose end the text tower does not read
     bad: str = ""
 
 
@@ -164,6 +165,7 @@ class Maker(ShardMaker[_Prepared]):
     def make(self, job: Job, number: int, prepared: list[_Prepared], notes: ShardNotes) -> Iterator[FeatureSample]:
         """The good samples with their features; bad ones go into `notes`."""
         notes.bad += [(p.key, p.bad) for p in prepared if p.bad]
+        notes.counts.update(cut_captions=sum(p.cut for p in prepared))
         yield from self._embedded([p for p in prepared if not p.bad])
 
     def prepare(self, job: Job, number: int, piece: bytes | BadSample) -> _Prepared:
@@ -187,6 +189,9 @@ class Maker(ShardMaker[_Prepared]):
                     made.pictures.append(("jpg", thumbnail(image, self.options.thumbnails)))
             if not made.images and not record["captions"]:
                 raise BadSample("field", "neither an image nor captions")
+            if record["captions"] and self.backbone.feature_widths[1]:
+                collated = self.backbone.collate_texts(record["captions"])
+                made.cut = int((changes_of(collated, len(record["captions"]))[:, 0] > 0).sum())
         except BadSample as bad:
             return _Prepared(key, bad=bad.kind)
         return made

@@ -117,10 +117,12 @@ def _finish(maker: Maker, plan: Plan, seconds: float) -> None:
     options, source, out, name = maker.options, maker.source, maker.options.out, maker.name
     parts: dict[str, list[Part]] = {}
     left_out: dict[str, Any] = {}
+    cut = 0
     for job, part, notes in maker.finished(plan):
         counted = left_out.setdefault(job.split, {"count": 0, "samples": []})
         counted["count"] += len(notes.bad)
         counted["samples"] += notes.bad
+        cut += notes.counts["cut_captions"]
         part = renumbered(out, name, job, part, sum(p.shard.samples for p in parts.get(job.split, [])))
         if part.shard.samples:
             parts.setdefault(job.split, []).append(part)
@@ -139,6 +141,7 @@ def _finish(maker: Maker, plan: Plan, seconds: float) -> None:
         "options": {"data": source.name},
         "fingerprint": {split: fingerprint(source, split) for split in splits},
         "left_out": {split: bad for split, bad in left_out.items() if bad["count"]},
+        **({"cut_captions": cut} if cut else {}),
     }
     label_split = "train" if "train" in splits else splits[0]
     manifest = write_manifest(
@@ -163,6 +166,8 @@ def _finish(maker: Maker, plan: Plan, seconds: float) -> None:
         size = sum(s.bytes for s in shards) / 1e6
         print(f"  {split:8} {manifest.samples(split):>9,} samples  {len(shards):>5,} shards  {size:>9,.1f} MB")
     print(f"  {images:,} views of images, {texts:,} captions; {bad:,} bad samples left out (source.left_out)")
+    if cut:
+        print(f"  {cut:,} captions are longer than the text tower reads; their features lack the end of the text")
     if made:
         print(f"  {made:,} samples in {seconds:.1f} s: {made * (1 + options.views) / seconds:,.1f} images/s")
 

@@ -32,8 +32,9 @@ def evaluate_run(
 
     Returns:
         on every rank, one report per data set and task: dir, split, task, checkpoint, step, samples, rows, scored and
-        there (how many of `unit` the scores rest on, and how many the split has), bad_samples, scores, baselines,
-        seconds. None if a stop was requested: nothing is written.
+        there (how many of `unit` the scores rest on, and how many the split has), bad_samples, cut_texts (by kind),
+        control_tokens (texts with some), changed (these two in words), scores, baselines, seconds. None if a stop was
+        requested: nothing is written.
 
     Raises:
         BadInput: no run there, no such checkpoint or split.
@@ -67,6 +68,9 @@ def evaluate_run(
                     "there": result.there,
                     "unit": result.unit,
                     "bad_samples": result.bad,
+                    "cut_texts": result.texts.cut,
+                    "control_tokens": result.texts.control,
+                    "changed": result.texts.words(),
                     "scores": result.scores,
                     "baselines": on_rank0(lambda source=source: _baselines(resolved, source)),
                     "seconds": seconds,

@@ -1,7 +1,8 @@
 """Answers of a trained adapter about new pictures: written as they come, continued where they stopped.
 
 Every row of the file names its picture (`image`), the `text` that was asked, the `prediction`, and by `adapter` the
-weights that gave it; a picture that cannot be read has a row with an `error` instead, and the others go on.
+weights that gave it; a picture that cannot be read has a row with an `error` instead, and the others go on. A text
+that was too long to be read whole has the number of its missing tokens beside it (`cut_tokens`).
 """
 
 from __future__ import annotations
@@ -36,6 +37,11 @@ class Answers:
     def failed(self) -> list[dict[str, Any]]:
         """Rows of the pictures that could not be read, one per picture."""
         return list({row["image"]: row for row in self.rows if "error" in row}.values())
+
+    @property
+    def cut(self) -> list[str]:
+        """Texts that were too long, so that a part of them was not read."""
+        return list(dict.fromkeys(row["text"] for row in self.rows if "cut_tokens" in row))
 
 
 def predict(
@@ -102,7 +108,7 @@ def _ask(
                 said = {"error": errors[picture]}
             else:
                 answer = next(answers)
-                said = {key: answer[key] for key in ("prediction", "probability") if key in answer}
+                said = {key: answer[key] for key in ("prediction", "probability", "cut_tokens") if key in answer}
             rows.append({"image": str(picture), "text": text, **said, "adapter": made_by})
     return rows
 

@@ -41,10 +41,12 @@ class Hits:
     Attributes:
         hits: objects with `text`, `image`, `rank` from 1 and `score`, in order of query and rank.
         errors: picture -> why it could not be read.
+        cut: texts that were too long, so that their end was not read.
     """
 
     hits: list[dict[str, Any]]
     errors: dict[str, str] = field(default_factory=dict)
+    cut: list[str] = field(default_factory=list)
 
 
 class Searcher:
@@ -79,12 +81,15 @@ class Searcher:
         return image_features(forward(self.loaded.model, self.loaded.backbone, batch), batch).float().cpu()
 
     @torch.no_grad()
-    def texts(self, texts: Sequence[str], batch: int) -> Tensor:
-        """(Q, E) unit vectors of texts, on the CPU."""
+    def texts(self, texts: Sequence[str], batch: int, cut: list[str]) -> Tensor:
+        """(Q, E) unit vectors of texts, on the CPU; those that were too long to be read whole go into `cut`."""
         backbone, rows = self.loaded.backbone, []
         for start in range(0, len(texts), batch):
             sample = self.loaded.sample("texts", backbone.dummy("image"), texts[start : start + batch], self.task)
             packed = self.loaded.pack([sample], self.task)
+            cut += [
+                text for text, tokens in zip(packed.raw_texts, packed.changes[:, 0].tolist(), strict=True) if tokens
+            ]
             rows.append(forward(self.loaded.model, backbone, packed).text_features.float().cpu())
         return torch.cat(rows)
 
@@ -112,7 +117,7 @@ def search(
     read = [p for p in pictures if str(p) not in result.errors]
     if not read:
         raise BadInput(f"none of the {len(pictures):,} pictures can be read. {next(iter(result.errors.values()))}")
-    score_QN = searcher.texts(texts, batch) @ image_NE.T
+    score_QN = searcher.texts(texts, batch, result.cut) @ image_NE.T
     scores = score_QN.T if of_pictures else score_QN
     values, order = scores.topk(min(top, scores.shape[1]))
     for query, (row, places) in enumerate(zip(values.tolist(), order.tolist(), strict=True)):

@@ -113,6 +113,13 @@ class TaskBase(abc.ABC):
         """
         return self.read(record, generator)
 
+    def every_text(self, record: dict[str, Any]) -> list[Any]:
+        """All texts of one sample that training may read, for counts of texts beforehand. Raises BadSample.
+
+        Default: those of evaluation.
+        """
+        return self.read_all(record, torch.Generator())[0]
+
     def scored(self, rows: list[dict[str, Any]]) -> int:
         """How many of `unit` the scores of `rows` rest on; called on rank 0. Default: one per row."""
         return len(rows)

@@ -56,6 +56,10 @@ class Captioning(TaskBase):
         """The prompt and the first caption, for evaluation, whose loss would else depend on a draw."""
         return [Prompted(self.options.prompt, self._captions(record)[0])], [{}]
 
+    def every_text(self, record: dict[str, Any]) -> list[Prompted]:
+        """The prompt and each of the captions."""
+        return [Prompted(self.options.prompt, caption) for caption in self._captions(record)]
+
     def scored(self, rows: list[dict[str, Any]]) -> int:
         """Samples with captions to compare with."""
         return sum(bool(row["references"]) for row in rows)

@@ -76,6 +76,12 @@ class VqaGenerative(QuestionTask):
             targets.append({"question": number, "weight": float(bool(best)), "first": float(bool(best))})
         return texts, targets
 
+    def every_text(self, record: dict[str, Any]) -> list[Prompted]:
+        """Every question with each of its answers, or alone where none counts."""
+        read = self.read_questions(record, 0, None)[0]
+        answered = {text.prompt for text in read}
+        return [*read, *(text for text in self.read_all(record, None)[0] if text.prompt not in answered)]
+
     def prompted(self, question: str, answer: str = "") -> Prompted:
         """A question as the model reads it."""
         if self.options.clean:

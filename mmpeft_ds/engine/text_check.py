@@ -1,0 +1,114 @@
+"""A look at the texts of prepared data before training; images are not decoded.
+
+It counts the texts that are longer than the backbone's limits, that hold control tokens, or that it cannot read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from mmpeft_ds.backbones.base import BackboneBase
+from mmpeft_ds.data.assumed import is_assumed
+from mmpeft_ds.data.batch import CollatedTexts, with_images
+from mmpeft_ds.data.manifest import local_path
+from mmpeft_ds.data.shards import ShardReader, members, record_of
+from mmpeft_ds.data.stream import image_names
+from mmpeft_ds.engine.assembly.resolve import Resolved, ResolvedSource
+from mmpeft_ds.engine.text_counts import TextCounts, counted, note
+from mmpeft_ds.errors import BadSample
+
+LOOKED_AT = 500  # samples of a source in `train.py --check`, evenly over the split
+CHUNK = 100  # records read at a time
+
+
+@dataclass
+class TextCheck:
+    """Result for one source.
+
+    Attributes:
+        samples: how many were looked at.
+        there: how many the source has.
+        counts: of texts that would be changed.
+        refused: kind of bad sample -> how many texts cannot be read by the backbone.
+        first: sample and reason of the first of these.
+    """
+
+    samples: int
+    there: int
+    counts: TextCounts = field(default_factory=TextCounts)
+    refused: dict[str, int] = field(default_factory=dict)
+    first: str = ""
+
+    def line(self, backbone: BackboneBase, source: ResolvedSource) -> str:
+        """The result in words; empty if nothing is wrong."""
+        parts = [note(backbone, [source.task], self.counts)] if self.counts else []
+        if self.refused:
+            kinds = ", ".join(f"{number:,} {kind}" for kind, number in self.refused.items())
+            parts.append(f"{counted(sum(self.refused.values()), 'bad sample')} ({kinds}), the first {self.first}")
+        if not parts:
+            return ""
+        of = f" of {self.there:,}" if self.samples < self.there else ""
+        return f"{source.options.dir} ({source.options.split}), {self.samples:,}{of} samples: {'; '.join(parts)}."
+
+
+def reads_texts(backbone: BackboneBase) -> bool:
+    """Whether the backbone turns texts into tokens and counts what it changes."""
+    return isinstance(backbone.collate_texts([backbone.dummy("text")]), CollatedTexts)
+
+
+def check_texts(
+    resolved: Resolved, sources: Sequence[ResolvedSource], most: int = 0
+) -> Iterator[tuple[ResolvedSource, TextCheck]]:
+    """Each source that lies on this machine, and the result of looking at its texts.
+
+    Args:
+        most: samples of a source; 0: all.
+    """
+    backbone = resolved.backbone
+    here = [s for s in sources if not is_assumed(s.manifest) and local_path(s.manifest.dir) is not None]
+    for source in here if reads_texts(backbone) else ():
+        yield source, _checked(backbone, source, most)
+
+
+def _checked(backbone: BackboneBase, source: ResolvedSource, most: int) -> TextCheck:
+    places = _places(source)
+    if 0 < most < len(places):
+        places = [places[i] for i in np.linspace(0, len(places) - 1, most).astype(int)]
+    result = TextCheck(len(places), source.samples)
+    reader = ShardReader(source.manifest, source.options.split)
+    try:
+        for start in range(0, len(places), CHUNK):
+            for piece in reader.read(places[start : start + CHUNK]):
+                _look(backbone, source, piece, result)
+    finally:
+        reader.close()
+    return result
+
+
+def _places(source: ResolvedSource) -> list[tuple[int, int]]:
+    """(shard, sample) of all samples of a source."""
+    shards = source.manifest.shards(source.options.split)
+    rows = [range(s.samples) for s in shards] if source.subset is None else source.subset.places(source.manifest)
+    return [(shard, int(i)) for shard, numbers in enumerate(rows) for i in numbers]
+
+
+def _look(backbone: BackboneBase, source: ResolvedSource, piece: bytes | BadSample, result: TextCheck) -> None:
+    """Count the texts of one sample. What is wrong with it otherwise is the business of verify.py."""
+    try:
+        if isinstance(piece, BadSample):
+            raise piece
+        key, parts = members(piece)
+        texts = with_images(source.task.every_text(record_of(parts)), len(image_names(parts)))
+    except (BadSample, TypeError, KeyError, ValueError, IndexError, AttributeError):
+        return
+    for text in texts:
+        try:
+            changes = backbone.collate_texts([text]).changes
+        except BadSample as bad:
+            result.refused[bad.kind] = result.refused.get(bad.kind, 0) + 1
+            result.first = result.first or f"{key}: {bad}"
+        else:
+            result.counts.add(source.task, (changes > 0).sum(0).tolist())
