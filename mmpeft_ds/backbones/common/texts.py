@@ -74,8 +74,9 @@ class TextIds:
 
     A control token, such as an end of text or a placeholder of an image, is what a tokenizer finds first of all in a
     text, whoever wrote it. An answer that holds one would end there for the model. So a blank is put behind its first
-    character: then it is read as the plain characters that it is. (`split_special_tokens` of transformers does not
-    serve: tokenizers whose vocabulary holds the token as a word give its id all the same.)
+    character: then it is read as the plain characters that it is. `split_special_tokens` of transformers does not
+    serve, since a vocabulary that holds the token as a word gives its id all the same
+    (findings/transformers_split_special_tokens.sh).
 
     Args:
         tokenizer: of the checkpoint.
