@@ -31,6 +31,7 @@ from mmpeft_ds.engine.assembly.resolve import resolve
 from mmpeft_ds.engine.step import Stepper
 from mmpeft_ds.engine.stop import StopFlag
 from mmpeft_ds.engine.streams import make_stream
+from mmpeft_ds.engine.text_counts import TextCounts, nothing_learnt
 from mmpeft_ds.engine.train_state import TrainState
 from mmpeft_ds.engine.zero import gradients
 from mmpeft_ds.engine.zero import state as zero_state
@@ -84,10 +85,11 @@ def measure(stepper: Stepper, steps: Iterable[Step]) -> tuple[SquaredGradients, 
     # A head may estimate F on other logits than it trains on, as the released code of GA-Net does.
     head = head_of(engine.module)
     estimated = contextlib.nullcontext if head is None else head.estimating_fisher
-    losses, samples = 0.0, 0
+    losses, samples, texts = 0.0, 0, TextCounts()
     for number, step in enumerate(_together(steps, stepper)):
         task = stepper.resolved.train[step.source].task
         agreed = stepper.agree(step.micro, task)
+        texts.add(task, agreed.changed)
         if agreed.stop:
             return None
         for batch in step.micro:
@@ -107,7 +109,9 @@ def measure(stepper: Stepper, steps: Iterable[Step]) -> tuple[SquaredGradients, 
         with _unwarned():
             gradients.discard(engine)
     if not squares.batches:
-        raise AgreedBadInput("no batch has a sample that can be used. Choose another --split.")
+        tasks = [source.task for source in stepper.resolved.train]
+        why = nothing_learnt(stepper.resolved.backbone, tasks, texts)
+        raise AgreedBadInput(f"no batch has a sample that can be used: {why} Or choose another --split.")
     return squares, {"loss": losses / squares.batches, "batches": squares.batches, "samples": samples}
 
 

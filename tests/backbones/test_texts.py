@@ -227,3 +227,18 @@ def test_a_text_that_is_cut_to_its_end_in_every_batch_is_read_alike(folder):
         length = one["input_ids"].shape[1]
         assert torch.equal(together["input_ids"][row, :length], one["input_ids"][0])
     assert torch.equal(together.changes, torch.cat([one.changes for one in alone]))
+
+
+@pytest.mark.parametrize("name", ["vision_text_decoder", "clip_bart", "blip", "blip_vqa"])
+def test_earlier_turns_of_a_conversation_are_refused_by_models_of_single_questions(name, tmp_path):
+    made = EVERY[name](tmp_path)
+    with pytest.raises(BadInput, match="2 turns before its last question .* Use the backbone mllm"):
+        made.collate_texts([Prompted("what is it", "red", TURNS[2:])])
+    assert len(made.collate_texts([Prompted("what is it", "red")])["input_ids"]) == 1
+
+
+def test_a_single_character_that_pads_is_text():
+    tokenizer = tiny_tokenizers.byte_pairs([*SENTENCES, "!"])
+    tokenizer.pad_token = "!"
+    (words,) = TextIds(tokenizer).words(["red!"])
+    assert words.control == 0 and tokenizer.decode(words.ids) == "red!"

@@ -28,6 +28,7 @@ from mmpeft_ds.backbones.blip.tokens import BlipTokens
 from mmpeft_ds.backbones.common import stock, tower_loading
 from mmpeft_ds.backbones.common.generation import in_step
 from mmpeft_ds.backbones.common.stock_backbone import WHERE, StockBackbone
+from mmpeft_ds.backbones.common.texts import pairs
 from mmpeft_ds.backbones.common.transform import SquareTransform
 from mmpeft_ds.data.batch import CollatedTexts, GenerationOutput, PackedBatch, Prompted
 from mmpeft_ds.errors import BadInput
@@ -116,8 +117,8 @@ class BlipBackbone(StockBackbone):
         o, tokens = self.options, self._tokens
         if o.form == "captioner":
             given = [t if isinstance(t, Prompted) else Prompted("", t) for t in texts]
-            return tokens.sequences(given, o.max_text_length)
-        given = [t if isinstance(t, Prompted) else Prompted(t) for t in texts]
+            return tokens.sequences(pairs(given), o.max_text_length)
+        given = pairs(texts)
         questions = tokens.encoder([t.prompt for t in given], o.max_text_length, fused=o.form == "vqa")
         if o.form == "retrieval":
             return questions

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import torch
@@ -12,6 +13,8 @@ from torch import Tensor
 from mmpeft_ds.backbones.common.spelling import Spelling
 from mmpeft_ds.backbones.common.texts import TextIds, collated, fitted
 from mmpeft_ds.data.batch import CollatedTexts, Prompted
+
+log = logging.getLogger(__name__)
 
 IGNORED = -100
 CONTROL = ("[DEC]", "[ENC]")  # also where a tokenizer has them as plain words
@@ -79,6 +82,11 @@ class BlipTokens:
     def candidates(self, answers: list[str], longest: int) -> tuple[Tensor, Tensor]:
         """answer [SEP]: (C, A) ids and mask."""
         words = [one.without_end(longest - 2) for one in self._texts.words(answers)]
+        if cut := [answer for answer, one in zip(answers, words, strict=True) if one.cut]:
+            log.warning(
+                "%d of %d answers to choose from are longer than %d tokens and are compared without their end: %r ...",
+                len(cut), len(answers), longest, cut[0],
+            )  # fmt: skip
         rows = self._padded([[*one.ids, self.sep] for one in words])
         return rows["input_ids"], rows["attention_mask"]
 

@@ -23,7 +23,7 @@ from mmpeft_ds.backbones.clip_bart.options import Options
 from mmpeft_ds.backbones.common import stock, tower_loading
 from mmpeft_ds.backbones.common.generation import in_step, one_of
 from mmpeft_ds.backbones.common.spelling import Spelling
-from mmpeft_ds.backbones.common.texts import TextIds, collated
+from mmpeft_ds.backbones.common.texts import TextIds, collated, pairs
 from mmpeft_ds.backbones.common.transform import SquareTransform
 from mmpeft_ds.data.batch import GenerationOutput, PackedBatch, Prompted
 from mmpeft_ds.data.transform import ImageTransform
@@ -141,8 +141,8 @@ class ClipBartBackbone(BackboneBase):
 
         Prompts that are too long lose their middle, targets their end.
         """
-        prompts = [t.prompt if isinstance(t, Prompted) else t for t in texts]
-        targets = [t.target if isinstance(t, Prompted) else "" for t in texts]
+        given = pairs(texts)
+        prompts, targets = [t.prompt for t in given], [t.target for t in given]
         o, frame = self.options, self._texts.frame_length
         asked = [one.without_middle(o.max_text_length - frame) for one in self._texts.words(prompts)]
         said = [one.without_end(o.max_target_length - frame) for one in self._texts.words(targets)]

@@ -4,11 +4,15 @@
 
 from __future__ import annotations
 
+import logging
+
 import torch
 from torch import Tensor, nn
 
 from mmpeft_ds.backbones.base import BackboneBase
-from mmpeft_ds.data.batch import PackedBatch
+from mmpeft_ds.data.batch import PackedBatch, changes_of
+
+log = logging.getLogger(__name__)
 
 TEXTS_AT_ONCE = 256
 
@@ -30,5 +34,7 @@ class EncoderPair(BackboneBase):
         rows = [torch.zeros(0, self.feature_widths[1], device=device)]
         for start in range(0, len(texts), TEXTS_AT_ONCE):
             tokens = self.collate_texts(texts[start : start + TEXTS_AT_ONCE])
+            if cut := int((changes_of(tokens, len(tokens))[:, 0] > 0).sum()):
+                log.warning("%d texts are longer than backbone.%s, and lack their end", cut, self.prompt_limit)
             rows.append(model(**{name: ids.to(device) for name, ids in tokens.items()}, unit=False).text_features)
         return torch.cat(rows)

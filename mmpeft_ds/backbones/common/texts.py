@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmpeft_ds.data.batch import CollatedTexts
-from mmpeft_ds.errors import BadSample
+from mmpeft_ds.data.batch import CollatedTexts, Prompted
+from mmpeft_ds.errors import BadInput, BadSample
 
 
 @dataclass
@@ -69,6 +69,22 @@ def collated(tensors: dict[str, Tensor], prompts: Sequence[Words], targets: Sequ
     return CollatedTexts(tensors, changes=changes)
 
 
+def pairs(texts: Sequence[str | Prompted]) -> list[Prompted]:
+    """Texts as prompt and target; a plain text is a prompt.
+
+    Raises:
+        BadInput: for a conversation with earlier turns, which a model of single questions would not read.
+    """
+    prompted = [text if isinstance(text, Prompted) else Prompted(text) for text in texts]
+    talk = next((text for text in prompted if text.turns), None)
+    if talk is not None:
+        raise BadInput(
+            f"backbone: a conversation has {len(talk.turns)} turns before its last question {talk.prompt[:40]!r}, and "
+            "this backbone reads none of them. Use the backbone mllm, or data with one question and one answer each."
+        )
+    return prompted
+
+
 class TextIds:
     """The way from texts to token ids.
 
@@ -86,7 +102,8 @@ class TextIds:
     def __init__(self, tokenizer: Any, control: Iterable[str] = ()):
         self.tokenizer = tokenizer
         added = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
-        literals = {*tokenizer.all_special_tokens, *added, *control} - {""}
+        # A single character, such as the "!" that pads in some CLIP checkpoints, is text wherever it stands.
+        literals = {t for t in (*tokenizer.all_special_tokens, *added, *control) if len(t) > 1 and not t.isspace()}
         longest_first = sorted(literals, key=lambda literal: (-len(literal), literal))
         self._control = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
         self._forbidden = frozenset(tokenizer.convert_tokens_to_ids(sorted(literals & tokenizer.get_vocab().keys())))

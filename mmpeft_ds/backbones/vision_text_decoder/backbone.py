@@ -19,7 +19,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from mmpeft_ds.backbones.common import stock, tower_loading
 from mmpeft_ds.backbones.common.generation import in_step, one_of
 from mmpeft_ds.backbones.common.spelling import Spelling
-from mmpeft_ds.backbones.common.texts import collated, fitted
+from mmpeft_ds.backbones.common.texts import collated, fitted, pairs
 from mmpeft_ds.backbones.common.vision_backbone import VisionBackbone
 from mmpeft_ds.backbones.vision_text_decoder.model import (
     VisionTextDecoder,
@@ -83,7 +83,7 @@ class VisionTextDecoderBackbone(VisionBackbone):
         that enter the loss, -100 elsewhere. Where a text is too long, the prompt loses its middle and the target its
         end."""
         o, end, start = self.options, self._end_id, self._start_ids
-        texts = [text if isinstance(text, Prompted) else Prompted(text) for text in texts]
+        texts = pairs(texts)
         prompts, targets = self._texts.words([t.prompt for t in texts]), self._texts.words([t.target for t in texts])
         rows, from_, until = [], [], []
         for i, text in enumerate(texts):
