@@ -25,10 +25,11 @@ class TextCounts:
 
     def add(self, task: TaskBase, changed: Sequence[float]) -> None:
         """Add `PackedBatch.changed_texts` of a task, summed over batches or ranks."""
-        *cut, control = map(int, changed)
-        for kind, number in zip((task.prompt_kind, task.target_kind), cut, strict=True):
-            if number:
-                self.cut[kind] = self.cut.get(kind, 0) + number
+        prompts, targets, control = map(int, changed)
+        if prompts:
+            self.cut[task.prompt_kind] = self.cut.get(task.prompt_kind, 0) + prompts
+        if targets:
+            self.cut[task.target_kind] = self.cut.get(task.target_kind, 0) + targets
         self.control += control
 
     def __bool__(self) -> bool:
