@@ -156,6 +156,12 @@ CONTRADICTIONS = [
     ("composed", "labels.json", lambda labels: [*labels, "more"], "head.out.bias: 4 in the file, 5 here"),
     ("composed", "labels.json", lambda labels: labels[:2] * 2, "each once"),
     ("composed", "feature_statistics.json", without("mean"), "`mean` is no list of numbers"),
+    (
+        "composed",
+        "image_transform.json",
+        lambda value: value | {"size": 9},
+        "otherwise in training: size was 9 and is",
+    ),
     ("composed", "base_fingerprint.json", lambda prints: {}, "says nothing of 79 frozen tensors"),
     ("composed", "base_fingerprint.json", without("feature_norm.mean"), "1 frozen tensors, first feature_norm.mean"),
     ("composed", "backbone.json", lambda value: [value], "holds a list"),
