@@ -1,6 +1,6 @@
 """Merging of an adapter into its base: one plain transformers folder that needs neither peft nor this project.
 
-config.json, model.safetensors      of the base's own class, float32
+config.json, model.safetensors      of the base's own class, float32, as every part of the configuration says
 tokenizer and processor files       copied from where the base has them
 merged.json                         its origin, and the difference of its outputs from those of the adapted model
 """
@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
+from transformers import AutoImageProcessor, AutoTokenizer, PretrainedConfig, PreTrainedModel
 
 from mmpeft_ds import adapter
 from mmpeft_ds import recipe as recipes
@@ -23,6 +25,7 @@ from mmpeft_ds.data.batch import PackedBatch, Prompted, Sample, pack
 from mmpeft_ds.data.transform import hooks_of
 from mmpeft_ds.engine.assembly.forward import forward
 from mmpeft_ds.engine.assembly.resolve import make_method
+from mmpeft_ds.engine.zero import fingerprint
 from mmpeft_ds.errors import BadInput
 from mmpeft_ds.files import new_directory, write_json
 
@@ -50,7 +53,7 @@ def merge(directory: str | Path, out: str | Path) -> dict[str, Any]:
 
     Raises:
         BadInput: no such adapter, `out` exists, the method cannot be merged, or the outputs of the merged model
-            differ from those of the adapted one.
+            differ from those of the adapted one, or its class cannot open the folder. Nothing is left under `out`.
     """
     out = Path(out)
     if out.exists():
@@ -79,11 +82,61 @@ def merge(directory: str | Path, out: str | Path) -> dict[str, Any]:
         "largest_difference": difference,
         "parameters": sum(p.numel() for p in plain.parameters()),
     }
+    stock_class = stock(type(plain))
     with new_directory(out) as partial:
+        say_dtype(plain.config, torch.float32)
         plain.save_pretrained(partial)
         _copy_files(recipe.backbone, partial)
         write_json(partial / "merged.json", origin)
+        weights = fingerprint.frozen_fingerprint(fingerprint.all_tensors(plain))
+        del loaded, model, plain  # one model at a time
+        open_once(partial, stock_class, weights, str(out))
     return origin
+
+
+def stock(model_class: type[PreTrainedModel]) -> type[PreTrainedModel]:
+    """The class of transformers under which a model is saved; its own class where transformers has none."""
+    return getattr(transformers, model_class.__name__, model_class)
+
+
+def say_dtype(config: PretrainedConfig, dtype: torch.dtype) -> None:
+    """Write `dtype` into a configuration and all its parts: a part that is loaded alone has the dtype of its own."""
+    config.dtype = dtype
+    for name in config.sub_configs:
+        if isinstance(part := getattr(config, name, None), PretrainedConfig):
+            say_dtype(part, dtype)
+
+
+def open_once(folder: Path, model_class: type[PreTrainedModel], weights: dict[str, str], name: str) -> None:
+    """Open a written model as its users will: weights, tokenizer and image processor.
+
+    Args:
+        weights: fingerprint of what was written.
+        name: what the folder will be called, for the message.
+
+    Raises:
+        BadInput: it cannot be opened, or other weights come back.
+    """
+    try:
+        with tower_loading.quiet_loading():
+            model, info = model_class.from_pretrained(folder, output_loading_info=True)
+        if (folder / "tokenizer_config.json").is_file():
+            AutoTokenizer.from_pretrained(folder)
+        if (folder / "preprocessor_config.json").is_file():
+            AutoImageProcessor.from_pretrained(folder)
+    except Exception as error:  # noqa: BLE001 - whatever a class of transformers raises, nobody can use the folder
+        raise BadInput(
+            f"{name}: not written, since {model_class.__name__} cannot open the merged folder "
+            f"({tower_loading.first_line(error)}). Keep the adapter, and see whether the base itself opens."
+        ) from error
+    read = fingerprint.frozen_fingerprint(fingerprint.all_tensors(model))
+    wrong = [*info["missing_keys"], *info["unexpected_keys"]]
+    wrong += [tensor for tensor in weights.keys() | read.keys() if weights.get(tensor) != read.get(tensor)]
+    if wrong:
+        raise BadInput(
+            f"{name}: not written, since {model_class.__name__} reads other weights than were merged, first "
+            f"{min(wrong)}. Keep the adapter."
+        )
 
 
 def probe(backbone: Any) -> PackedBatch:

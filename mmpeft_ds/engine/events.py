@@ -1,26 +1,41 @@
 """Truncation of TensorBoard's event files after a step.
 
 `SummaryWriter(purge_step=...)` only asks TensorBoard to forget points that it has loaded; other readers of the files
-keep them. Here the points themselves are removed.
+keep them. Here the points themselves are removed. The monitor gives `purge_step` as well, for a TensorBoard that has
+been open since before.
 """
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
+from typing import Any
 
 from mmpeft_ds.files import replacing
 
+# Beginnings of the monitor's tags of an evaluation, which have the name of a split; pictures are of evaluations too.
+EVALUATION = re.compile(r"eval/|(cut_texts|control_tokens)/.+/")
 
-def truncate(folder: Path, step: int) -> None:
+
+def truncate(folder: Path, step: int, evaluated: bool = True) -> None:
     """Remove from the event files below `folder` every summary above `step`, and records that a kill has cut short.
 
-    Files without either are left untouched; a file that keeps no summary is removed.
+    Files without either are left untouched. A file that keeps no summary stays with its head alone: a TensorBoard that
+    reads it at the moment would stop at a file that is gone, and never come to the later ones.
+
+    Args:
+        step: that the run continues from; 0 is the start, where everything is written again.
+        evaluated: the evaluation after `step` is kept; otherwise it is made again, and its points go as well.
     """
     for path in sorted(folder.rglob("*.tfevents.*")) if folder.is_dir() else ():
-        _truncate_file(path, step)
+        _truncate_file(path, step, evaluated)
 
 
-def _truncate_file(path: Path, step: int) -> None:
+def _of_evaluation(event: Any) -> bool:
+    return any(EVALUATION.match(value.tag) or value.HasField("image") for value in event.summary.value)
+
+
+def _truncate_file(path: Path, step: int, evaluated: bool) -> None:
     from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
     from tensorboard.compat.proto.event_pb2 import Event
     from tensorboard.summary.writer.record_writer import RecordWriter
@@ -29,14 +44,14 @@ def _truncate_file(path: Path, step: int) -> None:
     for record in RawEventFileLoader(str(path)).Load():  # ends silently at a record that is not whole
         event = Event.FromString(record)
         is_summary = event.HasField("summary")
-        if is_summary and event.step > step:
+        again = step == 0 or (not evaluated and _of_evaluation(event))
+        if is_summary and (event.step > step or (event.step == step and again)):
             continue
         summaries += is_summary
         kept.append(record)
-    if sum(len(record) + 16 for record in kept) == path.stat().st_size:  # 16 bytes of frame around each
-        return
     if not summaries:
-        path.unlink()
+        kept = kept[:1]
+    if sum(len(record) + 16 for record in kept) == path.stat().st_size:  # 16 bytes of frame around each
         return
     # TensorBoard reads every file that has `tfevents` in its name.
     temporary = path.with_name(f".{path.name.replace('tfevents', 'partial')}")

@@ -97,6 +97,7 @@ def _fill(
     if changed := resolved.method.saved_fields(resolved.method_config):
         config = json.loads((partial / CONFIG).read_text("utf-8"))
         write_json(partial / CONFIG, config | changed)
+    resolved.method.Config.from_pretrained(str(partial))  # raises where peft would not read its own file again
     recipe, backbone = resolved.recipe, resolved.backbone
     config = model.get_base_model().config
     name, options = recipe.backbone["name"], {k: v for k, v in recipe.backbone.items() if k != "name"}

@@ -62,7 +62,18 @@ tags: [mmpeft_ds, {recipe.method["name"]}]
 ```
 
 On a base model of your own: `import mmpeft_ds, peft; peft.PeftModel.from_pretrained(base, "THIS_DIRECTORY")`.
-"""
+{_unmerging(resolved)}"""
+
+
+def _unmerging(resolved: Any) -> str:
+    """A warning about peft's own tuners on a base of half precision."""
+    dtype = resolved.recipe.engine.dtype
+    if dtype == "float32" or resolved.method.Tuner is not None:
+        return ""
+    return (
+        f"\nDo not merge and unmerge it on a {dtype} base: peft subtracts the change again, which leaves a third to a half "
+        "of the weights changed.\nLoad the base anew, or write a merged copy with `launchers/merge.py`.\n"
+    )
 
 
 def _source(source: Any) -> str:

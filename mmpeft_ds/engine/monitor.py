@@ -65,7 +65,7 @@ class Monitor(Observer):
     Args:
         directory: run directory; metrics.jsonl there is already cut to `start`.
         total: optimizer steps of the run.
-        start: steps done before this process; TensorBoard drops what a killed run wrote beyond it.
+        start: steps done before this process; TensorBoard drops what it has loaded of a killed run beyond it.
         recipe: as YAML text.
     """
 
@@ -77,7 +77,9 @@ class Monitor(Observer):
         if options.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            self.board = SummaryWriter(str(directory / "tensorboard"), flush_secs=30)
+            # The files are cut already; a TensorBoard that has been open since before still holds the old points.
+            first = start + 1 if start else 0
+            self.board = SummaryWriter(str(directory / "tensorboard"), flush_secs=30, purge_step=first)
             if start == 0:
                 self.board.add_text("recipe", f"```yaml\n{recipe}\n```", 0)
         self.progress = Progress("train", total, "steps", done=start, first_and_last=True)
@@ -114,6 +116,7 @@ class Monitor(Observer):
             self.board.add_scalar("control_tokens/texts", row["control_tokens"], step)
 
     def evaluation(self, split: str, step: int, evaluation: Any) -> None:
+        # events.py knows these tags, to remove the points of an evaluation that is made again
         shown = ", ".join(f"{k} {v:.4f}" for k, v in evaluation.scores.items())
         self.say(f"step {step}: {split}: {shown} ({evaluation.counted})")
         if self.board is None:

@@ -137,14 +137,18 @@ class RunDir:
             value = {"total_steps": total_steps, "patience": patience, "metrics": metrics, "table": table}
             write_json(self.path / "finished.json", value)
 
-    def truncate(self, step: int) -> None:
-        """Cut metrics.jsonl and the TensorBoard files after `step`, and unmark a finished run. Collective."""
+    def truncate(self, step: int, evaluated: bool = True) -> None:
+        """Cut metrics.jsonl and the TensorBoard files after `step`, and unmark a finished run. Collective.
+
+        Args:
+            evaluated: the evaluation after `step` is not made again.
+        """
 
         def cut() -> None:
             with contextlib.suppress(FileNotFoundError):
                 (self.path / "finished.json").unlink()
             truncate_jsonl(self.metrics_path, step)
-            events.truncate(self.tensorboard, step)
+            events.truncate(self.tensorboard, step, evaluated)
 
         on_rank0(cut)
 

@@ -78,7 +78,8 @@ def run(recipe: recipes.Recipe, *, fresh: bool = False, conclude: Callable[[Trai
             state = checkpoint.load(run_dir.resume_from, built.engine, built.trainables, fingerprints)
         base = ewc.base_of(built.model, fingerprints, resolved.train)
         built.ewc = ewc.load(recipe, built, base, state, fresh=run_dir.resume_from is None)
-        run_dir.truncate(state.step)  # to 0 as well: an earlier start may have died before its first checkpoint
+        # To 0 as well: an earlier start may have died before its first checkpoint.
+        run_dir.truncate(state.step, evaluated=state.extra.get("evaluated_at") == state.step)
 
         # Train.
         observer = Observer()

@@ -10,7 +10,8 @@ from pathlib import Path
 import peft
 import pytest
 import torch
-from transformers import AutoModel, AutoTokenizer, CLIPModel
+from safetensors.torch import load_file, save_file
+from transformers import AutoModel, AutoTokenizer, CLIPModel, CLIPTextModel, CLIPVisionModel
 
 from mmpeft_ds import adapter, merging
 from mmpeft_ds import recipe as recipes
@@ -41,9 +42,12 @@ def backbone_section(folder: Path, name: str, **options) -> dict:
     return {"name": name, **sections[name], **options}
 
 
-def exported(folder: Path, place: Path, method: dict, name: str = "dual_encoder", **options) -> tuple[Path, object]:
+def exported(
+    folder: Path, place: Path, method: dict, name: str = "dual_encoder", dtype: str = "float32", **options
+) -> tuple[Path, object]:
     """The directory of an adapter whose trained values are not those it began with, and the adapted model."""
     recipe = recipes.Recipe(run_dir=str(place), backbone=backbone_section(folder, name, **options), method=method)
+    recipe.engine.dtype = dtype
     resolved = tiny_classifier.make_resolved(recipes.filled(recipe), tiny_classifier.TinyTask())
     resolved.train, resolved.validation = [], []  # no data set is needed to merge
     torch.manual_seed(7)
@@ -143,6 +147,73 @@ def test_what_is_no_change_of_weights_is_refused_in_one_line(folder, tmp_path, m
     with pytest.raises(BadInput, match="merge") as error:
         merging.merge(target, tmp_path / "merged")
     assert "\n" not in str(error.value) and not (tmp_path / "merged").exists()
+
+
+def dtypes(value) -> set[str]:
+    """Every dtype that a configuration says anywhere."""
+    if isinstance(value, dict):
+        own = {str(v) for k, v in value.items() if k in ("dtype", "torch_dtype")}
+        return own.union(*map(dtypes, value.values()))
+    return set()
+
+
+@pytest.mark.parametrize(
+    ("name", "method"),
+    [
+        ("clip", {"name": "lora", "r": 2}),
+        ("dual_encoder", {"name": "lora", "r": 2, "init_lora_weights": "pissa"}),
+        ("vision_text_encoder", {"name": "bitfit"}),
+    ],
+)
+def test_a_folder_of_a_bfloat16_run_says_float32_everywhere(folder, tmp_path, name, method):
+    target, _ = exported(folder, tmp_path, method, name, dtype="bfloat16")
+    merging.merge(target, tmp_path / "merged")
+    assert {t.dtype for t in load_file(tmp_path / "merged" / "model.safetensors").values()} == {torch.float32}
+    assert dtypes(json.loads((tmp_path / "merged" / "config.json").read_text())) == {"float32"}
+    if name == "clip":
+        for tower in (CLIPVisionModel, CLIPTextModel):
+            assert tower.from_pretrained(tmp_path / "merged").dtype == torch.float32
+
+
+def break_config(folder: Path) -> None:
+    path = folder / "config.json"
+    path.write_text(path.read_text().replace('"hidden_size"', '"hidden_sizes"'))
+
+
+def drop_a_tensor(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    tensors.popitem()
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+
+def change_a_bit(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    next(iter(tensors.values())).view(torch.int32).view(-1)[0] ^= 1
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        (break_config, "not written, since CLIPModel"),
+        (drop_a_tensor, "not written, since CLIPModel reads other weights"),
+        (change_a_bit, "not written, since CLIPModel reads other weights"),
+        (lambda folder: (folder / "tokenizer.json").write_text("{"), "not written, since CLIPModel cannot open"),
+    ],
+)
+def test_a_folder_that_does_not_open_is_not_written(folder, tmp_path, monkeypatch, damage, says):
+    target, _ = exported(folder, tmp_path, {"name": "bitfit"}, "clip")
+    copied = merging._copy_files
+
+    def damaged(section, out):
+        copied(section, out)
+        damage(out)
+
+    monkeypatch.setattr(merging, "_copy_files", damaged)
+    with pytest.raises(BadInput, match=says) as error:
+        merging.merge(target, tmp_path / "merged")
+    assert "\n" not in str(error.value)
+    assert not [path for path in tmp_path.iterdir() if "merged" in path.name]
 
 
 def test_a_merge_that_lost_something_is_refused(folder, tmp_path, monkeypatch):

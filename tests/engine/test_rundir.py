@@ -11,13 +11,17 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.tensorboard import SummaryWriter
 
 from mmpeft_ds.engine import checkpoint, rundir
+from mmpeft_ds.engine.evaluator import Evaluation
+from mmpeft_ds.engine.monitor import Monitor
 from mmpeft_ds.engine.rundir import RunDir
 from mmpeft_ds.errors import BadInput
+from mmpeft_ds.recipe.options import MonitorOptions
 
 RECIPE = {
     "run_dir": "runs/a",
@@ -226,6 +230,59 @@ def test_truncate_leaves_no_stale_point_on_tensorboard(tmp_path):
     before = {p.name: p.read_bytes() for p in run.tensorboard.iterdir()}
     run.truncate(6)
     assert {p.name: p.read_bytes() for p in run.tensorboard.iterdir()} == before
+    run.close()
+
+
+def monitored(folder: Path, start: int, steps: range, loss: float, score: float, again: bool = False) -> None:
+    """What one process writes: `steps`, and an evaluation after the last of them; `again`: first one at `start`."""
+    monitor = Monitor(folder, MonitorOptions(), 9, start, "seed: 7")
+    evaluation = Evaluation({"accuracy": score}, [], [(torch.rand(3, 8, 8), [])])
+    if again:
+        monitor.evaluation("val", start, evaluation)
+    for step in steps:
+        row = {
+            "step": step,
+            "epoch": 0,
+            "loss": loss,
+            "lr": 1.0,
+            "samples_per_second": 1.0,
+            "grad_norms": {},
+            "bad": {},
+        }
+        monitor.step(row | {"rss_mib": [1.0], "grad_norm": 1.0})
+    monitor.evaluation("val", steps[-1], evaluation)
+    monitor.close()
+
+
+def slowly(reader: EventAccumulator) -> dict[str, list[tuple[int, float]]]:
+    """What TensorBoard shows without its fast loader."""
+    reader.Reload()
+    shown = {tag: [(e.step, round(e.value, 3)) for e in reader.Scalars(tag)] for tag in reader.Tags()["scalars"]}
+    shown["pictures"] = [(e.step, 0.0) for e in reader.Images("predictions/val")]
+    return {tag: shown[tag] for tag in ("train/loss", "eval/val/accuracy", "pictures")}
+
+
+@pytest.mark.parametrize("evaluated", [True, False])
+def test_a_resumed_run_has_one_point_a_step_also_in_a_tensorboard_that_was_open(tmp_path, evaluated):
+    """Killed after step 6, continued from the checkpoint of step 4, whose evaluation is known there or made again."""
+    run = RunDir.open(tmp_path / "a", RECIPE)
+    monitored(run.path, 0, range(1, 5), 1.0, 0.1)
+    monitored(run.path, 4, range(5, 7), 2.0, 0.2)
+    open_since_before = EventAccumulator(str(run.tensorboard), size_guidance={"images": 0})
+    assert slowly(open_since_before)["train/loss"][-1] == (6, 2.0)
+    run.truncate(4, evaluated)
+    time.sleep(1)  # names of event files hold seconds, and a reader goes on with a later name
+    monitored(run.path, 4, range(5, 8), 3.0, 0.3, again=not evaluated)
+    anew = slowly(EventAccumulator(str(run.tensorboard), size_guidance={"images": 0}))
+    assert anew == {
+        "train/loss": [*((step, 1.0) for step in range(1, 5)), *((step, 3.0) for step in range(5, 8))],
+        "eval/val/accuracy": [(4, 0.1 if evaluated else 0.3), (7, 0.3)],
+        "pictures": [(4, 0.0), (7, 0.0)],
+    }
+    if evaluated:
+        assert slowly(open_since_before) == anew
+    run.truncate(0)  # as after a death before the first checkpoint: the recipe is written again
+    assert EventAccumulator(str(run.tensorboard)).Reload().Tags()["tensors"] == []
     run.close()
 
 

@@ -18,7 +18,11 @@ from mmpeft_ds.sites import Sites
 
 
 class Lora(SiteMethod):
-    """q and v of every layer of the text towers, unless `target_modules` says otherwise."""
+    """q and v of every layer of the text towers, unless `target_modules` says otherwise.
+
+    On a base of half precision peft's unmerging, and disabling while merged, leave a third to a half of the adapted
+    weights changed, and a fresh DoRA (`use_dora`) changes the outputs.
+    """
 
     Options = LoraOptions
     Config = LoraConfig
