@@ -71,8 +71,8 @@ def _unmerging(resolved: Any) -> str:
     if dtype == "float32" or resolved.method.Tuner is not None:
         return ""
     return (
-        f"\nDo not merge and unmerge it on a {dtype} base: peft subtracts the change again, which leaves a third to a half "
-        "of the weights changed.\nLoad the base anew, or write a merged copy with `launchers/merge.py`.\n"
+        f"\nDo not merge and unmerge it on a {dtype} base: peft subtracts the change again, which leaves a third\n"
+        "to a half of the weights changed. Load the base anew, or write a merged copy with `launchers/merge.py`.\n"
     )
 
 
