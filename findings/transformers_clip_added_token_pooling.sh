@@ -13,6 +13,9 @@ pins torch==2.13.0 transformers==5.23.0 peft==0.21.2 tokenizers==0.23.3 pillow==
 observe <<'PY'
 import torch
 from transformers import CLIPTextConfig, CLIPTextModel
+from transformers.utils import logging
+
+logging.set_verbosity_error()
 
 ADDED, EOS = 100, 97
 seen = {}

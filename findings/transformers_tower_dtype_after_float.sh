@@ -15,6 +15,10 @@ observe <<'PY'
 import json, pathlib, torch
 from safetensors.torch import load_file
 from transformers import CLIPConfig, CLIPModel, CLIPVisionModel
+from transformers.utils import logging
+
+logging.set_verbosity_error()
+logging.disable_progress_bar()
 
 part = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
 config = CLIPConfig(text_config=dict(vocab_size=110, **part), vision_config=dict(image_size=32, patch_size=16, **part),

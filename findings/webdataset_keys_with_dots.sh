@@ -15,7 +15,7 @@ import io, tarfile
 import webdataset as wds
 
 with tarfile.open("shard.tar", "w") as shard:
-    for name in ("v1.0/a.txt", "img_1.25x.txt", "img_1.25x.cls", "img_1.50x.txt", "img_1.50x.cls"):
+    for name in ("v1.0/a.jpg", "img_1.25x.jpg", "img_1.25x.cls", "img_1.50x.jpg", "img_1.50x.cls"):
         member = tarfile.TarInfo(name)
         member.size = 1
         shard.addfile(member, io.BytesIO(b"1"))
@@ -23,5 +23,5 @@ samples = [{k: v for k, v in sample.items() if k not in ("__url__", "__local_pat
            for sample in wds.WebDataset("shard.tar", shardshuffle=False)]
 for sample in samples:
     print(sample["__key__"], sorted(k for k in sample if k != "__key__"))
-assert [sample["__key__"] for sample in samples] == ["v1.0/a", "img_1"] and "txt" not in samples[1]
+assert [sample["__key__"] for sample in samples] == ["v1.0/a", "img_1"] and "jpg" not in samples[1]
 PY
