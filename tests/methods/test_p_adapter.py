@@ -80,6 +80,17 @@ def returned_maps(name: str, model: nn.Module) -> list[torch.Tensor]:
     return list(found)
 
 
+@pytest.mark.parametrize("how", ["eager", "sdpa"])
+@pytest.mark.parametrize("name", ["gpt2", "llama", "qwen2", "clip_text"])
+def test_a_causal_tower_stays_causal_while_its_attention_is_observed(name, how):
+    """transformers makes no mask for a model whose configuration names a registered attention function."""
+    model, later = wrap(name, how), IDS.clone()
+    later[:, 3:] += 1
+    first, second = (run(name, model, input_ids=ids, attention_mask=None) for ids in (IDS, later))
+    torch.testing.assert_close(first[:, :3], second[:, :3], rtol=0, atol=1e-6)
+    assert (first[:, 3:] - second[:, 3:]).abs().max() > 1e-4
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_an_adapter_whose_up_is_zero_or_that_is_disabled_leaves_the_frozen_output_to_the_bit(name):
     before = run(name, ZOO[name].build())
