@@ -64,6 +64,7 @@ def main(argv: list[str] | None = None) -> None:
         "source": {"name": args.source, "options": as_json(options), "fingerprint": source.fingerprint()},
     }
     shaping = {**compared(options), "name": args.name, "samples_per_shard": args.samples_per_shard}
+    shaping.pop("features_are", None)  # said of the shards, which stay the same
     if args.overwrite:
         _clear(out)
     elif _is_done(out, wanted, shaping):
@@ -153,6 +154,7 @@ def _make_shards(out: Path, args: Any, source: Source, jobs: list[Job], descript
         by_split,
         source.labels(label_split),
         label_split,
+        features_are=description["options"].get("features_are") or "",
     )
 
 
@@ -197,6 +199,11 @@ def _is_done(out: Path, wanted: dict[str, Any], shaping: dict[str, Any]) -> bool
                 "wrong; --overwrite prepares it again."
             )
     shutil.rmtree(out / PARTS, ignore_errors=True)
+    declared = wanted["source"]["options"].get("features_are")
+    if declared and declared != manifest.features_are:
+        manifest.features_are = declared
+        manifest.save(out)
+        print(f"{out / FILE}: says now that stored features are {declared}")
     _report(manifest, f"{out} is already prepared, nothing to do")
     return True
 

@@ -7,7 +7,8 @@
     {"image": "a.jpg", "conversations": [{"from": "human", "value": "<image> What?"}, {"from": "gpt", "value": "..."}]}
 
 `image` is one path, a list of paths (several images, video frames) or absent (text only). `features` is the path of a
-.npy array, or a list of them, one an image, in the place of images. A line may hold several of these; `id` names the
+.npy array, or a list of them, one an image, in the place of images; `--features-are` says whether the rows of an array
+are the places of a grid or regions, which the numbers do not tell. A line may hold several of these; `id` names the
 sample. Any other key is kept under `extra`, which no task reads, and named when the data set is prepared; one that
 looks like a key above, or names a file, is refused (see common/unknown_keys.py).
 """
@@ -22,13 +23,14 @@ from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from data_prep.sources.base import RawSample
 from data_prep.sources.common.unknown_keys import check_unknown
 from mmpeft_ds.data.formats import STORED_SUFFIXES
+from mmpeft_ds.data.manifest import REGION_COUNTS
 from mmpeft_ds.errors import BadInput
 
 SHOWN = 20
@@ -49,6 +51,8 @@ class Options:
         image_root: folder that image paths are relative to (default: the folder of the JSONL file).
         min_answer_count: answers given less often in training are not in the closed answer list.
         max_answers: length of the closed answer list at most; 0 stores none.
+        features_are: what the rows of an array under `features` are: the places of a square `grid` in row order, or
+            `regions` in any order, such as those of a detector.
         keep: keys to keep under `extra` although they look like keys that tasks read, or name files.
         licence: written to the manifest.
     """
@@ -59,6 +63,7 @@ class Options:
     image_root: Path | None = None
     min_answer_count: int = 1
     max_answers: int = 5000
+    features_are: Literal["grid", "regions"] | None = None
     keep: list[str] = field(default_factory=list)
     licence: str = "unknown"
 
@@ -81,6 +86,7 @@ class Jsonl:
         problems: list[str] = []
         missing: dict[str, str] = {}
         extra: Counter[str] = Counter()
+        arrays: dict[str, Path] = {}  # the first of each split
         for split, files in self._files.items():
             for file in files:
                 for number, line in _lines(file):
@@ -92,6 +98,8 @@ class Jsonl:
                         continue
                     extra.update(_extra_keys(record))
                     for path in images:
+                        if path.suffix == ".npy":
+                            arrays.setdefault(split, path)
                         if str(path) not in missing and not path.is_file():
                             missing[str(path)] = f"{file}:{number}: {path} does not exist"
         problems += missing.values()
@@ -103,10 +111,27 @@ class Jsonl:
             raise BadInput(
                 f"{names}: {len(problems)} problems{more}. Nothing was written. Mend these lines or remove them."
             )
+        for path in arrays.values():
+            self._check_rows(path)
         if extra:
             kept = ", ".join(f"{key} ({count:,})" for key, count in extra.most_common(SHOWN))
             print(f"kept under `extra`, which no task reads: {kept}", file=sys.stderr)
         return list(self._files)
+
+    def _check_rows(self, path: Path) -> None:
+        """Ask what the rows of stored features are where that was not said and matters. Raises BadInput."""
+        try:
+            shape = np.load(path, mmap_mode="r", allow_pickle=False).shape
+        except (OSError, ValueError) as error:
+            raise BadInput(f"{path}: cannot be read as an array ({error}). Store it with numpy.save.") from error
+        if self.options.features_are or len(shape) != 2 or shape[0] == 1:
+            return
+        if shape[0] in REGION_COUNTS:
+            raise BadInput(
+                f"{path}: {shape[0]} rows, which can be a square grid or the regions of a detector. Say which: "
+                "--features-are grid or --features-are regions."
+            )
+        print(f"note: {path}: {shape[0]} rows are taken for a grid; --features-are says it for sure", file=sys.stderr)
 
     def fingerprint(self) -> dict[str, str]:
         """sha256 of every JSONL file. Images are named in them; their bytes are not read twice for this."""

@@ -237,6 +237,22 @@ class BackboneBase(abc.ABC):
             "of images, or a backbone that reads features: features or dual_encoder."
         )
 
+    def check_stored(self, features_are: str, numbers: int) -> str:
+        """Refuse stored arrays of another kind than the model reads; called where the image transform takes features
+        that no frozen towers made. Default: accept all.
+
+        Args:
+            features_are: `grid`, `regions`, or empty where the manifest does not say.
+            numbers: of the largest sample, rows times width times images.
+
+        Returns:
+            a remark for the user, empty for none.
+
+        Raises:
+            BadInput: the arrays are of another kind, or may be.
+        """
+        return ""
+
     def use_encoder(self, encoder: BackboneBase) -> None:
         """Take the backbone that the option `encoder` names; called before `check`.
 

@@ -22,6 +22,8 @@ from mmpeft_ds.errors import BadInput
 from mmpeft_ds.files import write_atomic
 
 SCHEMA = 1
+# Regions of a picture as they are stored for published models: the best 36, or up to 100. Both are also whole grids.
+REGION_COUNTS = (36, 100)
 FILE = "manifest.json"
 NAME = re.compile(r"[a-z0-9_-]+")
 _PLAIN_FILE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
@@ -71,6 +73,9 @@ class Manifest:
         label_counts: how often each label occurs in the training split, or None.
         statistics: features' key -> {mean, std, count, split, ...}, added by data_prep/feature_stats.py.
         towers: of feature shards, which frozen towers made them, see `data.feature_shards`; empty for other data sets.
+        features_are: of stored arrays with several rows for one image, what the rows are: `grid`, the places of a
+            square grid in row order, or `regions`, such as those of a detector; empty: not said, as in all manifests
+            of before.
         dir: directory that it was loaded from, a local path or a URL that fsspec opens; not stored.
         schema: version of this format.
     """
@@ -86,6 +91,7 @@ class Manifest:
     label_counts: list[int] | None = None
     statistics: dict[str, dict[str, Any]] = field(default_factory=dict)
     towers: dict[str, Any] = field(default_factory=dict)
+    features_are: str = ""
     dir: str = ""
     schema: int = SCHEMA
 

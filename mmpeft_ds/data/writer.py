@@ -161,6 +161,7 @@ def write_manifest(
     labels: list[str] | None,
     label_split: str,
     towers: dict[str, Any] | None = None,
+    features_are: str = "",
 ) -> Manifest:
     """Write the side files and, last, the manifest of a data set whose shards are all in place.
 
@@ -169,6 +170,7 @@ def write_manifest(
         labels: closed label list in the order of the class index, or None.
         label_split: split whose labels are counted.
         towers: of feature shards, see `data.feature_shards`.
+        features_are: `grid`, `regions` or nothing, see `Manifest`.
     """
     index, fields = {}, {}
     for split, of_split in parts.items():
@@ -197,6 +199,7 @@ def write_manifest(
         labels=labels,
         label_counts=counts,
         towers=towers or {},
+        features_are=features_are,
         dir=str(dir),
     )
     manifest.save(dir)

@@ -119,7 +119,15 @@ def _finish(maker: CaptionMaker, plan: Plan) -> None:
     }
     label_split = "train" if "train" in parts else next(iter(parts))
     manifest = write_manifest(
-        out, maker.name, source.licence, description, source.samples_per_shard, parts, source.labels, label_split
+        out,
+        maker.name,
+        source.licence,
+        description,
+        source.samples_per_shard,
+        parts,
+        source.labels,
+        label_split,
+        features_are=source.features_are,
     )
     if source.statistics:  # of the images, which have not changed
         manifest.statistics = source.statistics

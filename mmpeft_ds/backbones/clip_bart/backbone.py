@@ -26,6 +26,7 @@ from mmpeft_ds.backbones.common.spelling import Spelling
 from mmpeft_ds.backbones.common.texts import TextIds, collated, pairs
 from mmpeft_ds.backbones.common.transform import SquareTransform
 from mmpeft_ds.data.batch import GenerationOutput, PackedBatch, Prompted
+from mmpeft_ds.data.manifest import REGION_COUNTS
 from mmpeft_ds.data.transform import ImageTransform
 from mmpeft_ds.errors import BadInput, BadSample
 
@@ -80,6 +81,26 @@ class ClipBartBackbone(BackboneBase):
                     f"backbone.{key}: {getattr(o, key)} must lie between 3 (one word) and the "
                     f"{text.max_position_embeddings} positions of {o.text!r}."
                 )
+
+    def check_stored(self, features_are: str, numbers: int) -> str:
+        """Refuse regions: the place of a row would be taken for a place of the picture, and pooling would mix regions
+        that lie apart. They need their boxes, which are not stored."""
+        if features_are == "regions":
+            raise BadInput(
+                "stored features are regions, and clip_bart reads grids, in which a row stands for a place of the "
+                "picture. Store CLIP's grid features, or name a tower in backbone.vision."
+            )
+        rows = numbers // self.options.feature_width
+        if features_are == "grid" or not rows:
+            return ""
+        several = range(1, self.options.max_images + 1)
+        if any(rows == images * count for images in several for count in REGION_COUNTS):
+            raise BadInput(
+                f"the manifest does not say whether the {rows} rows of a sample are a grid or the regions of a "
+                "detector, which have the same number. Run prepare.py again with --features-are grid (or regions): "
+                'the shards stay, manifest.json gets "features_are".'
+            )
+        return "the manifest does not say what the rows of stored features are; they are taken for a square grid."
 
     def build(self, on_meta: bool = False) -> PreTrainedModel:
         """The model with frozen BART and tower, and a fresh visual embedding."""

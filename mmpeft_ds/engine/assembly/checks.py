@@ -15,6 +15,7 @@ from mmpeft_ds.recipe import Recipe, find_file, where
 from mmpeft_ds.recipe.options import OptimOptions
 
 if TYPE_CHECKING:  # what is checked first must not wait for torch
+    from mmpeft_ds.backbones.base import BackboneBase
     from mmpeft_ds.tasks.base import TaskBase
 
 FEW_STEPS = 100  # a run by epochs that is shorter is remarked
@@ -175,6 +176,21 @@ def picture_notes(
     if without == 0:
         return []
     return [f"{here}: {f'{without:,} of {total:,}' if without else 'some'} samples have no {wanted}."]
+
+
+def stored_notes(
+    recipe: Recipe, key: str, options: SourceOptions, manifest: Manifest, backbone: BackboneBase
+) -> list[str]:
+    """Lines for the user about stored arrays that no towers of ours made. Raises BadInput where the backbone reads
+    arrays of another kind."""
+    stored = manifest.fields.get(options.split, {}).get("features")
+    if manifest.towers or not stored:
+        return []
+    try:
+        note = backbone.check_stored(manifest.features_are, stored["max"])
+    except BadInput as problem:
+        raise BadInput(f"{where(recipe, f'{key}.dir')}: {manifest.dir} ({options.split}): {problem}") from problem
+    return [f"{key}: {manifest.dir} ({options.split}): {note}"] if note else []
 
 
 def check_contrast(recipe: Recipe, key: str, options: SourceOptions, task: TaskBase, samples: int) -> None:

@@ -29,6 +29,7 @@ from mmpeft_ds.engine.assembly.checks import (
     check_records,
     picture_notes,
     run_notes,
+    stored_notes,
 )
 from mmpeft_ds.engine.assembly.outline import blamed, outline
 from mmpeft_ds.engine.zero.config import check_by_deepspeed, is_shipped
@@ -145,6 +146,8 @@ def resolve(recipe: Recipe, assumed: Assumed | None = None) -> Resolved:
         for key, options in plain.sources.items()
         for line in picture_notes(key, options, manifests[key], backbone.modalities, takes_features)
     ]
+    for key, options in plain.sources.items() if takes_features else ():
+        notes += stored_notes(recipe, key, options, manifests[key], backbone)
     trained = [(key, sources[key].task, sources[key].samples) for key in plain.of("sources")]
     remarks = run_notes(recipe, trained, not parts.method.options.gradient_free)
     return Resolved(
