@@ -24,6 +24,7 @@ from mmpeft_ds.data.formats import READ
 from mmpeft_ds.data.identity import PICTURE, content_id
 from mmpeft_ds.data.manifest import Manifest
 from mmpeft_ds.data.options import DataOptions
+from mmpeft_ds.data.packing import JURY, REFUSALS, refused
 from mmpeft_ds.data.shards import ShardReader, members, record_of
 from mmpeft_ds.data.subset import Subset
 from mmpeft_ds.data.transform import apply, hooks_of
@@ -31,11 +32,6 @@ from mmpeft_ds.data.workers import WorkerPool
 from mmpeft_ds.errors import BadInput, BadSample
 
 log = logging.getLogger(__name__)
-
-# What one sample may cause in the functions of a backbone or task that make tensors of a batch.
-PACKING_ERRORS = (
-    BadSample, ValueError, TypeError, RuntimeError, ArithmeticError, LookupError, AssertionError,
-)  # fmt: skip
 
 
 @dataclass
@@ -197,6 +193,7 @@ class _Loader:
         # Per source: shard -> the samples to use; None: all of every shard.
         self.places = [None if s.subset is None else s.subset.places(s.manifest) for s in sources]
         self._orders: dict[int, tuple[int, order.EpochOrder]] = {}
+        self._jurors: dict[int, list[Sample]] = {}
         self.gathers = [
             FeatureBatches(s, reader, self._epoch_key) if FeatureBatches.possible(s, reader) else None
             for s, reader in zip(sources, self.readers, strict=True)
@@ -221,26 +218,42 @@ class _Loader:
         return self._packed(visit.source, samples, ["" if p is None else next(shards) for p in positions])
 
     def _packed(self, number: int, samples: list[Sample], shards: list[str]) -> PackedBatch:
-        """The batch; a sample that cannot even be packed alone is bad, as one that cannot be read."""
+        """The batch; a sample that cannot be packed, alone or with the usual ones, is bad as one that cannot be read.
+
+        Args:
+            shards: file of each sample.
+        """
         source = self.sources[number]
-        functions = source.collate_images, source.collate_texts, source.collate_targets
+
+        def packed(samples: list[Sample]) -> PackedBatch:
+            return pack(samples, source.collate_images, source.collate_texts, source.collate_targets)
+
         try:
-            return pack(samples, *functions)
-        except PACKING_ERRORS as error:
-            kinds = [_refused(sample, functions) for sample in samples]
-            good = [sample.weight > 0 and kind is None for sample, kind in zip(samples, kinds, strict=True)]
-            alone = isinstance(error, BadSample)  # else it may be none of the samples' doing
-            if not any(kinds) or not (alone or any(good)):
+            return packed(samples)
+        except REFUSALS as error:
+            bad = refused(samples, packed, lambda: self._usual(number))
+            if bad is None:  # not the doing of a sample
                 raise
-        return pack(
-            [
-                sample
-                if kind is None
-                else Sample(sample.sample_id, bad=(kind, shard, sample.sample_id.partition("/")[2]))
-                for sample, kind, shard in zip(samples, kinds, shards, strict=True)
-            ],
-            *functions,
-        )
+            reason = " ".join(str(error).split())[:200]
+        changed = list(samples)
+        for i in bad:
+            sample_id = samples[i].sample_id
+            log.warning("bad sample %s in %s: cannot be packed: %s", sample_id, shards[i], reason)
+            changed[i] = Sample(sample_id, bad=("collate", shards[i], sample_id.partition("/")[2]))
+        return packed(changed)
+
+    def _usual(self, number: int) -> list[Sample]:
+        """Some samples of a source from all over its split, the same for every rank, worker and batch."""
+        if number not in self._jurors:
+            reader, chosen = self.readers[number], self.places[number]
+            sizes = [shard.samples for shard in reader.shards] if chosen is None else [len(rows) for rows in chosen]
+            places = order.EpochOrder(sizes, 0, 1, False)
+            spread = range(0, len(places), -(-len(places) // JURY))
+            wanted = [self._place(number, *places[i]) for i in spread]
+            pieces = zip(wanted, reader.read(wanted), strict=True)
+            samples = [self._sample(number, 0, place, piece) for place, piece in pieces]
+            self._jurors[number] = [sample for sample in samples if sample.bad is None]
+        return self._jurors[number]
 
     def _gathered(self, request: _Request, epoch: int, places: order.EpochOrder) -> PackedBatch | None:
         """The micro-batch gathered as a whole, for feature shards; None if it must be read sample by sample."""
@@ -254,7 +267,9 @@ class _Loader:
             samples = np.concatenate(chosen)[starts[shards] + samples]
         try:
             return self.gathers[source].make(epoch, shards, samples, filled, size)
-        except BadSample:
+        except BadInput:  # a shard is gone
+            raise
+        except REFUSALS:  # by a function that collates; sample by sample it will be seen of which
             return None
 
     def close(self) -> None:
@@ -391,16 +406,6 @@ class BadBudget:
             f"the data, or raise data.max_bad_fraction ({self.max_fraction}) or data.max_bad_in_a_row "
             f"({self.max_in_a_row})."
         )
-
-
-def _refused(sample: Sample, functions: Sequence[Callable]) -> str | None:
-    """Kind of the fault for which a sample cannot be packed alone; None if it can."""
-    try:
-        pack([sample], *functions)
-    except PACKING_ERRORS as error:
-        log.warning("bad sample %s: %s", sample.sample_id, " ".join(str(error).split())[:200])
-        return error.kind if isinstance(error, BadSample) else "collate"
-    return None
 
 
 def _record(parts: dict[str, bytes], fields: Sequence[str]) -> dict[str, Any]:

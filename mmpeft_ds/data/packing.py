@@ -1,0 +1,78 @@
+"""Which samples keep a batch from being made: those that cannot be packed, alone or beside the usual ones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+from mmpeft_ds.errors import BadInput, BadSample
+
+# What functions that make tensors of given data raise where the data do not fit.
+REFUSALS = (
+    BadSample,
+    BadInput,
+    ValueError,
+    TypeError,
+    RuntimeError,
+    ArithmeticError,
+    LookupError,
+    AssertionError,
+)
+JURY = 8  # items that are compared with each other
+
+Item = TypeVar("Item")
+
+
+def refused(
+    items: Sequence[Item], make: Callable[[list[Item]], object], usual: Callable[[], Sequence[Item]] | None = None
+) -> list[int] | None:
+    """The items without which `make` works, called after it has failed with all of them.
+
+    An item that fails alone is one. Of items that fail only together, those are that do not go with the larger group
+    of `usual`, or of the items themselves; should all go with it in pairs, those that are one too many.
+
+    Args:
+        make: makes something of a list of items, or raises one of REFUSALS.
+        usual: gives items that stand for the data as a whole, so that the answer does not depend on the batch.
+
+    Returns:
+        their indices; None where nothing works even alone, so that the fault is not an item's.
+    """
+    jury = [item for item in (usual() if usual else ()) if _works(make, [item])]
+    left = [i for i, item in enumerate(items) if _works(make, [item])]
+    if not left and not jury:
+        return None
+    jury = jury or [items[i] for i in left[:: -(-len(left) // JURY)]]
+    group = _largest_group(jury, make)
+    left = [i for i in left if all(_works(make, [items[i], one]) for one in group)]
+    if not _works(make, [items[i] for i in left]):
+        kept: list[int] = []
+        for i in left:
+            if _works(make, [items[k] for k in (*kept, i)]):
+                kept.append(i)
+        left = kept
+    return [i for i in range(len(items)) if i not in left]
+
+
+def _largest_group(items: Sequence[Item], make: Callable[[list[Item]], object]) -> list[Item]:
+    """The most items that go together in pairs, the first ones where several groups are as large. An item that goes
+    with all others belongs to every group."""
+    pairs = {(i, k): _works(make, [items[i], items[k]]) for k in range(len(items)) for i in range(k)}
+    choosy = sorted({i for pair, works in pairs.items() if not works for i in pair})
+    groups: list[list[int]] = []
+    for i in choosy:
+        fitting = [group for group in groups if all(pairs[k, i] for k in group)]
+        if fitting:
+            fitting[0].append(i)
+        else:
+            groups.append([i])
+    chosen = max(groups, key=len, default=[])
+    return [item for i, item in enumerate(items) if i in chosen or i not in choosy]
+
+
+def _works(make: Callable[[list[Item]], object], items: list[Item]) -> bool:
+    try:
+        make(items)
+    except REFUSALS:
+        return False
+    return True
