@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
@@ -12,10 +14,13 @@ from data_prep.reading import parse_sample
 from mmpeft_ds.data.decode import decode
 from mmpeft_ds.data.formats import MAX_PIXELS
 from mmpeft_ds.data.manifest import Manifest
+from mmpeft_ds.data.packing import make_of_most
 from mmpeft_ds.data.shards import ShardReader
 from mmpeft_ds.data.transform import apply
 from mmpeft_ds.errors import BadInput, BadSample
 from mmpeft_ds.progress import Progress
+
+log = logging.getLogger(__name__)
 
 
 class Moments:
@@ -56,10 +61,16 @@ def measure(manifest: Manifest, split: str, backbone: Any, batch: int, max_pixel
     vision = backbone.build_vision()
     transform = backbone.image_transform(False)
     with Progress("features", manifest.samples(split)) as progress:
-        for images, samples, unreadable in _ahead(image_batches(manifest, split, transform, batch, max_pixels)):
+        for taken, samples, unreadable in _ahead(image_batches(manifest, split, transform, batch, max_pixels)):
             bad += unreadable
-            if images:
-                moments.add(vision(backbone.collate_images(images)))
+            if taken:
+                images, refused = make_of_most(
+                    taken, lambda taken: backbone.collate_images([i for s in taken for i in s.images])
+                )
+                for i in refused:
+                    log.warning("bad sample %s: its images cannot be packed with those of the others", taken[i].key)
+                bad += len(refused)
+                moments.add(vision(images))
             progress.advance(samples)
     if not moments.count:
         raise BadInput(
@@ -74,12 +85,21 @@ def measure(manifest: Manifest, split: str, backbone: Any, batch: int, max_pixel
     }
 
 
+@dataclass
+class Pictures:
+    """The images of a sample, transformed."""
+
+    key: str
+    images: list[Any]
+
+
 def image_batches(
     manifest: Manifest, split: str, transform: Callable[[Tensor, Any], Any], batch: int, max_pixels: int
-) -> Iterator[tuple[list[Any], int, int]]:
-    """(transformed images, samples read, samples left out as bad), about `batch` images at a time, in order."""
+) -> Iterator[tuple[list[Pictures], int, int]]:
+    """(good samples with images, samples read, samples left out as bad), about `batch` images at a time, in order."""
     reader = ShardReader(manifest, split)
-    images, samples, bad = [], 0, 0
+    taken: list[Pictures] = []
+    samples, bad = 0, 0
     for number, shard in enumerate(manifest.shards(split)):
         for first in range(0, shard.samples, batch):
             wanted = [(number, i) for i in range(first, min(first + batch, shard.samples))]
@@ -89,15 +109,17 @@ def image_batches(
                     if isinstance(piece, BadSample):
                         raise piece
                     # all or none of the images of a sample, as in training
-                    images += [apply(transform, decode(data, max_pixels), None) for data in parse_sample(piece).images]
+                    stored = parse_sample(piece)
+                    images = [apply(transform, decode(data, max_pixels), None) for data in stored.images]
+                    taken += [Pictures(stored.key, images)] if images else []
                 except BadSample:
                     bad += 1
-                if len(images) >= batch:
-                    yield images, samples, bad
-                    images, samples, bad = [], 0, 0
+                if sum(len(sample.images) for sample in taken) >= batch:
+                    yield taken, samples, bad
+                    taken, samples, bad = [], 0, 0
     reader.close()
     if samples:
-        yield images, samples, bad
+        yield taken, samples, bad
 
 
 def _ahead(batches: Iterator[Any]) -> Iterator[Any]:

@@ -33,7 +33,8 @@ from mmpeft_ds import recipe as recipes
 from mmpeft_ds.adapter_files import REMEDY, read_backbone, read_json, read_labels, read_statistics, whole
 from mmpeft_ds.backbones.base import BackboneBase
 from mmpeft_ds.data import decode
-from mmpeft_ds.data.batch import Sample, pack
+from mmpeft_ds.data.batch import Sample, check_images, pack
+from mmpeft_ds.data.packing import REFUSALS
 from mmpeft_ds.data.transform import apply
 from mmpeft_ds.engine.assembly.forward import answer
 from mmpeft_ds.engine.export import transform_description
@@ -131,6 +132,10 @@ class Loaded:
         transform = self.backbone.image_transform(False)
         entries = [] if entry is None else list(entry) if isinstance(entry, (list, tuple)) else [entry]
         asked = [asked] if isinstance(asked, str) else list(asked)
+        try:
+            check_images(len(entries), self.backbone.most_images)
+        except BadSample as bad:
+            raise BadInput(f"{name}: {bad}") from bad
         record, targets = asks.ask(asked)
         asked = [asks.prompted(text) for text in asked]
         pixels = []
@@ -144,11 +149,15 @@ class Loaded:
         return Sample(name, 1.0, pixels, asked, targets, record)
 
     def pack(self, samples: Sequence[Sample], task: int) -> Any:
+        """The packed batch of samples, on the device. Raises BadInput if they do not go together."""
         b = self.backbone
         try:
-            return pack(samples, b.collate_images, b.collate_texts, self.tasks[task].collate).to(self.device)
-        except BadSample as bad:
-            raise BadInput(f"predict: {bad}") from bad
+            packed = pack(samples, b.collate_images, b.collate_texts, self.tasks[task].collate)
+        except REFUSALS as error:
+            names = samples[0].sample_id + (f" and {len(samples) - 1} more" if len(samples) > 1 else "")
+            reason = " ".join(str(error).split())[:200]
+            raise BadInput(f"{names}: cannot be packed into a batch ({reason})") from error
+        return packed.to(self.device)
 
     @staticmethod
     def _name(entry: Any, otherwise: Any) -> str:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
 from mmpeft_ds.errors import BadInput
+from mmpeft_ds.files import cannot_write
 from mmpeft_ds.quiet import quiet
 from mmpeft_ds.registration import when_imported
 
@@ -35,8 +36,8 @@ class Parser(argparse.ArgumentParser):
 
 
 def run(main: Callable[[], int | None]) -> NoReturn:
-    """Run a command and leave with its exit code: 0 done, 2 bad input (one line, no traceback), 1 a fault of ours or a
-    rank that is gone (which is one line as well).
+    """Run a command and leave with its exit code: 0 done, 2 bad input or a file that cannot be written (one line, no
+    traceback), 1 a fault of ours or a rank that is gone (which is one line as well).
     """
     quiet()
     try:
@@ -48,6 +49,12 @@ def run(main: Callable[[], int | None]) -> NoReturn:
         code = 2
     except KeyboardInterrupt:
         code = 130
+    except OSError as e:
+        if not (reason := cannot_write(e)):
+            raise
+        sys.stdout.flush()
+        print(f"error: {e.filename or 'a file of this command'}: {reason}", file=sys.stderr, flush=True)
+        code = 2
     except RuntimeError as e:
         if not any(sign in str(e) for sign in LOST_A_RANK):
             raise

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
+from mmpeft_ds.errors import BadInput
+
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_UNWRITABLE = {*_FULL, errno.EACCES, errno.EPERM, errno.EROFS, errno.EISDIR, errno.ENOTDIR, errno.EEXIST}
 REPOSITORY = Path(__file__).resolve().parents[1]  # the checkout this package lies in
 
 
@@ -32,6 +38,29 @@ def sha256(file: str | os.PathLike | IO[bytes]) -> str:
     while block := file.read(1 << 20):
         digest.update(block)
     return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def writing(path: str | os.PathLike) -> Iterator[None]:
+    """For a block that writes `path`: what the file system refuses becomes one line. Raises BadInput."""
+    try:
+        yield
+    except OSError as error:
+        raise BadInput(f"{path}: {cannot_write(error) or error}") from error
+
+
+def check_writable(directory: Path) -> None:
+    """Find out before the work whether its results can be written into a directory. Raises BadInput."""
+    with writing(directory), tempfile.TemporaryFile(dir=directory):
+        pass
+
+
+def cannot_write(error: BaseException) -> str:
+    """What the user may do where a file could not be written, such as on a full disk; empty for any other error."""
+    if not isinstance(error, OSError) or error.errno not in _UNWRITABLE:
+        return ""
+    remedy = "Make room" if error.errno in _FULL else "Choose another place, or change who may write there"
+    return f"cannot be written ({os.strerror(error.errno)}). {remedy}; the same command continues."
 
 
 @contextlib.contextmanager

@@ -47,6 +47,7 @@ class BackboneBase(abc.ABC):
         attentions: attention implementations that compute what the checkpoint means, the first for `auto`; empty: all
             that transformers has. flash-attn takes a mask for a number of tokens at one end of each row, which is
             wrong where padding stands between tokens.
+        most_images: that a sample may have, 0 = any number; a sample with more is a bad one.
         dtype: of the frozen weights. This and the next two are set from the recipe's `engine` section before `build`.
         attention: attention implementation as transformers names them; `auto` leaves the choice to the backbone.
         train_dropout: keep the dropout of the text tower on in training.
@@ -63,6 +64,7 @@ class BackboneBase(abc.ABC):
     attentions: tuple[str, ...] = ()
     prompt_limit: str = "max_text_length"
     target_limit: str = "max_text_length"
+    most_images: int = 0
 
     def __init__(self, options: Any, labels: list[str] | None):
         self.options, self.labels = options, labels

@@ -227,6 +227,12 @@ def with_images(texts: Sequence[Any], images: int) -> list[Any]:
     return [t.with_images(images) if isinstance(t, Prompted) and t.images is None else t for t in texts]
 
 
+def check_images(number: int, most: int) -> None:
+    """Raise BadSample if a sample has more images than a model takes; `most` 0 is any number."""
+    if 0 < most < number:
+        raise BadSample("images", f"{number} images, but the model tells {most} apart at most")
+
+
 def pack(
     samples: Sequence[Sample],
     collate_images: Callable[[list[Any]], dict[str, Tensor]],

@@ -21,6 +21,22 @@ REFUSALS = (
 JURY = 8  # items that are compared with each other
 
 Item = TypeVar("Item")
+Made = TypeVar("Made")
+
+
+def make_of_most(items: Sequence[Item], make: Callable[[list[Item]], Made]) -> tuple[Made, list[int]]:
+    """What `make` makes of the items without those that it refuses, and their indices; see `refused`.
+
+    Raises:
+        what `make` raises, where it works with none of the items.
+    """
+    try:
+        return make(list(items)), []
+    except REFUSALS:
+        out = refused(items, make)
+        if out is None:
+            raise
+    return make([item for i, item in enumerate(items) if i not in out]), out
 
 
 def refused(

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from mmpeft_ds.data import order
-from mmpeft_ds.data.batch import PackedBatch, Sample, pack, with_images
+from mmpeft_ds.data.batch import PackedBatch, Sample, check_images, pack, with_images
 from mmpeft_ds.data.decode import decode
 from mmpeft_ds.data.feature_batches import FeatureBatches
 from mmpeft_ds.data.formats import READ
@@ -49,6 +49,7 @@ class StreamSource:
         fields: json fields that every record must have.
         weight: relative share of the steps.
         subset: the samples to use; None: all of the split.
+        most_images: of a sample, 0 = any number.
         identify: give each record the identity of its images (of its stored features, where it has them) under
             `PICTURE`, unless it brings one.
     """
@@ -63,6 +64,7 @@ class StreamSource:
     fields: Sequence[str] = ()
     weight: float = 1.0
     subset: Subset | None = None
+    most_images: int = 0
     identify: bool = False
 
     @property
@@ -331,6 +333,7 @@ class _Loader:
         if len(texts) != len(targets):
             raise BadSample("type", f"{len(texts)} texts but {len(targets)} targets")
         images = [apply(source.image_transform, image, generator) for image in self._images(source, parts, record)]
+        check_images(len(images), source.most_images)
         return Sample(sample_id, 1.0, images, with_images(texts, len(images)), targets, record)
 
     def _images(self, source: StreamSource, parts: dict[str, bytes], record: dict[str, Any]) -> Iterator[Tensor]:

@@ -41,6 +41,7 @@ def make_stream(
             fields=source.task.fields,
             weight=source.options.weight,
             subset=source.subset,
+            most_images=backbone.most_images,
             identify=source.task.identifies_pictures,
         )
         for source in sources

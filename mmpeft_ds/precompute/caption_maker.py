@@ -17,11 +17,12 @@ import numpy as np
 import torch
 
 from mmpeft_ds import adapter
-from mmpeft_ds.data.batch import Prompted, Sample, pack
+from mmpeft_ds.data.batch import PackedBatch, Prompted, Sample, pack
 from mmpeft_ds.data.blind import ClassNameFilter
 from mmpeft_ds.data.decode import decode
 from mmpeft_ds.data.manifest import Manifest, sample_key
 from mmpeft_ds.data.order import key_of
+from mmpeft_ds.data.packing import REFUSALS, make_of_most
 from mmpeft_ds.data.shards import members, record_of
 from mmpeft_ds.data.stream import image_names
 from mmpeft_ds.data.transform import apply, hooks_of
@@ -144,6 +145,7 @@ class CaptionMaker(ShardMaker[_Prepared]):
 
     def make(self, job: Job, number: int, prepared: list[_Prepared], notes: ShardNotes) -> Iterator[FeatureSample]:
         """All samples with their captions; counts go into `notes`."""
+        self._mark_refused([sample for sample in prepared if not sample.bad])
         good = [sample for sample in prepared if not sample.bad]
         generated = iter(self._captions(good, key_of(self.options.seed, "describe", job.split, job.first + number)))
         for sample in prepared:
@@ -156,33 +158,45 @@ class CaptionMaker(ShardMaker[_Prepared]):
             features = sample.arrays.pop("", None)
             yield FeatureSample(sample.name, features, sample.arrays, sample.encoded, record)
 
+    def _mark_refused(self, samples: list[_Prepared]) -> None:
+        """Mark those samples as bad without which the others can be packed. Raises BadInput if none can."""
+        try:
+            refused = make_of_most(samples, lambda some: self._packed(self._slots(some)))[1] if samples else []
+        except REFUSALS as error:
+            raise BadInput(f"--prompt: no image can be packed with it ({' '.join(str(error).split())})") from error
+        for i in refused:
+            samples[i].bad, samples[i].images = "collate", []
+
+    def _slots(self, samples: list[_Prepared]) -> list[Sample]:
+        """A slot for each image, which asks n times for a caption."""
+        n = self.options.captions
+        prompts = [Prompted(self.options.prompt)] * n
+        return [Sample(sample.key, 1.0, [i], prompts, [None] * n) for sample in samples for i in sample.images]
+
+    def _packed(self, slots: list[Sample]) -> PackedBatch:
+        return pack(slots, self.backbone.collate_images, self.backbone.collate_texts, lambda _: {})
+
     def _texts(self, sample: _Prepared) -> range:
         return range(len(sample.images) * self.options.captions)
 
     @torch.inference_mode()
     def _captions(self, samples: list[_Prepared], seed: int) -> list[str]:
         """n captions for each image of the samples, in order."""
-        images = [(sample.key, image) for sample in samples for image in sample.images]
-        texts: list[str] = []
+        slots, texts = self._slots(samples), []
         torch.manual_seed(seed % 2**63)  # depends on the place in the data set, not on the number of ranks
-        n = self.options.captions
-        for start in range(0, len(images), self.options.batch):
-            prompts = [Prompted(self.options.prompt)] * n
-            slots = [Sample(k, 1.0, [i], prompts, [None] * n) for k, i in images[start : start + self.options.batch]]
-            b = self.backbone
+        for start in range(0, len(slots), self.options.batch):
+            batch = self._packed(slots[start : start + self.options.batch]).to(self.device)
             try:
-                batch = pack(slots, b.collate_images, b.collate_texts, lambda _: {}).to(self.device)
                 if batch.changes is not None and batch.changes[:, 0].any():
-                    raise BadInput(
-                        f"--prompt: too long for backbone.{b.prompt_limit}. Shorten it, or raise the limit."
-                    )
-                texts += b.generate(self.model, batch, **self.options.generation)
+                    limit = self.backbone.prompt_limit
+                    raise BadInput(f"--prompt: too long for backbone.{limit}. Shorten it, or raise the limit.")
+                texts += self.backbone.generate(self.model, batch, **self.options.generation)
             except (ValueError, TypeError, BadSample) as error:
                 # transformers lists in several lines the options that it does not know.
                 raise BadInput(f"--generate: {' '.join(str(error).split())[:300]}") from error
-        if len(texts) != n * len(images):
+        if len(texts) != self.options.captions * len(slots):
             raise BadInput(
-                f"--generate: gave {len(texts)} texts for {len(images)} images. Give --captions, not "
+                f"--generate: gave {len(texts)} texts for {len(slots)} images. Give --captions, not "
                 "num_return_sequences."
             )
         return [" ".join(text.split()) for text in texts]

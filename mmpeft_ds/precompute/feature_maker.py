@@ -20,6 +20,7 @@ from mmpeft_ds.data.feature_shards import class_name_in_words, negated
 from mmpeft_ds.data.identity import PICTURE, content_id
 from mmpeft_ds.data.manifest import Manifest, sample_key
 from mmpeft_ds.data.order import key_of
+from mmpeft_ds.data.packing import make_of_most
 from mmpeft_ds.data.shards import members, record_of
 from mmpeft_ds.data.stream import image_names
 from mmpeft_ds.data.transform import apply, hooks_of
@@ -164,9 +165,14 @@ class Maker(ShardMaker[_Prepared]):
 
     def make(self, job: Job, number: int, prepared: list[_Prepared], notes: ShardNotes) -> Iterator[FeatureSample]:
         """The good samples with their features; bad ones go into `notes`."""
+        good = [p for p in prepared if not p.bad]
+        batch, refused = make_of_most(good, self._packed) if good else (None, [])
+        for i in refused:
+            good[i].bad = "collate"
         notes.bad += [(p.key, p.bad) for p in prepared if p.bad]
         notes.counts.update(cut_captions=sum(p.cut for p in prepared))
-        yield from self._embedded([p for p in prepared if not p.bad])
+        if batch is not None:
+            yield from self._embedded([p for p in good if not p.bad], batch)
 
     def prepare(self, job: Job, number: int, piece: bytes | BadSample) -> _Prepared:
         """One sample, decoded and transformed: the evaluation view of each image and its augmented passes."""
@@ -207,12 +213,9 @@ class Maker(ShardMaker[_Prepared]):
         return views
 
     @torch.inference_mode()
-    def _embedded(self, prepared: Sequence[_Prepared]) -> Iterator[FeatureSample]:
-        """The same samples with their features."""
-        if not prepared:
-            return
-        batch = self._packed(prepared).to(self.device)
-        image_ID, text_TD = self.backbone.embed(self.model, batch)
+    def _embedded(self, prepared: Sequence[_Prepared], batch: PackedBatch) -> Iterator[FeatureSample]:
+        """The same samples with their features; `batch` holds them packed."""
+        image_ID, text_TD = self.backbone.embed(self.model, batch.to(self.device))
         images, texts = self._stored(image_ID), self._stored(text_TD)
         at_image = at_text = 0
         for sample in prepared:

@@ -14,7 +14,7 @@ from mmpeft_ds.engine.assembly.resolve import Resolved, ResolvedSource, resolve,
 from mmpeft_ds.engine.monitor import plain
 from mmpeft_ds.engine.stop import StopFlag
 from mmpeft_ds.engine.streams import records
-from mmpeft_ds.files import write_atomic, write_json
+from mmpeft_ds.files import check_writable, write_atomic, write_json
 from mmpeft_ds.runs.finished import on_split, open_run
 
 
@@ -37,7 +37,7 @@ def evaluate_run(
         requested: nothing is written.
 
     Raises:
-        BadInput: no run there, no such checkpoint or split.
+        BadInput: no run there, or it cannot be written into; no such checkpoint or split.
     """
     recipe = recipes.of_run(run, overrides)
     recipe.data.validation = []
@@ -47,6 +47,7 @@ def evaluate_run(
     # Nothing has to be saved: a signal, or the end of the launcher, ends it within a step.
     with StopFlag(recipe.engine.stop_grace) as stop:
         resolved = resolve(recipe)
+        check_writable(run)
         opened = open_run(run, resolved, which)
         reports, rows = [], []
         for title, source in zip(titles(resolved.validation), resolved.validation, strict=True):

@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mmpeft_ds import adapter
 from mmpeft_ds.adapter_files import WEIGHTS
+from mmpeft_ds.data.batch import Sample
 from mmpeft_ds.errors import BadInput
+from mmpeft_ds.files import write_atomic, writing
 from mmpeft_ds.progress import Progress
 from mmpeft_ds.runs.inputs import FEATURES, device_of
 
@@ -63,7 +65,8 @@ def predict(
         task: which of the adapter's tasks.
 
     Raises:
-        BadInput: no such adapter, task or device; a text is missing; `out` holds answers of something else.
+        BadInput: no such adapter, task or device; a text is missing; `out` holds answers of something else, or cannot
+            be written.
     """
     tasks = adapter.tasks_of(directory)
     if not 0 <= task < len(tasks):
@@ -71,23 +74,26 @@ def predict(
     texts = adapter.texts_for(tasks[task], texts)
     where = device_of(device)
     made_by = identity(directory, task)
-    rows = read_answers(out, made_by) if out else {}
-    left = [p for p in pictures if any((str(p), text) not in rows for text in texts)]
-    repeated = len(pictures) - len(left)
+    asked = [(str(picture), text) for picture in pictures for text in texts]
+    rows = read_answers(out, made_by, asked) if out else {}
+    left = {p for p in pictures if any((str(p), text) not in rows for text in texts)}
     if left:
-        loaded = adapter.load(directory, where, pictures=left[0].suffix.lower() != FEATURES)
-        if out:
-            out.parent.mkdir(parents=True, exist_ok=True)
-            _write(out, "w", rows.values())  # without errors, and without half a line
+        if out:  # before the model is loaded, which takes long
+            _start(out, rows.values())
+        loaded = adapter.load(directory, where, pictures=pictures[0].suffix.lower() != FEATURES)
         with Progress("predict", len(left), "pictures") as progress:
-            for start in range(0, len(left), batch):
-                part = left[start : start + batch]
+            # The batches are those of a call that starts anew, so that its answers are these to the last digit.
+            for start in range(0, len(pictures), batch):
+                part = [picture for picture in pictures[start : start + batch] if picture in left]
                 new = _ask(loaded, part, texts, task, made_by)
                 rows |= {(row["image"], row["text"]): row for row in new}
                 if out:
-                    _write(out, "a", new)
+                    _append(out, new)
                 progress.advance(len(part))
-    return Answers([rows[str(picture), text] for picture in pictures for text in texts], repeated)
+    answers = [rows[pair] for pair in asked]
+    if out and out.read_bytes() != _lines(answers):  # pictures that an earlier call could not read stand last
+        _start(out, answers)
+    return Answers(answers, len(pictures) - len(left))
 
 
 def _ask(
@@ -99,18 +105,36 @@ def _ask(
         try:
             samples.append(loaded.sample(str(picture), picture, texts, task))
         except BadInput as problem:
-            errors[picture] = str(problem)
-    answers = iter(loaded.answer(samples, task) if samples else ())
+            errors[str(picture)] = str(problem)
+    answers = dict(_answered(loaded, samples, task))
     rows = []
-    for picture in pictures:
-        for text in texts:
-            if picture in errors:
-                said = {"error": errors[picture]}
+    for picture in map(str, pictures):
+        answer = answers.get(picture, errors.get(picture))
+        for i, text in enumerate(texts):
+            if isinstance(answer, str):
+                content = {"error": answer}
             else:
-                answer = next(answers)
-                said = {key: answer[key] for key in ("prediction", "probability", "cut_tokens") if key in answer}
-            rows.append({"image": str(picture), "text": text, **said, "adapter": made_by})
+                kept = ("prediction", "probability", "cut_tokens")
+                content = {key: answer[i][key] for key in kept if key in answer[i]}
+            rows.append({"image": picture, "text": text, **content, "adapter": made_by})
     return rows
+
+
+def _answered(
+    loaded: adapter.Loaded, samples: list[Sample], task: int
+) -> Iterator[tuple[str, list[dict[str, Any]] | str]]:
+    """Name of each sample, and its answers or why there are none. Samples that do not go together are asked alone."""
+    try:
+        rows = iter(loaded.answer(samples, task) if samples else ())
+    except BadInput as problem:
+        if len(samples) == 1:
+            yield samples[0].sample_id, str(problem)
+            return
+        for sample in samples:
+            yield from _answered(loaded, [sample], task)
+        return
+    for sample in samples:
+        yield sample.sample_id, [next(rows) for _ in sample.texts]
 
 
 def identity(directory: Path, task: int) -> str:
@@ -120,30 +144,64 @@ def identity(directory: Path, task: int) -> str:
     return digest.hexdigest()[:12]
 
 
-def read_answers(path: Path, made_by: str) -> dict[tuple[str, str], dict[str, Any]]:
+def read_answers(
+    path: Path, made_by: str, asked: Collection[tuple[str, str]]
+) -> dict[tuple[str, str], dict[str, Any]]:
     """(picture, text) -> row of the answers that a file holds already; errors are left out, so that they are tried
-    again. Raises BadInput if the file holds something else."""
+    again.
+
+    Args:
+        made_by: `identity` of what is asked now.
+        asked: pairs of picture and text that are asked now.
+
+    Raises:
+        BadInput: the file holds something else, or answers to something that is not asked now.
+    """
     if not path.exists():
         return {}
-    rows = {}
+    if not path.is_file():
+        raise BadInput(f"--out {path}: is no file. Choose another name.")
+    known, rows = set(asked), {}
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_bytes().split(b"\n")
         for number, line in enumerate(lines, start=1):
+            if not line and number == len(lines):
+                continue
             try:
-                row = json.loads(line)
+                row = json.loads(line.decode())
             except ValueError:
                 if number == len(lines):  # a killed process may have left half a line
                     continue
                 raise
             if row["adapter"] != made_by:
                 raise BadInput(f"--out {path}: holds answers of another adapter or task. Choose another file.")
+            pair = row["image"], row["text"]
+            if pair not in known:
+                raise BadInput(
+                    f"--out {path}: holds an answer about {pair[0]} (text {pair[1]!r}), which is not asked now. Name "
+                    "the same --images and texts as before, and more if you like, or choose another file."
+                )
             if "error" not in row:
-                rows[row["image"], row["text"]] = row
+                rows[pair] = row
     except (OSError, ValueError, KeyError, TypeError) as e:
         raise BadInput(f"--out {path}: exists and holds no answers of predict.py. Choose another file.") from e
     return rows
 
 
-def _write(path: Path, mode: str, rows: Iterable[dict[str, Any]]) -> None:
-    with path.open(mode, encoding="utf-8") as file:
-        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+def _lines(rows: Iterable[dict[str, Any]]) -> bytes:
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+
+
+def _start(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    """Write a file with these rows; a kill leaves the file of before or this one. Raises BadInput."""
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(path, _lines(rows))
+
+
+def _append(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    """Add the rows of a batch in one write, so that a kill leaves all of them or none. Raises BadInput."""
+    with writing(path), path.open("ab", buffering=0) as file:
+        lines = memoryview(_lines(rows))
+        while lines:
+            lines = lines[file.write(lines) :]

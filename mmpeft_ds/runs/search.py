@@ -12,7 +12,7 @@ OUT/index.safetensors  features of the pictures, which the next search takes ove
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -110,6 +110,8 @@ def search(
     Raises:
         BadInput: no such adapter or device, an adapter without retrieval, or no picture that can be read.
     """
+    with files.writing(out):  # before the model is loaded, which takes long
+        out.mkdir(parents=True, exist_ok=True)
     searcher = Searcher(directory, device_of(device))
     index = Index(out / INDEX, identity(directory, searcher.task))
     result = Hits([])
@@ -124,10 +126,9 @@ def search(
         for rank, (score, place) in enumerate(zip(row, places, strict=True), start=1):
             text, picture = (place, query) if of_pictures else (query, place)
             result.hits.append({"text": texts[text], "image": str(read[picture]), "rank": rank, "score": score})
-    out.mkdir(parents=True, exist_ok=True)
-    with (out / RESULTS).open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(hit, ensure_ascii=False) + "\n" for hit in result.hits)
-    contact_sheet(result.hits, of_pictures).save(out / SHEET)
+    with files.writing(out):
+        files.write_atomic(out / RESULTS, "".join(json.dumps(hit, ensure_ascii=False) + "\n" for hit in result.hits))
+        contact_sheet(result.hits, of_pictures).save(out / SHEET)
     return result
 
 
@@ -154,6 +155,22 @@ def _thumbnail(path: str) -> list[Any]:
         return [opened(Path(path).read_bytes())]
     except (OSError, ValueError):
         return []
+
+
+def _rows_of(
+    searcher: Searcher, samples: list[tuple[Path, Any]], errors: dict[str, str]
+) -> Iterator[tuple[Path, Tensor]]:
+    """Path and features of each sample; those that do not go together are read alone."""
+    try:
+        rows = searcher.pictures([sample for _, sample in samples]) if samples else []
+    except BadInput as problem:
+        if len(samples) == 1:
+            errors[str(samples[0][0])] = str(problem)
+            return
+        for one in samples:
+            yield from _rows_of(searcher, [one], errors)
+        return
+    yield from zip((path for path, _ in samples), rows, strict=True)
 
 
 class Index:
@@ -190,9 +207,8 @@ class Index:
                             samples.append((path, searcher.picture(path)))
                         except BadInput as problem:
                             errors[str(path)] = str(problem)
-                    if samples:
-                        made = searcher.pictures([sample for _, sample in samples])
-                        self.rows |= {keys[path]: row for (path, _), row in zip(samples, made, strict=True)}
+                    for path, row in _rows_of(searcher, samples, errors):
+                        self.rows[keys[path]] = row
                     progress.advance(len(left[start : start + batch]))
         finally:  # also where somebody stops it: the next search goes on from here
             if len(self.rows) > known:

@@ -36,9 +36,14 @@ ORDER_SEED = 0
 
 @dataclass(frozen=True)
 class StoredGrid(ImageTransform):
-    """Takes stored grid features, (n, width) with n a square number, in the place of images."""
+    """Takes stored grid features, (n, width) with n a square number, in the place of images.
+
+    Attributes:
+        most: places of a grid that have a name, 0 = any number, since they are pooled.
+    """
 
     width: int
+    most: int = 0
 
     takes_features = True
 
@@ -47,6 +52,8 @@ class StoredGrid(ImageTransform):
         n = features.shape[0] if features.dim() == 2 else -1
         if not features.is_floating_point() or n < 1 or round(n**0.5) ** 2 != n or features.shape[1] != self.width:
             raise BadSample("features", f"{features.dtype} of shape {tuple(features.shape)}, not (n^2, {self.width})")
+        if 0 < self.most < n:
+            raise BadSample("features", f"{n} places, but backbone.order_tokens is {self.most}")
         return features
 
 
@@ -102,6 +109,11 @@ class ClipBartBackbone(BackboneBase):
             )
         return "the manifest does not say what the rows of stored features are; they are taken for a square grid."
 
+    @property
+    def most_images(self) -> int:
+        """Those whose order has an embedding."""
+        return self.options.max_images
+
     def build(self, on_meta: bool = False) -> PreTrainedModel:
         """The model with frozen BART and tower, and a fresh visual embedding."""
         text = stock.load(
@@ -144,7 +156,7 @@ class ClipBartBackbone(BackboneBase):
         """Stored features as they are, or resized pixels; no augmentation, since answers may depend on the place."""
         o = self.options
         if not o.vision:
-            return StoredGrid(o.feature_width)
+            return StoredGrid(o.feature_width, 0 if o.grid else o.order_tokens)
         return SquareTransform(o.image_size, o.fit, tower_loading.interpolation(o.resample, self._pixels))
 
     def collate_images(self, images: list[Any]) -> dict[str, Tensor]:
