@@ -75,7 +75,7 @@ def predict(
     where = device_of(device)
     made_by = identity(directory, task)
     asked = [(str(picture), text) for picture in pictures for text in texts]
-    rows = read_answers(out, made_by, asked) if out else {}
+    rows = _usable(read_answers(out, made_by, asked) if out else [], asked, batch * len(texts))
     left = {p for p in pictures if any((str(p), text) not in rows for text in texts)}
     if left:
         if out:  # before the model is loaded, which takes long
@@ -144,11 +144,29 @@ def identity(directory: Path, task: int) -> str:
     return digest.hexdigest()[:12]
 
 
-def read_answers(
-    path: Path, made_by: str, asked: Collection[tuple[str, str]]
+def _usable(
+    written: list[dict[str, Any]], asked: list[tuple[str, str]], together: int
 ) -> dict[tuple[str, str], dict[str, Any]]:
-    """(picture, text) -> row of the answers that a file holds already; errors are left out, so that they are tried
-    again.
+    """(picture, text) -> row of the answers that need not be asked again.
+
+    Errors are left out, so that they are tried again, and a last batch that was not written to its end: the answers of
+    a batch may differ from those of a part of it in their last digit.
+
+    Args:
+        together: rows of a batch.
+    """
+    there = {(row["image"], row["text"]) for row in written}
+    torn: set[tuple[str, str]] = set()
+    if written:
+        first = asked.index((written[-1]["image"], written[-1]["text"])) // together * together
+        last = set(asked[first : first + together])
+        torn = set() if last <= there else last
+    pairs = (((row["image"], row["text"]), row) for row in written)
+    return {pair: row for pair, row in pairs if "error" not in row and pair not in torn}
+
+
+def read_answers(path: Path, made_by: str, asked: Collection[tuple[str, str]]) -> list[dict[str, Any]]:
+    """The rows that a file holds already, errors as well.
 
     Args:
         made_by: `identity` of what is asked now.
@@ -158,10 +176,10 @@ def read_answers(
         BadInput: the file holds something else, or answers to something that is not asked now.
     """
     if not path.exists():
-        return {}
+        return []
     if not path.is_file():
         raise BadInput(f"--out {path}: is no file. Choose another name.")
-    known, rows = set(asked), {}
+    known, rows = set(asked), []
     try:
         lines = path.read_bytes().split(b"\n")
         for number, line in enumerate(lines, start=1):
@@ -181,8 +199,7 @@ def read_answers(
                     f"--out {path}: holds an answer about {pair[0]} (text {pair[1]!r}), which is not asked now. Name "
                     "the same --images and texts as before, and more if you like, or choose another file."
                 )
-            if "error" not in row:
-                rows[pair] = row
+            rows.append(row)
     except (OSError, ValueError, KeyError, TypeError) as e:
         raise BadInput(f"--out {path}: exists and holds no answers of predict.py. Choose another file.") from e
     return rows

@@ -142,3 +142,126 @@ def test_pictures_given_to_a_model_of_stored_features_from_python_are_one_line(a
     loaded = mmpeft_ds.load(adapters("retrieval on stored features"))
     with pytest.raises(BadInput, match=r"photo0.jpg.*stored features"):
         loaded.predict([photos / "photo0.jpg"], ["a dog"])
+
+
+def ten_photos(folder):
+    """Ten pictures, one of which cannot be read, with a name that is several bytes a letter."""
+    for i in range(10):
+        (folder / f"née {i}.jpg").write_bytes(b"no picture" if i == 4 else encoded(i))
+    return sorted(folder.glob("née*"))
+
+
+@pytest.mark.parametrize("kind", ["captioning", "classification"])
+def test_a_call_that_was_killed_at_any_byte_ends_with_the_file_of_an_undisturbed_one(adapters, photos, command, kind):
+    ten_photos(photos)
+    words = ("predict.py", "--adapter", adapters(kind), "--images", photos, "--batch", 3)
+    assert command(*words, "--out", photos.parent / "whole.jsonl")[0] == 2
+    whole = (photos.parent / "whole.jsonl").read_bytes()
+    ends = [i + 1 for i, byte in enumerate(whole) if byte == 10]
+    middle_of_a_letter = whole.index("é".encode(), ends[4]) + 1
+    out = photos.parent / "again.jsonl"
+    for length in (0, ends[2], middle_of_a_letter, ends[6], len(whole) - 1):
+        out.write_bytes(whole[:length])
+        code, _, err = command(*words, "--out", out)
+        assert code == 2 and "1 of 13 images" in err
+        assert out.read_bytes() == whole
+
+
+@pytest.mark.slow
+def test_a_killed_process_loses_no_answer_that_it_has_written(adapters, photos):
+    import signal
+    import subprocess
+    import sys
+    import time
+
+    from tests.helpers import ROOT
+
+    ten_photos(photos)
+    whole, out = photos.parent / "whole.jsonl", photos.parent / "killed.jsonl"
+    words = [
+        sys.executable,
+        ROOT / "launchers" / "predict.py",
+        "--adapter",
+        adapters("captioning"),
+        "--images",
+        photos,
+    ]
+    words += ["--images", photos, "--batch", "1", "--out"]
+    assert subprocess.run([*words, whole], capture_output=True).returncode == 2
+    started = subprocess.Popen([*words, out], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not out.exists() or out.stat().st_size == 0:
+        assert started.poll() is None
+        time.sleep(0.001)
+    started.send_signal(signal.SIGKILL)
+    started.wait()
+    before = out.read_bytes()
+    assert 0 < len(before) < len(whole.read_bytes()), "the kill came too late"
+    assert subprocess.run([*words, out], capture_output=True).returncode == 2
+    assert out.read_bytes() == whole.read_bytes()
+
+
+def test_answers_to_something_else_are_not_mixed_in_and_more_of_the_same_is_added(adapters, photos, command, tmp_path):
+    out, other = tmp_path / "answers.jsonl", tmp_path / "other"
+    other.mkdir()
+    (other / "x.jpg").write_bytes(encoded(7))
+    words = ("predict.py", "--adapter", adapters("vqa"), "--out", out)
+    assert command(*words, "--images", photos, "--text", "what is it")[0] == 0
+    before = out.read_bytes()
+    for changed in (("--images", other, "--text", "what is it"), ("--images", photos, "--text", "is it red")):
+        code, _, err = command(*words, *changed)
+        assert code == 2 and err.count("\n") == 1 and "which is not asked now" in err and out.read_bytes() == before
+    assert command(*words, "--images", photos, other, "--text", "what is it", "--text", "is it red")[0] == 0
+    assert len(rows_of(out)) == 8
+
+
+def test_what_cannot_be_written_is_one_line_before_the_model_is_loaded(adapters, photos, command, monkeypatch):
+    from mmpeft_ds import adapter
+
+    monkeypatch.setattr(adapter, "load", None)
+    words = ("predict.py", "--adapter", adapters("captioning"), "--images", photos, "--out")
+    (photos.parent / "file").write_text("")
+    for out in (photos.parent / "file" / "answers.jsonl", photos, Path("/dev/full")):
+        code, _, err = command(*words, out)
+        assert code == 2 and err.count("\n") == 1 and str(out) in err
+
+
+def test_a_full_disk_is_one_line_and_the_answers_before_are_kept(adapters, photos, command, monkeypatch):
+    import errno
+
+    from mmpeft_ds.runs import predict
+
+    out, written = photos.parent / "answers.jsonl", []
+    append = predict._append
+
+    def full(path, rows):
+        with predict.writing(path):
+            if written:
+                raise OSError(errno.ENOSPC, "No space left on device")
+        written.append(1)
+        append(path, rows)
+
+    words = ("predict.py", "--adapter", adapters("captioning"), "--images", photos, "--out", out, "--batch", 1)
+    monkeypatch.setattr(predict, "_append", full)
+    code, _, err = command(*words)
+    assert code == 2 and err.count("\n") == 1 and "No space left on device" in err and "same command continues" in err
+    assert len(rows_of(out)) == 1
+    monkeypatch.setattr(predict, "_append", append)
+    assert command(*words)[0] == 0 and len(rows_of(out)) == 3
+
+
+def test_pictures_that_do_not_go_together_are_asked_alone(adapters, photos, command, monkeypatch):
+    from mmpeft_ds import adapter
+    from mmpeft_ds.errors import BadInput
+
+    answer = adapter.Loaded.answer
+
+    def alone(self, samples, task=0):
+        if len(samples) > 1 or "photo1" in samples[0].sample_id:
+            raise BadInput(f"{samples[0].sample_id}: cannot be packed")
+        return answer(self, samples, task)
+
+    monkeypatch.setattr(adapter.Loaded, "answer", alone)
+    out = photos.parent / "answers.jsonl"
+    code, _, err = command("predict.py", "--adapter", adapters("captioning"), "--images", photos, "--out", out)
+    assert code == 2 and "1 of 3 images" in err and "photo1" in err
+    assert ["error" in row for row in rows_of(out)] == [False, True, False]
