@@ -14,7 +14,7 @@ from data_prep.reading import parse_sample
 from mmpeft_ds.data.decode import decode
 from mmpeft_ds.data.formats import MAX_PIXELS
 from mmpeft_ds.data.manifest import Manifest
-from mmpeft_ds.data.packing import make_of_most
+from mmpeft_ds.data.packing import make_of_most, spread
 from mmpeft_ds.data.shards import ShardReader
 from mmpeft_ds.data.transform import apply
 from mmpeft_ds.errors import BadInput, BadSample
@@ -65,12 +65,15 @@ def measure(manifest: Manifest, split: str, backbone: Any, batch: int, max_pixel
             bad += unreadable
             if taken:
                 images, refused = make_of_most(
-                    taken, lambda taken: backbone.collate_images([i for s in taken for i in s.images])
+                    taken,
+                    lambda some: backbone.collate_images([image for sample in some for image in sample.images]),
+                    lambda: usual_pictures(manifest, split, transform, max_pixels),
                 )
                 for i in refused:
                     log.warning("bad sample %s: its images cannot be packed with those of the others", taken[i].key)
                 bad += len(refused)
-                moments.add(vision(images))
+                if len(refused) < len(taken):
+                    moments.add(vision(images))
             progress.advance(samples)
     if not moments.count:
         raise BadInput(
@@ -105,21 +108,40 @@ def image_batches(
             wanted = [(number, i) for i in range(first, min(first + batch, shard.samples))]
             for piece in reader.read(wanted):
                 samples += 1
-                try:
-                    if isinstance(piece, BadSample):
-                        raise piece
-                    # all or none of the images of a sample, as in training
-                    stored = parse_sample(piece)
-                    images = [apply(transform, decode(data, max_pixels), None) for data in stored.images]
-                    taken += [Pictures(stored.key, images)] if images else []
-                except BadSample:
-                    bad += 1
+                sample = _pictures(piece, transform, max_pixels)
+                bad += sample is None
+                taken += [sample] if sample is not None and sample.images else []
                 if sum(len(sample.images) for sample in taken) >= batch:
                     yield taken, samples, bad
                     taken, samples, bad = [], 0, 0
     reader.close()
     if samples:
         yield taken, samples, bad
+
+
+def usual_pictures(
+    manifest: Manifest, split: str, transform: Callable[[Tensor, Any], Any], max_pixels: int
+) -> list[Pictures]:
+    """The images of some samples from all over a split, without bad ones."""
+    reader = ShardReader(manifest, split)
+    read = [
+        _pictures(piece, transform, max_pixels)
+        for piece in reader.read(spread([shard.samples for shard in reader.shards]))
+    ]
+    reader.close()
+    return [sample for sample in read if sample is not None and sample.images]
+
+
+def _pictures(piece: bytes | BadSample, transform: Callable[[Tensor, Any], Any], max_pixels: int) -> Pictures | None:
+    """All images of a sample, or None if one of them, or the sample, cannot be used, as in training."""
+    try:
+        if isinstance(piece, BadSample):
+            raise piece
+        stored = parse_sample(piece)
+        images = [apply(transform, decode(data, max_pixels), None) for data in stored.images]
+        return Pictures(stored.key, images)
+    except BadSample:
+        return None
 
 
 def _ahead(batches: Iterator[Any]) -> Iterator[Any]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import bisect
+import itertools
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
@@ -24,8 +26,20 @@ Item = TypeVar("Item")
 Made = TypeVar("Made")
 
 
-def make_of_most(items: Sequence[Item], make: Callable[[list[Item]], Made]) -> tuple[Made, list[int]]:
-    """What `make` makes of the items without those that it refuses, and their indices; see `refused`.
+def spread(sizes: Sequence[int]) -> list[tuple[int, int]]:
+    """(shard, sample) of JURY samples from all over shards of these sizes, or of all where there are fewer."""
+    ends, total = list(itertools.accumulate(sizes)), sum(sizes)
+    chosen = range(0, total, max(1, -(-total // JURY)))
+    shards = [bisect.bisect_right(ends, position) for position in chosen]
+    return [(shard, position - ends[shard] + sizes[shard]) for shard, position in zip(shards, chosen, strict=True)]
+
+
+def make_of_most(
+    items: Sequence[Item], make: Callable[[list[Item]], Made], usual: Callable[[], Sequence[Item]] | None = None
+) -> tuple[Made | None, list[int]]:
+    """What `make` makes of the items without those that it refuses, None if none is left, and their indices.
+
+    See `refused`.
 
     Raises:
         what `make` raises, where it works with none of the items.
@@ -33,10 +47,11 @@ def make_of_most(items: Sequence[Item], make: Callable[[list[Item]], Made]) -> t
     try:
         return make(list(items)), []
     except REFUSALS:
-        out = refused(items, make)
+        out = refused(items, make, usual)
         if out is None:
             raise
-    return make([item for i, item in enumerate(items) if i not in out]), out
+    left = [item for i, item in enumerate(items) if i not in out]
+    return (make(left) if left else None), out
 
 
 def refused(

@@ -24,7 +24,7 @@ from mmpeft_ds.data.formats import READ
 from mmpeft_ds.data.identity import PICTURE, content_id
 from mmpeft_ds.data.manifest import Manifest
 from mmpeft_ds.data.options import DataOptions
-from mmpeft_ds.data.packing import JURY, REFUSALS, refused
+from mmpeft_ds.data.packing import REFUSALS, refused, spread
 from mmpeft_ds.data.shards import ShardReader, members, record_of
 from mmpeft_ds.data.subset import Subset
 from mmpeft_ds.data.transform import apply, hooks_of
@@ -249,9 +249,7 @@ class _Loader:
         if number not in self._jurors:
             reader, chosen = self.readers[number], self.places[number]
             sizes = [shard.samples for shard in reader.shards] if chosen is None else [len(rows) for rows in chosen]
-            places = order.EpochOrder(sizes, 0, 1, False)
-            spread = range(0, len(places), -(-len(places) // JURY))
-            wanted = [self._place(number, *places[i]) for i in spread]
+            wanted = [self._place(number, *place) for place in spread(sizes)]
             pieces = zip(wanted, reader.read(wanted), strict=True)
             samples = [self._sample(number, 0, place, piece) for place, piece in pieces]
             self._jurors[number] = [sample for sample in samples if sample.bad is None]

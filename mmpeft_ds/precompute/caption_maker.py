@@ -145,7 +145,7 @@ class CaptionMaker(ShardMaker[_Prepared]):
 
     def make(self, job: Job, number: int, prepared: list[_Prepared], notes: ShardNotes) -> Iterator[FeatureSample]:
         """All samples with their captions; counts go into `notes`."""
-        self._mark_refused([sample for sample in prepared if not sample.bad])
+        self._mark_refused(job.split, [sample for sample in prepared if not sample.bad])
         good = [sample for sample in prepared if not sample.bad]
         generated = iter(self._captions(good, key_of(self.options.seed, "describe", job.split, job.first + number)))
         for sample in prepared:
@@ -158,10 +158,16 @@ class CaptionMaker(ShardMaker[_Prepared]):
             features = sample.arrays.pop("", None)
             yield FeatureSample(sample.name, features, sample.arrays, sample.encoded, record)
 
-    def _mark_refused(self, samples: list[_Prepared]) -> None:
+    def _mark_refused(self, split: str, samples: list[_Prepared]) -> None:
         """Mark those samples as bad without which the others can be packed. Raises BadInput if none can."""
+        if not samples:
+            return
+
+        def usual() -> list[_Prepared]:
+            return [sample for sample in self.usual(split) if not sample.bad]
+
         try:
-            refused = make_of_most(samples, lambda some: self._packed(self._slots(some)))[1] if samples else []
+            _, refused = make_of_most(samples, lambda some: self._packed(self._slots(some)), usual)
         except REFUSALS as error:
             raise BadInput(f"--prompt: no image can be packed with it ({' '.join(str(error).split())})") from error
         for i in refused:

@@ -165,14 +165,20 @@ class Maker(ShardMaker[_Prepared]):
 
     def make(self, job: Job, number: int, prepared: list[_Prepared], notes: ShardNotes) -> Iterator[FeatureSample]:
         """The good samples with their features; bad ones go into `notes`."""
-        good = [p for p in prepared if not p.bad]
-        batch, refused = make_of_most(good, self._packed) if good else (None, [])
+        good = self._good(prepared)
+        batch, refused = None, []
+        if good:
+            batch, refused = make_of_most(good, self._packed, lambda: self._good(self.usual(job.split)))
         for i in refused:
             good[i].bad = "collate"
         notes.bad += [(p.key, p.bad) for p in prepared if p.bad]
         notes.counts.update(cut_captions=sum(p.cut for p in prepared))
         if batch is not None:
-            yield from self._embedded([p for p in good if not p.bad], batch)
+            yield from self._embedded(self._good(good), batch)
+
+    @staticmethod
+    def _good(prepared: Sequence[_Prepared]) -> list[_Prepared]:
+        return [p for p in prepared if not p.bad]
 
     def prepare(self, job: Job, number: int, piece: bytes | BadSample) -> _Prepared:
         """One sample, decoded and transformed: the evaluation view of each image and its augmented passes."""

@@ -19,6 +19,7 @@ from typing import Any, Generic, TypeVar
 import torch.distributed as dist
 
 from mmpeft_ds.data.manifest import FILE, Manifest
+from mmpeft_ds.data.packing import spread
 from mmpeft_ds.data.shards import ShardReader, verify_shards
 from mmpeft_ds.data.writer import PARTS, Part, finished_part, part_path, shard_file, write_shard
 from mmpeft_ds.engine.stop import StopFlag
@@ -87,6 +88,7 @@ class ShardMaker(abc.ABC, Generic[Prepared]):
     ):
         self.recipe, self.source, self.out, self.name = recipe, source, out, name
         self.batch, self.threads, self.stop = batch, threads, stop
+        self._usual: dict[str, list[Prepared]] = {}
 
     @abc.abstractmethod
     def prepare(self, job: Job, number: int, piece: bytes | BadSample) -> Prepared:
@@ -107,6 +109,20 @@ class ShardMaker(abc.ABC, Generic[Prepared]):
             return None
         except OSError as error:
             raise BadInput(f"{self.out}: {error.strerror or error}. The same command continues.") from error
+
+    def usual(self, split: str) -> list[Prepared]:
+        """Some samples of a split from all over it, prepared, bad ones as well; the same for every shard and rank."""
+        if split not in self._usual:
+            shards, data = self.source.shards(split), self.recipe.data
+            reader = ShardReader(self.source, split, data.cache_dir, data.allow_pipe)
+            wanted = spread([shard.samples for shard in shards])
+            pieces = zip(wanted, reader.read(wanted), strict=True)
+            self._usual[split] = [
+                self.prepare(Job(split, shard, 0, shards[shard].samples), number, piece)
+                for (shard, number), piece in pieces
+            ]
+            reader.close()
+        return self._usual[split]
 
     def finished(self, plan: Plan) -> Iterator[tuple[Job, Part, ShardNotes]]:
         """All shards of a finished plan in order, and the notes about each."""

@@ -7,7 +7,7 @@ import torch
 from mmpeft_ds.backbones.clip_bart.backbone import StoredGrid
 from mmpeft_ds.data.manifest import Manifest
 from mmpeft_ds.data.options import DataOptions
-from mmpeft_ds.data.packing import make_of_most, refused
+from mmpeft_ds.data.packing import make_of_most, refused, spread
 from mmpeft_ds.data.stream import Stream
 from mmpeft_ds.errors import BadInput
 from tests.helpers.data.tiny_shards import RawSample, source, write_shards
@@ -151,3 +151,11 @@ def test_more_images_than_the_model_tells_apart_are_a_bad_sample(tmp_path):
     (batch,) = next(iter(stream.epoch(0))).micro
     stream.close()
     assert batch.weight.tolist() == [1, 0, 1, 1] and batch.bad[0][0] == "images"
+
+
+@pytest.mark.parametrize("sizes", [[1], [3, 4], [5] * 9, [100, 0, 1, 7]])
+def test_the_usual_samples_come_from_all_over_the_shards(sizes):
+    places = spread(sizes)
+    assert places[0] == (0, 0) and len(set(places)) == len(places) <= 8
+    assert all(0 <= sample < sizes[shard] for shard, sample in places)
+    assert len(places) == min(sum(sizes), 8) or len(places) > 4

@@ -10,6 +10,7 @@ from mmpeft_ds import recipe as recipes
 from mmpeft_ds.data.manifest import Manifest
 from mmpeft_ds.engine.assembly import resolve
 from mmpeft_ds.errors import BadInput
+from tests.helpers.data.images import picture
 
 
 class Tower:
@@ -94,6 +95,18 @@ def test_an_unreadable_image_is_left_out_and_counted(shards, tower):
     found = Manifest.load(shards).statistics["tower-1"]
     mean, _ = expected(REDS[1:])
     assert (found["count"], found["bad"]) == (12, 1)
+    torch.testing.assert_close(torch.tensor(found["mean"], dtype=torch.float64), mean, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("batch", ["2", "64"])
+def test_an_image_that_cannot_be_packed_with_the_others_is_left_out_and_named(tower, jsonl, tmp_path, caplog, batch):
+    (tmp_path / "large.png").write_bytes(picture((240, 0, 0), size=(9, 9)))
+    lines = [{"image": "large.png" if i == 1 else f"{i % 6}.png", "caption": "x"} for i in range(7)]
+    prepare.main(["jsonl", "--out", str(tmp_path / "out"), "--train", str(jsonl(*lines))])
+    feature_stats.main([str(tmp_path / "out"), "--recipe", "r.yaml", "--batch", batch])
+    found = Manifest.load(tmp_path / "out").statistics["tower-1"]
+    mean, _ = expected([0.0, 80.0, 120.0, 160.0, 200.0, 0.0])
+    assert (found["count"], found["bad"]) == (6, 1) and "bad sample train-000000001" in caplog.text
     torch.testing.assert_close(torch.tensor(found["mean"], dtype=torch.float64), mean, rtol=1e-12, atol=0)
 
 

@@ -167,6 +167,22 @@ def test_the_captions_are_what_the_stock_model_writes(folder, one_rank):
     assert found == expected
 
 
+def test_a_sample_that_cannot_be_packed_with_the_others_keeps_its_place_without_a_caption(folder):
+    made = describer(folder, "uneven", batch=2, splits=("train",), generation={"max_new_tokens": 2})
+    transform, odd = made.transform, np.asarray(Image.open(io.BytesIO(png(8))))
+
+    def uneven(image, generator):
+        pixels = transform(image, generator)
+        same = np.array_equal(image.permute(1, 2, 0).numpy(), odd)
+        return torch.nn.functional.pad(pixels, (0, 4)) if same else pixels
+
+    made.transform = uneven
+    captions = [r["json"]["captions"] for r in records(finish(made))]
+    assert [i for i, c in enumerate(captions) if not c] == [BAD, 8]
+    bad = Manifest.load(folder / "uneven").source["described"]["train"]["bad_samples"]
+    assert bad == [[f"train-{BAD:09d}", "image"], ["train-000000008", "collate"]]
+
+
 @pytest.mark.slow
 def test_a_finished_directory_is_left_alone_and_another_model_is_refused(folder, one_rank, capsys):
     made = describer(folder, "again", batch=4)

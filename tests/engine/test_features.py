@@ -277,3 +277,26 @@ def test_views_stay_inside_the_picture_and_cover_what_they_should():
     assert one.shape == (3, 8, 8)
     assert torch.equal(one, two)
     assert not torch.equal(one, view(image, torch.Generator().manual_seed(2)))
+
+
+@pytest.mark.parametrize("batch", [1, 4])
+def test_a_sample_that_cannot_be_packed_with_the_others_is_left_out_and_named(source, towers, tmp_path, batch):
+    """The transform gives one picture another size; it is fine alone."""
+    maker, plan = start(source, towers, tmp_path / "features", batch=batch)
+    maker.build()
+    transform = maker.transform
+    odd = decode(pictured(5).images[0][1])
+
+    def uneven(image, generator):
+        made = transform(image, generator)
+        return torch.nn.functional.pad(made, (0, 8)) if torch.equal(image, odd) else made
+
+    maker.transform = uneven
+    for job in plan.todo:
+        maker.write(job)
+    features._finish(maker, plan, 1.0)
+    manifest = Manifest.load(tmp_path / "features")
+    # alone in its batch it is an ordinary sample
+    assert manifest.samples("train") == COUNT["train"] - (batch > 1)
+    if batch > 1:
+        assert manifest.source["left_out"]["train"]["samples"] == [["train-000000005", "collate"]]
