@@ -29,8 +29,7 @@ import numpy as np
 
 from data_prep.sources.base import RawSample
 from data_prep.sources.common.unknown_keys import check_unknown
-from mmpeft_ds.data.formats import STORED_SUFFIXES
-from mmpeft_ds.data.manifest import REGION_COUNTS
+from mmpeft_ds.data.formats import REGION_COUNTS, STORED_SUFFIXES
 from mmpeft_ds.errors import BadInput
 
 SHOWN = 20

@@ -1,4 +1,4 @@
-"""Image formats: the endings of picture files, what shards store, and the decoders that may read foreign files."""
+"""Formats of images and features: endings of picture files, what shards store, the decoders of foreign files."""
 
 from __future__ import annotations
 
@@ -19,6 +19,8 @@ READ_SUFFIXES = tuple(f".{ending}" for ending in READ)
 # The longer side of a picture over the shorter one, at most. Processors scale the shorter side up before they cut out
 # the centre, so a strip of a few kilobytes would fill the memory; Qwen2-VL's refuses more as well.
 MAX_ASPECT = 200
+# Regions of a picture as they are stored for published models: the best 36, or up to 100. Both are also whole grids.
+REGION_COUNTS = (36, 100)
 
 
 def check_aspect(height: int, width: int) -> None:

@@ -22,8 +22,6 @@ from mmpeft_ds.errors import BadInput
 from mmpeft_ds.files import write_atomic
 
 SCHEMA = 1
-# Regions of a picture as they are stored for published models: the best 36, or up to 100. Both are also whole grids.
-REGION_COUNTS = (36, 100)
 FILE = "manifest.json"
 NAME = re.compile(r"[a-z0-9_-]+")
 _PLAIN_FILE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")

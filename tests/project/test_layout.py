@@ -22,6 +22,7 @@ COMMON = {
     "registration",
     "registry",
     "data.batch",
+    "data.formats",
     "data.identity",
     "data.transform",
 }

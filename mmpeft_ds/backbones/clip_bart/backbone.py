@@ -26,7 +26,7 @@ from mmpeft_ds.backbones.common.spelling import Spelling
 from mmpeft_ds.backbones.common.texts import TextIds, collated, pairs
 from mmpeft_ds.backbones.common.transform import SquareTransform
 from mmpeft_ds.data.batch import GenerationOutput, PackedBatch, Prompted
-from mmpeft_ds.data.manifest import REGION_COUNTS
+from mmpeft_ds.data.formats import REGION_COUNTS
 from mmpeft_ds.data.transform import ImageTransform
 from mmpeft_ds.errors import BadInput, BadSample
 
