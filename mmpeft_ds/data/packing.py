@@ -67,22 +67,35 @@ def refused(
         usual: gives items that stand for the data as a whole, so that the answer does not depend on the batch.
 
     Returns:
-        their indices; None where nothing works even alone, so that the fault is not an item's.
+        their indices; None where nothing works even alone, so that the fault is not an item's. A BadSample is always
+        an item's.
     """
+    alone = [refusal(make, item) for item in items]
+    left = [i for i, error in enumerate(alone) if error is None]
+    if not left and all(isinstance(error, BadSample) for error in alone):
+        return list(range(len(items)))
     jury = [item for item in (usual() if usual else ()) if _works(make, [item])]
-    left = [i for i, item in enumerate(items) if _works(make, [item])]
     if not left and not jury:
         return None
     jury = jury or [items[i] for i in left[:: -(-len(left) // JURY)]]
     group = _largest_group(jury, make)
     left = [i for i in left if all(_works(make, [items[i], one]) for one in group)]
-    if not _works(make, [items[i] for i in left]):
+    if left and not _works(make, [items[i] for i in left]):
         kept: list[int] = []
         for i in left:
             if _works(make, [items[k] for k in (*kept, i)]):
                 kept.append(i)
         left = kept
     return [i for i in range(len(items)) if i not in left]
+
+
+def refusal(make: Callable[[list[Item]], object], item: Item) -> Exception | None:
+    """Why `make` refuses an item alone; None if it does not."""
+    try:
+        make([item])
+    except REFUSALS as error:
+        return error
+    return None
 
 
 def _largest_group(items: Sequence[Item], make: Callable[[list[Item]], object]) -> list[Item]:

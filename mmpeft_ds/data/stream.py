@@ -24,7 +24,7 @@ from mmpeft_ds.data.formats import READ
 from mmpeft_ds.data.identity import PICTURE, content_id
 from mmpeft_ds.data.manifest import Manifest
 from mmpeft_ds.data.options import DataOptions
-from mmpeft_ds.data.packing import REFUSALS, refused, spread
+from mmpeft_ds.data.packing import REFUSALS, refusal, refused, spread
 from mmpeft_ds.data.shards import ShardReader, members, record_of
 from mmpeft_ds.data.subset import Subset
 from mmpeft_ds.data.transform import apply, hooks_of
@@ -236,12 +236,14 @@ class _Loader:
             bad = refused(samples, packed, lambda: self._usual(number))
             if bad is None:  # not the doing of a sample
                 raise
-            reason = " ".join(str(error).split())[:200]
+            together = error
         changed = list(samples)
         for i in bad:
-            sample_id = samples[i].sample_id
-            log.warning("bad sample %s in %s: cannot be packed: %s", sample_id, shards[i], reason)
-            changed[i] = Sample(sample_id, bad=("collate", shards[i], sample_id.partition("/")[2]))
+            reason = refusal(packed, samples[i]) or together
+            kind = reason.kind if isinstance(reason, BadSample) else "collate"
+            sample_id, words = samples[i].sample_id, " ".join(str(reason).split())[:200]
+            log.warning("bad sample %s in %s: cannot be packed: %s", sample_id, shards[i], words)
+            changed[i] = Sample(sample_id, bad=(kind, shards[i], sample_id.partition("/")[2]))
         return packed(changed)
 
     def _usual(self, number: int) -> list[Sample]:

@@ -22,7 +22,7 @@ from mmpeft_ds.data.blind import ClassNameFilter
 from mmpeft_ds.data.decode import decode
 from mmpeft_ds.data.manifest import Manifest, sample_key
 from mmpeft_ds.data.order import key_of
-from mmpeft_ds.data.packing import REFUSALS, make_of_most
+from mmpeft_ds.data.packing import REFUSALS, make_of_most, refusal
 from mmpeft_ds.data.shards import members, record_of
 from mmpeft_ds.data.stream import image_names
 from mmpeft_ds.data.transform import apply, hooks_of
@@ -166,10 +166,19 @@ class CaptionMaker(ShardMaker[_Prepared]):
         def usual() -> list[_Prepared]:
             return [sample for sample in self.usual(split) if not sample.bad]
 
+        def packed(some: list[_Prepared]) -> PackedBatch:
+            return self._packed(self._slots(some))
+
         try:
-            _, refused = make_of_most(samples, lambda some: self._packed(self._slots(some)), usual)
+            _, refused = make_of_most(samples, packed, usual)
         except REFUSALS as error:
-            raise BadInput(f"--prompt: no image can be packed with it ({' '.join(str(error).split())})") from error
+            raise BadInput(f"--prompt: {_no_image(error)}") from error
+        if (
+            len(refused) == len(samples)
+            and (errors := [refusal(packed, sample) for sample in usual()])
+            and all(errors)
+        ):
+            raise BadInput(f"--prompt: {_no_image(errors[0])}")
         for i in refused:
             samples[i].bad, samples[i].images = "collate", []
 
@@ -227,6 +236,10 @@ class CaptionMaker(ShardMaker[_Prepared]):
         except BadSample as bad:
             sample.bad, sample.images = bad.kind, []
         return sample
+
+
+def _no_image(error: Exception) -> str:
+    return f"no image can be packed with it ({' '.join(str(error).split())[:300]})"
 
 
 def weights_hash(fingerprints: dict[str, str]) -> str:
