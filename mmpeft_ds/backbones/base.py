@@ -146,6 +146,28 @@ class BackboneBase(abc.ABC):
         """
         return outputs
 
+    def output_layer(self, model: nn.Module) -> nn.Module | None:
+        """The layer that makes logits of states, called once a forward; None if what it returns is changed further.
+
+        Args:
+            model: the base model, adapters in place.
+
+        Default: transformers' output embeddings. In training, losses are computed inside this layer
+        (`ops.token_scores`).
+        """
+        return model.get_output_embeddings()
+
+    def labels_at(self, model: nn.Module, batch: PackedBatch, positions: int) -> Tensor:
+        """(T, S) int64, what each of the last S of `positions` predicts, -100 = nothing; of a model that generates.
+
+        Args:
+            model: the base model, in its forward pass.
+            positions: length that the output layer is called with.
+
+        Default: the labels of the batch, which stand at the positions that predict them.
+        """
+        return batch.texts["labels"]
+
     def frozen_prefix(self, model: nn.Module) -> list[str]:
         """Paths of modules below the lowest trainable one; they run in eval mode and without autograd.
 

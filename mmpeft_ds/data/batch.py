@@ -13,13 +13,16 @@ import dataclasses
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from mmpeft_ds.errors import BadSample
+
+if TYPE_CHECKING:
+    from mmpeft_ds.ops.token_scores import TokenScores
 
 IMAGE_MARK = "<image>"
 
@@ -88,24 +91,38 @@ class GenerationOutput:
     """Outputs of a generative model for the T texts of a batch; made by `Backbone.read`, read by tasks.
 
     Attributes:
-        logits: (T, S, V); position s predicts `labels[:, s]`, with the shift of the model family undone.
+        logits: (T, S, V); position s predicts `labels[:, s]`, with the shift of the model family undone. None where
+            `scores` stand in their place.
         labels: (T, S) int64 token ids, -100 at positions without loss.
         generated: T strings, in the evaluation of a task with `generation`.
         as_generated: `BackboneBase.as_generated`, beside `generated`.
         extra: further outputs of the family.
+        scores: of the labels, where `engine.assembly.forward` was asked for them.
+        tie: zero that depends on what no text reads, so that all ranks reach the same towers in backward.
     """
 
-    logits: Tensor
+    logits: Tensor | None
     labels: Tensor
     generated: list[str] | None = None
     as_generated: Callable[[str], str | None] | None = None
     extra: dict[str, Any] = field(default_factory=dict)
+    scores: TokenScores | None = None
+    tie: Tensor | None = None
 
     def token_losses(self, smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
         """(T,) negative log-likelihood, summed over the tokens with loss, at least float32; and (T,) their number."""
-        logits = self.logits if self.logits.dtype == torch.float64 else self.logits.float()
-        losses = cross_entropy(logits.transpose(1, 2), self.labels, reduction="none", label_smoothing=smoothing)
-        return losses.sum(1), (self.labels != -100).sum(1)
+        if self.scores is not None:
+            losses = self.scores.losses(smoothing)
+        else:
+            logits = self.logits if self.logits.dtype == torch.float64 else self.logits.float()
+            losses = cross_entropy(logits.transpose(1, 2), self.labels, reduction="none", label_smoothing=smoothing)
+        total = losses.sum(1) if self.tie is None else losses.sum(1) + self.tie
+        return total, (self.labels != -100).sum(1)
+
+    def tokens_right(self) -> Tensor:
+        """(T,) number of labels that are the most likely token."""
+        right = self.logits.argmax(-1) == self.labels if self.scores is None else self.scores.right
+        return (right & (self.labels != -100)).sum(1)
 
     def spelled_as(self, generated: str, references: Sequence[str]) -> str:
         """A generated text as the references spell it, where it is one of them to the model's tokenizer.

@@ -108,7 +108,7 @@ def evaluate(
                 continue
             changed = [a + b for a, b in zip(changed, batch.changed_texts(), strict=True)]
             batch = modality.complete(batch, present, backbone, task).to(device)
-            outputs = answer(model, backbone, task, batch)
+            outputs = answer(model, backbone, task, batch, scores=True)
             loss_sum += float(task.loss(outputs, batch))
             weight_sum += task.weight(batch)
             predictions = task.predict(outputs, batch)

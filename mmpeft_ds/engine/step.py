@@ -217,7 +217,7 @@ class Stepper:
         for i, (batch, present) in enumerate(zip(micro, agreed.present, strict=True)):
             began = time.perf_counter()
             batch = modality.complete(batch, present, self.resolved.backbone, task).to(self.ranks.device)
-            outputs = forward(self.engine, self.resolved.backbone, batch)
+            outputs = forward(self.engine, self.resolved.backbone, batch, scores=True)
             loss = task.loss(outputs, batch)
             forward_seconds += time.perf_counter() - began
             for name, value in graph_health.measure(outputs, batch).items():

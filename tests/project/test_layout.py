@@ -40,8 +40,8 @@ ALLOWED = {
     "tasks": {"ops", "distributed", "metrics"},
     "engine.optim": {"recipe"},
     "engine.zero": {"distributed", "sites", "recipe", "backbones", "engine.optim"},
-    "engine.assembly": {"data", "distributed", "sites", "recipe", "methods", "backbones", "tasks", "engine.optim",
-                        "engine.zero"},
+    "engine.assembly": {"ops", "data", "distributed", "sites", "recipe", "methods", "backbones", "tasks",
+                        "engine.optim", "engine.zero"},
     "engine": {"data", "distributed", "sites", "recipe", "methods", "backbones", "tasks",
                "console", "contact_sheet"},  # its last table, its page of predictions
     "adapter": {"data", "distributed", "sites", "recipe", "methods", "backbones", "tasks", "engine"},

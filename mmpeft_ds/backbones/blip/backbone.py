@@ -160,6 +160,10 @@ class BlipBackbone(StockBackbone):
         """As `generates`."""
         return self.generates
 
+    def output_layer(self, model: Any) -> Any:
+        """That of the text decoder."""
+        return model.text_decoder.get_output_embeddings()
+
     def read(self, outputs: Any, batch: PackedBatch) -> Any:
         """Logits and the labels of the target's tokens and the [SEP] behind them; the outputs of form `retrieval`."""
         return GenerationOutput(outputs.logits, batch.texts["labels"]) if self.generates else outputs

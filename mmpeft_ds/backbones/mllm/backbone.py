@@ -147,7 +147,13 @@ class MllmBackbone(StockBackbone):
     def read(self, outputs: Any, batch: PackedBatch) -> GenerationOutput:
         """Logits of the last positions, each beside the token that follows it."""
         logits, labels = outputs["logits"], outputs["labels"]
-        return GenerationOutput(logits[:, :-1], labels[:, labels.shape[1] - logits.shape[1] + 1 :])
+        labels = labels[:, labels.shape[1] - logits.shape[1] + 1 :]
+        return GenerationOutput(logits[:, :-1], labels, tie=outputs.get("tie"))
+
+    def labels_at(self, model: Any, batch: PackedBatch, positions: int) -> Tensor:
+        """The token that follows each of the last positions, image tokens counted; nothing follows the last."""
+        labels = model.widened_labels
+        return nn.functional.pad(labels[:, labels.shape[1] - positions + 1 :], (0, 1), value=-100)
 
     @torch.no_grad()
     def generate(self, model: Any, batch: PackedBatch, choices: list[str] | None = None, **options: Any) -> list[str]:

@@ -43,6 +43,9 @@ class ImageText(Publishing):
 
     `config.condition` says what is published: `none`, the `pooled` vector of an image (mean of its tokens, mean over
     the images of a slot), or all its `tokens`.
+
+    Attributes:
+        widened_labels: (T, S) of the packed batch that was seen last, -100 at image tokens.
     """
 
     def forward(
@@ -92,6 +95,7 @@ class ImageText(Publishing):
         condition = current()  # one that the caller has set around the call takes precedence
         if condition is None:
             condition = self.condition_of(features, image_owner, text_owner, num_slots, widened.attention_mask)
+        self.widened_labels = widened.labels
         with conditioned(condition):
             outputs = super().forward(
                 **self.arguments(widened, features, image_grid_thw, image_rows),
@@ -104,7 +108,7 @@ class ImageText(Publishing):
         unread = sorted(set(range(len(features))) - set(image_rows.tolist()))
         if unread and torch.is_grad_enabled() and features[0].requires_grad:
             # All ranks must reach the vision tower in backward, also one whose images no text refers to.
-            outputs["logits"] = outputs["logits"] + sum(features[i].sum() for i in unread) * 0
+            outputs["tie"] = sum(features[i].sum() for i in unread) * 0
         return outputs
 
     def image_features(self, images: dict[str, Tensor]) -> list[Tensor]:

@@ -105,12 +105,13 @@ class VisionTextDecoderBackbone(VisionBackbone):
 
     def read(self, outputs: VisionTextDecoderOutput, batch: PackedBatch) -> GenerationOutput:
         """Labels moved to the position before each token: the last of the prefix predicts the first token."""
+        return GenerationOutput(outputs.logits, self.labels_at(None, batch, outputs.logits.shape[1]))
+
+    def labels_at(self, model: Any, batch: PackedBatch, positions: int) -> Tensor:
+        """The token that follows each position; nothing follows the last, and a prefix stands before the first."""
         labels = batch.texts["labels"]
-        prefix = outputs.logits.shape[1] - labels.shape[1]
-        nothing = labels.new_full((len(labels), 1), -100)
-        if prefix == 0:
-            return GenerationOutput(outputs.logits, torch.cat([labels[:, 1:], nothing], 1))
-        return GenerationOutput(outputs.logits, torch.cat([nothing.expand(-1, prefix - 1), labels, nothing], 1))
+        prefix = positions - labels.shape[1]
+        return nn.functional.pad(labels[:, 1:] if prefix == 0 else labels, (max(prefix - 1, 0), 1), value=-100)
 
     def generate(self, model: Any, batch: PackedBatch, choices: list[str] | None = None, **options: Any) -> list[str]:
         """The text generated after start and prompt of each text.

@@ -2,27 +2,39 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 from mmpeft_ds.backbones.base import BackboneBase
 from mmpeft_ds.data.batch import PackedBatch
 from mmpeft_ds.errors import BadInput
+from mmpeft_ds.ops.token_scores import TokenScores, is_scorable, scored
+from mmpeft_ds.sites.base import base_model
 from mmpeft_ds.tasks.base import TaskBase
 
 
-def forward(model: Any, backbone: BackboneBase, batch: PackedBatch) -> Any:
+def forward(model: Any, backbone: BackboneBase, batch: PackedBatch, scores: bool = False) -> Any:
     """The model's outputs as the backbone reads them, for the task's loss and `predict`.
 
     Args:
         model: DeepSpeed engine or plain module.
+        scores: of a model that generates with a frozen output layer, give scores of the labels in place of logits,
+            which take several times their memory.
     """
-    return backbone.read(model(**backbone.inputs(batch)), batch)
+    base = base_model(getattr(model, "module", model))
+    head = backbone.output_layer(base) if scores and backbone.generates else None
+    if not is_scorable(head):
+        return backbone.read(model(**backbone.inputs(batch)), batch)
+    with scored(head, lambda positions: backbone.labels_at(base, batch, positions)):
+        outputs = model(**backbone.inputs(batch))
+    read = backbone.read(outputs, batch)
+    return dataclasses.replace(read, logits=None, scores=TokenScores.of(read.logits))
 
 
-def answer(model: Any, backbone: BackboneBase, task: TaskBase, batch: PackedBatch) -> Any:
+def answer(model: Any, backbone: BackboneBase, task: TaskBase, batch: PackedBatch, scores: bool = False) -> Any:
     """`forward`, and the texts that the model generates, or picks from a list, if the task asks for it
     (`outputs.generated`)."""
-    outputs = forward(model, backbone, batch)
+    outputs = forward(model, backbone, batch, scores)
     for name, options, able, run in (
         ("generation", task.generation, backbone.generates, backbone.generate),
         ("ranking", task.ranking, backbone.ranks_answers, backbone.rank),

@@ -80,7 +80,7 @@ class Instruction(TaskBase):
         if not len(batch.text_owner):
             return []
         nll, tokens = outputs.token_losses()
-        right = ((outputs.logits.argmax(-1) == outputs.labels) & (outputs.labels != -100)).sum(1)
+        right = outputs.tokens_right()
         generated = outputs.generated or [""] * len(batch.raw_texts)
         rows = []
         for i, (text, slot) in enumerate(zip(batch.raw_texts, batch.text_owner.tolist(), strict=True)):
