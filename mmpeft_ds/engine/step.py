@@ -37,7 +37,7 @@ from mmpeft_ds.errors import AgreedBadInput, BadInput
 from mmpeft_ds.methods.common.head import Head
 from mmpeft_ds.tasks.base import TaskBase
 
-# In `TrainState.extra`: total weight of the loss in the epoch, and in the run.
+# In `TrainState.extra`: weight of the loss in the epoch, by number of the source as text; and in the run.
 EPOCH_WEIGHT, RUN_WEIGHT = "epoch_weight", "run_weight"
 
 
@@ -134,7 +134,7 @@ class Stepper:
             if state.skipped_in_a_row + 1 >= self.recipe.engine.max_skipped:
                 raise AgreedBadInput(f"step {state.step}: {self.why_skipped(task, agreed, loss, norm)}")
             state.skipped_in_a_row, state.skipped_total = state.skipped_in_a_row + 1, state.skipped_total + 1
-        self.count_texts(task, agreed)
+        self.count_texts(step.source, task, agreed)
         state.step, state.step_in_epoch = state.step + 1, state.step_in_epoch + 1
         seconds = time.perf_counter() - began + waited
         state.elapsed += seconds
@@ -260,13 +260,15 @@ class Stepper:
         if (problem := merged.problem()) is not None:
             raise AgreedBadInput(f"data: {problem}")
 
-    def count_texts(self, task: TaskBase, agreed: Agreed) -> None:
+    def count_texts(self, source: int, task: TaskBase, agreed: Agreed) -> None:
         """Add up the changed texts and the weight of a step."""
         counts = self.text_counts()
         counts.add(task, agreed.changed)
         self.state.cut_texts, self.state.control_tokens = counts.cut, counts.control
-        for name in (EPOCH_WEIGHT, RUN_WEIGHT):
-            self.state.extra[name] = self.state.extra.get(name, 0.0) + agreed.weight
+        extra = self.state.extra
+        of_epoch = extra.setdefault(EPOCH_WEIGHT, {})
+        of_epoch[str(source)] = of_epoch.get(str(source), 0.0) + agreed.weight
+        extra[RUN_WEIGHT] = extra.get(RUN_WEIGHT, 0.0) + agreed.weight
 
     def text_counts(self) -> TextCounts:
         """Texts of the run so far that were changed."""

@@ -20,7 +20,7 @@ from mmpeft_ds.engine.assembly.resolve import Resolved, ResolvedSource
 from mmpeft_ds.engine.text_counts import TextCounts, counted, note
 from mmpeft_ds.errors import BadSample
 
-LOOKED_AT = 500  # samples of a source in `train.py --check`, evenly over the split
+LOOKED_AT = 200  # samples of a source in `train.py --check`, evenly over the split
 CHUNK = 100  # records read at a time
 
 
@@ -69,7 +69,7 @@ def check_texts(
     """
     backbone = resolved.backbone
     here = [s for s in sources if not is_assumed(s.manifest) and local_path(s.manifest.dir) is not None]
-    for source in here if reads_texts(backbone) else ():
+    for source in here if here and reads_texts(backbone) else ():
         yield source, _checked(backbone, source, most)
 
 

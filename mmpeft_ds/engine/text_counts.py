@@ -51,12 +51,14 @@ def limits(backbone: BackboneBase, tasks: Iterable[TaskBase], counts: TextCounts
     keys = {task.prompt_kind: backbone.prompt_limit for task in tasks}
     keys |= {task.target_kind: backbone.target_limit for task in tasks}
     names = dict.fromkeys(keys[kind] for kind in counts.cut if kind in keys)
-    return " and ".join(f"backbone.{name}{_value(backbone, name)}" for name in names)
+    return " and ".join(_limit(backbone, name) for name in names)
 
 
-def _value(backbone: BackboneBase, name: str) -> str:
-    value = vars(backbone.options).get(name)
-    return f" ({value})" if value else ""  # the option of an encoder inside, or 0 for the model's own limit
+def _limit(backbone: BackboneBase, name: str) -> str:
+    value = vars(backbone.options).get(name)  # None: an option of the encoder inside
+    if value == 0:
+        return f"the model has positions (backbone.{name}: 0)"
+    return f"backbone.{name}" + (f" ({value})" if value else "")
 
 
 def note(backbone: BackboneBase, tasks: Sequence[TaskBase], counts: TextCounts) -> str:
@@ -64,7 +66,7 @@ def note(backbone: BackboneBase, tasks: Sequence[TaskBase], counts: TextCounts) 
     said = []
     if counts.cut:
         cut = ", ".join(counted(number, kind) for kind, number in counts.cut.items())
-        said.append(f"{cut} longer than {limits(backbone, tasks, counts)}, cut to fit; a larger one reads them whole")
+        said.append(f"{cut} longer than {limits(backbone, tasks, counts)}, cut to fit")
     if counts.control:
         said.append(f"{counted(counts.control, 'text')} with control tokens of the tokenizer, read as words")
     return "; ".join(said)
@@ -73,6 +75,6 @@ def note(backbone: BackboneBase, tasks: Sequence[TaskBase], counts: TextCounts) 
 def nothing_learnt(backbone: BackboneBase, tasks: Sequence[TaskBase], counts: TextCounts) -> str:
     """Why nothing enters the loss, and what to do about it."""
     why = " or ".join(dict.fromkeys(task.no_weight for task in tasks))
-    if counts.cut:
-        return f"{why}: {counts.words()}. Raise {limits(backbone, tasks, counts)}."
+    if too_short := limits(backbone, tasks, counts):
+        return f"{why}; {counts.words()}. Raise {too_short}, or look at the data with data_prep/show.py."
     return f"{why}. Look at the data with data_prep/show.py."

@@ -129,7 +129,7 @@ class Training:
         self.saved: Path | None = run_dir.resume_from  # the newest checkpoint
         self.saved_at = state.step if self.saved is not None else -1
         # A checkpoint of an older version lacks them; what it has trained on had weight.
-        state.extra.setdefault(EPOCH_WEIGHT, float(state.step_in_epoch > 0))
+        state.extra.setdefault(EPOCH_WEIGHT, {"before": 1.0} if state.step_in_epoch else {})
         state.extra.setdefault(RUN_WEIGHT, float(state.step > 0))
         self.changes_noted = False
 
@@ -156,17 +156,24 @@ class Training:
         return verdict
 
     def check_weight(self) -> None:
-        """End a run that learns nothing: an epoch, or all of a run, in which nothing entered the loss.
+        """End a run that learns nothing: an epoch, or all of a run, in which nothing entered the loss. Of several
+        sources say which gave nothing.
 
         Raises:
             AgreedBadInput: on all ranks, also when such a run is started again.
         """
-        state = self.state
+        state, backbone = self.state, self.resolved.backbone
         epoch_over = 0 < self.stream.steps_per_epoch(state.epoch) <= state.step_in_epoch
         run_over = 0 < self.total <= state.step
-        if (epoch_over and not state.extra[EPOCH_WEIGHT]) or (run_over and not state.extra[RUN_WEIGHT]):
-            why = nothing_learnt(self.resolved.backbone, self.train_tasks, self.stepper.text_counts())
+        weights, counts = state.extra[EPOCH_WEIGHT], self.stepper.text_counts()
+        if (epoch_over and not any(weights.values())) or (run_over and not state.extra[RUN_WEIGHT]):
+            why = nothing_learnt(backbone, self.train_tasks, counts)
             raise AgreedBadInput(f"data: nothing of epoch {state.epoch} enters the loss: {why}")
+        for number, task in enumerate(self.train_tasks if epoch_over else ()):
+            if weights.get(str(number)) == 0:
+                title = f"data.sources.{number} in epoch {state.epoch}"
+                why = nothing_learnt(backbone, [task], counts)
+                self.observer.say(f"note: nothing of {title} enters the loss: {why}")
 
     def note_changes(self) -> None:
         """Say once in a start of the run that texts are cut, or hold control tokens."""
@@ -216,7 +223,7 @@ class Training:
         while self.state.step < self.total:
             if self.state.step_in_epoch >= self.stream.steps_per_epoch(self.state.epoch):
                 self.state.epoch, self.state.step_in_epoch = self.state.epoch + 1, 0
-                self.state.extra[EPOCH_WEIGHT] = 0.0
+                self.state.extra[EPOCH_WEIGHT] = {}
             steps = self.stream.epoch(self.state.epoch, self.state.step_in_epoch)
             while True:
                 began = time.perf_counter()

@@ -73,3 +73,25 @@ def test_a_sample_that_cannot_be_packed_is_bad_and_the_others_go_on(tmp_path, mo
     assert first.weight.tolist() == [1, 1, 0, 1, 1, 1] and second.weight.sum() == 6
     ((kind, shard, key),) = first.bad
     assert kind == "collate" and shard.endswith(".tar") and first.sample_id[2].endswith(key)
+
+
+@pytest.mark.parametrize("longest", [3, 0])
+def test_a_text_that_the_backbone_cannot_read_is_bad_under_its_own_kind_also_where_all_are(tmp_path, longest):
+    manifest = tiny_shards.write_shards(tmp_path / "set", [tiny_shards.one_image(i) for i in range(6)])
+
+    def read(record, generator):
+        read.number += 1
+        return ["x" * read.number], [0]
+
+    def collate_texts(texts):
+        if any(len(text) > longest for text in texts):
+            raise BadSample("length", "no room")
+        return {"n": torch.zeros(len(texts), 1)}
+
+    read.number = 0
+    functions = lambda images: {"pixels": torch.stack(images)}, collate_texts, lambda t: {"t": torch.zeros(len(t))}  # noqa: E731
+    source = StreamSource(manifest, "train", read, lambda i, g: i.float().mean(), *functions)
+    stream = Stream([source], DataOptions(global_batch=6, workers=0), train=False)
+    (batch,) = (b for step in stream.epoch(0) for b in step.micro)
+    assert batch.weight.tolist() == [1.0] * longest + [0.0] * (6 - longest)
+    assert [kind for kind, _, _ in batch.bad] == ["length"] * (6 - longest)

@@ -52,13 +52,26 @@ def no_answers(record: dict, i: int) -> None:
         record["questions"][0]["answers"] = []
 
 
+def with_captions(recipe: Path, folder: Path) -> Path:
+    """The same recipe with a second source that has weight, in another run directory."""
+    raw = yaml.safe_load(recipe.read_text())
+    (answering,) = raw["data"]["sources"]
+    captioning = {"name": "captioning", "num_beams": 1, "max_length": 8}
+    raw["data"]["sources"] = [{**answering, "task": captioning}, answering]
+    raw["run_dir"] = str(folder / "run")
+    folder.mkdir()
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(raw))
+    return folder / "recipe.yaml"
+
+
 @pytest.fixture(scope="module")
 def ended(tmp_path_factory):
     folder = tmp_path_factory.mktemp("texts")
     with pytest.MonkeyPatch.context() as patch:
         cut = written(folder / "cut", "instruction", long_questions, patch)
         nothing = written(folder / "nothing", "answering", no_answers, patch, validation=[])
-    files = [cut, nothing, nothing]  # the last one again, from its checkpoint
+    half = with_captions(nothing, folder / "half")
+    files = [cut, half, nothing, nothing]  # the last one again, from its checkpoint
     result = launch.run_forked(SCRIPT, *map(str, files), ranks=2)
     assert result.code == 0 and not result.killed, result.tail()
     return folder, result.output
@@ -88,3 +101,10 @@ def test_a_run_in_which_nothing_enters_the_loss_ends_on_all_ranks_and_again_when
         "nothing of epoch 0 enters the loss: no question has an answer that counts" in why for _, why in refused
     )
     assert not (folder / "nothing" / "run" / "adapter").exists()
+
+
+def test_a_source_that_gives_nothing_beside_others_is_told(ended):
+    folder, output = ended
+    said = "note: nothing of data.sources.1 in epoch 0 enters the loss: no question has an answer that counts"
+    assert said in " ".join(output.split()) and "data.sources.0 in epoch" not in output
+    assert (folder / "half" / "run" / "adapter").is_dir()
