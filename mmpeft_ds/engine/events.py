@@ -21,7 +21,8 @@ def truncate(folder: Path, step: int, evaluated: bool = True) -> None:
     """Remove from the event files below `folder` every summary above `step`, and records that a kill has cut short.
 
     Files without either are left untouched. A file that keeps no summary stays with its head alone: a TensorBoard that
-    reads it at the moment would stop at a file that is gone, and never come to the later ones.
+    reads it at the moment would stop at a file that is gone, and never come to the later ones
+    (findings/tensorboard_reader_stops_at_removed_file.sh).
 
     Args:
         step: that the run continues from; 0 is the start, where everything is written again.
