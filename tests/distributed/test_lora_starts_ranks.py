@@ -12,7 +12,7 @@ from mmpeft_ds import adapter, merging
 from tests.helpers import launch
 from tests.helpers.runs import tiny_classifier
 
-pytestmark = pytest.mark.distributed
+pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 SCRIPT = "tests.helpers.rank_scripts.lora_starts"
 ZERO0, ZERO1, ZERO3 = ({"zero_optimization": {"stage": stage}} for stage in (0, 1, 3))
 

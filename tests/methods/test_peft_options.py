@@ -19,11 +19,15 @@ from torch import Tensor
 
 from mmpeft_ds import adapter, merging, methods
 from mmpeft_ds import recipe as recipes
+from mmpeft_ds.distributed.processes import Ranks
+from mmpeft_ds.engine import checkpoint
 from mmpeft_ds.engine.assembly import resolve
-from mmpeft_ds.engine.assembly.build import check_trainables
+from mmpeft_ds.engine.assembly.build import FrozenEngine, check_trainables
 from mmpeft_ds.engine.assembly.forward import forward
 from mmpeft_ds.engine.export import export_adapter
+from mmpeft_ds.engine.train_state import TrainState
 from mmpeft_ds.errors import BadInput
+from mmpeft_ds.methods.common.layers import kept_buffers
 from mmpeft_ds.methods.ia3.options import IA3Options
 from mmpeft_ds.methods.lora.options import REFUSED, REFUSED_STARTS, LoraOptions
 from mmpeft_ds.sites import find_sites
@@ -102,8 +106,10 @@ IA3_WORKS: dict[str, list[dict[str, Any]]] = {
     "modules_to_save": [{"modules_to_save": ["embeddings.LayerNorm"]}],
     "init_ia3_weights": [{"init_ia3_weights": False}, {}],
 }
+# What starts or casts by itself is quick on a bfloat16 base too; the rest of those is slow.
+HALF = {"init_lora_weights", "use_dora", "trainable_token_indices"}
 TRAINED = [
-    (name, settings, dtype)
+    pytest.param(name, settings, dtype, marks=[pytest.mark.slow] if dtype == "bfloat16" and field not in HALF else [])
     for name, table in (("lora", LORA_WORKS), ("ia3", IA3_WORKS))
     for field, cases in table.items()
     for settings in cases
@@ -262,6 +268,23 @@ def test_a_start_is_the_one_that_peft_computes(folder):
         ours[path].data += change
     one, other = (logits(m, resolved.backbone) for m in (model, theirs))
     torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
+def test_a_run_that_goes_on_finds_its_start_again(folder, tmp_path):
+    """Also where another one would be drawn, as on another machine; test_lora_starts_ranks.py trains so."""
+    method = {"name": "lora", "r": 3, "init_lora_weights": "pissa_niter_1"}
+    recipe = tiny_classifier.make_recipe(folder, method=method)
+    models = []
+    for seed in (0, 1):
+        resolved = tiny_classifier.make_resolved(recipes.filled(recipe), tiny_classifier.TinyTask())
+        torch.manual_seed(seed)
+        models.append(resolve.attach(resolved, resolved.backbone.build()))
+    first, second = map(kept_buffers, models)
+    assert first and all((second[name] - start).abs().max() > 1e-3 for name, start in first.items())
+    engines = [FrozenEngine(model, Ranks(0, 1, 0, 1, torch.device("cpu"))) for model in models]
+    path = checkpoint.save(tmp_path, engines[0], {}, TrainState(), recipe={}, fingerprint={}, keep_last=1)
+    checkpoint.load(path, engines[1], {})
+    assert all(torch.equal(second[name], start) for name, start in first.items())
 
 
 def test_a_refusal_needs_no_torch(tmp_path):

@@ -117,6 +117,6 @@ def _factors(layer: lora.Linear, name: str, init: str) -> tuple[Tensor, Tensor]:
         return [factor.weight.detach().float().cpu() for factor in factors]
 
     # The generator is left as it was: only rank 0 draws.
-    with gathered([weight]), torch.random.fork_rng():
+    with gathered([weight]), torch.random.fork_rng([weight.device] if weight.is_cuda else []):
         down, up = (factor.to(weight.device) for factor in on_rank0(computed))
     return down, up
