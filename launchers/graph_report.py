@@ -42,7 +42,7 @@ def show(lines: list, title: str) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=title, title_justify="left")
+    table = Table(title=console.one_line(title), title_justify="left")
     columns = {
         "order": "",
         "top1": "top-1",

@@ -65,7 +65,7 @@ def show(rows: list[dict]) -> None:
     listed = rows[:LISTED]
     asked = any(row["text"] for row in listed)
     title = f"{len(listed):,} of {len(rows):,} answers" if len(rows) > len(listed) else f"{len(rows):,} answers"
-    table = Table("image", *(["text"] if asked else []), "answer", title=title, title_justify="left")
+    table = Table("image", *(["text"] if asked else []), "answer", title=console.one_line(title), title_justify="left")
     for row, name in zip(listed, inputs.short_names([row["image"] for row in listed]), strict=True):
         said = row.get("prediction", "cannot be read")
         answer = f"{said:.3f}" if isinstance(said, float) else str(said)

@@ -123,7 +123,7 @@ def score_text(scores: dict[str, float], baselines: dict[str, float], title: str
     from rich.table import Table
 
     columns = _by_name(scores, baselines)
-    table = Table(title=title, title_justify="left")
+    table = Table(title=one_line(title), title_justify="left")
     table.add_column("")
     for name in (*columns, "this run"):
         table.add_column(name.replace("_", " "), justify="right", style="bold" if name == "this run" else None)
@@ -133,6 +133,13 @@ def score_text(scores: dict[str, float], baselines: dict[str, float], title: str
     text = io.StringIO()
     Console(file=text, width=max(80, len(title))).print(table)
     return text.getvalue().rstrip("\n")
+
+
+def one_line(title: str) -> Any:
+    """Title of a rich table that stays on one line where the table is narrower."""
+    from rich.text import Text
+
+    return Text(title, style="table.title", no_wrap=True, overflow="ignore")
 
 
 def _by_name(scores: dict[str, float], baselines: dict[str, float]) -> dict[str, dict[str, float]]:

@@ -14,6 +14,7 @@ from rich.table import Table
 from torch import nn
 
 from mmpeft_ds import recipe as recipes
+from mmpeft_ds.console import one_line
 from mmpeft_ds.data.assumed import is_assumed
 from mmpeft_ds.data.order import steps_of
 from mmpeft_ds.engine import ewc, rundir, text_check
@@ -173,7 +174,7 @@ def show(report: dict[str, Any], console: Console | None = None) -> None:
     console.print(f"[b]{report['method']}[/b] on [b]{report['backbone']}[/b]")
     for name, value in _facts(report).items():
         console.print(f"  {name:<11} {value}", highlight=False)
-    table = Table(title=f"Memory per rank, {report['dtype']}, no activations", title_justify="left")
+    table = Table(title=one_line(f"Memory per rank, {report['dtype']}, no activations"), title_justify="left")
     columns = {f"ZeRO-{report['zero_stage']} (this recipe)": report["bytes_per_rank"]}
     if report["zero_stage"] != 1:
         columns["ZeRO-1"] = report["bytes_per_rank_zero1"]

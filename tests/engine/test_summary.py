@@ -74,6 +74,12 @@ def test_chance_recall_is_what_random_rankings_give():
                 assert expected[name] == pytest.approx(value, abs=2.5)
 
 
+def test_a_title_wider_than_its_table_stays_on_one_line():
+    title = "own-val, step 120, 12 of 12 captions and a name that is long for a table of one score"
+    lines = console.score_text({"cider": 0.5}, {}, title).splitlines()
+    assert lines[0].rstrip() == title and max(map(len, lines[1:])) < len(title)
+
+
 def test_retrieval_has_a_baseline_beside_every_recall():
     records = [{"captions": ["a", "b"]}, {"captions": ["c"]}] * 20
     baselines = Retrieval(RetrievalOptions(loss="contrast"), None).baselines([], records)
