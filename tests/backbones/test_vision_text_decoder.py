@@ -357,6 +357,31 @@ def test_a_text_without_image_does_not_depend_on_the_projection(towers):
         assert torch.equal(model(**backbone.inputs(packed)).logits, before)
 
 
+@torch.no_grad()
+def test_a_begin_token_stands_before_the_images_and_once_where_there_are_none(towers):
+    plain, begun = (entry(towers, "llama", condition="none", begin_token=b) for b in (False, True))
+    model, other = plain.build().eval(), begun.build().eval()
+    packed = batch(plain, *MIXED)
+    stock = AutoModelForCausalLM.from_pretrained(towers["llama"]).eval()
+    images = model.encode_images(packed.images["pixel_values"])[:, 0]
+    ids = packed.texts["input_ids"][2:3, : int(packed.texts["attention_mask"][2].sum())]  # the text about two images
+    embed = stock.get_input_embeddings()
+    begin = embed(torch.full((1, 1), stock.config.bos_token_id))
+    embedded = torch.cat([begin, images[None, 1:3], embed(ids)], 1)
+    logits = other(**begun.inputs(packed)).logits
+    length = 2 + ids.shape[1]
+    torch.testing.assert_close(
+        logits[2, 1 : 1 + length], stock(inputs_embeds=embedded).logits[0, 1:], atol=1e-5, rtol=1e-5
+    )
+    outputs = [forward(m, b, packed).token_losses()[0] for m, b in ((model, plain), (other, begun))]
+    assert torch.equal(outputs[0][3], outputs[1][3]) and not torch.isclose(outputs[0], outputs[1])[:3].any()
+    alone = [batch(begun, (seeds, [t])) for seeds, texts in MIXED for t in texts]
+    each = torch.cat([forward(other, begun, b).token_losses()[0] for b in alone])
+    torch.testing.assert_close(outputs[1], each, atol=2e-5, rtol=1e-5)
+    written = begun.generate(other, packed, max_new_tokens=3)
+    assert written == [w for b in alone for w in begun.generate(other, b, max_new_tokens=3)]
+
+
 def test_a_model_with_a_projection_is_saved_whole(towers, tmp_path):
     backbone = entry(towers, "llama", "wide", projection="mlp")
     model = backbone.build().eval()
@@ -381,6 +406,7 @@ def test_random_weights_are_the_same_in_every_build(towers):
     [
         ({"vision": "wide"}, "32 wide.*projection: mlp"),
         ({"projection": "deep"}, "none, linear or mlp"),
+        ({"begin_token": True, "prefix": "none"}, "leaves no image vector"),
         ({"text": "bert"}, "family 'bert'"),
         ({"max_text_length": 40}, "positions"),
         ({"max_text_length": 1}, "at least 2"),

@@ -43,7 +43,7 @@ class VisionTextDecoderBackbone(VisionBackbone):
         """Refuse what cannot work, from configurations only."""
         self._check_vision()
         o, text = self.options, self._text_config
-        used = o.max_text_length + self._prefix_length
+        used = o.max_text_length + self._prefix_length + o.begin_token
         if o.max_text_length < 2 or used > text.max_position_embeddings:
             raise BadInput(
                 f"backbone.max_text_length: {o.max_text_length} with prefix {o.prefix} needs {used} positions; "
@@ -53,6 +53,10 @@ class VisionTextDecoderBackbone(VisionBackbone):
             raise BadInput(
                 "backbone.start: empty, and prefix: none leaves nothing to begin with. Give a start, or a prefix."
             )
+        if o.begin_token and o.prefix == "none":
+            raise BadInput(
+                "backbone.begin_token: true, but prefix: none leaves no image vector behind it. Give a prefix."
+            )
         if o.loss not in ("fixed", "official"):
             raise BadInput(f"backbone.loss: {o.loss!r}. Use fixed or official.")
         if o.projection not in ("none", "linear", "mlp"):
@@ -60,7 +64,10 @@ class VisionTextDecoderBackbone(VisionBackbone):
 
     def build(self, on_meta: bool = False) -> PreTrainedModel:
         """The model, frozen."""
-        config = VisionTextDecoderConfig(**self._side_config(on_meta), projection=self.options.projection)
+        o = self.options
+        config = VisionTextDecoderConfig(
+            **self._side_config(on_meta), projection=o.projection, begin_token=o.begin_token
+        )
         config._attn_implementation = tower_loading.choose_attention(self.attention, self.dtype)
         if on_meta:
             with torch.device("meta"):
@@ -68,12 +75,12 @@ class VisionTextDecoderBackbone(VisionBackbone):
         else:
             text = stock.load(
                 MODEL_FOR_CAUSAL_LM_MAPPING[type(config.text_config)],
-                self.options.text,
+                o.text,
                 "backbone.text",
                 config.text_config,
                 self.dtype,
                 self.attention,
-                self.options.random_weights,
+                o.random_weights,
             )
             model = VisionTextDecoder(config, self._load_vision(config.vision_config), text)
         return model.requires_grad_(False).train()

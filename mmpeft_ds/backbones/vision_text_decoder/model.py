@@ -29,6 +29,7 @@ class VisionTextDecoderConfig(VisionSideConfig):
     model_type = "mmpeft_vision_text_decoder"
 
     projection: str = "none"
+    begin_token: bool = False
 
 
 @dataclass
@@ -255,6 +256,9 @@ class VisionTextDecoder(VisionSide, GenerationMixin):
             last = torch.where(alone[..., None], begin.to(prefix.dtype), prefix[:, -1:])
             prefix = torch.cat([prefix[:, :-1], last], 1)
             prefix_keep = torch.cat([prefix_keep[:, :-1], torch.ones_like(alone)], 1)
+            if self.config.begin_token:
+                prefix = torch.cat([begin.to(prefix.dtype), prefix], 1)
+                prefix_keep = torch.cat([~alone, prefix_keep], 1)
         keep = torch.cat([prefix_keep.to(attention_mask.dtype), attention_mask], 1)
         own = None if condition.own_mask is None else keep.bool()
         condition = Condition(condition.tokens, condition.mask, own_mask=own)

@@ -16,6 +16,9 @@ class Options(VisionOptions):
         text: hub name, local directory or packaged:NAME of a gpt2, llama, mistral or qwen2 language model.
         projection: what carries image vectors to the width of the language model, trained whole beside the method:
             `none` for towers of equal width, `linear`, or `mlp` (LayerNorm, Linear, GELU, Linear).
+        begin_token: put the begin-of-text token of the language model before the image vectors. Language models of the
+            llama kind draw most attention to their first position whatever stands there; an image vector there is
+            hard to read. Published models of this backbone have none.
         max_text_length: tokens of start, prompt and target together, without the prefix. Where they are longer, the
             prompt loses its middle, and a target longer than half of the room its end.
         start: text before every prompt; `auto` is none behind an image prefix and the published "<s>" without one.
@@ -26,6 +29,7 @@ class Options(VisionOptions):
 
     text: str = "gpt2"
     projection: Literal["none", "linear", "mlp"] = "none"
+    begin_token: bool = False
     max_text_length: int = 50
     start: str = "auto"
     loss: Literal["fixed", "official"] = "fixed"
