@@ -11,6 +11,7 @@ import pytest
 from PIL import Image, ImageDraw
 
 from mmpeft_ds.backbones.common import packaged
+from mmpeft_ds.errors import BadInput
 from tests.helpers import ROOT
 from tests.helpers.doc_pages import blocks, commands
 
@@ -55,7 +56,7 @@ def write_lines(desk: Path, line) -> None:
 
 
 def run(desk: Path, section: str) -> None:
-    """Every command of a section of the page, in order, with fewer epochs."""
+    """Every command of a section of the page, in order, with fewer epochs; without `make`, and what needs the hub."""
     page = (ROOT / "docs" / "own_pictures.md").read_text("utf-8")
     text = page.split(f"\n## {section}\n")[1].split("\n## ")[0]
     environment = {
@@ -64,7 +65,8 @@ def run(desk: Path, section: str) -> None:
         "MMPEFT_MODELS": str(packaged.root()),
         "DS_ACCELERATOR": "cpu",
     }
-    for words in (w for b in blocks(text, "own_pictures.md") if b.language == "sh" for w in commands(b)):
+    shells = [b for b in blocks(text, "own_pictures.md") if b.language == "sh" and "hub" not in b.needs]
+    for words in (w for b in shells for w in commands(b) if w[0] != "make"):
         script = next(w for w in words if w.endswith(".py"))
         done = subprocess.run(
             [*words, *TINY.get(script, [])], cwd=desk, env=environment, capture_output=True, text=True
@@ -91,3 +93,14 @@ def test_questions(desk):
     run(desk, "Questions")
     answers = [json.loads(line) for line in (desk / "answers.jsonl").read_text().splitlines()]
     assert len(answers) == 4 and {a["prediction"] for a in answers} <= {*COLORS, *SHAPES}
+
+
+def test_captions(desk):
+    try:
+        packaged.ensure("smollm2")
+    except BadInput:
+        pytest.skip("the packaged language model is not installed: make captioner")
+    write_lines(desk, lambda color, shape: {"captions": [f"a {color} {shape}", f"{shape} in {color}"]})
+    run(desk, "Captions")
+    rows = [json.loads(line) for line in (desk / "captions.jsonl").read_text().splitlines()]
+    assert len(rows) == 4 and all(isinstance(row["prediction"], str) for row in rows)
