@@ -82,7 +82,11 @@ class VisionTextDecoderBackbone(VisionBackbone):
                 self.attention,
                 o.random_weights,
             )
-            model = VisionTextDecoder(config, self._load_vision(config.vision_config), text)
+            vision = self._load_vision(config.vision_config)
+            with torch.random.fork_rng():
+                # The same projection on every rank and at every ZeRO stage, however many draws loading the towers took.
+                torch.manual_seed(torch.initial_seed())
+                model = VisionTextDecoder(config, vision, text)
         return model.requires_grad_(False).train()
 
     def collate_texts(self, texts: list[str | Prompted]) -> dict[str, Tensor]:
