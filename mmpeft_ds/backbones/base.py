@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from mmpeft_ds.backbones.common.options import BackboneOptions
 from mmpeft_ds.data.batch import PackedBatch, Prompted
 from mmpeft_ds.errors import BadInput
 from mmpeft_ds.sites.base import base_model
@@ -30,7 +31,8 @@ class BackboneBase(abc.ABC):
         labels: the closed list of answers or classes of the training data, None without one.
 
     Attributes:
-        Options: dataclass of the recipe keys beside `name`; it imports neither torch nor transformers.
+        Options: dataclass of the recipe keys beside `name`, a `BackboneOptions`, which also says what tasks may read
+            of the model's output; its module imports neither torch nor transformers.
         modalities: what `dummy` can make and a batch may hold, in the order in which the towers run.
         condition_width: width of the condition that the model publishes, None if it publishes none.
         generates: the model generates text: texts are `Prompted`, `read` gives a `GenerationOutput`, and `generate`
@@ -53,7 +55,7 @@ class BackboneBase(abc.ABC):
         train_dropout: keep the dropout of the text tower on in training.
     """
 
-    Options: ClassVar[type]
+    Options: ClassVar[type[BackboneOptions]]
     modalities: tuple[str, ...] = ("image", "text")
     condition_width: int | None = None
     generates: bool = False
@@ -176,6 +178,10 @@ class BackboneBase(abc.ABC):
         return []
 
     # a model that generates text (`generates`), or ranks given answers (`ranks_answers`)
+
+    def check_generation(self, options: dict[str, Any]) -> None:  # noqa: B027 (an empty default is meant)
+        """Raise BadInput if `generate` cannot work with the task's `options`; asked before training. Default: accept
+        all."""
 
     def generate(self, model: Any, batch: PackedBatch, **options: Any) -> list[str]:
         """The text generated after the prompt of each text of the batch, without special tokens.

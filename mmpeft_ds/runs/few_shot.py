@@ -25,7 +25,7 @@ from mmpeft_ds.distributed import collectives, processes
 from mmpeft_ds.distributed.collectives import on_rank0, rank
 from mmpeft_ds.engine import trainer
 from mmpeft_ds.engine.assembly import feature_bank, resolve
-from mmpeft_ds.engine.assembly.checks import check_fields
+from mmpeft_ds.engine.assembly.checks import check_records
 from mmpeft_ds.engine.assembly.outline import load_manifest
 from mmpeft_ds.engine.monitor import plain
 from mmpeft_ds.engine.streams import records
@@ -123,14 +123,13 @@ def _source(resolved: resolve.Resolved, test: TestSet, half: str) -> resolve.Res
     manifest = load_manifest(recipe, key, options)
     feature_bank.towers_of([train.manifest, manifest])
     section = recipes.Section.read(tasks, options.task, f"{key}.task", recipe.origin)
-    task = resolve.make_task(section, resolved.labels)
-    check_fields(recipe, key, options, manifest, task)
+    check_records(recipe, key, options, manifest, section)
     subset = Subset.load(options.subset, manifest, options.split) if half else None
-    task.use_source(manifest.labels, subset.classes if subset else None)
+    source = resolve.make_source(section, options, manifest, subset, resolved.labels)
     problems = on_rank0(lambda: verify_shards(manifest, options.split, recipe.data.verify, 0, 1))
     if problems:
         raise AgreedBadInput(problems[0])
-    return resolve.ResolvedSource(options, manifest, task, subset)
+    return source
 
 
 @contextlib.contextmanager

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 
 from mmpeft_ds.data.batch import PackedBatch, Prompted
+from mmpeft_ds.fitting import chosen
+from mmpeft_ds.tasks.common.options import TaskOptions
 
 
 class TaskBase(abc.ABC):
@@ -29,10 +31,10 @@ class TaskBase(abc.ABC):
         BadInput: from the constructor of a subclass, if the options or labels cannot work.
 
     Attributes:
-        Options: dataclass of the recipe keys beside `name`; it imports neither torch nor transformers.
+        Options: dataclass of the recipe keys beside `name`, a `TaskOptions`, which also says what the task needs of
+            records and of the backbone; its module imports neither torch nor transformers.
         main_metric: key of `score` by which the best checkpoint is chosen and early stopping decides.
         better: whether more of `main_metric` is better (`max`) or less (`min`).
-        fields: json fields that every record must have; an instance may add some by its options.
         example_text: what somebody may ask about a new picture, for model cards and error messages; None where the
             task needs no text.
         couples_samples: the loss of a sample depends on the others of its step (contrast, a graph), so gradients must
@@ -50,10 +52,9 @@ class TaskBase(abc.ABC):
             tells the task by the images themselves where the records do not.
     """
 
-    Options: ClassVar[type]
+    Options: ClassVar[type[TaskOptions]]
     main_metric: ClassVar[str]
     better: Literal["max", "min"] = "max"
-    fields: tuple[str, ...] = ()
     example_text: str | None = None
     couples_samples: bool = False
     generation: dict[str, Any] | None = None
@@ -68,6 +69,11 @@ class TaskBase(abc.ABC):
 
     def __init__(self, options: Any, labels: list[str] | None):
         self.options, self.labels = options, labels
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """Json fields that every record must have, as the options say."""
+        return chosen(self.options.fields, self.options)
 
     # required
 

@@ -73,6 +73,12 @@ def test_preparing_and_looking_imports_nothing_heavy_in_any_process(run, tmp_pat
         code, err, heavy = run(*args)
         assert code == 0 and not heavy, err
     assert len(list(out.glob("*.tar"))) == 3
+    # captions, and a recipe whose task reads questions
+    sources = [f"data.{role}.0.{key}" for role in ("sources", "validation") for key in (f"dir={out}", "split=train")]
+    overrides = [word for source in sources for word in ("--set", source)]
+    code, err, heavy = run("launchers/train.py", "--recipe", "recipes/quickstart.yaml", *overrides)
+    assert code == 2 and not heavy
+    assert "the task is vqa" in err and "Use task captioning or retrieval" in err and err.count("\n") == 1
 
 
 def test_recipes_and_public_names_import_nothing_heavy(run):

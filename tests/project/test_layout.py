@@ -17,6 +17,7 @@ COMMON = {
     "adapter_files",
     "errors",
     "files",
+    "fitting",
     "progress",
     "quiet",
     "registration",

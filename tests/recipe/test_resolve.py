@@ -106,9 +106,9 @@ def test_accumulation_is_refused_where_the_loss_couples_samples(folder, monkeypa
 
 
 def test_records_without_the_fields_of_the_task_are_refused(folder, monkeypatch):
-    from mmpeft_ds.tasks.vqa import task as vqa
+    from mmpeft_ds.tasks.vqa.options import Options
 
-    monkeypatch.setattr(vqa.Vqa, "fields", ("captions",))
+    monkeypatch.setattr(Options, "fields", {"": ("captions",)})
     assert "captions" in refusal(folder)
 
 

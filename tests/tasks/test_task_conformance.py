@@ -12,6 +12,7 @@ from torch.nn.functional import cross_entropy
 from mmpeft_ds import registry, tasks
 from mmpeft_ds.data.batch import Prompted, Sample, pack
 from mmpeft_ds.tasks.base import TaskBase
+from mmpeft_ds.tasks.common.options import TaskOptions
 
 LABELS = ["yes", "no", "red", "2"]
 # One sample of each kind of data; a task reads the one that has its fields.
@@ -102,7 +103,7 @@ def test_no_rows_have_no_scores(task):
 
 
 @dataclass
-class Options:
+class Options(TaskOptions):
     """No keys."""
 
 

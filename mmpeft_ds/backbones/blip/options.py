@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
+
+from mmpeft_ds.backbones.common.options import BackboneOptions
+from mmpeft_ds.fitting import ByOption
 
 
 @dataclass
-class Options:
+class Options(BackboneOptions):
     """Keys of the recipe's `backbone` section.
 
     Attributes:
@@ -34,6 +37,14 @@ class Options:
         context_enhancement: add the mean text state of the step to the matching pairs (`official`, which reveals
             the label), to `all_pairs`, or to none (`off`).
     """
+
+    gives: ClassVar[ByOption] = {
+        "form: captioner": ("generated text", "ranked answers"),
+        "form: vqa": ("generated text", "ranked answers"),
+        "form: retrieval": ("image and text features",),
+        "form: retrieval, negatives: all": ("matching scores",),
+        "form: retrieval, negatives: local": ("matching scores",),
+    }
 
     model: str = "Salesforce/blip-image-captioning-base"
     form: Literal["captioner", "vqa", "retrieval"] = "captioner"

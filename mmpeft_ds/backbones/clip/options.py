@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
+
+from mmpeft_ds.backbones.common.options import BackboneOptions
+from mmpeft_ds.fitting import ByOption
 
 
 @dataclass
-class Options:
+class Options(BackboneOptions):
     """Keys of the recipe's `backbone` section.
 
     Attributes:
@@ -21,6 +24,8 @@ class Options:
         condition: what adapters of the text tower route on: `none`, or the `pooled` image vector in the shared space.
             Not for retrieval, where a text that routes on its own image reveals the pair.
     """
+
+    gives: ClassVar[ByOption] = {"": ("image and text features",)}
 
     model: str = "openai/clip-vit-base-patch16"
     random_weights: bool = False

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
+
+from mmpeft_ds.backbones.common.options import BackboneOptions
+from mmpeft_ds.fitting import ByOption
 
 
 @dataclass
-class Options:
+class Options(BackboneOptions):
     """Keys of the recipe's `backbone` section.
 
     Attributes:
@@ -29,6 +32,8 @@ class Options:
         max_text_length: tokens of a prompt with its special tokens; longer ones lose their middle.
         max_target_length: tokens of a target with its special tokens; longer ones lose their end.
     """
+
+    gives: ClassVar[ByOption] = {"": ("generated text",)}
 
     text: str = "facebook/bart-base"
     random_weights: bool = False

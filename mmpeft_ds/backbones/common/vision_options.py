@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from mmpeft_ds.backbones.common.options import BackboneOptions
+
 
 @dataclass
-class VisionOptions:
+class VisionOptions(BackboneOptions):
     """Keys of a recipe's `backbone` section that are about the image.
 
     Attributes:

@@ -5,9 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+from mmpeft_ds.backbones.common.options import BackboneOptions
+from mmpeft_ds.fitting import ByOption
+
 
 @dataclass
-class Options:
+class Options(BackboneOptions):
     """Keys of the recipe's `backbone` section.
 
     Attributes:
@@ -32,6 +35,8 @@ class Options:
             the tower is not built, and each visit in training takes one of the augmented passes at random.
         random_weights: build both towers from their configurations alone, with a fixed seed; for tests.
     """
+
+    gives: ClassVar[ByOption] = {"": ("image and text features",)}
 
     model: str = ""
     vision: str = ""

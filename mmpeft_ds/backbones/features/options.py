@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
+
+from mmpeft_ds.backbones.common.options import BackboneOptions
+from mmpeft_ds.fitting import ByOption
 
 
 @dataclass
-class Options:
+class Options(BackboneOptions):
     """Keys of the recipe's `backbone` section.
 
     Attributes:
@@ -18,6 +21,8 @@ class Options:
             are.
         templates, negative_templates: class texts where none are stored; `{}` stands for the name of a class.
     """
+
+    gives: ClassVar[ByOption] = {"": ("class scores",)}
 
     encoder: dict[str, Any] | None = field(default=None, metadata={"component": "backbones"})
     images: Literal["stored", "live"] = "stored"

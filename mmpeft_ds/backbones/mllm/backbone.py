@@ -155,6 +155,11 @@ class MllmBackbone(StockBackbone):
         labels = model.widened_labels
         return nn.functional.pad(labels[:, labels.shape[1] - positions + 1 :], (0, 1), value=-100)
 
+    def check_generation(self, options: dict[str, Any]) -> None:
+        """Refuse a length that counts the prompt."""
+        if "max_length" in options:
+            raise BadInput("task.max_length: prompts have hundreds of image tokens. Set it 0, and max_new_tokens.")
+
     @torch.no_grad()
     def generate(self, model: Any, batch: PackedBatch, choices: list[str] | None = None, **options: Any) -> list[str]:
         """The answer generated after the prompt of each text, which ends where the last answer begins.
@@ -164,8 +169,7 @@ class MllmBackbone(StockBackbone):
             choices: the only answers that may be given.
             options: of transformers' `generate`, without `max_length`, since prompts have hundreds of image tokens.
         """
-        if "max_length" in options:
-            raise BadInput("task.max_length: prompts have hundreds of image tokens. Set it 0, and max_new_tokens.")
+        self.check_generation(options)
         base = base_model(model)
         ids, lengths = batch.texts["input_ids"], batch.texts["prompt_length"]
         prompts = batch.texts["attention_mask"] * (torch.arange(ids.shape[1], device=ids.device) < lengths[:, None])

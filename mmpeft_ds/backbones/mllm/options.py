@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
+
+from mmpeft_ds.backbones.common.options import BackboneOptions
+from mmpeft_ds.fitting import ByOption
 
 
 @dataclass
-class Options:
+class Options(BackboneOptions):
     """Keys of the recipe's `backbone` section.
 
     Attributes:
@@ -22,6 +25,8 @@ class Options:
         condition: what adapters of the language model route on: `none`, the `pooled` vector (mean of an image's tokens
             behind the projector, mean over the images of a sample), or all these `tokens`.
     """
+
+    gives: ClassVar[ByOption] = {"": ("generated text", "conversation scores")}
 
     model: str = "llava-hf/llava-1.5-7b-hf"
     random_weights: bool = False

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from mmpeft_ds.backbones.common.vision_options import VisionOptions
+from mmpeft_ds.fitting import ByOption
 
 
 @dataclass
@@ -26,6 +27,8 @@ class Options(VisionOptions):
             `official`: as published, every position up to `max_text_length`, padding with the end of text included,
             but never the first token, and never token 0 ("!" in GPT-2).
     """
+
+    gives: ClassVar[ByOption] = {"": ("generated text",)}
 
     text: str = "gpt2"
     projection: Literal["none", "linear", "mlp"] = "none"

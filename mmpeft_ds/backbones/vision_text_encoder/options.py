@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from mmpeft_ds.backbones.common.vision_options import VisionOptions
+from mmpeft_ds.fitting import ByOption
 
 
 @dataclass
@@ -23,6 +24,8 @@ class Options(VisionOptions):
         head_dropout: dropout of the head; 0 in the paper, whose one-layer heads use the encoder's hidden dropout.
         num_labels: size of the head, 0 = from the label list of the data.
     """
+
+    gives: ClassVar[ByOption] = {"": ("answer scores",)}
 
     text: str = "roberta-base"
     max_text_length: int = 19

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from mmpeft_ds import registry, tasks
+from mmpeft_ds import backbones, registry, tasks
 from mmpeft_ds.data.manifest import Manifest
 from mmpeft_ds.data.options import SourceOptions
 from mmpeft_ds.data.order import steps_of
 from mmpeft_ds.errors import BadInput
+from mmpeft_ds.fitting import ByOption, chosen, described, settings
 from mmpeft_ds.methods.base import MethodOptions
-from mmpeft_ds.recipe import Recipe, find_file, where
+from mmpeft_ds.recipe import Recipe, Section, find_file, where
 from mmpeft_ds.recipe.options import OptimOptions
+from mmpeft_ds.tasks.common.options import TaskOptions
 
 if TYPE_CHECKING:  # what is checked first must not wait for torch
     from mmpeft_ds.backbones.base import BackboneBase
@@ -103,25 +106,73 @@ def check_schedule(recipe: Recipe, total: int, steps_per_epoch: int) -> None:
         )
 
 
-def check_records(recipe: Recipe, key: str, options: SourceOptions, manifest: Manifest) -> None:
-    """Refuse a task whose main field the records do not hold, before anything is asked that only this task needs.
+def check_backbone(recipe: Recipe, key: str, task: Section, backbone: Section) -> None:
+    """Refuse a task that reads what the backbone does not give.
+
+    Args:
+        key: of the data source.
+
+    Raises:
+        BadInput: naming the backbones that give it, and the tasks that this backbone can do.
+    """
+    gives = chosen(backbone.options.gives, backbone.options)
+    in_training = key.startswith("data.sources.")
+    reads = chosen(read_words(type(task.options), in_training), task.options)
+    missing = [word for word in reads if word not in gives]
+    if not gives or not missing:
+        return
+    remedies = {
+        "backbone": fitting_components(backbones, lambda options: options.gives, set(reads).issubset),
+        "task": fitting_components(tasks, lambda o: read_words(o, in_training), lambda w: w and set(w) <= set(gives)),
+    }
+    remedy = ", or ".join(f"{kind} {' or '.join(names)}" for kind, names in remedies.items() if names)
+    raise BadInput(
+        f"{where(recipe, f'{key}.task')}: the task is {task.name}, which reads {' and '.join(missing)}, but backbone "
+        f"{backbone.name} gives {' and '.join(gives)}. {f'Use {remedy}.' if remedy else ''}"
+    )
+
+
+def read_words(task: type[TaskOptions], in_training: bool) -> dict[str, tuple[str, ...]]:
+    """What a task reads of a backbone, by option; `in_training` adds what its loss reads."""
+    words = dict(task.reads)
+    for setting, more in task.reads_in_training.items() if in_training else ():
+        words[setting] = (*words.get(setting, ()), *more)
+    return words
+
+
+def fitting_components(
+    package: ModuleType, by_option: Callable[[Any], ByOption], fits: Callable[[Sequence[str]], bool]
+) -> list[str]:
+    """Backbones, or tasks, whose words fit, with the settings for it."""
+    ways = {}
+    for name in registry.names(package):
+        options = registry.options(package, name, name)
+        ways[name] = settings(by_option(options), options, fits)
+    return [described(name, chosen_settings) for name, chosen_settings in ways.items() if chosen_settings]
+
+
+def check_records(recipe: Recipe, key: str, options: SourceOptions, manifest: Manifest, task: Section) -> None:
+    """Refuse a task that reads fields which the records do not hold, before anything that only this task needs.
 
     Raises:
         BadInput: naming what the records hold, and the tasks that read it.
     """
     present = manifest.fields.get(options.split, {})
-    name = options.task["name"]
-    wanted = registry.load(tasks, name, where(recipe, f"{key}.task.name")).fields
-    absent = [field for field in wanted if not _holds(present, field)]
+    absent = [field for field in chosen(task.options.fields, task.options) if not _holds(present, field)]
     if not present or not absent:
         return
-    known = {other: registry.load(tasks, other, key).fields for other in registry.names(tasks)}
-    fitting = [other for other, fields in known.items() if all(_holds(present, field) for field in fields)]
-    held = sorted({field for other in fitting for field in known[other]}) or [_top(path) for path in present]
-    remedy = f"Use task {' or '.join(fitting)}." if fitting else "Prepare the data with that field."
+    known = {name: registry.options(tasks, name, name).fields.get("", ()) for name in registry.names(tasks)}
+    fitting = [name for name, fields in known.items() if fields and all(_holds(present, field) for field in fields)]
+    held = sorted({field for name in fitting for field in known[name]}) or [_top(path) for path in present]
+    if task.name in fitting:
+        remedy = "Change the options of the task, or prepare the data with that field."
+    elif fitting:
+        remedy = f"Use task {' or '.join(fitting)}.{_own_recipes(fitting)}"
+    else:
+        remedy = "Prepare the data with that field."
     raise BadInput(
-        f"{where(recipe, f'{key}.task')}: the task is {name}, which reads {', '.join(absent)}, but the records of "
-        f"{manifest.dir} ({options.split}) hold {', '.join(dict.fromkeys(held))}. {remedy}{_own_recipes(fitting)}"
+        f"{where(recipe, f'{key}.task')}: the task is {task.name}, which reads {', '.join(absent)}, but the records "
+        f"of {manifest.dir} ({options.split}) hold {', '.join(dict.fromkeys(held))}. {remedy}"
     )
 
 
@@ -137,17 +188,6 @@ def _top(path: str) -> str:
 
 def _holds(present: dict[str, Any], field: str) -> bool:
     return any(_top(path) == field for path in present)
-
-
-def check_fields(recipe: Recipe, key: str, options: SourceOptions, manifest: Manifest, task: TaskBase) -> None:
-    """Refuse a data set whose records lack what the task reads with its options. Raises BadInput."""
-    present = manifest.fields.get(options.split, {})
-    for name in task.fields if present else ():
-        if not _holds(present, name):
-            raise BadInput(
-                f"{where(recipe, f'{key}.task')}: task {options.task['name']!r} needs the field {name!r}, which "
-                f"{manifest.dir} ({options.split}) has not. It has: {', '.join(present)}."
-            )
 
 
 def picture_notes(

@@ -14,7 +14,14 @@ from mmpeft_ds.data.assumed import Assumed, is_absent, is_assumed
 from mmpeft_ds.data.manifest import Manifest
 from mmpeft_ds.data.options import SourceOptions
 from mmpeft_ds.data.subset import Subset
-from mmpeft_ds.engine.assembly.checks import check_names, check_texts, check_validation, check_values
+from mmpeft_ds.engine.assembly.checks import (
+    check_backbone,
+    check_names,
+    check_records,
+    check_texts,
+    check_validation,
+    check_values,
+)
 from mmpeft_ds.engine.zero.config import read_ds_config
 from mmpeft_ds.errors import BadInput
 from mmpeft_ds.recipe import Recipe, components, filled, where
@@ -80,6 +87,9 @@ def outline(recipe: Recipe, assumed: Assumed | None = None) -> Outline:
     check_names(recipe, [(key, options, manifests[key]) for key, options in sources.items()])
     subsets = {key: load_subset(recipe, key, options, manifests[key]) for key, options in sources.items()}
     for key, options in sources.items():
+        check_records(recipe, key, options, manifests[key], parts.tasks[key])
+    for key, options in sources.items():
+        check_backbone(recipe, key, parts.tasks[key], parts.backbone)
         check_texts(recipe, key, options, parts.method.options)
     return Outline(recipe, parts, ds_config, sources, manifests, subsets)
 

@@ -25,8 +25,6 @@ from mmpeft_ds.engine.assembly import feature_bank
 from mmpeft_ds.engine.assembly.checks import (
     check_contrast,
     check_coupling,
-    check_fields,
-    check_records,
     picture_notes,
     run_notes,
     stored_notes,
@@ -34,6 +32,7 @@ from mmpeft_ds.engine.assembly.checks import (
 from mmpeft_ds.engine.assembly.outline import blamed, outline
 from mmpeft_ds.engine.zero.config import check_by_deepspeed, is_shipped
 from mmpeft_ds.errors import BadInput
+from mmpeft_ds.fitting import chosen
 from mmpeft_ds.methods.base import MethodOptions, SiteMethod
 from mmpeft_ds.methods.common.tuner import to_float32
 from mmpeft_ds.quiet import without_warnings
@@ -116,10 +115,10 @@ def resolve(recipe: Recipe, assumed: Assumed | None = None) -> Resolved:
     if not is_shipped(recipe):  # else the build asks DeepSpeed, which takes a second to import
         check_by_deepspeed(recipe, plain.ds_config)
     method, method_config = make_method(parts.method)
-    for key, options in plain.sources.items():
-        check_records(recipe, key, options, manifests[key])
-        if is_assumed(manifests[key]) and not {"questions", "label"} & set(parts.tasks[key].entry.fields):
-            manifests[key].labels = manifests[key].label_counts = None
+    for key, manifest in manifests.items():
+        task = parts.tasks[key].options
+        if is_assumed(manifest) and not {"questions", "label"} & set(chosen(task.fields, task)):
+            manifest.labels = manifest.label_counts = None
     labels = plain.labels()
     towers = feature_bank.towers_of(list(manifests.values()))
     backbone = make_backbone(parts.backbone, recipe.engine, labels, towers, method.observes_attention(method_config))
@@ -128,11 +127,10 @@ def resolve(recipe: Recipe, assumed: Assumed | None = None) -> Resolved:
         backbone.use_statistics(statistics)
     sources = {}
     for key, options in plain.sources.items():
-        task = make_task(parts.tasks[key], labels)
-        check_fields(recipe, key, options, manifests[key], task)
         with blamed(recipe, key):
-            task.use_source(manifests[key].labels, subsets[key].classes if subsets[key] else None)
-        sources[key] = ResolvedSource(options, manifests[key], task, subsets[key])
+            sources[key] = make_source(parts.tasks[key], options, manifests[key], subsets[key], labels)
+            if key in plain.of("validation") and sources[key].task.generation is not None:
+                backbone.check_generation(sources[key].task.generation)
     train, validation = ([sources[key] for key in plain.of(role)] for role in ("sources", "validation"))
     check_coupling(recipe, [source.task for source in train], parts.method.options)
     for key, source in zip(plain.of("sources"), train, strict=True):
@@ -201,6 +199,15 @@ def make_backbone(
 def make_task(section: Section, labels: list[str] | None) -> TaskBase:
     """The task of a data source; `section` is one of `components(recipe).tasks`."""
     return section.entry(section.options, labels)
+
+
+def make_source(
+    task: Section, options: SourceOptions, manifest: Manifest, subset: Subset | None, labels: list[str] | None
+) -> ResolvedSource:
+    """A data source with its task, which knows the labels of this data set. Raises BadInput."""
+    made = make_task(task, labels)
+    made.use_source(manifest.labels, subset.classes if subset else None)
+    return ResolvedSource(options, manifest, made, subset)
 
 
 def make_method(section: Section) -> tuple[type[SiteMethod], PeftConfig]:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
+
+from mmpeft_ds.fitting import ByOption
+from mmpeft_ds.tasks.common.options import TaskOptions
 
 
 @dataclass
-class Options:
+class Options(TaskOptions):
     """Keys of a source's `task` section.
 
     Attributes:
@@ -21,6 +24,9 @@ class Options:
         max_new_tokens: longest caption in tokens, 0 = as `max_length` says.
         length_penalty: exponent of the length that a beam's score is divided by.
     """
+
+    fields: ClassVar[ByOption] = {"": ("captions",)}
+    reads: ClassVar[ByOption] = {"": ("generated text",)}
 
     prompt: str = ""
     loss: Literal["token", "caption"] = "token"

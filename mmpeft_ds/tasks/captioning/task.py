@@ -25,7 +25,6 @@ class Captioning(TaskBase):
     """Records hold `captions`, a list of texts; training draws one per visit, evaluation takes all as references."""
 
     Options = Options
-    fields = ("captions",)
     main_metric = "cider"
     prompt_kind, target_kind = "prompt", "caption"
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
+
+from mmpeft_ds.fitting import ByOption
+from mmpeft_ds.tasks.common.options import TaskOptions
 
 
 @dataclass
-class Options:
+class Options(TaskOptions):
     """Keys of a source's `task` section.
 
     Attributes:
@@ -16,6 +19,9 @@ class Options:
         columns: classes that may be predicted: `target`, those of this data set or of its subset, with a softmax over
             these alone; or `all` classes of the training data.
     """
+
+    fields: ClassVar[ByOption] = {"": ("label",), "text: captions": ("captions",)}
+    reads: ClassVar[ByOption] = {"": ("class scores",)}
 
     text: Literal["none", "captions"] = "none"
     columns: Literal["target", "all"] = "target"

@@ -27,7 +27,6 @@ class Classification(TaskBase):
     """
 
     Options = Options
-    fields = ("label",)
     main_metric = "accuracy"
     prompt_kind = "caption"
     no_weight = "no sample has a class that is known"
@@ -38,8 +37,6 @@ class Classification(TaskBase):
                 "task classification: the data set has no label list. Prepare it with one: it names the classes."
             )
         super().__init__(options, list(labels))
-        if options.text == "captions":
-            self.fields = ("label", "captions")
         self._index = {label: i for i, label in enumerate(self.labels)}
         self._own: list[str] = self.labels
         self._columns: list[int] = list(range(len(self.labels)))

@@ -25,7 +25,6 @@ ANNOTATORS = 10  # of a question in VQA v1 and v2, for whom the official measure
 class QuestionTask(TaskBase):
     """Base of such tasks: the options have `max_questions`, and targets hold `question`, its number in the record."""
 
-    fields = ("questions",)
     main_metric = "accuracy"
     example_text = "what is in the picture?"
     unit, items = "questions", "questions"

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
+
+from mmpeft_ds.fitting import ByOption
+from mmpeft_ds.tasks.common.options import TaskOptions
 
 
 @dataclass
-class Options:
+class Options(TaskOptions):
     """Keys of a source's `task` section.
 
     Attributes:
@@ -16,6 +19,9 @@ class Options:
         num_beams: beams in evaluation, 1 = greedy.
         max_new_tokens: longest answer in evaluation, in tokens; 0 = generate none, and score the given answers only.
     """
+
+    fields: ClassVar[ByOption] = {"": ("conversations",)}
+    reads: ClassVar[ByOption] = {"": ("conversation scores",)}
 
     loss: Literal["token", "conversation"] = "token"
     num_beams: int = 1

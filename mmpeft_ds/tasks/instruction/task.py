@@ -28,7 +28,6 @@ class Instruction(TaskBase):
     """Records hold `conversations`: a list of {from: human, gpt or system, value}; `<image>` marks a place."""
 
     Options = Options
-    fields = ("conversations",)
     unit = "conversations"
     prompt_kind, target_kind = "conversation", "answer"
     no_weight = "no conversation has a word of the assistant"

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
+
+from mmpeft_ds.fitting import ByOption
+from mmpeft_ds.tasks.common.options import TaskOptions
 
 
 @dataclass
-class Options:
+class Options(TaskOptions):
     """Keys of a source's `task` section.
 
     Attributes:
@@ -23,6 +26,10 @@ class Options:
             picture has the same words, and only its own picture counts as right. In training, samples of one picture
             are no negatives of each other.
     """
+
+    fields: ClassVar[ByOption] = {"": ("captions",)}
+    reads: ClassVar[ByOption] = {"": ("image and text features",)}
+    reads_in_training: ClassVar[ByOption] = {"loss: contrast": (), "loss: contrast_match": ("matching scores",)}
 
     loss: Literal["contrast", "contrast_match"] = "contrast_match"
     captions: int = 1

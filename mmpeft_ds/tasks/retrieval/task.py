@@ -37,7 +37,6 @@ class Retrieval(TaskBase):
     """
 
     Options = Options
-    fields = ("captions",)
     couples_samples = True
     main_metric = "r_mean"
     concludes = True

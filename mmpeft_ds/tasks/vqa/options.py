@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
+
+from mmpeft_ds.fitting import ByOption
+from mmpeft_ds.tasks.common.options import TaskOptions
 
 
 @dataclass
-class Options:
+class Options(TaskOptions):
     """Keys of a source's `task` section.
 
     Attributes:
@@ -16,6 +19,9 @@ class Options:
         num_answers: use the first n answers of the label list, 0 = all.
         max_questions: questions of a sample in one visit, drawn anew every epoch, 0 = all.
     """
+
+    fields: ClassVar[ByOption] = {"": ("questions",)}
+    reads: ClassVar[ByOption] = {"": ("answer scores",)}
 
     loss: Literal["bce", "ce"] = "bce"
     num_answers: int = 0

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import ClassVar, Literal
+
+from mmpeft_ds.fitting import ByOption
+from mmpeft_ds.tasks.common.options import TaskOptions
 
 
 @dataclass
-class Options:
+class Options(TaskOptions):
     """Keys of a source's `task` section.
 
     Attributes:
@@ -23,6 +26,9 @@ class Options:
         max_new_tokens: longest answer of `write` in tokens.
         max_questions: questions of a sample in one visit, drawn anew every epoch, 0 = all.
     """
+
+    fields: ClassVar[ByOption] = {"": ("questions",)}
+    reads: ClassVar[ByOption] = {"evaluate: rank": ("ranked answers",), "evaluate: write": ("generated text",)}
 
     prompt: str = "{}"
     clean: bool = True

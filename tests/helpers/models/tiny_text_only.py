@@ -12,11 +12,12 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 
 from mmpeft_ds.backbones.base import BackboneBase
+from mmpeft_ds.backbones.common.options import BackboneOptions
 from mmpeft_ds.data.batch import PackedBatch
 
 
 @dataclass
-class Options:
+class Options(BackboneOptions):
     text: str = ""
 
 

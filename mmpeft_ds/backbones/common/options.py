@@ -1,0 +1,22 @@
+"""Base of the options of backbones: what a backbone gives tasks to read, known before torch is imported."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from mmpeft_ds.fitting import ByOption
+
+
+class BackboneOptions:
+    """Base of a backbone's options, which are what the recipe's `backbone` section may set.
+
+    A subclass is a dataclass of plain values; its module imports neither torch nor transformers.
+
+    Attributes:
+        gives: what tasks may read of the model's output, by the setting that it depends on (see `fitting`). Empty:
+            not declared, so that no task is refused. Words in use: "answer scores" of a closed list for each text,
+            "class scores" for each sample, "generated text", "ranked answers", "conversation scores" of every token
+            that the assistant says, "image and text features", "matching scores" of image and text.
+    """
+
+    gives: ClassVar[ByOption] = {}
