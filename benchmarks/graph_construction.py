@@ -67,7 +67,7 @@ def ours(args: argparse.Namespace) -> dict:
 
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{args.store}", rank=args.rank, world_size=args.ranks)
-    found = {}
+    by_nodes = {}
     for nodes in args.nodes:
         counts = [len(part) for part in torch.arange(nodes).tensor_split(args.ranks)]
         x = torch.from_numpy(rows(nodes, args.width)).split(counts)[args.rank].clone()
@@ -85,13 +85,13 @@ def ours(args: argparse.Namespace) -> dict:
         graph = threshold_graph(x, TAU, counts=counts)
         edges = torch.tensor(float(len(graph.source) - len(x)))
         dist.all_reduce(edges)
-        found[nodes] = dict(zip(OURS, times.tolist(), strict=True)) | {
+        by_nodes[nodes] = dict(zip(OURS, times.tolist(), strict=True)) | {
             "degree": edges.item() / nodes,
             "bytes": graph.traffic.total_bytes,
             "collectives": graph.traffic.total_calls,
         }
     dist.destroy_process_group()
-    return found
+    return by_nodes
 
 
 def peers(args: argparse.Namespace) -> dict:
@@ -119,10 +119,10 @@ def peers(args: argparse.Namespace) -> dict:
         index.add(unit)
         return index.search(unit, NEIGHBOURS + 1)
 
-    found = {}
+    by_nodes = {}
     for nodes in args.nodes:
         x = rows(nodes, args.width)
-        found[nodes] = {
+        by_nodes[nodes] = {
             name: smallest(lambda search=search, x=x: search(x), args.repetitions)
             for name, search, there in (
                 ("sklearn", sklearn_search, NearestNeighbors),
@@ -130,7 +130,7 @@ def peers(args: argparse.Namespace) -> dict:
             )
             if there
         }
-    return found
+    return by_nodes
 
 
 # ------------------------------------------------------------------------------------------------------- the driver
@@ -162,9 +162,9 @@ def drive(args: argparse.Namespace) -> None:
                 start(args, sys.executable, 1, "--one", "ours", "--rank", str(rank), "--store", store)
                 for rank in range(args.ranks)
             ]
-            found = answers(mine)
+            ours_by_nodes = answers(mine)
         theirs = answers([start(args, args.peers, args.ranks, "--one", "peers")])
-        runs.append({nodes: found[nodes] | theirs[nodes] for nodes in found})
+        runs.append({nodes: ours_by_nodes[nodes] | theirs[nodes] for nodes in ours_by_nodes})
         for nodes, times in runs[-1].items():
             said = ", ".join(f"{name} {times[name]:.1f}" for name in OURS + PEERS if name in times)
             print(f"run {turn + 1}, M {nodes}: {said} ms", flush=True)
@@ -223,9 +223,9 @@ def main() -> None:
     args = parser.parse_args()
     if args.one is None:
         return drive(args)
-    found = ours(args) if args.one == "ours" else peers(args)
+    times = ours(args) if args.one == "ours" else peers(args)
     if args.rank == 0:
-        print(json.dumps(found))
+        print(json.dumps(times))
     return None
 
 

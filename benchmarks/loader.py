@@ -84,10 +84,10 @@ def prepare(dir: Path, samples: int) -> None:
     from mmpeft_ds.data.writer import PARTS, write_manifest, write_shard
 
     if (dir / "manifest.json").exists():
-        found = Manifest.load(dir).samples("train")
-        if found != samples:
+        stored = Manifest.load(dir).samples("train")
+        if stored != samples:
             sys.exit(
-                f"{dir}: holds {found} photos, {samples} are asked for. Give --samples {found}, or another --dir."
+                f"{dir}: holds {stored} photos, {samples} are asked for. Give --samples {stored}, or another --dir."
             )
         return
     from data_prep.sources.base import RawSample
@@ -186,9 +186,9 @@ def ours(loader, dir, workers, world_size, mode, step):
         next(stream.epoch(0))
         first = time.perf_counter() - begin
         stream.wait_for_workers()
-        found = timed(((b.records, b.images["pixels"]) for s in stream.epoch(1) for b in s.micro if b.images), begin)
+        rates = timed(((b.records, b.images["pixels"]) for s in stream.epoch(1) for b in s.micro if b.images), begin)
         stream.close()
-        return {**found, "first": first}
+        return {**rates, "first": first}
     keys, first = [], None
     per_rank = [open_stream(rank) for rank in range(world_size)]
     epochs = [stream.epoch(0, step if mode == "resume" else 0) for stream in per_rank]
@@ -372,7 +372,7 @@ def decoder_quality(dir: Path) -> dict:
     with tarfile.open(sorted(dir.glob("photos-train-*.tar"))[0]) as archive:
         photos = [archive.extractfile(m).read() for m in archive if m.name.endswith(".jpg")][:100]
     reference = [pil_224(data).astype(np.float64) for data in photos]
-    found = {"jpeg_bytes": statistics.mean(map(len, photos))}
+    measured = {"jpeg_bytes": statistics.mean(map(len, photos))}
     for name, work in {"Pillow": pil_224, "full": our_224, "scaled": lambda d: our_224(d, True)}.items():
         begin = time.perf_counter()
         images = [work(data) for data in photos]
@@ -380,12 +380,12 @@ def decoder_quality(dir: Path) -> dict:
         arrays = [i if isinstance(i, np.ndarray) else i.permute(1, 2, 0).numpy() for i in images]
         errors = [((a - r) ** 2).mean() for a, r in zip(arrays, reference, strict=True)]
         psnr = [10 * np.log10(255**2 / e) if e else float("inf") for e in errors]
-        found[name] = {"rate": rate, "psnr_mean": float(np.mean(psnr)), "psnr_min": float(np.min(psnr))}
+        measured[name] = {"rate": rate, "psnr_mean": float(np.mean(psnr)), "psnr_min": float(np.min(psnr))}
         log(
-            f"decoder {name}: {rate:.0f}/s, PSNR mean {found[name]['psnr_mean']:.1f}, "
-            f"min {found[name]['psnr_min']:.1f}"
+            f"decoder {name}: {rate:.0f}/s, PSNR mean {measured[name]['psnr_mean']:.1f}, "
+            f"min {measured[name]['psnr_min']:.1f}"
         )
-    return found
+    return measured
 
 
 def report(args, rows: list[dict], decoders: dict) -> None:

@@ -52,8 +52,9 @@ def main(argv: list[str] | None = None) -> None:
         return
     key = backbone.statistics_key()
     if key in manifest.statistics:
-        found = manifest.statistics[key]
-        print(f"{args.dir}: statistics {key} are there already, over {found['count']:,} images of {found['split']!r}")
+        stored = manifest.statistics[key]
+        images = f"{stored['count']:,} images of {stored['split']!r}"
+        print(f"{args.dir}: statistics {key} are there already, over {images}")
         return
     torch.set_num_threads(args.threads)
     statistics = measure(manifest, args.split, backbone, args.batch, recipe.data.max_pixels)

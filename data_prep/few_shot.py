@@ -83,15 +83,15 @@ def labels_of(manifest: Manifest, split: str) -> dict[str, str]:
     Raises:
         BadInput: a sample without a label that the manifest lists.
     """
-    found = {}
+    labels = {}
     for key, record in _records(manifest, split):
         label = record.get("label")
         known = isinstance(label, int) and not isinstance(label, bool) and 0 <= label < len(manifest.labels or [])
         name = record.get("class_name", (manifest.labels or [])[label] if known else None)
         if name not in (manifest.labels or []):
             raise BadInput(f"{manifest.dir}: sample {key} has no label of the data set's list (label {label!r}).")
-        found[key] = name
-    return found
+        labels[key] = name
+    return labels
 
 
 def draw(labels: dict[str, dict[str, str]], splits: Sequence[str], shots: int, seed: int) -> dict[str, list[str]]:

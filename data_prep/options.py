@@ -72,5 +72,5 @@ def _item_type(hint: Any) -> tuple[Any, bool]:
 
 def _attribute_docs(options: type) -> dict[str, str]:
     text = inspect.getdoc(options) or ""
-    found = re.findall(r"^    (\w+): (.*(?:\n {8,}.*)*)", text, re.MULTILINE)
-    return {name: " ".join(words.split()) for name, words in found}
+    documented = re.findall(r"^    (\w+): (.*(?:\n {8,}.*)*)", text, re.MULTILINE)
+    return {name: " ".join(words.split()) for name, words in documented}

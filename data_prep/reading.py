@@ -61,9 +61,9 @@ def image_size(data: bytes) -> tuple[int, int]:
 
 def _images(parts: dict[str, bytes]) -> list[tuple[int, bytes]]:
     """(position, bytes) of the images: `jpg` is the only one, `0.jpg`, `1.jpg`, ... are several."""
-    found = []
+    images = []
     for extension, data in parts.items():
         number, _, kind = extension.rpartition(".")
         if kind in STORED.values() and (number == "" or number.isdigit()):
-            found.append((int(number or 0), data))
-    return found
+            images.append((int(number or 0), data))
+    return images

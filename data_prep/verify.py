@@ -44,7 +44,7 @@ class Job:
 
 
 @dataclass
-class Found:
+class ShardReport:
     """Problems of one shard, of its samples (key, what is wrong), and how many samples read well."""
 
     problems: list[str]
@@ -88,7 +88,7 @@ def verify(dir: str, list_bad: bool = False, processes: int = 0) -> list[str]:
             manifest.offsets(split, 0)
         except BadInput as error:
             problems.append(str(error))
-    results: list[Found | None] = [None] * len(jobs)
+    results: list[ShardReport | None] = [None] * len(jobs)
     checked = run_jobs(check_shard, jobs, "local", processes)
     with Progress("verify", sum(manifest.samples(s) for s in manifest.splits)) as progress:
         for i, found in checked:
@@ -96,12 +96,12 @@ def verify(dir: str, list_bad: bool = False, processes: int = 0) -> list[str]:
             progress.advance(manifest.splits[jobs[i].split][jobs[i].number].samples)
     for job, found in zip(jobs, results, strict=True):
         file = manifest.splits[job.split][job.number].file
-        problems += [f"{file}: {problem}" for problem in found.problems]
+        problems += [f"{file}: {problem}" for problem in report.problems]
         if list_bad:
-            problems += [f"{file}: sample {key}: {what}" for key, what in found.bad]
-        elif found.bad:
-            key, what = found.bad[0]
-            problems.append(f"{file}: {len(found.bad)} bad samples, first {key}: {what} (--list-bad names all)")
+            problems += [f"{file}: sample {key}: {what}" for key, what in report.bad]
+        elif report.bad:
+            key, what = report.bad[0]
+            problems.append(f"{file}: {len(report.bad)} bad samples, first {key}: {what} (--list-bad names all)")
     for problem in problems:
         print(problem)
     strange = _unlisted(manifest)
@@ -137,35 +137,35 @@ def _same(one: str, other: str) -> bool:
     return Path(one).resolve() == Path(other).resolve()
 
 
-def check_shard(job: Job) -> Found:
+def check_shard(job: Job) -> ShardReport:
     """All that is wrong with one shard."""
     manifest = Manifest.load(job.dir)
     shard = manifest.splits[job.split][job.number]
     path = Path(local_path(manifest.path(shard.file)))
-    found = Found([], [])
+    report = ShardReport([], [])
     try:
         size, digest = path.stat().st_size, sha256(path)
     except OSError as error:
-        found.problems.append(f"cannot be read ({error.strerror}). {HINT}")
-        return found
+        report.problems.append(f"cannot be read ({error.strerror}). {HINT}")
+        return report
     if size != shard.bytes:
-        found.problems.append(f"has {size:,} bytes, expected {shard.bytes:,}. {HINT}")
+        report.problems.append(f"has {size:,} bytes, expected {shard.bytes:,}. {HINT}")
     elif digest != shard.sha256:
-        found.problems.append(f"has sha256 {digest[:12]}.., expected {shard.sha256[:12]}..: changed bytes. {HINT}")
+        report.problems.append(f"has sha256 {digest[:12]}.., expected {shard.sha256[:12]}..: changed bytes. {HINT}")
     try:
         offsets = manifest.offsets(job.split, job.number)
     except BadInput:
-        return found  # reported once for the split
+        return report  # reported once for the split
     with open(path, "rb") as stream:
         for i, (begin, length) in enumerate(offsets.tolist()):
             key = sample_key(job.split, job.first + i)
             stream.seek(begin)
             try:
                 _check_sample(stream.read(length), key)
-                found.good += 1
+                report.good += 1
             except BadSample as error:
-                found.bad.append((key, str(error)))
-    return found
+                report.bad.append((key, str(error)))
+    return report
 
 
 def _check_sample(piece: bytes, key: str) -> None:

@@ -80,13 +80,13 @@ def read_recipe(args) -> recipes.Recipe:
 
 def read_templates(args) -> list[str]:
     """Of the command line and of the file."""
-    found = list(args.template)
+    templates = list(args.template)
     if args.templates is not None:
         try:
-            found += [line.strip() for line in args.templates.read_text("utf-8").splitlines() if line.strip()]
+            templates += [line.strip() for line in args.templates.read_text("utf-8").splitlines() if line.strip()]
         except (OSError, UnicodeDecodeError) as e:
             raise BadInput(f"--templates {args.templates}: cannot be read as UTF-8 text, one template a line.") from e
-    return found
+    return templates
 
 
 if __name__ == "__main__":

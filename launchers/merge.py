@@ -27,10 +27,10 @@ def main() -> int:
     with console.quick_imports():
         from mmpeft_ds import merging
 
-    told = merging.merge(args.adapter, args.out)
+    summary = merging.merge(args.adapter, args.out)
     print(
-        f"{args.out}: {told['backbone']} with {told['method']} merged, {told['parameters']:,} parameters; "
-        f"outputs differ from the adapted model's by {told['largest_difference']:.1e} of the largest"
+        f"{args.out}: {summary['backbone']} with {summary['method']} merged, {summary['parameters']:,} parameters; "
+        f"outputs differ from the adapted model's by {summary['largest_difference']:.1e} of the largest"
     )
     return 0
 

@@ -47,17 +47,17 @@ def main() -> int:
     with console.quick_imports():
         from mmpeft_ds.runs import search
 
-    found = search.search(
+    result = search.search(
         args.adapter, images, texts or captions, out=args.out, top=args.top, batch=args.batch, device=args.device,
         of_pictures=bool(captions),
     )  # fmt: skip
-    show(found.hits, "image" if captions else "text")
-    print(f"{len(found.hits):,} hits: {args.out / search.RESULTS}, contact sheet: {args.out / search.SHEET}")
-    if found.cut:
-        print(f"note: the end of {len(found.cut):,} texts was too long to be read. The first: {found.cut[0][:60]!r}")
-    if found.errors:
-        first = next(iter(found.errors.values()))
-        raise BadInput(f"{len(found.errors):,} of {len(images):,} images were left out. The first: {first}")
+    show(result.hits, "image" if captions else "text")
+    print(f"{len(result.hits):,} hits: {args.out / search.RESULTS}, contact sheet: {args.out / search.SHEET}")
+    if result.cut:
+        print(f"note: the end of {len(result.cut):,} texts was too long to be read. The first: {result.cut[0][:60]!r}")
+    if result.errors:
+        first = next(iter(result.errors.values()))
+        raise BadInput(f"{len(result.errors):,} of {len(images):,} images were left out. The first: {first}")
     return 0
 
 

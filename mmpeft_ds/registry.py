@@ -46,9 +46,9 @@ def options(package: ModuleType, name: str, where: str) -> type:
     """
     module = _module(package, name, where)
     inner = f"{module}.options"
-    found = importlib.import_module(inner if _is_there(inner) else module)
+    holder = importlib.import_module(inner if _is_there(inner) else module)
     # A folder without options.py keeps them on its entry.
-    return found.Options if hasattr(found, "Options") else load(package, name, where).Options
+    return holder.Options if hasattr(holder, "Options") else load(package, name, where).Options
 
 
 def lazy_names(package: str) -> Callable[[str], Any]:

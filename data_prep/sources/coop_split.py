@@ -78,14 +78,14 @@ class CoopSplit:
         file = self.options.splits_file
         try:
             raw = json.loads(file.read_text("utf-8"))
-            found = {s: [self._item(entry) for entry in raw[s]] for s in SPLITS if raw.get(s)}
+            items = {s: [self._item(entry) for entry in raw[s]] for s in SPLITS if raw.get(s)}
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise BadInput(
                 f"{file}: no split file of CoOp ({error}); expected {{'train': [[path, label, class name], ...]}}."
             ) from error
-        if not found:
+        if not items:
             raise BadInput(f"{file}: holds none of the splits {', '.join(SPLITS)}.")
-        return found
+        return items
 
     @staticmethod
     def _item(entry: Any) -> tuple[str, int, str]:

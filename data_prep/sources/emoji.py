@@ -121,13 +121,13 @@ class EmojiSource:
         self.licence = f"{LICENCES[options.vendor]}; {TEXT_LICENCE}"
 
     def splits(self) -> list[str]:
-        found = [split for split in SPLITS if self._images[split]]
-        if "train" not in found:
+        splits = [split for split in SPLITS if self._images[split]]
+        if "train" not in splits:
             raise BadInput(
                 f"emoji: no class of {', '.join(self.options.categories)} has {self.options.min_images} emoji. "
                 f"Lower --min-images, or name other --categories: {', '.join(sorted(self._known_categories))}."
             )
-        return found
+        return splits
 
     def fingerprint(self) -> dict[str, str]:
         """Versions of the packages, and a hash of the names and sizes of the images."""
@@ -188,8 +188,8 @@ class EmojiSource:
         names = {
             code: CLASSES.get(name, name.replace("-", " ")) for name, of_class in codes.items() for code in of_class
         }
-        found = [Emoji(code, names[code], tuple(captions[code]), split[code]) for code in names if captions[code]]
-        return sorted(found, key=lambda emoji: (emoji.class_name, emoji.code))
+        emojis = [Emoji(code, names[code], tuple(captions[code]), split[code]) for code in names if captions[code]]
+        return sorted(emojis, key=lambda emoji: (emoji.class_name, emoji.code))
 
     def _captions(self, entry: dict[str, Any]) -> list[str]:
         """The official name; the everyday one; and the latter with keywords. First come first, no two the same."""

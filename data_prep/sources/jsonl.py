@@ -134,15 +134,15 @@ class Jsonl:
 
     def fingerprint(self) -> dict[str, str]:
         """sha256 of every JSONL file. Images are named in them; their bytes are not read twice for this."""
-        found = {}
+        digests = {}
         for split, files in self._files.items():
             for i, file in enumerate(files):
                 with open(file, "rb") as stream:
                     digest = hashlib.sha256()
                     while block := stream.read(1 << 20):
                         digest.update(block)
-                found[f"{split}[{i}]"] = digest.hexdigest()
-        return found
+                digests[f"{split}[{i}]"] = digest.hexdigest()
+        return digests
 
     def labels(self, split: str) -> list[str] | None:
         """Class names, or else the most frequent answers (equals in alphabetic order), or None."""
@@ -206,39 +206,39 @@ class Jsonl:
         for file in self._files[split]:
             for number, line in _lines(file):
                 try:
-                    found = json.loads(line)
+                    parsed = json.loads(line)
                 except ValueError:
                     continue
-                if isinstance(found, dict):
-                    yield number, found, file
+                if isinstance(parsed, dict):
+                    yield number, parsed, file
 
     def _parse(self, line: bytes, file: Path, split: str) -> tuple[list[Path], dict[str, Any]]:
         """(paths of images and features, record) of one line; ValueError says what is wrong with it."""
         try:
-            found = json.loads(line.decode("utf-8"), parse_constant=_no_constant, object_pairs_hook=_each_once)
+            parsed = json.loads(line.decode("utf-8"), parse_constant=_no_constant, object_pairs_hook=_each_once)
         except UnicodeDecodeError as error:
             raise ValueError(f"is not UTF-8 (byte {error.start})") from error
         except json.JSONDecodeError as error:
             raise ValueError(f"is no JSON object ({error.msg} at column {error.colno})") from error
-        if not isinstance(found, dict):
-            raise ValueError(f"is a JSON {type(found).__name__}, expected an object {{...}}")
-        extra = self._extra(found, file)
-        if not any(name in found for name in CONTENT):
+        if not isinstance(parsed, dict):
+            raise ValueError(f"is a JSON {type(parsed).__name__}, expected an object {{...}}")
+        extra = self._extra(parsed, file)
+        if not any(name in parsed for name in CONTENT):
             raise ValueError(f"has none of {', '.join(CONTENT)}")
-        images = self._paths(found, "image", sorted(STORED_SUFFIXES), file)
-        features = self._paths(found, "features", [".npy"], file)
+        images = self._paths(parsed, "image", sorted(STORED_SUFFIXES), file)
+        features = self._paths(parsed, "features", [".npy"], file)
         record: dict[str, Any] = {}
-        if "caption" in found or "captions" in found:
-            record["captions"] = _captions(found)
-        if "question" in found or "questions" in found:
+        if "caption" in parsed or "captions" in parsed:
+            record["captions"] = _captions(parsed)
+        if "question" in parsed or "questions" in parsed:
             record["questions"] = _questions(
-                found, strict=True, extra=lambda one: self._extra_of(one, (*OF_QUESTION, _type_key(one)), file)
+                parsed, strict=True, extra=lambda one: self._extra_of(one, (*OF_QUESTION, _type_key(one)), file)
             )
-        if "label" in found:
-            record.update(self._label(found, split))
-        if "conversations" in found:
+        if "label" in parsed:
+            record.update(self._label(parsed, split))
+        if "conversations" in parsed:
             record["conversations"] = _conversations(
-                found["conversations"], len(images), lambda turn: self._extra_of(turn, ("from", "value"), file)
+                parsed["conversations"], len(images), lambda turn: self._extra_of(turn, ("from", "value"), file)
             )
         return images + features, {**record, "extra": extra} if extra else record
 
@@ -428,11 +428,11 @@ def _check_storable(record: dict[str, Any]) -> None:
 
 
 def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
+    parsed = dict(pairs)
+    if len(parsed) < len(pairs):
         twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
         raise ValueError(f"has the key {twice!r} twice")
-    return found
+    return parsed
 
 
 def _no_constant(name: str) -> None:

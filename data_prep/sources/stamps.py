@@ -76,13 +76,13 @@ class Stamps:
         self.options = options
 
     def splits(self) -> list[str]:
-        found = [split for split in SPLITS if self._of(split)]
-        if "train" not in found and self.options.style != "drawing":
+        splits = [split for split in SPLITS if self._of(split)]
+        if "train" not in splits and self.options.style != "drawing":
             raise BadInput(
                 f"{self.options.root}: no folder holds {self.options.min_images} PNG images with a text. Lower "
                 "--min-images, or give the folder `stamps` of the package."
             )
-        return found
+        return splits
 
     def fingerprint(self) -> dict[str, str]:
         """A hash of names, sizes and captions."""
@@ -115,25 +115,25 @@ class Stamps:
     @cached_property
     def _stamps(self) -> list[Stamp]:
         """All images of the classes, of any style, in order of path."""
-        found: list[tuple[Path, str, str]] = []
+        stamps: list[tuple[Path, str, str]] = []
         for path in sorted(self.options.root.rglob("*.png")):
             parts = path.relative_to(self.options.root).parts
             caption = _caption(path)
             if len(parts) > 1 and parts[0] != LEFT_OUT and not path.stem.endswith(COPIES) and caption:
-                found.append((path, parts[0].replace("_", " "), caption))
+                stamps.append((path, parts[0].replace("_", " "), caption))
         sizes: dict[str, list[str]] = {}
-        for _, name, caption in found:
+        for _, name, caption in stamps:
             sizes.setdefault(name, []).append(caption)
-        found = [stamp for stamp in found if len(sizes[stamp[1]]) >= self.options.min_images]
+        stamps = [stamp for stamp in stamps if len(sizes[stamp[1]]) >= self.options.min_images]
         # A caption, not an image, is what is drawn: so no caption is in two splits of a class ...
-        groups = {name: [same_words(c) for c in sizes[name]] for name in sorted({name for _, name, _ in found})}
+        groups = {name: [same_words(c) for c in sizes[name]] for name in sorted({name for _, name, _ in stamps})}
         split = by_hash(groups, self.options.val_fraction, self.options.test_fraction)
         # ... and none in two splits of two classes.
-        of_path = {path: split[same_words(caption)] for path, _, caption in found}
-        kept = disjoint_captions({path: [caption] for path, _, caption in found}, of_path)
+        of_path = {path: split[same_words(caption)] for path, _, caption in stamps}
+        kept = disjoint_captions({path: [caption] for path, _, caption in stamps}, of_path)
         return [
             Stamp(path, name, caption, of_path[path], DRAWN in path.relative_to(self.options.root).parts)
-            for path, name, caption in found
+            for path, name, caption in stamps
             if kept[path]
         ]
 

@@ -158,8 +158,8 @@ def _together(steps: Iterable[Any], device: torch.device | str) -> Iterator[Any]
 
 def _concluded(mine: list[dict[str, Any]], rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The rows about the sample of `mine` that a task gave at the end of the split: what was found for its image."""
-    found = [row for row in rows if row["sample_id"] == mine[0]["sample_id"] and not row.get("text")]
-    return found or mine
+    concluded = [row for row in rows if row["sample_id"] == mine[0]["sample_id"] and not row.get("text")]
+    return concluded or mine
 
 
 def _pictures(

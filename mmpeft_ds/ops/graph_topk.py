@@ -154,20 +154,20 @@ def settled(
     row, slot = needed.nonzero(as_tuple=True)
     cosine[row, slot] = cosines_at(own, block, row, columns[row, slot])
     positions, keys_ = torch.where(missing, -1, columns + block.start), torch.where(missing, 0, keys[columns])
-    found = Nearest(positions, cosine, keys_)._best(k)
+    nearest = Nearest(positions, cosine, keys_)._best(k)
     # so many nearly equal that some may not be among the candidates
     crowded = _close(last, values[:, -1:], near).nonzero().flatten()
     if len(block) > values.shape[1] and len(crowded):
         step = max(1, (chunk or default_chunk(values.device)) // len(block))
         for some in crowded.split(step):
             again = _all_of_rows(own, some, block, keys, k, last[some] - near, with_self)
-            for mine, new in zip(found._columns(), again._columns(), strict=True):
+            for mine, new in zip(nearest._columns(), again._columns(), strict=True):
                 mine[some] = new
     if exact:
-        row, slot = (found.position >= 0).nonzero(as_tuple=True)
-        found.cosine[row, slot] = cosines_at(own, block, row, found.position[row, slot] - block.start)
-        found = found._best(k)
-    return found
+        row, slot = (nearest.position >= 0).nonzero(as_tuple=True)
+        nearest.cosine[row, slot] = cosines_at(own, block, row, nearest.position[row, slot] - block.start)
+        nearest = nearest._best(k)
+    return nearest
 
 
 def _none(like: Rows, rows: int, kept: int) -> tuple[Tensor, Tensor]:
@@ -215,8 +215,8 @@ def _all_of_rows(
     cosine = torch.full(tile.shape, -math.inf, dtype=torch.float64, device=tile.device)
     cosine[row, column] = cosines_at(some, block, row, column)
     position = torch.arange(block.start, block.start + len(block), device=tile.device).expand(tile.shape)
-    found = Nearest(position, cosine, keys.expand(tile.shape))._best(k)
-    return Nearest(torch.where(found.cosine == -math.inf, -1, found.position), found.cosine, found.key)
+    nearest = Nearest(position, cosine, keys.expand(tile.shape))._best(k)
+    return Nearest(torch.where(nearest.cosine == -math.inf, -1, nearest.position), nearest.cosine, nearest.key)
 
 
 def _by_cosine_then_key(cosine: Tensor, key: Tensor) -> Tensor:

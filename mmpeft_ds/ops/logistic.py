@@ -36,7 +36,7 @@ def logistic_regression(
     y = torch.searchsorted(present, y_n)
     rows, width = x.shape
     basis = None
-    if rows < width:  # the weight lies in the span of the rows, so no more than n numbers a class need be found
+    if rows < width:  # the weight lies in the span of the rows, so no more than n numbers per class are solved for
         basis, triangle = torch.linalg.qr(x.T)
         x = triangle.T
     classes = len(present)
@@ -64,10 +64,10 @@ def logistic_regression(
 
     with torch.enable_grad():
         optimizer.step(objective)
-    found = weight.detach() if basis is None else weight.detach() @ basis.T
-    whole = found.new_zeros(num_classes, width)
-    intercepts = found.new_full((num_classes,), NEVER)
-    whole[present], intercepts[present] = found, intercept.detach()
+    solved = weight.detach() if basis is None else weight.detach() @ basis.T
+    whole = solved.new_zeros(num_classes, width)
+    intercepts = solved.new_full((num_classes,), NEVER)
+    whole[present], intercepts[present] = solved, intercept.detach()
     return whole, intercepts
 
 

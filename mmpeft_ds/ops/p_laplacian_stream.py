@@ -133,8 +133,8 @@ class _Streaming(torch.autograd.Function):
             dq, dk = job.tiles.gradients() if scores else (q, k)
             # c = 2 mu / p stands beside p's own place in the weights.
             dp = grads.dp - 2 * mu * grads.dc / p**2
-        found = (dq.to(q.dtype), dk.to(k.dtype), grads.df.to(f.dtype), dg.to(g.dtype), dp, 2 * grads.dc / p)
-        wanted = (d if needed else None for d, needed in zip(found, ctx.needs_input_grad, strict=False))
+        gradients = (dq.to(q.dtype), dk.to(k.dtype), grads.df.to(f.dtype), dg.to(g.dtype), dp, 2 * grads.dc / p)
+        wanted = (d if needed else None for d, needed in zip(gradients, ctx.needs_input_grad, strict=False))
         return *wanted, None, None
 
 

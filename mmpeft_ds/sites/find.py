@@ -13,7 +13,7 @@ from mmpeft_ds.sites.base import Block, Family, Sites
 
 def find_sites(model: nn.Module) -> Sites:
     """All sites of `model` in module order, with full paths below `model`. Empty if it has no known layer."""
-    found = Sites()
+    sites_of_model = Sites()
     modules = dict(model.named_modules())
     for path, module in modules.items():
         reader = next((f for f in _families() if _named(module, f.layers)), None)
@@ -22,10 +22,10 @@ def find_sites(model: nn.Module) -> Sites:
         tower, modality = _tower(path, modules, reader)
         block = Block(path, module, tower, modality, _index(path))
         sites = reader.layers[_named(module, reader.layers)](block)
-        found.attention.extend(sites.attention)
-        found.ffn.extend(sites.ffn)
-        found.features.extend(sites.features)
-    return found
+        sites_of_model.attention.extend(sites.attention)
+        sites_of_model.ffn.extend(sites.ffn)
+        sites_of_model.features.extend(sites.features)
+    return sites_of_model
 
 
 @cache

@@ -47,17 +47,17 @@ class AdapterModel(SiteTuner):
 
     def places(self, config: AdapterConfig, model: nn.Module) -> dict[str, Sublayer | type]:
         chosen = select(find_sites(model), config.tower, config.layers)
-        found = {place.end: place for place in sublayers(chosen, config.after)}
-        for place in found.values():
+        adapted = {place.end: place for place in sublayers(chosen, config.after)}
+        for place in adapted.values():
             activation_of(config.activation, place)
         named = config.train_norms
         norms = norms_like(model, named) if isinstance(named, list) else chosen.norms() if named else []
-        places = found | dict.fromkeys(norms, TrainedNorm)
+        places = adapted | dict.fromkeys(norms, TrainedNorm)
         if config.style == "parallel":
-            for place in found.values():
+            for place in adapted.values():
                 if place.first in places:
                     raise BadInput(f"style: {place.first} is first and last of its sublayer. Choose sequential.")
-            places |= dict.fromkeys((place.first for place in found.values()), Remember)
+            places |= dict.fromkeys((place.first for place in adapted.values()), Remember)
         return places
 
     def wrap(

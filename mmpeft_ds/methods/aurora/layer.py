@@ -123,11 +123,11 @@ class ModeDelta(nn.Module):
         factors, holder = self.borrowed
         given = (factors.down, factors.up, holder.core, self.mode)
         if self.place.role == "attention":
-            found = list(mode_product.mode_weight(*given))
+            changes = list(mode_product.mode_weight(*given))
         else:
             wide = self.place.role == "widen"
-            found = [(mode_product.widening_weight if wide else mode_product.narrowing_weight)(*given)]
-        return [w * self.scale for w in found]
+            changes = [(mode_product.widening_weight if wide else mode_product.narrowing_weight)(*given)]
+        return [w * self.scale for w in changes]
 
     def _borrow(self) -> tuple[Tensor, Tensor, Tensor]:
         """down, up and core, whole also where ZeRO-3 holds them in parts.

@@ -199,7 +199,7 @@ def sublayers(chosen: Selection, after: list[str] | None) -> list[Sublayer]:
         BadInput: a kind of sublayer that no chosen layer has.
     """
     activation = {site.block: site.activation for site in chosen.ffn}
-    found = []
+    places = []
     for kind in after or SUBLAYERS:
         sites = chosen.ffn if kind == "ffn" else [s for s in chosen.attention if s.cross == (kind == "cross")]
         if not sites and after:
@@ -208,8 +208,8 @@ def sublayers(chosen: Selection, after: list[str] | None) -> list[Sublayer]:
             )
         for s in sites:
             first, last = (s.up, s.down) if kind == "ffn" else (s.q, s.out)
-            found.append(Sublayer(s.end, first.path, last.width, s.layer, activation.get(s.block)))
-    return found
+            places.append(Sublayer(s.end, first.path, last.width, s.layer, activation.get(s.block)))
+    return places
 
 
 def activation_of(wanted: str | None, place: Sublayer) -> str:

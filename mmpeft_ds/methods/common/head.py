@@ -187,5 +187,5 @@ def check_bank(head_class: type[Head], config: Any, site: FeatureSite) -> None:
 
 def head_of(model: nn.Module) -> Head | None:
     """The active head of a model of features, through any wrappers; None where none is attached."""
-    found = [module for module in model.modules() if isinstance(module, HeadLayer)]
-    return found[0].head if found else None
+    heads = [module for module in model.modules() if isinstance(module, HeadLayer)]
+    return heads[0].head if heads else None

@@ -96,13 +96,13 @@ class PromptLayer(nn.Module, SiteLayer):
 
     def prompts(self, part: str, adapters: list[str] | None = None) -> Tensor:
         """(P, width) of the given adapters, default the active ones."""
-        found = []
+        parts = []
         for name in self.active() if adapters is None else adapters:
             prompts = self.plans[name][part]
             if name not in self.deep_prompt:
                 lent(self, list(prompts.parameters()))
-            found.append(prompts())
-        return found[0] if len(found) == 1 else torch.cat(found)
+            parts.append(prompts())
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def forward(self, x: Tensor, *args: object, **kwargs: object) -> Tensor:
         """(B, N, in) -> (B, N, out)."""
@@ -279,10 +279,10 @@ class PromptedBlock(Hooked):
     def _passing(self) -> list[tuple[str, Passage]]:
         """Active adapters; shallow ones first, so that the tokens of deep ones come to stand before theirs."""
         holder = self.layers["token"]
-        found = [(name, self.passages[name]) for name in holder.active() if name in self.passages]
-        if sum(not passage.deep for _, passage in found) > 1:
+        passing = [(name, self.passages[name]) for name in holder.active() if name in self.passages]
+        if sum(not passage.deep for _, passage in passing) > 1:
             raise BadInput(f"{self.path}: two active adapters carry tokens through it. Activate one, or depth: deep.")
-        return sorted(found, key=lambda item: item[1].deep)
+        return sorted(passing, key=lambda item: item[1].deep)
 
 
 def _cut(out: Any, length: int) -> Any:

@@ -121,14 +121,14 @@ class DeepPrompt(SiteMethod):
 
 
 def _attention(config: DeepPromptConfig, chosen: Selection) -> list[AttentionSite]:
-    found = []
+    attentions = []
     for kind in config.attention or ("self", "cross"):
         sites = [s for s in chosen.attention if s.cross == (kind == "cross")]
         if not sites and config.attention:
             names = ", ".join(map(repr, chosen.towers))
             raise BadInput(f"attention: tower {names} has no {kind!r} attention. Leave it out.")
-        found += sites
-    return found
+        attentions += sites
+    return attentions
 
 
 def _prefix_hook(core: nn.Module, path: str, site: AttentionSite) -> Hooked:

@@ -148,13 +148,13 @@ class GaNetHead(Head):
             return {}
         if validation is None:
             raise BadInput("method.tau_grid: there are no validation rows to search on. Add data.validation.")
-        found = []
+        scores = []
         for choice in range(len(grid)):
             self.tau_choice.fill_(choice)
-            found.append(self.top1(validation, self.config.tau_batch)["top1"])
-        best = max(range(len(grid)), key=found.__getitem__)
+            scores.append(self.top1(validation, self.config.tau_batch)["top1"])
+        best = max(range(len(grid)), key=scores.__getitem__)
         self.tau_choice.fill_(best)
-        return {"tau": grid[best], "validation_top1": found[best]}
+        return {"tau": grid[best], "validation_top1": scores[best]}
 
     @torch.no_grad()
     def top1(self, rows: Labelled, size: int, order: Tensor | None = None) -> dict[str, float]:
@@ -177,8 +177,8 @@ class GaNetHead(Head):
             for name, value in scores.graph.health(rows.labels[own]).items():
                 sums[name] = sums.get(name, 0.0) + value
         summed = collectives.sum_scalars(list(sums.values()), rows.labels.device)
-        found = dict(zip(sums, summed, strict=True))
-        return {**found, "top1": found["top1"] / max(1, total)}
+        totals = dict(zip(sums, summed, strict=True))
+        return {**totals, "top1": totals["top1"] / max(1, total)}
 
     def _hidden(self, features: Features, graph: Graph) -> Tensor:
         """What the last convolution reads."""

@@ -187,8 +187,8 @@ class ClassGraphHead(nn.Module):
 
     def refine(self) -> tuple[Tensor, Tensor | None]:
         """Refined texts P' and class shifts b of the cache, (R, D) each, in the mode of this module."""
-        found = self.refined(self.training)
-        return found.text, found.shift
+        refined = self.refined(self.training)
+        return refined.text, refined.shift
 
     @torch.no_grad()
     def export(self) -> dict[str, Tensor]:
@@ -262,7 +262,7 @@ class ClassGraphHead(nn.Module):
         elif self._kept is not None and self._kept[0] is made and _equal(self._kept[1], given):
             return self._kept[2]
         shared = self.shard == "classes"
-        found = ops.refine(
+        refined = ops.refine(
             made.fixed,
             weights,
             dict(zip(self.relations, factors, strict=True)),
@@ -271,8 +271,8 @@ class ClassGraphHead(nn.Module):
         )
         if not torch.is_grad_enabled():
             # Without gradients nothing changes from batch to batch, and the round costs more than all the rest.
-            self._kept = (made, [t.detach().clone() for t in given], found)
-        return found
+            self._kept = (made, [t.detach().clone() for t in given], refined)
+        return refined
 
     def made(self) -> Made:
         """What the nodes give; made anew where they have changed. Then collective where something is shared out."""

@@ -145,9 +145,9 @@ class BankHead(ClassGraphHead, Head):
         values = [round(value, 6) for value in self.message_factors(training=False).tolist()]
         factors = dict(zip(self.relations, values, strict=True))
         names = {"np": "alpha_np_test", "vp": "alpha_vp", "vv": "gamma"}
-        told = {names[name]: factors[name] for name in SEARCHED if name in factors}
+        searched = {names[name]: factors[name] for name in SEARCHED if name in factors}
         accuracy = max(counts) / max(1, len(labels) * collectives.world_size(self.group))
-        return {"validation_accuracy": accuracy, **told, "fusion": self.fusion}
+        return {"validation_accuracy": accuracy, **searched, "fusion": self.fusion}
 
     def _candidates(self, z: Tensor) -> Iterator[tuple[Tensor, Tensor, list[float]]]:
         """Logits (N, C) of both heads for every choice of multiples. Collective where something is shared out."""

@@ -38,8 +38,8 @@ class Nodes:
     @property
     def of_classes(self) -> dict[str, Tensor]:
         """The nodes of the graph, by kind."""
-        found = {"positive": self.positive, "negative": self.negative, "visual": self.visual}
-        return {kind: x for kind, x in found.items() if x is not None}
+        by_kind = {"positive": self.positive, "negative": self.negative, "visual": self.visual}
+        return {kind: x for kind, x in by_kind.items() if x is not None}
 
 
 @dataclass(frozen=True)

@@ -102,10 +102,10 @@ class HeGraphOptions(HeadOptions):
     @property
     def coefficients(self) -> Coefficients:
         """The numbers of the method."""
-        found = {f.name: getattr(self, f.name) for f in dataclasses.fields(Coefficients)}
-        if found["alpha_np_test"] is None:
-            found["alpha_np_test"] = found["alpha_np"]
-        return Coefficients(**found)
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(Coefficients)}
+        if values["alpha_np_test"] is None:
+            values["alpha_np_test"] = values["alpha_np"]
+        return Coefficients(**values)
 
 
 Options = HeGraphOptions

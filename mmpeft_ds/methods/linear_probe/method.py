@@ -70,7 +70,7 @@ class LinearProbeHead(Head):
         def solved(strength: float) -> tuple[Tensor, Tensor]:
             return logistic_regression(x, y, self.bank.num_classes, strength, self.config.max_iter)
 
-        strength, told = self.config.strength, {}
+        strength, searched = self.config.strength, {}
         if strength is None:
             if validation is None:
                 raise BadInput(
@@ -84,11 +84,11 @@ class LinearProbeHead(Head):
                 weight, bias = solved(strength)
                 return ((held_out @ weight.T + bias).argmax(1) == labels).double().mean().item()
 
-            strength, told["validation_accuracy"] = search_strength(accuracy, self.config.halvings)
+            strength, searched["validation_accuracy"] = search_strength(accuracy, self.config.halvings)
         weight, bias = solved(strength)
         self.weight.copy_(weight)
         self.bias.copy_(bias)
-        return {"strength": strength, **told}
+        return {"strength": strength, **searched}
 
     def export(self) -> dict[str, Tensor]:
         """`weight` (C, D) and `bias` (C,): logits = z weight^T + bias, z as it is."""

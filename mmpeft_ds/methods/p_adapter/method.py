@@ -37,11 +37,11 @@ class PAdapterModel(SiteTuner):
 
     def places(self, config: PAdapterConfig, model: nn.Module) -> dict[str, AttentionSite | FFNSite]:
         """The site that ends at each path."""
-        found = {site.end: site for site in checked(config, find_sites(model))}
-        for site in found.values():
+        sites = {site.end: site for site in checked(config, find_sites(model))}
+        for site in sites.values():
             if isinstance(site, AttentionSite):
                 check_observable(model.get_submodule(site.path), site)
-        return found
+        return sites
 
     def wrap(self, config: PAdapterConfig, adapter_name: str, target: nn.Module, place: Any, path: str) -> nn.Module:
         attention = isinstance(place, AttentionSite)

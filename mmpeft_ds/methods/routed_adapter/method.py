@@ -90,9 +90,9 @@ def adapter_places(
     chosen = selected(config, sites, cross_only=False)
     block = {s.end: s.block for s in (*chosen.attention, *chosen.ffn)}
     causal = {s.block for s in chosen.attention if s.causal}
-    found = sublayers(chosen, config.after)
+    adapted = sublayers(chosen, config.after)
     if order is not None:
-        found.sort(key=lambda sublayer: order[sublayer.end])
+        adapted.sort(key=lambda sublayer: order[sublayer.end])
     owners: dict[str, str] = {}
 
     def place(sublayer: Sublayer) -> AdapterPlace:
@@ -107,7 +107,7 @@ def adapter_places(
             owner=owners.setdefault(block[end], end) if shared else end,
         )
 
-    return {sublayer.end: place(sublayer) for sublayer in found}
+    return {sublayer.end: place(sublayer) for sublayer in adapted}
 
 
 ENTRY = RoutedAdapter

@@ -90,7 +90,7 @@ class TipAdapterHead(Head):
             )
         rows = validation.features.valid
         c = self.config
-        found = cache_affinity.search(
+        best = cache_affinity.search(
             *self._parts(validation.features.image[rows]),
             self.bank.support_labels,
             validation.labels[rows],
@@ -98,23 +98,23 @@ class TipAdapterHead(Head):
             # alone, the cache predicts the same whatever its weight
             cache_affinity.grid(c.max_alpha, c.alpha_steps) if c.text else [float(self.alpha)],
         )
-        told = {"validation_accuracy": 0.0}
-        if found is not None:
-            self.beta.fill_(found[0])
-            self.alpha.fill_(found[1])
-            told["validation_accuracy"] = found[2] / int(rows.sum())
-        return {"alpha": float(self.alpha), "beta": float(self.beta), **told}
+        scores = {"validation_accuracy": 0.0}
+        if best is not None:
+            self.beta.fill_(best[0])
+            self.alpha.fill_(best[1])
+            scores["validation_accuracy"] = best[2] / int(rows.sum())
+        return {"alpha": float(self.alpha), "beta": float(self.beta), **scores}
 
     def export(self) -> dict[str, Tensor]:
         """`keys` (M, D), `labels` (M,), `alpha`, `beta`, and with texts `text` (C, D) and `scale`."""
         keys = self.keys.detach() if self.config.train_keys else self._frozen_keys()
-        found = {"keys": keys, "labels": self.bank.support_labels, "alpha": self.alpha, "beta": self.beta}
+        tensors = {"keys": keys, "labels": self.bank.support_labels, "alpha": self.alpha, "beta": self.beta}
         if self.config.text:
-            found |= {
+            tensors |= {
                 "text": unit_ensemble(at_least_float32(self.bank.positive)),
                 "scale": keys.new_tensor(self.logit_scale),
             }
-        return found
+        return tensors
 
 
 class TipAdapterTuner(HeadTuner):
