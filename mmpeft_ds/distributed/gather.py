@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mmpeft_ds.distributed import collectives
 from mmpeft_ds.distributed.counters import record
+from mmpeft_ds.ops.precision import at_least_float32
 
 # torch before 2.13 has other names for these two.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -93,8 +94,7 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         most, mine = _most(ctx.counts), ctx.counts[collectives.rank(ctx.group)]
-        summed = torch.float32 if grad.dtype in (torch.float16, torch.bfloat16) else grad.dtype
-        shares = torch.cat([_pad(part, most) for part in grad.to(summed).split(ctx.counts)])
+        shares = torch.cat([_pad(part, most) for part in at_least_float32(grad).split(ctx.counts)])
         return _sum_of_share(shares, most, ctx.group)[:mine].to(grad.dtype), None, None
 
 

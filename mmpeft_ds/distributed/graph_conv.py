@@ -14,6 +14,7 @@ from mmpeft_ds.distributed.batch_graph import Graph
 from mmpeft_ds.distributed.counters import counted
 from mmpeft_ds.distributed.gather import gather_rows
 from mmpeft_ds.distributed.ring import ring_blocks
+from mmpeft_ds.ops.precision import full_dtype
 
 
 class GraphConv(MessagePassing):
@@ -61,8 +62,8 @@ class GraphConv(MessagePassing):
         """Weighted sums over the edges into own rows: (B, F) of this rank to (B, F), with gradient. Collective."""
         if graph.exchange == "ring" and collectives.world_size(graph.group) > 1:
             blocks = ring_blocks(x, graph.counts, graph.group)
-            return sum(self._pass(graph.adjacency(_sum_dtype(x), rank), rows) for rank, rows in blocks)
-        return self._pass(graph.adjacency(_sum_dtype(x)), gather_rows(x, graph.counts, graph.group))
+            return sum(self._pass(graph.adjacency(full_dtype(x.dtype), rank), rows) for rank, rows in blocks)
+        return self._pass(graph.adjacency(full_dtype(x.dtype)), gather_rows(x, graph.counts, graph.group))
 
     def _pass(self, adjacency: Tensor, x: Tensor) -> Tensor:
         # propagate_type: (x: Tensor, edge_weight: OptTensor)
@@ -75,7 +76,3 @@ class GraphConv(MessagePassing):
     def message_and_aggregate(self, adj_t: Tensor, x: Tensor) -> Tensor:
         """All messages and their sums as one sparse product, so that no (E, F) tensor is made."""
         return adj_t @ x
-
-
-def _sum_dtype(x: Tensor) -> torch.dtype:
-    return torch.float32 if x.dtype in (torch.float16, torch.bfloat16) else x.dtype

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from mmpeft_ds.ops.p_laplacian import inverse_root, upcast
+from mmpeft_ds.ops.precision import full_dtype
 from mmpeft_ds.ops.score_tiles import ScoreTiles
 
 
@@ -214,5 +215,5 @@ def _bins(keys: int, groups: int, like: Tensor) -> Tensor:
     first = bin_ * keys // groups
     last = -(-(bin_ + 1) * keys // groups)
     key = torch.arange(keys, device=like.device)[:, None]
-    dtype = torch.promote_types(like.dtype, torch.float32)
+    dtype = full_dtype(like.dtype)
     return ((key >= first) & (key < last)).to(dtype) / (last - first).to(dtype)

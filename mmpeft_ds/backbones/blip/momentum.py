@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from mmpeft_ds.errors import BadInput
+from mmpeft_ds.ops.precision import full_dtype
 from mmpeft_ds.sites.base import SharedWithTeacher
 
 EMPTY = -100  # id of a place of the queue that was not filled yet
@@ -98,7 +99,7 @@ class Queue:
 
     def like(self, features: Tensor) -> None:
         """Move to the device of `features`, and to float64 if they are."""
-        dtype = torch.promote_types(features.dtype, torch.float32)
+        dtype = full_dtype(features.dtype)
         self.image, self.text = (t.to(features.device, dtype) for t in (self.image, self.text))
         self.ids = self.ids.to(features.device)
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from mmpeft_ds.backbones.base import HasFrozenConstants
+from mmpeft_ds.ops.precision import full_dtype
 
 
 class Affine(HasFrozenConstants, nn.Module):
@@ -28,7 +29,7 @@ class Affine(HasFrozenConstants, nn.Module):
         self._ready: dict[tuple, tuple[Tensor, Tensor]] = {}
 
     def forward(self, x: Tensor) -> Tensor:
-        dtype = torch.promote_types(x.dtype, torch.float32) if x.is_floating_point() else torch.float32
+        dtype = full_dtype(x.dtype)
         key = (x.device, dtype, x.dim())
         if key not in self._ready:
             shape = [1] * x.dim()
