@@ -3,27 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
-import numpy as np
+from mmpeft_ds.data.writer import RawSample
 
-
-@dataclass
-class RawSample:
-    """One sample before it is written.
-
-    Attributes:
-        name: the source's own name of it; stored in the json, never used as a key.
-        images: (extension without dot, encoded bytes), any number, in order.
-        record: json-able fields (texts, answers, labels, ...).
-        features: an array instead of, or beside, the images; never of Python objects.
-    """
-
-    name: str
-    images: list[tuple[str, bytes]] = field(default_factory=list)
-    record: dict[str, Any] = field(default_factory=dict)
-    features: np.ndarray | None = None
+__all__ = ["RawSample", "Source"]
 
 
 @runtime_checkable

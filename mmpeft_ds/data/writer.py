@@ -27,6 +27,25 @@ PARTS = ".parts"
 
 
 @dataclass
+class RawSample:
+    """One sample before it is written.
+
+    Attributes:
+        name: the source's own name of it; stored in the json, never used as a key.
+        images: (extension without dot, encoded bytes), any number, in order.
+        record: json-able fields (texts, answers, labels, ...).
+        features: an array instead of, or beside, the images; never of Python objects.
+        arrays: further arrays, by the name under which they are stored, `NAME.npy`.
+    """
+
+    name: str
+    images: list[tuple[str, bytes]] = field(default_factory=list)
+    record: dict[str, Any] = field(default_factory=dict)
+    features: np.ndarray | None = None
+    arrays: dict[str, np.ndarray] = field(default_factory=dict)
+
+
+@dataclass
 class Part:
     """The contribution of one finished shard to the manifest.
 
@@ -54,8 +73,7 @@ def members(sample: Any) -> dict[str, bytes]:
     """Extension -> bytes of a raw sample: `json`; `jpg`, or `0.jpg`, `1.jpg`, ... if several; `npy` for features.
 
     Args:
-        sample: has `name`, `images`, `record` and `features` like data_prep.sources.base.RawSample; may have `arrays`,
-            name -> further array, stored as `NAME.npy`.
+        sample: a `RawSample`, or anything else with its attributes.
 
     Raises:
         ValueError: if an image extension is unknown, the record is no JSON, or features hold Python objects.
@@ -70,7 +88,7 @@ def members(sample: Any) -> dict[str, bytes]:
         parts[stored if len(sample.images) == 1 else f"{i}.{stored}"] = data
     if sample.features is not None:
         parts["npy"] = _npy(sample.features)
-    for name, array in getattr(sample, "arrays", {}).items():
+    for name, array in sample.arrays.items():
         parts[f"{name}.npy"] = _npy(array)
     return parts
 
@@ -216,7 +234,7 @@ class FieldCounts:
         self._put("images", "images", len(sample.images))
         if sample.features is not None:
             self._put("features", str(sample.features.dtype), sample.features.size)
-        for name, array in getattr(sample, "arrays", {}).items():
+        for name, array in sample.arrays.items():
             self._put(name, str(array.dtype), array.size)
         for name, value in sample.record.items():
             self._value(name, value)

@@ -9,16 +9,13 @@ import numpy as np
 import pytest
 
 from mmpeft_ds.data.manifest import Manifest, local_path, sample_key
-from mmpeft_ds.data.writer import finished_part, members, part_path, write_manifest, write_shard
+from mmpeft_ds.data.writer import RawSample, finished_part, members, part_path, write_manifest, write_shard
 from mmpeft_ds.errors import BadInput
 
 
-class Raw:
-    """What the writer needs of a sample."""
-
-    def __init__(self, i, images=(), features=None):
-        self.name, self.images, self.features = f"name.{i}", list(images), features
-        self.record = {"questions": [{"question": "é" * (i + 1), "answers": ["yes" if i % 2 else "no"]}], "size": i}
+def raw(i, images=(), features=None):
+    record = {"questions": [{"question": "é" * (i + 1), "answers": ["yes" if i % 2 else "no"]}], "size": i}
+    return RawSample(f"name.{i}", list(images), record, features)
 
 
 @pytest.fixture
@@ -27,10 +24,10 @@ def made(tmp_path):
     (tmp_path / ".parts").mkdir()
     parts = {
         "train": [
-            write_shard(tmp_path, "toy", "train", 0, 0, [Raw(i) for i in range(3)]),
-            write_shard(tmp_path, "toy", "train", 1, 3, [Raw(i) for i in range(3, 5)]),
+            write_shard(tmp_path, "toy", "train", 0, 0, [raw(i) for i in range(3)]),
+            write_shard(tmp_path, "toy", "train", 1, 3, [raw(i) for i in range(3, 5)]),
         ],
-        "val": [write_shard(tmp_path, "toy", "val", 0, 0, [Raw(9)])],
+        "val": [write_shard(tmp_path, "toy", "val", 0, 0, [raw(9)])],
     }
     write_manifest(tmp_path, "toy", "MIT", {"name": "t", "options": {}}, 3, parts, ["yes", "no"], "train")
     return tmp_path
@@ -137,16 +134,16 @@ def test_a_side_file_of_another_length_is_refused(made):
 
 
 def test_members_are_named_by_their_place_and_format():
-    assert set(members(Raw(0, [("JPEG", b"a")]))) == {"json", "jpg"}
-    assert members(Raw(0, [("png", b"a"), ("jpg", b"b"), ("tiff", b"c")])) == {
-        "json": members(Raw(0))["json"],
+    assert set(members(raw(0, [("JPEG", b"a")]))) == {"json", "jpg"}
+    assert members(raw(0, [("png", b"a"), ("jpg", b"b"), ("tiff", b"c")])) == {
+        "json": members(raw(0))["json"],
         "0.png": b"a",
         "1.jpg": b"b",
         "2.tif": b"c",
     }
-    assert json.loads(members(Raw(0))["json"])["source_name"] == "name.0"
+    assert json.loads(members(raw(0))["json"])["source_name"] == "name.0"
     with pytest.raises(ValueError, match="exe"):
-        members(Raw(0, [("exe", b"a")]))
+        members(raw(0, [("exe", b"a")]))
 
 
 def test_a_finished_shard_counts_only_while_its_bytes_are_right(made):

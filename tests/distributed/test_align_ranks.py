@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,7 +15,7 @@ from mmpeft_ds import adapter, adapter_files, merging
 from mmpeft_ds.backbones.dual_encoder import backbone as dual_encoder
 from mmpeft_ds.data.batch import Sample, pack
 from mmpeft_ds.data.decode import decode
-from mmpeft_ds.data.writer import PARTS, write_manifest, write_shard
+from mmpeft_ds.data.writer import PARTS, RawSample, write_manifest, write_shard
 from tests.helpers import launch
 from tests.helpers.models import tiny_clip, tiny_towers
 from tests.helpers.runs import tiny_vqa
@@ -27,7 +26,7 @@ CLASSES = ["red circle", "blue square", "big shape"]
 WORDS = ["round", "what color", "it is there"]
 
 
-def samples() -> list[SimpleNamespace]:
+def samples() -> list[RawSample]:
     """Images of three classes, each with two captions that nobody else has."""
     found = []
     for i in range(21):
@@ -35,11 +34,11 @@ def samples() -> list[SimpleNamespace]:
         captions = [f"a {name} {WORDS[i % 7 % 3]}", f"{WORDS[i % 5 % 3]} the {name}" + " a" * (i % 4)]
         record = {"captions": captions, "label": i % 3, "class_name": name}
         images = [("png", tiny_vqa.png(i))]
-        found.append(SimpleNamespace(name=f"source {i}", images=images, record=record, features=None))
+        found.append(RawSample(name=f"source {i}", images=images, record=record, features=None))
     return found
 
 
-def write(folder: Path, made: list[SimpleNamespace], **options) -> None:
+def write(folder: Path, made: list[RawSample], **options) -> None:
     (folder / PARTS).mkdir(parents=True)
     parts = [write_shard(folder, "toy", "train", n, n * 7, made[n * 7 : n * 7 + 7]) for n in range(3)]
     write_manifest(folder, "toy", "CC0-1.0", {"name": "toy"}, 7, {"train": parts}, CLASSES, "train", **options)

@@ -20,7 +20,7 @@ from mmpeft_ds import recipe as recipes
 from mmpeft_ds.data.manifest import Manifest
 from mmpeft_ds.data.options import SourceOptions
 from mmpeft_ds.data.shards import ShardReader, members
-from mmpeft_ds.data.writer import PARTS, shard_file, write_manifest, write_shard
+from mmpeft_ds.data.writer import PARTS, RawSample, shard_file, write_manifest, write_shard
 from mmpeft_ds.engine.assembly import resolve
 from mmpeft_ds.engine.export import export_adapter
 from mmpeft_ds.engine.zero.fingerprint import all_tensors, frozen_fingerprint
@@ -56,7 +56,7 @@ def write_data(folder: Path, shift: int = 0, **record: object) -> None:
             data = png(i if split == "train" else 100 + i)
             data = data[:-40] if split == "train" and i == BAD else data
             kept = {"label": label, "class_name": LABELS[label], **record}
-            samples.append(SimpleNamespace(name=f"file {i}", images=[("png", data)], record=kept, features=None))
+            samples.append(RawSample(name=f"file {i}", images=[("png", data)], record=kept, features=None))
         parts[split] = [
             write_shard(folder, "toy", split, n, first, samples[first : first + PER_SHARD])
             for n, first in enumerate(range(0, count, PER_SHARD))

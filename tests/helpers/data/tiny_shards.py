@@ -1,27 +1,15 @@
 """A small data set written with the project's own writer, and what a backbone and a task would do with its samples."""
 
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from mmpeft_ds.data.decode import resize
 from mmpeft_ds.data.manifest import Manifest
 from mmpeft_ds.data.stream import StreamSource
-from mmpeft_ds.data.writer import PARTS, write_manifest, write_shard
+from mmpeft_ds.data.writer import PARTS, RawSample, write_manifest, write_shard
 from mmpeft_ds.errors import BadSample
 from tests.helpers.data.images import encoded
-
-
-@dataclass
-class RawSample:
-    """What a data source yields; kept apart from data_prep so that loader processes import no more than this file."""
-
-    name: str
-    images: list = field(default_factory=list)
-    record: dict = field(default_factory=dict)
-    features: Any = None
 
 
 def one_image(i: int) -> RawSample:

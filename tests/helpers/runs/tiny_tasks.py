@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import yaml
 
 from mmpeft_ds import recipe as recipes
-from mmpeft_ds.data.writer import PARTS, write_manifest, write_shard
+from mmpeft_ds.data.writer import PARTS, RawSample, write_manifest, write_shard
 from tests.helpers.models import tiny_clip_bart
 
 COLORS = ["red", "blue", "round", "big"]
@@ -22,7 +21,7 @@ TASKS = {
 }
 
 
-def sample(kind: str, i: int) -> SimpleNamespace:
+def sample(kind: str, i: int) -> RawSample:
     """One grid (two for nlvr) with one or two questions, or two captions."""
     rng = np.random.default_rng(i + 100 * len(kind))
     grids = rng.standard_normal((2 if kind == "nlvr" else 1, 9, tiny_clip_bart.FEATURES)).astype(np.float16)
@@ -34,7 +33,7 @@ def sample(kind: str, i: int) -> SimpleNamespace:
         ten = [COLORS[i % 4]] * 7 + [COLORS[(i + 1) % 4]] * 3
         record = {"questions": [{"question": "what color is it", "answers": ten}] * (1 + i % 2)}
     features = grids if kind == "nlvr" else grids[0]
-    return SimpleNamespace(name=f"{kind} {i}", images=[], record=record, features=features)
+    return RawSample(name=f"{kind} {i}", images=[], record=record, features=features)
 
 
 def write_data(folder: Path, kind: str) -> None:

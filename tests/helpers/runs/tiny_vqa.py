@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,7 +13,7 @@ from PIL import Image
 
 from mmpeft_ds import recipe as recipes
 from mmpeft_ds.data.manifest import Manifest
-from mmpeft_ds.data.writer import PARTS, write_manifest, write_shard
+from mmpeft_ds.data.writer import PARTS, RawSample, write_manifest, write_shard
 from mmpeft_ds.engine.assembly import resolve
 from tests.helpers.runs import tiny_classifier
 
@@ -29,11 +28,11 @@ def png(seed: int) -> bytes:
     return buffer.getvalue()
 
 
-def sample(i: int, answer: Callable[[int, int], int] = int.__add__) -> SimpleNamespace:
+def sample(i: int, answer: Callable[[int, int], int] = int.__add__) -> RawSample:
     """One image with one to three questions; `answer` gives the label of question k about image i, mod 4."""
     labels = [LABELS[answer(i, k) % 4] for k in range(1 + i % 3)]
     asked = [{"question": QUESTIONS[k], "answers": [label], "type": "toy"} for k, label in enumerate(labels)]
-    return SimpleNamespace(name=f"source {i}", images=[("png", png(i))], record={"questions": asked}, features=None)
+    return RawSample(name=f"source {i}", images=[("png", png(i))], record={"questions": asked}, features=None)
 
 
 def write_data(
