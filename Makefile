@@ -88,6 +88,7 @@ test-slow: setup
 bench: setup
 	python benchmarks/loader.py
 	python benchmarks/trainer.py
+	python benchmarks/startup.py
 
 # The site's own packages come on top of what setup installs, since nothing else needs them.
 DOCS_STAMP := .venv/ready-docs

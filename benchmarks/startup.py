@@ -118,6 +118,7 @@ def measure(command: Command) -> tuple[float, float]:
 def table(rows: list[dict]) -> str:
     """Markdown: the largest of each kind beside its target, then every command."""
     lines = ["# Start of commands", "", f"{_page.machine()}. CPU seconds (user and system) and peak MiB, medians.", ""]
+    lines += ["`python benchmarks/startup.py` repeats it.", ""]
     lines += ["| | commands | slowest | most memory | target |", "|---|---|---|---|---|"]
     for kind, (seconds, mib) in TARGETS.items():
         of_kind = [row for row in rows if row["kind"] == kind]
