@@ -91,10 +91,10 @@ def verify(dir: str, list_bad: bool = False, processes: int = 0) -> list[str]:
     results: list[ShardReport | None] = [None] * len(jobs)
     checked = run_jobs(check_shard, jobs, "local", processes)
     with Progress("verify", sum(manifest.samples(s) for s in manifest.splits)) as progress:
-        for i, found in checked:
-            results[i] = found
+        for i, report in checked:
+            results[i] = report
             progress.advance(manifest.splits[jobs[i].split][jobs[i].number].samples)
-    for job, found in zip(jobs, results, strict=True):
+    for job, report in zip(jobs, results, strict=True):
         file = manifest.splits[job.split][job.number].file
         problems += [f"{file}: {problem}" for problem in report.problems]
         if list_bad:
