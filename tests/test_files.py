@@ -1,5 +1,6 @@
 """Files are complete or absent, and others may read them as the umask says."""
 
+import errno
 import os
 import stat
 from pathlib import Path
@@ -8,7 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from mmpeft_ds import files
+from mmpeft_ds import console, files
+from mmpeft_ds.errors import BadInput
 
 
 @pytest.fixture(params=[0o022, 0o077], ids=oct)
@@ -82,3 +84,31 @@ def test_sha256_of_a_file_and_of_an_open_one_are_equal(tmp_path):
     with (tmp_path / "f").open("rb") as stream:
         assert files.sha256(stream) == files.sha256(tmp_path / "f")
     assert files.sha256(tmp_path / "f") != files.sha256(Path(__file__))
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS])
+def test_a_command_that_cannot_write_says_so_in_one_line(capsys, code):
+    def main():
+        raise OSError(code, os.strerror(code), "runs/x/file")
+
+    with pytest.raises(SystemExit) as left:
+        console.run(main)
+    assert left.value.code == 2
+    err = capsys.readouterr().err
+    assert err.startswith(f"error: runs/x/file: cannot be written ({os.strerror(code)})") and err.count("\n") == 1
+
+
+def test_another_error_of_the_system_keeps_its_traceback():
+    def main():
+        raise ConnectionResetError(errno.ECONNRESET, "reset")
+
+    with pytest.raises(ConnectionResetError):
+        console.run(main)
+
+
+def test_a_directory_that_cannot_be_written_into_is_found_out_before_the_work(tmp_path):
+    files.check_writable(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "file").write_text("")
+    with pytest.raises(BadInput, match=r"file: cannot be written \(Not a directory\)"):
+        files.check_writable(tmp_path / "file")

@@ -107,6 +107,7 @@ def test_a_stream_names_the_odd_sample_and_keeps_the_others(odd, collate, train)
         assert all(batch.images["features"].shape[1:] == (4, 3) for batch in made)
 
 
+@pytest.mark.slow
 def test_workers_name_the_same_sample(odd):
     manifest, key = odd
     bad = [b for batch in batches(manifest, workers=2, global_batch=6) for b in batch.bad]

@@ -109,3 +109,33 @@ def test_what_cannot_be_searched_is_one_line(adapters, photos, command, kind, wo
         "search.py", "--adapter", adapters(kind), "--images", photos, "--out", photos.parent / "o", *words
     )
     assert code == 2 and err.count("\n") == 1 and all(word in err for word in says), err
+
+
+def test_results_that_cannot_be_written_are_one_line_before_anything_is_loaded(adapters, photos, command, monkeypatch):
+    from mmpeft_ds import adapter
+
+    monkeypatch.setattr(adapter, "load", None)
+    (photos.parent / "file").write_text("")
+    words = ("search.py", "--adapter", adapters("retrieval"), "--images", photos, "--text", "a dog", "--out")
+    for out in (photos.parent / "file", photos.parent / "file" / "results"):
+        code, _, err = command(*words, out)
+        assert code == 2 and err.count("\n") == 1 and str(out) in err and "cannot be written" in err
+
+
+def test_pictures_that_do_not_go_together_are_read_alone(adapters, photos, command, monkeypatch):
+    from mmpeft_ds.errors import BadInput
+    from mmpeft_ds.runs.search import Searcher
+
+    pictures = Searcher.pictures
+
+    def alone(self, samples):
+        if len(samples) > 1 or "photo1" in samples[0].sample_id:
+            raise BadInput(f"{samples[0].sample_id}: cannot be packed")
+        return pictures(self, samples)
+
+    monkeypatch.setattr(Searcher, "pictures", alone)
+    out = photos.parent / "results"
+    words = ("search.py", "--adapter", adapters("retrieval"), "--images", photos, "--text", "a dog", "--out", out)
+    code, _, err = command(*words)
+    assert code == 2 and "1 of 3 images were left out" in err and "photo1" in err
+    assert len((out / "results.jsonl").read_text().splitlines()) == 2
