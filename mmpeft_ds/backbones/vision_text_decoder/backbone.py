@@ -84,7 +84,7 @@ class VisionTextDecoderBackbone(VisionBackbone):
             )
             vision = self._load_vision(config.vision_config)
             with torch.random.fork_rng():
-                # The same projection on every rank and at every ZeRO stage, however many draws loading the towers took.
+                # The same projection on every rank and at every ZeRO stage, however many draws loading has taken.
                 torch.manual_seed(torch.initial_seed())
                 model = VisionTextDecoder(config, vision, text)
         return model.requires_grad_(False).train()
