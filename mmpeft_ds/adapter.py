@@ -64,6 +64,7 @@ class Loaded:
 
     @property
     def task(self) -> TaskBase:
+        """The first of `tasks`."""
         return self.tasks[0]
 
     def predict(
@@ -173,6 +174,8 @@ def load(
     """Rebuild base and adapter from an adapter directory and the base weights that it names.
 
     Args:
+        directory: the `adapter` folder of a run.
+        device: where the model is put, such as `cpu` or `cuda:0`.
         overrides: changes of its recipe (`a.b=value`), for a base that is built in another form; images may then be
             transformed otherwise.
         pictures: read picture files even where the adapter was trained on stored features: the frozen towers that

@@ -27,8 +27,8 @@ def hetero_data(graph: ClassGraph, nodes: dict[str, Tensor], relations: dict[str
 
     Returns:
         data[kind].x (C, D); data[sender, relation, receiver] with edge_index (2, E) int64, row 0 the sender;
-        edge_weight (E,) normalised; cosine (E,) with its sign; data[receiver] with self_weight_RELATION (C,): of the
-        nodes, since a transform takes whatever is in the store of the edges for something of the edges.
+        edge_weight (E,) normalised; cosine (E,) with its sign; data[receiver] with self_weight_RELATION (C,). The
+        last is kept with the nodes, because transforms treat every entry of an edge store as one value per edge.
     """
     from torch_geometric.data import HeteroData  # seconds to import
 

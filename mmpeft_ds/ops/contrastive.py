@@ -69,8 +69,8 @@ def negative_weights(
     temperature: Tensor | float,
     keep_K: Tensor | None = None,
 ) -> Tensor:
-    """(B, K) with which weight each candidate is drawn as a hard negative: softmax of the similarities, then zero
-    where the ids are equal, not normalised again; without gradient.
+    """(B, K) weights by which candidates are drawn as hard negatives: the softmax of the similarities, with zeros
+    where the ids are equal. Rows are not normalised again, and no gradient passes.
 
     Source: as `soft_targets`.
     """

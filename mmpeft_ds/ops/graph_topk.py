@@ -23,7 +23,7 @@ class Nearest:
     Attributes:
         position: (B, k) int64, -1 where there are fewer than k.
         cosine: (B, k) float64, -inf there; `cosines` where that decides something, else to within `margin`.
-        key: (B, k) int64, of the hit.
+        key: (B, k) int64, the key of each hit: the number that `nearest` was given for that row.
     """
 
     position: Tensor

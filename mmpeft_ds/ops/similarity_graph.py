@@ -154,8 +154,8 @@ def _by_device(sizes: dict[str, int], device: torch.device) -> int:
 def decide_pairs(own: Rows, block: Rows, total: int, tau: float, bits: Tensor, chunk: int | None = None) -> None:
     """Set the bits of the pairs of `own` with `block` that are above `tau` and that `own` decides.
 
-    Of the pair {i, j} of the M positions the one decides that the other follows by at most M / 2, round the circle:
-    every pair is decided once, all ranks do equal work, and half of the similarities are never computed.
+    The M positions stand in a circle: after M - 1 comes 0 again. Position i decides about those up to M / 2 steps
+    after it. So every pair is decided once, all ranks do equal work, and half of the similarities are never computed.
 
     Args:
         own, block: rows with their positions.

@@ -201,7 +201,17 @@ class Bottleneck(nn.Module):
         return scaled(F.linear(z, self.U), scale)
 
     def routed(self, h: Tensor, v: Tensor, mask: Tensor | None, scale: float = 1.0) -> Tensor:
-        """Route over the whole width, or over each block on its own."""
+        """Route over the whole width, or over each block on its own.
+
+        Args:
+            h: (B, L, n) bottleneck of the text, n a multiple of the number of blocks.
+            v: (B, m, n) bottleneck of the condition.
+            mask: (B, m) True = keep; None keeps all tokens of the condition.
+            scale: factor of the result.
+
+        Returns:
+            (B, L, n).
+        """
         if mask is not None:
             # after `down`, whose bias a padded token would bring along
             v = torch.where(mask.bool().unsqueeze(-1), v, 0)

@@ -14,7 +14,8 @@ from mmpeft_ds.ops.class_graph import Products
 
 @dataclass(frozen=True)
 class Nodes:
-    """Frozen features that a head reads, not normalised; of what is shared out, the part of this rank.
+    """Frozen features that a head reads, not normalised. Where classes or cache are divided among the ranks: this
+    rank's part.
 
     Attributes:
         positive, negative, visual: (R, D) text, negated text and mean image of each class; `negative` is None where no
