@@ -120,6 +120,13 @@ class RunDir:
         target, newest, differing = on_rank0(take)
         return cls(Path(target), None if newest is None else Path(newest), differing, lock[0] if lock else None)
 
+    def opening_words(self, step: int, total_steps: int, world_size: int, stage: int) -> str:
+        """A line that says where a start begins, on how many ranks, and which keys differ from the saved recipe."""
+        begins = f"continues after step {step:,} of {total_steps:,}" if step else f"begins, {total_steps:,} steps"
+        ranks = f"{world_size:,} rank{'s' if world_size != 1 else ''}"
+        changed = f"; changed: {', '.join(self.differing)}" if self.differing else ""
+        return f"{self.path}: {begins}, on {ranks} at ZeRO-{stage}{changed}"
+
     def finished(self, total_steps: int, patience: int = 0) -> dict[str, Any] | None:
         """Contents of finished.json, or None if there is more to train. Collective.
 

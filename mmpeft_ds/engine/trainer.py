@@ -86,6 +86,7 @@ def run(recipe: recipes.Recipe, *, fresh: bool = False, conclude: Callable[[Trai
         if ranks.rank == 0:
             observer = Monitor(run_dir.path, recipe.monitor, total, state.step, recipes.to_yaml(recipe))
         stack.callback(observer.close)
+        observer.say(run_dir.opening_words(state.step, total, ranks.world_size, built.stage))
         for line in built.ewc.summary if built.ewc else ():
             observer.say(line)
         training = Training(resolved, built, ranks, stream, total, state, run_dir, fingerprints, observer, stop)

@@ -109,8 +109,10 @@ def test_killed_then_stopped_twice_continues_to_the_bit(folder, untouched, kille
         result = launched.wait(LIMIT)
     assert not result.killed, result.tail()
     assert_stopped_cleanly(folder / run, result)
+    stopped_at = rows(folder, run)[-1]["step"]
     result = launch.run_forked(TRAIN, *arguments(folder, run))
     assert result.code == 0, result.tail()
+    assert f"continues after step {stopped_at} of {STEPS}, on 2 ranks" in result.output
     assert exact(rows(folder, run)) == exact(untouched)
     ours, theirs = (load_file(folder / r / "adapter" / "adapter_model.safetensors") for r in (run, "untouched"))
     assert ours.keys() == theirs.keys() and all((ours[k] == theirs[k]).all() for k in ours)

@@ -63,6 +63,7 @@ def started(path: Path) -> None:
 def test_a_new_run_writes_its_recipe(tmp_path):
     run = RunDir.open(tmp_path / "a", RECIPE)
     assert run.resume_from is None
+    assert run.opening_words(0, 40, world_size=1, stage=3).endswith("begins, 40 steps, on 1 rank at ZeRO-3")
     assert yaml.safe_load((run.path / "recipe.yaml").read_text())["optim"]["betas"] == [0.9, 0.999]
     run.close()
 
@@ -71,6 +72,8 @@ def test_the_same_recipe_continues(tmp_path):
     started(tmp_path / "a")
     run = RunDir.open(tmp_path / "a", RECIPE)
     assert run.resume_from.name == "step-00000005" and run.differing == ()
+    words = run.opening_words(5, 40, world_size=3, stage=1)
+    assert words == f"{tmp_path / 'a'}: continues after step 5 of 40, on 3 ranks at ZeRO-1"
     run.close()
 
 
@@ -91,6 +94,7 @@ def test_length_zero_json_workers_and_logging_may_change(tmp_path, change):
     started(tmp_path / "a")
     run = RunDir.open(tmp_path / "a", changed(**change))
     assert run.resume_from is not None and len(run.differing) == 1
+    assert run.opening_words(5, 40, 2, 3).endswith(f"; changed: {run.differing[0]}")
     run.close()
 
 
