@@ -28,6 +28,11 @@ def find_sites(model: nn.Module) -> Sites:
     return sites_of_model
 
 
+def family_names() -> list[str]:
+    """Names of the families of transformers models that adapters attach to, sorted."""
+    return [name for name in registry.names(families) if name != "feature_model"]
+
+
 @cache
 def _families() -> tuple[Family, ...]:
     return tuple(registry.load(families, name, "sites") for name in registry.names(families))

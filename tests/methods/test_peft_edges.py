@@ -5,7 +5,7 @@ import warnings
 import peft
 import pytest
 import torch
-from transformers import BertConfig, BertModel
+from transformers import BertConfig, BertForSequenceClassification, BertModel
 
 import mmpeft_ds
 from mmpeft_ds import methods
@@ -16,9 +16,11 @@ from tests.helpers.models import tiny_feature_model
 CONFIGS = ["RoutedLoraConfig", "PAdapterConfig", "BitFitConfig"]
 
 
+SIZES = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24)
+
+
 def bert() -> BertModel:
-    sizes = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24)
-    return BertModel(BertConfig(vocab_size=9, **sizes))
+    return BertModel(BertConfig(vocab_size=9, **SIZES))
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -55,6 +57,29 @@ def test_a_head_on_a_model_without_features_is_told_where_it_belongs_without_a_r
     with pytest.raises(BadInput, match="FeatureModel"):
         peft.get_peft_model(bert(), mmpeft_ds.GaNetConfig())
     assert peft.get_peft_model(tiny_feature_model.model(), mmpeft_ds.TaskResConfig())
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_whole_module_that_the_model_does_not_have_is_refused(name):
+    """Stock peft trains nothing there and says nothing."""
+    config = getattr(mmpeft_ds, name)
+    with pytest.raises(BadInput, match=r"modules_to_save: .*'poolr'.* Did you mean 'pooler'"):
+        peft.get_peft_model(bert(), config(modules_to_save=["poolr"]))
+    model = peft.get_peft_model(bert(), config(modules_to_save=["pooler"]))
+    assert any("modules_to_save" in n for n, p in model.named_parameters() if p.requires_grad)
+    model.add_adapter("b", config(modules_to_save=["pooler"]))
+
+
+def test_names_that_peft_adds_for_a_task_type_need_not_all_be_there():
+    base = BertForSequenceClassification(BertConfig(vocab_size=9, **SIZES))
+    model = peft.get_peft_model(base, mmpeft_ds.BitFitConfig(task_type="SEQ_CLS"))
+    assert model.peft_config["default"].modules_to_save == ["classifier", "score"]
+
+
+@pytest.mark.parametrize("name", [*CONFIGS, "AuroraConfig"])
+def test_a_model_of_an_unknown_family_is_refused_with_those_that_are_known(name):
+    with pytest.raises(BadInput, match="Known: .*bert.*vit.*docs/extending.md"):
+        peft.get_peft_model(torch.nn.Sequential(torch.nn.Linear(2, 2)), getattr(mmpeft_ds, name)())
 
 
 @pytest.mark.parametrize(

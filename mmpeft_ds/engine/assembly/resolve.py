@@ -34,6 +34,7 @@ from mmpeft_ds.engine.zero.config import check_by_deepspeed, is_shipped
 from mmpeft_ds.errors import BadInput
 from mmpeft_ds.fitting import chosen
 from mmpeft_ds.methods.base import MethodOptions, SiteMethod
+from mmpeft_ds.methods.common.select import check_whole_modules
 from mmpeft_ds.methods.common.tuner import to_float32
 from mmpeft_ds.quiet import without_warnings
 from mmpeft_ds.recipe import Recipe, Section, components
@@ -220,7 +221,7 @@ def attach(resolved: Resolved, base_model: PreTrainedModel) -> PeftModel:
     sites = find_sites(base_model)
     config = resolved.method.prepare(copy.deepcopy(resolved.method_config), base_model, sites)
     section = components(resolved.recipe).method
-    check_whole_modules(section, config, base_model)
+    check_whole_modules(config.modules_to_save, base_model, section.where("modules_to_save"))
     heads = float32_heads(base_model)
     if heads:
         config.modules_to_save = sorted({*(config.modules_to_save or []), *heads})
@@ -229,14 +230,6 @@ def attach(resolved: Resolved, base_model: PreTrainedModel) -> PeftModel:
             return resolved.method.attach(config, base_model)
     except (ValueError, NotImplementedError) as e:  # of peft, such as a name in target_modules that no module has
         raise BadInput(f"{section.where()}: {one_line(e)}") from e
-
-
-def check_whole_modules(section: Section, config: PeftConfig, model: PreTrainedModel) -> None:
-    """Refuse a name in `modules_to_save` that no module has: peft trains nothing there. Raises BadInput."""
-    paths = [path for path, _ in model.named_modules()]
-    for name in config.modules_to_save or ():
-        if not any(path == name or path.endswith(f".{name}") for path in paths):
-            raise BadInput(f"{section.where('modules_to_save')}: no module of the model is named {name!r}.")
 
 
 def float32_heads(base_model: PreTrainedModel) -> list[str]:

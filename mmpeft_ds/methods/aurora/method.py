@@ -20,6 +20,7 @@ from mmpeft_ds.methods.aurora.layer import (
 )
 from mmpeft_ds.methods.aurora.options import AuroraOptions
 from mmpeft_ds.methods.base import SiteMethod
+from mmpeft_ds.methods.common.select import no_known_family
 from mmpeft_ds.methods.common.tuner import SiteTuner
 from mmpeft_ds.sites import AttentionSite, FFNSite, Projection, Sites, find_sites
 
@@ -109,7 +110,7 @@ def places(config: AuroraConfig, sites: Sites) -> dict[str, Place]:
 def _chosen(config: AuroraConfig, sites: Sites) -> tuple[list[AttentionSite], list[FFNSite]]:
     """Sites of the towers and layers that the config names."""
     if not sites.towers:
-        raise BadInput("towers: the model has no layers of a known family (see mmpeft_ds/sites/families).")
+        raise no_known_family("towers")
     for wanted in config.towers or []:
         if wanted not in sites.towers and wanted not in sites.towers.values():
             raise BadInput(f"towers: no tower {wanted!r}. Known: {_named(sites)}.")

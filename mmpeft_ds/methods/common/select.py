@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -12,6 +13,7 @@ from torch import nn
 
 from mmpeft_ds.errors import BadInput
 from mmpeft_ds.sites.base import AttentionSite, FFNSite, Projection, Sites, base_layer
+from mmpeft_ds.sites.find import family_names
 
 
 @dataclass(frozen=True)
@@ -155,6 +157,32 @@ def _of_the_model(model: nn.Module) -> list[tuple[str, nn.Module]]:
     return found
 
 
+def no_known_family(key: str) -> BadInput:
+    """The error for a model in which no site was found; `key` names the option that chooses towers."""
+    return BadInput(
+        f"{key}: the model has no layers of a known family. Known: {', '.join(family_names())}. Another family is one "
+        "file in mmpeft_ds/sites/families, see docs/extending.md."
+    )
+
+
+def check_whole_modules(names: Collection[str] | None, model: nn.Module, key: str = "modules_to_save") -> None:
+    """Refuse names of modules to be trained whole that fit no module; peft itself would train nothing and say nothing.
+
+    Args:
+        names: ends of module paths, as peft's `modules_to_save`.
+        key: what the names are called in errors.
+
+    Raises:
+        BadInput: if a name fits no module.
+    """
+    paths = [path for path, _ in _of_the_model(model) if path]
+    for name in names or ():
+        if not any(path.endswith(name) for path in paths):
+            near = difflib.get_close_matches(name, [p.rpartition(".")[2] for p in paths] + paths, n=1)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            raise BadInput(f"{key}: no module of the model is named {name!r}.{hint} Name a module, or leave it out.")
+
+
 def _matching(key: str, what: str, paths: list[str], patterns: Sequence[str]) -> list[str]:
     if not patterns:
         raise BadInput(f"{key}: the list is empty. Name at least one pattern, or leave it out.")
@@ -167,7 +195,7 @@ def _matching(key: str, what: str, paths: list[str], patterns: Sequence[str]) ->
 def _towers(sites: Sites, wanted: str | Sequence[str] | None) -> list[str]:
     towers = sites.towers
     if not towers:
-        raise BadInput("tower: the model has no layers of a known family (see mmpeft_ds/sites/families).")
+        raise no_known_family("tower")
     if wanted is not None and not isinstance(wanted, str):
         if not wanted:
             raise BadInput(f"tower: the list is empty. Known: {_known(towers)}.")

@@ -15,7 +15,11 @@ from torch import Tensor, nn
 from mmpeft_ds.errors import BadInput
 from mmpeft_ds.methods.common.fit import file_names, misfit, shapes
 from mmpeft_ds.methods.common.layers import SiteLayer
+from mmpeft_ds.methods.common.select import check_whole_modules
 from mmpeft_ds.sites.feature_site import calibrated_buffers
+
+# What peft adds to `modules_to_save` for its task types, whichever of them the model has.
+NAMED_BY_PEFT = {"classifier", "score"}
 
 
 class SiteTuner(BaseTuner):
@@ -103,6 +107,8 @@ class SiteTuner(BaseTuner):
         return peft_config
 
     def _prepare_model(self, peft_config: PeftConfig, model: nn.Module) -> None:
+        if not peft_config.inference_mode:
+            check_whole_modules(set(peft_config.modules_to_save or ()) - NAMED_BY_PEFT, model)
         self._places = self.places(peft_config, model)
 
     def _check_target_module_exists(self, peft_config: PeftConfig, key: str) -> bool:
