@@ -102,7 +102,8 @@ def _read_index_once() -> None:
 def rank() -> int:
     """Rank of this process from the launcher's environment (deepspeed and torchrun, Slurm, mpirun), 0 without one."""
     names = ("RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
-    return int(next((os.environ[name] for name in names if os.environ.get(name)), 0))
+    given = next((os.environ[name] for name in names if os.environ.get(name)), "0")
+    return int(given) if given.isdecimal() else 0  # what is no number is refused when the ranks meet
 
 
 def score_table(scores: dict[str, float], baselines: dict[str, float], title: str) -> None:

@@ -11,6 +11,7 @@ import os
 import re
 import socket
 import sys
+import threading
 import time
 import zlib
 from collections.abc import Iterator
@@ -82,18 +83,13 @@ def start(threads: int = 0, seed: int = 0, matmul: str = "float32") -> Ranks:
     if not cuda and local_rank == 0:  # one per machine, so that none removes the lock of another's new build
         remove_stale_lock(_OPERATOR)
     if not torch.distributed.is_initialized():
-        with no_shared_buffers(), without_lines("built successfully"):
+        with no_shared_buffers(), without_lines("built successfully"), saying_who_is_awaited():
             try:
                 deepspeed.init_distributed(
                     "nccl" if cuda else "gloo", auto_mpi_discovery=False, verbose=False, timeout=_TIMEOUT
                 )
-            except torch.distributed.DistNetworkError as error:
-                if "EADDRINUSE" not in str(error) and "address already in use" not in str(error).lower():
-                    raise
-                raise BadInput(
-                    f"port {os.environ['MASTER_PORT']} is taken: another run is on this machine, or the last one is "
-                    "still saving. Wait for it, or give the launcher another --master_port."
-                ) from error
+            except (torch.distributed.DistNetworkError, torch.distributed.DistStoreError) as error:
+                raise BadInput(why_not_met(error)) from error
     torch.manual_seed(seed)
     return Ranks(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), local_rank, local_size, device)
 
@@ -111,13 +107,64 @@ def multiply_float32(matmul: str) -> None:
         setting.fp32_precision = "tf32" if matmul == "tf32" else "ieee"
 
 
+@contextlib.contextmanager
+def saying_who_is_awaited(seconds: float = 60) -> Iterator[None]:
+    """Print one line if the ranks have not met after `seconds`; torch itself waits half an hour without a word."""
+    env = os.environ
+    line = (
+        f"rank {env['RANK']}: waiting for all {env['WORLD_SIZE']} ranks to meet at {_meeting_place()}. If this does "
+        "not end, see that all of them were started, and that their machines reach this address."
+    )
+    timer = threading.Timer(seconds, print, [line], {"file": sys.stderr, "flush": True})
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def _meeting_place() -> str:
+    return f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+
+
+def why_not_met(error: Exception) -> str:
+    """One line about ranks that did not meet, in the place of torch's, which holds a stack of C++ calls."""
+    if "EADDRINUSE" in str(error) or "address already in use" in str(error).lower():
+        return (
+            f"port {os.environ['MASTER_PORT']} is taken: another run is on this machine, or the last one is "
+            "still saving. Wait for it, or give the launcher another --master_port."
+        )
+    return (
+        f"rank {os.environ['RANK']} of {os.environ['WORLD_SIZE']} did not meet the others at {_meeting_place()} "
+        f"({str(error).splitlines()[0]}). See that all ranks were started, and that their machines reach this address."
+    )
+
+
 def environment() -> None:
     """Set RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT where the launcher did not.
 
     Raises:
-        BadInput: variables that name several processes, but not how they meet.
+        BadInput: variables that name several processes, but not how they meet, or that are no possible numbers.
     """
-    env = os.environ
+    _lay_out(os.environ)
+    _check_numbers(os.environ)
+
+
+def _check_numbers(env: Any) -> None:
+    """Refuse numbers that no launcher sets; torch ends in a traceback, or waits for ranks that never come."""
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT"):
+        if not env[name].isdecimal():
+            raise BadInput(f"{name}={env[name]} is set, which is no number. Set it to one, or start by a launcher.")
+    if int(env["RANK"]) >= int(env["WORLD_SIZE"]):
+        raise BadInput(
+            f"RANK={env['RANK']} is set, but WORLD_SIZE={env['WORLD_SIZE']}: ranks are counted from 0, so the last "
+            f"one is {int(env['WORLD_SIZE']) - 1}."
+        )
+
+
+def _lay_out(env: Any) -> None:
+    """Fill in what the launcher did not set. Raises BadInput."""
     env.setdefault("TOKENIZERS_PARALLELISM", "false")  # loader workers fork; the tokenizer's threads would not survive
     compiled = REPOSITORY / ".cache" / "torch_extensions"
     if compiled.is_dir():

@@ -162,8 +162,36 @@ def test_mpirun_is_understood_on_one_machine_and_wants_an_address_on_several(tol
         ({"WORLD_SIZE": "2"}, "WORLD_SIZE=2.*train alone"),
         ({"RANK": "0", "WORLD_SIZE": "2"}, "not LOCAL_RANK, MASTER_ADDR, MASTER_PORT"),
         ({"PMI_RANK": "0", "PMI_SIZE": "2"}, "MPI_LOCALRANKID"),
+        (MEETING | {"RANK": "x", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}, "RANK=x.*no number"),
+        (MEETING | {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_PORT": "abc"}, "MASTER_PORT=abc"),
+        (MEETING | {"RANK": "2", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}, "RANK=2.*WORLD_SIZE=2.*the last one is 1"),
     ],
 )
 def test_processes_that_would_each_think_they_are_alone_are_refused(told, variables, says):
     with pytest.raises(BadInput, match=says):
         told(**variables)
+
+
+def test_ranks_that_do_not_come_are_said_to_be_awaited(told, capsys):
+    told(**MEETING, RANK="0", WORLD_SIZE="2", LOCAL_RANK="0")
+    with processes.saying_who_is_awaited(seconds=0.01):
+        deadline = time.monotonic() + 30
+        said = ""
+        while not said and time.monotonic() < deadline:
+            said = capsys.readouterr().err
+    assert said.startswith("rank 0: waiting for all 2 ranks to meet at 127.0.0.1:") and said.count("\n") == 1
+    with processes.saying_who_is_awaited(seconds=0.2):
+        pass
+    time.sleep(0.4)
+    assert not capsys.readouterr().err, "the ranks have met in time"
+
+
+def test_ranks_that_never_met_end_in_one_line(told):
+    """Torch's message holds a stack of C++ calls."""
+    told(**MEETING, RANK="1", WORLD_SIZE="2", LOCAL_RANK="0")
+    error = torch.distributed.DistNetworkError("The client socket has timed out after 1800000ms\nframe #0: c10d")
+    line = processes.why_not_met(error)
+    assert line.startswith("rank 1 of 2 did not meet the others at 127.0.0.1:29500 (The client socket has timed out")
+    assert "frame" not in line
+    taken = torch.distributed.DistNetworkError("The server socket has failed to listen ... (errno: 98 - EADDRINUSE)")
+    assert processes.why_not_met(taken).startswith("port 29500 is taken")
