@@ -7,6 +7,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -64,6 +65,20 @@ def cannot_write(error: BaseException) -> str:
 
 
 @contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Let an error of the block that names no file, such as that of a full disk, be an OSError that names `path`."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, OSError):
+            error.filename = error.filename or str(path)
+        elif quoted := re.search(r"\(os error (\d+)\)", str(error)):  # safetensors
+            number = int(quoted[1])
+            raise OSError(number, os.strerror(number), str(path)) from error
+        raise
+
+
+@contextlib.contextmanager
 def replacing(path: Path, temporary: Path | None = None) -> Iterator[Path]:
     """A temporary path to write to, which takes the place of the file `path` when the block ends without an error.
 
@@ -74,7 +89,8 @@ def replacing(path: Path, temporary: Path | None = None) -> Iterator[Path]:
     """
     temporary = temporary or path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        yield temporary
+        with naming(path):
+            yield temporary
         fsync(temporary)
         os.replace(temporary, path)
     except BaseException:
@@ -107,7 +123,8 @@ def new_directory(path: Path, replace: bool = False) -> Iterator[Path]:
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
-        yield partial
+        with naming(path):
+            yield partial
         follow_umask(partial)
         for inner in partial.rglob("*"):
             fsync(inner)
@@ -145,5 +162,6 @@ def save_tensors(path: Path, tensors: dict[str, Any], metadata: dict[str, str] |
     """Write torch tensors as a safetensors file with the permissions that the umask gives."""
     from safetensors.torch import save_file
 
-    save_file(tensors, path, metadata)
+    with naming(path):
+        save_file(tensors, path, metadata)
     follow_umask(path)

@@ -10,7 +10,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mmpeft_ds import console, files
+from mmpeft_ds.distributed import collectives
 from mmpeft_ds.errors import BadInput
+from tests.helpers.forked_ranks import in_ranks
 
 
 @pytest.fixture(params=[0o022, 0o077], ids=oct)
@@ -112,3 +114,32 @@ def test_a_directory_that_cannot_be_written_into_is_found_out_before_the_work(tm
     (tmp_path / "file").write_text("")
     with pytest.raises(BadInput, match=r"file: cannot be written \(Not a directory\)"):
         files.check_writable(tmp_path / "file")
+
+
+def test_a_full_disk_is_named_with_the_file_and_a_remedy(tmp_path):
+    """write() itself names no file; safetensors raises no OSError at all."""
+    with pytest.raises(OSError, match="No space left") as raised, files.naming(tmp_path / "f"):
+        with open("/dev/full", "w") as file:
+            file.write("x")
+    assert raised.value.filename == str(tmp_path / "f")
+    assert files.cannot_write(raised.value).startswith("cannot be written (No space left on device). Make room")
+    with pytest.raises(OSError, match="No space left") as raised, files.naming(tmp_path / "d"):
+        raise RuntimeError("I/O error: No space left on device (os error 28)")
+    assert raised.value.filename == str(tmp_path / "d") and files.cannot_write(raised.value)
+    with pytest.raises(ValueError, match="os error 28"), files.naming(tmp_path / "d"):
+        raise ValueError("os error 28")
+
+
+def test_a_full_disk_on_rank_0_ends_all_ranks_in_the_same_line():
+    def fill() -> None:
+        with files.naming(Path("checkpoint")), open("/dev/full", "w") as file:
+            file.write("x")
+
+    def on_rank(rank: int) -> str:
+        try:
+            collectives.on_rank0(fill)
+        except BadInput as error:
+            return str(error)
+
+    lines = in_ranks(on_rank)
+    assert lines[0] == lines[1] and lines[0].startswith("checkpoint: cannot be written (No space left on device).")

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from mmpeft_ds.errors import BadInput
+from mmpeft_ds.files import cannot_write
 
 T = TypeVar("T")
 
@@ -82,7 +83,7 @@ def on_rank0(function: Callable[[], T]) -> T:
     A failure of rank 0 is raised on all ranks, so that none of them waits in the next collective for a rank that left.
 
     Raises:
-        BadInput: on every rank, if `function` raised it.
+        BadInput: on every rank, if `function` raised it, or could not write or read a file (disk full, no permission).
         RuntimeError: on the other ranks, naming any other exception of rank 0, which keeps its own there.
     """
     if world_size() == 1:
@@ -93,6 +94,8 @@ def on_rank0(function: Callable[[], T]) -> T:
         try:
             outcome[0] = function()
         except Exception as raised:  # noqa: BLE001 - every failure must reach the other ranks
+            if reason := cannot_write(raised):
+                raised = BadInput(f"{raised.filename or 'a file of this command'}: {reason}")
             error = raised
             outcome[1:] = [isinstance(raised, BadInput), f"{type(raised).__name__}: {raised}"]
             if isinstance(raised, BadInput):

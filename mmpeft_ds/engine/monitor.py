@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from mmpeft_ds import contact_sheet
+from mmpeft_ds.files import naming
 from mmpeft_ds.progress import Progress
 from mmpeft_ds.recipe.options import MonitorOptions
 
@@ -86,8 +87,9 @@ class Monitor(Observer):
         self.progress.__enter__()  # until `close`
 
     def step(self, row: dict[str, Any]) -> None:
-        self.metrics.write(json.dumps({k: plain(v) for k, v in thinned(row).items()}) + "\n")
-        self.metrics.flush()
+        with naming(Path(self.metrics.name)):
+            self.metrics.write(json.dumps({k: plain(v) for k, v in thinned(row).items()}) + "\n")
+            self.metrics.flush()
         self.progress.advance(
             row["step"] - self.progress.done,
             note=f"loss {row['loss']:.4f}, {row['samples_per_second']:.0f} samples/s",

@@ -107,6 +107,7 @@ class RunDir:
         def take() -> tuple[str, str | None, tuple[str, ...]]:
             target = _first_free(Path(path)) if fresh else Path(path)
             _refuse_foreign(target)
+            _refuse_unwritable(target)
             target.mkdir(parents=True, exist_ok=True)
             lock.append(Lock(target / ".lock"))
             try:
@@ -221,6 +222,7 @@ def preview(path: str | Path, recipe: dict[str, Any], total_steps: int, patience
     """
     target = Path(path)
     _refuse_foreign(target)
+    _refuse_unwritable(target)
     if not target.is_dir():
         return []
     newest, differing = _compared(target, json.loads(json.dumps(recipe, default=str)))
@@ -327,3 +329,10 @@ def _refuse_foreign(path: Path) -> None:
         raise BadInput(f"{path}: is a file, run_dir must name a directory")
     if path.is_dir() and any(path.iterdir()) and not any((path / n).exists() for n in ("recipe.yaml", ".lock")):
         raise BadInput(f"{path}: holds files that are not a run's. Choose another run_dir, or empty it.")
+
+
+def _refuse_unwritable(path: Path) -> None:
+    there = next(p for p in (path, *path.absolute().parents) if p.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        why = "cannot be written" if there.is_dir() else "is a file"
+        raise BadInput(f"run_dir {path}: {there} {why}. Choose another run_dir, or mend its permissions.")

@@ -130,6 +130,18 @@ def test_fresh_takes_a_new_directory_and_leaves_the_old_one(tmp_path):
     assert sorted(p.name for p in (tmp_path / "a").rglob("*")) == before
 
 
+def test_a_place_that_cannot_be_written_is_refused_and_check_says_so(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    for start in (lambda path: RunDir.open(path, RECIPE), lambda path: rundir.preview(path, RECIPE, 10)):
+        with pytest.raises(BadInput, match=r"file/a: .*file is a file"):
+            start(tmp_path / "file" / "a")
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "access", lambda path, mode: False)  # root may write everywhere but on a read-only mount
+            with pytest.raises(BadInput, match="cannot be written"):
+                start(tmp_path / "new" / "run")
+    assert not (tmp_path / "new").exists()
+
+
 def test_a_directory_with_other_things_is_refused(tmp_path):
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "cat.jpg").touch()
