@@ -16,7 +16,7 @@ import torch.distributed as dist
 from mmpeft_ds.data.stream import BadBudget, Step
 from mmpeft_ds.distributed import processes
 from mmpeft_ds.engine import checkpoint
-from mmpeft_ds.engine.assembly.build import build
+from mmpeft_ds.engine.assembly import build as building
 from mmpeft_ds.engine.export import trained_tensors
 from mmpeft_ds.engine.step import Stepper
 from mmpeft_ds.engine.train_state import TrainState
@@ -57,7 +57,7 @@ def make(case: dict, folder: Path, ranks: processes.Ranks) -> SimpleNamespace:
     task = tiny_classifier.TinyTask()
     resolved = tiny_classifier.make_resolved(recipe, task)
     resolved.ds_config = {"zero_optimization": {"stage": 0}, **case["config"]}
-    built = build(resolved, ranks)
+    built = building.build(resolved, ranks)
     if case.get("looking", True):
         built.ewc = Looking(built.trainables, built.engine)
     return SimpleNamespace(recipe=recipe, task=task, resolved=resolved, built=built)
@@ -111,6 +111,7 @@ def main() -> None:
     args = [a for a in sys.argv[1:] if not a.startswith("--local_rank")]
     cases, out = json.loads(Path(args[0]).read_text()), Path(args[1])
     ranks = processes.start(threads=1)
+    building.check_by_deepspeed = lambda recipe, config: None  # it refuses the keys that shall be seen to go wrong
     for case in cases:
         try:
             result = run_case(case, out, ranks)
