@@ -198,11 +198,14 @@ def _tile(image: Tensor | None, rows: list[dict[str, Any]]) -> contact_sheet.Til
 
 
 def _result(row: dict[str, Any]) -> tuple[str, str]:
-    """What was predicted, and the colour that says whether it is right."""
+    """What was predicted, and the colour that says whether it is right; a caption is neither right nor wrong."""
     answers = [str(a) for a in row.get("answers", [row["answer"]] if "answer" in row else [])]
     answer = max(answers, key=answers.count, default="")
     prediction = row["prediction"]
     words = f"-> {prediction:.3f}" if isinstance(prediction, float) else f"-> {_short(prediction)}"
+    if "references" in row:
+        own = row["references"][:1]
+        return words + (f" (given: {_short(own[0])})" if own else ""), "darkblue"
     if "rank" in row:  # retrieval: where the right one stands
         right, more = row["rank"] == 1, f" (right one: rank {row['rank']})" if row["rank"] > 1 else ""
     else:

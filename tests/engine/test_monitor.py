@@ -7,7 +7,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from mmpeft_ds.engine.evaluator import Evaluation
-from mmpeft_ds.engine.monitor import PAGE, Monitor, page
+from mmpeft_ds.engine.monitor import PAGE, Monitor, _result, page
 from mmpeft_ds.recipe.options import MonitorOptions
 
 
@@ -148,3 +148,10 @@ def test_retrieval_without_pictures_has_a_page_with_names_and_ranks():
     first = page([(None, [{"sample_id": "own/val-3", "text": "", "prediction": "a red circle", "rank": 1}])])
     green, red = ((s[c] - s[1 - c] > 0.2).any() for s, c in ((first, 1), (sheet, 0)))
     assert green and red
+
+
+def test_a_caption_stands_beside_the_given_one_and_is_neither_right_nor_wrong():
+    row = {"sample_id": "a", "text": "", "prediction": "a red circle", "references": ["a blue circle", "one circle"]}
+    assert _result(row) == ("-> a red circle (given: a blue circle)", "darkblue")
+    assert _result({**row, "references": []}) == ("-> a red circle", "darkblue")
+    assert _result({"prediction": "red", "answer": "blue"})[1] == "firebrick"
