@@ -40,7 +40,7 @@ def counted(towers, recipe, size, *changes):
     loaded = recipes.load(RECIPES / f"{recipe}.yaml", [*names, *head, *changes])
     backbone = resolve.make_backbone(recipes.components(loaded).backbone, loaded.engine, None)
     method, config = resolve.make_method(recipes.components(loaded).method)
-    parts = SimpleNamespace(method=method, method_config=config)
+    parts = SimpleNamespace(recipe=loaded, method=method, method_config=config)
     with torch.device("meta"):
         model = resolve.attach(parts, backbone.build(on_meta=True))
     counts = plan.trainable_by_kind(parts, model)
