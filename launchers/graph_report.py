@@ -31,6 +31,10 @@ def main() -> int:
         from mmpeft_ds.runs.graph_report import of_run
 
     lines = of_run(args.run, args.split, args.checkpoint, args.batch, args.set)
+    if lines is None:
+        if console.rank() == 0:
+            print(f"{args.run}: was stopped; nothing was written")
+        return 1
     if console.rank() == 0:
         report = json.loads((args.run / f"graph-report-{args.split}.json").read_text())
         show(lines, f"{args.run} on {args.split}, {report['rows']:,} of {report['there']:,} samples")

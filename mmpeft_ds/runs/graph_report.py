@@ -7,15 +7,17 @@ It says how far predictions depend on the other samples of a batch.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from mmpeft_ds import recipe as recipes
+from mmpeft_ds.distributed import collectives
 from mmpeft_ds.engine import calibrate
 from mmpeft_ds.engine.assembly.resolve import resolve
+from mmpeft_ds.engine.stop import StopFlag
 from mmpeft_ds.engine.streams import make_stream
 from mmpeft_ds.errors import BadInput
 from mmpeft_ds.files import write_json
@@ -26,7 +28,13 @@ from mmpeft_ds.sites.feature_site import Labelled
 SEEDS = (0, 1, 2)
 
 
-def invariance(head: Any, rows: Labelled, size: int, seeds: Sequence[int] = SEEDS) -> list[dict[str, Any]]:
+def invariance(
+    head: Any,
+    rows: Labelled,
+    size: int,
+    seeds: Sequence[int] = SEEDS,
+    stopped: Callable[[], bool] = lambda: False,
+) -> list[dict[str, Any]] | None:
     """Accuracy and graph of the same rows in different batches. Collective.
 
     In a batch that is sorted by class, neighbours give the class away: accuracy above that of shuffled rows is
@@ -36,10 +44,12 @@ def invariance(head: Any, rows: Labelled, size: int, seeds: Sequence[int] = SEED
         head: one that is `over_batch`, such as GA-Net's.
         rows: all rows of a split, the same on every rank.
         size: rows per graph.
+        stopped: asked before each order, the same on every rank.
 
     Returns:
-        one mapping per order: `order`, `top1`, and where there are edges `degree` (edges per node), `same_class`
-        (share of edges between samples of one class; None without edges), `isolated` (share of nodes).
+        None if `stopped`, else one mapping per order: `order`, `top1`, and where there are edges `degree` (edges per
+        node), `same_class` (share of edges between samples of one class; None without edges), `isolated` (share of
+        nodes).
     """
     labels, n = rows.labels, len(rows.labels)
     with head.without_edges():
@@ -49,6 +59,8 @@ def invariance(head: Any, rows: Labelled, size: int, seeds: Sequence[int] = SEED
     }
     orders["sorted by class"] = labels.cpu().argsort(stable=True)
     for name, order in orders.items():
+        if stopped():
+            return None
         numbers = head.top1(rows, size, order.to(labels.device))
         nodes, known = max(1.0, numbers["nodes"]), numbers["labelled_edges"]
         lines.append(
@@ -65,10 +77,10 @@ def invariance(head: Any, rows: Labelled, size: int, seeds: Sequence[int] = SEED
 
 def of_run(
     run: Path, split: str, which: str = "best", size: int = 0, overrides: Sequence[str] = ()
-) -> list[dict[str, Any]]:
+) -> list[dict[str, Any]] | None:
     """`invariance` of checkpoint `which` of a run on `split` of its first training data set. Every rank calls it.
 
-    Writes RUN/graph-report-SPLIT.json.
+    Writes RUN/graph-report-SPLIT.json; nothing, and returns None, if a stop was requested on a rank.
 
     Args:
         size: rows per graph; 0: `data.global_batch`.
@@ -79,18 +91,26 @@ def of_run(
     """
     recipe = recipes.of_run(run, overrides)
     recipe.data.validation = [on_split(recipe.data.sources[0], split)]
-    resolved = resolve(recipe)
-    opened = open_run(run, resolved, which)
-    head = head_of(opened.built.model)
-    if head is None or not head.over_batch:
-        raise BadInput(f"{run}: method {recipe.method['name']} has no graph over the batch. This report is of ga_net.")
-    opened.built.engine.eval()
-    source, ranks = resolved.validation[0], opened.ranks
-    stream = make_stream(resolved, [source], ranks, train=False)
-    rows = calibrate.rows_of(opened.built.engine, resolved.backbone, source.task, stream.epoch(0), ranks.device)
-    stream.close()
-    lines = invariance(head, rows, size or recipe.data.global_batch)
-    if ranks.rank == 0:
+    # Nothing has to be saved: a signal, or the end of the launcher, ends it before the next order.
+    with StopFlag(recipe.engine.stop_grace) as stop:
+        resolved = resolve(recipe)
+        opened = open_run(run, resolved, which)
+        head = head_of(opened.built.model)
+        if head is None or not head.over_batch:
+            raise BadInput(
+                f"{run}: method {recipe.method['name']} has no graph over the batch. This report is of ga_net."
+            )
+        opened.built.engine.eval()
+        source, ranks = resolved.validation[0], opened.ranks
+
+        def stopped() -> bool:
+            return bool(collectives.sum_scalars([float(stop.requested())], ranks.device)[0])
+
+        stream = make_stream(resolved, [source], ranks, train=False)
+        rows = calibrate.rows_of(opened.built.engine, resolved.backbone, source.task, stream.epoch(0), ranks.device)
+        stream.close()
+        lines = invariance(head, rows, size or recipe.data.global_batch, stopped=stopped)
+    if lines is not None and ranks.rank == 0:
         report = {"split": split, "checkpoint": opened.checkpoint.name, "rows": len(rows.labels)}
         report |= {"there": source.samples, "lines": lines}
         write_json(run / f"graph-report-{split}.json", report)

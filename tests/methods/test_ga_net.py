@@ -266,7 +266,7 @@ class OneProcess:
         self.resolved = SimpleNamespace(train=[SimpleNamespace(task=None)])
 
     def agree(self, micro, task):
-        return SimpleNamespace(stop=False, bad=0, weight=1.0, rows=1)
+        return SimpleNamespace(stop=False, bad=0, weight=1.0, rows=1, changed=())
 
     def accumulate(self, micro, task, agreed):
         data = micro[0]
@@ -375,6 +375,7 @@ def test_the_report_shows_that_a_sorted_list_leaks_classes():
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+    assert graph_report.invariance(head, data, 10, stopped=lambda: True) is None
     lines = graph_report.invariance(head, data, 10)
     assert [line["order"] for line in lines] == [
         "no edges", "shuffled, seed 0", "shuffled, seed 1", "shuffled, seed 2", "sorted by class"
