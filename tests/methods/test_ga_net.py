@@ -266,7 +266,7 @@ class OneProcess:
         self.resolved = SimpleNamespace(train=[SimpleNamespace(task=None)])
 
     def agree(self, micro, task):
-        return SimpleNamespace(stop=False, bad=0, weight=1.0, rows=1, changed=())
+        return SimpleNamespace(stop=False, bad=0, weight=1.0, rows=1, changed=(0, 0, 0))
 
     def accumulate(self, micro, task, agreed):
         data = micro[0]
