@@ -9,7 +9,6 @@ import glob
 import logging
 import os
 import re
-import socket
 import sys
 import threading
 import time
@@ -194,10 +193,9 @@ def _lay_out(env: Any) -> None:
             "alone. Start them by srun, torchrun, mpirun or deepspeed, or set RANK, WORLD_SIZE, LOCAL_RANK, "
             "MASTER_ADDR and MASTER_PORT."
         )
-    env.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", LOCAL_WORLD_SIZE="1", MASTER_ADDR="127.0.0.1")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        env["MASTER_PORT"] = str(free.getsockname()[1])
+    # Port 0: torch takes a free one as it listens, so no other process can be first, and nobody else has to know it.
+    alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+    env.update(alone, MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
 
 
 # What mpirun of Open MPI, and of MPICH and Intel MPI, calls RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE.

@@ -1,6 +1,8 @@
 """Joining the ranks leaves nothing on the machine, and what cannot work there is said in a line."""
 
 import os
+import subprocess
+import sys
 import time
 
 import pytest
@@ -133,6 +135,21 @@ def told(monkeypatch):
 def test_one_process_is_alone(told):
     assert told()["WORLD_SIZE"] == "1"
     assert told(SLURM_NTASKS="4", SLURM_PROCID="0")["WORLD_SIZE"] == "1", "the script of sbatch itself, without srun"
+
+
+def test_a_process_that_is_alone_meets_itself_beside_another_that_has_the_same_variables(told):
+    """A process started from one of ours inherits them; a number drawn beforehand would be taken by then."""
+    script = "import torch.distributed as d; d.init_process_group('gloo'); print(d.get_world_size()); input()"
+    told()
+    inherited = {**os.environ, "GLOO_SOCKET_IFNAME": "lo"}
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    both = [subprocess.Popen([sys.executable, "-c", script], env=inherited, **pipes) for _ in range(2)]
+    try:
+        assert [process.stdout.readline() for process in both] == ["1\n", "1\n"]
+    finally:
+        for process in both:
+            process.kill()
+            process.wait()
 
 
 @pytest.mark.parametrize(
