@@ -1,4 +1,4 @@
-"""Identity of pictures: which samples show the same ones, and which captions stand with several.
+"""Identity of pictures: which samples show the same ones, and which captions belong to several.
 
 Retrieval takes samples with equal pictures as one picture, and every caption as the text of its own picture. Both are
 said when a data set is prepared, since a file with one line a caption looks as if it had more pictures than it has.
@@ -64,8 +64,8 @@ def notes(split: str, fields: dict[str, dict[str, Any]]) -> list[str]:
         )
     if "shared" in captions:
         lines.append(
-            f"{split}: {captions['shared']:,} of {captions['present']:,} captions stand with more than one picture. "
-            "In retrieval each belongs to its own picture alone, so not all of them can be found first."
+            f"{split}: {captions['shared']:,} of {captions['present']:,} captions belong to more than one picture. "
+            "In retrieval each counts for its own picture alone, so R@1 stays below 100."
         )
     answers = fields.get("questions[].answers", {})
     if 1 < answers.get("max", 0) < 10:
