@@ -65,7 +65,7 @@ def notes(split: str, fields: dict[str, dict[str, Any]]) -> list[str]:
     if "shared" in captions:
         lines.append(
             f"{split}: {captions['shared']:,} of {captions['present']:,} captions belong to more than one picture. "
-            "In retrieval each counts for its own picture alone, so R@1 stays below 100."
+            "In retrieval each counts for its own picture alone, so `img_r1` stays below 100."
         )
     answers = fields.get("questions[].answers", {})
     if 1 < answers.get("max", 0) < 10:

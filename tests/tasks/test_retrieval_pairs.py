@@ -152,6 +152,7 @@ def test_preparation_tells_equal_pictures_and_shared_captions(tmp_path, capsys):
     told = capsys.readouterr().out
     assert "train: 24 samples show 12 different pictures" in told
     assert "train: 12 of 24 captions belong to more than one picture" in told
+    assert "so `img_r1` stays below 100" in told
     prepared(tmp_path, OWN, False, name="plain")
     told = capsys.readouterr().out
     assert "different pictures" not in told and "more than one picture" not in told
