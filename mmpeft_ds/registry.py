@@ -2,7 +2,8 @@
 
 An entry that is a file exports `ENTRY` and `Options`. A folder exports `ENTRY` from the file that bears the kind's
 name, such as `backbones/blip/backbone.py` (where there is no such file, from its `__init__.py`), and `Options` from
-`options.py`, which imports neither torch nor transformers nor peft.
+`options.py`, which imports neither torch nor transformers nor peft. Like every package, a folder needs an
+`__init__.py`, which may be empty.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import importlib
 import importlib.util
 import pkgutil
 from collections.abc import Callable
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -30,12 +32,17 @@ def load(package: ModuleType, name: str, where: str) -> Any:
     """`ENTRY` of the file or folder `name` in `package`.
 
     Raises:
-        BadInput: if there is no such entry; `where` says which key of the recipe named it.
+        BadInput: if there is no such entry, or its file exports no `ENTRY`; `where` says which key of the recipe
+            named it.
     """
     module = _module(package, name, where)
     kind = package.__name__.rsplit(".", 1)[-1].removesuffix("s")
     inner = f"{module}.{kind}"
-    return importlib.import_module(inner if _is_there(inner) else module).ENTRY
+    holder = importlib.import_module(inner if _is_there(inner) else module)
+    try:
+        return holder.ENTRY
+    except AttributeError:
+        raise BadInput(f"{where}: {holder.__name__} exports no ENTRY. Write `ENTRY = YourClass` at its end.") from None
 
 
 def options(package: ModuleType, name: str, where: str) -> type:
@@ -72,11 +79,17 @@ def lazy_names(package: str) -> Callable[[str], Any]:
 def _module(package: ModuleType, name: str, where: str) -> str:
     known = names(package)
     if name not in known:
+        if name.isidentifier() and name not in NO_ENTRIES and _has_code(package, name):
+            raise BadInput(f"{where}: the folder {name} of {package.__name__} has no __init__.py. Add an empty one.")
         near = difflib.get_close_matches(name, known, n=1)
         hint = f"Did you mean {near[0]!r}? " if near else ""
         kind = package.__name__.rsplit(".", 1)[-1]
         raise BadInput(f"{where}: no {kind} entry named {name!r}. {hint}Known: {', '.join(known)}.")
     return f"{package.__name__}.{name}"
+
+
+def _has_code(package: ModuleType, folder: str) -> bool:
+    return any(file for parent in package.__path__ for file in (Path(parent) / folder).glob("*.py"))
 
 
 def _is_there(module: str) -> bool:

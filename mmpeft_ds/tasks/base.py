@@ -108,7 +108,7 @@ class TaskBase(abc.ABC):
 
     @abc.abstractmethod
     def score(self, rows: list[dict[str, Any]]) -> dict[str, float]:
-        """Metrics of all rows of a split; called on rank 0."""
+        """Metrics of all rows of a split, empty where there are no rows; called on rank 0."""
 
     # with defaults
 
