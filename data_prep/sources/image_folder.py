@@ -21,9 +21,8 @@ from mmpeft_ds.errors import BadInput
 SPLITS = ("train", "val", "test")
 _SPLIT_OF = {
     **dict.fromkeys(("train", "training", "trn", "trainval"), "train"),
-    **dict.fromkeys(
-        ("val", "valid", "validation", "validate", "dev", "devel", "eval", "evaluation", "minival"), "val"
-    ),
+    **dict.fromkeys(("val", "valid", "validation", "validate", "minival"), "val"),
+    **dict.fromkeys(("dev", "devel", "development", "eval", "evaluation"), "val"),
     **dict.fromkeys(("test", "testing", "tst"), "test"),
 }
 _BESIDE_SPLIT = frozenset(("set", "sets", "data", "dataset", "images", "image", "imgs", "img", "split"))
@@ -144,10 +143,13 @@ class ImageFolder:
 
     @staticmethod
     def _refuse_splits(folder: Path, names: set[str], what: str) -> None:
-        if names and all(split_of(name) for name in names):
+        parts = [_split_words(name) for name in names]
+        of_different_splits = all(len(words) == 1 for words in parts) and len(set().union(*parts)) > 1
+        if names and (of_different_splits or all(split_of(name) for name in names)):
             raise BadInput(
                 f"{folder}: {', '.join(sorted(names))} are {what} this folder, but look like splits. Expected "
-                "FOLDER/SPLIT/CLASS/IMAGE.jpg: give the --folder that holds the splits, or say --as-classes."
+                "FOLDER/SPLIT/CLASS/IMAGE.jpg with splits train, val and test: give the --folder that holds them, "
+                "rename them, or say --as-classes."
             )
 
     @staticmethod
@@ -188,11 +190,20 @@ class ImageFolder:
 
 def split_of(name: str) -> str | None:
     """The split that a folder of this name means: `Training`, `val2017`, `test_images`; None for any other name."""
-    words = re.findall("[a-z]+", re.sub(r"([a-z])([A-Z])", r"\1 \2", name).lower())
-    words = [word.removesuffix("set") if word.removesuffix("set") in _SPLIT_OF else word for word in words]
-    splits = {_SPLIT_OF[word] for word in words if word in _SPLIT_OF}
+    words, splits = _words(name), _split_words(name)
     known = all(word in _SPLIT_OF or word in _BESIDE_SPLIT for word in words)
     return splits.pop() if known and len(splits) == 1 else None
+
+
+def _split_words(name: str) -> set[str]:
+    """The splits that words of a name mean, whatever stands beside them: `seg_train`, `val_clean`."""
+    return {_SPLIT_OF[word] for word in _words(name) if word in _SPLIT_OF}
+
+
+def _words(name: str) -> list[str]:
+    """Words of a name in lower case, `trainset` as `train`."""
+    words = re.findall("[a-z]+", re.sub(r"([a-z])([A-Z])", r"\1 \2", name).lower())
+    return [word.removesuffix("set") if word.removesuffix("set") in _SPLIT_OF else word for word in words]
 
 
 ENTRY = ImageFolder

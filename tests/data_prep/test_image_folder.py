@@ -32,6 +32,7 @@ def prepared(tmp_path, *argv):
         (("TRAIN", "VAL"), ("train", "val")),
         (("Train", "Valid", "Testing"), ("train", "val", "test")),
         (("train", "dev"), ("train", "val")),
+        (("train", "development"), ("train", "val")),
         (("trn", "eval", "tst"), ("train", "val", "test")),
         (("train2017", "val2017"), ("train", "val")),
         (("train_images", "test-set"), ("train", "test")),
@@ -48,7 +49,7 @@ def test_folders_named_like_splits_are_the_splits(names, splits, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name", ["cat", "trainer", "validity", "protest", "test_bench", "train_station", "devil", "2017"]
+    "name", ["cat", "trainer", "validity", "protest", "test_bench", "train_station", "devil", "2017", "crash test"]
 )
 def test_other_names_are_classes(name, tmp_path):
     assert split_of(name) is None
@@ -65,6 +66,8 @@ def test_other_names_are_classes(name, tmp_path):
         (("photos/train/cat", "photos/val/cat"), "train, val are all folders below the class folders"),
         (("cat/Train", "cat/Test", "dog/Train"), "Test, Train are all folders below the class folders"),
         (("train/training/cat", "train/validation/cat"), "training, validation are classes"),
+        (("seg_train/cat", "seg_test/cat"), "seg_test, seg_train are classes"),
+        (("all/val_clean/cat", "all/train_clean/cat"), "train_clean, val_clean are all folders below"),
         (("train/cat", "test/dog"), "class 'dog' has no images in train"),
     ],
 )
