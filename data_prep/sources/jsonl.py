@@ -151,7 +151,7 @@ class Jsonl:
         counts: Counter[str] = Counter()
         for _, line, _ in self._objects(split):
             for question in _questions(line):
-                counts.update(question["answers"])
+                counts.update(answer for answer in question["answers"] if answer.strip())
         kept = [a for a, n in counts.items() if n >= self.options.min_answer_count]
         return sorted(kept, key=lambda a: (-counts[a], a))[: self.options.max_answers] or None
 
@@ -369,6 +369,8 @@ def _question(one: Any) -> dict[str, Any]:
     answers = [a.get("answer") if isinstance(a, dict) else a for a in answers]
     if not (answers and all(isinstance(a, str) for a in answers)):
         raise ValueError(f"question {text[:40]!r} needs 'answer' (a text) or 'answers' (a list of texts)")
+    if not any(a.strip() for a in answers):
+        raise ValueError(f"question {text[:40]!r} has no answer but empty ones")
     read: dict[str, Any] = {"question": text, "answers": answers}
     if "question_id" in one:
         read["question_id"] = one["question_id"]

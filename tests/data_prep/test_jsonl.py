@@ -77,6 +77,12 @@ def test_rare_answers_and_the_end_of_a_long_list_can_be_left_out(jsonl, tmp_path
     assert manifest.labels == ["a", "b"] and manifest.label_counts == [3, 2]
 
 
+def test_an_empty_answer_of_one_annotator_is_kept_but_is_no_answer_to_choose(jsonl, tmp_path):
+    manifest, samples = prepared(tmp_path, "--train", jsonl({"question": "?", "answers": ["", "red", " "]}))
+    assert manifest.labels == ["red"]
+    assert samples["train"][0]["json"]["questions"][0]["answers"] == ["", "red", " "]
+
+
 ASKED = {"question": "what?", "answer": "red"}
 TALK = [{"from": "human", "value": "what?"}, {"from": "gpt", "value": "red"}]
 
@@ -97,6 +103,7 @@ TALK = [{"from": "human", "value": "what?"}, {"from": "gpt", "value": "red"}]
         ({"image": "0.png", "caption": "x", "second": "1.png"}, "second", "'image'"),
         ({"image": "0.png", "caption": "x", "more": {"views": [{"at": "1.png"}]}}, "more", "'image'"),
         ({"x": "data:image/png;base64,AAAA", "caption": "x"}, "x", "'image'"),
+        ({"image_base64": "iVBORw0KGgo", "caption": "x"}, "image_base64", "'image'"),
         ({"video": "clip7", "caption": "x"}, "video", "frames"),
         ({"audio": "a", "caption": "x"}, "audio", "sound"),
         ({"image_features": "f", "caption": "x"}, "image_features", "'features'"),
@@ -196,6 +203,7 @@ GOOD = {"image": "0.png", "caption": "fine"}
         ({"image": "0.png", "question": "why?"}, "needs 'answer'"),
         ({"image": "0.png", "question": "", "answer": "x"}, "'question' must be"),
         ({"image": "0.png", "question": "n?", "answer": 2}, "needs 'answer'"),
+        ({"image": "0.png", "question": "n?", "answer": " "}, "no answer but empty ones"),
         ({"image": "0.png", "questions": []}, "'questions' must be"),
         ({"image": "0.png", "questions": ["a?", "b?"], "answers": ["1"]}, "'answers' must be a list of 2"),
         ({"image": "0.png", "questions": [5]}, "'questions' must hold"),

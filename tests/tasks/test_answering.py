@@ -51,6 +51,14 @@ def test_the_best_answer_and_those_of_the_list_alone():
     assert drawn(listed, ["blue"], 0) == (Prompted("what color?", ""), {"question": 0, "score": 0.0})
 
 
+def test_an_empty_answer_is_never_what_the_model_learns_to_say():
+    task = Answering(Options(), None)
+    assert {drawn(task, ["", " ", "red"], seed)[0].target for seed in range(20)} == {"red"}
+    assert drawn(task, ["", " \n"], 0) == (Prompted("what color?", ""), {"question": 0, "score": 0.0})
+    (text,), (target,) = task.read_all(record(("what color?", [""] * 9 + ["red"])), None)
+    assert text.target == "red" and target["score"] == pytest.approx(0.3)
+
+
 def test_questions_can_be_limited_to_some_that_are_drawn():
     task = Answering(Options(max_questions=2), None)
     asked = record(*((f"q{i}", ["a"]) for i in range(5)))

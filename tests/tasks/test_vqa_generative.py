@@ -38,6 +38,16 @@ def test_each_distinct_answer_is_a_text_weighted_by_its_share():
     assert [t["weight"] for t in targets] == [0.05] * 3
 
 
+def test_an_empty_answer_is_no_text():
+    asked = {
+        "questions": [{"question": "what ?", "answers": ["", "  ", "red"]}, {"question": "why ?", "answers": [" "]}]
+    }
+    task = ENTRY(Options(), LABELS)
+    assert [text.target for text in task.read(asked, torch.Generator())[0]] == ["red"]
+    texts, targets = task.read_all(asked, None)
+    assert [text.target for text in texts] == ["red", ""] and [t["weight"] for t in targets] == [1.0, 0.0]
+
+
 def batch_of(task, texts, targets, weight=1.0):
     samples = [Sample("a", weight, [], texts, targets, RECORD)]
     return pack(samples, lambda x: {}, lambda x: {"input_ids": torch.zeros(len(x), 1)}, task.collate)

@@ -53,7 +53,7 @@ _KEYS = {
 _FILE_WORDS = "path paths file files filename filenames filepath filepaths media src url uri link"
 _FILES = frozenset(_FILE_WORDS.split())
 _NEUTRAL_WORDS = """
-name names list data input inputs rel abs relative local full main first second left right rgb base64 b bytes alt raw
+name names list data input inputs rel abs relative local full main first second left right rgb base b bytes alt raw
 short long en ref refs reference references true gold correct human user assistant all new the my a
 """
 _NEUTRAL = _FILES | frozenset(_NEUTRAL_WORDS.split())

@@ -60,6 +60,7 @@ class Answering(QuestionTask):
     def _target(self, scores: dict[str, float], generator: torch.Generator | None) -> tuple[str, float]:
         """The target answer and its score; empty and 0 where nobody gave one that counts. Without a generator nothing
         is drawn: the most frequent one."""
+        scores = {answer: score for answer, score in scores.items() if answer.strip()}
         if not scores:
             return "", 0.0
         answers = list(scores)

@@ -89,7 +89,7 @@ class VqaGenerative(QuestionTask):
         return Prompted(self.options.prompt.replace("{}", question), answer)
 
     def _weighted(self, answers: list[str]) -> dict[str, float]:
-        votes = Counter(a for a in answers if a and (not self.options.listed_only or a in self._listed))
+        votes = Counter(a for a in answers if a.strip() and (not self.options.listed_only or a in self._listed))
         given = self.options.answer_weight
         return {answer: given or count / len(answers) for answer, count in votes.most_common()}
 
