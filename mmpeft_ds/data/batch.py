@@ -96,7 +96,6 @@ class GenerationOutput:
         labels: (T, S) int64 token ids, -100 at positions without loss.
         generated: T strings, in the evaluation of a task with `generation`.
         as_generated: `BackboneBase.as_generated`, beside `generated`.
-        extra: further outputs of the family.
         scores: of the labels, where `engine.assembly.forward` was asked for them.
         tie: zero that depends on what no text reads, so that all ranks reach the same towers in backward.
     """
@@ -105,7 +104,6 @@ class GenerationOutput:
     labels: Tensor
     generated: list[str] | None = None
     as_generated: Callable[[str], str | None] | None = None
-    extra: dict[str, Any] = field(default_factory=dict)
     scores: TokenScores | None = None
     tie: Tensor | None = None
 
