@@ -6,7 +6,7 @@ so its gradient towards the state is known in the forward pass already, and the 
 the weight of the output layer.
 """
 
-# T texts, S positions, d width, V tokens, N labelled positions
+# T texts, S positions, K last positions with labels, d width, V tokens of the vocabulary, N labelled positions
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ CHUNK = 512  # labelled positions whose logits exist together
 
 @dataclass
 class TokenScores:
-    """What is known of the labelled tokens of T texts.
+    """Losses of the labelled tokens of T texts, and whether the model would have chosen them.
 
     Attributes:
         nll: (T, S) negative log-likelihood of each label, 0 without label.
@@ -44,7 +44,7 @@ class TokenScores:
 
     @classmethod
     def of(cls, outputs: Tensor) -> TokenScores:
-        """From (T, S, 3), what a layer within `scored` returns."""
+        """Scores from the (T, S, 3) output of a layer within `scored`."""
         nll, uniform, right = outputs.unbind(-1)
         return cls(nll, uniform, right > 0.5)
 
@@ -55,7 +55,11 @@ def token_scores(states: Tensor, weight: Tensor, bias: Tensor | None, labels: Te
     Args:
         states: (T, S, d).
         weight: (V, d), bias: (V,); both frozen.
-        labels: (T, S) int64, -100 = none.
+        labels: (T, S) int64, -100 at positions without a label.
+
+    Returns:
+        three tensors (T, S) in at least float32. nll and uniform have gradients towards `states`; right is 1 where the
+        label is the most likely token, else 0.
     """
     places = (labels != -100).nonzero(as_tuple=True)
     scores = _Scores.apply(states[places], weight, bias, labels[places])
@@ -63,49 +67,50 @@ def token_scores(states: Tensor, weight: Tensor, bias: Tensor | None, labels: Te
 
 
 class _Scores(torch.autograd.Function):
-    """(N, d) states and (N,) labels to (N,) nll, uniform, right."""
+    """Scores nll, uniform and right, each (N,), from states (N, d) and labels (N,)."""
 
     @staticmethod
     def forward(
         ctx: Any, states: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        wanted = ctx.needs_input_grad[0]
+        with_gradient = ctx.needs_input_grad[0]
         nll, uniform, right = states.new_empty(3, len(states), dtype=full_dtype(states.dtype))
-        gradient = torch.empty_like(states) if wanted else None
+        gradient = torch.empty_like(states) if with_gradient else None
         for start in range(0, len(states), CHUNK):
             part = slice(start, start + CHUNK)
-            results = _chunk(states[part], weight, bias, labels[part], wanted)
+            results = _chunk(states[part], weight, bias, labels[part], with_gradient)
             nll[part], uniform[part], right[part] = results[:3]
             if gradient is not None:
                 gradient[part] = results[3]
         if gradient is not None:
-            # Of `uniform` it is the probabilities less 1 / V: the difference needs only rows of the weight.
+            # Towards the logits, the gradient of `uniform` is p - 1 / V and that of `nll` is p - 1 at the label and p
+            # elsewhere. The difference has no p in it, so it is made of rows of the weight alone.
             ctx.save_for_backward(gradient, weight[labels] - weight.mean(0))
         ctx.mark_non_differentiable(right)
         return nll, uniform, right
 
     @staticmethod
-    def backward(ctx: Any, *slopes: Tensor | None) -> tuple[Tensor | None, None, None, None]:
+    def backward(ctx: Any, *output_gradients: Tensor) -> tuple[Tensor | None, None, None, None]:
         gradient, difference = ctx.saved_tensors
-        nll, uniform = (slope[:, None] for slope in slopes[:2])
+        nll, uniform = (g[:, None] for g in output_gradients[:2])  # zeros where the loss does not use one
         full = (nll + uniform) * gradient + uniform * difference
         return full.to(gradient.dtype), None, None, None
 
 
 def _chunk(
-    states: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, wanted: bool
+    states: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, with_gradient: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """nll, uniform and right of some positions, and the gradient of nll towards their states if it is wanted."""
+    """nll, uniform and right of some positions, and with `with_gradient` the gradient of nll towards their states."""
     logits = functional.linear(states, weight, bias)
     right = logits.argmax(1) == labels
     logs = torch.log_softmax(logits, 1, dtype=full_dtype(states.dtype))
     del logits
     nll, uniform = -logs.gather(1, labels[:, None])[:, 0], -logs.mean(1)
-    if not wanted:
+    if not with_gradient:
         return nll, uniform, right, None
-    slope = logs.exp_()  # the gradient towards the logits: the probabilities, less 1 at the label
-    slope.scatter_add_(1, labels[:, None], slope.new_full((len(slope), 1), -1.0))
-    return nll, uniform, right, slope.to(weight.dtype) @ weight
+    to_logits = logs.exp_()  # the gradient towards the logits: the probabilities, less 1 at the label
+    to_logits.scatter_add_(1, labels[:, None], to_logits.new_full((len(to_logits), 1), -1.0))
+    return nll, uniform, right, to_logits.to(weight.dtype) @ weight
 
 
 def is_scorable(head: nn.Module | None) -> bool:
@@ -121,7 +126,8 @@ def scored(head: nn.Linear, labels_at: Callable[[int], Tensor]) -> Iterator[None
     and notices its backward pass. What it returns is (T, S, 3) in the place of (T, S, V): nll, uniform, right.
 
     Args:
-        labels_at: from the number of positions S to (T, K) labels of the last K <= S of them.
+        head: the output layer, for which `is_scorable` holds.
+        labels_at: gives, for the number of positions S, the (T, K) labels of the last K <= S of them.
     """
 
     def score(states: Tensor) -> Tensor:

@@ -177,7 +177,7 @@ def make_backbone(
         section: `components(recipe).backbone`.
         engine: says its dtype, attention and dropout.
         towers: what the manifest says of stored features.
-        observed: a method will read queries, keys or scores of attention.
+        observed: whether the method reads queries, keys or scores of attention.
     """
     backbone = section.entry(section.options, labels)
     if inner := section.inner.get("encoder"):
@@ -247,18 +247,20 @@ def float32_heads(base_model: PreTrainedModel) -> list[str]:
 
 
 def attention_of(wanted: str, name: str, backbone: BackboneBase, observed: bool) -> str:
-    """The attention implementation that the backbone is to load with, `auto` where it may choose.
+    """The attention implementation that the backbone loads with; `auto` leaves the choice to transformers.
 
     Args:
         wanted: `engine.attention`.
         name: of the backbone.
-        observed: a method will read queries, keys or scores of attention.
+        observed: whether the method reads queries, keys or scores of attention.
 
     Raises:
-        BadInput: `wanted` hides them, computes something else with this backbone, or is not installed.
+        BadInput: `wanted` hides what the method reads, does not compute what this backbone means, or is not installed.
     """
     if wanted == "auto":
-        return backbone.attentions[0] if backbone.attentions else "sdpa" if observed else "auto"
+        if backbone.attentions:
+            return backbone.attentions[0]
+        return "sdpa" if observed else "auto"
     if backbone.attentions and wanted not in backbone.attentions:
         raise BadInput(
             f"engine.attention: {wanted!r} does not work with {name}, which takes {', '.join(backbone.attentions)}. "

@@ -15,29 +15,29 @@ KEY = "zero_hpz_partition_size"
 
 
 def make(ds_config: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
-    """Make the groups that `zero_hpz_partition_size` asks for, for all parts of the base that are loaded from now on.
+    """Make the groups that `zero_hpz_partition_size` asks for, for every model that is loaded from now on. Collective.
 
-    DeepSpeed makes them at every part that it splits, and stops with an assertion at the second: a base of two
-    checkpoints, or a second run in the same process. It also spans machines without a word where the number is larger
-    than the ranks of one.
+    DeepSpeed would make them once per model that it splits, and stop with an assertion at the second one: a base of
+    two checkpoints, or a second run in the same process. It would also let a group span machines without a warning.
 
     Args:
-        ds_config: of `check_ds_config`. "auto" are as many ranks as every machine has.
+        ds_config: of `check_ds_config`; "auto" means the ranks of one machine, or of machines of different sizes their
+            greatest common divisor.
+        ranks: of this process.
 
     Returns:
-        `ds_config` with the size as a number; 1 where all ranks share a machine, since the copy would be the base.
+        a copy of `ds_config` with the size as a number. It is 1, no second copy, where one group would hold all ranks.
 
     Raises:
         BadInput: if a group would span machines, or ranks would be left over.
     """
     zero = ds_config["zero_optimization"]
     if KEY not in zero:
-        wanted = 1
+        size = 1
     else:
-        machines = _everyone(ranks)
-        wanted = group_size(zero[KEY], machines)
-        zero = {**zero, KEY: wanted}
-    _use(wanted)
+        size = group_size(zero[KEY], _machines(ranks))
+        zero = {**zero, KEY: size}
+    _use(size)
     return {**ds_config, "zero_optimization": zero}
 
 
@@ -49,7 +49,7 @@ def group_size(wanted: int | str, machines: list[tuple[int, int]]) -> int:
         machines: of each rank, the first rank of its machine and the number of ranks there.
 
     Raises:
-        BadInput: as `make`.
+        BadInput: if a group would span machines, or ranks would be left over.
     """
     world = len(machines)
     size = math.gcd(*(count for _, count in machines)) if wanted == "auto" else int(wanted)
@@ -68,7 +68,8 @@ def group_size(wanted: int | str, machines: list[tuple[int, int]]) -> int:
     return size
 
 
-def _everyone(ranks: Ranks) -> list[tuple[int, int]]:
+def _machines(ranks: Ranks) -> list[tuple[int, int]]:
+    """For each rank, the first rank of its machine and the number of ranks there. Collective."""
     machines: list[Any] = [None] * ranks.world_size
     dist.all_gather_object(machines, (ranks.rank - ranks.local_rank, ranks.local_size))
     return machines
