@@ -114,8 +114,13 @@ def _chunk(
 
 
 def is_scorable(head: nn.Module | None) -> bool:
-    """Whether `scored` can take the place of this output layer: a frozen linear layer without adapters."""
-    return type(head) is nn.Linear and not any(p.requires_grad for p in head.parameters())
+    """Whether `scored` can take the place of this output layer: a frozen linear layer without adapters.
+
+    A forward of its own, such as accelerate gives a layer that it moves between devices, would be lost.
+    """
+    if type(head) is not nn.Linear or "forward" in vars(head):
+        return False
+    return not any(p.requires_grad for p in head.parameters())
 
 
 @contextlib.contextmanager

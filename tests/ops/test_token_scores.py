@@ -99,6 +99,14 @@ def test_what_trains_or_has_adapters_is_not_scored():
     assert not is_scorable(nn.Sequential(head))
 
 
+def test_a_layer_with_a_forward_of_its_own_is_not_scored():
+    head = nn.Linear(D, V).requires_grad_(False)
+    head.forward = lambda x: nn.Linear.forward(head, x)  # as accelerate does where it moves weights between devices
+    assert not is_scorable(head)
+    del head.forward
+    assert is_scorable(head)
+
+
 def test_the_logits_of_a_long_conversation_are_never_there_together():
     """4 x 2,048 positions over 152,064 tokens, 2,048 of them labelled: below 1.2 GiB where logits took 15.0."""
     with torch.device("meta"):
