@@ -6,12 +6,15 @@ import re
 
 import pytest
 import torch
+from transformers import CLIPModel
 
 from mmpeft_ds import backbones, registry
 from mmpeft_ds.backbones.base import BackboneBase, ModelHooks, model_hooks
+from mmpeft_ds.backbones.common.scalars import ScalarsAsBuffers
 from mmpeft_ds.data.batch import Prompted, Sample, pack
 from mmpeft_ds.engine.assembly.forward import forward
 from mmpeft_ds.errors import BadInput
+from tests.helpers.models import tiny_clip
 from tests.helpers.models.tiny_backbones import MAKERS, make_text_only
 
 ABILITIES = {
@@ -25,7 +28,8 @@ ABILITIES = {
 
 def test_every_registered_backbone_is_tried_here():
     # reads features in the place of images: test_features_backbone.py
-    assert set(registry.names(backbones)) == {*MAKERS, "features"}
+    untried = set(registry.names(backbones)) - {*MAKERS, "features"}
+    assert not untried, f"add {sorted(untried)} to MAKERS in tests/helpers/models/tiny_backbones.py"
 
 
 @pytest.fixture(scope="module", params=[*MAKERS, "text_only"])
@@ -136,6 +140,20 @@ def test_on_meta_nothing_is_allocated_and_the_shape_is_that_of_the_real_model(ba
     on_meta = backbone.build(on_meta=True)
     assert {p.device.type for p in on_meta.parameters()} == {"meta"}
     assert {n: p.shape for n, p in on_meta.named_parameters()} == {n: p.shape for n, p in model.named_parameters()}
+
+
+def test_deepspeed_can_broadcast_every_parameter(model):
+    scalars = [name for name, parameter in model.named_parameters() if parameter.dim() == 0]
+    assert not scalars, "derive the model from backbones.common.scalars.ScalarsAsBuffers too"
+
+
+def test_a_stock_model_with_a_scalar_parameter_keeps_it_as_a_buffer_of_the_same_name(tmp_path):
+    folder = tiny_clip.write(tmp_path, "clip")
+    stock = CLIPModel.from_pretrained(folder)
+    assert dict(stock.named_parameters())["logit_scale"].dim() == 0, "else this mixin is not needed"
+    mixed = type("Mixed", (ScalarsAsBuffers, CLIPModel), {}).from_pretrained(folder)
+    assert dict(stock.named_parameters()).keys() - dict(mixed.named_parameters()).keys() == {"logit_scale"}
+    assert all(torch.equal(tensor, mixed.state_dict()[name]) for name, tensor in stock.state_dict().items())
 
 
 def test_every_mixture_of_images_and_texts_is_answered(backbone, model):

@@ -7,7 +7,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import normalize
 from transformers import PretrainedConfig
 
@@ -22,13 +22,6 @@ class PackedClip(Publishing):
 
     `config.condition` says what adapters of the text tower route on: `none`, or the `pooled` image vector.
     """
-
-    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        """Make CLIP's temperature a buffer: it is frozen, and ZeRO-3 cannot partition a tensor without dimensions."""
-        if param is not None and param.dim() == 0:
-            self.register_buffer(name, param.data)
-        else:
-            super().register_parameter(name, param)
 
     def forward(
         self,

@@ -22,6 +22,7 @@ from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrained
 from mmpeft_ds.backbones.base import ModelHooks
 from mmpeft_ds.backbones.common import tower_loading
 from mmpeft_ds.backbones.common.recomputing import RecomputesUnderCondition
+from mmpeft_ds.backbones.common.scalars import ScalarsAsBuffers
 from mmpeft_ds.errors import BadInput
 
 # Weights of a random base: the same on every rank and at every ZeRO stage.
@@ -107,7 +108,7 @@ def _pretrained(
     return model
 
 
-class Publishing(ModelHooks, RecomputesUnderCondition):
+class Publishing(ModelHooks, RecomputesUnderCondition, ScalarsAsBuffers):
     """Mixin before a stock model, which then publishes a condition and may have hooks for the engine."""
 
     @classmethod
