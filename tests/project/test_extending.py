@@ -107,6 +107,9 @@ def test_the_example_method_attaches_trains_saves_and_loads(saved, tmp_path, mon
         assert torch.equal(tiny_stock.output(model), frozen)
     with pytest.raises(BadInput, match="cannot be merged: nobody has written how"):
         model.merge_adapter()
+    with monkeypatch.context() as patched, pytest.raises(BadInput, match="ChannelScaleLayer defines no `merge`"):
+        patched.delattr(entry.Tuner, "unmergeable")
+        model.merge_adapter()
     model.save_pretrained(tmp_path / "adapter")
     again = peft.PeftModel.from_pretrained(tiny_stock.bert(), tmp_path / "adapter")
     assert torch.equal(tiny_stock.output(again), changed)

@@ -10,6 +10,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
 from mmpeft_ds.distributed.partitioned import gathered
+from mmpeft_ds.errors import BadInput
 from mmpeft_ds.ops.precision import full_dtype
 from mmpeft_ds.sites.base import AdapterLayer, base_layer
 
@@ -36,6 +37,17 @@ class SiteLayer(BaseTunerLayer, AdapterLayer):
             kept = self.base_layer.named_parameters()
             self._unmerged = {k: p.detach().clone() for k, p in kept if changes is None or k in changes}
         return names
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Fold adapters into the frozen weights: change those of each name that `_start_merge` gives, and append it to
+        `merged_adapters`; `_frozen` then tells `forward` to run the base alone.
+
+        Default: raise BadInput, for layers whose tuner says in `unmergeable` why they cannot.
+        """
+        raise BadInput(
+            f"{type(self).__name__} defines no `merge`, so its adapters cannot be merged. Keep them as adapters, or "
+            "write it; where it cannot be written, `unmergeable` of the tuner says why."
+        )
 
     def unmerge(self) -> None:
         """Restore the frozen tensors to the bit."""
