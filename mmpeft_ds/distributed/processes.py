@@ -114,6 +114,8 @@ def saying_who_is_awaited(seconds: float = 60) -> Iterator[None]:
         f"rank {env['RANK']}: waiting for all {env['WORLD_SIZE']} ranks to meet at {_meeting_place()}. If this does "
         "not end, see that all of them were started, and that their machines reach this address."
     )
+    if env["WORLD_SIZE"] == "1":  # nobody else to wait for, but the compiler, or another process that compiles
+        line = "starting takes long: DeepSpeed compiles its operator, or waits for a process that does."
     timer = threading.Timer(seconds, print, [line], {"file": sys.stderr, "flush": True})
     timer.daemon = True
     timer.start()

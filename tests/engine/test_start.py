@@ -189,13 +189,23 @@ def test_processes_that_would_each_think_they_are_alone_are_refused(told, variab
         told(**variables)
 
 
-def test_ranks_that_do_not_come_are_said_to_be_awaited(told, capsys):
-    told(**MEETING, RANK="0", WORLD_SIZE="2", LOCAL_RANK="0")
+def said_while_it_waits(capsys) -> str:
+    said, deadline = "", time.monotonic() + 30
     with processes.saying_who_is_awaited(seconds=0.01):
-        deadline = time.monotonic() + 30
-        said = ""
         while not said and time.monotonic() < deadline:
             said = capsys.readouterr().err
+    return said
+
+
+def test_a_process_that_is_alone_does_not_speak_of_other_ranks(told, capsys):
+    told()
+    said = said_while_it_waits(capsys)
+    assert "DeepSpeed compiles" in said and "ranks" not in said
+
+
+def test_ranks_that_do_not_come_are_said_to_be_awaited(told, capsys):
+    told(**MEETING, RANK="0", WORLD_SIZE="2", LOCAL_RANK="0")
+    said = said_while_it_waits(capsys)
     assert said.startswith("rank 0: waiting for all 2 ranks to meet at 127.0.0.1:") and said.count("\n") == 1
     with processes.saying_who_is_awaited(seconds=0.2):
         pass
