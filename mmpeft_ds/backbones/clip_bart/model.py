@@ -31,6 +31,7 @@ from transformers.utils import ModelOutput
 from mmpeft_ds.backbones.common.composed import ComposedConfig, ComposedModel, HeadLinear
 from mmpeft_ds.backbones.common.tower_loading import VISION, empty_tower
 from mmpeft_ds.errors import BadInput
+from mmpeft_ds.ops.precision import at_least_float32
 from mmpeft_ds.sites.condition import Condition, conditioned
 
 
@@ -185,8 +186,9 @@ class ClipBart(ComposedModel, GenerationMixin):
             return_dict: accepted for transformers' sake; the output is always a ModelOutput.
         """
         if encoder_outputs is None:
+            image_features = self.encode_images(pixel_values, image_features)
             encoder_outputs = self.encode(
-                input_ids, attention_mask, pixel_values, image_features, image_owner, text_owner, num_slots
+                input_ids, attention_mask, None, image_features, image_owner, text_owner, num_slots
             )
         if decoder_input_ids is None and labels is not None:
             decoder_input_ids = self.text_model.prepare_decoder_input_ids_from_labels(labels)
@@ -200,7 +202,7 @@ class ClipBart(ComposedModel, GenerationMixin):
                 use_cache=use_cache,
             )
         logits = self.text_model.lm_head(decoded.last_hidden_state) + self.text_model.final_logits_bias
-        loss = None if labels is None else functional.cross_entropy(logits.transpose(1, 2).float(), labels)
+        loss = None if labels is None else functional.cross_entropy(at_least_float32(logits).transpose(1, 2), labels)
         return ClipBartOutput(
             loss=loss,
             logits=logits,
