@@ -55,7 +55,10 @@ class ShardReader:
         return {**self.__dict__, "_offsets": {}, "_files": OrderedDict()}
 
     def read(self, wanted: Sequence[tuple[int, int]]) -> list[bytes | BadSample]:
-        """Tar pieces of the samples (shard, sample), in order.
+        """Tar pieces of samples, in the order of `wanted`.
+
+        Args:
+            wanted: number of the shard in the split, and of the sample in the shard.
 
         Returns:
             bytes of each, or BadSample("read") where the file ends too early.
@@ -211,7 +214,7 @@ def check_pipe(dir: str, allow_pipe: bool) -> None:
     """Refuse a `pipe:` URL, which runs a shell command.
 
     Raises:
-        BadInput: always for `pipe:` unless allowed, and without a way to read it by ranges.
+        BadInput: if `dir` is a `pipe:` URL and `allow_pipe` is not set.
     """
     if dir.startswith("pipe:") and not allow_pipe:
         raise BadInput(f"data source {dir!r} runs a shell command. Set data.allow_pipe: true if you trust the recipe.")

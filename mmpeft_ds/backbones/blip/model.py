@@ -116,7 +116,13 @@ class PackedBlip(Publishing):
 
 
 def by_slot(states_Ind: Tensor, image_owner: Tensor, slots: int) -> ImageStates:
-    """Image states of every slot, one row per slot."""
+    """Image states of every slot, one row per slot.
+
+    Args:
+        states_Ind: states of the images.
+        image_owner: (I,) slot of each image, non-decreasing.
+        slots: S.
+    """
     images, tokens, width = states_Ind.shape
     device = states_Ind.device
     counts = torch.bincount(image_owner, minlength=slots)
@@ -150,7 +156,8 @@ class Captioner(PackedBlip):
         Args:
             input_ids, attention_mask: (T, L), the first token [DEC].
             pixel_values: (I, 3, H, W), normalised.
-            image_owner, text_owner: slot of each image and text; None: image i and text i belong to slot i.
+            image_owner, text_owner: (I,) and (T,) slot of each image and text, images non-decreasing; None:
+                image i and text i belong to slot i.
             num_slots: S; None: as many as needed.
             return_dict: accepted for transformers' sake; the output is always a ModelOutput.
         """

@@ -99,7 +99,8 @@ class Retriever(PackedBlip):
         Args:
             input_ids, attention_mask: (T, L), the first token [CLS].
             pixel_values: (I, 3, H, W), normalised.
-            image_owner, text_owner: slot of each image and text; None: image i and text i belong to slot i.
+            image_owner, text_owner: (I,) and (T,) slot of each image and text, images non-decreasing; None:
+                image i and text i belong to slot i.
             num_slots: S; None: as many as needed.
             pair_id: (T,) int64, not negative; equal ids are the same picture, no negatives of each other.
             pair_weight: (T,), 0 = absent from losses, negatives and queue; so is a text without an image.

@@ -214,11 +214,11 @@ class FeatureModel(ModelHooks, PreTrainedModel):
         return ClassificationOutput(loss, scores.logits, scores.terms, scores.report, scores.graph, rows)
 
     def training_state(self) -> dict[str, Tensor]:
-        """What heads have found without gradients, for checkpoints: path -> tensor."""
+        """Buffers that heads have calibrated without gradients, for checkpoints: path -> tensor."""
         return calibrated_buffers(self)
 
     def load_training_state(self, state: dict[str, Tensor]) -> None:
-        """Put back what `training_state` gave."""
+        """Restore the buffers that `training_state` returned."""
         for path, tensor in state.items():
             module, _, name = path.rpartition(".")
             getattr(self.get_submodule(module), name).copy_(tensor)

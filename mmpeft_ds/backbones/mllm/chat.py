@@ -27,10 +27,10 @@ class Encoded:
 
     Attributes:
         ids: tokens.
-        labels: as many; -100 on everything but the answers of the assistant.
+        labels: one per token; -100 on everything but the answers of the assistant.
         prompt_length: tokens before the last answer.
         cut: tokens that were left out of the turns before the last answer so that the rest fits.
-        cut_answer: the same of the last answer.
+        cut_answer: tokens that were left out of the last answer.
         control: control tokens that stood in the turns and are read as plain words.
     """
 

@@ -128,7 +128,8 @@ class VisionTextEncoder(VisionSide):
         vectors, keep = self._of_texts(normed, input_ids, image_owner, text_owner, num_slots)
         prefix, prefix_keep = self._prefix(vectors, keep)
         hidden, mask = self._embed(input_ids, attention_mask, prefix, prefix_keep)
-        condition, read = self._condition(vectors, keep, attention_mask, prefix_keep), None
+        condition = self._condition(vectors, keep, attention_mask, prefix_keep)
+        read = None  # the position that the head reads; None: all of them
         layers = self.text_model.encoder.layer
         if self.config.head_input != "mean":
             read = unread.first_position(prefix_keep, hidden.shape[1])
