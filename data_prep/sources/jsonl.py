@@ -227,18 +227,23 @@ class Jsonl:
             raise ValueError(f"has none of {', '.join(CONTENT)}")
         images = self._paths(parsed, "image", sorted(STORED_SUFFIXES), file)
         features = self._paths(parsed, "features", [".npy"], file)
+        pictured = bool(images or features)
         record: dict[str, Any] = {}
         if "caption" in parsed or "captions" in parsed:
             record["captions"] = _captions(parsed)
         if "question" in parsed or "questions" in parsed:
             record["questions"] = _questions(
-                parsed, strict=True, extra=lambda one: self._extra_of(one, (*OF_QUESTION, _type_key(one)), file)
+                parsed,
+                strict=True,
+                extra=lambda one: self._extra_of(one, (*OF_QUESTION, _type_key(one)), file, pictured),
             )
         if "label" in parsed:
             record.update(self._label(parsed, split))
         if "conversations" in parsed:
             record["conversations"] = _conversations(
-                parsed["conversations"], len(images), lambda turn: self._extra_of(turn, ("from", "value"), file)
+                parsed["conversations"],
+                len(images),
+                lambda turn: self._extra_of(turn, ("from", "value"), file, pictured),
             )
         return images + features, {**record, "extra": extra} if extra else record
 
@@ -256,15 +261,21 @@ class Jsonl:
             raise ValueError(f"{aside!r} stands beside 'questions': put it into the question that it belongs to")
         if aside:
             raise ValueError(f"{aside!r} without a 'question': say what is asked, or call it 'caption'")
-        return self._extra_of(found, read, file)
+        return self._extra_of(found, read, file, any(found.get(name) for name in FILES))
 
-    def _extra_of(self, found: dict[str, Any], read: Collection[str | None], file: Path) -> dict[str, Any]:
-        """The entries of an object that are not `read`. Raises ValueError if one was meant to be."""
+    def _extra_of(
+        self, found: dict[str, Any], read: Collection[str | None], file: Path, pictured: bool
+    ) -> dict[str, Any]:
+        """The entries of an object that are not `read`. Raises ValueError if one was meant to be.
+
+        Args:
+            pictured: the line has a picture or features.
+        """
         for one, several in (("caption", "captions"), ("question", "questions"), ("answer", "answers")):
             if one in found and several in found:
                 raise ValueError(f"has both {one!r} and {several!r}: one of them would be left aside. Keep one")
         unknown = [key for key in found if key not in read]
-        check_unknown(found, unknown, self.options.keep, self._folders(file))
+        check_unknown(found, unknown, self.options.keep, self._folders(file), pictured)
         return {key: found[key] for key in unknown}
 
     def _folders(self, file: Path) -> set[Path]:

@@ -100,6 +100,10 @@ TALK = [{"from": "human", "value": "what?"}, {"from": "gpt", "value": "red"}]
         ({"imgae": "0.png", "caption": "x"}, "imgae", "'image'"),
         ({"image_url": "http://example.com/0.png", "caption": "x"}, "image_url", "'image'"),
         ({"file_name": "gone.png", "label": "cat"}, "file_name", "'image'"),
+        ({"foo": "imgs/gone.png", "caption": "x"}, "foo", "'image'"),
+        ({"foo": ["gone.JPG"], "conversations": TALK}, "foo", "'image'"),
+        ({"foo": "gone.npy", "label": "cat"}, "foo", "'features'"),
+        ({"questions": [{**ASKED, "shown": "gone.png"}]}, "shown", "'image'"),
         ({"image": "0.png", "caption": "x", "second": "1.png"}, "second", "'image'"),
         ({"image": "0.png", "caption": "x", "more": {"views": [{"at": "1.png"}]}}, "more", "'image'"),
         ({"x": "data:image/png;base64,AAAA", "caption": "x"}, "x", "'image'"),
@@ -144,12 +148,13 @@ HARMLESS = {
 
 def test_harmless_keys_stay_under_extra_and_are_named_once(jsonl, tmp_path, capsys):
     line = {"image": "0.png", "caption": "x", **HARMLESS}
-    asked = {"questions": [{**ASKED, "difficulty": 3}]}
+    asked = {"questions": [{**ASKED, "difficulty": 3, "remark": "as in old.png"}]}
     talk = {"conversations": [{**TALK[0], "lang": "en"}, TALK[1]]}
     _, samples = prepared(tmp_path, "--train", jsonl(line, line, asked, talk))
     records = [s["json"] for s in samples["train"]]
     assert records[0]["extra"] == HARMLESS
-    assert records[2]["questions"] == [{"question": "what?", "answers": ["red"], "extra": {"difficulty": 3}}]
+    extra = {"difficulty": 3, "remark": "as in old.png"}
+    assert records[2]["questions"] == [{"question": "what?", "answers": ["red"], "extra": extra}]
     assert records[3]["conversations"] == [{**TALK[0], "extra": {"lang": "en"}}, TALK[1]]
     (told,) = [x for x in capsys.readouterr().err.splitlines() if "kept under `extra`" in x]
     assert "split (2)" in told and "questions[].difficulty (1)" in told and "conversations[].lang (1)" in told

@@ -76,7 +76,11 @@ _SUFFIXES = {
 
 
 def check_unknown(
-    found: Mapping[str, Any], unknown: Collection[str], keep: Collection[str], folders: Collection[Path]
+    found: Mapping[str, Any],
+    unknown: Collection[str],
+    keep: Collection[str],
+    folders: Collection[Path],
+    pictured: bool,
 ) -> None:
     """Refuse unknown keys that look like known ones, or name files of pictures, arrays or videos.
 
@@ -85,6 +89,8 @@ def check_unknown(
         unknown: its keys that would go under `extra`.
         keep: keys that the user wants under `extra` whatever they look like.
         folders: where a relative path may begin.
+        pictured: the line has a picture or features; without any, a name of such a file was meant to be one, even if
+            there is no such file.
 
     Raises:
         ValueError: names the first such key and the one that is meant.
@@ -94,7 +100,7 @@ def check_unknown(
         # Exports that give every line the same keys leave those of other lines empty.
         if key in keep or key not in present:
             continue
-        meant = looks_like(key, present) or _named_file(key, found[key], present, folders)
+        meant = looks_like(key, present) or _named_file(key, found[key], present, folders, pictured)
         if meant is not None:
             raise ValueError(
                 f"no task reads the key {key!r}: {_ADVICE[meant]}. Rename it, remove it, or keep it under `extra`: "
@@ -150,14 +156,17 @@ def _slips(kind: str) -> frozenset[str]:
     return frozenset(spelled)
 
 
-def _named_file(key: str, value: Any, present: Collection[str], folders: Collection[Path]) -> str | None:
+def _named_file(
+    key: str, value: Any, present: Collection[str], folders: Collection[Path], pictured: bool
+) -> str | None:
     """What the file is that a value names; None if it names none that could be meant."""
     of_a_file = not _FILES.isdisjoint(_words(key)) and "image" not in present
     for text in _texts(value):
         kind = "image" if text.startswith("data:image/") else _SUFFIXES.get(Path(text[-260:]).suffix.lower())
         if kind == "video" and "image" in present:  # whose frames stand there
             continue
-        if kind and (of_a_file or text.startswith("data:") or any(_is_file(folder / text) for folder in folders)):
+        named = of_a_file or text.startswith("data:") or (not pictured and len(text.split()) == 1)
+        if kind and (named or any(_is_file(folder / text) for folder in folders)):
             return kind
     return None
 
