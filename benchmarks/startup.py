@@ -93,7 +93,8 @@ def commands() -> list[Command]:
         ("data_prep/few_shot.py", NOWHERE),
         ("data_prep/feature_stats.py", NOWHERE, *QUICKSTART),
     ]
-    check = (*QUICKSTART, "--check", "--samples", "1000", "--set", "backbone.feature_norm=none")
+    free = ("--set", "run_dir=runs/nobody-trains-here")  # a run that is there would be compared with
+    check = (*QUICKSTART, "--check", "--samples", "1000", "--set", "backbone.feature_norm=none", *free)
     return [
         *(Command("help", (script, "--help"), 0) for script in scripts()),
         *(Command("refusal", args, 2) for args in wrong),
