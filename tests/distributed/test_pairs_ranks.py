@@ -106,6 +106,12 @@ def test_a_copy_of_the_base_on_every_machine_changes_no_number(on_machines, give
     assert (result["copies"] > 0.9) == ("zero" in given)
 
 
+def test_generative_models_are_trained_by_scores_and_not_by_logits(folder):
+    """The comparison with plain training, which has logits, would hold either way."""
+    scored = {c["backbone"] for c in CASES if torch.load(folder / f"{c['name']}.pt", weights_only=False)["scored"]}
+    assert scored == {"mllm", "vision_text_decoder", "blip", "blip_vqa"}
+
+
 def test_the_comparison_notices_a_wrong_mean(folder):
     """Negative control: a gradient or a loss that is off by a per mille is found."""
     found = torch.load(folder / f"{CASES[0]['name']}.pt", weights_only=False)

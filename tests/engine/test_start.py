@@ -89,6 +89,18 @@ def test_the_first_node_of_slurm_is_found_without_scontrol(told, nodes, first):
     assert 20000 <= int(meeting["MASTER_PORT"]) < 32768, "else a connection of another program may hold it"
 
 
+@pytest.mark.parametrize(("matmul", "precision"), [("tf32", "tf32"), ("float32", "ieee")])
+def test_how_cuda_multiplies_float32_is_what_the_recipe_says(matmul, precision):
+    settings = (torch.backends.cuda.matmul, torch.backends.cudnn.conv)
+    before = [setting.fp32_precision for setting in settings]
+    try:
+        processes.multiply_float32(matmul)
+        assert [setting.fp32_precision for setting in settings] == [precision, precision]
+    finally:
+        for setting, value in zip(settings, before, strict=True):
+            setting.fp32_precision = value
+
+
 @pytest.fixture
 def lock(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
