@@ -20,7 +20,7 @@ from tests.helpers.runs import tiny_vqa
 pytestmark = [pytest.mark.distributed, pytest.mark.alone]
 TRAIN = ROOT / "launchers" / "train.py"
 EXACT = ("step", "epoch", "loss", "lr", "grad_norm", "sample_keys_hash", "weight")
-STEPS = 15  # three epochs of five steps
+STEPS = 45  # nine epochs of five steps: a rank may take half a second, many steps, to notice that its launcher died
 LIMIT = 240.0  # seconds a launch may take on a busy machine
 GRACE = "engine.stop_grace=120"  # a clean stop on a busy machine
 
@@ -35,7 +35,9 @@ def rows(folder: Path, run: str) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def wait_for_step(folder: Path, run: str, step: int, launched: launch.Launch) -> None:
+def wait_for_steps(folder: Path, run: str, steps: int, launched: launch.Launch) -> None:
+    """Wait until the launch has done `steps` steps more than the run had when this was called."""
+    step = len(rows(folder, run)) + steps
     end = time.monotonic() + LIMIT
     while time.monotonic() < end and launched.members():
         path = folder / run / "metrics.jsonl"
@@ -50,7 +52,7 @@ def folder(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("resume")
     tiny_vqa.prepare(path)
     recipe = yaml.safe_load((path / "recipe.yaml").read_text())
-    recipe["optim"]["epochs"] = 3
+    recipe["optim"]["epochs"] = STEPS // 5
     recipe["engine"]["save_every"] = 2
     (path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     return path
@@ -67,7 +69,7 @@ def untouched(folder) -> list[dict]:
 def killed(folder, untouched) -> Path:
     """State of a run after kill -9 of rank 1 beyond step 5; copies of it are continued by the tests."""
     with launch.Launch(TRAIN, *arguments(folder, "killed"), ranks=2) as launched:
-        wait_for_step(folder, "killed", 6, launched)
+        wait_for_steps(folder, "killed", 6, launched)
         launched.ranks()[1].kill()
         result = launched.wait(LIMIT)
     assert result.code != 0 and not result.killed, result.tail()
@@ -97,14 +99,14 @@ def test_killed_then_stopped_twice_continues_to_the_bit(folder, untouched, kille
     shutil.copytree(killed, folder / run)
     # to the launcher alone: it dies of it, and its ranks have to notice
     with launch.Launch(TRAIN, *arguments(folder, run, GRACE), ranks=2) as launched:
-        wait_for_step(folder, run, 8, launched)
+        wait_for_steps(folder, run, 2, launched)
         launched.process.send_signal(signal.SIGTERM)
         result = launched.wait(LIMIT)
     assert result.code == -signal.SIGTERM and not result.killed, result.tail()
     assert_stopped_cleanly(folder / run, result)
     # to the group, with loader processes
     with launch.Launch(TRAIN, *arguments(folder, run, GRACE, "data.workers=1"), ranks=2) as launched:
-        wait_for_step(folder, run, 11, launched)
+        wait_for_steps(folder, run, 2, launched)
         os.killpg(launched.session, signal.SIGTERM)
         result = launched.wait(LIMIT)
     assert not result.killed, result.tail()
