@@ -24,7 +24,7 @@ if __name__ == "__main__":
     # This folder must not come first on the path: its file names would hide installed modules of the same name.
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from data_prep import sources  # noqa: E402
+from data_prep import report, sources  # noqa: E402
 from data_prep.engines import ENGINES, run_jobs  # noqa: E402
 from data_prep.options import add_options, as_json, compared, read_options  # noqa: E402
 from data_prep.sources.base import Source  # noqa: E402
@@ -69,10 +69,10 @@ def main(argv: list[str] | None = None) -> None:
         _clear(out)
     elif _is_done(out, wanted, shaping):
         return
-    jobs = _jobs(args, source, options)  # reads what there is to read before anything is written
     with _locked(out):
         _write_plan(out, wanted, shaping)
         try:
+            jobs = _planned(out, args, source, options)
             _make_shards(out, args, source, jobs, wanted["source"])
         except KeyboardInterrupt:
             print(f"{out}: stopped; the same command continues", file=sys.stderr)
@@ -113,8 +113,21 @@ def _parse(argv: list[str]) -> tuple[Any, Source, Any]:
     return args, source, options
 
 
+def _planned(out: Path, args: Any, source: Source, options: Any) -> list[Job]:
+    """All jobs, after everything there is to read has been read; an error leaves nothing behind in a new directory."""
+    try:
+        return _jobs(args, source, options)
+    except BaseException:
+        if not any((out / PARTS).glob("*.tar.json")):
+            shutil.rmtree(out / PARTS)
+            with contextlib.suppress(OSError):  # not empty: it was there before
+                out.rmdir()
+        raise
+
+
 def _jobs(args: Any, source: Source, options: Any) -> list[Job]:
     """All shards of all splits."""
+    source.index(args.out / PARTS)
     jobs: list[Job] = []
     for split in source.splits():
         if not re.fullmatch("[a-z0-9_]+", split):
@@ -155,6 +168,7 @@ def _make_shards(out: Path, args: Any, source: Source, jobs: list[Job], descript
         source.labels(label_split),
         label_split,
         features_are=description["options"].get("features_are") or "",
+        account={split: account for split in splits if (account := source.account(split))},
     )
 
 
@@ -169,6 +183,7 @@ def make_shard(job: Job) -> tuple[Part, bool]:
     key = job.source, repr(job.options)
     if key not in _SOURCES:
         _SOURCES[key] = registry.load(sources, job.source.replace("-", "_"), "SOURCE")(job.options)
+        _SOURCES[key].index(job.dir / PARTS)
     samples = islice(_SOURCES[key].samples(job.split, job.first), job.count)
     try:
         part = write_shard(job.dir, job.name, job.split, job.number, job.first, samples)
@@ -284,6 +299,7 @@ def _report(manifest: Manifest, title: str) -> None:
     for split, fields in manifest.fields.items():
         for line in identity.notes(split, fields):
             print(f"  {line}")
+    report.show(manifest)
     if manifest.labels:
         print(f"  {len(manifest.labels)} labels, most frequent first: {', '.join(manifest.labels[:8])}"[:118])
 

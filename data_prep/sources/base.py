@@ -1,17 +1,18 @@
-"""What a data source must offer. One file per data set in this folder; `ENTRY` in it satisfies `Source`."""
+"""What a data source must offer. One file per data set in this folder; its `ENTRY` is a subclass of `Source`."""
 
 from __future__ import annotations
 
+import abc
 from collections.abc import Iterator
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from pathlib import Path
+from typing import Any, ClassVar
 
 from mmpeft_ds.data.writer import RawSample
 
 __all__ = ["RawSample", "Source"]
 
 
-@runtime_checkable
-class Source(Protocol):
+class Source(abc.ABC):
     """A data set as it comes, turned into raw samples.
 
     Attributes:
@@ -20,20 +21,44 @@ class Source(Protocol):
     """
 
     Options: ClassVar[type]
-    licence: str
+    licence: str = "unknown"
 
-    def __init__(self, options: Any): ...
+    def __init__(self, options: Any):
+        self.options = options
 
+    def index(self, folder: Path) -> None:  # noqa: B027 - most sources need none
+        """Read once what `splits`, `count` and `samples` need, and keep it under `folder`.
+
+        Called before them, in every process that makes shards; where `folder` holds a complete index already, it is
+        used. The folder is removed at the end. Sources that keep everything in memory, or read packages, need no
+        index: the default does nothing.
+        """
+
+    @abc.abstractmethod
     def splits(self) -> list[str]:
         """Split names, in the order in which they are written. Raises BadInput if the source is not there."""
 
+    @abc.abstractmethod
     def fingerprint(self) -> dict[str, str]:
         """What the shards were made from: file or package name -> version or sha256."""
 
     def labels(self, split: str) -> list[str] | None:
         """Closed label or answer list of the data set, or None."""
+        return None
 
-    def count(self, split: str) -> int: ...
+    @abc.abstractmethod
+    def count(self, split: str) -> int:
+        """Samples of a split."""
 
+    @abc.abstractmethod
     def samples(self, split: str, start: int = 0) -> Iterator[RawSample]:
         """Samples `start`, `start`+1, ... in a fixed order, the same in every run."""
+
+    def account(self, split: str) -> dict[str, Any]:
+        """What became of the records of a split, for the report after preparation; empty where all became samples.
+
+        Returns:
+            any of `records`, `pictures`, `texts`: numbers; `expected`: name of such a number -> what the publishers
+            of the data set count; `aside`: reason -> [number of records, their first ten names].
+        """
+        return {}

@@ -14,7 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from data_prep.sources.base import RawSample
+from data_prep.sources.base import RawSample, Source
 from mmpeft_ds.data.formats import STORED_SUFFIXES
 from mmpeft_ds.errors import BadInput
 
@@ -36,7 +36,7 @@ class Options:
     licence: str = "unknown"
 
 
-class CoopSplit:
+class CoopSplit(Source):
     Options = Options
 
     def __init__(self, options: Options):

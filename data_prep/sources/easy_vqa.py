@@ -14,7 +14,7 @@ from functools import cached_property
 from importlib import metadata
 from pathlib import Path
 
-from data_prep.sources.base import RawSample
+from data_prep.sources.base import RawSample, Source
 from mmpeft_ds.errors import BadInput
 
 COLORS = {"black", "gray", "red", "green", "blue", "yellow", "brown", "teal"}
@@ -33,7 +33,7 @@ class Options:
     val_fraction: float = 0.05
 
 
-class EasyVQA:
+class EasyVQA(Source):
     Options = Options
     licence = "MIT"
 

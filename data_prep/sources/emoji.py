@@ -18,7 +18,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from data_prep.sources.base import RawSample
+from data_prep.sources.base import RawSample, Source
 from data_prep.sources.common.splits import SPLITS, by_hash, check_shares, disjoint_captions
 from mmpeft_ds.errors import BadInput
 
@@ -112,7 +112,7 @@ class Emoji:
     split: str
 
 
-class EmojiSource:
+class EmojiSource(Source):
     Options = Options
 
     def __init__(self, options: Options):

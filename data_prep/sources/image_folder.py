@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from data_prep.sources.base import RawSample
+from data_prep.sources.base import RawSample, Source
 from mmpeft_ds.data.formats import STORED_SUFFIXES
 from mmpeft_ds.errors import BadInput
 
@@ -47,7 +47,7 @@ class Options:
     licence: str = "unknown"
 
 
-class ImageFolder:
+class ImageFolder(Source):
     Options = Options
 
     def __init__(self, options: Options):

@@ -27,7 +27,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from data_prep.sources.base import RawSample
+from data_prep.sources.base import RawSample, Source
 from data_prep.sources.common.unknown_keys import check_unknown
 from mmpeft_ds.data.formats import REGION_COUNTS, STORED_SUFFIXES
 from mmpeft_ds.errors import BadInput
@@ -67,7 +67,7 @@ class Options:
     licence: str = "unknown"
 
 
-class Jsonl:
+class Jsonl(Source):
     Options = Options
 
     def __init__(self, options: Options):

@@ -19,7 +19,7 @@ from typing import Literal
 
 from PIL import Image
 
-from data_prep.sources.base import RawSample
+from data_prep.sources.base import RawSample, Source
 from data_prep.sources.common.splits import SPLITS, by_hash, check_shares, disjoint_captions, same_words
 from mmpeft_ds.errors import BadInput
 
@@ -60,7 +60,7 @@ class Stamp:
     drawn: bool
 
 
-class Stamps:
+class Stamps(Source):
     Options = Options
     licence = "GPL-2.0 (tuxpaint-stamps)"
 

@@ -74,6 +74,8 @@ class Manifest:
         features_are: of stored arrays with several rows for one image, what the rows are: `grid`, the places of a
             square grid in row order, or `regions`, such as those of a detector; empty: not said, as in all manifests
             of before.
+        account: split -> what became of the source's records, see `data_prep.sources.base.Source.account`; empty for
+            sources that set none aside.
         dir: directory that it was loaded from, a local path or a URL that fsspec opens; not stored.
         schema: version of this format.
     """
@@ -90,6 +92,7 @@ class Manifest:
     statistics: dict[str, dict[str, Any]] = field(default_factory=dict)
     towers: dict[str, Any] = field(default_factory=dict)
     features_are: str = ""
+    account: dict[str, dict[str, Any]] = field(default_factory=dict)
     dir: str = ""
     schema: int = SCHEMA
 
@@ -131,6 +134,8 @@ class Manifest:
     def save(self, dir: str | os.PathLike) -> None:
         """Write `dir`/manifest.json; a reader sees the old one or the new one, never a part. Local paths only."""
         kept = {k: v for k, v in self.__dict__.items() if k not in ("dir", "_index_cache")}
+        if not self.account:
+            del kept["account"]
         content = {"schema": self.schema, **kept}
         content["splits"] = {s: [asdict(shard) for shard in shards] for s, shards in self.splits.items()}
         content["index"] = {s: asdict(info) for s, info in self.index.items()}

@@ -180,6 +180,7 @@ def write_manifest(
     label_split: str,
     towers: dict[str, Any] | None = None,
     features_are: str = "",
+    account: dict[str, dict[str, Any]] | None = None,
 ) -> Manifest:
     """Write the side files and, last, the manifest of a data set whose shards are all in place.
 
@@ -189,6 +190,7 @@ def write_manifest(
         label_split: split whose labels are counted.
         towers: of feature shards, see `data.feature_shards`.
         features_are: `grid`, `regions` or nothing, see `Manifest`.
+        account: split -> what became of the source's records, see `Manifest`.
     """
     index, fields = {}, {}
     for split, of_split in parts.items():
@@ -218,6 +220,7 @@ def write_manifest(
         label_counts=counts,
         towers=towers or {},
         features_are=features_are,
+        account=account or {},
         dir=str(dir),
     )
     manifest.save(dir)

@@ -1,0 +1,42 @@
+"""What became of a data set's records: the table that prepare.py prints at the end, from the manifest."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mmpeft_ds.data.manifest import Manifest
+
+COUNTED = ("records", "samples", "pictures", "texts")
+TEXTS = ("captions[]", "questions[].question", "conversations[].value", "label")
+
+
+def show(manifest: Manifest) -> None:
+    """Print a row a split beside what the publishers count, and what was set aside with the first names."""
+    if not manifest.account:
+        return
+    print(f"  {'':8} " + "".join(f"{name:>22}" for name in COUNTED))
+    for split in manifest.splits:
+        numbers = counts(manifest, split)
+        expected = manifest.account.get(split, {}).get("expected", {})
+        cells = []
+        for name in COUNTED:
+            beside = f" of {expected[name]:,}" if name in expected else ""
+            cells.append(f"{numbers[name]:,}{beside}" if name in numbers else "")
+        print(f"  {split:8} " + "".join(f"{cell:>22}" for cell in cells))
+    for split in manifest.splits:
+        for reason, (number, names) in manifest.account.get(split, {}).get("aside", {}).items():
+            more = ", ..." if number > len(names) else ""
+            print(f"  {split}: {number:,} set aside, {reason}: {', '.join(names)}{more}")
+
+
+def counts(manifest: Manifest, split: str) -> dict[str, int]:
+    """`records` read, `samples` written, their different `pictures`, and their `texts`, where they have any."""
+    fields: dict[str, dict[str, Any]] = manifest.fields[split]
+    numbers = {"samples": manifest.samples(split)}
+    numbers |= {k: v for k, v in manifest.account.get(split, {}).items() if k in COUNTED}
+    images = fields.get("images", {})
+    if images.get("max"):
+        numbers["pictures"] = images.get("distinct", round(images["mean"] * images["present"]))
+    if texts := next((fields[path]["present"] for path in TEXTS if path in fields), 0):
+        numbers["texts"] = texts
+    return numbers

@@ -1,0 +1,118 @@
+"""Reading of annotation files as data sets publish them: JSON of any size, JSON lines, lists of names.
+
+A file up to `WHOLE` bytes is parsed at once by the standard library. A larger one is read as a stream by ijson, so
+that memory does not grow with it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from mmpeft_ds.errors import BadInput
+
+WHOLE = 32 << 20  # bytes; the parsed form takes about eight times as much
+_BOM = b"\xef\xbb\xbf"
+
+
+def items(path: Path, *keys: str) -> Iterator[Any]:
+    """Items of a list in a JSON file.
+
+    Args:
+        keys: where the list stands: names of the objects around it, none for a file that is a list.
+
+    Raises:
+        BadInput: if the file cannot be read, is no JSON, or has no such list.
+    """
+    return _stream(path, keys, pairs=False)
+
+
+def pairs(path: Path, *keys: str) -> Iterator[tuple[str, Any]]:
+    """(key, value) of an object in a JSON file, as `items` gives those of a list."""
+    return _stream(path, keys, pairs=True)
+
+
+def lines(path: Path) -> Iterator[str]:
+    """Lines of a UTF-8 text file that are not blank; with or without byte-order mark, LF or CRLF, a last line end.
+
+    Only line feeds end a line: texts hold other separators that `str.splitlines` would cut at.
+    """
+    try:
+        with open(path, encoding="utf-8-sig", newline="\n") as stream:
+            for line in stream:
+                if line := line.rstrip("\r\n"):
+                    yield line
+    except (OSError, UnicodeDecodeError) as error:
+        raise _unreadable(path, error) from error
+
+
+def json_lines(path: Path) -> Iterator[Any]:
+    """Objects of a file with one JSON value a line. Raises BadInput that names the line."""
+    for number, line in enumerate(lines(path), 1):
+        try:
+            yield json.loads(line)
+        except ValueError as error:
+            raise BadInput(f"{path}: line {number} is no JSON ({error}). Download the file again.") from error
+
+
+def json_value(path: Path) -> Any:
+    """The value of a small JSON file. Raises BadInput."""
+    try:
+        return json.loads(path.read_text("utf-8-sig"))
+    except (OSError, ValueError) as error:
+        raise _unreadable(path, error) from error
+
+
+def text(value: Any) -> str:
+    """A text of a record as it is. Raises ValueError if it is none, or holds half a character (a lone surrogate)."""
+    if not isinstance(value, str):
+        raise ValueError(f"{str(value)[:40]!r} is no text")
+    value.encode()
+    return value
+
+
+def _stream(path: Path, keys: tuple[str, ...], pairs: bool) -> Iterator[Any]:
+    try:
+        if path.stat().st_size <= WHOLE:
+            found = json_value(path)
+            for key in keys:
+                found = found.get(key) if isinstance(found, dict) else None
+            if not isinstance(found, dict if pairs else list):
+                raise _no_such(path, keys, pairs)
+            yield from found.items() if pairs else found
+            return
+        yield from _large(path, keys, pairs)
+    except OSError as error:
+        raise _unreadable(path, error) from error
+
+
+def _large(path: Path, keys: tuple[str, ...], pairs: bool) -> Iterator[Any]:
+    import ijson
+
+    prefix = ".".join(keys)
+    with open(path, "rb") as stream:
+        if stream.read(3) != _BOM:
+            stream.seek(0)
+        try:
+            if pairs:
+                found = ijson.kvitems(stream, prefix, use_float=True)
+            else:
+                found = ijson.items(stream, f"{prefix}.item" if prefix else "item", use_float=True)
+            if (first := next(found, None)) is None:
+                raise _no_such(path, keys, pairs)
+            yield first
+            yield from found
+        except (ijson.JSONError, UnicodeDecodeError) as error:
+            raise _unreadable(path, error) from error
+
+
+def _no_such(path: Path, keys: tuple[str, ...], pairs: bool) -> BadInput:
+    where = f" under {'.'.join(keys)!r}" if keys else ""
+    return BadInput(f"{path}: no {'object' if pairs else 'list'}{where}. Is it a file of another data set or form?")
+
+
+def _unreadable(path: Path, error: Exception) -> BadInput:
+    reason = error.strerror if isinstance(error, OSError) else error
+    return BadInput(f"{path}: cannot be read ({reason}). Download it again, or mend it.")

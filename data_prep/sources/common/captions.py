@@ -1,0 +1,76 @@
+"""Caption files in the forms that several data sets share: COCO's, Karpathy's, BLIP's.
+
+A sample is a picture with `captions`, the texts as they were written (they may end in a blank: it is stripped on use),
+`image_id` and the captions' own ids under `caption_id` where the files have them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from data_prep.sources.common import annotations
+from data_prep.sources.common.index import Aside, Entry, Index
+
+SPLITS = ("train", "val", "test")
+KARPATHY_SPLITS = {"train": "train", "restval": "train", "val": "val", "test": "test"}
+
+
+def coco(file: Path, split: str, index: Index, path: Callable[[dict[str, Any]], str]) -> Iterator[Entry]:
+    """Entries of a COCO-form file: `images` and `annotations`, joined by the picture's id, in any order.
+
+    Args:
+        path: of an object of `images`, its picture below the folder of the pictures.
+    """
+    images = f"{split} images"
+    index.put(images, ((str(image["id"]), (image["id"], path(image))) for image in annotations.items(file, "images")))
+
+    def entry(row: Any) -> Entry:
+        found = index.get(images, str(row["image_id"]))
+        if found is None:
+            raise Aside("picture not listed under `images`", str(row["image_id"]))
+        number, name = found
+        item = {"caption": annotations.text(row["caption"]), "id": row["id"]}
+        return Entry(name, [name], item, {"image_id": number}, key=str(row["id"]))
+
+    return index.parsed(split, annotations.items(file, "annotations"), entry)
+
+
+def karpathy(
+    file: Path, split: str, index: Index, path: Callable[[dict[str, Any]], str], id_key: str
+) -> Iterator[Entry]:
+    """Entries of one split of Karpathy's file; `restval` belongs to training.
+
+    Args:
+        path: of an object of `images`, its picture below the folder of the pictures.
+        id_key: where the picture's id stands.
+    """
+
+    def of_image(image: Any) -> Iterator[Entry]:
+        if KARPATHY_SPLITS.get(image["split"]) == split:
+            name = path(image)
+            for sentence in image["sentences"]:
+                item = {"caption": annotations.text(sentence["raw"]), "id": sentence["sentid"]}
+                yield Entry(name, [name], item, {"image_id": image[id_key]}, key=str(sentence["sentid"]))
+
+    return index.parsed(split, annotations.items(file, "images"), of_image)
+
+
+def blip(
+    file: Path, split: str, index: Index, path: Callable[[str], str], image_id: Callable[[str], Any]
+) -> Iterator[Entry]:
+    """Entries of a list of BLIP: a row a caption for training, a row a picture with a list for the others."""
+
+    def of_row(row: Any) -> Iterator[Entry]:
+        name = path(row["image"])
+        for caption in row["caption"] if isinstance(row["caption"], list) else [row["caption"]]:
+            yield Entry(name, [name], {"caption": annotations.text(caption)}, {"image_id": image_id(row["image"])})
+
+    return index.parsed(split, annotations.items(file), of_row)
+
+
+def record(items: list[Any], fields: dict[str, Any]) -> dict[str, Any]:
+    """The record of a picture with its captions."""
+    ids = [item["id"] for item in items if "id" in item]
+    return fields | {"captions": [item["caption"] for item in items]} | ({"caption_ids": ids} if ids else {})

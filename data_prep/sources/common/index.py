@@ -1,0 +1,245 @@
+"""Index of a data set's records: which make a sample, in which order, and which are set aside.
+
+It is a SQLite file, so that millions of records cost disk and not memory, and every process that makes shards reads
+the same. Records with the same name (usually a picture's) make one sample; samples stand in the order in which their
+first record came, the records of a sample in the order in which they came.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import sqlite3
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+SHOWN = 10  # names kept for a reason to set records aside
+BLOCK = 4096  # rows handled at a time
+_SCHEMA = """
+CREATE TABLE sample(
+    id INTEGER PRIMARY KEY AUTOINCREMENT, split TEXT, name TEXT, files TEXT, fields TEXT, number INTEGER,
+    UNIQUE(split, name)
+);
+CREATE TABLE item(sample INTEGER, value TEXT);
+CREATE TABLE seen(split TEXT, key TEXT, PRIMARY KEY(split, key)) WITHOUT ROWID;
+CREATE TABLE looked_up(kind TEXT, key TEXT, value TEXT, PRIMARY KEY(kind, key)) WITHOUT ROWID;
+CREATE TABLE aside(split TEXT, reason TEXT, name TEXT);
+CREATE TABLE number(split TEXT, name TEXT, value INTEGER, PRIMARY KEY(split, name)) WITHOUT ROWID;
+"""
+
+
+@dataclass
+class Entry:
+    """One record of a data set, before those of one picture are put together.
+
+    Attributes:
+        name: the source's own name of the sample that it belongs to.
+        files: paths of its pictures, in order; those of the first record of a sample count.
+        item: what this record adds to the sample (a question, a caption); None adds nothing.
+        fields: further fields of the sample, of its first record.
+        key: the record's own id, text; a second record with it is set aside. None: it has none.
+    """
+
+    name: str
+    files: Sequence[str] = ()
+    item: Any = None
+    fields: dict[str, Any] = field(default_factory=dict)
+    key: str | None = None
+
+
+class Aside(Exception):
+    """A record that becomes no sample.
+
+    Args:
+        reason: why, a few words that others of its kind share.
+        name: which record.
+    """
+
+    def __init__(self, reason: str, name: str):
+        super().__init__(f"{name}: {reason}")
+        self.reason, self.name = reason, name
+
+
+class Index:
+    """Reads, and before `finish` also writes, an index. It may be used from several processes, each opens it anew.
+
+    Args:
+        path: of the SQLite file.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._connection: tuple[int, sqlite3.Connection] | None = None
+        self._numbers: Counter[tuple[str, str]] = Counter()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_connection": None}
+
+    @property
+    def complete(self) -> bool:
+        """Whether `finish` was called, here or in another process."""
+        return self.path.exists()
+
+    def build(self, fill: Callable[[Index], None]) -> None:
+        """Make the index with `fill` under a temporary name, unless it is there. An error leaves nothing behind."""
+        if self.complete:
+            return
+        draft = Index(self.path.with_suffix(f".{os.getpid()}.tmp"))
+        draft.path.unlink(missing_ok=True)
+        try:
+            with closing(sqlite3.connect(draft.path, isolation_level=None)) as connection:
+                draft._connection = os.getpid(), connection
+                # It is made anew if this process dies, so nothing needs to be safe on the way.
+                connection.executescript(f"PRAGMA journal_mode=OFF; PRAGMA synchronous=OFF; BEGIN; {_SCHEMA}")
+                fill(draft)
+                draft._number()
+                connection.execute("COMMIT")
+            os.replace(draft.path, self.path)
+        finally:
+            draft.path.unlink(missing_ok=True)
+
+    def add(self, split: str, entries: Iterable[Entry]) -> None:
+        """Add the records of a split."""
+        for entry in entries:
+            if entry.key is not None and not self._is_new(split, entry.key):
+                self.set_aside(split, "id given before", entry.key)
+                continue
+            found = self._run("SELECT id FROM sample WHERE split=? AND name=?", (split, entry.name)).fetchone()
+            if found is None:
+                row = split, entry.name, json.dumps(list(entry.files)), json.dumps(entry.fields, ensure_ascii=False)
+                found = (self._run("INSERT INTO sample(split, name, files, fields) VALUES(?,?,?,?)", row).lastrowid,)
+            if entry.item is not None:
+                item = json.dumps(entry.item, ensure_ascii=False)
+                self._run("INSERT INTO item VALUES(?,?)", (found[0], item))
+            self.count(split, "records")
+
+    def parsed(
+        self, split: str, rows: Iterable[Any], parse: Callable[[Any], Entry | Iterable[Entry]]
+    ) -> Iterator[Entry]:
+        """Entries of rows; one that `parse` cannot use is set aside and the others go on.
+
+        Args:
+            parse: entry or entries of a row. It raises Aside where it knows why there is none; a KeyError, TypeError,
+                ValueError or AttributeError says that the row has another form.
+        """
+        for number, row in enumerate(rows):
+            try:
+                entries = parse(row)
+                entries = [entries] if isinstance(entries, Entry) else list(entries)
+            except Aside as aside:
+                self.set_aside(split, aside.reason, aside.name)
+            except (KeyError, TypeError, ValueError, AttributeError) as error:
+                missing = f"no {error} in the record" if isinstance(error, KeyError) else "record of another form"
+                self.set_aside(split, missing, f"record {number}")
+            else:
+                yield from entries
+
+    def put(self, kind: str, pairs: Iterable[tuple[str, Any]]) -> None:
+        """Keep values to be looked up by key, such as annotations by the id of their question; the last one counts."""
+        rows = ((kind, key, json.dumps(value, ensure_ascii=False)) for key, value in pairs)
+        self._connected().executemany("INSERT OR REPLACE INTO looked_up VALUES(?,?,?)", rows)
+
+    def get(self, kind: str, key: str) -> Any:
+        """What `put` kept for a key, or None."""
+        row = self._run("SELECT value FROM looked_up WHERE kind=? AND key=?", (kind, key)).fetchone()
+        return None if row is None else json.loads(row[0])
+
+    def set_aside(self, split: str, reason: str, name: str) -> None:
+        """Note that a record becomes no sample."""
+        self._run("INSERT INTO aside VALUES(?,?,?)", (split, reason, name))
+        self.count(split, "records")
+
+    def count(self, split: str, name: str, by: int = 1) -> None:
+        """Add to a number of a split that the report shows."""
+        self._numbers[split, name] += by
+
+    def keep_first(self, split: str, samples: int) -> None:
+        """Drop all samples of a split but the first ones, without counting them as set aside."""
+        self._run(
+            "DELETE FROM sample WHERE split=? AND id NOT IN (SELECT id FROM sample WHERE split=? ORDER BY id LIMIT ?)",
+            (split, split, samples),
+        )
+
+    def check(self, split: str, problem: Callable[[list[str]], str]) -> None:
+        """Set samples aside whose pictures are not there or cannot be read.
+
+        Args:
+            problem: of a sample's paths, why it cannot be used, or nothing; called in several threads.
+        """
+        self._run("CREATE INDEX IF NOT EXISTS items_of ON item(sample)")
+        rows = self._run("SELECT id, name, files FROM sample WHERE split=?", (split,))
+        bad: list[tuple[int, str, str]] = []
+        with ThreadPoolExecutor(8) as pool:
+            while block := rows.fetchmany(BLOCK):
+                reasons = pool.map(problem, [json.loads(files) for _, _, files in block])
+                bad += [(row, name, why) for (row, name, _), why in zip(block, reasons, strict=True) if why]
+        for row, name, why in bad:
+            records = self._run("SELECT count(*) FROM item WHERE sample=?", (row,)).fetchone()[0]
+            self._connected().executemany("INSERT INTO aside VALUES(?,?,?)", [(split, why, name)] * max(records, 1))
+            self._run("DELETE FROM sample WHERE id=?", (row,))
+
+    def samples(self, split: str, start: int = 0) -> Iterator[tuple[str, list[str], list[Any], dict[str, Any]]]:
+        """(name, files, items, fields) of the samples from number `start` on."""
+        for first in itertools.count(start, BLOCK):
+            wanted = "split=? AND number BETWEEN ? AND ? ORDER BY number"
+            query = f"SELECT id, name, files, fields FROM sample WHERE {wanted}"
+            rows = self._run(query, (split, first, first + BLOCK - 1)).fetchall()
+            if not rows:
+                return
+            for row, name, files, fields in rows:
+                values = self._run("SELECT value FROM item WHERE sample=? ORDER BY rowid", (row,)).fetchall()
+                yield name, json.loads(files), [json.loads(value) for (value,) in values], json.loads(fields)
+
+    def size(self, split: str) -> int:
+        """Number of samples of a split."""
+        return self._run("SELECT count(*) FROM sample WHERE split=?", (split,)).fetchone()[0]
+
+    def items(self, split: str) -> Iterator[Any]:
+        """All items of a split's samples."""
+        query = "SELECT value FROM item JOIN sample ON sample.id=item.sample WHERE split=? ORDER BY number, item.rowid"
+        return (json.loads(value) for (value,) in self._run(query, (split,)))
+
+    def account(self, split: str) -> dict[str, Any]:
+        """Numbers of a split and what was set aside, as `Source.account` gives them."""
+        numbers = dict(self._run("SELECT name, value FROM number WHERE split=?", (split,)).fetchall())
+        rows = self._run("SELECT reason, count(*) FROM aside WHERE split=? GROUP BY reason ORDER BY reason", (split,))
+        aside = {}
+        for reason, number in rows.fetchall():
+            names = self._run(
+                "SELECT DISTINCT name FROM aside WHERE split=? AND reason=? ORDER BY name LIMIT ?",
+                (split, reason, SHOWN),
+            )
+            aside[reason] = [number, [name for (name,) in names]]
+        return numbers | {"aside": aside}
+
+    def _is_new(self, split: str, key: str) -> bool:
+        return bool(self._run("INSERT OR IGNORE INTO seen VALUES(?,?)", (split, key)).rowcount)
+
+    def _number(self) -> None:
+        """Give the samples of each split their numbers, and make what is asked later fast."""
+        self._run("CREATE INDEX IF NOT EXISTS items_of ON item(sample)")
+        self._run(
+            "UPDATE sample SET number = ranked.place FROM (SELECT id AS row, row_number() OVER (PARTITION BY split "
+            "ORDER BY id) - 1 AS place FROM sample) AS ranked WHERE sample.id = ranked.row"
+        )
+        self._run("CREATE INDEX numbers_of ON sample(split, number)")
+        self._run("DELETE FROM looked_up")
+        self._run("DELETE FROM seen")
+        rows = [(split, name, value) for (split, name), value in self._numbers.items()]
+        self._connected().executemany("INSERT INTO number VALUES(?,?,?)", rows)
+
+    def _run(self, query: str, values: Sequence[Any] = ()) -> sqlite3.Cursor:
+        return self._connected().execute(query, values)
+
+    def _connected(self) -> sqlite3.Connection:
+        """The connection of this process: one must not be used after a fork."""
+        if self._connection is None or self._connection[0] != os.getpid():
+            address = f"file:{self.path}?mode=ro"
+            self._connection = os.getpid(), sqlite3.connect(address, uri=True, check_same_thread=False)
+        return self._connection[1]

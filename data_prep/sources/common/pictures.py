@@ -1,0 +1,56 @@
+"""Pictures as data sets publish them: what a file holds whatever its ending says, and whether it is whole.
+
+Endings lie in many data sets (specs/datasets.md, section 1). Bytes are stored as they are; what they hold decides
+under which ending. CMYK, palette, gray, 16-bit and alpha are left to decoding, which ends in RGB as the published code
+does.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+HEAD = 16  # bytes that tell the format
+TAIL = 65536  # bytes at the end in which the last marker must stand: some files have bytes after it
+_ENDS = {"jpg": b"\xff\xd9", "png": b"IEND"}
+
+
+def ending_by_content(head: bytes) -> str | None:
+    """`jpg`, `png`, `gif`, `bmp`, `webp` or `tif` by the first bytes of a file; None for anything else."""
+    if head[:3] == b"\xff\xd8\xff":
+        return "jpg"
+    if head[:8] == b"\x89PNG\r\n\x1a\n":
+        return "png"
+    if head[:6] in (b"GIF87a", b"GIF89a"):
+        return "gif"
+    if head[:2] == b"BM":
+        return "bmp"
+    if head[:4] == b"RIFF" and head[8:12] == b"WEBP":
+        return "webp"
+    if head[:4] in (b"II*\x00", b"MM\x00*"):
+        return "tif"
+    return None
+
+
+def problem(path: Path) -> str:
+    """Why the file of a picture cannot be used (missing, empty, not a picture, cut off); nothing if it looks whole.
+
+    Two short reads, no decoding.
+    """
+    try:
+        with open(path, "rb") as stream:
+            head = stream.read(HEAD)
+            if not head:
+                return "empty picture"
+            kind = ending_by_content(head)
+            if kind is None:
+                return "not a picture"
+            if kind in _ENDS:
+                stream.seek(max(os.fstat(stream.fileno()).st_size - TAIL, 0))
+                if _ENDS[kind] not in stream.read():
+                    return "picture cut off"
+    except FileNotFoundError:
+        return "picture missing"
+    except OSError as error:
+        return f"picture cannot be read ({error.strerror})"
+    return ""
