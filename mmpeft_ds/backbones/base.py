@@ -151,10 +151,12 @@ class BackboneBase(abc.ABC):
     def output_layer(self, model: nn.Module) -> nn.Module | None:
         """The layer that makes logits of states, called once a forward; None if what it returns is changed further.
 
+        A constant bias that the model adds is no such change where it does so by `ops.scored_head.biased_logits`.
+
         Args:
             model: the base model, adapters in place.
 
-        Default: transformers' output embeddings. In training, losses are computed inside this layer
+        Default: transformers' output embeddings. In training and evaluation losses are computed inside this layer
         (`ops.token_scores`).
         """
         return model.get_output_embeddings()

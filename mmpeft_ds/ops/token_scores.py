@@ -1,27 +1,27 @@
-"""Losses of given tokens from the states before a frozen output layer, without the logits of all positions.
+"""Losses of given tokens from the states before an output layer, without the logits of all positions.
 
 Logits of 4 x 2,048 positions over 152,064 tokens take 2.3 GiB in bfloat16, and 15 GiB with their float32 copy and
-gradients. Here they exist for `CHUNK` labelled positions at a time. Only a loss of each token alone is read of them,
-so its gradient towards the state is known in the forward pass already, and the backward pass needs neither logits nor
-the weight of the output layer.
+gradients. Here at most `LOGITS` of them exist together. Only a loss of each token alone is read of them, so where the
+layer is frozen its gradient towards the state is known in the forward pass already, and the backward pass needs neither
+logits nor weight. Where the layer trains, the backward pass computes the logits again, as many at a time.
 """
 
 # T texts, S positions, K last positions with labels, d width, V tokens of the vocabulary, N labelled positions
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 from mmpeft_ds.ops.precision import full_dtype
 
-CHUNK = 512  # labelled positions whose logits exist together
+LOGITS = 1 << 26  # that exist together, over all tokens of some positions
+POSITIONS = 1024  # whose gradients towards the states are made together in the backward pass
 
 
 @dataclass
@@ -44,7 +44,7 @@ class TokenScores:
 
     @classmethod
     def of(cls, outputs: Tensor) -> TokenScores:
-        """Scores from the (T, S, 3) output of a layer within `scored`."""
+        """Scores from the (T, S, 3) output of a layer within `scored_head.scored`."""
         nll, uniform, right = outputs.unbind(-1)
         return cls(nll, uniform, right > 0.5)
 
@@ -54,94 +54,187 @@ def token_scores(states: Tensor, weight: Tensor, bias: Tensor | None, labels: Te
 
     Args:
         states: (T, S, d).
-        weight: (V, d), bias: (V,); both frozen.
+        weight: (V, d), bias: (V,).
         labels: (T, S) int64, -100 at positions without a label.
 
     Returns:
-        three tensors (T, S) in at least float32. nll and uniform have gradients towards `states`; right is 1 where the
-        label is the most likely token, else 0.
+        three tensors (T, S) in at least float32. nll and uniform have gradients towards `states`, and towards weight
+        and bias where these require it; right is 1 where the label is the most likely token, else 0.
     """
-    places = (labels != -100).nonzero(as_tuple=True)
-    scores = _Scores.apply(states[places], weight, bias, labels[places])
-    return tuple(score.new_zeros(labels.shape).index_put(places, score) for score in scores)
+    if weight.requires_grad or (bias is not None and bias.requires_grad):
+        rows = labelled(labels)
+        scores = _Trained.apply(states.flatten(0, 1)[rows], weight, bias, labels.flatten()[rows])
+        return tuple(score.new_zeros(labels.numel()).index_put((rows,), score).view(labels.shape) for score in scores)
+    return known_scores(states, weight, bias, labels).attached(states)
 
 
-class _Scores(torch.autograd.Function):
-    """Scores nll, uniform and right, each (N,), from states (N, d) and labels (N,)."""
+def labelled(labels: Tensor) -> Tensor:
+    """(N,) numbers of the positions (of T * S) that have a label."""
+    return (labels.flatten() != -100).nonzero()[:, 0]
+
+
+@dataclass
+class KnownScores:
+    """Scores under a frozen layer, and their gradients towards the states, before the states are joined to them.
+
+    Attributes:
+        rows: (N,) of `labelled`.
+        nll, uniform, right: (N,).
+        gradient: (N, d) of nll towards the states; None without gradient.
+        difference: (N, d) what the gradient of uniform has more than that of nll.
+    """
+
+    rows: Tensor
+    nll: Tensor
+    uniform: Tensor
+    right: Tensor
+    gradient: Tensor | None
+    difference: Tensor | None
+
+    def attached(self, states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """nll, uniform and right, each (T, S); the first two with gradients towards the `states` (T, S, d)."""
+        nll, uniform = self.nll, self.uniform
+        if self.gradient is not None:
+            nll, uniform = _Known.apply(states, nll, uniform, self.rows, self.gradient, self.difference)
+        size, shape = states.shape[0] * states.shape[1], states.shape[:2]
+        return tuple(s.new_zeros(size).index_put((self.rows,), s).view(shape) for s in (nll, uniform, self.right))
+
+
+def known_scores(
+    states: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, with_gradient: bool | None = None
+) -> KnownScores:
+    """Scores under a frozen layer; arguments as of `token_scores`.
+
+    Args:
+        with_gradient: None: if `states` require it and autograd is on.
+    """
+    if with_gradient is None:
+        with_gradient = states.requires_grad and torch.is_grad_enabled()
+    rows = labelled(labels)
+    with torch.no_grad():
+        return _known(states.flatten(0, 1), rows, weight, bias, labels.flatten()[rows], with_gradient)
+
+
+def _known(
+    flat: Tensor, rows: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, with_gradient: bool
+) -> KnownScores:
+    nll, uniform, right = flat.new_empty(3, len(rows), dtype=full_dtype(flat.dtype))
+    gradient = difference = None
+    if with_gradient:
+        gradient, difference = flat.new_empty(2, len(rows), flat.shape[1])
+        mean = weight.mean(0)
+    for part in _parts(len(rows), weight):
+        asked = labels[part]
+        chunk = _Chunk.of(flat[rows[part]], weight, bias, asked)
+        nll[part], uniform[part], right[part] = chunk.nll, chunk.uniform, chunk.right
+        if gradient is not None:
+            to_logits = chunk.exponentials.div_(chunk.total)
+            to_logits.scatter_add_(1, asked[:, None], to_logits.new_full((len(asked), 1), -1.0))
+            gradient[part] = to_logits.to(weight.dtype) @ weight
+            # Towards the logits, the gradient of `uniform` is p - 1 / V and that of `nll` is p - 1 at the label and p
+            # elsewhere. The difference has no p in it, so it is made of rows of the weight alone.
+            difference[part] = weight[asked] - mean
+            del to_logits
+        del chunk  # before the next one is made
+    return KnownScores(rows, nll, uniform, right, gradient, difference)
+
+
+@dataclass
+class _Chunk:
+    """Scores of some positions, and their probabilities, `exponentials / total` (n, V) and (n, 1)."""
+
+    nll: Tensor
+    uniform: Tensor
+    right: Tensor
+    exponentials: Tensor
+    total: Tensor
+
+    @classmethod
+    def of(cls, states: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> _Chunk:
+        """Scores of `labels` (n,) from `states` (n, d). Works in place: one matrix (n, V) besides the logits."""
+        logits = functional.linear(states, weight, bias)
+        logits = logits.to(full_dtype(logits.dtype))
+        top, index = logits.max(1, keepdim=True)
+        below = logits.sub_(top)
+        at_label, mean = below.gather(1, labels[:, None])[:, 0], below.mean(1)
+        exponentials = below.exp_()
+        total = exponentials.sum(1, keepdim=True)
+        log_total = total[:, 0].log()
+        return cls(log_total - at_label, log_total - mean, index[:, 0] == labels, exponentials, total)
+
+
+class _Known(torch.autograd.Function):
+    """Joins scores whose gradients are known to the states (T, S, d) that they were computed from."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, states: Tensor, nll: Tensor, uniform: Tensor, rows: Tensor, gradient: Tensor, difference: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(rows, gradient, difference)
+        ctx.shape = states.shape
+        return nll.view_as(nll), uniform.view_as(uniform)
+
+    @staticmethod
+    def backward(ctx: Any, *output_gradients: Tensor) -> tuple[Tensor | None, ...]:
+        rows, gradient, difference = ctx.saved_tensors
+        nll, uniform = (g[:, None] for g in output_gradients)  # zeros where the loss does not use one
+        full = gradient.new_zeros(ctx.shape)
+        flat = full.view(-1, full.shape[-1])
+        for part in _slices(len(rows), POSITIONS):
+            row = (nll[part] + uniform[part]) * gradient[part] + uniform[part] * difference[part]
+            flat[rows[part]] = row.to(flat.dtype)
+        return full, None, None, None, None, None
+
+
+class _Trained(torch.autograd.Function):
+    """Scores nll, uniform and right, each (N,), from states (N, d) and labels (N,), under a layer that trains."""
 
     @staticmethod
     def forward(
         ctx: Any, states: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        with_gradient = ctx.needs_input_grad[0]
         nll, uniform, right = states.new_empty(3, len(states), dtype=full_dtype(states.dtype))
-        gradient = torch.empty_like(states) if with_gradient else None
-        for start in range(0, len(states), CHUNK):
-            part = slice(start, start + CHUNK)
-            results = _chunk(states[part], weight, bias, labels[part], with_gradient)
-            nll[part], uniform[part], right[part] = results[:3]
-            if gradient is not None:
-                gradient[part] = results[3]
-        if gradient is not None:
-            # Towards the logits, the gradient of `uniform` is p - 1 / V and that of `nll` is p - 1 at the label and p
-            # elsewhere. The difference has no p in it, so it is made of rows of the weight alone.
-            ctx.save_for_backward(gradient, weight[labels] - weight.mean(0))
+        for part in _parts(len(states), weight):
+            chunk = _Chunk.of(states[part], weight, bias, labels[part])
+            nll[part], uniform[part], right[part] = chunk.nll, chunk.uniform, chunk.right
+            del chunk  # before the next one is made
+        ctx.save_for_backward(states, weight, bias, labels)
         ctx.mark_non_differentiable(right)
         return nll, uniform, right
 
     @staticmethod
-    def backward(ctx: Any, *output_gradients: Tensor) -> tuple[Tensor | None, None, None, None]:
-        gradient, difference = ctx.saved_tensors
-        nll, uniform = (g[:, None] for g in output_gradients[:2])  # zeros where the loss does not use one
-        full = (nll + uniform) * gradient + uniform * difference
-        return full.to(gradient.dtype), None, None, None
+    def backward(ctx: Any, *output_gradients: Tensor) -> tuple[Tensor | None, ...]:
+        states, weight, bias, labels = ctx.saved_tensors
+        nll, uniform = (g[:, None] for g in output_gradients[:2])
+        full, needed = full_dtype(states.dtype), ctx.needs_input_grad
+        to_states = torch.zeros_like(states) if needed[0] else None
+        to_weight = torch.zeros_like(weight, dtype=full) if needed[1] else None
+        to_bias = torch.zeros_like(bias, dtype=full) if needed[2] else None
+        for part in _parts(len(states), weight):
+            chunk = _Chunk.of(states[part], weight, bias, labels[part])
+            to_logits = chunk.exponentials.mul_((nll[part] + uniform[part]) / chunk.total)
+            to_logits.sub_(uniform[part] / len(weight))
+            to_logits.scatter_add_(1, labels[part, None], -nll[part])
+            if to_bias is not None:
+                to_bias += to_logits.sum(0)
+            to_logits = to_logits.to(weight.dtype)
+            if to_weight is not None:
+                # Adds in place; `+=` of a product would hold another matrix of the size of the weight.
+                if to_weight.dtype == weight.dtype:
+                    to_weight.addmm_(to_logits.T, states[part])
+                else:
+                    to_weight += to_logits.T @ states[part]
+            if to_states is not None:
+                to_states[part] = to_logits @ weight
+            del chunk, to_logits
+        cast = [None if g is None else g.to(like.dtype) for g, like in ((to_weight, weight), (to_bias, bias))]
+        return to_states, *cast, None
 
 
-def _chunk(
-    states: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, with_gradient: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """nll, uniform and right of some positions, and with `with_gradient` the gradient of nll towards their states."""
-    logits = functional.linear(states, weight, bias)
-    right = logits.argmax(1) == labels
-    logs = torch.log_softmax(logits, 1, dtype=full_dtype(states.dtype))
-    del logits
-    nll, uniform = -logs.gather(1, labels[:, None])[:, 0], -logs.mean(1)
-    if not with_gradient:
-        return nll, uniform, right, None
-    to_logits = logs.exp_()  # the gradient towards the logits: the probabilities, less 1 at the label
-    to_logits.scatter_add_(1, labels[:, None], to_logits.new_full((len(to_logits), 1), -1.0))
-    return nll, uniform, right, to_logits.to(weight.dtype) @ weight
+def _parts(rows: int, weight: Tensor) -> Iterator[slice]:
+    """Slices of `rows` positions whose logits may exist together."""
+    return _slices(rows, max(1, LOGITS // max(1, len(weight))))
 
 
-def is_scorable(head: nn.Module | None) -> bool:
-    """Whether `scored` can take the place of this output layer: a frozen linear layer without adapters.
-
-    A forward of its own, such as accelerate gives a layer that it moves between devices, would be lost.
-    """
-    if type(head) is not nn.Linear or "forward" in vars(head):
-        return False
-    return not any(p.requires_grad for p in head.parameters())
-
-
-@contextlib.contextmanager
-def scored(head: nn.Linear, labels_at: Callable[[int], Tensor]) -> Iterator[None]:
-    """Within the block the output layer scores labels in place of computing logits.
-
-    It stays a module that is called, and the loss still depends on what it returns, so that ZeRO-3 gathers its weight
-    and notices its backward pass. What it returns is (T, S, 3) in the place of (T, S, V): nll, uniform, right.
-
-    Args:
-        head: the output layer, for which `is_scorable` holds.
-        labels_at: gives, for the number of positions S, the (T, K) labels of the last K <= S of them.
-    """
-
-    def score(states: Tensor) -> Tensor:
-        labels = labels_at(states.shape[1])
-        labels = functional.pad(labels, (states.shape[1] - labels.shape[1], 0), value=-100)
-        return torch.stack(token_scores(states, head.weight, head.bias, labels), -1)
-
-    head.forward = score
-    try:
-        yield
-    finally:
-        del head.forward
+def _slices(rows: int, step: int) -> Iterator[slice]:
+    return (slice(start, start + step) for start in range(0, rows, step))

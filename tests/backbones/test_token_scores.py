@@ -8,11 +8,18 @@ import pytest
 import torch
 
 from mmpeft_ds.engine.assembly import resolve as resolving
-from mmpeft_ds.engine.assembly.forward import forward
+from mmpeft_ds.engine.assembly.forward import forward, scored_layer
 from tests.helpers.runs import tiny_pairs
 
-SCORED = ["mllm", "vision_text_decoder", "blip", "blip_vqa"]
-NAMES = [*SCORED, "clip_bart"]
+NAMES = ["mllm", "vision_text_decoder", "blip", "blip_vqa", "clip_bart"]
+LORA = {"name": "lora", "r": 2, "init_lora_weights": False}
+HEADS = {
+    "mllm": "lm_head",
+    "vision_text_decoder": "lm_head",
+    "blip": "text_decoder.cls.predictions.decoder",
+    "blip_vqa": "text_decoder.cls.predictions.decoder",
+    "clip_bart": "text_model.lm_head",
+}
 
 
 @pytest.fixture(scope="module")
@@ -34,19 +41,48 @@ def results(parts, model, scores: bool) -> tuple:
     return outputs, (plain, smooth, count, outputs.tokens_right()), gradients
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_scores_are_what_logits_give(sections, name):
+def built(sections, name: str, method: dict) -> tuple:
+    """Parts and model of a backbone, in float64."""
     written, folder = sections
-    case = {"backbone": name, "method": {"name": "lora", "r": 2, "init_lora_weights": False}}
-    parts = tiny_pairs.resolved(case, written, folder)
+    parts = tiny_pairs.resolved({"backbone": name, "method": method}, written, folder)
     torch.manual_seed(0)
-    model = resolving.attach(parts, parts.backbone.build()).eval()
+    model = resolving.attach(parts, parts.backbone.build()).eval().double()
+    if name == "clip_bart":  # whose tiny checkpoint has a bias of zeros
+        model.get_base_model().text_model.final_logits_bias.normal_()
+    return parts, model
+
+
+def compare(parts, model) -> dict:
+    """Scores against logits: losses, numbers and all gradients; returns the gradients."""
     from_logits, numbers, gradients = results(parts, model, scores=False)
     scored, other, others = results(parts, model, scores=True)
-    assert from_logits.scores is None and (scored.logits is None) == (name in SCORED)
+    assert from_logits.scores is None and scored.logits is None and scored.scores.nll.dtype == torch.float64
     for value, expected in zip(other, numbers, strict=True):
-        torch.testing.assert_close(value, expected, atol=1e-4, rtol=1e-5)
+        torch.testing.assert_close(value, expected, atol=1e-12, rtol=1e-12)
     assert numbers[2].sum() > 10, "labels"
+    assert gradients.keys() == others.keys()
     for parameter, gradient in gradients.items():
-        torch.testing.assert_close(others[parameter], gradient, atol=1e-4, rtol=1e-4, msg=parameter)
+        torch.testing.assert_close(others[parameter], gradient, atol=1e-12, rtol=1e-9, msg=parameter)
+    return gradients
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_scores_are_what_logits_give(sections, name):
+    gradients = compare(*built(sections, name, LORA))
     assert max(float(g.abs().max()) for g in gradients.values()) > 1e-3
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_output_layer_that_trains_whole_is_scored_too(sections, name):
+    parts, model = built(sections, name, {**LORA, "modules_to_save": [HEADS[name]]})
+    gradients = compare(parts, model)
+    assert any("modules_to_save" in n and float(g.abs().max()) > 1e-3 for n, g in gradients.items())
+    with model.disable_adapter():
+        assert scored_layer(parts.backbone, model.get_base_model()).weight.requires_grad is False
+
+
+def test_an_output_layer_with_adapters_computes_logits(sections):
+    parts, model = built(sections, "mllm", {**LORA, "target_modules": "lm_head"})
+    assert scored_layer(parts.backbone, model.get_base_model()) is None
+    outputs, _, gradients = results(parts, model, scores=True)
+    assert outputs.scores is None and len(gradients) == 2 and all(g.abs().max() > 1e-3 for g in gradients.values())

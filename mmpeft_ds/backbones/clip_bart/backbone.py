@@ -197,9 +197,6 @@ class ClipBartBackbone(BackboneBase):
             return super().dummy(modality)
         return torch.zeros(max(self.options.grid, 1) ** 2, self.options.feature_width)
 
-    def output_layer(self, model: Any) -> None:
-        """None: a bias of the checkpoint is added to what the layer returns."""
-
     def read(self, outputs: ClipBartOutput, batch: PackedBatch) -> GenerationOutput:
         """Logits as they are: the decoder's position s already predicts label s."""
         return GenerationOutput(outputs.logits, batch.texts["labels"])

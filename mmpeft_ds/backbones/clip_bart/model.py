@@ -32,6 +32,7 @@ from mmpeft_ds.backbones.common.composed import ComposedConfig, ComposedModel, H
 from mmpeft_ds.backbones.common.tower_loading import VISION, empty_tower
 from mmpeft_ds.errors import BadInput
 from mmpeft_ds.ops.precision import at_least_float32
+from mmpeft_ds.ops.scored_head import biased_logits
 from mmpeft_ds.sites.condition import Condition, conditioned
 
 
@@ -201,7 +202,8 @@ class ClipBart(ComposedModel, GenerationMixin):
                 past_key_values=past_key_values,
                 use_cache=use_cache,
             )
-        logits = self.text_model.lm_head(decoded.last_hidden_state) + self.text_model.final_logits_bias
+        bart = self.text_model
+        logits = biased_logits(bart.lm_head, decoded.last_hidden_state, bart.final_logits_bias)
         loss = None if labels is None else functional.cross_entropy(at_least_float32(logits).transpose(1, 2), labels)
         return ClipBartOutput(
             loss=loss,

@@ -15,11 +15,10 @@ import torch
 from mmpeft_ds.data.stream import BadBudget, Step
 from mmpeft_ds.distributed import processes
 from mmpeft_ds.engine.assembly.build import Built, build
-from mmpeft_ds.engine.assembly.forward import forward
+from mmpeft_ds.engine.assembly.forward import forward, scored_layer
 from mmpeft_ds.engine.step import Stepper
 from mmpeft_ds.engine.train_state import TrainState
 from mmpeft_ds.engine.zero import state as zero_state
-from mmpeft_ds.ops.token_scores import is_scorable
 from mmpeft_ds.sites.condition import enable_checkpointing
 from tests.helpers.runs import tiny_pairs
 
@@ -52,13 +51,12 @@ def run_case(case: dict, sections: dict, folder: Path, ranks: processes.Ranks) -
     weights = {n: zero_state.read_full(built.engine, p)["weight"] for n, p in built.trainables.items()}
     built.engine.destroy()
     norms = [r["grad_norm"] for r in rows]
-    head = parts.backbone.output_layer(built.model.get_base_model()) if parts.backbone.generates else None
     return {
         "losses": [r["loss"] for r in rows],
         "norms": norms,
         "weights": weights,
         "copies": copies / len(frozen),
-        "scored": is_scorable(head),
+        "scored": scored_layer(parts.backbone, built.model.get_base_model()) is not None,
     }
 
 

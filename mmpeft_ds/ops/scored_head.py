@@ -1,0 +1,96 @@
+"""An output layer that scores labels in place of computing logits, while it stays a module that is called."""
+
+# T texts, S positions, K last positions with labels, V tokens of the vocabulary
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from mmpeft_ds.ops.token_scores import KnownScores, known_scores, token_scores
+
+
+def is_scorable(head: nn.Module | None) -> bool:
+    """Whether `scored` can take the place of this output layer: a linear layer, frozen or trained, without adapters.
+
+    A forward of its own, such as accelerate gives a layer that it moves between devices, would be lost.
+    """
+    return type(head) is nn.Linear and "forward" not in vars(head)
+
+
+def biased_logits(head: nn.Module, states: Tensor, bias: Tensor) -> Tensor:
+    """(T, S, V) what `head` makes of `states`, plus `bias`, (V,) or (1, V), that belongs to no layer; for models whose
+    checkpoints have such a one. Within `scored` it enters the scores."""
+    # peft may have wrapped the layer that computes
+    scorers = [f for m in head.modules() if isinstance(f := vars(m).get("forward"), _Scorer)]
+    if not scorers:
+        return head(states) + bias
+    scorers[0].added = bias.flatten()
+    return head(states)
+
+
+@contextlib.contextmanager
+def scored(head: nn.Linear, labels_at: Callable[[int], Tensor]) -> Iterator[None]:
+    """Within the block the output layer returns (T, S, 3) in the place of (T, S, V): nll, uniform, right.
+
+    It stays a module that is called, so that ZeRO-3 gathers its weight. A frozen one is called with detached states,
+    and what it returns is joined to them behind all hooks of others: ZeRO-3 would gather the weight again before the
+    backward pass of a layer that returns something with a gradient, and this one has no more use for it.
+
+    Args:
+        head: the output layer, for which `is_scorable` holds.
+        labels_at: gives, for the number of positions S, the (T, K) labels of the last K <= S of them.
+    """
+    scorer = _Scorer(head, labels_at)
+    handles = []
+    if not any(p.requires_grad for p in head.parameters()):
+        handles = [
+            head.register_forward_pre_hook(scorer.detach, prepend=True),
+            head.register_forward_hook(scorer.attach),
+        ]
+    head.forward = scorer
+    try:
+        yield
+    finally:
+        del head.forward
+        for handle in handles:
+            handle.remove()
+
+
+class _Scorer:
+    """Forward of an output layer within `scored`; two hooks beside it if the layer is frozen."""
+
+    def __init__(self, head: nn.Linear, labels_at: Callable[[int], Tensor]):
+        self.head, self.labels_at = head, labels_at
+        self.added: Tensor | None = None  # of `biased_logits`
+        self.states: Tensor | None = None  # of a frozen layer, while it is called, as the model gave them
+        self.known: KnownScores | None = None
+
+    def __call__(self, states: Tensor) -> Tensor:
+        labels = self.labels_at(states.shape[1])
+        labels = functional.pad(labels, (states.shape[1] - labels.shape[1], 0), value=-100)
+        bias = self.head.bias
+        if self.added is not None:
+            added = self.added.to(self.head.weight.dtype)
+            bias = added if bias is None else bias + added
+        if self.states is None:
+            return torch.stack(token_scores(states, self.head.weight, bias, labels), -1)
+        with_gradient = self.states.requires_grad and torch.is_grad_enabled()
+        self.known = known_scores(states, self.head.weight, bias, labels, with_gradient)
+        return states.new_zeros(())
+
+    def detach(self, head: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Forward pre-hook that runs before all others."""
+        self.states = args[0]
+        return (args[0].detach(),)
+
+    def attach(self, head: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        """Forward hook that runs behind all others."""
+        scores = torch.stack(self.known.attached(self.states), -1)
+        self.states = self.known = None
+        return scores
