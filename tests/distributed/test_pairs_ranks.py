@@ -47,7 +47,8 @@ CASES = [
     case("layer_norm", "vision_text_encoder", "skew", skew=True),
     case("graph_lora", "blip", r=2),
     case("ia3", "blip"),
-    case("lora", "mllm", r=2),
+    case("lora", "mllm", "gathered", r=2, zero={"stage3_param_persistence_threshold": 0}),
+    case("lora", "mllm", "head", r=2, modules_to_save=["lm_head"], zero={"stage3_param_persistence_threshold": 0}),
 ]
 # Four ranks, as on two machines. One after the other in the same processes: a base of two checkpoints, one of one, and
 # one without copies.
@@ -109,7 +110,16 @@ def test_a_copy_of_the_base_on_every_machine_changes_no_number(on_machines, give
 def test_generative_models_are_trained_by_scores_and_not_by_logits(folder):
     """The comparison with plain training, which has logits, would hold either way."""
     scored = {c["backbone"] for c in CASES if torch.load(folder / f"{c['name']}.pt", weights_only=False)["scored"]}
-    assert scored == {"mllm", "vision_text_decoder", "blip", "blip_vqa"}
+    assert scored == {"mllm", "vision_text_decoder", "blip", "blip_vqa", "clip_bart"}
+
+
+def test_the_weight_of_a_frozen_output_layer_is_gathered_once_a_micro_batch(folder):
+    """One that trains is needed in the backward pass too: the control of the count."""
+    frozen, trained = (
+        torch.load(folder / f"lora-mllm-{name}.pt", weights_only=False)["gathers"] for name in ("gathered", "head")
+    )
+    assert frozen == [1] * tiny_pairs.STEPS
+    assert max(trained) == 2
 
 
 def test_the_comparison_notices_a_wrong_mean(folder):

@@ -37,11 +37,15 @@ def run_case(case: dict, sections: dict, folder: Path, ranks: processes.Ranks) -
     if case.get("reentrant"):
         enable_checkpointing(built.model.get_base_model(), use_reentrant=True)
     stepper = Stepper(parts, built, ranks, tiny_pairs.STEPS, TrainState(), BadBudget(1.0, 1000))
-    rows = []
+    rows, gathers = [], []
+    head = scored_layer(parts.backbone, built.model.get_base_model())
+    gathered = gathers_of(built.model, head) if head is not None and hasattr(head.weight, "ds_id") else []
     for step in range(tiny_pairs.STEPS):
         slots = mine(tiny_pairs.slots_of(step, parts.backbone), case.get("skew", False), ranks)
         batch = tiny_pairs.packed(slots, parts.backbone, parts.train[0].task)
+        gathered.clear()
         rows.append(stepper.train_step(Step(0, step, [batch]), 0.0))
+        gathers.append(len(gathered))
         if step == tiny_pairs.STEPS // 2:
             # Without the trainer every rank must run the same towers, so only where each has an image.
             look(built, parts, batch if ranks.world_size == 2 and not case.get("skew") else None, ranks)
@@ -56,8 +60,25 @@ def run_case(case: dict, sections: dict, folder: Path, ranks: processes.Ranks) -
         "norms": norms,
         "weights": weights,
         "copies": copies / len(frozen),
-        "scored": scored_layer(parts.backbone, built.model.get_base_model()) is not None,
+        "scored": head is not None,
+        "gathers": gathers,
     }
+
+
+def gathers_of(model: torch.nn.Module, head: torch.nn.Linear) -> list:
+    """Gets an element for each all-gather of the weight of `head`; the other parameters travel with it or apart."""
+    from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+
+    gathered, number = [], head.weight.ds_id
+    for parameter in model.parameters():
+        if hasattr(parameter, "ds_id"):
+
+            def counted(params: list, *args: Any, gather: Any = parameter.all_gather_coalesced, **kwargs: Any) -> Any:
+                gathered.extend(p for p in params if p.ds_id == number and p.ds_status != ZeroParamStatus.AVAILABLE)
+                return gather(params, *args, **kwargs)
+
+            parameter.all_gather_coalesced = counted
+    return gathered
 
 
 def look(built: Built, parts: SimpleNamespace, batch: Any, ranks: processes.Ranks) -> None:
