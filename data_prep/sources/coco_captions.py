@@ -19,7 +19,6 @@ from data_prep.sources.common.index import Entry, Index
 from data_prep.sources.common.layout import LayoutOptions, LayoutSource
 
 ANNOTATIONS = "annotations/captions_{}2014.json"
-KARPATHY = "dataset_coco.json"
 BLIP = "coco_karpathy_{}.json"
 
 
@@ -54,7 +53,7 @@ class CocoCaptions(LayoutSource):
             return {split: [ANNOTATIONS.format(split)] for split in ("train", "val")}
         if self.options.form == "blip":
             return {split: [BLIP.format(split)] for split in captions.SPLITS}
-        return {split: [KARPATHY] for split in captions.SPLITS}
+        return {split: [captions.COCO_KARPATHY] for split in captions.SPLITS}
 
     def entries(self, split: str, index: Index) -> Iterator[Entry]:
         file = self.root / self.files()[split][0]

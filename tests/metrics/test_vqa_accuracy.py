@@ -2,7 +2,7 @@
 
 import pytest
 
-from mmpeft_ds.metrics.vqa import answer_score, normalize_answer, soft_score, vqa_accuracy
+from mmpeft_ds.metrics.vqa import CONTRACTIONS, answer_score, normalize_answer, soft_score, vqa_accuracy
 
 
 @pytest.mark.parametrize(
@@ -34,7 +34,6 @@ def test_leave_one_out_over_ten_annotators(votes, expected):
         ("black/white", "black white"),
         ("yes, it is", "yes it is"),
         ("dont know", "don't know"),
-        ("couldntve", "couldn't've"),
         ("well", "well"),
         ("a\tcat\n", "cat"),
         ("t-shirt", "t shirt"),
@@ -60,3 +59,38 @@ def test_one_answer_is_compared_plainly():
 def test_soft_targets_are_those_of_the_published_label_files():
     assert [soft_score(n, 10) for n in (1, 2, 3, 4, 10)] == pytest.approx([0.3, 0.6, 0.9, 1.0, 1.0])
     assert soft_score(1, 1) == 1.0
+
+
+def test_the_table_of_contractions_is_the_evaluators_and_no_rule():
+    assert len(CONTRACTIONS) == 120
+    kept = ["hell", "well", "id", "shed", "wed", "its", "were", "couldntve", "im"]  # Im stands there with a capital
+    assert [normalize_answer(word) for word in kept] == kept
+    assert normalize_answer("Shouldn'tve yall'd've somebody'd") == "shouldn't've y'all'd've somebodyd"
+
+
+@pytest.mark.parametrize(
+    ("prediction", "answers", "official", "older", "exact"),
+    [
+        ("Yes", ["yes"] * 10, 0.0, 1.0, 0.0),  # all agree: the present evaluator normalises nothing
+        ("two", ["two"] * 5 + ["3"] * 5, 1.0, 0.0, 1.0),  # the older one makes "2" of the prediction alone
+        ("2", ["two"] * 5 + ["3"] * 5, 1.0, 0.0, 0.0),
+        ("the dog", ["dog"] * 9 + ["cat"], 1.0, 1.0, 0.0),
+        ("dog", ["the dog"] * 9 + ["cat"], 1.0, 0.0, 0.0),
+        ("t shirt", ["t-shirt"] * 2 + ["top"] * 8, 0.6, 0.6, 0.0),
+        ("red", ["red"] * 2 + ["blue"] * 8, 0.6, 0.6, 0.6),
+        ("new\nyork", ["new york"] * 10, 1.0, 1.0, 0.0),
+    ],
+)
+def test_the_evaluators_differ_in_what_they_normalise(prediction, answers, official, older, exact):
+    for measure, score in (("official", official), ("2017", older), ("exact", exact)):
+        assert vqa_accuracy(prediction, answers, measure) == pytest.approx(score), measure
+
+
+def test_at_most_32_periods_go_and_a_comma_between_digits_deletes_every_mark():
+    assert normalize_answer("." * 40) == "." * 8
+    assert normalize_answer("1,000 t-shirts") == "1000 tshirts"
+    assert normalize_answer(".5 5. 3.5") == ".5 5 3.5"
+
+
+def test_one_answer_is_compared_to_the_letter_only_where_asked():
+    assert answer_score("Yes ", ["yes"]) == 1 and answer_score("Yes", ["yes"], "exact") == 0

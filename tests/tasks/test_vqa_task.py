@@ -7,6 +7,7 @@ import torch
 
 from mmpeft_ds.data.batch import Sample, pack
 from mmpeft_ds.errors import BadInput, BadSample
+from mmpeft_ds.tasks.common.questions import accuracies
 from mmpeft_ds.tasks.vqa.task import Options, Vqa
 
 LABELS = ["yes", "no", "red", "2"]
@@ -161,3 +162,24 @@ def test_impossible_options_are_refused_in_one_line(options, labels):
     with pytest.raises(BadInput) as error:
         Vqa(Options(**options), labels)
     assert "\n" not in str(error.value)
+
+
+def test_published_scores_are_the_targets_and_not_what_the_answers_would_give():
+    task = Vqa(Vqa.Options(), ["2", "red"])
+    asked = {"question": "how many?", "answers": ["two"] * 10}
+    without = task.read_all({"questions": [asked]}, None)[1][0]["scores"]
+    assert without == {0: 1.0}  # "two" is "2" once normalised
+    with_scores = {**asked, "scores": {"red": 0.3, "unlisted": 1.0}}
+    assert task.read_all({"questions": [with_scores]}, None)[1][0]["scores"] == {1: 0.3}
+    with pytest.raises(BadSample, match="scores"):
+        task.read_all({"questions": [{**asked, "scores": {"red": "high"}}]}, None)
+
+
+def test_question_types_of_any_script_have_scores_of_their_own():
+    rows = [
+        {"type": kind, "answers": ["a"], "prediction": said}
+        for kind, said in (("数量", "a"), ("颜色", "b"), ("yes/no", "a"), ("yes no", "b"), ("?!", "a"))
+    ]
+    scores = accuracies(rows)
+    assert scores["accuracy_数量"] == 1 and scores["accuracy_颜色"] == 0
+    assert {scores["accuracy_yes_no"], scores["accuracy_yes_no_2"]} == {0, 1} and scores["accuracy_type"] == 1

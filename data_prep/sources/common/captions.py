@@ -14,6 +14,7 @@ from data_prep.sources.common import annotations
 from data_prep.sources.common.index import Aside, Entry, Index
 
 SPLITS = ("train", "val", "test")
+COCO_KARPATHY = "dataset_coco.json"
 KARPATHY_SPLITS = {"train": "train", "restval": "train", "val": "val", "test": "test"}
 
 

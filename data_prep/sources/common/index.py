@@ -29,6 +29,7 @@ CREATE TABLE sample(
 CREATE TABLE item(sample INTEGER, value TEXT);
 CREATE TABLE seen(split TEXT, key TEXT, PRIMARY KEY(split, key)) WITHOUT ROWID;
 CREATE TABLE looked_up(kind TEXT, key TEXT, value TEXT, PRIMARY KEY(kind, key)) WITHOUT ROWID;
+CREATE TABLE kept(name TEXT PRIMARY KEY, value TEXT) WITHOUT ROWID;
 CREATE TABLE aside(split TEXT, reason TEXT, name TEXT);
 CREATE TABLE number(split TEXT, name TEXT, value INTEGER, PRIMARY KEY(split, name)) WITHOUT ROWID;
 """
@@ -64,6 +65,10 @@ class Aside(Exception):
     def __init__(self, reason: str, name: str):
         super().__init__(f"{name}: {reason}")
         self.reason, self.name = reason, name
+
+
+class Elsewhere(Exception):
+    """A row that belongs to another split: neither read nor set aside."""
 
 
 class Index:
@@ -132,6 +137,8 @@ class Index:
             try:
                 entries = parse(row)
                 entries = [entries] if isinstance(entries, Entry) else list(entries)
+            except Elsewhere:
+                continue
             except Aside as aside:
                 self.set_aside(split, aside.reason, aside.name)
             except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -148,6 +155,15 @@ class Index:
     def get(self, kind: str, key: str) -> Any:
         """What `put` kept for a key, or None."""
         row = self._run("SELECT value FROM looked_up WHERE kind=? AND key=?", (kind, key)).fetchone()
+        return None if row is None else json.loads(row[0])
+
+    def keep(self, name: str, value: Any) -> None:
+        """Keep a value, such as the list of answers, for all processes."""
+        self._run("INSERT INTO kept VALUES(?,?)", (name, json.dumps(value, ensure_ascii=False)))
+
+    def kept(self, name: str) -> Any:
+        """What `keep` kept, or None."""
+        row = self._run("SELECT value FROM kept WHERE name=?", (name,)).fetchone()
         return None if row is None else json.loads(row[0])
 
     def set_aside(self, split: str, reason: str, name: str) -> None:

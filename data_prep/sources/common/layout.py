@@ -125,7 +125,19 @@ class LayoutSource(Source):
         self._index = Index(folder / INDEX)
         self._index.build(self._fill)
 
+    def begin(self, index: Index) -> None:
+        """What must be read before the records of any split, such as the list of answers; nothing by default."""
+
+    def also_read(self) -> list[str]:
+        """Files that `begin` reads where they are there, besides those of the splits; none by default."""
+        return []
+
+    def first_there(self, *names: str) -> str:
+        """Of the places where copies of a file lie in public use, the first that is there; else the first."""
+        return next((name for name in names if (self.root / name).exists()), names[0])
+
     def _fill(self, index: Index) -> None:
+        self.begin(index)
         for split in self.chosen():
             index.add(split, self.entries(split, index))
             if self.options.limit:
@@ -150,7 +162,8 @@ class LayoutSource(Source):
     def fingerprint(self) -> dict[str, str]:
         """sha256 of every annotation file; pictures are looked for by name, their bytes are not read for this."""
         files = self.files()
-        names = dict.fromkeys(name for split in self.chosen() for name in files[split])
+        also = [name for name in self.also_read() if (self.root / name).is_file()]
+        names = dict.fromkeys([*(name for split in self.chosen() for name in files[split]), *also])
         return {name: sha256(self.root / name) for name in names}
 
     def count(self, split: str) -> int:

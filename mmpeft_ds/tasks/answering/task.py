@@ -21,7 +21,7 @@ from mmpeft_ds.tasks.common.questions import QuestionTask, answer_rows, drawn_qu
 
 
 class Answering(QuestionTask):
-    """Records hold `questions`: a list of {question, answers (1 or 10), question_id?, type?}."""
+    """Records hold `questions`, see `common/questions.py`."""
 
     Options = Options
 
@@ -47,9 +47,9 @@ class Answering(QuestionTask):
     ) -> tuple[list[Prompted], list[Any]]:
         """Prompt and target of each question, its number in the record, and the score of the target."""
         texts, targets = [], []
-        for number, question, answers in drawn_questions(record, most, generator):
-            answer, score = self._target(soft_scores(answers, self._known), generator)
-            texts.append(self.prompted(question, answer))
+        for number, asked in drawn_questions(record, most, generator):
+            answer, score = self._target(soft_scores(asked, self._known), generator)
+            texts.append(self.prompted(asked.question, answer))
             targets.append({"question": number, "score": score})
         return texts, targets
 

@@ -1,6 +1,8 @@
 """Questions and answers: the base of tasks on records with `questions`, and reading, rows, scores and priors of them.
 
-`questions` is a list of {question, answers (1 or 10), question_id?, type?}.
+`questions` is a list of {question, answers (1 or 10), question_id?, type?, scores?}. `scores`, {answer: score}, are
+the soft targets where the data set publishes them, or preparation has made them by its rule; else they are made of
+the answers.
 """
 
 from __future__ import annotations
@@ -10,16 +12,26 @@ import re
 import statistics
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from mmpeft_ds.data.batch import PackedBatch
 from mmpeft_ds.errors import BadInput, BadSample
-from mmpeft_ds.metrics.vqa import answer_score, any_score, normalize_answer, soft_score
+from mmpeft_ds.metrics.vqa import MEASURES, Measure, answer_score, any_score, normalize_answer, soft_score
 from mmpeft_ds.tasks.base import TaskBase
 
 ANNOTATORS = 10  # of a question in VQA v1 and v2, for whom the official measure is made
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A question of a record: its text, the annotators' answers, and the published score of each answer or None."""
+
+    question: str
+    answers: list[str]
+    scores: dict[str, float] | None = None
 
 
 class QuestionTask(TaskBase):
@@ -35,6 +47,8 @@ class QuestionTask(TaskBase):
         super().__init__(options, labels)
         if options.max_questions < 0:
             raise BadInput(f"task.max_questions: {options.max_questions}. Use 0 for all or a positive number.")
+        if options.vqa_measure not in MEASURES:
+            raise BadInput(f"task.vqa_measure: {options.vqa_measure!r}. Use one of {', '.join(MEASURES)}.")
 
     @abc.abstractmethod
     def read_questions(
@@ -56,7 +70,7 @@ class QuestionTask(TaskBase):
 
     def scored(self, rows: list[dict[str, Any]]) -> int:
         """Questions that somebody has answered."""
-        return sum(bool(row["answers"]) for row in rows)
+        return sum(bool(_judges(row)) for row in rows)
 
     def ask(self, texts: list[str]) -> tuple[dict[str, Any], list[Any]]:
         """A record with these questions, none of them answered, and their targets."""
@@ -65,17 +79,17 @@ class QuestionTask(TaskBase):
 
     def score(self, rows: list[dict[str, Any]]) -> dict[str, float]:
         """`accuracy` and `accuracy_<type>`: official VQA accuracy where several annotators answered, else plain."""
-        return accuracies(rows)
+        return accuracies(rows, self.options.vqa_measure)
 
     def baselines(self, train: Iterable[dict[str, Any]], test: Iterable[dict[str, Any]]) -> dict[str, float]:
         """`majority` and `question_only`: answers without a model, overall and by question type."""
-        return priors(train, test)
+        return priors(train, test, self.options.vqa_measure)
 
 
 def drawn_questions(
     record: dict[str, Any], most: int, generator: torch.Generator | None
-) -> Iterator[tuple[int, str, list[str]]]:
-    """Number, text and answers of `most` questions of a record, drawn and in order; 0 = all. Raises BadSample."""
+) -> Iterator[tuple[int, Asked]]:
+    """Number and content of `most` questions of a record, drawn and in order; 0 = all. Raises BadSample."""
     questions = record.get("questions")
     if not isinstance(questions, list):
         raise BadSample("field", "`questions` is no list")
@@ -83,11 +97,16 @@ def drawn_questions(
     if 0 < most < len(questions):
         numbers = sorted(torch.randperm(len(questions), generator=generator)[:most].tolist())
     for number in numbers:
-        yield number, *_question(questions[number])
+        yield number, _question(questions[number])
 
 
-def soft_scores(answers: list[str], known: dict[str, Any] | None) -> dict[str, float]:
-    """Answer -> soft score, most frequent first; with `known`, only answers that are, or normalise to, one of it."""
+def soft_scores(asked: Asked, known: dict[str, Any] | None) -> dict[str, float]:
+    """Answer -> soft score, highest first; with `known`, only answers of it. Without published scores an answer that
+    is none of it counts as the one that it normalises to."""
+    if asked.scores is not None:
+        listed = {answer: score for answer, score in asked.scores.items() if known is None or answer in known}
+        return dict(sorted(listed.items(), key=lambda item: -item[1]))
+    answers = asked.answers
     votes: Counter[str] = Counter()
     for answer in answers:
         counted = answer if known is None or answer in known else normalize_answer(answer)
@@ -121,19 +140,21 @@ def answer_rows(
             answers = list(asked.get("answers", []))
             row = {"sample_id": batch.sample_id[slot], "text": asked["question"]}
             row |= {"prediction": spelled_as(prediction, answers), "answers": answers, "type": asked.get("type", "")}
+            if not answers and asked.get("scores"):
+                row["scores"] = asked["scores"]
             if "question_id" in asked:
                 row["question_id"] = asked["question_id"]
             rows.append(row)
     return rows
 
 
-def accuracies(rows: list[dict[str, Any]]) -> dict[str, float]:
+def accuracies(rows: list[dict[str, Any]], measure: Measure = "official") -> dict[str, float]:
     """`accuracy` and `accuracy_<type>`: official VQA accuracy where several annotators answered, else plain.
 
     Where some questions have more than one answer but fewer than ten, also `accuracy_any`: predictions that are one of
     the answers.
     """
-    scores = _by_type("accuracy", ((r["type"], r["answers"], r["prediction"]) for r in rows))
+    scores = _by_type("accuracy", ((r["type"], _judges(r), r["prediction"]) for r in rows), measure)
     if any(1 < len(row["answers"]) < ANNOTATORS for row in rows):
         scores["accuracy_any"] = statistics.mean(
             any_score(r["prediction"], r["answers"]) for r in rows if r["answers"]
@@ -141,7 +162,9 @@ def accuracies(rows: list[dict[str, Any]]) -> dict[str, float]:
     return scores
 
 
-def priors(train: Iterable[dict[str, Any]], test: Iterable[dict[str, Any]]) -> dict[str, float]:
+def priors(
+    train: Iterable[dict[str, Any]], test: Iterable[dict[str, Any]], measure: Measure = "official"
+) -> dict[str, float]:
     """`majority`, always the most frequent training answer; `question_only`, the most frequent one to the same
     question; both overall and by question type."""
     overall: Counter[str] = Counter()
@@ -158,20 +181,25 @@ def priors(train: Iterable[dict[str, Any]], test: Iterable[dict[str, Any]]) -> d
     asked_in_test = list(_questions(test))
 
     def rated(name: str, answer: Callable[[dict[str, Any]], str]) -> dict[str, float]:
-        return _by_type(name, ((a.get("type", ""), a.get("answers", []), answer(a)) for a in asked_in_test))
+        return _by_type(name, ((a.get("type", ""), _judges(a), answer(a)) for a in asked_in_test), measure)
 
     return rated("majority", lambda _: majority) | rated(
         "question_only", lambda asked: prior.get(_key(asked["question"]), majority)
     )
 
 
-def _question(asked: Any) -> tuple[str, list[str]]:
+def _question(asked: Any) -> Asked:
     if not isinstance(asked, dict) or not isinstance(asked.get("question"), str):
         raise BadSample("field", "a question has no text in `question`")
     answers = asked.get("answers", [])
     if not isinstance(answers, list) or not all(isinstance(a, str) for a in answers):
         raise BadSample("type", "`answers` is no list of strings")
-    return asked["question"], answers
+    scores = asked.get("scores")
+    if scores is not None and not (
+        isinstance(scores, dict) and all(isinstance(s, float | int) and 0 <= s <= 1 for s in scores.values())
+    ):
+        raise BadSample("type", "`scores` is no object of numbers from 0 to 1")
+    return Asked(asked["question"], answers, scores)
 
 
 def _questions(records: Iterable[dict[str, Any]]) -> Iterable[dict[str, Any]]:
@@ -187,13 +215,34 @@ def _most_common(counts: Counter[str]) -> str:
     return min(counts, key=lambda answer: (-counts[answer], answer))
 
 
-def _by_type(name: str, rated: Iterable[tuple[str, list[str], str]]) -> dict[str, float]:
+def _judges(asked: dict[str, Any]) -> list[str] | dict[str, float]:
+    """What a prediction is held against: the annotators' answers, or the published scores where there are none."""
+    return asked.get("answers") or asked.get("scores") or []
+
+
+def _by_type(
+    name: str, rated: Iterable[tuple[str, list[str] | dict[str, float], str]], measure: Measure
+) -> dict[str, float]:
     """Mean score overall and by type, of (type, answers, prediction); questions without answers do not count."""
     scores: dict[str, list[float]] = defaultdict(list)
+    rated = list(rated)
+    keys = _type_keys({kind for kind, _, _ in rated if kind})
     for kind, answers, prediction in rated:
         if answers:
-            value = answer_score(prediction, answers)
+            value = answer_score(prediction, answers, measure)
             scores[name].append(value)
             if kind:
-                scores[f"{name}_{re.sub(r'[^0-9a-z]+', '_', kind.lower()).strip('_')}"].append(value)
+                scores[f"{name}_{keys[kind]}"].append(value)
     return {key: sum(values) / len(values) for key, values in sorted(scores.items())}
+
+
+def _type_keys(kinds: Iterable[str]) -> dict[str, str]:
+    """Key of each question type in the names of scores: its letters and digits, of any script. Types that differ have
+    different keys: a number tells those apart that their letters do not."""
+    keys: dict[str, str] = {}
+    taken: Counter[str] = Counter()
+    for kind in sorted(kinds):
+        plain = re.sub(r"[\W_]+", "_", kind.casefold()).strip("_") or "type"
+        taken[plain] += 1
+        keys[kind] = plain if taken[plain] == 1 else f"{plain}_{taken[plain]}"
+    return keys

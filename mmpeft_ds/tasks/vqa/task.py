@@ -19,7 +19,7 @@ from mmpeft_ds.tasks.vqa.options import Options
 
 
 class Vqa(QuestionTask):
-    """Records hold `questions`: a list of {question, answers (1 or 10), question_id?, type?}."""
+    """Records hold `questions`, see `common/questions.py`."""
 
     Options = Options
 
@@ -43,9 +43,9 @@ class Vqa(QuestionTask):
     ) -> tuple[list[str], list[Any]]:
         """Questions of one sample and, for each, its number in the record and the score of every known answer."""
         texts, targets = [], []
-        for number, text, answers in drawn_questions(record, most, generator):
-            texts.append(text)
-            scores = soft_scores(answers, self._index)
+        for number, asked in drawn_questions(record, most, generator):
+            texts.append(asked.question)
+            scores = soft_scores(asked, self._index)
             targets.append({"question": number, "scores": {self._index[a]: score for a, score in scores.items()}})
         return texts, targets
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 from mmpeft_ds.fitting import ByOption
+from mmpeft_ds.metrics.vqa import Measure
 from mmpeft_ds.tasks.common.options import TaskOptions
 
 
@@ -25,6 +26,8 @@ class Options(TaskOptions):
         num_beams: beams of `write`, 1 = greedy.
         max_new_tokens: longest answer of `write` in tokens.
         max_questions: questions of a sample in one visit, drawn anew every epoch, 0 = all.
+        vqa_measure: how answers are scored: `official`, VQA's evaluator as it stands; `2017`, its earlier state, which
+            LAVIS, VL-T5 and VL-Adapter carry; `exact`, without normalisation, as GQA's and p-Adapter's.
     """
 
     fields: ClassVar[ByOption] = {"": ("questions",)}
@@ -41,3 +44,4 @@ class Options(TaskOptions):
     num_beams: int = 1
     max_new_tokens: int = 10
     max_questions: int = 0
+    vqa_measure: Measure = "official"

@@ -61,18 +61,18 @@ class VqaGenerative(QuestionTask):
     ) -> tuple[list[Prompted], list[Any]]:
         """Every question once for each of its distinct answers, the most frequent first; for training."""
         texts, targets = [], []
-        for number, question, answers in drawn_questions(record, most, generator):
-            for place, (answer, weight) in enumerate(self._weighted(answers).items()):
-                texts.append(self.prompted(question, answer))
+        for number, asked in drawn_questions(record, most, generator):
+            for place, (answer, weight) in enumerate(self._weighted(asked.answers).items()):
+                texts.append(self.prompted(asked.question, answer))
                 targets.append({"question": number, "weight": weight, "first": float(place == 0)})
         return texts, targets
 
     def read_all(self, record: dict[str, Any], generator: torch.Generator) -> tuple[list[Prompted], list[Any]]:
         """Every question once, for evaluation, with its most frequent answer if it has one that counts."""
         texts, targets = [], []
-        for number, question, answers in drawn_questions(record, 0, None):
-            best = next(iter(self._weighted(answers)), "")
-            texts.append(self.prompted(question, best))
+        for number, asked in drawn_questions(record, 0, None):
+            best = next(iter(self._weighted(asked.answers)), "")
+            texts.append(self.prompted(asked.question, best))
             targets.append({"question": number, "weight": float(bool(best)), "first": float(bool(best))})
         return texts, targets
 

@@ -1,0 +1,201 @@
+"""VQAv2: the official files, Karpathy's split by picture, LXMERT's and VL-T5's files, or BLIP's.
+
+`--form official`  v2_OpenEnded_mscoco_*_questions.json and v2_mscoco_*_annotations.json: train, val, test, test_dev
+`--form karpathy`  the same files with dataset_coco.json: a question goes where its picture is; restval trains
+`--form lxmert`    train.json, nominival.json, minival.json, test.json, with trainval_label2ans.json where it is there
+`--form vlt5`      karpathy_train.json, karpathy_val.json, karpathy_test.json, rows as LXMERT's
+`--form blip`      vqa_train.json, vqa_val.json, vqa_test.json, with answer_list.json where it is there
+Pictures lie in train2014/, val2014/ and test2015/ (test_dev has none of its own). A sample is a picture with all its
+questions. The list of answers is made by the published rule from train and val: 3,129 entries. Test has no answers.
+Source of the facts: specs/datasets.md 2.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from data_prep.sources.common import annotations, captions, questions
+from data_prep.sources.common.index import Elsewhere, Entry, Index
+from data_prep.sources.common.layout import LayoutOptions, LayoutSource
+from mmpeft_ds.errors import BadInput
+
+SUBTYPES = {"train": "train2014", "val": "val2014", "test": "test2015", "test_dev": "test-dev2015"}
+ANSWERED = ("train", "val")
+LXMERT = {"train": "train", "nominival": "nominival", "minival": "minival", "test": "test"}
+LISTED = "listed"
+
+
+@dataclass
+class Options(LayoutOptions):
+    """Options of the source.
+
+    Attributes:
+        form: whose files are read: the publishers' (official), these split by picture (karpathy), LXMERT's (lxmert),
+            VL-T5's and VL-Adapter's (vlt5), or BLIP's (blip).
+        min_answer_count: an answer is listed if it is the main answer, normalised, of at least so many questions.
+        targets: soft targets count the annotators' answers as they were written (official, as published), or
+            normalised.
+    """
+
+    form: Literal["official", "karpathy", "lxmert", "vlt5", "blip"] = "official"
+    min_answer_count: int = 9
+    targets: Literal["official", "normalised"] = "official"
+
+
+class VqaV2(LayoutSource):
+    Options = Options
+    title = "VQAv2"
+    origin = (
+        "visualqa.org/download and cocodataset.org; the split file of Karpathy's captions; LXMERT's or BLIP's files"
+    )
+    layout = (
+        "v2_OpenEnded_mscoco_{train2014,val2014,test2015,test-dev2015}_questions.json, v2_mscoco_{train2014,val2014}"
+        "_annotations.json (also in Questions/, Annotations/ or vqa/), train2014/*.jpg, val2014/*.jpg, test2015/*.jpg"
+    )
+    licence = "CC-BY-4.0; pictures under the terms of Flickr"
+    expected = {
+        "train": {"pictures": 82_783, "texts": 443_757},
+        "val": {"pictures": 40_504, "texts": 214_354},
+        "test": {"pictures": 81_434, "texts": 447_793},
+        "test_dev": {"pictures": 36_807, "texts": 107_394},
+    }
+
+    def __init__(self, options: Options):
+        super().__init__(options)
+        if options.min_answer_count < 1:
+            raise BadInput(
+                f"--min-answer-count: {options.min_answer_count}. Use 1 or more; 9 gives the published list."
+            )
+
+    def files(self) -> dict[str, list[str]]:
+        form = self.options.form
+        if form == "official":
+            return {
+                split: [self._questions(split), *([self._annotations(split)] if split in ANSWERED else [])]
+                for split in SUBTYPES
+            }
+        if form == "karpathy":
+            both = [name for split in ANSWERED for name in (self._questions(split), self._annotations(split))]
+            return {split: [self.first_there(captions.COCO_KARPATHY), *both] for split in captions.SPLITS}
+        if form == "lxmert":
+            return {split: [self.first_there(f"{name}.json", f"vqa/{name}.json")] for split, name in LXMERT.items()}
+        if form == "vlt5":
+            return {s: [self.first_there(f"karpathy_{s}.json", f"vqa/karpathy_{s}.json")] for s in captions.SPLITS}
+        return {s: [self.first_there(f"vqa_{s}.json", f"annotations/vqa_{s}.json")] for s in captions.SPLITS}
+
+    def also_read(self) -> list[str]:
+        return [self._published_list(), *(self._annotations(split) for split in ANSWERED)]
+
+    def begin(self, index: Index) -> None:
+        """The annotations of train and val, where they are there, and the list of answers."""
+        there = [self.root / self._annotations(split) for split in ANSWERED]
+        there = [file for file in there if file.is_file()]
+        if self.options.form != "blip":
+            for file in there:
+                questions.put_answers(index, file)
+        index.keep(LISTED, self._list(there))
+        if self.options.form == "karpathy":
+            split_of = captions.KARPATHY_SPLITS
+            images = annotations.items(self.root / self.first_there(captions.COCO_KARPATHY), "images")
+            index.put("split", ((str(image["cocoid"]), split_of.get(image["split"])) for image in images))
+
+    def _published_list(self) -> str:
+        name = "answer_list.json" if self.options.form == "blip" else "trainval_label2ans.json"
+        return self.first_there(name, f"vqa/{name}", f"annotations/{name}")
+
+    def _list(self, files: list[Path]) -> list[str]:
+        published = self.root / self._published_list()
+        if self.options.form in ("lxmert", "vlt5", "blip") and published.is_file():
+            return questions.check_listed(annotations.json_value(published), published)
+        if len(files) == 1:
+            made_of = files[0].relative_to(self.root)
+            print(
+                f"note: the list of answers is made of {made_of} alone; the published one takes train and val",
+                file=sys.stderr,
+            )
+        return questions.answer_list(files, self.options.min_answer_count)
+
+    def entries(self, split: str, index: Index) -> Iterator[Entry]:
+        names = self.files()[split]
+        form = self.options.form
+        if form in ("lxmert", "vlt5"):
+            return questions.scored(
+                annotations.items(self.root / names[0]), split, index, self._by_name, answers=split != "test"
+            )
+        if form == "blip":
+            return self._of_blip(self.root / names[0], split, index)
+        self._listed = set(index.kept(LISTED))
+        if form == "official":
+            return self._official(split, split, index, lambda row: self._path(SUBTYPES[split], row["image_id"]))
+        return self._of_karpathy(split, index)
+
+    def _official(self, file_of: str, split: str, index: Index, path: Any) -> Iterator[Entry]:
+        file = self.root / self._questions(file_of)
+        answered = file_of in ANSWERED
+        return questions.official(file, split, index, path, self._listed, self.options.targets, answered)
+
+    def _of_karpathy(self, split: str, index: Index) -> Iterator[Entry]:
+        for half in ANSWERED:
+
+            def path(row: Any, half: str = half) -> str:
+                found = index.get("split", str(row["image_id"]))
+                if found != split:
+                    raise Elsewhere
+                return self._path(SUBTYPES[half], row["image_id"])
+
+            yield from self._official(half, split, index, path)
+
+    def _of_blip(self, file: Path, split: str, index: Index) -> Iterator[Entry]:
+        def entry(row: Any) -> Entry:
+            answers = row.get("answer", [])
+            answers = [annotations.text(a) for a in (answers if isinstance(answers, list) else [answers])]
+            item = {"question": annotations.text(row["question"]), "answers": answers}
+            if "question_id" in row:
+                item["question_id"] = row["question_id"]
+            name = row["image"]
+            key = f"{row.get('dataset', 'vqa')} {row['question_id']}" if "question_id" in row else None
+            return Entry(name, [name], item, {}, key=key)
+
+        return index.parsed(split, annotations.items(file), entry)
+
+    def record(self, items: list[Any], fields: dict[str, Any]) -> dict[str, Any]:
+        return questions.record(items, fields)
+
+    def labels(self, split: str) -> list[str] | None:
+        return self._of().kept(LISTED) or None
+
+    def account(self, split: str) -> dict[str, Any]:
+        account = super().account(split)
+        if self.options.form != "official":
+            account["expected"] = {}
+        return account
+
+    def locate(self, name: str) -> Path:
+        """Pictures lie below the root, or in Images/mscoco/ as the official tools have it."""
+        plain = self.pictures_root / name
+        return plain if plain.exists() else self.pictures_root / "Images" / "mscoco" / name
+
+    def _questions(self, split: str) -> str:
+        name = f"v2_OpenEnded_mscoco_{SUBTYPES[split]}_questions.json"
+        return self.first_there(name, f"Questions/{name}", f"vqa/{name}")
+
+    def _annotations(self, split: str) -> str:
+        name = f"v2_mscoco_{SUBTYPES[split]}_annotations.json"
+        return self.first_there(name, f"Annotations/{name}", f"vqa/{name}")
+
+    @staticmethod
+    def _path(subtype: str, number: int) -> str:
+        folder = "test2015" if subtype == "test-dev2015" else subtype
+        return f"{folder}/COCO_{folder}_{number:012d}.jpg"
+
+    @staticmethod
+    def _by_name(image: str) -> str:
+        """Path of LXMERT's `COCO_train2014_000000458752`."""
+        return f"{image.split('_')[1]}/{image}.jpg"
+
+
+ENTRY = VqaV2

@@ -1,0 +1,150 @@
+"""VQAv2 from the official files and the forms of LXMERT, VL-T5 and BLIP; expected values by the published rules."""
+
+import pytest
+
+from mmpeft_ds.errors import BadInput
+from tests.helpers.data.miniatures import prepared, put, put_picture, records
+
+FOLDERS = {1: "train2014", 2: "train2014", 3: "val2014", 4: "val2014", 5: "test2015"}
+
+
+def path(number):
+    return f"{FOLDERS[number]}/COCO_{FOLDERS[number]}_{number:012d}.jpg"
+
+
+def annotation(question, answers, main, kind="other"):
+    given = [{"answer": a, "answer_confidence": "yes", "answer_id": i + 1} for i, a in enumerate(answers)]
+    head = {"question_id": question, "image_id": question // 1000, "question_type": "what is", "answer_type": kind}
+    return head | {"multiple_choice_answer": main, "answers": given}
+
+
+ANSWERS = {  # question -> (ten answers, main answer)
+    1001: (["two"] * 9 + ["2"], "two"),
+    1002: (["A red bus."] * 3 + ["red bus"] * 4 + ["bus"] * 3, "red bus"),
+    2001: (["yes"] * 10, "yes"),
+    3001: (["2"] * 4 + ["yes"] * 6, "yes"),
+    4001: (["no"] * 10, "no"),
+}
+
+
+@pytest.fixture
+def root(tmp_path):
+    root = tmp_path / "vqa"
+    for number in FOLDERS:
+        put_picture(root / path(number), number)
+    asked = {
+        "train2014": (1002, 1001, 2001),
+        "val2014": (3001, 4001),
+        "test2015": (5001, 5002),
+        "test-dev2015": (5001,),
+    }
+    for subtype, ids in asked.items():
+        rows = [{"image_id": q // 1000, "question": f"what is {q}?", "question_id": q} for q in ids]
+        put(root / f"v2_OpenEnded_mscoco_{subtype}_questions.json", {"info": {}, "questions": rows})
+        if subtype.startswith(("train", "val")):
+            rows = [annotation(q, *ANSWERS[q]) for q in sorted(ids, reverse=True)]
+            put(root / f"v2_mscoco_{subtype}_annotations.json", {"annotations": rows})
+    return root
+
+
+def test_official_files_are_joined_by_id_and_grouped_by_picture(root, tmp_path):
+    manifest = prepared("vqav2", root, tmp_path / "out", "--min-answer-count", "1")
+    assert {s: manifest.samples(s) for s in manifest.splits} == {"train": 2, "val": 2, "test": 1, "test_dev": 1}
+    first = records(manifest, "train")[0]
+    assert first["image_id"] == 1 and [q["question_id"] for q in first["questions"]] == [1002, 1001]
+    assert first["questions"][1]["answers"] == ANSWERS[1001][0] and first["questions"][1]["type"] == "other"
+    assert records(manifest, "test")[0]["questions"] == [
+        {"question": f"what is {q}?", "answers": [], "question_id": q} for q in (5001, 5002)
+    ]
+    assert records(manifest, "test_dev")[0]["source_name"] == path(5)
+
+
+def test_the_list_counts_normalised_main_answers_of_train_and_val_and_targets_count_them_as_written(root, tmp_path):
+    manifest = prepared("vqav2", root, tmp_path / "out", "--min-answer-count", "1")
+    assert manifest.labels == ["yes", "2", "no", "red bus"]
+    first = records(manifest, "train")[0]["questions"]
+    assert first[1]["scores"] == {"2": 0.3}  # "two" x 9 gives the class "2" nothing, as published
+    assert first[0]["scores"] == {"red bus": 1.0}
+    fixed = prepared("vqav2", root, tmp_path / "fixed", "--min-answer-count", "1", "--targets", "normalised")
+    first = records(fixed, "train")[0]["questions"]
+    assert first[1]["scores"] == {"2": 1.0} and first[0]["scores"] == {"red bus": 1.0}
+    assert prepared("vqav2", root, tmp_path / "most", "--min-answer-count", "2").labels == ["yes"]
+
+
+def test_karpathys_split_goes_by_picture_and_restval_trains(root, tmp_path):
+    split_of = {1: "train", 2: "test", 3: "restval", 4: "val"}
+    images = [{"cocoid": n, "filepath": FOLDERS[n], "filename": path(n), "split": s} for n, s in split_of.items()]
+    put(root / "dataset_coco.json", {"images": images})
+    manifest = prepared("vqav2", root, tmp_path / "out", "--form", "karpathy", "--min-answer-count", "1")
+    found = {s: [r["image_id"] for r in records(manifest, s)] for s in manifest.splits}
+    assert found == {"train": [1, 3], "val": [4], "test": [2]}
+    assert records(manifest, "test")[0]["questions"][0]["answers"] == ["yes"] * 10
+    assert not manifest.account["train"]["aside"]
+
+
+def test_rows_of_lxmert_bring_their_targets_and_take_the_annotators_from_the_official_files(root, tmp_path):
+    row = {"img_id": "COCO_train2014_000000000001", "sent": "what?", "answer_type": "number", "question_type": "how"}
+    rows = [
+        row | {"question_id": 1001, "label": {"2": 0.9, "two": 0.3}},
+        row | {"question_id": 77, "label": {"x": 0.6}},
+    ]
+    put(root / "train.json", rows)
+    put(root / "trainval_label2ans.json", ["x", "2", ""])
+    manifest = prepared("vqav2", root, tmp_path / "out", "--form", "lxmert")
+    asked = records(manifest, "train")[0]["questions"]
+    assert manifest.labels == ["x", "2", ""]
+    assert asked[0]["scores"] == {"2": 0.9, "two": 0.3} and asked[0]["answers"] == ANSWERS[1001][0]
+    assert asked[1]["scores"] == {"x": 0.6} and asked[1]["answers"] == []
+
+
+def test_rows_of_blip(root, tmp_path):
+    rows = [{"question_id": 1, "question": "q?", "answer": ["a"] * 10, "image": path(3), "dataset": "vqa"}]
+    put(root / "vqa_val.json", rows)
+    put(root / "answer_list.json", ["b", "a"])
+    manifest = prepared("vqav2", root, tmp_path / "out", "--form", "blip")
+    assert manifest.labels == ["b", "a"] and records(manifest, "val")[0]["questions"][0]["answers"] == ["a"] * 10
+
+
+def test_broken_records_are_counted_and_named(root, tmp_path):
+    rows = [
+        {"image_id": 1, "question": "a?", "question_id": 1001},
+        {"image_id": 1, "question": "again?", "question_id": 1001},
+        {"image_id": 1, "question": "never annotated?", "question_id": 1009},
+        {"image_id": 9, "question": "no picture?", "question_id": 2001},
+        {"image_id": 1, "question": "half a character \ud800", "question_id": 1002},
+        {"image_id": 1, "question_id": 1003},
+    ]
+    put(root / "v2_OpenEnded_mscoco_train2014_questions.json", {"questions": rows})
+    manifest = prepared("vqav2", root, tmp_path / "out", "--splits", "train")
+    account = manifest.account["train"]
+    missing = "train2014/COCO_train2014_000000000009.jpg"
+    assert account["records"] == 6 and account["aside"] == {
+        "id given before": [1, ["1001"]],
+        "no 'question' in the record": [1, ["record 5"]],
+        "picture missing": [1, [missing]],
+        "question without annotation": [1, ["1009"]],
+        "record of another form": [1, ["record 4"]],
+    }
+
+
+def test_a_list_made_of_train_alone_is_said_and_a_list_that_names_an_answer_twice_is_refused(root, tmp_path, capsys):
+    (root / "v2_mscoco_val2014_annotations.json").unlink()
+    prepared("vqav2", root, tmp_path / "out", "--splits", "train")
+    assert "made of v2_mscoco_train2014_annotations.json alone" in capsys.readouterr().err
+    put(root / "vqa_val.json", [{"question_id": 1, "question": "q?", "answer": ["a"], "image": path(3)}])
+    put(root / "answer_list.json", ["a", "a"])
+    with pytest.raises(BadInput, match="'a' stands twice"):
+        prepared("vqav2", root, tmp_path / "twice", "--form", "blip")
+
+
+@pytest.mark.parametrize("layout", ["Questions", "vqa"])
+def test_files_may_lie_where_public_tools_have_them(root, tmp_path, layout):
+    for file in list(root.glob("v2_*.json")):
+        folder = "Annotations" if layout == "Questions" and "annotations" in file.name else layout
+        put(root / folder / file.name, file.read_bytes())
+        file.unlink()
+    (root / "Images/mscoco").mkdir(parents=True)
+    for folder in set(FOLDERS.values()):
+        (root / folder).rename(root / "Images/mscoco" / folder)
+    manifest = prepared("vqav2", root, tmp_path / "out")
+    assert manifest.samples("train") == 2 and not manifest.account["train"]["aside"]
