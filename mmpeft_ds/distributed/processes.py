@@ -58,17 +58,8 @@ def start(threads: int = 0, seed: int = 0, matmul: str = "float32") -> Ranks:
         BadInput: more ranks on this machine than GPUs, or the port of rank 0 is taken.
     """
     environment()
-    cuda = torch.cuda.is_available()
-    local_rank, local_size = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
-    if cuda and (task := _task_with_own_gpu()):
-        local_rank = task
-        os.environ["LOCAL_RANK"] = "0"  # DeepSpeed reads the number of the GPU from it
-    elif cuda and local_rank >= torch.cuda.device_count():
-        raise BadInput(
-            f"local rank {local_rank}: this machine shows {torch.cuda.device_count()} GPU(s). Start as many ranks, or "
-            "hide the GPUs and train on the CPU: CUDA_VISIBLE_DEVICES= DS_ACCELERATOR=cpu."
-        )
-    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
+    local_rank, device = own_device()
+    local_size, cuda = int(os.environ["LOCAL_WORLD_SIZE"]), device.type == "cuda"
     if cuda:
         torch.cuda.set_device(device)
     multiply_float32(matmul)
@@ -91,6 +82,24 @@ def start(threads: int = 0, seed: int = 0, matmul: str = "float32") -> Ranks:
                 raise BadInput(why_not_met(error)) from error
     torch.manual_seed(seed)
     return Ranks(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), local_rank, local_size, device)
+
+
+def own_device() -> tuple[int, torch.device]:
+    """Number of this process on its machine, and its device, once `environment` has been called.
+
+    Raises:
+        BadInput: more ranks on this machine than GPUs.
+    """
+    cuda, local_rank = torch.cuda.is_available(), int(os.environ["LOCAL_RANK"])
+    if cuda and (task := _task_with_own_gpu()):
+        local_rank = task
+        os.environ["LOCAL_RANK"] = "0"  # DeepSpeed reads the number of the GPU from it
+    elif cuda and local_rank >= torch.cuda.device_count():
+        raise BadInput(
+            f"local rank {local_rank}: this machine shows {torch.cuda.device_count()} GPU(s). Start as many ranks, or "
+            "hide the GPUs and train on the CPU: CUDA_VISIBLE_DEVICES= DS_ACCELERATOR=cpu."
+        )
+    return local_rank, torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
 
 
 def _task_with_own_gpu() -> int:
@@ -178,9 +187,7 @@ def _lay_out(env: Any) -> None:
         return
     if "SLURM_STEP_NUM_TASKS" in env:  # srun; a bare process inside salloc has SLURM_NTASKS but no step
         env.update(RANK=env["SLURM_PROCID"], WORLD_SIZE=env["SLURM_STEP_NUM_TASKS"], LOCAL_RANK=env["SLURM_LOCALID"])
-        # "4(x2),3": tasks of each node; the widest is right for all but a ragged last node, where it is cautious.
-        tasks = env.get("SLURM_STEP_TASKS_PER_NODE", "1").split(",")
-        env.setdefault("LOCAL_WORLD_SIZE", str(max(int(t.split("(")[0]) for t in tasks)))
+        env.setdefault("LOCAL_WORLD_SIZE", str(_tasks_here(env)))
         env.setdefault("MASTER_ADDR", _first_host(env))
         # Below 32768, where Linux begins to hand out ports to outgoing connections.
         env.setdefault("MASTER_PORT", str(20000 + int(env.get("SLURM_JOB_ID", "0")) % 10000))
@@ -225,6 +232,13 @@ def _from_mpi(env: Any) -> None:
     # The same for all processes of a job, another for another one.
     job = env.get("PMIX_NAMESPACE") or env.get("OMPI_MCA_ess_base_jobid") or env.get("PMI_ID") or str(os.getppid())
     env.setdefault("MASTER_PORT", str(20000 + zlib.crc32(job.encode()) % 10000))
+
+
+def operator_is_built() -> bool:
+    """Whether DeepSpeed's operator for the CPU is there; if not, the first start on this machine compiles it."""
+    from torch.utils import cpp_extension
+
+    return (Path(cpp_extension._get_build_directory(_OPERATOR, verbose=False)) / f"{_OPERATOR}.so").is_file()
 
 
 def remove_stale_lock(extension: str) -> bool:
@@ -290,6 +304,17 @@ def _first_host(env: Any) -> str:
     """The first node of a Slurm list such as `gpu[003-010,012],cpu1`; few containers have scontrol to ask."""
     nodes = env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST", "127.0.0.1")
     return re.sub(r"\[([^],-]+)[^]]*\]", r"\1", nodes).split(",")[0]
+
+
+def _tasks_here(env: Any) -> int:
+    """Tasks of this node, out of Slurm's list such as `4(x2),3`, which is in the order of the node numbers.
+
+    The largest entry would be wrong on a node with fewer: its ranks would be counted to a group that is not there.
+    """
+    listed = re.findall(r"(\d+)(?:\(x(\d+)\))?", env.get("SLURM_STEP_TASKS_PER_NODE", "1"))
+    tasks = [int(count) for count, times in listed for _ in range(int(times or 1))]
+    node = env.get("SLURM_NODEID", "")
+    return tasks[int(node)] if node.isdecimal() and int(node) < len(tasks) else max(tasks)
 
 
 def _cores() -> int:

@@ -89,6 +89,17 @@ def test_the_first_node_of_slurm_is_found_without_scontrol(told, nodes, first):
     assert 20000 <= int(meeting["MASTER_PORT"]) < 32768, "else a connection of another program may hold it"
 
 
+@pytest.mark.parametrize(
+    ("tasks", "node", "here"),
+    [("8(x2)", "1", 8), ("2,1", "0", 2), ("2,1", "1", 1), ("4(x2),3,1(x2)", "2", 3), ("4(x2),3,1(x2)", "4", 1),
+     ("4(x2),3", "", 4)],
+)  # fmt: skip
+def test_each_node_of_slurm_has_its_own_number_of_tasks(told, tasks, node, here):
+    """The ranks of a small last node are no part of a larger group."""
+    variables = {**SRUN, "SLURM_STEP_TASKS_PER_NODE": tasks} | ({"SLURM_NODEID": node} if node else {})
+    assert told(**variables)["LOCAL_WORLD_SIZE"] == str(here)
+
+
 @pytest.mark.parametrize(("matmul", "precision"), [("tf32", "tf32"), ("float32", "ieee")])
 def test_how_cuda_multiplies_float32_is_what_the_recipe_says(matmul, precision):
     settings = (torch.backends.cuda.matmul, torch.backends.cudnn.conv)
