@@ -155,7 +155,13 @@ def run(
 
 
 def run_forked(
-    script: str | Path, *args: str, ranks: int = 2, timeout: float = 600.0, env: dict[str, str] | None = None
+    script: str | Path,
+    *args: str,
+    ranks: int = 2,
+    timeout: float = 600.0,
+    env: dict[str, str] | None = None,
+    each: Sequence[dict[str, str | None]] | None = None,
+    hosts: Sequence[int] | None = None,
 ) -> Result:
     """`run` without a launcher: ranks that have imported everything run `script`, each to its own end.
 
@@ -163,13 +169,19 @@ def run_forked(
 
     Args:
         ranks: 0 is one process that no launcher has told anything, as `python script` starts it.
+        each: further variables of each rank, over all others, of which None takes one away; as many as ranks.
+        hosts: `hosts.Host.pid` of the host that each rank runs on.
     """
+    ranks = ranks if each is None else len(each)
     group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(ranks)}
     group |= {"LOCAL_SIZE": str(ranks)}
     given = [environment(**group, RANK=str(r), LOCAL_RANK=str(r)) for r in range(ranks)] or [environment()]
+    own = each or [{}] * len(given)
+    given = [e | (env or {}) | more for e, more in zip(given, own, strict=True)]
+    given = [{k: v for k, v in variables.items() if v is not None} for variables in given]
     with tempfile.NamedTemporaryFile(prefix="ranks-", suffix=".log") as log:
         job = {"script": str(script), "args": args, "log": log.name, "timeout": timeout}
-        codes = rank_server.ask(job | {"environments": [e | (env or {}) for e in given]})
+        codes = rank_server.ask(job | {"environments": given, "hosts": hosts or [None] * len(given)})
         output = Path(log.name).read_text(errors="replace")
     if None in codes:
         return Result(-signal.SIGKILL, output, killed=True)

@@ -24,7 +24,7 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-from tests.helpers import ROOT
+from tests.helpers import ROOT, namespaces
 
 # Everything that takes long to import, and nothing that starts a thread or joins a process group.
 IMPORTS = (
@@ -40,7 +40,7 @@ _server: subprocess.Popen | None = None
 
 
 def ask(job: dict[str, Any]) -> list[int | None]:
-    """Have the server of this process run a job: {script, args, environments, log, timeout}.
+    """Have the server of this process run a job: {script, args, environments, hosts, log, timeout}.
 
     Returns:
         exit codes of the processes, one for each of `environments`; None where one was killed when the time was up.
@@ -70,10 +70,12 @@ def serve() -> None:
     while line := sys.stdin.readline():
         job = json.loads(line)
         pids = []
-        for environment in job["environments"]:
+        for environment, host in zip(job["environments"], job["hosts"], strict=True):
             pid = os.fork()
             if pid == 0:
                 answers.close()
+                if host is not None:
+                    namespaces.enter(host)
                 sys.exit(_run(job, environment))
             pids.append(pid)
         answers.write(json.dumps(_wait(pids, job["timeout"])) + "\n")
