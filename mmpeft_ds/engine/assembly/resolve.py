@@ -14,6 +14,7 @@ import torch
 import transformers
 from peft import PeftConfig, PeftModel
 from transformers import PreTrainedModel
+from transformers.utils import import_utils
 
 from mmpeft_ds.backbones.base import BackboneBase, model_hooks
 from mmpeft_ds.data.assumed import Assumed, is_assumed
@@ -278,6 +279,12 @@ def attention_of(wanted: str, name: str, backbone: BackboneBase, observed: bool)
     }
     if wanted in available and not available[wanted]():
         raise BadInput(f"engine.attention: {wanted!r} is not installed here, or needs another GPU. Use auto or sdpa.")
+    if "/" in wanted and not transformers.utils.is_kernels_available():
+        oldest, newest = import_utils.KERNELS_MIN_VERSION, import_utils.KERNELS_MAX_VERSION
+        raise BadInput(
+            f"engine.attention: {wanted!r} is loaded by the package kernels, of which transformers "
+            f"{transformers.__version__} asks for >={oldest},<{newest}. Install such a version, or use auto."
+        )
     return wanted
 
 

@@ -1,0 +1,105 @@
+"""What the image and its compose files give a container, read as an operator reads them; nothing is built here."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+
+import pytest
+import yaml
+
+from tests.helpers import ROOT
+
+DOCKER = ROOT / "docker"
+PACKAGES = {
+    "InfiniBand": {"libibverbs1", "ibverbs-providers", "rdma-core", "librdmacm1t64"},
+    "deepspeed's launcher": {"openssh-client", "openssh-server", "pdsh"},
+    "compiled operators": {"g++", "libaio-dev", "make", "python3-dev"},
+}
+
+
+def texts() -> dict[str, str]:
+    return {
+        name: (DOCKER / name).read_text() for name in ("Dockerfile", "compose.yaml", "infiniband.yaml", "serve.sh")
+    }
+
+
+def instructions(dockerfile: str) -> list[str]:
+    """The instructions of a Dockerfile in order, each in one line, without comments."""
+    lines = [line for line in dockerfile.splitlines() if not line.lstrip().startswith("#")]
+    return [" ".join(line.split()) for line in "\n".join(lines).replace("\\\n", " ").splitlines() if line.strip()]
+
+
+def lacking(given: dict[str, str]) -> list[str]:
+    """What a node of a GPU cluster would miss."""
+    steps = instructions(given["Dockerfile"])
+    installed = {word for step in steps if "apt-get install" in step for word in step.split()}
+    missing = [name for purpose in PACKAGES.values() for name in sorted(purpose - installed)]
+    missing += [name for name in ("580", "7.5", "8.0") if name not in given["Dockerfile"]]
+    missing += [] if "RUN make setup DEVICE=cuda" in steps else ["setup for CUDA"]
+    services = yaml.safe_load(given["compose.yaml"])["services"]
+    fabric = yaml.safe_load(given["infiniband.yaml"])["services"]
+    for name in ("train", "node"):
+        service, more = services[name], fabric[name]
+        locks = service["ulimits"]["memlock"] == -1 and service["network_mode"] == "host" and service["shm_size"]
+        missing += [] if locks else [f"{name}: memory or network"]
+        devices = service["deploy"]["resources"]["reservations"]["devices"]
+        missing += [] if [d["driver"] for d in devices] == ["nvidia"] and devices[0]["count"] == "all" else ["GPUs"]
+        has_fabric = more.get("devices") == ["/dev/infiniband:/dev/infiniband"] and "IPC_LOCK" in more.get(
+            "cap_add", []
+        )
+        missing += [] if has_fabric else [f"{name}: InfiniBand"]
+    return missing
+
+
+def test_a_container_has_what_a_node_of_a_gpu_cluster_needs():
+    assert lacking(texts()) == []
+
+
+@pytest.mark.parametrize(
+    "file, here, missing",
+    [
+        ("Dockerfile", "libibverbs1 ", "libibverbs1"),
+        ("Dockerfile", "openssh-server ", "openssh-server"),
+        ("Dockerfile", "580", "580"),
+        ("compose.yaml", "memlock: -1", "train: memory or network"),
+        ("infiniband.yaml", "IPC_LOCK", "node: InfiniBand"),
+    ],
+)
+def test_the_check_sees_what_is_taken_away(file, here, missing):
+    given = texts()
+    assert here in given[file]
+    given[file] = given[file].replace(here, "memlock: 65536" if "memlock" in here else "")
+    assert missing in lacking(given)
+
+
+def test_the_ssh_server_has_a_port_of_its_own_and_no_host_key_comes_with_the_image():
+    given = texts()
+    node = yaml.safe_load(given["compose.yaml"])["services"]["node"]
+    assert node["command"] == "docker/serve.sh" and node["environment"]["SSH_PORT"] == "${SSH_PORT:-2222}"
+    assert "/etc/ssh/ssh_host_*" in given["Dockerfile"], "else everybody who has the image has its keys"
+    assert (DOCKER / "serve.sh").stat().st_mode & 0o111
+    subprocess.run(["bash", "-n", DOCKER / "serve.sh"], check=True)
+    refused = subprocess.run(["bash", DOCKER / "serve.sh"], capture_output=True, text=True)
+    assert refused.returncode == 2 and "no /opt/keys/id_ed25519.pub. Make a key" in refused.stderr
+
+
+def make(target: str, *variables: str) -> str:
+    """The commands that make would run."""
+    command = ["make", "--dry-run", "--always-make", target, *variables]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+
+
+def test_the_operator_of_the_cpu_is_compiled_for_a_cpu_machine_alone():
+    """No GPU is seen while an image is built, so DeepSpeed would take that for a CPU machine."""
+    assert "ShareMemCommBuilder" in make("setup", "DEVICE=cpu")
+    assert "ShareMemCommBuilder" not in make("setup", "DEVICE=cuda")
+
+
+def test_flash_attn_is_built_against_the_pinned_torch_and_for_cuda_alone():
+    (line,) = [line for line in make("flash-attn", "DEVICE=cuda").splitlines() if line.endswith("flash-attn")]
+    assert "--constraint constraints/cuda.txt" in line and "--no-build-isolation" in line
+    command = ["make", "--silent", "--old-file=.venv/ready-cpu", "flash-attn", "DEVICE=cpu"]
+    refused = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert refused.returncode and "flash-attn runs on GPUs alone" in refused.stderr
+    assert not re.search(r"^gpu\s*=|flash", (ROOT / "pyproject.toml").read_text(), re.M), "an extra cannot install it"
