@@ -6,28 +6,36 @@ A sample is a picture with `captions`, the texts as they were written (they may 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable, Collection, Iterator
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from data_prep.sources.common import annotations
-from data_prep.sources.common.index import Aside, Entry, Index
+from data_prep.sources.common.index import Aside, Elsewhere, Entry, Index
 
 SPLITS = ("train", "val", "test")
 COCO_KARPATHY = "dataset_coco.json"
 KARPATHY_SPLITS = {"train": "train", "restval": "train", "val": "val", "test": "test"}
 
 
-def coco(file: Path, split: str, index: Index, path: Callable[[dict[str, Any]], str]) -> Iterator[Entry]:
+def coco(
+    file: Path,
+    split: str,
+    index: Index,
+    path: Callable[[dict[str, Any]], str],
+    check: Callable[[dict[str, Any]], None] = lambda row: None,
+) -> Iterator[Entry]:
     """Entries of a COCO-form file: `images` and `annotations`, joined by the picture's id, in any order.
 
     Args:
         path: of an object of `images`, its picture below the folder of the pictures.
+        check: raises Aside for an annotation that does not count.
     """
     images = f"{split} images"
     index.put(images, ((str(image["id"]), (image["id"], path(image))) for image in annotations.items(file, "images")))
 
     def entry(row: Any) -> Entry:
+        check(row)
         found = index.get(images, str(row["image_id"]))
         if found is None:
             raise Aside("picture not listed under `images`", str(row["image_id"]))
@@ -36,6 +44,15 @@ def coco(file: Path, split: str, index: Index, path: Callable[[dict[str, Any]], 
         return Entry(name, [name], item, {"image_id": number}, key=str(row["id"]))
 
     return index.parsed(split, annotations.items(file, "annotations"), entry)
+
+
+def uncaptioned(file: Path, split: str, index: Index, path: Callable[[dict[str, Any]], str]) -> Iterator[Entry]:
+    """Entries of a COCO-form file whose pictures have no captions, for prediction alone."""
+
+    def entry(image: Any) -> Entry:
+        return Entry(path(image), [path(image)], None, {"image_id": image["id"]}, key=str(image["id"]))
+
+    return index.parsed(split, annotations.items(file, "images"), entry)
 
 
 def karpathy(
@@ -71,7 +88,33 @@ def blip(
     return index.parsed(split, annotations.items(file), of_row)
 
 
+def tokens(
+    file: Path, split: str, index: Index, folder: str, wanted: Collection[str] | None = None
+) -> Iterator[Entry]:
+    """Entries of a token file: `name.jpg#k<TAB>caption` a line.
+
+    Args:
+        folder: of the pictures.
+        wanted: names of the split's pictures; None takes all.
+    """
+
+    def entry(line: str) -> Entry:
+        key, tab, caption = line.partition("\t")
+        name, mark, _ = key.rpartition("#")
+        if not tab or not mark or not caption.strip():
+            raise Aside("line of another form", line[:60])
+        if wanted is not None and name not in wanted:
+            raise Elsewhere
+        path = f"{folder}/{name}"
+        fields = {"image_id": PurePosixPath(name).stem}
+        return Entry(path, [path], {"caption": annotations.text(caption.strip())}, fields, key=key)
+
+    return index.parsed(split, annotations.lines(file), entry)
+
+
 def record(items: list[Any], fields: dict[str, Any]) -> dict[str, Any]:
     """The record of a picture with its captions."""
+    if not items:
+        return fields
     ids = [item["id"] for item in items if "id" in item]
     return fields | {"captions": [item["caption"] for item in items]} | ({"caption_ids": ids} if ids else {})

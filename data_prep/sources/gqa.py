@@ -1,0 +1,132 @@
+"""GQA: compositional questions with one answer each, from questions1.2/ or LXMERT's files.
+
+`--form official`  {train,val,testdev,test,challenge}_balanced_questions.json, with `--all` the whole sets
+                   ({val,testdev,...}_all_questions.json and the files in train_all_questions/)
+`--form lxmert`    train.json, valid.json, testdev.json, submit.json
+Pictures lie in images/ (those of LXMERT's files in VG/VG_100K/ or images/). Ids are texts with leading zeros and stay
+so. Test and challenge have no answers. The list of answers is made of the training questions of the form.
+Source of the facts: specs/datasets.md 4.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from data_prep.sources.common import annotations, questions
+from data_prep.sources.common.index import Entry, Index
+from data_prep.sources.common.layout import LayoutOptions, LayoutSource
+
+ANSWERED = ("train", "val", "testdev")
+OFFICIAL = (*ANSWERED, "test", "challenge")
+LXMERT = {"train": "train", "valid": "valid", "testdev": "testdev", "submit": "submit"}
+LISTED = "listed"
+
+
+@dataclass
+class Options(LayoutOptions):
+    """Options of the source.
+
+    Attributes:
+        form: whose files are read: the publishers' (official) or LXMERT's.
+        all: the whole question sets in the place of the balanced ones, which measures are made for.
+    """
+
+    form: Literal["official", "lxmert"] = "official"
+    all: bool = False
+
+
+class Gqa(LayoutSource):
+    Options = Options
+    title = "GQA"
+    origin = "cs.stanford.edu/people/dorarad/gqa"
+    layout = "questions1.2/{train,val,testdev,test,challenge}_balanced_questions.json, images/*.jpg"
+    licence = "CC-BY-4.0"
+    expected = {
+        "train": {"pictures": 72_140, "texts": 943_000},
+        "val": {"pictures": 10_234, "texts": 132_062},
+        "testdev": {"pictures": 398, "texts": 12_578},
+        "test": {"pictures": 2_987, "texts": 95_336},
+        "challenge": {"pictures": 1_590, "texts": 50_726},
+    }
+
+    def files(self) -> dict[str, list[str]]:
+        if self.options.form == "lxmert":
+            return {s: [self.first_there(f"{name}.json", f"gqa/{name}.json")] for s, name in LXMERT.items()}
+        return {split: self._official(split) for split in OFFICIAL}
+
+    def begin(self, index: Index) -> None:
+        """The list of answers of the training questions, the most frequent first."""
+        counts: Counter[str] = Counter()
+        for name in self.files()["train"]:
+            if not (file := self.root / name).is_file():
+                continue
+            if self.options.form == "lxmert":
+                counts.update(answer for row in annotations.items(file) for answer in row.get("label", {}))
+            else:
+                counts.update(row["answer"] for _, row in annotations.pairs(file) if "answer" in row)
+        index.keep(LISTED, sorted(counts, key=lambda answer: (-counts[answer], answer)))
+
+    def also_read(self) -> list[str]:
+        return self.files()["train"]
+
+    def entries(self, split: str, index: Index) -> Iterator[Entry]:
+        for name in self.files()[split]:
+            file = self.root / name
+            if self.options.form == "lxmert":
+                rows = annotations.items(file)
+                yield from questions.scored(rows, split, index, lambda image: f"{image}.jpg", split != "submit")
+            else:
+                yield from index.parsed(split, annotations.pairs(file), self._entry)
+
+    @staticmethod
+    def _entry(pair: tuple[str, Any]) -> Entry:
+        number, row = pair
+        item = {"question": annotations.text(row["question"]), "question_id": number, "answers": []}
+        if "answer" in row:
+            item["answers"] = [annotations.text(row["answer"])]
+        types = row.get("types") or {}
+        for ours, theirs in (("type", "structural"), ("question_type", "semantic")):
+            if types.get(theirs):
+                item[ours] = types[theirs]
+        image = annotations.text(row["imageId"])
+        name = f"images/{image}.jpg"
+        return Entry(name, [name], item, {"image_id": image}, key=number)
+
+    def record(self, items: list[Any], fields: dict[str, Any]) -> dict[str, Any]:
+        return questions.record(items, fields)
+
+    def labels(self, split: str) -> list[str] | None:
+        return self._of().kept(LISTED) or None
+
+    def locate(self, name: str) -> Path:
+        """LXMERT's training pictures may lie with Visual Genome's."""
+        plain = self.pictures_root / name
+        if self.options.form != "lxmert" or plain.exists():
+            return plain
+        folders = ("images", "GQA/images", "VG/VG_100K", "VG_100K", "VG/VG_100K_2", "VG_100K_2")
+        there = (self.pictures_root / folder / name for folder in folders)
+        return next((path for path in there if path.exists()), plain)
+
+    def account(self, split: str) -> dict[str, Any]:
+        account = super().account(split)
+        if self.options.all or self.options.form != "official":
+            account["expected"] = {}
+        return account
+
+    def _official(self, split: str) -> list[str]:
+        if not self.options.all:
+            name = f"{split}_balanced_questions.json"
+            return [self.first_there(f"questions1.2/{name}", name, f"questions/{name}")]
+        if split == "train":
+            folder = self.first_there("questions1.2/train_all_questions", "train_all_questions")
+            parts = sorted(path.name for path in (self.root / folder).glob("*.json"))
+            return [f"{folder}/{part}" for part in parts] or [f"{folder}/train_all_questions_0.json"]
+        name = f"{split}_all_questions.json"
+        return [self.first_there(f"questions1.2/{name}", name)]
+
+
+ENTRY = Gqa

@@ -1,0 +1,74 @@
+"""Visual Genome: region descriptions as captions, or its questions, all as `train` (it has no official splits).
+
+`--form regions`    region_descriptions.json: `captions` with `boxes` (x, y, width, height in pixels) beside them
+`--form questions`  question_answers.json: `questions` with one answer each, which end in a period as they come
+Pictures lie in VG_100K/ and VG_100K_2/; each is looked for in both. Source of the facts: specs/datasets.md 17.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from data_prep.sources.common import annotations
+from data_prep.sources.common.index import Entry, Index
+from data_prep.sources.common.layout import LayoutOptions, LayoutSource
+
+FILES = {"regions": "region_descriptions.json", "questions": "question_answers.json"}
+FOLDERS = ("VG_100K", "VG_100K_2")
+
+
+@dataclass
+class Options(LayoutOptions):
+    """Options of the source.
+
+    Attributes:
+        form: region descriptions, or questions.
+    """
+
+    form: Literal["regions", "questions"] = "regions"
+
+
+class VisualGenome(LayoutSource):
+    Options = Options
+    title = "Visual Genome"
+    origin = "homes.cs.washington.edu/~ranjay/visualgenome"
+    layout = "region_descriptions.json or question_answers.json, VG_100K/*.jpg, VG_100K_2/*.jpg"
+    licence = "CC-BY-4.0"
+
+    def files(self) -> dict[str, list[str]]:
+        return {"train": [FILES[self.options.form]]}
+
+    def entries(self, split: str, index: Index) -> Iterator[Entry]:
+        parse = self._regions if self.options.form == "regions" else self._questions
+        return index.parsed(split, annotations.items(self.root / FILES[self.options.form]), parse)
+
+    @staticmethod
+    def _regions(image: Any) -> Iterator[Entry]:
+        for region in image["regions"]:
+            number = region["image_id"]
+            box = [region[key] for key in ("x", "y", "width", "height")]
+            item = {"caption": annotations.text(region["phrase"]), "box": box}
+            yield Entry(f"{number}.jpg", [f"{number}.jpg"], item, {"image_id": number}, key=str(region["region_id"]))
+
+    @staticmethod
+    def _questions(image: Any) -> Iterator[Entry]:
+        for asked in image["qas"]:
+            number = asked["image_id"]
+            item = {"question": annotations.text(asked["question"]), "question_id": asked["qa_id"]}
+            item["answers"] = [annotations.text(asked["answer"])]
+            yield Entry(f"{number}.jpg", [f"{number}.jpg"], item, {"image_id": number}, key=str(asked["qa_id"]))
+
+    def record(self, items: list[Any], fields: dict[str, Any]) -> dict[str, Any]:
+        if self.options.form == "questions":
+            return fields | {"questions": items}
+        return fields | {"captions": [i["caption"] for i in items], "boxes": [i["box"] for i in items]}
+
+    def locate(self, name: str) -> Path:
+        there = (self.pictures_root / folder / name for folder in (*FOLDERS, "VG/VG_100K", "VG/VG_100K_2"))
+        return next((path for path in there if path.exists()), self.pictures_root / FOLDERS[0] / name)
+
+
+ENTRY = VisualGenome

@@ -1,0 +1,134 @@
+"""OK-VQA, GQA, VizWiz-VQA, Visual Genome, NLVR2 and SNLI-VE from miniatures of their official layouts."""
+
+import json
+
+from tests.helpers.data.miniatures import prepared, put, put_picture, records
+
+
+def asked(manifest, split):
+    return [(q["question"], q["answers"]) for row in records(manifest, split) for q in row["questions"]]
+
+
+def test_ok_vqa_takes_the_normalised_answers_and_val2014_is_test(tmp_path):
+    root = tmp_path / "okvqa"
+    for split, subtype, image in (("train", "train2014", 1), ("test", "val2014", 2)):
+        put_picture(root / f"{subtype}/COCO_{subtype}_{image:012d}.jpg", image)
+        rows = [{"image_id": image, "question": f"{split}?", "question_id": 10 * image + 5}]
+        put(root / f"OpenEnded_mscoco_{subtype}_questions.json", {"questions": rows})
+        answers = [
+            {"answer": a, "raw_answer": a + "s", "answer_id": i} for i, a in enumerate(["cat"] * 6 + ["dog"] * 4)
+        ]
+        head = {"question_id": 10 * image + 5, "image_id": image, "question_type": "one", "answer_type": "other"}
+        put(root / f"mscoco_{subtype}_annotations.json", {"annotations": [head | {"answers": answers}]})
+    manifest = prepared("okvqa", root, tmp_path / "out")
+    assert manifest.labels == ["cat", "dog"]
+    assert asked(manifest, "test") == [("test?", ["cat"] * 6 + ["dog"] * 4)]
+    assert records(manifest, "train")[0]["questions"][0]["scores"] == {"cat": 1.0, "dog": 1.0}
+
+
+def test_gqa_keeps_leading_zeros_and_test_has_no_answers(tmp_path):
+    root = tmp_path / "gqa"
+    train = {
+        "02930152": {
+            "question": "Is it red?",
+            "imageId": "2405722",
+            "answer": "no",
+            "types": {"structural": "verify"},
+        },
+        "00000007": {"question": "What?", "imageId": "2405722", "answer": "sky", "types": {"structural": "query"}},
+        "3": {"question": "Gone?", "imageId": "9", "answer": "no"},
+    }
+    put(root / "questions1.2/train_balanced_questions.json", train)
+    put(root / "questions1.2/test_balanced_questions.json", {"201": {"question": "Who?", "imageId": "n161313"}})
+    put_picture(root / "images/2405722.jpg", 1)
+    put_picture(root / "images/n161313.jpg", 2)
+    manifest = prepared("gqa", root, tmp_path / "out")
+    row = records(manifest, "train")[0]
+    assert row["image_id"] == "2405722" and [q["question_id"] for q in row["questions"]] == ["02930152", "00000007"]
+    assert row["questions"][1]["type"] == "query" and manifest.labels == ["no", "sky"]
+    assert asked(manifest, "test") == [("Who?", [])]
+    assert manifest.account["train"]["aside"] == {"picture missing": [1, ["images/9.jpg"]]}
+
+
+def test_gqa_of_lxmert_finds_pictures_with_visual_genomes(tmp_path):
+    root = tmp_path / "gqa"
+    put(root / "train.json", [{"img_id": "1", "label": {"yes": 1.0}, "question_id": "05", "sent": "ok?"}])
+    put(root / "submit.json", [{"img_id": "n2", "question_id": "6", "sent": "and?"}])
+    put_picture(root / "VG/VG_100K/1.jpg", 1)
+    put_picture(root / "GQA/images/n2.jpg", 2)
+    manifest = prepared("gqa", root, tmp_path / "out", "--form", "lxmert")
+    assert asked(manifest, "train") == [("ok?", ["yes"])] and asked(manifest, "submit") == [("and?", [])]
+
+
+def test_vizwiz_questions_keep_unanswerable_and_an_empty_question(tmp_path):
+    root = tmp_path / "vizwiz"
+    given = [{"answer": "unanswerable", "answer_confidence": "yes"}] * 10
+    row = {"image": "VizWiz_train_00000000.jpg", "question": "", "answers": given, "answer_type": "unanswerable"}
+    put(root / "Annotations/train.json", [row | {"answerable": 0}])
+    put(root / "Annotations/test.json", [{"image": "VizWiz_test_00000000.jpg", "question": "What is it?"}])
+    put_picture(root / "train/VizWiz_train_00000000.jpg", 1)
+    put_picture(root / "test/VizWiz_test_00000000.jpg", 2)
+    manifest = prepared("vizwiz-vqa", root, tmp_path / "out")
+    found = records(manifest, "train")[0]
+    assert found["answerable"] == 0 and asked(manifest, "train") == [("", ["unanswerable"] * 10)]
+    assert records(manifest, "test")[0]["questions"][0]["question_id"] == "VizWiz_test_00000000.jpg"
+
+
+def test_visual_genome_looks_in_both_folders(tmp_path):
+    root = tmp_path / "vg"
+    region = {"x": 1, "y": 2, "width": 3, "height": 4, "phrase": "a dog"}
+    rows = [
+        {"id": n, "regions": [region | {"region_id": 10 * n + k, "image_id": n} for k in range(2)]} for n in (1, 2)
+    ]
+    put(root / "region_descriptions.json", rows)
+    qas = [{"qa_id": 5, "image_id": 2, "question": "Who?", "answer": "A man."}]
+    put(root / "question_answers.json", [{"id": 2, "qas": qas}])
+    put_picture(root / "VG_100K/1.jpg", 1)
+    put_picture(root / "VG_100K_2/2.jpg", 2)
+    rows = records(prepared("visual-genome", root, tmp_path / "regions"), "train")
+    assert [row["captions"] for row in rows] == [["a dog", "a dog"]] * 2 and rows[0]["boxes"] == [[1, 2, 3, 4]] * 2
+    manifest = prepared("visual-genome", root, tmp_path / "questions", "--form", "questions")
+    assert asked(manifest, "train") == [("Who?", ["A man."])]
+
+
+def test_nlvr2_pairs_pictures_by_content_whatever_their_ending(tmp_path):
+    root = tmp_path / "nlvr2"
+    train = [
+        {"identifier": f"train-10-0-{k}", "sentence": f"s{k}", "label": label, "directory": 7}
+        for k, label in enumerate(["True", "False", "maybe"])
+    ]
+    put(root / "nlvr2/data/train.json", "\n".join(map(json.dumps, train)))
+    dev = {"identifier": "dev-850-0-0", "sentence": "s", "label": "True"}
+    put(root / "nlvr2/data/dev.json", json.dumps(dev) + "\r\n")
+    for k in (0, 1):
+        put_picture(root / f"images/train/7/train-10-0-img{k}.png", k)  # a JPEG
+        put_picture(root / f"images/dev/dev-850-0-img{k}.png", 5 + k, "PNG")
+    manifest = prepared("nlvr2", root, tmp_path / "out")
+    row = records(manifest, "train")[0]
+    assert row["endings"] == ["0.jpg", "1.jpg"] and asked(manifest, "train") == [("s0", ["true"]), ("s1", ["false"])]
+    assert row["questions"][0]["question_id"] == "train-10-0-0"
+    assert records(manifest, "dev")[0]["endings"] == ["0.png", "1.png"]
+    assert manifest.account["train"]["aside"] == {"label neither True nor False": [1, ["train-10-0-2"]]}
+
+
+def test_snli_ve_reads_three_spellings_of_the_pictures_key(tmp_path):
+    root = tmp_path / "snli"
+    rows = [
+        {"Flickr30K_ID": "11", "gold_label": "entailment"},
+        {"Flikr30kID": "12.jpg", "gold_label": "neutral"},
+        {"Flickr30kID": "data/11.jpg", "gold_label": "contradiction"},
+        {"Flickr30K_ID": "11", "gold_label": "-"},
+        {"captionID": "13", "gold_label": "neutral"},
+    ]
+    rows = [row | {"pairID": f"p{i}", "sentence2": f"h{i}"} for i, row in enumerate(rows)]
+    put(root / "snli_ve_dev.jsonl", "﻿" + "\n".join(map(json.dumps, rows)))
+    for number in (11, 12):
+        put_picture(root / f"flickr30k-images/{number}.jpg", number)
+    manifest = prepared("snli-ve", root, tmp_path / "out")
+    assert asked(manifest, "dev") == [("h0", ["entailment"]), ("h2", ["contradiction"]), ("h1", ["neutral"])]
+    assert {r: n for r, (n, _) in manifest.account["dev"]["aside"].items()} == {
+        "no gold label": 1,
+        "none of the keys Flickr30K_ID, Flikr30kID, Flickr30kID": 1,
+    }
+    words = prepared("snli-ve", root, tmp_path / "words", "--words", "p-adapter")
+    assert words.labels == ["Correct", "Ambiguous", "Incorrect"] and asked(words, "dev")[0] == ("h0", ["Correct"])
