@@ -46,6 +46,8 @@ class BackboneBase(abc.ABC):
             messages about texts that were cut name them.
         reads_bank: the model scores classes from a bank of class texts and support samples: `use_bank` is called
             before `build`, and `read_classes` after it.
+        packs: the language model can read all texts of a batch as one row without padding, each by itself, where the
+            batch says so (`PackedBatch.padding_free`); `tokens` and `tokens_key` work.
         attentions: attention implementations that compute what the checkpoint means, the first for `auto`; empty: all
             that transformers has. flash-attn takes a mask for a number of tokens at one end of each row, which is
             wrong where padding stands between tokens.
@@ -63,6 +65,7 @@ class BackboneBase(abc.ABC):
     embeds: bool = False
     wants_statistics: bool = False
     reads_bank: bool = False
+    packs: bool = False
     attentions: tuple[str, ...] = ()
     prompt_limit: str = "max_text_length"
     target_limit: str = "max_text_length"
@@ -171,6 +174,22 @@ class BackboneBase(abc.ABC):
         Default: the labels of the batch, which stand at the positions that predict them.
         """
         return batch.texts["labels"]
+
+    def tokens(self, texts: list[Any], image_sizes: list[tuple[int, int]]) -> int:
+        """Tokens that the language model reads for the texts of one sample together, images included.
+
+        Args:
+            texts: what the task's `read` returned, the number of images set.
+            image_sizes: (height, width) of its images, before the transform.
+
+        Raises:
+            BadSample: as `collate_texts`.
+        """
+        raise self._lacks("packs")
+
+    def tokens_key(self) -> str:
+        """Hash of all that `tokens` depends on beside its arguments."""
+        raise self._lacks("packs")
 
     def frozen_prefix(self, model: nn.Module) -> list[str]:
         """Paths of modules below the lowest trainable one; they run in eval mode and without autograd.

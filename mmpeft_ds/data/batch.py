@@ -98,6 +98,11 @@ class GenerationOutput:
         as_generated: `BackboneBase.as_generated`, beside `generated`.
         scores: of the labels, where `engine.assembly.forward` was asked for them.
         tie: zero that depends on what no text reads, so that all ranks reach the same towers in backward.
+        text_of: (1, S) the text of each position, where all T texts stand in one row; the first dimension of logits,
+            labels and scores is then 1. None: each has a row of its own.
+        texts: T, with `text_of`.
+        lengths, positions: (T,) tokens of each text as the model read it, image tokens included, and the number of
+            positions that it computed for them, padding included; None and 0 where the collated texts say it.
     """
 
     logits: Tensor | None
@@ -106,6 +111,10 @@ class GenerationOutput:
     as_generated: Callable[[str], str | None] | None = None
     scores: TokenScores | None = None
     tie: Tensor | None = None
+    text_of: Tensor | None = None
+    texts: int = 0
+    lengths: Tensor | None = None
+    positions: int = 0
 
     def token_losses(self, smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
         """(T,) negative log-likelihood, summed over the tokens with loss, at least float32; and (T,) their number."""
@@ -114,13 +123,19 @@ class GenerationOutput:
         else:
             logits = self.logits if self.logits.dtype == torch.float64 else self.logits.float()
             losses = cross_entropy(logits.transpose(1, 2), self.labels, reduction="none", label_smoothing=smoothing)
-        total = losses.sum(1) if self.tie is None else losses.sum(1) + self.tie
-        return total, (self.labels != -100).sum(1)
+        total = self._of_texts(losses)
+        return total if self.tie is None else total + self.tie, self._of_texts((self.labels != -100).long())
 
     def tokens_right(self) -> Tensor:
         """(T,) number of labels that are the most likely token."""
         right = self.logits.argmax(-1) == self.labels if self.scores is None else self.scores.right
-        return (right & (self.labels != -100)).sum(1)
+        return self._of_texts((right & (self.labels != -100)).long())
+
+    def _of_texts(self, values: Tensor) -> Tensor:
+        """(T,) sums of what stands at the positions of each text."""
+        if self.text_of is None:
+            return values.sum(1)
+        return values.new_zeros(self.texts).index_add(0, self.text_of[0], values[0])
 
     def spelled_as(self, generated: str, references: Sequence[str]) -> str:
         """A generated text as the references spell it, where it is one of them to the model's tokenizer.
@@ -176,6 +191,8 @@ class PackedBatch:
         raw_texts: T strings, or `Prompted` with the number of images set.
         bad: (kind, shard, key) of the slots that could not be used.
         changes: (T, 3) as in `CollatedTexts`; None if nobody counted.
+        padding_free: a language model is to read all texts as one row, one behind the other and each by itself. Here
+            they are padded as ever; the backbone makes the row, since it knows how many tokens an image becomes.
     """
 
     sample_id: list[str]
@@ -189,6 +206,7 @@ class PackedBatch:
     raw_texts: list[str | Prompted]
     bad: list[tuple[str, str, str]]
     changes: Tensor | None = None
+    padding_free: bool = False
 
     @property
     def modalities(self) -> frozenset[str]:

@@ -35,6 +35,10 @@ class DataOptions:
         validation: data sets that are evaluated during training; the first decides on `best` and early stopping.
         global_batch: slots of one optimizer step over all ranks and accumulation steps.
         workers: loader processes per rank; 0 decodes in the training process.
+        pack: tokens of a micro-batch, 0 = off. Texts then stand one behind the other in one row without padding, each
+            read by itself; each step takes as many micro-steps as its tokens need, and ranks get about the same
+            number. A sample of more tokens has a micro-batch to itself. For language models; `optim.accumulation`
+            stays 1.
         shuffle_block: number of consecutive positions within which samples are permuted; shards are permuted as well.
         evaluation_order: `stored` visits an evaluated split in the order of its shards, `shuffled` in a random one,
             the same in every run; `auto` is `shuffled` where the task or the method couples samples, so that a split
@@ -56,6 +60,7 @@ class DataOptions:
     validation: list[SourceOptions] = field(default_factory=list)
     global_batch: int = 64
     workers: int = 2
+    pack: int = 0
     shuffle_block: int = 10_000
     evaluation_order: Literal["auto", "stored", "shuffled"] = "auto"
     evaluation_seed: int = 0

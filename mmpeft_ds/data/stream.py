@@ -27,11 +27,13 @@ from mmpeft_ds.data.options import DataOptions
 from mmpeft_ds.data.packing import REFUSALS, refusal, refused, spread
 from mmpeft_ds.data.shards import ShardReader, members, record_of
 from mmpeft_ds.data.subset import Subset
+from mmpeft_ds.data.token_plan import micro_batches
 from mmpeft_ds.data.transform import apply, hooks_of
 from mmpeft_ds.data.workers import WorkerPool
 from mmpeft_ds.errors import BadInput, BadSample
 
 log = logging.getLogger(__name__)
+PLANNED = 256  # plans of steps that are kept, more than workers prepare ahead
 
 
 @dataclass
@@ -80,7 +82,8 @@ class Step:
     Attributes:
         source: index of the source (so of the task).
         step: step of the epoch.
-        micro: one batch per accumulation step, with equally many slots on every rank; some may hold no sample.
+        micro: one batch per accumulation step, as many on every rank. They have equally many slots, of which some may
+            hold no sample, or, where micro-batches are planned by tokens, whatever has room.
     """
 
     source: int
@@ -90,10 +93,11 @@ class Step:
 
 @dataclass(frozen=True)
 class _Request:
-    """One micro-batch: slots of a visit; None is padding."""
+    """One micro-batch: slots of a visit; None is padding. `padding_free`: see `PackedBatch`."""
 
     visit: order.Visit
     slots: tuple[int | None, ...]
+    padding_free: bool = False
 
 
 class Stream:
@@ -109,6 +113,8 @@ class Stream:
             the random choices of epoch 0 in every epoch.
         coupled: predictions of a sample depend on the others of its batch, see `options.evaluation_order`.
         pin_memory: put batches into pinned memory, from which a GPU copies asynchronously.
+        tokens: of each source the tokens of its samples, int (samples,) in the order of shards. Micro-batches are then
+            planned by them, of at most `options.pack` tokens, and read without padding; `accumulation` is not read.
 
     Raises:
         BadInput: no source, an unknown split, a `pipe:` URL that is not allowed, or an epoch without a step.
@@ -126,6 +132,7 @@ class Stream:
         train: bool = True,
         coupled: bool = False,
         pin_memory: bool = False,
+        tokens: Sequence[np.ndarray] = (),
     ):
         if not sources:
             raise BadInput("data.sources: empty. Name at least one prepared data set.")
@@ -142,6 +149,8 @@ class Stream:
                 )
         self.mix = order.Mix(steps, [s.weight if train else 1.0 for s in sources], seed)
         self.loader = _Loader(sources, options, seed, train, coupled)
+        self.tokens, self.budget, self.rank, self.world_size = tokens, options.pack, rank, world_size
+        self._planned: dict[order.Visit, list[list[int | None]]] = {}
         self._pool = WorkerPool(self.loader, options.workers, options.prefetch, pin_memory)
 
     @property
@@ -163,8 +172,8 @@ class Stream:
         """
         made = self._pool.run(self._requests(epoch, start_step))
         for step in range(start_step, self.mix.steps):
-            source = self.mix.at(epoch, step).source
-            yield Step(source, step, [next(made) for _ in self.micro_slots])
+            visit = self.mix.at(epoch, step)
+            yield Step(visit.source, step, [next(made) for _ in self._micro_slots(visit)])
 
     def wait_for_workers(self) -> None:
         """Return when all workers run. It is never needed: until then this process makes the batches."""
@@ -178,8 +187,30 @@ class Stream:
     def _requests(self, epoch: int, start_step: int) -> Iterator[_Request]:
         for step in range(start_step, self.mix.steps):
             visit = self.mix.at(epoch, step)
-            for slots in self.micro_slots:
-                yield _Request(visit, tuple(slots))
+            for slots in self._micro_slots(visit):
+                yield _Request(visit, tuple(slots), bool(self.tokens))
+
+    def micro_steps(self, epoch: int, step: int) -> int:
+        """Micro-batches of each rank at a step."""
+        return len(self._micro_slots(self.mix.at(epoch, step)))
+
+    def plan(self, visit: order.Visit) -> list[list[list[int]]]:
+        """Slots of each micro-batch, [micro-step][rank], where they are planned by tokens."""
+        numbers = self.loader.numbers(visit)
+        filled = np.flatnonzero(numbers >= 0)
+        tokens = self.tokens[visit.source][numbers[filled]].tolist()
+        planned = micro_batches(tokens, tokens, self.budget, self.world_size)
+        return [[filled[batch].tolist() for batch in step] for step in planned]
+
+    def _micro_slots(self, visit: order.Visit) -> list[list[int | None]]:
+        """Slots of this rank's micro-batches at a visit."""
+        if not self.tokens:
+            return self.micro_slots
+        if visit not in self._planned:  # asked for twice: when it is requested, and when it is handed out
+            self._planned[visit] = [step[self.rank] or [None] for step in self.plan(visit)]
+            while len(self._planned) > PLANNED:
+                self._planned.pop(next(iter(self._planned)))
+        return self._planned[visit]
 
 
 class _Loader:
@@ -217,7 +248,28 @@ class _Loader:
         pieces = iter(zip(wanted, self.readers[visit.source].read(wanted), strict=True))
         samples = [Sample() if p is None else self._sample(visit.source, epoch, *next(pieces)) for p in positions]
         shards = iter([self.readers[visit.source].shards[shard].file for shard, _ in wanted])
-        return self._packed(visit.source, samples, ["" if p is None else next(shards) for p in positions])
+        batch = self._packed(visit.source, samples, ["" if p is None else next(shards) for p in positions])
+        batch.padding_free = request.padding_free
+        return batch
+
+    def numbers(self, visit: order.Visit) -> np.ndarray:
+        """(G,) the sample of each slot at a visit, as its number among all of its source, -1 for an empty slot."""
+        places = self._order(visit.source, visit.epoch if self.train else 0)
+        slots = np.arange(self.options.global_batch)
+        numbers = order.positions_of(len(places), self.options.global_batch, slots, visit.step)
+        filled = numbers >= 0
+        shards, samples = places.many(numbers[filled])
+        numbers[filled] = self._starts(visit.source)[shards] + samples
+        return numbers
+
+    def _starts(self, source: int) -> np.ndarray:
+        """Of each shard, the samples that are used of the shards before it."""
+        return np.cumsum([0, *self._sizes(source)])
+
+    def _sizes(self, source: int) -> list[int]:
+        """Samples that are used of each shard."""
+        chosen = self.places[source]
+        return [s.samples for s in self.readers[source].shards] if chosen is None else [len(rows) for rows in chosen]
 
     def _packed(self, number: int, samples: list[Sample], shards: list[str]) -> PackedBatch:
         """The batch; a sample that cannot be packed, alone or with the usual ones, is bad as one that cannot be read.
@@ -249,9 +301,8 @@ class _Loader:
     def _usual(self, number: int) -> list[Sample]:
         """Some samples of a source from all over its split, the same for every rank, worker and batch."""
         if number not in self._jurors:
-            reader, chosen = self.readers[number], self.places[number]
-            sizes = [shard.samples for shard in reader.shards] if chosen is None else [len(rows) for rows in chosen]
-            wanted = [self._place(number, *place) for place in spread(sizes)]
+            reader = self.readers[number]
+            wanted = [self._place(number, *place) for place in spread(self._sizes(number))]
             pieces = zip(wanted, reader.read(wanted), strict=True)
             samples = [self._sample(number, 0, place, piece) for place, piece in pieces]
             self._jurors[number] = [sample for sample in samples if sample.bad is None]
@@ -287,9 +338,7 @@ class _Loader:
 
     def _order(self, source: int, epoch: int) -> order.EpochOrder:
         if self._orders.get(source, (None,))[0] != epoch:
-            chosen = self.places[source]
-            shards = self.readers[source].shards
-            sizes = [shard.samples for shard in shards] if chosen is None else [len(rows) for rows in chosen]
+            sizes = self._sizes(source)
             key, block = order.key_of(self.seed, "order", source, epoch), self.options.shuffle_block
             if self.shuffled_evaluation:
                 # In one block, so that a split sorted by class is shuffled over all classes. The key depends on the

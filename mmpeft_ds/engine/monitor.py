@@ -32,6 +32,8 @@ SCALARS = {
     "samples_per_second": "speed/samples_per_second",
     "step_seconds": "speed/step_seconds",
     "data_wait_share": "speed/data_wait_share",
+    "padding": "speed/padding",
+    "micro_steps": "speed/micro_steps",
     "slowest_rank": "speed/slowest_rank",
     "slowest_excess": "speed/slowest_rank_excess_seconds",
 }

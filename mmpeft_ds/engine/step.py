@@ -24,7 +24,7 @@ from mmpeft_ds.data.batch import PackedBatch
 from mmpeft_ds.data.stream import BadBudget, Step
 from mmpeft_ds.distributed import collectives
 from mmpeft_ds.distributed.processes import Ranks
-from mmpeft_ds.engine import graph_health
+from mmpeft_ds.engine import graph_health, padding
 from mmpeft_ds.engine.assembly import modality
 from mmpeft_ds.engine.assembly.build import Built
 from mmpeft_ds.engine.assembly.forward import forward
@@ -33,6 +33,7 @@ from mmpeft_ds.engine.optim.schedule import learning_rate
 from mmpeft_ds.engine.text_counts import CHANGES, TextCounts, nothing_learnt
 from mmpeft_ds.engine.train_state import TrainState
 from mmpeft_ds.engine.zero import gradients
+from mmpeft_ds.engine.zero.config import divisor
 from mmpeft_ds.errors import AgreedBadInput, BadInput
 from mmpeft_ds.methods.common.head import Head
 from mmpeft_ds.tasks.base import TaskBase
@@ -117,9 +118,9 @@ class Stepper:
             except BadInput:
                 self.budget = before  # as if the step had not begun
                 raise
-        loss, forward_seconds, report = self.accumulate(step.micro, task, agreed)
+        loss, places, forward_seconds, report = self.accumulate(step.micro, task, agreed)
         row = [waited, forward_seconds, *self.memory()]
-        loss, penalty, report, norms, table = self.reduce(loss, report, row)
+        loss, places, penalty, report, norms, table = self.reduce(loss, places, report, row)
         norm = math.sqrt(sum(norms))
         done = state.step - state.skipped_total
         lr = learning_rate(self.recipe.optim, done, self.total, self.steps_per_epoch)
@@ -153,6 +154,8 @@ class Stepper:
             "data_wait_share": sum(row[0] for row in table) / (seconds * len(table)),
             "samples": agreed.rows,
             "weight": agreed.weight,
+            **padding.share(*places),
+            **({"micro_steps": len(step.micro)} if self.recipe.data.pack else {}),
             "source": step.source,
             **({"source_name": self.source_names[step.source]} if len(self.source_names) > 1 else {}),
             "skipped": not applied,
@@ -170,9 +173,13 @@ class Stepper:
             "elapsed": state.elapsed,
         }
 
-    def fail(self, problem: BadInput) -> NoReturn:
-        """End all ranks with `problem`; called in place of `train_step` on a rank that cannot read the step's data."""
-        width = 7 + CHANGES + self.recipe.optim.accumulation * len(modality.MODALITIES)
+    def fail(self, problem: BadInput, micro_steps: int) -> NoReturn:
+        """End all ranks with `problem`; called in place of `train_step` on a rank that cannot read the step's data.
+
+        Args:
+            micro_steps: of the step, as the other ranks have them.
+        """
+        width = 7 + CHANGES + micro_steps * len(modality.MODALITIES)
         collectives.sum_scalars([1.0] + [0.0] * (width - 1), self.ranks.device)
         raise AgreedBadInput(collectives.first_message(str(problem)))
 
@@ -204,21 +211,26 @@ class Stepper:
 
     def accumulate(
         self, micro: list[PackedBatch], task: Any, agreed: Agreed
-    ) -> tuple[torch.Tensor, float, dict[str, float]]:
+    ) -> tuple[torch.Tensor, torch.Tensor, float, dict[str, float]]:
         """Forward and backward of every micro-batch.
 
         Returns:
-            this rank's share of the loss, seconds of the forward passes, and the sum of what heads report.
+            this rank's share of the loss, `padding.places`, seconds of the forward passes, and the sum of what heads
+            report.
         """
         # DeepSpeed divides by the rank count and by the accumulation steps; with W the loss is one mean over the step.
-        scale = self.ranks.world_size * self.recipe.optim.accumulation / agreed.weight if agreed.weight else 0.0
+        scale = self.ranks.world_size * divisor(self.recipe) / agreed.weight if agreed.weight else 0.0
         total = torch.zeros((), dtype=torch.float64, device=self.ranks.device)
+        places = torch.zeros(2, dtype=torch.float64, device=self.ranks.device)
         forward_seconds, report = 0.0, {}
         for i, (batch, present) in enumerate(zip(micro, agreed.present, strict=True)):
             began = time.perf_counter()
+            if self.recipe.data.pack:  # their number is another at each step
+                self.engine.set_gradient_accumulation_boundary(i + 1 == len(micro))
             batch = modality.complete(batch, present, self.resolved.backbone, task).to(self.ranks.device)
             outputs = forward(self.engine, self.resolved.backbone, batch, scores=True)
             loss = task.loss(outputs, batch)
+            places += padding.places(outputs, batch)
             forward_seconds += time.perf_counter() - began
             for name, value in graph_health.measure(outputs, batch).items():
                 report[name] = report.get(name, 0.0) + value
@@ -226,13 +238,13 @@ class Stepper:
             total += loss.detach()
             if i + 1 < len(micro):
                 self.engine.step()  # before the accumulation boundary this only counts the micro-step
-        return total / agreed.weight if agreed.weight else total, forward_seconds, report
+        return total / agreed.weight if agreed.weight else total, places, forward_seconds, report
 
     def reduce(
-        self, loss: torch.Tensor, report: dict[str, float], row: list[float]
-    ) -> tuple[float, float, dict[str, float], list[float], list[list[float]]]:
-        """One all-reduce after the last backward: loss, EWC penalty, what heads report, squared gradient norm per
-        group, all timing rows.
+        self, loss: torch.Tensor, places: torch.Tensor, report: dict[str, float], row: list[float]
+    ) -> tuple[float, list[float], float, dict[str, float], list[float], list[list[float]]]:
+        """One all-reduce after the last backward: loss, positions of texts, EWC penalty, what heads report, squared
+        gradient norm per group, all timing rows.
 
         A value that is not finite on one rank is not finite in the sum, so all ranks skip the step together.
         """
@@ -241,14 +253,16 @@ class Stepper:
         squares = gradients.squared_norms(self.engine, self.group_of, len(self.groups)).tolist()
         table = [0.0] * (len(row) * self.ranks.world_size)
         table[self.ranks.rank * len(row) : (self.ranks.rank + 1) * len(row)] = row
-        summed = collectives.sum_scalars([loss.item(), penalty, *report.values(), *squares, *table], self.ranks.device)
-        norms_start = 2 + len(report)
+        own = [*torch.cat([loss[None], places]).tolist(), penalty, *report.values(), *squares, *table]
+        summed = collectives.sum_scalars(own, self.ranks.device)
+        norms_start = 4 + len(report)
         table_start = norms_start + len(squares)
         rows = [summed[i : i + len(row)] for i in range(table_start, len(summed), len(row))]
         return (
             summed[0],
-            summed[1],
-            dict(zip(report, summed[2:norms_start], strict=True)),
+            summed[1:3],
+            summed[3],
+            dict(zip(report, summed[4:norms_start], strict=True)),
             summed[norms_start:table_start],
             rows,
         )

@@ -14,6 +14,7 @@ from mmpeft_ds.data.stream import Stream, StreamSource, identify
 from mmpeft_ds.data.thumbnails import Thumbnails
 from mmpeft_ds.distributed.processes import Ranks
 from mmpeft_ds.engine.assembly.resolve import Resolved, ResolvedSource
+from mmpeft_ds.engine.token_counts import token_counts
 from mmpeft_ds.errors import BadInput
 
 CHUNK = 256  # records read at a time
@@ -22,7 +23,7 @@ CHUNK = 256  # records read at a time
 def make_stream(
     resolved: Resolved, sources: list[ResolvedSource], ranks: Ranks, *, train: bool, augment: bool | None = None
 ) -> Stream:
-    """The stream of this rank over `sources`.
+    """The stream of this rank over `sources`. Collective where micro-batches are planned by tokens.
 
     Args:
         train: order, sampling and accumulation of training; False: every sample once.
@@ -56,6 +57,7 @@ def make_stream(
         train=train,
         coupled=resolved.method_options.couples_samples or sources[0].task.couples_samples,
         pin_memory=ranks.device.type == "cuda",
+        tokens=[token_counts(resolved, s, ranks) for s in sources] if train and recipe.data.pack else (),
     )
 
 

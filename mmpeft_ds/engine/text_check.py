@@ -74,7 +74,7 @@ def check_texts(
 
 
 def _checked(backbone: BackboneBase, source: ResolvedSource, most: int) -> TextCheck:
-    places = _places(source)
+    places = places_of(source)
     if 0 < most < len(places):
         places = [places[i] for i in np.linspace(0, len(places) - 1, most).astype(int)]
     result = TextCheck(len(places), source.samples)
@@ -88,7 +88,7 @@ def _checked(backbone: BackboneBase, source: ResolvedSource, most: int) -> TextC
     return result
 
 
-def _places(source: ResolvedSource) -> list[tuple[int, int]]:
+def places_of(source: ResolvedSource) -> list[tuple[int, int]]:
     """(shard, sample) of all samples of a source."""
     shards = source.manifest.shards(source.options.split)
     rows = [range(s.samples) for s in shards] if source.subset is None else source.subset.places(source.manifest)

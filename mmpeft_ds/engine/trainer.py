@@ -231,7 +231,8 @@ class Training:
                 try:
                     step = next(steps, None)
                 except BadInput as problem:  # on this rank alone, such as a shard that cannot be read any more
-                    self.stepper.fail(problem)
+                    micro_steps = self.stream.micro_steps(self.state.epoch, self.state.step_in_epoch)
+                    self.stepper.fail(problem, micro_steps)
                 if step is None:
                     break
                 yield step, time.perf_counter() - began

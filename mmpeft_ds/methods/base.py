@@ -229,6 +229,18 @@ class SiteMethod:
         return False
 
     @classmethod
+    def unpackable(cls, config: PeftConfig, attention: str) -> str | None:
+        """Why several texts cannot stand in one row of a language model (`data.pack`), in a sentence; None where they
+        can.
+
+        Default: none. A layer that mixes tokens, or reads the condition, has to follow `Condition.segments`.
+
+        Args:
+            attention: implementation that the model is loaded with.
+        """
+        return None
+
+    @classmethod
     def decays(cls, config: PeftConfig, name: str) -> bool:
         """Whether weight decay reaches the trained vector of this name. The engine decays matrices; default: not."""
         return False

@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -72,8 +72,13 @@ class SquaredGradients:
         return flat.reshape(shape)
 
 
-def measure(stepper: Stepper, steps: Iterable[Step]) -> tuple[SquaredGradients, dict[str, float]] | None:
+def measure(
+    stepper: Stepper, steps: Iterable[Step], micro_steps: Callable[[int], int] = lambda step: 1
+) -> tuple[SquaredGradients, dict[str, float]] | None:
     """Forward and backward of every global batch; the weights stay as they are. Collective.
+
+    Args:
+        micro_steps: gives the micro-steps of each step, for a rank that cannot read its data.
 
     Returns:
         the squares, and `loss` (mean over batches), `batches`, `samples`; None if a stop was requested on a rank.
@@ -86,7 +91,7 @@ def measure(stepper: Stepper, steps: Iterable[Step]) -> tuple[SquaredGradients, 
     head = head_of(engine.module)
     estimated = contextlib.nullcontext if head is None else head.estimating_fisher
     losses, samples, texts = 0.0, 0, TextCounts()
-    for number, step in enumerate(_together(steps, stepper)):
+    for number, step in enumerate(_together(steps, stepper, micro_steps)):
         task = stepper.resolved.train[step.source].task
         agreed = stepper.agree(step.micro, task)
         texts.add(task, agreed.changed)
@@ -182,7 +187,7 @@ def _measure_run(opened: FinishedRun, stop: StopFlag) -> tuple[SquaredGradients,
     stepper = Stepper(resolved, opened.built, ranks, steps, TrainState(), budget, stop.requested)
     try:
         with Progress("fisher", steps, "steps", shown=ranks.rank == 0) as progress:
-            return measure(stepper, progress.track(stream.epoch(0)))
+            return measure(stepper, progress.track(stream.epoch(0)), lambda step: stream.micro_steps(0, step))
     finally:
         stream.close()
 
@@ -229,11 +234,14 @@ def _unwarned() -> Iterator[None]:
         logger.setLevel(before)
 
 
-def _together(steps: Iterable[Step], stepper: Stepper) -> Iterator[Step]:
+def _together(steps: Iterable[Step], stepper: Stepper, micro_steps: Callable[[int], int]) -> Iterator[Step]:
     """`steps`; if a rank cannot read its data, all ranks end with its problem."""
+    number = 0
     try:
-        yield from steps
+        for step in steps:
+            yield step
+            number += 1
     except AgreedBadInput:
         raise
     except BadInput as problem:
-        stepper.fail(problem)
+        stepper.fail(problem, micro_steps(number))

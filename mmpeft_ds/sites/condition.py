@@ -31,10 +31,40 @@ _AXES = {
 
 
 @dataclass(frozen=True)
+class Segments:
+    """Where the texts stand of which a tower reads one row without padding, (1, N), one text behind the other.
+
+    Layers that treat every token alone need not know. One that mixes the tokens of a text, or reads something of its
+    text, gives each text a row of its own again (`split`), best where rows are narrow, and puts the results back
+    (`join`).
+
+    Attributes:
+        text: (N,) int64, number of the text of each position, ascending.
+        place: (N,) int64, of each position within its text.
+        lengths: tokens of each of the G texts.
+    """
+
+    text: Tensor
+    place: Tensor
+    lengths: tuple[int, ...]
+
+    def split(self, row_1Nd: Tensor) -> Tensor:
+        """(G, L, d) with a row for each text, zeros behind the shorter ones."""
+        rows = row_1Nd.new_zeros(len(self.lengths), max(self.lengths), row_1Nd.shape[-1])
+        return rows.index_put((self.text, self.place), row_1Nd[0])
+
+    def join(self, rows_GLd: Tensor) -> Tensor:
+        """(1, N, d): what `split` gave, or something in its form, as one row."""
+        return rows_GLd[self.text, self.place][None]
+
+
+@dataclass(frozen=True)
 class Condition:
     """What adapters may route on. A model publishes what it has.
 
     Attributes:
+        segments: the tower reads its B texts as one row without padding; None: each has a row. B and L of the others
+            are numbers of texts and the length of the longest, whichever it is.
         tokens: (B, m, d) conditioning features, one row per text row.
         mask: (B, m) bool, True = keep; None keeps all.
         own_mask: (B, L) bool mask of the tower's own tokens, for layers that pool their own input.
@@ -54,6 +84,7 @@ class Condition:
     read: Tensor | None = None
     frame_weights: Tensor | None = None
     kept: Tensor | None = None
+    segments: Segments | None = None
 
     def __post_init__(self) -> None:
         for name, axes in _AXES.items():
@@ -79,7 +110,7 @@ class Condition:
         Raises:
             ValueError: if `rows` is no multiple of B.
         """
-        if all(t is None or t.shape[0] == rows for t in self._tensors()):
+        if self.segments is not None or all(t is None or t.shape[0] == rows for t in self._tensors()):
             return self
         return Condition(*(_expand(t, rows) for t in self._tensors()))
 

@@ -25,6 +25,7 @@ from mmpeft_ds.backbones.common.generation import in_step, one_of
 from mmpeft_ds.backbones.common.spelling import Spelling
 from mmpeft_ds.backbones.common.stock_backbone import WHERE, StockBackbone
 from mmpeft_ds.backbones.mllm.chat import Chat, read_template
+from mmpeft_ds.backbones.mllm.image_tokens import ImageTokens
 from mmpeft_ds.backbones.mllm.model import ImageText
 from mmpeft_ds.backbones.mllm.options import Options
 from mmpeft_ds.data.batch import CollatedTexts, GenerationOutput, PackedBatch, Prompted
@@ -71,6 +72,7 @@ class MllmBackbone(StockBackbone):
     Options = Options
     families = FAMILIES
     generates = True
+    packs = True
 
     def check(self) -> None:
         """Refuse what cannot work, from configurations, tokenizer and chat template."""
@@ -142,18 +144,42 @@ class MllmBackbone(StockBackbone):
             "image_owner": batch.image_owner,
             "text_owner": batch.text_owner,
             "num_slots": len(batch.sample_id),
+            "padding_free": batch.padding_free,
         }
 
     def read(self, outputs: Any, batch: PackedBatch) -> GenerationOutput:
         """Logits of the last positions, each beside the token that follows it."""
         logits, labels = outputs["logits"], outputs["labels"]
         labels = labels[:, labels.shape[1] - logits.shape[1] + 1 :]
-        return GenerationOutput(logits[:, :-1], labels, tie=outputs.get("tie"))
+        text_of = outputs.get("text_of")
+        if text_of is not None:  # each label beside the token that predicts it, so of the text that stands there
+            text_of = text_of[:, text_of.shape[1] - labels.shape[1] :]
+        return GenerationOutput(
+            logits[:, :-1],
+            labels,
+            tie=outputs.get("tie"),
+            text_of=text_of,
+            texts=len(batch.text_owner),
+            lengths=outputs["lengths"],
+            positions=outputs["positions"],
+        )
 
     def labels_at(self, model: Any, batch: PackedBatch, positions: int) -> Tensor:
         """The token that follows each of the last positions, image tokens counted; nothing follows the last."""
         labels = model.widened_labels
         return nn.functional.pad(labels[:, labels.shape[1] - positions + 1 :], (0, 1), value=-100)
+
+    def tokens(self, texts: list[str | Prompted], image_sizes: list[tuple[int, int]]) -> int:
+        """Of all conversations of a sample, each of which reads its images."""
+        images = sum(self._image_tokens(*size) - 1 for size in image_sizes)  # beside the placeholder
+        return sum(len(self._chat.encode(text).ids) + images for text in texts)
+
+    def tokens_key(self) -> str:
+        """Of tokenizer, template, limits and image processor."""
+        o, processor = self.options, self._processor.to_dict()
+        words = self._tokenizer.backend_tokenizer.to_str()
+        limits = [o.max_text_length, o.max_pixels, o.system, self._chat.template]
+        return stock.short_hash([words, limits, self._config.to_dict(), {k: str(v) for k, v in processor.items()}])
 
     def check_generation(self, options: dict[str, Any]) -> None:
         """Refuse a length that counts the prompt."""
@@ -236,6 +262,11 @@ class MllmBackbone(StockBackbone):
                 "Its directory needs preprocessor_config.json."
             ) from error
         return processor
+
+    @functools.cached_property
+    def _image_tokens(self) -> ImageTokens:
+        merge = getattr(self._config.vision_config, "spatial_merge_size", 1)
+        return ImageTokens(self.image_transform(False), self.collate_images, merge, lambda: self.build(on_meta=True))
 
     @functools.cached_property
     def _chat(self) -> Chat:

@@ -10,6 +10,7 @@ their number cannot be wrong. The published condition is made of the image featu
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from mmpeft_ds.backbones.common.stock import Publishing
+from mmpeft_ds.backbones.common.text_row import TextRow
 from mmpeft_ds.sites.condition import Condition, conditioned, current
 
 
@@ -61,6 +63,7 @@ class ImageText(Publishing):
         image_owner: Tensor | None = None,
         text_owner: Tensor | None = None,
         num_slots: int | None = None,
+        padding_free: bool = False,
         logits_to_keep: int | Tensor = 0,
         mm_encoder_outputs: dict[str, Any] | None = None,
         **kwargs: Any,
@@ -72,10 +75,13 @@ class ImageText(Publishing):
             pixel_values, image_sizes, image_grid_thw: as the family's image processor makes them, one entry per image.
             image_rows: (R,) image of each placeholder, in the order of the texts.
             image_owner, text_owner, num_slots: as in the packed batch; only a condition needs them.
+            padding_free: read all texts as one row, one behind the other and each by itself.
 
         Returns:
             the stock output; of a packed batch besides `labels` (T, S), and `logits` for the last positions only, from
-            the first that predicts a label: (T, K, V), K <= S.
+            the first that predicts a label: (T, K, V), K <= S. With `padding_free` they are (1, N) and (1, K, V), and
+            `text_of` (1, N) says whose token each is. Also `lengths` (T,) of the widened texts, and `positions`, the
+            number that was computed for them.
         """
         images = {"pixel_values": pixel_values, "image_sizes": image_sizes, "image_grid_thw": image_grid_thw}
         images = {name: value for name, value in images.items() if value is not None}
@@ -95,16 +101,20 @@ class ImageText(Publishing):
         condition = current()  # one that the caller has set around the call takes precedence
         if condition is None:
             condition = self.condition_of(features, image_owner, text_owner, num_slots, widened.attention_mask)
-        self.widened_labels = widened.labels
+        arguments, labels = self.arguments(widened, features, image_grid_thw, image_rows), widened.labels
+        row = TextRow(widened.attention_mask.bool()) if padding_free else None
+        if row is not None:
+            arguments |= self.row_arguments(row, arguments)
+            labels = None if labels is None else row.labels(labels)
+            condition = dataclasses.replace(condition, segments=row.segments)
+        self.widened_labels = labels
         with conditioned(condition):
-            outputs = super().forward(
-                **self.arguments(widened, features, image_grid_thw, image_rows),
-                logits_to_keep=_asked(widened.labels),
-                use_cache=False,
-                **kwargs,
-            )
-        if widened.labels is not None:
-            outputs["labels"] = widened.labels
+            outputs = super().forward(**arguments, logits_to_keep=_asked(labels), use_cache=False, **kwargs)
+        if labels is not None:
+            outputs["labels"] = labels
+        outputs["lengths"], outputs["positions"] = widened.attention_mask.sum(1), arguments["input_ids"].numel()
+        if row is not None:
+            outputs["text_of"] = row.text_of
         unread = sorted(set(range(len(features))) - set(image_rows.tolist()))
         if unread and torch.is_grad_enabled() and features[0].requires_grad:
             # All ranks must reach the vision tower in backward, also one whose images no text refers to.
@@ -167,6 +177,23 @@ class ImageText(Publishing):
             read = BaseModelOutputWithPooling(pooler_output=[features[i] for i in image_rows.tolist()])
             arguments["mm_encoder_outputs"] = {"image": read}
         return arguments
+
+    def row_arguments(self, row: TextRow, arguments: dict[str, Any]) -> dict[str, Any]:
+        """What changes in the `arguments` for widened texts where these are read as one row."""
+        ids, mask = arguments["input_ids"], arguments["attention_mask"]
+        positions = row.position_ids
+        if "mm_token_type_ids" in arguments:  # positions in time, height and width, behind those that tell texts apart
+            names = ("mm_token_type_ids", "image_grid_thw")
+            given = {name: arguments[name] for name in names if name in arguments}
+            spatial, _ = self.model.get_rope_index(ids, attention_mask=mask, **given)
+            positions = torch.stack([positions, *(row.of(axis) for axis in spatial)])
+        implementation = self.config.text_config._attn_implementation or "eager"
+        return {
+            **{name: row.of(arguments[name]) for name in ("input_ids", "mm_token_type_ids") if name in arguments},
+            "attention_mask": None,  # transformers makes it of the positions
+            "position_ids": positions,
+            **row.attention_arguments(implementation),
+        }
 
     def condition_of(
         self,

@@ -12,12 +12,14 @@ from mmpeft_ds.data.options import SourceOptions
 from mmpeft_ds.data.order import steps_of
 from mmpeft_ds.errors import BadInput
 from mmpeft_ds.fitting import ByOption, chosen, described, settings
-from mmpeft_ds.methods.base import MethodOptions
+from mmpeft_ds.methods.base import MethodOptions, SiteMethod
 from mmpeft_ds.recipe import Recipe, Section, find_file, where
 from mmpeft_ds.recipe.options import OptimOptions
 from mmpeft_ds.tasks.common.options import TaskOptions
 
 if TYPE_CHECKING:  # what is checked first must not wait for torch
+    from peft import PeftConfig
+
     from mmpeft_ds.backbones.base import BackboneBase
     from mmpeft_ds.tasks.base import TaskBase
 
@@ -33,6 +35,7 @@ def check_values(recipe: Recipe) -> None:
         ("data.global_batch", data.global_batch >= 1, "must be 1 or more"),
         ("data.workers", data.workers >= 0, "must be 0 or more"),
         ("data.prefetch", data.prefetch >= 1, "must be 1 or more"),
+        ("data.pack", data.pack >= 0, "must be 0 (off), or the tokens of a micro-batch"),
         ("data.shuffle_block", data.shuffle_block >= 1, "must be 1 or more"),
         ("data.max_bad_fraction", 0 <= data.max_bad_fraction <= 1, "must lie in [0, 1]"),
         ("data.max_bad_in_a_row", data.max_bad_in_a_row >= 1, "must be 1 or more"),
@@ -70,6 +73,11 @@ def check_values(recipe: Recipe) -> None:
         raise BadInput(
             f"{where(recipe, 'optim.accumulation')}: {optim.accumulation} does not divide data.global_batch "
             f"{data.global_batch}. Choose a divisor, so that every micro-step has equally many slots."
+        )
+    if data.pack and optim.accumulation > 1:
+        raise BadInput(
+            f"{where(recipe, 'optim.accumulation')}: {optim.accumulation}, but with data.pack: {data.pack} a step "
+            "takes as many micro-steps as its tokens need. Leave it out."
         )
     check_unread(recipe)
     if engine.patience and not data.validation:
@@ -311,6 +319,35 @@ def check_coupling(recipe: Recipe, train_tasks: list[TaskBase], method: MethodOp
             f"{where(recipe, 'optim.accumulation')}: {type(coupled[0]).__name__} couples the samples of a step, which "
             f"accumulation would split. Set optim.accumulation: 1 and use more ranks or a smaller data.global_batch."
         )
+
+
+def check_packing(
+    recipe: Recipe,
+    backbone: BackboneBase,
+    train: Sequence[tuple[str, TaskBase, Manifest]],
+    method: type[SiteMethod],
+    config: PeftConfig,
+) -> None:
+    """Refuse `data.pack` where texts cannot share a row. Raises BadInput.
+
+    Args:
+        train: position, task and manifest of each training source.
+    """
+    if not recipe.data.pack:
+        return
+    at = f"{where(recipe, 'data.pack')}: {recipe.data.pack}, but"
+    if not backbone.packs:
+        name = recipe.backbone["name"]
+        raise BadInput(f"{at} the backbone {name} reads each text in a row of its own. Leave it out.")
+    for key, task, manifest in train:
+        if task.couples_samples:
+            raise BadInput(
+                f"{at} the task of {key} couples the samples of a step, which micro-batches would split. Leave it out."
+            )
+        if manifest.towers:
+            raise BadInput(f"{at} {key} holds stored features, whose tokens are not counted. Leave it out.")
+    if reason := method.unpackable(config, backbone.attention):
+        raise BadInput(f"{at} {recipe.method['name']}: {reason} Leave it out, or choose another method.")
 
 
 def check_texts(recipe: Recipe, key: str, options: SourceOptions, method: MethodOptions) -> None:

@@ -7,6 +7,7 @@ slot of it with weight 0.
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import torch
@@ -50,7 +51,8 @@ def complete(batch: PackedBatch, anywhere: list[float], backbone: Any, task: Any
         slot.texts, slot.targets = [backbone.dummy("text")], [task.dummy_target()]
     dummy = pack([slot], backbone.collate_images, backbone.collate_texts, task.collate)
     slots = len(batch.sample_id)
-    return PackedBatch(
+    return dataclasses.replace(
+        batch,
         sample_id=batch.sample_id + dummy.sample_id,
         weight=torch.cat([batch.weight, dummy.weight]),
         images=dummy.images or batch.images,
@@ -60,7 +62,6 @@ def complete(batch: PackedBatch, anywhere: list[float], backbone: Any, task: Any
         targets=_append(batch.targets, dummy.targets),
         records=batch.records + dummy.records,
         raw_texts=batch.raw_texts + dummy.raw_texts,
-        bad=batch.bad,
         changes=None if batch.changes is None else torch.cat([batch.changes, torch.zeros_like(dummy.changes)]),
     )
 

@@ -26,6 +26,7 @@ from mmpeft_ds.engine.assembly import feature_bank
 from mmpeft_ds.engine.assembly.checks import (
     check_contrast,
     check_coupling,
+    check_packing,
     picture_notes,
     run_notes,
     stored_notes,
@@ -135,6 +136,8 @@ def resolve(recipe: Recipe, assumed: Assumed | None = None) -> Resolved:
                 backbone.check_generation(sources[key].task.generation)
     train, validation = ([sources[key] for key in plain.of(role)] for role in ("sources", "validation"))
     check_coupling(recipe, [source.task for source in train], parts.method.options)
+    trained_on = [(key, sources[key].task, manifests[key]) for key in plain.of("sources")]
+    check_packing(recipe, backbone, trained_on, method, method_config)
     for key, source in zip(plain.of("sources"), train, strict=True):
         check_contrast(recipe, key, source.options, source.task, source.samples)
     if backbone.reads_bank:

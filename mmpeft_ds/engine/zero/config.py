@@ -188,6 +188,15 @@ def _check_offload(path: Path, zero: dict[str, Any]) -> None:
             )
 
 
+def divisor(recipe: Recipe) -> int:
+    """The number by which DeepSpeed divides the loss of each micro-batch.
+
+    Where micro-batches are planned by tokens a step has as many as it needs, and the engine is told which one is the
+    last. The number is then any above 1, with which DeepSpeed prepares to add gradients up.
+    """
+    return 2 if recipe.data.pack else recipe.optim.accumulation
+
+
 def merge(config: dict[str, Any], recipe: Recipe, world_size: int, trainable: int) -> dict[str, Any]:
     """The configuration for DeepSpeed: the JSON and the recipe's part.
 
@@ -203,7 +212,7 @@ def merge(config: dict[str, Any], recipe: Recipe, world_size: int, trainable: in
         if zero.get(key, "auto") == "auto":
             zero[key] = max(2 * trainable, 1 << 16)
     # The slots may be uneven over ranks. DeepSpeed only prints these numbers, and checks that they are consistent.
-    accumulation = recipe.optim.accumulation
+    accumulation = divisor(recipe)
     micro = max(1, -(-recipe.data.global_batch // (world_size * accumulation)))
     return {
         **config,

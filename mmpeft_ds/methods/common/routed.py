@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -193,7 +194,8 @@ class Bottleneck(nn.Module):
             return self.routed(h, v, mask, scale)
         h, v = F.linear(x, self.A_text, b), F.linear(y, self.A_image, b)
         if self.variant == "cross_attention":
-            z = bottleneck_attention(h, v, (self.W_q, self.W_k, self.W_v, self.W_out), self.heads, mask)
+            weights = (self.W_q, self.W_k, self.W_v, self.W_out)
+            z = _text_by_text(lambda h, v: bottleneck_attention(h, v, weights, self.heads, mask), h, v)
         else:
             z = self.routed(h, v, mask)
         if self.variant == "split_merge_ln":
@@ -217,14 +219,24 @@ class Bottleneck(nn.Module):
             v = torch.where(mask.bool().unsqueeze(-1), v, 0)
         if scale != 1.0 and self.kind == "mul":
             v, scale = v * scale, 1.0  # v has few rows
+        return scaled(_text_by_text(self._route, h, v), scale)
+
+    def _route(self, h: Tensor, v: Tensor) -> Tensor:
         n = h.shape[-1] // self.blocks
         pairs = [(h, v)] if self.blocks == 1 else zip(h.split(n, -1), v.split(n, -1), strict=True)
         pieces = [route(self.kind, a, b, reshape_compat=self.reshape_compat) for a, b in pairs]
-        z = pieces[0] if len(pieces) == 1 else torch.cat(pieces, -1)
-        return scaled(z, scale)
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces, -1)
 
     def _pairs(self, x: Tensor, y: Tensor) -> tuple[tuple[Tensor, Tensor, Tensor], ...]:
         return (x, self.A_text, self.U_text), (y, self.A_image, self.U_image)
+
+
+def _text_by_text(combine: Callable[[Tensor, Tensor], Tensor], h: Tensor, v: Tensor) -> Tensor:
+    """`combine(h, v)` with a row of `h` for each row of `v`, also where the tower reads all texts as one row; there
+    the bottleneck, which is narrow, gets its padding back."""
+    condition = current()
+    segments = None if condition is None else condition.segments
+    return combine(h, v) if segments is None else segments.join(combine(segments.split(h), v))
 
 
 def scaled(z: Tensor, scale: float) -> Tensor:

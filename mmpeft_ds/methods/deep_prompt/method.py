@@ -119,6 +119,11 @@ class DeepPrompt(SiteMethod):
         if config.style == "prefix":
             _attention(config, chosen)
 
+    @classmethod
+    def unpackable(cls, config: DeepPromptConfig, attention: str) -> str | None:
+        """A mask lets every text see the prompts; lengths of texts, which flash-attn takes in its place, do not."""
+        return None if attention in ("sdpa", "eager") else "its prompts need engine.attention: sdpa or eager there."
+
 
 def _attention(config: DeepPromptConfig, chosen: Selection) -> list[AttentionSite]:
     attentions = []

@@ -75,6 +75,11 @@ class RoutedAdapter(SiteMethod):
         widths = {path: place.width for path, place in adapter_places(config, sites).items()}
         check_condition(config, widths, condition_width)
 
+    @classmethod
+    def unpackable(cls, config: RoutedAdapterConfig, attention: str) -> str | None:
+        """A layer that pools or mixes its own tokens would take those of all texts of a row."""
+        return None if config.tokenwise else "this route mixes all tokens of a row."
+
 
 def adapter_places(
     config: RoutedAdapterConfig, sites: Sites, order: dict[str, int] | None = None

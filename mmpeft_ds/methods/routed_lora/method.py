@@ -81,6 +81,11 @@ class RoutedLora(SiteMethod):
         check_condition(config, {path: parts[0].in_width for path, parts in projections.items()}, condition_width)
 
     @classmethod
+    def unpackable(cls, config: RoutedLoraConfig, attention: str) -> str | None:
+        """A layer that pools or mixes its own tokens would take those of all texts of a row."""
+        return None if config.tokenwise else "this route mixes all tokens of a row."
+
+    @classmethod
     def kind(cls, name: str) -> str:
         """As every method; the trained bias of a routed projection stands inside its low-rank path."""
         kind = super().kind(name)

@@ -1,0 +1,54 @@
+"""How many tokens an image of some size becomes, without its pixels."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+
+class ImageTokens:
+    """(height, width) -> tokens, as the image processor and the model themselves have it: a black image goes through
+    the processor, and what comes out says the number, or the model without storage does.
+
+    Args:
+        transform: of images, as the backbone's `image_transform` gives it.
+        collate: its `collate_images`.
+        merge: patches along a side that become one token, where the processor gives grids of patches.
+        build: the model on the meta device; called when it is needed, at most once.
+    """
+
+    def __init__(
+        self,
+        transform: Callable[[Tensor, Any], Any],
+        collate: Callable[[list[Any]], dict[str, Tensor]],
+        merge: int,
+        build: Callable[[], PreTrainedModel],
+    ):
+        self._transform, self._collate, self._merge, self._build = transform, collate, merge, build
+        self._by_size: dict[tuple[int, int], int] = {}
+        self._by_shape: dict[tuple, int] = {}
+
+    def __call__(self, height: int, width: int) -> int:
+        if (height, width) not in self._by_size:
+            black = torch.zeros(3, height, width, dtype=torch.uint8)
+            self._by_size[height, width] = self._of(self._collate([self._transform(black, None)]))
+        return self._by_size[height, width]
+
+    def _of(self, image: dict[str, Tensor]) -> int:
+        if "image_grid_thw" in image:
+            return int(image["image_grid_thw"].prod()) // self._merge**2
+        sizes = {name: value for name, value in image.items() if name != "pixel_values"}
+        shape = (tuple(image["pixel_values"].shape), *(tuple(v.flatten().tolist()) for v in sizes.values()))
+        if shape not in self._by_shape:
+            pixels = image["pixel_values"].to("meta")
+            self._by_shape[shape] = len(self._model.image_features({"pixel_values": pixels, **sizes})[0])
+        return self._by_shape[shape]
+
+    @functools.cached_property
+    def _model(self) -> PreTrainedModel:
+        return self._build()

@@ -1,0 +1,161 @@
+"""Tokens of every sample of a source, by which micro-batches are planned; counted once and kept beside the data.
+
+The counts are those of the backbone's tokenizer, template, limits and image rule, and of the task's texts; the name of
+the file has a hash of all these. A task that draws texts anew in each epoch is counted by one drawing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from mmpeft_ds.backbones.base import BackboneBase
+from mmpeft_ds.backbones.common.stock import short_hash
+from mmpeft_ds.data import order
+from mmpeft_ds.data.batch import with_images
+from mmpeft_ds.data.decode import size_of
+from mmpeft_ds.data.manifest import local_path
+from mmpeft_ds.data.shards import ShardReader, members, record_of
+from mmpeft_ds.data.stream import identify, image_names
+from mmpeft_ds.data.workers import WorkerPool
+from mmpeft_ds.distributed.collectives import first_message, gather_everywhere, on_rank0
+from mmpeft_ds.distributed.processes import Ranks
+from mmpeft_ds.engine.assembly.resolve import Resolved, ResolvedSource
+from mmpeft_ds.engine.text_check import places_of
+from mmpeft_ds.errors import BadInput, BadSample
+from mmpeft_ds.files import replacing
+from mmpeft_ds.progress import Progress
+from mmpeft_ds.tasks.base import TaskBase
+
+log = logging.getLogger(__name__)
+CHUNK = 64  # samples counted at a time
+FEW = 2000  # samples for which no workers are started
+
+
+def token_counts(resolved: Resolved, source: ResolvedSource, ranks: Ranks) -> np.ndarray:
+    """(samples,) int32 tokens of each sample that is used, in the order of the shards; 0 for one that cannot be read.
+
+    Read from the file beside the data where there is one, else counted by all ranks together and written by rank 0.
+    Collective.
+
+    Raises:
+        BadInput: on all ranks: a shard cannot be read.
+    """
+    file = file_of(resolved, source)
+    known = on_rank0(lambda: read(file, source.samples))
+    if known is not None:
+        return known
+    places = places_of(source)
+    cut = [r * len(places) // ranks.world_size for r in (ranks.rank, ranks.rank + 1)]
+    mine, problem = np.zeros(0, np.int32), ""
+    try:
+        title = f"tokens of {source.manifest.name}-{source.options.split}"
+        mine = count(resolved, source, places[cut[0] : cut[1]], title if ranks.rank == 0 else "")
+    except BadInput as error:
+        problem = str(error)
+    if problem := first_message(problem):
+        raise BadInput(problem)
+    counts = np.concatenate(gather_everywhere([mine]))
+    on_rank0(lambda: _write(file, counts))
+    return counts
+
+
+def count(resolved: Resolved, source: ResolvedSource, places: list[tuple[int, int]], title: str = "") -> np.ndarray:
+    """Tokens of the samples at these (shard, sample), int32.
+
+    Args:
+        title: of the progress that is shown; empty for none.
+    """
+    data = resolved.recipe.data
+    counter = _Counter(resolved.backbone, source, data.allow_pipe)
+    pool = WorkerPool(counter, data.workers if len(places) > FEW else 0, data.prefetch)
+    chunks = [places[i : i + CHUNK] for i in range(0, len(places), CHUNK)]
+    progress = Progress(title, len(places), "samples", shown=bool(title))
+    counts = [np.zeros(0, np.int32)]
+    try:
+        with progress:
+            for part in pool.run(chunks):
+                counts.append(part)
+                progress.advance(len(part))
+    finally:
+        pool.close()
+        counter.close()
+    return np.concatenate(counts)
+
+
+def file_of(resolved: Resolved, source: ResolvedSource) -> Path | None:
+    """Where the counts of a source are kept: beside its data, or below `data.cache_dir` for remote data; None if
+    nowhere."""
+    folder = local_path(source.manifest.dir) or resolved.recipe.data.cache_dir
+    if not folder:
+        return None
+    facts = {
+        "backbone": [type(resolved.backbone).__name__, resolved.backbone.tokens_key()],
+        "task": [source.options.task, dataclasses.asdict(source.task.options)],
+        "shards": [shard.sha256 for shard in source.manifest.shards(source.options.split)],
+        "subset": sorted(source.subset.keys) if source.subset else None,
+    }
+    return Path(folder) / f"tokens-{source.manifest.name}-{source.options.split}-{short_hash(facts)}.npy"
+
+
+def read(file: Path | None, samples: int) -> np.ndarray | None:
+    """The counts in a file; None if there is none, or not of as many samples."""
+    if file is None or not file.is_file():
+        return None
+    try:
+        counts = np.load(file, allow_pickle=False)
+    except (OSError, ValueError, EOFError):
+        return None
+    return counts if counts.shape == (samples,) and counts.dtype == np.int32 else None
+
+
+def _write(file: Path | None, counts: np.ndarray) -> None:
+    if file is None or not os.access(file.parent, os.W_OK):
+        log.warning("token counts cannot be kept beside the data and are made again at the next start")
+        return
+    buffer = io.BytesIO()
+    np.save(buffer, counts)
+    with replacing(file) as temporary:
+        temporary.write_bytes(buffer.getvalue())
+
+
+class _Counter:
+    """(shard, sample) of some samples -> int32 tokens of each; works in other processes."""
+
+    def __init__(self, backbone: BackboneBase, source: ResolvedSource, allow_pipe: bool):
+        self.backbone, self.task = backbone, source.task
+        self.reader = ShardReader(source.manifest, source.options.split, "", allow_pipe)
+
+    def __call__(self, places: list[tuple[int, int]]) -> np.ndarray:
+        return np.array([self._tokens(piece) for piece in self.reader.read(places)], np.int32)
+
+    def close(self) -> None:
+        self.reader.close()
+
+    def _tokens(self, piece: bytes | BadSample) -> int:
+        if isinstance(piece, BadSample):
+            return 0
+        try:
+            key, parts = members(piece)
+            texts, sizes = read_texts(self.task, key, parts)
+            return self.backbone.tokens(texts, sizes)
+        except (BadSample, TypeError, KeyError, ValueError, IndexError, AttributeError):
+            return 0  # the stream will say what is wrong with it
+
+
+def read_texts(task: TaskBase, key: str, parts: dict[str, bytes]) -> tuple[list[Any], list[tuple[int, int]]]:
+    """Texts of a sample as training reads them, and (height, width) of its images. Raises BadSample and whatever a
+    task raises on a record of another form."""
+    record = record_of(parts)
+    if task.identifies_pictures:
+        identify(record, parts)
+    sizes = [size_of(parts[name]) for name in image_names(parts)]
+    texts, _ = task.read(record, torch.Generator().manual_seed(order.key_of(key)))
+    return with_images(texts, len(sizes)), sizes

@@ -1,0 +1,57 @@
+"""Micro-batches planned by tokens: the losses of padded batches, on any number of ranks, resumed on another one."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.helpers import launch
+from tests.helpers.runs import tiny_talk
+
+pytestmark = [pytest.mark.distributed, pytest.mark.slow]
+SCRIPT = "tests.helpers.rank_scripts.train_recipes"
+PACK = 160
+
+
+def rows(folder: Path, name: str) -> list[dict]:
+    return [json.loads(line) for line in (folder / name / "metrics.jsonl").read_text().splitlines()]
+
+
+def train(*recipes: str, ranks: int) -> None:
+    result = launch.run_forked(SCRIPT, *recipes, ranks=ranks)
+    assert result.code == 0, result.tail()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("pack")
+    tiny_talk.write(path)
+    train(tiny_talk.recipe(path, "padded"), tiny_talk.recipe(path, "one", data__pack=PACK), ranks=1)
+    two = [tiny_talk.recipe(path, f"two{stage}", stage, data__pack=PACK) for stage in (1, 3)]
+    train(*two, tiny_talk.recipe(path, "moved", optim__max_steps=3, data__pack=PACK), ranks=2)
+    train(tiny_talk.recipe(path, "moved", data__pack=PACK), ranks=1)
+    return path
+
+
+@pytest.mark.parametrize("name", ["one", "two1", "two3", "moved"])
+def test_packed_micro_batches_give_the_losses_and_samples_of_padded_ones(folder, name):
+    want, found = rows(folder, "padded"), rows(folder, name)
+    assert [r["sample_keys_hash"] for r in found] == [r["sample_keys_hash"] for r in want]
+    assert [r["weight"] for r in found] == [r["weight"] for r in want]
+    assert [r["loss"] for r in found] == pytest.approx([r["loss"] for r in want], abs=1e-5)
+    assert [r["grad_norm"] for r in found] == pytest.approx([r["grad_norm"] for r in want], rel=1e-4)
+
+
+def test_packed_micro_batches_hold_no_padding(folder):
+    assert min(r["padding"] for r in rows(folder, "padded")) > 0.3
+    for name in ("one", "two1", "two3"):
+        found = rows(folder, name)
+        assert max(r["padding"] for r in found) == 0
+        assert len({r["micro_steps"] for r in found}) > 1  # as many as the tokens of a step need
+
+
+def test_tokens_are_counted_once_and_kept_beside_the_data(folder):
+    (kept,) = (folder / "data").glob("tokens-talk-train-*.npy")
+    assert kept.stat().st_size < 400
