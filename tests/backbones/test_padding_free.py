@@ -5,28 +5,41 @@ import dataclasses
 import pytest
 import torch
 
+from mmpeft_ds.backbones import vision_text_decoder
+from mmpeft_ds.backbones.common.text_row import TextRow
 from mmpeft_ds.backbones.mllm.backbone import ENTRY, Options
+from mmpeft_ds.backbones.mllm.model import ImageText
 from mmpeft_ds.data.batch import Prompted, Sample, pack
+from mmpeft_ds.engine import padding
 from mmpeft_ds.engine.assembly.forward import forward
 from mmpeft_ds.methods import get
-from tests.helpers.models import tiny_mllm
+from mmpeft_ds.sites import find_sites
+from tests.helpers.models import tiny_mllm, tiny_towers
 
 FAMILIES = list(tiny_mllm.FAMILIES)
+QUESTIONS = [
+    ([1], [Prompted("what color is it", "red")], 1.0),
+    ([2, 3], [Prompted("is it the same shape", "no")], 1.0),
+    ([4], [Prompted("is it round", "yes"), Prompted("what shape is it", "a big circle")], 1.0),
+    ([], [Prompted("is there a square", "blue")], 1.0),
+    ([], [Prompted("is it red", "no")], 0.0),
+]
+TURNS = (("user", "is there a circle ?"), ("assistant", "no ."))
+TALK = [*QUESTIONS, ([], [Prompted("and the square ?", "blue .", TURNS)], 1.0)]
 METHODS = {
     "lora": {"r": 2, "target_modules": ["q_proj", "v_proj"]},
     "routed_lora": {"r": 2, "route": "matmul1"},
     "routed_adapter": {"r": 4, "route": "add", "pool": "mean"},
     "adapter": {"r": 4},
     "aurora": {"r": 2, "dropout": 0.0, "towers": ["text"]},
-    "graph_lora": {"r": 2},
     "p_adapter": {"r": 2, "r2": 2},
     "deep_prompt": {"length": 3},
 }
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    return {family: tiny_mllm.write(tmp_path_factory.mktemp(family), family) for family in FAMILIES}
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("models")
 
 
 def image(seed):
@@ -34,16 +47,7 @@ def image(seed):
     return torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
 
 
-def batch_of(backbone):
-    """An image and a question; two images; two questions about one image; talk without image; a slot of weight 0."""
-    talk = Prompted("and the square ?", "blue .", (("user", "is there a circle ?"), ("assistant", "no .")))
-    samples = [
-        ([1], [Prompted("what color is it ?", "red .")], 1.0),
-        ([2, 3], [Prompted("<image> and <image> same shape ?", "no")], 1.0),
-        ([4], [Prompted("is it round ?", "yes"), Prompted("what shape is it ?", "a big circle .")], 1.0),
-        ([], [talk], 1.0),
-        ([], [Prompted("is it red ?", "no")], 0.0),
-    ]
+def batch_of(backbone, samples):
     transform = backbone.image_transform(False)
     given = [
         Sample(str(i), weight, [transform(image(n)) for n in images], texts, [0] * len(texts))
@@ -52,55 +56,131 @@ def batch_of(backbone):
     return pack(given, backbone.collate_images, backbone.collate_texts, lambda t: {})
 
 
-def made(folder, method, attention="sdpa", condition="tokens", dtype=torch.float64):
-    """A model with a method whose trained weights are no longer those of the start, which may change nothing."""
-    backbone = ENTRY(Options(folder, condition=condition), None)
+def mllm(folder, family="llava", **options):
+    if not (folder / family).exists():
+        tiny_mllm.write(folder / family, family)
+    return ENTRY(Options(str(folder / family), **options), None)
+
+
+def decoder(folder, family="gpt2", **options):
+    if not (folder / "vit").exists():
+        tiny_towers.write_vision(folder / "vit", "vit")
+    if not (folder / family).exists():
+        tiny_towers.write_decoder(folder / family, family)
+    entry, paths = vision_text_decoder.ENTRY, {"vision": str(folder / "vit"), "text": str(folder / family)}
+    return entry(entry.Options(**paths, image_size=8, max_text_length=12, **options), None)
+
+
+def adapted(backbone, method="lora", attention="sdpa", dtype=torch.float64, **options):
+    """The model with a method whose trained weights are no longer those of the start, which may change nothing."""
     backbone.attention, backbone.dtype = attention, dtype
+    backbone.check()
     base = backbone.build().eval()
     entry = get(method)
-    config = entry.config(entry.Options(**METHODS[method]), lambda key: key)
-    from mmpeft_ds.sites import find_sites
-
+    config = entry.config(entry.Options(**(options or METHODS[method])), lambda key: key)
     model = entry.attach(entry.prepare(config, base, find_sites(base)), base).eval()
     torch.manual_seed(3)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.add_(0.2 * torch.randn_like(parameter))
-    return backbone, model
+    return model
 
 
 def outcome(backbone, model, batch, scores):
-    """Losses of each text, and the gradient of their weighted sum to every trained tensor."""
+    """Mean loss of each text, tokens, right ones, and the gradient of the mean loss to every trained tensor."""
     model.zero_grad()
     output = forward(model, backbone, batch, scores=scores)
     losses, tokens = output.token_losses()
-    (losses * batch.text_weight).sum().backward()
+    ((losses * batch.text_weight).sum() / tokens.sum()).backward()
+    trained = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
     return (
-        losses.detach(),
-        tokens,
-        output.tokens_right(),
-        {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None},
+        losses.detach() / tokens,
+        tokens.tolist(),
+        output.tokens_right().tolist(),
+        trained,
+        padding.places(output, batch),
     )
 
 
-def compare(backbone, model, scores=True, tolerance=1e-9):
-    batch = batch_of(backbone)
+def compare(backbone, model, samples, scores=True, tolerance=1e-9):
+    batch = batch_of(backbone, samples)
     padded = outcome(backbone, model, batch, scores)
-    one_row = outcome(backbone, model, dataclasses.replace(batch, padding_free=True), scores)
-    torch.testing.assert_close(one_row[0], padded[0], rtol=tolerance, atol=tolerance)
-    assert one_row[1].tolist() == padded[1].tolist()
-    assert one_row[2].tolist() == padded[2].tolist()
-    assert one_row[3].keys() == padded[3].keys() and padded[3]
+    row = outcome(backbone, model, dataclasses.replace(batch, padding_free=True), scores)
+    torch.testing.assert_close(row[0], padded[0], rtol=tolerance, atol=tolerance)
+    assert row[1:3] == padded[1:3]
+    assert row[3].keys() == padded[3].keys() and any(g.abs().max() > 1e-4 for g in padded[3].values())
     for name, gradient in padded[3].items():
-        torch.testing.assert_close(one_row[3][name], gradient, rtol=tolerance, atol=tolerance, msg=name)
+        torch.testing.assert_close(row[3][name], gradient, rtol=tolerance, atol=tolerance, msg=name)
+    (positions, read), (row_positions, row_read) = padded[4].tolist(), row[4].tolist()
+    assert row_read == read and read < row_positions < 0.8 * positions  # what is left is the text of weight 0
+    counted = sum(
+        backbone.tokens(texts, [image(n).shape[1:] for n in images]) for images, texts, _ in with_counts(samples)
+    )
+    assert counted == row_positions
+
+
+def with_counts(samples):
+    return [(images, [t.with_images(len(images)) for t in texts], weight) for images, texts, weight in samples]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_one_row_gives_the_losses_and_gradients_of_padded_rows(folders, family):
-    compare(*made(folders[family], "lora"))
+def test_one_row_gives_the_losses_and_gradients_of_padded_rows(folder, family):
+    backbone = mllm(folder, family)
+    compare(backbone, adapted(backbone), TALK)
 
 
 @pytest.mark.parametrize("method", [m for m in METHODS if m != "lora"])
-def test_every_method_sees_each_text_by_itself(folders, method):
-    compare(*made(folders["llava"], method))
+def test_every_method_sees_each_text_by_itself(folder, method):
+    backbone = mllm(folder, condition="tokens")
+    compare(backbone, adapted(backbone, method), TALK)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_composed_decoders_read_one_row_too(folder, family):
+    backbone = decoder(folder, family, prefix="tokens")
+    compare(backbone, adapted(backbone, "routed_lora", r=2, route="mul"), QUESTIONS)
+
+
+def test_without_a_prefix_and_with_a_token_before_it(folder):
+    for options in ({"prefix": "none"}, {"prefix": "pooled", "begin_token": True}):
+        backbone = decoder(folder, **options)
+        compare(backbone, adapted(backbone, "adapter", r=2), QUESTIONS)
+
+
+def test_eager_attention_and_plain_logits_in_float32(folder):
+    backbone = mllm(folder, "qwen2_vl")
+    model = adapted(backbone, attention="eager", dtype=torch.float32)
+    compare(backbone, model, TALK, scores=False, tolerance=1e-6)
+
+
+def test_texts_that_see_each_other_have_other_losses(folder, monkeypatch):
+    """The negative control: where positions run on through the row, the mask is that of a single causal text."""
+    backbone, original = mllm(folder), ImageText.row_arguments
+    model = adapted(backbone)
+
+    def running_on(self, row, arguments):
+        found = original(self, row, arguments)
+        return found | {"position_ids": torch.arange(found["position_ids"].shape[1])[None]}
+
+    monkeypatch.setattr(ImageText, "row_arguments", running_on)
+    with pytest.raises(AssertionError, match="not close"):
+        compare(backbone, model, TALK)
+
+
+def test_flash_attention_is_told_where_texts_end():
+    keep = torch.tensor([[1, 1, 1, 0], [1, 0, 0, 0], [0, 1, 1, 0]]).bool()
+    row = TextRow(keep)
+    assert row.position_ids.tolist() == [[0, 1, 2, 0, 0, 1]]
+    told = row.attention_arguments("flash_attention_2")
+    assert told["cu_seq_lens_q"].tolist() == told["cu_seq_lens_k"].tolist() == [0, 3, 4, 6]
+    assert told["cu_seq_lens_q"].dtype == torch.int32 and told["max_length_q"] == 3
+    assert row.attention_arguments("sdpa") == {}
+
+
+def test_segments_give_every_text_a_row_and_put_them_back():
+    row = TextRow(torch.tensor([[1, 1, 1], [1, 0, 0], [1, 1, 0]]).bool())
+    values = torch.arange(12.0).view(1, 6, 2)
+    rows = row.segments.split(values)
+    assert rows.shape == (3, 3, 2) and rows[1, 1:].eq(0).all() and rows[2, 1].tolist() == [10, 11]
+    assert torch.equal(row.segments.join(rows), values)

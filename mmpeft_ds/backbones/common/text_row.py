@@ -24,11 +24,13 @@ class TextRow:
         keep: (T, S) bool, which positions hold a token; at least one in each text.
 
     Attributes:
+        width: S.
         segments: where the texts stand in the row.
         position_ids: (1, N) of each token within its text.
     """
 
     def __init__(self, keep: Tensor):
+        self.width = keep.shape[1]
         self._at = keep.nonzero(as_tuple=True)
         lengths = keep.sum(1)
         text = self._at[0]

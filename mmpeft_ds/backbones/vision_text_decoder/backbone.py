@@ -19,6 +19,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from mmpeft_ds.backbones.common import stock, tower_loading
 from mmpeft_ds.backbones.common.generation import in_step, one_of
 from mmpeft_ds.backbones.common.spelling import Spelling
+from mmpeft_ds.backbones.common.text_row import TextRow
 from mmpeft_ds.backbones.common.texts import collated, fitted, pairs
 from mmpeft_ds.backbones.common.vision_backbone import VisionBackbone
 from mmpeft_ds.backbones.vision_text_decoder.model import (
@@ -38,6 +39,11 @@ class VisionTextDecoderBackbone(VisionBackbone):
 
     Options = Options
     generates = True
+
+    @property
+    def packs(self) -> bool:
+        """The published loss is that of padding too, which a row without padding has not."""
+        return self.options.loss == "fixed"
 
     def check(self) -> None:
         """Refuse what cannot work, from configurations only."""
@@ -116,13 +122,39 @@ class VisionTextDecoderBackbone(VisionBackbone):
 
     def read(self, outputs: VisionTextDecoderOutput, batch: PackedBatch) -> GenerationOutput:
         """Labels moved to the position before each token: the last of the prefix predicts the first token."""
-        return GenerationOutput(outputs.logits, self.labels_at(None, batch, outputs.logits.shape[1]))
+        row, shape = outputs.text_row, outputs.logits.shape
+        labels = self._labels(batch, shape[1], row)
+        text_of = None if row is None else row.text_of
+        lengths = {"lengths": outputs.lengths, "positions": shape[0] * shape[1]}
+        return GenerationOutput(outputs.logits, labels, text_of=text_of, texts=len(batch.text_owner), **lengths)
 
     def labels_at(self, model: Any, batch: PackedBatch, positions: int) -> Tensor:
         """The token that follows each position; nothing follows the last, and a prefix stands before the first."""
+        return self._labels(batch, positions, model.text_row)
+
+    def _labels(self, batch: PackedBatch, positions: int, row: TextRow | None) -> Tensor:
         labels = batch.texts["labels"]
+        if row is not None:
+            whole = nn.functional.pad(labels, (row.width - labels.shape[1], 0), value=-100)
+            return nn.functional.pad(row.labels(whole)[:, 1:], (0, 1), value=-100)
         prefix = positions - labels.shape[1]
         return nn.functional.pad(labels[:, 1:] if prefix == 0 else labels, (max(prefix - 1, 0), 1), value=-100)
+
+    def inputs(self, batch: PackedBatch) -> dict[str, Any]:
+        """As every backbone's, and whether all texts are one row."""
+        return super().inputs(batch) | ({"padding_free": True} if batch.padding_free else {})
+
+    def tokens(self, texts: list[str | Prompted], image_sizes: list[tuple[int, int]]) -> int:
+        """Of all texts of a sample, each behind the vectors of its images."""
+        before = len(image_sizes) * self._prefix_length + self.options.begin_token if image_sizes else 1
+        before = 0 if self.options.prefix == "none" else before
+        return sum(int(self.collate_texts([text])["attention_mask"].sum()) + before for text in texts)
+
+    def tokens_key(self) -> str:
+        """Of tokenizer, limits and prefix."""
+        o = self.options
+        limits = [o.max_text_length, self._start, o.prefix, o.begin_token, self._prefix_length, o.loss]
+        return stock.short_hash([self._tokenizer.backend_tokenizer.to_str(), limits])
 
     def generate(self, model: Any, batch: PackedBatch, choices: list[str] | None = None, **options: Any) -> list[str]:
         """The text generated after start and prompt of each text.

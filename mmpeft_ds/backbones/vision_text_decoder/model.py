@@ -8,6 +8,7 @@ Source: GPT-2 + ViT of the routing paper (arXiv 2403.09377; specs/routing.md 2.2
 from __future__ import annotations
 
 import copy
+import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, Generation
 from transformers.utils import ModelOutput
 
 from mmpeft_ds.backbones.common.composed import HeadLinear
+from mmpeft_ds.backbones.common.text_row import TextRow
 from mmpeft_ds.backbones.common.tower_loading import empty_tower
 from mmpeft_ds.backbones.common.vision_model import VisionSide, VisionSideConfig
 from mmpeft_ds.errors import BadInput
@@ -40,11 +42,15 @@ class VisionTextDecoderOutput(ModelOutput):
         logits: (T, P + L, V); position s predicts what follows it.
         past_key_values: cache, during generation.
         image_features: (I, m, d) as in `VisionTextEncoderOutput`.
+        text_row: where the T texts were read as one row of N positions, prefixes included; logits are then (1, N, V).
+        lengths: (T,) positions of each text with its prefix, without padding.
     """
 
     logits: Tensor | None = None
     past_key_values: Any = None
     image_features: Tensor | None = None
+    text_row: TextRow | None = None
+    lengths: Tensor | None = None
 
 
 class VisionProjection(nn.Module):
@@ -73,7 +79,10 @@ class VisionTextDecoder(VisionSide, GenerationMixin):
 
     Attributes:
         head_modules: the projection of the image vectors, where there is one.
+        text_row: that of the forward that is running, or was last.
     """
+
+    text_row: TextRow | None = None
 
     config_class = VisionTextDecoderConfig
 
@@ -105,6 +114,7 @@ class VisionTextDecoder(VisionSide, GenerationMixin):
         image_owner: Tensor | None = None,
         text_owner: Tensor | None = None,
         num_slots: int | None = None,
+        padding_free: bool = False,
         inputs_embeds: Tensor | None = None,
         position_ids: Tensor | None = None,
         past_key_values: Any = None,
@@ -126,6 +136,7 @@ class VisionTextDecoder(VisionSide, GenerationMixin):
             image_owner: (I,) slot of each image, non-decreasing; None: image i belongs to slot i.
             text_owner: (T,) slot of each text; None: text j belongs to slot j.
             num_slots: S; None: as many as texts.
+            padding_free: read all texts, each behind its images, as one row, one behind the other and each by itself.
             inputs_embeds, position_ids, past_key_values, use_cache, condition_tokens, condition_mask,
                 logits_to_keep: of a step of `generate`, which has joined prefix and prompt itself.
             return_dict: accepted for transformers' sake; the output is always a ModelOutput.
@@ -150,11 +161,16 @@ class VisionTextDecoder(VisionSide, GenerationMixin):
         )
         counted = keep.clone()
         counted[:, prefix:] = 1
+        arguments = {"inputs_embeds": hidden, "attention_mask": keep, "position_ids": _positions(counted)}
+        row = TextRow(keep.bool()) if padding_free else None
+        self.text_row = row
+        if row is not None:
+            arguments = {"inputs_embeds": row.of(hidden), "attention_mask": None, "position_ids": row.position_ids}
+            arguments |= row.attention_arguments(self.text_model.config._attn_implementation or "eager")
+            condition = dataclasses.replace(condition, segments=row.segments)
         with conditioned(condition):
-            out = self.text_model(
-                inputs_embeds=hidden, attention_mask=keep, position_ids=_positions(counted), use_cache=False
-            )
-        return VisionTextDecoderOutput(out.logits, image_features=images)
+            out = self.text_model(**arguments, use_cache=False)
+        return VisionTextDecoderOutput(out.logits, image_features=images, text_row=row, lengths=keep.sum(1))
 
     @torch.no_grad()
     def generate(

@@ -327,24 +327,26 @@ def check_packing(
     train: Sequence[tuple[str, TaskBase, Manifest]],
     method: type[SiteMethod],
     config: PeftConfig,
+    takes_features: bool,
 ) -> None:
     """Refuse `data.pack` where texts cannot share a row. Raises BadInput.
 
     Args:
         train: position, task and manifest of each training source.
+        takes_features: the backbone reads stored features in the place of pixels.
     """
     if not recipe.data.pack:
         return
     at = f"{where(recipe, 'data.pack')}: {recipe.data.pack}, but"
     if not backbone.packs:
         name = recipe.backbone["name"]
-        raise BadInput(f"{at} the backbone {name} reads each text in a row of its own. Leave it out.")
+        raise BadInput(f"{at} the backbone {name} reads each text in a row of its own, as it is set. Leave it out.")
     for key, task, manifest in train:
         if task.couples_samples:
             raise BadInput(
                 f"{at} the task of {key} couples the samples of a step, which micro-batches would split. Leave it out."
             )
-        if manifest.towers:
+        if takes_features or manifest.towers:
             raise BadInput(f"{at} {key} holds stored features, whose tokens are not counted. Leave it out.")
     if reason := method.unpackable(config, backbone.attention):
         raise BadInput(f"{at} {recipe.method['name']}: {reason} Leave it out, or choose another method.")

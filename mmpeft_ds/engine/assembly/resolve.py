@@ -137,13 +137,13 @@ def resolve(recipe: Recipe, assumed: Assumed | None = None) -> Resolved:
     train, validation = ([sources[key] for key in plain.of(role)] for role in ("sources", "validation"))
     check_coupling(recipe, [source.task for source in train], parts.method.options)
     trained_on = [(key, sources[key].task, manifests[key]) for key in plain.of("sources")]
-    check_packing(recipe, backbone, trained_on, method, method_config)
+    takes_features = hooks_of(backbone.image_transform(False)).takes_features
+    check_packing(recipe, backbone, trained_on, method, method_config, takes_features)
     for key, source in zip(plain.of("sources"), train, strict=True):
         check_contrast(recipe, key, source.options, source.task, source.samples)
     if backbone.reads_bank:
         backbone.use_bank(feature_bank.shapes(train, labels, method.bank_parts(method_config)))
     check_sites(parts.method, backbone, method, method_config)
-    takes_features = hooks_of(backbone.image_transform(False)).takes_features
     notes = [
         line
         for key, options in plain.sources.items()
