@@ -15,15 +15,21 @@ DEPTHS = (1, 5, 10)
 def ranks(scores_QC: Tensor, relevant_QC: Tensor) -> Tensor:
     """(Q,) rank, from 1, of the best candidate that belongs to each query.
 
-    A wrong candidate with the same score goes first, so that a constant score is no success.
+    A wrong candidate with the same score goes first, so that a constant score is no success; a score that is no finite
+    number counts as the lowest, so that it is none either.
 
     Args:
         scores_QC: higher is better.
         relevant_QC: bool; every query needs at least one.
     """
-    lowest = torch.finfo(scores_QC.dtype).min
-    best = scores_QC.masked_fill(~relevant_QC, lowest).amax(1, keepdim=True)
+    scores_QC = lowest_if_not_finite(scores_QC)
+    best = scores_QC.masked_fill(~relevant_QC, -torch.inf).amax(1, keepdim=True)
     return ((scores_QC >= best) & ~relevant_QC).sum(1) + 1
+
+
+def lowest_if_not_finite(scores: Tensor) -> Tensor:
+    """Scores with minus infinity in the place of NaN and infinities, which compare as if they were the best."""
+    return scores.masked_fill(~scores.isfinite(), -torch.inf)
 
 
 def recall(found: Sequence[int], prefix: str = "", depths: Sequence[int] = DEPTHS) -> dict[str, float]:

@@ -1,5 +1,7 @@
 """Classification: texts that know no label, classes by name, restricted columns, weighted terms, scores."""
 
+import math
+
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
@@ -197,3 +199,19 @@ def test_a_data_set_without_labels_or_with_unknown_classes_is_refused_in_one_lin
         with pytest.raises(BadInput, match="'cat'") as caught:
             task(labels=labels, classes=classes)
         assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("broken", [float("nan"), float("inf"), -float("inf")])
+def test_logits_that_are_no_numbers_give_no_accuracy_at_all(broken):
+    of = task()
+    packed = batch(of, record(0), record(2))
+    logits = 10 * torch.eye(4)[[0, 2]]
+    assert of.score(of.predict(out(logits), packed))["accuracy"] == 1
+    logits[0] = broken  # argmax would take the first class, which is right
+    scores = of.score(of.predict(out(logits), packed))
+    assert math.isnan(scores["accuracy"]) and math.isnan(scores["mean_class_accuracy"])
+
+
+def test_two_classes_of_one_name_are_refused():
+    with pytest.raises(BadInput, match="'fish' names the classes 1, 3"):
+        Classification(Options(), ["bird", "fish", "tool", "fish"])

@@ -1,6 +1,7 @@
 """Which pictures and captions are one in retrieval: a picture by its content, a caption by its row."""
 
 import json
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -60,8 +61,8 @@ def prepared(tmp_path, captions, one_line_a_caption, name="pairs", **more):
     return Manifest.load(out)
 
 
-def evaluated(manifest, right, rank=0, ranks=1, batch=5, **options):
-    """Rows of an evaluation as the engine makes it."""
+def evaluated(manifest, right, rank=0, ranks=1, batch=5, broken=None, **options):
+    """Rows of an evaluation as the engine makes it; `broken` is the feature of one picture."""
     task = ENTRY(Options(loss="contrast", rerank=0, **options), None)
     source = StreamSource(
         manifest,
@@ -76,6 +77,8 @@ def evaluated(manifest, right, rank=0, ranks=1, batch=5, **options):
     )
     stream = Stream([source], DataOptions(global_batch=batch, workers=0), rank=rank, world_size=ranks, train=False)
     parts = [task.collect(outputs(b, right), b) for step in stream.epoch(0) for b in step.micro]
+    if broken is not None:
+        parts[0]["image"][0] = broken
     return task, task.conclude(SimpleNamespace(), parts, "cpu")
 
 
@@ -180,3 +183,13 @@ def test_a_picture_twice_in_a_batch_is_no_negative_of_itself_and_equal_captions_
     torch.testing.assert_close(loss, want)
     for grad, other in zip(grads, torch.autograd.grad(want, [image, text]), strict=True):
         torch.testing.assert_close(grad, other)
+
+
+@pytest.mark.parametrize("broken", [float("nan"), float("inf")])
+def test_a_feature_that_is_no_number_ranks_last_and_leaves_no_score(broken, tmp_path):
+    manifest = prepared(tmp_path, OWN, False)
+    task, rows = evaluated(manifest, True)
+    assert task.score(rows)["r_mean"] == 100
+    task, rows = evaluated(manifest, True, broken=broken)
+    assert min(ranks_of(rows)[1]) == PICTURES, "every caption was compared with the broken picture"
+    assert all(math.isnan(value) for value in task.score(rows).values())

@@ -1,5 +1,6 @@
 """Questions and answers: targets, weights, losses, rows, scores, priors."""
 
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -183,3 +184,15 @@ def test_question_types_of_any_script_have_scores_of_their_own():
     scores = accuracies(rows)
     assert scores["accuracy_数量"] == 1 and scores["accuracy_颜色"] == 0
     assert {scores["accuracy_yes_no"], scores["accuracy_yes_no_2"]} == {0, 1} and scores["accuracy_type"] == 1
+
+
+def test_logits_that_are_no_numbers_give_no_accuracy_at_all():
+    task = Vqa(Options(), LABELS)
+    packed = batch(task, RECORD)
+    logits = torch.full((3, 4), torch.nan)  # argmax would take "yes", which is right for the first question
+    assert math.isnan(task.score(task.predict(outputs(logits), packed))["accuracy"])
+
+
+def test_an_answer_that_stands_twice_in_the_list_is_refused():
+    with pytest.raises(BadInput, match="'yes' names the classes 0, 2"):
+        Vqa(Options(), ["yes", "no", "yes"])

@@ -18,6 +18,7 @@ from mmpeft_ds.errors import BadInput
 from mmpeft_ds.tasks.answering.options import Options
 from mmpeft_ds.tasks.common.losses import weighted_sum
 from mmpeft_ds.tasks.common.questions import QuestionTask, answer_rows, drawn_questions, soft_scores
+from mmpeft_ds.tasks.common.rows import check_different
 
 
 class Answering(QuestionTask):
@@ -37,6 +38,7 @@ class Answering(QuestionTask):
                 "task.listed_only: true, but the data has no label list. Prepare it with one, or say false."
             )
         known = options.choices or (labels if options.listed_only else None)
+        check_different(known or [])
         self._known = None if known is None else dict.fromkeys(known)
         self.generation = {"num_beams": options.num_beams, "max_new_tokens": options.max_new_tokens}
         if options.choices:

@@ -18,6 +18,7 @@ from mmpeft_ds.ops.precision import at_least_float32
 from mmpeft_ds.tasks.base import TaskBase
 from mmpeft_ds.tasks.classification.options import Options
 from mmpeft_ds.tasks.common.losses import weighted_sum
+from mmpeft_ds.tasks.common.rows import NOT_FINITE, check_different, nan_unless_finite
 
 
 class Classification(TaskBase):
@@ -37,6 +38,7 @@ class Classification(TaskBase):
                 "task classification: the data set has no label list. Prepare it with one: it names the classes."
             )
         super().__init__(options, list(labels))
+        check_different(self.labels)
         self._index = {label: i for i, label in enumerate(self.labels)}
         self._own: list[str] = self.labels
         self._columns: list[int] = list(range(len(self.labels)))
@@ -146,10 +148,12 @@ class Classification(TaskBase):
         known, its name (`answer`) and index (`label`) in the training data."""
         if not len(batch.text_owner):
             return []
-        probability, best = self._restricted(at_least_float32(outputs.logits)).softmax(1).max(1)
+        logits = self._restricted(at_least_float32(outputs.logits))
+        probability, best = logits.softmax(1).max(1)
         columns = zip(
             best.tolist(),
             probability.tolist(),
+            logits.isfinite().all(1).tolist(),
             batch.text_owner.tolist(),
             batch.text_weight.tolist(),
             batch.targets["label"].tolist(),
@@ -157,10 +161,11 @@ class Classification(TaskBase):
             strict=True,
         )
         rows = []
-        for column, share, slot, weight, label, text in columns:
+        for column, share, finite, slot, weight, label, text in columns:
             if weight > 0:
                 row = {"sample_id": batch.sample_id[slot], "text": str(text)}
                 row |= {"prediction": self.labels[self._columns[column]], "probability": share}
+                row |= {} if finite else NOT_FINITE
                 rows.append(row | ({"answer": self.labels[label], "label": label} if label >= 0 else {}))
         return rows
 
@@ -170,7 +175,8 @@ class Classification(TaskBase):
 
     def score(self, rows: list[dict[str, Any]]) -> dict[str, float]:
         """`accuracy`, top-1, and `mean_class_accuracy`, the mean over the classes that occur."""
-        return _accuracies((row["answer"], row["prediction"]) for row in rows if "answer" in row)
+        scores = _accuracies((row["answer"], row["prediction"]) for row in rows if "answer" in row)
+        return nan_unless_finite(rows, scores)
 
     def baselines(self, train: Iterable[dict[str, Any]], test: Iterable[dict[str, Any]]) -> dict[str, float]:
         """`majority`: always the class with most training samples, of equals the first in the alphabet."""

@@ -21,6 +21,7 @@ from mmpeft_ds.data.batch import PackedBatch
 from mmpeft_ds.errors import BadInput, BadSample
 from mmpeft_ds.metrics.vqa import MEASURES, Measure, answer_score, any_score, normalize_answer, soft_score
 from mmpeft_ds.tasks.base import TaskBase
+from mmpeft_ds.tasks.common.rows import NOT_FINITE, nan_unless_finite
 
 ANNOTATORS = 10  # of a question in VQA v1 and v2, for whom the official measure is made
 
@@ -79,7 +80,7 @@ class QuestionTask(TaskBase):
 
     def score(self, rows: list[dict[str, Any]]) -> dict[str, float]:
         """`accuracy` and `accuracy_<type>`: official VQA accuracy where several annotators answered, else plain."""
-        return accuracies(rows, self.options.vqa_measure)
+        return nan_unless_finite(rows, accuracies(rows, self.options.vqa_measure))
 
     def baselines(self, train: Iterable[dict[str, Any]], test: Iterable[dict[str, Any]]) -> dict[str, float]:
         """`majority` and `question_only`: answers without a model, overall and by question type."""
@@ -120,11 +121,13 @@ def answer_rows(
     batch: PackedBatch,
     predictions: list[str],
     spelled_as: Callable[[str, list[str]], str] = lambda prediction, answers: prediction,
+    finite: list[bool] | None = None,
 ) -> list[dict[str, Any]]:
     """One row per question of weight > 0: sample_id, text, prediction, answers, type, question_id if given.
 
     Args:
         spelled_as: `GenerationOutput.spelled_as`, for generated predictions.
+        finite: of each prediction, whether all scores that it was chosen by are finite numbers.
     """
     rows = []
     columns = zip(
@@ -132,9 +135,10 @@ def answer_rows(
         batch.text_owner.tolist(),
         batch.text_weight.tolist(),
         batch.targets["question"].tolist(),
+        finite or [True] * len(predictions),
         strict=True,
     )
-    for prediction, slot, weight, number in columns:
+    for prediction, slot, weight, number, is_finite in columns:
         if weight > 0:
             asked = batch.records[slot]["questions"][number]
             answers = list(asked.get("answers", []))
@@ -144,7 +148,7 @@ def answer_rows(
                 row["scores"] = asked["scores"]
             if "question_id" in asked:
                 row["question_id"] = asked["question_id"]
-            rows.append(row)
+            rows.append(row if is_finite else row | NOT_FINITE)
     return rows
 
 

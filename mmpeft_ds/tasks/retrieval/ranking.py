@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mmpeft_ds.distributed import collectives
 from mmpeft_ds.distributed.gather import gather_rows, gather_sizes
+from mmpeft_ds.tasks.common.rows import NOT_FINITE
 
 MATCHED_AT_ONCE = 64  # pairs in one pass of the matching head
 
@@ -65,12 +66,14 @@ def rank_split(
         last = torch.iinfo(ties.dtype).max
         first_of = ties[order].masked_fill(scores < scores.amax(1, keepdim=True), last).argmin(1, keepdim=True)
         best = order.gather(1, first_of)[:, 0].tolist()
+        finite = scores.isfinite().all(1).tolist()
         for i, (place, first) in enumerate(zip(places, best, strict=True)):
             if of_text:
                 (name, query), answer = names["text_names"][i], pictures[first]
             else:
                 name, query, answer = pictures[i], "", names["text_names"][first][1]
-            rows.append({"sample_id": name, "kind": kind, "text": query, "prediction": answer, "rank": place})
+            row = {"sample_id": name, "kind": kind, "text": query, "prediction": answer, "rank": place}
+            rows.append(row if finite[i] else row | NOT_FINITE)
     return rows
 
 
@@ -143,7 +146,8 @@ def _places(scores_Qk: Tensor, order_Qk: Tensor, asks_Q: Tensor, answers_C: Tens
     """(Q,) rank, from 1, of the best candidate with the id of each query; behind all wrong ones if not listed.
 
     Candidates of equal score (captions of the same words) stand in the order of `ties_C`, numbers that are as good as
-    random, so that a right one among n equal ones ranks as chance has it.
+    random, so that a right one among n equal ones ranks as chance has it. Where a score of a query is no finite number
+    the right one ranks last.
     """
     right = asks_Q[:, None] == answers_C[order_Qk]
     best = scores_Qk.masked_fill(~right, -torch.inf).amax(1, keepdim=True)
@@ -152,4 +156,4 @@ def _places(scores_Qk: Tensor, order_Qk: Tensor, asks_Q: Tensor, answers_C: Tens
     before = (scores_Qk > best) | ((scores_Qk == best) & (ties < own))
     listed = (before & ~right).sum(1) + 1
     behind = torch.stack([(answers_C != ask).sum() for ask in asks_Q]) + 1
-    return torch.where(right.any(1), listed, behind)
+    return torch.where(right.any(1) & scores_Qk.isfinite().all(1), listed, behind)

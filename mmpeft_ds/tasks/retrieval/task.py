@@ -26,6 +26,7 @@ from mmpeft_ds.metrics.retrieval import chance, retrieval_scores
 from mmpeft_ds.ops import contrastive
 from mmpeft_ds.tasks.base import TaskBase
 from mmpeft_ds.tasks.common.losses import weighted_sum
+from mmpeft_ds.tasks.common.rows import nan_unless_finite
 from mmpeft_ds.tasks.retrieval.options import Options
 from mmpeft_ds.tasks.retrieval.ranking import rank_split
 
@@ -169,7 +170,7 @@ class Retrieval(TaskBase):
     def score(self, rows: list[dict[str, Any]]) -> dict[str, float]:
         """`txt_*`: pictures that look for their texts; `img_*`: texts that look for their picture; `r_mean`."""
         ranks = {k: [r["rank"] for r in rows if r.get("kind") == k] for k in ("image_to_text", "text_to_image")}
-        return retrieval_scores(*ranks.values()) if all(ranks.values()) else {}
+        return nan_unless_finite(rows, retrieval_scores(*ranks.values())) if all(ranks.values()) else {}
 
     def baselines(self, train: Iterable[dict[str, Any]], test: Iterable[dict[str, Any]]) -> dict[str, float]:
         """`chance_*`: every ranking drawn at random."""

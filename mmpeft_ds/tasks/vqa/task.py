@@ -15,6 +15,7 @@ from mmpeft_ds.errors import BadInput
 from mmpeft_ds.ops.precision import at_least_float32
 from mmpeft_ds.tasks.common.losses import weighted_sum
 from mmpeft_ds.tasks.common.questions import QuestionTask, answer_rows, drawn_questions, soft_scores
+from mmpeft_ds.tasks.common.rows import check_different
 from mmpeft_ds.tasks.vqa.options import Options
 
 
@@ -36,6 +37,7 @@ class Vqa(QuestionTask):
                 f"task.num_answers: {options.num_answers}, but the label list has {len(labels)}. Use 0 for all."
             )
         self.labels = list(labels[: options.num_answers or len(labels)])
+        check_different(self.labels)
         self._index = {label: i for i, label in enumerate(self.labels)}
 
     def read_questions(
@@ -90,8 +92,9 @@ class Vqa(QuestionTask):
         """One row per question of weight > 0: sample_id, text, prediction, answers, type, question_id if given."""
         if not len(batch.text_owner):
             return []
-        best = outputs.logits[:, : len(self.labels)].argmax(1).tolist()
-        return answer_rows(batch, [self.labels[index] for index in best])
+        logits = outputs.logits[:, : len(self.labels)]
+        answers = [self.labels[index] for index in logits.argmax(1).tolist()]
+        return answer_rows(batch, answers, finite=logits.isfinite().all(1).tolist())
 
 
 ENTRY = Vqa

@@ -21,6 +21,7 @@ from mmpeft_ds.data.batch import GenerationOutput, PackedBatch, Prompted
 from mmpeft_ds.errors import BadInput
 from mmpeft_ds.tasks.common.losses import weighted_sum
 from mmpeft_ds.tasks.common.questions import QuestionTask, answer_rows, drawn_questions
+from mmpeft_ds.tasks.common.rows import check_different
 from mmpeft_ds.tasks.vqa_generative.options import Options
 
 _REMOVED = re.compile(r"[.!\"()*#:;~]")
@@ -50,6 +51,7 @@ class VqaGenerative(QuestionTask):
                 "task: no answers to choose from. Name choices, prepare the data with a label list, or say evaluate: "
                 "write and listed_only: false."
             )
+        check_different(listed)
         self._listed = dict.fromkeys(listed)
         if options.evaluate == "rank":
             self.ranking = {"answers": listed, "k": options.k, "smoothing": options.smoothing}
