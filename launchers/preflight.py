@@ -60,7 +60,7 @@ def main() -> int:
     try:
         with console.quick_imports():
             from mmpeft_ds.preflight import judge, run
-    except ImportError as error:
+    except (ImportError, OSError) as error:  # OSError: a library that torch loads is not there
         reason = f"{type(error).__name__}: {error}"
         raise BadInput(
             f"{os.uname().nodename}: {reason}. Run make setup on this node, or start it with the same environment."

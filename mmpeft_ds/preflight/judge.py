@@ -6,7 +6,6 @@ import statistics
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from mmpeft_ds import recipe as recipes
 from mmpeft_ds.preflight import speed
@@ -47,7 +46,24 @@ def problems(
     for judge in (_imports, _versions, _recipes, _devices, _data):
         lines += judge(known)
     lines += _clocks(known, limits) + _room(known, recipe, limits)
-    return lines + (network(known) if len(nodes) > 1 else []) + slow(known, limits)
+    lines += (network(known) if len(nodes) > 1 else []) + slow(known, limits)
+    return _merged(lines, [node.name for node in nodes])
+
+
+def _merged(lines: Sequence[str], names: Sequence[str]) -> list[str]:
+    """What is wrong in the same way on several nodes, such as data that nobody has prepared, in one line."""
+    on: dict[str, list[str]] = {}
+    for line in lines:
+        name = next((name for name in names if line.startswith(f"{name}: ")), "")
+        on.setdefault(line.removeprefix(f"{name}: ") if name else line, []).extend([name] if name else [])
+    return [f"{_listed(where, len(names))}: {line}" if where else line for line, where in on.items()]
+
+
+def _listed(names: Sequence[str], of: int) -> str:
+    if len(names) == of > 1:
+        return "all nodes"
+    more = f" and {len(names) - 4} more" if len(names) > 5 else ""
+    return ", ".join(names[:4] if more else names) + more
 
 
 def notes(nodes: Sequence[Node]) -> list[str]:
@@ -61,9 +77,9 @@ def notes(nodes: Sequence[Node]) -> list[str]:
             f"{name}: DeepSpeed's operator is compiled at the first start, in about a minute." for name in lacking
         ]
     memory = {node.name: node.facts["memory"]["total"] for node in known}
-    for name, size in memory.items():
-        if size < 0.6 * (usual := statistics.median(memory.values())):
-            lines.append(f"{name}: has {gib(size)} of memory, the other nodes about {gib(usual)}.")
+    for name, total in memory.items():
+        if total < 0.6 * (usual := statistics.median(memory.values())):
+            lines.append(f"{name}: has {size(total)} of memory, the other nodes about {size(usual)}.")
     return lines
 
 
@@ -137,7 +153,7 @@ def _data(nodes: Sequence[Node]) -> list[str]:
             lines += [f"{node.name}: {problem}" for problem in facts["problems"]]
     for name in dict.fromkeys(name for node in nodes for name in node.data):
         having = [node for node in nodes if node.data.get(name, {}).get("manifest")]
-        what, remedy = f"{name.split(' ')[0]}/manifest.json has the hash", "Copy the same data set to all nodes."
+        what, remedy = f"{name.rsplit(' ', 1)[0]}/manifest.json has the hash", "Copy the same data set to all nodes."
         lines += odd(having, what, lambda n, name=name: n.data[name]["manifest"], remedy)
     return list(dict.fromkeys(lines))
 
@@ -168,17 +184,17 @@ def _room(nodes: Sequence[Node], recipe: recipes.Recipe | None, limits: Limits) 
             if place["problem"]:
                 lines.append(f"{node.name}: {name} {place['problem']}")
             elif place["free"] < limits.disk:
-                lines.append(f"{node.name}: {name} {place['path']} has {gib(place['free'])} free. Make room there.")
+                lines.append(f"{node.name}: {name} {place['path']} has {size(place['free'])} free. Make room there.")
         shm, wanted = node.facts["shm"], limits.shm * len(node.ranks)
         if recipe and recipe.data.workers and shm and shm["free"] < wanted:
             lines.append(
-                f"{node.name}: /dev/shm has {gib(shm['free'])} free; batches of loader workers pass through it. Give "
-                f"the container {gib(wanted)} (docker run --shm-size), or set data.workers=0."
+                f"{node.name}: /dev/shm has {size(shm['free'])} free; batches of loader workers pass through it. Give "
+                f"the container {size(wanted)} (docker run --shm-size), or set data.workers=0."
             )
         limit = node.facts["locked_memory"]
         if node.facts["infiniband"] and limit is not None and limit < GIB:
             lines.append(
-                f"{node.name}: a process may lock {limit // 1024:,} KiB of memory; InfiniBand "
+                f"{node.name}: a process may lock {size(limit)} of memory; InfiniBand "
                 f"({', '.join(node.facts['infiniband'])}) needs more. Set ulimit -l unlimited, in a container "
                 "--ulimit memlock=-1."
             )
@@ -192,7 +208,8 @@ def network(nodes: Sequence[Node]) -> list[str]:
 
 def slow(nodes: Sequence[Node], limits: Limits) -> list[str]:
     """Nodes whose all-gather inside, or whose best way to another node, is much slower than that of the others."""
-    within = {n.name: _rate(n.within[-1], speed.SIZES[-1], len(n.ranks)) for n in nodes if n.within}
+    last = min((len(n.within) for n in nodes if n.within), default=0) - 1  # a slow node has fewer sizes
+    within = {n.name: speed.bandwidth(n.within[last], speed.SIZES[last], len(n.ranks)) for n in nodes if n.within}
     ways = {n.name: max(speed.LINK / max(t, 1e-9) for t in n.links.values()) for n in nodes if n.links}
     lines = []
     for rates, what in ((within, "all-gather inside it"), (ways, "network to the other nodes")):
@@ -206,14 +223,12 @@ def slow(nodes: Sequence[Node], limits: Limits) -> list[str]:
     return lines
 
 
-def _rate(seconds: float, size: int, ranks: int) -> float:
-    return speed.bandwidth(seconds, size, ranks)
-
-
 def _shown(rate: float) -> str:
     return f"{rate / 1e9:.2f} GB/s" if rate >= 1e9 else f"{rate / 1e6:.1f} MB/s"
 
 
-def gib(size: Any) -> str:
-    """A number of bytes: `1.5 GiB`."""
-    return f"{size / GIB:,.1f} GiB"
+def size(count: float) -> str:
+    """A number of bytes: `1.5 GiB`, `64.0 MiB`, `8 KiB`."""
+    if count < MIB:
+        return f"{count / 1024:,.0f} KiB"
+    return f"{count / GIB:,.1f} GiB" if count >= GIB else f"{count / MIB:,.1f} MiB"

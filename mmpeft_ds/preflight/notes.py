@@ -14,7 +14,6 @@ import torch.distributed as dist
 from mmpeft_ds.distributed.processes import why_not_met
 from mmpeft_ds.errors import BadInput
 
-SLICE = 1.0  # seconds of one wait; between two of them a rank looks whether the one it waits for still lives
 FAREWELL = 5.0  # seconds that rank 0, which keeps the notes, waits for the others to leave
 
 
@@ -54,32 +53,41 @@ class Notes:
         """Say that this rank is busy, so that rank 0 waits on."""
         self._reaching(lambda: self.store.add("work", 1))
 
-    def read(self, name: str) -> Any:
-        """What rank 0 writes under a name, however long it takes while rank 0 lives. Raises BadInput."""
-        beats, since = -1, time.monotonic()
-        while not self._waited(name, SLICE):
+    def read(self, name: str, patience: float | None = None) -> Any:
+        """What rank 0 writes under a name, however long it takes while rank 0 lives.
+
+        Args:
+            patience: in the place of `self.patience`, for a time in which rank 0 gives no sign of life.
+
+        Raises:
+            BadInput: rank 0 is silent for longer, or gone.
+        """
+        patience = patience or self.patience
+        beats, since, pause = -1, time.monotonic(), 0.001
+        # By asking again and again, since torch prints two lines for every wait that is over without a result.
+        while not self._reaching(lambda: self.store.check([name])):
+            time.sleep(pause := min(0.1, 1.5 * pause))
             if (now := self._reaching(lambda: self.store.add("rank 0", 0))) != beats:
                 beats, since = now, time.monotonic()
-            elif time.monotonic() - since > self.patience:
-                raise BadInput(
-                    f"rank {self.rank}: rank 0 has been silent for {self.patience:g} s. See what it printed."
-                )
+            elif time.monotonic() - since > patience:
+                raise BadInput(f"rank {self.rank}: rank 0 has been silent for {patience:g} s. See what it printed.")
         return json.loads(self.store.get(name))
 
     def answer(self, name: str) -> Any:
         """On rank 0, what one other rank writes under a name; None if it is silent for `patience` seconds."""
-        end = time.monotonic() + self.patience
-        while time.monotonic() < end:
+        end, pause = time.monotonic() + self.patience, 0.001
+        while not self.store.check([name]):
+            if time.monotonic() > end:
+                return None
+            time.sleep(pause := min(0.1, 1.5 * pause))
             self.store.add("rank 0", 1)
-            if self._waited(name, SLICE):
-                return json.loads(self.store.get(name))
-        return None
+        return json.loads(self.store.get(name))
 
     def collect(self, name: str, ranks: Collection[int]) -> dict[int, Any]:
         """On rank 0, what `ranks` write under `name`/rank: of those that do so before nobody has given a sign of life
         for `patience` seconds."""
         found: dict[int, Any] = {}
-        work, since, step = -1, time.monotonic(), 0.01
+        work, since, pause = -1, time.monotonic(), 0.01
         while len(found) < len(ranks) and time.monotonic() - since < self.patience:
             before = len(found)
             for rank in ranks:
@@ -88,8 +96,8 @@ class Notes:
             self.store.add("rank 0", 1)
             if len(found) > before or (now := self.store.add("work", 0)) != work:
                 work, since = (work if len(found) > before else now), time.monotonic()
-            step = min(SLICE / 4, step * 1.5)
-            time.sleep(step if len(found) < len(ranks) else 0)
+            pause = min(0.25, 1.5 * pause)
+            time.sleep(pause if len(found) < len(ranks) else 0)
         return found
 
     def leave(self, ranks: int) -> None:
@@ -102,18 +110,11 @@ class Notes:
         except (dist.DistNetworkError, dist.DistStoreError):  # rank 0 has left
             return
 
-    def _waited(self, name: str, seconds: float) -> bool:
-        try:
-            self._reaching(lambda: self.store.wait([name], datetime.timedelta(seconds=seconds)))
-        except dist.DistStoreError:
-            return False
-        return True
-
     def _reaching(self, call: Callable[[], Any]) -> Any:
         """What a call of the store returns. Raises BadInput where rank 0 is gone."""
         try:
             return call()
-        except dist.DistNetworkError as error:
+        except (dist.DistNetworkError, dist.DistStoreError) as error:
             raise BadInput(
                 f"rank {self.rank}: lost its connection to rank 0 at {os.environ['MASTER_ADDR']}. See what rank 0 "
                 f"printed, and whether its machine is reached from here. ({str(error).splitlines()[0]})"

@@ -9,7 +9,7 @@ from typing import Any
 
 from mmpeft_ds.console import one_line
 from mmpeft_ds.preflight import speed
-from mmpeft_ds.preflight.judge import gib
+from mmpeft_ds.preflight.judge import size as shown
 from mmpeft_ds.preflight.nodes import Node
 
 WIDTH = 220  # of the text; a table takes no more than it needs
@@ -34,6 +34,9 @@ def _table(nodes: Sequence[Node]) -> Any:
 
     table = Table(title=one_line("Nodes"), title_justify="left")
     rows = [_cells(node) for node in nodes]
+    for cells in rows[1:]:  # most nodes are as the first one
+        if cells["software"] == rows[0]["software"]:
+            cells["software"] = f"as {nodes[0].name}"
     for name in rows[0]:
         table.add_column(name, no_wrap=True)
     for cells in rows:
@@ -49,20 +52,20 @@ def _cells(node: Node) -> dict[str, str]:
     offset, off = node.clock or (None, 0.0)
     limit = facts["locked_memory"]
     return {
-        "node": f"{node.name}\nranks {_ranges(node.ranks)}",
+        "node": f"{node.name}\nrank{'s' * (len(node.ranks) > 1)} {_ranges(node.ranks)}",
         "device": "\n".join(_counted(node.devices)) + (f"\ndriver {facts['driver']}" if facts["driver"] else "")
         + f"\n{facts['cores']} cores",
         "software": versions + f"\noperator {'compiled' if facts['operator'] else 'not compiled'}",
         "data": data or "no recipe given",
         "clock": "-" if offset is None else f"{offset:+.3f} s\n± {off:.3f} s",
         "free": "\n".join(
-            [f"memory {gib(facts['memory']['free'])} of {gib(facts['memory']['total'])}"]
-            + [f"{name} {gib(place['free'])}" for name, place in facts["disk"].items()]
-            + ([f"/dev/shm {gib(facts['shm']['free'])}"] if facts["shm"] else [])
+            [f"memory {shown(facts['memory']['free'])} of {shown(facts['memory']['total'])}"]
+            + [f"{name} {shown(place['free'])}" for name, place in facts["disk"].items()]
+            + ([f"/dev/shm {shown(facts['shm']['free'])}"] if facts["shm"] else [])
         ),
         "network": f"{facts['card']['name']} {facts['card']['address']}\nby {facts['card']['how']}\n"
         f"InfiniBand {', '.join(facts['infiniband']) or 'none'}\n"
-        f"may lock {'all memory' if limit is None else gib(limit)}",
+        f"may lock {'all memory' if limit is None else shown(limit)}",
     }  # fmt: skip
 
 
@@ -86,13 +89,15 @@ def _speeds(nodes: Sequence[Node]) -> Any:
     for name, _, _ in columns:
         table.add_column(name, justify="right")
     for i, size in enumerate(speed.SIZES):
-        table.add_row(f"{size:,}", *(_speed_cell(seconds[i], size, ranks) for _, seconds, ranks in columns))
+        table.add_row(f"{size:,}", *(_speed_cell(seconds[i : i + 1], size, ranks) for _, seconds, ranks in columns))
     return table
 
 
-def _speed_cell(seconds: float, size: int, ranks: int) -> str:
-    time = f"{seconds * 1e6:,.0f} us" if seconds < 0.1 else f"{seconds:.2f} s"
-    return f"{time}, {speed.bandwidth(seconds, size, ranks) / 1e6:,.1f} MB/s"
+def _speed_cell(seconds: Sequence[float], size: int, ranks: int) -> str:
+    if not seconds:
+        return "-"
+    time = f"{seconds[0] * 1e6:,.0f} us" if seconds[0] < 0.1 else f"{seconds[0]:.2f} s"
+    return f"{time}, {speed.bandwidth(seconds[0], size, ranks) / 1e6:,.1f} MB/s"
 
 
 def _counted(devices: Sequence[str]) -> list[str]:

@@ -52,9 +52,9 @@ def run(asked: Asked) -> int:
         BadInput: rank 0 cannot be reached, or has ended.
     """
     processes.environment()
+    leads = os.environ["LOCAL_RANK"] == "0"
+    probe = Probe() if leads else None  # before CUDA is in use, and before the notes, which start threads
     own = facts.of_rank()
-    leads = own["rank"] == own["first"]
-    probe = Probe() if leads else None  # before the notes, which start threads
     with processes.saying_who_is_awaited(min(60.0, asked.patience / 2)):
         notes = Notes(own["rank"], int(os.environ["WORLD_SIZE"]), asked.patience)
         notes.write(f"here/{own['rank']}", socket.gethostname())
@@ -62,8 +62,7 @@ def run(asked: Asked) -> int:
     own["data"] = facts.of_data(asked.recipe, own["local_rank"], own["local_size"], notes.working)
     own["node"] = facts.of_node(asked.recipe, probe, asked.patience) if probe else None
     notes.write(f"facts/{own['rank']}", own)
-    code = _lead(notes, asked, own) if own["rank"] == 0 else _follow(notes, asked, own, leads)
-    return code
+    return _lead(notes, asked, own) if own["rank"] == 0 else _follow(notes, asked, own, leads)
 
 
 def _follow(notes: Notes, asked: Asked, own: dict[str, Any], leads: bool) -> int:
@@ -74,7 +73,8 @@ def _follow(notes: Notes, asked: Asked, own: dict[str, Any], leads: bool) -> int
     if notes.read("speed"):
         result = speed.measure(notes.store, own["rank"], plan["nodes"], _device(own), asked.patience)
         notes.write(f"speeds/{own['rank']}", result)
-    code = notes.read("code")
+    # Rank 0 measures as long as the others, and waits for a collective that never ends as long as patience says.
+    code = notes.read("code", 3 * asked.patience)
     notes.leave(plan["ranks"])
     return code
 

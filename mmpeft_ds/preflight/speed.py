@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import datetime
+import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,13 +15,14 @@ import torch.distributed as dist
 
 SIZES = (1 << 10, 32 << 10, 1 << 20, 16 << 20, 64 << 20)  # bytes that every rank holds after the all-gather
 REPETITIONS = 5  # after one that does not count; the median of them
+LONG = 1.0  # seconds; what takes longer is not repeated, and larger sizes are left out
 LINK = 4 << 20  # bytes from one node to the next and back
 
 
 def measure(
     store: dist.Store, rank: int, nodes: Sequence[Sequence[int]], device: torch.device, patience: float
 ) -> dict[str, Any]:
-    """Measure all pairs of what is asked. Collective over the ranks of all nodes.
+    """Measure all-gathers and ways between nodes. Collective over the ranks of all nodes.
 
     Args:
         store: where the ranks meet.
@@ -27,10 +30,12 @@ def measure(
         patience: seconds of one collective.
 
     Returns:
-        of this rank: `within` and `across`, lists of seconds in the order of `SIZES`, empty where it has no part in
-        them, and `links`, seconds of `LINK` bytes to the first rank of another node, by that rank; or `error`.
+        of this rank: `within` and `across`, seconds for each of `SIZES` or the first few of them, empty where it has
+        no part in them, and `links`, seconds of `LINK` bytes to the first rank of another node, by that rank; or
+        `error`, why nothing could be measured.
     """
     cuda = device.type == "cuda"
+    os.environ.setdefault("TORCH_NCCL_BLOCKING_WAIT", "1")  # an error when the time is up; torch would end the process
     world = sum(map(len, nodes))
     wait = datetime.timedelta(seconds=patience)
     try:
@@ -62,12 +67,20 @@ def _all(rank: int, nodes: Sequence[Sequence[int]], device: torch.device, wait: 
 
 
 def all_gathers(group: Any, device: torch.device) -> list[float]:
-    """Seconds of an all-gather of each of `SIZES`. Collective over `group`."""
-    ranks, found = dist.get_world_size(group), []
+    """Seconds of an all-gather of each of `SIZES`, up to the first that takes longer than `LONG`. Collective over
+    `group`."""
+    ranks, first, found = dist.get_world_size(group), dist.get_global_rank(group, 0), []
+
+    def agree(seconds: torch.Tensor) -> None:
+        dist.broadcast(seconds, first, group=group)
+
     for size in SIZES:
         part = torch.zeros(max(1, size // ranks), dtype=torch.uint8, device=device)
         whole = torch.empty(len(part) * ranks, dtype=torch.uint8, device=device)
-        found.append(_median(lambda p=part, w=whole: dist.all_gather_into_tensor(w, p, group=group), device))
+        call = partial(dist.all_gather_into_tensor, whole, part, group=group)
+        found.append(_median(call, agree, device))
+        if found[-1] > LONG:
+            break
     return found
 
 
@@ -79,26 +92,42 @@ def links(rank: int, leaders: Sequence[int], device: torch.device) -> dict[str, 
     for i in [*range(0, count - 1, 2), *range(1, count - 1, 2), count - 1]:
         one, other = leaders[i], leaders[(i + 1) % count]
         if rank in (one, other):
-            there = other if rank == one else one
-            found[str(there)] = _median(lambda t=there, first=rank == one: _to_and_back(data, t, first), device) / 2
+            there, first = (other, True) if rank == one else (one, False)
+            agree = partial(_one_way, there=there, sends=first)
+            found[str(there)] = _median(partial(_to_and_back, data, there, first), agree, device) / 2
     return found
 
 
 def _to_and_back(data: torch.Tensor, there: int, first: bool) -> None:
-    for sends in (first, not first):
-        dist.send(data, there) if sends else dist.recv(data, there)
+    _one_way(data, there, first)
+    _one_way(data, there, not first)
 
 
-def _median(call: Callable[[], Any], device: torch.device) -> float:
-    """Seconds of a collective, waited for on a GPU."""
-    times = []
-    for _ in range(1 + REPETITIONS):
-        began = time.perf_counter()
-        call()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        times.append(time.perf_counter() - began)
-    return statistics.median(times[1:])
+def _one_way(data: torch.Tensor, there: int, sends: bool) -> None:
+    dist.send(data, there) if sends else dist.recv(data, there)
+
+
+def _median(call: Callable[[], Any], agree: Callable[[torch.Tensor], None], device: torch.device) -> float:
+    """Seconds of a collective, waited for on a GPU: the median of `REPETITIONS` calls after one that does not count,
+    or that one alone where it takes longer than `LONG`; the same on all ranks that call it.
+
+    Args:
+        agree: lets all of these ranks have the number of one of them.
+    """
+    once = torch.tensor([_seconds(call, device)], dtype=torch.float64, device=device)
+    agree(once)
+    if float(once) <= LONG:
+        once.fill_(statistics.median(_seconds(call, device) for _ in range(REPETITIONS)))
+        agree(once)
+    return float(once)
+
+
+def _seconds(call: Callable[[], Any], device: torch.device) -> float:
+    began = time.perf_counter()
+    call()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - began
 
 
 def bandwidth(seconds: float, size: int, ranks: int) -> float:

@@ -15,6 +15,7 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from tests.helpers import ROOT, launch
@@ -24,6 +25,7 @@ NEW = ["unshare", "--net", "--uts", "--mount", "--pid", "--fork", "--kill-child"
 PORT = 29500  # free on a host that was just made
 
 
+@cache
 def missing() -> str:
     """Why hosts cannot be made here; empty where they can."""
     for tool, package in TOOLS.items():

@@ -76,13 +76,13 @@ WRONG = {
     "clock": (dict(clock=(7.0, 0.1)), "b: its clock is 7.0 s ahead of those of the others"),
     "disk": (
         dict(disk={"run_dir": {"path": "/runs/a", "free": 100 * MIB, "problem": ""}}),
-        "b: run_dir /runs/a has 0.1 GiB free",
+        "b: run_dir /runs/a has 100.0 MiB free",
     ),
     "read-only": (
         dict(disk={"run_dir": {"path": "/runs/a", "free": 9 * GIB, "problem": "/runs: cannot be written"}}),
         "b: run_dir /runs: cannot be written",
     ),
-    "shm": (dict(shm={"total": 64 * MIB, "free": 64 * MIB}), "b: /dev/shm has 0.1 GiB free"),
+    "shm": (dict(shm={"total": 64 * MIB, "free": 64 * MIB}), "b: /dev/shm has 64.0 MiB free"),
     "memlock": (dict(locked_memory=64 << 10), "b: a process may lock 64 KiB of memory; InfiniBand (mlx5_0)"),
     "card": (dict(card={**FACTS["card"], "problem": "its name resolves to 127.0.1.1"}), "b: its name resolves to 127"),
 }
@@ -150,6 +150,20 @@ def test_a_slow_node_is_named_and_its_neighbours_are_not():
     (only,) = judge.slow(with_speed({"a": 0.01, "b": 0.01, "c": 0.05}, {}), Limits())
     assert only.startswith("c: slow: all-gather inside it")
     assert judge.slow(with_speed({"a": 0.01, "b": 0.01, "c": 0.025}, {}), Limits()) == []
+
+
+def test_a_node_that_is_too_slow_for_large_sizes_is_compared_at_the_largest_that_all_have():
+    nodes_ = with_speed({"a": 0.01, "b": 0.01, "c": 2.0}, {})
+    nodes_[2].within = nodes_[2].within[:3]
+    (only,) = judge.slow(nodes_, Limits())
+    assert only.startswith("c: slow: all-gather inside it moves 0.3 MB/s, that of the others 52.4 MB/s")
+
+
+def test_what_is_wrong_on_several_nodes_is_one_line():
+    lacking = {"data/x train": {"manifest": "", "shards": 0, "problems": ["data/x/manifest.json: not found"]}}
+    assert said(node("a", data=lacking), node("c", data=lacking)) == ["a, c: data/x/manifest.json: not found"]
+    everywhere = said(*(node(name, data=lacking) for name in "abc"))
+    assert everywhere == ["all nodes: data/x/manifest.json: not found"]
 
 
 def test_reports_of_ranks_become_nodes():
