@@ -41,14 +41,16 @@ def of_rank() -> dict[str, Any]:
     return facts | {"local_rank": local_rank, "first": rank - local_rank}
 
 
-def of_node(recipe: recipes.Recipe | None, probe: imports.Probe, patience: float) -> dict[str, Any]:
+def of_node(
+    recipe: recipes.Recipe | None, probe: imports.Probe, patience: float, working: Callable[[], None]
+) -> dict[str, Any]:
     """Software, room and network card of the node; the node's first rank asks, once for all.
 
     Args:
         probe: of the imports, which has begun.
-        patience: seconds for it from now.
+        patience, working: of `imports.Probe.result`.
     """
-    versions, failed = probe.result(patience)
+    versions, failed = probe.result(patience, working)
     software = {"python": imports.python(), "mmpeft_ds": imports.ours()}
     software |= {name: version for name, version in versions.items() if name in imports.PACKAGES}
     memory, shm = psutil.virtual_memory(), shutil.disk_usage(SHM) if os.path.isdir(SHM) else None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import hashlib
 import importlib
 import importlib.metadata
@@ -11,12 +13,13 @@ import select
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import mmpeft_ds
 from mmpeft_ds.files import REPOSITORY
 
 PACKAGES = ("torch", "deepspeed", "transformers", "peft", "webdataset", "torch_geometric")
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 RUN = "mmpeft_ds.engine.trainer"  # imports all that training needs
 
 
@@ -36,13 +39,19 @@ class Probe:
             _import_all(names, writing)
         os.close(writing)
 
-    def result(self, timeout: float) -> tuple[dict[str, str], dict[str, str]]:
-        """Wait for the child, at most `timeout` seconds, and end it.
+    def result(
+        self, patience: float, working: Callable[[], None] = lambda: None
+    ) -> tuple[dict[str, str], dict[str, str]]:
+        """Wait for the child, and end it.
+
+        Args:
+            patience: seconds that one module may take from now on.
+            working: called every second.
 
         Returns:
             version of every module that could be imported, and the reason for every other one that was tried.
         """
-        text, late = _read(self.reading, timeout)
+        text, late = _read(self.reading, patience, working)
         os.close(self.reading)
         os.kill(self.child, signal.SIGKILL)
         status = os.waitpid(self.child, 0)[1]
@@ -50,13 +59,17 @@ class Probe:
         versions = {name: version for name, version, reason in told if not reason}
         failed = {name: reason for name, _, reason in told if reason}
         for name in self.names[len(told) : len(told) + 1]:
-            how = f"was not done within {timeout:g} s" if late else f"ended the process (signal {os.WTERMSIG(status)})"
+            how = (
+                f"was not done within {patience:g} s" if late else f"ended the process (signal {os.WTERMSIG(status)})"
+            )
             failed[name] = f"importing it {how}"
         return versions, failed
 
 
 def _import_all(names: Sequence[str], writing: int) -> None:
     """In the child: a line of JSON for every module. Does not return."""
+    with contextlib.suppress(AttributeError, OSError):  # not on Linux
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # a rank that ends early leaves no child
     nothing = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nothing, 1)  # what libraries print on import is not part of the report
     os.dup2(nothing, 2)
@@ -72,15 +85,16 @@ def _import_all(names: Sequence[str], writing: int) -> None:
         signal.pause()
 
 
-def _read(reading: int, timeout: float) -> tuple[str, bool]:
-    """What comes until the other end is closed or the time is up; whether the last."""
-    end, text = time.monotonic() + timeout, b""
-    while (left := end - time.monotonic()) > 0:
-        if not select.select([reading], [], [], left)[0]:
-            break
+def _read(reading: int, patience: float, working: Callable[[], None]) -> tuple[str, bool]:
+    """What comes until the other end is closed, or nothing has come for `patience` seconds; whether the latter."""
+    since, text = time.monotonic(), b""
+    while time.monotonic() - since < patience:
+        if not select.select([reading], [], [], min(1.0, patience))[0]:
+            working()
+            continue
         if not (piece := os.read(reading, 65536)):
             return text.decode(), False
-        text += piece
+        since, text = time.monotonic(), text + piece
     return text.decode(), True
 
 

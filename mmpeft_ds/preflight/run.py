@@ -60,7 +60,7 @@ def run(asked: Asked) -> int:
         notes.write(f"here/{own['rank']}", socket.gethostname())
     own["problems"] = [text for text in (asked.recipe_problem, own.pop("device_problem")) if text]
     own["data"] = facts.of_data(asked.recipe, own["local_rank"], own["local_size"], notes.working)
-    own["node"] = facts.of_node(asked.recipe, probe, asked.patience) if probe else None
+    own["node"] = facts.of_node(asked.recipe, probe, asked.patience, notes.working) if probe else None
     notes.write(f"facts/{own['rank']}", own)
     return _lead(notes, asked, own) if own["rank"] == 0 else _follow(notes, asked, own, leads)
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import socket
+import time
 
+import psutil
 import pytest
 
 from mmpeft_ds.preflight import facts, imports
@@ -36,8 +39,26 @@ def test_an_import_that_ends_the_process_ends_a_child_alone(modules):
 
 
 def test_an_import_that_hangs_is_given_up(modules):
-    versions, failed = imports.Probe(modules(odd_hangs="import time; time.sleep(1000)")).result(0.3)
-    assert not versions and failed == {"odd_hangs": "importing it was not done within 0.3 s"}
+    waited = []
+    probe = imports.Probe(modules(odd_hangs="import time; time.sleep(1000)"))
+    versions, failed = probe.result(0.3, lambda: waited.append(1))
+    assert not versions and failed == {"odd_hangs": "importing it was not done within 0.3 s"} and waited
+    assert not psutil.pid_exists(probe.child)
+
+
+def test_a_rank_that_ends_early_leaves_no_child(modules):
+    """Such as one that cannot reach the others."""
+    names = modules(odd_hangs="import time; time.sleep(1000)")
+    reading, writing = os.pipe()
+    rank = os.fork()
+    if rank == 0:
+        os.write(writing, str(imports.Probe(names).child).encode())
+        os._exit(2)
+    os.waitpid(rank, 0)
+    child, end = int(os.read(reading, 20)), time.monotonic() + 60
+    while psutil.pid_exists(child) and psutil.Process(child).status() != psutil.STATUS_ZOMBIE:
+        assert time.monotonic() < end
+        time.sleep(0.01)
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ import os
 import runpy
 import signal
 import socket
+from typing import Any
 
 from mmpeft_ds.preflight import clock, facts, imports
 from tests.helpers import ROOT
@@ -28,8 +29,8 @@ def plant(faults: dict) -> None:
     if "versions" in faults or "failed" in faults:
         true = imports.Probe.result
 
-        def result(probe: imports.Probe, timeout: float) -> tuple[dict[str, str], dict[str, str]]:
-            versions, failed = true(probe, timeout)
+        def result(probe: imports.Probe, *given: Any) -> tuple[dict[str, str], dict[str, str]]:
+            versions, failed = true(probe, *given)
             lost = faults.get("failed", {})
             versions = {name: v for name, v in (versions | faults.get("versions", {})).items() if name not in lost}
             return versions, failed | lost
