@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from mmpeft_ds.errors import BadSample
+from mmpeft_ds.host_copies import to_device
 
 if TYPE_CHECKING:
     from mmpeft_ds.ops.token_scores import TokenScores
@@ -226,8 +227,8 @@ class PackedBatch:
         return ((self.changes > 0) & (self.text_weight > 0)[:, None]).sum(0).tolist()
 
     def to(self, device: torch.device | str, non_blocking: bool = True) -> PackedBatch:
-        """A copy with its tensors on `device`."""
-        return self._mapped(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+        """A copy with its tensors on `device`, of which whole numbers are still known here (`host_copies.on_host`)."""
+        return self._mapped(lambda tensor: to_device(tensor, device, non_blocking))
 
     def pin_memory(self) -> PackedBatch:
         """A copy in pinned memory, from which a GPU copies while it computes; the loader calls this."""

@@ -18,6 +18,7 @@ COMMON = {
     "errors",
     "files",
     "fitting",
+    "host_copies",
     "progress",
     "quiet",
     "registration",

@@ -16,7 +16,9 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers.utils import ModelOutput
 
+from mmpeft_ds.backbones.common.slots import images_per_slot, most_images
 from mmpeft_ds.backbones.common.stock import Publishing
+from mmpeft_ds.host_copies import nonzero, on_host
 from mmpeft_ds.ops.precision import at_least_float32
 from mmpeft_ds.sites.condition import Condition, conditioned
 
@@ -125,8 +127,7 @@ def by_slot(states_Ind: Tensor, image_owner: Tensor, slots: int) -> ImageStates:
     """
     images, tokens, width = states_Ind.shape
     device = states_Ind.device
-    counts = torch.bincount(image_owner, minlength=slots)
-    most = int(counts.max()) if images else 1
+    counts, most = images_per_slot(image_owner, slots), most_images(image_owner) or 1
     place = torch.arange(images, device=device) - (counts.cumsum(0) - counts)[image_owner]
     packed = states_Ind.new_zeros(slots, most, tokens, width).index_put((image_owner, place), states_Ind)
     keep = torch.arange(most, device=device) < counts[:, None]
@@ -281,9 +282,11 @@ class QuestionAnswerer(PackedBlip):
         """States (U, L, d), masks (U, L) and images of the different questions, and (T,) the question of each text."""
         if text_owner is None:
             text_owner = torch.arange(len(input_ids), device=input_ids.device)
-        keys = torch.cat([text_owner[:, None], input_ids, attention_mask], 1)
-        unique, back = torch.unique_consecutive(keys, dim=0, return_inverse=True)
-        owner, (ids, mask) = unique[:, 0], unique[:, 1:].chunk(2, 1)
+        parts = (text_owner, input_ids, attention_mask)
+        first = _differs_from_above(*parts)
+        count = int(_differs_from_above(*map(on_host, parts)).sum())
+        owner, ids, mask = (part[nonzero(first, count)[:, 0]] for part in parts)
+        back = first.cumsum(0) - 1
         seen = self.image_states(ids, pixel_values, image_owner, owner, num_slots)
         with conditioned(seen.condition(mask)):
             states = self.text_encoder(
@@ -360,6 +363,14 @@ class QuestionAnswerer(PackedBlip):
             return _summed_loss(logits, ids, kept, smoothing).view(questions, tried)
 
         return _best(first, candidate_ids[:, 0], k, losses)[back]
+
+
+def _differs_from_above(text_owner: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    """(T,) bool, whether the question of a text is another one than that of the text before it."""
+    keys = torch.cat([text_owner[:, None], input_ids, attention_mask], 1)
+    first = torch.ones(len(keys), dtype=torch.bool, device=keys.device)
+    first[1:] = (keys[1:] != keys[:-1]).any(1)
+    return first
 
 
 def _generate(

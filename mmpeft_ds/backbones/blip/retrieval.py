@@ -20,6 +20,7 @@ from mmpeft_ds.backbones.blip.contrast import Encoded, Pairs, train_step
 from mmpeft_ds.backbones.blip.model import ImageStates, PackedBlip, by_slot
 from mmpeft_ds.backbones.blip.momentum import Queue, Teacher
 from mmpeft_ds.backbones.blip.options import Options
+from mmpeft_ds.backbones.common.slots import images_per_slot
 from mmpeft_ds.errors import BadInput
 from mmpeft_ds.ops.precision import at_least_float32
 from mmpeft_ds.sites.condition import Condition, conditioned
@@ -125,9 +126,9 @@ class Retriever(PackedBlip):
             "text_states": encoded.text_states,
         }
         if training:
-            counts = torch.zeros(slots, device=device)
+            counts = torch.zeros(slots, dtype=torch.int64, device=device)
             if image_owner is not None:
-                counts = torch.bincount(image_owner, minlength=slots)
+                counts = images_per_slot(image_owner, slots)
             keep = counts[text_owner] > 0
             keep = keep if pair_weight is None else keep & (pair_weight > 0)
             if self.training_options.frame_aware and len(counts[text_owner][keep].unique()) > 1:

@@ -29,6 +29,7 @@ from transformers.modeling_outputs import Seq2SeqLMOutput
 from transformers.utils import ModelOutput
 
 from mmpeft_ds.backbones.common.composed import ComposedConfig, ComposedModel, HeadLinear
+from mmpeft_ds.backbones.common.slots import images_per_slot, most_images
 from mmpeft_ds.backbones.common.tower_loading import VISION, empty_tower
 from mmpeft_ds.errors import BadInput
 from mmpeft_ds.ops.precision import at_least_float32
@@ -287,9 +288,9 @@ class ClipBart(ComposedModel, GenerationMixin):
             nothing = torch.zeros(texts, 0, self.config.text_config.d_model, device=device)
             return nothing, torch.zeros(texts, 0, dtype=torch.bool, device=device)
         image_owner = torch.arange(len(features), device=device) if image_owner is None else image_owner
-        counts = torch.bincount(image_owner, minlength=texts if slots is None else slots)
+        counts = images_per_slot(image_owner, texts if slots is None else slots)
         number = torch.arange(len(features), device=device) - (counts.cumsum(0) - counts)[image_owner]
-        most = int(counts.max())
+        most = most_images(image_owner)
         if most > self.config.max_images:
             raise BadInput(
                 f"backbone.max_images: a sample has {most} images, the model numbers {self.config.max_images}. "

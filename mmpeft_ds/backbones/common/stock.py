@@ -23,6 +23,7 @@ from mmpeft_ds.backbones.base import ModelHooks
 from mmpeft_ds.backbones.common import tower_loading
 from mmpeft_ds.backbones.common.recomputing import RecomputesUnderCondition
 from mmpeft_ds.backbones.common.scalars import ScalarsAsBuffers
+from mmpeft_ds.backbones.common.slots import images_per_slot
 from mmpeft_ds.errors import BadInput
 
 # Weights of a random base: the same on every rank and at every ZeRO stage.
@@ -152,7 +153,7 @@ def untrained(model: nn.Module, towers: dict[str, str]) -> list[str]:
 def mean_per_text(vectors_Id: Tensor, image_owner: Tensor, text_owner: Tensor, slots: int) -> Tensor:
     """(T, d) mean over the images of the slot that owns each text; zeros where it has none."""
     sums = vectors_Id.new_zeros(slots, vectors_Id.shape[1]).index_add(0, image_owner, vectors_Id)
-    count = torch.bincount(image_owner, minlength=slots).clamp(min=1).to(sums.dtype)
+    count = images_per_slot(image_owner, slots).clamp(min=1).to(sums.dtype)
     return (sums / count[:, None])[text_owner]
 
 

@@ -13,6 +13,8 @@ from transformers import PreTrainedModel
 
 from mmpeft_ds.backbones.common.affine import Affine
 from mmpeft_ds.backbones.common.composed import ComposedConfig, ComposedModel
+from mmpeft_ds.backbones.common.slots import images_per_slot, most_images
+from mmpeft_ds.host_copies import on_host
 from mmpeft_ds.sites.condition import Condition
 
 
@@ -75,10 +77,7 @@ class VisionSide(ComposedModel):
         if text_owner is None:
             text_owner = torch.arange(texts, device=device)
         slots = texts if slots is None else slots
-        counts = torch.zeros(slots, dtype=torch.int64, device=device).index_add(
-            0, image_owner, torch.ones_like(image_owner)
-        )
-        most = int(counts.max()) if len(images) else 0
+        counts, most = images_per_slot(image_owner, slots), most_images(image_owner)
         place = torch.arange(len(images), device=device) - (counts.cumsum(0) - counts)[image_owner]
         by_slot = images.new_zeros(slots, most, *images.shape[1:]).index_put((image_owner, place), images)
         keep = torch.arange(most, device=device) < counts[:, None]
@@ -101,6 +100,16 @@ class VisionSide(ComposedModel):
         if self.config.prefix == "none" or vectors.shape[1] == 0:
             return None, keep[:, :0]
         return self._pick(vectors, keep, self.config.prefix)
+
+    def _kept_prefix(
+        self, prefix_keep: Tensor, keep: Tensor, image_owner: Tensor | None, text_owner: Tensor | None
+    ) -> int:
+        """Positions of the prefix that count, in all texts; known on the host where the owners are."""
+        if 0 in prefix_keep.shape or image_owner is None or text_owner is None:
+            return int(prefix_keep.sum())
+        slots = on_host(text_owner)
+        images = on_host(image_owner).bincount(minlength=int(slots.max()) + 1)
+        return int(images[slots].sum()) * (prefix_keep.shape[1] // keep.shape[1])
 
     def _condition(
         self, vectors: Tensor, keep: Tensor, attention_mask: Tensor | None, prefix_keep: Tensor

@@ -20,6 +20,7 @@ from mmpeft_ds.backbones.common.composed import HeadLinear
 from mmpeft_ds.backbones.common.tower_loading import empty_tower
 from mmpeft_ds.backbones.common.vision_model import VisionSide, VisionSideConfig
 from mmpeft_ds.backbones.vision_text_encoder import positions as unread
+from mmpeft_ds.host_copies import on_host
 from mmpeft_ds.sites.condition import conditioned
 
 
@@ -136,7 +137,8 @@ class VisionTextEncoder(VisionSide):
             if not return_last_hidden_state and unread.tokenwise(layers[-1]):
                 condition = dataclasses.replace(condition, read=read)
         if condition.own_mask is not None and not return_last_hidden_state and all(map(unread.rowless, layers)):
-            condition = dataclasses.replace(condition, kept=unread.kept_positions(condition.own_mask))
+            count = int(on_host(attention_mask).sum()) + self._kept_prefix(prefix_keep, keep, image_owner, text_owner)
+            condition = dataclasses.replace(condition, kept=unread.kept_positions(condition.own_mask, count))
         with conditioned(condition):
             hidden = self.text_model.encoder(hidden, attention_mask=mask).last_hidden_state
         logits = self.head(self._head_input(hidden, attention_mask, prefix_keep, read))

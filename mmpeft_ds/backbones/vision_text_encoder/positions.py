@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor, nn
 
+from mmpeft_ds.host_copies import nonzero
 from mmpeft_ds.sites.base import AdapterLayer
 from mmpeft_ds.sites.condition import current
 
@@ -36,10 +37,14 @@ def rowless(layer: nn.Module) -> bool:
     return all(m.rowless if isinstance(m, AdapterLayer) else _of_peft(m) for m in _adapters(layer))
 
 
-def kept_positions(keep_TL: Tensor) -> Tensor | None:
-    """(N,) where the positions that count stand in (T * L,); None if all of them do."""
-    kept = keep_TL.flatten().nonzero()[:, 0]
-    return None if len(kept) == keep_TL.numel() else kept
+def kept_positions(keep_TL: Tensor, count: int) -> Tensor | None:
+    """(N,) where the positions that count stand in (T * L,); None if all of them do.
+
+    Args:
+        keep_TL: bool.
+        count: N, which is known on the host.
+    """
+    return None if count == keep_TL.numel() else nonzero(keep_TL.flatten(), count)[:, 0]
 
 
 def first_position(prefix_keep: Tensor, length: int) -> Tensor:

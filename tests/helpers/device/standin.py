@@ -27,9 +27,9 @@ from tests.helpers.device import reports
 SOURCE = Path(__file__).with_name("device_guard.cpp")
 _KEYS = {"CPU": "CUDA", "SparseCPU": "SparseCUDA", "SparseCsrCPU": "SparseCsrCUDA"}
 _DLPACK_CPU, _DLPACK_CUDA = 1, 2
-_MATH, _FLASH = 0, 1  # SDPBackend
+_FLASH = 1  # SDPBackend
 # Composite, but their code asks which device it is on and has kernels for CPU and CUDA only.
-_ASK_FOR_THE_DEVICE = ("convolution", "convolution_backward", "is_pinned", "_pin_memory")
+_ASK_FOR_THE_DEVICE = ("convolution", "convolution_backward")
 
 _started: list[Any] = []
 _capsule_pointer = ctypes.pythonapi.PyCapsule_GetPointer

@@ -1,0 +1,53 @@
+"""Integers on a device that are known on the host too, so that nobody waits for the device to learn them.
+
+The loader knows on the CPU who owns which image, which tokens are padding and where labels stand. A tensor that
+`to_device` moves keeps the original at hand. Whoever needs a size that depends on such values asks `on_host`, and the
+device goes on with what it has to do; `.tolist()`, `.nonzero()` and the like would wait until it has finished.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+_NAME = "mmpeft_host_copy"
+
+
+def to_device(tensor: Tensor, device: torch.device | str, non_blocking: bool = True) -> Tensor:
+    """`tensor` on `device`; whole numbers and booleans remember their values, floating point does not.
+
+    With `non_blocking`, what is not in pinned memory goes there first: a copy to a GPU waits otherwise.
+    """
+    device = torch.device(device)
+    if non_blocking and device.type == "cuda" and tensor.device.type == "cpu" and not tensor.is_pinned():
+        tensor = tensor.pin_memory()
+    return _remembering(tensor.to(device, non_blocking=non_blocking), tensor)
+
+
+def on_host(tensor: Tensor) -> Tensor:
+    """The values on the CPU: at once where `tensor` remembers them, otherwise by a copy that waits for the device."""
+    if tensor.device.type == "cpu":
+        return tensor
+    kept: tuple[Tensor, int] | None = getattr(tensor, _NAME, None)
+    return kept[0] if kept is not None and kept[1] == tensor._version else tensor.cpu()
+
+
+def both(change: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:
+    """`change(tensor)`, which remembers its values if `tensor` does; `change` keeps the device."""
+    changed = change(tensor)
+    if tensor.device.type == "cpu" or not hasattr(tensor, _NAME):
+        return changed
+    return _remembering(changed, change(on_host(tensor)))
+
+
+def nonzero(mask: Tensor, count: int) -> Tensor:
+    """(count, dimensions) as `mask.nonzero()`, for a `count` that is known on the host."""
+    return mask.nonzero_static(size=count)
+
+
+def _remembering(moved: Tensor, original: Tensor) -> Tensor:
+    if moved.device.type not in ("cpu", "meta") and original.device.type == "cpu" and not moved.is_floating_point():
+        setattr(moved, _NAME, (original, moved._version))
+    return moved
