@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 _NAME = "mmpeft_host_copy"
+_KEPT = (torch.int64, torch.int32, torch.bool)  # not pixels
 
 
 def to_device(tensor: Tensor, device: torch.device | str, non_blocking: bool = True) -> Tensor:
-    """`tensor` on `device`; whole numbers and booleans remember their values, floating point does not.
+    """`tensor` on `device`; indices and booleans remember their values, pixels and floating point do not.
 
     With `non_blocking`, what is not in pinned memory goes there first: a copy to a GPU waits otherwise.
     """
@@ -48,6 +49,6 @@ def nonzero(mask: Tensor, count: int) -> Tensor:
 
 
 def _remembering(moved: Tensor, original: Tensor) -> Tensor:
-    if moved.device.type not in ("cpu", "meta") and original.device.type == "cpu" and not moved.is_floating_point():
+    if moved.device.type not in ("cpu", "meta") and original.device.type == "cpu" and moved.dtype in _KEPT:
         setattr(moved, _NAME, (original, moved._version))
     return moved

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from mmpeft_ds.host_copies import both, on_host, to_device
 from mmpeft_ds.sites.condition import Segments
 
 
@@ -31,21 +32,22 @@ class TextRow:
 
     def __init__(self, keep: Tensor):
         self.width = keep.shape[1]
-        self._at = keep.nonzero(as_tuple=True)
-        lengths = keep.sum(1)
-        text = self._at[0]
-        place = torch.arange(len(text), device=keep.device) - (lengths.cumsum(0) - lengths)[text]
-        self.segments = Segments(text, place, tuple(lengths.tolist()))
-        self.position_ids = place[None]
+        known = on_host(keep)
+        text, column = known.nonzero(as_tuple=True)
+        lengths = known.sum(1)
+        place = torch.arange(len(text)) - (lengths.cumsum(0) - lengths)[text]
+        text, self._column, self._place = (to_device(t, keep.device) for t in (text, column, place))
+        self.segments = Segments(text, self._place, tuple(lengths.tolist()))
+        self.position_ids = self._place[None]
 
     def of(self, rows: Tensor) -> Tensor:
         """(1, N, ...) of (T, S, ...)."""
-        return rows[self._at][None]
+        return rows[_beside(rows, self.segments.text), _beside(rows, self._column)][None]
 
     def labels(self, labels_TS: Tensor) -> Tensor:
         """(1, N): what is asked of each token; of the first of a text nothing, since what stands before it in the row
         is of another text."""
-        return self.of(labels_TS).masked_fill(self.position_ids == 0, -100)
+        return both(lambda labels: self.of(labels).masked_fill(_beside(labels, self._place) == 0, -100), labels_TS)
 
     @property
     def text_of(self) -> Tensor:
@@ -57,7 +59,12 @@ class TextRow:
         positions in every layer; none for other implementations, which get a mask."""
         if not implementation.startswith("flash"):
             return {}
-        lengths = torch.tensor(self.segments.lengths, dtype=torch.int32, device=self.position_ids.device)
+        lengths = to_device(torch.tensor(self.segments.lengths, dtype=torch.int32), self.position_ids.device)
         ends = pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
         longest = max(self.segments.lengths)
         return {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": longest, "max_length_k": longest}
+
+
+def _beside(rows: Tensor, index: Tensor) -> Tensor:
+    """`index` where `rows` lie."""
+    return index if rows.device == index.device else on_host(index)

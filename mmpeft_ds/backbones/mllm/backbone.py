@@ -31,6 +31,7 @@ from mmpeft_ds.backbones.mllm.options import Options
 from mmpeft_ds.data.batch import CollatedTexts, GenerationOutput, PackedBatch, Prompted
 from mmpeft_ds.data.transform import ImageTransform
 from mmpeft_ds.errors import BadInput
+from mmpeft_ds.host_copies import both, on_host, to_device
 from mmpeft_ds.sites.base import base_model
 from mmpeft_ds.sites.condition import conditioned
 
@@ -136,7 +137,8 @@ class MllmBackbone(StockBackbone):
     def inputs(self, batch: PackedBatch) -> dict[str, Any]:
         """Forward arguments; pixels are normalised here, on the device of the batch."""
         texts = {name: batch.texts[name] for name in ("input_ids", "attention_mask", "labels")}
-        places = texts["attention_mask"].bool() & (texts["input_ids"] == self._config.image_token_id)
+        ids, mask = (on_host(texts[name]) for name in ("input_ids", "attention_mask"))
+        places = mask.bool() & (ids == self._config.image_token_id)
         return {
             **texts,
             **self._images(batch),
@@ -166,8 +168,11 @@ class MllmBackbone(StockBackbone):
 
     def labels_at(self, model: Any, batch: PackedBatch, positions: int) -> Tensor:
         """The token that follows each of the last positions, image tokens counted; nothing follows the last."""
-        labels = model.widened_labels
-        return nn.functional.pad(labels[:, labels.shape[1] - positions + 1 :], (0, 1), value=-100)
+
+        def following(labels: Tensor) -> Tensor:
+            return nn.functional.pad(labels[:, labels.shape[1] - positions + 1 :], (0, 1), value=-100)
+
+        return both(following, model.widened_labels)
 
     def tokens(self, texts: list[str | Prompted], image_sizes: list[tuple[int, int]]) -> int:
         """Of all conversations of a sample, each of which reads its images."""
@@ -314,14 +319,15 @@ class MllmBackbone(StockBackbone):
         A text of weight 0 that was cropped may name fewer than there are; the others are not seen.
         """
         images: dict[int, list[int]] = {}
-        for image, slot in enumerate(batch.image_owner.tolist()):
+        for image, slot in enumerate(on_host(batch.image_owner).tolist()):
             images.setdefault(slot, []).append(image)
-        rows = [i for slot, n in zip(batch.text_owner.tolist(), places, strict=True) for i in images.get(slot, [])[:n]]
+        owners = on_host(batch.text_owner).tolist()
+        rows = [i for slot, n in zip(owners, places, strict=True) for i in images.get(slot, [])[:n]]
         if len(rows) != sum(places):
             raise BadInput(
                 f"backbone: texts of this batch hold {sum(places)} placeholders, but their samples {len(rows)} images."
             )
-        return torch.tensor(rows, dtype=torch.int64, device=batch.text_owner.device)
+        return to_device(torch.tensor(rows, dtype=torch.int64), batch.text_owner.device)
 
 
 ENTRY = MllmBackbone

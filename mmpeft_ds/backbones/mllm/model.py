@@ -21,6 +21,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from mmpeft_ds.backbones.common.stock import Publishing
 from mmpeft_ds.backbones.common.text_row import TextRow
+from mmpeft_ds.host_copies import both, on_host, to_device
 from mmpeft_ds.sites.condition import Condition, conditioned, current
 
 
@@ -102,7 +103,9 @@ class ImageText(Publishing):
         if condition is None:
             condition = self.condition_of(features, image_owner, text_owner, num_slots, widened.attention_mask)
         arguments, labels = self.arguments(widened, features, image_grid_thw, image_rows), widened.labels
-        row = TextRow(widened.attention_mask.bool()) if padding_free else None
+        row = TextRow(both(Tensor.bool, widened.attention_mask)) if padding_free else None
+        if row is None and "image_grid_thw" in arguments:
+            arguments["position_ids"] = self._positions(arguments)
         if row is not None:
             arguments |= self.row_arguments(row, arguments)
             labels = None if labels is None else row.labels(labels)
@@ -115,7 +118,7 @@ class ImageText(Publishing):
         outputs["lengths"], outputs["positions"] = widened.attention_mask.sum(1), arguments["input_ids"].numel()
         if row is not None:
             outputs["text_of"] = row.text_of
-        unread = sorted(set(range(len(features))) - set(image_rows.tolist()))
+        unread = sorted(set(range(len(features))) - set(on_host(image_rows).tolist()))
         if unread and torch.is_grad_enabled() and features[0].requires_grad:
             # All ranks must reach the vision tower in backward, also one whose images no text refers to.
             outputs["tie"] = sum(features[i].sum() for i in unread) * 0
@@ -138,29 +141,34 @@ class ImageText(Publishing):
         image_rows: Tensor,
         left: bool = False,
     ) -> Widened:
-        """Give every placeholder as many places as its image has features; padding goes to the right, or `left`."""
+        """Give every placeholder as many places as its image has features; padding goes to the right, or `left`.
+
+        It is done on the host, which knows the texts and how many features there are, and goes on without the device.
+        """
+        device = input_ids.device
+        input_ids, attention_mask, image_rows = map(on_host, (input_ids, attention_mask, image_rows))
         keep = attention_mask.bool()
         places = keep & (input_ids == self.config.image_token_id)
-        lengths = torch.tensor([len(f) for f in features], dtype=torch.int64, device=input_ids.device)
+        lengths = torch.tensor([len(f) for f in features], dtype=torch.int64)
         times = keep.to(torch.int64)
         times[places] = lengths[image_rows]
         widths = times.sum(1)
         rows, length = len(input_ids), int(widths.max())
-        row = torch.repeat_interleave(torch.arange(rows, device=input_ids.device), widths)
-        column = torch.arange(len(row), device=input_ids.device) - (widths.cumsum(0) - widths)[row]
+        row = torch.repeat_interleave(torch.arange(rows), widths)
+        column = torch.arange(len(row)) - (widths.cumsum(0) - widths)[row]
         if left:
             column = column + (length - widths)[row]
 
         def spread(values: Tensor, fill: int) -> Tensor:
             out = values.new_full((rows, length), fill)
             out[row, column] = values.flatten().repeat_interleave(times.flatten())
-            return out
+            return to_device(out, device)
 
         pad = self.config.text_config.pad_token_id
         return Widened(
             spread(input_ids, 0 if pad is None else pad),
             spread(attention_mask, 0),
-            None if labels is None else spread(labels, -100),
+            None if labels is None else spread(on_host(labels), -100),
             spread(places.to(torch.int64), 0),
         )
 
@@ -172,21 +180,18 @@ class ImageText(Publishing):
         if hasattr(self.model, "get_rope_index"):  # positions in time, height and width
             arguments["mm_token_type_ids"] = widened.image_tokens
             if image_grid_thw is not None and len(image_rows):
-                arguments["image_grid_thw"] = image_grid_thw[image_rows]
+                rows = {tensor.device: tensor for tensor in (image_rows, on_host(image_rows))}
+                arguments["image_grid_thw"] = both(lambda grid: grid[rows[grid.device]], image_grid_thw)
         if len(image_rows):
-            read = BaseModelOutputWithPooling(pooler_output=[features[i] for i in image_rows.tolist()])
+            read = BaseModelOutputWithPooling(pooler_output=[features[i] for i in on_host(image_rows).tolist()])
             arguments["mm_encoder_outputs"] = {"image": read}
         return arguments
 
     def row_arguments(self, row: TextRow, arguments: dict[str, Any]) -> dict[str, Any]:
         """What changes in the `arguments` for widened texts where these are read as one row."""
-        ids, mask = arguments["input_ids"], arguments["attention_mask"]
         positions = row.position_ids
         if "mm_token_type_ids" in arguments:  # positions in time, height and width, behind those that tell texts apart
-            names = ("mm_token_type_ids", "image_grid_thw")
-            given = {name: arguments[name] for name in names if name in arguments}
-            spatial, _ = self.model.get_rope_index(ids, attention_mask=mask, **given)
-            positions = torch.stack([positions, *(row.of(axis) for axis in spatial)])
+            positions = torch.stack([positions, *(row.of(axis) for axis in self._positions(arguments))])
         implementation = self.config.text_config._attn_implementation or "eager"
         return {
             **{name: row.of(arguments[name]) for name in ("input_ids", "mm_token_type_ids") if name in arguments},
@@ -194,6 +199,13 @@ class ImageText(Publishing):
             "position_ids": positions,
             **row.attention_arguments(implementation),
         }
+
+    def _positions(self, arguments: dict[str, Any]) -> Tensor:
+        """(3, T, S) positions in time, height and width; transformers would ask the device for the texts, again and
+        again."""
+        names = ("input_ids", "attention_mask", "mm_token_type_ids", "image_grid_thw")
+        given = {name: on_host(arguments[name]) for name in names if name in arguments}
+        return to_device(self.model.get_rope_index(**given)[0], arguments["input_ids"].device)
 
     def condition_of(
         self,
@@ -209,7 +221,7 @@ class ImageText(Publishing):
         if kind == "none":
             return Condition(own_mask=own)
         images_of = _images_by_slot(image_owner, len(features), num_slots)
-        slots = range(len(images_of)) if text_owner is None else text_owner.tolist()
+        slots = range(len(images_of)) if text_owner is None else on_host(text_owner).tolist()
         like = next(t for t in (own_mask, text_owner, *features) if t is not None)
         nothing = torch.zeros(1, self.config.text_config.hidden_size, dtype=self.dtype, device=like.device)
         per_text = []
@@ -221,7 +233,7 @@ class ImageText(Publishing):
         tokens = nn.utils.rnn.pad_sequence(per_text, batch_first=True)
         if kind == "pooled":
             return Condition(tokens, own_mask=own)
-        counts = torch.tensor([len(t) for t in per_text], device=tokens.device)
+        counts = to_device(torch.tensor([len(t) for t in per_text]), tokens.device)
         return Condition(tokens, torch.arange(tokens.shape[1], device=tokens.device) < counts[:, None], own_mask=own)
 
 
@@ -229,14 +241,14 @@ def _asked(labels: Tensor | None) -> int:
     """How many of the last positions are needed to predict all labels; at least two, of which one is compared."""
     if labels is None:
         return 0
-    asked = (labels != -100).any(0).nonzero()
+    asked = (on_host(labels) != -100).any(0).nonzero()
     first = int(asked[0]) if len(asked) else labels.shape[1]
     return min(labels.shape[1], max(2, labels.shape[1] - first + 1))
 
 
 def _images_by_slot(image_owner: Tensor | None, images: int, num_slots: int | None) -> list[list[int]]:
     """Numbers of the images that each slot owns; None: image i belongs to slot i."""
-    owners = list(range(images)) if image_owner is None else image_owner.tolist()
+    owners = list(range(images)) if image_owner is None else on_host(image_owner).tolist()
     images_of: list[list[int]] = [[] for _ in range(num_slots if num_slots is not None else len(owners))]
     for image, slot in enumerate(owners):
         images_of[slot].append(image)

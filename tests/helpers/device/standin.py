@@ -57,14 +57,19 @@ def start() -> None:
     for name in torch._C._dispatch_get_all_op_names():
         for host, device in _KEYS.items():
             if name.startswith("aten::") and name not in own and has_kernel(name, host):
-                libraries[1].impl(name, _kernel(_overload(name)), device)
+                libraries[1].impl(name, _kernel(overload(name)), device)
     for name in _ASK_FOR_THE_DEVICE:
-        libraries[1].impl(name, _kernel(_overload(f"aten::{name}")), "CUDA")
+        libraries[1].impl(name, _kernel(overload(f"aten::{name}")), "CUDA")
     for name, kernel in own.items():
         libraries[1].impl(name, kernel, "CUDA")
     for key in ("CUDA", "AutogradCUDA"):
         libraries[1].impl("scaled_dot_product_attention", _attention, key)
     _started.extend([guard, *libraries])
+
+
+def keep(library: torch.library.Library) -> None:
+    """Hold on to kernels that another file has registered."""
+    _started.append(library)
 
 
 def compiled() -> Path:
@@ -137,7 +142,8 @@ def _to_device(value: Any) -> Any:
 # ---------------------------------------------------------------------------------------------------------- kernels
 
 
-def _overload(name: str) -> torch._ops.OpOverload:
+def overload(name: str) -> torch._ops.OpOverload:
+    """The operation of a name as the dispatcher has it, such as `aten::add.Tensor`."""
     space, _, rest = name.partition("::")
     packet, _, overload = rest.partition(".")
     return getattr(getattr(getattr(torch.ops, space), packet), overload or "default")

@@ -1,6 +1,6 @@
 """Forward and backward of methods on backbones, on the stand-in for a GPU; for `launch.run_forked(..., ranks=0)`.
 
-device_matrix OUT.json COLUMN METHODS     columns of `method_table`, methods joined by commas
+device_matrix OUT.json METHODS COLUMN...     methods joined by commas (none: all), columns of `method_table`
 """
 
 from __future__ import annotations
@@ -64,14 +64,15 @@ def cell(name: str, column: method_table.Column) -> dict[str, Any] | None:
 
 
 def main() -> None:
-    out, column, chosen = sys.argv[1:]
+    out, chosen, *columns = sys.argv[1:]
     standin.start()
-    with tempfile.TemporaryDirectory() as folder:
-        made = method_table.Column.make(column, Path(folder))
-        result = {}
-        for name in chosen.split(",") if chosen else methods.names(heads=False):
-            if (found := cell(name, made)) is not None:
-                result[name] = found
+    result: dict[str, dict[str, Any]] = {}
+    for column in columns:
+        with tempfile.TemporaryDirectory() as folder:
+            made = method_table.Column.make(column, Path(folder))
+            names = chosen.split(",") if chosen else methods.names(heads=False)
+            cells = {name: cell(name, made) for name in names}
+        result[column] = {name: found for name, found in cells.items() if found is not None}
     Path(out).write_text(json.dumps(result))
 
 
