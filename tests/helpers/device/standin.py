@@ -49,6 +49,7 @@ def start() -> None:
     guard = ctypes.CDLL(str(compiled()))
     guard.install()
     torch.cuda._lazy_init = lambda: None
+    torch.cuda.get_device_capability = lambda device=None: (8, 0)
     libraries = [torch.library.Library("_", "IMPL"), torch.library.Library("aten", "IMPL")]
     for key in _KEYS.values():
         libraries[0].fallback(lambda op, *args, **kwargs: _kernel(op)(*args, **kwargs), key)
