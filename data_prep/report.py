@@ -23,6 +23,8 @@ def show(manifest: Manifest) -> None:
             beside = f" of {expected[name]:,}" if name in expected else ""
             cells.append(f"{numbers[name]:,}{beside}" if name in numbers else "")
         print(f"  {split:8} " + "".join(f"{cell:>22}" for cell in cells))
+    if template := next((a["template"] for a in manifest.account.values() if "template" in a), None):
+        print(f"  the published prompt: {template}")
     for split in manifest.splits:
         for reason, (number, names) in manifest.account.get(split, {}).get("aside", {}).items():
             more = ", ..." if number > len(names) else ""

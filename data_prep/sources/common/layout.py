@@ -157,14 +157,25 @@ class LayoutSource(Source):
         return "path leaves the folder" if parts.is_absolute() or ".." in parts.parts else ""
 
     def splits(self) -> list[str]:
-        return [split for split in self.chosen() if self._of().size(split)]
+        """Splits with samples. Raises BadInput if there is none, with what was set aside."""
+        chosen = self.chosen()
+        splits = [split for split in chosen if self._of().size(split)]
+        if not splits:
+            aside = [
+                f"{split}: {reason} ({', '.join(names[:3])}{', ...' if number > 3 else ''})"
+                for split in chosen
+                for reason, (number, names) in self._of().account(split)["aside"].items()
+            ]
+            raise BadInput(f"{self.root}: no sample is left. {'; '.join(aside) or 'No records'}. {self._advice()}")
+        return splits
 
     def fingerprint(self) -> dict[str, str]:
         """sha256 of every annotation file; pictures are looked for by name, their bytes are not read for this."""
         files = self.files()
         also = [name for name in self.also_read() if (self.root / name).is_file()]
         names = dict.fromkeys([*(name for split in self.chosen() for name in files[split]), *also])
-        return {name: sha256(self.root / name) for name in names}
+        # A folder of pictures is looked through for the index; its files are not read for this.
+        return {name: sha256(self.root / name) for name in names if (self.root / name).is_file()}
 
     def count(self, split: str) -> int:
         return self._of().size(split)
