@@ -57,6 +57,16 @@ def json_lines(path: Path) -> Iterator[Any]:
             raise BadInput(f"{path}: line {number} is no JSON ({error}). Download the file again.") from error
 
 
+def records(path: Path) -> Iterator[Any]:
+    """Items of a file that is a JSON list or holds one JSON value a line, whichever it is. Raises BadInput."""
+    try:
+        with open(path, encoding="utf-8-sig") as stream:
+            is_list = (stream.read(1024).lstrip() or " ")[0] == "["
+    except (OSError, UnicodeDecodeError) as error:
+        raise _unreadable(path, error) from error
+    return items(path) if is_list else json_lines(path)
+
+
 def json_value(path: Path) -> Any:
     """The value of a small JSON file. Raises BadInput."""
     try:
