@@ -41,6 +41,15 @@ def sha256(file: str | os.PathLike | IO[bytes]) -> str:
     return digest.hexdigest()
 
 
+def is_on_local_disk(path: Path) -> bool:
+    """Whether a path, which need not be there yet, lies on a disk of this machine, as far as psutil knows."""
+    import psutil
+
+    parts = [p for p in psutil.disk_partitions(all=True) if path.resolve().is_relative_to(p.mountpoint)]
+    kind = max(parts, key=lambda p: len(p.mountpoint)).fstype if parts else ""
+    return kind in ("ext2", "ext3", "ext4", "xfs", "btrfs", "zfs", "overlay", "tmpfs", "apfs", "f2fs")
+
+
 @contextlib.contextmanager
 def writing(path: str | os.PathLike) -> Iterator[None]:
     """For a block that writes `path`: what the file system refuses becomes one line. Raises BadInput."""

@@ -51,6 +51,8 @@ class WorkerPool:
     def __init__(self, make: Callable[[Any], Any], workers: int, prefetch: int, pin_memory: bool = False):
         self.make, self.pin_memory, self._requests, self._processes = make, pin_memory, _Requests(), []
         self._loader, self._running, self._starting, self._failure = None, None, None, None
+        # A new thread starts on GPU 0, where every rank of the machine would then open a context.
+        self._gpu = torch.cuda.current_device() if pin_memory and torch.cuda.is_available() else None
         if workers == 0:
             return
         payload = pickle.dumps(make)
@@ -105,6 +107,8 @@ class WorkerPool:
     def _start(self, needs_main: bool) -> None:
         before = set(multiprocessing.active_children())
         try:
+            if self._gpu is not None:
+                torch.cuda.set_device(self._gpu)  # of this thread, whose GPU the loader's pinning thread takes
             with _main_hidden(not needs_main), _signals_held():
                 # There are no requests yet, so this only starts the workers, which persist.
                 iter(self._loader)

@@ -20,8 +20,9 @@ from typing import Any
 
 import torch
 
+from mmpeft_ds.distributed import host_caches
 from mmpeft_ds.errors import BadInput
-from mmpeft_ds.files import REPOSITORY
+from mmpeft_ds.files import is_on_local_disk
 from mmpeft_ds.quiet import quiet, without_lines
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h
@@ -176,9 +177,7 @@ def _check_numbers(env: Any) -> None:
 def _lay_out(env: Any) -> None:
     """Fill in what the launcher did not set. Raises BadInput."""
     env.setdefault("TOKENIZERS_PARALLELISM", "false")  # loader workers fork; the tokenizer's threads would not survive
-    compiled = REPOSITORY / ".cache" / "torch_extensions"
-    if compiled.is_dir():
-        env.setdefault("TORCH_EXTENSIONS_DIR", str(compiled))
+    host_caches.set_folders(env)
     if "RANK" in env:  # deepspeed, torchrun, or somebody by hand
         missing = [n for n in ("WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if n not in env]
         if missing:
@@ -253,7 +252,7 @@ def remove_stale_lock(extension: str) -> bool:
     lock = Path(cpp_extension._get_build_directory(extension, verbose=False)) / "lock"
     try:
         age = time.time() - lock.stat().st_mtime
-        if _opened_here(lock) or (age < 600 and not _on_local_disk(lock)):
+        if _opened_here(lock) or (age < 600 and not is_on_local_disk(lock)):
             return False
         lock.unlink()
     except OSError:  # none, or another rank was first
@@ -273,15 +272,6 @@ def _opened_here(path: Path) -> bool:
         if (there.st_dev, there.st_ino) == (wanted.st_dev, wanted.st_ino):
             return True
     return False
-
-
-def _on_local_disk(path: Path) -> bool:
-    """Whether the file lies on a disk of this machine, as far as psutil knows."""
-    import psutil
-
-    parts = [p for p in psutil.disk_partitions(all=True) if path.resolve().is_relative_to(p.mountpoint)]
-    kind = max(parts, key=lambda p: len(p.mountpoint)).fstype if parts else ""
-    return kind in ("ext2", "ext3", "ext4", "xfs", "btrfs", "zfs", "overlay", "tmpfs", "apfs", "f2fs")
 
 
 @contextlib.contextmanager

@@ -15,6 +15,7 @@ from mmpeft_ds.distributed import processes
 from mmpeft_ds.distributed.collectives import on_rank0
 from mmpeft_ds.distributed.processes import Ranks
 from mmpeft_ds.engine import calibrate, checkpoint, ewc, summary
+from mmpeft_ds.engine.assembly import hub
 from mmpeft_ds.engine.assembly.build import Built, build
 from mmpeft_ds.engine.assembly.checks import check_schedule, idle_note
 from mmpeft_ds.engine.assembly.resolve import Resolved, ResolvedSource, resolve, titles
@@ -48,7 +49,9 @@ def run(recipe: recipes.Recipe, *, fresh: bool = False, conclude: Callable[[Trai
         # Enter first, so that a launcher dying during the build is noticed.
         stop = stack.enter_context(StopFlag(recipe.engine.stop_grace))
 
-        # Parse, before the ranks meet: what is wrong with the recipe is said at once.
+        # Parse, before the ranks meet: what is wrong with the recipe is said at once. Only where it needs files of the
+        # hub, they meet first, so that one of each node fetches them.
+        hub.have(recipe)
         resolved = resolve(recipe)
         recipe = resolved.recipe
         ranks = processes.start(recipe.engine.threads, recipe.seed, recipe.engine.matmul)

@@ -16,6 +16,7 @@ from mmpeft_ds.data.subset import fingerprint
 from mmpeft_ds.data.writer import PARTS, Part, write_manifest
 from mmpeft_ds.distributed import processes
 from mmpeft_ds.distributed.collectives import on_rank0
+from mmpeft_ds.engine.assembly import hub
 from mmpeft_ds.engine.stop import StopFlag
 from mmpeft_ds.errors import BadInput
 from mmpeft_ds.precompute.caption_maker import CaptionMaker, DescribeOptions
@@ -41,6 +42,8 @@ def run(recipe: Recipe, options: DescribeOptions, adapter_dir: Path | None = Non
         source = Manifest.load(options.data)
         _check(source, options)
         ranks = processes.start(recipe.engine.threads, recipe.seed, recipe.engine.matmul)
+        if adapter_dir is None:
+            hub.share(hub.named(recipe), recipe.engine.attention, ranks)
         maker = CaptionMaker(recipe, source, options, ranks.device, stop, adapter_dir)
         plan = on_rank0(lambda: _plan(maker))
         if plan.done:

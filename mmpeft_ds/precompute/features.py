@@ -19,6 +19,7 @@ from mmpeft_ds.data.subset import fingerprint
 from mmpeft_ds.data.writer import PARTS, Part, write_manifest, write_shard
 from mmpeft_ds.distributed import processes
 from mmpeft_ds.distributed.collectives import on_rank0
+from mmpeft_ds.engine.assembly import hub
 from mmpeft_ds.engine.stop import StopFlag
 from mmpeft_ds.errors import BadInput
 from mmpeft_ds.precompute.feature_maker import PLACE, TEMPLATES, FeatureOptions, Maker
@@ -44,6 +45,7 @@ def run(recipe: Recipe, options: FeatureOptions) -> int:
         check_options(options)
         source = Manifest.load(options.data)
         ranks = processes.start(recipe.engine.threads, recipe.seed, recipe.engine.matmul)
+        hub.share(hub.named(recipe), recipe.engine.attention, ranks)
         maker = Maker(recipe, source, options, ranks.device, stop)
         plan = on_rank0(lambda: make_plan(source, options, maker.towers()))
         if plan.done:

@@ -10,6 +10,7 @@ from typing import Any
 
 from mmpeft_ds import recipe as recipes
 from mmpeft_ds.distributed.collectives import on_rank0
+from mmpeft_ds.engine.assembly import hub
 from mmpeft_ds.engine.assembly.resolve import Resolved, ResolvedSource, resolve, titles
 from mmpeft_ds.engine.monitor import plain
 from mmpeft_ds.engine.stop import StopFlag
@@ -46,6 +47,7 @@ def evaluate_run(
             recipe.data.validation.append(source)
     # Nothing has to be saved: a signal, or the end of the launcher, ends it within a step.
     with StopFlag(recipe.engine.stop_grace) as stop:
+        hub.have(recipe)
         resolved = resolve(recipe)
         check_writable(run)
         opened = open_run(run, resolved, which)

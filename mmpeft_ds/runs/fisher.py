@@ -27,6 +27,7 @@ from mmpeft_ds.data.stream import BadBudget, Step
 from mmpeft_ds.distributed import collectives
 from mmpeft_ds.distributed.collectives import on_rank0
 from mmpeft_ds.engine import ewc
+from mmpeft_ds.engine.assembly import hub
 from mmpeft_ds.engine.assembly.resolve import resolve
 from mmpeft_ds.engine.step import Stepper
 from mmpeft_ds.engine.stop import StopFlag
@@ -153,6 +154,7 @@ def estimate(
     recipe.engine.train_dropout = recipe.engine.gradient_checkpointing = False
     recipe.optim.ewc = EwcOptions()
     with StopFlag(recipe.engine.stop_grace) as stop:
+        hub.have(recipe)
         resolved = resolve(recipe)  # with the validation split, which methods that search insist on
         if resolved.method_options.gradient_free:
             name = recipe.method["name"]

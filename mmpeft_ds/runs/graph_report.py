@@ -16,6 +16,7 @@ import torch
 from mmpeft_ds import recipe as recipes
 from mmpeft_ds.distributed import collectives
 from mmpeft_ds.engine import calibrate
+from mmpeft_ds.engine.assembly import hub
 from mmpeft_ds.engine.assembly.resolve import resolve
 from mmpeft_ds.engine.stop import StopFlag
 from mmpeft_ds.engine.streams import make_stream
@@ -93,6 +94,7 @@ def of_run(
     recipe.data.validation = [on_split(recipe.data.sources[0], split)]
     # Nothing has to be saved: a signal, or the end of the launcher, ends it before the next order.
     with StopFlag(recipe.engine.stop_grace) as stop:
+        hub.have(recipe)
         resolved = resolve(recipe)
         opened = open_run(run, resolved, which)
         head = head_of(opened.built.model)

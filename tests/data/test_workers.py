@@ -6,12 +6,14 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 
 import psutil
 import pytest
 import torch
 
+from mmpeft_ds.data import workers as worker_pools
 from mmpeft_ds.data.workers import WorkerPool
 from mmpeft_ds.errors import BadInput
 from tests.helpers import launch
@@ -63,7 +65,8 @@ def run_script(tmp_path, body: str) -> subprocess.Popen:
         textwrap.dedent(
             """
             import multiprocessing, os, signal, sys, time
-            from mmpeft_ds.data.workers import WorkerPool
+            from mmpeft_ds.data import workers as worker_pools
+from mmpeft_ds.data.workers import WorkerPool
             from tests.data.test_workers import square
             print("main runs", flush=True)
             if __name__ == "__main__":
@@ -186,3 +189,19 @@ def test_workers_do_not_outlive_a_killed_main_process(tmp_path):
     server = {psutil.Process(p).ppid() for p in pids}
     assert process.wait(60) == -signal.SIGKILL
     assert gone([*pids, *server])
+
+
+def test_workers_that_pin_memory_are_started_on_the_gpu_of_this_rank(monkeypatch):
+    """A new thread stands on GPU 0, and torch's pinning thread takes the GPU of the thread that starts the loader."""
+    seen: list[tuple[str, int]] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda gpu: seen.append((threading.current_thread().name, gpu)))
+    monkeypatch.setattr(worker_pools, "DataLoader", lambda *_, **given: seen.append(("made", 0)) or [])
+    pool = WorkerPool(abs, workers=1, prefetch=1, pin_memory=True)
+    pool.wait()
+    (thread, gpu) = seen[-1]
+    assert gpu == 3 and thread != threading.current_thread().name
+    seen.clear()
+    WorkerPool(abs, workers=1, prefetch=1, pin_memory=False).wait()
+    assert seen == [("made", 0)], "nothing to pin, no GPU to open"

@@ -17,6 +17,14 @@ class BackboneOptions:
             not declared, so that no task is refused. Words in use: "answer scores" of a closed list for each text,
             "class scores" for each sample, "generated text", "ranked answers", "conversation scores" of every token
             that the assistant says, "image and text features", "matching scores" of image and text.
+        random_weights: the configuration of the checkpoint alone is loaded, not its weights.
     """
 
     gives: ClassVar[ByOption] = {}
+    random_weights = False
+
+    def checkpoints(self) -> list[str]:
+        """Pretrained checkpoints that are loaded: hub names, folders, `packaged:` names. Default: what the options
+        `model`, `vision` and `text` name."""
+        given = vars(self)
+        return [name for option in ("model", "vision", "text") if (name := given.get(option))]

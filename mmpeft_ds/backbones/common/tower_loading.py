@@ -61,13 +61,17 @@ TEXT = ("bert", "roberta", "xlm-roberta", "camembert")
 _INTERPOLATES_ON_REQUEST = ("vit", "deit", "clip_vision_model", "siglip_vision_model")
 
 
+def is_on_hub(name: str) -> bool:
+    """Whether `name` is a hub name: no folder that is there, nothing that looks like one, and not `packaged:`."""
+    return not (name.startswith("packaged:") or _looks_local(name) or Path(name).expanduser().is_dir())
+
+
 def locate(name: str, where: str) -> str:
     """Directory or hub name behind `name`; `packaged:` names are made ready. Raises BadInput."""
     if name.startswith("packaged:"):
         return str(packaged.ensure(name.removeprefix("packaged:"), where))
-    looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1
     path = Path(name).expanduser()
-    if looks_local and not path.is_dir():
+    if _looks_local(name) and not path.is_dir():
         raise BadInput(
             f"{where}: no directory {name!r}. Give a directory with config.json, a hub name or packaged:NAME."
         )
@@ -247,6 +251,10 @@ def find_file(place: str, file: str) -> str | None:
         )
     except OSError:
         return None
+
+
+def _looks_local(name: str) -> bool:
+    return name.startswith((".", "/", "~")) or name.count("/") > 1
 
 
 def _side(image_size: Any) -> int:
