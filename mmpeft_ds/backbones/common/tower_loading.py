@@ -240,7 +240,7 @@ def choose_attention(wanted: str, dtype: torch.dtype) -> str:
 
 def first_line(error: Exception) -> str:
     """The beginning of an error message of a library, for one of ours."""
-    return str(error).strip().splitlines()[0][:200]
+    return next(iter(str(error).strip().splitlines()), "")[:200]
 
 
 def find_file(place: str, file: str) -> str | None:
