@@ -45,6 +45,7 @@ MAY_DIFFER = (
     "engine.patience",
     "engine.stop_grace",
     "engine.threads",
+    "engine.adapter_matmul",
     "engine.max_skipped",
     "data.max_bad_fraction",
     "data.max_bad_in_a_row",

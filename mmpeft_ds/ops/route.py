@@ -40,7 +40,8 @@ def route(kind: str, h_BLr: Tensor, v_Bmr: Tensor | None, *, reshape_compat: boo
     _check(kind, h_BLr, v_Bmr)
     dtype = torch.promote_types(h_BLr.dtype, v_Bmr.dtype)
     if dtype in (torch.float16, torch.bfloat16):
-        return route(kind, h_BLr.float(), v_Bmr.float(), reshape_compat=reshape_compat).to(dtype)
+        with torch.autocast(h_BLr.device.type, enabled=False):
+            return route(kind, h_BLr.float(), v_Bmr.float(), reshape_compat=reshape_compat).to(dtype)
     h, v = h_BLr, v_Bmr
     pooled = v.shape[1] == 1
     if kind == "mul":

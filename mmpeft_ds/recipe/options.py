@@ -87,6 +87,8 @@ class EngineOptions:
             method work with it; else SDPA, and eager where a family has no other.
         matmul: how float32 matrices are multiplied on CUDA: `tf32` rounds the factors to 10 bits and runs on tensor
             cores, `float32` does not. Graphs are decided in float32 either way.
+        adapter_matmul: dtype in which adapters multiply. `bfloat16` needs a bfloat16 base: float32 parameters are
+            rounded for each product, and their gradients, moments and checkpoints stay float32.
         save_every: optimizer steps between checkpoints, 0 = at every evaluation and at the end.
         keep_last: checkpoints kept beside the best.
         eval_every: optimizer steps between evaluations, 0 = at the end of every epoch.
@@ -102,6 +104,7 @@ class EngineOptions:
     gradient_checkpointing: bool = False
     attention: str = "auto"
     matmul: Literal["tf32", "float32"] = "tf32"
+    adapter_matmul: Literal["float32", "bfloat16"] = "float32"
     save_every: int = 0
     keep_last: int = 2
     eval_every: int = 0

@@ -60,6 +60,11 @@ def check_values(recipe: Recipe) -> None:
         ("engine.stop_grace", engine.stop_grace > 0, "must be above 0 seconds"),
         ("engine.max_skipped", engine.max_skipped >= 1, "must be 1 or more"),
         ("engine.threads", engine.threads >= 0, "must be 0 (automatic) or more"),
+        (
+            "engine.adapter_matmul",
+            engine.adapter_matmul in ("float32", engine.dtype),
+            f"needs engine.dtype: bfloat16, and the base is {engine.dtype}",
+        ),
         ("monitor.every", recipe.monitor.every >= 1, "must be 1 or more"),
         ("monitor.samples", recipe.monitor.samples >= 0, "must be 0 (none) or more"),
     ]

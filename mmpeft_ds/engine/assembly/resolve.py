@@ -36,6 +36,7 @@ from mmpeft_ds.engine.zero.config import check_by_deepspeed, is_shipped
 from mmpeft_ds.errors import BadInput
 from mmpeft_ds.fitting import chosen
 from mmpeft_ds.methods.base import MethodOptions, SiteMethod
+from mmpeft_ds.methods.common.products import multiply_in
 from mmpeft_ds.methods.common.select import check_whole_modules
 from mmpeft_ds.methods.common.tuner import to_float32
 from mmpeft_ds.quiet import without_warnings
@@ -231,9 +232,12 @@ def attach(resolved: Resolved, base_model: PreTrainedModel) -> PeftModel:
         config.modules_to_save = sorted({*(config.modules_to_save or []), *heads})
     try:
         with without_warnings(), section.blamed():
-            return resolved.method.attach(config, base_model)
+            model = resolved.method.attach(config, base_model)
     except (ValueError, NotImplementedError) as e:  # of peft, such as a name in target_modules that no module has
         raise BadInput(f"{section.where()}: {one_line(e)}") from e
+    if resolved.recipe.engine.adapter_matmul != "float32":
+        multiply_in(model, getattr(torch, resolved.recipe.engine.adapter_matmul))
+    return model
 
 
 def float32_heads(base_model: PreTrainedModel) -> list[str]:

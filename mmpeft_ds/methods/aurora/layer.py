@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from mmpeft_ds.errors import BadInput
 from mmpeft_ds.methods.aurora.config import AuroraConfig
 from mmpeft_ds.methods.common.layers import SiteLayer
+from mmpeft_ds.methods.common.products import Multiplies, at_edge
 from mmpeft_ds.ops import mode_product
 from mmpeft_ds.ops.frame_weighting import weight_frame_keys
 from mmpeft_ds.ops.gated_query import gated_query
@@ -83,7 +84,7 @@ class Factors(SharedWithTeacher, nn.Module):
                 self.core.fill_(1.0)
 
 
-class ModeDelta(nn.Module):
+class ModeDelta(nn.Module, Multiplies):
     """What one adapter adds to one leaf: its modes, between the factors that it borrows.
 
     Args:
@@ -103,18 +104,18 @@ class ModeDelta(nn.Module):
             self.mode.uniform_(-bound, bound)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., in) -> (..., K, part) for attention, else (..., out), in the dtype of the factors."""
+        """(..., in) -> (..., K, part) for attention, else (..., out), in the dtype of the products."""
         down, up, core = self._borrow()
-        x = x if x.dtype == down.dtype else x.to(down.dtype)
-        added = DELTA[self.place.role](
-            x,
-            down,
-            up,
-            core,
-            self.mode,
-            dropout=self.dropout.p if self.dropout.training else 0.0,
-            drop_before_core=self.place.text,
-        )
+        with self.multiplying(x):
+            added = DELTA[self.place.role](
+                at_edge(x, down.dtype),
+                down,
+                up,
+                core,
+                self.mode,
+                dropout=self.dropout.p if self.dropout.training else 0.0,
+                drop_before_core=self.place.text,
+            )
         return added if self.scale == 1.0 else added * self.scale
 
     @torch.no_grad()

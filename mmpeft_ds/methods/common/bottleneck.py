@@ -17,6 +17,7 @@ from mmpeft_ds.distributed.partitioned import lent
 from mmpeft_ds.errors import BadInput
 from mmpeft_ds.methods.common.layers import SiteLayer
 from mmpeft_ds.methods.common.options import SUBLAYERS
+from mmpeft_ds.methods.common.products import Multiplies, at_edge
 from mmpeft_ds.methods.common.select import Selection
 from mmpeft_ds.ops.precision import full_dtype
 
@@ -56,7 +57,7 @@ class Up(Down):
             nn.init.zeros_(self.weight)
 
 
-class BottleneckLayer(nn.Module, SiteLayer):
+class BottleneckLayer(nn.Module, SiteLayer, Multiplies):
     """The last module of a sublayer and, per adapter, what the bottleneck adds to its output:
     `scale * up(activation(down(t)))`, where t is that output, or the sublayer's input if the adapter is parallel.
 
@@ -135,7 +136,8 @@ class BottleneckLayer(nn.Module, SiteLayer):
                     lent(self, list(owner.downs[name].parameters()))
                 t = out if remember is None else remember.take(name)
                 up = self.ups[name]
-                added = up(FUNCTIONS[activation](owner.downs[name](t.to(up.weight.dtype))))
+                with self.multiplying(t):
+                    added = up(FUNCTIONS[activation](owner.downs[name](at_edge(t, up.weight.dtype))))
                 out = (out + (added if scale == 1.0 else scale * added)).to(out.dtype)
         return out
 

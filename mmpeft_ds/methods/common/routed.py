@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from mmpeft_ds.errors import BadInput
 from mmpeft_ds.methods.common.config import MethodConfig
 from mmpeft_ds.methods.common.options import IN_A_QUARTER, RoutedOptions
+from mmpeft_ds.methods.common.products import Multiplies
 from mmpeft_ds.methods.common.select import Selection, select
 from mmpeft_ds.ops.bottleneck_attention import bottleneck_attention
 from mmpeft_ds.ops.precision import full_dtype
@@ -112,7 +113,7 @@ def routed_on(config: RoutedConfig, x: Tensor, path: str) -> tuple[Tensor | None
     return pool_condition(tokens, mask, how), mask if given and how == "all" else None
 
 
-class Bottleneck(nn.Module):
+class Bottleneck(nn.Module, Multiplies):
     """`down` and the route, in every variant; a subclass brings `up`.
 
     Its parameters are its own, so DeepSpeed's hooks on the module gather them.

@@ -14,12 +14,13 @@ from torch import Tensor, nn
 from mmpeft_ds.distributed.partitioned import lent
 from mmpeft_ds.errors import BadInput
 from mmpeft_ds.methods.common.layers import SiteLayer
+from mmpeft_ds.methods.common.products import Multiplies
 from mmpeft_ds.methods.deep_prompt.call import Call, PrefixedCache, causal_mask, longer_mask, parameters
 from mmpeft_ds.methods.deep_prompt.config import DeepPromptConfig
 from mmpeft_ds.ops.precision import full_dtype
 
 
-class Prompts(nn.Module):
+class Prompts(nn.Module, Multiplies):
     """P trained rows of a width, or what a perceptron makes of P trained vectors.
 
     Args:
@@ -42,7 +43,8 @@ class Prompts(nn.Module):
 
     def forward(self) -> Tensor:
         """(P, width)."""
-        return self.dropout(self.make(self.tokens))
+        with self.multiplying(self.tokens):
+            return self.dropout(self.make(self.tokens))
 
 
 class PromptLayer(nn.Module, SiteLayer):

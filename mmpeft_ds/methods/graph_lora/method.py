@@ -15,6 +15,7 @@ from mmpeft_ds.errors import BadInput
 from mmpeft_ds.methods.base import SiteMethod
 from mmpeft_ds.methods.common.config import MethodConfig
 from mmpeft_ds.methods.common.layers import SiteLayer
+from mmpeft_ds.methods.common.products import Multiplies, at_edge
 from mmpeft_ds.methods.common.select import Selection, select
 from mmpeft_ds.methods.common.tuner import SiteTuner
 from mmpeft_ds.methods.graph_lora.options import GraphLoraOptions
@@ -33,7 +34,7 @@ class GraphLoraConfig(GraphLoraOptions, MethodConfig):
     PEFT_TYPE: ClassVar[str] = "GRAPH_LORA"
 
 
-class WrittenFactors(nn.Module):
+class WrittenFactors(nn.Module, Multiplies):
     """The graph of one part of one projection, and the maps from its nodes to the two factors. The adjacency is a
     parameter as published, though only whether an entry is 0 matters: no gradient ever changes it.
 
@@ -96,7 +97,8 @@ class WrittenFactors(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(..., d) -> (..., o), what is added to the frozen output."""
         down, up = self.factors()
-        return self.scale * F.linear(F.linear(x.to(down.dtype), down), up)
+        with self.multiplying(x):
+            return self.scale * F.linear(F.linear(at_edge(x, down.dtype), down), up)
 
 
 class GraphLoraLinear(nn.Module, SiteLayer):

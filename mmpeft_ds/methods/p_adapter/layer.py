@@ -15,6 +15,7 @@ from torch.utils.hooks import RemovableHandle
 
 from mmpeft_ds.errors import BadInput
 from mmpeft_ds.methods.common.layers import SiteLayer
+from mmpeft_ds.methods.common.products import Multiplies, at_edge
 from mmpeft_ds.methods.p_adapter.attention_graph import Propagation
 from mmpeft_ds.methods.p_adapter.config import PAdapterConfig
 from mmpeft_ds.ops.precision import full_dtype
@@ -24,7 +25,7 @@ from mmpeft_ds.sites.observe import Observation, close_for, observe, open_for, o
 INIT_STD = 0.02
 
 
-class AttentionBranch(nn.Module):
+class AttentionBranch(nn.Module, Multiplies):
     """What one adapter adds to (published: puts in the place of) an attention output.
 
     released: up(gelu(gate(h)) * U), with U the query nodes after one step over the attention map and nodes
@@ -64,16 +65,18 @@ class AttentionBranch(nn.Module):
         # contiguous, because Conv1D takes nothing else
         values = project(self.graph.pool(seen.values).contiguous())
         queries = None if square else project(self._queries(seen.q).contiguous())
-        # In bf16 the powers of distances lose the gradient of p, in half eps is 0: all of the branch in float32.
+        # In bf16 the powers of distances lose the gradient of p, in half eps is 0: all of the branch in float32, but
+        # for the products with its own weights where `products` says so.
         with torch.autocast(h.device.type, enabled=False):
             dtype = self.up.weight.dtype
-            g = self._nodes(values.to(dtype))
-            f = g[..., g.shape[2] - h.shape[1] :, :] if square else self._nodes(queries.to(dtype))
+            g = self._nodes(values)
+            f = g[..., g.shape[2] - h.shape[1] :, :] if square else self._nodes(queries)
             moved = self.graph(seen, f, g, square).transpose(1, 2).flatten(2)
-            if self.published:
-                out = moved + self.up(F.relu(self.down(moved)))
-            else:
-                out = self.up(F.gelu(self.gate(h.to(dtype))) * moved)
+            with self.multiplying(h):
+                if self.published:
+                    out = moved + self.up(F.relu(self.down(moved)))
+                else:
+                    out = self.up(F.gelu(self.gate(at_edge(h, dtype))) * moved)
         return out
 
     def _square(self, seen: Observation) -> bool:
@@ -88,12 +91,17 @@ class AttentionBranch(nn.Module):
         return torch.randn_like(q) if self.query_node == "noise" else q
 
     def _nodes(self, projected: Tensor) -> Tensor:
-        """(B, n, d) -> (B, H, n, b)."""
-        wide = projected if self.published else self.down(projected)
+        """(B, n, d) -> (B, H, n, b), in the dtype of the weights."""
+        dtype = self.up.weight.dtype
+        wide = projected
+        if not self.published:
+            with self.multiplying(projected):
+                wide = self.down(at_edge(projected, dtype))
+        wide = wide.to(dtype)
         return wide.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
 
-class FFNBranch(nn.Module):
+class FFNBranch(nn.Module, Multiplies):
     """up(relu(down(t))) of the input t of a feed-forward block, added to its output.
 
     Args:
@@ -107,8 +115,8 @@ class FFNBranch(nn.Module):
         reset(self)
 
     def forward(self, t: Tensor) -> Tensor:
-        with torch.autocast(t.device.type, enabled=False):
-            return self.up(F.relu(self.down(t.to(self.up.weight.dtype))))
+        with torch.autocast(t.device.type, enabled=False), self.multiplying(t):
+            return self.up(F.relu(self.down(at_edge(t, self.up.weight.dtype))))
 
 
 class BranchLayer(nn.Module, SiteLayer):

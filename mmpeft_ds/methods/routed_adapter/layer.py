@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from mmpeft_ds.methods.common.bottleneck import FUNCTIONS
 from mmpeft_ds.methods.common.layers import SiteLayer
+from mmpeft_ds.methods.common.products import at_edge
 from mmpeft_ds.methods.common.routed import Bottleneck, routed_on
 from mmpeft_ds.methods.routed_adapter.config import RoutedAdapterConfig
 
@@ -60,11 +61,12 @@ class RoutedPath(Bottleneck):
         self.up_bias.zero_()
 
     def forward(self, x_BLd: Tensor, y_Bmd: Tensor | None, mask_Bm: Tensor | None) -> Tensor:
-        """(B, L, d) what takes the place of the sublayer's result `x_BLd`, in the dtype of the adapter."""
+        """(B, L, d) what takes the place of the sublayer's result `x_BLd`, in the dtype of its products."""
         dtype = self.B.dtype
-        x = x_BLd.to(dtype)
-        z = self.bottleneck(x, None if y_Bmd is None else y_Bmd.to(dtype), mask_Bm)
-        out = F.linear(FUNCTIONS[self.activation](z), self.B, self.up_bias)
+        with self.multiplying(x_BLd):
+            x = at_edge(x_BLd, dtype)
+            z = self.bottleneck(x, None if y_Bmd is None else at_edge(y_Bmd, dtype), mask_Bm)
+            out = F.linear(FUNCTIONS[self.activation](z), self.B, self.up_bias)
         return out + x if self.residual else out
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from mmpeft_ds.distributed.partitioned import gathered
 from mmpeft_ds.methods.common.layers import SiteLayer
+from mmpeft_ds.methods.common.products import at_edge
 from mmpeft_ds.methods.common.routed import Bottleneck, routed_on
 from mmpeft_ds.methods.routed_lora.config import RoutedLoraConfig
 from mmpeft_ds.sites.base import base_layer, features
@@ -66,10 +67,12 @@ class RoutedDelta(Bottleneck):
 
     def forward(self, x_BLd: Tensor, y_Bmd: Tensor | None, mask_Bm: Tensor | None, base_bias: Tensor | None) -> Tensor:
         """What is added to the frozen output, (B, L, out); the trained bias replaces `base_bias`."""
-        dtype = self.B.dtype
-        x = x_BLd if x_BLd.dtype == dtype else x_BLd.to(dtype)
-        if y_Bmd is not None and y_Bmd.dtype != dtype:
-            y_Bmd = y_Bmd.to(dtype)
+        with self.multiplying(x_BLd):
+            dtype = self.B.dtype
+            y_Bmd = None if y_Bmd is None else at_edge(y_Bmd, dtype)
+            return self._delta(at_edge(x_BLd, dtype), y_Bmd, mask_Bm, base_bias)
+
+    def _delta(self, x: Tensor, y_Bmd: Tensor | None, mask_Bm: Tensor | None, base_bias: Tensor | None) -> Tensor:
         if self.dropout and self.training:
             y_Bmd = None if y_Bmd is None else F.dropout(y_Bmd, self.dropout)
             x = F.dropout(x, self.dropout)
