@@ -49,8 +49,6 @@ def cases(methods: list[str]) -> list[dict]:
 
 def train(case: dict, sections: dict, folder: Path, ranks: object, steps: int) -> float:
     """Mean loss of the last steps."""
-    import torch
-
     from mmpeft_ds.data.stream import BadBudget, Step
     from mmpeft_ds.engine.assembly.build import build
     from mmpeft_ds.engine.step import Stepper
@@ -59,10 +57,9 @@ def train(case: dict, sections: dict, folder: Path, ranks: object, steps: int) -
     from tests.helpers.runs import tiny_pairs
 
     method = {"name": case["method"], **METHODS[case["method"]]}
-    parts = tiny_pairs.resolved({"backbone": "mllm", "method": method, "stage": case["stage"]}, sections, folder)
+    setting = {"backbone": "mllm", "method": method, "stage": case["stage"], "dtype": "bfloat16"}
+    parts = tiny_pairs.resolved({**setting, "adapter_matmul": case["products"]}, sections, folder)
     parts.recipe.seed = case["seed"]
-    parts.recipe.engine.dtype, parts.recipe.engine.adapter_matmul = "bfloat16", case["products"]
-    parts.backbone.dtype = torch.bfloat16
     built = build(parts, ranks)
     stepper = Stepper(parts, built, ranks, steps, TrainState(), BadBudget(1.0, 1000))
     losses = []

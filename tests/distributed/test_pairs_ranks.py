@@ -18,7 +18,9 @@ SCRIPT = "tests.helpers.rank_scripts.pairs"
 
 def case(method: str, backbone: str, suffix: str = "", **options) -> dict:
     ours = {
-        k: options.pop(k) for k in ("gradient_checkpointing", "reentrant", "skew", "stage", "zero") if k in options
+        k: options.pop(k)
+        for k in ("gradient_checkpointing", "reentrant", "skew", "stage", "zero", "dtype", "adapter_matmul")
+        if k in options
     }
     name = "-".join(filter(None, [method, backbone, suffix]))
     return {"name": name, "backbone": backbone, "method": {"name": method, **options}, **ours}
@@ -50,6 +52,11 @@ CASES = [
     case("lora", "mllm", "gathered", r=2, zero={"stage3_param_persistence_threshold": 0}),
     case("lora", "mllm", "head", r=2, modules_to_save=["lm_head"], zero={"stage3_param_persistence_threshold": 0}),
 ]
+HALF = {"dtype": "bfloat16", "adapter_matmul": "bfloat16"}
+IN_HALF = [
+    case("lora", "mllm", "half", r=2, **HALF),
+    case("routed_lora", "mllm", "half", r=2, route="none", gradient_checkpointing=True, **HALF),
+]
 # Four ranks, as on two machines. One after the other in the same processes: a base of two checkpoints, one of one, and
 # one without copies.
 COPIES = {"zero_hpz_partition_size": "auto"}
@@ -62,7 +69,7 @@ ON_MACHINES = [
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    return trained(tmp_path_factory.mktemp("pairs"), CASES, 2)
+    return trained(tmp_path_factory.mktemp("pairs"), [*CASES, *IN_HALF], 2)
 
 
 @pytest.fixture(scope="module")
@@ -97,6 +104,16 @@ def test_two_ranks_under_zero3_train_as_one_plain_process(folder, given):
     compare(torch.load(folder / f"{given['name']}.pt", weights_only=False), expected)
     moved = [n for n, w in expected["weights"].items() if not torch.equal(w, expected["start"][n])]
     assert len(moved) > 0.7 * len(expected["weights"]), set(expected["weights"]) - set(moved)
+
+
+@pytest.mark.parametrize("given", IN_HALF, ids=lambda c: c["name"])
+def test_products_in_bfloat16_train_under_zero3_as_in_one_process_and_gradients_are_added_in_float32(folder, given):
+    sections = json.loads((folder / "cases.json").read_text())["backbones"]
+    result = torch.load(folder / f"{given['name']}.pt", weights_only=False)
+    expected = tiny_pairs.train_plainly(tiny_pairs.resolved(given, sections, folder))
+    assert result["losses"] == pytest.approx(expected["losses"], rel=0.01)
+    assert result["reduced"] == {torch.float32}
+    assert {w.dtype for w in result["weights"].values()} == {torch.float32}
 
 
 @pytest.mark.parametrize("given", ON_MACHINES, ids=lambda c: c["name"])

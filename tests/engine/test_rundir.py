@@ -84,6 +84,7 @@ def test_the_same_recipe_continues(tmp_path):
         {"optim__max_steps": 7},
         {"engine__deepspeed": "ds_configs/zero1.json"},
         {"engine__eval_every": 2},
+        {"engine__adapter_matmul": "bfloat16"},
         {"data__workers": 0},
         {"data__max_bad_fraction": 0.5},
         {"monitor__every": 5},

@@ -64,9 +64,8 @@ def trained(sections, method: str, products: str, checkpointing: bool = False):
     written, folder = sections
     name = method.split("_dora")[0].split("_pissa")[0]
     case = {"backbone": ON.get(method, "mllm"), "method": {"name": name, **METHODS[method]}}
+    case |= {"dtype": "bfloat16", "adapter_matmul": products}
     parts = tiny_pairs.resolved(case, written, folder)
-    parts.recipe.engine.dtype, parts.recipe.engine.adapter_matmul = "bfloat16", products
-    parts.backbone.dtype = torch.bfloat16
     torch.manual_seed(0)
     base = parts.backbone.build()
     model = resolving.attach(parts, base).eval()

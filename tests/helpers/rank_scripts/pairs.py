@@ -11,6 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mmpeft_ds.data.stream import BadBudget, Step
 from mmpeft_ds.distributed import processes
@@ -44,7 +45,8 @@ def run_case(case: dict, sections: dict, folder: Path, ranks: processes.Ranks) -
         slots = mine(tiny_pairs.slots_of(step, parts.backbone), case.get("skew", False), ranks)
         batch = tiny_pairs.packed(slots, parts.backbone, parts.train[0].task)
         gathered.clear()
-        rows.append(stepper.train_step(Step(0, step, [batch]), 0.0))
+        with Reductions() as reductions:
+            rows.append(stepper.train_step(Step(0, step, [batch]), 0.0))
         gathers.append(len(gathered))
         if step == tiny_pairs.STEPS // 2:
             # Without the trainer every rank must run the same towers, so only where each has an image.
@@ -62,7 +64,22 @@ def run_case(case: dict, sections: dict, folder: Path, ranks: processes.Ranks) -
         "copies": copies / len(frozen),
         "scored": head is not None,
         "gathers": gathers,
+        "reduced": reductions.dtypes,
     }
+
+
+class Reductions(TorchDispatchMode):
+    """Dtypes of the tensors that ranks add up and share out."""
+
+    def __init__(self):
+        super().__init__()
+        self.dtypes: set[torch.dtype] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if "reduce_scatter" in str(func):
+            leaves = torch.utils._pytree.tree_leaves(args)
+            self.dtypes |= {x.dtype for x in leaves if isinstance(x, torch.Tensor)}
+        return func(*args, **(kwargs or {}))
 
 
 def gathers_of(model: torch.nn.Module, head: torch.nn.Linear) -> list:

@@ -102,6 +102,8 @@ def resolved(case: dict[str, Any], sections: dict[str, dict[str, Any]], folder: 
     recipe = recipes.Recipe(run_dir=str(folder / "run"), backbone=sections[case["backbone"]], method=case["method"])
     recipe.engine.deepspeed = f"ds_configs/zero{case.get('stage', 3)}.json"
     recipe.engine.gradient_checkpointing = case.get("gradient_checkpointing", False)
+    recipe.engine.dtype = case.get("dtype", "float32")
+    recipe.engine.adapter_matmul = case.get("adapter_matmul", "float32")
     recipe.optim.lr, recipe.optim.warmup, recipe.optim.max_steps = LR, 0.0, STEPS
     recipe.optim.schedule, recipe.optim.clip = "constant", 1.0
     recipe.data.global_batch = SLOTS
