@@ -1,0 +1,66 @@
+"""MSVD-QA: questions with one-word answers about YouTube clips.
+
+{train,val,test}_qa.json with youtube_mapping.txt (`<clip name> vidN` a line); clips lie as YouTubeClips/<name>.avi,
+whose names begin with any character. Source of the facts: specs/datasets.md 14.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+from data_prep.sources.common import annotations
+from data_prep.sources.common.index import Aside, Entry, Index
+from data_prep.sources.common.videos import VideoOptions, VideoSource
+
+MAPPING = "youtube_mapping.txt"
+LISTED, CLIPS = "listed", "clips"
+
+
+class MsvdQa(VideoSource):
+    Options = VideoOptions
+    title = "MSVD-QA"
+    origin = "github.com/xudejing/video-question-answering (questions), Microsoft Research (clips)"
+    layout = "{train,val,test}_qa.json, youtube_mapping.txt, YouTubeClips/*.avi"
+    licence = "for research"
+    expected = {
+        "train": {"texts": 30_933, "samples": 1_161},
+        "val": {"texts": 6_415, "samples": 245},
+        "test": {"texts": 13_157, "samples": 504},
+    }
+
+    def files(self) -> dict[str, list[str]]:
+        return {split: [f"{split}_qa.json", MAPPING] for split in ("train", "val", "test")}
+
+    def also_read(self) -> list[str]:
+        return ["train_qa.json"]
+
+    def begin(self, index: Index) -> None:
+        """Clips by their number, and the answers of the training questions, the most frequent first."""
+        pairs = (line.rstrip().rpartition(" ") for line in annotations.lines(self.root / MAPPING))
+        index.put(CLIPS, ((number, name) for name, _, number in pairs))
+        train = self.root / "train_qa.json"
+        counts = Counter(str(row.get("answer")) for row in annotations.items(train)) if train.is_file() else {}
+        index.keep(LISTED, sorted(counts, key=lambda answer: (-counts[answer], answer)))
+
+    def entries(self, split: str, index: Index) -> Iterator[Entry]:
+        def entry(row: Any) -> Entry:
+            number = f"vid{row['video_id']}"
+            clip = index.get(CLIPS, number)
+            if clip is None:
+                raise Aside(f"video that {MAPPING} does not name", number)
+            item = {"question": annotations.text(row["question"]), "answers": [annotations.text(row["answer"])]}
+            item["question_id"] = row["id"]
+            return Entry(clip, [clip], item, {"video_id": number}, key=str(row["id"]))
+
+        return index.parsed(split, annotations.items(self.root / self.files()[split][0]), entry)
+
+    def record(self, items: list[Any], fields: dict[str, Any]) -> dict[str, Any]:
+        return fields | {"questions": items}
+
+    def labels(self, split: str) -> list[str] | None:
+        return self._of().kept(LISTED) or None
+
+
+ENTRY = MsvdQa

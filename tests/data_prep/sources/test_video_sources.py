@@ -1,0 +1,132 @@
+"""MSR-VTT, DiDeMo and MSVD-QA: real videos, made here, with the frames and texts that must come out."""
+
+import io
+import json
+
+import av
+import numpy as np
+import pytest
+from PIL import Image
+
+from data_prep.sources.common import videos
+from mmpeft_ds.errors import BadInput
+from tests.helpers.data.miniatures import prepared, put, records
+
+
+def film(path, seconds=4, rate=10, noise=False):
+    """A video whose frame at second t is as bright as 20 t + 40."""
+    generator = np.random.default_rng(0)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with av.open(str(path), "w", format={".avi": "avi"}.get(path.suffix, "mp4")) as container:
+        stream = container.add_stream("mpeg4", rate=rate)
+        stream.width, stream.height, stream.pix_fmt, stream.gop_size = 32, 32, "yuv420p", 5
+        for number in range(seconds * rate):
+            shade = int(20 * number / rate) + 40
+            pixels = generator.integers(0, 256, (32, 32, 3)) if noise else np.full((32, 32, 3), shade)
+            frame = av.VideoFrame.from_ndarray(pixels.astype(np.uint8), format="rgb24")
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    return path
+
+
+def shades(frames):
+    return [np.asarray(Image.open(io.BytesIO(data)).convert("L")).mean() for _, data in frames.pictures]
+
+
+def test_frames_stand_in_the_middle_of_equal_parts_of_a_video(tmp_path):
+    frames = videos.sample(film(tmp_path / "a.mp4"), 4, 90)
+    assert frames.times == pytest.approx([0.5, 1.5, 2.5, 3.5], abs=0.1) and not frames.cut
+    assert shades(frames) == pytest.approx([50, 70, 90, 110], abs=6)
+    assert len(videos.sample(tmp_path / "a.mp4", 100, 90).pictures) == 100, "more frames than the video has"
+
+
+def test_a_video_that_breaks_off_gives_what_decodes_and_says_so(tmp_path):
+    path = film(tmp_path / "a.avi", noise=True)  # so that the frames are most of the file
+    data = path.read_bytes()
+    path.write_bytes(data[: len(data) * 6 // 10])
+    frames = videos.sample(path, 8, 90)
+    assert frames.cut and 1 <= len(frames.pictures) < 8
+
+
+@pytest.fixture
+def msrvtt(tmp_path):
+    root = tmp_path / "msrvtt"
+    for number in (1, 6600, 7020, 9000):
+        film(root / f"videos/all/video{number}.mp4", seconds=1)
+    sentences = [{"video_id": f"video{n}", "caption": f"c{n} {k}"} for k in range(2) for n in (1, 6600, 7020, 9000)]
+    put(root / "MSRVTT_data.json", {"videos": [], "sentences": sentences})
+    put(root / "MSRVTT_JSFUSION_test.csv", 'key,vid_key,video_id,sentence\nret0,msr9000,video9000,"a, b"\n')
+    return root
+
+
+def texts(manifest, split):
+    return {row["video_id"]: row["captions"] for row in records(manifest, split)}
+
+
+def test_1k_a_takes_the_sentence_of_its_list_and_9k_trains_on_all_others(msrvtt, tmp_path):
+    manifest = prepared("msrvtt", msrvtt, tmp_path / "out", "--frames", "2")
+    assert texts(manifest, "test") == {"video9000": ["a, b"]}
+    assert list(texts(manifest, "train")) == ["video1", "video6600", "video7020"]
+    assert texts(manifest, "train")["video1"] == ["c1 0", "c1 1"]
+    row = records(manifest, "test")[0]
+    assert row["endings"] == ["0.jpg", "1.jpg"] and len(row["frame_times"]) == 2
+    put(msrvtt / "MSRVTT_train.7k.csv", "video_id\nvideo6600")
+    assert list(texts(prepared("msrvtt", msrvtt, tmp_path / "7k", "--form", "7k"), "train")) == ["video6600"]
+
+
+def test_the_full_split_goes_by_number(msrvtt, tmp_path):
+    manifest = prepared("msrvtt", msrvtt, tmp_path / "out", "--form", "full", "--frames", "1")
+    found = {split: list(texts(manifest, split)) for split in manifest.splits}
+    assert found == {"train": ["video1"], "val": ["video6600"], "test": ["video7020", "video9000"]}
+
+
+def test_questions_of_msrvtt_qa_and_a_video_that_does_not_decode(msrvtt, tmp_path):
+    rows = [
+        {"answer": "dog", "category_id": 1, "id": k, "question": f"q{k}?", "video_id": n}
+        for k, n in enumerate((1, 1, 7020))
+    ]
+    put(msrvtt / "train_qa.json", rows)
+    put(msrvtt / "videos/all/video7020.mp4", b"no video")
+    manifest = prepared("msrvtt", msrvtt, tmp_path / "out", "--form", "qa", "--frames", "1")
+    assert [q["question_id"] for q in records(manifest, "train")[0]["questions"]] == [0, 1]
+    assert manifest.labels == ["dog"]
+    assert manifest.account["train"]["aside"] == {"video cannot be decoded": [1, ["video7020"]]}
+
+
+def test_a_video_of_didemo_is_one_under_two_endings(tmp_path):
+    root = tmp_path / "didemo"
+    film(root / "videos/1@N00_2_ab.mp4", seconds=1)
+    film(root / "videos/3@N00_4_cd.mov", seconds=1)
+    (root / "videos/3@N00_4_cd.mov").rename(root / "videos/3@N00_4_cd.")
+    rows = [("1@N00_2_ab.mov", " first\n"), ("3@N00_4_cd.", "alone"), ("1@N00_2_ab.avi", "second ")]
+    rows = [{"annotation_id": i, "video": v, "description": d, "times": [[0, 0]]} for i, (v, d) in enumerate(rows)]
+    put(root / "val_data.json", rows)
+    manifest = prepared("didemo", root, tmp_path / "out", "--frames", "1")
+    assert texts(manifest, "val") == {"1@N00_2_ab": ["first second"], "3@N00_4_cd": ["alone"]}
+    apart = prepared("didemo", root, tmp_path / "apart", "--frames", "1", "--form", "sentences")
+    assert texts(apart, "val")["1@N00_2_ab"] == ["first", "second"]
+
+
+def test_clips_of_msvd_are_found_by_the_mapping(tmp_path):
+    root = tmp_path / "msvd"
+    film(root / "YouTubeClips/-_x 1_0_2.avi", seconds=1)
+    put(root / "youtube_mapping.txt", "-_x 1_0_2 vid7\nother vid8\n")
+    rows = [{"answer": "man", "id": i, "question": "who?", "video_id": n} for i, n in enumerate((7, 8, 9))]
+    put(root / "test_qa.json", rows)
+    manifest = prepared("msvd-qa", root, tmp_path / "out", "--frames", "1")
+    assert records(manifest, "test")[0]["questions"] == [{"question": "who?", "answers": ["man"], "question_id": 0}]
+    assert manifest.account["test"]["aside"] == {
+        "video missing": [1, ["other"]],
+        "video that youtube_mapping.txt does not name": [1, ["vid9"]],
+    }
+
+
+def test_frames_must_be_a_number_that_makes_sense(msrvtt, tmp_path):
+    with pytest.raises(BadInput, match="--frames: 0"):
+        prepared("msrvtt", msrvtt, tmp_path / "out", "--frames", "0")
+
+
+def test_rows_of_aurora(msrvtt, tmp_path):
+    put(msrvtt / "train.jsonl", json.dumps({"caption": "a man", "clip_name": "video1"}) + "\n")
+    manifest = prepared("msrvtt", msrvtt, tmp_path / "out", "--form", "aurora", "--frames", "1")
+    assert texts(manifest, "train") == {"video1": ["a man"]}
