@@ -65,8 +65,7 @@ def run_script(tmp_path, body: str) -> subprocess.Popen:
         textwrap.dedent(
             """
             import multiprocessing, os, signal, sys, time
-            from mmpeft_ds.data import workers as worker_pools
-from mmpeft_ds.data.workers import WorkerPool
+            from mmpeft_ds.data.workers import WorkerPool
             from tests.data.test_workers import square
             print("main runs", flush=True)
             if __name__ == "__main__":
