@@ -13,6 +13,7 @@ import abc
 from collections.abc import Callable
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -175,8 +176,9 @@ class BackboneBase(abc.ABC):
         """
         return batch.texts["labels"]
 
-    def tokens(self, texts: list[Any], image_sizes: list[tuple[int, int]]) -> int:
-        """Tokens that the language model reads for the texts of one sample together, images included.
+    def tokens(self, texts: list[Any], image_sizes: list[tuple[int, int]]) -> tuple[int, int]:
+        """Tokens that the language model reads for the texts of one sample together, images included, and tokens of
+        its images, each counted once.
 
         Args:
             texts: what the task's `read` returned, the number of images set.
@@ -186,6 +188,13 @@ class BackboneBase(abc.ABC):
             BadSample: as `collate_texts`.
         """
         raise self._lacks("packs")
+
+    def costs(self, tokens: np.ndarray, of_images: np.ndarray) -> np.ndarray:
+        """Cost of training on samples with these numbers of `tokens`, in any unit, by which ranks are balanced.
+
+        Default: that of the language model, which grows with the tokens.
+        """
+        return tokens.astype(np.float64)
 
     def tokens_key(self) -> str:
         """Hash of all that `tokens` depends on beside its arguments."""

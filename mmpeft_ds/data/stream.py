@@ -27,7 +27,7 @@ from mmpeft_ds.data.options import DataOptions
 from mmpeft_ds.data.packing import REFUSALS, refusal, refused, spread
 from mmpeft_ds.data.shards import ShardReader, members, record_of
 from mmpeft_ds.data.subset import Subset
-from mmpeft_ds.data.token_plan import micro_batches
+from mmpeft_ds.data.token_plan import Lengths, micro_batches
 from mmpeft_ds.data.transform import apply, hooks_of
 from mmpeft_ds.data.workers import WorkerPool
 from mmpeft_ds.errors import BadInput, BadSample
@@ -113,8 +113,8 @@ class Stream:
             the random choices of epoch 0 in every epoch.
         coupled: predictions of a sample depend on the others of its batch, see `options.evaluation_order`.
         pin_memory: put batches into pinned memory, from which a GPU copies asynchronously.
-        tokens: of each source the tokens of its samples, int (samples,) in the order of shards. Micro-batches are then
-            planned by them, of at most `options.pack` tokens, and read without padding; `accumulation` is not read.
+        lengths: of each source. Micro-batches are then planned by them, of at most `options.pack` tokens, and read
+            without padding; `accumulation` is not read.
 
     Raises:
         BadInput: no source, an unknown split, a `pipe:` URL that is not allowed, or an epoch without a step.
@@ -132,7 +132,7 @@ class Stream:
         train: bool = True,
         coupled: bool = False,
         pin_memory: bool = False,
-        tokens: Sequence[np.ndarray] = (),
+        lengths: Sequence[Lengths] = (),
     ):
         if not sources:
             raise BadInput("data.sources: empty. Name at least one prepared data set.")
@@ -149,7 +149,7 @@ class Stream:
                 )
         self.mix = order.Mix(steps, [s.weight if train else 1.0 for s in sources], seed)
         self.loader = _Loader(sources, options, seed, train, coupled)
-        self.tokens, self.budget, self.rank, self.world_size = tokens, options.pack, rank, world_size
+        self.lengths, self.budget, self.rank, self.world_size = lengths, options.pack, rank, world_size
         self._planned: dict[order.Visit, list[list[int | None]]] = {}
         self._pool = WorkerPool(self.loader, options.workers, options.prefetch, pin_memory)
 
@@ -188,7 +188,7 @@ class Stream:
         for step in range(start_step, self.mix.steps):
             visit = self.mix.at(epoch, step)
             for slots in self._micro_slots(visit):
-                yield _Request(visit, tuple(slots), bool(self.tokens))
+                yield _Request(visit, tuple(slots), bool(self.lengths))
 
     def micro_steps(self, epoch: int, step: int) -> int:
         """Micro-batches of each rank at a step."""
@@ -198,13 +198,16 @@ class Stream:
         """Slots of each micro-batch, [micro-step][rank], where they are planned by tokens."""
         numbers = self.loader.numbers(visit)
         filled = np.flatnonzero(numbers >= 0)
-        tokens = self.tokens[visit.source][numbers[filled]].tolist()
-        planned = micro_batches(tokens, tokens, self.budget, self.world_size)
+        tokens, costs = (
+            values[numbers[filled]].tolist()
+            for values in (self.lengths[visit.source].tokens, self.lengths[visit.source].costs)
+        )
+        planned = micro_batches(tokens, costs, self.budget, self.world_size)
         return [[filled[batch].tolist() for batch in step] for step in planned]
 
     def _micro_slots(self, visit: order.Visit) -> list[list[int | None]]:
         """Slots of this rank's micro-batches at a visit."""
-        if not self.tokens:
+        if not self.lengths:
             return self.micro_slots
         if visit not in self._planned:  # asked for twice: when it is requested, and when it is handed out
             self._planned[visit] = [step[self.rank] or [None] for step in self.plan(visit)]

@@ -8,7 +8,72 @@ waits for the slowest one.
 from __future__ import annotations
 
 import heapq
+import random
+import statistics
 from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Of all samples of a source that are used, in the order of its shards.
+
+    Attributes:
+        tokens: (samples,) int, which the language model reads.
+        costs: (samples,) float, of computing them, in any unit.
+    """
+
+    tokens: np.ndarray
+    costs: np.ndarray
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What steps of some samples would be like, in the mean over steps.
+
+    Attributes:
+        micro_steps: micro-batches of each rank in a step.
+        row: tokens of a micro-batch.
+        slowest: cost of the slowest rank in a step, over that of the median rank.
+        slowest_in_order: the same where ranks take the samples in their order.
+        waiting: share of the time that ranks wait for the slowest one, if they meet in every micro-step.
+        padded: share of padding where as many micro-batches are made of the samples in their order, in padded rows.
+    """
+
+    micro_steps: float
+    row: float
+    slowest: float
+    slowest_in_order: float
+    waiting: float
+    padded: float
+
+
+def forecast(lengths: Lengths, budget: int, slots: int, ranks: int, steps: int = 20) -> Forecast:
+    """Forecast of steps of `slots` samples each, drawn from those of `lengths` with a fixed seed."""
+    draw = random.Random(0)
+    tokens, costs = lengths.tokens.tolist(), lengths.costs.tolist()
+    found: list[tuple[float, ...]] = []
+    for _ in range(steps if tokens else 0):
+        chosen = draw.choices(range(len(tokens)), k=slots)
+        own, paid = [tokens[i] for i in chosen], [costs[i] for i in chosen]
+        plan = micro_batches(own, paid, budget, ranks)
+        of_ranks = [sum(paid[i] for step in plan for i in step[rank]) for rank in range(ranks)]
+        in_order = [sum(paid[r * slots // ranks : (r + 1) * slots // ranks]) for r in range(ranks)]
+        rows = sum(map(bool, (batch for step in plan for batch in step)))
+        cut = [own[i * slots // rows : (i + 1) * slots // rows] for i in range(rows)]
+        places = sum(len(part) * max(part) for part in cut if part)
+        together = ranks * sum(max(sum(paid[i] for i in batch) for batch in step) for step in plan)
+        waiting = max(0.0, 1 - sum(paid) / (together or 1.0))
+        padded = 1 - sum(own) / (places or 1)
+        found.append((len(plan), sum(own) / rows, _slowest(of_ranks), _slowest(in_order), waiting, padded))
+    return Forecast(*(statistics.fmean(values) for values in zip(*found, strict=True)))
+
+
+def _slowest(costs: Sequence[float]) -> float:
+    middle = statistics.median(costs) or statistics.fmean(costs) or 1.0  # most ranks may have nothing
+    return max(costs) / middle
 
 
 def micro_batches(tokens: Sequence[int], costs: Sequence[float], budget: int, ranks: int) -> list[list[list[int]]]:

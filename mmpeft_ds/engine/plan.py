@@ -17,7 +17,7 @@ from mmpeft_ds import recipe as recipes
 from mmpeft_ds.console import one_line
 from mmpeft_ds.data.assumed import is_assumed
 from mmpeft_ds.data.order import steps_of
-from mmpeft_ds.engine import ewc, rundir, text_check
+from mmpeft_ds.engine import ewc, pack_forecast, rundir, text_check
 from mmpeft_ds.engine.assembly.checks import check_schedule, idle_note
 from mmpeft_ds.engine.assembly.resolve import Resolved, attach
 from mmpeft_ds.engine.optim import optimizers
@@ -59,6 +59,7 @@ def make(resolved: Resolved, ranks: Sequence[int] = ()) -> dict[str, Any]:
         check_schedule(recipe, total_steps, steps_per_epoch)
     asked = 0 if resolved.method_options.gradient_free else total_steps
     texts, text_notes = _texts(resolved)
+    packing = pack_forecast.make(resolved, ranks)
     there = (recipe.run_dir, recipes.to_dict(recipe), asked, recipe.engine.patience)
     return {
         "backbone": recipe.backbone["name"],
@@ -68,9 +69,17 @@ def make(resolved: Resolved, ranks: Sequence[int] = ()) -> dict[str, Any]:
         "validation": validation,
         "notes": resolved.notes,
         "texts": texts,
-        "remarks": [*text_notes, *resolved.remarks, *idle_note(recipe, asked_ranks), *rundir.preview(*there)],
+        "packing": packing,
+        "remarks": [
+            *text_notes,
+            *pack_forecast.remarks(resolved, packing),
+            *resolved.remarks,
+            *idle_note(recipe, asked_ranks),
+            *rundir.preview(*there),
+        ],
         "global_batch": recipe.data.global_batch,
         "accumulation": recipe.optim.accumulation,
+        "pack": recipe.data.pack,
         "steps_per_epoch": steps_per_epoch,
         "total_steps": total_steps,
         "trainable_by_kind": trainable_by_kind(resolved, model),
@@ -174,6 +183,8 @@ def show(report: dict[str, Any], console: Console | None = None) -> None:
     console.print(f"[b]{report['method']}[/b] on [b]{report['backbone']}[/b]")
     for name, value in _facts(report).items():
         console.print(f"  {name:<11} {value}", highlight=False)
+    for table in pack_forecast.tables(report["packing"], report["pack"]):
+        console.print(table)
     table = Table(title=one_line(f"Memory per rank, {report['dtype']}, no activations"), title_justify="left")
     columns = {f"ZeRO-{report['zero_stage']} (this recipe)": report["bytes_per_rank"]}
     if report["zero_stage"] != 1:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -12,24 +12,34 @@ from mmpeft_ds import recipe as recipes
 from mmpeft_ds.data.shards import ShardReader, members, verify_shards
 from mmpeft_ds.data.stream import Stream, StreamSource, identify
 from mmpeft_ds.data.thumbnails import Thumbnails
+from mmpeft_ds.data.token_plan import Lengths
 from mmpeft_ds.distributed.processes import Ranks
 from mmpeft_ds.engine.assembly.resolve import Resolved, ResolvedSource
-from mmpeft_ds.engine.token_counts import token_counts
+from mmpeft_ds.engine.token_counts import lengths_of
 from mmpeft_ds.errors import BadInput
 
 CHUNK = 256  # records read at a time
 
 
 def make_stream(
-    resolved: Resolved, sources: list[ResolvedSource], ranks: Ranks, *, train: bool, augment: bool | None = None
+    resolved: Resolved,
+    sources: list[ResolvedSource],
+    ranks: Ranks,
+    *,
+    train: bool,
+    augment: bool | None = None,
+    lengths: Sequence[Lengths] = (),
 ) -> Stream:
     """The stream of this rank over `sources`. Collective where micro-batches are planned by tokens.
 
     Args:
         train: order, sampling and accumulation of training; False: every sample once.
         augment: transform images as in training; None: as `train`.
+        lengths: of the sources, where micro-batches are planned by tokens; none: they are found out.
     """
     recipe, backbone = resolved.recipe, resolved.backbone
+    if train and recipe.data.pack:
+        lengths = lengths or [lengths_of(resolved, source, ranks) for source in sources]
     entries = [
         StreamSource(
             manifest=source.manifest,
@@ -57,7 +67,7 @@ def make_stream(
         train=train,
         coupled=resolved.method_options.couples_samples or sources[0].task.couples_samples,
         pin_memory=ranks.device.type == "cuda",
-        tokens=[token_counts(resolved, s, ranks) for s in sources] if train and recipe.data.pack else (),
+        lengths=lengths,
     )
 
 

@@ -24,6 +24,7 @@ from mmpeft_ds.data.decode import size_of
 from mmpeft_ds.data.manifest import local_path
 from mmpeft_ds.data.shards import ShardReader, members, record_of
 from mmpeft_ds.data.stream import identify, image_names
+from mmpeft_ds.data.token_plan import Lengths
 from mmpeft_ds.data.workers import WorkerPool
 from mmpeft_ds.distributed.collectives import first_message, gather_everywhere, on_rank0
 from mmpeft_ds.distributed.processes import Ranks
@@ -36,11 +37,23 @@ from mmpeft_ds.tasks.base import TaskBase
 
 log = logging.getLogger(__name__)
 CHUNK = 64  # samples counted at a time
+NONE = np.zeros((0, 2), np.int32)
 FEW = 2000  # samples for which no workers are started
 
 
+def lengths_of(resolved: Resolved, source: ResolvedSource, ranks: Ranks) -> Lengths:
+    """Tokens and costs of the samples of a source; see `token_counts`. Collective."""
+    return as_lengths(resolved, token_counts(resolved, source, ranks))
+
+
+def as_lengths(resolved: Resolved, counts: np.ndarray) -> Lengths:
+    """Counts (samples, 2) with their costs."""
+    return Lengths(counts[:, 0], resolved.backbone.costs(counts[:, 0], counts[:, 1]))
+
+
 def token_counts(resolved: Resolved, source: ResolvedSource, ranks: Ranks) -> np.ndarray:
-    """(samples,) int32 tokens of each sample that is used, in the order of the shards; 0 for one that cannot be read.
+    """(samples, 2) int32, `BackboneBase.tokens` of each sample that is used, in the order of the shards; zeros for one
+    that cannot be read.
 
     Read from the file beside the data where there is one, else counted by all ranks together and written by rank 0.
     Collective.
@@ -54,7 +67,7 @@ def token_counts(resolved: Resolved, source: ResolvedSource, ranks: Ranks) -> np
         return known
     places = places_of(source)
     cut = [r * len(places) // ranks.world_size for r in (ranks.rank, ranks.rank + 1)]
-    mine, problem = np.zeros(0, np.int32), ""
+    mine, problem = NONE, ""
     try:
         title = f"tokens of {source.manifest.name}-{source.options.split}"
         mine = count(resolved, source, places[cut[0] : cut[1]], title if ranks.rank == 0 else "")
@@ -68,7 +81,7 @@ def token_counts(resolved: Resolved, source: ResolvedSource, ranks: Ranks) -> np
 
 
 def count(resolved: Resolved, source: ResolvedSource, places: list[tuple[int, int]], title: str = "") -> np.ndarray:
-    """Tokens of the samples at these (shard, sample), int32.
+    """`token_counts` of the samples at these (shard, sample).
 
     Args:
         title: of the progress that is shown; empty for none.
@@ -78,7 +91,7 @@ def count(resolved: Resolved, source: ResolvedSource, places: list[tuple[int, in
     pool = WorkerPool(counter, data.workers if len(places) > FEW else 0, data.prefetch)
     chunks = [places[i : i + CHUNK] for i in range(0, len(places), CHUNK)]
     progress = Progress(title, len(places), "samples", shown=bool(title))
-    counts = [np.zeros(0, np.int32)]
+    counts = [NONE]
     try:
         with progress:
             for part in pool.run(chunks):
@@ -113,7 +126,7 @@ def read(file: Path | None, samples: int) -> np.ndarray | None:
         counts = np.load(file, allow_pickle=False)
     except (OSError, ValueError, EOFError):
         return None
-    return counts if counts.shape == (samples,) and counts.dtype == np.int32 else None
+    return counts if counts.shape == (samples, 2) and counts.dtype == np.int32 else None
 
 
 def _write(file: Path | None, counts: np.ndarray) -> None:
@@ -127,7 +140,7 @@ def _write(file: Path | None, counts: np.ndarray) -> None:
 
 
 class _Counter:
-    """(shard, sample) of some samples -> int32 tokens of each; works in other processes."""
+    """(shard, sample) of some samples -> (samples, 2) int32; works in other processes."""
 
     def __init__(self, backbone: BackboneBase, source: ResolvedSource, allow_pipe: bool):
         self.backbone, self.task = backbone, source.task
@@ -139,15 +152,15 @@ class _Counter:
     def close(self) -> None:
         self.reader.close()
 
-    def _tokens(self, piece: bytes | BadSample) -> int:
+    def _tokens(self, piece: bytes | BadSample) -> tuple[int, int]:
         if isinstance(piece, BadSample):
-            return 0
+            return 0, 0
         try:
             key, parts = members(piece)
             texts, sizes = read_texts(self.task, key, parts)
             return self.backbone.tokens(texts, sizes)
         except (BadSample, TypeError, KeyError, ValueError, IndexError, AttributeError):
-            return 0  # the stream will say what is wrong with it
+            return 0, 0  # the stream will say what is wrong with it
 
 
 def read_texts(task: TaskBase, key: str, parts: dict[str, bytes]) -> tuple[list[Any], list[tuple[int, int]]]:

@@ -1,6 +1,7 @@
 """Texts read as one row without padding: losses and gradients of padded rows, for every family and kind of method."""
 
 import dataclasses
+import importlib
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from mmpeft_ds.engine import padding
 from mmpeft_ds.engine.assembly.forward import forward
 from mmpeft_ds.methods import get
 from mmpeft_ds.sites import find_sites
+from tests.helpers.device import installing
 from tests.helpers.models import tiny_mllm, tiny_towers
 
 FAMILIES = list(tiny_mllm.FAMILIES)
@@ -115,7 +117,7 @@ def compare(backbone, model, samples, scores=True, tolerance=1e-9):
     (positions, read), (row_positions, row_read) = padded[4].tolist(), row[4].tolist()
     assert row_read == read and read < row_positions < 0.8 * positions  # what is left is the text of weight 0
     counted = sum(
-        backbone.tokens(texts, [image(n).shape[1:] for n in images]) for images, texts, _ in with_counts(samples)
+        backbone.tokens(texts, [image(n).shape[1:] for n in images])[0] for images, texts, _ in with_counts(samples)
     )
     assert counted == row_positions
 
@@ -166,6 +168,22 @@ def test_texts_that_see_each_other_have_other_losses(folder, monkeypatch):
     monkeypatch.setattr(ImageText, "row_arguments", running_on)
     with pytest.raises(AssertionError, match="not close"):
         compare(backbone, model, TALK)
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_vl"])
+def test_flash_attention_reads_every_text_by_itself_without_a_mask(folder, tmp_path, family):
+    installing.describe(tmp_path, "flash-attn", "2.8.3", "flash_attn")
+    with installing.installed(installing.FLASH_2, tmp_path):
+        calls = importlib.import_module("flash_attn").calls
+        backbone = mllm(folder, family)
+        model = adapted(backbone, attention="flash_attention_2", dtype=torch.bfloat16)
+        batch = batch_of(backbone, TALK)
+        padded = outcome(backbone, model, batch, True)
+        calls.clear()
+        row = outcome(backbone, model, dataclasses.replace(batch, padding_free=True), True)
+        assert calls.count("flash_attn_varlen_func") >= tiny_mllm.LAYERS
+    torch.testing.assert_close(row[0], padded[0], rtol=0.02, atol=0.02)
+    assert row[0].std() > 0.2  # far more than that lies between texts
 
 
 def test_flash_attention_is_told_where_texts_end():

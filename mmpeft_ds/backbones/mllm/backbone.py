@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import AutoImageProcessor, PreTrainedModel
@@ -174,10 +175,17 @@ class MllmBackbone(StockBackbone):
 
         return both(following, model.widened_labels)
 
-    def tokens(self, texts: list[str | Prompted], image_sizes: list[tuple[int, int]]) -> int:
+    def tokens(self, texts: list[str | Prompted], image_sizes: list[tuple[int, int]]) -> tuple[int, int]:
         """Of all conversations of a sample, each of which reads its images."""
-        images = sum(self._image_tokens(*size) - 1 for size in image_sizes)  # beside the placeholder
-        return sum(len(self._chat.encode(text).ids) + images for text in texts)
+        images = sum(self._image_tokens(*size) for size in image_sizes)
+        added = images - len(image_sizes)  # beside the placeholders
+        return sum(len(self._chat.encode(text).ids) + added for text in texts), images
+
+    def costs(self, tokens: np.ndarray, of_images: np.ndarray) -> np.ndarray:
+        """Of the language model, whose attention grows with the square, and of the vision tower."""
+        # Of 24 d^2 + 2 t d operations a token and layer, t tokens under a causal mask, the first are those of weights.
+        width = self._config.text_config.hidden_size
+        return tokens * (1 + tokens / (12 * width)) + of_images * self._image_tokens.relative_cost
 
     def tokens_key(self) -> str:
         """Of tokenizer, template, limits and image processor."""

@@ -50,5 +50,13 @@ class ImageTokens:
         return self._by_shape[shape]
 
     @functools.cached_property
+    def relative_cost(self) -> float:
+        """Cost of a token of an image in the vision tower, over that of a token in the language model: by their
+        weights, the one forward for each patch, the other forward and backward to its inputs."""
+        towers = {name: sum(p.numel() for p in part.parameters()) for name, part in self._model.model.named_children()}
+        text = towers.pop("language_model")
+        return sum(towers.values()) * self._merge**2 / (2 * text)
+
+    @functools.cached_property
     def _model(self) -> PreTrainedModel:
         return self._build()

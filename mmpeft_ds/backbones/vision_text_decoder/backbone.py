@@ -144,11 +144,12 @@ class VisionTextDecoderBackbone(VisionBackbone):
         """As every backbone's, and whether all texts are one row."""
         return super().inputs(batch) | ({"padding_free": True} if batch.padding_free else {})
 
-    def tokens(self, texts: list[str | Prompted], image_sizes: list[tuple[int, int]]) -> int:
+    def tokens(self, texts: list[str | Prompted], image_sizes: list[tuple[int, int]]) -> tuple[int, int]:
         """Of all texts of a sample, each behind the vectors of its images."""
         before = len(image_sizes) * self._prefix_length + self.options.begin_token if image_sizes else 1
         before = 0 if self.options.prefix == "none" else before
-        return sum(int(self.collate_texts([text])["attention_mask"].sum()) + before for text in texts)
+        read = sum(int(self.collate_texts([text])["attention_mask"].sum()) + before for text in texts)
+        return read, len(image_sizes) * self._prefix_length
 
     def tokens_key(self) -> str:
         """Of tokenizer, limits and prefix."""

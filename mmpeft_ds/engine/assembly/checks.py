@@ -333,12 +333,14 @@ def check_packing(
     method: type[SiteMethod],
     config: PeftConfig,
     takes_features: bool,
+    attention: str,
 ) -> None:
     """Refuse `data.pack` where texts cannot share a row. Raises BadInput.
 
     Args:
         train: position, task and manifest of each training source.
         takes_features: the backbone reads stored features in the place of pixels.
+        attention: implementation that the model is loaded with.
     """
     if not recipe.data.pack:
         return
@@ -353,7 +355,7 @@ def check_packing(
             )
         if takes_features or manifest.towers:
             raise BadInput(f"{at} {key} holds stored features, whose tokens are not counted. Leave it out.")
-    if reason := method.unpackable(config, backbone.attention):
+    if reason := method.unpackable(config, attention):
         raise BadInput(f"{at} {recipe.method['name']}: {reason} Leave it out, or choose another method.")
 
 

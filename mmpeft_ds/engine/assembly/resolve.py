@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from transformers.utils import import_utils
 
 from mmpeft_ds.backbones.base import BackboneBase, model_hooks
+from mmpeft_ds.backbones.common.tower_loading import choose_attention
 from mmpeft_ds.data.assumed import Assumed, is_assumed
 from mmpeft_ds.data.manifest import Manifest
 from mmpeft_ds.data.options import SourceOptions
@@ -139,7 +140,8 @@ def resolve(recipe: Recipe, assumed: Assumed | None = None) -> Resolved:
     check_coupling(recipe, [source.task for source in train], parts.method.options)
     trained_on = [(key, sources[key].task, manifests[key]) for key in plain.of("sources")]
     takes_features = hooks_of(backbone.image_transform(False)).takes_features
-    check_packing(recipe, backbone, trained_on, method, method_config, takes_features)
+    attention = choose_attention(backbone.attention, backbone.dtype)
+    check_packing(recipe, backbone, trained_on, method, method_config, takes_features, attention)
     for key, source in zip(plain.of("sources"), train, strict=True):
         check_contrast(recipe, key, source.options, source.task, source.samples)
     if backbone.reads_bank:
