@@ -51,6 +51,7 @@ MAY_DIFFER = (
     "data.max_bad_in_a_row",
     "data.workers",
     "data.prefetch",
+    "data.pack",  # the samples of a step and their losses stay
     "data.cache_dir",
     "data.verify",
     "monitor",

@@ -28,14 +28,15 @@ def train(*recipes: str, ranks: int) -> None:
 def folder(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("pack")
     tiny_talk.write(path)
-    train(tiny_talk.recipe(path, "padded"), tiny_talk.recipe(path, "one", data__pack=PACK), ranks=1)
-    two = [tiny_talk.recipe(path, f"two{stage}", stage, data__pack=PACK) for stage in (1, 3)]
+    train(tiny_talk.recipe(path, "padded"), tiny_talk.recipe(path, "one", 0, data__pack=PACK), ranks=1)
+    two = [tiny_talk.recipe(path, f"two{stage}", stage, data__pack=PACK) for stage in (1, 2)]
+    two += [tiny_talk.recipe(path, "two3", 3, data__pack=PACK, data__workers=1, engine__gradient_checkpointing=True)]
     train(*two, tiny_talk.recipe(path, "moved", optim__max_steps=3, data__pack=PACK), ranks=2)
-    train(tiny_talk.recipe(path, "moved", data__pack=PACK), ranks=1)
+    train(tiny_talk.recipe(path, "moved", data__pack=2 * PACK), ranks=1)
     return path
 
 
-@pytest.mark.parametrize("name", ["one", "two1", "two3", "moved"])
+@pytest.mark.parametrize("name", ["one", "two1", "two2", "two3", "moved"])
 def test_packed_micro_batches_give_the_losses_and_samples_of_padded_ones(folder, name):
     want, found = rows(folder, "padded"), rows(folder, name)
     assert [r["sample_keys_hash"] for r in found] == [r["sample_keys_hash"] for r in want]
