@@ -1,16 +1,20 @@
 """Tokens of samples: counted once, kept beside the data, planned by; and what cannot share a row is refused."""
 
+import pickle
+
 import numpy as np
 import pytest
 import torch
 
 from mmpeft_ds import recipe as recipes
+from mmpeft_ds.data.batch import Prompted
 from mmpeft_ds.distributed.processes import Ranks
 from mmpeft_ds.engine import plan, streams, token_counts
 from mmpeft_ds.engine.assembly import resolve
 from mmpeft_ds.engine.assembly.checks import check_packing
 from mmpeft_ds.errors import BadInput
 from mmpeft_ds.methods import get
+from tests.helpers.models import tiny_mllm
 from tests.helpers.runs import tiny_talk, tiny_vqa
 
 ONE = Ranks(0, 1, 0, 1, torch.device("cpu"))
@@ -67,6 +71,17 @@ def test_ranks_have_as_many_micro_batches_within_the_budget_and_the_samples_of_o
             assert batch.padding_free
             numbers = [int(i.rpartition("-")[2]) for i in batch.sample_id if i]
             assert lengths.tokens[numbers].sum() <= 160 or len(numbers) == 1
+
+
+def test_a_backbone_that_has_counted_goes_to_loader_processes(folder):
+    backbone = resolved(folder).backbone
+    for family in ("llava_next", "qwen2_vl"):  # by the model without storage, by the grid
+        tiny_mllm.write(folder / family, family)
+        backbone = type(backbone)(type(backbone.options)(str(folder / family)), None)
+        counts = backbone.tokens([Prompted("what is it ?", "red", images=1)], [(9, 14)])
+        backbone.costs(np.array([counts[0]]), np.array([counts[1]]))
+        again = pickle.loads(pickle.dumps(backbone))
+        assert again.tokens([Prompted("what is it ?", "red", images=1)], [(9, 14)]) == counts
 
 
 def test_evaluation_reads_padded_rows(folder):

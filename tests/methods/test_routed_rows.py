@@ -35,6 +35,7 @@ def test_a_row_of_all_texts_is_routed_as_a_row_for_each(variant, route, tokens):
     (want,) = torch.autograd.grad(padded.square().sum(), row, retain_graph=True)
     (found,) = torch.autograd.grad(together.square().sum(), row)
     torch.testing.assert_close(found, want)
-    with conditioned(Condition(y, mask, segments=where)):
-        other = bottleneck.bottleneck(row, y.flip(0), mask, 0.5)
-    assert not torch.allclose(other, together)  # which text has which condition matters
+    if route != "ones":  # whose condition a LayerNorm takes away again
+        with conditioned(Condition(y.flip(0), mask, segments=where)):
+            other = bottleneck.bottleneck(row, y.flip(0), mask, 0.5)
+        assert not torch.allclose(other, together)  # which text has which condition matters

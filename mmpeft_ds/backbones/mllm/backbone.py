@@ -279,7 +279,8 @@ class MllmBackbone(StockBackbone):
     @functools.cached_property
     def _image_tokens(self) -> ImageTokens:
         merge = getattr(self._config.vision_config, "spatial_merge_size", 1)
-        return ImageTokens(self.image_transform(False), self.collate_images, merge, lambda: self.build(on_meta=True))
+        build = functools.partial(self.build, on_meta=True)
+        return ImageTokens(self.image_transform(False), self.collate_images, merge, build)
 
     @functools.cached_property
     def _chat(self) -> Chat:

@@ -33,6 +33,10 @@ class ImageTokens:
         self._by_size: dict[tuple[int, int], int] = {}
         self._by_shape: dict[tuple, int] = {}
 
+    def __getstate__(self) -> dict[str, Any]:
+        # Loader processes build the model for themselves; its class is made at run time and does not pickle.
+        return {name: value for name, value in self.__dict__.items() if name != "_model"}
+
     def __call__(self, height: int, width: int) -> int:
         if (height, width) not in self._by_size:
             black = torch.zeros(3, height, width, dtype=torch.uint8)
