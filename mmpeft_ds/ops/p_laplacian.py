@@ -36,8 +36,8 @@ def p_laplacian(
             without any key must be zero, as `attention_probabilities` gives it, not NaN.
         f: query nodes, (B, H, N, b).
         g: value nodes, (B, H, M, b).
-        p: exponent, one element; it and `mu` receive gradients.
-        mu: strength of the pull to the row's own node, one element, > 0.
+        p: exponent, one element or one per head, (H,); it and `mu` receive gradients.
+        mu: strength of the pull to the row's own node, > 0, one element or one per head.
         self_term: keep c f_i in the numerator. Published results have it on square graphs only.
         square: rows and columns are the same nodes (f is g, or the last rows of g), so that each row has a self loop,
             whose difference is exactly zero.
@@ -198,19 +198,21 @@ def inverse_root(x: Tensor) -> Tensor:
 
 
 def upcast(*values: Tensor | float) -> tuple[Tensor, ...]:
-    """All in the widest dtype of the larger tensors and at least float32; one-element tensors and numbers become
-    scalars on the same device."""
+    """All in the widest dtype of the larger tensors and at least float32; numbers and tensors of at most one dimension
+    come to the same device, one element as a scalar and one per head as (H, 1, 1)."""
     tensors = [v for v in values if isinstance(v, Tensor) and v.ndim > 1]
     dtype = torch.float32
     for tensor in tensors:
         dtype = torch.promote_types(dtype, tensor.dtype)
     device = tensors[0].device
     return tuple(
-        v.to(dtype)
-        if isinstance(v, Tensor) and v.ndim > 1
-        else torch.as_tensor(v, dtype=dtype, device=device).reshape(())
-        for v in values
+        v.to(dtype) if isinstance(v, Tensor) and v.ndim > 1 else _per_head(v, dtype, device) for v in values
     )
+
+
+def _per_head(value: Tensor | float, dtype: torch.dtype, device: torch.device) -> Tensor:
+    value = torch.as_tensor(value, dtype=dtype, device=device)
+    return value.reshape(()) if value.numel() == 1 else value.reshape(-1, 1, 1)
 
 
 def check_shapes(A: Tensor, f: Tensor, g: Tensor) -> None:

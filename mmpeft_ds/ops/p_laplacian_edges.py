@@ -30,8 +30,23 @@ class Options(NamedTuple):
     tile: tuple[int, int] | None
 
 
-class Job:
-    """Inputs of one call in the dtype of the computation, value nodes channel first.
+class Nodes:
+    """The nodes of one call and what weighs their edges.
+
+    Args:
+        f, g: nodes in the dtype of the computation; `g_T` holds the value nodes channel first, (B, H, b, M).
+        p, mu: () or (H, 1, 1).
+    """
+
+    def __init__(self, f: Tensor, g: Tensor, p: Tensor, mu: Tensor, options: Options):
+        self.f, self.g_T = f.contiguous(), g.mT.contiguous()
+        self.p, self.c, self.options = p, 2 * mu / p, options
+        self.square = options.graph == "square"
+        self.least = g.shape[-1] * options.eps**2  # n_ij^2 of a self loop
+
+
+class Job(Nodes):
+    """Inputs of one call in the dtype of the computation, and their tiles.
 
     Args:
         q, k, f, g, p, mu, mask, options: as given to `p_laplacian_attention`.
@@ -39,9 +54,7 @@ class Job:
     """
 
     def __init__(self, q, k, f, g, p, mu, mask, options: Options, degree: Tensor | None = None):
-        q, k, self.f, g = (x.contiguous() for x in upcast(q, k, f, g))
-        self.p, self.c, self.options = p, 2 * mu / p, options
-        self.square = options.graph == "square"
+        q, k, f, g = (x.contiguous() for x in upcast(q, k, f, g))
         self.tiles = ScoreTiles(
             q, k, mask, scaling=options.scaling, causal=options.causal, offset=options.offset, tile=options.tile
         )
@@ -49,9 +62,8 @@ class Job:
         if options.graph == "published":
             self.degree = _column_sums(self.tiles) if degree is None else degree
             g = g * inverse_root(self.degree)
-        self.g_T = g.mT.contiguous()
-        self.least = g.shape[-1] * options.eps**2  # n_ij^2 of a self loop
-        self.bins = _bins(k.shape[-2], options.groups, k) if options.graph == "pooled" else None
+        super().__init__(f, g, p, mu, options)
+        self.bins = bins(k.shape[-2], options.groups, k) if options.graph == "pooled" else None
 
     def own(self, tile: Tensor, rows: slice, columns: slice) -> Tensor | None:
         """The self loops in a tile as a view, or None where the graph has none."""
@@ -122,7 +134,7 @@ class Gradients:
     self loop may hold nearly all of a row, and its dw is then exact instead of the rounding of two equal terms.
 
     Args:
-        job: the call.
+        nodes: of the call.
         dU: gradient of U, (B, H, N, b), in the dtype of the computation.
         V: U, less f on a square graph.
         alpha: 1 / (sum_j w_ij + c), (B, H, N, 1).
@@ -130,25 +142,40 @@ class Gradients:
         own: weights of the self loops, (B, H, N, 1); of a pooled graph the pooled map, (B, H, N, G).
     """
 
-    def __init__(self, job: Job, dU: Tensor, V: Tensor, alpha: Tensor, lse: Tensor, own: Tensor):
+    def __init__(self, nodes: Nodes, dU: Tensor, V: Tensor, alpha: Tensor, lse: Tensor, own: Tensor):
         self.alpha, self.lse, self.own = alpha, lse, own
         self.alpha_dU = alpha * dU
-        dU_V, dU_f = (dU * V).sum(-1, keepdim=True), (dU * job.f).sum(-1, keepdim=True)
-        level = dU_V + dU_f if job.square else dU_V
+        dU_V, dU_f = (dU * V).sum(-1, keepdim=True), (dU * nodes.f).sum(-1, keepdim=True)
+        level = dU_V + dU_f if nodes.square else dU_V
         self.alpha_level = alpha * level
         # dU . (U - f) where c f is part of U, and dU . U where it is not; sum_j h_ij is alpha c times this.
-        surplus = level - (dU_f if job.options.self_term else 0.0)
-        if job.square and job.options.self_term:
+        surplus = level - (dU_f if nodes.options.self_term else 0.0)
+        if nodes.square and nodes.options.self_term:
             surplus = dU_V
-        self.h_sum = alpha * job.c * surplus
-        self.dc = -(alpha * surplus).sum()
+        self.h_sum = alpha * nodes.c * surplus
+        self.dc = -(alpha * surplus).sum_to_size(nodes.c.shape)
         self.own_dw = -alpha * dU_V
-        self.df = job.c * self.alpha_dU if job.options.self_term else torch.zeros_like(job.f)
-        self.dg_T = torch.zeros_like(job.g_T)
+        self.df = nodes.c * self.alpha_dU if nodes.options.self_term else torch.zeros_like(nodes.f)
+        self.dg_T = torch.zeros_like(nodes.g_T)
         # Below p = 2 a self loop is heavy and its ln n far from all others: what lies above it is added up for dp, and
         # it enters with the sum of all h, where the heavy terms have cancelled.
-        self.log_least = torch.where(job.p < 2, math.log(job.least), 0.0) if job.square else torch.zeros_like(job.p)
-        self.dp = self.h_sum.sum() * self.log_least / 2
+        p = nodes.p
+        self.log_least = torch.where(p < 2, math.log(nodes.least), 0.0) if nodes.square else torch.zeros_like(p)
+        self.dp = self.h_sum.sum_to_size(p.shape) * self.log_least / 2
+
+
+def closed_sum(nodes: Nodes, grads: Gradients, rows: slice) -> Tensor:
+    """E_i without eps: p/2 sum_j h_ij, in which the self loop counts 1 in place of p/2."""
+    E = nodes.p / 2 * grads.h_sum[..., rows, :]
+    if nodes.square:
+        E += (1 - nodes.p / 2) * grads.own_dw[..., rows, :] * grads.own[..., rows, :]
+    return E
+
+
+def exponent_and_pull(grads: Gradients, p: Tensor, mu: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of p and mu: c = 2 mu / p stands beside p's own place in the weights."""
+    dp = grads.dp - (2 * mu * grads.dc / p**2).sum_to_size(p.shape)
+    return dp, (2 * grads.dc / p).sum_to_size(mu.shape)
 
 
 def edges_backward(job: Job, grads: Gradients, A: Tensor, log_A: Tensor, rows: slice, columns: slice) -> Tensor:
@@ -180,7 +207,7 @@ def edges_backward(job: Job, grads: Gradients, A: Tensor, log_A: Tensor, rows: s
             job.own(A_dA, rows, columns).copy_(own)
             job.own(log_A, rows, columns).zero_()
         log_n += log_A
-    grads.dp += log_n.mul_(h).sum() / 2
+    grads.dp += log_n.mul_(h).sum_to_size(p.shape) / 2
     grads.dg_T[..., columns] += alpha_dU.mT @ tile.weight
     _differences_backward(slope, job.f[..., rows, :], g_T, grads.df[..., rows, :], grads.dg_T[..., columns])
     return A_dA
@@ -209,8 +236,8 @@ def _column_sums(tiles: ScoreTiles) -> Tensor:
     return total
 
 
-def _bins(keys: int, groups: int, like: Tensor) -> Tensor:
-    """(M, G) matrix that averages keys into the bins of `pool_keys`."""
+def bins(keys: int, groups: int, like: Tensor) -> Tensor:
+    """(M, G) matrix that averages keys into the bins of `pool_keys`, in the dtype of computation of `like`."""
     bin_ = torch.arange(groups, device=like.device)
     first = bin_ * keys // groups
     last = -(-(bin_ + 1) * keys // groups)

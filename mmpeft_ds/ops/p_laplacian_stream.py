@@ -9,8 +9,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from mmpeft_ds.ops.p_laplacian import EPS, upcast
-from mmpeft_ds.ops.p_laplacian_edges import Gradients, Job, Options
+from mmpeft_ds.ops.p_laplacian_edges import Gradients, Job, Options, exponent_and_pull
 from mmpeft_ds.ops.p_laplacian_sweeps import degree_backward, sweep, sweep_backward
+from mmpeft_ds.ops.p_laplacian_triton import usable
 
 GRAPHS = ("square", "bipartite", "pooled", "published")
 
@@ -34,6 +35,7 @@ def p_laplacian_attention(
     eps: float = EPS,
     tile: tuple[int, int] | None = None,
     return_lse: bool = False,
+    kernels: bool = True,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`p_laplacian` of the attention of `q` on `k`, in tiles that are computed again for the backward pass.
 
@@ -44,8 +46,8 @@ def p_laplacian_attention(
         k: keys, (B, H, M, d), heads repeated where groups of queries share them.
         f: query nodes, (B, H, N, b); on a square graph the same tensor as `g`, or its rows from `offset` on.
         g: value nodes, (B, H, M, b); pooled (B, H, G, b); published the undivided value nodes.
-        p: exponent, one element.
-        mu: strength of the pull to the own node, one element, > 0.
+        p: exponent, one element or one per head, (H,).
+        mu: strength of the pull to the own node, > 0, one element or one per head.
         mask: broadcastable to (B, H, N, M): bool with True = attend, or a term added to the scores. A constant.
         causal: row i sees columns up to i + offset.
         scaling: factor on the scores, d^(-1/2) when not given.
@@ -59,6 +61,7 @@ def p_laplacian_attention(
         eps: as in `p_laplacian`.
         tile: rows and columns of a tile; chosen by device when not given.
         return_lse: also return the log-sum-exp of each row's scores, (B, H, N), without gradient.
+        kernels: use Triton kernels where they can be used (`p_laplacian_triton.usable`); they compute in float32.
 
     Returns:
         U, (B, H, N, b) in the dtype of `f`; computed in float32, or float64 if an input is. A row that sees no key is
@@ -88,8 +91,16 @@ def p_laplacian_attention(
     )
     # Outside of the function, so that autograd casts the gradients of p and mu back to their shape, dtype and device.
     *_, p, mu = upcast(q, k, f, g, p, mu)
-    U, lse = _Streaming.apply(q, k, f, g, p, mu, mask, options)
+    U, lse = _form(q, k, f, g, kernels).apply(q, k, f, g, p, mu, mask, options)
     return (U, lse) if return_lse else U
+
+
+def _form(q, k, f, g, kernels: bool) -> type[torch.autograd.Function]:
+    if not (kernels and usable(q, k, f, g)):
+        return _Streaming
+    from mmpeft_ds.ops.p_laplacian_triton.function import Fused  # imports Triton
+
+    return Fused
 
 
 class _Streaming(torch.autograd.Function):
@@ -131,9 +142,8 @@ class _Streaming(torch.autograd.Function):
                 sweep_backward(job, grads, rows, scores)
             dg = grads.dg_T.mT if degree is None else degree_backward(job, grads, scores)
             dq, dk = job.tiles.gradients() if scores else (q, k)
-            # c = 2 mu / p stands beside p's own place in the weights.
-            dp = grads.dp - 2 * mu * grads.dc / p**2
-        gradients = (dq.to(q.dtype), dk.to(k.dtype), grads.df.to(f.dtype), dg.to(g.dtype), dp, 2 * grads.dc / p)
+            dp, dmu = exponent_and_pull(grads, p, mu)
+        gradients = (dq.to(q.dtype), dk.to(k.dtype), grads.df.to(f.dtype), dg.to(g.dtype), dp, dmu)
         wanted = (d if needed else None for d, needed in zip(gradients, ctx.needs_input_grad, strict=False))
         return *wanted, None, None
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mmpeft_ds.ops.p_laplacian import inverse_root
-from mmpeft_ds.ops.p_laplacian_edges import Gradients, Job, distances, edges, edges_backward
+from mmpeft_ds.ops.p_laplacian_edges import Gradients, Job, closed_sum, distances, edges, edges_backward
 from mmpeft_ds.ops.score_tiles import finite
 
 
@@ -106,7 +106,7 @@ def sweep_backward(job: Job, grads: Gradients, rows: slice, scores: bool) -> Non
     if job.options.graph == "pooled":
         return _pooled_backward(job, grads, rows, scores)
     lse = grads.lse[..., rows, :]
-    E = torch.zeros_like(lse[..., :1]) if job.options.exact else _closed_sum(job, grads, rows)
+    E = torch.zeros_like(lse[..., :1]) if job.options.exact else closed_sum(job, grads, rows)
     held = []
     for columns in job.tiles.columns(rows):
         log_A = job.tiles.log_probabilities(rows, columns, lse)
@@ -120,14 +120,6 @@ def sweep_backward(job: Job, grads: Gradients, rows: slice, scores: bool) -> Non
     for columns, A, A_dA in held:
         job.tiles.spread(A_dA.sub_(A.mul_(E)), rows, columns)
     return None
-
-
-def _closed_sum(job: Job, grads: Gradients, rows: slice) -> Tensor:
-    """E_i without eps: p/2 sum_j h_ij, in which the self loop counts 1 in place of p/2."""
-    E = job.p / 2 * grads.h_sum[..., rows, :]
-    if job.square:
-        E += (1 - job.p / 2) * grads.own_dw[..., rows, :] * grads.own[..., rows, :]
-    return E
 
 
 def _pooled_backward(job: Job, grads: Gradients, rows: slice, scores: bool) -> None:
