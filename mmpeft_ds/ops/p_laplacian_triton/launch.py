@@ -14,6 +14,7 @@ from mmpeft_ds.ops.p_laplacian import inverse_root
 from mmpeft_ds.ops.p_laplacian_edges import Gradients, Nodes, Options, bins
 from mmpeft_ds.ops.p_laplacian_triton import backward, forward
 from mmpeft_ds.ops.p_laplacian_triton.tiles import ADDED, KEEP, KEEP_KEYS, NO_MASK
+from mmpeft_ds.ops.p_laplacian_triton.traffic import Launch
 
 LEAST = 16  # rows, columns and channels of a matrix product on tensor cores
 
@@ -44,6 +45,18 @@ def block_sizes(width: int, channels: int, tile: tuple[int, int] | None = None) 
 def padded(width: int) -> int:
     """The power of two, at least 16, that holds `width` channels in a kernel."""
     return max(LEAST, triton.next_power_of_2(width))
+
+
+def launch(kernel, grid: tuple[int, int], tensors: tuple[Tensor, ...], options: dict, warps: int) -> None:
+    """Run a kernel; the one place that does, so that what is launched can be counted."""
+    kernel[grid](*tensors, **options, num_warps=warps)
+
+
+def described(kernel, grid: tuple[int, int], tensors: tuple[Tensor, ...], options: dict) -> Launch:
+    """What `launch` is called with, for counting its bytes."""
+    q, _, mask = tensors[:3]
+    name = kernel.__name__
+    return Launch(name, "column" in name, grid[1], options, q.element_size(), mask.element_size())
 
 
 class Launcher(Nodes):
@@ -155,7 +168,8 @@ class Launcher(Nodes):
         """One program for each block of `length` rows, or columns where it is negative, and each head."""
         size = self.blocks.rows if length > 0 else self.blocks.columns
         grid = (triton.cdiv(abs(length), size), self.batch * self.heads)
-        kernel[grid](*tensors, **options, n=self.blocks.rows, m=self.blocks.columns, num_warps=self.blocks.warps)
+        options.update(n=self.blocks.rows, m=self.blocks.columns)
+        launch(kernel, grid, tensors, options, self.blocks.warps)
 
     def _scores(self) -> dict:
         """Arguments that every kernel takes."""
