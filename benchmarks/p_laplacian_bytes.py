@@ -11,6 +11,7 @@ torch itself does, in both forms, the bytes of all tensors that an operation rea
 """
 
 import argparse
+import contextlib
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,7 +83,9 @@ def count(row: Row, kernels: bool) -> dict[str, float]:
         p, mu = (torch.empty((), requires_grad=True) for _ in range(2))
         mask = torch.empty(B, 1, N, M, dtype=torch.bool) if row.mask else None
     usable = mock.patch.object(p_laplacian_stream, "usable", lambda *tensors: kernels)
-    with usable, mock.patch.object(launch, "launch", launched), Count():
+    # autocast knows no meta device
+    no_autocast = mock.patch.object(torch, "autocast", lambda *args, **kwargs: contextlib.nullcontext())
+    with usable, no_autocast, mock.patch.object(launch, "launch", launched), Count():
         U = p_laplacian_stream.p_laplacian_attention(
             q, k, g if row.graph == "square" else f, g, p, mu, graph=row.graph, causal=row.causal, exact=row.exact,
             groups=row.groups, mask=mask,
@@ -129,10 +132,11 @@ def _table(result: dict) -> str:
     lines = [
         "# p-Laplacian message passing on a GPU: bytes and kernels, by count",
         "",
-        "One attention, forward and backward. Nothing here was run on a GPU, and nothing is a time: the Triton kernels",
-        "are counted by a model of their blocks (every load and store that the code of a program names, caches left",
-        "out), which tests compare with what Triton's interpreter loads and stores; torch's operations by the tensors",
-        "that they read and write. `python benchmarks/p_laplacian_bytes.py` repeats it.",
+        "One attention, forward and backward. Nothing here was run on a GPU, and nothing is a time.",
+        "The Triton kernels are counted by a model of their blocks: every load and store that the code of a program",
+        "names, as if there were no cache. Tests compare it with what Triton's interpreter loads and stores. Torch's",
+        "operations are counted by the tensors that they read and write.",
+        "`python benchmarks/p_laplacian_bytes.py` repeats it.",
         "",
         "| attention | B x H x N x M, d, b | q and k | tiles: kernels | tiles: GiB | Triton: kernels | Triton: GiB |",
         "|---|---|---|---|---|---|---|",

@@ -205,9 +205,7 @@ def upcast(*values: Tensor | float) -> tuple[Tensor, ...]:
     for tensor in tensors:
         dtype = torch.promote_types(dtype, tensor.dtype)
     device = tensors[0].device
-    return tuple(
-        v.to(dtype) if isinstance(v, Tensor) and v.ndim > 1 else _per_head(v, dtype, device) for v in values
-    )
+    return tuple(v.to(dtype) if isinstance(v, Tensor) and v.ndim > 1 else _per_head(v, dtype, device) for v in values)
 
 
 def _per_head(value: Tensor | float, dtype: torch.dtype, device: torch.device) -> Tensor:

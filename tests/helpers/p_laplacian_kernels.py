@@ -8,7 +8,6 @@ from typing import Any
 import torch
 
 
-
 @dataclass(frozen=True)
 class Case:
     """One call: graph, sizes and options, tensors drawn from a seed.

@@ -4,9 +4,13 @@ They run in Triton's interpreter on the CPU. Sizes are those at which the method
 block divides.
 """
 
+from unittest import mock
+
 import pytest
 import torch
 
+from mmpeft_ds.ops import p_laplacian_triton
+from mmpeft_ds.ops.p_laplacian_triton import usable
 from tests.helpers.p_laplacian_kernels import Case, errors, traffic
 from tests.helpers.triton_interpreter import interpreter
 
@@ -85,3 +89,27 @@ def test_bytes_of_the_model_are_those_that_the_kernels_load_and_store(kernels, c
     assert len(rows) >= 4
     for kernel, counted, model in rows:
         assert counted == model, (kernel, counted, model)
+
+
+@pytest.mark.parametrize("name", ["LLaVA-7B", "LLaVA-7B, not causal", "LLaVA-7B in float32"])
+def test_an_attention_of_a_large_language_model_moves_at_most_20_gib(name):
+    from benchmarks.p_laplacian_bytes import ROWS, count
+
+    (row,) = (row for row in ROWS if row.name == name)
+    counted = count(row, kernels=True)
+    assert 1 < counted["triton_gib"] < counted["gib"] <= 20
+    assert counted["triton"] <= 5
+
+
+def test_the_streaming_form_takes_what_the_kernels_do_not():
+    q = torch.zeros(1, 1, 4, 8)
+    assert not usable(q, q, q, q)  # a CPU without the interpreter
+    with mock.patch.object(p_laplacian_triton, "_interpreted", lambda: True):
+        assert usable(q, q, q, q)
+        assert not usable(q.double(), q.double(), q, q)
+        assert not usable(q, q, q, torch.zeros(1, 1, 4, 129).double())
+        wide = torch.zeros(1, 1, 4, 129)
+        assert not usable(wide, wide, q, q)
+        assert usable(wide.bfloat16(), wide.bfloat16(), q, q)
+        with mock.patch.object(p_laplacian_triton, "_installed", lambda: False):
+            assert not usable(q, q, q, q)

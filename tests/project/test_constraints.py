@@ -45,11 +45,11 @@ def test_both_machines_have_the_same_versions_apart_from_cuda():
     cpu, cuda = pins("cpu"), pins("cuda")
     guard = {name for name, version in cpu.items() if version == "0"}
     assert {n: v for n, v in cpu.items() if n not in guard} == {n: v for n, v in cuda.items() if n not in guard}
-    assert guard == {n for n in cuda if re.match(r"nvidia-|cuda-|triton$|flash-attn$", n)}
+    assert guard == {n for n in cuda if re.match(r"nvidia-|cuda-|flash-attn$", n)}
 
 
 def test_the_guard_names_what_the_default_torch_wheel_of_linux_asks_for():
-    assert {"cuda-toolkit", "cuda-bindings", "nvidia-cudnn-cu13", "nvidia-nccl-cu13", "triton"} <= set(pins("cpu"))
+    assert {"cuda-toolkit", "cuda-bindings", "nvidia-cudnn-cu13", "nvidia-nccl-cu13"} <= set(pins("cpu"))
 
 
 def test_installed_versions_are_the_pinned_ones():

@@ -56,7 +56,7 @@ ALLOWED = {
 # Files of the package that no room holds: `__init__` registers methods, `console` and `contact_sheet` serve commands.
 ALONE = {"": {"methods"}, "console": set(), "contact_sheet": set()} | dict.fromkeys(COMMON, set())
 THIRD_PARTY = {
-    "ops": {"torch", "torch_geometric"},
+    "ops": {"torch", "torch_geometric", "triton"},
     "sites": {"torch", "torch_geometric"},
     "distributed": {"torch", "torch_geometric", "psutil"},
     "methods": {"torch", "torch_geometric", "peft", "safetensors"},

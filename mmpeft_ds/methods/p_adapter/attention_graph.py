@@ -91,8 +91,9 @@ class Propagation(nn.Module):
             scores = {"mask": seen.mask, "causal": seen.causal, "scaling": seen.scaling}
             key = seen.repeated(seen.key)
             return p_laplacian_attention(
-                seen.query, key, f, g, self.exponent, self.pull, **scores, graph=graph, groups=self.groups
-            )
+                seen.query, key, f, g, self.exponent, self.pull, **scores, graph=graph, groups=self.groups,
+                kernels=self.kernel == "auto",
+            )  # fmt: skip
         A = self.attention(seen)
         if self.groups is not None:
             A = pool_keys(A, self.groups, -1)

@@ -66,7 +66,10 @@ class PAdapterOptions(SiteOptions):
     )
     kernel: Literal["auto", "dense", "stream"] = field(
         default="auto",
-        metadata={"help": "Hold all node differences, stream them in tiles, or stream where the dense form is big."},
+        metadata={
+            "help": "Hold all node differences (dense), recompute them in tiles (stream), or the latter wherever it "
+            "can be, on a GPU in Triton kernels (auto)."
+        },
     )
 
     def __post_init__(self) -> None:

@@ -1,7 +1,8 @@
 """p-Laplacian message passing in Triton kernels: the streaming form on a GPU, a few kernels in place of thousands.
 
-`tiles` holds what a kernel does with one tile, `forward` and `backward` the kernels, `launch` their arguments and grids,
-`function` the autograd function. `usable` says where they run; importing this package alone does not import Triton.
+`tiles` holds what a kernel does with one tile, `forward` and `backward` the kernels, `launch` their arguments and
+grids, `traffic` the bytes that they move, `function` the autograd function. `usable` says where they run. Importing
+this package alone does not import Triton.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import importlib.util
 import torch
 from torch import Tensor
 
-MAX_WIDTH = 256  # of a head or a node: a block of rows has to stay on the chip
+MAX_BYTES = 512  # of one row of a head or a node: a block of rows has to stay on the chip
 MAX_HEADS = 65535  # B H, the second axis of a grid
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -24,7 +25,9 @@ def usable(q: Tensor, k: Tensor, f: Tensor, g: Tensor) -> bool:
     environment variable TRITON_INTERPRET=1 turns on before Triton is first imported.
     """
     tensors = (q, k, f, g)
-    fits = all(t.dtype in DTYPES and 0 < t.shape[-1] <= MAX_WIDTH and t.numel() for t in tensors)
+    # Nodes are float32 inside.
+    wide = max(q.shape[-1] * max(q.element_size(), k.element_size()), 4 * f.shape[-1]) > MAX_BYTES
+    fits = not wide and all(t.dtype in DTYPES and t.numel() for t in tensors)
     if not fits or q.shape[0] * q.shape[1] > MAX_HEADS or not _installed():
         return False
     return _interpreted() or (q.device.type == "cuda" and _card_is_known())

@@ -174,9 +174,7 @@ def messages(
                 q_rows, keys, mask, lse + head * N * 2, rows, columns, N, M, offset, scaling, mask_row, mask_column,
                 CAUSAL, MASK,
             )  # fmt: skip
-        weight, _, _, _, _, _ = edges(
-            log_A, f, g, rows, columns, N, M, offset, p, least, eps, B, SQUARE, EXACT
-        )
+        weight, _, _, _, _, _ = edges(log_A, f, g, rows, columns, N, M, offset, p, least, eps, B, SQUARE, EXACT)
         if SQUARE:
             own = columns[None, :] == rows[:, None] + offset
             loop += tl.sum(tl.where(own, weight, 0.0), 1)

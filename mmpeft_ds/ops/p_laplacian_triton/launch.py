@@ -16,30 +16,43 @@ from mmpeft_ds.ops.p_laplacian_triton import backward, forward
 from mmpeft_ds.ops.p_laplacian_triton.tiles import ADDED, KEEP, KEEP_KEYS, NO_MASK
 from mmpeft_ds.ops.p_laplacian_triton.traffic import Launch
 
+ROOMY = 160 * 1024  # shared memory of a program on cards of data centres; others have about 100 KiB
 LEAST = 16  # rows, columns and channels of a matrix product on tensor cores
 
 
 class Blocks(NamedTuple):
-    """Rows and columns of a tile, and warps of a program."""
+    """Tile and warps of a program: it keeps `own` rows (or columns) and runs over `moving` columns (or rows)."""
 
-    rows: int
-    columns: int
+    own: int
+    moving: int
     warps: int
 
 
-def block_sizes(width: int, channels: int, tile: tuple[int, int] | None = None) -> Blocks:
-    """Tile of a head of `width` and nodes of `channels`.
+def block_sizes(
+    width: int, channels: int, item: int, tile: tuple[int, int] | None = None, shared: int = ROOMY
+) -> Blocks:
+    """Tile for heads of `width`, `item` bytes an element, and nodes of `channels`.
 
-    Larger ones read less and need more registers; these were chosen by what the compiler reports for cards of compute
-    capability 8.0 and 9.0 (docs/methods/p_adapter.md), not by time.
+    Larger ones read less and need more registers and shared memory. These were chosen by what the compiler reports for
+    compute capability 8.0 and 9.0 (docs/benchmarks/p_laplacian_bytes.md), not by time.
 
     Args:
-        tile: rows and columns, raised to powers of two of at least 16.
+        tile: own and moving, raised to powers of two of at least 16.
+        shared: bytes of shared memory that a program may have.
     """
     if tile is not None:
         return Blocks(padded(tile[0]), padded(tile[1]), 4)
-    wide = padded(width) + padded(channels) > 160
-    return Blocks(64, 32, 8) if wide else Blocks(64, 64, 8)
+    if shared < ROOMY:
+        return Blocks(32, 32, 4)
+    if padded(width) + padded(channels) > 160:
+        return Blocks(64, 32, 8)
+    return Blocks(128, 32, 8) if padded(width) * item <= 256 else Blocks(64, 64, 8)
+
+
+def _shared_memory(device: torch.device) -> int:
+    if device.type != "cuda":
+        return ROOMY
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
 
 
 def padded(width: int) -> int:
@@ -74,7 +87,9 @@ class Launcher(Nodes):
         (self.batch, self.heads, self.rows, self.width), self.columns = q.shape, k.shape[-2]
         self.channels = f.shape[-1]
         self.p_H, self.c_H = (x.expand(self.heads, 1, 1).reshape(-1).contiguous() for x in (self.p, self.c))
-        self.blocks = block_sizes(self.width, self.channels, options.tile)
+        self.blocks = block_sizes(
+            self.width, self.channels, self.q.element_size(), options.tile, _shared_memory(q.device)
+        )
         self.pooled = options.graph == "pooled"
         self._mask(mask)
 
@@ -128,7 +143,7 @@ class Launcher(Nodes):
         known, direct = E is not None, scores and not self.pooled
         E = self._empty(self.rows, 1) if E is None else E.contiguous()
         moved = self._empty(self.rows, self.channels)
-        powers = self._empty(triton.cdiv(self.rows, self.blocks.rows), 1)
+        powers = self._empty(triton.cdiv(self.rows, self.blocks.own), 1)
         dg_T = torch.empty_like(self.g_T)
         dq = self._empty(self.rows, self.width) if direct else E
         dk = self._empty(self.columns, self.width) if direct else E
@@ -151,7 +166,9 @@ class Launcher(Nodes):
         grads.dp += powers.sum(-2, keepdim=True).sum_to_size(self.p.shape)
         return (dq if direct else None), (dk if direct else None), E, d_pooled
 
-    def map_gradients(self, lse: Tensor, left: Tensor | None, right: Tensor, E: Tensor | None) -> tuple[Tensor, Tensor]:
+    def map_gradients(
+        self, lse: Tensor, left: Tensor | None, right: Tensor, E: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         """dq and dk of a gradient of the attention map that is `left` (B, H, N, R) times `right` (M, R), with E known,
         or `right` (B, H, M, 1) in every row."""
         rank = 0 if left is None else left.shape[-1]
@@ -166,10 +183,10 @@ class Launcher(Nodes):
 
     def _run(self, kernel, length: int, *tensors: Tensor, **options) -> None:
         """One program for each block of `length` rows, or columns where it is negative, and each head."""
-        size = self.blocks.rows if length > 0 else self.blocks.columns
-        grid = (triton.cdiv(abs(length), size), self.batch * self.heads)
-        options.update(n=self.blocks.rows, m=self.blocks.columns)
-        launch(kernel, grid, tensors, options, self.blocks.warps)
+        own, moving, warps = self.blocks
+        grid = (triton.cdiv(abs(length), own), self.batch * self.heads)
+        options.update(zip("nm" if length > 0 else "mn", (own, moving), strict=True))
+        launch(kernel, grid, tensors, options, warps)
 
     def _scores(self) -> dict:
         """Arguments that every kernel takes."""

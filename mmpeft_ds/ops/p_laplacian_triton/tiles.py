@@ -1,7 +1,7 @@
 """One tile of a p-Laplacian graph inside a Triton kernel: scores, weights, and what a gradient gives to an edge.
 
-Every function here is inlined into the kernels of `forward` and `backward`. Node tensors lie channel first, so that one
-channel of a block of tokens is one contiguous load. A tile that hangs over the edge of the graph counts as masked.
+Every function here is inlined into the kernels of `forward` and `backward`. Node tensors lie channel first, so that
+one channel of a block of tokens is one contiguous load. A tile that hangs over the edge of the graph counts as masked.
 """
 
 # N query tokens, M key tokens, d width of a head, b channels of a node (BB: padded to a power of two)

@@ -38,8 +38,7 @@ class Launch:
     mask_item: int
 
     def __getattr__(self, name: str) -> Any:
-        options = self.__dict__["options"]
-        return options[name] if name in options else 0
+        return self.__dict__["options"].get(name, 0)
 
     def bytes(self) -> int:
         """Read and written by all programs."""
@@ -66,10 +65,11 @@ class Launch:
 
 
 def _mask(x: Launch, R: int, C: int) -> int:
-    if x.MASK == KEEP_KEYS.value:
+    kind = x.MASK
+    if kind == KEEP_KEYS.value:
         return C * x.mask_item
     # Under a causal mask this counts the whole tile where it is cut by the diagonal.
-    return R * C * x.mask_item if x.MASK in (KEEP.value, ADDED.value) else 0
+    return R * C * x.mask_item if kind in (KEEP.value, ADDED.value) else 0
 
 
 def _probabilities(x: Launch, R: int, C: int) -> int:
@@ -99,10 +99,12 @@ _ONCE = {
     "column_sums": lambda x, R, C: _fixed(x, R, C) + C * FLOAT,
     "pooled_map": lambda x, R, C: _fixed(x, R, C) + R * x.G * FLOAT,
     "messages": lambda x, R, C: _fixed(x, R, C) + (2 + 2 * R * x.B + 2 * R) * FLOAT,
-    "edge_rows": lambda x, R, C: _fixed(x, R, C)
-    + (2 + R * x.B + 2 * R) * FLOAT
-    + x.NODES * (R * x.B + 1 + R * (x.EXACT or x.POOLED)) * FLOAT
-    + x.SCORES * (R + R * x.D) * FLOAT,
+    "edge_rows": lambda x, R, C: (
+        _fixed(x, R, C)
+        + (2 + R * x.B + 2 * R) * FLOAT
+        + x.NODES * (R * x.B + 1 + R * (x.EXACT or x.POOLED)) * FLOAT
+        + x.SCORES * (R + R * x.D) * FLOAT
+    ),
     "edge_columns": lambda x, R, C: _fixed(x, R, C) + (2 + C * x.B + x.SCORES * C * x.D) * FLOAT,
     "map_rows": lambda x, R, C: _fixed(x, R, C) + (R + R * x.D) * FLOAT,
     "map_columns": lambda x, R, C: _fixed(x, R, C) + C * x.D * FLOAT,
@@ -112,13 +114,12 @@ _TILE = {
     "column_sums": _probabilities,
     "pooled_map": lambda x, R, C: _probabilities(x, R, C) + C * x.G * FLOAT,
     "messages": lambda x, R, C: _probabilities(x, R, C) + _edges(x, R, C),
-    "edge_rows": lambda x, R, C: _probabilities(x, R, C)
-    + _edges(x, R, C)
-    + x.NODES * (_channels(x, R, C) + x.POOLED * R * C * FLOAT),
-    "edge_columns": lambda x, R, C: _probabilities(x, R, C)
-    + _edges(x, R, C)
-    + _channels(x, R, C)
-    + (R * x.B + 2 * R + x.SCORES * R) * FLOAT,
+    "edge_rows": lambda x, R, C: (
+        _probabilities(x, R, C) + _edges(x, R, C) + x.NODES * (_channels(x, R, C) + x.POOLED * R * C * FLOAT)
+    ),
+    "edge_columns": lambda x, R, C: (
+        _probabilities(x, R, C) + _edges(x, R, C) + _channels(x, R, C) + (R * x.B + 2 * R + x.SCORES * R) * FLOAT
+    ),
     # Without a factor of the rows there are two sweeps, of which the first finds E.
     "map_rows": lambda x, R, C: (_probabilities(x, R, C) + (x.R * (R + C) or C) * FLOAT) * (1 if x.R else 2),
     "map_columns": lambda x, R, C: _probabilities(x, R, C) + (x.R * (R + C) or C) * FLOAT + R * FLOAT,
