@@ -14,7 +14,20 @@ from mmpeft_ds.sites.base import Sites
 
 
 def mark_leaves(model: nn.Module, sites: Sites) -> list[str]:
-    """Make ZeRO-3 gather each transformer block as a whole; returns the paths of the blocks.
+    """Make ZeRO-3 gather each transformer block as a whole; returns the paths of the blocks."""
+    from deepspeed.utils import set_z3_leaf_module
+
+    modules = {plain(name): module for name, module in model.named_modules()}
+    leaves = leaf_paths(model, sites)
+    for path in leaves:
+        set_z3_leaf_module(modules[path], True)
+        if any(p.requires_grad for p in modules[path].parameters()):
+            modules[path].register_forward_pre_hook(input_with_gradient, with_kwargs=True)
+    return leaves
+
+
+def leaf_paths(model: nn.Module, sites: Sites) -> list[str]:
+    """Paths of the transformer blocks that are gathered as a whole.
 
     By default DeepSpeed hooks every Linear and LayerNorm: about twenty hooks and four gathers per block in forward,
     and again in backward, which at few tokens per step costs more than the arithmetic. A block that is one leaf needs
@@ -25,9 +38,7 @@ def mark_leaves(model: nn.Module, sites: Sites) -> list[str]:
     trained blocks of towers that a model names in `runs_again`, since one forward runs them several times: DeepSpeed
     reduces a leaf after each backward pass through it, and fails at the second (measured).
     """
-    from deepspeed.utils import set_z3_leaf_module
-
-    modules = {_plain(name): module for name, module in model.named_modules()}
+    modules = {plain(name): module for name, module in model.named_modules()}
     images = tuple(f"{tower}." if tower else "" for tower, modality in sites.towers.items() if modality == "image")
     again = tuple(f"{tower}." for tower in model_hooks(model).runs_again)
     leaves = []
@@ -35,12 +46,8 @@ def mark_leaves(model: nn.Module, sites: Sites) -> list[str]:
         if path not in modules:
             continue
         trained = any(p.requires_grad for p in modules[path].parameters())
-        if trained and path.startswith(images + again):
-            continue
-        leaves.append(path)
-        set_z3_leaf_module(modules[path], True)
-        if trained:
-            modules[path].register_forward_pre_hook(_input_with_gradient, with_kwargs=True)
+        if not (trained and path.startswith(images + again)):
+            leaves.append(path)
     return leaves
 
 
@@ -70,7 +77,7 @@ def keep_frozen(engine: Any) -> None:
     optimizer._partition_all_parameters = shard_the_rest
 
 
-def _input_with_gradient(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+def input_with_gradient(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
     """Make the first argument of a leaf with trainables positional, and let it require gradient.
 
     DeepSpeed reduces a leaf's gradients in its full backward hook. torch runs that hook when the gradient of the
@@ -99,5 +106,6 @@ def block_paths(sites: Sites) -> list[str]:
     return blocks
 
 
-def _plain(name: str) -> str:
+def plain(name: str) -> str:
+    """Path of a module below the base model, from one below the PeftModel."""
     return name.removeprefix("base_model.model.")

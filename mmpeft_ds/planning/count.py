@@ -1,0 +1,177 @@
+"""Count of one micro-batch: bytes, operations and visits of modules, from the model's own forward and backward."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from mmpeft_ds.data.batch import PackedBatch
+from mmpeft_ds.engine.assembly.forward import forward
+from mmpeft_ds.engine.assembly.resolve import Resolved, attach
+from mmpeft_ds.engine.step import set_modes
+from mmpeft_ds.engine.zero import stage3
+from mmpeft_ds.errors import BadInput
+from mmpeft_ds.planning.shapes import Live, counting
+from mmpeft_ds.planning.visits import Visit, recorded
+from mmpeft_ds.sites import find_sites
+from mmpeft_ds.sites.base import base_model
+
+
+@dataclass(frozen=True)
+class Tensors:
+    """A parameter of the model.
+
+    Attributes:
+        numel: elements.
+        width: bytes of an element.
+        trained: it has a gradient.
+    """
+
+    numel: int
+    width: int
+    trained: bool
+
+
+@dataclass(frozen=True)
+class StepCount:
+    """What one micro-batch does on one rank, weights and gradients left out.
+
+    Attributes:
+        peak: bytes of activations and working space together, at the worst moment.
+        kept: bytes kept for the backward pass when it begins.
+        head: bytes that the output layer and the loss add to what was there, at their worst.
+        batch: bytes of the micro-batch on the device.
+        forward_flops, flops: of the forward pass, and of the whole micro-step, by dtype such as `bfloat16`.
+        moved: bytes that operations read and write.
+        visits: fetches and releases of modules, in order, as ZeRO-3 sees them.
+    """
+
+    peak: int
+    kept: int
+    head: int
+    batch: int
+    forward_flops: dict[str, int]
+    flops: dict[str, int]
+    moved: int
+    visits: tuple[Visit, ...]
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model on the meta device, and its parameters in their order, each once."""
+
+    module: nn.Module
+    parameters: tuple[nn.Parameter, ...]
+
+    @property
+    def tensors(self) -> tuple[Tensors, ...]:
+        """The same as plain numbers."""
+        return tuple(Tensors(p.numel(), p.element_size(), p.requires_grad) for p in self.parameters)
+
+
+def build(resolved: Resolved) -> Model:
+    """The model of a recipe with its adapters, without storage."""
+    with torch.device("meta"):
+        module = attach(resolved, resolved.backbone.build(on_meta=True))
+    return Model(module, tuple(module.parameters()))
+
+
+def count(resolved: Resolved, batch: PackedBatch, recompute: bool) -> StepCount:
+    """Run one micro-batch forward and backward without numbers.
+
+    Args:
+        batch: on the CPU.
+        recompute: `engine.gradient_checkpointing`.
+
+    Raises:
+        BadInput: a model that cannot recompute, or that cannot be counted.
+    """
+    recipe = resolved.recipe
+    engine = dataclasses.replace(recipe.engine, gradient_checkpointing=recompute)
+    recipe = dataclasses.replace(recipe, engine=engine)
+    model = build(resolved)
+    base = base_model(model.module)
+    if recompute:
+        try:
+            base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        except ValueError as error:
+            raise BadInput(f"engine.gradient_checkpointing: {error}") from error
+    set_modes(model.module, resolved.backbone, recipe)
+    live = Live()
+    for tensor in (*model.parameters, *model.module.buffers()):
+        live.ignore(tensor)
+    for parameter in model.parameters:
+        if parameter.requires_grad:
+            parameter.register_post_accumulate_grad_hook(_forget)
+    leaves = stage3.leaf_paths(model.module, find_sites(base))
+    head = _Peaks(live)
+    output = resolved.backbone.output_layer(base) if resolved.backbone.generates else None
+    with counting(live) as counts, recorded(model.module, model.parameters, leaves) as visits:
+        if output is not None:
+            output.register_forward_pre_hook(lambda *_: head.begin())
+        outputs, task = None, resolved.train[0].task
+        moved = batch.to("meta")
+        size = live.now
+        outputs = forward(model.module, resolved.backbone, moved, scores=True)
+        if output is None:
+            head.begin()
+        loss = task.loss(outputs, moved)
+        head.end()
+        del outputs
+        forward_flops, kept = dict(counts.flops), live.now
+        loss.backward()
+    return StepCount(
+        peak=live.peak,
+        kept=kept,
+        head=head.most,
+        batch=size,
+        forward_flops=_named(forward_flops),
+        flops=_named(counts.flops),
+        moved=counts.moved,
+        visits=tuple(visits),
+    )
+
+
+class _Peaks:
+    """The most that a part of the step adds to what was live when it began."""
+
+    def __init__(self, live: Live):
+        self.live, self.most = live, 0
+        self._before = self._peak = 0
+
+    def begin(self) -> None:
+        self._peak = max(self._peak, self.live.peak)
+        self._before = self.live.now
+        self.live.start()
+
+    def end(self) -> None:
+        self.most = self.live.peak - self._before
+        self.live.peak = max(self.live.peak, self._peak)
+
+
+def _forget(parameter: nn.Parameter) -> None:
+    """Gradients are counted apart: what is kept of them depends on the ZeRO stage."""
+    parameter.grad = None
+
+
+def _named(flops: dict[torch.dtype, int]) -> dict[str, int]:
+    return {str(dtype).removeprefix("torch."): number for dtype, number in flops.items() if number}
+
+
+Counter = Callable[[bool], StepCount]
+
+
+def with_both(resolved: Resolved, batch: PackedBatch) -> dict[bool, Any]:
+    """Counts without and with recomputation; a choice that the model cannot make is missing."""
+    counts = {False: count(resolved, batch, False)}
+    try:
+        counts[True] = count(resolved, batch, True)
+    except BadInput:
+        if resolved.recipe.engine.gradient_checkpointing:
+            raise
+    return counts

@@ -1,0 +1,169 @@
+"""What ZeRO-3 gathers in a step: DeepSpeed's rules of fetching, prefetching and releasing, followed visit by visit.
+
+The rules are those of DeepSpeed 0.19.8 (runtime/zero/partitioned_param_coordinator.py) once it has seen the order of
+the modules, and of `engine.zero.stage3.keep_frozen`; a test compares the bytes with those of real ranks.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter, deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from mmpeft_ds.planning.count import Tensors
+from mmpeft_ds.planning.visits import Visit
+
+
+@dataclass(frozen=True)
+class Rules:
+    """Keys of `zero_optimization` that decide it, with DeepSpeed's defaults; all in elements."""
+
+    prefetch_bucket_size: int = 50_000_000
+    max_live_parameters: int = 1_000_000_000
+    max_reuse_distance: int = 1_000_000_000
+    param_persistence_threshold: int = 100_000
+
+
+@dataclass
+class Gathers:
+    """Gathers of one micro-step.
+
+    Attributes:
+        first: how often each parameter is gathered while no copy of it is near: from all ranks.
+        again: how often it is gathered after it was released in this step, so that with hpZ a copy is near.
+        calls: gathers, of several parameters together.
+        most_live: bytes of gathered parameters at the worst moment, persistent ones left out.
+    """
+
+    first: Counter[int] = field(default_factory=Counter)
+    again: Counter[int] = field(default_factory=Counter)
+    calls: int = 0
+    most_live: int = 0
+
+
+def persistent(tensors: Sequence[Tensors], rules: Rules) -> set[int]:
+    """Numbers of the parameters that stay whole on every rank."""
+    return {i for i, t in enumerate(tensors) if t.numel <= rules.param_persistence_threshold}
+
+
+def gathers(visits: Sequence[Visit], tensors: Sequence[Tensors], rules: Rules) -> Gathers:
+    """Follow the visits of a micro-step at whose start only persistent parameters are whole.
+
+    DeepSpeed decides what a module releases in the first step whose order it knows, and keeps to it (an lru_cache). In
+    that step it also gathers the frozen persistent parameters, since while it records the order it releases all.
+    """
+    kept, decisions = persistent(tensors, rules), {}
+    _Coordinator(visits, tensors, rules, {p for p in kept if tensors[p].trained}, decisions).run()
+    return _Coordinator(visits, tensors, rules, kept, decisions).run()
+
+
+class _Coordinator:
+    """State of `PartitionedParameterCoordinator` while it goes through a step that it knows."""
+
+    def __init__(
+        self,
+        visits: Sequence[Visit],
+        tensors: Sequence[Tensors],
+        rules: Rules,
+        whole: set[int],
+        decisions: dict[tuple[int, int], set[int]],
+    ):
+        self.visits, self.tensors, self.rules, self.decisions = visits, tensors, rules, decisions
+        self.kept = persistent(tensors, rules)
+        self.order = [v for v in visits if v.fetch]
+        self.queue = deque((p, step) for step, v in enumerate(self.order) for p in v.parameters)
+        self.fetched_for: dict[int, int] = {}  # the last step for which a parameter was taken off the queue
+        self.waited, self.in_flight = set(whole), set()
+        self.active: dict[int, set[int]] = {}
+        self.backward: dict[int, set[int]] = {}  # modules in backward: frozen parameters fetched again for them
+        self.released_before: set[int] = set()
+        self.step, self.available, self.live = 0, 0, 0
+        self.found = Gathers()
+
+    def run(self) -> Gathers:
+        for visit in self.visits:
+            if visit.fetch:
+                self.fetch(visit)
+            elif visit.forward or visit.module in self.backward:
+                self.release(visit)
+        return self.found
+
+    def fetch(self, visit: Visit) -> None:
+        wanted = set(visit.parameters)
+        if not visit.forward:
+            self.backward.setdefault(visit.module, set())
+        self.gather(wanted)
+        for p in wanted:
+            self.active.setdefault(p, set()).add(visit.module)
+            if visit.recomputed and self.backward and not self.tensors[p].trained:
+                self.backward[next(reversed(self.backward))].add(p)
+        self.in_flight -= wanted
+        self.waited |= wanted
+        unseen = {p for p in wanted if self.fetched_for.get(p, -1) < self.step}
+        passed: set[int] = set()
+        while self.queue and len(passed) < len(unseen):
+            p, self.fetched_for[p] = self.queue.popleft()
+            passed.add(p)
+        if self.rules.prefetch_bucket_size:
+            self.prefetch()
+        self.step += 1
+
+    def prefetch(self) -> None:
+        room = min(self.rules.max_live_parameters - self.available, self.rules.prefetch_bucket_size)
+        chosen, numel = set(), 0
+        while self.queue and numel < room:
+            p, step = self.queue.popleft()
+            self.fetched_for[p] = max(self.fetched_for.get(p, -1), step)
+            if p not in chosen and p not in self.waited and p not in self.in_flight:
+                chosen.add(p)
+                numel += self.tensors[p].numel
+        self.gather(chosen)
+
+    def gather(self, wanted: set[int]) -> None:
+        missing = wanted - self.waited - self.in_flight
+        if not missing:
+            return
+        near = missing & self.released_before
+        self.found.first.update(missing - near)
+        self.found.again.update(near)
+        self.found.calls += 1
+        self.available += sum(self.tensors[p].numel for p in missing)
+        self.live += self.bytes_of(missing)
+        self.found.most_live = max(self.found.most_live, self.live)
+        self.in_flight |= missing
+
+    def release(self, visit: Visit) -> None:
+        key = (visit.module, self.step)
+        if key not in self.decisions:
+            out = {p for p in visit.parameters if p not in self.kept and self.fetched_for.get(p, -1) <= self.step}
+            self.decisions[key] = out - self.soon(visit.leaf)
+        out = set(self.decisions[key])
+        touched = set(visit.parameters)
+        if not visit.forward:
+            again = self.backward.pop(visit.module)
+            out |= again - self.kept
+            touched |= again
+        for p in touched:
+            self.active.get(p, set()).discard(visit.module)
+        gone = {p for p in touched & out & self.waited if not self.active.get(p)}
+        self.waited -= gone
+        self.released_before |= gone
+        self.available -= sum(self.tensors[p].numel for p in gone)
+        self.live -= self.bytes_of(gone)
+
+    def soon(self, leaf: bool) -> set[int]:
+        """Parameters that come again within the reuse distance. Of later modules all that is below them counts where
+        the released one is a leaf."""
+        found: set[int] = set()
+        passed = 0
+        for visit in itertools.islice(self.order, self.step, None):
+            if passed >= self.rules.max_reuse_distance:
+                break
+            parameters = visit.everything if leaf else visit.direct
+            found.update(parameters)
+            passed += sum(self.tensors[p].numel for p in parameters)
+        return found
+
+    def bytes_of(self, chosen: set[int]) -> int:
+        return sum(self.tensors[p].numel * self.tensors[p].width for p in chosen)

@@ -1,0 +1,212 @@
+"""A step without numbers: the operations of a model on the meta device, counted as they run.
+
+Weights, pixels and states are meta tensors, which have a shape and no memory. Token ids, masks and owners stay on the
+CPU with their values, since models read them: where images stand, how long a text is. So the very classes that train
+run here, and what is counted is what they do.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import weakref
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+from mmpeft_ds.errors import BadInput
+
+aten = torch.ops.aten
+META = torch.device("meta")
+# The values of their results depend on no tensor, so integers of theirs can be real.
+_LIKE = {
+    aten.new_zeros.default, aten.new_ones.default, aten.new_full.default, aten.new_empty.default,
+    aten.zeros_like.default, aten.ones_like.default, aten.full_like.default, aten.empty_like.default,
+    aten.new_empty_strided.default,
+}  # fmt: skip
+_INDEXED = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default, aten._index_put_impl_.default}
+
+
+class Live:
+    """Bytes of the tensors that exist, each storage once, from their creation to their end.
+
+    Attributes:
+        now: bytes of the live storages.
+        peak: the most since `start`, and `at_peak` what `note` gave at that moment.
+    """
+
+    def __init__(self, note: Any = None):
+        self.now = self.peak = 0
+        self.note, self.at_peak = note, None
+        self._known: dict[int, weakref.ref] = {}
+
+    def see(self, tensor: Tensor) -> None:
+        """Count a tensor's storage, unless it is known."""
+        storage = tensor.untyped_storage()
+        key, size = id(storage), storage.nbytes()
+        if key in self._known:
+            return
+        self._known[key] = weakref.ref(storage, functools.partial(self._gone, key, size))
+        self.now += size
+        if self.now > self.peak:
+            self.peak = self.now
+            self.at_peak = self.note() if self.note else None
+
+    def ignore(self, tensor: Tensor) -> None:
+        """Leave a tensor out, such as a weight, which is accounted for elsewhere."""
+        storage = tensor.untyped_storage()
+        self._known.setdefault(id(storage), weakref.ref(storage))
+
+    def start(self) -> None:
+        """Begin a new peak."""
+        self.peak = self.now
+
+    def _gone(self, key: int, size: int, _: Any) -> None:
+        del self._known[key]
+        self.now -= size
+
+
+class Counting(TorchDispatchMode):
+    """Runs every operation by shapes alone, and counts what it would compute and allocate.
+
+    Attributes:
+        flops: floating-point operations of matrix products, convolutions and attention, by dtype of the first factor;
+            a multiplication and an addition are two.
+        moved: bytes that operations read and write, each by itself, as where nothing is fused.
+        live: of the tensors that they make.
+    """
+
+    def __init__(self, live: Live | None = None):
+        super().__init__()
+        self.flops: Counter[torch.dtype] = Counter()
+        self.moved = 0
+        self.live = live or Live()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        out = _run(func, args, kwargs)
+        made = [leaf for leaf in pytree.tree_leaves(out) if isinstance(leaf, Tensor)]
+        for tensor in made:
+            self.live.see(tensor)
+        if func._overloadpacket in flop_registry:
+            first = next(leaf for leaf in pytree.tree_leaves(args) if isinstance(leaf, Tensor))
+            self.flops[first.dtype] += flop_registry[func._overloadpacket](*args, **kwargs, out_val=out)
+        if not func.is_view and func is not aten.detach.default:
+            read = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+            self.moved += sum(t.numel() * t.element_size() for t in (*made, *read))
+        return out
+
+
+def _run(func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+    """`func` by shapes; by values where all its tensors have some."""
+    tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+    meta = [t for t in tensors if t.device == META]
+    if func is aten._local_scalar_dense.default and meta:
+        return _guess(meta[0])
+    if func in (aten._to_copy.default, aten.copy_.default) and len(meta) < len(tensors) or func is aten._to_copy.default:
+        moved = _copied(func, args, kwargs)
+        if moved is not NotImplemented:
+            return moved
+    if (kwargs.get("device") == META and not tensors) or func in _LIKE:
+        made = func(*args, **{**kwargs, "device": META})
+        if made.dtype.is_floating_point or made.dtype.is_complex:
+            return made
+        return func(*args, **{**kwargs, "device": torch.device("cpu")}) if not meta else _real_like(func, args, kwargs)
+    if not meta or len(meta) == len(tensors):
+        return func(*args, **kwargs)
+    if func in _INDEXED:
+        args = (args[0], _as_numbers(args[1]), *args[2:])
+    if func is aten.masked_select.default:
+        return _run(aten.index.Tensor, (args[0], [args[1]]), {})
+    args, kwargs = pytree.tree_map_only(Tensor, _shape_only, (args, kwargs))
+    return func(*args, **kwargs)
+
+
+def _real_like(func: Any, args: tuple, kwargs: dict[str, Any]) -> Tensor:
+    """An integer tensor made in the shape or beside a meta tensor, with real values."""
+    template = torch.empty(args[0].shape, dtype=args[0].dtype, device="cpu")
+    return func(template, *args[1:], **{**kwargs, "device": torch.device("cpu")})
+
+
+def _copied(func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+    """A copy between devices: integers and booleans keep their values; NotImplemented where it is a plain one."""
+    if func is aten.copy_.default:
+        target, source = args[:2]
+        # A CPU tensor that gets what has no values keeps what it has.
+        return target if target.device != META else func(target, _shape_only(source))
+    source, dtype = args[0], kwargs.get("dtype") or args[0].dtype
+    if kwargs.get("device") != META or source.device == META:
+        return NotImplemented
+    floating = dtype.is_floating_point or dtype.is_complex
+    return func(source, **{**kwargs, "device": META if floating else torch.device("cpu")})
+
+
+def _as_numbers(indices: Any) -> list[Tensor | None]:
+    """Indices with boolean masks replaced by the numbers of what they choose."""
+    found: list[Tensor | None] = []
+    for index in indices:
+        if index is not None and index.dtype == torch.bool and index.device != META:
+            found += list(index.nonzero(as_tuple=True))
+        else:
+            found.append(index)
+    return found
+
+
+def _shape_only(tensor: Tensor) -> Tensor:
+    return tensor if tensor.device == META else torch.empty_like(tensor, device=META)
+
+
+def _guess(tensor: Tensor) -> float:
+    """A number that only values would give: 1 in the place of a float, such as a scale."""
+    if tensor.dtype.is_floating_point:
+        return 1.0
+    raise BadInput("this model chooses its way by numbers that only a real step has, so it cannot be counted.")
+
+
+def fused_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """Shape of torch's scaled_dot_product_attention, by the kernel that a GPU takes; arguments as there.
+
+    The meta device would take plain products. Half precision without a mask is what flash attention runs, everything
+    else the memory-efficient kernel; neither keeps the scores.
+    """
+    if enable_gqa:
+        key, value = (t.repeat_interleave(query.shape[-3] // t.shape[-3], -3) for t in (key, value))
+    half = query.dtype in (torch.float16, torch.bfloat16)
+    if half and attn_mask is None and query.dim() == 4:
+        return aten._scaled_dot_product_flash_attention(query, key, value, dropout_p, is_causal, False, scale=scale)[0]
+    if attn_mask is not None:
+        if attn_mask.dtype == torch.bool:  # the kernel adds the mask, so torch makes an additive one of a boolean one
+            attn_mask = torch.zeros(attn_mask.shape, dtype=query.dtype, device=META)
+        attn_mask = attn_mask.expand(*query.shape[:-1], key.shape[-2])
+    needs = torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value))
+    return aten._scaled_dot_product_efficient_attention(
+        query, key, value, attn_mask, needs, dropout_p, is_causal, scale=scale
+    )[0]
+
+
+@contextlib.contextmanager
+def counting(live: Live | None = None) -> Iterator[Counting]:
+    """Count all that runs inside."""
+    plain = functional.scaled_dot_product_attention
+    functional.scaled_dot_product_attention = fused_attention
+    try:
+        with Counting(live) as mode:
+            yield mode
+    finally:
+        functional.scaled_dot_product_attention = plain

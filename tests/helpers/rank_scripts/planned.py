@@ -1,0 +1,77 @@
+"""Ranks of test_plan_ranks.py: trains a tiny LLaVA under several configurations and counts what really happens.
+
+    python -m tests.helpers.rank_scripts.planned CASES.json FOLDER      (one process per rank)
+
+Each case is {name, zero, accumulation, recompute, dtype}; rank 0 writes FOLDER/NAME.json.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+from mmpeft_ds import recipe as recipes
+from mmpeft_ds.data.stream import BadBudget, Step
+from mmpeft_ds.distributed import processes
+from mmpeft_ds.engine.assembly.build import build
+from mmpeft_ds.engine.step import Stepper
+from mmpeft_ds.engine.train_state import TrainState
+from mmpeft_ds.planning import microbatch
+from mmpeft_ds.tasks.instruction.task import Instruction, Options
+from tests.helpers import traffic
+from tests.helpers.runs import tiny_classifier
+
+WARM, MEASURED = 4, 2  # steps; DeepSpeed knows the order of the modules after two
+WORDS, SAMPLES = 24, 2  # of the samples of a micro-batch
+
+
+def make_recipe(folder: Path, case: dict) -> recipes.Recipe:
+    recipe = recipes.Recipe(
+        run_dir=str(folder / "run"),
+        backbone={"name": "mllm", "model": str(folder / "llava")},
+        method={"name": "lora", "r": case.get("r", 4), "target_modules": r".*language_model.*_proj"},
+    )
+    recipe.engine.deepspeed = str(folder / f"{case['name']}.ds.json")
+    Path(recipe.engine.deepspeed).write_text(json.dumps({"zero_optimization": case["zero"]}))
+    recipe.engine.gradient_checkpointing = case.get("recompute", False)
+    recipe.engine.dtype = case.get("dtype", "float32")
+    recipe.optim.accumulation = case.get("accumulation", 1)
+    recipe.optim.max_steps = 10
+    recipe.data.global_batch = 16
+    return recipe
+
+
+def resolved_of(folder: Path, case: dict):
+    return tiny_classifier.make_resolved(make_recipe(folder, case), Instruction(Options(max_new_tokens=0), None))
+
+
+def run_case(case: dict, folder: Path, ranks: processes.Ranks) -> dict:
+    resolved = resolved_of(folder, case)
+    built = build(resolved, ranks)
+    stepper = Stepper(resolved, built, ranks, 10, TrainState(), BadBudget(1.0, 1000))
+    filling = microbatch.Filling(words=WORDS)
+    batch = microbatch.fill(resolved.backbone, resolved.train[0].task, SAMPLES, filling)
+    micro = [batch] * resolved.recipe.optim.accumulation
+    for step in range(WARM):
+        stepper.train_step(Step(0, step, micro), 0.0)
+    with traffic.counted() as found:
+        for step in range(MEASURED):
+            stepper.train_step(Step(0, WARM + step, micro), 0.0)
+    built.engine.destroy()
+    return {str(n): {kind: size / MEASURED for kind, size in kinds.items()} for n, kinds in found.items()}
+
+
+def main() -> None:
+    cases, folder = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
+    traffic.install()
+    ranks = processes.start(threads=1)
+    for case in cases:
+        found = run_case(case, folder, ranks)
+        if ranks.rank == 0:
+            (folder / f"{case['name']}.json").write_text(json.dumps(found))
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
