@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,6 +48,7 @@ class StepCount:
         forward_flops, flops: of the forward pass, and of the whole micro-step, by dtype such as `bfloat16`.
         moved: bytes that operations read and write.
         visits: fetches and releases of modules, in order, as ZeRO-3 sees them.
+        last: the most bytes that were live after the last of them.
     """
 
     peak: int
@@ -59,6 +59,7 @@ class StepCount:
     flops: dict[str, int]
     moved: int
     visits: tuple[Visit, ...]
+    last: int
 
 
 @dataclass(frozen=True)
@@ -109,49 +110,32 @@ def count(resolved: Resolved, batch: PackedBatch, recompute: bool) -> StepCount:
         if parameter.requires_grad:
             parameter.register_post_accumulate_grad_hook(_forget)
     leaves = stage3.leaf_paths(model.module, find_sites(base))
-    head = _Peaks(live)
+    began: list[tuple[int, int]] = []  # visits and live bytes before the output layer
     output = resolved.backbone.output_layer(base) if resolved.backbone.generates else None
-    with counting(live) as counts, recorded(model.module, model.parameters, leaves) as visits:
+    with counting(live) as counts, recorded(model.module, model.parameters, leaves, live) as visits:
         if output is not None:
-            output.register_forward_pre_hook(lambda *_: head.begin())
-        outputs, task = None, resolved.train[0].task
-        moved = batch.to("meta")
+            output.register_forward_pre_hook(lambda *_: began.append((len(visits), live.now)))
+        task, moved = resolved.train[0].task, batch.to("meta")
         size = live.now
         outputs = forward(model.module, resolved.backbone, moved, scores=True)
-        if output is None:
-            head.begin()
+        began.append((len(visits), live.now))
         loss = task.loss(outputs, moved)
-        head.end()
+        first, before = began[0]
+        head = max([live.now, *(v.peak for v in visits[first + 1 :])]) - before
         del outputs
         forward_flops, kept = dict(counts.flops), live.now
         loss.backward()
     return StepCount(
         peak=live.peak,
         kept=kept,
-        head=head.most,
+        head=max(0, head),
         batch=size,
         forward_flops=_named(forward_flops),
         flops=_named(counts.flops),
         moved=counts.moved,
         visits=tuple(visits),
+        last=live.recent(),
     )
-
-
-class _Peaks:
-    """The most that a part of the step adds to what was live when it began."""
-
-    def __init__(self, live: Live):
-        self.live, self.most = live, 0
-        self._before = self._peak = 0
-
-    def begin(self) -> None:
-        self._peak = max(self._peak, self.live.peak)
-        self._before = self.live.now
-        self.live.start()
-
-    def end(self) -> None:
-        self.most = self.live.peak - self._before
-        self.live.peak = max(self.live.peak, self._peak)
 
 
 def _forget(parameter: nn.Parameter) -> None:
@@ -161,9 +145,6 @@ def _forget(parameter: nn.Parameter) -> None:
 
 def _named(flops: dict[torch.dtype, int]) -> dict[str, int]:
     return {str(dtype).removeprefix("torch."): number for dtype, number in flops.items() if number}
-
-
-Counter = Callable[[bool], StepCount]
 
 
 def with_both(resolved: Resolved, batch: PackedBatch) -> dict[bool, Any]:

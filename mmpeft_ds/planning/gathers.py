@@ -34,12 +34,14 @@ class Gathers:
         again: how often it is gathered after it was released in this step, so that with hpZ a copy is near.
         calls: gathers, of several parameters together.
         most_live: bytes of gathered parameters at the worst moment, persistent ones left out.
+        together: bytes of gathered parameters and of activations, at the worst moment for their sum.
     """
 
     first: Counter[int] = field(default_factory=Counter)
     again: Counter[int] = field(default_factory=Counter)
     calls: int = 0
     most_live: int = 0
+    together: int = 0
 
 
 def persistent(tensors: Sequence[Tensors], rules: Rules) -> set[int]:
@@ -83,6 +85,7 @@ class _Coordinator:
 
     def run(self) -> Gathers:
         for visit in self.visits:
+            self.found.together = max(self.found.together, visit.peak + self.live)
             if visit.fetch:
                 self.fetch(visit)
             elif visit.forward or visit.module in self.backward:

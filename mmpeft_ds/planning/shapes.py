@@ -39,12 +39,11 @@ class Live:
 
     Attributes:
         now: bytes of the live storages.
-        peak: the most since `start`, and `at_peak` what `note` gave at that moment.
+        peak: the most so far.
     """
 
-    def __init__(self, note: Any = None):
-        self.now = self.peak = 0
-        self.note, self.at_peak = note, None
+    def __init__(self) -> None:
+        self.now = self.peak = self._recent = 0
         self._known: dict[int, weakref.ref] = {}
 
     def see(self, tensor: Tensor) -> None:
@@ -55,18 +54,17 @@ class Live:
             return
         self._known[key] = weakref.ref(storage, functools.partial(self._gone, key, size))
         self.now += size
-        if self.now > self.peak:
-            self.peak = self.now
-            self.at_peak = self.note() if self.note else None
+        self.peak, self._recent = max(self.peak, self.now), max(self._recent, self.now)
 
     def ignore(self, tensor: Tensor) -> None:
         """Leave a tensor out, such as a weight, which is accounted for elsewhere."""
         storage = tensor.untyped_storage()
         self._known.setdefault(id(storage), weakref.ref(storage))
 
-    def start(self) -> None:
-        """Begin a new peak."""
-        self.peak = self.now
+    def recent(self) -> int:
+        """The most since the last call."""
+        most, self._recent = self._recent, self.now
+        return most
 
     def _gone(self, key: int, size: int, _: Any) -> None:
         del self._known[key]

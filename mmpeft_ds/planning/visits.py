@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from mmpeft_ds.engine.zero import stage3
+from mmpeft_ds.planning.shapes import Live
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,7 @@ class Visit:
         direct: numbers of the parameters directly in it.
         everything: numbers of all parameters below it.
         leaf: it is fetched as a whole.
+        peak: the most bytes that were live since the visit before.
     """
 
     fetch: bool
@@ -39,6 +41,7 @@ class Visit:
     direct: tuple[int, ...]
     everything: tuple[int, ...]
     leaf: bool
+    peak: int
 
     @property
     def parameters(self) -> tuple[int, ...]:
@@ -47,7 +50,9 @@ class Visit:
 
 
 @contextlib.contextmanager
-def recorded(model: nn.Module, parameters: Sequence[nn.Parameter], leaves: Sequence[str]) -> Iterator[list[Visit]]:
+def recorded(
+    model: nn.Module, parameters: Sequence[nn.Parameter], leaves: Sequence[str], live: Live
+) -> Iterator[list[Visit]]:
     """Record the visits of a step that runs inside.
 
     Args:
@@ -60,7 +65,7 @@ def recorded(model: nn.Module, parameters: Sequence[nn.Parameter], leaves: Seque
     for number, (module, leaf) in enumerate(_hooked(model, "", frozenset(leaves))):
         everything = tuple(sorted({numbers[id(p)] for p in module.parameters()}))
         own = tuple(sorted({numbers[id(p)] for p in module.parameters(recurse=False)}))
-        note = functools.partial(_note, visits, number, own, everything, leaf)
+        note = functools.partial(_note, visits, live, number, own, everything, leaf)
         if leaf and any(p.requires_grad for p in module.parameters()):
             handles.append(module.register_forward_pre_hook(stage3.input_with_gradient, with_kwargs=True))
         handles.append(module.register_forward_pre_hook(functools.partial(_before, note)))
@@ -82,6 +87,7 @@ def _hooked(module: nn.Module, name: str, leaves: frozenset[str]) -> Iterator[tu
 
 def _note(
     visits: list[Visit],
+    live: Live,
     number: int,
     own: tuple[int, ...],
     everything: tuple[int, ...],
@@ -90,7 +96,7 @@ def _note(
     forward: bool,
 ) -> None:
     recomputed = forward and torch._C._current_graph_task_id() != -1
-    visits.append(Visit(fetch, forward, recomputed, number, own, everything, leaf))
+    visits.append(Visit(fetch, forward, recomputed, number, own, everything, leaf, live.recent()))
 
 
 def _before(note: Any, module: nn.Module, args: tuple) -> Any:

@@ -17,6 +17,7 @@ from tokenizers.models import WordLevel
 from transformers import (
     BartConfig,
     BlipConfig,
+    CLIPImageProcessorPil,
     CLIPVisionConfig,
     Dinov2Config,
     GPT2Config,
@@ -90,6 +91,8 @@ def configurations(folder: Path) -> dict[str, Path]:
     for family, config in (("llava", _llava()), ("qwen2_vl", _qwen2_vl())):
         paths[family] = tiny_mllm.write(folder / family, family)
         config.save_pretrained(paths[family])
+    size = {"height": 336, "width": 336}
+    CLIPImageProcessorPil(size={"shortest_edge": 336}, crop_size=size).save_pretrained(paths["llava"])
     return paths
 
 

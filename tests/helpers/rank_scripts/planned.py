@@ -19,7 +19,7 @@ from mmpeft_ds.engine.step import Stepper
 from mmpeft_ds.engine.train_state import TrainState
 from mmpeft_ds.planning import microbatch
 from mmpeft_ds.tasks.instruction.task import Instruction, Options
-from tests.helpers import traffic
+from tests.helpers import allocations, traffic
 from tests.helpers.runs import tiny_classifier
 
 WARM, MEASURED = 4, 2  # steps; DeepSpeed knows the order of the modules after two
@@ -48,6 +48,7 @@ def resolved_of(folder: Path, case: dict):
 
 def run_case(case: dict, folder: Path, ranks: processes.Ranks) -> dict:
     resolved = resolved_of(folder, case)
+    before = allocations.live_bytes()
     built = build(resolved, ranks)
     stepper = Stepper(resolved, built, ranks, 10, TrainState(), BadBudget(1.0, 1000))
     filling = microbatch.Filling(words=WORDS)
@@ -55,11 +56,16 @@ def run_case(case: dict, folder: Path, ranks: processes.Ranks) -> dict:
     micro = [batch] * resolved.recipe.optim.accumulation
     for step in range(WARM):
         stepper.train_step(Step(0, step, micro), 0.0)
-    with traffic.counted() as found:
+    with traffic.counted() as found, allocations.recorded() as allocated:
         for step in range(MEASURED):
+            if step + 1 == MEASURED:
+                held = allocations.live_bytes() - before
+                allocated.mark()
             stepper.train_step(Step(0, WARM + step, micro), 0.0)
     built.engine.destroy()
-    return {str(n): {kind: size / MEASURED for kind, size in kinds.items()} for n, kinds in found.items()}
+    del built, stepper
+    received = {str(n): {kind: size / MEASURED for kind, size in kinds.items()} for n, kinds in found.items()}
+    return {"received": received, "held": held, "grown": allocated.growth}
 
 
 def main() -> None:

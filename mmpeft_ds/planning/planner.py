@@ -1,0 +1,242 @@
+"""Plan of a run on given machines: what each configuration of ZeRO needs, which one to take, and what breaks first."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from mmpeft_ds.data.order import ceil
+from mmpeft_ds.engine.assembly.resolve import Resolved
+from mmpeft_ds.engine.optim import optimizers
+from mmpeft_ds.engine.zero import gradients
+from mmpeft_ds.engine.zero.config import merge
+from mmpeft_ds.planning import cache, count, memory, microbatch, timing, traffic
+from mmpeft_ds.planning.cluster import GIB, Cluster
+from mmpeft_ds.planning.count import StepCount, Tensors
+from mmpeft_ds.planning.gathers import Gathers, Rules, gathers
+from mmpeft_ds.planning.traffic import Layout
+
+# Bounds of `zero_optimization` under the names of `Rules`, which DeepSpeed prefixes with stage3_.
+RULES = tuple(field.name for field in dataclasses.fields(Rules))
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A configuration, and what it comes to.
+
+    Attributes:
+        name: of the shipped file without its ending, `recipe` for another one of the recipe's, and with `+qwZ` under
+            quantised weights.
+        zero: its `zero_optimization`.
+        recompute: `engine.gradient_checkpointing`.
+        parts: bytes of a GPU by part; host: of host memory for each of its ranks.
+        cache: bytes of keys and values while evaluation generates text.
+        seconds: of a step.
+    """
+
+    name: str
+    zero: dict[str, Any]
+    recompute: bool
+    parts: dict[str, int]
+    host: int
+    cache: int
+    traffic: traffic.Traffic
+    seconds: timing.Seconds
+
+    @property
+    def refused(self) -> bool:
+        """The trainer does not run it, since it rounds the base; shown for comparison."""
+        return self.name.endswith("+qwZ")
+
+    @property
+    def total(self) -> int:
+        """Bytes of a GPU in a step, or in evaluation where that needs more."""
+        steady = sum(size for part, size in self.parts.items() if part != "activations")
+        return steady + max(self.parts["activations"], self.cache)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All choices for a cluster.
+
+    Attributes:
+        micro: samples of a rank in a micro-step; idle: ranks without a sample in it.
+        counts: of a micro-step without and with recomputation.
+        recommended: the fastest choice that fits; None if none does.
+        limits: rank count at which something breaks, in words -> number; 0: never.
+    """
+
+    cluster: Cluster
+    resolved: Resolved
+    tensors: tuple[Tensors, ...]
+    micro: int
+    idle: int
+    counts: dict[bool, StepCount]
+    choices: list[Choice]
+    recommended: Choice | None
+    limits: dict[str, int]
+
+
+def make(
+    resolved: Resolved,
+    configs: dict[str, dict[str, Any]],
+    cluster: Cluster,
+    filling: microbatch.Filling,
+    planner: Planner | None = None,
+) -> Plan:
+    """Count the recipe's step and lay it out on the cluster.
+
+    Args:
+        configs: name -> `zero_optimization` of each configuration to look at.
+        planner: with counts of an earlier plan of this recipe.
+
+    Raises:
+        BadInput: a recipe that cannot be planned.
+    """
+    recipe = resolved.recipe
+    slots, accumulation = recipe.data.global_batch, recipe.optim.accumulation
+    planner = planner or Planner(resolved, filling)
+    micro = micro_samples(slots, cluster.ranks, accumulation)
+    counts = planner.counts(micro)
+    choices = [
+        planner.choice(name, zero, cluster, counts[recompute], recompute)
+        for recompute in counts
+        for name, zero in fitting(configs, cluster)
+    ]
+    recommended = recommend(choices, cluster, recipe.engine.gradient_checkpointing)
+    return Plan(
+        cluster, resolved, planner.tensors, micro, max(0, cluster.ranks - slots // accumulation), counts, choices,
+        recommended, planner.limits(recommended or min(choices, key=lambda c: c.total), cluster),
+    )  # fmt: skip
+
+
+def micro_samples(slots: int, ranks: int, accumulation: int) -> int:
+    """Samples of a rank in a micro-step, as `data.order.micro_slots` gives them."""
+    return ceil(ceil(slots, ranks), accumulation)
+
+
+def fitting(configs: dict[str, dict[str, Any]], cluster: Cluster) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The configurations that mean something on this cluster, and quantised weights beside a second copy."""
+    for name, zero in configs.items():
+        if "zero_hpz_partition_size" in zero and cluster.nodes == 1:
+            continue  # the copy would be the base itself
+        yield name, zero
+        if "zero_hpz_partition_size" in zero:
+            yield f"{name}+qwZ", zero
+
+
+def recommend(choices: Sequence[Choice], cluster: Cluster, recompute: bool) -> Choice | None:
+    """The fastest of those that fit; with the recipe's own choice of recomputation where one of them does.
+
+    Of equally fast ones, within a hundredth, the one that needs least memory.
+    """
+    room = cluster.budget - cluster.assumed.context * GIB
+    able = [c for c in choices if c.total <= room and not c.refused]
+    able = [c for c in able if c.recompute == recompute] or able
+    if not able:
+        return None
+    best = min(c.seconds.apart for c in able)
+    return min((c for c in able if c.seconds.apart <= 1.01 * best), key=lambda c: c.total)
+
+
+class Planner:
+    """Counts of a recipe, and what follows from them for any cluster."""
+
+    def __init__(self, resolved: Resolved, filling: microbatch.Filling):
+        self.resolved, self.filling = resolved, filling
+        model = count.build(resolved)
+        self.tensors = model.tensors
+        trainables = {n: p for n, p in model.module.named_parameters() if p.requires_grad}
+        self.groups = len(gradients.group_names(trainables)[0])
+        self.cache = cache.of(resolved, model.module)
+        self._counted: dict[int, dict[bool, StepCount]] = {}
+        self._gathered: dict[tuple[int, Rules], Gathers] = {}
+
+    def counts(self, micro: int) -> dict[bool, StepCount]:
+        """Of a micro-step of so many samples."""
+        if micro not in self._counted:
+            task, backbone = self.resolved.train[0].task, self.resolved.backbone
+            batch = microbatch.fill(backbone, task, micro, self.filling)
+            self._counted[micro] = count.with_both(self.resolved, batch)
+        return self._counted[micro]
+
+    def choice(
+        self, name: str, zero: dict[str, Any], cluster: Cluster, counted: StepCount, recompute: bool
+    ) -> Choice:
+        """What a configuration comes to."""
+        recipe, ranks = self.resolved.recipe, cluster.ranks
+        trained = sum(t.numel for t in self.tensors if t.trained)
+        merged = merge({"zero_optimization": zero}, recipe, ranks, trained)["zero_optimization"]
+        layout = layout_of(merged, cluster, name.endswith("+qwZ"))
+        found = self.gathered(counted, layout.rules) if layout.stage == 3 else None
+        accumulation, vector = recipe.optim.accumulation, self.vector(ranks)
+        if found is None or ranks == 1:
+            sent = traffic.below_3(self.tensors, layout, accumulation, vector)
+        else:
+            sent = traffic.at_3(self.tensors, layout, found, accumulation, vector)
+        moments = len(optimizers.MOMENTS[recipe.optim.name])
+        parts = memory.resident(self.tensors, layout, memory.Buckets.of(merged, trained), moments)
+        parts |= memory.in_a_step(counted, found, ranks)
+        seconds = timing.estimate(counted, sent, layout, cluster, accumulation, recipe.engine.matmul == "tf32")
+        host = memory.on_host(self.tensors, layout)
+        return Choice(name, zero, recompute, parts, host, self.cache, sent, seconds)
+
+    def gathered(self, counted: StepCount, rules: Rules) -> Gathers:
+        """Gathers of a counted micro-step, worked out once."""
+        key = (id(counted), rules)
+        if key not in self._gathered:
+            self._gathered[key] = gathers(counted.visits, self.tensors, rules)
+        return self._gathered[key]
+
+    def vector(self, ranks: int) -> int:
+        """Bytes of the two vectors that the trainer itself sums in a step (`engine.step`)."""
+        return 8 * (12 + 2 * self.resolved.recipe.optim.accumulation + self.groups + 5 * ranks)
+
+    def limits(self, chosen: Choice, cluster: Cluster) -> dict[str, int]:
+        """Where this configuration breaks when nodes are added: the rank count, 0 for nowhere below 2**20.
+
+        Activations and operations of micro-batches in between follow from one and from this cluster's.
+        """
+        recipe = self.resolved.recipe
+        slots = recipe.data.global_batch // recipe.optim.accumulation
+        found = {"samples run out": slots + 1, "waiting for the network takes longer than computing": 0}
+        nodes = 1
+        while nodes * cluster.gpus <= 2**20:
+            larger = dataclasses.replace(cluster, nodes=nodes)
+            micro = micro_samples(recipe.data.global_batch, larger.ranks, recipe.optim.accumulation)
+            counted = self.counts(micro)[chosen.recompute] if micro in self._counted else self.between(micro, chosen)
+            seconds = self.choice(chosen.name, chosen.zero, larger, counted, chosen.recompute).seconds
+            if seconds.network > seconds.compute:
+                found["waiting for the network takes longer than computing"] = larger.ranks
+                break
+            nodes *= 2
+        return found
+
+    def between(self, micro: int, chosen: Choice) -> StepCount:
+        """A count that is taken to be linear in the samples, from one sample and from the largest count at hand."""
+        low = self.counts(1)[chosen.recompute]
+        most = max(self._counted)
+        high = self._counted[most][chosen.recompute]
+        share = (micro - 1) / max(1, most - 1)
+
+        def mixed(a: int, b: int) -> int:
+            return round(a + share * (b - a))
+
+        flops = {dtype: mixed(number, high.flops[dtype]) for dtype, number in low.flops.items()}
+        return dataclasses.replace(low, flops=flops, moved=mixed(low.moved, high.moved), peak=mixed(low.peak, high.peak))
+
+
+def layout_of(zero: dict[str, Any], cluster: Cluster, quantised: bool) -> Layout:
+    """How a `zero_optimization` lays the state out on a cluster."""
+    group = zero.get("zero_hpz_partition_size", 1)
+    keys = {name: key for name in RULES for key in (name, f"stage3_{name}") if key in zero}
+    return Layout(
+        stage=zero.get("stage", 0),
+        ranks=cluster.ranks,
+        group=(cluster.gpus if group == "auto" else int(group)) if cluster.nodes > 1 else 1,
+        quantised=quantised,
+        offload=zero.get("offload_param", {}).get("device", "none") == "cpu",
+        rules=Rules(**{name: int(zero[key]) for name, key in keys.items()}),
+    )

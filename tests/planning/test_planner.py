@@ -1,0 +1,107 @@
+"""What a plan recommends, and where it says that things break."""
+
+import dataclasses
+import json
+
+import pytest
+
+from mmpeft_ds.data.order import micro_slots
+from mmpeft_ds.errors import BadInput
+from mmpeft_ds.planning import configs, microbatch, planner, report
+from mmpeft_ds.planning.cluster import cluster
+from tests.helpers.models import tiny_mllm
+from tests.helpers.rank_scripts import planned
+
+GIB = 2**30
+
+
+@pytest.fixture(scope="module")
+def resolved(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("plan")
+    tiny_mllm.write(folder / "llava", "llava")
+    return planned.resolved_of(folder, {"name": "own", "zero": {"stage": 3}})
+
+
+@pytest.fixture(scope="module")
+def make(resolved):
+    """A plan for a cluster; counts are made once."""
+    once = planner.Planner(resolved, microbatch.Filling(words=planned.WORDS))
+
+    def of(machine, **changes):
+        mine = dataclasses.replace(resolved.recipe.data, **changes)
+        recipe = dataclasses.replace(resolved.recipe, data=mine)
+        once.resolved = dataclasses.replace(resolved, recipe=recipe)
+        found = configs.of(recipe, resolved.ds_config)
+        return planner.make(once.resolved, found, machine, once.filling, once)
+
+    return of
+
+
+def test_the_fastest_that_fits_is_recommended(make):
+    plan = make(cluster(2, 2, 16.0))
+    assert plan.recommended is not None and not plan.recommended.refused
+    fitting = [c for c in plan.choices if report.fits(c, plan.cluster) and not c.refused]
+    assert plan.recommended.seconds.apart <= 1.01 * min(c.seconds.apart for c in fitting)
+
+
+def test_where_nothing_fits_nothing_is_recommended(make, tmp_path):
+    plan = make(cluster(1, 2, 1.01))
+    assert plan.recommended is None and any("nothing fits" in line for line in report.verdict(plan))
+    with pytest.raises(BadInput, match="none was written"):
+        configs.write(str(tmp_path / "ds.json"), plan.recommended)
+    assert not list(tmp_path.iterdir())
+
+
+def test_ranks_without_samples_are_counted(make):
+    plan = make(cluster(8, 8, 80.0), global_batch=16)
+    assert plan.idle == 48 and any("48 compute on padding" in line for line in report.verdict(plan))
+    assert plan.limits["samples run out"] == 17
+    assert make(cluster(2, 8, 80.0), global_batch=16).idle == 0
+
+
+@pytest.mark.parametrize(("slots", "ranks", "accumulation"), [(16, 4, 1), (16, 4, 2), (17, 4, 1), (3, 8, 1), (24, 5, 3)])
+def test_samples_of_a_micro_step_are_those_that_the_stream_hands_out(slots, ranks, accumulation):
+    widths = {len(m) for r in range(ranks) for m in micro_slots(slots, r, ranks, accumulation)}
+    assert widths == {planner.micro_samples(slots, ranks, accumulation)}
+
+
+def test_copies_inside_nodes_are_for_several_nodes(make):
+    one, two = make(cluster(1, 4, 80.0)), make(cluster(2, 2, 80.0))
+    assert not [c for c in one.choices if c.parts.get("hpZ copy")]
+    names = {c.name for c in two.choices if c.parts.get("hpZ copy")}
+    assert names == {"zero3_nodes", "zero3_nodes+qwZ"}
+    assert all(c.refused == c.name.endswith("+qwZ") for c in two.choices)
+
+
+def test_a_slower_network_or_a_smaller_link_never_makes_a_step_faster(make):
+    fast, slow = make(cluster(2, 2, 80.0)), make(cluster(2, 2, 80.0, nic=0.001))
+    for a, b in zip(fast.choices, slow.choices, strict=True):
+        assert b.seconds.apart > a.seconds.apart
+    assert slow.limits["waiting for the network takes longer than computing"] == 4
+
+
+def test_the_numbers_are_json_and_the_parts_add_up(make):
+    plan = make(cluster(2, 2, 80.0))
+    numbers = json.loads(json.dumps(report.as_dict(plan)))
+    for choice in numbers["choices"]:
+        assert sum(choice["bytes"].values()) + GIB == choice["total_bytes"]
+    kept, recomputed = numbers["counts"]["kept"], numbers["counts"]["recomputed"]
+    assert recomputed["peak"] < kept["peak"] and recomputed["flops"]["float32"] > kept["flops"]["float32"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "word"),
+    [
+        (dict(nodes=0), "--nodes"),
+        (dict(gpus=-1), "--gpus-per-node"),
+        (dict(hbm=0.0), "--hbm"),
+        (dict(hbm=float("nan")), "--hbm"),
+        (dict(hbm=0.5), "CUDA context"),
+        (dict(link=0.0), "--link"),
+        (dict(nic=-3.0), "--nic"),
+        (dict(card="h1000"), "Known: a100-40"),
+    ],
+)
+def test_machines_that_cannot_be_are_refused(changes, word):
+    with pytest.raises(BadInput, match=word):
+        cluster(**{"nodes": 1, "gpus": 8, "hbm": 80.0} | changes)

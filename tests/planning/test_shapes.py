@@ -1,0 +1,80 @@
+"""Operations that run by shapes alone count what they would compute and hold."""
+
+import pytest
+import torch
+from torch import nn
+
+from mmpeft_ds.errors import BadInput
+from mmpeft_ds.planning.shapes import Live, counting
+
+
+def test_matrix_products_are_counted_by_dtype():
+    with counting() as counts:
+        torch.empty(2, 3, device="meta") @ torch.empty(3, 5, device="meta")
+        torch.empty(2, 3, device="meta", dtype=torch.bfloat16) @ torch.empty(3, 7, device="meta", dtype=torch.bfloat16)
+    assert counts.flops == {torch.float32: 2 * 2 * 3 * 5, torch.bfloat16: 2 * 2 * 3 * 7}
+
+
+def test_live_bytes_rise_and_fall_with_the_tensors_and_views_count_once():
+    live = Live()
+    with counting(live):
+        a = torch.empty(100, device="meta")
+        view = a[:50]
+        b = a + 1
+        assert live.now == 800
+        del b
+        assert live.now == 400 and live.peak == 800
+        del a
+        assert live.now == 400, "the view keeps the storage"
+        del view
+    assert live.now == 0
+
+
+def test_what_backward_needs_stays_until_it_has_run():
+    live, weight = Live(), nn.Parameter(torch.empty(64, 64, device="meta"))
+    live.ignore(weight)
+    x = torch.empty(10, 64, device="meta")
+    live.ignore(x)
+    with counting(live):
+        loss = torch.relu(x @ weight).sum()
+        kept = live.now
+        loss.backward()
+        weight.grad = None
+        del loss
+    assert kept >= 10 * 64 * 4 and live.now == 0
+    assert live.peak >= kept + 64 * 64 * 4, "the gradient of the weight"
+
+
+def test_integers_keep_their_values_on_the_way_to_the_device():
+    with counting():
+        ids = torch.tensor([[1, 5, 5]]).to("meta")
+        states = torch.empty(1, 3, 8, device="meta")
+        assert int((ids == 5).sum()) == 2
+        assert states[ids == 5].shape == (2, 8)
+        assert torch.arange(4, device=states.device).tolist() == [0, 1, 2, 3]
+        assert nn.functional.embedding(ids, torch.empty(9, 8, device="meta")).shape == (1, 3, 8)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("masked", [False, True])
+def test_attention_does_not_hold_its_scores(dtype, masked):
+    q, k, v = (torch.empty(1, 2, 512, 64, device="meta", dtype=dtype, requires_grad=True) for _ in range(3))
+    mask = torch.ones(1, 1, 512, 512, dtype=torch.bool) if masked else None
+    live = Live()
+    with counting(live) as counts:
+        out = nn.functional.scaled_dot_product_attention(q, k, v, mask, is_causal=not masked)
+    assert out.shape == q.shape and counts.flops
+    scores = 2 * 512 * 512 * q.element_size()
+    assert live.now < scores + (scores // 2 if masked else 0)
+
+
+def test_the_plain_attention_is_back_afterwards():
+    plain = nn.functional.scaled_dot_product_attention
+    with pytest.raises(ZeroDivisionError), counting():
+        raise ZeroDivisionError
+    assert nn.functional.scaled_dot_product_attention is plain
+
+
+def test_a_way_that_depends_on_numbers_is_refused():
+    with counting(), pytest.raises(BadInput, match="cannot be counted"):
+        int(torch.empty(3, device="meta").argmax())
