@@ -75,6 +75,8 @@ def commands() -> list[Command]:
         ),
         ("launchers/train.py", *QUICKSTART, "--set", f"data.sources.0.dir={NOWHERE}"),
         ("launchers/train.py", *QUICKSTART, "--set", "engine.deepspeed=zero9.json", "--check"),
+        ("launchers/plan.py", *QUICKSTART, "--nodes", "0", "--gpus-per-node", "8"),
+        ("launchers/plan.py", "--recipe", f"{NOWHERE}.yaml", "--nodes", "1", "--gpus-per-node", "8"),
         ("launchers/few_shot.py", *STUDY, "--set", "methods.0.method.alphaa=1"),
         ("launchers/few_shot.py", *STUDY, "--methods", "nobody"),
         ("launchers/evaluate.py", "--run", NOWHERE),

@@ -41,7 +41,9 @@ def main() -> int:
     filling.add_argument("--image-size", default="480x640", metavar="HxW",
                          help="of pictures, where the model takes them as they are (default: 480x640)")  # fmt: skip
     filling.add_argument("--labels", type=int, metavar="N", help="of data that is not there (default: 1,000)")
-    parser.add_argument("--json", metavar="FILE", help="write the numbers as JSON; - prints them instead of the tables")
+    parser.add_argument(
+        "--json", metavar="FILE", help="write the numbers as JSON; - prints them instead of the tables"
+    )
     parser.add_argument("--apply", metavar="FILE", help="write the recommended DeepSpeed JSON")
     args = parser.parse_args()
     from mmpeft_ds.planning import cluster

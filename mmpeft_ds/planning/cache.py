@@ -26,9 +26,10 @@ def of(resolved: Resolved, model: nn.Module) -> int:
     options = resolved.backbone.options
     prompt = getattr(options, resolved.backbone.prompt_limit, 0) or 0
     bytes_of_token = 2 * layers * heads * width * resolved.backbone.dtype.itemsize
-    return max(
-        g.get("num_beams", 1) * (prompt + g.get("max_new_tokens", g.get("max_length", 0))) for g in wanted
-    ) * bytes_of_token
+    return (
+        max(g.get("num_beams", 1) * (prompt + g.get("max_new_tokens", g.get("max_length", 0))) for g in wanted)
+        * bytes_of_token
+    )
 
 
 def _first(config: Any, *names: str) -> int:

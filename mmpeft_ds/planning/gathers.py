@@ -32,7 +32,8 @@ class Gathers:
     Attributes:
         first: how often each parameter is gathered while no copy of it is near: from all ranks.
         again: how often it is gathered after it was released in this step, so that with hpZ a copy is near.
-        calls: gathers, of several parameters together.
+        calls: gathers, of several parameters together; trained_calls: those in which a trained parameter comes for the
+            first time, for which no copy is near under hpZ.
         most_live: bytes of gathered parameters at the worst moment, persistent ones left out.
         together: bytes of gathered parameters and of activations, at the worst moment for their sum.
     """
@@ -40,6 +41,7 @@ class Gathers:
     first: Counter[int] = field(default_factory=Counter)
     again: Counter[int] = field(default_factory=Counter)
     calls: int = 0
+    trained_calls: int = 0
     most_live: int = 0
     together: int = 0
 
@@ -131,6 +133,7 @@ class _Coordinator:
         self.found.first.update(missing - near)
         self.found.again.update(near)
         self.found.calls += 1
+        self.found.trained_calls += any(self.tensors[p].trained for p in missing - near)
         self.available += sum(self.tensors[p].numel for p in missing)
         self.live += self.bytes_of(missing)
         self.found.most_live = max(self.found.most_live, self.live)

@@ -162,9 +162,7 @@ class Planner:
             self._counted[micro] = count.with_both(self.resolved, batch)
         return self._counted[micro]
 
-    def choice(
-        self, name: str, zero: dict[str, Any], cluster: Cluster, counted: StepCount, recompute: bool
-    ) -> Choice:
+    def choice(self, name: str, zero: dict[str, Any], cluster: Cluster, counted: StepCount, recompute: bool) -> Choice:
         """What a configuration comes to."""
         recipe, ranks = self.resolved.recipe, cluster.ranks
         trained = sum(t.numel for t in self.tensors if t.trained)
@@ -225,7 +223,9 @@ class Planner:
             return round(a + share * (b - a))
 
         flops = {dtype: mixed(number, high.flops[dtype]) for dtype, number in low.flops.items()}
-        return dataclasses.replace(low, flops=flops, moved=mixed(low.moved, high.moved), peak=mixed(low.peak, high.peak))
+        return dataclasses.replace(
+            low, flops=flops, moved=mixed(low.moved, high.moved), peak=mixed(low.peak, high.peak)
+        )
 
 
 def layout_of(zero: dict[str, Any], cluster: Cluster, quantised: bool) -> Layout:

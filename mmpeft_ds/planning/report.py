@@ -13,8 +13,7 @@ from mmpeft_ds.console import one_line
 from mmpeft_ds.planning.cluster import GIB, Cluster
 from mmpeft_ds.planning.planner import Choice, Plan
 
-
-WIDTH = 110  # that the tables need
+WIDTH = 118  # that the tables need
 # Columns of the table -> parts of `Choice.parts`.
 SUMS = {
     "frozen": ("frozen weights", "small weights kept whole"),
@@ -65,7 +64,8 @@ def _choice(choice: Choice, plan: Plan) -> dict[str, Any]:
         "received_in_groups": choice.traffic.near,
         "received_over_all_ranks": choice.traffic.wide,
         "over_pcie": choice.traffic.host,
-        "collectives": choice.traffic.calls,
+        "collectives_in_groups": choice.traffic.near_calls,
+        "collectives_over_all_ranks": choice.traffic.calls,
         "seconds": dataclasses.asdict(choice.seconds)
         | {"apart": choice.seconds.apart, "overlapped": choice.seconds.overlapped},
     }
@@ -153,12 +153,12 @@ def _memory(title: str, choices: list[Choice], cluster: Cluster) -> Table:
     columns = {name: [sum(c.parts.get(part, 0) for part in parts) for c in choices] for name, parts in SUMS.items()}
     columns |= {
         "evaluation": [c.cache for c in choices],
-        "host of a node": [c.host * cluster.gpus for c in choices],
+        "host a node": [c.host * cluster.gpus for c in choices],
     }
     shown = {name: sizes for name, sizes in columns.items() if any(sizes)}
     table = Table(title=one_line(title), title_justify="left")
     for column in ("", *shown, "in all"):
-        table.add_column(column, justify="right" if column else "left")
+        table.add_column(column, justify="right" if column else "left", no_wrap=not column)
     for i, c in enumerate(choices):
         whole = f"{c.total / GIB + cluster.assumed.context:.2f}{'' if fits(c, cluster) else ' too much'}"
         table.add_row(c.name, *(_gib(sizes[i]) for sizes in shown.values()), whole)
@@ -168,7 +168,7 @@ def _memory(title: str, choices: list[Choice], cluster: Cluster) -> Table:
 def _activations(plan: Plan) -> Table:
     table = Table(title=one_line("Activations of a micro-step in GiB"), title_justify="left")
     for column in ("", "at most", "kept for backward", "output layer and loss add", "TFLOP"):
-        table.add_column(column, justify="right" if column else "left")
+        table.add_column(column, justify="right" if column else "left", no_wrap=not column)
     for recompute, c in plan.counts.items():
         flops = sum(c.flops.values()) / 1e12
         name = "recomputed" if recompute else "kept"
@@ -179,18 +179,20 @@ def _activations(plan: Plan) -> Table:
 def _traffic(choices: list[Choice]) -> Table:
     table = Table(title=one_line("Received by a GPU in a step, GiB"), title_justify="left")
     for column in ("", "in groups inside nodes", "gathers over all", "reductions over all", "host memory", "calls"):
-        table.add_column(column, justify="right" if column else "left")
+        table.add_column(column, justify="right" if column else "left", no_wrap=not column)
     for c in choices:
         gathers = c.traffic.wide.get("all_gather", 0)
         near, reduced = sum(c.traffic.near.values()), sum(c.traffic.wide.values()) - gathers
-        table.add_row(c.name, *map(_gib, (near, gathers, reduced, c.traffic.host)), f"{c.traffic.calls:,}")
+        table.add_row(
+            c.name, *map(_gib, (near, gathers, reduced, c.traffic.host)), f"{c.traffic.near_calls + c.traffic.calls:,}"
+        )
     return table
 
 
 def _time(choices: list[Choice], cluster: Cluster) -> Table:
     table = Table(title=one_line("Estimated seconds of a step"), title_justify="left")
     for column in ("", "computing", "inside nodes", "between nodes", "latency", "host", "one by one", "overlapped"):
-        table.add_column(column, justify="right" if column else "left")
+        table.add_column(column, justify="right" if column else "left", no_wrap=not column)
     for c in choices:
         s = c.seconds
         name = f"{c.name} (refused)" if c.refused else c.name

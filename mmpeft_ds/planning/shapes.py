@@ -108,7 +108,11 @@ def _run(func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
     meta = [t for t in tensors if t.device == META]
     if func is aten._local_scalar_dense.default and meta:
         return _guess(meta[0])
-    if func in (aten._to_copy.default, aten.copy_.default) and len(meta) < len(tensors) or func is aten._to_copy.default:
+    if (
+        func in (aten._to_copy.default, aten.copy_.default)
+        and len(meta) < len(tensors)
+        or func is aten._to_copy.default
+    ):
         moved = _copied(func, args, kwargs)
         if moved is not NotImplemented:
             return moved

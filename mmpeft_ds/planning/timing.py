@@ -57,12 +57,13 @@ def estimate(
     over_all = sum(traffic.wide.values())
     # Inside a node a collective over all nodes passes the links as well; the slower of both decides.
     wide = max(over_all / link, over_all / nic) if cluster.nodes > 1 else 0.0
-    hops = (cluster.nodes - 1) * assumed.hop + (cluster.gpus - 1) * assumed.near_hop
+    near_hops = (cluster.gpus - 1) * assumed.near_hop
+    hops = (cluster.nodes - 1) * assumed.hop + near_hops
     return Seconds(
         compute=accumulation * max(products, others),
         near=inside + (over_all / link if cluster.nodes == 1 else 0.0),
         wide=wide,
-        latency=traffic.calls * hops * 1e-6 if layout.ranks > 1 else 0.0,
+        latency=(traffic.calls * hops + traffic.near_calls * near_hops) * 1e-6 if layout.ranks > 1 else 0.0,
         host=traffic.host / (assumed.pcie * 1e9),
     )
 

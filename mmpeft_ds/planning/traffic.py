@@ -47,12 +47,13 @@ class Traffic:
         near: by kind, in groups within a node: copies of hpZ.
         wide: by kind, over all ranks.
         host: over PCIe, from and to host memory.
-        calls: collectives.
+        near_calls, calls: collectives in groups, and over all ranks.
     """
 
     near: dict[str, int]
     wide: dict[str, int]
     host: int
+    near_calls: int
     calls: int
 
     @property
@@ -69,7 +70,7 @@ def below_3(tensors: Sequence[Tensors], layout: Layout, accumulation: int, vecto
     reduced = sums * all_reduced(GRADIENT * trained, n) + all_reduced(vector, n)
     gathered = (n - 1) * MASTER * ceil(trained, n) if layout.stage else 0
     wide = {"all_reduce": reduced} | ({"all_gather": gathered} if gathered else {})
-    return Traffic({}, wide, 0, sums + 2 + bool(gathered))
+    return Traffic({}, wide, 0, 0, sums + 2 + bool(gathered))
 
 
 def at_3(tensors: Sequence[Tensors], layout: Layout, found: Gathers, accumulation: int, vector: int) -> Traffic:
@@ -93,8 +94,9 @@ def at_3(tensors: Sequence[Tensors], layout: Layout, found: Gathers, accumulatio
     wide += sum((n - 1) * ceil(tensors[i].numel, n) * tensors[i].width for i in trained if i in kept)
     scattered = accumulation * sum((n - 1) * ceil(tensors[i].numel, n) * GRADIENT for i in trained)
     over_all = {"all_gather": wide, "reduce_scatter": scattered, "all_reduce": all_reduced(vector, n)}
-    calls = accumulation * (found.calls + 1) + sum(i in kept for i in trained) + 2
-    return Traffic({"all_gather": near} if near else {}, over_all, host, calls)
+    gathers, inside = (found.trained_calls, found.calls) if group > 1 else (found.calls, 0)
+    calls = accumulation * (gathers + 1) + sum(i in kept for i in trained) + 2
+    return Traffic({"all_gather": near} if near else {}, over_all, host, accumulation * inside, calls)
 
 
 def all_reduced(size: int, ranks: int) -> int:

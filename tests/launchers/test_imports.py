@@ -56,7 +56,13 @@ def test_nothing_heavy_is_imported_for_help_or_to_refuse(run, command):
 def test_every_command_is_asked_for_help():
     asked = {command.args[0] for command in LIGHT if command.kind == "help"}
     assert asked == set(startup.scripts()) and len(asked) >= 17
-    assert {"launchers/train.py", "launchers/search.py", "data_prep/prepare.py", "data_prep/show.py"} <= asked
+    assert {
+        "launchers/train.py",
+        "launchers/plan.py",
+        "launchers/search.py",
+        "data_prep/prepare.py",
+        "data_prep/show.py",
+    } <= asked
 
 
 def test_preparing_and_looking_imports_nothing_heavy_in_any_process(run, tmp_path):

@@ -59,7 +59,9 @@ def test_ranks_without_samples_are_counted(make):
     assert make(cluster(2, 8, 80.0), global_batch=16).idle == 0
 
 
-@pytest.mark.parametrize(("slots", "ranks", "accumulation"), [(16, 4, 1), (16, 4, 2), (17, 4, 1), (3, 8, 1), (24, 5, 3)])
+@pytest.mark.parametrize(
+    ("slots", "ranks", "accumulation"), [(16, 4, 1), (16, 4, 2), (17, 4, 1), (3, 8, 1), (24, 5, 3)]
+)
 def test_samples_of_a_micro_step_are_those_that_the_stream_hands_out(slots, ranks, accumulation):
     widths = {len(m) for r in range(ranks) for m in micro_slots(slots, r, ranks, accumulation)}
     assert widths == {planner.micro_samples(slots, ranks, accumulation)}
