@@ -1,4 +1,4 @@
-"""Configurations of DeepSpeed that a plan compares, and the file that it writes; imports nothing that takes seconds."""
+"""DeepSpeed configurations that a plan compares, and the file that it writes; imports nothing that takes seconds."""
 
 from __future__ import annotations
 

@@ -33,8 +33,8 @@ class Buckets:
 def resident(tensors: Sequence[Tensors], layout: Layout, buckets: Buckets, moments: int) -> dict[str, int]:
     """Bytes by part that a rank holds all the time, activations and gathered parameters left out.
 
-    Trained parameters are float32 at every stage. Below stage 1 the optimiser works on the parameters themselves; above
-    it owns a float32 copy of its share.
+    Trained parameters are float32 at every stage. At stage 0 the optimiser works on the parameters themselves, above
+    it on a float32 copy of its share.
     """
     n, stage = layout.ranks, layout.stage
     trained = [t for t in tensors if t.trained]

@@ -137,8 +137,8 @@ def assumptions(plan: Plan) -> list[str]:
     """What the figures rest on."""
     c, a, rates = plan.cluster, plan.cluster.assumed, plan.cluster.rates
     return [
-        "Evaluation: keys and values of generation, in the place of activations. In all: the larger of the two, the other "
-        f"parts, and {a.context:g} GiB for CUDA and NCCL.",
+        "Evaluation: keys and values of generation, in the place of activations. In all: the larger of the two, "
+        f"the other parts, and {a.context:g} GiB for CUDA and NCCL.",
         "Counted: activations, FLOPs, and what ZeRO-3 gathers, from the model's own forward and backward without "
         "numbers, with every text at its longest. Bytes of weights and collectives follow from shapes.",
         f"Assumed, not measured: {c.card} with {rates.half:g} TFLOP/s in bfloat16, {rates.tf32:g} in TF32, "

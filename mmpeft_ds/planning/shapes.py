@@ -108,11 +108,8 @@ def _run(func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
     meta = [t for t in tensors if t.device == META]
     if func is aten._local_scalar_dense.default and meta:
         return _guess(meta[0])
-    if (
-        func in (aten._to_copy.default, aten.copy_.default)
-        and len(meta) < len(tensors)
-        or func is aten._to_copy.default
-    ):
+    mixed = bool(meta) and len(meta) < len(tensors)
+    if func is aten._to_copy.default or (func is aten.copy_.default and mixed):
         moved = _copied(func, args, kwargs)
         if moved is not NotImplemented:
             return moved
@@ -121,7 +118,7 @@ def _run(func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
         if made.dtype.is_floating_point or made.dtype.is_complex:
             return made
         return func(*args, **{**kwargs, "device": torch.device("cpu")}) if not meta else _real_like(func, args, kwargs)
-    if not meta or len(meta) == len(tensors):
+    if not mixed:
         return func(*args, **kwargs)
     if func in _INDEXED:
         args = (args[0], _as_numbers(args[1]), *args[2:])

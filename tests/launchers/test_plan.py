@@ -48,7 +48,7 @@ def test_numbers_alone_are_printed_for_machines(command, recipe):
         (("--nodes", "1", "--gpus-per-node", "8", "--hbm", "0"), ("--hbm", "above 0")),
         (("--nodes", "1", "--gpus-per-node", "8", "--card", "a1000"), ("--card", "h100")),
         ((*MACHINES, "--image-size", "big"), ("--image-size", "480x640")),
-        ((*MACHINES, "--texts", "0"), ("--texts", "1 or more")),
+        ((*MACHINES, "--texts-per-sample", "0"), ("--texts-per-sample", "1 or more")),
         ((*MACHINES, "--apply", "no/such/place/ds.json"), ("no/such/place/ds.json", "folder")),
         ((*MACHINES, "--set", "optim.lrr=1"), ("optim.lrr",)),
         ((*MACHINES, "--set", "engine.deepspeed=zero9.json"), ("zero9.json",)),
