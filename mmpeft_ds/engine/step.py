@@ -232,9 +232,10 @@ class Stepper:
             loss = task.loss(outputs, batch)
             places += padding.places(outputs, batch)
             forward_seconds += time.perf_counter() - began
+            self.engine.backward(loss * scale)
+            # It reads numbers from the device, which has the backward pass to do meanwhile.
             for name, value in graph_health.measure(outputs, batch).items():
                 report[name] = report.get(name, 0.0) + value
-            self.engine.backward(loss * scale)
             total += loss.detach()
             if i + 1 < len(micro):
                 self.engine.step()  # before the accumulation boundary this only counts the micro-step
@@ -250,10 +251,12 @@ class Stepper:
         """
         pulled = self.ewc.add(gradients.shards(self.engine)) if self.ewc else 0.0
         penalty = 0.0 if gradients.replicated(self.engine) else pulled
-        squares = gradients.squared_norms(self.engine, self.group_of, len(self.groups)).tolist()
+        squares = gradients.squared_norms(self.engine, self.group_of, len(self.groups))
+        read = torch.cat([loss[None], places, squares]).tolist()  # the device is read once
+        sums, squares = read[:3], read[3:]
         table = [0.0] * (len(row) * self.ranks.world_size)
         table[self.ranks.rank * len(row) : (self.ranks.rank + 1) * len(row)] = row
-        own = [*torch.cat([loss[None], places]).tolist(), penalty, *report.values(), *squares, *table]
+        own = [*sums, penalty, *report.values(), *squares, *table]
         summed = collectives.sum_scalars(own, self.ranks.device)
         norms_start = 4 + len(report)
         table_start = norms_start + len(squares)

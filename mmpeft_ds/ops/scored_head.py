@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from mmpeft_ds.host_copies import both
 from mmpeft_ds.ops.token_scores import KnownScores, known_scores, token_scores
 
 
@@ -73,7 +74,8 @@ class _Scorer:
 
     def __call__(self, states: Tensor) -> Tensor:
         labels = self.labels_at(states.shape[1])
-        labels = functional.pad(labels, (states.shape[1] - labels.shape[1], 0), value=-100)
+        before = states.shape[1] - labels.shape[1]
+        labels = both(lambda known: functional.pad(known, (before, 0), value=-100), labels)
         bias = self.head.bias
         if self.added is not None:
             added = self.added.to(self.head.weight.dtype)

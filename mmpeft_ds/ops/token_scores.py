@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from mmpeft_ds.host_copies import nonzero, on_host
 from mmpeft_ds.ops.precision import full_dtype
 
 LOGITS = 1 << 26  # that exist together, over all tokens of some positions
@@ -70,7 +71,8 @@ def token_scores(states: Tensor, weight: Tensor, bias: Tensor | None, labels: Te
 
 def labelled(labels: Tensor) -> Tensor:
     """(N,) numbers of the positions (of T * S) that have a label."""
-    return (labels.flatten() != -100).nonzero()[:, 0]
+    count = int((on_host(labels) != -100).sum())
+    return nonzero(labels.flatten() != -100, count)[:, 0]
 
 
 @dataclass

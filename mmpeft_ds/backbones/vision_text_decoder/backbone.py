@@ -30,6 +30,7 @@ from mmpeft_ds.backbones.vision_text_decoder.model import (
 from mmpeft_ds.backbones.vision_text_decoder.options import Options
 from mmpeft_ds.data.batch import GenerationOutput, PackedBatch, Prompted
 from mmpeft_ds.errors import BadInput
+from mmpeft_ds.host_copies import both
 
 FAMILIES = ("gpt2", "llama", "mistral", "qwen2")
 
@@ -133,12 +134,12 @@ class VisionTextDecoderBackbone(VisionBackbone):
         return self._labels(batch, positions, model.text_row)
 
     def _labels(self, batch: PackedBatch, positions: int, row: TextRow | None) -> Tensor:
-        labels = batch.texts["labels"]
+        labels, pad = batch.texts["labels"], functools.partial(nn.functional.pad, value=-100)
         if row is not None:
-            whole = nn.functional.pad(labels, (row.width - labels.shape[1], 0), value=-100)
-            return nn.functional.pad(row.labels(whole)[:, 1:], (0, 1), value=-100)
+            whole = both(lambda known: pad(known, (row.width - known.shape[1], 0)), labels)
+            return both(lambda known: pad(known[:, 1:], (0, 1)), row.labels(whole))
         prefix = positions - labels.shape[1]
-        return nn.functional.pad(labels[:, 1:] if prefix == 0 else labels, (max(prefix - 1, 0), 1), value=-100)
+        return both(lambda known: pad(known[:, 1:] if prefix == 0 else known, (max(prefix - 1, 0), 1)), labels)
 
     def inputs(self, batch: PackedBatch) -> dict[str, Any]:
         """As every backbone's, and whether all texts are one row."""

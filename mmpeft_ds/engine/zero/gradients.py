@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mmpeft_ds.host_copies import to_device
+
 
 def held(engine: Any) -> Iterator[tuple[nn.Parameter, Tensor]]:
     """(parameter, this rank's part of its averaged gradient); at stage 0 every rank holds all of each."""
@@ -108,7 +110,7 @@ def squared_norms(engine: Any, group_of: dict[int, int], groups: int) -> Tensor:
     if not pairs or replicated(engine):
         return norms
     squares = torch.stack(torch._foreach_norm([g.float() for _, g in pairs])).double() ** 2
-    index = torch.tensor([group_of[id(p)] for p, _ in pairs], device=norms.device)
+    index = to_device(torch.tensor([group_of[id(p)] for p, _ in pairs]), norms.device)
     return norms.index_add_(0, index, squares.to(norms.device))
 
 

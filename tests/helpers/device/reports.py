@@ -2,7 +2,8 @@
 
 Kinds of a report:
     wait: the host waits until the device has finished, to read a value or a size that depends on values.
-    copy: host memory is copied to the device, outside `transfer`. A copy that blocks is a wait besides.
+    copy: host memory is copied to the device, outside `transfer`, and the host waits for it.
+    queued: the same from pinned memory, and the host goes on.
     mixed: an operation gets tensors of both devices, which torch refuses on a GPU.
 """
 
@@ -35,7 +36,10 @@ TAKES_NUMBERS = {"fill", "fill_", "masked_fill", "masked_fill_", "index_fill", "
 INDEXING = {"index", "_index_put_impl_", "_unsafe_index"}
 
 _SITE_PACKAGES = Path(sysconfig.get_paths()["purelib"])
-_PASSED_OVER = (str(_SITE_PACKAGES / "torch"), sysconfig.get_paths()["stdlib"] + "/", str(Path(__file__).parent))
+_PASSED_OVER = (
+    *(str(_SITE_PACKAGES / "torch"), sysconfig.get_paths()["stdlib"] + "/", str(Path(__file__).parent)),
+    str(ROOT / "mmpeft_ds" / "host_copies.py"),  # who calls it is of interest
+)
 
 
 @dataclass(frozen=True)
@@ -43,7 +47,7 @@ class Report:
     """One event.
 
     Attributes:
-        kind: `wait`, `copy` or `mixed`.
+        kind: `wait`, `copy`, `queued` or `mixed`.
         op: name of the operation.
         file, line: innermost line that is neither torch's nor the standard library's; relative to the repository or to
             site-packages. `autograd` where backward runs a formula of torch itself.
@@ -116,7 +120,7 @@ def note_copy(target: Tensor, source: Tensor, non_blocking: bool) -> None:
         return
     if target.is_cuda:
         if not getattr(_transfer, "open", False):
-            _add("copy", "copy_ to the device" + " without waiting" * non_blocking)
+            _add("queued" if non_blocking else "copy", "copy_ to the device")
     elif not non_blocking:
         _add("wait", "copy_ to the host")
 
@@ -170,9 +174,10 @@ def _place() -> tuple[str, int, str]:
     frame, place, caller = sys._getframe(1), ("autograd", 0), ""
     while frame is not None:
         file = frame.f_code.co_filename
-        if place[0] == "autograd" and not file.startswith((*_PASSED_OVER, "<")):
+        passed_over = file.startswith((*_PASSED_OVER, "<"))
+        if place[0] == "autograd" and not passed_over:
             place = (_short(file), frame.f_lineno)
-        if file.startswith(f"{ROOT}/mmpeft_ds"):
+        if file.startswith(f"{ROOT}/mmpeft_ds") and not passed_over:
             caller = f"{_short(file)}:{frame.f_lineno}"
             break
         frame = frame.f_back

@@ -180,7 +180,7 @@ def _same_storage(op: torch._ops.OpOverload, *args: Any, **kwargs: Any) -> Any:
 def _run(op: torch._ops.OpOverload, written: list[Any], *args: Any, **kwargs: Any) -> Any:
     reports.note(op, args, kwargs)
     named = {name: to_host(value) for name, value in kwargs.items()}
-    empty = {at: torch.empty(0, dtype=kwargs[at].dtype) for at in written if _is_empty(at, kwargs)}
+    empty = {at: torch.empty(0, dtype=kwargs[at].dtype, device="cpu") for at in written if _is_empty(at, kwargs)}
     out = op(*map(to_host, args), **named | empty)
     for at, filled in empty.items():  # memory of the stand-in cannot grow
         kwargs[at].set_(_to_device(filled))

@@ -31,7 +31,7 @@ CASES: dict[str, tuple[Callable[[Tensor, Tensor], object], list[str]]] = {
     "repeat": (lambda x, n: n.repeat_interleave(n), ["wait"]),
     "position by a tensor": (lambda x, n: x[n[1]], ["wait"]),
     "a made tensor": (lambda x, n: torch.tensor([1.0, 2.0], device=x.device), ["copy"]),
-    "moved": (lambda x, n: torch.ones(3).to(x.device, non_blocking=True), ["copy"]),
+    "moved": (lambda x, n: torch.ones(3).to(x.device, non_blocking=True), ["queued"]),
     "index of the host": (lambda x, n: x[torch.tensor([0, 2])], ["copy"]),
     "mixture": (lambda x, n: x + torch.ones(3, 4), ["mixed"]),
     "mixed product": (lambda x, n: nn.functional.linear(x, torch.ones(2, 4)), ["mixed"]),

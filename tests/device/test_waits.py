@@ -1,0 +1,102 @@
+"""What a step makes a GPU's host wait for, by file: the list as it stands, so that one more is seen.
+
+Everything here is transformers' or DeepSpeed's own, but for what the engine reads once a step. What is `queued` are
+copies to the device that nobody waits for, of numbers that are known only in the forward pass.
+"""
+
+import json
+from collections import Counter
+
+import pytest
+import torch
+
+from tests.helpers import launch
+
+pytestmark = pytest.mark.skipif(torch.version.cuda is not None, reason="torch has CUDA's own kernels")
+MASKS = "wait transformers/masking_utils.py"
+LLM = {
+    "queued mmpeft_ds/backbones/mllm/backbone.py": 1,
+    "queued mmpeft_ds/backbones/mllm/model.py": 4,
+    "wait transformers/utils/import_utils.py": 1,
+    MASKS: 2,
+}
+# column of `method_table` -> kind and file -> number in the forward and backward of a micro-batch
+FORWARD = {
+    "vision_text_encoder": {MASKS: 1},
+    "vision_text_decoder": {MASKS: 2},
+    "clip": {MASKS: 2},
+    "clip_bart": {MASKS: 3},
+    "dual_encoder": {MASKS: 1},
+    "blip captioner": {MASKS: 1},
+    "blip vqa": {MASKS: 3},
+    "blip retrieval": {MASKS: 1},
+    "mllm LLaVA": LLM | {"wait transformers/models/llava/modeling_llava.py": 1},
+    "mllm Qwen2-VL": LLM
+    | {
+        "queued mmpeft_ds/backbones/mllm/model.py": 5,
+        "copy transformers/vision_utils.py": 1,
+        "wait transformers/vision_utils.py": 3,
+        "wait transformers/models/qwen2_vl/modeling_qwen2_vl.py": 11,
+    },
+}
+# Where image features need a gradient: transformers puts them in place with masked_scatter.
+SCATTER = {"wait autograd": 1}
+QUICK = ["vision_text_encoder", "mllm LLaVA"]
+STEP = {
+    # read before `engine.step`: norms and losses together
+    "wait mmpeft_ds/engine/step.py": 1,
+    MASKS: 1,
+    1: {"wait deepspeed/runtime/utils.py": 3, "copy deepspeed/runtime/utils.py": 1},
+    3: {"wait deepspeed/runtime/utils.py": 1, "copy deepspeed/runtime/zero/stage3.py": 1},
+}
+
+
+def per_file(reports: list[dict]) -> dict[str, int]:
+    return dict(Counter(f"{r['kind']} {r['file']}" for r in reports))
+
+
+def forward_and_backward(folder, methods: str, columns: list[str]) -> dict:
+    out = folder / "out.json"
+    result = launch.run_forked("tests.helpers.rank_scripts.device_matrix", str(out), methods, *columns, ranks=0)
+    assert result.code == 0, result.tail()
+    return json.loads(out.read_text())
+
+
+def check(found: dict) -> None:
+    for column, cells in found.items():
+        assert cells, column
+        for method, cell in cells.items():
+            assert cell["gap"] < 1e-5, (column, method)
+            counted = per_file(cell["reports"])
+            if column.startswith("mllm"):
+                counted = {name: number for name, number in counted.items() if name not in SCATTER}
+            assert counted == FORWARD[column], (column, method)
+
+
+def test_a_forward_and_backward_waits_for_what_the_list_names_and_nothing_else(tmp_path):
+    check(forward_and_backward(tmp_path, "lora,routed_lora", QUICK))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("column", FORWARD)
+def test_every_method_waits_for_what_the_list_of_its_backbone_names(tmp_path, column):
+    check(forward_and_backward(tmp_path, "", [column]))
+
+
+@pytest.mark.slow
+def test_a_step_of_the_engine_reads_the_device_once_and_gives_the_same_loss_at_every_stage(tmp_path):
+    stages = (1, 3)
+    cases = [
+        {"name": f"zero{n}", "backbone": "vision_text_encoder", "method": {"name": "routed_lora"}, "stage": n}
+        for n in stages
+    ]
+    (tmp_path / "cases.json").write_text(json.dumps(cases))
+    script, ranks = "tests.helpers.rank_scripts.device_steps", 1
+    result = launch.run_forked(script, str(tmp_path / "cases.json"), str(tmp_path), ranks=ranks)
+    assert result.code == 0, result.tail()
+    found = [json.loads((tmp_path / f"zero{n}.json").read_text()) for n in stages]
+    for stage, run in zip(stages, found, strict=True):
+        assert run["devices"] == ["cuda"]
+        counted = {name: n for name, n in per_file(run["reports"]).items() if not name.startswith("queued")}
+        assert counted == {name: n for name, n in STEP.items() if isinstance(name, str)} | STEP[stage]
+    assert found[0]["losses"] == pytest.approx(found[1]["losses"], rel=1e-5)
