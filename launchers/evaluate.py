@@ -3,7 +3,8 @@
 
     deepspeed --num_accelerators 2 launchers/evaluate.py --run runs/quickstart --split test
 
-Writes RUN/evaluation-SPLIT.json and RUN/predictions-SPLIT.jsonl. Any number of ranks gives the same scores.
+Writes RUN/evaluation-SPLIT.json and RUN/predictions-SPLIT.jsonl, and with --submission the result file that the data
+set's evaluation server takes. A split without answers is predicted and not scored. Any number of ranks gives the same.
 """
 
 import sys
@@ -14,7 +15,7 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from mmpeft_ds import console  # noqa: E402
 from mmpeft_ds import recipe as recipes  # noqa: E402
-from mmpeft_ds.runs import inputs  # noqa: E402
+from mmpeft_ds.runs import inputs, submission  # noqa: E402
 
 
 def main() -> int:
@@ -24,13 +25,14 @@ def main() -> int:
     parser.add_argument("--split", help="split of the run's data sets (default: test, or val where there is no test)")
     parser.add_argument("--checkpoint", default="best", help="best (default), last, or a name below RUN/checkpoints")
     parser.add_argument("--set", action="append", default=[], metavar="A.B=VALUE", help="override one key; repeatable")
+    parser.add_argument("--submission", choices=submission.FORMS, help=f"also write a result file: {submission.HELP}")
     args = parser.parse_args()
     recipe = recipes.of_run(args.run, args.set)  # what is wrong with it is said before torch is imported
     split = args.split or inputs.default_split([source.dir for source in recipe.data.sources])
     with console.quick_imports():
         from mmpeft_ds.runs.evaluate import evaluate_run
 
-    reports = evaluate_run(args.run, split, args.checkpoint, args.set)
+    reports = evaluate_run(args.run, split, args.checkpoint, args.set, args.submission or "")
     if reports is None:
         if console.rank() == 0:
             print(f"{args.run}: evaluation was stopped; nothing was written")

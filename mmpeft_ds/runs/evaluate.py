@@ -17,10 +17,11 @@ from mmpeft_ds.engine.stop import StopFlag
 from mmpeft_ds.engine.streams import records
 from mmpeft_ds.files import check_writable, write_atomic, write_json
 from mmpeft_ds.runs.finished import on_split, open_run
+from mmpeft_ds.runs.submission import content, file_name
 
 
 def evaluate_run(
-    run: Path, split: str, which: str = "best", overrides: Sequence[str] = ()
+    run: Path, split: str, which: str = "best", overrides: Sequence[str] = (), submission: str = ""
 ) -> list[dict[str, Any]] | None:
     """Score checkpoint `which` of a run on `split` of each of its training data sets and tasks. Every rank calls it.
 
@@ -29,6 +30,8 @@ def evaluate_run(
     Args:
         run: run directory.
         which: `best`, `last`, or the name of a checkpoint; `best` is `last` in a run without validation.
+        submission: also write RUN/submission-SPLIT-FORM for an evaluation server, a form of `runs.submission.FORMS`;
+            of the first data set, where there are several.
         overrides: as `--set`, for where and how to run: engine.deepspeed, data.workers, data.sources.0.dir.
 
     Returns:
@@ -50,8 +53,10 @@ def evaluate_run(
         hub.have(recipe)
         resolved = resolve(recipe)
         check_writable(run)
+        if submission:
+            content(submission, [], records(resolved.validation[0]))  # what is wrong with the ids is said at once
         opened = open_run(run, resolved, which)
-        reports, rows = [], []
+        reports, rows, first_rows = [], [], []
         for title, source in zip(titles(resolved.validation), resolved.validation, strict=True):
             began = time.perf_counter()
             result = opened.evaluate(source, title, stop.requested)
@@ -80,12 +85,24 @@ def evaluate_run(
                 }
             )
             several = len(resolved.validation) > 1
+            first_rows = first_rows if rows else result.rows
             rows += [{"source": title, **row} for row in result.rows] if several else result.rows
+        if submission:
+            on_rank0(lambda: _submit(run, split, submission, resolved.validation[0], first_rows))
         if opened.ranks.rank == 0:
             write_json(run / f"evaluation-{split}.json", plain(reports))
             lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
             write_atomic(run / f"predictions-{split}.jsonl", "".join(lines))
         return reports
+
+
+def _submit(run: Path, split: str, form: str, source: ResolvedSource, rows: list[dict[str, Any]]) -> None:
+    """Write the result file of a data set, and say what stands in it."""
+    text, missing = content(form, rows, records(source))
+    path = run / file_name(form, split)
+    write_atomic(path, text)
+    without = f", {missing:,} items without a prediction have an empty one" if missing else ""
+    print(f"submission: {path}{without}")
 
 
 def _baselines(resolved: Resolved, source: ResolvedSource) -> dict[str, float]:

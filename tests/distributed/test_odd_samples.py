@@ -22,7 +22,8 @@ def folder(tmp_path):
         side = 2 if i == ODD else 3
         np.save(tmp_path / f"{i}.npy", tiny_clip_bart.grid(i, side).numpy())
         features = [f"{i}.npy"] * (4 if i == ODD + 1 else 1)
-        lines.append({"features": features, "question": "what is it", "answer": ["red", "blue"][i % 2]})
+        asked = {"question": "what is it", "answer": ["red", "blue"][i % 2], "question_id": i}
+        lines.append({"features": features, "questions": [asked]})
     (tmp_path / "train.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     files = [str(tmp_path / "train.jsonl")]
     prepare.main(["jsonl", "--out", str(tmp_path / "data"), "--processes", "1", "--train", *files, "--val", *files,
@@ -58,9 +59,12 @@ def test_two_ranks_train_and_evaluate_past_samples_that_do_not_go_with_the_other
     assert result.code == 0 and not result.killed, result.tail()
     assert f"bad sample jsonl/train-{ODD:09d}" in result.output and "cannot be packed" in result.output
     assert f"bad sample train-{ODD + 1:09d}" in result.output and "4 images" in result.output
-    result = launch.run(
-        ROOT / "launchers" / "evaluate.py", "--run", folder / "run", "--split", "val", ranks=2, timeout=300.0
-    )
+    evaluate = ["--run", folder / "run", "--split", "val", "--submission", "vqa"]
+    result = launch.run(ROOT / "launchers" / "evaluate.py", *evaluate, ranks=2, timeout=300.0)
     assert result.code == 0 and not result.killed, result.tail()
     (report,) = json.loads((folder / "run" / "evaluation-val.json").read_text())
     assert (report["scored"], report["bad_samples"]) == (SAMPLES - 2, 2)
+    submitted = json.loads((folder / "run" / "submission-val-vqa.json").read_text())
+    assert [item["question_id"] for item in submitted] == list(range(SAMPLES)), "the order of the split, bad ones too"
+    assert not submitted[ODD]["answer"] and not submitted[ODD + 1]["answer"]
+    assert "2 items without a prediction have an empty one" in result.output

@@ -138,3 +138,11 @@ def test_impossible_options_are_refused_in_one_line(options):
     with pytest.raises(BadInput) as error:
         Captioning(Options(**options), None)
     assert "\n" not in str(error.value)
+
+
+def test_a_picture_whose_captions_are_not_public_is_described_and_counts_nowhere():
+    task = Captioning(Options(), None)
+    texts, targets = task.read_all({"captions": []}, torch.Generator())
+    assert texts == [Prompted("", "")] and task.collate(targets)["known"].tolist() == [0]
+    with pytest.raises(BadSample):
+        task.read({"captions": []}, torch.Generator())

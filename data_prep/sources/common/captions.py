@@ -114,7 +114,5 @@ def tokens(
 
 def record(items: list[Any], fields: dict[str, Any]) -> dict[str, Any]:
     """The record of a picture with its captions."""
-    if not items:
-        return fields
     ids = [item["id"] for item in items if "id" in item]
     return fields | {"captions": [item["caption"] for item in items]} | ({"caption_ids": ids} if ids else {})

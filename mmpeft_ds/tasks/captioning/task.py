@@ -49,11 +49,23 @@ class Captioning(TaskBase):
         """The prompt and one of the captions, drawn anew at each visit."""
         texts = self._captions(record)
         drawn = int(torch.randint(len(texts), (), generator=generator)) if len(texts) > 1 else 0
-        return [Prompted(self.options.prompt, texts[drawn])], [{}]
+        return [Prompted(self.options.prompt, texts[drawn])], [{"known": 1.0}]
 
     def read_all(self, record: dict[str, Any], generator: torch.Generator) -> tuple[list[Prompted], list[Any]]:
-        """The prompt and the first caption, for evaluation, whose loss would else depend on a draw."""
-        return [Prompted(self.options.prompt, self._captions(record)[0])], [{}]
+        """The prompt and the first caption, for evaluation, whose loss would else depend on a draw.
+
+        An empty list is that of a split whose captions are not public: it is described, and nothing is scored.
+        """
+        if record.get("captions") == []:
+            return [Prompted(self.options.prompt, "")], [self.dummy_target()]
+        return [Prompted(self.options.prompt, self._captions(record)[0])], [{"known": 1.0}]
+
+    def collate(self, targets: list[Any]) -> dict[str, Tensor]:
+        """`known` (T,): 1 for a text with a caption, 0 for one without."""
+        return {"known": torch.tensor([target["known"] for target in targets], dtype=torch.float32)}
+
+    def dummy_target(self) -> Any:
+        return {"known": 0.0}
 
     def every_text(self, record: dict[str, Any]) -> list[Prompted]:
         """The prompt and each of the captions."""
@@ -80,7 +92,7 @@ class Captioning(TaskBase):
 
     def ask(self, texts: list[str]) -> tuple[dict[str, Any], list[Any]]:
         """A record without captions, and a target for each text."""
-        return {"captions": []}, [{} for _ in texts]
+        return {"captions": []}, [self.dummy_target() for _ in texts]
 
     def weight(self, batch: PackedBatch) -> float:
         """Target tokens, or captions, that enter the loss."""
@@ -88,16 +100,16 @@ class Captioning(TaskBase):
 
     def _weights(self, batch: PackedBatch) -> Tensor:
         tokens = (batch.texts["labels"] != -100).sum(1)
-        return batch.text_weight * (tokens if self.options.loss == "token" else tokens > 0)
+        return batch.text_weight * batch.targets["known"] * (tokens if self.options.loss == "token" else tokens > 0)
 
     def loss(self, outputs: GenerationOutput, batch: PackedBatch) -> Tensor:
         """Sum over captions of weight times the sum, or the mean, of the cross-entropy over their tokens."""
         total, count = outputs.token_losses(self.options.smoothing)
         each = total if self.options.loss == "token" else total / count.clamp(min=1)
-        return weighted_sum(each, batch.text_weight)
+        return weighted_sum(each, batch.text_weight * batch.targets["known"])
 
     def predict(self, outputs: GenerationOutput, batch: PackedBatch) -> list[dict[str, Any]]:
-        """One row per text of weight > 0: sample_id, text (the prompt), prediction, references."""
+        """One row per text of weight > 0: sample_id, text (the prompt), prediction, references, image_id if there."""
         if not len(batch.text_owner):
             return []
         rows = []
@@ -111,7 +123,9 @@ class Captioning(TaskBase):
             if weight > 0:
                 prompt = text.prompt if isinstance(text, Prompted) else text
                 row = {"sample_id": batch.sample_id[slot], "text": prompt, "prediction": caption}
-                rows.append(row | {"references": list(batch.records[slot].get("captions", []))})
+                record = batch.records[slot]
+                row |= {"image_id": record["image_id"]} if "image_id" in record else {}
+                rows.append(row | {"references": list(record.get("captions", []))})
         return rows
 
     def score(self, rows: list[dict[str, Any]]) -> dict[str, float]:
