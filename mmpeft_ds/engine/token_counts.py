@@ -31,7 +31,7 @@ from mmpeft_ds.distributed.processes import Ranks
 from mmpeft_ds.engine.assembly.resolve import Resolved, ResolvedSource
 from mmpeft_ds.engine.text_check import places_of
 from mmpeft_ds.errors import BadInput, BadSample
-from mmpeft_ds.files import replacing
+from mmpeft_ds.files import replacing, writing
 from mmpeft_ds.progress import Progress
 from mmpeft_ds.tasks.base import TaskBase
 
@@ -109,6 +109,9 @@ def file_of(resolved: Resolved, source: ResolvedSource) -> Path | None:
     folder = local_path(source.manifest.dir) or resolved.recipe.data.cache_dir
     if not folder:
         return None
+    if not local_path(source.manifest.dir):
+        with writing(folder):
+            Path(folder).mkdir(parents=True, exist_ok=True)
     facts = {
         "backbone": [type(resolved.backbone).__name__, resolved.backbone.tokens_key()],
         "task": [source.options.task, dataclasses.asdict(source.task.options)],
