@@ -56,6 +56,8 @@ class BackboneBase(abc.ABC):
         dtype: of the frozen weights. This and the next two are set from the recipe's `engine` section before `build`.
         attention: attention implementation as transformers names them; `auto` leaves the choice to the backbone.
         train_dropout: keep the dropout of the text tower on in training.
+        device: where `build` puts pretrained weights as it reads them; None: on the host, or where `zero.Init` has its
+            parts. Set by the engine. Weights that are drawn are drawn on the host, for the same numbers everywhere.
     """
 
     Options: ClassVar[type[BackboneOptions]]
@@ -77,6 +79,7 @@ class BackboneBase(abc.ABC):
         self.dtype = torch.float32
         self.attention = "auto"
         self.train_dropout = False
+        self.device: torch.device | None = None
 
     # required
 

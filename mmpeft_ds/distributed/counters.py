@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import time
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
+
+from mmpeft_ds.distributed.clock import Clock, Span
 
 
 @dataclass
@@ -24,7 +25,7 @@ class Traffic:
     calls: dict[str, int] = field(default_factory=lambda: defaultdict(int))
     bytes: dict[str, int] = field(default_factory=lambda: defaultdict(int))
     _seconds: float = 0.0
-    _events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = field(default_factory=list)
+    _spans: list[Span] = field(default_factory=list)
 
     @property
     def total_calls(self) -> int:
@@ -39,10 +40,8 @@ class Traffic:
     @property
     def seconds(self) -> float:
         """Seconds in collectives, waiting for other ranks included; on a GPU this waits for those that still run."""
-        for began, ended in self._events:
-            ended.synchronize()
-            self._seconds += began.elapsed_time(ended) / 1000
-        self._events.clear()
+        self._seconds += sum(span.seconds() for span in self._spans)
+        self._spans.clear()
         return self._seconds
 
 
@@ -77,19 +76,11 @@ def record(kind: str, received: int, device: torch.device) -> Iterator[None]:
     if not _OPEN:
         yield
         return
-    events = None
-    if device.type == "cuda":
-        events = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        events[0].record(torch.cuda.current_stream(device))
-    began = time.perf_counter()
+    clock = Clock(device)
+    began = clock.now()
     yield
-    seconds = time.perf_counter() - began
-    if events is not None:
-        events[1].record(torch.cuda.current_stream(device))
+    span = clock.since(began)
     for traffic in _OPEN:
         traffic.calls[kind] += 1
         traffic.bytes[kind] += received
-        if events is None:
-            traffic._seconds += seconds
-        else:
-            traffic._events.append(events)
+        traffic._spans.append(span)

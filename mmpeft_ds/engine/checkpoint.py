@@ -37,6 +37,7 @@ from mmpeft_ds.backbones.base import model_hooks
 from mmpeft_ds.distributed.collectives import on_rank0, rank, world_size
 from mmpeft_ds.engine.train_state import TrainState
 from mmpeft_ds.engine.zero import fingerprint as fingerprints
+from mmpeft_ds.engine.zero import full_state
 from mmpeft_ds.engine.zero import state as zero_state
 from mmpeft_ds.errors import BadInput
 from mmpeft_ds.files import new_directory, save_tensors, sha256, write_atomic, write_json
@@ -81,12 +82,10 @@ def save(
     """
     zero_state.ensure_optimizer_state(engine)
     held = Held.of(engine, trainables)
-    weights, moments = {}, {}
-    for name, parameter in trainables.items():
-        full = zero_state.read_full(engine, parameter)  # gathers trainables only, never a frozen weight
-        if rank() == 0:
-            weights[name] = full.pop("weight")
-            moments |= {f"{name}.{key}": value for key, value in full.items()}
+    keys = (full_state.WEIGHT, *zero_state.moments(engine)) if trainables else (full_state.WEIGHT,)
+    full = full_state.on_rank0(engine, trainables, keys)  # gathers trainables only, never a frozen weight
+    weights = full.pop(full_state.WEIGHT)
+    moments = {f"{name}.{key}": value for key, tensors in full.items() for name, value in tensors.items()}
     header = {
         "format": FORMAT,
         "optimizer": _optimizer(engine, trainables),

@@ -20,8 +20,7 @@ from mmpeft_ds.distributed.collectives import on_rank0, rank
 from mmpeft_ds.distributed.partitioned import gathered
 from mmpeft_ds.engine.checkpoint import Held
 from mmpeft_ds.engine.model_card import model_card
-from mmpeft_ds.engine.zero import fingerprint
-from mmpeft_ds.engine.zero import state as zero_state
+from mmpeft_ds.engine.zero import fingerprint, full_state
 from mmpeft_ds.files import new_directory, save_tensors, write_json
 from mmpeft_ds.methods.common.head import head_of
 from mmpeft_ds.sites.base import base_layer
@@ -62,9 +61,9 @@ def trained_tensors(model: PeftModel, engine: Any = None) -> dict[str, Tensor | 
     if engine is None:
         return {name: p.detach().to("cpu", torch.float32, copy=True) for name, p in trainables.items()}
     held = Held.of(engine, trainables)
-    full = {name: zero_state.read_weight(p) for name, p in trainables.items()}
+    full = full_state.on_rank0(engine, trainables, [full_state.WEIGHT])[full_state.WEIGHT]
     on_rank0(lambda: held.check_weights(full, "exported adapter"))
-    return full if rank() == 0 else dict.fromkeys(full)
+    return full if rank() == 0 else dict.fromkeys(trainables)
 
 
 def _write(

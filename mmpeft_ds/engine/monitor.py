@@ -34,6 +34,8 @@ SCALARS = {
     "data_wait_share": "speed/data_wait_share",
     "padding": "speed/padding",
     "micro_steps": "speed/micro_steps",
+    "forward_seconds": "speed/forward_seconds",
+    "backward_seconds": "speed/backward_seconds",
     "slowest_rank": "speed/slowest_rank",
     "slowest_excess": "speed/slowest_rank_excess_seconds",
 }

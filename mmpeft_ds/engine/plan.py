@@ -18,7 +18,8 @@ from mmpeft_ds.console import one_line
 from mmpeft_ds.data.assumed import is_assumed
 from mmpeft_ds.data.order import steps_of
 from mmpeft_ds.engine import ewc, pack_forecast, rundir, text_check
-from mmpeft_ds.engine.assembly.checks import check_schedule, idle_note
+from mmpeft_ds.engine.assembly.checks import check_schedule
+from mmpeft_ds.engine.assembly.idle import idle_notes
 from mmpeft_ds.engine.assembly.resolve import Resolved, attach
 from mmpeft_ds.engine.optim import optimizers
 
@@ -74,7 +75,7 @@ def make(resolved: Resolved, ranks: Sequence[int] = ()) -> dict[str, Any]:
             *text_notes,
             *pack_forecast.remarks(resolved, packing),
             *resolved.remarks,
-            *idle_note(recipe, asked_ranks),
+            *idle_notes(resolved, asked_ranks),
             *rundir.preview(*there),
         ],
         "global_batch": recipe.data.global_batch,

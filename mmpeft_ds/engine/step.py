@@ -23,6 +23,7 @@ from mmpeft_ds import recipe as recipes
 from mmpeft_ds.data.batch import PackedBatch
 from mmpeft_ds.data.stream import BadBudget, Step
 from mmpeft_ds.distributed import collectives
+from mmpeft_ds.distributed.clock import Clock, StepTimer
 from mmpeft_ds.distributed.processes import Ranks
 from mmpeft_ds.engine import graph_health, padding
 from mmpeft_ds.engine.assembly import modality
@@ -40,6 +41,7 @@ from mmpeft_ds.tasks.base import TaskBase
 
 # In `TrainState.extra`: weight of the loss in the epoch, by number of the source as text; and in the run.
 EPOCH_WEIGHT, RUN_WEIGHT = "epoch_weight", "run_weight"
+PARTS = ("data", "forward", "backward")  # of a step, as `Stepper.timer` knows them
 
 
 @dataclass
@@ -95,10 +97,12 @@ class Stepper:
         self.source_names = titles(resolved.train) if len(resolved.train) > 1 else [""]
         self.groups, self.group_of = gradients.group_names(built.trainables)
         self.process = psutil.Process()
+        self.timer, self.seconds = StepTimer(Clock(ranks.device)), math.inf  # of the step before
         set_modes(built.model, resolved.backbone, self.recipe)
 
     def train_step(self, step: Step, waited: float) -> dict[str, Any]:
-        """One optimizer step; `waited` seconds were spent waiting for its data. Returns the row of metrics.jsonl.
+        """One optimizer step; `waited` seconds were spent waiting for its data, which the caller times as part `data`
+        of `timer` too. Returns the row of metrics.jsonl.
 
         Raises:
             AgreedBadInput: too many bad samples, or too many steps skipped in a row; the state is as before the step.
@@ -118,8 +122,9 @@ class Stepper:
             except BadInput:
                 self.budget = before  # as if the step had not begun
                 raise
-        loss, places, forward_seconds, report = self.accumulate(step.micro, task, agreed)
-        row = [waited, forward_seconds, *self.memory()]
+        loss, places, report = self.accumulate(step.micro, task, agreed)
+        times = self.timer.finish()
+        row = [*(times.get(part, 0.0) for part in PARTS), *self.memory()]
         loss, places, penalty, report, norms, table = self.reduce(loss, places, report, row)
         norm = math.sqrt(sum(norms))
         done = state.step - state.skipped_total
@@ -140,7 +145,9 @@ class Stepper:
         seconds = time.perf_counter() - began + waited
         state.elapsed += seconds
         state.extra["samples"] = state.extra.get("samples", 0) + agreed.rows
-        busy = [row[0] + row[1] for row in table]
+        waits, forward, backward, rss, peak, *device = zip(*table, strict=True)
+        busy = [wait + f for wait, f in zip(waits, forward, strict=True)]  # backward waits for the other ranks
+        of_times, self.seconds = self.seconds if self.timer.clock.on_gpu else seconds, seconds
         return {
             "step": state.step,
             "epoch": state.epoch,
@@ -151,7 +158,9 @@ class Stepper:
             "grad_norm": norm,
             "samples_per_second": agreed.rows / seconds,
             "step_seconds": seconds,
-            "data_wait_share": sum(row[0] for row in table) / (seconds * len(table)),
+            "data_wait_share": statistics.mean(waits) / of_times,
+            "forward_seconds": statistics.mean(forward),
+            "backward_seconds": statistics.mean(backward),
             "samples": agreed.rows,
             "weight": agreed.weight,
             **padding.share(*places),
@@ -166,9 +175,9 @@ class Stepper:
             "slowest_rank": max(range(len(busy)), key=busy.__getitem__),
             "slowest_excess": max(busy) - statistics.median(busy),
             "grad_norms": {n: math.sqrt(s) for n, s in zip(self.groups, norms, strict=True)},
-            "rss_mib": [round(row[2]) for row in table],
-            "peak_rss_mib": [round(row[3]) for row in table],
-            **({"device_mib": [round(row[4]) for row in table]} if self.ranks.device.type == "cuda" else {}),
+            "rss_mib": [round(mib) for mib in rss],
+            "peak_rss_mib": [round(mib) for mib in peak],
+            **({"device_mib": [round(mib) for mib in device[0]]} if device else {}),
             "sample_keys_hash": f"{agreed.keys_hash:016x}",
             "elapsed": state.elapsed,
         }
@@ -211,35 +220,34 @@ class Stepper:
 
     def accumulate(
         self, micro: list[PackedBatch], task: Any, agreed: Agreed
-    ) -> tuple[torch.Tensor, torch.Tensor, float, dict[str, float]]:
+    ) -> tuple[torch.Tensor, torch.Tensor, dict[str, float]]:
         """Forward and backward of every micro-batch.
 
         Returns:
-            this rank's share of the loss, `padding.places`, seconds of the forward passes, and the sum of what heads
-            report.
+            this rank's share of the loss, `padding.places`, and the sum of what heads report.
         """
         # DeepSpeed divides by the rank count and by the accumulation steps; with W the loss is one mean over the step.
         scale = self.ranks.world_size * divisor(self.recipe) / agreed.weight if agreed.weight else 0.0
         total = torch.zeros((), dtype=torch.float64, device=self.ranks.device)
         places = torch.zeros(2, dtype=torch.float64, device=self.ranks.device)
-        forward_seconds, report = 0.0, {}
+        report: dict[str, float] = {}
         for i, (batch, present) in enumerate(zip(micro, agreed.present, strict=True)):
-            began = time.perf_counter()
             if self.recipe.data.pack:  # their number is another at each step
                 self.engine.set_gradient_accumulation_boundary(i + 1 == len(micro))
-            batch = modality.complete(batch, present, self.resolved.backbone, task).to(self.ranks.device)
-            outputs = forward(self.engine, self.resolved.backbone, batch, scores=True)
-            loss = task.loss(outputs, batch)
-            places += padding.places(outputs, batch)
-            forward_seconds += time.perf_counter() - began
-            self.engine.backward(loss * scale)
+            with self.timer.part("forward"):
+                batch = modality.complete(batch, present, self.resolved.backbone, task).to(self.ranks.device)
+                outputs = forward(self.engine, self.resolved.backbone, batch, scores=True)
+                loss = task.loss(outputs, batch)
+                places += padding.places(outputs, batch)
+            with self.timer.part("backward"):
+                self.engine.backward(loss * scale)
             # It reads numbers from the device, which has the backward pass to do meanwhile.
             for name, value in graph_health.measure(outputs, batch).items():
                 report[name] = report.get(name, 0.0) + value
             total += loss.detach()
             if i + 1 < len(micro):
                 self.engine.step()  # before the accumulation boundary this only counts the micro-step
-        return total / agreed.weight if agreed.weight else total, places, forward_seconds, report
+        return total / agreed.weight if agreed.weight else total, places, report
 
     def reduce(
         self, loss: torch.Tensor, places: torch.Tensor, report: dict[str, float], row: list[float]

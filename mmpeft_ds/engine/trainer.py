@@ -17,7 +17,8 @@ from mmpeft_ds.distributed.processes import Ranks
 from mmpeft_ds.engine import calibrate, checkpoint, ewc, summary
 from mmpeft_ds.engine.assembly import hub
 from mmpeft_ds.engine.assembly.build import Built, build
-from mmpeft_ds.engine.assembly.checks import check_schedule, idle_note
+from mmpeft_ds.engine.assembly.checks import check_schedule
+from mmpeft_ds.engine.assembly.idle import idle_notes
 from mmpeft_ds.engine.assembly.resolve import Resolved, ResolvedSource, resolve, titles
 from mmpeft_ds.engine.evaluator import Evaluation, count, evaluate
 from mmpeft_ds.engine.export import export_adapter
@@ -28,7 +29,6 @@ from mmpeft_ds.engine.stop import StopFlag
 from mmpeft_ds.engine.streams import check_shards, make_stream, thumbnails_of, total_steps
 from mmpeft_ds.engine.text_counts import note, nothing_learnt
 from mmpeft_ds.engine.train_state import TrainState
-from mmpeft_ds.engine.zero import fingerprint
 from mmpeft_ds.engine.zero import state as zero_state
 from mmpeft_ds.errors import AgreedBadInput, BadInput
 from mmpeft_ds.progress import Progress
@@ -67,19 +67,18 @@ def run(recipe: recipes.Recipe, *, fresh: bool = False, conclude: Callable[[Trai
                 print(f"{run_dir.path}: {finished_words(finished, total)}\n{finished['table']}")
             return 0
         ewc.check(recipe)
-        resolved.remarks += idle_note(recipe, ranks.world_size)
+        resolved.remarks += idle_notes(resolved, ranks.world_size)
         resolved.print_notes(ranks.rank, of_training=True)  # before the base is loaded, which may take minutes
         check_shards(resolved, ranks)
 
         # Build.
         built = build(resolved, ranks)
-        fingerprints = fingerprint.frozen_fingerprint(fingerprint.frozen_tensors(built.model))
 
         # Restore.
         state = TrainState(global_batch=recipe.data.global_batch)
         if run_dir.resume_from is not None:
-            state = checkpoint.load(run_dir.resume_from, built.engine, built.trainables, fingerprints)
-        base = ewc.base_of(built.model, fingerprints, resolved.train)
+            state = checkpoint.load(run_dir.resume_from, built.engine, built.trainables, built.fingerprint)
+        base = ewc.base_of(built.model, built.fingerprint, resolved.train)
         built.ewc = ewc.load(recipe, built, base, state, fresh=run_dir.resume_from is None)
         # To 0 as well: an earlier start may have died before its first checkpoint.
         run_dir.truncate(state.step, evaluated=state.extra.get("evaluated_at") == state.step)
@@ -92,7 +91,7 @@ def run(recipe: recipes.Recipe, *, fresh: bool = False, conclude: Callable[[Trai
         observer.say(run_dir.opening_words(state.step, total, ranks.world_size, built.stage))
         for line in built.ewc.summary if built.ewc else ():
             observer.say(line)
-        training = Training(resolved, built, ranks, stream, total, state, run_dir, fingerprints, observer, stop)
+        training = Training(resolved, built, ranks, stream, total, state, run_dir, observer, stop)
         stack.callback(training.close)
         if not (training.loop() and training.finish(conclude)):
             observer.say(f"stopped after step {state.step} of {total}; the same command continues it")
@@ -115,13 +114,12 @@ class Training:
         total: int,
         state: TrainState,
         run_dir: RunDir,
-        fingerprints: dict[str, str],
         observer: Observer,
         stop: StopFlag,
     ):
         self.resolved, self.recipe, self.built, self.ranks = resolved, resolved.recipe, built, ranks
         self.stream, self.total, self.state = stream, total, state
-        self.run_dir, self.fingerprints, self.observer = run_dir, fingerprints, observer
+        self.run_dir, self.observer = run_dir, observer
         data = self.recipe.data
         budget = BadBudget(data.max_bad_fraction, data.max_bad_in_a_row, stream.num_samples)
         if ranks.rank == 0 and "bad_budget" in state.extra:  # counts are summed over ranks, so rank 0 takes them all
@@ -232,7 +230,8 @@ class Training:
             while True:
                 began = time.perf_counter()
                 try:
-                    step = next(steps, None)
+                    with self.stepper.timer.part("data"):
+                        step = next(steps, None)
                 except BadInput as problem:  # on this rank alone, such as a shard that cannot be read any more
                     micro_steps = self.stream.micro_steps(self.state.epoch, self.state.step_in_epoch)
                     self.stepper.fail(problem, micro_steps)
@@ -302,7 +301,7 @@ class Training:
             self.built.trainables,
             self.state,
             recipe=recipes.to_dict(self.recipe),
-            fingerprint=self.fingerprints,
+            fingerprint=self.built.fingerprint,
             keep_last=self.recipe.engine.keep_last,
             best=best,
         )

@@ -16,7 +16,6 @@ from mmpeft_ds.engine.assembly.resolve import Resolved, ResolvedSource
 from mmpeft_ds.engine.evaluator import Evaluation, count, evaluate
 from mmpeft_ds.engine.streams import check_shards, make_stream
 from mmpeft_ds.engine.train_state import TrainState
-from mmpeft_ds.engine.zero import fingerprint
 from mmpeft_ds.errors import BadInput
 from mmpeft_ds.progress import Progress
 
@@ -28,7 +27,6 @@ class FinishedRun:
     Attributes:
         path: run directory.
         checkpoint: directory of the checkpoint that is loaded.
-        fingerprints: of every frozen tensor.
         state: of training, when the checkpoint was written.
     """
 
@@ -37,7 +35,6 @@ class FinishedRun:
     ranks: Ranks
     checkpoint: Path
     built: Built
-    fingerprints: dict[str, str]
     state: TrainState
 
     def evaluate(self, source: ResolvedSource, title: str, stop_requested: Callable[[], bool]) -> Evaluation | None:
@@ -61,9 +58,8 @@ def open_run(run: Path, resolved: Resolved, which: str) -> FinishedRun:
     check_shards(resolved, ranks)
     path = on_rank0(lambda: find_checkpoint(run, which))
     built = build(resolved, ranks)
-    fingerprints = fingerprint.frozen_fingerprint(fingerprint.frozen_tensors(built.model))
-    state = checkpoint.load(path, built.engine, built.trainables, fingerprints)
-    return FinishedRun(run, resolved, ranks, path, built, fingerprints, state)
+    state = checkpoint.load(path, built.engine, built.trainables, built.fingerprint)
+    return FinishedRun(run, resolved, ranks, path, built, state)
 
 
 def find_checkpoint(run: Path, which: str) -> Path:

@@ -34,7 +34,7 @@ from mmpeft_ds.engine.stop import StopFlag
 from mmpeft_ds.engine.streams import make_stream
 from mmpeft_ds.engine.text_counts import TextCounts, nothing_learnt
 from mmpeft_ds.engine.train_state import TrainState
-from mmpeft_ds.engine.zero import gradients
+from mmpeft_ds.engine.zero import full_state, gradients
 from mmpeft_ds.engine.zero import state as zero_state
 from mmpeft_ds.errors import AgreedBadInput, BadInput
 from mmpeft_ds.methods.common.head import head_of
@@ -200,13 +200,13 @@ def _write(
     """Gather F and theta* and write them on rank 0; the trace of F, on every rank. Collective."""
     built = opened.built
     mine = not gradients.replicated(built.engine)
-    fisher, anchor = {}, {}
+    anchor = full_state.on_rank0(built.engine, built.trainables, [full_state.WEIGHT])[full_state.WEIGHT]
+    fisher = {}
     for name, parameter in built.trainables.items():
-        whole = (factors[name] * squares.whole(parameter, opened.ranks.device, mine)).float().cpu()
-        weight = zero_state.read_weight(parameter)
+        whole = (factors[name] * squares.whole(parameter, opened.ranks.device, mine)).float()
         if opened.ranks.rank == 0:
-            fisher[name], anchor[name] = whole, weight
-    base = ewc.base_of(built.model, opened.fingerprints, opened.resolved.train)
+            fisher[name] = whole.cpu()
+    base = ewc.base_of(built.model, built.fingerprint, opened.resolved.train)
     out.parent.mkdir(parents=True, exist_ok=True)
     on_rank0(lambda: ewc.save(out, fisher, anchor, base, facts))
     return on_rank0(lambda: sum(f.double().sum().item() for f in fisher.values()))

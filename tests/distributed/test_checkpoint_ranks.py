@@ -14,6 +14,11 @@ pytestmark = pytest.mark.distributed
 SCRIPT = "tests.helpers.rank_scripts.checkpoint"
 STAGES = ("stage0", "stage1", "stage2", "stage3")
 OTHER_OPTIMIZERS = ("stage1-sgd", "stage3-sgd", "stage1-adam", "stage3-adam")
+NAMES = [
+    *(f"blocks.{i}.{n}" for i in (0, 1) for n in ("down.weight", "up.weight", "up.bias")),
+    "head.weight",
+    "head.bias",
+]
 
 
 def run(folder: Path, mode: str, ranks: int) -> dict:
@@ -25,7 +30,7 @@ def run(folder: Path, mode: str, ranks: int) -> dict:
         assert {k: v["after"] for k, v in other["read"].items()} == {
             k: v["after"] for k, v in every[0]["read"].items()
         }
-    return every[0]
+    return every[0] | {"both": every}
 
 
 @pytest.fixture(scope="module")
@@ -108,11 +113,40 @@ def test_a_checkpoint_of_another_optimiser_is_refused(two, stage):
 @pytest.mark.parametrize("name", STAGES)
 def test_saving_moves_three_times_the_trained_bytes_at_most_and_nothing_frozen(two, name):
     case = two["written"][name]
-    # weights and two moments; ZeRO-3 pads each of the 8 tensors to two equal parts
-    assert sum(case["counts"].values()) <= 3 * (case["trainable_bytes"] + 4 * 8)
+    # weights and two moments; ZeRO-3 pads each of the 8 tensors to two equal parts; further: sums of bits, 8 bytes a
+    # tensor three times and 16 bytes a moment, and the name of the directory
+    assert case["bytes"] <= 3 * (case["trainable_bytes"] + 4 * 8) + 3 * 8 * 8 + 2 * 16 + 500
 
 
 def test_the_byte_count_would_see_a_gathered_frozen_weight(two):
     """Negative control for the test above."""
     case = two["written"]["stage3"]
-    assert sum(case["counts_of_everything"].values()) > case["trainable_bytes"] + 2 * 4 * 49
+    assert case["bytes_of_everything"] > case["trainable_bytes"] + 2 * 4 * 49
+
+
+@pytest.mark.parametrize("name", [*(s + b for s in STAGES for b in ("", "-bf16")), *OTHER_OPTIMIZERS])
+def test_the_files_have_the_bytes_that_deepspeeds_own_calls_give(two, name):
+    assert two["written"][name]["same_bytes"] == {"weights.safetensors": True, "optimizer.safetensors": True}
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_all_tensors_come_by_one_gather(two, name):
+    first, second = (case["written"][name] for case in two["both"])
+    gathers = 0 if name == "stage0" else 1
+    assert first["calls"].get("allgather_base", 0) == second["calls"].get("allgather_base", 0) == gathers
+    # Control: DeepSpeed's own calls, one for each of 8 parameters and 2 moments of each.
+    assert sum(first["calls_of_deepspeed"].values()) == (0 if name == "stage0" else 24)
+
+
+@pytest.mark.parametrize("name", ["stage1", "stage2", "stage3"])
+def test_gathers_with_room_for_few_numbers_give_the_same_and_keep_to_their_room(two, name):
+    for bucket, case in two["written"][name]["narrow"].items():
+        assert case["equal"] and max(case["sizes"]) <= int(bucket) and len(case["sizes"]) > 10
+        assert [list(names) for names in case["names"].values()] == 3 * [NAMES]
+
+
+@pytest.mark.parametrize("name", ["stage1", "stage2", "stage3"])
+def test_rank_0_alone_copies_to_the_host(two, name):
+    first, second = (case["written"][name]["narrow"] for case in two["both"])
+    assert all(case["copies"] == len(case["sizes"]) for case in first.values())
+    assert all(case["copies"] == 0 and not any(case["names"].values()) for case in second.values())

@@ -3,15 +3,18 @@
 import dataclasses
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from mmpeft_ds import recipe as recipes
+from mmpeft_ds.backbones.blip import options as blip_options
+from mmpeft_ds.data import order
 from mmpeft_ds.data.manifest import Manifest
 from mmpeft_ds.data.subset import Subset
 from mmpeft_ds.engine import plan, streams
-from mmpeft_ds.engine.assembly import resolve
+from mmpeft_ds.engine.assembly import idle, resolve
 from mmpeft_ds.errors import BadInput
 from tests.helpers.runs import tiny_vqa
 
@@ -286,3 +289,44 @@ def test_ranks_that_would_compute_on_padding_are_told(folder):
     assert any("has samples for 4 of 64 ranks" in line and "60 compute on padding" in line for line in notes)
     notes = plan.make(resolve.resolve(load(folder, "data.global_batch=8")), [8])["remarks"]
     assert not any("padding" in line for line in notes)
+
+
+def test_ranks_without_samples_of_a_small_source_are_told(folder):
+    samples = resolve.resolve(load(folder)).train[0].samples
+    wide = load(folder, f"data.global_batch={4 * samples}")
+    (line,) = idle.idle_notes(resolve.resolve(wide), 2 * samples)
+    assert f"all of its {samples} samples, for {samples} of {2 * samples} ranks; {samples} compute on padding" in line
+    assert idle.idle_notes(resolve.resolve(wide), samples) == []
+
+
+def told_of_sets(folder, ranks: int, least: int, coupled: bool = True) -> list[str]:
+    resolved = resolve.resolve(load(folder, "data.global_batch=8"))
+    resolved.train[0].task.couples_samples = coupled
+    resolved.backbone.options = SimpleNamespace(least_slots=least)
+    return idle.idle_notes(resolved, ranks)
+
+
+def test_ranks_that_form_sets_of_their_own_and_hold_one_sample_are_told(folder):
+    assert told_of_sets(folder, 4, 2) == []
+    (line,) = told_of_sets(folder, 6, 2)  # 1, 1, 2, 1, 1, 2 samples
+    assert "4 of 6 ranks hold fewer than 2 of a step. Use at most 4 ranks" in line
+    # Ranks beyond the slots, and those with one sample.
+    padding, alone = told_of_sets(folder, 12, 2)
+    assert "4 compute on padding" in padding and "8 of 12 ranks hold fewer than 2" in alone
+    # A set over all ranks, or samples by themselves, can use one a rank.
+    assert told_of_sets(folder, 8, 1) == [] and told_of_sets(folder, 8, 2, coupled=False) == []
+
+
+def test_blip_with_negatives_of_the_own_rank_needs_two_samples_on_each():
+    options = blip_options.Options
+    assert options(form="retrieval", negatives="local").least_slots == 2
+    assert options(form="retrieval").least_slots == options(form="vqa").least_slots == 1
+
+
+@pytest.mark.parametrize(("slots", "samples", "ranks"), [(8, 100, 3), (8, 5, 3), (8, 3, 8), (64, 10, 16), (4, 9, 7)])
+def test_samples_of_a_rank_are_those_that_its_slots_take(slots, samples, ranks):
+    taken = []
+    for rank in range(ranks):
+        own = [slot for slot in order.micro_slots(slots, rank, ranks, 1)[0] if slot is not None]
+        taken.append(sum(order.position_of(samples, slots, slot, 0) is not None for slot in own))
+    assert idle.samples_per_rank(slots, samples, ranks) == taken

@@ -98,7 +98,8 @@ class BlipBackbone(StockBackbone):
         o, config = self.options, copy.deepcopy(self._config)
         model_class = stock.publishing(*FORMS[o.form])
         config.enc_token_id = self._tokens.enc  # saved with the model
-        model = stock.load(model_class, o.model, WHERE, config, self.dtype, "eager", o.random_weights, on_meta)
+        load = (model_class, o.model, WHERE, config, self.dtype, "eager")
+        model = stock.load(*load, o.random_weights, on_meta, self.device)
         if o.form == "retrieval":
             model.train_for(o)
         return model

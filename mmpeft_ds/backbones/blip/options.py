@@ -62,3 +62,8 @@ class Options(BackboneOptions):
     negatives: Literal["all", "local", "none"] = "all"
     frame_aware: bool = False
     context_enhancement: Literal["off", "official", "all_pairs"] = "off"
+
+    @property
+    def least_slots(self) -> int:
+        """Two where wrong pairs come from the rank's own samples."""
+        return 2 if self.form == "retrieval" and self.negatives == "local" else 1

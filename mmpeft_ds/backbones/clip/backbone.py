@@ -56,7 +56,8 @@ class ClipBackbone(StockBackbone, EncoderPair):
         model_class = stock.publishing(PackedClip, STOCK[self._config.model_type])
         o, config = self.options, copy.deepcopy(self._config)
         config.condition = o.condition  # saved with the model
-        return stock.load(model_class, o.model, WHERE, config, self.dtype, self.attention, o.random_weights, on_meta)
+        load = (model_class, o.model, WHERE, config, self.dtype, self.attention)
+        return stock.load(*load, o.random_weights, on_meta, self.device)
 
     def image_transform(self, train: bool) -> Callable[[Tensor, Any], Tensor]:
         """Resize to the tower's input; no augmentation."""

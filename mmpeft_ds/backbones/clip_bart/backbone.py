@@ -125,6 +125,7 @@ class ClipBartBackbone(BackboneBase):
             self.attention,
             random_weights=self.options.random_weights,
             on_meta=on_meta,
+            device=None if self.options.order_tokens else self.device,  # these are drawn, so on the host
         )
         with torch.random.fork_rng():
             torch.manual_seed(ORDER_SEED)
@@ -137,6 +138,7 @@ class ClipBartBackbone(BackboneBase):
                 "dtype": self.dtype,
                 "attn_implementation": tower_loading.choose_attention(self.attention, self.dtype),
                 **tower_loading.pooler_argument(self._vision_config, "vision", False),
+                **tower_loading.placed(self.device),
             }
             vision = tower_loading.load_tower(self.options.vision, "backbone.vision", config.vision_config, **loading)
         if on_meta:

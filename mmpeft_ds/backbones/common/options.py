@@ -28,3 +28,9 @@ class BackboneOptions:
         `model`, `vision` and `text` name."""
         given = vars(self)
         return [name for option in ("model", "vision", "text") if (name := given.get(option))]
+
+    @property
+    def least_slots(self) -> int:
+        """Samples of a step that a rank has to hold for a loss that tells them from each other. More than 1 where each
+        rank forms a set of its own, so that others' samples do not count. Default: 1."""
+        return 1

@@ -67,6 +67,7 @@ def load(
     attention: str,
     random_weights: bool = False,
     on_meta: bool = False,
+    device: torch.device | None = None,
 ) -> PreTrainedModel:
     """The frozen model, in train mode.
 
@@ -74,6 +75,7 @@ def load(
         attention: as the recipe gives it, `auto` included.
         random_weights: from the configuration alone, with a fixed seed.
         on_meta: allocate nothing.
+        device: where pretrained weights are put as they are read; None: on the host.
 
     Raises:
         BadInput: if there are no weights, or the checkpoint lacks some: they would be random.
@@ -87,7 +89,7 @@ def load(
             torch.manual_seed(RANDOM_SEED)
             model = model_class._from_config(config, **kwargs)
     else:
-        model = _pretrained(model_class, name, where, config, kwargs)
+        model = _pretrained(model_class, name, where, config, kwargs | tower_loading.placed(device))
     return model.requires_grad_(False).train()
 
 

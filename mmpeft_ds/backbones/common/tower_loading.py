@@ -116,7 +116,7 @@ def load_tower(
 
     Args:
         may_miss: beginnings of parameter names that the checkpoint need not have.
-        kwargs: for `from_pretrained`: dtype, attn_implementation, add_pooling_layer.
+        kwargs: for `from_pretrained`: dtype, attn_implementation, add_pooling_layer, device_map.
 
     Raises:
         BadInput: if there are no weights, or the checkpoint lacks some that the tower needs: they would be random.
@@ -138,6 +138,11 @@ def load_tower(
             "Choose another checkpoint, or another `vision_feature` or `head_input`."
         )
     return model
+
+
+def placed(device: torch.device | None) -> dict[str, Any]:
+    """Keyword of `from_pretrained` that reads weights straight to `device`; none for the host."""
+    return {} if device is None or device.type == "cpu" else {"device_map": {"": device}}
 
 
 def empty_tower(config: PretrainedConfig, kind: str, pooler: bool) -> PreTrainedModel:

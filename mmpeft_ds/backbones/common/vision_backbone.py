@@ -202,7 +202,11 @@ class VisionBackbone(BackboneBase):
             return tower_loading.empty_tower(config, kind, pooler).to(self.dtype)
 
     def _loading(self) -> dict[str, Any]:
-        return {"dtype": self.dtype, "attn_implementation": tower_loading.choose_attention(self.attention, self.dtype)}
+        return {
+            "dtype": self.dtype,
+            "attn_implementation": tower_loading.choose_attention(self.attention, self.dtype),
+            **tower_loading.placed(self.device),
+        }
 
 
 @torch.no_grad()

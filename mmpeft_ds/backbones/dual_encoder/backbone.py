@@ -122,7 +122,7 @@ class DualEncoderBackbone(VisionBackbone, EncoderPair):
         config = self._config()
         if self.options.model:
             load = (DualEncoder, self.options.model, "backbone.model", config, self.dtype, self.attention)
-            model = stock.load(*load, self.options.random_weights, on_meta)
+            model = stock.load(*load, self.options.random_weights, on_meta, self.device)
         elif on_meta:
             with torch.device("meta"):
                 model = DualEncoder(config)

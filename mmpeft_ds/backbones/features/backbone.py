@@ -110,7 +110,7 @@ class FeaturesBackbone(BackboneBase):
         image, text = self.widths
         encoder, scale = None, float(self.towers.get("logit_scale") or 1.0)
         if self.encoder is not None:
-            for name in ("dtype", "attention", "train_dropout"):
+            for name in ("dtype", "attention", "train_dropout", "device"):
                 setattr(self.encoder, name, getattr(self, name))
             encoder = self.encoder.build(on_meta)
             if not self.towers and not on_meta:

@@ -95,7 +95,8 @@ class MllmBackbone(StockBackbone):
         config.condition = o.condition  # saved with the model
         stock_class = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(config)]
         model_class = stock.publishing(ImageText, stock_class)
-        return stock.load(model_class, o.model, WHERE, config, self.dtype, self.attention, o.random_weights, on_meta)
+        load = (model_class, o.model, WHERE, config, self.dtype, self.attention)
+        return stock.load(*load, o.random_weights, on_meta, self.device)
 
     def image_transform(self, train: bool) -> Callable[[Tensor, Any], dict[str, Tensor]]:
         """The checkpoint's image processor without normalising; no augmentation."""

@@ -88,6 +88,7 @@ class VisionTextDecoderBackbone(VisionBackbone):
                 self.dtype,
                 self.attention,
                 o.random_weights,
+                device=self.device,
             )
             vision = self._load_vision(config.vision_config)
             with torch.random.fork_rng():

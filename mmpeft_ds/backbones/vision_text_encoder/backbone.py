@@ -125,7 +125,9 @@ class VisionTextEncoderBackbone(VisionBackbone):
         pooler = self.options.head_input == "pooler"
         if self.options.random_weights:
             return self._random_tower(config.text_config, "text", pooler)
-        extra = tower_loading.pooler_argument(config.text_config, "text", pooler)
+        loading = self._loading() | tower_loading.pooler_argument(config.text_config, "text", pooler)
+        if pooler:
+            loading.pop("device_map", None)  # a pooler that the checkpoint lacks is drawn, so on the host
         with torch.random.fork_rng():
             torch.manual_seed(POOLER_SEED)
             return tower_loading.load_tower(
@@ -133,8 +135,7 @@ class VisionTextEncoderBackbone(VisionBackbone):
                 "backbone.text",
                 config.text_config,
                 may_miss=("pooler.",),
-                **self._loading(),
-                **extra,
+                **loading,
             )
 
 

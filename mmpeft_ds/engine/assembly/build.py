@@ -14,9 +14,11 @@ from mmpeft_ds.distributed.partitioned import gathered
 from mmpeft_ds.distributed.processes import Ranks
 from mmpeft_ds.engine.assembly import feature_bank
 from mmpeft_ds.engine.optim import optimizers
+from mmpeft_ds.engine.zero import fingerprint as fingerprints
 from mmpeft_ds.engine.zero import node_groups, stage3
 from mmpeft_ds.engine.zero import state as zero_state
 from mmpeft_ds.engine.zero.config import check_by_deepspeed, merge
+from mmpeft_ds.engine.zero.start import frozen_not_sent
 from mmpeft_ds.errors import BadInput
 from mmpeft_ds.recipe import Recipe
 from mmpeft_ds.sites import find_sites
@@ -31,6 +33,7 @@ class Built:
         model: the `PeftModel`.
         trainables: parameter name -> parameter, in the model's order.
         stage: ZeRO stage.
+        fingerprint: of every frozen tensor, which is the same on all ranks.
         ewc: elastic weight consolidation towards an earlier task (`engine.ewc.Pull`), or None.
     """
 
@@ -38,14 +41,15 @@ class Built:
     model: nn.Module
     trainables: dict[str, nn.Parameter]
     stage: int
+    fingerprint: dict[str, str]
     ewc: Any = None
 
 
 def build(resolved: Any, ranks: Ranks) -> Built:
-    """The frozen base, its adapters and DeepSpeed around them.
+    """The frozen base, its adapters and DeepSpeed around them. Collective.
 
     Raises:
-        BadInput: when nothing is trainable, or DeepSpeed refuses the JSON.
+        BadInput: when nothing is trainable, DeepSpeed refuses the JSON, or ranks have read other weights.
     """
     import deepspeed
     from transformers.integrations import HfDeepSpeedConfig
@@ -63,7 +67,11 @@ def build(resolved: Any, ranks: Ranks) -> Built:
         wanted = resolved.method.bank_parts(resolved.method_config)
         resolved.backbone.use_bank(feature_bank.read(resolved.train, resolved.labels, wanted))
     torch.manual_seed(recipe.seed)
+    # Below stage 3 each rank keeps the whole base: it reads it to its device, not into the host's memory first.
+    resolved.backbone.device = None if stage == 3 else ranks.device
     base = resolved.backbone.build()
+    if stage < 3:
+        base.to(ranks.device)  # the rest: what is drawn, and buffers
     if resolved.backbone.reads_bank:
         with gathered(list(base.parameters())):
             resolved.backbone.read_classes(base)
@@ -76,7 +84,8 @@ def build(resolved: Any, ranks: Ranks) -> Built:
         base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     trainables = {n: p for n, p in model.named_parameters() if p.requires_grad}
     if not trainables and resolved.method_options.gradient_free:
-        return Built(FrozenEngine(model.to(ranks.device), ranks), model, {}, 0)
+        model.to(ranks.device)
+        return Built(FrozenEngine(model, ranks), model, {}, 0, fingerprints.of_frozen(model))
     check_trainables(trainables)
     if stage == 3:
         stage3.mark_leaves(model, sites)
@@ -89,11 +98,13 @@ def build(resolved: Any, ranks: Ranks) -> Built:
     if not any(hasattr(p, "ds_id") for p in model.parameters()):
         # Nothing is partitioned, as with stored features, so DeepSpeed would cast the trainables to bfloat16 too.
         config["bf16"] = {"enabled": False}
-    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+    with frozen_not_sent(model):
+        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
     check_engine(engine, trainables)
     if stage == 3:
         stage3.keep_frozen(engine)
-    return Built(engine, model, trainables, stage)
+        stage3.gather_flat(engine)
+    return Built(engine, model, trainables, stage, fingerprints.of_frozen(model))
 
 
 class FrozenEngine:

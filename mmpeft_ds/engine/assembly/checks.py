@@ -292,18 +292,6 @@ def run_notes(recipe: Recipe, sources: Sequence[tuple[str, TaskBase, int]], by_g
     return notes
 
 
-def idle_note(recipe: Recipe, ranks: int) -> list[str]:
-    """A line for the user where a step holds fewer samples than there are ranks to train on them."""
-    per_pass = recipe.data.global_batch // recipe.optim.accumulation
-    if ranks <= per_pass:
-        return []
-    parts = f" in optim.accumulation: {recipe.optim.accumulation} parts" if recipe.optim.accumulation > 1 else ""
-    return [
-        f"data.global_batch: {recipe.data.global_batch:,}{parts} has samples for {per_pass:,} of {ranks:,} ranks at a "
-        f"time; {ranks - per_pass:,} compute on padding. Use fewer ranks or a larger batch."
-    ]
-
-
 def check_names(recipe: Recipe, entries: list[tuple[str, SourceOptions, Manifest]]) -> None:
     """Refuse two data sets whose samples bear the same ids, `NAME/SPLIT-NUMBER`. Raises BadInput."""
     seen: dict[tuple[str, str], tuple[str, Manifest]] = {}

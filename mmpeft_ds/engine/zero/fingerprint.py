@@ -108,6 +108,11 @@ def frozen_fingerprint(frozen: Iterable[tuple[str, Tensor]]) -> dict[str, str]:
     return prints
 
 
+def of_frozen(model: nn.Module) -> dict[str, str]:
+    """`frozen_fingerprint` of the `frozen_tensors` of a model. Collective. Raises BadInput."""
+    return frozen_fingerprint(frozen_tensors(model))
+
+
 def of_whole(tensor: Tensor) -> str:
     """The fingerprint of one tensor that this process holds whole."""
     return _described(tensor, weighted_bits(tensor.detach().reshape(-1)))

@@ -1,15 +1,18 @@
-"""Adjustments of ZeRO-3 to a model that is mostly frozen: whole blocks as leaves, frozen parameters gathered once."""
+"""Adjustments of ZeRO-3 to a model that is mostly frozen: whole blocks as leaves, persistent parameters
+gathered once where they are frozen and together where they are trained."""
 
 from __future__ import annotations
 
 import os
 from collections import defaultdict
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import nn
 
 from mmpeft_ds.backbones.base import model_hooks
+from mmpeft_ds.engine.zero.full_state import BUCKET
 from mmpeft_ds.sites.base import Sites
 
 
@@ -75,6 +78,41 @@ def keep_frozen(engine: Any) -> None:
             p.ds_status = ZeroParamStatus.AVAILABLE
 
     optimizer._partition_all_parameters = shard_the_rest
+
+
+def gather_flat(engine: Any) -> None:
+    """Gather trained parameters below the persistence threshold together after a step, not one after another.
+
+    DeepSpeed starts one collective a parameter there, hundreds for the vectors and small matrices of an adapter.
+    """
+    optimizer = engine.optimizer
+    trained, optimizer.persistent_parameters = optimizer.persistent_parameters, []
+    finish_step = optimizer._post_step
+
+    def finish_and_gather(*args: Any, **kwargs: Any) -> None:
+        finish_step(*args, **kwargs)  # drops copies of old values that hpZ keeps, from which it would gather
+        for parameters in _buckets(trained):
+            parameters[0].all_gather_coalesced(parameters).wait()
+
+    optimizer._post_step = finish_and_gather
+
+
+def _buckets(parameters: list[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
+    """Those that are not gathered, in lists of at most BUCKET bytes (of one parameter, if it has more)."""
+    from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+
+    bucket, size = [], 0
+    for parameter in parameters:
+        if parameter.ds_status != ZeroParamStatus.NOT_AVAILABLE:
+            continue
+        nbytes = parameter.ds_numel * parameter.ds_tensor.element_size()
+        if bucket and size + nbytes > BUCKET:
+            yield bucket
+            bucket, size = [], 0
+        bucket.append(parameter)
+        size += nbytes
+    if bucket:
+        yield bucket
 
 
 def input_with_gradient(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:

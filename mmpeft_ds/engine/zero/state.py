@@ -97,28 +97,6 @@ def set_optimizer_step(engine: Any, step: int) -> None:
             state["step"] = step
 
 
-def read_weight(parameter: nn.Parameter) -> Tensor:
-    """The float32 master of one parameter of a DeepSpeed engine, whole, on the CPU. Collective."""
-    from deepspeed.utils import safe_get_full_fp32_param
-
-    full = safe_get_full_fp32_param(parameter) if _is_partitioned(parameter) else parameter
-    return full.detach().to("cpu", torch.float32, copy=True).reshape(full_shape(parameter))
-
-
-def read_full(engine: Any, parameter: nn.Parameter) -> dict[str, Tensor]:
-    """`weight` and the optimizer's `moments` of one parameter, whole and float32, on the CPU. Collective."""
-    from deepspeed.utils import safe_get_full_optimizer_state
-
-    keys = moments(engine)
-    if _is_partitioned(parameter):
-        held = {key: safe_get_full_optimizer_state(parameter, key) for key in keys}
-    else:
-        held = {key: engine.optimizer.state[parameter][key] for key in keys}
-    shape = full_shape(parameter)
-    whole = {key: value.detach().to("cpu", torch.float32, copy=True).reshape(shape) for key, value in held.items()}
-    return {"weight": read_weight(parameter)} | whole
-
-
 def write_full(engine: Any, parameter: nn.Parameter, values: dict[str, Tensor]) -> None:
     """Set master and moments of one parameter from whole tensors that every rank has, but not the parameter itself."""
     from deepspeed.utils import (

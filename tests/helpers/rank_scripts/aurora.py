@@ -16,6 +16,7 @@ from transformers import BlipForImageTextRetrieval
 from mmpeft_ds.backbones.base import ModelHooks
 from mmpeft_ds.sites import find_sites
 from mmpeft_ds.sites.condition import enable_checkpointing
+from tests.helpers import engine_state
 from tests.helpers.models.tiny_aurora import attach, blip, fill
 
 STEPS, ROWS = 3, 4
@@ -65,7 +66,6 @@ def run_case(case: dict, rank: int) -> dict:
     import deepspeed
 
     from mmpeft_ds.engine.zero import stage3
-    from mmpeft_ds.engine.zero import state as zero_state
 
     wrapped = adapted(case["recompute"])
     if case["leaves"]:
@@ -84,7 +84,7 @@ def run_case(case: dict, rank: int) -> dict:
         loss = engine(pixels[half], ids[half])
         engine.backward(loss)
         engine.step()
-    weights = {n: zero_state.read_weight(p) for n, p in own.items()}
+    weights = {n: engine_state.read_weight(p) for n, p in own.items()}
     engine.destroy()
     return {"before": before, "weights": weights}
 

@@ -11,7 +11,6 @@ checkpoints of another world size. Results go to WORK/NAME.json; every case is (
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import os
 from pathlib import Path
@@ -23,10 +22,14 @@ from torch import nn
 
 from mmpeft_ds.engine import checkpoint
 from mmpeft_ds.engine.optim import optimizers
+from mmpeft_ds.engine.zero import full_state
 from mmpeft_ds.engine.zero import state as zero_state
 from mmpeft_ds.engine.zero.fingerprint import frozen_fingerprint, frozen_tensors
 from mmpeft_ds.errors import BadInput
+from mmpeft_ds.files import save_tensors
 from mmpeft_ds.recipe.options import OptimOptions
+from tests.helpers import engine_state
+from tests.helpers.device.counters import counted
 
 B, D, STEPS, MORE = 12, 7, 4, 3
 OTHER_OPTIMIZERS = [f"stage{stage}-{name}" for name in ("sgd", "adam") for stage in (1, 3)]
@@ -128,37 +131,36 @@ def frozen(engine) -> dict[str, str]:
     return frozen_fingerprint(frozen_tensors(engine.module))
 
 
-@contextlib.contextmanager
-def counted_bytes(counts: dict):
-    """Bytes that DeepSpeed's collectives produce on this rank while the block runs, by collective."""
-    backend = deepspeed.comm.comm.cdb
-    names = ("all_gather_into_tensor", "all_gather", "all_gather_coalesced", "all_reduce", "broadcast")
-
-    def counting(name):
-        original = getattr(backend, name)
-
-        def call(*args, **kwargs):
-            result = args[0] if args else next(iter(kwargs.values()))  # the output comes first in all of them
-            tensors = result if isinstance(result, (list, tuple)) else [result]
-            counts[name] = counts.get(name, 0) + sum(t.numel() * t.element_size() for t in tensors)
-            return original(*args, **kwargs)
-
-        return call
-
-    for name in names:
-        setattr(backend, name, counting(name))
-    try:
-        yield
-    finally:
-        for name in names:
-            delattr(backend, name)  # the class's own again
-
-
 def save(run_dir: Path, engine, trainables, step: int, fingerprint, **options) -> Path:
     state = checkpoint.TrainState(epoch=1, step=step, step_in_epoch=2, global_batch=B, best=0.5, bad={"image": 2})
     return checkpoint.save(
         run_dir, engine, trainables, state, recipe={"seed": 0}, fingerprint=fingerprint, keep_last=2, **options
     )
+
+
+def compare(path: Path, engine, trainables) -> dict:
+    """The files of a checkpoint against those of DeepSpeed's own calls, and gathers with room for few numbers."""
+    with counted() as counts:
+        full = {name: engine_state.read_full(engine, p) for name, p in trainables.items()}
+    keys = ("weight", *zero_state.moments(engine))
+    weights = {name: tensors["weight"] for name, tensors in full.items()}
+    moments = {f"{name}.{key}": full[name][key] for key in keys[1:] for name in full}
+    theirs = path.parent / "theirs"
+    same = {}
+    for file, tensors in (("weights.safetensors", weights), ("optimizer.safetensors", moments)):
+        if dist.get_rank() == 0:
+            save_tensors(theirs, tensors)
+            same[file] = theirs.read_bytes() == (path / file).read_bytes()
+            theirs.unlink()
+    narrow = {}
+    for bucket in (8, 40, 72):
+        with counted() as few:
+            held = full_state.on_rank0(engine, trainables, keys, bucket=bucket)
+        expected = {key: {name: tensors[key] for name, tensors in full.items()} for key in keys}
+        names = {key: list(tensors) for key, tensors in held.items()}
+        equal = all(torch.equal(t, expected[key][n]) for key, tensors in held.items() for n, t in tensors.items())
+        narrow[bucket] = {"equal": equal, "names": names, "sizes": few.sizes, "copies": few.names["cpu"]}
+    return {"same_bytes": same, "calls_of_deepspeed": counts.collectives, "narrow": narrow}
 
 
 def write(work: Path) -> dict:
@@ -170,20 +172,22 @@ def write(work: Path) -> dict:
         if name in OTHER_OPTIMIZERS:
             save(work / "unstarted" / name, engine, trainables, 0, {})  # makes the state before the first step does
         losses = train(engine, 0, STEPS)
-        prints, counts = frozen(engine), {}
+        prints = frozen(engine)
         dist.barrier()
-        with counted_bytes(counts):
-            save(work / name, engine, trainables, STEPS, prints)
+        with counted() as counts:
+            path = save(work / name, engine, trainables, STEPS, prints)
+        compared = compare(path, engine, trainables)
         after = train(engine, STEPS, MORE)
         total = sum(p.numel() if stage < 3 else p.ds_numel for p in trainables.values())
-        everything: dict = {}
-        with counted_bytes(everything), deepspeed.zero.GatheredParameters(list(engine.module.parameters())):
+        with counted() as everything, deepspeed.zero.GatheredParameters(list(engine.module.parameters())):
             pass  # what a save that gathers frozen weights would show
         results[name] = {
-            "counts_of_everything": everything,
+            "bytes_of_everything": sum(everything.sizes),
             "losses": losses,
             "after": after,
-            "counts": counts,
+            "bytes": sum(counts.sizes),
+            "calls": counts.collectives,
+            **compared,
             "trainable_bytes": 4 * total,
         }
         results[name]["fingerprint"] = prints

@@ -22,6 +22,7 @@ from mmpeft_ds.engine.step import Stepper
 from mmpeft_ds.engine.train_state import TrainState
 from mmpeft_ds.engine.zero import gradients
 from mmpeft_ds.engine.zero import state as zero_state
+from tests.helpers import engine_state
 from tests.helpers.runs import tiny_classifier
 
 BEFORE, AFTER = 3, 2
@@ -76,7 +77,7 @@ def train(made: SimpleNamespace, state: TrainState, steps: int, ranks: processes
 
 def weights_of(made: SimpleNamespace) -> dict[str, torch.Tensor]:
     zero_state.ensure_optimizer_state(made.built.engine)
-    return {n: zero_state.read_weight(p) for n, p in made.built.trainables.items()}
+    return {n: engine_state.read_weight(p) for n, p in made.built.trainables.items()}
 
 
 def run_case(case: dict, folder: Path, ranks: processes.Ranks) -> dict:

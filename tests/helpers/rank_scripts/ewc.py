@@ -18,8 +18,8 @@ from mmpeft_ds.engine.assembly.build import build
 from mmpeft_ds.engine.step import Stepper
 from mmpeft_ds.engine.train_state import TrainState
 from mmpeft_ds.engine.zero import gradients
-from mmpeft_ds.engine.zero import state as zero_state
 from mmpeft_ds.runs import fisher
+from tests.helpers import engine_state
 from tests.helpers.rank_scripts.train import own_micro
 from tests.helpers.runs import tiny_classifier
 
@@ -44,12 +44,12 @@ def run_case(case: dict, folder: Path, ranks: processes.Ranks) -> dict:
                                     steps(FISHER_STEPS))  # fmt: skip
     mine = not gradients.replicated(built.engine)
     measured = {n: squares.whole(p, mine=mine).clone() for n, p in built.trainables.items()}
-    before = {n: zero_state.read_weight(p) for n, p in built.trainables.items()}
+    before = {n: engine_state.read_weight(p) for n, p in built.trainables.items()}
     built.ewc = ewc.load(recipe, built, {}, state, fresh=True)
-    started = {n: zero_state.read_weight(p) for n, p in built.trainables.items()}
+    started = {n: engine_state.read_weight(p) for n, p in built.trainables.items()}
     stepper = Stepper(resolved, built, ranks, 10, state, BadBudget(1.0, 1000))
     rows = [stepper.train_step(step, 0.0) for step in steps(STEPS)]
-    after = {n: zero_state.read_weight(p) for n, p in built.trainables.items()}
+    after = {n: engine_state.read_weight(p) for n, p in built.trainables.items()}
     built.engine.destroy()
     return {"fisher": measured, "facts": facts, "before": before, "started": started, "rows": rows, "weights": after,
             "told": built.ewc.summary}  # fmt: skip

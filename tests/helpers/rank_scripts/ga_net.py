@@ -25,6 +25,7 @@ from mmpeft_ds.engine.train_state import TrainState
 from mmpeft_ds.engine.zero import gradients
 from mmpeft_ds.engine.zero import state as zero_state
 from mmpeft_ds.engine.zero.config import check_ds_config
+from tests.helpers import engine_state
 
 WIDTH, CLASSES, SLOTS, R, LR = 6, 4, 12, 5, 0.01  # WIDTH of each modality
 TOWERS = {"key": "toy", "image_width": WIDTH, "text_width": WIDTH, "logit_scale": 1.0}
@@ -118,7 +119,7 @@ def run_case(case: dict, folder: Path, ranks: processes.Ranks) -> dict:
     built = build(parts, ranks)
     stepper = Stepper(parts, built, ranks, case["steps"], TrainState(), BadBudget(1.0, 1000))
     mine = shares(case["rows"], ranks.world_size)[ranks.rank]
-    start = {n: zero_state.read_weight(p).clone() for n, p in built.trainables.items()}
+    start = {n: engine_state.read_weight(p).clone() for n, p in built.trainables.items()}
     batch = packed(0, mine, parts.backbone)
     agreed = stepper.agree([batch], Task())
     stepper.accumulate([batch], Task(), agreed)
@@ -127,7 +128,7 @@ def run_case(case: dict, folder: Path, ranks: processes.Ranks) -> dict:
     rows = [
         stepper.train_step(Step(0, step, [packed(step, mine, parts.backbone)]), 0.0) for step in range(case["steps"])
     ]
-    end = {n: zero_state.read_weight(p).clone() for n, p in built.trainables.items()}
+    end = {n: engine_state.read_weight(p).clone() for n, p in built.trainables.items()}
     buffers = {n: b.clone() for n, b in built.model.get_base_model().features.head.named_buffers()}
     built.engine.destroy()
     return {

@@ -23,9 +23,9 @@ from mmpeft_ds.engine.assembly.build import build
 from mmpeft_ds.engine.assembly.forward import forward
 from mmpeft_ds.engine.step import Stepper
 from mmpeft_ds.engine.train_state import TrainState
-from mmpeft_ds.engine.zero import state as zero_state
 from mmpeft_ds.engine.zero.config import check_ds_config
 from mmpeft_ds.methods.common.head import head_of
+from tests.helpers import engine_state
 
 WIDTH, CLASSES, SLOTS, STEPS, LR = 8, 5, 7, 6, 0.01
 SHARDS = ("none", "cache", "classes")
@@ -106,12 +106,12 @@ def run(shard: str, folder: Path, ranks: processes.Ranks) -> dict:
     parts = resolved(shard, folder)
     built = build(parts, ranks)
     stepper = Stepper(parts, built, ranks, STEPS, TrainState(), BadBudget(1.0, 1000))
-    start = {n: zero_state.read_weight(p).clone() for n, p in built.trainables.items()}
+    start = {n: engine_state.read_weight(p).clone() for n, p in built.trainables.items()}
     rows = []
     for step in range(STEPS):
         mine = packed(step, share_of(step, ranks.rank, ranks.world_size), parts.backbone)
         rows.append(stepper.train_step(Step(0, step, [mine]), 0.0))
-    end = {n: zero_state.read_weight(p).clone() for n, p in built.trainables.items()}
+    end = {n: engine_state.read_weight(p).clone() for n, p in built.trainables.items()}
     exported = head_of(built.model).export()
     built.engine.destroy()
     return {"losses": [r["loss"] for r in rows], "start": start, "end": end, "exported": exported}

@@ -21,6 +21,7 @@ from mmpeft_ds.engine.step import Stepper
 from mmpeft_ds.engine.train_state import TrainState
 from mmpeft_ds.engine.zero import state as zero_state
 from mmpeft_ds.tasks.instruction.task import Instruction, Options
+from tests.helpers import engine_state
 from tests.helpers.models import tiny_mllm
 from tests.helpers.runs import tiny_classifier
 
@@ -72,7 +73,7 @@ def run_case(case: dict, folder: Path, ranks: processes.Ranks) -> dict:
     rows = [stepper.train_step(mine(step), 0.0) for step in range(STEPS)]
     found = evaluate(built.engine, resolved.backbone, task, [mine(8), mine(9)], ranks.device)
     zero_state.ensure_optimizer_state(built.engine)
-    weights = {n: zero_state.read_full(built.engine, p)["weight"] for n, p in built.trainables.items()}
+    weights = {n: engine_state.read_full(built.engine, p)["weight"] for n, p in built.trainables.items()}
     partitioned = sum(hasattr(p, "ds_id") for p in built.model.parameters())
     built.engine.destroy()
     return {"losses": [r["loss"] for r in rows], "weights": weights, "rows": found.rows, "partitioned": partitioned}

@@ -21,6 +21,7 @@ from mmpeft_ds.engine.step import Stepper
 from mmpeft_ds.engine.train_state import TrainState
 from mmpeft_ds.engine.zero import state as zero_state
 from mmpeft_ds.sites.condition import enable_checkpointing
+from tests.helpers import engine_state
 from tests.helpers.runs import tiny_pairs
 
 
@@ -54,7 +55,7 @@ def run_case(case: dict, sections: dict, folder: Path, ranks: processes.Ranks) -
     zero_state.ensure_optimizer_state(built.engine)
     frozen = [p for p in built.model.parameters() if not p.requires_grad]
     copies = sum(getattr(p, "ds_secondary_tensor", None) is not None for p in frozen)
-    weights = {n: zero_state.read_full(built.engine, p)["weight"] for n, p in built.trainables.items()}
+    weights = {n: engine_state.read_full(built.engine, p)["weight"] for n, p in built.trainables.items()}
     built.engine.destroy()
     norms = [r["grad_norm"] for r in rows]
     return {
@@ -108,7 +109,7 @@ def look(built: Built, parts: SimpleNamespace, batch: Any, ranks: processes.Rank
         for module in training:
             module.training = True
     for parameter in built.trainables.values():
-        zero_state.read_full(built.engine, parameter)
+        engine_state.read_full(built.engine, parameter)
 
 
 def main() -> None:

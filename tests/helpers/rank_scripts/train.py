@@ -18,6 +18,7 @@ from mmpeft_ds.engine.evaluator import evaluate
 from mmpeft_ds.engine.step import Stepper
 from mmpeft_ds.engine.train_state import TrainState
 from mmpeft_ds.engine.zero import state as zero_state
+from tests.helpers import engine_state
 from tests.helpers.runs import tiny_classifier
 
 
@@ -65,7 +66,7 @@ def run_case(case: dict, folder: Path, ranks: processes.Ranks) -> dict:
     weights = {}
     zero_state.ensure_optimizer_state(built.engine)
     for name, parameter in built.trainables.items():
-        weights[name] = zero_state.read_full(built.engine, parameter)["weight"]
+        weights[name] = engine_state.read_full(built.engine, parameter)["weight"]
     dtypes = sorted({str(p.dtype) for p in built.model.parameters() if not p.requires_grad})
     built.engine.destroy()
     return {

@@ -1,0 +1,155 @@
+"""Whole masters and moments of what trains, brought to rank 0 by few flat gathers, whatever the ZeRO stage.
+
+DeepSpeed's own calls run one collective a tensor, and leave all of it on every rank. Here the parts of all tensors are
+laid end to end and gathered in buckets; a bucket is the most that a device holds besides, and rank 0 alone copies to
+the host.
+"""
+
+# N ranks, S elements of a part
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from mmpeft_ds.distributed.collectives import rank, world_size
+from mmpeft_ds.distributed.gather import all_gather
+from mmpeft_ds.engine.zero import state as zero_state
+
+BUCKET = 1 << 27  # bytes that one gather makes on every device
+WEIGHT = "weight"  # key of the float32 master; the others are names of the optimizer's moments
+
+
+def on_rank0(
+    engine: object, trainables: dict[str, nn.Parameter], keys: Iterable[str], bucket: int = BUCKET
+) -> dict[str, dict[str, Tensor]]:
+    """Whole float32 tensors of each trained parameter, on the CPU of rank 0. Collective.
+
+    Args:
+        engine: what `deepspeed.initialize` returned; its optimizer has state if `keys` names a moment.
+        trainables: name -> parameter, the same on all ranks.
+        keys: WEIGHT, and moments of the optimizer.
+        bucket: bytes that one gather may bring together.
+
+    Returns:
+        key -> name -> tensor of the parameter's shape, names in the order of `trainables`; on the other ranks the
+        keys alone.
+
+    Raises:
+        RuntimeError: on all ranks, if DeepSpeed's tables do not fit the parameters.
+    """
+    keys = list(keys)
+    stage = engine.zero_optimization_stage()
+    if stage == 0:
+        return {key: _replicated(engine, trainables, key) if rank() == 0 else {} for key in keys}
+    split = _split_by_stage3 if stage == 3 else _split_by_stage1
+    flats = [flat for key in keys for flat in split(engine, trainables, key)]
+    _gather(flats, engine.device, bucket)
+    whole: dict[str, dict[str, Tensor]] = {key: {} for key in keys}
+    if rank() == 0:
+        for flat in flats:
+            whole[flat.key] |= flat.tensors()
+        whole = {key: {name: tensors[name] for name in trainables} for key, tensors in whole.items()}
+    return whole
+
+
+@dataclass
+class Flat:
+    """A flat float32 tensor of N equal parts, one on each rank.
+
+    Attributes:
+        key: WEIGHT, or a moment.
+        size: S.
+        part: this rank's, (S,), on any device.
+        members: name, first element and shape of each parameter in it; what lies between them is padding.
+        whole: (N, S) on the CPU, once gathered; on rank 0 alone.
+    """
+
+    key: str
+    size: int
+    part: Callable[[], Tensor]
+    members: list[tuple[str, int, tuple[int, ...]]]
+    whole: Tensor | None = None
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The parameters' tensors, views of `whole`."""
+        flat = self.whole.view(-1)
+        return {
+            name: flat[first : first + torch.Size(shape).numel()].view(shape) for name, first, shape in self.members
+        }
+
+
+def _replicated(engine: object, trainables: dict[str, nn.Parameter], key: str) -> dict[str, Tensor]:
+    """Copies of tensors that every rank holds whole."""
+    state = engine.optimizer.state
+    held = {name: p if key == WEIGHT else state[p][key] for name, p in trainables.items()}
+    return {name: t.detach().to("cpu", torch.float32, copy=True).contiguous() for name, t in held.items()}
+
+
+def _split_by_stage3(engine: object, trainables: dict[str, nn.Parameter], key: str) -> Iterator[Flat]:
+    """Stage 3 splits each parameter."""
+    from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_optimizer_state
+
+    for name, parameter in trainables.items():
+
+        def part(p: nn.Parameter = parameter) -> Tensor:
+            return safe_get_local_fp32_param(p) if key == WEIGHT else safe_get_local_optimizer_state(p, key)
+
+        yield Flat(key, parameter.ds_tensor.ds_numel, part, [(name, 0, zero_state.full_shape(parameter))])
+
+
+def _split_by_stage1(engine: object, trainables: dict[str, nn.Parameter], key: str) -> Iterator[Flat]:
+    """Stages 1 and 2 split each parameter group, whose parameters lie end to end; moments lie as the masters do, which
+    `checkpoint.Held` compares with what the forward uses."""
+    zero = engine.optimizer
+    names = {id(p): name for name, p in trainables.items()}
+    groups = zip(zero.bit16_groups, zero.round_robin_bit16_offsets, zero.single_partition_of_fp32_groups, strict=True)
+    for parameters, offsets, master in groups:
+        held = master if key == WEIGHT else zero.optimizer.state[master][key]
+        members = [(names[id(p)], first, tuple(p.shape)) for p, first in zip(parameters, offsets, strict=True)]
+        _check_layout(members, world_size() * held.numel())
+        yield Flat(key, held.numel(), lambda held=held: held.detach(), members)
+
+
+def _check_layout(members: list[tuple[str, int, tuple[int, ...]]], total: int) -> None:
+    """Refuse parameters that overlap in a flat tensor of `total` elements; all ranks see the same."""
+    ends = [first for _, first, _ in members[1:]] + [total]
+    for (name, first, shape), end in zip(members, ends, strict=True):
+        if first + torch.Size(shape).numel() > end:
+            raise RuntimeError(f"DeepSpeed's places of trained parameters do not fit them, first {name}")
+
+
+def _gather(flats: list[Flat], device: torch.device, bucket: int) -> None:
+    """Set `whole` of each on rank 0. Collective."""
+    ranks = world_size()
+    if rank() == 0:
+        for flat in flats:
+            flat.whole = torch.empty(ranks, flat.size)
+    for pieces in _buckets(flats, max(1, bucket // (4 * ranks))):
+        own = [flat.part()[begin:end].to(device, torch.float32) for flat, begin, end in pieces]
+        every = all_gather(torch.cat(own)) if ranks > 1 else torch.cat(own)[None]
+        if rank() == 0:
+            columns = every.cpu().split([end - begin for _, begin, end in pieces], dim=1)
+            for (flat, begin, end), values in zip(pieces, columns, strict=True):
+                flat.whole[:, begin:end] = values
+
+
+def _buckets(flats: Iterable[Flat], limit: int) -> Iterator[list[tuple[Flat, int, int]]]:
+    """The parts end to end, cut after every `limit` elements: lists of (flat, begin, end)."""
+    pieces: list[tuple[Flat, int, int]] = []
+    room = limit
+    for flat in flats:
+        begin = 0
+        while begin < flat.size:
+            end = min(flat.size, begin + room)
+            pieces.append((flat, begin, end))
+            room -= end - begin
+            begin = end
+            if room == 0:
+                yield pieces
+                pieces, room = [], limit
+    if pieces:
+        yield pieces
