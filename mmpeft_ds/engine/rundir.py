@@ -46,6 +46,7 @@ MAY_DIFFER = (
     "engine.stop_grace",
     "engine.threads",
     "engine.adapter_matmul",
+    "engine.compile",
     "engine.max_skipped",
     "data.max_bad_fraction",
     "data.max_bad_in_a_row",

@@ -89,6 +89,7 @@ class EngineOptions:
             cores, `float32` does not. Graphs are decided in float32 either way.
         adapter_matmul: dtype in which adapters multiply. `bfloat16` needs a bfloat16 base: float32 parameters are
             rounded for each product, and their gradients, moments and checkpoints stay float32.
+        compile: fuse the arithmetic of adapter layers with `torch.compile`, below ZeRO stage 3.
         save_every: optimizer steps between checkpoints, 0 = at every evaluation and at the end.
         keep_last: checkpoints kept beside the best.
         eval_every: optimizer steps between evaluations, 0 = at the end of every epoch.
@@ -105,6 +106,7 @@ class EngineOptions:
     attention: str = "auto"
     matmul: Literal["tf32", "float32"] = "tf32"
     adapter_matmul: Literal["float32", "bfloat16"] = "float32"
+    compile: bool = False
     save_every: int = 0
     keep_last: int = 2
     eval_every: int = 0

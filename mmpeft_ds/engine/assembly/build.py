@@ -20,6 +20,7 @@ from mmpeft_ds.engine.zero import state as zero_state
 from mmpeft_ds.engine.zero.config import check_by_deepspeed, merge
 from mmpeft_ds.engine.zero.start import frozen_not_sent
 from mmpeft_ds.errors import BadInput
+from mmpeft_ds.methods.common.fused import fuse
 from mmpeft_ds.recipe import Recipe
 from mmpeft_ds.sites import find_sites
 
@@ -80,6 +81,8 @@ def build(resolved: Any, ranks: Ranks) -> Built:
     torch.manual_seed(recipe.seed)
     model = attach(resolved, base)
     del partitioning
+    if recipe.engine.compile:
+        fuse(model)
     if recipe.engine.gradient_checkpointing:
         base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     trainables = {n: p for n, p in model.named_parameters() if p.requires_grad}

@@ -79,6 +79,8 @@ def outline(recipe: Recipe, assumed: Assumed | None = None) -> Outline:
     with parts.method.blamed():
         stage = ds_config.get("zero_optimization", {}).get("stage", 0)
         parts.method.options.check_training(recipe.engine.dtype, stage)
+    if recipe.engine.compile:
+        _check_compiling(recipe, stage)
     listed = keyed_sources(recipe)
     if not listed["sources"]:
         raise BadInput(f"{where(recipe, 'data.sources')}: empty. Name a prepared data set: [{{dir: data/easy-vqa}}].")
@@ -92,6 +94,19 @@ def outline(recipe: Recipe, assumed: Assumed | None = None) -> Outline:
         check_backbone(recipe, key, parts.tasks[key], parts.backbone)
         check_texts(recipe, key, options, parts.method.options)
     return Outline(recipe, parts, ds_config, sources, manifests, subsets)
+
+
+def _check_compiling(recipe: Recipe, stage: int) -> None:
+    if stage == 3:
+        raise BadInput(
+            f"{where(recipe, 'engine.compile')}: compiled adapters do not work with the partitioned parameters of "
+            "ZeRO stage 3. Use ds_configs/zero1.json or zero2.json, or set engine.compile: false."
+        )
+    if recipe.data.pack:
+        raise BadInput(
+            f"{where(recipe, 'engine.compile')}: compiled adapters do not see where packed texts begin. Set "
+            "data.pack: 0, or engine.compile: false."
+        )
 
 
 def load_manifest(recipe: Recipe, key: str, options: SourceOptions, assumed: Assumed | None = None) -> Manifest:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from mmpeft_ds.errors import BadInput
 from mmpeft_ds.methods.aurora.config import AuroraConfig
+from mmpeft_ds.methods.common.fused import Fusable
 from mmpeft_ds.methods.common.layers import SiteLayer
 from mmpeft_ds.methods.common.products import Multiplies, at_edge
 from mmpeft_ds.ops import mode_product
@@ -84,7 +85,7 @@ class Factors(SharedWithTeacher, nn.Module):
                 self.core.fill_(1.0)
 
 
-class ModeDelta(nn.Module, Multiplies):
+class ModeDelta(Fusable, Multiplies):
     """What one adapter adds to one leaf: its modes, between the factors that it borrows.
 
     Args:
@@ -281,7 +282,7 @@ class NormPlace:
     width: int
 
 
-class Gates(nn.Module):
+class Gates(Fusable):
     """The affine maps of gated query transformation, one adapter's, one text layer's."""
 
     def __init__(self, width: int, config: AuroraConfig, like: Tensor):

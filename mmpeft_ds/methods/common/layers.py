@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from mmpeft_ds.distributed.partitioned import gathered
 from mmpeft_ds.errors import BadInput
+from mmpeft_ds.methods.common.fused import Fusable
 from mmpeft_ds.ops.precision import full_dtype
 from mmpeft_ds.sites.base import AdapterLayer, base_layer
 
@@ -146,7 +147,7 @@ class TrainedNorm(TrainedCopy):
             self.merged_adapters.append(name)
 
 
-class HeldBias(nn.Module):
+class HeldBias(Fusable):
     """A trained copy of a frozen bias. A module of its own, so that DeepSpeed's hooks gather it where it is used.
 
     Args:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from mmpeft_ds.errors import BadInput
 from mmpeft_ds.methods.common.config import MethodConfig
+from mmpeft_ds.methods.common.fused import Fusable
 from mmpeft_ds.methods.common.options import IN_A_QUARTER, RoutedOptions
 from mmpeft_ds.methods.common.products import Multiplies
 from mmpeft_ds.methods.common.select import Selection, select
@@ -113,7 +114,7 @@ def routed_on(config: RoutedConfig, x: Tensor, path: str) -> tuple[Tensor | None
     return pool_condition(tokens, mask, how), mask if given and how == "all" else None
 
 
-class Bottleneck(nn.Module, Multiplies):
+class Bottleneck(Fusable, Multiplies):
     """`down` and the route, in every variant; a subclass brings `up`.
 
     Its parameters are its own, so DeepSpeed's hooks on the module gather them.
@@ -235,7 +236,8 @@ class Bottleneck(nn.Module, Multiplies):
 def _text_by_text(combine: Callable[[Tensor, Tensor], Tensor], h: Tensor, v: Tensor) -> Tensor:
     """`combine(h, v)` with a row of `h` for each row of `v`, also where the tower reads all texts as one row; there
     the bottleneck, which is narrow, gets its padding back."""
-    condition = current()
+    # Compiled code cannot ask for the condition; engine.compile is refused with packed texts.
+    condition = None if torch.compiler.is_compiling() else current()
     segments = None if condition is None else condition.segments
     return combine(h, v) if segments is None else segments.join(combine(segments.split(h), v))
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from mmpeft_ds.errors import BadInput
 from mmpeft_ds.methods.base import SiteMethod
 from mmpeft_ds.methods.common.config import MethodConfig
+from mmpeft_ds.methods.common.fused import Fusable
 from mmpeft_ds.methods.common.layers import SiteLayer
 from mmpeft_ds.methods.common.products import Multiplies, at_edge
 from mmpeft_ds.methods.common.select import Selection, select
@@ -34,7 +35,7 @@ class GraphLoraConfig(GraphLoraOptions, MethodConfig):
     PEFT_TYPE: ClassVar[str] = "GRAPH_LORA"
 
 
-class WrittenFactors(nn.Module, Multiplies):
+class WrittenFactors(Fusable, Multiplies):
     """The graph of one part of one projection, and the maps from its nodes to the two factors. The adjacency is a
     parameter as published, though only whether an entry is 0 matters: no gradient ever changes it.
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from mmpeft_ds.errors import BadInput
+from mmpeft_ds.methods.common.fused import Fusable
 from mmpeft_ds.methods.common.layers import SiteLayer
 from mmpeft_ds.methods.common.products import Multiplies, at_edge
 from mmpeft_ds.methods.p_adapter.attention_graph import Propagation
@@ -101,7 +102,7 @@ class AttentionBranch(nn.Module, Multiplies):
         return wide.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
 
-class FFNBranch(nn.Module, Multiplies):
+class FFNBranch(Fusable, Multiplies):
     """up(relu(down(t))) of the input t of a feed-forward block, added to its output.
 
     Args:
