@@ -57,7 +57,9 @@ def check(name, column, backend):
     torch.testing.assert_close(found[0], expected[0], rtol=1e-6, atol=1e-6)
     assert found[1].keys() == expected[1].keys()
     for key, gradient in expected[1].items():
-        torch.testing.assert_close(found[1][key], gradient, rtol=1e-5, atol=1e-6)
+        # float32 sums in another order: against the largest entry, not each small one
+        largest = max(1.0, gradient.abs().max().item())
+        torch.testing.assert_close(found[1][key], gradient, rtol=1e-5, atol=1e-5 * largest)
 
 
 @pytest.mark.slow
