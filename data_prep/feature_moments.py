@@ -12,7 +12,6 @@ from torch import Tensor
 
 from data_prep.reading import parse_sample
 from mmpeft_ds.data.decode import decode
-from mmpeft_ds.data.formats import MAX_PIXELS
 from mmpeft_ds.data.manifest import Manifest
 from mmpeft_ds.data.packing import make_of_most, spread
 from mmpeft_ds.data.shards import ShardReader
@@ -21,6 +20,8 @@ from mmpeft_ds.errors import BadInput, BadSample
 from mmpeft_ds.progress import Progress
 
 log = logging.getLogger(__name__)
+
+Read = Callable[[bytes], Tensor]  # bytes of a picture -> its pixels
 
 
 class Moments:
@@ -48,8 +49,8 @@ class Moments:
         return (self.squares / self.count).sqrt()
 
 
-def measure(manifest: Manifest, split: str, backbone: Any, batch: int, max_pixels: int = MAX_PIXELS) -> dict[str, Any]:
-    """Statistics of all readable images of a split, of at most `max_pixels` pixels as in training.
+def measure(manifest: Manifest, split: str, backbone: Any, batch: int, read: Read = decode) -> dict[str, Any]:
+    """Statistics of all readable images of a split, read as in training.
 
     Returns:
         mean, std: d numbers each; count: images; bad: samples left out; split; backbone: the options of the tower.
@@ -61,13 +62,13 @@ def measure(manifest: Manifest, split: str, backbone: Any, batch: int, max_pixel
     vision = backbone.build_vision()
     transform = backbone.image_transform(False)
     with Progress("features", manifest.samples(split)) as progress:
-        for taken, samples, unreadable in _ahead(image_batches(manifest, split, transform, batch, max_pixels)):
+        for taken, samples, unreadable in _ahead(image_batches(manifest, split, transform, batch, read)):
             bad += unreadable
             if taken:
                 images, refused = make_of_most(
                     taken,
                     lambda some: backbone.collate_images([image for sample in some for image in sample.images]),
-                    lambda: usual_pictures(manifest, split, transform, max_pixels),
+                    lambda: usual_pictures(manifest, split, transform, read),
                 )
                 for i in refused:
                     log.warning("bad sample %s: its images cannot be packed with those of the others", taken[i].key)
@@ -97,7 +98,7 @@ class Pictures:
 
 
 def image_batches(
-    manifest: Manifest, split: str, transform: Callable[[Tensor, Any], Any], batch: int, max_pixels: int
+    manifest: Manifest, split: str, transform: Callable[[Tensor, Any], Any], batch: int, read: Read
 ) -> Iterator[tuple[list[Pictures], int, int]]:
     """(good samples with images, samples read, samples left out as bad), about `batch` images at a time, in order."""
     reader = ShardReader(manifest, split)
@@ -108,7 +109,7 @@ def image_batches(
             wanted = [(number, i) for i in range(first, min(first + batch, shard.samples))]
             for piece in reader.read(wanted):
                 samples += 1
-                sample = _pictures(piece, transform, max_pixels)
+                sample = _pictures(piece, transform, read)
                 bad += sample is None
                 taken += [sample] if sample is not None and sample.images else []
                 if sum(len(sample.images) for sample in taken) >= batch:
@@ -120,25 +121,24 @@ def image_batches(
 
 
 def usual_pictures(
-    manifest: Manifest, split: str, transform: Callable[[Tensor, Any], Any], max_pixels: int
+    manifest: Manifest, split: str, transform: Callable[[Tensor, Any], Any], read: Read
 ) -> list[Pictures]:
     """The images of some samples from all over a split, without bad ones."""
     reader = ShardReader(manifest, split)
     read = [
-        _pictures(piece, transform, max_pixels)
-        for piece in reader.read(spread([shard.samples for shard in reader.shards]))
+        _pictures(piece, transform, read) for piece in reader.read(spread([shard.samples for shard in reader.shards]))
     ]
     reader.close()
     return [sample for sample in read if sample is not None and sample.images]
 
 
-def _pictures(piece: bytes | BadSample, transform: Callable[[Tensor, Any], Any], max_pixels: int) -> Pictures | None:
+def _pictures(piece: bytes | BadSample, transform: Callable[[Tensor, Any], Any], read: Read) -> Pictures | None:
     """All images of a sample, or None if one of them, or the sample, cannot be used, as in training."""
     try:
         if isinstance(piece, BadSample):
             raise piece
         stored = parse_sample(piece)
-        images = [apply(transform, decode(data, max_pixels), None) for data in stored.images]
+        images = [apply(transform, read(data), None) for data in stored.images]
         return Pictures(stored.key, images)
     except BadSample:
         return None

@@ -44,6 +44,7 @@ def main(argv: list[str] | None = None) -> None:
         import torch
 
         from data_prep.feature_moments import measure
+        from mmpeft_ds.data.decode import picture_reader
         from mmpeft_ds.engine.assembly import resolve
 
     backbone = resolve.make_backbone(recipes.components(recipe).backbone, recipe.engine, manifest.labels)
@@ -57,7 +58,7 @@ def main(argv: list[str] | None = None) -> None:
         print(f"{args.dir}: statistics {key} are there already, over {images}")
         return
     torch.set_num_threads(args.threads)
-    statistics = measure(manifest, args.split, backbone, args.batch, recipe.data.max_pixels)
+    statistics = measure(manifest, args.split, backbone, args.batch, picture_reader(recipe.data))
     manifest = Manifest.load(args.dir)  # another run may have added its own meanwhile
     manifest.statistics[key] = statistics
     manifest.save(args.dir)

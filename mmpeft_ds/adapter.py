@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -141,7 +141,7 @@ class Loaded:
         asked = [asks.prompted(text) for text in asked]
         pixels = []
         for image in entries:
-            decoded = _pixels(image, self.recipe.data.max_pixels)
+            decoded = _pixels(image, decode.picture_reader(self.recipe.data))
             try:
                 pixels.append(apply(transform, decoded, None))
             except BadSample as bad:
@@ -284,14 +284,14 @@ def reading_pictures(directory: Path) -> list[str]:
     return changes + (["backbone.texts=live"] if options.get("texts") == "stored" else [])
 
 
-def _pixels(image: Any, max_pixels: int) -> Tensor:
+def _pixels(image: Any, read: Callable[[bytes], Tensor]) -> Tensor:
     if isinstance(image, Tensor):
         return image
     try:
         data = image if isinstance(image, bytes) else Path(image).read_bytes()
         if data[:6] == b"\x93NUMPY":  # stored features
             return torch.from_numpy(np.load(io.BytesIO(data), allow_pickle=False))
-        return decode.decode(data, max_pixels)
+        return read(data)
     except (OSError, ValueError, BadSample) as e:
         name = "an image given as bytes" if isinstance(image, bytes) else image
         raise BadInput(f"{name}: cannot be read as an image ({e})") from e

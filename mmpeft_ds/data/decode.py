@@ -1,14 +1,17 @@
 """Decoding of images to uint8 RGB tensors, and their resizing.
 
 JPEG is decoded by libjpeg-turbo, everything else (and any JPEG that it refuses) by Pillow. Pictures are as a viewer
-shows
-them: with EXIF orientation applied, transparency on white, 16 bits reduced to 8, and the first frame of an animation.
+shows them (`shown`): with EXIF orientation applied, transparency on white, 16 bits reduced to 8; or as published code
+reads them (`published`), by Pillow's `convert("RGB")` alone. Of an animation it is the first frame.
 """
 
 from __future__ import annotations
 
+import functools
 import io
 import warnings
+from collections.abc import Callable
+from typing import Literal
 
 import numpy as np
 import simplejpeg
@@ -18,12 +21,17 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from mmpeft_ds.data.formats import FORMATS, MAX_PIXELS
+from mmpeft_ds.data.options import DataOptions
 from mmpeft_ds.errors import BadSample
+
+Pixels = Literal["shown", "published"]
 
 ORIENTATION = 0x0112
 
 
-def decode(data: bytes, max_pixels: int = MAX_PIXELS, min_size: tuple[int, int] | None = None) -> Tensor:
+def decode(
+    data: bytes, max_pixels: int = MAX_PIXELS, min_size: tuple[int, int] | None = None, pixels: Pixels = "shown"
+) -> Tensor:
     """Decode one image.
 
     Args:
@@ -31,6 +39,7 @@ def decode(data: bytes, max_pixels: int = MAX_PIXELS, min_size: tuple[int, int] 
         max_pixels: images with more are refused after reading the header.
         min_size: (height, width) that suffices: a JPEG at least twice as large is decoded at the smallest scale m/8
             that is not smaller than this. None: decode at full size.
+        pixels: `shown` or `published`, see the head of this file.
 
     Returns:
         uint8 tensor (3, H, W), RGB, channels-last in memory, with which `resize` is fastest.
@@ -39,17 +48,22 @@ def decode(data: bytes, max_pixels: int = MAX_PIXELS, min_size: tuple[int, int] 
         BadSample: `pixels` if too large, `image` if it cannot be decoded completely.
     """
     if data[:2] == b"\xff\xd8":
-        image = _decode_jpeg(data, max_pixels, min_size)
+        image = _decode_jpeg(data, max_pixels, min_size, pixels)
         if image is not None:
             return image
-    return _decode_other(data, max_pixels)
+    return _decode_other(data, max_pixels, pixels)
 
 
-def size_of(data: bytes) -> tuple[int, int]:
+def picture_reader(options: DataOptions) -> Callable[..., Tensor]:
+    """`decode` as the `data` section of a recipe says."""
+    return functools.partial(decode, max_pixels=options.max_pixels, pixels=options.pixels)
+
+
+def size_of(data: bytes, pixels: Pixels = "shown") -> tuple[int, int]:
     """(height, width) of the image that `decode` gives, from the header. Raises BadSample if there is none."""
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
-        turned = image.getexif().get(ORIENTATION, 1) in (5, 6, 7, 8)
+        turned = pixels == "shown" and image.getexif().get(ORIENTATION, 1) in (5, 6, 7, 8)
     except Exception as error:  # noqa: BLE001 - Pillow's plugins raise nearly anything on damaged input
         raise BadSample("image", f"{type(error).__name__}: {error}") from error
     return image.size if turned else image.size[::-1]
@@ -82,27 +96,27 @@ def center_crop(image: Tensor, size: int | tuple[int, int]) -> Tensor:
     return image[..., top : top + h, left : left + w]
 
 
-def _decode_jpeg(data: bytes, max_pixels: int, min_size: tuple[int, int] | None) -> Tensor | None:
+def _decode_jpeg(data: bytes, max_pixels: int, min_size: tuple[int, int] | None, pixels: Pixels) -> Tensor | None:
     """A JPEG decoded by libjpeg-turbo; None for those that Pillow must try (CMYK, damaged, or unusual)."""
     try:
         height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
         _check_pixels(width, height, max_pixels)
         if colorspace not in ("YCbCr", "Gray", "RGB"):
             return None
-        orientation = _jpeg_orientation(data)
+        orientation = _jpeg_orientation(data) if pixels == "shown" else 1
         scale = {}
         if min_size is not None:
             need_h, need_w = min_size if orientation < 5 else min_size[::-1]
             if height >= 2 * need_h and width >= 2 * need_w:
                 # Scales between 1/2 and 1 save no time.
                 scale = {"min_height": need_h, "min_width": need_w, "min_factor": 2}
-        pixels = simplejpeg.decode_jpeg(data, "RGB", **scale)
+        array = simplejpeg.decode_jpeg(data, "RGB", **scale)
     except ValueError:
         return None
-    return _oriented(torch.from_numpy(pixels).permute(2, 0, 1), orientation)
+    return _oriented(torch.from_numpy(array).permute(2, 0, 1), orientation)
 
 
-def _decode_other(data: bytes, max_pixels: int) -> Tensor:
+def _decode_other(data: bytes, max_pixels: int, pixels: Pixels) -> Tensor:
     try:
         with warnings.catch_warnings():
             # Pillow warns of large images and odd metadata; max_pixels is the limit here.
@@ -110,8 +124,9 @@ def _decode_other(data: bytes, max_pixels: int) -> Tensor:
             image = Image.open(io.BytesIO(data), formats=FORMATS)
             _check_pixels(*image.size, max_pixels)
             image.load()
-            orientation = image.getexif().get(ORIENTATION, 1)
-            pixels = np.array(_to_rgb(image))
+            shown = pixels == "shown"
+            orientation = image.getexif().get(ORIENTATION, 1) if shown else 1
+            array = np.array(_to_rgb(image) if shown else image.convert("RGB"))
     except BadSample:
         raise
     except Image.DecompressionBombError as error:
@@ -120,7 +135,7 @@ def _decode_other(data: bytes, max_pixels: int) -> Tensor:
         raise BadSample("image", "not an image of a known format") from error
     except Exception as error:  # noqa: BLE001 - Pillow's plugins raise nearly anything on damaged input
         raise BadSample("image", f"{type(error).__name__}: {error}") from error
-    return _oriented(torch.from_numpy(pixels).permute(2, 0, 1), orientation)
+    return _oriented(torch.from_numpy(array).permute(2, 0, 1), orientation)
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

@@ -50,6 +50,9 @@ class DataOptions:
         max_pixels: images with more are refused before decoding.
         decode: `full` decodes at full size, `scaled` lets libjpeg-turbo decode at a smaller scale (faster, PSNR
             about 41 dB).
+        pixels: `shown` reads pictures as a viewer shows them: EXIF orientation applied, transparency on white, 16 bits
+            scaled to 8; `published` as published code does, by Pillow's conversion to RGB alone: not turned, alpha
+            dropped, 16 bits cut off at 255.
         allow_pipe: accept `pipe:` URLs, which run shell commands.
         verify: `size` checks shard sizes at start, `sha256` also their hashes, `none` neither.
         prefetch: batches that each worker prepares ahead.
@@ -69,6 +72,7 @@ class DataOptions:
     max_bad_in_a_row: int = 100
     max_pixels: int = 89_478_485
     decode: Literal["full", "scaled"] = "full"
+    pixels: Literal["shown", "published"] = "shown"
     allow_pipe: bool = False
     verify: Literal["none", "size", "sha256"] = "sha256"
     prefetch: int = 4

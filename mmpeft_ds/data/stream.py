@@ -18,7 +18,7 @@ from torch import Tensor
 
 from mmpeft_ds.data import order
 from mmpeft_ds.data.batch import PackedBatch, Sample, check_images, pack, with_images
-from mmpeft_ds.data.decode import decode
+from mmpeft_ds.data.decode import picture_reader
 from mmpeft_ds.data.feature_batches import FeatureBatches
 from mmpeft_ds.data.formats import READ
 from mmpeft_ds.data.identity import PICTURE, content_id
@@ -398,7 +398,7 @@ class _Loader:
             return
         min_size = transform.min_size if self.options.decode == "scaled" else None
         for name in image_names(parts):
-            yield decode(parts[name], self.options.max_pixels, min_size)
+            yield picture_reader(self.options)(parts[name], min_size=min_size)
 
 
 class BadBudget:

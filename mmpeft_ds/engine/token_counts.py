@@ -20,8 +20,9 @@ from mmpeft_ds.backbones.base import BackboneBase
 from mmpeft_ds.backbones.common.stock import short_hash
 from mmpeft_ds.data import order
 from mmpeft_ds.data.batch import with_images
-from mmpeft_ds.data.decode import size_of
+from mmpeft_ds.data.decode import Pixels, size_of
 from mmpeft_ds.data.manifest import local_path
+from mmpeft_ds.data.options import DataOptions
 from mmpeft_ds.data.shards import ShardReader, members, record_of
 from mmpeft_ds.data.stream import identify, image_names
 from mmpeft_ds.data.token_plan import Lengths
@@ -87,7 +88,7 @@ def count(resolved: Resolved, source: ResolvedSource, places: list[tuple[int, in
         title: of the progress that is shown; empty for none.
     """
     data = resolved.recipe.data
-    counter = _Counter(resolved.backbone, source, data.allow_pipe)
+    counter = _Counter(resolved.backbone, source, data)
     pool = WorkerPool(counter, data.workers if len(places) > FEW else 0, data.prefetch)
     chunks = [places[i : i + CHUNK] for i in range(0, len(places), CHUNK)]
     progress = Progress(title, len(places), "samples", shown=bool(title))
@@ -117,6 +118,7 @@ def file_of(resolved: Resolved, source: ResolvedSource) -> Path | None:
         "task": [source.options.task, dataclasses.asdict(source.task.options)],
         "shards": [shard.sha256 for shard in source.manifest.shards(source.options.split)],
         "subset": sorted(source.subset.keys) if source.subset else None,
+        "pixels": resolved.recipe.data.pixels,  # a picture that is not turned has other sides
     }
     return Path(folder) / f"tokens-{source.manifest.name}-{source.options.split}-{short_hash(facts)}.npy"
 
@@ -145,9 +147,9 @@ def _write(file: Path | None, counts: np.ndarray) -> None:
 class _Counter:
     """(shard, sample) of some samples -> (samples, 2) int32; works in other processes."""
 
-    def __init__(self, backbone: BackboneBase, source: ResolvedSource, allow_pipe: bool):
-        self.backbone, self.task = backbone, source.task
-        self.reader = ShardReader(source.manifest, source.options.split, "", allow_pipe)
+    def __init__(self, backbone: BackboneBase, source: ResolvedSource, data: DataOptions):
+        self.backbone, self.task, self.pixels = backbone, source.task, data.pixels
+        self.reader = ShardReader(source.manifest, source.options.split, "", data.allow_pipe)
 
     def __call__(self, places: list[tuple[int, int]]) -> np.ndarray:
         return np.array([self._tokens(piece) for piece in self.reader.read(places)], np.int32)
@@ -160,18 +162,20 @@ class _Counter:
             return 0, 0
         try:
             key, parts = members(piece)
-            texts, sizes = read_texts(self.task, key, parts)
+            texts, sizes = read_texts(self.task, key, parts, self.pixels)
             return self.backbone.tokens(texts, sizes)
         except (BadSample, TypeError, KeyError, ValueError, IndexError, AttributeError):
             return 0, 0  # the stream will say what is wrong with it
 
 
-def read_texts(task: TaskBase, key: str, parts: dict[str, bytes]) -> tuple[list[Any], list[tuple[int, int]]]:
+def read_texts(
+    task: TaskBase, key: str, parts: dict[str, bytes], pixels: Pixels = "shown"
+) -> tuple[list[Any], list[tuple[int, int]]]:
     """Texts of a sample as training reads them, and (height, width) of its images. Raises BadSample and whatever a
     task raises on a record of another form."""
     record = record_of(parts)
     if task.identifies_pictures:
         identify(record, parts)
-    sizes = [size_of(parts[name]) for name in image_names(parts)]
+    sizes = [size_of(parts[name], pixels) for name in image_names(parts)]
     texts, _ = task.read(record, torch.Generator().manual_seed(order.key_of(key)))
     return with_images(texts, len(sizes)), sizes

@@ -19,7 +19,7 @@ import torch
 from mmpeft_ds import adapter
 from mmpeft_ds.data.batch import PackedBatch, Prompted, Sample, pack
 from mmpeft_ds.data.blind import ClassNameFilter
-from mmpeft_ds.data.decode import decode
+from mmpeft_ds.data.decode import picture_reader
 from mmpeft_ds.data.manifest import Manifest, sample_key
 from mmpeft_ds.data.order import key_of
 from mmpeft_ds.data.packing import REFUSALS, make_of_most, refusal
@@ -230,7 +230,7 @@ class CaptionMaker(ShardMaker[_Prepared]):
             sample.name, sample.record = str(record.pop("source_name", key)), record
             sample.arrays = _arrays(parts)
             for name in names:
-                sample.images.append(apply(self.transform, decode(parts[name], self.recipe.data.max_pixels), None))
+                sample.images.append(apply(self.transform, picture_reader(self.recipe.data)(parts[name]), None))
             if not names:
                 raise BadSample("image", "none")
         except BadSample as bad:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from mmpeft_ds.data.batch import PackedBatch, Sample, changes_of, pack
-from mmpeft_ds.data.decode import decode
+from mmpeft_ds.data.decode import picture_reader
 from mmpeft_ds.data.feature_shards import class_name_in_words, negated
 from mmpeft_ds.data.identity import PICTURE, content_id
 from mmpeft_ds.data.manifest import Manifest, sample_key
@@ -195,7 +195,7 @@ class Maker(ShardMaker[_Prepared]):
             if names:  # features of equal pictures may differ in their last bit
                 record.setdefault(PICTURE, content_id(parts[name] for name in names))
             for place, name in enumerate(names):
-                image = decode(parts[name], self.recipe.data.max_pixels)
+                image = picture_reader(self.recipe.data)(parts[name])
                 made.images += self._views(image, f"{self.source.name}/{key}", place)
                 if self.options.thumbnails:
                     made.pictures.append(("jpg", thumbnail(image, self.options.thumbnails)))

@@ -8,7 +8,7 @@ import simplejpeg
 import torch
 from PIL import Image
 
-from mmpeft_ds.data.decode import center_crop, decode, resize
+from mmpeft_ds.data.decode import center_crop, decode, resize, size_of
 from mmpeft_ds.errors import BadSample
 from tests.helpers.data.images import encoded, photo
 
@@ -168,3 +168,25 @@ def test_resize_to_the_shorter_side_keeps_the_ratio():
     assert resize(image.transpose(1, 2), 50).shape == (3, 125, 50)
     assert resize(image, (100, 250)) is image
     assert center_crop(image, 50).shape == (3, 50, 50)
+
+
+@pytest.mark.parametrize("mode", ["CMYK", "L", "P", "RGBA", "LA", "1", "I;16"])
+def test_published_pixels_are_those_of_pillows_conversion(mode):
+    array = np.random.default_rng(0).integers(0, 256, (8, 9, 4), np.uint8)
+    image = Image.fromarray(array, "RGBA")
+    if mode == "I;16":
+        image = Image.fromarray(np.arange(72, dtype=np.uint16).reshape(8, 9) * 900)
+    elif mode != "RGBA":
+        image = image.convert("L" if mode == "1" else "RGB" if mode in ("CMYK", "P") else mode).convert(mode)
+    data = saved(image, "TIFF" if mode == "CMYK" else "PNG")
+    wanted = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+    assert (decode(data, pixels="published").permute(1, 2, 0).numpy() == wanted).all()
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+def test_published_pictures_are_not_turned(kind):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    data = saved(photo(4, 40, 60), kind, exif=exif)
+    assert decode(data).shape == (3, 60, 40) and decode(data, pixels="published").shape == (3, 40, 60)
+    assert size_of(data) == (60, 40) and size_of(data, "published") == (40, 60)
