@@ -19,7 +19,17 @@ SCRIPT = "tests.helpers.rank_scripts.pairs"
 def case(method: str, backbone: str, suffix: str = "", **options) -> dict:
     ours = {
         k: options.pop(k)
-        for k in ("gradient_checkpointing", "reentrant", "skew", "stage", "zero", "dtype", "adapter_matmul")
+        for k in (
+            "gradient_checkpointing",
+            "reentrant",
+            "skew",
+            "stage",
+            "zero",
+            "dtype",
+            "adapter_matmul",
+            "back",
+            "early",
+        )
         if k in options
     }
     name = "-".join(filter(None, [method, backbone, suffix]))
@@ -58,13 +68,16 @@ IN_HALF = [
     case("routed_lora", "mllm", "half", r=2, route="none", gradient_checkpointing=True, **HALF),
 ]
 # Four ranks, as on two machines. One after the other in the same processes: a base of two checkpoints, one of one, and
-# one without copies.
+# one without copies. What trains stays gathered between steps, or with a threshold of 0 is gathered where it is used.
 COPIES = {"zero_hpz_partition_size": "auto"}
 ON_MACHINES = [
     case("routed_lora", "vision_text_decoder", "copies", r=2, route="matmul1", zero=COPIES),
     case("routed_lora", "mllm", "copies", r=2, route="none", zero=COPIES),
     case("routed_lora", "vision_text_decoder", "no_copies", r=2, route="mul"),
+    case("lora", "mllm", "back", r=2, zero=COPIES, back=True),
+    case("lora", "mllm", "back_fetched", r=2, zero=COPIES | {"stage3_param_persistence_threshold": 0}, back=True),
 ]
+TOO_EARLY = case("lora", "mllm", "early", r=2, zero=COPIES, early=True)
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +87,7 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def on_machines(tmp_path_factory) -> Path:
-    return trained(tmp_path_factory.mktemp("machines"), ON_MACHINES, 4, "2")
+    return trained(tmp_path_factory.mktemp("machines"), [*ON_MACHINES, TOO_EARLY], 4, "2")
 
 
 def trained(path: Path, cases: list[dict], ranks: int, *args: str) -> Path:
@@ -122,6 +135,16 @@ def test_a_copy_of_the_base_on_every_machine_changes_no_number(on_machines, give
     result = torch.load(on_machines / f"{given['name']}.pt", weights_only=False)
     compare(result, tiny_pairs.train_plainly(tiny_pairs.resolved(given, sections, on_machines)))
     assert (result["copies"] > 0.9) == ("zero" in given)
+
+
+def test_values_of_before_the_step_would_show_in_the_losses(on_machines):
+    """Negative control: gathered before DeepSpeed drops the copies of the last step, adapters would never move."""
+    stale = torch.load(on_machines / f"{TOO_EARLY['name']}.pt", weights_only=False)
+    right = torch.load(on_machines / "lora-mllm-back.pt", weights_only=False)
+    assert stale["losses"][0] == pytest.approx(right["losses"][0], rel=1e-5)
+    assert stale["losses"][1:] != pytest.approx(right["losses"][1:], rel=1e-3)
+    with pytest.raises(AssertionError):
+        compare(stale, right)
 
 
 def test_generative_models_are_trained_by_scores_and_not_by_logits(folder):

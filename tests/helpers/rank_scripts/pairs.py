@@ -9,16 +9,20 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mmpeft_ds.data.stream import BadBudget, Step
 from mmpeft_ds.distributed import processes
+from mmpeft_ds.engine import checkpoint
+from mmpeft_ds.engine.assembly import modality
 from mmpeft_ds.engine.assembly.build import Built, build
 from mmpeft_ds.engine.assembly.forward import forward, scored_layer
 from mmpeft_ds.engine.step import Stepper
 from mmpeft_ds.engine.train_state import TrainState
+from mmpeft_ds.engine.zero import stage3
 from mmpeft_ds.engine.zero import state as zero_state
 from mmpeft_ds.sites.condition import enable_checkpointing
 from tests.helpers import engine_state
@@ -52,6 +56,8 @@ def run_case(case: dict, sections: dict, folder: Path, ranks: processes.Ranks) -
         if step == tiny_pairs.STEPS // 2:
             # Without the trainer every rank must run the same towers, so only where each has an image.
             look(built, parts, batch if ranks.world_size == 2 and not case.get("skew") else None, ranks)
+        if step == tiny_pairs.STEPS // 2 and case.get("back"):
+            go_and_come_back(stepper, built, parts, batch, folder / case["name"], ranks)
     zero_state.ensure_optimizer_state(built.engine)
     frozen = [p for p in built.model.parameters() if not p.requires_grad]
     copies = sum(getattr(p, "ds_secondary_tensor", None) is not None for p in frozen)
@@ -112,6 +118,33 @@ def look(built: Built, parts: SimpleNamespace, batch: Any, ranks: processes.Rank
         engine_state.read_full(built.engine, parameter)
 
 
+def go_and_come_back(
+    stepper: Stepper, built: Built, parts: SimpleNamespace, batch: Any, folder: Path, ranks: processes.Ranks
+) -> None:
+    """Save, take one more step and evaluate, as a run does before it goes back to its best checkpoint, and load."""
+    path = checkpoint.save(
+        folder, built.engine, built.trainables, stepper.state, recipe={}, fingerprint=built.fingerprint, keep_last=1
+    )
+    stepper.train_step(Step(0, 99, [batch]), 0.0)
+    task = parts.train[0].task
+    present = stepper.agree([batch], task).present[0]
+    look(built, parts, modality.complete(batch, present, parts.backbone, task), ranks)
+    checkpoint.load(path, built.engine, built.trainables, built.fingerprint)
+
+
+def gather_too_early(engine: Any) -> None:
+    """In the place of `stage3.gather_flat`: gathers while hpZ still keeps copies of the values before the step."""
+    optimizer = engine.optimizer
+    trained, optimizer.persistent_parameters = optimizer.persistent_parameters, []
+    finish_step = optimizer._post_step
+
+    def gather_and_finish(*args: Any, **kwargs: Any) -> None:
+        trained[0].all_gather_coalesced(trained).wait()
+        finish_step(*args, **kwargs)
+
+    optimizer._post_step = gather_and_finish
+
+
 def main() -> None:
     args = [a for a in sys.argv[1:] if not a.startswith("--local_rank")]
     if args[2:]:  # as if so many of the ranks shared a machine
@@ -120,7 +153,9 @@ def main() -> None:
     given, out = json.loads(Path(args[0]).read_text()), Path(args[1])
     ranks = processes.start(threads=1)
     for case in given["cases"]:
-        result = run_case(case, given["backbones"], out, ranks)
+        gather = gather_too_early if case.get("early") else stage3.gather_flat
+        with mock.patch.object(stage3, "gather_flat", gather):
+            result = run_case(case, given["backbones"], out, ranks)
         if ranks.rank == 0:
             torch.save(result, out / f"{case['name']}.pt")
             print("case done", case["name"], flush=True)
