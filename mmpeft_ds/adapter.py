@@ -11,6 +11,7 @@ towers.json                 of feature models: the towers that made the stored f
 classifier.safetensors      of heads that have such a form: a classifier that needs neither bank nor graph
 base_fingerprint.json       of every frozen tensor, under its name in the bare base model
 metrics.json                metrics of the run
+checksums.json              sha256 of every file but README.md and metrics.json
 README.md                   model card
 """
 

@@ -8,8 +8,11 @@ from types import NoneType
 from typing import Any
 
 from mmpeft_ds.errors import BadInput
+from mmpeft_ds.files import sha256, write_json
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+CHECKSUMS = "checksums.json"
+READ_BY_PEOPLE = ("README.md", "metrics.json", CHECKSUMS)  # which may be edited
 FILES = (CONFIG, WEIGHTS, "recipe.yaml", "backbone.json", "labels.json", "base_fingerprint.json")
 # What the directory needs when a file of it is damaged, or of another run.
 REMEDY = (
@@ -19,14 +22,37 @@ REMEDY = (
 
 
 def whole(directory: str | Path) -> Path:
-    """The directory, if all its files are there. Raises BadInput."""
+    """The directory, if all its files are there and as they were written. Raises BadInput.
+
+    Directories of before have no checksums: what can be seen of damage in them is seen where files are read.
+    """
     directory = Path(directory)
     absent = [name for name in FILES if not (directory / name).is_file()]
     if absent:
         raise BadInput(
             f"{directory}: no adapter directory, {absent[0]} is missing. Give the `adapter` folder of a run."
         )
+    if (directory / CHECKSUMS).exists():
+        _check(directory)
     return directory
+
+
+def write_checksums(directory: Path) -> None:
+    """Note the sha256 of every file that says what the adapter computes; the last file that is written."""
+    files = sorted(path for path in directory.iterdir() if path.is_file() and path.name not in READ_BY_PEOPLE)
+    write_json(directory / CHECKSUMS, {path.name: sha256(path) for path in files})
+
+
+def _check(directory: Path) -> None:
+    listed = read_json(directory / CHECKSUMS, dict)
+    if left_out := [name for name in FILES if name not in listed]:
+        raise BadInput(f"{directory / CHECKSUMS}: leaves out {left_out[0]}. {REMEDY}")
+    for name, expected in listed.items():
+        path = directory / name
+        if Path(name).name != name or not path.is_file():
+            raise BadInput(f"{path}: is missing, {CHECKSUMS} names it. {REMEDY}")
+        if sha256(path) != expected:
+            raise BadInput(f"{path}: is not as it was written ({CHECKSUMS} has another sha256). {REMEDY}")
 
 
 def read_json(path: Path, kinds: type | tuple[type, ...]) -> Any:

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from mmpeft_ds import recipe as recipes
-from mmpeft_ds.adapter_files import CONFIG, WEIGHTS
+from mmpeft_ds.adapter_files import CONFIG, WEIGHTS, write_checksums
 from mmpeft_ds.backbones.base import BackboneBase
 from mmpeft_ds.distributed.collectives import on_rank0, rank
 from mmpeft_ds.distributed.partitioned import gathered
@@ -119,6 +119,7 @@ def _fill(
         _features_files(partial, model, plain, backbone)
     (partial / "recipe.yaml").write_text(recipes.to_yaml(recipe), "utf-8")
     (partial / "README.md").write_text(model_card(resolved, metrics, trained), "utf-8")
+    write_checksums(partial)
 
 
 def _plain_classifier(model: PeftModel) -> dict[str, Tensor]:

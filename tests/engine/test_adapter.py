@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 import mmpeft_ds
 from mmpeft_ds import adapter
-from mmpeft_ds.adapter_files import WEIGHTS
+from mmpeft_ds.adapter_files import CHECKSUMS, FILES, READ_BY_PEOPLE, WEIGHTS, whole
 from mmpeft_ds.engine.assembly import resolve
 from mmpeft_ds.engine.export import export_adapter
 from mmpeft_ds.errors import BadInput
@@ -135,6 +135,7 @@ def test_other_feature_statistics_are_refused(exported, tmp_path):
     statistics = json.loads((target / "feature_statistics.json").read_text())
     statistics["mean"][0] += 1e-3
     (target / "feature_statistics.json").write_text(json.dumps(statistics))
+    (target / CHECKSUMS).unlink()  # as of a version before
     with pytest.raises(BadInput, match=r"feature_norm\.mean"):
         mmpeft_ds.load(target)
 
@@ -226,3 +227,27 @@ def test_an_export_that_lost_a_tensor_does_not_get_its_name(folder, exported, mo
 def test_the_model_card_says_how_to_load_it(exported):
     card = (exported[0] / "README.md").read_text()
     assert "mmpeft_ds.load" in card and "toy" in card and "CC0-1.0" in card and "accuracy" in card
+
+
+def test_a_changed_byte_in_any_file_is_noticed_and_the_model_card_may_be_edited(exported, tmp_path):
+    target = copy(exported[0], tmp_path / "a")
+    (target / "README.md").write_text("mine")
+    assert whole(target) == target
+    listed = json.loads((target / CHECKSUMS).read_text())
+    assert {path.name for path in target.iterdir()} == {*listed, *READ_BY_PEOPLE}
+    for name in listed:
+        before = (target / name).read_bytes()
+        (target / name).write_bytes(before[:-1] + bytes([before[-1] ^ 1]))
+        with pytest.raises(BadInput, match=f"{name}: is not as it was written"):
+            whole(target)
+        (target / name).write_bytes(before)
+    for name in listed:
+        (target / CHECKSUMS).write_text(json.dumps({k: v for k, v in listed.items() if k != name}))
+        if name in FILES:
+            with pytest.raises(BadInput, match=f"leaves out {name}"):
+                whole(target)
+    (target / CHECKSUMS).write_text(json.dumps(listed | {"gone.json": "0"}))
+    with pytest.raises(BadInput, match="gone.json: is missing"):
+        whole(target)
+    (target / CHECKSUMS).unlink()
+    assert whole(target) == target, "a directory of a version before"
