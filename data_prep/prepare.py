@@ -31,7 +31,8 @@ from data_prep.sources.base import Source  # noqa: E402
 from mmpeft_ds import console, registry  # noqa: E402
 from mmpeft_ds.data import identity  # noqa: E402
 from mmpeft_ds.data.manifest import FILE, NAME, Manifest  # noqa: E402
-from mmpeft_ds.data.writer import PARTS, Part, finished_part, shard_file, write_manifest, write_shard  # noqa: E402
+from mmpeft_ds.data.parts import PARTS, Part, finished_part, shard_file  # noqa: E402
+from mmpeft_ds.data.writer import write_manifest, write_shard  # noqa: E402
 from mmpeft_ds.errors import BadInput  # noqa: E402
 from mmpeft_ds.files import write_json  # noqa: E402
 from mmpeft_ds.progress import Progress  # noqa: E402

@@ -6,24 +6,25 @@ interrupted job leaves nothing that looks finished, and jobs may run in any orde
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import os
-import tarfile
+from collections import Counter
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from mmpeft_ds.data import identity
+from mmpeft_ds.data.field_counts import FieldCounts
 from mmpeft_ds.data.formats import STORED
+from mmpeft_ds.data.identity import Contents
 from mmpeft_ds.data.manifest import IndexInfo, Manifest, ShardInfo, sample_key
-from mmpeft_ds.files import fsync, sha256, write_atomic
-
-PARTS = ".parts"
+from mmpeft_ds.data.parts import PARTS, Part, save_part, shard_file
+from mmpeft_ds.data.tar import TarWriter
+from mmpeft_ds.files import fsync, replacing, sha256
 
 
 @dataclass
@@ -43,30 +44,6 @@ class RawSample:
     record: dict[str, Any] = field(default_factory=dict)
     features: np.ndarray | None = None
     arrays: dict[str, np.ndarray] = field(default_factory=dict)
-
-
-@dataclass
-class Part:
-    """The contribution of one finished shard to the manifest.
-
-    Attributes:
-        shard: the tar file.
-        offsets: (begin, length) in bytes of every sample, as `Manifest.offsets` gives them.
-        fields: field path -> `FieldCount` numbers.
-        label_counts: answer or class name -> occurrences.
-        contents: of every sample, the identity of its pictures and of each caption, see `data.identity`.
-    """
-
-    shard: ShardInfo
-    offsets: list[tuple[int, int]]
-    fields: dict[str, dict[str, Any]] = field(default_factory=dict)
-    label_counts: dict[str, int] = field(default_factory=dict)
-    contents: list[tuple[str, list[str]]] = field(default_factory=list)
-
-
-def shard_file(name: str, split: str, number: int) -> str:
-    """File name of a shard."""
-    return f"{name}-{split}-{number:06d}.tar"
 
 
 def members(sample: Any) -> dict[str, bytes]:
@@ -101,72 +78,19 @@ def write_shard(dir: Path, name: str, split: str, number: int, first: int, sampl
     """
     file = shard_file(name, split, number)
     temporary = dir / PARTS / f"{file}.{os.getpid()}.tmp"
-    counts, labels, contents = FieldCounts(), {}, []
-    with open(temporary, "w+b") as stream:
-        with tarfile.open(fileobj=stream, mode="w|", format=tarfile.USTAR_FORMAT) as archive:
-            for i, sample in enumerate(samples):
-                add_sample(archive, sample_key(split, first + i), members(sample))
-                counts.add(sample)
-                for label in _labels_of(sample.record):
-                    labels[label] = labels.get(label, 0) + 1
-                contents.append(identity.contents(sample))
-        stream.flush()
-        os.fsync(stream.fileno())
-        size = stream.seek(0, os.SEEK_END)
-        stream.seek(0)
-        digest = sha256(stream)
-    offsets = sample_offsets(temporary)
-    if len(offsets) != len(contents):
-        raise RuntimeError(f"{file}: wrote {len(contents)} samples but find {len(offsets)} in the tar")
+    counts, labels, contents = FieldCounts(), Counter(), Contents()
+    with open(temporary, "wb", buffering=0) as stream:
+        tar = TarWriter(stream)
+        for i, sample in enumerate(samples):
+            tar.add(sample_key(split, first + i), members(sample))
+            counts.add(sample)
+            labels.update(_labels_of(sample.record))
+            contents.add(sample)
+        size, digest, offsets = tar.close()
     os.replace(temporary, dir / file)
     fsync(dir)
-    part = Part(ShardInfo(file, len(contents), size, digest), offsets, counts.counts, labels, contents)
-    write_atomic(part_path(dir, file), json.dumps(asdict(part), ensure_ascii=False).encode())
-    return part
-
-
-def add_sample(archive: tarfile.TarFile, key: str, parts: dict[str, bytes]) -> None:
-    """Add the files of a sample to a tar, in order and with a fixed time, user and mode, so that the bytes depend on
-    nothing else. They are those of webdataset.ShardWriter, whose import would bring torch into every worker."""
-    for extension in sorted(parts):
-        info = tarfile.TarInfo(f"{key}.{extension}")
-        info.size, info.mode, info.mtime = len(parts[extension]), 0o444, 0
-        info.uname = info.gname = "bigdata"
-        archive.addfile(info, io.BytesIO(parts[extension]))
-
-
-def part_path(dir: Path, file: str) -> Path:
-    """Path of the part file of the shard `file`, which is kept until the manifest is written."""
-    return dir / PARTS / f"{file}.json"
-
-
-def finished_part(dir: Path, file: str) -> Part | None:
-    """The part of a shard that an earlier run has finished, if the tar has not changed since; None otherwise."""
-    try:
-        raw = json.loads(part_path(dir, file).read_text("utf-8"))
-        offsets, contents = ([tuple(item) for item in raw[key]] for key in ("offsets", "contents"))
-        part = Part(ShardInfo(**raw["shard"]), offsets, raw["fields"], raw["label_counts"], contents)
-        good = (dir / file).stat().st_size == part.shard.bytes and sha256(dir / file) == part.shard.sha256
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    return part if good else None
-
-
-def sample_offsets(tar: Path) -> list[tuple[int, int]]:
-    """(offset of the first header, bytes of all members and padding) of every sample of a tar, in order."""
-    offsets: list[list[int]] = []
-    previous = None
-    with tarfile.open(tar, "r:") as archive:
-        for member in archive:
-            key = member.name.split(".", 1)[0]
-            end = member.offset_data + -(-member.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
-            if key == previous:
-                offsets[-1][1] = end - offsets[-1][0]
-            else:
-                offsets.append([member.offset, end - member.offset])
-            previous = key
-            archive.members = []  # otherwise tarfile keeps every header
-    return [tuple(pair) for pair in offsets]
+    shard = ShardInfo(file, len(offsets), size, digest)
+    return save_part(dir, shard, counts.counts, labels, {"offsets": offsets, **contents.arrays()})
 
 
 def write_manifest(
@@ -193,21 +117,19 @@ def write_manifest(
         account: split -> what became of the source's records, see `Manifest`.
     """
     index, fields = {}, {}
+    label_counts: dict[str, int] = dict.fromkeys(labels or [], 0)
     for split, of_split in parts.items():
-        buffer = io.BytesIO()
-        np.save(buffer, np.array([o for part in of_split for o in part.offsets], dtype=np.int64).reshape(-1, 2))
-        file = f"{name}-{split}.index.npy"
-        write_atomic(dir / file, buffer.getvalue())
-        index[split] = IndexInfo(file, hashlib.sha256(buffer.getvalue()).hexdigest())
+        index[split] = _write_index(dir, f"{name}-{split}.index.npy", of_split)
         merged = FieldCounts()
         for part in of_split:
-            merged.merge(part.fields)
+            counts = part.counts()
+            merged.merge(counts.fields)
+            if split == label_split:
+                for label in label_counts.keys() & counts.labels.keys():
+                    label_counts[label] += counts.labels[label]
         fields[split] = merged.summary()
-        for path, numbers in identity.summary([one for part in of_split for one in part.contents]).items():
+        for path, numbers in identity.summary(lambda shards=of_split: (part.arrays() for part in shards)).items():
             fields[split].setdefault(path, {}).update(numbers)
-    counts = None
-    if labels is not None:
-        counts = [sum(part.label_counts.get(label, 0) for part in parts[label_split]) for label in labels]
     manifest = Manifest(
         name=name,
         licence=licence,
@@ -217,7 +139,7 @@ def write_manifest(
         index=index,
         fields=fields,
         labels=labels,
-        label_counts=counts,
+        label_counts=None if labels is None else [label_counts[label] for label in labels],
         towers=towers or {},
         features_are=features_are,
         account=account or {},
@@ -227,66 +149,17 @@ def write_manifest(
     return manifest
 
 
-class FieldCounts:
-    """Simple statistics of the fields of many samples; those of several shards can be merged."""
-
-    def __init__(self) -> None:
-        self.counts: dict[str, dict[str, Any]] = {}
-
-    def add(self, sample: Any) -> None:
-        self._put("images", "images", len(sample.images))
-        if sample.features is not None:
-            self._put("features", str(sample.features.dtype), sample.features.size)
-        for name, array in sample.arrays.items():
-            self._put(name, str(array.dtype), array.size)
-        for name, value in sample.record.items():
-            self._value(name, value)
-
-    def merge(self, other: dict[str, dict[str, Any]]) -> None:
-        for path, theirs in other.items():
-            mine = self.counts.setdefault(path, {"types": [], "present": 0, "min": theirs["min"], "sum": 0, "max": 0})
-            mine["types"] = sorted({*mine["types"], *theirs["types"]})
-            mine["present"] += theirs["present"]
-            mine["sum"] += theirs["sum"]
-            mine["min"], mine["max"] = min(mine["min"], theirs["min"]), max(mine["max"], theirs["max"])
-
-    def summary(self) -> dict[str, dict[str, Any]]:
-        """Field path -> {type, present, min, mean, max}; `present` counts values, so items for a path with `[]`."""
-        return {
-            path: {
-                "type": "|".join(c["types"]),
-                "present": c["present"],
-                "min": c["min"],
-                "mean": round(c["sum"] / c["present"], 4),
-                "max": c["max"],
-            }
-            for path, c in sorted(self.counts.items())
-        }
-
-    def _value(self, path: str, value: Any) -> None:
-        if isinstance(value, bool) or value is None:
-            self._put(path, type(value).__name__, int(bool(value)))
-        elif isinstance(value, (int, float)):
-            self._put(path, type(value).__name__, value)
-        elif isinstance(value, (str, list, dict)):
-            self._put(path, type(value).__name__, len(value))
-            if isinstance(value, list):
-                for item in value:
-                    self._value(path + "[]", item)
-            elif isinstance(value, dict):
-                for name, item in value.items():
-                    self._value(f"{path}.{name}", item)
-
-    def _put(self, path: str, type_name: str, size: float) -> None:
-        count = self.counts.get(path)
-        if count is None:
-            self.counts[path] = {"types": [type_name], "present": 1, "min": size, "sum": size, "max": size}
-            return
-        if type_name not in count["types"]:
-            count["types"] = sorted([*count["types"], type_name])
-        count["present"] += 1
-        count["sum"] += size
-        count["min"], count["max"] = min(count["min"], size), max(count["max"], size)
+def _write_index(dir: Path, file: str, parts: list[Part]) -> IndexInfo:
+    """Write the side file of a split, one shard after the other."""
+    total = sum(part.shard.samples for part in parts)
+    with replacing(dir / file) as temporary:
+        with open(temporary, "wb") as stream:
+            head = {"descr": "<i8", "fortran_order": False, "shape": (total, 2)}
+            np.lib.format.write_array_header_1_0(stream, head)
+            for part in parts:
+                stream.write(part.offsets.astype("<i8").tobytes())
+        digest = sha256(temporary)
+    return IndexInfo(file, digest)
 
 
 def _npy(array: np.ndarray) -> bytes:

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from mmpeft_ds.data.manifest import NAME, Manifest, local_path
+from mmpeft_ds.data.parts import PARTS, Part
 from mmpeft_ds.data.subset import fingerprint
-from mmpeft_ds.data.writer import PARTS, Part, write_manifest
+from mmpeft_ds.data.writer import write_manifest
 from mmpeft_ds.distributed import processes
 from mmpeft_ds.distributed.collectives import on_rank0
 from mmpeft_ds.engine.assembly import hub

@@ -14,9 +14,10 @@ from typing import Any
 
 from mmpeft_ds.data.feature_shards import write_class_texts
 from mmpeft_ds.data.manifest import FILE, NAME, Manifest, local_path, sample_key
+from mmpeft_ds.data.parts import PARTS, Part
 from mmpeft_ds.data.shards import members
 from mmpeft_ds.data.subset import fingerprint
-from mmpeft_ds.data.writer import PARTS, Part, write_manifest, write_shard
+from mmpeft_ds.data.writer import write_manifest, write_shard
 from mmpeft_ds.distributed import processes
 from mmpeft_ds.distributed.collectives import on_rank0
 from mmpeft_ds.engine.assembly import hub

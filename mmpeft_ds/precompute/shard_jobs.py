@@ -20,8 +20,9 @@ import torch.distributed as dist
 
 from mmpeft_ds.data.manifest import FILE, Manifest
 from mmpeft_ds.data.packing import spread
+from mmpeft_ds.data.parts import PARTS, Part, finished_part, part_path, shard_file
 from mmpeft_ds.data.shards import ShardReader, verify_shards
-from mmpeft_ds.data.writer import PARTS, Part, finished_part, part_path, shard_file, write_shard
+from mmpeft_ds.data.writer import write_shard
 from mmpeft_ds.engine.stop import StopFlag
 from mmpeft_ds.errors import BadInput, BadSample
 from mmpeft_ds.files import write_json

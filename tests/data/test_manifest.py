@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from mmpeft_ds.data.manifest import Manifest, local_path, sample_key
-from mmpeft_ds.data.writer import RawSample, finished_part, members, part_path, write_manifest, write_shard
+from mmpeft_ds.data.parts import finished_part, part_path
+from mmpeft_ds.data.writer import RawSample, members, write_manifest, write_shard
 from mmpeft_ds.errors import BadInput
 
 

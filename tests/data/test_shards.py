@@ -1,5 +1,6 @@
 """Reading samples by byte range, safely, and checking shards at start."""
 
+import hashlib
 import io
 import pickle
 import tarfile
@@ -9,9 +10,9 @@ import numpy as np
 import pytest
 import webdataset
 
-from mmpeft_ds.data import writer
 from mmpeft_ds.data.manifest import Manifest
 from mmpeft_ds.data.shards import ShardReader, _plain_members, check_pipe, members, verify_shards
+from mmpeft_ds.data.tar import TarWriter, header
 from mmpeft_ds.errors import BadInput, BadSample
 from tests.helpers.data.tiny_shards import RawSample, one_image, write_shards
 
@@ -178,14 +179,31 @@ def test_features_written_as_npy_come_back(tmp_path):
 
 
 def test_shards_are_those_of_webdatasets_writer_to_the_byte(tmp_path):
-    """`writer.add_sample` stands in for webdataset.ShardWriter, whose import would bring torch into every worker."""
+    """`TarWriter` stands in for webdataset.ShardWriter, whose import would bring torch into every worker."""
     rows = [{"jpg": b"\xff\xd8" + bytes(range(256)) * (i + 1), "json": b'{"n":%d}' % i} for i in range(5)]
     rows.append({"1.png": b"second", "0.png": b"first", "npy": b"x" * 10_300, "json": b"{}"})  # over a tar's record
-    with (tmp_path / "ours.tar").open("wb") as stream:
-        with tarfile.open(fileobj=stream, mode="w|", format=tarfile.USTAR_FORMAT) as archive:
-            for i, row in enumerate(rows):
-                writer.add_sample(archive, f"train-{i:07d}", row)
+    rows.append({"bin": b"z" * (3 << 20), "json": b"{}"})  # over what is written at a time
+    with (tmp_path / "ours.tar").open("wb", buffering=0) as stream:
+        ours = TarWriter(stream)
+        for i, row in enumerate(rows):
+            ours.add(f"train-{i:07d}", row)
+        size, digest, offsets = ours.close()
     with webdataset.ShardWriter(str(tmp_path / "%d.tar"), verbose=0, mtime=0, compress=False) as theirs:
         for i, row in enumerate(rows):
             theirs.write({"__key__": f"train-{i:07d}", **row})
-    assert (tmp_path / "ours.tar").read_bytes() == (tmp_path / "0.tar").read_bytes()
+    data = (tmp_path / "ours.tar").read_bytes()
+    assert data == (tmp_path / "0.tar").read_bytes()
+    assert (size, digest) == (len(data), hashlib.sha256(data).hexdigest())
+    for i, (begin, length) in enumerate(offsets.tolist()):
+        key, parts = members(data[begin : begin + length])
+        assert key == f"train-{i:07d}" and parts == rows[i]
+
+
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [("a.jpg", 0), ("train-000000000.0.jpg", 8**11 - 1), ("é" * 50, 511), ("d" * 60 + "/" + "x" * 80, 7)],
+)
+def test_headers_are_those_of_tarfile(name, size):
+    info = tarfile.TarInfo(name)
+    info.size, info.mode, info.mtime, info.uname, info.gname = size, 0o444, 0, "bigdata", "bigdata"
+    assert header(name, size) == info.tobuf(tarfile.USTAR_FORMAT)

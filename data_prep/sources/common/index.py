@@ -20,10 +20,10 @@ from pathlib import Path
 from typing import Any
 
 SHOWN = 10  # names kept for a reason to set records aside
-BLOCK = 4096  # rows handled at a time
+BLOCK = 1024  # rows handled at a time
 _SCHEMA = """
 CREATE TABLE sample(
-    id INTEGER PRIMARY KEY AUTOINCREMENT, split TEXT, name TEXT, files TEXT, fields TEXT, number INTEGER,
+    id INTEGER PRIMARY KEY, split TEXT, name TEXT, files TEXT, fields TEXT, number INTEGER,
     UNIQUE(split, name)
 );
 CREATE TABLE item(sample INTEGER, value TEXT);
@@ -82,6 +82,7 @@ class Index:
         self.path = path
         self._connection: tuple[int, sqlite3.Connection] | None = None
         self._numbers: Counter[tuple[str, str]] = Counter()
+        self._last = 0  # id of the sample that came last
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_connection": None}
@@ -110,19 +111,46 @@ class Index:
             draft.path.unlink(missing_ok=True)
 
     def add(self, split: str, entries: Iterable[Entry]) -> None:
-        """Add the records of a split."""
-        for entry in entries:
-            if entry.key is not None and not self._is_new(split, entry.key):
+        """Add the records of a split, many with each statement."""
+        entries = iter(entries)
+        while block := list(itertools.islice(entries, BLOCK)):
+            self._add(split, self._first_of_each_key(split, block))
+
+    def _first_of_each_key(self, split: str, block: list[Entry]) -> list[Entry]:
+        """The entries of a block but those whose id was given before, which are set aside."""
+        keys = [entry.key for entry in block if entry.key is not None]
+        query = "SELECT key FROM seen WHERE split=? AND key IN (SELECT value FROM json_each(?))"
+        seen = {key for (key,) in self._run(query, (split, json.dumps(keys)))} if keys else set()
+        fresh, kept = [], []
+        for entry in block:
+            if entry.key is not None and entry.key in seen:
                 self.set_aside(split, "id given before", entry.key)
                 continue
-            found = self._run("SELECT id FROM sample WHERE split=? AND name=?", (split, entry.name)).fetchone()
-            if found is None:
-                row = split, entry.name, json.dumps(list(entry.files)), json.dumps(entry.fields, ensure_ascii=False)
-                found = (self._run("INSERT INTO sample(split, name, files, fields) VALUES(?,?,?,?)", row).lastrowid,)
+            kept.append(entry)
+            if entry.key is not None:
+                seen.add(entry.key)
+                fresh.append((split, entry.key))
+        self._connected().executemany("INSERT INTO seen VALUES(?,?)", fresh)
+        return kept
+
+    def _add(self, split: str, block: list[Entry]) -> None:
+        """Put the records of a block to their samples, which are made where there are none yet."""
+        names = json.dumps([*dict.fromkeys(entry.name for entry in block)])
+        query = "SELECT name, id FROM sample WHERE split=? AND name IN (SELECT value FROM json_each(?))"
+        numbers = dict(self._run(query, (split, names)).fetchall())
+        samples, items = [], []
+        for entry in block:
+            if entry.name not in numbers:
+                self._last += 1
+                numbers[entry.name] = self._last
+                fields = _json(entry.fields)
+                samples.append((self._last, split, entry.name, _json(list(entry.files)), fields))
             if entry.item is not None:
-                item = json.dumps(entry.item, ensure_ascii=False)
-                self._run("INSERT INTO item VALUES(?,?)", (found[0], item))
-            self.count(split, "records")
+                items.append((numbers[entry.name], _json(entry.item)))
+        rows = "INSERT INTO sample(id, split, name, files, fields) VALUES(?,?,?,?,?)"
+        self._connected().executemany(rows, samples)
+        self._connected().executemany("INSERT INTO item VALUES(?,?)", items)
+        self.count(split, "records", len(block))
 
     def parsed(
         self, split: str, rows: Iterable[Any], parse: Callable[[Any], Entry | Iterable[Entry]]
@@ -149,7 +177,7 @@ class Index:
 
     def put(self, kind: str, pairs: Iterable[tuple[str, Any]]) -> None:
         """Keep values to be looked up by key, such as annotations by the id of their question; the last one counts."""
-        rows = ((kind, key, json.dumps(value, ensure_ascii=False)) for key, value in pairs)
+        rows = ((kind, key, _json(value)) for key, value in pairs)
         self._connected().executemany("INSERT OR REPLACE INTO looked_up VALUES(?,?,?)", rows)
 
     def get(self, kind: str, key: str) -> Any:
@@ -159,7 +187,7 @@ class Index:
 
     def keep(self, name: str, value: Any) -> None:
         """Keep a value, such as the list of answers, for all processes."""
-        self._run("INSERT INTO kept VALUES(?,?)", (name, json.dumps(value, ensure_ascii=False)))
+        self._run("INSERT INTO kept VALUES(?,?)", (name, _json(value)))
 
     def kept(self, name: str) -> Any:
         """What `keep` kept, or None."""
@@ -189,16 +217,22 @@ class Index:
             problem: of a sample's paths, why it cannot be used, or nothing; called in several threads.
         """
         self._run("CREATE INDEX IF NOT EXISTS items_of ON item(sample)")
-        rows = self._run("SELECT id, name, files FROM sample WHERE split=?", (split,))
-        bad: list[tuple[int, str, str]] = []
+        last = -1
         with ThreadPoolExecutor(8) as pool:
-            while block := rows.fetchmany(BLOCK):
-                reasons = pool.map(problem, [json.loads(files) for _, _, files in block])
-                bad += [(row, name, why) for (row, name, _), why in zip(block, reasons, strict=True) if why]
-        for row, name, why in bad:
-            records = self._run("SELECT count(*) FROM item WHERE sample=?", (row,)).fetchone()[0]
-            self._connected().executemany("INSERT INTO aside VALUES(?,?,?)", [(split, why, name)] * max(records, 1))
-            self._run("DELETE FROM sample WHERE id=?", (row,))
+            while block := self._run(
+                "SELECT id, name, files FROM sample WHERE split=? AND id>? ORDER BY id LIMIT ?", (split, last, BLOCK)
+            ).fetchall():
+                last = block[-1][0]
+                reasons = pool.map(problem, [json.loads(files) for _, _, files in block], chunksize=64)
+                for (row, name, _), why in zip(block, reasons, strict=True):
+                    if why:
+                        self._drop(split, row, name, why)
+
+    def _drop(self, split: str, row: int, name: str, why: str) -> None:
+        """Set the records of a sample aside."""
+        records = self._run("SELECT count(*) FROM item WHERE sample=?", (row,)).fetchone()[0]
+        self._connected().executemany("INSERT INTO aside VALUES(?,?,?)", [(split, why, name)] * max(records, 1))
+        self._run("DELETE FROM sample WHERE id=?", (row,))
 
     def samples(self, split: str, start: int = 0) -> Iterator[tuple[str, list[str], list[Any], dict[str, Any]]]:
         """(name, files, items, fields) of the samples from number `start` on."""
@@ -208,9 +242,15 @@ class Index:
             rows = self._run(query, (split, first, first + BLOCK - 1)).fetchall()
             if not rows:
                 return
+            items: dict[int, list[str]] = {row: [] for row, _, _, _ in rows}
+            for row, value in self._run(
+                "SELECT sample, value FROM item WHERE sample BETWEEN ? AND ? ORDER BY sample, rowid",
+                (rows[0][0], rows[-1][0]),
+            ):
+                if row in items:  # samples that were dropped have theirs still
+                    items[row].append(value)
             for row, name, files, fields in rows:
-                values = self._run("SELECT value FROM item WHERE sample=? ORDER BY rowid", (row,)).fetchall()
-                yield name, json.loads(files), [json.loads(value) for (value,) in values], json.loads(fields)
+                yield name, json.loads(files), json.loads(f"[{','.join(items[row])}]"), json.loads(fields)
 
     def size(self, split: str) -> int:
         """Number of samples of a split."""
@@ -234,9 +274,6 @@ class Index:
             aside[reason] = [number, [name for (name,) in names]]
         return numbers | {"aside": aside}
 
-    def _is_new(self, split: str, key: str) -> bool:
-        return bool(self._run("INSERT OR IGNORE INTO seen VALUES(?,?)", (split, key)).rowcount)
-
     def _number(self) -> None:
         """Give the samples of each split their numbers, and make what is asked later fast."""
         self._run("CREATE INDEX IF NOT EXISTS items_of ON item(sample)")
@@ -259,3 +296,6 @@ class Index:
             address = f"file:{self.path}?mode=ro"
             self._connection = os.getpid(), sqlite3.connect(address, uri=True, check_same_thread=False)
         return self._connection[1]
+
+
+_json = json.JSONEncoder(ensure_ascii=False).encode  # json.dumps would make an encoder for every value
