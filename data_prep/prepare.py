@@ -1,6 +1,7 @@
 """Turn a data set as it comes into WebDataset shards with a manifest.
 
-    python data_prep/prepare.py SOURCE --out DIR [--engine local|ray] [--processes N] [--samples-per-shard N] ...
+    python data_prep/prepare.py SOURCE --out DIR [--engine local|ray] [--processes N] [--samples-per-shard N]
+        [--resize SIDE [--quality Q]] ...
 
 The same command continues an interrupted preparation and leaves a finished one alone. Two runs give the same bytes.
 """
@@ -15,7 +16,7 @@ import re
 import shutil
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ if __name__ == "__main__":
     # This folder must not come first on the path: its file names would hide installed modules of the same name.
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from data_prep import report, sources  # noqa: E402
+from data_prep import duplicates, report, resize, sources  # noqa: E402
 from data_prep.engines import ENGINES, run_jobs  # noqa: E402
 from data_prep.options import add_options, as_json, compared, read_options  # noqa: E402
 from data_prep.sources.base import Source  # noqa: E402
@@ -52,6 +53,7 @@ class Job:
     number: int
     first: int
     count: int
+    resize: resize.Resize | None = None
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -59,12 +61,14 @@ def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     args, source, options = _parse(argv)
     out: Path = args.out
+    resized = {"resize": args.resize, "quality": args.quality} if args.resize else {}
     wanted = {
         "name": args.name,
         "samples_per_shard": args.samples_per_shard,
-        "source": {"name": args.source, "options": as_json(options), "fingerprint": source.fingerprint()},
+        "source": {"name": args.source, "options": as_json(options) | resized, "fingerprint": source.fingerprint()},
     }
     shaping = {**compared(options), "name": args.name, "samples_per_shard": args.samples_per_shard}
+    shaping |= {"resize": args.resize, **resized}
     shaping.pop("features_are", None)  # said of the shards, which stay the same
     if args.overwrite:
         _clear(out)
@@ -95,11 +99,21 @@ def _parse(argv: list[str]) -> tuple[Any, Source, Any]:
     parser.add_argument("--engine", choices=ENGINES, default="local", help="processes here, or Ray tasks")
     parser.add_argument("--processes", type=int, default=0, help="how many at a time (default: all CPUs)")
     parser.add_argument("--samples-per-shard", type=int, default=1000, help="default 1000")
+    parser.add_argument(
+        "--resize",
+        type=int,
+        default=0,
+        metavar="SIDE",
+        help="store larger pictures with a shorter side of SIDE pixels",
+    )
     parser.add_argument("--overwrite", action="store_true", help="delete what was prepared in DIR and start over")
     if name is None:
         parser.parse_args(argv)  # --help, or the line that says what is missing
         raise BadInput(f"prepare.py: which source? One of: {known}.")
     entry = registry.load(sources, name.replace("-", "_"), "SOURCE")
+    if "quality" not in {field.name for field in fields(entry.Options)}:  # sources of videos have one, of their frames
+        text = f"of JPEG and WebP pictures that --resize stores, 1 to 95 (default {resize.QUALITY})"
+        parser.add_argument("--quality", type=int, default=resize.QUALITY, help=text)
     add_options(parser.add_argument_group(f"options of {name}"), entry.Options)
     args = parser.parse_args(argv)
     args.source = name.replace("_", "-")
@@ -109,6 +123,7 @@ def _parse(argv: list[str]) -> tuple[Any, Source, Any]:
     for option in ("processes", "samples_per_shard"):
         if getattr(args, option) < (option == "samples_per_shard"):
             raise BadInput(f"--{option.replace('_', '-')}: {getattr(args, option)} is too small.")
+    args.how = resize.Resize(args.resize, args.quality) if args.resize else None
     options = read_options(entry.Options, args)
     source = entry(options)
     return args, source, options
@@ -140,6 +155,9 @@ def _jobs(args: Any, source: Source, options: Any) -> list[Job]:
         for number, first in enumerate(range(0, total, step)):
             job = Job(args.source, options, args.out, args.name, split, number, first, min(step, total - first))
             jobs.append(job)
+    if args.how:
+        how = args.how.measured_on(sum(job.count for job in jobs))
+        jobs = [replace(job, resize=how) for job in jobs]
     return jobs
 
 
@@ -157,6 +175,8 @@ def _make_shards(out: Path, args: Any, source: Source, jobs: list[Job], descript
             progress.advance(jobs[i].count)
     if kept:
         print(f"{kept} of {len(jobs)} shards were already finished and intact")
+    if args.how:
+        description["resize"] = resize.described(args.how, parts)
     by_split = {split: [p for p, job in zip(parts, jobs, strict=True) if job.split == split] for split in splits}
     label_split = "train" if "train" in splits else splits[0]
     write_manifest(
@@ -169,8 +189,15 @@ def _make_shards(out: Path, args: Any, source: Source, jobs: list[Job], descript
         source.labels(label_split),
         label_split,
         features_are=description["options"].get("features_are") or "",
-        account={split: account for split in splits if (account := source.account(split))},
+        account=_account(source, out, by_split),
     )
+
+
+def _account(source: Source, out: Path, parts: dict[str, list[Part]]) -> dict[str, dict[str, Any]]:
+    """What became of the records of each split, and which pictures other splits have too."""
+    also_in = duplicates.across_splits(out, parts)
+    accounts = {split: source.account(split) | also_in.get(split, {}) for split in parts}
+    return {split: account for split, account in accounts.items() if account}
 
 
 _SOURCES: dict[tuple[str, str], Source] = {}
@@ -186,8 +213,12 @@ def make_shard(job: Job) -> tuple[Part, bool]:
         _SOURCES[key] = registry.load(sources, job.source.replace("-", "_"), "SOURCE")(job.options)
         _SOURCES[key].index(job.dir / PARTS)
     samples = islice(_SOURCES[key].samples(job.split, job.first), job.count)
+    resizer = resize.Resizer(job.resize) if job.resize else None
     try:
-        part = write_shard(job.dir, job.name, job.split, job.number, job.first, samples)
+        place = job.dir, job.name, job.split, job.number, job.first
+        part = (
+            write_shard(*place, resizer.samples(samples), resizer.numbers) if resizer else write_shard(*place, samples)
+        )
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
@@ -297,9 +328,11 @@ def _report(manifest: Manifest, title: str) -> None:
     for split, shards in manifest.splits.items():
         size = sum(s.bytes for s in shards) / 1e6
         print(f"  {split:8} {manifest.samples(split):>9,} samples  {len(shards):>5,} shards  {size:>9,.1f} MB")
-    for split, fields in manifest.fields.items():
-        for line in identity.notes(split, fields):
+    for split, of_split in manifest.fields.items():
+        for line in identity.notes(split, of_split):
             print(f"  {line}")
+    if "resize" in manifest.source:
+        print(f"  {resize.line(manifest.source['resize'])}")
     report.show(manifest)
     if manifest.labels:
         print(f"  {len(manifest.labels)} labels, most frequent first: {', '.join(manifest.labels[:8])}"[:118])

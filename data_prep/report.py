@@ -11,9 +11,7 @@ TEXTS = ("captions[]", "questions[].question", "conversations[].value", "label")
 
 
 def show(manifest: Manifest) -> None:
-    """Print a row a split beside what the publishers count, and what was set aside with the first names."""
-    if not manifest.account:
-        return
+    """Print a row a split beside what the publishers count, what was set aside, and what several splits have."""
     print(f"  {'':8} " + "".join(f"{name:>22}" for name in COUNTED))
     for split in manifest.splits:
         numbers = counts(manifest, split)
@@ -29,6 +27,11 @@ def show(manifest: Manifest) -> None:
         for reason, (number, names) in manifest.account.get(split, {}).get("aside", {}).items():
             more = ", ..." if number > len(names) else ""
             print(f"  {split}: {number:,} set aside, {reason}: {', '.join(names)}{more}")
+        if without := manifest.account.get(split, {}).get("uncaptioned"):
+            print(f"  {split}: {without:,} pictures are listed without a caption, and left out")
+        for other, (number, names) in manifest.account.get(split, {}).get("also_in", {}).items():
+            more = ", ..." if number > len(names) else ""
+            print(f"  {split}: {number:,} of the pictures are also in {other}: {', '.join(names)}{more}")
 
 
 def counts(manifest: Manifest, split: str) -> dict[str, int]:

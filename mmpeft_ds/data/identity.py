@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
+import xxhash
 
 PICTURE = "picture"  # key of a record: `content_id` of its images, where a task asks for it
 BLOCK = 1 << 20  # identities compared at a time, which bounds the memory for any number of samples
@@ -120,7 +121,7 @@ _NONE = np.zeros(0, dtype=np.uint64)
 
 
 def _digest(data: bytes) -> bytes:
-    return hashlib.sha256(data).digest()[:16]  # processors have instructions for it: twice as fast as blake2b
+    return xxhash.xxh3_128_digest(data)  # no defence against forgery, which nobody gains from; many times as fast
 
 
 def _together(digests: Iterable[bytes]) -> str:

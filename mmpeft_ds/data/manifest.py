@@ -60,7 +60,8 @@ class Manifest:
         name: data set name, `[a-z0-9_-]+`; sample ids are `name/key`.
         licence: SPDX name or a short statement.
         source: `name` of the file in data_prep/sources, its `options`, and `fingerprint` of the data that the shards
-            were made from: file or package name -> version or sha256.
+            were made from: file or package name -> version or sha256; `resize` where pictures were stored smaller, see
+            `data_prep.resize.described`.
         samples_per_shard: of every shard but the last of a split.
         splits: split -> its shards, in order.
         index: split -> its side file.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import tarfile
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import IO
 
 import numpy as np
@@ -17,7 +18,8 @@ class TarWriter:
     """Writes samples to an open file: regular members with a fixed time, user and mode.
 
     The bytes are those of `webdataset.ShardWriter(mtime=0)`, whose import would bring torch into every worker, and of
-    tarfile, which takes several times as long to write and must read a file again to tell the positions.
+    tarfile, which takes several times as long to write and must read a file again to tell the positions. A thread
+    hashes and writes one chunk while the next one is collected. Use it in a `with` statement.
 
     Args:
         stream: a new file, open for writing in binary mode without a buffer.
@@ -31,6 +33,14 @@ class TarWriter:
         self._at = 0
         self._begins: list[int] = []
         self._ends: list[int] = []
+        self._thread = ThreadPoolExecutor(1)
+        self._writing: Future[None] | None = None
+
+    def __enter__(self) -> TarWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._thread.shutdown()
 
     def add(self, key: str, parts: dict[str, bytes]) -> None:
         """Add the files of one sample, `KEY.EXTENSION`, in the order of their extensions."""
@@ -52,6 +62,7 @@ class TarWriter:
         end = self._at + 2 * _BLOCK
         self._put(bytes(end + -end % tarfile.RECORDSIZE - self._at))
         self._write()
+        self._wait()
         os.fsync(self._stream.fileno())
         begins, ends = (np.array(values, dtype=np.int64) for values in (self._begins, self._ends))
         return self._at, self._digest.hexdigest(), np.stack([begins, ends - begins], axis=1)
@@ -64,8 +75,17 @@ class TarWriter:
             self._write()
 
     def _write(self) -> None:
-        data = memoryview(b"".join(self._pieces))
+        self._wait()
+        self._writing = self._thread.submit(self._hash_and_write, self._pieces)
         self._pieces, self._waiting = [], 0
+
+    def _wait(self) -> None:
+        """Until the last chunk is written. Raises OSError if it could not be."""
+        if self._writing is not None:
+            self._writing.result()
+
+    def _hash_and_write(self, pieces: list[bytes]) -> None:
+        data = memoryview(b"".join(pieces))
         self._digest.update(data)
         while data:
             data = data[self._stream.write(data) :]

@@ -10,7 +10,7 @@ import io
 import json
 import os
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -70,8 +70,19 @@ def members(sample: Any) -> dict[str, bytes]:
     return parts
 
 
-def write_shard(dir: Path, name: str, split: str, number: int, first: int, samples: Iterable[Any]) -> Part:
+def write_shard(
+    dir: Path,
+    name: str,
+    split: str,
+    number: int,
+    first: int,
+    samples: Iterable[Any],
+    numbers: Callable[[], dict[str, np.ndarray]] = dict,
+) -> Part:
     """Write shard `number` of a split, whose first sample is the split's sample `first`, and its part file.
+
+    Args:
+        numbers: gives further arrays of the part, once all samples have been taken.
 
     Returns:
         its part; the tar and the part file are in place and on disk.
@@ -79,8 +90,7 @@ def write_shard(dir: Path, name: str, split: str, number: int, first: int, sampl
     file = shard_file(name, split, number)
     temporary = dir / PARTS / f"{file}.{os.getpid()}.tmp"
     counts, labels, contents = FieldCounts(), Counter(), Contents()
-    with open(temporary, "wb", buffering=0) as stream:
-        tar = TarWriter(stream)
+    with open(temporary, "wb", buffering=0) as stream, TarWriter(stream) as tar:
         for i, sample in enumerate(samples):
             tar.add(sample_key(split, first + i), members(sample))
             counts.add(sample)
@@ -90,7 +100,7 @@ def write_shard(dir: Path, name: str, split: str, number: int, first: int, sampl
     os.replace(temporary, dir / file)
     fsync(dir)
     shard = ShardInfo(file, len(offsets), size, digest)
-    return save_part(dir, shard, counts.counts, labels, {"offsets": offsets, **contents.arrays()})
+    return save_part(dir, shard, counts.counts, labels, {"offsets": offsets, **contents.arrays(), **numbers()})
 
 
 def write_manifest(

@@ -183,8 +183,7 @@ def test_shards_are_those_of_webdatasets_writer_to_the_byte(tmp_path):
     rows = [{"jpg": b"\xff\xd8" + bytes(range(256)) * (i + 1), "json": b'{"n":%d}' % i} for i in range(5)]
     rows.append({"1.png": b"second", "0.png": b"first", "npy": b"x" * 10_300, "json": b"{}"})  # over a tar's record
     rows.append({"bin": b"z" * (3 << 20), "json": b"{}"})  # over what is written at a time
-    with (tmp_path / "ours.tar").open("wb", buffering=0) as stream:
-        ours = TarWriter(stream)
+    with (tmp_path / "ours.tar").open("wb", buffering=0) as stream, TarWriter(stream) as ours:
         for i, row in enumerate(rows):
             ours.add(f"train-{i:07d}", row)
         size, digest, offsets = ours.close()

@@ -32,18 +32,24 @@ def coco(
         check: raises Aside for an annotation that does not count.
     """
     images = f"{split} images"
-    index.put(images, ((str(image["id"]), (image["id"], path(image))) for image in annotations.items(file, "images")))
+    rows = enumerate(annotations.items(file, "images"))
+    index.put(images, ((str(image["id"]), (image["id"], path(image), place)) for place, image in rows))
+    captioned, listed = bytearray(), index.size_of(images)  # a byte a picture
 
     def entry(row: Any) -> Entry:
         check(row)
         found = index.get(images, str(row["image_id"]))
         if found is None:
             raise Aside("picture not listed under `images`", str(row["image_id"]))
-        number, name = found
+        number, name, place = found
         item = {"caption": annotations.text(row["caption"]), "id": row["id"]}
+        captioned.extend(bytes(max(place + 1 - len(captioned), 0)))
+        captioned[place] = 1
         return Entry(name, [name], item, {"image_id": number}, key=str(row["id"]))
 
-    return index.parsed(split, annotations.items(file, "annotations"), entry)
+    yield from index.parsed(split, annotations.items(file, "annotations"), entry)
+    if without := listed - captioned.count(1):
+        index.count(split, "uncaptioned", without)
 
 
 def uncaptioned(file: Path, split: str, index: Index, path: Callable[[dict[str, Any]], str]) -> Iterator[Entry]:

@@ -185,6 +185,10 @@ class Index:
         row = self._run("SELECT value FROM looked_up WHERE kind=? AND key=?", (kind, key)).fetchone()
         return None if row is None else json.loads(row[0])
 
+    def size_of(self, kind: str) -> int:
+        """How many keys `put` kept values for."""
+        return self._run("SELECT count(*) FROM looked_up WHERE kind=?", (kind,)).fetchone()[0]
+
     def keep(self, name: str, value: Any) -> None:
         """Keep a value, such as the list of answers, for all processes."""
         self._run("INSERT INTO kept VALUES(?,?)", (name, _json(value)))

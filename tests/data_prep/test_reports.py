@@ -1,0 +1,121 @@
+"""The report of a preparation: pictures that several splits have, and files that are missing, for every source."""
+
+import numpy as np
+import pytest
+
+from data_prep import duplicates, prepare, sources
+from data_prep.sources.common.layout import LayoutSource
+from mmpeft_ds import registry
+from mmpeft_ds.data import identity
+from mmpeft_ds.data.manifest import Manifest
+from mmpeft_ds.errors import BadInput
+from tests.helpers.data.miniatures import prepared, put, put_picture
+
+LAYOUTS = [n for n in registry.names(sources) if issubclass(registry.load(sources, n, "test"), LayoutSource)]
+
+
+@pytest.fixture
+def lines(jsonl, tmp_path):
+    """Train shows 0, 1, 1, 2 and 3 (two a line); val 1; test 3 and 5."""
+    jsonl({"image": "0.png", "caption": "a"}, {"image": "1.png", "caption": "b"}, {"image": "1.png", "caption": "c"})
+    train = [{"image": i, "caption": f"t {i}"} for i in ("0.png", "1.png", "1.png")]
+    train.append({"image": ["2.png", "3.png"], "caption": "two"})
+    files = {
+        "train": jsonl(*train),
+        "val": jsonl({"image": "1.png", "caption": "v"}, name="val.jsonl"),
+        "test": jsonl({"image": "3.png", "caption": "x"}, {"image": "5.png", "caption": "y"}, name="test.jsonl"),
+    }
+    options = [word for split, path in files.items() for word in (f"--{split}", str(path))]
+    return ["jsonl", "--out", str(tmp_path / "out"), "--samples-per-shard", "1", "--processes", "1", *options]
+
+
+def test_training_pictures_of_other_splits_are_counted_and_named(lines, tmp_path, capsys):
+    prepare.main(lines)
+    account = Manifest.load(tmp_path / "out").account
+    assert account == {"train": {"also_in": {"val": [1, ["train.jsonl:2"]], "test": [1, ["train.jsonl:4"]]}}}
+    assert "train: 1 of the pictures are also in test: train.jsonl:4\n" in capsys.readouterr().out
+    prepare.main(lines)
+    again = capsys.readouterr().out
+    assert "already prepared" in again and "train: 1 of the pictures are also in test: train.jsonl:4\n" in again
+
+
+def test_in_several_passes_the_same_is_found(lines, tmp_path, monkeypatch):
+    monkeypatch.setattr(identity, "BLOCK", 1)
+    prepare.main(lines)
+    also_in = Manifest.load(tmp_path / "out").account["train"]["also_in"]
+    assert also_in == {"val": [1, ["train.jsonl:2"]], "test": [1, ["train.jsonl:4"]]}
+
+
+def test_splits_without_a_common_picture_have_no_such_line(image_folder, tmp_path, capsys):
+    out = tmp_path / "out"
+    prepare.main(["image-folder", "--folder", str(image_folder), "--out", str(out), "--val-fraction", "0.25"])
+    assert not Manifest.load(out).account and "also in" not in capsys.readouterr().out
+
+
+def test_ten_names_are_shown_of_a_copied_folder(image_folder, tmp_path, capsys):
+    splits = tmp_path / "set"
+    splits.mkdir()
+    image_folder.rename(splits / "train")
+    for path in (p for p in (splits / "train").rglob("*") if p.is_file()):
+        put(splits / "test" / path.relative_to(splits / "train"), path.read_bytes())
+    prepare.main(["image-folder", "--folder", str(splits), "--out", str(tmp_path / "out"), "--processes", "1"])
+    number, names = Manifest.load(tmp_path / "out").account["train"]["also_in"]["test"]
+    assert number == 24 and names == [f"train/Cat.v1/a.b.{i:02d}.{'JPG' if i % 2 else 'png'}" for i in range(10)]
+    assert ", ...\n" in capsys.readouterr().out
+
+
+def test_shared_captions_and_equal_pictures_are_counted_as_one_by_one(monkeypatch):
+    """Against plain loops, in one pass and in many."""
+    random = np.random.default_rng(0)
+    blocks = []
+    for _ in range(5):
+        counts = random.integers(0, 4, 20).astype(np.uint32)
+        block = {"samples": random.integers(0, 30, 20).astype(np.uint64), "caption_counts": counts}
+        blocks.append(block | {"captions": random.integers(100, 140, counts.sum()).astype(np.uint64)})
+    pictures, owners = [], {}
+    for number, block in enumerate(blocks):
+        captions = iter(block["captions"].tolist())
+        for place, (picture, count) in enumerate(zip(block["samples"], block["caption_counts"], strict=True)):
+            pictures += [int(picture)] if picture else []
+            for _ in range(count):
+                owners.setdefault(next(captions), []).append(int(picture) or f"sample {number} {place}")
+    shared = sum(len(of) for of in owners.values() if len(set(of)) > 1)
+    for at_a_time in (1 << 20, 7):
+        monkeypatch.setattr(identity, "BLOCK", at_a_time)
+        found = identity.summary(lambda: iter(blocks))
+        assert found["images"] == {"distinct": len(set(pictures)), "of": len(pictures)}
+        assert found["captions[]"] == {"shared": shared} and shared
+
+
+def test_frames_are_no_pictures_of_their_own():
+    contents = identity.Contents()
+    from mmpeft_ds.data.writer import RawSample
+
+    contents.add(RawSample("v", [("jpg", b"black"), ("jpg", b"a")], {"frame_times": [0.0, 1.0]}))
+    contents.add(RawSample("p", [("jpg", b"black"), ("jpg", b"a")], {}))
+    arrays = contents.arrays()
+    assert arrays["picture_counts"].tolist() == [1, 2] and arrays["samples"][0] == arrays["samples"][1]
+    assert duplicates.SHOWN == 10
+
+
+def test_pictures_listed_without_a_caption_are_counted(tmp_path, capsys):
+    for number in range(3):
+        put_picture(tmp_path / f"coco/train2014/{number}.jpg", number)
+    images = [{"id": number, "file_name": f"{number}.jpg"} for number in range(3)]
+    rows = [{"id": 1, "image_id": 1, "caption": "b"}, {"id": 2, "image_id": 1, "caption": "c"}]
+    put(tmp_path / "coco/annotations/captions_train2014.json", {"images": images, "annotations": rows})
+    manifest = prepared("coco-captions", tmp_path / "coco", tmp_path / "out", "--form", "official")
+    assert manifest.account["train"]["uncaptioned"] == 2
+    assert "train: 2 pictures are listed without a caption" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_an_empty_folder_is_one_line_with_what_is_missing_whence_it_comes_and_the_layout(name, tmp_path):
+    (tmp_path / "root").mkdir()
+    options = ["--dataset", "oxford_pets"] if name == "coop_split" else []
+    with pytest.raises(BadInput) as error:
+        prepared(name.replace("_", "-"), tmp_path / "root", tmp_path / "out", *options)
+    said = str(error.value)
+    assert "\n" not in said and "comes from" in said and "expected below --root: " in said
+    assert "not there" in said
+    assert not (tmp_path / "out").exists()
