@@ -5,8 +5,10 @@ import importlib
 
 import pytest
 import torch
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from mmpeft_ds.backbones import vision_text_decoder
+from mmpeft_ds.backbones.common import text_attention
 from mmpeft_ds.backbones.common.text_row import TextRow
 from mmpeft_ds.backbones.mllm.backbone import ENTRY, Options
 from mmpeft_ds.backbones.mllm.model import ImageText
@@ -15,6 +17,7 @@ from mmpeft_ds.engine import padding
 from mmpeft_ds.engine.assembly.forward import forward
 from mmpeft_ds.methods import get
 from mmpeft_ds.sites import find_sites
+from mmpeft_ds.sites.condition import enable_checkpointing
 from tests.helpers.device import installing
 from tests.helpers.models import tiny_mllm, tiny_towers
 
@@ -28,6 +31,7 @@ QUESTIONS = [
 ]
 TURNS = (("user", "is there a circle ?"), ("assistant", "no ."))
 TALK = [*QUESTIONS, ([], [Prompted("and the square ?", "blue .", TURNS)], 1.0)]
+TALK_TEXTS = [text for _, texts, _ in TALK for text in texts]
 METHODS = {
     "lora": {"r": 2, "target_modules": ["q_proj", "v_proj"]},
     "routed_lora": {"r": 2, "route": "matmul1"},
@@ -122,6 +126,17 @@ def compare(backbone, model, samples, scores=True, tolerance=1e-9):
     assert counted == row_positions
 
 
+def noting_masks(noted):
+    """transformers' sdpa, which notes the length of the queries, whether they are those of one text, and the mask."""
+
+    def sdpa(module, query, key, value, attention_mask, **kwargs):
+        text = query.shape[0] == 1 and getattr(module, "is_causal", False)
+        noted.append((query.shape[2], text, attention_mask))
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+
+    return sdpa
+
+
 def with_counts(samples):
     return [(images, [t.with_images(len(images)) for t in texts], weight) for images, texts, weight in samples]
 
@@ -184,6 +199,45 @@ def test_flash_attention_reads_every_text_by_itself_without_a_mask(folder, tmp_p
         assert calls.count("flash_attn_varlen_func") >= tiny_mllm.LAYERS
     torch.testing.assert_close(row[0], padded[0], rtol=0.02, atol=0.02)
     assert row[0].std() > 0.2  # far more than that lies between texts
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("recomputed", [False, True])
+def test_sdpa_reads_every_text_by_itself_without_a_mask(folder, family, recomputed, monkeypatch):
+    backbone, masks = mllm(folder, family), []
+    monkeypatch.setattr(text_attention, "sdpa_attention_forward", noting_masks(masks))
+    model = adapted(backbone, attention=text_attention.NAME)
+    if recomputed:
+        enable_checkpointing(model.get_base_model())
+        model.train()
+    compare(backbone, model, TALK)
+    rows = [shape for shape, text, _ in masks if text]
+    assert len(rows) == (2 if recomputed else 1) * tiny_mllm.LAYERS * len(TALK_TEXTS)
+    assert all(mask is None for _, text, mask in masks if text)
+
+
+def test_texts_told_apart_wrongly_are_an_error_or_have_other_losses(folder, monkeypatch):
+    """The negative control."""
+    backbone, original = mllm(folder), TextRow.attention_arguments
+    model = adapted(backbone, attention=text_attention.NAME)
+    for change, error, message in (
+        (lambda lengths: lengths[1:], ValueError, "in a row of"),
+        (lambda lengths: (sum(lengths),), AssertionError, "not close"),
+    ):
+        monkeypatch.setattr(
+            TextRow,
+            "attention_arguments",
+            lambda self, name, change=change: {k: change(v) for k, v in original(self, name).items()},
+        )
+        with pytest.raises(error, match=message):
+            compare(backbone, model, TALK)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_composed_decoders_read_every_text_by_itself(folder, family):
+    backbone = decoder(folder, family, prefix="tokens")
+    model = adapted(backbone, "lora", attention=text_attention.NAME, r=2)
+    compare(backbone, model, QUESTIONS)
 
 
 def test_flash_attention_is_told_where_texts_end():

@@ -2,6 +2,7 @@
 
 Positions count from 0 in every text. Where they jump back, transformers begins a new sequence: with sdpa and eager it
 makes a block-diagonal causal mask of them, with flash-attn it calls the kernel for sequences of different lengths.
+`text_attention` calls sdpa for each text.
 """
 
 # T texts, S positions with padding, N tokens of all texts
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from mmpeft_ds.backbones.common import text_attention
 from mmpeft_ds.host_copies import both, on_host, to_device
 from mmpeft_ds.sites.condition import Segments
 
@@ -55,8 +57,11 @@ class TextRow:
         return self.segments.text[None]
 
     def attention_arguments(self, implementation: str) -> dict[str, Any]:
-        """Arguments of transformers' `FlashAttentionKwargs`, so that it need not read the lengths back from the
-        positions in every layer; none for other implementations, which get a mask."""
+        """Where texts end, for implementations that need no mask: arguments of transformers' `FlashAttentionKwargs`, so
+        that it need not read the lengths back from the positions in every layer, or of `text_attention`; none for
+        others, which get a mask."""
+        if implementation == text_attention.NAME:
+            return {text_attention.LENGTHS: self.segments.lengths}
         if not implementation.startswith("flash"):
             return {}
         lengths = to_device(torch.tensor(self.segments.lengths, dtype=torch.int32), self.position_ids.device)

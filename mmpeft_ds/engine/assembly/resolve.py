@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from transformers.utils import import_utils
 
 from mmpeft_ds.backbones.base import BackboneBase, model_hooks
+from mmpeft_ds.backbones.common import text_attention
 from mmpeft_ds.backbones.common.tower_loading import choose_attention
 from mmpeft_ds.data.assumed import Assumed, is_assumed
 from mmpeft_ds.data.manifest import Manifest
@@ -142,6 +143,8 @@ def resolve(recipe: Recipe, assumed: Assumed | None = None) -> Resolved:
     takes_features = hooks_of(backbone.image_transform(False)).takes_features
     attention = choose_attention(backbone.attention, backbone.dtype)
     check_packing(recipe, backbone, trained_on, method, method_config, takes_features, attention)
+    if recipe.data.pack and attention == "sdpa" and _lets_texts_apart(method, method_config):
+        backbone.attention = text_attention.NAME
     for key, source in zip(plain.of("sources"), train, strict=True):
         check_contrast(recipe, key, source.options, source.task, source.samples)
     if backbone.reads_bank:
@@ -254,6 +257,11 @@ def float32_heads(base_model: PreTrainedModel) -> list[str]:
             head.float()
             head.register_forward_pre_hook(to_float32)
     return heads
+
+
+def _lets_texts_apart(method: type[SiteMethod], config: PeftConfig) -> bool:
+    """Whether packed texts may be attended one by one: the method reads neither scores nor the mask."""
+    return not method.observes_attention(config) and method.unpackable(config, text_attention.NAME) is None
 
 
 def attention_of(wanted: str, name: str, backbone: BackboneBase, observed: bool) -> str:
