@@ -42,19 +42,40 @@ PARTS = {
 VISION_COST = {"fixed": 0.02, "resolutions": 0.9}
 
 
-def drawn(kind: str, samples: int = 20_000) -> Lengths:
-    """Lengths of a mixture, the same at every call."""
+@dataclasses.dataclass
+class Mixture:
+    """Conversations drawn from `PARTS`.
+
+    Attributes:
+        part: (n,) index into PARTS.
+        text: (n,) tokens of the texts; all tokens together are at most LONGEST.
+        image: (n,) tokens of the image, 0 without one.
+    """
+
+    part: np.ndarray
+    text: np.ndarray
+    image: np.ndarray
+
+
+def mixture(kind: str, samples: int) -> Mixture:
+    """Lengths drawn from a mixture, the same at every call."""
     draw = np.random.default_rng(0)
     shares = np.array([part[0] for part in PARTS.values()], float)
-    parts = np.array(list(PARTS.values()), float)[draw.choice(len(PARTS), samples, p=shares / shares.sum())]
+    part = draw.choice(len(PARTS), samples, p=shares / shares.sum())
+    parts = np.array(list(PARTS.values()), float)[part]
     text = np.exp(draw.normal(np.log(parts[:, 1]), parts[:, 2]))
     image = np.full(samples, IMAGE)
     if kind == "resolutions":
         image = np.clip(np.exp(draw.normal(np.log(350), 0.6, samples)), 64, 1280)
     image = np.where(parts[:, 3] > 0, image, 0)
-    tokens = np.minimum(text + image, LONGEST).astype(int)
-    costs = tokens * (1 + tokens / (12 * WIDTH)) + VISION_COST[kind] * image
-    return Lengths(tokens, costs)
+    return Mixture(part, np.minimum(text, LONGEST - image), image)
+
+
+def drawn(kind: str, samples: int = 20_000) -> Lengths:
+    """Lengths of a mixture and their costs."""
+    found = mixture(kind, samples)
+    tokens = (found.text + found.image).astype(int)
+    return Lengths(tokens, tokens * (1 + tokens / (12 * WIDTH)) + VISION_COST[kind] * found.image)
 
 
 def main() -> None:

@@ -4,6 +4,7 @@
     python benchmarks/trainer.py             ZeRO-3 and ZeRO-1, 3 runs each in turn; writes docs/benchmarks/trainer.*
     python benchmarks/trainer.py --runs 1 --steps 20
     python benchmarks/trainer.py --same      only the losses of both on the very same batches
+    python benchmarks/trainer.py --instruction --repeats 3    instruction tuning; writes docs/benchmarks/instruction.*
 
 The peer trains as its users do: a map-style data set of (image, question, answer), one image a question. Ours reads
 the shards, runs the vision tower once per image, and ends the last text layer at the position that the head reads.
@@ -15,7 +16,6 @@ import argparse
 import json
 import os
 import statistics
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -23,9 +23,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[0] = str(ROOT)
 
-from benchmarks import _page  # noqa: E402
+from benchmarks import _launch, _page  # noqa: E402
 
 QUESTIONS_PER_RANK = 38  # 8 images of easy-VQA have 77 questions on average
+STEPS = 60
 WARM = 5  # steps left out of the timing
 
 
@@ -258,18 +259,9 @@ def _recipe(args: argparse.Namespace):
 
 def launch(system: str, stage: int, args: argparse.Namespace, same: bool = False) -> dict:
     """One system in its own launch of 2 ranks x 1 thread."""
+    arguments = ["--system", system, "--stage", str(stage), "--steps", str(args.steps), "--data", args.data]
     out = ROOT / "runs" / "benchmark-trainer.json"
-    out.parent.mkdir(exist_ok=True)
-    out.unlink(missing_ok=True)
-    command = [str(Path(sys.executable).with_name("deepspeed")), "--num_accelerators", "2", "--master_port", "29611"]
-    command += [__file__, "--system", system, "--stage", str(stage), "--steps", str(args.steps), "--data", args.data]
-    command += ["--out", str(out), *(["--same"] if same else [])]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    env.setdefault("TORCH_EXTENSIONS_DIR", str(ROOT / ".cache" / "torch_extensions"))
-    done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=600)
-    if done.returncode or not out.exists():
-        sys.exit(f"{system} at ZeRO-{stage} failed:\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}")
-    return json.loads(out.read_text())
+    return _launch.launch(__file__, [*arguments, *(["--same"] if same else [])], out)
 
 
 def drive(args: argparse.Namespace) -> None:
@@ -335,27 +327,40 @@ def _table(result: dict) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--runs", type=int, default=3, help="launches of each system at each stage")
+    parser.add_argument("--runs", "--repeats", type=int, default=3, help="launches of each system at each stage")
     parser.add_argument(
-        "--steps", type=int, default=60, help=f"optimizer steps a launch; the first {WARM} are not timed"
+        "--steps",
+        type=int,
+        default=0,
+        help=f"optimizer steps a launch, default {STEPS}; the first {WARM} are not timed",
     )
     parser.add_argument("--stages", type=int, nargs="+", default=[3, 1], help="ZeRO stages")
     parser.add_argument("--data", default="data/easy-vqa", help="prepared shards with feature statistics")
     parser.add_argument("--same", action="store_true", help="compare losses on the same batches only")
-    parser.add_argument("--system", choices=["ours", "peer"], help=argparse.SUPPRESS)
+    parser.add_argument("--instruction", action="store_true", help="instruction tuning in place of the quickstart")
+    parser.add_argument("--families", nargs="+", default=["llava", "qwen2_vl"], help="of --instruction")
+    parser.add_argument("--shorter", type=int, nargs="+", default=[1, 9], help="of --instruction: divisors of lengths")
+    parser.add_argument("--pack", type=int, default=16384, help="of --instruction: tokens of a micro-batch of ours")
+    parser.add_argument(
+        "--out", default="", help="of --instruction: directory of the page, in place of docs/benchmarks"
+    )
+    parser.add_argument("--system", choices=["ours", "peer", "host"], help=argparse.SUPPRESS)
     parser.add_argument("--stage", type=int, default=3, help=argparse.SUPPRESS)
-    parser.add_argument("--out", default="", help=argparse.SUPPRESS)
+    parser.add_argument("--folder", default="", help=argparse.SUPPRESS)
+    parser.add_argument("--group", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--order", default="", help=argparse.SUPPRESS)
     parser.add_argument("--local_rank", "--local-rank", type=int, default=0, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.instruction:
+        from benchmarks import _instruction, _instruction_runs
+
+        if args.system is None:
+            return _instruction_runs.drive(args, __file__)
+        return _launch.close(_instruction.SYSTEMS[args.system](args), args.out)
+    args.steps = args.steps or STEPS
     if args.system is None:
         return drive(args)
-    result = {"ours": ours, "peer": peer}[args.system](args)
-    if result.pop("rank") == 0:
-        Path(args.out).write_text(json.dumps(result))
-    import torch
-
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
+    _launch.close({"ours": ours, "peer": peer}[args.system](args), args.out)
 
 
 if __name__ == "__main__":

@@ -57,9 +57,9 @@ class TextRow:
         return self.segments.text[None]
 
     def attention_arguments(self, implementation: str) -> dict[str, Any]:
-        """Where texts end, for implementations that need no mask: arguments of transformers' `FlashAttentionKwargs`, so
-        that it need not read the lengths back from the positions in every layer, or of `text_attention`; none for
-        others, which get a mask."""
+        """Where texts end, for implementations that need no mask: arguments of transformers' `FlashAttentionKwargs`,
+        which then need not be read back from the positions in every layer, or of `text_attention`; none for others,
+        which get a mask."""
         if implementation == text_attention.NAME:
             return {text_attention.LENGTHS: self.segments.lengths}
         if not implementation.startswith("flash"):

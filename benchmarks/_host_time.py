@@ -1,0 +1,67 @@
+"""How the time of one optimizer step on one rank is divided.
+
+Timers stand around the forward pass of the model, torch's autograd engine, the step of the wrapped torch optimizer,
+and the normalising of pixels: the arithmetic, which a GPU would do. What is left of the step is time of the host:
+agreeing, completing and unpacking batches, DeepSpeed around the passes, norms and clipping, the row of metrics.jsonl.
+Hooks of DeepSpeed that run inside autograd are taken out of it by timers of their own. Waiting for data is not
+part of a step.
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+INSIDE_BACKWARD = ("reduce_ready_partitions_and_remove_grads", "reduce_independent_p_g_buckets_and_remove_grads")
+
+
+class Split:
+    """Seconds of a step by part, `host` among them.
+
+    Args:
+        built: `engine.assembly.build.Built`.
+        backbone: whose pixels are normalised.
+    """
+
+    def __init__(self, built: Any, backbone: Any):
+        self.seconds: dict[str, float] = defaultdict(float)
+        self._began = 0.0
+        optimizer = built.engine.optimizer
+        built.model.forward = self._timed("forward", built.model.forward)
+        torch.autograd.backward = self._timed("backward", torch.autograd.backward)
+        inner = getattr(optimizer, "optimizer", optimizer)
+        inner.step = self._timed("optimizer", inner.step)
+        backbone._normalise.forward = self._timed("pixels", backbone._normalise.forward)
+        for name in INSIDE_BACKWARD:  # of ZeRO-1 and 2, and of ZeRO-3; the second may be called by the first
+            if (function := getattr(optimizer, name, None)) is not None:
+                setattr(optimizer, name, self._timed("hooks", function))
+                break
+
+    def begin(self) -> None:
+        """Before a step."""
+        self.seconds.clear()
+        self._began = time.perf_counter()
+
+    def end(self) -> dict[str, float]:
+        """After a step: seconds of each part."""
+        whole = time.perf_counter() - self._began
+        parts = dict.fromkeys(("forward", "backward", "optimizer", "pixels", "hooks"), 0.0) | self.seconds
+        parts["backward"] -= parts["hooks"]
+        arithmetic = sum(parts[name] for name in ("forward", "backward", "optimizer", "pixels"))
+        return {"step": whole, **parts, "host": whole - arithmetic}
+
+    def _timed(self, part: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(function)
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            began = time.perf_counter()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                self.seconds[part] += time.perf_counter() - began
+
+        return timed
