@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import multiprocessing
 import os
 import signal
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.summary.writer import event_file_writer
 from torch.utils.tensorboard import SummaryWriter
 
 from mmpeft_ds.engine import checkpoint, rundir
@@ -250,9 +254,16 @@ def test_truncate_leaves_no_stale_point_on_tensorboard(tmp_path):
     run.close()
 
 
+# In names of event files, by which they are read in order: a new process starts in a later second than the last one.
+# Within a second a number of the process decides, as text, so that its tenth file comes before its ninth.
+SECONDS = itertools.count(1_700_000_000)
+
+
 def monitored(folder: Path, start: int, steps: range, loss: float, score: float, again: bool = False) -> None:
     """What one process writes: `steps`, and an evaluation after the last of them; `again`: first one at `start`."""
-    monitor = Monitor(folder, MonitorOptions(), 9, start, "seed: 7")
+    second = next(SECONDS)
+    with mock.patch.object(event_file_writer, "time", SimpleNamespace(time=lambda: second)):
+        monitor = Monitor(folder, MonitorOptions(), 9, start, "seed: 7")
     evaluation = Evaluation({"accuracy": score}, [], [(torch.rand(3, 8, 8), [])])
     if again:
         monitor.evaluation("val", start, evaluation)
@@ -288,7 +299,6 @@ def test_a_resumed_run_has_one_point_a_step_also_in_a_tensorboard_that_was_open(
     open_since_before = EventAccumulator(str(run.tensorboard), size_guidance={"images": 0})
     assert slowly(open_since_before)["train/loss"][-1] == (6, 2.0)
     run.truncate(4, evaluated)
-    time.sleep(1)  # names of event files hold seconds, and a reader goes on with a later name
     monitored(run.path, 4, range(5, 8), 3.0, 0.3, again=not evaluated)
     anew = slowly(EventAccumulator(str(run.tensorboard), size_guidance={"images": 0}))
     assert anew == {
