@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from mmpeft_ds.data.order import ceil
+from mmpeft_ds.engine.zero.full_state import BUCKET
 from mmpeft_ds.planning.count import Tensors
 from mmpeft_ds.planning.gathers import Gathers, Rules, persistent
 
@@ -91,11 +92,13 @@ def at_3(tensors: Sequence[Tensors], layout: Layout, found: Gathers, accumulatio
         host += (first + again) * share * tensor.width if layout.offload else 0
     kept = persistent(tensors, layout.rules)
     trained = [i for i, t in enumerate(tensors) if t.trained]
-    wide += sum((n - 1) * ceil(tensors[i].numel, n) * tensors[i].width for i in trained if i in kept)
+    together = [i for i in trained if i in kept]  # by `engine.zero.stage3.gather_flat`
+    wide += sum((n - 1) * ceil(tensors[i].numel, n) * tensors[i].width for i in together)
     scattered = accumulation * sum((n - 1) * ceil(tensors[i].numel, n) * GRADIENT for i in trained)
     over_all = {"all_gather": wide, "reduce_scatter": scattered, "all_reduce": all_reduced(vector, n)}
     gathers, inside = (found.trained_calls, found.calls) if group > 1 else (found.calls, 0)
-    calls = accumulation * (gathers + 1) + sum(i in kept for i in trained) + 2
+    after_step = ceil(sum(tensors[i].numel * tensors[i].width for i in together), BUCKET)
+    calls = accumulation * (gathers + 1) + after_step + 2
     return Traffic({"all_gather": near} if near else {}, over_all, host, accumulation * inside, calls)
 
 

@@ -84,6 +84,12 @@ class Foreseen:
         return found | ({str(self.machines.gpus): self.choice.traffic.near} if self.choice.traffic.near else {})
 
     @property
+    def calls(self) -> dict[str, int]:
+        """Size of the group -> collectives."""
+        found = {str(self.machines.ranks): self.choice.traffic.calls}
+        return found | ({str(self.machines.gpus): self.choice.traffic.near_calls} if self.choice.traffic.near else {})
+
+    @property
     def held(self) -> int:
         return sum(self.choice.parts.values())
 
@@ -100,6 +106,10 @@ def assert_as_foreseen(folder: Path, case: dict, ranks: int) -> None:
             # DeepSpeed sums a norm and a flag besides, a few bytes each.
             assert foreseen.received[group][kind] == pytest.approx(size, rel=0.05, abs=64), (case["name"], group, kind)
         assert sum(foreseen.received[group].values()) == pytest.approx(sum(kinds.values()), rel=0.05), case["name"]
+    # The norm is one more call; where nothing is kept, two gathers of a few calls come together.
+    assert foreseen.calls.keys() == found["calls"].keys(), case["name"]
+    for group, calls in found["calls"].items():
+        assert foreseen.calls[group] == pytest.approx(calls, abs=2), (case["name"], group)
     assert foreseen.held == pytest.approx(found["held"] + found["grown"], rel=0.1), case["name"]
 
 

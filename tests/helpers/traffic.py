@@ -29,6 +29,7 @@ KINDS = {"all_gather_into_tensor": "all_gather", "reduce_scatter_tensor": "reduc
 FIRST = {"all_reduce": "tensor", "all_gather_into_tensor": "output_tensor", "reduce_scatter_tensor": "output"}
 
 
+CALLS = "calls"  # of all kinds, beside the kinds' bytes
 _OPEN: list[dict[int, Counter[str]]] = []
 
 
@@ -42,7 +43,7 @@ def install() -> None:
 
 @contextlib.contextmanager
 def counted() -> Iterator[dict[int, Counter[str]]]:
-    """Count inside the block: size of the group -> kind -> bytes received."""
+    """Count inside the block: size of the group -> kind -> bytes received, and CALLS -> collectives."""
     found: dict[int, Counter[str]] = {}
     _OPEN.append(found)
     try:
@@ -56,7 +57,9 @@ def _watched(name: str, plain: Any) -> Any:
         n = dist.get_world_size(kwargs.get("group"))
         first = args[0] if args else kwargs[FIRST.get(name, "tensor")]
         for found in _OPEN:
-            found.setdefault(n, Counter())[KINDS.get(name, name)] += RECEIVED[name](n, first)
+            of_group = found.setdefault(n, Counter())
+            of_group[KINDS.get(name, name)] += RECEIVED[name](n, first)
+            of_group[CALLS] += 1
         return plain(*args, **kwargs)
 
     return call

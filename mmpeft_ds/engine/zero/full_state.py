@@ -63,7 +63,7 @@ class Flat:
     Attributes:
         key: WEIGHT, or a moment.
         size: S.
-        part: this rank's, (S,), on any device.
+        part: gives this rank's, (S,), on any device.
         members: name, first element and shape of each parameter in it; what lies between them is padding.
         whole: (N, S) on the CPU, once gathered; on rank 0 alone.
     """

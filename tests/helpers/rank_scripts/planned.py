@@ -65,7 +65,8 @@ def run_case(case: dict, folder: Path, ranks: processes.Ranks) -> dict:
     built.engine.destroy()
     del built, stepper
     received = {str(n): {kind: size / MEASURED for kind, size in kinds.items()} for n, kinds in found.items()}
-    return {"received": received, "held": held, "grown": allocated.growth}
+    calls = {n: kinds.pop(traffic.CALLS) for n, kinds in received.items()}
+    return {"received": received, "calls": calls, "held": held, "grown": allocated.growth}
 
 
 def main() -> None:
