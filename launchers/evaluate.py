@@ -23,16 +23,17 @@ def main() -> int:
     parser = console.Parser(description=__doc__)
     parser.add_argument("--run", type=Path, required=True, help="run directory")
     parser.add_argument("--split", help="split of the run's data sets (default: test, or val where there is no test)")
+    parser.add_argument("--data", nargs="+", default=[], metavar="DIR", help="only these data sets of the run")
     parser.add_argument("--checkpoint", default="best", help="best (default), last, or a name below RUN/checkpoints")
     parser.add_argument("--set", action="append", default=[], metavar="A.B=VALUE", help="override one key; repeatable")
     parser.add_argument("--submission", choices=submission.FORMS, help=f"also write a result file: {submission.HELP}")
     args = parser.parse_args()
     recipe = recipes.of_run(args.run, args.set)  # what is wrong with it is said before torch is imported
-    split = args.split or inputs.default_split([source.dir for source in recipe.data.sources])
+    split = args.split or inputs.default_split(args.data or [source.dir for source in recipe.data.sources])
     with console.quick_imports():
         from mmpeft_ds.runs.evaluate import evaluate_run
 
-    reports = evaluate_run(args.run, split, args.checkpoint, args.set, args.submission or "")
+    reports = evaluate_run(args.run, split, args.checkpoint, args.set, args.submission or "", args.data)
     if reports is None:
         if console.rank() == 0:
             print(f"{args.run}: evaluation was stopped; nothing was written")

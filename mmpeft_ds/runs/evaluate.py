@@ -9,19 +9,26 @@ from pathlib import Path
 from typing import Any
 
 from mmpeft_ds import recipe as recipes
+from mmpeft_ds.data.options import SourceOptions
 from mmpeft_ds.distributed.collectives import on_rank0
 from mmpeft_ds.engine.assembly import hub
 from mmpeft_ds.engine.assembly.resolve import Resolved, ResolvedSource, resolve, titles
 from mmpeft_ds.engine.monitor import plain
 from mmpeft_ds.engine.stop import StopFlag
 from mmpeft_ds.engine.streams import records
+from mmpeft_ds.errors import BadInput
 from mmpeft_ds.files import check_writable, write_atomic, write_json
 from mmpeft_ds.runs.finished import on_split, open_run
 from mmpeft_ds.runs.submission import content, file_name
 
 
 def evaluate_run(
-    run: Path, split: str, which: str = "best", overrides: Sequence[str] = (), submission: str = ""
+    run: Path,
+    split: str,
+    which: str = "best",
+    overrides: Sequence[str] = (),
+    submission: str = "",
+    data: Sequence[str] = (),
 ) -> list[dict[str, Any]] | None:
     """Score checkpoint `which` of a run on `split` of each of its training data sets and tasks. Every rank calls it.
 
@@ -32,6 +39,7 @@ def evaluate_run(
         which: `best`, `last`, or the name of a checkpoint; `best` is `last` in a run without validation.
         submission: also write RUN/submission-SPLIT-FORM for an evaluation server, a form of `runs.submission.FORMS`;
             of the first data set, where there are several.
+        data: directories of the run's training data sets to take; empty: all, which must then have the split.
         overrides: as `--set`, for where and how to run: engine.deepspeed, data.workers, data.sources.0.dir.
 
     Returns:
@@ -41,11 +49,11 @@ def evaluate_run(
         requested: nothing is written.
 
     Raises:
-        BadInput: no run there, or it cannot be written into; no such checkpoint or split.
+        BadInput: no run there, or it cannot be written into; no such checkpoint, split or data set.
     """
     recipe = recipes.of_run(run, overrides)
     recipe.data.validation = []
-    for source in (on_split(s, split) for s in recipe.data.sources):
+    for source in (on_split(s, split) for s in chosen_sources(recipe.data.sources, data)):
         if source not in recipe.data.validation:
             recipe.data.validation.append(source)
     # Nothing has to be saved: a signal, or the end of the launcher, ends it within a step.
@@ -94,6 +102,18 @@ def evaluate_run(
             lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
             write_atomic(run / f"predictions-{split}.jsonl", "".join(lines))
         return reports
+
+
+def chosen_sources(sources: Sequence[SourceOptions], dirs: Sequence[str]) -> list[SourceOptions]:
+    """The sources that read one of these directories, in the order of the recipe; all if none is named.
+
+    Raises:
+        BadInput: a directory that no source reads.
+    """
+    known = list(dict.fromkeys(source.dir for source in sources))
+    if strange := [name for name in dirs if name not in known]:
+        raise BadInput(f"--data {strange[0]}: the run was not trained on it. Known: {', '.join(known)}.")
+    return [source for source in sources if not dirs or source.dir in dirs]
 
 
 def _submit(run: Path, split: str, form: str, source: ResolvedSource, rows: list[dict[str, Any]]) -> None:

@@ -48,7 +48,9 @@ MODELS: dict[str, dict[str, str]] = {
     **{f"routed_{m}_coco_gpt2": {"vision": "vit", "text": "gpt2"} for m in ("lora", "adapter")},
     **{f"clip_bart_multitask_{m}": {"text": "bart"} for m in ("lora", "adapter")},
     **{f"p_adapter_blip_{d}": {"model": "blip"} for d in ("vqav2", "snli_ve", "coco")},
-    **dict.fromkeys(("aurora_vqav2", "aurora_flickr30k", "captioning_own"), {"model": "blip"}),
+    **dict.fromkeys(
+        ("aurora_vqav2", "aurora_msrvtt_qa", "aurora_flickr30k", "aurora_didemo", "captioning_own"), {"model": "blip"}
+    ),
     "captioning_own_packaged": {"vision": "dinov2", "text": "smollm2"},
     "lora_llava15_instruct": {"model": "llava"},
     "lora_qwen2vl_instruct": {"model": "qwen2_vl"},

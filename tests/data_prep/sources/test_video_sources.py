@@ -3,30 +3,14 @@
 import io
 import json
 
-import av
 import numpy as np
 import pytest
 from PIL import Image
 
 from data_prep.sources.common import videos
 from mmpeft_ds.errors import BadInput
+from tests.helpers.data.films import film
 from tests.helpers.data.miniatures import prepared, put, records
-
-
-def film(path, seconds=4, rate=10, noise=False):
-    """A video whose frame at second t is as bright as 20 t + 40."""
-    generator = np.random.default_rng(0)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with av.open(str(path), "w", format={".avi": "avi"}.get(path.suffix, "mp4")) as container:
-        stream = container.add_stream("mpeg4", rate=rate)
-        stream.width, stream.height, stream.pix_fmt, stream.gop_size = 32, 32, "yuv420p", 5
-        for number in range(seconds * rate):
-            shade = int(20 * number / rate) + 40
-            pixels = generator.integers(0, 256, (32, 32, 3)) if noise else np.full((32, 32, 3), shade)
-            frame = av.VideoFrame.from_ndarray(pixels.astype(np.uint8), format="rgb24")
-            container.mux(stream.encode(frame))
-        container.mux(stream.encode())
-    return path
 
 
 def shades(frames):
