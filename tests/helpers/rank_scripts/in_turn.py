@@ -14,7 +14,6 @@ from pathlib import Path
 def code_of(line: list[str]) -> int:
     """The exit code of a script."""
     sys.argv = line
-    sys.path.insert(0, "replaced by the script")
     try:
         runpy.run_path(line[0], run_name="__main__")
     except SystemExit as left:
