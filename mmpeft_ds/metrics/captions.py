@@ -1,8 +1,7 @@
 """CIDEr-D, BLEU and ROUGE-L of captions against several references, as the COCO caption evaluation computes them.
 
-The formulas are the evaluation's own, to the last digit on tokenised text. Its tokeniser is a Java program (Stanford's
-PTB tokeniser); `tokenize` follows its rules for English captions and may differ on rare symbols. METEOR and SPICE
-exist in Java only and are not offered: the `eval` extra brings the published package for them.
+The formulas are the evaluation's own, to the last digit, and so are the words (`metrics.ptb.tokenize`, without Java).
+METEOR and SPICE exist in Java only: `metrics.coco_java` runs the published package of the `eval` extra for them.
 
 Source: Vedantam et al., CVPR 2015 (CIDEr, arXiv 1411.5726); Papineni et al., ACL 2002 (BLEU); Lin, 2004 (ROUGE-L);
 Chen et al., arXiv 1504.00325 (the evaluation).
@@ -11,27 +10,16 @@ Chen et al., arXiv 1504.00325 (the evaluation).
 from __future__ import annotations
 
 import math
-import re
 from collections import Counter
 from collections.abc import Sequence
+
+from mmpeft_ds.metrics.ptb import tokenize
 
 Ngrams = Counter[tuple[str, ...]]
 
 _ORDER = 4  # longest n-gram
 _SIGMA = 6.0  # of CIDEr's penalty for another length, in words
 _BETA = 1.2  # weight of recall in ROUGE-L
-_CONTRACTION = re.compile(r"(?<=\w)(n't|'(?:s|re|ve|ll|d|m))(?!\w)")
-_JOINED = re.compile(r"\b(can|gim|gon|got|lem|wan)(not|me|na|ta)\b")
-_JOINED_WORDS = frozenset({"cannot", "gimme", "gonna", "gotta", "lemme", "wanna"})
-_TOKEN = re.compile(r"n't|'(?:s|re|ve|ll|d|m)(?!\w)|\d+(?:[.,:]\d+)+|[^\W_]+(?:[-'.&/][^\W_]+)*|[&$%#@+*=/]")
-
-
-def tokenize(caption: str) -> list[str]:
-    """Lower-case words without punctuation: contractions are split ("isn't" -> is n't), hyphenated words are kept."""
-    text = caption.lower().replace("\N{RIGHT SINGLE QUOTATION MARK}", "'")
-    text = _CONTRACTION.sub(r" \1", text)
-    text = _JOINED.sub(lambda m: f"{m[1]} {m[2]}" if m[0] in _JOINED_WORDS else m[0], text)
-    return _TOKEN.findall(text)
 
 
 def caption_scores(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
@@ -48,11 +36,15 @@ def caption_scores(predictions: Sequence[str], references: Sequence[Sequence[str
         raise ValueError(
             f"{len(predictions)} predictions and {len(references)} lists of references, none may be empty"
         )
-    said = [tokenize(p) for p in predictions]
-    theirs = [[tokenize(r) for r in refs] for refs in references]
-    each = bleu(said, theirs)
-    scores = {"cider": cider(said, theirs)} | {f"bleu{n}": value for n, value in enumerate(each, start=1)}
-    return scores | {"rouge_l": sum(map(rouge_l, said, theirs)) / len(said)}
+    said = [_joined(p) for p in predictions]
+    theirs = [[_joined(r) for r in refs] for refs in references]
+    # The evaluation's BLEU and CIDEr split at any blank, also at the no-break space in the word "1 1/2"; its ROUGE-L
+    # splits at plain blanks alone, and takes an empty caption for one empty word.
+    words, their_words = [s.split() for s in said], [[t.split() for t in each] for each in theirs]
+    each = bleu(words, their_words)
+    scores = {"cider": cider(words, their_words)} | {f"bleu{n}": value for n, value in enumerate(each, start=1)}
+    rouge = sum(rouge_l(s.split(" "), [t.split(" ") for t in refs]) for s, refs in zip(said, theirs, strict=True))
+    return scores | {"rouge_l": rouge / len(said)}
 
 
 def bleu(said: Sequence[list[str]], theirs: Sequence[Sequence[list[str]]]) -> list[float]:
@@ -119,6 +111,10 @@ def cider(said: Sequence[list[str]], theirs: Sequence[Sequence[list[str]]]) -> f
         own = vector(words)
         total += sum(likeness(words, own, reference) for reference in references) / len(references)
     return 10 * total / len(said)
+
+
+def _joined(caption: str) -> str:
+    return " ".join(tokenize(caption))
 
 
 def _ngrams(words: list[str]) -> Ngrams:

@@ -10,7 +10,7 @@ from mmpeft_ds.backbones.blip.tokens import BlipTokens
 from mmpeft_ds.backbones.common.spelling import Spelling, spell
 from mmpeft_ds.data.batch import GenerationOutput, Sample, pack
 from mmpeft_ds.engine.assembly.forward import answer
-from mmpeft_ds.metrics.captions import tokenize
+from mmpeft_ds.metrics.ptb import tokenize
 from mmpeft_ds.metrics.vqa import answer_score, vqa_accuracy
 from mmpeft_ds.tasks.answering.options import Options as AnsweringOptions
 from mmpeft_ds.tasks.answering.task import Answering
