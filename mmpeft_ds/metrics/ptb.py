@@ -41,7 +41,9 @@ _QUOTES = {
 }
 _FUSED = "cannot gonna wanna gotta lemme gimme"
 # The common case, which no other pattern can overtake: words of ASCII letters, each up to a blank or the end.
-_PLAIN = re.compile(r" *([A-Za-z]+(?: +[A-Za-z]+)*)(?: +|(?=, )|(?<=[A-Za-z]{2})(?: ?\.)?(?=\n))")
+_PLAIN = re.compile(
+    r" *(?:(?P<last>(?:[A-Za-z]+ +)*[A-Za-z]{2,})(?: ?\.)?(?=\n)|(?P<inner>[A-Za-z]+(?: +[A-Za-z]+)*)(?: +|(?=, )))"
+)
 _NOT_PLAIN = frozenset(
     " ".join((_FUSED, tables.TITLES, tables.ABBREVIATIONS, tables.CAPITALISED, tables.BEFORE_NUMBERS)).split()
 )
@@ -60,7 +62,7 @@ def tokenize(caption: str) -> list[str]:
     place, end = 0, len(text) - 2
     while place < end:
         plain = _PLAIN.match(text, place)
-        if plain and _NOT_PLAIN.isdisjoint(several := plain[1].lower().split()):
+        if plain and _NOT_PLAIN.isdisjoint(several := plain[plain.lastgroup].lower().split()):
             words += several
             place = plain.end()
             continue

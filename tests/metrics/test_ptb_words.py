@@ -48,6 +48,7 @@ def test_the_comparison_sees_a_rule_that_is_missing():
         ("'tis the '90s, give 'em rock 'n' roll", "'t is the '90s give 'em rock 'n' roll"),
         ("हिन्दी में, ไทย", "हिन्दी में ไทย"),
         ("a\nline\r\nbreak\u2028here", "a line break here"),
+        ("we stay at the B&Bx.", "we stay at the b&b x."),
         ("", ""),
         (" . ", ""),
     ],
