@@ -1,0 +1,171 @@
+"""Scores of a file of predictions against references: result files of evaluation servers, and what evaluate.py wrote.
+
+Source of the forms: specs/datasets.md 2.3, 2.5, 6, 6.1.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mmpeft_ds.data.manifest import Manifest
+from mmpeft_ds.data.shards import ShardReader, members
+from mmpeft_ds.errors import BadInput, BadSample
+from mmpeft_ds.metrics.captions import caption_scores
+from mmpeft_ds.metrics.vqa import Measure, answer_score
+
+Pair = tuple[str, list[str]]  # prediction, references
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What is scored: names of the id, the predicted text and the references in files; and the word for items."""
+
+    ids: tuple[str, ...]
+    texts: tuple[str, ...]
+    references: tuple[str, ...]
+    unit: str
+
+
+KINDS = {
+    "captions": Kind(
+        ("image_id", "sample_id"), ("caption", "prediction"), ("references", "captions", "caption"), "captions"
+    ),
+    "vqa": Kind(
+        ("question_id", "questionId", "image", "sample_id"),
+        ("answer", "prediction"),
+        ("answers", "answer"),
+        "questions",
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where references come from: a file, a prepared data set, or (neither) the predictions file itself."""
+
+    file: Path | None = None
+    data: str | None = None
+    split: str = ""
+
+
+def pairs(measure: str, predictions: Path, source: Source) -> list[Pair]:
+    """Prediction and references of each item, in the order of the predictions.
+
+    Raises:
+        BadInput: a file that cannot be read; ids that are unknown, missing or doubled.
+    """
+    kind = KINDS[measure]
+    rows = list(_rows(predictions))
+    if not rows:
+        raise BadInput(f"{predictions}: holds no prediction.")
+    if source.file is None and source.data is None:
+        return [(_text(row, kind, predictions), _own_references(row, kind, predictions)) for row in rows]
+    said: dict[str, str] = {}
+    doubled = []
+    for row in rows:
+        name = str(_value(row, kind.ids, predictions))
+        doubled += [name] if name in said else []
+        said[name] = _text(row, kind, predictions)
+    if doubled:
+        raise BadInput(f"{predictions}: {len(doubled):,} ids stand twice, first {doubled[0]}. Keep one line each.")
+    place = source.file or source.data
+    known = _references(kind, source)
+    unknown = [name for name in said if name not in known]
+    absent = [name for name in known if name not in said]
+    if unknown or absent:
+        parts = [f"{len(unknown):,} that {place} does not have, first {unknown[0]}"] if unknown else []
+        parts += [f"{len(absent):,} of {len(known):,} missing, first {absent[0]}"] if absent else []
+        raise BadInput(f"{predictions}: ids do not match: {'; '.join(parts)}. Both sides need the same ids.")
+    return [(text, known[name]) for name, text in said.items()]
+
+
+def scores(measure: str, pairs: Sequence[Pair], vqa_measure: Measure = "official") -> dict[str, float]:
+    """CIDEr, BLEU and ROUGE-L of captions, or the mean accuracy of answers by the chosen evaluator."""
+    if measure == "captions":
+        return caption_scores([said for said, _ in pairs], [references for _, references in pairs])
+    return {"accuracy": sum(answer_score(said, answers, vqa_measure) for said, answers in pairs) / len(pairs)}
+
+
+def _rows(path: Path) -> Iterator[dict[str, Any]]:
+    """Entries of a JSON list, of `annotations` in a JSON object, or of JSON lines."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        if path.suffix == ".jsonl":
+            found: Any = [json.loads(line) for line in text.splitlines() if line.strip()]
+        else:
+            found = json.loads(text)
+            found = found.get("annotations", found) if isinstance(found, dict) else found
+    except (OSError, ValueError) as e:
+        raise BadInput(
+            f"{path}: cannot be read as JSON ({e}). Give a JSON list, or JSON lines ending in .jsonl."
+        ) from e
+    if not isinstance(found, list) or not all(isinstance(row, dict) for row in found):
+        raise BadInput(
+            f"{path}: is no list of objects. Give a list of {{image_id, caption}} or {{question_id, answer}}."
+        )
+    yield from found
+
+
+def _value(row: dict[str, Any], names: Sequence[str], where: Any) -> Any:
+    for name in names:
+        if name in row:
+            return row[name]
+    raise BadInput(f"{where}: an entry has none of {', '.join(names)}: {json.dumps(row)[:80]}")
+
+
+def _text(row: dict[str, Any], kind: Kind, where: Any) -> str:
+    text = _value(row, kind.texts, where)
+    if not isinstance(text, str):
+        raise BadInput(f"{where}: a prediction is no text: {json.dumps(row)[:80]}")
+    return text
+
+
+def _listed(value: Any) -> list[str]:
+    """References as texts: one text, a list of texts, or a list of {answer}."""
+    values = value if isinstance(value, list) else [value]
+    return [str(v["answer"] if isinstance(v, dict) and "answer" in v else v) for v in values]
+
+
+def _own_references(row: dict[str, Any], kind: Kind, where: Path) -> list[str]:
+    found = _listed(row.get(kind.references[0], []))
+    if not found:
+        raise BadInput(f"{where}: has entries without `{kind.references[0]}`. Name them: --references, or --data DIR.")
+    return found
+
+
+def _references(kind: Kind, source: Source) -> dict[str, list[str]]:
+    """Id -> references; captions of one image may stand in several entries."""
+    place = source.file or source.data
+    known: dict[str, list[str]] = {}
+    for row in _rows(source.file) if source.file else _items(kind, str(source.data), source.split):
+        name = str(_value(row, kind.ids, place))
+        found = _listed(_value(row, kind.references, place))
+        if kind.unit == "questions" and name in known:
+            raise BadInput(f"{place}: question {name} stands twice. Keep one entry.")
+        known.setdefault(name, []).extend(found)
+    if empty := [name for name, found in known.items() if not found]:
+        raise BadInput(
+            f"{place}: {len(empty):,} {kind.unit} have no reference, first {empty[0]}. Score another split."
+        )
+    return known
+
+
+def _items(kind: Kind, data: str, split: str) -> Iterator[dict[str, Any]]:
+    """Records, or their questions, of a split; images are not read."""
+    manifest = Manifest.load(data)
+    if split not in manifest.splits:
+        raise BadInput(f"--split {split}: {data} has {', '.join(manifest.splits)}.")
+    reader = ShardReader(manifest, split)
+    try:
+        for number, shard in enumerate(manifest.shards(split)):
+            for piece in reader.read([(number, sample) for sample in range(shard.samples)]):
+                if isinstance(piece, BadSample):
+                    continue
+                record = json.loads(members(piece)[1]["json"])
+                yield from record.get("questions", []) if kind.unit == "questions" else [record]
+    finally:
+        reader.close()

@@ -1,0 +1,86 @@
+"""launchers/score.py: any predictions file against annotations, a prepared data set, or its own references."""
+
+import json
+
+import pytest
+
+from mmpeft_ds.errors import BadInput
+from mmpeft_ds.metrics import coco_java
+from mmpeft_ds.metrics.captions import caption_scores
+from mmpeft_ds.runs import score
+from tests.helpers import ROOT, commands
+
+SAID = {1: "a dog runs in the park", 2: "two cats sleep on a bed"}
+THEIRS = {1: ["a dog runs in a park", "the dog plays"], 2: ["two cats on a bed", "cats asleep"]}
+
+
+def write(path, content):
+    path.write_text(json.dumps(content))
+    return path
+
+
+@pytest.fixture
+def files(tmp_path):
+    results = write(tmp_path / "results.json", [{"image_id": i, "caption": c} for i, c in SAID.items()])
+    rows = [{"image_id": i, "caption": c} for turn in (0, 1) for i in (2, 1) for c in [THEIRS[i][turn]]]
+    return results, write(tmp_path / "coco.json", {"images": [], "annotations": rows})
+
+
+def test_a_coco_result_file_is_scored_against_annotations_in_any_order(files):
+    results, annotations = files
+    pairs = score.pairs("captions", results, score.Source(annotations))
+    wanted = caption_scores(list(SAID.values()), list(THEIRS.values()))
+    assert score.scores("captions", pairs) == pytest.approx(wanted, rel=1e-12)
+
+
+def test_predictions_of_evaluate_hold_their_references(tmp_path):
+    rows = [{"sample_id": i, "prediction": SAID[i], "references": THEIRS[i]} for i in SAID]
+    path = tmp_path / "predictions-test.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert score.pairs("captions", path, score.Source()) == [(SAID[i], THEIRS[i]) for i in SAID]
+
+
+@pytest.mark.parametrize(("measure", "accuracy"), [("official", 0.5), ("2017", 1.0), ("exact", 0.5)])
+def test_answers_are_scored_by_the_chosen_evaluator(tmp_path, measure, accuracy):
+    """Where all annotators agree, the evaluator of 2021 normalises nothing: "The Dog" is not "dog" to it."""
+    said = write(
+        tmp_path / "said.json", [{"question_id": 1, "answer": "The Dog"}, {"question_id": 2, "answer": "yes"}]
+    )
+    answers = [{"question_id": i, "answers": [{"answer": a}] * 10} for i, a in ((2, "yes"), (1, "dog"))]
+    source = score.Source(write(tmp_path / "annotations.json", {"annotations": answers}))
+    assert score.scores("vqa", score.pairs("vqa", said, source), measure) == {"accuracy": pytest.approx(accuracy)}
+
+
+@pytest.mark.parametrize(
+    ("rows", "words"),
+    [
+        ([{"image_id": 1, "caption": "a"}], "1 of 2 missing, first 2"),
+        ([{"image_id": i, "caption": "a"} for i in (1, 2, 7)], "1 that .* does not have, first 7"),
+        ([{"image_id": i, "caption": "a"} for i in (1, 2, 2)], "1 ids stand twice, first 2"),
+        ([{"image": 1, "caption": "a"}], "none of image_id, sample_id"),
+        ([{"image_id": 1, "caption": None}], "a prediction is no text"),
+        ([], "holds no prediction"),
+        (["a"], "is no list of objects"),
+    ],
+)
+def test_ids_that_do_not_match_are_told_in_one_line(files, tmp_path, rows, words):
+    with pytest.raises(BadInput, match=words):
+        score.pairs("captions", write(tmp_path / "bad.json", rows), score.Source(files[1]))
+
+
+def test_the_command_prints_a_table_and_notes_once_what_java_would_add(files, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(coco_java.shutil, "which", lambda name: None)
+    out = tmp_path / "scores.json"
+    given = ("--predictions", str(files[0]), "--references", str(files[1]), "--measure", "captions")
+    assert commands.run_script(ROOT / "launchers/score.py", [*given, "--json", str(out)], monkeypatch) in (0, None)
+    printed = capsys.readouterr()
+    assert "cider" in printed.out and printed.err.count("\n") == 1 and "meteor and spice need" in printed.err
+    assert json.loads(out.read_text()) == pytest.approx(caption_scores(list(SAID.values()), list(THEIRS.values())))
+
+
+def test_metrics_asked_for_by_name_are_refused_without_what_they_need(files, monkeypatch, capsys):
+    monkeypatch.setattr(coco_java.importlib.util, "find_spec", lambda name: None)
+    given = ("--predictions", str(files[0]), "--references", str(files[1]), "--measure", "captions")
+    code = commands.run_script(ROOT / "launchers/score.py", [*given, "--metrics", "meteor"], monkeypatch)
+    err = capsys.readouterr().err
+    assert code == 2 and err.count("\n") == 1 and "mmpeft_ds[eval]" in err
