@@ -52,7 +52,7 @@ ALLOWED = {
     "preflight": {"data", "distributed", "recipe", "console"},
     "precompute": {"data", "distributed", "sites", "recipe", "methods", "backbones", "tasks", "engine", "adapter"},
     "runs": {"data", "distributed", "sites", "recipe", "methods", "backbones", "tasks", "engine", "adapter",
-             "contact_sheet"},
+             "contact_sheet", "metrics"},  # scores of files, without a task and its torch
 }  # fmt: skip
 # Files of the package that no room holds: `__init__` registers methods, `console` and `contact_sheet` serve commands.
 ALONE = {"": {"methods"}, "console": set(), "contact_sheet": set()} | dict.fromkeys(COMMON, set())
