@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from mmpeft_ds.errors import BadSample
-from mmpeft_ds.host_copies import to_device
+from mmpeft_ds.host_copies import both, to_device
 
 if TYPE_CHECKING:
     from mmpeft_ds.ops.token_scores import TokenScores
@@ -218,7 +218,7 @@ class PackedBatch:
     @property
     def text_weight(self) -> Tensor:
         """(T,) weight of the slot that owns each text."""
-        return self.weight[self.text_owner]
+        return both(lambda weight, owner: weight[owner], self.weight, self.text_owner)
 
     def changed_texts(self) -> list[int]:
         """How many texts of weight > 0 have a cut prompt, a cut target, and control tokens that are read as words."""
@@ -227,7 +227,10 @@ class PackedBatch:
         return ((self.changes > 0) & (self.text_weight > 0)[:, None]).sum(0).tolist()
 
     def to(self, device: torch.device | str, non_blocking: bool = True) -> PackedBatch:
-        """A copy with its tensors on `device`, of which whole numbers are still known here (`host_copies.on_host`)."""
+        """A copy with its tensors on `device`, of which whole numbers and weights are still known here.
+
+        See `host_copies.on_host`.
+        """
         return self._mapped(lambda tensor: to_device(tensor, device, non_blocking))
 
     def pin_memory(self) -> PackedBatch:

@@ -19,6 +19,7 @@ from mmpeft_ds.distributed import collectives
 from mmpeft_ds.distributed.counters import Traffic, counted
 from mmpeft_ds.distributed.gather import exchange_rows, gather_rows, gather_sizes
 from mmpeft_ds.distributed.ring import ring_blocks
+from mmpeft_ds.host_copies import nonzero, on_host
 from mmpeft_ds.ops.graph_topk import Nearest, best_of, nearest, settled, shared_candidates
 from mmpeft_ds.ops.similarity_graph import Rows, decide_pairs, symmetric_degrees, symmetric_edges
 
@@ -43,6 +44,7 @@ class Graph:
         group: the ranks that share it.
         exchange: `gather` or `ring`: how a convolution on it gets the other ranks' rows.
         traffic: collectives of building it and of the forward passes of convolutions on it.
+        repeated: whether an edge may occur twice.
     """
 
     source: Tensor
@@ -55,6 +57,7 @@ class Graph:
     group: Any = None
     exchange: str = "gather"
     traffic: Traffic = field(default_factory=Traffic)
+    repeated: bool = True
     _adjacency: dict[Any, Tensor] = field(default_factory=dict, repr=False)
 
     @property
@@ -88,14 +91,14 @@ class Graph:
             source, target, weight, columns = self.source, self.target, self.weight, self.num_sources
             if rank is not None:
                 first, columns = sum(self.counts[:rank]), self.counts[rank]
-                here = (source >= first) & (source < first + columns)
+                here = ((source >= first) & (source < first + columns)).nonzero()[:, 0]  # waits for their number
                 source, target, weight = source[here] - first, target[here], weight[here]
-            # a sparse matrix has no entry twice
-            codes = target * max(1, columns) + source
-            codes, entry = torch.unique_consecutive(codes, return_inverse=True)
-            target, source = codes // max(1, columns), codes % max(1, columns)
-            weight = weight.new_zeros(len(codes)).index_add_(0, entry, weight)
-            ends = torch.bincount(target, minlength=self.num_targets).cumsum(0)
+            if self.repeated:  # a sparse matrix has no entry twice
+                codes = target * max(1, columns) + source
+                codes, entry = torch.unique_consecutive(codes, return_inverse=True)
+                target, source = codes // max(1, columns), codes % max(1, columns)
+                weight = weight.new_zeros(len(codes)).index_add_(0, entry, weight)
+            ends = _occurrences(target, self.num_targets).cumsum(0)
             rows = torch.cat([ends.new_zeros(1), ends])
             size = (self.num_targets, columns)
             with warnings.catch_warnings():
@@ -170,7 +173,7 @@ def threshold_graph(
         tau: in [-1, 1]; equality makes no edge.
         valid: (B,) bool; what is not valid is absent: no edge, no self-loop. None = all are.
         group: ranks that share the graph; None = all.
-        counts: B of every rank, where known; else a small collective finds it.
+        counts: B of every rank, where known; with them and without `valid` a small collective is saved.
         exchange: `gather`: every rank holds the features of all; `ring`: two ranks' at most. Same edges.
         chunk: similarities to hold at a time; None = by device.
 
@@ -248,11 +251,11 @@ def knn_graph(
         neighbours = gather_rows(kept.int(), nodes.shares, group)
     source, target = _edges_of_lists(neighbours, direction, symmetric)
     total = sum(nodes.shares)
-    out_degree, in_degree = (torch.bincount(ends, minlength=total) for ends in (source, target))
-    own = (target >= nodes.start) & (target < nodes.start + len(nodes.x))
+    out_degree, in_degree = (_occurrences(ends, total) for ends in (source, target))
+    own = ((target >= nodes.start) & (target < nodes.start + len(nodes.x))).nonzero()[:, 0]
     source, target = source[own], target[own]
     order = (target * total + source).argsort()
-    return nodes.graph(source[order], target[order], in_degree, out_degree, exchange)
+    return nodes.graph(source[order], target[order], in_degree, out_degree, exchange, repeated=released)
 
 
 class _Nodes:
@@ -260,25 +263,28 @@ class _Nodes:
 
     def __init__(self, x: Tensor, valid: Tensor | None, key: Tensor | None, counts: list[int] | None, group: Any):
         self.traffic, self.group = Traffic(), group
+        kept = len(x) if valid is None else int(on_host(valid).sum())
         self.valid = torch.ones(len(x), dtype=torch.bool, device=x.device) if valid is None else valid
         with counted(self.traffic):
-            if counts is None:
-                counts = [n for (n,) in gather_sizes([len(x)], x.device, group)]
+            if counts is None or valid is not None:  # the numbers of valid rows come along, so that none is read later
+                sizes = gather_sizes([len(x), kept], x.device, group)
+                counts, self.shares = ([row[at] for row in sizes] for at in (0, 1))
+            else:
+                self.shares = counts
             packed = self.valid[:, None].view(torch.uint8)
             if key is not None:
                 packed = torch.cat([key.contiguous().view(torch.uint8).view(len(x), 8), packed], 1)
             packed = gather_rows(packed, counts, group)
         self.counts = counts
         everyone = packed[:, -1].bool()
-        self.positions = everyone.nonzero().flatten()
+        self.positions = nonzero(everyone, sum(self.shares))[:, 0]
         if key is None:
             self.keys = self.positions
         else:
             self.keys = packed[:, :8].flatten().view(torch.int64)[self.positions]
-        self.shares = [int(part.sum()) for part in everyone.split(self.counts)]
         rank = collectives.rank(group)
         self.offset, self.start = sum(self.counts[:rank]), sum(self.shares[:rank])
-        self.x = x.detach() if self.shares[rank] == len(x) else x.detach()[self.valid]
+        self.x = x.detach() if kept == len(x) else x.detach()[nonzero(self.valid, kept)[:, 0]]
 
     def blocks(self, exchange: str) -> Iterator[tuple[Rows, Rows]]:
         """Own rows and those of all, at once or rank by rank. Collective."""
@@ -290,7 +296,15 @@ class _Nodes:
             for rank, rows in ring_blocks(self.x, self.shares, self.group):
                 yield own, Rows.of(rows, sum(self.shares[:rank]))
 
-    def graph(self, source: Tensor, target: Tensor, in_degree: Tensor, out_degree: Tensor, exchange: str) -> Graph:
+    def graph(
+        self,
+        source: Tensor,
+        target: Tensor,
+        in_degree: Tensor,
+        out_degree: Tensor,
+        exchange: str,
+        repeated: bool = False,
+    ) -> Graph:
         """Edges and degrees among valid rows, numbered as all rows are."""
 
         def spread(degree: Tensor) -> Tensor:
@@ -308,6 +322,7 @@ class _Nodes:
             group=self.group,
             exchange=exchange,
             traffic=self.traffic,
+            repeated=repeated,
         )
 
 
@@ -358,6 +373,11 @@ def _edges_of_lists(neighbours: Tensor, direction: str, symmetric: bool) -> tupl
         source, target = codes % total, codes // total
     own = torch.arange(len(neighbours), device=neighbours.device)
     return torch.cat([source, own]), torch.cat([target, own])
+
+
+def _occurrences(numbers: Tensor, total: int) -> Tensor:
+    """(total,) int64, how often each number below `total` occurs; `torch.bincount` would wait for a GPU."""
+    return numbers.new_zeros(total).index_add_(0, numbers, torch.ones_like(numbers))
 
 
 def _check(x: Tensor, valid: Tensor | None, exchange: str, tau: float | None) -> None:

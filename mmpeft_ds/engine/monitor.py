@@ -99,16 +99,18 @@ class Monitor(Observer):
             note=f"loss {row['loss']:.4f}, {row['samples_per_second']:.0f} samples/s",
             details=f"epoch {row['epoch']}, lr {row['lr']:.2e}",
         )
-        if self.board is None or row["step"] % self.options.every:
+        if self.board is None:
             return
         step = row["step"]
+        for name, value in row.get("graph", {}).items():  # of the steps in which it was measured
+            self.board.add_scalar(f"graph/{name}", value, step)
+        if step % self.options.every:
+            return
         for key, tag in SCALARS.items():
             if key in row:
                 self.board.add_scalar(tag, row[key], step)
         if "source_name" in row:  # the losses of several tasks are not comparable, so each has its own curve
             self.board.add_scalar(f"train/loss/{row['source_name']}", row["loss"], step)
-        for name, value in row.get("graph", {}).items():
-            self.board.add_scalar(f"graph/{name}", value, step)
         for name, norm in row["grad_norms"].items():
             self.board.add_scalar(f"grad_norm/{name}", norm, step)
         for key, tag in (("rss_mib", "memory_mib"), ("device_mib", "device_memory_mib")):

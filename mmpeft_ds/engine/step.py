@@ -241,13 +241,20 @@ class Stepper:
                 places += padding.places(outputs, batch)
             with self.timer.part("backward"):
                 self.engine.backward(loss * scale)
-            # It reads numbers from the device, which has the backward pass to do meanwhile.
-            for name, value in graph_health.measure(outputs, batch).items():
-                report[name] = report.get(name, 0.0) + value
+            if self.measures_graph:
+                # It reads numbers from the device, which has the backward pass to do meanwhile.
+                for name, value in graph_health.measure(outputs, batch).items():
+                    report[name] = report.get(name, 0.0) + value
             total += loss.detach()
             if i + 1 < len(micro):
                 self.engine.step()  # before the accumulation boundary this only counts the micro-step
         return total / agreed.weight if agreed.weight else total, places, report
+
+    @property
+    def measures_graph(self) -> bool:
+        """Whether the step is one whose graph is measured; the same on all ranks."""
+        every = self.recipe.monitor.graph_every
+        return every > 0 and (self.state.step + 1) % every == 0
 
     def reduce(
         self, loss: torch.Tensor, places: torch.Tensor, report: dict[str, float], row: list[float]

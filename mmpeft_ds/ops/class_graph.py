@@ -233,7 +233,7 @@ def fuse(text_BC: Tensor, visual_BC: Tensor, fusion: float, rule: str = "probabi
     text = text_BC.log_softmax(1)
     if fusion == 0:
         return text
-    w = torch.tensor(fusion, dtype=text.dtype, device=text.device)
+    w = torch.tensor(fusion, dtype=text.dtype, device="cpu")  # a number to a GPU, which gets no copy of it
     return torch.logaddexp(text, visual_BC.log_softmax(1) + w.log()) - (1 + w).log()
 
 

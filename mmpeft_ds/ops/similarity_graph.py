@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mmpeft_ds.host_copies import surely_all, to_device
 from mmpeft_ds.ops import bits as packed
 from mmpeft_ds.ops.precision import at_least_float32
 
@@ -42,7 +43,7 @@ def unit_rows(x: Tensor) -> Tensor:
     length = torch.linalg.vector_norm(x, dim=1, keepdim=True)
     usable = (length > 0) & length.isfinite()
     unit = x / torch.where(usable, length, 1.0)
-    return unit if usable.all() else unit.masked_fill_(~usable, 0.0)
+    return unit if surely_all(usable) else unit.masked_fill_(~usable, 0.0)
 
 
 def unit_parts(parts: list[Tensor]) -> Tensor:
@@ -91,7 +92,7 @@ class Rows:
         raw = raw.detach()
         values = at_least_float32(raw)
         length = torch.linalg.vector_norm(values, dim=1, keepdim=True)
-        if not length.isfinite().all():
+        if not surely_all(length.isfinite()):
             values = values.masked_fill(~length.isfinite(), 0.0)
             length = length.masked_fill(~length.isfinite(), 0.0)
         return cls(raw, values, torch.where(length > 0, 1 / length, 0.0), start)
@@ -123,6 +124,7 @@ def above(own: Rows, block: Rows, tau: float) -> Tensor:
     """
     excess = products(own, block).sub_(tau)
     mask = excess > 0
+    # The host waits for their number. To compute all pairs in float64 instead would take a GPU many times as long.
     close = (excess.abs_() <= margin(own)).nonzero(as_tuple=True)
     if len(close[0]):
         mask[close] = cosines_at(own, block, *close) > tau
@@ -201,10 +203,10 @@ def _decided_columns(rows: Rows, block: Rows, total: int) -> Iterator[tuple[int,
 def _decides(rows: Rows, columns: Rows, total: int) -> Tensor | bool:
     """Which pairs of a tile the rows decide, (rows, columns) bool; True where it is all."""
     lowest = columns.start - (rows.start + len(rows) - 1)
-    ahead = torch.arange(lowest, columns.start + len(columns) - rows.start, device=rows.raw.device)
+    ahead = torch.arange(lowest, columns.start + len(columns) - rows.start)  # on the host, which asks for all of it
     # half way round both would: the earlier one does
     decided = (2 * (ahead % total) < total) & (ahead % total > 0) | (2 * ahead == total)
-    return bool(decided.all()) or decided.unfold(0, len(columns), 1).flip(0)
+    return bool(decided.all()) or to_device(decided, rows.raw.device).unfold(0, len(columns), 1).flip(0)
 
 
 def symmetric_edges(bits: Tensor, rows: slice, chunk: int | None = None) -> tuple[Tensor, Tensor]:
@@ -229,7 +231,7 @@ def symmetric_edges(bits: Tensor, rows: slice, chunk: int | None = None) -> tupl
         edge |= turned.T
         own = torch.arange(bottom - top, device=bits.device)
         edge[own, own + top] = True
-        target, source = edge.nonzero(as_tuple=True)
+        target, source = edge.nonzero(as_tuple=True)  # waits: nobody but the features decides how many edges there are
         sources.append(source)
         targets.append(target + top)
     none = torch.zeros(0, dtype=torch.int64, device=bits.device)

@@ -131,8 +131,14 @@ class MonitorOptions:
         tensorboard: write event files.
         every: steps between TensorBoard scalars; metrics.jsonl has every step.
         samples: predictions shown with their images at each evaluation.
+        graph_every: steps between measurements of the graph over a batch, which wait for the device; 0 = none.
     """
 
     tensorboard: bool = True
     every: int = 1
     samples: int = 16
+    graph_every: int = 10
+
+    def __post_init__(self) -> None:
+        if self.graph_every < 0:
+            raise BadInput(f"graph_every: {self.graph_every} is below 0. Give a number of steps, or 0 for never.")

@@ -1,7 +1,8 @@
 """What a step makes a GPU's host wait for, by file: the list as it stands, so that one more is seen.
 
-Everything here is transformers' or DeepSpeed's own, but for what the engine reads once a step. What is `queued` are
-copies to the device that nobody waits for, of numbers that are known only in the forward pass.
+Everything here is transformers' or DeepSpeed's own, but for what the engine reads once a step and for the graphs of
+GA-Net, of which nobody but the features decides how many edges there are. What is `queued` are copies to the device
+that nobody waits for, of numbers that are known only in the forward pass.
 """
 
 import json
@@ -10,7 +11,9 @@ from collections import Counter
 import pytest
 import torch
 
+from mmpeft_ds import methods
 from tests.helpers import launch
+from tests.helpers.device import matrix
 
 pytestmark = pytest.mark.skipif(torch.version.cuda is not None, reason="torch has CUDA's own kernels")
 MASKS = "wait transformers/masking_utils.py"
@@ -20,7 +23,7 @@ LLM = {
     "wait transformers/utils/import_utils.py": 1,
     MASKS: 2,
 }
-# column of `method_table` -> kind and file -> number in the forward and backward of a micro-batch
+# column of `matrix.COLUMNS` -> kind and file -> number in the forward and backward of a micro-batch
 FORWARD = {
     "vision_text_encoder": {MASKS: 1},
     "vision_text_decoder": {MASKS: 2},
@@ -38,10 +41,29 @@ FORWARD = {
         "wait transformers/vision_utils.py": 3,
         "wait transformers/models/qwen2_vl/modeling_qwen2_vl.py": 11,
     },
+    # the teacher's texts, the model's, and those that the matching head reads
+    "blip retrieval, losses": {"queued mmpeft_ds/backbones/blip/contrast.py": 2, MASKS: 6},
+    "clip, losses": {MASKS: 2},
+}
+HEADS = {"queued mmpeft_ds/backbones/features/backbone.py": 1, "queued mmpeft_ds/tasks/classification/task.py": 1}
+HEAD_COLUMNS = {"heads, stored features": HEADS, "heads, live features": HEADS | {MASKS: 2}}
+TILES = "queued mmpeft_ds/ops/similarity_graph.py"
+PAIRS, EDGES, LISTS = (
+    f"wait mmpeft_ds/{file}.py" for file in ("ops/similarity_graph", "distributed/batch_graph", "ops/graph_topk")
+)
+# pairs too close to the threshold for float32, in two tiles; edges
+THRESHOLD = {TILES: 2, PAIRS: 3}
+# row -> what it adds: candidates too close to call, edges of the lists, those of own rows
+MORE = {
+    "coop": {MASKS: 1},  # the prompts, whose text tower is run anew in every step
+    "ga_net, threshold": THRESHOLD,
+    "ga_net, tau searched": THRESHOLD,
+    "ga_net, knn": {TILES: 2, LISTS: 2, EDGES: 3},  # both ways: and the edges that two lists name
+    "ga_net, v2": {TILES: 2, LISTS: 2, EDGES: 3},  # a loop may occur twice: and how many are different
 }
 # Where image features need a gradient: transformers puts them in place with masked_scatter.
 SCATTER = {"wait autograd": 1}
-QUICK = ["vision_text_encoder", "mllm LLaVA"]
+QUICK = ["vision_text_encoder", "mllm LLaVA", "heads, stored features"]
 STEP = {
     # read before `engine.step`: norms and losses together
     "wait mmpeft_ds/engine/step.py": 1,
@@ -70,17 +92,24 @@ def check(found: dict) -> None:
             counted = per_file(cell["reports"])
             if column.startswith("mllm"):
                 counted = {name: number for name, number in counted.items() if name not in SCATTER}
-            assert counted == FORWARD[column], (column, method)
+            assert counted == listed(column, method), (column, method)
+
+
+def listed(column: str, row: str) -> dict[str, int]:
+    return dict(Counter(FORWARD.get(column) or HEAD_COLUMNS[column]) + Counter(MORE.get(row, {})))
 
 
 def test_a_forward_and_backward_waits_for_what_the_list_names_and_nothing_else(tmp_path):
-    check(forward_and_backward(tmp_path, "lora,routed_lora", QUICK))
+    check(forward_and_backward(tmp_path, "lora;routed_lora;ga_net, threshold;hegraph", QUICK))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("column", FORWARD)
-def test_every_method_waits_for_what_the_list_of_its_backbone_names(tmp_path, column):
-    check(forward_and_backward(tmp_path, "", [column]))
+@pytest.mark.parametrize("column", [*FORWARD, *HEAD_COLUMNS])
+def test_every_method_and_head_waits_for_what_the_list_of_its_backbone_names(tmp_path, column):
+    found = forward_and_backward(tmp_path, "", [column])
+    check(found)
+    if column == "heads, live features":
+        assert {matrix.HEADS[row][0] for row in found[column]} == set(methods.names(heads=True))
 
 
 @pytest.mark.slow

@@ -11,6 +11,9 @@ from mmpeft_ds.data.thumbnails import Thumbnails
 from mmpeft_ds.distributed.batch_graph import threshold_graph
 from mmpeft_ds.engine import graph_health
 from mmpeft_ds.engine.evaluator import _pictures
+from mmpeft_ds.engine.step import Stepper
+from mmpeft_ds.errors import BadInput
+from mmpeft_ds.recipe.options import MonitorOptions
 
 # two pairs of neighbours and one alone; the last row is padding
 X = torch.tensor([[1.0, 0.0, 0], [1, 0.1, 0], [0, 1, 0], [0, 1, 0.1], [0, 0, 1], [1, 0, 0]])
@@ -89,3 +92,15 @@ def test_thumbnails_are_found_by_sample_id(tmp_path):
     assert [r[0]["sample_id"][-1] for _, r in _pictures(batch(), rows, 2, found)] == ["0", "1"]
     # stored features without thumbnails: the page of predictions shows the texts alone
     assert _pictures(batch(), rows, 2) == [(None, rows[:1]), (None, rows[1:2])]
+
+
+@pytest.mark.parametrize(("every", "measured"), [(1, [1, 2, 3, 4, 5, 6]), (3, [3, 6]), (0, [])])
+def test_a_graph_is_measured_every_so_many_steps(every, measured):
+    recipe = SimpleNamespace(monitor=MonitorOptions(graph_every=every))
+    steps = [SimpleNamespace(recipe=recipe, state=SimpleNamespace(step=done)) for done in range(6)]
+    assert [step.state.step + 1 for step in steps if Stepper.measures_graph.fget(step)] == measured
+
+
+def test_a_number_of_steps_below_0_is_refused():
+    with pytest.raises(BadInput, match="graph_every: -1 is below 0"):
+        MonitorOptions(graph_every=-1)

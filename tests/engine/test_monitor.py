@@ -109,6 +109,16 @@ def test_scalars_are_thinned_but_metrics_are_not(tmp_path):
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 4
 
 
+def test_a_graph_has_a_point_in_each_step_in_which_it_was_measured(tmp_path):
+    monitor = Monitor(tmp_path, MonitorOptions(every=4), 8, 0, "")
+    for step in range(1, 9):
+        monitor.step(row(step, **({"graph": {"edges": float(step)}} if step % 3 == 0 else {})))
+    monitor.close()
+    found = board(tmp_path)
+    assert [(p.step, p.value) for p in found.Scalars("graph/edges")] == [(3, 3.0), (6, 6.0)]
+    assert [p.step for p in found.Scalars("train/loss")] == [4, 8]
+
+
 def test_a_continued_run_appends(tmp_path):
     for start in (0, 2):
         monitor = Monitor(tmp_path, MonitorOptions(tensorboard=False), 4, start, "")

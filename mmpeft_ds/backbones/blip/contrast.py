@@ -19,6 +19,7 @@ from torch.nn.functional import pad
 from mmpeft_ds.backbones.blip.model import ImageStates
 from mmpeft_ds.distributed import collectives
 from mmpeft_ds.distributed.gather import gather_rows, gather_sizes
+from mmpeft_ds.host_copies import nonzero, on_host, to_device
 from mmpeft_ds.ops import contrastive
 from mmpeft_ds.ops.context_enhancement import context_enhancement
 from mmpeft_ds.ops.frame_weighting import frame_weights
@@ -104,7 +105,8 @@ def train_step(
         negatives: (T,) image and (T,) text of each pair, as rows of the pool, in place of drawing them.
     """
     options = model.training_options
-    temperature = contrastive.clamp_temperature(model.temperature.to(encoded.text))
+    temperature = model.temperature.to(encoded.text.dtype)
+    temperature = contrastive.clamp_temperature(to_device(temperature, encoded.text.device))
     matching = options.negatives != "none"
     pool = make_pool(encoded, taught or encoded, pairs, options.negatives != "local", matching)
     model.queue.like(encoded.text)
@@ -124,9 +126,10 @@ def make_pool(encoded: Encoded, keys: Encoded, pairs: Pairs, everywhere: bool, m
         matching: gather also what the matching head needs.
     """
     seen = encoded.seen
-    mine = [len(pairs.ids), *seen.tokens.shape[:2], pairs.input_ids.shape[1], encoded.frames.shape[1]]
+    own_kept = int(on_host(pairs.keep).sum())
+    mine = [own_kept, len(pairs.ids), *seen.tokens.shape[:2], pairs.input_ids.shape[1], encoded.frames.shape[1]]
     sizes = gather_sizes(mine, pairs.ids.device) if everywhere else [mine]
-    counts, slots, tokens, lengths, frames = zip(*sizes, strict=True)
+    kept_counts, counts, slots, tokens, lengths, frames = zip(*sizes, strict=True)
     rank = collectives.rank() if everywhere else 0
 
     def gathered(x: Tensor, counts: tuple[int, ...]) -> Tensor:
@@ -138,11 +141,13 @@ def make_pool(encoded: Encoded, keys: Encoded, pairs: Pairs, everywhere: bool, m
     kept = gathered(pairs.keep.to(torch.uint8), counts).bool()
     start = sum(counts[:rank])
     rows = (kept.cumsum(0) - 1)[start : start + len(pairs.ids)].clamp(min=0)
-    if not kept.any():  # no pair counts on any rank; all are kept, so that every rank runs the same modules
-        kept = torch.ones_like(kept)
+    total = sum(kept_counts)
+    if not total:  # no pair counts on any rank; all are kept, so that every rank runs the same modules
+        kept, total = torch.ones_like(kept), len(kept)
+    places = nonzero(kept, total)[:, 0]
 
     def of_pairs(x: Tensor) -> Tensor:
-        return gathered(x, counts)[kept]
+        return gathered(x, counts)[places]
 
     if matching:
         room = max(tokens) - seen.tokens.shape[1]
@@ -203,8 +208,11 @@ def _enqueue(model: Any, keys: Encoded, pairs: Pairs, pool: Pool) -> None:
     """Push the pairs of all ranks that count, in rank order, also where each rank contrasts by itself."""
     if not len(model.queue):
         return
-    kept = gather_rows(pairs.keep.to(torch.uint8)).bool()
-    image, text, ids = (gather_rows(x)[kept] for x in (keys.image[pairs.slot].detach(), keys.text.detach(), pairs.ids))
+    sizes = gather_sizes([len(pairs.ids), int(on_host(pairs.keep).sum())], pairs.ids.device)
+    counts = [n for n, _ in sizes]
+    kept = nonzero(gather_rows(pairs.keep.to(torch.uint8), counts), sum(n for _, n in sizes))[:, 0]
+    features = keys.image[pairs.slot].detach(), keys.text.detach(), pairs.ids
+    image, text, ids = (gather_rows(x, counts)[kept] for x in features)
     model.queue.push(image, text, ids)
 
 
@@ -274,7 +282,7 @@ def _negatives(
     # Random numbers for all pairs of the pool, so that a pair draws the same negatives whichever rank holds it.
     local = model.training_options.negatives == "local"
     generator = torch.Generator().manual_seed(model.steps * 65536 + (collectives.rank() if local else 0))
-    uniform = torch.rand(2, len(pool.ids), dtype=torch.float64, generator=generator).to(pairs.ids.device)
+    uniform = to_device(torch.rand(2, len(pool.ids), dtype=torch.float64, generator=generator), pairs.ids.device)
     allowed = pairs.ids[:, None] != pool.ids
     drawn = []
     for query, candidates, numbers in (

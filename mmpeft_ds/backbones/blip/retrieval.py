@@ -22,6 +22,7 @@ from mmpeft_ds.backbones.blip.momentum import Queue, Teacher
 from mmpeft_ds.backbones.blip.options import Options
 from mmpeft_ds.backbones.common.slots import images_per_slot
 from mmpeft_ds.errors import BadInput
+from mmpeft_ds.host_copies import both, on_host
 from mmpeft_ds.ops.precision import at_least_float32
 from mmpeft_ds.sites.condition import Condition, conditioned
 
@@ -126,12 +127,11 @@ class Retriever(PackedBlip):
             "text_states": encoded.text_states,
         }
         if training:
-            counts = torch.zeros(slots, dtype=torch.int64, device=device)
-            if image_owner is not None:
-                counts = images_per_slot(image_owner, slots)
-            keep = counts[text_owner] > 0
-            keep = keep if pair_weight is None else keep & (pair_weight > 0)
-            if self.training_options.frame_aware and len(counts[text_owner][keep].unique()) > 1:
+            images = _images_of_texts(image_owner, text_owner, slots)
+            keep = both(lambda n: n > 0, images)
+            if pair_weight is not None:
+                keep = both(lambda k, weight: k & (weight > 0), keep, pair_weight)
+            if self.training_options.frame_aware and len(on_host(images)[on_host(keep)].unique()) > 1:
                 raise BadInput("backbone.frame_aware: samples have different numbers of frames. Prepare equally many.")
             pairs = Pairs(pair_id, text_owner, keep, input_ids, attention_mask)
             results |= train_step(self, encoded, taught, pairs, negatives)
@@ -222,6 +222,13 @@ class Retriever(PackedBlip):
             kept = {k.removeprefix("teacher."): v for k, v in state.items() if k.startswith("teacher.")}
             parameters = dict(self.named_parameters())
             self.teacher.averages = {k: v.clone().to(parameters[k].device) for k, v in kept.items()}
+
+
+def _images_of_texts(image_owner: Tensor | None, text_owner: Tensor, slots: int) -> Tensor:
+    """(T,) int64 number of images that each text is about, known on the host where the owners are."""
+    if image_owner is None:
+        return both(torch.zeros_like, text_owner)
+    return both(lambda images, texts: images_per_slot(images, slots)[texts], image_owner, text_owner)
 
 
 def _unit(x: Tensor) -> Tensor:

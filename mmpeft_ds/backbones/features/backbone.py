@@ -18,6 +18,7 @@ from mmpeft_ds.backbones.features.options import Options
 from mmpeft_ds.data.batch import Described, PackedBatch, hash_id
 from mmpeft_ds.data.transform import ImageTransform
 from mmpeft_ds.errors import BadInput
+from mmpeft_ds.host_copies import both, to_device
 from mmpeft_ds.ops.precision import at_least_float32
 from mmpeft_ds.sites.feature_site import Bank
 
@@ -209,14 +210,13 @@ class FeaturesBackbone(BackboneBase):
     def inputs(self, batch: PackedBatch) -> dict[str, Any]:
         """Forward arguments."""
         keys = [hash_id(name) >> 1 for name in batch.sample_id]  # positive int64
-        device = batch.weight.device
         inputs: dict[str, Any] = {
             "image_features": batch.images.get("image_features"),
             "text_features": batch.texts.get("text_features"),
             "image_owner": batch.image_owner,
             "text_owner": batch.text_owner,
-            "valid": batch.text_weight > 0,
-            "key": torch.tensor(keys, dtype=torch.int64, device=device)[batch.text_owner],
+            "valid": both(lambda weight: weight > 0, batch.text_weight),
+            "key": to_device(torch.tensor(keys, dtype=torch.int64), batch.weight.device)[batch.text_owner],
             "num_slots": len(batch.sample_id),
         }
         if "live" in (self.options.images, self.options.texts):

@@ -16,6 +16,7 @@ from transformers.utils import ModelOutput
 
 from mmpeft_ds.backbones.base import ModelHooks
 from mmpeft_ds.backbones.common.stock import mean_per_text
+from mmpeft_ds.host_copies import to_device
 from mmpeft_ds.ops.precision import at_least_float32
 from mmpeft_ds.sites.base import base_layer
 from mmpeft_ds.sites.feature_site import Bank, Features, Scores, calibrated_buffers
@@ -183,7 +184,7 @@ class FeatureModel(ModelHooks, PreTrainedModel):
         return Features(
             image,
             text_features,
-            torch.ones(rows, dtype=torch.bool, device=image.device) if valid is None else valid,
+            to_device(torch.ones(rows, dtype=torch.bool), image.device) if valid is None else valid,
             torch.arange(rows, device=image.device) if key is None else key,
         )
 

@@ -15,6 +15,8 @@ from mmpeft_ds.distributed import collectives
 from mmpeft_ds.distributed.batch_graph import Graph, knn_graph, normalised, threshold_graph
 from mmpeft_ds.distributed.gather import gather_rows, gather_sizes
 from mmpeft_ds.errors import BadInput
+from mmpeft_ds.host_copies import nonzero, on_host
+from mmpeft_ds.methods.common.few_shot import Remembered
 from mmpeft_ds.methods.common.head import Head
 from mmpeft_ds.methods.ga_net.config import GaNetConfig
 from mmpeft_ds.sites.feature_site import Features, Labelled, Scores
@@ -65,6 +67,7 @@ class GaNetHead(Head):
         self.fusion = Fusion(base.text_width, base.image_width, config.fusion_width) if config.fusion else None
         # an index, because whole numbers outlive every change of dtype
         self.register_buffer("tau_choice", torch.tensor(-1))
+        self._once = Remembered()
         self._fisher = self._alone = False
         if config.train == "head":
             frozen = ("down", "conv", "up")
@@ -73,7 +76,7 @@ class GaNetHead(Head):
     @property
     def tau(self) -> float:
         """What a cosine has to exceed: as configured, or as found on validation rows."""
-        choice = int(self.tau_choice) if self.config.tau_grid else -1
+        choice = self._once.get("tau", int, self.tau_choice) if self.config.tau_grid else -1
         return self.config.tau if choice < 0 else self.config.tau_grid[choice]
 
     def forward(self, features: Features) -> Scores:
@@ -218,11 +221,11 @@ class GaNetHead(Head):
 def _edgeless(valid: Tensor) -> Graph:
     """Self-loops alone. Collective."""
     counts = [n for (n,) in gather_sizes([len(valid)], valid.device)]
-    own = valid.nonzero().flatten()
+    own = nonzero(valid, int(on_host(valid).sum()))[:, 0]
     loops = gather_rows(valid.long(), counts)
     weight = torch.ones(len(own), dtype=torch.float64, device=valid.device)
     start = sum(counts[: collectives.rank()])
-    return Graph(own + start, own, weight, counts, valid, in_degree=valid.long(), out_degree=loops)
+    return Graph(own + start, own, weight, counts, valid, in_degree=valid.long(), out_degree=loops, repeated=False)
 
 
 def _freeze(module: nn.Module) -> list[str]:

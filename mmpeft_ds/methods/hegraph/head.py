@@ -102,6 +102,7 @@ class ClassGraphHead(nn.Module):
             setattr(self, name, nn.Parameter(torch.empty(width, width, **factory)) if used else None)
         self.factors = nn.Parameter(torch.empty(len(self.relations), **factory)) if learned else None
         self.reset_parameters()
+        self._constants: dict[tuple[Any, ...], Tensor] = {}
         self._made: Made | None = None
         self._agreed: Made | None = None
         self._kept: tuple[Made, list[Tensor], Refined] | None = None
@@ -242,14 +243,22 @@ class ClassGraphHead(nn.Module):
         """(relations,) factor of each message."""
         fixed = self.coefficients.of_relations(training)
         if self.factors is None:
-            return torch.tensor([fixed[name] for name in self.relations], dtype=self.dtype, device=self._device)
+            return self._constant([fixed[name] for name in self.relations])
         learned = softplus(self.factors.to(self.dtype))
         if training:
             return learned
         # What was learned is the factor of training; the ratio of the two stays as configured.
         start = self.coefficients.of_relations(True)
         ratio = [fixed[name] / start[name] for name in self.relations]
-        return learned * torch.tensor(ratio, dtype=learned.dtype, device=learned.device)
+        return learned * self._constant(ratio)
+
+    def _constant(self, values: list[float]) -> Tensor:
+        """These numbers on the device, to which they are copied once."""
+        key = *values, self.dtype, self._device
+        if key not in self._constants:
+            with torch.inference_mode(False):
+                self._constants[key] = torch.tensor(values, dtype=self.dtype, device=self._device)
+        return self._constants[key]
 
     def refined(self, training: bool) -> Refined:
         """One round of messages, for own classes. Collective where classes are shared out."""

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from mmpeft_ds.distributed import collectives
 from mmpeft_ds.distributed.shards import all_reduced, share
 from mmpeft_ds.errors import BadInput
+from mmpeft_ds.methods.common.few_shot import Remembered
 from mmpeft_ds.methods.common.head import Head, HeadMethod, HeadTuner
 from mmpeft_ds.methods.hegraph.config import HeGraphConfig
 from mmpeft_ds.methods.hegraph.head import ClassGraphHead
@@ -34,6 +35,7 @@ class BankHead(ClassGraphHead, Head):
 
     def __init__(self, config: HeGraphConfig, base: nn.Module):
         super().__init__(config, base)
+        self._once = Remembered()
         bank = self.bank
         width = bank.positive.shape[-1]
         if bank.support.shape[-1] != width:
@@ -75,7 +77,11 @@ class BankHead(ClassGraphHead, Head):
 
     @property
     def fusion(self) -> float:
-        return self.coefficients.fusion * (float(self.searched[-1]) if self.calibrates else 1.0)
+        return self.coefficients.fusion * self._multiple()
+
+    def _multiple(self) -> float:
+        """What the search has found for `fusion`; the device is asked once."""
+        return self._once.get("fusion", lambda found: float(found[-1]), self.searched) if self.calibrates else 1.0
 
     def message_factors(self, training: bool) -> Tensor:
         factors = super().message_factors(training)

@@ -14,6 +14,7 @@ from torch.nn.functional import cross_entropy
 
 from mmpeft_ds.data.batch import Described, PackedBatch
 from mmpeft_ds.errors import BadInput, BadSample
+from mmpeft_ds.host_copies import to_device
 from mmpeft_ds.ops.precision import at_least_float32
 from mmpeft_ds.tasks.base import TaskBase
 from mmpeft_ds.tasks.classification.options import Options
@@ -136,7 +137,7 @@ class Classification(TaskBase):
         position = torch.zeros(len(self.labels), dtype=torch.int64)
         position[self._columns] = torch.arange(len(self._columns))
         # -1 must not index the logits; its weight is 0
-        target = position.to(weights.device)[batch.targets["label"].clamp(min=0)]
+        target = to_device(position, weights.device)[batch.targets["label"].clamp(min=0)]
         total = 0
         for scale, logits in terms:
             each = cross_entropy(self._restricted(at_least_float32(logits)), target, reduction="none")
@@ -171,7 +172,9 @@ class Classification(TaskBase):
 
     def _restricted(self, logits: Tensor) -> Tensor:
         """(B, C) -> (B, C'): only the classes that may be predicted."""
-        return logits if len(self._columns) == len(self.labels) else logits[:, self._columns]
+        if len(self._columns) == len(self.labels):
+            return logits
+        return logits.index_select(1, to_device(torch.tensor(self._columns), logits.device))
 
     def score(self, rows: list[dict[str, Any]]) -> dict[str, float]:
         """`accuracy`, top-1, and `mean_class_accuracy`, the mean over the classes that occur."""

@@ -190,7 +190,8 @@ def _id(key: str) -> int:
 
 def _pair_weights(batch: PackedBatch) -> Tensor:
     """(T,) weight of each text, 0 where its slot has no image."""
-    pictures = torch.bincount(batch.image_owner, minlength=len(batch.sample_id))
+    owner = batch.image_owner  # counted without `torch.bincount`, which waits for a GPU
+    pictures = owner.new_zeros(len(batch.sample_id)).index_add_(0, owner, torch.ones_like(owner))
     return batch.text_weight * (pictures[batch.text_owner] > 0)
 
 

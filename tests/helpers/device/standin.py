@@ -179,6 +179,8 @@ def _same_storage(op: torch._ops.OpOverload, *args: Any, **kwargs: Any) -> Any:
 
 def _run(op: torch._ops.OpOverload, written: list[Any], *args: Any, **kwargs: Any) -> Any:
     reports.note(op, args, kwargs)
+    if not torch._C._should_allow_numbers_as_tensors(op._schema.name.partition("::")[2]):
+        args = tuple(map(_as_given, op._schema.arguments, args))
     named = {name: to_host(value) for name, value in kwargs.items()}
     empty = {at: torch.empty(0, dtype=kwargs[at].dtype, device="cpu") for at in written if _is_empty(at, kwargs)}
     out = op(*map(to_host, args), **named | empty)
@@ -191,6 +193,12 @@ def _run(op: torch._ops.OpOverload, written: list[Any], *args: Any, **kwargs: An
         return given[0]
     made = [_to_device(o) if g is None else g for o, g in zip(out, given, strict=True)]
     return tuple(made)
+
+
+def _as_given(argument: Any, value: Any) -> Any:
+    """A number in the place of a tensor as a tensor again: torch hands on a number, which some overloads refuse."""
+    is_number = isinstance(value, int | float) and isinstance(argument.type, torch.TensorType)
+    return torch.tensor(value, device="cpu") if is_number else value
 
 
 def _is_empty(at: Any, kwargs: dict[str, Any]) -> bool:

@@ -1,6 +1,6 @@
-"""Forward and backward of methods on backbones, on the stand-in for a GPU; for `launch.run_forked(..., ranks=0)`.
+"""Forward and backward of methods and heads, on the stand-in for a GPU; for `launch.run_forked(..., ranks=0)`.
 
-device_matrix OUT.json METHODS COLUMN...     methods joined by commas (none: all), columns of `method_table`
+device_matrix OUT.json ROWS COLUMN...     rows joined by semicolons (none: all), columns of `matrix.COLUMNS`
 """
 
 from __future__ import annotations
@@ -13,53 +13,26 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from mmpeft_ds import methods
-from mmpeft_ds.engine.assembly.forward import forward
-from mmpeft_ds.errors import BadInput
-from tests.helpers import method_table
-from tests.helpers.device import reports, standin
+from tests.helpers.device import matrix, reports, standin
 
 
-def run(backbone: Any, model: nn.Module, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
-    """Loss, and gradients of the trainables, as a step of the engine has them."""
-    model.zero_grad()
-    outputs = forward(model, backbone, batch, scores=True)
-    if backbone.generates:
-        loss = outputs.token_losses()[0].sum()
-    else:
-        names = ("logits", "text_features", "image_features")
-        loss = sum(outputs[n].float().square().mean() for n in names if outputs.get(n) is not None)
-    loss.backward()
-    return loss.detach(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
-
-
-def cell(name: str, column: method_table.Column) -> dict[str, Any] | None:
-    """Reports of one method, and its largest relative distance from the CPU; None where it does not fit."""
-    for options in method_table.OPTIONS:
-        try:
-            model = method_table._attach(name, column, options)
-            break
-        except (BadInput, TypeError):
-            continue
-    else:
-        return None
-    torch.manual_seed(3)
-    with torch.no_grad():
-        for parameter in (p for p in model.parameters() if p.requires_grad):
-            parameter.add_(torch.randn_like(parameter) * 0.05)
-    column.backbone.inputs(column.batch)
-    expected, wanted = run(column.backbone, model, column.batch)
-    wanted = {n: g.clone() for n, g in wanted.items()}
-    model.to("cuda")
-    batch = column.batch.to("cuda")
-    run(column.backbone, model, batch)  # what is kept from the first step on
+def cell(made: matrix.Column, model: nn.Module) -> dict[str, Any]:
+    """Reports of one row, and its largest relative distance from the CPU."""
+    state = matrix.state_of(model)
+    loss, gradients = matrix.passes(made, model, made.batch)
+    expected = {"loss": loss, **{name: gradient.clone() for name, gradient in gradients.items()}}
+    batch = matrix.to_cuda(made, model, state)
+    matrix.passes(made, model, batch)  # what is kept from the first step on
+    if any(not torch.equal(now.cpu(), state[name]) for name, now in matrix.state_of(model).items() if name in state):
+        matrix.to_cuda(made, model, state)
     with reports.watching() as watch:
-        loss, gradients = run(column.backbone, model, batch)
-    assert loss.is_cuda and gradients.keys() == wanted.keys() and all(g.is_cuda for g in gradients.values())
-    pairs = [(loss, expected), *((gradients[n], wanted[n]) for n in wanted)]
-    gaps = [float((a.cpu() - b).abs().max() / b.abs().max().clamp(min=1e-6)) for a, b in pairs]
+        loss, gradients = matrix.passes(made, model, batch)
+    found = {"loss": loss, **gradients}
+    assert found.keys() == expected.keys() and all(tensor.is_cuda for tensor in found.values())
+    pairs = [(found[name].cpu(), tensor) for name, tensor in expected.items()]
+    gaps = [float((a - b).abs().max() / b.abs().max().clamp(min=1e-6)) for a, b in pairs]
     return {"gap": max(gaps), "reports": [asdict(r) for r in watch.reports]}
 
 
@@ -68,11 +41,9 @@ def main() -> None:
     standin.start()
     result: dict[str, dict[str, Any]] = {}
     for column in columns:
-        with tempfile.TemporaryDirectory() as folder:
-            made = method_table.Column.make(column, Path(folder))
-            names = chosen.split(",") if chosen else methods.names(heads=False)
-            cells = {name: cell(name, made) for name in names}
-        result[column] = {name: found for name, found in cells.items() if found is not None}
+        with tempfile.TemporaryDirectory() as folder, matrix.column(column, Path(folder)) as made:
+            rows = matrix.models(made, chosen.split(";") if chosen else ())
+            result[column] = {name: cell(made, model) for name, model in rows if name != matrix.FROZEN}
     Path(out).write_text(json.dumps(result))
 
 
