@@ -103,6 +103,7 @@ hosts: setup
 bench: setup
 	python benchmarks/loader.py
 	python benchmarks/trainer.py
+	python benchmarks/trainer.py --instruction --repeats 3
 	python benchmarks/startup.py
 
 # The site's own packages come on top of what setup installs, since nothing else needs them.

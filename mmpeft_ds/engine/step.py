@@ -110,7 +110,7 @@ class Stepper:
         began = time.perf_counter()
         state, task = self.state, self.resolved.train[step.source].task
         # Seed per step, so that dropout is the same whether or not the run was interrupted before.
-        torch.manual_seed(seed_of(self.recipe.seed, state.step, self.ranks.rank))
+        seed_generators(seed_of(self.recipe.seed, state.step, self.ranks.rank), self.ranks.device)
         agreed = self.agree(step.micro, task)
         self.stopping = self.stopping or agreed.stop
         before = copy.deepcopy(self.budget) if agreed.bad else None
@@ -358,6 +358,14 @@ def merged_budget(budget: BadBudget) -> BadBudget:
         everyone = [None] * collectives.world_size()
         torch.distributed.all_gather_object(everyone, budget.state())
     return budget.merged(everyone)
+
+
+def seed_generators(seed: int, device: torch.device) -> None:
+    """As `torch.manual_seed`, which formats the call stack three times, for kinds of devices that are not there."""
+    if device.type == "cpu":
+        torch.default_generator.manual_seed(seed)
+    else:
+        torch.manual_seed(seed)
 
 
 def seed_of(*parts: int) -> int:
