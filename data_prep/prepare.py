@@ -260,7 +260,11 @@ def _write_plan(out: Path, wanted: dict[str, Any], shaping: dict[str, Any]) -> N
     plan = out / PARTS / PLAN
     if plan.exists():
         _refuse_difference(out, json.loads(plan.read_text("utf-8")), wanted, shaping)
-        for stale in (out / PARTS).glob("*.tmp"):
+        for stale in (
+            *(out / PARTS).glob("*.tmp"),
+            *out.glob(f".{wanted['name']}-*.tmp"),
+            *out.glob(f".{FILE}.*.tmp"),
+        ):
             stale.unlink()
     else:
         strange = sorted(p.name for p in out.iterdir() if p.suffix in (".tar", ".npy"))

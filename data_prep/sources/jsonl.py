@@ -18,6 +18,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
+from array import array
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
@@ -461,11 +462,11 @@ def _lines(file: Path) -> Iterator[tuple[int, bytes]]:
 
 
 def _line_table(file: Path) -> np.ndarray:
-    table, offset = [], 0
+    table, offset = array("q"), 0  # 16 bytes a line
     with open(file, "rb") as stream:
         for number, line in enumerate(stream, 1):
             if line.strip():
-                table.append((number, offset))
+                table.extend((number, offset))
             offset += len(line)
     return np.array(table, dtype=np.int64).reshape(-1, 2)
 

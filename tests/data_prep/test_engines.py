@@ -13,7 +13,10 @@ import pytest
 
 from data_prep import engines
 
-WORK = "import base64, pickle; work, job = pickle.loads(base64.b64decode(input())); print(work(job))"
+WORK = (
+    "import base64, pickle; work, job = pickle.loads(base64.b64decode(input()));"
+    "print(base64.b64encode(pickle.dumps(work(job))).decode())"
+)
 SOURCE = "import data_prep.engines\n\ndef double(x):\n    return 2 * x\n"
 
 
@@ -28,15 +31,15 @@ def stand_in() -> SimpleNamespace:
 
     def get(task):
         command = [sys.executable, "-c", WORK]
-        given = base64.b64encode(pickle.dumps(task)).decode()
+        given = base64.b64encode(pickle.dumps(task())).decode()
         environment = os.environ | ray.variables
         done = subprocess.run(
             command, input=given, env=environment, cwd="/", check=True, text=True, capture_output=True
         )
-        return done.stdout.strip()
+        return pickle.loads(base64.b64decode(done.stdout.splitlines()[-1]))
 
     ray.init, ray.get = init, get
-    ray.remote = lambda work: SimpleNamespace(remote=lambda job: (work, job))
+    ray.remote = lambda work: SimpleNamespace(remote=lambda job: lambda: (work, job))
     ray.wait = lambda tasks, num_returns: (tasks[:num_returns], tasks[num_returns:])
     return ray
 
@@ -55,7 +58,7 @@ def double(tmp_path, monkeypatch):
 
 
 def test_workers_of_ray_import_from_the_pythonpath_of_the_command_and_from_the_project(double):
-    assert sorted(engines.run_jobs(double, [1, 2, 3], "ray", 0)) == [(0, "2"), (1, "4"), (2, "6")]
+    assert sorted(engines.run_jobs(double, [1, 2, 3], "ray", 0)) == [(0, 2), (1, 4), (2, 6)]
 
 
 def test_the_stand_in_fails_where_the_pythonpath_of_the_command_is_gone(double, monkeypatch):
