@@ -15,7 +15,7 @@ import numpy as np
 import xxhash
 
 PICTURE = "picture"  # key of a record: `content_id` of its images, where a task asks for it
-BLOCK = 1 << 20  # identities compared at a time, which bounds the memory for any number of samples
+BLOCK = 1 << 18  # identities compared at a time, which bounds the memory for any number of samples
 Arrays = Mapping[str, np.ndarray]
 
 
