@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from tests.helpers.models import tiny_blip, tiny_clip_bart, tiny_mllm, tiny_towers
+from tests.helpers.models import tiny_blip, tiny_clip, tiny_clip_bart, tiny_mllm, tiny_towers
 
 MAKERS: dict[str, Callable[[Path], str]] = {
     "google/vit-base-patch16-224": lambda folder: tiny_towers.write_vision(folder, "vit"),
     "google/vit-base-patch16-224-in21k": lambda folder: tiny_towers.write_vision(folder, "vit"),
+    "openai/clip-vit-base-patch16": lambda folder: tiny_clip.write(folder, "clip"),
     "openai/clip-vit-base-patch32": lambda folder: tiny_towers.write_vision(folder, "clip"),
     "roberta-base": lambda folder: tiny_towers.write_text(folder, "roberta"),
     "bert-base-uncased": lambda folder: tiny_towers.write_text(folder, "bert"),

@@ -21,8 +21,9 @@ from tests.helpers.runs.headers import Command, Setting
 BACKBONE = {"image_size": 8, "max_text_length": 30, "max_target_length": 19, "grid": 2, "order_tokens": 9, "queue": 8}
 METHOD = {"r": 4, "r2": 2, "groups": 2}
 STEPS, BATCH = 2, 2
-# The same for commands that make captions or features.
-MAKERS = ("--set", "image_size=8", "--set", "max_text_length=19")
+# The same for commands that make captions or features; CLIP takes as many tokens as it has positions by itself.
+MAKERS = ("--set", "image_size=8")
+LENGTH = ("--set", "max_text_length=19")
 
 
 def carry_out(settings: list[Setting], folder: Path, models: Path) -> dict[str, Path]:
@@ -99,4 +100,6 @@ class Small:
         for word in command.args:
             key, equals, value = word.partition("=")
             line.append(key + equals + tiny_hub.local(value, self.models) if equals else self._moved(word))
-        return [*line, *MAKERS] if command.name in ("describe", "features") else line
+        if command.name not in ("describe", "features"):
+            return line
+        return [*line, *MAKERS, *(() if "clip" in command.args else LENGTH)]
