@@ -334,7 +334,7 @@ def test_a_step_costs_one_gather_of_features_masks_and_each_layers_narrower_side
     others = (ranks - 1) * rows
     features = others * 2 * WIDTH * double
     masks = others * -(-rows * ranks // 8)
-    small = (ranks - 1) * 8 + others  # numbers of rows, and which are valid
+    small = (ranks - 1) * 2 * 8 + others  # numbers of rows and of valid ones, and which are valid
     hidden, scores = others * R * double, others * CLASSES * double
     for (forward, backward), reported in in_ranks(lambda rank: traffic(rank, rows), ranks=ranks):
         assert forward == ({"all_gather": 6}, {"all_gather": small + features + masks + hidden + scores})
