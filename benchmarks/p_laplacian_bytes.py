@@ -48,6 +48,7 @@ ROWS = [
     Row("LLaVA-7B, not causal", (4, 32, 2048, 2048, 128, 16), dtype="bfloat16"),
     Row("LLaVA-7B, exact: false", (4, 32, 2048, 2048, 128, 16), dtype="bfloat16", causal=True, exact=False),
     Row("LLaVA-7B in float32", (4, 32, 2048, 2048, 128, 16), causal=True),
+    Row("LLaVA-7B in float32, not causal", (4, 32, 2048, 2048, 128, 16)),
     Row("published, full width", (4, 32, 2048, 2048, 128, 128), "published", dtype="bfloat16"),
 ]
 

@@ -40,7 +40,11 @@ def errors(case: Case) -> dict[str, float]:
 
     q, k, f, g = tensors(case)
     assert usable(q, k, f, g)
-    found, expected = outcome(case, torch.float32), outcome(case, torch.float64)
+    return distances(outcome(case, torch.float32), outcome(case, torch.float64))
+
+
+def distances(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> dict[str, float]:
+    """Largest error of each tensor, relative to its largest entry (at least 1e-3); nan where one is not finite."""
     assert found.keys() == expected.keys()
     return {
         name: ((found[name].double() - e).abs().max() / e.abs().max().clamp_min(1e-3)).item()

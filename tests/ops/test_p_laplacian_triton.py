@@ -11,7 +11,7 @@ import torch
 
 from mmpeft_ds.ops import p_laplacian_triton
 from mmpeft_ds.ops.p_laplacian_triton import usable
-from tests.helpers.p_laplacian_kernels import Case, errors, traffic
+from tests.helpers.p_laplacian_kernels import Case, distances, errors, outcome, traffic
 from tests.helpers.triton_interpreter import interpreter
 
 pytest.importorskip("triton", reason="Triton is not installed here (it has no wheel for this system)")
@@ -70,9 +70,13 @@ def test_equals_the_streaming_form_at_further_shapes(kernels, name):
 
 def check(kernels, case):
     found = kernels.submit(errors, case).result()
-    bfloat16 = {"q", "k"} if case.dtype == torch.bfloat16 else set()  # their gradients are rounded to it
+    streamed = distances(outcome(case, torch.float32, kernels=False), outcome(case, torch.float64))
+    bounds = dict.fromkeys(found, 1e-5) | {"p": 5e-5}  # that of p sums terms of both signs to one number
+    if case.dtype == torch.bfloat16:
+        bounds |= {"q": 5e-3, "k": 5e-3}  # rounded to it
     for name, error in found.items():
-        assert error < (5e-3 if name in bfloat16 else 1e-5), found
+        # With p = 1 and equal nodes float32 itself is further off.
+        assert error < max(bounds[name], 2 * streamed[name]), (name, found, streamed)
 
 
 @pytest.mark.parametrize(
