@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from mmpeft_ds.distributed.partitioned import lent
 from mmpeft_ds.errors import BadInput
+from mmpeft_ds.methods.common.fused import FusablePart
 from mmpeft_ds.methods.common.layers import SiteLayer
 from mmpeft_ds.methods.common.options import SUBLAYERS
 from mmpeft_ds.methods.common.products import Multiplies, at_edge
@@ -57,7 +58,13 @@ class Up(Down):
             nn.init.zeros_(self.weight)
 
 
-class BottleneckLayer(nn.Module, SiteLayer, Multiplies):
+def plus_bottleneck(out: Tensor, t: Tensor, down: Down, up: Up, activation: str, scale: float) -> Tensor:
+    """`out + scale * up(activation(down(t)))` in the dtype of `out`, (B, L, d)."""
+    added = up(FUNCTIONS[activation](down(at_edge(t, up.weight.dtype))))
+    return (out + (added if scale == 1.0 else scale * added)).to(out.dtype)
+
+
+class BottleneckLayer(nn.Module, SiteLayer, Multiplies, FusablePart):
     """The last module of a sublayer and, per adapter, what the bottleneck adds to its output:
     `scale * up(activation(down(t)))`, where t is that output, or the sublayer's input if the adapter is parallel.
 
@@ -69,6 +76,7 @@ class BottleneckLayer(nn.Module, SiteLayer, Multiplies):
 
     tokenwise = True
     other_param_names = ("plans",)
+    arithmetic = staticmethod(plus_bottleneck)
 
     def __init__(self, base: nn.Module, adapter_name: str, prefix: str):
         nn.Module.__init__(self)
@@ -135,10 +143,8 @@ class BottleneckLayer(nn.Module, SiteLayer, Multiplies):
                 if owner is not self:
                     lent(self, list(owner.downs[name].parameters()))
                 t = out if remember is None else remember.take(name)
-                up = self.ups[name]
                 with self.multiplying(t):
-                    added = up(FUNCTIONS[activation](owner.downs[name](at_edge(t, up.weight.dtype))))
-                out = (out + (added if scale == 1.0 else scale * added)).to(out.dtype)
+                    out = self.arithmetic(out, t, owner.downs[name], self.ups[name], activation, scale)
         return out
 
 

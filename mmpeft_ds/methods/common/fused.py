@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Callable
 
-from torch import nn
+from torch import Tensor, nn
 
 from mmpeft_ds.errors import BadInput
 
@@ -20,8 +21,18 @@ class Fusable(nn.Module):
     """Base of a module whose forward is arithmetic on its arguments, options and parameters, and nothing else."""
 
 
+class FusablePart:
+    """Mixin of a module that does more than arithmetic, but keeps its arithmetic in one function.
+
+    Attributes:
+        arithmetic: a static method. It gets everything it needs, modules too, as arguments.
+    """
+
+    arithmetic: Callable[..., Tensor]
+
+
 def fuse(model: nn.Module, backend: str = "inductor") -> int:
-    """Have every `Fusable` of `model` compiled at its first call, each as one graph without a break.
+    """Have every `Fusable` and `FusablePart` of `model` compiled at its first call, each as one graph without a break.
 
     Returns:
         How many there are.
@@ -31,12 +42,12 @@ def fuse(model: nn.Module, backend: str = "inductor") -> int:
     """
     import torch._dynamo
 
-    modules = [module for module in model.modules() if isinstance(module, Fusable)]
+    modules = [module for module in model.modules() if isinstance(module, (Fusable, FusablePart))]
     if not modules:
         raise BadInput(
             "engine.compile: this method has no arithmetic of its own that could be compiled. Methods that have: "
-            "aurora, routed_lora, routed_adapter, graph_lora, bitfit, p_adapter (feed-forward). Set "
-            "engine.compile: false."
+            "adapter, aurora, bitfit, deep_prompt (with reparameterize), graph_lora, layer_norm, p_adapter "
+            "(feed-forward), routed_adapter, routed_lora, uni_adapter. Set engine.compile: false."
         )
     if backend == "inductor" and next(model.parameters()).device.type == "cpu":
         check_compiler()
@@ -45,7 +56,10 @@ def fuse(model: nn.Module, backend: str = "inductor") -> int:
     config.recompile_limit = max(config.recompile_limit, 8 * len(modules))
     config.accumulated_recompile_limit = max(config.accumulated_recompile_limit, 64 * len(modules))
     for module in modules:
-        module.compile(fullgraph=True, backend=backend)
+        if isinstance(module, Fusable):
+            module.compile(fullgraph=True, backend=backend)
+        else:
+            module.arithmetic = torch.compile(type(module).arithmetic, fullgraph=True, backend=backend)
     return len(modules)
 
 

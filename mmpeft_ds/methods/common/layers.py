@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from mmpeft_ds.distributed.partitioned import gathered
 from mmpeft_ds.errors import BadInput
-from mmpeft_ds.methods.common.fused import Fusable
+from mmpeft_ds.methods.common.fused import Fusable, FusablePart
 from mmpeft_ds.ops.precision import full_dtype
 from mmpeft_ds.sites.base import AdapterLayer, base_layer
 
@@ -112,10 +112,17 @@ class TrainedCopy(nn.Module, SiteLayer):
         return getattr(self, self._copies)
 
 
-class TrainedNorm(TrainedCopy):
+def norm_at_edge(norm: nn.Module, x: Tensor) -> Tensor:
+    """`norm(x)`, computed in the dtype of its weight and returned in that of `x`."""
+    dtype = norm.weight.dtype
+    return norm(x) if x.dtype == dtype else norm(x.to(dtype)).to(x.dtype)
+
+
+class TrainedNorm(TrainedCopy, FusablePart):
     """A frozen norm and trained copies of it."""
 
     part = "norm"
+    arithmetic = staticmethod(norm_at_edge)
 
     def update_layer(self, adapter_name: str, config: PeftConfig) -> None:
         """Add an adapter, whose norm starts as the frozen one."""
@@ -132,9 +139,7 @@ class TrainedNorm(TrainedCopy):
         if not self._frozen():
             for name in self.active_adapters:
                 if name in self.copies:
-                    norm = self.copies[name]
-                    dtype = norm.weight.dtype
-                    return norm(x) if x.dtype == dtype else norm(x.to(dtype)).to(x.dtype)
+                    return self.arithmetic(self.copies[name], x)
         return self.base_layer(x)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:

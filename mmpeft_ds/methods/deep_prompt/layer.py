@@ -13,11 +13,21 @@ from torch import Tensor, nn
 
 from mmpeft_ds.distributed.partitioned import lent
 from mmpeft_ds.errors import BadInput
+from mmpeft_ds.methods.common.fused import Fusable
 from mmpeft_ds.methods.common.layers import SiteLayer
 from mmpeft_ds.methods.common.products import Multiplies
 from mmpeft_ds.methods.deep_prompt.call import Call, PrefixedCache, causal_mask, longer_mask, parameters
 from mmpeft_ds.methods.deep_prompt.config import DeepPromptConfig
 from mmpeft_ds.ops.precision import full_dtype
+
+
+class Reparameterization(Fusable, nn.Sequential):
+    """The perceptron of prompts."""
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """(P, inner) -> (P, width)."""
+        first, activation, last = self
+        return last(activation(first(tokens)))
 
 
 class Prompts(nn.Module, Multiplies):
@@ -35,7 +45,7 @@ class Prompts(nn.Module, Multiplies):
         with torch.no_grad():
             self.tokens.normal_(0, config.init_std)
         self.make = (
-            nn.Sequential(nn.Linear(inner, inner, **where), nn.Tanh(), nn.Linear(inner, width, **where))
+            Reparameterization(nn.Linear(inner, inner, **where), nn.Tanh(), nn.Linear(inner, width, **where))
             if inner
             else nn.Identity()
         )
