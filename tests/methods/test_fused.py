@@ -23,32 +23,18 @@ def column(tmp_path_factory):
     return method_table.Column.make("blip vqa", Path(tmp_path_factory.mktemp("blip")))
 
 
-@pytest.mark.parametrize("name", METHODS)
+SLOW = {"aurora", "deep_prompt", "graph_lora"}  # 3 to 8 s of processor time each, others below 1 s
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow if n in SLOW else ()) for n in METHODS])
 def test_a_compiled_adapter_is_one_graph_and_equals_the_uncompiled_one(name, column):
-    plain, compiled = both(name, column, "aot_eager", **({"layers": [0]} if name == "aurora" else {}))
-    check(plain, compiled, column)
+    check(*both(name, column, "aot_eager"), column)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", METHODS)
 def test_compiled_to_machine_code_it_equals_the_uncompiled_one(name, column):
     check(*both(name, column, "inductor", layers=[0]), column)
-
-
-@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
-def test_blocks_that_are_computed_again_in_the_backward_pass_give_the_same(column, backend):
-    plain, compiled = both("routed_lora", column, backend)
-    calls = []
-    for model in (plain, compiled):
-        model.get_base_model().gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        model.train()
-        for module in model.modules():
-            if isinstance(module, torch.nn.Dropout):
-                module.p = 0.0
-    block = compiled.get_submodule("base_model.model.text_decoder.bert.encoder.layer.0.intermediate")
-    block.register_forward_pre_hook(lambda *args: calls.append(torch._C._current_graph_task_id() >= 0))
-    check(plain, compiled, column)
-    assert calls == [False, True]  # in the forward pass, and again in the backward pass
 
 
 def both(name, column, backend, **options):
@@ -70,7 +56,7 @@ def check(plain, compiled, column):
     for key, gradient in expected[1].items():
         largest = gradient.abs().max().item()
         apart = (found[1][key] - gradient).abs().max().item()
-        if ".key." in key and key.endswith(".bias"):
+        if ".key.bitfit_bias." in key:
             # It moves all scores of a query alike, so what is there of a gradient is rounding.
             assert max(largest, apart) < 1e-6, key
         else:
