@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from mmpeft_ds.host_copies import nonzero, on_host
@@ -60,7 +61,8 @@ def token_scores(states: Tensor, weight: Tensor, bias: Tensor | None, labels: Te
 
     Returns:
         three tensors (T, S) in at least float32. nll and uniform have gradients towards `states`, and towards weight
-        and bias where these require it; right is 1 where the label is the most likely token, else 0.
+        and bias where these require it; right is 1 where the label is the most likely token, else 0. Gradients of
+        these gradients are refused by autograd.
     """
     if weight.requires_grad or (bias is not None and bias.requires_grad):
         rows = labelled(labels)
@@ -177,6 +179,7 @@ class _Known(torch.autograd.Function):
         return nll.view_as(nll), uniform.view_as(uniform)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *output_gradients: Tensor) -> tuple[Tensor | None, ...]:
         rows, gradient, difference = ctx.saved_tensors
         nll, uniform = (g[:, None] for g in output_gradients)  # zeros where the loss does not use one
@@ -205,6 +208,7 @@ class _Trained(torch.autograd.Function):
         return nll, uniform, right
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *output_gradients: Tensor) -> tuple[Tensor | None, ...]:
         states, weight, bias, labels = ctx.saved_tensors
         nll, uniform = (g[:, None] for g in output_gradients[:2])

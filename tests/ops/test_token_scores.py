@@ -94,6 +94,16 @@ def test_a_second_backward_pass_gives_the_same(together):
         assert torch.equal(first, second)
 
 
+@pytest.mark.parametrize("trained", [False, True])
+def test_a_gradient_of_the_gradient_is_refused_and_not_left_out(trained):
+    states, weight, offset, labels = case()
+    nll, uniform, _ = token_scores(states, weight.requires_grad_(trained), offset, labels)
+    slope = torch.ones((), dtype=torch.float64, requires_grad=True)
+    (gradient,) = torch.autograd.grad((slope * (nll + uniform)).sum(), states, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        (gradient.square().sum() + slope).backward()
+
+
 def test_without_a_label_the_loss_is_0_and_the_gradient_is_0_and_not_missing():
     """A rank without a sample goes through the same backward as the others."""
     states, weight, offset, labels = case()
