@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,12 +22,12 @@ from mmpeft_ds.engine.assembly.checks import check_schedule
 from mmpeft_ds.engine.assembly.idle import idle_notes
 from mmpeft_ds.engine.assembly.resolve import Resolved, attach
 from mmpeft_ds.engine.optim import optimizers
+from mmpeft_ds.engine.zero.config import merge
+from mmpeft_ds.engine.zero.resident import Layout, Tensors, resident
 
+ZERO_1 = {"zero_optimization": {"stage": 1}}
 KINDS = ("peft", "norm", "bias", "head")
-# Defaults of DeepSpeed for keys that a ds_configs JSON leaves out.
 MACHINE = 8  # ranks on a machine, which "auto" of zero_hpz_partition_size reads at the start of a run
-DEFAULT_PERSISTENCE, DEFAULT_LIVE, DEFAULT_PREFETCH, DEFAULT_BUCKET = 100_000, 1_000_000_000, 50_000_000, 500_000_000
-MASTER_BYTES, GRADIENT_BYTES = 4, 4  # float32, as each of the optimiser's moments
 
 
 def make(resolved: Resolved, ranks: Sequence[int] = ()) -> dict[str, Any]:
@@ -53,8 +53,7 @@ def make(resolved: Resolved, ranks: Sequence[int] = ()) -> dict[str, Any]:
     stage = resolved.ds_config.get("zero_optimization", {}).get("stage", 0)
     asked_ranks = max([int(os.environ.get("WORLD_SIZE") or 1), *ranks])
     ranks = sorted({1, 2, 8, 64, int(os.environ.get("WORLD_SIZE") or 1), *ranks})
-    moments = len(optimizers.MOMENTS[recipe.optim.name])
-    sizes = parameter_sizes(model, 2 if recipe.engine.dtype == "bfloat16" else 4, moments)
+    sizes = Sizes.of(model, recipe.optim.name)
     total_steps = recipe.optim.max_steps or steps_per_epoch * recipe.optim.epochs
     if not resolved.method_options.gradient_free:
         check_schedule(recipe, total_steps, steps_per_epoch)
@@ -84,12 +83,12 @@ def make(resolved: Resolved, ranks: Sequence[int] = ()) -> dict[str, Any]:
         "steps_per_epoch": steps_per_epoch,
         "total_steps": total_steps,
         "trainable_by_kind": trainable_by_kind(resolved, model),
-        "trainable_parameters": sizes["trainable"],
-        "total_parameters": sizes["total"],
+        "trainable_parameters": sizes.trained,
+        "total_parameters": sizes.total,
         "zero_stage": stage,
         "dtype": recipe.engine.dtype,
-        "bytes_per_rank": {n: zero_bytes(sizes, resolved.ds_config, stage, n) for n in ranks},
-        "bytes_per_rank_zero1": {n: zero_bytes(sizes, {}, 1, n) for n in ranks},
+        "bytes_per_rank": {n: zero_bytes(sizes, resolved.ds_config, recipe, n) for n in ranks},
+        "bytes_per_rank_zero1": {n: zero_bytes(sizes, ZERO_1, recipe, n) for n in ranks},
     }
 
 
@@ -123,46 +122,58 @@ def trainable_by_kind(resolved: Resolved, model: nn.Module) -> dict[str, int]:
     return {kind: sum(numel[name] for name in kinds.get(kind, [])) for kind in KINDS}
 
 
-def parameter_sizes(model: nn.Module, base_bytes: int, moments: int) -> dict[str, int]:
-    """Element counts that the memory formula needs; works on a meta model. `moments`: of the optimiser."""
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    frozen = Counter(p.numel() for p in model.parameters() if not p.requires_grad)
-    modules = (sum(p.numel() for p in m.parameters(recurse=False)) for m in model.modules())
-    return {
-        "trainable": trainable,
-        "total": trainable + sum(size * count for size, count in frozen.items()),
-        "largest_module": max(modules),
-        "sizes": dict(frozen),
-        "base_bytes": base_bytes,
-        "moments": moments,
-    }
+@dataclass(frozen=True)
+class Sizes:
+    """What the memory of a rank follows from.
 
-
-def zero_bytes(sizes: dict[str, Any], ds_config: dict[str, Any], stage: int, ranks: int) -> int:
-    """Bytes a rank holds for weights, gradients and optimizer state; activations come on top.
-
-    Trainables are float32 at every stage with a master and the optimiser's moments; the frozen base has its own width.
-    ZeRO-3 splits the base but keeps small tensors whole and up to `max_live_parameters` gathered during a step.
+    Attributes:
+        tensors: parameters of the model, each once.
+        largest_module: elements of the parameters that one module holds directly.
+        moments: of the optimiser.
     """
-    zero = ds_config.get("zero_optimization", {})
-    b, trained = sizes["base_bytes"], sizes["trainable"]
-    frozen = sizes["total"] - trained
-    shared = ranks if stage >= 1 else 1
-    optimizer = MASTER_BYTES * (1 + sizes["moments"]) * trained // shared
-    gradient = GRADIENT_BYTES * trained // (ranks if stage >= 2 else 1)
-    bucket = GRADIENT_BYTES * min(_number(zero, "reduce_bucket_size", DEFAULT_BUCKET), trained)
-    if stage < 3:
-        return b * frozen + 4 * trained + optimizer + gradient + (bucket if stage else 0)
-    threshold = _number(zero, "stage3_param_persistence_threshold", DEFAULT_PERSISTENCE)
-    persistent = sum(size * count for size, count in sizes["sizes"].items() if size < threshold)
-    window = sizes["largest_module"] + _number(zero, "stage3_prefetch_bucket_size", DEFAULT_PREFETCH)
-    live = min(frozen, max(window, _number(zero, "stage3_max_live_parameters", DEFAULT_LIVE)))
-    # A rank alone holds the base once: nothing is gathered.
-    gathered = b * max(live, persistent) if ranks > 1 else 0
-    own = 0 if "offload_param" in zero else b * frozen // ranks  # offloaded: in host memory
-    group = MACHINE if zero.get("zero_hpz_partition_size") == "auto" else zero.get("zero_hpz_partition_size", 1)
-    own += b * frozen // group if 1 < group < ranks else 0  # the copy that each node keeps
-    return own + gathered + 4 * trained // ranks + optimizer + gradient + bucket
+
+    tensors: tuple[Tensors, ...]
+    largest_module: int
+    moments: int
+
+    @classmethod
+    def of(cls, model: nn.Module, optimizer: str) -> Sizes:
+        """Of a model, which may be on the meta device, and an optimiser by its name in the recipe."""
+        tensors = tuple(Tensors(p.numel(), p.element_size(), p.requires_grad) for p in model.parameters())
+        largest = max(sum(p.numel() for p in m.parameters(recurse=False)) for m in model.modules())
+        return cls(tensors, largest, len(optimizers.MOMENTS[optimizer]))
+
+    @property
+    def trained(self) -> int:
+        """Elements that train."""
+        return sum(t.numel for t in self.tensors if t.trained)
+
+    @property
+    def total(self) -> int:
+        """Elements of all parameters."""
+        return sum(t.numel for t in self.tensors)
+
+
+def zero_bytes(sizes: Sizes, ds_config: dict[str, Any], recipe: recipes.Recipe, ranks: int) -> int:
+    """Bytes of a rank for weights, gradients and optimiser, and for what stage 3 gathers; activations come on top.
+
+    What is gathered at the worst moment is taken to be all that `max_live_parameters` allows; `launchers/plan.py`
+    follows the modules in its place.
+    """
+    zero = merge(ds_config, recipe, ranks, sizes.trained)["zero_optimization"]
+    layout = Layout.of(zero, ranks, MACHINE)
+    parts = resident(sizes.tensors, layout, sizes.moments)
+    return sum(parts.values()) + _gathered(sizes, layout, parts.get("small weights kept whole", 0))
+
+
+def _gathered(sizes: Sizes, layout: Layout, kept: int) -> int:
+    """Bytes of frozen weights that are gathered besides those that are `kept` whole. A rank alone gathers nothing."""
+    if layout.stage < 3 or layout.ranks == 1:
+        return 0
+    frozen = sum(t.numel for t in sizes.tensors if not t.trained)
+    window = sizes.largest_module + layout.rules.prefetch_bucket_size
+    live = min(frozen, max(window, layout.rules.max_live_parameters))
+    return max(0, live * max((t.width for t in sizes.tensors if not t.trained), default=0) - kept)
 
 
 def show(report: dict[str, Any], console: Console | None = None) -> None:
@@ -225,11 +236,6 @@ def _source_row(source: Any, samples: int, steps: int) -> dict[str, Any]:
         "steps": steps,
         "assumed": is_assumed(source.manifest),
     }
-
-
-def _number(zero: dict[str, Any], key: str, default: int) -> int:
-    value = zero.get(key, default)
-    return default if value == "auto" else int(value)
 
 
 def _size(count: int) -> str:

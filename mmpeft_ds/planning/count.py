@@ -14,26 +14,12 @@ from mmpeft_ds.engine.assembly.forward import forward
 from mmpeft_ds.engine.assembly.resolve import Resolved, attach
 from mmpeft_ds.engine.step import set_modes
 from mmpeft_ds.engine.zero import stage3
+from mmpeft_ds.engine.zero.resident import Tensors
 from mmpeft_ds.errors import BadInput
 from mmpeft_ds.planning.shapes import Live, counting
 from mmpeft_ds.planning.visits import Visit, recorded
 from mmpeft_ds.sites import find_sites
 from mmpeft_ds.sites.base import base_model
-
-
-@dataclass(frozen=True)
-class Tensors:
-    """A parameter of the model.
-
-    Attributes:
-        numel: elements.
-        width: bytes of an element.
-        trained: it has a gradient.
-    """
-
-    numel: int
-    width: int
-    trained: bool
 
 
 @dataclass(frozen=True)

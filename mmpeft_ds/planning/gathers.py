@@ -11,18 +11,8 @@ from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from mmpeft_ds.planning.count import Tensors
+from mmpeft_ds.engine.zero.resident import Rules, Tensors, persistent
 from mmpeft_ds.planning.visits import Visit
-
-
-@dataclass(frozen=True)
-class Rules:
-    """Keys of `zero_optimization` that decide it, with DeepSpeed's defaults; all in elements."""
-
-    prefetch_bucket_size: int = 50_000_000
-    max_live_parameters: int = 1_000_000_000
-    max_reuse_distance: int = 1_000_000_000
-    param_persistence_threshold: int = 100_000
 
 
 @dataclass
@@ -44,11 +34,6 @@ class Gathers:
     trained_calls: int = 0
     most_live: int = 0
     together: int = 0
-
-
-def persistent(tensors: Sequence[Tensors], rules: Rules) -> set[int]:
-    """Numbers of the parameters that stay whole on every rank."""
-    return {i for i, t in enumerate(tensors) if t.numel <= rules.param_persistence_threshold}
 
 
 def gathers(visits: Sequence[Visit], tensors: Sequence[Tensors], rules: Rules) -> Gathers:

@@ -12,14 +12,11 @@ from mmpeft_ds.engine.assembly.resolve import Resolved
 from mmpeft_ds.engine.optim import optimizers
 from mmpeft_ds.engine.zero import gradients
 from mmpeft_ds.engine.zero.config import merge
+from mmpeft_ds.engine.zero.resident import Layout, Rules, Tensors, resident
 from mmpeft_ds.planning import cache, count, memory, microbatch, timing, traffic
 from mmpeft_ds.planning.cluster import GIB, Cluster
-from mmpeft_ds.planning.count import StepCount, Tensors
-from mmpeft_ds.planning.gathers import Gathers, Rules, gathers
-from mmpeft_ds.planning.traffic import Layout
-
-# Bounds of `zero_optimization` under the names of `Rules`, which DeepSpeed prefixes with stage3_.
-RULES = tuple(field.name for field in dataclasses.fields(Rules))
+from mmpeft_ds.planning.count import StepCount
+from mmpeft_ds.planning.gathers import Gathers, gathers
 
 
 @dataclass(frozen=True)
@@ -167,7 +164,7 @@ class Planner:
         recipe, ranks = self.resolved.recipe, cluster.ranks
         trained = sum(t.numel for t in self.tensors if t.trained)
         merged = merge({"zero_optimization": zero}, recipe, ranks, trained)["zero_optimization"]
-        layout = layout_of(merged, cluster, name.endswith("+qwZ"))
+        layout = Layout.of(merged, ranks, cluster.gpus, name.endswith("+qwZ"))
         found = self.gathered(counted, layout.rules) if layout.stage == 3 else None
         accumulation, vector = recipe.optim.accumulation, self.vector(ranks)
         if found is None or ranks == 1:
@@ -175,7 +172,7 @@ class Planner:
         else:
             sent = traffic.at_3(self.tensors, layout, found, accumulation, vector)
         moments = len(optimizers.MOMENTS[recipe.optim.name])
-        parts = memory.resident(self.tensors, layout, memory.Buckets.of(merged, trained), moments)
+        parts = resident(self.tensors, layout, moments)
         parts |= memory.in_a_step(counted, found, ranks)
         seconds = timing.estimate(counted, sent, layout, cluster, accumulation, recipe.engine.matmul == "tf32")
         host = memory.on_host(self.tensors, layout)
@@ -226,17 +223,3 @@ class Planner:
         return dataclasses.replace(
             low, flops=flops, moved=mixed(low.moved, high.moved), peak=mixed(low.peak, high.peak)
         )
-
-
-def layout_of(zero: dict[str, Any], cluster: Cluster, quantised: bool) -> Layout:
-    """How a `zero_optimization` lays the state out on a cluster."""
-    group = zero.get("zero_hpz_partition_size", 1)
-    keys = {name: key for name in RULES for key in (name, f"stage3_{name}") if key in zero}
-    return Layout(
-        stage=zero.get("stage", 0),
-        ranks=cluster.ranks,
-        group=(cluster.gpus if group == "auto" else int(group)) if cluster.nodes > 1 else 1,
-        quantised=quantised,
-        offload=zero.get("offload_param", {}).get("device", "none") == "cpu",
-        rules=Rules(**{name: int(zero[key]) for name, key in keys.items()}),
-    )

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from mmpeft_ds.engine.zero.resident import Layout
 from mmpeft_ds.planning.cluster import Cluster
 from mmpeft_ds.planning.count import StepCount
-from mmpeft_ds.planning.traffic import Layout, Traffic
+from mmpeft_ds.planning.traffic import Traffic
 
 
 @dataclass(frozen=True)

@@ -8,36 +8,14 @@ one link in g leads to another node, and through it passes what one rank receive
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from mmpeft_ds.data.order import ceil
 from mmpeft_ds.engine.zero.full_state import BUCKET
-from mmpeft_ds.planning.count import Tensors
-from mmpeft_ds.planning.gathers import Gathers, Rules, persistent
+from mmpeft_ds.engine.zero.resident import GRADIENT, MASTER, Layout, Tensors, persistent
+from mmpeft_ds.planning.gathers import Gathers
 
-GRADIENT = MASTER = 4  # bytes: float32, whatever the base is
 SCALE_GROUP, SCALE = 2048, 4  # elements that share a scale under quantised weights (ds quantizer), and its bytes
-
-
-@dataclass(frozen=True)
-class Layout:
-    """How the state is spread over ranks.
-
-    Attributes:
-        stage: of ZeRO.
-        ranks: of the run.
-        group: ranks that keep a copy of the base together (hpZ); 1: none.
-        quantised: frozen weights travel as 8-bit integers (qwZ). It rounds the base, so the trainer refuses it.
-        offload: the base lies in host memory.
-        rules: of stage 3.
-    """
-
-    stage: int
-    ranks: int
-    group: int = 1
-    quantised: bool = False
-    offload: bool = False
-    rules: Rules = field(default_factory=Rules)
 
 
 @dataclass(frozen=True)

@@ -37,6 +37,13 @@ def test_every_shipped_json_is_accepted_and_consistent(path):
     assert merged["train_batch_size"] >= 50
 
 
+@pytest.mark.parametrize(("trained", "size"), [(10, 1 << 16), (100_000, 100_000), (100_001, 100_002)])
+def test_automatic_buffers_hold_the_gradients_of_one_backward_pass_and_not_more(trained, size):
+    recipe = recipe_with(REPOSITORY / "ds_configs" / "zero1.json")
+    zero = merge(check_ds_config(recipe), recipe, 2, trained)["zero_optimization"]
+    assert zero["reduce_bucket_size"] == zero["allgather_bucket_size"] == size
+
+
 def test_auto_for_a_key_of_the_recipe_is_fine(tmp_path):
     recipe = written(tmp_path, {"zero_optimization": {"stage": 1}, "train_batch_size": "auto", "bf16": "auto"})
     assert check_ds_config(recipe) == {"zero_optimization": {"stage": 1}}
@@ -58,6 +65,7 @@ def test_auto_for_a_key_of_the_recipe_is_fine(tmp_path):
         ({"zero_optimization": {"stage": 3, "zero_quantized_gradients": True}}, "rounded to 4 bits"),
         ({"zero_optimization": {"stage": 3, "stage3_module_granularity_threshold": 9}}, "granularity_threshold: 9 is"),
         ({"zero_optimization": {"stage": 2, "compute_grad_norm": False}}, "nothing would be clipped"),
+        ({"zero_optimization": {"stage": 1, "allgather_bucket_size": 100_001}}, "100001 is odd"),
         ({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}, "refused below stage 3"),
         ({"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}}, "'nvme' is refused"),
         ({"prescale_gradients": True}, "prescale_gradients: true is refused"),

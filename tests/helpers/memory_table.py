@@ -32,7 +32,6 @@ from transformers import (
 from mmpeft_ds import recipe as recipes
 from mmpeft_ds.engine import plan
 from mmpeft_ds.engine.assembly import resolve
-from mmpeft_ds.engine.optim import optimizers
 from mmpeft_ds.engine.zero.config import check_ds_config
 from tests.helpers import ROOT
 from tests.helpers.models import tiny_mllm
@@ -128,17 +127,15 @@ def row(name: str, paths: dict[str, Path]) -> dict[str, Any]:
     parts = SimpleNamespace(recipe=recipe, method=method, method_config=config)
     with torch.device("meta"):
         model = resolve.attach(parts, backbone.build(on_meta=True))
-    moments = len(optimizers.MOMENTS[recipe.optim.name])
-    sizes = plan.parameter_sizes(model, 2 if recipe.engine.dtype == "bfloat16" else 4, moments)
+    sizes = plan.Sizes.of(model, recipe.optim.name)
     ds_config = check_ds_config(recipe)
-    stage = ds_config["zero_optimization"].get("stage", 0)
     return {
-        "total": sizes["total"],
-        "trained": sizes["trainable"],
+        "total": sizes.total,
+        "trained": sizes.trained,
         "dtype": recipe.engine.dtype,
         "config": Path(recipe.engine.deepspeed).name,
-        "own": [plan.zero_bytes(sizes, ds_config, stage, n) for n in RANKS],
-        "zero1": plan.zero_bytes(sizes, {}, 1, 8),
+        "own": [plan.zero_bytes(sizes, ds_config, recipe, n) for n in RANKS],
+        "zero1": plan.zero_bytes(sizes, plan.ZERO_1, recipe, 8),
     }
 
 

@@ -6,6 +6,7 @@ import json
 import pytest
 
 from mmpeft_ds.data.order import micro_slots
+from mmpeft_ds.engine import plan as check
 from mmpeft_ds.errors import BadInput
 from mmpeft_ds.planning import configs, microbatch, planner, report
 from mmpeft_ds.planning.cluster import cluster
@@ -73,6 +74,15 @@ def test_copies_inside_nodes_are_for_several_nodes(make):
     names = {c.name for c in two.choices if c.parts.get("hpZ copy")}
     assert names == {"zero3_nodes", "zero3_nodes+qwZ"}
     assert all(c.refused == c.name.endswith("+qwZ") for c in two.choices)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_check_and_plan_say_the_same_of_what_a_rank_holds(make, resolved, stage):
+    plan = make(cluster(2, 2, 80.0))
+    chosen = next(c for c in plan.choices if c.name == f"zero{stage}")
+    sizes = check.Sizes(plan.tensors, 1, moments=2)
+    held = check.zero_bytes(sizes, {"zero_optimization": chosen.zero}, resolved.recipe, 4)
+    assert held == sum(chosen.parts.values()) - chosen.parts["activations"]
 
 
 def test_a_slower_network_or_a_smaller_link_never_makes_a_step_faster(make):

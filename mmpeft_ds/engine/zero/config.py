@@ -164,6 +164,12 @@ def check_by_deepspeed(recipe: Recipe, config: dict[str, Any]) -> None:
         if name not in ZERO_KEYS and value not in (fields[name].default, None):
             why = ZERO_REFUSED.get(name, NOT_TRIED)
             raise BadInput(f"{path}: zero_optimization.{key}: {json.dumps(value)} is refused: {why}. Remove the key.")
+    gathered_at_a_time = zero.get("allgather_bucket_size", "auto")
+    if isinstance(gathered_at_a_time, int) and gathered_at_a_time % 2:
+        raise BadInput(
+            f"{path}: zero_optimization.allgather_bucket_size: {gathered_at_a_time} is odd, which DeepSpeed cannot "
+            "split. Give an even number or remove it."
+        )
     try:
         DeepSpeedZeroConfig(**{k: v for k, v in zero.items() if v != "auto"})
     except AssertionError as error:  # an old name of a key beside its new one
@@ -207,10 +213,10 @@ def merge(config: dict[str, Any], recipe: Recipe, world_size: int, trainable: in
     zero = dict(config["zero_optimization"])
     stage = zero.get("stage", 0)
     # The default of 5e8 elements would be a buffer of 2 GB for adapters of a few MB. With room for all trainables
-    # there is one reduction per backward pass.
+    # there is one reduction per backward pass. DeepSpeed asserts that the size is even.
     for key in AUTO_SIZES:
         if zero.get(key, "auto") == "auto":
-            zero[key] = max(2 * trainable, 1 << 16)
+            zero[key] = max(trainable + trainable % 2, 1 << 16)
     # The slots may be uneven over ranks. DeepSpeed only prints these numbers, and checks that they are consistent.
     accumulation = divisor(recipe)
     micro = max(1, -(-recipe.data.global_batch // (world_size * accumulation)))
