@@ -46,8 +46,10 @@ def main() -> int:
                         help="a node is slow where the others are that many times as fast (default: 3)")  # fmt: skip
     args = parser.parse_args()
     for name in ("timeout", "clock", "free", "slower"):
-        if getattr(args, name) <= 0:
+        if not 0 < getattr(args, name) < float("inf"):
             parser.error(f"--{name}: must be more than 0")
+    if args.json not in (None, "-") and not Path(args.json).absolute().parent.is_dir():
+        parser.error(f"--json {args.json}: its folder is not there. Make it, or name another one")
     if args.set and not args.recipe:
         parser.error("--set is about a recipe. Add --recipe")
     recipe, problem = None, ""

@@ -62,7 +62,12 @@ class Model:
 
 
 def build(resolved: Resolved) -> Model:
-    """The model of a recipe with its adapters, without storage."""
+    """The model of a recipe with its adapters, without storage.
+
+    Adapters multiply in float32 here, whatever `engine.adapter_matmul` says: autocast does not know the meta device.
+    """
+    engine = dataclasses.replace(resolved.recipe.engine, adapter_matmul="float32")
+    resolved = dataclasses.replace(resolved, recipe=dataclasses.replace(resolved.recipe, engine=engine))
     with torch.device("meta"):
         module = attach(resolved, resolved.backbone.build(on_meta=True))
     return Model(module, tuple(module.parameters()))

@@ -199,13 +199,20 @@ def fused_attention(
     )[0]
 
 
+class _Autocast(torch.autocast):
+    """torch's, which does not know the meta device; there it changes nothing."""
+
+    def __init__(self, device_type: str, *args: Any, **kwargs: Any):
+        super().__init__("cpu" if device_type == "meta" else device_type, *args, **kwargs)
+
+
 @contextlib.contextmanager
 def counting(live: Live | None = None) -> Iterator[Counting]:
     """Count all that runs inside."""
-    plain = functional.scaled_dot_product_attention
-    functional.scaled_dot_product_attention = fused_attention
+    plain, autocast = functional.scaled_dot_product_attention, torch.autocast
+    functional.scaled_dot_product_attention, torch.autocast = fused_attention, _Autocast
     try:
         with Counting(live) as mode:
             yield mode
     finally:
-        functional.scaled_dot_product_attention = plain
+        functional.scaled_dot_product_attention, torch.autocast = plain, autocast

@@ -85,6 +85,16 @@ def test_check_and_plan_say_the_same_of_what_a_rank_holds(make, resolved, stage)
     assert held == sum(chosen.parts.values()) - chosen.parts["activations"]
 
 
+@pytest.mark.parametrize("section", [{"name": "p_adapter"}, {"name": "lora", "r": 4}])
+def test_adapters_that_use_autocast_are_counted(resolved, section):
+    recipe = dataclasses.replace(resolved.recipe, method=section)
+    recipe.engine = dataclasses.replace(recipe.engine, dtype="bfloat16", adapter_matmul="bfloat16")
+    task = resolved.train[0].task
+    half = planned.tiny_classifier.make_resolved(recipe, task)
+    found = planner.Planner(half, microbatch.Filling(words=planned.WORDS)).counts(1)
+    assert all(count.flops["bfloat16"] > 0 for count in found.values())
+
+
 def test_a_slower_network_or_a_smaller_link_never_makes_a_step_faster(make):
     fast, slow = make(cluster(2, 2, 80.0)), make(cluster(2, 2, 80.0, nic=0.001))
     for a, b in zip(fast.choices, slow.choices, strict=True):

@@ -68,6 +68,14 @@ def test_attention_does_not_hold_its_scores(dtype, masked):
     assert live.now < scores + (scores // 2 if masked else 0)
 
 
+def test_autocast_does_nothing_on_the_meta_device_and_is_torchs_afterwards():
+    with counting() as found, torch.autocast("meta", torch.bfloat16):
+        nn.Linear(3, 5, device="meta")(torch.empty(2, 3, device="meta"))
+    assert set(found.flops) == {torch.float32}
+    with pytest.raises(RuntimeError):  # negative control
+        torch.autocast("meta", torch.bfloat16)
+
+
 def test_the_plain_attention_is_back_afterwards():
     plain = nn.functional.scaled_dot_product_attention
     with pytest.raises(ZeroDivisionError), counting():

@@ -35,7 +35,8 @@ def at_edge(x: Tensor, dtype: torch.dtype) -> Tensor:
     if x.dtype == dtype:
         return x
     kind = x.device.type
-    if torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == x.dtype:
+    known = torch.amp.is_autocast_available(kind)  # not for the meta device, on which plans are made
+    if known and torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == x.dtype:
         return x
     return x.to(dtype)
 
