@@ -71,6 +71,10 @@ def _item_type(hint: Any) -> tuple[Any, bool]:
 
 
 def _attribute_docs(options: type) -> dict[str, str]:
-    text = inspect.getdoc(options) or ""
-    documented = re.findall(r"^    (\w+): (.*(?:\n {8,}.*)*)", text, re.MULTILINE)
-    return {name: " ".join(words.split()) for name, words in documented}
+    """Field -> its text in the docstrings of the dataclass and of those that it inherits from."""
+    helps: dict[str, str] = {}
+    for cls in reversed(options.__mro__):
+        text = inspect.cleandoc(cls.__doc__ or "")
+        documented = re.findall(r"^    (\w+): (.*(?:\n {8,}.*)*)", text, re.MULTILINE)
+        helps |= {name: " ".join(words.split()) for name, words in documented}
+    return helps

@@ -90,9 +90,9 @@ class SourceKeys(_Written):
 
         parts = []
         for name in registry.names(sources):
-            module = importlib.import_module(f"data_prep.sources.{name}")
+            options = registry.options(sources, name, "SOURCE")
             shown = name.replace("_", "-")
-            rows = table(module.Options, dataclasses.fields(module.Options), flags=True)
+            rows = table(options, dataclasses.fields(options), flags=True)
             parts += [f"### `{shown}`", "", rows, ""]
         return "\n".join(parts)
 

@@ -1,12 +1,12 @@
 """Accuracy of short answers: the official VQA measure for ten annotators, in its two versions, and plain comparison.
 
 The VQA measure gives full marks when three annotators agree, min(n / 3, 1), averaged over the ten ways to leave one of
-them out. Published evaluators differ in what they normalise:
+them out. Published evaluators differ in what they normalise.
 
-* `official`, the evaluator as it stands since 2021: both sides, but nothing where all annotators agree to the letter;
-* `2017`, its earlier state, which LAVIS, VL-T5 and VL-Adapter carry: the prediction always and wholly, the annotators'
-  answers by punctuation alone, and only where they do not all agree;
-* `exact`: nothing at all; n of ten annotators give min(0.3 n, 1). p-Adapter's score, and GQA's for one answer.
+`official` is the evaluator as it stands since 2021: it normalises both sides, but nothing where all annotators agree
+to the letter. `2017` is its earlier state, which LAVIS, VL-T5 and VL-Adapter carry: the prediction always and wholly,
+the annotators' answers by punctuation alone, and only where they do not all agree. `exact` normalises nothing; n of
+ten annotators give min(0.3 n, 1): p-Adapter's score, and GQA's for one answer.
 
 Source: the evaluation tools of VQA (Antol et al. 2015; visualqa.org/evaluation); specs/datasets.md 2.1 and 2.4.
 """

@@ -12,7 +12,7 @@ from data_prep import prepare
 from data_prep.sources.common.index import Index
 from mmpeft_ds.data import parts, writer
 from mmpeft_ds.data.manifest import Manifest
-from tests.data_prep.test_engines import stand_in
+from tests.helpers import ray_tasks
 from tests.helpers.data.miniatures import put, put_picture
 
 PICTURES = 11
@@ -102,7 +102,7 @@ def test_workers_of_ray_find_the_index_on_the_shared_file_system(coco, tmp_path,
     if engine == "Ray":
         pytest.importorskip("ray", reason="Ray is not installed: pip install 'mmpeft_ds[ray]'")
     else:
-        monkeypatch.setitem(sys.modules, "ray", stand_in())
+        monkeypatch.setitem(sys.modules, "ray", ray_tasks.stand_in())
     argv = [*coco, "--processes", "2", "--samples-per-shard", "8", "--resize", "5", "--out"]
     prepare.main([*argv, str(tmp_path / "here")])
     prepare.main([*argv, str(tmp_path / "ray"), "--engine", "ray"])

@@ -18,6 +18,7 @@ class Fused(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q, k, f, g, p, mu, mask, options):
+        """Messages for every row, in the dtype of `f`, and the row sums of the graph's weights."""
         with torch.autocast(q.device.type, enabled=False):
             call = Launcher(q, k, f, g, p, mu, mask, options)
             lse = call.row_lse()

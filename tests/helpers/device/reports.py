@@ -185,7 +185,7 @@ def _place() -> tuple[str, int, str]:
 
 
 def _short(file: str) -> str:
-    for folder in (ROOT, _SITE_PACKAGES):
+    for folder in (_SITE_PACKAGES, ROOT):  # the environment may lie in the repository
         if file.startswith(f"{folder}/"):
             return file[len(str(folder)) + 1 :]
     return file
