@@ -32,6 +32,7 @@ _LIKE = {
     aten.new_empty_strided.default,
 }  # fmt: skip
 _INDEXED = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default, aten._index_put_impl_.default}
+BY_NUMBERS = "this model chooses its way by numbers that only a real step has, so it cannot be counted."
 
 
 class Live:
@@ -119,7 +120,12 @@ def _run(func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
             return made
         return func(*args, **{**kwargs, "device": torch.device("cpu")}) if not meta else _real_like(func, args, kwargs)
     if not mixed:
-        return func(*args, **kwargs)
+        try:
+            return func(*args, **kwargs)
+        except NotImplementedError as error:
+            if meta:  # how many a boolean mask chooses, such as of the frames of videos
+                raise BadInput(BY_NUMBERS) from error
+            raise
     if func in _INDEXED:
         args = (args[0], _as_numbers(args[1]), *args[2:])
     if func is aten.masked_select.default:
@@ -141,6 +147,8 @@ def _copied(func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
         # A CPU tensor that gets what has no values keeps what it has.
         return target if target.device != META else func(target, _shape_only(source))
     source, dtype = args[0], kwargs.get("dtype") or args[0].dtype
+    if source.device == META and kwargs.get("device") not in (None, META):
+        return func(source, **{**kwargs, "device": META})  # such as a buffer of the model that goes to its input
     if kwargs.get("device") != META or source.device == META:
         return NotImplemented
     floating = dtype.is_floating_point or dtype.is_complex
@@ -166,7 +174,7 @@ def _guess(tensor: Tensor) -> float:
     """A number that only values would give: 1 in the place of a float, such as a scale."""
     if tensor.dtype.is_floating_point:
         return 1.0
-    raise BadInput("this model chooses its way by numbers that only a real step has, so it cannot be counted.")
+    raise BadInput(BY_NUMBERS)
 
 
 def fused_attention(

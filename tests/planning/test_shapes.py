@@ -86,3 +86,15 @@ def test_the_plain_attention_is_back_afterwards():
 def test_a_way_that_depends_on_numbers_is_refused():
     with counting(), pytest.raises(BadInput, match="cannot be counted"):
         int(torch.empty(3, device="meta").argmax())
+
+
+def test_a_buffer_that_goes_to_the_input_has_no_values_there_either():
+    with counting():
+        moved = torch.zeros(3, dtype=torch.int64, device="meta").to(torch.device("cpu"))
+        gathered = torch.gather(moved, 0, torch.tensor([0, 2]))
+    assert moved.device.type == "meta" and gathered.shape == (2,)
+
+
+def test_what_only_numbers_tell_is_said_in_one_line():
+    with counting(), pytest.raises(BadInput, match="cannot be counted"):
+        torch.zeros(3, device="meta")[torch.zeros(3, dtype=torch.bool, device="meta")]
