@@ -120,18 +120,22 @@ def _run(func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
             return made
         return func(*args, **{**kwargs, "device": torch.device("cpu")}) if not meta else _real_like(func, args, kwargs)
     if not mixed:
-        try:
-            return func(*args, **kwargs)
-        except NotImplementedError as error:
-            if meta:  # how many a boolean mask chooses, such as of the frames of videos
-                raise BadInput(BY_NUMBERS) from error
-            raise
+        return _called(func, args, kwargs)
     if func in _INDEXED:
         args = (args[0], _as_numbers(args[1]), *args[2:])
     if func is aten.masked_select.default:
         return _run(aten.index.Tensor, (args[0], [args[1]]), {})
-    args, kwargs = pytree.tree_map_only(Tensor, _shape_only, (args, kwargs))
-    return func(*args, **kwargs)
+    return _called(func, *pytree.tree_map_only(Tensor, _shape_only, (args, kwargs)))
+
+
+def _called(func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+    try:
+        return func(*args, **kwargs)
+    except NotImplementedError as error:
+        # How many a boolean mask chooses, such as of the frames of videos, has no shape without its values.
+        if "nonzero" in str(error):
+            raise BadInput(BY_NUMBERS) from error
+        raise
 
 
 def _real_like(func: Any, args: tuple, kwargs: dict[str, Any]) -> Tensor:
