@@ -100,13 +100,19 @@ class Captioning(TaskBase):
 
     def _weights(self, batch: PackedBatch) -> Tensor:
         tokens = (batch.texts["labels"] != -100).sum(1)
-        return batch.text_weight * batch.targets["known"] * (tokens if self.options.loss == "token" else tokens > 0)
+        return self._text_weight(batch) * (tokens if self.options.loss == "token" else tokens > 0)
+
+    @staticmethod
+    def _text_weight(batch: PackedBatch) -> Tensor:
+        """Weight of each text, 0 where its caption is not known; a batch that was packed without targets knows all."""
+        known = batch.targets.get("known")
+        return batch.text_weight if known is None else batch.text_weight * known
 
     def loss(self, outputs: GenerationOutput, batch: PackedBatch) -> Tensor:
         """Sum over captions of weight times the sum, or the mean, of the cross-entropy over their tokens."""
         total, count = outputs.token_losses(self.options.smoothing)
         each = total if self.options.loss == "token" else total / count.clamp(min=1)
-        return weighted_sum(each, batch.text_weight * batch.targets["known"])
+        return weighted_sum(each, self._text_weight(batch))
 
     def predict(self, outputs: GenerationOutput, batch: PackedBatch) -> list[dict[str, Any]]:
         """One row per text of weight > 0: sample_id, text (the prompt), prediction, references, image_id if there."""
