@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from mmpeft_ds.data.batch import PackedBatch
+from mmpeft_ds.engine.assembly.build import recompute_blocks
 from mmpeft_ds.engine.assembly.forward import forward
 from mmpeft_ds.engine.assembly.resolve import Resolved, attach
 from mmpeft_ds.engine.step import set_modes
@@ -89,10 +90,7 @@ def count(resolved: Resolved, batch: PackedBatch, recompute: bool) -> StepCount:
     model = build(resolved)
     base = base_model(model.module)
     if recompute:
-        try:
-            base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        except ValueError as error:
-            raise BadInput(f"engine.gradient_checkpointing: {error}") from error
+        recompute_blocks(base)
     set_modes(model.module, resolved.backbone, recipe)
     live = Live()
     for tensor in (*model.parameters, *model.module.buffers()):

@@ -23,6 +23,7 @@ from mmpeft_ds.errors import BadInput
 from mmpeft_ds.methods.common.fused import fuse
 from mmpeft_ds.recipe import Recipe
 from mmpeft_ds.sites import find_sites
+from mmpeft_ds.sites.condition import enable_checkpointing
 
 
 @dataclass
@@ -84,7 +85,7 @@ def build(resolved: Any, ranks: Ranks) -> Built:
     if recipe.engine.compile:
         fuse(model)
     if recipe.engine.gradient_checkpointing:
-        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        recompute_blocks(base)
     trainables = {n: p for n, p in model.named_parameters() if p.requires_grad}
     if not trainables and resolved.method_options.gradient_free:
         model.to(ranks.device)
@@ -108,6 +109,24 @@ def build(resolved: Any, ranks: Ranks) -> Built:
         stage3.keep_frozen(engine)
         stage3.gather_flat(engine)
     return Built(engine, model, trainables, stage, fingerprints.of_frozen(model))
+
+
+def recompute_blocks(base: nn.Module) -> None:
+    """Have the blocks of a base recomputed in backward: `engine.gradient_checkpointing`.
+
+    Not by transformers' own switch, which also makes the output of frozen token embeddings need gradients: BLIP adds
+    to that output in place, and nothing but reentrant checkpointing has a use for them.
+
+    Raises:
+        BadInput: the model has no blocks that can be recomputed.
+    """
+    try:
+        enable_checkpointing(base)
+    except ValueError as error:
+        raise BadInput(
+            f"engine.gradient_checkpointing: {type(base).__name__} has no blocks that can be recomputed. "
+            "Set engine.gradient_checkpointing: false."
+        ) from error
 
 
 class FrozenEngine:

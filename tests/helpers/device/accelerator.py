@@ -7,6 +7,7 @@ a program reads what came out is a report of its own.
 from __future__ import annotations
 
 import os
+import time
 from typing import Any
 
 import torch
@@ -48,11 +49,32 @@ def start(seed: int = 0) -> Ranks:
             return True
 
     real_accelerator.set_accelerator(StandIn())
+    torch.cuda.Event = Event
     _collectives()
     deepspeed.init_distributed("gloo", auto_mpi_discovery=False, verbose=False)
     torch.manual_seed(seed)
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     return Ranks(rank, size, rank, size, torch.device("cuda", 0))
+
+
+class Event:
+    """`torch.cuda.Event`, which torch without CUDA cannot make: the stand-in has done all work before it is recorded."""
+
+    def __init__(self, enable_timing: bool = False):
+        self.at = 0.0
+
+    def record(self) -> None:
+        self.at = time.perf_counter()
+
+    def query(self) -> bool:
+        return True
+
+    def synchronize(self) -> None:
+        """Nothing to wait for."""
+
+    def elapsed_time(self, ended: Event) -> float:
+        """Milliseconds."""
+        return 1000 * (ended.at - self.at)
 
 
 def _collectives() -> None:
