@@ -9,19 +9,25 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from peft.tuners.ia3 import Linear as IA3Linear
+from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 from torch.nn import functional
 
 from mmpeft_ds.host_copies import both
-from mmpeft_ds.ops.token_scores import KnownScores, known_scores, token_scores
+from mmpeft_ds.ops.token_scores import KnownScores, known_scores, scores_of_layer, token_scores
+
+ADAPTED = (LoraLinear, IA3Linear)  # of peft; each treats every position alone
 
 
 def is_scorable(head: nn.Module | None) -> bool:
-    """Whether `scored` can take the place of this output layer: a linear layer, frozen or trained, without adapters.
+    """Whether `scored` can take the place of this output layer: a linear layer, frozen or trained, or one with
+    peft's LoRA or (IA)^3.
 
     A forward of its own, such as accelerate gives a layer that it moves between devices, would be lost.
     """
-    return type(head) is nn.Linear and "forward" not in vars(head)
+    linear = head.get_base_layer() if isinstance(head, ADAPTED) else head
+    return type(linear) is nn.Linear and not any("forward" in vars(m) for m in {head, linear})
 
 
 def biased_logits(head: nn.Module, states: Tensor, bias: Tensor) -> Tensor:
@@ -36,7 +42,7 @@ def biased_logits(head: nn.Module, states: Tensor, bias: Tensor) -> Tensor:
 
 
 @contextlib.contextmanager
-def scored(head: nn.Linear, labels_at: Callable[[int], Tensor]) -> Iterator[None]:
+def scored(head: nn.Module, labels_at: Callable[[int], Tensor]) -> Iterator[None]:
     """Within the block the output layer returns (T, S, 3) in the place of (T, S, V): nll, uniform, right.
 
     It stays a module that is called, so that ZeRO-3 gathers its weight. A frozen one is called with detached states,
@@ -44,12 +50,13 @@ def scored(head: nn.Linear, labels_at: Callable[[int], Tensor]) -> Iterator[None
     backward pass of a layer that returns something with a gradient, and this one has no more use for it.
 
     Args:
-        head: the output layer, for which `is_scorable` holds.
+        head: the output layer, for which `is_scorable` holds. ZeRO-3 has to take one with adapters for a leaf
+            (`stage3.mark_leaves`): it is run in as many parts as this rank has labels for.
         labels_at: gives, for the number of positions S, the (T, K) labels of the last K <= S of them.
     """
     scorer = _Scorer(head, labels_at)
     handles = []
-    if not any(p.requires_grad for p in head.parameters()):
+    if type(head) is nn.Linear and not any(p.requires_grad for p in head.parameters()):
         handles = [
             head.register_forward_pre_hook(scorer.detach, prepend=True),
             head.register_forward_hook(scorer.attach),
@@ -66,8 +73,9 @@ def scored(head: nn.Linear, labels_at: Callable[[int], Tensor]) -> Iterator[None
 class _Scorer:
     """Forward of an output layer within `scored`; two hooks beside it if the layer is frozen."""
 
-    def __init__(self, head: nn.Linear, labels_at: Callable[[int], Tensor]):
+    def __init__(self, head: nn.Module, labels_at: Callable[[int], Tensor]):
         self.head, self.labels_at = head, labels_at
+        self.plain = head.forward
         self.added: Tensor | None = None  # of `biased_logits`
         self.states: Tensor | None = None  # of a frozen layer, while it is called, as the model gave them
         self.known: KnownScores | None = None
@@ -76,6 +84,8 @@ class _Scorer:
         labels = self.labels_at(states.shape[1])
         before = states.shape[1] - labels.shape[1]
         labels = both(lambda known: functional.pad(known, (before, 0), value=-100), labels)
+        if type(self.head) is not nn.Linear:
+            return torch.stack(scores_of_layer(self._logits, self.head.out_features, states, labels), -1)
         bias = self.head.bias
         if self.added is not None:
             added = self.added.to(self.head.weight.dtype)
@@ -85,6 +95,11 @@ class _Scorer:
         with_gradient = self.states.requires_grad and torch.is_grad_enabled()
         self.known = known_scores(states, self.head.weight, bias, labels, with_gradient)
         return states.new_zeros(())
+
+    def _logits(self, states: Tensor) -> Tensor:
+        """(n, V) of (n, d), by the layer with its adapters."""
+        logits = self.plain(states)
+        return logits if self.added is None else logits + self.added
 
     def detach(self, head: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         """Forward pre-hook that runs before all others."""

@@ -10,7 +10,7 @@ neither logits nor weight. Where the layer trains, the backward pass computes th
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 from mmpeft_ds.host_copies import nonzero, on_host
 from mmpeft_ds.ops.precision import full_dtype
@@ -69,6 +70,36 @@ def token_scores(states: Tensor, weight: Tensor, bias: Tensor | None, labels: Te
         scores = _Trained.apply(states.flatten(0, 1)[rows], weight, bias, labels.flatten()[rows])
         return tuple(score.new_zeros(labels.numel()).index_put((rows,), score).view(labels.shape) for score in scores)
     return known_scores(states, weight, bias, labels).attached(states)
+
+
+def scores_of_layer(
+    layer: Callable[[Tensor], Tensor], tokens: int, states: Tensor, labels: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `token_scores`, of a layer that is more than a weight and a bias, such as one with adapters.
+
+    It is run on some positions at a time and again in the backward pass, as often as there are labels for.
+
+    Args:
+        layer: logits (n, V) of states (n, d), of each position by itself.
+        tokens: V.
+    """
+    rows = labelled(labels)
+    flat, asked = states.flatten(0, 1)[rows], labels.flatten()[rows]
+
+    def scores(part: slice) -> tuple[Tensor, Tensor, Tensor]:
+        logits = layer(flat[part])
+        logits = logits.to(full_dtype(logits.dtype))
+        log_total = logits.logsumexp(1)
+        right = (logits.detach().argmax(1) == asked[part]).to(logits.dtype)
+        return log_total - logits.gather(1, asked[part, None])[:, 0], log_total - logits.mean(1), right
+
+    # Autograd keeps about four matrices of a part; without a label the layer still takes part in the backward pass.
+    parts = list(_slices(len(rows), max(1, LOGITS // (4 * tokens)))) or [slice(0, 0)]
+    found = [checkpoint(scores, part, use_reentrant=False) for part in parts]
+    return tuple(
+        torch.cat(of_parts).new_zeros(labels.numel()).index_put((rows,), torch.cat(of_parts)).view(labels.shape)
+        for of_parts in zip(*found, strict=True)
+    )
 
 
 def labelled(labels: Tensor) -> Tensor:

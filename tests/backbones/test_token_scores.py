@@ -21,6 +21,13 @@ HEADS = {
     "clip_bart": "text_model.lm_head",
 }
 
+IN_HEADS = {
+    "lora": LORA,
+    "lora with a bias": {**LORA, "lora_bias": True},
+    "dora": {**LORA, "use_dora": True},
+    "ia3": {"name": "ia3", "feedforward_modules": []},
+}
+
 
 @pytest.fixture(scope="module")
 def sections(tmp_path_factory) -> tuple[dict, Path]:
@@ -81,8 +88,17 @@ def test_an_output_layer_that_trains_whole_is_scored_too(sections, name):
         assert scored_layer(parts.backbone, model.get_base_model()).weight.requires_grad is False
 
 
-def test_an_output_layer_with_adapters_computes_logits(sections):
-    parts, model = built(sections, "mllm", {**LORA, "target_modules": "lm_head"})
-    assert scored_layer(parts.backbone, model.get_base_model()) is None
-    outputs, _, gradients = results(parts, model, scores=True)
-    assert outputs.scores is None and len(gradients) == 2 and all(g.abs().max() > 1e-3 for g in gradients.values())
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("method", IN_HEADS)
+def test_an_output_layer_with_adapters_is_scored_too(sections, name, method):
+    parts, model = built(sections, name, {**IN_HEADS[method], "target_modules": [HEADS[name]]})
+    with torch.no_grad():
+        for i, parameter in enumerate(p for p in model.parameters() if p.requires_grad):
+            parameter += 0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(i))
+    gradients = compare(parts, model)
+    in_head = [float(g.abs().max()) for n, g in gradients.items() if HEADS[name] in n]
+    assert in_head and min(in_head) > 1e-3
+    batch = tiny_pairs.packed(tiny_pairs.slots_of(0, parts.backbone), parts.backbone, parts.train[0].task)
+    with torch.no_grad(), model.disable_adapter():
+        expected, found = (forward(model, parts.backbone, batch, scores=scores) for scores in (False, True))
+    torch.testing.assert_close(found.token_losses(0.1), expected.token_losses(0.1), atol=1e-12, rtol=1e-12)

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import dataclasses
+from collections.abc import Iterator
 from typing import Any
 
+import torch
 from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
+from torch.utils import _pytree as pytree
 
 from mmpeft_ds.backbones.base import BackboneBase
 from mmpeft_ds.data.batch import PackedBatch
 from mmpeft_ds.errors import BadInput
 from mmpeft_ds.ops.scored_head import is_scorable, scored
 from mmpeft_ds.ops.token_scores import TokenScores
+from mmpeft_ds.sites import find_sites
 from mmpeft_ds.sites.base import base_model
 from mmpeft_ds.tasks.base import TaskBase
 
@@ -52,17 +58,64 @@ def scored_layer(backbone: BackboneBase, base: nn.Module) -> nn.Linear | None:
 def answer(model: Any, backbone: BackboneBase, task: TaskBase, batch: PackedBatch, scores: bool = False) -> Any:
     """`forward`, and the texts that the model generates, or picks from a list, if the task asks for it
     (`outputs.generated`)."""
-    outputs = forward(model, backbone, batch, scores)
-    for name, options, able, run in (
-        ("generation", task.generation, backbone.generates, backbone.generate),
-        ("ranking", task.ranking, backbone.ranks_answers, backbone.rank),
-    ):
-        if options is not None:
+    plain = getattr(model, "module", model)
+    asked = [
+        (name, options, able, run)
+        for name, options, able, run in (
+            ("generation", task.generation, backbone.generates, backbone.generate),
+            ("ranking", task.ranking, backbone.ranks_answers, backbone.rank),
+        )
+        if options is not None
+    ]
+    with _images_seen_once(base_model(plain)) if asked else contextlib.nullcontext():
+        outputs = forward(model, backbone, batch, scores)
+        for name, options, able, run in asked:
             if not able:
                 raise BadInput(
                     f"task: asks for {name}, which this backbone cannot do. Choose another task or backbone."
                 )
-            outputs.generated = run(getattr(model, "module", model), batch, **options)
+            outputs.generated = run(plain, batch, **options)
     if task.generation is not None:
         outputs.as_generated = backbone.as_generated
     return outputs
+
+
+@contextlib.contextmanager
+def _images_seen_once(base: nn.Module) -> Iterator[None]:
+    """Within the block a vision tower that is called again with equal images returns what it returned before.
+
+    For one batch, and without changes of the model in between. All ranks must call alike, since a tower that does not
+    run gathers no partitioned weights.
+    """
+    towers = [base.get_submodule(p) for p, kind in find_sites(base).towers.items() if kind == "image"]
+    for tower in towers:
+        tower.forward = _Remembering(tower.forward)
+    try:
+        yield
+    finally:
+        for tower in towers:
+            del tower.forward
+
+
+class _Remembering:
+    """A function that keeps its last arguments and result."""
+
+    def __init__(self, function: Any):
+        self.function, self.arguments, self.result = function, None, None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        arguments = pytree.tree_flatten((args, kwargs))
+        if self.arguments is None or not _equal(arguments, self.arguments):
+            self.arguments, self.result = arguments, self.function(*args, **kwargs)
+        return copy.copy(self.result)  # Qwen2-VL puts other fields into what its tower returned
+
+
+def _equal(one: tuple[list[Any], Any], other: tuple[list[Any], Any]) -> bool:
+    """Whether two flattened trees are the same in structure and values."""
+
+    def same(a: Any, b: Any) -> bool:
+        if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
+            return a is b or (a.dtype == b.dtype and torch.equal(a, b))
+        return type(a) is type(b) and not isinstance(a, torch.Tensor) and bool(a == b)
+
+    return one[1] == other[1] and all(map(same, one[0], other[0]))
