@@ -98,9 +98,9 @@ def count(resolved: Resolved, batch: PackedBatch, recompute: bool) -> StepCount:
     for parameter in model.parameters:
         if parameter.requires_grad:
             parameter.register_post_accumulate_grad_hook(_forget)
-    leaves = stage3.leaf_paths(model.module, find_sites(base))
-    began: list[tuple[int, int]] = []  # visits and live bytes before the output layer
     output = resolved.backbone.output_layer(base) if resolved.backbone.generates else None
+    leaves = stage3.leaf_paths(model.module, find_sites(base), output)
+    began: list[tuple[int, int]] = []  # visits and live bytes before the output layer
     with counting(live) as counts, recorded(model.module, model.parameters, leaves, live) as visits:
         if output is not None:
             output.register_forward_pre_hook(lambda *_: began.append((len(visits), live.now)))

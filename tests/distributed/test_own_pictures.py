@@ -14,6 +14,7 @@ from mmpeft_ds.backbones.common import packaged
 from mmpeft_ds.errors import BadInput
 from tests.helpers import ROOT
 from tests.helpers.doc_pages import blocks, commands
+from tests.helpers.launch import free_port
 
 pytestmark = [pytest.mark.slow, pytest.mark.distributed]
 COLORS, SHAPES = ("red", "green", "blue", "yellow"), ("circle", "square")
@@ -68,6 +69,8 @@ def run(desk: Path, section: str) -> None:
     shells = [b for b in blocks(text, "own_pictures.md") if b.language == "sh" and "hub" not in b.needs]
     for words in (w for b in shells for w in commands(b) if w[0] != "make"):
         script = next(w for w in words if w.endswith(".py"))
+        if words[0] == "deepspeed":  # whose own port may be another run's
+            words[1:1] = ["--master_port", str(free_port())]
         done = subprocess.run(
             [*words, *TINY.get(script, [])], cwd=desk, env=environment, capture_output=True, text=True
         )

@@ -92,7 +92,8 @@ def build(resolved: Any, ranks: Ranks) -> Built:
         return Built(FrozenEngine(model, ranks), model, {}, 0, fingerprints.of_frozen(model))
     check_trainables(trainables)
     if stage == 3:
-        stage3.mark_leaves(model, sites)
+        head = resolved.backbone.output_layer(base) if resolved.backbone.generates else None
+        stage3.mark_leaves(model, sites, head)
     numel = sum(map(zero_state.numel, trainables.values()))
     decays = functools.partial(resolved.method.decays, resolved.method_config)
     groups = optimizers.parameter_groups(trainables, recipe, decays)

@@ -13,15 +13,16 @@ from torch import nn
 
 from mmpeft_ds.backbones.base import model_hooks
 from mmpeft_ds.engine.zero.full_state import BUCKET
+from mmpeft_ds.ops.scored_head import ADAPTED
 from mmpeft_ds.sites.base import Sites
 
 
-def mark_leaves(model: nn.Module, sites: Sites) -> list[str]:
-    """Make ZeRO-3 gather each transformer block as a whole; returns the paths of the blocks."""
+def mark_leaves(model: nn.Module, sites: Sites, head: nn.Module | None = None) -> list[str]:
+    """Make ZeRO-3 gather each transformer block as a whole; returns the paths of `leaf_paths`."""
     from deepspeed.utils import set_z3_leaf_module
 
     modules = {plain(name): module for name, module in model.named_modules()}
-    leaves = leaf_paths(model, sites)
+    leaves = leaf_paths(model, sites, head)
     for path in leaves:
         set_z3_leaf_module(modules[path], True)
         if any(p.requires_grad for p in modules[path].parameters()):
@@ -29,8 +30,8 @@ def mark_leaves(model: nn.Module, sites: Sites) -> list[str]:
     return leaves
 
 
-def leaf_paths(model: nn.Module, sites: Sites) -> list[str]:
-    """Paths of the transformer blocks that are gathered as a whole.
+def leaf_paths(model: nn.Module, sites: Sites, head: nn.Module | None = None) -> list[str]:
+    """Paths of the transformer blocks that are gathered as a whole, and of an output layer with adapters.
 
     By default DeepSpeed hooks every Linear and LayerNorm: about twenty hooks and four gathers per block in forward,
     and again in backward, which at few tokens per step costs more than the arithmetic. A block that is one leaf needs
@@ -40,6 +41,10 @@ def leaf_paths(model: nn.Module, sites: Sites) -> list[str]:
     are taken before the hook of a leaf, so the gradients of that block would never be reduced (measured). Neither are
     trained blocks of towers that a model names in `runs_again`, since one forward runs them several times: DeepSpeed
     reduces a leaf after each backward pass through it, and fails at the second (measured).
+
+    Args:
+        head: the output layer. With adapters it computes in parts, whose number differs from rank to rank
+            (`scored_head.scored`), so its modules must gather nothing of their own.
     """
     modules = {plain(name): module for name, module in model.named_modules()}
     images = tuple(f"{tower}." if tower else "" for tower, modality in sites.towers.items() if modality == "image")
@@ -51,6 +56,7 @@ def leaf_paths(model: nn.Module, sites: Sites) -> list[str]:
         trained = any(p.requires_grad for p in modules[path].parameters())
         if not (trained and path.startswith(images + again)):
             leaves.append(path)
+    leaves += [path for path, module in modules.items() if module is head and isinstance(head, ADAPTED)]
     return leaves
 
 

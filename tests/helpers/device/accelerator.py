@@ -58,7 +58,7 @@ def start(seed: int = 0) -> Ranks:
 
 
 class Event:
-    """`torch.cuda.Event`, which torch without CUDA cannot make: the stand-in has done all work before it is recorded."""
+    """`torch.cuda.Event`, which torch without CUDA cannot make; the stand-in has done all work that is before it."""
 
     def __init__(self, enable_timing: bool = False):
         self.at = 0.0

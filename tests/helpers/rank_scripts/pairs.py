@@ -24,6 +24,7 @@ from mmpeft_ds.engine.step import Stepper
 from mmpeft_ds.engine.train_state import TrainState
 from mmpeft_ds.engine.zero import stage3
 from mmpeft_ds.engine.zero import state as zero_state
+from mmpeft_ds.ops import token_scores
 from mmpeft_ds.sites.condition import enable_checkpointing
 from tests.helpers import engine_state
 from tests.helpers.runs import tiny_pairs
@@ -154,7 +155,8 @@ def main() -> None:
     ranks = processes.start(threads=1)
     for case in given["cases"]:
         gather = gather_too_early if case.get("early") else stage3.gather_flat
-        with mock.patch.object(stage3, "gather_flat", gather):
+        together = mock.patch.object(token_scores, "LOGITS", case.get("together", token_scores.LOGITS))
+        with mock.patch.object(stage3, "gather_flat", gather), together:
             result = run_case(case, given["backbones"], out, ranks)
         if ranks.rank == 0:
             torch.save(result, out / f"{case['name']}.pt")
