@@ -9,25 +9,20 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from peft.tuners.ia3 import Linear as IA3Linear
-from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 from torch.nn import functional
 
 from mmpeft_ds.host_copies import both
 from mmpeft_ds.ops.token_scores import KnownScores, known_scores, scores_of_layer, token_scores
 
-ADAPTED = (LoraLinear, IA3Linear)  # of peft; each treats every position alone
-
 
 def is_scorable(head: nn.Module | None) -> bool:
-    """Whether `scored` can take the place of this output layer: a linear layer, frozen or trained, or one with
-    peft's LoRA or (IA)^3.
+    """Whether `scored` can take the place of this output layer by its weight: a linear layer, frozen or trained,
+    without adapters.
 
     A forward of its own, such as accelerate gives a layer that it moves between devices, would be lost.
     """
-    linear = head.get_base_layer() if isinstance(head, ADAPTED) else head
-    return type(linear) is nn.Linear and not any("forward" in vars(m) for m in {head, linear})
+    return type(head) is nn.Linear and "forward" not in vars(head)
 
 
 def biased_logits(head: nn.Module, states: Tensor, bias: Tensor) -> Tensor:
@@ -50,8 +45,8 @@ def scored(head: nn.Module, labels_at: Callable[[int], Tensor]) -> Iterator[None
     backward pass of a layer that returns something with a gradient, and this one has no more use for it.
 
     Args:
-        head: the output layer, for which `is_scorable` holds. ZeRO-3 has to take one with adapters for a leaf
-            (`stage3.mark_leaves`): it is run in as many parts as this rank has labels for.
+        head: the output layer, for which `is_scorable` holds; or one with adapters that treat each position by
+            itself. That one is run in as many parts as there are labels for, so ZeRO-3 has to gather it as a whole.
         labels_at: gives, for the number of positions S, the (T, K) labels of the last K <= S of them.
     """
     scorer = _Scorer(head, labels_at)

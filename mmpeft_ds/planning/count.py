@@ -11,7 +11,7 @@ from torch import nn
 
 from mmpeft_ds.data.batch import PackedBatch
 from mmpeft_ds.engine.assembly.build import recompute_blocks
-from mmpeft_ds.engine.assembly.forward import forward
+from mmpeft_ds.engine.assembly.forward import adapted_layer, forward
 from mmpeft_ds.engine.assembly.resolve import Resolved, attach
 from mmpeft_ds.engine.step import set_modes
 from mmpeft_ds.engine.zero import stage3
@@ -98,9 +98,9 @@ def count(resolved: Resolved, batch: PackedBatch, recompute: bool) -> StepCount:
     for parameter in model.parameters:
         if parameter.requires_grad:
             parameter.register_post_accumulate_grad_hook(_forget)
-    output = resolved.backbone.output_layer(base) if resolved.backbone.generates else None
-    leaves = stage3.leaf_paths(model.module, find_sites(base), output)
+    leaves = stage3.leaf_paths(model.module, find_sites(base), adapted_layer(resolved.backbone, base))
     began: list[tuple[int, int]] = []  # visits and live bytes before the output layer
+    output = resolved.backbone.output_layer(base) if resolved.backbone.generates else None
     with counting(live) as counts, recorded(model.module, model.parameters, leaves, live) as visits:
         if output is not None:
             output.register_forward_pre_hook(lambda *_: began.append((len(visits), live.now)))

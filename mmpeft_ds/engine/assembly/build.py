@@ -13,6 +13,7 @@ from torch import nn
 from mmpeft_ds.distributed.partitioned import gathered
 from mmpeft_ds.distributed.processes import Ranks
 from mmpeft_ds.engine.assembly import feature_bank
+from mmpeft_ds.engine.assembly.forward import adapted_layer
 from mmpeft_ds.engine.optim import optimizers
 from mmpeft_ds.engine.zero import fingerprint as fingerprints
 from mmpeft_ds.engine.zero import node_groups, stage3
@@ -92,8 +93,7 @@ def build(resolved: Any, ranks: Ranks) -> Built:
         return Built(FrozenEngine(model, ranks), model, {}, 0, fingerprints.of_frozen(model))
     check_trainables(trainables)
     if stage == 3:
-        head = resolved.backbone.output_layer(base) if resolved.backbone.generates else None
-        stage3.mark_leaves(model, sites, head)
+        stage3.mark_leaves(model, sites, adapted_layer(resolved.backbone, base))
     numel = sum(map(zero_state.numel, trainables.values()))
     decays = functools.partial(resolved.method.decays, resolved.method_config)
     groups = optimizers.parameter_groups(trainables, recipe, decays)

@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from peft.tuners.ia3 import Linear as IA3Linear
+from peft.tuners.lora import Linear as LoraLinear
 from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 from torch.utils import _pytree as pytree
@@ -41,9 +43,9 @@ def forward(model: Any, backbone: BackboneBase, batch: PackedBatch, scores: bool
     return dataclasses.replace(read, logits=None, scores=TokenScores.of(read.logits))
 
 
-def scored_layer(backbone: BackboneBase, base: nn.Module) -> nn.Linear | None:
-    """The output layer that can score labels in place of computing logits: frozen, or trained whole as one of
-    `modules_to_save`. None where the model does not generate or the layer has adapters.
+def scored_layer(backbone: BackboneBase, base: nn.Module) -> nn.Module | None:
+    """The output layer that can score labels in place of computing logits: frozen, trained whole as one of
+    `modules_to_save`, or with peft's LoRA or (IA)^3. None where the model does not generate.
 
     Args:
         base: the base model, adapters in place.
@@ -52,7 +54,13 @@ def scored_layer(backbone: BackboneBase, base: nn.Module) -> nn.Linear | None:
     if isinstance(head, ModulesToSaveWrapper):
         active = next((n for n in head.active_adapters if n in head.modules_to_save), None)
         head = head.original_module if head.disable_adapters or active is None else head.modules_to_save[active]
-    return head if is_scorable(head) else None
+    return head if is_scorable(head) or adapted_layer(backbone, base) is head else None
+
+
+def adapted_layer(backbone: BackboneBase, base: nn.Module) -> nn.Module | None:
+    """The output layer if it has adapters, which treat every position by itself; else None."""
+    head = backbone.output_layer(base) if backbone.generates else None
+    return head if isinstance(head, (LoraLinear, IA3Linear)) and is_scorable(head.get_base_layer()) else None
 
 
 def answer(model: Any, backbone: BackboneBase, task: TaskBase, batch: PackedBatch, scores: bool = False) -> Any:

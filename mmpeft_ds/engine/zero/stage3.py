@@ -13,7 +13,6 @@ from torch import nn
 
 from mmpeft_ds.backbones.base import model_hooks
 from mmpeft_ds.engine.zero.full_state import BUCKET
-from mmpeft_ds.ops.scored_head import ADAPTED
 from mmpeft_ds.sites.base import Sites
 
 
@@ -43,8 +42,8 @@ def leaf_paths(model: nn.Module, sites: Sites, head: nn.Module | None = None) ->
     reduces a leaf after each backward pass through it, and fails at the second (measured).
 
     Args:
-        head: the output layer. With adapters it computes in parts, whose number differs from rank to rank
-            (`scored_head.scored`), so its modules must gather nothing of their own.
+        head: an output layer with adapters. It is run in parts, whose number differs from rank to rank, so its modules
+            must gather nothing by themselves.
     """
     modules = {plain(name): module for name, module in model.named_modules()}
     images = tuple(f"{tower}." if tower else "" for tower, modality in sites.towers.items() if modality == "image")
@@ -56,8 +55,7 @@ def leaf_paths(model: nn.Module, sites: Sites, head: nn.Module | None = None) ->
         trained = any(p.requires_grad for p in modules[path].parameters())
         if not (trained and path.startswith(images + again)):
             leaves.append(path)
-    leaves += [path for path, module in modules.items() if module is head and isinstance(head, ADAPTED)]
-    return leaves
+    return leaves + [path for path, module in modules.items() if module is head]
 
 
 def keep_frozen(engine: Any) -> None:
