@@ -4,7 +4,8 @@
     deepspeed --num_accelerators 2 launchers/evaluate.py --run runs/quickstart --split test
 
 Writes RUN/evaluation-SPLIT.json and RUN/predictions-SPLIT.jsonl, and with --submission the result file that the data
-set's evaluation server takes. A split without answers is predicted and not scored. Any number of ranks gives the same.
+set's evaluation server takes. With --data the names of the data sets follow SPLIT, as in evaluation-test-gqa.json. A
+split without answers is predicted and not scored. Any number of ranks gives the same.
 """
 
 import sys
@@ -31,7 +32,7 @@ def main() -> int:
     recipe = recipes.of_run(args.run, args.set)  # what is wrong with it is said before torch is imported
     split = args.split or inputs.default_split(args.data or [source.dir for source in recipe.data.sources])
     with console.quick_imports():
-        from mmpeft_ds.runs.evaluate import evaluate_run
+        from mmpeft_ds.runs.evaluate import evaluate_run, named
 
     reports = evaluate_run(args.run, split, args.checkpoint, args.set, args.submission or "", args.data)
     if reports is None:
@@ -45,7 +46,8 @@ def main() -> int:
             counted = f"{report['scored']:,} of {report['there']:,} {report['unit']} scored{left_out}{changed}"
             title = f"{report['dir']} ({report['split']}), {counted}, {report['checkpoint']}"
             console.score_table(report["scores"], report["baselines"], title)
-        print(f"predictions: {args.run / f'predictions-{split}.jsonl'}")
+        name = named(split, recipe.data.sources, args.data)
+        print(f"predictions: {args.run / f'predictions-{name}.jsonl'}")
     return 0
 
 

@@ -15,6 +15,7 @@ from importlib import metadata
 from pathlib import Path
 
 from data_prep.sources.base import RawSample, Source
+from data_prep.sources.common.questions import most_frequent
 from mmpeft_ds.errors import BadInput
 
 COLORS = {"black", "gray", "red", "green", "blue", "yellow", "brown", "teal"}
@@ -55,7 +56,7 @@ class EasyVQA(Source):
     def labels(self, split: str) -> list[str]:
         """Answers of the split, the most frequent first, equals in alphabetic order."""
         counts = Counter(a for i in self._images[split] for _, a in self._questions[split].get(i, []))
-        return sorted(counts, key=lambda answer: (-counts[answer], answer))
+        return most_frequent(counts)
 
     def count(self, split: str) -> int:
         return len(self._images[split])

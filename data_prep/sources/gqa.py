@@ -68,7 +68,7 @@ class Gqa(LayoutSource):
                 counts.update(answer for row in annotations.items(file) for answer in row.get("label", {}))
             else:
                 counts.update(row["answer"] for _, row in annotations.pairs(file) if "answer" in row)
-        index.keep(LISTED, sorted(counts, key=lambda answer: (-counts[answer], answer)))
+        index.keep(LISTED, questions.most_frequent(counts))
 
     def also_read(self) -> list[str]:
         return self.files()["train"]

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from data_prep.sources.common import annotations
+from data_prep.sources.common import annotations, questions
 from data_prep.sources.common.index import Elsewhere, Entry, Index
 from data_prep.sources.common.videos import VideoOptions, VideoSource
 
@@ -66,8 +66,8 @@ class MsrVtt(VideoSource):
             self._train = self._names_of_training()
         if self.options.form == "qa":
             file = self.root / self.files()["train"][0]
-            counts = Counter(str(row.get("answer")) for row in annotations.records(file)) if file.is_file() else {}
-            index.keep(LISTED, sorted(counts, key=lambda answer: (-counts[answer], answer)))
+            rows = annotations.records(file) if file.is_file() else ()
+            index.keep(LISTED, questions.most_frequent(Counter(str(row.get("answer")) for row in rows)))
 
     def entries(self, split: str, index: Index) -> Iterator[Entry]:
         files = [self.root / name for name in self.files()[split]]

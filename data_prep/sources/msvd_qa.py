@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
-from data_prep.sources.common import annotations
+from data_prep.sources.common import annotations, questions
 from data_prep.sources.common.index import Aside, Entry, Index
 from data_prep.sources.common.videos import VideoOptions, VideoSource
 
@@ -41,8 +41,8 @@ class MsvdQa(VideoSource):
         pairs = (line.rstrip().rpartition(" ") for line in annotations.lines(self.root / MAPPING))
         index.put(CLIPS, ((number, name) for name, _, number in pairs))
         train = self.root / "train_qa.json"
-        counts = Counter(str(row.get("answer")) for row in annotations.items(train)) if train.is_file() else {}
-        index.keep(LISTED, sorted(counts, key=lambda answer: (-counts[answer], answer)))
+        rows = annotations.items(train) if train.is_file() else ()
+        index.keep(LISTED, questions.most_frequent(Counter(str(row.get("answer")) for row in rows)))
 
     def entries(self, split: str, index: Index) -> Iterator[Entry]:
         def entry(row: Any) -> Entry:

@@ -7,7 +7,6 @@ annotator gave, the most frequent first. Source of the facts: specs/datasets.md 
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -56,12 +55,9 @@ class OkVqa(LayoutSource):
         for split in SUBTYPES:
             if (file := self.root / self._annotations(split)).is_file():
                 questions.put_answers(index, file)
-        counts: Counter[str] = Counter()
         train = self.root / self._annotations("train")
-        for row in annotations.items(train, "annotations") if train.is_file() else ():
-            counts.update(answer for given in row.get("answers", []) if (answer := given.get("answer")))
-        listed = [answer for answer, n in counts.items() if n >= self.options.min_answer_count]
-        index.keep(LISTED, sorted(listed, key=lambda answer: (-counts[answer], answer)))
+        rows = annotations.items(train, "annotations") if train.is_file() else ()
+        index.keep(LISTED, questions.given_answers(rows, self.options.min_answer_count))
 
     def entries(self, split: str, index: Index) -> Iterator[Entry]:
         folder, listed = SUBTYPES[split], set(index.kept(LISTED))

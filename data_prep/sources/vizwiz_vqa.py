@@ -7,7 +7,6 @@ all that any annotator gave so often. Source of the facts: specs/datasets.md 10.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -47,12 +46,9 @@ class VizWizVqa(LayoutSource):
 
     def begin(self, index: Index) -> None:
         """The list of answers, the most frequent first."""
-        counts: Counter[str] = Counter()
         train = self.root / self.files()["train"][0]
-        for row in annotations.items(train) if train.is_file() else ():
-            counts.update(given["answer"] for given in row.get("answers", []))
-        listed = [answer for answer, n in counts.items() if n >= self.options.min_answer_count]
-        index.keep(LISTED, sorted(listed, key=lambda answer: (-counts[answer], answer)))
+        rows = annotations.items(train) if train.is_file() else ()
+        index.keep(LISTED, questions.given_answers(rows, self.options.min_answer_count))
 
     def entries(self, split: str, index: Index) -> Iterator[Entry]:
         listed = set(index.kept(LISTED))

@@ -32,7 +32,8 @@ def evaluate_run(
 ) -> list[dict[str, Any]] | None:
     """Score checkpoint `which` of a run on `split` of each of its training data sets and tasks. Every rank calls it.
 
-    Writes RUN/evaluation-SPLIT.json and RUN/predictions-SPLIT.jsonl.
+    Writes RUN/evaluation-SPLIT.json and RUN/predictions-SPLIT.jsonl; where only some of the data sets are
+    taken, SPLIT is followed by their names, see `named`.
 
     Args:
         run: run directory.
@@ -52,6 +53,7 @@ def evaluate_run(
         BadInput: no run there, or it cannot be written into; no such checkpoint, split or data set.
     """
     recipe = recipes.of_run(run, overrides)
+    name = named(split, recipe.data.sources, data)
     recipe.data.validation = []
     for source in (on_split(s, split) for s in chosen_sources(recipe.data.sources, data)):
         if source not in recipe.data.validation:
@@ -96,11 +98,12 @@ def evaluate_run(
             first_rows = first_rows if rows else result.rows
             rows += [{"source": title, **row} for row in result.rows] if several else result.rows
         if submission:
-            on_rank0(lambda: _submit(run, split, submission, resolved.validation[0], first_rows))
+            path = run / file_name(submission, name)
+            on_rank0(lambda: _submit(path, submission, resolved.validation[0], first_rows))
         if opened.ranks.rank == 0:
-            write_json(run / f"evaluation-{split}.json", plain(reports))
+            write_json(run / f"evaluation-{name}.json", plain(reports))
             lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-            write_atomic(run / f"predictions-{split}.jsonl", "".join(lines))
+            write_atomic(run / f"predictions-{name}.jsonl", "".join(lines))
         return reports
 
 
@@ -116,10 +119,28 @@ def chosen_sources(sources: Sequence[SourceOptions], dirs: Sequence[str]) -> lis
     return [source for source in sources if not dirs or source.dir in dirs]
 
 
-def _submit(run: Path, split: str, form: str, source: ResolvedSource, rows: list[dict[str, Any]]) -> None:
+def named(split: str, sources: Sequence[SourceOptions], dirs: Sequence[str]) -> str:
+    """SPLIT in names of files: `split`, and `-DATA` for each data set where only some of the run's are taken.
+
+    So the evaluation of some leaves the files of the others. DATA is as much of the end of a directory as tells it
+    from the run's other ones. Arguments and errors are those of `chosen_sources`.
+    """
+    known = {source.dir: Path(source.dir).parts for source in sources}
+    chosen = list(dict.fromkeys(source.dir for source in chosen_sources(sources, dirs)))
+    if len(chosen) == len(known):
+        return split
+
+    def shortest(parts: tuple[str, ...]) -> str:
+        ends = (parts[-length:] for length in range(1, len(parts)))
+        end = next((end for end in ends if sum(p[-len(end) :] == end for p in known.values()) == 1), parts)
+        return "-".join(part.strip("/:") for part in end)
+
+    return "-".join([split, *(shortest(known[directory]) for directory in chosen)])
+
+
+def _submit(path: Path, form: str, source: ResolvedSource, rows: list[dict[str, Any]]) -> None:
     """Write the result file of a data set, and say what stands in it."""
     text, missing = content(form, rows, records(source))
-    path = run / file_name(form, split)
     write_atomic(path, text)
     without = f", {missing:,} items without a prediction have an empty one" if missing else ""
     print(f"submission: {path}{without}")

@@ -10,6 +10,7 @@ import pytest
 
 from mmpeft_ds import recipe as recipes
 from mmpeft_ds.runs import submission
+from mmpeft_ds.runs.evaluate import named
 from tests.helpers import ROOT
 from tests.helpers.runs.headers import BadHeader, commands, settings
 from tests.helpers.runs.tiny_settings import carry_out
@@ -51,10 +52,12 @@ def check_results(setting, run):
     for command in (c for c in setting.after if c.name == "evaluate"):
         (split,) = command.values("--split")
         (form, *_) = *command.values("--submission"), ""
-        for report in json.loads((run / f"evaluation-{split}.json").read_text()):
+        sources = recipes.load(setting.recipe, setting.train.values("--set")).data.sources
+        name = named(split, sources, command.values("--data"))
+        for report in json.loads((run / f"evaluation-{name}.json").read_text()):
             assert report["rows"] > 0 and report["bad_samples"] == 0
         if form:
-            written = run / submission.file_name(form, split)
+            written = run / submission.file_name(form, name)
             assert written.read_text().strip() not in ("", "[]")
 
 

@@ -6,6 +6,7 @@ A sample is a picture with `captions`, the texts as they were written (they may 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -32,8 +33,12 @@ def coco(
         check: raises Aside for an annotation that does not count.
     """
     images = f"{split} images"
-    rows = enumerate(annotations.items(file, "images"))
-    index.put(images, ((str(image["id"]), (image["id"], path(image), place)) for place, image in rows))
+    numbers = itertools.count()
+
+    def picture(image: Any) -> list[tuple[str, Any]]:
+        return [(str(image["id"]), (image["id"], path(image), next(numbers)))]
+
+    index.put(images, index.parsed(split, annotations.items(file, "images"), picture, "image"))
     captioned, listed = bytearray(), index.size_of(images)  # a byte a picture
 
     def entry(row: Any) -> Entry:

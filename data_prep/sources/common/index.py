@@ -153,13 +153,14 @@ class Index:
         self.count(split, "records", len(block))
 
     def parsed(
-        self, split: str, rows: Iterable[Any], parse: Callable[[Any], Entry | Iterable[Entry]]
-    ) -> Iterator[Entry]:
-        """Entries of rows; one that `parse` cannot use is set aside and the others go on.
+        self, split: str, rows: Iterable[Any], parse: Callable[[Any], Any | Iterable[Any]], of: str = "record"
+    ) -> Iterator[Any]:
+        """Entries of rows; a row that `parse` cannot use is set aside and the others go on.
 
         Args:
-            parse: entry or entries of a row. It raises Aside where it knows why there is none; a KeyError, TypeError,
-                ValueError or AttributeError says that the row has another form.
+            of: what a row is called in the list of those that were set aside, before its number.
+            parse: entry or entries of a row, or pairs for `put`. It raises Aside where it knows why there is none; a
+                KeyError, TypeError, ValueError or AttributeError says that the row has another form.
         """
         for number, row in enumerate(rows):
             try:
@@ -171,7 +172,7 @@ class Index:
                 self.set_aside(split, aside.reason, aside.name)
             except (KeyError, TypeError, ValueError, AttributeError) as error:
                 missing = f"no {error} in the record" if isinstance(error, KeyError) else "record of another form"
-                self.set_aside(split, missing, f"record {number}")
+                self.set_aside(split, missing, f"{of} {number}")
             else:
                 yield from entries
 

@@ -33,7 +33,27 @@ def answer_list(files: Iterable[Path], at_least: int) -> list[str]:
         for row in annotations.items(file, "annotations"):
             if isinstance(main := row.get("multiple_choice_answer"), str):
                 counts[normalize_answer(main).replace(",", "")] += 1
+    return most_frequent(counts, at_least)
+
+
+def most_frequent(counts: Counter[str], at_least: int = 1) -> list[str]:
+    """Answers that stand so often, the most frequent first, equals in alphabetic order."""
     return sorted((a for a, n in counts.items() if n >= at_least), key=lambda answer: (-counts[answer], answer))
+
+
+def given_answers(rows: Iterable[Any], at_least: int) -> list[str]:
+    """The closed list of all answers that annotators gave so often, as they were written, `most_frequent` first.
+
+    Args:
+        rows: annotations, each with `answers`, a list of {answer}. Those of another form count nothing.
+    """
+    counts: Counter[str] = Counter()
+    for row in rows:
+        given = row.get("answers") if isinstance(row, dict) else None
+        for one in given if isinstance(given, list) else ():
+            if isinstance(one, dict) and isinstance(answer := one.get("answer"), str) and answer:
+                counts[answer] += 1
+    return most_frequent(counts, at_least)
 
 
 def soft_targets(answers: list[str], listed: Collection[str], rule: Rule) -> dict[str, float]:

@@ -90,6 +90,20 @@ def test_vizwiz_captions_without_the_rejected_and_the_precanned_or_all(vizwiz, t
     assert captions(every, "val") == {23431: ["c0", "c1", "c2"], 23432: ["c3"]}
 
 
+def test_a_picture_listed_without_its_id_or_name_is_set_aside_with_its_captions(vizwiz, tmp_path):
+    images = [{"file_name": "x.jpg"}, {"id": 5}, "a text", {"id": 23431, "file_name": "VizWiz_val_00000000.jpg"}]
+    rows = [{"id": k, "image_id": k, "caption": f"c{k}"} for k in (5, 23431)]
+    put(vizwiz / "annotations/val.json", {"images": images, "annotations": rows})
+    manifest = prepared("vizwiz-captions", vizwiz, tmp_path / "out", "--captions", "all", "--splits", "val")
+    assert captions(manifest, "val") == {23431: ["c23431"]}
+    assert manifest.account["val"]["aside"] == {
+        "no 'id' in the record": [1, ["image 0"]],
+        "no 'file_name' in the record": [1, ["image 1"]],
+        "record of another form": [1, ["image 2"]],
+        "picture not listed under `images`": [1, ["5"]],
+    }
+
+
 def test_textcaps_takes_pictures_of_train_and_val_from_one_folder(tmp_path):
     root = tmp_path / "textcaps"
     row = {"image_id": "09b6cefc7b1f8a3d", "caption_id": 1, "caption_str": "a sign", "reference_strs": ["a", "b"]}

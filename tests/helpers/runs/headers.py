@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 from dataclasses import dataclass, field
+from itertools import takewhile
 from pathlib import Path
 
 PROGRAMS = ("python", "deepspeed")
@@ -27,8 +28,9 @@ class Command:
         return Path(self.script).stem
 
     def values(self, option: str) -> list[str]:
-        """Every value given right behind an option."""
-        return [b for a, b in zip(self.args, self.args[1:], strict=False) if a == option]
+        """Every value that follows an option, up to the next one."""
+        places = [i + 1 for i, arg in enumerate(self.args) if arg == option]
+        return [arg for i in places for arg in takewhile(lambda a: not a.startswith("--"), self.args[i:])]
 
 
 @dataclass
