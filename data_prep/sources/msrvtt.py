@@ -81,10 +81,10 @@ class MsrVtt(VideoSource):
         wanted = {f"video{n}" for n in FULL[split]} if form == "full" else self._train
 
         def entry(row: tuple[str, Any]) -> Entry:
-            video, caption = row
-            if video not in wanted:
+            key, sentence = row
+            if sentence[key] not in wanted:
                 raise Elsewhere
-            return self._entry(video, annotations.text(caption))
+            return self._entry(sentence[key], annotations.text(sentence["caption"]))
 
         return index.parsed(split, self._sentences(files[: len(self._captions())]), entry)
 
@@ -122,12 +122,12 @@ class MsrVtt(VideoSource):
         return self._entry(video, item, str(row["id"]) if "id" in row else None)
 
     def _sentences(self, files: list[Path]) -> Iterator[tuple[str, Any]]:
-        """(video, caption) of the files of captions, in their order."""
+        """(key of the video's name, row) of the files of captions, in their order."""
         for file in files:
             if file.name == "MSR_VTT.json":
-                yield from ((row["image_id"], row["caption"]) for row in annotations.items(file, "annotations"))
+                yield from (("image_id", row) for row in annotations.items(file, "annotations"))
             else:
-                yield from ((row["video_id"], row["caption"]) for row in annotations.items(file, "sentences"))
+                yield from (("video_id", row) for row in annotations.items(file, "sentences"))
 
     @staticmethod
     def _rows(file: Path) -> Iterator[dict[str, str]]:

@@ -101,7 +101,10 @@ class VqaV2(LayoutSource):
         if self.options.form == "karpathy":
             split_of = captions.KARPATHY_SPLITS
             images = annotations.items(self.root / self.first_there(captions.COCO_KARPATHY), "images")
-            index.put("split", ((str(image["cocoid"]), split_of.get(image["split"])) for image in images))
+            pairs = index.parsed(
+                self.chosen()[0], images, lambda image: [(str(image["cocoid"]), split_of.get(image["split"]))], "image"
+            )
+            index.put("split", pairs)
 
     def _published_list(self) -> str:
         name = "answer_list.json" if self.options.form == "blip" else "trainval_label2ans.json"

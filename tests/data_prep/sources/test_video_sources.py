@@ -58,10 +58,13 @@ def test_1k_a_takes_the_sentence_of_its_list_and_9k_trains_on_all_others(msrvtt,
     assert list(texts(prepared("msrvtt", msrvtt, tmp_path / "7k", "--form", "7k"), "train")) == ["video6600"]
 
 
-def test_the_full_split_goes_by_number(msrvtt, tmp_path):
+def test_the_full_split_goes_by_number_and_a_sentence_without_video_is_set_aside(msrvtt, tmp_path):
+    sentences = [*json.loads((msrvtt / "MSRVTT_data.json").read_text())["sentences"], {"caption": "of no video"}]
+    put(msrvtt / "MSRVTT_data.json", {"sentences": sentences})
     manifest = prepared("msrvtt", msrvtt, tmp_path / "out", "--form", "full", "--frames", "1")
     found = {split: list(texts(manifest, split)) for split in manifest.splits}
     assert found == {"train": ["video1"], "val": ["video6600"], "test": ["video7020", "video9000"]}
+    assert manifest.account["train"]["aside"] == {"no 'video_id' in the record": [1, ["record 8"]]}
 
 
 def test_questions_of_msrvtt_qa_and_a_video_that_does_not_decode(msrvtt, tmp_path):

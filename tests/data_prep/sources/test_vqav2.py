@@ -74,12 +74,12 @@ def test_the_list_counts_normalised_main_answers_of_train_and_val_and_targets_co
 def test_karpathys_split_goes_by_picture_and_restval_trains(root, tmp_path):
     split_of = {1: "train", 2: "test", 3: "restval", 4: "val"}
     images = [{"cocoid": n, "filepath": FOLDERS[n], "filename": path(n), "split": s} for n, s in split_of.items()]
-    put(root / "dataset_coco.json", {"images": images})
+    put(root / "dataset_coco.json", {"images": [*images, {"split": "train"}]})
     manifest = prepared("vqav2", root, tmp_path / "out", "--form", "karpathy", "--min-answer-count", "1")
     found = {s: [r["image_id"] for r in records(manifest, s)] for s in manifest.splits}
     assert found == {"train": [1, 3], "val": [4], "test": [2]}
     assert records(manifest, "test")[0]["questions"][0]["answers"] == ["yes"] * 10
-    assert not manifest.account["train"]["aside"]
+    assert manifest.account["train"]["aside"] == {"no 'cocoid' in the record": [1, ["image 4"]]}
 
 
 def test_rows_of_lxmert_bring_their_targets_and_take_the_annotators_from_the_official_files(root, tmp_path):
