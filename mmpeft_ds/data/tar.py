@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import hashlib
+import mmap
 import os
 import tarfile
+from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import IO
 
 import numpy as np
 
-CHUNK = 1 << 20  # bytes collected before they are hashed and written
+CHUNK = 1 << 21  # bytes that are hashed and written at a time; a multiple of any disk's blocks
+BUFFERS = 3  # one is filled while another is hashed and written, and a third waits for the slower of the two
 _BLOCK = tarfile.BLOCKSIZE
 
 
@@ -18,29 +23,33 @@ class TarWriter:
     """Writes samples to an open file: regular members with a fixed time, user and mode.
 
     The bytes are those of `webdataset.ShardWriter(mtime=0)`, whose import would bring torch into every worker, and of
-    tarfile, which takes several times as long to write and must read a file again to tell the positions. A thread
-    hashes and writes one chunk while the next one is collected. Use it in a `with` statement.
+    tarfile, which takes several times as long to write and must read a file again to tell the positions. One thread
+    hashes a chunk and another writes it while the next one is collected. Where the file system can, chunks go to the
+    disk without a copy in the system's cache: a shard is on disk before the next one begins in any case, and the
+    pictures that are read stay in the cache. Use it in a `with` statement.
 
     Args:
         stream: a new file, open for writing in binary mode without a buffer.
     """
 
     def __init__(self, stream: IO[bytes]):
-        self._stream = stream
+        self._file = stream.fileno()
         self._digest = hashlib.sha256()
-        self._pieces: list[bytes] = []
-        self._waiting = 0
+        self._buffers = deque(memoryview(mmap.mmap(-1, CHUNK)) for _ in range(BUFFERS))  # aligned, as disks want it
+        self._fill = 0
         self._at = 0
         self._begins: list[int] = []
         self._ends: list[int] = []
-        self._thread = ThreadPoolExecutor(1)
-        self._writing: Future[None] | None = None
+        self._hasher, self._writer = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
+        self._under_way: deque[tuple[Future[None], Future[None]]] = deque()
+        self._uncached = _set_uncached(self._file, True)
 
     def __enter__(self) -> TarWriter:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._thread.shutdown()
+        self._hasher.shutdown()
+        self._writer.shutdown()
 
     def add(self, key: str, parts: dict[str, bytes]) -> None:
         """Add the files of one sample, `KEY.EXTENSION`, in the order of their extensions."""
@@ -61,34 +70,61 @@ class TarWriter:
         """
         end = self._at + 2 * _BLOCK
         self._put(bytes(end + -end % tarfile.RECORDSIZE - self._at))
-        self._write()
-        self._wait()
-        os.fsync(self._stream.fileno())
+        self._send()
+        while self._under_way:
+            self._wait()
+        os.fsync(self._file)
         begins, ends = (np.array(values, dtype=np.int64) for values in (self._begins, self._ends))
         return self._at, self._digest.hexdigest(), np.stack([begins, ends - begins], axis=1)
 
     def _put(self, data: bytes) -> None:
-        self._pieces.append(data)
+        done = 0
+        while done < len(data):
+            taken = min(CHUNK - self._fill, len(data) - done)
+            self._buffers[0][self._fill : self._fill + taken] = data[done : done + taken]
+            self._fill += taken
+            done += taken
+            if self._fill == CHUNK:
+                self._send()
         self._at += len(data)
-        self._waiting += len(data)
-        if self._waiting >= CHUNK:
-            self._write()
 
-    def _write(self) -> None:
-        self._wait()
-        self._writing = self._thread.submit(self._hash_and_write, self._pieces)
-        self._pieces, self._waiting = [], 0
+    def _send(self) -> None:
+        """Let the first buffer be hashed and written, and take the one that was sent longest ago."""
+        chunk = self._buffers[0][: self._fill]
+        self._under_way.append(
+            (self._hasher.submit(self._digest.update, chunk), self._writer.submit(self._write, chunk))
+        )
+        self._buffers.rotate(-1)
+        self._fill = 0
+        if len(self._under_way) == BUFFERS:
+            self._wait()
 
     def _wait(self) -> None:
-        """Until the last chunk is written. Raises OSError if it could not be."""
-        if self._writing is not None:
-            self._writing.result()
+        """Until the chunk that was sent longest ago is written. Raises OSError if it could not be."""
+        for future in self._under_way.popleft():
+            future.result()
 
-    def _hash_and_write(self, pieces: list[bytes]) -> None:
-        data = memoryview(b"".join(pieces))
-        self._digest.update(data)
-        while data:
-            data = data[self._stream.write(data) :]
+    def _write(self, chunk: memoryview) -> None:
+        if self._uncached and len(chunk) < CHUNK:  # the end of the file, which is no whole block
+            self._uncached = _set_uncached(self._file, False)
+        while chunk:
+            try:
+                chunk = chunk[os.write(self._file, chunk) :]
+            except OSError as error:
+                if error.errno != errno.EINVAL or not self._uncached:
+                    raise
+                self._uncached = _set_uncached(self._file, False)  # this file system wants other blocks
+
+
+def _set_uncached(file: int, on: bool) -> bool:
+    """Let writes bypass the system's cache, or not; whether they do, which some systems and file systems refuse."""
+    flag = getattr(os, "O_DIRECT", 0)
+    flags = fcntl.fcntl(file, fcntl.F_GETFL)
+    try:
+        fcntl.fcntl(file, fcntl.F_SETFL, flags | flag if on else flags & ~flag)
+    except OSError:
+        return False
+    return on and flag != 0
 
 
 def header(name: str, size: int) -> bytes:

@@ -26,6 +26,9 @@ from mmpeft_ds.data.parts import PARTS, Part, save_part, shard_file
 from mmpeft_ds.data.tar import TarWriter
 from mmpeft_ds.files import fsync, replacing, sha256
 
+# json.dumps would make an encoder for every record.
+_encoded = json.JSONEncoder(sort_keys=True, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode
+
 
 @dataclass
 class RawSample:
@@ -56,8 +59,7 @@ def members(sample: Any) -> dict[str, bytes]:
         ValueError: if an image extension is unknown, the record is no JSON, or features hold Python objects.
     """
     record = {**sample.record, "source_name": sample.name}
-    text = json.dumps(record, sort_keys=True, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-    parts = {"json": text.encode()}
+    parts = {"json": _encoded(record).encode()}
     for i, (extension, data) in enumerate(sample.images):
         stored = STORED.get(extension.lower())
         if stored is None:

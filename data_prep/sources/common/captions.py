@@ -41,9 +41,9 @@ def coco(
     index.put(images, index.parsed(split, annotations.items(file, "images"), picture, "image"))
     captioned, listed = bytearray(), index.size_of(images)  # a byte a picture
 
-    def entry(row: Any) -> Entry:
+    def entry(pair: tuple[Any, Any]) -> Entry:
+        row, found = pair
         check(row)
-        found = index.get(images, str(row["image_id"]))
         if found is None:
             raise Aside("picture not listed under `images`", str(row["image_id"]))
         number, name, place = found
@@ -52,7 +52,7 @@ def coco(
         captioned[place] = 1
         return Entry(name, [name], item, {"image_id": number}, key=str(row["id"]))
 
-    yield from index.parsed(split, annotations.items(file, "annotations"), entry)
+    yield from index.parsed(split, index.joined(images, annotations.items(file, "annotations"), "image_id"), entry)
     if without := listed - captioned.count(1):
         index.count(split, "uncaptioned", without)
 

@@ -21,6 +21,7 @@ from typing import Any
 
 SHOWN = 10  # names kept for a reason to set records aside
 BLOCK = 1024  # rows handled at a time
+GROUP = 64  # samples that a thread looks at before it takes others
 _SCHEMA = """
 CREATE TABLE sample(
     id INTEGER PRIMARY KEY, split TEXT, name TEXT, files TEXT, fields TEXT, number INTEGER,
@@ -186,6 +187,20 @@ class Index:
         row = self._run("SELECT value FROM looked_up WHERE kind=? AND key=?", (kind, key)).fetchone()
         return None if row is None else json.loads(row[0])
 
+    def joined(self, kind: str, rows: Iterable[Any], key: str) -> Iterator[tuple[Any, Any]]:
+        """(row, what `put` kept for its value under `key`, or None) of rows, many looked up with each statement.
+
+        A row without that key, or of another form, has None beside it.
+        """
+        rows = iter(rows)
+        query = "SELECT key, value FROM looked_up WHERE kind=? AND key IN (SELECT value FROM json_each(?))"
+        while block := list(itertools.islice(rows, BLOCK)):
+            keys = [str(row[key]) if isinstance(row, dict) and key in row else None for row in block]
+            found = dict(self._run(query, (kind, json.dumps(keys))).fetchall())
+            for row, number in zip(block, keys, strict=True):
+                value = found.get(number)
+                yield row, None if value is None else _decoded(value)
+
     def size_of(self, kind: str) -> int:
         """How many keys `put` kept values for."""
         return self._run("SELECT count(*) FROM looked_up WHERE kind=?", (kind,)).fetchone()[0]
@@ -221,6 +236,10 @@ class Index:
         Args:
             problem: of a sample's paths, why it cannot be used, or nothing; called in several threads.
         """
+
+        def of_group(group: list[tuple[int, str, str]]) -> list[str]:
+            return [problem(_decoded(files)) for _, _, files in group]
+
         self._run("CREATE INDEX IF NOT EXISTS items_of ON item(sample)")
         last = -1
         with ThreadPoolExecutor(8) as pool:
@@ -228,7 +247,9 @@ class Index:
                 "SELECT id, name, files FROM sample WHERE split=? AND id>? ORDER BY id LIMIT ?", (split, last, BLOCK)
             ).fetchall():
                 last = block[-1][0]
-                reasons = pool.map(problem, [json.loads(files) for _, _, files in block], chunksize=64)
+                # A group is a task of a thread: a task a picture would cost several times what looking at one does.
+                groups = [block[i : i + GROUP] for i in range(0, len(block), GROUP)]
+                reasons = itertools.chain.from_iterable(pool.map(of_group, groups))
                 for (row, name, _), why in zip(block, reasons, strict=True):
                     if why:
                         self._drop(split, row, name, why)
@@ -255,7 +276,7 @@ class Index:
                 if row in items:  # samples that were dropped have theirs still
                     items[row].append(value)
             for row, name, files, fields in rows:
-                yield name, json.loads(files), json.loads(f"[{','.join(items[row])}]"), json.loads(fields)
+                yield name, *_decoded(f"[{files}, [{','.join(items[row])}], {fields}]")
 
     def size(self, split: str) -> int:
         """Number of samples of a split."""
@@ -303,4 +324,6 @@ class Index:
         return self._connection[1]
 
 
-_json = json.JSONEncoder(ensure_ascii=False).encode  # json.dumps would make an encoder for every value
+# json.dumps and json.loads would choose an encoder or decoder for every value.
+_json = json.JSONEncoder(ensure_ascii=False).encode
+_decoded = json.JSONDecoder().decode

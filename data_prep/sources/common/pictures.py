@@ -11,7 +11,8 @@ import os
 from pathlib import Path
 
 HEAD = 16  # bytes that tell the format
-TAIL = 65536  # bytes at the end in which the last marker must stand: some files have bytes after it
+SHORT_TAIL = 64  # bytes at the end in which the last marker stands in nearly every file
+TAIL = 65536  # in which it must stand: some files have bytes after it
 _ENDS = {"jpg": b"\xff\xd9", "png": b"IEND"}
 
 
@@ -35,22 +36,29 @@ def ending_by_content(head: bytes) -> str | None:
 def problem(path: Path) -> str:
     """Why the file of a picture cannot be used (missing, empty, not a picture, cut off); nothing if it looks whole.
 
-    Two short reads, no decoding.
+    Two reads of a few bytes, no decoding. Only where bytes follow the last marker, more of the end is read.
     """
     try:
-        with open(path, "rb") as stream:
-            head = stream.read(HEAD)
-            if not head:
-                return "empty picture"
-            kind = ending_by_content(head)
-            if kind is None:
-                return "not a picture"
-            if kind in _ENDS:
-                stream.seek(max(os.fstat(stream.fileno()).st_size - TAIL, 0))
-                if _ENDS[kind] not in stream.read():
-                    return "picture cut off"
+        file = os.open(path, os.O_RDONLY)
+        try:
+            return _problem(file)
+        finally:
+            os.close(file)
     except FileNotFoundError:
         return "picture missing"
     except OSError as error:
         return f"picture cannot be read ({error.strerror})"
+
+
+def _problem(file: int) -> str:
+    head = os.pread(file, HEAD, 0)
+    if not head:
+        return "empty picture"
+    kind = ending_by_content(head)
+    if kind is None:
+        return "not a picture"
+    if kind in _ENDS:
+        size = os.fstat(file).st_size
+        if not any(_ENDS[kind] in os.pread(file, tail, max(size - tail, 0)) for tail in (SHORT_TAIL, TAIL)):
+            return "picture cut off"
     return ""

@@ -90,11 +90,11 @@ def official(
         answered: whether the split has answers; a question without is then set aside.
     """
 
-    def entry(row: Any) -> Entry:
+    def entry(pair: tuple[Any, Any]) -> Entry:
+        row, found = pair
         number = row["question_id"]
         item = {"question": annotations.text(row["question"]), "answers": [], "question_id": number}
         if answered:
-            found = index.get(ANSWERS, str(number))
             if found is None:
                 raise Aside("question without annotation", str(number))
             item |= of_annotation(found)
@@ -103,7 +103,8 @@ def official(
         name = path(row)
         return Entry(name, [name], item, {"image_id": row["image_id"]}, key=str(number))
 
-    return index.parsed(split, annotations.items(file, "questions"), entry)
+    rows = index.joined(ANSWERS, annotations.items(file, "questions"), "question_id")
+    return index.parsed(split, rows, entry)
 
 
 def of_annotation(row: dict[str, Any]) -> dict[str, Any]:
@@ -124,7 +125,8 @@ def scored(
     answer of full score is the answer, and other questions are scored by the targets.
     """
 
-    def entry(row: Any) -> Entry:
+    def entry(pair: tuple[Any, Any]) -> Entry:
+        row, found = pair
         label = row.get("label") or {}
         item = {"question": annotations.text(row["sent"]), "question_id": row["question_id"], "answers": []}
         if answers:
@@ -134,12 +136,12 @@ def scored(
         for ours, theirs in (("type", "answer_type"), ("question_type", "question_type")):
             if isinstance(row.get(theirs), str):
                 item[ours] = row[theirs]
-        if answers and (found := index.get(ANSWERS, str(row["question_id"]))):
+        if answers and found:
             item |= of_annotation(found)
         name = path(row["img_id"])
         return Entry(name, [name], item, {"image_id": row["img_id"]}, key=str(row["question_id"]))
 
-    return index.parsed(split, rows, entry)
+    return index.parsed(split, index.joined(ANSWERS, rows, "question_id"), entry)
 
 
 def record(items: list[Any], fields: dict[str, Any]) -> dict[str, Any]:
