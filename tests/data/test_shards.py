@@ -1,7 +1,10 @@
 """Reading samples by byte range, safely, and checking shards at start."""
 
+import errno
+import fcntl
 import hashlib
 import io
+import os
 import pickle
 import tarfile
 
@@ -196,6 +199,57 @@ def test_shards_are_those_of_webdatasets_writer_to_the_byte(tmp_path):
     for i, (begin, length) in enumerate(offsets.tolist()):
         key, parts = members(data[begin : begin + length])
         assert key == f"train-{i:07d}" and parts == rows[i]
+
+
+def refusing_flags(*arguments):
+    if arguments[1] == fcntl.F_SETFL and arguments[2] & os.O_DIRECT:
+        raise OSError(errno.EINVAL, "not here")
+    return REAL_FCNTL(*arguments)
+
+
+def refusing_whole_chunks(file, data):
+    if fcntl.fcntl(file, fcntl.F_GETFL) & os.O_DIRECT:
+        raise OSError(errno.EINVAL, "blocks of another size")
+    return REAL_WRITE(file, data)
+
+
+REAL_FCNTL, REAL_WRITE = fcntl.fcntl, os.write
+FILE_SYSTEMS = {
+    "all is cached": ("mmpeft_ds.data.tar.fcntl.fcntl", refusing_flags),
+    "blocks of another size": ("mmpeft_ds.data.tar.os.write", refusing_whole_chunks),
+    "a part is written at a time": (
+        "mmpeft_ds.data.tar.os.write",
+        lambda file, data: REAL_WRITE(file, data[: 1 << 20]),
+    ),
+}
+
+
+@pytest.mark.parametrize("system", FILE_SYSTEMS)
+def test_a_shard_has_the_same_bytes_on_file_systems_that_refuse_to_bypass_the_cache(tmp_path, monkeypatch, system):
+    def written(name):
+        with (tmp_path / name).open("wb", buffering=0) as stream, TarWriter(stream) as ours:
+            for number in range(7):
+                ours.add(f"train-{number}", {"bin": bytes([number]) * (3 << 19)})
+            size, digest, _ = ours.close()
+        data = (tmp_path / name).read_bytes()
+        assert (size, digest) == (len(data), hashlib.sha256(data).hexdigest())
+        return data
+
+    wanted = written("here")
+    monkeypatch.setattr(*FILE_SYSTEMS[system])
+    assert written("there") == wanted
+
+
+def test_what_cannot_be_written_ends_a_shard_with_the_systems_error(tmp_path, monkeypatch):
+    def full(file, data):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("mmpeft_ds.data.tar.os.write", full)
+    with (tmp_path / "t").open("wb", buffering=0) as stream, TarWriter(stream) as ours:
+        with pytest.raises(OSError, match="No space left"):
+            for number in range(9):
+                ours.add(f"train-{number}", {"bin": bytes(1 << 20)})
+            ours.close()
 
 
 @pytest.mark.parametrize(
