@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,26 +15,26 @@ from mmpeft_ds.data.parts import Part
 from mmpeft_ds.data.shards import members
 
 SHOWN = 10  # names kept
-TRAIN = "train"
 
 
 def across_splits(out: Path, parts: dict[str, list[Part]]) -> dict[str, dict[str, Any]]:
-    """Training pictures that other splits have too.
+    """Pictures of each split that splits after it have too.
 
     Args:
         out: directory of the shards, which are all in place.
         parts: split -> parts of its shards in order.
 
     Returns:
-        {`train`: {`also_in`: other split -> [number of different pictures, the source's names of the first ten samples
-        of the training split that show one]}}; empty where there are none.
+        split -> {`also_in`: later split -> [number of different pictures, the source's names of the first ten samples
+        of the former that show one]}; without splits that have none.
     """
-    also_in = {}
-    for other in parts:
-        if TRAIN in parts and other != TRAIN and (common := _common(parts[TRAIN], parts[other])):
+    found: dict[str, dict[str, Any]] = {}
+    for split, other in itertools.combinations(parts, 2):
+        if common := _common(parts[split], parts[other]):
             number, places = common
-            also_in[other] = [number, [_name(out, parts[TRAIN][shard], sample) for shard, sample in places]]
-    return {TRAIN: {"also_in": also_in}} if also_in else {}
+            names = [_name(out, parts[split][shard], sample) for shard, sample in places]
+            found.setdefault(split, {"also_in": {}})["also_in"][other] = [number, names]
+    return found
 
 
 def _common(mine: list[Part], theirs: list[Part]) -> tuple[int, list[tuple[int, int]]] | None:

@@ -28,7 +28,9 @@ def show(manifest: Manifest) -> None:
             more = ", ..." if number > len(names) else ""
             print(f"  {split}: {number:,} set aside, {reason}: {', '.join(names)}{more}")
         if without := manifest.account.get(split, {}).get("uncaptioned"):
-            print(f"  {split}: {without:,} pictures are listed without a caption, and left out")
+            print(f"  {split}: {without:,} pictures or videos are listed without a caption, and left out")
+        if cut := manifest.fields[split].get("cut", {}).get("present"):
+            print(f"  {split}: {cut:,} videos break off or do not decode in parts; their records say `cut`")
         for other, (number, names) in manifest.account.get(split, {}).get("also_in", {}).items():
             more = ", ..." if number > len(names) else ""
             print(f"  {split}: {number:,} of the pictures are also in {other}: {', '.join(names)}{more}")

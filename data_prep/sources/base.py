@@ -60,7 +60,7 @@ class Source(abc.ABC):
         Returns:
             any of `records`, `pictures`, `texts`: numbers; `expected`: name of such a number -> what the publishers
             of the data set count; `aside`: reason -> [number of records, their first ten names];
-            `uncaptioned`: pictures that are listed without any caption. prepare.py adds `also_in`, see
+            `uncaptioned`: pictures or videos that are listed without any caption. prepare.py adds `also_in`, see
             `data_prep.duplicates`.
         """
         return {}

@@ -52,8 +52,9 @@ class CocoCaptions(LayoutSource):
         if self.options.form == "official":
             return {split: [ANNOTATIONS.format(split)] for split in ("train", "val")}
         if self.options.form == "blip":
-            return {split: [BLIP.format(split)] for split in captions.SPLITS}
-        return {split: [captions.COCO_KARPATHY] for split in captions.SPLITS}
+            names = {split: BLIP.format(split) for split in captions.SPLITS}
+            return {split: [self.first_there(name, f"annotations/{name}")] for split, name in names.items()}
+        return {split: [self.first_there(*captions.COCO_KARPATHY)] for split in captions.SPLITS}
 
     def entries(self, split: str, index: Index) -> Iterator[Entry]:
         file = self.root / self.files()[split][0]

@@ -4,9 +4,10 @@
 `--form sharegpt`  the same with `images` and an optional `system`
 `--form messages`  {messages: [{role: system, user or assistant, content}], images?}
 `--form qwen-vl`   {id, conversations: [{from: user or assistant, value}]} with `<img>path</img>` in the text
-JSON lists and JSON lines are both read. Pictures are paths below the root or --pictures; no address is fetched. With a
-single picture, LLaVA's rule holds: `<image>` goes to the front of its turn, with a line break. With several, the n-th
-`<image>` is the n-th picture, where it stands. Source of the facts: specs/datasets.md 16.
+JSON lists and JSON lines are both read. Pictures are paths below the root or --pictures; no address is fetched. For
+the single `image` of a record LLaVA's rule holds: `<image>` goes to the front of its turn, with a line break. In
+lists, and in the other forms, the n-th `<image>` is the n-th picture, where it stands. Source of the facts:
+specs/datasets.md 16.
 """
 
 from __future__ import annotations
@@ -76,7 +77,7 @@ class Conversations(LayoutSource):
             turns, pictures = read(row, name)
             turns = _checked(turns, name)
             _check_pictures(turns, pictures, name)
-            if len(pictures) == 1 and self.options.form != "qwen-vl":
+            if self.options.form == "llava" and isinstance(row.get("image"), str):
                 turns = [(role, _first(text)) for role, text in turns]
             fields: dict[str, Any] = {"conversations": [{"from": role, "value": text} for role, text in turns]}
             if "id" in row:

@@ -88,8 +88,9 @@ class CoopSplit(LayoutSource):
     def _located(options: Options, known: Known) -> Options:
         """Options with the root of the data set itself, and its folder of pictures."""
         root = options.root / known.folder if (options.root / known.folder).is_dir() else options.root
-        pictures = options.pictures or (root / known.pictures if (root / known.pictures).is_dir() else root)
-        return replace(options, root=root, pictures=pictures)
+        above = options.pictures or root
+        places = (above / known.folder / known.pictures, above / known.pictures, above / "data" / known.pictures)
+        return replace(options, root=root, pictures=next((place for place in places if place.is_dir()), above))
 
     @property
     def layout(self) -> str:
@@ -124,9 +125,8 @@ class CoopSplit(LayoutSource):
         if self.options.dataset == "imagenet":
             classes = imagenet.classes(self.root / "classnames.txt")
             folder = "train" if split == "train" else "val"
-            return imagenet.entries(
-                self.pictures_root, folder, {wnid: i for i, (wnid, _) in enumerate(classes)}, names
-            )
+            labels = {wnid: i for i, (wnid, _) in enumerate(classes)}
+            return imagenet.entries(self.pictures_root, folder, split, index, labels, names)
         if self.options.dataset == "fgvc_aircraft":
             lines = annotations.lines(self.root / self._own_files(split)[0])
             numbers = {name: i for i, name in enumerate(names)}
@@ -203,6 +203,7 @@ class CoopSplit(LayoutSource):
     @staticmethod
     def _item(entry: Any) -> tuple[str, int, str]:
         path, label, name = entry
+        label = int(label) if isinstance(label, str | float) and int(label) == float(label) else label
         if not isinstance(path, str) or isinstance(label, bool) or not isinstance(label, int) or label < 0:
             raise ValueError(f"entry {str(entry)[:60]}")
         if Path(path).is_absolute() or ".." in Path(path).parts:

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from data_prep.sources.common import annotations
 from data_prep.sources.common.index import Entry, Index
-from data_prep.sources.common.videos import VideoOptions, VideoSource
+from data_prep.sources.common.videos import VideoOptions, VideoSource, name_of
 
 
 @dataclass
@@ -58,7 +58,7 @@ class DiDeMo(VideoSource):
 
     @staticmethod
     def _of_aurora(row: Any) -> Entry:
-        name = annotations.text(row["clip_name"])
+        name = name_of(annotations.text(row["clip_name"]))
         return Entry(name, [name], {"text": annotations.text(row["caption"])}, {"video_id": name})
 
     def record(self, items: list[Any], fields: dict[str, Any]) -> dict[str, Any]:

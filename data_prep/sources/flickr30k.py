@@ -71,8 +71,7 @@ class Flickr30k(LayoutSource):
     @staticmethod
     def _rows(file: Path) -> Iterator[str]:
         rows = annotations.lines(file)
-        next(rows, None)  # the header
-        return rows
+        return (row for row in rows if not row.startswith("image_name|"))  # the header
 
     @staticmethod
     def _of_csv(line: str) -> Entry:

@@ -1,16 +1,16 @@
 """GQA: compositional questions with one answer each, from questions1.2/ or LXMERT's files.
 
 `--form official`  {train,val,testdev,test,challenge}_balanced_questions.json, with `--all` the whole sets
-                   ({val,testdev,...}_all_questions.json and the files in train_all_questions/)
+                   ({val,testdev,test,challenge,submission}_all_questions.json and the files in train_all_questions/)
 `--form lxmert`    train.json, valid.json, testdev.json, submit.json
 Pictures lie in images/ (those of LXMERT's files in VG/VG_100K/ or images/). Ids are texts with leading zeros and stay
-so. Test and challenge have no answers. The list of answers is made of the training questions of the form.
+so. Test, challenge and submission have no answers. The list of answers is made of the training questions of the form.
 Source of the facts: specs/datasets.md 4.
 """
 
 from __future__ import annotations
 
-from collections import Counter
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,19 +56,17 @@ class Gqa(LayoutSource):
     def files(self) -> dict[str, list[str]]:
         if self.options.form == "lxmert":
             return {s: [self.first_there(f"{name}.json", f"gqa/{name}.json")] for s, name in LXMERT.items()}
-        return {split: self._official(split) for split in OFFICIAL}
+        return {split: self._official(split) for split in (*OFFICIAL, *(["submission"] if self.options.all else []))}
 
     def begin(self, index: Index) -> None:
         """The list of answers of the training questions, the most frequent first."""
-        counts: Counter[str] = Counter()
-        for name in self.files()["train"]:
-            if not (file := self.root / name).is_file():
-                continue
-            if self.options.form == "lxmert":
-                counts.update(answer for row in annotations.items(file) for answer in row.get("label", {}))
-            else:
-                counts.update(row["answer"] for _, row in annotations.pairs(file) if "answer" in row)
-        index.keep(LISTED, questions.most_frequent(counts))
+        files = [file for name in self.files()["train"] if (file := self.root / name).is_file()]
+        if self.options.form == "lxmert":
+            rows = itertools.chain.from_iterable(annotations.items(file) for file in files)
+            index.keep(LISTED, questions.given_answers(rows, lambda row: row["label"]))
+        else:
+            pairs = itertools.chain.from_iterable(annotations.pairs(file) for file in files)
+            index.keep(LISTED, questions.given_answers(pairs, lambda pair: [pair[1]["answer"]]))
 
     def also_read(self) -> list[str]:
         return self.files()["train"]
@@ -80,13 +78,13 @@ class Gqa(LayoutSource):
                 rows = annotations.items(file)
                 yield from questions.scored(rows, split, index, lambda image: f"{image}.jpg", split != "submit")
             else:
-                yield from index.parsed(split, annotations.pairs(file), self._entry)
+                yield from index.parsed(split, annotations.pairs(file), lambda pair: self._entry(pair, split))
 
     @staticmethod
-    def _entry(pair: tuple[str, Any]) -> Entry:
+    def _entry(pair: tuple[str, Any], split: str) -> Entry:
         number, row = pair
         item = {"question": annotations.text(row["question"]), "question_id": number, "answers": []}
-        if "answer" in row:
+        if split in ANSWERED:
             item["answers"] = [annotations.text(row["answer"])]
         types = row.get("types") or {}
         for ours, theirs in (("type", "structural"), ("question_type", "semantic")):

@@ -74,7 +74,7 @@ class ImageNet(LayoutSource):
             folders = [str(i) for i in range(len(folders))]
         folder = self.files()[split][1]
         labels = {name: label for label, name in enumerate(folders)}
-        return imagenet.entries(self.pictures_root, "" if folder == "." else folder, labels, names)
+        return imagenet.entries(self.pictures_root, "" if folder == "." else folder, split, index, labels, names)
 
     def record(self, items: list[Any], fields: dict[str, Any]) -> dict[str, Any]:
         return fields

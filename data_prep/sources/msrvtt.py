@@ -11,8 +11,6 @@ anywhere below the root. A sample is a clip. Source of the facts: specs/datasets
 
 from __future__ import annotations
 
-import csv
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,10 +18,12 @@ from typing import Any, Literal
 
 from data_prep.sources.common import annotations, questions
 from data_prep.sources.common.index import Elsewhere, Entry, Index
-from data_prep.sources.common.videos import VideoOptions, VideoSource
+from data_prep.sources.common.videos import VideoOptions, VideoSource, name_of
 
 TEST_1K = "MSRVTT_JSFUSION_test.csv"
+FROZEN = "MSR_VTT.json"
 FULL = {"train": range(6513), "val": range(6513, 7010), "test": range(7010, 10000)}
+VAL_QUESTIONS = {"texts": 12_278}  # of the other splits no source gives a number of the released files
 LISTED = "listed"
 
 
@@ -51,10 +51,9 @@ class MsrVtt(VideoSource):
             return {s: [self._anywhere(f"{s}_qa.json", f"{s}.jsonl")] for s in ("train", "val", "test")}
         if form == "aurora":
             return {s: [self._anywhere(f"{s}.jsonl")] for s in ("train", "test")}
-        captions = self._captions()
         if form == "full":
-            return {split: captions for split in FULL}
-        return {"train": [*captions, self._anywhere(TEST_1K)], "test": [self._anywhere(TEST_1K)]}
+            return {split: self._captions(split) for split in FULL}
+        return {"train": [*self._captions(form), self._anywhere(TEST_1K)], "test": [self._anywhere(TEST_1K)]}
 
     def also_read(self) -> list[str]:
         lists = [self._anywhere(f"MSRVTT_train.{self.options.form}.csv")] if self.options.form in ("7k", "9k") else []
@@ -67,7 +66,7 @@ class MsrVtt(VideoSource):
         if self.options.form == "qa":
             file = self.root / self.files()["train"][0]
             rows = annotations.records(file) if file.is_file() else ()
-            index.keep(LISTED, questions.most_frequent(Counter(str(row.get("answer")) for row in rows)))
+            index.keep(LISTED, questions.given_answers(rows, lambda row: [row["answer"]]))
 
     def entries(self, split: str, index: Index) -> Iterator[Entry]:
         files = [self.root / name for name in self.files()[split]]
@@ -77,16 +76,27 @@ class MsrVtt(VideoSource):
         if form == "aurora":
             return index.parsed(split, annotations.json_lines(files[0]), self._of_aurora)
         if split == "test" and form != "full":
-            return index.parsed(split, self._rows(files[0]), self._of_csv)
+            return index.parsed(split, annotations.csv_rows(files[0], "video_id", "sentence"), self._of_csv)
         wanted = {f"video{n}" for n in FULL[split]} if form == "full" else self._train
+        return self._captioned(split, index, [file for file in files if file.name != TEST_1K], wanted)
 
-        def entry(row: tuple[str, Any]) -> Entry:
-            key, sentence = row
-            if sentence[key] not in wanted:
+    def _captioned(self, split: str, index: Index, files: list[Path], wanted: set[str]) -> Iterator[Entry]:
+        """Captions of the wanted videos; listed ones without any are counted."""
+        left = set(wanted)
+        name = "image_id" if files[0].name == FROZEN else "video_id"
+
+        def entry(row: Any) -> Entry:
+            video = row[name]
+            if video not in wanted:
                 raise Elsewhere
-            return self._entry(sentence[key], annotations.text(sentence["caption"]))
+            left.discard(video)
+            return self._entry(video, annotations.text(row["caption"]))
 
-        return index.parsed(split, self._sentences(files[: len(self._captions())]), entry)
+        for file in files:
+            key = "annotations" if file.name == FROZEN else "sentences"
+            yield from index.parsed(split, annotations.items(file, key), entry)
+        if left and self._listed().is_file():
+            index.count(split, "uncaptioned", len(left))
 
     def record(self, items: list[Any], fields: dict[str, Any]) -> dict[str, Any]:
         return fields | ({"questions": items} if self.options.form == "qa" else {"captions": items})
@@ -96,10 +106,11 @@ class MsrVtt(VideoSource):
 
     def account(self, split: str) -> dict[str, Any]:
         account = super().account(split)
+        form = self.options.form
         numbers = {"7k": {"train": 7010, "test": 1000}, "9k": {"train": 9000, "test": 1000}}
         numbers["full"] = numbers["qa"] = {name: len(numbers) for name, numbers in FULL.items()}
-        if not self.options.limit and (expected := numbers.get(self.options.form, {}).get(split)):
-            account["expected"] = {"samples": expected}
+        if not self.options.limit and (expected := numbers.get(form, {}).get(split)):
+            account["expected"] = {"samples": expected} | (VAL_QUESTIONS if (form, split) == ("qa", "val") else {})
         return account
 
     @staticmethod
@@ -107,10 +118,10 @@ class MsrVtt(VideoSource):
         return Entry(video, [video], item, {"video_id": video}, key=key)
 
     def _of_csv(self, row: dict[str, str]) -> Entry:
-        return self._entry(row["video_id"], annotations.text(row["sentence"]))
+        return self._entry(row["video_id"], annotations.text(row["sentence"]), key=row["video_id"])
 
     def _of_aurora(self, row: Any) -> Entry:
-        return self._entry(Path(annotations.text(row["clip_name"])).stem, annotations.text(row["caption"]))
+        return self._entry(name_of(annotations.text(row["clip_name"])), annotations.text(row["caption"]))
 
     def _question(self, row: Any) -> Entry:
         video = row["video_id"] if isinstance(row["video_id"], str) else f"video{row['video_id']}"
@@ -121,32 +132,26 @@ class MsrVtt(VideoSource):
             item["type"] = row["answer_type"]
         return self._entry(video, item, str(row["id"]) if "id" in row else None)
 
-    def _sentences(self, files: list[Path]) -> Iterator[tuple[str, Any]]:
-        """(key of the video's name, row) of the files of captions, in their order."""
-        for file in files:
-            if file.name == "MSR_VTT.json":
-                yield from (("image_id", row) for row in annotations.items(file, "annotations"))
-            else:
-                yield from (("video_id", row) for row in annotations.items(file, "sentences"))
-
-    @staticmethod
-    def _rows(file: Path) -> Iterator[dict[str, str]]:
-        return csv.DictReader(annotations.lines(file))
-
     def _names_of_training(self) -> set[str]:
-        listed = self.root / self._anywhere(f"MSRVTT_train.{self.options.form}.csv")
-        if listed.is_file():
-            return {row["video_id"] for row in self._rows(listed)}
-        tested = {row["video_id"] for row in self._rows(self.root / self._anywhere(TEST_1K))}
+        if self._listed().is_file():
+            return {row["video_id"] for row in annotations.csv_rows(self._listed(), "video_id")}
+        tested = self.root / self._anywhere(TEST_1K)
+        tested = {row["video_id"] for row in annotations.csv_rows(tested, "video_id")}
         numbers = range(7010) if self.options.form == "7k" else range(10000)
         return {f"video{n}" for n in numbers} - tested
 
-    def _captions(self) -> list[str]:
-        one = self._anywhere("MSRVTT_data.json", "MSR_VTT.json")
+    def _listed(self) -> Path:
+        """The list of training videos of 7k or 9k, which need not be there."""
+        return self.root / self._anywhere(f"MSRVTT_train.{self.options.form}.csv")
+
+    def _captions(self, part: str) -> list[str]:
+        """Files with the captions of a split of `full`, or of the training videos of 7k or 9k."""
+        one = self._anywhere("MSRVTT_data.json", FROZEN)
         if (self.root / one).exists():
             return [one]
-        both = [self._anywhere(f"{half}_videodatainfo.json") for half in ("train_val", "test")]
-        return both if (self.root / both[0]).exists() else [one]
+        halves = {"test": ["test"], "9k": ["train_val", "test"]}.get(part, ["train_val"])
+        files = [self._anywhere(f"{half}_videodatainfo.json") for half in halves]
+        return files if any((self.root / file).exists() for file in files) else [one]
 
     def _anywhere(self, *names: str) -> str:
         folders = ("", "annotation/", "annotations/", "msrvtt_data/", "high-quality/structured-symlinks/", "MSRVTT/")

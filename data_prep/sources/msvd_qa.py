@@ -6,7 +6,6 @@ whose names begin with any character. Source of the facts: specs/datasets.md 14.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -42,7 +41,7 @@ class MsvdQa(VideoSource):
         index.put(CLIPS, ((number, name) for name, _, number in pairs))
         train = self.root / "train_qa.json"
         rows = annotations.items(train) if train.is_file() else ()
-        index.keep(LISTED, questions.most_frequent(Counter(str(row.get("answer")) for row in rows)))
+        index.keep(LISTED, questions.given_answers(rows, lambda row: [row["answer"]]))
 
     def entries(self, split: str, index: Index) -> Iterator[Entry]:
         def entry(row: Any) -> Entry:

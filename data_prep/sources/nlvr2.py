@@ -1,6 +1,7 @@
 """NLVR2: whether a sentence is true of two pictures. A sample is a pair of pictures with all its sentences.
 
 `--form official`  nlvr2/data/{train,dev,test1,test2}.json, one object a line (also directly below the root)
+                   with `--subset balanced` or `unbalanced` nlvr2/data/<subset>/<subset>_{dev,test1}.json
 `--form blip`      nlvr_{train,dev,test}.json
 Pictures lie in images/train/<directory>/, dev/, test1/ and test2/ (the last is our choice: no source names it). Each
 question is the sentence, its answer `true` or `false`. The official form keeps `identifier` as `question_id`, of which
@@ -19,6 +20,7 @@ from data_prep.sources.common.index import Aside, Entry, Index
 from data_prep.sources.common.layout import LayoutOptions, LayoutSource
 
 OFFICIAL = ("train", "dev", "test1", "test2")
+SUBSETS = {"balanced": {"dev": 2_300, "test1": 2_316}, "unbalanced": {"dev": 3_562, "test1": 3_536}}  # sentences
 ANSWERS = ["true", "false"]
 
 
@@ -28,9 +30,11 @@ class Options(LayoutOptions):
 
     Attributes:
         form: whose files are read: the publishers' (official) or BLIP's lists.
+        subset: of the official dev and test1: all sentences, or the balanced or unbalanced ones.
     """
 
     form: Literal["official", "blip"] = "official"
+    subset: Literal["all", "balanced", "unbalanced"] = "all"
 
 
 class Nlvr2(LayoutSource):
@@ -51,6 +55,9 @@ class Nlvr2(LayoutSource):
             return {
                 s: [self.first_there(f"nlvr_{s}.json", f"annotations/nlvr_{s}.json")] for s in ("train", "dev", "test")
             }
+        if (subset := self.options.subset) != "all":
+            names = {split: f"data/{subset}/{subset}_{split}.json" for split in SUBSETS[subset]}
+            return {split: [self.first_there(f"nlvr2/{name}", name)] for split, name in names.items()}
         return {s: [self.first_there(f"nlvr2/data/{s}.json", f"data/{s}.json", f"{s}.json")] for s in OFFICIAL}
 
     def entries(self, split: str, index: Index) -> Iterator[Entry]:
@@ -91,7 +98,11 @@ class Nlvr2(LayoutSource):
 
     def account(self, split: str) -> dict[str, Any]:
         account = super().account(split)
-        return account | ({"expected": {}} if self.options.form == "blip" else {})
+        if self.options.form == "blip":
+            return account | {"expected": {}}
+        if self.options.subset != "all" and not self.options.limit:
+            return account | {"expected": {"texts": SUBSETS[self.options.subset][split]}}
+        return account
 
 
 ENTRY = Nlvr2

@@ -57,7 +57,7 @@ class OkVqa(LayoutSource):
                 questions.put_answers(index, file)
         train = self.root / self._annotations("train")
         rows = annotations.items(train, "annotations") if train.is_file() else ()
-        index.keep(LISTED, questions.given_answers(rows, self.options.min_answer_count))
+        index.keep(LISTED, questions.given_answers(rows, questions.answers_of, self.options.min_answer_count))
 
     def entries(self, split: str, index: Index) -> Iterator[Entry]:
         folder, listed = SUBTYPES[split], set(index.kept(LISTED))

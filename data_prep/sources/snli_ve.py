@@ -64,7 +64,7 @@ class SnliVe(LayoutSource):
         image = next((row[key] for key in KEYS if row.get(key)), None)
         if image is None:
             raise Aside(f"none of the keys {', '.join(KEYS)}", str(pair))
-        image = PurePosixPath(annotations.text(image)).name.removesuffix(".jpg")
+        image = PurePosixPath(str(image)).name.removesuffix(".jpg")
         hypothesis = annotations.text(row["sentence2"])
         if not hypothesis.strip():
             raise Aside("hypothesis empty", str(pair))

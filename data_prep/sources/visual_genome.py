@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from data_prep.sources.common import annotations
-from data_prep.sources.common.index import Entry, Index
+from data_prep.sources.common.index import Elsewhere, Entry, Index
 from data_prep.sources.common.layout import LayoutOptions, LayoutSource
 
 FILES = {"regions": "region_descriptions.json", "questions": "question_answers.json"}
+PARTS = {"regions": "regions", "questions": "qas"}  # key of the list of a picture
 FOLDERS = ("VG_100K", "VG_100K_2")
 
 
@@ -42,24 +43,31 @@ class VisualGenome(LayoutSource):
         return {"train": [FILES[self.options.form]]}
 
     def entries(self, split: str, index: Index) -> Iterator[Entry]:
-        parse = self._regions if self.options.form == "regions" else self._questions
-        return index.parsed(split, annotations.items(self.root / FILES[self.options.form]), parse)
+        key = PARTS[self.options.form]
+        parse = self._region if key == "regions" else self._question
+        images = annotations.items(self.root / FILES[self.options.form])
+
+        def entry(pair: tuple[Any, Any]) -> Entry:
+            image, part = pair
+            if image[key] == []:
+                raise Elsewhere  # pictures without any are listed too
+            return parse(part)
+
+        return index.parsed(split, annotations.nested(images, key), entry)
 
     @staticmethod
-    def _regions(image: Any) -> Iterator[Entry]:
-        for region in image["regions"]:
-            number = region["image_id"]
-            box = [region[key] for key in ("x", "y", "width", "height")]
-            item = {"caption": annotations.text(region["phrase"]), "box": box}
-            yield Entry(f"{number}.jpg", [f"{number}.jpg"], item, {"image_id": number}, key=str(region["region_id"]))
+    def _region(region: Any) -> Entry:
+        number = region["image_id"]
+        box = [region[key] for key in ("x", "y", "width", "height")]
+        item = {"caption": annotations.text(region["phrase"]), "box": box}
+        return Entry(f"{number}.jpg", [f"{number}.jpg"], item, {"image_id": number}, key=str(region["region_id"]))
 
     @staticmethod
-    def _questions(image: Any) -> Iterator[Entry]:
-        for asked in image["qas"]:
-            number = asked["image_id"]
-            item = {"question": annotations.text(asked["question"]), "question_id": asked["qa_id"]}
-            item["answers"] = [annotations.text(asked["answer"])]
-            yield Entry(f"{number}.jpg", [f"{number}.jpg"], item, {"image_id": number}, key=str(asked["qa_id"]))
+    def _question(asked: Any) -> Entry:
+        number = asked["image_id"]
+        item = {"question": annotations.text(asked["question"]), "question_id": asked["qa_id"]}
+        item["answers"] = [annotations.text(asked["answer"])]
+        return Entry(f"{number}.jpg", [f"{number}.jpg"], item, {"image_id": number}, key=str(asked["qa_id"]))
 
     def record(self, items: list[Any], fields: dict[str, Any]) -> dict[str, Any]:
         if self.options.form == "questions":

@@ -16,6 +16,8 @@ from data_prep.sources.common import captions
 from data_prep.sources.common.index import Aside, Entry, Index
 from data_prep.sources.common.layout import LayoutOptions, LayoutSource
 
+VAL_TEXTS = {"official": 33_145, "all": 38_750}  # captions that stay
+
 
 @dataclass
 class Options(LayoutOptions):
@@ -59,6 +61,13 @@ class VizWizCaptions(LayoutSource):
             for key, reason in (("is_rejected", "caption rejected"), ("is_precanned", "caption precanned")):
                 if row.get(key):
                     raise Aside(reason, str(row["id"]))
+
+    def account(self, split: str) -> dict[str, Any]:
+        account = super().account(split)
+        texts = VAL_TEXTS[self.options.captions]
+        return account | (
+            {"expected": account["expected"] | {"texts": texts}} if split == "val" and account["expected"] else {}
+        )
 
     def record(self, items: list[Any], fields: dict[str, Any]) -> dict[str, Any]:
         return captions.record(items, fields)

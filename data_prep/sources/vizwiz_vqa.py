@@ -48,7 +48,7 @@ class VizWizVqa(LayoutSource):
         """The list of answers, the most frequent first."""
         train = self.root / self.files()["train"][0]
         rows = annotations.items(train) if train.is_file() else ()
-        index.keep(LISTED, questions.given_answers(rows, self.options.min_answer_count))
+        index.keep(LISTED, questions.given_answers(rows, questions.answers_of, self.options.min_answer_count))
 
     def entries(self, split: str, index: Index) -> Iterator[Entry]:
         listed = set(index.kept(LISTED))
@@ -56,7 +56,7 @@ class VizWizVqa(LayoutSource):
         def entry(row: Any) -> Entry:
             image = annotations.text(row["image"])
             item = {"question": annotations.text(row["question"]), "answers": [], "question_id": image}
-            if "answers" in row:
+            if split != "test" or "answers" in row:
                 item |= questions.of_annotation(row)
                 item["scores"] = questions.soft_targets(item["answers"], listed, "official")
             name = f"{split}/{image}"

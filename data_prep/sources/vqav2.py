@@ -2,7 +2,8 @@
 
 `--form official`  v2_OpenEnded_mscoco_*_questions.json and v2_mscoco_*_annotations.json: train, val, test, test_dev
 `--form karpathy`  the same files with dataset_coco.json: a question goes where its picture is; restval trains
-`--form lxmert`    train.json, nominival.json, minival.json, test.json, with trainval_label2ans.json where it is there
+`--form lxmert`    train.json, valid.json, nominival.json, minival.json, test.json, with trainval_label2ans.json or
+                   trainval_ans2label.json where one is there
 `--form vlt5`      karpathy_train.json, karpathy_val.json, karpathy_test.json, rows as LXMERT's
 `--form blip`      vqa_train.json, vqa_val.json, vqa_test.json, with answer_list.json where it is there
 Pictures lie in train2014/, val2014/ and test2015/ (test_dev has none of its own). A sample is a picture with all its
@@ -19,13 +20,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from data_prep.sources.common import annotations, captions, questions
-from data_prep.sources.common.index import Elsewhere, Entry, Index
+from data_prep.sources.common.index import Aside, Elsewhere, Entry, Index
 from data_prep.sources.common.layout import LayoutOptions, LayoutSource
 from mmpeft_ds.errors import BadInput
 
 SUBTYPES = {"train": "train2014", "val": "val2014", "test": "test2015", "test_dev": "test-dev2015"}
 ANSWERED = ("train", "val")
-LXMERT = {"train": "train", "nominival": "nominival", "minival": "minival", "test": "test"}
+LXMERT = ("train", "valid", "nominival", "minival", "test")  # `valid` in Routing's configurations
 LISTED = "listed"
 
 
@@ -80,9 +81,9 @@ class VqaV2(LayoutSource):
             }
         if form == "karpathy":
             both = [name for split in ANSWERED for name in (self._questions(split), self._annotations(split))]
-            return {split: [self.first_there(captions.COCO_KARPATHY), *both] for split in captions.SPLITS}
+            return {split: [self.first_there(*captions.COCO_KARPATHY), *both] for split in captions.SPLITS}
         if form == "lxmert":
-            return {split: [self.first_there(f"{name}.json", f"vqa/{name}.json")] for split, name in LXMERT.items()}
+            return {split: [self.first_there(f"{split}.json", f"vqa/{split}.json")] for split in LXMERT}
         if form == "vlt5":
             return {s: [self.first_there(f"karpathy_{s}.json", f"vqa/karpathy_{s}.json")] for s in captions.SPLITS}
         return {s: [self.first_there(f"vqa_{s}.json", f"annotations/vqa_{s}.json")] for s in captions.SPLITS}
@@ -97,20 +98,18 @@ class VqaV2(LayoutSource):
         if self.options.form != "blip":
             for file in there:
                 questions.put_answers(index, file)
-        index.keep(LISTED, self._list(there))
+        index.keep(LISTED, self._list(there, index))
         if self.options.form == "karpathy":
-            split_of = captions.KARPATHY_SPLITS
-            images = annotations.items(self.root / self.first_there(captions.COCO_KARPATHY), "images")
-            pairs = index.parsed(
-                self.chosen()[0], images, lambda image: [(str(image["cocoid"]), split_of.get(image["split"]))], "image"
-            )
-            index.put("split", pairs)
+            file = self.root / self.first_there(*captions.COCO_KARPATHY)
+            images = annotations.items(file, "images")
+            index.put("split", index.parsed(self.chosen()[0], images, captions.karpathy_split, "image"))
 
     def _published_list(self) -> str:
-        name = "answer_list.json" if self.options.form == "blip" else "trainval_label2ans.json"
-        return self.first_there(name, f"vqa/{name}", f"annotations/{name}")
+        blip = self.options.form == "blip"
+        names = ("answer_list.json",) if blip else ("trainval_label2ans.json", "trainval_ans2label.json")
+        return self.first_there(*(f"{folder}{name}" for name in names for folder in ("", "vqa/", "annotations/")))
 
-    def _list(self, files: list[Path]) -> list[str]:
+    def _list(self, files: list[Path], index: Index) -> list[str]:
         published = self.root / self._published_list()
         if self.options.form in ("lxmert", "vlt5", "blip") and published.is_file():
             return questions.check_listed(annotations.json_value(published), published)
@@ -120,7 +119,7 @@ class VqaV2(LayoutSource):
                 f"note: the list of answers is made of {made_of} alone; the published one takes train and val",
                 file=sys.stderr,
             )
-        return questions.answer_list(files, self.options.min_answer_count)
+        return questions.answer_list(index, files, self.options.min_answer_count)
 
     def entries(self, split: str, index: Index) -> Iterator[Entry]:
         names = self.files()[split]
@@ -146,6 +145,8 @@ class VqaV2(LayoutSource):
 
             def path(row: Any, half: str = half) -> str:
                 found = index.get("split", str(row["image_id"]))
+                if found is None and split == "train":  # which is told once
+                    raise Aside("picture in no split of Karpathy's file", str(row["question_id"]))
                 if found != split:
                     raise Elsewhere
                 return self._path(SUBTYPES[half], row["image_id"])
@@ -154,12 +155,12 @@ class VqaV2(LayoutSource):
 
     def _of_blip(self, file: Path, split: str, index: Index) -> Iterator[Entry]:
         def entry(row: Any) -> Entry:
-            answers = row.get("answer", [])
+            answers = row.get("answer", []) if split == "test" else row["answer"]
             answers = [annotations.text(a) for a in (answers if isinstance(answers, list) else [answers])]
             item = {"question": annotations.text(row["question"]), "answers": answers}
             if "question_id" in row:
                 item["question_id"] = row["question_id"]
-            name = row["image"]
+            name = annotations.text(row["image"])
             key = f"{row.get('dataset', 'vqa')} {row['question_id']}" if "question_id" in row else None
             return Entry(name, [name], item, {}, key=key)
 
@@ -198,7 +199,7 @@ class VqaV2(LayoutSource):
     @staticmethod
     def _by_name(image: str) -> str:
         """Path of LXMERT's `COCO_train2014_000000458752`."""
-        return f"{image.split('_')[1]}/{image}.jpg"
+        return f"{annotations.text(image).split('_')[1]}/{image}.jpg"
 
 
 ENTRY = VqaV2

@@ -46,6 +46,12 @@ def test_in_several_passes_the_same_is_found(lines, tmp_path, monkeypatch):
     assert also_in == {"val": [1, ["train.jsonl:2"]], "test": [1, ["train.jsonl:4"]]}
 
 
+def test_pictures_of_val_that_are_also_in_test_are_told_too(jsonl, lines, tmp_path):
+    jsonl({"image": "5.png", "caption": "v"}, name="val.jsonl")
+    prepare.main(lines)
+    assert Manifest.load(tmp_path / "out").account["val"] == {"also_in": {"test": [1, ["val.jsonl:1"]]}}
+
+
 def test_splits_without_a_common_picture_have_no_such_line(image_folder, tmp_path, capsys):
     out = tmp_path / "out"
     prepare.main(["image-folder", "--folder", str(image_folder), "--out", str(out), "--val-fraction", "0.25"])
@@ -106,7 +112,7 @@ def test_pictures_listed_without_a_caption_are_counted(tmp_path, capsys):
     put(tmp_path / "coco/annotations/captions_train2014.json", {"images": images, "annotations": rows})
     manifest = prepared("coco-captions", tmp_path / "coco", tmp_path / "out", "--form", "official")
     assert manifest.account["train"]["uncaptioned"] == 2
-    assert "train: 2 pictures are listed without a caption" in capsys.readouterr().out
+    assert "train: 2 pictures or videos are listed without a caption" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", LAYOUTS)

@@ -7,8 +7,9 @@ of memory in the place of 221 (orjson: 0.9 s and 315 MiB).
 
 from __future__ import annotations
 
+import csv
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,26 +37,51 @@ def pairs(path: Path, *keys: str) -> Iterator[tuple[str, Any]]:
 
 
 def lines(path: Path) -> Iterator[str]:
-    """Lines of a UTF-8 text file that are not blank; with or without byte-order mark, LF or CRLF, a last line end.
+    """Lines of a UTF-8 text file, as `numbered_lines` gives them with their numbers."""
+    return (line for _, line in numbered_lines(path))
 
+
+def numbered_lines(path: Path) -> Iterator[tuple[int, str]]:
+    """(number from 1, text) of the lines of a UTF-8 text file that are not blank.
+
+    There may be a byte-order mark, LF or CRLF, and the last line may lack its end.
     Only line feeds end a line: texts hold other separators that `str.splitlines` would cut at.
     """
     try:
         with open(path, encoding="utf-8-sig", newline="\n") as stream:
-            for line in stream:
-                if line := line.rstrip("\r\n"):
-                    yield line
+            for number, line in enumerate(stream, 1):
+                if line.strip():
+                    yield number, line.rstrip("\r\n")
     except (OSError, UnicodeDecodeError) as error:
         raise _unreadable(path, error) from error
 
 
 def json_lines(path: Path) -> Iterator[Any]:
     """Objects of a file with one JSON value a line. Raises BadInput that names the line."""
-    for number, line in enumerate(lines(path), 1):
+    for number, line in numbered_lines(path):
         try:
             yield json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise BadInput(f"{path}: line {number} is no JSON ({error}). Download the file again.") from error
+
+
+def csv_rows(path: Path, *columns: str) -> Iterator[dict[str, str]]:
+    """Rows of a csv file with a header, by the names of its columns. Raises BadInput if it lacks one of `columns`."""
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as stream:
+            reader = csv.DictReader(stream)
+            if missing := [name for name in columns if name not in (reader.fieldnames or ())]:
+                raise BadInput(f"{path}: its first line names no column {missing[0]!r}. Download the file again.")
+            yield from reader
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise _unreadable(path, error) from error
+
+
+def nested(rows: Iterable[Any], key: str) -> Iterator[tuple[Any, Any]]:
+    """(row, part) of every part of the list that a row has under `key`; (row, None) of a row without parts."""
+    for row in rows:
+        parts = row.get(key) if isinstance(row, dict) else None
+        yield from ((row, part) for part in (parts if isinstance(parts, list) and parts else [None]))
 
 
 def records(path: Path) -> Iterator[Any]:
@@ -72,7 +98,7 @@ def json_value(path: Path) -> Any:
     """The value of a small JSON file. Raises BadInput."""
     try:
         return json.loads(path.read_text("utf-8-sig"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise _unreadable(path, error) from error
 
 

@@ -15,7 +15,7 @@ from data_prep.sources.common import annotations
 from data_prep.sources.common.index import Aside, Elsewhere, Entry, Index
 
 SPLITS = ("train", "val", "test")
-COCO_KARPATHY = "dataset_coco.json"
+COCO_KARPATHY = ("dataset_coco.json", "annotations/dataset_coco.json")
 KARPATHY_SPLITS = {"train": "train", "restval": "train", "val": "val", "test": "test"}
 
 
@@ -76,14 +76,26 @@ def karpathy(
         id_key: where the picture's id stands.
     """
 
-    def of_image(image: Any) -> Iterator[Entry]:
-        if KARPATHY_SPLITS.get(image["split"]) == split:
-            name = path(image)
-            for sentence in image["sentences"]:
-                item = {"caption": annotations.text(sentence["raw"]), "id": sentence["sentid"]}
-                yield Entry(name, [name], item, {"image_id": image[id_key]}, key=str(sentence["sentid"]))
+    def entry(pair: tuple[Any, Any]) -> Entry:
+        image, sentence = pair
+        found = KARPATHY_SPLITS.get(image.get("split"))
+        if found != split and (found or split != "train"):  # which is told once
+            raise Elsewhere
+        name = path(image)
+        if found is None:
+            raise Aside(f"split that is none of {', '.join(KARPATHY_SPLITS)}", name)
+        if image["sentences"] == []:
+            index.count(split, "uncaptioned")
+            raise Elsewhere
+        item = {"caption": annotations.text(sentence["raw"]), "id": sentence["sentid"]}
+        return Entry(name, [name], item, {"image_id": image[id_key]}, key=str(sentence["sentid"]))
 
-    return index.parsed(split, annotations.items(file, "images"), of_image)
+    return index.parsed(split, annotations.nested(annotations.items(file, "images"), "sentences"), entry)
+
+
+def karpathy_split(image: Any) -> list[tuple[str, str | None]]:
+    """(id, split) of a picture of Karpathy's file of COCO, None where it names no known one."""
+    return [(str(image["cocoid"]), KARPATHY_SPLITS.get(image["split"]))]
 
 
 def blip(
@@ -91,12 +103,14 @@ def blip(
 ) -> Iterator[Entry]:
     """Entries of a list of BLIP: a row a caption for training, a row a picture with a list for the others."""
 
-    def of_row(row: Any) -> Iterator[Entry]:
-        name = path(row["image"])
-        for caption in row["caption"] if isinstance(row["caption"], list) else [row["caption"]]:
-            yield Entry(name, [name], {"caption": annotations.text(caption)}, {"image_id": image_id(row["image"])})
+    def entry(pair: tuple[Any, Any]) -> Entry:
+        row, caption = pair
+        image = annotations.text(row["image"])
+        name = path(image)
+        caption = row["caption"] if isinstance(row["caption"], str) else caption
+        return Entry(name, [name], {"caption": annotations.text(caption)}, {"image_id": image_id(image)})
 
-    return index.parsed(split, annotations.items(file), of_row)
+    return index.parsed(split, annotations.nested(annotations.items(file), "caption"), entry)
 
 
 def tokens(
@@ -109,6 +123,8 @@ def tokens(
         wanted: names of the split's pictures; None takes all.
     """
 
+    captioned: set[str] = set()
+
     def entry(line: str) -> Entry:
         key, tab, caption = line.partition("\t")
         name, mark, _ = key.rpartition("#")
@@ -116,11 +132,14 @@ def tokens(
             raise Aside("line of another form", line[:60])
         if wanted is not None and name not in wanted:
             raise Elsewhere
+        captioned.add(name)
         path = f"{folder}/{name}"
         fields = {"image_id": PurePosixPath(name).stem}
         return Entry(path, [path], {"caption": annotations.text(caption.strip())}, fields, key=key)
 
-    return index.parsed(split, annotations.lines(file), entry)
+    yield from index.parsed(split, annotations.lines(file), entry)
+    if without := len(set(wanted or ()) - captioned):
+        index.count(split, "uncaptioned", without)
 
 
 def record(items: list[Any], fields: dict[str, Any]) -> dict[str, Any]:

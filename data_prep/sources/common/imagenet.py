@@ -6,15 +6,18 @@ folder behind the name, since results could not tell them apart.
 
 from __future__ import annotations
 
+import re
+import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from data_prep.sources.common import annotations
-from data_prep.sources.common.index import Entry
+from data_prep.sources.common.index import Entry, Index
 from mmpeft_ds.errors import BadInput
 
 HIDDEN = ("README.txt",)
+_CLASS = re.compile(r"n?\d+")  # names of class folders: `n01440764`, and numbers in V2
 
 
 def classes(file: Path) -> list[tuple[str, str]]:
@@ -36,19 +39,28 @@ def names(listed: Sequence[tuple[str, str]]) -> list[str]:
     return [name if often[name] == 1 else f"{name} ({folder})" for folder, name in listed]
 
 
-def entries(root: Path, folder: str, labels: Mapping[str, int], named: Sequence[str]) -> Iterator[Entry]:
+def entries(
+    root: Path, folder: str, split: str, index: Index, labels: Mapping[str, int], named: Sequence[str]
+) -> Iterator[Entry]:
     """Entries of a folder of class folders, classes and files in the order of their names.
+
+    Pictures in folders that look like a class and are none are set aside; classes without a folder are told.
 
     Args:
         root: below which names of pictures stand.
         folder: below the root, of the class folders; empty for the root itself.
-        labels: class folder -> its label; other folders are left alone.
+        labels: class folder -> its label.
         named: label -> class name.
     """
-    for wnid in sorted(labels, key=lambda folder: labels[folder]):
-        place = root / folder / wnid
-        if not place.is_dir():
-            continue
-        for name in sorted(path.name for path in place.iterdir() if path.name not in HIDDEN):
+    there = {path.name for path in (root / folder).iterdir() if path.is_dir()}
+    if without := [wnid for wnid in labels if wnid not in there]:
+        shown = ", ".join(sorted(without)[:3]) + (", ..." if len(without) > 3 else "")
+        print(f"note: {split}: {len(without)} of {len(labels)} classes have no folder: {shown}", file=sys.stderr)
+    strange = sorted(name for name in there - labels.keys() if _CLASS.fullmatch(name))
+    for wnid in (*sorted(labels.keys() & there, key=lambda name: labels[name]), *strange):
+        for name in sorted(path.name for path in (root / folder / wnid).iterdir() if path.name not in HIDDEN):
             path = f"{folder}/{wnid}/{name}" if folder else f"{wnid}/{name}"
+            if wnid not in labels:
+                index.set_aside(split, "folder of no class", path)
+                continue
             yield Entry(path, [path], None, {"label": labels[wnid], "class_name": named[labels[wnid]], "folder": wnid})

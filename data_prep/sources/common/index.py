@@ -21,6 +21,7 @@ from typing import Any
 
 SHOWN = 10  # names kept for a reason to set records aside
 BLOCK = 1024  # rows handled at a time
+WRONG_FORM = (LookupError, TypeError, ValueError, AttributeError)  # what reading a row of another form raises
 GROUP = 64  # samples that a thread looks at before it takes others
 _SCHEMA = """
 CREATE TABLE sample(
@@ -160,18 +161,21 @@ class Index:
 
         Args:
             of: what a row is called in the list of those that were set aside, before its number.
-            parse: entry or entries of a row, or pairs for `put`. It raises Aside where it knows why there is none; a
-                KeyError, TypeError, ValueError or AttributeError says that the row has another form.
+            parse: entry or entries of a row, or pairs for `put`. It raises Aside where it knows why there is none; one
+                of WRONG_FORM says that the row has another form.
         """
         for number, row in enumerate(rows):
             try:
                 entries = parse(row)
                 entries = [entries] if isinstance(entries, Entry) else list(entries)
+                for entry in entries:
+                    if isinstance(entry, Entry):
+                        _check_storable(entry)
             except Elsewhere:
                 continue
             except Aside as aside:
                 self.set_aside(split, aside.reason, aside.name)
-            except (KeyError, TypeError, ValueError, AttributeError) as error:
+            except WRONG_FORM as error:
                 missing = f"no {error} in the record" if isinstance(error, KeyError) else "record of another form"
                 self.set_aside(split, missing, f"{of} {number}")
             else:
@@ -179,13 +183,18 @@ class Index:
 
     def put(self, kind: str, pairs: Iterable[tuple[str, Any]]) -> None:
         """Keep values to be looked up by key, such as annotations by the id of their question; the last one counts."""
-        rows = ((kind, key, _json(value)) for key, value in pairs)
+        rows = ((kind, _storable(key), _storable(_json(value))) for key, value in pairs)
         self._connected().executemany("INSERT OR REPLACE INTO looked_up VALUES(?,?,?)", rows)
 
     def get(self, kind: str, key: str) -> Any:
         """What `put` kept for a key, or None."""
-        row = self._run("SELECT value FROM looked_up WHERE kind=? AND key=?", (kind, key)).fetchone()
+        row = self._run("SELECT value FROM looked_up WHERE kind=? AND key=?", (kind, _storable(key))).fetchone()
         return None if row is None else json.loads(row[0])
+
+    def tally(self, kind: str) -> dict[Any, int]:
+        """Value, text or number -> of how many keys `put` kept it."""
+        rows = self._run("SELECT value, count(*) FROM looked_up WHERE kind=? GROUP BY value", (kind,))
+        return {json.loads(value): number for value, number in rows}
 
     def joined(self, kind: str, rows: Iterable[Any], key: str) -> Iterator[tuple[Any, Any]]:
         """(row, what `put` kept for its value under `key`, or None) of rows, many looked up with each statement.
@@ -195,7 +204,7 @@ class Index:
         rows = iter(rows)
         query = "SELECT key, value FROM looked_up WHERE kind=? AND key IN (SELECT value FROM json_each(?))"
         while block := list(itertools.islice(rows, BLOCK)):
-            keys = [str(row[key]) if isinstance(row, dict) and key in row else None for row in block]
+            keys = [_storable(str(row[key])) if isinstance(row, dict) and key in row else None for row in block]
             found = dict(self._run(query, (kind, json.dumps(keys))).fetchall())
             for row, number in zip(block, keys, strict=True):
                 value = found.get(number)
@@ -207,7 +216,7 @@ class Index:
 
     def keep(self, name: str, value: Any) -> None:
         """Keep a value, such as the list of answers, for all processes."""
-        self._run("INSERT INTO kept VALUES(?,?)", (name, _json(value)))
+        self._run("INSERT INTO kept VALUES(?,?)", (name, _storable(_json(value))))
 
     def kept(self, name: str) -> Any:
         """What `keep` kept, or None."""
@@ -216,7 +225,7 @@ class Index:
 
     def set_aside(self, split: str, reason: str, name: str) -> None:
         """Note that a record becomes no sample."""
-        self._run("INSERT INTO aside VALUES(?,?,?)", (split, reason, name))
+        self._run("INSERT INTO aside VALUES(?,?,?)", (split, reason, _storable(name)))
         self.count(split, "records")
 
     def count(self, split: str, name: str, by: int = 1) -> None:
@@ -294,7 +303,7 @@ class Index:
         aside = {}
         for reason, number in rows.fetchall():
             names = self._run(
-                "SELECT DISTINCT name FROM aside WHERE split=? AND reason=? ORDER BY name LIMIT ?",
+                "SELECT name FROM aside WHERE split=? AND reason=? GROUP BY name ORDER BY min(rowid) LIMIT ?",
                 (split, reason, SHOWN),
             )
             aside[reason] = [number, [name for (name,) in names]]
@@ -322,6 +331,16 @@ class Index:
             address = f"file:{self.path}?mode=ro"
             self._connection = os.getpid(), sqlite3.connect(address, uri=True, check_same_thread=False)
         return self._connection[1]
+
+
+def _check_storable(entry: Entry) -> None:
+    """Raises TypeError or ValueError for a name that is no text, or half a character (a lone surrogate) anywhere."""
+    "".join([entry.name, entry.key or "", *entry.files, _json([entry.item, entry.fields])]).encode()
+
+
+def _storable(text: str) -> str:
+    """A text whose lone surrogates, which SQLite cannot store, are escaped as JSON does it."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 # json.dumps and json.loads would choose an encoder or decoder for every value.

@@ -8,6 +8,7 @@ what was set aside.
 from __future__ import annotations
 
 import abc
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -104,7 +105,7 @@ class LayoutSource(Source):
     def chosen(self) -> list[str]:
         """Splits to prepare. Raises BadInput that names what is missing, where it comes from, and the layout."""
         files = self.files()
-        asked = self.options.splits or list(files)
+        asked = list(dict.fromkeys(self.options.splits)) or list(files)
         if unknown := [split for split in asked if split not in files]:
             raise BadInput(f"--splits {unknown[0]}: {self.title} has no such split here. Known: {', '.join(files)}.")
         lacking = {split: self._missing(files[split]) for split in asked}
@@ -114,11 +115,6 @@ class LayoutSource(Source):
             more = f" and {len(names) - 4} more" if len(names) > 4 else ""
             raise BadInput(f"{self.root}: {', '.join(names[:4])}{more} not there. {self._advice()}")
         return there
-
-    def left_out(self) -> dict[str, list[str]]:
-        """Splits that are not prepared since files of theirs are missing -> those files."""
-        files, there = self.files(), self.chosen()
-        return {} if self.options.splits else {s: self._missing(names) for s, names in files.items() if s not in there}
 
     def index(self, folder: Path) -> None:
         """Read the annotations of all chosen splits once, look for every picture, and keep the index in `folder`."""
@@ -157,17 +153,29 @@ class LayoutSource(Source):
         return "path leaves the folder" if parts.is_absolute() or ".." in parts.parts else ""
 
     def splits(self) -> list[str]:
-        """Splits with samples. Raises BadInput if there is none, with what was set aside."""
+        """Splits with samples; those without, and those whose files are not there, are told on the error stream.
+
+        Raises BadInput if there is none, with what was set aside.
+        """
         chosen = self.chosen()
         splits = [split for split in chosen if self._of().size(split)]
+        empty = {split: self._why_empty(split) for split in chosen if split not in splits}
         if not splits:
-            aside = [
-                f"{split}: {reason} ({', '.join(names[:3])}{', ...' if number > 3 else ''})"
-                for split in chosen
-                for reason, (number, names) in self._of().account(split)["aside"].items()
-            ]
-            raise BadInput(f"{self.root}: no sample is left. {'; '.join(aside) or 'No records'}. {self._advice()}")
+            why = "; ".join(f"{split}: {reason}" for split, reason in empty.items())
+            raise BadInput(f"{self.root}: no sample is left. {why}. {self._advice()}")
+        missing = {split: self._missing(names) for split, names in self.files().items()}
+        for split, reason in {s: f"{', '.join(names)} not there" for s, names in missing.items() if names}.items():
+            if not self.options.splits:
+                print(f"note: split {split} is left out: {reason}", file=sys.stderr)
+        for split, reason in empty.items():
+            print(f"note: split {split} is left out, it has no sample: {reason}", file=sys.stderr)
         return splits
+
+    def _why_empty(self, split: str) -> str:
+        """What was set aside of a split without samples."""
+        aside = self._of().account(split)["aside"].items()
+        reasons = [f"{n} {why} ({', '.join(names[:3])}{', ...' if n > 3 else ''})" for why, (n, names) in aside]
+        return "; ".join(reasons) or "no records"
 
     def fingerprint(self) -> dict[str, str]:
         """sha256 of every annotation file; pictures are looked for by name, their bytes are not read for this."""

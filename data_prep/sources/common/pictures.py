@@ -8,12 +8,15 @@ does.
 from __future__ import annotations
 
 import os
+import warnings
 from pathlib import Path
+
+from mmpeft_ds.data.formats import FORMATS
 
 HEAD = 16  # bytes that tell the format
 SHORT_TAIL = 64  # bytes at the end in which the last marker stands in nearly every file
 TAIL = 65536  # in which it must stand: some files have bytes after it
-_ENDS = {"jpg": b"\xff\xd9", "png": b"IEND"}
+SEGMENTS = 2048  # bytes read at a time of the segments before the scan of a JPEG
 
 
 def ending_by_content(head: bytes) -> str | None:
@@ -36,7 +39,8 @@ def ending_by_content(head: bytes) -> str | None:
 def problem(path: Path) -> str:
     """Why the file of a picture cannot be used (missing, empty, not a picture, cut off); nothing if it looks whole.
 
-    Two reads of a few bytes, no decoding. Only where bytes follow the last marker, more of the end is read.
+    JPEG, PNG and WebP, which most sets consist of, take a few reads of some bytes and no decoding. Only where bytes
+    follow the last marker, more of the end is read. The other formats are decoded.
     """
     try:
         file = os.open(path, os.O_RDONLY)
@@ -57,8 +61,54 @@ def _problem(file: int) -> str:
     kind = ending_by_content(head)
     if kind is None:
         return "not a picture"
-    if kind in _ENDS:
-        size = os.fstat(file).st_size
-        if not any(_ENDS[kind] in os.pread(file, tail, max(size - tail, 0)) for tail in (SHORT_TAIL, TAIL)):
-            return "picture cut off"
-    return ""
+    size = os.fstat(file).st_size
+    if kind == "jpg":
+        whole = _scan(file, size) < _last(file, size, b"\xff\xd9")
+    elif kind == "png":
+        whole = _last(file, size, b"IEND") >= 0
+    elif kind == "webp":
+        whole = int.from_bytes(head[4:8], "little") + 8 <= size
+    else:
+        whole = _decodes(file)
+    return "" if whole else "picture cut off"
+
+
+def _last(file: int, size: int, mark: bytes) -> int:
+    """Where the last of a mark stands at the end of a file, -1 if there is none."""
+    for tail in (SHORT_TAIL, TAIL):
+        begin = max(size - tail, 0)
+        if (at := os.pread(file, tail, begin).rfind(mark)) >= 0:
+            return begin + at
+    return -1
+
+
+def _scan(file: int, size: int) -> int:
+    """Where the first scan of a JPEG starts: an end mark before it is a thumbnail's. Its size if there is none."""
+    place, first, data = 2, 0, os.pread(file, SEGMENTS, 0)
+    while place < size:
+        if place + 4 > first + len(data):
+            first, data = place, os.pread(file, SEGMENTS, place)
+        segment = data[place - first : place - first + 4]
+        if segment[:1] != b"\xff":
+            break
+        if segment[1:2] == b"\xda":
+            return place
+        # Bytes that fill up stand before a marker, one at a time; other segments say their length.
+        place += 1 if segment[1:2] == b"\xff" else 2 + int.from_bytes(segment[2:4])
+    return size
+
+
+def _decodes(file: int) -> bool:
+    """By Pillow, as training decodes: what says how long a GIF, BMP or TIFF is differs from writer to writer."""
+    from PIL import Image
+
+    try:
+        with warnings.catch_warnings(), os.fdopen(file, "rb", closefd=False) as stream:
+            warnings.simplefilter("ignore")
+            with Image.open(stream, formats=FORMATS) as image:
+                image.load()
+    except Image.DecompressionBombError:
+        return True  # whole, and for the recipe to refuse
+    except (OSError, ValueError, SyntaxError, EOFError):
+        return False
+    return True

@@ -6,54 +6,59 @@ are the soft targets over the list of answers, as specs/datasets.md 2.3 gives th
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 from data_prep.sources.common import annotations
-from data_prep.sources.common.index import Aside, Entry, Index
+from data_prep.sources.common.index import WRONG_FORM, Aside, Entry, Index
 from mmpeft_ds.errors import BadInput
 from mmpeft_ds.metrics.vqa import normalize_answer, soft_score
 
 Rule = Literal["official", "normalised"]
-ANSWERS = "answers"  # kind of lookup: annotations by the id of their question
+# Kinds of lookup: annotations by the id of their question; main answers by question and answer.
+ANSWERS, MAIN = "answers", "main answers"
 
 
-def answer_list(files: Iterable[Path], at_least: int) -> list[str]:
+def answer_list(index: Index, files: Iterable[Path], at_least: int) -> list[str]:
     """The closed list of answers by the published rule: the main answers of all questions, normalised, that stand for
-    at least so many questions; the most frequent first, equals in alphabetic order.
+    at least so many different questions; the most frequent first, equals in alphabetic order.
 
     Args:
         files: annotation files of training and validation; with VQAv2's and 9 the list has 3,129 entries, among them
             the empty one.
     """
-    counts: Counter[str] = Counter()
+
+    def mains(rows: Iterable[Any]) -> Iterator[tuple[str, str]]:
+        for row in rows:
+            with contextlib.suppress(*WRONG_FORM):
+                answer = normalize_answer(annotations.text(row["multiple_choice_answer"])).replace(",", "")
+                yield f"{row['question_id']} {answer}", answer
+
     for file in files:
-        for row in annotations.items(file, "annotations"):
-            if isinstance(main := row.get("multiple_choice_answer"), str):
-                counts[normalize_answer(main).replace(",", "")] += 1
-    return most_frequent(counts, at_least)
+        index.put(MAIN, mains(annotations.items(file, "annotations")))
+    return most_frequent(index.tally(MAIN), at_least)
 
 
-def most_frequent(counts: Counter[str], at_least: int = 1) -> list[str]:
-    """Answers that stand so often, the most frequent first, equals in alphabetic order."""
-    return sorted((a for a, n in counts.items() if n >= at_least), key=lambda answer: (-counts[answer], answer))
-
-
-def given_answers(rows: Iterable[Any], at_least: int) -> list[str]:
-    """The closed list of all answers that annotators gave so often, as they were written, `most_frequent` first.
+def given_answers(rows: Iterable[Any], of_row: Callable[[Any], Iterable[Any]], at_least: int = 1) -> list[str]:
+    """Answers that stand in the rows so often, the most frequent first, equals in alphabetic order.
 
     Args:
-        rows: annotations, each with `answers`, a list of {answer}. Those of another form count nothing.
+        of_row: the answers of a row. Empty ones do not count, nor rows of another form: they are set aside when the
+            split is read.
     """
     counts: Counter[str] = Counter()
     for row in rows:
-        given = row.get("answers") if isinstance(row, dict) else None
-        for one in given if isinstance(given, list) else ():
-            if isinstance(one, dict) and isinstance(answer := one.get("answer"), str) and answer:
-                counts[answer] += 1
+        with contextlib.suppress(*WRONG_FORM):
+            counts.update([text for answer in of_row(row) if (text := annotations.text(answer))])
     return most_frequent(counts, at_least)
+
+
+def most_frequent(counts: Mapping[str, int], at_least: int = 1) -> list[str]:
+    """Answers that stand so often, the most frequent first, equals in alphabetic order."""
+    return sorted((a for a, n in counts.items() if n >= at_least), key=lambda answer: (-counts[answer], answer))
 
 
 def soft_targets(answers: list[str], listed: Collection[str], rule: Rule) -> dict[str, float]:
@@ -68,7 +73,8 @@ def soft_targets(answers: list[str], listed: Collection[str], rule: Rule) -> dic
 
 
 def put_answers(index: Index, file: Path) -> None:
-    """Keep the annotations of a file, to be looked up by the id of their question."""
+    """Keep the annotations of a file, to be looked up by the id of their question; of two the last counts, as in the
+    official tools."""
     rows = (row for row in annotations.items(file, "annotations") if isinstance(row, dict))
     index.put(ANSWERS, ((str(row["question_id"]), row) for row in rows if "question_id" in row))
 
@@ -92,6 +98,7 @@ def official(
 
     def entry(pair: tuple[Any, Any]) -> Entry:
         row, found = pair
+        name = path(row)
         number = row["question_id"]
         item = {"question": annotations.text(row["question"]), "answers": [], "question_id": number}
         if answered:
@@ -100,16 +107,20 @@ def official(
             item |= of_annotation(found)
             if listed:
                 item["scores"] = soft_targets(item["answers"], listed, rule)
-        name = path(row)
         return Entry(name, [name], item, {"image_id": row["image_id"]}, key=str(number))
 
     rows = index.joined(ANSWERS, annotations.items(file, "questions"), "question_id")
     return index.parsed(split, rows, entry)
 
 
+def answers_of(row: dict[str, Any]) -> list[Any]:
+    """The answers of all annotators in an annotation of VQA's form."""
+    return [given["answer"] for given in row["answers"]]
+
+
 def of_annotation(row: dict[str, Any]) -> dict[str, Any]:
     """Answers and types of an annotation of VQA's form."""
-    item = {"answers": [annotations.text(given["answer"]) for given in row["answers"]]}
+    item: dict[str, Any] = {"answers": [annotations.text(answer) for answer in answers_of(row)]}
     for ours, theirs in (("type", "answer_type"), ("question_type", "question_type")):
         if isinstance(row.get(theirs), str):
             item[ours] = row[theirs]
@@ -150,9 +161,18 @@ def record(items: list[Any], fields: dict[str, Any]) -> dict[str, Any]:
 
 
 def check_listed(labels: Any, file: Path) -> list[str]:
-    """A list of answers as it is published. Raises BadInput if it is none, or names one twice."""
-    if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels) or not labels:
+    """A list of answers as it is published, or a mapping of answers to their places in it.
+
+    Raises BadInput if it is none, or names one twice.
+    """
+    if isinstance(labels, dict) and sorted(map(str, labels.values())) == sorted(map(str, range(len(labels)))):
+        labels = sorted(labels, key=lambda answer: int(labels[answer]))
+    try:
+        listed = [annotations.text(label) for label in labels] if isinstance(labels, list) else []
+    except ValueError as error:
+        raise BadInput(f"{file}: {error}. Download it again.") from error
+    if not listed:
         raise BadInput(f"{file}: no list of answers. Download it again.")
     if twice := [label for label, n in Counter(labels).items() if n > 1]:
         raise BadInput(f"{file}: {twice[0]!r} stands twice in the list of answers.")
-    return labels
+    return listed

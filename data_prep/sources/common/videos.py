@@ -6,12 +6,12 @@ each part is taken. A video that breaks off gives the frames that decode. Decodi
 
 from __future__ import annotations
 
+import contextlib
 import io
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from data_prep.sources.base import RawSample
@@ -90,54 +90,103 @@ class VideoSource(LayoutSource):
         for path in sorted(self.pictures_root.rglob("*")):
             ending = path.suffix.lower()
             if ending in ENDINGS or path.name.endswith("."):
-                found.setdefault(re.sub(r"\.[^.]*$", "", path.name), path)
+                found.setdefault(name_of(path.name), path)
         return found
 
 
+def name_of(video: str) -> str:
+    """Name of a video without its folders and its ending, which may be a bare dot; other dots belong to the name."""
+    path = PurePosixPath(video)
+    return path.stem if path.suffix.lower() in ENDINGS else path.name.removesuffix(".")
+
+
 def sample(path: Path, count: int, quality: int) -> Frames:
-    """`count` frames of a video, evenly spread. Raises BadInput if not even one decodes."""
+    """`count` frames of a video, evenly spread; times count from its first frame. Raises BadInput if none decodes."""
+    span = _span(path)
+    wanted = [span.start + (i + 0.5) * span.length / count for i in range(count)]
+    kept: list[tuple[float, Any]] = []
+    last, end, cut = None, span.start, span.cut
+    with _pyav().open(str(path)) as container:
+        for number, frame in enumerate(_decoded(container)):
+            if frame is None:
+                cut = True
+                continue
+            time = span.start + number / span.rate if frame.time is None else frame.time
+            while wanted and last is not None and time > wanted[0]:
+                kept.append((wanted.pop(0), last))
+            last = time, frame
+            end = time + (float(frame.duration * frame.time_base) if frame.duration else 1 / span.rate)
+            if not wanted:
+                break
+    if wanted and span.start + span.length - end > span.slack:
+        # A last frame is shown until the end; one that ends long before it is where the video breaks off.
+        cut, wanted = True, [time for time in wanted if time <= end]
+    frames = [frame for _, frame in kept] + [last] * max(len(wanted), not kept)
+    if last is None:
+        raise BadInput(f"{path}: no frame decodes. Download the video again, or take it out of the list.")
+    pictures = [("jpg", _jpeg(frame, quality)) for _, frame in frames]
+    return Frames(pictures, [round(time - span.start, 3) for time, _ in frames], cut)
+
+
+@dataclass
+class _Span:
+    """Seconds at which a video starts and its length, whether its file ends before it, and frames a second."""
+
+    start: float
+    length: float
+    cut: bool
+    rate: float
+
+    @property
+    def slack(self) -> float:
+        return max(0.5, 3 / self.rate)
+
+
+def _span(path: Path) -> _Span:
+    """By the packets of the file, undecoded: headers may lack the length, and cameras start at any time."""
     av = _pyav()
-    times: list[float] = []
-    kept: list[Any] = []
-    cut = False
+    starts: list[float] = []
+    end = last = 0.0
     with av.open(str(path)) as container:
         stream = container.streams.video[0]
-        stream.thread_type = "NONE"  # the same frames whatever the machine
-        length = _length(container, stream)
-        wanted = [(i + 0.5) * length / count for i in range(count)] if length else []
-        last = None
+        rate = float(stream.average_rate or 25)
+        with contextlib.suppress(av.FFmpegError):  # what comes after does not count
+            for packet in container.demux():
+                if not packet.size or packet.time_base is None:
+                    continue
+                at = packet.dts if packet.pts is None else packet.pts
+                begins = len(starts) / rate if at is None else float(at * packet.time_base)
+                ends = begins + (float(packet.duration * packet.time_base) if packet.duration else 0)
+                last = max(last, ends)
+                if packet.stream.index == stream.index:
+                    starts.append(begins)
+                    end = max(end, ends, begins + (0 if packet.duration else 1 / rate))
+        start = min(starts, default=0.0)
+        length = max(end - start, 0.0)
+        if stream.duration:
+            told, there = float(stream.duration * stream.time_base), length
+        else:
+            told, there = (container.duration or 0) / 1e6, last
+    span = _Span(start, length, False, rate)
+    if told - there > span.slack:
+        span = _Span(start, length + told - there, True, rate)
+    return span
+
+
+def _decoded(container: Any) -> Iterator[Any]:
+    """Frames of a container's first video; None for each part that does not decode."""
+    error = _pyav().FFmpegError
+    stream = container.streams.video[0]
+    stream.thread_type = "NONE"  # the same frames whatever the machine
+    packets = container.demux(stream)
+    while True:
         try:
-            for number, frame in enumerate(container.decode(stream)):
-                time = frame.time if frame.time is not None else number / float(stream.average_rate or 25)
-                while wanted and last is not None and time > wanted[0]:
-                    kept.append(last[1])
-                    times.append(last[0])
-                    wanted.pop(0)
-                last = (time, frame)
-                if length and not wanted:
-                    break
-        except av.FFmpegError:
-            cut = True
-        if wanted and last is not None:
-            # A last frame is shown until the end; one that stands long before it is where the video breaks off.
-            cut = cut or length - last[0] > max(0.5, 3 / float(stream.average_rate or 25))
-            if not cut:
-                kept += [last[1]] * len(wanted)
-                times += [last[0]] * len(wanted)
-        if not kept and last is not None:
-            kept, times = [last[1]], [last[0]]
-    if not kept:
-        raise BadInput(f"{path}: no frame decodes. Download the video again, or take it out of the list.")
-    return Frames([("jpg", _jpeg(frame, quality)) for frame in kept], [round(time, 3) for time in times], cut)
-
-
-def _length(container: Any, stream: Any) -> float:
-    """Seconds of a video, as its header says."""
-    if stream.duration:
-        return float(stream.duration * stream.time_base)
-    if container.duration:
-        return container.duration / 1e6
-    return float(stream.frames / stream.average_rate) if stream.frames and stream.average_rate else 0.0
+            packet = next(packets, None)
+            if packet is None:
+                return
+            yield from packet.decode()
+        except error:
+            yield None
 
 
 def _jpeg(frame: Any, quality: int) -> bytes:

@@ -28,6 +28,23 @@ def test_flickr30k_of_karpathy(flickr, tmp_path):
     assert captions(manifest, "val") == {1: ["10002456 a"]} and list(manifest.splits) == ["train", "val", "test"]
 
 
+def test_a_caption_that_is_none_is_set_aside_alone_and_an_unknown_split_once(flickr, tmp_path):
+    texts = ["one", None, "three"]
+    said = [{"raw": text, "sentid": k} for k, text in enumerate(texts)]
+    images = [
+        {"filename": "10002456.jpg", "imgid": 5, "split": "val", "sentences": said},
+        {"filename": "1000092795.jpg", "imgid": 6, "split": "val", "sentences": []},
+        {"filename": "2199200615.jpg", "imgid": 7, "split": "dev", "sentences": [{"raw": "x", "sentid": 9}]},
+        {"filename": "1000092795.jpg", "imgid": 8, "split": "train", "sentences": [{"raw": "y", "sentid": 8}]},
+    ]
+    put(flickr / "dataset_flickr30k.json", {"images": images})
+    manifest = prepared("flickr30k", flickr, tmp_path / "out")
+    assert captions(manifest, "val") == {5: ["one", "three"]} and manifest.account["val"]["uncaptioned"] == 1
+    assert manifest.account["val"]["aside"] == {"record of another form": [1, ["record 1"]]}
+    unknown = "split that is none of train, restval, val, test"
+    assert manifest.account["train"]["aside"] == {unknown: [1, ["flickr30k-images/2199200615.jpg"]]}
+
+
 def test_flickr30k_of_tokens_and_of_the_csv_with_its_broken_row(flickr, tmp_path):
     put(flickr / "results_20130124.token", "10002456.jpg#0\tA man .\n10002456.jpg#1\tTwo men .\nnonsense\n")
     manifest = prepared("flickr30k", flickr, tmp_path / "tokens", "--form", "tokens")
@@ -38,9 +55,12 @@ def test_flickr30k_of_tokens_and_of_the_csv_with_its_broken_row(flickr, tmp_path
         "10002456.jpg| 0| A man , yes .",
         "2199200615.jpg| 4   A dog runs .",
     ]
-    put(flickr / "results.csv", "\n".join(rows))
-    manifest = prepared("flickr30k", flickr, tmp_path / "csv", "--form", "csv")
-    assert captions(manifest, "train") == {"10002456": ["A man , yes ."], "2199200615": ["A dog runs ."]}
+    rows.append('10002456.jpg| 1| A "man" | a bar .')
+    expected = {"10002456": ["A man , yes .", 'A "man" | a bar .'], "2199200615": ["A dog runs ."]}
+    for name, ends, lines in (("csv", "\n", rows), ("crlf", "\r\n\r\n", rows), ("headless", "\n", rows[1:])):
+        put(flickr / "results.csv", ends.join(lines))
+        manifest = prepared("flickr30k", flickr, tmp_path / name, "--form", "csv")
+        assert captions(manifest, "train") == expected and not manifest.account["train"]["aside"]
 
 
 def test_flickr30k_of_blip_takes_the_last_part_of_a_name(flickr, tmp_path):
@@ -55,12 +75,12 @@ def test_flickr8k_names_a_picture_that_is_not_there(tmp_path):
     lines = [f"{name}#{k}\t{name} {k} .\n" for name in names.values() for k in range(2)]
     put(root / "Flickr8k.token.txt", "".join(lines) + "2258277193_586949ec62.jpg.1#0\tA ghost .\n")
     for list_name, split in (("trainImages", "train"), ("devImages", "val"), ("testImages", "test")):
-        put(root / f"Flickr_8k.{list_name}.txt", names[split])  # no line end at the end
+        put(root / f"Flickr_8k.{list_name}.txt", "d.jpg\r\n\r\n" + names[split])  # no line end at the end
     for number, name in enumerate(names.values()):
         put_picture(root / "Flicker8k_Dataset" / name, number)
     manifest = prepared("flickr8k", root, tmp_path / "out")
     assert captions(manifest, "val") == {"b": ["b.jpg 0 .", "b.jpg 1 ."]}
-    assert not manifest.account["train"]["aside"]
+    assert not manifest.account["train"]["aside"] and manifest.account["train"]["uncaptioned"] == 1
 
 
 @pytest.fixture
@@ -88,6 +108,8 @@ def test_vizwiz_captions_without_the_rejected_and_the_precanned_or_all(vizwiz, t
     assert captions(manifest, "test") == {31181: []}  # which evaluation describes and does not score
     every = prepared("vizwiz-captions", vizwiz, tmp_path / "all", "--captions", "all")
     assert captions(every, "val") == {23431: ["c0", "c1", "c2"], 23432: ["c3"]}
+    texts = {m.account["val"]["expected"]["texts"] for m in (manifest, every)}
+    assert texts == {33_145, 38_750}
 
 
 def test_a_picture_listed_without_its_id_or_name_is_set_aside_with_its_captions(vizwiz, tmp_path):

@@ -28,7 +28,7 @@ def test_a_data_set_of_coops_is_known_by_name(dataset, tmp_path):
 
 def test_pictures_that_are_not_there_are_set_aside_and_the_order_stays(tmp_path):
     root = tmp_path / "pets"
-    items = [[f"{i}.jpg", i % 2, "cat" if i % 2 else "dog"] for i in (3, 1, 2, 1)]
+    items = [[f"{i}.jpg", str(i % 2), "cat" if i % 2 else "dog"] for i in (3, 1, 2, 1)]  # labels as text too
     put(root / "split.json", {"train": items})
     for i in (3, 1):
         put_picture(root / f"{i}.jpg", i)
@@ -45,7 +45,7 @@ def test_aircraft_comes_with_lists_of_variants_that_hold_blanks_and_slashes(tmp_
     put(root / "variants.txt", "707-320\nF/A-18\nDornier 328\n")
     put(root / "images_variant_train.txt", "0034309 F/A-18\n0034310 Dornier 328\n0034311 Concorde\n")
     for number in (34309, 34310):
-        put_picture(root / f"images/{number:07d}.jpg", number % 50)
+        put_picture(root / f"data/images/{number:07d}.jpg", number % 50)  # as the archive has it
     manifest = prepared("coop-split", tmp_path, tmp_path / "out", "--dataset", "fgvc_aircraft")
     assert classes(manifest, "train") == [("0034309.jpg", 1, "F/A-18"), ("0034310.jpg", 2, "Dornier 328")]
     aside = manifest.account["train"]["aside"]
@@ -70,6 +70,14 @@ def test_imagenets_labels_are_folders_in_order_and_equal_names_are_told_apart(im
     by_name = prepared("coop-split", imagenet.parent, tmp_path / "coop", "--dataset", "imagenet")
     assert by_name.labels == manifest.labels
     assert [c[1:] for c in classes(by_name, "test")] == [c[1:] for c in classes(manifest, "val")]
+
+
+def test_folders_of_no_class_and_classes_without_folder_are_told(imagenet, tmp_path, capsys):
+    put_picture(imagenet / "images/train/n99999999/a.JPEG", 9)
+    (imagenet / "images/train/n01440764").rename(imagenet / "images/train/tench")
+    manifest = prepared("imagenet", imagenet, tmp_path / "out")
+    assert manifest.account["train"]["aside"] == {"folder of no class": [1, ["images/train/n99999999/a.JPEG"]]}
+    assert "train: 1 of 3 classes have no folder: n01440764" in capsys.readouterr().err
 
 
 def test_v2_reads_folders_as_numbers(imagenet, tmp_path):

@@ -58,7 +58,7 @@ def test_pictures_are_stored_by_what_they_hold_and_broken_ones_set_aside(karpath
 
 
 def test_official_files_are_joined_by_id_in_any_order(root, tmp_path):
-    images = [{"id": 7 - number, "file_name": name(number).split("/")[1]} for number in range(2)]
+    images = [{"id": 7 - number, "file_name": name(number).split("/")[1]} for number in range(2)] + [{"id": 55}]
     rows = [{"id": k, "image_id": [7, 6, 55][k % 3], "caption": f"c{k}"} for k in range(9)] + [
         {"id": 0, "image_id": 7}
     ]
@@ -68,8 +68,9 @@ def test_official_files_are_joined_by_id_in_any_order(root, tmp_path):
     assert list(manifest.splits) == ["train"]  # there is no file of val
     assert [row["captions"] for row in records(manifest, "train")] == [["c0", "c3", "c6"], ["c1", "c4", "c7"]]
     account = manifest.account["train"]
-    assert account["records"] == 12 and account["aside"] == {
+    assert account["records"] == 13 and account["aside"] == {
         "id given before": [1, ["3"]],
+        "no 'file_name' in the record": [1, ["image 2"]],
         "no 'caption' in the record": [1, ["record 9"]],
         "picture not listed under `images`": [3, ["55"]],
         "record of another form": [1, ["record 11"]],
@@ -104,6 +105,21 @@ def test_bad_input_is_one_line_and_writes_nothing(karpathy, tmp_path, options, w
     with pytest.raises(BadInput, match=wanted):
         prepared("coco-captions", karpathy, tmp_path / "out", *options)
     assert not (tmp_path / "out").exists()
+
+
+def test_names_that_are_shown_are_the_first_ones_of_the_file(root, tmp_path):
+    rows = [{"image": f"val2014/COCO_{number}.jpg", "caption": "a"} for number in range(12, 0, -1)]
+    put(root / "annotations/coco_karpathy_val.json", [*rows, {"image": name(3), "caption": "b"}])
+    manifest = prepared("coco-captions", root, tmp_path / "out", "--form", "blip", "--splits", "val", "val")
+    number, names = manifest.account["val"]["aside"]["picture missing"]
+    assert number == 12 and names == [row["image"] for row in rows[:10]] and len(records(manifest, "val")) == 1
+
+
+def test_a_split_whose_samples_are_all_set_aside_is_told(karpathy, tmp_path, capsys):
+    (karpathy / name(3)).unlink()
+    manifest = prepared("coco-captions", karpathy, tmp_path / "out")
+    assert list(manifest.splits) == ["train", "test"]
+    assert f"split val is left out, it has no sample: 5 picture missing ({name(3)}" in capsys.readouterr().err
 
 
 def test_a_path_that_leaves_the_folder_is_not_read(root, tmp_path):

@@ -38,16 +38,19 @@ def test_llavas_mark_goes_to_the_front_of_its_turn_and_ids_may_repeat(root, tmp_
 def test_several_pictures_stay_where_they_are_named(root, tmp_path):
     names = ["b.png", "coco/train2017/1.jpg"]
     row = {"image": names, "conversations": turns("Is <image> as red as <image>?", "No.")}
-    put(root / "train.json", [row])
+    put(root / "train.json", [row, {"image": names[:1], "conversations": turns("Is <image> red?", "No.")}])
     found = records(prepared("conversations", root, tmp_path / "out"), "train")
     assert said(found[0])[0][1] == "Is <image> as red as <image>?" and len(found[0]["endings"]) == 2
+    assert said(found[1])[0][1] == "Is <image> red?", "a list, whose marks stay"
 
 
 def test_messages_and_sharegpt_have_system_turns(root, tmp_path):
-    messages = [{"role": r, "content": c} for r, c in (("system", "S"), ("user", "<image>hi"), ("assistant", "yo"))]
+    messages = [
+        {"role": r, "content": c} for r, c in (("system", "S"), ("user", "hi <image> there"), ("assistant", "yo"))
+    ]
     put(root / "train.jsonl", json.dumps({"messages": messages, "images": ["b.png"]}) + "\n")
     found = records(prepared("conversations", root, tmp_path / "messages", "--form", "messages"), "train")
-    assert said(found[0]) == [("system", "S"), ("human", "<image>\nhi"), ("gpt", "yo")]
+    assert said(found[0]) == [("system", "S"), ("human", "hi <image> there"), ("gpt", "yo")]
     put(root / "share.json", [{"conversations": turns("hi", "yo"), "system": "S"}])
     options = ["--form", "sharegpt", "--train", "share.json"]
     found = records(prepared("conversations", root, tmp_path / "share", *options), "train")

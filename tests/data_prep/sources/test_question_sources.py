@@ -37,6 +37,9 @@ def test_gqa_keeps_leading_zeros_and_test_has_no_answers(tmp_path):
         },
         "00000007": {"question": "What?", "imageId": "2405722", "answer": "sky", "types": {"structural": "query"}},
         "3": {"question": "Gone?", "imageId": "9", "answer": "no"},
+        "4": {"question": "Unanswered?", "imageId": "2405722"},
+        "5": None,
+        "6": {"question": "Several?", "imageId": "2405722", "answer": ["no"]},
     }
     put(root / "questions1.2/train_balanced_questions.json", train)
     put(root / "questions1.2/test_balanced_questions.json", {"201": {"question": "Who?", "imageId": "n161313"}})
@@ -47,7 +50,23 @@ def test_gqa_keeps_leading_zeros_and_test_has_no_answers(tmp_path):
     assert row["image_id"] == "2405722" and [q["question_id"] for q in row["questions"]] == ["02930152", "00000007"]
     assert row["questions"][1]["type"] == "query" and manifest.labels == ["no", "sky"]
     assert asked(manifest, "test") == [("Who?", [])]
-    assert manifest.account["train"]["aside"] == {"picture missing": [1, ["images/9.jpg"]]}
+    assert manifest.account["train"]["aside"] == {
+        "no 'answer' in the record": [1, ["record 3"]],
+        "picture missing": [1, ["images/9.jpg"]],
+        "record of another form": [2, ["record 4", "record 5"]],
+    }
+
+
+def test_gqas_whole_sets_merge_the_files_of_train_and_have_the_submission(tmp_path):
+    root = tmp_path / "gqa"
+    put_picture(root / "images/1.jpg", 1)
+    for k, answer in enumerate(("yes", "no")):
+        row = {"question": f"{k}?", "imageId": "1", "answer": answer, "isBalanced": False}
+        put(root / f"questions1.2/train_all_questions/train_all_questions_{k}.json", {f"0{k}": row})
+    put(root / "questions1.2/submission_all_questions.json", {"02": {"question": "w?", "imageId": "1"}})
+    manifest = prepared("gqa", root, tmp_path / "out", "--all")
+    assert asked(manifest, "train") == [("0?", ["yes"]), ("1?", ["no"])]
+    assert asked(manifest, "submission") == [("w?", [])]
 
 
 def test_gqa_of_lxmert_finds_pictures_with_visual_genomes(tmp_path):
@@ -80,12 +99,16 @@ def test_visual_genome_looks_in_both_folders(tmp_path):
     rows = [
         {"id": n, "regions": [region | {"region_id": 10 * n + k, "image_id": n} for k in range(2)]} for n in (1, 2)
     ]
+    rows[0]["regions"].insert(1, region | {"region_id": 99, "image_id": 1, "phrase": None})
+    rows.append({"id": 3, "regions": []})
     put(root / "region_descriptions.json", rows)
     qas = [{"qa_id": 5, "image_id": 2, "question": "Who?", "answer": "A man."}]
     put(root / "question_answers.json", [{"id": 2, "qas": qas}])
     put_picture(root / "VG_100K/1.jpg", 1)
     put_picture(root / "VG_100K_2/2.jpg", 2)
-    rows = records(prepared("visual-genome", root, tmp_path / "regions"), "train")
+    manifest = prepared("visual-genome", root, tmp_path / "regions")
+    assert manifest.account["train"]["aside"] == {"record of another form": [1, ["record 1"]]}, "one region alone"
+    rows = records(manifest, "train")
     assert [row["captions"] for row in rows] == [["a dog", "a dog"]] * 2 and rows[0]["boxes"] == [[1, 2, 3, 4]] * 2
     manifest = prepared("visual-genome", root, tmp_path / "questions", "--form", "questions")
     assert asked(manifest, "train") == [("Who?", ["A man."])]
@@ -109,6 +132,9 @@ def test_nlvr2_pairs_pictures_by_content_whatever_their_ending(tmp_path):
     assert row["questions"][0]["question_id"] == "train-10-0-0"
     assert records(manifest, "dev")[0]["endings"] == ["0.png", "1.png"]
     assert manifest.account["train"]["aside"] == {"label neither True nor False": [1, ["train-10-0-2"]]}
+    put(root / "nlvr2/data/balanced/balanced_dev.json", json.dumps(dev | {"label": "False"}))
+    manifest = prepared("nlvr2", root, tmp_path / "balanced", "--subset", "balanced")
+    assert asked(manifest, "dev") == [("s", ["false"])] and manifest.account["dev"]["expected"] == {"texts": 2300}
 
 
 def test_snli_ve_reads_three_spellings_of_the_pictures_key(tmp_path):
@@ -117,15 +143,21 @@ def test_snli_ve_reads_three_spellings_of_the_pictures_key(tmp_path):
         {"Flickr30K_ID": "11", "gold_label": "entailment"},
         {"Flikr30kID": "12.jpg", "gold_label": "neutral"},
         {"Flickr30kID": "data/11.jpg", "gold_label": "contradiction"},
+        {"Flickr30K_ID": 12, "gold_label": "entailment"},
         {"Flickr30K_ID": "11", "gold_label": "-"},
         {"captionID": "13", "gold_label": "neutral"},
     ]
     rows = [row | {"pairID": f"p{i}", "sentence2": f"h{i}"} for i, row in enumerate(rows)]
-    put(root / "snli_ve_dev.jsonl", "﻿" + "\n".join(map(json.dumps, rows)))
+    put(root / "snli_ve_dev.jsonl", "﻿" + "\r\n \r\n".join(map(json.dumps, rows)))
     for number in (11, 12):
         put_picture(root / f"flickr30k-images/{number}.jpg", number)
     manifest = prepared("snli-ve", root, tmp_path / "out")
-    assert asked(manifest, "dev") == [("h0", ["entailment"]), ("h2", ["contradiction"]), ("h1", ["neutral"])]
+    assert asked(manifest, "dev") == [
+        ("h0", ["entailment"]),
+        ("h2", ["contradiction"]),
+        ("h1", ["neutral"]),
+        ("h3", ["entailment"]),
+    ]
     assert {r: n for r, (n, _) in manifest.account["dev"]["aside"].items()} == {
         "no gold label": 1,
         "none of the keys Flickr30K_ID, Flikr30kID, Flickr30kID": 1,

@@ -3,6 +3,7 @@
 import io
 import json
 
+import av
 import numpy as np
 import pytest
 from PIL import Image
@@ -32,6 +33,54 @@ def test_a_video_that_breaks_off_gives_what_decodes_and_says_so(tmp_path):
     assert frames.cut and 1 <= len(frames.pictures) < 8
 
 
+@pytest.mark.parametrize("ending", [".mp4", ".mkv"])
+def test_times_count_from_the_first_frame_wherever_the_clock_of_a_camera_stands(tmp_path, ending):
+    frames = videos.sample(film(tmp_path / f"a{ending}", start=100), 4, 90)
+    assert frames.times == pytest.approx([0.5, 1.5, 2.5, 3.5], abs=0.1) and not frames.cut
+    assert shades(frames) == pytest.approx([50, 70, 90, 110], abs=6)
+
+
+def test_a_stream_without_a_length_in_its_header_is_spread_all_the_same(tmp_path):
+    frames = videos.sample(film(tmp_path / "a.m4v"), 4, 90)
+    assert frames.times == pytest.approx([0.5, 1.5, 2.5, 3.5], abs=0.1) and len(set(shades(frames))) == 4
+
+
+def test_of_a_variable_rate_the_frame_that_is_shown_in_the_middle_of_a_part_counts(tmp_path):
+    # Frames at 0, 0.1, 1.0 and 2.0 s, the last for 0.1 s: the middles are 0.175, 0.525, 0.875, 1.225, 1.575, 1.925.
+    frames = videos.sample(film(tmp_path / "a.mp4", shown=(0, 1, 10, 20)), 6, 90)
+    assert frames.times == pytest.approx([0.1, 0.1, 0.1, 1.0, 1.0, 1.0]) and not frames.cut
+
+
+def test_of_a_video_whose_rest_does_not_decode_the_first_part_is_kept(tmp_path):
+    path = film(tmp_path / "a.mp4", noise=True)
+    data = path.read_bytes()
+    middle, end = (data.index(b"mdat") + data.index(b"moov")) // 2, data.index(b"moov") - 4
+    path.write_bytes(data[:middle] + bytes(end - middle) + data[end:])
+    frames = videos.sample(path, 8, 90)
+    assert frames.cut and 1 <= len(frames.pictures) < 8 and frames.times[-1] < 2.5
+
+
+def test_files_without_a_frame_are_set_aside(tmp_path):
+    root = tmp_path / "msrvtt"
+    film(root / "video1.mp4", seconds=1)
+    put(root / "video2.mp4", b"")
+    film(root / "whole.avi", seconds=1)
+    data = (root / "whole.avi").read_bytes()
+    put(root / "video3.avi", data[: data.index(b"movi") + 4])  # a header alone
+    with av.open(str(root / "video4.mp4"), "w") as container:
+        stream = container.add_stream("aac", rate=8000)
+        sound = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
+        sound.sample_rate = 8000
+        for packet in (*stream.encode(sound), *stream.encode()):
+            container.mux(packet)
+    put(root / "train.jsonl", "\n".join(json.dumps({"caption": "a", "clip_name": f"video{n}"}) for n in range(1, 6)))
+    manifest = prepared("msrvtt", root, tmp_path / "out", "--form", "aurora", "--frames", "1")
+    assert manifest.account["train"]["aside"] == {
+        "video cannot be decoded": [3, ["video2", "video3", "video4"]],
+        "video missing": [1, ["video5"]],
+    }
+
+
 @pytest.fixture
 def msrvtt(tmp_path):
     root = tmp_path / "msrvtt"
@@ -54,8 +103,33 @@ def test_1k_a_takes_the_sentence_of_its_list_and_9k_trains_on_all_others(msrvtt,
     assert texts(manifest, "train")["video1"] == ["c1 0", "c1 1"]
     row = records(manifest, "test")[0]
     assert row["endings"] == ["0.jpg", "1.jpg"] and len(row["frame_times"]) == 2
-    put(msrvtt / "MSRVTT_train.7k.csv", "video_id\nvideo6600")
-    assert list(texts(prepared("msrvtt", msrvtt, tmp_path / "7k", "--form", "7k"), "train")) == ["video6600"]
+    put(msrvtt / "MSRVTT_train.7k.csv", "video_id\r\nvideo6600\r\nvideo17")
+    manifest = prepared("msrvtt", msrvtt, tmp_path / "7k", "--form", "7k", "--frames", "1")
+    assert list(texts(manifest, "train")) == ["video6600"] and manifest.account["train"]["uncaptioned"] == 1
+    put(msrvtt / "MSRVTT_train.7k.csv", "video6600\n")
+    with pytest.raises(BadInput, match=r"MSRVTT_train.7k.csv: its first line names no column 'video_id'"):
+        prepared("msrvtt", msrvtt, tmp_path / "headless", "--form", "7k")
+
+
+def test_a_sentence_of_1k_a_may_span_lines_and_a_video_that_stands_twice_has_the_first(msrvtt, tmp_path):
+    rows = ['r0,m,video9000,"a ""b""\nc"', "r1,m,video9000,again", "r2,m"]
+    put(msrvtt / "MSRVTT_JSFUSION_test.csv", "\n".join(["\ufeffkey,vid_key,video_id,sentence", *rows]))
+    manifest = prepared("msrvtt", msrvtt, tmp_path / "out", "--splits", "test", "--frames", "1")
+    assert texts(manifest, "test") == {"video9000": ['a "b"\nc']}
+    aside = {"id given before": [1, ["video9000"]], "record of another form": [1, ["record 2"]]}
+    assert manifest.account["test"]["aside"] == aside
+
+
+def test_each_half_of_the_captions_serves_its_splits(msrvtt, tmp_path):
+    whole = json.loads((msrvtt / "MSRVTT_data.json").read_text())
+    (msrvtt / "MSRVTT_data.json").unlink()
+    put(msrvtt / "train_val_videodatainfo.json", {"sentences": [None, {"caption": "x"}, *whole["sentences"]]})
+    manifest = prepared("msrvtt", msrvtt, tmp_path / "full", "--form", "full", "--frames", "1")
+    assert list(manifest.splits) == ["train", "val"] and list(texts(manifest, "val")) == ["video6600"]
+    manifest = prepared("msrvtt", msrvtt, tmp_path / "7k", "--form", "7k", "--frames", "1")
+    assert list(texts(manifest, "train")) == ["video1", "video6600"]
+    with pytest.raises(BadInput, match=r" test_videodatainfo.json not there"):
+        prepared("msrvtt", msrvtt, tmp_path / "9k", "--form", "9k", "--splits", "train")
 
 
 def test_the_full_split_goes_by_number_and_a_sentence_without_video_is_set_aside(msrvtt, tmp_path):
@@ -114,6 +188,6 @@ def test_frames_must_be_a_number_that_makes_sense(msrvtt, tmp_path):
 
 
 def test_rows_of_aurora(msrvtt, tmp_path):
-    put(msrvtt / "train.jsonl", json.dumps({"caption": "a man", "clip_name": "video1"}) + "\n")
+    put(msrvtt / "train.jsonl", json.dumps({"caption": "a man", "clip_name": "all/video1.mp4"}) + "\n")
     manifest = prepared("msrvtt", msrvtt, tmp_path / "out", "--form", "aurora", "--frames", "1")
     assert texts(manifest, "train") == {"video1": ["a man"]}

@@ -71,6 +71,24 @@ def test_the_list_counts_normalised_main_answers_of_train_and_val_and_targets_co
     assert prepared("vqav2", root, tmp_path / "most", "--min-answer-count", "2").labels == ["yes"]
 
 
+def test_an_annotation_that_stands_twice_counts_once_in_the_list_and_the_last_is_joined(root, tmp_path):
+    rows = [annotation(q, *ANSWERS[q]) for q in (1001, 1002, 2001)] + [annotation(2001, ["no"] * 2, "yes")]
+    put(root / "v2_mscoco_train2014_annotations.json", {"annotations": [*rows, None, {"question_id": 7}]})
+    manifest = prepared("vqav2", root, tmp_path / "out", "--min-answer-count", "2")
+    assert manifest.labels == ["yes"], "of 2001 and 3001, not of the row that repeats"
+    assert records(manifest, "train")[1]["questions"][0]["answers"] == ["no"] * 2
+    assert prepared("vqav2", root, tmp_path / "three", "--min-answer-count", "3").labels is None
+
+
+def test_soft_targets_of_lists_of_any_length_count_the_votes(root, tmp_path):
+    lists = {1002: (["yes"], "yes"), 1001: (["yes", "no", "no"], "no"), 2001: (["no"] * 5 + ["yes"] * 6, "yes")}
+    rows = [annotation(q, *given) for q, given in lists.items()]
+    put(root / "v2_mscoco_train2014_annotations.json", {"annotations": rows})
+    manifest = prepared("vqav2", root, tmp_path / "out", "--min-answer-count", "1")
+    asked = [q for row in records(manifest, "train") for q in row["questions"]]
+    assert [q["scores"] for q in asked] == [{"yes": 1.0}, {"yes": 0.3, "no": 0.6}, {"no": 1.0, "yes": 1.0}]
+
+
 def test_karpathys_split_goes_by_picture_and_restval_trains(root, tmp_path):
     split_of = {1: "train", 2: "test", 3: "restval", 4: "val"}
     images = [{"cocoid": n, "filepath": FOLDERS[n], "filename": path(n), "split": s} for n, s in split_of.items()]
@@ -80,6 +98,15 @@ def test_karpathys_split_goes_by_picture_and_restval_trains(root, tmp_path):
     assert found == {"train": [1, 3], "val": [4], "test": [2]}
     assert records(manifest, "test")[0]["questions"][0]["answers"] == ["yes"] * 10
     assert manifest.account["train"]["aside"] == {"no 'cocoid' in the record": [1, ["image 4"]]}
+
+
+def test_questions_of_pictures_without_a_split_are_told_once(root, tmp_path):
+    split_of = {1: "train", 2: "testt", 4: "val"}
+    images = [{"cocoid": n, "filepath": FOLDERS[n], "filename": path(n), "split": s} for n, s in split_of.items()]
+    put(root / "annotations/dataset_coco.json", {"images": images})
+    manifest = prepared("vqav2", root, tmp_path / "out", "--form", "karpathy")
+    aside = {"picture in no split of Karpathy's file": [2, ["2001", "3001"]]}
+    assert {split: manifest.account[split]["aside"] for split in manifest.splits} == {"train": aside, "val": {}}
 
 
 def test_rows_of_lxmert_bring_their_targets_and_take_the_annotators_from_the_official_files(root, tmp_path):
@@ -95,14 +122,26 @@ def test_rows_of_lxmert_bring_their_targets_and_take_the_annotators_from_the_off
     assert manifest.labels == ["x", "2", ""]
     assert asked[0]["scores"] == {"2": 0.9, "two": 0.3} and asked[0]["answers"] == ANSWERS[1001][0]
     assert asked[1]["scores"] == {"x": 0.6} and asked[1]["answers"] == []
+    (root / "trainval_label2ans.json").unlink()
+    put(root / "trainval_ans2label.json", {"2": 1, "x": 0, "": 2})
+    put(root / "valid.json", [rows[0]])
+    manifest = prepared("vqav2", root, tmp_path / "again", "--form", "lxmert")
+    assert manifest.labels == ["x", "2", ""] and list(manifest.splits) == ["train", "valid"]
 
 
 def test_rows_of_blip(root, tmp_path):
     rows = [{"question_id": 1, "question": "q?", "answer": ["a"] * 10, "image": path(3), "dataset": "vqa"}]
     put(root / "vqa_val.json", rows)
     put(root / "answer_list.json", ["b", "a"])
+    rows += [{**rows[0], "question_id": 2, "image": None}, {**rows[0], "question_id": "\ud800"}]
+    rows += [{key: value for key, value in rows[0].items() if key != "answer"} | {"question_id": 3}]
+    put(root / "vqa_val.json", rows)
+    put(root / "vqa_test.json", [{"question_id": 9, "question": "q?", "image": path(5), "dataset": "vqa"}])
     manifest = prepared("vqav2", root, tmp_path / "out", "--form", "blip")
     assert manifest.labels == ["b", "a"] and records(manifest, "val")[0]["questions"][0]["answers"] == ["a"] * 10
+    assert records(manifest, "test")[0]["questions"][0]["answers"] == []
+    aside = {"no 'answer' in the record": [1, ["record 3"]], "record of another form": [2, ["record 1", "record 2"]]}
+    assert manifest.account["val"]["aside"] == aside
 
 
 def test_broken_records_are_counted_and_named(root, tmp_path):
