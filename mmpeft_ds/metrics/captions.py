@@ -1,6 +1,6 @@
 """CIDEr-D, BLEU and ROUGE-L of captions against several references, as the COCO caption evaluation computes them.
 
-The formulas are the evaluation's own, to the last digit, and so are the words (`metrics.ptb.tokenize`, without Java).
+The formulas are the evaluation's own, to the last digit, and so are the words (`metrics.ptb`, without Java).
 METEOR and SPICE exist in Java only: `metrics.coco_java` runs the published package of the `eval` extra for them.
 
 Source: Vedantam et al., CVPR 2015 (CIDEr, arXiv 1411.5726); Papineni et al., ACL 2002 (BLEU); Lin, 2004 (ROUGE-L);
@@ -9,11 +9,12 @@ Chen et al., arXiv 1504.00325 (the evaluation).
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import Counter
 from collections.abc import Sequence
 
-from mmpeft_ds.metrics.ptb import tokenize
+from mmpeft_ds.metrics.ptb import tokenize_all
 
 Ngrams = Counter[tuple[str, ...]]
 
@@ -36,8 +37,7 @@ def caption_scores(predictions: Sequence[str], references: Sequence[Sequence[str
         raise ValueError(
             f"{len(predictions)} predictions and {len(references)} lists of references, none may be empty"
         )
-    said = [_joined(p) for p in predictions]
-    theirs = [[_joined(r) for r in refs] for refs in references]
+    said, theirs = joined_words(predictions, references)
     # The evaluation's BLEU and CIDEr split at any blank, also at the no-break space in the word "1 1/2"; its ROUGE-L
     # splits at plain blanks alone, and takes an empty caption for one empty word.
     words, their_words = [s.split() for s in said], [[t.split() for t in each] for each in theirs]
@@ -45,6 +45,12 @@ def caption_scores(predictions: Sequence[str], references: Sequence[Sequence[str
     scores = {"cider": cider(words, their_words)} | {f"bleu{n}": value for n, value in enumerate(each, start=1)}
     rouge = sum(rouge_l(s.split(" "), [t.split(" ") for t in refs]) for s, refs in zip(said, theirs, strict=True))
     return scores | {"rouge_l": rouge / len(said)}
+
+
+def joined_words(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> tuple[list[str], list[list[str]]]:
+    """Words of all captions, joined by blanks; each side is read as one text, as the evaluation does."""
+    words = map(" ".join, tokenize_all(caption for captions in references for caption in captions))
+    return list(map(" ".join, tokenize_all(predictions))), [list(itertools.islice(words, len(r))) for r in references]
 
 
 def bleu(said: Sequence[list[str]], theirs: Sequence[Sequence[list[str]]]) -> list[float]:
@@ -111,10 +117,6 @@ def cider(said: Sequence[list[str]], theirs: Sequence[Sequence[list[str]]]) -> f
         own = vector(words)
         total += sum(likeness(words, own, reference) for reference in references) / len(references)
     return 10 * total / len(said)
-
-
-def _joined(caption: str) -> str:
-    return " ".join(tokenize(caption))
 
 
 def _ngrams(words: list[str]) -> Ngrams:

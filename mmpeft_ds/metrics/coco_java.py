@@ -9,7 +9,7 @@ import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from mmpeft_ds.metrics.ptb import tokenize
+from mmpeft_ds.metrics.captions import joined_words
 
 NAMES = ("meteor", "spice")
 # SPICE parses with models that its package fetches when it is first used; offline it cannot.
@@ -46,8 +46,8 @@ def score(pairs: Sequence[Pair], names: Sequence[str]) -> dict[str, float]:
     Args:
         pairs: (caption, its references), raw text; the words are those of `metrics.ptb`.
     """
-    said = {number: [" ".join(tokenize(caption))] for number, (caption, _) in enumerate(pairs)}
-    theirs = {number: [" ".join(tokenize(ref)) for ref in refs] for number, (_, refs) in enumerate(pairs)}
+    words, their_words = joined_words([caption for caption, _ in pairs], [references for _, references in pairs])
+    said, theirs = {number: [caption] for number, caption in enumerate(words)}, dict(enumerate(their_words))
     scores = {}
     for name in names:
         with contextlib.redirect_stdout(io.StringIO()):  # the package prints its progress

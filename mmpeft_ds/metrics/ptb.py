@@ -6,14 +6,14 @@ the earlier pattern wins. `_patterns` states them in that order, and the `regex`
 Each was found by running the program; tests/metrics/ptb_words.tsv.gz keeps a selection of what it answered.
 
 Source: the program's behaviour; Marcus et al., Computational Linguistics 19(2), 1993 (the treebank's conventions);
-specs/datasets.md 6.1. docs/captions.md lists the oddities and which of them published scores contain.
+specs/datasets.md 6.1. docs/scores.md lists the oddities and which of them published scores contain.
 """
 
 from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import regex
 
@@ -29,7 +29,7 @@ _SPELLED = {
     **_BRACKETS,
     **{"\xa2": "cents", "\xa3": "#", "\xa4": "$", "\u20ac": "$", "\x80": "$", "\u20a0": "$"},
     **{"\xbc": "1/4", "\xbd": "1/2", "\xbe": "3/4", "\u2153": "1/3", "\u2154": "2/3"},
-    **{"&amp;": "&", "&lt;": "<", "&gt;": ">", "&quot;": "''", "&apos;": "'", "&nbsp;": ""},
+    **{"&amp;": "&", "&lt;": "<", "&gt;": ">", "&nbsp;": ""},
     **{"&mdash;": "--", "&ndash;": "--", "\u2026": "...", '"': "''", "\xad": "-"},
     **dict.fromkeys("\x96\x97\u2013\u2014\u2015", "--"),
 }
@@ -50,17 +50,29 @@ _NOT_PLAIN = frozenset(
 
 
 def tokenize(caption: str) -> list[str]:
-    """Words of a caption, each as the evaluation spells it; a word may hold a no-break space ("1 1/2").
+    """Words of one caption, each as the evaluation spells it; a word may hold a no-break space ("1 1/2").
 
-    Line breaks count as blanks. A caption is read by itself: the program reads all captions as one text, and a single
-    letter with a period at the end of one looks at how the next begins.
+    Line breaks count as blanks.
+    """
+    return next(tokenize_all([caption, "", ""]))
+
+
+def tokenize_all(captions: Iterable[str]) -> Iterator[list[str]]:
+    """Words of each caption of a list, which the evaluation reads as the lines of one text.
+
+    What a line begins with can decide on a period at the end of the line before it: after "plan b." a sentence that
+    starts with "A" ends one, and "b" loses its period.
     """
     scanner, symbols = _scanner(), _symbols()
-    text = regex.sub(r"[\n\r\x0b\x0c\x85\u2028\u2029]", " ", caption) + "\n\n"
+    text = "\n".join(regex.sub(r"[\n\r\x0b\x0c\x85\u2028\u2029]", " ", caption) for caption in captions)
     scanned = text if text.isascii() else text.translate(_representatives())
     words: list[str] = []
-    place, end = 0, len(text) - 2
-    while place < end:
+    place = 0
+    while place < len(text):
+        if (character := text[place]) == "\n":
+            yield words
+            words, place = [], place + 1
+            continue
         plain = _PLAIN.match(text, place)
         if plain and _NOT_PLAIN.isdisjoint(several := plain[plain.lastgroup].lower().split()):
             words += several
@@ -68,18 +80,20 @@ def tokenize(caption: str) -> list[str]:
             continue
         if found := scanner.match(scanned, place):
             start, place = place, found.end("word")
-            word = _spelled(text[start:place])
+            token = text[start:place]
+            word = token.lower() if found["address"] else _spelled(token)
         else:
-            character = text[place]
             word, place = _spelled(character) if character in symbols else "", place + 1
         if word and word not in DROPPED:
             words.append(word)
-    return words
+    yield words
 
 
 def _spelled(token: str) -> str:
     """A token in lower case and in the evaluation's spelling of marks, quotes and brackets."""
     word = token.lower()
+    if token in ("&quot;", "&apos;"):  # with a capital they stay as they are
+        return "''" if token == "&quot;" else "'"
     if word in _SPELLED:
         return _SPELLED[word]
     if token.isalnum() and token.isascii() or word[0] == "<" and word[-1] == ">":
@@ -93,14 +107,12 @@ def _spelled(token: str) -> str:
     if len(word) <= 2 and set(word) & set(_QUOTES) and not any(map(str.isalnum, word)):
         return "".join(_QUOTES.get(mark, mark) for mark in word)
     if _contraction().fullmatch(word):
-        word = "".join(_QUOTES.get(mark, mark) for mark in word.replace("&apos;", "'"))
+        word = "".join(_QUOTES.get(mark, mark) for mark in token.replace("&apos;", "'").lower())
     if "(" in word or ")" in word:
         word = word.replace("(", "-lrb-").replace(")", "-rrb-")
     if word[0] != "#":
         word = word.replace("\xad", "")
-    if "@" not in word and "://" not in word:
-        word = word.replace("&amp;", "&")
-    return word.replace(" ", "\xa0") or "-"
+    return word.replace("&amp;", "&").replace(" ", "\xa0") or "-"
 
 
 def _members(ranges: str) -> Iterator[str]:
@@ -137,12 +149,14 @@ def _either(words: str, first: str = "") -> str:
 _SOFT_HYPHEN = "\xad"
 # Beyond ASCII, as `_representatives` puts them.
 _LETTER, _DIGIT, _ALNUM = r"[A-Za-z\xe9]", r"[0-9\u0660]", r"[A-Za-z0-9\xe9\u0660]"
-_LETTER_OR_MARK, _ANY_OF_WORD = r"[A-Za-z\xe9\u0301\xad]", r"[A-Za-z0-9\xe9\u0660\u0301\xad]"
+_ENTITY_LETTER = f"&[aeiouAEIOU]{_either('acute grave uml')};"
+_LETTER_OR_MARK = rf"(?:[A-Za-z\xe9\u0301\xad]|{_ENTITY_LETTER})"
+_ANY_OF_WORD = rf"(?:[A-Za-z0-9\xe9\u0660\u0301\xad]|{_ENTITY_LETTER})"
 _BLANK = r"[ \t\xa0\u2000-\u200a\u3000]"
 _BLANK_OR_END = r"[ \t\xa0\u2000-\u200a\u3000\n]"
 _HYPHEN = r"[\-_\u058a\u2010\u2011]"
-_APOSTROPHE = r"(?:['\x92\u2019]|&apos;)"
-_ANY_QUOTE = r"(?:['\x92\u2019`\x91\u2018\u201b]|&apos;)"
+_APOSTROPHE = rf"(?:['\x92\u2019]|{_either('&apos;')})"
+_ANY_QUOTE = rf"(?:['\x92\u2019`\x91\u2018\u201b]|{_either('&apos;')})"
 _NOT = f"[nN]{_ANY_QUOTE}[tT]"
 _CLITIC = f"{_APOSTROPHE}(?:[msdMSD]|{_either('re ve ll')})"
 _NUMBER = f"(?:{_DIGIT}+|{_DIGIT}*(?:[.:,\xad\u066b\u066c]{_DIGIT}+)+)"
@@ -154,7 +168,7 @@ _ASCII_HYPHENATED = f"[A-Za-z0-9][A-Za-z0-9.,\xad]*(?:-(?:[A-Za-z0-9\xad]+|{_INI
 _IN_ADDRESS, _LAST_OF_ADDRESS = r'[^ \t\n\f\r"<>|(){}]', r'[^ \t\n\f\r"<>|.!?(){},\-]'
 _TAG_NAME = r"[A-Za-z][A-Za-z0-9_:.\-]*"
 _TAG = (
-    rf"<(?:[!?][A-Za-z\-][^>\r\n]*|/?{_TAG_NAME}"
+    rf"<(?:[!?][A-Za-z\-][^>\r\n]*|/{_TAG_NAME}|{_TAG_NAME}"
     rf"(?: +{_TAG_NAME}(?: *= *(?:\"[^\"\r\n]*\"|'[^'\r\n]*'))?)* */?) *>"
 )
 
@@ -173,18 +187,20 @@ def _scanner() -> regex.Pattern:
 
 def _patterns() -> list[tuple[str, str]]:
     """(token, what must follow), in order of precedence among matches of equal length."""
-    return [*_word_patterns(), *_apostrophe_patterns(), *_address_patterns(), *_number_patterns(), *_mark_patterns()]
+    return [
+        *_word_patterns(),
+        *_apostrophe_patterns(),
+        *_address_patterns(),
+        *_number_patterns(),
+        *_compound_patterns(),
+        *_mark_patterns(),
+    ]
 
 
 def _word_patterns() -> list[tuple[str, str]]:
-    starts = f"(?:{_either(tables.SENTENCE_STARTS, first='upper')}|{_TAG}){_BLANK_OR_END}"
-    companies = r"[pP]?[pP][tT](?:e[sS]?|y[sS]?)"  # Pte., Pty.
-    short = (
-        f"(?:{_either(tables.ABBREVIATIONS)}|{_either(tables.CAPITALISED, first='upper')}|{companies}|[pP][hH]\\.[dD])"
-    )
     return [
         (_TAG, ""),
-        (r"&(?:lt|gt|LT|GT|amp|AMP|nbsp|NBSP|[mn]dash|quot|QUOT|apos|APOS|#[0-9]+);", ""),
+        (f"&(?:{_either(tables.ENTITIES)}|#[0-9]+);", ""),
         (_either("can"), _either("not")),
         (_either("gon wan"), _either("na")),
         (_either("got"), _either("ta")),
@@ -192,17 +208,29 @@ def _word_patterns() -> list[tuple[str, str]]:
         ("'[tT]", _either("is was")),
         (_WORD, ""),
         (_WORD, _CLITIC),
-        (f"(?:{_WORD}|{_HYPHENATED}|{_ASCII_HYPHENATED})\\.", "[,;:\u3001]"),
+    ]
+
+
+def _compound_patterns() -> list[tuple[str, str]]:
+    joined = f"[A-Z]+(?:(?:[+&]|{_either('&amp;')})[A-Z]+)+"  # AT&T
+    starts = f"(?:{_either(tables.SENTENCE_STARTS, first='upper')}|{_TAG}){_BLANK_OR_END}"
+    companies = r"[pP]?[pP][tT](?:e[sS]?|y[sS]?)"  # Pte., Pty.
+    short = (
+        f"(?:{_either(tables.ABBREVIATIONS)}|{_either(tables.CAPITALISED, first='upper')}|{companies}|[pP][hH]\\.[dD])"
+    )
+    return [
+        (f"(?:{_WORD}|{_HYPHENATED}|{_ASCII_HYPHENATED}|{joined})\\.", "[,;:\u3001]"),
         (rf"{short}\.", r"[\s\S]{2}"),
         (rf"(?:{_either(tables.TITLES)}|[mM]f[gG]|[mM]t[gG])\.", ""),
         (rf"[A-Za-z]\.|{_INITIALS}\.?", ""),
         ("[A-Za-z]", rf"\.{_BLANK_OR_END}+{starts}"),
-        (rf"{_either(tables.BEFORE_NUMBERS)}\.", f"{_BLANK}*{_DIGIT}"),
+        (rf"{_either(tables.BEFORE_NUMBERS)}\.", f"{_BLANK_OR_END}?{_DIGIT}"),
         (_HYPHENATED, ""),
         (_ASCII_HYPHENATED, ""),
-        (r"[A-Z]+(?:(?:[+&]|&amp;)[A-Z]+)+", ""),
+        (joined, ""),
         (r"[A-Za-z0-9]+(?:-[A-Za-z]+){0,2}(?:\\?/[A-Za-z0-9]+(?:-[A-Za-z]+){0,2}){1,2}", ""),
         (r"[cC]\+\+|[cCfF]#", ""),
+        (rf"(?P<address>{_ANY_OF_WORD}+(?:\.{_ANY_OF_WORD}+)*\.{_either(tables.FILE_ENDINGS)})", r"[\s.,!?]"),
     ]
 
 
@@ -214,13 +242,13 @@ def _apostrophe_patterns() -> list[tuple[str, str]]:
         f"{_either('dunkin somethin ol')}{a}",
         f"{a}{_either('em till til cause')}",
         f"[A-HJ-XZn]{q}{_LETTER}{{2,}}",  # D'Angelo
-        f"{a}[2-9]0s",
+        f"{a}[2-9]0[sS]",
         f"{_LETTER}+[aeiouyAEIOUY]{q}[aeiouA-Z]{_LETTER}*",  # Hawai'i
         _either("nor'easter c'mon e'er o'er s'mores ev'ry li'l nat'l cont'd."),
-        f"{_either('o')}{a}{_either('clock')}|{_either('cap')}{a}[nN]",
+        f"[oO]{q}[oO]|{_either('o')}{a}{_either('clock')}|{_either('cap')}{a}[nN]",
     ]
     return [
-        (f"{_LETTER}*(?![nN]){_LETTER}", _NOT),
+        (r"[A-Za-z\xad]*(?![nN])[A-Za-z]\xad*", _NOT),
         (_NOT, ""),
         (_CLITIC, "[^A-Za-z]"),
         ("|".join(whole), ""),
@@ -232,16 +260,20 @@ def _apostrophe_patterns() -> list[tuple[str, str]]:
 
 
 def _address_patterns() -> list[tuple[str, str]]:
-    path = f"(?:/{_IN_ADDRESS}+{_LAST_OF_ADDRESS})?"
+    less, greater = f"(?:{_either('&lt;')}|<)?", f"(?:{_either('&gt;')}|>)?"
+    path = rf'(?:/[^ \t\n\f\r"<>|()]+{_LAST_OF_ADDRESS})?'
     # `,-_` is a range, in the program too: it bars digits and capitals
     host = r'(?:[^ \t\n\f\r"`\'<>|.!?(){},-_$]+\.)+' + _either("com net org edu")
+    host = f"(?!(?<={_BLANK}){_BLANK}){host}"  # a second blank belongs to the first
     domain = r'(?:[^ \t\n\f\r"<>|(){}.\xa0]+\.)*[^ \t\n\f\r"<>|(){}.\xa0]+'
+    addresses = [
+        f"{_either('http')}[sS]?://{_IN_ADDRESS}+{_LAST_OF_ADDRESS}",
+        rf'[wW]{{3}}\.(?:[^ \t\n\f\r"<>|.!?(){{}},]+\.)+[a-zA-Z]{{2,4}}{path}|{host}{path}',
+        rf'{less}[a-zA-Z0-9][^ \t\n\f\r"<>|(){{}}\xa0]*@{domain}{greater}',
+    ]
     return [
-        (f"{_either('http')}[sS]?://{_IN_ADDRESS}+{_LAST_OF_ADDRESS}", ""),
-        (rf'www\.(?:[^ \t\n\f\r"<>|.!?(){{}},]+\.)+[a-zA-Z]{{2,4}}{path}|{host}{path}', ""),
-        (rf'(?:&lt;|<)?[a-zA-Z0-9][^ \t\n\f\r"<>|(){{}}\xa0]*@{domain}(?:&gt;|>)?', ""),
+        *((f"(?P<address>{address})", "") for address in addresses),
         (f"@[a-zA-Z_][a-zA-Z_0-9]*|#{_LETTER_OR_MARK}+", ""),
-        (rf"{_ALNUM}+(?:\.{_ALNUM}+)*\.{_either(tables.FILE_ENDINGS)}", r"[\s.,!?]"),
     ]
 
 

@@ -95,6 +95,9 @@ a about according additionally after an as at but earlier he her here however if
 other our she since so some such that the their then there these they this we what when while yet you mr. ms.
 """
 
+# character entities that are words; letters with an accent are another matter
+ENTITIES = "amp apos cdq gt ht lr lt mdash nbsp ndash odq qc ql qr quot tl ur"
+
 # endings of file names that begin with a digit
 FILE_ENDINGS = """
 bat bmp c class cgi cpp dll doc docx exe gif gz h htm html jar java jpeg jpg mov mp3 pdf php pl png ppt ps py sql

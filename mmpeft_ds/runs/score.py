@@ -53,7 +53,7 @@ class Source:
 
 
 def pairs(measure: str, predictions: Path, source: Source) -> list[Pair]:
-    """Prediction and references of each item, in the order of the predictions.
+    """Prediction and references of each item, in the order of the references, which is that of the evaluation.
 
     Raises:
         BadInput: a file that cannot be read; ids that are unknown, missing or doubled.
@@ -80,7 +80,7 @@ def pairs(measure: str, predictions: Path, source: Source) -> list[Pair]:
         parts = [f"{len(unknown):,} that {place} does not have, first {unknown[0]}"] if unknown else []
         parts += [f"{len(absent):,} of {len(known):,} missing, first {absent[0]}"] if absent else []
         raise BadInput(f"{predictions}: ids do not match: {'; '.join(parts)}. Both sides need the same ids.")
-    return [(text, known[name]) for name, text in said.items()]
+    return [(said[name], references) for name, references in known.items()]
 
 
 def scores(measure: str, pairs: Sequence[Pair], vqa_measure: Measure = "official") -> dict[str, float]:
@@ -93,12 +93,13 @@ def scores(measure: str, pairs: Sequence[Pair], vqa_measure: Measure = "official
 def _rows(path: Path) -> Iterator[dict[str, Any]]:
     """Entries of a JSON list, of `annotations` in a JSON object, or of JSON lines."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
         if path.suffix == ".jsonl":
-            found: Any = [json.loads(line) for line in text.splitlines() if line.strip()]
+            # not splitlines, which also splits at line breaks that may stand within a JSON string (U+2028, U+0085)
+            found: Any = [json.loads(line) for line in text.split("\n") if line.strip()]
         else:
             found = json.loads(text)
-            found = found.get("annotations", found) if isinstance(found, dict) else found
+            found = _by_image(found) if isinstance(found, dict) else found
     except (OSError, ValueError) as e:
         raise BadInput(
             f"{path}: cannot be read as JSON ({e}). Give a JSON list, or JSON lines ending in .jsonl."
@@ -108,6 +109,15 @@ def _rows(path: Path) -> Iterator[dict[str, Any]]:
             f"{path}: is no list of objects. Give a list of {{image_id, caption}} or {{question_id, answer}}."
         )
     yield from found
+
+
+def _by_image(annotations: dict[str, Any]) -> Any:
+    """Entries of a file in the form of COCO, in the order of its `images`; one without images is left as it is."""
+    entries, images = annotations.get("annotations", annotations), annotations.get("images")
+    if not isinstance(entries, list) or not isinstance(images, list):
+        return entries
+    place = {str(image.get("id")): number for number, image in enumerate(images) if isinstance(image, dict)}
+    return sorted(entries, key=lambda e: place.get(str(e.get("image_id")), -1) if isinstance(e, dict) else -1)
 
 
 def _value(row: dict[str, Any], names: Sequence[str], where: Any) -> Any:

@@ -4,7 +4,8 @@
 `stanford-corenlp-3.4.1.jar` (in the wheel of pycocoevalcap 1.2) printed for them on Java 17, without the tokens that
 the evaluation drops. Each text was a line of its own between lines "x". They were drawn from 320,000 compared:
 every symbol of ASCII, Latin-1 and the currency block in 42 surroundings, all pairs and triples of ASCII marks,
-abbreviations, contractions and numbers in up to 36 surroundings, random strings, and lines of English text.
+abbreviations, contractions and numbers in up to 36 surroundings, random strings, and lines of English text; and from
+1.5 million more, captions with odd words among them, entities, tags and addresses.
 """
 
 import gzip
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from mmpeft_ds.metrics.ptb import tokenize
+from mmpeft_ds.metrics.ptb import tokenize, tokenize_all
 
 GOLDEN = Path(__file__).with_name("ptb_words.tsv.gz")
 
@@ -64,3 +65,11 @@ def test_characters_that_the_program_does_not_know_part_words():
 
 def test_a_fraction_with_a_whole_number_is_one_word_with_a_no_break_space():
     assert tokenize("1 1/2 cups") == ["1\xa01/2", "cups"]
+
+
+def test_a_period_at_the_end_of_a_caption_looks_at_how_the_next_one_begins():
+    lines = ["plan b.", "A dog", "plan b.", "a dog", "vitamin c.", "", "The cat", "no.", "5 dogs", "no.", "", "5"]
+    words = ["plan b", "a dog", "plan b.", "a dog", "vitamin c", "", "the cat", "no.", "5 dogs", "no", "", "5"]
+    assert [" ".join(each) for each in tokenize_all(lines)] == words  # as the program printed them
+    assert tokenize("plan b.") == ["plan", "b."]
+    assert list(tokenize_all([])) == [[]] and list(tokenize_all(["", ""])) == [[], []]

@@ -33,6 +33,26 @@ def test_a_coco_result_file_is_scored_against_annotations_in_any_order(files):
     assert score.scores("captions", pairs) == pytest.approx(wanted, rel=1e-12)
 
 
+def test_pairs_stand_in_the_order_of_the_images_which_decides_on_a_period_at_the_end(tmp_path):
+    said = write(tmp_path / "results.json", [{"image_id": i, "caption": c} for i, c in ((1, "A dog"), (2, "plan b."))])
+    rows = [{"image_id": i, "caption": "plan b"} for i in (1, 2)]
+    files = {
+        order: write(tmp_path / f"{order}.json", {"images": [{"id": i} for i in order], "annotations": rows})
+        for order in ((1, 2), (2, 1))
+    }
+    pairs = {order: score.pairs("captions", said, score.Source(file)) for order, file in files.items()}
+    assert [text for text, _ in pairs[2, 1]] == ["plan b.", "A dog"] == [text for text, _ in pairs[1, 2]][::-1]
+    bleu = {order: score.scores("captions", pairs[order])["bleu1"] for order in pairs}
+    assert bleu[2, 1] > bleu[1, 2], "b ends a sentence before A"
+
+
+def test_lines_of_json_may_hold_line_breaks_of_unicode_and_begin_with_a_byte_order_mark(tmp_path):
+    path = tmp_path / "p.jsonl"
+    row = {"sample_id": 1, "prediction": "a\u2028dog\x85runs", "references": ["a dog runs"]}
+    path.write_text("\ufeff" + json.dumps(row, ensure_ascii=False) + "\n", encoding="utf-8")
+    assert score.pairs("captions", path, score.Source()) == [(row["prediction"], row["references"])]
+
+
 def test_predictions_of_evaluate_hold_their_references(tmp_path):
     rows = [{"sample_id": i, "prediction": SAID[i], "references": THEIRS[i]} for i in SAID]
     path = tmp_path / "predictions-test.jsonl"
