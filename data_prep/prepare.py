@@ -9,7 +9,6 @@ The same command continues an interrupted preparation and leaves a finished one 
 from __future__ import annotations
 
 import contextlib
-import errno
 import fcntl
 import json
 import re
@@ -214,15 +213,8 @@ def make_shard(job: Job) -> tuple[Part, bool]:
         _SOURCES[key].index(job.dir / PARTS)
     samples = islice(_SOURCES[key].samples(job.split, job.first), job.count)
     resizer = resize.Resizer(job.resize) if job.resize else None
-    try:
-        place = job.dir, job.name, job.split, job.number, job.first
-        part = (
-            write_shard(*place, resizer.samples(samples), resizer.numbers) if resizer else write_shard(*place, samples)
-        )
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        raise BadInput(f"{job.dir}: {error.strerror}. Make room; the same command continues.") from error
+    place = job.dir, job.name, job.split, job.number, job.first
+    part = write_shard(*place, resizer.samples(samples), resizer.numbers) if resizer else write_shard(*place, samples)
     if part.shard.samples != job.count:
         raise BadInput(
             f"{job.source}: split {job.split!r} gave {part.shard.samples} samples from {job.first} on, "

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import warnings
 from dataclasses import dataclass
 from typing import Any
@@ -11,8 +10,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from mmpeft_ds.data.formats import FORMATS, STORED
-from mmpeft_ds.data.shards import members
+from mmpeft_ds.data.formats import FORMATS
+from mmpeft_ds.data.parsing import npy_array
+from mmpeft_ds.data.shards import image_names, members, record_of
 from mmpeft_ds.errors import BadSample
 
 
@@ -31,19 +31,10 @@ def parse_sample(piece: bytes) -> StoredSample:
     key, parts = members(piece)
     if "json" not in parts:
         raise BadSample("json", "none")
-    try:
-        record = json.loads(parts["json"])
-    except ValueError as error:
-        raise BadSample("json", str(error)) from error
-    if not isinstance(record, dict):
-        raise BadSample("json", f"{type(record).__name__} instead of an object")
-    features = None
-    if "npy" in parts:
-        try:
-            features = np.load(io.BytesIO(parts["npy"]), allow_pickle=False)
-        except (ValueError, OSError, EOFError) as error:
-            raise BadSample("npy", str(error)) from error
-    return StoredSample(key, [data for _, data in sorted(_images(parts))], record, features)
+    record = record_of(parts)
+    arrays = {name: npy_array(data) for name, data in parts.items() if name == "npy" or name.endswith(".npy")}
+    features = arrays.get("npy")
+    return StoredSample(key, [parts[name] for name in image_names(parts)], record, features)
 
 
 def image_size(data: bytes) -> tuple[int, int]:
@@ -55,15 +46,5 @@ def image_size(data: bytes) -> tuple[int, int]:
                 return image.size
     except Image.DecompressionBombError as error:
         raise BadSample("pixels", str(error)) from error
-    except (OSError, ValueError, SyntaxError) as error:
+    except Exception as error:  # noqa: BLE001 - Pillow's plugins raise nearly anything on damaged input
         raise BadSample("image", "not an image of a known format") from error
-
-
-def _images(parts: dict[str, bytes]) -> list[tuple[int, bytes]]:
-    """(position, bytes) of the images: `jpg` is the only one, `0.jpg`, `1.jpg`, ... are several."""
-    images = []
-    for extension, data in parts.items():
-        number, _, kind = extension.rpartition(".")
-        if kind in STORED.values() and (number == "" or number.isdigit()):
-            images.append((int(number or 0), data))
-    return images

@@ -22,6 +22,7 @@ from mmpeft_ds import console  # noqa: E402
 from mmpeft_ds.contact_sheet import Layout, Tile, draw, opened  # noqa: E402
 from mmpeft_ds.data.manifest import Manifest  # noqa: E402
 from mmpeft_ds.errors import BadInput, BadSample  # noqa: E402
+from mmpeft_ds.files import replacing, writing  # noqa: E402
 
 LAYOUT = Layout()
 
@@ -41,10 +42,11 @@ def main(argv: list[str] | None = None) -> None:
     manifest.shards(splits[0])  # refuses an unknown split
     print_tables(manifest, splits)
     if args.out:
-        try:
-            contact_sheet(manifest, splits[0], args.samples).save(args.out)
-        except (OSError, ValueError) as error:
-            raise BadInput(f"--out {args.out}: cannot be written ({error}).") from error
+        sheet, ending = contact_sheet(manifest, splits[0], args.samples), Image.registered_extensions()
+        if args.out.suffix.lower() not in ending:
+            raise BadInput(f"--out {args.out}: no ending of a picture format. Use .png or .jpg.")
+        with writing(args.out), replacing(args.out) as partial:
+            sheet.save(partial, ending[args.out.suffix.lower()])
         print(f"contact sheet of {splits[0]!r}: {args.out}")
 
 

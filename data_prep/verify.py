@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import re
 import sys
+from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 if __name__ == "__main__":
@@ -26,6 +27,7 @@ from mmpeft_ds import console  # noqa: E402
 from mmpeft_ds import recipe as recipes  # noqa: E402
 from mmpeft_ds.data.formats import check_aspect  # noqa: E402
 from mmpeft_ds.data.manifest import FILE, Manifest, local_path, sample_key  # noqa: E402
+from mmpeft_ds.data.parsing import check_questions, one_sample  # noqa: E402
 from mmpeft_ds.errors import BadInput, BadSample  # noqa: E402
 from mmpeft_ds.files import sha256  # noqa: E402
 from mmpeft_ds.progress import Progress  # noqa: E402
@@ -45,11 +47,12 @@ class Job:
 
 @dataclass
 class ShardReport:
-    """Problems of one shard, of its samples (key, what is wrong), and how many samples read well."""
+    """Problems of one shard, of its samples (key, what is wrong), how many read well, and their features' widths."""
 
     problems: list[str]
     bad: list[tuple[str, str]]
     good: int = 0
+    widths: dict[tuple[int, ...], list[str]] = field(default_factory=dict)  # of stored features -> keys
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -94,6 +97,8 @@ def verify(dir: str, list_bad: bool = False, processes: int = 0) -> list[str]:
         for i, report in checked:
             results[i] = report
             progress.advance(manifest.splits[jobs[i].split][jobs[i].number].samples)
+    for split in manifest.splits:
+        _compare_widths(manifest, [r for job, r in zip(jobs, results, strict=True) if job.split == split])
     for job, report in zip(jobs, results, strict=True):
         file = manifest.splits[job.split][job.number].file
         problems += [f"{file}: {problem}" for problem in report.problems]
@@ -161,20 +166,39 @@ def check_shard(job: Job) -> ShardReport:
             key = sample_key(job.split, job.first + i)
             stream.seek(begin)
             try:
-                _check_sample(stream.read(length), key)
+                width = _check_sample(stream.read(length), key)
                 report.good += 1
+                report.widths.setdefault(width, []).append(key)
             except BadSample as error:
                 report.bad.append((key, str(error)))
     return report
 
 
-def _check_sample(piece: bytes, key: str) -> None:
-    sample = parse_sample(piece)
-    if sample.key != key:
-        raise BadSample("key", f"{sample.key}, and {key} belongs here")
-    for image in sample.images:
-        width, height = image_size(image)
-        check_aspect(height, width)
+def _check_sample(piece: bytes, key: str) -> tuple[int, ...]:
+    """Width of its stored features, () without any. Raises BadSample."""
+    with one_sample():
+        sample = parse_sample(piece)
+        if sample.key != key:
+            raise BadSample("key", f"{sample.key}, and {key} belongs here")
+        check_questions(sample.record)
+        for image in sample.images:
+            width, height = image_size(image)
+            check_aspect(height, width)
+        return () if sample.features is None else sample.features.shape[-1:]
+
+
+def _compare_widths(manifest: Manifest, reports: list[ShardReport]) -> None:
+    """Move samples whose features are not as wide as most of the split, or as its towers say, to the bad ones."""
+    counts = Counter({w: 0 for r in reports for w in r.widths if w})
+    for report in reports:
+        counts.update({w: len(keys) for w, keys in report.widths.items() if w})
+    said = manifest.towers.get("image_width")
+    usual = (said,) if said else max(counts, key=counts.get, default=())
+    for report in reports:
+        for width, keys in report.widths.items():
+            if width and width != usual:
+                report.bad += [(key, f"features of width {width[0]}, where others have {usual[0]}") for key in keys]
+                report.good -= len(keys)
 
 
 def _left_aside(manifest: Manifest) -> Iterator[tuple[str, str, str]]:

@@ -19,6 +19,7 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from launchers._run import ROOT, counted, launch, python, rows_of  # noqa: E402
 from mmpeft_ds import console  # noqa: E402
+from mmpeft_ds.files import replacing, write_atomic, write_json  # noqa: E402
 from mmpeft_ds.methods.common.options import Route  # noqa: E402
 
 RECIPE, DATA = "recipes/quickstart.yaml", "data/easy-vqa"
@@ -75,8 +76,8 @@ def table(rows: dict, args: argparse.Namespace) -> None:
         lines.append(" | ".join(["| " + name, *values]) + " |")
     text = f"{next(iter(rows.values()))['counted']} of the validation split\n\n" + "\n".join(lines)
     print(f"\n{args.steps} steps each, {time.strftime('%Y-%m-%d')}, {text}")
-    (ROOT / args.out / "table.md").write_text(text + "\n")
-    (ROOT / args.out / "table.json").write_text(json.dumps({r: rows[r]["scores"] for r in rows}, indent=1) + "\n")
+    write_atomic(ROOT / args.out / "table.md", text + "\n")
+    write_json(ROOT / args.out / "table.json", {r: rows[r]["scores"] for r in rows})
 
 
 def plot(rows: dict, args: argparse.Namespace) -> None:
@@ -92,7 +93,8 @@ def plot(rows: dict, args: argparse.Namespace) -> None:
         axes.plot(range(1, len(loss) + 1), loss, label=f"{route} ({row['scores']['accuracy']:.3f})")
     axes.set(xlabel="step", ylabel=f"training loss, mean of {SMOOTH} steps", title="route (validation accuracy)")
     axes.legend()
-    figure.savefig(ROOT / args.out / "plot.png", dpi=120, bbox_inches="tight")
+    with replacing(ROOT / args.out / "plot.png") as partial:
+        figure.savefig(partial, format="png", dpi=120, bbox_inches="tight")
     print(f"plot: {args.out / 'plot.png'}")
 
 

@@ -17,6 +17,7 @@ sys.path[0] = str(ROOT)
 
 from launchers._run import counted, launch, output, python, rows_of  # noqa: E402
 from mmpeft_ds import console  # noqa: E402
+from mmpeft_ds.files import write_json  # noqa: E402
 
 RECIPE, DATA, RUN = "recipes/quickstart.yaml", "data/easy-vqa", Path("runs/quickstart")
 ZERO1, ZERO1_STEPS = Path("runs/quickstart-zero1"), 16  # enough for a median step time
@@ -46,7 +47,7 @@ def main() -> int:
     plan = json.loads(output("launchers/train.py", "--recipe", RECIPE, "--check", "--json", "-"))
     (report,) = json.loads((RUN / "evaluation-test.json").read_text())
     metrics = collect(plan, report, seconds)
-    (RUN / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n")
+    write_json(RUN / "metrics.json", metrics)
     show(report, metrics)
     return 0
 

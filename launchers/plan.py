@@ -19,6 +19,7 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent)
 from mmpeft_ds import console  # noqa: E402
 from mmpeft_ds import recipe as recipes  # noqa: E402
 from mmpeft_ds.errors import BadInput  # noqa: E402
+from mmpeft_ds.files import write_json  # noqa: E402
 
 
 def main() -> int:
@@ -71,7 +72,7 @@ def main() -> int:
     else:
         report.show(plan)
     if args.json and args.json != "-":
-        Path(args.json).write_text(json.dumps(report.as_dict(plan), indent=1) + "\n")
+        write_json(Path(args.json), report.as_dict(plan))
     if args.apply:
         configs.write(args.apply, plan.recommended)
     return 0

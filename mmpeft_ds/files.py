@@ -18,7 +18,12 @@ from mmpeft_ds.errors import BadInput
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _UNWRITABLE = {*_FULL, errno.EACCES, errno.EPERM, errno.EROFS, errno.EISDIR, errno.ENOTDIR, errno.EEXIST}
+_TORN = re.compile(r"\(os error (\d+)\)")  # how safetensors, which is written in Rust, ends its messages
 REPOSITORY = Path(__file__).resolve().parents[1]  # the checkout this package lies in
+
+
+class CannotWrite(OSError):
+    """What kept a file of ours from being written, with the file's name; every command ends with it in one line."""
 
 
 def fsync(path: str | os.PathLike) -> None:
@@ -67,23 +72,41 @@ def check_writable(directory: Path) -> None:
 
 def cannot_write(error: BaseException) -> str:
     """What the user may do where a file could not be written, such as on a full disk; empty for any other error."""
-    if not isinstance(error, OSError) or error.errno not in _UNWRITABLE:
+    if not isinstance(error, OSError) or not (isinstance(error, CannotWrite) or error.errno in _UNWRITABLE):
         return ""
-    remedy = "Make room" if error.errno in _FULL else "Choose another place, or change who may write there"
-    return f"cannot be written ({os.strerror(error.errno)}). {remedy}; the same command continues."
+    remedies = dict.fromkeys(_FULL, "Make room") | {errno.ENOENT: "Restore its directory, which is gone"}
+    remedy = remedies.get(error.errno, "Choose another place, or mend this one")
+    return f"cannot be written ({os.strerror(error.errno or errno.EIO)}). {remedy}; the same command continues."
 
 
 @contextlib.contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Let an error of the block that names no file, such as that of a full disk, be an OSError that names `path`."""
+    """For a block that writes `path`. What keeps it from being written is raised as CannotWrite, which names it."""
     try:
         yield
+    except CannotWrite:
+        raise
+    except OSError as error:
+        ours = error.filename is None or Path(os.fsdecode(error.filename)).is_relative_to(path.parent)
+        if error.errno is None or not ours:  # such as a file that the block reads
+            raise
+        raise CannotWrite(error.errno, os.strerror(error.errno), str(path)) from error
     except Exception as error:
-        if isinstance(error, OSError):
-            error.filename = error.filename or str(path)
-        elif quoted := re.search(r"\(os error (\d+)\)", str(error)):  # safetensors
-            number = int(quoted[1])
-            raise OSError(number, os.strerror(number), str(path)) from error
+        if (quoted := _TORN.search(str(error))) is None:
+            raise
+        raise CannotWrite(int(quoted[1]), os.strerror(int(quoted[1])), str(path)) from error
+
+
+def append(file: IO[bytes], data: bytes) -> None:
+    """Add all of `data` to the end of a file that is open without a buffer, or nothing of it where that fails."""
+    before, left = os.fstat(file.fileno()).st_size, memoryview(data)
+    try:
+        with naming(Path(file.name)):
+            while left:
+                left = left[file.write(left) :]
+    except OSError:
+        with contextlib.suppress(OSError):
+            os.ftruncate(file.fileno(), before)
         raise
 
 
@@ -100,12 +123,13 @@ def replacing(path: Path, temporary: Path | None = None) -> Iterator[Path]:
     try:
         with naming(path):
             yield temporary
-        fsync(temporary)
-        os.replace(temporary, path)
+            fsync(temporary)
+            os.replace(temporary, path)
+            fsync(path.parent)
     except BaseException:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # of a directory that is gone; the first error is the one to tell
+            temporary.unlink(missing_ok=True)
         raise
-    fsync(path.parent)
 
 
 def write_atomic(path: Path, content: bytes | str) -> None:
@@ -130,22 +154,22 @@ def new_directory(path: Path, replace: bool = False) -> Iterator[Path]:
     """
     partial, old = (path.with_name(f".{path.name}.{word}") for word in ("partial", "old"))
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
     try:
         with naming(path):
+            partial.mkdir(parents=True)
             yield partial
-        follow_umask(partial)
-        for inner in partial.rglob("*"):
-            fsync(inner)
-        fsync(partial)
+            follow_umask(partial)
+            for inner in partial.rglob("*"):
+                fsync(inner)
+            fsync(partial)
+            shutil.rmtree(old, ignore_errors=True)
+            if replace and path.exists():
+                path.rename(old)
+            partial.rename(path)
+            fsync(path.parent)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
-    shutil.rmtree(old, ignore_errors=True)
-    if replace and path.exists():
-        path.rename(old)
-    partial.rename(path)
-    fsync(path.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 

@@ -31,7 +31,8 @@ import numpy as np
 from data_prep.sources.base import RawSample, Source
 from data_prep.sources.common.unknown_keys import check_unknown
 from mmpeft_ds.data.formats import REGION_COUNTS, STORED_SUFFIXES
-from mmpeft_ds.errors import BadInput
+from mmpeft_ds.data.parsing import check_questions, json_object, npy_array
+from mmpeft_ds.errors import BadInput, BadSample
 
 SHOWN = 20
 MAX_CLASSES = 1_000_000
@@ -208,7 +209,7 @@ class Jsonl(Source):
             for number, line in _lines(file):
                 try:
                     parsed = json.loads(line)
-                except ValueError:
+                except (ValueError, RecursionError):
                     continue
                 if isinstance(parsed, dict):
                     yield number, parsed, file
@@ -221,6 +222,8 @@ class Jsonl(Source):
             raise ValueError(f"is not UTF-8 (byte {error.start})") from error
         except json.JSONDecodeError as error:
             raise ValueError(f"is no JSON object ({error.msg} at column {error.colno})") from error
+        except RecursionError as error:
+            raise ValueError("is nested too deeply") from error
         if not isinstance(parsed, dict):
             raise ValueError(f"is a JSON {type(parsed).__name__}, expected an object {{...}}")
         extra = self._extra(parsed, file)
@@ -322,10 +325,17 @@ class Jsonl(Source):
 
 def _stacked(paths: list[Path]) -> np.ndarray | None:
     """The arrays of .npy files: one as it is, several along a new first dimension."""
-    arrays = [np.load(path, allow_pickle=False) for path in paths]
+    arrays = [_array(path) for path in paths]
     if len({array.shape for array in arrays}) > 1:
         raise ValueError(f"features of one line differ in shape: {arrays[0].shape}, {arrays[1].shape}")
     return None if not arrays else arrays[0] if len(arrays) == 1 else np.stack(arrays)
+
+
+def _array(path: Path) -> np.ndarray:
+    try:
+        return npy_array(path.read_bytes())
+    except BadSample as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 def _captions(found: dict[str, Any]) -> list[str]:
@@ -434,7 +444,10 @@ def _is_label(value: Any) -> bool:
 def _check_storable(record: dict[str, Any]) -> None:
     """Some texts and numbers that JSON admits cannot be written again: half a surrogate pair, 1e999."""
     try:
-        json.dumps(record, ensure_ascii=False, allow_nan=False).encode()
+        json_object(json.dumps(record, ensure_ascii=False, allow_nan=False).encode())
+        check_questions(record)
+    except BadSample as error:
+        raise ValueError(error.detail) from error
     except UnicodeEncodeError as error:
         raise ValueError(f"holds \\u{ord(error.object[error.start]):04x}, half of a character") from error
     except ValueError as error:

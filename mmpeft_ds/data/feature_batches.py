@@ -9,7 +9,6 @@ which reads it sample by sample.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +21,7 @@ from mmpeft_ds.data import order
 from mmpeft_ds.data.batch import Described, PackedBatch, changes_of, with_images
 from mmpeft_ds.data.feature_columns import Columns, ShardColumns, reachable
 from mmpeft_ds.data.identity import PICTURE, content_id
+from mmpeft_ds.data.parsing import check_finite, json_object, one_sample
 from mmpeft_ds.data.shards import ShardReader
 from mmpeft_ds.data.transform import hooks_of
 from mmpeft_ds.errors import BadSample
@@ -169,23 +169,20 @@ class FeatureBatches:
         # Find out whether the task draws at random only for samples that can be kept.
         new = known is None and not self._memory.full
         before = _state(generator) if new else b""
-        try:
+        with one_sample():
             texts, targets = self.source.read(record, generator)
             if len(texts) != len(targets):
                 raise BadSample("type")
             texts = with_images(texts, 1)
-        except (TypeError, KeyError, ValueError, IndexError, AttributeError) as error:
-            raise BadSample("type", str(error)) from error
         return _Read(sample_id, record, texts, targets, new and _state(generator) == before)
 
     def _record(self, columns: ShardColumns, sample: int) -> dict[str, Any]:
         """The json of a sample with the features of its captions under `text`. Raises BadSample."""
-        try:
-            record = json.loads(str(columns.record(sample), "utf-8"))
-            if (captions := columns.text(sample)) is not None:
-                record["text"] = torch.from_numpy(np.array(captions))  # a copy, since the file may be closed
-        except (ValueError, TypeError) as error:
-            raise BadSample("json", str(error)) from error
+        record = json_object(columns.record(sample))
+        check_finite(columns.features(sample))
+        if (captions := columns.text(sample)) is not None:
+            check_finite(captions)
+            record["text"] = torch.from_numpy(np.array(captions))  # a copy, since the file may be closed
         if any(name not in record for name in self.source.fields):
             raise BadSample("field")
         if self.source.identify:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from mmpeft_ds.data.manifest import local_path, sample_key
-from mmpeft_ds.data.shards import BLOCK, HINT, ShardReader, cached
+from mmpeft_ds.data.shards import BLOCK, HINT, ShardReader
 from mmpeft_ds.errors import BadInput
 
 MEMBERS = 8  # files per sample; samples with more are read one by one
@@ -90,10 +90,15 @@ class ShardColumns:
         at = int(self._text_at[sample])
         return self.bytes[at : at + dtype.itemsize * shape[0] * shape[1]].view(dtype).reshape(shape)
 
+    def features(self, sample: int) -> np.ndarray:
+        """(rows, width) image features of a good sample, a view into the file."""
+        at = int(self._image_at[sample]) * self.dtype.itemsize
+        flat = self.bytes[at : at + self.dtype.itemsize * self.rows * self.width].view(self.dtype)
+        return flat.reshape(self.rows, self.width)
+
     def content(self, sample: int) -> bytes:
         """All image features of a good sample, as they are stored."""
-        at = int(self._image_at[sample]) * self.dtype.itemsize
-        return self.bytes[at : at + self.dtype.itemsize * self.rows * self.width].tobytes()
+        return self.features(sample).tobytes()
 
     def record(self, sample: int) -> bytes:
         """The json of a sample."""
@@ -137,10 +142,10 @@ class Columns:
         return {**self.__dict__, "_open": {}}
 
     def shard(self, number: int) -> ShardColumns:
-        """One shard. Raises BadInput if it is missing."""
+        """One shard. Raises BadInput if it is missing, or has changed."""
+        manifest, split, info = self.reader.manifest, self.reader.split, self.reader.shards[number]
+        path = self.reader.check_file(number)  # each time: a mapped file that was cut ends the process
         if number not in self._open:
-            manifest, split, info = self.reader.manifest, self.reader.split, self.reader.shards[number]
-            path = local_path(manifest.path(info.file)) or cached(manifest, split, number, self.reader.cache_dir)
             first = int(self._firsts[number])
             keys = [sample_key(split, first + i) for i in range(info.samples)]
             try:

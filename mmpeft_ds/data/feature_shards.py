@@ -17,8 +17,6 @@ class texts). Features of different towers cannot be compared, so they are never
 from __future__ import annotations
 
 import hashlib
-import io
-import json
 import logging
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -32,7 +30,8 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from mmpeft_ds.data.manifest import FILE, Manifest, read_side_file
-from mmpeft_ds.data.shards import ShardReader, members
+from mmpeft_ds.data.parsing import npy_array, one_sample
+from mmpeft_ds.data.shards import ShardReader, members, record_of
 from mmpeft_ds.data.subset import Subset
 from mmpeft_ds.errors import BadInput, BadSample
 from mmpeft_ds.files import write_atomic
@@ -120,10 +119,11 @@ def read_features(
     for (shard, _), piece in _pieces(manifest, split, places):
         key = "?"
         try:
-            if isinstance(piece, BadSample):
-                raise piece
-            key, parts = members(piece)
-            image, captions, label = _sample(parts, (1 + views, width), towers.get("text_width", 0))
+            with one_sample():
+                if isinstance(piece, BadSample):
+                    raise piece
+                key, parts = members(piece)
+                image, captions, label = _sample(parts, (1 + views, width), towers.get("text_width", 0))
         except BadSample as error:
             file = manifest.shards(split)[shard].file
             log.warning("bad sample %s in %s: %s", key, file, error)
@@ -231,20 +231,12 @@ def _sample(parts: dict[str, bytes], shape: tuple[int, int], text_width: int) ->
     captions = _array(parts["text.npy"]) if "text.npy" in parts else np.zeros((0, text_width), np.float32)
     if captions.ndim != 2 or captions.shape[1] != text_width:
         raise BadSample("features", f"captions of shape {captions.shape} instead of (n, {text_width})")
-    if not (np.isfinite(image).all() and np.isfinite(captions).all()):
-        raise BadSample("features", "a number is not finite")  # one in the bank would spoil every prediction
-    try:
-        label = json.loads(parts.get("json", b"{}")).get("label", -1)
-    except (ValueError, AttributeError) as error:
-        raise BadSample("json", str(error)) from error
+    label = record_of(parts).get("label", -1)
     return image, captions, label if isinstance(label, int) else -1
 
 
 def _array(data: bytes) -> np.ndarray:
-    try:
-        return np.load(io.BytesIO(data), allow_pickle=False).astype(np.float32)
-    except (ValueError, OSError, EOFError, TypeError) as error:
-        raise BadSample("npy", str(error)) from error
+    return npy_array(data).astype(np.float32)  # not finite: one in the bank would spoil every prediction
 
 
 def _stacked(rows: Iterable[np.ndarray], shape: tuple[int, ...]) -> Tensor:

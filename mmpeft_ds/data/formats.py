@@ -13,6 +13,7 @@ READ = (*STORED, "ppm")
 # Plugins of Pillow that may parse what comes from outside; Pillow knows many more.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 MAX_PIXELS = 89_478_485
+MAX_SAMPLE_BYTES = 2**30
 # As `Path.suffix` gives the endings.
 STORED_SUFFIXES = tuple(f".{ending}" for ending in STORED)
 READ_SUFFIXES = tuple(f".{ending}" for ending in READ)

@@ -48,6 +48,8 @@ class DataOptions:
         max_bad_fraction: share of the samples that may be bad before the run stops.
         max_bad_in_a_row: consecutive bad samples that stop the run.
         max_pixels: images with more are refused before decoding.
+        max_sample_bytes: a sample that takes more, as it is stored or as transformed images, is bad; it bounds the
+            memory of a loader process.
         decode: `full` decodes at full size, `scaled` lets libjpeg-turbo decode at a smaller scale (faster, PSNR
             about 41 dB).
         pixels: `shown` reads pictures as a viewer shows them: EXIF orientation applied, transparency on white, 16 bits
@@ -71,6 +73,7 @@ class DataOptions:
     max_bad_fraction: float = 0.001
     max_bad_in_a_row: int = 100
     max_pixels: int = 89_478_485
+    max_sample_bytes: int = 2**30
     decode: Literal["full", "scaled"] = "full"
     pixels: Literal["shown", "published"] = "shown"
     allow_pipe: bool = False

@@ -6,7 +6,6 @@ The range of a sample is a piece of tar that holds exactly that sample. Nothing 
 from __future__ import annotations
 
 import io
-import json
 import os
 import shutil
 import tarfile
@@ -20,14 +19,19 @@ from typing import Any
 import fsspec
 import numpy as np
 
-from mmpeft_ds.data.manifest import Manifest, local_path
+from mmpeft_ds.data.formats import MAX_SAMPLE_BYTES, READ
+from mmpeft_ds.data.manifest import Manifest, local_path, sample_key
+from mmpeft_ds.data.options import DataOptions
+from mmpeft_ds.data.parsing import described, json_object
 from mmpeft_ds.errors import BadInput, BadSample
 from mmpeft_ds.files import follow_umask, sha256
 
 # Each slot reads one shard for a long time, so a rank needs about as many open files as slots.
 OPEN_FILES = 256
 TRIES = 3
+MOST_DIGITS = 9  # of the number of an image within its sample
 BLOCK = tarfile.BLOCKSIZE
+Stamp = tuple[int, int]
 HINT = "Restore it, or prepare the data set again; data_prep/verify.py checks a whole directory."
 
 
@@ -39,17 +43,35 @@ class ShardReader:
         split: of the data set.
         cache_dir: directory for copies of remote shards; empty: byte ranges are read directly.
         allow_pipe: see `check_pipe`.
+        max_sample_bytes: longer samples are not read.
+        stamps: of the shards when the run began, see `stamp`; empty: each as it is when it is opened.
 
     Raises:
         BadInput: an unknown split, or a `pipe:` URL that is not allowed.
     """
 
-    def __init__(self, manifest: Manifest, split: str, cache_dir: str = "", allow_pipe: bool = False):
+    def __init__(
+        self,
+        manifest: Manifest,
+        split: str,
+        cache_dir: str = "",
+        allow_pipe: bool = False,
+        max_sample_bytes: int = MAX_SAMPLE_BYTES,
+        stamps: Sequence[Stamp] = (),
+    ):
         check_pipe(manifest.dir, allow_pipe)
         self.manifest, self.split, self.cache_dir = manifest, split, cache_dir
+        self.max_sample_bytes = max_sample_bytes
         self.shards = manifest.shards(split)
+        self._firsts = np.cumsum([0, *(shard.samples for shard in self.shards)])
+        self._stamps: dict[int, Stamp] = dict(enumerate(stamps))
         self._offsets: dict[int, np.ndarray] = {}
         self._files: OrderedDict[int, int] = OrderedDict()
+
+    @classmethod
+    def of(cls, manifest: Manifest, split: str, options: DataOptions, stamps: Sequence[Stamp] = ()) -> ShardReader:
+        """The reader of a split as the `data` section of a recipe says."""
+        return cls(manifest, split, options.cache_dir, options.allow_pipe, options.max_sample_bytes, stamps)
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_offsets": {}, "_files": OrderedDict()}
@@ -61,12 +83,48 @@ class ShardReader:
             wanted: number of the shard in the split, and of the sample in the shard.
 
         Returns:
-            bytes of each, or BadSample("read") where the file ends too early.
+            bytes of each, or BadSample: `read` where the file ends too early, `bytes` for a sample that is too long.
 
         Raises:
-            BadInput: if a shard is missing or stays unreachable.
+            BadInput: if a shard is missing, stays unreachable, or has changed.
         """
         ranges = [(shard, *map(int, self._table(shard)[sample])) for shard, sample in wanted]
+        pieces: list[bytes | BadSample] = [BadSample("bytes", f"{size:,} bytes") for _, _, size in ranges]
+        short = [i for i, (_, _, size) in enumerate(ranges) if size <= self.max_sample_bytes]
+        for i, piece in zip(short, self._read([ranges[i] for i in short]), strict=True):
+            pieces[i] = piece
+        return pieces
+
+    def check_key(self, shard: int, sample: int, key: str) -> None:
+        """Raise BadInput if the sample read at a place has not the key that belongs there."""
+        expected = sample_key(self.split, int(self._firsts[shard]) + sample)
+        if key != expected:
+            raise BadInput(
+                f"{self.manifest.path(self.shards[shard].file)}: holds {key} where {expected} belongs: the shard was "
+                f"written anew, or the index is of another one. {HINT}"
+            )
+
+    def check_open(self) -> None:
+        """Compare the shards that are open with what they were. Raises BadInput if one has changed or is gone."""
+        for shard in self._files:
+            self.check_file(shard)
+
+    def check_file(self, shard: int) -> str:
+        """Path of the local file of a shard. Raises BadInput if it has changed since the run began, or is gone."""
+        path = self._path(shard)
+        try:
+            self._check_stamp(shard, os.stat(path))
+        except OSError as error:
+            raise BadInput(f"{path}: shard cannot be opened ({error.strerror}). {HINT}") from error
+        return path
+
+    def _check_stamp(self, shard: int, now: os.stat_result) -> None:
+        before = self._stamps.setdefault(shard, stamp(now))
+        if before != stamp(now):
+            what = "size" if before[0] != now.st_size else "time of change"
+            raise BadInput(f"{self._path(shard)}: shard was changed during the run (its {what}). {HINT}")
+
+    def _read(self, ranges: list[tuple[int, int, int]]) -> list[bytes | BadSample]:
         url = self.manifest.path(self.shards[ranges[0][0]].file) if ranges else ""
         if ranges and local_path(url) is None and not self.cache_dir:
             return self._read_remote(ranges)
@@ -92,6 +150,8 @@ class ShardReader:
             for file, (_, begin, size) in zip(files, ranges, strict=True):
                 os.posix_fadvise(file, begin, size, os.POSIX_FADV_WILLNEED)
         pieces = [_checked(os.pread(f, size, at), size) for f, (_, at, size) in zip(files, ranges, strict=True)]
+        for file, shard in {f: shard for f, (shard, _, _) in zip(files, ranges, strict=True)}.items():
+            self._check_stamp(shard, os.fstat(file))  # after reading, so that nothing of a new content is used
         while len(self._files) > OPEN_FILES:
             os.close(self._files.popitem(last=False)[1])
         return pieces
@@ -100,13 +160,17 @@ class ShardReader:
         if shard in self._files:
             self._files.move_to_end(shard)
             return self._files[shard]
-        url = self.manifest.path(self.shards[shard].file)
-        path = local_path(url) or cached(self.manifest, self.split, shard, self.cache_dir)
+        path = self._path(shard)
         try:
             self._files[shard] = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
         except OSError as error:
             raise BadInput(f"{path}: shard cannot be opened ({error.strerror}). {HINT}") from error
         return self._files[shard]
+
+    def _path(self, shard: int) -> str:
+        """Of the local file of a shard, which is fetched if it is remote."""
+        url = self.manifest.path(self.shards[shard].file)
+        return local_path(url) or cached(self.manifest, self.split, shard, self.cache_dir)
 
     def _read_remote(self, ranges: list[tuple[int, int, int]]) -> list[bytes | BadSample]:
         urls = [self.manifest.path(self.shards[shard].file) for shard, _, _ in ranges]
@@ -130,6 +194,30 @@ class ShardReader:
         raise AssertionError("the last attempt returns or raises")
 
 
+def stamp(status: os.stat_result) -> Stamp:
+    """Size and time of change of a file, by which a shard that is written anew during a run is noticed."""
+    return status.st_size, status.st_mtime_ns
+
+
+def stamps_of(manifest: Manifest, split: str, rank: int = 0, world_size: int = 1) -> list[Stamp]:
+    """Stamps of this rank's share of the shards of a split, (-1, -1) for one that is missing; none of remote ones."""
+    if local_path(manifest.dir) is None:
+        return []
+    stamps = []
+    for info in manifest.shards(split)[rank::world_size]:
+        try:
+            stamps.append(stamp(os.stat(local_path(manifest.path(info.file)))))
+        except OSError:  # said by `verify_shards`, or when it is opened
+            stamps.append((-1, -1))
+    return stamps
+
+
+def check_bytes(held: int, most: int) -> None:
+    """Raise BadSample if a sample holds more bytes than `data.max_sample_bytes`."""
+    if held > most:
+        raise BadSample("bytes", f"{held:,} bytes in memory, more than data.max_sample_bytes {most:,}")
+
+
 def members(piece: bytes) -> tuple[str, dict[str, bytes]]:
     """Key and {extension: bytes} of the one sample in a piece of tar; the extension follows the key's first dot.
 
@@ -138,11 +226,7 @@ def members(piece: bytes) -> tuple[str, dict[str, bytes]]:
     """
     files = _plain_members(piece)
     if files is None:
-        try:
-            with tarfile.open(fileobj=io.BytesIO(piece), mode="r:") as archive:
-                files = [(m.name, archive.extractfile(m).read()) for m in archive if m.isfile()]
-        except (tarfile.TarError, OSError, ValueError, EOFError) as error:
-            raise BadSample("tar", str(error)) from error
+        files = _any_members(piece)
     key, parts = "", {}
     for name, data in files:
         folder, _, base = name.rpartition("/")
@@ -159,19 +243,25 @@ def members(piece: bytes) -> tuple[str, dict[str, bytes]]:
     return key, parts
 
 
+def image_names(parts: dict[str, bytes]) -> list[str]:
+    """Names of the images of a sample in order: `jpg`, or `0.jpg`, `1.png`, ..., `10.jpg`. Raises BadSample."""
+
+    def rank(name: str) -> tuple[int, str]:
+        head = name.rpartition(".")[0]
+        if head.isdecimal() and len(head) > MOST_DIGITS:
+            raise BadSample("name", f"an image number of {len(head):,} digits")
+        return (int(head) if head.isdecimal() else -1, name)
+
+    return sorted((n for n in parts if n.rsplit(".", 1)[-1] in READ), key=rank)
+
+
 def record_of(parts: dict[str, bytes]) -> dict[str, Any]:
     """The json of a sample whose members are `parts`; empty if it has none.
 
     Raises:
-        BadSample: `json` if it cannot be parsed, or is no object.
+        BadSample: as `parsing.json_object`.
     """
-    try:
-        record = json.loads(parts.get("json", b"{}"))
-    except ValueError as error:
-        raise BadSample("json", str(error)) from error
-    if not isinstance(record, dict):
-        raise BadSample("json", f"holds a {type(record).__name__}, not an object")
-    return record
+    return json_object(parts.get("json", b"{}"))
 
 
 def verify_shards(manifest: Manifest, split: str, mode: str, rank: int = 0, world_size: int = 1) -> list[str]:
@@ -269,6 +359,23 @@ def _plain_members(piece: bytes) -> list[tuple[str, bytes]] | None:
             return None
         files.append((header[:100].partition(b"\0")[0].decode("utf-8", "replace"), piece[at + BLOCK : end]))
         at = at + BLOCK + -(-size // BLOCK) * BLOCK
+    return files
+
+
+def _any_members(piece: bytes) -> list[tuple[str, bytes]]:
+    """(name, bytes) of members with any headers. Raises BadSample."""
+    files = []
+    try:
+        with tarfile.open(fileobj=io.BytesIO(piece), mode="r:") as archive:
+            for member in archive:
+                if member.issparse() or member.size > len(piece):  # tarfile would make up what is not there
+                    raise BadSample("tar", f"{member.name[:100]}: claims {member.size:,} bytes of {len(piece):,}")
+                if member.isfile():
+                    files.append((member.name, archive.extractfile(member).read()))
+    except BadSample:
+        raise
+    except Exception as error:  # noqa: BLE001 - beside its own, such as RecursionError for thousands of extended headers
+        raise BadSample("tar", described(error)) from error
     return files
 
 

@@ -6,7 +6,6 @@ worker needs only the slots and the step of the batch to make.
 
 from __future__ import annotations
 
-import io
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -20,12 +19,12 @@ from mmpeft_ds.data import order
 from mmpeft_ds.data.batch import PackedBatch, Sample, check_images, pack, with_images
 from mmpeft_ds.data.decode import picture_reader
 from mmpeft_ds.data.feature_batches import FeatureBatches
-from mmpeft_ds.data.formats import READ
 from mmpeft_ds.data.identity import PICTURE, content_id
 from mmpeft_ds.data.manifest import Manifest
 from mmpeft_ds.data.options import DataOptions
 from mmpeft_ds.data.packing import REFUSALS, refusal, refused, spread
-from mmpeft_ds.data.shards import ShardReader, members, record_of
+from mmpeft_ds.data.parsing import npy_array, one_sample, size_in_memory
+from mmpeft_ds.data.shards import ShardReader, Stamp, check_bytes, image_names, members, record_of
 from mmpeft_ds.data.subset import Subset
 from mmpeft_ds.data.token_plan import Lengths, micro_batches
 from mmpeft_ds.data.transform import apply, hooks_of
@@ -52,6 +51,7 @@ class StreamSource:
         weight: relative share of the steps.
         subset: the samples to use; None: all of the split.
         most_images: of a sample, 0 = any number.
+        stamps: of all shards when the run began, see `data.shards.stamp`; empty: not known.
         identify: give each record the identity of its images (of its stored features, where it has them) under
             `PICTURE`, unless it brings one.
     """
@@ -68,6 +68,7 @@ class StreamSource:
     subset: Subset | None = None
     most_images: int = 0
     identify: bool = False
+    stamps: Sequence[Stamp] = ()
 
     @property
     def samples(self) -> int:
@@ -225,7 +226,7 @@ class _Loader:
         self.sources, self.options, self.seed, self.train = list(sources), options, seed, train
         chosen = options.evaluation_order
         self.shuffled_evaluation = not train and (chosen == "shuffled" or (chosen == "auto" and coupled))
-        self.readers = [ShardReader(s.manifest, s.split, options.cache_dir, options.allow_pipe) for s in sources]
+        self.readers = [ShardReader.of(s.manifest, s.split, options, s.stamps) for s in sources]
         # Per source: shard -> the samples to use; None: all of every shard.
         self.places = [None if s.subset is None else s.subset.places(s.manifest) for s in sources]
         self._orders: dict[int, tuple[int, order.EpochOrder]] = {}
@@ -323,7 +324,7 @@ class _Loader:
             samples = np.concatenate(chosen)[starts[shards] + samples]
         try:
             return self.gathers[source].make(epoch, shards, samples, filled, size)
-        except BadInput:  # a shard is gone
+        except BadInput:  # a shard is gone, or has changed
             raise
         except REFUSALS:  # by a function that collates; sample by sample it will be seen of which
             return None
@@ -351,6 +352,7 @@ class _Loader:
                 block = sum(sizes)
             shuffle = self.train or self.shuffled_evaluation
             self._orders[source] = (epoch, order.EpochOrder(sizes, key, block, shuffle))
+            self.readers[source].check_open()
         return self._orders[source][1]
 
     def _place(self, source: int, shard: int, number: int) -> tuple[int, int]:
@@ -365,8 +367,10 @@ class _Loader:
         try:
             if isinstance(piece, BadSample):
                 raise piece
-            key, parts = members(piece)
-            return self._good_sample(self.sources[source], epoch, f"{name}/{key}", parts)
+            with one_sample():
+                key, parts = members(piece)
+                self.readers[source].check_key(*place, key)
+                return self._good_sample(self.sources[source], epoch, f"{name}/{key}", parts)
         except BadSample as bad:
             log.warning("bad sample %s in %s: %s", key, shard, bad)
             return Sample(sample_id=f"{name}/{key}", bad=(bad.kind, shard, key))
@@ -384,7 +388,11 @@ class _Loader:
             raise BadSample("type", f"{type(error).__name__}: {error}") from error
         if len(texts) != len(targets):
             raise BadSample("type", f"{len(texts)} texts but {len(targets)} targets")
-        images = [apply(source.image_transform, image, generator) for image in self._images(source, parts, record)]
+        images, held = [], 0
+        for image in self._images(source, parts, record):
+            images.append(apply(source.image_transform, image, generator))
+            held += size_in_memory(images[-1])
+            check_bytes(held, self.options.max_sample_bytes)
         check_images(len(images), source.most_images)
         return Sample(sample_id, 1.0, images, with_images(texts, len(images)), targets, record)
 
@@ -394,6 +402,7 @@ class _Loader:
         if transform.takes_features:
             features = record.pop("features", None)
             if features is not None:
+                _check_width(features, source.manifest)
                 yield from features if features.dim() > 2 else (features,)
             return
         min_size = transform.min_size if self.options.decode == "scaled" else None
@@ -464,14 +473,26 @@ class BadBudget:
 
 
 def _record(parts: dict[str, bytes], fields: Sequence[str]) -> dict[str, Any]:
-    """The JSON of a sample, with the array `KEY.npy` under `features` and arrays `KEY.NAME.npy` under `NAME`."""
-    record = record_of(parts)
-    for name, data in parts.items():
-        if name == "npy" or name.endswith(".npy"):
-            record[name.removesuffix("npy").rstrip(".") or "features"] = _array(data)
+    """The JSON of a sample with its arrays. Raises BadSample."""
+    record = with_arrays(record_of(parts), parts)
     for name in fields:
         if name not in record:
             raise BadSample("field", f"no field {name!r}")
+    return record
+
+
+def _check_width(features: Tensor, manifest: Manifest) -> None:
+    """Raise BadSample for stored features that the towers of the data set did not make."""
+    width = manifest.towers.get("image_width")
+    if width is not None and features.shape[-1:] != (width,):
+        raise BadSample("features", f"shape {tuple(features.shape)}, where the towers give {width:,} numbers")
+
+
+def with_arrays(record: dict[str, Any], parts: dict[str, bytes]) -> dict[str, Any]:
+    """The record with the array `KEY.npy` under `features`, and `KEY.NAME.npy` under `NAME`. Raises BadSample."""
+    for name, data in parts.items():
+        if name == "npy" or name.endswith(".npy"):
+            record[name.removesuffix("npy").rstrip(".") or "features"] = torch.from_numpy(npy_array(data))
     return record
 
 
@@ -481,20 +502,3 @@ def identify(record: dict[str, Any], parts: dict[str, bytes]) -> None:
     contents = [parts[name] for name in image_names(parts)] if features is None else [features.numpy().tobytes()]
     if contents:
         record.setdefault(PICTURE, content_id(contents))
-
-
-def _array(data: bytes) -> Tensor:
-    try:
-        return torch.from_numpy(np.load(io.BytesIO(data), allow_pickle=False))
-    except (ValueError, OSError, EOFError, TypeError) as error:
-        raise BadSample("npy", str(error)) from error
-
-
-def image_names(parts: dict[str, bytes]) -> list[str]:
-    """Names of the images of a sample in order: `jpg`, or `0.jpg`, `1.png`, ..., `10.jpg`."""
-
-    def rank(name: str) -> tuple[int, str]:
-        head = name.rpartition(".")[0]
-        return (int(head) if head.isdecimal() else -1, name)
-
-    return sorted((n for n in parts if n.rsplit(".", 1)[-1] in READ), key=rank)

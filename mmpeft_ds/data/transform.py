@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from mmpeft_ds.data.formats import check_aspect
+from mmpeft_ds.data.parsing import described, one_sample
 from mmpeft_ds.errors import BadSample
 
 
@@ -53,20 +54,19 @@ _DEFAULTS = ImageTransform()
 
 
 def apply(transform: Callable[..., Any], image: Tensor, generator: torch.Generator | None) -> Any:
-    """What a transform makes of one image; whatever it refuses is a bad sample. A RuntimeError is a fault of ours.
+    """What a transform makes of one image; whatever it refuses is a bad sample.
 
     Raises:
-        BadSample: `aspect` for a strip that would be huge once scaled, `image` for what the transform refuses.
+        BadSample: `aspect` for a strip that would be huge once scaled, `image` for what the transform refuses, and as
+            `parsing.one_sample`.
     """
     if image.dim() == 3 and not hooks_of(transform).takes_features:
         check_aspect(*image.shape[-2:])
-    try:
-        return transform(image, generator)
-    except BadSample:
-        raise
-    except (ValueError, TypeError, ArithmeticError, LookupError, OSError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise BadSample("image", f"refused by the image transform: {type(error).__name__}: {reason}") from error
+    with one_sample():
+        try:
+            return transform(image, generator)
+        except (ValueError, TypeError, ArithmeticError, LookupError, OSError) as error:
+            raise BadSample("image", f"refused by the image transform: {described(error)}") from error
 
 
 def hooks_of(transform: Callable[..., Any]) -> ImageTransform:

@@ -22,9 +22,11 @@ from mmpeft_ds.data.field_counts import FieldCounts
 from mmpeft_ds.data.formats import STORED
 from mmpeft_ds.data.identity import Contents
 from mmpeft_ds.data.manifest import IndexInfo, Manifest, ShardInfo, sample_key
+from mmpeft_ds.data.parsing import check_questions, json_object, npy_array
 from mmpeft_ds.data.parts import PARTS, Part, save_part, shard_file
 from mmpeft_ds.data.tar import TarWriter
-from mmpeft_ds.files import fsync, replacing, sha256
+from mmpeft_ds.errors import BadInput, BadSample
+from mmpeft_ds.files import replacing, sha256
 
 # json.dumps would make an encoder for every record.
 _encoded = json.JSONEncoder(sort_keys=True, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode
@@ -59,7 +61,10 @@ def members(sample: Any) -> dict[str, bytes]:
         ValueError: if an image extension is unknown, the record is no JSON, or features hold Python objects.
     """
     record = {**sample.record, "source_name": sample.name}
-    parts = {"json": _encoded(record).encode()}
+    try:
+        parts = {"json": _encoded(record).encode()}
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{sample.name}: the record cannot be stored as JSON ({error})") from error
     for i, (extension, data) in enumerate(sample.images):
         stored = STORED.get(extension.lower())
         if stored is None:
@@ -88,19 +93,26 @@ def write_shard(
 
     Returns:
         its part; the tar and the part file are in place and on disk.
+
+    Raises:
+        BadInput: for a sample that training would refuse: see `data.parsing`, or stored features of another width.
     """
     file = shard_file(name, split, number)
-    temporary = dir / PARTS / f"{file}.{os.getpid()}.tmp"
     counts, labels, contents = FieldCounts(), Counter(), Contents()
-    with open(temporary, "wb", buffering=0) as stream, TarWriter(stream) as tar:
+    widths: dict[str, int] = {}
+    with (
+        replacing(dir / file, dir / PARTS / f"{file}.{os.getpid()}.tmp") as temporary,
+        open(temporary, "wb", buffering=0) as stream,
+        TarWriter(stream) as tar,
+    ):
         for i, sample in enumerate(samples):
-            tar.add(sample_key(split, first + i), members(sample))
+            parts = members(sample)
+            widths.update(_checked(sample, parts, widths))
+            tar.add(sample_key(split, first + i), parts)
             counts.add(sample)
             labels.update(_labels_of(sample.record))
             contents.add(sample)
         size, digest, offsets = tar.close()
-    os.replace(temporary, dir / file)
-    fsync(dir)
     shard = ShardInfo(file, len(offsets), size, digest)
     return save_part(dir, shard, counts.counts, labels, {"offsets": offsets, **contents.arrays(), **numbers()})
 
@@ -172,6 +184,21 @@ def _write_index(dir: Path, file: str, parts: list[Part]) -> IndexInfo:
                 stream.write(part.offsets.astype("<i8").tobytes())
         digest = sha256(temporary)
     return IndexInfo(file, digest)
+
+
+def _checked(sample: Any, parts: dict[str, bytes], widths: dict[str, int]) -> dict[str, int]:
+    """Width of each array of a sample. Raises BadInput if training would refuse the sample, or one differs."""
+    found = {}
+    try:
+        check_questions(json_object(parts["json"]))
+        for name in (name for name in parts if name.endswith("npy")):
+            found[name] = npy_array(parts[name]).shape[-1:]
+    except BadSample as bad:
+        raise BadInput(f"{sample.name}: cannot be stored ({bad}). Mend it in the source, or leave it out.") from bad
+    for name, width in found.items():
+        if widths.get(name, width) != width:
+            raise BadInput(f"{sample.name}: {name} has width {width}, and {widths[name]} in the samples before it.")
+    return found
 
 
 def _npy(array: np.ndarray) -> bytes:

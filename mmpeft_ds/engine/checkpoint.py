@@ -40,7 +40,7 @@ from mmpeft_ds.engine.zero import fingerprint as fingerprints
 from mmpeft_ds.engine.zero import full_state
 from mmpeft_ds.engine.zero import state as zero_state
 from mmpeft_ds.errors import BadInput
-from mmpeft_ds.files import new_directory, save_tensors, sha256, write_atomic, write_json
+from mmpeft_ds.files import naming, new_directory, save_tensors, sha256, write_atomic, write_json
 from mmpeft_ds.methods.common.layers import kept_buffers
 
 FORMAT = 1
@@ -369,7 +369,8 @@ def _write(
     best: bool,
     check: Callable[[Path], None] = lambda partial: None,
 ) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
+    with naming(folder):
+        folder.mkdir(exist_ok=True)  # and not the run directory, if somebody has removed it
     for left_over in folder.glob(".*partial*"):  # of a process that was killed while saving
         shutil.rmtree(left_over, ignore_errors=True)
     name = f"step-{step:08d}"

@@ -6,8 +6,10 @@ RUN/tensorboard/      the same curves, evaluations, a page of predictions, the r
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ import torch
 from torch import Tensor
 
 from mmpeft_ds import contact_sheet
-from mmpeft_ds.files import naming
+from mmpeft_ds.files import append, naming
 from mmpeft_ds.progress import Progress
 from mmpeft_ds.recipe.options import MonitorOptions
 
@@ -77,23 +79,22 @@ class Monitor(Observer):
     def __init__(self, directory: Path, options: MonitorOptions, total: int, start: int, recipe: str):
         self.options, self.total = options, total
         directory.mkdir(parents=True, exist_ok=True)
-        self.metrics = (directory / "metrics.jsonl").open("a")
+        self.metrics = (directory / "metrics.jsonl").open("ab", buffering=0)
         self.board = None
         if options.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
             # The files are cut already; a TensorBoard that has been open since before still holds the old points.
             first = start + 1 if start else 0
-            self.board = SummaryWriter(str(directory / "tensorboard"), flush_secs=30, purge_step=first)
-            if start == 0:
-                self.board.add_text("recipe", f"```yaml\n{recipe}\n```", 0)
+            with naming(directory / "tensorboard"):
+                self.board = SummaryWriter(str(directory / "tensorboard"), flush_secs=30, purge_step=first)
+                if start == 0:
+                    self.board.add_text("recipe", f"```yaml\n{recipe}\n```", 0)
         self.progress = Progress("train", total, "steps", done=start, first_and_last=True)
         self.progress.__enter__()  # until `close`
 
     def step(self, row: dict[str, Any]) -> None:
-        with naming(Path(self.metrics.name)):
-            self.metrics.write(json.dumps({k: plain(v) for k, v in thinned(row).items()}) + "\n")
-            self.metrics.flush()
+        append(self.metrics, (json.dumps({k: plain(v) for k, v in thinned(row).items()}) + "\n").encode())
         self.progress.advance(
             row["step"] - self.progress.done,
             note=f"loss {row['loss']:.4f}, {row['samples_per_second']:.0f} samples/s",
@@ -145,15 +146,18 @@ class Monitor(Observer):
         self.progress.say(line)
 
     def flush(self) -> None:
-        self.metrics.flush()
-        if self.board is not None:
-            self.board.flush()  # it writes only every half minute by itself
+        with naming(Path(self.metrics.name)):
+            os.fsync(self.metrics.fileno())  # a checkpoint must not be on disk before the lines up to it
+            if self.board is not None:
+                self.board.flush()  # it writes only every half minute by itself
 
     def close(self) -> None:
         self.progress.close()
-        self.metrics.close()
+        with contextlib.suppress(OSError):  # what could not be written has been said where it was
+            self.metrics.close()
         if self.board is not None:
-            self.board.close()
+            with contextlib.suppress(OSError):
+                self.board.close()
 
 
 def per_rank(values: list[float], step: int) -> dict[str, float]:

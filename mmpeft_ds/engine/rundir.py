@@ -26,7 +26,7 @@ from typing import Any
 import yaml
 
 from mmpeft_ds import recipe as recipes
-from mmpeft_ds.distributed.collectives import on_rank0, rank
+from mmpeft_ds.distributed.collectives import on_rank0
 from mmpeft_ds.engine import checkpoint, events
 from mmpeft_ds.errors import BadInput
 from mmpeft_ds.files import write_atomic, write_json
@@ -139,14 +139,13 @@ class RunDir:
         return on_rank0(lambda: _finished(self.path, total_steps, patience))
 
     def finish(self, total_steps: int, metrics: dict[str, Any], table: str, patience: int = 0) -> None:
-        """Mark the run of `total_steps` steps as done, with its final metrics and printed table. Rank 0 writes.
+        """Mark the run of `total_steps` steps as done, with its final metrics and printed table. Collective.
 
         Args:
             patience: `engine.patience` if the run stopped early, else 0.
         """
-        if rank() == 0:
-            value = {"total_steps": total_steps, "patience": patience, "metrics": metrics, "table": table}
-            write_json(self.path / "finished.json", value)
+        value = {"total_steps": total_steps, "patience": patience, "metrics": metrics, "table": table}
+        on_rank0(lambda: write_json(self.path / "finished.json", value))
 
     def truncate(self, step: int, evaluated: bool = True) -> None:
         """Cut metrics.jsonl and the TensorBoard files after `step`, and unmark a finished run. Collective.

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-import json
+import contextlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 
 from mmpeft_ds import recipe as recipes
-from mmpeft_ds.data.shards import ShardReader, members, verify_shards
-from mmpeft_ds.data.stream import Stream, StreamSource, identify
+from mmpeft_ds.data.parsing import one_sample
+from mmpeft_ds.data.shards import ShardReader, Stamp, members, record_of, stamps_of, verify_shards
+from mmpeft_ds.data.stream import Stream, StreamSource, identify, with_arrays
 from mmpeft_ds.data.thumbnails import Thumbnails
 from mmpeft_ds.data.token_plan import Lengths
+from mmpeft_ds.distributed.collectives import gather_everywhere
 from mmpeft_ds.distributed.processes import Ranks
 from mmpeft_ds.engine.assembly.resolve import Resolved, ResolvedSource
 from mmpeft_ds.engine.token_counts import lengths_of
-from mmpeft_ds.errors import BadInput
+from mmpeft_ds.errors import BadInput, BadSample
 
 CHUNK = 256  # records read at a time
 
@@ -30,7 +32,7 @@ def make_stream(
     augment: bool | None = None,
     lengths: Sequence[Lengths] = (),
 ) -> Stream:
-    """The stream of this rank over `sources`. Collective where micro-batches are planned by tokens.
+    """The stream of this rank over `sources`. Collective.
 
     Args:
         train: order, sampling and accumulation of training; False: every sample once.
@@ -54,6 +56,7 @@ def make_stream(
             subset=source.subset,
             most_images=backbone.most_images,
             identify=source.task.identifies_pictures,
+            stamps=_stamps(source, ranks),
         )
         for source in sources
     ]
@@ -69,6 +72,15 @@ def make_stream(
         pin_memory=ranks.device.type == "cuda",
         lengths=lengths,
     )
+
+
+def _stamps(source: ResolvedSource, ranks: Ranks) -> list[Stamp]:
+    """Stamps of all shards of a source, of which each rank looks at its share. Collective."""
+    shares = gather_everywhere([stamps_of(source.manifest, source.options.split, ranks.rank, ranks.world_size)])
+    merged: list[Stamp] = [(-1, -1)] * sum(map(len, shares))
+    for rank, share in enumerate(shares):
+        merged[rank :: ranks.world_size] = share
+    return merged
 
 
 def thumbnails_of(source: ResolvedSource) -> Thumbnails | None:
@@ -117,8 +129,12 @@ def items_of(source: ResolvedSource) -> int:
     return sum(len(record.get(field, [])) for record in records(source))
 
 
-def records(source: ResolvedSource) -> Iterator[dict[str, Any]]:
-    """The json of every sample that is used of a split, in order; images are not decoded."""
+def records(source: ResolvedSource, usable: bool = False) -> Iterator[dict[str, Any]]:
+    """The json of every sample that is used of a split and can be parsed, in order; images are not decoded.
+
+    Args:
+        usable: leave out those that the task refuses as well.
+    """
     manifest, split = source.manifest, source.options.split
     reader = ShardReader(manifest, split)
     places = [range(s.samples) for s in manifest.shards(split)] if source.subset is None else None
@@ -127,11 +143,21 @@ def records(source: ResolvedSource) -> Iterator[dict[str, Any]]:
             for first in range(0, len(rows), CHUNK):
                 wanted = [(number, int(i)) for i in rows[first : first + CHUNK]]
                 for piece in reader.read(wanted):
-                    if isinstance(piece, bytes):
-                        parts = members(piece)[1]
-                        record = json.loads(parts["json"])
-                        if source.task.identifies_pictures:
-                            identify(record, parts)
-                        yield record
+                    with contextlib.suppress(BadSample):  # the stream says what is wrong with it
+                        yield _record_in(piece, source, usable)
     finally:
         reader.close()
+
+
+def _record_in(piece: bytes | BadSample, source: ResolvedSource, usable: bool) -> dict[str, Any]:
+    """The json of one sample. Raises BadSample."""
+    with one_sample():
+        if isinstance(piece, BadSample):
+            raise piece
+        parts = members(piece)[1]
+        record = record_of(parts)
+        if source.task.identifies_pictures:
+            identify(record, parts)
+        if usable:
+            source.task.read_all(with_arrays(dict(record), parts), torch.Generator())
+        return record

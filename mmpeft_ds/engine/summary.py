@@ -52,7 +52,7 @@ def baselines_of(resolved: Resolved) -> dict[str, float]:
     train = [s for s in resolved.train if s.options.task["name"] == source.options.task["name"]][:1]
     if not train or train[0].samples + source.samples > BASELINES_UP_TO:
         return {}
-    return source.task.baselines(records(train[0]), records(source))
+    return source.task.baselines(records(train[0], True), records(source, True))
 
 
 def _number(value: Any) -> str:

@@ -14,8 +14,8 @@ from mmpeft_ds.backbones.base import BackboneBase
 from mmpeft_ds.data.assumed import is_assumed
 from mmpeft_ds.data.batch import CollatedTexts, with_images
 from mmpeft_ds.data.manifest import local_path
-from mmpeft_ds.data.shards import ShardReader, members, record_of
-from mmpeft_ds.data.stream import image_names
+from mmpeft_ds.data.parsing import one_sample
+from mmpeft_ds.data.shards import ShardReader, image_names, members, record_of
 from mmpeft_ds.engine.assembly.resolve import Resolved, ResolvedSource
 from mmpeft_ds.engine.text_counts import TextCounts, counted, note
 from mmpeft_ds.errors import BadSample
@@ -98,15 +98,17 @@ def places_of(source: ResolvedSource) -> list[tuple[int, int]]:
 def _look(backbone: BackboneBase, source: ResolvedSource, piece: bytes | BadSample, result: TextCheck) -> None:
     """Count the texts of one sample. What is wrong with it otherwise is the business of verify.py."""
     try:
-        if isinstance(piece, BadSample):
-            raise piece
-        key, parts = members(piece)
-        texts = with_images(source.task.every_text(record_of(parts)), len(image_names(parts)))
-    except (BadSample, TypeError, KeyError, ValueError, IndexError, AttributeError):
+        with one_sample():
+            if isinstance(piece, BadSample):
+                raise piece
+            key, parts = members(piece)
+            texts = with_images(source.task.every_text(record_of(parts)), len(image_names(parts)))
+    except BadSample:
         return
     for text in texts:
         try:
-            changes = backbone.collate_texts([text]).changes
+            with one_sample():
+                changes = backbone.collate_texts([text]).changes
         except BadSample as bad:
             result.refused[bad.kind] = result.refused.get(bad.kind, 0) + 1
             result.first = result.first or f"{key}: {bad}"

@@ -23,8 +23,9 @@ from mmpeft_ds.data.batch import with_images
 from mmpeft_ds.data.decode import Pixels, size_of
 from mmpeft_ds.data.manifest import local_path
 from mmpeft_ds.data.options import DataOptions
-from mmpeft_ds.data.shards import ShardReader, members, record_of
-from mmpeft_ds.data.stream import identify, image_names
+from mmpeft_ds.data.parsing import one_sample
+from mmpeft_ds.data.shards import ShardReader, image_names, members, record_of
+from mmpeft_ds.data.stream import identify
 from mmpeft_ds.data.token_plan import Lengths
 from mmpeft_ds.data.workers import WorkerPool
 from mmpeft_ds.distributed.collectives import first_message, gather_everywhere, on_rank0
@@ -149,7 +150,7 @@ class _Counter:
 
     def __init__(self, backbone: BackboneBase, source: ResolvedSource, data: DataOptions):
         self.backbone, self.task, self.pixels = backbone, source.task, data.pixels
-        self.reader = ShardReader(source.manifest, source.options.split, "", data.allow_pipe)
+        self.reader = ShardReader(source.manifest, source.options.split, "", data.allow_pipe, data.max_sample_bytes)
 
     def __call__(self, places: list[tuple[int, int]]) -> np.ndarray:
         return np.array([self._tokens(piece) for piece in self.reader.read(places)], np.int32)
@@ -161,10 +162,11 @@ class _Counter:
         if isinstance(piece, BadSample):
             return 0, 0
         try:
-            key, parts = members(piece)
-            texts, sizes = read_texts(self.task, key, parts, self.pixels)
-            return self.backbone.tokens(texts, sizes)
-        except (BadSample, TypeError, KeyError, ValueError, IndexError, AttributeError):
+            with one_sample():
+                key, parts = members(piece)
+                texts, sizes = read_texts(self.task, key, parts, self.pixels)
+                return self.backbone.tokens(texts, sizes)
+        except BadSample:
             return 0, 0  # the stream will say what is wrong with it
 
 

@@ -31,6 +31,7 @@ from mmpeft_ds.engine.text_counts import note, nothing_learnt
 from mmpeft_ds.engine.train_state import TrainState
 from mmpeft_ds.engine.zero import state as zero_state
 from mmpeft_ds.errors import AgreedBadInput, BadInput
+from mmpeft_ds.files import cannot_write
 from mmpeft_ds.progress import Progress
 from mmpeft_ds.tasks.base import TaskBase
 
@@ -84,9 +85,10 @@ def run(recipe: recipes.Recipe, *, fresh: bool = False, conclude: Callable[[Trai
         run_dir.truncate(state.step, evaluated=state.extra.get("evaluated_at") == state.step)
 
         # Train.
-        observer = Observer()
-        if ranks.rank == 0:
-            observer = Monitor(run_dir.path, recipe.monitor, total, state.step, recipes.to_yaml(recipe))
+        observers: list[Observer] = []  # of rank 0; the others are silent
+        yaml = recipes.to_yaml(recipe)
+        on_rank0(lambda: observers.append(Monitor(run_dir.path, recipe.monitor, total, state.step, yaml)))
+        observer = observers[0] if observers else Observer()
         stack.callback(observer.close)
         observer.say(run_dir.opening_words(state.step, total, ranks.world_size, built.stage))
         for line in built.ewc.summary if built.ewc else ():
@@ -128,6 +130,7 @@ class Training:
         self.stepper = Stepper(resolved, built, ranks, total, state, budget, stop.requested, per_epoch)
         self.validation = [make_stream(resolved, [source], ranks, train=False) for source in resolved.validation]
         self.last: dict[str, Any] = {}
+        self.unwritten: BadInput | None = None  # why rank 0 could not write the curves
         self.saved: Path | None = run_dir.resume_from  # the newest checkpoint
         self.saved_at = state.step if self.saved is not None else -1
         # A checkpoint of an older version lacks them; what it has trained on had weight.
@@ -146,8 +149,8 @@ class Training:
             verdict = self.evaluate_and_save() if self.state.step or not self.total else None
             steps = self.steps()
             while verdict is None:
-                self.last = self.stepper.train_step(*next(steps))
-                self.observer.step(self.last)
+                self.last = self.train_step(*next(steps))
+                self.report(lambda: self.observer.step(self.last))
                 self.note_changes()
                 self.check_weight()
                 verdict = self.evaluate_and_save()
@@ -156,6 +159,28 @@ class Training:
                 self.save()
             raise
         return verdict
+
+    def train_step(self, step: Step, waited: float) -> dict[str, Any]:
+        """One optimizer step; on a rank that has something unwritten, the end of all ranks in its place."""
+        if self.unwritten is not None:
+            self.stepper.fail(self.unwritten, len(step.micro))
+        return self.stepper.train_step(step, waited)
+
+    def report(self, tell: Callable[[], None]) -> None:
+        """Let the observer write, on rank 0. The others hear of what it cannot at the next step, or when saving."""
+        try:
+            tell()
+        except OSError as error:
+            if not (reason := cannot_write(error)):
+                raise
+            self.unwritten = BadInput(f"{error.filename or self.run_dir.path}: {reason}")
+
+    def check_written(self) -> None:
+        """Raise AgreedBadInput on all ranks if rank 0 could not write the curves. Collective."""
+        problem = on_rank0(lambda: self.unwritten and str(self.unwritten))
+        if problem:
+            self.unwritten = None
+            raise AgreedBadInput(problem)
 
     def check_weight(self) -> None:
         """End a run that learns nothing: an epoch, or all of a run, in which nothing entered the loss. Of several
@@ -255,7 +280,7 @@ class Training:
                 why = nothing_learnt(self.resolved.backbone, [task], result.texts)
                 raise AgreedBadInput(f"data.validation.{index} ({title}): nothing of it enters the loss: {why}")
             results.append(result)
-            self.observer.evaluation(title, self.state.step, result)
+            self.report(lambda title=title, result=result: self.observer.evaluation(title, self.state.step, result))
         task = self.resolved.validation[0].task
         value = results[0].scores.get(task.main_metric, math.nan)
         state = self.state
@@ -294,7 +319,7 @@ class Training:
         if self.saved_at == self.state.step and not best:
             return
         self.state.extra["bad_budget"] = merged_budget(self.stepper.budget).state()
-        self.observer.flush()  # so that the curves up to the checkpoint survive a kill right after it
+        self.report(self.observer.flush)  # so that the curves up to the checkpoint survive a kill right after it
         self.saved = checkpoint.save(
             self.run_dir.path,
             self.built.engine,
@@ -306,6 +331,7 @@ class Training:
             best=best,
         )
         self.saved_at = self.state.step
+        self.check_written()
 
     def finish(self, conclude: Callable[[Training], bool] | None = None) -> bool:
         """Write the adapter directory, of the best checkpoint where there is one, and the final table.

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import io
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -23,8 +22,8 @@ from mmpeft_ds.data.decode import picture_reader
 from mmpeft_ds.data.manifest import Manifest, sample_key
 from mmpeft_ds.data.order import key_of
 from mmpeft_ds.data.packing import REFUSALS, make_of_most, refusal
-from mmpeft_ds.data.shards import members, record_of
-from mmpeft_ds.data.stream import image_names
+from mmpeft_ds.data.parsing import npy_array, one_sample
+from mmpeft_ds.data.shards import image_names, members, record_of
 from mmpeft_ds.data.transform import apply, hooks_of
 from mmpeft_ds.engine.assembly import resolve
 from mmpeft_ds.engine.stop import StopFlag
@@ -221,18 +220,19 @@ class CaptionMaker(ShardMaker[_Prepared]):
         key = sample_key(job.split, job.first + number)
         sample = _Prepared(key, key)
         try:
-            if isinstance(piece, BadSample):
-                raise piece
-            _, parts = members(piece)
-            names = image_names(parts)
-            sample.encoded = [(name.rpartition(".")[2], parts[name]) for name in names]
-            record = record_of(parts)
-            sample.name, sample.record = str(record.pop("source_name", key)), record
-            sample.arrays = _arrays(parts)
-            for name in names:
-                sample.images.append(apply(self.transform, picture_reader(self.recipe.data)(parts[name]), None))
-            if not names:
-                raise BadSample("image", "none")
+            with one_sample():
+                if isinstance(piece, BadSample):
+                    raise piece
+                _, parts = members(piece)
+                names = image_names(parts)
+                sample.encoded = [(name.rpartition(".")[2], parts[name]) for name in names]
+                record = record_of(parts)
+                sample.name, sample.record = str(record.pop("source_name", key)), record
+                sample.arrays = _arrays(parts)
+                for name in names:
+                    sample.images.append(apply(self.transform, picture_reader(self.recipe.data)(parts[name]), None))
+                if not names:
+                    raise BadSample("image", "none")
         except BadSample as bad:
             sample.bad, sample.images = bad.kind, []
         return sample
@@ -248,12 +248,5 @@ def weights_hash(fingerprints: dict[str, str]) -> str:
 
 
 def _arrays(parts: dict[str, bytes]) -> dict[str, np.ndarray]:
-    """Arrays of a sample by name; the one without a name is its features."""
-    try:
-        return {
-            name.removesuffix("npy").rstrip("."): np.load(io.BytesIO(data), allow_pickle=False)
-            for name, data in parts.items()
-            if name.endswith("npy")
-        }
-    except (ValueError, OSError, EOFError) as error:
-        raise BadSample("npy", str(error)) from error
+    """Arrays of a sample by name; the one without a name is its features. Raises BadSample."""
+    return {name.removesuffix("npy").rstrip("."): npy_array(d) for name, d in parts.items() if name.endswith("npy")}

@@ -21,8 +21,8 @@ from mmpeft_ds.data.identity import PICTURE, content_id
 from mmpeft_ds.data.manifest import Manifest, sample_key
 from mmpeft_ds.data.order import key_of
 from mmpeft_ds.data.packing import make_of_most
-from mmpeft_ds.data.shards import members, record_of
-from mmpeft_ds.data.stream import image_names
+from mmpeft_ds.data.parsing import one_sample
+from mmpeft_ds.data.shards import image_names, members, record_of
 from mmpeft_ds.data.transform import apply, hooks_of
 from mmpeft_ds.data.views import RandomView
 from mmpeft_ds.engine.assembly import resolve
@@ -184,26 +184,27 @@ class Maker(ShardMaker[_Prepared]):
         """One sample, decoded and transformed: the evaluation view of each image and its augmented passes."""
         key = sample_key(job.split, job.first + number)
         try:
-            if isinstance(piece, BadSample):
-                raise piece
-            key, parts = members(piece)
-            record = _captioned(parts)
-            if "npy" in parts:
-                raise BadSample("features", "the sample holds an array, not pixels")
-            made = _Prepared(key, record, views=1 + self.options.views)
-            names = image_names(parts)
-            if names:  # features of equal pictures may differ in their last bit
-                record.setdefault(PICTURE, content_id(parts[name] for name in names))
-            for place, name in enumerate(names):
-                image = picture_reader(self.recipe.data)(parts[name])
-                made.images += self._views(image, f"{self.source.name}/{key}", place)
-                if self.options.thumbnails:
-                    made.pictures.append(("jpg", thumbnail(image, self.options.thumbnails)))
-            if not made.images and not record["captions"]:
-                raise BadSample("field", "neither an image nor captions")
-            if record["captions"] and self.backbone.feature_widths[1]:
-                collated = self.backbone.collate_texts(record["captions"])
-                made.cut = int((changes_of(collated, len(record["captions"]))[:, 0] > 0).sum())
+            with one_sample():
+                if isinstance(piece, BadSample):
+                    raise piece
+                key, parts = members(piece)
+                record = _captioned(parts)
+                if "npy" in parts:
+                    raise BadSample("features", "the sample holds an array, not pixels")
+                made = _Prepared(key, record, views=1 + self.options.views)
+                names = image_names(parts)
+                if names:  # features of equal pictures may differ in their last bit
+                    record.setdefault(PICTURE, content_id(parts[name] for name in names))
+                for place, name in enumerate(names):
+                    image = picture_reader(self.recipe.data)(parts[name])
+                    made.images += self._views(image, f"{self.source.name}/{key}", place)
+                    if self.options.thumbnails:
+                        made.pictures.append(("jpg", thumbnail(image, self.options.thumbnails)))
+                if not made.images and not record["captions"]:
+                    raise BadSample("field", "neither an image nor captions")
+                if record["captions"] and self.backbone.feature_widths[1]:
+                    collated = self.backbone.collate_texts(record["captions"])
+                    made.cut = int((changes_of(collated, len(record["captions"]))[:, 0] > 0).sum())
         except BadSample as bad:
             return _Prepared(key, bad=bad.kind)
         return made

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import io
-import json
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,8 +10,8 @@ import simplejpeg
 from torch import Tensor
 
 from mmpeft_ds.data.decode import resize
-from mmpeft_ds.data.shards import members
-from mmpeft_ds.data.stream import image_names
+from mmpeft_ds.data.parsing import npy_array
+from mmpeft_ds.data.shards import image_names, members, record_of
 
 QUALITY = 85
 
@@ -40,8 +38,8 @@ class FeatureSample:
 def stored_sample(piece: bytes) -> FeatureSample:
     """The sample of a piece of a tar that we wrote; written again it gives the same bytes."""
     _, parts = members(piece)
-    record = json.loads(parts["json"])
-    arrays = {n.removesuffix("npy").rstrip("."): _array(data) for n, data in parts.items() if n.endswith("npy")}
+    record = record_of(parts)
+    arrays = {n.removesuffix("npy").rstrip("."): npy_array(data) for n, data in parts.items() if n.endswith("npy")}
     features = arrays.pop("", None)
     images = [(name.rpartition(".")[2], parts[name]) for name in image_names(parts)]
     return FeatureSample(record.pop("source_name"), features, arrays, images, record)
@@ -54,7 +52,3 @@ def thumbnail(image: Tensor, side: int) -> bytes:
     small = resize(image, (max(1, round(height * scale)), max(1, round(width * scale))))
     pixels = np.ascontiguousarray(small.permute(1, 2, 0).numpy())
     return simplejpeg.encode_jpeg(pixels, quality=QUALITY, colorspace="RGB")
-
-
-def _array(data: bytes) -> np.ndarray:
-    return np.load(io.BytesIO(data), allow_pickle=False)

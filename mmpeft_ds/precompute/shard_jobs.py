@@ -25,7 +25,7 @@ from mmpeft_ds.data.shards import ShardReader, verify_shards
 from mmpeft_ds.data.writer import write_shard
 from mmpeft_ds.engine.stop import StopFlag
 from mmpeft_ds.errors import BadInput, BadSample
-from mmpeft_ds.files import write_json
+from mmpeft_ds.files import cannot_write, write_json
 from mmpeft_ds.precompute.feature_samples import FeatureSample
 from mmpeft_ds.progress import Progress
 from mmpeft_ds.recipe import Recipe
@@ -101,21 +101,20 @@ class ShardMaker(abc.ABC, Generic[Prepared]):
 
     def write(self, job: Job, progress: Progress | None = None) -> Part | None:
         """Make one shard. None if a stop was requested meanwhile; nothing of the shard is left then."""
-        file = self.file(job)
         try:
             return write_shard(self.out, self.name, job.split, job.number, job.first, self._samples(job, progress))
         except _Stopped:
-            for rest in (self.out / PARTS).glob(f"{file}.*.tmp"):
-                rest.unlink(missing_ok=True)
             return None
         except OSError as error:
-            raise BadInput(f"{self.out}: {error.strerror or error}. The same command continues.") from error
+            if not (reason := cannot_write(error)):
+                raise
+            raise BadInput(f"{error.filename or self.out}: {reason}") from error
 
     def usual(self, split: str) -> list[Prepared]:
         """Some samples of a split from all over it, prepared, bad ones as well; the same for every shard and rank."""
         if split not in self._usual:
             shards, data = self.source.shards(split), self.recipe.data
-            reader = ShardReader(self.source, split, data.cache_dir, data.allow_pipe)
+            reader = ShardReader.of(self.source, split, data)
             wanted = spread([shard.samples for shard in shards])
             pieces = zip(wanted, reader.read(wanted), strict=True)
             self._usual[split] = [
@@ -156,7 +155,7 @@ class ShardMaker(abc.ABC, Generic[Prepared]):
     def _ahead(self, job: Job) -> Iterator[tuple[int, list[Prepared]]]:
         """Prepared samples, `batch` at a time, and the number of the first; the next ones are prepared meanwhile."""
         data = self.recipe.data
-        reader = ShardReader(self.source, job.split, data.cache_dir, data.allow_pipe)
+        reader = ShardReader.of(self.source, job.split, data)
         starts = list(range(0, job.count, self.batch))
 
         def submit(first: int) -> list[Future[Prepared]]:

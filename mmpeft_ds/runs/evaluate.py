@@ -100,10 +100,7 @@ def evaluate_run(
         if submission:
             path = run / file_name(submission, name)
             on_rank0(lambda: _submit(path, submission, resolved.validation[0], first_rows))
-        if opened.ranks.rank == 0:
-            write_json(run / f"evaluation-{name}.json", plain(reports))
-            lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-            write_atomic(run / f"predictions-{name}.jsonl", "".join(lines))
+        on_rank0(lambda: _write(run, name, reports, rows))
         return reports
 
 
@@ -138,6 +135,12 @@ def named(split: str, sources: Sequence[SourceOptions], dirs: Sequence[str]) -> 
     return "-".join([split, *(shortest(known[directory]) for directory in chosen)])
 
 
+def _write(run: Path, name: str, reports: list[dict[str, Any]], rows: list[dict[str, Any]]) -> None:
+    lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    write_atomic(run / f"predictions-{name}.jsonl", "".join(lines))
+    write_json(run / f"evaluation-{name}.json", plain(reports))
+
+
 def _submit(path: Path, form: str, source: ResolvedSource, rows: list[dict[str, Any]]) -> None:
     """Write the result file of a data set, and say what stands in it."""
     text, missing = content(form, rows, records(source))
@@ -150,4 +153,4 @@ def _baselines(resolved: Resolved, source: ResolvedSource) -> dict[str, float]:
     """Scores without a model, from the training data of the same data set and task."""
     split = source.options.split
     train = next(s for s in resolved.train if on_split(s.options, split) == source.options)
-    return source.task.baselines(records(train), records(source))
+    return source.task.baselines(records(train, True), records(source, True))

@@ -92,7 +92,7 @@ def _score(training: trainer.Training, cell: Cell) -> bool:
             # Baselines see the whole training split: among a few samples of each class none is the most frequent.
             train = replace(resolved.train[0], subset=None)
             baselines[title] = on_rank0(
-                lambda train=train, source=source: source.task.baselines(records(train), records(source))
+                lambda train=train, source=source: source.task.baselines(records(train, True), records(source, True))
             )
     result = {
         "method": cell.method,

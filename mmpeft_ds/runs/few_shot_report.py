@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from mmpeft_ds.files import write_atomic
+from mmpeft_ds.files import replacing, write_atomic
 
 METRIC = "accuracy"
 CELL_KEYS = ("method", "reads", "half", "shots", "seed", "train_samples", "trainable_parameters", "steps")
@@ -95,7 +95,8 @@ def plot(path: Path, results: list[dict[str, Any]]) -> None:
         axes.grid(alpha=0.3)
     panels[0][0].set_ylabel("top-1 accuracy, %")
     panels[0][-1].legend(loc="upper left", bbox_to_anchor=(1.01, 1), fontsize=8)
-    figure.savefig(path, dpi=110, bbox_inches="tight")
+    with replacing(path) as partial:
+        figure.savefig(partial, format="png", dpi=110, bbox_inches="tight")
     pyplot.close(figure)
 
 

@@ -207,7 +207,7 @@ def _write(
         if opened.ranks.rank == 0:
             fisher[name] = whole.cpu()
     base = ewc.base_of(built.model, built.fingerprint, opened.resolved.train)
-    out.parent.mkdir(parents=True, exist_ok=True)
+    on_rank0(lambda: out.parent.mkdir(parents=True, exist_ok=True))
     on_rank0(lambda: ewc.save(out, fisher, anchor, base, facts))
     return on_rank0(lambda: sum(f.double().sum().item() for f in fisher.values()))
 

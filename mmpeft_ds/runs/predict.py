@@ -18,7 +18,7 @@ from mmpeft_ds import adapter
 from mmpeft_ds.adapter_files import WEIGHTS
 from mmpeft_ds.data.batch import Sample
 from mmpeft_ds.errors import BadInput
-from mmpeft_ds.files import write_atomic, writing
+from mmpeft_ds.files import append, write_atomic, writing
 from mmpeft_ds.progress import Progress
 from mmpeft_ds.runs.inputs import FEATURES, device_of
 
@@ -219,6 +219,4 @@ def _start(path: Path, rows: Iterable[dict[str, Any]]) -> None:
 def _append(path: Path, rows: Iterable[dict[str, Any]]) -> None:
     """Add the rows of a batch in one write, so that a kill leaves all of them or none. Raises BadInput."""
     with writing(path), path.open("ab", buffering=0) as file:
-        lines = memoryview(_lines(rows))
-        while lines:
-            lines = lines[file.write(lines) :]
+        append(file, _lines(rows))

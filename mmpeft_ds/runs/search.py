@@ -128,7 +128,9 @@ def search(
             result.hits.append({"text": texts[text], "image": str(read[picture]), "rank": rank, "score": score})
     with files.writing(out):
         files.write_atomic(out / RESULTS, "".join(json.dumps(hit, ensure_ascii=False) + "\n" for hit in result.hits))
-        contact_sheet(result.hits, of_pictures).save(out / SHEET)
+        sheet = contact_sheet(result.hits, of_pictures)
+        with files.replacing(out / SHEET) as partial:
+            sheet.save(partial, Path(SHEET).suffix[1:])
     return result
 
 

@@ -260,12 +260,13 @@ def test_damaged_json_tar_and_pickled_arrays_are_bad(tmp_path):
     assert step.micro[0].weight.tolist() == [0, 1, 0, 0]
 
 
-def test_a_fault_of_the_transform_is_no_bad_sample(toy):
+@pytest.mark.parametrize("error", [RuntimeError, MemoryError, RecursionError])
+def test_whatever_a_transform_raises_is_of_the_sample_and_says_where(toy, caplog, error):
     def broken(image, generator):
-        raise RuntimeError("a fault of ours")
+        raise error("odd")
 
-    with pytest.raises(RuntimeError, match="a fault of ours"):
-        run(toy, sources=[source(toy, image_transform=broken)])
+    assert run(toy, sources=[source(toy, image_transform=broken)]) == {}
+    assert f"{error.__name__}: odd (test_stream.py:" in caplog.text and "bad sample train-000000000" in caplog.text
 
 
 @pytest.mark.parametrize("workers", [0, 1])

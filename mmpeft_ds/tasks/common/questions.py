@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from mmpeft_ds.data.batch import PackedBatch
+from mmpeft_ds.data.parsing import check_questions
 from mmpeft_ds.errors import BadInput, BadSample
 from mmpeft_ds.metrics.vqa import MEASURES, Measure, answer_score, any_score, normalize_answer, soft_score
 from mmpeft_ds.tasks.base import TaskBase
@@ -94,6 +95,7 @@ def drawn_questions(
     questions = record.get("questions")
     if not isinstance(questions, list):
         raise BadSample("field", "`questions` is no list")
+    check_questions(record)
     numbers = range(len(questions))
     if 0 < most < len(questions):
         numbers = sorted(torch.randperm(len(questions), generator=generator)[:most].tolist())

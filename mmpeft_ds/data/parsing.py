@@ -1,0 +1,121 @@
+"""Parsing of what one sample brings from outside, its json and its arrays, at a cost that its bytes bound.
+
+Whatever fails while one sample is read, transformed or collated is the sample's: `one_sample` makes it a BadSample, so
+that the budget of bad samples ends a run and not the first odd sample, which every restart would meet again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import math
+import traceback
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mmpeft_ds.errors import BadInput, BadSample
+
+# Levels of lists and objects in a record. Python's pickle, by which workers hand records over, follows about 500.
+MAX_NESTING = 64
+
+
+@contextlib.contextmanager
+def one_sample() -> Iterator[None]:
+    """For a block that works on one sample. Raises BadSample for every failure but BadInput, which is not its own."""
+    try:
+        yield
+    except (BadSample, BadInput):
+        raise
+    except Exception as error:  # noqa: BLE001 - whatever it is, it is of this sample
+        kind = "memory" if isinstance(error, MemoryError) else "fault"
+        raise BadSample(kind, described(error)) from error
+
+
+def described(error: Exception) -> str:
+    """An exception in one line, with the place that raised it, so that a fault of ours can be told from bad data."""
+    place = traceback.extract_tb(error.__traceback__)[-1:]
+    where = "".join(f" ({Path(frame.filename).name}:{frame.lineno})" for frame in place)
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}{where}"
+
+
+def json_object(data: bytes) -> dict[str, Any]:
+    """The object in UTF-8 JSON. Raises BadSample `json`, also for nesting or texts that no later step could handle."""
+    try:
+        text = data.decode("utf-8-sig")  # strict: json's own decoding lets halves of surrogate pairs pass
+        value = json.loads(text)
+        if "\\u" in text:
+            json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise BadSample("json", "a text holds half of a surrogate pair, which is no character") from error
+    except (ValueError, RecursionError) as error:
+        raise BadSample("json", str(error)[:200]) from error
+    if not isinstance(value, dict):
+        raise BadSample("json", f"holds a {type(value).__name__}, not an object")
+    if text.count("[") + text.count("{") > MAX_NESTING and _levels(value) > MAX_NESTING:
+        raise BadSample("json", f"nested deeper than {MAX_NESTING} levels")
+    return value
+
+
+def check_questions(record: Mapping[str, Any]) -> None:
+    """Raise BadSample `type` for a question whose `type` or id could not stand beside its score."""
+    questions = record.get("questions")
+    for asked in questions if isinstance(questions, list) else ():
+        for name, kinds in (("type", str), ("question_id", (str, int))):
+            value = asked.get(name) if isinstance(asked, dict) else None
+            if value is not None and not isinstance(value, kinds):
+                raise BadSample("type", f"`{name}` of a question is a {type(value).__name__}")
+
+
+def npy_array(data: bytes) -> np.ndarray:
+    """The numbers in the bytes of a .npy file, writable, C-ordered, in this machine's byte order.
+
+    Raises:
+        BadSample: `npy` if it is no such file, holds no plain numbers, or fewer of them than its header claims;
+            `finite` if one is not finite.
+    """
+    stream = io.BytesIO(data)
+    try:
+        version = np.lib.format.read_magic(stream)
+        if version not in ((1, 0), (2, 0)):
+            raise ValueError(f"version {version}")
+        read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, fortran, dtype = read_header(stream)
+    except Exception as error:  # noqa: BLE001 - the header is a Python literal, whose parser raises nearly anything
+        raise BadSample("npy", described(error)) from error
+    if dtype.kind not in "biuf" or dtype.hasobject:
+        raise BadSample("npy", f"holds {dtype}, no plain numbers")
+    count, here = math.prod(shape), len(data) - stream.tell()
+    if min(shape, default=0) < 0 or count * dtype.itemsize > here:  # before anything is allocated for it
+        raise BadSample("npy", f"claims {shape} {dtype}, and {here:,} bytes follow")
+    flat = np.frombuffer(data, dtype, count, stream.tell())
+    array = flat.reshape(shape, order="F" if fortran else "C").astype(dtype.newbyteorder("="), order="C")
+    check_finite(array)
+    return array
+
+
+def check_finite(array: np.ndarray) -> None:
+    """Raise BadSample `finite` if a number of an array is not."""
+    if array.dtype.kind == "f" and not np.isfinite(array).all():
+        wrong = np.count_nonzero(~np.isfinite(array))
+        raise BadSample("finite", f"{wrong:,} of {array.size:,} numbers are not finite")
+
+
+def size_in_memory(value: Any) -> int:
+    """Bytes of the tensors and arrays in a transformed image: one, or lists and mappings of them."""
+    if isinstance(value, Mapping):
+        return sum(map(size_in_memory, value.values()))
+    if isinstance(value, (list, tuple)):
+        return sum(map(size_in_memory, value))
+    return getattr(value, "nbytes", 0)
+
+
+def _levels(value: Any) -> int:
+    levels, here = 0, [value]
+    while here := [v for v in here if isinstance(v, (dict, list))]:
+        levels += 1
+        here = [child for v in here for child in (v.values() if isinstance(v, dict) else v)]
+    return levels

@@ -1,0 +1,97 @@
+"""A file system without room, and directories that are gone, through real ranks: one line, exit code 2, and the same
+command goes on when there is room again."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.helpers import ROOT, launch
+from tests.helpers.runs import tiny_vqa
+
+pytestmark = [pytest.mark.distributed, pytest.mark.slow]
+TRAIN = ROOT / "launchers" / "train.py"
+EXACT = ("step", "loss", "grad_norm", "sample_keys_hash")
+LIMIT = 400.0
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("full")
+    tiny_vqa.prepare(path)
+    recipe = yaml.safe_load((path / "recipe.yaml").read_text())
+    recipe["engine"] |= {"save_every": 2, "deepspeed": "ds_configs/zero2.json"}
+    (path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    return path
+
+
+@pytest.fixture
+def small(tmp_path) -> Iterator[Path]:
+    """A file system of 4 MiB in memory."""
+    place = tmp_path / "small"
+    place.mkdir()
+    made = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", place], capture_output=True, text=True)
+    if made.returncode:
+        pytest.skip(f"no file system can be mounted here: {made.stderr.strip()}")
+    try:
+        yield place
+    finally:
+        subprocess.run(["umount", "--lazy", place], check=True)
+
+
+def train(folder: Path, run: Path, *sets: str, ranks: int = 2) -> launch.Result:
+    given = [f"run_dir={run}", *sets]
+    words = [word for one in given for word in ("--set", one)]
+    return launch.run_forked(TRAIN, "--recipe", str(folder / "recipe.yaml"), *words, ranks=ranks, timeout=LIMIT)
+
+
+def curve(run: Path) -> list[tuple]:
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [tuple(row[key] for key in EXACT) for row in rows]
+
+
+@pytest.fixture(scope="module")
+def untouched(folder) -> Path:
+    done = train(folder, folder / "untouched")
+    assert done.code == 0, done.tail()
+    return folder / "untouched"
+
+
+def fill(place: Path, leave: int) -> Path:
+    """A file that takes all room but `leave` bytes."""
+    free = shutil.disk_usage(place).free
+    ballast = place / "ballast"
+    with ballast.open("ab") as file:
+        os.posix_fallocate(file.fileno(), 0, ballast.stat().st_size + max(0, free - leave))
+    return ballast
+
+
+def refused(done: launch.Result) -> str:
+    """The one line of a command that could not write."""
+    assert set(done.codes) == {2} and "Traceback" not in done.output, done.tail()
+    (line,) = [line for line in done.output.splitlines() if line.startswith("error:")]
+    assert "cannot be written (No space left on device)" in line and "the same command continues" in line
+    return line
+
+
+@pytest.mark.parametrize("share", [0.02, 0.3, 0.7, 0.97])
+def test_a_run_that_finds_no_room_goes_on_where_it_was(folder, untouched, small, share):
+    size = sum(p.stat().st_size for p in untouched.rglob("*") if p.is_file())
+    run = small / "run"
+    ballast = fill(small, int(share * size))
+    line = refused(train(folder, run))
+    print(line)
+    assert not [p for p in run.rglob("*") if "partial" in p.name or p.name.endswith(".tmp")], "nothing half-written"
+    ballast.unlink()
+    done = train(folder, run)
+    assert done.code == 0, done.tail()
+    assert curve(run) == curve(untouched)
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        assert (run / "adapter" / name).read_bytes() == (untouched / "adapter" / name).read_bytes()
