@@ -58,12 +58,8 @@ def train(route: str, run: Path, args: argparse.Namespace) -> int:
 def read(run: Path) -> dict:
     """What one row shows."""
     (report,), steps = json.loads((ROOT / run / "evaluation-val.json").read_text()), rows_of(run)
-    return {
-        "counted": counted(report),
-        "scores": report["scores"],
-        "loss": [s["loss"] for s in steps],
-        "speed": steps[-1]["samples_per_second"],
-    }
+    shown = {"counted": counted(report), "scores": report["scores"], "speed": steps[-1]["samples_per_second"]}
+    return shown | {"loss": [s["loss"] for s in steps]}
 
 
 def table(rows: dict, args: argparse.Namespace) -> None:

@@ -20,8 +20,7 @@ from mmpeft_ds import console  # noqa: E402
 from mmpeft_ds.files import write_json  # noqa: E402
 
 RECIPE, DATA, RUN = "recipes/quickstart.yaml", "data/easy-vqa", Path("runs/quickstart")
-ZERO1, ZERO1_STEPS = Path("runs/quickstart-zero1"), 16  # enough for a median step time
-SKIP = 4  # first steps warm up caches
+ZERO1, ZERO1_STEPS, SKIP = Path("runs/quickstart-zero1"), 16, 4  # a median step time; first steps warm up caches
 
 
 def main() -> int:

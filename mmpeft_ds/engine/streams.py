@@ -14,7 +14,7 @@ from mmpeft_ds.data.shards import ShardReader, Stamp, members, record_of, stamps
 from mmpeft_ds.data.stream import Stream, StreamSource, identify, with_arrays
 from mmpeft_ds.data.thumbnails import Thumbnails
 from mmpeft_ds.data.token_plan import Lengths
-from mmpeft_ds.distributed.collectives import gather_everywhere
+from mmpeft_ds.distributed.collectives import gather_everywhere, rank, world_size
 from mmpeft_ds.distributed.processes import Ranks
 from mmpeft_ds.engine.assembly.resolve import Resolved, ResolvedSource
 from mmpeft_ds.engine.token_counts import lengths_of
@@ -56,7 +56,7 @@ def make_stream(
             subset=source.subset,
             most_images=backbone.most_images,
             identify=source.task.identifies_pictures,
-            stamps=_stamps(source, ranks),
+            stamps=_stamps(source),
         )
         for source in sources
     ]
@@ -74,12 +74,12 @@ def make_stream(
     )
 
 
-def _stamps(source: ResolvedSource, ranks: Ranks) -> list[Stamp]:
+def _stamps(source: ResolvedSource) -> list[Stamp]:
     """Stamps of all shards of a source, of which each rank looks at its share. Collective."""
-    shares = gather_everywhere([stamps_of(source.manifest, source.options.split, ranks.rank, ranks.world_size)])
+    shares = gather_everywhere([stamps_of(source.manifest, source.options.split, rank(), world_size())])
     merged: list[Stamp] = [(-1, -1)] * sum(map(len, shares))
-    for rank, share in enumerate(shares):
-        merged[rank :: ranks.world_size] = share
+    for first, share in enumerate(shares):
+        merged[first :: len(shares)] = share
     return merged
 
 

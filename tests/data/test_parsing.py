@@ -62,7 +62,7 @@ def test_pairs_of_surrogates_and_brackets_in_texts_are_no_fault():
 
 
 @pytest.mark.parametrize(
-    "array", [np.arange(6.0).reshape(2, 3), np.asfortranarray(np.ones((3, 2), ">f4")), np.int8(3)]
+    "array", [np.arange(6.0).reshape(2, 3), np.asfortranarray(np.ones((3, 2), ">f4")), np.ones(())]
 )
 def test_arrays_come_over_as_they_were(array):
     read = npy_array(npy(array))

@@ -21,7 +21,9 @@ from data_prep import prepare
 from data_prep.sources.base import RawSample, Source
 from mmpeft_ds import registry
 from mmpeft_ds.data.manifest import Manifest
+from mmpeft_ds.data.tar import TarWriter
 from mmpeft_ds.errors import BadInput
+from mmpeft_ds.files import CannotWrite
 from tests.helpers import ROOT
 
 
@@ -261,17 +263,18 @@ def test_wrong_options_are_one_clear_line(argv, says, tmp_path, monkeypatch):
 def test_a_full_disk_is_no_fault_of_ours_and_the_same_command_continues(image_folder, tmp_path, monkeypatch):
     argv = ["image-folder", "--folder", str(image_folder), "--out", str(tmp_path / "o"), "--processes", "1"]
     argv += ["--samples-per-shard", "9"]
-    write, calls = prepare.write_shard, []
+    close, calls = TarWriter.close, []
 
-    def full(*args):
-        calls.append(args)
+    def full(tar):
+        calls.append(tar)
         if len(calls) == 2:
             raise OSError(errno.ENOSPC, "No space left on device")
-        return write(*args)
+        return close(tar)
 
-    monkeypatch.setattr(prepare, "write_shard", full)
-    with pytest.raises(BadInput, match="No space left"):
+    monkeypatch.setattr(TarWriter, "close", full)
+    with pytest.raises(CannotWrite, match=r"No space left.*-000001\.tar"):
         prepare.main(argv)
+    assert not list((tmp_path / "o").rglob("*.tmp")), "nothing half-written"
     prepare.main(argv)
     assert len(calls) == 2 + 2 and Manifest.load(tmp_path / "o").samples("train") == 24
 

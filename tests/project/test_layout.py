@@ -26,6 +26,7 @@ COMMON = {
     "data.batch",
     "data.formats",
     "data.identity",
+    "data.parsing",
     "data.transform",
 }
 # What each room may import besides itself, from below to above. `methods` and the like stand for the whole room,
