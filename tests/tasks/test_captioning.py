@@ -1,11 +1,15 @@
 """Captions: one drawn a visit, losses over tokens or captions, rows and scores."""
 
+from collections import Counter
+
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
 from mmpeft_ds.data.batch import GenerationOutput, Prompted, Sample, pack
 from mmpeft_ds.errors import BadInput, BadSample
+from mmpeft_ds.metrics.captions import caption_scores
+from mmpeft_ds.tasks.captioning.priors import most_usual
 from mmpeft_ds.tasks.captioning.task import Captioning, Options
 
 RECORD = {"captions": ["a red bus", "  a bus drives down the street ", "", "bus"]}
@@ -146,3 +150,22 @@ def test_a_picture_whose_captions_are_not_public_is_described_and_counts_nowhere
     assert texts == [Prompted("", "")] and task.collate(targets)["known"].tolist() == [0]
     with pytest.raises(BadSample):
         task.read({"captions": []}, torch.Generator())
+
+
+def test_captions_without_a_model_are_the_usual_one_and_drawn_ones():
+    train = [{"captions": ["a dog", "a dog "]}, {"captions": ["a cat on a mat"]}, {"captions": []}]
+    test = [{"captions": ["a dog", "the dog"]}, {"captions": ["a bird"]}, {"captions": []}]
+    task = Captioning(Options(), None)
+    scores = task.baselines(train, test)
+    known = [r["captions"] for r in test if r["captions"]]
+    assert {k: v for k, v in scores.items() if k.startswith("majority_")} == {
+        f"majority_{name}": value for name, value in caption_scores(["a dog"] * 2, known).items()
+    }
+    assert {k.split("_", 1)[0] for k in scores} == {"majority", "random"} and task.baselines(train, test) == scores
+    assert task.baselines(train, [{"captions": []}]) == task.baselines([{}], test) == {}
+
+
+def test_of_equally_frequent_captions_the_one_of_usual_words_is_the_majority():
+    counts = Counter(["zebra", "a red bus", "a red car", "the bird"])
+    assert most_usual(counts) == "a red bus"  # two of its three words are in another one too
+    assert most_usual(counts + Counter(["zebra"])) == "zebra"

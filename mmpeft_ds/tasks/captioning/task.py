@@ -8,6 +8,7 @@ paper (arXiv 2403.09377; specs/routing.md 2.2).
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from mmpeft_ds.errors import BadInput, BadSample
 from mmpeft_ds.metrics.captions import caption_scores
 from mmpeft_ds.tasks.base import TaskBase
 from mmpeft_ds.tasks.captioning.options import Options
+from mmpeft_ds.tasks.captioning.priors import priors
 from mmpeft_ds.tasks.common.losses import weighted_sum
 
 
@@ -138,6 +140,10 @@ class Captioning(TaskBase):
         """`cider`, `bleu1` to `bleu4`, `rouge_l`, of the rows that have references."""
         known = [r for r in rows if r["references"]]
         return caption_scores([r["prediction"] for r in known], [r["references"] for r in known]) if known else {}
+
+    def baselines(self, train: Iterable[dict[str, Any]], test: Iterable[dict[str, Any]]) -> dict[str, float]:
+        """`majority_*` and `random_*`: captions of training for pictures that nobody looked at."""
+        return priors(train, test)
 
 
 ENTRY = Captioning
