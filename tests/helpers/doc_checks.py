@@ -25,12 +25,13 @@ from tests.helpers.doc_pages import commands as commands_of
 PLACEHOLDER = re.compile(r"[A-Z]{2,}|^[A-Z]\b|\.\.\.")
 # A stand-in for a recipe that the page leaves open, as R.yaml.
 STAND_IN = ROOT / "recipes" / "quickstart.yaml"
-# What make demo, make few-shot-data and make few-shot leave; every page may use it.
+# What make demo, make few-shot-data, make few-shot and make openclipart-data leave; every page may use it.
 MADE = (
     "data/raw",
     "data/easy-vqa",
     "data/emoji-*",
     "data/stamps",
+    "data/openclipart",
     "runs/quickstart",
     "runs/few_shot_emoji",
     "runs",
@@ -41,7 +42,18 @@ INPUTS = ("data", "adapter", "run", "images", "texts", "captions", "templates", 
 # Programs that no test machine has, and what a block that calls them must be marked with.
 ABSENT = {"srun": "cluster", "sbatch": "cluster", "mpirun": "cluster", "ssh": "cluster", "docker": "docker",
           "ip": "root", "jq": "data set", "git": "network", "pip": "network", "nvidia-smi": "GPU"}  # fmt: skip
-MAKES_TIME = {"demo", "compare", "few-shot", "few-shot-data", "test", "test-slow", "bench", "setup", "docs"}
+MAKES_TIME = {
+    "demo",
+    "compare",
+    "few-shot",
+    "few-shot-data",
+    "openclipart-data",
+    "test",
+    "test-slow",
+    "bench",
+    "setup",
+    "docs",
+}
 
 
 class Wrong(Exception):
