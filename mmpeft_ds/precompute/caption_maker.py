@@ -129,6 +129,7 @@ class CaptionMaker(ShardMaker[_Prepared]):
             "adapter": adapter_dir is not None,
             "weights": weights_hash(fingerprints),
             "dtype": recipe.engine.dtype,
+            "pixels": self.recipe.data.pixels,
             "prompt": options.prompt,
             "captions": options.captions,
             "generation": options.generation,

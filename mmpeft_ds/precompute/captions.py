@@ -154,7 +154,7 @@ def _refuse_difference(out: Path, have: dict[str, Any], wanted: dict[str, Any]) 
     differs = [
         f"{key} {have.get(key)}, now {wanted[key]}" for key in ("name", "fingerprint") if have[key] != wanted[key]
     ]
-    before, now = have["options"], wanted["options"]
+    before, now = {"pixels": "shown", **have["options"]}, wanted["options"]  # the first of before there was a choice
     differs += [f"{key} {before.get(key)}, now {value}" for key, value in now.items() if before.get(key) != value]
     if differs:
         raise BadInput(f"{out}: holds captions made with {'; '.join(differs)}. Choose another --out, or delete it.")

@@ -130,6 +130,7 @@ class Maker(ShardMaker[_Prepared]):
             "compute": self.recipe.engine.dtype,
             "backbone": {"name": self.recipe.backbone["name"], **dataclasses.asdict(self.backbone.options)},
             "dtype": o.dtype,
+            "pixels": self.recipe.data.pixels,
             "views": o.views,
             "view_scale": list(o.view_scale),
             "seed": o.seed,

@@ -195,7 +195,7 @@ def _refuse_difference(out: Path, have: dict[str, Any], wanted: dict[str, Any]) 
     differs = [
         f"{key} {have.get(key)}, now {wanted[key]}" for key in ("name", "source") if have.get(key) != wanted[key]
     ]
-    before = have.get("towers", {})
+    before = {"pixels": "shown", **have.get("towers", {})}  # those of before there was a choice
     if before.get("key") != wanted["towers"]["key"]:
         differs.append(f"towers {before.get('key')}, now {wanted['towers']['key']}")
     differs += [
