@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
+from mmpeft_ds import stop
 from mmpeft_ds.errors import BadInput
 from mmpeft_ds.files import cannot_write
 from mmpeft_ds.quiet import quiet
@@ -40,6 +41,11 @@ def run(main: Callable[[], int | None]) -> NoReturn:
     traceback), 1 a fault of ours or a rank that is gone (which is one line as well).
     """
     quiet()
+    with stop.watching() as watch:  # first of all, since the launcher may end during the imports of `main`
+        sys.exit(_code_of(main, watch))
+
+
+def _code_of(main: Callable[[], int | None], watch: stop.Watch) -> int:
     try:
         code = main() or 0
     except BadInput as e:
@@ -48,7 +54,8 @@ def run(main: Callable[[], int | None]) -> NoReturn:
             print(f"error: {' '.join(str(e).split())}", file=sys.stderr, flush=True)
         code = 2
     except KeyboardInterrupt:
-        code = 130
+        print(f"stopped ({watch.reason or 'SIGINT'})", file=sys.stderr, flush=True)
+        code = watch.signal_code or 130
     except OSError as e:
         if not (reason := cannot_write(e)):
             raise
@@ -68,7 +75,7 @@ def run(main: Callable[[], int | None]) -> NoReturn:
             flush=True,
         )
         code = 1
-    sys.exit(code)
+    return code
 
 
 @contextlib.contextmanager

@@ -18,7 +18,7 @@ import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from multiprocessing import resource_tracker
+from multiprocessing import forkserver, resource_tracker
 from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
@@ -31,6 +31,8 @@ from mmpeft_ds.errors import BadInput
 # Largest tensor, in bytes, that is sent inside its batch. Larger ones are put into shared memory, for whose descriptor
 # this process must connect to the worker, which may have to wait for a core first.
 INLINE = 1 << 16
+# Threads that start workers; see `_end_server`.
+_STARTING: weakref.WeakSet[threading.Thread] = weakref.WeakSet()
 # The fork server imports it before it forks the first worker.
 PRELOAD = "mmpeft_ds.data.fork_server"
 
@@ -51,6 +53,7 @@ class WorkerPool:
     def __init__(self, make: Callable[[Any], Any], workers: int, prefetch: int, pin_memory: bool = False):
         self.make, self.pin_memory, self._requests, self._processes = make, pin_memory, _Requests(), []
         self._loader, self._running, self._starting, self._failure = None, None, None, None
+        self._started, self._closed, self._closing = False, False, threading.Lock()
         # A new thread starts on GPU 0, where every rank of the machine would then open a context.
         self._gpu = torch.cuda.current_device() if pin_memory and torch.cuda.is_available() else None
         if workers == 0:
@@ -72,6 +75,7 @@ class WorkerPool:
         )
         self._end = weakref.finalize(self, _kill, self._processes)
         self._starting = threading.Thread(target=self._start, args=(b"__main__" in payload,), daemon=True)
+        _STARTING.add(self._starting)
         self._starting.start()
 
     def run(self, requests: Iterable[Any]) -> Iterator[Any]:
@@ -90,13 +94,16 @@ class WorkerPool:
             self._starting.join()
 
     def close(self) -> None:
-        """End the workers; those that have not ended after five seconds are killed."""
+        """End the workers at once, since they have nothing to lose; those that still start end when they have."""
         self._stop()
-        self.wait()
-        self._loader = None
-        for process in self._processes:
-            process.join(timeout=5)
+        with self._closing:
+            self._closed = True
+            self._let_go()
+
+    def _let_go(self) -> None:
         _kill(self._processes)
+        if self._starting is None or self._started:
+            self._loader = None
 
     def _stop(self) -> None:
         """End the iterator of the last `run`, which would otherwise keep the workers alive while it is referenced."""
@@ -118,6 +125,10 @@ class WorkerPool:
         # Registered after the loader's own clean-up, so that it runs before it: at exit that one would wait for ever
         # for the workers, which ignore SIGTERM.
         atexit.register(self._end)
+        with self._closing:
+            self._started = True
+            if self._closed:
+                self._let_go()
 
     def _here(self, requests: Iterator[Any]) -> Iterator[Any]:
         for request in requests:
@@ -234,6 +245,16 @@ def _main_hidden(hide: bool) -> Iterator[None]:
         yield
     finally:
         main.update(hidden)
+
+
+@atexit.register
+def _end_server() -> None:
+    """At exit do not wait for a fork server that still imports, which takes seconds."""
+    while starting := [thread for thread in _STARTING if thread.is_alive()]:
+        if (server := forkserver._forkserver._forkserver_pid) is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(server, signal.SIGKILL)
+        starting[0].join(0.1)
 
 
 def _kill(processes: list) -> None:

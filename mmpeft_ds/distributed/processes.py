@@ -5,13 +5,11 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import datetime
-import glob
 import logging
 import os
 import re
 import sys
 import threading
-import time
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,9 +18,8 @@ from typing import Any
 
 import torch
 
-from mmpeft_ds.distributed import host_caches
+from mmpeft_ds.distributed import build_lock, host_caches
 from mmpeft_ds.errors import BadInput
-from mmpeft_ds.files import is_on_local_disk
 from mmpeft_ds.quiet import quiet, without_lines
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h
@@ -71,8 +68,7 @@ def start(threads: int = 0, seed: int = 0, matmul: str = "float32") -> Ranks:
     import deepspeed
 
     deepspeed.utils.logger.setLevel(logging.WARNING)
-    if not cuda and local_rank == 0:  # one per machine, so that none removes the lock of another's new build
-        remove_stale_lock(_OPERATOR)
+    build_lock.install()
     if not torch.distributed.is_initialized():
         with no_shared_buffers(), without_lines("built successfully"), saying_who_is_awaited():
             try:
@@ -238,40 +234,6 @@ def operator_is_built() -> bool:
     from torch.utils import cpp_extension
 
     return (Path(cpp_extension._get_build_directory(_OPERATOR, verbose=False)) / f"{_OPERATOR}.so").is_file()
-
-
-def remove_stale_lock(extension: str) -> bool:
-    """Remove the lock that an interrupted build of a torch extension has left; every later build would wait for it
-    without a word. Whether there was one.
-
-    Whoever builds keeps the file open, so a lock that no process has open belongs to nobody. On a file system that
-    other machines share, where their processes cannot be seen, only a lock of more than ten minutes is removed.
-    """
-    from torch.utils import cpp_extension
-
-    lock = Path(cpp_extension._get_build_directory(extension, verbose=False)) / "lock"
-    try:
-        age = time.time() - lock.stat().st_mtime
-        if _opened_here(lock) or (age < 600 and not is_on_local_disk(lock)):
-            return False
-        lock.unlink()
-    except OSError:  # none, or another rank was first
-        return False
-    print(f"note: removed {lock}, which an interrupted build of DeepSpeed's operator had left", file=sys.stderr)
-    return True
-
-
-def _opened_here(path: Path) -> bool:
-    """Whether a process of this machine that we may look at has the file open."""
-    wanted = path.stat()
-    for link in glob.iglob("/proc/[0-9]*/fd/*"):
-        try:
-            there = os.stat(link)
-        except OSError:  # the process has ended, or is another user's
-            continue
-        if (there.st_dev, there.st_ino) == (wanted.st_dev, wanted.st_ino):
-            return True
-    return False
 
 
 @contextlib.contextmanager

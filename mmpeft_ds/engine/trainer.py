@@ -25,7 +25,6 @@ from mmpeft_ds.engine.export import export_adapter
 from mmpeft_ds.engine.monitor import Monitor, Observer, plain
 from mmpeft_ds.engine.rundir import RunDir, finished_words
 from mmpeft_ds.engine.step import EPOCH_WEIGHT, RUN_WEIGHT, Stepper, merged_budget
-from mmpeft_ds.engine.stop import StopFlag
 from mmpeft_ds.engine.streams import check_shards, make_stream, thumbnails_of, total_steps
 from mmpeft_ds.engine.text_counts import note, nothing_learnt
 from mmpeft_ds.engine.train_state import TrainState
@@ -33,6 +32,7 @@ from mmpeft_ds.engine.zero import state as zero_state
 from mmpeft_ds.errors import AgreedBadInput, BadInput
 from mmpeft_ds.files import cannot_write
 from mmpeft_ds.progress import Progress
+from mmpeft_ds.stop import StopFlag
 from mmpeft_ds.tasks.base import TaskBase
 
 
@@ -47,7 +47,7 @@ def run(recipe: recipes.Recipe, *, fresh: bool = False, conclude: Callable[[Trai
         BadInput: on all ranks, in one line.
     """
     with contextlib.ExitStack() as stack:
-        # Enter first, so that a launcher dying during the build is noticed.
+        # Enter first: a request during the build ends the process at once.
         stop = stack.enter_context(StopFlag(recipe.engine.stop_grace))
 
         # Parse, before the ranks meet: what is wrong with the recipe is said at once. Only where it needs files of the
@@ -95,8 +95,10 @@ def run(recipe: recipes.Recipe, *, fresh: bool = False, conclude: Callable[[Trai
             observer.say(line)
         training = Training(resolved, built, ranks, stream, total, state, run_dir, observer, stop)
         stack.callback(training.close)
+        stop.begin()
         if not (training.loop() and training.finish(conclude)):
-            observer.say(f"stopped after step {state.step} of {total}; the same command continues it")
+            why = f" ({stop.reason})" if stop.reason else ""  # only another rank may know
+            observer.say(f"stopped after step {state.step} of {total}; the same command continues it{why}")
 
         # Close. DeepSpeed's hooks on the parameters' autograd nodes, which no garbage collector sees, would keep the
         # model for ever.

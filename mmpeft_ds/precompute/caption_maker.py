@@ -26,12 +26,12 @@ from mmpeft_ds.data.parsing import npy_array, one_sample
 from mmpeft_ds.data.shards import image_names, members, record_of
 from mmpeft_ds.data.transform import apply, hooks_of
 from mmpeft_ds.engine.assembly import resolve
-from mmpeft_ds.engine.stop import StopFlag
 from mmpeft_ds.engine.zero.fingerprint import all_tensors, frozen_fingerprint
 from mmpeft_ds.errors import BadInput, BadSample
 from mmpeft_ds.precompute.feature_samples import FeatureSample
 from mmpeft_ds.precompute.shard_jobs import Job, ShardMaker, ShardNotes
 from mmpeft_ds.recipe import Recipe, components
+from mmpeft_ds.stop import StopFlag
 
 
 @dataclass(frozen=True)

@@ -18,11 +18,11 @@ from mmpeft_ds.data.writer import write_manifest
 from mmpeft_ds.distributed import processes
 from mmpeft_ds.distributed.collectives import on_rank0
 from mmpeft_ds.engine.assembly import hub
-from mmpeft_ds.engine.stop import StopFlag
 from mmpeft_ds.errors import BadInput
 from mmpeft_ds.precompute.caption_maker import CaptionMaker, DescribeOptions
 from mmpeft_ds.precompute.shard_jobs import Plan, ShardNotes, carry_out, open_plan
 from mmpeft_ds.recipe import Recipe
+from mmpeft_ds.stop import StopFlag
 
 
 def run(recipe: Recipe, options: DescribeOptions, adapter_dir: Path | None = None) -> int:
@@ -51,6 +51,7 @@ def run(recipe: Recipe, options: DescribeOptions, adapter_dir: Path | None = Non
             if ranks.rank == 0:
                 print(f"{options.out}: these captions are already there, nothing to do")
             return 0
+        stop.begin()
         if not carry_out(maker, plan, ranks, "describe"):
             if ranks.rank == 0:
                 print(f"{options.out}: stopped; the same command continues")

@@ -26,11 +26,11 @@ from mmpeft_ds.data.shards import image_names, members, record_of
 from mmpeft_ds.data.transform import apply, hooks_of
 from mmpeft_ds.data.views import RandomView
 from mmpeft_ds.engine.assembly import resolve
-from mmpeft_ds.engine.stop import StopFlag
 from mmpeft_ds.errors import BadInput, BadSample
 from mmpeft_ds.precompute.feature_samples import FeatureSample, thumbnail
 from mmpeft_ds.precompute.shard_jobs import Job, ShardMaker, ShardNotes
 from mmpeft_ds.recipe import Recipe, components
+from mmpeft_ds.stop import StopFlag
 
 TEMPLATES = ("a photo of a {}.",)
 PLACE = "{}"

@@ -21,12 +21,12 @@ from mmpeft_ds.data.writer import write_manifest, write_shard
 from mmpeft_ds.distributed import processes
 from mmpeft_ds.distributed.collectives import on_rank0
 from mmpeft_ds.engine.assembly import hub
-from mmpeft_ds.engine.stop import StopFlag
 from mmpeft_ds.errors import BadInput
 from mmpeft_ds.precompute.feature_maker import PLACE, TEMPLATES, FeatureOptions, Maker
 from mmpeft_ds.precompute.feature_samples import stored_sample
 from mmpeft_ds.precompute.shard_jobs import PLAN, Job, Plan, carry_out, open_plan
 from mmpeft_ds.recipe import Recipe
+from mmpeft_ds.stop import StopFlag
 
 __all__ = ["TEMPLATES", "FeatureOptions", "run"]
 
@@ -55,6 +55,7 @@ def run(recipe: Recipe, options: FeatureOptions) -> int:
             return 0
         began = time.perf_counter()
         maker.build()
+        stop.begin()
         finished = carry_out(maker, plan, ranks, "features")
         if not finished:
             if ranks.rank == 0:

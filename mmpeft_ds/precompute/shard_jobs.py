@@ -23,12 +23,12 @@ from mmpeft_ds.data.packing import spread
 from mmpeft_ds.data.parts import PARTS, Part, finished_part, part_path, shard_file
 from mmpeft_ds.data.shards import ShardReader, verify_shards
 from mmpeft_ds.data.writer import write_shard
-from mmpeft_ds.engine.stop import StopFlag
 from mmpeft_ds.errors import BadInput, BadSample
 from mmpeft_ds.files import cannot_write, write_json
 from mmpeft_ds.precompute.feature_samples import FeatureSample
 from mmpeft_ds.progress import Progress
 from mmpeft_ds.recipe import Recipe
+from mmpeft_ds.stop import StopFlag
 
 PLAN = "plan.json"
 Prepared = TypeVar("Prepared")

@@ -14,12 +14,12 @@ from mmpeft_ds.distributed.collectives import on_rank0
 from mmpeft_ds.engine.assembly import hub
 from mmpeft_ds.engine.assembly.resolve import Resolved, ResolvedSource, resolve, titles
 from mmpeft_ds.engine.monitor import plain
-from mmpeft_ds.engine.stop import StopFlag
 from mmpeft_ds.engine.streams import records
 from mmpeft_ds.errors import BadInput
 from mmpeft_ds.files import check_writable, write_atomic, write_json
 from mmpeft_ds.runs.finished import on_split, open_run
 from mmpeft_ds.runs.submission import content, file_name
+from mmpeft_ds.stop import StopFlag
 
 
 def evaluate_run(
@@ -66,6 +66,7 @@ def evaluate_run(
         if submission:
             content(submission, [], records(resolved.validation[0]))  # what is wrong with the ids is said at once
         opened = open_run(run, resolved, which)
+        stop.begin()
         reports, rows, first_rows = [], [], []
         for title, source in zip(titles(resolved.validation), resolved.validation, strict=True):
             began = time.perf_counter()

@@ -30,7 +30,6 @@ from mmpeft_ds.engine import ewc
 from mmpeft_ds.engine.assembly import hub
 from mmpeft_ds.engine.assembly.resolve import resolve
 from mmpeft_ds.engine.step import Stepper
-from mmpeft_ds.engine.stop import StopFlag
 from mmpeft_ds.engine.streams import make_stream
 from mmpeft_ds.engine.text_counts import TextCounts, nothing_learnt
 from mmpeft_ds.engine.train_state import TrainState
@@ -41,6 +40,7 @@ from mmpeft_ds.methods.common.head import head_of
 from mmpeft_ds.progress import Progress
 from mmpeft_ds.recipe.options import EwcOptions
 from mmpeft_ds.runs.finished import FinishedRun, open_run
+from mmpeft_ds.stop import StopFlag
 
 
 class SquaredGradients:
@@ -162,6 +162,7 @@ def estimate(
         resolved.validation, resolved.recipe.data.validation = [], []
         opened = open_run(run, resolved, which)
         factors = factors_of(list(opened.built.trainables), weights)
+        stop.begin()
         measured = _measure_run(opened, stop)
         if measured is None:
             return None

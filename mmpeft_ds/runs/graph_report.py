@@ -18,13 +18,13 @@ from mmpeft_ds.distributed import collectives
 from mmpeft_ds.engine import calibrate
 from mmpeft_ds.engine.assembly import hub
 from mmpeft_ds.engine.assembly.resolve import resolve
-from mmpeft_ds.engine.stop import StopFlag
 from mmpeft_ds.engine.streams import make_stream
 from mmpeft_ds.errors import BadInput
 from mmpeft_ds.files import write_json
 from mmpeft_ds.methods.common.head import head_of
 from mmpeft_ds.runs.finished import on_split, open_run
 from mmpeft_ds.sites.feature_site import Labelled
+from mmpeft_ds.stop import StopFlag
 
 SEEDS = (0, 1, 2)
 
@@ -102,6 +102,7 @@ def of_run(
             raise BadInput(
                 f"{run}: method {recipe.method['name']} has no graph over the batch. This report is of ga_net."
             )
+        stop.begin()
         opened.built.engine.eval()
         source, ranks = resolved.validation[0], opened.ranks
 

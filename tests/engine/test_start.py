@@ -112,33 +112,6 @@ def test_how_cuda_multiplies_float32_is_what_the_recipe_says(matmul, precision):
             setting.fp32_precision = value
 
 
-@pytest.fixture
-def lock(tmp_path, monkeypatch):
-    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
-    monkeypatch.setattr(processes, "is_on_local_disk", lambda path: True)
-    (tmp_path / "op").mkdir()
-    path = tmp_path / "op" / "lock"
-    path.touch()
-    return path
-
-
-def test_the_lock_of_an_interrupted_build_is_removed_but_not_that_of_a_running_one(lock, capsys):
-    """torch waits for such a file for ever, without a word; whoever builds keeps it open."""
-    with lock.open():
-        assert not processes.remove_stale_lock("op") and lock.exists()
-    assert processes.remove_stale_lock("op") and not lock.exists()
-    assert str(lock) in capsys.readouterr().err
-    assert not processes.remove_stale_lock("op")
-
-
-def test_a_young_lock_on_a_shared_file_system_may_belong_to_another_machine(lock, monkeypatch):
-    monkeypatch.setattr(processes, "is_on_local_disk", lambda path: False)
-    assert not processes.remove_stale_lock("op")
-    hour_ago = time.time() - 3600
-    os.utime(lock, (hour_ago, hour_ago))
-    assert processes.remove_stale_lock("op")
-
-
 NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 

@@ -5,13 +5,14 @@ deepspeed --module tests.helpers.rank_scripts.stop FOLDER
 
 import argparse
 import os
+import sys
 import time
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
-from mmpeft_ds.engine.stop import StopFlag
+from mmpeft_ds.stop import StopFlag, watching
 
 
 def main() -> None:
@@ -22,6 +23,7 @@ def main() -> None:
     rank = os.environ["RANK"]
     dist.init_process_group("gloo")
     with StopFlag(20.0) as flag:
+        flag.begin()
         steps = 0
         print(f"rank {rank} ready", flush=True)
         while True:
@@ -37,4 +39,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with watching():
+        sys.exit(main())

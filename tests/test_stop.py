@@ -13,16 +13,18 @@ from pathlib import Path
 import psutil
 import pytest
 
-from mmpeft_ds.engine import stop
-from mmpeft_ds.engine.stop import StopFlag
+from mmpeft_ds import stop
+from mmpeft_ds.stop import StopFlag
 
 FORK = multiprocessing.get_context("fork")
 
 
 def loop(ready, log: Path, grace: float, stubborn: bool) -> None:
     """Works until asked to stop; a stubborn one hangs in the middle of its step."""
-    sys.stderr = log.open("w")
+    file = log.open("w")
+    os.dup2(file.fileno(), 2)
     with StopFlag(grace) as flag:
+        flag.begin()
         ready.set()
         while not flag.requested() or stubborn:
             time.sleep(0.01)
@@ -94,6 +96,7 @@ def test_handlers_are_restored():
 def test_the_reason_is_told_once():
     told = []
     with StopFlag(on_request=told.append) as flag:
+        flag.begin()
         flag.request("the disk is full")
         flag.request("again")
         time.sleep(3 * stop.POLL)
@@ -104,7 +107,8 @@ def test_a_dead_launcher_is_noticed():
     launcher = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
     try:
         with StopFlag() as flag:
-            flag._launchers = [psutil.Process(launcher.pid)]
+            flag.begin()
+            flag._watch.launchers = [psutil.Process(launcher.pid)]
             time.sleep(2 * stop.POLL)
             assert not flag.requested()
             launcher.kill()  # not reaped: a zombie is dead, too
