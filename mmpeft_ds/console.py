@@ -67,10 +67,11 @@ def _code_of(main: Callable[[], int | None], watch: stop.Watch) -> int:
             raise
         sys.stdout.flush()
         # Every survivor tells it: which rank is missing is what the others, together, leave over.
+        missing = watch.stuck()
         print(
             f"rank {rank()}: lost its connection to another rank, which has probably died; the reason is what that "
             "rank printed last, or the kernel's log if it was killed. The same command continues from the last "
-            f"checkpoint. ({str(e).splitlines()[0]})",
+            f"checkpoint. ({f'It waited for {missing}. ' if missing else ''}{str(e).splitlines()[0]})",
             file=sys.stderr,
             flush=True,
         )

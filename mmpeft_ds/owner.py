@@ -33,7 +33,7 @@ class Owner:
     def me(cls) -> Owner:
         """This process."""
         now = time.strftime("%Y-%m-%d %H:%M:%S")
-        return cls(socket.gethostname(), _space(), os.getpid(), started(os.getpid()) or 0, now)
+        return cls(socket.gethostname(), space(), os.getpid(), started(os.getpid()) or 0, now)
 
     @classmethod
     def read(cls, text: str) -> Owner | None:
@@ -50,7 +50,7 @@ class Owner:
 
     def ended(self) -> bool | None:
         """Whether the process has ended; None if that cannot be seen from here."""
-        if self.space != _space():
+        if self.space != space():
             return None
         return started(self.pid) != self.started
 
@@ -68,7 +68,8 @@ def started(pid: int) -> int | None:
 
 
 @cache
-def _space() -> str:
+def space() -> str:
+    """The boot of this machine, and the namespace in which process numbers are counted here."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{boot} {os.readlink('/proc/self/ns/pid')}"

@@ -110,6 +110,7 @@ class Watch:
         reason, since, signal_code: of the first request; when it came; the exit code that it makes, as a shell has it.
         stopped: a run has ended after its step, so the process is about to leave by itself.
         exit_code: what the process is leaving with, None before.
+        stuck: says whom this rank has been waiting for too long, so that its step will not end; empty if for nobody.
     """
 
     running: Watch | None = None
@@ -117,6 +118,7 @@ class Watch:
     def __init__(self) -> None:
         self.flag: StopFlag | None = None
         self.reason, self.since, self.stopped, self.exit_code = "", None, False, None
+        self.stuck: Callable[[], str] = str
         self.signal_code, self._again, self._closed = 0, False, threading.Event()
         self.launchers, missing = launchers_above()
         self._is_rank = bool(self.launchers or missing or "RANK" in os.environ or "SLURM_PROCID" in os.environ)
@@ -196,6 +198,9 @@ class Watch:
             )
         elif flag is not None and flag.begun:
             flag.noticed()
+            if seconds > LEAVE and (missing := self.stuck()):
+                waits = f"stopped ({self.reason}) while it waits for {missing}. The last complete checkpoint is whole."
+                leave(self.signal_code, f"rank {rank}: {waits}")
             if seconds > flag.grace:
                 leave(
                     1,
@@ -239,6 +244,9 @@ def leave(code: int, line: str = "") -> None:
 def end_children() -> None:
     """SIGTERM to the processes below this one, such as a compiler; SIGKILL to loader workers, which ignore it."""
     server, tracker = _multiprocessing_pids()
+    if tracker and server:  # it would speak of what this process has not removed
+        os.kill(tracker, signal.SIGKILL)
+        sys.modules["mmpeft_ds.leftovers"].remove_own()
     with contextlib.suppress(psutil.Error):
         for child in psutil.Process().children():
             with contextlib.suppress(psutil.Error):

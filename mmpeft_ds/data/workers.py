@@ -26,6 +26,7 @@ import torch
 from torch.multiprocessing.reductions import reduce_tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from mmpeft_ds import leftovers
 from mmpeft_ds.errors import BadInput
 
 # Largest tensor, in bytes, that is sent inside its batch. Larger ones are put into shared memory, for whose descriptor
@@ -58,6 +59,7 @@ class WorkerPool:
         self._gpu = torch.cuda.current_device() if pin_memory and torch.cuda.is_available() else None
         if workers == 0:
             return
+        leftovers.take_name()
         payload = pickle.dumps(make)
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload([PRELOAD, *_modules_in(payload)])

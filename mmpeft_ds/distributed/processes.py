@@ -18,13 +18,14 @@ from typing import Any
 
 import torch
 
-from mmpeft_ds.distributed import build_lock, host_caches
+from mmpeft_ds import leftovers
+from mmpeft_ds.distributed import build_lock, host_caches, watchdog
 from mmpeft_ds.errors import BadInput
 from mmpeft_ds.quiet import quiet, without_lines
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h
 _OPERATOR = "deepspeed_shm_comm"  # what DeepSpeed compiles for the CPU at its first use
-_TIMEOUT = datetime.timedelta(minutes=30)  # of one collective; loading a large base from a slow disk takes minutes
+STALL, TIMEOUT = 60.0, 1800.0  # loading a large base from a slow disk takes minutes
 
 
 @dataclass(frozen=True)
@@ -44,13 +45,17 @@ class Ranks:
     device: torch.device
 
 
-def start(threads: int = 0, seed: int = 0, matmul: str = "float32") -> Ranks:
+def start(
+    threads: int = 0, seed: int = 0, matmul: str = "float32", stall: float = STALL, timeout: float = TIMEOUT
+) -> Ranks:
     """Join the process group that `deepspeed`, `torchrun`, `srun` or nobody (one process) has laid out.
 
     Args:
         threads: of torch per rank; 0: physical cores of this machine / ranks on it.
         seed: of torch's generator, the same on every rank.
         matmul: `tf32` or `float32`, how CUDA multiplies float32 matrices.
+        stall: seconds after which a rank that waits for others says for whom.
+        timeout: seconds after which it ends.
 
     Raises:
         BadInput: more ranks on this machine than GPUs, or the port of rank 0 is taken.
@@ -69,16 +74,23 @@ def start(threads: int = 0, seed: int = 0, matmul: str = "float32") -> Ranks:
 
     deepspeed.utils.logger.setLevel(logging.WARNING)
     build_lock.install()
+    if local_rank == 0:
+        leftovers.remove_of_the_dead()
     if not torch.distributed.is_initialized():
-        with no_shared_buffers(), without_lines("built successfully"), saying_who_is_awaited():
+        limit = datetime.timedelta(
+            seconds=timeout + 2 * min(stall, 60.0)
+        )  # the watchdog, which knows who, comes first
+        with no_shared_buffers(), without_lines("built successfully"), saying_who_is_awaited(stall):
             try:
                 deepspeed.init_distributed(
-                    "nccl" if cuda else "gloo", auto_mpi_discovery=False, verbose=False, timeout=_TIMEOUT
+                    "nccl" if cuda else "gloo", auto_mpi_discovery=False, verbose=False, timeout=limit
                 )
             except (torch.distributed.DistNetworkError, torch.distributed.DistStoreError) as error:
                 raise BadInput(why_not_met(error)) from error
     torch.manual_seed(seed)
-    return Ranks(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), local_rank, local_size, device)
+    ranks = Ranks(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), local_rank, local_size, device)
+    watchdog.start(ranks.rank, ranks.world_size, stall, timeout)
+    return ranks
 
 
 def own_device() -> tuple[int, torch.device]:

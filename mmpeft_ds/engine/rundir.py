@@ -44,6 +44,8 @@ MAY_DIFFER = (
     "engine.keep_last",
     "engine.patience",
     "engine.stop_grace",
+    "engine.stall",
+    "engine.timeout",
     "engine.threads",
     "engine.adapter_matmul",
     "engine.compile",

@@ -55,7 +55,7 @@ def run(recipe: recipes.Recipe, *, fresh: bool = False, conclude: Callable[[Trai
         hub.have(recipe)
         resolved = resolve(recipe)
         recipe = resolved.recipe
-        ranks = processes.start(recipe.engine.threads, recipe.seed, recipe.engine.matmul)
+        ranks = processes.start(**recipe.start_options())
         run_dir = RunDir.open(recipe.run_dir, recipes.to_dict(recipe), fresh=fresh)
         stack.callback(run_dir.close)
         stream = make_stream(resolved, resolved.train, ranks, train=True)

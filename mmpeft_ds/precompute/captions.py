@@ -42,7 +42,7 @@ def run(recipe: Recipe, options: DescribeOptions, adapter_dir: Path | None = Non
         recipe.engine.threads = recipe.engine.threads or 1
         source = Manifest.load(options.data)
         _check(source, options)
-        ranks = processes.start(recipe.engine.threads, recipe.seed, recipe.engine.matmul)
+        ranks = processes.start(**recipe.start_options())
         if adapter_dir is None:
             hub.share(hub.named(recipe), recipe.engine.attention, ranks)
         maker = CaptionMaker(recipe, source, options, ranks.device, stop, adapter_dir)

@@ -45,7 +45,7 @@ def run(recipe: Recipe, options: FeatureOptions) -> int:
         recipe.engine.threads = recipe.engine.threads or 1
         check_options(options)
         source = Manifest.load(options.data)
-        ranks = processes.start(recipe.engine.threads, recipe.seed, recipe.engine.matmul)
+        ranks = processes.start(**recipe.start_options())
         hub.share(hub.named(recipe), recipe.engine.attention, ranks)
         maker = Maker(recipe, source, options, ranks.device, stop)
         plan = on_rank0(lambda: make_plan(source, options, maker.towers()))

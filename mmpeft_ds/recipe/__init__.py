@@ -50,6 +50,17 @@ class Recipe:
     engine: EngineOptions = field(default_factory=EngineOptions)
     monitor: MonitorOptions = field(default_factory=MonitorOptions)
 
+    def start_options(self) -> dict[str, Any]:
+        """Arguments of `distributed.processes.start`."""
+        engine = self.engine
+        return {
+            "threads": engine.threads,
+            "seed": self.seed,
+            "matmul": engine.matmul,
+            "stall": engine.stall,
+            "timeout": engine.timeout,
+        }
+
     # Set by `from_dict`; not a field, so that two equal recipes from two files are equal.
     origin: ClassVar[Origin] = Origin()
 

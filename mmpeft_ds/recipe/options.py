@@ -95,6 +95,8 @@ class EngineOptions:
         eval_every: optimizer steps between evaluations, 0 = at the end of every epoch.
         patience: evaluations without improvement before the run stops, 0 = never.
         stop_grace: seconds within which a signalled run has saved and left.
+        stall: seconds after which a rank that waits for another says for whom, since when and where.
+        timeout: seconds after which ranks that wait for one that is missing or stuck end.
         max_skipped: steps skipped in a row for a non-finite loss or gradient before the run stops.
         threads: torch threads per rank, 0 = physical cores / ranks of the machine.
     """
@@ -112,6 +114,8 @@ class EngineOptions:
     eval_every: int = 0
     patience: int = 0
     stop_grace: float = 30.0
+    stall: float = 60.0
+    timeout: float = 1800.0
     max_skipped: int = 10
     threads: int = 0
 

@@ -43,8 +43,7 @@ def run(study: Study) -> bool:
         BadInput: on all ranks, naming the cell.
     """
     cells = study.cells()
-    engine = cells[0].recipe.engine
-    device = processes.start(engine.threads, matmul=engine.matmul).device
+    device = processes.start(**(cells[0].recipe.start_options() | {"seed": 0})).device
     stop_requested: list[Callable[[], bool]] = []  # of the newest cell
     done = on_rank0(lambda: [is_done(cell) for cell in cells])
     for number, (cell, is_there) in enumerate(zip(cells, done, strict=True), 1):

@@ -53,7 +53,7 @@ def open_run(run: Path, resolved: Resolved, which: str) -> FinishedRun:
     Raises:
         BadInput: on all ranks: no such checkpoint, shards that are missing or altered, another base model.
     """
-    ranks = processes.start(resolved.recipe.engine.threads, resolved.recipe.seed, resolved.recipe.engine.matmul)
+    ranks = processes.start(**resolved.recipe.start_options())
     resolved.print_notes(ranks.rank)  # before the base is loaded, which may take minutes
     check_shards(resolved, ranks)
     path = on_rank0(lambda: find_checkpoint(run, which))

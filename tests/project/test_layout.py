@@ -19,6 +19,7 @@ COMMON = {
     "files",
     "fitting",
     "host_copies",
+    "leftovers",
     "owner",
     "progress",
     "quiet",

@@ -58,6 +58,8 @@ def check_values(recipe: Recipe) -> None:
         ("engine.eval_every", engine.eval_every >= 0, "must be 0 (every epoch) or more"),
         ("engine.patience", engine.patience >= 0, "must be 0 (never) or more"),
         ("engine.stop_grace", engine.stop_grace > 0, "must be above 0 seconds"),
+        ("engine.stall", engine.stall > 0, "must be above 0 seconds"),
+        ("engine.timeout", engine.timeout > engine.stall, "must be above engine.stall"),
         ("engine.max_skipped", engine.max_skipped >= 1, "must be 1 or more"),
         ("engine.threads", engine.threads >= 0, "must be 0 (automatic) or more"),
         (

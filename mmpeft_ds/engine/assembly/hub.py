@@ -43,8 +43,7 @@ def have(recipe: Recipe) -> None:
         BadInput: on all ranks, with the node's name, if it cannot be had on some node.
     """
     if checkpoints := named(recipe):
-        engine = recipe.engine
-        share(checkpoints, engine.attention, processes.start(engine.threads, recipe.seed, engine.matmul))
+        share(checkpoints, recipe.engine.attention, processes.start(**recipe.start_options()))
 
 
 def share(checkpoints: dict[str, bool], attention: str, ranks: Ranks) -> None:
