@@ -3,6 +3,7 @@
 # make openclipart-data   drawings with titles out of a Debian package, for captions and retrieval
 # make demo       set up, prepare easy-VQA, train, evaluate, print the table
 # make test       set up and run all tests
+# make faults     all tests of docs/reliability.md: signals, stopped ranks, stale locks, cut links; the latter need root
 # make hosts      training and preflight on two hosts made of network namespaces; needs root
 # make flash-attn on a machine with a GPU and CUDA's compiler: flash-attn, built against the torch at hand
 # make docs       the documentation site in docs/_build/html; a warning is an error
@@ -26,7 +27,7 @@ INSTALL := $(PIP) install --constraint constraints/$(DEVICE).txt $(if $(TORCH_IN
 BUILD_OPERATOR := from deepspeed.accelerator import get_accelerator as a; \
 	a().create_op_builder('ShareMemCommBuilder').load()
 
-.PHONY: setup flash-attn captioner demo test test-slow hosts compare few-shot-data few-shot openclipart-data bench docs lint \
+.PHONY: setup flash-attn captioner demo test test-slow faults hosts compare few-shot-data few-shot openclipart-data bench docs lint \
 	tensorboard clean
 
 setup: $(STAMP)
@@ -108,6 +109,9 @@ test: setup
 
 test-slow: setup
 	python -m pytest -m slow
+
+faults: setup
+	python -m pytest tests/faults tests/hosts/test_cut_link.py tests/distributed/test_stall.py tests/distributed/test_build_lock.py tests/test_leftovers.py
 
 hosts: setup
 	python -m pytest tests/hosts

@@ -244,15 +244,14 @@ def leave(code: int, line: str = "") -> None:
 def end_children() -> None:
     """SIGTERM to the processes below this one, such as a compiler; SIGKILL to loader workers, which ignore it."""
     server, tracker = _multiprocessing_pids()
-    if tracker and server:  # it would speak of what this process has not removed
-        os.kill(tracker, signal.SIGKILL)
-        sys.modules["mmpeft_ds.leftovers"].remove_own()
     with contextlib.suppress(psutil.Error):
         for child in psutil.Process().children():
             with contextlib.suppress(psutil.Error):
                 below = child.children(recursive=True)
-                for process in [] if child.pid == tracker else [child, *below]:
-                    process.kill() if child.pid == server else process.terminate()
+                for process in [child, *below]:
+                    process.kill() if child.pid in (server, tracker) else process.terminate()
+    if leftovers := sys.modules.get("mmpeft_ds.leftovers"):  # what the tracker removes, after lines about it
+        leftovers.remove_own()
 
 
 def _multiprocessing_pids() -> tuple[int | None, int | None]:

@@ -1,0 +1,89 @@
+"""Whom ranks wait for, out of their reports: as plain objects, without processes."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+
+from mmpeft_ds.distributed import stall
+from mmpeft_ds.distributed.stall import Report, awaited, stacks
+from mmpeft_ds.owner import Owner
+
+PATIENCE = 30.0
+NOW = 1000.0
+
+
+def report(rank: int, entered: int, waits: bool, still: float = 60.0, **more) -> Report:
+    owner = Owner(f"host{rank}", "", 100 + rank, 1)
+    return Report(rank, owner, {"0": entered}, still, waits, f"file.py:{rank} work", ("a", "b"), **more)
+
+
+def named(reports: list[Report], world_size: int = 0, silent: tuple[int, ...] = ()) -> list[int]:
+    heard = {r.rank: (NOW - 2 * PATIENCE if r.rank in silent else NOW - 1, r) for r in reports}
+    return [one.rank for one in awaited(heard, world_size or len(reports), NOW, PATIENCE)]
+
+
+@pytest.mark.parametrize(
+    ("reports", "expected"),
+    [
+        ([report(0, 7, True), report(1, 6, False), report(2, 7, True)], [1]),
+        # Rank 2 waits in an earlier collective for rank 1 as well.
+        ([report(0, 7, True), report(1, 5, False), report(2, 6, True)], [1]),
+        # On a GPU the host waits outside of torch.distributed; the count tells.
+        ([report(0, 7, False), report(1, 6, False)], [1]),
+        # All behind wait, such as for each other in different collectives.
+        ([report(0, 7, True), report(1, 6, True)], [1]),
+        # Point to point, which is not counted.
+        ([report(0, 7, True), report(1, 7, False)], [1]),
+        ([report(0, 7, True), report(1, 7, True)], []),  # all in the same collective: that may just take long
+        ([report(0, 7, False), report(1, 7, False)], []),  # all compute
+    ],
+)
+def test_the_one_that_is_behind_and_does_not_wait_itself(reports, expected):
+    assert named(reports) == expected
+
+
+def test_a_rank_that_is_not_heard_of_comes_before_one_that_is_behind():
+    reports = [report(0, 7, True), report(1, 6, False), report(2, 7, True)]
+    assert named(reports, silent=(2,)) == [2]
+    assert named(reports, world_size=4) == [3]
+
+
+def test_counts_of_groups_that_a_rank_is_not_in_say_nothing():
+    one, other = (
+        Report(r, Owner("h", "", r, 1), {group: n}, 60.0, True) for r, group, n in ((0, "a", 9), (1, "b", 2))
+    )
+    assert named([one, other]) == []
+
+
+def test_a_line_names_a_few_and_counts_the_rest():
+    reports = [report(0, 7, True)] + [report(rank, 6, False) for rank in range(1, 21)]
+    found = awaited({r.rank: (NOW, r) for r in reports}, 21, NOW, PATIENCE)
+    line = stall.words(found)
+    assert line.startswith("rank 1 on host1 (pid 101), which is alive, at file.py:1 work since ")
+    assert line.count("rank ") == stall.NAMED and line.endswith(f" and {20 - stall.NAMED} more")
+
+
+def test_ranks_with_the_same_stack_are_told_together():
+    lines = stacks([report(1, 1, True), report(0, 1, True)])
+    assert lines == ["stack of ranks 0, 1, innermost last:", "  a", "  b"]
+
+
+def test_a_thread_that_waits_for_ranks_is_seen_and_one_that_computes_is_not():
+    def wait(event: threading.Event) -> None:
+        event.wait()
+
+    code = compile("def run(wait, event): wait(event)", "/x/torch/distributed/made_up.py", "exec")
+    scope: dict = {}
+    exec(code, scope)
+    assert not stall.position()["waits"]
+    event = threading.Event()
+    thread = threading.Thread(target=scope["run"], args=(wait, event))
+    thread.start()
+    try:
+        seen = stall.position()
+        assert seen["waits"] and "test_stall.py" in "".join(seen["stack"])
+    finally:
+        event.set()
+        thread.join()

@@ -1,0 +1,95 @@
+"""A rank that is stopped or stuck is named by those that wait for it, which go on when it does, or leave in time."""
+
+from __future__ import annotations
+
+import re
+
+import psutil
+import pytest
+
+from tests.helpers import ROOT, launch
+from tests.helpers.runs import endless
+
+pytestmark = [pytest.mark.distributed, pytest.mark.alone]
+TRAIN = ROOT / "launchers" / "train.py"
+STALL, TIMEOUT = 6, 20  # seconds
+LIMIT = 240.0
+
+
+def start(folder, *sets: str) -> launch.Launch:
+    recipe = endless.prepare(folder, stall=STALL, timeout=TIMEOUT)
+    words = [word for s in sets for word in ("--set", s)]
+    return launch.Launch(TRAIN, "--recipe", str(recipe), *words, ranks=2)
+
+
+def test_a_stopped_rank_is_named_and_goes_on_when_it_is_woken_and_ends_all_when_it_is_not(tmp_path):
+    run = tmp_path / "run"
+    with start(tmp_path) as launched:
+        endless.reach(run, 3, lambda: bool(launched.members()), LIMIT)
+        rank_1 = launched.ranks()[1]
+        rank_1.suspend()
+        assert launched.wait_for("waiting since", LIMIT), launched.output
+        named = (
+            rf"rank 0 on \S+: waiting since \S+ \(\d+ s\) at mmpeft_ds/\S+ \w+ for rank 1 on \S+ \(pid {rank_1.pid}\)"
+        )
+        assert re.search(named + ", not heard of since", launched.output), launched.output
+        assert launched.wait_for("stack of rank 0, innermost last:\n", 30) and "torch/distributed/" in launched.output
+        rank_1.resume()
+        assert launched.wait_for(": goes on", LIMIT), launched.output
+        endless.reach(run, max(endless.steps_of(run)) + 2, lambda: bool(launched.members()), LIMIT)
+        rank_1.suspend()
+        result = launched.wait(LIMIT)
+    assert not result.killed and result.code == 1, result.tail()
+    assert re.search(
+        rf"rank 0 on \S+: leaving; it has waited \d+ s for rank 1 on \S+ \(pid {rank_1.pid}\)", result.output
+    )
+    assert "Traceback" not in result.output, result.tail()
+    steps = endless.steps_of(run)
+    more = f"optim.max_steps={steps[-1] + 5}"
+    again = launch.run_forked(TRAIN, "--recipe", str(tmp_path / "recipe.yaml"), "--set", more)
+    assert again.code == 0 and "continues after step" in again.output, again.tail()
+    steps = endless.steps_of(run)
+    assert steps == list(range(1, len(steps) + 1))
+
+
+@pytest.mark.slow
+def test_rank_0_is_named_by_the_others_when_it_is_the_one_that_is_stopped(tmp_path):
+    with start(tmp_path) as launched:
+        endless.reach(tmp_path / "run", 3, lambda: bool(launched.members()), LIMIT)
+        launched.ranks()[0].suspend()
+        result = launched.wait(LIMIT)
+    assert not result.killed and result.code == 1, result.tail()
+    assert re.search(r"rank 1 on \S+: waiting since \S+ .* for rank 0 on \S+, not heard of since", result.output)
+    assert re.search(r"rank 1 on \S+: leaving; it has waited \d+ s for rank 0", result.output), result.tail()
+
+
+@pytest.mark.slow
+def test_a_rank_that_waits_for_its_data_is_named_with_the_line_where_it_is(tmp_path):
+    """As on a file system that hangs: its loader worker does not come back."""
+    with start(tmp_path, "data.workers=1") as launched:
+        endless.reach(tmp_path / "run", 3, lambda: bool(launched.members()), LIMIT)
+        rank_1, workers = launched.ranks()[1], []
+        while not workers:
+            servers = [child for child in rank_1.children() if "forkserver" in " ".join(child.cmdline())]
+            workers = [worker for server in servers for worker in server.children()]
+        step = max(endless.steps_of(tmp_path / "run"))
+        endless.reach(tmp_path / "run", step + 200, lambda: bool(launched.members()), LIMIT)  # they have taken over
+        for worker in workers:
+            psutil.Process(worker.pid).suspend()
+        result = launched.wait(LIMIT)
+    assert not result.killed and result.code == 1, result.tail()
+    assert re.search(r"for rank 1 on \S+ \(pid \d+\), which is alive, at mmpeft_ds/data/workers.py", result.output)
+    assert "_try_get_data" in result.output, "rank 0 prints the stack of the rank that is stuck"
+    assert re.search(r"rank 1 on \S+: leaving; it is waited for", result.output), result.tail()
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_a_run_whose_rank_is_stopped_without_the_whole_grace(tmp_path):
+    with start(tmp_path, "engine.timeout=3000", "engine.stop_grace=2000") as launched:
+        endless.reach(tmp_path / "run", 3, lambda: bool(launched.members()), LIMIT)
+        launched.ranks()[1].suspend()
+        assert launched.wait_for("waiting since", LIMIT)
+        launched.ranks()[0].terminate()
+        result = launched.wait(LIMIT)
+    assert not result.killed, result.tail()
+    assert "rank 0: stopped (SIGTERM) while it waits for rank 1 on " in result.output, result.tail()
