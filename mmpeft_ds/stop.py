@@ -96,7 +96,7 @@ def watching() -> Iterator[Watch]:
     try:
         yield watch
     except SystemExit as leaving:
-        watch.exit_code = leaving.code if isinstance(leaving.code, int) else 1
+        watch.exit_code = leaving.code if isinstance(leaving.code, int) else int(leaving.code is not None)
         raise
     finally:
         watch.close()
