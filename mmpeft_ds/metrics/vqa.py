@@ -19,6 +19,7 @@ from typing import Literal
 
 Measure = Literal["official", "2017", "exact"]
 MEASURES: tuple[Measure, ...] = ("official", "2017", "exact")
+ANNOTATORS = 10  # of a question in VQA v1 and v2, for whom the official measure is made
 
 _PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 # A period that no digit follows: "2.5" keeps its point, "p.m." loses both.

@@ -67,7 +67,8 @@ def evaluate_run(
             content(submission, [], records(resolved.validation[0]))  # what is wrong with the ids is said at once
         opened = open_run(run, resolved, which)
         stop.begin()
-        reports, rows, first_rows = [], [], []
+        reports, rows = [], []
+        first_rows: list[dict[str, Any]] | None = None
         for title, source in zip(titles(resolved.validation), resolved.validation, strict=True):
             began = time.perf_counter()
             result = opened.evaluate(source, title, stop.requested)
@@ -96,7 +97,7 @@ def evaluate_run(
                 }
             )
             several = len(resolved.validation) > 1
-            first_rows = first_rows if rows else result.rows
+            first_rows = result.rows if first_rows is None else first_rows
             rows += [{"source": title, **row} for row in result.rows] if several else result.rows
         if submission:
             path = run / file_name(submission, name)

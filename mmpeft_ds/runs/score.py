@@ -9,13 +9,14 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from mmpeft_ds.data.manifest import Manifest
 from mmpeft_ds.data.shards import ShardReader, members
 from mmpeft_ds.errors import BadInput, BadSample
 from mmpeft_ds.metrics.captions import caption_scores
-from mmpeft_ds.metrics.vqa import Measure, answer_score
+from mmpeft_ds.metrics.vqa import ANNOTATORS, Measure, answer_score, any_score
 
 Pair = tuple[str, list[str]]  # prediction, references
 
@@ -84,10 +85,14 @@ def pairs(measure: str, predictions: Path, source: Source) -> list[Pair]:
 
 
 def scores(measure: str, pairs: Sequence[Pair], vqa_measure: Measure = "official") -> dict[str, float]:
-    """CIDEr, BLEU and ROUGE-L of captions, or the mean accuracy of answers by the chosen evaluator."""
+    """CIDEr, BLEU and ROUGE-L of captions, or the mean accuracy of answers by the chosen evaluator; where questions
+    have more than one answer but fewer than ten, also `accuracy_any`: predictions that are one of the answers."""
     if measure == "captions":
         return caption_scores([said for said, _ in pairs], [references for _, references in pairs])
-    return {"accuracy": sum(answer_score(said, answers, vqa_measure) for said, answers in pairs) / len(pairs)}
+    found = {"accuracy": fmean(answer_score(said, answers, vqa_measure) for said, answers in pairs)}
+    if any(1 < len(answers) < ANNOTATORS for _, answers in pairs):
+        found["accuracy_any"] = fmean(any_score(said, answers) for said, answers in pairs)
+    return found
 
 
 def _rows(path: Path) -> Iterator[dict[str, Any]]:

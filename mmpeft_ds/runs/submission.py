@@ -85,7 +85,8 @@ def content(form: str, rows: Sequence[dict[str, Any]], records: Iterable[dict[st
     missing = sum(str(name) not in said for name in wanted)
     answers = [(str(name) if kind.text_id else name, said.get(str(name), "")) for name in wanted]
     if kind.capital:
-        answers = [(name, answer.strip().capitalize()) for name, answer in answers]
+        # on one line, whatever a generative model has answered
+        answers = [(name, " ".join(answer.split()).capitalize()) for name, answer in answers]
     if kind.csv:
         return "".join(f"{name},{answer}\n" for name, answer in answers), missing
     listed = [{kind.id_key: name, kind.answer_key: answer} for name, answer in answers]

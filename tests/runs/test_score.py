@@ -71,6 +71,13 @@ def test_answers_are_scored_by_the_chosen_evaluator(tmp_path, measure, accuracy)
     assert score.scores("vqa", score.pairs("vqa", said, source), measure) == {"accuracy": pytest.approx(accuracy)}
 
 
+def test_answers_of_few_annotators_are_also_rated_by_whether_one_of_them_agrees(tmp_path):
+    said = write(tmp_path / "said.json", [{"question_id": 1, "answer": "red"}])
+    files = {n: write(tmp_path / f"{n}.json", [{"question_id": 1, "answers": ["red"] * n}]) for n in (2, 10)}
+    scores = {n: score.scores("vqa", score.pairs("vqa", said, score.Source(file))) for n, file in files.items()}
+    assert scores[2] == {"accuracy": pytest.approx(1 / 3), "accuracy_any": 1} and scores[10] == {"accuracy": 1}
+
+
 @pytest.mark.parametrize(
     ("rows", "words"),
     [

@@ -37,6 +37,7 @@ def test_nlvr2_is_lines_of_true_and_false():
     )
     assert text == "dev-1-0-0,True\ndev-1-0-1,False\n"
     assert file_name("nlvr2", "test1") == "submission-test1-nlvr2.csv"
+    assert content("nlvr2", [row("a", "i\nsee it")], [asked("a")])[0] == "a,I see it\n", "one line an example"
 
 
 def test_captions_are_keyed_by_picture_number_or_text():

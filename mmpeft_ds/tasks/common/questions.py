@@ -20,11 +20,17 @@ import torch
 from mmpeft_ds.data.batch import PackedBatch
 from mmpeft_ds.data.parsing import check_questions
 from mmpeft_ds.errors import BadInput, BadSample
-from mmpeft_ds.metrics.vqa import MEASURES, Measure, answer_score, any_score, normalize_answer, soft_score
+from mmpeft_ds.metrics.vqa import (
+    ANNOTATORS,
+    MEASURES,
+    Measure,
+    answer_score,
+    any_score,
+    normalize_answer,
+    soft_score,
+)
 from mmpeft_ds.tasks.base import TaskBase
 from mmpeft_ds.tasks.common.rows import NOT_FINITE, nan_unless_finite
-
-ANNOTATORS = 10  # of a question in VQA v1 and v2, for whom the official measure is made
 
 
 @dataclass(frozen=True)
