@@ -271,6 +271,19 @@ def test_two_ranks_evaluate_as_one(folder, options):
     assert got[0] == want and got[1] == []
 
 
+def test_the_loss_of_an_evaluation_does_not_depend_on_the_number_of_ranks(folder):
+    @torch.no_grad()
+    def loss(given):
+        backbone, model = build(folder)
+        batch = packed(backbone, given)
+        return float(ENTRY(Options(), None).loss(forward(model, backbone, batch), batch))
+
+    shares = [samples([0]), samples([1, 2, 3], padding=1)]
+    want = loss(samples(range(4)))
+    assert sum(in_ranks(lambda rank: loss(shares[rank]))) == pytest.approx(want, rel=1e-5)
+    assert sum(map(loss, shares)) != pytest.approx(want, rel=1e-2), "each rank by itself is another loss"
+
+
 def test_a_picture_that_several_samples_show_is_matched_as_one(folder):
     task = ENTRY(Options(), None)
     split = []

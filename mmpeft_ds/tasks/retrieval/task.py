@@ -98,7 +98,7 @@ class Retrieval(TaskBase):
         return float(_pair_weights(batch).double().sum())
 
     def loss(self, outputs: Any, batch: PackedBatch) -> Tensor:
-        """Sum over pairs of their losses; in evaluation the contrast within this micro-batch."""
+        """Sum over pairs of their losses; in evaluation the contrast within this step. Collective."""
         each = getattr(outputs, "contrast_losses", None)
         if each is None:
             each = _in_batch(outputs, batch)
@@ -207,15 +207,12 @@ def image_features(outputs: Any, batch: PackedBatch) -> Tensor:
 
 
 def _in_batch(outputs: Any, batch: PackedBatch) -> Tensor:
-    """(T,) contrast of each pair with the pairs of all ranks; of this rank alone in evaluation."""
+    """(T,) contrast of each pair with the pairs of all ranks. Collective."""
     image, text = image_features(outputs, batch)[batch.text_owner], outputs.text_features
     keep, ids = _pair_weights(batch) > 0, batch.targets["pair_id"]
     scale = outputs.get("logit_scale")
     temperature = 1 / scale if scale is not None else 0.07
-    pool = (image, text, ids, keep.to(torch.uint8))
-    if torch.is_grad_enabled():
-        pool = tuple(gather_rows(x) for x in pool)
-    images, texts, all_ids, kept = pool
+    images, texts, all_ids, kept = (gather_rows(x) for x in (image, text, ids, keep.to(torch.uint8)))
     targets = contrastive.soft_targets(ids, all_ids, keep_K=kept.bool(), dtype=text.dtype)
     ways = ((image, texts), (text, images))
     losses = [
