@@ -18,7 +18,7 @@ from mmpeft_ds.engine.streams import records
 from mmpeft_ds.errors import BadInput
 from mmpeft_ds.files import check_writable, write_atomic, write_json
 from mmpeft_ds.runs.finished import on_split, open_run
-from mmpeft_ds.runs.submission import content, file_name
+from mmpeft_ds.runs.submission import content, file_name, not_listed
 from mmpeft_ds.stop import StopFlag
 
 
@@ -148,7 +148,7 @@ def _submit(path: Path, form: str, source: ResolvedSource, rows: list[dict[str, 
     text, missing = content(form, rows, records(source))
     write_atomic(path, text)
     without = f", {missing:,} items without a prediction have an empty one" if missing else ""
-    print(f"submission: {path}{without}")
+    print(f"submission: {path}{without}{not_listed(source.manifest.account.get(source.options.split, {}))}")
 
 
 def _baselines(resolved: Resolved, source: ResolvedSource) -> dict[str, float]:

@@ -93,6 +93,22 @@ def content(form: str, rows: Sequence[dict[str, Any]], records: Iterable[dict[st
     return json.dumps(listed, ensure_ascii=False) + "\n", missing
 
 
+def not_listed(account: dict[str, Any]) -> str:
+    """What a result file lacks because preparation set it aside, to stand behind its name; empty where that is nothing.
+
+    Args:
+        account: of the split, in the manifest of the data set.
+    """
+    aside = account.get("aside", {})
+    number = sum(count for count, _ in aside.values())
+    if not number:
+        return ""
+    return (
+        f"; {number:,} records that preparation set aside ({', '.join(aside)}) are not in it, and a server that wants "
+        "an answer for each refuses it: mend the download and prepare the split again"
+    )
+
+
 def _ids(kind: Form, key: str, records: Iterable[dict[str, Any]]) -> Iterator[Any]:
     for record in records:
         for item in record.get("questions", []) if kind.of == "questions" else [record]:

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from mmpeft_ds.errors import BadInput
-from mmpeft_ds.runs.submission import FORMS, content, file_name
+from mmpeft_ds.runs.submission import FORMS, content, file_name, not_listed
 
 
 def asked(*ids):
@@ -54,6 +54,12 @@ def test_vizwiz_is_keyed_by_the_name_of_the_picture():
 def test_an_item_without_prediction_gets_an_empty_one_and_is_counted():
     text, missing = content("vqa", ROWS[:1], RECORDS)
     assert missing == 2 and [item["answer"] for item in json.loads(text)] == ["", "no", ""]
+
+
+def test_what_preparation_set_aside_is_said_to_lack():
+    account = {"records": 9, "aside": {"picture not there": [2, ["a.jpg", "b.jpg"]], "id given before": [1, ["7"]]}}
+    assert "3 records that preparation set aside (picture not there, id given before)" in not_listed(account)
+    assert not_listed({"records": 9, "aside": {}}) == not_listed({}) == ""
 
 
 @pytest.mark.parametrize(
