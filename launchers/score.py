@@ -1,9 +1,10 @@
 #!/usr/bin/env python
-"""Score a file of predictions: CIDEr, BLEU and ROUGE-L of captions, or the accuracy of answers. Needs no model.
+"""Score a file of predictions: CIDEr, BLEU and ROUGE-L of captions, or how many answers are right. Needs no model.
 
     python launchers/score.py --predictions runs/captioner/predictions-test.jsonl --measure captions
     python launchers/score.py --predictions results.json --references captions_val2014.json --measure captions
     python launchers/score.py --predictions results.json --data data/vqav2 --split val --measure vqa --vqa-measure 2017
+    python launchers/score.py --predictions submission-test1-nlvr2.csv --references test1.json --measure nlvr2
 
 Predictions are a result file (a list of {image_id, caption} or {question_id, answer}) or what evaluate.py wrote,
 which holds its references itself. METEOR and SPICE need the `eval` extra and Java, and are left out without them
@@ -48,8 +49,11 @@ def main() -> int:
     if args.metrics and (missing := coco_java.missing(args.metrics)):
         raise BadInput(f"--metrics: {missing}")  # before anything is computed
     source = score.Source(args.references, args.data, args.split or "")
-    pairs = score.pairs(args.measure, args.predictions, source)
-    scores = score.scores(args.measure, pairs, args.vqa_measure)
+    named = score.named_pairs(args.measure, args.predictions, source)
+    pairs = [pair for _, pair in named]
+    scores = (
+        score.nlvr2_scores(named) if args.measure == "nlvr2" else score.scores(args.measure, pairs, args.vqa_measure)
+    )
     if args.measure == "captions":
         extra, note = coco_java.scores_where_possible(pairs, args.metrics)
         scores |= extra

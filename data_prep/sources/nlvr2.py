@@ -5,7 +5,7 @@
 `--form blip`      nlvr_{train,dev,test}.json
 Pictures lie in images/train/<directory>/, dev/, test1/ and test2/ (the last is our choice: no source names it). Each
 question is the sentence, its answer `true` or `false`. The official form keeps `identifier` as `question_id`, of which
-consistency is computed. Source of the facts: specs/datasets.md 5.
+`launchers/score.py` computes consistency. Source of the facts: specs/datasets.md 5.
 """
 
 from __future__ import annotations

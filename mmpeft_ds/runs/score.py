@@ -1,11 +1,12 @@
 """Scores of a file of predictions against references: result files of evaluation servers, and what evaluate.py wrote.
 
-Source of the forms: specs/datasets.md 2.3, 2.5, 6, 6.1.
+Source of the forms: specs/datasets.md 2.3, 2.5, 5, 6, 6.1.
 """
 
 from __future__ import annotations
 
 import json
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,6 +42,9 @@ KINDS = {
         ("answers", "answer"),
         "questions",
     ),
+    "nlvr2": Kind(
+        ("identifier", "question_id"), ("prediction", "answer"), ("answers", "label", "answer"), "sentences"
+    ),
 }
 
 
@@ -57,6 +61,15 @@ def pairs(measure: str, predictions: Path, source: Source) -> list[Pair]:
     """Prediction and references of each item, in the order of the references, which is that of the evaluation.
 
     Raises:
+        BadInput: see `named_pairs`.
+    """
+    return [pair for _, pair in named_pairs(measure, predictions, source)]
+
+
+def named_pairs(measure: str, predictions: Path, source: Source) -> list[tuple[str, Pair]]:
+    """`pairs`, each with the id of its item.
+
+    Raises:
         BadInput: a file that cannot be read; ids that are unknown, missing or doubled.
     """
     kind = KINDS[measure]
@@ -64,7 +77,13 @@ def pairs(measure: str, predictions: Path, source: Source) -> list[Pair]:
     if not rows:
         raise BadInput(f"{predictions}: holds no prediction.")
     if source.file is None and source.data is None:
-        return [(_text(row, kind, predictions), _own_references(row, kind, predictions)) for row in rows]
+        return [
+            (
+                str(_value(row, kind.ids, predictions)),
+                (_text(row, kind, predictions), _own_references(row, kind, predictions)),
+            )
+            for row in rows
+        ]
     said: dict[str, str] = {}
     doubled = []
     for row in rows:
@@ -81,7 +100,7 @@ def pairs(measure: str, predictions: Path, source: Source) -> list[Pair]:
         parts = [f"{len(unknown):,} that {place} does not have, first {unknown[0]}"] if unknown else []
         parts += [f"{len(absent):,} of {len(known):,} missing, first {absent[0]}"] if absent else []
         raise BadInput(f"{predictions}: ids do not match: {'; '.join(parts)}. Both sides need the same ids.")
-    return [(said[name], references) for name, references in known.items()]
+    return [(name, (said[name], references)) for name, references in known.items()]
 
 
 def scores(measure: str, pairs: Sequence[Pair], vqa_measure: Measure = "official") -> dict[str, float]:
@@ -95,25 +114,56 @@ def scores(measure: str, pairs: Sequence[Pair], vqa_measure: Measure = "official
     return found
 
 
+def nlvr2_scores(named: Sequence[tuple[str, Pair]]) -> dict[str, float]:
+    """`accuracy` and `consistency` of NLVR2, in any case of letters: consistency is the share of sentences that are
+    judged rightly for each of their pairs of pictures.
+
+    Args:
+        named: of `named_pairs`; an id is split-set-pair-sentence.
+
+    Raises:
+        BadInput: an id of another form.
+    """
+    of_sentence: dict[tuple[str, str], list[bool]] = defaultdict(list)
+    for name, (said, (label, *_)) in named:
+        parts = name.split("-")
+        if len(parts) != 4:
+            raise BadInput(f"{name!r} is no identifier of NLVR2, split-set-pair-sentence such as dev-850-0-0.")
+        of_sentence[parts[1], parts[3]].append(said.strip().lower() == label.strip().lower())
+    right = [right for answers in of_sentence.values() for right in answers]
+    return {"accuracy": fmean(right), "consistency": fmean(map(all, of_sentence.values()))}
+
+
 def _rows(path: Path) -> Iterator[dict[str, Any]]:
-    """Entries of a JSON list, of `annotations` in a JSON object, or of JSON lines."""
+    """Entries of a JSON list, of `annotations` in a JSON object, of JSON lines, or of lines `identifier,label`."""
     try:
         text = path.read_text(encoding="utf-8-sig")
-        if path.suffix == ".jsonl":
-            # not splitlines, which also splits at line breaks that may stand within a JSON string (U+2028, U+0085)
-            found: Any = [json.loads(line) for line in text.split("\n") if line.strip()]
+        # not splitlines, which also splits at line breaks that may stand within a JSON string (U+2028, U+0085)
+        lines = [line for line in text.split("\n") if line.strip()]
+        if path.suffix == ".csv":
+            found: Any = [dict(zip(("identifier", "prediction"), line.split(","), strict=True)) for line in lines]
+        elif path.suffix == ".jsonl" or len(lines) > 1 and _is_object(lines[0]):  # NLVR2's lines end in .json
+            found = [json.loads(line) for line in lines]
         else:
             found = json.loads(text)
             found = _by_image(found) if isinstance(found, dict) else found
     except (OSError, ValueError) as e:
         raise BadInput(
-            f"{path}: cannot be read as JSON ({e}). Give a JSON list, or JSON lines ending in .jsonl."
+            f"{path}: cannot be read ({e}). Give a JSON list, JSON lines ending in .jsonl, or NLVR2's lines "
+            "identifier,True ending in .csv."
         ) from e
     if not isinstance(found, list) or not all(isinstance(row, dict) for row in found):
         raise BadInput(
             f"{path}: is no list of objects. Give a list of {{image_id, caption}} or {{question_id, answer}}."
         )
     yield from found
+
+
+def _is_object(line: str) -> bool:
+    try:
+        return isinstance(json.loads(line), dict)
+    except ValueError:
+        return False
 
 
 def _by_image(annotations: dict[str, Any]) -> Any:
@@ -159,8 +209,8 @@ def _references(kind: Kind, source: Source) -> dict[str, list[str]]:
     for row in _rows(source.file) if source.file else _items(kind, str(source.data), source.split):
         name = str(_value(row, kind.ids, place))
         found = _listed(_value(row, kind.references, place))
-        if kind.unit == "questions" and name in known:
-            raise BadInput(f"{place}: question {name} stands twice. Keep one entry.")
+        if kind.unit != "captions" and name in known:
+            raise BadInput(f"{place}: {name} stands twice. Keep one entry.")
         known.setdefault(name, []).extend(found)
     if empty := [name for name, found in known.items() if not found]:
         raise BadInput(
@@ -181,6 +231,6 @@ def _items(kind: Kind, data: str, split: str) -> Iterator[dict[str, Any]]:
                 if isinstance(piece, BadSample):
                     continue
                 record = json.loads(members(piece)[1]["json"])
-                yield from record.get("questions", []) if kind.unit == "questions" else [record]
+                yield from [record] if kind.unit == "captions" else record.get("questions", [])
     finally:
         reader.close()

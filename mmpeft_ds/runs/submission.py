@@ -94,7 +94,7 @@ def content(form: str, rows: Sequence[dict[str, Any]], records: Iterable[dict[st
 
 
 def not_listed(account: dict[str, Any]) -> str:
-    """What a result file lacks because preparation set it aside, to stand behind its name; empty where that is nothing.
+    """What a result file lacks because preparation set it aside, in words that follow its name; empty for nothing.
 
     Args:
         account: of the split, in the manifest of the data set.

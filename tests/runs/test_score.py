@@ -111,3 +111,19 @@ def test_metrics_asked_for_by_name_are_refused_without_what_they_need(files, mon
     code = commands.run_script(ROOT / "launchers/score.py", [*given, "--metrics", "meteor"], monkeypatch)
     err = capsys.readouterr().err
     assert code == 2 and err.count("\n") == 1 and "mmpeft_ds[eval]" in err
+
+
+def test_nlvr2_is_scored_by_accuracy_and_by_sentences_that_are_right_for_all_their_pairs(tmp_path):
+    labels = {"dev-1-0-0": "True", "dev-1-1-0": "False", "dev-1-0-1": "True", "dev-2-0-0": "False"}
+    lines = [json.dumps({"identifier": name, "label": label}) for name, label in labels.items()]
+    (tmp_path / "dev.json").write_text("\n".join(lines) + "\n")
+    said = tmp_path / "submission-dev-nlvr2.csv"
+    source = score.Source(tmp_path / "dev.json")
+    said.write_text("dev-2-0-0,false\ndev-1-0-0,True\ndev-1-1-0,True\ndev-1-0-1,TRUE\n")
+    named = score.named_pairs("nlvr2", said, source)
+    assert score.nlvr2_scores(named) == {"accuracy": 3 / 4, "consistency": pytest.approx(2 / 3)}
+    said.write_text("dev-2-0-0,false,x\n")
+    with pytest.raises(BadInput, match=r"identifier,True ending in \.csv"):
+        score.named_pairs("nlvr2", said, source)
+    with pytest.raises(BadInput, match="no identifier of NLVR2"):
+        score.nlvr2_scores([("7", ("true", ["true"]))])
