@@ -110,8 +110,13 @@ class CoopSplit(LayoutSource):
     def _own_files(self, split: str) -> list[str]:
         """Of the two data sets that CoOp reads as they come."""
         if self.options.dataset == "imagenet":
-            return ["classnames.txt", "images/train" if split == "train" else "images/val"]
+            return ["classnames.txt", str((self.pictures_root / self._folder(split)).absolute())]
         return [self.first_there(f"images_variant_{split}.txt", f"data/images_variant_{split}.txt"), self._variants()]
+
+    @staticmethod
+    def _folder(split: str) -> str:
+        """Of ImageNet's class folders; val serves as val and test."""
+        return "train" if split == "train" else "val"
 
     def _variants(self) -> str:
         return self.first_there("variants.txt", "data/variants.txt")
@@ -124,9 +129,8 @@ class CoopSplit(LayoutSource):
         names = index.kept("names")
         if self.options.dataset == "imagenet":
             classes = imagenet.classes(self.root / "classnames.txt")
-            folder = "train" if split == "train" else "val"
             labels = {wnid: i for i, (wnid, _) in enumerate(classes)}
-            return imagenet.entries(self.pictures_root, folder, split, index, labels, names)
+            return imagenet.entries(self.pictures_root, self._folder(split), split, index, labels, names)
         if self.options.dataset == "fgvc_aircraft":
             lines = annotations.lines(self.root / self._own_files(split)[0])
             numbers = {name: i for i, name in enumerate(names)}

@@ -52,15 +52,21 @@ class ImageNet(LayoutSource):
     def files(self) -> dict[str, list[str]]:
         names = str(self.options.classnames.absolute()) if self.options.classnames else "classnames.txt"
         if self.options.form == "official":
-            return {split: [names, self.first_there(f"images/{split}", split)] for split in ("train", "val")}
-        return {"test": [names, self.first_there(TEST_SETS[self.options.form][0], ".")]}
+            return {split: [names, self.below_root(self._folder(split))] for split in ("train", "val")}
+        return {"test": [names, self.below_root(self._folder("test"))]}
+
+    def _folder(self, split: str) -> str:
+        """Of the class folders of a split, below the folder of the pictures."""
+        if self.options.form == "official":
+            return self.pictures_there(f"images/{split}", split)
+        return self.pictures_there(TEST_SETS[self.options.form][0], ".")
 
     def begin(self, index: Index) -> None:
         """The classes that the form has."""
         classes = imagenet.classes(self.root / self._classnames())
         names = imagenet.names(classes)
         if self.options.form in ("adversarial", "rendition"):
-            place = self.root / self.files()["test"][1]
+            place = self.pictures_root / self._folder("test")
             there = [i for i, (folder, _) in enumerate(classes) if (place / folder).is_dir()]
             classes, names = [classes[i] for i in there], [names[i] for i in there]
         if not names:
@@ -72,7 +78,7 @@ class ImageNet(LayoutSource):
         names, folders = index.kept("names"), index.kept("folders")
         if self.options.form == "v2":
             folders = [str(i) for i in range(len(folders))]
-        folder = self.files()[split][1]
+        folder = self._folder(split)
         labels = {name: label for label, name in enumerate(folders)}
         return imagenet.entries(self.pictures_root, "" if folder == "." else folder, split, index, labels, names)
 

@@ -45,7 +45,7 @@ class MsvdQa(VideoSource):
 
     def entries(self, split: str, index: Index) -> Iterator[Entry]:
         def entry(row: Any) -> Entry:
-            number = f"vid{row['video_id']}"
+            number = row["video_id"] if isinstance(row["video_id"], str) else f"vid{row['video_id']}"
             clip = index.get(CLIPS, number)
             if clip is None:
                 raise Aside(f"video that {MAPPING} does not name", number)

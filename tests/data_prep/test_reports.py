@@ -115,6 +115,12 @@ def test_pictures_listed_without_a_caption_are_counted(tmp_path, capsys):
     assert "train: 2 pictures or videos are listed without a caption" in capsys.readouterr().out
 
 
+def test_archives_that_are_still_packed_are_named(tmp_path):
+    put(tmp_path / "root/Annotations.zip", b"PK")
+    with pytest.raises(BadInput, match=r"test.json not there. Unpack Annotations.zip there. VizWiz-VQA comes from"):
+        prepared("vizwiz-vqa", tmp_path / "root", tmp_path / "out")
+
+
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_an_empty_folder_is_one_line_with_what_is_missing_whence_it_comes_and_the_layout(name, tmp_path):
     (tmp_path / "root").mkdir()

@@ -21,6 +21,7 @@ from mmpeft_ds.errors import BadInput
 from mmpeft_ds.files import sha256
 
 INDEX = "index.sqlite"
+ARCHIVES = (".zip", ".tar", ".tgz", ".gz", ".bz2", ".xz", ".rar", ".7z")  # as publishers give them
 
 
 @dataclass
@@ -113,7 +114,9 @@ class LayoutSource(Source):
         if not there or (self.options.splits and len(there) < len(asked)):
             names = [name for missing in lacking.values() for name in missing]
             more = f" and {len(names) - 4} more" if len(names) > 4 else ""
-            raise BadInput(f"{self.root}: {', '.join(names[:4])}{more} not there. {self._advice()}")
+            packed = [path.name for path in sorted(self.root.iterdir()) if path.suffix.lower() in ARCHIVES]
+            unpack = f" Unpack {', '.join(packed[:3])}{', ...' if len(packed) > 3 else ''} there." if packed else ""
+            raise BadInput(f"{self.root}: {', '.join(names[:4])}{more} not there.{unpack} {self._advice()}")
         return there
 
     def index(self, folder: Path) -> None:
@@ -131,6 +134,15 @@ class LayoutSource(Source):
     def first_there(self, *names: str) -> str:
         """Of the places where copies of a file lie in public use, the first that is there; else the first."""
         return next((name for name in names if (self.root / name).exists()), names[0])
+
+    def pictures_there(self, *names: str) -> str:
+        """Of the places where copies of a folder of pictures lie below theirs, the first that is there, else the
+        first."""
+        return next((name for name in names if (self.pictures_root / name).is_dir()), names[0])
+
+    def below_root(self, folder: str) -> str:
+        """A folder of pictures as `files` names it, which may lie elsewhere."""
+        return folder if self.pictures_root == self.root else str((self.pictures_root / folder).absolute())
 
     def _fill(self, index: Index) -> None:
         self.begin(index)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -87,11 +88,22 @@ class VideoSource(LayoutSource):
     def _there(self) -> dict[str, Path]:
         """Name without ending -> file, the first in the order of paths; names may end in a bare dot."""
         found: dict[str, Path] = {}
-        for path in sorted(self.pictures_root.rglob("*")):
+        for path in sorted(_files(self.pictures_root)):
             ending = path.suffix.lower()
             if ending in ENDINGS or path.name.endswith("."):
                 found.setdefault(name_of(path.name), path)
         return found
+
+
+def _files(root: Path) -> Iterator[Path]:
+    """All files below a folder, also in folders that links lead to, each folder once."""
+    seen: set[str] = set()
+    for folder, folders, names in os.walk(root, followlinks=True):
+        if (real := os.path.realpath(folder)) in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        yield from (Path(folder, name) for name in names)
 
 
 def name_of(video: str) -> str:

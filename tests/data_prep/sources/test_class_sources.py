@@ -80,6 +80,20 @@ def test_folders_of_no_class_and_classes_without_folder_are_told(imagenet, tmp_p
     assert "train: 1 of 3 classes have no folder: n01440764" in capsys.readouterr().err
 
 
+def test_imagenets_pictures_may_lie_elsewhere(imagenet, tmp_path):
+    (tmp_path / "disk").mkdir()
+    (imagenet / "images").rename(tmp_path / "disk/images")
+    manifest = prepared("imagenet", imagenet, tmp_path / "out", "--pictures", str(tmp_path / "disk"))
+    assert [label for _, label, _ in classes(manifest, "train")] == [0, 1, 2]
+    options = ["--dataset", "imagenet", "--pictures", str(tmp_path / "disk")]
+    by_name = prepared("coop-split", imagenet.parent, tmp_path / "coop", *options)
+    assert classes(by_name, "val")[0][0] == "val/n01440764/v 0.JPEG" and list(by_name.splits) == [
+        "train",
+        "val",
+        "test",
+    ]
+
+
 def test_v2_reads_folders_as_numbers(imagenet, tmp_path):
     root = tmp_path / "imagenetv2"
     put(root / "classnames.txt", "".join(f"n{i:08d} name {i}\n" for i in range(12)))

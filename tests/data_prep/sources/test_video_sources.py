@@ -172,7 +172,7 @@ def test_clips_of_msvd_are_found_by_the_mapping(tmp_path):
     root = tmp_path / "msvd"
     film(root / "YouTubeClips/-_x 1_0_2.avi", seconds=1)
     put(root / "youtube_mapping.txt", "-_x 1_0_2 vid7\nother vid8\n")
-    rows = [{"answer": "man", "id": i, "question": "who?", "video_id": n} for i, n in enumerate((7, 8, 9))]
+    rows = [{"answer": "man", "id": i, "question": "who?", "video_id": n} for i, n in enumerate((7, 8, "vid9"))]
     put(root / "test_qa.json", rows)
     manifest = prepared("msvd-qa", root, tmp_path / "out", "--frames", "1")
     assert records(manifest, "test")[0]["questions"] == [{"question": "who?", "answers": ["man"], "question_id": 0}]
@@ -185,6 +185,13 @@ def test_clips_of_msvd_are_found_by_the_mapping(tmp_path):
 def test_frames_must_be_a_number_that_makes_sense(msrvtt, tmp_path):
     with pytest.raises(BadInput, match="--frames: 0"):
         prepared("msrvtt", msrvtt, tmp_path / "out", "--frames", "0")
+
+
+def test_videos_may_lie_behind_a_link(msrvtt, tmp_path):
+    (msrvtt / "videos").rename(tmp_path / "disk")
+    (msrvtt / "videos").symlink_to(tmp_path / "disk")
+    (tmp_path / "disk/again").symlink_to(msrvtt)  # which leads round
+    assert prepared("msrvtt", msrvtt, tmp_path / "out", "--frames", "1").samples("train") == 3
 
 
 def test_rows_of_aurora(msrvtt, tmp_path):
