@@ -5,7 +5,7 @@
 
 Writes RUN/evaluation-SPLIT.json and RUN/predictions-SPLIT.jsonl, and with --submission the result file that the data
 set's evaluation server takes. With --data the names of the data sets follow SPLIT, as in evaluation-test-gqa.json. A
-split without answers is predicted and not scored. Any number of ranks gives the same.
+split without answers is predicted and not scored. Any number of ranks gives the same, the loss up to rounding.
 """
 
 import sys

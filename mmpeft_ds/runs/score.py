@@ -135,7 +135,7 @@ def nlvr2_scores(named: Sequence[tuple[str, Pair]]) -> dict[str, float]:
 
 
 def _rows(path: Path) -> Iterator[dict[str, Any]]:
-    """Entries of a JSON list, of `annotations` in a JSON object, of JSON lines, or of lines `identifier,label`."""
+    """Entries of a JSON list, of a JSON object (see `_entries`), of JSON lines, or of lines `identifier,label`."""
     try:
         text = path.read_text(encoding="utf-8-sig")
         # not splitlines, which also splits at line breaks that may stand within a JSON string (U+2028, U+0085)
@@ -146,8 +146,8 @@ def _rows(path: Path) -> Iterator[dict[str, Any]]:
             found = [json.loads(line) for line in lines]
         else:
             found = json.loads(text)
-            found = _by_image(found) if isinstance(found, dict) else found
-    except (OSError, ValueError) as e:
+            found = _entries(found) if isinstance(found, dict) else found
+    except (OSError, ValueError, RecursionError) as e:
         raise BadInput(
             f"{path}: cannot be read ({e}). Give a JSON list, JSON lines ending in .jsonl, or NLVR2's lines "
             "identifier,True ending in .csv."
@@ -166,8 +166,10 @@ def _is_object(line: str) -> bool:
         return False
 
 
-def _by_image(annotations: dict[str, Any]) -> Any:
-    """Entries of a file in the form of COCO, in the order of its `images`; one without images is left as it is."""
+def _entries(annotations: dict[str, Any]) -> Any:
+    """Entries of an object: GQA's, id -> question, or `annotations`, in the order of `images` where COCO has them."""
+    if annotations and all(isinstance(question, dict) for question in annotations.values()):
+        return [{"questionId": name, **question} for name, question in annotations.items()]
     entries, images = annotations.get("annotations", annotations), annotations.get("images")
     if not isinstance(entries, list) or not isinstance(images, list):
         return entries
@@ -189,14 +191,17 @@ def _text(row: dict[str, Any], kind: Kind, where: Any) -> str:
     return text
 
 
-def _listed(value: Any) -> list[str]:
-    """References as texts: one text, a list of texts, or a list of {answer}."""
+def _listed(value: Any, where: Any) -> list[str]:
+    """References as texts: one text, a list of texts, or a list of {answer}; numbers become texts."""
     values = value if isinstance(value, list) else [value]
-    return [str(v["answer"] if isinstance(v, dict) and "answer" in v else v) for v in values]
+    values = [v["answer"] if isinstance(v, dict) and "answer" in v else v for v in values]
+    if strange := [v for v in values if not isinstance(v, str | int | float)]:
+        raise BadInput(f"{where}: a reference is no text: {json.dumps(strange[0])[:80]}")
+    return [str(v) for v in values]
 
 
 def _own_references(row: dict[str, Any], kind: Kind, where: Path) -> list[str]:
-    found = _listed(row.get(kind.references[0], []))
+    found = _listed(row.get(kind.references[0], []), where)
     if not found:
         raise BadInput(f"{where}: has entries without `{kind.references[0]}`. Name them: --references, or --data DIR.")
     return found
@@ -208,7 +213,7 @@ def _references(kind: Kind, source: Source) -> dict[str, list[str]]:
     known: dict[str, list[str]] = {}
     for row in _rows(source.file) if source.file else _items(kind, str(source.data), source.split):
         name = str(_value(row, kind.ids, place))
-        found = _listed(_value(row, kind.references, place))
+        found = _listed(_value(row, kind.references, place), place)
         if kind.unit != "captions" and name in known:
             raise BadInput(f"{place}: {name} stands twice. Keep one entry.")
         known.setdefault(name, []).extend(found)

@@ -53,6 +53,13 @@ def test_lines_of_json_may_hold_line_breaks_of_unicode_and_begin_with_a_byte_ord
     assert score.pairs("captions", path, score.Source()) == [(row["prediction"], row["references"])]
 
 
+@pytest.mark.parametrize("wrong", [None, {"text": "a dog"}, ["a", None]])
+def test_a_reference_that_is_no_text_is_refused_in_one_line(files, tmp_path, wrong):
+    rows = [{"image_id": i, "caption": wrong} for i in SAID]
+    with pytest.raises(BadInput, match=r"coco\.json: a reference is no text"):
+        score.pairs("captions", files[0], score.Source(write(tmp_path / "coco.json", rows)))
+
+
 def test_predictions_of_evaluate_hold_their_references(tmp_path):
     rows = [{"sample_id": i, "prediction": SAID[i], "references": THEIRS[i]} for i in SAID]
     path = tmp_path / "predictions-test.jsonl"
@@ -69,6 +76,12 @@ def test_answers_are_scored_by_the_chosen_evaluator(tmp_path, measure, accuracy)
     answers = [{"question_id": i, "answers": [{"answer": a}] * 10} for i, a in ((2, "yes"), (1, "dog"))]
     source = score.Source(write(tmp_path / "annotations.json", {"annotations": answers}))
     assert score.scores("vqa", score.pairs("vqa", said, source), measure) == {"accuracy": pytest.approx(accuracy)}
+
+
+def test_gqas_questions_are_references_by_their_ids(tmp_path):
+    said = write(tmp_path / "said.json", [{"questionId": "02", "prediction": "yes"}])
+    file = write(tmp_path / "questions.json", {"02": {"question": "?", "answer": "yes", "imageId": "7"}})
+    assert score.pairs("vqa", said, score.Source(file)) == [("yes", ["yes"])]
 
 
 def test_answers_of_few_annotators_are_also_rated_by_whether_one_of_them_agrees(tmp_path):
