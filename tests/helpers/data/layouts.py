@@ -235,6 +235,7 @@ LAYOUTS: dict[str, Callable[[Path], None]] = {
     "msvd": msvd,
     "nlvr2": nlvr2,
     "snli-ve": snli_ve,
+    "talks": llava,
     "textcaps": textcaps,
     "vizwiz-captions": vizwiz_captions,
     "vizwiz-vqa": vizwiz_vqa,

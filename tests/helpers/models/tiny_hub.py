@@ -21,6 +21,7 @@ MAKERS: dict[str, Callable[[Path], str]] = {
     "Salesforce/blip-vqa-base": lambda folder: tiny_blip.write(folder, "vqa"),
     "Salesforce/blip-itm-base-coco": lambda folder: tiny_blip.write(folder, "retrieval"),
     "llava-hf/llava-1.5-7b-hf": lambda folder: tiny_mllm.write(folder, "llava"),
+    "Qwen/Qwen2-VL-2B-Instruct": lambda folder: tiny_mllm.write(folder, "qwen2_vl"),
 }
 
 
