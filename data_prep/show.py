@@ -1,12 +1,15 @@
 """Look at prepared shards: counts, field statistics, labels, and a contact sheet.
 
-python data_prep/show.py DIR [--split train] [--out sheet.png] [--samples 24]
+python data_prep/show.py DIR [--split train] [--out sheet.png] [--samples 24] [--predictions FILE]
 """
 
 from __future__ import annotations
 
+import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 if __name__ == "__main__":
     # This folder must not come first on the path: its file names would hide installed modules of the same name.
@@ -25,6 +28,7 @@ from mmpeft_ds.errors import BadInput, BadSample  # noqa: E402
 from mmpeft_ds.files import replacing, writing  # noqa: E402
 
 LAYOUT = Layout()
+RIGHT, WRONG, GUESS = "#007a33", "#b00020", "#0050b0"  # an answer, and what is neither right nor wrong as a whole
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -34,15 +38,21 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--split", help="only this one (default: tables of all, pictures of the first)")
     parser.add_argument("--out", type=Path, help="write a contact sheet there (.png)")
     parser.add_argument("--samples", type=int, default=24, help="how many samples on the sheet, evenly spread")
+    parser.add_argument(
+        "--predictions", type=Path, metavar="FILE", help="of launchers/evaluate.py for that split, onto the sheet"
+    )
     args = parser.parse_args(argv)
     if args.samples < 1:
         raise BadInput(f"--samples: {args.samples} is too few.")
+    if args.predictions and not (args.out and args.split):
+        raise BadInput("--predictions: say too which --split they are of, and with --out where to draw them.")
     manifest = Manifest.load(args.dir)
     splits = [args.split] if args.split else list(manifest.splits)
     manifest.shards(splits[0])  # refuses an unknown split
     print_tables(manifest, splits)
     if args.out:
-        sheet, ending = contact_sheet(manifest, splits[0], args.samples), Image.registered_extensions()
+        sheet = contact_sheet(manifest, splits[0], args.samples, args.predictions)
+        ending = Image.registered_extensions()
         if args.out.suffix.lower() not in ending:
             raise BadInput(f"--out {args.out}: no ending of a picture format. Use .png or .jpg.")
         with writing(args.out), replacing(args.out) as partial:
@@ -83,14 +93,51 @@ def print_tables(manifest: Manifest, splits: list[str]) -> None:
         console.print(f"feature statistics {key}: {len(stats['mean'])} dimensions over {stats['count']:,} images")
 
 
-def contact_sheet(manifest: Manifest, split: str, count: int) -> Image.Image:
-    """A picture of `count` samples spread evenly over the split, each with its images and its texts."""
+def contact_sheet(manifest: Manifest, split: str, count: int, predictions: Path | None = None) -> Image.Image:
+    """A picture of `count` samples spread evenly over the split, each with its images and its texts.
+
+    Args:
+        predictions: file of launchers/evaluate.py, whose rows are drawn below the texts.
+    """
     total = manifest.samples(split)
     numbers = sorted({i * total // min(count, total) for i in range(min(count, total))})
-    return draw([("", [_tile(manifest, split, number) for number in numbers])], LAYOUT)
+    rows = rows_by_sample(predictions, manifest.name) if predictions else None
+    return draw([("", [_tile(manifest, split, number, rows) for number in numbers])], LAYOUT)
 
 
-def _tile(manifest: Manifest, split: str, number: int) -> Tile:
+def rows_by_sample(predictions: Path, name: str) -> dict[str, list[dict[str, Any]]]:
+    """Key of a sample -> what was predicted of it. Raises BadInput where that cannot be read, or is of other data."""
+    rows: dict[str, list[dict[str, Any]]] = {}
+    try:
+        with open(predictions, encoding="utf-8") as lines:
+            for row in map(json.loads, lines):
+                data, _, key = row["sample_id"].partition("/")
+                if data == name:
+                    rows.setdefault(key, []).append(row)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise BadInput(f"--predictions {predictions}: no predictions of launchers/evaluate.py ({error}).") from error
+    if not rows:
+        raise BadInput(f"--predictions {predictions}: holds nothing about {name!r}.")
+    return rows
+
+
+def predicted(rows: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
+    """Lines about the first three predictions of a sample, green where right and red where wrong."""
+    lines = []
+    for row in rows:
+        if row.get("kind") == "text_to_image":
+            continue
+        guess = f"{row.get('text') or ''} {row['prediction']}".strip()
+        if row.get("kind"):
+            lines.append((f"{guess} (a text of its own: place {row['rank']})", RIGHT if row["rank"] == 1 else WRONG))
+        elif row.get("answers"):
+            lines.append((guess, RIGHT if row["prediction"] in row["answers"] else WRONG))
+        else:
+            lines.append((guess, GUESS))
+    return lines[:3]
+
+
+def _tile(manifest: Manifest, split: str, number: int, rows: dict[str, list[dict[str, Any]]] | None = None) -> Tile:
     """Images and texts of one sample; one that cannot be read says so in its place."""
     try:
         sample = _sample(manifest, split, number)
@@ -101,7 +148,10 @@ def _tile(manifest: Manifest, split: str, number: int) -> Tile:
     except (OSError, Image.DecompressionBombError):
         return Tile(lines=[f"{sample.key}: an image cannot be read"])
     count = f"  {len(sample.images)} images" if len(sample.images) != 1 else ""
-    return Tile(pictures, [f"{sample.key}{count}", *describe(sample)])
+    if rows is None:
+        return Tile(pictures, [f"{sample.key}{count}", *describe(sample)])
+    # The predictions first: long captions must not push them out of the tile.
+    return Tile(pictures, [*predicted(rows.get(sample.key, [])), *sample.record.get("captions", [])[:1]])
 
 
 def _sample(manifest: Manifest, split: str, number: int) -> StoredSample:

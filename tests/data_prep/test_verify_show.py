@@ -150,3 +150,46 @@ def test_bad_arguments_are_one_line(shards, tmp_path):
     (shards / "manifest.json").write_text(json.dumps({"schema": 1}))
     with pytest.raises(BadInput, match="damaged"):
         verify.main([str(shards)])
+
+
+def test_predictions_stand_on_the_sheet_green_where_right_and_red_where_wrong(shards, tmp_path):
+    rows = [
+        {"sample_id": "jsonl/train-000000000", "text": "q0?", "prediction": "yes", "answers": ["yes"], "type": ""},
+        {"sample_id": "jsonl/train-000000000", "text": "q0?", "prediction": "no", "answers": ["yes"], "type": ""},
+        {"sample_id": "jsonl/train-000000001", "text": "", "prediction": "a dog", "references": ["a cat"]},
+        {"sample_id": "jsonl/train-000000001", "kind": "text_to_image", "text": "a", "prediction": "b", "rank": 1},
+        {"sample_id": "jsonl/train-000000001", "kind": "image_to_text", "text": "", "prediction": "c", "rank": 4},
+        {"sample_id": "other/train-000000001", "text": "", "prediction": "a cow", "references": ["a cat"]},
+    ]
+    file = tmp_path / "predictions.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    read = show.rows_by_sample(file, "jsonl")
+    assert show.predicted(read["train-000000000"]) == [("q0? yes", show.RIGHT), ("q0? no", show.WRONG)]
+    assert show.predicted(read["train-000000001"]) == [
+        ("a dog", show.GUESS),
+        ("c (a text of its own: place 4)", show.WRONG),
+    ]
+    sheet = tmp_path / "sheet.png"
+    show.main([str(shards), "--split", "train", "--out", str(sheet), "--samples", "2", "--predictions", str(file)])
+    with Image.open(sheet) as picture:
+        colours = {colour for _, colour in picture.convert("RGB").getcolors(1 << 24)}
+    assert {(0, 122, 51), (176, 0, 32)} <= colours
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ('{"sample_id": "other/a", "prediction": "x"}', "holds nothing about 'jsonl'"),
+        ('{"prediction": "x"}', "no predictions"),
+        ("[1]", "no predictions"),
+        ("not json", "no predictions"),
+    ],
+)
+def test_predictions_of_something_else_are_refused(shards, tmp_path, text, words):
+    file = tmp_path / "predictions.jsonl"
+    file.write_text(text)
+    more = ["--out", str(tmp_path / "sheet.png"), "--predictions", str(file)]
+    with pytest.raises(BadInput, match=words):
+        show.main([str(shards), "--split", "train", *more])
+    with pytest.raises(BadInput, match="--split"):
+        show.main([str(shards), *more])
