@@ -142,6 +142,15 @@ def test_on_meta_nothing_is_allocated_and_the_shape_is_that_of_the_real_model(ba
     assert {n: p.shape for n, p in on_meta.named_parameters()} == {n: p.shape for n, p in model.named_parameters()}
 
 
+def test_on_meta_the_frozen_weights_have_the_dtype_of_the_recipe(backbone):
+    backbone.dtype = torch.bfloat16
+    try:
+        real, on_meta = backbone.build(), backbone.build(on_meta=True)
+    finally:
+        backbone.dtype = torch.float32
+    assert {n: p.dtype for n, p in on_meta.named_parameters()} == {n: p.dtype for n, p in real.named_parameters()}
+
+
 def test_deepspeed_can_broadcast_every_parameter(model):
     scalars = [name for name, parameter in model.named_parameters() if parameter.dim() == 0]
     assert not scalars, "derive the model from backbones.common.scalars.ScalarsAsBuffers too"

@@ -50,7 +50,10 @@ MODELS: dict[str, dict[str, str]] = {
     **dict.fromkeys(
         ("aurora_vqav2", "aurora_msrvtt_qa", "aurora_flickr30k", "aurora_didemo", "captioning_own"), {"model": "blip"}
     ),
-    "captioning_own_packaged": {"vision": "dinov2", "text": "smollm2"},
+    **dict.fromkeys(
+        ("answering_easy_vqa", "captioning_openclipart", "captioning_own_packaged"),
+        {"vision": "dinov2", "text": "smollm2"},
+    ),
     "lora_llava15_instruct": {"model": "llava"},
     "lora_qwen2vl_instruct": {"model": "qwen2_vl"},
 }

@@ -21,6 +21,7 @@ def test_every_recipe_with_a_tower_has_a_row():
     small = {
         "quickstart",
         "retrieval_own",
+        "retrieval_openclipart",
         "align_emoji",
         "few_shot_emoji",
         "ga_net_pets",

@@ -143,7 +143,7 @@ class ClipBartBackbone(BackboneBase):
             vision = tower_loading.load_tower(self.options.vision, "backbone.vision", config.vision_config, **loading)
         if on_meta:
             with torch.device("meta"):
-                model = ClipBart(config, vision, text)
+                model = ClipBart(config, vision, text).with_towers_in(self.dtype)
         else:
             with torch.random.fork_rng():
                 # The same visual embedding on every rank and at every ZeRO stage, whatever loading has drawn before.

@@ -86,6 +86,14 @@ class ComposedModel(ModelHooks, RecomputesUnderCondition, PreTrainedModel):
         # The modules as pretrained, without adapters that come later; nn.Module does not register those in a tuple.
         object.__setattr__(self, "_still", (still,))
 
+    def with_towers_in(self, dtype: torch.dtype) -> ComposedModel:
+        """This model, its towers in the dtype in which loading gives them: those made from a configuration, as on the
+        meta device, are float32."""
+        for tower in (self.vision_model, self.text_model):
+            for parameter in () if tower is None else tower.parameters():
+                parameter.data = parameter.data.to(dtype)
+        return self
+
     def train(self, mode: bool = True) -> ComposedModel:
         """Frozen towers stay in eval mode; adapters inside them and trained modules follow `mode`."""
         super().train(mode)

@@ -125,7 +125,7 @@ class DualEncoderBackbone(VisionBackbone, EncoderPair):
             model = stock.load(*load, self.options.random_weights, on_meta, self.device)
         elif on_meta:
             with torch.device("meta"):
-                model = DualEncoder(config)
+                model = DualEncoder(config).with_towers_in(self.dtype)
         else:
             vision = self._load_vision(config.vision_config) if config.images == "live" else None
             text = self._load_text(config)

@@ -78,7 +78,7 @@ class VisionTextDecoderBackbone(VisionBackbone):
         config._attn_implementation = tower_loading.choose_attention(self.attention, self.dtype)
         if on_meta:
             with torch.device("meta"):
-                model = VisionTextDecoder(config)
+                model = VisionTextDecoder(config).with_towers_in(self.dtype)
         else:
             text = stock.load(
                 MODEL_FOR_CAUSAL_LM_MAPPING[type(config.text_config)],

@@ -57,7 +57,7 @@ class VisionTextEncoderBackbone(VisionBackbone):
         config = self._config(on_meta)
         if on_meta:
             with torch.device("meta"):
-                model = VisionTextEncoder(config)
+                model = VisionTextEncoder(config).with_towers_in(self.dtype)
         else:
             vision = self._load_vision(config.vision_config)
             text = self._load_text(config)
