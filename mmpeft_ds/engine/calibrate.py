@@ -74,5 +74,5 @@ def run(built: Any, train: Labelled, validation: Labelled | None) -> dict[str, f
             zeros = torch.zeros_like(new)
             moments = dict.fromkeys(keys, zeros)
             zero_state.write_full(built.engine, p, {"weight": new.to(built.engine.device), **moments})
-        zero_state.write_parameters([p for p, _ in changed], [new for _, new in changed])
+            zero_state.write_parameter(p, new)
     return report

@@ -23,12 +23,11 @@ import json
 import logging
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import nn
@@ -169,14 +168,14 @@ def load(
     path = Path(path)
     header = on_rank0(lambda: _read_header(path, trainables, fingerprint, _optimizer(engine, trainables)))
     zero_state.ensure_optimizer_state(engine)
-    weights = []
-    moments = zero_state.moments(engine) if trainables else ()
-    with _Reader(path, moments) as read, torch.no_grad():
-        for name, parameter in trainables.items():
-            full = read(name, zero_state.full_shape(parameter), engine.device)
-            zero_state.write_full(engine, parameter, full)
-            weights.append(full["weight"])
-    zero_state.write_parameters(trainables.values(), weights)
+    keys = (full_state.WEIGHT, *(zero_state.moments(engine) if trainables else ()))
+    shapes = {name: zero_state.full_shape(parameter) for name, parameter in trainables.items()}
+    with _reading(path, keys) as read, torch.no_grad():
+        for sent in full_state.from_rank0(shapes, read, len(keys), engine.device):
+            for name, tensors in sent.items():
+                full = dict(zip(keys, tensors, strict=True))
+                zero_state.write_full(engine, trainables[name], full)
+                zero_state.write_parameter(trainables[name], full[full_state.WEIGHT])
     zero_state.set_optimizer_step(engine, header["optimizer_step"])
     extra = on_rank0(lambda: load_file(path / MODEL_STATE) if (path / MODEL_STATE).is_file() else {})
     for name, buffer in kept_buffers(engine.module).items():
@@ -256,31 +255,15 @@ def _model(engine: Any, verb: str, *args: Any) -> dict[str, torch.Tensor]:
     return getattr(model_hooks(engine.module), verb)(*args)
 
 
-class _Reader:
-    """Reads the tensors of one trained parameter on rank 0 and broadcasts them."""
-
-    def __init__(self, path: Path, moments: tuple[str, ...]):
-        self.path, self.keys = path, ("weight", *moments)
-        self.files: list[Any] = []
-
-    def __enter__(self) -> Callable[..., dict[str, torch.Tensor]]:
+@contextlib.contextmanager
+def _reading(path: Path, keys: tuple[str, ...]) -> Iterator[Callable[[str], list[torch.Tensor]]]:
+    """Reads weight and moments of a trained parameter, by its name, on rank 0."""
+    with contextlib.ExitStack() as files:
         if rank() == 0:
-            self.files = [safe_open(self.path / f"{n}.safetensors", "pt") for n in ("weights", "optimizer")]
-        return self._read
-
-    def __exit__(self, *_: Any) -> None:
-        self.files = []
-
-    def _read(self, name: str, shape: tuple[int, ...], device: torch.device) -> dict[str, torch.Tensor]:
-        if rank() == 0:
-            weights, optimizer = self.files
-            tensors = [weights.get_tensor(name)] + [optimizer.get_tensor(f"{name}.{k}") for k in self.keys[1:]]
-            stacked = torch.stack([t.reshape(shape) for t in tensors]).to(device)
-        else:
-            stacked = torch.empty((len(self.keys), *shape), dtype=torch.float32, device=device)
-        if world_size() > 1:
-            dist.broadcast(stacked, src=0)
-        return dict(zip(self.keys, stacked.unbind(0), strict=True))
+            weights, optimizer = (
+                files.enter_context(safe_open(path / f"{name}.safetensors", "pt")) for name in ("weights", "optimizer")
+            )
+        yield lambda name: [weights.get_tensor(name), *(optimizer.get_tensor(f"{name}.{key}") for key in keys[1:])]
 
 
 def _optimizer(engine: Any, trainables: dict[str, nn.Parameter]) -> str | None:

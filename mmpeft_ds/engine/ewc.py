@@ -12,19 +12,19 @@ Source: Kirkpatrick et al., arXiv 1612.00796, equation 3 (whose lambda / 2 is `s
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from mmpeft_ds.distributed.collectives import on_rank0, rank, world_size
+from mmpeft_ds.distributed.collectives import on_rank0, rank
 from mmpeft_ds.engine.train_state import TrainState
-from mmpeft_ds.engine.zero import gradients
+from mmpeft_ds.engine.zero import full_state, gradients
 from mmpeft_ds.engine.zero import state as zero_state
 from mmpeft_ds.engine.zero.fingerprint import base_name
 from mmpeft_ds.errors import BadInput
@@ -115,9 +115,8 @@ def load(recipe: Recipe, built: Any, base: dict[str, str], state: TrainState, fr
     pull = Pull(options.strength)
     pull.summary = summary
     anchors = []
-    for name in known:
+    for name, fisher, anchor in _read(path, {name: shapes[name] for name in known}, engine.device):
         parameter = trainables[name]
-        fisher, anchor = _read(path, name, shapes[name], engine.device)
         pull.hold(parameter, fisher, anchor, *gradients.place(engine, parameter))
         if options.start and fresh:
             anchors.append(anchor)
@@ -231,16 +230,15 @@ def _compare(
     return known, summary
 
 
-def _read(path: Path, name: str, shape: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
-    """F and theta* of one parameter, whole, on every rank; rank 0 reads. Collective."""
-    if rank() == 0:
-        with safe_open(path, "pt") as file:
-            both = torch.stack([file.get_tensor(f"{kind}.{name}") for kind in ("fisher", "anchor")]).to(device)
-    else:
-        both = torch.empty((2, *shape), dtype=torch.float32, device=device)
-    if world_size() > 1:
-        dist.broadcast(both, src=0)
-    return both[0], both[1]
+def _read(
+    path: Path, shapes: dict[str, tuple[int, ...]], device: torch.device
+) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """Name, F and theta* of parameters, whole, on every rank; rank 0 reads. Collective."""
+    with safe_open(path, "pt") if rank() == 0 else contextlib.nullcontext() as file:
+        kinds = ("fisher", "anchor")
+        for sent in full_state.from_rank0(shapes, lambda n: [file.get_tensor(f"{k}.{n}") for k in kinds], 2, device):
+            for name, (fisher, anchor) in sent.items():
+                yield name, fisher, anchor
 
 
 def _start(engine: Any, parameters: list[nn.Parameter], values: list[Tensor]) -> None:
@@ -248,4 +246,5 @@ def _start(engine: Any, parameters: list[nn.Parameter], values: list[Tensor]) ->
     if engine.zero_optimization_stage() > 0:  # without ZeRO the parameters are the masters
         for parameter, value in zip(parameters, values, strict=True):
             zero_state.write_full(engine, parameter, {"weight": value})
-    zero_state.write_parameters(parameters, values)
+    for parameter, value in zip(parameters, values, strict=True):
+        zero_state.write_parameter(parameter, value)

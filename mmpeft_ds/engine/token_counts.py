@@ -40,6 +40,7 @@ from mmpeft_ds.tasks.base import TaskBase
 log = logging.getLogger(__name__)
 CHUNK = 64  # samples counted at a time
 NONE = np.zeros((0, 2), np.int32)
+UNREAD = -1  # tokens of a sample that could not be read
 FEW = 2000  # samples for which no workers are started
 
 
@@ -49,36 +50,44 @@ def lengths_of(resolved: Resolved, source: ResolvedSource, ranks: Ranks) -> Leng
 
 
 def as_lengths(resolved: Resolved, counts: np.ndarray) -> Lengths:
-    """Counts (samples, 2) with their costs."""
+    """Counts (samples, 2) with their costs. A sample that was not read is taken to be as long as the longest, since it
+    may have been mended when it is trained on."""
+    if len(counts):
+        counts = np.where(counts[:, :1] == UNREAD, np.maximum(counts.max(0), 0), counts)
     return Lengths(counts[:, 0], resolved.backbone.costs(counts[:, 0], counts[:, 1]))
 
 
 def token_counts(resolved: Resolved, source: ResolvedSource, ranks: Ranks) -> np.ndarray:
-    """(samples, 2) int32, `BackboneBase.tokens` of each sample that is used, in the order of the shards; zeros for one
-    that cannot be read.
+    """(samples, 2) int32, `BackboneBase.tokens` of each sample that is used, in the order of the shards; UNREAD where
+    it cannot be read.
 
-    Read from the file beside the data where there is one, else counted by all ranks together and written by rank 0.
-    Collective.
+    Taken from the file beside the data where there is one. Samples that it lacks, or that could not be read before, are
+    counted by all ranks together, and rank 0 writes the file. Collective.
 
     Raises:
         BadInput: on all ranks: a shard cannot be read.
     """
     file = file_of(resolved, source)
-    known = on_rank0(lambda: read(file, source.samples))
-    if known is not None:
-        return known
+    counts = on_rank0(lambda: read(file, source.samples))
     places = places_of(source)
-    cut = [r * len(places) // ranks.world_size for r in (ranks.rank, ranks.rank + 1)]
+    if counts is None:
+        counts = np.full((len(places), 2), UNREAD, np.int32)
+    wanted = np.flatnonzero(counts[:, 0] == UNREAD)
+    if not len(wanted):
+        return counts
     mine, problem = NONE, ""
+    own = wanted[ranks.rank * len(wanted) // ranks.world_size : (ranks.rank + 1) * len(wanted) // ranks.world_size]
     try:
         title = f"tokens of {source.manifest.name}-{source.options.split}"
-        mine = count(resolved, source, places[cut[0] : cut[1]], title if ranks.rank == 0 else "")
+        mine = count(resolved, source, [places[i] for i in own], title if ranks.rank == 0 else "")
     except BadInput as error:
         problem = str(error)
     if problem := first_message(problem):
         raise BadInput(problem)
-    counts = np.concatenate(gather_everywhere([mine]))
-    on_rank0(lambda: _write(file, counts))
+    found = np.concatenate(gather_everywhere([mine]))
+    if len(wanted) == len(counts) or (found[:, 0] != UNREAD).any():
+        counts[wanted] = found
+        on_rank0(lambda: _write(file, counts))
     return counts
 
 
@@ -115,6 +124,7 @@ def file_of(resolved: Resolved, source: ResolvedSource) -> Path | None:
         with writing(folder):
             Path(folder).mkdir(parents=True, exist_ok=True)
     facts = {
+        "unread": UNREAD,
         "backbone": [type(resolved.backbone).__name__, resolved.backbone.tokens_key()],
         "task": [source.options.task, dataclasses.asdict(source.task.options)],
         "shards": [shard.sha256 for shard in source.manifest.shards(source.options.split)],
@@ -160,14 +170,14 @@ class _Counter:
 
     def _tokens(self, piece: bytes | BadSample) -> tuple[int, int]:
         if isinstance(piece, BadSample):
-            return 0, 0
+            return UNREAD, 0
         try:
             with one_sample():
                 key, parts = members(piece)
                 texts, sizes = read_texts(self.task, key, parts, self.pixels)
                 return self.backbone.tokens(texts, sizes)
         except BadSample:
-            return 0, 0  # the stream will say what is wrong with it
+            return UNREAD, 0  # the stream will say what is wrong with it
 
 
 def read_texts(

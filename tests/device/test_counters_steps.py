@@ -31,6 +31,13 @@ def test_a_checkpoint_of_a_real_run_takes_one_gather(tiny, name):
     assert saving["allgather_base"] == 1 and sum(saving.values()) < 10 < tiny[name][0]["trained_tensors"]
 
 
+@pytest.mark.parametrize("name", ["zero1", "zero3"])
+def test_loading_a_checkpoint_takes_one_broadcast_of_what_trains(tiny, name):
+    """And those of the header and of the model's own state."""
+    loading = tiny[name][0]["loading"]
+    assert sum(loading.values()) < 10 < tiny[name][0]["trained_tensors"], loading
+
+
 def test_rank_0_sends_what_trains_at_the_start_and_nothing_frozen(tiny):
     sent, everything = (tiny[name][0]["building"]["broadcast"] for name in ("zero1", "zero1 sent"))
     assert everything - sent == tiny["zero1"][0]["tensors"] - tiny["zero1"][0]["trained_tensors"] > 20

@@ -12,7 +12,7 @@ from mmpeft_ds.distributed.processes import Ranks
 from mmpeft_ds.engine import plan, streams, token_counts
 from mmpeft_ds.engine.assembly import resolve
 from mmpeft_ds.engine.assembly.checks import check_packing
-from mmpeft_ds.errors import BadInput
+from mmpeft_ds.errors import BadInput, BadSample
 from mmpeft_ds.methods import get
 from tests.helpers.models import tiny_mllm
 from tests.helpers.runs import tiny_talk, tiny_vqa
@@ -54,6 +54,30 @@ def test_counts_are_kept_beside_the_data_for_this_tokenizer_and_limit(folder, mo
         assert np.array_equal(token_counts.token_counts(again, again.train[0], ONE), counts)
     file.write_bytes(file.read_bytes()[:-5])
     assert np.array_equal(token_counts.token_counts(again, again.train[0], ONE), counts)
+
+
+def test_a_sample_that_could_not_be_read_is_planned_as_the_longest_and_counted_again(tmp_path, monkeypatch):
+    tiny_talk.write(tmp_path)
+    parts = resolved(tmp_path)
+    right = token_counts.token_counts(parts, parts.train[0], ONE)
+    token_counts.file_of(parts, parts.train[0]).unlink()
+    read_all, asked = token_counts.ShardReader.read, []
+
+    def read(self, wanted):
+        asked.append(len(wanted))
+        pieces = read_all(self, wanted)
+        return [BadSample("read", "cut off"), b"no tar file", *pieces[2:]] if damaged else pieces
+
+    monkeypatch.setattr(token_counts.ShardReader, "read", read)
+    damaged = True
+    counts = token_counts.token_counts(parts, parts.train[0], ONE)
+    assert counts[:2, 0].tolist() == [token_counts.UNREAD] * 2 and np.array_equal(counts[2:], right[2:])
+    lengths = token_counts.lengths_of(parts, parts.train[0], ONE)
+    assert lengths.tokens[:2].tolist() == [right[2:, 0].max()] * 2 and lengths.costs.min() > 0
+    damaged = False
+    asked.clear()
+    assert np.array_equal(token_counts.token_counts(parts, parts.train[0], ONE), right) and asked == [2]
+    assert np.array_equal(token_counts.token_counts(parts, parts.train[0], ONE), right) and asked == [2]
 
 
 @pytest.mark.parametrize("world_size", [2, 3])

@@ -1,4 +1,5 @@
-"""Whole masters and moments of what trains, brought to rank 0 by few flat gathers, whatever the ZeRO stage.
+"""Whole masters and moments of what trains, brought to rank 0 by few flat gathers, whatever the ZeRO stage, and sent
+from it to all ranks by few flat broadcasts.
 
 DeepSpeed's own calls run one collective a tensor, and leave all of it on every rank. Here the parts of all tensors are
 laid end to end and gathered in buckets; a bucket is the most that a device holds besides, and rank 0 alone copies to
@@ -9,10 +10,11 @@ the host.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from mmpeft_ds.distributed.collectives import rank, world_size
@@ -54,6 +56,47 @@ def on_rank0(
             whole[flat.key] |= flat.tensors()
         whole = {key: {name: tensors[name] for name in trainables} for key, tensors in whole.items()}
     return whole
+
+
+def from_rank0(
+    shapes: dict[str, tuple[int, ...]],
+    read: Callable[[str], Sequence[Tensor]],
+    count: int,
+    device: torch.device,
+    bucket: int = BUCKET,
+) -> Iterator[dict[str, Tensor]]:
+    """Tensors that rank 0 reads, on every rank: a few names at a time, by one broadcast. Collective.
+
+    Args:
+        shapes: name -> shape of each of its tensors, the same on all ranks.
+        read: the `count` float32 tensors of a name; called on rank 0 alone.
+        bucket: bytes that are sent together, unless one name has more.
+
+    Yields:
+        name -> (count, *shape) on `device`, float32.
+    """
+    sizes = {name: count * torch.Size(shape).numel() for name, shape in shapes.items()}
+    for names in _together(sizes, bucket // 4):
+        flat = torch.empty(sum(sizes[name] for name in names), device=device)
+        parts = dict(zip(names, flat.split([sizes[name] for name in names]), strict=True))
+        if rank() == 0:
+            for name, part in parts.items():
+                part.copy_(torch.cat([tensor.reshape(-1) for tensor in read(name)]))
+        if world_size() > 1:
+            dist.broadcast(flat, src=0)
+        yield {name: part.view(count, *shapes[name]) for name, part in parts.items()}
+
+
+def _together(sizes: dict[str, int], limit: int) -> Iterator[list[str]]:
+    """Names in their order, in lists of at most `limit` elements, or of one name."""
+    names: list[str] = []
+    for name, size in sizes.items():
+        if names and sum(sizes[n] for n in names) + size > limit:
+            yield names
+            names = []
+        names.append(name)
+    if names:
+        yield names
 
 
 @dataclass

@@ -124,15 +124,16 @@ def write_full(engine: Any, parameter: nn.Parameter, values: dict[str, Tensor]) 
             engine.optimizer.state[parameter][key].copy_(values[key])
 
 
-def write_parameters(parameters: Iterable[nn.Parameter], values: Iterable[Tensor]) -> None:
-    """Set the parameters that the forward uses from whole tensors that every rank has. Collective."""
-    from deepspeed import zero
+def write_parameter(parameter: nn.Parameter, value: Tensor) -> None:
+    """Set the parameter that the forward uses from a whole tensor that every rank has."""
+    if hasattr(parameter, "ds_tensor"):
+        from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 
-    parameters = list(parameters)
-    sharded = [p for p in parameters if hasattr(p, "ds_tensor")]
-    with torch.no_grad(), zero.GatheredParameters(sharded, modifier_rank=0, enabled=bool(sharded)):
-        for parameter, value in zip(parameters, values, strict=True):
-            parameter.data.copy_(value)
+        parameter.ds_tensor.data.copy_(_own_part(parameter, value))
+        parameter.ds_secondary_tensor = None  # the copy of hpZ, which is made again from the part
+        if parameter.ds_status != ZeroParamStatus.AVAILABLE:
+            return
+    parameter.data.copy_(value)
 
 
 def _is_partitioned(parameter: nn.Parameter) -> bool:

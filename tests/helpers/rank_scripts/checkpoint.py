@@ -251,12 +251,10 @@ def read(work: Path, written: dict, stages: dict[str, list[int]]) -> dict:
 def scramble(engine, trainables) -> None:
     """Give the trained parameters other values, in master and parameter."""
     zero_state.ensure_optimizer_state(engine)
-    values = []
     for parameter in trainables.values():
         value = torch.full(zero_state.full_shape(parameter), 0.3)
         zero_state.write_full(engine, parameter, {"weight": value, **dict.fromkeys(zero_state.moments(engine), value)})
-        values.append(value)
-    zero_state.write_parameters(trainables.values(), values)
+        zero_state.write_parameter(parameter, value)
 
 
 def refusals(work: Path) -> dict:

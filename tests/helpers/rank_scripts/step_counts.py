@@ -61,7 +61,7 @@ def run_case(case: dict, folder: Path, ranks: processes.Ranks) -> dict:
             losses.append(stepper.train_step(step, 0.0)["loss"])
     assert len(losses) == STEPS
     with counted() as saving:
-        checkpoint.save(
+        path = checkpoint.save(
             folder / case["name"] / "run",
             built.engine,
             built.trainables,
@@ -70,6 +70,8 @@ def run_case(case: dict, folder: Path, ranks: processes.Ranks) -> dict:
             fingerprint={},
             keep_last=1,
         )
+    with counted() as loading:
+        checkpoint.load(path, built.engine, built.trainables)
     built.engine.destroy()
     if "recipe" in case:
         stream.close()
@@ -82,6 +84,7 @@ def run_case(case: dict, folder: Path, ranks: processes.Ranks) -> dict:
         "tensors": len(list(built.model.parameters())),
         "building": building.collectives,
         "saving": saving.collectives,
+        "loading": loading.collectives,
     }
 
 
