@@ -61,7 +61,7 @@ def token_counts(resolved: Resolved, source: ResolvedSource, ranks: Ranks) -> np
     """(samples, 2) int32, `BackboneBase.tokens` of each sample that is used, in the order of the shards; UNREAD where
     it cannot be read.
 
-    Taken from the file beside the data where there is one. Samples that it lacks, or that could not be read before, are
+    Taken from the file beside the data where there is one. Samples that it lacks, or that could not be read, are
     counted by all ranks together, and rank 0 writes the file. Collective.
 
     Raises:
