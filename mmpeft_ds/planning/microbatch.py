@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from mmpeft_ds.data.batch import PackedBatch, Prompted, Sample, pack
+from mmpeft_ds.data.batch import PackedBatch, Prompted, Sample, pack, with_images
 from mmpeft_ds.data.transform import hooks_of
 from mmpeft_ds.errors import BadInput
 
@@ -31,8 +31,34 @@ class Filling:
     words: int = 0
 
 
-def fill(backbone: Any, task: Any, samples: int, filling: Filling) -> PackedBatch:
-    """A packed batch of that many equal samples of weight 1, on the CPU.
+@dataclass(frozen=True)
+class Size:
+    """Of a micro-batch of equal samples.
+
+    Attributes:
+        samples: how many.
+        row: tokens of the one row in which their texts stand, with `data.pack`; 0 for a row each.
+    """
+
+    samples: int
+    row: int = 0
+
+    @property
+    def amount(self) -> int:
+        """By which bytes and operations grow."""
+        return self.row or self.samples
+
+
+def tokens(backbone: Any, filling: Filling) -> int:
+    """Tokens that the language model reads for one sample, of a backbone that packs."""
+    text = _longest(backbone, filling.words)
+    return backbone.tokens(with_images([text] * filling.texts, filling.images), [filling.image_size] * filling.images)[
+        0
+    ]
+
+
+def fill(backbone: Any, task: Any, size: Size, filling: Filling) -> PackedBatch:
+    """A packed batch of that many equal samples of weight 1, on the CPU; with as many words as fill the row of `size`.
 
     Raises:
         BadInput: where the backbone takes stored features in the place of pictures.
@@ -47,11 +73,19 @@ def fill(backbone: Any, task: Any, samples: int, filling: Filling) -> PackedBatc
     if "image" in backbone.modalities:
         picture = torch.zeros(3, *filling.image_size, dtype=torch.uint8)
         images = [transform(picture, torch.Generator().manual_seed(0))] * filling.images
-    text = _longest(backbone, filling.words)
+    text = _longest(backbone, _words(backbone, filling, size) if size.row else filling.words)
     slot = Sample(weight=1.0, images=images, texts=[text] * filling.texts)
     slot.targets = [task.dummy_target() for _ in slot.texts]
-    slots = [dataclasses.replace(slot, sample_id=f"planned/{i}") for i in range(samples)]
-    return pack(slots, backbone.collate_images, backbone.collate_texts, task.collate)
+    slots = [dataclasses.replace(slot, sample_id=f"planned/{i}") for i in range(size.samples)]
+    batch = pack(slots, backbone.collate_images, backbone.collate_texts, task.collate)
+    batch.padding_free = bool(size.row)
+    return batch
+
+
+def _words(backbone: Any, filling: Filling, size: Size) -> int:
+    """Words of each text, and of its answer, with which the samples fill the row."""
+    one, two = (tokens(backbone, dataclasses.replace(filling, words=words)) for words in (1, 2))
+    return 1 + max(0, size.row // size.samples - one) // max(1, two - one)
 
 
 def _longest(backbone: Any, words: int) -> str | Prompted:

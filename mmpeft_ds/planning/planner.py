@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -59,7 +60,7 @@ class Plan:
     """All choices for a cluster.
 
     Attributes:
-        micro: samples of a rank in a micro-step; idle: ranks without a sample in it.
+        micro: micro-batch of a rank; steps: micro-steps of an optimizer step; idle: ranks without a sample in each.
         counts: of a micro-step without and with recomputation.
         recommended: the fastest choice that fits; None if none does.
         limits: rank count at which something breaks, in words -> number; 0: never.
@@ -68,7 +69,8 @@ class Plan:
     cluster: Cluster
     resolved: Resolved
     tensors: tuple[Tensors, ...]
-    micro: int
+    micro: microbatch.Size
+    steps: int
     idle: int
     counts: dict[bool, StepCount]
     choices: list[Choice]
@@ -93,9 +95,8 @@ def make(
         BadInput: a recipe that cannot be planned.
     """
     recipe = resolved.recipe
-    slots, accumulation = recipe.data.global_batch, recipe.optim.accumulation
     planner = planner or Planner(resolved, filling)
-    micro = micro_samples(slots, cluster.ranks, accumulation)
+    micro, steps = planner.micro_batches(cluster.ranks)
     counts = planner.counts(micro)
     choices = [
         planner.choice(name, zero, cluster, counts[recompute], recompute)
@@ -104,7 +105,7 @@ def make(
     ]
     recommended = recommend(choices, cluster, recipe.engine.gradient_checkpointing)
     return Plan(
-        cluster, resolved, planner.tensors, micro, max(0, cluster.ranks - slots // accumulation), counts, choices,
+        cluster, resolved, planner.tensors, micro, steps, max(0, cluster.ranks - planner.slots), counts, choices,
         recommended, planner.limits(recommended or min(choices, key=lambda c: c.total), cluster),
     )  # fmt: skip
 
@@ -148,11 +149,33 @@ class Planner:
         trainables = {n: p for n, p in model.module.named_parameters() if p.requires_grad}
         self.groups = len(gradients.group_names(trainables)[0])
         self.cache = cache.of(resolved, model.module)
-        self._counted: dict[int, dict[bool, StepCount]] = {}
+        self._counted: dict[microbatch.Size, dict[bool, StepCount]] = {}
         self._gathered: dict[tuple[int, Rules], Gathers] = {}
 
-    def counts(self, micro: int) -> dict[bool, StepCount]:
-        """Of a micro-step of so many samples."""
+    @property
+    def slots(self) -> int:
+        """Samples of all ranks in a micro-step; with `data.pack` in a step, of which micro-steps follow."""
+        recipe = self.resolved.recipe
+        return recipe.data.global_batch // (1 if recipe.data.pack else recipe.optim.accumulation)
+
+    def micro_batches(self, ranks: int) -> tuple[microbatch.Size, int]:
+        """The micro-batch of a rank, and how many of them make a step. With `data.pack` a full row, and as many as
+        samples of the assumed length make."""
+        recipe = self.resolved.recipe
+        if not recipe.data.pack:
+            accumulation = recipe.optim.accumulation
+            return microbatch.Size(micro_samples(recipe.data.global_batch, ranks, accumulation)), accumulation
+        of_rank = ceil(recipe.data.global_batch, ranks) * self.longest
+        row = max(self.longest, min(recipe.data.pack, of_rank))
+        return microbatch.Size(ceil(row, self.longest), row), ceil(of_rank, row)
+
+    @functools.cached_property
+    def longest(self) -> int:
+        """Tokens of a sample, with `data.pack`."""
+        return microbatch.tokens(self.resolved.backbone, self.filling)
+
+    def counts(self, micro: microbatch.Size) -> dict[bool, StepCount]:
+        """Of a micro-step with a micro-batch of this size."""
         if micro not in self._counted:
             task, backbone = self.resolved.train[0].task, self.resolved.backbone
             batch = microbatch.fill(backbone, task, micro, self.filling)
@@ -166,7 +189,8 @@ class Planner:
         merged = merge({"zero_optimization": zero}, recipe, ranks, trained)["zero_optimization"]
         layout = Layout.of(merged, ranks, cluster.gpus, name.endswith("+qwZ"))
         found = self.gathered(counted, layout.rules) if layout.stage == 3 else None
-        accumulation, vector = recipe.optim.accumulation, self.vector(ranks)
+        accumulation = self.micro_batches(ranks)[1]
+        vector = self.vector(ranks, accumulation)
         if found is None or ranks == 1:
             sent = traffic.below_3(self.tensors, layout, accumulation, vector)
         else:
@@ -185,22 +209,20 @@ class Planner:
             self._gathered[key] = gathers(counted.visits, self.tensors, rules)
         return self._gathered[key]
 
-    def vector(self, ranks: int) -> int:
+    def vector(self, ranks: int, micro_steps: int) -> int:
         """Bytes of the two vectors that the trainer itself sums in a step (`engine.step`)."""
-        return 8 * (12 + 2 * self.resolved.recipe.optim.accumulation + self.groups + 5 * ranks)
+        return 8 * (12 + 2 * micro_steps + self.groups + 5 * ranks)
 
     def limits(self, chosen: Choice, cluster: Cluster) -> dict[str, int]:
         """Where this configuration breaks when nodes are added: the rank count, 0 for nowhere below 2**20.
 
         Activations and operations of micro-batches in between follow from one and from this cluster's.
         """
-        recipe = self.resolved.recipe
-        slots = recipe.data.global_batch // recipe.optim.accumulation
-        found = {"samples run out": slots + 1, "waiting for the network takes longer than computing": 0}
+        found = {"samples run out": self.slots + 1, "waiting for the network takes longer than computing": 0}
         nodes = 1
         while nodes * cluster.gpus <= 2**20:
             larger = dataclasses.replace(cluster, nodes=nodes)
-            micro = micro_samples(recipe.data.global_batch, larger.ranks, recipe.optim.accumulation)
+            micro, _ = self.micro_batches(larger.ranks)
             counted = self.counts(micro)[chosen.recompute] if micro in self._counted else self.between(micro, chosen)
             seconds = self.choice(chosen.name, chosen.zero, larger, counted, chosen.recompute).seconds
             if seconds.network > seconds.compute:
@@ -209,12 +231,14 @@ class Planner:
             nodes *= 2
         return found
 
-    def between(self, micro: int, chosen: Choice) -> StepCount:
-        """A count that is taken to be linear in the samples, from one sample and from the largest count at hand."""
-        low = self.counts(1)[chosen.recompute]
-        most = max(self._counted)
+    def between(self, micro: microbatch.Size, chosen: Choice) -> StepCount:
+        """A count that is taken to be linear in the samples, or the tokens of a row, from one sample and from the
+        largest count at hand."""
+        least, _ = self.micro_batches(self.resolved.recipe.data.global_batch)
+        low = self.counts(least)[chosen.recompute]
+        most = max(self._counted, key=lambda size: size.amount)
         high = self._counted[most][chosen.recompute]
-        share = (micro - 1) / max(1, most - 1)
+        share = (micro.amount - least.amount) / max(1, most.amount - least.amount)
 
         def mixed(a: int, b: int) -> int:
             return round(a + share * (b - a))

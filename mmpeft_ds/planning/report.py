@@ -33,8 +33,9 @@ def as_dict(plan: Plan) -> dict[str, Any]:
         "recipe": recipe.origin.path,
         "cluster": dataclasses.asdict(plan.cluster) | {"ranks": plan.cluster.ranks},
         "global_batch": recipe.data.global_batch,
-        "accumulation": recipe.optim.accumulation,
-        "samples_per_micro_step": plan.micro,
+        "micro_steps": plan.steps,
+        "samples_per_micro_step": plan.micro.samples,
+        "tokens_per_row": plan.micro.row,
         "idle_ranks": plan.idle,
         "parameters": sum(t.numel for t in plan.tensors),
         "trained_parameters": sum(t.numel for t in plan.tensors if t.trained),
@@ -82,9 +83,10 @@ def show(plan: Plan, console: Console | None = None) -> None:
     recipe, cluster = plan.resolved.recipe, plan.cluster
     own = recipe.engine.gradient_checkpointing
     nodes = f"{cluster.nodes} node{'s' * (cluster.nodes > 1)} of {cluster.gpus}"
+    row = f", as one row of {plan.micro.row:,} tokens," if plan.micro.row else ""
     console.print(
-        f"{cluster.ranks:,} GPUs ({nodes}, {cluster.hbm:g} GiB each); {plan.micro} samples a GPU in each of "
-        f"{recipe.optim.accumulation} micro-steps",
+        f"{cluster.ranks:,} GPUs ({nodes}, {cluster.hbm:g} GiB each); {plan.micro.samples} samples a GPU{row} in each "
+        f"of {plan.steps} micro-steps",
         highlight=False,
     )
     for recompute in plan.counts:
@@ -102,9 +104,9 @@ def show(plan: Plan, console: Console | None = None) -> None:
 def verdict(plan: Plan) -> list[str]:
     """What to take, and what breaks where."""
     recipe, cluster = plan.resolved.recipe, plan.cluster
-    slots = recipe.data.global_batch // recipe.optim.accumulation
     lines = []
     if plan.idle:
+        slots = cluster.ranks - plan.idle
         lines.append(
             f"Samples: a micro-step has {slots:,} of them for {cluster.ranks:,} GPUs, so {plan.idle:,} compute on "
             f"padding. Use {max(1, slots // cluster.gpus)} nodes, or a larger data.global_batch."
@@ -113,9 +115,10 @@ def verdict(plan: Plan) -> list[str]:
     if chosen is None:
         least = min((c for c in plan.choices if not c.refused), key=lambda c: c.total)
         need = (least.total / GIB + cluster.assumed.context) / cluster.assumed.usable
+        less = "Lower data.pack" if plan.micro.row else "Raise optim.accumulation"
         lines.append(
             f"Memory: nothing fits into {cluster.hbm:g} GiB. The least is {least.name} with {need:.1f} GiB"
-            f"{', activations recomputed' if least.recompute else ''}. Raise optim.accumulation, or use more GPUs."
+            f"{', activations recomputed' if least.recompute else ''}. {less}, or use more GPUs."
         )
     else:
         words = [] if chosen.recompute == recipe.engine.gradient_checkpointing else [

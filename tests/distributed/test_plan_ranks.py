@@ -37,6 +37,7 @@ MORE = [
     {"name": "stage3_recomputed", "zero": {"stage": 3, **SMALL}, "recompute": True},
     {"name": "stage3_parts", "zero": {"stage": 3, **SMALL}, "accumulation": 2},
     {"name": "stage3_nothing_kept", "zero": {"stage": 3, **dict.fromkeys(SMALL, 0)}, "recompute": True},
+    {"name": "stage3_packed", "zero": {"stage": 3, **SMALL}, "row": 150},
     {"name": "stage3_half", "zero": {"stage": 3, **SMALL}, "dtype": "bfloat16", "recompute": True},
 ]
 FOUR = [
@@ -72,7 +73,7 @@ class Foreseen:
         zero = case["zero"] if stage is None else {"stage": stage}
         self.planner = planner.Planner(resolved, microbatch.Filling(words=planned.WORDS))
         recompute = case.get("recompute", False)
-        batch = microbatch.fill(resolved.backbone, resolved.train[0].task, planned.SAMPLES, self.planner.filling)
+        batch = microbatch.fill(resolved.backbone, resolved.train[0].task, planned.size(case), self.planner.filling)
         counted = count.count(resolved, batch, recompute)
         self.machines = cluster(max(1, ranks // 2), min(2, ranks), 80.0)
         self.choice = self.planner.choice("case", zero, self.machines, counted, recompute)

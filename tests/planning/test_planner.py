@@ -1,10 +1,12 @@
 """What a plan recommends, and where it says that things break."""
 
+import copy
 import dataclasses
 import json
 
 import pytest
 
+from mmpeft_ds.backbones.common import text_attention
 from mmpeft_ds.data.order import micro_slots
 from mmpeft_ds.engine import plan as check
 from mmpeft_ds.errors import BadInput
@@ -68,6 +70,30 @@ def test_samples_of_a_micro_step_are_those_that_the_stream_hands_out(slots, rank
     assert widths == {planner.micro_samples(slots, ranks, accumulation)}
 
 
+def test_packed_rows_hold_as_many_tokens_as_the_recipe_allows_and_no_more_than_there_are(make):
+    """16 samples of 56 tokens each: the row of a rank, and how many of them a step takes."""
+    length = make(cluster(1, 4, 80.0), pack=1).micro.row  # a sample with more has a row to itself
+    assert make(cluster(1, 4, 80.0), pack=1).steps == 4
+    for pack, ranks, row, steps in ((2 * length, 4, 2 * length, 2), (100 * length, 4, 4 * length, 1),
+                                    (100 * length, 32, length, 1)):  # fmt: skip
+        plan = make(cluster(1, ranks, 80.0), pack=pack)
+        assert (plan.micro, plan.steps) == (microbatch.Size(row // length, row), steps)
+        assert plan.idle == max(0, ranks - 16)
+
+
+def test_a_row_of_texts_costs_what_they_cost_without_padding(resolved):
+    """Texts of one length have no padding, so that rows and a row of theirs are as much work."""
+    backbone = copy.copy(resolved.backbone)
+    backbone.attention = text_attention.NAME
+    mine = planner.Planner(dataclasses.replace(resolved, backbone=backbone), microbatch.Filling(words=planned.WORDS))
+    four = mine.counts(microbatch.Size(4, 4 * mine.longest))[False]
+    padded = planner.Planner(resolved, mine.filling).counts(microbatch.Size(4))[False]
+    assert sum(four.flops.values()) == pytest.approx(sum(padded.flops.values()), rel=0.02)
+    assert four.peak == pytest.approx(padded.peak, rel=0.1)
+    two = mine.counts(microbatch.Size(2, 2 * mine.longest))[False]
+    assert 1.8 < sum(four.flops.values()) / sum(two.flops.values()) < 2.2
+
+
 def test_copies_inside_nodes_are_for_several_nodes(make):
     one, two = make(cluster(1, 4, 80.0)), make(cluster(2, 2, 80.0))
     assert not [c for c in one.choices if c.parts.get("hpZ copy")]
@@ -91,7 +117,7 @@ def test_adapters_that_use_autocast_are_counted(resolved, section):
     recipe.engine = dataclasses.replace(recipe.engine, dtype="bfloat16", adapter_matmul="bfloat16")
     task = resolved.train[0].task
     half = planned.tiny_classifier.make_resolved(recipe, task)
-    found = planner.Planner(half, microbatch.Filling(words=planned.WORDS)).counts(1)
+    found = planner.Planner(half, microbatch.Filling(words=planned.WORDS)).counts(microbatch.Size(1))
     assert all(count.flops["bfloat16"] > 0 for count in found.values())
 
 

@@ -2,7 +2,7 @@
 
     python -m tests.helpers.rank_scripts.planned CASES.json FOLDER      (one process per rank)
 
-Each case is {name, zero, accumulation, recompute, dtype}; rank 0 writes FOLDER/NAME.json.
+Each case is {name, zero, accumulation, recompute, dtype, row}; rank 0 writes FOLDER/NAME.json.
 """
 
 import json
@@ -39,11 +39,18 @@ def make_recipe(folder: Path, case: dict) -> recipes.Recipe:
     recipe.optim.accumulation = case.get("accumulation", 1)
     recipe.optim.max_steps = 10
     recipe.data.global_batch = 16
+    if case.get("row"):  # one micro-batch of a full row
+        recipe.data.pack, recipe.data.global_batch = case["row"], SAMPLES
     return recipe
 
 
 def resolved_of(folder: Path, case: dict):
     return tiny_classifier.make_resolved(make_recipe(folder, case), Instruction(Options(max_new_tokens=0), None))
+
+
+def size(case: dict) -> microbatch.Size:
+    """Of a micro-batch of a case."""
+    return microbatch.Size(SAMPLES, case.get("row", 0))
 
 
 def run_case(case: dict, folder: Path, ranks: processes.Ranks) -> dict:
@@ -52,7 +59,7 @@ def run_case(case: dict, folder: Path, ranks: processes.Ranks) -> dict:
     built = build(resolved, ranks)
     stepper = Stepper(resolved, built, ranks, 10, TrainState(), BadBudget(1.0, 1000))
     filling = microbatch.Filling(words=WORDS)
-    batch = microbatch.fill(resolved.backbone, resolved.train[0].task, SAMPLES, filling)
+    batch = microbatch.fill(resolved.backbone, resolved.train[0].task, size(case), filling)
     micro = [batch] * resolved.recipe.optim.accumulation
     for step in range(WARM):
         stepper.train_step(Step(0, step, micro), 0.0)
