@@ -32,6 +32,7 @@ _LIKE = {
     aten.new_empty_strided.default,
 }  # fmt: skip
 _INDEXED = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default, aten._index_put_impl_.default}
+_CHOSEN = {aten.index.Tensor, aten.index_select.default}
 BY_NUMBERS = "this model chooses its way by numbers that only a real step has, so it cannot be counted."
 
 
@@ -116,11 +117,14 @@ def _run(func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
             return moved
     if (kwargs.get("device") == META and not tensors) or func in _LIKE:
         made = func(*args, **{**kwargs, "device": META})
-        if made.dtype.is_floating_point or made.dtype.is_complex:
+        if (made.dtype.is_floating_point or made.dtype.is_complex) and func is not aten.ones.default:  # that is a mask
             return made
         return func(*args, **{**kwargs, "device": torch.device("cpu")}) if not meta else _real_like(func, args, kwargs)
     if not mixed:
         return _called(func, args, kwargs)
+    if func in _CHOSEN and args[0].device != META and not args[0].is_floating_point():
+        # The samples of a plan are alike, so it does not matter which of them a number that is not known chooses.
+        return func(*pytree.tree_map_only(Tensor, _as_first, args), **kwargs)
     if func in _INDEXED:
         args = (args[0], _as_numbers(args[1]), *args[2:])
     if func is aten.masked_select.default:
@@ -145,7 +149,8 @@ def _real_like(func: Any, args: tuple, kwargs: dict[str, Any]) -> Tensor:
 
 
 def _copied(func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
-    """A copy between devices: integers and booleans keep their values; NotImplemented where it is a plain one."""
+    """A copy between devices: integers, booleans and vectors keep their values; NotImplemented where it is a plain
+    one."""
     if func is aten.copy_.default:
         target, source = args[:2]
         # A CPU tensor that gets what has no values keeps what it has.
@@ -155,8 +160,9 @@ def _copied(func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
         return func(source, **{**kwargs, "device": META})  # such as a buffer of the model that goes to its input
     if kwargs.get("device") != META or source.device == META:
         return NotImplemented
-    floating = dtype.is_floating_point or dtype.is_complex
-    return func(source, **{**kwargs, "device": META if floating else torch.device("cpu")})
+    # Vectors, such as the weights of samples, choose what takes part.
+    values = not (dtype.is_floating_point or dtype.is_complex) or source.dim() <= 1
+    return func(source, **{**kwargs, "device": torch.device("cpu") if values else META})
 
 
 def _as_numbers(indices: Any) -> list[Tensor | None]:
@@ -168,6 +174,11 @@ def _as_numbers(indices: Any) -> list[Tensor | None]:
         else:
             found.append(index)
     return found
+
+
+def _as_first(tensor: Tensor) -> Tensor:
+    """Zeros in the place of integers without values."""
+    return tensor if tensor.device != META else torch.zeros(tensor.shape, dtype=tensor.dtype, device="cpu")
 
 
 def _shape_only(tensor: Tensor) -> Tensor:
