@@ -113,7 +113,8 @@ def count(resolved: Resolved, batch: PackedBatch, recompute: bool) -> StepCount:
         head = max([live.now, *(v.peak for v in visits[first + 1 :])]) - before
         del outputs
         forward_flops, kept = dict(counts.flops), live.now
-        loss.backward()
+        if loss.requires_grad:  # else a head that trains nothing by gradients
+            loss.backward()
     return StepCount(
         peak=live.peak,
         kept=kept,

@@ -8,9 +8,8 @@ from typing import Any
 
 import torch
 
-from mmpeft_ds.data.batch import PackedBatch, Prompted, Sample, pack, with_images
+from mmpeft_ds.data.batch import Described, PackedBatch, Prompted, Sample, pack, with_images
 from mmpeft_ds.data.transform import hooks_of
-from mmpeft_ds.errors import BadInput
 
 PHOTOGRAPH = (480, 640)  # height and width that COCO's pictures have, for models that take pictures as they are
 
@@ -58,22 +57,19 @@ def tokens(backbone: Any, filling: Filling) -> int:
 
 
 def fill(backbone: Any, task: Any, size: Size, filling: Filling) -> PackedBatch:
-    """A packed batch of that many equal samples of weight 1, on the CPU; with as many words as fill the row of `size`.
+    """A packed batch of that many equal samples of weight 1, on the CPU, with as many words as fill the row of `size`.
 
-    Raises:
-        BadInput: where the backbone takes stored features in the place of pictures.
+    Stored features are zeros.
     """
-    transform = backbone.image_transform(False)
-    if "image" in backbone.modalities and hooks_of(transform).takes_features:
-        raise BadInput(
-            "backbone: it reads stored features, so that no tower runs and less than a gigabyte is needed. "
-            "There is nothing to plan: use ds_configs/zero1.json."
-        )
     images = []
     if "image" in backbone.modalities:
-        picture = torch.zeros(3, *filling.image_size, dtype=torch.uint8)
+        transform = backbone.image_transform(False)
+        stored = hooks_of(transform).takes_features
+        picture = backbone.dummy("image") if stored else torch.zeros(3, *filling.image_size, dtype=torch.uint8)
         images = [transform(picture, torch.Generator().manual_seed(0))] * filling.images
-    text = _longest(backbone, _words(backbone, filling, size) if size.row else filling.words)
+    text = backbone.dummy("text")
+    if not isinstance(text, Described):  # which stands in the place of stored features
+        text = _longest(backbone, _words(backbone, filling, size) if size.row else filling.words)
     slot = Sample(weight=1.0, images=images, texts=[text] * filling.texts)
     slot.targets = [task.dummy_target() for _ in slot.texts]
     slots = [dataclasses.replace(slot, sample_id=f"planned/{i}") for i in range(size.samples)]

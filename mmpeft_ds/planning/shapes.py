@@ -49,7 +49,9 @@ class Live:
         self._known: dict[int, weakref.ref] = {}
 
     def see(self, tensor: Tensor) -> None:
-        """Count a tensor's storage, unless it is known."""
+        """Count a tensor's storage, unless it is known; a sparse one's parts are seen by themselves."""
+        if tensor.layout != torch.strided:
+            return
         storage = tensor.untyped_storage()
         key, size = id(storage), storage.nbytes()
         if key in self._known:
@@ -136,8 +138,8 @@ def _called(func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
     try:
         return func(*args, **kwargs)
     except NotImplementedError as error:
-        # How many a boolean mask chooses, such as of the frames of videos, has no shape without its values.
-        if "nonzero" in str(error):
+        # How many a mask chooses, such as of the frames of videos, and products of graphs, which are sparse matrices.
+        if "nonzero" in str(error) or "Sparse" in str(error):
             raise BadInput(BY_NUMBERS) from error
         raise
 

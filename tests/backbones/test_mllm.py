@@ -53,6 +53,22 @@ def batch(backbone, *samples):
     return pack(given, backbone.collate_images, backbone.collate_texts, lambda t: {})
 
 
+@pytest.mark.parametrize(
+    ("family", "change", "words"),
+    [
+        ("qwen2_vl", {"patch_size": 4}, "patch_size 4, .* patch_size 2"),
+        ("qwen2_5_vl", {"merge_size": 1}, "merge_size 1, .* spatial_merge_size 2"),
+        ("llava", {"size": {"shortest_edge": 12}, "crop_size": {"height": 12, "width": 12}}, "crop_size 12, .* 8"),
+    ],
+)
+def test_an_image_processor_of_another_checkpoint_is_refused_in_one_line(tmp_path, family, change, words):
+    tiny_mllm.write(tmp_path, family)
+    file = tmp_path / "preprocessor_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    with pytest.raises(BadInput, match=f"preprocessor_config.json has {words}.*one checkpoint"):
+        made({family: str(tmp_path)}, family)
+
+
 ONE = ([1], [Prompted("what color is it ?", "red .")])
 TWO = ([2, 3], [Prompted("<image> and <image> same shape ?", "no")])
 SHARED = ([4], [Prompted("is it round ?", "yes"), Prompted("what shape is it ?", "a big circle .")])

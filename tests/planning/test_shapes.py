@@ -88,6 +88,21 @@ def test_a_way_that_depends_on_numbers_is_refused():
         int(torch.empty(3, device="meta").argmax())
 
 
+def test_weights_of_samples_keep_their_values_and_choose_what_takes_part():
+    with counting():
+        weight = torch.tensor([1.0, 0.0, 1.0]).to("meta")
+        states = torch.empty(3, 8, device="meta")
+        assert states[weight > 0].shape == (2, 8) and (states * weight[:, None]).device.type == "meta"
+
+
+def test_whichever_of_samples_that_are_alike_is_chosen_its_tokens_are_known():
+    with counting():
+        mask = torch.ones(4, 6, dtype=torch.bool)
+        hardest = torch.empty(4, 9, device="meta").argmax(1)
+        assert bool(mask[hardest].all()) and mask[hardest].shape == (4, 6)
+        assert bool(mask.index_select(0, hardest).all())
+
+
 def test_a_buffer_that_goes_to_the_input_has_no_values_there_either():
     buffer = torch.zeros(3, dtype=torch.int64, device="meta")
     with counting():

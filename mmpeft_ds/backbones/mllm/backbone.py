@@ -88,6 +88,31 @@ class MllmBackbone(StockBackbone):
         if not self._tokenizer.is_fast or self._tokenizer.eos_token is None:
             raise BadInput(f"{WHERE}: {o.model!r} needs a fast tokenizer (tokenizer.json) with an end token.")
         self._chat.check()
+        self._check_processor()
+
+    def _check_processor(self) -> None:
+        """Refuse an image processor that makes other patches or images than the vision tower reads."""
+        vision, processor = self._config.vision_config, self._processor
+        pairs = {}
+        if self._config.model_type in QWEN:
+            for ours, theirs in (
+                ("patch_size",) * 2,
+                ("merge_size", "spatial_merge_size"),
+                ("temporal_patch_size",) * 2,
+            ):
+                pairs[ours, theirs] = getattr(processor, ours), getattr(vision, theirs)
+        elif vision.model_type in ("clip_vision_model", "siglip_vision_model"):  # which take one size alone
+            black = self.image_transform(False)(self.dummy("image"), torch.Generator())
+            pairs["crop_size", "image_size"] = (
+                self.collate_images([black])["pixel_values"].shape[-1],
+                vision.image_size,
+            )
+        for (ours, theirs), (made, read) in pairs.items():
+            if made != read:
+                raise BadInput(
+                    f"{WHERE}: {self.options.model!r}: preprocessor_config.json has {ours} {made}, but the vision "
+                    f"tower of config.json has {theirs} {read}. Take both files of one checkpoint."
+                )
 
     def build(self, on_meta: bool = False) -> PreTrainedModel:
         """The pretrained model, everything frozen."""
