@@ -193,9 +193,9 @@ def _make_shards(out: Path, args: Any, source: Source, jobs: list[Job], descript
 
 
 def _account(source: Source, out: Path, parts: dict[str, list[Part]]) -> dict[str, dict[str, Any]]:
-    """What became of the records of each split, and which pictures other splits have too."""
+    """What became of the records of each split, also of those without samples, and pictures of several splits."""
     also_in = duplicates.across_splits(out, parts)
-    accounts = {split: source.account(split) | also_in.get(split, {}) for split in parts}
+    accounts = {split: source.account(split) | also_in.get(split, {}) for split in (*parts, *source.empty())}
     return {split: account for split, account in accounts.items() if account}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from data_prep.duplicates import SHOWN
 from mmpeft_ds.data.manifest import Manifest
 
 COUNTED = ("records", "samples", "pictures", "texts")
@@ -13,7 +14,8 @@ TEXTS = ("captions[]", "questions[].question", "conversations[].value", "label")
 def show(manifest: Manifest) -> None:
     """Print a row a split beside what the publishers count, what was set aside, and what several splits have."""
     print(f"  {'':8} " + "".join(f"{name:>22}" for name in COUNTED))
-    for split in manifest.splits:
+    splits = dict.fromkeys([*manifest.splits, *manifest.account])  # those without samples too
+    for split in splits:
         numbers = counts(manifest, split)
         expected = manifest.account.get(split, {}).get("expected", {})
         cells = []
@@ -23,13 +25,14 @@ def show(manifest: Manifest) -> None:
         print(f"  {split:8} " + "".join(f"{cell:>22}" for cell in cells))
     if template := next((a["template"] for a in manifest.account.values() if "template" in a), None):
         print(f"  the published prompt: {template}")
-    for split in manifest.splits:
+    for split in splits:
         for reason, (number, names) in manifest.account.get(split, {}).get("aside", {}).items():
-            more = ", ..." if number > len(names) else ""
+            # A name may stand for several records, such as all captions of a picture.
+            more = ", ..." if number > len(names) >= SHOWN else ""
             print(f"  {split}: {number:,} set aside, {reason}: {', '.join(names)}{more}")
         if without := manifest.account.get(split, {}).get("uncaptioned"):
             print(f"  {split}: {without:,} pictures or videos are listed without a caption, and left out")
-        if cut := manifest.fields[split].get("cut", {}).get("present"):
+        if cut := manifest.fields.get(split, {}).get("cut", {}).get("present"):
             print(f"  {split}: {cut:,} videos break off or do not decode in parts; their records say `cut`")
         for other, (number, names) in manifest.account.get(split, {}).get("also_in", {}).items():
             more = ", ..." if number > len(names) else ""
@@ -38,8 +41,8 @@ def show(manifest: Manifest) -> None:
 
 def counts(manifest: Manifest, split: str) -> dict[str, int]:
     """`records` read, `samples` written, their different `pictures`, and their `texts`, where they have any."""
-    fields: dict[str, dict[str, Any]] = manifest.fields[split]
-    numbers = {"samples": manifest.samples(split)}
+    fields: dict[str, dict[str, Any]] = manifest.fields.get(split, {})
+    numbers = {"samples": manifest.samples(split) if split in manifest.splits else 0}
     numbers |= {k: v for k, v in manifest.account.get(split, {}).items() if k in COUNTED}
     images = fields.get("images", {})
     if images.get("max"):

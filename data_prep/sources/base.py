@@ -54,6 +54,10 @@ class Source(abc.ABC):
     def samples(self, split: str, start: int = 0) -> Iterator[RawSample]:
         """Samples `start`, `start`+1, ... in a fixed order, the same in every run."""
 
+    def empty(self) -> list[str]:
+        """Splits that were read and have no sample, for the report after preparation; none by default."""
+        return []
+
     def account(self, split: str) -> dict[str, Any]:
         """What became of the records of a split, for the report after preparation; empty where all became samples.
 

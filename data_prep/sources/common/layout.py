@@ -165,23 +165,22 @@ class LayoutSource(Source):
         return "path leaves the folder" if parts.is_absolute() or ".." in parts.parts else ""
 
     def splits(self) -> list[str]:
-        """Splits with samples; those without, and those whose files are not there, are told on the error stream.
+        """Splits with samples; those whose files are not there are told on the error stream.
 
         Raises BadInput if there is none, with what was set aside.
         """
-        chosen = self.chosen()
-        splits = [split for split in chosen if self._of().size(split)]
-        empty = {split: self._why_empty(split) for split in chosen if split not in splits}
+        splits = [split for split in self.chosen() if self._of().size(split)]
         if not splits:
-            why = "; ".join(f"{split}: {reason}" for split, reason in empty.items())
+            why = "; ".join(f"{split}: {self._why_empty(split)}" for split in self.empty())
             raise BadInput(f"{self.root}: no sample is left. {why}. {self._advice()}")
         missing = {split: self._missing(names) for split, names in self.files().items()}
         for split, reason in {s: f"{', '.join(names)} not there" for s, names in missing.items() if names}.items():
             if not self.options.splits:
                 print(f"note: split {split} is left out: {reason}", file=sys.stderr)
-        for split, reason in empty.items():
-            print(f"note: split {split} is left out, it has no sample: {reason}", file=sys.stderr)
         return splits
+
+    def empty(self) -> list[str]:
+        return [split for split in self.chosen() if not self._of().size(split)]
 
     def _why_empty(self, split: str) -> str:
         """What was set aside of a split without samples."""

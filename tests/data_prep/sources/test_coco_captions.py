@@ -119,7 +119,11 @@ def test_a_split_whose_samples_are_all_set_aside_is_told(karpathy, tmp_path, cap
     (karpathy / name(3)).unlink()
     manifest = prepared("coco-captions", karpathy, tmp_path / "out")
     assert list(manifest.splits) == ["train", "test"]
-    assert f"split val is left out, it has no sample: 5 picture missing ({name(3)}" in capsys.readouterr().err
+    assert manifest.account["val"]["aside"] == {"picture missing": [5, [name(3)]]}
+    printed = capsys.readouterr().out
+    assert f"val: 5 set aside, picture missing: {name(3)}\n" in printed
+    prepared("coco-captions", karpathy, tmp_path / "out")
+    assert printed.split("\n", 1)[1] == capsys.readouterr().out.split("\n", 1)[1], "told again by the same command"
 
 
 def test_a_path_that_leaves_the_folder_is_not_read(root, tmp_path):
