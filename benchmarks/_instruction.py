@@ -7,12 +7,15 @@ float32. The timed steps are one whole epoch of either: the same samples, each s
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
+import resource
 import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 import yaml
 
@@ -65,11 +68,12 @@ def ours(args: argparse.Namespace) -> dict[str, Any]:
     parts = _Ours(args, processes)
     warm, timed = (0, CHECKED) if args.same else (WARM, args.steps)
     rows, ends, used, numbers = [], [], [], []
+    parts.stream.wait_for_workers()  # until then this process would make batches, which is no part of a later step
     steps, began = steps_of(parts.stream, warm, timed), time.perf_counter()
     for step in steps:
         rows.append(parts.stepper.train_step(step, time.perf_counter() - began))
         ends.append(began := time.perf_counter())
-        used.append(time.process_time())
+        used.append(processor_seconds())
         numbers.append([r["number"] for b in step.micro for r, w in zip(b.records, b.weight, strict=True) if w > 0])
     parts.stream.close()
     result: dict[str, Any] = {"rank": parts.ranks.rank}
@@ -91,7 +95,7 @@ def ours(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _rates(seconds: float, cpu: float, steps: int, tokens: float) -> dict[str, float]:
-    """Rates by the clock, and by the processor time of all ranks (loader processes apart). Collective."""
+    """Rates by the clock, and by the processor time of all ranks and their loader processes. Collective."""
     total = torch.tensor(cpu).double()
     torch.distributed.all_reduce(total)
     per_step = {"step_seconds": seconds / steps, "cpu_step_seconds": float(total) / steps}
@@ -100,6 +104,15 @@ def _rates(seconds: float, cpu: float, steps: int, tokens: float) -> dict[str, f
         | per_step
         | {"tokens": tokens}
     )
+
+
+def processor_seconds() -> float:
+    """Of this process and all that it has started, those that have ended too."""
+    seconds, ended = time.process_time(), resource.getrusage(resource.RUSAGE_CHILDREN)
+    for child in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            seconds += sum(child.cpu_times()[:2])
+    return seconds + ended.ru_utime + ended.ru_stime
 
 
 class _Ours:
@@ -145,7 +158,6 @@ def peer(args: argparse.Namespace) -> dict[str, Any]:
     """HF Trainer on the same samples, padded to the longest of a batch; `--group` sorts them by length."""
     import accelerate
     import peft
-    import psutil
     import transformers
     from transformers.trainer_pt_utils import LengthGroupedSampler
 
@@ -195,7 +207,7 @@ def peer(args: argparse.Namespace) -> dict[str, Any]:
 
         def training_step(self, *a, **k):
             times.append(time.perf_counter())
-            used.append(time.process_time())
+            used.append(processor_seconds())
             return super().training_step(*a, **k)
 
         def _get_train_sampler(self, *a, **k):
@@ -203,7 +215,7 @@ def peer(args: argparse.Namespace) -> dict[str, Any]:
 
     Peer(model=model, args=options, train_dataset=data, data_collator=data.collate).train()
     first = min(WARM, len(times) - 1)
-    seconds, cpu = time.perf_counter() - times[first], time.process_time() - used[first]
+    seconds, cpu = time.perf_counter() - times[first], processor_seconds() - used[first]
     table = torch.tensor([[float(loss), *map(float, c)] for loss, c in zip(losses, counts, strict=True)]).double()
     torch.distributed.all_reduce(table)
     if args.same:

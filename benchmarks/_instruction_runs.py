@@ -116,7 +116,7 @@ def table(result: dict[str, Any], args: argparse.Namespace) -> str:
     lines += [
         "",
         "Three numbers in a cell: ours, Trainer, Trainer grouped by length. Processor time is that of the ranks "
-        "without their loader processes; other programs disturb it less. Losses: the largest relative difference in "
+        "and their loader processes; other programs disturb it less. Losses: the largest relative difference in "
         f"{_instruction.CHECKED} steps on the same samples in the same order.",
         "",
         "Milliseconds of a step on one rank, medians (`benchmarks/_host_time.py` says how they are measured); host is "

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from mmpeft_ds.methods.base import SiteMethod
 from mmpeft_ds.methods.common.select import Selection, default_selection, stored_in_by_out
-from mmpeft_ds.methods.lora import start
+from mmpeft_ds.methods.lora import layer, start
 from mmpeft_ds.methods.lora.options import REWRITING, LoraOptions
 from mmpeft_ds.recipe.parse import Origin
 from mmpeft_ds.sites import Sites
@@ -56,10 +56,13 @@ class Lora(SiteMethod):
 
     @classmethod
     def attach(cls, config: LoraConfig, model: nn.Module) -> PeftModel:
-        """As peft does it, but `pissa` and `olora` leave the frozen weights alone (see `start`)."""
+        """As peft does it, but `pissa` and `olora` leave the frozen weights alone (see `start`), and a Linear and its
+        low-rank term are computed by one function (see `layer`)."""
         given = config.init_lora_weights
         if not REWRITING.fullmatch(str(given)):
-            return super().attach(config, model)
+            wrapped = super().attach(config, model)
+            layer.use_one_function(wrapped)
+            return wrapped
         plain = copy.copy(config)
         plain.init_lora_weights = True
         wrapped = super().attach(plain, model)
