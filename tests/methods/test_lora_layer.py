@@ -89,7 +89,7 @@ def test_merged_and_disabled_adapters_run_the_base_alone(calls):
     with ours.disable_adapter(), plain.disable_adapter():
         torch.testing.assert_close(ours(x), plain(x))
     before = ours(x).detach()
-    assert len(calls) == 2
+    assert len(calls) == 2  # with a gradient
     ours.merge_adapter()
     torch.testing.assert_close(ours(x).detach(), before)
     assert len(calls) == 2
@@ -102,6 +102,14 @@ def test_two_active_adapters_are_added_by_peft(calls):
         model.add_adapter("more", peft.LoraConfig(r=2, target_modules=["fc1", "fc2"], init_lora_weights=False))
         model.base_model.set_adapter(["default", "more"])
     same(plain, ours, torch.randn(4, 6))
+    assert not calls
+
+
+def test_without_a_gradient_outputs_are_those_of_peft_to_the_bit(calls):
+    plain, ours = models()
+    x = torch.randn(4, 6)
+    with torch.no_grad():
+        assert torch.equal(ours(x), plain(x))
     assert not calls
 
 

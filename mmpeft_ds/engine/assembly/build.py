@@ -16,7 +16,7 @@ from mmpeft_ds.engine.assembly import feature_bank
 from mmpeft_ds.engine.assembly.forward import adapted_layer
 from mmpeft_ds.engine.optim import optimizers
 from mmpeft_ds.engine.zero import fingerprint as fingerprints
-from mmpeft_ds.engine.zero import node_groups, stage3
+from mmpeft_ds.engine.zero import node_groups, stage1, stage3
 from mmpeft_ds.engine.zero import state as zero_state
 from mmpeft_ds.engine.zero.config import check_by_deepspeed, merge
 from mmpeft_ds.engine.zero.start import frozen_not_sent
@@ -106,6 +106,8 @@ def build(resolved: Any, ranks: Ranks) -> Built:
     with frozen_not_sent(model):
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
     check_engine(engine, trainables)
+    if stage == 1:
+        stage1.reduce_flat(engine)
     if stage == 3:
         stage3.keep_frozen(engine)
         stage3.gather_flat(engine)

@@ -13,7 +13,7 @@ from mmpeft_ds.ops.low_rank_linear import low_rank_linear
 
 
 class LoraLinear(lora.Linear):
-    """peft's own layer; only the arithmetic of its forward differs."""
+    """peft's own layer; only the arithmetic of its forward in training differs, and that by rounding."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """As peft's."""
@@ -25,7 +25,9 @@ class LoraLinear(lora.Linear):
 
     def _plain(self, x: Tensor) -> str | None:
         """Name of the one adapter that is added, if nothing but a frozen Linear and two factors of one dtype compute,
-        and nobody, such as ZeRO-3, waits in a hook until one of them is called."""
+        and nobody, such as ZeRO-3, waits in a hook until one of them is called; while gradients are recorded."""
+        if not torch.is_grad_enabled():
+            return None  # an evaluated model gives to the bit what its adapter gives with peft alone
         if self.disable_adapters or self.merged or len(self.active_adapters) != 1:
             return None
         name = self.active_adapters[0]

@@ -22,7 +22,7 @@ from torch import nn
 
 from mmpeft_ds.engine import checkpoint
 from mmpeft_ds.engine.optim import optimizers
-from mmpeft_ds.engine.zero import full_state
+from mmpeft_ds.engine.zero import full_state, stage1
 from mmpeft_ds.engine.zero import state as zero_state
 from mmpeft_ds.engine.zero.fingerprint import frozen_fingerprint, frozen_tensors
 from mmpeft_ds.errors import BadInput
@@ -96,6 +96,8 @@ def make(stage: int, bf16: bool = False, seed: int = 0, flip: str | None = None,
     groups = [{"params": matrices, "weight_decay": 0.01}, {"params": vectors, "weight_decay": 0.0}]
     optimizer = optimizers.make(groups, OptimOptions(name=name, lr=1e-2))
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config(stage, bf16))
+    if stage == 1:
+        assert stage1.reduce_flat(engine)  # as a run does
     trainables = {n: p for n, p in engine.module.named_parameters() if p.requires_grad}
     return engine, trainables
 

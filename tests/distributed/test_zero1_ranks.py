@@ -1,0 +1,43 @@
+"""Gradients that are reduced as one tensor at ZeRO-1 train as DeepSpeed's own reduction does; one launch."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.helpers import launch
+
+pytestmark = pytest.mark.distributed
+RANKS = 3  # no parameter's size is a multiple of it, so parameters lie on two ranks
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory) -> list[dict]:
+    work = tmp_path_factory.mktemp("zero1")
+    result = launch.run_forked("tests.helpers.rank_scripts.zero1", str(work), ranks=RANKS)
+    assert result.code == 0, result.tail()
+    return [torch.load(work / f"{rank}.pt") for rank in range(RANKS)]
+
+
+def test_gradients_norms_and_weights_are_those_of_deepspeeds_own_reduction(ranks):
+    for rank in ranks:
+        for own, flat in zip(rank["own"], rank["flat"], strict=True):
+            torch.testing.assert_close(flat["held"], own["held"], rtol=1e-6, atol=1e-7)
+            assert flat["norm"] == pytest.approx(own["norm"], rel=1e-6)
+            torch.testing.assert_close(flat["weights"], own["weights"], rtol=1e-6, atol=1e-6)
+
+
+def test_all_ranks_have_the_same_weights_after_each_step(ranks):
+    for rank in ranks[1:]:
+        for mine, first in zip(rank["flat"], ranks[0]["flat"], strict=True):
+            assert all(torch.equal(mine["weights"][name], value) for name, value in first["weights"].items())
+
+
+def test_a_parameter_that_one_rank_reaches_is_averaged_over_all(ranks):
+    for rank in ranks:
+        torch.testing.assert_close(rank["unreached"]["by rank 0"], torch.full((5,), 3 / RANKS))
+        assert not rank["unreached"]["by none"].any()
+
+
+def test_a_skipped_step_leaves_the_weights_and_the_next_one_applies(ranks):
+    assert all(rank["skipped"] for rank in ranks)
