@@ -119,7 +119,7 @@ class Watch:
         self.flag: StopFlag | None = None
         self.reason, self.since, self.stopped, self.exit_code = "", None, False, None
         self.stuck: Callable[[], str] = str
-        self.signal_code, self._again, self._closed = 0, False, threading.Event()
+        self.signal_code, self._again, self._unwinds, self._closed = 0, False, False, threading.Event()
         self.launchers, missing = launchers_above()
         self._is_rank = bool(self.launchers or missing or "RANK" in os.environ or "SLURM_PROCID" in os.environ)
         self._read, self._write = socket.socketpair()
@@ -168,7 +168,8 @@ class Watch:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         # A command on its own cleans up as it unwinds; ranks would wait for each other meanwhile.
-        if not (self._is_rank or self.flag or self.stopped or self.since or self.exit_code is not None):
+        if not (self._is_rank or self.flag or self.stopped or self._unwinds or self.exit_code is not None):
+            self._unwinds = True
             self._signalled(number)
             raise KeyboardInterrupt
 
@@ -219,13 +220,26 @@ class Watch:
             leave(self.exit_code)
 
 
+_forking = threading.local()
+
+
+def _hold() -> None:
+    """Before a fork: signals wait, so that the child has none before it has forgotten its parent's handlers."""
+    _forking.mask = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+
+
+def _go_on() -> None:
+    signal.pthread_sigmask(signal.SIG_SETMASK, _forking.mask)
+
+
 def _forget() -> None:
     """In a forked child: a signal to it is none to its parent."""
     if Watch.running is not None:
         Watch.running.restore()
+    _go_on()
 
 
-os.register_at_fork(after_in_child=_forget)
+os.register_at_fork(before=_hold, after_in_parent=_go_on, after_in_child=_forget)
 
 
 def leave(code: int, line: str = "") -> None:

@@ -15,6 +15,7 @@ import pytest
 
 from mmpeft_ds import stop
 from mmpeft_ds.stop import StopFlag
+from tests.helpers import launch
 
 FORK = multiprocessing.get_context("fork")
 
@@ -136,3 +137,60 @@ def test_a_dead_launcher_is_noticed():
 )
 def test_launchers_are_told_from_what_only_names_them(command, expected):
     assert stop._is_launcher(command) is expected
+
+
+COMMAND = """
+import time
+from mmpeft_ds import console
+
+def main():
+    try:
+        print("ready", flush=True)
+        time.sleep(60)
+    finally:
+        print("cleaned up", flush=True)
+        time.sleep({cleaning})
+
+console.run(main)
+"""
+
+
+@pytest.mark.parametrize(
+    ("signals", "cleaning", "code"),
+    [
+        ([signal.SIGTERM], 0, 143),
+        ([signal.SIGINT], 0, 130),
+        ([signal.SIGINT, signal.SIGINT], 600, 130),  # at once
+        ([signal.SIGTERM], 600, 143),  # after LEAVE seconds
+    ],
+)
+def test_a_command_on_its_own_cleans_up_and_leaves(signals, cleaning, code):
+    variables = {k: v for k, v in launch.environment().items() if k not in ("RANK", "SLURM_PROCID")}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen([sys.executable, "-c", COMMAND.format(cleaning=cleaning)], env=variables, **pipes)
+    try:
+        assert process.stdout.readline() == "ready\n"
+        for number in signals:
+            process.send_signal(number)
+            time.sleep(stop.AGAIN + 0.2 if len(signals) > 1 else 0)
+        out, err = process.communicate(timeout=120)
+        assert process.returncode == code and out == "cleaned up\n" and "Traceback" not in err
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_a_signal_to_a_forked_child_is_none_to_its_parent():
+    with stop.watching() as watch:
+        child = FORK.Process(target=time.sleep, args=(60,))
+        child.start()
+        child.terminate()
+        child.join(30)
+        time.sleep(2 * stop.POLL)
+        assert child.exitcode == -signal.SIGTERM and watch.since is None
+
+
+def test_an_orphan_is_told_from_a_process_that_a_service_started():
+    """The parent of an orphan is process 1, and it is in the group of the command that started it."""
+    assert stop._adopts([psutil.Process(1)]) and stop._adopts([])
+    assert not stop._adopts([psutil.Process()])

@@ -112,8 +112,10 @@ class Watchdog:
         silence = time.monotonic() - self._answered
         if silence < self.stall / 2 or not report.waits:
             return Answer()
-        said = f"rank 0 on {os.environ['MASTER_ADDR']}, not heard of since {clock(silence)}"
-        return Answer([Awaited(0, self._channel.owner, True, said)], report.still > self.timeout)
+        owner = self._channel.owner
+        place = f"{owner.host} (pid {owner.pid})" if owner else os.environ["MASTER_ADDR"]
+        said = f"rank 0 on {place}, not heard of since {clock(silence)}"
+        return Answer([Awaited(0, owner, True, said)], report.still > self.timeout)
 
     def _judge(self, report: Report, answer: Answer) -> None:
         if answer.stop and (watch := stop.Watch.running) is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import time
 from collections.abc import Callable
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.helpers import ROOT, launch
-from tests.helpers.runs import endless
+from tests.helpers.runs import endless, tiny_vqa
 
 pytestmark = [pytest.mark.distributed, pytest.mark.alone]
 LIMIT = 240.0  # seconds a busy machine may take for all of it
@@ -113,3 +114,25 @@ def test_a_run_whose_inner_launcher_is_killed_tells_its_state_where_deepspeed_sa
     check(result, tmp_path / "run")
     assert result.code == 0 and "the same command continues it (the launcher (pid" in result.output
     assert not (tmp_path / "run" / "finished.json").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["evaluate.py", "features.py", "fisher.py", "describe.py", "few_shot.py"])
+def test_every_launcher_ends_from_its_first_second_on(tmp_path, launcher):
+    tiny_vqa.prepare(tmp_path)
+    data, recipe, run = (str(tmp_path / name) for name in ("data", "recipe.yaml", "finished"))
+    Path(run).mkdir()
+    shutil.copy(recipe, Path(run) / "recipe.yaml")
+    words = {
+        "evaluate.py": ["--run", run, "--split", "train"],
+        "features.py": ["--data", data, "--out", str(tmp_path / "out"), "--recipe", recipe],
+        "fisher.py": ["--run", run, "--out", str(tmp_path / "f.safetensors")],
+        "describe.py": ["--data", data, "--out", str(tmp_path / "out"), "--recipe", recipe],
+        "few_shot.py": ["--recipe", str(ROOT / "recipes" / "few_shot_emoji.yaml")],
+    }
+    with launch.Launch(ROOT / "launchers" / launcher, *words[launcher], ranks=2) as launched:
+        rank_runs(launched, tmp_path)
+        to_deepspeed(launched)
+        result = launched.wait(LIMIT)
+    check(result, tmp_path / "run")
+    assert "stopped before it began" in result.output, result.tail()

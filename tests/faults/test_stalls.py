@@ -39,7 +39,7 @@ def test_a_stopped_rank_is_named_and_goes_on_when_it_is_woken_and_ends_all_when_
         endless.reach(run, max(endless.steps_of(run)) + 2, lambda: bool(launched.members()), LIMIT)
         rank_1.suspend()
         result = launched.wait(LIMIT)
-    assert not result.killed and result.code == 1, result.tail()
+    assert not result.killed and result.code not in (0, 2), result.tail()
     assert re.search(
         rf"rank 0 on \S+: leaving; it has waited \d+ s for rank 1 on \S+ \(pid {rank_1.pid}\)", result.output
     )
@@ -58,8 +58,11 @@ def test_rank_0_is_named_by_the_others_when_it_is_the_one_that_is_stopped(tmp_pa
         endless.reach(tmp_path / "run", 3, lambda: bool(launched.members()), LIMIT)
         launched.ranks()[0].suspend()
         result = launched.wait(LIMIT)
-    assert not result.killed and result.code == 1, result.tail()
-    assert re.search(r"rank 1 on \S+: waiting since \S+ .* for rank 0 on \S+, not heard of since", result.output)
+    assert not result.killed and result.code not in (0, 2), (
+        result.tail()
+    )  # that of the rank which launch.py sees first
+    named = r"rank 1 on \S+: waiting since \S+ .* for rank 0 on \S+ \(pid \d+\), not heard of since"
+    assert re.search(named, result.output), result.tail()
     assert re.search(r"rank 1 on \S+: leaving; it has waited \d+ s for rank 0", result.output), result.tail()
 
 
