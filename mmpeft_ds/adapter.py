@@ -41,6 +41,7 @@ from mmpeft_ds.engine.assembly.forward import answer
 from mmpeft_ds.engine.export import transform_description
 from mmpeft_ds.engine.zero import fingerprint
 from mmpeft_ds.errors import BadInput, BadSample
+from mmpeft_ds.redaction import found
 from mmpeft_ds.tasks.base import TaskBase
 
 
@@ -191,7 +192,7 @@ def load(
 
     directory = whole(directory)
     overrides = [*(overrides or []), *(reading_pictures(directory) if pictures else [])]
-    recipe = recipes.load(directory / "recipe.yaml", overrides)
+    recipe = recipe_of(directory, overrides)
     sections, labels = recipes.components(recipe), read_labels(directory)
     backbone = _backbone(directory, recipe, labels)
     trained_with, now = read_json(directory / "image_transform.json", dict), transform_description(backbone)
@@ -223,7 +224,14 @@ def load(
 def tasks_of(directory: str | Path) -> list[TaskBase]:
     """The tasks of an adapter directory, without its model. Raises BadInput."""
     directory = whole(directory)
-    return _tasks(recipes.load(directory / "recipe.yaml"), read_labels(directory))
+    return _tasks(recipe_of(directory), read_labels(directory))
+
+
+def recipe_of(directory: Path, overrides: list[str] | None = None) -> recipes.Recipe:
+    """The recipe of an adapter directory, with the place of the base model on this machine. Raises BadInput."""
+    recipe = recipes.load(directory / "recipe.yaml", overrides)
+    recipe.backbone = found(recipe.backbone, directory)
+    return recipe
 
 
 def _backbone(directory: Path, recipe: recipes.Recipe, labels: list[str] | None) -> BackboneBase:
@@ -237,8 +245,11 @@ def _backbone(directory: Path, recipe: recipes.Recipe, labels: list[str] | None)
     backbone = make_backbone(sections.backbone, recipe.engine, labels, _towers(directory), observed)
     if backbone.reads_bank:
         backbone.use_bank(read_bank(directory / "bank.safetensors"))
+    statistics = read_statistics(directory)  # also where they are not used: what does not belong there is damage
     if backbone.wants_statistics:
-        backbone.use_statistics(read_statistics(directory))
+        if statistics is None:
+            raise BadInput(f"{directory / 'feature_statistics.json'}: holds none, and this model needs them. {REMEDY}")
+        backbone.use_statistics(statistics)
     return backbone
 
 
@@ -301,4 +312,4 @@ def _pixels(image: Any, read: Callable[[bytes], Tensor]) -> Tensor:
 def _towers(directory: Path) -> dict[str, Any]:
     """What made the stored features; empty where there are none."""
     path = directory / "towers.json"
-    return read_json(path, dict) if path.is_file() else {}
+    return found(read_json(path, dict), directory) if path.is_file() else {}

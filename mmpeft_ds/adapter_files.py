@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from types import NoneType
 from typing import Any
@@ -13,6 +14,7 @@ from mmpeft_ds.files import sha256, write_json
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 CHECKSUMS = "checksums.json"
 READ_BY_PEOPLE = ("README.md", "metrics.json", CHECKSUMS)  # which may be edited
+READ = (".json", ".yaml", ".safetensors", ".bin", ".pt")  # endings of files that somebody may load
 FILES = (CONFIG, WEIGHTS, "recipe.yaml", "backbone.json", "labels.json", "base_fingerprint.json")
 # What the directory needs when a file of it is damaged, or of another run.
 REMEDY = (
@@ -47,6 +49,9 @@ def _check(directory: Path) -> None:
     listed = read_json(directory / CHECKSUMS, dict)
     if left_out := [name for name in FILES if name not in listed]:
         raise BadInput(f"{directory / CHECKSUMS}: leaves out {left_out[0]}. {REMEDY}")
+    for path in sorted(directory.iterdir()):
+        if path.suffix in READ and path.name not in (*READ_BY_PEOPLE, *listed):
+            raise BadInput(f"{path}: {CHECKSUMS} leaves it out. {REMEDY}")
     for name, expected in listed.items():
         path = directory / name
         if Path(name).name != name or not path.is_file():
@@ -66,7 +71,7 @@ def read_json(path: Path, kinds: type | tuple[type, ...]) -> Any:
     """
     try:
         value = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as e:
+    except (OSError, ValueError, RecursionError) as e:
         raise BadInput(f"{path}: cannot be read ({e}). {REMEDY}") from e
     if not isinstance(value, kinds):
         raise BadInput(f"{path}: holds a {type(value).__name__}, which does not belong there. {REMEDY}")
@@ -81,14 +86,16 @@ def read_labels(directory: Path) -> list[str] | None:
     return labels
 
 
-def read_statistics(directory: Path) -> dict[str, Any]:
-    """Mean and deviation of the condition, each a list of numbers. Raises BadInput."""
+def read_statistics(directory: Path) -> dict[str, Any] | None:
+    """Mean and deviation of the condition, lists of equal length; None where there are none. Raises BadInput."""
     path = directory / "feature_statistics.json"
-    statistics = read_json(path, dict)
-    for name in ("mean", "std"):
+    statistics = read_json(path, (dict, NoneType))
+    for name in ("mean", "std") if statistics is not None else ():
         numbers = statistics.get(name)
-        if not isinstance(numbers, list) or not all(isinstance(x, (int, float)) for x in numbers):
-            raise BadInput(f"{path}: `{name}` is no list of numbers. {REMEDY}")
+        if not isinstance(numbers, list) or not all(type(x) in (int, float) and math.isfinite(x) for x in numbers):
+            raise BadInput(f"{path}: `{name}` is no list of numbers, all finite. {REMEDY}")
+    if statistics is not None and len(statistics["mean"]) != len(statistics["std"]):
+        raise BadInput(f"{path}: `mean` and `std` differ in length. {REMEDY}")
     return statistics
 
 

@@ -16,6 +16,7 @@ from mmpeft_ds import stop
 from mmpeft_ds.errors import BadInput
 from mmpeft_ds.files import cannot_write
 from mmpeft_ds.quiet import quiet
+from mmpeft_ds.redaction import mask_output, masked
 from mmpeft_ds.registration import when_imported
 
 # What gloo and NCCL say when a rank that they wait for is gone.
@@ -41,6 +42,7 @@ def run(main: Callable[[], int | None]) -> NoReturn:
     traceback), 1 a fault of ours or a rank that is gone (which is one line as well).
     """
     quiet()
+    mask_output()
     with stop.watching() as watch:  # first of all, since the launcher may end during the imports of `main`
         sys.exit(_code_of(main, watch))
 
@@ -51,7 +53,7 @@ def _code_of(main: Callable[[], int | None], watch: stop.Watch) -> int:
     except BadInput as e:
         if _speaks():
             sys.stdout.flush()
-            print(f"error: {' '.join(str(e).split())}", file=sys.stderr, flush=True)
+            print(f"error: {masked(' '.join(str(e).split()))}", file=sys.stderr, flush=True)
         code = 2
     except KeyboardInterrupt:
         print(f"stopped ({watch.reason or 'SIGINT'})", file=sys.stderr, flush=True)
@@ -60,7 +62,7 @@ def _code_of(main: Callable[[], int | None], watch: stop.Watch) -> int:
         if not (reason := cannot_write(e)):
             raise
         sys.stdout.flush()
-        print(f"error: {e.filename or 'a file of this command'}: {reason}", file=sys.stderr, flush=True)
+        print(f"error: {masked(str(e.filename or 'a file of this command'))}: {reason}", file=sys.stderr, flush=True)
         code = 2
     except RuntimeError as e:
         if not any(sign in str(e) for sign in LOST_A_RANK):

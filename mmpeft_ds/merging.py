@@ -58,7 +58,7 @@ def merge(directory: str | Path, out: str | Path) -> dict[str, Any]:
     out = Path(out)
     if out.exists():
         raise BadInput(f"{out}: exists. Give a new directory.")
-    section = recipes.components(recipes.load(whole(directory) / "recipe.yaml")).method
+    section = recipes.components(adapter.recipe_of(whole(directory))).method
     method, config = make_method(section)
     if reason := method.unmergeable(config):
         raise BadInput(f"{directory}: method {section.name} cannot be merged: {reason} Keep it as an adapter.")
@@ -121,9 +121,9 @@ def open_once(folder: Path, model_class: type[PreTrainedModel], weights: dict[st
         with tower_loading.quiet_loading():
             model, info = model_class.from_pretrained(folder, output_loading_info=True)
         if (folder / "tokenizer_config.json").is_file():
-            AutoTokenizer.from_pretrained(folder)
+            AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         if (folder / "preprocessor_config.json").is_file():
-            AutoImageProcessor.from_pretrained(folder)
+            AutoImageProcessor.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # noqa: BLE001 - whatever a class of transformers raises, nobody can use the folder
         raise BadInput(
             f"{name}: not written, since {model_class.__name__} cannot open the merged folder "

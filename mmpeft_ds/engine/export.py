@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from mmpeft_ds import recipe as recipes
+from mmpeft_ds import redaction
 from mmpeft_ds.adapter_files import CONFIG, WEIGHTS, write_checksums
 from mmpeft_ds.backbones.base import BackboneBase
 from mmpeft_ds.distributed.collectives import on_rank0, rank
@@ -76,12 +77,13 @@ def _write(
     metrics: dict[str, Any],
 ) -> Path:
     with new_directory(directory, replace=True) as partial:
-        _fill(partial, model, trained, plain, fingerprints, resolved, metrics)
+        _fill(partial, directory, model, trained, plain, fingerprints, resolved, metrics)
     return directory
 
 
 def _fill(
     partial: Path,
+    directory: Path,
     model: PeftModel,
     trained: dict[str, Tensor],
     plain: dict[str, Tensor],
@@ -93,9 +95,8 @@ def _fill(
     # Give peft whole tensors, so that it does not look at the shards. `auto` would ask the hub about embeddings.
     model.save_pretrained(str(partial), state_dict=dict(saved), save_embedding_layers=False)
     _verify(partial / WEIGHTS, saved)
-    if changed := resolved.method.saved_fields(resolved.method_config):
-        config = json.loads((partial / CONFIG).read_text("utf-8"))
-        write_json(partial / CONFIG, config | changed)
+    config = json.loads((partial / CONFIG).read_text("utf-8"))
+    write_json(partial / CONFIG, redaction.named(config) | resolved.method.saved_fields(resolved.method_config))
     resolved.method.Config.from_pretrained(str(partial))  # raises where peft would not read its own file again
     recipe, backbone = resolved.recipe, resolved.backbone
     config = model.get_base_model().config
@@ -103,9 +104,9 @@ def _fill(
     contents = {
         "backbone.json": {
             "name": name,
-            "options": options,
+            "options": redaction.portable(options, directory),
             "dtype": recipe.engine.dtype,
-            "config": config.to_dict(),
+            "config": redaction.named(config.to_dict()),
         },
         "labels.json": resolved.labels,
         "image_transform.json": transform_description(backbone),
@@ -116,10 +117,16 @@ def _fill(
     for file, value in contents.items():
         write_json(partial / file, value)
     if backbone.reads_bank:
-        _features_files(partial, model, plain, backbone)
-    (partial / "recipe.yaml").write_text(recipes.to_yaml(recipe), "utf-8")
+        _features_files(partial, directory, model, plain, backbone)
+    yaml = recipes.to_yaml(recipe, lambda key, value: _without_places(key, value, directory))
+    (partial / "recipe.yaml").write_text(yaml, "utf-8")
     (partial / "README.md").write_text(model_card(resolved, metrics, trained), "utf-8")
     write_checksums(partial)
+
+
+def _without_places(section: str, value: Any, directory: Path) -> Any:
+    """A section of the recipe for an adapter directory: the base can be found again, all else is a name."""
+    return redaction.portable(value, directory) if section == "backbone" else redaction.named(value)
 
 
 def _plain_classifier(model: PeftModel) -> dict[str, Tensor]:
@@ -131,11 +138,11 @@ def _plain_classifier(model: PeftModel) -> dict[str, Tensor]:
         return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in head.export().items()}
 
 
-def _features_files(partial: Path, model: PeftModel, plain: dict[str, Tensor], backbone: Any) -> None:
+def _features_files(partial: Path, directory: Path, model: PeftModel, plain: dict[str, Tensor], backbone: Any) -> None:
     """Write the further files of a feature model: its bank, its towers, and a plain classifier if the head has one."""
     bank = base_layer(model.get_base_model().features).bank
     save_tensors(partial / "bank.safetensors", {n: getattr(bank, n).cpu().contiguous() for n in bank.NAMES})
-    write_json(partial / "towers.json", backbone.towers)
+    write_json(partial / "towers.json", redaction.portable(backbone.towers, directory))
     if plain:
         save_tensors(partial / "classifier.safetensors", plain)
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from mmpeft_ds.data.transform import hooks_of
 from mmpeft_ds.engine.optim.optimizers import TITLES
 from mmpeft_ds.engine.summary import shown
+from mmpeft_ds.redaction import named
 
 
 def model_card(resolved: Any, metrics: dict[str, Any], trained: dict[str, Tensor]) -> str:
@@ -23,7 +24,7 @@ def model_card(resolved: Any, metrics: dict[str, Any], trained: dict[str, Tensor
     """
     recipe = resolved.recipe
     options = {k: v for k, v in recipe.backbone.items() if isinstance(v, str) and v and k != "name"}
-    backbone = ", ".join([recipe.backbone["name"], *(f"{k} `{v}`" for k, v in options.items())])
+    backbone = ", ".join([recipe.backbone["name"], *(f"{k} `{v}`" for k, v in named(options).items())])
     changed = ", ".join(f"{k} `{_shown(v)}`" for k, v in _own_settings(resolved).items())
     method = f" with {changed}, otherwise its defaults" if changed else " with its defaults"
     numel = sum(t.numel() for t in trained.values())
@@ -134,4 +135,4 @@ def _stored(resolved: Any) -> tuple[bool, bool]:
 
 
 def _shown(value: Any) -> str:
-    return f"{value:.6g}" if isinstance(value, float) else str(value)
+    return f"{value:.6g}" if isinstance(value, float) else str(named(value))

@@ -30,6 +30,7 @@ from mmpeft_ds.distributed.collectives import on_rank0
 from mmpeft_ds.engine import checkpoint, events
 from mmpeft_ds.errors import BadInput
 from mmpeft_ds.files import write_atomic, write_json
+from mmpeft_ds.redaction import masked_values
 
 # Keys that a resume may change: length, the ZeRO JSON, workers and reading, the cadence of logs and evaluations, and
 # the limits of bad data and skipped steps: a run that exceeded them is told to raise them.
@@ -106,7 +107,7 @@ class RunDir:
             BadInput: on all ranks, if a live run owns it, it holds something else, all checkpoints are damaged, or the
                 recipe differs from the saved one in a key that a resume may not change.
         """
-        recipe = json.loads(json.dumps(recipe, default=str))  # tuples become lists, as in the saved one
+        recipe = _plain(recipe)
         lock: list[Lock] = []  # stays on rank 0; the rest of the result is broadcast
 
         def take() -> tuple[str, str | None, tuple[str, ...]]:
@@ -229,7 +230,7 @@ def preview(path: str | Path, recipe: dict[str, Any], total_steps: int, patience
     _refuse_unwritable(target)
     if not target.is_dir():
         return []
-    newest, differing = _compared(target, json.loads(json.dumps(recipe, default=str)))
+    newest, differing = _compared(target, _plain(recipe))
     lines = [f"{target}: continued with another {', '.join(differing)}"] if differing else []
     if newest is None:
         return lines
@@ -244,6 +245,11 @@ def finished_words(done: dict[str, Any], total_steps: int) -> str:
     trained = done["total_steps"]
     fewer = f", and {total_steps:,} are asked for" if total_steps < trained else ""
     return f"this run is finished, with {trained:,} steps{fewer}"
+
+
+def _plain(recipe: dict[str, Any]) -> dict[str, Any]:
+    """A recipe as it is saved: tuples become lists, and credentials in URLs are left out."""
+    return masked_values(json.loads(json.dumps(recipe, default=str)))
 
 
 def _compared(target: Path, recipe: dict[str, Any]) -> tuple[Path | None, tuple[str, ...]]:
@@ -313,7 +319,7 @@ def _saved_recipe(target: Path, newest: Path | None) -> dict[str, Any] | None:
     """
     if newest is None:
         return None
-    saved = checkpoint.read_json(newest, "recipe")
+    saved = masked_values(checkpoint.read_json(newest, "recipe"))
     try:
         return recipes.to_dict(recipes.filled(recipes.from_dict(saved)))
     except BadInput:  # options that do not exist any more: said as a difference

@@ -32,6 +32,7 @@ from mmpeft_ds.engine.zero import state as zero_state
 from mmpeft_ds.errors import AgreedBadInput, BadInput
 from mmpeft_ds.files import cannot_write
 from mmpeft_ds.progress import Progress
+from mmpeft_ds.redaction import masked_values
 from mmpeft_ds.stop import StopFlag
 from mmpeft_ds.tasks.base import TaskBase
 
@@ -327,7 +328,7 @@ class Training:
             self.built.engine,
             self.built.trainables,
             self.state,
-            recipe=recipes.to_dict(self.recipe),
+            recipe=masked_values(recipes.to_dict(self.recipe)),
             fingerprint=self.built.fingerprint,
             keep_last=self.recipe.engine.keep_last,
             best=best,

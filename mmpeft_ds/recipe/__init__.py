@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -17,6 +17,7 @@ from mmpeft_ds.files import REPOSITORY
 from mmpeft_ds.recipe.components import Section, components, filled
 from mmpeft_ds.recipe.options import EngineOptions, MonitorOptions, OptimOptions
 from mmpeft_ds.recipe.parse import Origin, override_all, parse_yaml, shown, typed
+from mmpeft_ds.redaction import masked_values
 
 __all__ = [
     "Origin", "Recipe", "Section", "components", "filled", "from_dict", "load", "of_run", "overridden", "parse_yaml",
@@ -121,9 +122,14 @@ def to_dict(recipe: Recipe) -> dict[str, Any]:
     return json.loads(json.dumps(dataclasses.asdict(recipe), default=sorted))
 
 
-def to_yaml(recipe: Recipe) -> str:
-    """The recipe as YAML text that `load` reads back to an equal recipe."""
-    return yaml.safe_dump(to_dict(recipe), sort_keys=False, allow_unicode=True, width=110)
+def to_yaml(recipe: Recipe, change: Callable[[str, Any], Any] = lambda section, value: masked_values(value)) -> str:
+    """The recipe as YAML text that `load` reads back to an equal recipe, but for credentials in URLs.
+
+    Args:
+        change: gives each section, by its name, as it is to be written.
+    """
+    written = {section: change(section, value) for section, value in to_dict(recipe).items()}
+    return yaml.safe_dump(written, sort_keys=False, allow_unicode=True, width=110)
 
 
 def where(recipe: Recipe, key: str) -> str:

@@ -17,6 +17,7 @@ from mmpeft_ds.engine.monitor import plain
 from mmpeft_ds.engine.streams import records
 from mmpeft_ds.errors import BadInput
 from mmpeft_ds.files import check_writable, write_atomic, write_json
+from mmpeft_ds.redaction import masked_values
 from mmpeft_ds.runs.finished import on_split, open_run
 from mmpeft_ds.runs.submission import content, file_name, not_listed
 from mmpeft_ds.stop import StopFlag
@@ -140,7 +141,7 @@ def named(split: str, sources: Sequence[SourceOptions], dirs: Sequence[str]) -> 
 def _write(run: Path, name: str, reports: list[dict[str, Any]], rows: list[dict[str, Any]]) -> None:
     lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     write_atomic(run / f"predictions-{name}.jsonl", "".join(lines))
-    write_json(run / f"evaluation-{name}.json", plain(reports))
+    write_json(run / f"evaluation-{name}.json", masked_values(plain(reports)))
 
 
 def _submit(path: Path, form: str, source: ResolvedSource, rows: list[dict[str, Any]]) -> None:

@@ -23,6 +23,7 @@ COMMON = {
     "owner",
     "progress",
     "quiet",
+    "redaction",
     "registration",
     "registry",
     "stop",

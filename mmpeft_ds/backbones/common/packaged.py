@@ -176,16 +176,16 @@ def _convert_smollm2(source: Path, folder: Path, where: str) -> tuple[Any, dict[
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     stored = {"gguf_file": source.name}
-    tokenizer = AutoTokenizer.from_pretrained(source.parent, **stored)
-    read = AutoModelForCausalLM.from_pretrained(source.parent, dtype=torch.float16, **stored)
+    tokenizer = AutoTokenizer.from_pretrained(source.parent, **stored, trust_remote_code=False)
+    read = AutoModelForCausalLM.from_pretrained(source.parent, dtype=torch.float16, **stored, trust_remote_code=False)
     # transformers does not save what it read from GGUF: a new model takes the weights.
     config = copy.deepcopy(read.config)
     del config.quantization_config
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float16)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float16, trust_remote_code=False)
     model.load_state_dict(read.state_dict())
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    return AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    return AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, trust_remote_code=False)
 
 
 def _onnx_state(source: Path, where: str) -> dict:

@@ -37,7 +37,7 @@ def read_config(name: str, where: str, families: tuple[str, ...]) -> PretrainedC
         BadInput: if it cannot be read or is of another family.
     """
     try:
-        config = AutoConfig.from_pretrained(tower_loading.locate(name, where))
+        config = AutoConfig.from_pretrained(tower_loading.locate(name, where), trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise BadInput(
             f"{where}: cannot read the configuration of {name!r} ({tower_loading.first_line(error)}). "
@@ -51,7 +51,7 @@ def read_config(name: str, where: str, families: tuple[str, ...]) -> PretrainedC
 def read_tokenizer(name: str, where: str) -> Any:
     """Tokenizer of `name`. Raises BadInput."""
     try:
-        return AutoTokenizer.from_pretrained(tower_loading.locate(name, where))
+        return AutoTokenizer.from_pretrained(tower_loading.locate(name, where), trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise BadInput(
             f"{where}: cannot load the tokenizer of {name!r} ({tower_loading.first_line(error)})."

@@ -85,7 +85,7 @@ def load_config(name: str, where: str, kind: str) -> PretrainedConfig:
         BadInput: if it cannot be read or its family does not fit.
     """
     try:
-        config = AutoConfig.from_pretrained(locate(name, where))
+        config = AutoConfig.from_pretrained(locate(name, where), trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise BadInput(
             f"{where}: cannot read the configuration of {name!r} ({first_line(error)}). "
@@ -124,7 +124,7 @@ def load_tower(
     try:
         with quiet_loading():
             model, info = AutoModel.from_pretrained(
-                locate(name, where), config=config, output_loading_info=True, **kwargs
+                locate(name, where), config=config, output_loading_info=True, **kwargs, trust_remote_code=False
             )
     except (OSError, SafetensorError) as error:
         raise BadInput(
@@ -147,7 +147,7 @@ def placed(device: torch.device | None) -> dict[str, Any]:
 
 def empty_tower(config: PretrainedConfig, kind: str, pooler: bool) -> PreTrainedModel:
     """Tower with fresh weights from its configuration (on the device of the context, so also on meta)."""
-    return AutoModel.from_config(config, **pooler_argument(config, kind, pooler))
+    return AutoModel.from_config(config, **pooler_argument(config, kind, pooler), trust_remote_code=False)
 
 
 def pooler_argument(config: PretrainedConfig, kind: str, pooler: bool) -> dict[str, bool]:

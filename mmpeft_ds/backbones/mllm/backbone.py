@@ -287,13 +287,15 @@ class MllmBackbone(StockBackbone):
         changes: dict[str, Any] = {}
         place = tower_loading.locate(self.options.model, WHERE)
         try:
-            processor = AutoImageProcessor.from_pretrained(place, backend="pil")
+            processor = AutoImageProcessor.from_pretrained(place, backend="pil", trust_remote_code=False)
             if self.options.max_pixels:
                 least = min(processor.size["shortest_edge"], self.options.max_pixels)
                 changes["size"] = {"shortest_edge": least, "longest_edge": self.options.max_pixels}
                 # Where the checkpoint's file has these keys, as those on the hub do, they win over `size`.
                 changes |= {"min_pixels": least, "max_pixels": self.options.max_pixels}
-                processor = AutoImageProcessor.from_pretrained(place, backend="pil", **changes)
+                processor = AutoImageProcessor.from_pretrained(
+                    place, backend="pil", **changes, trust_remote_code=False
+                )
         except (OSError, ValueError, ImportError) as error:
             reason = tower_loading.first_line(error)
             raise BadInput(

@@ -94,7 +94,9 @@ class VisionTextDecoder(VisionSide, GenerationMixin):
     ):
         super().__init__(config)
         vision = vision or empty_tower(config.vision_config, "vision", config.vision_feature == "pooler")
-        self._join_towers(vision, text or AutoModelForCausalLM.from_config(config.text_config))
+        self._join_towers(
+            vision, text or AutoModelForCausalLM.from_config(config.text_config, trust_remote_code=False)
+        )
         widths = config.vision_config.hidden_size, config.text_config.hidden_size
         projected = config.projection != "none"
         self.vision_projection = VisionProjection(config.projection, *widths) if projected else None
