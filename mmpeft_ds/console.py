@@ -21,6 +21,7 @@ from mmpeft_ds.registration import when_imported
 
 # What gloo and NCCL say when a rank that they wait for is gone.
 LOST_A_RANK = ("gloo/transport/", "remote process exited")
+NO_MEMORY = "DefaultCPUAllocator: can't allocate memory"  # torch raises it as a RuntimeError
 PATIENCE = datetime.timedelta(seconds=5)  # how long other ranks wait for rank 0 to speak first
 
 
@@ -64,7 +65,13 @@ def _code_of(main: Callable[[], int | None], watch: stop.Watch) -> int:
         sys.stdout.flush()
         print(f"error: {masked(str(e.filename or 'a file of this command'))}: {reason}", file=sys.stderr, flush=True)
         code = 2
-    except RuntimeError as e:
+    except (MemoryError, RuntimeError) as e:
+        if isinstance(e, MemoryError) or NO_MEMORY in str(e):
+            if _speaks():
+                what = f" ({str(e).splitlines()[0][:200]})" if str(e) else ""
+                print(f"error: not enough memory on this machine{what}. Is a number of the recipe too large?",
+                      file=sys.stderr, flush=True)  # fmt: skip
+            sys.exit(2)
         if not any(sign in str(e) for sign in LOST_A_RANK):
             raise
         sys.stdout.flush()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -96,6 +97,8 @@ def _fill(
     model.save_pretrained(str(partial), state_dict=dict(saved), save_embedding_layers=False)
     _verify(partial / WEIGHTS, saved)
     config = json.loads((partial / CONFIG).read_text("utf-8"))
+    if os.path.isabs(config.get("base_model_name_or_path") or ""):
+        config["base_model_name_or_path"] = None  # for another value peft warns that the base was renamed
     write_json(partial / CONFIG, redaction.named(config) | resolved.method.saved_fields(resolved.method_config))
     resolved.method.Config.from_pretrained(str(partial))  # raises where peft would not read its own file again
     recipe, backbone = resolved.recipe, resolved.backbone

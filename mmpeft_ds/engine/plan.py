@@ -21,6 +21,7 @@ from mmpeft_ds.engine import ewc, pack_forecast, rundir, text_check
 from mmpeft_ds.engine.assembly.checks import check_schedule
 from mmpeft_ds.engine.assembly.idle import idle_notes
 from mmpeft_ds.engine.assembly.resolve import Resolved, attach
+from mmpeft_ds.engine.identities import identities
 from mmpeft_ds.engine.optim import optimizers
 from mmpeft_ds.engine.zero.config import merge
 from mmpeft_ds.engine.zero.resident import Layout, Tensors, resident
@@ -60,7 +61,7 @@ def make(resolved: Resolved, ranks: Sequence[int] = ()) -> dict[str, Any]:
     asked = 0 if resolved.method_options.gradient_free else total_steps
     texts, text_notes = _texts(resolved)
     packing = pack_forecast.make(resolved, ranks)
-    there = (recipe.run_dir, recipes.to_dict(recipe), asked, recipe.engine.patience)
+    there = (recipe.run_dir, recipes.to_dict(recipe), asked, recipe.engine.patience, identities(resolved))
     return {
         "backbone": recipe.backbone["name"],
         "method": recipe.method["name"],

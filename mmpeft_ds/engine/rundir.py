@@ -26,6 +26,7 @@ from typing import Any
 import yaml
 
 from mmpeft_ds import recipe as recipes
+from mmpeft_ds.adapter_files import whole
 from mmpeft_ds.distributed.collectives import on_rank0
 from mmpeft_ds.engine import checkpoint, events
 from mmpeft_ds.errors import BadInput
@@ -53,6 +54,7 @@ MAY_DIFFER = (
     "engine.max_skipped",
     "data.max_bad_fraction",
     "data.max_bad_in_a_row",
+    "data.max_sample_bytes",
     "data.workers",
     "data.prefetch",
     "data.pack",  # the samples of a step and their losses stay
@@ -60,6 +62,7 @@ MAY_DIFFER = (
     "data.verify",
     "monitor",
 )
+IDENTITIES = "identities"  # key of the state's `extra`
 LOCK_WAIT = 5.0  # seconds; the ranks of a killed run need a moment to exit
 logger = logging.getLogger(__name__)
 
@@ -96,11 +99,14 @@ class RunDir:
         return self.path / "adapter"
 
     @classmethod
-    def open(cls, path: str | Path, recipe: dict[str, Any], fresh: bool = False) -> RunDir:
+    def open(
+        cls, path: str | Path, recipe: dict[str, Any], fresh: bool = False, identities: dict[str, str] | None = None
+    ) -> RunDir:
         """Open the run directory `path`, new or to be continued. Collective: rank 0 works, all ranks get the result.
 
         Args:
             recipe: resolved recipe, plain data; written to recipe.yaml.
+            identities: of what its paths lead to, by which it is known at another place.
             fresh: take the first of PATH, PATH-1, PATH-2, ... that does not exist.
 
         Raises:
@@ -117,7 +123,7 @@ class RunDir:
             target.mkdir(parents=True, exist_ok=True)
             lock.append(Lock(target / ".lock"))
             try:
-                newest, differing = _compared(target, recipe)
+                newest, differing = _compared(target, recipe, identities or {})
                 write_atomic(target / "recipe.yaml", yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True))
             except BaseException:
                 lock.pop().release()
@@ -139,7 +145,7 @@ class RunDir:
 
         That is so if the run is to be longer, or if it stopped early and is to be more patient.
         """
-        return on_rank0(lambda: _finished(self.path, total_steps, patience))
+        return on_rank0(lambda: _finished(self.path, total_steps, patience, self.resume_from))
 
     def finish(self, total_steps: int, metrics: dict[str, Any], table: str, patience: int = 0) -> None:
         """Mark the run of `total_steps` steps as done, with its final metrics and printed table. Collective.
@@ -150,20 +156,27 @@ class RunDir:
         value = {"total_steps": total_steps, "patience": patience, "metrics": metrics, "table": table}
         on_rank0(lambda: write_json(self.path / "finished.json", value))
 
-    def truncate(self, step: int, evaluated: bool = True) -> None:
+    def truncate(self, step: int, evaluated: bool = True) -> dict[str, Any]:
         """Cut metrics.jsonl and the TensorBoard files after `step`, and unmark a finished run. Collective.
 
         Args:
             evaluated: the evaluation after `step` is not made again.
+
+        Returns:
+            the last line that is left, empty if there is none.
         """
 
-        def cut() -> None:
+        def cut() -> dict[str, Any]:
             with contextlib.suppress(FileNotFoundError):
                 (self.path / "finished.json").unlink()
-            truncate_jsonl(self.metrics_path, step)
+            rows = truncate_jsonl(self.metrics_path, step)
             events.truncate(self.tensorboard, step, evaluated)
+            if lost := sorted(set(range(1, step + 1)) - {row.get("step") for row in rows}):
+                some = ", ".join(map(str, lost[:5])) + (", ..." if len(lost) > 5 else "")
+                logger.warning("%s: the lines of %d steps are lost (%s)", self.metrics_path, len(lost), some)
+            return rows[-1] if rows else {}
 
-        on_rank0(cut)
+        return on_rank0(cut)
 
     def close(self) -> None:
         """Release the lock."""
@@ -215,11 +228,18 @@ class Lock:
             os.close(self.descriptor)
 
 
-def preview(path: str | Path, recipe: dict[str, Any], total_steps: int, patience: int = 0) -> list[str]:
+def preview(
+    path: str | Path,
+    recipe: dict[str, Any],
+    total_steps: int,
+    patience: int = 0,
+    identities: dict[str, str] | None = None,
+) -> list[str]:
     """Lines that say what a start would do in the run directory `path`; none for a new one. Changes nothing.
 
     Args:
         recipe: resolved recipe, plain data.
+        identities: as of `RunDir.open`.
         total_steps: optimizer steps of the recipe.
 
     Raises:
@@ -230,12 +250,12 @@ def preview(path: str | Path, recipe: dict[str, Any], total_steps: int, patience
     _refuse_unwritable(target)
     if not target.is_dir():
         return []
-    newest, differing = _compared(target, _plain(recipe))
+    newest, differing = _compared(target, _plain(recipe), identities or {})
     lines = [f"{target}: continued with another {', '.join(differing)}"] if differing else []
     if newest is None:
         return lines
-    step = checkpoint.read_json(newest, "state").get("step", 0)
-    if (done := _finished(target, total_steps, patience)) is not None:
+    step = _state(newest).get("step", 0)
+    if (done := _finished(target, total_steps, patience, newest)) is not None:
         return [*lines, f"{target}: {finished_words(done, total_steps)}; a start prints its table"]
     return [*lines, f"{target}: a start continues this run after step {step:,} of {total_steps:,}"]
 
@@ -252,12 +272,21 @@ def _plain(recipe: dict[str, Any]) -> dict[str, Any]:
     return masked_values(json.loads(json.dumps(recipe, default=str)))
 
 
-def _compared(target: Path, recipe: dict[str, Any]) -> tuple[Path | None, tuple[str, ...]]:
+def _compared(target: Path, recipe: dict[str, Any], identities: dict[str, str]) -> tuple[Path | None, tuple[str, ...]]:
     """The checkpoint to continue from, and the keys that differ from its recipe and may. Raises BadInput."""
     newest = checkpoint._newest_valid(target / "checkpoints")
     old = _saved_recipe(target, newest)
     differing = tuple(_differences(old, recipe)) if newest is not None and old is not None else ()
-    refused = [d for d in differing if not _may_differ(d.split(":")[0])]
+    known = {} if newest is None else _state(newest).get("extra", {}).get(IDENTITIES, {})
+    same = {key for key, value in identities.items() if known.get(key) == value}
+    for key in sorted(identities.keys() & known.keys() - same):
+        if key.startswith("data.sources."):
+            raise BadInput(
+                f"{target}: {key} names other data than this run was trained on (another manifest). Restore the data "
+                "set, or add --fresh to start in a new directory."
+            )
+    keys = {d: d.split(":")[0] for d in differing}
+    refused = [d for d, key in keys.items() if not _may_differ(key) and key not in same]
     if refused:
         raise BadInput(
             f"{target}: the recipe differs from the one of this run in {'; '.join(refused)}. "
@@ -266,28 +295,55 @@ def _compared(target: Path, recipe: dict[str, Any]) -> tuple[Path | None, tuple[
     return newest, differing
 
 
-def _finished(path: Path, total_steps: int, patience: int) -> dict[str, Any] | None:
-    with contextlib.suppress(FileNotFoundError, ValueError):
+def _state(path: Path) -> dict[str, Any]:
+    header = checkpoint.read_json(path, "state")
+    return header.get("state", header)
+
+
+def _finished(path: Path, total_steps: int, patience: int, newest: Path | None) -> dict[str, Any] | None:
+    # A file of another form is as good as none.
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         stored = json.loads((path / "finished.json").read_text())
         out_of_patience = stored.get("patience", 0)
         more_patient = out_of_patience and (patience > out_of_patience or not patience)
-        if stored["total_steps"] >= total_steps and not more_patient:
-            return stored
+        if stored["total_steps"] >= total_steps and not more_patient and isinstance(stored["table"], str):
+            return stored if _has_adapter(path, newest) else None
     return None
 
 
-def truncate_jsonl(path: Path, step: int) -> None:
-    """Drop the lines of `path` whose `step` is above `step`, and a last line that a kill left half written."""
+def _has_adapter(path: Path, newest: Path | None) -> bool:
+    """Whether the adapter of a finished run is whole. Raises BadInput where no checkpoint could give it again."""
+    try:
+        whole(path / "adapter")
+    except BadInput as damage:
+        if newest is None:
+            raise BadInput(
+                f"{path}: finished, but its adapter is not whole and there is no checkpoint to export it from "
+                f"({damage}) Restore it, or add --fresh to train in a new directory."
+            ) from damage
+        logger.warning("%s It is exported again from checkpoint %s", damage, newest.name)
+        return False
+    return True
+
+
+def truncate_jsonl(path: Path, step: int) -> list[dict[str, Any]]:
+    """Drop the lines of `path` whose `step` is above `step`, and a last line that a kill left half written.
+
+    Returns:
+        the rows that are left.
+    """
     if not path.exists():
-        return
-    kept = []
+        return []
+    kept, rows = [], []
     lines = path.read_bytes().splitlines(keepends=True)
     for line in lines:
-        with contextlib.suppress(ValueError, TypeError, AttributeError):
-            if line.endswith(b"\n") and json.loads(line).get("step", 0) <= step:
+        with contextlib.suppress(ValueError, TypeError, AttributeError, RecursionError):
+            if line.endswith(b"\n") and (row := json.loads(line)).get("step", 0) <= step:
                 kept.append(line)
+                rows.append(row)
     if len(kept) != len(lines):
         write_atomic(path, b"".join(kept))
+    return rows
 
 
 def _differences(old: Any, new: Any, key: str = "") -> list[str]:

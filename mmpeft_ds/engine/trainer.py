@@ -22,8 +22,9 @@ from mmpeft_ds.engine.assembly.idle import idle_notes
 from mmpeft_ds.engine.assembly.resolve import Resolved, ResolvedSource, resolve, titles
 from mmpeft_ds.engine.evaluator import Evaluation, count, evaluate
 from mmpeft_ds.engine.export import export_adapter
+from mmpeft_ds.engine.identities import identities
 from mmpeft_ds.engine.monitor import Monitor, Observer, plain
-from mmpeft_ds.engine.rundir import RunDir, finished_words
+from mmpeft_ds.engine.rundir import IDENTITIES, RunDir, finished_words
 from mmpeft_ds.engine.step import EPOCH_WEIGHT, RUN_WEIGHT, Stepper, merged_budget
 from mmpeft_ds.engine.streams import check_shards, make_stream, thumbnails_of, total_steps
 from mmpeft_ds.engine.text_counts import note, nothing_learnt
@@ -57,7 +58,8 @@ def run(recipe: recipes.Recipe, *, fresh: bool = False, conclude: Callable[[Trai
         resolved = resolve(recipe)
         recipe = resolved.recipe
         ranks = processes.start(**recipe.start_options())
-        run_dir = RunDir.open(recipe.run_dir, recipes.to_dict(recipe), fresh=fresh)
+        at_paths = identities(resolved) if ranks.rank == 0 else {}
+        run_dir = RunDir.open(recipe.run_dir, recipes.to_dict(recipe), fresh=fresh, identities=at_paths)
         stack.callback(run_dir.close)
         stream = make_stream(resolved, resolved.train, ranks, train=True)
         stack.callback(stream.close)  # loader workers that still start would delay the exit after an error
@@ -83,7 +85,8 @@ def run(recipe: recipes.Recipe, *, fresh: bool = False, conclude: Callable[[Trai
         base = ewc.base_of(built.model, built.fingerprint, resolved.train)
         built.ewc = ewc.load(recipe, built, base, state, fresh=run_dir.resume_from is None)
         # To 0 as well: an earlier start may have died before its first checkpoint.
-        run_dir.truncate(state.step, evaluated=state.extra.get("evaluated_at") == state.step)
+        last = run_dir.truncate(state.step, evaluated=state.extra.get("evaluated_at") == state.step)
+        state.extra[IDENTITIES] = at_paths
 
         # Train.
         observers: list[Observer] = []  # of rank 0; the others are silent
@@ -95,6 +98,7 @@ def run(recipe: recipes.Recipe, *, fresh: bool = False, conclude: Callable[[Trai
         for line in built.ewc.summary if built.ewc else ():
             observer.say(line)
         training = Training(resolved, built, ranks, stream, total, state, run_dir, observer, stop)
+        training.last = last
         stack.callback(training.close)
         stop.begin()
         if not (training.loop() and training.finish(conclude)):

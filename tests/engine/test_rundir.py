@@ -25,6 +25,7 @@ from mmpeft_ds.engine.evaluator import Evaluation
 from mmpeft_ds.engine.monitor import Monitor
 from mmpeft_ds.engine.rundir import RunDir
 from mmpeft_ds.errors import BadInput
+from mmpeft_ds.files import save_tensors, write_json
 from mmpeft_ds.recipe.options import MonitorOptions
 
 RECIPE = {
@@ -192,7 +193,8 @@ def test_the_lock_waits_a_little_for_an_owner_that_is_leaving(tmp_path):
     assert child.exitcode == -signal.SIGKILL  # the owner was there, and left first
 
 
-def test_a_finished_run_says_so_unless_it_is_made_longer(tmp_path):
+def test_a_finished_run_says_so_unless_it_is_made_longer(tmp_path, monkeypatch):
+    monkeypatch.setattr(rundir, "whole", lambda directory: directory)
     run = RunDir.open(tmp_path / "a", RECIPE)
     assert run.finished(10) is None
     run.finish(10, {"accuracy": 0.5}, "the table")
@@ -203,7 +205,8 @@ def test_a_finished_run_says_so_unless_it_is_made_longer(tmp_path):
     run.close()
 
 
-def test_a_run_that_stopped_early_goes_on_with_more_patience(tmp_path):
+def test_a_run_that_stopped_early_goes_on_with_more_patience(tmp_path, monkeypatch):
+    monkeypatch.setattr(rundir, "whole", lambda directory: directory)
     run = RunDir.open(tmp_path / "a", RECIPE)
     run.finish(10, {"accuracy": 0.5}, "the table", patience=2)
     assert run.finished(10, patience=2)["table"] == "the table"
@@ -213,6 +216,64 @@ def test_a_run_that_stopped_early_goes_on_with_more_patience(tmp_path):
     run.finish(10, {"accuracy": 0.5}, "the table")  # all steps are taken: patience has no say
     assert run.finished(10, patience=3) is not None
     run.close()
+
+
+@pytest.mark.parametrize("content", ["[1]", '{"total_steps": "many", "table": ""}', '{"total_steps": 10}', "{", "3"])
+def test_a_finished_json_of_another_form_is_as_good_as_none(tmp_path, content):
+    run = RunDir.open(tmp_path / "a", RECIPE)
+    (tmp_path / "a" / "finished.json").write_text(content)
+    assert run.finished(10) is None
+    run.close()
+
+
+def test_a_finished_run_without_its_adapter_exports_it_again_or_says_that_it_cannot(tmp_path, caplog):
+    run = RunDir.open(tmp_path / "a", RECIPE)
+    run.finish(10, {}, "the table")
+    with pytest.raises(BadInput, match="its adapter is not whole and there is no checkpoint"):
+        run.finished(10)
+    run.resume_from = tmp_path / "a" / "checkpoints" / "step-00000010"
+    assert run.finished(10) is None and "exported again from checkpoint step-00000010" in caplog.text
+    run.close()
+
+
+def test_lost_lines_of_the_curves_are_said_and_the_last_one_is_kept_for_the_table(tmp_path, caplog):
+    run = RunDir.open(tmp_path / "a", RECIPE)
+    run.metrics_path.write_text("".join(json.dumps({"step": s, "loss": 0.5}) + "\n" for s in (1, 2, 5, 6)))
+    assert run.truncate(5) == {"step": 5, "loss": 0.5}
+    assert "the lines of 2 steps are lost (3, 4)" in caplog.text
+    run.close()
+
+
+MOVED = "data.sources.0.dir"
+
+
+@pytest.mark.parametrize(
+    "now, message",
+    [
+        ({MOVED: "same"}, None),
+        ({}, r"data\.sources\.0\.dir: old -> new"),
+        ({MOVED: "other"}, "names other data than this run was trained on"),
+    ],
+)
+def test_the_same_data_at_another_path_continues_and_other_data_at_the_same_path_does_not(tmp_path, now, message):
+    def recipe(place):
+        return RECIPE | {"data": {"sources": [{"dir": place}]}}
+
+    run = tmp_path / "a"
+    RunDir.open(run, recipe("old")).close()
+    state = {"step": 5, "extra": {rundir.IDENTITIES: {MOVED: "same"}}}
+    files = {"state.json": {"state": state}, "recipe.json": recipe("old"), "fingerprint.json": {}}
+    writers = {name: lambda path, value=value: write_json(path, value) for name, value in files.items()}
+    for name in ("weights.safetensors", "optimizer.safetensors"):
+        writers[name] = lambda path: save_tensors(path, {"w": torch.zeros(1)})
+    checkpoint._write(run / "checkpoints", 5, writers, 2, False)
+    if message is None:
+        opened = RunDir.open(run, recipe("new"), identities=now)
+        assert opened.differing == ("data.sources.0.dir: old -> new",) and opened.resume_from.name == "step-00000005"
+        opened.close()
+        return
+    with pytest.raises(BadInput, match=message):
+        RunDir.open(run, recipe("new"), identities=now)
 
 
 def test_truncate_cuts_metrics_and_a_half_written_line(tmp_path):

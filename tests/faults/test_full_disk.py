@@ -95,3 +95,34 @@ def test_a_run_that_finds_no_room_goes_on_where_it_was(folder, untouched, small,
     assert curve(run) == curve(untouched)
     for name in ("adapter_model.safetensors", "adapter_config.json"):
         assert (run / "adapter" / name).read_bytes() == (untouched / "adapter" / name).read_bytes()
+
+
+def test_a_finished_run_whose_adapter_is_gone_exports_it_again_with_its_loss(folder, untouched):
+    run = folder / "exported again"
+    shutil.copytree(untouched, run)
+    shutil.rmtree(run / "adapter")
+    done = train(folder, run)
+    assert done.code == 0 and "exported again" in done.output, done.tail()
+    weights = "adapter/adapter_model.safetensors"
+    assert (run / weights).read_bytes() == (untouched / weights).read_bytes() and curve(run) == curve(untouched)
+    loss = json.loads((run / "finished.json").read_text())["metrics"]["train_loss"]
+    assert loss == json.loads((untouched / "finished.json").read_text())["metrics"]["train_loss"] is not None
+
+
+def test_data_and_base_at_another_place_continue_the_run_and_other_data_does_not(folder, untouched, tmp_path):
+    run, there = tmp_path / "run", tmp_path / "moved"
+    assert train(folder, run, "optim.max_steps=4").code == 0
+    for part in ("data", "vision", "text"):
+        shutil.copytree(folder / part, there / part)
+    places = [f"data.{role}.0.dir={there / 'data'}" for role in ("sources", "validation")]
+    places += [f"backbone.{tower}={there / tower}" for tower in ("vision", "text")]
+    done = train(folder, run, *places)
+    assert done.code == 0 and "continues after step 4" in done.output, done.tail()
+    assert [row[0] for row in curve(run)] == [row[0] for row in curve(untouched)]
+    shutil.rmtree(there / "data")
+    tiny_vqa.write_data(there / "data", answer=int.__sub__)
+    manifest = json.loads((there / "data" / "manifest.json").read_text())
+    manifest["statistics"] = json.loads((folder / "data" / "manifest.json").read_text())["statistics"]
+    (there / "data" / "manifest.json").write_text(json.dumps(manifest))
+    done = train(folder, run, *places, "optim.epochs=3")
+    assert set(done.codes) == {2} and "names other data than this run was trained on" in done.output, done.tail()

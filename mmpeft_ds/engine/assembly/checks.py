@@ -26,15 +26,20 @@ if TYPE_CHECKING:  # what is checked first must not wait for torch
 FEW_STEPS = 100  # a run by epochs that is shorter is remarked
 
 
+# Far above anything that has been trained; more than these ends in a lack of memory without a word.
+MOST_SLOTS, MOST_PROCESSES, MOST_STEPS = 2**22, 1024, 10**9
+
+
 def check_values(recipe: Recipe) -> None:
     """Refuse numbers out of range and combinations of plain options that cannot work. Raises BadInput."""
     data, optim, engine = recipe.data, recipe.optim, recipe.engine
     rules = [
         ("run_dir", bool(recipe.run_dir.strip()), "must name a directory"),
-        ("seed", recipe.seed >= 0, "must be 0 or more"),
-        ("data.global_batch", data.global_batch >= 1, "must be 1 or more"),
-        ("data.workers", data.workers >= 0, "must be 0 or more"),
-        ("data.prefetch", data.prefetch >= 1, "must be 1 or more"),
+        ("seed", 0 <= recipe.seed < 2**63, "must lie in [0, 2^63)"),
+        ("data.global_batch", 1 <= data.global_batch <= MOST_SLOTS, f"must lie in [1, {MOST_SLOTS:,}]"),
+        ("data.workers", 0 <= data.workers <= MOST_PROCESSES, f"must lie in [0, {MOST_PROCESSES:,}]"),
+        ("data.prefetch", 1 <= data.prefetch <= MOST_PROCESSES, f"must lie in [1, {MOST_PROCESSES:,}]"),
+        ("data.max_sample_bytes", data.max_sample_bytes >= 1, "must be 1 or more"),
         ("data.pack", data.pack >= 0, "must be 0 (off), or the tokens of a micro-batch"),
         ("data.shuffle_block", data.shuffle_block >= 1, "must be 1 or more"),
         ("data.max_bad_fraction", 0 <= data.max_bad_fraction <= 1, "must lie in [0, 1]"),
@@ -46,8 +51,8 @@ def check_values(recipe: Recipe) -> None:
         ("optim.weight_decay", optim.weight_decay >= 0, "must be 0 or more"),
         ("optim.betas", all(0 <= b < 1 for b in optim.betas), "must lie in [0, 1)"),
         ("optim.eps", optim.eps > 0, "must be above 0"),
-        ("optim.epochs", optim.epochs >= 1, "must be 1 or more"),
-        ("optim.max_steps", optim.max_steps >= 0, "must be 0 (off) or more"),
+        ("optim.epochs", 1 <= optim.epochs <= MOST_STEPS, f"must lie in [1, {MOST_STEPS:,}]"),
+        ("optim.max_steps", 0 <= optim.max_steps <= MOST_STEPS, f"must be 0 (off), or at most {MOST_STEPS:,}"),
         ("optim.warmup", optim.warmup >= 0, "must be 0 or more (a share below 1, else steps)"),
         ("optim.min_lr_ratio", 0 <= optim.min_lr_ratio <= 1, "must lie in [0, 1]"),
         ("optim.clip", optim.clip >= 0, "must be 0 (off) or more"),
@@ -61,7 +66,7 @@ def check_values(recipe: Recipe) -> None:
         ("engine.stall", engine.stall > 0, "must be above 0 seconds"),
         ("engine.timeout", engine.timeout > engine.stall, "must be above engine.stall"),
         ("engine.max_skipped", engine.max_skipped >= 1, "must be 1 or more"),
-        ("engine.threads", engine.threads >= 0, "must be 0 (automatic) or more"),
+        ("engine.threads", 0 <= engine.threads <= MOST_PROCESSES, f"must be 0 (automatic) to {MOST_PROCESSES:,}"),
         (
             "engine.adapter_matmul",
             engine.adapter_matmul in ("float32", engine.dtype),
