@@ -75,7 +75,9 @@ def cannot_write(error: BaseException) -> str:
     if not isinstance(error, OSError) or not (isinstance(error, CannotWrite) or error.errno in _UNWRITABLE):
         return ""
     if error.errno == errno.ENOENT:
-        return "cannot be written, since its directory is gone. Restore it; the same command goes on from what it holds."
+        return (
+            "cannot be written, since its directory is gone. Restore it; the same command goes on from what it holds."
+        )
     remedies = dict.fromkeys(_FULL, "Make room")
     remedy = remedies.get(error.errno, "Choose another place, or mend this one")
     return f"cannot be written ({os.strerror(error.errno or errno.EIO)}). {remedy}; the same command continues."
