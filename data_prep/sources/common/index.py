@@ -225,7 +225,7 @@ class Index:
 
     def set_aside(self, split: str, reason: str, name: str) -> None:
         """Note that a record becomes no sample."""
-        self._run("INSERT INTO aside VALUES(?,?,?)", (split, reason, _storable(name)))
+        self._run("INSERT INTO aside VALUES(?,?,?)", (split, _storable(reason), _storable(name)))
         self.count(split, "records")
 
     def count(self, split: str, name: str, by: int = 1) -> None:

@@ -81,6 +81,7 @@ def test_every_broken_record_is_set_aside_by_its_reason(root, tmp_path):
         {**good, "conversations": turns("a", "<image>")},
         {"conversations": turns("a", " ")},
         {"conversations": tool},
+        {"conversations": [{"from": "\ud800", "value": "q"}]},
         {**good, "image": "https://example.org/a.jpg"},
         {**good, "image": "missing.jpg"},
         {**good, "video": "a.mp4"},
@@ -98,6 +99,7 @@ def test_every_broken_record_is_set_aside_by_its_reason(root, tmp_path):
         "picture missing": 1,
         "picture without <image>": 1,
         "roles do not alternate": 1,
+        "turn of the role \\ud800": 1,
         "turn of the role function_call": 1,
         "video are not read here": 1,
     }
