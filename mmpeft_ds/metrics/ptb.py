@@ -253,7 +253,7 @@ def _apostrophe_patterns() -> list[tuple[str, str]]:
         (_CLITIC, "[^A-Za-z]"),
         ("|".join(whole), ""),
         (f"[yY]{a}", _LETTER),
-        (r"['\x92\u2019][0-9]{2}", _BLANK_OR_END),
+        (f"{a}[0-9]{{2}}", _BLANK_OR_END),
         ("'", r"[A-Za-z][^ \t\r\n\xa0]"),  # an opening quotation mark
         (_CLITIC, ""),
     ]
