@@ -135,6 +135,7 @@ def frozen(engine) -> dict[str, str]:
 
 def save(run_dir: Path, engine, trainables, step: int, fingerprint, **options) -> Path:
     state = checkpoint.TrainState(epoch=1, step=step, step_in_epoch=2, global_batch=B, best=0.5, bad={"image": 2})
+    run_dir.mkdir(parents=True, exist_ok=True)
     return checkpoint.save(
         run_dir, engine, trainables, state, recipe={"seed": 0}, fingerprint=fingerprint, keep_last=2, **options
     )

@@ -85,6 +85,7 @@ def run_case(case: dict, folder: Path, ranks: processes.Ranks) -> dict:
     rows = train(made, state, BEFORE, ranks)
     weights = weights_of(made)
     run = folder / case["name"]
+    run.mkdir(exist_ok=True)
     path = checkpoint.save(
         run, made.built.engine, made.built.trainables, state, recipe={}, fingerprint={}, keep_last=1
     )

@@ -31,6 +31,7 @@ def run_case(case: dict, folder: Path, ranks: processes.Ranks) -> dict:
     rows = train(made, state, BEFORE, ranks)
     prints = fingerprint.frozen_fingerprint(fingerprint.frozen_tensors(model))
     engine, trainables = made.built.engine, made.built.trainables
+    (folder / case["name"]).mkdir(exist_ok=True)
     path = checkpoint.save(
         folder / case["name"], engine, trainables, state, recipe={}, fingerprint=prints, keep_last=1
     )

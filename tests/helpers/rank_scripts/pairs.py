@@ -123,6 +123,7 @@ def go_and_come_back(
     stepper: Stepper, built: Built, parts: SimpleNamespace, batch: Any, folder: Path, ranks: processes.Ranks
 ) -> None:
     """Save, take one more step and evaluate, as a run does before it goes back to its best checkpoint, and load."""
+    folder.mkdir(exist_ok=True)
     path = checkpoint.save(
         folder, built.engine, built.trainables, stepper.state, recipe={}, fingerprint=built.fingerprint, keep_last=1
     )

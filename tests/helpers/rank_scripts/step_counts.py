@@ -60,9 +60,11 @@ def run_case(case: dict, folder: Path, ranks: processes.Ranks) -> dict:
         with counted() as counts:
             losses.append(stepper.train_step(step, 0.0)["loss"])
     assert len(losses) == STEPS
+    run = folder / case["name"]
+    run.mkdir(exist_ok=True)
     with counted() as saving:
         path = checkpoint.save(
-            folder / case["name"] / "run",
+            run,
             built.engine,
             built.trainables,
             stepper.state,
