@@ -65,6 +65,7 @@ def train(module: nn.Module, optimizer: torch.optim.Optimizer, first: int, last:
 def save(folder, engine, step):
     state = checkpoint.TrainState(step=step)
     trainables = dict(engine.module.named_parameters())
+    folder.mkdir(exist_ok=True)
     return checkpoint.save(folder, engine, trainables, state, recipe={}, fingerprint={}, keep_last=2)
 
 
