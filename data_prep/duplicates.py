@@ -54,8 +54,10 @@ def _common(mine: list[Part], theirs: list[Part]) -> tuple[int, list[tuple[int, 
             left[at[hits]] = False
             total += len(hits)
             owners = np.repeat(np.arange(len(block["picture_counts"])), block["picture_counts"])
-            places = sorted([*places, *((shard, int(sample)) for sample in owners[hits[:SHOWN]])])[: 4 * SHOWN]
-    return (total, list(dict.fromkeys(places))[:SHOWN]) if total else None
+            # A sample with several pictures may hold several of them.
+            samples = np.unique(owners[hits])[:SHOWN].tolist()
+            places = sorted({*places, *((shard, sample) for sample in samples)})[:SHOWN]
+    return (total, places) if total else None
 
 
 def _blocks(parts: list[Part]) -> Callable[[], Iterator[identity.Arrays]]:

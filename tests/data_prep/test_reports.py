@@ -29,6 +29,21 @@ def lines(jsonl, tmp_path):
     return ["jsonl", "--out", str(tmp_path / "out"), "--samples-per-shard", "1", "--processes", "1", *options]
 
 
+def test_ten_samples_are_named_however_many_pictures_each_holds(jsonl, tmp_path):
+    for number in range(24):
+        put_picture(tmp_path / f"{number}.png", number, "PNG")
+    pairs = [{"image": [f"{n}.png", f"{n + 12}.png"], "caption": f"t {n}"} for n in range(12)]
+    both = [{"image": f"{n}.png", "caption": f"v {n}"} for n in range(24)]
+    files = [
+        word
+        for split, rows in (("train", pairs), ("val", both))
+        for word in (f"--{split}", jsonl(*rows, name=f"{split}.jsonl"))
+    ]
+    prepare.main(["jsonl", "--out", str(tmp_path / "out"), "--processes", "1", *map(str, files)])
+    also_in = Manifest.load(tmp_path / "out").account["train"]["also_in"]
+    assert also_in == {"val": [24, [f"train.jsonl:{n}" for n in range(1, 11)]]}
+
+
 def test_training_pictures_of_other_splits_are_counted_and_named(lines, tmp_path, capsys):
     prepare.main(lines)
     account = Manifest.load(tmp_path / "out").account
