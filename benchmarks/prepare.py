@@ -1,12 +1,16 @@
 #!/usr/bin/env python
 """Pictures per second of prepare.py beside a plain script that writes the same samples with webdataset.ShardWriter.
 
-    python benchmarks/prepare.py        both picture sizes, three rounds; writes docs/benchmarks/prepare.*
+    python benchmarks/prepare.py        two sizes of pictures, three rounds; writes docs/benchmarks/prepare.*
     python benchmarks/prepare.py --pictures 200 --rounds 1 --records 1000 --out runs
+    ... --img2dataset VENV/bin/python --energon VENV/bin/python     interpreters that have these packages, as peers
 
-Both read COCO's official caption file and the pictures of its folder. Commands run in turn and medians are printed: of
-the whole command from start to exit, and of CPU seconds (user and system, workers too), which depend less on what else
-runs. The second table is peak memory against records that are read, and against samples that are written.
+All read COCO's official caption file and the pictures of its folder. Commands run in turn and medians are printed: of
+the whole command, of CPU seconds (user and system, workers too), which depend less on what else runs, and of both less
+those of the same command for a few pictures, which are what a large data set costs. img2dataset fetches the pictures
+by file: addresses, energon makes its index of the plain script's shards. The last table is peak memory against records
+that are read, and against samples that are written, by VmHWM of the processes as another one sees it. `--pictures 0`
+or `--records` without a number leaves that table as it was measured before.
 """
 
 import argparse
@@ -20,6 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -60,14 +65,28 @@ with webdataset.ShardWriter(str(out / "coco-train-%06d.tar"), maxcount=1000, ver
         record |= {"image_id": image["id"], "source_name": name}
         writer.write({"__key__": f"train-{number:09d}", "jpg": picture(root / name), "json": record})
 """
-# Peak MiB of the process and of its largest worker; what the process that starts it holds does not count.
-MEMORY = """
-import re, resource, sys
-from data_prep import prepare
-prepare.main(sys.argv[1:])
-own = int(re.search(r"VmHWM:\\s*(\\d+)", open("/proc/self/status").read())[1])
-print("PEAKS", own // 1024, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss // 1024)
+IMG2DATASET = """
+import json, sys
+from pathlib import Path
+from img2dataset import download
+
+root, out = Path(sys.argv[1]), sys.argv[2]
+read = json.loads((root / "annotations/captions_train2014.json").read_text())
+first = {row["image_id"]: row["caption"] for row in reversed(read["annotations"])}
+listed = root / "list.jsonl"
+with open(listed, "w") as file:
+    for image in read["images"]:
+        url = (root / "train2014" / image["file_name"]).as_uri()
+        file.write(json.dumps({"url": url, "caption": first[image["id"]]}) + "\\n")
+download(
+    url_list=str(listed), input_format="jsonl", url_col="url", caption_col="caption", output_format="webdataset",
+    output_folder=out, processes_count=1, thread_count=8, resize_mode="no", disable_all_reencoding=True,
+    number_sample_per_shard=1000,
+)
 """
+ENERGON = ["--non-interactive", "--no-progress", "--split-ratio", "1,0,0", "--num-workers", "1", "--sample-type"]
+ENERGON += ["CaptioningSample", "--field-map", '{"image": "jpg", "caption": "json[captions][0]"}']
+FEW = 20  # pictures of the commands that are subtracted
 
 
 def make_pictures(root: Path, count: int, size: tuple[int, int]) -> float:
@@ -104,11 +123,12 @@ def write_captions(root: Path, pictures: int) -> None:
         file.write("]}")
 
 
-def timed(command: list[str], out: Path) -> tuple[float, float]:
+def timed(command: list, out: Path, keep: bool = False) -> tuple[float, float]:
     """(seconds, CPU seconds of the process and its workers) of a command that makes the directory `out`."""
-    shutil.rmtree(out, ignore_errors=True)
+    if not keep:
+        shutil.rmtree(out, ignore_errors=True)
     begin = time.perf_counter()
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    process = subprocess.Popen([*map(str, command)], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     said = process.stderr.read().decode()
     _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
@@ -120,29 +140,78 @@ def timed(command: list[str], out: Path) -> tuple[float, float]:
 def ours(root: Path, out: Path, workers: int, side: int) -> list[str]:
     """The command of prepare.py."""
     options = ["--form", "official", "--splits", "train", "--processes", str(workers), "--resize", str(side)]
-    return ["data_prep/prepare.py", "coco-captions", "--root", str(root), "--out", str(out), *options]
+    script = [sys.executable, "data_prep/prepare.py", "coco-captions"]
+    return [*script, "--root", str(root), "--out", str(out), *options]
 
 
-def measure_speed(folder: Path, pictures: int, rounds: int) -> list[dict]:
+def commands_of(root: Path, out: Path, side: int, args: argparse.Namespace) -> dict[tuple, list]:
+    """(name, workers) -> command: the plain script, the peers that are there, prepare.py."""
+    commands: dict[tuple, list] = {("plain script", 1): [sys.executable, "-c", PLAIN, root, out, side]}
+    if args.energon and not side:
+        energon = Path(args.energon).with_name("energon")
+        commands["energon prepare, of those shards", 1] = [energon, "prepare", out, *ENERGON]
+    if args.img2dataset and not side:
+        commands["img2dataset", 1] = [args.img2dataset, "-c", IMG2DATASET, root, out]
+    return commands | {("prepare.py", workers): ours(root, out, workers, side) for workers in (1, 2)}
+
+
+def measure_speed(folder: Path, args: argparse.Namespace) -> list[dict]:
     """Rows of the first table."""
+    large, small = SIZES
+    # The start does not depend on the pictures' size.
+    cases = [(small, FEW, 0), (large, args.pictures, 0), (small, args.pictures, 0)]
+    cases += [(small, FEW, SIDE), (large, args.pictures // 4, SIDE)]
+    roots, kib = {}, {}
+    for size, count, _ in cases:
+        root = roots[size, count] = folder / f"{size.split()[0]}-{count}"
+        if not root.exists():
+            kib[size] = round(make_pictures(root, count, SIZES[size]) / 1024)
+    runs: dict[tuple, list[tuple[float, float]]] = {}
+    for number in range(args.rounds):
+        for case in cases:
+            for key, command in commands_of(roots[case[:2]], folder / "out", case[2], args).items():
+                found = timed(command, folder / "out", keep=key[0].startswith("energon"))
+                runs.setdefault((*case, *key), []).append(found)
+        print(f"round {number + 1} of {args.rounds} is done", file=sys.stderr, flush=True)
     rows = []
-    for title, size in SIZES.items():
-        root, out = folder / title.replace(" ", ""), folder / "out"
-        mean = make_pictures(root, pictures, size)
-        commands = {("plain script, with its imports", 1, side): ["-c", PLAIN, root, out, side] for side in (0, SIDE)}
-        commands |= {("prepare.py", n, side): ours(root, out, n, side) for side in (0, SIDE) for n in (1, 2)}
-        commands["imports of the plain script", 1, 0] = ["-c", "import json, webdataset, PIL.Image"]
-        runs = {key: [] for key in commands}
-        for _ in range(rounds):
-            for key, command in commands.items():
-                runs[key].append(timed([sys.executable, *map(str, command)], out))
-        for (what, workers, side), found in runs.items():
-            wall, cpu = (statistics.median(values) for values in zip(*found, strict=True))
-            row = {"size": title, "kib": round(mean / 1024), "what": what, "workers": workers, "side": side}
-            rows.append(row | {"seconds": wall, "cpu": cpu, "pictures": pictures})
-            print(rows[-1], file=sys.stderr, flush=True)
-        shutil.rmtree(root)
+    for (size, count, side, what, workers), found in runs.items():
+        if count == FEW:
+            continue
+        row = {"size": size, "kib": kib[size], "what": what, "workers": workers, "side": side}
+        row |= {"pictures": count, "few": FEW}
+        for i, unit in enumerate(("wall", "cpu")):
+            row[unit] = statistics.median(run[i] for run in found)
+            row[f"{unit}_few"] = statistics.median(run[i] for run in runs[small, FEW, side, what, workers])
+        rows.append(row)
     return rows
+
+
+def processes(number: int) -> list[int]:
+    """A process and all that it has started."""
+    try:
+        children = Path(f"/proc/{number}/task/{number}/children").read_text().split()
+    except OSError:  # it has ended
+        children = []
+    return [number, *(n for child in children for n in processes(int(child)))]
+
+
+def peaks(command: list[str]) -> tuple[float, float]:
+    """Peak MiB of a command's process, and of its largest worker."""
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    found: dict[int, int] = {}
+    while process.poll() is None:
+        for number in processes(process.pid):
+            try:
+                status = Path(f"/proc/{number}/status").read_text()
+            except OSError:
+                continue
+            if peak := re.search(r"VmHWM:\s*(\d+)", status):
+                found[number] = int(peak[1])
+        time.sleep(0.05)
+    if process.returncode:
+        raise SystemExit(f"{' '.join(command)}: exit code {process.returncode}")
+    own = found.pop(process.pid)
+    return own / 1024, max(found.values(), default=0) / 1024
 
 
 def measure_memory(folder: Path, counts: list[int]) -> list[dict]:
@@ -152,17 +221,14 @@ def measure_memory(folder: Path, counts: list[int]) -> list[dict]:
         root, lines = folder / "records", folder / "lines.jsonl"
         make_pictures(root, 100, SIZES["160 x 120"])
         write_captions(root, max(count // 5, 100))
-        read = ours(root, folder / "a", 2, 0)[1:] + ["--limit", "100", "--samples-per-shard", "25"]
+        read = ours(root, folder / "a", 2, 0) + ["--limit", "100", "--samples-per-shard", "25"]
         with open(lines, "w") as file:
             for number in range(count):
                 file.write(json.dumps({"captions": [f"text {number} {k}" for k in range(5)]}) + "\n")
-        written = ["jsonl", "--train", str(lines), "--out", str(folder / "b"), "--processes", "2"]
+        written = [*read[:2], "jsonl", "--train", str(lines), "--out", str(folder / "b"), "--processes", "2"]
         for what, command in (("records read", read), ("samples written", written)):
             begin = time.perf_counter()
-            done = subprocess.run(
-                [sys.executable, "-c", MEMORY, *command], cwd=ROOT, capture_output=True, text=True, check=True
-            )
-            own, worker = map(int, re.search(r"PEAKS (\d+) (\d+)", done.stdout).groups())
+            own, worker = peaks(command)
             rows.append({"what": what, "count": count, "main": own, "worker": worker})
             print(rows[-1], f"{time.perf_counter() - begin:.0f} s", file=sys.stderr, flush=True)
         for path in (root, folder / "a", folder / "b"):
@@ -170,42 +236,79 @@ def measure_memory(folder: Path, counts: list[int]) -> list[dict]:
     return rows
 
 
-def table(speed: list[dict], memory: list[dict]) -> str:
+def rate(row: dict, unit: str, rest: bool) -> float:
+    """Pictures per second (of CPU), of the whole command or of the pictures after the few."""
+    if not rest:
+        return row["pictures"] / row[unit]
+    return (row["pictures"] - row["few"]) / max(row[unit] - row[f"{unit}_few"], 1e-9)
+
+
+def table(result: dict) -> str:
     """The page's tables."""
-    lines = ["# Preparation", "", f"{_page.machine()}. Medians of rounds in which all commands ran in turn.", ""]
-    lines += [
-        f"`python benchmarks/prepare.py` repeats it. COCO captions, five each; bytes copied, or resized to {SIDE}.",
+    speed, memory = result["speed"], result["memory"]
+    lines = [
+        "# Preparation",
         "",
-        "| pictures | resized | | workers | pictures/s | CPU s | pictures/CPU s |",
-        "|---|---|---|---|---|---|---|",
+        f"{speed['machine']}; load average {speed['load']}. Medians of {speed['rounds']} rounds in which all commands "
+        "ran in turn.",
+        "",
+        f"`python benchmarks/prepare.py` repeats it. COCO captions, five each; bytes copied, or resized to {SIDE}. In "
+        "brackets: times the plain script, a worker (of wall time).",
+        "",
+        "| | | | | whole command | | without its start | |",
+        "|---|---|---|---|---|---|---|---|",
+        "| pictures | resized | | workers | pictures/s | pictures/CPU s | pictures/s | pictures/CPU s |",
     ]
-    for row in speed:
-        rates = [f"{row['pictures'] / row[key]:,.0f}" for key in ("seconds", "cpu")]
-        if row["what"].startswith("imports"):
-            rates = [f"({row['seconds']:.1f} s)", ""]
+    plain = {(row["size"], row["side"]): row for row in speed["rows"] if row["what"] == "plain script"}
+    for row in speed["rows"]:
+        base, cells = plain[row["size"], row["side"]], []
+        for rest in (False, True):
+            for unit in ("wall", "cpu"):
+                value = rate(row, unit, rest)
+                times = value / rate(base, unit, rest) / (row["workers"] if unit == "wall" else 1)
+                cells.append(f"{value:,.0f}" + ("" if row is base else f" ({times:.2f})"))
         lines.append(
-            f"| {row['size']}, {row['kib']} KiB | {row['side'] or 'no'} | {row['what']} | {row['workers']} "
-            f"| {rates[0]} | {row['cpu']:.2f} | {rates[1]} |"
+            f"| {row['pictures']:,} of {row['size']}, {row['kib']} KiB | {row['side'] or 'no'} | {row['what']} "
+            f"| {row['workers']} | {' | '.join(cells)} |"
         )
-    lines += ["", "| | number | main process, MiB | largest worker, MiB |", "|---|---|---|---|"]
-    lines += [f"| {row['what']} | {row['count']:,} | {row['main']} | {row['worker']} |" for row in memory]
+    lines += ["", f"Peak memory (VmHWM), load average {memory['load']}:", ""]
+    lines += ["| | number | main process, MiB | largest worker, MiB |", "|---|---|---|---|"]
+    for row in memory["rows"]:
+        worker = f"{row['worker']:.0f}" if row["worker"] else "no worker"
+        lines.append(f"| {row['what']} | {row['count']:,} | {row['main']:.0f} | {worker} |")
     return "\n".join(lines) + "\n"
+
+
+def measured(measure: Callable[..., list[dict]], *arguments: object, **told: object) -> dict:
+    """Rows of a table with the machine and its load before and after."""
+    before = os.getloadavg()[0]
+    with tempfile.TemporaryDirectory() as folder:
+        rows = measure(Path(folder), *arguments)
+    load = f"{before:.0f} before and {os.getloadavg()[0]:.0f} after"
+    return {"machine": _page.machine(), "load": load, **told, "rows": rows}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pictures", type=int, default=4000, help="of each size")
+    parser.add_argument("--pictures", type=int, default=4000, help="of each size; a quarter of them where resized")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument(
         "--records", type=int, nargs="*", default=[1000, 100_000, 1_000_000], help="of the second table"
     )
+    parser.add_argument("--img2dataset", default="", help="Python interpreter that has img2dataset")
+    parser.add_argument("--energon", default="", help="Python interpreter that has megatron-energon")
     parser.add_argument("--out", type=Path, default=_page.FOLDER, help="folder of the page and the JSON")
     args = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        speed = measure_speed(Path(folder), args.pictures, args.rounds)
-        memory = measure_memory(Path(folder), args.records)
-    result = {"machine": _page.machine(), "speed": speed, "memory": memory}
-    _page.write("prepare", table(speed, memory), result, args.out)
+    before = args.out / "prepare.json"
+    result = json.loads(before.read_text()) if before.exists() else {}
+    if args.pictures:
+        result["speed"] = measured(measure_speed, args, rounds=args.rounds)
+    if args.records:
+        result["memory"] = measured(measure_memory, args.records)
+    result = {
+        name: result.get(name) or {"machine": "", "load": "", "rounds": 0, "rows": []} for name in ("speed", "memory")
+    }
+    _page.write("prepare", table(result), result, args.out)
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -35,6 +36,7 @@ from mmpeft_ds.data.parsing import check_questions, json_object, npy_array
 from mmpeft_ds.errors import BadInput, BadSample
 
 SHOWN = 20
+BLOCK = 1024  # lines whose places are taken from a table at a time
 MAX_CLASSES = 1_000_000
 CONTENT = ("caption", "captions", "question", "questions", "label", "conversations")
 FILES = ("image", "features")
@@ -166,7 +168,9 @@ class Jsonl(Source):
                 start -= len(table)
                 continue
             with open(file, "rb") as stream:
-                for number, offset in table[start:].tolist():
+                # As plain numbers a whole table takes ten times its memory, and a shard reads few lines of it.
+                blocks = (table[at : at + BLOCK].tolist() for at in range(start, len(table), BLOCK))
+                for number, offset in chain.from_iterable(blocks):
                     stream.seek(offset)
                     line = stream.readline()
                     try:
@@ -481,7 +485,7 @@ def _line_table(file: Path) -> np.ndarray:
             if line.strip():
                 table.extend((number, offset))
             offset += len(line)
-    return np.array(table, dtype=np.int64).reshape(-1, 2)
+    return np.asarray(table).reshape(-1, 2)
 
 
 ENTRY = Jsonl

@@ -55,3 +55,23 @@ def test_memory_is_flat_in_the_number_of_records(peaks):
     few, many = peaks(500, "--processes", "2"), peaks(20_000, "--processes", "2")
     # The large file has 6 MiB, which parsed at once take about 30.
     assert many[0] - few[0] < 15 and max(many[1], few[1]) < LIMIT and not many[2]
+
+
+def test_a_worker_does_not_hold_the_lines_that_are_left(tmp_path):
+    def own(lines: int) -> int:
+        path = tmp_path / f"{lines}.jsonl"
+        path.write_text("".join(f'{{"caption": "{n}"}}\n' for n in range(lines)))
+        program = f"""
+import re
+from pathlib import Path
+from data_prep.sources.jsonl import Jsonl, Options
+source = Jsonl(Options(train=[Path({str(path)!r})]))
+assert source.count("train") == {lines} and next(source.samples("train", 5)).record["captions"] == ["5"]
+print(re.search(r"VmHWM:\\s*(\\d+)", open("/proc/self/status").read())[1])
+"""
+        done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        return int(done.stdout) // 1024
+
+    # Places of lines take 16 bytes each, as plain numbers about 150.
+    assert own(400_000) - own(1000) < 30
