@@ -39,19 +39,22 @@ class Prompted:
             the assistant enter the loss as `target` does.
         images: number of images of the sample, set by packing. IMAGE_MARK in prompt and turns stands for one image
             each, in their order; without any mark the images come first.
+        spellings: what the text says in the place of each image, where the image decides (`SpelledImage`), set by
+            packing; empty: one mark of the model's.
     """
 
     prompt: str
     target: str = ""
     turns: tuple[tuple[str, str], ...] = ()
     images: int | None = None
+    spellings: tuple[str, ...] = ()
 
-    def with_images(self, images: int) -> Prompted:
+    def with_images(self, images: int, spellings: tuple[str, ...] = ()) -> Prompted:
         """A copy for a sample of that many images. Raises BadSample if its texts name another number of them."""
         named = self.marks
         if named not in (0, images):
             raise BadSample("images", f"the text names {IMAGE_MARK} {named} times, but the sample has {images} images")
-        return dataclasses.replace(self, images=images)
+        return dataclasses.replace(self, images=images, spellings=spellings)
 
     @property
     def marks(self) -> int:
@@ -73,6 +76,21 @@ class Described:
 
     def __str__(self) -> str:
         return self.text
+
+
+class SpelledImage(dict[str, Tensor]):
+    """What an image transform makes of an image whose content or size decides how the text spells it.
+
+    Attributes:
+        spelling: text that stands for the image in that of a language model.
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor], spelling: str):
+        super().__init__(tensors)
+        self.spelling = spelling
+
+    def __reduce__(self) -> Any:
+        return SpelledImage, (dict(self), self.spelling)
 
 
 class CollatedTexts(dict[str, Tensor]):
@@ -259,9 +277,12 @@ def hash_id(sample_id: str) -> int:
     return int.from_bytes(hashlib.blake2b(sample_id.encode(), digest_size=8).digest(), "big")
 
 
-def with_images(texts: Sequence[Any], images: int) -> list[Any]:
-    """`texts` of a sample with that many images, which is set in `Prompted` ones. Raises BadSample."""
-    return [t.with_images(images) if isinstance(t, Prompted) and t.images is None else t for t in texts]
+def with_images(texts: Sequence[Any], images: Sequence[Any]) -> list[Any]:
+    """`texts` of a sample with these transformed images, which are set in `Prompted` ones. Raises BadSample."""
+    spellings = tuple(image.spelling for image in images if isinstance(image, SpelledImage))
+    return [
+        t.with_images(len(images), spellings) if isinstance(t, Prompted) and t.images is None else t for t in texts
+    ]
 
 
 def check_images(number: int, most: int) -> None:
@@ -286,7 +307,7 @@ def pack(
         if len(s.targets) != len(s.texts):
             raise ValueError(f"sample {s.sample_id!r}: {len(s.texts)} texts but {len(s.targets)} targets")
     images = [image for s in samples for image in s.images]
-    texts = [text for s in samples for text in with_images(s.texts, len(s.images))]
+    texts = [text for s in samples for text in with_images(s.texts, s.images)]
     targets = [target for s in samples for target in s.targets]
 
     def owner(counts: list[int]) -> Tensor:

@@ -173,7 +173,7 @@ class FeatureBatches:
             texts, targets = self.source.read(record, generator)
             if len(texts) != len(targets):
                 raise BadSample("type")
-            texts = with_images(texts, 1)
+            texts = with_images(texts, [None])
         return _Read(sample_id, record, texts, targets, new and _state(generator) == before)
 
     def _record(self, columns: ShardColumns, sample: int) -> dict[str, Any]:

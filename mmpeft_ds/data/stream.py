@@ -394,7 +394,7 @@ class _Loader:
             held += size_in_memory(images[-1])
             check_bytes(held, self.options.max_sample_bytes)
         check_images(len(images), source.most_images)
-        return Sample(sample_id, 1.0, images, with_images(texts, len(images)), targets, record)
+        return Sample(sample_id, 1.0, images, with_images(texts, images), targets, record)
 
     def _images(self, source: StreamSource, parts: dict[str, bytes], record: dict[str, Any]) -> Iterator[Tensor]:
         """Decoded images of a sample, or its stored features, which are taken out of the record."""

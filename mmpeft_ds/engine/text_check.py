@@ -102,7 +102,7 @@ def _look(backbone: BackboneBase, source: ResolvedSource, piece: bytes | BadSamp
             if isinstance(piece, BadSample):
                 raise piece
             key, parts = members(piece)
-            texts = with_images(source.task.every_text(record_of(parts)), len(image_names(parts)))
+            texts = with_images(source.task.every_text(record_of(parts)), image_names(parts))
     except BadSample:
         return
     for text in texts:

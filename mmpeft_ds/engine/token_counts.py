@@ -190,4 +190,4 @@ def read_texts(
         identify(record, parts)
     sizes = [size_of(parts[name], pixels) for name in image_names(parts)]
     texts, _ = task.read(record, torch.Generator().manual_seed(order.key_of(key)))
-    return with_images(texts, len(sizes)), sizes
+    return with_images(texts, sizes), sizes

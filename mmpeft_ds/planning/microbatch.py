@@ -51,9 +51,8 @@ class Size:
 def tokens(backbone: Any, filling: Filling) -> int:
     """Tokens that the language model reads for one sample, of a backbone that packs."""
     text = _longest(backbone, filling.words)
-    return backbone.tokens(with_images([text] * filling.texts, filling.images), [filling.image_size] * filling.images)[
-        0
-    ]
+    sizes = [filling.image_size] * filling.images
+    return backbone.tokens(with_images([text] * filling.texts, sizes), sizes)[0]
 
 
 def fill(backbone: Any, task: Any, size: Size, filling: Filling) -> PackedBatch:

@@ -9,19 +9,27 @@ from torch import nn
 from mmpeft_ds import registry
 from mmpeft_ds.sites import families
 from mmpeft_ds.sites.base import Block, Family, Sites
+from mmpeft_ds.sites.common import structure
 
 
 def find_sites(model: nn.Module) -> Sites:
-    """All sites of `model` in module order, with full paths below `model`. Empty if it has no known layer."""
+    """All sites of `model` in module order, with full paths below `model`. Empty if it has no layer that can be read.
+
+    A layer is read as the family that names its class says, or else by its structure.
+    """
     sites_of_model = Sites()
     modules = dict(model.named_modules())
     for path, module in modules.items():
         reader = next((f for f in _families() if _named(module, f.layers)), None)
-        if reader is None:
+        if reader is not None:
+            tower, modality = _tower(path, modules, reader)
+            read = reader.layers[_named(module, reader.layers)]
+        elif path.rpartition(".")[2].isdigit() and structure.is_layer(module):
+            tower, modality = structure.tower(path, modules)
+            read = structure.read
+        else:
             continue
-        tower, modality = _tower(path, modules, reader)
-        block = Block(path, module, tower, modality, _index(path))
-        sites = reader.layers[_named(module, reader.layers)](block)
+        sites = read(Block(path, module, tower, modality, _index(path)))
         sites_of_model.attention.extend(sites.attention)
         sites_of_model.ffn.extend(sites.ffn)
         sites_of_model.features.extend(sites.features)

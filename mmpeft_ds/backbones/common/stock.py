@@ -31,7 +31,7 @@ RANDOM_SEED = 0
 
 
 def read_config(name: str, where: str, families: tuple[str, ...]) -> PretrainedConfig:
-    """Configuration of the model `name`, which must be of one of `families` (its `model_type`).
+    """Configuration of the model `name`, which must be of one of `families` (its `model_type`), if there are any.
 
     Raises:
         BadInput: if it cannot be read or is of another family.
@@ -43,7 +43,7 @@ def read_config(name: str, where: str, families: tuple[str, ...]) -> PretrainedC
             f"{where}: cannot read the configuration of {name!r} ({tower_loading.first_line(error)}). "
             "Give a directory with config.json, or a hub name that is in the local cache."
         ) from error
-    if config.model_type not in families:
+    if families and config.model_type not in families:
         raise BadInput(f"{where}: {name!r} is of family {config.model_type!r}. Known: {', '.join(families)}.")
     return config
 

@@ -1,7 +1,7 @@
-"""Backbone: multimodal language models (LLaVA-1.5, LLaVA-NeXT, Qwen2-VL, Qwen2.5-VL) that answer in a conversation.
+"""Backbone: multimodal language models that answer in a conversation, of any family that transformers has.
 
-The model is transformers' own class (same parameter names) whose forward takes the packed batch. Image processor,
-tokenizer and chat template are read one by one, since a processor as a whole may need packages that are not needed.
+The model is transformers' own class (same parameter names) whose forward takes the packed batch. What a family does
+otherwise than most stands in its file in `families/`; one without a file is tried as most are.
 """
 
 # I images, T texts, R placeholders, L text length with one placeholder per image
@@ -9,79 +9,65 @@ tokenizer and chat template are read one by one, since a processor as a whole ma
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
+import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import AutoImageProcessor, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
-from mmpeft_ds.backbones.common import stock, tower_loading
+from mmpeft_ds import registry
+from mmpeft_ds.backbones.common import stock
 from mmpeft_ds.backbones.common.affine import Affine
 from mmpeft_ds.backbones.common.generation import in_step, one_of
 from mmpeft_ds.backbones.common.spelling import Spelling
 from mmpeft_ds.backbones.common.stock_backbone import WHERE, StockBackbone
+from mmpeft_ds.backbones.mllm import families
 from mmpeft_ds.backbones.mllm.chat import Chat, read_template
+from mmpeft_ds.backbones.mllm.families.base import Family
 from mmpeft_ds.backbones.mllm.image_tokens import ImageTokens
 from mmpeft_ds.backbones.mllm.model import ImageText
 from mmpeft_ds.backbones.mllm.options import Options
+from mmpeft_ds.backbones.mllm.processing import (
+    TOKEN_RUNS,
+    PixelTransform,
+    SpelledTransform,
+    read_image_processor,
+    read_processor,
+)
 from mmpeft_ds.data.batch import CollatedTexts, GenerationOutput, PackedBatch, Prompted
-from mmpeft_ds.data.transform import ImageTransform
 from mmpeft_ds.errors import BadInput
 from mmpeft_ds.host_copies import both, on_host, to_device
 from mmpeft_ds.sites.base import base_model
 from mmpeft_ds.sites.condition import conditioned
 
-QWEN = ("qwen2_vl", "qwen2_5_vl")
-FAMILIES = ("llava", "llava_next", *QWEN)
-# Where the channels stand in the pixels of an image batch; Qwen's patches are flat, channels first.
-CHANNELS = {"llava": 1, "llava_next": 2, "qwen2_vl": 1, "qwen2_5_vl": 1}
-
-
-@dataclass(frozen=True)
-class ProcessorTransform(ImageTransform):
-    """uint8 (3, H, W) -> output of the family's image processor, still uint8: normalising comes on the device.
-
-    Attributes:
-        processor: the image processor, which resizes, crops and cuts into tiles or patches.
-        min_size: (height, width) that a decoder at reduced scale must not go below; None: the full image is needed.
-    """
-
-    processor: Any
-    min_size: tuple[int, int] | None = None
-
-    def __call__(self, image: Tensor, generator: Any = None) -> dict[str, Tensor]:
-        out = self.processor(
-            images=[image.numpy()],
-            do_rescale=False,
-            do_normalize=False,
-            input_data_format="channels_first",
-            return_tensors="pt",
-        )
-        tensors = {name: out[name] for name in ("pixel_values", "image_sizes", "image_grid_thw") if name in out}
-        # Pillow has rounded to whole numbers, so nothing is lost.
-        tensors["pixel_values"] = tensors["pixel_values"].to(torch.uint8)
-        return tensors
+# What an image processor and the vision tower must have alike, where both have it.
+_SAME = (
+    ("patch_size", "patch_size"),
+    ("merge_size", "spatial_merge_size"),
+    ("temporal_patch_size", "temporal_patch_size"),
+)
 
 
 class MllmBackbone(StockBackbone):
     """Multimodal language models as recipes use them."""
 
     Options = Options
-    families = FAMILIES
+    families = ()
     generates = True
-    packs = True
 
     def check(self) -> None:
         """Refuse what cannot work, from configurations, tokenizer and chat template."""
         o = self.options
+        self._refuse_unknown()
         if o.max_text_length < 16:
             raise BadInput(f"backbone.max_text_length: {o.max_text_length}. A conversation needs 16 tokens at least.")
-        if o.max_pixels and self._config.model_type not in QWEN:
+        if o.max_pixels and not self._family.reads_pixels:
             raise BadInput(f"backbone.max_pixels: {o.model!r} sees images at sizes of its own. Leave it 0.")
         if o.max_pixels < 0 or 0 < o.max_pixels < 28 * 28:
             raise BadInput(f"backbone.max_pixels: {o.max_pixels}. Use 0, or at least 784 (one token).")
@@ -92,16 +78,13 @@ class MllmBackbone(StockBackbone):
 
     def _check_processor(self) -> None:
         """Refuse an image processor that makes other patches or images than the vision tower reads."""
-        vision, processor = self._config.vision_config, self._processor
-        pairs = {}
-        if self._config.model_type in QWEN:
-            for ours, theirs in (
-                ("patch_size",) * 2,
-                ("merge_size", "spatial_merge_size"),
-                ("temporal_patch_size",) * 2,
-            ):
-                pairs[ours, theirs] = getattr(processor, ours), getattr(vision, theirs)
-        elif vision.model_type in ("clip_vision_model", "siglip_vision_model"):  # which take one size alone
+        vision, processor = self._config.vision_config, self._image_processor
+        pairs = {
+            (ours, theirs): (getattr(processor, ours), getattr(vision, theirs))
+            for ours, theirs in _SAME
+            if isinstance(getattr(processor, ours, None), int) and isinstance(getattr(vision, theirs, None), int)
+        }
+        if vision.model_type in ("clip_vision_model", "siglip_vision_model"):  # which take one size alone
             black = self.image_transform(False)(self.dummy("image"), torch.Generator())
             pairs["crop_size", "image_size"] = (
                 self.collate_images([black])["pixel_values"].shape[-1],
@@ -118,29 +101,22 @@ class MllmBackbone(StockBackbone):
         """The pretrained model, everything frozen."""
         o, config = self.options, copy.deepcopy(self._config)
         config.condition = o.condition  # saved with the model
-        stock_class = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(config)]
-        model_class = stock.publishing(ImageText, stock_class)
+        mixin = _mixin_of(self._family)
+        model_class = stock.publishing(mixin, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(config)])
         load = (model_class, o.model, WHERE, config, self.dtype, self.attention)
         return stock.load(*load, o.random_weights, on_meta, self.device)
 
     def image_transform(self, train: bool) -> Callable[[Tensor, Any], dict[str, Tensor]]:
-        """The checkpoint's image processor without normalising; no augmentation."""
-        side = None
-        if self._config.model_type == "llava":
-            size = self._processor.size
-            side = size.get("shortest_edge") or size.get("height")
-        return ProcessorTransform(self._processor, (side, side) if side else None)
+        """The checkpoint's image processor, without normalising where that can come later; no augmentation."""
+        if self._family.spelled:
+            return SpelledTransform(self._processor, self._family.alone(self._processor), self._image_token)
+        side = self._family.min_side(self._image_processor)
+        return PixelTransform(self._image_processor, (side, side) if side else None)
 
     def collate_images(self, images: list[Any]) -> dict[str, Tensor]:
-        """LLaVA (I, 3, H, W); LLaVA-NeXT tiles (I, most tiles, 3, H, W) and `image_sizes` (I, 2); Qwen patches of all
-        images (N, values of a patch) and `image_grid_thw` (I, 3)."""
-        names = [name for name in images[0] if name != "pixel_values"]
-        sizes = {name: torch.cat([image[name] for image in images]) for name in names}
-        pixels = [image["pixel_values"] for image in images]
-        if self._config.model_type == "llava_next":
-            tiles = [p[0] for p in pixels]  # tiles that only pad the number are left out by the model
-            return {"pixel_values": nn.utils.rnn.pad_sequence(tiles, batch_first=True), **sizes}
-        return {"pixel_values": torch.cat(pixels), **sizes}
+        """What the processor makes of each image, put together as the family has it: images, tiles of all images,
+        tiles padded to their largest number, or patches of all images (N, values of a patch), and sizes or grids."""
+        return {name: self._family.collate([image[name] for image in images]) for name in images[0]}
 
     def collate_texts(self, texts: list[str | Prompted]) -> dict[str, Tensor]:
         """`input_ids`, `attention_mask`, `labels` (T, L), and `prompt_length` (T,): tokens before the last answer."""
@@ -168,7 +144,7 @@ class MllmBackbone(StockBackbone):
         places = mask.bool() & (ids == self._config.image_token_id)
         return {
             **texts,
-            **self._images(batch),
+            "images": self._images(batch),
             "image_rows": self._image_rows(batch, places.sum(1).tolist()),
             "image_owner": batch.image_owner,
             "text_owner": batch.text_owner,
@@ -203,19 +179,22 @@ class MllmBackbone(StockBackbone):
 
     def tokens(self, texts: list[str | Prompted], image_sizes: list[tuple[int, int]]) -> tuple[int, int]:
         """Of all conversations of a sample, each of which reads its images."""
-        images = sum(self._image_tokens(*size) for size in image_sizes)
-        added = images - len(image_sizes)  # beside the placeholders
-        return sum(len(self._chat.encode(text).ids) + added for text in texts), images
+        counted = [self._image_tokens(*size) for size in image_sizes]
+        images = sum(tokens for tokens, _ in counted)
+        spellings = tuple(spelling for _, spelling in counted if spelling)
+        marks = sum(spelling.count(self._image_token) if spelling else 1 for _, spelling in counted)
+        texts = [dataclasses.replace(t, spellings=spellings) if isinstance(t, Prompted) else t for t in texts]
+        return sum(len(self._chat.encode(text).ids) + images - marks for text in texts), images
 
     def costs(self, tokens: np.ndarray, of_images: np.ndarray) -> np.ndarray:
         """Of the language model, whose attention grows with the square, and of the vision tower."""
         # Of 24 d^2 + 2 t d operations a token and layer, t tokens under a causal mask, the first are those of weights.
-        width = self._config.text_config.hidden_size
+        width = self._config.get_text_config().hidden_size
         return tokens * (1 + tokens / (12 * width)) + of_images * self._image_tokens.relative_cost
 
     def tokens_key(self) -> str:
         """Of tokenizer, template, limits and image processor."""
-        o, processor = self.options, self._processor.to_dict()
+        o, processor = self.options, self._image_processor.to_dict()
         words = self._tokenizer.backend_tokenizer.to_str()
         limits = [o.max_text_length, o.max_pixels, o.system, self._chat.template]
         return stock.short_hash([words, limits, self._config.to_dict(), {k: str(v) for k, v in processor.items()}])
@@ -258,7 +237,7 @@ class MllmBackbone(StockBackbone):
         condition = base.condition_of(features, batch.image_owner, batch.text_owner, len(batch.sample_id))
         with conditioned(condition):
             ids = model.generate(
-                **base.arguments(widened, features, images.get("image_grid_thw"), rows),
+                **base.arguments(widened, features, images, rows),
                 synced_gpus=in_step(base),
                 **settings,
             )
@@ -270,39 +249,39 @@ class MllmBackbone(StockBackbone):
 
     def frozen_prefix(self, model: nn.Module) -> list[str]:
         """Each tower without a trainable, or its embeddings."""
-        vision = ("visual", "patch_embed") if self._config.model_type in QWEN else ("vision_tower", "embeddings")
-        towers = {f"model.{vision[0]}": vision[1], "model.language_model": "embed_tokens"}
+        base = base_model(model)
+        text, images = base.get_decoder(), base.get_encoder(modality="image")
+        path_of = {module: path for path, module in model.named_modules()}
+        towers = {path_of[text]: _first(text, text.get_input_embeddings())}
+        if images is not base:
+            towers |= {path_of[images]: _first(images, next(m for m in images.modules() if not list(m.children())))}
         return stock.untrained(model, towers)
 
     @property
     def condition_width(self) -> int | None:
         """Width of the language model, into which the projector maps; None without a condition."""
-        return None if self.options.condition == "none" else self._config.text_config.hidden_size
+        return None if self.options.condition == "none" else self._config.get_text_config().hidden_size
 
     # parts
 
     @functools.cached_property
+    def _family(self) -> Family:
+        known = (registry.load(families, name, WHERE) for name in registry.names(families))
+        return next((f for f in known if self._config.model_type in f.model_types), Family())
+
+    @property
+    def packs(self) -> bool:
+        """Whether texts may stand in one row, which depends on the family."""
+        return self._family.packs
+
+    @functools.cached_property
+    def _image_processor(self) -> Any:
+        return read_image_processor(self.options.model, WHERE, self.options.max_pixels)
+
+    @functools.cached_property
     def _processor(self) -> Any:
-        """The image processor in its Pillow form, which gives the same pixels whether or not torchvision is there."""
-        changes: dict[str, Any] = {}
-        place = tower_loading.locate(self.options.model, WHERE)
-        try:
-            processor = AutoImageProcessor.from_pretrained(place, backend="pil", trust_remote_code=False)
-            if self.options.max_pixels:
-                least = min(processor.size["shortest_edge"], self.options.max_pixels)
-                changes["size"] = {"shortest_edge": least, "longest_edge": self.options.max_pixels}
-                # Where the checkpoint's file has these keys, as those on the hub do, they win over `size`.
-                changes |= {"min_pixels": least, "max_pixels": self.options.max_pixels}
-                processor = AutoImageProcessor.from_pretrained(
-                    place, backend="pil", **changes, trust_remote_code=False
-                )
-        except (OSError, ValueError, ImportError) as error:
-            reason = tower_loading.first_line(error)
-            raise BadInput(
-                f"{WHERE}: cannot read the image processor of {self.options.model!r} ({reason}). "
-                "Its directory needs preprocessor_config.json."
-            ) from error
-        return processor
+        o = self.options
+        return read_processor(o.model, WHERE, self._config, self._family, self._image_processor, self._tokenizer)
 
     @functools.cached_property
     def _image_tokens(self) -> ImageTokens:
@@ -311,12 +290,17 @@ class MllmBackbone(StockBackbone):
         return ImageTokens(self.image_transform(False), self.collate_images, merge, build)
 
     @functools.cached_property
+    def _image_token(self) -> str:
+        return self._tokenizer.convert_ids_to_tokens(self._config.image_token_id)
+
+    @functools.cached_property
     def _chat(self) -> Chat:
         o = self.options
         return Chat(
             self._tokenizer,
-            read_template(o.model, WHERE, o.chat_template, self._tokenizer),
-            self._tokenizer.convert_ids_to_tokens(self._config.image_token_id),
+            read_template(o.model, WHERE, o.chat_template, self._tokenizer, self._family.template),
+            self._image_token,
+            self._family.mark(self._processor) if self._family.spelled else self._image_token,
             o.system,
             o.max_text_length,
         )
@@ -327,9 +311,9 @@ class MllmBackbone(StockBackbone):
 
     @functools.cached_property
     def _normalise(self) -> Affine:
-        p = self._processor
+        p = self._image_processor
         mean, std = (p.image_mean, p.image_std) if p.do_normalize else ([0.0] * 3, [1.0] * 3)
-        return Affine(list(mean), list(std), CHANNELS[self._config.model_type], scale=p.rescale_factor)
+        return Affine(list(mean), list(std), self._family.channels, scale=p.rescale_factor)
 
     @property
     def _pad_id(self) -> int:
@@ -344,27 +328,58 @@ class MllmBackbone(StockBackbone):
 
     def _images(self, batch: PackedBatch) -> dict[str, Tensor]:
         images = dict(batch.images)
-        if images:
+        if images and self._family.channels is not None:
             pixels = images["pixel_values"]
-            flat = pixels.unflatten(1, (3, -1)) if self._config.model_type in QWEN else pixels
+            flat = pixels.unflatten(1, (3, -1)) if pixels.dim() == 2 else pixels
             images["pixel_values"] = self._normalise(flat).view(pixels.shape)
         return images
 
     def _image_rows(self, batch: PackedBatch, places: list[int]) -> Tensor:
-        """(R,) image of each placeholder: a text names the images of its slot in their order.
+        """(R,) images as the texts read them: a text names the images of its slot in their order.
 
         A text of weight 0 that was cropped may name fewer than there are; the others are not seen.
         """
+        runs = batch.images.get(TOKEN_RUNS)
+        runs_of = [1] * len(batch.image_owner) if runs is None else (on_host(runs) > 0).sum(1).tolist()
         images: dict[int, list[int]] = {}
         for image, slot in enumerate(on_host(batch.image_owner).tolist()):
             images.setdefault(slot, []).append(image)
         owners = on_host(batch.text_owner).tolist()
-        rows = [i for slot, n in zip(owners, places, strict=True) for i in images.get(slot, [])[:n]]
-        if len(rows) != sum(places):
-            raise BadInput(
-                f"backbone: texts of this batch hold {sum(places)} placeholders, but their samples {len(rows)} images."
-            )
+        rows = []
+        for slot, n in zip(owners, places, strict=True):
+            for image in images.get(slot, []):
+                if n >= runs_of[image] > 0:
+                    rows.append(image)
+                    n -= runs_of[image]
+            if n:
+                raise BadInput(f"backbone: a text has {n} placeholders more than its sample has images.")
         return to_device(torch.tensor(rows, dtype=torch.int64), batch.text_owner.device)
+
+    def _refuse_unknown(self) -> None:
+        """Refuse a family that lacks what most have, and say what it is. Raises BadInput."""
+        kind, name = self._config.model_type, self.options.model
+        stock_class = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING.get(type(self._config), None)
+        if stock_class is None:
+            known = "transformers knows no image-text-to-text model of it"
+        elif self._config.is_encoder_decoder:
+            known = "its text tower has an encoder, which answers would not be read by"
+        elif "mm_encoder_outputs" not in inspect.signature(stock_class.forward).parameters:
+            known = f"{stock_class.__name__} does not take the features of images (`mm_encoder_outputs`)"
+        elif not hasattr(stock_class, "get_image_features"):
+            known = f"{stock_class.__name__} does not give the features of images (`get_image_features`)"
+        else:
+            return
+        raise BadInput(f"{WHERE}: {name!r} is of family {kind!r}, and {known}.")
+
+
+@functools.cache
+def _mixin_of(family: Family) -> type[ImageText]:
+    return type("ImageText", (ImageText,), {"family": family, "__module__": ImageText.__module__})
+
+
+def _first(tower: nn.Module, module: nn.Module) -> str:
+    """Path below `tower` of `module`."""
+    return next(path for path, inner in tower.named_modules() if inner is module)
 
 
 ENTRY = MllmBackbone

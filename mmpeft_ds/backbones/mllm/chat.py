@@ -49,7 +49,8 @@ class Chat:
     Attributes:
         tokenizer: a fast one, which knows where each token stands in the text.
         template: Jinja source of the chat template.
-        image_token: the placeholder as text.
+        image_token: that stands for features of an image, as text.
+        mark: what the template writes for an image, in whose place comes the image's spelling.
         system: text of a first system turn for conversations that have none; empty: no such turn.
         max_length: tokens at most, an image counted as one. A longer conversation loses its oldest turns, then the
             middle of the last question, then the end of its answer; never an image, nor the header of the answer.
@@ -58,6 +59,7 @@ class Chat:
     tokenizer: Any
     template: str
     image_token: str
+    mark: str
     system: str
     max_length: int
 
@@ -70,11 +72,13 @@ class Chat:
         """
         text, control = self._plain(text if isinstance(text, Prompted) else Prompted(text))
         encoded = self._encoded(text)
-        wanted, got = text.images if text.images is not None else text.marks, encoded.ids.count(self.image_id)
+        spelled = self._spellings(text)
+        wanted, got = sum(s.count(self.image_token) for s in spelled), encoded.ids.count(self.image_id)
         if got != wanted:
             raise BadInput(
-                f"backbone: {wanted} images go with the text {text.prompt[:60]!r}, but it comes to {got} placeholders "
-                f"{self.image_token}. Give a backbone.chat_template that renders one for every image."
+                f"backbone: {len(spelled)} images go with the text {text.prompt[:60]!r}, but it comes to {got} "
+                f"placeholders {self.image_token} in the place of {wanted}. Give a backbone.chat_template that "
+                f"renders one {self.mark} for every image."
             )
         if len(encoded.ids) > self.max_length:
             encoded = self._shortened(text, encoded)
@@ -87,7 +91,7 @@ class Chat:
         Args:
             ended: the end token of the last answer is a label too.
         """
-        rendered, spans, prompt_end = self._rendered(self._messages(text))
+        rendered, spans, prompt_end = self._rendered(self._messages(text), self._spellings(text))
         if not ended:
             spans[-1] = (spans[-1][0], spans[-1][1] - len(self.tokenizer.eos_token))
         bos = self.tokenizer.bos_token
@@ -164,9 +168,14 @@ class Chat:
         target = self._texts.without_end(text.target, keep_answered)
         return dataclasses.replace(text, prompt=IMAGE_MARK.join(parts), target=target)
 
+    def _spellings(self, text: Prompted) -> tuple[str, ...]:
+        """What stands in the place of each image of the text."""
+        number = text.images if text.images is not None else text.marks
+        return text.spellings or (self.image_token,) * number
+
     @functools.cached_property
     def _texts(self) -> TextIds:
-        return TextIds(self.tokenizer, (self.image_token, IMAGE_MARK))
+        return TextIds(self.tokenizer, tuple({self.image_token, self.mark, IMAGE_MARK}))
 
     @property
     def image_id(self) -> int:
@@ -209,14 +218,16 @@ class Chat:
                 pieces.append({"type": "text", "text": part})
         return pieces
 
-    def _rendered(self, messages: list[dict[str, Any]]) -> tuple[str, list[tuple[int, int]], int]:
+    def _rendered(
+        self, messages: list[dict[str, Any]], spellings: tuple[str, ...]
+    ) -> tuple[str, list[tuple[int, int]], int]:
         """The conversation as text, (start, end) of each answer of the assistant, and where the last one begins."""
         text, before, spans = "", "", []
         for i, message in enumerate(messages):
             if message["role"] != "assistant":
                 continue
-            asked = self._render(messages[:i], answer_follows=True)
-            answered = self._render(messages[: i + 1])
+            asked = self._render(messages[:i], spellings, answer_follows=True)
+            answered = self._render(messages[: i + 1], spellings)
             if not asked.startswith(before) or not answered.startswith(asked):
                 raise BadInput(
                     "backbone.chat_template: what it renders changes when a turn is added, so answers cannot be "
@@ -228,7 +239,7 @@ class Chat:
             text += answer + rest
             before = answered
         if messages[-1]["role"] != "assistant":
-            asked = self._render(messages, answer_follows=True)
+            asked = self._render(messages, spellings, answer_follows=True)
             text += asked[len(before) :]
             return text, spans, len(text)
         return text, spans, spans[-1][0]
@@ -241,15 +252,18 @@ class Chat:
             return answer[:end], answer[end:]
         return answer.rstrip() + eos, ""
 
-    def _render(self, messages: list[dict[str, Any]], answer_follows: bool = False) -> str:
+    def _render(self, messages: list[dict[str, Any]], spellings: tuple[str, ...], answer_follows: bool = False) -> str:
         try:
-            return self.tokenizer.apply_chat_template(
+            rendered = self.tokenizer.apply_chat_template(
                 messages, chat_template=self.template, tokenize=False, add_generation_prompt=answer_follows
             )
         except (TemplateError, TypeError, KeyError) as error:
             reason = tower_loading.first_line(error)
             roles = ", ".join(m["role"] for m in messages)
             raise BadInput(f"backbone.chat_template: cannot render the turns {roles} ({reason}).") from error
+        first, *rest = rendered.split(self.mark)
+        spelled = itertools.chain(spellings, itertools.repeat(self.image_token))
+        return first + "".join(spelling + words for spelling, words in zip(spelled, rest, strict=False))
 
 
 def _without_oldest(text: Prompted, number: int) -> Prompted:
@@ -263,8 +277,8 @@ def _without_oldest(text: Prompted, number: int) -> Prompted:
     return dataclasses.replace(text, turns=(*system, *turns[:-1]), prompt=turns[-1][1])
 
 
-def read_template(name: str, where: str, given: str, tokenizer: Any) -> str:
-    """Source of the chat template: the file `given`, or that of the checkpoint `name`. Raises BadInput."""
+def read_template(name: str, where: str, given: str, tokenizer: Any, otherwise: str) -> str:
+    """Source of the chat template: the file `given`, that of the checkpoint, or `otherwise`. Raises BadInput."""
     if given:
         path = Path(given).expanduser()
         if not path.is_file():
@@ -279,4 +293,6 @@ def read_template(name: str, where: str, given: str, tokenizer: Any) -> str:
         if path:
             text = Path(path).read_text()
             return text if file.endswith("jinja") else json.loads(text)["chat_template"]
+    if otherwise:
+        return otherwise
     raise BadInput(f"{where}: {name!r} brings no chat template. Give a Jinja file in backbone.chat_template.")

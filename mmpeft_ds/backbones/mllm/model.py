@@ -11,18 +11,24 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from mmpeft_ds.backbones.common.stock import Publishing
 from mmpeft_ds.backbones.common.text_row import TextRow
+from mmpeft_ds.backbones.mllm.families.base import Family
+from mmpeft_ds.backbones.mllm.image_features import ImageFeatures
+from mmpeft_ds.backbones.mllm.processing import TOKEN_RUNS
 from mmpeft_ds.host_copies import both, on_host, to_device
 from mmpeft_ds.sites.condition import Condition, conditioned, current
+
+# Names under which models ask for the kinds of tokens.
+TYPES = ("mm_token_type_ids", "token_type_ids")
 
 
 @dataclass
@@ -48,33 +54,33 @@ class ImageText(Publishing):
     the images of a slot), or all its `tokens`.
 
     Attributes:
+        family: what is special about it.
         widened_labels: (T, S) of the packed batch that was seen last, -100 at image tokens.
     """
+
+    family: Family
 
     def forward(
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         labels: Tensor | None = None,
-        pixel_values: Tensor | None = None,
-        image_sizes: Tensor | None = None,
-        image_grid_thw: Tensor | None = None,
-        mm_token_type_ids: Tensor | None = None,
+        images: dict[str, Tensor] | None = None,
         image_rows: Tensor | None = None,
         image_owner: Tensor | None = None,
         text_owner: Tensor | None = None,
         num_slots: int | None = None,
         padding_free: bool = False,
         logits_to_keep: int | Tensor = 0,
-        mm_encoder_outputs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> Any:
         """The stock forward; or, given `image_rows`, that of a packed batch.
 
         Args:
             input_ids, attention_mask, labels: (T, L) with one placeholder per image, padded on the right.
-            pixel_values, image_sizes, image_grid_thw: as the family's image processor makes them, one entry per image.
-            image_rows: (R,) image of each placeholder, in the order of the texts.
+            images: as the family's processor makes them and `collate_images` puts them together.
+            image_rows: (R,) images as the texts read them, one after the other. An image is one placeholder, or as
+                many as its spelling has runs of image tokens.
             image_owner, text_owner, num_slots: as in the packed batch; only a condition needs them.
             padding_free: read all texts as one row, one behind the other and each by itself.
 
@@ -84,27 +90,19 @@ class ImageText(Publishing):
             `text_of` (1, N) says whose token each is. Also `lengths` (T,) of the widened texts, and `positions`, the
             number that was computed for them.
         """
-        images = {"pixel_values": pixel_values, "image_sizes": image_sizes, "image_grid_thw": image_grid_thw}
-        images = {name: value for name, value in images.items() if value is not None}
         if image_rows is None:
-            own = {"mm_token_type_ids": mm_token_type_ids, "mm_encoder_outputs": mm_encoder_outputs, "labels": labels}
-            own = {name: value for name, value in own.items() if value is not None}
+            own = {} if labels is None else {"labels": labels}
             return super().forward(
-                input_ids=input_ids,
-                attention_mask=attention_mask,
-                logits_to_keep=logits_to_keep,
-                **images,
-                **own,
-                **kwargs,
+                input_ids=input_ids, attention_mask=attention_mask, logits_to_keep=logits_to_keep, **own, **kwargs
             )
-        features = self.image_features(images)
+        features = self.image_features(images or {})
         widened = self.widen(input_ids, attention_mask, labels, features, image_rows)
         condition = current()  # one that the caller has set around the call takes precedence
         if condition is None:
             condition = self.condition_of(features, image_owner, text_owner, num_slots, widened.attention_mask)
-        arguments, labels = self.arguments(widened, features, image_grid_thw, image_rows), widened.labels
+        arguments, labels = self.arguments(widened, features, images or {}, image_rows), widened.labels
         row = TextRow(both(Tensor.bool, widened.attention_mask)) if padding_free else None
-        if row is None and "image_grid_thw" in arguments:
+        if row is None and "image_grid_thw" in arguments and hasattr(self.model, "get_rope_index"):
             arguments["position_ids"] = self._positions(arguments)
         if row is not None:
             arguments |= self.row_arguments(row, arguments)
@@ -119,25 +117,31 @@ class ImageText(Publishing):
         if row is not None:
             outputs["text_of"] = row.text_of
         unread = sorted(set(range(len(features))) - set(on_host(image_rows).tolist()))
-        if unread and torch.is_grad_enabled() and features[0].requires_grad:
+        if unread and torch.is_grad_enabled() and features.tokens[0].requires_grad:
             # All ranks must reach the vision tower in backward, also one whose images no text refers to.
-            outputs["tie"] = sum(features[i].sum() for i in unread) * 0
+            outputs["tie"] = sum(features.tokens[i].sum() for i in unread) * 0
         return outputs
 
-    def image_features(self, images: dict[str, Tensor]) -> list[Tensor]:
-        """Per image (n_i, d), behind the projector; each image is seen once."""
-        if "pixel_values" not in images:
-            return []
-        given = {**images, "pixel_values": images["pixel_values"].to(self.dtype)}
+    def image_features(self, images: dict[str, Tensor]) -> ImageFeatures:
+        """Behind the projector; each image is seen once."""
+        if not images:
+            return ImageFeatures([], [])
+        known = inspect.signature(self.model.get_image_features).parameters
+        given = {
+            name: value.to(self.dtype) if value.is_floating_point() else value
+            for name, value in images.items()
+            if name in known
+        }
         with _whole(self.model, "image_newline"):
-            return list(self.model.get_image_features(**given, return_dict=True).pooler_output)
+            output = self.model.get_image_features(**given, return_dict=True)
+        return ImageFeatures.of(output, images.get(TOKEN_RUNS))
 
     def widen(
         self,
         input_ids: Tensor,
         attention_mask: Tensor,
         labels: Tensor | None,
-        features: list[Tensor],
+        features: ImageFeatures,
         image_rows: Tensor,
         left: bool = False,
     ) -> Widened:
@@ -149,9 +153,8 @@ class ImageText(Publishing):
         input_ids, attention_mask, image_rows = map(on_host, (input_ids, attention_mask, image_rows))
         keep = attention_mask.bool()
         places = keep & (input_ids == self.config.image_token_id)
-        lengths = torch.tensor([len(f) for f in features], dtype=torch.int64)
         times = keep.to(torch.int64)
-        times[places] = lengths[image_rows]
+        times[places] = torch.tensor([n for i in image_rows.tolist() for n in features.runs[i]], dtype=torch.int64)
         widths = times.sum(1)
         rows, length = len(input_ids), int(widths.max())
         row = torch.repeat_interleave(torch.arange(rows), widths)
@@ -164,7 +167,7 @@ class ImageText(Publishing):
             out[row, column] = values.flatten().repeat_interleave(times.flatten())
             return to_device(out, device)
 
-        pad = self.config.text_config.pad_token_id
+        pad = self.config.get_text_config().pad_token_id
         return Widened(
             spread(input_ids, 0 if pad is None else pad),
             spread(attention_mask, 0),
@@ -173,28 +176,30 @@ class ImageText(Publishing):
         )
 
     def arguments(
-        self, widened: Widened, features: list[Tensor], image_grid_thw: Tensor | None, image_rows: Tensor
+        self, widened: Widened, features: ImageFeatures, images: dict[str, Tensor], image_rows: Tensor
     ) -> dict[str, Any]:
         """Arguments of the stock forward, or of `generate`, for widened texts."""
         arguments: dict[str, Any] = {"input_ids": widened.input_ids, "attention_mask": widened.attention_mask}
-        if hasattr(self.model, "get_rope_index"):  # positions in time, height and width
-            arguments["mm_token_type_ids"] = widened.image_tokens
-            if image_grid_thw is not None and len(image_rows):
-                rows = {tensor.device: tensor for tensor in (image_rows, on_host(image_rows))}
-                arguments["image_grid_thw"] = both(lambda grid: grid[rows[grid.device]], image_grid_thw)
+        known = inspect.signature(self.forward).parameters
+        for name in TYPES:
+            if name in known:
+                arguments[name] = self.family.token_types(widened.image_tokens, widened.labels)
+        if "image_grid_thw" in known and "image_grid_thw" in images and len(image_rows):
+            rows = {tensor.device: tensor for tensor in (image_rows, on_host(image_rows))}
+            arguments["image_grid_thw"] = both(lambda grid: grid[rows[grid.device]], images["image_grid_thw"])
         if len(image_rows):
-            read = BaseModelOutputWithPooling(pooler_output=[features[i] for i in on_host(image_rows).tolist()])
-            arguments["mm_encoder_outputs"] = {"image": read}
+            arguments["mm_encoder_outputs"] = {"image": features.read_as(on_host(image_rows).tolist())}
         return arguments
 
     def row_arguments(self, row: TextRow, arguments: dict[str, Any]) -> dict[str, Any]:
         """What changes in the `arguments` for widened texts where these are read as one row."""
         positions = row.position_ids
-        if "mm_token_type_ids" in arguments:  # positions in time, height and width, behind those that tell texts apart
+        if hasattr(self.model, "get_rope_index"):
+            # positions in time, height and width, behind those that tell texts apart
             positions = torch.stack([positions, *(row.of(axis) for axis in self._positions(arguments))])
-        implementation = self.config.text_config._attn_implementation or "eager"
+        implementation = self.config.get_text_config()._attn_implementation or "eager"
         return {
-            **{name: row.of(arguments[name]) for name in ("input_ids", "mm_token_type_ids") if name in arguments},
+            **{name: row.of(arguments[name]) for name in ("input_ids", *TYPES) if name in arguments},
             "attention_mask": None,  # transformers makes it of the positions
             "position_ids": positions,
             **row.attention_arguments(implementation),
@@ -209,7 +214,7 @@ class ImageText(Publishing):
 
     def condition_of(
         self,
-        features: list[Tensor],
+        features: ImageFeatures,
         image_owner: Tensor | None,
         text_owner: Tensor | None,
         num_slots: int | None,
@@ -222,11 +227,11 @@ class ImageText(Publishing):
             return Condition(own_mask=own)
         images_of = _images_by_slot(image_owner, len(features), num_slots)
         slots = range(len(images_of)) if text_owner is None else on_host(text_owner).tolist()
-        like = next(t for t in (own_mask, text_owner, *features) if t is not None)
-        nothing = torch.zeros(1, self.config.text_config.hidden_size, dtype=self.dtype, device=like.device)
+        like = next(t for t in (own_mask, text_owner, *features.tokens) if t is not None)
+        nothing = torch.zeros(1, self.config.get_text_config().hidden_size, dtype=self.dtype, device=like.device)
         per_text = []
         for slot in slots:
-            mine = [features[i] for i in images_of[slot]]
+            mine = [features.tokens[i] for i in images_of[slot]]
             if mine and kind == "pooled":
                 mine = [torch.stack([f.mean(0) for f in mine]).mean(0, keepdim=True)]
             per_text.append(torch.cat(mine) if mine else nothing)

@@ -14,7 +14,7 @@ class Options(BackboneOptions):
     """Keys of the recipe's `backbone` section.
 
     Attributes:
-        model: hub name or local directory of a llava, llava_next, qwen2_vl or qwen2_5_vl model.
+        model: hub name or local directory of an image-text-to-text model; docs/backbones.md lists the families.
         random_weights: take only its configuration, tokenizer and image processor; for tests and measurements.
         max_text_length: tokens of a conversation, an image counted as one. A longer one loses its oldest turns, then
             the middle of its last question, then the end of the answer; never an image or the header of the answer.

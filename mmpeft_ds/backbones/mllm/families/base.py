@@ -1,0 +1,80 @@
+"""The contract of a family of multimodal language models, with what holds for most of them as defaults."""
+
+# T texts, S text length with image tokens
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PretrainedConfig, ProcessorMixin
+
+
+class Family:
+    """What a family of transformers' image-text-to-text models does otherwise than most.
+
+    Most need no file: their processor says what an image is in the text (`replace_image_token`), their
+    `get_image_features` makes the features, and their forward takes these as `mm_encoder_outputs`.
+
+    Attributes:
+        model_types: `model_type` of the configurations that it is for.
+        spelled: the processor says what an image is in the text, which may depend on its size: rows of tiles, tokens
+            between them. False: it is one run of image tokens, as many as the tower makes of it.
+        channels: where the channels stand in the pixels of an image batch; the pixels then stay whole numbers until
+            they are on the device. None: the processor normalises them.
+        reads_pixels: `backbone.max_pixels` bounds the size of an image.
+        packs: texts may stand one behind the other in one row.
+        template: chat template where the checkpoint has none.
+        processor: class of the processor, where transformers has none that works without torchvision.
+    """
+
+    model_types: tuple[str, ...] = ()
+    spelled: bool = True
+    channels: int | None = None
+    reads_pixels: bool = False
+    packs: bool = False
+    template: str = ""
+    processor: type[ProcessorMixin] | None = None
+
+    def min_side(self, processor: Any) -> int | None:
+        """Short side that a decoder at reduced scale must not go below; None: the full image is needed.
+
+        Args:
+            processor: the image processor.
+        """
+        return None
+
+    def collate(self, pixels: list[Tensor]) -> Tensor:
+        """One tensor of what the processor made of each image; entries of all images stand in the first dimension.
+
+        Default: the other dimensions are padded with zeros to the largest.
+        """
+        most = [max(sizes) for sizes in zip(*(p.shape[1:] for p in pixels), strict=True)]
+        return torch.cat([_padded(p, most) for p in pixels])
+
+    def processor_settings(self, config: PretrainedConfig) -> dict[str, Any]:
+        """Arguments of the processor that its checkpoint may lack although the model's configuration has them."""
+        return {}
+
+    def mark(self, processor: Any) -> str:
+        """What the chat template writes for an image and the processor replaces. Default: its image token."""
+        return processor.image_token
+
+    def alone(self, processor: Any) -> str:
+        """A text with one image and nothing else, as the processor takes it. Default: the mark."""
+        return self.mark(processor)
+
+    def token_types(self, image_tokens: Tensor, labels: Tensor | None) -> Tensor:
+        """(T, S) int64 kinds of tokens, for models that ask for them. Default: 1 for those of images.
+
+        Args:
+            image_tokens: (T, S) int64, 1 where an image token stands.
+            labels: (T, S), -100 where nothing is asked; None in generation.
+        """
+        return image_tokens
+
+
+def _padded(pixels: Tensor, most: list[int]) -> Tensor:
+    missing = [m - s for m, s in zip(most, pixels.shape[1:], strict=True)]
+    return torch.nn.functional.pad(pixels, [n for m in reversed(missing) for n in (0, m)]) if any(missing) else pixels

@@ -1,0 +1,209 @@
+"""Every family of multimodal language models: packed, it says what the stock class fed by its own processor says."""
+
+import re
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+from PIL import Image
+from transformers import CONFIG_MAPPING, Idefics3Processor
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+from transformers.models.smolvlm.processing_smolvlm import get_image_prompt_string
+
+from mmpeft_ds import DeepPromptConfig, RoutedLoraConfig
+from mmpeft_ds.backbones.mllm.backbone import ENTRY, Options
+from mmpeft_ds.data.batch import Prompted, Sample, pack
+from mmpeft_ds.engine.assembly.forward import forward
+from mmpeft_ds.errors import BadInput
+from mmpeft_ds.methods import get
+from mmpeft_ds.sites import find_sites
+from tests.helpers.models import tiny_families, tiny_mllm
+
+FAMILIES = list(tiny_families.FAMILIES)
+SIZES = {1: (20, 33), 2: (40, 16), 3: (16, 16), 4: (9, 30)}
+ONE = ([1], [Prompted("what color ?", "red")])
+SHARED = ([2], [Prompted("is this blue ?", "no"), Prompted("what is this ?", "a blue .")])
+TWO = ([2, 3], [Prompted("<image> is <image> ?", "yes")])
+TEXT = ([], [Prompted("yes ?", "no")])
+TALK = ([4], [Prompted("color ?", "red", (("user", "what ?"), ("assistant", "blue")))])
+ALL = (ONE, SHARED, TWO, TEXT, TALK)
+
+
+@pytest.fixture(scope="module")
+def folder(request, tmp_path_factory):
+    return tiny_families.write(tmp_path_factory.mktemp(request.param), request.param)
+
+
+# One of each way in which an image is spelled and its features are merged; the others are slow where they take long.
+QUICK = ("internvl", "gemma3", "idefics3", "qwen3_vl", "mistral3", "ovis2", "qwen3_5")
+every_family = pytest.mark.parametrize("folder", FAMILIES, indirect=True)
+some_quick = pytest.mark.parametrize(
+    "folder", [f if f in QUICK else pytest.param(f, marks=pytest.mark.slow) for f in FAMILIES], indirect=True
+)
+
+
+def image(number):
+    generator = torch.Generator().manual_seed(number)
+    return torch.randint(0, 256, (3, *SIZES[number]), dtype=torch.uint8, generator=generator)
+
+
+def made(folder, **options):
+    backbone = ENTRY(Options(folder, **options), None)
+    backbone.attention = "eager"
+    backbone.check()
+    return backbone, backbone.build().eval()
+
+
+def batch(backbone, *samples):
+    transform = backbone.image_transform(False)
+    given = [
+        Sample(str(i), 1.0, [transform(image(n)) for n in images], list(texts), [0] * len(texts))
+        for i, (images, texts) in enumerate(samples)
+    ]
+    return pack(given, backbone.collate_images, backbone.collate_texts, lambda t: {})
+
+
+def stock(folder, backbone):
+    stock_class = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(backbone._config)]
+    return stock_class.from_pretrained(folder, attn_implementation="eager").eval()
+
+
+def stock_inputs(backbone, images, text, answer=True):
+    """What the processor of the family makes of one conversation; without its answer for generation."""
+    pictures = [Image.fromarray(image(n).permute(1, 2, 0).numpy()) for n in images]
+    if backbone._config.model_type == "paligemma":
+        suffix = text.target if answer else None
+        prompt = "<image>" * len(images) + text.prompt
+        made = dict(backbone._processor(images=pictures, text=[prompt], suffix=suffix, return_tensors="pt"))
+        made.pop("labels")
+        return made
+    messages = backbone._chat._messages(text.with_images(len(images)))
+    words = backbone._tokenizer
+    rendered = words.apply_chat_template(
+        messages if answer else messages[:-1],
+        chat_template=backbone._chat.template,
+        tokenize=False,
+        add_generation_prompt=not answer,
+    )
+    if answer and words.eos_token in rendered:
+        rendered = rendered[: rendered.rindex(words.eos_token) + len(words.eos_token)]
+    elif answer:
+        rendered = rendered.rstrip() + words.eos_token
+    if not images:
+        made = words([rendered], return_tensors="pt")
+        return {name: made[name] for name in ("input_ids", "attention_mask")}
+    return dict(backbone._processor(images=pictures, text=[rendered], return_tensors="pt"))
+
+
+def of_texts(samples):
+    return [(images, text) for images, texts in samples for text in texts]
+
+
+def samples_of(backbone, *samples):
+    """PaliGemma reads one question, behind its images, and nothing without any; transformers' own HunYuan-VL numbers
+    the images of a whole batch, so that its positions are right in a batch of one text alone."""
+    return {"paligemma": (ONE, SHARED), "hunyuan_vl": (TWO,)}.get(backbone._config.model_type, samples)
+
+
+@every_family
+@torch.no_grad()
+def test_logits_and_loss_are_those_of_the_stock_class_fed_by_its_own_processor(folder):
+    backbone, model = made(folder)
+    samples = samples_of(backbone, *ALL)
+    packed = batch(backbone, *samples)
+    given = backbone.inputs(packed)
+    features = model.image_features(given["images"])
+    assert len(features) == sum(len(images) for images, _ in samples)  # each once, however many texts read it
+    texts = (given["input_ids"], given["attention_mask"], given["labels"])
+    widened = model.widen(*texts, features, given["image_rows"])
+    out = backbone.read(model(**given), packed)
+    losses, counts = out.token_losses()
+    reference = stock(folder, backbone)
+    for i, (images, text) in enumerate(of_texts(samples)):
+        inputs = stock_inputs(backbone, images, text)
+        labels = widened.labels[i, : int(widened.attention_mask[i].sum())]
+        assert widened.input_ids[i, : len(labels)].tolist() == inputs["input_ids"][0].tolist()
+        asked = (labels != -100).nonzero()[:, 0]
+        expected = reference(**inputs).logits[0, asked - 1]
+        got = out.logits[i][out.labels[i] != -100]
+        scale = expected.abs().max()
+        assert torch.allclose(got, expected, rtol=0, atol=2e-6 * scale), (i, (got - expected).abs().max() / scale)
+        loss = torch.nn.functional.cross_entropy(expected, labels[asked], reduction="sum")
+        assert (losses[i], counts[i]) == (pytest.approx(loss.item(), rel=2e-6, abs=1e-5), len(asked))
+
+
+@some_quick
+@pytest.mark.parametrize("beams", [1, 2])
+@torch.no_grad()
+def test_generated_text_is_that_of_the_stock_class(folder, beams):
+    backbone, model = made(folder)
+    reference = stock(folder, backbone)
+    options = dict(max_new_tokens=4, num_beams=beams)
+    ends = dict(pad_token_id=0, eos_token_id=backbone._tokenizer.eos_token_id, do_sample=False)
+    ends |= dict(suppress_tokens=[backbone._config.image_token_id])
+    samples = samples_of(backbone, TWO, ONE, TALK)
+    got = backbone.generate(model, batch(backbone, *samples), **options)
+    for written, (images, text) in zip(got, of_texts(samples), strict=True):
+        inputs = stock_inputs(backbone, images, text, answer=False)
+        length = inputs["input_ids"].shape[1]
+        ids = reference.generate(**inputs, **ends, **options)[:, length:]
+        assert written == backbone._spelling.decode_all(ids.tolist(), None)[0]
+
+
+def attached(name, backbone, base):
+    method = get(name)
+    text = [s for s in find_sites(base).attention if s.modality == "text"]
+    assert text
+    config = {
+        "lora": lambda: peft.LoraConfig(r=2, target_modules=[s.q.path for s in text], init_lora_weights=False),
+        "routed_lora": lambda: RoutedLoraConfig(r=2, route="mul"),
+        "deep_prompt": lambda: DeepPromptConfig(),
+    }[name]()
+    method.check(config, find_sites(base), backbone.condition_width)
+    return peft.get_peft_model(base, config)
+
+
+@some_quick
+@pytest.mark.parametrize("name", ["lora", "routed_lora", "deep_prompt"])
+def test_an_adapter_is_trained_through_the_whole_model(folder, name):
+    backbone, base = made(folder, condition="pooled" if name == "routed_lora" else "none")
+    model = attached(name, backbone, base)
+    for parameter_name, parameter in model.named_parameters():
+        if parameter.requires_grad:  # not at its start, where half of a product has no gradient yet
+            generator = torch.Generator().manual_seed(len(parameter_name))
+            torch.nn.init.normal_(parameter, std=0.3, generator=generator)
+    forward(model, backbone, batch(backbone, *samples_of(backbone, *ALL))).token_losses()[0].sum().backward()
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    assert trained and all(p.grad is not None and p.grad.abs().sum() > 0 for p in trained.values())
+
+
+@pytest.mark.parametrize("rows, columns", [(0, 0), (1, 2), (3, 2)])
+def test_smolvlm_spells_an_image_as_its_own_processor_does(rows, columns):
+    processor = Idefics3Processor.__new__(Idefics3Processor)
+    names = dict(fake_image_token="<f>", image_token="<i>", global_image_tag="<g>", image_seq_len=3)
+    processor.__dict__.update(names)
+    got = processor.replace_image_token({"rows": [[rows]], "cols": [[columns]]}, 0)
+    assert got == get_image_prompt_string(rows, columns, 3, "<f>", "<i>", "<g>")
+
+
+def test_the_table_in_the_documentation_lists_the_families_that_are_tried():
+    page = Path("docs/backbones.md").read_text().split("### Families")[1].split("\n* ")[0]
+    table = {name for line in page.splitlines() if line.startswith("|") for name in re.findall("`([a-z0-9_]+)`", line)}
+    assert table == {*FAMILIES, *tiny_mllm.FAMILIES, "model_type"}
+
+
+@pytest.mark.parametrize(
+    "model_type, said",
+    [
+        ("florence2", "its text tower has an encoder"),
+        ("git", "mm_encoder_outputs"),
+        ("janus", "get_image_features"),
+        ("bert", "no image-text-to-text model"),
+    ],
+)
+def test_a_family_that_lacks_something_is_refused_with_what_it_is(tmp_path, model_type, said):
+    CONFIG_MAPPING[model_type]().save_pretrained(tmp_path)
+    with pytest.raises(BadInput, match=said) as error:
+        ENTRY(Options(str(tmp_path)), None).check()
+    assert "\n" not in str(error.value)
