@@ -44,7 +44,8 @@ def main() -> int:
             left_out = f", {report['bad_samples']:,} bad samples left out" if report["bad_samples"] else ""
             changed = f", {report['changed']}" if report["changed"] else ""
             counted = f"{report['scored']:,} of {report['there']:,} {report['unit']} scored{left_out}{changed}"
-            title = f"{report['dir']} ({report['split']}), {counted}, {report['checkpoint']}"
+            how = f", evaluator {report['vqa_measure']}" if report["vqa_measure"] else ""
+            title = f"{report['dir']} ({report['split']}), {counted}{how}, {report['checkpoint']}"
             console.score_table(report["scores"], report["baselines"], title)
         name = named(split, recipe.data.sources, args.data)
         print(f"predictions: {args.run / f'predictions-{name}.jsonl'}")

@@ -11,7 +11,6 @@ which holds its references itself. METEOR and SPICE need the `eval` extra and Ja
 unless named by --metrics. Both sides must have the same ids.
 """
 
-import json
 import sys
 from pathlib import Path
 
@@ -62,7 +61,7 @@ def main() -> int:
     how = f", evaluator {args.vqa_measure}" if args.measure == "vqa" else ""
     console.score_table(scores, {}, f"{args.predictions}: {len(pairs):,} {score.KINDS[args.measure].unit}{how}")
     if args.json:
-        write_json(args.json, json.loads(json.dumps(scores)))
+        write_json(args.json, scores | ({"vqa_measure": args.vqa_measure} if args.measure == "vqa" else {}))
     return 0
 
 

@@ -45,10 +45,10 @@ def evaluate_run(
         overrides: as `--set`, for where and how to run: engine.deepspeed, data.workers, data.sources.0.dir.
 
     Returns:
-        on every rank, one report per data set and task: dir, split, task, checkpoint, step, samples, rows, scored and
-        there (how many of `unit` the scores rest on, and how many the split has), bad_samples, cut_texts (by kind),
-        control_tokens (texts with some), changed (these two in words), scores, baselines, seconds. None if a stop was
-        requested: nothing is written.
+        on every rank, one report per data set and task: dir, split, task, vqa_measure (the evaluator of answers; empty
+        for other tasks), checkpoint, step, samples, rows, scored and there (how many of `unit` the scores rest on, and
+        how many the split has), bad_samples, cut_texts (by kind), control_tokens (texts with some), changed (these two
+        in words), scores, baselines, seconds. None if a stop was requested: nothing is written.
 
     Raises:
         BadInput: no run there, or it cannot be written into; no such checkpoint, split or data set.
@@ -81,6 +81,7 @@ def evaluate_run(
                     "dir": source.options.dir,
                     "split": split,
                     "task": source.options.task["name"],
+                    "vqa_measure": getattr(source.task.options, "vqa_measure", ""),
                     "checkpoint": opened.checkpoint.name,
                     "step": opened.state.step,
                     "samples": source.samples,

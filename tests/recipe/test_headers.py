@@ -56,6 +56,7 @@ def check_results(setting, run):
         name = named(split, sources, command.values("--data"))
         for report in json.loads((run / f"evaluation-{name}.json").read_text()):
             assert report["rows"] > 0 and report["bad_samples"] == 0
+            assert bool(report["vqa_measure"]) == (report["task"] in ("answering", "vqa", "vqa_generative"))
         if form:
             written = run / submission.file_name(form, name)
             assert written.read_text().strip() not in ("", "[]")

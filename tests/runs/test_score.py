@@ -118,6 +118,14 @@ def test_the_command_prints_a_table_and_notes_once_what_java_would_add(files, tm
     assert json.loads(out.read_text()) == pytest.approx(caption_scores(list(SAID.values()), list(THEIRS.values())))
 
 
+def test_the_scores_of_answers_name_the_evaluator(tmp_path, monkeypatch, capsys):
+    said = write(tmp_path / "said.json", [{"question_id": 1, "answer": "The Dog", "answers": ["dog"] * 10}])
+    given = ("--predictions", str(said), "--measure", "vqa", "--vqa-measure", "2017", "--json", str(tmp_path / "out"))
+    assert commands.run_script(ROOT / "launchers/score.py", given, monkeypatch) in (0, None)
+    assert "1 questions, evaluator 2017" in " ".join(capsys.readouterr().out.split())
+    assert json.loads((tmp_path / "out").read_text()) == {"accuracy": 1.0, "vqa_measure": "2017"}
+
+
 def test_metrics_asked_for_by_name_are_refused_without_what_they_need(files, monkeypatch, capsys):
     monkeypatch.setattr(coco_java.importlib.util, "find_spec", lambda name: None)
     given = ("--predictions", str(files[0]), "--references", str(files[1]), "--measure", "captions")
