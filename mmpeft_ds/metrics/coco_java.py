@@ -20,10 +20,11 @@ Pair = tuple[str, Sequence[str]]
 
 def missing(names: Sequence[str]) -> str:
     """What must be installed for these metrics, in one line; empty where nothing is missing."""
+    who = f"{' and '.join(names)} need{'s' if len(names) == 1 else ''}"
     if not (package := importlib.util.find_spec("pycocoevalcap")):
-        return f"{' and '.join(names)} need the published package: pip install 'mmpeft_ds[eval]', and Java."
+        return f"{who} the published package: pip install 'mmpeft_ds[eval]', and Java."
     if not shutil.which("java"):
-        return f"{' and '.join(names)} need Java: install a runtime (Debian: apt install default-jre-headless)."
+        return f"{who} Java: install a runtime (Debian: apt install default-jre-headless)."
     library = Path(next(iter(package.submodule_search_locations or [""]))) / "spice" / "lib"
     if "spice" in names and not all((library / file).is_file() for file in _SPICE_MODELS):
         return (
