@@ -119,7 +119,8 @@ def table(result: dict[str, Any], args: argparse.Namespace) -> str:
         "and their loader processes; other programs disturb it less. Losses: the largest relative difference in "
         f"{_instruction.CHECKED} steps on the same samples in the same order.",
         "",
-        "Milliseconds of a step on one rank, medians (`benchmarks/_host_time.py` says how they are measured); host is "
+        "Milliseconds of processor time of a step on one rank, medians (`benchmarks/_host_time.py` says how they are "
+        "measured); host is "
         "everything but the first four:",
         "",
         "| model | ZeRO | " + " | ".join(PARTS) + " | step |",
