@@ -54,8 +54,12 @@ def distances(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor])
     }
 
 
-def outcome(case: Case, dtype: torch.dtype, kernels: bool = True) -> dict[str, torch.Tensor]:
-    """U and the wanted gradients; float64 goes by the streaming form, which the kernels leave alone."""
+def outcome(case: Case, dtype: torch.dtype, kernels: bool = True, moved: int = 0) -> dict[str, torch.Tensor]:
+    """U and the wanted gradients; float64 goes by the streaming form, which the kernels leave alone.
+
+    Args:
+        moved: if not 0, a seed by which the inputs are moved as far as rounding to float32 may move them.
+    """
     from mmpeft_ds.ops.p_laplacian_stream import p_laplacian_attention
 
     q, k, f, g = tensors(case)
@@ -65,6 +69,10 @@ def outcome(case: Case, dtype: torch.dtype, kernels: bool = True) -> dict[str, t
         "f": f.to(dtype), "g": g.to(dtype),
         "p": torch.tensor(case.p, dtype=dtype), "mu": torch.tensor(0.2, dtype=dtype),
     }  # fmt: skip
+    if moved:
+        draw = torch.Generator().manual_seed(moved)
+        for leaf in leaves.values():
+            leaf *= 1 + 2**-24 * (2 * torch.rand(leaf.shape, generator=draw, dtype=leaf.dtype) - 1)
     square = case.graph == "square"
     wanted = [n for n in case.wanted if not (square and n == "f")]
     for name in wanted:

@@ -70,13 +70,16 @@ def test_equals_the_streaming_form_at_further_shapes(kernels, name):
 
 def check(kernels, case):
     found = kernels.submit(errors, case).result()
-    streamed = distances(outcome(case, torch.float32, kernels=False), outcome(case, torch.float64))
+    exact = outcome(case, torch.float64)
+    streamed = distances(outcome(case, torch.float32, kernels=False), exact)
+    draws = [distances(outcome(case, torch.float64, moved=seed), exact) for seed in range(1, 9 if case.equal else 2)]
+    moved = {name: max(draw[name] for draw in draws) for name in streamed}
     bounds = dict.fromkeys(found, 1e-5) | {"p": 5e-5}  # that of p sums terms of both signs to one number
     if case.dtype == torch.bfloat16:
         bounds |= {"q": 5e-3, "k": 5e-3}  # rounded to it
     for name, error in found.items():
-        # With p = 1 and equal nodes float32 itself is further off.
-        assert error < max(bounds[name], 2 * streamed[name]), (name, found, streamed)
+        # With p = 1 and equal nodes float32 itself is further off, by how much is chance.
+        assert error < max(bounds[name], 2 * streamed[name], 2 * moved[name]), (name, found, streamed, moved)
 
 
 @pytest.mark.parametrize(

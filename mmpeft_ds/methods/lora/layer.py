@@ -42,7 +42,9 @@ class LoraLinear(lora.Linear):
                 return None
         frozen = not any(p.requires_grad for p in self.base_layer.parameters())
         whole = frozen and all(part.bias is None for part in parts[1:])
-        return name if whole and not torch.is_autocast_enabled(x.device.type) else None
+        # The meta device, on which a plan counts, has no autocast.
+        cast = x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
+        return name if whole and not cast else None
 
 
 def use_one_function(model: PeftModel) -> None:
