@@ -104,13 +104,17 @@ def resident(tensors: Sequence[Tensors], layout: Layout, moments: int) -> dict[s
     trained = [t for t in tensors if t.trained]
     number = sum(t.numel for t in trained)
     own = share(number, n) if stage else number
+    buffers = layout.bucket * layout.buckets
+    if stage == 1 and layout.buckets == 1:
+        # `stage1.reduce_flat`: all gradients wait until they are reduced together, and DeepSpeed keeps no buffer.
+        buffers = number - own
     parts = {
         "frozen weights": sum(_held(t, layout) for t in tensors if not t.trained),
         "trained weights": sum(_held(t, layout) for t in trained),
         "master copy": MASTER * own if stage else 0,
         "optimiser": MASTER * moments * own,
         "gradients": GRADIENT * own,
-        "gradient buffers": GRADIENT * layout.bucket * layout.buckets,
+        "gradient buffers": GRADIENT * buffers,
     }
     if stage == 3:
         kept = [tensors[i] for i in persistent(tensors, layout.rules)] if n > 1 else []
