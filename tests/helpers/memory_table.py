@@ -25,6 +25,7 @@ from transformers import (
     LlavaConfig,
     PreTrainedTokenizerFast,
     Qwen2VLConfig,
+    Qwen2VLImageProcessorPil,
     RobertaConfig,
     ViTConfig,
 )
@@ -97,6 +98,7 @@ def configurations(folder: Path) -> dict[str, Path]:
         config.save_pretrained(paths[family])
     size = {"height": 336, "width": 336}
     CLIPImageProcessorPil(size={"shortest_edge": 336}, crop_size=size).save_pretrained(paths["llava"])
+    Qwen2VLImageProcessorPil().save_pretrained(paths["qwen2_vl"])
     return paths
 
 
