@@ -14,7 +14,7 @@ from mmpeft_ds.engine.assembly.resolve import attach
 from mmpeft_ds.engine.evaluator import evaluate
 from mmpeft_ds.tasks.instruction.task import Instruction, Options
 from tests.helpers import launch
-from tests.helpers.models import tiny_mllm
+from tests.helpers.models import tiny_families, tiny_mllm
 from tests.helpers.rank_scripts import mllm
 from tests.helpers.runs import tiny_classifier
 
@@ -34,18 +34,22 @@ CASES = [
         "gradient_checkpointing": True,
     },
 ]
+# Not PaliGemma, which reads nothing without an image, nor HunYuan-VL, whose positions depend on the whole batch.
+FAMILIES = [name for name in tiny_families.FAMILIES if name not in ("paligemma", "hunyuan_vl")]
+TEXT = {"name": "lora", "r": 2, "target_modules": r".*(language_model|text_model).*\.(q_proj|v_proj)"}
+CASES += [{"name": name, "family": name, "method": TEXT} for name in FAMILIES]
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("mllm_ranks")
     for family in {case["family"] for case in CASES}:
-        tiny_mllm.write(path / family, family)
+        (tiny_mllm if family in tiny_mllm.FAMILIES else tiny_families).write(path / family, family)
     # nothing resident: also the parameter that LLaVA-NeXT reads outside a forward has to be gathered
     zero = {"stage": 3, "stage3_param_persistence_threshold": 0, "stage3_max_live_parameters": 0}
     (path / "ds.json").write_text(json.dumps({"zero_optimization": zero}))
     (path / "cases.json").write_text(json.dumps(CASES))
-    result = launch.run_forked(SCRIPT, str(path / "cases.json"), str(path), ranks=2)
+    result = launch.run_forked(SCRIPT, str(path / "cases.json"), str(path), ranks=2, timeout=1800)
     assert result.code == 0, result.tail()
     return path
 
