@@ -346,10 +346,14 @@ class ModelHooks:
         head_modules: paths of modules that are trained whole, as peft's `modules_to_save`. Default: none.
         runs_again: paths of towers that one forward runs several times; ZeRO-3 then keeps finer hooks in them.
             Default: none.
+        runs_unevenly: paths of modules whose parts may run more often on one rank than on another, such as once an
+            image; under ZeRO-3 those that are frozen are gathered as a whole, so that ranks stay in step. Default:
+            none.
     """
 
     head_modules: tuple[str, ...] = ()
     runs_again: tuple[str, ...] = ()
+    runs_unevenly: tuple[str, ...] = ()
 
     def training_state(self) -> dict[str, Tensor]:
         """Tensors beside the trainables that a checkpoint must hold, such as a queue; equal on all ranks.

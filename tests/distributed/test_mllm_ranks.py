@@ -34,8 +34,10 @@ CASES = [
         "gradient_checkpointing": True,
     },
 ]
-# Not PaliGemma, which reads nothing without an image, nor HunYuan-VL, whose positions depend on the whole batch.
-FAMILIES = [name for name in tiny_families.FAMILIES if name not in ("paligemma", "hunyuan_vl")]
+# Not PaliGemma, which reads nothing without an image, nor HunYuan-VL, whose positions depend on the whole batch, nor
+# Qwen3-VL-MoE, whose experts transformers does not turn as it loads them at ZeRO-3.
+LEFT_OUT = ("paligemma", "hunyuan_vl", "qwen3_vl_moe")
+FAMILIES = [name for name in tiny_families.FAMILIES if name not in LEFT_OUT]
 TEXT = {"name": "lora", "r": 2, "target_modules": r".*(language_model|text_model).*\.(q_proj|v_proj)"}
 CASES += [{"name": name, "family": name, "method": TEXT} for name in FAMILIES]
 

@@ -105,6 +105,14 @@ def _pretrained(
         raise BadInput(
             f"{where}: cannot load the weights of {name!r} ({tower_loading.first_line(error)}). Restore its files."
         ) from error
+    except RuntimeError as error:  # a weight of another shape, which under ZeRO-3 a checkpoint's other layout may be
+        if "size mismatch" not in str(error):
+            raise
+        what = next(line.strip() for line in str(error).splitlines() if "size mismatch" in line)
+        raise BadInput(
+            f"{where}: the weights of {name!r} do not fit its configuration ({what}). Take both of one checkpoint; "
+            "transformers 5.23 does not turn the experts of Qwen3-VL-MoE at ZeRO-3, so take stage 0 to 2 for these."
+        ) from error
     if missing := sorted(info["missing_keys"]):
         some = ", ".join(missing[:3]) + (" ..." if len(missing) > 3 else "")
         raise BadInput(f"{where}: {name!r} has no weights for {some}, which would be random. Take a whole checkpoint.")

@@ -122,6 +122,22 @@ class ImageText(Publishing):
             outputs["tie"] = sum(features.tokens[i].sum() for i in unread) * 0
         return outputs
 
+    @property
+    def runs_unevenly(self) -> tuple[str, ...]:
+        """The blocks of the vision tower and what stands behind it: in some families a part of them runs once an
+        image."""
+        text, tower = self.get_decoder(), self.get_encoder(modality="image")
+        paths = []
+        for name, child in self.model.named_children():
+            if child is tower:
+                lists = [path for path, module in child.named_modules() if isinstance(module, nn.ModuleList)]
+                outer = [path for path in lists if not any(path.startswith(f"{other}.") for other in lists)]
+                blocks = [f"{path}.{i}" for path in outer for i in range(len(child.get_submodule(path)))]
+                paths += [f"model.{name}.{path}" for path in blocks]
+            elif child is not text:
+                paths.append(f"model.{name}")
+        return tuple(paths)
+
     def image_features(self, images: dict[str, Tensor]) -> ImageFeatures:
         """Behind the projector; each image is seen once."""
         if not images:

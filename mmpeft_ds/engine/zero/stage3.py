@@ -55,6 +55,8 @@ def leaf_paths(model: nn.Module, sites: Sites, head: nn.Module | None = None) ->
         trained = any(p.requires_grad for p in modules[path].parameters())
         if not (trained and path.startswith(images + again)):
             leaves.append(path)
+    uneven = (path for path in model_hooks(model).runs_unevenly if path in modules and path not in leaves)
+    leaves += [path for path in uneven if not any(p.requires_grad for p in modules[path].parameters())]
     return leaves + [path for path, module in modules.items() if module is head]
 
 
