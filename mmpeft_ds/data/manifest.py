@@ -24,6 +24,8 @@ from mmpeft_ds.files import write_atomic
 SCHEMA = 1
 FILE = "manifest.json"
 NAME = re.compile(r"[a-z0-9_-]+")
+_SHA256 = re.compile("[0-9a-f]{64}")
+MOST = 2**50  # samples or bytes of one shard: sums over many shards stay within 64 bits
 _PLAIN_FILE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 
 
@@ -126,10 +128,9 @@ class Manifest:
             manifest._check()
         except BadInput:
             raise
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise BadInput(
-                f"{where}/{FILE}: damaged ({type(error).__name__}: {error}). Restore it or prepare the data set again."
-            ) from error
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            raise BadInput(f"{where}/{FILE}: damaged ({reason}). Restore it or prepare the data set again.") from error
         return manifest
 
     def save(self, dir: str | os.PathLike) -> None:
@@ -185,9 +186,25 @@ class Manifest:
         local = local_path(self.path(info.file))
         # Map local files into memory, so that all ranks of a node share their pages.
         expected = (self.samples(split), 2)
-        table = np.load(local, mmap_mode="r") if local else np.load(io.BytesIO(data), allow_pickle=False)
-        if table.shape != expected or table.dtype != np.int64:
-            raise BadInput(f"{self.path(info.file)}: {table.dtype} {table.shape}, expected int64 {expected}; {hint}.")
+        try:
+            table = np.load(local or io.BytesIO(data), mmap_mode="r" if local else None, allow_pickle=False)
+        except Exception as error:  # noqa: BLE001 - the header is a Python literal, whose parser raises nearly anything
+            raise BadInput(f"{self.path(info.file)}: no array ({' '.join(str(error).split())}); {hint}.") from error
+        if not isinstance(table, np.ndarray) or table.shape != expected or table.dtype != np.int64:
+            found = f"{table.dtype} {table.shape}" if isinstance(table, np.ndarray) else "several arrays"
+            raise BadInput(f"{self.path(info.file)}: {found}, expected int64 {expected}; {hint}.")
+        first = 0
+        for shard in self.shards(split):
+            begin, length = table[first : first + shard.samples].T
+            # in this order, since no sum of two numbers of a file is safe from overflow
+            outside = (begin < 0) | (length <= 0) | (length > shard.bytes) | (begin > shard.bytes - length.clip(0))
+            if outside.any():
+                at = int(outside.argmax())
+                raise BadInput(
+                    f"{self.path(info.file)}: sample {first + at} at {begin[at]} with {length[at]} bytes lies outside "
+                    f"of {shard.file}, which has {shard.bytes}; {hint}."
+                )
+            first += shard.samples
         self._index_cache[split] = table
         return table
 
@@ -199,12 +216,13 @@ class Manifest:
             raise ValueError("splits and index name different splits")
         for shards in self.splits.values():
             for shard in shards:
-                if not (_PLAIN_FILE.fullmatch(shard.file) and shard.samples > 0 and shard.bytes > 0):
+                counts = (shard.samples, shard.bytes)
+                if not _PLAIN_FILE.fullmatch(shard.file) or not all(type(n) is int and 0 < n < MOST for n in counts):
                     raise ValueError(f"shard {shard}")
-                if not re.fullmatch("[0-9a-f]{64}", shard.sha256):
+                if not _SHA256.fullmatch(shard.sha256):
                     raise ValueError(f"sha256 of {shard.file}")
         for info in self.index.values():
-            if not _PLAIN_FILE.fullmatch(info.file):
+            if not (_PLAIN_FILE.fullmatch(info.file) and _SHA256.fullmatch(info.sha256)):
                 raise ValueError(f"index file {info.file!r}")
         if self.labels is not None and len(self.labels) != len(self.label_counts or []):
             raise ValueError("labels and label_counts differ in length")
@@ -212,7 +230,7 @@ class Manifest:
             if not (self.towers["key"] and isinstance(self.towers["image_width"], int)):
                 raise ValueError("towers without key or image_width")
             texts = self.towers.get("classes")
-            if texts and not (_PLAIN_FILE.fullmatch(texts["file"]) and re.fullmatch("[0-9a-f]{64}", texts["sha256"])):
+            if texts and not (_PLAIN_FILE.fullmatch(texts["file"]) and _SHA256.fullmatch(texts["sha256"])):
                 raise ValueError(f"class texts {texts}")
 
 

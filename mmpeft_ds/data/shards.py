@@ -100,8 +100,8 @@ class ShardReader:
         expected = sample_key(self.split, int(self._firsts[shard]) + sample)
         if key != expected:
             raise BadInput(
-                f"{self.manifest.path(self.shards[shard].file)}: holds {key} where {expected} belongs: the shard was "
-                f"written anew, or the index is of another one. {HINT}"
+                f"{self.manifest.path(self.shards[shard].file)}: holds {key[:100]} where {expected} belongs: the shard "
+                f"was written anew, or the index is of another one. {HINT}"
             )
 
     def check_open(self) -> None:
@@ -222,13 +222,16 @@ def members(piece: bytes) -> tuple[str, dict[str, bytes]]:
     """Key and {extension: bytes} of the one sample in a piece of tar; the extension follows the key's first dot.
 
     Raises:
-        BadSample: `tar` if it cannot be parsed, does not hold exactly one key, or holds pickled files.
+        BadSample: `tar` if it cannot be parsed, does not hold exactly one key, a name has control characters, or files
+            are pickled.
     """
     files = _plain_members(piece)
     if files is None:
         files = _any_members(piece)
     key, parts = "", {}
     for name, data in files:
+        if not name.isprintable():  # a name is shown in messages, which are one line
+            raise BadSample("tar", f"{name[:100]!a} is no printable name")
         folder, _, base = name.rpartition("/")
         stem, _, extension = base.partition(".")
         this = f"{folder}/{stem}" if folder else stem

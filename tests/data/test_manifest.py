@@ -12,6 +12,7 @@ from mmpeft_ds.data.manifest import Manifest, local_path, sample_key
 from mmpeft_ds.data.parts import finished_part, part_path
 from mmpeft_ds.data.writer import RawSample, members, write_manifest, write_shard
 from mmpeft_ds.errors import BadInput
+from mmpeft_ds.files import sha256
 
 
 def raw(i, images=(), features=None):
@@ -87,7 +88,10 @@ def break_index(made):
         (lambda d: d["splits"]["train"][0].update(file="../../etc/passwd"), "damaged"),
         (lambda d: d["splits"]["train"][0].update(samples=0), "damaged"),
         (lambda d: d["splits"]["train"][0].update(sha256="abc"), "damaged"),
+        (lambda d: d["splits"]["train"][0].update(samples=10**30), "damaged"),
+        (lambda d: d["splits"]["train"][0].update({"a\nb": 1}), "damaged"),
         (lambda d: d["index"].pop("val"), "damaged"),
+        (lambda d: d["index"]["val"].update(sha256=5), "damaged"),
         (lambda d: d["index"]["val"].update(file="/tmp/x.npy"), "damaged"),
         (lambda d: d.update(name="A.b"), "damaged"),
         (lambda d: d.update(label_counts=[1]), "damaged"),
@@ -168,3 +172,34 @@ def test_headers_hold_no_trace_of_the_machine(made):
         (0, 0, 0, "bigdata", "bigdata", 0o444)
     }
     assert Path(members[0].name).suffix == ".json"
+
+
+@pytest.mark.parametrize(
+    "place", [(0, 0, -512), (0, 1, -1), (0, 1, 0), (2, 1, 2**63 - 1), (4, 0, 2**63 - 512), (4, 0, 10**6)]
+)
+def test_ranges_outside_of_their_shard_are_refused_though_the_hash_is_right(made, place):
+    *at, value = place
+    info = Manifest.load(made).index["train"]
+    table = np.load(made / info.file)
+    table[tuple(at)] = value
+    np.save(made / info.file, table)
+    resealed(made, info.file)
+    with pytest.raises(BadInput, match=f"sample {at[0]} .* lies outside of toy-train-00000{at[0] // 3}.tar"):
+        Manifest.load(made).offsets("train", 0)
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04", b"\x93NUMPY\x01\x00\x09\x00{'shape': (", b"[[0, 1]]"])
+def test_a_side_file_that_is_no_array_is_refused_though_the_hash_is_right(made, content):
+    info = Manifest.load(made).index["train"]
+    (made / info.file).write_bytes(content)
+    resealed(made, info.file)
+    with pytest.raises(BadInput, match=f"{info.file}: no array") as refused:
+        Manifest.load(made).offsets("train", 0)
+    assert "\n" not in str(refused.value)
+
+
+def resealed(folder: Path, file: str) -> None:
+    """The manifest with the hash of the side file of train as it is now."""
+    raw = json.loads((folder / "manifest.json").read_text())
+    raw["index"]["train"]["sha256"] = sha256(folder / file)
+    (folder / "manifest.json").write_text(json.dumps(raw))

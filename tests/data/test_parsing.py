@@ -100,6 +100,13 @@ def test_a_member_that_claims_more_than_the_piece_holds_is_bad():
             members(piece)
 
 
+@pytest.mark.parametrize("name", ["a\nb.json", "\x1b[2Jk.json", "a\u202eb.json"])
+def test_a_name_that_no_line_could_show_is_bad(name):
+    with pytest.raises(BadSample, match="no printable name") as refused:
+        members(tar(info(name, 2), data=b"{}"))
+    assert str(refused.value).isprintable()
+
+
 def test_an_image_number_of_many_digits_is_bad():
     assert image_names({"10.jpg": b"", "9.png": b"", "json": b""}) == ["9.png", "10.jpg"]
     with pytest.raises(BadSample, match="40 digits"):

@@ -105,7 +105,7 @@ class Classification(TaskBase):
             if isinstance(label, bool) or not isinstance(label, int) or not 0 <= label < len(self._own):
                 raise BadSample("label", f"{label!r} is no class index below {len(self._own)}")
             name = self._own[label]
-        if self._index.get(name) not in self._allowed:
+        if not isinstance(name, str) or self._index.get(name) not in self._allowed:
             raise BadSample("label", f"class {name!r} is none of those that may be predicted here")
         return self._index[name]
 

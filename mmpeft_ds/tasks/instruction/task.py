@@ -130,7 +130,7 @@ def _turns(conversation: Any) -> list[tuple[str, str]]:
         raise BadSample("field", "`conversations` is no list")
     system, turns = [], []
     for turn in conversation:
-        role = ROLES.get(turn.get("from")) if isinstance(turn, dict) else None
+        role = ROLES.get(str(turn.get("from"))) if isinstance(turn, dict) else None
         if role is None or not isinstance(turn.get("value"), str):
             raise BadSample("type", "a turn needs `from` (human, gpt or system) and a text in `value`")
         text = turn["value"].strip()

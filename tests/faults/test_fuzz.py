@@ -1,0 +1,252 @@
+"""Mutated files given to the functions that read them: each call ends well, or in one line of BadInput or BadSample.
+
+`FUZZ_SEED=7 pytest tests/faults/test_fuzz.py` draws other cases. No input here harms any program.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import hypothesis
+import numpy as np
+import pytest
+import torch
+import yaml
+from hypothesis import strategies as st
+
+from mmpeft_ds import recipe as recipes
+from mmpeft_ds.data.decode import decode, size_of
+from mmpeft_ds.data.manifest import Manifest
+from mmpeft_ds.data.options import DataOptions
+from mmpeft_ds.data.parsing import json_object, npy_array, one_sample
+from mmpeft_ds.data.shards import image_names, members, record_of, verify_shards
+from mmpeft_ds.data.stream import Stream
+from mmpeft_ds.engine.assembly import resolve
+from mmpeft_ds.errors import BadInput, BadSample
+from tests.helpers import ROOT
+from tests.helpers.data import tiny_shards
+from tests.helpers.data.images import encoded
+from tests.helpers.guarded import Guard
+from tests.helpers.mutation import edited, edited_value, edits, with_right_sums
+from tests.helpers.runs import tiny_adapters
+
+SEED = int(os.environ.get("FUZZ_SEED", 13))
+Attempt = Callable[[int, list], None]  # of a variant and the edits; raises nothing but BadInput and BadSample
+LABELS = ["red", "blue", "round"]
+
+
+def pictures(folder: Path) -> Attempt:
+    exif = b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\x06\0\0\0\0\0\0"
+    forms = [("JPEG", {"exif": exif}), ("JPEG", {"progressive": True}), ("PNG", {}), ("WEBP", {}), ("GIF", {})]
+    seeds = [encoded(i, kind, **options) for i, (kind, options) in enumerate([*forms, ("TIFF", {}), ("BMP", {})])]
+
+    def attempt(variant: int, changes: list) -> None:
+        data = edited(seeds[variant % len(seeds)], changes)
+        image = decode(data, 10**6, (8, 8) if variant & 64 else None, "published" if variant & 128 else "shown")
+        assert image.dtype == torch.uint8 and image.shape[0] == 3 and image[0].numel() <= 10**6
+        height, width = size_of(data)
+        assert min(height, width) > 0
+
+    return attempt
+
+
+def arrays(folder: Path) -> Attempt:
+    import io
+
+    seeds = []
+    for array in (np.ones((3, 4), np.float32), np.arange(5), np.asfortranarray(np.ones((2, 3, 2), np.float16))):
+        np.save(buffer := io.BytesIO(), array)
+        seeds.append(buffer.getvalue())
+    return lambda variant, changes: check_array(npy_array(edited(seeds[variant % len(seeds)], changes)))
+
+
+def check_array(array: np.ndarray) -> None:
+    assert array.nbytes < 1 << 20 and array.flags["WRITEABLE"]
+
+
+def tar_headers(folder: Path) -> Attempt:
+    manifest = tiny_shards.write_shards(folder / "d", [tiny_shards.one_image(i) for i in range(3)])
+    whole = (folder / "d" / manifest.shards("train")[0].file).read_bytes()
+    seeds = [whole[begin : begin + length] for begin, length in manifest.offsets("train", 0).tolist()]
+
+    def attempt(variant: int, changes: list) -> None:
+        # half of the edits hit the 512 bytes of a header, which are a small part of all
+        piece = seeds[variant % len(seeds)]
+        piece = edited(piece[:512], changes) + piece[512:] if variant & 64 else edited(piece, changes)
+        key, parts = members(with_right_sums(piece) if variant & 128 else piece)
+        assert key and sum(map(len, parts.values())) <= len(piece)
+        assert set(image_names(parts)) <= parts.keys()
+        record_of(parts)
+
+    return attempt
+
+
+def records(folder: Path) -> Attempt:
+    names = ("vqa", "captioning", "answering", "vqa_generative", "retrieval", "classification", "instruction")
+    tasks = []
+    for name in names:
+        task = {"name": name}
+        raw = {"run_dir": "x", "backbone": {"name": "features"}, "method": {"name": "clip_adapter"}}
+        raw["data"] = {"sources": [{"dir": "x", "split": "train", "task": task}]}
+        section = recipes.components(recipes.from_dict(raw)).tasks["data.sources.0"]
+        tasks.append(resolve.make_task(section, LABELS))
+    record = tiny_adapters.pictured(0).record
+
+    def attempt(variant: int, changes: list) -> None:
+        task = tasks[variant % len(tasks)]
+        if variant & 64:
+            data = edited(json.dumps(record).encode(), changes)
+        else:
+            data = json.dumps(edited_value(record, changes)).encode()
+        with one_sample():
+            read = json_object(data)
+            for texts, targets in (task.read(read, torch.Generator()), task.read_all(read, torch.Generator())):
+                assert len(texts) == len(targets)
+                task.collate([*targets, task.dummy_target()])
+            task.every_text(read)
+
+    return attempt
+
+
+def streams(folder: Path) -> Attempt:
+    manifest = tiny_shards.write_shards(folder / "d", [tiny_shards.one_image(i) for i in range(8)], per_shard=8)
+    path = folder / "d" / manifest.shards("train")[0].file
+    whole = path.read_bytes()
+
+    def attempt(variant: int, changes: list) -> None:
+        data = edited(whole, changes)
+        path.write_bytes(with_right_sums(data) if variant & 1 else data)
+        options = DataOptions(global_batch=4, workers=0, max_bad_fraction=1.0 if variant & 2 else 0.1)
+        stream = Stream([tiny_shards.source(manifest)], options)
+        try:
+            for step in stream.epoch(0):
+                assert len(step.micro[0].sample_id) == 4
+        finally:
+            stream.close()
+
+    return attempt
+
+
+def manifests(folder: Path) -> Attempt:
+    tiny_adapters.write_pictures(folder / "d")
+    path = folder / "d" / "manifest.json"
+    text = path.read_text()
+
+    def attempt(variant: int, changes: list) -> None:
+        data = edited(text.encode(), changes) if variant & 1 else edited_text(text, changes)
+        path.write_bytes(data)
+        manifest = Manifest.load(folder / "d")
+        for split in manifest.splits:
+            verify_shards(manifest, split, "sha256")
+            for number, shard in enumerate(manifest.shards(split)):
+                assert len(manifest.offsets(split, number)) == shard.samples
+
+    return attempt
+
+
+def edited_text(text: str, changes: list) -> bytes:
+    return json.dumps(edited_value(json.loads(text), changes)).encode()
+
+
+def indexes(folder: Path) -> Attempt:
+    """Side files whose hash is right: ranges of anything."""
+    manifest = tiny_shards.write_shards(folder / "d", [tiny_shards.one_image(i) for i in range(6)], per_shard=3)
+    info = manifest.index["train"]
+    path = folder / "d" / info.file
+    whole = path.read_bytes()
+    described = json.loads((folder / "d" / "manifest.json").read_text())
+
+    def attempt(variant: int, changes: list) -> None:
+        if variant & 1:
+            data = edited(whole, changes)
+        else:
+            table = np.frombuffer(whole[128:], "<i8").copy()
+            for _, place, amount, value in changes:
+                fits = type(value) is int and -(2**63) <= value < 2**63
+                table[amount % len(table)] = value if fits else place - 2**19
+            data = whole[:128] + table.tobytes()
+        path.write_bytes(data)
+        described["index"]["train"]["sha256"] = hashlib.sha256(data).hexdigest()
+        (folder / "d" / "manifest.json").write_text(json.dumps(described))
+        stream = Stream([tiny_shards.source(Manifest.load(folder / "d"))], DataOptions(global_batch=3, workers=0))
+        try:
+            list(stream.epoch(0))
+        finally:
+            stream.close()
+
+    return attempt
+
+
+def recipe_files(folder: Path) -> Attempt:
+    texts = [path.read_text() for path in sorted((ROOT / "recipes").glob("*.yaml"))]
+    texts = [text for text in texts if "few_shot:" not in text]  # studies, which `load` sends elsewhere
+    path = folder / "recipe.yaml"
+
+    def attempt(variant: int, changes: list) -> None:
+        text = texts[(variant >> 1) % len(texts)]
+        if variant & 1:
+            path.write_bytes(edited(text.encode(), changes))
+        else:
+            path.write_text(json.dumps(edited_value(recipes.parse_yaml(text, "text"), changes)))
+        made = recipes.load(path)
+        again = recipes.from_dict(yaml.safe_load(recipes.to_yaml(made)))
+        assert recipes.to_dict(again).keys() == recipes.to_dict(made).keys()
+
+    return attempt
+
+
+SUBJECTS: dict[str, tuple[Callable[[Path], Attempt], int]] = {
+    "pictures": (pictures, 2500),
+    "arrays": (arrays, 1000),
+    "tar headers": (tar_headers, 2000),
+    "records": (records, 1500),
+    "streams": (streams, 500),
+    "manifests": (manifests, 1000),
+    "indexes": (indexes, 500),
+    "recipes": (recipe_files, 500),
+}
+QUICK = 40
+
+
+@pytest.fixture(scope="module")
+def guard(tmp_path_factory) -> Guard:
+    return Guard(tmp_path_factory.getbasetemp())
+
+
+@pytest.mark.parametrize(
+    "thorough", [pytest.param(False, id="quick"), pytest.param(True, id="all", marks=pytest.mark.slow)]
+)
+@pytest.mark.parametrize("subject", SUBJECTS)
+def test_mutated_input_ends_well_or_in_one_line(guard, tmp_path, subject, thorough):
+    prepare, most = SUBJECTS[subject]
+    attempt = prepare(tmp_path)
+    refused: dict[str, int] = {}
+
+    @hypothesis.seed(SEED)
+    @hypothesis.settings(
+        max_examples=most if thorough else QUICK,
+        deadline=None,
+        database=None,
+        suppress_health_check=list(hypothesis.HealthCheck),
+        print_blob=False,
+    )
+    @hypothesis.given(st.integers(0, 255), edits())
+    def holds(variant: int, changes: list) -> None:
+        kind = "well"
+        with guard.watch():
+            try:
+                attempt(variant, changes)
+            except (BadInput, BadSample) as refusal:
+                assert "\n" not in str(refusal)
+                kind = refusal.kind if isinstance(refusal, BadSample) else "BadInput"
+        assert kind != "memory" and (changes or kind == "well")
+        refused[kind] = refused.get(kind, 0) + 1
+
+    with guard.bounded():
+        holds()
+    print(f"{subject}: seed {SEED}, {sum(refused.values())} cases: {refused}")
+    assert len(refused) > 1, "what was not edited ends well, and something is refused"
