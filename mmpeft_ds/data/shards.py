@@ -100,8 +100,8 @@ class ShardReader:
         expected = sample_key(self.split, int(self._firsts[shard]) + sample)
         if key != expected:
             raise BadInput(
-                f"{self.manifest.path(self.shards[shard].file)}: holds {key[:100]} where {expected} belongs: the shard "
-                f"was written anew, or the index is of another one. {HINT}"
+                f"{self.manifest.path(self.shards[shard].file)}: holds {key[:100]} where {expected} belongs: the "
+                f"shard was written anew, or the index is of another one. {HINT}"
             )
 
     def check_open(self) -> None:
