@@ -24,6 +24,8 @@ import traceback
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from tests.helpers import ROOT, namespaces
 
 # Everything that takes long to import, and nothing that starts a thread or joins a process group.
@@ -57,6 +59,12 @@ def ask(job: dict[str, Any]) -> list[int | None]:
     answer = process.stdout.readline()
     assert answer, f"the server of ranks has ended with code {process.wait()}"
     return json.loads(answer)
+
+
+def ranks() -> list[psutil.Process]:
+    """Processes of the job that runs now, in the order of its ranks."""
+    children = psutil.Process(_server.pid).children() if _server else []
+    return sorted((c for c in children if os.getsid(c.pid) == c.pid), key=lambda process: process.pid)
 
 
 def serve() -> None:
