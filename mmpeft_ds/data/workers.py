@@ -84,7 +84,7 @@ class WorkerPool:
         """Results in the order of `requests`. A later call ends the earlier one.
 
         Raises:
-            BadInput: as `make` raised it.
+            BadInput: as `make` raised it, or when a worker has been killed.
         """
         self._stop()
         self._running = self._here(iter(requests)) if self._loader is None else self._there(iter(requests))
@@ -151,10 +151,11 @@ class WorkerPool:
         if self._failure is not None:
             raise self._failure
         self._requests.pending = requests
-        for result in iter(self._loader):
-            if isinstance(result, BadInput):
-                raise result
-            yield result
+        with _naming_the_lost():
+            for result in iter(self._loader):
+                if isinstance(result, BadInput):
+                    raise result
+                yield result
 
 
 class _Requests(Sampler):
@@ -180,6 +181,20 @@ class _Maker(Dataset):
         except BadInput as error:
             # Return it: raised in the worker it would arrive as a page of traceback.
             return error
+
+
+@contextlib.contextmanager
+def _naming_the_lost() -> Iterator[None]:
+    """Within the block a worker that has been killed is told in one line. Raises BadInput."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader worker (pid"):
+            raise
+        raise BadInput(
+            f"{error}: a loader process of this rank was killed, mostly for want of memory. Lower data.workers or "
+            "data.prefetch if so; the same command continues."
+        ) from error
 
 
 def _unchanged(result: Any) -> Any:
