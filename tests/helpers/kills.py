@@ -22,7 +22,8 @@ class Kill:
     """One kill; `at` runs in a thread beside the run.
 
     Attributes:
-        moment: of `MOMENTS`: some seconds after the start; some steps later; while a checkpoint is being written.
+        moment: of `MOMENTS`: some seconds after the start; some steps later; while a checkpoint is being written. Or
+            `loading`: when the last rank has a loader worker.
         victim: of `VICTIMS`; a loader worker where the run has one, else rank 1.
         wait: seconds, steps, or milliseconds until then, as the moment wants.
         done: whether it came before the run had ended.
@@ -65,6 +66,8 @@ class Kill:
         before, metrics = _lines(run), run / "metrics.jsonl"
         old = partial(run)
         while not ended.is_set():
+            if self.moment == "loading" and self.workers():
+                return True
             if self.moment == "saving" and partial(run) - old:
                 time.sleep(self.wait / 1000)
                 return True
@@ -74,12 +77,17 @@ class Kill:
             time.sleep(0.0005)
         return False
 
+    @staticmethod
+    def workers() -> list[psutil.Process]:
+        """Loader workers of the last rank, which take over from it some time after its first step."""
+        with contextlib.suppress(psutil.NoSuchProcess, IndexError):
+            servers = [c for c in rank_server.ranks()[-1].children() if "forkserver" in " ".join(c.cmdline())]
+            return [worker for server in servers for worker in server.children()]
+        return []
+
     def _victims(self, ranks: list[psutil.Process]) -> list[psutil.Process]:
-        if self.victim == "worker":
-            with contextlib.suppress(psutil.NoSuchProcess):
-                workers = [w for server in ranks[-1].children() for w in server.children()]
-                if workers:
-                    return workers[:1]
+        if self.victim == "worker" and (workers := self.workers()):
+            return workers[:1]
         return {"rank 0": ranks[:1], "all ranks": ranks}.get(self.victim, ranks[-1:])
 
 
