@@ -1,5 +1,5 @@
-"""Every pair of {1, 2, 3, 4 ranks} x {ZeRO 0, 1, 2, 3}: what one has saved the other continues, on the same samples and
-with the losses of a run that nothing has changed. Prints the table of docs/reliability.md."""
+"""Every pair of {1, 2, 3, 4 ranks} x {ZeRO 0, 1, 2, 3}: what one has saved the other continues, on the same samples
+and with the losses of a run that nothing has changed. Prints the table of docs/reliability.md."""
 
 from __future__ import annotations
 

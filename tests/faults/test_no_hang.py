@@ -1,5 +1,5 @@
-"""A thousand steps on three ranks, of samples with and without pictures, graphs without edges, ranks without a sample,
-answers of different lengths and samples that cannot be read, all drawn at random: none of them keeps a rank waiting."""
+"""A thousand steps on three ranks, of samples with and without pictures, graphs without edges, ranks without a
+sample, answers of different lengths and samples that cannot be read, drawn at random: no rank waits for ever."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def pictures(folder: Path, draw: random.Random) -> str:
         patch.setattr(tiny_vqa, "sample", lambda i, answer=int.__add__: broken(plain(i, answer), draw))
         tiny_vqa.prepare(folder)
     raw = yaml.safe_load((folder / "recipe.yaml").read_text())
-    raw["optim"]["accumulation"] = 3  # four slots in nine parts
+    raw["optim"]["accumulation"] = 2  # four slots in six parts
     return finish(folder, raw, "pictures", 1)
 
 
