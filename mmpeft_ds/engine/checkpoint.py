@@ -194,9 +194,9 @@ def record_evaluation(path: Path, state: TrainState, keep_last: int, best: bool)
     """
 
     def write() -> None:
-        write_json(path / "evaluated.json", dataclasses.asdict(state))
-        if best:
+        if best:  # first: a run killed in between evaluates again, where a state without its pointer would never get one
             write_atomic(path.parent / "best", path.name + "\n")
+        write_json(path / "evaluated.json", dataclasses.asdict(state))
         _prune(path.parent, keep_last)
 
     on_rank0(write)
@@ -366,7 +366,7 @@ def _write(
             write(partial / file)
         check(partial)
         write_json(partial / CHECKSUMS, {file: sha256(partial / file) for file in files})
-    for pointer in ("latest", "best") if best else ("latest",):
+    for pointer in ("best", "latest") if best else ("latest",):  # `latest` last: its state may name itself the best
         write_atomic(folder / pointer, name + "\n")
     _prune(folder, keep_last)
     return folder / name

@@ -130,6 +130,25 @@ def test_an_evaluation_is_added_to_the_checkpoint_that_was_saved_before_it(tmp_p
     assert not first.exists()  # it was kept for being the best
 
 
+@pytest.mark.parametrize("best_of", ["an evaluation", "a new checkpoint"])
+def test_a_kill_between_its_state_and_its_pointer_does_not_lose_the_best(tmp_path, monkeypatch, best_of):
+    """Else the run would go on from a state that knows of a best checkpoint which nothing points to."""
+    path, plain = write(tmp_path, 5), checkpoint.write_atomic
+
+    def killed(target, text):
+        if target.name == "best":
+            raise KeyboardInterrupt
+        plain(target, text)
+
+    monkeypatch.setattr(checkpoint, "write_atomic", killed)
+    with pytest.raises(KeyboardInterrupt):
+        if best_of == "an evaluation":
+            checkpoint.record_evaluation(path, TrainState(step=5, best=0.5, best_step=5), keep_last=1, best=True)
+        else:
+            write(tmp_path, 10, best=True)
+    assert not (path / "evaluated.json").exists() and checkpoint.newest_valid(tmp_path) == path
+
+
 @pytest.mark.parametrize("victim", ["weights.safetensors", "state.json", "checksums.json"])
 def test_kill_9_while_saving_leaves_the_previous_one(tmp_path, victim):
     """A child writes step 10 and is killed while the file `victim` is on its way."""

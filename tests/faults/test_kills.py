@@ -5,7 +5,6 @@ MMPEFT_KILLS: kills of each kind of run, 2 where it is not set. MMPEFT_SEED: of 
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import shutil
@@ -21,19 +20,6 @@ pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.alone]
 TRAIN = ROOT / "launchers" / "train.py"
 KILLS = int(os.environ.get("MMPEFT_KILLS", 2))
 SEED = int(os.environ.get("MMPEFT_SEED", 0))
-EXACT = ("step", "epoch", "loss", "lr", "grad_norm", "sample_keys_hash", "weight")
-
-
-def curve(run: Path) -> list[tuple]:
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [tuple(row[key] for key in EXACT) for row in rows]
-
-
-def check_same(run: Path, untouched: Path, steps: int = tiny_kinds.STEPS) -> None:
-    assert curve(run) == curve(untouched) and len(curve(run)) == steps
-    for name in ("adapter_model.safetensors", "adapter_config.json"):
-        assert (run / "adapter" / name).read_bytes() == (untouched / "adapter" / name).read_bytes()
-    assert not kills.partial(run), "what a killed run was writing is removed"
 
 
 def train(recipe: Path, run: Path, kill: kills.Kill | None = None, *sets: str) -> launch.Result:
@@ -54,12 +40,12 @@ def test_a_run_that_is_killed_at_random_moments_ends_like_one_that_is_not(tmp_pa
         print(f"seed {SEED}, {kind}, {count} of {KILLS}: {kill} codes {result.codes}")
         assert not result.killed and "Traceback" not in result.output, result.tail()
         if result.code == 0:
-            check_same(run, tmp_path / "untouched")
+            kills.check_same(run, tmp_path / "untouched", tiny_kinds.STEPS)
             shutil.rmtree(run)
             ends += 1
     result = train(recipe, run)
     assert result.code == 0, result.tail()
-    check_same(run, tmp_path / "untouched")
+    kills.check_same(run, tmp_path / "untouched", tiny_kinds.STEPS)
     print(f"seed {SEED}, {kind}: {count} kills, {ends + 1} runs to the end")
 
 
@@ -79,7 +65,7 @@ def check_to_an_end(recipe: Path, run: Path, untouched: Path) -> None:
     for place in (run, untouched):
         done = train(recipe, place, None, f"optim.max_steps={steps}")
         assert done.code == 0, done.tail()
-    check_same(run, untouched, steps)
+    kills.check_same(run, untouched, steps)
 
 
 def test_a_run_whose_loader_workers_are_killed_ends_in_a_line_and_goes_on(tmp_path):

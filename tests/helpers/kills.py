@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import random
 import threading
 import time
@@ -14,6 +15,7 @@ import psutil
 from tests.helpers import launch, rank_server
 
 MOMENTS = ("starting", "stepping", "saving")
+EXACT = ("step", "epoch", "loss", "lr", "grad_norm", "sample_keys_hash", "weight")
 VICTIMS = ("rank 0", "rank 1", "all ranks", "worker")
 
 
@@ -55,7 +57,7 @@ class Kill:
                 victim.kill()
                 self.done = True
         if not ended.wait(10):
-            for rank in ranks:
+            for rank in rank_server.ranks():  # some may have been forked since
                 with contextlib.suppress(psutil.NoSuchProcess):
                     rank.kill()
         self.torn = bool(partial(run) - before)
@@ -117,3 +119,17 @@ def run(kill: Kill | None, run_dir: Path, script: str | Path, *args: str, ranks:
         ended.set()
         if killer:
             killer.join()
+
+
+def curve(run: Path) -> list[tuple]:
+    """What must be equal to the bit in every line of metrics.jsonl."""
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [tuple(row[key] for key in EXACT) for row in rows]
+
+
+def check_same(run: Path, untouched: Path, steps: int) -> None:
+    """Assert that a run has the curve and the adapter of another one, and that nothing half-written is left."""
+    assert curve(run) == curve(untouched) and len(curve(run)) == steps
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        assert (run / "adapter" / name).read_bytes() == (untouched / "adapter" / name).read_bytes()
+    assert not partial(run), "what a killed run was writing is removed"
