@@ -194,7 +194,7 @@ def record_evaluation(path: Path, state: TrainState, keep_last: int, best: bool)
     """
 
     def write() -> None:
-        if best:  # first: a run killed in between evaluates again, where a state without its pointer would never get one
+        if best:  # first: a run killed in between evaluates again; from a state without its pointer it would not
             write_atomic(path.parent / "best", path.name + "\n")
         write_json(path / "evaluated.json", dataclasses.asdict(state))
         _prune(path.parent, keep_last)
