@@ -45,7 +45,15 @@ def run(main: Callable[[], int | None]) -> NoReturn:
     quiet()
     mask_output()
     with stop.watching() as watch:  # first of all, since the launcher may end during the imports of `main`
-        sys.exit(_code_of(main, watch))
+        try:
+            code = _code_of(main, watch)
+        except Exception as error:
+            if "TORCHELASTIC_ERROR_FILE" in os.environ:  # where torchrun and supervise.py look for the reason
+                from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+                get_error_handler().record_exception(error)
+            raise
+        sys.exit(code)
 
 
 def _code_of(main: Callable[[], int | None], watch: stop.Watch) -> int:

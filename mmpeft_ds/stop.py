@@ -323,7 +323,7 @@ def _is_launcher(command: list[str]) -> bool:
         if word == "-m" and i + 1 < len(command):
             return any(command[i + 1] == known or command[i + 1].startswith(f"{known}.") for known in LAUNCHERS)
         if name in ("deepspeed", "ds", "torchrun") or word.endswith(
-            ("deepspeed/launcher/launch.py", "torch/distributed/run.py")
+            ("deepspeed/launcher/launch.py", "torch/distributed/run.py", "launchers/supervise.py")
         ):
             return True
         if i and not word.startswith("-"):
