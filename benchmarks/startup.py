@@ -84,6 +84,7 @@ def commands() -> list[Command]:
         ("launchers/graph_report.py", "--run", NOWHERE),
         ("launchers/merge.py", "--adapter", NOWHERE, "--out", "merged"),
         ("launchers/preflight.py", "--recipe", f"{NOWHERE}.yaml"),
+        ("launchers/supervise.py", "--recipe", f"{NOWHERE}.yaml"),
         ("launchers/predict.py", "--adapter", NOWHERE, "--images", "docs/images"),
         ("launchers/search.py", "--adapter", NOWHERE, "--images", "docs/images", "--text", "a", "--out", "found"),
         ("launchers/features.py", "--data", NOWHERE, "--out", "made", "--backbone", "clip"),

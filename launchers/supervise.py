@@ -20,7 +20,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[0] = str(ROOT)
 
-from mmpeft_ds import console, stop  # noqa: E402
+from mmpeft_ds import console, leftovers, stop  # noqa: E402
 from mmpeft_ds import recipe as recipes  # noqa: E402
 from mmpeft_ds.errors import BadInput  # noqa: E402
 
@@ -62,14 +62,14 @@ def main() -> int:
     run_dir = Path(recipe.run_dir)
     limits = supervisor.Limits(args.max_restarts, args.pause, recipe.engine.stop_grace)
     stop.Watch.running.close()  # a signal is for the ranks first, and torch's agent passes it on
-    with tempfile.TemporaryDirectory(prefix="supervise-") as alone:
+    with tempfile.TemporaryDirectory(prefix=f"{leftovers.own_name()}-") as own:  # goes after a kill too
         # A node on its own shares nothing, and need not wait until what a killed start left has grown old.
-        folder = Path(alone) if most == 1 else run_dir.parent / f".{run_dir.name}.nodes"
+        folder = Path(own) if most == 1 else run_dir.parent / f".{run_dir.name}.nodes"
         try:
             place = meeting.Meeting(folder, args.min_nodes, most, args.wait, "127.0.0.1" if most == 1 else None)
         except OSError as error:
             raise BadInput(f"{folder}: {error.strerror}; the nodes meet there. Mend it, or move run_dir.") from error
-        code, number = supervisor.supervise(command, nproc, place, run_dir, limits)
+        code, number = supervisor.supervise(command, nproc, place, run_dir, limits, Path(own))
     if args.requeue and number in (signal.SIGUSR1, signal.SIGTERM) and os.environ.get("SLURM_NODEID", "0") == "0":
         subprocess.run(["scontrol", "requeue", os.environ["SLURM_JOB_ID"]], check=False)
     return code

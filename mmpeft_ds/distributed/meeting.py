@@ -24,7 +24,7 @@ LAST_CALL = 5  # seconds for which nodes wait for more of them, once there are e
 class SharedFile(RendezvousBackend):
     """State of a rendezvous in one file, whose content is the token of the next change.
 
-    torch's own backend on a `FileStore` appends every state, a few megabytes a day and node.
+    torch's own backend on a `FileStore` appends every state, and a node changes it with every sign of life.
     """
 
     name = "shared-file"
@@ -37,14 +37,15 @@ class SharedFile(RendezvousBackend):
         with self._locked() as descriptor:
             return self._read(descriptor)
 
-    def set_state(self, state: bytes, token: Any | None = None) -> tuple[bytes, Any, bool]:
+    def set_state(self, state: bytes, token: Any | None = None) -> tuple[bytes, Any, bool] | None:
         """Replace the state if it is the one of `token`: what stands there then, its token, and whether it is ours."""
         with self._locked() as descriptor:
             there = self._read(descriptor)
             if (there[1] if there else None) != token:
-                return (*there, False) if there else (b"", None, False)
-            os.ftruncate(descriptor, 0)
+                return (*there, False) if there else None
+            # In this order a kill in between leaves a whole state with a tail, which unpickling does not read.
             os.pwrite(descriptor, state, 0)
+            os.ftruncate(descriptor, len(state))
             return state, state, True
 
     @staticmethod
@@ -54,7 +55,7 @@ class SharedFile(RendezvousBackend):
 
     @contextlib.contextmanager
     def _locked(self) -> Any:
-        # flock is one of the server on NFS, where taking it also drops what this machine has cached of the file.
+        # On NFS flock is a lock of the server, and taking it drops what this machine has cached of the file.
         descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX)

@@ -8,7 +8,6 @@ import os
 import signal
 import socket
 import sys
-import tempfile
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -18,11 +17,7 @@ from typing import Any
 from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerSpec, WorkerState
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
-from torch.distributed.elastic.rendezvous import (
-    RendezvousClosedError,
-    RendezvousGracefulExitError,
-    RendezvousTimeoutError,
-)
+from torch.distributed.elastic.rendezvous import RendezvousClosedError, RendezvousTimeoutError
 
 from mmpeft_ds.distributed.meeting import Meeting
 
@@ -112,12 +107,12 @@ class Supervisor(LocalElasticAgent):
                     f"{_how([failure])}: bad input, which no restart mends; the line of that rank says what",
                 )
         step = self.progress.step()
-        for failure in result.failures.values():
-            if trace := _traceback(failure):
-                if (step, trace) in self._tracebacks:
-                    where = ", ".join(trace.splitlines()[-2:])
-                    return 1, f"the same traceback twice after step {step}, so a restart does not help ({where})"
-                self._tracebacks.add((step, trace))
+        # A set, since the ranks often end with the same one.
+        now = {(step, trace) for failure in result.failures.values() if (trace := _traceback(failure))}
+        for _, trace in sorted(now & self._tracebacks):
+            where = ", ".join(trace.splitlines()[-2:])
+            return 1, f"the same traceback twice after step {step}, so a restart does not help ({where})"
+        self._tracebacks |= now
         return None
 
     def _plan_pause(self, what: str) -> None:
@@ -140,8 +135,15 @@ class Supervisor(LocalElasticAgent):
         super()._shutdown(signal.SIGTERM, self._shutdown_timeout)
 
 
-def supervise(command: list[str], nproc: int, meeting: Meeting, run_dir: Path, limits: Limits) -> tuple[int, int]:
+def supervise(
+    command: list[str], nproc: int, meeting: Meeting, run_dir: Path, limits: Limits, logs: Path
+) -> tuple[int, int]:
     """Run `command` on `nproc` ranks of this node, and again after faults, until the run is finished.
+
+    Args:
+        command: script and arguments.
+        run_dir: that the script writes, by which its end and progress are known.
+        logs: existing folder of this process, where ranks write why they ended.
 
     Returns:
         exit code: 0 finished, 2 bad input, 1 given up, 128 + N after signal N; and N, 0 without one.
@@ -152,23 +154,23 @@ def supervise(command: list[str], nproc: int, meeting: Meeting, run_dir: Path, l
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # our lines say it shorter
     for name in SIGNALS:  # torch sets the same once ranks run; before, nodes may be waited for
         signal.signal(getattr(signal, name), _raise)
-    with tempfile.TemporaryDirectory(prefix="supervise-") as logs:
-        spec = WorkerSpec(
-            role="rank", local_world_size=nproc, entrypoint=sys.executable, args=tuple(command),
-            rdzv_handler=meeting.rendezvous, max_restarts=limits.restarts,
-        )  # fmt: skip
-        agent = Supervisor(spec, DefaultLogsSpecs(log_dir=logs), meeting, Progress(run_dir), limits)
-        try:
-            agent.run()
-        except SignalException as stopped:
-            number = int(stopped.sigval)
-            say(f"stopped by {signal.Signals(number).name}; the same command continues the run")
-            return 128 + number, number
-        except RendezvousTimeoutError:
-            say("too few nodes came; the same command continues the run")
-            return 1, 0
-        except (RendezvousClosedError, RendezvousGracefulExitError):
+    spec = WorkerSpec(
+        role="rank", local_world_size=nproc, entrypoint=sys.executable, args=tuple(command),
+        rdzv_handler=meeting.rendezvous, max_restarts=limits.restarts,
+    )  # fmt: skip
+    agent = Supervisor(spec, DefaultLogsSpecs(log_dir=str(logs)), meeting, Progress(run_dir), limits)
+    try:
+        if agent.run() is None:  # torch's word for a node that was left over when another one ended the run
             agent.verdict = meeting.ended()
+    except SignalException as stopped:
+        number = int(stopped.sigval)
+        say(f"stopped by {signal.Signals(number).name}; the same command continues the run")
+        return 128 + number, number
+    except RendezvousTimeoutError:
+        say("waited too long: fewer than --min-nodes came, or --max-nodes train; the same command continues")
+        return 1, 0
+    except RendezvousClosedError:
+        agent.verdict = meeting.ended()
     code, reason = agent.verdict or (0, "the run is finished")
     meeting.end(code, reason)
     if code:
