@@ -1,5 +1,6 @@
 """Every family of multimodal language models: packed, it says what the stock class fed by its own processor says."""
 
+import json
 import re
 from pathlib import Path
 
@@ -14,8 +15,9 @@ from transformers.models.smolvlm.processing_smolvlm import get_image_prompt_stri
 from mmpeft_ds import DeepPromptConfig, RoutedLoraConfig
 from mmpeft_ds.backbones.mllm.backbone import ENTRY, Options
 from mmpeft_ds.data.batch import Prompted, Sample, pack
+from mmpeft_ds.data.transform import apply
 from mmpeft_ds.engine.assembly.forward import forward
-from mmpeft_ds.errors import BadInput
+from mmpeft_ds.errors import BadInput, BadSample
 from mmpeft_ds.methods import get
 from mmpeft_ds.sites import find_sites
 from tests.helpers.models import tiny_families, tiny_mllm
@@ -86,9 +88,7 @@ def stock_inputs(backbone, images, text, answer=True):
         tokenize=False,
         add_generation_prompt=not answer,
     )
-    if answer and words.eos_token in rendered:
-        rendered = rendered[: rendered.rindex(words.eos_token) + len(words.eos_token)]
-    elif answer:
+    if answer and words.eos_token not in rendered:
         rendered = rendered.rstrip() + words.eos_token
     if not images:
         made = words([rendered], return_tensors="pt")
@@ -176,6 +176,26 @@ def test_an_adapter_is_trained_through_the_whole_model(folder, name):
     forward(model, backbone, batch(backbone, *samples_of(backbone, *ALL))).token_losses()[0].sum().backward()
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
     assert trained and all(p.grad is not None and p.grad.abs().sum() > 0 for p in trained.values())
+
+
+@pytest.mark.parametrize(
+    "family, setting", [("internvl", "image_seq_length"), ("gemma3", "image_seq_length"), ("ovis2", "image_seq_length")]
+)
+def test_a_processor_that_counts_other_tokens_than_the_model_makes_is_refused(tmp_path, family, setting):
+    folder = tiny_families.write(tmp_path, family)
+    settings = tiny_families.FAMILIES[family].processor
+    (tmp_path / "processor_config.json").write_text(json.dumps(settings | {setting: settings[setting] + 1}))
+    with pytest.raises(BadInput, match="spells the images with .* tokens, but the model makes .* of them") as error:
+        ENTRY(Options(folder), None).check()
+    assert "\n" not in str(error.value)
+
+
+def test_an_image_that_mistral3_cannot_read_alone_is_a_bad_sample(tmp_path):
+    backbone, model = made(tiny_families.write(tmp_path, "mistral3"))
+    with pytest.raises(BadSample, match="one token"):
+        apply(backbone.image_transform(False), torch.zeros(3, 5, 8, dtype=torch.uint8), None)
+    # what stands for an image on a rank without any must not be one; its cell is 28 pixels wide in released models
+    assert max(backbone.dummy("image").shape) > 28
 
 
 @pytest.mark.parametrize("rows, columns", [(0, 0), (1, 2), (3, 2)])

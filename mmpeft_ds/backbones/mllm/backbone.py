@@ -96,6 +96,8 @@ class MllmBackbone(StockBackbone):
                     f"{WHERE}: {self.options.model!r}: preprocessor_config.json has {ours} {made}, but the vision "
                     f"tower of config.json has {theirs} {read}. Take both files of one checkpoint."
                 )
+        if self._family.spelled:
+            self._image_tokens.check(self.image_transform(False)(self.dummy("image"), torch.Generator()))
 
     def build(self, on_meta: bool = False) -> PreTrainedModel:
         """The pretrained model, everything frozen."""
@@ -134,8 +136,8 @@ class MllmBackbone(StockBackbone):
         return CollatedTexts(tensors, torch.tensor([[e.cut, e.cut_answer, e.control] for e in encoded]))
 
     def dummy(self, modality: str) -> Any:
-        """A black image of 28 x 28 pixels (one token of Qwen's), or a conversation of one word each."""
-        return torch.zeros(3, 28, 28, dtype=torch.uint8) if modality == "image" else super().dummy(modality)
+        """A black image of 28 x 56 pixels (two tokens of Qwen's or Mistral's), or a conversation of one word each."""
+        return torch.zeros(3, 28, 56, dtype=torch.uint8) if modality == "image" else super().dummy(modality)
 
     def inputs(self, batch: PackedBatch) -> dict[str, Any]:
         """Forward arguments; pixels are normalised here, on the device of the batch."""

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from mmpeft_ds.errors import BadInput
 from mmpeft_ds.host_copies import on_host
 
 # Fields of the output that differ by image, whether or not the language model reads them.
@@ -51,7 +52,7 @@ class ImageFeatures:
                 of as many as it has features, and one entry of the output.
 
         Raises:
-            ValueError: if there are not as many features as the runs say.
+            BadInput: if there are not as many features as the runs say.
         """
         pooled, deep = output.pooler_output, getattr(output, "deepstack_features", None)
         one_tensor = isinstance(pooled, Tensor)
@@ -61,13 +62,13 @@ class ImageFeatures:
             per_entry = 1 if pooled.dim() == 2 else pooled.shape[1]
             counts = [1] * len(pooled) if runs is None else [sum(row) // per_entry for row in runs]
             if sum(counts) != len(pooled):
-                raise ValueError(f"{len(pooled)} entries of features for images that are spelled with {runs} tokens")
+                raise _disagreement(runs, len(pooled) * per_entry)
             pooled = pooled.split(counts)
         parts = list(pooled)
         tokens = [part.reshape(-1, part.shape[-1]) for part in parts]
         found = [[len(t)] for t in tokens]
         if runs is not None and [sum(row) for row in runs] != [n for (n,) in found]:
-            raise ValueError(f"images of {found} features are spelled with {runs} tokens")
+            raise _disagreement(runs, sum(n for (n,) in found))
         deep = None if deep is None else [list(layer) for layer in deep]
         others = {name: value for name, value in vars(output).items() if name not in _OF_IMAGES}
         return ImageFeatures(tokens, parts, one_tensor, deep, found if runs is None else runs, others)
@@ -80,3 +81,12 @@ class ImageFeatures:
         for name, value in (self.others | deep).items():
             setattr(output, name, value)  # models hang fields of their own on it
         return output
+
+
+def _disagreement(runs: list[list[int]] | None, features: int) -> BadInput:
+    tokens = sum(map(sum, runs or []))
+    return BadInput(
+        f"backbone: the processor spells the images with {tokens} tokens, but the model makes {features} features of "
+        "them. Settings such as image_seq_length, patch_size or downsampling differ between config.json and "
+        "preprocessor_config.json or processor_config.json; take all files of one checkpoint."
+    )

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx.experimental import _config
 from transformers import PreTrainedModel
 
 from mmpeft_ds.backbones.mllm.processing import TOKEN_RUNS
@@ -50,6 +51,23 @@ class ImageTokens:
             else:
                 self._by_size[height, width] = self._of(self._collate([image])), ""
         return self._by_size[height, width]
+
+    def check(self, image: Any) -> None:
+        """Compare the tokens in the spelling of an image with the features that the model makes of it.
+
+        Args:
+            image: as the transform gives it.
+
+        Raises:
+            BadInput: if their numbers differ. A model whose number follows from values, such as grids, is not tried.
+        """
+        collated = self._collate([image])
+        given = {n: v.to("meta") if n.startswith("pixel") else v for n, v in collated.items()}
+        try:
+            with _config.patch(meta_nonzero_assume_all_nonzero=True):
+                self._model.image_features(given)
+        except (RuntimeError, NotImplementedError):  # it reads values, which the meta device has none of
+            return
 
     def _of(self, image: dict[str, Tensor]) -> int:
         if "image_grid_thw" in image:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import string
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -564,7 +565,9 @@ FAMILIES: dict[str, Tiny] = {
 def tokenizer(tiny: Tiny) -> PreTrainedTokenizerFast:
     """A few dozen words split at spaces; special tokens are found anywhere."""
     special = ["[PAD]", "[UNK]", "<s>", "</turn>", "<turn>", *dict.fromkeys((tiny.image, *tiny.tokens))]
-    vocabulary = {word: i for i, word in enumerate([*special, *WORDS])}
+    # single letters and the sign for a space, since some families read any vocabulary as one of byte pairs
+    words = dict.fromkeys([*special, *WORDS, *string.ascii_lowercase, "\u0120"])
+    vocabulary = {word: i for i, word in enumerate(words)}
     made = Tokenizer(WordLevel(vocabulary, unk_token="[UNK]"))
     made.pre_tokenizer = WhitespaceSplit()
     return PreTrainedTokenizerFast(

@@ -35,8 +35,14 @@ class PixtralProcessor(ProcessorMixin):
         return super()._process_images(images, **{**kwargs, "patch_size": self.cell})
 
     def replace_image_token(self, image_inputs: dict[str, Any], image_idx: int, **kwargs: Any) -> str:
-        """Rows of image tokens with a break between them, and the end."""
+        """Rows of image tokens with a break between them, and the end.
+
+        Raises:
+            ValueError: for an image of one token, which the model cannot read where it is the only one of a batch.
+        """
         height, width = (int(side) // self.cell for side in image_inputs["image_sizes"][image_idx])
+        if height * width == 1:
+            raise ValueError(f"an image of less than {self.cell} pixels a side is one token, and Mistral 3 needs two")
         return self.between.join([self.image_token * width] * height) + self.end
 
 
