@@ -178,13 +178,11 @@ def test_an_adapter_is_trained_through_the_whole_model(folder, name):
     assert trained and all(p.grad is not None and p.grad.abs().sum() > 0 for p in trained.values())
 
 
-@pytest.mark.parametrize(
-    "family, setting", [("internvl", "image_seq_length"), ("gemma3", "image_seq_length"), ("ovis2", "image_seq_length")]
-)
-def test_a_processor_that_counts_other_tokens_than_the_model_makes_is_refused(tmp_path, family, setting):
+@pytest.mark.parametrize("family", ["internvl", "gemma3", "ovis2"])
+def test_a_processor_that_counts_other_tokens_than_the_model_makes_is_refused(tmp_path, family):
     folder = tiny_families.write(tmp_path, family)
     settings = tiny_families.FAMILIES[family].processor
-    (tmp_path / "processor_config.json").write_text(json.dumps(settings | {setting: settings[setting] + 1}))
+    (tmp_path / "processor_config.json").write_text(json.dumps(settings | {"image_seq_length": 5}))
     with pytest.raises(BadInput, match="spells the images with .* tokens, but the model makes .* of them") as error:
         ENTRY(Options(folder), None).check()
     assert "\n" not in str(error.value)
