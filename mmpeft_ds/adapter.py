@@ -198,7 +198,9 @@ def load(
     trained_with, now = read_json(directory / "image_transform.json", dict), transform_description(backbone)
     if now != trained_with and not overrides:
         keys = [key for key in sorted(trained_with | now) if trained_with.get(key) != now.get(key)]
-        changes = ", ".join(f"{key} was {trained_with.get(key)!r} and is {now.get(key)!r}" for key in keys)
+        changes = ", ".join(
+            f"{' '.join(key.split())} was {trained_with.get(key)!r} and is {now.get(key)!r}" for key in keys
+        )
         raise BadInput(
             f"{directory}: images were transformed otherwise in training: {changes}. Restore the image processor's "
             "file of the base model, or the library versions of that run."

@@ -335,13 +335,25 @@ def _best_valid(folder: Path) -> Path | None:
 def _unreadable(path: Path) -> str | None:
     """Why files with correct checksums cannot be read, such as those of another program; None if they can."""
     try:
-        read_json(path, "state")
+        for name in ("state", "recipe", "fingerprint"):
+            if name == "state" or (path / f"{name}.json").is_file():
+                value = read_json(path, name)
+                _check_form(value if name == "state" else {"extra": value}, f"{name}.json")
         for name in ("weights", "optimizer"):
             with safe_open(path / f"{name}.safetensors", "pt"):
                 pass
-    except (OSError, ValueError, SafetensorError) as e:
-        return str(e)
+    except (OSError, ValueError, RecursionError, SafetensorError) as e:
+        return " ".join(str(e).split())
     return None
+
+
+def _check_form(header: Any, file: str) -> None:
+    """Raise ValueError where the state, or the mappings in it that a start reads, are of another type."""
+    state = header.get("state", header) if isinstance(header, dict) else None
+    extra = state.get("extra", {}) if isinstance(state, dict) else None
+    known = extra.get("identities", {}) if isinstance(extra, dict) else None
+    if not isinstance(known, dict) or type(state.get("step", 0)) is not int:
+        raise ValueError(f"{file} holds values of another type")
 
 
 def _write(

@@ -177,3 +177,12 @@ def test_kill_9_while_saving_leaves_the_previous_one(tmp_path, victim):
     assert checkpoint.newest_valid(tmp_path) == before and pointer(tmp_path) == "step-00000005"
     write(tmp_path, 10)
     assert not list((tmp_path / "checkpoints").glob(".*"))
+
+
+@pytest.mark.parametrize("state", [[], {"state": []}, {"state": {"extra": 1}}, {"state": {"step": "3"}}])
+def test_a_state_of_another_type_is_passed_over_though_the_checksums_are_right(tmp_path, caplog, state):
+    good = write(tmp_path, 5)
+    other = files() | {"state.json": lambda p: p.write_text(json.dumps(state))}
+    checkpoint._write(tmp_path / "checkpoints", 10, other, 9, False)
+    assert checkpoint.newest_valid(tmp_path) == good
+    assert "state.json holds values of another type; continuing from step-00000005" in caplog.text
