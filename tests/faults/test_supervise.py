@@ -181,7 +181,7 @@ def test_ranks_do_not_outlive_a_killed_supervisor(tmp_path):
         while supervised.ranks():
             assert time.monotonic() < end
             time.sleep(0.1)
-    assert "the launcher (pid" in supervised.log.read_text()
+    assert "stopped after step" in supervised.log.read_text()  # whichever rank noticed first
 
 
 @pytest.mark.slow
