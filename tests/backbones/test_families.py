@@ -119,6 +119,10 @@ def test_logits_and_loss_are_those_of_the_stock_class_fed_by_its_own_processor(f
     widened = model.widen(*texts, features, given["image_rows"])
     out = backbone.read(model(**given), packed)
     losses, counts = out.token_losses()
+    # inside the output layer, as in training; families that scale or cap their logits get them whole
+    assert torch.allclose(
+        forward(model, backbone, packed, scores=True).token_losses()[0], losses, rtol=1e-5, atol=1e-5
+    )
     reference = stock(folder, backbone)
     for i, (images, text) in enumerate(of_texts(samples)):
         inputs = stock_inputs(backbone, images, text)

@@ -362,6 +362,7 @@ FAMILIES: dict[str, Tiny] = {
                 hidden_size_per_layer_input=8,
                 vocab_size_per_layer_input=96,
                 per_layer_config={},
+                final_logit_softcapping=20.0,
             ),
             vision_config=dict(
                 hidden_size=16,
@@ -422,7 +423,7 @@ FAMILIES: dict[str, Tiny] = {
     ),
     "hyperclovax_vision_v2": Tiny(
         lambda of: dict(
-            text_config=dict(TEXT, model_type="hyperclovax"),
+            text_config=dict(TEXT, model_type="hyperclovax", logits_scaling=2.0),
             vision_config=dict(
                 QWEN_VISION,
                 model_type="qwen2_5_vl_vision",
