@@ -42,6 +42,7 @@ def start_on_cuda(monkeypatch, gpus: int, **variables: str) -> processes.Ranks:
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(processes, "multiply_float32", lambda matmul: None)
+    monkeypatch.setattr(processes.watchdog, "start", lambda *_: None)  # it meets the others in a process group
     clean = {k: v for k, v in os.environ.items() if k not in NAMES and not k.startswith("SLURM")}
     monkeypatch.setattr(os, "environ", {**clean, **variables})
     return processes.start(threads=1)

@@ -97,6 +97,7 @@ def test_check_says_what_a_start_would_do_in_the_run_directory(command, folder, 
     assert code == 2 and is_one_line(err, "optim.lr: 0.01 -> 0.5", "--fresh")
     opened = rundir.RunDir(run)
     opened.finish(30, {}, "the table")
+    monkeypatch.setattr(rundir, "whole", lambda adapter: None)
     code, out, _ = command(*words)
     assert code == 0 and "finished, with 30 steps, and 10 are asked for" in " ".join(out.split())
     assert (run / "finished.json").exists() and not (run / ".lock").exists(), "--check leaves it as it is"
