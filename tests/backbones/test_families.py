@@ -39,7 +39,10 @@ def folder(request, tmp_path_factory):
 
 # One of each way in which an image is spelled and its features are merged; the others are slow where they take long.
 QUICK = ("internvl", "gemma3", "idefics3", "qwen3_vl", "mistral3", "ovis2", "qwen3_5")
-every_family = pytest.mark.parametrize("folder", FAMILIES, indirect=True)
+# Aria pads every image to 980 x 980, which alone takes as long as all others together.
+every_family = pytest.mark.parametrize(
+    "folder", [pytest.param(f, marks=pytest.mark.slow) if f == "aria" else f for f in FAMILIES], indirect=True
+)
 some_quick = pytest.mark.parametrize(
     "folder", [f if f in QUICK else pytest.param(f, marks=pytest.mark.slow) for f in FAMILIES], indirect=True
 )
