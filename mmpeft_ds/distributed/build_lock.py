@@ -50,7 +50,10 @@ class BuildLock:
         began, next_line = time.monotonic(), SILENT
         while not is_finished(self.path.parent):
             if self._created():
-                return True
+                if not is_finished(self.path.parent):
+                    return True
+                self.release()  # whoever had the lock has finished since the last look
+                return False
             self._take_from_the_dead()
             waited = time.monotonic() - began
             if waited > next_line:
