@@ -4,7 +4,7 @@ The model is transformers' own class (same parameter names) whose forward takes 
 otherwise than most stands in its file in `families/`; one without a file is tried as most are.
 """
 
-# I images, T texts, R placeholders, L text length with one placeholder per image
+# I images, T texts, R images as all texts read them, L text length with a placeholder for each run of image tokens
 
 from __future__ import annotations
 

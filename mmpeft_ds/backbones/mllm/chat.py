@@ -23,7 +23,7 @@ ROLES = ("system", "user", "assistant")
 
 @dataclass
 class Encoded:
-    """One conversation in tokens; an image is one placeholder.
+    """One conversation in tokens; of the image tokens each run is one.
 
     Attributes:
         ids: tokens.
@@ -52,8 +52,9 @@ class Chat:
         image_token: that stands for features of an image, as text.
         mark: what the template writes for an image, in whose place comes the image's spelling.
         system: text of a first system turn for conversations that have none; empty: no such turn.
-        max_length: tokens at most, an image counted as one. A longer conversation loses its oldest turns, then the
-            middle of the last question, then the end of its answer; never an image, nor the header of the answer.
+        max_length: tokens at most, a run of image tokens counted as one. A longer conversation loses its oldest turns,
+            then the middle of the last question, then the end of its answer; never an image, nor the header of the
+            answer.
     """
 
     tokenizer: Any

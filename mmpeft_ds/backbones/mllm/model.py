@@ -1,11 +1,12 @@
 """Multimodal language models: a mixin with which transformers' own classes take the packed batch.
 
-Texts come with one placeholder per image. The vision tower runs once per image; only then is it known how many tokens
-an image becomes, and every placeholder is widened to as many. So no rule of any image processor is repeated here, and
-their number cannot be wrong. The published condition is made of the image features behind the projector.
+Texts come with one placeholder for each run of image tokens. The vision tower runs once per image, and then every
+placeholder is widened to the length of its run: all features of an image that is one run, or what the checkpoint's
+processor wrote, which is compared with the features. So no rule of any image processor is repeated here. The published
+condition is made of the image features behind the projector.
 """
 
-# I images, T texts, R placeholders of all texts, L text length with placeholders, S with image tokens, d width
+# I images, T texts, R images as all texts read them, L text length with placeholders, S with image tokens, d width
 
 from __future__ import annotations
 
@@ -77,10 +78,10 @@ class ImageText(Publishing):
         """The stock forward; or, given `image_rows`, that of a packed batch.
 
         Args:
-            input_ids, attention_mask, labels: (T, L) with one placeholder per image, padded on the right.
+            input_ids, attention_mask, labels: (T, L), padded on the right, with a placeholder for each run of image
+                tokens.
             images: as the family's processor makes them and `collate_images` puts them together.
-            image_rows: (R,) images as the texts read them, one after the other. An image is one placeholder, or as
-                many as its spelling has runs of image tokens.
+            image_rows: (R,) images as the texts read them, one after the other, each once a text.
             image_owner, text_owner, num_slots: as in the packed batch; only a condition needs them.
             padding_free: read all texts as one row, one behind the other and each by itself.
 

@@ -16,8 +16,9 @@ class Options(BackboneOptions):
     Attributes:
         model: hub name or local directory of an image-text-to-text model; docs/backbones.md lists the families.
         random_weights: take only its configuration, tokenizer and image processor; for tests and measurements.
-        max_text_length: tokens of a conversation, an image counted as one. A longer one loses its oldest turns, then
-            the middle of its last question, then the end of the answer; never an image or the header of the answer.
+        max_text_length: tokens of a conversation, a run of image tokens counted as one. A longer one loses its oldest
+            turns, then the middle of its last question, then the end of the answer; never an image or the header of the
+            answer.
         max_pixels: Qwen only: larger images are scaled down to this many pixels, 0 = as the checkpoint says. An image
             becomes one token for every 28 x 28 pixels.
         system: text of a first system turn for conversations that have none; empty: no such turn.
