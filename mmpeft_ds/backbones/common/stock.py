@@ -15,7 +15,6 @@ import json
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel
 
@@ -89,34 +88,8 @@ def load(
             torch.manual_seed(RANDOM_SEED)
             model = model_class._from_config(config, **kwargs)
     else:
-        model = _pretrained(model_class, name, where, config, kwargs | tower_loading.placed(device))
+        model = tower_loading.pretrained(model_class, name, where, config, **kwargs, **tower_loading.placed(device))
     return model.requires_grad_(False).train()
-
-
-def _pretrained(
-    model_class: type[PreTrainedModel], name: str, where: str, config: PretrainedConfig, kwargs: dict[str, Any]
-) -> PreTrainedModel:
-    try:
-        with tower_loading.quiet_loading():
-            model, info = model_class.from_pretrained(
-                tower_loading.locate(name, where), config=config, output_loading_info=True, **kwargs
-            )
-    except (OSError, SafetensorError) as error:
-        raise BadInput(
-            f"{where}: cannot load the weights of {name!r} ({tower_loading.first_line(error)}). Restore its files."
-        ) from error
-    except RuntimeError as error:  # a weight of another shape, which under ZeRO-3 a checkpoint's other layout may be
-        if "size mismatch" not in str(error):
-            raise
-        what = next(line.strip() for line in str(error).splitlines() if "size mismatch" in line)
-        raise BadInput(
-            f"{where}: the weights of {name!r} do not fit its configuration ({what}). Take both of one checkpoint; "
-            "transformers 5.23 does not turn the experts of Qwen3-VL-MoE at ZeRO-3, so take stage 0 to 2 for these."
-        ) from error
-    if missing := sorted(info["missing_keys"]):
-        some = ", ".join(missing[:3]) + (" ..." if len(missing) > 3 else "")
-        raise BadInput(f"{where}: {name!r} has no weights for {some}, which would be random. Take a whole checkpoint.")
-    return model
 
 
 class Publishing(ModelHooks, RecomputesUnderCondition, ScalarsAsBuffers):

@@ -19,6 +19,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils import cached_file, is_flash_attn_2_available
 from transformers.utils.logging import set_tqdm_hook
 
@@ -121,22 +122,59 @@ def load_tower(
     Raises:
         BadInput: if there are no weights, or the checkpoint lacks some that the tower needs: they would be random.
     """
+    choose = "Choose another checkpoint, or another `vision_feature` or `head_input`."
+    return pretrained(AutoModel, name, where, config, may_miss, choose, **kwargs, trust_remote_code=False)
+
+
+def pretrained(
+    model_class: Any,
+    name: str,
+    where: str,
+    config: PretrainedConfig,
+    may_miss: tuple[str, ...] = (),
+    choose: str = "Take a whole checkpoint.",
+    **kwargs: Any,
+) -> PreTrainedModel:
+    """`model_class.from_pretrained` of the checkpoint `name`, all weights read.
+
+    Args:
+        may_miss: beginnings of parameter names that the checkpoint need not have.
+        choose: how to mend it where it lacks others.
+
+    Raises:
+        BadInput: if there are no weights, some are missing, which would be random, or have other shapes.
+    """
     try:
         with quiet_loading():
-            model, info = AutoModel.from_pretrained(
-                locate(name, where), config=config, output_loading_info=True, **kwargs, trust_remote_code=False
+            # At ZeRO-3 weights of another shape are an error in any case, elsewhere they are named.
+            model, info = model_class.from_pretrained(
+                locate(name, where),
+                config=config,
+                output_loading_info=True,
+                ignore_mismatched_sizes=not is_deepspeed_zero3_enabled(),
+                **kwargs,
             )
     except (OSError, SafetensorError) as error:
         raise BadInput(
             f"{where}: cannot load the weights of {name!r} ({first_line(error)}). Restore its files."
         ) from error
+    except RuntimeError as error:
+        lines = [line.strip() for line in str(error).splitlines() if "size mismatch" in line]
+        if not lines:
+            raise
+        # findings/transformers_qwen3_vl_moe_zero3_load.sh
+        mend = "Take ZeRO stage 0 to 2, where transformers turns experts as it reads them, or both of one checkpoint."
+        raise BadInput(f"{where}: the weights of {name!r} do not fit its configuration ({lines[0]}) {mend}") from error
+    if info["mismatched_keys"]:
+        key, found, wanted = min(info["mismatched_keys"])
+        raise BadInput(
+            f"{where}: the weights of {name!r} do not fit its configuration: {key} has the shape {tuple(found)}, and "
+            f"{tuple(wanted)} by config.json. Take both of one checkpoint."
+        )
     missing = sorted(k for k in info["missing_keys"] if not k.startswith(may_miss or ("\0",)))
     if missing:
         some = ", ".join(missing[:3]) + (" ..." if len(missing) > 3 else "")
-        raise BadInput(
-            f"{where}: {name!r} has no weights for {some}, which would be random. "
-            "Choose another checkpoint, or another `vision_feature` or `head_input`."
-        )
+        raise BadInput(f"{where}: {name!r} has no weights for {some}, which would be random. {choose}")
     return model
 
 
