@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import peft
@@ -231,4 +232,29 @@ def test_a_family_that_lacks_something_is_refused_with_what_it_is(tmp_path, mode
     CONFIG_MAPPING[model_type]().save_pretrained(tmp_path)
     with pytest.raises(BadInput, match=said) as error:
         ENTRY(Options(str(tmp_path)), None).check()
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("folder", ["qwen3_vl"], indirect=True)
+def test_fewer_pixels_make_fewer_tokens_where_the_processor_bounds_them(folder):
+    tokens = [made(folder, max_pixels=most)[0].tokens([Prompted("?", "a", images=1)], [(60, 60)]) for most in (0, 784)]
+    assert tokens == [(26, 16), (19, 9)]
+
+
+@pytest.mark.parametrize("folder", ["internvl"], indirect=True)
+def test_a_bound_on_pixels_that_nothing_reads_is_refused(folder):
+    with pytest.raises(BadInput, match="max_pixels"):
+        made(folder, max_pixels=784)
+
+
+@pytest.mark.parametrize("folder", ["internvl"], indirect=True)
+def test_weights_of_another_shape_are_refused_in_one_line(folder, tmp_path):
+    copied = Path(shutil.copytree(folder, tmp_path / "copied"))
+    config = json.loads((copied / "config.json").read_text())
+    config["text_config"]["intermediate_size"] = 40
+    (copied / "config.json").write_text(json.dumps(config))
+    with pytest.raises(
+        BadInput, match=r"do not fit its configuration: .*_proj.* \(32, 48\), and \(32, 40\) by"
+    ) as error:
+        made(str(copied))
     assert "\n" not in str(error.value)

@@ -69,8 +69,6 @@ class MllmBackbone(StockBackbone):
         self._refuse_unknown()
         if o.max_text_length < 16:
             raise BadInput(f"backbone.max_text_length: {o.max_text_length}. A conversation needs 16 tokens at least.")
-        if o.max_pixels and not self._family.reads_pixels:
-            raise BadInput(f"backbone.max_pixels: {o.model!r} sees images at sizes of its own. Leave it 0.")
         if o.max_pixels < 0 or 0 < o.max_pixels < 28 * 28:
             raise BadInput(f"backbone.max_pixels: {o.max_pixels}. Use 0, or at least 784 (one token).")
         if not self._tokenizer.is_fast or self._tokenizer.eos_token is None:
@@ -80,18 +78,16 @@ class MllmBackbone(StockBackbone):
 
     def _check_processor(self) -> None:
         """Refuse an image processor that makes other patches or images than the vision tower reads."""
-        vision, processor = self._config.vision_config, self._image_processor
+        # Some families have their vision tower's settings under another name; its sizes are then not compared.
+        vision, processor = getattr(self._config, "vision_config", None), self._image_processor
         pairs = {
             (ours, theirs): (getattr(processor, ours), getattr(vision, theirs))
             for ours, theirs in _SAME
             if isinstance(getattr(processor, ours, None), int) and isinstance(getattr(vision, theirs, None), int)
         }
-        if vision.model_type in ("clip_vision_model", "siglip_vision_model"):  # which take one size alone
-            black = self.image_transform(False)(self.dummy("image"), torch.Generator())
-            pairs["crop_size", "image_size"] = (
-                self.collate_images([black])["pixel_values"].shape[-1],
-                vision.image_size,
-            )
+        black = self.image_transform(False)(self.dummy("image"), torch.Generator())
+        if vision and vision.model_type in ("clip_vision_model", "siglip_vision_model"):  # which take one size alone
+            pairs["crop_size", "image_size"] = black["pixel_values"].shape[-1], vision.image_size
         for (ours, theirs), (made, read) in pairs.items():
             if made != read:
                 raise BadInput(
@@ -99,7 +95,7 @@ class MllmBackbone(StockBackbone):
                     f"tower of config.json has {theirs} {read}. Take both files of one checkpoint."
                 )
         if self._family.spelled:
-            self._image_tokens.check(self.image_transform(False)(self.dummy("image"), torch.Generator()))
+            self._image_tokens.check(black)
 
     def build(self, on_meta: bool = False) -> PreTrainedModel:
         """The pretrained model, everything frozen."""
@@ -294,7 +290,7 @@ class MllmBackbone(StockBackbone):
 
     @functools.cached_property
     def _image_tokens(self) -> ImageTokens:
-        merge = getattr(self._config.vision_config, "spatial_merge_size", 1)
+        merge = getattr(getattr(self._config, "vision_config", None), "spatial_merge_size", 1)
         build = functools.partial(self.build, on_meta=True)
         return ImageTokens(self.image_transform(False), self.collate_images, merge, build)
 

@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -143,7 +144,7 @@ class ImageText(Publishing):
         """Behind the projector; each image is seen once."""
         if not images:
             return ImageFeatures([], [])
-        known = inspect.signature(self.model.get_image_features).parameters
+        known = _parameters(type(self.model).get_image_features)
         given = {
             name: value.to(self.dtype) if value.is_floating_point() else value
             for name, value in images.items()
@@ -197,7 +198,7 @@ class ImageText(Publishing):
     ) -> dict[str, Any]:
         """Arguments of the stock forward, or of `generate`, for widened texts."""
         arguments: dict[str, Any] = {"input_ids": widened.input_ids, "attention_mask": widened.attention_mask}
-        known = inspect.signature(self.forward).parameters
+        known = _parameters(type(self).forward)
         for name in TYPES:
             if name in known:
                 arguments[name] = self.family.token_types(widened.image_tokens, widened.labels)
@@ -257,6 +258,11 @@ class ImageText(Publishing):
             return Condition(tokens, own_mask=own)
         counts = to_device(torch.tensor([len(t) for t in per_text]), tokens.device)
         return Condition(tokens, torch.arange(tokens.shape[1], device=tokens.device) < counts[:, None], own_mask=own)
+
+
+@functools.cache
+def _parameters(function: Callable[..., Any]) -> frozenset[str]:
+    return frozenset(inspect.signature(function).parameters)
 
 
 def _asked(labels: Tensor | None) -> int:

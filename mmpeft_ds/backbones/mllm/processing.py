@@ -7,6 +7,7 @@ The processor's parts are read one by one: as a whole it would ask for packages 
 
 from __future__ import annotations
 
+import functools
 import inspect
 import re
 from dataclasses import dataclass
@@ -106,13 +107,16 @@ def read_image_processor(name: str, where: str, max_pixels: int) -> Any:
         max_pixels: larger images are scaled down to this many; 0 = as the checkpoint says.
 
     Raises:
-        BadInput: if it cannot be read.
+        BadInput: if it cannot be read, or does not keep the pixels of an image between two bounds.
     """
     changes: dict[str, Any] = {}
     place = tower_loading.locate(name, where)
     try:
         processor = AutoImageProcessor.from_pretrained(place, backend="pil", trust_remote_code=False)
         if max_pixels:
+            size = dict(processor.size or {})
+            if not (size.get("shortest_edge") and size.get("longest_edge") and hasattr(processor, "merge_size")):
+                raise BadInput(f"backbone.max_pixels: {name!r} sees images at sizes of its own. Leave it 0.")
             least = min(processor.size["shortest_edge"], max_pixels)
             changes["size"] = {"shortest_edge": least, "longest_edge": max_pixels}
             # Where the checkpoint's file has these keys, as those on the hub do, they win over `size`.
@@ -148,12 +152,11 @@ def read_processor(
             + (f"its processor {kind} does not say" if kind else "transformers has no processor that says")
             + " how an image is spelled in the text (`replace_image_token`)."
         )
-    made = type(stock.__name__, (_OfImagesAndTexts, stock), {"__module__": __name__})
     known = inspect.signature(stock.__init__).parameters
     settings = {**family.processor_settings(config), **settings}
     parts = dict.fromkeys(stock.get_attributes()) | {"image_processor": image_processor, "tokenizer": tokenizer}
     try:
-        return made(**parts, **{n: v for n, v in settings.items() if n in known and n not in parts})
+        return _without_others(stock)(**parts, **{n: v for n, v in settings.items() if n in known and n not in parts})
     except (TypeError, ValueError, AttributeError, ImportError) as error:
         reason = tower_loading.first_line(error)
         raise BadInput(f"{where}: cannot make the processor {kind} of {name!r} ({reason}).") from error
@@ -168,14 +171,17 @@ class _OfImagesAndTexts:
 
     def __reduce__(self) -> Any:
         # The class is made at run time; loader processes make it for themselves.
-        return _remade, (type(self).__mro__[2], self.__dict__)
+        return _empty, (type(self).__bases__[1],), self.__dict__
 
 
-def _remade(stock: type, state: dict[str, Any]) -> Any:
-    made = type(stock.__name__, (_OfImagesAndTexts, stock), {"__module__": __name__})
-    processor = made.__new__(made)
-    processor.__dict__.update(state)
-    return processor
+@functools.cache
+def _without_others(stock: type) -> type:
+    return type(stock.__name__, (_OfImagesAndTexts, stock), {"__module__": __name__})
+
+
+def _empty(stock: type) -> Any:
+    made = _without_others(stock)
+    return made.__new__(made)
 
 
 def _spells(stock: type) -> bool:

@@ -23,7 +23,6 @@ class Family:
             between them. False: it is one run of image tokens, as many as the tower makes of it.
         channels: where the channels stand in the pixels of an image batch; the pixels then stay whole numbers until
             they are on the device. None: the processor normalises them.
-        reads_pixels: `backbone.max_pixels` bounds the size of an image.
         packs: texts may stand one behind the other in one row.
         template: chat template where the checkpoint has none.
         processor: class of the processor, where transformers has none that works without torchvision.
@@ -32,7 +31,6 @@ class Family:
     model_types: tuple[str, ...] = ()
     spelled: bool = True
     channels: int | None = None
-    reads_pixels: bool = False
     packs: bool = False
     template: str = ""
     processor: type[ProcessorMixin] | None = None

@@ -11,7 +11,6 @@ class Qwen2VL(Family):
     model_types = ("qwen2_vl", "qwen2_5_vl")
     spelled = False
     channels = 1
-    reads_pixels = True
     packs = True
 
 
