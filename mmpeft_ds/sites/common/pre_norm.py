@@ -7,7 +7,10 @@ from operator import attrgetter
 
 from torch import nn
 
-from mmpeft_ds.sites.base import AttentionSite, Block, FFNSite, Sites
+from mmpeft_ds.sites.base import Block, FFNSite, Sites
+from mmpeft_ds.sites.common.separate import attention_site, ffn_site
+
+GATED = ("gate_proj", "up_proj", "down_proj")
 
 
 def reader(
@@ -31,25 +34,8 @@ def reader(
     """
 
     def read(block: Block) -> Sites:
-        path = block.path
         module = block.module.get_submodule(attention)
-        q = block.projection(f"{attention}.q_proj")
-        site = AttentionSite(
-            path=f"{path}.{attention}",
-            tower=block.tower,
-            modality=block.modality,
-            layer=block.layer,
-            q=q,
-            k=block.projection(f"{attention}.k_proj"),
-            v=block.projection(f"{attention}.v_proj"),
-            out=block.projection(f"{attention}.{out}"),
-            heads=attrgetter(heads)(module),
-            in_width=q.in_width,
-            norm=f"{path}.{norms[0]}",
-            pre_norm=True,
-            causal=causal(block),
-            block=path,
-        )
+        site = attention_site(block, attention, out, attrgetter(heads)(module), norms[0], causal(block))
         return Sites([site], [feed_forward(block, norms[1], module, gated_activation)])
 
     return read
@@ -64,16 +50,5 @@ def feed_forward(block: Block, norm: str, attention: nn.Module, gated_activation
         gated_activation: as in `reader`.
     """
     gated = hasattr(block.module.mlp, "gate_proj")
-    return FFNSite(
-        path=f"{block.path}.mlp",
-        tower=block.tower,
-        modality=block.modality,
-        layer=block.layer,
-        up=block.projection("mlp.up_proj" if gated else "mlp.fc1"),
-        down=block.projection("mlp.down_proj" if gated else "mlp.fc2"),
-        norm=f"{block.path}.{norm}",
-        pre_norm=True,
-        activation=(gated and gated_activation) or attention.config.hidden_act,
-        block=block.path,
-        gate=block.projection("mlp.gate_proj") if gated else None,
-    )
+    activation = (gated and gated_activation) or attention.config.hidden_act
+    return ffn_site(block, "mlp", GATED if gated else ("fc1", "fc2"), activation, norm)

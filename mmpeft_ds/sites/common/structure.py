@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from torch import nn
 
-from mmpeft_ds.sites.base import AttentionSite, Block, FFNSite, Sites, base_layer
+from mmpeft_ds.sites.base import Block, FFNSite, Sites, base_layer, features
+from mmpeft_ds.sites.common.pre_norm import GATED
+from mmpeft_ds.sites.common.separate import attention_site, ffn_site
 
 _ATTENTION = ("self_attn", "attention", "attn", "self_attention")
 _OUT = ("o_proj", "out_proj", "proj", "dense")
@@ -18,11 +20,11 @@ _BEFORE = (
     ("pre_feedforward_layernorm", "post_attention_layernorm", "layer_norm2", "norm2", "ffn_norm", "layernorm_after"),
 )
 _AFTER = (
-    ("post_attention_layernorm", "post_self_attn_layernorm", "post_attention_norm"),
+    ("post_self_attn_layernorm", "post_attention_layernorm", "post_attention_norm"),
     ("post_feedforward_layernorm", "post_mlp_layernorm"),
 )
 # The widening projections, the gate first where there is one, and the narrowing one.
-_FEED_FORWARD = (("gate_proj", "up_proj", "down_proj"), ("fc1", "fc2"), ("up_proj", "down_proj"))
+_FEED_FORWARD = (GATED, ("fc1", "fc2"), ("up_proj", "down_proj"))
 _IMAGES = ("vision", "visual", "image", "vit")
 
 
@@ -44,7 +46,6 @@ def read(block: Block) -> Sites:
     """Sites of one layer."""
     name, out = _attention(block.module)
     module = block.module.get_submodule(name)
-    q = block.projection(f"{name}.q_proj")
     # A norm that stands behind a sublayer makes the one of the next sublayer hard to tell by its name alone.
     sandwich = hasattr(block.module, "pre_feedforward_layernorm") or hasattr(block.module, "post_self_attn_layernorm")
     norms = [_named(block.module, names) for names in _BEFORE]
@@ -52,23 +53,8 @@ def read(block: Block) -> Sites:
     pre_norm = norms[0] is not None
     if not pre_norm:
         norms = behind
-    site = AttentionSite(
-        path=f"{block.path}.{name}",
-        tower=block.tower,
-        modality=block.modality,
-        layer=block.layer,
-        q=q,
-        k=block.projection(f"{name}.k_proj"),
-        v=block.projection(f"{name}.v_proj"),
-        out=block.projection(f"{name}.{out}"),
-        heads=_heads(module, q.width),
-        in_width=q.in_width,
-        norm=_path(block, norms[0]),
-        pre_norm=pre_norm,
-        causal=bool(getattr(module, "is_causal", block.modality == "text")),
-        block=block.path,
-        output=_path(block, behind[0]),
-    )
+    causal = bool(getattr(module, "is_causal", block.modality == "text"))
+    site = attention_site(block, name, out, _heads(module), norms[0], causal, pre_norm, behind[0])
     return Sites([site], _feed_forward(block, module, norms[1], pre_norm, behind[1]))
 
 
@@ -82,25 +68,10 @@ def _feed_forward(
     parts = next((p for p in _FEED_FORWARD if all(hasattr(module, n) for n in p)), ())
     if not parts or not all(isinstance(base_layer(getattr(module, n)), nn.Linear) for n in parts):
         return []
-    *gate, up, down = parts
     config = vars(module).get("config") or vars(attention).get("config")
     activations = (getattr(config, n, None) for n in ("hidden_act", "hidden_activation", "activation_function"))
-    return [
-        FFNSite(
-            path=f"{block.path}.{name}",
-            tower=block.tower,
-            modality=block.modality,
-            layer=block.layer,
-            up=block.projection(f"{name}.{up}"),
-            down=block.projection(f"{name}.{down}"),
-            norm=_path(block, norm),
-            pre_norm=pre_norm,
-            activation=next((a for a in activations if isinstance(a, str)), "gelu"),
-            block=block.path,
-            output=_path(block, behind),
-            gate=block.projection(f"{name}.{gate[0]}") if gate else None,
-        )
-    ]
+    activation = next((a for a in activations if isinstance(a, str)), "gelu")
+    return [ffn_site(block, name, parts, activation, norm, pre_norm, behind)]
 
 
 def _attention(module: nn.Module) -> tuple[str, str] | None:
@@ -115,16 +86,12 @@ def _attention(module: nn.Module) -> tuple[str, str] | None:
     return None
 
 
-def _heads(attention: nn.Module, width: int) -> int:
+def _heads(attention: nn.Module) -> int:
     size = getattr(attention, "head_dim", None)
     if isinstance(size, int):
-        return width // size
+        return features(base_layer(attention.q_proj))[1] // size
     return getattr(attention, "num_heads", None) or attention.config.num_attention_heads
 
 
 def _named(layer: nn.Module, names: tuple[str, ...]) -> str | None:
     return next((name for name in names if hasattr(layer, name)), None)
-
-
-def _path(block: Block, name: str | None) -> str | None:
-    return None if name is None else f"{block.path}.{name}"
