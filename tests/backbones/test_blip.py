@@ -8,10 +8,11 @@ from transformers import AutoModelForImageTextToText
 from mmpeft_ds import AuroraConfig
 from mmpeft_ds.backbones.blip.backbone import ENTRY, Options
 from mmpeft_ds.backbones.blip.model import mend_cross_attention
-from mmpeft_ds.data.batch import Prompted, Sample, pack
+from mmpeft_ds.data.batch import Prompted
 from mmpeft_ds.engine.assembly.forward import forward
 from mmpeft_ds.errors import BadInput
 from mmpeft_ds.sites.condition import enable_checkpointing
+from tests.helpers import packs
 from tests.helpers.models import tiny_blip
 
 QUESTIONS = [Prompted("is it red ?", "blue"), Prompted("is it red ?", "a big circle"), Prompted("what ?", "red")]
@@ -34,12 +35,7 @@ def image(seed):
 
 def packed(backbone, *given):
     """Batch of (image seeds, texts)."""
-    transform = backbone.image_transform(train=True)
-    samples = [
-        Sample(str(i), 1.0, [transform(image(s), None) for s in seeds], list(texts), [0] * len(texts))
-        for i, (seeds, texts) in enumerate(given)
-    ]
-    return pack(samples, backbone.collate_images, backbone.collate_texts, lambda t: {"label": torch.tensor(t)})
+    return packs.packed(backbone, image, given, lambda t: {"label": torch.tensor(t)}, train=True)
 
 
 def losses(backbone, model, batch):

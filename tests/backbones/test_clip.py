@@ -7,12 +7,13 @@ from transformers import CLIPModel, SiglipModel
 
 from mmpeft_ds import RoutedLoraConfig
 from mmpeft_ds.backbones.clip.backbone import ENTRY, Options
-from mmpeft_ds.data.batch import Prompted, Sample, pack
+from mmpeft_ds.data.batch import Prompted
 from mmpeft_ds.errors import BadInput
 from mmpeft_ds.methods import get
 from mmpeft_ds.sites import find_sites
 from mmpeft_ds.sites.condition import Condition, conditioned
 from tests.helpers.models import tiny_clip
+from tests.helpers.packs import packed
 
 STOCK = {"clip": CLIPModel, "siglip": SiglipModel}
 
@@ -50,12 +51,7 @@ def image(seed):
 
 
 def batch(backbone, *samples):
-    transform = backbone.image_transform(False)
-    given = [
-        Sample(str(i), 1.0, [transform(image(n)) for n in images], list(texts), [0] * len(texts))
-        for i, (images, texts) in enumerate(samples)
-    ]
-    return pack(given, backbone.collate_images, backbone.collate_texts, lambda t: {})
+    return packed(backbone, image, samples)
 
 
 PAIRS = [([1], ["a red circle"]), ([2], ["the big blue square", "what shape is it"]), ([3, 4], ["round"])]

@@ -15,13 +15,14 @@ from transformers.models.smolvlm.processing_smolvlm import get_image_prompt_stri
 
 from mmpeft_ds import DeepPromptConfig, RoutedLoraConfig
 from mmpeft_ds.backbones.mllm.backbone import ENTRY, Options
-from mmpeft_ds.data.batch import Prompted, Sample, pack
+from mmpeft_ds.data.batch import Prompted
 from mmpeft_ds.data.transform import apply
 from mmpeft_ds.engine.assembly.forward import forward
 from mmpeft_ds.errors import BadInput, BadSample
 from mmpeft_ds.methods import get
 from mmpeft_ds.sites import find_sites
 from tests.helpers.models import tiny_families, tiny_mllm
+from tests.helpers.packs import packed
 
 FAMILIES = list(tiny_families.FAMILIES)
 SIZES = {1: (20, 33), 2: (40, 16), 3: (16, 16), 4: (9, 30)}
@@ -62,12 +63,7 @@ def made(folder, **options):
 
 
 def batch(backbone, *samples):
-    transform = backbone.image_transform(False)
-    given = [
-        Sample(str(i), 1.0, [transform(image(n)) for n in images], list(texts), [0] * len(texts))
-        for i, (images, texts) in enumerate(samples)
-    ]
-    return pack(given, backbone.collate_images, backbone.collate_texts, lambda t: {})
+    return packed(backbone, image, samples)
 
 
 def stock(folder, backbone):

@@ -17,6 +17,7 @@ from mmpeft_ds.errors import BadInput, BadSample
 from mmpeft_ds.methods import get
 from mmpeft_ds.sites import find_sites
 from tests.helpers.models import tiny_mllm
+from tests.helpers.packs import packed
 
 FAMILIES = list(tiny_mllm.FAMILIES)
 one_of_each_kind = pytest.mark.parametrize("family", ["llava_next", "qwen2_5_vl"])
@@ -45,12 +46,7 @@ def image(seed):
 
 
 def batch(backbone, *samples):
-    transform = backbone.image_transform(False)
-    given = [
-        Sample(str(i), 1.0, [transform(image(n)) for n in images], list(texts), [0] * len(texts))
-        for i, (images, texts) in enumerate(samples)
-    ]
-    return pack(given, backbone.collate_images, backbone.collate_texts, lambda t: {})
+    return packed(backbone, image, samples)
 
 
 @pytest.mark.parametrize(

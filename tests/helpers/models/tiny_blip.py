@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
@@ -16,6 +15,8 @@ from transformers import (
     BlipForQuestionAnswering,
     PreTrainedTokenizerFast,
 )
+
+from tests.helpers.models.randomise import randomise
 
 WIDTH = 16
 WORDS = ["is", "there", "a", "red", "blue", "round", "big", "circle", "square", "what", "color", "it", "?", "the"]
@@ -52,12 +53,3 @@ def write(folder: Path, form: str, **options) -> str:
     names = dict(pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]")
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names).save_pretrained(folder)
     return str(folder)
-
-
-def randomise(model: torch.nn.Module, seed: int) -> None:
-    """Weights large enough that a wrong wire shows; norms stay near one."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in sorted(model.named_parameters()):
-            noise = 0.3 * torch.randn(parameter.shape, generator=generator)
-            parameter.copy_(noise + (1.0 if "norm" in name.lower() and name.endswith("weight") else 0.0))

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from tokenizers.processors import TemplateProcessing
 from transformers import CLIPConfig, CLIPModel, PreTrainedTokenizerFast, SiglipConfig, SiglipModel
+
+from tests.helpers.models.randomise import randomise
 
 WIDTH, SHARED = 16, 16
 WORDS = ["is", "there", "a", "red", "blue", "round", "big", "circle", "square", "what", "color", "it", "shape", "the"]
@@ -28,14 +29,7 @@ def write(folder: Path, family: str, shared: int = SHARED) -> str:
     else:
         vision = {**VISION, "hidden_size": shared}
         model = SiglipModel(SiglipConfig(text_config={**TEXT, **IDS, "projection_size": shared}, vision_config=vision))
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for name, parameter in sorted(model.named_parameters()):
-            if name in ("logit_scale", "logit_bias"):
-                continue
-            # large enough that a wrong wire shows; norms stay near one
-            noise = 0.3 * torch.randn(parameter.shape, generator=generator)
-            parameter.copy_(noise + (1.0 if "norm" in name and name.endswith("weight") else 0.0))
+    randomise(model, kept=("logit_scale", "logit_bias"))
     model.save_pretrained(folder)
     tokenizer = Tokenizer(WordLevel(VOCABULARY, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = Whitespace()

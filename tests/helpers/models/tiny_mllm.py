@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
@@ -26,6 +25,8 @@ from transformers import (
     Qwen2VLForConditionalGeneration,
     Qwen2VLImageProcessorPil,
 )
+
+from tests.helpers.models.randomise import randomise
 
 WIDTH, HEADS, KV_HEADS, INNER, LAYERS = 32, 4, 2, 48, 2
 VOCABULARY = 64
@@ -154,12 +155,7 @@ def write(folder: Path, family: str) -> str:
     config = config()
     config.text_config.pad_token_id = 0
     model = stock(config)
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for name, parameter in sorted(model.named_parameters()):
-            # large enough that a wrong wire shows; norms stay near one
-            noise = 0.3 * torch.randn(parameter.shape, generator=generator)
-            parameter.copy_(noise + (1.0 if "norm" in name and name.endswith("weight") else 0.0))
+    randomise(model)
     model.generation_config.eos_token_id = None
     model.save_pretrained(folder)
     image_processor(family).save_pretrained(folder)

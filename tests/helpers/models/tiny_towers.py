@@ -29,6 +29,8 @@ from transformers import (
     ViTModel,
 )
 
+from tests.helpers.models.randomise import randomise
+
 WIDTH = 16
 WORDS = ["is", "there", "a", "red", "blue", "round", "big", "circle", "square", "what", "color", "it", "shape", "the"]
 COMMON = dict(hidden_size=WIDTH, num_hidden_layers=3, num_attention_heads=2, intermediate_size=24)
@@ -82,11 +84,6 @@ def write_decoder(folder: Path, family: str = "gpt2", width: int = WIDTH) -> str
 
 
 def _save(folder: Path, model: torch.nn.Module) -> str:
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for name, parameter in sorted(model.named_parameters()):
-            # large enough that a wrong wire shows; norms stay near one
-            noise = 0.3 * torch.randn(parameter.shape, generator=generator)
-            parameter.copy_(noise + (1.0 if "norm" in name.lower() and name.endswith("weight") else 0.0))
+    randomise(model)
     model.save_pretrained(folder)
     return str(folder)
