@@ -9,7 +9,7 @@ import peft
 import pytest
 import torch
 from PIL import Image
-from transformers import CONFIG_MAPPING, Idefics3Processor
+from transformers import CONFIG_MAPPING, CLIPImageProcessorPil, Idefics3Processor
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 from transformers.models.smolvlm.processing_smolvlm import get_image_prompt_string
 
@@ -253,4 +253,14 @@ def test_weights_of_another_shape_are_refused_in_one_line(folder, tmp_path):
         BadInput, match=r"do not fit its configuration: .*_proj.* \(32, 48\), and \(32, 40\) by"
     ) as error:
         made(str(copied))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("model_type", ["llava", "qwen2_vl", "chameleon", "kimi_k25"])
+def test_a_tokenizer_without_the_token_of_images_is_refused_in_one_line(tmp_path, model_type):
+    CONFIG_MAPPING[model_type]().save_pretrained(tmp_path)
+    tiny_families.tokenizer(tiny_families.FAMILIES["idefics3"]).save_pretrained(tmp_path)
+    CLIPImageProcessorPil().save_pretrained(tmp_path)
+    with pytest.raises(BadInput, match="no token for the features of an image") as error:
+        ENTRY(Options(str(tmp_path)), None).check()
     assert "\n" not in str(error.value)

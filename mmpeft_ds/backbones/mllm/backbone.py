@@ -296,7 +296,14 @@ class MllmBackbone(StockBackbone):
 
     @functools.cached_property
     def _image_token(self) -> str:
-        return self._tokenizer.convert_ids_to_tokens(self._config.image_token_id)
+        number = getattr(self._config, "image_token_id", None)
+        token = None if number is None else self._tokenizer.convert_ids_to_tokens(number)
+        if token is None:
+            raise BadInput(
+                f"{WHERE}: {self.options.model!r}: its tokenizer has no token for the features of an image "
+                f"(image_token_id {number} of config.json). Take both files of one checkpoint."
+            )
+        return token
 
     @functools.cached_property
     def _chat(self) -> Chat:
