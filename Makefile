@@ -4,6 +4,7 @@
 # make demo       set up, prepare easy-VQA, train, evaluate, print the table
 # make test       set up and run all tests
 # make faults     all tests of docs/reliability.md: signals, stopped ranks, stale locks, cut links; the latter need root
+# make test-quantised  the tests of quantised bases, slow ones too, with the packages that they need
 # make hosts      training and preflight on two hosts made of network namespaces; needs root
 # make flash-attn on a machine with a GPU and CUDA's compiler: flash-attn, built against the torch at hand
 # make docs       the documentation site in docs/_build/html; a warning is an error
@@ -27,7 +28,7 @@ INSTALL := $(PIP) install --constraint constraints/$(DEVICE).txt $(if $(TORCH_IN
 BUILD_OPERATOR := from deepspeed.accelerator import get_accelerator as a; \
 	a().create_op_builder('ShareMemCommBuilder').load()
 
-.PHONY: setup flash-attn captioner demo test test-slow faults hosts compare few-shot-data few-shot openclipart-data bench docs lint \
+.PHONY: setup flash-attn captioner demo test test-slow test-quantised faults hosts compare few-shot-data few-shot openclipart-data bench docs lint \
 	tensorboard clean
 
 setup: $(STAMP)
@@ -96,16 +97,32 @@ openclipart-data: setup
 	|| { echo "openclipart-data: this is no Debian, or its mirror cannot be reached (apt-get update?)" >&2; exit 2; }
 	python data_prep/prepare.py openclipart --out data/openclipart
 
-# All few-shot methods on emoji: features, alignment, 241 runs, table and plot in runs/few_shot_emoji.
+# All few-shot methods on emoji: features, alignment, 256 runs, table and plot in runs/few_shot_emoji.
 few-shot: few-shot-data
 	python launchers/few_shot_emoji.py
 
+# bitsandbytes and torchao apart from .venv, since every import of peft would import them too, which takes two seconds.
+QUANTISED := .venv/quantised
+WITH_QUANTISED := PYTHONPATH=$(CURDIR)/$(QUANTISED) OMP_NUM_THREADS=1
+
+$(QUANTISED)/ready: $(STAMP)
+	$(INSTALL) --no-deps --target $(QUANTISED) --upgrade --quiet bitsandbytes torchao
+	touch $@
+
+test-quantised: setup $(QUANTISED)/ready
+	$(WITH_QUANTISED) python -m pytest tests/quantised
+
 # One process per core for the tests that compute alone. Those that start ranks use several cores only while the ranks
-# compute, so two files run at a time; those that kill, stop or wait for processes run one after the other.
-test: setup
+# compute, so two files run at a time; those that kill, stop or wait for processes run one after the other. One thread
+# each: two on busy cores wait for each other. Files without the mark are not even imported: that takes longer than many
+# of the tests.
+MARKED = $(shell grep -rlE --include='test_*.py' 'mark\.$(1)' tests)
+
+test: setup $(QUANTISED)/ready
 	OMP_NUM_THREADS=1 python -m pytest -m "not slow and not distributed" --numprocesses $(CORES) --dist loadfile
-	python -m pytest -m "distributed and not slow and not alone" --numprocesses 2 --dist loadfile
-	python -m pytest -m "distributed and not slow and alone"
+	OMP_NUM_THREADS=1 python -m pytest -m "distributed and not slow and not alone" --numprocesses 2 --dist loadfile $(call MARKED,distributed)
+	OMP_NUM_THREADS=1 python -m pytest -m "distributed and not slow and alone" $(call MARKED,alone)
+	$(WITH_QUANTISED) python -m pytest -m "not slow" tests/quantised
 
 test-slow: setup
 	python -m pytest -m slow

@@ -1,4 +1,4 @@
-"""How the time of one optimizer step on one rank is divided.
+"""Parts of the time of one optimizer step on one rank.
 
 Timers stand around the forward pass of the model, torch's autograd engine, the step of the wrapped torch optimizer,
 and the normalising of pixels: the arithmetic, which a GPU would do. What is left of the step is time of the host:

@@ -26,15 +26,16 @@ WARM = 2  # steps before the timed epoch
 CHECKED = 4  # steps whose losses are compared
 
 
-def recipe_of(folder: Path, stage: int, ranks: int, pack: int) -> Any:
-    """Our recipe, as a user would write it."""
+def recipe_of(folder: Path, stage: int, ranks: int, pack: int, same: bool) -> Any:
+    """Our recipe, as a user would write it; for `same` losses images are scaled by Pillow, as the peer's may be."""
     from mmpeft_ds import recipe as recipes
 
     task = {"name": "instruction", "loss": "token", "max_new_tokens": 0}
     raw = {
         "run_dir": str(folder / "run"),
         "seed": SEED,
-        "backbone": {"name": "mllm", "model": str(folder / "model"), "max_text_length": 2048},
+        "backbone": {"name": "mllm", "model": str(folder / "model"), "max_text_length": 2048}
+        | ({"image_backend": "pil"} if same else {}),
         "method": {"name": "lora", "r": RANK, "lora_alpha": RANK, "lora_dropout": 0.0, "target_modules": TARGETS},
         "data": {
             "sources": [{"dir": str(folder / "data"), "split": "train", "task": task}],
@@ -119,7 +120,7 @@ class _Ours:
     """Stream and stepper of our engine."""
 
     def __init__(self, args: argparse.Namespace, processes: Any):
-        from mmpeft_ds.data.stream import BadBudget
+        from mmpeft_ds.data.bad_budget import BadBudget
         from mmpeft_ds.engine.assembly.build import build
         from mmpeft_ds.engine.assembly.resolve import resolve
         from mmpeft_ds.engine.step import Stepper
@@ -127,7 +128,7 @@ class _Ours:
         from mmpeft_ds.engine.train_state import TrainState
 
         world = int(os.environ.get("WORLD_SIZE", "1"))
-        recipe = recipe_of(Path(args.folder), args.stage, world, args.pack)
+        recipe = recipe_of(Path(args.folder), args.stage, world, args.pack, args.same)
         self.ranks = processes.start(1, recipe.seed)
         self.resolved = resolve(recipe)
         self.stream = make_stream(self.resolved, self.resolved.train, self.ranks, train=True)
@@ -176,7 +177,7 @@ def peer(args: argparse.Namespace) -> dict[str, Any]:
         base, peft.LoraConfig(r=RANK, lora_alpha=RANK, lora_dropout=0.0, target_modules=TARGETS)
     )
     rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
-    data = Talks(folder)
+    data = Talks(folder, args.same)
     losses, times, used, counts = [], [], [], []
 
     class Order(torch.utils.data.Sampler):
@@ -263,7 +264,7 @@ def _arguments(args: argparse.Namespace, steps: int) -> dict[str, Any]:
 class Talks(torch.utils.data.Dataset):
     """Map-style data set: an item is a conversation in tokens, and its image as the model's processor makes it."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, same: bool):
         from transformers import AutoConfig, AutoImageProcessor
 
         from mmpeft_ds.backbones.mllm.backbone import ENTRY, Options
@@ -272,7 +273,7 @@ class Talks(torch.utils.data.Dataset):
 
         self.backbone = ENTRY(Options(str(folder / "model"), max_text_length=2048), None)
         self.config = AutoConfig.from_pretrained(folder / "model")
-        self.processor = AutoImageProcessor.from_pretrained(folder / "model", backend="pil")
+        self.processor = AutoImageProcessor.from_pretrained(folder / "model", backend="pil" if same else None)
         manifest = Manifest.load(folder / "data")
         reader = ShardReader(manifest, "train")
         self.items: list[Any] = []

@@ -89,14 +89,14 @@ def _medians(runs: list[dict[str, Any]]) -> dict[str, Any]:
 def table(result: dict[str, Any], args: argparse.Namespace) -> str:
     """The page."""
     lines = [
-        "# Instruction tuning: our engine beside HF Trainer + peft + accelerate + deepspeed",
+        "# Instruction tuning: our engine and HF Trainer + peft + accelerate + deepspeed",
         "",
         f"Tiny LLaVA and Qwen2-VL (language model of width {_talks.TEXT['hidden_size']}, "
         f"{_talks.TEXT['num_hidden_layers']} layers, {_talks.VOCABULARY} words), LoRA r {_instruction.RANK} in all "
-        f"its linears, float32, {_instruction.PER_RANK} samples a step and rank, 2 ranks x 1 thread, ours with "
+        f"its linears, float32, {_instruction.PER_RANK} samples per step and rank, 2 ranks x 1 thread, ours with "
         f"`data.pack: {args.pack}`. Lengths are drawn as in [packing](packing.md), or divided by 9. Tokens are those "
         f"that carry loss; medians of {result['repeats']} runs of one epoch in turn, the same samples for all. "
-        f"{result['machine']}; load {result['load_before']:.1f} before and {result['load_after']:.1f} behind. "
+        f"{result['machine']}; load {result['load_before']:.1f} before and {result['load_after']:.1f} after. "
         "`python benchmarks/trainer.py --instruction` repeats it.",
         "",
         "| model | lengths | ZeRO | ours, tokens/s | Trainer | grouped by length | ratio | to grouped | the same two "

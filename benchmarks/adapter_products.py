@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""What `engine.adapter_matmul: bfloat16` does to the loss: a tiny LLaVA in bfloat16, every method that fits it.
+"""Effect of `engine.adapter_matmul: bfloat16` on the loss: a tiny LLaVA in bfloat16, every method that fits it.
 
     python benchmarks/adapter_products.py    ZeRO-1 and ZeRO-3 on 2 ranks; writes docs/benchmarks/adapter_products.*
     python benchmarks/adapter_products.py --steps 5 --methods lora
@@ -49,7 +49,8 @@ def cases(methods: list[str]) -> list[dict]:
 
 def train(case: dict, sections: dict, folder: Path, ranks: object, steps: int) -> float:
     """Mean loss of the last steps."""
-    from mmpeft_ds.data.stream import BadBudget, Step
+    from mmpeft_ds.data.bad_budget import BadBudget
+    from mmpeft_ds.data.stream import Step
     from mmpeft_ds.engine.assembly.build import build
     from mmpeft_ds.engine.step import Stepper
     from mmpeft_ds.engine.train_state import TrainState
@@ -90,7 +91,7 @@ def worker(args: argparse.Namespace) -> None:
 
 
 def table(rows: list[dict], args: argparse.Namespace) -> str:
-    """The page: a row a method."""
+    """The page: one row per method."""
 
     def loss(method: str, stage: int, products: str, seed: int = SEEDS[0]) -> float:
         key = {"method": method, "stage": stage, "products": products, "seed": seed}
@@ -100,8 +101,8 @@ def table(rows: list[dict], args: argparse.Namespace) -> str:
         "# Adapter products in bfloat16",
         "",
         f"Mean loss of the last {LAST} of {args.steps} steps: tiny LLaVA with random weights in bfloat16, 2 ranks, "
-        f"8 samples a step, learning rate 0.005. {_page.machine()}. `python benchmarks/adapter_products.py` measures "
-        "it anew.",
+        f"8 samples per step, learning rate 0.005. {_page.machine()}. "
+        "`python benchmarks/adapter_products.py` repeats it.",
         "",
         "| method | ZeRO-1, float32 | bfloat16 | difference | ZeRO-3, float32 | bfloat16 | difference "
         "| three seeds in float32 lie apart by |",

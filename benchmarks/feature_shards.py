@@ -1,8 +1,8 @@
 #!/usr/bin/env python
 """Training a head from feature shards, beside running the towers every step and beside one memory-mapped array.
 
-    python benchmarks/features.py                 writes docs/benchmarks/features.md and .json
-    python benchmarks/features.py --runs 1 --batches 64 --samples 2048
+    python benchmarks/feature_shards.py                 writes docs/benchmarks/feature_shards.md and .json
+    python benchmarks/feature_shards.py --runs 1 --batches 64 --samples 2048
 
 All three train the same head through the same engine, one process, in turn. The array is the ceiling: its reader picks
 rows of one .npy by a random permutation and knows nothing of shards, records, bad samples, resume or ranks. Training
@@ -27,10 +27,11 @@ import torch  # noqa: E402
 
 from benchmarks import _page  # noqa: E402
 from mmpeft_ds import recipe as recipes  # noqa: E402
+from mmpeft_ds.data.bad_budget import BadBudget  # noqa: E402
 from mmpeft_ds.data.batch import PackedBatch  # noqa: E402
 from mmpeft_ds.data.feature_shards import read_features, write_class_texts  # noqa: E402
 from mmpeft_ds.data.manifest import Manifest  # noqa: E402
-from mmpeft_ds.data.stream import BadBudget, Step  # noqa: E402
+from mmpeft_ds.data.stream import Step  # noqa: E402
 from mmpeft_ds.data.writer import PARTS, write_manifest, write_shard  # noqa: E402
 from mmpeft_ds.distributed import processes  # noqa: E402
 from mmpeft_ds.engine import streams  # noqa: E402
@@ -144,7 +145,7 @@ class System:
 
 
 def array_steps(path: Path, labels: np.ndarray, batch: int) -> Iterator[Step]:
-    """Steps from one memory-mapped array (n, 1 + V, D): a permutation an epoch, a random pass a visit."""
+    """Steps from one memory-mapped array (n, 1 + V, D): one permutation per epoch, one random pass per visit."""
     array, rng = np.load(path, mmap_mode="r"), np.random.default_rng(0)
     names = [f"array/{i}" for i in range(len(array))]
     owner, weight = torch.arange(batch), torch.ones(batch)
@@ -245,9 +246,9 @@ def report(args: argparse.Namespace, result: dict[str, Any]) -> None:
     lines = [
         "# Training a head from feature shards",
         "",
-        f"{args.samples:,} samples of (1 + {VIEWS}, {result['width']}) float16, one augmented pass a visit, linear "
+        f"{args.samples:,} samples of (1 + {VIEWS}, {result['width']}) float16, one augmented pass per visit, linear "
         f"head, ZeRO-1, one process, no loader workers; median of {args.runs} runs in turn. {machine}. "
-        "`python benchmarks/features.py` repeats it.",
+        "`python benchmarks/feature_shards.py` repeats it.",
         "",
         "| batch | from shards, samples/s | from one array (ceiling) | share of the ceiling | times the towers |",
         "|---|---|---|---|---|",
@@ -268,7 +269,7 @@ def report(args: argparse.Namespace, result: dict[str, Any]) -> None:
     for batch, found in result["batches"].items():
         first, later, array = (statistics.median(found[n]) for n in ("read_first", "read", "read_array"))
         lines.append(f"| {batch} | {first:,.0f} | {later:,.0f} | {array:,.0f} | {later / array:.2f} |")
-    _page.write("features", "\n".join(lines), {"machine": machine, **result}, args.out)
+    _page.write("feature_shards", "\n".join(lines), {"machine": machine, **result}, args.out)
 
 
 def log(line: str) -> None:

@@ -1,9 +1,10 @@
 #!/usr/bin/env python
 """Building the graph over the samples of all ranks: growth with its nodes, and k-NN of scikit-learn and faiss.
 
-    python benchmarks/graph.py                          M = 64 ... 16384 on 2 ranks; writes docs/benchmarks/graph.*
-    python benchmarks/graph.py --peers ~/knn/bin/python an environment with scikit-learn and faiss-cpu, if not ours
-    python benchmarks/graph.py --nodes 64 4096 --runs 1 --out runs
+    python benchmarks/graph_construction.py                 M = 64 ... 16384 on 2 ranks; writes docs/benchmarks/
+    python benchmarks/graph_construction.py --nodes 64 4096 --runs 1 --out runs
+
+`--peers PYTHON` names an environment with scikit-learn and faiss-cpu, if they are not in this one.
 
 Rows of width 1536 scattered about 37 class centres, tau 0.7, 5 neighbours, one thread a rank. A time is that of the
 slowest rank from a common start, gathers included: the smallest of a few repetitions, then the median over runs. The
@@ -41,15 +42,20 @@ def rows(nodes: int, width: int):
     return centres[random.integers(CLASSES, size=nodes)] + 0.6 * noise
 
 
-def smallest(call, repetitions: int, together=lambda: None) -> float:
-    """Milliseconds of the fastest of some calls, after one that does not count."""
+def smallest(call, repetitions: int, together=lambda: None, agreed=bool) -> float:
+    """Milliseconds of the fastest of some calls, after one that does not count.
+
+    Args:
+        together: starts all ranks at once.
+        agreed: whether any rank has had enough.
+    """
     times = []
     for repetition in range(repetitions + 1):
         together()
         began = time.perf_counter()
         call()
         times.append(1000 * (time.perf_counter() - began))
-        if repetition and sum(times) > 6000:
+        if repetition and agreed(sum(times) > 6000):
             break
     return min(times[1:])
 
@@ -67,6 +73,12 @@ def ours(args: argparse.Namespace) -> dict:
 
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{args.store}", rank=args.rank, world_size=args.ranks)
+
+    def agreed(enough: bool) -> bool:
+        flag = torch.tensor(float(enough))
+        dist.all_reduce(flag)
+        return bool(flag)
+
     by_nodes = {}
     for nodes in args.nodes:
         counts = [len(part) for part in torch.arange(nodes).tensor_split(args.ranks)]
@@ -80,7 +92,7 @@ def ours(args: argparse.Namespace) -> dict:
             "symmetric": lambda x=x, counts=counts: knn_graph(x, NEIGHBOURS, symmetric=True, counts=counts),
             "ring": lambda x=x, counts=counts: knn_graph(x, NEIGHBOURS, counts=counts, exchange="ring"),
         }
-        times = torch.tensor([smallest(calls[name], args.repetitions, dist.barrier) for name in OURS])
+        times = torch.tensor([smallest(calls[name], args.repetitions, dist.barrier, agreed) for name in OURS])
         dist.all_reduce(times, dist.ReduceOp.MAX)
         graph = threshold_graph(x, TAU, counts=counts)
         edges = torch.tensor(float(len(graph.source) - len(x)))
@@ -173,7 +185,7 @@ def drive(args: argparse.Namespace) -> None:
         for nodes in runs[0]
     ]
     result = {"machine": _page.machine(), "ranks": args.ranks, "width": args.width, "rows": table, "runs": runs}
-    _page.write("graph", page(result), result, args.out)
+    _page.write("graph_construction", page(result), result, args.out)
 
 
 def page(result: dict) -> str:
@@ -183,7 +195,7 @@ def page(result: dict) -> str:
         "",
         f"M rows of width {result['width']} on {result['ranks']} ranks of one machine (gloo), {CLASSES} classes, tau "
         f"{TAU}, {NEIGHBOURS} neighbours, float32.",
-        f"Machine: {result['machine']}. `python benchmarks/graph.py` repeats it.",
+        f"Machine: {result['machine']}. `python benchmarks/graph_construction.py` repeats it.",
         f"Median of {len(result['runs'])} runs.",
         "",
         "Milliseconds. `gather`: the features of all ranks. `product`: one rank's rows times all, one matrix product.",
@@ -213,7 +225,7 @@ def main() -> None:
     parser.add_argument("--nodes", type=int, nargs="+", default=sizes, help="M to measure")
     parser.add_argument("--width", type=int, default=1536, help="features of a row")
     parser.add_argument("--ranks", type=int, default=2, help="processes that share the graph")
-    parser.add_argument("--runs", type=int, default=2, help="times that everything is measured anew")
+    parser.add_argument("--runs", type=int, default=2, help="times that everything is measured again")
     parser.add_argument("--repetitions", type=int, default=3, help="calls of which the fastest counts")
     parser.add_argument("--peers", default=sys.executable, help="Python that has scikit-learn and faiss-cpu")
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "benchmarks", help="folder of the page and JSON")

@@ -1,4 +1,4 @@
-"""Samples/s from shards to uint8 224x224 batches: our stream beside webdataset and megatron-energon, same work.
+"""Samples/s from shards to uint8 224x224 batches: our stream compared with webdataset and megatron-energon, same work.
 
     python benchmarks/loader.py --peer-python /path/to/venv-with-energon/bin/python
 

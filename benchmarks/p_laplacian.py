@@ -5,9 +5,9 @@
     python benchmarks/p_laplacian.py --tokens 256 512 --runs 1 --out runs
     python benchmarks/p_laplacian.py --device cuda --threads 8
 
-Square graph of one sample, 12 heads of width 64, 8 channels a node, gradients of q, k, the nodes, p and mu. The dense
-form holds the (B, H, N, N, b) differences, as the published code does, and lets autograd differentiate them. Every
-measurement has a process of its own, the forms in turn. Memory is the peak of that process above the one it had with
+Square graph of one sample, 12 heads of width 64, 8 channels per node, gradients of q, k, the nodes, p and mu. The
+dense form holds the (B, H, N, N, b) differences, as the published code does, and lets autograd differentiate them.
+Every measurement has its own process, the forms in turn. Memory is the peak of that process above the one it had with
 its inputs, after a warm-up on 64 tokens; on a GPU that of torch's allocator.
 """
 
@@ -76,7 +76,7 @@ def _pass(form: str, inputs: tuple) -> float:
 
 
 def _memory(device: str, reset: bool = False) -> int:
-    """Peak bytes until now; `reset` returns what is in use and starts the peak anew."""
+    """Peak bytes until now; `reset` returns what is in use and resets the peak."""
     if device == "cuda":
         import torch
 
@@ -157,9 +157,9 @@ def _free_mib(device: str) -> float:
 def _table(result: dict) -> str:
     rows = result["rows"]
     lines = [
-        "# p-Laplacian message passing: streaming beside dense",
+        "# p-Laplacian message passing: streaming and dense",
         "",
-        f"Forward and backward on a square graph, B 1, {HEADS} heads of width {WIDTH}, {CHANNELS} channels a node,",
+        f"Forward and backward on a square graph, B 1, {HEADS} heads of width {WIDTH}, {CHANNELS} channels per node,",
         f"float32, p 1.5. Median of {len(rows[0]['runs']['one sweep'])} runs, each in a process of its own, the forms",
         "in turn. Memory is the peak above the inputs.",
         f"Machine: {result['machine']}. `python benchmarks/p_laplacian.py` repeats it.",

@@ -72,7 +72,7 @@ def count(row: Row, kernels: bool) -> dict[str, float]:
                 found["bytes"] += sum(_bytes(x) for x in [*_tensors(args), *made])
             return out
 
-    def launched(kernel, grid, tensors, options, warps):
+    def launched(kernel, grid, tensors, options, blocks):
         found["triton"] += 1
         found["triton_bytes"] += launch.described(kernel, grid, tensors, options).bytes()
 

@@ -112,7 +112,7 @@ def make_pictures(root: Path, count: int, size: tuple[int, int]) -> float:
 
 
 def write_captions(root: Path, pictures: int) -> None:
-    """The annotation file: five captions a picture."""
+    """The annotation file: five captions per picture."""
     (root / "annotations").mkdir(parents=True, exist_ok=True)
     with open(root / "annotations/captions_train2014.json", "w") as file:
         images = ",".join(json.dumps({"id": n, "file_name": f"{n}.jpg"}) for n in range(pictures))

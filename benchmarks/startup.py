@@ -75,6 +75,7 @@ def commands() -> list[Command]:
         ),
         ("launchers/train.py", *QUICKSTART, "--set", f"data.sources.0.dir={NOWHERE}"),
         ("launchers/train.py", *QUICKSTART, "--set", "engine.deepspeed=zero9.json", "--check"),
+        ("launchers/train.py", *QUICKSTART, "--check", "--samples", "1000", "--set", "run_dir=/dev/null/run"),
         ("launchers/plan.py", *QUICKSTART, "--nodes", "0", "--gpus-per-node", "8"),
         ("launchers/plan.py", "--recipe", f"{NOWHERE}.yaml", "--nodes", "1", "--gpus-per-node", "8"),
         ("launchers/few_shot.py", *STUDY, "--set", "methods.0.method.alphaa=1"),

@@ -35,7 +35,7 @@ WARM = 5  # steps left out of the timing
 
 def ours(args: argparse.Namespace) -> dict:
     """Steps through our stream and stepper."""
-    from mmpeft_ds.data.stream import BadBudget
+    from mmpeft_ds.data.bad_budget import BadBudget
     from mmpeft_ds.distributed import processes
     from mmpeft_ds.engine.assembly.build import build
     from mmpeft_ds.engine.assembly.resolve import resolve
@@ -303,10 +303,10 @@ def drive(args: argparse.Namespace) -> None:
 
 def _table(result: dict) -> str:
     lines = [
-        "# Training: our engine beside HF Trainer + peft + accelerate + deepspeed",
+        "# Training: our engine and HF Trainer + peft + accelerate + deepspeed",
         "",
         "easy-VQA from pixels, frozen ViT-S/14 (11 layers, 70 px) and MiniLM, routed LoRA r 16, float32, about 77",
-        "questions a step, 2 ranks x 1 thread, both systems in turn, "
+        "questions per step, 2 ranks x 1 thread, both systems in turn, "
         f"median of {result['runs']} runs of {result['steps']} steps.",
         f"Machine: {result['machine']}.",
         "`python benchmarks/trainer.py` repeats it.",

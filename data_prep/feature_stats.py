@@ -4,7 +4,7 @@
 
 A backbone with `feature_norm: zscore` needs them. Their key hashes the tower's weights, the image
 transform and the choice of feature, so statistics of another tower are never taken by mistake; what is there is not
-computed again.
+computed again. Under `engine.cache_frozen` what the tower gives is kept for the training that follows.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def main(argv: list[str] | None = None) -> None:
     with console.quick_imports():  # what could be refused without torch has been
         import torch
 
-        from data_prep.feature_moments import measure
+        from data_prep.common.feature_moments import measure, measure_kept
         from mmpeft_ds.data.decode import picture_reader
         from mmpeft_ds.engine.assembly import resolve
 
@@ -58,7 +58,11 @@ def main(argv: list[str] | None = None) -> None:
         print(f"{args.dir}: statistics {key} are there already, over {images}")
         return
     torch.set_num_threads(args.threads)
-    statistics = measure(manifest, args.split, backbone, args.batch, picture_reader(recipe.data))
+    read = picture_reader(recipe.data)
+    if recipe.engine.cache_frozen.on:
+        statistics = measure_kept(manifest, args.split, recipe, backbone, args.batch, read)
+    else:
+        statistics = measure(manifest, args.split, backbone, args.batch, read)
     manifest = Manifest.load(args.dir)  # another run may have added its own meanwhile
     manifest.statistics[key] = statistics
     manifest.save(args.dir)

@@ -29,7 +29,7 @@ from mmpeft_ds.data.subset import Subset, fingerprint  # noqa: E402
 from mmpeft_ds.errors import BadInput, BadSample  # noqa: E402
 
 FOLDER = "few_shot"
-MOST_VAL = 4  # shots a class of the validation split
+MOST_VAL = 4  # shots per class of the validation split
 CHUNK = 256
 HALVES = ("all", "base", "new")
 
@@ -95,7 +95,7 @@ def labels_of(manifest: Manifest, split: str) -> dict[str, str]:
 
 
 def draw(labels: dict[str, dict[str, str]], splits: Sequence[str], shots: int, seed: int) -> dict[str, list[str]]:
-    """Split -> keys of `shots` samples a class of the first split, and min(shots, 4) of the second.
+    """Split -> keys of `shots` samples per class of the first split, and min(shots, 4) of the second.
 
     Without repetition; a class with fewer samples gives what it has. One generator goes through all splits and, in
     them, through the classes in the order in which they first occur.

@@ -9,6 +9,7 @@ The same command continues an interrupted preparation and leaves a finished one 
 from __future__ import annotations
 
 import contextlib
+import difflib
 import fcntl
 import json
 import re
@@ -24,9 +25,10 @@ if __name__ == "__main__":
     # This folder must not come first on the path: its file names would hide installed modules of the same name.
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from data_prep import duplicates, report, resize, sources  # noqa: E402
-from data_prep.engines import ENGINES, run_jobs  # noqa: E402
-from data_prep.options import add_options, as_json, compared, read_options  # noqa: E402
+from data_prep import sources  # noqa: E402
+from data_prep.common import bad_pictures, duplicates, report, resize  # noqa: E402
+from data_prep.common.engines import ENGINES, run_jobs  # noqa: E402
+from data_prep.common.options import add_options, as_json, compared, read_options  # noqa: E402
 from data_prep.sources.base import Source  # noqa: E402
 from mmpeft_ds import console, registry  # noqa: E402
 from mmpeft_ds.data import identity  # noqa: E402
@@ -68,7 +70,7 @@ def main(argv: list[str] | None = None) -> None:
     }
     shaping = {**compared(options), "name": args.name, "samples_per_shard": args.samples_per_shard}
     shaping |= {"resize": args.resize, **resized}
-    shaping.pop("features_are", None)  # said of the shards, which stay the same
+    shaping.pop("features_are", None)  # a statement about the shards, which stay the same
     if args.overwrite:
         _clear(out)
     elif _is_done(out, wanted, shaping):
@@ -87,12 +89,12 @@ def main(argv: list[str] | None = None) -> None:
 
 def _parse(argv: list[str]) -> tuple[Any, Source, Any]:
     """Common options, the source, and its own options."""
-    known = ", ".join(n.replace("_", "-") for n in registry.names(sources))
+    known = [n.replace("_", "-") for n in registry.names(sources)]
     first = console.Parser(add_help=False, allow_abbrev=False)
     first.add_argument("source", nargs="?")
     name = first.parse_known_args(argv)[0].source
     parser = console.Parser(prog="prepare.py", description=__doc__, allow_abbrev=False)
-    parser.add_argument("source", metavar="SOURCE", help=f"one of: {known}")
+    parser.add_argument("source", metavar="SOURCE", help=f"one of: {', '.join(known)}")
     parser.add_argument("--out", type=Path, required=True, help="directory of the shards, made if needed")
     parser.add_argument("--name", help="name of the data set in file names and sample ids (default: SOURCE)")
     parser.add_argument("--engine", choices=ENGINES, default="local", help="processes here, or Ray tasks")
@@ -108,8 +110,16 @@ def _parse(argv: list[str]) -> tuple[Any, Source, Any]:
     parser.add_argument("--overwrite", action="store_true", help="delete what was prepared in DIR and start over")
     if name is None:
         parser.parse_args(argv)  # --help, or the line that says what is missing
-        raise BadInput(f"prepare.py: which source? One of: {known}.")
-    entry = registry.load(sources, name.replace("-", "_"), "SOURCE")
+        raise BadInput(f"prepare.py: which source? One of: {', '.join(known)}.")
+    try:
+        entry = registry.load(sources, name.replace("-", "_"), "SOURCE")
+    except BadInput as error:
+        spelled = name.replace("_", "-")
+        if spelled in known:
+            raise
+        near = difflib.get_close_matches(spelled, known, n=1)
+        hint = f"Did you mean {near[0]!r}? " if near else ""
+        raise BadInput(f"SOURCE: no source named {name!r}. {hint}Known: {', '.join(known)}.") from error
     if "quality" not in {field.name for field in fields(entry.Options)}:  # sources of videos have one, of their frames
         text = f"of JPEG and WebP pictures that --resize stores, 1 to 95 (default {resize.QUALITY})"
         parser.add_argument("--quality", type=int, default=resize.QUALITY, help=text)
@@ -193,9 +203,11 @@ def _make_shards(out: Path, args: Any, source: Source, jobs: list[Job], descript
 
 
 def _account(source: Source, out: Path, parts: dict[str, list[Part]]) -> dict[str, dict[str, Any]]:
-    """What became of the records of each split, also of those without samples, and pictures of several splits."""
-    also_in = duplicates.across_splits(out, parts)
-    accounts = {split: source.account(split) | also_in.get(split, {}) for split in (*parts, *source.empty())}
+    """Counts of the records of each split, also of splits without samples, pictures that training cannot use, and
+    those that occur in several splits."""
+    bad, also_in = bad_pictures.by_reason(out, parts), duplicates.across_splits(out, parts)
+    splits = (*parts, *source.empty())
+    accounts = {split: source.account(split) | bad.get(split, {}) | also_in.get(split, {}) for split in splits}
     return {split: account for split, account in accounts.items() if account}
 
 
@@ -203,7 +215,7 @@ _SOURCES: dict[tuple[str, str], Source] = {}
 
 
 def make_shard(job: Job) -> tuple[Part, bool]:
-    """Write one shard unless it is there and intact; (its part, whether it was there)."""
+    """Write one shard unless it exists intact; (its part, whether it was there)."""
     part = finished_part(job.dir, shard_file(job.name, job.split, job.number))
     if part is not None and part.shard.samples == job.count:
         return part, True
@@ -212,9 +224,11 @@ def make_shard(job: Job) -> tuple[Part, bool]:
         _SOURCES[key] = registry.load(sources, job.source.replace("-", "_"), "SOURCE")(job.options)
         _SOURCES[key].index(job.dir / PARTS)
     samples = islice(_SOURCES[key].samples(job.split, job.first), job.count)
-    resizer = resize.Resizer(job.resize) if job.resize else None
     place = job.dir, job.name, job.split, job.number, job.first
-    part = write_shard(*place, resizer.samples(samples), resizer.numbers) if resizer else write_shard(*place, samples)
+    looks: list[Any] = [*([resize.Resizer(job.resize)] if job.resize else []), bad_pictures.BadPictures()]
+    for look in looks:
+        samples = look.samples(samples)
+    part = write_shard(*place, samples, lambda: {k: v for look in looks for k, v in look.numbers().items()})
     if part.shard.samples != job.count:
         raise BadInput(
             f"{job.source}: split {job.split!r} gave {part.shard.samples} samples from {job.first} on, "

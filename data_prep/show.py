@@ -20,10 +20,11 @@ from PIL import Image  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.table import Column, Table  # noqa: E402
 
-from data_prep.reading import StoredSample, parse_sample  # noqa: E402
+from data_prep.common.reading import StoredSample, parse_sample  # noqa: E402
 from mmpeft_ds import console  # noqa: E402
-from mmpeft_ds.contact_sheet import Layout, Tile, draw, opened  # noqa: E402
+from mmpeft_ds.contact_sheet import Layout, Tile, draw  # noqa: E402
 from mmpeft_ds.data.manifest import Manifest  # noqa: E402
+from mmpeft_ds.data.pictures import shown  # noqa: E402
 from mmpeft_ds.errors import BadInput, BadSample  # noqa: E402
 from mmpeft_ds.files import replacing, writing  # noqa: E402
 
@@ -36,7 +37,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = console.Parser(prog="show.py", description=__doc__)
     parser.add_argument("dir", metavar="DIR", help="directory with a manifest.json; a path or a URL")
     parser.add_argument("--split", help="only this one (default: tables of all, pictures of the first)")
-    parser.add_argument("--out", type=Path, help="write a contact sheet there (.png)")
+    parser.add_argument("--out", type=Path, help="write a contact sheet there (.png); folders are made")
     parser.add_argument("--samples", type=int, default=24, help="how many samples on the sheet, evenly spread")
     parser.add_argument(
         "--predictions", type=Path, metavar="FILE", help="of launchers/evaluate.py for that split, onto the sheet"
@@ -46,17 +47,19 @@ def main(argv: list[str] | None = None) -> None:
         raise BadInput(f"--samples: {args.samples} is too few.")
     if args.predictions and not (args.out and args.split):
         raise BadInput("--predictions: say too which --split they are of, and with --out where to draw them.")
+    ending = Image.registered_extensions()
+    if args.out and args.out.suffix.lower() not in ending:
+        raise BadInput(f"--out {args.out}: no ending of a picture format. Use .png or .jpg.")
     manifest = Manifest.load(args.dir)
     splits = [args.split] if args.split else list(manifest.splits)
     manifest.shards(splits[0])  # refuses an unknown split
     print_tables(manifest, splits)
     if args.out:
         sheet = contact_sheet(manifest, splits[0], args.samples, args.predictions)
-        ending = Image.registered_extensions()
-        if args.out.suffix.lower() not in ending:
-            raise BadInput(f"--out {args.out}: no ending of a picture format. Use .png or .jpg.")
-        with writing(args.out), replacing(args.out) as partial:
-            sheet.save(partial, ending[args.out.suffix.lower()])
+        with writing(args.out):
+            args.out.parent.mkdir(parents=True, exist_ok=True)
+            with replacing(args.out) as partial:
+                sheet.save(partial, ending[args.out.suffix.lower()])
         print(f"contact sheet of {splits[0]!r}: {args.out}")
 
 
@@ -144,8 +147,8 @@ def _tile(manifest: Manifest, split: str, number: int, rows: dict[str, list[dict
     except BadSample as error:
         return Tile(lines=[f"sample {number}: {error}"])
     try:
-        pictures = [opened(data) for data in sample.images[:4]]
-    except (OSError, Image.DecompressionBombError):
+        pictures = [shown(data) for data in sample.images[:4]]
+    except BadSample:
         return Tile(lines=[f"{sample.key}: an image cannot be read"])
     count = f"  {len(sample.images)} images" if len(sample.images) != 1 else ""
     if rows is None:

@@ -1,10 +1,12 @@
 """Check prepared shards against their manifest: sizes, sha256, side files, every sample.
 
-    python data_prep/verify.py DIR [--list-bad] [--processes N]
+    python data_prep/verify.py DIR [--list-bad] [--decode] [--processes N]
     python data_prep/verify.py DIR --recipe R.yaml
 
-With a recipe that reads DIR, also how many texts are longer than its backbone reads, or hold control tokens.
-One line per problem; exit code 0 if there is none, 2 otherwise. The images' headers are read, their pixels are not.
+With a recipe that reads DIR, also how many texts are longer than its backbone reads, or hold control tokens, and its
+data.max_pixels in place of the default.
+One line per problem; exit code 0 if there is none, 2 otherwise. Of images the headers are read, and with --decode the
+pixels, which takes as long as a pass of training.
 """
 
 from __future__ import annotations
@@ -20,15 +22,15 @@ if __name__ == "__main__":
     # This folder must not come first on the path: its file names would hide installed modules of the same name.
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from data_prep.engines import run_jobs  # noqa: E402
-from data_prep.reading import image_size, parse_sample  # noqa: E402
+from data_prep.common.engines import run_jobs  # noqa: E402
+from data_prep.common.reading import check_picture, parse_sample  # noqa: E402
 from data_prep.sources.common.unknown_keys import looks_like  # noqa: E402
 from mmpeft_ds import console  # noqa: E402
 from mmpeft_ds import recipe as recipes  # noqa: E402
-from mmpeft_ds.data.formats import check_aspect  # noqa: E402
+from mmpeft_ds.data.formats import MAX_PIXELS  # noqa: E402
 from mmpeft_ds.data.manifest import FILE, Manifest, local_path, sample_key  # noqa: E402
 from mmpeft_ds.data.parsing import check_questions, one_sample  # noqa: E402
-from mmpeft_ds.errors import BadInput, BadSample  # noqa: E402
+from mmpeft_ds.errors import BadInput, BadSample, counted  # noqa: E402
 from mmpeft_ds.files import sha256  # noqa: E402
 from mmpeft_ds.progress import Progress  # noqa: E402
 
@@ -37,12 +39,15 @@ HINT = "Restore it, or prepare the data set again with --overwrite"
 
 @dataclass(frozen=True)
 class Job:
-    """One shard to check: where it is, what the manifest says of it, its first sample's number in the split."""
+    """One shard to check: where it is, what the manifest says of it, its first sample's number in the split; the
+    most pixels that training reads, and whether to read them."""
 
     dir: str
     split: str
     number: int
     first: int
+    max_pixels: int
+    decode: bool
 
 
 @dataclass
@@ -59,20 +64,31 @@ def main(argv: list[str] | None = None) -> int:
     """Check one directory; exit code."""
     parser = console.Parser(prog="verify.py", description=__doc__)
     parser.add_argument("dir", metavar="DIR", help="directory with a manifest.json")
-    parser.add_argument("--list-bad", action="store_true", help="name every bad sample, not one a shard")
+    parser.add_argument("--list-bad", action="store_true", help="name every bad sample, not one per shard")
+    parser.add_argument("--decode", action="store_true", help="read the pixels too, and find images that are cut off")
     parser.add_argument("--processes", type=int, default=0, help="how many at a time (default: all CPUs)")
     parser.add_argument("--recipe", help="YAML file whose data.sources or data.validation name DIR")
     parser.add_argument("--set", action="append", default=[], metavar="A.B=VALUE", help="override one key; repeatable")
     args = parser.parse_args(argv)
     if args.set and not args.recipe:
         parser.error("--set is about a recipe. Add --recipe")
+    most = MAX_PIXELS
     if args.recipe:
         show_texts(args.dir, args.recipe, args.set)
-    return 2 if verify(args.dir, args.list_bad, args.processes) else 0
+        most = recipes.load(args.recipe, args.set).data.max_pixels
+    return 2 if verify(args.dir, args.list_bad, args.processes, most, args.decode) else 0
 
 
-def verify(dir: str, list_bad: bool = False, processes: int = 0) -> list[str]:
+def verify(
+    dir: str, list_bad: bool = False, processes: int = 0, max_pixels: int = MAX_PIXELS, decode: bool = False
+) -> list[str]:
     """Check everything below `dir`, print one line per problem and a summary, return the lines.
+
+    Args:
+        list_bad: name every bad sample, not one a shard.
+        processes: how many at a time, 0 = all CPUs.
+        max_pixels: images with more are bad samples, as in training.
+        decode: read the pixels of every image.
 
     Raises:
         BadInput: if there is no readable manifest.
@@ -85,7 +101,7 @@ def verify(dir: str, list_bad: bool = False, processes: int = 0) -> list[str]:
     for split, shards in manifest.splits.items():
         first = 0
         for number, shard in enumerate(shards):
-            jobs.append(Job(manifest.dir, split, number, first))
+            jobs.append(Job(manifest.dir, split, number, first, max_pixels, decode))
             first += shard.samples
         try:
             manifest.offsets(split, 0)
@@ -106,7 +122,9 @@ def verify(dir: str, list_bad: bool = False, processes: int = 0) -> list[str]:
             problems += [f"{file}: sample {key}: {what}" for key, what in report.bad]
         elif report.bad:
             key, what = report.bad[0]
-            problems.append(f"{file}: {len(report.bad)} bad samples, first {key}: {what} (--list-bad names all)")
+            problems.append(
+                f"{file}: {counted(len(report.bad), 'bad sample')}, first {key}: {what} (--list-bad names all)"
+            )
     for problem in problems:
         print(problem)
     strange = _unlisted(manifest)
@@ -114,8 +132,9 @@ def verify(dir: str, list_bad: bool = False, processes: int = 0) -> list[str]:
         print(f"note: {FILE} does not name {', '.join(strange[:5])}{' ...' if len(strange) > 5 else ''}")
     for split, key, kind in _left_aside(manifest):
         print(f"note: split {split}: no task reads the key {key!r} of its records, which looks like {kind}")
-    verdict = f"{len(problems)} problems" if problems else "all good"
-    print(f"{manifest.name}: {len(jobs)} shards, {sum(f.good for f in results):,} samples read well: {verdict}")
+    verdict = counted(len(problems), "problem") if problems else "all good"
+    good = counted(sum(f.good for f in results), "sample")
+    print(f"{manifest.name}: {counted(len(jobs), 'shard')}, {good} read well: {verdict}")
     return problems
 
 
@@ -166,7 +185,7 @@ def check_shard(job: Job) -> ShardReport:
             key = sample_key(job.split, job.first + i)
             stream.seek(begin)
             try:
-                width = _check_sample(stream.read(length), key)
+                width = _check_sample(stream.read(length), key, job)
                 report.good += 1
                 report.widths.setdefault(width, []).append(key)
             except BadSample as error:
@@ -174,7 +193,7 @@ def check_shard(job: Job) -> ShardReport:
     return report
 
 
-def _check_sample(piece: bytes, key: str) -> tuple[int, ...]:
+def _check_sample(piece: bytes, key: str, job: Job) -> tuple[int, ...]:
     """Width of its stored features, () without any. Raises BadSample."""
     with one_sample():
         sample = parse_sample(piece)
@@ -182,8 +201,11 @@ def _check_sample(piece: bytes, key: str) -> tuple[int, ...]:
             raise BadSample("key", f"{sample.key}, and {key} belongs here")
         check_questions(sample.record)
         for image in sample.images:
-            width, height = image_size(image)
-            check_aspect(height, width)
+            check_picture(image, job.max_pixels)
+            if job.decode:
+                from mmpeft_ds.data.decode import decode  # imports torch
+
+                decode(image, job.max_pixels)
         return () if sample.features is None else sample.features.shape[-1:]
 
 

@@ -40,7 +40,7 @@ def main() -> int:
         print(f"\n--- {name}", flush=True)
         began = time.perf_counter()
         if code := phase():
-            print(f"{name} ended with exit code {code}; the same command goes on from here", file=sys.stderr)
+            print(f"{name} ended with exit code {code}; the same command continues from here", file=sys.stderr)
             return code
         seconds[name] = time.perf_counter() - began
     plan = json.loads(output("launchers/train.py", "--recipe", RECIPE, "--check", "--json", "-"))

@@ -60,7 +60,7 @@ def main() -> int:
             raise BadInput(f"--generate {item}: expected KEY=VALUE, such as --generate length_penalty=1.2.")
         generation[key] = recipes.parse_yaml(value, f"--generate {key}")
     recipe = read_recipe(args)
-    Manifest.load(args.data)  # what is wrong with it is said before torch is imported
+    Manifest.load(args.data)  # mistakes in it are reported before torch is imported
     if args.adapter:
         adapter_files.whole(args.adapter)
     with console.quick_imports():

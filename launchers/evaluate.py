@@ -29,7 +29,7 @@ def main() -> int:
     parser.add_argument("--set", action="append", default=[], metavar="A.B=VALUE", help="override one key; repeatable")
     parser.add_argument("--submission", choices=submission.FORMS, help=f"also write a result file: {submission.HELP}")
     args = parser.parse_args()
-    recipe = recipes.of_run(args.run, args.set)  # what is wrong with it is said before torch is imported
+    recipe = recipes.of_run(args.run, args.set)  # mistakes in it are reported before torch is imported
     split = args.split or inputs.default_split(args.data or [source.dir for source in recipe.data.sources])
     with console.quick_imports():
         from mmpeft_ds.runs.evaluate import evaluate_run, named

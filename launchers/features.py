@@ -51,7 +51,7 @@ def main() -> int:
     parser.add_argument("--overwrite", action="store_true", help="delete the features that are in --out")
     args = parser.parse_args()
     recipe = read_recipe(args)
-    Manifest.load(args.data)  # what is wrong with it is said before torch is imported
+    Manifest.load(args.data)  # mistakes in it are reported before torch is imported
     with console.quick_imports():
         from mmpeft_ds.precompute import features
 
@@ -79,7 +79,7 @@ def read_recipe(args) -> recipes.Recipe:
 
 
 def read_templates(args) -> list[str]:
-    """Of the command line and of the file."""
+    """Templates of the command line and of the file."""
     templates = list(args.template)
     if args.templates is not None:
         try:

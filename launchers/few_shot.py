@@ -4,7 +4,7 @@
     deepspeed --num_accelerators 2 launchers/few_shot.py --recipe recipes/few_shot_emoji.yaml
     python launchers/few_shot.py --recipe recipes/few_shot_emoji.yaml --methods TaskRes --shots 16 --seeds 1
 
-The same command goes on where it was stopped: a run that has its result is not done again. Results are in the recipe's
+The same command continues where it was stopped: a run that has its result is left alone. Results are in the recipe's
 run_dir: results.md, results.csv, results.png, and a directory a run.
 """
 
@@ -16,7 +16,7 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from mmpeft_ds import console  # noqa: E402
 from mmpeft_ds.runs import few_shot_report  # noqa: E402
-from mmpeft_ds.runs.few_shot_study import Study, results  # noqa: E402
+from mmpeft_ds.runs.few_shot_study import Study, check_prepared, results  # noqa: E402
 
 
 def main() -> int:
@@ -27,7 +27,7 @@ def main() -> int:
     parser.add_argument("--shots", type=int, nargs="+", default=[], help="of the recipe's (default: all)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[], help="of the recipe's (default: all)")
     parser.add_argument("--set", action="append", default=[], metavar="A.B=VALUE", help="override one key; repeatable")
-    parser.add_argument("--check", action="store_true", help="list the runs and what is done of them")
+    parser.add_argument("--check", action="store_true", help="list the runs, what is done, and what data is missing")
     parser.add_argument("--report", action="store_true", help="run nothing, write the tables of what is done")
     args = parser.parse_args()
     whole = Study.load(args.recipe, args.set)
@@ -54,11 +54,14 @@ def run(study: Study) -> bool:
 
 
 def check(study: Study) -> int:
-    """One line a run."""
+    """One line per run; then the data sets that are missing are refused."""
     done = {(r["method"], r["shots"], r["seed"], r["half"]) for r in results(study)}
+    left = []
     for cell in study.cells():
         there = (cell.method, cell.shots, cell.seed, cell.half) in done
         print(f"{'done' if there else '    '}  {cell.path}  {cell.title}")
+        left += [] if there else [cell]
+    check_prepared(left)
     return 0
 
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """The few-shot study on emoji from nothing: features of the frozen towers, alignment, aligned features, all methods.
 
-make few-shot runs it, after make few-shot-data. Every phase goes on where it stopped, or leaves alone what is done.
+make few-shot runs it, after make few-shot-data. Every phase continues where it stopped, or leaves alone what is done.
 """
 
 import os
@@ -43,12 +43,12 @@ def main() -> int:
     phases.append(merge)
     phases.append(lambda: features("emoji-fluent", "aligned", VIEWS))
     phases += [lambda d=d: features(d, "aligned", TEST_ALONE) for d in ("emoji-twitter", "emoji-google")]
-    for kind in ("dinov2", "aligned"):
-        phases.append(lambda kind=kind: python("data_prep/few_shot.py", f"data/emoji-fluent-{kind}"))
+    for kind in ("", "-dinov2", "-aligned"):
+        phases.append(lambda kind=kind: python("data_prep/few_shot.py", f"data/emoji-fluent{kind}"))
     phases.append(lambda: launch("launchers/few_shot.py", "--recipe", RECIPE))
     for phase in phases:
         if code := phase():
-            print(f"ended with exit code {code}; the same command goes on from here", file=sys.stderr)
+            print(f"ended with exit code {code}; the same command continues from here", file=sys.stderr)
             return code
     return 0
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""What a finished run must not forget: Fisher information and weights of its best checkpoint, in one file.
+"""Write the Fisher information and the weights of a finished run's best checkpoint to one file, for EWC.
 
     deepspeed --num_accelerators 2 launchers/fisher.py --run runs/task-a --out runs/task-a/fisher.safetensors
     deepspeed launchers/train.py --recipe task-b.yaml --set optim.ewc.file=runs/task-a/fisher.safetensors
@@ -34,7 +34,7 @@ def main() -> int:
     if args.out.suffix != ".safetensors":
         raise BadInput(f"--out {args.out}: must end in .safetensors.")
     weights = [factor(item) for item in args.weight]
-    recipes.of_run(args.run, args.set)  # what is wrong with it is said before torch is imported
+    recipes.of_run(args.run, args.set)  # mistakes in it are reported before torch is imported
     with console.quick_imports():
         from mmpeft_ds.runs import fisher
 

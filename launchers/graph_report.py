@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""How far the accuracy of a graph over the batch depends on who is in the batch: no edges, shuffled, sorted by class.
+"""Measure how the accuracy of a graph over the batch depends on the batch: no edges, shuffled, sorted by class.
 
     deepspeed --num_accelerators 2 launchers/graph_report.py --run runs/ga_net_pets --split test
 
@@ -26,7 +26,7 @@ def main() -> int:
     parser.add_argument("--batch", type=int, default=0, help="samples of a graph (default: data.global_batch)")
     parser.add_argument("--set", action="append", default=[], metavar="A.B=VALUE", help="override one key; repeatable")
     args = parser.parse_args()
-    recipes.of_run(args.run, args.set)  # what is wrong with it is said before torch is imported
+    recipes.of_run(args.run, args.set)  # mistakes in it are reported before torch is imported
     with console.quick_imports():
         from mmpeft_ds.runs.graph_report import of_run
 
@@ -50,7 +50,7 @@ def show(lines: list, title: str) -> None:
     columns = {
         "order": "",
         "top1": "top-1",
-        "degree": "edges a node",
+        "degree": "edges per node",
         "same_class": "same class",
         "isolated": "isolated",
     }

@@ -35,12 +35,14 @@ def main() -> int:
                           "l40s (default: h100)")  # fmt: skip
     machines.add_argument("--link", type=float, metavar="GB/S", help="between GPUs of a node (default: the card's)")
     machines.add_argument("--nic", type=float, metavar="GB/S",
-                          help="of a node to the others, all adapters together (default: 50 a GPU)")  # fmt: skip
+                          help="of a node to the others, all adapters together (default: 50 per GPU)")  # fmt: skip
     filling = parser.add_argument_group("samples")
     filling.add_argument("--images-per-sample", type=int, default=1, metavar="N", help="(default: 1)")
+    filling.add_argument("--videos-per-sample", type=int, default=0, metavar="N", help="(default: 0)")
+    filling.add_argument("--frames", type=int, default=8, metavar="N", help="of each video (default: 8)")
     filling.add_argument("--texts-per-sample", type=int, default=1, metavar="N", help="(default: 1)")
     filling.add_argument("--image-size", default="480x640", metavar="HxW",
-                         help="of pictures, where the model takes them as they are (default: 480x640)")  # fmt: skip
+                         help="of pictures, and of frames (default: 480x640)")  # fmt: skip
     filling.add_argument("--labels", type=int, metavar="N", help="of data that is not there (default: 1,000)")
     parser.add_argument(
         "--json", metavar="FILE", help="write the numbers as JSON; - prints them instead of the tables"
@@ -65,7 +67,9 @@ def main() -> int:
         from mmpeft_ds.engine.assembly import resolve
         from mmpeft_ds.planning import microbatch, planner, report
 
-        filling = microbatch.Filling(args.images_per_sample, args.texts_per_sample, size)
+        filling = microbatch.Filling(
+            args.images_per_sample, args.texts_per_sample, size, videos=args.videos_per_sample, frames=args.frames
+        )
         plan = planner.make(resolve.resolve(recipe, assumed), candidates, machine, filling)
     if args.json == "-":
         print(json.dumps(report.as_dict(plan), indent=1))
@@ -80,9 +84,10 @@ def main() -> int:
 
 def picture_size(args) -> tuple[int, int]:
     """Height and width of --image-size, after the numbers of the samples were checked. Raises BadInput."""
-    for name in ("images", "texts"):
-        if (number := getattr(args, f"{name}_per_sample")) < 1:
-            raise BadInput(f"--{name}-per-sample: must be 1 or more, got {number}.")
+    least = {"images_per_sample": int(not args.videos_per_sample), "videos_per_sample": 0, "texts_per_sample": 1}
+    for name, low in (least | {"frames": 1}).items():
+        if (number := getattr(args, name)) < low:
+            raise BadInput(f"--{name.replace('_', '-')}: must be {low} or more, got {number}.")
     height, _, width = args.image_size.partition("x")
     if not (height.isdecimal() and width.isdecimal() and int(height) and int(width)):
         raise BadInput(f"--image-size: {args.image_size!r} is no HEIGHTxWIDTH, such as 480x640.")

@@ -30,7 +30,7 @@ def main() -> int:
     parser = console.Parser(description=__doc__)
     parser.add_argument("--predictions", type=Path, required=True, help="result file, or RUN/predictions-SPLIT.jsonl")
     parser.add_argument("--references", type=Path, help="annotations: COCO or VQA form, or a list of the same entries")
-    parser.add_argument("--data", help="prepared data set, in the place of --references")
+    parser.add_argument("--data", help="prepared data set, in place of --references")
     parser.add_argument("--split", help="split of --data")
     parser.add_argument("--measure", choices=score.KINDS, required=True, help="what is scored")
     parser.add_argument("--vqa-measure", choices=MEASURES, default="official", help="evaluator (default: official)")

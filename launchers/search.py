@@ -17,9 +17,10 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from mmpeft_ds import adapter_files, console  # noqa: E402
-from mmpeft_ds.errors import BadInput  # noqa: E402
+from mmpeft_ds.errors import BadInput, counted  # noqa: E402
 from mmpeft_ds.runs import inputs  # noqa: E402
 
+LISTED_ERRORS = 20  # pictures that could not be read, beside the first
 LISTED = 5  # hits of a query that are printed; all of them are in OUT/results.jsonl
 
 
@@ -30,7 +31,7 @@ def main() -> int:
     parser.add_argument("--images", type=Path, nargs="+", required=True, help="image files or directories of them")
     parser.add_argument("--text", action="append", default=[], help="what to look for; repeatable")
     parser.add_argument("--texts", type=Path, help="file with one text a line to look for")
-    parser.add_argument("--captions", type=Path, help="the other way: file with one caption a line to choose from")
+    parser.add_argument("--captions", type=Path, help="the other way: file with one caption per line to choose from")
     parser.add_argument("--top", type=int, default=12, help="hits of each query (default: 12)")
     parser.add_argument("--out", type=Path, required=True, help="directory of the results, made if needed")
     parser.add_argument("--batch", type=int, default=32, help="images at a time (default: 32)")
@@ -41,9 +42,9 @@ def main() -> int:
     images = inputs.find_pictures(args.images)
     texts = inputs.read_texts(args.text, args.texts)
     captions = inputs.read_texts([], args.captions, "--captions")
-    if bool(texts) == bool(captions):
+    if bool(texts) == bool(captions) or not all(map(str.strip, texts)):
         raise BadInput('nothing to look for: give --text "a dog on a beach" or --texts FILE, or else --captions FILE.')
-    adapter_files.whole(args.adapter)  # said before torch is imported
+    adapter_files.whole(args.adapter)  # reported before torch is imported
     with console.quick_imports():
         from mmpeft_ds.runs import search
 
@@ -52,11 +53,14 @@ def main() -> int:
         of_pictures=bool(captions),
     )  # fmt: skip
     show(result.hits, "image" if captions else "text")
-    print(f"{len(result.hits):,} hits: {args.out / search.RESULTS}, contact sheet: {args.out / search.SHEET}")
+    print(f"{counted(len(result.hits), 'hit')}: {args.out / search.RESULTS}, contact sheet: {args.out / search.SHEET}")
     if result.cut:
-        print(f"note: the end of {len(result.cut):,} texts was too long to be read. The first: {result.cut[0][:60]!r}")
+        cut, first = counted(len(result.cut), "text"), result.cut[0][:60]
+        print(f"note: the end of {cut} was too long to be read. The first: {first!r}")
     if result.errors:
-        first = next(iter(result.errors.values()))
+        first, *others = result.errors.values()
+        for problem in others[:LISTED_ERRORS]:
+            print(f"left out: {problem}")
         raise BadInput(f"{len(result.errors):,} of {len(images):,} images were left out. The first: {first}")
     return 0
 

@@ -47,8 +47,13 @@ def main() -> int:
     from mmpeft_ds.engine.assembly.outline import outline
 
     assumed = None if args.samples is None else Assumed(args.samples, args.labels or Assumed.labels)
-    outline(recipe, assumed)  # what is wrong with recipe or data is said before torch is imported
+    outline(recipe, assumed)  # mistakes in recipe or data are reported before torch is imported
     if args.check:
+        from mmpeft_ds.engine.run_lock import first_free, refuse_taken
+
+        if args.fresh:
+            recipe.run_dir = str(first_free(Path(recipe.run_dir)))
+        refuse_taken(Path(recipe.run_dir))
         with console.quick_imports():
             from mmpeft_ds.engine import plan
             from mmpeft_ds.engine.assembly import resolve
@@ -64,7 +69,7 @@ def main() -> int:
 
 
 def show(report: dict, file: str | None) -> None:
-    """Print the numbers of --check as tables, or as JSON to a file or (-) in the place of the tables."""
+    """Print the numbers of --check as tables, or as JSON to a file or (-) in place of the tables."""
     from mmpeft_ds.engine import plan
     from mmpeft_ds.files import write_json
 

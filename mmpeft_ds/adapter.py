@@ -19,30 +19,37 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from peft import PeftModel
 from torch import Tensor
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
 
 from mmpeft_ds import recipe as recipes
 from mmpeft_ds.adapter_files import REMEDY, read_backbone, read_json, read_labels, read_statistics, whole
 from mmpeft_ds.backbones.base import BackboneBase
-from mmpeft_ds.data import decode
-from mmpeft_ds.data.batch import Sample, check_images, pack
+from mmpeft_ds.backbones.common import quantised
+from mmpeft_ds.data import decode, video_files
+from mmpeft_ds.data.batch import Sample, as_frames, check_images, pack
 from mmpeft_ds.data.packing import REFUSALS
-from mmpeft_ds.data.transform import apply
+from mmpeft_ds.data.transform import apply, hooks_of
+from mmpeft_ds.data.video import Video, stacked, times_of
 from mmpeft_ds.engine.assembly.forward import answer
 from mmpeft_ds.engine.export import transform_description
 from mmpeft_ds.engine.zero import fingerprint
 from mmpeft_ds.errors import BadInput, BadSample
 from mmpeft_ds.redaction import found
 from mmpeft_ds.tasks.base import TaskBase
+
+logger = logging.getLogger(__name__)
+# Of a quantised base; see `load`.
+Weights = Literal["as trained", "dequantised", "original"]
 
 
 @dataclass
@@ -55,6 +62,7 @@ class Loaded:
         tasks: those of the recipe's train sources.
         labels: answers in class order, or None.
         recipe: with which it was trained.
+        frames: read of each video, spread evenly over its length.
     """
 
     model: PeftModel
@@ -63,6 +71,7 @@ class Loaded:
     labels: list[str] | None
     recipe: recipes.Recipe
     device: torch.device
+    frames: int = 8
 
     @property
     def task(self) -> TaskBase:
@@ -79,7 +88,8 @@ class Loaded:
         """Answer questions about images.
 
         Args:
-            images: N entries: a path, encoded bytes, a uint8 (3, H, W) tensor, a list of these, or None for no image;
+            images: N entries: a path of an image or a video, encoded bytes of an image, a uint8 (3, H, W) tensor, a
+                `data.video.Video`, a list of these, or None for no image;
                 for a backbone that takes stored features, .npy files or tensors of one image each.
             texts: N entries: a text, or several texts about the same entry, for which the vision tower runs once;
                 None where the task needs no text, such as captioning.
@@ -88,13 +98,16 @@ class Loaded:
 
         Returns:
             one row per text in order: `prediction`, `text`, `sample_id` (path or number of the entry), further values
-            of the task, and `cut_tokens` where a text was too long and so many of its tokens were not read.
+            of the task, `cut_tokens` where a text was too long and so many of its tokens were not read, and
+            `control_tokens` where so many in a text were read as plain characters.
 
         Raises:
-            BadInput: naming the image that cannot be read; no such task; a task that needs texts got none.
+            BadInput: naming the image that cannot be read; no such task; texts that a task needs are missing or empty.
         """
         if texts is None:
             texts = [self.texts_for([], task)] * len(images)
+        if given := [text for asked in texts for text in ([asked] if isinstance(asked, str) else asked)]:
+            self.texts_for(given, task)  # none of them empty
         if len(images) != len(texts):
             raise BadInput(f"predict: {len(images)} images but {len(texts)} texts; give one entry of texts an image")
         rows: list[dict[str, Any]] = []
@@ -119,9 +132,10 @@ class Loaded:
         """The rows of `predict` for samples that `sample` has made, in one forward pass."""
         packed = self.pack(samples, task)
         rows = self.tasks[task].predict(answer(self.model, self.backbone, self.tasks[task], packed), packed)
-        cut = packed.changes[:, 0].tolist()
-        if len(rows) == len(cut):
-            rows = [row | ({"cut_tokens": n} if n else {}) for row, n in zip(rows, cut, strict=True)]
+        changes = packed.changes.tolist()
+        if len(rows) == len(changes):
+            for row, (cut, _, control) in zip(rows, changes, strict=True):
+                row |= {k: n for k, n in (("cut_tokens", cut), ("control_tokens", control)) if n}
         return rows
 
     def batch(self, images: Sequence[Any], texts: Sequence[str | Sequence[str]], first: int = 0, task: int = 0) -> Any:
@@ -131,31 +145,54 @@ class Loaded:
 
     def sample(self, name: str, entry: Any, asked: str | Sequence[str], task: int = 0) -> Sample:
         """One entry of `predict`, read and transformed. Raises BadInput naming the image that cannot be used."""
-        asks = self.asked(task)
-        transform = self.backbone.image_transform(False)
+        asks, videos = self.asked(task), self.backbone.video_transform()
         entries = [] if entry is None else list(entry) if isinstance(entry, (list, tuple)) else [entry]
         asked = [asked] if isinstance(asked, str) else list(asked)
+        sample, times = Sample(name, 1.0), []
+        sample.record, sample.targets = asks.ask(asked)
+        for given in entries:
+            medium = self._read(given)
+            if isinstance(medium, Video) and videos is not None:
+                sample.videos.append(self._transformed(videos, medium, given, name))
+                sample.times.append(medium.times.of_frames)
+                continue
+            if isinstance(medium, Video) and self.backbone.no_videos:
+                raise BadInput(f"{self._name(given, name)}: is a video, but {self.backbone.no_videos}.")
+            times += [medium.times] if isinstance(medium, Video) else []
+            for image in medium.frames if isinstance(medium, Video) else [medium]:
+                sample.images.append(self._transformed(self.backbone.image_transform(False), image, given, name))
         try:
-            check_images(len(entries), self.backbone.most_images)
+            check_images(len(sample.images), self.backbone.most_images)
+            sample.texts = as_frames([asks.prompted(text) for text in asked], times)
         except BadSample as bad:
             raise BadInput(f"{name}: {bad}") from bad
-        record, targets = asks.ask(asked)
-        asked = [asks.prompted(text) for text in asked]
-        pixels = []
-        for image in entries:
-            decoded = _pixels(image, decode.picture_reader(self.recipe.data))
-            try:
-                pixels.append(apply(transform, decoded, None))
-            except BadSample as bad:
-                hint = " This model reads stored features, .npy files." if decoded.dtype == torch.uint8 else ""
-                raise BadInput(f"{self._name(image, name)}: cannot be used ({bad}).{hint}") from bad
-        return Sample(name, 1.0, pixels, asked, targets, record)
+        return sample
+
+    def _read(self, given: Any) -> Tensor | Video:
+        """An image or a video, decoded. Raises BadInput."""
+        read = decode.picture_reader(self.recipe.data)
+        if isinstance(given, str | Path) and video_files.is_video(Path(given)):
+            if problem := video_files.problem(Path(given)):
+                raise BadInput(f"{given}: {problem}.")
+            frames = video_files.sample(Path(given), self.frames, video_files.QUALITY)
+            (times,) = times_of({"videos": [frames.record()]}, len(frames.pictures))
+            return stacked([read(data) for _, data in frames.pictures], times)
+        return given if isinstance(given, Video) else _pixels(given, read)
+
+    def _transformed(self, transform: Callable[..., Any], medium: Tensor | Video, given: Any, name: str) -> Any:
+        try:
+            return apply(transform, medium)
+        except BadSample as bad:
+            pixels = isinstance(medium, Tensor) and medium.dtype == torch.uint8
+            stored = pixels and hooks_of(transform).takes_features
+            hint = " This model reads stored features, .npy files." if stored else ""
+            raise BadInput(f"{self._name(given, name)}: cannot be used ({bad}).{hint}") from bad
 
     def pack(self, samples: Sequence[Sample], task: int) -> Any:
         """The packed batch of samples, on the device. Raises BadInput if they do not go together."""
         b = self.backbone
         try:
-            packed = pack(samples, b.collate_images, b.collate_texts, self.tasks[task].collate)
+            packed = pack(samples, b.collate_images, b.collate_texts, self.tasks[task].collate, b.collate_videos)
         except REFUSALS as error:
             names = samples[0].sample_id + (f" and {len(samples) - 1} more" if len(samples) > 1 else "")
             reason = " ".join(str(error).split())[:200]
@@ -172,6 +209,7 @@ def load(
     device: torch.device | str = "cpu",
     overrides: list[str] | None = None,
     pictures: bool = False,
+    weights: Weights = "as trained",
 ) -> Loaded:
     """Rebuild base and adapter from an adapter directory and the base weights that it names.
 
@@ -182,6 +220,8 @@ def load(
             transformed otherwise.
         pictures: read picture files even where the adapter was trained on stored features: the frozen towers that
             made these are built as well.
+        weights: of a quantised base: `as trained`; `dequantised`, plain layers with the weights that those multiply
+            by; or `original`, as the checkpoint has them, of which a warning is logged. For another base the same.
 
     Raises:
         BadInput: if the directory is not whole, its files do not fit together, or the base model is not the one this
@@ -192,11 +232,47 @@ def load(
 
     directory = whole(directory)
     overrides = [*(overrides or []), *(reading_pictures(directory) if pictures else [])]
+    form = read_backbone(directory)["options"].get("quantise", "none")
+    if weights == "original" and form != "none":
+        overrides.append("backbone.quantise=none")
     recipe = recipe_of(directory, overrides)
+    now_form = recipe.backbone.get("quantise", "none")
+    if now_form not in ("none", form):
+        raise BadInput(
+            f"backbone.quantise: {now_form}, but {directory} was trained over weights in the form {form}: it would be "
+            "another base. Leave it out."
+        )
     sections, labels = recipes.components(recipe), read_labels(directory)
     backbone = _backbone(directory, recipe, labels)
+    if not overrides:
+        _check_transform(directory, backbone)
+    tasks = _tasks(recipe, labels)
+    base = backbone.build()
+    backbone.read_classes(base)
+    check_classes(directory, base.config)
+    float32_heads(base)
+    fingerprints = fingerprint.frozen_fingerprint(_as_trained(base, form if now_form == "none" else "none", backbone))
+    saved = read_json(directory / "base_fingerprint.json", dict)
+    fingerprint.compare(saved, fingerprints, str(directory), missing_ok=True, otherwise="")
+    if now_form != form:
+        logger.warning("%s: trained over %s weights, and loaded over the original ones.", directory, form)
+    if weights == "dequantised":
+        base = quantised.dequantise(base)
+    model = attach_saved(directory, base, sections.method)
+    unknown = sorted({name for name, _ in fingerprint.frozen_tensors(model)} - saved.keys())
+    # A base in another form may have a tower that training did without.
+    if unknown and not overrides and weights == "as trained":
+        says = f"says nothing of {len(unknown)} frozen tensors, first {unknown[0]}"
+        raise BadInput(f"{directory / 'base_fingerprint.json'}: {says}. {REMEDY}")
+    model.active_peft_config.inference_mode = True
+    model = model.requires_grad_(False).to(device).eval()
+    return Loaded(model, backbone, tasks, labels, recipe, torch.device(device))
+
+
+def _check_transform(directory: Path, backbone: BackboneBase) -> None:
+    """Refuse a base model whose images would be transformed differently from training. Raises BadInput."""
     trained_with, now = read_json(directory / "image_transform.json", dict), transform_description(backbone)
-    if now != trained_with and not overrides:
+    if now != trained_with:
         keys = [key for key in sorted(trained_with | now) if trained_with.get(key) != now.get(key)]
         changes = ", ".join(
             f"{' '.join(key.split())} was {trained_with.get(key)!r} and is {now.get(key)!r}" for key in keys
@@ -205,22 +281,16 @@ def load(
             f"{directory}: images were transformed otherwise in training: {changes}. Restore the image processor's "
             "file of the base model, or the library versions of that run."
         )
-    tasks = _tasks(recipe, labels)
-    base = backbone.build()
-    backbone.read_classes(base)
-    check_classes(directory, base.config)
-    float32_heads(base)
-    fingerprints = fingerprint.frozen_fingerprint(fingerprint.all_tensors(base))
-    saved = read_json(directory / "base_fingerprint.json", dict)
-    fingerprint.compare(saved, fingerprints, str(directory), missing_ok=True, otherwise="")
-    model = attach_saved(directory, base, sections.method)
-    unknown = sorted({name for name, _ in fingerprint.frozen_tensors(model)} - saved.keys())
-    if unknown and not overrides:  # a base in another form may have a tower that training did without
-        says = f"says nothing of {len(unknown)} frozen tensors, first {unknown[0]}"
-        raise BadInput(f"{directory / 'base_fingerprint.json'}: {says}. {REMEDY}")
-    model.active_peft_config.inference_mode = True
-    model = model.requires_grad_(False).to(device).eval()
-    return Loaded(model, backbone, tasks, labels, recipe, torch.device(device))
+
+
+def _as_trained(base: PreTrainedModel, form: str, backbone: BackboneBase) -> Iterator[tuple[str, Tensor]]:
+    """All tensors of a bare base; the weights of its linear layers in the form of training, if that is not `none`."""
+    if form == "none":
+        yield from fingerprint.all_tensors(base)
+        return
+    plain = {f"{path}.weight" for path, _ in quantised.linear_layers(base)}
+    yield from ((name, tensor) for name, tensor in fingerprint.all_tensors(base) if name not in plain)
+    yield from quantised.as_quantised(base, form, backbone.dtype)
 
 
 def tasks_of(directory: str | Path) -> list[TaskBase]:
@@ -231,7 +301,7 @@ def tasks_of(directory: str | Path) -> list[TaskBase]:
 
 def recipe_of(directory: Path, overrides: list[str] | None = None) -> recipes.Recipe:
     """The recipe of an adapter directory, with the place of the base model on this machine. Raises BadInput."""
-    recipe = recipes.load(directory / "recipe.yaml", overrides)
+    recipe = recipes.written(directory / "recipe.yaml", overrides)
     recipe.backbone = found(recipe.backbone, directory)
     return recipe
 
@@ -264,11 +334,15 @@ def check_classes(directory: Path, config: PretrainedConfig) -> None:
 
 
 def texts_for(task: TaskBase, given: Sequence[str]) -> list[str]:
-    """The texts to ask `task`: those given, or one empty text where it needs none. Raises BadInput."""
-    if given or task.example_text is None:
+    """The texts to ask `task`: those given, or one empty text where it needs none. Raises BadInput if one that it
+    needs is missing or empty."""
+    if task.example_text is None:
         return list(given) or [""]
+    if given and all(text.strip() for text in given):
+        return list(given)
+    problem = "a text to ask is empty" if given else "nothing to ask"
     name = type(task).__name__.lower()
-    raise BadInput(f"nothing to ask: task {name} needs a text, such as --text {json.dumps(task.example_text)}.")
+    raise BadInput(f"{problem}: task {name} needs a text, such as --text {json.dumps(task.example_text)}.")
 
 
 def _tasks(recipe: recipes.Recipe, labels: list[str] | None) -> list[TaskBase]:
@@ -284,7 +358,7 @@ def _tasks(recipe: recipes.Recipe, labels: list[str] | None) -> list[TaskBase]:
 
 
 def reading_pictures(directory: Path) -> list[str]:
-    """Changes of an adapter's recipe with which its model reads picture files in the place of stored features; none
+    """Changes of an adapter's recipe with which its model reads picture files in place of stored features; none
     where it does so already, or where nobody knows what made the features."""
     options = read_backbone(directory)["options"]
     if options.get("images") != "stored":
@@ -304,14 +378,17 @@ def _pixels(image: Any, read: Callable[[bytes], Tensor]) -> Tensor:
     try:
         data = image if isinstance(image, bytes) else Path(image).read_bytes()
         if data[:6] == b"\x93NUMPY":  # stored features
-            return torch.from_numpy(np.load(io.BytesIO(data), allow_pickle=False))
+            stored = torch.from_numpy(np.load(io.BytesIO(data), allow_pickle=False))
+            if not stored.isfinite().all():
+                raise ValueError("it holds numbers that are not finite")
+            return stored
         return read(data)
-    except (OSError, ValueError, BadSample) as e:
+    except (OSError, ValueError, TypeError, BadSample) as e:
         name = "an image given as bytes" if isinstance(image, bytes) else image
         raise BadInput(f"{name}: cannot be read as an image ({e})") from e
 
 
 def _towers(directory: Path) -> dict[str, Any]:
-    """What made the stored features; empty where there are none."""
+    """Description of the towers that made the stored features; empty where there are none."""
     path = directory / "towers.json"
     return found(read_json(path, dict), directory) if path.is_file() else {}

@@ -1,4 +1,4 @@
-"""Files of an adapter directory. Imports neither torch nor peft, so that a wrong path is said at once."""
+"""Files of an adapter directory. Imports neither torch nor peft, so that a wrong path is reported at once."""
 
 from __future__ import annotations
 

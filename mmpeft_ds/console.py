@@ -1,4 +1,4 @@
-"""What every command shares: bad input ends in one line and exit code 2, and ranks' arguments are accepted."""
+"""Behaviour of all commands: bad input ends in one line and exit code 2; a launcher's arguments are accepted."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
 from mmpeft_ds import stop
-from mmpeft_ds.errors import BadInput
+from mmpeft_ds.errors import BadInput, printable
 from mmpeft_ds.files import cannot_write
 from mmpeft_ds.quiet import quiet
 from mmpeft_ds.redaction import mask_output, masked
@@ -62,7 +62,7 @@ def _code_of(main: Callable[[], int | None], watch: stop.Watch) -> int:
     except BadInput as e:
         if _speaks():
             sys.stdout.flush()
-            print(f"error: {masked(' '.join(str(e).split()))}", file=sys.stderr, flush=True)
+            print(f"error: {masked(str(e))}", file=sys.stderr, flush=True)
         code = 2
     except KeyboardInterrupt:
         print(f"stopped ({watch.reason or 'SIGINT'})", file=sys.stderr, flush=True)
@@ -71,7 +71,8 @@ def _code_of(main: Callable[[], int | None], watch: stop.Watch) -> int:
         if not (reason := cannot_write(e)):
             raise
         sys.stdout.flush()
-        print(f"error: {masked(str(e.filename or 'a file of this command'))}: {reason}", file=sys.stderr, flush=True)
+        where = printable(str(e.filename or "a file of this command"))
+        print(f"error: {masked(where)}: {reason}", file=sys.stderr, flush=True)
         code = 2
     except (MemoryError, RuntimeError) as e:
         if isinstance(e, MemoryError) or NO_MEMORY in str(e):
@@ -80,15 +81,14 @@ def _code_of(main: Callable[[], int | None], watch: stop.Watch) -> int:
                 print(f"error: not enough memory on this machine{what}. Is a number of the recipe too large?",
                       file=sys.stderr, flush=True)  # fmt: skip
             sys.exit(2)
-        if not any(sign in str(e) for sign in LOST_A_RANK):
+        if not (_of_the_store(e) or any(sign in str(e) for sign in LOST_A_RANK)):
             raise
         sys.stdout.flush()
-        # Every survivor tells it: which rank is missing is what the others, together, leave over.
-        missing = watch.stuck()
+        missing = watch.lost() or watch.stuck()
         print(
-            f"rank {rank()}: lost its connection to another rank, which has probably died; the reason is what that "
-            "rank printed last, or the kernel's log if it was killed. The same command continues from the last "
-            f"checkpoint. ({f'It waited for {missing}. ' if missing else ''}{str(e).splitlines()[0]})",
+            f"rank {rank()}: lost its connection to {missing or 'another rank, which has probably died'}. The reason "
+            "is what that rank printed last, or the kernel's log if it was killed. The same command continues from "
+            f"the last checkpoint. ({str(e).splitlines()[0]})",
             file=sys.stderr,
             flush=True,
         )
@@ -183,7 +183,7 @@ def _by_name(scores: dict[str, float], baselines: dict[str, float]) -> dict[str,
 
 
 def _speaks() -> bool:
-    """Rank 0 tells of an error that all ranks have; one that only others have is told by the first of them."""
+    """Rank 0 reports an error that all ranks have; the first of the others reports one that rank 0 does not have."""
     store = _store()
     if rank() == 0:
         if store is not None:
@@ -191,7 +191,7 @@ def _speaks() -> bool:
                 store.set("mmpeft_ds/rank_0_failed", "1")
         return True
     if store is None:
-        # Before the ranks meet, those of a node read the same files: one line a node.
+        # Before the ranks meet, those of a node read the same files: one line per node.
         return os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID")) == "0"
     try:
         store.wait(["mmpeft_ds/rank_0_failed"], PATIENCE)
@@ -202,6 +202,12 @@ def _speaks() -> bool:
     return False
 
 
+def _of_the_store(error: Exception) -> bool:
+    """Whether the connection to rank 0, which serves the ranks' store, has failed, as while a group is made."""
+    distributed = _distributed()
+    return distributed is not None and isinstance(error, (distributed.DistNetworkError, distributed.DistStoreError))
+
+
 def _distributed() -> Any:
     """torch.distributed if something has imported torch; a command that fails early does not wait for it."""
     torch = sys.modules.get("torch")
@@ -209,7 +215,7 @@ def _distributed() -> Any:
 
 
 def _store() -> Any:
-    """Where the ranks leave notes for each other, once they have met."""
+    """The store in which the ranks leave notes for each other, once they have met."""
     distributed = _distributed()
     if distributed is None or not distributed.is_initialized():
         return None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -82,15 +81,6 @@ def draw(groups: Sequence[tuple[str, Sequence[Tile]]], layout: Layout | None = N
                 pen.text((x, y + layout.tile + 2 + number * layout.line), text, fill=colour, font=font)
         top += count * layout.row
     return sheet
-
-
-def opened(data: bytes) -> Image.Image:
-    """An encoded picture, transparent parts on white. Raises OSError or Image.DecompressionBombError."""
-    with Image.open(io.BytesIO(data)) as image:
-        picture = image.convert("RGBA")
-    ground = Image.new("RGBA", picture.size, "white")
-    ground.alpha_composite(picture)
-    return ground.convert("RGB")
 
 
 def _square(pictures: Sequence[Image.Image], side: int) -> Image.Image:

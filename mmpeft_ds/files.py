@@ -17,13 +17,14 @@ from typing import IO, Any
 from mmpeft_ds.errors import BadInput
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-_UNWRITABLE = {*_FULL, errno.EACCES, errno.EPERM, errno.EROFS, errno.EISDIR, errno.ENOTDIR, errno.EEXIST}
+_REFUSED = {errno.EACCES, errno.EPERM, errno.EROFS, errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG}
+_UNWRITABLE = _FULL | _REFUSED
 _TORN = re.compile(r"\(os error (\d+)\)")  # how safetensors, which is written in Rust, ends its messages
 REPOSITORY = Path(__file__).resolve().parents[1]  # the checkout this package lies in
 
 
 class CannotWrite(OSError):
-    """What kept a file of ours from being written, with the file's name; every command ends with it in one line."""
+    """A file could not be written; the message names it. Every command reports it in one line."""
 
 
 def fsync(path: str | os.PathLike) -> None:
@@ -65,19 +66,17 @@ def writing(path: str | os.PathLike) -> Iterator[None]:
 
 
 def check_writable(directory: Path) -> None:
-    """Find out before the work whether its results can be written into a directory. Raises BadInput."""
+    """Check before the work that its results can be written into a directory. Raises BadInput."""
     with writing(directory), tempfile.TemporaryFile(dir=directory):
         pass
 
 
 def cannot_write(error: BaseException) -> str:
-    """What the user may do where a file could not be written, such as on a full disk; empty for any other error."""
+    """Advice for a file that could not be written, such as on a full disk; empty for any other error."""
     if not isinstance(error, OSError) or not (isinstance(error, CannotWrite) or error.errno in _UNWRITABLE):
         return ""
     if error.errno == errno.ENOENT:
-        return (
-            "cannot be written, since its directory is gone. Restore it; the same command goes on from what it holds."
-        )
+        return "cannot be written, since its directory is gone. Restore it; the same command continues from it."
     remedies = dict.fromkeys(_FULL, "Make room")
     remedy = remedies.get(error.errno, "Choose another place, or mend this one")
     return f"cannot be written ({os.strerror(error.errno or errno.EIO)}). {remedy}; the same command continues."
@@ -140,6 +139,11 @@ def write_atomic(path: Path, content: bytes | str) -> None:
     """Write a file, text as UTF-8, so that it is the old or the new one at any moment."""
     with replacing(path) as temporary:
         temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def json_line(value: Any) -> bytes:
+    """JSON in one line of UTF-8. What UTF-8 cannot hold, as the name of a file may, is escaped and read back alike."""
+    return json.dumps(value, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n"
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -1,4 +1,4 @@
-"""What backbones give and tasks read, as their options declare it, so that a pair is judged before torch is imported.
+"""Match of a backbone's outputs with a task's inputs, from what their options declare, before torch is imported.
 
 Both declare words, such as "image and text features", by the setting that they depend on: "form: retrieval",
 "form: retrieval, negatives: all", or "" for what holds whatever the options say.
@@ -18,7 +18,7 @@ def chosen(by_option: ByOption, options: Any, setting: str = "") -> Words:
 
     Args:
         options: an instance, or the class, whose defaults then count.
-        setting: what to take in the place of what `options` say.
+        setting: what to take in place of what `options` say.
     """
     changed = _pairs(setting)
     held = [

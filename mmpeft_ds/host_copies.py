@@ -2,7 +2,7 @@
 
 The loader knows on the CPU who owns which image, which tokens are padding and where labels stand. A tensor that
 `to_device` moves keeps the original at hand. Whoever needs a size that depends on such values asks `on_host`, and the
-device goes on with what it has to do; `.tolist()`, `.nonzero()` and the like would wait until it has finished.
+device continues with what it has to do; `.tolist()`, `.nonzero()` and the like would wait until it has finished.
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ def _here() -> str:
 
 
 def own_name() -> str:
-    """What the files of this process are called, and begin with."""
+    """Prefix of the names of this process's files."""
     return f"{PREFIX}-{_here()}-{os.getpid()}-{owner.started(os.getpid()) or 0}"
 
 

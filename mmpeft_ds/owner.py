@@ -1,4 +1,4 @@
-"""Which process a lock or a temporary file belongs to, and whether that one still runs."""
+"""The process that owns a lock or a temporary file, and a check whether it still runs."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ class Owner:
 
     @classmethod
     def read(cls, text: str) -> Owner | None:
-        """What `line` wrote; None for anything else."""
+        """The owner that `line` wrote; None for any other text."""
         try:
-            found = cls(**json.loads(text))
-            return found if isinstance(found.pid, int) and isinstance(found.started, int) else None
+            owner = cls(**json.loads(text))
+            return owner if isinstance(owner.pid, int) and isinstance(owner.started, int) else None
         except (ValueError, TypeError):
             return None
 

@@ -18,6 +18,8 @@ def quiet() -> None:
         for category in (FutureWarning, DeprecationWarning):
             warnings.filterwarnings("ignore", rf"`torch\.distributed\.{name}` is deprecated", category)
     logging.getLogger("DeepSpeed").addFilter(_says_something)
+    # Where a rank is gone, torch warns with a page of C++ frames; the lost rank is reported in one line instead.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     if not sys.stderr.isatty():  # a bar in a file is a line per refresh
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
@@ -33,6 +35,8 @@ def without_warnings() -> Iterator[None]:
 def _hide_warnings() -> None:
     # peft asks transformers by a name that transformers has since deprecated
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
+    # Said of every layer over int8 weights; launchers/merge.py merges into the dequantised ones.
+    warnings.filterwarnings("ignore", message="TorchaoLoraLinear was instantiated without", category=UserWarning)
 
 
 def _says_something(record: logging.LogRecord) -> bool:

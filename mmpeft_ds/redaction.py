@@ -77,7 +77,7 @@ def named(value: Any) -> Any:
 
 
 def found(value: Any, directory: Path) -> Any:
-    """What `portable` has made of a value, with paths that can be opened.
+    """A value that `portable` has shortened, with paths that can be opened.
 
     Looked for, in turn: from `directory` on; in the folders of the environment variable BASES; where it was when this
     user exported the adapter; where the recipe of the run around `directory` says. What is nowhere stays where it

@@ -24,7 +24,7 @@ from types import FrameType
 
 import psutil
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # the last by Slurm, some time before a job's limit
 POLL = 0.5  # seconds between looks at the launcher
 AGAIN = 1.0  # seconds after which another Ctrl-C is a second one, and not the first one arriving twice
 LEAVE = 5.0  # seconds within which the interpreter of a stopped process has ended
@@ -36,7 +36,7 @@ ADOPTING = ("systemd", "tini", "dumb-init", "docker-init", "catatonit")
 class StopFlag:
     """Notices requests to end the run. Use it as a context manager around the run, in the main thread.
 
-    Until `begin` a request ends the process at once. Then the first SIGTERM or SIGINT only sets the flag. A second
+    Until `begin` a request ends the process at once. Then the first signal only sets the flag. A second
     Ctrl-C, at least a second after the first, ends the process at once. SIGTERM may come any number of times:
     launchers repeat it.
 
@@ -54,7 +54,7 @@ class StopFlag:
 
     @property
     def reason(self) -> str:
-        """Of the request, empty without one: the name of a signal, or which launcher is gone."""
+        """Reason of the request, empty without one: the name of a signal, or which launcher is gone."""
         return self._watch.reason
 
     def begin(self) -> None:
@@ -88,7 +88,7 @@ class StopFlag:
 
 @contextlib.contextmanager
 def watching() -> Iterator[Watch]:
-    """Within the block signals, and the end of the launcher, end this process; in the main thread. May be nested."""
+    """Context in which signals, and the end of the launcher, end this process; in the main thread. May be nested."""
     if Watch.running is not None:
         yield Watch.running
         return
@@ -99,6 +99,8 @@ def watching() -> Iterator[Watch]:
         watch.exit_code = leaving.code if isinstance(leaving.code, int) else int(leaving.code is not None)
         raise
     finally:
+        if watch.exit_code == 0:
+            watch.farewell()
         watch.close()
 
 
@@ -111,6 +113,8 @@ class Watch:
         stopped: a run has ended after its step, so the process is about to leave by itself.
         exit_code: what the process is leaving with, None before.
         stuck: says whom this rank has been waiting for too long, so that its step will not end; empty if for nobody.
+        lost: says of which ranks the processes have ended; empty if of none.
+        farewell: called when the process leaves with 0.
     """
 
     running: Watch | None = None
@@ -119,6 +123,8 @@ class Watch:
         self.flag: StopFlag | None = None
         self.reason, self.since, self.stopped, self.exit_code = "", None, False, None
         self.stuck: Callable[[], str] = str
+        self.lost: Callable[[], str] = str
+        self.farewell: Callable[[], object] = str
         self.signal_code, self._again, self._unwinds, self._closed = 0, False, False, threading.Event()
         self.launchers, missing = launchers_above()
         self._is_rank = bool(self.launchers or missing or "RANK" in os.environ or "SLURM_PROCID" in os.environ)
@@ -137,7 +143,7 @@ class Watch:
         self._thread.start()
 
     def close(self) -> None:
-        """Restore the former handlers; after a request, which the process is to leave for, go on watching it."""
+        """Restore the former handlers; after a request on which the process is to leave, keep watching it instead."""
         if self.since is not None and self.exit_code is not None:
             self.since = time.monotonic()
             return
@@ -187,7 +193,7 @@ class Watch:
                 self._carry_out(time.monotonic() - self.since)
 
     def _carry_out(self, seconds: float) -> None:
-        """What a request that is `seconds` old asks for."""
+        """Do what a request that is `seconds` old requires."""
         rank, flag = os.environ.get("RANK", "0"), self.flag
         if self.exit_code is not None:  # the interpreter is ending
             if seconds > LEAVE:
@@ -209,7 +215,7 @@ class Watch:
                     "The last complete checkpoint is whole. A longer engine.stop_grace gives more time.",
                 )
         elif flag is not None or (self._is_rank and not self.stopped):
-            line = f"stopped before it began ({self.reason}): nothing is lost, and the same command goes on"
+            line = f"stopped before it began ({self.reason}): nothing is lost, and the same command continues the run"
             leave(self.signal_code, line if rank == "0" else "")
         elif seconds > LEAVE and not self.stopped:
             leave(self.signal_code)
@@ -269,7 +275,7 @@ def end_children() -> None:
 
 
 def _multiprocessing_pids() -> tuple[int | None, int | None]:
-    """Of the fork server, and of the process that removes named semaphores when all others have ended."""
+    """Process ids of the fork server, and of the process that removes named semaphores when all others have ended."""
     server, tracker = (sys.modules.get(f"multiprocessing.{m}") for m in ("forkserver", "resource_tracker"))
     return (
         server and server._forkserver._forkserver_pid,

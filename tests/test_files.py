@@ -88,7 +88,7 @@ def test_sha256_of_a_file_and_of_an_open_one_are_equal(tmp_path):
     assert files.sha256(tmp_path / "f") != files.sha256(Path(__file__))
 
 
-@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS])
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.ENAMETOOLONG])
 def test_a_command_that_cannot_write_says_so_in_one_line(capsys, code):
     def main():
         raise OSError(code, os.strerror(code), "runs/x/file")

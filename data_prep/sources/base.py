@@ -1,4 +1,4 @@
-"""What a data source must offer. One file per data set in this folder; its `ENTRY` is a subclass of `Source`."""
+"""Base class of data sources. One file per data set in this folder; its `ENTRY` is a subclass of `Source`."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Source(abc.ABC):
 
     @abc.abstractmethod
     def fingerprint(self) -> dict[str, str]:
-        """What the shards were made from: file or package name -> version or sha256."""
+        """Origin of the shards: file or package name -> version or sha256."""
 
     def labels(self, split: str) -> list[str] | None:
         """Closed label or answer list of the data set, or None."""
@@ -59,12 +59,12 @@ class Source(abc.ABC):
         return []
 
     def account(self, split: str) -> dict[str, Any]:
-        """What became of the records of a split, for the report after preparation; empty where all became samples.
+        """Counts of the records of a split, for the report after preparation; empty where all became samples.
 
         Returns:
             any of `records`, `pictures`, `texts`: numbers; `expected`: name of such a number -> what the publishers
             of the data set count; `aside`: reason -> [number of records, their first ten names];
-            `uncaptioned`: pictures or videos that are listed without any caption. prepare.py adds `also_in`, see
-            `data_prep.duplicates`.
+            `uncaptioned`: pictures or videos that are listed without any caption. prepare.py adds `also_in` and
+            `bad`, see `data_prep.common.duplicates` and `data_prep.common.bad_pictures`.
         """
         return {}

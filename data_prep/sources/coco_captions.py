@@ -15,8 +15,10 @@ from pathlib import PurePosixPath
 from typing import Any, Literal
 
 from data_prep.sources.common import captions
-from data_prep.sources.common.index import Entry, Index
-from data_prep.sources.common.layout import LayoutOptions, LayoutSource
+from data_prep.sources.common.coco import CocoSource
+from data_prep.sources.common.entry import Entry
+from data_prep.sources.common.index import Index
+from data_prep.sources.common.layout import LayoutOptions
 
 ANNOTATIONS = "annotations/captions_{}2014.json"
 BLIP = "coco_karpathy_{}.json"
@@ -33,7 +35,7 @@ class Options(LayoutOptions):
     form: Literal["official", "karpathy", "blip"] = "karpathy"
 
 
-class CocoCaptions(LayoutSource):
+class CocoCaptions(CocoSource):
     Options = Options
     title = "COCO captions"
     origin = "cocodataset.org (train2014, val2014, annotations); dataset_coco.json from Karpathy's caption_datasets"

@@ -1,13 +1,15 @@
 """Conversations about pictures, in the forms that tuning data come in. One record is one sample; text alone is fine.
 
 `--form llava`     a JSON list of {id, image?, conversations: [{from: human or gpt, value}]}
-`--form sharegpt`  the same with `images` and an optional `system`
+`--form sharegpt`  the same with `images`
 `--form messages`  {messages: [{role: system, user or assistant, content}], images?}
 `--form qwen-vl`   {id, conversations: [{from: user or assistant, value}]} with `<img>path</img>` in the text
-JSON lists and JSON lines are both read. Pictures are paths below the root or --pictures; no address is fetched. For
-the single `image` of a record LLaVA's rule holds: `<image>` goes to the front of its turn, with a line break. In
-lists, and in the other forms, the n-th `<image>` is the n-th picture, where it stands. Source of the facts:
-specs/datasets.md 16.
+JSON lists and JSON lines are both read, and a `system` text beside the turns in every form. Pictures are paths below
+the root or --pictures; no address is fetched. A record without any that has some under another key is set aside.
+`video` and `videos` are files of videos, of which --frames frames each are stored with their times; `<video>` stands
+for one in the text. For the single `image` of a record LLaVA's rule holds: `<image>` goes to the front of its turn,
+with a line break. In lists, and in the other forms, the n-th `<image>` is the n-th picture, where it stands. Source of
+the facts: specs/datasets.md 16.
 """
 
 from __future__ import annotations
@@ -19,19 +21,26 @@ from pathlib import Path
 from typing import Any, Literal
 
 from data_prep.sources.common import annotations
-from data_prep.sources.common.index import Aside, Entry, Index
-from data_prep.sources.common.layout import LayoutOptions, LayoutSource
+from data_prep.sources.common.entry import Aside, Entry
+from data_prep.sources.common.index import Index
+from data_prep.sources.common.layout import LayoutSource, still_there
+from data_prep.sources.common.unknown_keys import lost_medium
+from data_prep.sources.common.videos import VideoOptions, check_options, with_videos
+from mmpeft_ds.data import video_files
+from mmpeft_ds.data.writer import RawSample
 
-TOKEN = "<image>"
+TOKEN, FILM = "<image>", "<video>"
 SPLITS = ("train", "val", "test")
 NAMES = {"train": ("llava_v1_5_mix665k.json", "blip_laion_cc_sbu_558k.json")}
 ROLES = {"human": "human", "user": "human", "gpt": "gpt", "assistant": "gpt", "system": "system"}
-_IMG = re.compile(r"<img>(.*?)</img>", re.DOTALL)
+READ = frozenset(("id", "image", "images", "video", "videos", "system", "conversations", "messages"))  # keys
+READ_OF_TURN = frozenset(("from", "value", "role", "content"))
+_IMG = re.compile(r"<img>\s*(.*?)\s*</img>", re.DOTALL)
 Turns = list[tuple[str, str]]
 
 
 @dataclass
-class Options(LayoutOptions):
+class Options(VideoOptions):
     """Options of the source.
 
     Attributes:
@@ -54,6 +63,10 @@ class Conversations(LayoutSource):
     layout = "train.json or train.jsonl (or --train FILE ...), and the pictures at the paths that its records name"
     licence = "unknown"
 
+    def __init__(self, options: Any):
+        super().__init__(options)
+        check_options(options)
+
     def files(self) -> dict[str, list[str]]:
         files = {}
         for split in SPLITS:
@@ -75,30 +88,56 @@ class Conversations(LayoutSource):
             number, row = numbered
             name = f"{file} record {number}"
             turns, pictures = read(row, name)
-            turns = _checked(turns, name)
-            _check_pictures(turns, pictures, name)
+            videos = _files(row, ("videos", "video"), name)
+            if not (pictures or videos):
+                self._check_unread(row, name)
+            turns = _checked(_with_system(row, turns), name)
+            _check_named(turns, pictures, TOKEN, "picture", name)
+            _check_named(turns, videos, FILM, "video", name)
             if self.options.form == "llava" and isinstance(row.get("image"), str):
                 turns = [(role, _first(text)) for role, text in turns]
             fields: dict[str, Any] = {"conversations": [{"from": role, "value": text} for role, text in turns]}
             if "id" in row:
                 fields["conversation_id"] = row["id"]  # a label: it is not unique in published mixtures
-            return Entry(name, pictures, None, fields)
+            if videos:
+                fields["videos"] = len(videos)
+            return Entry(name, [*pictures, *videos], None, fields)
 
         return entry
 
+    def _check_unread(self, row: dict[str, Any], name: str) -> None:
+        """Raise Aside where a record without pictures has some under a key that nothing reads."""
+        turns = row["messages" if self.options.form == "messages" else "conversations"]
+        for found, read in ((row, READ), *((turn, READ_OF_TURN) for turn in turns)):
+            if reason := lost_medium(found, read, [self.pictures_root]):
+                raise Aside(reason, name)
+
+    def problem(self, path: str | Path) -> str:
+        return video_files.problem(Path(path)) if video_files.is_video(Path(path)) else super().problem(path)
+
     def record(self, items: list[Any], fields: dict[str, Any]) -> dict[str, Any]:
         return fields
+
+    def samples(self, split: str, start: int = 0) -> Iterator[RawSample]:
+        for name, files, _, fields in self._of().samples(split, start):
+            number = fields.pop("videos", 0)
+            pictures, videos = files[: len(files) - number], files[len(files) - number :]
+            paths = (Path(self.locate(video)) for video in videos)
+            with still_there():
+                images = [image for file in pictures for image in self.read(self.locate(file))]
+                frames = [video_files.sample(path, self.options.frames, self.options.quality) for path in paths]
+            yield with_videos(RawSample(name, images, fields), frames)
 
 
 def _llava(row: dict[str, Any], name: str) -> tuple[Turns, list[str]]:
     """Turns and pictures of LLaVA's and ShareGPT's forms."""
     turns = [(str(turn["from"]), annotations.text(turn["value"])) for turn in row["conversations"]]
-    if row.get("system"):
-        turns.insert(0, ("system", annotations.text(row["system"])))
     return turns, _pictures(row, name)
 
 
 def _messages(row: dict[str, Any], name: str) -> tuple[Turns, list[str]]:
+    if any(isinstance(turn["content"], list) for turn in row["messages"]):
+        raise Aside(f"content in parts, where this form has one text with {TOKEN} in it", name)
     turns = [(str(turn["role"]), annotations.text(turn["content"])) for turn in row["messages"]]
     return turns, _pictures(row, name)
 
@@ -110,22 +149,37 @@ def _qwen_vl(row: dict[str, Any], name: str) -> tuple[Turns, list[str]]:
         text = annotations.text(turn["value"])
         pictures += _IMG.findall(text)
         turns.append((str(turn["from"]), _IMG.sub(TOKEN, text)))
+    if not pictures and (row.get("image") or row.get("images")):
+        raise Aside("picture under a key, where the form qwen-vl names it in the text", name)
     return turns, _paths(pictures, name)
 
 
 def _pictures(row: dict[str, Any], name: str) -> list[str]:
-    for kind in ("video", "videos", "audio", "audios"):
+    for kind in ("audio", "audios"):
         if row.get(kind):
             raise Aside(f"{kind} are not read here", name)
-    found = row.get("images", row.get("image")) or []
-    return _paths(found if isinstance(found, list) else [found], name)
+    return _files(row, ("images", "image"), name)
 
 
-def _paths(pictures: list[Any], name: str) -> list[str]:
-    for path in pictures:
+def _files(row: dict[str, Any], keys: tuple[str, str], name: str) -> list[str]:
+    given = [row[key] for key in keys if row.get(key)]
+    if len(given) > 1:
+        raise Aside(f"both {keys[0]} and {keys[1]}", name)
+    value = given[0] if given else []
+    return _paths(value if isinstance(value, list) else [value], name)
+
+
+def _paths(files: list[Any], name: str) -> list[str]:
+    for path in files:
         if "://" in annotations.text(path):
             raise Aside("picture is an address, none is fetched", name)
-    return pictures
+    return files
+
+
+def _with_system(row: dict[str, Any], turns: Turns) -> Turns:
+    """Turns behind the system text that a record has beside them, in whatever form."""
+    system = ("system", annotations.text(row["system"])) if row.get("system") else None
+    return turns if system is None or turns[:1] == [system] else [system, *turns]
 
 
 def _checked(turns: Turns, name: str) -> Turns:
@@ -146,17 +200,17 @@ def _checked(turns: Turns, name: str) -> Turns:
     for role, text in rest:
         if role == "gpt" and not text.strip():
             raise Aside("an answer is empty", name)
-        if role == "gpt" and TOKEN in text:
-            raise Aside(f"{TOKEN} in a turn of the assistant", name)
+        if role == "gpt" and (TOKEN in text or FILM in text):
+            raise Aside(f"{TOKEN if TOKEN in text else FILM} in a turn of the assistant", name)
     return system + rest
 
 
-def _check_pictures(turns: Turns, pictures: list[str], name: str) -> None:
-    named = sum(text.count(TOKEN) for _, text in turns)
-    if pictures and not named:
-        raise Aside(f"picture without {TOKEN}", name)
-    if named != len(pictures):
-        raise Aside(f"number of {TOKEN} is not that of the pictures", name)
+def _check_named(turns: Turns, files: list[str], token: str, kind: str, name: str) -> None:
+    named = sum(text.count(token) for _, text in turns)
+    if files and not named:
+        raise Aside(f"{kind} without {token}", name)
+    if named != len(files):
+        raise Aside(f"number of {token} is not that of the {kind}s", name)
 
 
 def _first(text: str) -> str:

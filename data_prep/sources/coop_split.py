@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from data_prep.sources.common import annotations, imagenet
-from data_prep.sources.common.index import Aside, Entry, Index
+from data_prep.sources.common.entry import Aside, Entry
+from data_prep.sources.common.index import Index
 from data_prep.sources.common.layout import LayoutOptions, LayoutSource
-from mmpeft_ds.data.formats import STORED_SUFFIXES
 from mmpeft_ds.errors import BadInput
 
 SPLITS = ("train", "val", "test")
@@ -94,7 +94,7 @@ class CoopSplit(LayoutSource):
 
     @property
     def layout(self) -> str:
-        """How the folder looks."""
+        """Expected layout of the folder."""
         if self.known is None:
             return "the pictures that the split file names"
         file = f"split_zhou_{self.known.file}.json" if self.known.file else self._own_files("train")[0]
@@ -108,14 +108,14 @@ class CoopSplit(LayoutSource):
         return {split: self._own_files(split) for split in SPLITS}
 
     def _own_files(self, split: str) -> list[str]:
-        """Of the two data sets that CoOp reads as they come."""
+        """Files of the two data sets that CoOp reads in their original form."""
         if self.options.dataset == "imagenet":
             return ["classnames.txt", str((self.pictures_root / self._folder(split)).absolute())]
         return [self.first_there(f"images_variant_{split}.txt", f"data/images_variant_{split}.txt"), self._variants()]
 
     @staticmethod
     def _folder(split: str) -> str:
-        """Of ImageNet's class folders; val serves as val and test."""
+        """The folder of ImageNet's class folders; val serves as val and test."""
         return "train" if split == "train" else "val"
 
     def _variants(self) -> str:
@@ -191,7 +191,7 @@ class CoopSplit(LayoutSource):
         try:
             raw = self._read(file)
             items = {split: [self._item(entry) for entry in raw[split]] for split in SPLITS if raw.get(split)}
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
             raise _no_split_file(file, error) from error
         if not items:
             raise BadInput(f"{file}: holds none of the splits {', '.join(SPLITS)}.")
@@ -208,13 +208,9 @@ class CoopSplit(LayoutSource):
     def _item(entry: Any) -> tuple[str, int, str]:
         path, label, name = entry
         label = int(label) if isinstance(label, str | float) and int(label) == float(label) else label
-        if not isinstance(path, str) or isinstance(label, bool) or not isinstance(label, int) or label < 0:
+        if isinstance(label, bool) or not isinstance(label, int) or label < 0:
             raise ValueError(f"entry {str(entry)[:60]}")
-        if Path(path).is_absolute() or ".." in Path(path).parts:
-            raise ValueError(f"path {path!r} leaves the root")
-        if Path(path).suffix.lower() not in STORED_SUFFIXES:
-            raise ValueError(f"{path!r} is no image")
-        return path, label, str(name)
+        return annotations.text(path), label, annotations.text(name)
 
 
 def _no_split_file(file: Path, error: object) -> BadInput:

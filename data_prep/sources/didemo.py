@@ -12,8 +12,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from data_prep.sources.common import annotations
-from data_prep.sources.common.index import Entry, Index
+from data_prep.sources.common import annotations, captions
+from data_prep.sources.common.entry import Entry
+from data_prep.sources.common.index import Index
 from data_prep.sources.common.videos import VideoOptions, VideoSource, name_of
 
 
@@ -53,13 +54,14 @@ class DiDeMo(VideoSource):
     def _entry(row: Any) -> Entry:
         video = annotations.text(row["video"])
         stem = video.rpartition(".")[0] or video
-        item = {"text": annotations.text(row["description"]).strip(), "times": row.get("times", [])}
-        return Entry(stem, [stem], item, {"video_id": stem}, key=str(row["annotation_id"]))
+        key = str(row["annotation_id"])
+        item = {"text": captions.caption(row["description"], key).strip(), "times": row.get("times") or []}
+        return Entry(stem, [stem], item, {"video_id": stem}, key=key)
 
     @staticmethod
     def _of_aurora(row: Any) -> Entry:
         name = name_of(annotations.text(row["clip_name"]))
-        return Entry(name, [name], {"text": annotations.text(row["caption"])}, {"video_id": name})
+        return Entry(name, [name], {"text": captions.caption(row["caption"], name)}, {"video_id": name})
 
     def record(self, items: list[Any], fields: dict[str, Any]) -> dict[str, Any]:
         texts = [item["text"] for item in items]

@@ -160,7 +160,7 @@ class EmojiSource(Source):
     @cached_property
     def _images(self) -> dict[str, list[tuple[Emoji, Path]]]:
         """Split -> the emoji that this vendor draws, in order of class and code."""
-        found: dict[str, list[tuple[Emoji, Path]]] = {split: [] for split in SPLITS}
+        emoji_of: dict[str, list[tuple[Emoji, Path]]] = {split: [] for split in SPLITS}
         folder = self._folder(PACKAGES[self.options.vendor])
         folder /= "assets" if self.options.vendor == "fluent" else f"img/{self.options.vendor}/64"
         suffix = ".webp" if self.options.vendor == "fluent" else ".png"
@@ -170,8 +170,8 @@ class EmojiSource(Source):
             names = (emoji.code + suffix, emoji.code.replace("-fe0f", "") + suffix)
             name = next((n for n in names if n in there), None)
             if name is not None:
-                found[emoji.split].append((emoji, folder / name))
-        return found
+                emoji_of[emoji.split].append((emoji, folder / name))
+        return emoji_of
 
     @cached_property
     def _emoji(self) -> list[Emoji]:

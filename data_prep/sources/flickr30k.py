@@ -15,7 +15,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 from data_prep.sources.common import annotations, captions
-from data_prep.sources.common.index import Aside, Entry, Index
+from data_prep.sources.common.entry import Aside, Entry
+from data_prep.sources.common.index import Index
 from data_prep.sources.common.layout import LayoutOptions, LayoutSource
 
 FOLDER = "flickr30k-images"
@@ -80,13 +81,12 @@ class Flickr30k(LayoutSource):
         number, bar, caption = rest.partition("|")
         if not bar:
             number, _, caption = rest.strip().partition(" ")
-        if not number.strip().isdigit() or not caption.strip():
+        name, number = name.strip(), number.strip()
+        if not name or not number.isdigit():
             raise Aside("row of another form", line[:60])
-        path = f"{FOLDER}/{name.strip()}"
-        item = {"caption": annotations.text(caption.strip())}
-        return Entry(
-            path, [path], item, {"image_id": PurePosixPath(name.strip()).stem}, key=f"{name}#{number.strip()}"
-        )
+        path, key = f"{FOLDER}/{name}", f"{name}#{number}"
+        item = {"caption": captions.caption(caption, key).strip()}
+        return Entry(path, [path], item, {"image_id": PurePosixPath(name).stem}, key=key)
 
     def record(self, items: list[Any], fields: dict[str, Any]) -> dict[str, Any]:
         return captions.record(items, fields)

@@ -1,7 +1,7 @@
 """Flickr8k: Flickr8k.token.txt with the lists Flickr_8k.{trainImages,devImages,testImages}.txt.
 
 Pictures lie in Flicker8k_Dataset/ (so spelt). The token file names one picture that does not exist. GA-Net trains on a
-random 80 % with one caption a picture (specs/ganet.md 1.9), not on the official split, which is what is prepared here.
+random 80 % with one caption per picture (specs/ganet.md 1.9), not on the official split, which is prepared here.
 Source of the facts: specs/datasets.md 8.
 """
 
@@ -11,7 +11,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from data_prep.sources.common import annotations, captions
-from data_prep.sources.common.index import Entry, Index
+from data_prep.sources.common.entry import Entry
+from data_prep.sources.common.index import Index
 from data_prep.sources.common.layout import LayoutOptions, LayoutSource
 
 TOKENS = "Flickr8k.token.txt"

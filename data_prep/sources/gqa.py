@@ -4,7 +4,8 @@
                    ({val,testdev,test,challenge,submission}_all_questions.json and the files in train_all_questions/)
 `--form lxmert`    train.json, valid.json, testdev.json, submit.json
 Pictures lie in images/ (those of LXMERT's files in VG/VG_100K/ or images/). Ids are texts with leading zeros and stay
-so. Test, challenge and submission have no answers. The list of answers is made of the training questions of the form.
+so. Test, challenge and submission have no answers. The list of answers is made of the training questions of the form;
+for LXMERT's it is trainval_label2ans.json or trainval_ans2label.json where one is there.
 Source of the facts: specs/datasets.md 4.
 """
 
@@ -17,7 +18,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from data_prep.sources.common import annotations, questions
-from data_prep.sources.common.index import Entry, Index
+from data_prep.sources.common.entry import Entry
+from data_prep.sources.common.index import Index
 from data_prep.sources.common.layout import LayoutOptions, LayoutSource
 
 ANSWERED = ("train", "val", "testdev")
@@ -38,7 +40,7 @@ class Options(LayoutOptions):
 
     Attributes:
         form: whose files are read: the publishers' (official) or LXMERT's.
-        all: the whole question sets in the place of the balanced ones, which measures are made for.
+        all: the whole question sets in place of the balanced ones, which measures are made for.
     """
 
     form: Literal["official", "lxmert"] = "official"
@@ -67,7 +69,10 @@ class Gqa(LayoutSource):
     def begin(self, index: Index) -> None:
         """The list of answers of the training questions, the most frequent first."""
         files = [file for name in self.files()["train"] if (file := self.root / name).is_file()]
-        if self.options.form == "lxmert":
+        published = self.root / self._published_list()
+        if self.options.form == "lxmert" and published.is_file():
+            index.keep(LISTED, questions.check_listed(annotations.json_value(published), published))
+        elif self.options.form == "lxmert":
             rows = itertools.chain.from_iterable(annotations.items(file) for file in files)
             index.keep(LISTED, questions.given_answers(rows, lambda row: row["label"]))
         else:
@@ -75,7 +80,12 @@ class Gqa(LayoutSource):
             index.keep(LISTED, questions.given_answers(pairs, lambda pair: [pair[1]["answer"]]))
 
     def also_read(self) -> list[str]:
-        return self.files()["train"]
+        return [*self.files()["train"], *([self._published_list()] if self.options.form == "lxmert" else [])]
+
+    def _published_list(self) -> str:
+        """File of LXMERT's answer list."""
+        names = ("trainval_label2ans.json", "trainval_ans2label.json")
+        return self.first_there(*(folder + name for name in names for folder in ("", "gqa/")))
 
     def entries(self, split: str, index: Index) -> Iterator[Entry]:
         for name in self.files()[split]:
@@ -91,11 +101,8 @@ class Gqa(LayoutSource):
         number, row = pair
         item = {"question": annotations.text(row["question"]), "question_id": number, "answers": []}
         if split in ANSWERED:
-            item["answers"] = [annotations.text(row["answer"])]
-        types = row.get("types") or {}
-        for ours, theirs in (("type", "structural"), ("question_type", "semantic")):
-            if types.get(theirs):
-                item[ours] = types[theirs]
+            item["answers"] = questions.answered([row["answer"]], number)
+        item |= questions.types_of(row.get("types") or {}, type="structural", question_type="semantic")
         image = annotations.text(row["imageId"])
         name = f"images/{image}.jpg"
         return Entry(name, [name], item, {"image_id": image}, key=number)
@@ -129,7 +136,8 @@ class Gqa(LayoutSource):
             return [self.first_there(f"questions1.2/{name}", name, f"questions/{name}")]
         if split == "train":
             folder = self.first_there("questions1.2/train_all_questions", "train_all_questions")
-            parts = sorted(path.name for path in (self.root / folder).glob("*.json"))
+            # Not those that systems hide beside them in an archive.
+            parts = sorted(path.name for path in (self.root / folder).glob("[!.]*.json"))
             return [f"{folder}/{part}" for part in parts] or [f"{folder}/train_all_questions_0.json"]
         name = f"{split}_all_questions.json"
         return [self.first_there(f"questions1.2/{name}", name)]

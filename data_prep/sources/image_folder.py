@@ -25,6 +25,7 @@ _SPLIT_OF = {
     **dict.fromkeys(("dev", "devel", "development", "eval", "evaluation"), "val"),
     **dict.fromkeys(("test", "testing", "tst"), "test"),
 }
+_LONGEST_FIRST = re.compile("|".join(sorted(_SPLIT_OF, key=len, reverse=True)))
 _BESIDE_SPLIT = frozenset(("set", "sets", "data", "dataset", "images", "image", "imgs", "img", "split"))
 
 
@@ -122,22 +123,29 @@ class ImageFolder(Source):
         return {split: self._of_classes(splits[split]) for split in SPLITS if split in splits}
 
     def _of_classes(self, folder: Path) -> list[tuple[str, Path]]:
-        images, skipped, deeper = [], [], []
+        images, skipped = [], []
+        deeper: dict[int, set[str]] = {}  # depth -> names of the folders there
         for path in sorted(p for p in folder.rglob("*") if p.is_file()):
             parts = path.relative_to(folder).parts
             if any(p.startswith(".") for p in parts):
                 continue
             if path.suffix.lower() in STORED_SUFFIXES and len(parts) > 1:
                 images.append((parts[0], path))
-                if len(parts) > 2:
-                    deeper.append(parts[1])
+                for depth, name in enumerate(parts[1:-1]):
+                    deeper.setdefault(depth, set()).add(name)
             else:
                 skipped.append(path)
         if not images:
             raise BadInput(f"{folder}: no images in class folders. Expected {folder}/CLASS/IMAGE.jpg")
+        for _, path in images:
+            try:
+                str(path).encode()
+            except UnicodeEncodeError as error:
+                raise BadInput(f"{path}: this name is not UTF-8, so no record can hold it. Rename it.") from error
         if not self.options.as_classes:
             self._refuse_splits(folder, {name for name, _ in images}, "classes of")
-            self._refuse_splits(folder, set(deeper), "all folders below the class folders of")
+            for names in deeper.values():
+                self._refuse_splits(folder, names, "folders below the class folders of")
         self._tell(folder, images, skipped)
         return images
 
@@ -145,16 +153,17 @@ class ImageFolder(Source):
     def _refuse_splits(folder: Path, names: set[str], what: str) -> None:
         parts = [_split_words(name) for name in names]
         of_different_splits = all(len(words) == 1 for words in parts) and len(set().union(*parts)) > 1
-        if names and (of_different_splits or all(split_of(name) for name in names)):
+        like_splits = names if of_different_splits or all(split_of(name) for name in names) else _siblings(names)
+        if like_splits:
             raise BadInput(
-                f"{folder}: {', '.join(sorted(names))} are {what} this folder, but look like splits. Expected "
+                f"{folder}: {', '.join(sorted(like_splits))} are {what} this folder, but look like splits. Expected "
                 "FOLDER/SPLIT/CLASS/IMAGE.jpg with splits train, val and test: give the --folder that holds them, "
                 "rename them, or say --as-classes."
             )
 
     @staticmethod
     def _tell(folder: Path, images: list[tuple[str, Path]], skipped: list[Path]) -> None:
-        """What of a folder is not as it should be."""
+        """Report skipped files and other defects of a folder."""
         notes = [
             (skipped, "files are no images in a class folder"),
             (
@@ -198,6 +207,16 @@ def split_of(name: str) -> str | None:
 def _split_words(name: str) -> set[str]:
     """The splits that words of a name mean, whatever stands beside them: `seg_train`, `val_clean`."""
     return {_SPLIT_OF[word] for word in _words(name) if word in _SPLIT_OF}
+
+
+def _siblings(names: set[str]) -> set[str]:
+    """Names that differ by the split alone: `seg_train` and `seg_test`, `traindata` and `testdata`."""
+    splits: dict[str, dict[str, str]] = {}
+    for name in names:
+        for word in _LONGEST_FIRST.finditer(name.lower()):
+            rest = f"{name[: word.start()]}/{name[word.end() :]}".lower()
+            splits.setdefault(rest, {}).setdefault(_SPLIT_OF[word[0]], name)
+    return {name for group in splits.values() if len(group) > 1 for name in group.values()}
 
 
 def _words(name: str) -> list[str]:

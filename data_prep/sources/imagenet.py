@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from data_prep.sources.common import imagenet
-from data_prep.sources.common.index import Entry, Index
+from data_prep.sources.common.entry import Entry
+from data_prep.sources.common.index import Index
 from data_prep.sources.common.layout import LayoutOptions, LayoutSource
 from mmpeft_ds.errors import BadInput
 
@@ -56,7 +57,7 @@ class ImageNet(LayoutSource):
         return {"test": [names, self.below_root(self._folder("test"))]}
 
     def _folder(self, split: str) -> str:
-        """Of the class folders of a split, below the folder of the pictures."""
+        """The folder that holds the class folders of a split."""
         if self.options.form == "official":
             return self.pictures_there(f"images/{split}", split)
         return self.pictures_there(TEST_SETS[self.options.form][0], ".")

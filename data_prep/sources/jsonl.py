@@ -1,4 +1,4 @@
-"""Your own data: one JSON object a line, in one or more files a split.
+"""Your own data: one JSON object per line, in one or more files per split.
 
     {"image": "a.jpg", "caption": "two dogs"}                             or "captions": [...]
     {"image": "a.jpg", "question": "how many?", "answer": "2"}            or "answers": [10 annotators]
@@ -6,11 +6,12 @@
     {"image": "a.jpg", "label": "cat"}                                    or an integer
     {"image": "a.jpg", "conversations": [{"from": "human", "value": "<image> What?"}, {"from": "gpt", "value": "..."}]}
 
-`image` is one path, a list of paths (several images, video frames) or absent (text only). `features` is the path of a
-.npy array, or a list of them, one an image, in the place of images; `--features-are` says whether the rows of an array
-are the places of a grid or regions, which the numbers do not tell. A line may hold several of these; `id` names the
-sample. Any other key is kept under `extra`, which no task reads, and named when the data set is prepared; one that
-looks like a key above, or names a file, is refused (see common/unknown_keys.py).
+`image` is one path, a list of paths or absent (text only). `video` is the path of a video, of which --frames frames
+are stored with their times, or {"frames": [paths of pictures], "times": [seconds]}, or a list of these. `features`
+is the path of a .npy array, or a list of them, one per image, in place of images; `--features-are` says whether
+the rows of an array are the places of a grid or regions, which the numbers do not tell. A line may hold several of
+these; `id` names the sample. Any other key is kept under `extra`, which no task reads, and named when the data set
+is prepared; one that looks like a key above, or names a file, is refused (see common/unknown_keys.py).
 """
 
 from __future__ import annotations
@@ -20,26 +21,41 @@ import json
 import sys
 from array import array
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
 from data_prep.sources.base import RawSample, Source
+from data_prep.sources.common import feature_rows
+from data_prep.sources.common.json_lines import (
+    captions_of,
+    check_storable,
+    conversations_of,
+    each_once,
+    extra_keys,
+    no_constant,
+    questions_of,
+    type_key,
+)
 from data_prep.sources.common.unknown_keys import check_unknown
-from mmpeft_ds.data.formats import REGION_COUNTS, STORED_SUFFIXES
-from mmpeft_ds.data.parsing import check_questions, json_object, npy_array
-from mmpeft_ds.errors import BadInput, BadSample
+from data_prep.sources.common.videos import check_options, with_videos
+from mmpeft_ds.data import video_files
+from mmpeft_ds.data.formats import STORED_SUFFIXES
+from mmpeft_ds.data.parsing import npy_array
+from mmpeft_ds.data.video import times_of
+from mmpeft_ds.data.video_files import ENDINGS, QUALITY, Frames
+from mmpeft_ds.errors import BadInput, BadSample, counted
 
 SHOWN = 20
-BLOCK = 1024  # lines whose places are taken from a table at a time
+EACH = 64  # of so many lines the place of one is kept
 MAX_CLASSES = 1_000_000
 CONTENT = ("caption", "captions", "question", "questions", "label", "conversations")
-FILES = ("image", "features")
+FILES = ("image", "video", "videos", "features")
 OF_QUESTION = ("question", "answer", "answers", "question_id", "type")
 
 
@@ -56,6 +72,8 @@ class Options:
         max_answers: length of the closed answer list at most; 0 stores none.
         features_are: what the rows of an array under `features` are: the places of a square `grid` in row order, or
             `regions` in any order, such as those of a detector.
+        frames: how many frames of each video are stored.
+        quality: of the stored JPEG frames, 1 to 95.
         keep: keys to keep under `extra` although they look like keys that tasks read, or name files.
         licence: written to the manifest.
     """
@@ -68,7 +86,17 @@ class Options:
     max_answers: int = 5000
     features_are: Literal["grid", "regions"] | None = None
     keep: list[str] = field(default_factory=list)
+    frames: int = 8
+    quality: int = QUALITY
     licence: str = "unknown"
+
+
+@dataclass
+class Film:
+    """A video of a line: its file, or the files of its frames with their times in seconds."""
+
+    files: list[Path]
+    times: list[float] | None = None
 
 
 class Jsonl(Source):
@@ -77,6 +105,7 @@ class Jsonl(Source):
     def __init__(self, options: Options):
         self.options = options
         self.licence = options.licence
+        check_options(options)
         self._files = {s: getattr(options, s) for s in ("train", "val", "test") if getattr(options, s)}
         if not self._files:
             raise BadInput("jsonl: no input. Give --train FILE.jsonl [FILE.jsonl ...], --val, --test.")
@@ -89,22 +118,31 @@ class Jsonl(Source):
         problems: list[str] = []
         missing: dict[str, str] = {}
         extra: Counter[str] = Counter()
-        arrays: dict[str, Path] = {}  # the first of each split
+        arrays: dict[int, Path] = {}  # number of rows -> the first array that has so many
+        seen: set[Path] = set()
         for split, files in self._files.items():
             for file in files:
                 for number, line in _lines(file):
                     try:
-                        images, record = self._parse(line, file, split)
-                        _check_storable(record)
+                        images, record, videos = self._parse(line, file, split)
+                        check_storable(record)
                     except ValueError as error:
                         problems.append(f"{file}:{number}: {error}")
                         continue
-                    extra.update(_extra_keys(record))
-                    for path in images:
-                        if path.suffix == ".npy":
-                            arrays.setdefault(split, path)
+                    extra.update(extra_keys(record))
+                    for path in chain(images, *(film.files for film in videos)):
+                        if path.suffix == ".npy" and path.is_file():
+                            try:
+                                arrays.setdefault(feature_rows.number_of(path), path)
+                            except (OSError, ValueError) as error:
+                                unread = f"{path}: cannot be read as an array ({error}). Store it with numpy.save."
+                                missing[str(path)] = f"{file}:{number}: {unread}"
                         if str(path) not in missing and not path.is_file():
                             missing[str(path)] = f"{file}:{number}: {path} does not exist"
+                    for path in (film.files[0] for film in videos if film.times is None):
+                        if path not in seen and path.is_file() and (wrong := video_files.problem(path)):
+                            problems.append(f"{file}:{number}: {path}: {wrong}")
+                        seen.add(path)
         problems += missing.values()
         for problem in problems[:SHOWN]:
             print(problem, file=sys.stderr)
@@ -112,29 +150,14 @@ class Jsonl(Source):
             more = f", {SHOWN} of them shown above" if len(problems) > SHOWN else ", shown above"
             names = " ".join(str(f) for files in self._files.values() for f in files)
             raise BadInput(
-                f"{names}: {len(problems)} problems{more}. Nothing was written. Mend these lines or remove them."
+                f"{names}: {counted(len(problems), 'problem')}{more}. Nothing was written. Mend these lines or remove "
+                "them."
             )
-        for path in arrays.values():
-            self._check_rows(path)
+        feature_rows.check({rows: path for rows, path in arrays.items() if rows > 1}, self.options.features_are)
         if extra:
             kept = ", ".join(f"{key} ({count:,})" for key, count in extra.most_common(SHOWN))
             print(f"kept under `extra`, which no task reads: {kept}", file=sys.stderr)
         return list(self._files)
-
-    def _check_rows(self, path: Path) -> None:
-        """Ask what the rows of stored features are where that was not said and matters. Raises BadInput."""
-        try:
-            shape = np.load(path, mmap_mode="r", allow_pickle=False).shape
-        except (OSError, ValueError) as error:
-            raise BadInput(f"{path}: cannot be read as an array ({error}). Store it with numpy.save.") from error
-        if self.options.features_are or len(shape) != 2 or shape[0] == 1:
-            return
-        if shape[0] in REGION_COUNTS:
-            raise BadInput(
-                f"{path}: {shape[0]} rows, which can be a square grid or the regions of a detector. Say which: "
-                "--features-are grid or --features-are regions."
-            )
-        print(f"note: {path}: {shape[0]} rows are taken for a grid; --features-are says it for sure", file=sys.stderr)
 
     def fingerprint(self) -> dict[str, str]:
         """sha256 of every JSONL file. Images are named in them; their bytes are not read twice for this."""
@@ -154,39 +177,36 @@ class Jsonl(Source):
             return self._classes
         counts: Counter[str] = Counter()
         for _, line, _ in self._objects(split):
-            for question in _questions(line):
+            for question in questions_of(line):
                 counts.update(answer for answer in question["answers"] if answer.strip())
         kept = [a for a, n in counts.items() if n >= self.options.min_answer_count]
         return sorted(kept, key=lambda a: (-counts[a], a))[: self.options.max_answers] or None
 
     def count(self, split: str) -> int:
-        return sum(len(table) for _, table in self._tables[split])
+        return sum(places.lines for _, places in self._places[split])
 
     def samples(self, split: str, start: int = 0) -> Iterator[RawSample]:
-        for file, table in self._tables[split]:
-            if start >= len(table):
-                start -= len(table)
+        for file, places in self._places[split]:
+            if start >= places.lines:
+                start -= places.lines
                 continue
-            with open(file, "rb") as stream:
-                # As plain numbers a whole table takes ten times its memory, and a shard reads few lines of it.
-                blocks = (table[at : at + BLOCK].tolist() for at in range(start, len(table), BLOCK))
-                for number, offset in chain.from_iterable(blocks):
-                    stream.seek(offset)
-                    line = stream.readline()
-                    try:
-                        images, record = self._parse(line, file, split)
-                        encoded = [(p.suffix[1:], p.read_bytes()) for p in images if p.suffix != ".npy"]
-                        features = _stacked([p for p in images if p.suffix == ".npy"])
-                    except (ValueError, OSError) as error:
-                        raise BadInput(f"{file}:{number}: {error}") from error
-                    name = str(json.loads(line).get("id", f"{file.name}:{number}"))
-                    yield RawSample(name, encoded, record, features)
+            begin = places.begins[start // EACH].tolist()
+            for number, line in islice(_lines(file, *begin), start % EACH, None):
+                try:
+                    images, record, videos = self._parse(line, file, split)
+                    frames = [self._frames(film) for film in videos]
+                    encoded = [(p.suffix[1:], p.read_bytes()) for p in images if p.suffix != ".npy"]
+                    features = _stacked([p for p in images if p.suffix == ".npy"])
+                except (ValueError, OSError) as error:
+                    raise BadInput(f"{file}:{number}: {error}") from error
+                name = str(json.loads(line).get("id", f"{file.name}:{number}"))
+                yield with_videos(RawSample(name, encoded, record, features), frames)
             start = 0
 
     @cached_property
-    def _tables(self) -> dict[str, list[tuple[Path, np.ndarray]]]:
-        """Split -> (file, (lines, 2) of line number and byte offset); lets a shard begin anywhere."""
-        return {split: [(file, _line_table(file)) for file in files] for split, files in self._files.items()}
+    def _places(self) -> dict[str, list[tuple[Path, _Places]]]:
+        """Split -> (file, its lines); lets a shard begin anywhere."""
+        return {split: [(file, _places_of(file)) for file in files] for split, files in self._files.items()}
 
     @cached_property
     def _classes(self) -> list[str]:
@@ -218,10 +238,10 @@ class Jsonl(Source):
                 if isinstance(parsed, dict):
                     yield number, parsed, file
 
-    def _parse(self, line: bytes, file: Path, split: str) -> tuple[list[Path], dict[str, Any]]:
-        """(paths of images and features, record) of one line; ValueError says what is wrong with it."""
+    def _parse(self, line: bytes, file: Path, split: str) -> tuple[list[Path], dict[str, Any], list[Film]]:
+        """(paths of images and features, record, videos) of one line; ValueError says what is wrong with it."""
         try:
-            parsed = json.loads(line.decode("utf-8"), parse_constant=_no_constant, object_pairs_hook=_each_once)
+            parsed = json.loads(line.decode("utf-8"), parse_constant=no_constant, object_pairs_hook=each_once)
         except UnicodeDecodeError as error:
             raise ValueError(f"is not UTF-8 (byte {error.start})") from error
         except json.JSONDecodeError as error:
@@ -235,33 +255,36 @@ class Jsonl(Source):
             raise ValueError(f"has none of {', '.join(CONTENT)}")
         images = self._paths(parsed, "image", sorted(STORED_SUFFIXES), file)
         features = self._paths(parsed, "features", [".npy"], file)
-        pictured = bool(images or features)
+        videos = self._videos(parsed.get("video", parsed.get("videos")), file)
+        if features and videos:
+            raise ValueError("'video' beside 'features': a model reads one of them")
+        pictured = bool(images or features or videos)
         record: dict[str, Any] = {}
         if "caption" in parsed or "captions" in parsed:
-            record["captions"] = _captions(parsed)
+            record["captions"] = captions_of(parsed)
         if "question" in parsed or "questions" in parsed:
-            record["questions"] = _questions(
+            record["questions"] = questions_of(
                 parsed,
                 strict=True,
-                extra=lambda one: self._extra_of(one, (*OF_QUESTION, _type_key(one)), file, pictured),
+                extra=lambda one: self._extra_of(one, (*OF_QUESTION, type_key(one)), file, pictured),
             )
         if "label" in parsed:
             record.update(self._label(parsed, split))
         if "conversations" in parsed:
-            record["conversations"] = _conversations(
+            record["conversations"] = conversations_of(
                 parsed["conversations"],
-                len(images),
+                {"<image>": len(images), "<video>": len(videos)},
                 lambda turn: self._extra_of(turn, ("from", "value"), file, pictured),
             )
-        return images + features, {**record, "extra": extra} if extra else record
+        return images + features, {**record, "extra": extra} if extra else record, videos
 
     def _extra(self, found: dict[str, Any], file: Path) -> dict[str, Any]:
-        """What no task reads of a line. Raises ValueError if a task was meant to."""
+        """The fields of a line that no task reads. Raises ValueError if one was probably meant for a task."""
         read = ["id", *FILES, *CONTENT, "class_name"]
         if "class_name" in found and "label" not in found:
             raise ValueError("'class_name' goes with an integer under 'label', and there is none")
         if "question" in found:
-            read += [*OF_QUESTION, _type_key(found)]
+            read += [*OF_QUESTION, type_key(found)]
         elif isinstance(found.get("questions"), list) and all(isinstance(q, str) for q in found["questions"]):
             read.append("answers")
         aside = next((key for key in ("answer", "answers") if key in found and key not in read), None)
@@ -279,7 +302,8 @@ class Jsonl(Source):
         Args:
             pictured: the line has a picture or features.
         """
-        for one, several in (("caption", "captions"), ("question", "questions"), ("answer", "answers")):
+        for one in ("caption", "question", "answer", "video"):
+            several = f"{one}s"
             if one in found and several in found:
                 raise ValueError(f"has both {one!r} and {several!r}: one of them would be left aside. Keep one")
         unknown = [key for key in found if key not in read]
@@ -287,7 +311,7 @@ class Jsonl(Source):
         return {key: found[key] for key in unknown}
 
     def _folders(self, file: Path) -> set[Path]:
-        """Where a path in a line may begin."""
+        """Folders to which a path in a line may be relative."""
         return {self.options.image_root or file.parent, file.parent}
 
     def _paths(self, found: dict[str, Any], key: str, extensions: list[str], file: Path) -> list[Path]:
@@ -302,6 +326,36 @@ class Jsonl(Source):
             if Path(path).suffix.lower() not in extensions:
                 raise ValueError(f"{key} {path!r} has none of the extensions {' '.join(extensions)}")
         return [root / path for path in paths]
+
+    def _videos(self, given: Any, file: Path) -> list[Film]:
+        """Videos of a line: their files, or the files of their frames with their times."""
+        if given is None:
+            return []
+        root, videos = self.options.image_root or file.parent, []
+        for video in given if isinstance(given, list) else [given]:
+            if isinstance(video, str) and Path(video).suffix.lower() in ENDINGS:
+                videos.append(Film([root / video]))
+                continue
+            if not isinstance(video, dict) or video.keys() != {"frames", "times"}:
+                endings = " ".join(sorted(ENDINGS))
+                raise ValueError(f"'video' needs a path with one of {endings}, or {{'frames': [...], 'times': [...]}}")
+            frames = self._paths(video, "frames", sorted(STORED_SUFFIXES), file)
+            try:
+                (times,) = times_of({"videos": [video]}, len(frames))
+            except BadSample as bad:
+                raise ValueError(bad.detail) from bad
+            if len(frames) != len(times.of_frames):
+                raise ValueError(f"a video has {len(frames)} frames and {len(times.of_frames)} times")
+            videos.append(Film(frames, video["times"]))
+        return videos
+
+    def _frames(self, film: Film) -> Frames:
+        if film.times is None:
+            return video_files.sample(film.files[0], self.options.frames, self.options.quality)
+        pictures = [(path.suffix[1:], path.read_bytes()) for path in film.files]
+        return Frames(
+            pictures, film.times, False, times_of({"videos": [{"times": film.times}]}, len(pictures))[0].duration
+        )
 
     def _label(self, found: dict[str, Any], split: str) -> dict[str, Any]:
         label = found["label"]
@@ -342,150 +396,38 @@ def _array(path: Path) -> np.ndarray:
         raise ValueError(f"{path}: {error}") from error
 
 
-def _captions(found: dict[str, Any]) -> list[str]:
-    captions = found.get("captions", found.get("caption"))
-    captions = [captions] if isinstance(captions, str) else captions
-    if not (isinstance(captions, list) and captions and all(isinstance(c, str) and c.strip() for c in captions)):
-        raise ValueError("'caption' must be a text, 'captions' a list of texts, none of them empty")
-    return captions
-
-
-def _questions(
-    found: dict[str, Any], strict: bool = False, extra: Callable[[dict], dict] = lambda one: {}
-) -> list[dict[str, Any]]:
-    """Questions in the one form of the shards; wrong ones raise ValueError if `strict`, else are left out.
-
-    Args:
-        extra: what is to be kept of an entry of `questions` that no task reads.
-    """
-    asked = found.get("questions")
-    if asked is None:
-        asked = [found] if "question" in found else []
-    elif isinstance(asked, list) and asked and all(isinstance(q, str) for q in asked):
-        answers = found.get("answers")
-        if not (isinstance(answers, list) and len(answers) == len(asked)):
-            if strict:
-                raise ValueError(f"'answers' must be a list of {len(asked)}, one entry for each of 'questions'")
-            return []
-        asked = [{"question": q, "answers": a} for q, a in zip(asked, answers, strict=True)]
-    if not (isinstance(asked, list) and (asked or not strict)):
-        if strict:
-            raise ValueError("'questions' must be a list that is not empty")
-        return []
-    read = []
-    for one in asked:
-        try:
-            question = _question(one)
-            more = extra(one) if one is not found else {}
-            read.append({**question, "extra": more} if more else question)
-        except ValueError:
-            if strict:
-                raise
-    return read
-
-
-def _question(one: Any) -> dict[str, Any]:
-    if not isinstance(one, dict):
-        raise ValueError("'questions' must hold texts or objects with 'question' and 'answer' or 'answers'")
-    text, answers = one.get("question"), one.get("answers", one.get("answer"))
-    if not (isinstance(text, str) and text.strip()):
-        raise ValueError("'question' must be a text that is not empty")
-    answers = answers if isinstance(answers, list) else [answers]
-    # VQAv2's annotation file wraps each annotator's answer.
-    answers = [a.get("answer") if isinstance(a, dict) else a for a in answers]
-    if not (answers and all(isinstance(a, str) for a in answers)):
-        raise ValueError(f"question {text[:40]!r} needs 'answer' (a text) or 'answers' (a list of texts)")
-    if not any(a.strip() for a in answers):
-        raise ValueError(f"question {text[:40]!r} has no answer but empty ones")
-    read: dict[str, Any] = {"question": text, "answers": answers}
-    if "question_id" in one:
-        read["question_id"] = one["question_id"]
-    if (name := _type_key(one)) is not None:
-        read["type"] = one[name]
-    return read
-
-
-def _type_key(one: dict[str, Any]) -> str | None:
-    """The key that says of what type a question is; the last two are VQAv2's."""
-    return next((name for name in ("type", "answer_type", "question_type") if name in one), None)
-
-
-def _extra_keys(record: dict[str, Any]) -> Iterator[str]:
-    """Names of what is kept of a record without being read."""
-    yield from record.get("extra", {})
-    for name in ("questions", "conversations"):
-        for item in record.get(name, []):
-            yield from (f"{name}[].{key}" for key in item.get("extra", {}))
-
-
-def _conversations(turns: Any, images: int, extra: Callable[[dict], dict]) -> list[dict[str, Any]]:
-    """Turns in the form of the shards; `extra` gives what is to be kept of a turn that no task reads."""
-    if not (isinstance(turns, list) and turns):
-        raise ValueError("'conversations' must be a list that is not empty")
-    for i, turn in enumerate(turns):
-        if not (isinstance(turn, dict) and isinstance(turn.get("value"), str) and turn["value"].strip()):
-            raise ValueError(f"turn {i} of 'conversations' needs a 'value' that is a text")
-        if turn.get("from") not in ("human", "gpt", "system"):
-            raise ValueError(
-                f"turn {i} of 'conversations' is from {turn.get('from')!r}, expected human, gpt or system"
-            )
-    named = sum(turn["value"].count("<image>") for turn in turns)
-    if named not in (0, images):
-        raise ValueError(f"'conversations' name <image> {named} times but the line has {images} images")
-    read = []
-    for turn in turns:
-        more = extra(turn)
-        read.append({"from": turn["from"], "value": turn["value"], **({"extra": more} if more else {})})
-    return read
-
-
 def _is_label(value: Any) -> bool:
     if isinstance(value, bool):
         return False
     return bool(value) if isinstance(value, str) else isinstance(value, int) and 0 <= value < MAX_CLASSES
 
 
-def _check_storable(record: dict[str, Any]) -> None:
-    """Some texts and numbers that JSON admits cannot be written again: half a surrogate pair, 1e999."""
-    try:
-        json_object(json.dumps(record, ensure_ascii=False, allow_nan=False).encode())
-        check_questions(record)
-    except BadSample as error:
-        raise ValueError(error.detail) from error
-    except UnicodeEncodeError as error:
-        raise ValueError(f"holds \\u{ord(error.object[error.start]):04x}, half of a character") from error
-    except ValueError as error:
-        raise ValueError("holds a number that is too large for a float") from error
+class _Places(NamedTuple):
+    """Number of lines of a file that are not blank, and (line number, byte offset) of the first of each `EACH`."""
+
+    lines: int
+    begins: np.ndarray
 
 
-def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    parsed = dict(pairs)
-    if len(parsed) < len(pairs):
-        twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
-        raise ValueError(f"has the key {twice!r} twice")
-    return parsed
-
-
-def _no_constant(name: str) -> None:
-    raise ValueError(f"holds {name}, which is no JSON")
-
-
-def _lines(file: Path) -> Iterator[tuple[int, bytes]]:
-    """(line number from 1, bytes) of the lines that are not blank."""
+def _lines(file: Path, first: int = 1, offset: int = 0) -> Iterator[tuple[int, bytes]]:
+    """(line number, bytes) of the lines that are not blank, from line `first` on, which begins at `offset`."""
     with open(file, "rb") as stream:
-        for number, line in enumerate(stream, 1):
+        stream.seek(offset)
+        for number, line in enumerate(stream, first):
             if line.strip():
                 yield number, line
 
 
-def _line_table(file: Path) -> np.ndarray:
-    table, offset = array("q"), 0  # 16 bytes a line
+def _places_of(file: Path) -> _Places:
+    begins, lines, offset = array("q"), 0, 0
     with open(file, "rb") as stream:
         for number, line in enumerate(stream, 1):
             if line.strip():
-                table.extend((number, offset))
+                if lines % EACH == 0:
+                    begins.extend((number, offset))
+                lines += 1
             offset += len(line)
-    return np.asarray(table).reshape(-1, 2)
+    return _Places(lines, np.asarray(begins).reshape(-1, 2))
 
 
 ENTRY = Jsonl

@@ -3,7 +3,7 @@
 `--form 7k`, `9k`  train by MSRVTT_train.7k.csv or MSRVTT_train.9k.csv, test by MSRVTT_JSFUSION_test.csv (1k-A): one
                    sentence a video, the csv's own. Without its list, 7k is train + val, 9k all that 1k-A leaves
 `--form full`      train 6,513, val 497, test 2,990 by the clips' numbers; shares clips with 9k: never combine them
-`--form qa`        {train,val,test}_qa.json, or {train,val,test}.jsonl of ClipBERT
+`--form qa`        {train,val,test}_qa.json, or {train,val,test}.jsonl of ClipBERT with its train_ans2label.json
 `--form aurora`    train.jsonl and test.jsonl with `caption` and `clip_name`
 Captions come from MSRVTT_data.json, {train_val,test}_videodatainfo.json or MSR_VTT.json. Videos videoN.mp4 lie
 anywhere below the root. A sample is a clip. Source of the facts: specs/datasets.md 12.
@@ -16,14 +16,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from data_prep.sources.common import annotations, questions
-from data_prep.sources.common.index import Elsewhere, Entry, Index
+from data_prep.sources.common import annotations, captions, questions
+from data_prep.sources.common.entry import Elsewhere, Entry
+from data_prep.sources.common.index import Index
 from data_prep.sources.common.videos import VideoOptions, VideoSource, name_of
 
 TEST_1K = "MSRVTT_JSFUSION_test.csv"
 FROZEN = "MSR_VTT.json"
 FULL = {"train": range(6513), "val": range(6513, 7010), "test": range(7010, 10000)}
 VAL_QUESTIONS = {"texts": 12_278}  # of the other splits no source gives a number of the released files
+ANSWERS = "train_ans2label.json"  # of ClipBERT: 1,500
 LISTED = "listed"
 
 
@@ -57,16 +59,23 @@ class MsrVtt(VideoSource):
 
     def also_read(self) -> list[str]:
         lists = [self._anywhere(f"MSRVTT_train.{self.options.form}.csv")] if self.options.form in ("7k", "9k") else []
-        return lists + (self.files()["train"] if self.options.form == "qa" else [])
+        qa = [*self.files()["train"], self._anywhere(ANSWERS)] if self.options.form == "qa" else []
+        return lists + qa
 
     def begin(self, index: Index) -> None:
         """The videos of the training split, or the answers of the training questions."""
         if self.options.form in ("7k", "9k"):
             self._train = self._names_of_training()
         if self.options.form == "qa":
-            file = self.root / self.files()["train"][0]
-            rows = annotations.records(file) if file.is_file() else ()
-            index.keep(LISTED, questions.given_answers(rows, lambda row: [row["answer"]]))
+            index.keep(LISTED, self._answers(self.root / self.files()["train"][0]))
+
+    def _answers(self, train: Path) -> list[str]:
+        """ClipBERT's list where it is there, else the answers of the training questions."""
+        published = self.root / self._anywhere(ANSWERS)
+        if train.suffix == ".jsonl" and published.is_file():
+            return questions.check_listed(annotations.json_value(published), published)
+        rows = annotations.records(train) if train.is_file() else ()
+        return questions.given_answers(rows, lambda row: [row["answer"]])
 
     def entries(self, split: str, index: Index) -> Iterator[Entry]:
         files = [self.root / name for name in self.files()[split]]
@@ -85,14 +94,18 @@ class MsrVtt(VideoSource):
         left = set(wanted)
         name = "image_id" if files[0].name == FROZEN else "video_id"
 
-        def entry(row: Any) -> Entry:
-            video = row[name]
-            if video not in wanted:
-                raise Elsewhere
-            left.discard(video)
-            return self._entry(video, annotations.text(row["caption"]))
-
         for file in files:
+
+            def entry(row: Any, of_half: str = f"{file.stem} " if len(files) > 1 else "") -> Entry:
+                video = _video(row[name])
+                if video not in wanted:
+                    raise Elsewhere
+                # Whether the numbers of sentences continue from half to half was not found.
+                key = f"{of_half}{row['sen_id']}" if "sen_id" in row else None
+                said = captions.caption(row["caption"], key or video)
+                left.discard(video)
+                return self._entry(video, said, key)
+
             key = "annotations" if file.name == FROZEN else "sentences"
             yield from index.parsed(split, annotations.items(file, key), entry)
         if left and self._listed().is_file():
@@ -118,27 +131,33 @@ class MsrVtt(VideoSource):
         return Entry(video, [video], item, {"video_id": video}, key=key)
 
     def _of_csv(self, row: dict[str, str]) -> Entry:
-        return self._entry(row["video_id"], annotations.text(row["sentence"]), key=row["video_id"])
+        video = _video(row["video_id"])
+        return self._entry(video, captions.caption(row["sentence"], video), key=video)
 
     def _of_aurora(self, row: Any) -> Entry:
-        return self._entry(name_of(annotations.text(row["clip_name"])), annotations.text(row["caption"]))
+        video = name_of(annotations.text(row["clip_name"]))
+        return self._entry(video, captions.caption(row["caption"], video))
 
     def _question(self, row: Any) -> Entry:
-        video = row["video_id"] if isinstance(row["video_id"], str) else f"video{row['video_id']}"
-        item = {"question": annotations.text(row["question"]), "answers": [annotations.text(row["answer"])]}
+        video = _video(row["video_id"])
+        answers = questions.answered([row["answer"]], str(row.get("id", video)))
+        item = {"question": annotations.text(row["question"]), "answers": answers}
         if "id" in row:
-            item["question_id"] = row["id"]
-        if "answer_type" in row:
-            item["type"] = row["answer_type"]
+            item["question_id"] = annotations.identifier(row["id"])
+        item |= questions.types_of(row, type="answer_type")
         return self._entry(video, item, str(row["id"]) if "id" in row else None)
 
     def _names_of_training(self) -> set[str]:
         if self._listed().is_file():
-            return {row["video_id"] for row in annotations.csv_rows(self._listed(), "video_id")}
-        tested = self.root / self._anywhere(TEST_1K)
-        tested = {row["video_id"] for row in annotations.csv_rows(tested, "video_id")}
+            return self._column(self._listed())
+        tested = self._column(self.root / self._anywhere(TEST_1K))
         numbers = range(7010) if self.options.form == "7k" else range(10000)
         return {f"video{n}" for n in numbers} - tested
+
+    @staticmethod
+    def _column(file: Path) -> set[str]:
+        """Videos that a csv file lists."""
+        return {row["video_id"].strip() for row in annotations.csv_rows(file, "video_id") if row["video_id"]}
 
     def _listed(self) -> Path:
         """The list of training videos of 7k or 9k, which need not be there."""
@@ -156,6 +175,12 @@ class MsrVtt(VideoSource):
     def _anywhere(self, *names: str) -> str:
         folders = ("", "annotation/", "annotations/", "msrvtt_data/", "high-quality/structured-symlinks/", "MSRVTT/")
         return self.first_there(*(folder + name for name in names for folder in folders))
+
+
+def _video(value: Any) -> str:
+    """Name of a video, `video7` of 7 and "7" too. Raises ValueError for anything else than a number or a text."""
+    name = str(annotations.identifier(value)).strip()
+    return f"video{name}" if name.isdigit() else name
 
 
 ENTRY = MsrVtt

@@ -10,7 +10,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from data_prep.sources.common import annotations, questions
-from data_prep.sources.common.index import Aside, Entry, Index
+from data_prep.sources.common.entry import Aside, Entry
+from data_prep.sources.common.index import Index
 from data_prep.sources.common.videos import VideoOptions, VideoSource
 
 MAPPING = "youtube_mapping.txt"
@@ -37,20 +38,22 @@ class MsvdQa(VideoSource):
 
     def begin(self, index: Index) -> None:
         """Clips by their number, and the answers of the training questions, the most frequent first."""
-        pairs = (line.rstrip().rpartition(" ") for line in annotations.lines(self.root / MAPPING))
-        index.put(CLIPS, ((number, name) for name, _, number in pairs))
+        pairs = (line.rsplit(maxsplit=1) for line in annotations.lines(self.root / MAPPING))
+        index.put(CLIPS, ((pair[1], pair[0]) for pair in pairs if len(pair) == 2))
         train = self.root / "train_qa.json"
         rows = annotations.items(train) if train.is_file() else ()
         index.keep(LISTED, questions.given_answers(rows, lambda row: [row["answer"]]))
 
     def entries(self, split: str, index: Index) -> Iterator[Entry]:
         def entry(row: Any) -> Entry:
-            number = row["video_id"] if isinstance(row["video_id"], str) else f"vid{row['video_id']}"
+            number = str(annotations.identifier(row["video_id"]))
+            number = f"vid{number}" if number.isdigit() else number
             clip = index.get(CLIPS, number)
             if clip is None:
                 raise Aside(f"video that {MAPPING} does not name", number)
-            item = {"question": annotations.text(row["question"]), "answers": [annotations.text(row["answer"])]}
-            item["question_id"] = row["id"]
+            answers = questions.answered([row["answer"]], str(row["id"]))
+            item = {"question": annotations.text(row["question"]), "answers": answers}
+            item["question_id"] = annotations.identifier(row["id"])
             return Entry(clip, [clip], item, {"video_id": number}, key=str(row["id"]))
 
         return index.parsed(split, annotations.items(self.root / self.files()[split][0]), entry)

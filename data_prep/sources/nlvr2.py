@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from data_prep.sources.common import annotations
-from data_prep.sources.common.index import Aside, Entry, Index
+from data_prep.sources.common.entry import Aside, Entry
+from data_prep.sources.common.index import Index
 from data_prep.sources.common.layout import LayoutOptions, LayoutSource
 
 OFFICIAL = ("train", "dev", "test1", "test2")
@@ -64,7 +65,7 @@ class Nlvr2(LayoutSource):
         file = self.root / self.files()[split][0]
         if self.options.form == "blip":
             return index.parsed(split, annotations.items(file), self._of_blip)
-        return index.parsed(split, annotations.json_lines(file), lambda row: self._official(row, split))
+        return index.parsed(split, annotations.records(file), lambda row: self._official(row, split))
 
     def _official(self, row: Any, split: str) -> Entry:
         identifier = annotations.text(row["identifier"])

@@ -11,9 +11,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from data_prep.sources.common import annotations, questions
-from data_prep.sources.common.index import Entry, Index
-from data_prep.sources.common.layout import LayoutOptions, LayoutSource
+from data_prep.sources.common import annotations, coco, questions
+from data_prep.sources.common.entry import Entry
+from data_prep.sources.common.index import Index
+from data_prep.sources.common.layout import LayoutOptions
 
 SUBTYPES = {"train": "train2014", "test": "val2014"}
 LISTED = "listed"
@@ -30,7 +31,7 @@ class Options(LayoutOptions):
     min_answer_count: int = 1
 
 
-class OkVqa(LayoutSource):
+class OkVqa(coco.CocoSource):
     Options = Options
     title = "OK-VQA"
     origin = "okvqa.allenai.org and cocodataset.org"
@@ -64,7 +65,7 @@ class OkVqa(LayoutSource):
         file = self.root / self._questions(split)
 
         def path(row: Any) -> str:
-            return f"{folder}/COCO_{folder}_{row['image_id']:012d}.jpg"
+            return coco.picture(folder, row["image_id"])
 
         return questions.official(file, split, index, path, listed, "official", True)
 

@@ -129,7 +129,7 @@ class OpenClipart(Source):
             yield RawSample(drawing["name"], [("png", picture)], {"label": labels[drawing["class_name"]], **record})
 
     def account(self, split: str) -> dict[str, Any]:
-        """What was set aside, told once, at the first split."""
+        """Counts of what was set aside, reported once, at the first split."""
         return {"aside": self._of.account(ALL)["aside"]} if split == "train" else {}
 
     def _fill(self, index: Index) -> None:
@@ -147,7 +147,7 @@ class OpenClipart(Source):
 
     def _titled(self, index: Index, renderer: Renderer) -> Iterator[dict[str, Any]]:
         """Drawings with a title that is not that of a series, in the order of their paths."""
-        found = []
+        drawings = []
         for path in self._files:
             try:
                 about = renderer.metadata(path.read_bytes())
@@ -161,9 +161,9 @@ class OpenClipart(Source):
             kind = (
                 _plain(path.relative_to(self.options.root).parts[0]) if path.parent != self.options.root else "other"
             )
-            found.append({"name": self._name(path), "title": title, "class_name": kind, **_taken(about, title)})
-        of_title = Counter(_letters(drawing["title"]) for drawing in found)
-        for drawing in found:
+            drawings.append({"name": self._name(path), "title": title, "class_name": kind, **_taken(about, title)})
+        of_title = Counter(_letters(drawing["title"]) for drawing in drawings)
+        for drawing in drawings:
             if of_title[_letters(drawing.pop("title"))] > self.options.max_same_title:
                 index.set_aside(ALL, "has the title of a series", drawing["name"])
             else:

@@ -17,7 +17,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 from data_prep.sources.common import annotations
-from data_prep.sources.common.index import Aside, Entry, Index
+from data_prep.sources.common.entry import Aside, Entry
+from data_prep.sources.common.index import Index
 from data_prep.sources.common.layout import LayoutOptions, LayoutSource
 
 KEYS = ("Flickr30K_ID", "Flikr30kID", "Flickr30kID")
@@ -54,7 +55,7 @@ class SnliVe(LayoutSource):
         return {split: [self.first_there(name, f"data/{name}")] for split, name in names.items()}
 
     def entries(self, split: str, index: Index) -> Iterator[Entry]:
-        return index.parsed(split, annotations.json_lines(self.root / self.files()[split][0]), self._entry)
+        return index.parsed(split, annotations.records(self.root / self.files()[split][0]), self._entry)
 
     def _entry(self, row: Any) -> Entry:
         pair = row.get("pairID")
@@ -64,14 +65,15 @@ class SnliVe(LayoutSource):
         image = next((row[key] for key in KEYS if row.get(key)), None)
         if image is None:
             raise Aside(f"none of the keys {', '.join(KEYS)}", str(pair))
-        image = PurePosixPath(str(image)).name.removesuffix(".jpg")
+        image = PurePosixPath(str(annotations.identifier(image))).name
+        image = image[:-4] if image.lower().endswith(".jpg") else image
         hypothesis = annotations.text(row["sentence2"])
         if not hypothesis.strip():
             raise Aside("hypothesis empty", str(pair))
         answer = P_ADAPTER[label] if self.options.words == "p-adapter" else label
         item = {"question": hypothesis, "answers": [answer]}
         if pair is not None:
-            item["question_id"] = pair
+            item["question_id"] = annotations.identifier(pair)
         name = f"{image}.jpg"
         return Entry(name, [name], item, {"image_id": image}, key=None if pair is None else str(pair))
 

@@ -10,7 +10,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from data_prep.sources.common import annotations, captions
-from data_prep.sources.common.index import Entry, Index
+from data_prep.sources.common.entry import Entry
+from data_prep.sources.common.index import Index
 from data_prep.sources.common.layout import LayoutOptions, LayoutSource
 
 
@@ -33,7 +34,8 @@ class TextCaps(LayoutSource):
             name = f"{folder}/{image}.jpg"
             item = None
             if split != "test":
-                item = {"caption": annotations.text(row["caption_str"]), "id": row["caption_id"]}
+                number = annotations.identifier(row["caption_id"])
+                item = {"caption": captions.caption(row["caption_str"], str(number)), "id": number}
             return Entry(name, [name], item, {"image_id": image}, key=str(row.get("caption_id", image)))
 
         return index.parsed(split, annotations.items(self.root / self.files()[split][0], "data"), entry)

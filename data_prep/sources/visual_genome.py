@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from data_prep.sources.common import annotations
-from data_prep.sources.common.index import Elsewhere, Entry, Index
+from data_prep.sources.common import annotations, captions, questions
+from data_prep.sources.common.entry import Aside, Elsewhere, Entry
+from data_prep.sources.common.index import Index
 from data_prep.sources.common.layout import LayoutOptions, LayoutSource
 
 FILES = {"regions": "region_descriptions.json", "questions": "question_answers.json"}
@@ -51,22 +52,25 @@ class VisualGenome(LayoutSource):
             image, part = pair
             if image[key] == []:
                 raise Elsewhere  # pictures without any are listed too
-            return parse(part)
+            # Copies of the files differ in whether a part names its picture too.
+            return parse({"image_id": image["id"]} | part if "id" in image else part)
 
         return index.parsed(split, annotations.nested(images, key), entry)
 
     @staticmethod
     def _region(region: Any) -> Entry:
-        number = region["image_id"]
-        box = [region[key] for key in ("x", "y", "width", "height")]
-        item = {"caption": annotations.text(region["phrase"]), "box": box}
-        return Entry(f"{number}.jpg", [f"{number}.jpg"], item, {"image_id": number}, key=str(region["region_id"]))
+        number, key = annotations.identifier(region["image_id"]), str(region["region_id"])
+        box = [region[side] for side in ("x", "y", "width", "height")]
+        if not all(isinstance(side, int | float) for side in box):
+            raise Aside("box of other things than numbers", key)
+        item = {"caption": captions.caption(region["phrase"], key), "box": box}
+        return Entry(f"{number}.jpg", [f"{number}.jpg"], item, {"image_id": number}, key=key)
 
     @staticmethod
     def _question(asked: Any) -> Entry:
-        number = asked["image_id"]
-        item = {"question": annotations.text(asked["question"]), "question_id": asked["qa_id"]}
-        item["answers"] = [annotations.text(asked["answer"])]
+        number = annotations.identifier(asked["image_id"])
+        item = {"question": annotations.text(asked["question"]), "question_id": annotations.identifier(asked["qa_id"])}
+        item["answers"] = questions.answered([asked["answer"]], str(asked["qa_id"]))
         return Entry(f"{number}.jpg", [f"{number}.jpg"], item, {"image_id": number}, key=str(asked["qa_id"]))
 
     def record(self, items: list[Any], fields: dict[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""VizWiz captions: five captions a picture, of which workers rejected some and some are a fixed sentence.
+"""VizWiz captions: five captions per picture, of which workers rejected some and some are a fixed sentence.
 
 annotations/{train,val,test}.json in COCO's form, pictures in train/, val/ and test/; test has no captions. The
 official loader drops rejected and precanned captions (`--captions official`: of val's 38,750 stay 33,145); plain COCO
@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from data_prep.sources.common import captions
-from data_prep.sources.common.index import Aside, Entry, Index
+from data_prep.sources.common.entry import Aside, Entry
+from data_prep.sources.common.index import Index
 from data_prep.sources.common.layout import LayoutOptions, LayoutSource
 
 VAL_TEXTS = {"official": 33_145, "all": 38_750}  # captions that stay

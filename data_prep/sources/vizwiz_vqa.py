@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from data_prep.sources.common import annotations, questions
-from data_prep.sources.common.index import Entry, Index
+from data_prep.sources.common.entry import Entry
+from data_prep.sources.common.index import Index
 from data_prep.sources.common.layout import LayoutOptions, LayoutSource
 
 SPLITS = ("train", "val", "test")
@@ -57,7 +58,7 @@ class VizWizVqa(LayoutSource):
             image = annotations.text(row["image"])
             item = {"question": annotations.text(row["question"]), "answers": [], "question_id": image}
             if split != "test" or "answers" in row:
-                item |= questions.of_annotation(row)
+                item |= questions.of_annotation(row, image)
                 item["scores"] = questions.soft_targets(item["answers"], listed, "official")
             name = f"{split}/{image}"
             fields = {"answerable": row["answerable"]} if "answerable" in row else {}

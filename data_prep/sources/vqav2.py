@@ -19,9 +19,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from data_prep.sources.common import annotations, captions, questions
-from data_prep.sources.common.index import Aside, Elsewhere, Entry, Index
-from data_prep.sources.common.layout import LayoutOptions, LayoutSource
+from data_prep.sources.common import annotations, captions, coco, questions
+from data_prep.sources.common.entry import Aside, Elsewhere, Entry
+from data_prep.sources.common.index import Index
+from data_prep.sources.common.layout import LayoutOptions
 from mmpeft_ds.errors import BadInput
 
 SUBTYPES = {"train": "train2014", "val": "val2014", "test": "test2015", "test_dev": "test-dev2015"}
@@ -47,7 +48,7 @@ class Options(LayoutOptions):
     targets: Literal["official", "normalised"] = "official"
 
 
-class VqaV2(LayoutSource):
+class VqaV2(coco.CocoSource):
     Options = Options
     title = "VQAv2"
     origin = (
@@ -125,9 +126,8 @@ class VqaV2(LayoutSource):
         names = self.files()[split]
         form = self.options.form
         if form in ("lxmert", "vlt5"):
-            return questions.scored(
-                annotations.items(self.root / names[0]), split, index, self._by_name, answers=split != "test"
-            )
+            answered = (form, split) != ("lxmert", "test")  # VL-T5's test is a part of val2014
+            return questions.scored(annotations.items(self.root / names[0]), split, index, self._by_name, answered)
         if form == "blip":
             return self._of_blip(self.root / names[0], split, index)
         self._listed = set(index.kept(LISTED))
@@ -144,10 +144,10 @@ class VqaV2(LayoutSource):
         for half in ANSWERED:
 
             def path(row: Any, half: str = half) -> str:
-                found = index.get("split", str(row["image_id"]))
-                if found is None and split == "train":  # which is told once
+                actual = index.get("split", str(row["image_id"]))
+                if actual is None and split == "train":  # this is reported once
                     raise Aside("picture in no split of Karpathy's file", str(row["question_id"]))
-                if found != split:
+                if actual != split:
                     raise Elsewhere
                 return self._path(SUBTYPES[half], row["image_id"])
 
@@ -156,12 +156,17 @@ class VqaV2(LayoutSource):
     def _of_blip(self, file: Path, split: str, index: Index) -> Iterator[Entry]:
         def entry(row: Any) -> Entry:
             answers = row.get("answer", []) if split == "test" else row["answer"]
-            answers = [annotations.text(a) for a in (answers if isinstance(answers, list) else [answers])]
-            item = {"question": annotations.text(row["question"]), "answers": answers}
+            answers = answers if isinstance(answers, list) else [answers]
+            item: dict[str, Any] = {"question": annotations.text(row["question"])}
+            key = None
             if "question_id" in row:
-                item["question_id"] = row["question_id"]
+                item["question_id"] = annotations.identifier(row["question_id"])
+                key = f"{row.get('dataset', 'vqa')} {row['question_id']}"
+            if isinstance(row.get("dataset"), str):
+                item["dataset"] = row["dataset"]  # vqa, or vg for Visual Genome's
             name = annotations.text(row["image"])
-            key = f"{row.get('dataset', 'vqa')} {row['question_id']}" if "question_id" in row else None
+            known = split != "test" or answers
+            item["answers"] = questions.answered(answers, key or name) if known else []
             return Entry(name, [name], item, {}, key=key)
 
         return index.parsed(split, annotations.items(file), entry)
@@ -180,11 +185,6 @@ class VqaV2(LayoutSource):
             account["expected"] = {"texts": 25_994}
         return account
 
-    def locate(self, name: str) -> Path:
-        """Pictures lie below the root, or in Images/mscoco/ as the official tools have it."""
-        plain = self.pictures_root / name
-        return plain if plain.exists() else self.pictures_root / "Images" / "mscoco" / name
-
     def _questions(self, split: str) -> str:
         name = f"v2_OpenEnded_mscoco_{SUBTYPES[split]}_questions.json"
         return self.first_there(name, f"Questions/{name}", f"vqa/{name}")
@@ -194,9 +194,8 @@ class VqaV2(LayoutSource):
         return self.first_there(name, f"Annotations/{name}", f"vqa/{name}")
 
     @staticmethod
-    def _path(subtype: str, number: int) -> str:
-        folder = "test2015" if subtype == "test-dev2015" else subtype
-        return f"{folder}/COCO_{folder}_{number:012d}.jpg"
+    def _path(subtype: str, number: Any) -> str:
+        return coco.picture("test2015" if subtype == "test-dev2015" else subtype, number)
 
     @staticmethod
     def _by_name(image: str) -> str:

@@ -5,12 +5,13 @@ A backbone is a file `backbones/NAME.py`, or a folder `backbones/NAME/` with `op
 has a default.
 """
 
-# S slots, I images, T texts, L text length, D feature widths
+# S slots, I images, V videos, T texts, L text length, D feature widths
 
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import numpy as np
@@ -20,8 +21,25 @@ from transformers import PreTrainedModel
 
 from mmpeft_ds.backbones.common.options import BackboneOptions
 from mmpeft_ds.data.batch import PackedBatch, Prompted
+from mmpeft_ds.data.token_counts import TokenCounts
+from mmpeft_ds.data.video import Times, Video
 from mmpeft_ds.errors import BadInput
 from mmpeft_ds.sites.base import base_model
+
+
+@dataclass(frozen=True)
+class ImagePrefix:
+    """The part of a model that images alone pass, and that is frozen to its end: what it gives for an image is always
+    the same, and can be kept.
+
+    Attributes:
+        modules: paths of its modules below the base model.
+        choice: all else that its values depend on besides weights, dtype, attention and the image transform, as JSON
+            has it.
+    """
+
+    modules: tuple[str, ...]
+    choice: dict[str, Any] = field(default_factory=dict)
 
 
 class BackboneBase(abc.ABC):
@@ -32,10 +50,13 @@ class BackboneBase(abc.ABC):
         labels: the closed list of answers or classes of the training data, None without one.
 
     Attributes:
-        Options: dataclass of the recipe keys beside `name`, a `BackboneOptions`, which also says what tasks may read
+        Options: dataclass of the recipe keys but `name`, a `BackboneOptions`, which also says what tasks may read
             of the model's output; its module imports neither torch nor transformers.
-        modalities: what `dummy` can make and a batch may hold, in the order in which the towers run.
+        modalities: what `dummy` can make and a batch may hold, in the order in which the towers run: `image`, `video`,
+            `text`. Without `video` the frames of a video are images.
         condition_width: width of the condition that the model publishes, None if it publishes none.
+        publishes_kinds: the language model reads the tokens of images in its sequence, and its condition says which
+            they are: `Condition.kinds`.
         generates: the model generates text: texts are `Prompted`, `read` gives a `GenerationOutput`, and `generate`
             works.
         ranks_answers: `rank` works.
@@ -45,14 +66,18 @@ class BackboneBase(abc.ABC):
             `statistics_width`, `statistics_key` and `build_vision` work.
         prompt_limit, target_limit: options that limit the tokens of a text, and of its target where it has one;
             messages about texts that were cut name them.
-        reads_bank: the model scores classes from a bank of class texts and support samples: `use_bank` is called
-            before `build`, and `read_classes` after it.
-        packs: the language model can read all texts of a batch as one row without padding, each by itself, where the
-            batch says so (`PackedBatch.padding_free`); `tokens` and `tokens_key` work.
+        reads_bank: the model scores classes from a bank of class texts and support samples: `use_bank` and
+            `use_trained_classes` are called before `build`, and `read_classes` after it.
+        unpackable: why the language model cannot read all texts of a batch as one row without padding, each by itself,
+            as the end of a sentence that begins with the backbone; empty: it can where the batch says so
+            (`PackedBatch.padding_free`), and `tokens` and `tokens_key` work.
         attentions: attention implementations that compute what the checkpoint means, the first for `auto`; empty: all
             that transformers has. flash-attn takes a mask for a number of tokens at one end of each row, which is
             wrong where padding stands between tokens.
+        no_videos: why videos cannot be read as such, where their frames must not pass for images unasked; data with
+            videos are then refused. Empty: they can, or frames are images.
         most_images: that a sample may have, 0 = any number; a sample with more is a bad one.
+        images_differ: images have sizes of their own; where their values are kept, the tower then sees one at a time.
         dtype: of the frozen weights. This and the next two are set from the recipe's `engine` section before `build`.
         attention: attention implementation as transformers names them; `auto` leaves the choice to the backbone.
         train_dropout: keep the dropout of the text tower on in training.
@@ -63,16 +88,19 @@ class BackboneBase(abc.ABC):
     Options: ClassVar[type[BackboneOptions]]
     modalities: tuple[str, ...] = ("image", "text")
     condition_width: int | None = None
+    publishes_kinds: bool = False
     generates: bool = False
     ranks_answers: bool = False
     embeds: bool = False
     wants_statistics: bool = False
     reads_bank: bool = False
-    packs: bool = False
+    unpackable: str = "reads each text in a row of its own, as it is set"
     attentions: tuple[str, ...] = ()
     prompt_limit: str = "max_text_length"
     target_limit: str = "max_text_length"
     most_images: int = 0
+    images_differ: bool = False
+    no_videos: str = ""
 
     def __init__(self, options: Any, labels: list[str] | None):
         self.options, self.labels = options, labels
@@ -98,8 +126,8 @@ class BackboneBase(abc.ABC):
     def image_transform(self, train: bool) -> Callable[[Tensor, torch.Generator | None], Any]:
         """Function (uint8 (3, H, W) RGB image, generator) -> what `collate_images` takes.
 
-        It must survive pickling. See `data.transform.ImageTransform` for what it may say besides, such as that it
-        takes stored features instead of pixels.
+        It must survive pickling. See `data.transform.ImageTransform` for its optional attributes, such as that it
+        takes stored features instead of pixels. Without `image` among the modalities any function serves.
 
         Args:
             train: augment, if this family does; the generator is seeded per sample and epoch.
@@ -128,8 +156,16 @@ class BackboneBase(abc.ABC):
         """Forward arguments of the image side, first dimension I. Default: `pixel_values`, the images stacked."""
         return {"pixel_values": torch.stack([torch.as_tensor(image) for image in images])}
 
+    def video_transform(self) -> Callable[[Video], Any] | None:
+        """Function of a video -> what `collate_videos` takes, which must survive pickling; None: frames are images."""
+        return None
+
+    def collate_videos(self, videos: list[Any]) -> dict[str, Tensor]:
+        """Forward arguments of videos, of a backbone with `video` among its modalities."""
+        raise self._lacks("video")
+
     def dummy(self, modality: str) -> Any:
-        """The smallest raw `image` (before the transform) or `text` that runs the tower of that modality.
+        """The smallest raw `image` or `video` (before the transform) or `text` that runs the tower of that modality.
 
         Under ZeRO-3 a rank whose batch lacks a modality runs it, with weight 0. Default: a black image of 8 x 8
         pixels, and the text "a".
@@ -149,7 +185,7 @@ class BackboneBase(abc.ABC):
         }
 
     def read(self, outputs: Any, batch: PackedBatch) -> Any:
-        """What the task sees of the model's outputs.
+        """The outputs of the model in the form that tasks read.
 
         Default: the outputs themselves. A model that generates returns a `GenerationOutput`, logits beside labels.
         """
@@ -179,29 +215,36 @@ class BackboneBase(abc.ABC):
         """
         return batch.texts["labels"]
 
-    def tokens(self, texts: list[Any], image_sizes: list[tuple[int, int]]) -> tuple[int, int]:
-        """Tokens that the language model reads for the texts of one sample together, images included, and tokens of
-        its images, each counted once.
+    def tokens(
+        self, texts: list[Any], image_sizes: list[tuple[int, int]], videos: Sequence[tuple[int, int, Times]] = ()
+    ) -> TokenCounts:
+        """Cost of the texts, images and videos of one sample: tokens that the language model reads, image and video
+        tokens included, and patches. For a backbone that packs, or has `video` among its modalities.
 
         Args:
-            texts: what the task's `read` returned, the number of images set.
+            texts: what the task's `read` returned, the number of images and videos set.
             image_sizes: (height, width) of its images, before the transform.
+            videos: height, width and times of the frames of its videos.
 
         Raises:
             BadSample: as `collate_texts`.
         """
-        raise self._lacks("packs")
+        raise self._lacks("unpackable")
 
-    def costs(self, tokens: np.ndarray, of_images: np.ndarray) -> np.ndarray:
-        """Cost of training on samples with these numbers of `tokens`, in any unit, by which ranks are balanced.
+    def costs(self, counts: TokenCounts) -> np.ndarray:
+        """Cost of training on samples, over that of a token in the weights of the language model, by which ranks are
+        balanced.
 
-        Default: that of the language model, which grows with the tokens.
+        Args:
+            counts: of arrays (samples,), as `tokens` gives them for one sample.
+
+        Default: tokens.
         """
-        return tokens.astype(np.float64)
+        return counts.tokens.astype(np.float64)
 
     def tokens_key(self) -> str:
-        """Hash of all that `tokens` depends on beside its arguments."""
-        raise self._lacks("packs")
+        """Hash of all that `tokens` depends on besides its arguments."""
+        raise self._lacks("unpackable")
 
     def frozen_prefix(self, model: nn.Module) -> list[str]:
         """Paths of modules below the lowest trainable one; they run in eval mode and without autograd.
@@ -209,6 +252,39 @@ class BackboneBase(abc.ABC):
         Default: none, which is always right and sometimes slower.
         """
         return []
+
+    # frozen work done once (`engine.cache_frozen`)
+
+    def image_prefix(self, model: nn.Module) -> ImagePrefix | None:
+        """The module at which the frozen prefix of images ends; None if a part of it trains, or there is none to
+        cache.
+
+        Args:
+            model: the base model, adapters in place.
+
+        Default: none.
+        """
+        return None
+
+    def image_values(self, model: nn.Module, images: dict[str, Tensor]) -> list[dict[str, Tensor]]:
+        """Output of that prefix for each image of `PackedBatch.images`, by names of forward arguments.
+
+        Under ZeRO-3 all ranks call it together.
+        """
+        raise self._lacks("image_prefix")
+
+    def collate_apart(self, images: list[Any]) -> dict[str, Tensor]:
+        """Images as `some_images` takes them apart again. Default: as `collate_images`."""
+        return self.collate_images(images)
+
+    def some_images(self, images: dict[str, Tensor], chosen: Sequence[int]) -> dict[str, Tensor]:
+        """These of the images of `collate_apart`, in this order, as `collate_images` gives them. Default: by the first
+        dimension."""
+        return {name: tensor[list(chosen)] for name, tensor in images.items()}
+
+    def collate_values(self, values: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+        """Values of images as `PackedBatch.images` then holds them in place of pixels. Default: stacked."""
+        return {name: torch.stack([value[name] for value in values]) for name in values[0]}
 
     # a model that generates text (`generates`), or ranks given answers (`ranks_answers`)
 
@@ -288,6 +364,10 @@ class BackboneBase(abc.ABC):
         """The frozen tower alone: what `collate_images` returned -> (I, statistics_width) float32 features."""
         raise self._lacks("wants_statistics")
 
+    def statistics_rows(self, images: dict[str, Tensor]) -> Tensor:
+        """(I, statistics_width) float32 features in values of the frozen prefix, as `collate_values` gave them."""
+        raise self._lacks("wants_statistics")
+
     # stored features, an encoder inside, a bank (`reads_bank`)
 
     def use_features(self, towers: dict[str, Any]) -> None:
@@ -327,6 +407,10 @@ class BackboneBase(abc.ABC):
         """Take the parts of a `sites.feature_site.Bank`, on the meta device where only shapes are known."""
         raise self._lacks("reads_bank")
 
+    def use_trained_classes(self, classes: list[int]) -> None:
+        """Take the indices of the classes that occur in training; called before `build` where it `reads_bank`."""
+        raise self._lacks("reads_bank")
+
     def read_classes(self, model: nn.Module) -> None:  # noqa: B027 (an empty default is meant)
         """Fill in class texts that the bank lacks; the weights of `model` are whole, and no adapter is attached yet.
 
@@ -343,7 +427,7 @@ class ModelHooks:
     A stock model needs no mixin: `model_hooks` gives these defaults for it.
 
     Attributes:
-        head_modules: paths of modules that are trained whole, as peft's `modules_to_save`. Default: none.
+        head_modules: paths of modules that are trained in full, as peft's `modules_to_save`. Default: none.
         runs_again: paths of towers that one forward runs several times; ZeRO-3 then keeps finer hooks in them.
             Default: none.
         runs_unevenly: paths of modules whose parts may run more often on one rank than on another, such as once an

@@ -5,12 +5,13 @@ sample (padding and bad samples, of weight 0) are one case. A frozen tower runs 
 belong to it.
 """
 
-# S slots of this rank's micro-batch, I images, T texts, L text length
+# S slots of this rank's micro-batch, I images, V videos, T texts, L text length
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -19,13 +20,17 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from mmpeft_ds.data.frozen_store import Place, StoredImage
 from mmpeft_ds.errors import BadSample
 from mmpeft_ds.host_copies import both, to_device
 
 if TYPE_CHECKING:
+    from mmpeft_ds.data.video import Times
     from mmpeft_ds.ops.token_scores import TokenScores
 
-IMAGE_MARK = "<image>"
+IMAGE_MARK, VIDEO_MARK = "<image>", "<video>"
+MARKS = re.compile(f"({IMAGE_MARK}|{VIDEO_MARK})")
+FRESH, STORED, DUMMY = 0, 1, 2  # an image whose value must be computed, is stored, or does not matter
 
 
 @dataclass(frozen=True)
@@ -37,10 +42,10 @@ class Prompted:
         target: text that it should generate; empty if unknown.
         turns: earlier turns of a conversation, as (role, text), with roles `system`, `user` and `assistant`. Those of
             the assistant enter the loss as `target` does.
-        images: number of images of the sample, set by packing. IMAGE_MARK in prompt and turns stands for one image
-            each, in their order; without any mark the images come first.
-        spellings: what the text says in the place of each image, where the image decides (`SpelledImage`), set by
-            packing; empty: one mark of the model's.
+        images, videos: number of images and of videos of the sample, set by packing. IMAGE_MARK and VIDEO_MARK in
+            prompt and turns stand for one each, in their order; without any mark of its kind they come first.
+        spellings, video_spellings: what the text says in place of each, where the image or video decides
+            (`Spelled`), set by packing; empty: one mark of the model's.
     """
 
     prompt: str
@@ -48,18 +53,40 @@ class Prompted:
     turns: tuple[tuple[str, str], ...] = ()
     images: int | None = None
     spellings: tuple[str, ...] = ()
+    videos: int = 0
+    video_spellings: tuple[str, ...] = ()
 
-    def with_images(self, images: int, spellings: tuple[str, ...] = ()) -> Prompted:
-        """A copy for a sample of that many images. Raises BadSample if its texts name another number of them."""
-        named = self.marks
-        if named not in (0, images):
-            raise BadSample("images", f"the text names {IMAGE_MARK} {named} times, but the sample has {images} images")
-        return dataclasses.replace(self, images=images, spellings=spellings)
+    def with_images(
+        self, images: int, spellings: tuple[str, ...] = (), videos: int = 0, video_spellings: tuple[str, ...] = ()
+    ) -> Prompted:
+        """A copy for a sample with that many. Raises BadSample if its texts name another number of them."""
+        for kind, mark, number in (("images", IMAGE_MARK, images), ("videos", VIDEO_MARK, videos)):
+            named = self.marks(mark)
+            if named not in (0, number):
+                raise BadSample(kind, f"the text names {mark} {named} times, but the sample has {number} {kind}")
+        return dataclasses.replace(
+            self, images=images, spellings=spellings, videos=videos, video_spellings=video_spellings
+        )
 
-    @property
-    def marks(self) -> int:
-        """Number of marks for images in its texts."""
-        return sum(text.count(IMAGE_MARK) for text in (self.prompt, *(text for _, text in self.turns)))
+    def marks(self, mark: str = IMAGE_MARK) -> int:
+        """Number of times that its texts name an image or video."""
+        return sum(text.count(mark) for text in (self.prompt, *(text for _, text in self.turns)))
+
+    def with_frames(self, frames: Sequence[int]) -> Prompted:
+        """A copy that names each of so many frames of each video as an image.
+
+        Raises:
+            BadSample: if it names another number of videos, or an image after one, whose frames stand after all
+                images.
+        """
+        texts = [*(text for _, text in self.turns), self.prompt]
+        kinds = [mark for text in texts for mark in MARKS.findall(text)]
+        if kinds.count(VIDEO_MARK) not in (0, len(frames)) or kinds != sorted(kinds):
+            raise BadSample("videos", f"frames are read as images, which is for {len(frames)} {VIDEO_MARK} after all")
+        left = iter(frames)
+        texts = [re.sub(VIDEO_MARK, lambda _: "\n".join([IMAGE_MARK] * next(left)), text) for text in texts]
+        turns = tuple((role, text) for (role, _), text in zip(self.turns, texts, strict=False))
+        return dataclasses.replace(self, prompt=texts[-1], turns=turns)
 
 
 @dataclass(frozen=True)
@@ -78,11 +105,11 @@ class Described:
         return self.text
 
 
-class SpelledImage(dict[str, Tensor]):
-    """What an image transform makes of an image whose content or size decides how the text spells it.
+class Spelled(dict[str, Tensor]):
+    """A transformed image or video whose size or content decides how the text spells it.
 
     Attributes:
-        spelling: text that stands for the image in that of a language model.
+        spelling: text that stands for it in that of a language model.
     """
 
     def __init__(self, tensors: Mapping[str, Tensor], spelling: str):
@@ -90,7 +117,7 @@ class SpelledImage(dict[str, Tensor]):
         self.spelling = spelling
 
     def __reduce__(self) -> Any:
-        return SpelledImage, (dict(self), self.spelling)
+        return Spelled, (dict(self), self.spelling)
 
 
 class CollatedTexts(dict[str, Tensor]):
@@ -107,7 +134,7 @@ class CollatedTexts(dict[str, Tensor]):
 
 @dataclass
 class GenerationOutput:
-    """Outputs of a generative model for the T texts of a batch; made by `Backbone.read`, read by tasks.
+    """Outputs of a generative model for the T texts of a batch; made by `BackboneBase.read`, read by tasks.
 
     Attributes:
         logits: (T, S, V); position s predicts `labels[:, s]`, with the shift of the model family undone. None where
@@ -159,7 +186,7 @@ class GenerationOutput:
     def spelled_as(self, generated: str, references: Sequence[str]) -> str:
         """A generated text as the references spell it, where it is one of them to the model's tokenizer.
 
-        Tokenizers drop spaces, case or accents, so that a model cannot generate some references to the letter. Texts
+        Tokenizers drop spaces, case or accents, so that a model cannot generate some references exactly. Texts
         that are the same to the tokenizer become the same here, and no others.
 
         Returns:
@@ -178,11 +205,14 @@ class Sample:
     Attributes:
         sample_id: `dataset/key` as the manifest names it; empty for padding.
         weight: 1 for a good sample, 0 for padding, a bad sample or a dummy.
-        images: results of the backbone's image transform, in order.
+        images, videos: results of the backbone's transforms, in order.
+        times: of the frames of each video, in seconds.
         texts: strings, `Prompted` for generative models, or `Described` where features are stored.
         targets: one task-defined target per text.
         record: the sample's JSON, for metrics and the page of predictions.
         bad: (kind, shard, key) if the sample could not be used.
+        place: which sample it is to a store of what frozen towers give; images may then be `StoredImage`s, all of
+            them. None: nothing is stored.
     """
 
     sample_id: str = ""
@@ -192,6 +222,9 @@ class Sample:
     targets: list[Any] = field(default_factory=list)
     record: dict[str, Any] = field(default_factory=dict)
     bad: tuple[str, str, str] | None = None
+    place: Place | None = None
+    videos: list[Any] = field(default_factory=list)
+    times: list[tuple[float, ...]] = field(default_factory=list)
 
 
 @dataclass
@@ -210,8 +243,15 @@ class PackedBatch:
         raw_texts: T strings, or `Prompted` with the number of images set.
         bad: (kind, shard, key) of the slots that could not be used.
         changes: (T, 3) as in `CollatedTexts`; None if nobody counted.
-        padding_free: a language model is to read all texts as one row, one behind the other and each by itself. Here
+        padding_free: a language model is to read all texts as one row, one after the other and each by itself. Here
             they are padded as ever; the backbone makes the row, since it knows how many tokens an image becomes.
+        image_places: (I, 5) int64 where what frozen towers give is stored or computed apart: FRESH, STORED or DUMMY,
+            the three numbers of the sample's `Place`, and which of its images. `images` then holds the fresh ones
+            alone, until `engine.frozen_images` has put the values of all in their place. None elsewhere.
+        spellings: of the images, with `image_places`.
+        videos: forward arguments of videos, as `images`; empty if none.
+        video_owner: (V,) int64, slot that owns video i, non-decreasing.
+        video_times: of the frames of each video, in seconds.
     """
 
     sample_id: list[str]
@@ -226,11 +266,16 @@ class PackedBatch:
     bad: list[tuple[str, str, str]]
     changes: Tensor | None = None
     padding_free: bool = False
+    image_places: Tensor | None = None
+    spellings: list[str] = field(default_factory=list)
+    videos: dict[str, Tensor] = field(default_factory=dict)
+    video_owner: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
+    video_times: list[tuple[float, ...]] = field(default_factory=list)
 
     @property
     def modalities(self) -> frozenset[str]:
-        """Those of `image` and `text` of which this micro-batch has any."""
-        present = {"image": len(self.image_owner), "text": len(self.text_owner)}
+        """Those of `image`, `video` and `text` of which this micro-batch has any."""
+        present = {"image": len(self.image_owner), "video": len(self.video_owner), "text": len(self.text_owner)}
         return frozenset(name for name, count in present.items() if count)
 
     @property
@@ -239,7 +284,8 @@ class PackedBatch:
         return both(lambda weight, owner: weight[owner], self.weight, self.text_owner)
 
     def changed_texts(self) -> list[int]:
-        """How many texts of weight > 0 have a cut prompt, a cut target, and control tokens that are read as words."""
+        """Numbers of texts of weight > 0 with a cut prompt, with a cut target, and with control tokens that are read
+        as words."""
         if self.changes is None:
             return [0, 0, 0]
         return ((self.changes > 0) & (self.text_weight > 0)[:, None]).sum(0).tolist()
@@ -277,12 +323,26 @@ def hash_id(sample_id: str) -> int:
     return int.from_bytes(hashlib.blake2b(sample_id.encode(), digest_size=8).digest(), "big")
 
 
-def with_images(texts: Sequence[Any], images: Sequence[Any]) -> list[Any]:
-    """`texts` of a sample with these transformed images, which are set in `Prompted` ones. Raises BadSample."""
-    spellings = tuple(image.spelling for image in images if isinstance(image, SpelledImage))
-    return [
-        t.with_images(len(images), spellings) if isinstance(t, Prompted) and t.images is None else t for t in texts
-    ]
+def with_images(texts: Sequence[Any], images: Sequence[Any], videos: Sequence[Any] = ()) -> list[Any]:
+    """`texts` of a sample with these transformed images and videos, which are set in `Prompted` ones.
+
+    Raises:
+        BadSample: if a text names another number of them.
+    """
+    of_images, of_videos = (tuple(filter(None, map(spelling_of, media))) for media in (images, videos))
+    given = len(images), of_images, len(videos), of_videos
+    return [t.with_images(*given) if isinstance(t, Prompted) and t.images is None else t for t in texts]
+
+
+def as_frames(texts: Sequence[Any], videos: Sequence[Times]) -> list[Any]:
+    """`texts` of a sample whose videos are read as images, see `Prompted.with_frames`. Raises BadSample."""
+    frames = [len(video.of_frames) for video in videos]
+    return [t.with_frames(frames) if frames and isinstance(t, Prompted) else t for t in texts]
+
+
+def spelling_of(image: Any) -> str:
+    """The text that stands for a transformed image; empty where the image does not decide it."""
+    return image.spelling if isinstance(image, (Spelled, StoredImage)) else ""
 
 
 def check_images(number: int, most: int) -> None:
@@ -296,8 +356,9 @@ def pack(
     collate_images: Callable[[list[Any]], dict[str, Tensor]],
     collate_texts: Callable[[list[Any]], dict[str, Tensor]],
     collate_targets: Callable[[list[Any]], dict[str, Tensor]],
+    collate_videos: Callable[[list[Any]], dict[str, Tensor]] | None = None,
 ) -> PackedBatch:
-    """Pack `samples` into one batch; the three functions turn a flat, non-empty list into tensors.
+    """Pack `samples` into one batch; the functions turn a flat, non-empty list into tensors.
 
     Raises:
         ValueError: if a sample has another number of targets than texts.
@@ -307,7 +368,9 @@ def pack(
         if len(s.targets) != len(s.texts):
             raise ValueError(f"sample {s.sample_id!r}: {len(s.texts)} texts but {len(s.targets)} targets")
     images = [image for s in samples for image in s.images]
-    texts = [text for s in samples for text in with_images(s.texts, s.images)]
+    fresh = [image for image in images if not isinstance(image, StoredImage)]
+    videos = [video for s in samples for video in s.videos]
+    texts = [text for s in samples for text in with_images(s.texts, s.images, s.videos)]
     targets = [target for s in samples for target in s.targets]
 
     def owner(counts: list[int]) -> Tensor:
@@ -317,7 +380,7 @@ def pack(
     return PackedBatch(
         sample_id=[s.sample_id for s in samples],
         weight=torch.tensor([s.weight for s in samples], dtype=torch.float32),
-        images=collate_images(images) if images else {},
+        images=collate_images(fresh) if fresh else {},
         image_owner=owner([len(s.images) for s in samples]),
         texts=dict(collated),
         text_owner=owner([len(s.texts) for s in samples]),
@@ -326,7 +389,25 @@ def pack(
         raw_texts=[t.text if isinstance(t, Described) else t for t in texts],
         bad=[s.bad for s in samples if s.bad is not None],
         changes=changes_of(collated, len(texts)),
+        image_places=_places(samples),
+        spellings=list(map(spelling_of, images)),
+        videos=collate_videos(videos) if videos else {},
+        video_owner=owner([len(s.videos) for s in samples]),
+        video_times=[times for s in samples for times in s.times],
     )
+
+
+def _places(samples: Sequence[Sample]) -> Tensor | None:
+    """`PackedBatch.image_places`; None where no sample has a place."""
+    if all(s.place is None for s in samples):
+        return None
+    rows = []
+    for s in samples:
+        place = s.place or Place(0, 0, 0)
+        for number, image in enumerate(s.images):
+            state = FRESH if not isinstance(image, StoredImage) else STORED if place.samples else DUMMY
+            rows.append([state, place.shard, place.samples, place.sample, number])
+    return torch.tensor(rows, dtype=torch.int64).reshape(-1, 5)
 
 
 def changes_of(collated: Mapping[str, Tensor], texts: int) -> Tensor:

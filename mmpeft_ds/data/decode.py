@@ -20,13 +20,12 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from mmpeft_ds.data.formats import FORMATS, MAX_PIXELS
+from mmpeft_ds.data.formats import FORMATS, MAX_PIXELS, ORIENTATION, check_pixels
 from mmpeft_ds.data.options import DataOptions
+from mmpeft_ds.data.pictures import to_rgb
 from mmpeft_ds.errors import BadSample
 
 Pixels = Literal["shown", "published"]
-
-ORIENTATION = 0x0112
 
 
 def decode(
@@ -62,8 +61,10 @@ def picture_reader(options: DataOptions) -> Callable[..., Tensor]:
 def size_of(data: bytes, pixels: Pixels = "shown") -> tuple[int, int]:
     """(height, width) of the image that `decode` gives, from the header. Raises BadSample if there is none."""
     try:
-        image = Image.open(io.BytesIO(data), formats=FORMATS)
-        turned = pixels == "shown" and image.getexif().get(ORIENTATION, 1) in (5, 6, 7, 8)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of large images: the limit that counts is the recipe's
+            image = Image.open(io.BytesIO(data), formats=FORMATS)
+            turned = pixels == "shown" and image.getexif().get(ORIENTATION, 1) in (5, 6, 7, 8)
     except Exception as error:  # noqa: BLE001 - Pillow's plugins raise nearly anything on damaged input
         raise BadSample("image", f"{type(error).__name__}: {error}") from error
     return image.size if turned else image.size[::-1]
@@ -100,7 +101,7 @@ def _decode_jpeg(data: bytes, max_pixels: int, min_size: tuple[int, int] | None,
     """A JPEG decoded by libjpeg-turbo; None for those that Pillow must try (CMYK, damaged, or unusual)."""
     try:
         height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
-        _check_pixels(width, height, max_pixels)
+        check_pixels(width, height, max_pixels)
         if colorspace not in ("YCbCr", "Gray", "RGB"):
             return None
         orientation = _jpeg_orientation(data) if pixels == "shown" else 1
@@ -122,11 +123,11 @@ def _decode_other(data: bytes, max_pixels: int, pixels: Pixels) -> Tensor:
             # Pillow warns of large images and odd metadata; max_pixels is the limit here.
             warnings.simplefilter("ignore")
             image = Image.open(io.BytesIO(data), formats=FORMATS)
-            _check_pixels(*image.size, max_pixels)
+            check_pixels(*image.size, max_pixels)
             image.load()
             shown = pixels == "shown"
             orientation = image.getexif().get(ORIENTATION, 1) if shown else 1
-            array = np.array(_to_rgb(image) if shown else image.convert("RGB"))
+            array = np.array(to_rgb(image) if shown else image.convert("RGB"))
     except BadSample:
         raise
     except Image.DecompressionBombError as error:
@@ -136,24 +137,6 @@ def _decode_other(data: bytes, max_pixels: int, pixels: Pixels) -> Tensor:
     except Exception as error:  # noqa: BLE001 - Pillow's plugins raise nearly anything on damaged input
         raise BadSample("image", f"{type(error).__name__}: {error}") from error
     return _oriented(torch.from_numpy(array).permute(2, 0, 1), orientation)
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I"):
-        # 16-bit greyscale: Pillow's own conversion would clip everything above 255 to white.
-        return Image.fromarray((np.array(image).clip(0, 65535) >> 8).astype(np.uint8)).convert("RGB")
-    if image.mode == "F":
-        raise BadSample("image", "floating-point pixels have no known range")
-    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
-        return Image.alpha_composite(white, image).convert("RGB")
-    return image.convert("RGB")
-
-
-def _check_pixels(width: int, height: int, max_pixels: int) -> None:
-    if width * height > max_pixels:
-        raise BadSample("pixels", f"{width}x{height} exceeds {max_pixels} pixels")
 
 
 def _jpeg_orientation(data: bytes) -> int:

@@ -13,6 +13,7 @@ import os
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
 from mmpeft_ds.data.manifest import local_path, sample_key
 from mmpeft_ds.data.shards import BLOCK, HINT, ShardReader
@@ -33,6 +34,20 @@ class Member:
     size: np.ndarray
 
 
+def _mapped(path: str) -> np.ndarray:
+    """The bytes of a file, read where they are used.
+
+    Not by numpy, whose maps keep a descriptor each: a thousand shards would reach the usual limit of a process.
+    """
+    with open(path, "rb") as file:  # whose error has a kind, unlike torch's
+        size = os.fstat(file.fileno()).st_size
+    if size == 0:
+        raise ValueError("empty")
+    data = torch.from_file(path, shared=False, size=size, dtype=torch.uint8).numpy()
+    data.flags.writeable = False
+    return data
+
+
 class ShardColumns:
     """The features of one shard.
 
@@ -49,10 +64,11 @@ class ShardColumns:
 
     Raises:
         OSError: if the file cannot be opened.
+        ValueError: if it is empty.
     """
 
     def __init__(self, path: str, offsets: np.ndarray, keys: list[str]):
-        self.bytes = np.asarray(np.memmap(path, np.uint8, mode="r"))  # a plain array: slices of memmaps are slow
+        self.bytes = _mapped(path)
         offsets = np.asarray(offsets)
         by_extension, good = _members(self.bytes, offsets, keys)
         self.json = by_extension["json"]
@@ -150,7 +166,7 @@ class Columns:
             keys = [sample_key(split, first + i) for i in range(info.samples)]
             try:
                 self._open[number] = ShardColumns(path, manifest.offsets(split, number), keys)
-            except (OSError, ValueError) as error:  # ValueError: an empty file cannot be mapped
+            except (OSError, ValueError) as error:
                 if isinstance(error, ValueError) and os.path.exists(path):
                     raise BadInput(f"{path}: shard is empty. {HINT}") from error
                 raise BadInput(f"{path}: shard cannot be opened ({error}). {HINT}") from error

@@ -187,7 +187,7 @@ def write_class_texts(dir: Path, name: str, positive: Tensor, negative: Tensor) 
 
 
 def negated(template: str) -> str:
-    """A template that denies its class: `no` before the class, in the place of an article.
+    """A template that denies its class: `no` before the class, in place of an article.
 
     Source: HeGraphAdapter, arXiv 2410.07854, assumption A-2. The template is edited before the class name is filled
     in, since names may hold the same words.

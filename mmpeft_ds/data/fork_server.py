@@ -6,3 +6,4 @@ import mmpeft_ds.data.stream  # noqa: F401 - torch and the decoders are loaded h
 
 # Ignore a signal to the whole process group: if the server ended, so would its workers, before the run has saved.
 signal.signal(signal.SIGTERM, signal.SIG_IGN)
+signal.signal(signal.SIGUSR1, signal.SIG_IGN)

@@ -13,6 +13,7 @@ READ = (*STORED, "ppm")
 # Plugins of Pillow that may parse what comes from outside; Pillow knows many more.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 MAX_PIXELS = 89_478_485
+ORIENTATION = 0x0112  # EXIF's tag of how a stored picture is to be turned
 MAX_SAMPLE_BYTES = 2**30
 # As `Path.suffix` gives the endings.
 STORED_SUFFIXES = tuple(f".{ending}" for ending in STORED)
@@ -22,6 +23,12 @@ READ_SUFFIXES = tuple(f".{ending}" for ending in READ)
 MAX_ASPECT = 200
 # Regions of a picture as they are stored for published models: the best 36, or up to 100. Both are also whole grids.
 REGION_COUNTS = (36, 100)
+
+
+def check_pixels(width: int, height: int, max_pixels: int) -> None:
+    """Raises BadSample for a picture of more than `max_pixels`."""
+    if width * height > max_pixels:
+        raise BadSample("pixels", f"{width}x{height} exceeds {max_pixels} pixels")
 
 
 def check_aspect(height: int, width: int) -> None:

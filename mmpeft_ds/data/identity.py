@@ -1,7 +1,7 @@
 """Identity of pictures: which samples show the same ones, and which captions belong to several.
 
 Retrieval takes samples with equal pictures as one picture, and every caption as the text of its own picture. Both are
-said when a data set is prepared, since a file with one line a caption looks as if it had more pictures than it has.
+said when a data set is prepared, since a file with one line per caption looks as if it had more pictures than it has.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from typing import Any
 
 import numpy as np
 import xxhash
+
+from mmpeft_ds.data.video import FIELDS as VIDEO_FIELDS
 
 PICTURE = "picture"  # key of a record: `content_id` of its images, where a task asks for it
 BLOCK = 1 << 18  # identities compared at a time, which bounds the memory for any number of samples
@@ -42,7 +44,7 @@ class Contents:
             digests = [_digest(data) for data in seen]
             whole = int(_together(digests), 16) if digests else 0
             # Frames are no pictures of their own: many videos begin with the same black one.
-            single = len(digests) == 1 or "frame_times" in record
+            single = len(digests) == 1 or not record.keys().isdisjoint(VIDEO_FIELDS)
             pictures = [whole] if single else [int(_together([digest]), 16) for digest in digests]
         captions = record.get("captions")
         self._of["samples"].append(whole)
@@ -65,7 +67,7 @@ def summary(blocks: Callable[[], Iterator[Arrays]]) -> dict[str, dict[str, int]]
     """Field path -> what `Manifest.fields` holds besides, of all samples of a split.
 
     Args:
-        blocks: gives anew `Contents.arrays` of the split's shards, in order; called several times where there are
+        blocks: gives again `Contents.arrays` of the split's shards, in order; called several times where there are
             many samples.
 
     Returns:
@@ -74,10 +76,13 @@ def summary(blocks: Callable[[], Iterator[Arrays]]) -> dict[str, dict[str, int]]
     """
     shown = distinct = shared = 0
     for here in passes(blocks, "samples"):
-        pictures = np.concatenate([here(block["samples"]) for block in blocks()] or [_NONE])
-        pictures = pictures[pictures != 0]
-        shown += len(pictures)
-        distinct += len(np.unique(pictures))
+        different = []
+        for block in blocks():
+            pictures = here(block["samples"])
+            pictures = pictures[pictures != 0]
+            shown += len(pictures)
+            different.append(np.unique(pictures))
+        distinct += len(np.unique(np.concatenate(different or [_NONE])))
     for here in passes(blocks, "captions"):
         shared += _shared(here, blocks)
     numbers = {}
@@ -99,22 +104,37 @@ def passes(blocks: Callable[[], Iterator[Arrays]], name: str) -> Iterator[Callab
 
 def _shared(here: Callable[..., np.ndarray], blocks: Callable[[], Iterator[Arrays]]) -> int:
     """Captions of one pass that belong to more than one picture."""
-    texts, owners, first = [], [], 0
+    repeated = _repeated(here(block["captions"]) for block in blocks())
+    if not len(repeated):
+        return 0
+    # Of the few that stand several times: how often each does, and its lowest and highest owner.
+    number = np.zeros(len(repeated), dtype=np.int64)
+    low, high = np.full(len(repeated), 2**64 - 1, dtype=np.uint64), np.zeros(len(repeated), dtype=np.uint64)
+    first = 0
     for block in blocks():
         samples = block["samples"]
         numbers = np.arange(first, first + len(samples), dtype=np.uint64)
         owner = np.repeat(np.where(samples != 0, samples, numbers), block["caption_counts"])
-        texts.append(here(block["captions"]))
-        owners.append(here(block["captions"], owner))
+        text, owner = here(block["captions"]), here(block["captions"], owner)
+        at = np.minimum(np.searchsorted(repeated, text), len(repeated) - 1)
+        same = repeated[at] == text
+        at, owner = at[same], owner[same]
+        np.add.at(number, at, 1)
+        np.minimum.at(low, at, owner)
+        np.maximum.at(high, at, owner)
         first += len(samples)
-    text, owner = (np.concatenate(found or [_NONE]) for found in (texts, owners))
-    if not len(text):
-        return 0
-    order = np.lexsort((owner, text))
-    text, owner = text[order], owner[order]
-    starts = np.flatnonzero(np.concatenate([[True], text[1:] != text[:-1]]))
-    ends = np.append(starts[1:], len(text))
-    return int((ends - starts)[owner[starts] != owner[ends - 1]].sum())
+    return int(number[low != high].sum())
+
+
+def _repeated(blocks: Iterable[np.ndarray]) -> np.ndarray:
+    """Values that stand several times in all blocks together, in order."""
+    seen = []
+    for block in blocks:
+        values, counts = np.unique(block, return_counts=True)
+        seen += [values, values[counts > 1]]
+    together = np.concatenate(seen or [_NONE])
+    together.sort()
+    return np.unique(together[1:][together[1:] == together[:-1]])
 
 
 _NONE = np.zeros(0, dtype=np.uint64)
@@ -138,8 +158,8 @@ def notes(split: str, fields: dict[str, dict[str, Any]]) -> list[str]:
     lines = []
     if "distinct" in images:
         lines.append(
-            f"{split}: {images['of']:,} samples show {images['distinct']:,} different pictures. Retrieval takes equal "
-            "ones as one picture with the captions of all."
+            f"{split}: {images['of']:,} samples show {images['distinct']:,} different pictures. Retrieval "
+            "and captioning take equal ones as one picture with the captions of all."
         )
     if "shared" in captions:
         lines.append(
@@ -147,9 +167,9 @@ def notes(split: str, fields: dict[str, dict[str, Any]]) -> list[str]:
             "In retrieval each counts for its own picture alone, so `img_r1` stays below 100."
         )
     answers = fields.get("questions[].answers", {})
-    if 1 < answers.get("max", 0) < 10:
+    if answers.get("max", 0) > 1 and answers["min"] < 10:
         lines.append(
-            f"{split}: questions have at most {answers['max']} answers. The official VQA measure is made for ten: of "
-            "two or three a right answer scores below 1. `accuracy_any` stands beside it."
+            f"{split}: questions have {answers['min']} to {answers['max']} answers. The official VQA measure is made "
+            "for ten: of two or three a right answer scores below 1. `accuracy_any` stands beside it."
         )
     return lines

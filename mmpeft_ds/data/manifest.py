@@ -63,7 +63,7 @@ class Manifest:
         licence: SPDX name or a short statement.
         source: `name` of the file in data_prep/sources, its `options`, and `fingerprint` of the data that the shards
             were made from: file or package name -> version or sha256; `resize` where pictures were stored smaller, see
-            `data_prep.resize.described`.
+            `data_prep.common.resize.described`.
         samples_per_shard: of every shard but the last of a split.
         splits: split -> its shards, in order.
         index: split -> its side file.
@@ -191,8 +191,8 @@ class Manifest:
         except Exception as error:  # noqa: BLE001 - the header is a Python literal, whose parser raises nearly anything
             raise BadInput(f"{self.path(info.file)}: no array ({' '.join(str(error).split())}); {hint}.") from error
         if not isinstance(table, np.ndarray) or table.shape != expected or table.dtype != np.int64:
-            found = f"{table.dtype} {table.shape}" if isinstance(table, np.ndarray) else "several arrays"
-            raise BadInput(f"{self.path(info.file)}: {found}, expected int64 {expected}; {hint}.")
+            actual = f"{table.dtype} {table.shape}" if isinstance(table, np.ndarray) else "several arrays"
+            raise BadInput(f"{self.path(info.file)}: {actual}, expected int64 {expected}; {hint}.")
         first = 0
         for shard in self.shards(split):
             begin, length = table[first : first + shard.samples].T
@@ -240,7 +240,7 @@ def sample_key(split: str, number: int) -> str:
 
 
 def local_path(url: str) -> str | None:
-    """The path behind a local path or file:// URL, None for anything else."""
+    """The path of a local path or file:// URL, None for anything else."""
     if url.startswith("file://"):
         return url[len("file://") :]
     return None if re.match(r"pipe:|[A-Za-z0-9_+.-]+(://|::)", url) else url

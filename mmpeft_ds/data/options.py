@@ -34,8 +34,10 @@ class DataOptions:
         sources: data sets for training; each step takes one source, so one task.
         validation: data sets that are evaluated during training; the first decides on `best` and early stopping.
         global_batch: slots of one optimizer step over all ranks and accumulation steps.
+        seed: of the order of the samples and of their augmentation; null: the recipe's `seed`, which is that of
+            initialisation and dropout besides.
         workers: loader processes per rank; 0 decodes in the training process.
-        pack: tokens of a micro-batch, 0 = off. Texts then stand one behind the other in one row without padding, each
+        pack: tokens of a micro-batch, 0 = off. Texts then follow one another in one row without padding, each
             read by itself; each step takes as many micro-steps as its tokens need, and ranks get about the same
             number. A sample of more tokens has a micro-batch to itself. For language models; `optim.accumulation`
             stays 1.
@@ -64,6 +66,7 @@ class DataOptions:
     sources: list[SourceOptions] = field(default_factory=list)
     validation: list[SourceOptions] = field(default_factory=list)
     global_batch: int = 64
+    seed: int | None = None
     workers: int = 2
     pack: int = 0
     shuffle_block: int = 10_000

@@ -1,4 +1,4 @@
-"""Which samples keep a batch from being made: those that cannot be packed, alone or beside the usual ones."""
+"""Search for the samples that keep a batch from being packed, alone or together with usual ones."""
 
 from __future__ import annotations
 
@@ -28,7 +28,8 @@ def spread(sizes: Sequence[int]) -> list[tuple[int, int]]:
 def make_of_most(
     items: Sequence[Item], make: Callable[[list[Item]], Made], usual: Callable[[], Sequence[Item]] | None = None
 ) -> tuple[Made | None, list[int]]:
-    """What `make` makes of the items without those that it refuses, None if none is left, and their indices.
+    """Result of `make` for the items that it does not refuse, None if none is left, and the indices of the refused
+    ones.
 
     See `refused`.
 
@@ -81,7 +82,7 @@ def refused(
 
 
 def refusal(make: Callable[[list[Item]], object], item: Item) -> Exception | None:
-    """Why `make` refuses an item alone; None if it does not."""
+    """Reason why `make` refuses an item alone; None if it does not."""
     try:
         make([item])
     except REFUSALS as error:

@@ -21,6 +21,8 @@ from mmpeft_ds.errors import BadInput, BadSample
 
 # Levels of lists and objects in a record. Python's pickle, by which workers hand records over, follows about 500.
 MAX_NESTING = 64
+# What a question may hold of the keys that stand beside its score.
+QUESTION_KEYS = {"type": str, "question_type": str, "question_id": (str, int)}
 
 
 @contextlib.contextmanager
@@ -60,11 +62,17 @@ def json_object(data: bytes) -> dict[str, Any]:
     return value
 
 
+def check_nesting(data: bytes) -> None:
+    """Raise BadSample `json` for a record that `json_object` would find nested too deep, which few are parsed for."""
+    if data.count(b"[") + data.count(b"{") > MAX_NESTING:
+        json_object(data)
+
+
 def check_questions(record: Mapping[str, Any]) -> None:
     """Raise BadSample `type` for a question whose `type` or id could not stand beside its score."""
     questions = record.get("questions")
-    for asked in questions if isinstance(questions, list) else ():
-        for name, kinds in (("type", str), ("question_id", (str, int))):
+    for asked in questions if isinstance(questions, (list, tuple)) else ():
+        for name, kinds in QUESTION_KEYS.items():
             value = asked.get(name) if isinstance(asked, dict) else None
             if value is not None and not isinstance(value, kinds):
                 raise BadSample("type", f"`{name}` of a question is a {type(value).__name__}")

@@ -51,12 +51,12 @@ class Part:
         return self.arrays()["offsets"]
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """`offsets`, and what `identity.Contents.arrays` gives; read anew at every call."""
+        """`offsets`, and what `identity.Contents.arrays` gives; read again at every call."""
         with np.load(arrays_path(self.dir, self.shard.file), allow_pickle=False) as stored:
             return dict(stored)
 
     def counts(self) -> Counts:
-        """Numbers of the shard; read anew at every call."""
+        """Numbers of the shard; read again at every call."""
         raw = json.loads(part_path(self.dir, self.shard.file).read_text("utf-8"))
         return Counts(raw["fields"], raw["label_counts"])
 

@@ -101,7 +101,7 @@ class ShardReader:
         if key != expected:
             raise BadInput(
                 f"{self.manifest.path(self.shards[shard].file)}: holds {key[:100]} where {expected} belongs: the "
-                f"shard was written anew, or the index is of another one. {HINT}"
+                f"shard was rewritten, or the index is of another one. {HINT}"
             )
 
     def check_open(self) -> None:
@@ -168,7 +168,7 @@ class ShardReader:
         return self._files[shard]
 
     def _path(self, shard: int) -> str:
-        """Of the local file of a shard, which is fetched if it is remote."""
+        """Path of a shard's local file, which is fetched if it is remote."""
         url = self.manifest.path(self.shards[shard].file)
         return local_path(url) or cached(self.manifest, self.split, shard, self.cache_dir)
 
@@ -195,7 +195,7 @@ class ShardReader:
 
 
 def stamp(status: os.stat_result) -> Stamp:
-    """Size and time of change of a file, by which a shard that is written anew during a run is noticed."""
+    """Size and time of change of a file, by which a shard that is rewritten during a run is noticed."""
     return status.st_size, status.st_mtime_ns
 
 
@@ -207,7 +207,7 @@ def stamps_of(manifest: Manifest, split: str, rank: int = 0, world_size: int = 1
     for info in manifest.shards(split)[rank::world_size]:
         try:
             stamps.append(stamp(os.stat(local_path(manifest.path(info.file)))))
-        except OSError:  # said by `verify_shards`, or when it is opened
+        except OSError:  # reported by `verify_shards`, or when it is opened
             stamps.append((-1, -1))
     return stamps
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -16,9 +17,10 @@ import torch
 from torch import Tensor
 
 from mmpeft_ds.data import order
-from mmpeft_ds.data.batch import PackedBatch, Sample, check_images, pack, with_images
+from mmpeft_ds.data.batch import PackedBatch, Sample, as_frames, check_images, pack, with_images
 from mmpeft_ds.data.decode import picture_reader
 from mmpeft_ds.data.feature_batches import FeatureBatches
+from mmpeft_ds.data.frozen_store import FrozenStore, Place, StoredImage, StoreSpec, shard_number
 from mmpeft_ds.data.identity import PICTURE, content_id
 from mmpeft_ds.data.manifest import Manifest
 from mmpeft_ds.data.options import DataOptions
@@ -26,8 +28,9 @@ from mmpeft_ds.data.packing import REFUSALS, refusal, refused, spread
 from mmpeft_ds.data.parsing import npy_array, one_sample, size_in_memory
 from mmpeft_ds.data.shards import ShardReader, Stamp, check_bytes, image_names, members, record_of
 from mmpeft_ds.data.subset import Subset
-from mmpeft_ds.data.token_plan import Lengths, micro_batches
+from mmpeft_ds.data.token_plan import Lengths, costs_of_ranks, homes_of, micro_batches, slowest
 from mmpeft_ds.data.transform import apply, hooks_of
+from mmpeft_ds.data.video import Times, Video, stacked, times_of
 from mmpeft_ds.data.workers import WorkerPool
 from mmpeft_ds.errors import BadInput, BadSample
 
@@ -50,7 +53,10 @@ class StreamSource:
         fields: json fields that every record must have.
         weight: relative share of the steps.
         subset: the samples to use; None: all of the split.
+        video_transform, collate_videos: the same for videos, from a `data.video.Video` on; None: frames are read as
+            images.
         most_images: of a sample, 0 = any number.
+        collate_apart: takes the place of `collate_images` where values of images are kept (`Stream.keep_frozen`).
         stamps: of all shards when the run began, see `data.shards.stamp`; empty: not known.
         identify: give each record the identity of its images (of its stored features, where it has them) under
             `PICTURE`, unless it brings one.
@@ -69,6 +75,9 @@ class StreamSource:
     most_images: int = 0
     identify: bool = False
     stamps: Sequence[Stamp] = ()
+    collate_apart: Callable[[list[Any]], dict[str, Tensor]] | None = None
+    video_transform: Callable[[Video], Any] | None = None
+    collate_videos: Callable[[list[Any]], dict[str, Tensor]] | None = None
 
     @property
     def samples(self) -> int:
@@ -85,20 +94,24 @@ class Step:
         step: step of the epoch.
         micro: one batch per accumulation step, as many on every rank. They have equally many slots, of which some may
             hold no sample, or, where micro-batches are planned by tokens, whatever has room.
+        imbalance: planned cost of the slowest rank over that of the median one; None where nothing was planned.
     """
 
     source: int
     step: int
     micro: list[PackedBatch] = field(default_factory=list)
+    imbalance: float | None = None
 
 
 @dataclass(frozen=True)
 class _Request:
-    """One micro-batch: slots of a visit; None is padding. `padding_free`: see `PackedBatch`."""
+    """One micro-batch: slots of a visit; None is padding. `padding_free`: see `PackedBatch`. `frozen`: where values of
+    images are stored, None: images are only read."""
 
     visit: order.Visit
     slots: tuple[int | None, ...]
     padding_free: bool = False
+    frozen: StoreSpec | None = None
 
 
 class Stream:
@@ -151,7 +164,8 @@ class Stream:
         self.mix = order.Mix(steps, [s.weight if train else 1.0 for s in sources], seed)
         self.loader = _Loader(sources, options, seed, train, coupled)
         self.lengths, self.budget, self.rank, self.world_size = lengths, options.pack, rank, world_size
-        self._planned: dict[order.Visit, list[list[int | None]]] = {}
+        self._planned: dict[order.Visit, tuple[list[list[int | None]], float]] = {}
+        self._frozen: StoreSpec | None = None
         self._pool = WorkerPool(self.loader, options.workers, options.prefetch, pin_memory)
 
     @property
@@ -174,7 +188,13 @@ class Stream:
         made = self._pool.run(self._requests(epoch, start_step))
         for step in range(start_step, self.mix.steps):
             visit = self.mix.at(epoch, step)
-            yield Step(visit.source, step, [next(made) for _ in self._micro_slots(visit)])
+            batches = [next(made) for _ in self._micro_slots(visit)]
+            yield Step(visit.source, step, batches, self._plan_of(visit)[1] if self.lengths else None)
+
+    def keep_frozen(self, spec: StoreSpec | None) -> None:
+        """From the next epoch on do not decode images whose values are stored, and say of the others where they
+        belong."""
+        self._frozen = spec
 
     def wait_for_workers(self) -> None:
         """Return when all workers run. It is never needed: until then this process makes the batches."""
@@ -189,29 +209,35 @@ class Stream:
         for step in range(start_step, self.mix.steps):
             visit = self.mix.at(epoch, step)
             for slots in self._micro_slots(visit):
-                yield _Request(visit, tuple(slots), bool(self.lengths))
+                yield _Request(visit, tuple(slots), bool(self.lengths), self._frozen)
 
     def micro_steps(self, epoch: int, step: int) -> int:
         """Micro-batches of each rank at a step."""
         return len(self._micro_slots(self.mix.at(epoch, step)))
 
-    def plan(self, visit: order.Visit) -> list[list[list[int]]]:
-        """Slots of each micro-batch, [micro-step][rank], where they are planned by tokens."""
+    def plan(self, visit: order.Visit) -> tuple[list[list[list[int]]], float]:
+        """Slots of each micro-batch, [micro-step][rank], where they are planned by tokens, and the cost of the slowest
+        rank over that of the median one."""
         numbers = self.loader.numbers(visit)
         filled = np.flatnonzero(numbers >= 0)
         tokens, costs = (
             values[numbers[filled]].tolist()
             for values in (self.lengths[visit.source].tokens, self.lengths[visit.source].costs)
         )
-        planned = micro_batches(tokens, costs, self.budget, self.world_size)
-        return [[filled[batch].tolist() for batch in step] for step in planned]
+        homes = homes_of(filled, self.slots, self.world_size)
+        planned = micro_batches(tokens, costs, self.budget, self.world_size, homes)
+        slots = [[filled[batch].tolist() for batch in step] for step in planned]
+        return slots, slowest(costs_of_ranks(planned, costs))
 
     def _micro_slots(self, visit: order.Visit) -> list[list[int | None]]:
         """Slots of this rank's micro-batches at a visit."""
-        if not self.lengths:
-            return self.micro_slots
+        return self._plan_of(visit)[0] if self.lengths else self.micro_slots
+
+    def _plan_of(self, visit: order.Visit) -> tuple[list[list[int | None]], float]:
+        """Slots of this rank's micro-batches, and the imbalance of all ranks."""
         if visit not in self._planned:  # asked for twice: when it is requested, and when it is handed out
-            self._planned[visit] = [step[self.rank] or [None] for step in self.plan(visit)]
+            planned, imbalance = self.plan(visit)
+            self._planned[visit] = [step[self.rank] or [None] for step in planned], imbalance
             while len(self._planned) > PLANNED:
                 self._planned.pop(next(iter(self._planned)))
         return self._planned[visit]
@@ -231,6 +257,8 @@ class _Loader:
         self.places = [None if s.subset is None else s.subset.places(s.manifest) for s in sources]
         self._orders: dict[int, tuple[int, order.EpochOrder]] = {}
         self._jurors: dict[int, list[Sample]] = {}
+        self._frozen: StoreSpec | None = None
+        self._store: FrozenStore | None = None
         self.gathers = [
             FeatureBatches(s, reader, self._epoch_key) if FeatureBatches.possible(s, reader) else None
             for s, reader in zip(sources, self.readers, strict=True)
@@ -239,6 +267,9 @@ class _Loader:
     def __call__(self, request: _Request) -> PackedBatch:
         visit = request.visit
         epoch = visit.epoch if self.train else 0
+        if request.frozen != self._frozen:
+            self._frozen = request.frozen
+            self._store = FrozenStore(request.frozen) if request.frozen and request.frozen.path else None
         places = self._order(visit.source, epoch)
         if self.gathers[visit.source] is not None:
             gathered = self._gathered(request, epoch, places)
@@ -267,7 +298,7 @@ class _Loader:
         return numbers
 
     def _starts(self, source: int) -> np.ndarray:
-        """Of each shard, the samples that are used of the shards before it."""
+        """For each shard the number of used samples in the shards before it."""
         return np.cumsum([0, *self._sizes(source)])
 
     def _sizes(self, source: int) -> list[int]:
@@ -282,9 +313,12 @@ class _Loader:
             shards: file of each sample.
         """
         source = self.sources[number]
+        apart = self._frozen is not None and source.collate_apart is not None
+        collate_images = source.collate_apart if apart else source.collate_images
 
         def packed(samples: list[Sample]) -> PackedBatch:
-            return pack(samples, source.collate_images, source.collate_texts, source.collate_targets)
+            functions = (collate_images, source.collate_texts, source.collate_targets, source.collate_videos)
+            return pack(samples, *functions)
 
         try:
             return packed(samples)
@@ -335,6 +369,8 @@ class _Loader:
         for gather in self.gathers:
             if gather is not None:
                 gather.close()
+        if self._store is not None:
+            self._store.close()
 
     def _epoch_key(self, epoch: int) -> int:
         """Key from which with that of a sample's id the seed of the sample's random choices is made."""
@@ -370,12 +406,22 @@ class _Loader:
             with one_sample():
                 key, parts = members(piece)
                 self.readers[source].check_key(*place, key)
-                return self._good_sample(self.sources[source], epoch, f"{name}/{key}", parts)
+                place = self._frozen_place(source, *place)
+                return self._good_sample(self.sources[source], epoch, f"{name}/{key}", parts, place)
         except BadSample as bad:
             log.warning("bad sample %s in %s: %s", key, shard, bad)
             return Sample(sample_id=f"{name}/{key}", bad=(bad.kind, shard, key))
 
-    def _good_sample(self, source: StreamSource, epoch: int, sample_id: str, parts: dict[str, bytes]) -> Sample:
+    def _frozen_place(self, source: int, shard: int, number: int) -> Place | None:
+        """The identity of a sample in a store of values; None if nothing is stored."""
+        if self._frozen is None:
+            return None
+        info = self.readers[source].shards[shard]
+        return Place(shard_number(info.sha256), info.samples, number)
+
+    def _good_sample(
+        self, source: StreamSource, epoch: int, sample_id: str, parts: dict[str, bytes], place: Place | None = None
+    ) -> Sample:
         seed = order.combined(self._epoch_key(epoch), order.key_of(sample_id))
         generator = torch.Generator().manual_seed(seed)
         record = _record(parts, source.fields)
@@ -388,16 +434,33 @@ class _Loader:
             raise BadSample("type", f"{type(error).__name__}: {error}") from error
         if len(texts) != len(targets):
             raise BadSample("type", f"{len(texts)} texts but {len(targets)} targets")
-        images, held = [], 0
-        for image in self._images(source, parts, record):
-            images.append(apply(source.image_transform, image, generator))
-            held += size_in_memory(images[-1])
+        sample = Sample(sample_id, 1.0, targets=targets, record=record, place=place)
+        videos = times_of(record, len(image_names(parts))) if "features" not in record else []
+        held, as_images = 0, source.video_transform is None
+        stored = None if place is None or self._store is None else self._store.find(place)
+        if stored is not None and (as_images or not videos):
+            check_images(len(stored), source.most_images)
+            sample.images = [StoredImage(spelling) for spelling in stored]
+            sample.texts = with_images(as_frames(texts, videos), sample.images)
+            return sample
+        for medium in self._media(source, parts, record, [] if as_images else videos):
+            if isinstance(medium, Video):
+                sample.videos.append(apply(source.video_transform, medium))
+                sample.times.append(medium.times.of_frames)
+                held += size_in_memory(sample.videos[-1])
+            else:
+                sample.images.append(apply(source.image_transform, medium, generator))
+                held += size_in_memory(sample.images[-1])
             check_bytes(held, self.options.max_sample_bytes)
-        check_images(len(images), source.most_images)
-        return Sample(sample_id, 1.0, images, with_images(texts, images), targets, record)
+        check_images(len(sample.images), source.most_images)
+        texts = as_frames(texts, videos) if as_images else texts
+        sample.texts = with_images(texts, sample.images, sample.videos)
+        return sample
 
-    def _images(self, source: StreamSource, parts: dict[str, bytes], record: dict[str, Any]) -> Iterator[Tensor]:
-        """Decoded images of a sample, or its stored features, which are taken out of the record."""
+    def _media(
+        self, source: StreamSource, parts: dict[str, bytes], record: dict[str, Any], videos: list[Times]
+    ) -> Iterator[Tensor | Video]:
+        """Decoded images and videos of a sample, or its stored features, which are taken out of the record."""
         transform = hooks_of(source.image_transform)
         if transform.takes_features:
             features = record.pop("features", None)
@@ -406,70 +469,11 @@ class _Loader:
                 yield from features if features.dim() > 2 else (features,)
             return
         min_size = transform.min_size if self.options.decode == "scaled" else None
-        for name in image_names(parts):
-            yield picture_reader(self.options)(parts[name], min_size=min_size)
-
-
-class BadBudget:
-    """Counts bad samples and tells when there are too many. Every rank counts its own; merged counts are those of all.
-
-    Args:
-        max_fraction: allowed share of bad samples among those of an epoch or those read, whichever are more; rounded
-            up, so that 0 allows none and any other value at least one per epoch.
-        max_in_a_row: number of bad samples since the last good one that stops the run, summed over ranks.
-        num_samples: samples of an epoch, see `Stream.num_samples`.
-    """
-
-    LISTED = 20
-
-    def __init__(self, max_fraction: float, max_in_a_row: int, num_samples: int = 0):
-        self.max_fraction, self.max_in_a_row, self.num_samples = max_fraction, max_in_a_row, num_samples
-        self.seen, self.bad, self.in_a_row = 0, 0, 0
-        self.counts: dict[str, int] = {}
-        self.listed: list[tuple[str, str, str]] = []
-
-    def feed(self, batch: PackedBatch) -> None:
-        """Count one micro-batch of this rank, but for its padding."""
-        for sample_id, weight in zip(batch.sample_id, batch.weight.tolist(), strict=True):
-            self.seen += bool(sample_id)
-            self.in_a_row = 0 if weight > 0 else self.in_a_row + bool(sample_id)
-        self.bad += len(batch.bad)
-        for kind, _, _ in batch.bad:
-            self.counts[kind] = self.counts.get(kind, 0) + 1
-        self.listed = [*self.listed, *map(tuple, batch.bad)][: self.LISTED]
-
-    def state(self) -> dict[str, Any]:
-        """The counts as plain data, for other ranks and for checkpoints."""
-        names = ("seen", "bad", "in_a_row", "counts", "listed")
-        return {name: getattr(self, name) for name in names}
-
-    def merged(self, states: Sequence[dict[str, Any]]) -> BadBudget:
-        """A budget with the same limits and the sum of the counts of `states`."""
-        total = BadBudget(self.max_fraction, self.max_in_a_row, self.num_samples)
-        for state in states:
-            total.seen, total.bad = total.seen + state["seen"], total.bad + state["bad"]
-            total.in_a_row += state["in_a_row"]
-            for kind, count in state["counts"].items():
-                total.counts[kind] = total.counts.get(kind, 0) + count
-            total.listed = [*total.listed, *map(tuple, state["listed"])][: self.LISTED]
-        return total
-
-    def problem(self) -> str | None:
-        """One line if the run must stop, with the first bad samples; None while within the budget."""
-        allowed = int(np.ceil(self.max_fraction * max(self.seen, self.num_samples)))
-        if self.num_samples:  # the one that a small data set may have is met again in every epoch
-            epochs = -(-self.seen // self.num_samples)
-            allowed = max(allowed, epochs * int(np.ceil(self.max_fraction * self.num_samples)))
-        if self.bad <= allowed and self.in_a_row < self.max_in_a_row:
-            return None
-        kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(self.counts.items()))
-        samples = "; ".join(f"{shard} {key} ({kind})" for kind, shard, key in self.listed)
-        more = f" and {self.bad - len(self.listed)} more" if self.bad > len(self.listed) else ""
-        return (
-            f"{self.bad} bad of {self.seen} samples read ({kinds}), {self.in_a_row} in a row: {samples}{more}. Mend "
-            f"the data, or raise data.max_bad_fraction ({self.max_fraction}) or data.max_bad_in_a_row "
-            f"({self.max_in_a_row})."
-        )
+        read, names = picture_reader(self.options), image_names(parts)
+        images = len(names) - sum(len(video.of_frames) for video in videos)
+        yield from (read(parts[name], min_size=min_size) for name in names[:images])
+        frames = (read(parts[name]) for name in names[images:])
+        yield from (stacked(list(islice(frames, len(video.of_frames))), video) for video in videos)
 
 
 def _record(parts: dict[str, bytes], fields: Sequence[str]) -> dict[str, Any]:

@@ -17,6 +17,8 @@ import numpy as np
 CHUNK = 1 << 21  # bytes that are hashed and written at a time; a multiple of any disk's blocks
 BUFFERS = 3  # one is filled while another is hashed and written, and a third waits for the slower of the two
 _BLOCK = tarfile.BLOCKSIZE
+_LARGE = 1 << 15  # bytes of a member that is not copied twice
+_ZEROS = bytes(_BLOCK)
 
 
 class TarWriter:
@@ -54,12 +56,18 @@ class TarWriter:
     def add(self, key: str, parts: dict[str, bytes]) -> None:
         """Add the files of one sample, `KEY.EXTENSION`, in the order of their extensions."""
         self._begins.append(self._at)
+        small: list[bytes] = []  # what is put together: one long copy costs less than many short ones
         for extension in sorted(parts):
             data = parts[extension]
-            self._put(header(f"{key}.{extension}", len(data)))
-            self._put(data)
-            if rest := -len(data) % _BLOCK:
-                self._put(bytes(rest))
+            small.append(header(f"{key}.{extension}", len(data)))
+            if len(data) >= _LARGE:
+                self._put(b"".join(small))
+                self._put(data)
+                small = []
+            else:
+                small.append(data)
+            small.append(_ZEROS[: -len(data) % _BLOCK])
+        self._put(b"".join(small))
         self._ends.append(self._at)
 
     def close(self) -> tuple[int, str, np.ndarray]:
@@ -78,15 +86,16 @@ class TarWriter:
         return self._at, self._digest.hexdigest(), np.stack([begins, ends - begins], axis=1)
 
     def _put(self, data: bytes) -> None:
-        done = 0
-        while done < len(data):
-            taken = min(CHUNK - self._fill, len(data) - done)
-            self._buffers[0][self._fill : self._fill + taken] = data[done : done + taken]
-            self._fill += taken
-            done += taken
-            if self._fill == CHUNK:
-                self._send()
         self._at += len(data)
+        rest: bytes | memoryview = data
+        while len(rest) >= (room := CHUNK - self._fill):
+            rest = memoryview(rest)
+            self._buffers[0][self._fill :] = rest[:room]
+            self._fill = CHUNK
+            self._send()
+            rest = rest[room:]
+        self._buffers[0][self._fill : self._fill + len(rest)] = rest
+        self._fill += len(rest)
 
     def _send(self) -> None:
         """Let the first buffer be hashed and written, and take the one that was sent longest ago."""
@@ -132,13 +141,10 @@ def header(name: str, size: int) -> bytes:
     encoded = name.encode()
     if len(encoded) > 100 or size >= 8**11:
         return _info(name, size).tobuf(tarfile.USTAR_FORMAT)
-    block = bytearray(_TEMPLATE)
     digits = b"%011o" % size
-    block[0 : len(encoded)] = encoded
-    block[124:135] = digits
     # The check sum is that of all bytes; of the template, whose size is eleven digits 0, it is known.
-    block[148:154] = b"%06o" % (_TEMPLATE_SUM + sum(encoded) + sum(digits) - 11 * 48)
-    return bytes(block)
+    checks = b"%06o" % (_TEMPLATE_SUM + sum(encoded) + sum(digits) - 11 * 48)
+    return b"".join((encoded, _TEMPLATE[len(encoded) : 124], digits, _TEMPLATE[135:148], checks, _TEMPLATE[154:]))
 
 
 def _info(name: str, size: int) -> tarfile.TarInfo:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from mmpeft_ds.data.formats import check_aspect
 from mmpeft_ds.data.parsing import described, one_sample
+from mmpeft_ds.data.video import Video
 from mmpeft_ds.errors import BadSample
 
 
@@ -19,7 +20,7 @@ class ImageTransform:
     A plain function (image, generator) -> anything is a transform as well, with these defaults: ask `hooks_of`.
 
     Attributes:
-        takes_features: it gets the stored features of a sample, as one tensor, in the place of pixels. Default: no.
+        takes_features: it gets the stored features of a sample, as one tensor, in place of pixels. Default: no.
         min_size: (height, width) that a decoder at reduced scale must not go below. Default: None, decode in full.
         takes_one_row: it takes exactly row `row(...)` of the stored features (rows, D) and changes nothing, so whole
             micro-batches may be read without calling it. Default: no.
@@ -53,20 +54,22 @@ class ImageTransform:
 _DEFAULTS = ImageTransform()
 
 
-def apply(transform: Callable[..., Any], image: Tensor, generator: torch.Generator | None) -> Any:
-    """What a transform makes of one image; whatever it refuses is a bad sample.
+def apply(transform: Callable[..., Any], medium: Tensor | Video, generator: torch.Generator | None = None) -> Any:
+    """The transformed image or video; whatever the transform refuses is a bad sample.
 
     Raises:
-        BadSample: `aspect` for a strip that would be huge once scaled, `image` for what the transform refuses, and as
-            `parsing.one_sample`.
+        BadSample: `aspect` for a strip that would be huge once scaled, `image` or `videos` for what the transform
+            refuses, and as `parsing.one_sample`.
     """
-    if image.dim() == 3 and not hooks_of(transform).takes_features:
-        check_aspect(*image.shape[-2:])
+    is_video = isinstance(medium, Video)
+    if is_video or (medium.dim() == 3 and not hooks_of(transform).takes_features):
+        check_aspect(*(medium.frames if is_video else medium).shape[-2:])
     with one_sample():
         try:
-            return transform(image, generator)
+            return transform(medium) if is_video else transform(medium, generator)
         except (ValueError, TypeError, ArithmeticError, LookupError, OSError) as error:
-            raise BadSample("image", f"refused by the image transform: {described(error)}") from error
+            kind, what = ("videos", "video") if is_video else ("image", "image")
+            raise BadSample(kind, f"refused by the {what} transform: {described(error)}") from error
 
 
 def hooks_of(transform: Callable[..., Any]) -> ImageTransform:

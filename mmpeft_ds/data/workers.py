@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import functools
 import multiprocessing
 import os
 import pickle
@@ -26,14 +27,19 @@ import torch
 from torch.multiprocessing.reductions import reduce_tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from mmpeft_ds import leftovers
+from mmpeft_ds import leftovers, stop
 from mmpeft_ds.errors import BadInput
 
 # Largest tensor, in bytes, that is sent inside its batch. Larger ones are put into shared memory, for whose descriptor
 # this process must connect to the worker, which may have to wait for a core first.
 INLINE = 1 << 16
+# Seconds of waiting for a batch after which the loader looks whether its workers live. The kernel tells their end to
+# the fork server alone, and torch's own 5 s, while all ranks wait for this one, are long.
+LOOK = 0.5
 # Threads that start workers; see `_end_server`.
 _STARTING: weakref.WeakSet[threading.Thread] = weakref.WeakSet()
+# Pools of one process start one after the other: which children are new is what a pool takes for its own workers.
+_ONE_START = threading.Lock()
 # The fork server imports it before it forks the first worker.
 PRELOAD = "mmpeft_ds.data.fork_server"
 
@@ -114,16 +120,8 @@ class WorkerPool:
         self._running = None
 
     def _start(self, needs_main: bool) -> None:
-        before = set(multiprocessing.active_children())
-        try:
-            if self._gpu is not None:
-                torch.cuda.set_device(self._gpu)  # of this thread, whose GPU the loader's pinning thread takes
-            with _main_hidden(not needs_main), _signals_held():
-                # There are no requests yet, so this only starts the workers, which persist.
-                iter(self._loader)
-        except BaseException as error:  # noqa: BLE001 - raised again where results are taken
-            self._failure = error
-        self._processes += [p for p in multiprocessing.active_children() if p not in before]
+        with _ONE_START:
+            self._start_alone(needs_main)
         # Registered after the loader's own clean-up, so that it runs before it: at exit that one would wait for ever
         # for the workers, which ignore SIGTERM.
         atexit.register(self._end)
@@ -131,6 +129,23 @@ class WorkerPool:
             self._started = True
             if self._closed:
                 self._let_go()
+
+    def _start_alone(self, needs_main: bool) -> None:
+        if self._closed:
+            return
+        before = set(multiprocessing.active_children())
+        try:
+            if self._gpu is not None:
+                torch.cuda.set_device(self._gpu)  # of this thread, whose GPU the loader's pinning thread takes
+            with _main_hidden(not needs_main), _signals_held():
+                # There are no requests yet, so this only starts the workers, which persist.
+                running = iter(self._loader)
+                # By a proxy, since an iterator that held itself would end only with the next garbage collection.
+                look = type(running)._try_get_data
+                running._try_get_data = functools.partial(look, weakref.proxy(running), LOOK)
+        except BaseException as error:  # noqa: BLE001 - raised again where results are taken
+            self._failure = error
+        self._processes += [p for p in multiprocessing.active_children() if p not in before]
 
     def _here(self, requests: Iterator[Any]) -> Iterator[Any]:
         for request in requests:
@@ -185,7 +200,7 @@ class _Maker(Dataset):
 
 @contextlib.contextmanager
 def _naming_the_lost() -> Iterator[None]:
-    """Within the block a worker that has been killed is told in one line. Raises BadInput."""
+    """Context in which a killed worker is reported in one line. Raises BadInput."""
     try:
         yield
     except RuntimeError as error:
@@ -204,8 +219,8 @@ def _unchanged(result: Any) -> Any:
 def _init_worker(_: int) -> None:
     ForkingPickler.register(torch.Tensor, _reduce)
     # Ignore signals to the whole group: the main process decides when to stop, and needs data until then.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    for number in stop.SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_leave_with_parent, daemon=True).start()
     torch.set_num_threads(1)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -239,12 +254,12 @@ def _leave_with_parent() -> None:
 
 @contextlib.contextmanager
 def _signals_held() -> Iterator[None]:
-    """Within the block SIGTERM and SIGINT are blocked in this thread, and in the processes that it starts.
+    """Context in which `stop.SIGNALS` are blocked in this thread, and in the processes that it starts.
 
     Otherwise a signal to the whole group could end the fork server or a worker before it has begun to ignore them.
     """
-    resource_tracker.ensure_running()  # otherwise it starts in the block, and unblocks both signals when it has
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
+    resource_tracker.ensure_running()  # otherwise it starts in the block, and unblocks signals when it has
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, stop.SIGNALS)
     try:
         yield
     finally:
@@ -253,7 +268,7 @@ def _signals_held() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _main_hidden(hide: bool) -> Iterator[None]:
-    """Within the block new processes do not run the main script again, as they otherwise do for its definitions."""
+    """Context in which new processes do not run the main script again, as they otherwise do for its definitions."""
     main = sys.modules["__main__"].__dict__
     hidden = {name: main.pop(name) for name in ("__file__", "__spec__") if hide and name in main}
     if hide:

@@ -22,7 +22,7 @@ from mmpeft_ds.data.field_counts import FieldCounts
 from mmpeft_ds.data.formats import STORED
 from mmpeft_ds.data.identity import Contents
 from mmpeft_ds.data.manifest import IndexInfo, Manifest, ShardInfo, sample_key
-from mmpeft_ds.data.parsing import check_questions, json_object, npy_array
+from mmpeft_ds.data.parsing import check_nesting, check_questions, npy_array
 from mmpeft_ds.data.parts import PARTS, Part, save_part, shard_file
 from mmpeft_ds.data.tar import TarWriter
 from mmpeft_ds.errors import BadInput, BadSample
@@ -188,17 +188,18 @@ def _write_index(dir: Path, file: str, parts: list[Part]) -> IndexInfo:
 
 def _checked(sample: Any, parts: dict[str, bytes], widths: dict[str, int]) -> dict[str, int]:
     """Width of each array of a sample. Raises BadInput if training would refuse the sample, or one differs."""
-    found = {}
+    width_of = {}
     try:
-        check_questions(json_object(parts["json"]))
+        check_nesting(parts["json"])
+        check_questions(sample.record)
         for name in (name for name in parts if name.endswith("npy")):
-            found[name] = npy_array(parts[name]).shape[-1:]
+            width_of[name] = npy_array(parts[name]).shape[-1:]
     except BadSample as bad:
         raise BadInput(f"{sample.name}: cannot be stored ({bad}). Mend it in the source, or leave it out.") from bad
-    for name, width in found.items():
+    for name, width in width_of.items():
         if widths.get(name, width) != width:
             raise BadInput(f"{sample.name}: {name} has width {width}, and {widths[name]} in the samples before it.")
-    return found
+    return width_of
 
 
 def _npy(array: np.ndarray) -> bytes:

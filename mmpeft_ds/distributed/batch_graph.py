@@ -23,6 +23,11 @@ from mmpeft_ds.host_copies import nonzero, on_host
 from mmpeft_ds.ops.graph_topk import Nearest, best_of, nearest, settled, shared_candidates
 from mmpeft_ds.ops.similarity_graph import Rows, decide_pairs, symmetric_degrees, symmetric_edges
 
+# Bytes of the features of all ranks up to which they travel in one message with their keys and places.
+ONE_MESSAGE = 2**24
+# Multiplications of a rank's rows with all rows up to which computing every pair on both of its ranks takes less time
+# than a message.
+FEW_PRODUCTS = 2**28
 DIRECTIONS = ("to_neighbour", "from_neighbour")
 EXCHANGES = ("gather", "ring")
 NORMALISATIONS = ("none", "symmetric", "mean")
@@ -183,7 +188,7 @@ def threshold_graph(
     Source: GA-Net, arXiv 2408.00290; released code of July 2024.
     """
     _check(x, valid, exchange, tau)
-    nodes = _Nodes(x, valid, None, counts, group)
+    nodes = _Nodes(x, valid, None, counts, group, exchange)
     with counted(nodes.traffic):
         total = sum(nodes.shares)
         bits = torch.zeros(len(nodes.x), max(1, -(-total // 8)), dtype=torch.uint8, device=x.device)
@@ -242,7 +247,7 @@ def knn_graph(
         )
     if key is not None and (key.shape != x.shape[:1] or key.dtype != torch.int64):
         raise ValueError(f"key has shape {tuple(key.shape)} and {key.dtype}, expected ({len(x)},) and torch.int64")
-    nodes = _Nodes(x, valid, key, counts, group)
+    nodes = _Nodes(x, valid, key, counts, group, exchange)
     with counted(nodes.traffic):
         hits = _search(nodes, k + released, tau, released, exchange, chunk)
         if released:
@@ -261,35 +266,60 @@ def knn_graph(
 class _Nodes:
     """The valid rows of all ranks, numbered through."""
 
-    def __init__(self, x: Tensor, valid: Tensor | None, key: Tensor | None, counts: list[int] | None, group: Any):
+    def __init__(
+        self,
+        x: Tensor,
+        valid: Tensor | None,
+        key: Tensor | None,
+        counts: list[int] | None,
+        group: Any,
+        exchange: str,
+    ):
         self.traffic, self.group = Traffic(), group
         kept = len(x) if valid is None else int(on_host(valid).sum())
         self.valid = torch.ones(len(x), dtype=torch.bool, device=x.device) if valid is None else valid
+        own = slice(None) if kept == len(x) else nonzero(self.valid, kept)[:, 0]
+        self.x = x.detach()[own]
         with counted(self.traffic):
             if counts is None or valid is not None:  # the numbers of valid rows come along, so that none is read later
                 sizes = gather_sizes([len(x), kept], x.device, group)
-                counts, self.shares = ([row[at] for row in sizes] for at in (0, 1))
+                self.counts, self.shares = ([row[at] for row in sizes] for at in (0, 1))
             else:
-                self.shares = counts
-            packed = self.valid[:, None].view(torch.uint8)
-            if key is not None:
-                packed = torch.cat([key.contiguous().view(torch.uint8).view(len(x), 8), packed], 1)
-            packed = gather_rows(packed, counts, group)
-        self.counts = counts
-        everyone = packed[:, -1].bool()
-        self.positions = nonzero(everyone, sum(self.shares))[:, 0]
-        if key is None:
-            self.keys = self.positions
+                self.counts = self.shares = counts
+            columns = [] if valid is None else [torch.arange(len(x), device=x.device)[own]]
+            columns += [] if key is None else [key[own]]
+            everyone = self._gathered(columns, exchange)
+        if valid is None:
+            self.positions = torch.arange(sum(self.counts), device=x.device)
         else:
-            self.keys = packed[:, :8].flatten().view(torch.int64)[self.positions]
+            firsts = [sum(self.counts[:rank]) for rank in range(len(self.counts))]
+            starts = [everyone[0].new_full((n,), first) for n, first in zip(self.shares, firsts, strict=True)]
+            self.positions = everyone[0] + torch.cat(starts)
+        self.keys = self.positions if key is None else everyone[-1]
         rank = collectives.rank(group)
         self.offset, self.start = sum(self.counts[:rank]), sum(self.shares[:rank])
-        self.x = x.detach() if kept == len(x) else x.detach()[nonzero(self.valid, kept)[:, 0]]
+
+    def _gathered(self, columns: list[Tensor], exchange: str) -> list[Tensor]:
+        """Numbers (B,) int64 of own valid rows -> (V,) of those of all ranks. Features come along where they are
+        small: a message costs more than its bytes then. Collective."""
+        self._everyone, width = None, self.x.shape[1] * self.x.element_size()
+        parts = [column[:, None].contiguous().view(torch.uint8) for column in columns]
+        several = collectives.world_size(self.group) > 1
+        if several and exchange == "gather" and sum(self.shares) * width <= ONE_MESSAGE:
+            parts.append(_dense(self.x).view(torch.uint8))
+        if not parts:
+            return []
+        packed = gather_rows(torch.cat(parts, 1), self.shares, self.group)
+        if len(parts) > len(columns):
+            self._everyone = _dense(packed[:, 8 * len(columns) :]).view(self.x.dtype)
+        return [_dense(packed[:, 8 * i : 8 * i + 8]).view(torch.int64)[:, 0] for i in range(len(columns))]
 
     def blocks(self, exchange: str) -> Iterator[tuple[Rows, Rows]]:
         """Own rows and those of all, at once or rank by rank. Collective."""
         if exchange == "gather" or collectives.world_size(self.group) == 1:
-            everyone = Rows.of(gather_rows(self.x, self.shares, self.group))
+            if self._everyone is None:
+                self._everyone = gather_rows(self.x, self.shares, self.group)
+            everyone = Rows.of(self._everyone)
             yield everyone[self.start : self.start + len(self.x)], everyone
         else:
             own = Rows.of(self.x, self.start)
@@ -326,8 +356,17 @@ class _Nodes:
         )
 
 
+def _dense(x: Tensor) -> Tensor:
+    """A copy whose strides a view of another dtype takes; `contiguous` leaves any stride to a dimension of size 1."""
+    return x.clone(memory_format=torch.contiguous_format)
+
+
 def _search(nodes: _Nodes, k: int, tau: float | None, with_self: bool, exchange: str, chunk: int | None) -> Nearest:
-    if exchange == "gather" or collectives.world_size(nodes.group) == 1:
+    ranks, total = collectives.world_size(nodes.group), sum(nodes.shares)
+    if exchange == "gather" and ranks > 1 and total * total * nodes.x.shape[1] <= FEW_PRODUCTS * ranks:
+        ((own, everyone),) = nodes.blocks(exchange)
+        return nearest(own, everyone, nodes.keys, k, tau=tau, with_self=with_self, chunk=chunk)
+    if exchange == "gather" or ranks == 1:
         return _search_together(nodes, k, tau, with_self, chunk)
     hits = None
     for own, block in nodes.blocks(exchange):

@@ -73,7 +73,7 @@ class BuildLock:
 
     def _created(self) -> bool:
         try:
-            self._descriptor = os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
+            self._descriptor = os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
         except FileExistsError:
             return False
         os.write(self._descriptor, Owner.me().line().encode())
@@ -88,7 +88,7 @@ class BuildLock:
                 os.utime(self._descriptor)
 
     def _holder(self) -> str:
-        """Who holds the lock; empty if nobody knows."""
+        """Name of the lock's holder; empty if unknown."""
         with contextlib.suppress(OSError):
             if owner := Owner.read(self.path.read_text(errors="replace")):
                 return str(owner)
@@ -123,7 +123,7 @@ class BuildLock:
 
 
 def library(folder: Path) -> Path:
-    """What is compiled in the folder of an extension."""
+    """The compiled library in the folder of an extension."""
     return folder / f"{folder.name}.so"
 
 

@@ -28,7 +28,7 @@ class Span:
         return isinstance(self.ended, float) or self.ended.query()
 
     def seconds(self) -> float:
-        """How long it took; waits until it is over."""
+        """Its duration in seconds; waits for its end."""
         if isinstance(self.ended, float):
             return self.ended - self.began
         self.ended.synchronize()

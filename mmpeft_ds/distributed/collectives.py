@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from mmpeft_ds.errors import BadInput
+from mmpeft_ds.errors import AgreedBadInput, BadInput
 from mmpeft_ds.files import cannot_write
 
 T = TypeVar("T")
@@ -36,6 +36,15 @@ def sum_scalars(values: Sequence[float], device: torch.device | str = "cpu") -> 
         return [float(v) for v in values]
     packed = torch.tensor(list(values), dtype=torch.float64, device=device)
     dist.all_reduce(packed)
+    return packed.tolist()
+
+
+def max_scalars(values: Sequence[int], device: torch.device | str = "cpu") -> list[int]:
+    """Largest of each value over ranks."""
+    if world_size() == 1:
+        return list(values)
+    packed = torch.tensor(list(values), dtype=torch.int64, device=device)
+    dist.all_reduce(packed, op=dist.ReduceOp.MAX)
     return packed.tolist()
 
 
@@ -83,26 +92,35 @@ def on_rank0(function: Callable[[], T]) -> T:
     A failure of rank 0 is raised on all ranks, so that none of them waits in the next collective for a rank that left.
 
     Raises:
-        BadInput: on every rank, if `function` raised it, or could not write or read a file (disk full, no permission).
+        AgreedBadInput: on every rank, if `function` raised BadInput, or could not write or read a file (disk full, no
+            permission).
         RuntimeError: on the other ranks, naming any other exception of rank 0, which keeps its own there.
     """
-    if world_size() == 1:
-        return function()
     outcome: list = [None, None, None]
     error: Exception | None = None
     if rank() == 0:
         try:
             outcome[0] = function()
         except Exception as raised:  # noqa: BLE001 - every failure must reach the other ranks
-            if reason := cannot_write(raised):
-                raised = BadInput(f"{raised.filename or 'a file of this command'}: {reason}")
-            error = raised
-            outcome[1:] = [isinstance(raised, BadInput), f"{type(raised).__name__}: {raised}"]
-            if isinstance(raised, BadInput):
-                outcome[2] = str(raised)
-    dist.broadcast_object_list(outcome, src=0)
+            error = _agreed(raised)
+            bad_input = isinstance(error, BadInput)
+            outcome[1:] = [bad_input, str(error) if bad_input else f"{type(error).__name__}: {error}"]
+    if world_size() > 1:
+        dist.broadcast_object_list(outcome, src=0)
     if error is not None:
         raise error
     if outcome[1] is not None:
-        raise BadInput(outcome[2]) if outcome[1] else RuntimeError(f"rank 0 failed: {outcome[2]}")
+        raise AgreedBadInput(outcome[2]) if outcome[1] else RuntimeError(f"rank 0 failed: {outcome[2]}")
     return outcome[0]
+
+
+def _agreed(raised: Exception) -> Exception:
+    """`raised`, or in place of bad input what says that all ranks learn of it."""
+    if reason := cannot_write(raised):
+        agreed = AgreedBadInput(f"{raised.filename or 'a file of this command'}: {reason}")
+    elif isinstance(raised, BadInput):
+        agreed = AgreedBadInput(str(raised))
+    else:
+        return raised
+    agreed.__cause__ = raised
+    return agreed

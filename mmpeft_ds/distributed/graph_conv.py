@@ -42,7 +42,7 @@ class GraphConv(MessagePassing):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw the weights anew."""
+        """Draw the weights again."""
         super().reset_parameters()
         nn.init.xavier_uniform_(self.weight)
         if self.bias is not None:

@@ -1,4 +1,4 @@
-"""Where the supervisors of several nodes meet: files beside the run directory, so that no node has to live."""
+"""Meeting place of the supervisors of several nodes: files next to the run directory, so that any node may fail."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ class Meeting:
         )
 
     def end(self, code: int, reason: str) -> None:
-        """End the run for all nodes: those that restart their ranks learn of it, later ones begin anew."""
+        """End the run for all nodes: those that restart their ranks learn of it, later ones start again."""
         with contextlib.suppress(FileExistsError), self._ended.open("x") as file:
             json.dump({"code": code, "reason": reason}, file)
         self.rendezvous.shutdown()
@@ -102,7 +102,7 @@ class Meeting:
     def ended(self) -> tuple[int, str]:
         """Exit code and reason with which another node has ended the run."""
         try:
-            told = json.loads(self._ended.read_text())
-            return int(told["code"]), str(told["reason"])
-        except (OSError, ValueError, KeyError):
+            ending = json.loads(self._ended.read_text())
+            return int(ending["code"]), str(ending["reason"])
+        except (OSError, ValueError, KeyError, TypeError):
             return 1, "another node ended the run"

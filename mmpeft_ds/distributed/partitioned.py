@@ -10,7 +10,7 @@ from torch import nn
 
 @contextlib.contextmanager
 def gathered(parameters: list[nn.Parameter]) -> Iterator[None]:
-    """Within the block every rank has the whole values of `parameters`, also where ZeRO-3 partitioned them."""
+    """Context in which every rank has the whole values of `parameters`, also where ZeRO-3 partitioned them."""
     partitioned = [p for p in parameters if hasattr(p, "ds_id")]
     if not partitioned:
         yield

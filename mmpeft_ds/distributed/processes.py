@@ -8,6 +8,7 @@ import datetime
 import logging
 import os
 import re
+import socket
 import sys
 import threading
 import zlib
@@ -87,6 +88,9 @@ def start(
                 )
             except (torch.distributed.DistNetworkError, torch.distributed.DistStoreError) as error:
                 raise BadInput(why_not_met(error)) from error
+    if not cuda:
+        # Without it DeepSpeed asks `numactl`, a new process, for the number of devices in every step of ZeRO-3.
+        os.environ.setdefault("LOCAL_SIZE", str(local_size))
     torch.manual_seed(seed)
     ranks = Ranks(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), local_rank, local_size, device)
     watchdog.start(ranks.rank, ranks.world_size, stall, timeout)
@@ -134,7 +138,13 @@ def saying_who_is_awaited(seconds: float = 60) -> Iterator[None]:
     )
     if env["WORLD_SIZE"] == "1":  # nobody else to wait for, but the compiler, or another process that compiles
         line = "starting takes long: DeepSpeed compiles its operator, or waits for a process that does."
-    timer = threading.Timer(seconds, print, [line], {"file": sys.stderr, "flush": True})
+
+    def say() -> None:
+        said = _unknown_host() or line  # which may take a while
+        if not timer.finished.is_set():
+            print(said, file=sys.stderr, flush=True)
+
+    timer = threading.Timer(seconds, say)
     timer.daemon = True
     timer.start()
     try:
@@ -143,12 +153,25 @@ def saying_who_is_awaited(seconds: float = 60) -> Iterator[None]:
         timer.cancel()
 
 
+def _unknown_host() -> str:
+    """A line where this machine does not know the name of rank 0's; torch asks for it again until its limit ends.
+
+    No error, since a name may come late: that of a pod is known once the pod runs.
+    """
+    host = os.environ["MASTER_ADDR"]
+    try:
+        socket.getaddrinfo(host, None)
+    except (OSError, UnicodeError) as error:  # UnicodeError: a part of the name is empty or too long
+        return f"rank {os.environ['RANK']}: this machine does not know the host MASTER_ADDR={host} ({error}). Waiting."
+    return ""
+
+
 def _meeting_place() -> str:
     return f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
 
 
 def why_not_met(error: Exception) -> str:
-    """One line about ranks that did not meet, in the place of torch's, which holds a stack of C++ calls."""
+    """One line about ranks that did not meet, in place of torch's, which holds a stack of C++ calls."""
     if "EADDRINUSE" in str(error) or "address already in use" in str(error).lower():
         return (
             f"port {os.environ['MASTER_PORT']} is taken: another run is on this machine, or the last one is "
@@ -175,6 +198,9 @@ def _check_numbers(env: Any) -> None:
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT"):
         if not env[name].isdecimal():
             raise BadInput(f"{name}={env[name]} is set, which is no number. Set it to one, or start by a launcher.")
+    lowest = 0 if env["WORLD_SIZE"] == "1" else 1  # 0: a free one, which only a rank that is alone may take
+    if not lowest <= int(env["MASTER_PORT"]) <= 65535:
+        raise BadInput(f"MASTER_PORT={env['MASTER_PORT']} is set, which is no port. Set one from 1 to 65535.")
     if int(env["RANK"]) >= int(env["WORLD_SIZE"]):
         raise BadInput(
             f"RANK={env['RANK']} is set, but WORLD_SIZE={env['WORLD_SIZE']}: ranks are counted from 0, so the last "
@@ -250,7 +276,7 @@ def operator_is_built() -> bool:
 
 @contextlib.contextmanager
 def no_shared_buffers() -> Iterator[None]:
-    """Within the block DeepSpeed on CPU does not allocate 69 MB per rank in /dev/shm, which it would never free.
+    """Context in which DeepSpeed on CPU does not allocate 69 MB per rank in /dev/shm, which it would never free.
 
     Only its inference all-reduce would use them. They stay after the run under a name that holds the port, so every
     launch costs that much memory until the machine restarts, and in a container with 64 MB of /dev/shm they leave no
@@ -289,7 +315,7 @@ def _cores() -> int:
 
 
 def keep_freed_memory() -> None:
-    """Let glibc keep freed memory; otherwise the kernel maps and clears every large tensor anew in every step."""
+    """Let glibc keep freed memory; otherwise the kernel maps and clears every large tensor again in every step."""
     with contextlib.suppress(AttributeError, OSError):  # another C library
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(_M_MMAP_MAX, 0)

@@ -61,7 +61,7 @@ def sharded_cross_entropy(
 
 
 def all_reduced(x: Tensor, how: Any = dist.ReduceOp.SUM, group: Any = None) -> Tensor:
-    """The sum (or another reduction) over ranks, in the place of `x`, without gradient. Collective."""
+    """The sum (or another reduction) over ranks, in place of `x`, without gradient. Collective."""
     ranks = collectives.world_size(group)
     if ranks > 1:
         with record("all_reduce", 2 * (ranks - 1) * x.nbytes // ranks, x.device):

@@ -1,4 +1,4 @@
-"""Which rank the others wait for, out of what each of them last reported of itself."""
+"""Identification of the rank that the others wait for, from each rank's last report."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 
 from mmpeft_ds.owner import Owner
 
-FRAMES = 24  # innermost ones of a stack that are told
+FRAMES = 24  # innermost frames of a stack that are reported
 NAMED = 8  # ranks that a line names
 # Files, as parts of their paths, whose functions wait for other ranks.
 WAITING = ("/torch/distributed/", "/deepspeed/comm/")
@@ -23,7 +23,7 @@ HIDDEN = ("stop-watch", "stall-watch", "stall-hub")
 
 @dataclass(frozen=True)
 class Report:
-    """What a rank says of itself.
+    """A rank's report of its own state.
 
     Attributes:
         rank: its number.
@@ -34,6 +34,7 @@ class Report:
         where: the line of code at which its main thread is.
         stack: the frames of that thread, outermost first; empty while nothing is amiss.
         stop: why it was asked to stop; empty if it was not.
+        done: it ends, since its work is done.
     """
 
     rank: int
@@ -44,6 +45,7 @@ class Report:
     where: str = ""
     stack: tuple[str, ...] = ()
     stop: str = ""
+    done: bool = False
 
 
 @dataclass(frozen=True)

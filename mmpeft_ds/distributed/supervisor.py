@@ -28,7 +28,7 @@ LONGEST_PAUSE = 60.0  # seconds
 
 @dataclass(frozen=True)
 class Limits:
-    """What a supervised run may cost.
+    """Limits on restarts and time of a supervised run.
 
     Attributes:
         restarts: after which it ends.
@@ -42,7 +42,7 @@ class Limits:
 
 
 class Progress:
-    """How far a run is, as its directory tells."""
+    """Progress of a run, read from its directory."""
 
     def __init__(self, run_dir: Path):
         self.run_dir = run_dir
@@ -188,7 +188,7 @@ def _raise(number: int, frame: Any) -> None:
 
 
 def _how(failures: Iterable[Any]) -> str:
-    """How ranks of this node ended, but for those that were ended since another one had."""
+    """Exits of this node's ranks, except those that were ended because another one had failed."""
     codes = {failure.local_rank: failure.exitcode for failure in failures}
     first = {rank: code for rank, code in codes.items() if code != -signal.SIGTERM} or codes
     return ", ".join(

@@ -75,7 +75,7 @@ def _mixed(total: int, part: int) -> int:
 
 
 def check_agreement(tensors: list[Tensor], what: str, group: Any = None) -> None:
-    """Refuse, on all ranks, tensors that are not the same to the bit on every rank. Collective.
+    """Refuse, on all ranks, tensors that are not the same bit for bit on every rank. Collective.
 
     Args:
         what: their name in the message.

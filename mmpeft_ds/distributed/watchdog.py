@@ -18,7 +18,7 @@ import socket
 import sys
 import threading
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch.distributed as dist
@@ -30,6 +30,7 @@ from mmpeft_ds.owner import Owner
 KEY = "mmpeft_ds/stall_watch"
 BEAT = 5.0  # seconds between two reports, fewer where `stall` is short
 LIMIT = 1 << 16  # bytes of a message
+NOTICE = 2.0  # seconds after a lost connection within which it is known whose process has ended, and others are told
 
 
 class Watchdog:
@@ -49,17 +50,49 @@ class Watchdog:
         self.owner = Owner.me()
         self.waits_for: list[Awaited] = []  # while this rank has waited for longer than `stall`
         self._entered: dict[str, int] = {}
+        self._lost: list[Awaited] = []  # reported last by rank 0
         self._moved = self._answered = time.monotonic()
         self._next_line = stall
         self.hub = Hub(self) if rank == 0 else None
         self._channel = _Channel(self._meet(), self.beat)
+        # Before anything else happens: nobody could say of a rank that dies unheard that its process has ended.
+        self._ask(self.report()) or self._ask(self.report())
         threading.Thread(target=self._watch, name="stall-watch", daemon=True).start()
-        if stop.Watch.running is not None:
-            stop.Watch.running.stuck = self.words
+        if (watch := stop.Watch.running) is not None:
+            watch.stuck, watch.lost, watch.farewell = self.words, self.lost, self.farewell
 
     def words(self) -> str:
         """Whom this rank has been waiting for too long; empty if for nobody."""
         return words(self.waits_for)
+
+    def lost(self) -> str:
+        """Whose process has ended without a farewell, for a rank that has lost a connection; empty if nobody's."""
+        end = time.monotonic() + NOTICE
+        while True:
+            answer = self._ask(self.report())
+            ended = answer.lost if answer is not None else []
+            if answer is None and self._channel.refused:
+                # Rank 0 may have left before this rank did, because of the lost rank that it has reported.
+                ended = self._lost or self._rank_0("whose process has ended")
+            if ended or time.monotonic() > end:
+                break
+            time.sleep(0.1)
+        if self.hub is not None and ended:
+            self.hub.wait_until_told(NOTICE, {one.rank for one in ended})
+        return words(ended)
+
+    def farewell(self) -> None:
+        """Tell rank 0 that this rank ends since its work is done."""
+        if self.hub is None:
+            self._ask(replace(self.report(), done=True))
+
+    def _ask(self, report: Report) -> Answer | None:
+        return self.hub.answer(report) if self.hub is not None else self._channel.ask(report)
+
+    def _rank_0(self, words: str) -> list[Awaited]:
+        owner = self._channel.owner
+        place = f"{owner.host} (pid {owner.pid})" if owner else os.environ["MASTER_ADDR"]
+        return [Awaited(0, owner, True, f"rank 0 on {place}, {words}")]
 
     def _meet(self) -> tuple[str, int, str]:
         """Address and password of rank 0, which it leaves in the ranks' store."""
@@ -75,18 +108,15 @@ class Watchdog:
             self._forgive(time.monotonic() - began)
             began = time.monotonic()
             report = self.report()
-            if self.hub is not None:
-                answer = self.hub.answer(report)
-            else:
-                answer = self._channel.ask(report)
+            answer = self._ask(report)
             if answer is not None:
-                self._answered = time.monotonic()
+                self._answered, self._lost = time.monotonic(), answer.lost
             with contextlib.suppress(Exception):  # whatever it is, the next round tries again
                 self._judge(report, answer or self._alone(report))
             time.sleep(max(0.0, self.beat - (time.monotonic() - began)))
 
     def _forgive(self, gap: float) -> None:
-        """After a pause of this process itself, such as of a whole job that was suspended, begin to count anew."""
+        """After a pause of this process itself, such as of a whole job that was suspended, start counting again."""
         if gap > self.stall / 2:
             self._moved += gap
             self._answered += gap
@@ -94,7 +124,7 @@ class Watchdog:
                 self.hub.forgive(gap)
 
     def report(self) -> Report:
-        """What this rank says of itself now."""
+        """The current report of this rank."""
         entered = self._entered
         with contextlib.suppress(RuntimeError, AttributeError):  # the groups are gone at the end
             groups = list(dist.distributed_c10d._world.pg_map) if dist.is_initialized() else []
@@ -108,24 +138,30 @@ class Watchdog:
         return Report(self.rank, self.owner, entered, still, stop=asked, **seen)
 
     def _alone(self, report: Report) -> Answer:
-        """What to think where rank 0 does not answer: that it is the one which is missing."""
+        """The conclusion when rank 0 does not answer: that it is the missing one.
+
+        Not only where this rank waits in torch.distributed: on a GPU it waits for its device.
+        """
         silence = time.monotonic() - self._answered
-        if silence < self.stall / 2 or not report.waits:
+        if self._channel.refused and silence > 2 * self.beat:
+            return Answer(lost=self._lost or self._rank_0("whose process has ended"))
+        if silence < self.stall / 2:
             return Answer()
-        owner = self._channel.owner
-        place = f"{owner.host} (pid {owner.pid})" if owner else os.environ["MASTER_ADDR"]
-        said = f"rank 0 on {place}, not heard of since {clock(silence)}"
-        return Answer([Awaited(0, owner, True, said)], report.still > self.timeout)
+        silent = self._rank_0(f"not heard of since {clock(silence)}, and with it what it knows of others")
+        return Answer(silent, report.still > self.timeout)
 
     def _judge(self, report: Report, answer: Answer) -> None:
         if answer.stop and (watch := stop.Watch.running) is not None:
             watch.request(answer.stop)
+        # Gloo says at once that a rank is gone, to whoever waits in it; NCCL may never do so.
+        if answer.lost and report.still > 2 * self.beat and (report.still > self.stall or position()["waits"]):
+            self._leave(report, answer.lost)
         others = [one for one in answer.awaited if one.rank != self.rank]
         if answer.end and answer.awaited:
             self._leave(report, others)
         if report.still < self.stall or not others:
             if self.waits_for and report.still < self.stall:
-                self._say("goes on")
+                self._say("continues")
                 self.waits_for, self._next_line = [], self.stall
             return
         self.waits_for = others
@@ -140,12 +176,12 @@ class Watchdog:
 
     def _leave(self, report: Report, others: list[Awaited]) -> None:
         for one in others:
-            # A stopped process of this machine would go on when it is woken, and holds its memory until then.
+            # A stopped process of this machine would continue when it is woken, and holds its memory until then.
             if one.silent and one.owner is not None and one.owner.ended() is False:
                 with contextlib.suppress(OSError):
                     os.kill(one.owner.pid, signal.SIGKILL)
         if self.hub is not None:
-            self.hub.wait_until_told()
+            self.hub.wait_until_told(3 * self.beat, {one.rank for one in others})
         waited = f"has waited {report.still:.0f} s for {words(others)}" if others else "is waited for by the others"
         stop.leave(
             1,
@@ -159,12 +195,21 @@ class Watchdog:
 
 @dataclass
 class Answer:
-    """What rank 0 answers to a report: for whom the ranks wait, whether all end, and why they are to stop."""
+    """Answer of rank 0 to a report.
+
+    Attributes:
+        awaited: for whom the ranks wait.
+        end: whether all end.
+        stop: why they are to stop.
+        owner: rank 0.
+        lost: whose processes have ended without a farewell, the first one first.
+    """
 
     awaited: list[Awaited] = field(default_factory=list)
     end: bool = False
     stop: str = ""
-    owner: Owner | None = None  # rank 0
+    owner: Owner | None = None
+    lost: list[Awaited] = field(default_factory=list)
 
 
 class Hub:
@@ -173,8 +218,10 @@ class Hub:
     def __init__(self, dog: Watchdog):
         self.dog, self.password = dog, secrets.token_hex(16)
         self.heard: dict[int, tuple[float, Report]] = {}
-        self.told: set[int] = set()  # ranks that know that all end
+        self.told: set[int] = set()  # ranks that know that all end, or which rank is lost
         self.ending = False
+        self._connections: dict[int, socket.socket] = {}  # by rank
+        self._lost: dict[int, Awaited] = {}
         self._lock = threading.Lock()
         local = os.environ["MASTER_ADDR"] in ("127.0.0.1", "localhost")
         family = socket.AF_INET6 if socket.has_dualstack_ipv6() and not local else socket.AF_INET
@@ -197,27 +244,31 @@ class Hub:
         with self._lock:
             self.heard[report.rank] = now, report
             patience = self.dog.stall / 2
-            found = awaited(self.heard, self.dog.world_size, now, patience)
-            missing = {one.rank for one in found}
+            late = awaited(self.heard, self.dog.world_size, now, patience)
+            missing = {one.rank for one in late}
             waiting = [r.still for when, r in self.heard.values() if now - when < patience and r.rank not in missing]
             if max(waiting, default=0.0) < self.dog.stall:
-                found = []
-            self.ending = bool(found) and max(waiting) > self.dog.timeout
-            if self.ending:
+                late = []
+            self.ending = bool(late) and max(waiting) > self.dog.timeout
+            lost = list(self._lost.values())
+            if self.ending or lost:
                 self.told.add(report.rank)
             stops = ((r.rank, r.stop) for _, r in self.heard.values() if r.stop)
             asked = next((why if why.startswith("rank ") else f"rank {rank}: {why}" for rank, why in stops), "")
-        return Answer(found[: 2 * NAMED], self.ending, asked, self.dog.owner)
+        return Answer(late[: 2 * NAMED], self.ending, asked, self.dog.owner, lost[:NAMED])
 
     def forgive(self, gap: float) -> None:
         """Take a pause of this process out of the silence of the others."""
         with self._lock:
             self.heard = {rank: (when + gap, report) for rank, (when, report) in self.heard.items()}
 
-    def wait_until_told(self) -> None:
-        """Return when all ranks that are heard of know that they end, or have had the time to learn it."""
-        end = time.monotonic() + 3 * self.dog.beat
-        while time.monotonic() < end and not {r.rank for r in self.living()} <= self.told:
+    def wait_until_told(self, seconds: float, missing: set[int]) -> None:
+        """Return when all ranks but the missing ones know that they end, or have had the time to learn it."""
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            with self._lock:
+                if self.heard.keys() <= self.told | missing | self._lost.keys() | {self.dog.rank}:
+                    return
             time.sleep(0.05)
 
     def _serve(self) -> None:
@@ -239,32 +290,55 @@ class Hub:
                     if not piece or len(unread[connection]) > LIMIT:
                         raise ConnectionError
                     if unread[connection].endswith(b"\n"):
-                        connection.send(self._replied(unread[connection]))
+                        connection.send(self._replied(unread[connection], connection))
                         unread[connection] = b""
                 except (OSError, ValueError, TypeError, KeyError):  # gone, or none of ours
                     selector.unregister(connection)
                     connection.close()
                     del unread[connection]
+                    self._closed(connection)
 
-    def _replied(self, line: bytes) -> bytes:
+    def _closed(self, connection: socket.socket) -> None:
+        """The kernel closes what a process has opened when it ends; a living one comes back before it is asked of."""
+        with self._lock:
+            for rank in [rank for rank, own in self._connections.items() if own is connection]:
+                del self._connections[rank]
+                report = self.heard.get(rank, (0.0, None))[1]
+                if report is not None and report.done:
+                    del self.heard[rank]
+                elif report is not None:
+                    place = f"{report.owner.host} (pid {report.owner.pid})"
+                    said = f"rank {rank} on {place}, whose process has ended"
+                    self._lost[rank] = Awaited(rank, report.owner, True, said)
+
+    def _replied(self, line: bytes, connection: socket.socket) -> bytes:
         password, given = json.loads(line)
         if not secrets.compare_digest(str(password), self.password):
             raise ValueError
         report = Report(**{**given, "owner": Owner(**given["owner"]), "stack": tuple(given["stack"])})
+        with self._lock:
+            self._connections[report.rank] = connection
+            self._lost.pop(report.rank, None)
         return json.dumps(asdict(self.answer(report))).encode() + b"\n"
 
 
 class _Channel:
-    """Another rank's end: a question and an answer, over a connection that is made anew when it fails."""
+    """Another rank's end: a question and an answer, over a connection that is made again when it fails."""
 
     def __init__(self, meeting: tuple[str, int, str], patience: float):
         self.host, self.port, self.password = meeting
         self.patience = max(1.0, patience)
         self.owner: Owner | None = None  # rank 0, once it has answered
+        self.refused = False  # its machine says that nobody listens there any more
         self._connection: socket.socket | None = None
+        self._lock = threading.Lock()
 
     def ask(self, report: Report) -> Answer | None:
         """Rank 0's answer; None if none came in time."""
+        with self._lock:
+            return self._asked(report)
+
+    def _asked(self, report: Report) -> Answer | None:
         try:
             if self._connection is None:
                 self._connection = socket.create_connection((self.host, self.port), timeout=self.patience)
@@ -275,17 +349,21 @@ class _Channel:
                 if not (piece := self._connection.recv(LIMIT)):
                     raise ConnectionError
                 line += piece
+            self.refused = False
             return self._read(json.loads(line))
-        except (OSError, ValueError, TypeError, KeyError):
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            self.refused = isinstance(error, ConnectionRefusedError)
             if self._connection is not None:
                 self._connection.close()
             self._connection = None
             return None
 
     def _read(self, given: dict[str, Any]) -> Answer:
-        ranks = [Awaited(**(one | {"owner": one["owner"] and Owner(**one["owner"])})) for one in given["awaited"]]
+        def ranks(name: str) -> list[Awaited]:
+            return [Awaited(**(one | {"owner": one["owner"] and Owner(**one["owner"])})) for one in given[name]]
+
         self.owner = Owner(**given["owner"])
-        return Answer(ranks, given["end"], given["stop"], self.owner)
+        return Answer(ranks("awaited"), given["end"], given["stop"], self.owner, ranks("lost"))
 
 
 def start(rank: int, world_size: int, stall: float, timeout: float) -> None:

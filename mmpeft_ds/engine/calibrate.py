@@ -69,10 +69,9 @@ def run(built: Any, train: Labelled, validation: Labelled | None) -> dict[str, f
     changed = [(p, new) for p, old, new in pairs if not torch.equal(old, new)]
     if changed:
         zero_state.ensure_optimizer_state(built.engine)
-        keys = zero_state.moments(built.engine)
         for p, new in changed:
             zeros = torch.zeros_like(new)
-            moments = dict.fromkeys(keys, zeros)
+            moments = dict.fromkeys(zero_state.moments(built.engine, p), zeros)
             zero_state.write_full(built.engine, p, {"weight": new.to(built.engine.device), **moments})
             zero_state.write_parameter(p, new)
     return report

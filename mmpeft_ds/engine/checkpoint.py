@@ -3,14 +3,16 @@
     RUN/checkpoints/latest                     name of the newest one, moved atomically after it is complete
                     best                       name of the best one, if any
                     step-00000120/weights.safetensors      float32 masters of the trained parameters
-                                  optimizer.safetensors    NAME.exp_avg, NAME.exp_avg_sq; of SGD NAME.momentum_buffer
+                                  optimizer.safetensors    NAME.exp_avg, NAME.exp_avg_sq; of SGD and Muon
+                                                           NAME.momentum_buffer
                                   model_state.safetensors  state beside the weights: of the model, such as a queue, and
                                                            what an adapter was attached with
                                   state.json               TrainState, name of the optimiser, Adam's step, format
                                   recipe.json              the resolved recipe
                                   fingerprint.json         of every frozen tensor
                                   checksums.json           sha256 of the files above
-                                  evaluated.json           TrainState after an evaluation that followed the saving
+                                  evaluated.json           TrainState after an evaluation that followed the saving,
+                                                           and its own sha256
 
 Random numbers need no state of their own: they are drawn from (seed, epoch, sample) and (seed, step, rank).
 """
@@ -19,35 +21,29 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
-import logging
-import re
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
 
 from mmpeft_ds.backbones.base import model_hooks
 from mmpeft_ds.distributed.collectives import on_rank0, rank, world_size
+from mmpeft_ds.engine import checkpoint_files
 from mmpeft_ds.engine.train_state import TrainState
 from mmpeft_ds.engine.zero import fingerprint as fingerprints
 from mmpeft_ds.engine.zero import full_state
 from mmpeft_ds.engine.zero import state as zero_state
 from mmpeft_ds.errors import BadInput
-from mmpeft_ds.files import naming, new_directory, save_tensors, sha256, write_atomic, write_json
+from mmpeft_ds.files import save_tensors, write_json
 from mmpeft_ds.methods.common.layers import kept_buffers
 
 FORMAT = 1
-CHECKSUMS = "checksums.json"
 MODEL_STATE = "model_state.safetensors"
 ADAPTER = "adapter:"  # before the names of an adapter's buffers in that file
-_NAME = re.compile(r"step-(\d{8,})(?:\.(\d+))?")
-logger = logging.getLogger(__name__)
 
 
 def save(
@@ -105,7 +101,7 @@ def save(
     if extra:
         files[MODEL_STATE] = lambda p: save_tensors(p, extra)
     folder = Path(run_dir) / "checkpoints"
-    return on_rank0(lambda: _write(folder, state.step, files, keep_last, best, held.check))
+    return on_rank0(lambda: checkpoint_files.write(folder, state.step, files, keep_last, best, held.check))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,19 +162,20 @@ def load(
         BadInput: if names or shapes of the trained parameters differ, or the optimiser or the base is another one.
     """
     path = Path(path)
-    header = on_rank0(lambda: _read_header(path, trainables, fingerprint, _optimizer(engine, trainables)))
+    kept, optimizer = kept_buffers(engine.module), _optimizer(engine, trainables)
+    header = on_rank0(lambda: _read_header(path, trainables, fingerprint, optimizer, kept))
     zero_state.ensure_optimizer_state(engine)
-    keys = (full_state.WEIGHT, *(zero_state.moments(engine) if trainables else ()))
+    keys = {name: (full_state.WEIGHT, *zero_state.moments(engine, p)) for name, p in trainables.items()}
     shapes = {name: zero_state.full_shape(parameter) for name, parameter in trainables.items()}
     with _reading(path, keys) as read, torch.no_grad():
-        for sent in full_state.from_rank0(shapes, read, len(keys), engine.device):
+        for sent in full_state.from_rank0(shapes, read, {n: len(k) for n, k in keys.items()}, engine.device):
             for name, tensors in sent.items():
-                full = dict(zip(keys, tensors, strict=True))
+                full = dict(zip(keys[name], tensors, strict=True))
                 zero_state.write_full(engine, trainables[name], full)
                 zero_state.write_parameter(trainables[name], full[full_state.WEIGHT])
     zero_state.set_optimizer_step(engine, header["optimizer_step"])
     extra = on_rank0(lambda: load_file(path / MODEL_STATE) if (path / MODEL_STATE).is_file() else {})
-    for name, buffer in kept_buffers(engine.module).items():
+    for name, buffer in kept.items():
         buffer.copy_(extra.pop(f"{ADAPTER}{name}"))
     if extra:
         _model(engine, "load_training_state", extra)
@@ -186,20 +183,23 @@ def load(
     return TrainState(**{k: v for k, v in header["state"].items() if k in known})
 
 
+def shapes(path: Path) -> dict[str, list[int]]:
+    """Name -> shape of each trained parameter of a checkpoint. Collective."""
+
+    def read() -> dict[str, list[int]]:
+        with safe_open(path / "weights.safetensors", "pt") as file:
+            return {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
+
+    return on_rank0(read)
+
+
 def record_evaluation(path: Path, state: TrainState, keep_last: int, best: bool) -> None:
-    """Add to a checkpoint what an evaluation of its weights gave; if `best`, move that pointer to it. Collective.
+    """Add the result of an evaluation to its checkpoint; if `best`, move that pointer to it. Collective.
 
     Args:
-        path: of a checkpoint that was saved after the step that `state` is at.
+        path: of a checkpoint that was saved after the step of `state`.
     """
-
-    def write() -> None:
-        if best:  # first: a run killed in between evaluates again; from a state without its pointer it would not
-            write_atomic(path.parent / "best", path.name + "\n")
-        write_json(path / "evaluated.json", dataclasses.asdict(state))
-        _prune(path.parent, keep_last)
-
-    on_rank0(write)
+    on_rank0(lambda: checkpoint_files.write_evaluation(path, state, keep_last, best))
 
 
 def newest_valid(run_dir: str | Path) -> Path | None:
@@ -213,41 +213,12 @@ def newest_valid(run_dir: str | Path) -> Path | None:
     Raises:
         BadInput: if there are checkpoints and all are damaged.
     """
-    return on_rank0(lambda: _newest_valid(Path(run_dir) / "checkpoints"))
+    return on_rank0(lambda: checkpoint_files.newest(Path(run_dir) / "checkpoints"))
 
 
 def best_valid(run_dir: str | Path) -> Path | None:
     """The checkpoint that `best` names; None, with a warning, if it is missing or damaged. Collective."""
-    return on_rank0(lambda: _best_valid(Path(run_dir) / "checkpoints"))
-
-
-def damage(path: str | Path) -> str | None:
-    """What is wrong with the checkpoint at `path`, in a few words; None if every file is as it was written."""
-    path = Path(path)
-    try:
-        checksums = json.loads((path / CHECKSUMS).read_text("utf-8"))
-        for name, expected in checksums.items():
-            digest = sha256(path / name)
-            if digest != expected:
-                return f"{name} has sha256 {digest[:12]}..., expected {expected[:12]}..."
-    except FileNotFoundError as e:
-        return f"{Path(e.filename).name} is missing"
-    except (ValueError, AttributeError, TypeError, OSError) as e:
-        return f"{CHECKSUMS} cannot be read ({e})"
-    return None if checksums else f"{CHECKSUMS} is empty"
-
-
-def read_json(path: str | Path, name: str) -> dict[str, Any]:
-    """One of the JSON files of a checkpoint: `state`, `recipe`, `fingerprint` or `evaluated`."""
-    return json.loads((Path(path) / f"{name}.json").read_text("utf-8"))
-
-
-def listing(folder: Path) -> list[Path]:
-    """Checkpoints in `folder`, newest first."""
-    if not folder.is_dir():
-        return []
-    named = [(m, p) for p in folder.iterdir() if (m := _NAME.fullmatch(p.name)) and p.is_dir()]
-    return [p for m, p in sorted(named, key=lambda pair: (int(pair[0][1]), int(pair[0][2] or 0)), reverse=True)]
+    return on_rank0(lambda: checkpoint_files.best(Path(run_dir) / "checkpoints"))
 
 
 def _model(engine: Any, verb: str, *args: Any) -> dict[str, torch.Tensor]:
@@ -256,14 +227,22 @@ def _model(engine: Any, verb: str, *args: Any) -> dict[str, torch.Tensor]:
 
 
 @contextlib.contextmanager
-def _reading(path: Path, keys: tuple[str, ...]) -> Iterator[Callable[[str], list[torch.Tensor]]]:
-    """Reads weight and moments of a trained parameter, by its name, on rank 0."""
+def _reading(path: Path, keys: dict[str, tuple[str, ...]]) -> Iterator[Callable[[str], list[torch.Tensor]]]:
+    """Reads weight and moments of a trained parameter, by its name, on rank 0.
+
+    Args:
+        keys: name -> WEIGHT and its moments.
+    """
     with contextlib.ExitStack() as files:
         if rank() == 0:
             weights, optimizer = (
                 files.enter_context(safe_open(path / f"{name}.safetensors", "pt")) for name in ("weights", "optimizer")
             )
-        yield lambda name: [weights.get_tensor(name), *(optimizer.get_tensor(f"{name}.{key}") for key in keys[1:])]
+
+        def read(name: str) -> list[torch.Tensor]:
+            return [weights.get_tensor(name), *(optimizer.get_tensor(f"{name}.{key}") for key in keys[name][1:])]
+
+        yield read
 
 
 def _optimizer(engine: Any, trainables: dict[str, nn.Parameter]) -> str | None:
@@ -272,11 +251,15 @@ def _optimizer(engine: Any, trainables: dict[str, nn.Parameter]) -> str | None:
 
 
 def _read_header(
-    path: Path, trainables: dict[str, nn.Parameter], fingerprint: dict[str, str] | None, optimizer: str | None
+    path: Path,
+    trainables: dict[str, nn.Parameter],
+    fingerprint: dict[str, str] | None,
+    optimizer: str | None,
+    kept: dict[str, torch.Tensor],
 ) -> dict[str, Any]:
-    if (wrong := damage(path)) is not None:
+    if (wrong := checkpoint_files.damage(path)) is not None:
         raise BadInput(f"checkpoint {path} is damaged: {wrong}. Name another one, or start over with --fresh.")
-    header = read_json(path, "state")
+    header = checkpoint_files.read_json(path, "state")
     if header["format"] != FORMAT:
         raise BadInput(f"checkpoint {path} has format {header['format']}, this version reads format {FORMAT}")
     written_with = header.get("optimizer", "adamw")  # files without a name are older than the other optimisers
@@ -295,102 +278,8 @@ def _read_header(
                 f"{here.get(name, 'absent')} here. Use the recipe it was trained with, or --fresh."
             )
     if fingerprint is not None:
-        fingerprints.compare(read_json(path, "fingerprint"), fingerprint, f"checkpoint {path}")
-    with contextlib.suppress(FileNotFoundError, ValueError):  # without it the evaluation is made again
-        header["state"] = read_json(path, "evaluated")
+        # Earlier versions took fingerprints of what the checkpoint itself holds.
+        saved_prints = {n: p for n, p in checkpoint_files.read_json(path, "fingerprint").items() if n not in kept}
+        fingerprints.compare(saved_prints, fingerprint, f"checkpoint {path}")
+    header["state"] = checkpoint_files.evaluated(path, header["state"]["step"]) or header["state"]
     return header
-
-
-def _newest_valid(folder: Path) -> Path | None:
-    candidates = listing(folder)
-    pointer = folder / "latest"
-    if pointer.is_file():  # takes precedence, so that a user may move it back by hand
-        named = [p for p in candidates if p.name == pointer.read_text(errors="replace").strip()]
-        candidates = named + [p for p in candidates if p not in named]
-    complaints = []
-    for path in candidates:
-        wrong = damage(path) or _unreadable(path)
-        if wrong is None:
-            if complaints:
-                logger.warning("%s; continuing from %s", "; ".join(complaints), path.name)
-            return path
-        complaints.append(f"checkpoint {path.name} is damaged: {wrong}")
-    if complaints:
-        raise BadInput(
-            f"{folder}: no checkpoint is whole ({'; '.join(complaints)}). Restore one, or start over with --fresh."
-        )
-    return None
-
-
-def _best_valid(folder: Path) -> Path | None:
-    pointer = folder / "best"
-    path = folder / pointer.read_text(errors="replace").strip() if pointer.is_file() else pointer
-    wrong = (damage(path) or _unreadable(path)) if path.is_dir() else f"{path.name} is missing"
-    if wrong is not None:
-        logger.warning("the best checkpoint is damaged: %s; the last weights are exported in its place", wrong)
-        return None
-    return path
-
-
-def _unreadable(path: Path) -> str | None:
-    """Why files with correct checksums cannot be read, such as those of another program; None if they can."""
-    try:
-        for name in ("state", "recipe", "fingerprint"):
-            if name == "state" or (path / f"{name}.json").is_file():
-                value = read_json(path, name)
-                _check_form(value if name == "state" else {"extra": value}, f"{name}.json")
-        for name in ("weights", "optimizer"):
-            with safe_open(path / f"{name}.safetensors", "pt"):
-                pass
-    except (OSError, ValueError, RecursionError, SafetensorError) as e:
-        return " ".join(str(e).split())
-    return None
-
-
-def _check_form(header: Any, file: str) -> None:
-    """Raise ValueError where the state, or the mappings in it that a start reads, are of another type."""
-    state = header.get("state", header) if isinstance(header, dict) else None
-    extra = state.get("extra", {}) if isinstance(state, dict) else None
-    known = extra.get("identities", {}) if isinstance(extra, dict) else None
-    if not isinstance(known, dict) or type(state.get("step", 0)) is not int:
-        raise ValueError(f"{file} holds values of another type")
-
-
-def _write(
-    folder: Path,
-    step: int,
-    files: dict[str, Callable],
-    keep_last: int,
-    best: bool,
-    check: Callable[[Path], None] = lambda partial: None,
-) -> Path:
-    with naming(folder):
-        folder.mkdir(exist_ok=True)  # and not the run directory, if somebody has removed it
-    for left_over in folder.glob(".*partial*"):  # of a process that was killed while saving
-        shutil.rmtree(left_over, ignore_errors=True)
-    name = f"step-{step:08d}"
-    again = 0
-    while (folder / name).exists():  # never replace a complete checkpoint of the same step
-        again += 1
-        name = f"step-{step:08d}.{again}"
-    with new_directory(folder / name) as partial:
-        for file, write in files.items():
-            write(partial / file)
-        check(partial)
-        write_json(partial / CHECKSUMS, {file: sha256(partial / file) for file in files})
-    for pointer in ("best", "latest") if best else ("latest",):  # `latest` last: its state may name itself the best
-        write_atomic(folder / pointer, name + "\n")
-    _prune(folder, keep_last)
-    return folder / name
-
-
-def _prune(folder: Path, keep_last: int) -> None:
-    pointed = {p.read_text().strip() for p in (folder / "latest", folder / "best") if p.is_file()}
-    steps: list[str] = []
-    for path in listing(folder):
-        step = path.name.split(".")[0]
-        superseded = step in steps
-        if not superseded:
-            steps.append(step)
-        if (superseded or len(steps) > max(1, keep_last)) and path.name not in pointed:
-            shutil.rmtree(path)

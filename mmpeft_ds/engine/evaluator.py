@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,8 +16,10 @@ from mmpeft_ds.engine import graph_health
 from mmpeft_ds.engine.assembly import modality
 from mmpeft_ds.engine.assembly.forward import answer
 from mmpeft_ds.engine.assembly.resolve import ResolvedSource
+from mmpeft_ds.engine.frozen_images import FrozenImages
 from mmpeft_ds.engine.streams import items_of
 from mmpeft_ds.engine.text_counts import CHANGES, TextCounts
+from mmpeft_ds.engine.turns import exhausted
 from mmpeft_ds.errors import AgreedBadInput, BadInput
 
 
@@ -28,14 +30,14 @@ class Evaluation:
     Attributes:
         scores: metrics of the task and `loss`, on every rank.
         rows: predictions ordered by sample id, on rank 0 only; empty elsewhere.
-        scored, there: how many questions, captions or samples the scores rest on, and how many the source has, on
+        scored, there: number of questions, captions or samples that the scores count, and number in the source, on
             every rank; see `count`.
-        unit: what they are, in the plural.
+        unit: what these numbers count, in the plural.
         bad: number of samples that could not be read and are left out, on every rank.
         texts: texts that were cut to fit or hold control tokens, on every rank.
         weight: total weight of the loss, on every rank.
-        pictures: (image (3, H, W) in [0, 1], its rows) of rank 0's share, up to the number asked for; None in the
-            place of an image that nobody has.
+        pictures: (image (3, H, W) in [0, 1], its rows) of rank 0's share, up to the number asked for; None for
+            an image that is not there.
         graph: picture (3, H, W) in [0, 1] of the graph among rank 0's rows of the first batch, if pictures are asked
             for and the model makes a graph.
     """
@@ -59,8 +61,13 @@ class Evaluation:
         return f"{self.scored:,} of {self.there:,} {self.unit}{bad}{changed}"
 
 
+def evaluate(*args: Any, **kwargs: Any) -> Evaluation | None:
+    """Run `evaluating` to its end. Collective."""
+    return exhausted(evaluating(*args, **kwargs))
+
+
 @torch.no_grad()
-def evaluate(
+def evaluating(
     model: Any,
     backbone: Any,
     task: Any,
@@ -69,8 +76,11 @@ def evaluate(
     pictures: int = 0,
     stop_requested: Callable[[], bool] = lambda: False,
     thumbnail: Callable[[str], Tensor | None] | None = None,
-) -> Evaluation | None:
+    frozen: FrozenImages | None = None,
+) -> Generator[int, None, Evaluation | None]:
     """Run `model` over `steps` of a stream and score it. Collective.
+
+    Yields the number of each step before it is read, so that several models can take turns.
 
     Args:
         model: DeepSpeed engine or plain module; its mode is restored afterwards.
@@ -78,6 +88,7 @@ def evaluate(
         pictures: images to keep for the page of predictions.
         stop_requested: whether a stop was requested of this process.
         thumbnail: sample id -> small picture, for batches that hold no pixels.
+        frozen: computes the outputs of frozen towers for images, or reads stored ones.
 
     Returns:
         None if a stop was requested on a rank before the end.
@@ -87,13 +98,13 @@ def evaluate(
     """
     training = [m for m in model.modules() if m.training]
     model.eval()
-    rows: list[dict[str, Any]] = []
-    parts: list[Any] = []  # for tasks that need the whole split before they can answer
-    kept: list[tuple[Tensor | None, list[dict[str, Any]]]] = []
-    loss_sum, weight_sum, bad, stopped = 0.0, 0.0, 0, False
-    changed = [0] * CHANGES
-    seen: graph_health.View | None = None
-    for step in _together(steps, device):
+    gathered = _Gathered(task, pictures, thumbnail)
+    numbered, number, stopped = _together(steps, device), 0, False
+    while True:
+        yield number
+        step, number = next(numbered, None), number + 1
+        if step is None:
+            break
         bits = [x for b in step.micro for x in modality.present(b)]
         failed, stop, *anywhere = collectives.sum_scalars([0.0, float(stop_requested()), *bits], device)
         if failed:
@@ -101,45 +112,74 @@ def evaluate(
         if stop:
             stopped = True
             break
-        bad += sum(len(b.bad) for b in step.micro)
-        for i, batch in enumerate(step.micro):
-            present = anywhere[i * len(modality.MODALITIES) : (i + 1) * len(modality.MODALITIES)]
+        gathered.bad += sum(len(b.bad) for b in step.micro)
+        bits = [anywhere[i : i + modality.WIDTH] for i in range(0, len(anywhere), modality.WIDTH)]
+        passes = frozen.passes(step.micro, bits) if frozen else [0] * len(bits)
+        for batch, present, times in zip(step.micro, bits, passes, strict=True):
             if not any(present):  # padding on every rank
                 continue
-            changed = [a + b for a, b in zip(changed, batch.changed_texts(), strict=True)]
-            batch = modality.complete(batch, present, backbone, task).to(device)
-            outputs = answer(model, backbone, task, batch, scores=True)
-            loss_sum += float(task.loss(outputs, batch))
-            weight_sum += task.weight(batch)
-            predictions = task.predict(outputs, batch)
-            if task.concludes:
-                parts.append(task.collect(outputs, batch))
-            else:
-                rows += predictions
-            if collectives.rank() == 0 and len(kept) < pictures:
-                kept += _pictures(batch, predictions, pictures - len(kept), thumbnail)
-            if collectives.rank() == 0 and pictures and seen is None:
-                seen = graph_health.view(outputs, batch, predictions)
-    if task.concludes and not stopped:
-        rows = task.conclude(getattr(model, "module", model), parts, device)
-        kept = [(image, _concluded(mine, rows)) for image, mine in kept]
+            complete = modality.complete(batch, present, backbone, task, frozen is not None).to(device)
+            if frozen:
+                complete = frozen.fill(complete, times)
+            gathered.add(complete, answer(model, backbone, task, complete, scores=True), batch.changed_texts())
+    result = None if stopped else gathered.evaluation(getattr(model, "module", model), device)
     for module in training:
         module.training = True
-    if stopped:
-        return None
-    loss_sum, weight_sum, bad, *changed = collectives.sum_scalars([loss_sum, weight_sum, bad, *changed], device)
-    texts = TextCounts()
-    texts.add(task, changed)
-    gathered = collectives.gather_to_first(rows) or []
-    gathered.sort(key=lambda row: row["sample_id"])  # stable: texts of a sample keep their order
-    scores = on_rank0(lambda: dict(task.score(gathered)))
-    loss = loss_sum / weight_sum if weight_sum else float("nan")
-    drawn = graph_health.picture(seen, thumbnail) if seen is not None else None
-    return Evaluation({**scores, "loss": loss}, gathered, kept, int(bad), drawn, texts=texts, weight=weight_sum)
+    return result
+
+
+class _Gathered:
+    """Sums, rows and pictures of the batches of a split that this rank has evaluated.
+
+    Args:
+        pictures, thumbnail: of `evaluating`.
+    """
+
+    def __init__(self, task: Any, pictures: int, thumbnail: Callable[[str], Tensor | None] | None):
+        self.task, self.wanted, self.thumbnail = task, pictures, thumbnail
+        self.rows: list[dict[str, Any]] = []
+        self.parts: list[Any] = []  # for tasks that need the whole split before they can answer
+        self.pictures: list[tuple[Tensor | None, list[dict[str, Any]]]] = []
+        self.loss, self.weight, self.bad = 0.0, 0.0, 0
+        self.changed = [0] * CHANGES
+        self.graph: graph_health.View | None = None
+
+    def add(self, batch: PackedBatch, outputs: Any, changed: Sequence[int]) -> None:
+        """Add a batch; `changed` is `PackedBatch.changed_texts` of it."""
+        task = self.task
+        self.changed = [a + b for a, b in zip(self.changed, changed, strict=True)]
+        self.loss += float(task.loss(outputs, batch))
+        self.weight += task.weight(batch)
+        predictions = task.predict(outputs, batch)
+        if task.concludes:
+            self.parts.append(task.collect(outputs, batch))
+        else:
+            self.rows += predictions
+        if collectives.rank() == 0 and len(self.pictures) < self.wanted:
+            self.pictures += _pictures(batch, predictions, self.wanted - len(self.pictures), self.thumbnail)
+        if collectives.rank() == 0 and self.wanted and self.graph is None:
+            self.graph = graph_health.view(outputs, batch, predictions)
+
+    def evaluation(self, model: Any, device: torch.device | str) -> Evaluation:
+        """The result of all ranks; `model` is the plain module. Collective."""
+        task, rows, pictures = self.task, self.rows, self.pictures
+        if task.concludes:
+            rows = task.conclude(model, self.parts, device)
+            pictures = [(image, _concluded(mine, rows)) for image, mine in pictures]
+        sums = [self.loss, self.weight, self.bad, *self.changed]
+        loss, weight, bad, *changed = collectives.sum_scalars(sums, device)
+        texts = TextCounts()
+        texts.add(task, changed)
+        rows = collectives.gather_to_first(rows) or []
+        rows.sort(key=lambda row: row["sample_id"])  # stable: texts of a sample keep their order
+        scores = on_rank0(lambda: dict(task.score(rows)))
+        scores["loss"] = loss / weight if weight else float("nan")
+        graph = graph_health.picture(self.graph, self.thumbnail) if self.graph is not None else None
+        return Evaluation(scores, rows, pictures, int(bad), graph, texts=texts, weight=weight)
 
 
 def count(evaluation: Evaluation, source: ResolvedSource) -> Evaluation:
-    """Say how much of a source an evaluation rests on, and return it. Collective."""
+    """Set how many items of a source an evaluation has scored, and return it. Collective."""
     numbers = on_rank0(lambda: (source.task.scored(evaluation.rows), items_of(source)))
     evaluation.scored, evaluation.there = numbers
     evaluation.unit = source.task.unit
@@ -147,17 +187,17 @@ def count(evaluation: Evaluation, source: ResolvedSource) -> Evaluation:
 
 
 def _together(steps: Iterable[Any], device: torch.device | str) -> Iterator[Any]:
-    """`steps`; a rank whose data fails takes part in the all-reduce of that step, so that all ranks end."""
+    """`steps`; a rank whose data cannot be read joins the all-reduce of that step, so that all ranks end."""
     try:
         yield from steps
     except BadInput as problem:
         # Evaluation does not accumulate, so there is one micro-batch per step.
-        collectives.sum_scalars([1.0] + [0.0] * (1 + len(modality.MODALITIES)), device)
+        collectives.sum_scalars([1.0] + [0.0] * (1 + modality.WIDTH), device)
         raise AgreedBadInput(collectives.first_message(str(problem))) from problem
 
 
 def _concluded(mine: list[dict[str, Any]], rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rows about the sample of `mine` that a task gave at the end of the split: what was found for its image."""
+    """Rows about the sample of `mine` that the task gave at the end of the split, such as the results of a search."""
     concluded = [row for row in rows if row["sample_id"] == mine[0]["sample_id"] and not row.get("text")]
     return concluded or mine
 

@@ -236,15 +236,13 @@ def _read(
     """Name, F and theta* of parameters, whole, on every rank; rank 0 reads. Collective."""
     with safe_open(path, "pt") if rank() == 0 else contextlib.nullcontext() as file:
         kinds = ("fisher", "anchor")
-        for sent in full_state.from_rank0(shapes, lambda n: [file.get_tensor(f"{k}.{n}") for k in kinds], 2, device):
+        read = lambda name: [file.get_tensor(f"{kind}.{name}") for kind in kinds]  # noqa: E731
+        for sent in full_state.from_rank0(shapes, read, dict.fromkeys(shapes, 2), device):
             for name, (fisher, anchor) in sent.items():
                 yield name, fisher, anchor
 
 
 def _start(engine: Any, parameters: list[nn.Parameter], values: list[Tensor]) -> None:
     """Set masters and parameters to `values`. Collective."""
-    if engine.zero_optimization_stage() > 0:  # without ZeRO the parameters are the masters
-        for parameter, value in zip(parameters, values, strict=True):
-            zero_state.write_full(engine, parameter, {"weight": value})
     for parameter, value in zip(parameters, values, strict=True):
-        zero_state.write_parameter(parameter, value)
+        zero_state.write_weight(engine, parameter, value)

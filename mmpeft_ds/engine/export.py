@@ -30,7 +30,7 @@ from mmpeft_ds.sites.feature_site import calibrated_buffers
 
 
 def export_adapter(directory: str | Path, model: Any, resolved: Any, metrics: dict[str, Any]) -> Path:
-    """Write the adapter directory, which replaces one that is there already as a whole. Collective.
+    """Write the adapter directory, which replaces an existing one as a whole. Collective.
 
     Only trained parameters are gathered. The weights are read back and compared before the directory gets its name.
 
@@ -100,7 +100,7 @@ def _fill(
     if os.path.isabs(config.get("base_model_name_or_path") or ""):
         config["base_model_name_or_path"] = None  # for another value peft warns that the base was renamed
     write_json(partial / CONFIG, redaction.named(config) | resolved.method.saved_fields(resolved.method_config))
-    resolved.method.Config.from_pretrained(str(partial))  # raises where peft would not read its own file again
+    type(resolved.method_config).from_pretrained(str(partial))  # raises where peft would not read its own file again
     recipe, backbone = resolved.recipe, resolved.backbone
     config = model.get_base_model().config
     name, options = recipe.backbone["name"], {k: v for k, v in recipe.backbone.items() if k != "name"}

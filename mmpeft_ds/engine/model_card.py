@@ -73,7 +73,7 @@ def _unmerging(resolved: Any) -> str:
         return ""
     return (
         f"\nDo not merge and unmerge it on a {dtype} base: peft subtracts the change again, which leaves a third\n"
-        "to a half of the weights changed. Load the base anew, or write a merged copy with `launchers/merge.py`.\n"
+        "to a half of the weights changed. Load the base again, or write a merged copy with `launchers/merge.py`.\n"
     )
 
 
@@ -88,7 +88,7 @@ def _source(source: Any) -> str:
 
 def _own_settings(resolved: Any) -> dict[str, Any]:
     """The method's settings that differ from its defaults."""
-    defaults = {f.name: f for f in dataclasses.fields(resolved.method.Config)}
+    defaults = {f.name: f for f in dataclasses.fields(resolved.method.Options)}
     own = {}
     for key, value in resolved.recipe.method.items():
         field = defaults.get(key)

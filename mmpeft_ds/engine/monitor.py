@@ -35,6 +35,7 @@ SCALARS = {
     "step_seconds": "speed/step_seconds",
     "data_wait_share": "speed/data_wait_share",
     "padding": "speed/padding",
+    "cost_imbalance": "speed/cost_imbalance",
     "micro_steps": "speed/micro_steps",
     "forward_seconds": "speed/forward_seconds",
     "backward_seconds": "speed/backward_seconds",
@@ -74,10 +75,11 @@ class Monitor(Observer):
         total: optimizer steps of the run.
         start: steps done before this process; TensorBoard drops what it has loaded of a killed run beyond it.
         recipe: as YAML text.
+        name: of the run among those that train beside it in this process, which lines on the console begin with.
     """
 
-    def __init__(self, directory: Path, options: MonitorOptions, total: int, start: int, recipe: str):
-        self.options, self.total = options, total
+    def __init__(self, directory: Path, options: MonitorOptions, total: int, start: int, recipe: str, name: str = ""):
+        self.options, self.total, self.name = options, total, name
         directory.mkdir(parents=True, exist_ok=True)
         self.metrics = (directory / "metrics.jsonl").open("ab", buffering=0)
         self.board = None
@@ -90,7 +92,7 @@ class Monitor(Observer):
                 self.board = SummaryWriter(str(directory / "tensorboard"), flush_secs=30, purge_step=first)
                 if start == 0:
                     self.board.add_text("recipe", f"```yaml\n{recipe}\n```", 0)
-        self.progress = Progress("train", total, "steps", done=start, first_and_last=True)
+        self.progress = Progress(f"train {name}".rstrip(), total, "steps", done=start, first_and_last=True)
         self.progress.__enter__()  # until `close`
 
     def step(self, row: dict[str, Any]) -> None:
@@ -143,7 +145,8 @@ class Monitor(Observer):
         self.board.flush()
 
     def say(self, line: str) -> None:
-        self.progress.say(line)
+        between = ":\n" if "\n" in line else ": "
+        self.progress.say(self.name + between + line if self.name else line)
 
     def flush(self) -> None:
         with naming(Path(self.metrics.name)):
@@ -153,7 +156,7 @@ class Monitor(Observer):
 
     def close(self) -> None:
         self.progress.close()
-        with contextlib.suppress(OSError):  # what could not be written has been said where it was
+        with contextlib.suppress(OSError):  # failures to write have been reported where they occurred
             self.metrics.close()
         if self.board is not None:
             with contextlib.suppress(OSError):
@@ -163,7 +166,7 @@ class Monitor(Observer):
 def per_rank(values: list[float], step: int) -> dict[str, float]:
     """Curves of a number that every rank has: of a few ranks each one, of many the highest, whose it is, and the mean.
 
-    A curve a rank would make rank 0 write longer than the others compute: 270 ms a step at 512 ranks. Every
+    A curve a rank would make rank 0 write longer than the others compute: 270 ms per step at 512 ranks. Every
     `RANKS_EVERY` steps each rank is shown.
     """
     ranks = {f"rank_{rank}": value for rank, value in enumerate(values)}
@@ -208,7 +211,7 @@ def _tile(image: Tensor | None, rows: list[dict[str, Any]]) -> contact_sheet.Til
 
 
 def _result(row: dict[str, Any]) -> tuple[str, str]:
-    """What was predicted, and the colour that says whether it is right; a caption is neither right nor wrong."""
+    """A prediction, and the colour that shows whether it is right; a caption is neither right nor wrong."""
     answers = [str(a) for a in row.get("answers", [row["answer"]] if "answer" in row else [])]
     answer = max(answers, key=answers.count, default="")
     prediction = row["prediction"]

@@ -1,4 +1,4 @@
-"""What micro-batches by tokens would be like on some numbers of ranks, for `train.py --check`."""
+"""Forecast of micro-batches planned by tokens, for several rank counts; printed by `train.py --check`."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def tables(rows: Sequence[dict[str, Any]], pack: int) -> list[Table]:
     for source in dict.fromkeys(row["dir"] for row in rows):
         title = f"{source}: micro-batches of at most {pack:,} tokens, expected"
         table = Table(title=title, title_justify="left")
-        for column in ("ranks", "micro-steps", "tokens a row", "padding", "else", "slowest rank", "waiting"):
+        for column in ("ranks", "micro-steps", "tokens/row", "padding", "else", "slowest rank", "waiting", "moved"):
             table.add_column(column, justify="right")
         for row in rows:
             if row["dir"] == source:
@@ -67,8 +67,12 @@ def tables(rows: Sequence[dict[str, Any]], pack: int) -> list[Table]:
                     f"{row['padded']:.0%}",
                     f"{row['slowest']:.2f}",
                     f"{row['waiting']:.0%}",
+                    f"{row['moved']:.0%}",
                 )
-        table.caption = "else: padding without pack; slowest rank: over the median; waiting: for it, share of the time"
+        table.caption = (
+            "else: padding without pack; slowest rank: over the median; waiting: for it, share of the time; moved: "
+            "samples read by another rank than the one whose slots they are of"
+        )
         made.append(table)
     return made
 

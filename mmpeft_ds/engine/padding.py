@@ -1,4 +1,4 @@
-"""How much of what the text tower computes is padding."""
+"""Share of padding in what the text tower computes."""
 
 # T texts, S positions of each with padding
 

@@ -5,22 +5,27 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 from torch import nn
 
 from mmpeft_ds import recipe as recipes
+from mmpeft_ds.backbones.common import quantised
 from mmpeft_ds.console import one_line
 from mmpeft_ds.data.assumed import is_assumed
 from mmpeft_ds.data.order import steps_of
-from mmpeft_ds.engine import ewc, pack_forecast, rundir, text_check
+from mmpeft_ds.engine import checkpoint_files, ewc, frozen_images, pack_forecast, rundir, text_check
+from mmpeft_ds.engine.assembly import start_from
+from mmpeft_ds.engine.assembly.build import optim_groups
 from mmpeft_ds.engine.assembly.checks import check_schedule
 from mmpeft_ds.engine.assembly.idle import idle_notes
-from mmpeft_ds.engine.assembly.resolve import Resolved, attach
+from mmpeft_ds.engine.assembly.resolve import Resolved, attach, check_new
 from mmpeft_ds.engine.identities import identities
 from mmpeft_ds.engine.optim import optimizers
 from mmpeft_ds.engine.zero.config import merge
@@ -42,8 +47,9 @@ def make(resolved: Resolved, ranks: Sequence[int] = ()) -> dict[str, Any]:
     """
     recipe = resolved.recipe
     ewc.check(recipe)
-    with torch.device("meta"):
-        model = attach(resolved, resolved.backbone.build(on_meta=True))
+    model = on_meta(resolved)
+    trainables = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    groups = optim_groups(resolved, trainables)  # which refuses patterns that fit nothing
     steps_per_epoch, sources = 0, []
     for source in resolved.train:
         samples = source.samples
@@ -54,13 +60,14 @@ def make(resolved: Resolved, ranks: Sequence[int] = ()) -> dict[str, Any]:
     stage = resolved.ds_config.get("zero_optimization", {}).get("stage", 0)
     asked_ranks = max([int(os.environ.get("WORLD_SIZE") or 1), *ranks])
     ranks = sorted({1, 2, 8, 64, int(os.environ.get("WORLD_SIZE") or 1), *ranks})
-    sizes = Sizes.of(model, recipe.optim.name)
+    sizes = Sizes.of(model, optimizers.mean_moments(groups, recipe.optim.name))
     total_steps = recipe.optim.max_steps or steps_per_epoch * recipe.optim.epochs
     if not resolved.method_options.gradient_free:
         check_schedule(recipe, total_steps, steps_per_epoch)
     asked = 0 if resolved.method_options.gradient_free else total_steps
     texts, text_notes = _texts(resolved)
     packing = pack_forecast.make(resolved, ranks)
+    kept = frozen_images.forecast(resolved, model)
     there = (recipe.run_dir, recipes.to_dict(recipe), asked, recipe.engine.patience, identities(resolved))
     return {
         "backbone": recipe.backbone["name"],
@@ -71,8 +78,10 @@ def make(resolved: Resolved, ranks: Sequence[int] = ()) -> dict[str, Any]:
         "notes": resolved.notes,
         "texts": texts,
         "packing": packing,
+        "cache_frozen": kept,
         "remarks": [
             *text_notes,
+            *([frozen_images.words(kept)] if kept else []),
             *pack_forecast.remarks(resolved, packing),
             *resolved.remarks,
             *idle_notes(resolved, asked_ranks),
@@ -88,9 +97,29 @@ def make(resolved: Resolved, ranks: Sequence[int] = ()) -> dict[str, Any]:
         "total_parameters": sizes.total,
         "zero_stage": stage,
         "dtype": recipe.engine.dtype,
+        "quantise": recipe.backbone.get("quantise", "none"),
+        "quantised": quantised_bytes(model),
         "bytes_per_rank": {n: zero_bytes(sizes, resolved.ds_config, recipe, n) for n in ranks},
         "bytes_per_rank_zero1": {n: zero_bytes(sizes, ZERO_1, recipe, n) for n in ranks},
     }
+
+
+def on_meta(resolved: Resolved) -> PeftModel:
+    """The model of a run, without weights. Raises BadInput for what a start would refuse, of a new run all of it."""
+    with torch.device("meta"):
+        model = attach(resolved, resolved.backbone.build(on_meta=True))
+    if not checkpoint_files.listing(Path(resolved.recipe.run_dir) / "checkpoints"):
+        check_new(resolved, model)
+        if resolved.recipe.start_from:
+            start_from.read(resolved, model)
+    return model
+
+
+def quantised_bytes(model: nn.Module) -> dict[str, int]:
+    """The quantised layers of a model: their number, their weights, and their bytes with scales."""
+    weights = [module.weight for module in model.modules() if quantised.is_quantised(module)]
+    sums = {"weights": sum(map(quantised.numel, weights)), "bytes": sum(map(quantised.nbytes, weights))}
+    return {"layers": len(weights), **sums}
 
 
 def _texts(resolved: Resolved) -> tuple[list[dict[str, Any]], list[str]]:
@@ -125,24 +154,24 @@ def trainable_by_kind(resolved: Resolved, model: nn.Module) -> dict[str, int]:
 
 @dataclass(frozen=True)
 class Sizes:
-    """What the memory of a rank follows from.
+    """Sizes from which the memory of a rank follows.
 
     Attributes:
         tensors: parameters of the model, each once.
         largest_module: elements of the parameters that one module holds directly.
-        moments: of the optimiser.
+        moments: of the optimiser, for each trained element on average.
     """
 
     tensors: tuple[Tensors, ...]
     largest_module: int
-    moments: int
+    moments: float
 
     @classmethod
-    def of(cls, model: nn.Module, optimizer: str) -> Sizes:
-        """Of a model, which may be on the meta device, and an optimiser by its name in the recipe."""
-        tensors = tuple(Tensors(p.numel(), p.element_size(), p.requires_grad) for p in model.parameters())
+    def of(cls, model: nn.Module, moments: float) -> Sizes:
+        """Sizes of a model, which may be on the meta device."""
+        tensors = tuple(Tensors.of(p) for p in model.parameters())
         largest = max(sum(p.numel() for p in m.parameters(recurse=False)) for m in model.modules())
-        return cls(tensors, largest, len(optimizers.MOMENTS[optimizer]))
+        return cls(tensors, largest, moments)
 
     @property
     def trained(self) -> int:
@@ -205,7 +234,7 @@ def show(report: dict[str, Any], console: Console | None = None) -> None:
     for column in ("ranks", *columns):
         table.add_column(column, justify="right")
     for n in report["bytes_per_rank"]:
-        table.add_row(str(n), *(_size(sizes[n]) for sizes in columns.values()))
+        table.add_row(str(n), *(size_text(sizes[n]) for sizes in columns.values()))
     console.print(table)
 
 
@@ -219,9 +248,19 @@ def _facts(report: dict[str, Any]) -> dict[str, str]:
         "trained": f"{trained:,} of {total:,} parameters ({100 * trained / total:.2f}%)",
         "of these": kinds,
         "length": f"{report['total_steps']:,} steps of {report['global_batch']:,} samples{parts}",
+        "quantised": _quantised(report),
         "labels": f"{report['labels']:,}{' assumed' if assumed else ''}" if report["labels"] else "",
     }
     return {name: value for name, value in facts.items() if value}
+
+
+def _quantised(report: dict[str, Any]) -> str:
+    sums = report["quantised"]
+    if not sums["layers"]:
+        return ""
+    bits = 8 * sums["bytes"] / sums["weights"]
+    size = f"{size_text(sums['bytes'])}, {bits:.2f} bits a weight with scales"
+    return f"{report['quantise']}: {sums['layers']:,} layers, {size}"
 
 
 def _source_row(source: Any, samples: int, steps: int) -> dict[str, Any]:
@@ -239,5 +278,6 @@ def _source_row(source: Any, samples: int, steps: int) -> dict[str, Any]:
     }
 
 
-def _size(count: int) -> str:
+def size_text(count: int) -> str:
+    """Bytes as people read them."""
     return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"

@@ -12,13 +12,9 @@ RUN/.lock             held by the process that writes here
 from __future__ import annotations
 
 import contextlib
-import errno
-import fcntl
+import copy
 import json
 import logging
-import os
-import socket
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,18 +24,21 @@ import yaml
 from mmpeft_ds import recipe as recipes
 from mmpeft_ds.adapter_files import whole
 from mmpeft_ds.distributed.collectives import on_rank0
-from mmpeft_ds.engine import checkpoint, events
+from mmpeft_ds.engine import checkpoint_files, events
+from mmpeft_ds.engine.identities import of_saved
+from mmpeft_ds.engine.run_lock import Lock, first_free, refuse_foreign, refuse_taken, refuse_unwritable
 from mmpeft_ds.errors import BadInput
 from mmpeft_ds.files import write_atomic, write_json
 from mmpeft_ds.redaction import masked_values
 
 # Keys that a resume may change: length, the ZeRO JSON, workers and reading, the cadence of logs and evaluations, and
-# the limits of bad data and skipped steps: a run that exceeded them is told to raise them.
+# the limits of bad data and skipped steps: the message asks the user to raise them.
 MAY_DIFFER = (
     "run_dir",
     "optim.epochs",
     "optim.max_steps",
     "optim.ewc.file",  # its content may not
+    "backbone.image_backend",  # pixels differ by rounding
     "engine.deepspeed",
     "engine.save_every",
     "engine.eval_every",
@@ -49,6 +48,7 @@ MAY_DIFFER = (
     "engine.stall",
     "engine.timeout",
     "engine.threads",
+    "engine.cache_frozen",
     "engine.adapter_matmul",
     "engine.compile",
     "engine.max_skipped",
@@ -63,7 +63,6 @@ MAY_DIFFER = (
     "monitor",
 )
 IDENTITIES = "identities"  # key of the state's `extra`
-LOCK_WAIT = 5.0  # seconds; the ranks of a killed run need a moment to exit
 logger = logging.getLogger(__name__)
 
 
@@ -117,9 +116,9 @@ class RunDir:
         lock: list[Lock] = []  # stays on rank 0; the rest of the result is broadcast
 
         def take() -> tuple[str, str | None, tuple[str, ...]]:
-            target = _first_free(Path(path)) if fresh else Path(path)
-            _refuse_foreign(target)
-            _refuse_unwritable(target)
+            target = first_free(Path(path)) if fresh else Path(path)
+            refuse_foreign(target)
+            refuse_unwritable(target)
             target.mkdir(parents=True, exist_ok=True)
             lock.append(Lock(target / ".lock"))
             try:
@@ -135,7 +134,7 @@ class RunDir:
 
     def opening_words(self, step: int, total_steps: int, world_size: int, stage: int) -> str:
         """A line that says where a start begins, on how many ranks, and which keys differ from the saved recipe."""
-        begins = f"continues after step {step:,} of {total_steps:,}" if step else f"begins, {total_steps:,} steps"
+        begins = f"continues {_where(step, total_steps)}" if step else f"begins, {total_steps:,} steps"
         ranks = f"{world_size:,} rank{'s' if world_size != 1 else ''}"
         changed = f"; changed: {', '.join(self.differing)}" if self.differing else ""
         return f"{self.path}: {begins}, on {ranks} at ZeRO-{stage}{changed}"
@@ -185,49 +184,6 @@ class RunDir:
             self._lock = None
 
 
-class Lock:
-    """A lock on a file, which ends with its process in any case; the file says which process holds it.
-
-    POSIX record locks: unlike flock they are not inherited by loader workers that outlive a killed rank, and they work
-    on NFS. They belong to the process, so the file must not be opened a second time by its owner.
-
-    Raises:
-        BadInput: if another process still holds it after `wait` seconds.
-    """
-
-    def __init__(self, path: Path, wait: float = LOCK_WAIT):
-        self.path = path
-        self.descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-        end = time.monotonic() + wait
-        while not self._try():
-            if time.monotonic() > end:
-                owner = os.pread(self.descriptor, 4096, 0).decode(errors="replace").strip()
-                os.close(self.descriptor)
-                raise BadInput(
-                    f"{path.parent}: another run is writing here ({owner or 'owner unknown'}). "
-                    "Wait for it, stop it, or add --fresh to start in a new directory."
-                )
-            time.sleep(0.1)
-        started = time.strftime("%Y-%m-%d %H:%M:%S")
-        os.ftruncate(self.descriptor, 0)
-        os.pwrite(self.descriptor, f"pid {os.getpid()} on {socket.gethostname()} since {started}\n".encode(), 0)
-
-    def _try(self) -> bool:
-        try:
-            fcntl.lockf(self.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as e:
-            if e.errno in (errno.EACCES, errno.EAGAIN):
-                return False
-            logger.warning("%s: this file system has no locks (%s); two runs here would not notice", self.path, e)
-        return True
-
-    def release(self) -> None:
-        """Release the lock; the file stays, empty."""
-        with contextlib.suppress(OSError):
-            os.ftruncate(self.descriptor, 0)
-            os.close(self.descriptor)
-
-
 def preview(
     path: str | Path,
     recipe: dict[str, Any],
@@ -246,8 +202,7 @@ def preview(
         BadInput: as the start itself would.
     """
     target = Path(path)
-    _refuse_foreign(target)
-    _refuse_unwritable(target)
+    refuse_taken(target)
     if not target.is_dir():
         return []
     newest, differing = _compared(target, _plain(recipe), identities or {})
@@ -257,7 +212,7 @@ def preview(
     step = _state(newest).get("step", 0)
     if (done := _finished(target, total_steps, patience, newest)) is not None:
         return [*lines, f"{target}: {finished_words(done, total_steps)}; a start prints its table"]
-    return [*lines, f"{target}: a start continues this run after step {step:,} of {total_steps:,}"]
+    return [*lines, f"{target}: a start continues this run {_where(step, total_steps)}"]
 
 
 def finished_words(done: dict[str, Any], total_steps: int) -> str:
@@ -267,6 +222,13 @@ def finished_words(done: dict[str, Any], total_steps: int) -> str:
     return f"this run is finished, with {trained:,} steps{fewer}"
 
 
+def _where(step: int, total_steps: int) -> str:
+    if step < total_steps:
+        return f"after step {step:,} of {total_steps:,}"
+    fewer = f", and {total_steps:,} are asked for" if step > total_steps else ""
+    return f"after all its {step:,} steps{fewer}: nothing is left to train, only to evaluate and to export"
+
+
 def _plain(recipe: dict[str, Any]) -> dict[str, Any]:
     """A recipe as it is saved: tuples become lists, and credentials in URLs are left out."""
     return masked_values(json.loads(json.dumps(recipe, default=str)))
@@ -274,10 +236,14 @@ def _plain(recipe: dict[str, Any]) -> dict[str, Any]:
 
 def _compared(target: Path, recipe: dict[str, Any], identities: dict[str, str]) -> tuple[Path | None, tuple[str, ...]]:
     """The checkpoint to continue from, and the keys that differ from its recipe and may. Raises BadInput."""
-    newest = checkpoint._newest_valid(target / "checkpoints")
+    newest = checkpoint_files.newest(target / "checkpoints")
     old = _saved_recipe(target, newest)
     differing = tuple(_differences(old, recipe)) if newest is not None and old is not None else ()
-    known = {} if newest is None else _state(newest).get("extra", {}).get(IDENTITIES, {})
+    keys = {d: d.split(":")[0] for d in differing}
+    known = {} if newest is None else _state(newest).get("extra", {}).get(IDENTITIES)
+    older = known is None  # of a version that did not note them: what the old paths lead to, if they still do
+    if known is None:
+        known = of_saved(old or {}) if any(not _may_differ(key) for key in keys.values()) else {}
     same = {key for key, value in identities.items() if known.get(key) == value}
     for key in sorted(identities.keys() & known.keys() - same):
         if key.startswith("data.sources."):
@@ -285,18 +251,19 @@ def _compared(target: Path, recipe: dict[str, Any], identities: dict[str, str]) 
                 f"{target}: {key} names other data than this run was trained on (another manifest). Restore the data "
                 "set, or add --fresh to start in a new directory."
             )
-    keys = {d: d.split(":")[0] for d in differing}
     refused = [d for d, key in keys.items() if not _may_differ(key) and key not in same]
     if refused:
+        moved = older and any(keys[d] in identities for d in refused)
+        link = " What has only moved is known where the old path leads to it (ln -s NEW OLD)." if moved else ""
         raise BadInput(
             f"{target}: the recipe differs from the one of this run in {'; '.join(refused)}. "
-            "Restore these values to continue it, or add --fresh to start in a new directory."
+            f"Restore these values to continue it, or add --fresh to start in a new directory.{link}"
         )
     return newest, differing
 
 
 def _state(path: Path) -> dict[str, Any]:
-    header = checkpoint.read_json(path, "state")
+    header = checkpoint_files.read_json(path, "state")
     return header.get("state", header)
 
 
@@ -371,34 +338,14 @@ def _may_differ(key: str) -> bool:
 def _saved_recipe(target: Path, newest: Path | None) -> dict[str, Any] | None:
     """The recipe that the checkpoint was trained with; without one, what recipe.yaml says does not matter.
 
-    Options that did not exist then have their defaults, with which they change nothing.
+    Options that did not exist then have the values with which they change nothing.
     """
     if newest is None:
         return None
-    saved = masked_values(checkpoint.read_json(newest, "recipe"))
+    saved = masked_values(checkpoint_files.read_json(newest, "recipe"))
     try:
+        recipe = recipes.from_dict(copy.deepcopy(saved))
+        saved = {**saved, "backbone": {**saved["backbone"], **recipes.former(saved, recipe)}}
         return recipes.to_dict(recipes.filled(recipes.from_dict(saved)))
-    except BadInput:  # options that do not exist any more: said as a difference
+    except BadInput:  # options that do not exist any more: reported as a difference
         return saved
-
-
-def _first_free(path: Path) -> Path:
-    candidate, number = path, 0
-    while candidate.exists():
-        number += 1
-        candidate = path.with_name(f"{path.name}-{number}")
-    return candidate
-
-
-def _refuse_foreign(path: Path) -> None:
-    if path.exists() and not path.is_dir():
-        raise BadInput(f"{path}: is a file, run_dir must name a directory")
-    if path.is_dir() and any(path.iterdir()) and not any((path / n).exists() for n in ("recipe.yaml", ".lock")):
-        raise BadInput(f"{path}: holds files that are not a run's. Choose another run_dir, or empty it.")
-
-
-def _refuse_unwritable(path: Path) -> None:
-    there = next(p for p in (path, *path.absolute().parents) if p.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-        why = "cannot be written" if there.is_dir() else "is a file"
-        raise BadInput(f"run_dir {path}: {there} {why}. Choose another run_dir, or mend its permissions.")

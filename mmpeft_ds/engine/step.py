@@ -20,8 +20,9 @@ import psutil
 import torch
 
 from mmpeft_ds import recipe as recipes
+from mmpeft_ds.data.bad_budget import BadBudget
 from mmpeft_ds.data.batch import PackedBatch
-from mmpeft_ds.data.stream import BadBudget, Step
+from mmpeft_ds.data.stream import Step
 from mmpeft_ds.distributed import collectives
 from mmpeft_ds.distributed.clock import Clock, StepTimer
 from mmpeft_ds.distributed.processes import Ranks
@@ -37,6 +38,8 @@ from mmpeft_ds.engine.zero import gradients
 from mmpeft_ds.engine.zero.config import divisor
 from mmpeft_ds.errors import AgreedBadInput, BadInput
 from mmpeft_ds.methods.common.head import Head
+from mmpeft_ds.sites.base import base_model
+from mmpeft_ds.sites.unread import LastLayer
 from mmpeft_ds.tasks.base import TaskBase
 
 # In `TrainState.extra`: weight of the loss in the epoch, by number of the source as text; and in the run.
@@ -46,7 +49,7 @@ PARTS = ("data", "forward", "backward")  # of a step, as `Stepper.timer` knows t
 
 @dataclass
 class Agreed:
-    """What all ranks know of a step before its first forward pass.
+    """Facts about a step on which all ranks agree before its first forward pass.
 
     Attributes:
         weight: total weight of the loss over ranks and micro-steps.
@@ -55,7 +58,8 @@ class Agreed:
         bad: slots that could not be used.
         keys_hash: sum mod 2^64 of the hashes of the sample ids that enter the loss.
         changed: texts with a cut prompt, a cut target, and control tokens, see `PackedBatch.changed_texts`.
-        present: per micro-step, `modality.present` summed over ranks.
+        present: per micro-step, `modality.present` summed over ranks; its last number is of images that a frozen tower
+            sees, where values are kept.
     """
 
     weight: float
@@ -90,13 +94,14 @@ class Stepper:
         steps_per_epoch: int = 0,
     ):
         self.resolved, self.recipe, self.engine = resolved, resolved.recipe, built.engine
-        self.ewc = built.ewc
+        self.ewc, self.frozen = built.ewc, built.frozen
         self.ranks, self.total, self.state, self.budget = ranks, total, state, budget
         self.stop_requested, self.stopping = stop_requested, False
         self.steps_per_epoch = steps_per_epoch
         self.source_names = titles(resolved.train) if len(resolved.train) > 1 else [""]
         self.groups, self.group_of = gradients.group_names(built.trainables)
         self.process = psutil.Process()
+        self.last_layer = LastLayer(base_model(built.model))
         self.timer, self.seconds = StepTimer(Clock(ranks.device)), math.inf  # of the step before
         set_modes(built.model, resolved.backbone, self.recipe)
 
@@ -129,25 +134,12 @@ class Stepper:
         norm = math.sqrt(sum(norms))
         done = state.step - state.skipped_total
         lr = learning_rate(self.recipe.optim, done, self.total, self.steps_per_epoch)
-        applied = math.isfinite(loss) and math.isfinite(norm) and agreed.weight > 0
-        if applied:
-            for group in self.engine.optimizer.param_groups:
-                group["lr"] = lr
-            self.engine.step()
-            state.skipped_in_a_row = 0
-        else:
-            gradients.discard(self.engine)
-            if state.skipped_in_a_row + 1 >= self.recipe.engine.max_skipped:
-                raise AgreedBadInput(f"step {state.step}: {self.why_skipped(task, agreed, loss, norm)}")
-            state.skipped_in_a_row, state.skipped_total = state.skipped_in_a_row + 1, state.skipped_total + 1
+        applied = self.update(lr, task, agreed, loss, norm)
         self.count_texts(step.source, task, agreed)
         state.step, state.step_in_epoch = state.step + 1, state.step_in_epoch + 1
         seconds = time.perf_counter() - began + waited
         state.elapsed += seconds
         state.extra["samples"] = state.extra.get("samples", 0) + agreed.rows
-        waits, forward, backward, rss, peak, *device = zip(*table, strict=True)
-        busy = [wait + f for wait, f in zip(waits, forward, strict=True)]  # backward waits for the other ranks
-        of_times, self.seconds = self.seconds if self.timer.clock.on_gpu else seconds, seconds
         return {
             "step": state.step,
             "epoch": state.epoch,
@@ -158,13 +150,12 @@ class Stepper:
             "grad_norm": norm,
             "samples_per_second": agreed.rows / seconds,
             "step_seconds": seconds,
-            "data_wait_share": statistics.mean(waits) / of_times,
-            "forward_seconds": statistics.mean(forward),
-            "backward_seconds": statistics.mean(backward),
             "samples": agreed.rows,
             "weight": agreed.weight,
             **padding.share(*places),
+            **({"images_computed": int(sum(bits[-1] for bits in agreed.present))} if self.frozen else {}),
             **({"micro_steps": len(step.micro)} if self.recipe.data.pack else {}),
+            **({} if step.imbalance is None else {"cost_imbalance": step.imbalance}),
             "source": step.source,
             **({"source_name": self.source_names[step.source]} if len(self.source_names) > 1 else {}),
             "skipped": not applied,
@@ -172,14 +163,53 @@ class Stepper:
             "bad": dict(state.bad),
             "cut_texts": dict(state.cut_texts),
             "control_tokens": state.control_tokens,
+            **self.of_ranks(table, seconds),
+            "grad_norms": {n: math.sqrt(s) for n, s in zip(self.groups, norms, strict=True)},
+            "sample_keys_hash": f"{agreed.keys_hash:016x}",
+            "elapsed": state.elapsed,
+        }
+
+    def update(self, lr: float, task: Any, agreed: Agreed, loss: float, norm: float) -> bool:
+        """Let the optimiser step, unless loss or gradient is not finite or nothing has weight. Collective.
+
+        Returns:
+            whether it stepped; else the gradients are discarded and the step counts as skipped.
+
+        Raises:
+            AgreedBadInput: too many steps were skipped in a row.
+        """
+        state = self.state
+        if math.isfinite(loss) and math.isfinite(norm) and agreed.weight > 0:
+            for group in self.engine.optimizer.param_groups:
+                group["lr"] = lr * group.get("lr_share", 1.0)
+            self.engine.step()
+            state.skipped_in_a_row = 0
+            return True
+        gradients.discard(self.engine)
+        if state.skipped_in_a_row + 1 >= self.recipe.engine.max_skipped:
+            raise AgreedBadInput(f"step {state.step}: {self.why_skipped(task, agreed, loss, norm)}")
+        state.skipped_in_a_row, state.skipped_total = state.skipped_in_a_row + 1, state.skipped_total + 1
+        return False
+
+    def of_ranks(self, table: list[list[float]], seconds: float) -> dict[str, Any]:
+        """Times and memory of all ranks, for the row of a step that took `seconds`.
+
+        Args:
+            table: a row per rank: seconds of `PARTS`, MiB of `memory`.
+        """
+        waits, forward, backward, rss, peak, *device = zip(*table, strict=True)
+        busy = [wait + f for wait, f in zip(waits, forward, strict=True)]  # backward waits for the other ranks
+        # On a GPU the times are those of the step before.
+        of_times, self.seconds = self.seconds if self.timer.clock.on_gpu else seconds, seconds
+        return {
+            "data_wait_share": statistics.mean(waits) / of_times,
+            "forward_seconds": statistics.mean(forward),
+            "backward_seconds": statistics.mean(backward),
             "slowest_rank": max(range(len(busy)), key=busy.__getitem__),
             "slowest_excess": max(busy) - statistics.median(busy),
-            "grad_norms": {n: math.sqrt(s) for n, s in zip(self.groups, norms, strict=True)},
             "rss_mib": [round(mib) for mib in rss],
             "peak_rss_mib": [round(mib) for mib in peak],
             **({"device_mib": [round(mib) for mib in device[0]]} if device else {}),
-            "sample_keys_hash": f"{agreed.keys_hash:016x}",
-            "elapsed": state.elapsed,
         }
 
     def fail(self, problem: BadInput, micro_steps: int) -> NoReturn:
@@ -188,7 +218,7 @@ class Stepper:
         Args:
             micro_steps: of the step, as the other ranks have them.
         """
-        width = 7 + CHANGES + micro_steps * len(modality.MODALITIES)
+        width = 7 + CHANGES + micro_steps * modality.WIDTH
         collectives.sum_scalars([1.0] + [0.0] * (width - 1), self.ranks.device)
         raise AgreedBadInput(collectives.first_message(str(problem)))
 
@@ -213,7 +243,7 @@ class Stepper:
         failed, weight, stop, rows, bad, low, high, *rest = collectives.sum_scalars(mine, self.ranks.device)
         if failed:
             raise AgreedBadInput(collectives.first_message(""))
-        width = len(modality.MODALITIES)
+        width = modality.WIDTH
         changed, bits = rest[:CHANGES], rest[CHANGES:]
         present = [bits[i : i + width] for i in range(0, len(bits), width)]
         return Agreed(weight, stop > 0, int(rows), int(bad), collectives.sum_mod_2_64((low, high)), changed, present)
@@ -231,12 +261,16 @@ class Stepper:
         total = torch.zeros((), dtype=torch.float64, device=self.ranks.device)
         places = torch.zeros(2, dtype=torch.float64, device=self.ranks.device)
         report: dict[str, float] = {}
+        passes = self.frozen.passes(micro, agreed.present) if self.frozen else [0] * len(micro)
         for i, (batch, present) in enumerate(zip(micro, agreed.present, strict=True)):
             if self.recipe.data.pack:  # their number is another at each step
                 self.engine.set_gradient_accumulation_boundary(i + 1 == len(micro))
             with self.timer.part("forward"):
-                batch = modality.complete(batch, present, self.resolved.backbone, task).to(self.ranks.device)
-                outputs = forward(self.engine, self.resolved.backbone, batch, scores=True)
+                apart = self.frozen is not None
+                batch = modality.complete(batch, present, self.resolved.backbone, task, apart).to(self.ranks.device)
+                if self.frozen:
+                    batch = self.frozen.fill(batch, passes[i])
+                outputs = forward(self.engine, self.resolved.backbone, batch, scores=True, last=self.last_layer)
                 loss = task.loss(outputs, batch)
                 places += padding.places(outputs, batch)
             with self.timer.part("backward"):
@@ -307,7 +341,7 @@ class Stepper:
         return TextCounts(dict(self.state.cut_texts), self.state.control_tokens)
 
     def why_skipped(self, task: TaskBase, agreed: Agreed, loss: float, norm: float) -> str:
-        """Why the last step of too many in a row was not applied, and what to do about it."""
+        """Reason why the last step of too many in a row was not applied, and what to do about it."""
         steps = self.state.skipped_in_a_row + 1
         if not agreed.weight:
             counts = self.text_counts()
@@ -361,7 +395,8 @@ def merged_budget(budget: BadBudget) -> BadBudget:
 
 
 def seed_generators(seed: int, device: torch.device) -> None:
-    """As `torch.manual_seed`, which formats the call stack three times, for kinds of devices that are not there."""
+    """Seed like `torch.manual_seed`, which also formats the call stack three times, for kinds of devices that are
+    absent."""
     if device.type == "cpu":
         torch.default_generator.manual_seed(seed)
     else:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 
 from mmpeft_ds import recipe as recipes
+from mmpeft_ds.data.batch import PackedBatch
 from mmpeft_ds.data.parsing import one_sample
 from mmpeft_ds.data.shards import ShardReader, Stamp, members, record_of, stamps_of, verify_shards
 from mmpeft_ds.data.stream import Stream, StreamSource, identify, with_arrays
@@ -21,6 +24,7 @@ from mmpeft_ds.engine.token_counts import lengths_of
 from mmpeft_ds.errors import BadInput, BadSample
 
 CHUNK = 256  # records read at a time
+SLOTS = 16  # of a global batch that an adapter's start is computed from
 
 
 def make_stream(
@@ -49,6 +53,7 @@ def make_stream(
             read=source.task.read if train else source.task.read_all,
             image_transform=backbone.image_transform(train if augment is None else augment),
             collate_images=backbone.collate_images,
+            collate_apart=backbone.collate_apart,
             collate_texts=backbone.collate_texts,
             collate_targets=source.task.collate,
             fields=source.task.fields,
@@ -57,6 +62,8 @@ def make_stream(
             most_images=backbone.most_images,
             identify=source.task.identifies_pictures,
             stamps=_stamps(source),
+            video_transform=backbone.video_transform(),
+            collate_videos=backbone.collate_videos,
         )
         for source in sources
     ]
@@ -66,7 +73,7 @@ def make_stream(
         rank=ranks.rank,
         world_size=ranks.world_size,
         accumulation=recipe.optim.accumulation if train else 1,
-        seed=recipe.seed,
+        seed=recipe.seed if recipe.data.seed is None else recipe.data.seed,
         train=train,
         coupled=resolved.method_options.couples_samples or sources[0].task.couples_samples,
         pin_memory=ranks.device.type == "cuda",
@@ -83,9 +90,10 @@ def _stamps(source: ResolvedSource) -> list[Stamp]:
     return merged
 
 
-def thumbnails_of(source: ResolvedSource) -> Thumbnails | None:
-    """Thumbnails of the samples of feature shards; None for other shards, which hold the images themselves."""
-    return Thumbnails(source.manifest, source.options.split) if source.manifest.towers else None
+def thumbnails_of(source: ResolvedSource, stored: bool = False) -> Thumbnails | None:
+    """Thumbnails of samples whose batches hold no pixels: of feature shards, or where values of frozen towers are
+    `stored`. None for others, whose batches hold the images themselves."""
+    return Thumbnails(source.manifest, source.options.split) if source.manifest.towers or stored else None
 
 
 def total_steps(recipe: recipes.Recipe, stream: Stream, gradient_free: bool = False) -> int:
@@ -93,6 +101,35 @@ def total_steps(recipe: recipes.Recipe, stream: Stream, gradient_free: bool = Fa
     if gradient_free:
         return 0
     return recipe.optim.max_steps or sum(stream.steps_per_epoch(e) for e in range(recipe.optim.epochs))
+
+
+def first_batches(resolved: Resolved, ranks: Ranks) -> Iterator[tuple[Any, PackedBatch]]:
+    """Task and packed batch, of the training data from its first step on, epoch by epoch, on the device of this rank.
+
+    All ranks see the same, and the same for any number of ranks: of each global batch at most SLOTS slots. Batches
+    without a text, of padding or bad samples alone, are left out. Collective at its beginning.
+
+    Raises:
+        BadInput: there is no other batch in a whole epoch.
+    """
+    one = dataclasses.replace(ranks, rank=0, world_size=-(-resolved.recipe.data.global_batch // SLOTS))
+    stream = make_stream(resolved, resolved.train, one, train=True)
+    try:
+        for epoch in itertools.count():
+            usable = 0
+            for step in stream.epoch(epoch):
+                task = resolved.train[step.source].task
+                for batch in step.micro:
+                    if "text" in batch.modalities:
+                        usable += 1
+                        yield task, batch.to(ranks.device)
+            if not usable:
+                raise BadInput(
+                    "data.sources: no sample of the first epoch can be used, and the method starts from them. The bad "
+                    "ones are named above; data_prep/verify.py checks a directory."
+                )
+    finally:
+        stream.close()
 
 
 def check_shards(resolved: Resolved, ranks: Ranks) -> None:
@@ -119,7 +156,7 @@ def check_shards(resolved: Resolved, ranks: Ranks) -> None:
 
 
 def items_of(source: ResolvedSource) -> int:
-    """How many questions, captions or whatever the task scores one by one there are in a source."""
+    """Number of questions, captions or other items of a source that the task scores."""
     field = source.task.items
     if not field:
         return source.samples

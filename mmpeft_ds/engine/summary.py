@@ -23,8 +23,7 @@ def table(metrics: dict[str, Any], scores: dict[str, float], baselines: dict[str
     width = max(map(len, facts))
     lines = [f"{name:<{width}}  {value}" for name, value in facts.items()]
     if scores:
-        counted = f", {metrics['best_counted']}" if metrics.get("best_counted") else ""
-        title = f"{metrics.get('best_of') or 'validation'}, step {metrics['best_step']}{counted}"
+        title = _joined(metrics.get("best_of") or "validation", _step(metrics), metrics.get("best_counted"))
         lines.append(console.score_text(scores, baselines, title))
     return "\n".join(lines)
 
@@ -33,13 +32,13 @@ def shown(metrics: dict[str, Any]) -> dict[str, str]:
     """Metrics of a run as people read them: what is empty left out, numbers rounded, the best score by its name."""
     facts = {}
     for name, value in metrics.items():
-        if name in ("best_of", "best_metric", "best_step", "best_counted") or value in (None, "", [], {}, 0):
+        if name in ("best_of", "best_metric", "best_step", "best_counted") or value in (None, "", [], {}):
             continue
-        if name == "best":
-            where = f", {metrics['best_of']}" if metrics.get("best_of") else ""
-            step = f"step {metrics['best_step']}" if metrics.get("best_step") else "before the first step"
-            facts[f"best {metrics.get('best_metric') or 'score'}"] = f"{_number(value)} ({step}{where})"
-        else:
+        if name == "best":  # a best score of 0 is said as well
+            place = _joined(_step(metrics), metrics.get("best_of"))
+            text = f"{_number(value)} ({place})" if place else _number(value)
+            facts[f"best {metrics.get('best_metric') or 'score'}"] = text
+        elif value != 0:
             facts[name] = _number(value)
     return facts
 
@@ -53,6 +52,15 @@ def baselines_of(resolved: Resolved) -> dict[str, float]:
     if not train or train[0].samples + source.samples > BASELINES_UP_TO:
         return {}
     return source.task.baselines(records(train[0], True), records(source, True))
+
+
+def _step(metrics: dict[str, Any]) -> str:
+    """Of the best score; empty for a head that is solved, without a step."""
+    return f"step {metrics['best_step']}" if metrics.get("best_step") else ""
+
+
+def _joined(*parts: str | None) -> str:
+    return ", ".join(filter(None, parts))
 
 
 def _number(value: Any) -> str:

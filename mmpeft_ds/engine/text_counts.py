@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from mmpeft_ds.backbones.base import BackboneBase
+from mmpeft_ds.errors import counted
 from mmpeft_ds.tasks.base import TaskBase
 
 CHANGES = 3  # numbers of `PackedBatch.changed_texts`
@@ -13,7 +14,7 @@ CHANGES = 3  # numbers of `PackedBatch.changed_texts`
 
 @dataclass
 class TextCounts:
-    """Texts as they were read, in every epoch anew.
+    """Texts as they were read, again in every epoch.
 
     Attributes:
         cut: kind (question, answer, caption, conversation, ...) -> how many were cut.
@@ -41,11 +42,6 @@ class TextCounts:
         return ", ".join([*parts, *([f"{counted(self.control, 'text')} with control tokens"] if self.control else [])])
 
 
-def counted(number: int, kind: str) -> str:
-    """`1 question`, `1,200 questions`."""
-    return f"{number:,} {kind}{'' if number == 1 else 's'}"
-
-
 def limits(backbone: BackboneBase, tasks: Iterable[TaskBase], counts: TextCounts) -> str:
     """The keys and values of the options that the cut texts were longer than, `backbone.max_text_length (64)`."""
     keys = {task.prompt_kind: backbone.prompt_limit for task in tasks}
@@ -62,7 +58,7 @@ def _limit(backbone: BackboneBase, name: str) -> str:
 
 
 def note(backbone: BackboneBase, tasks: Sequence[TaskBase], counts: TextCounts) -> str:
-    """What was changed in texts, where, and how to avoid it, for the user to read."""
+    """A note for the user about changed texts: what was changed, where, and how to avoid it."""
     said = []
     if counts.cut:
         cut = ", ".join(counted(number, kind) for kind, number in counts.cut.items())
@@ -73,7 +69,7 @@ def note(backbone: BackboneBase, tasks: Sequence[TaskBase], counts: TextCounts) 
 
 
 def nothing_learnt(backbone: BackboneBase, tasks: Sequence[TaskBase], counts: TextCounts) -> str:
-    """Why nothing enters the loss, and what to do about it."""
+    """Reason why nothing enters the loss, and what to do about it."""
     why = " or ".join(dict.fromkeys(task.no_weight for task in tasks))
     if too_short := limits(backbone, tasks, counts):
         return f"{why}; {counts.words()}. Raise {too_short}, or look at the data with data_prep/show.py."

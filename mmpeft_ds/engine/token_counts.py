@@ -1,7 +1,7 @@
-"""Tokens of every sample of a source, by which micro-batches are planned; counted once and kept beside the data.
+"""Tokens of every sample of a source, by which micro-batches are planned; counted once and stored next to the data.
 
 The counts are those of the backbone's tokenizer, template, limits and image rule, and of the task's texts; the name of
-the file has a hash of all these. A task that draws texts anew in each epoch is counted by one drawing.
+the file has a hash of all these. A task that draws texts again in each epoch is counted by one drawing.
 """
 
 from __future__ import annotations
@@ -19,19 +19,20 @@ import torch
 from mmpeft_ds.backbones.base import BackboneBase
 from mmpeft_ds.backbones.common.stock import short_hash
 from mmpeft_ds.data import order
-from mmpeft_ds.data.batch import with_images
 from mmpeft_ds.data.decode import Pixels, size_of
 from mmpeft_ds.data.manifest import local_path
 from mmpeft_ds.data.options import DataOptions
 from mmpeft_ds.data.parsing import one_sample
 from mmpeft_ds.data.shards import ShardReader, image_names, members, record_of
 from mmpeft_ds.data.stream import identify
-from mmpeft_ds.data.token_plan import Lengths
+from mmpeft_ds.data.token_counts import TokenCounts
+from mmpeft_ds.data.token_plan import UNIT, Lengths
+from mmpeft_ds.data.video import Times, times_of
 from mmpeft_ds.data.workers import WorkerPool
 from mmpeft_ds.distributed.collectives import first_message, gather_everywhere, on_rank0
 from mmpeft_ds.distributed.processes import Ranks
 from mmpeft_ds.engine.assembly.resolve import Resolved, ResolvedSource
-from mmpeft_ds.engine.text_check import places_of
+from mmpeft_ds.engine.text_check import places_of, split_sizes, with_media
 from mmpeft_ds.errors import BadInput, BadSample
 from mmpeft_ds.files import replacing, writing
 from mmpeft_ds.progress import Progress
@@ -39,7 +40,7 @@ from mmpeft_ds.tasks.base import TaskBase
 
 log = logging.getLogger(__name__)
 CHUNK = 64  # samples counted at a time
-NONE = np.zeros((0, 2), np.int32)
+NONE = np.zeros((0, len(TokenCounts._fields)), np.int64)
 UNREAD = -1  # tokens of a sample that could not be read
 FEW = 2000  # samples for which no workers are started
 
@@ -50,15 +51,16 @@ def lengths_of(resolved: Resolved, source: ResolvedSource, ranks: Ranks) -> Leng
 
 
 def as_lengths(resolved: Resolved, counts: np.ndarray) -> Lengths:
-    """Counts (samples, 2) with their costs. A sample that was not read is taken to be as long as the longest, since it
+    """Counts (samples, 5) with their costs. A sample that was not read is taken to be as long as the longest, since it
     may have been mended when it is trained on."""
     if len(counts):
         counts = np.where(counts[:, :1] == UNREAD, np.maximum(counts.max(0), 0), counts)
-    return Lengths(counts[:, 0], resolved.backbone.costs(counts[:, 0], counts[:, 1]))
+    costs = resolved.backbone.costs(TokenCounts(*counts.T))
+    return Lengths(counts[:, 0], np.rint(UNIT * costs).astype(np.int64))
 
 
 def token_counts(resolved: Resolved, source: ResolvedSource, ranks: Ranks) -> np.ndarray:
-    """(samples, 2) int32, `BackboneBase.tokens` of each sample that is used, in the order of the shards; UNREAD where
+    """(samples, 5) int64, `BackboneBase.tokens` of each sample that is used, in the order of the shards; UNREAD where
     it cannot be read.
 
     Taken from the file beside the data where there is one. Samples that it lacks, or that could not be read, are
@@ -71,7 +73,7 @@ def token_counts(resolved: Resolved, source: ResolvedSource, ranks: Ranks) -> np
     counts = on_rank0(lambda: read(file, source.samples))
     places = places_of(source)
     if counts is None:
-        counts = np.full((len(places), 2), UNREAD, np.int32)
+        counts = np.full((len(places), len(TokenCounts._fields)), UNREAD, np.int64)
     wanted = np.flatnonzero(counts[:, 0] == UNREAD)
     if not len(wanted):
         return counts
@@ -84,9 +86,9 @@ def token_counts(resolved: Resolved, source: ResolvedSource, ranks: Ranks) -> np
         problem = str(error)
     if problem := first_message(problem):
         raise BadInput(problem)
-    found = np.concatenate(gather_everywhere([mine]))
-    if len(wanted) == len(counts) or (found[:, 0] != UNREAD).any():
-        counts[wanted] = found
+    counted = np.concatenate(gather_everywhere([mine]))
+    if len(wanted) == len(counts) or (counted[:, 0] != UNREAD).any():
+        counts[wanted] = counted
         on_rank0(lambda: _write(file, counts))
     return counts
 
@@ -114,9 +116,19 @@ def count(resolved: Resolved, source: ResolvedSource, places: list[tuple[int, in
     return np.concatenate(counts)
 
 
+def summary(resolved: Resolved, source: ResolvedSource, counts: np.ndarray) -> str:
+    """The counts in one line."""
+    read = counts[counts[:, 0] != UNREAD]
+    unread = f", {len(counts) - len(read):,} not read" if len(read) < len(counts) else ""
+    file = file_of(resolved, source)
+    tokens, _, _, patches, _ = read.sum(0).tolist()
+    where = f": {file}" if file is not None and file.is_file() else ", kept nowhere"
+    return f"{len(counts):,} samples{unread}, {tokens:,} tokens, {patches:,} patches{where}"
+
+
 def file_of(resolved: Resolved, source: ResolvedSource) -> Path | None:
-    """Where the counts of a source are kept: beside its data, or below `data.cache_dir` for remote data; None if
-    nowhere."""
+    """The file of a source's counts: next to its data, or below `data.cache_dir` for remote data; None if it has no
+    place."""
     folder = local_path(source.manifest.dir) or resolved.recipe.data.cache_dir
     if not folder:
         return None
@@ -125,6 +137,7 @@ def file_of(resolved: Resolved, source: ResolvedSource) -> Path | None:
             Path(folder).mkdir(parents=True, exist_ok=True)
     facts = {
         "unread": UNREAD,
+        "columns": TokenCounts._fields,
         "backbone": [type(resolved.backbone).__name__, resolved.backbone.tokens_key()],
         "task": [source.options.task, dataclasses.asdict(source.task.options)],
         "shards": [shard.sha256 for shard in source.manifest.shards(source.options.split)],
@@ -142,12 +155,12 @@ def read(file: Path | None, samples: int) -> np.ndarray | None:
         counts = np.load(file, allow_pickle=False)
     except (OSError, ValueError, EOFError):
         return None
-    return counts if counts.shape == (samples, 2) and counts.dtype == np.int32 else None
+    return counts if counts.shape == (samples, len(TokenCounts._fields)) and counts.dtype == np.int64 else None
 
 
 def _write(file: Path | None, counts: np.ndarray) -> None:
     if file is None or not os.access(file.parent, os.W_OK):
-        log.warning("token counts cannot be kept beside the data and are made again at the next start")
+        log.warning("token counts cannot be stored next to the data and are made again at the next start")
         return
     buffer = io.BytesIO()
     np.save(buffer, counts)
@@ -156,38 +169,39 @@ def _write(file: Path | None, counts: np.ndarray) -> None:
 
 
 class _Counter:
-    """(shard, sample) of some samples -> (samples, 2) int32; works in other processes."""
+    """(shard, sample) of some samples -> (samples, 5) int64; works in other processes."""
 
     def __init__(self, backbone: BackboneBase, source: ResolvedSource, data: DataOptions):
         self.backbone, self.task, self.pixels = backbone, source.task, data.pixels
         self.reader = ShardReader(source.manifest, source.options.split, "", data.allow_pipe, data.max_sample_bytes)
 
     def __call__(self, places: list[tuple[int, int]]) -> np.ndarray:
-        return np.array([self._tokens(piece) for piece in self.reader.read(places)], np.int32)
+        return np.array([self._tokens(piece) for piece in self.reader.read(places)], np.int64)
 
     def close(self) -> None:
         self.reader.close()
 
-    def _tokens(self, piece: bytes | BadSample) -> tuple[int, int]:
+    def _tokens(self, piece: bytes | BadSample) -> TokenCounts:
         if isinstance(piece, BadSample):
-            return UNREAD, 0
+            return TokenCounts(UNREAD, 0, 0)
         try:
             with one_sample():
                 key, parts = members(piece)
-                texts, sizes = read_texts(self.task, key, parts, self.pixels)
-                return self.backbone.tokens(texts, sizes)
+                return self.backbone.tokens(*read_texts(self.backbone, self.task, key, parts, self.pixels))
         except BadSample:
-            return UNREAD, 0  # the stream will say what is wrong with it
+            return TokenCounts(UNREAD, 0, 0)  # the stream will say what is wrong with it
 
 
 def read_texts(
-    task: TaskBase, key: str, parts: dict[str, bytes], pixels: Pixels = "shown"
-) -> tuple[list[Any], list[tuple[int, int]]]:
-    """Texts of a sample as training reads them, and (height, width) of its images. Raises BadSample and whatever a
-    task raises on a record of another form."""
+    backbone: BackboneBase, task: TaskBase, key: str, parts: dict[str, bytes], pixels: Pixels = "shown"
+) -> tuple[list[Any], list[tuple[int, int]], list[tuple[int, int, Times]]]:
+    """Texts of a sample as training reads them, (height, width) of its images, and height, width and times of its
+    videos. Raises BadSample and whatever a task raises on a record of another form."""
     record = record_of(parts)
     if task.identifies_pictures:
         identify(record, parts)
     sizes = [size_of(parts[name], pixels) for name in image_names(parts)]
     texts, _ = task.read(record, torch.Generator().manual_seed(order.key_of(key)))
-    return with_images(texts, sizes), sizes
+    videos = times_of(record, len(sizes))
+    images, films = split_sizes(sizes, videos if "video" in backbone.modalities else [])
+    return with_media(backbone, texts, sizes, videos), images, films

@@ -16,7 +16,7 @@ class TrainState:
         step_in_epoch: optimizer steps done in this epoch; with epoch and global_batch the position in the data.
         global_batch: slots of a step.
         best: best value of the main metric, None before the first evaluation.
-        best_step: step at which it was reached.
+        best_step: step at which it was reached; of equal values, that of the lowest validation loss.
         evaluations_without_improvement: for early stopping.
         skipped_in_a_row: steps skipped for a non-finite loss or gradient since the last good one.
         skipped_total: skipped steps of the whole run.

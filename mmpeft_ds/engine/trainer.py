@@ -3,47 +3,33 @@
 from __future__ import annotations
 
 import contextlib
-import math
-import time
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 from mmpeft_ds import recipe as recipes
-from mmpeft_ds.data.stream import BadBudget, Step, Stream
 from mmpeft_ds.distributed import processes
 from mmpeft_ds.distributed.collectives import on_rank0
-from mmpeft_ds.distributed.processes import Ranks
-from mmpeft_ds.engine import calibrate, checkpoint, ewc, summary
+from mmpeft_ds.engine import checkpoint, ewc, frozen_images
 from mmpeft_ds.engine.assembly import hub
 from mmpeft_ds.engine.assembly.build import Built, build
 from mmpeft_ds.engine.assembly.checks import check_schedule
 from mmpeft_ds.engine.assembly.idle import idle_notes
-from mmpeft_ds.engine.assembly.resolve import Resolved, ResolvedSource, resolve, titles
-from mmpeft_ds.engine.evaluator import Evaluation, count, evaluate
-from mmpeft_ds.engine.export import export_adapter
+from mmpeft_ds.engine.assembly.resolve import Resolved, resolve
 from mmpeft_ds.engine.identities import identities
-from mmpeft_ds.engine.monitor import Monitor, Observer, plain
+from mmpeft_ds.engine.monitor import Monitor, Observer
 from mmpeft_ds.engine.rundir import IDENTITIES, RunDir, finished_words
-from mmpeft_ds.engine.step import EPOCH_WEIGHT, RUN_WEIGHT, Stepper, merged_budget
-from mmpeft_ds.engine.streams import check_shards, make_stream, thumbnails_of, total_steps
-from mmpeft_ds.engine.text_counts import note, nothing_learnt
+from mmpeft_ds.engine.streams import check_shards, first_batches, make_stream, total_steps
 from mmpeft_ds.engine.train_state import TrainState
-from mmpeft_ds.engine.zero import state as zero_state
-from mmpeft_ds.errors import AgreedBadInput, BadInput
-from mmpeft_ds.files import cannot_write
-from mmpeft_ds.progress import Progress
-from mmpeft_ds.redaction import masked_values
+from mmpeft_ds.engine.training import Training
 from mmpeft_ds.stop import StopFlag
-from mmpeft_ds.tasks.base import TaskBase
 
 
 def run(recipe: recipes.Recipe, *, fresh: bool = False, conclude: Callable[[Training], bool] | None = None) -> int:
     """Train `recipe`, or continue its run directory; every rank calls it. Returns the exit code.
 
     Args:
-        conclude: called on all ranks when the model stands as it will be exported, before the run counts as finished;
-            what it returns says whether it got to its end.
+        conclude: called on all ranks with the weights that will be exported, before the run counts as finished;
+            returns False if it was stopped early.
 
     Raises:
         BadInput: on all ranks, in one line.
@@ -52,11 +38,12 @@ def run(recipe: recipes.Recipe, *, fresh: bool = False, conclude: Callable[[Trai
         # Enter first: a request during the build ends the process at once.
         stop = stack.enter_context(StopFlag(recipe.engine.stop_grace))
 
-        # Parse, before the ranks meet: what is wrong with the recipe is said at once. Only where it needs files of the
-        # hub, they meet first, so that one of each node fetches them.
+        # Check the recipe before the ranks meet, so that mistakes are reported at once. Only if it needs files of the
+        # hub, they meet first, so that one rank per node fetches them.
         hub.have(recipe)
         resolved = resolve(recipe)
         recipe = resolved.recipe
+        frozen_images.check(resolved)
         ranks = processes.start(**recipe.start_options())
         at_paths = identities(resolved) if ranks.rank == 0 else {}
         run_dir = RunDir.open(recipe.run_dir, recipes.to_dict(recipe), fresh=fresh, identities=at_paths)
@@ -76,34 +63,24 @@ def run(recipe: recipes.Recipe, *, fresh: bool = False, conclude: Callable[[Trai
         check_shards(resolved, ranks)
 
         # Build.
-        built = build(resolved, ranks)
+        shapes = run_dir.resume_from and checkpoint.shapes(run_dir.resume_from)
+        built = build(resolved, ranks, lambda: first_batches(resolved, ranks), shapes)
+        built.frozen = frozen_images.of_built(resolved, built, ranks)
+        stream.keep_frozen(built.frozen and built.frozen.spec)
 
         # Restore.
-        state = TrainState(global_batch=recipe.data.global_batch)
-        if run_dir.resume_from is not None:
-            state = checkpoint.load(run_dir.resume_from, built.engine, built.trainables, built.fingerprint)
-        base = ewc.base_of(built.model, built.fingerprint, resolved.train)
-        built.ewc = ewc.load(recipe, built, base, state, fresh=run_dir.resume_from is None)
-        # To 0 as well: an earlier start may have died before its first checkpoint.
-        last = run_dir.truncate(state.step, evaluated=state.extra.get("evaluated_at") == state.step)
-        state.extra[IDENTITIES] = at_paths
+        state, last = restored(resolved, built, run_dir, at_paths)
 
         # Train.
-        observers: list[Observer] = []  # of rank 0; the others are silent
-        yaml = recipes.to_yaml(recipe)
-        on_rank0(lambda: observers.append(Monitor(run_dir.path, recipe.monitor, total, state.step, yaml)))
-        observer = observers[0] if observers else Observer()
+        observer = observer_of(recipe, run_dir, total, state)
         stack.callback(observer.close)
-        observer.say(run_dir.opening_words(state.step, total, ranks.world_size, built.stage))
-        for line in built.ewc.summary if built.ewc else ():
-            observer.say(line)
-        training = Training(resolved, built, ranks, stream, total, state, run_dir, observer, stop)
-        training.last = last
+        validation = [make_stream(resolved, [source], ranks, train=False) for source in resolved.validation]
+        training = Training(resolved, built, ranks, stream, total, state, run_dir, observer, stop, validation, last)
         stack.callback(training.close)
+        training.say_opening()
         stop.begin()
         if not (training.loop() and training.finish(conclude)):
-            why = f" ({stop.reason})" if stop.reason else ""  # only another rank may know
-            observer.say(f"stopped after step {state.step} of {total}; the same command continues it{why}")
+            training.say_stopped()
 
         # Close. DeepSpeed's hooks on the parameters' autograd nodes, which no garbage collector sees, would keep the
         # model for ever.
@@ -111,304 +88,37 @@ def run(recipe: recipes.Recipe, *, fresh: bool = False, conclude: Callable[[Trai
         return 0
 
 
-class Training:
-    """The loop over steps, with evaluations and checkpoints between them."""
+def restored(
+    resolved: Resolved, built: Built, run_dir: RunDir, at_paths: dict[str, str]
+) -> tuple[TrainState, dict[str, Any]]:
+    """Load the checkpoint of a run directory into the engine, if it has one, and cut its curves after that step.
+    Collective.
 
-    def __init__(
-        self,
-        resolved: Resolved,
-        built: Built,
-        ranks: Ranks,
-        stream: Stream,
-        total: int,
-        state: TrainState,
-        run_dir: RunDir,
-        observer: Observer,
-        stop: StopFlag,
-    ):
-        self.resolved, self.recipe, self.built, self.ranks = resolved, resolved.recipe, built, ranks
-        self.stream, self.total, self.state = stream, total, state
-        self.run_dir, self.observer = run_dir, observer
-        data = self.recipe.data
-        budget = BadBudget(data.max_bad_fraction, data.max_bad_in_a_row, stream.num_samples)
-        if ranks.rank == 0 and "bad_budget" in state.extra:  # counts are summed over ranks, so rank 0 takes them all
-            budget = budget.merged([state.extra["bad_budget"]])
-        per_epoch = stream.steps_per_epoch()
-        self.stepper = Stepper(resolved, built, ranks, total, state, budget, stop.requested, per_epoch)
-        self.validation = [make_stream(resolved, [source], ranks, train=False) for source in resolved.validation]
-        self.last: dict[str, Any] = {}
-        self.unwritten: BadInput | None = None  # why rank 0 could not write the curves
-        self.saved: Path | None = run_dir.resume_from  # the newest checkpoint
-        self.saved_at = state.step if self.saved is not None else -1
-        # A checkpoint of an older version lacks them; what it has trained on had weight.
-        state.extra.setdefault(EPOCH_WEIGHT, {"before": 1.0} if state.step_in_epoch else {})
-        state.extra.setdefault(RUN_WEIGHT, float(state.step > 0))
-        self.changes_noted = False
+    Args:
+        at_paths: `identities` of the recipe, on rank 0.
 
-    def loop(self) -> bool:
-        """Train until the end, early stopping, or a stop request; True if there is nothing left to train.
+    Returns:
+        the state, and the last remaining line of metrics.jsonl.
+    """
+    recipe = resolved.recipe
+    state = TrainState(global_batch=recipe.data.global_batch)
+    if run_dir.resume_from is not None:
+        state = checkpoint.load(run_dir.resume_from, built.engine, built.trainables, built.fingerprint)
+    base = ewc.base_of(built.model, built.fingerprint, resolved.train)
+    built.ewc = ewc.load(recipe, built, base, state, fresh=run_dir.resume_from is None)
+    # To 0 as well: an earlier start may have died before its first checkpoint.
+    last = run_dir.truncate(state.step, evaluated=state.extra.get("evaluated_at") == state.step)
+    state.extra[IDENTITIES] = at_paths
+    return state, last
 
-        Bad input that all ranks know of ends the run after a checkpoint, so that no step is lost.
-        """
-        try:
-            self.check_weight()
-            # Make up for an evaluation that was due when the run was stopped.
-            verdict = self.evaluate_and_save() if self.state.step or not self.total else None
-            steps = self.steps()
-            while verdict is None:
-                self.last = self.train_step(*next(steps))
-                self.report(lambda: self.observer.step(self.last))
-                self.note_changes()
-                self.check_weight()
-                verdict = self.evaluate_and_save()
-        except AgreedBadInput:
-            if self.state.step:
-                self.save()
-            raise
-        return verdict
 
-    def train_step(self, step: Step, waited: float) -> dict[str, Any]:
-        """One optimizer step; on a rank that has something unwritten, the end of all ranks in its place."""
-        if self.unwritten is not None:
-            self.stepper.fail(self.unwritten, len(step.micro))
-        return self.stepper.train_step(step, waited)
+def observer_of(recipe: recipes.Recipe, run_dir: RunDir, total: int, state: TrainState, name: str = "") -> Observer:
+    """The monitor of a run on rank 0; on the other ranks an observer that does nothing. Collective.
 
-    def report(self, tell: Callable[[], None]) -> None:
-        """Let the observer write, on rank 0. The others hear of what it cannot at the next step, or when saving."""
-        try:
-            tell()
-        except OSError as error:
-            if not (reason := cannot_write(error)):
-                raise
-            self.unwritten = BadInput(f"{error.filename or self.run_dir.path}: {reason}")
-
-    def check_written(self) -> None:
-        """Raise AgreedBadInput on all ranks if rank 0 could not write the curves. Collective."""
-        problem = on_rank0(lambda: self.unwritten and str(self.unwritten))
-        if problem:
-            self.unwritten = None
-            raise AgreedBadInput(problem)
-
-    def check_weight(self) -> None:
-        """End a run that learns nothing: an epoch, or all of a run, in which nothing entered the loss. Of several
-        sources say which gave nothing.
-
-        Raises:
-            AgreedBadInput: on all ranks, also when such a run is started again.
-        """
-        state, backbone = self.state, self.resolved.backbone
-        epoch_over = 0 < self.stream.steps_per_epoch(state.epoch) <= state.step_in_epoch
-        run_over = 0 < self.total <= state.step
-        weights, counts = state.extra[EPOCH_WEIGHT], self.stepper.text_counts()
-        if (epoch_over and not any(weights.values())) or (run_over and not state.extra[RUN_WEIGHT]):
-            why = nothing_learnt(backbone, self.train_tasks, counts)
-            raise AgreedBadInput(f"data: nothing of epoch {state.epoch} enters the loss: {why}")
-        for number, task in enumerate(self.train_tasks if epoch_over else ()):
-            if weights.get(str(number)) == 0:
-                title = f"data.sources.{number} in epoch {state.epoch}"
-                why = nothing_learnt(backbone, [task], counts)
-                self.observer.say(f"note: nothing of {title} enters the loss: {why}")
-
-    def note_changes(self) -> None:
-        """Say once in a start of the run that texts are cut, or hold control tokens."""
-        counts = self.stepper.text_counts()
-        if counts and not self.changes_noted:
-            self.changes_noted = True
-            words = note(self.resolved.backbone, self.train_tasks, counts)
-            self.observer.say(f"note: after step {self.state.step}: {words} (cut_texts, control_tokens in metrics)")
-
-    @property
-    def train_tasks(self) -> list[TaskBase]:
-        """The tasks of the training sources."""
-        return [source.task for source in self.resolved.train]
-
-    def evaluate_and_save(self) -> bool | None:
-        """Save and evaluate after a step, where that is due.
-
-        Returns:
-            True: nothing is left to train; False: a stop was requested; None: go on.
-        """
-        state, engine = self.state, self.recipe.engine
-        at_end = state.step >= self.total
-        epoch_over = state.step_in_epoch >= self.stream.steps_per_epoch(state.epoch)
-        due = at_end or (state.step % engine.eval_every == 0 if engine.eval_every else epoch_over)
-        missing = bool(self.validation) and due and state.extra.get("evaluated_at") != state.step
-        save_due = at_end or (state.step % engine.save_every == 0 if engine.save_every else due)
-        if save_due or self.stepper.stopping:
-            self.save()  # before the evaluation: a stop during it loses no step
-        if missing and not self.stepper.stopping:
-            best = self.validate()
-            missing = self.stepper.stopping
-            if self.saved is not None and self.saved_at == state.step and not missing:
-                checkpoint.record_evaluation(self.saved, state, engine.keep_last, best)
-            elif best or missing:
-                self.save(best)
-        if (at_end or self.out_of_patience()) and not missing:
-            return True
-        return False if self.stepper.stopping else None
-
-    def out_of_patience(self) -> bool:
-        """Early stopping: too many evaluations in a row without a better one."""
-        patience = self.recipe.engine.patience
-        return bool(patience) and self.state.evaluations_without_improvement >= patience
-
-    def steps(self) -> Iterator[tuple[Step, float]]:
-        """Steps of all epochs from the present state on, each with the seconds waited for it."""
-        while self.state.step < self.total:
-            if self.state.step_in_epoch >= self.stream.steps_per_epoch(self.state.epoch):
-                self.state.epoch, self.state.step_in_epoch = self.state.epoch + 1, 0
-                self.state.extra[EPOCH_WEIGHT] = {}
-            steps = self.stream.epoch(self.state.epoch, self.state.step_in_epoch)
-            while True:
-                began = time.perf_counter()
-                try:
-                    with self.stepper.timer.part("data"):
-                        step = next(steps, None)
-                except BadInput as problem:  # on this rank alone, such as a shard that cannot be read any more
-                    micro_steps = self.stream.micro_steps(self.state.epoch, self.state.step_in_epoch)
-                    self.stepper.fail(problem, micro_steps)
-                if step is None:
-                    break
-                yield step, time.perf_counter() - began
-
-    def validate(self) -> bool:
-        """Evaluate every validation source; True if the first one's main metric is the best so far.
-
-        A stop request ends it early, without a verdict.
-        """
-        results = []
-        for index, title in enumerate(titles(self.resolved.validation)):
-            result = self.evaluate(index)
-            if result is None:
-                self.stepper.stopping = True
-                return False
-            if not result.weight:
-                task = self.resolved.validation[index].task
-                why = nothing_learnt(self.resolved.backbone, [task], result.texts)
-                raise AgreedBadInput(f"data.validation.{index} ({title}): nothing of it enters the loss: {why}")
-            results.append(result)
-            self.report(lambda title=title, result=result: self.observer.evaluation(title, self.state.step, result))
-        task = self.resolved.validation[0].task
-        value = results[0].scores.get(task.main_metric, math.nan)
-        state = self.state
-        state.extra["evaluated_at"] = state.step
-        if math.isnan(value):  # such as without an answered question among the good samples
-            self.observer.say(f"step {state.step}: data.validation.0 gives no {task.main_metric}; not compared")
-            return False
-        sign = 1.0 if task.better == "max" else -1.0
-        if state.best is None or sign * value > sign * state.best:
-            state.best, state.best_step, state.evaluations_without_improvement = value, state.step, 0
-            state.extra["best_scores"] = plain(results[0].scores)
-            state.extra["best_counted"] = results[0].counted
-            return True
-        state.evaluations_without_improvement += 1
-        return False
-
-    def evaluate(self, index: int) -> Evaluation | None:
-        """Evaluate one validation source, every sample once; None if a stop was requested meanwhile."""
-        stream, title = self.validation[index], titles(self.resolved.validation)[index]
-        source = self.resolved.validation[index]
-        progress = Progress(title, stream.steps_per_epoch(), "steps", shown=self.ranks.rank == 0)
-        result = evaluate(
-            self.built.engine,
-            self.resolved.backbone,
-            source.task,
-            progress.track(stream.epoch(0)),
-            self.ranks.device,
-            pictures=self.recipe.monitor.samples,
-            stop_requested=self.stepper.stop_requested,
-            thumbnail=thumbnails_of(source),
-        )
-        return None if result is None else count(result, source)
-
-    def save(self, best: bool = False) -> None:
-        """Save a checkpoint of this step, unless it has one already."""
-        if self.saved_at == self.state.step and not best:
-            return
-        self.state.extra["bad_budget"] = merged_budget(self.stepper.budget).state()
-        self.report(self.observer.flush)  # so that the curves up to the checkpoint survive a kill right after it
-        self.saved = checkpoint.save(
-            self.run_dir.path,
-            self.built.engine,
-            self.built.trainables,
-            self.state,
-            recipe=masked_values(recipes.to_dict(self.recipe)),
-            fingerprint=self.built.fingerprint,
-            keep_last=self.recipe.engine.keep_last,
-            best=best,
-        )
-        self.saved_at = self.state.step
-        self.check_written()
-
-    def finish(self, conclude: Callable[[Training], bool] | None = None) -> bool:
-        """Write the adapter directory, of the best checkpoint where there is one, and the final table.
-
-        Returns:
-            False if `conclude` was stopped: the run then does not count as finished.
-        """
-        state = self.state
-        metrics = plain(
-            {
-                "steps": state.step,
-                "train_loss": self.last.get("loss"),
-                "train_seconds": state.elapsed,
-                "samples_per_second": state.extra.get("samples", 0) / max(state.elapsed, 1e-9),
-                "trainable_parameters": sum(map(zero_state.numel, self.built.trainables.values())),
-                "total_parameters": sum(map(zero_state.numel, self.built.model.parameters())),
-                "peak_rss_mib": self.last.get("peak_rss_mib"),
-                "best": state.best,
-                "best_step": state.best_step,
-                "best_metric": self.resolved.validation[0].task.main_metric if self.validation else None,
-                "best_of": titles(self.resolved.validation)[0] if self.validation else None,
-                "best_counted": state.extra.get("best_counted"),
-                "skipped_steps": state.skipped_total,
-                "bad_samples": state.bad,
-                "cut_texts": state.cut_texts,
-                "control_tokens": state.control_tokens,
-                "world_size": self.ranks.world_size,
-                "zero_stage": self.built.stage,
-            }
-        )
-        earlier = state.best is not None and state.best_step != state.step
-        if earlier and (best := checkpoint.best_valid(self.run_dir.path)) is not None:
-            checkpoint.load(best, self.built.engine, self.built.trainables)
-        metrics |= plain(self.calibrate())
-        if conclude is not None and not conclude(self):
-            return False
-        export_adapter(self.run_dir.adapter, self.built.engine, self.resolved, metrics)
-        baselines = on_rank0(lambda: summary.baselines_of(self.resolved))
-        table = summary.table(metrics, state.extra.get("best_scores", {}), baselines)
-        early = self.recipe.engine.patience if state.step < self.total else 0
-        self.run_dir.finish(self.total, metrics, table, early)
-        self.observer.say(table)
-        return True
-
-    def calibrate(self) -> dict[str, Any]:
-        """Calibrate a head that does so, on the training rows and the first validation source, and evaluate it again.
-        A new checkpoint, which counts as the best, has the result.
-
-        Returns:
-            numbers that the head reports.
-        """
-        if calibrate.head(self.built.model) is None:
-            return {}
-
-        def rows(source: ResolvedSource) -> Any:
-            stream = make_stream(self.resolved, [source], self.ranks, train=False)
-            try:
-                args = (self.built.engine, self.resolved.backbone, source.task, stream.epoch(0), self.ranks.device)
-                return calibrate.rows_of(*args)
-            finally:
-                stream.close()
-
-        chosen = self.resolved.validation[:1]
-        report = calibrate.run(self.built, rows(self.resolved.train[0]), rows(chosen[0]) if chosen else None)
-        if chosen and (evaluation := self.evaluate(0)) is not None:
-            self.observer.evaluation(titles(self.resolved.validation)[0], self.state.step, evaluation)
-        self.save(best=True)
-        return report
-
-    def close(self) -> None:
-        """End the loader workers of the validation streams."""
-        for stream in self.validation:
-            stream.close()
+    Args:
+        name: of the run among those of a study.
+    """
+    observers: list[Observer] = []
+    yaml = recipes.to_yaml(recipe)
+    on_rank0(lambda: observers.append(Monitor(run_dir.path, recipe.monitor, total, state.step, yaml, name)))
+    return observers[0] if observers else Observer()

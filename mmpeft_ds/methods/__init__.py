@@ -1,4 +1,4 @@
-"""What is trained: one folder per method. Each is registered with peft when both `mmpeft_ds` and peft are imported."""
+"""Methods, one folder each. They are registered with peft when both `mmpeft_ds` and peft are imported."""
 
 from __future__ import annotations
 
@@ -31,8 +31,9 @@ def get(name: str, where: str = "method") -> type[SiteMethod]:
 
 
 def of(config: PeftConfig) -> type[SiteMethod]:
-    """The entry whose config this is. Raises KeyError."""
-    return {get(name).peft_type: get(name) for name in names()}[config.peft_type]
+    """The entry whose config this is: `peft` for a type of peft that has no entry of its own."""
+    entries = {get(name).peft_type: get(name) for name in names()}
+    return entries.get(config.peft_type, entries[None])
 
 
 def configs() -> dict[str, str]:

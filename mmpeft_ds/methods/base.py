@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import typing
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from mmpeft_ds.errors import BadInput
@@ -22,6 +22,7 @@ if TYPE_CHECKING:  # options are read without torch and peft
     from mmpeft_ds.sites import Sites
 
 KINDS = ("peft", "norm", "bias", "head")
+_EMBEDDINGS = (".lora_embedding_", ".trainable_tokens_")  # of peft
 
 
 class MethodOptions:
@@ -84,7 +85,7 @@ class MethodOptions:
         return {f.name: f for f in dataclasses.fields(cls) if f.name in names}
 
     def _check_types(self) -> None:
-        # peft builds configs from whatever a call or a file says, and a text in the place of a list of patterns would
+        # peft builds configs from whatever a call or a file says, and a text in place of a list of patterns would
         # match letter by letter.
         hints = typing.get_type_hints(type(self))
         for name in self.own_fields():
@@ -131,6 +132,23 @@ class MethodOptions:
             self._refuse(key, f"must lie in [0, 1{')' if below else ']'}, got {value}.")
 
 
+@dataclasses.dataclass(frozen=True)
+class StartData:
+    """Training data for a start that reads it before the first step; the same on every rank and for any rank count.
+
+    Attributes:
+        batches: of the training data, without end, on the device of the model, in the form that the functions take.
+        run: forward of a model for a batch.
+        loss: mean loss of a model for a batch, 0-dimensional.
+        lost: gives for paths of quantised layers what their weights have lost, (out, in) float32; not collective.
+    """
+
+    batches: Iterator[Any]
+    run: Callable[[nn.Module, Any], Any]
+    loss: Callable[[nn.Module, Any], Tensor]
+    lost: Callable[[list[str]], dict[str, Tensor]]
+
+
 class SiteMethod:
     """Base of the `ENTRY` of a method.
 
@@ -139,14 +157,18 @@ class SiteMethod:
         Config: the peft config, a dataclass that inherits `Options`, except for methods of peft's own.
         Tuner: the peft `BaseTuner`; None where peft has it already.
         prefix: what the names of trained parameters contain, by which peft finds them; default that of the tuner.
-        peft_type: key of the tuner in peft; default that of the config.
+        peft_type: key of the tuner in peft; default that of the config. None: the options name it.
+        tables: parts of the names of trained matrices whose rows are vectors of their own, such as prompts.
+        reads_names: a head that scores texts of class names, whose trained matrices are those of all classes.
     """
 
     Options: ClassVar[type[MethodOptions]]
     Config: ClassVar[type[PeftConfig]]
     Tuner: ClassVar[type | None] = None
     prefix: ClassVar[str]
-    peft_type: ClassVar[str]
+    peft_type: ClassVar[str | None]
+    tables: ClassVar[tuple[str, ...]] = ()
+    reads_names: ClassVar[bool] = False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -200,6 +222,25 @@ class SiteMethod:
         return wrapped
 
     @classmethod
+    def reads_batches(cls, config: PeftConfig) -> bool:
+        """Whether `start` has to be called before the first step of a new run. Default: no."""
+        return False
+
+    @classmethod
+    def start(cls, model: PeftModel, data: StartData) -> None:
+        """Give an attached adapter the start that follows from data; only where `reads_batches`. Collective."""
+
+    @classmethod
+    def restart(cls, model: PeftModel, shapes: Mapping[str, Sequence[int]]) -> None:
+        """Give an attached adapter the form in which a checkpoint was saved; only where `reads_batches`.
+
+        Its values are read afterwards.
+
+        Args:
+            shapes: name -> shape of each trained parameter of the checkpoint.
+        """
+
+    @classmethod
     def saved_tensors(cls, model: PeftModel, trained: dict[str, Tensor]) -> dict[str, Tensor]:
         """Tensors of an adapter directory, with which peft makes of the frozen model what `model` is.
 
@@ -211,17 +252,59 @@ class SiteMethod:
         return trained
 
     @classmethod
+    def file_tensors(cls, model: PeftModel, trained: dict[str, Tensor]) -> dict[str, tuple[str, Tensor]]:
+        """Name of each tensor in an adapter file -> its name in `model`, and the tensor.
+
+        Default: what was trained, by the names of peft.
+
+        Args:
+            trained: name -> tensor of each trained parameter.
+        """
+        from mmpeft_ds.methods.common.fit import file_names
+
+        return {name: (inside, trained[inside]) for name, inside in file_names(model, trained).items()}
+
+    @classmethod
     def saved_fields(cls, config: PeftConfig) -> dict[str, Any]:
         """Fields of adapter_config.json that differ from `config`, with which the adapter trained. Default: none."""
         return {}
 
     @classmethod
     def unmergeable(cls, config: PeftConfig) -> str | None:
-        """Why such an adapter cannot be folded into the frozen weights, in a sentence; None where it can.
+        """Reason why such an adapter cannot be folded into the frozen weights, in a sentence; None where it can.
 
         Default: what the tuner says; peft's own tuners merge.
         """
         return cls.Tuner.unmergeable(config) if cls.Tuner is not None else None
+
+    @classmethod
+    def no_lora(cls, config: PeftConfig) -> str | None:
+        """Reason why such an adapter cannot be written as a LoRA, in a sentence; None where `lora_pairs` can give one.
+
+        Default: what the tuner says; peft's own tuners have not this form.
+        """
+        from mmpeft_ds.methods.common.low_rank import NO_PRODUCT
+
+        return cls.Tuner.no_lora(config) if cls.Tuner is not None else NO_PRODUCT
+
+    @classmethod
+    def lora_pairs(cls, model: PeftModel, adapter_name: str) -> dict[str, tuple[Tensor, Tensor]]:
+        """The adapter as a LoRA whose scale is 1: full path of each adapted module of `model` -> `lora_A` (r, in) and
+        `lora_B` (out, r), with which the frozen model computes what this adapter does in evaluation.
+
+        Default: `lora_factors` of the layers.
+
+        Raises:
+            BadInput: naming the layer that has not this form.
+        """
+        from mmpeft_ds.methods.common.layers import SiteLayer
+
+        layers = {path: m for path, m in model.named_modules() if isinstance(m, SiteLayer)}
+        for path, layer in layers.items():
+            if not layer.supports_lora_conversion(adapter_name):
+                raise BadInput(f"{path}: a {type(layer).__name__} is no low-rank change of a weight.")
+        pairs = {path: layer.lora_pair(adapter_name) for path, layer in layers.items()}
+        return {path: pair for path, pair in pairs.items() if pair is not None}
 
     @classmethod
     def observes_attention(cls, config: PeftConfig) -> bool:
@@ -229,9 +312,17 @@ class SiteMethod:
         return False
 
     @classmethod
+    def reads_kinds(cls, config: PeftConfig) -> bool:
+        """Whether its layers read `Condition.kinds`, which tokens of a sequence are of an image. Default: no.
+
+        It is then refused on backbones whose condition does not say so (`BackboneBase.publishes_kinds`).
+        """
+        return False
+
+    @classmethod
     def unpackable(cls, config: PeftConfig, attention: str) -> str | None:
-        """Why several texts cannot stand in one row of a language model (`data.pack`), in a sentence; None where they
-        can.
+        """Reason why several texts cannot stand in one row of a language model (`data.pack`), in a sentence; None
+        where they can.
 
         Default: none. A layer that mixes tokens, or reads the condition, has to follow `Condition.segments`.
 
@@ -246,11 +337,19 @@ class SiteMethod:
         return False
 
     @classmethod
-    def kind(cls, name: str) -> str:
-        """Which of `KINDS` the trained parameter of this name is.
+    def is_map(cls, name: str) -> bool:
+        """Whether the trained matrix of this name maps hidden vectors to others, so that Muon steps it.
 
-        Default: a name with the method's prefix is `peft`, or `norm` or `bias` for a trained copy of one; what trains
-        whole beside it is `head`.
+        Default: those of the adapter, without tables of vectors (`tables`); heads and embeddings are left to AdamW.
+        """
+        return cls.kind(name) == "peft" and not any(part in name for part in (*_EMBEDDINGS, *cls.tables))
+
+    @classmethod
+    def kind(cls, name: str) -> str:
+        """The member of `KINDS` to which the trained parameter of this name belongs.
+
+        Default: a name with the method's prefix is `peft`, or `norm` or `bias` for a trained copy of one; others,
+        such as those of `modules_to_save`, are `head`.
         """
         own = f".{cls.prefix}"
         if ".modules_to_save." in name or own not in name:

@@ -94,7 +94,7 @@ def cider(said: Sequence[list[str]], theirs: Sequence[Sequence[list[str]]]) -> f
     images = math.log(len(said))
 
     def vector(words: list[str]) -> tuple[list[dict[tuple[str, ...], float]], list[float]]:
-        """Of each order, the tf-idf of its n-grams and their norm."""
+        """For each n-gram order the tf-idf of its n-grams and their norm."""
         weights: list[dict[tuple[str, ...], float]] = [{} for _ in range(_ORDER)]
         for gram, count in _ngrams(words).items():
             weights[len(gram) - 1][gram] = count * (images - math.log(max(1, frequency[gram])))

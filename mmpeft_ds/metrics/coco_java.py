@@ -19,7 +19,7 @@ Pair = tuple[str, Sequence[str]]
 
 
 def missing(names: Sequence[str]) -> str:
-    """What must be installed for these metrics, in one line; empty where nothing is missing."""
+    """Requirements of these metrics that are not installed, in one line; empty where nothing is missing."""
     who = f"{' and '.join(names)} need{'s' if len(names) == 1 else ''}"
     if not (package := importlib.util.find_spec("pycocoevalcap")):
         return f"{who} the published package: pip install 'mmpeft_ds[eval]', and Java."

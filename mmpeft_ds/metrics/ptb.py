@@ -70,7 +70,7 @@ def tokenize_all(captions: Iterable[str]) -> Iterator[list[str]]:
     place = 0
     while place < len(text):
         if (character := text[place]) == "\n":
-            yield words
+            yield _counted(words)
             words, place = [], place + 1
             continue
         plain = _PLAIN.match(text, place)
@@ -78,15 +78,24 @@ def tokenize_all(captions: Iterable[str]) -> Iterator[list[str]]:
             words += several
             place = plain.end()
             continue
-        if found := scanner.match(scanned, place):
-            start, place = place, found.end("word")
+        if match := scanner.match(scanned, place):
+            start, place = place, match.end("word")
             token = text[start:place]
-            word = token.lower() if found["address"] else _spelled(token)
+            word = token.lower() if match["address"] else _spelled(token)
+            if match["last"]:
+                word += "."  # which is read once more
         else:
             word, place = _spelled(character) if character in symbols else "", place + 1
-        if word and word not in DROPPED:
-            words.append(word)
-    yield words
+        words.append(word)
+    yield _counted(words)
+
+
+def _counted(words: list[str]) -> list[str]:
+    """Words of a line that the evaluation counts; it trims blanks at the line's end, which an address may hold."""
+    words = [word for word in words if word]
+    if words:
+        words[-1] = words[-1].rstrip()
+    return [word for word in words if word not in DROPPED]
 
 
 def _spelled(token: str) -> str:
@@ -221,6 +230,7 @@ def _compound_patterns() -> list[tuple[str, str]]:
     return [
         (f"(?:{_WORD}|{_HYPHENATED}|{_ASCII_HYPHENATED}|{joined})\\.", "[,;:\u3001]"),
         (rf"{short}\.", r"[\s\S]{2}"),
+        (f"(?P<last>{short})", r"\."),  # with less behind it, at the end of the whole text
         (rf"(?:{_either(tables.TITLES)}|[mM]f[gG]|[mM]t[gG])\.", ""),
         (rf"[A-Za-z]\.|{_INITIALS}\.?", ""),
         ("[A-Za-z]", rf"\.{_BLANK_OR_END}+{starts}"),
@@ -293,10 +303,10 @@ def _number_patterns() -> list[tuple[str, str]]:
 
 
 def _mark_patterns() -> list[tuple[str, str]]:
-    open_eye, eye = r"[\^x=~<>']", r"[\^x=~<>'\-]"
+    eye = r"[\^x=~<>'\-]"
     return [
         (r"[<>]?[:;=][\-o*']?[()DPdpO\\@\[\]{|]|:3", "[^A-Za-z0-9]"),
-        (rf"{eye}_{eye}|\({eye}[_.]?{eye}\)|\({open_eye}-{open_eye}\)", ""),
+        (rf"{eye}_{eye}|\({eye}[_.]?{eye}\)|\([\^x=~<>']-[\^x=~<>'`]\)", ""),
         (r"\.{3,5}|(?:\.[ \xa0]){2,4}\.", ""),
         (r"-+|[\x96\x97\u2013\u2014\u2015]+|-[lrLR][rscRSC][bB]-", ""),
         (r"[?!]+|#+|@+|<<|>>|_+|\*+|(?:\\\*)+", ""),

@@ -28,19 +28,19 @@ def ranks(scores_QC: Tensor, relevant_QC: Tensor) -> Tensor:
 
 
 def lowest_if_not_finite(scores: Tensor) -> Tensor:
-    """Scores with minus infinity in the place of NaN and infinities, which compare as if they were the best."""
+    """Scores with minus infinity in place of NaN and infinities, which compare as if they were the best."""
     return scores.masked_fill(~scores.isfinite(), -torch.inf)
 
 
-def recall(found: Sequence[int], prefix: str = "", depths: Sequence[int] = DEPTHS) -> dict[str, float]:
+def recall(ranks: Sequence[int], prefix: str = "", depths: Sequence[int] = DEPTHS) -> dict[str, float]:
     """`r1`, `r5`, `r10` in percent, their mean `r_mean`, and the median rank `mdR`, each with `prefix` in front.
 
     Args:
-        found: of `ranks`.
+        ranks: of `ranks`.
     """
-    values = {f"{prefix}r{k}": 100.0 * sum(r <= k for r in found) / len(found) for k in depths}
+    values = {f"{prefix}r{k}": 100.0 * sum(r <= k for r in ranks) / len(ranks) for k in depths}
     mean = sum(values.values()) / len(depths)
-    return {**values, f"{prefix}r_mean": mean, f"{prefix}mdR": float(median(found))}
+    return {**values, f"{prefix}r_mean": mean, f"{prefix}mdR": float(median(ranks))}
 
 
 def retrieval_scores(image_to_text: Sequence[int], text_to_image: Sequence[int]) -> dict[str, float]:

@@ -4,7 +4,7 @@ The VQA measure gives full marks when three annotators agree, min(n / 3, 1), ave
 them out. Published evaluators differ in what they normalise.
 
 `official` is the evaluator as it stands since 2021: it normalises both sides, but nothing where all annotators agree
-to the letter. `2017` is its earlier state, which LAVIS, VL-T5 and VL-Adapter carry: the prediction always and wholly,
+exactly. `2017` is its earlier state, which LAVIS, VL-T5 and VL-Adapter carry: the prediction always and wholly,
 the annotators' answers by punctuation alone, and only where they do not all agree. `exact` normalises nothing; n of
 ten annotators give min(0.3 n, 1): p-Adapter's score, and GQA's for one answer.
 
@@ -119,7 +119,7 @@ def answer_score(
     """The measure that fits the data: equality for one answer, the VQA measure for several annotators.
 
     Equality is without regard to case and outer blanks, except under `exact`. Where a data set publishes a score for
-    each answer in the place of annotators, it is that of the prediction, or 0.
+    each answer in place of annotators, it is that of the prediction, or 0.
     """
     if isinstance(answers, Mapping):
         return float(answers.get(prediction, 0.0))

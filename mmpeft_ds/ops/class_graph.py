@@ -109,7 +109,7 @@ def class_graph(
 
 @dataclass(frozen=True)
 class Products:
-    """What of the layer does not depend on its weights: sums over edges of frozen features, made once.
+    """Parts of the layer that do not depend on its weights: sums over edges of frozen features, computed once.
 
     Attributes:
         negative, positive: (R, D) nodes before the layer; `negative` is None where nobody reads it.
@@ -144,7 +144,7 @@ def products(nodes: dict[str, Tensor], *, relations: dict[str, Relation] = RELAT
 
 @dataclass(frozen=True)
 class Refined:
-    """What one round of messages gives.
+    """Result of one round of messages.
 
     Attributes:
         negative: (R, D) updated negated texts; None where nothing reads them.

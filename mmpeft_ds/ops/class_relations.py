@@ -40,7 +40,7 @@ def in_use(drop: Collection[str] = ()) -> dict[str, Relation]:
 
 @dataclass(frozen=True)
 class Coefficients:
-    """How much each message counts, and how the two heads are weighed.
+    """Weights of messages and of the two heads.
 
     Attributes:
         beta_pn, beta_vn: into the negated texts.

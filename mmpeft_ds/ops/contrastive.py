@@ -30,7 +30,7 @@ def soft_targets(
     keep_K: Tensor | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """What each query should resemble: keys of its id in equal shares, mixed with the teacher's view.
+    """Targets of each query: keys of its id in equal shares, mixed with the teacher's distribution.
 
     Args:
         ids_B, key_ids_K: equal ids are the same picture, or its text.

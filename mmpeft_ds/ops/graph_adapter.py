@@ -25,7 +25,7 @@ def cosine(x_QD: Tensor, y_CD: Tensor) -> Tensor:
 
 
 def aggregated(text_CD: Tensor, bank_CD: Tensor, groups: int) -> Tensor:
-    """What the node of each query class receives in the graph of each group, (C, G, D).
+    """The message to the node of each query class in the graph of each group, (C, G, D).
 
     Class j belongs to group j mod G. Every diagonal of a graph is 2, cosine and identity; degrees are row sums.
 

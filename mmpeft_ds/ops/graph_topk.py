@@ -86,7 +86,7 @@ def nearest(
 def shared_candidates(
     own: Rows, everyone: Rows, k: int, *, with_self: bool = False, chunk: int | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What one rank's half of the similarities says of its own rows and of all.
+    """Candidates from one rank's half of the similarities, for its own rows and for all.
 
     Every pair is computed by one rank, for both of its ends. The best of what all ranks found for a row, as `settled`
     takes them, are those of a search through everything.
@@ -204,7 +204,7 @@ def _without_self(tile: Tensor, own: Rows, block: Rows, with_self: bool) -> Tens
 def _all_of_rows(
     own: Rows, rows: Tensor, block: Rows, keys: Tensor, k: int, floor: Tensor, with_self: bool
 ) -> Nearest:
-    """As `nearest`, from the exact cosines of everything above `floor`, (rows, 1)."""
+    """Like `nearest`, from the exact cosines of everything above `floor`, (rows, 1)."""
     some = Rows(own.raw[rows], own.values[rows], own.scale[rows], -1)
     tile = products(some, block)
     inside = rows + own.start - block.start

@@ -43,7 +43,7 @@ def mode_delta(
     dropout: float = 0.0,
     drop_before_core: bool = False,
 ) -> Tensor:
-    """What K weight updates that read the same input add: delta_k(x) = ((x down^T) G_k) up^T.
+    """Sum of K weight updates that read the same input: delta_k(x) = ((x down^T) G_k) up^T.
 
     The bottleneck x down^T is computed once for all K, and no D x D matrix is formed.
 
@@ -86,7 +86,7 @@ def widening_delta(
     dropout: float = 0.0,
     drop_before_core: bool = False,
 ) -> Tensor:
-    """What is added to the first map of a feed-forward block, D -> c D, with c modes.
+    """Update of the first map of a feed-forward block, D -> c D, with c modes.
 
     The c slices are laid out in one R x c R matrix whose column c j + k is column j of G_k, and chunk a of the output
     reads the contiguous columns a R ... a R + R - 1 of it. So every chunk mixes all slices; it is not "chunk a uses
@@ -121,7 +121,7 @@ def narrowing_delta(
     dropout: float = 0.0,
     drop_before_core: bool = False,
 ) -> Tensor:
-    """What is added to the second map of a feed-forward block, c D -> D, with c modes.
+    """Update of the second map of a feed-forward block, c D -> D, with c modes.
 
     The layout of `widening_delta`, transposed: the bottlenecks of the c contiguous chunks of `u` are concatenated and
     meet the R x c R matrix from its right, so the first axis of the core is the output here.

@@ -18,7 +18,7 @@ def node_mix(
     gate_k: Tensor,
     gate_bias: Tensor,
 ) -> Tensor:
-    """What every node becomes: `g_i = sum_r sum_j a_rij u_rj` times `sigmoid(gate . g_i + gate_bias)`.
+    """Updated nodes: `g_i = sum_r sum_j a_rij u_rj` times `sigmoid(gate . g_i + gate_bias)`.
 
     Of each relation, `u = node W^T + b` and `a_ri = softmax over j of attention . [u_i | u_j] + attention_bias`.
 

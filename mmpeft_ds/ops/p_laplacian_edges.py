@@ -128,7 +128,7 @@ def distances(job: Job, rows: slice, columns: slice) -> tuple[Tensor, Tensor | N
 
 
 class Gradients:
-    """What the backward pass reads per row and adds up over tiles.
+    """Inputs of the backward pass per row, and the sums over tiles.
 
     On a square graph everything is seen from the row's own node: U is f + V, dw_ij = alpha_i dU_i . (D_ij - V_i). The
     self loop may hold nearly all of a row, and its dw is then exact instead of the rounding of two equal terms.

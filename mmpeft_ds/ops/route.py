@@ -93,7 +93,7 @@ def pool_condition(y_Bmd: Tensor, mask_Bm: Tensor | None = None, how: str = "mea
 
 
 def _swap(t_Bnr: Tensor, reshape_compat: bool) -> Tensor:
-    """(B, n, r) -> (B, r, n): the transpose, or the same memory read anew."""
+    """(B, n, r) -> (B, r, n): the transpose, or the same memory read in the new shape."""
     batch, n, r = t_Bnr.shape
     return t_Bnr.reshape(batch, r, n) if reshape_compat else t_Bnr.transpose(1, 2)
 

@@ -36,12 +36,18 @@ def biased_logits(head: nn.Module, states: Tensor, bias: Tensor) -> Tensor:
     return head(states)
 
 
+def aligned(labels: Tensor, positions: int) -> Tensor:
+    """(T, S) of the (T, K) labels of the last K of S positions: nothing is asked of those before."""
+    before = positions - labels.shape[1]
+    return both(lambda known: functional.pad(known, (before, 0), value=-100), labels)
+
+
 @contextlib.contextmanager
 def scored(head: nn.Module, labels_at: Callable[[int], Tensor]) -> Iterator[None]:
-    """Within the block the output layer returns (T, S, 3) in the place of (T, S, V): nll, uniform, right.
+    """Context in which the output layer returns (T, S, 3) in place of (T, S, V): nll, uniform, right.
 
     It stays a module that is called, so that ZeRO-3 gathers its weight. A frozen one is called with detached states,
-    and what it returns is joined to them behind all hooks of others: ZeRO-3 would gather the weight again before the
+    and what it returns is joined to them after all hooks of others: ZeRO-3 would gather the weight again before the
     backward pass of a layer that returns something with a gradient, and this one has no more use for it.
 
     Args:
@@ -76,9 +82,7 @@ class _Scorer:
         self.known: KnownScores | None = None
 
     def __call__(self, states: Tensor) -> Tensor:
-        labels = self.labels_at(states.shape[1])
-        before = states.shape[1] - labels.shape[1]
-        labels = both(lambda known: functional.pad(known, (before, 0), value=-100), labels)
+        labels = aligned(self.labels_at(states.shape[1]), states.shape[1])
         if type(self.head) is not nn.Linear:
             return torch.stack(scores_of_layer(self._logits, self.head.out_features, states, labels), -1)
         bias = self.head.bias
@@ -102,7 +106,7 @@ class _Scorer:
         return (args[0].detach(),)
 
     def attach(self, head: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-        """Forward hook that runs behind all others."""
+        """Forward hook that runs after all others."""
         scores = torch.stack(self.known.attached(self.states), -1)
         self.states = self.known = None
         return scores

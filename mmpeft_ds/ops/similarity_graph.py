@@ -106,7 +106,8 @@ class Rows:
 
 
 def margin(rows: Rows) -> float:
-    """How far an entry of `products` may be from the cosine: four standard deviations of its rounding, at worst."""
+    """Largest distance of an entry of `products` from the cosine: four standard deviations of its rounding, at
+    worst."""
     return math.sqrt(max(64, rows.values.shape[1])) * torch.finfo(rows.values.dtype).eps
 
 
@@ -117,7 +118,7 @@ def products(own: Rows, block: Rows) -> Tensor:
 
 
 def above(own: Rows, block: Rows, tau: float) -> Tensor:
-    """Which pairs of a tile have a cosine above `tau`, strictly: (B, n) bool.
+    """Pairs of a tile whose cosine is strictly above `tau`: (B, n) bool.
 
     A product of matrices rounds differently in tiles of different shapes, so pairs within `margin` of `tau` are
     decided by `cosines`: the answer for a pair is the same in any tile and on any rank.
@@ -201,7 +202,7 @@ def _decided_columns(rows: Rows, block: Rows, total: int) -> Iterator[tuple[int,
 
 
 def _decides(rows: Rows, columns: Rows, total: int) -> Tensor | bool:
-    """Which pairs of a tile the rows decide, (rows, columns) bool; True where it is all."""
+    """Pairs of a tile that the rows decide, (rows, columns) bool; True where it is all."""
     lowest = columns.start - (rows.start + len(rows) - 1)
     ahead = torch.arange(lowest, columns.start + len(columns) - rows.start)  # on the host, which asks for all of it
     # half way round both would: the earlier one does

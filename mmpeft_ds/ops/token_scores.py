@@ -75,7 +75,7 @@ def token_scores(states: Tensor, weight: Tensor, bias: Tensor | None, labels: Te
 def scores_of_layer(
     layer: Callable[[Tensor], Tensor], tokens: int, states: Tensor, labels: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As `token_scores`, of a layer that is more than a weight and a bias, such as one with adapters.
+    """Like `token_scores`, for a layer that is more than a weight and a bias, such as one with adapters.
 
     It is run on some positions at a time and again in the backward pass, as often as there are labels for.
 
@@ -95,10 +95,10 @@ def scores_of_layer(
 
     # Autograd keeps about four matrices of a part; without a label the layer still takes part in the backward pass.
     parts = list(_slices(len(rows), max(1, LOGITS // (4 * tokens)))) or [slice(0, 0)]
-    found = [checkpoint(scores, part, use_reentrant=False) for part in parts]
+    scored = [checkpoint(scores, part, use_reentrant=False) for part in parts]
     return tuple(
         torch.cat(of_parts).new_zeros(labels.numel()).index_put((rows,), torch.cat(of_parts)).view(labels.shape)
-        for of_parts in zip(*found, strict=True)
+        for of_parts in zip(*scored, strict=True)
     )
 
 

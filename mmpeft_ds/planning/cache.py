@@ -11,7 +11,7 @@ from mmpeft_ds.sites.base import base_model
 
 
 def of(resolved: Resolved, model: nn.Module) -> int:
-    """Of one rank's share of a step of evaluation; 0 where nothing is generated.
+    """Bytes for one rank's share of an evaluation step; 0 where nothing is generated.
 
     Every beam keeps keys and values of the prompt, at the length that the recipe allows, and of what it writes.
     """

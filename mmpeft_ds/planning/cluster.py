@@ -102,7 +102,7 @@ class Cluster:
 
     @property
     def rates(self) -> Card:
-        """Of its GPUs."""
+        """Rates of its GPUs."""
         return CARDS[self.card]
 
     @property

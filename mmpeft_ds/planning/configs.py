@@ -17,11 +17,11 @@ SHIPPED = ("zero0", "zero1", "zero2", "zero3", "zero3_lean", "zero3_nodes", "zer
 def of(recipe: Recipe, ds_config: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """Name -> `zero_optimization` of the shipped configurations, and of the recipe's own where it is another one."""
     read = {name: json.loads((REPOSITORY / "ds_configs" / f"{name}.json").read_text()) for name in SHIPPED}
-    found = {name: config["zero_optimization"] for name, config in read.items()}
-    if ds_config["zero_optimization"] not in found.values():
+    configs = {name: config["zero_optimization"] for name, config in read.items()}
+    if ds_config["zero_optimization"] not in configs.values():
         path = find(recipe.engine.deepspeed)
-        found = {path.stem if path.stem not in found else "recipe": ds_config["zero_optimization"]} | found
-    return found
+        configs = {path.stem if path.stem not in configs else "recipe": ds_config["zero_optimization"]} | configs
+    return configs
 
 
 def write(path: str, chosen: Any) -> None:

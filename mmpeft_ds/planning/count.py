@@ -21,11 +21,12 @@ from mmpeft_ds.planning.shapes import Live, counting
 from mmpeft_ds.planning.visits import Visit, recorded
 from mmpeft_ds.sites import find_sites
 from mmpeft_ds.sites.base import base_model
+from mmpeft_ds.sites.unread import LastLayer
 
 
 @dataclass(frozen=True)
 class StepCount:
-    """What one micro-batch does on one rank, weights and gradients left out.
+    """Tensors and operations of one micro-batch on one rank, without weights and gradients.
 
     Attributes:
         peak: bytes of activations and working space together, at the worst moment.
@@ -59,7 +60,7 @@ class Model:
     @property
     def tensors(self) -> tuple[Tensors, ...]:
         """The same as plain numbers."""
-        return tuple(Tensors(p.numel(), p.element_size(), p.requires_grad) for p in self.parameters)
+        return tuple(Tensors.of(p) for p in self.parameters)
 
 
 def build(resolved: Resolved) -> Model:
@@ -106,7 +107,7 @@ def count(resolved: Resolved, batch: PackedBatch, recompute: bool) -> StepCount:
             output.register_forward_pre_hook(lambda *_: began.append((len(visits), live.now)))
         task, moved = resolved.train[0].task, batch.to("meta")
         size = live.now
-        outputs = forward(model.module, resolved.backbone, moved, scores=True)
+        outputs = forward(model.module, resolved.backbone, moved, scores=True, last=LastLayer(base))
         began.append((len(visits), live.now))
         loss = task.loss(outputs, moved)
         first, before = began[0]

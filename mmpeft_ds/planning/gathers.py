@@ -1,4 +1,4 @@
-"""What ZeRO-3 gathers in a step: DeepSpeed's rules of fetching, prefetching and releasing, followed visit by visit.
+"""Bytes that ZeRO-3 gathers in a step, by DeepSpeed's rules of fetching, prefetching and releasing, visit by visit.
 
 The rules are those of DeepSpeed 0.19.8 (runtime/zero/partitioned_param_coordinator.py) once it has seen the order of
 the modules, and of `engine.zero.stage3.keep_frozen`; a test compares the bytes with those of real ranks.
@@ -146,15 +146,15 @@ class _Coordinator:
     def soon(self, leaf: bool) -> set[int]:
         """Parameters that come again within the reuse distance. Of later modules all that is below them counts where
         the released one is a leaf."""
-        found: set[int] = set()
+        parameters_soon: set[int] = set()
         passed = 0
         for visit in itertools.islice(self.order, self.step, None):
             if passed >= self.rules.max_reuse_distance:
                 break
             parameters = visit.everything if leaf else visit.direct
-            found.update(parameters)
+            parameters_soon.update(parameters)
             passed += sum(self.tensors[p].numel for p in parameters)
-        return found
+        return parameters_soon
 
     def bytes_of(self, chosen: set[int]) -> int:
         return sum(self.tensors[p].numel * self.tensors[p].width for p in chosen)

@@ -10,29 +10,34 @@ import torch
 
 from mmpeft_ds.data.batch import Described, PackedBatch, Prompted, Sample, pack, with_images
 from mmpeft_ds.data.transform import hooks_of
+from mmpeft_ds.data.video import Video, evenly
+from mmpeft_ds.errors import BadInput
 
 PHOTOGRAPH = (480, 640)  # height and width that COCO's pictures have, for models that take pictures as they are
 
 
 @dataclass(frozen=True)
 class Filling:
-    """What a sample is taken to hold.
+    """Assumed contents of a sample.
 
     Attributes:
         images, texts: of each sample.
-        image_size: (height, width) before the backbone's transform.
+        image_size: (height, width) before the backbone's transform, of frames too.
         words: of each text, and of the answer where it has one; 0: as many as the backbone keeps.
+        videos, frames: of each sample, and of each video.
     """
 
     images: int = 1
     texts: int = 1
     image_size: tuple[int, int] = PHOTOGRAPH
     words: int = 0
+    videos: int = 0
+    frames: int = 8
 
 
 @dataclass(frozen=True)
 class Size:
-    """Of a micro-batch of equal samples.
+    """Size of a micro-batch of equal samples.
 
     Attributes:
         samples: how many.
@@ -51,8 +56,9 @@ class Size:
 def tokens(backbone: Any, filling: Filling) -> int:
     """Tokens that the language model reads for one sample, of a backbone that packs."""
     text = _longest(backbone, filling.words)
-    sizes = [filling.image_size] * filling.images
-    return backbone.tokens(with_images([text] * filling.texts, sizes), sizes)[0]
+    sizes, times = [filling.image_size] * filling.images, [evenly(filling.frames)] * filling.videos
+    films = [(*filling.image_size, of_video) for of_video in times]
+    return backbone.tokens(with_images([text] * filling.texts, sizes, times), sizes, *([films] if films else []))[0]
 
 
 def fill(backbone: Any, task: Any, size: Size, filling: Filling) -> PackedBatch:
@@ -60,19 +66,26 @@ def fill(backbone: Any, task: Any, size: Size, filling: Filling) -> PackedBatch:
 
     Stored features are zeros.
     """
-    images = []
+    images, videos = [], []
+    if filling.videos:
+        if "video" not in backbone.modalities:
+            why = backbone.no_videos or "this backbone reads the frames of a video as images"
+            raise BadInput(f"--videos-per-sample: {why}. Give --images-per-sample instead.")
+        film = Video(torch.zeros(filling.frames, 3, *filling.image_size, dtype=torch.uint8), evenly(filling.frames))
+        videos = [backbone.video_transform()(film)] * filling.videos
     if "image" in backbone.modalities:
         transform = backbone.image_transform(False)
         stored = hooks_of(transform).takes_features
         picture = backbone.dummy("image") if stored else torch.zeros(3, *filling.image_size, dtype=torch.uint8)
         images = [transform(picture, torch.Generator().manual_seed(0))] * filling.images
     text = backbone.dummy("text")
-    if not isinstance(text, Described):  # which stands in the place of stored features
+    if not isinstance(text, Described):  # which stands in place of stored features
         text = _longest(backbone, _words(backbone, filling, size) if size.row else filling.words)
-    slot = Sample(weight=1.0, images=images, texts=[text] * filling.texts)
+    slot = Sample(weight=1.0, images=images, videos=videos, texts=[text] * filling.texts)
+    slot.times = [evenly(filling.frames).of_frames] * filling.videos
     slot.targets = [task.dummy_target() for _ in slot.texts]
     slots = [dataclasses.replace(slot, sample_id=f"planned/{i}") for i in range(size.samples)]
-    batch = pack(slots, backbone.collate_images, backbone.collate_texts, task.collate)
+    batch = pack(slots, backbone.collate_images, backbone.collate_texts, task.collate, backbone.collate_videos)
     batch.padding_free = bool(size.row)
     return batch
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mmpeft_ds.data.order import ceil
+from mmpeft_ds.engine.assembly.build import optim_groups
 from mmpeft_ds.engine.assembly.resolve import Resolved
 from mmpeft_ds.engine.optim import optimizers
 from mmpeft_ds.engine.zero import gradients
@@ -57,7 +58,7 @@ class Choice:
 
 @dataclass(frozen=True)
 class Plan:
-    """All choices for a cluster.
+    """Configurations, and the recommended one, for a cluster.
 
     Attributes:
         micro: micro-batch of a rank; steps: micro-steps of an optimizer step; idle: ranks without a sample in each.
@@ -147,6 +148,7 @@ class Planner:
         model = count.build(resolved)
         self.tensors = model.tensors
         trainables = {n: p for n, p in model.module.named_parameters() if p.requires_grad}
+        self.moments = optimizers.mean_moments(optim_groups(resolved, trainables), resolved.recipe.optim.name)
         self.groups = len(gradients.group_names(trainables)[0])
         self.cache = cache.of(resolved, model.module)
         self._counted: dict[microbatch.Size, dict[bool, StepCount]] = {}
@@ -175,7 +177,7 @@ class Planner:
         return microbatch.tokens(self.resolved.backbone, self.filling)
 
     def counts(self, micro: microbatch.Size) -> dict[bool, StepCount]:
-        """Of a micro-step with a micro-batch of this size."""
+        """Counts of a micro-step with a micro-batch of this size."""
         if micro not in self._counted:
             task, backbone = self.resolved.train[0].task, self.resolved.backbone
             batch = microbatch.fill(backbone, task, micro, self.filling)
@@ -183,21 +185,20 @@ class Planner:
         return self._counted[micro]
 
     def choice(self, name: str, zero: dict[str, Any], cluster: Cluster, counted: StepCount, recompute: bool) -> Choice:
-        """What a configuration comes to."""
+        """Memory, traffic and time of a configuration."""
         recipe, ranks = self.resolved.recipe, cluster.ranks
         trained = sum(t.numel for t in self.tensors if t.trained)
         merged = merge({"zero_optimization": zero}, recipe, ranks, trained)["zero_optimization"]
         layout = Layout.of(merged, ranks, cluster.gpus, name.endswith("+qwZ"))
-        found = self.gathered(counted, layout.rules) if layout.stage == 3 else None
+        gathered = self.gathered(counted, layout.rules) if layout.stage == 3 else None
         accumulation = self.micro_batches(ranks)[1]
         vector = self.vector(ranks, accumulation)
-        if found is None or ranks == 1:
+        if gathered is None or ranks == 1:
             sent = traffic.below_3(self.tensors, layout, accumulation, vector)
         else:
-            sent = traffic.at_3(self.tensors, layout, found, accumulation, vector)
-        moments = len(optimizers.MOMENTS[recipe.optim.name])
-        parts = resident(self.tensors, layout, moments)
-        parts |= memory.in_a_step(counted, found, ranks)
+            sent = traffic.at_3(self.tensors, layout, gathered, accumulation, vector)
+        parts = resident(self.tensors, layout, self.moments)
+        parts |= memory.in_a_step(counted, gathered, ranks)
         seconds = timing.estimate(counted, sent, layout, cluster, accumulation, recipe.engine.matmul == "tf32")
         host = memory.on_host(self.tensors, layout)
         return Choice(name, zero, recompute, parts, host, self.cache, sent, seconds)
@@ -214,11 +215,11 @@ class Planner:
         return 8 * (12 + 2 * micro_steps + self.groups + 5 * ranks)
 
     def limits(self, chosen: Choice, cluster: Cluster) -> dict[str, int]:
-        """Where this configuration breaks when nodes are added: the rank count, 0 for nowhere below 2**20.
+        """Rank counts at which this configuration breaks when nodes are added; 0 for nowhere below 2**20.
 
         Activations and operations of micro-batches in between follow from one and from this cluster's.
         """
-        found = {"samples run out": self.slots + 1, "waiting for the network takes longer than computing": 0}
+        at_ranks = {"samples run out": self.slots + 1, "waiting for the network takes longer than computing": 0}
         nodes = 1
         while nodes * cluster.gpus <= 2**20:
             larger = dataclasses.replace(cluster, nodes=nodes)
@@ -226,10 +227,10 @@ class Planner:
             counted = self.counts(micro)[chosen.recompute] if micro in self._counted else self.between(micro, chosen)
             seconds = self.choice(chosen.name, chosen.zero, larger, counted, chosen.recompute).seconds
             if seconds.network > seconds.compute:
-                found["waiting for the network takes longer than computing"] = larger.ranks
+                at_ranks["waiting for the network takes longer than computing"] = larger.ranks
                 break
             nodes *= 2
-        return found
+        return at_ranks
 
     def between(self, micro: microbatch.Size, chosen: Choice) -> StepCount:
         """A count that is taken to be linear in the samples, or the tokens of a row, from one sample and from the

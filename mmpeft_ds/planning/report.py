@@ -85,8 +85,8 @@ def show(plan: Plan, console: Console | None = None) -> None:
     nodes = f"{cluster.nodes} node{'s' * (cluster.nodes > 1)} of {cluster.gpus}"
     row = f", as one row of {plan.micro.row:,} tokens," if plan.micro.row else ""
     console.print(
-        f"{cluster.ranks:,} GPUs ({nodes}, {cluster.hbm:g} GiB each); {plan.micro.samples} samples a GPU{row} in each "
-        f"of {plan.steps} micro-steps",
+        f"{cluster.ranks:,} GPUs ({nodes}, {cluster.hbm:g} GiB each); {plan.micro.samples} samples per GPU{row} in "
+        f"each of {plan.steps} micro-steps",
         highlight=False,
     )
     for recompute in plan.counts:
@@ -102,7 +102,7 @@ def show(plan: Plan, console: Console | None = None) -> None:
 
 
 def verdict(plan: Plan) -> list[str]:
-    """What to take, and what breaks where."""
+    """Recommended configuration, and the limits."""
     recipe, cluster = plan.resolved.recipe, plan.cluster
     lines = []
     if plan.idle:
@@ -137,10 +137,10 @@ def verdict(plan: Plan) -> list[str]:
 
 
 def assumptions(plan: Plan) -> list[str]:
-    """What the figures rest on."""
+    """Assumptions behind the figures."""
     c, a, rates = plan.cluster, plan.cluster.assumed, plan.cluster.rates
     return [
-        "Evaluation: keys and values of generation, in the place of activations. In all: the larger of the two, "
+        "Evaluation: keys and values of generation, in place of activations. In all: the larger of the two, "
         f"the other parts, and {a.context:g} GiB for CUDA and NCCL.",
         "Counted: activations, FLOPs, and what ZeRO-3 gathers, from the model's own forward and backward without "
         "numbers, with every text at its longest. Bytes of weights and collectives follow from shapes.",

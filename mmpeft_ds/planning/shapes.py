@@ -107,7 +107,7 @@ class Counting(TorchDispatchMode):
 
 
 def _run(func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
-    """`func` by shapes; by values where all its tensors have some."""
+    """Result of `func` computed from shapes, or from values where all its tensors have values."""
     tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
     meta = [t for t in tensors if t.device == META]
     if func is aten._local_scalar_dense.default and meta:
@@ -169,17 +169,17 @@ def _copied(func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
 
 def _as_numbers(indices: Any) -> list[Tensor | None]:
     """Indices with boolean masks replaced by the numbers of what they choose."""
-    found: list[Tensor | None] = []
+    numbers: list[Tensor | None] = []
     for index in indices:
         if index is not None and index.dtype == torch.bool and index.device != META:
-            found += list(index.nonzero(as_tuple=True))
+            numbers += list(index.nonzero(as_tuple=True))
         else:
-            found.append(index)
-    return found
+            numbers.append(index)
+    return numbers
 
 
 def _as_first(tensor: Tensor) -> Tensor:
-    """Zeros in the place of integers without values."""
+    """Zeros in place of integers without values."""
     return tensor if tensor.device != META else torch.zeros(tensor.shape, dtype=tensor.dtype, device="cpu")
 
 
@@ -188,7 +188,7 @@ def _shape_only(tensor: Tensor) -> Tensor:
 
 
 def _guess(tensor: Tensor) -> float:
-    """A number that only values would give: 1 in the place of a float, such as a scale."""
+    """A number that only values would give: 1 in place of a float, such as a scale."""
     if tensor.dtype.is_floating_point:
         return 1.0
     raise BadInput(BY_NUMBERS)

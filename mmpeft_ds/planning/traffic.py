@@ -42,8 +42,8 @@ class Traffic:
 
 
 def below_3(tensors: Sequence[Tensors], layout: Layout, accumulation: int, vector: int) -> Traffic:
-    """Stages 0 to 2: gradients are summed with an all-reduce, once a step, at stage 2 in every micro-step; weights are
-    gathered behind the optimiser, which owns a share of them. `vector`: bytes that the trainer itself sums."""
+    """Stages 0 to 2: gradients are summed with an all-reduce, once per step, at stage 2 in every micro-step; weights
+    are gathered after the optimiser, which owns a share of them. `vector`: bytes that the trainer itself sums."""
     n, trained = layout.ranks, sum(t.numel for t in tensors if t.trained)
     sums = accumulation if layout.stage == 2 else 1
     reduced = sums * all_reduced(GRADIENT * trained, n) + all_reduced(vector, n)

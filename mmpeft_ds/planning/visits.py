@@ -1,7 +1,7 @@
 """The order in which a step comes to the modules of a model, which decides what ZeRO-3 gathers when.
 
 DeepSpeed 0.19.8 fetches the parameters of a module before its forward and before its backward, and releases them
-behind each (runtime/zero/parameter_offload.py). A module that is one leaf is fetched with all that is in it.
+after each (runtime/zero/parameter_offload.py). A module that is one leaf is fetched with all that is in it.
 """
 
 from __future__ import annotations

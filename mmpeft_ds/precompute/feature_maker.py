@@ -49,7 +49,7 @@ class FeatureOptions:
         view_scale: share of the area that an augmented pass covers.
         seed: of the augmented passes.
         dtype: that features are stored in.
-        templates, negative_templates: texts of the classes with `{}` in the place of the name; negative ones by
+        templates, negative_templates: texts of the classes with `{}` in place of the name; negative ones by
             default (None) are the others, negated.
         thumbnails: longer side of a small picture kept with each sample, 0 = none.
         batch: images in one forward pass.

@@ -1,1 +1,1 @@
-"""Whether the nodes of a run fit together, found out before it starts: software, data, clocks, room, network."""
+"""Checks before a run starts whether its nodes fit together: software, data, clocks, disk space, network."""

@@ -1,4 +1,4 @@
-"""How far the clocks of nodes are apart, by questions and answers over the notes."""
+"""Clock differences between nodes, by questions and answers over the notes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def now() -> float:
 def offsets(notes: Notes, leaders: Sequence[int]) -> dict[int, tuple[float, float]]:
     """On rank 0: for each of `leaders` that answers, how many seconds its clock is ahead of this one, and how far that
     may be off, which is half the time of the question and its answer."""
-    found = {0: (0.0, 0.0)}
+    differences = {0: (0.0, 0.0)}
     for rank in (rank for rank in leaders if rank):
         best = None
         for i in range(ROUNDS):
@@ -31,8 +31,8 @@ def offsets(notes: Notes, leaders: Sequence[int]) -> dict[int, tuple[float, floa
             if best is None or took / 2 < best[1]:
                 best = (answer - (asked + took / 2), took / 2)
         if best is not None:
-            found[rank] = best
-    return found
+            differences[rank] = best
+    return differences
 
 
 def answer(notes: Notes) -> None:

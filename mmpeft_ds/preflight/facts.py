@@ -1,4 +1,4 @@
-"""What a process finds on its node; plain mappings that travel as JSON."""
+"""Facts that a process collects about its node; plain mappings that travel as JSON."""
 
 from __future__ import annotations
 
@@ -77,15 +77,15 @@ def driver() -> str:
         text = Path("/proc/driver/nvidia/version").read_text()
     except OSError:
         return ""
-    found = re.search(r"Kernel Module.*?\s(\d+[\d.]+)\s", text)
-    return found[1] if found else ""
+    match = re.search(r"Kernel Module.*?\s(\d+[\d.]+)\s", text)
+    return match[1] if match else ""
 
 
 def room(recipe: recipes.Recipe | None) -> dict[str, dict[str, Any]]:
-    """Of the run directory and of the one for temporary files: `path`, `free` bytes, `problem` where nothing can be
-    written."""
+    """Disk space of the run directory and of the one for temporary files: `path`, `free` bytes, `problem` where
+    nothing can be written."""
     places = {"TMPDIR": Path(tempfile.gettempdir())} | ({"run_dir": Path(recipe.run_dir)} if recipe else {})
-    found = {}
+    rooms = {}
     for name, path in places.items():
         there = next(p for p in (path.absolute(), *path.absolute().parents) if p.is_dir())
         problem = ""
@@ -93,8 +93,8 @@ def room(recipe: recipes.Recipe | None) -> dict[str, dict[str, Any]]:
             check_writable(there)
         except BadInput as error:
             problem = str(error)
-        found[name] = {"path": str(path), "free": shutil.disk_usage(there).free, "problem": problem}
-    return found
+        rooms[name] = {"path": str(path), "free": shutil.disk_usage(there).free, "problem": problem}
+    return rooms
 
 
 def card() -> dict[str, str]:
@@ -150,13 +150,13 @@ def of_data(
     """
     if recipe is None:
         return {}
-    found: dict[str, dict[str, Any]] = {}
+    sets: dict[str, dict[str, Any]] = {}
     for source in (*recipe.data.sources, *recipe.data.validation):
         name = f"{source.dir} {source.split}"
-        if name in found:
+        if name in sets:
             continue
         facts: dict[str, Any] = {"manifest": "", "shards": 0, "problems": []}
-        found[name] = facts
+        sets[name] = facts
         try:
             manifest = Manifest.load(source.dir)
             text = read_side_file(manifest.dir, FILE, "")
@@ -168,4 +168,4 @@ def of_data(
                 working()
         except BadInput as error:
             facts["problems"] = [str(error)]
-    return found
+    return sets

@@ -55,10 +55,10 @@ class Probe:
         os.close(self.reading)
         os.kill(self.child, signal.SIGKILL)
         status = os.waitpid(self.child, 0)[1]
-        told = [json.loads(line) for line in text.split("\n")[:-1]]
-        versions = {name: version for name, version, reason in told if not reason}
-        failed = {name: reason for name, _, reason in told if reason}
-        for name in self.names[len(told) : len(told) + 1]:
+        results = [json.loads(line) for line in text.split("\n")[:-1]]
+        versions = {name: version for name, version, reason in results if not reason}
+        failed = {name: reason for name, _, reason in results if reason}
+        for name in self.names[len(results) : len(results) + 1]:
             how = (
                 f"was not done within {patience:g} s" if late else f"ended the process (signal {os.WTERMSIG(status)})"
             )
@@ -86,7 +86,7 @@ def _import_all(names: Sequence[str], writing: int) -> None:
 
 
 def _read(reading: int, patience: float, working: Callable[[], None]) -> tuple[str, bool]:
-    """What comes until the other end is closed, or nothing has come for `patience` seconds; whether the latter."""
+    """Output until the other end is closed or has been silent for `patience` seconds; and whether it was silent."""
     since, text = time.monotonic(), b""
     while time.monotonic() - since < patience:
         if not select.select([reading], [], [], min(1.0, patience))[0]:

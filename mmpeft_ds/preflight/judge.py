@@ -1,4 +1,4 @@
-"""What is wrong with which node, in sentences: functions of the facts alone."""
+"""Problems of nodes as sentences: pure functions of the facts."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ MIB, GIB = 1 << 20, 1 << 30
 
 @dataclass(frozen=True)
 class Limits:
-    """What is accepted.
+    """Accepted values.
 
     Attributes:
         clock: seconds that a node's clock may be off.
@@ -51,7 +51,7 @@ def problems(
 
 
 def _merged(lines: Sequence[str], names: Sequence[str]) -> list[str]:
-    """What is wrong in the same way on several nodes, such as data that nobody has prepared, in one line."""
+    """Problems that several nodes share, such as data that nobody has prepared, as one line each."""
     on: dict[str, list[str]] = {}
     for line in lines:
         name = next((name for name in names if line.startswith(f"{name}: ")), "")

@@ -60,13 +60,13 @@ def group(reports: Mapping[int, dict[str, Any]]) -> list[Node]:
 
 def _together(parts: Sequence[dict[str, dict[str, Any]]]) -> dict[str, dict[str, Any]]:
     """Data of a node from the shares of its ranks."""
-    found: dict[str, dict[str, Any]] = {}
+    data: dict[str, dict[str, Any]] = {}
     for part in parts:
         for name, facts in part.items():
-            own = found.setdefault(name, {"manifest": facts["manifest"], "shards": 0, "problems": []})
+            own = data.setdefault(name, {"manifest": facts["manifest"], "shards": 0, "problems": []})
             own["shards"] += facts["shards"]
             own["problems"] += [problem for problem in facts["problems"] if problem not in own["problems"]]
-    return found
+    return data
 
 
 def add_speed(nodes: Sequence[Node], results: Mapping[int, dict[str, Any]]) -> list[str]:

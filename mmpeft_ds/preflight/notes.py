@@ -54,10 +54,10 @@ class Notes:
         self._reaching(lambda: self.store.add("work", 1))
 
     def read(self, name: str, patience: float | None = None) -> Any:
-        """What rank 0 writes under a name, however long it takes while rank 0 lives.
+        """The note that rank 0 writes under a name; waits as long as rank 0 lives.
 
         Args:
-            patience: in the place of `self.patience`, for a time in which rank 0 gives no sign of life.
+            patience: in place of `self.patience`, for a time in which rank 0 gives no sign of life.
 
         Raises:
             BadInput: rank 0 is silent for longer, or gone.
@@ -86,19 +86,19 @@ class Notes:
     def collect(self, name: str, ranks: Collection[int]) -> dict[int, Any]:
         """On rank 0, what `ranks` write under `name`/rank: of those that do so before nobody has given a sign of life
         for `patience` seconds."""
-        found: dict[int, Any] = {}
+        notes: dict[int, Any] = {}
         work, since, pause = -1, time.monotonic(), 0.01
-        while len(found) < len(ranks) and time.monotonic() - since < self.patience:
-            before = len(found)
+        while len(notes) < len(ranks) and time.monotonic() - since < self.patience:
+            before = len(notes)
             for rank in ranks:
-                if rank not in found and self.store.check([f"{name}/{rank}"]):
-                    found[rank] = json.loads(self.store.get(f"{name}/{rank}"))
+                if rank not in notes and self.store.check([f"{name}/{rank}"]):
+                    notes[rank] = json.loads(self.store.get(f"{name}/{rank}"))
             self.store.add("rank 0", 1)
-            if len(found) > before or (now := self.store.add("work", 0)) != work:
-                work, since = (work if len(found) > before else now), time.monotonic()
+            if len(notes) > before or (now := self.store.add("work", 0)) != work:
+                work, since = (work if len(notes) > before else now), time.monotonic()
             pause = min(0.25, 1.5 * pause)
-            time.sleep(pause if len(found) < len(ranks) else 0)
-        return found
+            time.sleep(pause if len(notes) < len(ranks) else 0)
+        return notes
 
     def leave(self, ranks: int) -> None:
         """The last call of a rank; rank 0 stays a little until `ranks` have called it."""
@@ -111,7 +111,7 @@ class Notes:
             return
 
     def _reaching(self, call: Callable[[], Any]) -> Any:
-        """What a call of the store returns. Raises BadInput where rank 0 is gone."""
+        """Result of a call of the store. Raises BadInput where rank 0 is gone."""
         try:
             return call()
         except (dist.DistNetworkError, dist.DistStoreError) as error:

@@ -1,4 +1,4 @@
-"""What preflight.py prints, and its JSON."""
+"""Printed report and JSON of preflight.py."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The steps of preflight: every rank looks around, rank 0 hears all of them, judges and prints."""
+"""The steps of preflight: every rank collects facts, and rank 0 gathers them, judges them and prints."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from mmpeft_ds.preflight.notes import Notes
 
 @dataclass(frozen=True)
 class Asked:
-    """What the command line asks for.
+    """Options of the command line.
 
     Attributes:
         recipe: names the data, run_dir and loader workers; None: they are not looked at.
         recipe_problem: why this rank could not read it, or empty.
         patience: seconds without a sign of life after which a rank is given up.
         speed: measure all-gathers.
-        json: file for the numbers, `-` to print them in the place of the tables, or None.
+        json: file for the numbers, `-` to print them in place of the tables, or None.
         limits: what is accepted.
     """
 
@@ -152,7 +152,7 @@ def _say(asked: Asked, nodes: list[Node], missing: dict[int, str], silence: str,
 
 
 def _host(notes: Notes, rank: int) -> str:
-    """Where a rank that has gone silent came from; empty if it never came."""
+    """Host of a rank that has gone silent; empty if it never reported."""
     name = f"here/{rank}"
     return json.loads(notes.store.get(name)) if notes.store.check([name]) else ""
 

@@ -54,22 +54,22 @@ def _all(rank: int, nodes: Sequence[Sequence[int]], device: torch.device, wait: 
     leaders = [ranks[0] for ranks in nodes]
     between = dist.new_group(leaders, timeout=wait)
     mine = next(i for i, ranks in enumerate(nodes) if rank in ranks)
-    found: dict[str, Any] = {"within": [], "across": [], "links": {}}
+    seconds: dict[str, Any] = {"within": [], "across": [], "links": {}}
     if len(nodes[mine]) > 1:
-        found["within"] = all_gathers(own[mine], device)
+        seconds["within"] = all_gathers(own[mine], device)
     dist.barrier()
     if rank in leaders and len(leaders) > 1:
-        found["across"] = all_gathers(between, device)
+        seconds["across"] = all_gathers(between, device)
         if len(leaders) > 2:  # between two there is one way, which the all-gather has measured
-            found["links"] = links(rank, leaders, device)
+            seconds["links"] = links(rank, leaders, device)
     dist.barrier()
-    return found
+    return seconds
 
 
 def all_gathers(group: Any, device: torch.device) -> list[float]:
     """Seconds of an all-gather of each of `SIZES`, up to the first that takes longer than `LONG`. Collective over
     `group`."""
-    ranks, first, found = dist.get_world_size(group), dist.get_global_rank(group, 0), []
+    ranks, first, times = dist.get_world_size(group), dist.get_global_rank(group, 0), []
 
     def agree(seconds: torch.Tensor) -> None:
         dist.broadcast(seconds, first, group=group)
@@ -78,15 +78,15 @@ def all_gathers(group: Any, device: torch.device) -> list[float]:
         part = torch.zeros(max(1, size // ranks), dtype=torch.uint8, device=device)
         whole = torch.empty(len(part) * ranks, dtype=torch.uint8, device=device)
         call = partial(dist.all_gather_into_tensor, whole, part, group=group)
-        found.append(_median(call, agree, device))
-        if found[-1] > LONG:
+        times.append(_median(call, agree, device))
+        if times[-1] > LONG:
             break
-    return found
+    return times
 
 
 def links(rank: int, leaders: Sequence[int], device: torch.device) -> dict[str, float]:
     """Seconds of `LINK` bytes between the first ranks of neighbouring nodes, in a ring. Collective over `leaders`."""
-    count, found = len(leaders), {}
+    count, seconds = len(leaders), {}
     data = torch.zeros(LINK, dtype=torch.uint8, device=device)
     # Every other way at a time, so that the time does not grow with the nodes.
     for i in [*range(0, count - 1, 2), *range(1, count - 1, 2), count - 1]:
@@ -94,8 +94,8 @@ def links(rank: int, leaders: Sequence[int], device: torch.device) -> dict[str, 
         if rank in (one, other):
             there, first = (other, True) if rank == one else (one, False)
             agree = partial(_one_way, there=there, sends=first)
-            found[str(there)] = _median(partial(_to_and_back, data, there, first), agree, device) / 2
-    return found
+            seconds[str(there)] = _median(partial(_to_and_back, data, there, first), agree, device) / 2
+    return seconds
 
 
 def _to_and_back(data: torch.Tensor, there: int, first: bool) -> None:

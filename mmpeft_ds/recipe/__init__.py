@@ -20,8 +20,8 @@ from mmpeft_ds.recipe.parse import Origin, override_all, parse_yaml, shown, type
 from mmpeft_ds.redaction import masked_values
 
 __all__ = [
-    "Origin", "Recipe", "Section", "components", "filled", "from_dict", "load", "of_run", "overridden", "parse_yaml",
-    "read", "to_dict", "to_yaml", "typed", "where",
+    "Origin", "Recipe", "Section", "components", "filled", "former", "from_dict", "load", "of_run", "overridden",
+    "parse_yaml", "read", "to_dict", "to_yaml", "typed", "where", "written",
 ]  # fmt: skip
 
 RENAMED = {"fewshot": "few_shot"}  # sections under an earlier name
@@ -29,17 +29,19 @@ RENAMED = {"fewshot": "few_shot"}  # sections under an earlier name
 
 @dataclass
 class Recipe:
-    """What `launchers/train.py --recipe` reads.
+    """The recipe that `launchers/train.py --recipe` reads.
 
     Attributes:
         run_dir: where checkpoints, curves and the adapter go; continued if it holds a valid checkpoint.
-        seed: of data order, augmentation, initialisation and dropout.
+        seed: of initialisation and dropout, and of data order and augmentation unless `data.seed` gives another.
         backbone: `name` of a file in backbones/ and its options.
         method: `name` of a file or folder in methods/ and the fields of its config.
         data: what is read, in which order and how much at a time.
         optim: optimiser, learning rate schedule and length.
         engine: DeepSpeed, precision, checkpoints.
         monitor: TensorBoard and the pictures on it.
+        start_from: adapter directory whose weights a new run begins with: of this package, of HF Trainer with peft, or
+            of ms-swift; empty: the method's own start. A run that is continued does not read it.
     """
 
     run_dir: str
@@ -50,6 +52,7 @@ class Recipe:
     optim: OptimOptions = field(default_factory=OptimOptions)
     engine: EngineOptions = field(default_factory=EngineOptions)
     monitor: MonitorOptions = field(default_factory=MonitorOptions)
+    start_from: str = ""
 
     def start_options(self) -> dict[str, Any]:
         """Arguments of `distributed.processes.start`."""
@@ -77,6 +80,8 @@ def load(path: str | Path, overrides: list[str] | None = None) -> Recipe:
     raw, origin = read(path, overrides or [])
     if "few_shot" in raw:
         raise BadInput(f"{path}: a study of many runs. Start it with launchers/few_shot.py --recipe {path}.")
+    if "study" in raw:
+        raise BadInput(f"{path}: a study of many adapters. Start it with launchers/study.py --recipe {path}.")
     return from_dict(raw, origin)
 
 
@@ -100,7 +105,22 @@ def of_run(run: Path, overrides: Sequence[str] = ()) -> Recipe:
     """The recipe of a run directory after `overrides`, as of `--set`. Raises BadInput."""
     if not (run / "recipe.yaml").is_file():
         raise BadInput(f"{run}: no run directory (it has no recipe.yaml). Give --run the run_dir of a recipe.")
-    return load(run / "recipe.yaml", list(overrides))
+    return written(run / "recipe.yaml", list(overrides))
+
+
+def written(path: Path, overrides: list[str] | None = None) -> Recipe:
+    """A recipe as a run or an export wrote it, with every option, after `overrides`. Options of the backbone that did
+    not exist then get the values that they had without a name. Raises BadInput."""
+    recipe = load(path, overrides)
+    lacking = [f"backbone.{key}={json.dumps(value)}" for key, value in former(read(path, [])[0], recipe).items()]
+    return load(path, [*lacking, *(overrides or [])]) if lacking else recipe
+
+
+def former(raw: dict[str, Any], recipe: Recipe) -> dict[str, Any]:
+    """Options of the backbone that `raw`, of which `recipe` was made, does not name, with the values that they had
+    before they existed."""
+    values = components(recipe).backbone.options.former
+    return {key: values[key] for key in sorted(values.keys() - raw.get("backbone", {}).keys())}
 
 
 def overridden(raw: dict[str, Any], overrides: list[str], name: str = "recipe") -> Recipe:
@@ -133,7 +153,7 @@ def to_yaml(recipe: Recipe, change: Callable[[str, Any], Any] = lambda section, 
 
 
 def where(recipe: Recipe, key: str) -> str:
-    """How an error message names `key` of this recipe: `file.yaml: key` or `--set key`."""
+    """Name of `key` of this recipe for error messages: `file.yaml: key` or `--set key`."""
     return recipe.origin(key)
 
 

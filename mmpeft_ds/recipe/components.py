@@ -74,7 +74,7 @@ class Section:
         return registry.load(self.package, self.name, self.where("name"))
 
     def where(self, option: str = "") -> str:
-        """How an error message names the section, or one of its options."""
+        """Name of the section, or of one of its options, for error messages."""
         return self.origin(f"{self.key}.{option}" if option else self.key)
 
     @contextlib.contextmanager

@@ -1,6 +1,8 @@
-"""What other trainers call the things that a recipe names, for the message about an unknown key."""
+"""Names of recipe keys in other trainers, for the message about an unknown key."""
 
 from __future__ import annotations
+
+from collections.abc import Collection
 
 _BATCH = "data.global_batch (samples of an optimizer step over all ranks and micro-steps)"
 _MICRO = "data.global_batch and optim.accumulation: a micro-step of a rank has global_batch / accumulation / ranks"
@@ -102,7 +104,46 @@ KEYS = {
 }
 
 
-def hint(name: str, key: str) -> str:
-    """A sentence for the unknown key `key`, whose last part is `name`; empty where nothing is known of it."""
+_PLACES = ("targets", "image_targets", "text_targets", "sublayers", "attention", "after", "biases", "norms", "tower",
+           "towers", "layers")  # fmt: skip
+_LENGTH = ("length", "context", "tokens")
+
+# name of a method's option elsewhere -> those that stand for it here, where a method has them
+OPTIONS = {
+    "rank": ("r",),
+    "lora_r": ("r",),
+    "lora_rank": ("r",),
+    "num_virtual_tokens": _LENGTH,
+    "num_tokens": _LENGTH,
+    "prompt_length": _LENGTH,
+    "n_ctx": _LENGTH,
+    "target_modules": _PLACES,
+    "target": _PLACES,
+    "modules": _PLACES,
+    "layers_to_transform": ("layers",),
+}
+
+
+def hint(name: str, key: str, known: Collection[str]) -> str:
+    """A sentence for the unknown key `key`, whose last part is `name`; empty where nothing is known of it.
+
+    Args:
+        known: names beside it.
+    """
     here = KEYS.get(name.lower())
-    return f"Here that is {here}. " if here and here != key else ""
+    of_method = key.startswith("method.")
+    if of_method and (own := option_hint(name, known)):
+        return own
+    if not here or here == key or (of_method and here.startswith("method.")):
+        return ""
+    return f"Here that is {here}. "
+
+
+def option_hint(name: str, known: Collection[str]) -> str:
+    """A sentence for an option that a method does not know; empty where none of `known` stands for it."""
+    options = [option for option in OPTIONS.get(name.lower(), ()) if option in known]
+    if not options and name.lower() in OPTIONS and {"type", "options"} <= set(known):
+        return f"Fields of the type stand below `options`: options.{name}, by the name that peft gives it. "
+    if len(options) > 1:
+        return f"Here the places are chosen by {', '.join(map(repr, options))}. "
+    return f"Here that is {options[0]!r}. " if options else ""

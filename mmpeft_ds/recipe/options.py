@@ -30,23 +30,64 @@ class EwcOptions:
 
 
 @dataclass
+class GroupOptions:
+    """Settings of the trained parameters whose names fit a pattern of `optim.groups`.
+
+    Attributes:
+        lr: peak learning rate; null: as `optim.lr`. The schedule is that of all.
+        weight_decay: null: as for all, so matrices alone decay.
+        optimizer: under `optim.name: muon`, who steps the matrices among them; null: muon for those of adapters.
+    """
+
+    lr: float | None = None
+    weight_decay: float | None = None
+    optimizer: Literal["muon", "adamw"] | None = None
+
+
+@dataclass
+class MuonOptions:
+    """Options of `optim.name: muon`, as in `torch.optim.Muon`; its `lr` and `weight_decay` are those of `optim`.
+
+    Attributes:
+        momentum: weight of the past in the average of gradients.
+        nesterov: the gradient of the step is averaged in once more.
+        ns_steps: Newton-Schulz iterations by which a matrix is orthogonalised.
+        adjust_lr_fn: how the rate follows the shape of a matrix. `match_rms_adamw` makes updates as large as AdamW's,
+            so that its learning rates fit; `original` is torch's default, by which rates are some ten times higher.
+        adamw_lr: peak learning rate of what AdamW steps; null: as `optim.lr`.
+    """
+
+    momentum: float = 0.95
+    nesterov: bool = True
+    ns_steps: int = 5
+    adjust_lr_fn: Literal["match_rms_adamw", "original"] = "match_rms_adamw"
+    adamw_lr: float | None = None
+
+
+@dataclass
 class OptimOptions:
     """Optimiser and schedule, of the trainable parameters only.
 
     Attributes:
         name: `adamw` shrinks the weights by the decay, apart from the gradient; `adam` and `sgd` add decay times
-            weight to the gradient (L2).
+            weight to the gradient (L2). `muon` orthogonalises the update of each matrix of an adapter; vectors,
+            embeddings, heads and tensors of three axes are stepped by `adamw`.
         lr: peak learning rate.
         weight_decay: applied to matrices; biases, norms and names in `no_decay` are excluded.
         no_decay: further parameter name fragments without decay.
-        betas: moment decay rates of `adamw` and `adam`.
-        eps: epsilon of `adamw` and `adam`.
+        groups: shell-style pattern of full parameter names, such as `*.lora_B.*` -> `lr` and `weight_decay` of its
+            own. The first pattern that fits decides; one that fits nothing is refused.
+        lora_plus: learning rate of LoRA's `up` (`lora_B`), and of vectors, as a multiple of `lr` (LoRA+, arXiv
+            2402.12354); 0 = off. Factors of embeddings get 1e-6, as in peft.
+        betas: moment decay rates of `adamw` and `adam`, and of what `muon` leaves to AdamW.
+        eps: epsilon, as `betas`.
         momentum: of `sgd`, without Nesterov's.
+        muon: of `muon`.
         epochs: passes over the data; ignored where `max_steps` is set.
         max_steps: optimizer steps of the run, 0 = from `epochs`.
         warmup: warm-up steps if >= 1, else that share of all steps; `cosine_epoch` has its own.
         warmup_lr: learning rate of the first epoch under `cosine_epoch`.
-        schedule: decay after warm-up to `min_lr_ratio` times lr, per step; `cosine_epoch` per epoch, behind one epoch
+        schedule: decay after warm-up to `min_lr_ratio` times lr, per step; `cosine_epoch` per epoch, after one epoch
             at `warmup_lr`, as the few-shot baselines were published.
         min_lr_ratio: final learning rate as a share of the peak.
         clip: maximum global gradient norm, 0 = off.
@@ -54,13 +95,16 @@ class OptimOptions:
         ewc: elastic weight consolidation towards an earlier task.
     """
 
-    name: Literal["adamw", "adam", "sgd"] = "adamw"
+    name: Literal["adamw", "adam", "sgd", "muon"] = "adamw"
     lr: float = 1e-3
     weight_decay: float = 0.0
     no_decay: list[str] = field(default_factory=list)
+    groups: dict[str, GroupOptions] = field(default_factory=dict)
+    lora_plus: float = 0.0
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
     momentum: float = 0.9
+    muon: MuonOptions = field(default_factory=MuonOptions)
     epochs: int = 1
     max_steps: int = 0
     warmup: float = 0.05
@@ -70,6 +114,25 @@ class OptimOptions:
     clip: float = 1.0
     accumulation: int = 1
     ewc: EwcOptions = field(default_factory=EwcOptions)
+
+
+@dataclass
+class FrozenCacheOptions:
+    """Values of frozen towers are computed once and kept on disk; `true` alone takes the defaults.
+
+    Attributes:
+        on: whether they are.
+        dir: directory, which runs may share; relative to the working directory.
+        limit: GiB of the directory from which on nothing is written any more, 0 = none.
+    """
+
+    on: bool = True
+    dir: str = ".cache/frozen"
+    limit: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not self.dir.strip() or self.limit < 0:
+            raise BadInput("cache_frozen: `dir` must name a directory, and `limit` be 0 (none) or more GiB.")
 
 
 @dataclass
@@ -89,11 +152,15 @@ class EngineOptions:
             cores, `float32` does not. Graphs are decided in float32 either way.
         adapter_matmul: dtype in which adapters multiply. `bfloat16` needs a bfloat16 base: float32 parameters are
             rounded for each product, and their gradients, moments and checkpoints stay float32.
+        cache_frozen: compute what lies below the lowest trainable once per image, and keep it on disk for later epochs
+            and runs, see docs/frozen_cache.md; `true`, or a mapping with the keys of `engine.cache_frozen`.
+        tower_batch: images that a frozen vision tower sees at a time, filled up with the last one, so that what it
+            gives for an image never depends on its batch; 0: all of a micro-batch, with `cache_frozen` 8.
         compile: fuse the arithmetic of adapter layers with `torch.compile`, below ZeRO stage 3.
         save_every: optimizer steps between checkpoints, 0 = at every evaluation and at the end.
         keep_last: checkpoints kept beside the best.
         eval_every: optimizer steps between evaluations, 0 = at the end of every epoch.
-        patience: evaluations without improvement before the run stops, 0 = never.
+        patience: evaluations without a better main score before the run stops, 0 = never.
         stop_grace: seconds within which a signalled run has saved and left.
         stall: seconds after which a rank that waits for another says for whom, since when and where.
         timeout: seconds after which ranks that wait for one that is missing or stuck end.
@@ -108,6 +175,8 @@ class EngineOptions:
     attention: str = "auto"
     matmul: Literal["tf32", "float32"] = "tf32"
     adapter_matmul: Literal["float32", "bfloat16"] = "float32"
+    cache_frozen: FrozenCacheOptions = field(default_factory=lambda: FrozenCacheOptions(on=False))
+    tower_batch: int = 0
     compile: bool = False
     save_every: int = 0
     keep_last: int = 2
@@ -129,7 +198,7 @@ class EngineOptions:
 
 @dataclass
 class MonitorOptions:
-    """What is written beside the checkpoints.
+    """Curves, pages of predictions and TensorBoard files of a run.
 
     Attributes:
         tensorboard: write event files.

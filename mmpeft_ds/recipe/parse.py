@@ -21,7 +21,7 @@ from mmpeft_ds.recipe import elsewhere
 
 
 class Origin:
-    """Where a value came from, for error messages: the recipe file, or the `--set` that changed it.
+    """Origin of a value for error messages: the recipe file, or the `--set` that changed it.
 
     Args:
         path: of the file.
@@ -80,7 +80,7 @@ def _unknown(name: str, known: Collection[str], key: str, origin: Origin) -> str
             f"{', '.join(known)}."
         )
     near = difflib.get_close_matches(name, known, n=1)
-    hint = elsewhere.hint(name, position) or (f"Did you mean {near[0]!r}? " if near else "")
+    hint = elsewhere.hint(name, position, known) or (f"Did you mean {near[0]!r}? " if near else "")
     return f"{origin(position)}: unknown key. {hint}Known: {', '.join(known)}."
 
 
@@ -124,16 +124,19 @@ def override_all(raw: dict[str, Any], items: Sequence[str], path: str) -> Origin
 def _names(raw: Any, key: str = "") -> dict[str, str]:
     """Dotted key -> the name of every component in a mapping."""
     entries = raw.items() if isinstance(raw, dict) else enumerate(raw) if isinstance(raw, list) else ()
-    found: dict[str, str] = {}
+    names: dict[str, str] = {}
     for part, value in entries:
         if part == "name" and isinstance(value, str):
-            found[_join(key, part)] = value
-        found |= _names(value, _join(key, part))
-    return found
+            names[_join(key, part)] = value
+        names |= _names(value, _join(key, part))
+    return names
 
 
-def override(raw: dict[str, Any], item: str) -> str:
+def override(raw: dict[str, Any], item: str, option: str = "--set") -> str:
     """Set `a.b=value` in the mapping of a recipe, in place; list elements by number.
+
+    Args:
+        option: which gave it, for messages.
 
     Returns:
         the dotted key.
@@ -144,8 +147,8 @@ def override(raw: dict[str, Any], item: str) -> str:
     key, equals, text = item.partition("=")
     key = key.strip()
     if not equals or not key:
-        raise BadInput(f"--set {item}: expected key=value, such as --set optim.lr=1e-3.")
-    value = parse_yaml(text, f"--set {key}")
+        raise BadInput(f"{option} {item}: expected key=value, such as {option} optim.lr=1e-3.")
+    value = parse_yaml(text, f"{option} {key}")
     at: Any = raw
     *parents, last = key.split(".")
     for depth, part in enumerate([*parents, last]):
@@ -153,10 +156,10 @@ def override(raw: dict[str, Any], item: str) -> str:
         if isinstance(at, list):
             if not part.isdigit() or int(part) >= len(at):
                 above = ".".join(parents[:depth])
-                raise BadInput(f"--set {key}: {part!r} is no index of {above}, which has {len(at)} element(s).")
+                raise BadInput(f"{option} {key}: {part!r} is no index of {above}, which has {len(at)} element(s).")
             part = int(part)
         elif not isinstance(at, dict):
-            raise BadInput(f"--set {key}: {'.'.join(parents[:depth])} is {shown(at)} and has no keys below it.")
+            raise BadInput(f"{option} {key}: {'.'.join(parents[:depth])} is {shown(at)} and has no keys below it.")
         if end:
             at[part] = value
         elif isinstance(at, dict):
@@ -170,10 +173,14 @@ def override(raw: dict[str, Any], item: str) -> str:
 
 def _value(hint: Any, value: Any, key: str, origin: Origin, f: dataclasses.Field) -> Any:
     if dataclasses.is_dataclass(hint):
+        if isinstance(value, bool) and "on" in {f.name for f in dataclasses.fields(hint)}:
+            value = {"on": value}
         return typed(hint, {} if value is None else value, key, origin)
     inner = typing.get_args(hint)
     if typing.get_origin(hint) is list and inner and dataclasses.is_dataclass(inner[0]) and isinstance(value, list):
         return [typed(inner[0], v, _join(key, i), origin) for i, v in enumerate(value)]
+    if typing.get_origin(hint) is dict and dataclasses.is_dataclass(inner[1]) and isinstance(value, dict):
+        return {str(name): typed(inner[1], v, _join(key, name), origin) for name, v in value.items()}
     try:
         return validated(hint, json.loads(json.dumps(value, default=str)))
     except ValueError:

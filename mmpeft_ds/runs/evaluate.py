@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import time
 from collections.abc import Sequence
@@ -13,13 +14,14 @@ from mmpeft_ds.data.options import SourceOptions
 from mmpeft_ds.distributed.collectives import on_rank0
 from mmpeft_ds.engine.assembly import hub
 from mmpeft_ds.engine.assembly.resolve import Resolved, ResolvedSource, resolve, titles
+from mmpeft_ds.engine.evaluator import Evaluation
 from mmpeft_ds.engine.monitor import plain
 from mmpeft_ds.engine.streams import records
 from mmpeft_ds.errors import BadInput
 from mmpeft_ds.files import check_writable, write_atomic, write_json
 from mmpeft_ds.redaction import masked_values
-from mmpeft_ds.runs.finished import on_split, open_run
-from mmpeft_ds.runs.submission import content, file_name, not_listed
+from mmpeft_ds.runs.finished import FinishedRun, on_split, open_run
+from mmpeft_ds.runs.submission import FORMS, content, file_name, not_listed
 from mmpeft_ds.stop import StopFlag
 
 
@@ -34,7 +36,8 @@ def evaluate_run(
     """Score checkpoint `which` of a run on `split` of each of its training data sets and tasks. Every rank calls it.
 
     Writes RUN/evaluation-SPLIT.json and RUN/predictions-SPLIT.jsonl; where only some of the data sets are
-    taken, SPLIT is followed by their names, see `named`.
+    taken, SPLIT is followed by their names, see `named`. Files of these names that are of another checkpoint or other
+    overrides stay, see `keep_others`.
 
     Args:
         run: run directory.
@@ -46,9 +49,10 @@ def evaluate_run(
 
     Returns:
         on every rank, one report per data set and task: dir, split, task, vqa_measure (the evaluator of answers; empty
-        for other tasks), checkpoint, step, samples, rows, scored and there (how many of `unit` the scores rest on, and
-        how many the split has), bad_samples, cut_texts (by kind), control_tokens (texts with some), changed (these two
-        in words), scores, baselines, seconds. None if a stop was requested: nothing is written.
+        for other tasks), checkpoint, step, set (the overrides), samples, rows, scored and there (how many of `unit`
+        the scores rest on, and how many the split has), bad_samples, cut_texts (by kind), control_tokens (texts with
+        some), changed (these two in words), scores, grouped (`TaskBase.grouped`), baselines, seconds. None if a stop
+        was requested: nothing is written.
 
     Raises:
         BadInput: no run there, or it cannot be written into; no such checkpoint, split or data set.
@@ -65,47 +69,59 @@ def evaluate_run(
         resolved = resolve(recipe)
         check_writable(run)
         if submission:
-            content(submission, [], records(resolved.validation[0]))  # what is wrong with the ids is said at once
+            content(submission, [], records(resolved.validation[0]))  # reports wrong ids before the evaluation
         opened = open_run(run, resolved, which)
         stop.begin()
         reports, rows = [], []
-        first_rows: list[dict[str, Any]] | None = None
+        first_rows: list[dict[str, Any]] = []
         for title, source in zip(titles(resolved.validation), resolved.validation, strict=True):
             began = time.perf_counter()
             result = opened.evaluate(source, title, stop.requested)
             if result is None:
                 return None
             seconds = time.perf_counter() - began
-            reports.append(
-                {
-                    "dir": source.options.dir,
-                    "split": split,
-                    "task": source.options.task["name"],
-                    "vqa_measure": getattr(source.task.options, "vqa_measure", ""),
-                    "checkpoint": opened.checkpoint.name,
-                    "step": opened.state.step,
-                    "samples": source.samples,
-                    "rows": on_rank0(lambda result=result: len(result.rows)),
-                    "scored": result.scored,
-                    "there": result.there,
-                    "unit": result.unit,
-                    "bad_samples": result.bad,
-                    "cut_texts": result.texts.cut,
-                    "control_tokens": result.texts.control,
-                    "changed": result.texts.words(),
-                    "scores": result.scores,
-                    "baselines": on_rank0(lambda source=source: _baselines(resolved, source)),
-                    "seconds": seconds,
-                }
-            )
+            reports.append(_report(resolved, source, opened, result, split, overrides) | {"seconds": seconds})
             several = len(resolved.validation) > 1
-            first_rows = result.rows if first_rows is None else first_rows
+            first_rows = result.rows if len(reports) == 1 else first_rows
             rows += [{"source": title, **row} for row in result.rows] if several else result.rows
+        on_rank0(lambda: keep_others(run, name, masked_values(plain(reports))))
         if submission:
             path = run / file_name(submission, name)
             on_rank0(lambda: _submit(path, submission, resolved.validation[0], first_rows))
         on_rank0(lambda: _write(run, name, reports, rows))
         return reports
+
+
+def _report(
+    resolved: Resolved,
+    source: ResolvedSource,
+    opened: FinishedRun,
+    result: Evaluation,
+    split: str,
+    overrides: Sequence[str],
+) -> dict[str, Any]:
+    """The report about one data set and task, on every rank. Collective."""
+    return {
+        "dir": source.options.dir,
+        "split": split,
+        "task": source.options.task["name"],
+        "vqa_measure": getattr(source.task.options, "vqa_measure", ""),
+        "checkpoint": opened.checkpoint.name,
+        "step": opened.state.step,
+        "set": list(overrides),
+        "samples": source.samples,
+        "rows": on_rank0(lambda: len(result.rows)),
+        "scored": result.scored,
+        "there": result.there,
+        "unit": result.unit,
+        "bad_samples": result.bad,
+        "cut_texts": result.texts.cut,
+        "control_tokens": result.texts.control,
+        "changed": result.texts.words(),
+        "scores": result.scores,
+        "grouped": on_rank0(lambda: source.task.grouped(result.rows)),
+        "baselines": on_rank0(lambda: _baselines(resolved, source)),
+    }
 
 
 def chosen_sources(sources: Sequence[SourceOptions], dirs: Sequence[str]) -> list[SourceOptions]:
@@ -137,6 +153,29 @@ def named(split: str, sources: Sequence[SourceOptions], dirs: Sequence[str]) -> 
         return "-".join(part.strip("/:") for part in end)
 
     return "-".join([split, *(shortest(known[directory]) for directory in chosen)])
+
+
+def keep_others(run: Path, name: str, reports: list[dict[str, Any]]) -> None:
+    """Rename the files of an earlier evaluation that was of another checkpoint or of other overrides than `reports`.
+
+    evaluation-NAME.json becomes evaluation-NAME.1.json, or of the next number that is free, and predictions and result
+    files likewise. An evaluation of the same is replaced.
+    """
+    path = run / f"evaluation-{name}.json"
+    try:
+        earlier = json.loads(path.read_text("utf-8"))
+        what = [[report["checkpoint"], report.get("set", [])] for report in earlier]
+    except (OSError, ValueError, KeyError, TypeError):  # none, or none of ours
+        return
+    if what == [[report["checkpoint"], report["set"]] for report in reports]:
+        return
+    number = next(n for n in itertools.count(1) if not (run / f"evaluation-{name}.{n}.json").exists())
+    results = (run / file_name(form, name) for form in FORMS)
+    # That of the scores comes last: whoever is killed in between finds the rest to rename once more.
+    for file in (run / f"predictions-{name}.jsonl", *results, path):
+        if file.exists():
+            file.rename(file.with_name(f"{file.stem}.{number}{file.suffix}"))
+    print(f"{path}: the earlier evaluation, of {what[0][0]}, stays as evaluation-{name}.{number}.json")
 
 
 def _write(run: Path, name: str, reports: list[dict[str, Any]], rows: list[dict[str, Any]]) -> None:

@@ -1,8 +1,8 @@
 """Runs of a few-shot study: its cells (methods x shots x seeds) one after the other in one process group.
 
-A cell is a run directory as of any training, with `result.json` besides. A cell that has this file is not run again,
-so a study that was stopped continues where it was. Test sets are scored once, by the state at the end of training (or
-by the best state on validation); nothing is ever chosen on them.
+A cell is a run with its own run directory; a `result.json` in it marks it as finished. Finished cells are not run
+again, so a stopped study continues where it was. Test sets are scored once, with the state at the end of training (or
+the best state on validation); nothing is chosen on them.
 """
 
 from __future__ import annotations
@@ -29,10 +29,21 @@ from mmpeft_ds.engine.assembly.checks import check_records
 from mmpeft_ds.engine.assembly.outline import load_manifest
 from mmpeft_ds.engine.monitor import plain
 from mmpeft_ds.engine.streams import records
+from mmpeft_ds.engine.training import Training
 from mmpeft_ds.engine.zero import state as zero_state
 from mmpeft_ds.errors import AgreedBadInput
 from mmpeft_ds.files import write_json
-from mmpeft_ds.runs.few_shot_study import HALVES, RESULT, Cell, Study, TestSet, is_done, read_result, reads
+from mmpeft_ds.runs.few_shot_study import (
+    HALVES,
+    RESULT,
+    Cell,
+    Study,
+    TestSet,
+    check_prepared,
+    is_done,
+    read_result,
+    reads,
+)
 from mmpeft_ds.runs.finished import evaluate_source
 
 
@@ -46,14 +57,17 @@ def run(study: Study) -> bool:
     device = processes.start(**(cells[0].recipe.start_options() | {"seed": 0})).device
     stop_requested: list[Callable[[], bool]] = []  # of the newest cell
     done = on_rank0(lambda: [is_done(cell) for cell in cells])
+    # Before the first: a data set of the last may be missing.
+    check_prepared([cell for cell, is_there in zip(cells, done, strict=True) if not is_there])
     for number, (cell, is_there) in enumerate(zip(cells, done, strict=True), 1):
         if is_there:
             continue
-        # If its result has been removed, run it again; a run that counts as finished would only print its table.
-        on_rank0(lambda cell=cell: (cell.path / "finished.json").unlink(missing_ok=True))
+        # If its result has been removed, run it again; a run that counts as finished would only print its table. A
+        # result without its adapter goes, so that a stop differs from an end.
+        on_rank0(lambda cell=cell: [(cell.path / name).unlink(missing_ok=True) for name in ("finished.json", RESULT)])
         began = time.perf_counter()
 
-        def conclude(training: trainer.Training, cell: Cell = cell) -> bool:
+        def conclude(training: Training, cell: Cell = cell) -> bool:
             stop_requested[:] = [training.stepper.stop_requested]
             return _score(training, cell)
 
@@ -76,7 +90,7 @@ def run(study: Study) -> bool:
 # ----------------------------------------------------------------------------------------------------- one cell
 
 
-def _score(training: trainer.Training, cell: Cell) -> bool:
+def _score(training: Training, cell: Cell) -> bool:
     """Score every test set with the exported state and write the result; False if a stop was requested."""
     resolved, scores, baselines = training.resolved, {}, {}
     for test in cell.tests:
@@ -114,7 +128,7 @@ def _score(training: trainer.Training, cell: Cell) -> bool:
 
 
 def _source(resolved: resolve.Resolved, test: TestSet, half: str) -> resolve.ResolvedSource:
-    """A test set with the task of the training data, checked as sources of recipes are. Raises BadInput."""
+    """A test set with the task of the training data, after the checks of any source. Raises BadInput."""
     recipe, train = resolved.recipe, resolved.train[0]
     options = SourceOptions(test.dir, test.split, f"few_shot/{test.split}-{half}.json" if half else "")
     options.task = dict(test.task or train.options.task)
@@ -133,7 +147,7 @@ def _source(resolved: resolve.Resolved, test: TestSet, half: str) -> resolve.Res
 
 @contextlib.contextmanager
 def _logged(path: Path) -> Iterator[None]:
-    """Within the block, output goes to a log of the run, since that of many runs would hide the table."""
+    """Context in which output goes to a log of the run, since that of many runs would hide the table."""
     on_rank0(lambda: path.parent.mkdir(parents=True, exist_ok=True))
     with open(path.with_suffix(".log") if rank() == 0 else os.devnull, "a", encoding="utf-8") as log:
         before = sys.stderr

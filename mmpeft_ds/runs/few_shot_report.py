@@ -89,7 +89,7 @@ def plot(path: Path, results: list[dict[str, Any]]) -> None:
                 continue
             spread = [100 * _deviation(values) for _, values in points]
             axes.errorbar([s for s, _ in points], means, spread, marker="o", markersize=3, capsize=2, **style)
-        axes.set(xscale="log", xlabel="shots a class", title=test)
+        axes.set(xscale="log", xlabel="shots per class", title=test)
         axes.set_xticks(shots, [str(s) for s in shots])
         axes.minorticks_off()
         axes.grid(alpha=0.3)
@@ -102,7 +102,10 @@ def plot(path: Path, results: list[dict[str, Any]]) -> None:
 
 def _base_to_new(results: list[dict[str, Any]], test: str) -> str:
     """Accuracy on the classes that were trained on, accuracy on the others, and their harmonic mean, over seeds."""
-    lines = [f"### {test}, from base to new classes", "", *_table(["method", "shots", "base", "new", "harmonic mean"])]
+    halves = [half for half in ("base", "new") if f"{test} {half}" in _tests(results)]
+    counted = ", ".join(f"{half}: {_samples(results, f'{test} {half}')}" for half in halves)
+    lines = [f"### {test}, from base to new classes ({counted})", ""]
+    lines += _table(["method", "shots", "base", "new", "harmonic mean"])
     for name, rows in _by_method(results).items():
         for shots in sorted({r["shots"] for r in rows}):
             base, new = (_scores(rows, f"{test} {half}", shots) for half in ("base", "new"))
@@ -140,7 +143,7 @@ def _shown(values: list[float]) -> str:
 
 
 def _samples(results: list[dict[str, Any]], test: str) -> str:
-    """How many images of a test set the accuracies rest on; results of earlier versions do not say of how many."""
+    """Number of images of a test set that the accuracies count; results of earlier versions do not state it."""
     scores = next(r["tests"][test] for r in results if test in r["tests"])
     of = f" of {int(scores['of'])}" if "of" in scores else ""
     return f"{int(scores['samples'])}{of} images"

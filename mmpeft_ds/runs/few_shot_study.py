@@ -5,16 +5,18 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from mmpeft_ds import recipe as recipes
+from mmpeft_ds.data.assumed import is_absent
 from mmpeft_ds.errors import BadInput
+from mmpeft_ds.recipe.merging import deep_merge, slug
 
 RESULT = "result.json"
 HALVES = ("base", "new")
+PICTURES = "pictures"  # in place of a kind of features
 NEVER = 10**9  # steps between evaluations, so that there is only the one at the end
 SETTINGS = ("name", "features", "once", "base_to_new", "by_shots")  # keys of a method that no recipe has
 
@@ -122,7 +124,7 @@ class Study:
         raw, origin = recipes.read(path, overrides or [])
         entries, section = raw.pop("methods", None), raw.pop("few_shot", {})
         if not isinstance(entries, list) or not all(isinstance(e, dict) and "name" in e for e in entries or [0]):
-            raise BadInput(f"{origin('methods')}: expected a list of mappings with a `name`, one a row of the table.")
+            raise BadInput(f"{origin('methods')}: expected a list of mappings with a `name`, one per table row.")
         names = [str(entry["name"]) for entry in entries]
         if len(set(map(slug, names))) < len(names):
             raise BadInput(f"{origin('methods')}: two rows have the same name. Give each its own.")
@@ -190,27 +192,43 @@ class Study:
         return Cell(name, shots, seed, half, recipe, given, tests, bool(entry.get("once")))
 
 
+def check_prepared(cells: list[Cell]) -> None:
+    """Refuse cells whose data sets are not prepared. Raises BadInput that names each data set once."""
+    dirs = [s.dir for cell in cells for s in (*cell.recipe.data.sources, *cell.recipe.data.validation, *cell.tests)]
+    if absent := [dir for dir in dict.fromkeys(dirs) if is_absent(dir)]:
+        raise BadInput(
+            f"not prepared, since they have no manifest.json: {', '.join(absent)}. Prepare them "
+            "(data_prep/prepare.py, launchers/features.py; the recipe says how), or leave out the methods that read "
+            "them: --methods."
+        )
+
+
 def results(study: Study) -> list[dict[str, Any]]:
     """Results of the cells that are done, in order."""
     return [result for cell in study.cells() if (result := read_result(cell)) is not None]
 
 
 def reads(recipe: recipes.Recipe) -> str:
-    """Which parts of a sample the method reads: `image`, `captions` or both."""
+    """Parts of a sample that the method reads: `image`, `captions` or both."""
     captions = recipe.data.sources[0].task.get("text", "none") == "captions"
     inputs = recipe.method.get("inputs", "both" if captions else "image")
     return {"image": "image", "text": "captions", "both": "image + captions" if captions else "image"}[inputs]
 
 
 def is_done(cell: Cell) -> bool:
-    """Whether the cell has its result. Raises BadInput if the result is of other settings."""
+    """Whether the cell has its result, and its adapter, which is written after that.
+
+    Raises:
+        BadInput: if the result is of other settings.
+    """
     result = read_result(cell)
     if result is not None and result["key"] != cell.key:
         raise BadInput(
             f"{cell.path / RESULT}: the settings of {cell.title} have changed since. Remove {cell.path} to run it "
             "again, or give another run_dir."
         )
-    return result is not None
+    ended_between = (cell.path / "checkpoints").is_dir() and not (cell.path / "finished.json").is_file()
+    return result is not None and not ended_between
 
 
 def read_result(cell: Cell) -> dict[str, Any] | None:
@@ -223,24 +241,13 @@ def read_result(cell: Cell) -> dict[str, Any] | None:
         raise BadInput(f"{cell.path / RESULT}: damaged. Remove {cell.path} to run it again.") from error
 
 
-def slug(name: str) -> str:
-    """Name of a row as the name of a directory."""
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
-
-
-def deep_merge(below: Any, above: Any) -> Any:
-    """`above` laid over `below`: mappings key by key, but a component of another name replaces all of its section."""
-    if not (isinstance(below, dict) and isinstance(above, dict)):
-        return copy.deepcopy(above)
-    if "name" in above and above["name"] != below.get("name"):
-        return copy.deepcopy(above)
-    return {**below, **{key: deep_merge(below.get(key), value) for key, value in above.items()}}
-
-
 def with_features(value: Any, features: str) -> Any:
-    """A copy of `value` with `features` in the place of every `{features}` in texts."""
+    """A copy of `value` with `features` in place of every `{features}` in texts; for `pictures` without
+    `-{features}`: the data set that the features were made of."""
     if isinstance(value, dict):
         return {key: with_features(v, features) for key, v in value.items()}
     if isinstance(value, list):
         return [with_features(v, features) for v in value]
-    return value.replace("{features}", features) if isinstance(value, str) else value
+    if not isinstance(value, str):
+        return value
+    return value.replace("-{features}", "") if features == PICTURES else value.replace("{features}", features)

@@ -10,7 +10,7 @@ from mmpeft_ds.data.options import SourceOptions
 from mmpeft_ds.distributed import processes
 from mmpeft_ds.distributed.collectives import on_rank0
 from mmpeft_ds.distributed.processes import Ranks
-from mmpeft_ds.engine import checkpoint
+from mmpeft_ds.engine import checkpoint, checkpoint_files, frozen_images
 from mmpeft_ds.engine.assembly.build import Built, build
 from mmpeft_ds.engine.assembly.resolve import Resolved, ResolvedSource
 from mmpeft_ds.engine.evaluator import Evaluation, count, evaluate
@@ -57,7 +57,8 @@ def open_run(run: Path, resolved: Resolved, which: str) -> FinishedRun:
     resolved.print_notes(ranks.rank)  # before the base is loaded, which may take minutes
     check_shards(resolved, ranks)
     path = on_rank0(lambda: find_checkpoint(run, which))
-    built = build(resolved, ranks)
+    built = build(resolved, ranks, shapes=checkpoint.shapes(path))
+    built.frozen = frozen_images.of_built(resolved, built, ranks)
     state = checkpoint.load(path, built.engine, built.trainables, built.fingerprint)
     return FinishedRun(run, resolved, ranks, path, built, state)
 
@@ -74,9 +75,9 @@ def find_checkpoint(run: Path, which: str) -> Path:
         name = pointer.read_text().strip()
     path = folder / name
     if not path.is_dir():
-        there = ", ".join(p.name for p in checkpoint.listing(folder)) or "none"
+        there = ", ".join(p.name for p in checkpoint_files.listing(folder)) or "none"
         raise BadInput(f"{run}: no checkpoint {name!r}. There: {there}; or use --checkpoint best or last.")
-    damage = checkpoint.damage(path)
+    damage = checkpoint_files.damage(path)
     if damage is not None:
         raise BadInput(f"{path}: damaged: {damage}. Use another one with --checkpoint NAME.")
     return path
@@ -100,11 +101,18 @@ def evaluate_source(
         None if a stop was requested on a rank before the end.
     """
     stream = make_stream(resolved, [source], ranks, train=False)
+    stream.keep_frozen(built.frozen and built.frozen.spec)
     progress = Progress(title, stream.steps_per_epoch(), "steps", shown=ranks.rank == 0)
     try:
         steps = progress.track(stream.epoch(0))
         result = evaluate(
-            built.engine, resolved.backbone, source.task, steps, ranks.device, stop_requested=stop_requested
+            built.engine,
+            resolved.backbone,
+            source.task,
+            steps,
+            ranks.device,
+            stop_requested=stop_requested,
+            frozen=built.frozen,
         )
         return None if result is None else count(result, source)
     finally:

@@ -23,7 +23,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from mmpeft_ds import recipe as recipes
-from mmpeft_ds.data.stream import BadBudget, Step
+from mmpeft_ds.data.bad_budget import BadBudget
+from mmpeft_ds.data.stream import Step
 from mmpeft_ds.distributed import collectives
 from mmpeft_ds.distributed.collectives import on_rank0
 from mmpeft_ds.engine import ewc
@@ -227,7 +228,7 @@ def factors_of(names: Sequence[str], weights: Sequence[tuple[str, float]]) -> di
 
 @contextlib.contextmanager
 def _unwarned() -> Iterator[None]:
-    """Within the block DeepSpeed does not warn that steps are skipped: here all are, on purpose."""
+    """Context in which DeepSpeed does not warn that steps are skipped: here all are, on purpose."""
     logger = logging.getLogger("DeepSpeed")
     before = logger.level
     logger.setLevel(logging.ERROR)

@@ -1,8 +1,9 @@
 """Answers of a trained adapter about new pictures: written as they come, continued where they stopped.
 
 Every row of the file names its picture (`image`), the `text` that was asked, the `prediction`, and by `adapter` the
-weights that gave it; a picture that cannot be read has a row with an `error` instead, and the others go on. A text
-that was too long to be read whole has the number of its missing tokens beside it (`cut_tokens`).
+weights that gave it; a picture that cannot be read has a row with an `error` instead, and the others continue. A text
+that was too long to be read whole has the number of its missing tokens beside it (`cut_tokens`), one with control
+tokens, which are read as plain characters, has theirs (`control_tokens`).
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from mmpeft_ds import adapter
 from mmpeft_ds.adapter_files import WEIGHTS
 from mmpeft_ds.data.batch import Sample
 from mmpeft_ds.errors import BadInput
-from mmpeft_ds.files import append, write_atomic, writing
+from mmpeft_ds.files import append, json_line, write_atomic, writing
 from mmpeft_ds.progress import Progress
 from mmpeft_ds.runs.inputs import FEATURES, device_of
 
@@ -43,7 +44,15 @@ class Answers:
     @property
     def cut(self) -> list[str]:
         """Texts that were too long, so that a part of them was not read."""
-        return list(dict.fromkeys(row["text"] for row in self.rows if "cut_tokens" in row))
+        return self._texts("cut_tokens")
+
+    @property
+    def control(self) -> list[str]:
+        """Texts with control tokens of the tokenizer, which were read as plain characters."""
+        return self._texts("control_tokens")
+
+    def _texts(self, key: str) -> list[str]:
+        return list(dict.fromkeys(row["text"] for row in self.rows if key in row))
 
 
 def predict(
@@ -55,18 +64,20 @@ def predict(
     batch: int = 32,
     device: str = "auto",
     task: int = 0,
+    frames: int = 8,
 ) -> Answers:
-    """Ask every text about every picture; the vision tower runs once per picture.
+    """Ask every text about every picture or video; the vision tower runs once for each.
 
     Args:
         directory: adapter directory.
         texts: may be empty where the task needs none, such as captioning.
         out: file of JSON lines, written after every batch. Answers that it holds already are not asked again.
         task: which of the adapter's tasks.
+        frames: read of each video.
 
     Raises:
-        BadInput: no such adapter, task or device; a text is missing; `out` holds answers of something else, or cannot
-            be written.
+        BadInput: no such adapter, task or device; a text is missing or empty; `out` holds other answers, or
+            cannot be written.
     """
     tasks = adapter.tasks_of(directory)
     if not 0 <= task < len(tasks):
@@ -81,8 +92,9 @@ def predict(
         if out:  # before the model is loaded, which takes long
             _start(out, rows.values())
         loaded = adapter.load(directory, where, pictures=pictures[0].suffix.lower() != FEATURES)
+        loaded.frames = frames
         with Progress("predict", len(left), "pictures") as progress:
-            # The batches are those of a call that starts anew, so that its answers are these to the last digit.
+            # The batches are those of a call that starts again, so that its answers are these to the last digit.
             for start in range(0, len(pictures), batch):
                 part = [picture for picture in pictures[start : start + batch] if picture in left]
                 new = _ask(loaded, part, texts, task, made_by)
@@ -114,7 +126,7 @@ def _ask(
             if isinstance(answer, str):
                 content = {"error": answer}
             else:
-                kept = ("prediction", "probability", "cut_tokens")
+                kept = ("prediction", "probability", "cut_tokens", "control_tokens")
                 content = {key: answer[i][key] for key in kept if key in answer[i]}
             rows.append({"image": picture, "text": text, **content, "adapter": made_by})
     return rows
@@ -206,7 +218,7 @@ def read_answers(path: Path, made_by: str, asked: Collection[tuple[str, str]]) -
 
 
 def _lines(rows: Iterable[dict[str, Any]]) -> bytes:
-    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+    return b"".join(map(json_line, rows))
 
 
 def _start(path: Path, rows: Iterable[dict[str, Any]]) -> None:

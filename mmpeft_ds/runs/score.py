@@ -18,13 +18,15 @@ from mmpeft_ds.data.shards import ShardReader, members
 from mmpeft_ds.errors import BadInput, BadSample
 from mmpeft_ds.metrics.captions import caption_scores
 from mmpeft_ds.metrics.vqa import ANNOTATORS, Measure, answer_score, any_score
+from mmpeft_ds.tasks.captioning.priors import WHICH, by_picture
 
 Pair = tuple[str, list[str]]  # prediction, references
 
 
 @dataclass(frozen=True)
 class Kind:
-    """What is scored: names of the id, the predicted text and the references in files; and the word for items."""
+    """A kind of predictions: names of the id, the predicted text and the references in files; and the word for
+    items."""
 
     ids: tuple[str, ...]
     texts: tuple[str, ...]
@@ -50,7 +52,7 @@ KINDS = {
 
 @dataclass(frozen=True)
 class Source:
-    """Where references come from: a file, a prepared data set, or (neither) the predictions file itself."""
+    """Source of references: a file, a prepared data set, or (neither) the predictions file itself."""
 
     file: Path | None = None
     data: str | None = None
@@ -67,7 +69,7 @@ def pairs(measure: str, predictions: Path, source: Source) -> list[Pair]:
 
 
 def named_pairs(measure: str, predictions: Path, source: Source) -> list[tuple[str, Pair]]:
-    """`pairs`, each with the id of its item.
+    """`pairs`, each with the id of its item; captions of one picture's samples in one, as evaluation scores them.
 
     Raises:
         BadInput: a file that cannot be read; ids that are unknown, missing or doubled.
@@ -77,13 +79,14 @@ def named_pairs(measure: str, predictions: Path, source: Source) -> list[tuple[s
     if not rows:
         raise BadInput(f"{predictions}: holds no prediction.")
     if source.file is None and source.data is None:
-        return [
+        pairs_of_items = [
             (
                 str(_value(row, kind.ids, predictions)),
                 (_text(row, kind, predictions), _own_references(row, kind, predictions)),
             )
             for row in rows
         ]
+        return _of_pictures(pairs_of_items, rows) if measure == "captions" else pairs_of_items
     said: dict[str, str] = {}
     doubled = []
     for row in rows:
@@ -100,7 +103,21 @@ def named_pairs(measure: str, predictions: Path, source: Source) -> list[tuple[s
         parts = [f"{len(unknown):,} that {place} does not have, first {unknown[0]}"] if unknown else []
         parts += [f"{len(absent):,} of {len(known):,} missing, first {absent[0]}"] if absent else []
         raise BadInput(f"{predictions}: ids do not match: {'; '.join(parts)}. Both sides need the same ids.")
-    return [(name, (said[name], references)) for name, references in known.items()]
+    pairs_of_items = [(name, (said[name], references)) for name, references in known.items()]
+    if measure != "captions":
+        return pairs_of_items
+    of_name = {str(_value(row, kind.ids, predictions)): row for row in rows}
+    return _of_pictures(pairs_of_items, [of_name[name] for name in known])
+
+
+def _of_pictures(found: list[tuple[str, Pair]], rows: Sequence[dict[str, Any]]) -> list[tuple[str, Pair]]:
+    """Items whose rows are of one picture as one, with the first prediction and the references of all."""
+    numbered = [{name: row[name] for name in WHICH if name in row} | {"item": i} for i, row in enumerate(rows)]
+    merged = []
+    for same in by_picture(numbered):
+        name, (said, _) = found[same[0]["item"]]
+        merged.append((name, (said, [text for part in same for text in found[part["item"]][1][1]])))
+    return merged
 
 
 def scores(measure: str, pairs: Sequence[Pair], vqa_measure: Measure = "official") -> dict[str, float]:
@@ -108,10 +125,10 @@ def scores(measure: str, pairs: Sequence[Pair], vqa_measure: Measure = "official
     have more than one answer but fewer than ten, also `accuracy_any`: predictions that are one of the answers."""
     if measure == "captions":
         return caption_scores([said for said, _ in pairs], [references for _, references in pairs])
-    found = {"accuracy": fmean(answer_score(said, answers, vqa_measure) for said, answers in pairs)}
+    means = {"accuracy": fmean(answer_score(said, answers, vqa_measure) for said, answers in pairs)}
     if any(1 < len(answers) < ANNOTATORS for _, answers in pairs):
-        found["accuracy_any"] = fmean(any_score(said, answers) for said, answers in pairs)
-    return found
+        means["accuracy_any"] = fmean(any_score(said, answers) for said, answers in pairs)
+    return means
 
 
 def nlvr2_scores(named: Sequence[tuple[str, Pair]]) -> dict[str, float]:
@@ -141,22 +158,22 @@ def _rows(path: Path) -> Iterator[dict[str, Any]]:
         # not splitlines, which also splits at line breaks that may stand within a JSON string (U+2028, U+0085)
         lines = [line for line in text.split("\n") if line.strip()]
         if path.suffix == ".csv":
-            found: Any = [dict(zip(("identifier", "prediction"), line.split(","), strict=True)) for line in lines]
+            entries: Any = [dict(zip(("identifier", "prediction"), line.split(","), strict=True)) for line in lines]
         elif path.suffix == ".jsonl" or len(lines) > 1 and _is_object(lines[0]):  # NLVR2's lines end in .json
-            found = [json.loads(line) for line in lines]
+            entries = [json.loads(line) for line in lines]
         else:
-            found = json.loads(text)
-            found = _entries(found) if isinstance(found, dict) else found
+            entries = json.loads(text)
+            entries = _entries(entries) if isinstance(entries, dict) else entries
     except (OSError, ValueError, RecursionError) as e:
         raise BadInput(
             f"{path}: cannot be read ({e}). Give a JSON list, JSON lines ending in .jsonl, or NLVR2's lines "
             "identifier,True ending in .csv."
         ) from e
-    if not isinstance(found, list) or not all(isinstance(row, dict) for row in found):
+    if not isinstance(entries, list) or not all(isinstance(row, dict) for row in entries):
         raise BadInput(
             f"{path}: is no list of objects. Give a list of {{image_id, caption}} or {{question_id, answer}}."
         )
-    yield from found
+    yield from entries
 
 
 def _is_object(line: str) -> bool:
@@ -201,10 +218,10 @@ def _listed(value: Any, where: Any) -> list[str]:
 
 
 def _own_references(row: dict[str, Any], kind: Kind, where: Path) -> list[str]:
-    found = _listed(row.get(kind.references[0], []), where)
-    if not found:
+    references = _listed(row.get(kind.references[0], []), where)
+    if not references:
         raise BadInput(f"{where}: has entries without `{kind.references[0]}`. Name them: --references, or --data DIR.")
-    return found
+    return references
 
 
 def _references(kind: Kind, source: Source) -> dict[str, list[str]]:
@@ -213,11 +230,11 @@ def _references(kind: Kind, source: Source) -> dict[str, list[str]]:
     known: dict[str, list[str]] = {}
     for row in _rows(source.file) if source.file else _items(kind, str(source.data), source.split):
         name = str(_value(row, kind.ids, place))
-        found = _listed(_value(row, kind.references, place), place)
+        references = _listed(_value(row, kind.references, place), place)
         if kind.unit != "captions" and name in known:
             raise BadInput(f"{place}: {name} stands twice. Keep one entry.")
-        known.setdefault(name, []).extend(found)
-    if empty := [name for name, found in known.items() if not found]:
+        known.setdefault(name, []).extend(references)
+    if empty := [name for name, references in known.items() if not references]:
         raise BadInput(
             f"{place}: {len(empty):,} {kind.unit} have no reference, first {empty[0]}. Score another split."
         )

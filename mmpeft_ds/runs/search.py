@@ -12,6 +12,7 @@ OUT/index.safetensors  features of the pictures, which the next search takes ove
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,15 +23,17 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from mmpeft_ds import adapter, files
-from mmpeft_ds.contact_sheet import Layout, Tile, draw, opened
+from mmpeft_ds.contact_sheet import Layout, Tile, draw
+from mmpeft_ds.data.pictures import shown
 from mmpeft_ds.engine.assembly.forward import forward
-from mmpeft_ds.errors import BadInput
+from mmpeft_ds.errors import BadInput, BadSample
 from mmpeft_ds.progress import Progress
 from mmpeft_ds.runs.inputs import device_of
 from mmpeft_ds.runs.predict import identity
 from mmpeft_ds.tasks.retrieval.task import Retrieval, image_features
 
 RESULTS, SHEET, INDEX = "results.jsonl", "results.png", "index.safetensors"
+SAVE_EVERY = 60  # seconds between writing features while pictures are read
 FILLER = "a"  # the text beside a picture, or the picture beside a text, of which nothing is used
 
 
@@ -127,7 +130,7 @@ def search(
             text, picture = (place, query) if of_pictures else (query, place)
             result.hits.append({"text": texts[text], "image": str(read[picture]), "rank": rank, "score": score})
     with files.writing(out):
-        files.write_atomic(out / RESULTS, "".join(json.dumps(hit, ensure_ascii=False) + "\n" for hit in result.hits))
+        files.write_atomic(out / RESULTS, b"".join(map(files.json_line, result.hits)))
         sheet = contact_sheet(result.hits, of_pictures)
         with files.replacing(out / SHEET) as partial:
             sheet.save(partial, Path(SHEET).suffix[1:])
@@ -154,8 +157,8 @@ def contact_sheet(hits: Sequence[dict[str, Any]], of_pictures: bool) -> Any:
 
 def _thumbnail(path: str) -> list[Any]:
     try:
-        return [opened(Path(path).read_bytes())]
-    except (OSError, ValueError):
+        return [shown(Path(path).read_bytes())]
+    except (OSError, BadSample):
         return []
 
 
@@ -190,7 +193,7 @@ class Index:
                 metadata = file.metadata()
                 if metadata["adapter"] == made_by:
                     self.rows = dict(zip(json.loads(metadata["keys"]), file.get_tensor("features"), strict=True))
-        except (OSError, SafetensorError, KeyError, ValueError):  # none yet, or half of one: made anew
+        except (OSError, SafetensorError, KeyError, ValueError):  # none yet, or half of one: made again
             pass
 
     def features(
@@ -199,7 +202,7 @@ class Index:
         """(N, E) of the pictures that can be read, in order; why others cannot goes into `errors`."""
         keys = {path: self._key(path) for path in pictures}
         left = [path for path in pictures if keys[path] not in self.rows]
-        known = len(self.rows)
+        known, saved = len(self.rows), time.monotonic()
         try:
             with Progress("read pictures", len(left), "pictures") as progress:
                 for start in range(0, len(left), batch):
@@ -211,8 +214,11 @@ class Index:
                             errors[str(path)] = str(problem)
                     for path, row in _rows_of(searcher, samples, errors):
                         self.rows[keys[path]] = row
+                    if len(self.rows) > known and time.monotonic() - saved > SAVE_EVERY:  # a kill leaves these
+                        self._save()
+                        known, saved = len(self.rows), time.monotonic()
                     progress.advance(len(left[start : start + batch]))
-        finally:  # also where somebody stops it: the next search goes on from here
+        finally:  # also where somebody stops it: the next search continues from here
             if len(self.rows) > known:
                 self._save()
         rows = [self.rows[keys[path]] for path in pictures if str(path) not in errors]
@@ -220,7 +226,11 @@ class Index:
 
     @staticmethod
     def _key(path: Path) -> str:
-        stat = path.stat()
+        """Key of a picture in the index; a missing picture gets one too, and fails when it is read."""
+        try:
+            stat = path.stat()
+        except OSError:
+            return str(path)
         return f"{path.resolve()}\n{stat.st_size}\n{stat.st_mtime_ns}"
 
     def _save(self) -> None:

@@ -24,7 +24,7 @@ class Form:
         of: `questions` or `captions`: what an item is.
         text_id: the id must be a text.
         capital: answers begin with a capital (NLVR2's True and False).
-        csv: lines `id,answer` without header, in the place of a JSON list.
+        csv: lines `id,answer` without header, in place of a JSON list.
     """
 
     id_key: str
@@ -94,7 +94,8 @@ def content(form: str, rows: Sequence[dict[str, Any]], records: Iterable[dict[st
 
 
 def not_listed(account: dict[str, Any]) -> str:
-    """What a result file lacks because preparation set it aside, in words that follow its name; empty for nothing.
+    """Items that a result file lacks because preparation set them aside, as words that follow its name; empty for
+    none.
 
     Args:
         account: of the split, in the manifest of the data set.

@@ -1,4 +1,4 @@
-"""Where adapters attach, and the condition on its way to them."""
+"""Sites where adapters attach, and the condition that travels to them."""
 
 from mmpeft_ds.sites.base import AttentionSite, FFNSite, Projection, Sites
 from mmpeft_ds.sites.find import find_sites

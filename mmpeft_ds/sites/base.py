@@ -1,4 +1,4 @@
-"""Where adapters attach: the attention and feed-forward sites of a model, found by class, named by full path."""
+"""Sites where adapters attach: attention and feed-forward blocks of a model, found by class, named by full path."""
 
 # Import rule: torch only. transformers classes are recognised by name so that nothing is imported for nothing.
 
@@ -147,7 +147,7 @@ class Block:
 
 @dataclass(frozen=True)
 class Family:
-    """How the classes of one model family are read; the `ENTRY` of a file in sites/families/.
+    """Reader of the classes of one model family; the `ENTRY` of a file in sites/families/.
 
     Attributes:
         towers: class name of each tower and its modality.
@@ -182,8 +182,8 @@ def features(linear: nn.Module) -> tuple[int, int]:
 
 
 class AdapterLayer:
-    """What an adapter's layer tells a backbone that may leave out tokens around it; both are no by default, which is
-    always right and sometimes slower.
+    """Properties of an adapter's layer by which a backbone may skip tokens around it; both are off by default, which
+    is always right and sometimes slower.
 
     Attributes:
         tokenwise: a token's output depends on that token alone, so tokens that nobody reads may be left out.

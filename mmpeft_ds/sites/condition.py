@@ -26,13 +26,18 @@ _AXES = {
     "encoder_mask": ("rows of text", "encoder positions"),
     "read": ("rows of text", "positions"),
     "frame_weights": ("rows of text", "frames"),
+    "kinds": ("rows of text", "positions"),
     "kept": ("kept positions",),
 }
 
 
+# What `Condition.kinds` says of a position. Prompt is what a text says before its first answer.
+OTHER, MEDIA, PROMPT, QUESTION = range(4)
+
+
 @dataclass(frozen=True)
 class Segments:
-    """Where the texts stand of which a tower reads one row without padding, (1, N), one text behind the other.
+    """Boundaries of the texts in the one row without padding, (1, N), that a tower reads, one text after the other.
 
     Layers that treat every token alone need not know. One that mixes the tokens of a text, or reads something of its
     text, gives each text a row of its own again (`split`), best where rows are narrow, and puts the results back
@@ -49,7 +54,7 @@ class Segments:
     lengths: tuple[int, ...]
 
     def split(self, row_1Nd: Tensor) -> Tensor:
-        """(G, L, d) with a row for each text, zeros behind the shorter ones."""
+        """(G, L, d) with a row for each text, zeros after the shorter ones."""
         rows = row_1Nd.new_zeros(len(self.lengths), max(self.lengths), row_1Nd.shape[-1])
         return rows.index_put((self.text, self.place), row_1Nd[0])
 
@@ -60,7 +65,7 @@ class Segments:
 
 @dataclass(frozen=True)
 class Condition:
-    """What adapters may route on. A model publishes what it has.
+    """Image features and masks that adapters may route on. A model publishes those that it has.
 
     Attributes:
         segments: the tower reads its B texts as one row without padding; None: each has a row. B and L of the others
@@ -74,6 +79,10 @@ class Condition:
             of what treats every position alone; None: nobody may.
         frame_weights: (B, T) how much each of the T frames counts whose tokens stand one after the other in what
             cross-attention reads; the keys of an adapted cross-attention are multiplied by it.
+        kinds: (B, L) int64, of each position of a language model that reads images in its sequence: MEDIA, a token of
+            an image or a video; QUESTION, text of the prompt after all its images; PROMPT, its other text; OTHER,
+            answers, what follows them, and padding; or a function that makes them when they are first read, since few
+            methods do: `token_kinds` gives them either way. Methods that say so in `SiteMethod.reads_kinds` may.
     """
 
     tokens: Tensor | None = None
@@ -83,13 +92,16 @@ class Condition:
     encoder_mask: Tensor | None = None
     read: Tensor | None = None
     frame_weights: Tensor | None = None
+    kinds: Tensor | Callable[[], Tensor] | None = None
     kept: Tensor | None = None
     segments: Segments | None = None
 
     def __post_init__(self) -> None:
         for name, axes in _AXES.items():
             tensor = getattr(self, name)
-            if tensor is not None and tensor.dim() != len(axes):
+            if not (tensor is None or isinstance(tensor, Tensor) or (name == "kinds" and callable(tensor))):
+                raise TypeError(f"Condition({name}=...): expected a tensor, got a {type(tensor).__name__}.")
+            if isinstance(tensor, Tensor) and tensor.dim() != len(axes):
                 hint = ""
                 if name in ("tokens", "encoder") and tensor.dim() == 2:
                     hint = f" For one vector per row: {name}=x.unsqueeze(1)."
@@ -112,7 +124,16 @@ class Condition:
         """
         if self.segments is not None or all(t is None or t.shape[0] == rows for t in self._tensors()):
             return self
-        return Condition(*(_expand(t, rows) for t in self._tensors()))
+        return Condition(*(_expand(t, rows) for t in self._tensors()), kinds=self.kinds)
+
+    def token_kinds(self, rows: int | None = None) -> Tensor | None:
+        """`kinds`, made now if they were not; of that many rows, as `expand_to` counts them.
+
+        Raises:
+            ValueError: if `rows` is no multiple of B.
+        """
+        kinds = self.kinds() if callable(self.kinds) else self.kinds
+        return kinds if rows is None else _expand(kinds, rows)
 
     @property
     def requires_grad(self) -> bool:
@@ -120,7 +141,7 @@ class Condition:
 
     def _tensors(self) -> tuple[Tensor | None, ...]:
         return (
-            self.tokens, self.mask, self.own_mask, self.encoder, self.encoder_mask, self.read, self.frame_weights,
+            self.tokens, self.mask, self.own_mask, self.encoder, self.encoder_mask, self.read, self.frame_weights
         )  # fmt: skip
 
 
@@ -143,7 +164,11 @@ def current() -> Condition | None:
 
 @contextlib.contextmanager
 def conditioned(condition: Condition | None) -> Iterator[None]:
-    """Run a forward under `condition`."""
+    """Run a forward under `condition`. Raises TypeError for a bare tensor."""
+    if not (condition is None or isinstance(condition, Condition)):
+        raise TypeError(
+            f"conditioned(...): expected a Condition, got a {type(condition).__name__}: Condition(tokens=x)."
+        )
     token = _current.set(condition)
     try:
         yield
@@ -171,7 +196,7 @@ def checkpoint(function: Callable[..., Any], *args: Any, use_reentrant: bool = F
 
 
 def _with_gradient(args: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Behind frozen embeddings no input needs gradient, and reentrant checkpointing would then give none to the
+    """After frozen embeddings no input needs gradient, and reentrant checkpointing would then give none to the
     adapters inside: let the first one need it."""
     floating = [i for i, a in enumerate(args) if isinstance(a, Tensor) and a.is_floating_point()]
     if not floating or any(args[i].requires_grad for i in floating):

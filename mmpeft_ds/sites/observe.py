@@ -68,7 +68,7 @@ class Observation:
 
     @property
     def past(self) -> int:
-        """How many keys stand before those of this forward's own tokens (self-attention with a cache)."""
+        """Number of keys before those of this forward's own tokens (self-attention with a cache)."""
         return self.value.shape[2] - self.q.shape[1]
 
     def repeated(self, heads: Tensor) -> Tensor:
@@ -86,7 +86,7 @@ _open: contextvars.ContextVar[tuple[tuple[object, Any], ...]] = contextvars.Cont
 
 
 def opened(owner: object) -> Any | None:
-    """What `owner` has open in the forward that is running, or None."""
+    """The observation that `owner` has open in the current forward, or None."""
     return next((what for who, what in reversed(_open.get()) if who is owner), None)
 
 
@@ -219,7 +219,7 @@ def _observe_registry(seen: Observation, core: nn.Module, attention: nn.Module, 
 
 
 def _implementation(core: nn.Module, site: AttentionSite) -> str:
-    """Which attention function `core` is configured for. Raises BadInput where it shows nothing."""
+    """The attention function that `core` is configured for. Raises BadInput if it cannot be observed."""
     name = core.config._attn_implementation or "eager"
     if name not in IMPLEMENTATIONS:
         raise BadInput(
@@ -233,7 +233,7 @@ def _implementation(core: nn.Module, site: AttentionSite) -> str:
 
 @dataclass
 class _Call:
-    """What the registered function has to know about the module that calls it."""
+    """Facts about the calling module that the registered function needs."""
 
     seen: Observation
     implementation: str

@@ -21,7 +21,7 @@ from mmpeft_ds.tasks.common.options import TaskOptions
 
 
 class TaskBase(abc.ABC):
-    """What the model is trained to do, made from the options of a source's `task` section.
+    """A task that the model is trained on, made from the options of a source's `task` section.
 
     Args:
         options: an `Options`.
@@ -31,7 +31,7 @@ class TaskBase(abc.ABC):
         BadInput: from the constructor of a subclass, if the options or labels cannot work.
 
     Attributes:
-        Options: dataclass of the recipe keys beside `name`, a `TaskOptions`, which also says what the task needs of
+        Options: dataclass of the recipe keys but `name`, a `TaskOptions`, which also says what the task needs of
             records and of the backbone; its module imports neither torch nor transformers.
         main_metric: key of `score` by which the best checkpoint is chosen and early stopping decides.
         better: whether more of `main_metric` is better (`max`) or less (`min`).
@@ -112,6 +112,13 @@ class TaskBase(abc.ABC):
 
     # with defaults
 
+    def grouped(self, rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+        """Scores of parts of the rows that are too many for a table; the report of an evaluation keeps them.
+
+        Default: none.
+        """
+        return {}
+
     def read_all(self, record: dict[str, Any], generator: torch.Generator) -> tuple[list[Any], list[Any]]:
         """Texts and targets of one sample in evaluation: all of it, whatever options limit or draw in training.
 
@@ -127,7 +134,7 @@ class TaskBase(abc.ABC):
         return self.read_all(record, torch.Generator())[0]
 
     def scored(self, rows: list[dict[str, Any]]) -> int:
-        """How many of `unit` the scores of `rows` rest on; called on rank 0. Default: one per row."""
+        """Number of `unit` that the scores of `rows` count; called on rank 0. Default: one per row."""
         return len(rows)
 
     def collate(self, targets: list[Any]) -> dict[str, Tensor]:
@@ -154,7 +161,7 @@ class TaskBase(abc.ABC):
         return float(batch.text_weight.double().sum()) if len(batch.text_owner) else 0.0
 
     def use_source(self, labels: list[str] | None, classes: list[str] | None = None) -> None:  # noqa: B027
-        """Which data set the records come from. Default: nothing, the task does not depend on it.
+        """Read what the task needs from the data set of the records. Default: nothing.
 
         Args:
             labels: of this data set, in the order of its class index; None: those of the training data.
@@ -165,7 +172,7 @@ class TaskBase(abc.ABC):
         """
 
     def collect(self, outputs: Any, batch: PackedBatch) -> Any:
-        """What `conclude` needs of one micro-batch, on the CPU. Only with `concludes`."""
+        """The data of one micro-batch that `conclude` needs, on the CPU. Only with `concludes`."""
         raise NotImplementedError(f"{type(self).__name__} has no `collect`; a task that `concludes` needs one.")
 
     def conclude(self, model: Any, parts: list[Any], device: torch.device | str) -> list[dict[str, Any]]:

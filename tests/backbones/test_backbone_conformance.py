@@ -12,7 +12,9 @@ from mmpeft_ds import backbones, registry
 from mmpeft_ds.backbones.base import BackboneBase, ModelHooks, model_hooks
 from mmpeft_ds.backbones.common.scalars import ScalarsAsBuffers
 from mmpeft_ds.data.batch import Prompted, Sample, pack
+from mmpeft_ds.data.frozen_store import FrozenStore, Place, StoredImage, StoreSpec
 from mmpeft_ds.engine.assembly.forward import forward
+from mmpeft_ds.engine.frozen_images import AT_ONCE, FrozenImages, shapes
 from mmpeft_ds.errors import BadInput
 from tests.helpers.models import tiny_clip
 from tests.helpers.models.tiny_backbones import MAKERS, make_text_only
@@ -27,7 +29,7 @@ ABILITIES = {
 
 
 def test_every_registered_backbone_is_tried_here():
-    # reads features in the place of images: test_features_backbone.py
+    # reads features in place of images: test_features_backbone.py
     untried = set(registry.names(backbones)) - {*MAKERS, "features"}
     assert not untried, f"add {sorted(untried)} to MAKERS in tests/helpers/models/tiny_backbones.py"
 
@@ -65,16 +67,19 @@ def samples():
     ]
 
 
-def packed(backbone, given):
+def packed(backbone, given, apart=False):
     transform = backbone.image_transform(train=True)
     made = []
     for s in given:
-        images = [transform(i, torch.Generator()) for i in s.images] if "image" in backbone.modalities else []
+        images = s.images if "image" in backbone.modalities else []
+        images = [i if isinstance(i, StoredImage) else transform(i, torch.Generator()) for i in images]
         texts = s.texts
         if backbone.generates:
             texts = [Prompted(text, "a red circle") if isinstance(text, str) else text for text in texts]
         made.append(dataclasses.replace(s, images=images, texts=texts))
-    return pack(made, backbone.collate_images, backbone.collate_texts, lambda t: {"label": torch.tensor(t)})
+    collate_images = backbone.collate_apart if apart else backbone.collate_images
+    collate = collate_images, backbone.collate_texts, lambda t: {"label": torch.tensor(t)}
+    return pack(made, *collate, backbone.collate_videos)
 
 
 @torch.no_grad()
@@ -87,9 +92,43 @@ def answers(backbone, model, given):
     return outputs["logits"] if "logits" in outputs else outputs["text_features"]
 
 
+@torch.no_grad()
+def test_values_of_the_frozen_prefix_computed_apart_or_stored_give_the_same_answers(backbone, model, tmp_path):
+    if backbone.image_prefix(model) is None:
+        assert "image" not in backbone.modalities
+        return
+    spec = StoreSpec(str(tmp_path / "key"), "key")
+    FrozenStore(spec).prepare({})
+    frozen = FrozenImages(backbone, model, AT_ONCE, torch.device("cpu"), False, spec)
+    given = [dataclasses.replace(s, place=Place(1, len(samples()), i)) for i, s in enumerate(samples())]
+    fresh = packed(backbone, given, apart=True)
+    computed = frozen.fill(fresh, *frozen.passes([fresh], [[1, 1, 1]]))
+    found = [frozen.store.find(s.place) for s in given]
+    assert [None if spellings is None else len(spellings) for spellings in found] == [1, 2, 5, None, 1, None, None]
+
+    stubs = [[StoredImage(spelling) for spelling in spellings or []] for spellings in found]
+    stubs = [dataclasses.replace(s, images=images) for s, images in zip(given, stubs, strict=True)]
+    stored = packed(backbone, stubs, apart=True)
+    assert stored.images == {} and frozen.passes([stored], [[1, 1, 0]]) == [0]
+    stored = frozen.fill(stored, 0)
+
+    outputs = [forward(model, backbone, batch) for batch in (packed(backbone, samples()), computed, stored)]
+    if backbone.generates:
+        outputs = [{"logits": one.logits, "losses": one.token_losses()[0]} for one in outputs]
+    names = ["logits", "losses", "text_features", *(["image_features"] if backbone.embeds else [])]
+    compared = [name for name in names if name in outputs[0]]
+    assert compared
+    for name in compared:
+        assert torch.equal(outputs[1][name], outputs[0][name]) and torch.equal(outputs[2][name], outputs[0][name])
+    if not backbone.images_differ:
+        on_meta = shapes(backbone, backbone.build(on_meta=True).eval())
+        real = frozen.store.read(given[0].place)[0]
+        assert {n: (x.shape, x.dtype) for n, x in on_meta.items()} == {n: (x.shape, x.dtype) for n, x in real.items()}
+
+
 def test_it_is_of_the_base_class_and_can_do_what_it_says(backbone):
     assert isinstance(backbone, BackboneBase)
-    assert backbone.modalities and set(backbone.modalities) <= {"image", "text"}
+    assert backbone.modalities and set(backbone.modalities) <= {"image", "video", "text"}
     for ability, methods in ABILITIES.items():
         overridden = [name for name in methods if getattr(type(backbone), name) is not getattr(BackboneBase, name)]
         if getattr(backbone, ability):
@@ -188,6 +227,8 @@ def test_a_dummy_of_each_modality_runs(backbone, model):
     slot = Sample("", 0.0)
     if "image" in backbone.modalities:
         slot.images = [backbone.dummy("image")]
+    if "video" in backbone.modalities:
+        slot.videos = [backbone.video_transform()(backbone.dummy("video"))]
     slot.texts, slot.targets = [backbone.dummy("text")], [0]
     assert len(answers(backbone, model, [slot])) == 1
 

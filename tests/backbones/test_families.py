@@ -5,33 +5,24 @@ import re
 import shutil
 from pathlib import Path
 
-import peft
 import pytest
 import torch
 from PIL import Image
 from transformers import CONFIG_MAPPING, CLIPImageProcessorPil, Idefics3Processor
-from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 from transformers.models.smolvlm.processing_smolvlm import get_image_prompt_string
 
-from mmpeft_ds import DeepPromptConfig, RoutedLoraConfig
+from mmpeft_ds.backbones.mllm import processing, torchvision_functions
 from mmpeft_ds.backbones.mllm.backbone import ENTRY, Options
+from mmpeft_ds.backbones.mllm.model import media_ids
 from mmpeft_ds.data.batch import Prompted
 from mmpeft_ds.data.transform import apply
 from mmpeft_ds.engine.assembly.forward import forward
 from mmpeft_ds.errors import BadInput, BadSample
-from mmpeft_ds.methods import get
-from mmpeft_ds.sites import find_sites
 from tests.helpers.models import tiny_families, tiny_mllm
-from tests.helpers.packs import packed
+from tests.helpers.models.family_samples import ALL, ONE, TALK, TWO, attached, batch, image, samples_of
+from tests.helpers.models.family_stock import made, processed, stock
 
 FAMILIES = list(tiny_families.FAMILIES)
-SIZES = {1: (20, 33), 2: (40, 16), 3: (16, 16), 4: (9, 30)}
-ONE = ([1], [Prompted("what color ?", "red")])
-SHARED = ([2], [Prompted("is this blue ?", "no"), Prompted("what is this ?", "a blue .")])
-TWO = ([2, 3], [Prompted("<image> is <image> ?", "yes")])
-TEXT = ([], [Prompted("yes ?", "no")])
-TALK = ([4], [Prompted("color ?", "red", (("user", "what ?"), ("assistant", "blue")))])
-ALL = (ONE, SHARED, TWO, TEXT, TALK)
 
 
 @pytest.fixture(scope="module")
@@ -39,6 +30,7 @@ def folder(request, tmp_path_factory):
     return tiny_families.write(tmp_path_factory.mktemp(request.param), request.param)
 
 
+ONE_FORM = ("cohere2_vision", "lfm2_vl")  # whose image processors transformers has for tensors alone
 # One of each way in which an image is spelled and its features are merged; the others are slow where they take long.
 QUICK = ("internvl", "gemma3", "idefics3", "qwen3_vl", "mistral3", "ovis2", "qwen3_5")
 # Aria pads every image to 980 x 980, which alone takes as long as all others together.
@@ -50,27 +42,6 @@ some_quick = pytest.mark.parametrize(
 )
 
 
-def image(number):
-    generator = torch.Generator().manual_seed(number)
-    return torch.randint(0, 256, (3, *SIZES[number]), dtype=torch.uint8, generator=generator)
-
-
-def made(folder, **options):
-    backbone = ENTRY(Options(folder, **options), None)
-    backbone.attention = "eager"
-    backbone.check()
-    return backbone, backbone.build().eval()
-
-
-def batch(backbone, *samples):
-    return packed(backbone, image, samples)
-
-
-def stock(folder, backbone):
-    stock_class = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(backbone._config)]
-    return stock_class.from_pretrained(folder, attn_implementation="eager").eval()
-
-
 def stock_inputs(backbone, images, text, answer=True):
     """What the processor of the family makes of one conversation; without its answer for generation."""
     pictures = [Image.fromarray(image(n).permute(1, 2, 0).numpy()) for n in images]
@@ -80,30 +51,36 @@ def stock_inputs(backbone, images, text, answer=True):
         made = dict(backbone._processor(images=pictures, text=[prompt], suffix=suffix, return_tensors="pt"))
         made.pop("labels")
         return made
-    messages = backbone._chat._messages(text.with_images(len(images)))
-    words = backbone._tokenizer
-    rendered = words.apply_chat_template(
-        messages if answer else messages[:-1],
-        chat_template=backbone._chat.template,
-        tokenize=False,
-        add_generation_prompt=not answer,
-    )
-    if answer and words.eos_token not in rendered:
-        rendered = rendered.rstrip() + words.eos_token
-    if not images:
-        made = words([rendered], return_tensors="pt")
-        return {name: made[name] for name in ("input_ids", "attention_mask")}
-    return dict(backbone._processor(images=pictures, text=[rendered], return_tensors="pt"))
+    text = text.with_images(len(images))
+    return processed(backbone, text, answer, **({"images": pictures} if images else {}))
 
 
 def of_texts(samples):
     return [(images, text) for images, texts in samples for text in texts]
 
 
-def samples_of(backbone, *samples):
-    """PaliGemma reads one question, behind its images, and nothing without any; transformers' own HunYuan-VL numbers
-    the images of a whole batch, so that its positions are right in a batch of one text alone."""
-    return {"paligemma": (ONE, SHARED), "hunyuan_vl": (TWO,)}.get(backbone._config.model_type, samples)
+def test_images_to_scale_by_lanczos_are_left_to_pillow_where_torch_cannot(monkeypatch):
+    def names():
+        by = (Image.Resampling.LANCZOS, Image.Resampling.BICUBIC)
+        return [type(processing._on_tensors(CLIPImageProcessorPil(resample=how))).__name__ for how in by]
+
+    assert names() == ["CLIPImageProcessor"] * 2
+    monkeypatch.setattr(torchvision_functions, "scales_by_lanczos", lambda: False)
+    assert names() == ["CLIPImageProcessorPil", "CLIPImageProcessor"]
+
+
+@every_family
+def test_both_image_backends_give_the_same_images_but_for_rounding(folder):
+    wave = torch.linspace(0, 9, 60)[:, None] * torch.linspace(0, 7, 90)
+    picture = torch.stack([wave.sin(), wave.cos(), (2 * wave).sin()]).mul(100).add(128).to(torch.uint8)
+    backbones = [ENTRY(Options(folder, image_backend=backend), None) for backend in ("torchvision", "pil")]
+    names = [type(backbone._image_processor).__name__ for backbone in backbones]
+    assert names[1] == names[0] + "Pil" or backbones[0]._config.model_type in ONE_FORM and names[0] == names[1]
+    fast, pillow = (backbone.image_transform(False)(picture) for backbone in backbones)
+    assert fast.spelling == pillow.spelling and fast.keys() == pillow.keys()
+    for name, tensor in fast.items():  # pixels are of size 1, so a rounded byte is 1/127 of it
+        assert tensor.shape == pillow[name].shape
+        assert (tensor.double() - pillow[name].double()).abs().max() < 0.02
 
 
 @every_family
@@ -113,10 +90,10 @@ def test_logits_and_loss_are_those_of_the_stock_class_fed_by_its_own_processor(f
     samples = samples_of(backbone, *ALL)
     packed = batch(backbone, *samples)
     given = backbone.inputs(packed)
-    features = model.image_features(given["images"])
+    features = model.media_features(given["images"], given["videos"])
     assert len(features) == sum(len(images) for images, _ in samples)  # each once, however many texts read it
     texts = (given["input_ids"], given["attention_mask"], given["labels"])
-    widened = model.widen(*texts, features, given["image_rows"])
+    widened = model.widen(*texts, features, given["media_rows"])
     out = backbone.read(model(**given), packed)
     losses, counts = out.token_losses()
     # inside the output layer, as in training; families that scale or cap their logits get them whole
@@ -145,7 +122,7 @@ def test_generated_text_is_that_of_the_stock_class(folder, beams):
     reference = stock(folder, backbone)
     options = dict(max_new_tokens=4, num_beams=beams)
     ends = dict(pad_token_id=0, eos_token_id=backbone._tokenizer.eos_token_id, do_sample=False)
-    ends |= dict(suppress_tokens=[backbone._config.image_token_id])
+    ends |= dict(suppress_tokens=media_ids(backbone._config))
     samples = samples_of(backbone, TWO, ONE, TALK)
     got = backbone.generate(model, batch(backbone, *samples), **options)
     for written, (images, text) in zip(got, of_texts(samples), strict=True):
@@ -153,19 +130,6 @@ def test_generated_text_is_that_of_the_stock_class(folder, beams):
         length = inputs["input_ids"].shape[1]
         ids = reference.generate(**inputs, **ends, **options)[:, length:]
         assert written == backbone._spelling.decode_all(ids.tolist(), None)[0]
-
-
-def attached(name, backbone, base):
-    method = get(name)
-    text = [s for s in find_sites(base).attention if s.modality == "text"]
-    assert text
-    config = {
-        "lora": lambda: peft.LoraConfig(r=2, target_modules=[s.q.path for s in text], init_lora_weights=False),
-        "routed_lora": lambda: RoutedLoraConfig(r=2, route="mul"),
-        "deep_prompt": lambda: DeepPromptConfig(),
-    }[name]()
-    method.check(config, find_sites(base), backbone.condition_width)
-    return peft.get_peft_model(base, config)
 
 
 @some_quick
@@ -234,7 +198,7 @@ def test_a_family_that_lacks_something_is_refused_with_what_it_is(tmp_path, mode
 @pytest.mark.parametrize("folder", ["qwen3_vl"], indirect=True)
 def test_fewer_pixels_make_fewer_tokens_where_the_processor_bounds_them(folder):
     tokens = [made(folder, max_pixels=most)[0].tokens([Prompted("?", "a", images=1)], [(60, 60)]) for most in (0, 784)]
-    assert tokens == [(26, 16), (19, 9)]
+    assert tokens == [(26, 16, 26**2, 64, 64**2), (19, 9, 19**2, 36, 36**2)]
 
 
 @pytest.mark.parametrize("folder", ["internvl"], indirect=True)

@@ -7,7 +7,7 @@ from torch import nn
 from mmpeft_ds.backbones.common import tower_loading
 from tests.helpers.models import tiny_backbones, tiny_clip_bart
 
-# What is drawn, or set, in the place of being read.
+# What is drawn, or set, instead of being read.
 DRAWN = {
     "vision_text_encoder": ("head.", "feature_"),
     "vision_text_decoder": ("projection.",),

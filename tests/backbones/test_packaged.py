@@ -37,7 +37,7 @@ def test_the_rebuilt_tower_gives_what_the_onnx_graph_gives(converted):
     model = onnx.load(
         str(packaged._package_dir(packaged._models()["dinov2-focus"], "") / "models" / "vit_s_focus.onnx")
     )
-    # the last LayerNorm of the tower ends where its bias is added; the saliency decoder behind it is cut off
+    # the last LayerNorm of the tower ends where its bias is added; the saliency decoder after it is cut off
     end = next(i for i, n in enumerate(model.graph.node) if "backbone.layernorm.bias" in n.input)
     name = model.graph.node[end].output[0]
     del model.graph.node[end + 1 :]
@@ -68,7 +68,7 @@ def test_a_folder_that_was_left_half_written_is_replaced(converted):
 
 @pytest.fixture
 def gguf_package(tmp_path, monkeypatch):
-    """The registry with a tiny language model in the place of SmolLM2, in a package that can be found."""
+    """The registry with a tiny language model in place of SmolLM2, in a package that can be found."""
     pytest.importorskip("gguf")
     real = packaged._models()["smollm2"]
     source = tmp_path / "tiny_language_model" / real.path

@@ -10,16 +10,14 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from mmpeft_ds.backbones import vision_text_decoder
 from mmpeft_ds.backbones.common import text_attention
 from mmpeft_ds.backbones.common.text_row import TextRow
-from mmpeft_ds.backbones.mllm.backbone import ENTRY, Options
 from mmpeft_ds.backbones.mllm.model import ImageText
-from mmpeft_ds.data.batch import Prompted, Sample, pack
+from mmpeft_ds.data.batch import Prompted
 from mmpeft_ds.engine import padding
 from mmpeft_ds.engine.assembly.forward import forward
-from mmpeft_ds.methods import get
-from mmpeft_ds.sites import find_sites
 from mmpeft_ds.sites.condition import enable_checkpointing
 from tests.helpers.device import installing
 from tests.helpers.models import tiny_mllm, tiny_towers
+from tests.helpers.models.adapted_mllm import METHODS, adapted, batch_of, image, mllm
 
 FAMILIES = list(tiny_mllm.FAMILIES)
 QUESTIONS = [
@@ -32,40 +30,11 @@ QUESTIONS = [
 TURNS = (("user", "is there a circle ?"), ("assistant", "no ."))
 TALK = [*QUESTIONS, ([], [Prompted("and the square ?", "blue .", TURNS)], 1.0)]
 TALK_TEXTS = [text for _, texts, _ in TALK for text in texts]
-METHODS = {
-    "lora": {"r": 2, "target_modules": ["q_proj", "v_proj"]},
-    "routed_lora": {"r": 2, "route": "matmul1"},
-    "routed_adapter": {"r": 4, "route": "add", "pool": "mean"},
-    "adapter": {"r": 4},
-    "aurora": {"r": 2, "dropout": 0.0, "towers": ["text"]},
-    "p_adapter": {"r": 2, "r2": 2},
-    "deep_prompt": {"length": 3},
-}
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("models")
-
-
-def image(seed):
-    shape = (3, 6 + seed % 5, 16 - 2 * (seed % 4))
-    return torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
-
-
-def batch_of(backbone, samples):
-    transform = backbone.image_transform(False)
-    given = [
-        Sample(str(i), weight, [transform(image(n)) for n in images], texts, [0] * len(texts))
-        for i, (images, texts, weight) in enumerate(samples)
-    ]
-    return pack(given, backbone.collate_images, backbone.collate_texts, lambda t: {})
-
-
-def mllm(folder, family="llava", **options):
-    if not (folder / family).exists():
-        tiny_mllm.write(folder / family, family)
-    return ENTRY(Options(str(folder / family), **options), None)
 
 
 def decoder(folder, family="gpt2", **options):
@@ -75,22 +44,6 @@ def decoder(folder, family="gpt2", **options):
         tiny_towers.write_decoder(folder / family, family)
     entry, paths = vision_text_decoder.ENTRY, {"vision": str(folder / "vit"), "text": str(folder / family)}
     return entry(entry.Options(**paths, image_size=8, max_text_length=12, **options), None)
-
-
-def adapted(backbone, method="lora", attention="sdpa", dtype=torch.float64, **options):
-    """The model with a method whose trained weights are no longer those of the start, which may change nothing."""
-    backbone.attention, backbone.dtype = attention, dtype
-    backbone.check()
-    base = backbone.build().eval()
-    entry = get(method)
-    config = entry.config(entry.Options(**(options or METHODS[method])), lambda key: key)
-    model = entry.attach(entry.prepare(config, base, find_sites(base)), base).eval()
-    torch.manual_seed(3)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.2 * torch.randn_like(parameter))
-    return model
 
 
 def outcome(backbone, model, batch, scores):

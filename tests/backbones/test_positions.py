@@ -48,7 +48,7 @@ def test_the_last_layer_finishes_only_the_position_that_is_read(towers, head_inp
 
 
 def unpadded(backbone, config, checkpointing=False):
-    """Logits and gradients without and with padding behind the attentions, and the shapes that the first layer saw."""
+    """Logits and gradients without and with padding after the attentions, and the shapes that the first layer saw."""
     model = peft.get_peft_model(backbone.build().double(), config)
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and "head" not in name:

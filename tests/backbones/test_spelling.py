@@ -27,6 +27,7 @@ SPELLED = """
 don't | it's | he's 5'10" | 5 o'clock | couldn't've | y'all | the dogs' toys | a man's hat | rock 'n' roll | the '90s
 10:30 a.m. | 9:00pm | 16:9 | u.s.a. | e.g. this | p.m. | mr. smith's dog | no. 5 | ph.d. | www.google.com
 $5.00 | 3.5% | 1,000 | 1,234,567 people | 72°f | -5°c | €20 | £3.50 | 20€ | #1 | 1/2 | 100% cotton | .5 | 60 km/h
+12.5kg | 3.5ghz | .5in | 1,000kg | the 1,000th | $1,299usd | in 2010. 2nd place
 t-shirt | 2-year-old | black-and-white | and/or | 24/7 | at&t | black & white | 2 + 2 | c++ | 3-1 | 18+ | 3–5
 "yes" | he said "hi there" ok. | it says 'stop'. | (left) | what, me?! | cats, dogs and birds. | stop: go | [a] b; c
 don’t | o'reilly | ma'am | d.c. | 6 ft. 2 in. | 1990's | me@mail.com | http://x.com/a

@@ -213,8 +213,11 @@ def test_images_that_leave_no_room_for_a_question_make_a_bad_sample(folder):
 
 def test_a_mark_of_an_image_in_an_answer_is_no_image(folder):
     _, long = chat(folder, 100)
-    encoded = long.encode(Prompted("<image> what shape is it ?", "a <image> circle", images=1))
-    assert encoded.ids.count(tiny_mllm.IMAGE) == 1 and encoded.control == 1
+    for mark in ("<image>", "<video>"):
+        encoded = long.encode(Prompted("<image> what shape is it ?", f"a {mark} circle", images=1))
+        assert encoded.ids.count(tiny_mllm.IMAGE) == 1 and tiny_mllm.VIDEO not in encoded.ids and encoded.control == 1
+        whole = long.encode(Prompted("<image> what shape is it ?", "a circle", images=1))
+        assert len(encoded.ids) > len(whole.ids), "its characters are read"
 
 
 def test_a_text_that_is_cut_to_its_end_in_every_batch_is_read_alike(folder):

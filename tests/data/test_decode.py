@@ -132,7 +132,7 @@ def test_too_many_pixels_are_refused_before_decoding():
     with pytest.raises(BadSample) as caught:
         decode(bomb, max_pixels=8_999_999)
     assert caught.value.kind == "pixels"
-    # The header decides: the same header without any pixel data behind it gives the same answer.
+    # The header decides: the same header without any pixel data after it gives the same answer.
     for data, limit in ((bomb[:60], 100), (saved(photo(0), "JPEG")[:640], 100)):
         with pytest.raises(BadSample) as caught:
             decode(data, max_pixels=limit)
@@ -190,3 +190,9 @@ def test_published_pictures_are_not_turned(kind):
     data = saved(photo(4, 40, 60), kind, exif=exif)
     assert decode(data).shape == (3, 60, 40) and decode(data, pixels="published").shape == (3, 40, 60)
     assert size_of(data) == (60, 40) and size_of(data, "published") == (40, 60)
+
+
+def test_the_size_of_a_large_image_is_read_without_a_word_of_pillow_s_limit(monkeypatch, recwarn):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    assert size_of(saved(Image.new("L", (50, 30)))) == (30, 50)
+    assert not recwarn.list

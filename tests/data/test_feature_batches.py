@@ -1,7 +1,9 @@
 """Micro-batches gathered from feature shards are those that reading sample by sample makes."""
 
+import os
 import pickle
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,7 +12,7 @@ from torch import Tensor
 
 from mmpeft_ds.data import writer
 from mmpeft_ds.data.batch import Described
-from mmpeft_ds.data.feature_columns import Columns
+from mmpeft_ds.data.feature_columns import Columns, ShardColumns
 from mmpeft_ds.data.options import DataOptions
 from mmpeft_ds.data.shards import ShardReader
 from mmpeft_ds.data.stream import Stream, StreamSource
@@ -264,3 +266,19 @@ def test_columns_say_where_everything_is(tmp_path):
     ]
     assert columns.text(0).tolist() == tiny_features.text_features(8).tolist()
     assert columns.text(1) is None
+
+
+def test_mapped_shards_keep_no_descriptor_and_cannot_be_changed(tmp_path):
+    manifest = tiny_features.write_features(
+        tmp_path / "many", [tiny_features.sample(i) for i in range(40)], per_shard=1
+    )
+    before = len(os.listdir("/proc/self/fd"))
+    path = Path(manifest.path(manifest.shards("train")[0].file))
+    columns = [
+        ShardColumns(manifest.path(shard.file), manifest.offsets("train", i), [f"train-{i:09d}"])
+        for i, shard in enumerate(manifest.shards("train"))
+    ]
+    assert len(os.listdir("/proc/self/fd")) < before + 10 and all(one.good.all() for one in columns)
+    with pytest.raises(ValueError, match="read-only"):
+        columns[0].bytes[0] = 1
+    assert columns[0].bytes.tobytes() == path.read_bytes()

@@ -1,4 +1,4 @@
-"""Samples that fail only together: the one that differs is named, wherever it stands, and the others go on."""
+"""Samples that fail only together: the one that differs is named, wherever it stands, and the others continue."""
 
 import numpy as np
 import pytest

@@ -26,7 +26,7 @@ def npy(array: np.ndarray) -> bytes:
 
 
 def tar(*infos: tarfile.TarInfo, data: bytes = b"") -> bytes:
-    """A piece of tar with these headers, whatever they claim, and `data` behind the last."""
+    """A piece of tar with these headers, whatever they claim, and `data` after the last."""
     return b"".join(info.tobuf(tarfile.GNU_FORMAT) for info in infos) + data + bytes(-len(data) % 512)
 
 
@@ -209,7 +209,7 @@ def test_preparation_refuses_features_that_are_not_finite_or_of_another_width(tm
 def test_a_line_of_deep_nesting_is_named_by_its_number(tmp_path, capsys):
     lines = ['{"caption": "a dog"}', '{"caption": "a cat", "extra_key": ' + "[" * 100_0 + "]" * 100_0 + "}"]
     (tmp_path / "a.jsonl").write_text("\n".join(lines))
-    with pytest.raises(BadInput, match="1 problems"):
+    with pytest.raises(BadInput, match="1 problem,"):
         prepare.main(["jsonl", "--train", str(tmp_path / "a.jsonl"), "--out", str(tmp_path / "out")])
     assert "a.jsonl:2:" in capsys.readouterr().err
 

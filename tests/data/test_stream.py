@@ -7,9 +7,12 @@ import numpy as np
 import pytest
 import torch
 
+from mmpeft_ds.data.bad_budget import BadBudget
+from mmpeft_ds.data.batch import STORED
+from mmpeft_ds.data.frozen_store import FrozenStore, Place, StoreSpec, shard_number
 from mmpeft_ds.data.manifest import Manifest
 from mmpeft_ds.data.options import DataOptions
-from mmpeft_ds.data.stream import BadBudget, Stream
+from mmpeft_ds.data.stream import Stream
 from mmpeft_ds.data.transform import ImageTransform, hooks_of
 from mmpeft_ds.errors import BadInput
 from tests.helpers.data.images import encoded
@@ -22,6 +25,40 @@ N = 45
 @pytest.fixture(scope="module")
 def toy(tmp_path_factory):
     return write_shards(tmp_path_factory.mktemp("stream") / "toy", [one_image(i) for i in range(N)])
+
+
+def _refuses(image, generator):
+    raise AssertionError("an image was transformed")
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_images_with_stored_values_are_neither_decoded_nor_transformed_and_nothing_else_changes(
+    toy, tmp_path, workers
+):
+    spec = StoreSpec(str(tmp_path / "key"), "key")
+    store = FrozenStore(spec)
+    store.prepare({})
+    for shard in toy.shards("train"):
+        for i in range(shard.samples):
+            value = [{"image_features": torch.full((1, 2), float(i))}]
+            store.write(Place(shard_number(shard.sha256), shard.samples, i), value, [""])
+    options = DataOptions(global_batch=8, workers=workers)
+    plain = Stream([source(toy)], options)
+    expected = [batch for step in plain.epoch(1, 2) for batch in step.micro]
+    plain.close()
+    stream = Stream([source(toy, image_transform=_refuses)], options)
+    stream.keep_frozen(spec)
+    stream.wait_for_workers()
+    found = [batch for step in stream.epoch(1, 2) for batch in step.micro]
+    stream.close()
+    assert len(found) == len(expected)
+    for one, other in zip(found, expected, strict=True):
+        assert one.sample_id == other.sample_id and not one.bad and one.images == {}
+        assert torch.equal(one.image_owner, other.image_owner) and torch.equal(one.weight, other.weight)
+        assert all(torch.equal(one.targets[name], other.targets[name]) for name in other.targets)
+        numbers = [int(name.rpartition("-")[2]) for name in one.sample_id if name]
+        assert one.image_places[:, 3].tolist() == [number % 7 for number in numbers]
+        assert (one.image_places[:, 0] == STORED).all()
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 8, 96])
@@ -163,7 +200,7 @@ def test_text_only_two_image_video_and_ragged_samples_pack_into_one_batch(tmp_pa
     assert batch.text_owner.tolist() == owner
     assert batch.targets["answer"].tolist() == list(range(7))
     assert batch.images["pixels"].shape == (16, 3, 16, 16)
-    # Frames stand in their order, ten behind nine.
+    # Frames stand in their order, ten after nine.
     from mmpeft_ds.data.decode import decode, resize
 
     frames = torch.stack([resize(decode(data), (16, 16)) for _, data in pictures(*range(10, 22))])

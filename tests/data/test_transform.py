@@ -3,8 +3,9 @@
 import pytest
 import torch
 
+from mmpeft_ds.data.bad_budget import BadBudget
 from mmpeft_ds.data.options import DataOptions
-from mmpeft_ds.data.stream import BadBudget, Stream, StreamSource
+from mmpeft_ds.data.stream import Stream, StreamSource
 from mmpeft_ds.data.transform import apply
 from mmpeft_ds.errors import BadSample
 from tests.helpers.data import tiny_shards

@@ -137,6 +137,17 @@ def test_nobody_waits_for_workers_to_start_and_the_hand_over_loses_nothing():
     assert here == sorted(here, reverse=True)
 
 
+def test_a_pool_that_is_closed_while_it_starts_leaves_the_workers_of_another_alone():
+    first, second = WorkerPool(square, 1, 2), WorkerPool(square, 1, 2)
+    first.close()
+    for pool in (first, second):
+        pool.wait()
+    time.sleep(0.2)  # for the signal of a child that ended
+    assert len(multiprocessing.active_children()) == 1
+    assert list(second.run([2, 3])) == [4, 9]
+    second.close()
+
+
 def test_bad_input_keeps_its_line_and_faults_keep_their_traceback():
     pool = WorkerPool(square, 1, 2)
     pool.wait()

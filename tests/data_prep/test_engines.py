@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import sys
 
 import pytest
 
-from data_prep import engines
+from data_prep.common import engines
 from tests.helpers import ray_tasks
 
-SOURCE = "import data_prep.engines\n\ndef double(x):\n    return 2 * x\n"
+SOURCE = "import data_prep.common.engines\n\ndef double(x):\n    return 2 * x\n"
 
 
 @pytest.fixture
@@ -41,3 +43,14 @@ def test_without_ray_the_remedy_is_said(monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(engines.BadInput, match="pip install"):
         list(engines.run_jobs(abs, [1], "ray", 0))
+
+
+def end(number):
+    if number == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return number
+
+
+def test_a_killed_worker_is_one_line_that_says_what_to_do():
+    with pytest.raises(engines.BadInput, match="a worker of prepare.py was killed.*the same command continues"):
+        list(engines.run_jobs(end, [1, 2, 3, 4], "local", 2))

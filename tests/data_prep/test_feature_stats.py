@@ -5,7 +5,8 @@ import types
 import pytest
 import torch
 
-from data_prep import feature_moments, feature_stats, prepare
+from data_prep import feature_stats, prepare
+from data_prep.common import feature_moments
 from mmpeft_ds import recipe as recipes
 from mmpeft_ds.data.manifest import Manifest
 from mmpeft_ds.engine.assembly import resolve

@@ -64,6 +64,28 @@ def test_rows_that_may_be_regions_must_be_said_to_be_a_grid(lines, tmp_path, row
     assert resolved(tmp_path, tmp_path / "out").notes == []
 
 
+@pytest.mark.parametrize(
+    ("numbers", "says"), [((49, 36), "36 rows, which can be"), ((49, 57), "57 rows are no square")]
+)
+def test_every_array_is_looked_at(jsonl, tmp_path, numbers, says):
+    """As detectors that give another number of regions for each picture."""
+    for rows in numbers:
+        np.save(tmp_path / f"{rows}.npy", np.zeros((rows, WIDTH), np.float32))
+    path = jsonl(*({"features": f"{rows}.npy", "question": "what?", "answer": "red"} for rows in numbers))
+    with pytest.raises(BadInput, match=says):
+        prepared(tmp_path / "out", path)
+    assert prepared(tmp_path / "out", path, "--features-are", "regions").features_are == "regions"
+
+
+def test_rows_that_are_no_square_are_no_grid_for_a_backbone_either(lines, tmp_path):
+    with pytest.raises(BadInput, match="50 rows are no square grid"):
+        prepared(tmp_path / "out", lines(50), "--features-are", "grid")
+    backbone = tiny_clip_bart.make(tmp_path, grid=0, order_tokens=100, max_images=2)
+    assert backbone.check_stored("grid", 2 * 49 * WIDTH) == ""
+    with pytest.raises(BadInput, match="51 rows, which are no square grid"):
+        backbone.check_stored("grid", 51 * WIDTH)
+
+
 def test_regions_are_refused_by_a_backbone_that_reads_grids(lines, tmp_path):
     """Their order would change the answer: the negative control shows that it does for rows of a grid."""
     prepared(tmp_path / "out", lines(36), "--features-are", "regions")

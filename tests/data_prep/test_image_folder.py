@@ -49,7 +49,11 @@ def test_folders_named_like_splits_are_the_splits(names, splits, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name", ["cat", "trainer", "validity", "protest", "test_bench", "train_station", "devil", "2017", "crash test"]
+    "name",
+    [
+        *("cat", "trainer", "validity", "protest", "test_bench", "train_station", "devil", "2017", "crash test"),
+        "traindata",
+    ],
 )
 def test_other_names_are_classes(name, tmp_path):
     assert split_of(name) is None
@@ -63,11 +67,16 @@ def test_other_names_are_classes(name, tmp_path):
         (("cat", "dog", "test"), "'test' is named like a split, 'cat' beside it is not"),
         (("bus", "car", "train"), "'train' is named like a split, 'bus'"),
         (("val/cat", "dev/cat"), "'dev' and 'val' both mean val"),
-        (("photos/train/cat", "photos/val/cat"), "train, val are all folders below the class folders"),
-        (("cat/Train", "cat/Test", "dog/Train"), "Test, Train are all folders below the class folders"),
+        (("photos/train/cat", "photos/val/cat"), "train, val are folders below the class folders"),
+        (("cat/Train", "cat/Test", "dog/Train"), "Test, Train are folders below the class folders"),
         (("train/training/cat", "train/validation/cat"), "training, validation are classes"),
         (("seg_train/cat", "seg_test/cat"), "seg_test, seg_train are classes"),
-        (("all/val_clean/cat", "all/train_clean/cat"), "train_clean, val_clean are all folders below"),
+        (("all/val_clean/cat", "all/train_clean/cat"), "train_clean, val_clean are folders below"),
+        (("cat/train", "cat/val", "dog/train", "dog/extra"), "train, val are folders below"),
+        (("cat/2017/train", "dog/2017/val"), "train, val are folders below"),
+        (("seg_train/cat", "seg_test/cat", "seg_pred/cat"), "seg_test, seg_train are classes"),
+        (("traindata/cat", "testdata/cat"), "testdata, traindata are classes"),
+        (("xtrain/cat", "xval/cat", "notes/cat"), "xtrain, xval are classes"),
         (("train/cat", "test/dog"), "class 'dog' has no images in train"),
     ],
 )
@@ -98,3 +107,11 @@ def test_folders_below_class_folders_and_empty_ones_are_told(tmp_path, capsys):
     below, empty = capsys.readouterr().err.splitlines()[:2]
     assert "3 images lie in folders below their class folder" in below and "tabby" in below
     assert "1 folders hold no image" in empty and "mouse" in empty
+
+
+def test_a_name_that_is_not_utf_8_is_refused_in_one_line_before_anything_is_written(tmp_path):
+    photos = folder(tmp_path, "cat", "dog")
+    (photos / "dog" / "0.png").rename(photos / "dog" / "\udcff.png")
+    with pytest.raises(BadInput, match=r"dog/\\udcff\.png: this name is not UTF-8"):
+        prepared(tmp_path)
+    assert not (tmp_path / "out" / "manifest.json").exists()

@@ -5,8 +5,10 @@ import pytest
 import webdataset
 
 from data_prep import prepare
+from data_prep.sources.jsonl import EACH, Jsonl, Options
 from mmpeft_ds.data.manifest import Manifest
 from mmpeft_ds.errors import BadInput
+from tests.helpers.data.films import film
 
 
 def prepared(tmp_path, *argv):
@@ -60,6 +62,38 @@ def test_video_frames_keep_their_order(jsonl, tmp_path):
     assert [int(sample[f"{i}.png"][0, 0, 0]) for i in range(13)] == [40 * (i % 6) for i in range(13)]
 
 
+def test_frames_of_videos_stand_behind_images_with_their_times(jsonl, tmp_path):
+    film(tmp_path / "a.mp4")
+    shown = {"frames": ["1.png", "2.png"], "times": [0.5, 2]}
+    talk = [{"from": "human", "value": "<video> <image> <video>"}, {"from": "gpt", "value": "b"}]
+    lines = {"image": "0.png", "video": ["a.mp4", shown], "conversations": talk}, {"videos": [], "caption": "x"}
+    _, samples = prepared(tmp_path, "--frames", "4", "--train", jsonl(*lines))
+    first, second = samples["train"]
+    assert [name for name in sorted(first) if name[0].isdigit()] == [
+        "0.png", "1.jpg", "2.jpg", "3.jpg", "4.jpg", "5.png", "6.png",
+    ]  # fmt: skip
+    clip, given = first["json"]["videos"]
+    assert clip["times"] == pytest.approx([0.5, 1.5, 2.5, 3.5], abs=0.1) and clip["duration"] == pytest.approx(4)
+    assert given == {"times": [0.5, 2], "duration": 3.0} and "videos" not in second["json"]
+
+
+@pytest.mark.parametrize(
+    "video, said",
+    [
+        ("0.png", "'video' needs a path"),
+        ("gone.mp4", "gone.mp4 does not exist"),
+        ({"frames": ["0.png"], "times": [1, 2]}, "2 frames, but 1 pictures"),
+        ({"frames": ["0.png", "1.png"], "times": [2, 1]}, "do not decrease"),
+    ],
+)
+def test_a_video_that_cannot_be_read_is_refused_with_its_line(video, said, jsonl, tmp_path, capsys):
+    with pytest.raises(BadInput, match="1 problem,"):
+        prepare.main(
+            ["jsonl", "--out", str(tmp_path / "out"), "--train", str(jsonl({"video": video, "caption": "x"}))]
+        )
+    assert said in capsys.readouterr().err
+
+
 def test_text_labels_are_numbered_by_the_training_split_and_files_of_a_split_follow_each_other(jsonl, tmp_path):
     a = jsonl({"image": "0.png", "label": "zebra"}, {"image": "1.png", "label": "ant"}, name="a.jsonl")
     b = jsonl({"image": "2.png", "label": "zebra"}, name="b.jsonl")
@@ -108,7 +142,9 @@ TALK = [{"from": "human", "value": "what?"}, {"from": "gpt", "value": "red"}]
         ({"image": "0.png", "caption": "x", "more": {"views": [{"at": "1.png"}]}}, "more", "'image'"),
         ({"x": "data:image/png;base64,AAAA", "caption": "x"}, "x", "'image'"),
         ({"image_base64": "iVBORw0KGgo", "caption": "x"}, "image_base64", "'image'"),
-        ({"video": "clip7", "caption": "x"}, "video", "frames"),
+        ({"base64": "/9j/4AAQSkZJRg", "caption": "x"}, "base64", "'image'"),
+        ({"content": {"bytes": "iVBORw0KGgoAAAA"}, "caption": "x"}, "content", "'image'"),
+        ({"movie": "clip7", "caption": "x"}, "movie", "'video'"),
         ({"audio": "a", "caption": "x"}, "audio", "sound"),
         ({"image_features": "f", "caption": "x"}, "image_features", "'features'"),
         ({"image": "0.png", "label": "cat", "text": "a cat"}, "text", "'caption'"),
@@ -124,7 +160,7 @@ TALK = [{"from": "human", "value": "what?"}, {"from": "gpt", "value": "red"}]
     ],
 )
 def test_a_key_that_looks_like_a_known_one_is_refused_with_the_right_name(line, named, meant, jsonl, tmp_path, capsys):
-    with pytest.raises(BadInput, match="1 problems"):
+    with pytest.raises(BadInput, match="1 problem,"):
         prepare.main(["jsonl", "--out", str(tmp_path / "out"), "--train", str(jsonl(line))])
     (shown,) = capsys.readouterr().err.splitlines()
     assert f"the key {named!r}" in shown and meant in shown and f"--keep {named}" in shown
@@ -142,7 +178,7 @@ HARMLESS = {
     "title": "thing",
     "answer_type": "number",
     "images": None,
-    "video": [],
+    "movie": [],
 }
 
 
@@ -170,7 +206,7 @@ def test_an_integer_label_has_one_name_whichever_line_brings_it(jsonl, tmp_path,
     lines = [{"label": 1}, {"label": 1, "class_name": "dog"}, {"label": 0, "class_name": "cat"}]
     manifest, samples = prepared(tmp_path, "--train", jsonl(*lines))
     assert manifest.labels == ["cat", "dog"] and [s["json"]["label"] for s in samples["train"]] == [1, 1, 0]
-    with pytest.raises(BadInput, match="1 problems"):
+    with pytest.raises(BadInput, match="1 problem,"):
         prepare.main(["jsonl", "--out", str(tmp_path / "b"), "--train", str(jsonl(*lines, lines[2] | {"label": 1}))])
     assert "label 1 is class 'cat' here, but 'dog' in another line" in capsys.readouterr().err
 
@@ -236,7 +272,7 @@ GOOD = {"image": "0.png", "caption": "fine"}
 )
 def test_a_bad_line_is_named_before_anything_is_written(line, says, jsonl, tmp_path, capsys):
     path = jsonl(GOOD, line, GOOD)
-    with pytest.raises(BadInput, match=r"1 problems, shown above\. Nothing was written") as error:
+    with pytest.raises(BadInput, match=r"1 problem, shown above\. Nothing was written") as error:
         prepare.main(["jsonl", "--out", str(tmp_path / "out"), "--train", str(path)])
     assert "\n" not in str(error.value)
     (shown,) = [x for x in capsys.readouterr().err.splitlines() if x.startswith(f"{path}:2: ")]
@@ -249,7 +285,7 @@ def test_mixed_labels_and_labels_unknown_in_training_are_refused(jsonl, tmp_path
     with pytest.raises(BadInput, match="2 problems"):
         prepare.main(["jsonl", "--out", str(tmp_path / "out"), "--train", str(mixed)])
     train, val = jsonl({"label": "a"}), jsonl({"label": "b"}, name="val.jsonl")
-    with pytest.raises(BadInput, match="1 problems"):
+    with pytest.raises(BadInput, match="1 problem,"):
         prepare.main(["jsonl", "--out", str(tmp_path / "out"), "--train", str(train), "--val", str(val)])
     assert f"{val}:1: label 'b' does not occur in split 'train'" in capsys.readouterr().err
 
@@ -302,3 +338,18 @@ def test_stored_features_go_into_the_shard_in_the_place_of_images(jsonl, tmp_pat
     with pytest.raises(BadInput, match="2 problems"):
         prepare.main(["jsonl", "--out", str(tmp_path / "c"), "--processes", "1", "--train", str(gone)])
     assert "gone.npy does not exist" in (said := capsys.readouterr().err) and "none of the extensions .npy" in said
+
+
+def test_a_shard_may_begin_at_any_line_of_several_files_with_blank_lines(jsonl):
+    lines = [[{"caption": f"{file} {n}"} for n in range(count)] for file, count in enumerate((EACH + 3, 1, 2 * EACH))]
+    files = [jsonl(*[x for line in of for x in (line, b"", b" ")], name=f"{k}.jsonl") for k, of in enumerate(lines)]
+    source = Jsonl(Options(train=files))
+    wanted = [line["caption"] for of in lines for line in of]
+    assert source.count("train") == len(wanted)
+    for start in (0, 1, EACH - 1, EACH, EACH + 2, EACH + 3, EACH + 4, 2 * EACH + 4, len(wanted) - 1, len(wanted)):
+        found = list(source.samples("train", start))
+        assert [sample.record["captions"] for sample in found] == [[caption] for caption in wanted[start:]]
+    assert [sample.name for sample in source.samples("train", EACH + 2)][:2] == [
+        f"0.jsonl:{3 * EACH + 7}",
+        "1.jsonl:1",
+    ]

@@ -47,6 +47,15 @@ def test_every_source_satisfies_the_contract():
         assert issubclass(entry, Source) and entry.Options, name
 
 
+@pytest.mark.parametrize("name", ["easy-vqb", "easy_vqb"])
+def test_an_unknown_source_is_refused_with_the_names_of_the_help(tmp_path, name):
+    with pytest.raises(BadInput) as refused:
+        prepare.main([name, "--out", str(tmp_path / "out")])
+    line = str(refused.value)
+    assert f"no source named {name!r}. Did you mean 'easy-vqa'? Known: coco-captions, " in line
+    assert "_" not in line.replace(name, "")
+
+
 def test_two_runs_are_byte_identical_for_any_number_of_processes(image_folder, tmp_path):
     common = ["image-folder", "--folder", str(image_folder), "--samples-per-shard", "5", "--val-fraction", "0.25"]
     prepare.main([*common, "--out", str(tmp_path / "a"), "--processes", "1"])
@@ -240,7 +249,7 @@ def test_foreign_files_in_the_directory_are_not_written_over(image_folder, tmp_p
 @pytest.mark.parametrize(
     ("argv", "says"),
     [
-        (["image-foldr", "--out", "o"], "Did you mean 'image_folder'"),
+        (["image-foldr", "--out", "o"], "Did you mean 'image-folder'"),
         (["image-folder", "--out", "o"], "--folder"),
         (["image-folder", "--out", "o", "--folder", "nowhere"], "no such directory"),
         (["image-folder", "--out", "o", "--folder", ".", "--colour", "3"], "--colour"),

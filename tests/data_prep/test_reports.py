@@ -1,9 +1,14 @@
 """The report of a preparation: pictures that several splits have, and files that are missing, for every source."""
 
+import io
+import zlib
+
 import numpy as np
 import pytest
+from PIL import Image
 
-from data_prep import duplicates, prepare, sources
+from data_prep import prepare, sources, verify
+from data_prep.common import duplicates
 from data_prep.sources.common.layout import LayoutSource
 from mmpeft_ds import registry
 from mmpeft_ds.data import identity
@@ -52,6 +57,60 @@ def test_training_pictures_of_other_splits_are_counted_and_named(lines, tmp_path
     prepare.main(lines)
     again = capsys.readouterr().out
     assert "already prepared" in again and "train: 1 of the pictures are also in test: train.jsonl:4\n" in again
+
+
+def bad(folder, broken=3):
+    """Pictures that training cannot use: a strip, more pixels than the limit by the header alone, and no pictures."""
+    (folder / "strip.png").write_bytes(encoded_of(900, 3))
+    (folder / "strip.jpg").write_bytes(encoded_of(3, 900, "JPEG"))
+    head = bytearray(encoded_of(8, 8))
+    head[16:24] = (20_000).to_bytes(4, "big") * 2
+    (folder / "large.png").write_bytes(head[:29] + zlib.crc32(head[12:29]).to_bytes(4, "big") + head[33:])
+    for number in range(broken):
+        (folder / f"broken{number}.jpg").write_bytes(b"<html>not found</html>")
+    return ["strip.png", "strip.jpg", "large.png", *(f"broken{n}.jpg" for n in range(broken))]
+
+
+def encoded_of(width, height, form="PNG"):
+    buffer = io.BytesIO()
+    Image.new("RGB", (width, height)).save(buffer, form)
+    return buffer.getvalue()
+
+
+BAD = {
+    "not a picture": 13,
+    "more than 89,478,485 pixels (data.max_pixels)": 1,
+    "more than 200 times as long as wide": 2,
+}
+
+
+@pytest.mark.parametrize("more", [[], ["--resize", "2"]], ids=["as they are", "resized"])
+def test_pictures_that_training_cannot_use_are_counted_by_reason_and_named(jsonl, tmp_path, capsys, more):
+    names = bad(tmp_path, broken=12)
+    rows = [{"image": name, "caption": "a", "id": name} for name in ("0.png", *names, "1.png")]
+    rows.append({"image": ["2.png", "broken0.jpg"], "caption": "two", "id": "pair"})
+    words = ["jsonl", "--out", str(tmp_path / "out"), "--samples-per-shard", "4", "--processes", "1", *more]
+    words += ["--train", str(jsonl(*rows)), "--val", str(jsonl(rows[0], name="val.jsonl"))]
+    prepare.main(words)
+    manifest = Manifest.load(tmp_path / "out")
+    counted = manifest.account["train"]["bad"]
+    assert {reason: number for reason, (number, _) in counted.items()} == BAD
+    assert counted["more than 200 times as long as wide"][1] == ["strip.png", "strip.jpg"]
+    assert counted["not a picture"][1] == names[3:13] and "bad" not in manifest.account.get("val", {})
+    assert len(verify.verify(str(tmp_path / "out"), list_bad=True, processes=1)) == sum(BAD.values())
+    for _ in range(2):  # the same command prints it again
+        said = capsys.readouterr().out
+        assert "train: 2 samples that training will leave out, more than 200 times as long as wide: strip.png" in said
+        assert "train: 13 samples that training will leave out, not a picture: broken0.jpg, broken1.jpg" in said
+        assert "broken9.jpg, ...\n" in said and "train: 1 sample that training will leave out, more than 89" in said
+        prepare.main(words)
+
+
+def test_every_source_of_own_pictures_tells_of_those_that_training_cannot_use(image_folder, tmp_path, capsys):
+    bad(image_folder / "dog")
+    words = ["image-folder", "--folder", str(image_folder), "--out", str(tmp_path / "out"), "--processes", "1"]
+    prepare.main(words)
+    assert "train: 3 samples that training will leave out, not a picture: dog/broken0.jpg" in capsys.readouterr().out
 
 
 def test_in_several_passes_the_same_is_found(lines, tmp_path, monkeypatch):

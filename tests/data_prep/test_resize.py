@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_prep import prepare, resize
+from data_prep import prepare
+from data_prep.common import resize
+from mmpeft_ds.data import decode
 from mmpeft_ds.data.manifest import Manifest
 from mmpeft_ds.errors import BadInput
 
@@ -40,10 +42,12 @@ def opened(data):
         ("RGB", "TIFF", "png"),
     ],
 )
-def test_whatever_a_picture_is_it_is_stored_as_rgb_with_the_shorter_side(mode, form, ending):
+def test_whatever_a_picture_is_it_is_stored_in_colour_with_the_shorter_side(mode, form, ending):
     stored, data = resize.smaller(picture(mode, form=form), resize.Resize(20))
-    assert stored == ending and opened(data).mode == "RGB" and opened(data).size == (30, 20)
-    row = np.asarray(opened(data))[10, :, 0].astype(int)
+    assert (
+        stored == ending and opened(data).mode == ("RGBA" if "A" in mode else "RGB") and opened(data).size == (30, 20)
+    )
+    row = np.asarray(opened(data).convert("RGB"))[10, :, 0].astype(int)
     assert row[0] < 40 and row[-1] > 215 and (np.diff(row) > -9).all()
 
 
@@ -52,18 +56,39 @@ def test_a_picture_that_is_small_enough_keeps_its_bytes():
     assert resize.smaller(picture(size=(60, 21)), resize.Resize(20)) is not None
 
 
-def test_orientation_is_neither_applied_nor_kept():
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize("pixels", ["shown", "published"])
+def test_a_turned_picture_is_read_as_the_whole_one_would_be(form, pixels):
+    """A phone's pictures lost their orientation, and with it what is up, where they were larger than SIDE."""
     exif = Image.Exif()
     exif[0x0112] = 6
-    _, data = resize.smaller(picture(exif=exif), resize.Resize(20))
-    assert opened(data).size == (30, 20) and 0x0112 not in opened(data).getexif()
+    whole = picture(form=form, exif=exif)
+    _, data = resize.smaller(whole, resize.Resize(20))
+    wanted = decode.resize(decode.decode(whole, pixels=pixels), 20)
+    read = decode.decode(data, pixels=pixels)
+    assert read.shape == wanted.shape == ((3, 30, 20) if pixels == "shown" else (3, 20, 30))
+    assert (read.int() - wanted.int()).abs().float().mean() < 4
 
 
-def test_transparency_is_dropped_and_the_colour_below_it_stays():
+def test_a_picture_that_is_not_turned_gets_no_exif():
+    _, data = resize.smaller(picture(), resize.Resize(20))
+    assert b"Exif" not in data
+
+
+@pytest.mark.parametrize("form", ["PNG", "WEBP"])
+def test_transparency_and_the_colour_below_it_stay(form):
     buffer = io.BytesIO()
-    Image.new("RGBA", (40, 40), (200, 10, 10, 0)).save(buffer, "PNG")
+    options = {"lossless": True, "exact": True} if form == "WEBP" else {}
+    Image.new("RGBA", (40, 40), (200, 10, 10, 0)).save(buffer, form, **options)
     _, data = resize.smaller(buffer.getvalue(), resize.Resize(8))
-    assert opened(data).getpixel((4, 4)) == (200, 10, 10)
+    assert decode.decode(data)[:, 4, 4].tolist() == [255, 255, 255]
+    assert decode.decode(data, pixels="published")[:, 4, 4].tolist() == pytest.approx([200, 10, 10], abs=6)
+
+
+def test_sixteen_bits_stay():
+    buffer = io.BytesIO()
+    Image.fromarray(np.full((40, 40), 20_000, dtype=np.uint16)).save(buffer, "PNG")
+    assert resize.smaller(buffer.getvalue(), resize.Resize(8)) is None
 
 
 def test_the_error_is_that_of_encoding_and_grows_with_less_quality():

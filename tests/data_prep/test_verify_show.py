@@ -87,6 +87,23 @@ def test_a_text_in_the_place_of_an_image_is_found_although_the_hash_is_right(sha
     assert "first train-000000000: image: not an image" in line
 
 
+def test_images_that_training_leaves_out_are_named(jsonl, tmp_path, capsys):
+    Image.effect_noise((40, 40), 99).save(tmp_path / "cut.png")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "cut.png").read_bytes()[:-300])
+    Image.new("RGB", (300, 1)).save(tmp_path / "strip.png")
+    names = ("0.png", "cut.png", "strip.png")
+    data = jsonl(*({"image": name, "caption": "x"} for name in names))
+    out = tmp_path / "data"
+    prepare.main(["jsonl", "--out", str(out), "--train", str(data), "--processes", "1"])
+    capsys.readouterr()
+    (aspect,) = problems(out, capsys, "--list-bad")
+    assert "train-000000002: aspect: 300 x 1" in aspect
+    cut, _ = problems(out, capsys, "--list-bad", "--decode")
+    assert "train-000000001: image: OSError" in cut
+    found = verify.verify(str(out), list_bad=True, processes=1, max_pixels=4)
+    assert [line.split(": ")[2] for line in found] == ["pixels"] * 3
+
+
 def test_samples_under_a_wrong_key_are_found(shards, capsys):
     shard = shards / "jsonl-train-000000.tar"
     shard.write_bytes((shards / "jsonl-train-000001.tar").read_bytes())
@@ -128,19 +145,20 @@ def test_show_prints_counts_fields_and_labels_and_draws_every_sample(shards, tmp
 
 def test_show_draws_what_is_left_of_damaged_shards_and_text_without_images(shards, jsonl, tmp_path, capsys):
     (shards / "jsonl-train-000001.tar").unlink()
-    show.main([str(shards), "--out", str(tmp_path / "a.png")])
+    show.main([str(shards), "--out", str(tmp_path / "new" / "a.png")])  # whose folder is made
     out = tmp_path / "text"
     path = jsonl({"caption": "only words [red]"}, {"label": "x"}, name="t.jsonl")
     prepare.main(["jsonl", "--out", str(out), "--train", str(path), "--processes", "1"])
     show.main([str(out), "--out", str(tmp_path / "b.png")])
-    assert (tmp_path / "a.png").exists() and (tmp_path / "b.png").exists()
+    assert (tmp_path / "new" / "a.png").exists() and (tmp_path / "b.png").exists()
 
 
 def test_bad_arguments_are_one_line(shards, tmp_path):
     for argv, says in (
         ([str(tmp_path / "none")], "manifest.json: not found"),
         ([str(shards), "--split", "dev"], "Known: train"),
-        ([str(shards), "--out", str(tmp_path / "no" / "x.png")], "cannot be written"),
+        ([str(shards), "--out", str(shards / "manifest.json" / "x.png")], "cannot be written"),
+        ([str(shards), "--out", str(tmp_path / "x.xyz")], "no ending of a picture format"),
         ([str(shards), "--samples", "0"], "--samples"),
     ):
         with pytest.raises(BadInput, match=says):

@@ -23,12 +23,15 @@ from mmpeft_ds.engine.assembly.forward import forward
 from mmpeft_ds.errors import BadInput
 from mmpeft_ds.recipe import Origin
 from mmpeft_ds.sites import find_sites
+from tests.helpers import plain_methods
 from tests.helpers.device import installing
 from tests.helpers.models import tiny_backbones, tiny_mllm
 from tests.helpers.models.tiny_stock import fill
 
 METHODS = [
-    name for name in methods.names(heads=False) if not methods.get(name).observes_attention(methods.get(name).Config())
+    name
+    for name in plain_methods.names(heads=False)
+    if not methods.get(name).observes_attention(methods.get(name).Config())
 ]
 QUICK = ["deep_prompt", "lora"]  # fit every backbone
 FLASH, SDPA = "flash_attention_2", "sdpa"

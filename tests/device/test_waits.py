@@ -19,7 +19,7 @@ pytestmark = pytest.mark.skipif(torch.version.cuda is not None, reason="torch ha
 MASKS = "wait transformers/masking_utils.py"
 LLM = {
     "queued mmpeft_ds/backbones/mllm/backbone.py": 1,
-    "queued mmpeft_ds/backbones/mllm/model.py": 4,
+    "queued mmpeft_ds/backbones/mllm/model.py": 6,
     "wait transformers/utils/import_utils.py": 1,
     MASKS: 2,
 }
@@ -36,7 +36,7 @@ FORWARD = {
     "mllm LLaVA": LLM | {"wait transformers/models/llava/modeling_llava.py": 1},
     "mllm Qwen2-VL": LLM
     | {
-        "queued mmpeft_ds/backbones/mllm/model.py": 5,
+        "queued mmpeft_ds/backbones/mllm/model.py": 7,
         "copy transformers/vision_utils.py": 1,
         "wait transformers/vision_utils.py": 3,
         "wait transformers/models/qwen2_vl/modeling_qwen2_vl.py": 11,
@@ -55,10 +55,12 @@ PAIRS, EDGES, LISTS = (
 THRESHOLD = {TILES: 2, PAIRS: 3}
 # row -> what it adds: candidates too close to call, edges of the lists, those of own rows
 MORE = {
-    "coop": {MASKS: 1},  # the prompts, whose text tower is run anew in every step
+    "coop": {MASKS: 1},  # the prompts, whose text tower is run again in every step
+    "mmrl": {MASKS: 3},  # the prompts, and images and captions in the frozen pass
     "ga_net, threshold": THRESHOLD,
     "ga_net, tau searched": THRESHOLD,
     "ga_net, knn": {TILES: 2, LISTS: 2, EDGES: 3},  # both ways: and the edges that two lists name
+    "moka": {"queued mmpeft_ds/backbones/mllm/model.py": 1},  # of which kind each token is
     "ga_net, v2": {TILES: 2, LISTS: 2, EDGES: 3},  # a loop may occur twice: and how many are different
 }
 # Where image features need a gradient: transformers puts them in place with masked_scatter.

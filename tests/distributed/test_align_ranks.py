@@ -1,5 +1,5 @@
-"""Two towers aligned through the engine, from pixels and from stored features, CoOp on what comes out, and a tower
-joined to a language model by a projection: the same on 1 and 2 ranks."""
+"""Two towers aligned through the engine, from pixels and from stored features, CoOp and MMRL on what comes out, and a
+tower joined to a language model by a projection: the same on 1 and 2 ranks."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def write(folder: Path, made: list[RawSample], **options) -> None:
 
 @torch.no_grad()
 def write_features(folder: Path) -> None:
-    """What the towers make of the same images, in the place of pixels."""
+    """What the towers make of the same images, in place of pixels."""
     backbone = dual_encoder.ENTRY(dual_encoder.Options(**towers(folder)), None)
     model, transform = backbone.build().eval(), backbone.image_transform(False)
     made = samples()
@@ -90,6 +90,15 @@ def recipe(folder: Path, name: str, stage: int, ranks: int) -> Path:
             classify,
             "toy",
         ),
+        **{
+            f"mmrl_{kind}": (
+                {"name": "features", "encoder": encoder, "images": "live", "texts": "none"},
+                {"name": "mmrl", "tokens": 2, "width": 6, "first_layer": 2},
+                classify,
+                "toy",
+            )
+            for kind, encoder in (("bert", aligned), ("clip", clip))
+        },
     }[name]
     source = {"dir": str(folder / data), "task": task}
     content = {
@@ -106,7 +115,7 @@ def recipe(folder: Path, name: str, stage: int, ranks: int) -> Path:
     return path
 
 
-NAMES = ("live", "stored", "captioner", "coop_bert", "coop_clip")
+NAMES = ("live", "stored", "captioner", "coop_bert", "coop_clip", "mmrl_bert", "mmrl_clip")
 
 
 @pytest.fixture(scope="module")
@@ -179,6 +188,26 @@ def test_of_coop_only_the_context_is_saved(folder, name):
     (context,) = weights(folder, name, 2).values()
     assert context.shape == ((4, 16) if name == "coop_bert" else (3, 4, 16))
     assert float(context.std()) > 0.05
+
+
+@pytest.mark.parametrize(("name", "layers"), [("mmrl_bert", 2), ("mmrl_clip", 1)])
+def test_of_mmrl_space_aligners_and_projection_are_saved(folder, name, layers):
+    saved = weights(folder, name, 2)
+    assert len(saved) == 3 + 2 * 2 * layers  # with the classes that were trained
+    assert saved["base_model.model.features.mmrl_head.trained_classes"].tolist() == [1, 1, 1]
+    assert saved["base_model.model.features.mmrl_head.space.tokens"].shape == (2, 6)
+
+
+def test_an_adapter_of_mmrl_is_loaded_and_predicts_from_pictures(folder):
+    pictures, rows = [sample.images[0][1] for sample in samples()[:6]], []
+    for ranks in (1, 2):
+        # not over the two towers, whose projections are random again in every process
+        loaded = adapter.load(folder / f"mmrl_clip-{ranks}" / "adapter")
+        rows.append(loaded.predict(pictures, [""] * len(pictures)))
+        assert loaded.model.get_base_model().features.head.config.tokens == 2
+    for one, other in zip(*rows, strict=True):
+        assert one["prediction"] == other["prediction"]
+        assert one["probability"] == pytest.approx(other["probability"], abs=1e-3)
 
 
 def test_what_was_aligned_on_stored_features_is_merged_with_its_vision_tower(folder, tmp_path):

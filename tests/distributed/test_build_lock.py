@@ -119,6 +119,20 @@ def test_the_others_load_what_one_has_compiled(folder):
         assert answers == [False]
 
 
+@pytest.mark.parametrize("finished_meanwhile", [True, False])
+def test_who_gets_the_lock_looks_again_whether_the_library_was_finished_meanwhile(
+    folder, monkeypatch, finished_meanwhile
+):
+    """Between its look and its taking of the lock another process may have compiled, and released it."""
+    looks = iter([False, finished_meanwhile])
+    monkeypatch.setattr(build_lock, "is_finished", lambda of: next(looks))
+    lock = BuildLock(str(folder / "lock"))
+    assert lock.try_acquire() is not finished_meanwhile
+    assert (folder / "lock").exists() is not finished_meanwhile and next(looks, None) is None
+    if not finished_meanwhile:
+        lock.release()
+
+
 def test_a_lock_of_torch_is_left_to_whoever_has_it_open(folder, monkeypatch):
     """Its name is not in it; whoever compiles keeps it open."""
     monkeypatch.setattr(build_lock, "is_on_local_disk", lambda path: True)

@@ -13,7 +13,7 @@ from tests.helpers import launch
 pytestmark = pytest.mark.distributed
 SCRIPT = "tests.helpers.rank_scripts.checkpoint"
 STAGES = ("stage0", "stage1", "stage2", "stage3")
-OTHER_OPTIMIZERS = ("stage1-sgd", "stage3-sgd", "stage1-adam", "stage3-adam")
+OTHER_OPTIMIZERS = ("stage1-sgd", "stage3-sgd", "stage1-adam", "stage3-adam", "stage1-muon", "stage3-muon")
 NAMES = [
     *(f"blocks.{i}.{n}" for i in (0, 1) for n in ("down.weight", "up.weight", "up.bias")),
     "head.weight",
@@ -59,12 +59,13 @@ def test_a_run_with_checkpoints_is_one_without_to_the_bit_and_torchs_on_one_proc
 
 
 def test_the_optimisers_differ(two):
-    """Negative control: the comparison with torch would see one optimiser in the place of another."""
+    """Negative control: the comparison with torch would see one optimiser in place of another."""
     last = {name: losses[-1] for name, losses in two["plain"].items()}
     assert abs(last["sgd"] - last["adamw"]) > 1e-3 and abs(last["adam"] - last["adamw"]) > 1e-4
+    assert abs(last["muon"] - last["adamw"]) > 1e-3
 
 
-@pytest.mark.parametrize("source", ["stage3", "stage1", "stage3-sgd"])
+@pytest.mark.parametrize("source", ["stage3", "stage1", "stage3-sgd", "stage1-muon"])
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_another_stage_continues_the_curve(two, source, stage):
     assert two["read"][f"{source}->{stage}"]["after"] == pytest.approx(two["written"][source]["after"], abs=1e-5)
@@ -79,7 +80,7 @@ def test_a_bf16_base_continues_under_another_stage_within_its_precision(two):
 @pytest.mark.parametrize("ranks", [1, 3])
 def test_another_number_of_ranks_continues_the_curve(folder, two, ranks):
     found = run(folder, "read", ranks)["read"]
-    assert len(found) == 10
+    assert len(found) == 14
     for name, case in found.items():
         assert case["after"] == pytest.approx(case["expected"], abs=1e-5), name
         assert case["fingerprint_equal"], name

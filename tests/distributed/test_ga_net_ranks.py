@@ -61,7 +61,7 @@ def data(rows=12):
 
 
 def own_rows(rank, split, x, labels, padding):
-    """This rank's rows as leaf, labels, valid, ids; `padding` rows that hold NaN behind them."""
+    """This rank's rows as leaf, labels, valid, ids; `padding` rows that hold NaN after them."""
     start = sum(split[:rank])
     mine = slice(start, start + split[rank])
     rows = torch.cat([x[mine], torch.full((padding, x.shape[1]), torch.nan, dtype=x.dtype)])
@@ -334,10 +334,10 @@ def test_a_step_costs_one_gather_of_features_masks_and_each_layers_narrower_side
     others = (ranks - 1) * rows
     features = others * 2 * WIDTH * double
     masks = others * -(-rows * ranks // 8)
-    small = (ranks - 1) * 2 * 8 + others  # numbers of rows and of valid ones, and which are valid
+    small = (ranks - 1) * 2 * 8 + others * 8  # numbers of rows and of valid ones, and the place of each valid one
     hidden, scores = others * R * double, others * CLASSES * double
     for (forward, backward), reported in in_ranks(lambda rank: traffic(rank, rows), ranks=ranks):
-        assert forward == ({"all_gather": 6}, {"all_gather": small + features + masks + hidden + scores})
+        assert forward == ({"all_gather": 5}, {"all_gather": small + features + masks + hidden + scores})
         assert backward == ({"reduce_scatter": 2}, {"reduce_scatter": hidden + scores})
         assert reported == small + features + masks + hidden + scores
 

@@ -92,7 +92,7 @@ def step(rank, split, kind="threshold", valid=VALID, exchange="gather", normalis
 
 
 def break_it(variant):
-    """Put something wrong in the place of the gather, in the process of one rank."""
+    """Put something wrong in place of the gather, in the process of one rank."""
 
     def own_slot_only(x, counts=None, group=None):
         everyone = gathering.gather_rows(x.detach(), counts, group)

@@ -77,6 +77,19 @@ def test_ranks_build_the_graph_of_one(split):
         np.testing.assert_array_equal(first[4], A.sum(0).numpy())
 
 
+def only_one(rank):
+    """One valid row among those of both ranks; its width is no multiple of a key's, or a column of a transpose."""
+    valid = torch.tensor([False, False, rank == 0])
+    shapes = features(3, 5).bfloat16(), features(5, 3).T[:, :1]
+    return [edges_of(build(kind, x, valid, KEY[:3])) for kind in KINDS for x in shapes]
+
+
+def test_a_graph_of_one_row_has_its_loop():
+    first, second = in_ranks(only_one)
+    assert all(edges == ([[2], [2]], [0, 0, 1], [0, 0, 1, 0, 0, 0]) for edges in first)
+    assert all(edges == ([[], []], [0, 0, 0], [0, 0, 1, 0, 0, 0]) for edges in second)
+
+
 # ------------------------------------------------------------------------------------------------- symmetry at tau
 
 
@@ -250,34 +263,61 @@ def test_health_adds_up_over_ranks():
 def traffic(rank, ranks):
     B, D = 24, 10
     x = features(B * ranks, D)[rank * B :][:B].float()
-    found = {}
-    for exchange in ("gather", "ring"):
-        options = {"counts": [B] * ranks, "exchange": exchange}
-        for name, graph in (
-            ("threshold", threshold_graph(x, 0.3, **options)),
-            ("knn", knn_graph(x, 5, key=torch.arange(B) + rank * B, **options)),
-        ):
-            found[name, exchange] = dict(graph.traffic.calls), dict(graph.traffic.bytes), graph.traffic.seconds > 0
+    valid, key = torch.arange(B) > 0, torch.arange(B) + rank * B
+    found, limits = {}, (graphs.ONE_MESSAGE, graphs.FEW_PRODUCTS)
+    for size, limit in (("small", 2**24), ("large", 0)):  # what counts as large, for these few rows
+        graphs.ONE_MESSAGE = graphs.FEW_PRODUCTS = limit
+        for exchange in ("gather", "ring"):
+            options = {"counts": [B] * ranks, "exchange": exchange}
+            for name, graph in (
+                ("threshold", threshold_graph(x, 0.3, **options)),
+                ("knn", knn_graph(x, 5, key=key, **options)),
+                ("some valid", threshold_graph(x, 0.3, valid, exchange=exchange)),
+            ):
+                said = dict(graph.traffic.calls), dict(graph.traffic.bytes), graph.traffic.seconds > 0
+                found[name, exchange, size] = (*said, edges_of(graph))
+    graphs.ONE_MESSAGE, graphs.FEW_PRODUCTS = limits
     return found
+
+
+def edges_of(graph):
+    return graph.edge_index.tolist(), graph.in_degree.tolist(), graph.out_degree.tolist()
 
 
 @pytest.mark.parametrize("ranks", [2, 3, 4])
 def test_collectives_and_bytes_are_those_of_the_cost_table(ranks):
     B, D, k, others = 24, 10, 5, ranks - 1
     for found in in_ranks(traffic, ranks, ranks=ranks):
+        for name in ("threshold", "knn", "some valid"):
+            same = [found[name, exchange, size][3] for exchange in ("gather", "ring") for size in ("small", "large")]
+            assert same[0][0][0] and same == same[:1] * 4
+        sent = {case: rest[:3] for case, rest in found.items()}
         features_, bits, lists = others * B * D * 4, others * B * (B * ranks // 8), others * B * k * 4
-        valid, key = others * B, others * B * 8
-        assert found["threshold", "gather"] == ({"all_gather": 3}, {"all_gather": valid + features_ + bits}, True)
+        key, calls = others * B * 8, {"all_gather": 2}
+        assert sent["threshold", "gather", "small"] == (calls, {"all_gather": features_ + bits}, True)
+        assert sent["threshold", "gather", "large"] == sent["threshold", "gather", "small"]
+        # one message with features, keys and places, every pair computed at both of its ends
+        assert sent["knn", "gather", "small"] == (calls, {"all_gather": key + features_ + lists}, True)
         # every pair is computed once: a cosine and a number of each candidate for the other end of it
         halves = others * B * (k + SPARE) * 8
-        assert found["knn", "gather"] == (
+        assert sent["knn", "gather", "large"] == (
             {"all_gather": 3, "all_to_all": 1},
-            {"all_gather": valid + key + features_ + lists, "all_to_all": halves},
+            {"all_gather": key + features_ + lists, "all_to_all": halves},
             True,
         )
-        calls = {"all_gather": 2, "shift": others}
-        assert found["threshold", "ring"] == (calls, {"all_gather": valid + bits, "shift": features_}, True)
-        assert found["knn", "ring"] == (calls, {"all_gather": valid + key + lists, "shift": features_}, True)
+        for size in ("small", "large"):
+            shift = {"shift": others}
+            assert sent["threshold", "ring", size] == (
+                {"all_gather": 1} | shift,
+                {"all_gather": bits, "shift": features_},
+                True,
+            )
+            assert sent["knn", "ring", size] == (calls | shift, {"all_gather": key + lists, "shift": features_}, True)
+        # of 23 valid rows of each rank; how many rows and valid ones there are, places, features, bits
+        V = B - 1
+        some = others * (16 + V * 8 + V * D * 4 + V * -(-V * ranks // 8))
+        assert sent["some valid", "gather", "small"] == ({"all_gather": 3}, {"all_gather": some}, True)
+        assert sent["some valid", "gather", "large"] == ({"all_gather": 4}, {"all_gather": some}, True)
 
 
 def test_building_alone_needs_no_collective():

@@ -113,3 +113,4 @@ def test_what_was_found_by_search_travels_with_the_adapter(folder):
     rows = loaded.predict([image for image in stored.image[:, 0]], [""] * len(stored.key))
     right = sum(row["prediction"] == f"class_{int(label)}" for row, label in zip(rows, stored.label, strict=True))
     assert right / len(rows) > 0.9, told
+    assert told["best"] == pytest.approx(right / len(rows)), "the table has the head that was solved, not the start"

@@ -57,5 +57,5 @@ def test_the_exported_adapter_is_the_trained_model_and_a_resumed_run_the_one_tha
     assert (run["trained"][0] - run["first"][0]).abs().max() > 5 * tolerance  # negative control
     for row, other in zip(run["resumed"], run["after"], strict=True):
         assert row["loss"] == pytest.approx(other["loss"], abs=tolerance / 10)
-    if name == "niter":  # negative control: attached anew, it would have been another start
+    if name == "niter":  # negative control: attached again, it would have been another start
         assert run["moved"] > 1e-3

@@ -8,15 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from mmpeft_ds.data.stream import Step
-from mmpeft_ds.engine.assembly.forward import forward
-from mmpeft_ds.engine.assembly.resolve import attach
-from mmpeft_ds.engine.evaluator import evaluate
-from mmpeft_ds.tasks.instruction.task import Instruction, Options
 from tests.helpers import launch
 from tests.helpers.models import tiny_families, tiny_mllm
 from tests.helpers.rank_scripts import mllm
-from tests.helpers.runs import tiny_classifier
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 SCRIPT = "tests.helpers.rank_scripts.mllm"
@@ -56,36 +50,9 @@ def folder(tmp_path_factory) -> Path:
     return path
 
 
-def plainly(folder: Path, case: dict) -> dict:
-    """The same steps by one process, without DeepSpeed and with the whole batch at once."""
-    recipe, task = mllm.make_recipe(folder, case), Instruction(Options(max_new_tokens=3), None)
-    resolved = tiny_classifier.make_resolved(recipe, task)
-    torch.manual_seed(recipe.seed)
-    base = resolved.backbone.build()
-    torch.manual_seed(recipe.seed)
-    model = attach(resolved, base).eval()
-    trainables = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    optimizer = torch.optim.AdamW(trainables.values(), lr=0.02, weight_decay=0.0)
-    losses = []
-    for step in range(mllm.STEPS):
-        batch = tiny_classifier.pack_slots(mllm.slots(step, resolved.backbone), resolved.backbone, task)
-        loss = task.loss(forward(model, resolved.backbone, batch), batch) / task.weight(batch)
-        losses.append(loss.item())
-        optimizer.zero_grad()
-        loss.backward()
-        for group in optimizer.param_groups:
-            group["lr"] = 0.02 * (1 - step / 10)
-        optimizer.step()
-    batches = [
-        tiny_classifier.pack_slots(mllm.slots(step, resolved.backbone), resolved.backbone, task) for step in (8, 9)
-    ]
-    found = evaluate(model, resolved.backbone, task, [Step(0, 0, [b]) for b in batches], "cpu")
-    return {"losses": losses, "weights": {n: p.detach() for n, p in trainables.items()}, "rows": found.rows}
-
-
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case["name"])
 def test_a_rank_without_images_neither_hangs_nor_changes_the_result(folder, case):
-    found, want = torch.load(folder / f"{case['name']}.pt", weights_only=False), plainly(folder, case)
+    found, want = torch.load(folder / f"{case['name']}.pt", weights_only=False), mllm.plainly(folder, case)
     assert found["partitioned"]
     assert found["losses"] == pytest.approx(want["losses"], abs=1e-5)
     assert found["weights"].keys() == want["weights"].keys()

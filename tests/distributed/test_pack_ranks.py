@@ -36,9 +36,38 @@ def folder(tmp_path_factory) -> Path:
     return path
 
 
+@pytest.fixture(scope="module")
+def routed(tmp_path_factory) -> Path:
+    """Each text with the condition of its own image, on one and three ranks, and from three to two within an epoch."""
+    path = tmp_path_factory.mktemp("routed")
+    tiny_talk.write(path)
+    route = dict(method__name="routed_lora", method__route="mul", backbone__condition="pooled")
+    train(tiny_talk.recipe(path, "padded", **route), ranks=1)
+    three = [tiny_talk.recipe(path, f"three{stage}", stage, data__pack=PACK, **route) for stage in (2, 3)]
+    train(*three, tiny_talk.recipe(path, "within", optim__max_steps=2, data__pack=PACK, **route), ranks=3)
+    train(tiny_talk.recipe(path, "within", data__pack=PACK, **route), ranks=2)
+    return path
+
+
 @pytest.mark.parametrize("name", ["one", "two1", "two2", "two3", "moved"])
 def test_packed_micro_batches_give_the_losses_and_samples_of_padded_ones(folder, name):
+    compare(folder, name)
+
+
+@pytest.mark.parametrize("name", ["three2", "three3", "within"])
+def test_routed_methods_on_three_ranks_give_the_losses_of_one_with_padded_rows(routed, name):
+    compare(routed, name)
+
+
+def test_the_planned_imbalance_is_recorded(routed):
+    found = [row["cost_imbalance"] for row in rows(routed, "three2")]
+    assert all(1 <= value < 3 for value in found) and max(found) > 1  # four samples for each rank
+    assert all("cost_imbalance" not in row for row in rows(routed, "padded"))
+
+
+def compare(folder: Path, name: str) -> None:
     want, found = rows(folder, "padded"), rows(folder, name)
+    assert len(want) == len(found) == 5
     assert [r["sample_keys_hash"] for r in found] == [r["sample_keys_hash"] for r in want]
     assert [r["weight"] for r in found] == [r["weight"] for r in want]
     assert [r["loss"] for r in found] == pytest.approx([r["loss"] for r in want], abs=1e-5)
@@ -55,4 +84,4 @@ def test_packed_micro_batches_hold_no_padding(folder):
 
 def test_tokens_are_counted_once_and_kept_beside_the_data(folder):
     (kept,) = (folder / "data").glob("tokens-talk-train-*.npy")
-    assert kept.stat().st_size < 400
+    assert kept.stat().st_size < 1400

@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mmpeft_ds import methods
-from tests.helpers import launch
+from tests.helpers import launch, plain_methods
 from tests.helpers.runs import tiny_pairs
 
 pytestmark = pytest.mark.distributed
@@ -53,6 +52,7 @@ CASES = [
     case("aurora", "blip_vqa", r=4),
     case("aurora", "blip_vqa", "recompute", r=4, gradient_checkpointing=True),
     case("aurora", "clip", r=4),
+    case("tens_lora", "vision_text_decoder", r=3, modes=["heads", "projections", "layers"]),
     case("deep_prompt", "vision_text_encoder", "prefix", style="prefix"),
     case("deep_prompt", "vision_text_encoder", "vpt", style="vpt"),
     case("adapter", "clip_bart", r=4, train_norms=True, tower=BART),
@@ -62,6 +62,8 @@ CASES = [
     case("layer_norm", "vision_text_encoder", "skew", skew=True),
     case("graph_lora", "blip", r=2),
     case("ia3", "blip"),
+    case("moka", "mllm", "skew", r=2, skew=True, **FETCHED),
+    case("moka", "mllm", "recompute", r=2, gradient_checkpointing=True),
     case("lora", "mllm", "gathered", r=2, **FETCHED),
     case(
         "lora", "mllm", "in_head", r=2, target_modules="lm_head|.*language.*q_proj", skew=True, together=600, **FETCHED
@@ -105,7 +107,7 @@ def trained(path: Path, cases: list[dict], ranks: int, *args: str) -> Path:
 
 
 def test_every_method_is_tried_here():
-    assert {c["method"]["name"] for c in CASES} == set(methods.names(heads=False))
+    assert {c["method"]["name"] for c in CASES} == set(plain_methods.names(heads=False))
 
 
 def compare(found: dict, expected: dict) -> None:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import threading
+import types
 
 import pytest
 
-from mmpeft_ds.distributed import stall
+from mmpeft_ds.distributed import stall, watchdog
 from mmpeft_ds.distributed.stall import Report, awaited, stacks
 from mmpeft_ds.owner import Owner
 
@@ -87,3 +88,14 @@ def test_a_thread_that_waits_for_ranks_is_seen_and_one_that_computes_is_not():
     finally:
         event.set()
         thread.join()
+
+
+def test_a_rank_that_rank_0_has_left_behind_names_whom_rank_0_has_told_of(monkeypatch):
+    monkeypatch.setenv("MASTER_ADDR", "node-0")
+    dog = watchdog.Watchdog.__new__(watchdog.Watchdog)
+    dog.hub, dog._channel = None, types.SimpleNamespace(refused=True, owner=None, ask=lambda report: None)
+    dog.report = lambda: None
+    dog._lost = []
+    assert dog.lost() == "rank 0 on node-0, whose process has ended"
+    dog._lost = [stall.Awaited(1, None, True, "rank 1 on node-1 (pid 7), whose process has ended")]
+    assert dog.lost() == "rank 1 on node-1 (pid 7), whose process has ended"

@@ -59,4 +59,7 @@ def test_sigterm_during_the_last_evaluation_loses_no_step(folder):
     result = launch.run(train, *arguments(folder), ranks=2, timeout=LIMIT)
     assert result.code == 0 and "accuracy" in result.output, result.tail()
     assert (run / "metrics.jsonl").read_bytes() == before and (run / "finished.json").exists()
-    assert json.loads((run / "checkpoints" / f"step-{STEPS:08d}" / "evaluated.json").read_text())["best"] is not None
+    assert (
+        json.loads((run / "checkpoints" / f"step-{STEPS:08d}" / "evaluated.json").read_text())["state"]["best"]
+        is not None
+    )

@@ -11,17 +11,19 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
 import mmpeft_ds
 from mmpeft_ds import adapter
-from mmpeft_ds.adapter_files import CHECKSUMS, FILES, READ_BY_PEOPLE, WEIGHTS, whole
+from mmpeft_ds import recipe as recipes
+from mmpeft_ds.adapter_files import CHECKSUMS, FILES, READ_BY_PEOPLE, WEIGHTS, whole, write_checksums
 from mmpeft_ds.engine.assembly import resolve
 from mmpeft_ds.engine.export import export_adapter
 from mmpeft_ds.errors import BadInput
 from tests.helpers import ROOT
-from tests.helpers.runs import tiny_vqa
+from tests.helpers.runs import tiny_adapters, tiny_vqa
 
 IMAGES = [tiny_vqa.png(1), [tiny_vqa.png(2), tiny_vqa.png(3)], None]
 TEXTS = ["is it red ?", ["what is it ?", "is a big round ?"], "is it blue ?"]
@@ -95,6 +97,27 @@ def test_the_file_holds_the_trained_tensors_in_float32_and_nothing_frozen(export
     assert {t.dtype for t in written.values()} == {torch.float32}
 
 
+def test_an_adapter_from_before_images_were_scaled_on_tensors_has_the_pixels_that_it_was_trained_with(tmp_path):
+    sections = tiny_adapters.sections
+
+    def by_pillow(folder, kind):
+        made = sections(folder, kind)
+        return made | {"backbone": made["backbone"] | {"image_backend": "pil"}}
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tiny_adapters, "sections", by_pillow)
+        target = tiny_adapters.export(tmp_path, "instruction")
+    written = yaml.safe_load((target / "recipe.yaml").read_text())
+    del written["backbone"]["image_backend"]
+    (target / "recipe.yaml").write_text(yaml.safe_dump(written))
+    write_checksums(target)
+    loaded = mmpeft_ds.load(target)
+    assert loaded.backbone.options.image_backend == "pil"
+    assert recipes.of_run(target).backbone["image_backend"] == "pil"
+    now = mmpeft_ds.load(target, overrides=["backbone.image_backend=torchvision"])
+    assert now.backbone.options.image_backend == "torchvision"
+
+
 def test_predict_answers_every_text_in_order(exported):
     loaded = mmpeft_ds.load(exported[0])
     rows = loaded.predict(IMAGES, TEXTS, batch=2)
@@ -108,6 +131,9 @@ def test_predict_names_a_file_that_is_no_image(exported, tmp_path):
     for name in ("note.jpg", "absent.jpg"):
         with pytest.raises(BadInput, match=name):
             loaded.predict([str(tmp_path / name)], ["is it red ?"])
+    with pytest.raises(BadInput, match="aspect: 300 x 1 pixels") as refused:
+        loaded.predict([torch.zeros(3, 1, 300, dtype=torch.uint8)], ["is it red ?"])
+    assert "stored features" not in str(refused.value)
 
 
 def copy(target: Path, to: Path) -> Path:

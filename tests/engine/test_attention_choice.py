@@ -15,6 +15,7 @@ from mmpeft_ds.backbones.common import tower_loading
 from mmpeft_ds.engine.assembly import resolve
 from mmpeft_ds.errors import BadInput
 from mmpeft_ds.recipe.options import ATTENTION, EngineOptions
+from tests.helpers import plain_methods
 from tests.helpers.device import installing
 from tests.helpers.models import tiny_backbones
 
@@ -104,7 +105,7 @@ def test_an_unknown_name_is_refused_with_the_known_ones():
 def test_the_methods_that_read_scores_say_so():
     """Asked of the code: whoever opens an observation in its forward needs SDPA or eager."""
     reading = []
-    for name in methods.names(heads=False):
+    for name in plain_methods.names(heads=False):
         entry = registry.load(methods, name, "method.name")
         config = entry.config(entry.Options(), recipes.Origin())
         if entry.observes_attention(config):

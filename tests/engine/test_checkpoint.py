@@ -14,9 +14,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from mmpeft_ds.engine import checkpoint
+from mmpeft_ds.engine import checkpoint, checkpoint_files
 from mmpeft_ds.engine.train_state import TrainState
 from mmpeft_ds.errors import BadInput
+from mmpeft_ds.runs.finished import find_checkpoint
 
 
 def files(value: float = 1.0) -> dict:
@@ -29,11 +30,11 @@ def files(value: float = 1.0) -> dict:
 
 
 def write(folder: Path, step: int, keep: int = 9, best: bool = False) -> Path:
-    return checkpoint._write(folder / "checkpoints", step, files(step), keep, best)
+    return checkpoint_files.write(folder / "checkpoints", step, files(step), keep, best)
 
 
 def names(folder: Path) -> list[str]:
-    return [p.name for p in checkpoint.listing(folder / "checkpoints")]
+    return [p.name for p in checkpoint_files.listing(folder / "checkpoints")]
 
 
 def pointer(folder: Path, name: str = "latest") -> str:
@@ -43,7 +44,7 @@ def pointer(folder: Path, name: str = "latest") -> str:
 def test_a_whole_checkpoint_has_no_damage_and_is_the_newest(tmp_path):
     write(tmp_path, 5)
     path = write(tmp_path, 10)
-    assert checkpoint.damage(path) is None
+    assert checkpoint_files.damage(path) is None
     assert checkpoint.newest_valid(tmp_path) == path
     assert pointer(tmp_path) == "step-00000010"
 
@@ -88,7 +89,7 @@ def test_a_flipped_bit_falls_back_and_names_the_file(tmp_path, caplog, file):
 def test_every_kind_of_damage_is_told(tmp_path, break_it, told):
     path = write(tmp_path, 5)
     break_it(path)
-    assert told in checkpoint.damage(path)
+    assert told in checkpoint_files.damage(path)
 
 
 def test_all_damaged_is_refused_and_not_started_over(tmp_path):
@@ -125,22 +126,48 @@ def test_an_evaluation_is_added_to_the_checkpoint_that_was_saved_before_it(tmp_p
     first, second = write(tmp_path, 5, best=True), write(tmp_path, 10, keep=1)
     state = TrainState(step=10, best=0.5, best_step=10, extra={"evaluated_at": 10})
     checkpoint.record_evaluation(second, state, keep_last=1, best=True)
-    assert checkpoint.best_valid(tmp_path) == second and checkpoint.damage(second) is None
-    assert TrainState(**checkpoint.read_json(second, "evaluated")) == state
+    assert checkpoint.best_valid(tmp_path) == second and checkpoint_files.damage(second) is None
+    assert TrainState(**checkpoint_files.evaluated(second, 10)) == state
     assert not first.exists()  # it was kept for being the best
+
+
+def test_an_evaluation_is_made_again_where_any_byte_of_its_file_has_changed(tmp_path, caplog):
+    path = write(tmp_path, 10)
+    assert checkpoint_files.evaluated(path, 10) is None and not caplog.messages
+    state = TrainState(step=10, best=0.5, best_step=10, extra={"evaluated_at": 10, "nan": float("nan")})
+    checkpoint.record_evaluation(path, state, keep_last=1, best=True)
+    file = path / "evaluated.json"
+    whole = file.read_bytes()
+    for at in range(len(whole)):
+        file.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+        found = checkpoint_files.evaluated(path, 10)
+        # White space and such become other white space, or digits that mean the same: nothing else may pass.
+        assert found is None or json.dumps(found) == json.dumps(vars(state)), whole[at - 9 : at + 9]
+        file.write_bytes(whole[:at])
+        assert checkpoint_files.evaluated(path, 10) is None or at == len(whole) - 1  # less the last end of a line
+    assert "evaluated.json is damaged; the evaluation is made again" in caplog.text
+    file.write_text(json.dumps(vars(state)))  # as older versions wrote it
+    assert checkpoint_files.evaluated(path, 10)["best"] == 0.5 and checkpoint_files.evaluated(path, 11) is None
+
+
+def test_no_checkpoint_is_the_best_before_an_evaluation(tmp_path):
+    path = write(tmp_path, 5)
+    assert not (tmp_path / "checkpoints" / "best").exists() and find_checkpoint(tmp_path, "best") == path
+    checkpoint.record_evaluation(path, TrainState(step=5), keep_last=1, best=False)
+    assert not (tmp_path / "checkpoints" / "best").exists()
 
 
 @pytest.mark.parametrize("best_of", ["an evaluation", "a new checkpoint"])
 def test_a_kill_between_its_state_and_its_pointer_does_not_lose_the_best(tmp_path, monkeypatch, best_of):
     """Else the run would go on from a state that knows of a best checkpoint which nothing points to."""
-    path, plain = write(tmp_path, 5), checkpoint.write_atomic
+    path, plain = write(tmp_path, 5), checkpoint_files.write_atomic
 
     def killed(target, text):
         if target.name == "best":
             raise KeyboardInterrupt
         plain(target, text)
 
-    monkeypatch.setattr(checkpoint, "write_atomic", killed)
+    monkeypatch.setattr(checkpoint_files, "write_atomic", killed)
     with pytest.raises(KeyboardInterrupt):
         if best_of == "an evaluation":
             checkpoint.record_evaluation(path, TrainState(step=5, best=0.5, best_step=5), keep_last=1, best=True)
@@ -161,8 +188,8 @@ def test_kill_9_while_saving_leaves_the_previous_one(tmp_path, victim):
 
     def save() -> None:
         if victim == "checksums.json":
-            checkpoint.write_json = lambda path, value: hang(path)
-        checkpoint._write(
+            checkpoint_files.write_json = lambda path, value: hang(path)
+        checkpoint_files.write(
             tmp_path / "checkpoints", 10, {**files(), victim: hang} if victim in files() else files(), 9, False
         )
 
@@ -183,6 +210,7 @@ def test_kill_9_while_saving_leaves_the_previous_one(tmp_path, victim):
 def test_a_state_of_another_type_is_passed_over_though_the_checksums_are_right(tmp_path, caplog, state):
     good = write(tmp_path, 5)
     other = files() | {"state.json": lambda p: p.write_text(json.dumps(state))}
-    checkpoint._write(tmp_path / "checkpoints", 10, other, 9, False)
+    checkpoint_files.write(tmp_path / "checkpoints", 10, other, 9, False)
     assert checkpoint.newest_valid(tmp_path) == good
-    assert "state.json holds values of another type; continuing from step-00000005" in caplog.text
+    (line,) = caplog.messages
+    assert "state.json holds values of another type" in line and line.endswith("; continuing from step-00000005")

@@ -11,7 +11,7 @@ from mmpeft_ds import recipe as recipes
 from mmpeft_ds.errors import BadInput
 from mmpeft_ds.runs import few_shot, few_shot_report, few_shot_study
 from mmpeft_ds.runs.few_shot_study import Study
-from tests.helpers import ROOT
+from tests.helpers import ROOT, commands
 from tests.helpers.runs import tiny_study
 
 
@@ -46,6 +46,15 @@ def test_cells_are_methods_times_shots_times_seeds_with_their_own_subsets_and_se
     assert last.engine.eval_every == few_shot_study.NEVER  # nothing is chosen by validation
     assert study(few_shot={"select": "best"}).cells()[-1].recipe.engine.eval_every == 0
     assert len({cell.path for cell in cells}) == len(cells)
+
+
+def test_a_row_that_reads_pictures_takes_the_data_set_that_the_features_were_made_of():
+    given = {"dir": "data/emoji-{features}", "tests": ["data/{features}/x", 3]}
+    assert few_shot_study.with_features(given, "aligned") == {
+        "dir": "data/emoji-aligned",
+        "tests": ["data/aligned/x", 3],
+    }
+    assert few_shot_study.with_features({"dir": "data/emoji-{features}"}, "pictures") == {"dir": "data/emoji"}
 
 
 def test_base_classes_have_runs_of_their_own_scored_on_the_first_test_set(study):
@@ -90,6 +99,21 @@ def test_a_study_that_cannot_work_is_refused_in_one_line(study, change, words):
     with pytest.raises(BadInput, match=words) as caught:
         study(**change).cells()
     assert "\n" not in str(caught.value) and "s.yaml" in str(caught.value)
+
+
+def test_data_sets_that_are_not_prepared_are_named_once_each_before_anything_runs(study, toy, tmp_path, monkeypatch):
+    made = study(few_shot={"tests": [{"name": name, "dir": str(tmp_path / name)} for name in ("a", "b")]})
+    with pytest.raises(BadInput) as caught:
+        few_shot.run(made)
+    dirs = f"{tmp_path / 'a'}, {tmp_path / 'b'}"
+    assert str(caught.value).startswith(f"not prepared, since they have no manifest.json: {dirs}. ")
+    assert not made.out.exists()
+    few_shot_study.check_prepared(study().cells())
+    words = ["--recipe", str(tmp_path / "s.yaml"), "--check"]
+    few_shot_py = ROOT / "launchers" / "few_shot.py"
+    assert commands.run_script(few_shot_py, words, monkeypatch) == 0
+    moved = ["--set", f"few_shot.tests.1.dir={tmp_path / 'b'}"]
+    assert commands.run_script(few_shot_py, words + moved, monkeypatch) == 2
 
 
 def test_the_study_runs_is_not_run_again_and_goes_on_where_a_result_is_missing(study, monkeypatch, capsys):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import stat
 from pathlib import Path
 
@@ -91,6 +92,15 @@ def test_a_merged_dual_encoder_is_taken_by_its_directory_and_says_what_the_adapt
         words
     )
     assert json.loads((tmp_path / "merged" / "merged.json").read_text())["method"] == "lora"
+
+
+def test_a_vision_tower_whose_processor_file_names_no_class_is_merged_too(folder, tmp_path):
+    """transformers takes the class from the tower's configuration, which the merged folder does not have."""
+    shutil.copytree(folder / "vision", tmp_path / "vision")
+    (tmp_path / "vision" / "preprocessor_config.json").write_text(json.dumps({"image_mean": [0.1, 0.2, 0.3]}))
+    target, _ = exported(folder, tmp_path, {"name": "lora", "r": 2}, vision=str(tmp_path / "vision"))
+    merging.merge(target, tmp_path / "merged")
+    assert json.loads((tmp_path / "merged" / "config.json").read_text())["pixel_mean"] == [0.1, 0.2, 0.3]
 
 
 @pytest.mark.parametrize("umask", [0o022, 0o077], ids=oct)

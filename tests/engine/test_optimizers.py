@@ -6,18 +6,25 @@ import itertools
 import json
 from types import SimpleNamespace
 
+import peft
 import pytest
 import torch
+from peft.optimizers import create_loraplus_optimizer
 from torch import nn
 
 from mmpeft_ds import recipe as recipes
-from mmpeft_ds.engine import calibrate, checkpoint
+from mmpeft_ds.engine import calibrate, checkpoint, checkpoint_files
 from mmpeft_ds.engine.assembly.checks import check_schedule, check_values
 from mmpeft_ds.engine.ewc import Pull
 from mmpeft_ds.engine.optim import optimizers
 from mmpeft_ds.engine.zero import gradients
 from mmpeft_ds.errors import BadInput
-from mmpeft_ds.recipe.options import OptimOptions
+from mmpeft_ds.files import sha256
+from mmpeft_ds.methods.deep_prompt.method import DeepPrompt
+from mmpeft_ds.methods.lora.method import Lora
+from mmpeft_ds.methods.peft.method import Peft
+from mmpeft_ds.methods.task_res.method import TaskRes
+from mmpeft_ds.recipe.options import MuonOptions, OptimOptions
 
 NAMES = list(optimizers.MOMENTS)
 D, STEPS = 5, 5
@@ -31,9 +38,36 @@ def options(name: str, **given) -> OptimOptions:
 def theirs(name: str, parameters):
     """The same optimisers as torch's own calls."""
     common = {"lr": 0.05, "weight_decay": 0.1}
+    if name == "muon":
+        return MuonBesideAdamW(list(parameters), **common)
     if name == "sgd":
         return torch.optim.SGD(parameters, momentum=0.9, **common)
     return {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[name](parameters, **common)
+
+
+class MuonBesideAdamW:
+    """torch's two optimisers over matrices and vectors, as its documentation shows them."""
+
+    def __init__(self, parameters, lr: float, weight_decay: float, **rule):
+        rule = {"adjust_lr_fn": "match_rms_adamw", **rule}
+        matrices = [p for p in parameters if p.dim() == 2]
+        vectors = [p for p in parameters if p.dim() != 2]
+        self.both = [
+            torch.optim.Muon(matrices, lr=lr, weight_decay=weight_decay, **rule),
+            torch.optim.AdamW(vectors, lr=lr, weight_decay=weight_decay),
+        ]
+
+    def zero_grad(self):
+        for optimizer in self.both:
+            optimizer.zero_grad()
+
+    def step(self):
+        for optimizer in self.both:
+            optimizer.step()
+
+    @property
+    def state(self):
+        return {**self.both[0].state, **self.both[1].state}
 
 
 def model(seed: int = 0) -> nn.Module:
@@ -50,8 +84,13 @@ def engine_of(module: nn.Module, optimizer: torch.optim.Optimizer) -> SimpleName
 
 def ours(name: str, seed: int = 0) -> SimpleNamespace:
     module = model(seed)
-    groups = [{"params": list(module.parameters()), "weight_decay": 0.1}]
-    return engine_of(module, optimizers.make(groups, options(name)))
+    return engine_of(module, optimizers.make(groups_of(name, module.parameters()), options(name)))
+
+
+def groups_of(name: str, parameters) -> list[dict]:
+    named = {str(i): p for i, p in enumerate(parameters)}
+    # Decay of vectors as well, as torch's optimisers have it.
+    return optimizers.parameter_groups(named, recipe(name=name, weight_decay=0.1), decays=lambda name: True)
 
 
 def train(module: nn.Module, optimizer: torch.optim.Optimizer, first: int, last: int) -> None:
@@ -89,7 +128,7 @@ def test_a_run_saved_and_resumed_at_any_step_is_torchs_uninterrupted_one(tmp_pat
     train(resumed.module, resumed.optimizer, at, STEPS)
     for expected, a, b in zip(plain.parameters(), whole.module.parameters(), resumed.module.parameters(), strict=True):
         assert torch.equal(a, expected) and torch.equal(b, expected)
-        for key in optimizers.MOMENTS[name]:
+        for key in optimizers.moments(whole.optimizer, a):
             assert torch.equal(resumed.optimizer.state[b][key], optimizer.state[expected][key])
 
 
@@ -109,7 +148,7 @@ def test_the_moments_of_a_checkpoint_matter(tmp_path, name):
 
 def test_decay_is_in_the_gradient_of_adam_and_sgd_and_beside_that_of_adamw():
     moved = {}
-    for name in NAMES:
+    for name in ("adamw", "adam", "sgd"):
         p = nn.Parameter(torch.tensor([2.0, -1.0]))
         p.grad = torch.zeros(2)
         optimizers.make([{"params": [p], "weight_decay": 0.1}], options(name)).step()
@@ -126,7 +165,7 @@ def test_what_is_saved_is_named_after_the_state_of_the_optimiser(tmp_path):
         path = save(tmp_path / name, ours(name), 0)
         with safe_open(path / "optimizer.safetensors", "pt") as file:
             assert {key.rsplit(".", 1)[1] for key in file.keys()} == expected  # noqa: SIM118
-        assert checkpoint.read_json(path, "state")["optimizer"] == name
+        assert checkpoint_files.read_json(path, "state")["optimizer"] == name
 
 
 @pytest.mark.parametrize(("written", "here"), list(itertools.permutations(NAMES, 2)))
@@ -144,11 +183,11 @@ def test_a_checkpoint_that_names_no_optimiser_is_adamws(tmp_path):
     engine = ours("adamw")
     train(engine.module, engine.optimizer, 0, 2)
     path = save(tmp_path, engine, 2)
-    header = checkpoint.read_json(path, "state")
+    header = checkpoint_files.read_json(path, "state")
     assert header.pop("optimizer") == "adamw"
     (path / "state.json").write_text(json.dumps(header))
     sums = json.loads((path / "checksums.json").read_text())
-    (path / "checksums.json").write_text(json.dumps(sums | {"state.json": checkpoint.sha256(path / "state.json")}))
+    (path / "checksums.json").write_text(json.dumps(sums | {"state.json": sha256(path / "state.json")}))
     other = ours("adamw", seed=1)
     load(path, other)
     assert all(map(torch.equal, engine.module.parameters(), other.module.parameters()))
@@ -158,7 +197,7 @@ def test_a_checkpoint_that_names_no_optimiser_is_adamws(tmp_path):
 
 def test_an_optimiser_that_no_recipe_can_name_has_no_checkpoint(tmp_path):
     module = model()
-    with pytest.raises(TypeError, match="adamw, adam, sgd, not of Adagrad"):
+    with pytest.raises(TypeError, match="adamw, adam, sgd, muon, not of Adagrad"):
         save(tmp_path, engine_of(module, torch.optim.Adagrad(module.parameters())), 0)
 
 
@@ -177,7 +216,7 @@ def test_weights_that_a_head_has_found_begin_with_fresh_moments(monkeypatch, nam
     assert calibrate.run(SimpleNamespace(model=engine.module, engine=engine), None, None) == {"found": 1.0}
     changed, kept = engine.module[0].weight, engine.module[2].weight
     assert (changed == 0.5).all()
-    for key in optimizers.MOMENTS[name]:
+    for key in optimizers.moments(engine.optimizer, changed):
         assert not engine.optimizer.state[changed][key].any() and engine.optimizer.state[kept][key].any()
 
 
@@ -218,6 +257,7 @@ def recipe(**optim) -> recipes.Recipe:
         {"name": "sgd", "momentum": 0.5},
         {"name": "sgd", "betas": [0.9, 0.999], "eps": 1e-8},  # spelled out, but what it would be anyway
         {"name": "adam", "eps": 1e-4},
+        {"name": "muon", "eps": 1e-4, "muon": {"ns_steps": 3, "nesterov": False, "adjust_lr_fn": "original"}},
         {"schedule": "cosine_epoch", "warmup_lr": 1e-4, "epochs": 2},
     ],
 )
@@ -234,6 +274,12 @@ def test_what_is_read_is_accepted(optim):
         ({"name": "sgd", "eps": 1e-4}, "optim.eps: optim.name: sgd"),
         ({"schedule": "cosine_epoch", "warmup": 0.0}, "optim.warmup: optim.schedule: cosine_epoch"),
         ({"schedule": "cosine", "warmup_lr": 1e-4}, "optim.warmup_lr: optim.schedule: cosine does not read"),
+        ({"name": "muon", "momentum": 0.8}, "optim.momentum: optim.name: muon.*optim.muon.momentum"),
+        ({"muon": {"ns_steps": 4}}, "optim.muon: optim.name: adamw does not read it"),
+        ({"name": "muon", "muon": {"ns_steps": 100}}, r"optim.muon.ns_steps: must lie in \[1, 99\]"),
+        ({"name": "muon", "muon": {"momentum": 1.0}}, r"optim.muon.momentum: must lie in \[0, 1\)"),
+        ({"name": "muon", "muon": {"adamw_lr": 0.0}}, "optim.muon.adamw_lr: must be above 0"),
+        ({"groups": {"*": {"optimizer": "muon"}}}, r"optim.groups: '\*' names an optimizer, which optim.name: adamw"),
         ({"name": "sgd", "momentum": 1.0}, r"optim.momentum: must lie in \[0, 1\)"),
         ({"schedule": "cosine_epoch", "warmup_lr": -1.0}, "optim.warmup_lr: must be 0 or more"),
     ],
@@ -245,7 +291,7 @@ def test_what_would_not_be_read_is_refused_in_one_line(optim, told):
 
 
 def test_an_unknown_optimiser_is_refused():
-    with pytest.raises(BadInput, match="optim.name.*adamw.*adam.*sgd"):
+    with pytest.raises(BadInput, match="optim.name.*adamw.*adam.*sgd.*muon"):
         recipe(name="adagrad")
 
 
@@ -256,3 +302,176 @@ def test_a_run_by_epochs_must_outlast_its_warm_up():
     check_schedule(by_epoch, 8, 7)
     check_schedule(by_epoch, 0, 7)  # nothing is trained step by step
     check_schedule(recipe(schedule="cosine"), 7, 7)
+
+
+# -------------------------------------------------------------------------------------------------------- groups
+
+
+def adapted() -> nn.Module:
+    """LoRA on two matrices and an embedding, a bias and a head that train whole."""
+    base = nn.ModuleDict({"token": nn.Embedding(7, D), "q": nn.Linear(D, D), "head": nn.Linear(D, 3)})
+    config = peft.LoraConfig(r=2, target_modules=["q", "token"], modules_to_save=["head"], lora_bias=False)
+    return peft.get_peft_model(base, config)
+
+
+def rates(module: nn.Module, groups: list[dict], lr: float) -> dict[str, tuple[float, float]]:
+    names = {id(p): name for name, p in module.named_parameters()}
+    return {
+        names[id(p)]: (pytest.approx(lr * group["lr_share"]), group["weight_decay"])
+        for group in groups
+        for p in group["params"]
+    }
+
+
+def trained(module: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: p for name, p in module.named_parameters() if p.requires_grad}
+
+
+def test_lora_plus_gives_the_learning_rates_of_pefts_own():
+    module = adapted()
+    theirs = create_loraplus_optimizer(module, torch.optim.AdamW, lr=0.01, loraplus_lr_ratio=16)
+    expected = {id(p): group["lr"] for group in theirs.param_groups for p in group["params"]}
+    groups = optimizers.parameter_groups(trained(module), recipe(lr=0.01, lora_plus=16))
+    found = {id(p): 0.01 * group["lr_share"] for group in groups for p in group["params"]}
+    assert found == pytest.approx(expected) and len(set(expected.values())) == 3
+
+
+def test_a_pattern_has_its_own_rate_and_decay_and_the_first_that_fits_decides():
+    module = adapted()
+    given = {
+        "*.lora_A.*": {"lr": 0.5},
+        "*.lora_*": {"weight_decay": 0.25},
+        "*.head.*bias": {"lr": 0.0, "weight_decay": 0.5},
+    }
+    groups = optimizers.parameter_groups(trained(module), recipe(lr=0.1, weight_decay=0.01, groups=given))
+    found = rates(module, groups, 0.1)
+    of = lambda part: next(value for name, value in found.items() if part in name)  # noqa: E731
+    assert of(".q.lora_A.") == (0.5, 0.01) and of(".q.lora_B.") == (0.1, 0.25)
+    assert of("head.modules_to_save.default.bias") == (0.0, 0.5) and of("default.weight") is not None
+    assert sorted(found) == sorted(trained(module))
+
+
+@pytest.mark.parametrize(
+    ("optim", "told"),
+    [
+        ({"groups": {"*.lora_C.*": {"lr": 0.1}}}, r"optim.groups: '\*.lora_C.\*' fits no trained parameter.*lora_"),
+        (
+            {"groups": {"*": {"lr": 0.1}, "*.lora_A.*": {"lr": 0.2}}},
+            r"'\*.lora_A.\*' fits no trained parameter, or only",
+        ),
+    ],
+)
+def test_a_pattern_that_fits_nothing_is_refused(optim, told):
+    with pytest.raises(BadInput, match=told) as refused:
+        optimizers.parameter_groups(trained(adapted()), recipe(**optim))
+    assert "\n" not in str(refused.value)
+
+
+def test_lora_plus_without_lora_is_refused():
+    with pytest.raises(BadInput, match="optim.lora_plus: is for LoRA"):
+        optimizers.parameter_groups(dict(model().named_parameters()), recipe(lora_plus=4))
+
+
+@pytest.mark.parametrize(
+    ("optim", "told"),
+    [
+        ({"groups": {"*": {"rate": 1}}}, "optim.groups.*: unknown key"),
+        ({"groups": {"*": {"lr": "high"}}}, "optim.groups.*.lr: expected"),
+        ({"groups": ["*"]}, "optim.groups: expected a mapping"),
+    ],
+)
+def test_wrong_settings_of_a_group_are_refused_by_key(optim, told):
+    with pytest.raises(BadInput, match=told):
+        recipe(**optim)
+
+
+def test_a_negative_rate_of_a_group_is_refused():
+    with pytest.raises(BadInput, match="lr of 'x' must be 0 or more"):
+        check_values(recipe(groups={"x": {"lr": -1.0}}))
+
+
+# ---------------------------------------------------------------------------------------------------------- muon
+
+
+@pytest.mark.parametrize(
+    "rule", [{}, {"momentum": 0.5, "nesterov": False}, {"ns_steps": 2, "adjust_lr_fn": "original"}]
+)
+def test_muon_with_any_options_is_torchs_to_the_bit(rule):
+    plain, engine = model(), engine_of(model(), None)
+    reference = MuonBesideAdamW(list(plain.parameters()), lr=0.05, weight_decay=0.1, **rule)
+    muon = MuonOptions(**rule)
+    engine.optimizer = optimizers.make(groups_of("muon", engine.module.parameters()), options("muon", muon=muon))
+    train(plain, reference, 0, STEPS)
+    train(engine.module, engine.optimizer, 0, STEPS)
+    assert all(map(torch.equal, plain.parameters(), engine.module.parameters()))
+    other = model()
+    train(other, MuonBesideAdamW(list(other.parameters()), lr=0.05, weight_decay=0.1, momentum=0.7), 0, STEPS)
+    assert not torch.allclose(other[0].weight, plain[0].weight, atol=1e-4)  # negative control
+
+
+def test_muon_takes_matrices_of_adapters_and_adamw_what_is_a_table_a_vector_or_a_head():
+    module = adapted()
+    groups = optimizers.parameter_groups(trained(module), recipe(name="muon", lr=0.1), is_map=Lora.is_map)
+    names = {id(p): name for name, p in module.named_parameters()}
+    of_muon = {names[id(p)] for group in groups if group["muon"] for p in group["params"]}
+    assert of_muon == {f"base_model.model.q.lora_{ab}.default.weight" for ab in "AB"}
+    given = {"*head*": {"optimizer": "muon"}, "*.q.lora_B.*": {"optimizer": "adamw", "lr": 0.3}}
+    changed = recipe(name="muon", lr=0.1, groups=given, muon={"adamw_lr": 0.02})
+    groups = optimizers.parameter_groups(trained(module), changed, is_map=Lora.is_map)
+    found = {names[id(p)]: (group["muon"], 0.1 * group["lr_share"]) for group in groups for p in group["params"]}
+    assert found["base_model.model.head.modules_to_save.default.weight"] == (True, pytest.approx(0.1))
+    assert found["base_model.model.head.modules_to_save.default.bias"] == (False, pytest.approx(0.02))
+    assert found["base_model.model.q.lora_B.default.weight"] == (False, pytest.approx(0.3))
+
+
+def test_prompts_and_class_vectors_are_tables():
+    for method, name in ((DeepPrompt, "layer.0.deep_prompt_k.default.tokens"), (TaskRes, "x.task_res_a.residual")):
+        assert method.kind(name) == "peft" and not method.is_map(name)
+    assert DeepPrompt.is_map("layer.0.deep_prompt_k.default.inner.weight")
+
+
+@pytest.mark.parametrize(
+    ("config", "of_adamw", "of_muon"),
+    [
+        (peft.IA3Config(feedforward_modules=[]), {"ia3_l"}, set()),
+        (peft.OFTConfig(oft_block_size=4), {"oft_R"}, set()),
+        (peft.BOFTConfig(boft_block_size=4), {"boft_R", "boft_s"}, set()),
+        (peft.HRAConfig(r=4), {"hra_u"}, set()),
+        (peft.RandLoraConfig(r=4), {"randlora_lambda", "randlora_gamma"}, set()),
+        (peft.VBLoRAConfig(r=2, vector_length=4), {"vblora_vector_bank", "vblora_logits_A", "vblora_logits_B"}, set()),
+        (peft.LoHaConfig(r=2), set(), {"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"}),
+        (peft.LoraConfig(r=1), set(), {"lora_A", "lora_B"}),  # a map, though of one row
+    ],
+)
+def test_of_types_of_peft_muon_takes_what_maps_and_not_vectors_in_the_form_of_a_matrix(config, of_adamw, of_muon):
+    config.target_modules = {"0"}
+    module = peft.get_peft_model(nn.Sequential(nn.Linear(8, 8)), config)
+    found = {True: set(), False: set()}
+    for name, p in trained(module).items():
+        kind = next(part for part in name.split(".") if part.startswith(tuple(of_adamw | of_muon)))
+        found[p.dim() == 2 and Peft.is_map(name)].add(kind)
+    assert found == {True: of_muon, False: of_adamw}
+
+
+@pytest.mark.parametrize(
+    ("optim", "told"),
+    [
+        ({"groups": {"*bias": {"optimizer": "muon"}}}, r"optim.groups: '\*bias' gives muon no matrix"),
+        ({"groups": {"*lora*": {"optimizer": "adamw"}}}, "optim.name: muon steps matrices .*, and none trains"),
+    ],
+)
+def test_what_muon_cannot_step_is_refused_in_one_line(optim, told):
+    with pytest.raises(BadInput, match=told) as refused:
+        optimizers.parameter_groups(trained(adapted()), recipe(name="muon", **optim), is_map=Lora.is_map)
+    assert "\n" not in str(refused.value)
+
+
+def test_the_planned_moments_are_those_that_the_optimiser_holds():
+    engine = ours("muon")
+    train(engine.module, engine.optimizer, 0, 1)
+    state = engine.optimizer.state
+    held = sum(t.numel() for p in engine.module.parameters() for t in state[p].values() if t.dim())
+    total = sum(p.numel() for p in engine.module.parameters())
+    groups = groups_of("muon", engine.module.parameters())
+    assert optimizers.mean_moments(groups, "muon") * total == pytest.approx(held)
+    assert optimizers.mean_moments(groups_of("adamw", engine.module.parameters()), "adamw") == 2

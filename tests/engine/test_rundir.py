@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import errno
 import itertools
 import json
 import multiprocessing
 import os
+import shutil
 import signal
+import tempfile
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,13 +24,17 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.summary.writer import event_file_writer
 from torch.utils.tensorboard import SummaryWriter
 
-from mmpeft_ds.engine import checkpoint, rundir
+from mmpeft_ds import recipe as recipes
+from mmpeft_ds.data.manifest import Manifest
+from mmpeft_ds.engine import checkpoint, checkpoint_files, identities, run_lock, rundir
 from mmpeft_ds.engine.evaluator import Evaluation
 from mmpeft_ds.engine.monitor import Monitor
 from mmpeft_ds.engine.rundir import RunDir
 from mmpeft_ds.errors import BadInput
 from mmpeft_ds.files import save_tensors, write_json
 from mmpeft_ds.recipe.options import MonitorOptions
+from tests.helpers import ROOT
+from tests.helpers.data import tiny_features
 
 RECIPE = {
     "run_dir": "runs/a",
@@ -61,7 +69,7 @@ def started(path: Path) -> None:
     }
     for name in ("weights.safetensors", "optimizer.safetensors"):
         writers[name] = lambda p: p.write_bytes(b"\x02\0\0\0\0\0\0\0{}")
-    checkpoint._write(run.checkpoints, 5, writers, 2, False)
+    checkpoint_files.write(run.checkpoints, 5, writers, 2, False)
     run.close()
 
 
@@ -80,6 +88,23 @@ def test_the_same_recipe_continues(tmp_path):
     words = run.opening_words(5, 40, world_size=3, stage=1)
     assert words == f"{tmp_path / 'a'}: continues after step 5 of 40, on 3 ranks at ZeRO-1"
     run.close()
+
+
+@pytest.mark.parametrize(
+    ("total", "says"),
+    [
+        (40, "after step 5 of 40"),
+        (5, "after all its 5 steps: nothing"),
+        (1, "its 5 steps, and 1 are asked for: nothing"),
+    ],
+)
+def test_a_run_that_has_made_its_steps_is_not_said_to_train(tmp_path, total, says):
+    started(tmp_path / "a")
+    run = RunDir.open(tmp_path / "a", RECIPE)
+    assert says in run.opening_words(5, total, world_size=1, stage=3)
+    run.close()
+    with mock.patch.object(rundir, "_state", lambda newest: {"step": 5}):
+        assert says in rundir.preview(tmp_path / "a", RECIPE, total)[-1]
 
 
 @pytest.mark.parametrize(
@@ -141,11 +166,24 @@ def test_a_place_that_cannot_be_written_is_refused_and_check_says_so(tmp_path, m
     for start in (lambda path: RunDir.open(path, RECIPE), lambda path: rundir.preview(path, RECIPE, 10)):
         with pytest.raises(BadInput, match=r"file/a: .*file is a file"):
             start(tmp_path / "file" / "a")
+        with pytest.raises(BadInput, match=r"run_dir /proc/run: /proc cannot be written .No such file"):
+            start(Path("/proc/run"))  # where root has the permission
         with monkeypatch.context() as patch:
-            patch.setattr(os, "access", lambda path, mode: False)  # root may write everywhere but on a read-only mount
+            patch.setattr(tempfile, "TemporaryFile", mock.Mock(side_effect=PermissionError(errno.EROFS, "read-only")))
             with pytest.raises(BadInput, match="cannot be written"):
                 start(tmp_path / "new" / "run")
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("umask", [0o002, 0o022, 0o077], ids=oct)
+def test_a_colleague_may_take_the_lock_where_the_umask_lets_them_write(tmp_path, umask):
+    before = os.umask(umask)
+    try:
+        RunDir.open(tmp_path / "a", RECIPE).close()
+    finally:
+        os.umask(before)
+    files = [path for path in (tmp_path / "a").iterdir() if path.is_file()]
+    assert {path.stat().st_mode & 0o777 for path in files} == {0o666 & ~umask} and tmp_path / "a" / ".lock" in files
 
 
 def test_a_directory_with_other_things_is_refused(tmp_path):
@@ -173,15 +211,28 @@ def owner(path: Path):
     return child
 
 
+def test_an_adapter_directory_is_not_overwritten_by_a_run(tmp_path):
+    for name in ("recipe.yaml", "adapter_config.json"):
+        (tmp_path / name).touch()
+    with pytest.raises(BadInput, match="is an adapter directory, which a run would overwrite"):
+        RunDir.open(tmp_path, RECIPE)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter_config.json", "recipe.yaml"]
+
+
 def test_a_second_owner_is_refused_by_name_and_a_dead_one_gives_way(tmp_path, monkeypatch):
     child = owner(tmp_path / "a")
     try:
-        monkeypatch.setattr(rundir.Lock.__init__, "__defaults__", (0.2,))
-        with pytest.raises(BadInput, match=f"another run is writing here .pid {child.pid} on "):
-            RunDir.open(tmp_path / "a", RECIPE)
+        monkeypatch.setattr(run_lock.Lock.__init__, "__defaults__", (0.2,))
+        monkeypatch.setattr(run_lock.refuse_taken, "__defaults__", (0.2,))
+        before = (tmp_path / "a" / ".lock").read_bytes()
+        for start in (lambda: RunDir.open(tmp_path / "a", RECIPE), lambda: rundir.preview(tmp_path / "a", RECIPE, 10)):
+            with pytest.raises(BadInput, match=f"another run is writing here .pid {child.pid} on "):
+                start()
+        assert (tmp_path / "a" / ".lock").read_bytes() == before
     finally:
         os.kill(child.pid, signal.SIGKILL)
         child.join(10)
+    rundir.preview(tmp_path / "a", RECIPE, 10)
     RunDir.open(tmp_path / "a", RECIPE).close()
 
 
@@ -259,14 +310,7 @@ def test_the_same_data_at_another_path_continues_and_other_data_at_the_same_path
     def recipe(place):
         return RECIPE | {"data": {"sources": [{"dir": place}]}}
 
-    run = tmp_path / "a"
-    RunDir.open(run, recipe("old")).close()
-    state = {"step": 5, "extra": {rundir.IDENTITIES: {MOVED: "same"}}}
-    files = {"state.json": {"state": state}, "recipe.json": recipe("old"), "fingerprint.json": {}}
-    writers = {name: lambda path, value=value: write_json(path, value) for name, value in files.items()}
-    for name in ("weights.safetensors", "optimizer.safetensors"):
-        writers[name] = lambda path: save_tensors(path, {"w": torch.zeros(1)})
-    checkpoint._write(run / "checkpoints", 5, writers, 2, False)
+    run = saved_after_5(tmp_path / "a", recipe("old"), {rundir.IDENTITIES: {MOVED: "same"}})
     if message is None:
         opened = RunDir.open(run, recipe("new"), identities=now)
         assert opened.differing == ("data.sources.0.dir: old -> new",) and opened.resume_from.name == "step-00000005"
@@ -274,6 +318,53 @@ def test_the_same_data_at_another_path_continues_and_other_data_at_the_same_path
         return
     with pytest.raises(BadInput, match=message):
         RunDir.open(run, recipe("new"), identities=now)
+
+
+def saved_after_5(run: Path, recipe: dict, extra: dict) -> Path:
+    """A run directory with one checkpoint."""
+    RunDir.open(run, recipe).close()
+    files = {"state.json": {"state": {"step": 5, "extra": extra}}, "recipe.json": recipe, "fingerprint.json": {}}
+    writers = {name: lambda path, value=value: write_json(path, value) for name, value in files.items()}
+    for name in ("weights.safetensors", "optimizer.safetensors"):
+        writers[name] = lambda path: save_tensors(path, {"w": torch.zeros(1)})
+    checkpoint_files.write(run / "checkpoints", 5, writers, 2, False)
+    return run
+
+
+def test_a_checkpoint_that_noted_no_data_goes_on_where_its_old_path_holds_the_same(tmp_path):
+    manifest = tiny_features.write_features(tmp_path / "old", [tiny_features.sample(i) for i in range(8)])
+    tiny_features.write_features(tmp_path / "other", [tiny_features.sample(i) for i in range(9)])
+    shutil.copytree(tmp_path / "old", tmp_path / "new")
+
+    def recipe(name):
+        return RECIPE | {"data": {"sources": [{"dir": str(tmp_path / name), "split": "train"}]}}
+
+    def opened(name):
+        now = {MOVED: identities._of_data(Manifest.load(tmp_path / name), "train")}
+        return RunDir.open(run, recipe(name), identities=now)
+
+    assert manifest.name == "toy"
+    run = saved_after_5(tmp_path / "a", recipe("old"), {})
+    opened("new").close()
+    with pytest.raises(BadInput, match="names other data than this run was trained on"):
+        opened("other")
+    (tmp_path / "old").rename(tmp_path / "away")
+    with pytest.raises(BadInput, match=r"data\.sources\.0\.dir: .* What has only moved is known .*ln -s NEW OLD"):
+        opened("new")
+    (tmp_path / "old").symlink_to(tmp_path / "away")
+    opened("new").close()
+
+
+def test_a_run_from_before_an_option_with_another_value_than_its_default_says_what_changed(tmp_path):
+    now = recipes.to_dict(recipes.filled(recipes.load(ROOT / "recipes" / "lora_llava15_instruct.yaml", [])))
+    before = copy.deepcopy(now)
+    del before["backbone"]["image_backend"]
+    run = saved_after_5(tmp_path / "a", before, {})
+    with contextlib.closing(RunDir.open(run, now)) as opened:
+        assert opened.differing == ("backbone.image_backend: pil -> torchvision",)
+    now["backbone"]["image_backend"] = "pil"
+    with contextlib.closing(RunDir.open(run, now)) as opened:
+        assert opened.differing == ()
 
 
 def test_truncate_cuts_metrics_and_a_half_written_line(tmp_path):

@@ -22,6 +22,7 @@ from mmpeft_ds.recipe.components import Section
 from mmpeft_ds.recipe.parse import Origin
 from mmpeft_ds.sites import find_sites
 from mmpeft_ds.sites.feature_site import calibrated_buffers
+from tests.helpers import plain_methods
 from tests.helpers.models import tiny_feature_model, tiny_mllm, tiny_prompted_encoder
 from tests.helpers.models.tiny_zoo import ZOO
 
@@ -29,13 +30,15 @@ from tests.helpers.models.tiny_zoo import ZOO
 OPTIONS = {
     "hegraph": [{}, {"search": True}, {"learned": True}],
     "coop": [{"context": 4}],
+    "mmrl": [{"first_layer": 2, "width": 4}],
     "tip_adapter": [{}, {"train_keys": True}],
     "linear_probe": [{}, {"solver": "gradient"}],
     "routed_lora": [{"route": "none"}, {"route": "none", "train_norms": True, "train_bias": True}],
     "lora": [{}, {"use_dora": True}, {"modules_to_save": ["pooler"]}, {"bias": "lora_only"}],
     "p_adapter": [{}, {"modules_to_save": ["pooler"]}],
 }
-CASES = [(name, options) for name in methods.names() for options in OPTIONS.get(name, [{}])]
+# `moka` attaches to no encoder; tests/methods/test_method_verbs.py saves and loads it
+CASES = [(name, o) for name in plain_methods.names() if name != "moka" for o in OPTIONS.get(name, [{}])]
 CHANGES: dict[str, tuple[Callable[[dict[str, Tensor]], dict[str, Tensor]], str]] = {
     "missing": (lambda w: dict(list(w.items())[1:]), "1 of the {n} tensors that this model trains are missing"),
     "renamed": (lambda w: {k.replace("base_model.model.", "base_model.model.x."): v for k, v in w.items()}, "missing"),
@@ -54,7 +57,7 @@ def prompted(tmp_path_factory) -> nn.Module:
 def saved(request, prompted, tmp_path) -> tuple[Path, Section, nn.Module, dict[str, Tensor]]:
     """An adapter that is not at its initial values: its directory, its method, a fresh base, and its tensors."""
     name, options = request.param
-    if name == "coop":
+    if name in ("coop", "mmrl"):
         base = copy.deepcopy(prompted)
     else:
         base = tiny_feature_model.model() if methods.options(name).scores_features else ZOO["bert"].build()

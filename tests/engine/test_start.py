@@ -1,6 +1,7 @@
 """Joining the ranks leaves nothing on the machine, and what cannot work there is said in a line."""
 
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -178,6 +179,11 @@ def test_mpirun_is_understood_on_one_machine_and_wants_an_address_on_several(tol
         ({"PMI_RANK": "0", "PMI_SIZE": "2"}, "MPI_LOCALRANKID"),
         (MEETING | {"RANK": "x", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}, "RANK=x.*no number"),
         (MEETING | {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_PORT": "abc"}, "MASTER_PORT=abc"),
+        (
+            MEETING | {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_PORT": "65536"},
+            "MASTER_PORT=65536.*65535",
+        ),
+        (MEETING | {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_PORT": "0"}, "MASTER_PORT=0.*from 1"),
         (MEETING | {"RANK": "2", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}, "RANK=2.*WORLD_SIZE=2.*the last one is 1"),
     ],
 )
@@ -187,7 +193,7 @@ def test_processes_that_would_each_think_they_are_alone_are_refused(told, variab
 
 
 def said_while_it_waits(capsys) -> str:
-    said, deadline = "", time.monotonic() + 30
+    said, deadline = "", time.monotonic() + 120
     with processes.saying_who_is_awaited(seconds=0.01):
         while not said and time.monotonic() < deadline:
             said = capsys.readouterr().err
@@ -208,6 +214,17 @@ def test_ranks_that_do_not_come_are_said_to_be_awaited(told, capsys):
         pass
     time.sleep(0.4)
     assert not capsys.readouterr().err, "the ranks have met in time"
+
+
+@pytest.mark.parametrize("size", ["1", "2"])
+def test_a_host_that_this_machine_does_not_know_is_named_while_ranks_wait(told, capsys, monkeypatch, size):
+    def unknown(*args: object) -> None:
+        raise socket.gaierror(-2, "Name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", unknown)
+    told(RANK="0", WORLD_SIZE=size, LOCAL_RANK="0", MASTER_ADDR="node1", MASTER_PORT="29500")
+    said = said_while_it_waits(capsys)
+    assert "does not know the host MASTER_ADDR=node1 ([Errno -2] Name or service not known)" in said
 
 
 def test_ranks_that_never_met_end_in_one_line(told):

@@ -35,6 +35,15 @@ def test_the_table_is_rounded_says_what_is_best_and_leaves_out_what_is_empty():
     assert "majority" in table and "0.3800" in table, "the baseline stands beside the score"
 
 
+def test_a_best_score_of_zero_is_said_as_well():
+    assert "best accuracy         0 (step 18, own-val)" in summary.table(METRICS | {"best": 0.0}, {}, {})
+
+
+def test_a_head_that_is_solved_names_no_step():
+    table = summary.table(METRICS | {"best": 1.0, "best_step": 0}, {"accuracy": 1.0}, {})
+    assert "best accuracy         1 (own-val)" in table and "step" not in table.split("best accuracy")[1]
+
+
 def test_a_run_without_validation_has_a_table_too():
     metrics = METRICS | {
         "best": None,

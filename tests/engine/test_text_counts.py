@@ -61,6 +61,19 @@ def test_verify_with_a_recipe_counts_all_texts_of_the_data_set(folder, tmp_path,
         verify.main([str(tmp_path / "other"), "--recipe", str(folder / "recipe.yaml")])
 
 
+def test_check_counts_every_answer_that_training_may_draw_and_each_question_once(tmp_path, monkeypatch):
+    plain = tiny_adapters.pictured
+
+    def altered(i):
+        sample = plain(i)
+        sample.record["questions"][0] |= {"question": LONG, "answers": ["red", "red", LONG, "blue"]}
+        return sample
+
+    monkeypatch.setattr(tiny_adapters, "pictured", altered)
+    made = tiny_adapters.recipe(tmp_path, "answering")
+    assert plan.make(resolve(made))["texts"][0]["cut_texts"] == {"question": 12, "answer": 12}
+
+
 def test_a_prediction_says_how_much_of_a_text_was_not_read(folder):
     loaded = adapter.load(folder / "adapter")
     picture = torch.zeros(3, 9, 9, dtype=torch.uint8)
@@ -69,6 +82,14 @@ def test_a_prediction_says_how_much_of_a_text_was_not_read(folder):
     assert long["cut_tokens"] == words - 19 and "cut_tokens" not in short
     answers = predict(folder / "adapter", [], [LONG])
     assert answers.cut == []
+
+
+def test_a_prediction_says_how_many_control_tokens_were_read_as_characters(folder):
+    loaded = adapter.load(folder / "adapter")
+    picture = torch.zeros(3, 9, 9, dtype=torch.uint8)
+    token = loaded.backbone._tokenizer.all_special_tokens[-1]
+    with_two, without = loaded.predict([picture], [[f"is {token} it {token} red", "is it red"]])
+    assert with_two["control_tokens"] == 2 and "control_tokens" not in without
 
 
 def test_only_texts_of_weight_are_counted():

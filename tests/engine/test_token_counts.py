@@ -8,6 +8,7 @@ import torch
 
 from mmpeft_ds import recipe as recipes
 from mmpeft_ds.data.batch import Prompted
+from mmpeft_ds.data.token_counts import TokenCounts
 from mmpeft_ds.distributed.processes import Ranks
 from mmpeft_ds.engine import plan, streams, token_counts
 from mmpeft_ds.engine.assembly import resolve
@@ -41,7 +42,7 @@ def batches(parts, rank=0, world_size=1):
 def test_counts_are_kept_beside_the_data_for_this_tokenizer_and_limit(folder, monkeypatch):
     parts = resolved(folder)
     counts = token_counts.token_counts(parts, parts.train[0], ONE)
-    assert counts.shape == (tiny_talk.SAMPLES, 2) and counts[:, 0].min() > 5 and len(set(counts[:, 0])) > 10
+    assert counts.shape == (tiny_talk.SAMPLES, 5) and counts[:, 0].min() > 5 and len(set(counts[:, 0])) > 10
     assert [bool(c) for c in counts[:, 1]] == [i % 3 != 2 for i in range(tiny_talk.SAMPLES)]  # those with images
     file = token_counts.file_of(parts, parts.train[0])
     assert file.parent == folder / "data" and file.is_file()
@@ -103,7 +104,7 @@ def test_a_backbone_that_has_counted_goes_to_loader_processes(folder):
         tiny_mllm.write(folder / family, family)
         backbone = type(backbone)(type(backbone.options)(str(folder / family)), None)
         counts = backbone.tokens([Prompted("what is it ?", "red", images=1)], [(9, 14)])
-        backbone.costs(np.array([counts[0]]), np.array([counts[1]]))
+        assert backbone.costs(TokenCounts(*np.array([counts]).T)) > counts.tokens
         again = pickle.loads(pickle.dumps(backbone))
         assert again.tokens([Prompted("what is it ?", "red", images=1)], [(9, 14)]) == counts
 

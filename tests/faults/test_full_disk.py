@@ -4,9 +4,7 @@ command goes on when there is room again."""
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,6 +13,7 @@ import yaml
 
 from tests.helpers import ROOT, launch
 from tests.helpers.runs import tiny_vqa
+from tests.helpers.small_disk import fill, mounted
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 TRAIN = ROOT / "launchers" / "train.py"
@@ -34,16 +33,8 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def small(tmp_path) -> Iterator[Path]:
-    """A file system of 4 MiB in memory."""
-    place = tmp_path / "small"
-    place.mkdir()
-    made = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", place], capture_output=True, text=True)
-    if made.returncode:
-        pytest.skip(f"no file system can be mounted here: {made.stderr.strip()}")
-    try:
+    with mounted(tmp_path / "small") as place:
         yield place
-    finally:
-        subprocess.run(["umount", "--lazy", place], check=True)
 
 
 def train(folder: Path, run: Path, *sets: str, ranks: int = 2) -> launch.Result:
@@ -62,15 +53,6 @@ def untouched(folder) -> Path:
     done = train(folder, folder / "untouched")
     assert done.code == 0, done.tail()
     return folder / "untouched"
-
-
-def fill(place: Path, leave: int) -> Path:
-    """A file that takes all room but `leave` bytes."""
-    free = shutil.disk_usage(place).free
-    ballast = place / "ballast"
-    with ballast.open("ab") as file:
-        os.posix_fallocate(file.fileno(), 0, ballast.stat().st_size + max(0, free - leave))
-    return ballast
 
 
 def refused(done: launch.Result) -> str:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -18,6 +19,7 @@ import torch
 import yaml
 from hypothesis import strategies as st
 
+from mmpeft_ds import adapter, adapter_files
 from mmpeft_ds import recipe as recipes
 from mmpeft_ds.data.decode import decode, size_of
 from mmpeft_ds.data.manifest import Manifest
@@ -25,8 +27,11 @@ from mmpeft_ds.data.options import DataOptions
 from mmpeft_ds.data.parsing import json_object, npy_array, one_sample
 from mmpeft_ds.data.shards import image_names, members, record_of, verify_shards
 from mmpeft_ds.data.stream import Stream
+from mmpeft_ds.engine import checkpoint, checkpoint_files, rundir
 from mmpeft_ds.engine.assembly import resolve
+from mmpeft_ds.engine.train_state import TrainState
 from mmpeft_ds.errors import BadInput, BadSample
+from mmpeft_ds.files import save_tensors, sha256, write_json
 from tests.helpers import ROOT
 from tests.helpers.data import tiny_shards
 from tests.helpers.data.images import encoded
@@ -199,6 +204,73 @@ def recipe_files(folder: Path) -> Attempt:
     return attempt
 
 
+def adapters(folder: Path) -> Attempt:
+    """Half of them with checksums of what they have become, so that it is read."""
+    whole = tiny_adapters.export(folder, "classification on stored features")
+    contents = {path.name: path.read_bytes() for path in sorted(whole.iterdir()) if path.is_file()}
+    names, target = [name for name in contents if name != adapter_files.CHECKSUMS], folder / "changed"
+    target.mkdir()
+
+    def attempt(variant: int, changes: list) -> None:
+        for name, content in contents.items():
+            (target / name).write_bytes(content)
+        name = names[(variant >> 2) % len(names)]
+        as_text = name.endswith(".json") and variant & 2 and changes
+        path = target / name
+        path.write_bytes(edited_text(contents[name].decode(), changes) if as_text else edited(contents[name], changes))
+        if variant & 1:
+            adapter_files.write_checksums(target)
+        loaded = adapter.load(target, "cpu")
+        assert all(torch.isfinite(p).all() for p in loaded.model.parameters())
+
+    return attempt
+
+
+def checkpoints(folder: Path) -> Attempt:
+    """As somebody else might have written them: with right checksums, where the edits are not to be noticed by those.
+
+    What is not taken in is passed over for the checkpoint before it.
+    """
+    recipe = recipes.to_dict(recipes.filled(recipes.load(ROOT / "recipes" / "quickstart.yaml")))
+    trained = {"w": torch.nn.Parameter(torch.ones(3))}
+    state = TrainState(step=2, step_in_epoch=2, global_batch=4, best=0.5, bad={"image": 1}, extra={"evaluated_at": 2})
+    header = {"format": 1, "optimizer": "adamw", "optimizer_step": 2, "state": dataclasses.asdict(state)}
+    numbers = {"w": torch.ones(3)}
+    moments = {f"w.{key}": torch.ones(3) for key in ("exp_avg", "exp_avg_sq")}
+    values = {"state.json": header, "recipe.json": recipe, "fingerprint.json": {"f": "1"}}
+    files = {name: lambda path, value=value: write_json(path, value) for name, value in values.items()}
+    files |= {"weights.safetensors": lambda path: save_tensors(path, numbers)}
+    files |= {"optimizer.safetensors": lambda path: save_tensors(path, moments)}
+    run = folder / "run"
+    rundir.RunDir.open(run, recipe).close()
+    before, newest = (checkpoint_files.write(run / "checkpoints", step, files, 2, step == 2) for step in (1, 2))
+    checkpoint.record_evaluation(newest, state, 2, best=False)
+    contents = {path.name: path.read_bytes() for path in sorted(newest.iterdir())}
+    names = [name for name in contents if name != checkpoint_files.CHECKSUMS]
+
+    def attempt(variant: int, changes: list) -> None:
+        for name, content in contents.items():
+            (newest / name).write_bytes(content)
+        name = names[(variant >> 2) % len(names)]
+        as_text = name.endswith(".json") and variant & 2 and changes
+        content = edited_text(contents[name].decode(), changes) if as_text else edited(contents[name], changes)
+        (newest / name).write_bytes(content)
+        if variant & 1:
+            write_json(
+                newest / checkpoint_files.CHECKSUMS, {name: sha256(newest / name) for name in names if name in files}
+            )
+        opened = rundir.RunDir.open(run, recipe)
+        try:
+            assert opened.resume_from in (before, newest)
+            read = checkpoint._read_header(opened.resume_from, trained, {"f": "1"}, "adamw", {})
+            assert isinstance(read["state"]["step"], int) and isinstance(read["optimizer_step"], int | float)
+            opened.truncate(read["state"]["step"])
+        finally:
+            opened.close()
+
+    return attempt
+
+
 SUBJECTS: dict[str, tuple[Callable[[Path], Attempt], int]] = {
     "pictures": (pictures, 2500),
     "arrays": (arrays, 1000),
@@ -208,6 +280,8 @@ SUBJECTS: dict[str, tuple[Callable[[Path], Attempt], int]] = {
     "manifests": (manifests, 1000),
     "indexes": (indexes, 500),
     "recipes": (recipe_files, 500),
+    "adapters": (adapters, 300),
+    "checkpoints": (checkpoints, 400),
 }
 QUICK = 40
 
@@ -249,5 +323,6 @@ def test_mutated_input_ends_well_or_in_one_line(guard, tmp_path, subject, thorou
     with guard.bounded():
         holds()
     print(f"{subject}: seed {SEED}, {sum(refused.values())} cases: {refused}")
-    few = not thorough and subject == "streams"  # of which three in a hundred are refused
+    # of streams three in a hundred are refused; after a damaged checkpoint stands an earlier one
+    few = not thorough and subject in ("streams", "checkpoints")
     assert len(refused) > 1 or few, "what was not edited ends well, and something is refused"

@@ -1,5 +1,5 @@
 """What may befall a run directory between two starts: damage of its newest checkpoint, another place, a name with
-spaces, a clock that went back, a second start beside the first. The run goes on to the bit, or is refused in one line.
+spaces, a clock that went back, a second start beside the first. The run continues exactly, or is refused in one line.
 
 MMPEFT_DAMAGES: damages of each file of a checkpoint, 40 where it is not set. MMPEFT_SEED: of the draw."""
 
@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from mmpeft_ds.engine import checkpoint
+from mmpeft_ds.engine import checkpoint, checkpoint_files
 from tests.helpers import ROOT, kills, launch, rank_server
 from tests.helpers.runs import endless, tiny_kinds
 
@@ -40,7 +40,7 @@ def folder(tmp_path_factory) -> Path:
     assert done.code == 0, done.tail()
     kill = kills.Kill("stepping", "all ranks", 6.0)
     train(path, path / "killed", kill)
-    assert kill.done and len(checkpoint.listing(path / "killed" / "checkpoints")) > 1
+    assert kill.done and len(checkpoint_files.listing(path / "killed" / "checkpoints")) > 1
     return path
 
 
@@ -55,7 +55,7 @@ def damaged(content: bytes, draw: random.Random) -> bytes:
 def test_any_damage_of_the_newest_checkpoint_leads_to_the_one_before_it_in_one_line(folder, tmp_path, caplog):
     run, draw, noticed = tmp_path / "run", random.Random(SEED), 0
     shutil.copytree(folder / "killed", run)
-    newest, before, *_ = checkpoint.listing(run / "checkpoints")
+    newest, before, *_ = checkpoint_files.listing(run / "checkpoints")
     (run / "checkpoints" / "latest").write_text(newest.name)
     names = sorted(path for path in newest.iterdir() if path.name != "evaluated.json")
     for path in names:
@@ -65,8 +65,8 @@ def test_any_damage_of_the_newest_checkpoint_leads_to_the_one_before_it_in_one_l
             caplog.clear()
             with caplog.at_level(logging.WARNING):
                 taken = checkpoint.newest_valid(run)
-            if path.name == checkpoint.CHECKSUMS and taken == newest:
-                assert len(wrong) > len(content) - 3, wrong  # white space behind or between what it says
+            if path.name == checkpoint_files.CHECKSUMS and taken == newest:
+                assert len(wrong) > len(content) - 3, wrong  # white space after or between what it says
                 continue
             assert taken == before, f"seed {SEED}: {path.name}"
             (line,) = caplog.messages
@@ -80,7 +80,7 @@ def test_any_damage_of_the_newest_checkpoint_leads_to_the_one_before_it_in_one_l
 def test_a_run_goes_on_from_the_checkpoint_before_the_damaged_one_to_the_bit(folder, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(folder / "killed", run)
-    weights = checkpoint.listing(run / "checkpoints")[0] / "weights.safetensors"
+    weights = checkpoint_files.listing(run / "checkpoints")[0] / "weights.safetensors"
     weights.write_bytes(damaged(weights.read_bytes(), random.Random(SEED)))
     done = train(folder, run)
     assert done.code == 0 and done.output.count("is damaged: weights.safetensors") == 1, done.tail()

@@ -1,4 +1,4 @@
-"""A signal ends a run at any moment: no process is left, no step is lost, and the same command goes on."""
+"""A signal ends a run at any moment: no process is left, no step is lost, and the same command continues the run."""
 
 from __future__ import annotations
 

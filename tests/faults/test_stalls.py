@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
+import threading
 
 import psutil
 import pytest
 
-from tests.helpers import ROOT, launch
+from tests.helpers import ROOT, launch, rank_server
 from tests.helpers.runs import endless
 
 pytestmark = [pytest.mark.distributed, pytest.mark.alone]
@@ -33,9 +34,10 @@ def test_a_stopped_rank_is_named_and_goes_on_when_it_is_woken_and_ends_all_when_
             rf"rank 0 on \S+: waiting since \S+ \(\d+ s\) at mmpeft_ds/\S+ \w+ for rank 1 on \S+ \(pid {rank_1.pid}\)"
         )
         assert re.search(named + ", not heard of since", launched.output), launched.output
-        assert launched.wait_for("stack of rank 0, innermost last:\n", 30) and "torch/distributed/" in launched.output
+        assert launched.wait_for("stack of rank 0, innermost last:\n", 30), launched.output
+        assert launched.wait_for("torch/distributed/", 30), launched.output
         rank_1.resume()
-        assert launched.wait_for(": goes on", LIMIT), launched.output
+        assert launched.wait_for(": continues", LIMIT), launched.output
         endless.reach(run, max(endless.steps_of(run)) + 2, lambda: bool(launched.members()), LIMIT)
         rank_1.suspend()
         result = launched.wait(LIMIT)
@@ -96,3 +98,61 @@ def test_ctrl_c_ends_a_run_whose_rank_is_stopped_without_the_whole_grace(tmp_pat
         result = launched.wait(LIMIT)
     assert not result.killed, result.tail()
     assert "rank 0: stopped (SIGTERM) while it waits for rank 1 on " in result.output, result.tail()
+
+
+@pytest.mark.parametrize("lost", [1, pytest.param(0, marks=pytest.mark.slow)])
+def test_a_killed_rank_is_named_by_all_others_which_end(tmp_path, lost):
+    recipe, killed = endless.prepare(tmp_path), []
+
+    def kill() -> None:
+        endless.reach(tmp_path / "run", 3, lambda: True, LIMIT)
+        killed.append(rank_server.ranks()[lost])
+        killed[0].kill()
+
+    beside = threading.Thread(target=kill)
+    beside.start()
+    result = launch.run_forked(TRAIN, "--recipe", str(recipe), ranks=3, timeout=LIMIT)
+    beside.join()
+    assert list(result.codes) == [-9 if rank == lost else 1 for rank in range(3)], result.tail()
+    named = rf"lost its connection to rank {lost} on \S+ \(pid {killed[0].pid}\), whose process has ended\. "
+    for rank in {0, 1, 2} - {lost}:
+        assert re.search(rf"rank {rank}: {named}", result.output), result.tail()
+    assert "Traceback" not in result.output, result.tail()
+
+
+def test_ranks_that_wait_outside_of_gloo_for_a_killed_one_name_it_and_end_long_before_the_timeout():
+    result = launch.run_forked("tests.helpers.rank_scripts.lost", ranks=3, timeout=LIMIT)
+    assert list(result.codes) == [1, -9, 1], result.tail()
+    # Rank 0, which holds the store in which they wait, may be the first to leave.
+    leaving, cut = r" on \S+: leaving; it has waited \d+ s for", ": lost its connection to"
+    for rank, words in ((0, leaving), (2, f"({leaving}|{cut})")):
+        named = rf"rank {rank}{words} rank 1 on \S+ \(pid \d+\), whose process has ended"
+        assert re.search(named, result.output), result.tail()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stopped", [(0, 1), (2, 3)])
+def test_when_a_host_falls_silent_every_rank_of_the_others_says_so_after_the_stall(tmp_path, stopped):
+    recipe = endless.prepare(tmp_path, stall=STALL, timeout=TIMEOUT)
+
+    def stop() -> None:
+        endless.reach(tmp_path / "run", 3, lambda: True, LIMIT)
+        ranks = rank_server.ranks()
+        for rank in stopped:
+            ranks[rank].suspend()
+        for rank in {0, 1, 2, 3} - set(stopped):
+            ranks[rank].wait(LIMIT)
+        for rank in stopped:
+            if ranks[rank].is_running():
+                ranks[rank].kill()
+
+    beside = threading.Thread(target=stop)
+    beside.start()
+    result = launch.run_forked(TRAIN, "--recipe", str(recipe), ranks=4, timeout=LIMIT)
+    beside.join()
+    assert not result.killed and "Traceback" not in result.output, result.tail()
+    for rank in {0, 1, 2, 3} - set(stopped):
+        waits = rf"rank {rank} on \S+: waiting since \S+ \((\d+) s\) at \S+ \S+ for rank {stopped[0]} on "
+        said = re.search(waits + ".*not heard of since", result.output)
+        assert said and int(said[1]) <= STALL + TIMEOUT / 3, result.tail()
+        assert re.search(rf"rank {rank} on \S+: leaving; it has waited \d+ s for rank {stopped[0]} on", result.output)

@@ -42,7 +42,7 @@ def path_of(key: str) -> tuple[str, str]:
 
 
 def trained(model: nn.Module, key: str) -> nn.Parameter | None:
-    """The parameter that trains in the place of array `p:key`; None if it is frozen."""
+    """The parameter that trains in place of array `p:key`; None if it is frozen."""
     path, name = path_of(key)
     module = model.get_base_model().get_submodule(path)
     for method in ("routed_lora", "routed_adapter"):

@@ -22,6 +22,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "p_adapter": TOWER,
     "routed_adapter": TOWER,
     "routed_lora": TOWER,
+    "tens_lora": TOWER,
     "uni_adapter": TOWER,
 }
 

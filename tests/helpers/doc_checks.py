@@ -18,6 +18,7 @@ import yaml
 from mmpeft_ds import console, registry
 from mmpeft_ds import recipe as recipes
 from mmpeft_ds.errors import BadInput
+from mmpeft_ds.recipe.study import Study
 from tests.helpers import ROOT, commands
 from tests.helpers.doc_pages import NEEDS, Block
 from tests.helpers.doc_pages import commands as commands_of
@@ -41,7 +42,8 @@ INPUTS = ("data", "adapter", "run", "images", "texts", "captions", "templates", 
           "root", "splits_file", "dir", "image_root")  # fmt: skip
 # Programs that no test machine has, and what a block that calls them must be marked with.
 ABSENT = {"srun": "cluster", "sbatch": "cluster", "mpirun": "cluster", "ssh": "cluster", "docker": "docker",
-          "ip": "root", "jq": "data set", "git": "network", "pip": "network", "nvidia-smi": "GPU"}  # fmt: skip
+          "ip": "root", "jq": "data set", "git": "network", "pip": "network", "nvidia-smi": "GPU",
+          "lmms-eval": "lmms-eval"}  # fmt: skip
 MAKES_TIME = {
     "demo",
     "compare",
@@ -204,6 +206,10 @@ def _check_recipe(path: Path, args: Any, page: Page) -> None:
                 raw, _ = recipes.read(recipe, changes)
                 page.made.add(raw["run_dir"])
                 return
+            if path.name == "study.py":
+                made = Study.load(recipe, changes, args.vary)
+                page.made.add(str(made.run_dir))
+                return
             if path.name in ("features.py", "describe.py"):
                 return
             page.made.add(check_recipe(recipe, changes).run_dir)
@@ -268,15 +274,28 @@ SECTIONS = {"backbone", "method", "data", "optim", "engine", "monitor", "seed", 
 
 def _check_study(given: dict[str, Any], block: Block) -> None:
     """The sections `few_shot` and `methods`, with the rest of the shipped study; every run of it is typed."""
-    from mmpeft_ds.runs.few_shot_study import Study
+    from mmpeft_ds.runs.few_shot_study import Study as FewShotStudy
 
     raw = recipes.parse_yaml((ROOT / "recipes" / "few_shot_emoji.yaml").read_text(), "few_shot_emoji")
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "study.yaml"
         path.write_text(yaml.safe_dump(raw | given))
         try:
-            for cell in Study.load(path).cells():
+            for cell in FewShotStudy.load(path).cells():
                 recipes.filled(cell.recipe)
+        except BadInput as e:
+            raise Wrong(f"{block}: {e}") from None
+
+
+def _check_members(given: dict[str, Any], block: Block) -> None:
+    """The section `study`, laid over the quickstart's recipe; every member is typed."""
+    raw = recipes.parse_yaml(STAND_IN.read_text(), "quickstart")
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "study.yaml"
+        path.write_text(yaml.safe_dump(raw | given))
+        try:
+            for recipe in Study.load(path).members.values():
+                recipes.filled(recipe)
         except BadInput as e:
             raise Wrong(f"{block}: {e}") from None
 
@@ -286,6 +305,8 @@ def check_yaml(block: Block) -> None:
     given = recipes.parse_yaml(block.text, str(block))
     if isinstance(given, dict) and "few_shot" in given:
         return _check_study(given, block)
+    if isinstance(given, dict) and "study" in given:
+        return _check_members(given, block)
     if not isinstance(given, dict) or not given.keys() <= SECTIONS | {"task"}:
         return
     raw = recipes.parse_yaml(STAND_IN.read_text(), "quickstart")

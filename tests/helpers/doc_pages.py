@@ -26,6 +26,7 @@ NEEDS = {
     "network": "a package registry",
     "root": "rights to change the network of the machine",
     "docker": "a Docker engine",
+    "lmms-eval": "lmms-eval, a package that is not installed",
 }
 SHELL = {"sh", "bash", "shell", "console"}
 PROGRAMS = {

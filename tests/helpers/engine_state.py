@@ -22,7 +22,7 @@ def read_full(engine: Any, parameter: nn.Parameter) -> dict[str, Tensor]:
     """`weight` and the optimizer's `moments` of one parameter, whole and float32, on the CPU. Collective."""
     from deepspeed.utils import safe_get_full_optimizer_state
 
-    keys = zero_state.moments(engine)
+    keys = zero_state.moments(engine, parameter)
     if _is_partitioned(parameter):
         held = {key: safe_get_full_optimizer_state(parameter, key) for key in keys}
     else:

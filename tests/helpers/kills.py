@@ -122,7 +122,7 @@ def run(kill: Kill | None, run_dir: Path, script: str | Path, *args: str, ranks:
 
 
 def curve(run: Path) -> list[tuple]:
-    """What must be equal to the bit in every line of metrics.jsonl."""
+    """What must be equal bit for bit in every line of metrics.jsonl."""
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [tuple(row[key] for key in EXACT) for row in rows]
 

@@ -1,6 +1,6 @@
 """The table of docs/memory.md: parameters and bytes per rank of the shipped recipes, at the size of the named models.
 
-`python -m tests.helpers.memory_table` writes it anew. Nothing is loaded: each model is built from its configuration on
+`python -m tests.helpers.memory_table` regenerates it. Nothing is loaded: each model is built from its configuration on
 the meta device, as `launchers/train.py --check` does, and the same formula counts the bytes.
 """
 
@@ -33,6 +33,7 @@ from transformers import (
 from mmpeft_ds import recipe as recipes
 from mmpeft_ds.engine import plan
 from mmpeft_ds.engine.assembly import resolve
+from mmpeft_ds.engine.optim import optimizers
 from mmpeft_ds.engine.zero.config import check_ds_config
 from tests.helpers import ROOT
 from tests.helpers.models import tiny_mllm
@@ -56,7 +57,7 @@ MODELS: dict[str, dict[str, str]] = {
         {"vision": "dinov2", "text": "smollm2"},
     ),
     "lora_llava15_instruct": {"model": "llava"},
-    "lora_qwen2vl_instruct": {"model": "qwen2_vl"},
+    **dict.fromkeys(("lora_qwen2vl_instruct", "lora_qwen2vl_videos"), {"model": "qwen2_vl"}),
 }
 
 
@@ -132,7 +133,7 @@ def row(name: str, paths: dict[str, Path]) -> dict[str, Any]:
     parts = SimpleNamespace(recipe=recipe, method=method, method_config=config)
     with torch.device("meta"):
         model = resolve.attach(parts, backbone.build(on_meta=True))
-    sizes = plan.Sizes.of(model, recipe.optim.name)
+    sizes = plan.Sizes.of(model, len(optimizers.MOMENTS[recipe.optim.name]))
     ds_config = check_ds_config(recipe)
     return {
         "total": sizes.total,

@@ -1,6 +1,6 @@
 """The table of docs/methods.md: every method on every backbone, attached, trained for a step, saved and loaded.
 
-`python -m tests.helpers.method_table` writes it anew.
+`python -m tests.helpers.method_table` regenerates it.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -19,9 +20,10 @@ from torch import Tensor, nn
 from mmpeft_ds import backbones, methods, registry
 from mmpeft_ds.data.batch import Prompted, Sample, pack
 from mmpeft_ds.engine.assembly.forward import forward
+from mmpeft_ds.engine.assembly.resolve import check_kinds
 from mmpeft_ds.errors import BadInput
 from mmpeft_ds.sites import find_sites
-from tests.helpers import ROOT
+from tests.helpers import ROOT, plain_methods
 from tests.helpers.models import tiny_backbones, tiny_blip, tiny_clip, tiny_mllm, tiny_towers
 
 PAGE = ROOT / "docs" / "methods.md"
@@ -116,6 +118,7 @@ def _yaml(value: Any) -> str:
 def _attach(name: str, column: Column, options: dict[str, Any]) -> peft.PeftModel:
     method, model = methods.get(name), copy.deepcopy(column.model)
     config, sites = method.Config(**copy.deepcopy(options)), find_sites(model)
+    check_kinds(column.backbone, method, config)
     method.check(config, sites, column.backbone.condition_width)
     torch.manual_seed(2)
     return peft.get_peft_model(model, method.prepare(config, model, sites))
@@ -141,10 +144,9 @@ def _try(name: str, column: Column, model: peft.PeftModel) -> None:
         assert torch.equal(say(column.backbone, again, column.batch), trained), f"{name} is not what was saved"
 
 
-def table() -> str:
-    """Markdown of the table and its notes."""
-    notes: list[str] = []
-    cells: dict[tuple[str, str], str] = {}
+def cells_of(columns: Iterable[str]) -> dict[tuple[str, str], str]:
+    """(method, column) -> what `cell` says."""
+    found: dict[tuple[str, str], str] = {}
     # inner widths that are multiples of the outer ones, as everywhere at real size
     plain = {"intermediate_size": 32}
     with (
@@ -152,21 +154,40 @@ def table() -> str:
         mock.patch.dict(tiny_towers.COMMON, plain),
         mock.patch.dict(tiny_mllm.CLIP, plain),
     ):
-        for column in COLUMNS:
+        for column in columns:
             (place := Path(folder) / column.replace(" ", "_")).mkdir()
             made = Column.make(column, place)
-            for name in methods.names(heads=False):
-                text = cell(name, made)
-                if text != "yes" and not text.startswith("`"):
-                    if text not in notes:
-                        notes.append(text)
-                    text = f"no ({notes.index(text) + 1})"
-                cells[name, column] = text
+            for name in plain_methods.names(heads=False):
+                found[name, column] = cell(name, made)
+    return found
+
+
+def table() -> str:
+    """Markdown of the table and its notes."""
+    cells, notes = cells_of(COLUMNS), []
+    for at, text in cells.items():
+        if text != "yes" and not text.startswith("`"):
+            if text not in notes:
+                notes.append(text)
+            cells[at] = f"no ({notes.index(text) + 1})"
     lines = [f"| | {' | '.join(COLUMNS)} |", "|---" * (len(COLUMNS) + 1) + "|"]
-    for name in methods.names(heads=False):
+    for name in plain_methods.names(heads=False):
         lines.append(f"| `{name}` | {' | '.join(cells[name, column] for column in COLUMNS)} |")
     lines += ["", *(f"{at}. {note}" for at, note in enumerate(notes, 1))]
     return "\n".join(lines).rstrip()
+
+
+def read(page: str) -> dict[tuple[str, str], str]:
+    """What `page` says, as `cells_of` gives it."""
+    lines = page.partition(BEGIN)[2].partition(END)[0].strip().splitlines()
+    notes = dict(line.split(". ", 1) for line in lines if line[:1].isdigit())
+    (_, *columns), _, *rows = (
+        [part.strip() for part in line.strip("|").split("|")] for line in lines if line[:1] == "|"
+    )
+    said = {
+        (name.strip("`"), column): text for name, *cells in rows for column, text in zip(columns, cells, strict=True)
+    }
+    return {at: notes[text[4:-1]] if text.startswith("no (") else text for at, text in said.items()}
 
 
 def written(page: str, made: str) -> str:

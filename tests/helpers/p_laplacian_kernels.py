@@ -132,9 +132,9 @@ def traffic(case: Case) -> list[tuple[str, int, int]]:
         counted[0] += int(mask.data.sum()) * ptrs.get_element_ty().primitive_bitwidth // 8
         return store(self, ptrs, value, mask, *rest)
 
-    def counting_launch(kernel, grid, tensors, options, warps):
+    def counting_launch(kernel, grid, tensors, options, blocks):
         counted[0] = 0
-        run(kernel, grid, tensors, options, warps)
+        run(kernel, grid, tensors, options, blocks)
         rows.append((kernel.__name__, counted[0], launch.described(kernel, grid, tensors, options).bytes()))
 
     with (

@@ -1,4 +1,4 @@
-"""As much of Ray as the preparation of data uses, in the place of the package."""
+"""As much of Ray as the preparation of data uses, in place of the package."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ WORK = (
 
 
 def stand_in() -> SimpleNamespace:
-    """As much of Ray as `run_jobs` uses. A task is a new process, with the variables of `runtime_env` in the place of
+    """As much of Ray as `run_jobs` uses. A task is a new process, with the variables of `runtime_env` in place of
     the driver's, as Ray 2.60 does it (findings/ray_runtime_env_pythonpath.sh)."""
     ray = SimpleNamespace(is_initialized=lambda: False, shutdown=lambda: None)
     ray.exceptions = SimpleNamespace(RayTaskError=ZeroDivisionError)

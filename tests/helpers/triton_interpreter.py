@@ -32,7 +32,7 @@ def interpreter() -> Iterator[ProcessPoolExecutor]:
 def _begin() -> None:
     """Let a kernel that calls functions of one module many times prepare that module once.
 
-    For every call Triton's interpreter replaces the operators anew, which takes longer than the arithmetic.
+    For every call Triton's interpreter replaces the operators again, which takes longer than the arithmetic.
     """
     import torch
     from triton.runtime import interpreter as triton_interpreter

@@ -37,6 +37,22 @@ def test_bad_input_from_the_shell_is_one_line_and_exit_code_2(folder):
     assert done.returncode == 2 and is_one_line(done.stderr, "optim.lrr", "'lr'")
 
 
+@pytest.mark.parametrize(("script", "more"), [("train.py", []), ("study.py", ["--vary", "seed=1"])])
+def test_check_with_fresh_looks_at_the_new_directory(command, folder, tmp_path, script, more):
+    """What stands at the old one, here files that are not a run's, does not matter then."""
+    old = tmp_path / "run"
+    for taken in (old, old / "seed1"):
+        taken.mkdir()
+        (taken / "photo.jpg").touch()
+    sets = ["--set", f"run_dir={old}", "--set", "engine.deepspeed=ds_configs/zero1.json"]
+    words = ["--recipe", folder / "recipe.yaml", *sets, *more, "--check"]
+    code, _, err = command(script, *words)
+    assert code == 2 and is_one_line(err, "not a run's")
+    code, _, err = command(script, *words, "--fresh")
+    assert code == 0, err
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
 def test_check_prints_sizes_and_trains_nothing(command, folder):
     code, out, _ = command("train.py", "--recipe", folder / "recipe.yaml", "--check")
     assert code == 0 and not (folder / "run").exists()
@@ -81,7 +97,7 @@ def test_the_plan_for_other_numbers_of_ranks(command, folder):
 
 def test_check_says_what_a_start_would_do_in_the_run_directory(command, folder, tmp_path, monkeypatch):
     from mmpeft_ds import recipe as recipes
-    from mmpeft_ds.engine import checkpoint, rundir
+    from mmpeft_ds.engine import checkpoint_files, rundir
 
     run = tmp_path / "run"
     words = ("train.py", "--recipe", folder / "recipe.yaml", "--check", "--set", f"run_dir={run}")
@@ -89,8 +105,8 @@ def test_check_says_what_a_start_would_do_in_the_run_directory(command, folder, 
     run.mkdir()
     (run / "recipe.yaml").write_text(recipes.to_yaml(trained))
     saved = {"recipe": recipes.to_dict(trained), "state": {"step": 30}}
-    monkeypatch.setattr(checkpoint, "_newest_valid", lambda folder: run / "checkpoints" / "step-30")
-    monkeypatch.setattr(checkpoint, "read_json", lambda path, name: saved[name])
+    monkeypatch.setattr(checkpoint_files, "newest", lambda folder: run / "checkpoints" / "step-30")
+    monkeypatch.setattr(checkpoint_files, "read_json", lambda path, name: saved[name])
     code, out, err = command(*words, "--set", "optim.epochs=8")
     assert code == 0 and "continues this run after step 30 of 40" in " ".join(out.split()), err
     code, _, err = command(*words, "--set", "optim.lr=0.5")
@@ -121,7 +137,16 @@ def test_print_recipe_prints_a_recipe_that_loads(command, folder, tmp_path):
         ("evaluate.py", ["--run", "no/such/run"], ["no/such/run", "recipe.yaml"]),
         ("predict.py", ["--adapter", "a", "--images", "no-images", "--text", "x"], ["no-images"]),
         ("predict.py", ["--adapter", "a", "--images", str(ROOT / "recipes"), "--text", "x"], ["no image"]),
-        ("predict.py", ["--adapter", "a", "--images", str(ROOT / "LICENSE"), "--text", "x"], ["a:", "adapter"]),
+        (
+            "predict.py",
+            ["--adapter", "a", "--images", str(ROOT / "LICENSE"), "--text", "x"],
+            ["LICENSE", "no picture"],
+        ),
+        (
+            "predict.py",
+            ["--adapter", "a", "--images", str(ROOT / "docs/images/easy_vqa_answers.png"), "--text", "x"],
+            ["a:", "adapter"],
+        ),
     ],
 )
 def test_bad_arguments_are_one_line(command, script, args, words):
@@ -139,7 +164,7 @@ def test_only_rank_0_speaks_of_an_error_that_all_ranks_have(monkeypatch, capsys)
     def bad():
         raise BadInput("a\nb")
 
-    for rank, printed in (("0", "error: a b\n"), ("1", "")):
+    for rank, printed in (("0", "error: a\\nb\n"), ("1", "")):
         monkeypatch.setenv("RANK", rank)
         with pytest.raises(SystemExit) as left:
             console.run(bad)
@@ -171,17 +196,21 @@ def test_a_fault_of_ours_keeps_its_traceback():
         console.run(lambda: 1 / 0)
 
 
-def test_a_rank_that_lost_another_says_so_in_one_line(monkeypatch, capsys):
+GLOO = "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:547] Connection closed by peer [::1]:9\nC"
+
+
+@pytest.mark.parametrize("kind", ["gloo", "store"])
+def test_a_rank_that_lost_another_says_so_in_one_line(monkeypatch, capsys, kind):
+    import torch
+
     def alone():
-        raise RuntimeError(
-            "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:547] Connection closed by peer [::1]:9\nC"
-        )
+        raise RuntimeError(GLOO) if kind == "gloo" else torch.distributed.DistNetworkError("Broken pipe")
 
     monkeypatch.setenv("RANK", "3")
     with pytest.raises(SystemExit) as left:
         console.run(alone)
     err = capsys.readouterr().err
-    assert left.value.code == 1 and err.count("\n") == 1 and err.startswith("rank 3: lost its connection")
+    assert left.value.code == 1 and err.count("\n") == 1 and err.startswith("rank 3: lost its connection to another")
     with pytest.raises(RuntimeError, match="ours"):
         console.run(lambda: (_ for _ in ()).throw(RuntimeError("a fault of ours")))
 

@@ -7,9 +7,11 @@ import re
 import shlex
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
+from mmpeft_ds.runs import inputs
 from tests.helpers.data.images import encoded
 from tests.helpers.runs import tiny_adapters
 
@@ -45,7 +47,7 @@ def test_a_picture_that_cannot_be_read_has_a_row_with_its_error_and_the_others_g
     assert code == 2 and err.count("error: ") == 1 and "1 of 3 images" in err and "photo1.jpg" in err
     good, bad, last = rows_of(out)
     assert "error" in bad and "prediction" not in bad and "prediction" in good and "prediction" in last
-    assert "cannot be read" in shown
+    assert "cannot be read" in shown and f"2 answers, 1 without: {out}" in shown
     (photos / "photo1.jpg").write_bytes(encoded(3))  # mended, the same command asks about this one alone
     code, shown, _ = command(
         "predict.py", "--adapter", adapters("captioning"), "--images", photos, "--out", out, "--batch", 1
@@ -54,6 +56,17 @@ def test_a_picture_that_cannot_be_read_has_a_row_with_its_error_and_the_others_g
     assert {row["image"]: "prediction" in row for row in rows_of(out)} == {
         str(photos / name): True for name in ("photo0.jpg", "photo1.jpg", "photo2.png")
     }
+
+
+def test_a_name_that_is_not_utf_8_has_its_row_and_is_found_again(adapters, photos, command):
+    (photos / "photo1.jpg").rename(photos / "photo\udcff\n1.jpg")
+    out = photos.parent / "captions.jsonl"
+    words = ("predict.py", "--adapter", adapters("captioning"), "--images", photos, "--out", out)
+    code, shown, _ = command(*words)
+    assert code == 0 and str(photos / "photo\udcff\n1.jpg") in {row["image"] for row in rows_of(out)}
+    assert r"photo\udcff\n1.jpg" in shown
+    code, shown, _ = command(*words)
+    assert code == 0 and "3 images had theirs already" in shown
 
 
 def test_an_interrupted_call_keeps_its_answers_and_the_same_command_asks_the_rest(
@@ -104,6 +117,42 @@ def test_a_task_that_needs_a_text_says_so_before_anything_is_loaded(adapters, ph
     assert code == 2 and "nothing to ask" in err and "--text" in err and err.count("\n") == 1
 
 
+def test_files_without_a_picture_among_them_are_refused_before_the_model_is_loaded(
+    adapters, photos, command, monkeypatch
+):
+    from mmpeft_ds import adapter
+
+    lines = photos.parent / "train.jsonl"
+    lines.write_text('{"image": "photo0.jpg"}\n')
+    (photos / "photo1.jpg").rename(photos.parent / "nameless")
+    monkeypatch.setattr(adapter, "load", None)
+    for script, more in (("predict.py", ()), ("search.py", ("--text", "a dog", "--out", photos.parent / "hits"))):
+        code, _, err = command(script, "--adapter", adapters("retrieval"), "--images", lines, *more)
+        assert code == 2 and f"--images {lines}: is no picture" in err and err.count("\n") == 1
+    assert inputs.find_pictures([photos.parent / "nameless"]), "a picture by another name is taken"
+    assert inputs.find_pictures([lines, photos]), "beside pictures it has its row with the error"
+
+
+@pytest.mark.parametrize("texts", [[""], ["what is it", "  "]])
+def test_an_empty_question_is_no_question(adapters, photos, command, monkeypatch, texts):
+    import mmpeft_ds
+    from mmpeft_ds import adapter
+    from mmpeft_ds.errors import BadInput
+
+    words = [word for text in texts for word in ("--text", text)]
+    assert command("predict.py", "--adapter", adapters("captioning"), "--images", photos, *words)[0] == 0
+    loaded = mmpeft_ds.load(adapters("vqa"))
+    with pytest.raises(BadInput, match="a text to ask is empty"):
+        loaded.predict([photos / "photo0.jpg"], [texts])
+    monkeypatch.setattr(adapter, "load", None)
+    for kind in ("vqa", "retrieval"):
+        code, _, err = command("predict.py", "--adapter", adapters(kind), "--images", photos, *words)
+        assert code == 2 and "a text to ask is empty" in err and err.count("\n") == 1
+    out = photos.parent / "hits"
+    code, _, err = command("search.py", "--adapter", adapters("retrieval"), "--images", photos, *words, "--out", out)
+    assert code == 2 and "nothing to look for" in err and not out.exists()
+
+
 @pytest.mark.parametrize("name", ["cuda", "cuda:1", "gpu"])
 def test_a_device_that_is_not_there_is_one_line(adapters, photos, command, monkeypatch, name):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
@@ -133,6 +182,27 @@ def test_stored_features_are_answered_as_the_pictures_they_were_made_of(adapters
         # features are stored in half precision
         assert [r[key] for r in of_pictures] == pytest.approx([r[key] for r in of_features], abs=2e-3)
         assert len({round(r[key], 4) for r in of_features}) > 1
+
+
+def test_arrays_that_are_no_features_have_rows_with_their_errors(adapters, photos, tmp_path, command):
+    directory = adapters("classification on stored features")
+    towers = json.loads((directory / "towers.json").read_text())
+    width, folder = towers["image_width"], tmp_path / "arrays"
+    folder.mkdir()
+    bad = {
+        "0": np.zeros(width + 3, np.float32),
+        "2": np.full(width, np.nan, np.float32),
+        "3": np.array(["a"] * width),
+        "4": np.zeros((2, 2, width), np.float32),
+        "5": np.zeros(width, np.int64),
+        "6": np.zeros(0, np.float32),
+    }
+    for name, array in {**bad, "1": np.ones(width, np.float32), "7": np.ones((3, width), np.float16)}.items():
+        np.save(folder / f"{name}.npy", array)
+    out = tmp_path / "answers.jsonl"
+    code, _, err = command("predict.py", "--adapter", directory, "--images", folder, "--out", out, "--batch", 2)
+    assert code == 2 and "6 of 8 images" in err
+    assert {Path(row["image"]).stem for row in rows_of(out) if "error" in row} == bad.keys()
 
 
 def test_pictures_given_to_a_model_of_stored_features_from_python_are_one_line(adapters, photos):

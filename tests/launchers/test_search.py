@@ -1,11 +1,15 @@
 """Searching a folder of new pictures with a retrieval adapter, as a user does."""
 
 import json
+import shutil
 
+import numpy as np
 import pytest
 from PIL import Image
 
 from mmpeft_ds import adapter
+from mmpeft_ds.data import pictures
+from mmpeft_ds.runs import inputs
 from tests.helpers.runs import tiny_adapters
 
 
@@ -52,6 +56,32 @@ def test_the_sheet_shows_the_pictures_in_order_of_their_rank(adapters, tmp_path,
     assert column == [colours[h["image"].rpartition("/")[2][:-4]] for h in hits]
 
 
+def test_the_sheet_shows_a_picture_as_the_model_reads_it(tmp_path):
+    """Turned as its EXIF says: a phone's pictures lay on their side."""
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the top of what is seen is stored at the left
+    stored = Image.new("RGB", (40, 40), "red")
+    stored.paste("blue", (20, 0, 40, 40))
+    stored.save(tmp_path / "a.png", exif=exif)
+    seen = pictures.shown((tmp_path / "a.png").read_bytes())
+    assert seen.getpixel((20, 5)) == (255, 0, 0) and seen.getpixel((20, 35)) == (0, 0, 255)
+    deep = Image.fromarray(np.full((8, 8), 20_000, dtype=np.uint16))
+    deep.save(tmp_path / "b.png")
+    assert pictures.shown((tmp_path / "b.png").read_bytes()).getpixel((4, 4)) == (78, 78, 78)
+
+
+def test_hidden_files_of_a_folder_are_no_pictures_and_those_with_other_endings_are_told(photos, capsys):
+    (photos / "._photo0.jpg").write_bytes(b"macOS")
+    (photos / ".thumbnails").mkdir()
+    (photos / ".thumbnails" / "photo0.jpg").write_bytes(b"small")
+    assert [p.name for p in inputs.find_pictures([photos])] == ["photo0.jpg", "photo1.jpg", "photo2.png"]
+    assert inputs.find_pictures([photos / "._photo0.jpg"]), "one that is named is taken"
+    assert not capsys.readouterr().err
+    (photos / "photo3.heic").write_bytes(b"")
+    assert len(inputs.find_pictures([photos])) == 3
+    assert "endings are others: 1, first photo3.heic" in capsys.readouterr().err
+
+
 def test_captions_are_ranked_for_each_picture(adapters, photos, command, tmp_path):
     (tmp_path / "captions.txt").write_text("\n".join(tiny_adapters.CAPTIONS) + "\n\n")
     code, shown, err = command(
@@ -86,12 +116,48 @@ def test_a_second_search_reads_no_picture_that_has_not_changed(adapters, photos,
     assert len(seen) == 7, "features of another adapter are not taken over"
 
 
+def test_a_kill_leaves_the_features_of_pictures_that_were_read(adapters, photos, command, monkeypatch):
+    from mmpeft_ds.runs import search
+
+    out, left = photos.parent / "o", photos.parent / "left"
+    read = search.Searcher.picture
+
+    def seen(self, path):
+        if path.name == "photo2.png":
+            shutil.copytree(out, left)  # as a kill would leave it
+        return read(self, path)
+
+    words = ("search.py", "--adapter", adapters("retrieval"), "--images", photos, "--text", "red", "--batch", 1)
+    monkeypatch.setattr(search.Searcher, "picture", seen)
+    monkeypatch.setattr(search, "SAVE_EVERY", -1)
+    assert command(*words, "--out", out)[0] == 0
+    again = []
+    monkeypatch.setattr(search.Searcher, "picture", lambda self, path: again.append(path.name) or read(self, path))
+    assert command(*words, "--out", left)[0] == 0 and again == ["photo2.png"]
+    assert hits_of(left) == hits_of(out)
+
+
 def test_pictures_that_cannot_be_read_are_left_out_and_said(adapters, photos, command):
     (photos / "photo1.jpg").write_bytes(b"no picture")
     out = photos.parent / "o"
     words = ("search.py", "--adapter", adapters("retrieval"), "--images", photos, "--text", "red", "--out", out)
     code, _, err = command(*words)
     assert code == 2 and "1 of 3 images" in err and "photo1.jpg" in err and len(hits_of(out)) == 2
+    Image.new("RGB", (900, 3)).save(photos / "photo2.png")
+    code, shown, err = command(*words)
+    assert code == 2 and "2 of 3 images" in err and "left out: " in shown, "each one is named"
+    assert "photo2.png: cannot be used (aspect" in shown and ".npy" not in shown
+
+
+def test_a_link_to_nothing_is_left_out_and_a_name_that_is_not_utf_8_is_found(adapters, photos, command):
+    (photos / "photo1.jpg").rename(photos / "photo\udcff.jpg")
+    (photos / "photo1.jpg").symlink_to(photos / "nowhere.jpg")
+    out = photos.parent / "o"
+    words = ("search.py", "--adapter", adapters("retrieval"), "--images", photos, "--text", "red", "--out", out)
+    for _ in range(2):
+        code, shown, err = command(*words)
+        assert code == 2 and "1 of 4 images" in err and "photo1.jpg" in err and r"photo\udcff.jpg" in shown
+        assert str(photos / "photo\udcff.jpg") in {hit["image"] for hit in hits_of(out)}
 
 
 @pytest.mark.parametrize(

@@ -345,7 +345,7 @@ def test_every_ablation_of_the_guide_is_a_config_that_scores_otherwise():
             assert not torch.equal(*outs), row
 
 
-# --------------------------------------------------------------------------- made once, and made anew when it must be
+# --------------------------------------------------------------------------- made once, and made again when it must be
 
 
 def test_what_is_kept_between_batches_follows_weights_and_bank():

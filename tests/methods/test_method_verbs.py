@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from mmpeft_ds import methods
 from mmpeft_ds.errors import BadInput
 from mmpeft_ds.sites import find_sites
-from mmpeft_ds.sites.condition import Condition, conditioned, enable_checkpointing
+from mmpeft_ds.sites.condition import MEDIA, QUESTION, Condition, conditioned, enable_checkpointing
+from tests.helpers import plain_methods
 from tests.helpers.models.tiny_stock import fill, image
 from tests.helpers.models.tiny_zoo import ZOO, output
 
@@ -25,14 +26,15 @@ MODELS = ("bert", "gpt2", "blip", "bart")
 # Not `enable_input_require_grads`, whose leaf BLIP changes in place.
 WITH_GRADIENT = torch.ones(1, requires_grad=True)
 # peft's own layers take the change off again, which does not restore the bits.
-PEFTS_OWN = [name for name in methods.names(heads=False) if methods.get(name).Tuner is None]
+PEFTS_OWN = [name for name in plain_methods.names(heads=False) if methods.get(name).Tuner is None]
 
 
 @contextmanager
 def condition(rows: int = 2):
     """What a composed model would publish."""
     states = torch.randn(rows, 5, 16, generator=torch.Generator().manual_seed(6))
-    with conditioned(Condition(image(rows), encoder=states)):
+    kinds = torch.tensor([[MEDIA, MEDIA, QUESTION, QUESTION]]).expand(rows, -1)
+    with conditioned(Condition(image(rows), encoder=states, kinds=kinds)):
         yield
 
 
@@ -53,7 +55,7 @@ def attach(name: str, model: nn.Module, filled: bool = True, **options: object) 
 
 def attachable() -> list[tuple[str, str]]:
     pairs = []
-    for name in methods.names(heads=False):
+    for name in plain_methods.names(heads=False):
         for model in MODELS:
             try:
                 attach(name, ZOO[model].build())
@@ -92,7 +94,7 @@ def bare(model: nn.Module) -> dict[str, Tensor]:
 
 
 def test_every_method_attaches_to_some_of_these_models():
-    assert {name for name, _ in PAIRS} == set(methods.names(heads=False))
+    assert {name for name, _ in PAIRS} == set(plain_methods.names(heads=False))
     assert {model for _, model in PAIRS} == set(MODELS)
 
 
@@ -265,7 +267,7 @@ def test_trainables_are_float32_on_a_bfloat16_base(pair):
 
 
 # a head in bfloat16 stays so with peft's own tuners
-@pytest.mark.parametrize("name", [name for name in methods.names(heads=False) if name not in PEFTS_OWN])
+@pytest.mark.parametrize("name", [name for name, model in PAIRS if model == "bert" and name not in PEFTS_OWN])
 def test_heads_that_train_beside_are_float32_and_saved(name, tmp_path):
     wrapped = attach(name, ZOO["bert"].build().to(torch.bfloat16), modules_to_save=["pooler"])
     with condition():
@@ -277,3 +279,17 @@ def test_heads_that_train_beside_are_float32_and_saved(name, tmp_path):
     again = peft.PeftModel.from_pretrained(ZOO["bert"].build().to(torch.bfloat16), tmp_path)
     with condition():
         assert torch.equal(again(**ZOO["bert"].inputs()).pooler_output, pooled)
+
+
+@pytest.mark.parametrize("name", ["aurora", "graph_lora", "routed_lora", "tens_lora"])
+def test_an_adapter_that_is_not_finite_is_not_merged_where_that_is_asked_for(name):
+    options = {"route": "none"} if name == "routed_lora" else {}
+    wrapped = attach(name, ZOO["gpt2"].build(), **options)
+    frozen = {n: p.clone() for n, p in bare(wrapped).items()}
+    with torch.no_grad():
+        for parameter in wrapped.parameters():
+            if parameter.requires_grad:
+                parameter.fill_(torch.nan)
+    with pytest.raises(ValueError, match=r"h\.0\.attn.*adapter 'default' is not finite and was not merged"):
+        wrapped.merge_adapter(safe_merge=True)
+    assert all(torch.equal(p, frozen[n]) for n, p in bare(wrapped).items())

@@ -10,7 +10,8 @@ from transformers import BertConfig, BertForSequenceClassification, BertModel
 import mmpeft_ds
 from mmpeft_ds import methods
 from mmpeft_ds.errors import BadInput
-from mmpeft_ds.sites.condition import Condition
+from mmpeft_ds.sites.condition import Condition, conditioned
+from tests.helpers import plain_methods
 from tests.helpers.models import tiny_feature_model
 
 CONFIGS = ["RoutedLoraConfig", "PAdapterConfig", "BitFitConfig"]
@@ -36,6 +37,50 @@ def test_a_weighted_sum_of_adapters_is_refused_with_what_to_do(name):
     model.add_adapter("b", config())
     with pytest.raises(BadInput, match="set_adapter"):
         model.add_weighted_adapter(["default", "b"], [0.5, 0.5], "c")
+
+
+def test_merging_looks_at_the_adapters_that_are_named_and_not_only_at_the_active_one():
+    model = peft.get_peft_model(bert(), mmpeft_ds.RoutedLoraConfig(r=2, route="none"))
+    model.add_adapter("routed", mmpeft_ds.RoutedLoraConfig(r=2, route="mul"))
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    for verb in (model.merge_adapter, model.merge_and_unload):
+        with pytest.raises(BadInput, match="'routed' cannot be merged: it routes by 'mul'"):
+            verb(adapter_names=["default", "routed"])
+        with pytest.raises(BadInput, match="no adapter 'other'. Known: default, routed"):
+            verb(adapter_names=["other"])
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    model.set_adapter("routed")
+    assert not hasattr(model.merge_and_unload(adapter_names=["default"]), "peft_config")
+
+
+@pytest.mark.parametrize("taken", ["layer", "0", "weight", "a.b"])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_an_adapter_named_as_a_part_of_the_model_is_refused(name, taken):
+    """peft writes an empty file for every other adapter of the model."""
+    config = getattr(mmpeft_ds, name)
+    with pytest.raises(BadInput, match=f"adapter_name: '{taken}' .* Choose another"):
+        peft.get_peft_model(bert(), config(), adapter_name=taken)
+    model = peft.get_peft_model(bert(), config(), adapter_name="german")
+    with pytest.raises(BadInput, match=f"adapter_name: '{taken}' "):
+        model.add_adapter(taken, config())
+    assert list(model.peft_config) == ["german"]
+
+
+def test_stock_peft_loses_the_other_adapters_of_such_a_name():
+    """A fact about peft: the check above may go when this fails."""
+    config = peft.LoraConfig(target_modules=["query"])
+    model = peft.get_peft_model(bert(), config, adapter_name="layer")
+    model.add_adapter("second", config)
+    assert not peft.get_peft_model_state_dict(model, adapter_name="second")
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_an_adapter_for_each_row_is_refused_where_peft_would_run_the_active_one_for_all(name):
+    config = getattr(mmpeft_ds, name)
+    model = peft.get_peft_model(bert(), config()).eval()
+    model.add_adapter("b", config())
+    with pytest.raises(BadInput, match=r"adapter_names: .* set_adapter\(name\)"):
+        model(input_ids=torch.ones(2, 3, dtype=torch.long), adapter_names=["default", "b"])
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -96,8 +141,20 @@ def test_a_condition_of_the_wrong_shape_is_refused_where_it_is_made(given, says)
         Condition(**given)
 
 
+@pytest.mark.parametrize("given", [{"tokens": [[[1.0]]]}, {"tokens": "image"}, {"kinds": torch.zeros(2, 3).numpy()}])
+def test_a_condition_that_is_no_tensor_is_refused_where_it_is_made(given):
+    with pytest.raises(TypeError, match=rf"Condition\({next(iter(given))}=...\): expected a tensor, got a"):
+        Condition(**given)
+
+
+def test_a_bare_tensor_is_no_condition():
+    with pytest.raises(TypeError, match=r"expected a Condition, got a Tensor: Condition\(tokens=x\)"):
+        with conditioned(torch.zeros(2, 1, 16)):
+            pass
+
+
 def test_every_method_of_ours_has_a_type_that_peft_can_name():
-    names = [name for name in methods.names() if name not in ("lora", "ia3")]
+    names = [name for name in plain_methods.names() if name not in ("lora", "ia3")]
     assert names
     for name in names:
         kind = methods.get(name).Config().peft_type

@@ -25,6 +25,7 @@ METHODS = {
     "graph_lora": {"r": 3},
     "p_adapter": {"r": 2},
     "aurora": {"r": 3},
+    "tens_lora": {"r": 3},
     "deep_prompt": {"style": "prefix", "reparameterize": 3},
     "lora": {"r": 3, "init_lora_weights": False},
     "lora_dora": {"r": 3, "init_lora_weights": False, "use_dora": True},

@@ -50,12 +50,31 @@ def test_the_comparison_sees_a_rule_that_is_missing():
         ("हिन्दी में, ไทย", "हिन्दी में ไทย"),
         ("a\nline\r\nbreak\u2028here", "a line break here"),
         ("we stay at the B&Bx.", "we stay at the b&b x."),
+        ("he is (>-`) or (`->)", "he is -lrb->-`-rrb- or -lrb- > -rrb-"),
+        ("write to a@b.com'\u3000", "write to a@b.com'"),
         ("", ""),
         (" . ", ""),
     ],
 )
 def test_words_of_captions(caption, words):
     assert tokenize(caption) == words.split()
+
+
+@pytest.mark.parametrize(
+    ("last", "words"),
+    [
+        ("apples etc.", "apples etc."),
+        ("apples etc.)", "apples etc. -rrb-"),
+        ("apples etc. ", "apples etc."),
+        ("apples etc.5", "apples etc. .5"),
+        ("apples etc..", "apples etc."),
+        ("figs co. a", "figs co. a"),
+        ("a dog at no.", "a dog at no"),
+        ("a dog.", "a dog"),
+    ],
+)
+def test_an_abbreviation_at_the_end_of_all_captions_keeps_its_period_and_gives_another(last, words):
+    assert list(tokenize_all(["x", last])) == [["x"], words.split()]  # as the program printed them
 
 
 def test_characters_that_the_program_does_not_know_part_words():

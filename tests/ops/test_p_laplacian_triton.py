@@ -98,7 +98,7 @@ def test_bytes_of_the_model_are_those_that_the_kernels_load_and_store(kernels, c
         assert counted == model, (kernel, counted, model)
 
 
-@pytest.mark.parametrize("name", ["LLaVA-7B", "LLaVA-7B, not causal", "LLaVA-7B in float32"])
+@pytest.mark.parametrize("name", ["LLaVA-7B", "LLaVA-7B, not causal", "LLaVA-7B in float32, not causal"])
 def test_an_attention_of_a_large_language_model_moves_at_most_20_gib(name):
     from benchmarks.p_laplacian_bytes import ROWS, count
 

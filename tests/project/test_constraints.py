@@ -36,7 +36,7 @@ def declared(*extras: str) -> list[Requirement]:
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_every_dependency_is_pinned_within_its_bounds(device):
     pinned = pins(device)
-    for requirement in declared("demo", "captioner", "dev", "docs"):
+    for requirement in declared("demo", "captioner", "quantise", "dev", "docs"):
         version = pinned[canonicalize_name(requirement.name)]
         assert requirement.specifier.contains(version), f"{requirement} but {version}"
 

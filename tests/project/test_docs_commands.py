@@ -172,6 +172,26 @@ def test_what_troubleshooting_quotes_is_what_the_code_says():
     assert not [quote for quote in quoted if not said(quote)] and not said("a line that nothing says")
 
 
+def not_there(text):
+    """Files of this project, and functions in them, that the prose of a page names and that are not there."""
+    folders = [ROOT, ROOT / "mmpeft_ds", ROOT / "data_prep"]
+    rooms = {p.name for folder in folders for p in folder.iterdir() if p.is_dir()}
+    prose = re.sub(r"```.*?```|saved as `[^`]+`", "", text, flags=re.DOTALL)
+    for path, name in re.findall(r"`((?:[\w-]+/)+[\w.-]+\.(?:py|sh))`(?:: `([\w.]+)`)?", prose):
+        file = next((folder / path for folder in folders if (folder / path).is_file()), None)
+        if file is None and path.split("/")[0] in rooms:
+            yield path
+        elif file is not None and name:
+            code = file.read_text("utf-8")
+            yield from (name for part in name.split(".") if not re.search(rf"\b(def|class) {part}\b", code))
+
+
+def test_the_files_and_functions_that_pages_name_are_there():
+    assert not [(p.stem, name) for p in PAGES for name in not_there(p.read_text("utf-8"))]
+    wrong = "`tests/launchers/test_nothing.py`, `data/stream.py`: `Stream.nothing`, `deepspeed/runtime/config.py`"
+    assert list(not_there(wrong)) == ["tests/launchers/test_nothing.py", "Stream.nothing"]
+
+
 def test_every_link_of_the_readme_leads_to_a_file():
     """The links of docs/ are checked when the site is built."""
     links = re.findall(r"\]\(([^)#]+)", (ROOT / "README.md").read_text("utf-8"))

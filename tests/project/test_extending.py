@@ -89,7 +89,7 @@ def test_the_example_backbone_answers_samples_without_images_with_zeros(saved, t
 def test_the_example_method_attaches_trains_saves_and_loads(saved, tmp_path, monkeypatch):
     entry = saved("A method", methods, "channel_scale")
     assert issubclass(entry, SiteMethod) and methods.configs()["ChannelScaleConfig"] == "channel_scale"
-    for what in ("CONFIG", "TUNER", "PREFIX"):  # forgotten again behind this test
+    for what in ("CONFIG", "TUNER", "PREFIX"):  # forgotten again after this test
         monkeypatch.setitem(getattr(peft.mapping, f"PEFT_TYPE_TO_{what}_MAPPING"), "CHANNEL_SCALE", None)
     methods.register()
     base, config = tiny_stock.bert(), mmpeft_ds.ChannelScaleConfig(targets=["q", "out"])

@@ -18,7 +18,7 @@ from tests.helpers.runs.tiny_settings import carry_out
 # Recipes of your own data, and those whose data come as packages: other tests carry them out.
 OTHERS = {
     "align_emoji", "answering_easy_vqa", "captioning_openclipart", "captioning_own", "captioning_own_packaged",
-    "few_shot_emoji", "quickstart", "retrieval_openclipart", "retrieval_own",
+    "classification_own", "few_shot_emoji", "quickstart", "retrieval_openclipart", "retrieval_own",
 }  # fmt: skip
 RECIPES = sorted(p for p in (ROOT / "recipes").glob("*.yaml") if p.stem not in OTHERS)
 SETTINGS = [setting for path in RECIPES for setting in settings(path)]

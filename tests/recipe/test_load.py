@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+import mmpeft_ds
 from mmpeft_ds import recipe as recipes
 from mmpeft_ds.data.options import DataOptions
 from mmpeft_ds.errors import BadInput
@@ -86,6 +87,33 @@ def test_what_other_trainers_call_a_key_leads_to_one_that_exists():
             section, _, option = key.partition(".")
             assert section in known | {"nothing"}, (name, here)
             assert not option or option in {f.name for f in fields(of[section])}, (name, here)
+
+
+@pytest.mark.parametrize(
+    ("method", "name", "says"),
+    [
+        ("lora", "rank", "Here that is 'r'"),
+        ("coop", "num_virtual_tokens", "Here that is 'context'"),
+        ("deep_prompt", "num_virtual_tokens", "Here that is 'length'"),
+        ("mmrl", "num_tokens", "Here that is 'tokens'"),
+        ("p_adapter", "target_modules", "Here the places are chosen by 'sublayers', 'tower', 'layers'"),
+        ("routed_lora", "target_modules", "Here the places are chosen by 'targets', 'tower', 'layers'"),
+        ("peft", "rank", "stand below `options`: options.rank"),
+        ("clip_adapter", "rank", "unknown key. Known: ratio"),  # nothing there is a rank
+        ("lora", "num_virtual_tokens", "unknown key. Known: r,"),
+    ],
+)
+def test_an_option_that_other_libraries_call_otherwise_leads_to_the_methods_own(write, method, name, says):
+    with pytest.raises(BadInput) as refused:
+        recipes.filled(recipes.load(write(method={"name": method, name: 1})))
+    assert says in str(refused.value)
+
+
+def test_the_config_of_a_method_says_so_too():
+    with pytest.raises(TypeError, match="'rank'. Here that is 'r'. Known: "):
+        mmpeft_ds.PAdapterConfig(rank=8)
+    with pytest.raises(TypeError, match="'lenght'. Did you mean 'length'"):
+        mmpeft_ds.DeepPromptConfig(lenght=8)
 
 
 def test_keys_of_a_component_that_set_replaced_are_said_to_be_the_former_ones(write):

@@ -120,7 +120,7 @@ def test_records_without_the_fields_of_the_task_are_refused(folder, monkeypatch)
 
 @pytest.fixture
 def captions(folder, tmp_path):
-    """The toy data set with captions in the place of questions, as its manifest says."""
+    """The toy data set with captions in place of questions, as its manifest says."""
     data = Manifest.load(load(folder).data.sources[0].dir)
     data.labels, data.label_counts = None, None
     for split, shards in data.splits.items():

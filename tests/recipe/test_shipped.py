@@ -17,10 +17,12 @@ def test_a_shipped_recipe_is_valid_as_far_as_that_goes_without_its_data(path):
     recipe = recipes.load(path)
     checks.check_values(recipe)
     full = recipes.filled(recipe)
-    # a momentum teacher needs whole parameters
-    assert check_ds_config(recipe)["zero_optimization"]["stage"] == (
-        2 if full.backbone.get("form") == "retrieval" else 3
-    )
+    stage = 3
+    if full.backbone.get("form") == "retrieval":  # a momentum teacher needs whole parameters
+        stage = 2
+    if full.method["name"] == "linear_probe":  # solved without a step, on a small tower
+        stage = 1
+    assert check_ds_config(recipe)["zero_optimization"]["stage"] == stage
     for key, value in yaml.safe_load(path.read_text())["backbone"].items():
         assert full.backbone[key] == value
     assert recipe.data.validation, "the best checkpoint is chosen on something"

@@ -67,6 +67,17 @@ def test_predictions_of_evaluate_hold_their_references(tmp_path):
     assert score.pairs("captions", path, score.Source()) == [(SAID[i], THEIRS[i]) for i in SAID]
 
 
+def test_rows_of_one_picture_are_one_item_with_the_captions_of_all(tmp_path):
+    lines = ["a red bus", "the bus is red", "a dog"]
+    rows = [
+        {"sample_id": f"set/{n}", "prediction": line, "references": [line], "picture": "ab"[n // 2]}
+        for n, line in enumerate(lines)
+    ]
+    path = tmp_path / "predictions-test.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert score.pairs("captions", path, score.Source()) == [("a red bus", lines[:2]), ("a dog", lines[2:])]
+
+
 @pytest.mark.parametrize(("measure", "accuracy"), [("official", 0.5), ("2017", 1.0), ("exact", 0.5)])
 def test_answers_are_scored_by_the_chosen_evaluator(tmp_path, measure, accuracy):
     """Where all annotators agree, the evaluator of 2021 normalises nothing: "The Dog" is not "dog" to it."""

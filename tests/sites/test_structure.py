@@ -1,4 +1,4 @@
-"""Layers that no family names, read by their structure: norms before and behind, shared key heads, no experts."""
+"""Layers that no family names, read by their structure: norms before and after, shared key heads, no experts."""
 
 import pytest
 import torch

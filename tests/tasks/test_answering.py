@@ -43,6 +43,13 @@ def test_an_answer_is_drawn_in_proportion_to_its_score():
     assert drawn(task, TEN, 5) == drawn(task, TEN, 5)
 
 
+@pytest.mark.parametrize(("target", "answers"), [("sample", ["Green.", "red", "blue"]), ("best", ["Green."])])
+def test_every_text_that_training_may_draw_is_known_beforehand(target, answers):
+    task = Answering(Options(prompt="vqa: ", target=target), None)
+    texts = task.every_text(record(("what color?", TEN), ("why?", [])))
+    assert texts == [*(Prompted("vqa: what color?", answer) for answer in answers), Prompted("vqa: why?", "")]
+
+
 def test_the_best_answer_and_those_of_the_list_alone():
     best = Answering(Options(target="best"), None)
     assert {drawn(best, TEN, seed)[0].target for seed in range(20)} == {"Green."}

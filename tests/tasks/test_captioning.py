@@ -116,6 +116,28 @@ def test_rows_carry_all_references_and_score():
     assert scores["bleu1"] == pytest.approx(1.0) and task.main_metric in scores
 
 
+def test_samples_of_one_picture_score_as_one_sample_with_all_captions():
+    """One line a caption, as COCO's, Flickr30k's and MSR-VTT's files come; each id of a published file stays apart."""
+    task, said = Captioning(Options(), None), ["a red bus", "a cat on a mat", "a dog"]
+    captions = [["a red bus", "the bus is red"], ["a cat"], ["the dog runs", "a dog", "dogs"]]
+    whole = [{"captions": c, "picture": f"{p}"} for p, c in enumerate(captions)]
+    lines = [{"captions": [c], "picture": r["picture"]} for r in whole for c in r["captions"]]
+
+    def rows(records):
+        packed = batch(task, *records)
+        out = written(packed)
+        out.generated = [said[int(record["picture"])] for record in records]
+        return task.predict(out, packed)
+
+    assert task.score(rows(lines)) == task.score(rows(whole)) and task.scored(rows(lines)) == len(lines)
+    train = [{"captions": ["a dog"]}]
+    assert task.baselines(train, lines)["majority_cider"] == task.baselines(train, whole)["majority_cider"]
+    apart = [{**line, "image_id": number} for number, line in enumerate(lines)]
+    alone = [said[int(line["picture"])] for line in lines]
+    assert task.score(rows(apart)) == caption_scores(alone, [line["captions"] for line in lines])
+    assert task.score(rows(apart)) != task.score(rows(lines))
+
+
 def test_new_images_need_no_captions():
     task = Captioning(Options(prompt="caption: "), None)
     record, targets = task.ask(["", "in short: "])

@@ -258,7 +258,7 @@ def test_only_the_first_of_a_list_are_ranked_anew(folder):
     plain = {r["text"]: r["rank"] for r in evaluated(folder, batches, rerank=0) if r["text"]}
     for row in evaluated(folder, batches, rerank=2):
         if row["text"] and plain[row["text"]] > 2:
-            assert row["rank"] == 5, "behind everything: its picture is not in the list"
+            assert row["rank"] == 5, "after everything: its picture is not in the list"
         elif row["text"]:
             assert row["rank"] <= 2
 

@@ -15,6 +15,7 @@ from mmpeft_ds.data.manifest import Manifest
 from mmpeft_ds.data.options import DataOptions
 from mmpeft_ds.data.stream import Stream, StreamSource
 from mmpeft_ds.errors import BadSample
+from mmpeft_ds.tasks.retrieval import ranking
 from mmpeft_ds.tasks.retrieval.task import ENTRY, Options
 from tests.helpers.data.images import picture
 from tests.helpers.forked_ranks import in_ranks
@@ -61,8 +62,9 @@ def prepared(tmp_path, captions, one_line_a_caption, name="pairs", **more):
     return Manifest.load(out)
 
 
-def evaluated(manifest, right, rank=0, ranks=1, batch=5, broken=None, **options):
-    """Rows of an evaluation as the engine makes it; `broken` is the feature of one picture."""
+def evaluated(manifest, right, rank=0, ranks=1, batch=5, broken=None, noise=0.0, **options):
+    """Rows of an evaluation as the engine makes it; `broken` is the feature of one picture, `noise` what rounding adds
+    to each feature of a text."""
     task = ENTRY(Options(loss="contrast", rerank=0, **options), None)
     source = StreamSource(
         manifest,
@@ -77,6 +79,9 @@ def evaluated(manifest, right, rank=0, ranks=1, batch=5, broken=None, **options)
     )
     stream = Stream([source], DataOptions(global_batch=batch, workers=0), rank=rank, world_size=ranks, train=False)
     parts = [task.collect(outputs(b, right), b) for step in stream.epoch(0) for b in step.micro]
+    for number, part in enumerate(parts):
+        generator = torch.Generator().manual_seed(10 * rank + number)
+        part["text"] = part["text"] + noise * torch.randn(part["text"].shape, generator=generator)
     if broken is not None:
         parts[0]["image"][0] = broken
     return task, task.conclude(SimpleNamespace(), parts, "cpu")
@@ -126,6 +131,19 @@ def test_two_ranks_that_each_hold_a_part_of_a_picture_s_captions_evaluate_as_one
     assert any(row["rank"] > 3 for row in want)
     got = in_ranks(lambda rank: rows(rank, 2))
     assert got[0] == want and got[1] == []
+
+
+@pytest.mark.parametrize("apart", [ranking.ROUNDING, -1.0], ids=["", "control"])
+def test_rounding_does_not_part_equal_captions_so_ties_are_those_of_one_rank(tmp_path, monkeypatch, apart):
+    monkeypatch.setattr(ranking, "ROUNDING", apart)
+    manifest = prepared(tmp_path, SHARED, False)
+
+    def found(rank=0, ranks=1, **more):
+        rows = evaluated(manifest, False, rank, ranks, batch=4, **more)[1]
+        return sorted((row["kind"], row["sample_id"], row["text"], row["rank"], row["prediction"]) for row in rows)
+
+    alike = in_ranks(lambda rank: found(rank, 2, noise=1e-7))[0] == found()
+    assert alike == (apart > 0)
 
 
 def test_equal_captions_of_different_pictures_leave_the_pictures_apart(tmp_path):

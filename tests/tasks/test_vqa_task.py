@@ -186,6 +186,21 @@ def test_question_types_of_any_script_have_scores_of_their_own():
     assert {scores["accuracy_yes_no"], scores["accuracy_yes_no_2"]} == {0, 1} and scores["accuracy_type"] == 1
 
 
+def test_accuracy_by_question_type_stands_in_the_report_and_not_in_the_table():
+    task = Vqa(Options(), LABELS)
+    asked = [("what is", "a"), ("what is", "b"), ("none of the above", "a"), ("is the", None)]
+    rows = [
+        {"type": "other", "question_type": kind, "answers": ["a"] if said else [], "prediction": said or "a"}
+        for kind, said in asked
+    ]
+    assert task.grouped(rows)["question_type"] == {
+        "none of the above": {"questions": 1, "accuracy": 1.0},
+        "what is": {"questions": 2, "accuracy": 0.5},
+    }
+    assert set(task.score(rows)) == {"accuracy", "accuracy_other"}
+    assert task.grouped([{k: v for k, v in row.items() if k != "question_type"} for row in rows]) == {}
+
+
 def test_logits_that_are_no_numbers_give_no_accuracy_at_all():
     task = Vqa(Options(), LABELS)
     packed = batch(task, RECORD)

@@ -12,11 +12,24 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from data_prep.sources.common import annotations
-from data_prep.sources.common.index import Aside, Elsewhere, Entry, Index
+from data_prep.sources.common.entry import Aside, Elsewhere, Entry
+from data_prep.sources.common.index import Index
 
 SPLITS = ("train", "val", "test")
 COCO_KARPATHY = ("dataset_coco.json", "annotations/dataset_coco.json")
 KARPATHY_SPLITS = {"train": "train", "restval": "train", "val": "val", "test": "test"}
+
+
+def caption(value: Any, name: str) -> str:
+    """A caption of a record as it is.
+
+    Raises:
+        Aside: if it has no words, under `name`.
+        ValueError: if it is no text.
+    """
+    if not annotations.text(value).strip():
+        raise Aside("caption empty", name)
+    return value
 
 
 def coco(
@@ -47,7 +60,7 @@ def coco(
         if found is None:
             raise Aside("picture not listed under `images`", str(row["image_id"]))
         number, name, place = found
-        item = {"caption": annotations.text(row["caption"]), "id": row["id"]}
+        item = {"caption": caption(row["caption"], str(row["id"])), "id": row["id"]}
         captioned.extend(bytes(max(place + 1 - len(captioned), 0)))
         captioned[place] = 1
         return Entry(name, [name], item, {"image_id": number}, key=str(row["id"]))
@@ -78,16 +91,16 @@ def karpathy(
 
     def entry(pair: tuple[Any, Any]) -> Entry:
         image, sentence = pair
-        found = KARPATHY_SPLITS.get(image.get("split"))
-        if found != split and (found or split != "train"):  # which is told once
+        actual = KARPATHY_SPLITS.get(image.get("split"))
+        if actual != split and (actual or split != "train"):  # this is reported once
             raise Elsewhere
         name = path(image)
-        if found is None:
+        if actual is None:
             raise Aside(f"split that is none of {', '.join(KARPATHY_SPLITS)}", name)
         if image["sentences"] == []:
             index.count(split, "uncaptioned")
             raise Elsewhere
-        item = {"caption": annotations.text(sentence["raw"]), "id": sentence["sentid"]}
+        item = {"caption": caption(sentence["raw"], str(sentence["sentid"])), "id": sentence["sentid"]}
         return Entry(name, [name], item, {"image_id": image[id_key]}, key=str(sentence["sentid"]))
 
     return index.parsed(split, annotations.nested(annotations.items(file, "images"), "sentences"), entry)
@@ -101,14 +114,14 @@ def karpathy_split(image: Any) -> list[tuple[str, str | None]]:
 def blip(
     file: Path, split: str, index: Index, path: Callable[[str], str], image_id: Callable[[str], Any]
 ) -> Iterator[Entry]:
-    """Entries of a list of BLIP: a row a caption for training, a row a picture with a list for the others."""
+    """Entries of a list of BLIP: a row per caption for training, a row per picture with a list for the others."""
 
     def entry(pair: tuple[Any, Any]) -> Entry:
-        row, caption = pair
+        row, said = pair
         image = annotations.text(row["image"])
         name = path(image)
-        caption = row["caption"] if isinstance(row["caption"], str) else caption
-        return Entry(name, [name], {"caption": annotations.text(caption)}, {"image_id": image_id(image)})
+        said = row["caption"] if isinstance(row["caption"], str) else said
+        return Entry(name, [name], {"caption": caption(said, name)}, {"image_id": image_id(image)})
 
     return index.parsed(split, annotations.nested(annotations.items(file), "caption"), entry)
 
@@ -126,16 +139,16 @@ def tokens(
     captioned: set[str] = set()
 
     def entry(line: str) -> Entry:
-        key, tab, caption = line.partition("\t")
+        key, tab, said = line.partition("\t")
         name, mark, _ = key.rpartition("#")
-        if not tab or not mark or not caption.strip():
+        if not tab or not mark:
             raise Aside("line of another form", line[:60])
         if wanted is not None and name not in wanted:
             raise Elsewhere
+        said = caption(said, key).strip()
         captioned.add(name)
         path = f"{folder}/{name}"
-        fields = {"image_id": PurePosixPath(name).stem}
-        return Entry(path, [path], {"caption": annotations.text(caption.strip())}, fields, key=key)
+        return Entry(path, [path], {"caption": said}, {"image_id": PurePosixPath(name).stem}, key=key)
 
     yield from index.parsed(split, annotations.lines(file), entry)
     if without := len(set(wanted or ()) - captioned):

@@ -1,7 +1,7 @@
 """ImageNet's classes and folders, which several data sets share (specs/datasets.md 15).
 
 A class is its folder: 1,000 folders have 998 names. The two pairs of equal names (missile, sunglasses) get their
-folder behind the name, since results could not tell them apart.
+folder after the name, since results could not tell them apart.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from data_prep.sources.common import annotations
-from data_prep.sources.common.index import Entry, Index
+from data_prep.sources.common.entry import Entry
+from data_prep.sources.common.index import Index
 from mmpeft_ds.errors import BadInput
 
 HIDDEN = ("README.txt",)
@@ -22,15 +23,15 @@ _CLASS = re.compile(r"n?\d+")  # names of class folders: `n01440764`, and number
 
 def classes(file: Path) -> list[tuple[str, str]]:
     """(folder, name) of the lines `n01440764 tench` of classnames.txt, by folder, which is the order of labels."""
-    found = []
+    named = []
     for line in annotations.lines(file):
         folder, _, name = line.strip().partition(" ")
         if not name.strip():
-            raise BadInput(f"{file}: {line[:60]!r} has no class name behind its folder. Use CoOp's classnames.txt.")
-        found.append((folder, name.strip()))
-    if len({folder for folder, _ in found}) < len(found):
+            raise BadInput(f"{file}: {line[:60]!r} has no class name after its folder. Use CoOp's classnames.txt.")
+        named.append((folder, name.strip()))
+    if len({folder for folder, _ in named}) < len(named):
         raise BadInput(f"{file}: a folder stands twice. Use CoOp's classnames.txt.")
-    return sorted(found)
+    return sorted(named)
 
 
 def names(listed: Sequence[tuple[str, str]]) -> list[str]:
@@ -44,7 +45,7 @@ def entries(
 ) -> Iterator[Entry]:
     """Entries of a folder of class folders, classes and files in the order of their names.
 
-    Pictures in folders that look like a class and are none are set aside; classes without a folder are told.
+    Pictures in folders that look like a class and are none are set aside; classes without a folder are reported.
 
     Args:
         root: below which names of pictures stand.

@@ -11,70 +11,40 @@ import itertools
 import json
 import os
 import sqlite3
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pydantic_core import from_json, to_json
+
+from data_prep.sources.common.entry import WRONG_FORM, Aside, Elsewhere, Entry
+
 SHOWN = 10  # names kept for a reason to set records aside
 BLOCK = 1024  # rows handled at a time
-WRONG_FORM = (LookupError, TypeError, ValueError, AttributeError)  # what reading a row of another form raises
+ANOTHER_FORM = "record of another form"
 GROUP = 64  # samples that a thread looks at before it takes others
+SLOW = 0.001  # seconds that looking at a sample takes where the storage keeps the reader waiting
+THREADS = 8
 _SCHEMA = """
 CREATE TABLE sample(
-    id INTEGER PRIMARY KEY, split TEXT, name TEXT, files TEXT, fields TEXT, number INTEGER,
+    id INTEGER PRIMARY KEY, split TEXT, name TEXT, files BLOB, fields BLOB, number INTEGER,
     UNIQUE(split, name)
 );
-CREATE TABLE item(sample INTEGER, value TEXT);
-CREATE TABLE seen(split TEXT, key TEXT, PRIMARY KEY(split, key)) WITHOUT ROWID;
-CREATE TABLE looked_up(kind TEXT, key TEXT, value TEXT, PRIMARY KEY(kind, key)) WITHOUT ROWID;
-CREATE TABLE kept(name TEXT PRIMARY KEY, value TEXT) WITHOUT ROWID;
+CREATE TABLE item(sample INTEGER, value BLOB);
+CREATE TABLE seen(split TEXT, key TEXT, block INTEGER, PRIMARY KEY(split, key)) WITHOUT ROWID;
+CREATE TABLE looked_up(kind TEXT, key TEXT, value BLOB, PRIMARY KEY(kind, key)) WITHOUT ROWID;
+CREATE TABLE kept(name TEXT PRIMARY KEY, value BLOB) WITHOUT ROWID;
 CREATE TABLE aside(split TEXT, reason TEXT, name TEXT);
 CREATE TABLE number(split TEXT, name TEXT, value INTEGER, PRIMARY KEY(split, name)) WITHOUT ROWID;
 """
 
 
-@dataclass
-class Entry:
-    """One record of a data set, before those of one picture are put together.
-
-    Attributes:
-        name: the source's own name of the sample that it belongs to.
-        files: paths of its pictures, in order; those of the first record of a sample count.
-        item: what this record adds to the sample (a question, a caption); None adds nothing.
-        fields: further fields of the sample, of its first record.
-        key: the record's own id, text; a second record with it is set aside. None: it has none.
-    """
-
-    name: str
-    files: Sequence[str] = ()
-    item: Any = None
-    fields: dict[str, Any] = field(default_factory=dict)
-    key: str | None = None
-
-
-class Aside(Exception):
-    """A record that becomes no sample.
-
-    Args:
-        reason: why, a few words that others of its kind share.
-        name: which record.
-    """
-
-    def __init__(self, reason: str, name: str):
-        super().__init__(f"{name}: {reason}")
-        self.reason, self.name = reason, name
-
-
-class Elsewhere(Exception):
-    """A row that belongs to another split: neither read nor set aside."""
-
-
 class Index:
-    """Reads, and before `finish` also writes, an index. It may be used from several processes, each opens it anew.
+    """Reads, and before `finish` also writes, an index. Several processes may use it; each opens it for itself.
 
     Args:
         path: of the SQLite file.
@@ -85,6 +55,7 @@ class Index:
         self._connection: tuple[int, sqlite3.Connection] | None = None
         self._numbers: Counter[tuple[str, str]] = Counter()
         self._last = 0  # id of the sample that came last
+        self._block = 0  # number of the block of records that came last
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_connection": None}
@@ -95,7 +66,7 @@ class Index:
         return self.path.exists()
 
     def build(self, fill: Callable[[Index], None]) -> None:
-        """Make the index with `fill` under a temporary name, unless it is there. An error leaves nothing behind."""
+        """Make the index with `fill` under a temporary name, unless it exists. An error leaves nothing behind."""
         if self.complete:
             return
         draft = Index(self.path.with_suffix(f".{os.getpid()}.tmp"))
@@ -103,7 +74,7 @@ class Index:
         try:
             with closing(sqlite3.connect(draft.path, isolation_level=None)) as connection:
                 draft._connection = os.getpid(), connection
-                # It is made anew if this process dies, so nothing needs to be safe on the way.
+                # It is made again if this process dies, so nothing needs to be safe on the way.
                 connection.executescript(f"PRAGMA journal_mode=OFF; PRAGMA synchronous=OFF; BEGIN; {_SCHEMA}")
                 fill(draft)
                 draft._number()
@@ -120,10 +91,15 @@ class Index:
 
     def _first_of_each_key(self, split: str, block: list[Entry]) -> list[Entry]:
         """The entries of a block but those whose id was given before, which are set aside."""
-        keys = [entry.key for entry in block if entry.key is not None]
-        query = "SELECT key FROM seen WHERE split=? AND key IN (SELECT value FROM json_each(?))"
-        seen = {key for (key,) in self._run(query, (split, json.dumps(keys)))} if keys else set()
-        fresh, kept = [], []
+        keys = dict.fromkeys(entry.key for entry in block if entry.key is not None)
+        self._block += 1
+        rows = ((split, key, self._block) for key in keys)
+        fresh = self._connected().executemany("INSERT OR IGNORE INTO seen VALUES(?,?,?)", rows).rowcount if keys else 0
+        if fresh == sum(entry.key is not None for entry in block):  # as nearly always
+            return block
+        query = "SELECT key FROM seen WHERE split=? AND block<? AND key IN (SELECT value FROM json_each(?))"
+        seen = {key for (key,) in self._run(query, (split, self._block, json.dumps(list(keys))))}
+        kept = []
         for entry in block:
             if entry.key is not None and entry.key in seen:
                 self.set_aside(split, "id given before", entry.key)
@@ -131,8 +107,6 @@ class Index:
             kept.append(entry)
             if entry.key is not None:
                 seen.add(entry.key)
-                fresh.append((split, entry.key))
-        self._connected().executemany("INSERT INTO seen VALUES(?,?)", fresh)
         return kept
 
     def _add(self, split: str, block: list[Entry]) -> None:
@@ -142,59 +116,66 @@ class Index:
         numbers = dict(self._run(query, (split, names)).fetchall())
         samples, items = [], []
         for entry in block:
-            if entry.name not in numbers:
-                self._last += 1
-                numbers[entry.name] = self._last
-                fields = _json(entry.fields)
-                samples.append((self._last, split, entry.name, _json(list(entry.files)), fields))
-            if entry.item is not None:
-                items.append((numbers[entry.name], _json(entry.item)))
+            try:
+                item = entry.store()
+                if entry.name not in numbers:
+                    first = entry.store_first()
+                    self._last += 1
+                    numbers[entry.name] = self._last
+                    samples.append((self._last, split, entry.name, *first))
+            except WRONG_FORM:
+                self.set_aside(split, ANOTHER_FORM, entry.place or entry.name)
+                continue
+            self.count(split, "records")
+            if item is not None:
+                items.append((numbers[entry.name], item))
         rows = "INSERT INTO sample(id, split, name, files, fields) VALUES(?,?,?,?,?)"
         self._connected().executemany(rows, samples)
         self._connected().executemany("INSERT INTO item VALUES(?,?)", items)
-        self.count(split, "records", len(block))
 
     def parsed(
-        self, split: str, rows: Iterable[Any], parse: Callable[[Any], Any | Iterable[Any]], of: str = "record"
+        self, split: str, rows: Iterable[Any], parse: Callable[[Any], Entry | Iterable[Any]], of: str = "record"
     ) -> Iterator[Any]:
-        """Entries of rows; a row that `parse` cannot use is set aside and the others go on.
+        """Entries of rows; a row that `parse` cannot use is set aside and the others continue.
 
         Args:
             of: what a row is called in the list of those that were set aside, before its number.
-            parse: entry or entries of a row, or pairs for `put`. It raises Aside where it knows why there is none; one
+            parse: entry of a row, or pairs for `put`. It raises Aside where it knows why there is none; one
                 of WRONG_FORM says that the row has another form.
         """
         for number, row in enumerate(rows):
             try:
                 entries = parse(row)
-                entries = [entries] if isinstance(entries, Entry) else list(entries)
-                for entry in entries:
-                    if isinstance(entry, Entry):
-                        _check_storable(entry)
+                if isinstance(entries, Entry):
+                    entries.store()
+                    entries.place = f"{of} {number}"
+                    entries = (entries,)
+                else:
+                    entries = list(entries)
             except Elsewhere:
                 continue
             except Aside as aside:
                 self.set_aside(split, aside.reason, aside.name)
             except WRONG_FORM as error:
-                missing = f"no {error} in the record" if isinstance(error, KeyError) else "record of another form"
+                missing = f"no {error} in the record" if isinstance(error, KeyError) else ANOTHER_FORM
                 self.set_aside(split, missing, f"{of} {number}")
             else:
                 yield from entries
 
     def put(self, kind: str, pairs: Iterable[tuple[str, Any]]) -> None:
         """Keep values to be looked up by key, such as annotations by the id of their question; the last one counts."""
-        rows = ((kind, _storable(key), _storable(_json(value))) for key, value in pairs)
+        rows = ((kind, _storable(key), _kept_form(value)) for key, value in pairs)
         self._connected().executemany("INSERT OR REPLACE INTO looked_up VALUES(?,?,?)", rows)
 
     def get(self, kind: str, key: str) -> Any:
-        """What `put` kept for a key, or None."""
+        """The value that `put` stored for a key, or None."""
         row = self._run("SELECT value FROM looked_up WHERE kind=? AND key=?", (kind, _storable(key))).fetchone()
-        return None if row is None else json.loads(row[0])
+        return None if row is None else _value(row[0])
 
     def tally(self, kind: str) -> dict[Any, int]:
         """Value, text or number -> of how many keys `put` kept it."""
         rows = self._run("SELECT value, count(*) FROM looked_up WHERE kind=? GROUP BY value", (kind,))
-        return {json.loads(value): number for value, number in rows}
+        return {_value(value): number for value, number in rows}
 
     def joined(self, kind: str, rows: Iterable[Any], key: str) -> Iterator[tuple[Any, Any]]:
         """(row, what `put` kept for its value under `key`, or None) of rows, many looked up with each statement.
@@ -205,23 +186,23 @@ class Index:
         query = "SELECT key, value FROM looked_up WHERE kind=? AND key IN (SELECT value FROM json_each(?))"
         while block := list(itertools.islice(rows, BLOCK)):
             keys = [_storable(str(row[key])) if isinstance(row, dict) and key in row else None for row in block]
-            found = dict(self._run(query, (kind, json.dumps(keys))).fetchall())
+            values = dict(self._run(query, (kind, json.dumps(keys))).fetchall())
             for row, number in zip(block, keys, strict=True):
-                value = found.get(number)
-                yield row, None if value is None else _decoded(value)
+                value = values.get(number)
+                yield row, None if value is None else _value(value)
 
     def size_of(self, kind: str) -> int:
-        """How many keys `put` kept values for."""
+        """Number of keys for which `put` stored values."""
         return self._run("SELECT count(*) FROM looked_up WHERE kind=?", (kind,)).fetchone()[0]
 
     def keep(self, name: str, value: Any) -> None:
         """Keep a value, such as the list of answers, for all processes."""
-        self._run("INSERT INTO kept VALUES(?,?)", (name, _storable(_json(value))))
+        self._run("INSERT INTO kept VALUES(?,?)", (name, _kept_form(value)))
 
     def kept(self, name: str) -> Any:
-        """What `keep` kept, or None."""
+        """The value that `keep` stored, or None."""
         row = self._run("SELECT value FROM kept WHERE name=?", (name,)).fetchone()
-        return None if row is None else json.loads(row[0])
+        return None if row is None else _value(row[0])
 
     def set_aside(self, split: str, reason: str, name: str) -> None:
         """Note that a record becomes no sample."""
@@ -243,23 +224,27 @@ class Index:
         """Set samples aside whose pictures are not there or cannot be read.
 
         Args:
-            problem: of a sample's paths, why it cannot be used, or nothing; called in several threads.
+            problem: of a sample's paths, why it cannot be used, or nothing; called in several threads where the
+                storage is slow.
         """
 
-        def of_group(group: list[tuple[int, str, str]]) -> list[str]:
-            return [problem(_decoded(files)) for _, _, files in group]
+        def of_group(group: list[tuple[int, str, bytes]]) -> list[str]:
+            return [problem(_value(files)) for _, _, files in group]
 
         self._run("CREATE INDEX IF NOT EXISTS items_of ON item(sample)")
-        last = -1
-        with ThreadPoolExecutor(8) as pool:
+        last, slow = -1, False
+        with ThreadPoolExecutor(THREADS) as pool:
             while block := self._run(
                 "SELECT id, name, files FROM sample WHERE split=? AND id>? ORDER BY id LIMIT ?", (split, last, BLOCK)
             ).fetchall():
                 last = block[-1][0]
                 # A group is a task of a thread: a task a picture would cost several times what looking at one does.
                 groups = [block[i : i + GROUP] for i in range(0, len(block), GROUP)]
-                reasons = itertools.chain.from_iterable(pool.map(of_group, groups))
-                for (row, name, _), why in zip(block, reasons, strict=True):
+                # Where files are in memory there is nothing to wait for, and threads cost more than they save.
+                begin = time.perf_counter()
+                reasons = [of_group(groups[0]), *(pool.map if slow else map)(of_group, groups[1:])]
+                slow = (time.perf_counter() - begin) * (THREADS if slow else 1) > SLOW * len(block)
+                for (row, name, _), why in zip(block, itertools.chain.from_iterable(reasons), strict=True):
                     if why:
                         self._drop(split, row, name, why)
 
@@ -277,7 +262,7 @@ class Index:
             rows = self._run(query, (split, first, first + BLOCK - 1)).fetchall()
             if not rows:
                 return
-            items: dict[int, list[str]] = {row: [] for row, _, _, _ in rows}
+            items: dict[int, list[bytes]] = {row: [] for row, _, _, _ in rows}
             for row, value in self._run(
                 "SELECT sample, value FROM item WHERE sample BETWEEN ? AND ? ORDER BY sample, rowid",
                 (rows[0][0], rows[-1][0]),
@@ -285,7 +270,7 @@ class Index:
                 if row in items:  # samples that were dropped have theirs still
                     items[row].append(value)
             for row, name, files, fields in rows:
-                yield name, *_decoded(f"[{files}, [{','.join(items[row])}], {fields}]")
+                yield name, *_value(b"[%b,[%b],%b]" % (files, b",".join(items[row]), fields))
 
     def size(self, split: str) -> int:
         """Number of samples of a split."""
@@ -294,7 +279,7 @@ class Index:
     def items(self, split: str) -> Iterator[Any]:
         """All items of a split's samples."""
         query = "SELECT value FROM item JOIN sample ON sample.id=item.sample WHERE split=? ORDER BY number, item.rowid"
-        return (json.loads(value) for (value,) in self._run(query, (split,)))
+        return (_value(value) for (value,) in self._run(query, (split,)))
 
     def account(self, split: str) -> dict[str, Any]:
         """Numbers of a split and what was set aside, as `Source.account` gives them."""
@@ -333,16 +318,22 @@ class Index:
         return self._connection[1]
 
 
-def _check_storable(entry: Entry) -> None:
-    """Raises TypeError or ValueError for a name that is no text, or half a character (a lone surrogate) anywhere."""
-    "".join([entry.name, entry.key or "", *entry.files, _json([entry.item, entry.fields])]).encode()
-
-
 def _storable(text: str) -> str:
     """A text whose lone surrogates, which SQLite cannot store, are escaped as JSON does it."""
     return text.encode("utf-8", "backslashreplace").decode()
 
 
-# json.dumps and json.loads would choose an encoder or decoder for every value.
-_json = json.JSONEncoder(ensure_ascii=False).encode
-_decoded = json.JSONDecoder().decode
+def _kept_form(value: Any) -> bytes:
+    """JSON of any value, also of texts with lone surrogates. By pydantic's core, six times as fast as json."""
+    try:
+        return to_json(value)
+    except ValueError:
+        return json.dumps(value).encode()
+
+
+def _value(stored: bytes) -> Any:
+    """A value that `_kept_form` or `Entry.store` stored."""
+    try:
+        return from_json(stored)
+    except ValueError:
+        return json.loads(stored)

@@ -16,7 +16,7 @@ BLOCK = 1024  # rows of the table of all pairs that are in memory at a time
 
 
 def ink(picture: bytes) -> np.ndarray:
-    """What is drawn on white, coarsely: (SIDE * SIDE * 3,) uint8, 0 where the picture is white."""
+    """A drawing on white, inverted and coarse: (SIDE * SIDE * 3,) uint8, 0 where the picture is white."""
     with Image.open(io.BytesIO(picture)) as image:
         small = image.convert("RGB").resize((SIDE, SIDE), Image.Resampling.BOX)
     return 255 - np.asarray(small, dtype=np.uint8).reshape(-1)
@@ -39,7 +39,8 @@ def pairs(inks: np.ndarray, cosine: float) -> Iterator[tuple[int, int]]:
 
 
 def groups(count: int, links: Iterable[tuple[int, int]]) -> list[int]:
-    """Of each of `count` items, the first one that it is linked to, directly or through others; itself if none."""
+    """For each of `count` items the first one that it is linked to, directly or through others; itself if there is
+    none."""
     first = list(range(count))
 
     def root(item: int) -> int:

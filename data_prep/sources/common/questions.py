@@ -7,19 +7,23 @@ are the soft targets over the list of answers, as specs/datasets.md 2.3 gives th
 from __future__ import annotations
 
 import contextlib
+import itertools
+import sys
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 from data_prep.sources.common import annotations
-from data_prep.sources.common.index import WRONG_FORM, Aside, Entry, Index
+from data_prep.sources.common.entry import WRONG_FORM, Aside, Entry
+from data_prep.sources.common.index import Index
 from mmpeft_ds.errors import BadInput
 from mmpeft_ds.metrics.vqa import normalize_answer, soft_score
 
 Rule = Literal["official", "normalised"]
 # Kinds of lookup: annotations by the id of their question; main answers by question and answer.
 ANSWERS, MAIN = "answers", "main answers"
+NO_ANSWER = "question without an answer"
 
 
 def answer_list(index: Index, files: Iterable[Path], at_least: int) -> list[str]:
@@ -52,7 +56,7 @@ def given_answers(rows: Iterable[Any], of_row: Callable[[Any], Iterable[Any]], a
     counts: Counter[str] = Counter()
     for row in rows:
         with contextlib.suppress(*WRONG_FORM):
-            counts.update([text for answer in of_row(row) if (text := annotations.text(answer))])
+            counts.update([text for answer in of_row(row) if (text := annotations.text(answer)).strip()])
     return most_frequent(counts, at_least)
 
 
@@ -74,9 +78,12 @@ def soft_targets(answers: list[str], listed: Collection[str], rule: Rule) -> dic
 
 def put_answers(index: Index, file: Path) -> None:
     """Keep the annotations of a file, to be looked up by the id of their question; of two the last counts, as in the
-    official tools."""
+    official tools, and this is reported."""
     rows = (row for row in annotations.items(file, "annotations") if isinstance(row, dict))
-    index.put(ANSWERS, ((str(row["question_id"]), row) for row in rows if "question_id" in row))
+    before, read = index.size_of(ANSWERS), itertools.count()
+    index.put(ANSWERS, ((str(row["question_id"]), row) for row in rows if "question_id" in row and next(read) >= 0))
+    if repeated := before + next(read) - index.size_of(ANSWERS):
+        print(f"note: {file}: {repeated:,} annotations of a question given before; the last counts", file=sys.stderr)
 
 
 def official(
@@ -99,12 +106,14 @@ def official(
     def entry(pair: tuple[Any, Any]) -> Entry:
         row, found = pair
         name = path(row)
-        number = row["question_id"]
+        number = annotations.identifier(row["question_id"])
         item = {"question": annotations.text(row["question"]), "answers": [], "question_id": number}
         if answered:
             if found is None:
                 raise Aside("question without annotation", str(number))
-            item |= of_annotation(found)
+            if str(found.get("image_id", row["image_id"])) != str(row["image_id"]):
+                raise Aside("annotation of another picture", str(number))
+            item |= of_annotation(found, str(number))
             if listed:
                 item["scores"] = soft_targets(item["answers"], listed, rule)
         return Entry(name, [name], item, {"image_id": row["image_id"]}, key=str(number))
@@ -118,13 +127,22 @@ def answers_of(row: dict[str, Any]) -> list[Any]:
     return [given["answer"] for given in row["answers"]]
 
 
-def of_annotation(row: dict[str, Any]) -> dict[str, Any]:
-    """Answers and types of an annotation of VQA's form."""
-    item: dict[str, Any] = {"answers": [annotations.text(answer) for answer in answers_of(row)]}
-    for ours, theirs in (("type", "answer_type"), ("question_type", "question_type")):
-        if isinstance(row.get(theirs), str):
-            item[ours] = row[theirs]
-    return item
+def of_annotation(row: dict[str, Any], name: str) -> dict[str, Any]:
+    """Answers and types of an annotation of VQA's form. Raises Aside, under the question's name, for none."""
+    item: dict[str, Any] = {"answers": answered(answers_of(row), name)}
+    return item | types_of(row, type="answer_type", question_type="question_type")
+
+
+def answered(answers: list[Any], name: str) -> list[str]:
+    """Answers as they are. Raises Aside, under the question's name, if there is none but empty ones."""
+    if not any(annotations.text(answer).strip() for answer in answers):
+        raise Aside(NO_ANSWER, name)
+    return [annotations.text(answer) for answer in answers]
+
+
+def types_of(row: dict[str, Any], **keys: str) -> dict[str, str]:
+    """Types of a question, our name = the key of the row that has it; left out where it holds no text."""
+    return {ours: row[theirs] for ours, theirs in keys.items() if isinstance(row.get(theirs), str) and row[theirs]}
 
 
 def scored(
@@ -138,19 +156,19 @@ def scored(
 
     def entry(pair: tuple[Any, Any]) -> Entry:
         row, found = pair
-        label = row.get("label") or {}
-        item = {"question": annotations.text(row["sent"]), "question_id": row["question_id"], "answers": []}
+        label, number = row.get("label") or {}, annotations.identifier(row["question_id"])
+        item = {"question": annotations.text(row["sent"]), "question_id": number, "answers": []}
         if answers:
             item["scores"] = {annotations.text(answer): float(score) for answer, score in label.items()}
+            if not all(0 <= score <= 1 for score in item["scores"].values()):
+                raise Aside("score that is not from 0 to 1", str(number))
             if list(label.values()) == [1]:
                 item["answers"] = list(label)
-        for ours, theirs in (("type", "answer_type"), ("question_type", "question_type")):
-            if isinstance(row.get(theirs), str):
-                item[ours] = row[theirs]
-        if answers and found:
-            item |= of_annotation(found)
+        item |= types_of(row, type="answer_type", question_type="question_type")
+        if answers and found and answers_of(found):
+            item |= of_annotation(found, str(number))
         name = path(row["img_id"])
-        return Entry(name, [name], item, {"image_id": row["img_id"]}, key=str(row["question_id"]))
+        return Entry(name, [name], item, {"image_id": row["img_id"]}, key=str(number))
 
     return index.parsed(split, index.joined(ANSWERS, rows, "question_id"), entry)
 

@@ -169,7 +169,7 @@ def parsed(data: bytes) -> ElementTree.Element:
 
 
 def metadata(root: ElementTree.Element) -> dict[str, Any]:
-    """What the RDF of a drawing says, see `Renderer.metadata`."""
+    """RDF metadata of a drawing, see `Renderer.metadata`."""
     work = next((e for e in root.iter() if e.tag.endswith("}Work")), None)
     if work is None:
         return {"title": "", "keywords": [], "licence": "", "creator": ""}

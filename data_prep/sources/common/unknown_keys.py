@@ -39,7 +39,7 @@ outputs gt groundtruth truth class classes category categories cls url uri link
 _AMBIGUOUS = frozenset(_AMBIGUOUS_WORDS.split())
 _KEYS = {
     "image": ("image",),
-    "video": ("image",),
+    "video": ("video", "image"),
     "audio": (),
     "features": ("features",),
     "caption": ("caption", "captions", "conversations"),
@@ -59,7 +59,7 @@ short long en ref refs reference references true gold correct human user assista
 _NEUTRAL = _FILES | frozenset(_NEUTRAL_WORDS.split())
 _ADVICE = {
     "image": "pictures stand under 'image', a path or a list of paths",
-    "video": "frames of a video stand under 'image', a list of paths of pictures",
+    "video": "videos stand under 'video', a path, a list of paths, or {'frames': [paths of pictures], 'times': [...]}",
     "audio": "no task reads sound",
     "features": "stored features stand under 'features', a path of a .npy array or a list of them",
     "caption": "captions stand under 'caption', several under 'captions'",
@@ -73,6 +73,14 @@ _SUFFIXES = {
     **dict.fromkeys((".npy", ".npz"), "features"),
     **dict.fromkeys((".mp4", ".avi", ".mov", ".mkv", ".webm"), "video"),
 }
+
+_ENCODED = (
+    "data:image/",
+    "iVBORw0KGgo",
+    "/9j/",
+    "R0lGOD",
+    "UklGR",
+)  # begins of pictures as text: PNG, JPEG, GIF, WebP
 
 
 def check_unknown(
@@ -108,6 +116,19 @@ def check_unknown(
             )
 
 
+def lost_medium(found: Mapping[str, Any], read: Collection[str], folders: Collection[Path]) -> str | None:
+    """Reason why an object that shows nothing may have been meant to: a key beside those that are `read` looks like
+    one of pictures, videos or sound, or names such a file; None if there is none. Arguments as of `check_unknown`."""
+    present = [key for key, value in found.items() if not _is_empty(value)]
+    for key in present:
+        if key in read:
+            continue
+        meant = looks_like(key, present) or _named_file(key, found[key], present, folders, False)
+        if meant in ("image", "video", "audio"):
+            return f"no task reads the key {key!r}: {_ADVICE[meant]}"
+    return None
+
+
 def looks_like(key: str, present: Collection[str] = ()) -> str | None:
     """The kind of content that `key` seems to hold: a known key, `video` or `audio`; None if it looks like none.
 
@@ -121,7 +142,7 @@ def looks_like(key: str, present: Collection[str] = ()) -> str | None:
 
 @lru_cache(4096)
 def _kind(key: str) -> tuple[str | None, bool]:
-    """What a key seems to hold, and whether its words may as well mean something else."""
+    """The probable meaning of a key, and whether its words may also mean something else."""
     words = [part for word in _words(key) for part in _parts(word)]
     known = [word for word in words if word in _KIND_OF]
     if known and all(word in _KIND_OF or word in _NEUTRAL or word.isdigit() for word in words):
@@ -159,10 +180,11 @@ def _slips(kind: str) -> frozenset[str]:
 def _named_file(
     key: str, value: Any, present: Collection[str], folders: Collection[Path], pictured: bool
 ) -> str | None:
-    """What the file is that a value names; None if it names none that could be meant."""
+    """The kind of file that a value names; None if it names none."""
     of_a_file = not _FILES.isdisjoint(_words(key)) and "image" not in present
     for text in _texts(value):
-        kind = "image" if text.startswith("data:image/") else _SUFFIXES.get(Path(text[-260:]).suffix.lower())
+        encoded = text.startswith(_ENCODED)
+        kind = "image" if encoded else _SUFFIXES.get(Path(text[-260:]).suffix.lower())
         if kind == "video" and "image" in present:  # whose frames stand there
             continue
         named = of_a_file or text.startswith("data:") or (not pictured and len(text.split()) == 1)

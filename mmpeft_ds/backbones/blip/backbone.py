@@ -12,6 +12,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import (
     BlipForConditionalGeneration,
@@ -21,6 +22,7 @@ from transformers import (
     PreTrainedModel,
 )
 
+from mmpeft_ds.backbones.base import ImagePrefix
 from mmpeft_ds.backbones.blip.model import Captioner, QuestionAnswerer
 from mmpeft_ds.backbones.blip.options import Options
 from mmpeft_ds.backbones.blip.retrieval import Retriever
@@ -99,7 +101,7 @@ class BlipBackbone(StockBackbone):
         model_class = stock.publishing(*FORMS[o.form])
         config.enc_token_id = self._tokens.enc  # saved with the model
         load = (model_class, o.model, WHERE, config, self.dtype, "eager")
-        model = stock.load(*load, o.random_weights, on_meta, self.device)
+        model = stock.load(*load, o.random_weights, on_meta, self.device, o.quantise)
         if o.form == "retrieval":
             model.train_for(o)
         return model
@@ -138,6 +140,18 @@ class BlipBackbone(StockBackbone):
         texts = [] if self.options.form == "captioner" else ["text_encoder"]
         return stock.untrained(model, {"vision_model": "embeddings", **dict.fromkeys(texts, "embeddings")})
 
+    def image_prefix(self, model: nn.Module) -> ImagePrefix | None:
+        """The vision tower."""
+        if any(p.requires_grad for p in base_model(model).vision_model.parameters()):
+            return None
+        return ImagePrefix(("vision_model",), {key: self._pixels[key] for key in ("mean", "std")})
+
+    @torch.no_grad()
+    def image_values(self, model: Any, images: dict[str, Tensor]) -> list[dict[str, Tensor]]:
+        """(n, d) last states of each image."""
+        pixels = self._normalised(images)["pixel_values"]
+        return [{"pixel_values": x} for x in base_model(model).encode_images(pixels)]
+
     @property
     def condition_width(self) -> int | None:
         """Width of the mean class token of a text's images, which is published; a text that is compared with many
@@ -158,7 +172,7 @@ class BlipBackbone(StockBackbone):
 
     @property
     def ranks_answers(self) -> bool:
-        """As `generates`."""
+        """Whether this form can rank answers; see `generates`."""
         return self.generates
 
     def output_layer(self, model: Any) -> Any:
@@ -166,7 +180,7 @@ class BlipBackbone(StockBackbone):
         return model.text_decoder.get_output_embeddings()
 
     def read(self, outputs: Any, batch: PackedBatch) -> Any:
-        """Logits and the labels of the target's tokens and the [SEP] behind them; the outputs of form `retrieval`."""
+        """Logits and the labels of the target's tokens and the [SEP] after them; the outputs of form `retrieval`."""
         return GenerationOutput(outputs.logits, batch.texts["labels"]) if self.generates else outputs
 
     def generate(self, model: Any, batch: PackedBatch, **options: Any) -> list[str]:
@@ -189,7 +203,7 @@ class BlipBackbone(StockBackbone):
     def rank(
         self, model: Any, batch: PackedBatch, answers: list[str], k: int = 128, smoothing: float = 0.0
     ) -> list[str]:
-        """Which of `answers` follows each prompt, or answers each question, best.
+        """The best of `answers` after each prompt, or to each question.
 
         Args:
             answers: at least one; the same list on all ranks.

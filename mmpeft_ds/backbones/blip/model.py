@@ -88,9 +88,15 @@ class PackedBlip(Publishing):
         mend_cross_attention(self)
 
     def encode_images(self, pixel_values: Tensor | None) -> Tensor | None:
-        """(I, n, d) last states, class token first; None without images. Each image goes through the tower once."""
+        """(I, n, d) last states, class token first; None without images. Each image goes through the tower once.
+
+        Args:
+            pixel_values: (I, 3, H, W), normalised, or what this function has returned for them.
+        """
         if pixel_values is None or len(pixel_values) == 0:
             return None
+        if pixel_values.dim() == 3:
+            return pixel_values
         # a partitioned parameter keeps its dtype under ZeRO-3, but not its shape
         pixels = pixel_values.to(next(self.vision_model.parameters()).dtype)
         other_size = pixels.shape[-1] != self.config.vision_config.image_size

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from mmpeft_ds.backbones.common.options import BackboneOptions
+from mmpeft_ds.backbones.common.options import BackboneOptions, Quantise
 from mmpeft_ds.fitting import ByOption
 
 
@@ -18,6 +18,8 @@ class Options(BackboneOptions):
         form: `captioner`, image -> text decoder, prompt and target in one sequence; `vqa`, image -> question encoder
             -> answer decoder; `retrieval`, image and text features and a matching head.
         random_weights: take only its configuration and tokenizer; for tests and measurements.
+        quantise: weights of the frozen linear layers in blocks of all towers: `nf4` (bitsandbytes), `int8` or `fp8`
+            (torchao); `none`: as engine.dtype says. Below ZeRO stage 3; docs/quantised.md.
         image_size: side of the square input in pixels, a multiple of the patch size; 0 = the checkpoint's.
         resample: `bilinear`, `bicubic`, or `auto` = as the checkpoint was trained.
         max_text_length: tokens with [DEC] or [ENC] and [SEP]: of prompt and target together (captioner), of a question
@@ -49,6 +51,7 @@ class Options(BackboneOptions):
     model: str = "Salesforce/blip-image-captioning-base"
     form: Literal["captioner", "vqa", "retrieval"] = "captioner"
     random_weights: bool = False
+    quantise: Quantise = "none"
     image_size: int = 0
     resample: Literal["auto", "bilinear", "bicubic"] = "auto"
     max_text_length: int = 40

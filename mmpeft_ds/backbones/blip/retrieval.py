@@ -1,4 +1,4 @@
-"""BLIP's retrieval form: features for the search, a matching head that ranks its results anew, and their training.
+"""BLIP's retrieval form: features for the search, a matching head that ranks its results again, and their training.
 
 Source: BLIP, arXiv 2201.12086; as Aurora (arXiv 2305.08381) tunes it.
 """

@@ -12,9 +12,11 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import CLIPModel, PreTrainedModel, SiglipModel
 
+from mmpeft_ds.backbones.base import ImagePrefix
 from mmpeft_ds.backbones.clip.model import PackedClip, shared_width
 from mmpeft_ds.backbones.clip.options import Options
 from mmpeft_ds.backbones.common import stock, tower_loading
@@ -24,6 +26,7 @@ from mmpeft_ds.backbones.common.texts import collated
 from mmpeft_ds.backbones.common.transform import SquareTransform
 from mmpeft_ds.data.batch import Prompted
 from mmpeft_ds.errors import BadInput
+from mmpeft_ds.sites.base import base_model
 
 STOCK = {"clip": CLIPModel, "siglip": SiglipModel}
 
@@ -57,7 +60,7 @@ class ClipBackbone(StockBackbone, EncoderPair):
         o, config = self.options, copy.deepcopy(self._config)
         config.condition = o.condition  # saved with the model
         load = (model_class, o.model, WHERE, config, self.dtype, self.attention)
-        return stock.load(*load, o.random_weights, on_meta, self.device)
+        return stock.load(*load, o.random_weights, on_meta, self.device, o.quantise)
 
     def image_transform(self, train: bool) -> Callable[[Tensor, Any], Tensor]:
         """Resize to the tower's input; no augmentation."""
@@ -83,6 +86,19 @@ class ClipBackbone(StockBackbone, EncoderPair):
         """Each tower without a trainable, or its embeddings."""
         return stock.untrained(model, {"vision_model": "embeddings", "text_model": "embeddings"})
 
+    def image_prefix(self, model: nn.Module) -> ImagePrefix | None:
+        """The vision tower and its projection into the shared space."""
+        base, parts = base_model(model), ("vision_model", *(() if self._siglip else ("visual_projection",)))
+        if any(p.requires_grad for part in parts for p in base.get_submodule(part).parameters()):
+            return None
+        return ImagePrefix(parts, {key: self._pixels[key] for key in ("mean", "std")})
+
+    @torch.no_grad()
+    def image_values(self, model: Any, images: dict[str, Tensor]) -> list[dict[str, Tensor]]:
+        """(p,) raw vector of each image in the shared space."""
+        pixels = self._normalised(images)["pixel_values"]
+        return [{"pixel_values": x} for x in base_model(model).project_images(pixels)]
+
     @property
     def feature_widths(self) -> tuple[int, int]:
         """Width of the shared space, for images as for texts."""
@@ -98,7 +114,8 @@ class ClipBackbone(StockBackbone, EncoderPair):
         weights = "random" if o.random_weights else tower_loading.weights_hash(o.model, WHERE)
         transform = dataclasses.asdict(self.image_transform(False))
         pixels = {key: self._pixels[key] for key in ("mean", "std")}
-        return stock.short_hash([weights, transform, pixels, o.max_text_length])
+        form = [] if o.quantise == "none" else [o.quantise]  # without it as earlier versions wrote it
+        return stock.short_hash([weights, transform, pixels, o.max_text_length, *form])
 
     @property
     def condition_width(self) -> int | None:

@@ -39,7 +39,7 @@ class PackedClip(Publishing):
 
         Args:
             input_ids, attention_mask: (T, L).
-            pixel_values: (I, 3, H, W), normalised.
+            pixel_values: (I, 3, H, W), normalised, or what `project_images` has returned for them.
             image_owner, text_owner: slot of each image and text; None: image i and text i belong to slot i. Only a
                 condition needs them.
             num_slots: number of slots; None: as many as needed.
@@ -48,11 +48,7 @@ class PackedClip(Publishing):
         """
         raw = texts = None
         if pixel_values is not None and len(pixel_values):
-            parameter = next(self.vision_model.parameters())
-            other_size = pixel_values.shape[-1] != self.config.vision_config.image_size
-            raw = self.get_image_features(
-                pixel_values.to(parameter.dtype), interpolate_pos_encoding=other_size
-            ).pooler_output
+            raw = self.project_images(pixel_values)
         if input_ids is not None and len(input_ids):
             condition = current() or self._condition(
                 input_ids, attention_mask, raw, image_owner, text_owner, num_slots
@@ -66,6 +62,16 @@ class PackedClip(Publishing):
             logit_scale=at_least_float32(self.logit_scale).exp(),
             logit_bias=getattr(self, "logit_bias", None),  # only SigLIP has one
         )
+
+    def project_images(self, pixel_values: Tensor) -> Tensor:
+        """(I, p) vectors in the shared space, as they leave the projection; (I, p) given are returned."""
+        if pixel_values.dim() == 2:
+            return pixel_values
+        parameter = next(self.vision_model.parameters())
+        other_size = pixel_values.shape[-1] != self.config.vision_config.image_size
+        return self.get_image_features(
+            pixel_values.to(parameter.dtype), interpolate_pos_encoding=other_size
+        ).pooler_output
 
     def _condition(
         self,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import BartForConditionalGeneration, PretrainedConfig, PreTrainedModel
 
-from mmpeft_ds.backbones.base import BackboneBase
+from mmpeft_ds.backbones.base import BackboneBase, ImagePrefix
 from mmpeft_ds.backbones.clip_bart.model import ClipBart, ClipBartConfig, ClipBartOutput
 from mmpeft_ds.backbones.clip_bart.options import Options
 from mmpeft_ds.backbones.common import stock, tower_loading
@@ -29,6 +30,7 @@ from mmpeft_ds.data.batch import GenerationOutput, PackedBatch, Prompted
 from mmpeft_ds.data.formats import REGION_COUNTS
 from mmpeft_ds.data.transform import ImageTransform
 from mmpeft_ds.errors import BadInput, BadSample
+from mmpeft_ds.sites.base import base_model
 
 # Seed of the frozen rows that name places in the grid: they are the same in every run and wherever an adapter loads.
 ORDER_SEED = 0
@@ -36,7 +38,7 @@ ORDER_SEED = 0
 
 @dataclass(frozen=True)
 class StoredGrid(ImageTransform):
-    """Takes stored grid features, (n, width) with n a square number, in the place of images.
+    """Takes stored grid features, (n, width) with n a square number, in place of images.
 
     Attributes:
         most: places of a grid that have a name, 0 = any number, since they are pooled.
@@ -98,9 +100,13 @@ class ClipBartBackbone(BackboneBase):
                 "picture. Store CLIP's grid features, or name a tower in backbone.vision."
             )
         rows = numbers // self.options.feature_width
+        several = range(1, self.options.max_images + 1)
+        if not any(rows % images == 0 and math.isqrt(rows // images) ** 2 * images == rows for images in several):
+            raise BadInput(
+                f"stored features of a sample have {rows} rows, which are no square grid. Store whole grids."
+            )
         if features_are == "grid" or not rows:
             return ""
-        several = range(1, self.options.max_images + 1)
         if any(rows == images * count for images in several for count in REGION_COUNTS):
             raise BadInput(
                 f"the manifest does not say whether the {rows} rows of a sample are a grid or the regions of a "
@@ -194,7 +200,7 @@ class ClipBartBackbone(BackboneBase):
         return collated(tensors, asked, said)
 
     def dummy(self, modality: str) -> Any:
-        """As of every backbone, but for stored features, which are zeros."""
+        """As of every backbone; of stored features zeros."""
         if modality == "text" or self.options.vision:
             return super().dummy(modality)
         return torch.zeros(max(self.options.grid, 1) ** 2, self.options.feature_width)
@@ -232,6 +238,20 @@ class ClipBartBackbone(BackboneBase):
         if tower is None or any(p.requires_grad for p in tower.parameters()):
             return []
         return [f"{at}.vision_model" if at else "vision_model"]
+
+    def image_prefix(self, model: Any) -> ImagePrefix | None:
+        """The vision tower and the pooling of its grid."""
+        tower = base_model(model).vision_model
+        if tower is None or any(p.requires_grad for p in tower.parameters()):
+            return None
+        return ImagePrefix(
+            ("vision_model", "pixel_norm"), {"norm": self.options.vision_norm, "grid": self.options.grid}
+        )
+
+    @torch.no_grad()
+    def image_values(self, model: Any, images: dict[str, Tensor]) -> list[dict[str, Tensor]]:
+        """(n, F) grid features of each image, pooled."""
+        return [{"image_features": x} for x in base_model(model).pooled_images(images["pixel_values"])]
 
     @property
     def condition_width(self) -> int | None:

@@ -1,4 +1,4 @@
-"""The composed generative model: CLIP grid features behind BART's embedded text, the answer from BART's decoder.
+"""The composed generative model: CLIP grid features after BART's embedded text, the answer from BART's decoder.
 
 Source: the frame of VL-Adapter that the routing paper took over (arXiv 2403.09377; specs/routing.md 2.3). It is not
 published what adapters route on there: the condition is our choice, and an option.
@@ -251,7 +251,7 @@ class ClipBart(ComposedModel, GenerationMixin):
         visual = visual.to(hidden.dtype)
         words = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         mask = torch.cat([words.bool(), keep], 1)
-        # Joined behind the LayerNorm of the embeddings: visual tokens have norms of their own.
+        # Joined after the LayerNorm of the embeddings: visual tokens have norms of their own.
         hidden = torch.cat([hidden, visual], 1)
         hidden = functional.dropout(hidden, p=encoder.dropout, training=encoder.training)
         attend = create_bidirectional_mask(config=encoder.config, inputs_embeds=hidden, attention_mask=mask)
@@ -272,6 +272,10 @@ class ClipBart(ComposedModel, GenerationMixin):
             raise BadInput("pixels were given, but this model has no vision tower. Give image_features, or a tower.")
         tokens = self._through_vision_tower(pixel_values, "mean", with_tokens=True)
         return tokens[:, 1 + VISION[self.config.vision_config.model_type].summary_tokens :]
+
+    def pooled_images(self, pixel_values: Tensor) -> Tensor:
+        """(I, n, F) features of the grid that the model reads, as `image_features` takes them."""
+        return self._pooled(self.encode_images(pixel_values))
 
     def _visual_tokens(
         self,
@@ -294,7 +298,7 @@ class ClipBart(ComposedModel, GenerationMixin):
         if most > self.config.max_images:
             raise BadInput(
                 f"backbone.max_images: a sample has {most} images, the model numbers {self.config.max_images}. "
-                "Raise it, or prepare the data with fewer images a sample."
+                "Raise it, or prepare the data with fewer images per sample."
             )
         pooled = self._pooled(features)
         tokens = self.visual_embedding(pooled, self._places(pooled.shape[1], device), number)

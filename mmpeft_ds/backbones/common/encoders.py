@@ -23,7 +23,7 @@ class EncoderPair(BackboneBase):
     embeds = True
 
     def embed(self, model: nn.Module, batch: PackedBatch) -> tuple[Tensor | None, Tensor | None]:
-        """Features (I, D) and (T, D) behind the projections, not normalised; None for what the batch lacks."""
+        """Features (I, D) and (T, D) after the projections, not normalised; None for what the batch lacks."""
         out = model(**self.inputs(batch), unit=False)
         return out.image_features, out.text_features
 

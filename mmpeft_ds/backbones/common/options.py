@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar, Literal
 
 from mmpeft_ds.fitting import ByOption
+
+# Forms of a quantised base, and the package that each needs.
+QUANTISED = {"nf4": "bitsandbytes", "int8": "torchao", "fp8": "torchao"}
+Quantise = Literal["none", "nf4", "int8", "fp8"]
 
 
 class BackboneOptions:
@@ -18,10 +22,15 @@ class BackboneOptions:
             "class scores" for each sample, "generated text", "ranked answers", "conversation scores" of every token
             that the assistant says, "image and text features", "matching scores" of image and text.
         random_weights: the configuration of the checkpoint alone is loaded, not its weights.
+        quantise: form in which the frozen linear layers hold their weights; backbones whose options lack it have none.
+        former: option -> the value that runs and adapters from before it existed were made with, where that is not
+            its default.
     """
 
     gives: ClassVar[ByOption] = {}
     random_weights = False
+    quantise: Quantise = "none"
+    former: ClassVar[dict[str, Any]] = {}
 
     def checkpoints(self) -> list[str]:
         """Pretrained checkpoints that are loaded: hub names, folders, `packaged:` names. Default: what the options

@@ -36,7 +36,7 @@ _BIAS = re.compile(r"backbone\.(encoder\.layer\.\d+\..+)\.bias$")
 
 @dataclass(frozen=True)
 class Packaged:
-    """Where a packaged model lies.
+    """Location of a packaged model.
 
     Attributes:
         module: package that brings it.
@@ -78,7 +78,7 @@ def ensure(name: str, where: str = "model") -> Path:
 
 
 def root() -> Path:
-    """Where converted models are kept: $MMPEFT_MODELS, or models/ of the repository."""
+    """Folder of converted models: $MMPEFT_MODELS, or models/ of the repository."""
     given = os.environ.get("MMPEFT_MODELS")
     return Path(given).expanduser() if given else Path(__file__).resolve().parents[3] / "models"
 
@@ -159,9 +159,9 @@ def _convert_dinov2(source: Path, folder: Path, where: str) -> tuple[Any, dict[s
     config.architectures = ["Dinov2Model"]
     config.save_pretrained(folder)
     save_file(_onnx_state(source, where), folder / "model.safetensors", metadata={"format": "pt"})
-    (folder / "preprocessor_config.json").write_text(
-        json.dumps({"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225], "resample": 3})
-    )
+    pixels = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225], "resample": 3}
+    pixels["image_processor_type"] = "BitImageProcessor"  # as stock DINOv2
+    (folder / "preprocessor_config.json").write_text(json.dumps(pixels))
     return Dinov2Model.from_pretrained(folder, output_loading_info=True)
 
 

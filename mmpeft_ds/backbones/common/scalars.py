@@ -12,7 +12,7 @@ class ScalarsAsBuffers:
     """
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        """As of every module, except for a tensor without dimensions."""
+        """Registers a tensor without dimensions as a buffer, and every other one as usual."""
         if param is not None and param.dim() == 0:
             self.register_buffer(name, param.data)
         else:

@@ -18,6 +18,8 @@ from mmpeft_ds.backbones.common.texts import TextIds
 
 _MARKS = re.escape("!\"#$%&'()*+,-./:;<=>?@[\\]^_`{|}~\u2018\u2019\u201c\u201d\u2013\u2014\u2026€£¥¢°")
 _PIECES = re.compile(f"[{_MARKS}]|[^\\s{_MARKS}]+")
+_DIGITS = re.compile(r"\d*")
+_ORDINALS = ("st", "nd", "rd", "th")
 _CURRENCIES = "$€£¥"
 _OPENING, _CLOSING = "([{\u201c", ")]}\u201d.,;:!?%\u2026¢°"
 _BETWEEN = "-/\\_^"
@@ -88,7 +90,7 @@ def spell(text: str) -> str:
 
 
 def _sides(pieces: list[str]) -> list[tuple[bool, bool]]:
-    """Of each piece, whether it touches the one before it and the one behind it."""
+    """For each piece whether it touches the one before it and the one after it."""
     sides, open_quotes = [], set()
     for i, piece in enumerate(pieces):
         before, after = pieces[i - 1] if i else "", pieces[i + 1] if i + 1 < len(pieces) else ""
@@ -142,14 +144,15 @@ def _closes_later(mark: str, rest: list[str]) -> bool:
 
 def _stop(mark: str, before: str, after: str, behind: str) -> tuple[bool, bool]:
     """A full stop, comma or colon, which also stands within numbers, abbreviations and addresses."""
-    numbers = before.isdigit() and after.isdigit()
+    digits = _DIGITS.match(after)[0]  # of "5kg" the number, which stands before its unit
+    numbers = before.isdigit() and bool(digits) and not after.endswith(_ORDINALS)
     if mark == ":":
         return True, before.isdigit() and after[:1].isdigit()  # 9:00pm
     if mark == ",":
-        return True, numbers and len(before) <= 3 and len(after) == 3
+        return True, before.isdigit() and len(before) <= 3 and len(digits) == 3
     if numbers:
         return True, True
-    if after.isdigit() and (not before or before in _OPENING + _CURRENCIES):
+    if digits and (not before or before in _OPENING + _CURRENCIES):
         return bool(before), True  # .5
     letters = _is_letter(before) and _is_letter(after) and behind in ("", ".")
     address = after.lower() in _DOMAINS or before.lower() == "www"

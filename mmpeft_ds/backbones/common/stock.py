@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel
 
 from mmpeft_ds.backbones.base import ModelHooks
-from mmpeft_ds.backbones.common import tower_loading
+from mmpeft_ds.backbones.common import quantised, tower_loading
 from mmpeft_ds.backbones.common.recomputing import RecomputesUnderCondition
 from mmpeft_ds.backbones.common.scalars import ScalarsAsBuffers
 from mmpeft_ds.backbones.common.slots import images_per_slot
@@ -67,6 +67,7 @@ def load(
     random_weights: bool = False,
     on_meta: bool = False,
     device: torch.device | None = None,
+    quantise: str = "none",
 ) -> PreTrainedModel:
     """The frozen model, in train mode.
 
@@ -75,6 +76,7 @@ def load(
         random_weights: from the configuration alone, with a fixed seed.
         on_meta: allocate nothing.
         device: where pretrained weights are put as they are read; None: on the host.
+        quantise: form of the weights of its linear layers, see `quantised`.
 
     Raises:
         BadInput: if there are no weights, or the checkpoint lacks some: they would be random.
@@ -88,8 +90,9 @@ def load(
             torch.manual_seed(RANDOM_SEED)
             model = model_class._from_config(config, **kwargs)
     else:
-        model = tower_loading.pretrained(model_class, name, where, config, **kwargs, **tower_loading.placed(device))
-    return model.requires_grad_(False).train()
+        kwargs |= tower_loading.placed(device) | {"quantise": quantise}
+        model = tower_loading.pretrained(model_class, name, where, config, **kwargs)
+    return quantised.quantise(model.requires_grad_(False).train(), quantise, dtype)
 
 
 class Publishing(ModelHooks, RecomputesUnderCondition, ScalarsAsBuffers):

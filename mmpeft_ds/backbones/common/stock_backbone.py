@@ -35,10 +35,14 @@ class StockBackbone(BackboneBase):
 
     def _images(self, batch: PackedBatch) -> dict[str, Tensor]:
         """Forward arguments of the image side, pixels normalised."""
-        images = dict(batch.images)
-        if "pixel_values" in images and not images["pixel_values"].is_floating_point():
-            images["pixel_values"] = self._normalise(images["pixel_values"])
-        return images
+        return self._normalised(batch.images)
+
+    def _normalised(self, images: dict[str, Tensor]) -> dict[str, Tensor]:
+        """`images` with standardised pixels; what is floating point, such as values of a frozen tower, stays."""
+        pixels = images.get("pixel_values")
+        if pixels is None or pixels.is_floating_point():
+            return dict(images)
+        return {**images, "pixel_values": self._normalise(pixels)}
 
     @functools.cached_property
     def _config(self) -> PretrainedConfig:

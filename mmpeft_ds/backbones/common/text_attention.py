@@ -49,8 +49,18 @@ def attention(
             f"texts of {sum(text_lengths)} tokens in a row of {query.shape[2]}"
             f"{'' if attention_mask is None else ' with a mask'}"
         )
-    texts = zip(*(part.split(text_lengths, dim=2) for part in (query, key, value)), strict=True)
-    return torch.cat([sdpa_attention_forward(module, *text, None, **kwargs)[0] for text in texts], dim=1), None
+    window = kwargs.get("sliding_window")  # which sdpa knows by its mask alone
+    outputs = []
+    for text in zip(*(part.split(text_lengths, dim=2) for part in (query, key, value)), strict=True):
+        near = _window_mask(text[0], window) if window and text[0].shape[2] > window else None
+        outputs.append(sdpa_attention_forward(module, *text, near, **kwargs)[0])
+    return torch.cat(outputs, dim=1), None
+
+
+def _window_mask(query: Tensor, window: int) -> Tensor:
+    """(1, 1, N, N) bool: a token sees itself and the `window` - 1 before it."""
+    seen = torch.ones(query.shape[2], query.shape[2], dtype=torch.bool, device=query.device)
+    return (seen.tril() & seen.triu(1 - window))[None, None]
 
 
 def mask(*args: Any, **kwargs: Any) -> Tensor | None:

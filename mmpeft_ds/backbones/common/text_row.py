@@ -12,12 +12,15 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from mmpeft_ds.backbones.common import text_attention
 from mmpeft_ds.host_copies import both, on_host, to_device
-from mmpeft_ds.sites.condition import Segments
+from mmpeft_ds.sites.condition import Segments, current
+
+# Arguments that say where texts end in a row.
+_ENDS = (text_attention.LENGTHS, "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 
 
 class TextRow:
@@ -51,15 +54,26 @@ class TextRow:
         is of another text."""
         return both(lambda labels: self.of(labels).masked_fill(_beside(labels, self._place) == 0, -100), labels_TS)
 
+    def mask(self, masks_T1SS: Tensor | None) -> Tensor:
+        """(1, 1, N, N) of (T, 1, S, S) masks, bool or added to scores, None for causal ones: what each token sees of
+        its own text, and nothing of the others."""
+        text, column = self.segments.text, self._column
+        if masks_T1SS is None:
+            mine = column[:, None] >= torch.arange(self.width, device=column.device)
+        else:
+            mine = masks_T1SS[text, 0, column]  # (N, S)
+        hidden = False if mine.dtype == torch.bool else torch.finfo(mine.dtype).min
+        return mine[:, column].masked_fill(text[:, None] != text[None], hidden)[None, None]
+
     @property
     def text_of(self) -> Tensor:
         """(1, N) int64, text of each token."""
         return self.segments.text[None]
 
     def attention_arguments(self, implementation: str) -> dict[str, Any]:
-        """Where texts end, for implementations that need no mask: arguments of transformers' `FlashAttentionKwargs`,
-        which then need not be read back from the positions in every layer, or of `text_attention`; none for others,
-        which get a mask."""
+        """Boundaries of texts for attention implementations that need no mask: arguments of transformers'
+        `FlashAttentionKwargs`, which then need not be read back from the positions in every layer, or of
+        `text_attention`; empty for others, which get a mask."""
         if implementation == text_attention.NAME:
             return {text_attention.LENGTHS: self.segments.lengths}
         if not implementation.startswith("flash"):
@@ -68,6 +82,30 @@ class TextRow:
         ends = pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
         longest = max(self.segments.lengths)
         return {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": longest, "max_length_k": longest}
+
+
+def give_texts_rows(model: nn.Module, classes: tuple[str, ...]) -> None:
+    """Let layers of these classes, which carry something from token to token, read each text in a row of its own where
+    the model reads one row. Padding then stands after a text, which nothing before it depends on."""
+    for module in model.modules():
+        if type(module).__name__ in classes:
+            module.register_forward_pre_hook(_split, with_kwargs=True)
+            module.register_forward_hook(_join)
+
+
+def _split(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
+    condition = current()
+    if condition is None or (segments := condition.segments) is None:
+        return None
+    kwargs = {name: value for name, value in kwargs.items() if name not in _ENDS}  # a text has a row now
+    if args:
+        return (segments.split(args[0]), *args[1:]), kwargs
+    return args, kwargs | {"hidden_states": segments.split(kwargs["hidden_states"])}
+
+
+def _join(module: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
+    condition = current()
+    return None if condition is None or condition.segments is None else condition.segments.join(output)
 
 
 def _beside(rows: Tensor, index: Tensor) -> Tensor:

@@ -49,8 +49,8 @@ class Words:
 
 
 def shares(asked: int, answered: int, room: int) -> tuple[int, int]:
-    """How many of `room` tokens a prompt and a target of these lengths get: the target all it needs, but no more than
-    half of the room where the prompt needs the rest."""
+    """Division of `room` tokens between a prompt and a target of these lengths: the target gets all that it needs, but
+    no more than half of the room if the prompt needs the rest."""
     answer = min(answered, max(room - asked, room // 2, 1))
     return min(asked, room - answer), answer
 
@@ -89,7 +89,7 @@ class TextIds:
     """The way from texts to token ids.
 
     A control token, such as an end of text or a placeholder of an image, is what a tokenizer finds first of all in a
-    text, whoever wrote it. An answer that holds one would end there for the model. So a blank is put behind its first
+    text, whoever wrote it. An answer that holds one would end there for the model. So a blank is put after its first
     character: then it is read as the plain characters that it is. `split_special_tokens` of transformers does not
     serve, since a vocabulary that holds the token as a word gives its id all the same
     (findings/transformers_split_special_tokens.sh).
@@ -158,7 +158,7 @@ class TextIds:
 
     @functools.cached_property
     def frame(self) -> tuple[list[int], list[int]]:
-        """Special tokens before and behind a text."""
+        """Special tokens before and after a text."""
         whole, plain = (self.tokenizer("a", add_special_tokens=s)["input_ids"] for s in (True, False))
         at = next(i for i in range(len(whole) + 1) if whole[i : i + len(plain)] == plain)
         return list(whole[:at]), list(whole[at + len(plain) :])

@@ -23,7 +23,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils import cached_file, is_flash_attn_2_available
 from transformers.utils.logging import set_tqdm_hook
 
-from mmpeft_ds.backbones.common import packaged
+from mmpeft_ds.backbones.common import packaged, quantised
 from mmpeft_ds.errors import BadInput
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -33,7 +33,7 @@ CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711
 
 @dataclass(frozen=True)
 class VisionFamily:
-    """What differs between vision towers of transformers.
+    """Differences between vision towers of transformers.
 
     Attributes:
         final_norm: name of the LayerNorm after the last layer.
@@ -63,12 +63,12 @@ _INTERPOLATES_ON_REQUEST = ("vit", "deit", "clip_vision_model", "siglip_vision_m
 
 
 def is_on_hub(name: str) -> bool:
-    """Whether `name` is a hub name: no folder that is there, nothing that looks like one, and not `packaged:`."""
+    """Whether `name` is a hub name: no existing folder, nothing that looks like one, and not `packaged:`."""
     return not (name.startswith("packaged:") or _looks_local(name) or Path(name).expanduser().is_dir())
 
 
 def locate(name: str, where: str) -> str:
-    """Directory or hub name behind `name`; `packaged:` names are made ready. Raises BadInput."""
+    """Directory or hub name that `name` stands for; `packaged:` names are made ready. Raises BadInput."""
     if name.startswith("packaged:"):
         return str(packaged.ensure(name.removeprefix("packaged:"), where))
     path = Path(name).expanduser()
@@ -117,7 +117,8 @@ def load_tower(
 
     Args:
         may_miss: beginnings of parameter names that the checkpoint need not have.
-        kwargs: for `from_pretrained`: dtype, attn_implementation, add_pooling_layer, device_map.
+        kwargs: for `from_pretrained`: dtype, attn_implementation, add_pooling_layer, device_map; `quantise` of
+            `pretrained`.
 
     Raises:
         BadInput: if there are no weights, or the checkpoint lacks some that the tower needs: they would be random.
@@ -133,6 +134,7 @@ def pretrained(
     config: PretrainedConfig,
     may_miss: tuple[str, ...] = (),
     choose: str = "Take a whole checkpoint.",
+    quantise: str = "none",
     **kwargs: Any,
 ) -> PreTrainedModel:
     """`model_class.from_pretrained` of the checkpoint `name`, all weights read.
@@ -140,6 +142,7 @@ def pretrained(
     Args:
         may_miss: beginnings of parameter names that the checkpoint need not have.
         choose: how to mend it where it lacks others.
+        quantise: form of the weights of its linear layers, which they get as they are read.
 
     Raises:
         BadInput: if there are no weights, some are missing, which would be random, or have other shapes.
@@ -152,6 +155,7 @@ def pretrained(
                 config=config,
                 output_loading_info=True,
                 ignore_mismatched_sizes=not is_deepspeed_zero3_enabled(),
+                **quantised.reading(quantise, model_class, config),
                 **kwargs,
             )
     except (OSError, SafetensorError) as error:
@@ -196,7 +200,7 @@ def pooler_argument(config: PretrainedConfig, kind: str, pooler: bool) -> dict[s
 def vision_features(
     tower: PreTrainedModel, pixels: Tensor, feature: str, final_norm: bool, with_tokens: bool
 ) -> Tensor:
-    """One vector an image, and on request all tokens of the last layer behind it.
+    """One vector per image, and on request all tokens of the last layer after it.
 
     Args:
         pixels: normalised, (I, 3, H, W), in the dtype of the tower.

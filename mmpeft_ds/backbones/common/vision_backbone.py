@@ -14,13 +14,14 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
-from mmpeft_ds.backbones.base import BackboneBase
-from mmpeft_ds.backbones.common import stock, tower_loading
+from mmpeft_ds.backbones.base import BackboneBase, ImagePrefix
+from mmpeft_ds.backbones.common import quantised, stock, tower_loading
 from mmpeft_ds.backbones.common.affine import Affine
 from mmpeft_ds.backbones.common.texts import TextIds
 from mmpeft_ds.backbones.common.transform import SquareTransform
 from mmpeft_ds.backbones.common.vision_options import VisionOptions
 from mmpeft_ds.errors import BadInput
+from mmpeft_ds.sites.base import base_model
 
 
 class VisionBackbone(BackboneBase):
@@ -78,6 +79,20 @@ class VisionBackbone(BackboneBase):
         stacked = torch.stack([torch.as_tensor(image) for image in images])
         return {"pixel_values" if stacked.dim() == 4 else "image_features": stacked}
 
+    def image_prefix(self, model: Any) -> ImagePrefix | None:
+        """The vision tower with the choice of feature; what standardises features stands after it."""
+        base = base_model(model)
+        if base.vision_model is None or any(p.requires_grad for p in base.vision_model.parameters()):
+            return None
+        config = base.config
+        choice = {"feature": config.vision_feature, "norm": config.vision_norm, "tokens": config.with_tokens}
+        return ImagePrefix(("vision_model", "pixel_norm"), choice)
+
+    @torch.no_grad()
+    def image_values(self, model: Any, images: dict[str, Tensor]) -> list[dict[str, Tensor]]:
+        """(m, d) features of each image, as the tower gives them."""
+        return [{"image_features": x} for x in base_model(model).encode_images(images["pixel_values"])]
+
     @property
     def condition_width(self) -> int | None:
         """Width of the vectors that adapters may route on, None without a condition."""
@@ -124,15 +139,20 @@ class VisionBackbone(BackboneBase):
             "transform": asdict(self._square()),
             "mean": self._pixels["mean"],
             "std": self._pixels["std"],
+            **({} if o.quantise == "none" else {"quantise": o.quantise}),  # without it as earlier versions wrote it
         }
 
     def build_vision(self) -> Callable[[dict[str, Tensor]], Tensor]:
         """Function from `collate_images` output to the (I, d) vectors of the images, not yet standardised."""
         config = self._vision_config
-        tower = self._load_vision(config).eval()
+        tower = self._quantised(self._load_vision(config)).eval()
         return functools.partial(
             _image_vectors, tower, Affine(self._pixels["mean"], self._pixels["std"], 1, 1 / 255), self.options
         )
+
+    def statistics_rows(self, images: dict[str, Tensor]) -> Tensor:
+        """The pooled vectors."""
+        return images["image_features"][:, 0].float()
 
     # configurations and parts
 
@@ -201,9 +221,14 @@ class VisionBackbone(BackboneBase):
             torch.manual_seed(stock.RANDOM_SEED)
             return tower_loading.empty_tower(config, kind, pooler).to(self.dtype)
 
+    def _quantised(self, model: PreTrainedModel) -> PreTrainedModel:
+        """The frozen model with the linear layers of its towers in the form of the option `quantise`."""
+        return quantised.quantise(model, self.options.quantise, self.dtype)
+
     def _loading(self) -> dict[str, Any]:
         return {
             "dtype": self.dtype,
+            "quantise": self.options.quantise,
             "attn_implementation": tower_loading.choose_attention(self.attention, self.dtype),
             **tower_loading.placed(self.device),
         }

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from mmpeft_ds.backbones.common.options import BackboneOptions
+from mmpeft_ds.backbones.common.options import BackboneOptions, Quantise
 
 
 @dataclass
@@ -24,6 +24,8 @@ class VisionOptions(BackboneOptions):
         prefix: vectors before the text: `none`, the `pooled` vector, or all `tokens` of an image.
         condition: what adapters route on: `none`, the `pooled` vector (mean over the images of a sample), or `tokens`.
         random_weights: build both towers from their configurations alone, with a fixed seed; for tests.
+        quantise: weights of the frozen linear layers in blocks of all towers: `nf4` (bitsandbytes), `int8` or `fp8`
+            (torchao); `none`: as engine.dtype says. Below ZeRO stage 3; docs/quantised.md.
     """
 
     vision: str = "google/vit-base-patch16-224-in21k"
@@ -37,3 +39,4 @@ class VisionOptions(BackboneOptions):
     prefix: Literal["none", "pooled", "tokens"] = "pooled"
     condition: Literal["none", "pooled", "tokens"] = "pooled"
     random_weights: bool = False
+    quantise: Quantise = "none"

@@ -154,7 +154,7 @@ class DualEncoderBackbone(VisionBackbone, EncoderPair):
         return collated(self._texts.padded(words), words)
 
     def dummy(self, modality: str) -> Any:
-        """As of every backbone, but for stored features, which are zeros."""
+        """As of every backbone; of stored features zeros."""
         if modality == "image" and self.options.images == "stored":
             return torch.zeros(1, self._vision_config.hidden_size)
         return super().dummy(modality)
@@ -184,7 +184,7 @@ class DualEncoderBackbone(VisionBackbone, EncoderPair):
         o = self.options
         if o.projection != "none" and not o.random_weights:
             raise BadInput(
-                f"backbone.projection: {o.projection} is not trained, features behind it mean nothing. Use none, or "
+                f"backbone.projection: {o.projection} is not trained, features after it mean nothing. Use none, or "
                 "the model that launchers/merge.py writes after alignment."
             )
         weights = "random" if o.random_weights else [self._vision_choice()["weights"], self._text_hash()]

@@ -49,7 +49,7 @@ class DualEncoderConfig(VisionSideConfig):
 
     @property
     def feature_widths(self) -> tuple[int, int]:
-        """(Dv, Dt), or (p, p) behind projections."""
+        """(Dv, Dt), or (p, p) after projections."""
         if self.projection == "none":
             return self.vision_config.hidden_size, self.text_config.hidden_size
         return self.width, self.width
@@ -172,7 +172,7 @@ class DualEncoder(VisionSide):
         Args:
             input_ids, attention_mask: (T, L).
             pixel_values: (I, 3, H, W), uint8 (normalised here) or floating point (normalised already).
-            image_features: (I, Dv) of the vision tower, in the place of pixels.
+            image_features: (I, Dv) of the vision tower, in place of pixels.
             image_owner, text_owner, num_slots: accepted as by every backbone; no feature depends on them.
             unit: give unit vectors, which can be compared; otherwise features as they are.
             return_dict: accepted for transformers' sake; the output is always a ModelOutput.

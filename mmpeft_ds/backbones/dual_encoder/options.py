@@ -14,7 +14,7 @@ class Options(BackboneOptions):
     """Keys of the recipe's `backbone` section.
 
     Attributes:
-        model: directory of a dual encoder that was saved whole (`launchers/merge.py`); it fixes what is built, and the
+        model: directory of a dual encoder saved completely (`launchers/merge.py`); it fixes what is built, and the
             keys from `vision` to `width` are left out.
         vision: hub name, local directory or packaged:NAME of a vit, deit, dinov2, clip or siglip vision tower.
         vision_layers: use the first n layers only, 0 = all.
@@ -26,11 +26,11 @@ class Options(BackboneOptions):
         text: hub name, local directory or packaged:NAME of a bert or roberta encoder.
         text_feature: the vector of a text: `pooler`, `cls` (the first position), or the `mean` without padding.
         projection: `none`; `linear`, a matrix without bias; `mlp`, LayerNorm, Linear, GELU, dropout, Linear.
-        width: width of the shared space behind the projections.
+        width: width of the shared space after the projections.
         max_text_length: tokens of a text with its special tokens; longer ones lose their end.
         projection_dropout: dropout inside `mlp`.
         logit_scale: initial factor of the cosine, 1 / temperature; a `model` has its own.
-        train_projection, train_logit_scale: train these whole, beside the method.
+        train_projection, train_logit_scale: train these in full, with the method.
         images: `live`: pixels through the vision tower; `stored`: its features come with the data (feature shards),
             the tower is not built, and each visit in training takes one of the augmented passes at random.
         random_weights: build both towers from their configurations alone, with a fixed seed; for tests.

@@ -17,7 +17,7 @@ from mmpeft_ds.backbones.features.model import ClassificationOutput, FeatureConf
 from mmpeft_ds.backbones.features.options import Options
 from mmpeft_ds.data.batch import Described, PackedBatch, hash_id
 from mmpeft_ds.data.transform import ImageTransform
-from mmpeft_ds.errors import BadInput
+from mmpeft_ds.errors import BadInput, BadSample
 from mmpeft_ds.host_copies import both, to_device
 from mmpeft_ds.ops.precision import at_least_float32
 from mmpeft_ds.sites.feature_site import Bank
@@ -38,12 +38,14 @@ class ViewTransform(ImageTransform):
     takes_one_row = True
 
     def row(self, rows: int, seed: int) -> int:
-        """Which of the rows (1 + V) a sample takes whose random choices have this seed."""
+        """Index of the stored pass (of `rows`, 1 + V) that a sample reads: an augmented one by this seed, or 0."""
         return 1 + seed % (rows - 1) if self.augmented and rows > 1 else 0
 
     def __call__(self, features: Tensor, generator: torch.Generator | None = None) -> Tensor:
         if features.dtype == torch.uint8:  # an image, given to an adapter that was trained on stored features
             raise BadInput("pixels, but this model reads stored features. Give features (D,), or set images: live.")
+        if not features.is_floating_point() or features.dim() not in (1, 2) or not features.numel():
+            raise BadSample("features", f"{features.dtype} of {tuple(features.shape)}, not (1 + V, D)")
         if features.dim() == 1:
             return features
         return features[self.row(len(features), 0 if generator is None else generator.initial_seed())]
@@ -60,6 +62,7 @@ class FeaturesBackbone(BackboneBase):
         self.towers: dict[str, Any] = {}
         self.encoder: BackboneBase | None = None
         self.bank: dict[str, Tensor] = {}
+        self.trained_classes: list[int] | None = None
 
     def use_features(self, towers: dict[str, Any]) -> None:
         """Take what the manifest says of the stored features."""
@@ -74,6 +77,10 @@ class FeaturesBackbone(BackboneBase):
     def use_bank(self, bank: dict[str, Tensor]) -> None:
         """Take class texts and support samples."""
         self.bank = dict(bank)
+
+    def use_trained_classes(self, classes: list[int]) -> None:
+        """Take which classes occur in training."""
+        self.trained_classes = list(classes)
 
     def check(self) -> None:
         """Refuse what cannot work."""
@@ -122,6 +129,7 @@ class FeaturesBackbone(BackboneBase):
             num_classes=len(self.labels or []),
             logit_scale=scale,
             ensemble=self.options.ensemble,
+            live_images=self.options.images == "live",
         )
         bank = {name: tensor.to("meta") if on_meta else tensor for name, tensor in self.bank.items()}
         if self._live_classes:
@@ -135,11 +143,12 @@ class FeaturesBackbone(BackboneBase):
             self.encoder and self.encoder.embed,
             self._class_names,
             self.encoder and self.encoder.collate_texts,
+            self.trained_classes,
         )
         return model.requires_grad_(False).train()
 
     def read_classes(self, model: nn.Module) -> None:
-        """Where no class texts are stored, fill the bank with features of the class names by the encoder."""
+        """If no class texts are stored, fill the bank with the encoder's features of the class names."""
         if not self._live_classes:
             return
         names = self._class_names
@@ -178,10 +187,17 @@ class FeaturesBackbone(BackboneBase):
         return ViewTransform(train)
 
     def collate_images(self, images: list[Any]) -> dict[str, Tensor]:
-        """`image_features` (I, Dv), at least float32, of a list of rows or a tensor; or the encoder's arguments."""
+        """`image_features` (I, Dv), at least float32, of a list of rows or a tensor; or the encoder's arguments.
+
+        Raises:
+            BadInput: stored features of another width than the towers of this model give.
+        """
         if self.options.images == "live":
             return self.encoder.collate_images(images)
         rows = images if isinstance(images, Tensor) else torch.stack([_wide(image) for image in images])
+        width = self.widths[0] if self.encoder or self.towers else rows.shape[-1]
+        if rows.shape[-1] != width:
+            raise BadInput(f"stored features of width {rows.shape[-1]}, and this model reads {width}.")
         return {"image_features": _wide(rows)}
 
     def collate_texts(self, texts: list[Any]) -> dict[str, Tensor]:
@@ -201,7 +217,7 @@ class FeaturesBackbone(BackboneBase):
         }
 
     def dummy(self, modality: str) -> Any:
-        """Zeros in the place of stored features, or the dummy of the encoder."""
+        """Zeros in place of stored features, or the dummy of the encoder."""
         live = self.options.images if modality == "image" else self.options.texts
         if live == "live":
             return self.encoder.dummy(modality)

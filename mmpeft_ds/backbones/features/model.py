@@ -19,7 +19,7 @@ from mmpeft_ds.backbones.common.stock import mean_per_text
 from mmpeft_ds.host_copies import to_device
 from mmpeft_ds.ops.precision import at_least_float32
 from mmpeft_ds.sites.base import base_layer
-from mmpeft_ds.sites.feature_site import Bank, Features, Scores, calibrated_buffers
+from mmpeft_ds.sites.feature_site import Bank, Features, Scores, calibrated_buffers, collecting
 
 
 class FeatureConfig(PretrainedConfig):
@@ -30,18 +30,20 @@ class FeatureConfig(PretrainedConfig):
         num_classes: C.
         logit_scale: factor of the cosine, 1 / temperature.
         ensemble: how templates become one class text: `unit` averages unit vectors, `raw` the vectors as they are.
+        live_images: the encoder computes the image features in every step.
         bank_shapes: name -> shape of the tensors of the bank.
     """
 
     model_type = "mmpeft_features"
     # Trainer collects every other output of an evaluation as an array.
-    keys_to_ignore_at_inference = ["terms", "report", "graph", "features"]
+    keys_to_ignore_at_inference = ["terms", "report", "graph", "features", "penalty"]
 
     image_width: int = 0
     text_width: int = 0
     num_classes: int = 2
     logit_scale: float = 1.0
     ensemble: str = "unit"
+    live_images: bool = False
     bank_shapes: dict[str, list[int]] | None = None
 
 
@@ -56,6 +58,7 @@ class ClassificationOutput(ModelOutput):
         report: sums over own rows for the monitor.
         graph: the graph, for a picture of it.
         features: the rows that were scored.
+        penalty: (B,) added to the loss of each row, or None.
     """
 
     loss: Tensor | None = None
@@ -64,6 +67,7 @@ class ClassificationOutput(ModelOutput):
     report: dict[str, float] | None = None
     graph: Any = None
     features: Features | None = None
+    penalty: Tensor | None = None
 
 
 class ZeroShot(nn.Module):
@@ -72,12 +76,18 @@ class ZeroShot(nn.Module):
     The one site of a model of features: heads take its place and may read `bank` and `logit_scale`.
 
     Source: CLIP, arXiv 2103.00020; ensembles as in Tip-Adapter (`unit`) and TaskRes (`raw`).
+
+    Attributes:
+        reads_frozen_images: whether a head in its place compares with `Features.further["frozen"]`.
     """
+
+    reads_frozen_images = False
 
     def __init__(self, config: FeatureConfig, bank: Bank):
         super().__init__()
         self.bank = bank
         self.image_width, self.text_width = config.image_width, config.text_width
+        self.live_images = config.live_images
         self.logit_scale, self.ensemble = config.logit_scale, config.ensemble
         # The same number as a parameter: peft and transformers need a model to have one.
         self.scale = nn.Parameter(torch.tensor([config.logit_scale]), requires_grad=False)
@@ -104,6 +114,7 @@ class FeatureModel(ModelHooks, PreTrainedModel):
             (model, batch) -> image and text features.
         class_names, tokenise: for methods that learn prompts of the classes: their names in words, and a function list
             of texts -> arguments of the encoder.
+        trained_classes: indices of the classes that occur in training; None: all may.
     """
 
     config_class = FeatureConfig
@@ -118,6 +129,7 @@ class FeatureModel(ModelHooks, PreTrainedModel):
         embed: Any = None,
         class_names: list[str] | None = None,
         tokenise: Any = None,
+        trained_classes: list[int] | None = None,
     ):
         super().__init__(config)
         if bank is None:
@@ -127,7 +139,7 @@ class FeatureModel(ModelHooks, PreTrainedModel):
         if encoder is not None:
             self.encoder = encoder
         self._embed = embed
-        self.class_names, self.tokenise = class_names, tokenise
+        self.class_names, self.tokenise, self.trained_classes = class_names, tokenise, trained_classes
         self.post_init()
 
     @property
@@ -163,10 +175,9 @@ class FeatureModel(ModelHooks, PreTrainedModel):
             num_slots: number of slots.
             batch: packed batch for the encoder.
         """
+        further: dict[str, Tensor] = {}
         if batch is not None:
-            trained = any(p.requires_grad for p in self.encoder.parameters())
-            with contextlib.nullcontext() if trained else torch.no_grad():
-                image, text = self._embed(self.encoder, batch)
+            image, text, further = self._embedded(batch)
             image_features = image if image_features is None else image_features
             text_features = text if text_features is None else text_features
         some = image_features if image_features is not None else text_features
@@ -186,7 +197,19 @@ class FeatureModel(ModelHooks, PreTrainedModel):
             text_features,
             to_device(torch.ones(rows, dtype=torch.bool), image.device) if valid is None else valid,
             torch.arange(rows, device=image.device) if key is None else key,
+            {name: mean_per_text(x, image_owner, text_owner, num_slots) for name, x in further.items()} or None,
         )
+
+    def _embedded(self, batch: Any) -> tuple[Tensor | None, Tensor | None, dict[str, Tensor]]:
+        """Features of images and texts by the encoder, and what else there is of the images: `Features.further`."""
+        frozen = None
+        if self.features.reads_frozen_images:
+            with torch.no_grad():  # first, so that layers recomputed in backward find what the other pass left
+                frozen, _ = self._embed(self.encoder, batch)
+        trained = any(p.requires_grad for p in self.encoder.parameters())
+        with contextlib.nullcontext() if trained else torch.no_grad(), collecting() as further:
+            image, text = self._embed(self.encoder, batch)
+        return image, text, further if frozen is None else {**further, "frozen": frozen}
 
     def forward(
         self,
@@ -212,7 +235,9 @@ class FeatureModel(ModelHooks, PreTrainedModel):
         rows = self.rows(image_features, text_features, image_owner, text_owner, valid, key, num_slots, batch)
         scores = self.features(rows)
         loss = None if labels is None else _mean_loss(scores, labels.masked_fill(~rows.valid, -100))
-        return ClassificationOutput(loss, scores.logits, scores.terms, scores.report, scores.graph, rows)
+        return ClassificationOutput(
+            loss, scores.logits, scores.terms, scores.report, scores.graph, rows, scores.penalty
+        )
 
     def training_state(self) -> dict[str, Tensor]:
         """Buffers that heads have calibrated without gradients, for checkpoints: path -> tensor."""
@@ -226,11 +251,14 @@ class FeatureModel(ModelHooks, PreTrainedModel):
 
 
 def _mean_loss(scores: Scores, labels: Tensor) -> Tensor:
-    """Cross-entropies of the terms, each the mean over the rows whose label is not -100; 0 where there is none."""
+    """Cross-entropies of the terms and the penalty, the mean over the rows whose label is not -100; 0 where there is
+    none."""
     count = (labels != -100).sum().clamp(min=1)
     terms = scores.terms or [(1.0, scores.logits)]
-    sums = (w * cross_entropy(at_least_float32(logits), labels, reduction="sum") for w, logits in terms)
-    return sum(sums) / count
+    total = sum(w * cross_entropy(at_least_float32(logits), labels, reduction="sum") for w, logits in terms)
+    if scores.penalty is not None:
+        total = total + scores.penalty[labels != -100].sum()
+    return total / count
 
 
 def empty_bank(config: FeatureConfig) -> Bank:

@@ -4,7 +4,7 @@ The model is transformers' own class (same parameter names) whose forward takes 
 otherwise than most stands in its file in `families/`; one without a file is tried as most are.
 """
 
-# I images, T texts, R images as all texts read them, L text length with a placeholder for each run of image tokens
+# I images, V videos, T texts, R of both as all texts read them, L text length with a placeholder for each run
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import dataclasses
 import functools
 import inspect
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -23,31 +23,32 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
-from mmpeft_ds import registry
+from mmpeft_ds.backbones.base import ImagePrefix
 from mmpeft_ds.backbones.common import stock
-from mmpeft_ds.backbones.common.affine import Affine
 from mmpeft_ds.backbones.common.generation import in_step, one_of
-from mmpeft_ds.backbones.common.spelling import Spelling
-from mmpeft_ds.backbones.common.stock_backbone import WHERE, StockBackbone
-from mmpeft_ds.backbones.mllm import families
-from mmpeft_ds.backbones.mllm.chat import Chat, read_template
+from mmpeft_ds.backbones.common.stock_backbone import WHERE
+from mmpeft_ds.backbones.common.text_row import give_texts_rows
+from mmpeft_ds.backbones.mllm.checkpoint import Checkpoint
+from mmpeft_ds.backbones.mllm.costs import Costs, patch_side
 from mmpeft_ds.backbones.mllm.families.base import Family
-from mmpeft_ds.backbones.mllm.image_tokens import ImageTokens
-from mmpeft_ds.backbones.mllm.model import ImageText
+from mmpeft_ds.backbones.mllm.image_features import is_part
+from mmpeft_ds.backbones.mllm.image_tokens import ImageTokens, VideoTokens
+from mmpeft_ds.backbones.mllm.model import ImageText, media_ids
 from mmpeft_ds.backbones.mllm.options import Options
-from mmpeft_ds.backbones.mllm.processing import (
-    TOKEN_RUNS,
-    PixelTransform,
-    SpelledTransform,
-    read_image_processor,
-    read_processor,
-)
+from mmpeft_ds.backbones.mllm.processing import TOKEN_RUNS, PixelTransform, SpelledTransform
+from mmpeft_ds.backbones.mllm.video_processing import VideoTransform
 from mmpeft_ds.data.batch import CollatedTexts, GenerationOutput, PackedBatch, Prompted
+from mmpeft_ds.data.token_counts import TokenCounts
+from mmpeft_ds.data.video import Times, evenly, stacked
 from mmpeft_ds.errors import BadInput
 from mmpeft_ds.host_copies import both, on_host, to_device
 from mmpeft_ds.sites.base import base_model
 from mmpeft_ds.sites.condition import conditioned
 
+# Entries of an image's tensors that the language model's positions follow from.
+_SIZES = ("image_grid_thw", "image_sizes")
+# Kinds of what a text names, by their number in `media` of collated texts.
+MEDIA = ("", "image", "video")
 # What an image processor and the vision tower must have alike, where both have it.
 _SAME = (
     ("patch_size", "patch_size"),
@@ -56,12 +57,14 @@ _SAME = (
 )
 
 
-class MllmBackbone(StockBackbone):
+class MllmBackbone(Checkpoint):
     """Multimodal language models as recipes use them."""
 
     Options = Options
     families = ()
     generates = True
+    publishes_kinds = True
+    images_differ = True
 
     def check(self) -> None:
         """Refuse what cannot work, from configurations, tokenizer and chat template."""
@@ -104,49 +107,71 @@ class MllmBackbone(StockBackbone):
         mixin = _mixin_of(self._family)
         model_class = stock.publishing(mixin, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(config)])
         load = (model_class, o.model, WHERE, config, self.dtype, self.attention)
-        return stock.load(*load, o.random_weights, on_meta, self.device)
+        model = stock.load(*load, o.random_weights, on_meta, self.device, o.quantise)
+        give_texts_rows(model, self._family.carrying)
+        return model
 
     def image_transform(self, train: bool) -> Callable[[Tensor, Any], dict[str, Tensor]]:
         """The checkpoint's image processor, without normalising where that can come later; no augmentation."""
         if self._family.spelled:
-            return SpelledTransform(self._processor, self._family.alone(self._processor), self._image_token)
+            return SpelledTransform(self._processor, self._family.alone(self._processor), self._tokens)
         side = self._family.min_side(self._image_processor)
         return PixelTransform(self._image_processor, (side, side) if side else None)
 
+    def video_transform(self) -> VideoTransform | None:
+        """The checkpoint's video processor, which takes all frames of a video; None: frames are images."""
+        if "video" not in self.modalities:
+            return None
+        alone = self._family.video_alone(self._processor)
+        return VideoTransform(self._processor, alone, self._tokens, self.options.max_pixels)
+
+    def collate_videos(self, videos: list[Any]) -> dict[str, Tensor]:
+        """Like `collate_images`; frames of fixed size are padded to the longest video."""
+        return {name: self._family.collate([video[name] for video in videos]) for name in videos[0]}
+
     def collate_images(self, images: list[Any]) -> dict[str, Tensor]:
-        """What the processor makes of each image, put together as the family has it: images, tiles of all images,
-        tiles padded to their largest number, or patches of all images (N, values of a patch), and sizes or grids."""
+        """Processed images as one batch in the form of the family: images, tiles of all images, tiles padded to their
+        largest number, or patches of all images (N, values of a patch), and sizes or grids."""
         return {name: self._family.collate([image[name] for image in images]) for name in images[0]}
 
     def collate_texts(self, texts: list[str | Prompted]) -> dict[str, Tensor]:
-        """`input_ids`, `attention_mask`, `labels` (T, L), and `prompt_length` (T,): tokens before the last answer."""
+        """`input_ids`, `attention_mask`, `labels` (T, L); `prompt_length` (T,), tokens before the last answer; and
+        `media` (T, at least 2), 1 for an image and 2 for a video, in the order of the text."""
         encoded = [self._chat.encode(text) for text in texts]
 
         def padded(rows: list[list[int]], fill: int) -> Tensor:
-            return nn.utils.rnn.pad_sequence([torch.tensor(r) for r in rows], batch_first=True, padding_value=fill)
+            tensors = [torch.tensor(row, dtype=torch.int64) for row in rows]
+            return nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=fill)
 
         tensors = {
             "input_ids": padded([e.ids for e in encoded], self._pad_id),
             "attention_mask": padded([[1] * len(e.ids) for e in encoded], 0),
             "labels": padded([e.labels for e in encoded], -100),
             "prompt_length": torch.tensor([e.prompt_length for e in encoded]),
+            # two places at least, for what a rank without images and videos is given of either
+            "media": padded([[MEDIA.index(kind) for kind in e.media] for e in encoded] + [[0, 0]], 0)[:-1],
         }
         return CollatedTexts(tensors, torch.tensor([[e.cut, e.cut_answer, e.control] for e in encoded]))
 
     def dummy(self, modality: str) -> Any:
-        """A black image of 28 x 56 pixels (two tokens of Qwen's or Mistral's), or a conversation of one word each."""
-        return torch.zeros(3, 28, 56, dtype=torch.uint8) if modality == "image" else super().dummy(modality)
+        """A black image of 28 x 56 pixels (two tokens of Qwen's or Mistral's), two of them as a video, or a
+        conversation of one word each."""
+        black = torch.zeros(3, 28, 56, dtype=torch.uint8)
+        if modality == "video":
+            return stacked([black, black], evenly(2))
+        return black if modality == "image" else super().dummy(modality)
 
     def inputs(self, batch: PackedBatch) -> dict[str, Any]:
         """Forward arguments; pixels are normalised here, on the device of the batch."""
         texts = {name: batch.texts[name] for name in ("input_ids", "attention_mask", "labels")}
-        ids, mask = (on_host(texts[name]) for name in ("input_ids", "attention_mask"))
-        places = mask.bool() & (ids == self._config.image_token_id)
+        texts["attention_mask"], rows = self._named(batch, texts["attention_mask"])
         return {
             **texts,
             "images": self._images(batch),
-            "image_rows": self._image_rows(batch, places.sum(1).tolist()),
+            "videos": batch.videos,
+            "media_rows": rows,
             "image_owner": batch.image_owner,
+            "video_owner": batch.video_owner,
             "text_owner": batch.text_owner,
             "num_slots": len(batch.sample_id),
             "padding_free": batch.padding_free,
@@ -182,27 +207,40 @@ class MllmBackbone(StockBackbone):
 
         return both(following, model.widened_labels)
 
-    def tokens(self, texts: list[str | Prompted], image_sizes: list[tuple[int, int]]) -> tuple[int, int]:
-        """Of all conversations of a sample, each of which reads its images."""
-        counted = [self._image_tokens(*size) for size in image_sizes]
-        images = sum(tokens for tokens, _ in counted)
-        spellings = tuple(spelling for _, spelling in counted if spelling)
-        marks = sum(spelling.count(self._image_token) if spelling else 1 for _, spelling in counted)
-        texts = [dataclasses.replace(t, spellings=spellings) if isinstance(t, Prompted) else t for t in texts]
-        return sum(len(self._chat.encode(text).ids) + images - marks for text in texts), images
+    def tokens(
+        self,
+        texts: list[str | Prompted],
+        image_sizes: list[tuple[int, int]],
+        videos: Sequence[tuple[int, int, Times]] = (),
+    ) -> TokenCounts:
+        """Token counts of all conversations of a sample, each of which reads its images and videos."""
+        of_images = [self._image_tokens(*size) for size in image_sizes]
+        of_videos = [self._video_tokens(*video) for video in videos]
+        counted = of_images + of_videos
+        media = sum(medium.tokens for medium in counted)
+        marks = sum(sum(map(m.spelling.count, self._tokens)) if m.spelling else 1 for m in counted)
+        spelled = {
+            "spellings": tuple(image.spelling for image in of_images if image.spelling),
+            "video_spellings": tuple(video.spelling for video in of_videos),
+        }
+        texts = [dataclasses.replace(t, **spelled) if isinstance(t, Prompted) else t for t in texts]
+        read = [len(self._chat.encode(text).ids) + media - marks for text in texts]
+        patches, pairs = (sum(medium[i] for medium in counted) for i in (2, 3))
+        return TokenCounts(sum(read), media, sum(n * n for n in read), patches, pairs)
 
-    def costs(self, tokens: np.ndarray, of_images: np.ndarray) -> np.ndarray:
-        """Of the language model, whose attention grows with the square, and of the vision tower."""
-        # Of 24 d^2 + 2 t d operations a token and layer, t tokens under a causal mask, the first are those of weights.
-        width = self._config.get_text_config().hidden_size
-        return tokens * (1 + tokens / (12 * width)) + of_images * self._image_tokens.relative_cost
+    def costs(self, counts: TokenCounts) -> np.ndarray:
+        """Operations of a frozen model: of its weights and of attention, which grows with squares, in both towers."""
+        return self._costs.total(counts)
 
     def tokens_key(self) -> str:
-        """Of tokenizer, template, limits and image processor."""
+        """Hash of tokenizer, template, limits, and the processors of images and videos."""
         o, processor = self.options, self._image_processor.to_dict()
+        video = self._processor.video_processor.to_dict() if "video" in self.modalities else {}
         words = self._tokenizer.backend_tokenizer.to_str()
-        limits = [o.max_text_length, o.max_pixels, o.system, self._chat.template]
-        return stock.short_hash([words, limits, self._config.to_dict(), {k: str(v) for k, v in processor.items()}])
+        limits = [o.max_text_length, o.max_pixels, o.system, self._chat.template, o.videos]
+        read = [{k: str(v) for k, v in settings.items()} for settings in (processor, video)]
+        config = {k: v for k, v in self._config.to_dict().items() if k != "_name_or_path"}
+        return stock.short_hash([words, limits, config, *read])
 
     def check_generation(self, options: dict[str, Any]) -> None:
         """Refuse a length that counts the prompt."""
@@ -222,16 +260,15 @@ class MllmBackbone(StockBackbone):
         base = base_model(model)
         ids, lengths = batch.texts["input_ids"], batch.texts["prompt_length"]
         prompts = batch.texts["attention_mask"] * (torch.arange(ids.shape[1], device=ids.device) < lengths[:, None])
-        places = prompts.bool() & (ids == self._config.image_token_id)
-        rows = self._image_rows(batch, places.sum(1).tolist())
+        prompts, rows = self._named(batch, prompts)
         images = self._images(batch)
-        features = base.image_features(images)
-        widened = base.widen(ids, prompts, None, features, rows, left=True)
+        features = base.media_features(images, batch.videos)
+        widened = base.widen(ids, prompts, None, features, rows, left=True, answers=batch.texts["labels"])
         length, end = widened.input_ids.shape[1], self._tokenizer.eos_token_id
         settings = {
             "pad_token_id": self._pad_id,
             "eos_token_id": self._end_ids(base),
-            "suppress_tokens": [self._config.image_token_id],  # a placeholder without image would be an error
+            "suppress_tokens": media_ids(self._config),  # a placeholder without image would be an error
             "do_sample": False,
             **options,
         }
@@ -239,10 +276,11 @@ class MllmBackbone(StockBackbone):
             known = [[t for t in self._chat.encode(Prompted("a", c)).labels if t not in (-100, end)] for c in choices]
             settings |= {"prefix_allowed_tokens_fn": one_of(known, end, skip=length)}
             settings |= {"max_new_tokens": max(map(len, known)) + 1}
-        condition = base.condition_of(features, batch.image_owner, batch.text_owner, len(batch.sample_id))
-        with conditioned(condition):
+        owners = batch.image_owner, batch.video_owner, batch.text_owner
+        condition = base.condition_of(features, *owners, len(batch.sample_id))
+        with conditioned(dataclasses.replace(condition, kinds=widened.kinds)):
             ids = model.generate(
-                **base.arguments(widened, features, images, rows),
+                **base.arguments(widened, features, images, batch.videos, rows),
                 synced_gpus=in_step(base),
                 **settings,
             )
@@ -262,75 +300,64 @@ class MllmBackbone(StockBackbone):
             towers |= {path_of[images]: _first(images, next(m for m in images.modules() if not list(m.children())))}
         return stock.untrained(model, towers)
 
+    def image_prefix(self, model: nn.Module) -> ImagePrefix | None:
+        """All before the language model, the projector included."""
+        base = base_model(model)
+        text, outer = base.get_decoder(), base.model
+        inside = [(name, list(child.parameters())) for name, child in outer.named_children() if child is not text]
+        inside += [(name, [parameter]) for name, parameter in outer.named_parameters(recurse=False)]
+        if any(p.requires_grad for _, parameters in inside for p in parameters):
+            return None
+        processor = {key: str(value) for key, value in self._image_processor.to_dict().items()}
+        return ImagePrefix(tuple(f"model.{name}" for name, _ in inside), {"processor": processor})
+
+    def collate_apart(self, images: list[Any]) -> dict[str, Tensor]:
+        """Each image for itself, since families put them together in ways of their own."""
+        return {f"{i}.{name}": tensor for i, image in enumerate(images) for name, tensor in image.items()}
+
+    def some_images(self, images: dict[str, Tensor], chosen: Sequence[int]) -> dict[str, Tensor]:
+        """The chosen images of a batch, as `collate_images` returns them."""
+        apart: dict[str, dict[str, Tensor]] = {}
+        for key, tensor in images.items():
+            number, _, name = key.partition(".")
+            apart.setdefault(number, {})[name] = tensor
+        return self.collate_images([apart[str(i)] for i in chosen])
+
+    @torch.no_grad()
+    def image_values(self, model: Any, images: dict[str, Tensor]) -> list[dict[str, Tensor]]:
+        """Features of one image after the projector, and what the text needs to know of it."""
+        features = base_model(model).image_features(self._normalised(images))
+        kept = {name: tensor for name, tensor in images.items() if name in (TOKEN_RUNS, *_SIZES)}
+        return [kept | features.values(0)]
+
+    def collate_values(self, values: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+        """Features of each image under names of its own, the rest as `collate_images` puts it together."""
+        images = {f"{i}.{n}": tensor for i, value in enumerate(values) for n, tensor in value.items() if is_part(n)}
+        for name in (n for n in values[0] if not is_part(n)):
+            images[name] = self._family.collate([value[name] for value in values])
+        return images
+
     @property
     def condition_width(self) -> int | None:
         """Width of the language model, into which the projector maps; None without a condition."""
         return None if self.options.condition == "none" else self._config.get_text_config().hidden_size
 
-    # parts
-
-    @functools.cached_property
-    def _family(self) -> Family:
-        known = (registry.load(families, name, WHERE) for name in registry.names(families))
-        return next((f for f in known if self._config.model_type in f.model_types), Family())
-
-    @property
-    def packs(self) -> bool:
-        """Whether texts may stand in one row, which depends on the family."""
-        return self._family.packs
-
-    @functools.cached_property
-    def _image_processor(self) -> Any:
-        return read_image_processor(self.options.model, WHERE, self.options.max_pixels)
-
-    @functools.cached_property
-    def _processor(self) -> Any:
-        o = self.options
-        return read_processor(o.model, WHERE, self._config, self._family, self._image_processor, self._tokenizer)
+    # parts that need the model or its transforms
 
     @functools.cached_property
     def _image_tokens(self) -> ImageTokens:
-        merge = getattr(getattr(self._config, "vision_config", None), "spatial_merge_size", 1)
+        vision = getattr(self._config, "vision_config", None)
+        sizes = getattr(vision, "spatial_merge_size", 1), patch_side(vision)
         build = functools.partial(self.build, on_meta=True)
-        return ImageTokens(self.image_transform(False), self.collate_images, merge, build)
+        return ImageTokens(self.image_transform(False), self.collate_images, *sizes, build)
 
     @functools.cached_property
-    def _image_token(self) -> str:
-        number = getattr(self._config, "image_token_id", None)
-        token = None if number is None else self._tokenizer.convert_ids_to_tokens(number)
-        if token is None:
-            raise BadInput(
-                f"{WHERE}: {self.options.model!r}: its tokenizer has no token for the features of an image "
-                f"(image_token_id {number} of config.json). Take both files of one checkpoint."
-            )
-        return token
+    def _video_tokens(self) -> VideoTokens:
+        return VideoTokens(self.video_transform(), patch_side(getattr(self._config, "vision_config", None)))
 
     @functools.cached_property
-    def _chat(self) -> Chat:
-        o = self.options
-        return Chat(
-            self._tokenizer,
-            read_template(o.model, WHERE, o.chat_template, self._tokenizer, self._family.template),
-            self._image_token,
-            self._family.mark(self._processor) if self._family.spelled else self._image_token,
-            o.system,
-            o.max_text_length,
-        )
-
-    @functools.cached_property
-    def _spelling(self) -> Spelling:
-        return Spelling(self._tokenizer)
-
-    @functools.cached_property
-    def _normalise(self) -> Affine:
-        p = self._image_processor
-        mean, std = (p.image_mean, p.image_std) if p.do_normalize else ([0.0] * 3, [1.0] * 3)
-        return Affine(list(mean), list(std), self._family.channels, scale=p.rescale_factor)
-
-    @property
-    def _pad_id(self) -> int:
-        pad = self._tokenizer.pad_token_id
-        return self._tokenizer.eos_token_id if pad is None else pad
+    def _costs(self) -> Costs:
+        return Costs.of(self.build(on_meta=True))
 
     def _end_ids(self, base: PreTrainedModel) -> list[int]:
         """Tokens that end an answer: the checkpoint's, and the one that labels end with in training."""
@@ -338,50 +365,66 @@ class MllmBackbone(StockBackbone):
         ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
         return sorted({*ends, self._tokenizer.eos_token_id})
 
-    def _images(self, batch: PackedBatch) -> dict[str, Tensor]:
-        images = dict(batch.images)
-        if images and self._family.channels is not None:
+    def _normalised(self, images: dict[str, Tensor]) -> dict[str, Tensor]:
+        images = dict(images)
+        if "pixel_values" in images and self._family.channels is not None:
             pixels = images["pixel_values"]
             flat = pixels.unflatten(1, (3, -1)) if pixels.dim() == 2 else pixels
             images["pixel_values"] = self._normalise(flat).view(pixels.shape)
         return images
 
-    def _image_rows(self, batch: PackedBatch, places: list[int]) -> Tensor:
-        """(R,) images as the texts read them: a text names the images of its slot in their order.
+    def _named(self, batch: PackedBatch, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """`mask`, and (R,) images and videos as the texts read them, see `ImageText.forward`: a text names those of
+        its slot in their order.
 
-        A text of weight 0 that was cropped may name fewer than there are; the others are not seen.
+        A text of weight 0 that was cropped may name fewer than there are; the others are not seen. What it kept of the
+        placeholders of one that was cut through is taken out of its mask.
+
+        Args:
+            mask: (T, L), 1 for what is read of each text.
         """
-        runs = batch.images.get(TOKEN_RUNS)
-        runs_of = [1] * len(batch.image_owner) if runs is None else (on_host(runs) > 0).sum(1).tolist()
-        images: dict[int, list[int]] = {}
-        for image, slot in enumerate(on_host(batch.image_owner).tolist()):
-            images.setdefault(slot, []).append(image)
-        owners = on_host(batch.text_owner).tolist()
-        rows = []
-        for slot, n in zip(owners, places, strict=True):
-            for image in images.get(slot, []):
-                if n >= runs_of[image] > 0:
-                    rows.append(image)
-                    n -= runs_of[image]
+        ids, known = on_host(batch.texts["input_ids"]), on_host(mask).bool()
+        places = known & torch.isin(ids, torch.tensor(media_ids(self._config)))
+        owned = [_owned(owner) for owner in (batch.image_owner, batch.video_owner)]
+        runs_of = [_number_of_runs(m, len(o)) for m, o in self._kinds(batch)]
+        weights, numbers = on_host(batch.text_weight).tolist(), places.sum(1).tolist()
+        rows, cut = [], torch.zeros_like(places)
+        read = zip(on_host(batch.text_owner).tolist(), numbers, on_host(batch.texts["media"]).tolist(), strict=True)
+        for text, (slot, n, named) in enumerate(read):
+            left = [iter(owned[kind].get(slot, ())) for kind in (0, 1)]
+            for kind in (kind - 1 for kind in named if kind):
+                number = next(left[kind], None)
+                if number is None or not runs_of[kind][number]:
+                    continue
+                if n < runs_of[kind][number]:
+                    break
+                rows.append(number + kind * len(batch.image_owner))
+                n -= runs_of[kind][number]
+            if n and weights[text]:
+                raise BadInput(f"backbone: a text has {n} placeholders more than its sample has images and videos.")
             if n:
-                raise BadInput(f"backbone: a text has {n} placeholders more than its sample has images.")
-        return to_device(torch.tensor(rows, dtype=torch.int64), batch.text_owner.device)
+                cut[text, places[text].nonzero()[-n:, 0]] = True
+        if cut.any():
+            mask = to_device(on_host(mask) * ~cut, mask.device)
+        return mask, to_device(torch.tensor(rows, dtype=torch.int64), batch.text_owner.device)
 
-    def _refuse_unknown(self) -> None:
-        """Refuse a family that lacks what most have, and say what it is. Raises BadInput."""
-        kind, name = self._config.model_type, self.options.model
-        stock_class = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING.get(type(self._config), None)
-        if stock_class is None:
-            known = "transformers knows no image-text-to-text model of it"
-        elif self._config.is_encoder_decoder:
-            known = "its text tower has an encoder, which answers would not be read by"
-        elif "mm_encoder_outputs" not in inspect.signature(stock_class.forward).parameters:
-            known = f"{stock_class.__name__} does not take the features of images (`mm_encoder_outputs`)"
-        elif not hasattr(stock_class, "get_image_features"):
-            known = f"{stock_class.__name__} does not give the features of images (`get_image_features`)"
-        else:
-            return
-        raise BadInput(f"{WHERE}: {name!r} is of family {kind!r}, and {known}.")
+    @staticmethod
+    def _kinds(batch: PackedBatch) -> tuple[tuple[dict[str, Tensor], Tensor], ...]:
+        return (batch.images, batch.image_owner), (batch.videos, batch.video_owner)
+
+
+def _owned(owner: Tensor) -> dict[int, list[int]]:
+    """Numbers of the images, or videos, of each slot that has any."""
+    owned: dict[int, list[int]] = {}
+    for number, slot in enumerate(on_host(owner).tolist()):
+        owned.setdefault(slot, []).append(number)
+    return owned
+
+
+def _number_of_runs(media: dict[str, Tensor], number: int) -> list[int]:
+    """Number of token runs of each image or video; one unless stated."""
+    runs = media.get(TOKEN_RUNS)
+    return [1] * number if runs is None else (on_host(runs) > 0).sum(1).tolist()
 
 
 @functools.cache

@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import itertools
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,15 +16,16 @@ from jinja2 import TemplateError
 
 from mmpeft_ds.backbones.common import tower_loading
 from mmpeft_ds.backbones.common.texts import TextIds, shares
-from mmpeft_ds.data.batch import IMAGE_MARK, Prompted
+from mmpeft_ds.data.batch import IMAGE_MARK, MARKS, VIDEO_MARK, Prompted
 from mmpeft_ds.errors import BadInput, BadSample
 
 ROLES = ("system", "user", "assistant")
+KINDS = {IMAGE_MARK: "image", VIDEO_MARK: "video"}
 
 
 @dataclass
 class Encoded:
-    """One conversation in tokens; of the image tokens each run is one.
+    """One conversation in tokens; of the tokens of images and videos each run is one.
 
     Attributes:
         ids: tokens.
@@ -32,6 +34,7 @@ class Encoded:
         cut: tokens that were left out of the turns before the last answer so that the rest fits.
         cut_answer: tokens that were left out of the last answer.
         control: control tokens that stood in the turns and are read as plain words.
+        media: `image` or `video`, in the order of the text.
     """
 
     ids: list[int]
@@ -40,6 +43,7 @@ class Encoded:
     cut: int = 0
     cut_answer: int = 0
     control: int = 0
+    media: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -49,8 +53,9 @@ class Chat:
     Attributes:
         tokenizer: a fast one, which knows where each token stands in the text.
         template: Jinja source of the chat template.
-        image_token: that stands for features of an image, as text.
+        tokens: that stand for features of an image, and of a video where it has others, as text.
         mark: what the template writes for an image, in whose place comes the image's spelling.
+        video_mark: the same for a video; empty where there are none.
         system: text of a first system turn for conversations that have none; empty: no such turn.
         max_length: tokens at most, a run of image tokens counted as one. A longer conversation loses its oldest turns,
             then the middle of the last question, then the end of its answer; never an image, nor the header of the
@@ -59,10 +64,11 @@ class Chat:
 
     tokenizer: Any
     template: str
-    image_token: str
+    tokens: tuple[str, ...]
     mark: str
     system: str
     max_length: int
+    video_mark: str = ""
 
     def encode(self, text: str | Prompted) -> Encoded:
         """Tokens and labels of one conversation.
@@ -73,13 +79,15 @@ class Chat:
         """
         text, control = self._plain(text if isinstance(text, Prompted) else Prompted(text))
         encoded = self._encoded(text)
-        spelled = self._spellings(text)
-        wanted, got = sum(s.count(self.image_token) for s in spelled), encoded.ids.count(self.image_id)
+        spelled = [s for spellings in self._spellings(text).values() for s in spellings]
+        wanted = sum(s.count(token) for s in spelled for token in self.tokens)
+        got = sum(encoded.ids.count(number) for number in self.ids)
         if got != wanted:
+            marks = " or ".join(filter(None, (self.mark, self.video_mark)))
             raise BadInput(
                 f"backbone: {len(spelled)} images go with the text {text.prompt[:60]!r}, but it comes to {got} "
-                f"placeholders {self.image_token} in the place of {wanted}. Give a backbone.chat_template that "
-                f"renders one {self.mark} for every image."
+                f"placeholders {' or '.join(self.tokens)} in place of {wanted}. Give a backbone.chat_template "
+                f"that renders one {marks} for every image or video."
             )
         if len(encoded.ids) > self.max_length:
             encoded = self._shortened(text, encoded)
@@ -109,20 +117,21 @@ class Chat:
                 at += 1
             if at < len(spans) and end > max(start, spans[at][0]):
                 labels[i] = ids[i]
-        # behind the end token of each answer comes a token without label
+        # after the end token of each answer comes a token without label
         self._texts.refuse_control(
             (label for label, after in itertools.pairwise(labels) if after != -100), text.target
         )
-        return Encoded(ids, labels, sum(1 for start, end in offsets if end <= prompt_end))
+        media = tuple(piece["type"] for m in self._messages(text) for piece in m["content"] if piece["type"] != "text")
+        return Encoded(ids, labels, sum(1 for start, end in offsets if end <= prompt_end), media=media)
 
     def _plain(self, text: Prompted) -> tuple[Prompted, int]:
-        """The conversation with the control tokens in it broken up, and how many there were. Marks of images stay,
-        but in what the assistant says."""
+        """The conversation with the control tokens in it broken up, and how many there were. Marks of images and
+        videos stay, but in what the assistant says."""
 
         def plain(role: str, words: str) -> tuple[str, int]:
-            pieces = [words] if role == "assistant" else words.split(IMAGE_MARK)
-            pairs = [self._texts.plain(piece) for piece in pieces]
-            return IMAGE_MARK.join(piece for piece, _ in pairs), sum(number for _, number in pairs)
+            pieces = [words] if role == "assistant" else MARKS.split(words)
+            pairs = [(piece, 0) if i % 2 else self._texts.plain(piece) for i, piece in enumerate(pieces)]
+            return "".join(piece for piece, _ in pairs), sum(number for _, number in pairs)
 
         prompt, target = plain("user", text.prompt), plain("assistant", text.target)
         turns = [(role, *plain(role, words)) for role, words in text.turns]
@@ -141,7 +150,7 @@ class Chat:
             excess = len(encoded.ids) - self.max_length
             if excess <= 0:
                 break
-            # What is cut may take a token more or less when it is read anew.
+            # What is cut may take a token more or less when it is read again.
             text = self._last_turn_cut(text, excess + attempt)
             encoded = self._encoded(text, ended=text.target == answer)
         if text.target != answer:
@@ -154,7 +163,9 @@ class Chat:
 
     def _last_turn_cut(self, text: Prompted, excess: int) -> Prompted:
         """The conversation with so many tokens less in its last question and answer. Raises BadSample."""
-        parts = text.prompt.split(IMAGE_MARK)
+        parts = MARKS.split(text.prompt)
+        marks = [*parts[1::2], ""]
+        parts = parts[::2]
         *asked, answered = (len(words.ids) for words in self._texts.words([*parts, text.target]))
         room = sum(asked) + answered - excess
         if room < (2 if answered else 1):
@@ -167,20 +178,24 @@ class Chat:
             asked[asked.index(max(asked))] -= 1
         parts = [self._texts.without_middle(part, keep) for part, keep in zip(parts, asked, strict=True)]
         target = self._texts.without_end(text.target, keep_answered)
-        return dataclasses.replace(text, prompt=IMAGE_MARK.join(parts), target=target)
+        prompt = "".join(part + mark for part, mark in zip(parts, marks, strict=True))
+        return dataclasses.replace(text, prompt=prompt, target=target)
 
-    def _spellings(self, text: Prompted) -> tuple[str, ...]:
-        """What stands in the place of each image of the text."""
-        number = text.images if text.images is not None else text.marks
-        return text.spellings or (self.image_token,) * number
+    def _spellings(self, text: Prompted) -> dict[str, tuple[str, ...]]:
+        """The text that replaces each image and video."""
+        number = text.images if text.images is not None else text.marks()
+        of_videos = text.video_spellings or self.tokens[-1:] * text.videos
+        return {"image": text.spellings or self.tokens[:1] * number, "video": of_videos}
 
     @functools.cached_property
     def _texts(self) -> TextIds:
-        return TextIds(self.tokenizer, tuple({self.image_token, self.mark, IMAGE_MARK}))
+        marks = filter(None, (IMAGE_MARK, VIDEO_MARK, self.mark, self.video_mark))
+        return TextIds(self.tokenizer, {*self.tokens, *marks})
 
-    @property
-    def image_id(self) -> int:
-        return self.tokenizer.convert_tokens_to_ids(self.image_token)
+    @functools.cached_property
+    def ids(self) -> list[int]:
+        """Token ids of `tokens`."""
+        return self.tokenizer.convert_tokens_to_ids(list(self.tokens))
 
     def check(self) -> None:
         """Render a conversation with an image. Raises BadInput if this template cannot, or leaves no room."""
@@ -197,30 +212,35 @@ class Chat:
             turns = [("system", self.system), *turns]
         if text.target:
             turns.append(("assistant", text.target))
-        first = text.images or 0 if not text.marks else 0
+        first = [{"type": "image"}] * (0 if text.marks() else text.images or 0)
+        first += [{"type": "video"}] * (0 if text.marks(VIDEO_MARK) else text.videos)
         messages = []
         for role, content in turns:
             pieces = self._pieces(content)
-            if role == "user" and first:
-                pieces, first = [{"type": "image"}] * first + pieces, 0
+            if role == "user":
+                pieces, first = first + pieces, []
             messages.append({"role": role, "content": pieces})
         return messages
 
     def _pieces(self, turn: str) -> list[dict[str, str]]:
-        """Texts and images of a turn; the line break between a mark and its text is the template's business."""
+        """Texts, images and videos of a turn; the line break between a mark and its text is the template's
+        business."""
         pieces: list[dict[str, str]] = []
-        for i, part in enumerate(turn.split(IMAGE_MARK)):
+        parts = MARKS.split(turn)
+        for i, part in enumerate(parts):
+            if i % 2:
+                pieces.append({"type": KINDS[part]})
+                continue
             if i:
-                pieces.append({"type": "image"})
                 part = part.removeprefix("\n")
-            if i < turn.count(IMAGE_MARK):
+            if i < len(parts) - 1:
                 part = part.removesuffix("\n")
             if part:
                 pieces.append({"type": "text", "text": part})
         return pieces
 
     def _rendered(
-        self, messages: list[dict[str, Any]], spellings: tuple[str, ...]
+        self, messages: list[dict[str, Any]], spellings: dict[str, tuple[str, ...]]
     ) -> tuple[str, list[tuple[int, int]], int]:
         """The conversation as text, (start, end) of each answer of the assistant, and where the last one begins."""
         text, before, spans = "", "", []
@@ -253,7 +273,9 @@ class Chat:
             return answer[:end], answer[end:]
         return answer.rstrip() + eos, ""
 
-    def _render(self, messages: list[dict[str, Any]], spellings: tuple[str, ...], answer_follows: bool = False) -> str:
+    def _render(
+        self, messages: list[dict[str, Any]], spellings: dict[str, tuple[str, ...]], answer_follows: bool = False
+    ) -> str:
         try:
             rendered = self.tokenizer.apply_chat_template(
                 messages, chat_template=self.template, tokenize=False, add_generation_prompt=answer_follows
@@ -262,9 +284,13 @@ class Chat:
             reason = tower_loading.first_line(error)
             roles = ", ".join(m["role"] for m in messages)
             raise BadInput(f"backbone.chat_template: cannot render the turns {roles} ({reason}).") from error
-        first, *rest = rendered.split(self.mark)
-        spelled = itertools.chain(spellings, itertools.repeat(self.image_token))
-        return first + "".join(spelling + words for spelling, words in zip(spelled, rest, strict=False))
+        otherwise = {self.mark: self.tokens[0], self.video_mark: self.tokens[-1]}
+        spelled = {self.video_mark: iter(spellings["video"]), self.mark: iter(spellings["image"])}
+        return self._marks.sub(lambda found: next(spelled[found[0]], otherwise[found[0]]), rendered)
+
+    @functools.cached_property
+    def _marks(self) -> re.Pattern[str]:
+        return re.compile("|".join(re.escape(mark) for mark in (self.mark, self.video_mark) if mark))
 
 
 def _without_oldest(text: Prompted, number: int) -> Prompted:
@@ -272,9 +298,9 @@ def _without_oldest(text: Prompted, number: int) -> Prompted:
     the question that follows."""
     system = [turn for turn in text.turns if turn[0] == "system"]
     turns = [turn for turn in text.turns if turn[0] != "system"]
-    marks = sum(words.count(IMAGE_MARK) for _, words in turns[: 2 * number])
+    marks = [mark for _, words in turns[: 2 * number] for mark in MARKS.findall(words)]
     turns = [*turns[2 * number :], ("user", text.prompt)]
-    turns[0] = (turns[0][0], f"{IMAGE_MARK}\n" * marks + turns[0][1])
+    turns[0] = (turns[0][0], "".join(f"{mark}\n" for mark in marks) + turns[0][1])
     return dataclasses.replace(text, turns=(*system, *turns[:-1]), prompt=turns[-1][1])
 
 

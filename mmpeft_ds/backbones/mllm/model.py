@@ -1,12 +1,12 @@
 """Multimodal language models: a mixin with which transformers' own classes take the packed batch.
 
-Texts come with one placeholder for each run of image tokens. The vision tower runs once per image, and then every
-placeholder is widened to the length of its run: all features of an image that is one run, or what the checkpoint's
-processor wrote, which is compared with the features. So no rule of any image processor is repeated here. The published
-condition is made of the image features behind the projector.
+Texts come with one placeholder for each run of tokens of an image or a video. The vision tower runs once per image and
+once per video, and then every placeholder is widened to the length of its run: all features of an image that is one
+run, or what the checkpoint's processor wrote, which is compared with the features. So no rule of any processor is
+repeated here. The published condition is made of the features after the projector.
 """
 
-# I images, T texts, R images as all texts read them, L text length with placeholders, S with image tokens, d width
+# I images, V videos, T texts, R of both as all texts read them, L text length with placeholders, S without, d width
 
 from __future__ import annotations
 
@@ -20,17 +20,22 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel
 
 from mmpeft_ds.backbones.common.stock import Publishing
 from mmpeft_ds.backbones.common.text_row import TextRow
 from mmpeft_ds.backbones.mllm.families.base import Family
-from mmpeft_ds.backbones.mllm.image_features import ImageFeatures
+from mmpeft_ds.backbones.mllm.image_features import ImageFeatures, MediaFeatures
 from mmpeft_ds.backbones.mllm.processing import TOKEN_RUNS
+from mmpeft_ds.backbones.mllm.unread_blocks import UnreadBlocks
 from mmpeft_ds.host_copies import both, on_host, to_device
-from mmpeft_ds.sites.condition import Condition, conditioned, current
+from mmpeft_ds.sites.condition import MEDIA, OTHER, PROMPT, QUESTION, Condition, conditioned, current
 
 # Names under which models ask for the kinds of tokens.
 TYPES = ("mm_token_type_ids", "token_type_ids")
+# What models ask for beside the features: sizes in patches, and seconds between those of a video.
+GRIDS = ("image_grid_thw", "video_grid_thw", "second_per_grid_ts")
+NONE = ImageFeatures([], [])
 
 
 @dataclass
@@ -40,17 +45,19 @@ class Widened:
     Attributes:
         input_ids, attention_mask: (T, S), padded on one side.
         labels: (T, S), -100 where nothing is asked; None if there were none.
-        image_tokens: (T, S) int64, 1 where an image token stands.
+        media_tokens: (T, S) int64, 1 where a token of an image stands, 2 where one of a video does.
+        kinds: makes (T, S), as `Condition.kinds`.
     """
 
     input_ids: Tensor
     attention_mask: Tensor
     labels: Tensor | None
-    image_tokens: Tensor
+    media_tokens: Tensor
+    kinds: Callable[[], Tensor]
 
 
 class ImageText(Publishing):
-    """Mixin over the `ForConditionalGeneration` classes: with `image_rows` for the packed batch, else stock.
+    """Mixin over the `ForConditionalGeneration` classes: with `media_rows` for the packed batch, else stock.
 
     `config.condition` says what is published: `none`, the `pooled` vector of an image (mean of its tokens, mean over
     the images of a slot), or all its `tokens`.
@@ -68,23 +75,27 @@ class ImageText(Publishing):
         attention_mask: Tensor | None = None,
         labels: Tensor | None = None,
         images: dict[str, Tensor] | None = None,
-        image_rows: Tensor | None = None,
+        videos: dict[str, Tensor] | None = None,
+        media_rows: Tensor | None = None,
         image_owner: Tensor | None = None,
+        video_owner: Tensor | None = None,
         text_owner: Tensor | None = None,
         num_slots: int | None = None,
         padding_free: bool = False,
         logits_to_keep: int | Tensor = 0,
         **kwargs: Any,
     ) -> Any:
-        """The stock forward; or, given `image_rows`, that of a packed batch.
+        """The stock forward; or, given `media_rows`, that of a packed batch.
 
         Args:
             input_ids, attention_mask, labels: (T, L), padded on the right, with a placeholder for each run of image
                 tokens.
-            images: as the family's processor makes them and `collate_images` puts them together.
-            image_rows: (R,) images as the texts read them, one after the other, each once a text.
-            image_owner, text_owner, num_slots: as in the packed batch; only a condition needs them.
-            padding_free: read all texts as one row, one behind the other and each by itself.
+            images, videos: as the family's processor makes them and `collate_images` and `collate_videos` put them
+                together.
+            media_rows: (R,) images and videos as the texts read them, one after the other, each once per text: numbers
+                of images, and from their number on of videos.
+            image_owner, video_owner, text_owner, num_slots: as in the packed batch; only a condition needs them.
+            padding_free: read all texts as one row, one after the other and each by itself.
 
         Returns:
             the stock output; of a packed batch besides `labels` (T, S), and `logits` for the last positions only, from
@@ -92,19 +103,23 @@ class ImageText(Publishing):
             `text_of` (1, N) says whose token each is. Also `lengths` (T,) of the widened texts, and `positions`, the
             number that was computed for them.
         """
-        if image_rows is None:
+        if media_rows is None:
             own = {} if labels is None else {"labels": labels}
             return super().forward(
                 input_ids=input_ids, attention_mask=attention_mask, logits_to_keep=logits_to_keep, **own, **kwargs
             )
-        features = self.image_features(images or {})
-        widened = self.widen(input_ids, attention_mask, labels, features, image_rows)
+        images, videos = images or {}, videos or {}
+        features = self.media_features(images, videos)
+        widened = self.widen(input_ids, attention_mask, labels, features, media_rows)
         condition = current()  # one that the caller has set around the call takes precedence
         if condition is None:
-            condition = self.condition_of(features, image_owner, text_owner, num_slots, widened.attention_mask)
-        arguments, labels = self.arguments(widened, features, images or {}, image_rows), widened.labels
+            owners = image_owner, video_owner, text_owner
+            condition = self.condition_of(features, *owners, num_slots, widened.attention_mask)
+        condition = dataclasses.replace(condition, kinds=widened.kinds)
+        arguments, labels = self.arguments(widened, features, images, videos, media_rows), widened.labels
         row = TextRow(both(Tensor.bool, widened.attention_mask)) if padding_free else None
-        if row is None and "image_grid_thw" in arguments and hasattr(self.model, "get_rope_index"):
+        by_grid = hasattr(self.model, "get_rope_index") and not arguments.keys().isdisjoint(GRIDS)
+        if row is None and by_grid:
             arguments["position_ids"] = self._positions(arguments)
         if row is not None:
             arguments |= self.row_arguments(row, arguments)
@@ -118,15 +133,15 @@ class ImageText(Publishing):
         outputs["lengths"], outputs["positions"] = widened.attention_mask.sum(1), arguments["input_ids"].numel()
         if row is not None:
             outputs["text_of"] = row.text_of
-        unread = sorted(set(range(len(features))) - set(on_host(image_rows).tolist()))
-        if unread and torch.is_grad_enabled() and features.tokens[0].requires_grad:
+        unread = sorted(set(range(len(features))) - set(on_host(media_rows).tolist()))
+        if unread and torch.is_grad_enabled() and features.tokens[unread[0]].requires_grad:
             # All ranks must reach the vision tower in backward, also one whose images no text refers to.
             outputs["tie"] = sum(features.tokens[i].sum() for i in unread) * 0
         return outputs
 
     @property
     def runs_unevenly(self) -> tuple[str, ...]:
-        """The blocks of the vision tower and what stands behind it: in some families a part of them runs once an
+        """The blocks of the vision tower and what stands after it: in some families a part of them runs once an
         image."""
         text, tower = self.get_decoder(), self.get_encoder(modality="image")
         paths = []
@@ -140,39 +155,71 @@ class ImageText(Publishing):
                 paths.append(f"model.{name}")
         return tuple(paths)
 
+    def media_features(self, images: dict[str, Tensor], videos: dict[str, Tensor]) -> MediaFeatures:
+        """After the projector; each image and each video is seen once, images first."""
+        apart = self.takes_videos_apart and not self.family.one_token
+        return MediaFeatures(self.image_features(images), self.video_features(videos), apart)
+
     def image_features(self, images: dict[str, Tensor]) -> ImageFeatures:
-        """Behind the projector; each image is seen once."""
+        """After the projector; each image is seen once, or not at all where its features are given."""
         if not images:
-            return ImageFeatures([], [])
-        known = _parameters(type(self.model).get_image_features)
+            return NONE
+        if (given := ImageFeatures.together(images, images.get(TOKEN_RUNS))) is not None:
+            return given
+        return ImageFeatures.of(self._seen(images, "image"), images.get(TOKEN_RUNS))
+
+    def video_features(self, videos: dict[str, Tensor]) -> ImageFeatures:
+        """After the projector; each video is seen once."""
+        if not videos:
+            return NONE
+        output = self._seen(videos, "video" if self.takes_videos_apart else "image")
+        return ImageFeatures.of(output, videos[TOKEN_RUNS], self.family.without_padding)
+
+    def _seen(self, media: dict[str, Tensor], kind: str) -> Any:
+        """The model's own outputs for all images, or for all videos."""
+        see = getattr(self.model, f"get_{kind}_features")
+        known = _parameters(see.__func__)
         given = {
             name: value.to(self.dtype) if value.is_floating_point() else value
-            for name, value in images.items()
+            for name, value in media.items()
             if name in known
         }
-        with _whole(self.model, "image_newline"):
-            output = self.model.get_image_features(**given, return_dict=True)
-        return ImageFeatures.of(output, images.get(TOKEN_RUNS))
+        with _whole(self.model, "image_newline"), self._unread.left_out():
+            return see(**given, return_dict=True)
+
+    @functools.cached_property
+    def _unread(self) -> UnreadBlocks:
+        return UnreadBlocks(self.config, self.get_encoder(modality="image"))
+
+    @property
+    def takes_videos_apart(self) -> bool:
+        """Whether the stock model knows videos; to others their frames are images."""
+        return takes_videos_apart(type(self.model))
 
     def widen(
         self,
         input_ids: Tensor,
         attention_mask: Tensor,
         labels: Tensor | None,
-        features: ImageFeatures,
-        image_rows: Tensor,
+        features: MediaFeatures,
+        media_rows: Tensor,
         left: bool = False,
+        answers: Tensor | None = None,
     ) -> Widened:
-        """Give every placeholder as many places as its image has features; padding goes to the right, or `left`.
+        """Give every placeholder as many places as its run has tokens; padding goes to the right, or `left`.
 
-        It is done on the host, which knows the texts and how many features there are, and goes on without the device.
+        It is done on the host, which knows the texts and the number of features, without waiting for the device.
+        `answers` are labels that say where the first answer begins, where there are no `labels`.
         """
         device = input_ids.device
-        input_ids, attention_mask, image_rows = map(on_host, (input_ids, attention_mask, image_rows))
+        input_ids, attention_mask, media_rows = map(on_host, (input_ids, attention_mask, media_rows))
         keep = attention_mask.bool()
-        places = keep & (input_ids == self.config.image_token_id)
-        times = keep.to(torch.int64)
-        times[places] = torch.tensor([n for i in image_rows.tolist() for n in features.runs[i]], dtype=torch.int64)
+        places = keep & torch.isin(input_ids, torch.tensor(media_ids(self.config)))
+        times, kinds = keep.to(torch.int64), torch.zeros_like(input_ids)
+        read = [(n, 1 + (i >= len(features.images))) for i in media_rows.tolist() for n in features.runs[i]]
+        times[places] = torch.tensor([n for n, _ in read], dtype=torch.int64)
+        kinds[places] = torch.tensor([kind for _, kind in read], dtype=torch.int64)
+        answers = labels if answers is None else answers
         widths = times.sum(1)
         rows, length = len(input_ids), int(widths.max())
         row = torch.repeat_interleave(torch.arange(rows), widths)
@@ -185,55 +232,87 @@ class ImageText(Publishing):
             out[row, column] = values.flatten().repeat_interleave(times.flatten())
             return to_device(out, device)
 
+        @functools.cache
+        def token_kinds() -> Tensor:
+            return spread(kinds_of(keep, kinds > 0, None if answers is None else on_host(answers)), OTHER)
+
         pad = self.config.get_text_config().pad_token_id
         return Widened(
             spread(input_ids, 0 if pad is None else pad),
             spread(attention_mask, 0),
             None if labels is None else spread(on_host(labels), -100),
-            spread(places.to(torch.int64), 0),
+            spread(kinds, 0),
+            token_kinds,
         )
 
     def arguments(
-        self, widened: Widened, features: ImageFeatures, images: dict[str, Tensor], image_rows: Tensor
+        self,
+        widened: Widened,
+        features: MediaFeatures,
+        images: dict[str, Tensor],
+        videos: dict[str, Tensor],
+        media_rows: Tensor,
     ) -> dict[str, Any]:
         """Arguments of the stock forward, or of `generate`, for widened texts."""
         arguments: dict[str, Any] = {"input_ids": widened.input_ids, "attention_mask": widened.attention_mask}
         known = _parameters(type(self).forward)
         for name in TYPES:
             if name in known:
-                arguments[name] = self.family.token_types(widened.image_tokens, widened.labels)
-        if "image_grid_thw" in known and "image_grid_thw" in images and len(image_rows):
-            rows = {tensor.device: tensor for tensor in (image_rows, on_host(image_rows))}
-            arguments["image_grid_thw"] = both(lambda grid: grid[rows[grid.device]], images["image_grid_thw"])
-        if len(image_rows):
-            arguments["mm_encoder_outputs"] = {"image": features.read_as(on_host(image_rows).tolist())}
+                arguments[name] = self.family.token_types(widened.media_tokens, widened.labels)
+        rows, first = on_host(media_rows), len(features.images)
+        for media, own in ((images, rows[rows < first]), (videos, rows[rows >= first] - first)):
+            of = {tensor.device: tensor for tensor in (to_device(own, media_rows.device), own)}
+            for name in GRIDS:
+                if name in known and name in media and len(own):
+                    arguments[name] = both(lambda grid, of=of: grid[of[grid.device]], media[name])
+        if len(rows):
+            arguments["mm_encoder_outputs"] = features.read_as(rows.tolist())
         return arguments
 
     def row_arguments(self, row: TextRow, arguments: dict[str, Any]) -> dict[str, Any]:
-        """What changes in the `arguments` for widened texts where these are read as one row."""
+        """Replacements among the `arguments` for widened texts, if these are read as one row."""
         positions = row.position_ids
         if hasattr(self.model, "get_rope_index"):
-            # positions in time, height and width, behind those that tell texts apart
+            # positions in time, height and width, after those that tell texts apart
             positions = torch.stack([positions, *(row.of(axis) for axis in self._positions(arguments))])
         implementation = self.config.get_text_config()._attn_implementation or "eager"
+        masks = None
+        if self.family.looks_ahead(self.config) and not implementation.startswith("flash"):
+            made = self._masks(arguments)
+            masks = {kind: row.mask(of) for kind, of in made.items()} if isinstance(made, dict) else row.mask(made)
         return {
             **{name: row.of(arguments[name]) for name in ("input_ids", *TYPES) if name in arguments},
-            "attention_mask": None,  # transformers makes it of the positions
-            "position_ids": positions,
-            **row.attention_arguments(implementation),
+            "attention_mask": masks,  # where there is none, transformers makes it of the positions
+            "position_ids": positions + self.family.first_position,
+            **(row.attention_arguments(implementation) if masks is None else {}),
         }
+
+    def _masks(self, arguments: dict[str, Any]) -> dict[str, Tensor | None] | Tensor | None:
+        """(T, 1, S, S) masks of padded rows as the model makes them, by kind of layer or one for all; None for a
+        causal one. For a row of several texts transformers 5.23 reads the blocks of one text at the positions of
+        another."""
+        ids = arguments["input_ids"]
+        return self.create_masks_for_generate(
+            config=self.config,
+            inputs_embeds=torch.empty(*ids.shape, 1, dtype=self.dtype, device=ids.device),
+            past_key_values=None,
+            position_ids=None,
+            is_first_iteration=True,
+            **{name: arguments[name] for name in ("attention_mask", *TYPES) if name in arguments},
+        )
 
     def _positions(self, arguments: dict[str, Any]) -> Tensor:
         """(3, T, S) positions in time, height and width; transformers would ask the device for the texts, again and
         again."""
-        names = ("input_ids", "attention_mask", "mm_token_type_ids", "image_grid_thw")
+        names = ("input_ids", "attention_mask", "mm_token_type_ids", *GRIDS)
         given = {name: on_host(arguments[name]) for name in names if name in arguments}
         return to_device(self.model.get_rope_index(**given)[0], arguments["input_ids"].device)
 
     def condition_of(
         self,
-        features: ImageFeatures,
+        features: MediaFeatures,
         image_owner: Tensor | None,
+        video_owner: Tensor | None,
         text_owner: Tensor | None,
         num_slots: int | None,
         own_mask: Tensor | None = None,
@@ -243,7 +322,7 @@ class ImageText(Publishing):
         kind = getattr(self.config, "condition", "none")
         if kind == "none":
             return Condition(own_mask=own)
-        images_of = _images_by_slot(image_owner, len(features), num_slots)
+        images_of = _by_slot(image_owner, video_owner, features, num_slots)
         slots = range(len(images_of)) if text_owner is None else on_host(text_owner).tolist()
         like = next(t for t in (own_mask, text_owner, *features.tokens) if t is not None)
         nothing = torch.zeros(1, self.config.get_text_config().hidden_size, dtype=self.dtype, device=like.device)
@@ -260,13 +339,40 @@ class ImageText(Publishing):
         return Condition(tokens, torch.arange(tokens.shape[1], device=tokens.device) < counts[:, None], own_mask=own)
 
 
+def kinds_of(keep: Tensor, media: Tensor, labels: Tensor | None) -> Tensor:
+    """`Condition.kinds` of texts before they are widened.
+
+    Args:
+        keep, media: (T, L) bool, what holds a token, and what holds one of an image or a video.
+        labels: (T, L), -100 where nothing is asked: all before the first that is none is prompt; None: all is.
+    """
+    prompt = keep if labels is None else keep & ((labels != -100).cumsum(1) == 0)
+    before = (media & prompt).flip(1).cumsum(1).flip(1) > 0  # something of an image is still to come
+    kinds = torch.full(keep.shape, OTHER).masked_fill(prompt, QUESTION).masked_fill(prompt & before, PROMPT)
+    return kinds.masked_fill(media, MEDIA)
+
+
+def media_ids(config: PretrainedConfig) -> list[int]:
+    """Tokens that stand for features of images, and of videos where these have others."""
+    names = ("image_token_id", "image_token_index"), ("video_token_id", "video_token_index")
+    numbers = [
+        next((getattr(config, n) for n in pair if getattr(config, n, None) is not None), None) for pair in names
+    ]
+    return list(dict.fromkeys(number for number in numbers if number is not None))
+
+
+def takes_videos_apart(model_class: type[PreTrainedModel]) -> bool:
+    """Whether a stock model knows videos."""
+    return hasattr(model_class, "get_video_features")
+
+
 @functools.cache
 def _parameters(function: Callable[..., Any]) -> frozenset[str]:
     return frozenset(inspect.signature(function).parameters)
 
 
 def _asked(labels: Tensor | None) -> int:
-    """How many of the last positions are needed to predict all labels; at least two, of which one is compared."""
+    """Number of the last positions that are needed to predict all labels; at least two, of which one is compared."""
     if labels is None:
         return 0
     asked = (on_host(labels) != -100).any(0).nonzero()
@@ -274,13 +380,16 @@ def _asked(labels: Tensor | None) -> int:
     return min(labels.shape[1], max(2, labels.shape[1] - first + 1))
 
 
-def _images_by_slot(image_owner: Tensor | None, images: int, num_slots: int | None) -> list[list[int]]:
-    """Numbers of the images that each slot owns; None: image i belongs to slot i."""
-    owners = list(range(images)) if image_owner is None else on_host(image_owner).tolist()
-    images_of: list[list[int]] = [[] for _ in range(num_slots if num_slots is not None else len(owners))]
-    for image, slot in enumerate(owners):
-        images_of[slot].append(image)
-    return images_of
+def _by_slot(
+    image_owner: Tensor | None, video_owner: Tensor | None, features: MediaFeatures, num_slots: int | None
+) -> list[list[int]]:
+    """Numbers of the images and videos that each slot owns; without owners number i belongs to slot i."""
+    pairs = ((image_owner, len(features.images)), (video_owner, len(features.videos)))
+    owners = [slot for owner, n in pairs for slot in (range(n) if owner is None else on_host(owner).tolist())]
+    media_of: list[list[int]] = [[] for _ in range(num_slots if num_slots is not None else len(owners))]
+    for number, slot in enumerate(owners):
+        media_of[slot].append(number)
+    return media_of
 
 
 @contextlib.contextmanager

@@ -1,13 +1,14 @@
-"""Images through a checkpoint's own processor: tensors for the model, and how an image is spelled in the text.
+"""Images and videos through a checkpoint's own processor: tensors for the model, and how they are spelled in the text.
 
 The processor's parts are read one by one: as a whole it would ask for packages that only videos or sound need.
 """
 
-# R runs of image tokens in the spelling of one image
+# R runs of tokens in the spelling of one image or video
 
 from __future__ import annotations
 
 import functools
+import importlib.util
 import inspect
 import re
 from dataclasses import dataclass
@@ -17,16 +18,18 @@ import torch
 import transformers
 from PIL import Image
 from torch import Tensor
-from transformers import AutoImageProcessor, PretrainedConfig
+from transformers import AutoImageProcessor, ImageProcessingMixin, PretrainedConfig
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 
 from mmpeft_ds.backbones.common import tower_loading
+from mmpeft_ds.backbones.mllm import torchvision_functions
 from mmpeft_ds.backbones.mllm.families.base import Family
-from mmpeft_ds.data.batch import SpelledImage
+from mmpeft_ds.backbones.mllm.options import ImageBackend
+from mmpeft_ds.data.batch import Spelled
 from mmpeft_ds.data.transform import ImageTransform
 from mmpeft_ds.errors import BadInput
 
-# Entry of an image's tensors: (1, R) lengths of the runs of image tokens in its spelling.
+# Entry of the tensors of an image or a video: (1, R) lengths of the runs of its tokens in its spelling.
 TOKEN_RUNS = "token_runs"
 # What a processor gives besides the arguments of the vision tower.
 _OF_TEXTS = {
@@ -60,7 +63,7 @@ class PixelTransform(ImageTransform):
             return_tensors="pt",
         )
         tensors = {name: out[name] for name in ("pixel_values", "image_sizes", "image_grid_thw") if name in out}
-        # Pillow has rounded to whole numbers, so nothing is lost.
+        # Both libraries have rounded to whole numbers, so nothing is lost.
         tensors["pixel_values"] = tensors["pixel_values"].to(torch.uint8)
         return tensors
 
@@ -72,80 +75,116 @@ class SpelledTransform(ImageTransform):
     Attributes:
         processor: the whole processor.
         alone: a text with one image and nothing else.
-        image_token: that stands for one feature.
+        tokens: of which each stands for one feature.
     """
 
     processor: Any
     alone: str
-    image_token: str
+    tokens: tuple[str, ...]
     min_size: None = None
 
-    def __call__(self, image: Tensor, generator: Any = None) -> SpelledImage:
-        out = self.processor(
-            images=[Image.fromarray(image.permute(1, 2, 0).numpy())],
-            text=[self.alone],
-            return_text_replacement_offsets=True,
-            return_tensors="pt",
-        )
-        ((replaced,),) = out["text_replacement_offsets"]
-        spelling, runs = _shortened(replaced["replacement"], self.image_token)
-        tensors = {n: v for n, v in out.items() if n not in _OF_TEXTS and isinstance(v, Tensor)}
-        return SpelledImage({**tensors, TOKEN_RUNS: torch.tensor([runs])}, spelling)
+    def __call__(self, image: Tensor, generator: Any = None) -> Spelled:
+        picture = Image.fromarray(image.permute(1, 2, 0).numpy())
+        return spelled(self.processor, self.alone, self.tokens, images=[picture])
 
 
-def _shortened(spelling: str, image_token: str) -> tuple[str, list[int]]:
-    """`spelling` with each run of image tokens as one, and the lengths of the runs."""
-    run = re.compile(f"(?:{re.escape(image_token)})+")
-    return run.sub(lambda _: image_token, spelling), [len(m) // len(image_token) for m in run.findall(spelling)]
+def spelled(processor: Any, alone: str, tokens: tuple[str, ...], **media: Any) -> Spelled:
+    """The processor's text for one image or video, which is all that the text `alone` holds."""
+    out = processor(text=[alone], return_text_replacement_offsets=True, return_tensors="pt", **media)
+    ((replaced,),) = out["text_replacement_offsets"]
+    spelling, runs = _shortened(replaced["replacement"], tokens)
+    tensors = {n: torch.as_tensor(v) for n, v in out.items() if n not in _OF_TEXTS and _is_numbers(v)}
+    return Spelled({**tensors, TOKEN_RUNS: torch.tensor([runs])}, spelling)
 
 
-def read_image_processor(name: str, where: str, max_pixels: int) -> Any:
-    """The image processor of `name` in its Pillow form, which gives the same pixels whether or not torchvision is
-    there; where a family has none, the one that it has.
+def _is_numbers(value: Any) -> bool:
+    return isinstance(value, Tensor) or (isinstance(value, list) and all(isinstance(v, int | float) for v in value))
+
+
+def _shortened(spelling: str, tokens: tuple[str, ...]) -> tuple[str, list[int]]:
+    """`spelling` with each run of a token as one, and the lengths of the runs."""
+    run = re.compile("|".join(f"(?:{re.escape(token)})+" for token in tokens))
+    runs = [(found[0], next(t for t in tokens if found[0].startswith(t))) for found in run.finditer(spelling)]
+    ones = iter([token for _, token in runs])
+    return run.sub(lambda _: next(ones), spelling), [len(text) // len(token) for text, token in runs]
+
+
+def read_image_processor(name: str, where: str, max_pixels: int, backend: ImageBackend) -> Any:
+    """The image processor of `name`, which gives the same pixels whether or not torchvision is installed.
 
     Args:
         max_pixels: larger images are scaled down to this many; 0 = as the checkpoint says.
+        backend: the library that scales, as transformers names it; where a family has one form alone, that one.
 
     Raises:
         BadInput: if it cannot be read, or does not keep the pixels of an image between two bounds.
     """
-    changes: dict[str, Any] = {}
     place = tower_loading.locate(name, where)
     try:
-        processor = AutoImageProcessor.from_pretrained(place, backend="pil", trust_remote_code=False)
+        processor = _image_processor(place, {})
         if max_pixels:
             size = dict(processor.size or {})
             if not (size.get("shortest_edge") and size.get("longest_edge") and hasattr(processor, "merge_size")):
                 raise BadInput(f"backbone.max_pixels: {name!r} sees images at sizes of its own. Leave it 0.")
             least = min(processor.size["shortest_edge"], max_pixels)
-            changes["size"] = {"shortest_edge": least, "longest_edge": max_pixels}
-            # Where the checkpoint's file has these keys, as those on the hub do, they win over `size`.
-            changes |= {"min_pixels": least, "max_pixels": max_pixels}
-            processor = AutoImageProcessor.from_pretrained(place, backend="pil", trust_remote_code=False, **changes)
+            # Where the checkpoint's file has the last two, as those on the hub do, they win over `size`.
+            bounds = {"shortest_edge": least, "longest_edge": max_pixels}
+            processor = _image_processor(place, {"size": bounds, "min_pixels": least, "max_pixels": max_pixels})
+        return _on_tensors(processor) if backend == "torchvision" else processor
     except (OSError, ValueError, ImportError) as error:
         reason = tower_loading.first_line(error)
         raise BadInput(
             f"{where}: cannot read the image processor of {name!r} ({reason}). "
             "Its directory needs preprocessor_config.json."
         ) from error
-    return processor
+
+
+def _image_processor(place: str, changes: dict[str, Any]) -> Any:
+    """The image processor in its Pillow form, or in the one that works on tensors where it has no other.
+
+    Raises:
+        OSError, ValueError, ImportError: if it cannot be read.
+    """
+    try:
+        return AutoImageProcessor.from_pretrained(place, backend="pil", trust_remote_code=False, **changes)
+    except (ValueError, ImportError):
+        settings = ImageProcessingMixin.get_image_processor_dict(place)[0] | changes
+        name = settings.pop("image_processor_type", "").removesuffix("Fast")
+        module = torchvision_functions.module_of(name, "image")
+        if module is None or torchvision_functions.module_of(f"{name}Pil", "image"):
+            raise
+        return torchvision_functions.processor_class(module, name)(**settings)
+
+
+def _on_tensors(processor: Any) -> Any:
+    """The same image processor in the form that works on tensors; as it is where its family has no such form, or that
+    form would scale otherwise."""
+    pil = type(processor)
+    module = pil.__module__.replace("image_processing_pil_", "image_processing_")
+    lanczos = getattr(processor, "resample", None) == Image.Resampling.LANCZOS
+    if lanczos and not torchvision_functions.scales_by_lanczos():
+        return processor
+    if not pil.__name__.endswith("Pil") or importlib.util.find_spec(module) is None:
+        return processor
+    settings = {k: v for k, v in processor.to_dict().items() if k != "image_processor_type"}
+    return torchvision_functions.processor_class(module, pil.__name__.removesuffix("Pil"))(**settings)
 
 
 def read_processor(
-    name: str, where: str, config: PretrainedConfig, family: Family, image_processor: Any, tokenizer: Any
+    name: str,
+    where: str,
+    config: PretrainedConfig,
+    family: Family,
+    image_processor: Any,
+    tokenizer: Any,
+    video_processor: Any = None,
 ) -> Any:
-    """The whole processor of `name`, with its parts for images and texts alone.
+    """The whole processor of `name`, with its parts for images, texts, and videos if it is given, alone.
 
     Raises:
         BadInput: if its class cannot say how images are spelled, or it cannot be made.
     """
-    place = tower_loading.locate(name, where)
-    try:
-        settings = transformers.ProcessorMixin.get_processor_dict(place)[0]
-    except OSError:
-        settings = {}
-    kind = settings.get("processor_class") or PROCESSOR_MAPPING_NAMES.get(config.model_type)
-    stock = family.processor or (getattr(transformers, kind, None) if kind else None)
+    kind, stock, settings = processor_class(name, config, family, where)
     if stock is None or not _spells(stock):
         raise BadInput(
             f"{where}: {name!r} is of family {config.model_type!r}, and "
@@ -154,7 +193,10 @@ def read_processor(
         )
     known = inspect.signature(stock.__init__).parameters
     settings = {**family.processor_settings(config), **settings}
-    parts = dict.fromkeys(stock.get_attributes()) | {"image_processor": image_processor, "tokenizer": tokenizer}
+    parts = dict.fromkeys(stock.get_attributes())
+    parts |= {"image_processor": image_processor, "tokenizer": tokenizer}
+    if video_processor is not None:
+        parts["video_processor"] = video_processor
     try:
         return _without_others(stock)(**parts, **{n: v for n, v in settings.items() if n in known and n not in parts})
     except (TypeError, ValueError, AttributeError, ImportError) as error:
@@ -162,12 +204,27 @@ def read_processor(
         raise BadInput(f"{where}: cannot make the processor {kind} of {name!r} ({reason}).") from error
 
 
+def processor_class(
+    name: str, config: PretrainedConfig, family: Family, where: str = ""
+) -> tuple[str | None, type | None, dict[str, Any]]:
+    """Name and class of the processor of `name`, None where there is none, and its settings."""
+    place = tower_loading.locate(name, where)
+    try:
+        settings = transformers.ProcessorMixin.get_processor_dict(place)[0]
+    except OSError:
+        settings = {}
+    kind = settings.get("processor_class") or PROCESSOR_MAPPING_NAMES.get(config.model_type)
+    return kind, family.processor or (getattr(transformers, kind, None) if kind else None), settings
+
+
 class _OfImagesAndTexts:
     """Mixin before a processor class, which then does without its parts for videos and sound."""
 
     def check_argument_for_proper_class(self, argument_name: str, argument: Any) -> Any:
-        """Accept that a part is missing."""
-        return None if argument is None else super().check_argument_for_proper_class(argument_name, argument)
+        """Accept that a part is missing, and the video processor, which transformers refuses without torchvision."""
+        if argument is None or argument_name == "video_processor":
+            return type(argument)
+        return super().check_argument_for_proper_class(argument_name, argument)
 
     def __reduce__(self) -> Any:
         # The class is made at run time; loader processes make it for themselves.

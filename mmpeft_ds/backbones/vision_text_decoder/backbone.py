@@ -29,6 +29,7 @@ from mmpeft_ds.backbones.vision_text_decoder.model import (
 )
 from mmpeft_ds.backbones.vision_text_decoder.options import Options
 from mmpeft_ds.data.batch import GenerationOutput, PackedBatch, Prompted
+from mmpeft_ds.data.token_counts import TokenCounts
 from mmpeft_ds.errors import BadInput
 from mmpeft_ds.host_copies import both
 
@@ -42,9 +43,9 @@ class VisionTextDecoderBackbone(VisionBackbone):
     generates = True
 
     @property
-    def packs(self) -> bool:
+    def unpackable(self) -> str:
         """The published loss is that of padding too, which a row without padding has not."""
-        return self.options.loss == "fixed"
+        return "" if self.options.loss == "fixed" else VisionBackbone.unpackable
 
     def check(self) -> None:
         """Refuse what cannot work, from configurations only."""
@@ -62,7 +63,7 @@ class VisionTextDecoderBackbone(VisionBackbone):
             )
         if o.begin_token and o.prefix == "none":
             raise BadInput(
-                "backbone.begin_token: true, but prefix: none leaves no image vector behind it. Give a prefix."
+                "backbone.begin_token: true, but prefix: none leaves no image vector after it. Give a prefix."
             )
         if o.loss not in ("fixed", "official"):
             raise BadInput(f"backbone.loss: {o.loss!r}. Use fixed or official.")
@@ -89,13 +90,14 @@ class VisionTextDecoderBackbone(VisionBackbone):
                 self.attention,
                 o.random_weights,
                 device=self.device,
+                quantise=o.quantise,
             )
             vision = self._load_vision(config.vision_config)
             with torch.random.fork_rng():
                 # The same projection on every rank and at every ZeRO stage, however many draws loading has taken.
                 torch.manual_seed(torch.initial_seed())
                 model = VisionTextDecoder(config, vision, text)
-        return model.requires_grad_(False).train()
+        return self._quantised(model.requires_grad_(False).train())
 
     def collate_texts(self, texts: list[str | Prompted]) -> dict[str, Tensor]:
         """Ids and mask of start, prompt and target, padded on the right with the end of text, and `labels`: the ids
@@ -143,18 +145,18 @@ class VisionTextDecoderBackbone(VisionBackbone):
         return both(lambda known: pad(known[:, 1:] if prefix == 0 else known, (max(prefix - 1, 0), 1)), labels)
 
     def inputs(self, batch: PackedBatch) -> dict[str, Any]:
-        """As every backbone's, and whether all texts are one row."""
+        """Forward arguments as of every backbone, and whether all texts are one row."""
         return super().inputs(batch) | ({"padding_free": True} if batch.padding_free else {})
 
-    def tokens(self, texts: list[str | Prompted], image_sizes: list[tuple[int, int]]) -> tuple[int, int]:
-        """Of all texts of a sample, each behind the vectors of its images."""
+    def tokens(self, texts: list[str | Prompted], image_sizes: list[tuple[int, int]]) -> TokenCounts:
+        """Token counts of all texts of a sample, each after the vectors of its images."""
         before = len(image_sizes) * self._prefix_length + self.options.begin_token if image_sizes else 1
         before = 0 if self.options.prefix == "none" else before
-        read = sum(int(self.collate_texts([text])["attention_mask"].sum()) + before for text in texts)
-        return read, len(image_sizes) * self._prefix_length
+        read = [int(self.collate_texts([text])["attention_mask"].sum()) + before for text in texts]
+        return TokenCounts(sum(read), len(image_sizes) * self._prefix_length, sum(n * n for n in read))
 
     def tokens_key(self) -> str:
-        """Of tokenizer, limits and prefix."""
+        """Hash of tokenizer, limits and prefix."""
         o = self.options
         limits = [o.max_text_length, self._start, o.prefix, o.begin_token, self._prefix_length, o.loss]
         return stock.short_hash([self._tokenizer.backend_tokenizer.to_str(), limits])

@@ -1,4 +1,4 @@
-"""The composed generative model: a vision tower that runs once per image, and a causal language model behind it.
+"""The composed generative model: a vision tower that runs once per image, and a causal language model after it.
 
 Source: GPT-2 + ViT of the routing paper (arXiv 2403.09377; specs/routing.md 2.2), each of its choices an option.
 """
@@ -126,9 +126,9 @@ class VisionTextDecoder(VisionSide, GenerationMixin):
         logits_to_keep: int | Tensor = 0,
         return_dict: bool | None = None,
     ) -> VisionTextDecoderOutput:
-        """Logits of every text behind the images of its slot.
+        """Logits of every text after the images of its slot.
 
-        A text without image has the begin-of-text token in the place of the prefix.
+        A text without image has the begin-of-text token in place of the prefix.
 
         Args:
             input_ids: (T, L), padded on the right.
@@ -138,7 +138,7 @@ class VisionTextDecoder(VisionSide, GenerationMixin):
             image_owner: (I,) slot of each image, non-decreasing; None: image i belongs to slot i.
             text_owner: (T,) slot of each text; None: text j belongs to slot j.
             num_slots: S; None: as many as texts.
-            padding_free: read all texts, each behind its images, as one row, one behind the other and each by itself.
+            padding_free: read all texts, each after its images, as one row, one after the other and each by itself.
             inputs_embeds, position_ids, past_key_values, use_cache, condition_tokens, condition_mask,
                 logits_to_keep: of a step of `generate`, which has joined prefix and prompt itself.
             return_dict: accepted for transformers' sake; the output is always a ModelOutput.
@@ -186,14 +186,14 @@ class VisionTextDecoder(VisionSide, GenerationMixin):
         num_slots: int | None = None,
         **options: Any,
     ) -> Any:
-        """Continuation of each prompt behind the images of its slot, as transformers' `generate` returns it.
+        """Continuation of each prompt after the images of its slot, as transformers' `generate` returns it.
 
         Args:
             input_ids: (T, L) prompts; None: none, for one text an image.
             attention_mask: (T, L); padding may stand on either side.
             pixel_values, image_features, image_owner, text_owner, num_slots: as in `forward`.
             options: of transformers' `generate`. `max_length` counts the prompt with its image positions:
-                20 behind one pooled image vector leaves 19 new tokens.
+                20 after one pooled image vector leaves 19 new tokens.
 
         Returns:
             (T, new) token ids without the prompt.
@@ -230,7 +230,8 @@ class VisionTextDecoder(VisionSide, GenerationMixin):
         is_first_iteration: bool | None = False,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """As for every model; without a cache the prompt, which has no token ids, is encoded anew at every step."""
+        """Inputs of a generation step; without a cache the prompt, which has no token ids, is encoded again at every
+        step."""
         if past_key_values is None and inputs_embeds is not None and input_ids.shape[1]:
             inputs_embeds = torch.cat([inputs_embeds, self.get_input_embeddings()(input_ids)], 1)
             is_first_iteration = True

@@ -67,7 +67,7 @@ class VisionTextEncoderBackbone(VisionBackbone):
                 model = VisionTextEncoder(config, vision, text)
         model.vision_model.requires_grad_(False)
         model.text_model.requires_grad_(False)
-        return model.train()
+        return self._quantised(model.train())
 
     def collate_texts(self, texts: list[str]) -> dict[str, Tensor]:
         """Token ids and mask, as long as the longest text of this batch; longer ones lose their middle."""

@@ -1,4 +1,4 @@
-"""The composed classifier: a vision tower that runs once per image, a text encoder behind it, and a head.
+"""The composed classifier: a vision tower that runs once per image, a text encoder after it, and a head.
 
 Source: RoBERTa + ViT of the routing paper (arXiv 2403.09377; specs/routing.md 2.1), each of its choices an option.
 """

@@ -11,7 +11,7 @@ from mmpeft_ds.fitting import ByOption
 
 @dataclass
 class Options(VisionOptions):
-    """Keys of the recipe's `backbone` section, beside those of `VisionOptions`.
+    """Keys of the recipe's `backbone` section, in addition to those of `VisionOptions`.
 
     Attributes:
         text: hub name, local directory or packaged:NAME of a bert or roberta encoder.

@@ -1,6 +1,6 @@
 """Skipping of positions of a text encoder that are never read: padding, and in the last layer all but one.
 
-Behind its attention a BERT-like layer treats every position alone, so there the positions of all rows may stand in one
+After its attention a BERT-like layer treats every position alone, so there the positions of all rows may stand in one
 long row without padding, and in the last layer only the one that the head reads. The rest is as before.
 """
 
@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from mmpeft_ds.host_copies import nonzero
-from mmpeft_ds.sites.base import AdapterLayer
 from mmpeft_ds.sites.condition import current
+from mmpeft_ds.sites.unread import all_allow, put_back
 
 
 def leave_out_unread(layers: Iterable[nn.Module]) -> None:
@@ -29,12 +29,13 @@ def leave_out_unread(layers: Iterable[nn.Module]) -> None:
 
 def tokenwise(layer: nn.Module) -> bool:
     """Whether this layer, with the adapters in it, mixes no positions after its attention."""
-    return all(m.tokenwise if isinstance(m, AdapterLayer) else _of_peft(m) for m in _adapters(layer))
+    return all_allow(_behind_attention(layer), "tokenwise")
 
 
 def rowless(layer: nn.Module) -> bool:
-    """As `tokenwise`, and no adapter there asks which row a position is of, such as for the condition of that row."""
-    return all(m.rowless if isinstance(m, AdapterLayer) else _of_peft(m) for m in _adapters(layer))
+    """Whether all is `tokenwise`, and no adapter there asks which row a position belongs to, for example for its
+    condition."""
+    return all_allow(_behind_attention(layer), "rowless")
 
 
 def kept_positions(keep_TL: Tensor, count: int) -> Tensor | None:
@@ -65,17 +66,9 @@ def take(hidden: Tensor, read: Tensor) -> Tensor:
     return hidden.gather(1, at[:, None, None].expand(-1, 1, hidden.shape[2]))
 
 
-def _of_peft(module: nn.Module) -> bool:
-    """The layers of peft itself are linear maps of single tokens."""
-    return type(module).__module__.startswith("peft.")
-
-
-def _adapters(layer: nn.Module) -> Iterator[nn.Module]:
-    """Adapters around the parts of a layer behind its attention, except those that are disabled."""
+def _behind_attention(layer: nn.Module) -> Iterator[nn.Module]:
     for part in (layer.attention.output, layer.intermediate, layer.output):
-        for module in part.modules():
-            if hasattr(module, "base_layer") and not getattr(module, "disable_adapters", False):
-                yield module
+        yield from part.modules()
 
 
 def _only_read(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
@@ -101,7 +94,4 @@ def _with_padding(module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> T
     condition = current()
     if condition is None or condition.kept is None or out.shape[:2] != (1, len(condition.kept)):
         return None
-    rows, length = condition.own_mask.shape
-    whole = out.new_zeros(rows * length, out.shape[2])
-    # kept has no position twice; index_copy_ would be the same, at twice the time on a CPU
-    return whole.index_add_(0, condition.kept, out[0]).view(rows, length, -1)
+    return put_back(out, condition.kept, *condition.own_mask.shape)

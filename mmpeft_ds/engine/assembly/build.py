@@ -2,28 +2,37 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
+import dataclasses
 import functools
 import types
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
+from mmpeft_ds.backbones.base import model_hooks
+from mmpeft_ds.backbones.common.quantised import weight_of
 from mmpeft_ds.distributed.partitioned import gathered
 from mmpeft_ds.distributed.processes import Ranks
-from mmpeft_ds.engine.assembly import feature_bank
-from mmpeft_ds.engine.assembly.forward import adapted_layer
+from mmpeft_ds.engine.assembly import feature_bank, start_from
+from mmpeft_ds.engine.assembly.forward import adapted_layer, forward
 from mmpeft_ds.engine.optim import optimizers
 from mmpeft_ds.engine.zero import fingerprint as fingerprints
-from mmpeft_ds.engine.zero import node_groups, stage1, stage3
+from mmpeft_ds.engine.zero import matrices, node_groups, stage1, stage3
 from mmpeft_ds.engine.zero import state as zero_state
 from mmpeft_ds.engine.zero.config import check_by_deepspeed, merge
-from mmpeft_ds.engine.zero.start import frozen_not_sent
+from mmpeft_ds.engine.zero.start import frozen_not_sent, not_moved
 from mmpeft_ds.errors import BadInput
+from mmpeft_ds.methods.base import StartData
 from mmpeft_ds.methods.common.fused import fuse
 from mmpeft_ds.recipe import Recipe
 from mmpeft_ds.sites import find_sites
+from mmpeft_ds.sites.base import Sites, base_layer, base_model
 from mmpeft_ds.sites.condition import enable_checkpointing
 
 
@@ -38,6 +47,7 @@ class Built:
         stage: ZeRO stage.
         fingerprint: of every frozen tensor, which is the same on all ranks.
         ewc: elastic weight consolidation towards an earlier task (`engine.ewc.Pull`), or None.
+        frozen: what computes the values of images apart (`engine.frozen_images.FrozenImages`), or None.
     """
 
     engine: Any
@@ -46,18 +56,26 @@ class Built:
     stage: int
     fingerprint: dict[str, str]
     ewc: Any = None
+    frozen: Any = None
 
 
-def build(resolved: Any, ranks: Ranks) -> Built:
+def build(
+    resolved: Any,
+    ranks: Ranks,
+    batches: Callable[[], Iterator[Any]] | None = None,
+    shapes: Mapping[str, Sequence[int]] | None = None,
+) -> Built:
     """The frozen base, its adapters and DeepSpeed around them. Collective.
+
+    Args:
+        batches: gives tasks and packed batches of training data without end, the same on all ranks, to methods that
+            start from them; None: they keep the start with which they are attached.
+        shapes: of the trained parameters of the checkpoint that is read afterwards, in place of `batches`.
 
     Raises:
         BadInput: when nothing is trainable, DeepSpeed refuses the JSON, or ranks have read other weights.
     """
-    import deepspeed
     from transformers.integrations import HfDeepSpeedConfig
-
-    from mmpeft_ds.engine.assembly.resolve import attach
 
     recipe: Recipe = resolved.recipe
     check_by_deepspeed(recipe, resolved.ds_config)
@@ -66,10 +84,23 @@ def build(resolved: Any, ranks: Ranks) -> Built:
     # While this object exists, from_pretrained partitions what it loads, so create it before the backbone.
     config = merge(ds_config, recipe, ranks.world_size, trainable=0)
     partitioning = HfDeepSpeedConfig(config) if stage == 3 else None
+    base = load_base(resolved, ranks, stage)
+    sites = find_sites(base)
+    model = adapted(resolved, base, batches, shapes)
+    del partitioning
+    return started(resolved, ranks, model, ds_config, sites)
+
+
+def load_base(resolved: Any, ranks: Ranks, stage: int) -> nn.Module:
+    """The frozen base of a recipe; what of it is drawn is drawn from the recipe's seed. Collective.
+
+    Args:
+        stage: of ZeRO.
+    """
     if resolved.backbone.reads_bank:
         wanted = resolved.method.bank_parts(resolved.method_config)
         resolved.backbone.use_bank(feature_bank.read(resolved.train, resolved.labels, wanted))
-    torch.manual_seed(recipe.seed)
+    torch.manual_seed(resolved.recipe.seed)
     # Below stage 3 each rank keeps the whole base: it reads it to its device, not into the host's memory first.
     resolved.backbone.device = None if stage == 3 else ranks.device
     base = resolved.backbone.build()
@@ -78,11 +109,57 @@ def build(resolved: Any, ranks: Ranks) -> Built:
     if resolved.backbone.reads_bank:
         with gathered(list(base.parameters())):
             resolved.backbone.read_classes(base)
-    sites = find_sites(base)
+    return base
+
+
+def adapted(
+    resolved: Any,
+    base: nn.Module,
+    batches: Callable[[], Iterator[Any]] | None = None,
+    shapes: Mapping[str, Sequence[int]] | None = None,
+) -> nn.Module:
+    """The base with the adapters of a recipe, as they start. Collective.
+
+    Args:
+        batches, shapes: as of `build`.
+
+    Raises:
+        BadInput: the method does not fit the base.
+    """
+    from mmpeft_ds.engine.assembly.resolve import attach, check_new
+
     # Seed again: loading under ZeRO-3 draws other numbers than loading whole, and adapters must start alike.
-    torch.manual_seed(recipe.seed)
+    torch.manual_seed(resolved.recipe.seed)
     model = attach(resolved, base)
-    del partitioning
+    if batches is not None and shapes is None:
+        check_new(resolved, model)
+    if resolved.method.reads_batches(resolved.method_config):
+        if shapes is not None:
+            resolved.method.restart(model, shapes)
+        elif batches is not None:
+            begun = _training_state(model)
+            resolved.method.start(model, start_data(resolved, model, batches()))
+            model_hooks(model).load_training_state(begun)
+    if resolved.recipe.start_from and batches is not None and shapes is None:
+        start_from.begin(resolved, model)
+    return model
+
+
+def started(resolved: Any, ranks: Ranks, model: nn.Module, ds_config: dict[str, Any], sites: Sites) -> Built:
+    """DeepSpeed around a model with adapters. Collective.
+
+    Args:
+        ds_config: of `node_groups.make`.
+        sites: of the base before adapters were attached; read at ZeRO stage 3 alone.
+
+    Raises:
+        BadInput: nothing is trainable, or ranks have read other weights.
+    """
+    import deepspeed
+
+    recipe: Recipe = resolved.recipe
+    stage = ds_config["zero_optimization"].get("stage", 0)
+    base = base_model(model)
     if recipe.engine.compile:
         fuse(model)
     if recipe.engine.gradient_checkpointing:
@@ -95,23 +172,65 @@ def build(resolved: Any, ranks: Ranks) -> Built:
     if stage == 3:
         stage3.mark_leaves(model, sites, adapted_layer(resolved.backbone, base))
     numel = sum(map(zero_state.numel, trainables.values()))
-    decays = functools.partial(resolved.method.decays, resolved.method_config)
-    groups = optimizers.parameter_groups(trainables, recipe, decays)
-    optimizer = optimizers.make(groups, recipe.optim)
+    optimizer = optimizers.make(optim_groups(resolved, trainables), recipe.optim)
     # Leave model_parameters out: DeepSpeed then takes those of the optimiser, which are the trainables alone.
     config = merge(ds_config, recipe, ranks.world_size, numel)
     if not any(hasattr(p, "ds_id") for p in model.parameters()):
         # Nothing is partitioned, as with stored features, so DeepSpeed would cast the trainables to bfloat16 too.
         config["bf16"] = {"enabled": False}
-    with frozen_not_sent(model):
+    if stage < 3:
+        model.to(ranks.device)
+    with frozen_not_sent(model), not_moved(model) if stage < 3 else contextlib.nullcontext():
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
     check_engine(engine, trainables)
+    matrices.lay_out(engine)
     if stage == 1:
         stage1.reduce_flat(engine)
     if stage == 3:
         stage3.keep_frozen(engine)
         stage3.gather_flat(engine)
+        stage3.list_parameters_once(model)
     return Built(engine, model, trainables, stage, fingerprints.of_frozen(model))
+
+
+def start_data(resolved: Any, model: nn.Module, batches: Iterator[tuple[Any, Any]]) -> StartData:
+    """Data for a method's start; `batches` are those of `engine.streams.first_batches`."""
+    backbone = resolved.backbone
+    begun = _training_state(model)
+
+    def loss(model: nn.Module, item: tuple[Any, Any]) -> torch.Tensor:
+        task, batch = item
+        # No batch sees pairs of those before it, which stand in a queue once for each rank.
+        model_hooks(model).load_training_state(begun)
+        return task.loss(forward(model, backbone, batch), batch) / (task.weight(batch) or 1.0)
+
+    @torch.no_grad()
+    def lost(paths: list[str]) -> dict[str, torch.Tensor]:
+        plain, base = copy.copy(backbone), model.get_base_model()
+        plain.options, plain.device = dataclasses.replace(backbone.options, quantise="none"), None
+        with torch.random.fork_rng():  # rank 0 alone draws, what was drawn when the base was built
+            torch.manual_seed(resolved.recipe.seed)
+            original = plain.build()  # once more and whole, on the CPU
+        differences = {}
+        for path in paths:
+            layer, now = original.get_submodule(path), weight_of(base_layer(base.get_submodule(path)))
+            weight = layer.weight.T if isinstance(layer, Conv1D) else layer.weight
+            differences[path] = weight.to(now.device, torch.float32) - now.float()
+        return differences
+
+    return StartData(batches, lambda model, item: forward(model, backbone, item[1]), loss, lost)
+
+
+def _training_state(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Copies of what training moves beside the weights, such as a queue and a teacher; of most models nothing."""
+    return {name: tensor.clone() for name, tensor in model_hooks(model).training_state().items()}
+
+
+def optim_groups(resolved: Any, trainables: dict[str, nn.Parameter]) -> list[dict[str, Any]]:
+    """The optimiser's parameter groups of a resolved recipe. Raises BadInput as `optimizers.parameter_groups`."""
+    method, config = resolved.method, resolved.method_config
+    decays = functools.partial(method.decays, config)
+    return optimizers.parameter_groups(trainables, resolved.recipe, decays, method.is_map)
 
 
 def recompute_blocks(base: nn.Module) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from mmpeft_ds import backbones, registry, tasks
+from mmpeft_ds.backbones.common.options import QUANTISED
 from mmpeft_ds.data.manifest import Manifest
 from mmpeft_ds.data.options import SourceOptions
 from mmpeft_ds.data.order import steps_of
@@ -32,10 +34,33 @@ MOST_SLOTS, MOST_PROCESSES, MOST_STEPS = 2**22, 1024, 10**9
 
 def check_values(recipe: Recipe) -> None:
     """Refuse numbers out of range and combinations of plain options that cannot work. Raises BadInput."""
-    data, optim, engine = recipe.data, recipe.optim, recipe.engine
-    rules = [
+    data, optim = recipe.data, recipe.optim
+    for key, holds, rule in _ranges(recipe):
+        if not holds:
+            raise BadInput(f"{where(recipe, key)}: {rule}, got {_lookup(recipe, key)}.")
+    check_groups(recipe)
+    if data.global_batch % optim.accumulation:
+        raise BadInput(
+            f"{where(recipe, 'optim.accumulation')}: {optim.accumulation} does not divide data.global_batch "
+            f"{data.global_batch}. Choose a divisor, so that every micro-step has equally many slots."
+        )
+    if data.pack and optim.accumulation > 1:
+        raise BadInput(
+            f"{where(recipe, 'optim.accumulation')}: {optim.accumulation}, but with data.pack: {data.pack} a step "
+            "takes as many micro-steps as its tokens need. Leave it out."
+        )
+    check_unread(recipe)
+    if recipe.engine.patience and not data.validation:
+        raise BadInput(f"{where(recipe, 'engine.patience')}: early stopping needs a source in data.validation.")
+
+
+def _ranges(recipe: Recipe) -> list[tuple[str, bool, str]]:
+    """(key, whether its value is in range, the rule in words) for every number of a recipe that has a range."""
+    data, optim, engine, muon = recipe.data, recipe.optim, recipe.engine, recipe.optim.muon
+    return [
         ("run_dir", bool(recipe.run_dir.strip()), "must name a directory"),
         ("seed", 0 <= recipe.seed < 2**63, "must lie in [0, 2^63)"),
+        ("data.seed", 0 <= (data.seed or 0) < 2**63, "must lie in [0, 2^63)"),
         ("data.global_batch", 1 <= data.global_batch <= MOST_SLOTS, f"must lie in [1, {MOST_SLOTS:,}]"),
         ("data.workers", 0 <= data.workers <= MOST_PROCESSES, f"must lie in [0, {MOST_PROCESSES:,}]"),
         ("data.prefetch", 1 <= data.prefetch <= MOST_PROCESSES, f"must lie in [1, {MOST_PROCESSES:,}]"),
@@ -66,6 +91,7 @@ def check_values(recipe: Recipe) -> None:
         ("engine.stall", engine.stall > 0, "must be above 0 seconds"),
         ("engine.timeout", engine.timeout > engine.stall, "must be above engine.stall"),
         ("engine.max_skipped", engine.max_skipped >= 1, "must be 1 or more"),
+        ("engine.tower_batch", 0 <= engine.tower_batch <= MOST_SLOTS, "must be 0 (all of a micro-batch) or more"),
         ("engine.threads", 0 <= engine.threads <= MOST_PROCESSES, f"must be 0 (automatic) to {MOST_PROCESSES:,}"),
         (
             "engine.adapter_matmul",
@@ -74,26 +100,28 @@ def check_values(recipe: Recipe) -> None:
         ),
         ("monitor.every", recipe.monitor.every >= 1, "must be 1 or more"),
         ("monitor.samples", recipe.monitor.samples >= 0, "must be 0 (none) or more"),
+        ("optim.muon.momentum", 0 <= muon.momentum < 1, "must lie in [0, 1)"),
+        ("optim.muon.ns_steps", 1 <= muon.ns_steps < 100, "must lie in [1, 99]"),
+        ("optim.muon.adamw_lr", muon.adamw_lr is None or 0 < muon.adamw_lr < float("inf"), "must be above 0"),
+        ("optim.lora_plus", 0 <= optim.lora_plus < float("inf"), "must be 0 (off) or a multiple of optim.lr"),
+        *((f"data.sources.{i}.weight", s.weight > 0, "must be above 0") for i, s in enumerate(data.sources)),
     ]
-    for i, source in enumerate(data.sources):
-        rules.append((f"data.sources.{i}.weight", source.weight > 0, "must be above 0"))
-    for key, holds, rule in rules:
-        if not holds:
-            value = _lookup(recipe, key)
-            raise BadInput(f"{where(recipe, key)}: {rule}, got {value}.")
-    if data.global_batch % optim.accumulation:
-        raise BadInput(
-            f"{where(recipe, 'optim.accumulation')}: {optim.accumulation} does not divide data.global_batch "
-            f"{data.global_batch}. Choose a divisor, so that every micro-step has equally many slots."
-        )
-    if data.pack and optim.accumulation > 1:
-        raise BadInput(
-            f"{where(recipe, 'optim.accumulation')}: {optim.accumulation}, but with data.pack: {data.pack} a step "
-            "takes as many micro-steps as its tokens need. Leave it out."
-        )
-    check_unread(recipe)
-    if engine.patience and not data.validation:
-        raise BadInput(f"{where(recipe, 'engine.patience')}: early stopping needs a source in data.validation.")
+
+
+def check_groups(recipe: Recipe) -> None:
+    """Refuse parameter groups whose settings cannot work. Raises BadInput."""
+    optim = recipe.optim
+    for pattern, group in optim.groups.items():
+        for name, value in (("lr", group.lr), ("weight_decay", group.weight_decay)):
+            if value is not None and not 0 <= value < float("inf"):
+                raise BadInput(
+                    f"{where(recipe, 'optim.groups')}: {name} of {pattern!r} must be 0 or more, got {value}."
+                )
+        if group.optimizer is not None and optim.name != "muon":
+            raise BadInput(
+                f"{where(recipe, 'optim.groups')}: {pattern!r} names an optimizer, which optim.name: {optim.name} "
+                "does not read (muon does). Leave it out."
+            )
 
 
 def check_unread(recipe: Recipe) -> None:
@@ -101,9 +129,10 @@ def check_unread(recipe: Recipe) -> None:
     optim = recipe.optim
     adam, by_epoch = optim.name != "sgd", optim.schedule == "cosine_epoch"
     unread = [
-        ("momentum", adam, f"optim.name: {optim.name} does not read it (sgd does)"),
-        ("betas", not adam, "optim.name: sgd does not read them (adamw and adam do)"),
-        ("eps", not adam, "optim.name: sgd does not read it (adamw and adam do)"),
+        ("momentum", adam, f"optim.name: {optim.name} does not read it (sgd does; muon has optim.muon.momentum)"),
+        ("betas", not adam, "optim.name: sgd does not read them (adamw, adam and muon do)"),
+        ("eps", not adam, "optim.name: sgd does not read it (adamw, adam and muon do)"),
+        ("muon", optim.name != "muon", f"optim.name: {optim.name} does not read it (muon does)"),
         ("warmup", by_epoch, "optim.schedule: cosine_epoch does not read it: its first epoch has optim.warmup_lr"),
         ("warmup_lr", not by_epoch, f"optim.schedule: {optim.schedule} does not read it (cosine_epoch does)"),
     ]
@@ -111,6 +140,21 @@ def check_unread(recipe: Recipe) -> None:
     for name, ignored, why in unread:
         if ignored and getattr(optim, name) != getattr(defaults, name):
             raise BadInput(f"{where(recipe, f'optim.{name}')}: {why}. Leave it out, or choose the one that does.")
+
+
+def check_quantised(recipe: Recipe, form: str, stage: int) -> None:
+    """Refuse a quantised base where it cannot be: at ZeRO stage 3, or without its package. Raises BadInput."""
+    if form == "none":
+        return
+    key = f"{where(recipe, 'backbone.quantise')}: {form}"
+    if stage == 3:
+        raise BadInput(
+            f"{key}, but ZeRO stage 3 splits plain parameters, and quantised weights have scales beside them. "
+            "Use ds_configs/zero2.json or zero1.json."
+        )
+    package = QUANTISED[form]
+    if importlib.util.find_spec(package) is None:
+        raise BadInput(f"{key} needs the package {package}. Install it: pip install 'mmpeft_ds[quantise]'")
 
 
 def check_schedule(recipe: Recipe, total: int, steps_per_epoch: int) -> None:
@@ -153,7 +197,7 @@ def check_backbone(recipe: Recipe, key: str, task: Section, backbone: Section) -
 
 
 def read_words(task: type[TaskOptions], in_training: bool) -> dict[str, tuple[str, ...]]:
-    """What a task reads of a backbone, by option; `in_training` adds what its loss reads."""
+    """Words for the backbone's outputs that a task reads, by option; `in_training` adds those that its loss reads."""
     words = dict(task.reads)
     for setting, more in task.reads_in_training.items() if in_training else ():
         words[setting] = (*words.get(setting, ()), *more)
@@ -217,7 +261,7 @@ def picture_notes(
 
     Args:
         modalities: of the backbone.
-        takes_features: the backbone reads stored features in the place of pictures.
+        takes_features: the backbone reads stored features in place of pictures.
     """
     fields = manifest.fields.get(options.split, {})
     if "image" not in modalities or not fields or manifest.towers:
@@ -236,6 +280,13 @@ def picture_notes(
     if without == 0:
         return []
     return [f"{here}: {f'{without:,} of {total:,}' if without else 'some'} samples have no {wanted}."]
+
+
+def check_videos(recipe: Recipe, key: str, options: SourceOptions, manifest: Manifest, backbone: BackboneBase) -> None:
+    """Refuse data with videos where the backbone cannot read them as such. Raises BadInput."""
+    if backbone.no_videos and _holds(manifest.fields.get(options.split, {}), "videos"):
+        place = f"{where(recipe, f'{key}.dir')}: {manifest.dir} ({options.split})"
+        raise BadInput(f"{place} holds videos, but {backbone.no_videos}.")
 
 
 def stored_notes(
@@ -334,15 +385,14 @@ def check_packing(
 
     Args:
         train: position, task and manifest of each training source.
-        takes_features: the backbone reads stored features in the place of pixels.
+        takes_features: the backbone reads stored features in place of pixels.
         attention: implementation that the model is loaded with.
     """
     if not recipe.data.pack:
         return
     at = f"{where(recipe, 'data.pack')}: {recipe.data.pack}, but"
-    if not backbone.packs:
-        name = recipe.backbone["name"]
-        raise BadInput(f"{at} the backbone {name} reads each text in a row of its own, as it is set. Leave it out.")
+    if backbone.unpackable:
+        raise BadInput(f"{at} the backbone {recipe.backbone['name']} {backbone.unpackable}. Leave it out.")
     for key, task, manifest in train:
         if task.couples_samples:
             raise BadInput(

@@ -5,46 +5,67 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from peft.tuners.ia3 import Linear as IA3Linear
 from peft.tuners.lora import Linear as LoraLinear
 from peft.utils.other import ModulesToSaveWrapper
-from torch import nn
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from mmpeft_ds.backbones.base import BackboneBase
 from mmpeft_ds.data.batch import PackedBatch
 from mmpeft_ds.errors import BadInput
-from mmpeft_ds.ops.scored_head import is_scorable, scored
-from mmpeft_ds.ops.token_scores import TokenScores
+from mmpeft_ds.ops.scored_head import aligned, is_scorable, scored
+from mmpeft_ds.ops.token_scores import TokenScores, labelled
 from mmpeft_ds.sites import find_sites
 from mmpeft_ds.sites.base import base_model
+from mmpeft_ds.sites.unread import MOST, LastLayer
 from mmpeft_ds.tasks.base import TaskBase
 
 
-def forward(model: Any, backbone: BackboneBase, batch: PackedBatch, scores: bool = False) -> Any:
+def forward(
+    model: Any, backbone: BackboneBase, batch: PackedBatch, scores: bool = False, last: LastLayer | None = None
+) -> Any:
     """The model's outputs as the backbone reads them, for the task's loss and `predict`.
 
     Args:
         model: DeepSpeed engine or plain module.
         scores: of a model that generates, give scores of the labels in place of logits, which take several times
             their memory; where there is a `scored_layer`.
+        last: of the base model; with `scores` it computes nothing for positions without a label that it need not.
     """
     base = base_model(getattr(model, "module", model))
     head = scored_layer(backbone, base) if scores else None
     if head is None:
         return backbone.read(model(**backbone.inputs(batch)), batch)
-    with scored(head, lambda positions: backbone.labels_at(base, batch, positions)):
+
+    def labels_at(positions: int) -> Tensor:
+        return backbone.labels_at(base, batch, positions)
+
+    with scored(head, labels_at), last.reading(_labelled(labels_at)) if last else contextlib.nullcontext():
         outputs = model(**backbone.inputs(batch))
     read = backbone.read(outputs, batch)
     return dataclasses.replace(read, logits=None, scores=TokenScores.of(read.logits))
 
 
+def _labelled(labels_at: Callable[[int], Tensor]) -> Callable[[int], Tensor | None]:
+    """Positions that predict a label, of S; None where these are nearly all, or none. Found once for each S."""
+
+    @functools.cache
+    def read(positions: int) -> Tensor | None:
+        labels = aligned(labels_at(positions), positions)
+        rows = labelled(labels)
+        return rows if 0 < len(rows) <= MOST * labels.numel() else None
+
+    return read
+
+
 def scored_layer(backbone: BackboneBase, base: nn.Module) -> nn.Module | None:
-    """The output layer that can score labels in place of computing logits: frozen, trained whole as one of
+    """The output layer that can score labels in place of computing logits: frozen, trained in full as one of
     `modules_to_save`, or with peft's LoRA or (IA)^3. None where the model does not generate.
 
     Args:
@@ -90,19 +111,23 @@ def answer(model: Any, backbone: BackboneBase, task: TaskBase, batch: PackedBatc
 
 @contextlib.contextmanager
 def _images_seen_once(base: nn.Module) -> Iterator[None]:
-    """Within the block a vision tower that is called again with equal images returns what it returned before.
+    """Context in which a vision tower that is called again with equal images returns what it returned before.
 
     For one batch, and without changes of the model in between. All ranks must call alike, since a tower that does not
     run gathers no partitioned weights.
     """
     towers = [base.get_submodule(p) for p, kind in find_sites(base).towers.items() if kind == "image"]
+    before = [vars(tower).get("forward") for tower in towers]
     for tower in towers:
         tower.forward = _Remembering(tower.forward)
     try:
         yield
     finally:
-        for tower in towers:
-            del tower.forward
+        for tower, own in zip(towers, before, strict=True):
+            if own is None:
+                del tower.forward
+            else:
+                tower.forward = own
 
 
 class _Remembering:
@@ -113,17 +138,17 @@ class _Remembering:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         arguments = pytree.tree_flatten((args, kwargs))
-        if self.arguments is None or not _equal(arguments, self.arguments):
+        if self.arguments is None or not equal_trees(arguments, self.arguments):
             self.arguments, self.result = arguments, self.function(*args, **kwargs)
         return copy.copy(self.result)  # Qwen2-VL puts other fields into what its tower returned
 
 
-def _equal(one: tuple[list[Any], Any], other: tuple[list[Any], Any]) -> bool:
+def equal_trees(one: tuple[list[Any], Any], other: tuple[list[Any], Any]) -> bool:
     """Whether two flattened trees are the same in structure and values."""
 
     def same(a: Any, b: Any) -> bool:
         if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
             return a is b or (a.dtype == b.dtype and torch.equal(a, b))
-        return type(a) is type(b) and not isinstance(a, torch.Tensor) and bool(a == b)
+        return a is b or (type(a) is type(b) and not isinstance(a, torch.Tensor) and bool(a == b))
 
     return one[1] == other[1] and all(map(same, one[0], other[0]))

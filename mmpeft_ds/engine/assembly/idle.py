@@ -9,7 +9,8 @@ from mmpeft_ds.recipe import Recipe
 
 
 def idle_notes(resolved: Resolved, ranks: int) -> list[str]:
-    """One line about the batch, and one for each train source of which a step holds less than that."""
+    """Notes about ranks that get no samples of a step, or too few for their loss: one about the batch, and of each
+    train source one if its samples are too few for the ranks, and one if the sets that ranks compare are too small."""
     recipe, options = resolved.recipe, resolved.backbone.options
     notes = _of_batch(recipe, ranks)
     for number, source in enumerate(resolved.train):
@@ -32,7 +33,7 @@ def samples_per_rank(slots: int, samples: int, ranks: int) -> list[int]:
 
 
 def _of_batch(recipe: Recipe, ranks: int) -> list[str]:
-    """Where a part of a step has fewer slots than there are ranks."""
+    """A note if the parts of a step have fewer slots than there are ranks."""
     batch, accumulation = recipe.data.global_batch, recipe.optim.accumulation
     per_pass = batch // accumulation
     if ranks <= per_pass:
@@ -45,7 +46,7 @@ def _of_batch(recipe: Recipe, ranks: int) -> list[str]:
 
 
 def _of_source(recipe: Recipe, key: str, source: Any, held: list[int], told: bool) -> list[str]:
-    """Where a step holds the whole source, and that is less than a sample for every rank."""
+    """A note if a step holds the whole source, and that is less than one sample per rank."""
     idle = held.count(0)
     if not idle or (told and source.samples >= recipe.data.global_batch):
         return []
@@ -56,7 +57,7 @@ def _of_source(recipe: Recipe, key: str, source: Any, held: list[int], told: boo
 
 
 def _of_sets(recipe: Recipe, key: str, held: list[int], least: int) -> list[str]:
-    """Where ranks form sets of their own, and some hold samples with too few others to be told from."""
+    """A note if some ranks have too few samples of a step, where each compares its own samples only."""
     alone = sum(0 < count < least for count in held)
     if not alone:
         return []

@@ -17,6 +17,7 @@ from mmpeft_ds.data.subset import Subset
 from mmpeft_ds.engine.assembly.checks import (
     check_backbone,
     check_names,
+    check_quantised,
     check_records,
     check_texts,
     check_validation,
@@ -79,6 +80,7 @@ def outline(recipe: Recipe, assumed: Assumed | None = None) -> Outline:
     with parts.method.blamed():
         stage = ds_config.get("zero_optimization", {}).get("stage", 0)
         parts.method.options.check_training(recipe.engine.dtype, stage)
+    check_quantised(recipe, parts.backbone.options.quantise, stage)
     if recipe.engine.compile:
         _check_compiling(recipe, stage)
     listed = keyed_sources(recipe)

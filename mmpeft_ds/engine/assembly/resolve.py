@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +18,7 @@ from transformers import PreTrainedModel
 from transformers.utils import import_utils
 
 from mmpeft_ds.backbones.base import BackboneBase, model_hooks
-from mmpeft_ds.backbones.common import text_attention
+from mmpeft_ds.backbones.common import quantised, text_attention
 from mmpeft_ds.backbones.common.tower_loading import choose_attention
 from mmpeft_ds.data.assumed import Assumed, is_assumed
 from mmpeft_ds.data.manifest import Manifest
@@ -29,6 +30,7 @@ from mmpeft_ds.engine.assembly.checks import (
     check_contrast,
     check_coupling,
     check_packing,
+    check_videos,
     picture_notes,
     run_notes,
     stored_notes,
@@ -39,7 +41,7 @@ from mmpeft_ds.errors import BadInput
 from mmpeft_ds.fitting import chosen
 from mmpeft_ds.methods.base import MethodOptions, SiteMethod
 from mmpeft_ds.methods.common.products import multiply_in
-from mmpeft_ds.methods.common.select import check_whole_modules
+from mmpeft_ds.methods.common.select import check_named, check_tokens, check_whole_modules
 from mmpeft_ds.methods.common.tuner import to_float32
 from mmpeft_ds.quiet import without_warnings
 from mmpeft_ds.recipe import Recipe, Section, components
@@ -60,7 +62,7 @@ class ResolvedSource:
 
     @property
     def samples(self) -> int:
-        """How many samples of the split are used."""
+        """Number of samples of the split that are used."""
         return self.manifest.samples(self.options.split) if self.subset is None else len(self.subset)
 
 
@@ -149,12 +151,15 @@ def resolve(recipe: Recipe, assumed: Assumed | None = None) -> Resolved:
         check_contrast(recipe, key, source.options, source.task, source.samples)
     if backbone.reads_bank:
         backbone.use_bank(feature_bank.shapes(train, labels, method.bank_parts(method_config)))
+        backbone.use_trained_classes(trained_classes(train, labels or []))
     check_sites(parts.method, backbone, method, method_config)
     notes = [
         line
         for key, options in plain.sources.items()
         for line in picture_notes(key, options, manifests[key], backbone.modalities, takes_features)
     ]
+    for key, options in plain.sources.items():
+        check_videos(recipe, key, options, manifests[key], backbone)
     for key, options in plain.sources.items() if takes_features else ():
         notes += stored_notes(recipe, key, options, manifests[key], backbone)
     trained = [(key, sources[key].task, sources[key].samples) for key in plain.of("sources")]
@@ -221,6 +226,15 @@ def make_source(
     return ResolvedSource(options, manifest, made, subset)
 
 
+def trained_classes(train: list[ResolvedSource], labels: list[str]) -> list[int]:
+    """Indices of the classes that occur in a train source: all that it names, or those of its subset."""
+    names: set[str] = set()
+    for source in train:
+        of_subset = source.subset.classes if source.subset else None
+        names |= set(of_subset if of_subset is not None else source.manifest.labels or labels)
+    return [index for index, label in enumerate(labels) if label in names]
+
+
 def make_method(section: Section) -> tuple[type[SiteMethod], PeftConfig]:
     """The method and its peft config; `section` is `components(recipe).method`."""
     return section.entry, section.entry.config(section.options, section.origin)
@@ -232,6 +246,8 @@ def attach(resolved: Resolved, base_model: PreTrainedModel) -> PeftModel:
     config = resolved.method.prepare(copy.deepcopy(resolved.method_config), base_model, sites)
     section = components(resolved.recipe).method
     check_whole_modules(config.modules_to_save, base_model, section.where("modules_to_save"))
+    check_float(config.modules_to_save, base_model, section.where("modules_to_save"))
+    check_tokens(config, base_model, section.where)
     heads = float32_heads(base_model)
     if heads:
         config.modules_to_save = sorted({*(config.modules_to_save or []), *heads})
@@ -245,8 +261,26 @@ def attach(resolved: Resolved, base_model: PreTrainedModel) -> PeftModel:
     return model
 
 
+def check_new(resolved: Resolved, model: PeftModel) -> None:
+    """Refuse names in options that fit nothing; runs of earlier versions that have some go on. Raises BadInput."""
+    check_named(model.active_peft_config, model, components(resolved.recipe).method.where)
+
+
+def check_float(names: Collection[str] | None, model: PreTrainedModel, key: str) -> None:
+    """Refuse modules to be trained in full that hold quantised weights. Raises BadInput."""
+    for path, module in model.named_modules() if names else ():
+        if quantised.is_quantised(module) and any(_named(path, name) for name in names):
+            raise BadInput(f"{key}: {path} is quantised and cannot be trained. Leave it out, or quantise: none.")
+
+
+def _named(path: str, name: str) -> bool:
+    """Whether the module at `path`, or one around it, is one that peft takes `name` for."""
+    parts = path.split(".")
+    return any(".".join(parts[:i]).endswith(name) for i in range(1, len(parts) + 1))
+
+
 def float32_heads(base_model: PreTrainedModel) -> list[str]:
-    """Paths of the modules that train whole; in a half precision base they become float32 and cast what they get.
+    """Paths of the modules that train in full; in a half precision base they become float32 and cast what they get.
 
     Before the adapter is attached or loaded: peft copies the module with its dtype and loads weights into that dtype.
     """
@@ -308,7 +342,17 @@ def attention_of(wanted: str, name: str, backbone: BackboneBase, observed: bool)
 def check_sites(section: Section, backbone: BackboneBase, method: type[SiteMethod], config: PeftConfig) -> None:
     """Run the method's own checks on the model without storage. Raises BadInput."""
     with section.blamed():
+        check_kinds(backbone, method, config)
         method.check(config, find_sites(backbone.build(on_meta=True)), backbone.condition_width)
+
+
+def check_kinds(backbone: BackboneBase, method: type[SiteMethod], config: PeftConfig) -> None:
+    """Refuse a method that asks which tokens are of an image where no language model reads any. Raises BadInput."""
+    if method.reads_kinds(config) and not backbone.publishes_kinds:
+        raise BadInput(
+            "name: its layers treat tokens of images and of text apart, but this backbone has no language model that "
+            "reads both in one sequence. Use backbone mllm, or another method."
+        )
 
 
 def feature_statistics(recipe: Recipe, backbone: BackboneBase, manifest: Manifest) -> dict[str, Any] | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +21,8 @@ from mmpeft_ds.adapter_files import CONFIG, REMEDY, WEIGHTS, read_json
 from mmpeft_ds.backbones.common.tower_loading import first_line
 from mmpeft_ds.engine.assembly.resolve import make_method
 from mmpeft_ds.errors import BadInput
-from mmpeft_ds.methods.common.fit import file_names, misfit, shapes
+from mmpeft_ds.methods.common.brought import shared_names
+from mmpeft_ds.methods.common.fit import misfit, shapes
 from mmpeft_ds.quiet import without_warnings
 from mmpeft_ds.recipe import Section
 from mmpeft_ds.sites import find_sites
@@ -54,14 +56,17 @@ def attach_saved(directory: Path, base_model: PreTrainedModel, section: Section)
     except (BadInput, ValueError, TypeError, RuntimeError) as error:
         raise BadInput(f"{directory / CONFIG}: cannot be attached ({first_line(error)}). {REMEDY}") from error
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad} | calibrated_buffers(model)
-    names = file_names(model, trained)
-    tensors = _under_present_names(tensors, names, rename, directory / WEIGHTS)
-    if problem := misfit(shapes(tensors), shapes({name: trained[inside] for name, inside in names.items()})):
+    written = section.entry.file_tensors(model, trained)
+    names = {name: inside for name, (inside, _) in written.items()}
+    here = {name: tensor for name, (_, tensor) in written.items()}
+    tensors = under_present_names(tensors, names, rename, directory / WEIGHTS)
+    if problem := misfit(shapes(tensors), shapes(here)):
         raise BadInput(f"{directory / WEIGHTS}: does not fit the model: {problem}. {REMEDY}")
-    if kind := sorted(n for n, t in tensors.items() if t.is_floating_point() != trained[names[n]].is_floating_point()):
+    if kind := sorted(n for n, t in tensors.items() if t.is_floating_point() != here[n].is_floating_point()):
         raise BadInput(f"{directory / WEIGHTS}: {kind[0]} holds {tensors[kind[0]].dtype}. {REMEDY}")
     result = peft.set_peft_model_state_dict(model, tensors)
-    if wrong := [*result.unexpected_keys, *(name for name in result.missing_keys if name in trained)]:
+    missing = [name for name in result.missing_keys if name in trained and name not in shared_names(model)]
+    if wrong := [*result.unexpected_keys, *missing]:
         raise RuntimeError(f"{directory / WEIGHTS}: peft read {len(wrong)} tensors to other places, first {wrong[0]}")
     return model
 
@@ -70,13 +75,13 @@ def read_config(path: Path, base_model: PreTrainedModel, section: Section, renam
     """The peft config in a file, for an adapter that trains. Raises BadInput where it is not that of the recipe."""
     method, of_recipe = make_method(section)
     named = read_json(path, dict).get("peft_type")
-    if named != method.peft_type:
+    if named != of_recipe.peft_type:
         raise BadInput(
             f"{path}: peft_type is {named!r}, but the recipe beside it says method {section.name}, whose adapters are "
-            f"{str(method.peft_type)!r}. {REMEDY}"
+            f"{of_recipe.peft_type.value!r}. {REMEDY}"
         )
     try:
-        config = method.Config.from_pretrained(str(path.parent))
+        config = type(of_recipe).from_pretrained(str(path.parent))
     except (BadInput, ValueError, TypeError) as error:
         raise BadInput(
             f"{path}: is no configuration of method {section.name} ({first_line(error)}). {REMEDY}"
@@ -84,10 +89,11 @@ def read_config(path: Path, base_model: PreTrainedModel, section: Section, renam
     expected = method.prepare(copy.deepcopy(of_recipe), base_model, find_sites(base_model))
     for option, value in method.saved_fields(expected).items():
         setattr(expected, option, value)
-    for option in section.options.own_fields():
+    for option in {f.name for f in dataclasses.fields(expected)} - {f.name for f in dataclasses.fields(PeftConfig)}:
         here, there = getattr(config, option), getattr(expected, option)
         # how the weights started says nothing of trained ones
-        if _stated(here) and _stated(there) and here != there and not option.startswith("init_"):
+        # (nor does how the base stores its weights: a quantised layer is no Conv1D)
+        if stated(here) and stated(there) and here != there and not option.startswith(("init_", "fan_in_")):
             raise BadInput(f"{path}: {option} is {here!r}, but {there!r} in the recipe beside it. {REMEDY}")
     config.inference_mode = False
     modules = {name for name, _ in base_model.named_modules()}
@@ -98,12 +104,13 @@ def read_config(path: Path, base_model: PreTrainedModel, section: Section, renam
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file. Raises BadInput where it cannot be read or a number is not finite."""
+    """The tensors of a safetensors file. Raises BadInput where it cannot be read, or a number is not finite as the
+    float32 that adapters are held in."""
     try:
         tensors = load_file(path)
     except (OSError, SafetensorError, ValueError) as error:
         raise BadInput(f"{path}: cannot be read ({first_line(error)}). {REMEDY}") from error
-    if wrong := sorted(name for name, tensor in tensors.items() if not tensor.isfinite().all()):
+    if wrong := sorted(name for name, tensor in tensors.items() if not tensor.float().isfinite().all()):
         raise BadInput(f"{path}: {len(wrong)} tensors hold numbers that are not finite, first {wrong[0]}. {REMEDY}")
     return tensors
 
@@ -129,7 +136,7 @@ def present_names(base_model: PreTrainedModel) -> Rename:
     return rename
 
 
-def _under_present_names(
+def under_present_names(
     tensors: dict[str, Tensor], names: dict[str, str], rename: Rename, path: Path
 ) -> dict[str, Tensor]:
     """`tensors` under the names that peft writes now, if they fit after renaming; otherwise as they are.
@@ -160,6 +167,6 @@ def _under_present_names(
     return tensors
 
 
-def _stated(value: object) -> bool:
+def stated(value: object) -> bool:
     """Whether the value of an option can be compared: peft shortens lists, and old recipes left out mappings."""
     return isinstance(value, (bool, int, float, str)) or (isinstance(value, dict) and bool(value))

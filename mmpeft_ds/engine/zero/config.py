@@ -65,6 +65,18 @@ ZERO_REFUSED = {
     "module_granularity_threshold": "the trainer itself says which blocks are fetched as a whole",
     "leaf_module": "the trainer itself says which blocks are fetched as a whole",
 }
+# Keys of offload_param and offload_optimizer; those that are not tried may be set to DeepSpeed's default alone.
+OFFLOAD_TRIED = frozenset(
+    (
+        *("device", "pin_memory", "buffer_count", "buffer_size", "max_in_cpu"),
+        *("pipeline_read", "pipeline_write", "fast_init"),
+    )
+)
+OFFLOAD_REFUSED = {
+    "ratio": (1.0, "DeepSpeed then takes no optimizer but its own, which is said after the base was loaded"),
+    "super_offload": (False, "DeepSpeed then takes no optimizer but its own, and some GPUs alone"),
+    "cpuadam_cores_perc": (0.8, "only super_offload reads it"),
+}
 NOT_TRIED = "nobody has shown that checkpoints and adapters stay right with it"
 # DeepSpeed's name -> the recipe's key, for the message; the JSON may name these only as "auto".
 RECIPE_KEYS = {
@@ -124,6 +136,9 @@ def read_ds_config(recipe: Recipe) -> dict[str, Any]:
     zero = config.get("zero_optimization", {"stage": 0})
     if not isinstance(zero, dict):
         raise BadInput(f'{path}: zero_optimization must be a JSON object, such as {{"stage": 3}}.')
+    stage = zero.get("stage", 0)
+    if type(stage) is not int:
+        raise BadInput(f"{path}: zero_optimization.stage: {json.dumps(stage)} is no whole number. Use 0, 1, 2 or 3.")
     _check_offload(path, zero)
     return {**{k: v for k, v in config.items() if k in OWNED}, "zero_optimization": zero}
 
@@ -187,6 +202,12 @@ def _check_offload(path: Path, zero: dict[str, Any]) -> None:
         device = section.get("device", "none") if isinstance(section, dict) else "none"
         if device not in ("none", "cpu"):
             raise BadInput(f"{path}: zero_optimization.{key}.device: {device!r} is refused: {NOT_TRIED}. Use cpu.")
+        for name, value in section.items() if isinstance(section, dict) else ():
+            default, why = OFFLOAD_REFUSED.get(name, (None, NOT_TRIED))
+            if name not in OFFLOAD_TRIED and value != default:
+                raise BadInput(
+                    f"{path}: zero_optimization.{key}.{name}: {json.dumps(value)} is refused: {why}. Remove the key."
+                )
         if key == "offload_optimizer" and device == "cpu" and zero.get("stage", 0) != 3:
             raise BadInput(
                 f"{path}: zero_optimization.{key} is refused below stage 3: DeepSpeed then shows no gradients, so "

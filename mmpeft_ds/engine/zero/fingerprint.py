@@ -15,8 +15,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from mmpeft_ds.backbones.base import HasFrozenConstants
+from mmpeft_ds.backbones.common.quantised import stored
 from mmpeft_ds.distributed.collectives import world_size
 from mmpeft_ds.errors import BadInput
+from mmpeft_ds.methods.common.brought import brought
 from mmpeft_ds.sites.feature_site import calibrated_buffers
 
 _CHUNK = 1 << 17  # elements that become int64 at a time: 1 MB, which stays in the cache of a core
@@ -49,7 +51,7 @@ def weighted_bits(flat: Tensor, offset: int = 0) -> int:
 def all_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Parameters, saved buffers and constants of a bare base model, trainable or not."""
     for name, parameter in model.named_parameters():
-        yield base_name(name), parameter
+        yield from _parts(name, parameter)
     yield from _buffers_and_constants(model)
 
 
@@ -58,17 +60,24 @@ def frozen_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
     Weights that an adapter has replaced by a trained copy (peft's `modules_to_save`) are left out: they have no
     effect, and a head's random values differ from run to run. Buffers that are not saved follow from the
-    configuration.
+    configuration. What layers of peft bring is not of the base.
     """
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad and ".original_module." not in name:
-            yield base_name(name), parameter
+            yield from _parts(name, parameter)
     yield from _buffers_and_constants(model)
+
+
+def _parts(name: str, parameter: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """A parameter, or the tensors that hold quantised weights: `PATH.weight.qdata` and so on."""
+    for part, tensor in stored(parameter).items():
+        yield base_name(f"{name}.{part}" if part else name), tensor
 
 
 def _buffers_and_constants(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Saved buffers, and the numbers of modules that are `HasFrozenConstants`."""
-    of_heads = calibrated_buffers(model)  # a head has set these: they are not of the base
+    # A head has set these, and layers of peft have brought those: they are not of the base.
+    not_of_base = calibrated_buffers(model).keys() | brought(model).keys()
     for path, module in model.named_modules():
         if ".original_module" in path or ".modules_to_save" in path:
             continue
@@ -76,7 +85,7 @@ def _buffers_and_constants(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
             yield from ((base_name(f"{path}.{key}"), value) for key, value in module.frozen_constants().items())
         for key, buffer in module.named_buffers(recurse=False):
             name = f"{path}.{key}" if path else key
-            if key not in module._non_persistent_buffers_set and name not in of_heads:
+            if key not in module._non_persistent_buffers_set and name not in not_of_base:
                 yield base_name(name), buffer
 
 
@@ -109,8 +118,9 @@ def frozen_fingerprint(frozen: Iterable[tuple[str, Tensor]]) -> dict[str, str]:
 
 
 def of_frozen(model: nn.Module) -> dict[str, str]:
-    """`frozen_fingerprint` of the `frozen_tensors` of a model. Collective. Raises BadInput."""
-    return frozen_fingerprint(frozen_tensors(model))
+    """`frozen_fingerprint` of the `frozen_tensors` of a model, and of what layers of peft bring. Collective. Raises
+    BadInput."""
+    return frozen_fingerprint([*frozen_tensors(model), *brought(model).items()])
 
 
 def of_whole(tensor: Tensor) -> str:

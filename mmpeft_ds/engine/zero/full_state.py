@@ -1,9 +1,9 @@
-"""Whole masters and moments of what trains, brought to rank 0 by few flat gathers, whatever the ZeRO stage, and sent
-from it to all ranks by few flat broadcasts.
+"""Complete masters and moments of trained parameters: gathered on rank 0 by few flat gathers, at any ZeRO stage, and
+sent from it to all ranks by few flat broadcasts.
 
-DeepSpeed's own calls run one collective a tensor, and leave all of it on every rank. Here the parts of all tensors are
-laid end to end and gathered in buckets; a bucket is the most that a device holds besides, and rank 0 alone copies to
-the host.
+DeepSpeed's own calls run one collective per tensor, and leave the result on every rank. Here the partitions of all
+tensors are concatenated and gathered in buckets, so a bucket is all the additional device memory; only rank 0
+copies to the host.
 """
 
 # N ranks, S elements of a part
@@ -37,8 +37,8 @@ def on_rank0(
         bucket: bytes that one gather may bring together.
 
     Returns:
-        key -> name -> tensor of the parameter's shape, names in the order of `trainables`; on the other ranks the
-        keys alone.
+        key -> name -> tensor of the parameter's shape, names in the order of `trainables`, without those that have no
+        such moment; on the other ranks the keys alone.
 
     Raises:
         RuntimeError: on all ranks, if DeepSpeed's tables do not fit the parameters.
@@ -54,14 +54,14 @@ def on_rank0(
     if rank() == 0:
         for flat in flats:
             whole[flat.key] |= flat.tensors()
-        whole = {key: {name: tensors[name] for name in trainables} for key, tensors in whole.items()}
+        whole = {key: {name: kept[name] for name in trainables if name in kept} for key, kept in whole.items()}
     return whole
 
 
 def from_rank0(
     shapes: dict[str, tuple[int, ...]],
     read: Callable[[str], Sequence[Tensor]],
-    count: int,
+    counts: dict[str, int],
     device: torch.device,
     bucket: int = BUCKET,
 ) -> Iterator[dict[str, Tensor]]:
@@ -69,13 +69,14 @@ def from_rank0(
 
     Args:
         shapes: name -> shape of each of its tensors, the same on all ranks.
-        read: the `count` float32 tensors of a name; called on rank 0 alone.
+        read: the float32 tensors of a name; called on rank 0 alone.
+        counts: name -> number of them, the same on all ranks.
         bucket: bytes that are sent together, unless one name has more.
 
     Yields:
-        name -> (count, *shape) on `device`, float32.
+        name -> (number, *shape) on `device`, float32.
     """
-    sizes = {name: count * torch.Size(shape).numel() for name, shape in shapes.items()}
+    sizes = {name: counts[name] * torch.Size(shape).numel() for name, shape in shapes.items()}
     for names in _together(sizes, bucket // 4):
         flat = torch.empty(sum(sizes[name] for name in names), device=device)
         parts = dict(zip(names, flat.split([sizes[name] for name in names]), strict=True))
@@ -84,7 +85,7 @@ def from_rank0(
                 part.copy_(torch.cat([tensor.reshape(-1) for tensor in read(name)]))
         if world_size() > 1:
             dist.broadcast(flat, src=0)
-        yield {name: part.view(count, *shapes[name]) for name, part in parts.items()}
+        yield {name: part.view(counts[name], *shapes[name]) for name, part in parts.items()}
 
 
 def _together(sizes: dict[str, int], limit: int) -> Iterator[list[str]]:
@@ -128,7 +129,8 @@ class Flat:
 def _replicated(engine: object, trainables: dict[str, nn.Parameter], key: str) -> dict[str, Tensor]:
     """Copies of tensors that every rank holds whole."""
     state = engine.optimizer.state
-    held = {name: p if key == WEIGHT else state[p][key] for name, p in trainables.items()}
+    held = {name: p if key == WEIGHT else state[p].get(key) for name, p in trainables.items()}
+    held = {name: t for name, t in held.items() if t is not None}
     return {name: t.detach().to("cpu", torch.float32, copy=True).contiguous() for name, t in held.items()}
 
 
@@ -136,7 +138,8 @@ def _split_by_stage3(engine: object, trainables: dict[str, nn.Parameter], key: s
     """Stage 3 splits each parameter."""
     from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_optimizer_state
 
-    for name, parameter in trainables.items():
+    having = {n: p for n, p in trainables.items() if key == WEIGHT or key in zero_state.moments(engine, p)}
+    for name, parameter in having.items():
 
         def part(p: nn.Parameter = parameter) -> Tensor:
             return safe_get_local_fp32_param(p) if key == WEIGHT else safe_get_local_optimizer_state(p, key)
@@ -151,7 +154,9 @@ def _split_by_stage1(engine: object, trainables: dict[str, nn.Parameter], key: s
     names = {id(p): name for name, p in trainables.items()}
     groups = zip(zero.bit16_groups, zero.round_robin_bit16_offsets, zero.single_partition_of_fp32_groups, strict=True)
     for parameters, offsets, master in groups:
-        held = master if key == WEIGHT else zero.optimizer.state[master][key]
+        held = master if key == WEIGHT else zero.optimizer.state[master].get(key)
+        if held is None:
+            continue
         members = [(names[id(p)], first, tuple(p.shape)) for p, first in zip(parameters, offsets, strict=True)]
         _check_layout(members, world_size() * held.numel())
         yield Flat(key, held.numel(), lambda held=held: held.detach(), members)

@@ -42,7 +42,7 @@ def make(ds_config: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
 
 
 def group_size(wanted: int | str, machines: list[tuple[int, int]]) -> int:
-    """How many ranks keep a copy of the base together.
+    """Number of ranks that together hold one copy of the base.
 
     Args:
         wanted: `zero_hpz_partition_size`.

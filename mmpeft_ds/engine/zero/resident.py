@@ -10,6 +10,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from torch import nn
+
+from mmpeft_ds.backbones.common.quantised import nbytes, numel
+
 GRADIENT = MASTER = 4  # bytes: float32, whatever the base is, as each of the optimiser's moments
 
 
@@ -19,13 +23,19 @@ class Tensors:
 
     Attributes:
         numel: elements.
-        width: bytes of an element.
+        width: bytes of an element, scales of quantised weights included.
         trained: it has a gradient.
     """
 
     numel: int
-    width: int
+    width: float
     trained: bool
+
+    @classmethod
+    def of(cls, parameter: nn.Parameter) -> Tensors:
+        """Sizes of a parameter, which may be quantised, or on the meta device."""
+        number, held = numel(parameter), nbytes(parameter)
+        return cls(number, held / number if held % number else held // number, parameter.requires_grad)
 
 
 @dataclass(frozen=True)
@@ -40,7 +50,7 @@ class Rules:
 
 @dataclass(frozen=True)
 class Layout:
-    """How the state is spread over ranks.
+    """Distribution of the state over ranks.
 
     Attributes:
         stage: of ZeRO.
@@ -91,14 +101,14 @@ def persistent(tensors: Sequence[Tensors], rules: Rules) -> set[int]:
     return {i for i, t in enumerate(tensors) if t.numel <= rules.param_persistence_threshold}
 
 
-def resident(tensors: Sequence[Tensors], layout: Layout, moments: int) -> dict[str, int]:
+def resident(tensors: Sequence[Tensors], layout: Layout, moments: float) -> dict[str, int]:
     """Bytes by part that a rank holds all the time, activations and gathered parameters left out.
 
     Trained parameters are float32 at every stage. At stage 0 the optimiser works on the parameters themselves, above
     it on a float32 copy of its share.
 
     Args:
-        moments: of the optimiser, for each trained element.
+        moments: of the optimiser, for each trained element on average.
     """
     n, stage = layout.ranks, layout.stage
     trained = [t for t in tensors if t.trained]
@@ -112,7 +122,7 @@ def resident(tensors: Sequence[Tensors], layout: Layout, moments: int) -> dict[s
         "frozen weights": sum(_held(t, layout) for t in tensors if not t.trained),
         "trained weights": sum(_held(t, layout) for t in trained),
         "master copy": MASTER * own if stage else 0,
-        "optimiser": MASTER * moments * own,
+        "optimiser": round(MASTER * moments * own),
         "gradients": GRADIENT * own,
         "gradient buffers": GRADIENT * buffers,
     }
@@ -131,7 +141,7 @@ def share(numel: int, ranks: int) -> int:
 def _held(tensor: Tensors, layout: Layout) -> int:
     """The part of a parameter that a rank keeps."""
     if layout.stage < 3:
-        return tensor.numel * tensor.width
+        return round(tensor.numel * tensor.width)
     return 0 if layout.offload else share(tensor.numel, layout.ranks) * tensor.width
 
 

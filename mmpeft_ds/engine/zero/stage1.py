@@ -51,7 +51,7 @@ def reduce_flat(engine: Any) -> bool:
 
 
 def _is_plain(engine: Any) -> bool:
-    """Whether it is ZeRO-1 that reduces behind the backward pass, in the dtype of the parameters."""
+    """Whether it is ZeRO-1 that reduces after the backward pass, in the dtype of the parameters."""
     optimizer = engine.optimizer
     return (
         engine.zero_optimization_stage() == 1

@@ -3,9 +3,11 @@ gathered once where they are frozen and together where they are trained."""
 
 from __future__ import annotations
 
+import itertools
 import os
+import weakref
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -63,7 +65,7 @@ def leaf_paths(model: nn.Module, sites: Sites, head: nn.Module | None = None) ->
 def keep_frozen(engine: Any) -> None:
     """Gather frozen parameters below the persistence threshold once instead of after every step.
 
-    DeepSpeed partitions persistent parameters again at the end of a step and gathers them anew, since the optimiser
+    DeepSpeed partitions persistent parameters again at the end of a step and gathers them again, since the optimiser
     has changed them. Frozen ones have not changed, so they stay. `stage3_param_persistence_threshold` thereby trades
     memory for traffic, from all frozen weights partitioned to all of them resident.
     """
@@ -84,6 +86,40 @@ def keep_frozen(engine: Any) -> None:
             p.ds_status = ZeroParamStatus.AVAILABLE
 
     optimizer._partition_all_parameters = shard_the_rest
+
+
+def list_parameters_once(model: nn.Module) -> None:
+    """Let DeepSpeed keep the lists of the parameters of these modules, which are all there by now and stay.
+
+    It asks for them at every fetch and release of a module, and for a leaf, or for the whole model at the end of a
+    step, walks through all modules inside each time.
+    """
+    from deepspeed.runtime.zero import parameter_offload, partitioned_param_coordinator
+
+    for module in model.modules():
+        _LISTS[module] = {}
+    for user in (parameter_offload, partitioned_param_coordinator):
+        if not isinstance(user.iter_params, _Listed):
+            user.iter_params = _Listed(user.iter_params)
+
+
+_LISTS: weakref.WeakKeyDictionary[nn.Module, dict[bool, list[nn.Parameter]]] = weakref.WeakKeyDictionary()
+
+
+class _Listed:
+    """DeepSpeed's `iter_params`, which walks no known module twice."""
+
+    def __init__(self, walk: Callable[..., Iterable[nn.Parameter]]):
+        self.walk = walk
+
+    def __call__(self, module: nn.Module, recurse: bool = False) -> Iterable[nn.Parameter]:
+        lists = _LISTS.get(module)
+        if lists is None:
+            return self.walk(module, recurse)
+        if recurse not in lists:
+            lists[recurse] = list(module.parameters(recurse))
+        outside = module.ds_external_parameters()  # may become more in any forward pass
+        return itertools.chain(lists[recurse], (parameter for _, parameter in outside))
 
 
 def gather_flat(engine: Any) -> None:

@@ -26,3 +26,17 @@ def frozen_not_sent(model: nn.Module) -> Iterator[None]:
     finally:
         for parameter in frozen:
             delattr(parameter, _NOT_SENT)
+
+
+@contextlib.contextmanager
+def not_moved(model: nn.Module) -> Iterator[None]:
+    """Around `deepspeed.initialize` of a model that is on its device already: it is not moved there again.
+
+    DeepSpeed keeps a weak reference to every parameter, and torch then cannot move the int8 and fp8 ones of torchao,
+    not even to where they are: "Couldn't swap Linear.weight" (measured).
+    """
+    vars(model)["to"] = lambda *args, **kwargs: model
+    try:
+        yield
+    finally:
+        del vars(model)["to"]

@@ -32,12 +32,12 @@ def numel(parameter: nn.Parameter) -> int:
 
 def optimizer_name(engine: Any) -> str:
     """Name in recipes of the optimizer that DeepSpeed steps, such as `adamw`."""
-    return optimizers.name_of(_inner(engine))
+    return optimizers.name_of(inner(engine))
 
 
-def moments(engine: Any) -> tuple[str, ...]:
-    """Names of the optimizer's state tensors that have the shape of the parameter."""
-    return optimizers.MOMENTS[optimizer_name(engine)]
+def moments(engine: Any, parameter: nn.Parameter | None = None) -> tuple[str, ...]:
+    """Names of the optimizer's state tensors that have the shape of the parameter; without one, those of any."""
+    return optimizers.moments(inner(engine), parameter)
 
 
 def ensure_optimizer_state(engine: Any) -> None:
@@ -46,11 +46,11 @@ def ensure_optimizer_state(engine: Any) -> None:
     Raises:
         TypeError: for an optimizer that no recipe can name.
     """
-    zero, inner = engine.optimizer, _inner(engine)
+    zero, stepping = engine.optimizer, inner(engine)
     flats = _flat_masters(engine)
     for flat in flats:
-        if not inner.state[flat]:
-            inner.state[flat].update(optimizers.new_state(inner, flat))
+        if not stepping.state[flat]:
+            stepping.state[flat].update(optimizers.new_state(stepping, flat))
     if hasattr(zero, "_lazy_init_hp_params_optimizer_state"):
         # Stages 1 and 2: link each parameter's views into the flat state. DeepSpeed does so once, after the step of
         # the first parameter group, when the other groups have no state yet.
@@ -63,10 +63,10 @@ def state_sums(engine: Any) -> dict[str, int]:
 
     Read from the tensors that the optimizer steps on, not through DeepSpeed's map from parameters to them.
     """
-    inner, everywhere = _inner(engine), engine.zero_optimization_stage() > 0
+    stepping, everywhere = inner(engine), engine.zero_optimization_stage() > 0
     sums = {}
     for key in moments(engine):
-        flats = (inner.state[flat][key] for flat in _flat_masters(engine))
+        flats = (stepping.state[flat].get(key) for flat in _flat_masters(engine))  # None: Muon's and AdamW's differ
         own = sum(bits_sum(part) for flat in _without_padding(engine, flats) for part in flat)
         low, high = collectives.split_64(own % 2**64)
         if everywhere:
@@ -82,15 +82,15 @@ def bits_sum(tensor: Tensor) -> int:
 
 def optimizer_step(engine: Any) -> int:
     """Steps that Adam has counted, for its bias correction; 0 for SGD, which counts none."""
-    inner = _inner(engine)
-    return max((int(inner.state[flat].get("step", 0)) for flat in _flat_masters(engine)), default=0)
+    stepping = inner(engine)
+    return max((int(stepping.state[flat].get("step", 0)) for flat in _flat_masters(engine)), default=0)
 
 
 def set_optimizer_step(engine: Any, step: int) -> None:
     """Set Adam's counter of every parameter; SGD has none."""
-    inner = _inner(engine)
+    stepping = inner(engine)
     for flat in _flat_masters(engine):
-        state = inner.state[flat]
+        state = stepping.state[flat]
         if isinstance(state.get("step"), Tensor):
             state["step"].fill_(step)
         elif "step" in state:
@@ -124,6 +124,13 @@ def write_full(engine: Any, parameter: nn.Parameter, values: dict[str, Tensor]) 
             engine.optimizer.state[parameter][key].copy_(values[key])
 
 
+def write_weight(engine: Any, parameter: nn.Parameter, value: Tensor) -> None:
+    """Set master and parameter from a whole tensor that every rank has. Collective."""
+    if engine.zero_optimization_stage() > 0:  # without ZeRO the parameter is the master
+        write_full(engine, parameter, {"weight": value})
+    write_parameter(parameter, value)
+
+
 def write_parameter(parameter: nn.Parameter, value: Tensor) -> None:
     """Set the parameter that the forward uses from a whole tensor that every rank has."""
     if hasattr(parameter, "ds_tensor"):
@@ -140,7 +147,8 @@ def _is_partitioned(parameter: nn.Parameter) -> bool:
     return hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping")
 
 
-def _inner(engine: Any) -> Any:
+def inner(engine: Any) -> Any:
+    """torch's optimizer, which DeepSpeed steps."""
     return getattr(engine.optimizer, "optimizer", engine.optimizer)  # stage 0 has no wrapper
 
 
@@ -153,14 +161,16 @@ def _flat_masters(engine: Any) -> list[Tensor]:
     return [p for group in zero.param_groups for p in group["params"]]
 
 
-def _without_padding(engine: Any, flats: Iterable[Tensor]) -> Iterator[Iterator[Tensor]]:
+def _without_padding(engine: Any, flats: Iterable[Tensor | None]) -> Iterator[Iterator[Tensor]]:
     """The parts of flat tensors that belong to parameters. Only stage 3 pads between them, with undefined values; what
     stages 1 and 2 add at the end is 0."""
     groups = getattr(engine.optimizer, "fp16_groups", None)
     if groups is None:
-        yield from (iter([flat]) for flat in flats)
+        yield from (iter([flat]) for flat in flats if flat is not None)
         return
     for group, flat in zip(groups, flats, strict=True):
+        if flat is None:
+            continue
         parts = flat.split(
             [p.ds_tensor.ds_numel for p in group] + [flat.numel() - sum(p.ds_tensor.ds_numel for p in group)]
         )
@@ -168,7 +178,8 @@ def _without_padding(engine: Any, flats: Iterable[Tensor]) -> Iterator[Iterator[
 
 
 def own_elements(parameter: nn.Parameter) -> int:
-    """How many elements of a parameter that ZeRO-3 has split lie on this rank; its part may be longer."""
+    """Number of elements of a parameter partitioned by ZeRO-3 that belong to this rank; its partition may be
+    longer."""
     size = parameter.ds_tensor.ds_numel
     start = dist.get_rank(group=parameter.ds_process_group) * size
     return max(0, min(size, parameter.ds_numel - start))

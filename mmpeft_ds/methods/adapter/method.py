@@ -1,4 +1,4 @@
-"""Bottleneck adapters behind or beside sublayers (Houlsby et al., arXiv 1902.00751; He et al., arXiv 2110.04366).
+"""Bottleneck adapters after or beside sublayers (Houlsby et al., arXiv 1902.00751; He et al., arXiv 2110.04366).
 
 The "single adapter" of VL-Adapter (arXiv 2112.06825), with the norms that it trains as well, is
 `AdapterConfig(tower=["text"], r=96, activation="gelu_new", near_identity=False, train_norms=["*"])` on BART.

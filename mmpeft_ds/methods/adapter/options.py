@@ -16,7 +16,7 @@ class AdapterOptions(SiteOptions):
     r: int = field(default=64, metadata={"help": "Width of the bottleneck."})
     style: Literal["sequential", "parallel"] = field(
         default="sequential",
-        metadata={"help": "Behind the sublayer, residual inside; or beside it, reading what its first layer does."},
+        metadata={"help": "After the sublayer, residual inside; or beside it, reading what its first layer does."},
     )
     after: list[str] | None = field(
         default=None,

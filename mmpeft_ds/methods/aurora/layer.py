@@ -13,8 +13,11 @@ from torch import Tensor, nn
 
 from mmpeft_ds.errors import BadInput
 from mmpeft_ds.methods.aurora.config import AuroraConfig
+from mmpeft_ds.methods.common.borrowed import whole
 from mmpeft_ds.methods.common.fused import Fusable
 from mmpeft_ds.methods.common.layers import SiteLayer
+from mmpeft_ds.methods.common.low_rank import Product
+from mmpeft_ds.methods.common.parts import spread
 from mmpeft_ds.methods.common.products import Multiplies, at_edge
 from mmpeft_ds.ops import mode_product
 from mmpeft_ds.ops.frame_weighting import weight_frame_keys
@@ -23,6 +26,7 @@ from mmpeft_ds.ops.precision import full_dtype
 from mmpeft_ds.sites.base import SharedWithTeacher, base_layer, features
 from mmpeft_ds.sites.condition import current
 
+WEIGHT = {"widen": mode_product.widening_weight, "narrow": mode_product.narrowing_weight}
 DELTA = {
     "attention": mode_product.mode_delta,
     "widen": mode_product.widening_delta,
@@ -61,7 +65,8 @@ class LinearPlace:
 
 
 class Factors(SharedWithTeacher, nn.Module):
-    """What all leaves of one (in, out) width share. The first leaf that needs it holds it, the others borrow it.
+    """Factors shared by all leaves of one (in, out) width. The first leaf that needs them holds them, the others refer
+    to them.
 
     As published, a momentum teacher uses the student's instead of averages of them.
 
@@ -86,7 +91,7 @@ class Factors(SharedWithTeacher, nn.Module):
 
 
 class ModeDelta(Fusable, Multiplies):
-    """What one adapter adds to one leaf: its modes, between the factors that it borrows.
+    """The update of one leaf by one adapter: its modes, between the shared factors.
 
     Args:
         factors: of the leaf's widths.
@@ -106,7 +111,8 @@ class ModeDelta(Fusable, Multiplies):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., K, part) for attention, else (..., out), in the dtype of the products."""
-        down, up, core = self._borrow()
+        factors, holder = self.borrowed
+        down, up, core = whole((factors.down, factors.up, holder.core))
         with self.multiplying(x):
             added = DELTA[self.place.role](
                 at_edge(x, down.dtype),
@@ -127,27 +133,20 @@ class ModeDelta(Fusable, Multiplies):
         if self.place.role == "attention":
             changes = list(mode_product.mode_weight(*given))
         else:
-            wide = self.place.role == "widen"
-            changes = [(mode_product.widening_weight if wide else mode_product.narrowing_weight)(*given)]
+            changes = [WEIGHT[self.place.role](*given)]
         return [w * self.scale for w in changes]
 
-    def _borrow(self) -> tuple[Tensor, Tensor, Tensor]:
-        """down, up and core, whole also where ZeRO-3 holds them in parts.
-
-        In a forward of its engine DeepSpeed notices that a module reads parameters of another, gathers them, and from
-        then on does so before that module runs. Forwards around the engine (generation, evaluation) tell it here.
-        """
+    def thin_products(self) -> list[Product]:
+        """The change of each part as a product of rank R: core and modes folded into one of the factors."""
         factors, holder = self.borrowed
-        tensors = factors.down, factors.up, holder.core
-        away = [p for p in tensors if hasattr(p, "ds_id") and p.numel() != p.ds_numel]
-        if away:
-            import deepspeed  # only partitioned parameters get here
-            from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
-
-            for parameter in away:
-                deepspeed.zero.register_external_parameter(FWD_MODULE_STACK[-1], parameter)
-                parameter.all_gather()
-        return tensors
+        down, up, rest = factors.down, factors.up, (holder.core, self.mode)
+        eye = torch.eye(len(down), dtype=down.dtype, device=down.device)
+        if self.place.role == "attention":
+            ups = mode_product.mode_weight(eye, up, *rest) * self.scale
+            return [Product(start, down, each) for (start, _), each in zip(self.place.parts, ups, strict=True)]
+        if self.place.role == "widen":
+            return [Product(0, down, WEIGHT["widen"](eye, up, *rest) * self.scale)]
+        return [Product(0, WEIGHT["narrow"](down, eye, *rest), up * self.scale)]
 
 
 class AuroraLinear(nn.Module, SiteLayer):
@@ -168,7 +167,7 @@ class AuroraLinear(nn.Module, SiteLayer):
 
     @property
     def tokenwise(self) -> bool:
-        """See `SiteLayer`; frames are told by position."""
+        """See `SiteLayer`; frames are found by their position."""
         return not self.weights_frames
 
     def update_layer(
@@ -206,11 +205,8 @@ class AuroraLinear(nn.Module, SiteLayer):
         if place.role != "attention":
             return added
         if sum(width for _, width in place.parts) == self.out_features:
-            return added.flatten(-2)
-        whole = added.new_zeros(*added.shape[:-2], self.out_features)
-        for piece, (start, width) in zip(added.unbind(-2), place.parts, strict=True):
-            whole[..., start : start + width] = piece
-        return whole
+            return added.flatten(-2)  # a view, where `spread` copies
+        return spread(added.unbind(-2), place.parts, self.out_features)
 
     def _weight_frames(self, keys: Tensor) -> Tensor:
         condition = current() if self.weights_frames and self._used() else None
@@ -228,18 +224,16 @@ class AuroraLinear(nn.Module, SiteLayer):
         names = self.merged_adapters if self.merged else self.active_adapters
         return [name for name in names if name in self.aurora]
 
+    def lora_factors(self, adapter_name: str) -> list[Product]:
+        """Its modes, between the shared factors. Weights of frames, which only frames of a published condition bring,
+        are no part of it."""
+        return self.aurora[adapter_name].thin_products() if adapter_name in self.aurora else []
+
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Fold what the adapters add into the frozen weight; exact in evaluation."""
         for name in self._start_merge(adapter_names):
-            delta, base = self.aurora[name], self.base_layer
-            changes = delta.weights()
-            if safe_merge and not all(torch.isfinite(c).all() for c in changes):
-                raise ValueError(f"{self.path}: adapter {name!r} is not finite and was not merged")
-            with torch.no_grad():
-                whole = base.weight.T if type(base).__name__ == "Conv1D" else base.weight
-                for (start, width), change in zip(delta.place.parts, changes, strict=True):
-                    whole[start : start + width] += change.to(whole.dtype)
-            self.merged_adapters.append(name)
+            delta = self.aurora[name]
+            self._fold(name, delta.place.parts, delta.weights(), safe_merge)
 
 
 class Captured:
@@ -317,7 +311,7 @@ class AttentionEnd(nn.Module, SiteLayer):
         self.adapters[adapter_name] = True
 
     def forward(self, x: Tensor) -> Tensor:
-        """What the norm gives."""
+        """The output of the norm."""
         out = self.base_layer(x)
         if not self._disable_adapters:
             self.captured.put(out, self.cross)
@@ -364,7 +358,7 @@ class GatedEnd(nn.Module, SiteLayer):
         return out
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Note what was merged around here; the gates go on working."""
+        """Note what was merged around here; the gates keep working."""
         self.merged_adapters += self._start_merge(adapter_names, ())
 
 

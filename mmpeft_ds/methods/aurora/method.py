@@ -37,6 +37,11 @@ class AuroraModel(SiteTuner):
         self._shared: dict[Any, Factors] = {}  # of the adapter that is being added
         return places(config, find_sites(model))
 
+    @classmethod
+    def no_lora(cls, config: AuroraConfig) -> str | None:
+        """Only gates are in the way; where `gates` is not set, the layers tell whether there are some."""
+        return "its gates are no change of a weight; train with gates: false." if config.gates else None
+
     def wrap(self, config: AuroraConfig, adapter_name: str, target: nn.Module, place: Place, path: str) -> nn.Module:
         if isinstance(place, LinearPlace):
             layer = target if isinstance(target, AuroraLinear) else AuroraLinear(target, adapter_name, place)
@@ -77,6 +82,11 @@ class Aurora(SiteMethod):
         places(config, sites)
 
     @classmethod
+    def unmergeable(cls, config: AuroraConfig) -> str | None:
+        """Gates keep working beside merged weights, but no model without the adapter can hold them."""
+        return super().unmergeable(config) or AuroraModel.no_lora(config)
+
+    @classmethod
     def decays(cls, config: AuroraConfig, name: str) -> bool:
         """All that trains decays, gates and `up` too, as published."""
         return True
@@ -89,12 +99,12 @@ def places(config: AuroraConfig, sites: Sites) -> dict[str, Place]:
         BadInput: as `Aurora.check`.
     """
     attention, ffn = _chosen(config, sites)
-    found: dict[str, Place] = {}
+    leaves: dict[str, Place] = {}
     for site in attention:
-        found |= dict(_attention(config, site))
+        leaves |= dict(_attention(config, site))
     for site in ffn:
-        found |= dict(_feed_forward(config, site))
-    if not found:
+        leaves |= dict(_feed_forward(config, site))
+    if not leaves:
         raise BadInput(
             f"image_targets, text_targets: nothing to adapt in {_named(sites)}. Name maps for a tower that is there."
         )
@@ -104,7 +114,7 @@ def places(config: AuroraConfig, sites: Sites) -> dict[str, Place]:
             "gates: no chosen text layer has cross-attention and a LayerNorm at its end. Set gates: false, or choose "
             "other towers or layers."
         )
-    return found | gates
+    return leaves | gates
 
 
 def _chosen(config: AuroraConfig, sites: Sites) -> tuple[list[AttentionSite], list[FFNSite]]:

@@ -59,7 +59,7 @@ class AuroraOptions(MethodOptions):
         default=2e-4, metadata={"help": "The gates start normal with this deviation: near the frozen model; 0: at it."}
     )
     modules_to_save: list[str] | None = field(
-        default=None, metadata={"help": "Modules trained whole beside the adapter, such as projections and heads."}
+        default=None, metadata={"help": "Modules trained in full with the adapter, such as projections and heads."}
     )
 
     def __post_init__(self) -> None:

@@ -10,7 +10,7 @@ from mmpeft_ds.methods.common.options import HeadOptions
 
 @dataclass
 class ClipAdapterOptions(HeadOptions):
-    """Two maps without bias, D -> D / reduction -> D, a ReLU behind each."""
+    """Two maps without bias, D -> D / reduction -> D, a ReLU after each."""
 
     method: ClassVar[str] = "clip_adapter"
 

@@ -1,4 +1,4 @@
-"""Bottleneck adapters: a small perceptron beside or behind a sublayer. Shared by `adapter` and `uni_adapter`."""
+"""Bottleneck adapters: a small perceptron beside or after a sublayer. Shared by `adapter` and `uni_adapter`."""
 
 # B batch, L length, d width of the model, r width of the bottleneck
 
@@ -120,7 +120,7 @@ class BottleneckLayer(nn.Module, SiteLayer, Multiplies, FusablePart):
             width: d.
             activation: a key of `FUNCTIONS`.
             like: a frozen parameter, whose device is taken, and whose dtype if it is float64; else float32.
-            remember: knows the sublayer's input; None: the adapter comes behind the sublayer.
+            remember: knows the sublayer's input; None: the adapter comes after the sublayer.
             owner: the layer whose `down` is used; None: an own one.
         """
         dtype = full_dtype(like.dtype)
@@ -175,7 +175,7 @@ class Remember(nn.Module, SiteLayer):
         return self._kept.pop(adapter_name)
 
     def forward(self, x: Tensor, *args: object, **kwargs: object) -> Tensor:
-        """What the base gives."""
+        """The output of the frozen module."""
         if not self._disable_adapters:
             self._kept = {name: x for name in self.active_adapters if name in self.users}
         return self.base_layer(x, *args, **kwargs)
@@ -183,7 +183,7 @@ class Remember(nn.Module, SiteLayer):
 
 @dataclass(frozen=True)
 class Sublayer:
-    """Where a bottleneck goes.
+    """Place of a bottleneck.
 
     Attributes:
         end: path of the last module before the residual add.

@@ -11,6 +11,7 @@ from peft import PeftConfig
 
 from mmpeft_ds.errors import BadInput
 from mmpeft_ds.methods.common.options import HeadOptions
+from mmpeft_ds.recipe import elsewhere
 
 
 class PeftTypeName(str):
@@ -44,7 +45,7 @@ class MethodConfig(PeftConfig):
             if name not in known:
                 own = list(cls.own_fields())
                 near = difflib.get_close_matches(name, own, n=1)
-                hint = f"Did you mean {near[0]!r}? " if near else ""
+                hint = elsewhere.option_hint(name, own) or (f"Did you mean {near[0]!r}? " if near else "")
                 raise UnknownField(
                     f"{cls.__name__} got an unexpected keyword argument {name!r}. {hint}Known: {', '.join(own)}."
                 )

@@ -1,4 +1,4 @@
-"""What the few-shot heads share: cosines with class texts, and what is computed once from the frozen bank."""
+"""Base of the few-shot heads: cosines with class texts, and values computed once from the frozen bank."""
 
 # B rows, C classes, T templates, D feature width
 

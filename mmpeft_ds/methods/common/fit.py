@@ -1,4 +1,4 @@
-"""Whether the tensors of an adapter file are those that the model takes. peft only warns of missing ones, whose fresh
+"""Check that an adapter file holds the tensors that the model needs. peft only warns of missing ones, whose fresh
 random values would stay, and says nothing of foreign ones."""
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
 
 
 def misfit(saved: Shapes, wanted: Shapes) -> str | None:
-    """Where the tensors of a file differ from those that the model takes, in some words; None if they fit."""
+    """Description of the difference between a file's tensors and those of the model; None if they fit."""
     missing = sorted(wanted.keys() - saved.keys())
     foreign = sorted(saved.keys() - wanted.keys())
     changed = sorted(name for name in wanted.keys() & saved.keys() if saved[name] != wanted[name])

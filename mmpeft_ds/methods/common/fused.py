@@ -47,7 +47,7 @@ def fuse(model: nn.Module, backend: str = "inductor") -> int:
         raise BadInput(
             "engine.compile: this method has no arithmetic of its own that could be compiled. Methods that have: "
             "adapter, aurora, bitfit, deep_prompt (with reparameterize), graph_lora, layer_norm, p_adapter "
-            "(feed-forward), routed_adapter, routed_lora, uni_adapter. Set engine.compile: false."
+            "(feed-forward), routed_adapter, routed_lora, tens_lora, uni_adapter. Set engine.compile: false."
         )
     if backend == "inductor" and next(model.parameters()).device.type == "cpu":
         check_compiler()

@@ -36,11 +36,13 @@ class Head(Calibrated):
         follows_training: training differs from evaluation by more than dropout, so that the head is put into training
             mode during steps, where the rest of the model may be in evaluation mode; default not.
         over_batch: scores rows over a graph of the batch, and offers `without_edges` and `top1`; default not.
+        reads_frozen_images: `forward` compares with `Features.further["frozen"]` now; default not.
     """
 
     needs: ClassVar[tuple[str, ...]] = ()
     follows_training: ClassVar[bool] = False
     over_batch: ClassVar[bool] = False
+    reads_frozen_images: bool = False
 
     def __init__(self, config: Any, base: nn.Module):
         super().__init__()
@@ -120,6 +122,11 @@ class HeadLayer(nn.Module, SiteLayer):
         if self._disable_adapters:
             return None
         return next((self.heads[name] for name in self.active_adapters if name in self.heads), None)
+
+    @property
+    def reads_frozen_images(self) -> bool:
+        """See the head that scores."""
+        return self.head is not None and self.head.reads_frozen_images
 
     def forward(self, features: Features) -> Scores:
         head = self.head

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 
 import torch
 from peft import PeftConfig
@@ -12,8 +13,10 @@ from torch import Tensor, nn
 from mmpeft_ds.distributed.partitioned import gathered
 from mmpeft_ds.errors import BadInput
 from mmpeft_ds.methods.common.fused import Fusable, FusablePart
+from mmpeft_ds.methods.common.low_rank import Product, joined
+from mmpeft_ds.methods.common.parts import fold
 from mmpeft_ds.ops.precision import full_dtype
-from mmpeft_ds.sites.base import AdapterLayer, base_layer
+from mmpeft_ds.sites.base import AdapterLayer, base_layer, features
 
 
 class SiteLayer(BaseTunerLayer, AdapterLayer):
@@ -21,7 +24,12 @@ class SiteLayer(BaseTunerLayer, AdapterLayer):
 
     Args:
         base: the frozen module.
+
+    Attributes:
+        path: full path of the module, for error messages; layers that merge set it.
     """
+
+    path: str = ""
 
     def __init__(self, base: nn.Module, adapter_name: str):
         self.base_layer = base
@@ -50,14 +58,55 @@ class SiteLayer(BaseTunerLayer, AdapterLayer):
             "write it; where it cannot be written, `unmergeable` of the tuner says why."
         )
 
+    def _fold(
+        self, adapter_name: str, parts: Sequence[tuple[int, int]], changes: Sequence[Tensor], safe_merge: bool
+    ) -> None:
+        """Add the change of each part, (width, in), to the frozen weight, and note that the adapter is merged.
+
+        Raises:
+            ValueError: with `safe_merge`, for a change that is not finite; nothing is added then.
+        """
+        if safe_merge and not all(torch.isfinite(change).all() for change in changes):
+            raise ValueError(f"{self.path}: adapter {adapter_name!r} is not finite and was not merged")
+        fold(self.base_layer, parts, changes)
+        self.merged_adapters.append(adapter_name)
+
     def unmerge(self) -> None:
-        """Restore the frozen tensors to the bit."""
+        """Restore the frozen tensors bit for bit."""
         if self._unmerged is not None:
             with torch.no_grad():
                 for name, frozen in self._unmerged.items():
                     self.base_layer.get_parameter(name).copy_(frozen)
         self._unmerged = None
         self.merged_adapters = []
+
+    def lora_factors(self, adapter_name: str) -> list[Product] | None:
+        """The change of the frozen weight, part by part, where it is a product of two thin matrices in evaluation and
+        nothing else changes: such an adapter can be written as a LoRA. Called without gradient; an adapter that this
+        layer does not have changes nothing, an empty list.
+
+        Default: None, it is no such change.
+        """
+        return None
+
+    @torch.no_grad()
+    def lora_pair(self, adapter_name: str) -> tuple[Tensor, Tensor] | None:
+        """`lora_factors` as one pair, (r, in) and (out, r); None where there is none."""
+        products = self.lora_factors(adapter_name)
+        return joined(products, features(base_layer(self))[1]) if products else None
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Whether `get_delta_weight` is the whole effect of the adapter; asked by peft."""
+        with torch.no_grad():
+            return self.lora_factors(adapter_name) is not None
+
+    @torch.no_grad()
+    def get_delta_weight(self, adapter_name: str) -> Tensor:
+        """The change of the frozen weight, in the layout in which the weight is stored."""
+        frozen = base_layer(self)
+        pair = self.lora_pair(adapter_name)
+        change = torch.zeros(*features(frozen)[::-1]) if pair is None else pair[1] @ pair[0]
+        return change.T if type(frozen).__name__ == "Conv1D" else change
 
     def _frozen(self) -> bool:
         """Whether the base runs alone."""
@@ -70,7 +119,7 @@ class KeepsBuffers(nn.Module):
     """Base of a module with buffers that were drawn or computed when it was attached, and do not train.
 
     Attributes:
-        kept: their names. They are not persistent, and travel with checkpoints, so that a run that goes on finds them
+        kept: their names. They are not persistent, and travel with checkpoints, so that a resumed run finds them
             as they were, also on another machine.
     """
 
@@ -143,7 +192,7 @@ class TrainedNorm(TrainedCopy, FusablePart):
         return self.base_layer(x)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Put the trained values in the place of the frozen ones."""
+        """Put the trained values in place of the frozen ones."""
         for name in self._start_merge(adapter_names)[:1]:
             trained = dict(self.copies[name].named_parameters())
             with torch.no_grad():
@@ -184,7 +233,7 @@ class TrainedBias(TrainedCopy):
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def forward(self, x: Tensor, *args: object, **kwargs: object) -> Tensor:
-        """What the base gives for `x`, with the trained bias in the place of the frozen one."""
+        """The output of the frozen module for `x`, with the trained bias in place of the frozen one."""
         frozen = self._frozen()
         out = self.base_layer(x, *args, **kwargs)
         if not frozen:
@@ -194,7 +243,7 @@ class TrainedBias(TrainedCopy):
         return out
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Put the trained bias in the place of the frozen one."""
+        """Put the trained bias in place of the frozen one."""
         for name in self._start_merge(adapter_names, ("bias",))[:1]:
             with torch.no_grad():
                 self.base_layer.bias.copy_(self.copies[name].bias)

@@ -32,7 +32,7 @@ class SiteOptions(MethodOptions):
     )
     layers: list[int] | None = field(default=None, metadata={"help": "Layer indices of the tower; default all."})
     modules_to_save: list[str] | None = field(
-        default=None, metadata={"help": "Modules trained whole beside the adapter, such as the head."}
+        default=None, metadata={"help": "Modules trained in full with the adapter, such as the head."}
     )
 
 

@@ -1,14 +1,15 @@
-"""Which sites a config means: tower, layers, projections, norms. Shared by the methods that attach to sites."""
+"""Selection of the sites that a method's config names: tower, layers, projections, norms."""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
+from peft import PeftConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.other import ModulesToSaveWrapper
+from peft.utils.other import ModulesToSaveWrapper, get_pattern_key
 from torch import nn
 
 from mmpeft_ds.errors import BadInput
@@ -26,13 +27,13 @@ class Selection:
 
     def projections(self, targets: Sequence[str]) -> dict[str, list[Projection]]:
         """Projections of each path, in the order q, k, v, out; a fused path has several."""
-        found: dict[str, list[Projection]] = {}
+        of_path: dict[str, list[Projection]] = {}
         for site in self.attention:
             for name in ("q", "k", "v", "out"):
                 if name in targets:
                     projection = getattr(site, name)
-                    found.setdefault(projection.path, []).append(projection)
-        return found
+                    of_path.setdefault(projection.path, []).append(projection)
+        return of_path
 
     def norms(self) -> list[str]:
         """Full paths of the norms of all selected sites, each once."""
@@ -166,7 +167,8 @@ def no_known_family(key: str) -> BadInput:
 
 
 def check_whole_modules(names: Collection[str] | None, model: nn.Module, key: str = "modules_to_save") -> None:
-    """Refuse names of modules to be trained whole that fit no module; peft itself would train nothing and say nothing.
+    """Refuse names of modules to be trained in full that fit no module; peft itself would train nothing and say
+    nothing.
 
     Args:
         names: ends of module paths, as peft's `modules_to_save`.
@@ -181,6 +183,87 @@ def check_whole_modules(names: Collection[str] | None, model: nn.Module, key: st
             near = difflib.get_close_matches(name, [p.rpartition(".")[2] for p in paths] + paths, n=1)
             hint = f" Did you mean {near[0]!r}?" if near else ""
             raise BadInput(f"{key}: no module of the model is named {name!r}.{hint} Name a module, or leave it out.")
+
+
+def check_tokens(config: PeftConfig, model: nn.Module, key: Callable[[str], str]) -> None:
+    """Refuse tokens to be trained that are no row of their embedding, with which peft ends in a traceback.
+
+    Args:
+        config: of any method; those of peft name tokens in two ways.
+        key: option -> what it is called in errors.
+
+    Raises:
+        BadInput: naming the token.
+    """
+    for option in {"trainable_token_indices", "token_indices"} & vars(config).keys():
+        given = getattr(config, option)
+        if not given:
+            continue
+        names = getattr(config, "target_modules", None) if option == "token_indices" else None
+        for name, tokens in given.items() if isinstance(given, dict) else {"": given}.items():
+            ends = [name] if name else [names] if isinstance(names, str) else names or []
+            default = None if ends else _embedding(model)
+            for path, module in model.named_modules():
+                meant = any(path.endswith(end) for end in ends) if ends else module is default
+                rows = getattr(module, "num_embeddings", None) if meant else None
+                if rows is not None and (wrong := [token for token in tokens if not 0 <= token < rows]):
+                    raise BadInput(
+                        f"{key(option)}: {wrong[0]} is no token of {path}, which has 0 to {rows - 1}. Leave it out."
+                    )
+
+
+def _embedding(model: nn.Module) -> nn.Module | None:
+    """Of the tokens; None for a model with several towers, such as a stock CLIP, which peft refuses itself."""
+    try:
+        return model.get_input_embeddings()
+    except NotImplementedError:
+        return None
+
+
+def check_named(config: PeftConfig, model: PeftModel, key: Callable[[str], str]) -> None:
+    """Refuse names of peft's options that fit nothing beside others that fit; peft leaves them aside without a word.
+
+    Args:
+        model: with the adapter attached.
+        key: option -> what it is called in errors.
+
+    Raises:
+        BadInput: naming the first of them.
+    """
+    every = [path for path, _ in _of_the_model(model.get_base_model()) if path]
+    adapted = [path for path, module in model.get_base_model().named_modules() if isinstance(module, BaseTunerLayer)]
+    layers = vars(config).get("layers_to_transform")
+    names: dict[str, tuple[Iterable[str], list[str], Callable[[str, str], bool]]] = {
+        "target_modules": (_listed(config, "target_modules"), every, _ends),
+        "exclude_modules": (_listed(config, "exclude_modules"), every, _ends),
+        "rank_pattern": (vars(config).get("rank_pattern") or (), adapted, _fits),
+        "alpha_pattern": (vars(config).get("alpha_pattern") or (), adapted, _fits),
+        "layers_to_transform": (map(str, layers) if isinstance(layers, list) else (), adapted, _numbered),
+    }
+    for option, (given, paths, meant) in names.items():
+        for name in given:
+            if not any(meant(name, path) for path in paths):
+                problem = "fits no module" if paths is every else "fits no adapted layer"
+                near = difflib.get_close_matches(name, [path.rpartition(".")[2] for path in every], n=1)
+                hint = f" Did you mean {near[0]!r}?" if near else f" They are named like {', '.join(adapted[:3])}."
+                raise BadInput(f"{key(option)}: {name!r} {problem}.{hint} Mend it, or leave it out.")
+
+
+def _listed(config: PeftConfig, option: str) -> Collection[str]:
+    given = vars(config).get(option) or ()
+    return () if isinstance(given, str) else sorted(given)
+
+
+def _ends(name: str, path: str) -> bool:
+    return path == name or path.endswith(f".{name}")
+
+
+def _fits(pattern: str, path: str) -> bool:
+    return get_pattern_key([pattern], path) == pattern
+
+
+def _numbered(number: str, path: str) -> bool:
+    return number in path.split(".")
 
 
 def _matching(key: str, what: str, paths: list[str], patterns: Sequence[str]) -> list[str]:

@@ -1,9 +1,11 @@
-"""What the tuners of every method share: places found by the sites, float32 heads, sorting of parameter names."""
+"""Base of every method's tuner: places found by the sites, float32 heads, sorting of parameter names."""
 
 from __future__ import annotations
 
+import contextlib
 import re
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -15,7 +17,9 @@ from torch import Tensor, nn
 from mmpeft_ds.errors import BadInput
 from mmpeft_ds.methods.common.fit import file_names, misfit, shapes
 from mmpeft_ds.methods.common.layers import SiteLayer
+from mmpeft_ds.methods.common.low_rank import NO_PRODUCT
 from mmpeft_ds.methods.common.select import check_whole_modules
+from mmpeft_ds.sites.base import base_layer
 from mmpeft_ds.sites.feature_site import calibrated_buffers
 
 # What peft adds to `modules_to_save` for its task types, whichever of them the model has.
@@ -41,11 +45,21 @@ class SiteTuner(BaseTuner):
 
     @classmethod
     def unmergeable(cls, config: PeftConfig) -> str | None:
-        """Why an adapter with this config cannot be merged into the frozen weights, in a sentence; None where it can.
+        """Reason why an adapter with this config cannot be merged into the frozen weights, in a sentence; None where
+        it can.
 
         Default: it can.
         """
         return None
+
+    @classmethod
+    def no_lora(cls, config: PeftConfig) -> str | None:
+        """Reason why an adapter with this config cannot be written as a LoRA, in a sentence; None where its layers
+        give `lora_factors`.
+
+        Default: what `unmergeable` says, or that its change has not this form.
+        """
+        return cls.unmergeable(config) or NO_PRODUCT
 
     def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
         """Refused: the mean of two such adapters is no adapter of the mean. Raises BadInput."""
@@ -76,9 +90,44 @@ class SiteTuner(BaseTuner):
 
     def _check_merge_allowed(self) -> None:
         super()._check_merge_allowed()
-        for name in self.active_adapters:
+        for path, module in self.model.named_modules():
+            if isinstance(module, SiteLayer) and is_quantised(base_layer(module)):
+                raise BadInput(
+                    f"{path}: its frozen weights are quantised, so nothing can be added to them. Merge into the "
+                    "dequantised or the original ones: launchers/merge.py."
+                )
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """As every tuner. Raises BadInput for an adapter that is no change of a weight, or is not there."""
+        self._check_mergeable(adapter_names)
+        super().merge_adapter(adapter_names, safe_merge)
+
+    def merge_and_unload(
+        self, progressbar: bool = False, safe_merge: bool = False, adapter_names: list[str] | None = None
+    ) -> nn.Module:
+        """As every tuner. Raises BadInput for an adapter that is no change of a weight, or is not there."""
+        self._check_mergeable(adapter_names)
+        return super().merge_and_unload(progressbar, safe_merge, adapter_names)
+
+    def _check_mergeable(self, adapter_names: list[str] | None) -> None:
+        if isinstance(adapter_names, str):
+            adapter_names = [adapter_names]  # which peft refuses itself
+        for name in self.active_adapters if adapter_names is None else adapter_names:
+            if name not in self.peft_config:
+                raise BadInput(f"adapter_names: no adapter {name!r}. Known: {', '.join(self.peft_config)}.")
             if reason := self.unmergeable(self.peft_config[name]):
                 raise BadInput(f"adapter {name!r} cannot be merged: {reason} Keep it as an adapter.")
+
+    @contextlib.contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, adapter_names: Any = None, **kwargs: Any) -> Iterator[None]:
+        """The context that peft enters around each forward with its arguments; without it `adapter_names` would be
+        ignored."""
+        if adapter_names is not None:
+            raise BadInput(
+                f"adapter_names: a layer of {self._method} runs the same adapter for all rows of a batch. Choose it "
+                "by set_adapter(name), and run the rows of each adapter by themselves."
+            )
+        yield
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
@@ -90,7 +139,8 @@ class SiteTuner(BaseTuner):
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        """As peft's, which every way of loading calls; refuses a file that does not fit. Raises BadInput."""
+        """Overrides a function of peft that every way of loading calls, to refuse a file that does not fit. Raises
+        BadInput."""
         state = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         here = model.state_dict()
         needed = {name for name, _ in model.named_parameters()} | calibrated_buffers(model).keys()
@@ -134,9 +184,30 @@ class SiteTuner(BaseTuner):
         setattr(parent, child_name, new_module)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        """As every tuner; the whole modules that train beside the adapter become float32."""
+        """Add an adapter; the `modules_to_save` that train with it become float32."""
+        _check_name(adapter_name, model)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
+        _check_name(adapter_name, model)  # now with the layers of the method
+        # peft's `convert_to_lora` asks the config where layers are; it is no field, and in no file.
+        self.peft_config[adapter_name].target_modules = set(self.targeted_module_names)
         heads_in_float32(model, adapter_name)
+
+
+def _check_name(adapter_name: str, model: nn.Module) -> None:
+    """Refuse a name that is also one of a module or parameter of `model`. Raises BadInput.
+
+    peft leaves out of the file of an adapter whatever has the name of another in its path: the file would be empty.
+    """
+    by_name = (nn.ModuleDict, nn.ParameterDict)  # such as of adapters
+    owners = [module for module in model.modules() if not isinstance(module, by_name)]
+    if "." in adapter_name or any(adapter_name in (*m._modules, *m._parameters, *m._buffers) for m in owners):
+        why = "holds a dot" if "." in adapter_name else "is the name of a part of the model"
+        raise BadInput(f"adapter_name: {adapter_name!r} {why}, so peft could not tell its tensors. Choose another.")
+
+
+def is_quantised(frozen: nn.Module) -> bool:
+    """Whether the weights of a frozen module are of a class of their own, as those of bitsandbytes and torchao."""
+    return type(vars(frozen)["_parameters"].get("weight")) not in (nn.Parameter, type(None))
 
 
 def heads_in_float32(model: nn.Module, adapter_name: str) -> None:

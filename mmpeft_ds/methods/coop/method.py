@@ -1,6 +1,6 @@
 """CoOp: learned context vectors in front of the class names (Zhou et al., IJCV 2022, arXiv 2109.01134).
 
-The vectors enter where the text tower embeds its tokens, so class features go through the frozen text tower anew in
+The vectors enter where the text tower embeds its tokens, so class features go through the frozen text tower again in
 every step, and the gradient comes back through it.
 """
 
@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from mmpeft_ds.errors import BadInput
 from mmpeft_ds.methods.common.config import HeadConfig
 from mmpeft_ds.methods.common.few_shot import cosine_logits
-from mmpeft_ds.methods.common.head import Head, HeadLayer, HeadMethod, HeadTuner, feature_site
+from mmpeft_ds.methods.common.head import HeadLayer, HeadMethod, HeadTuner, feature_site
 from mmpeft_ds.methods.common.layers import SiteLayer
+from mmpeft_ds.methods.common.text_head import TextTowerHead, names_and_tokeniser, path_of, tower_of
 from mmpeft_ds.methods.coop.options import CoOpOptions
 from mmpeft_ds.ops.precision import full_dtype
 from mmpeft_ds.sites import Sites, find_sites
@@ -87,7 +88,7 @@ def _lengths(tokens: dict[str, Tensor]) -> Tensor | None:
 
 
 def _name_between(length: int, first: int, n: int, name: int) -> Tensor:
-    """(L,) order of the tokens that puts the second half of n marks behind a name of so many tokens."""
+    """(L,) order of the tokens that puts the second half of n marks after a name of so many tokens."""
     half = first + n // 2
     before, second = torch.arange(half), torch.arange(half, first + n)
     named, rest = torch.arange(first + n, first + n + name), torch.arange(first + n + name, length)
@@ -115,7 +116,7 @@ class Context(nn.Module):
 
 @dataclass(frozen=True)
 class _Insertion:
-    """Which context belongs where in the tokens that are about to be embedded."""
+    """Positions of context vectors in the tokens that are about to be embedded."""
 
     adapter: str
     place: Tensor
@@ -157,39 +158,21 @@ class PromptedEmbedding(nn.Module, SiteLayer):
         return self.coop_context[insertion.adapter](embedded, insertion.place)
 
 
-class CoOpHead(Head):
+class CoOpHead(TextTowerHead):
     """logits = tau u(z) u(t)^T, t the text features of the prompts.
 
     Args:
-        encoder: the frozen dual encoder, which is called and never becomes part of the head.
+        encoder: the frozen dual encoder.
         adapter: whose context is inserted.
     """
 
     def __init__(self, config: CoOpConfig, base: nn.Module, encoder: nn.Module, prompts: Prompts, adapter: str):
-        super().__init__(config, base)
-        self._encoder, self.adapter = (encoder,), adapter  # in a tuple, which hides it from torch
-        self._names = tuple(prompts.tokens)
-        for name, rows in (*prompts.tokens.items(), ("place", prompts.place)):
-            self.register_buffer(name, rows, persistent=False)
-        self._known: Tensor | None = None
+        super().__init__(config, base, encoder, prompts.tokens)
+        self.adapter = adapter
+        self.register_buffer("place", prompts.place, persistent=False)
 
-    @property
-    def text(self) -> Tensor:
-        """(C, D) class features, not normalised. Without gradient they are computed once per call of `eval`."""
-        if torch.is_grad_enabled() or self.training:
-            return self._through_the_tower()
-        if self._known is None:
-            self._known = self._through_the_tower()
-        return self._known
-
-    def _through_the_tower(self) -> Tensor:
-        with inserting(self.adapter, self.place):
-            return self._encoder[0](**{name: getattr(self, name) for name in self._names}, unit=False).text_features
-
-    def train(self, mode: bool = True) -> CoOpHead:
-        """What was computed once is forgotten."""
-        self._known = None
-        return super().train(mode)
+    def inserting(self) -> contextlib.AbstractContextManager[None]:
+        return inserting(self.adapter, self.place)
 
     def forward(self, features: Features) -> Scores:
         return Scores(cosine_logits(features.image, self.text, self.logit_scale))
@@ -209,15 +192,12 @@ class CoOpTuner(HeadTuner):
 
     def places(self, config: CoOpConfig, model: nn.Module) -> dict[str, Any]:
         sites = find_sites(model)
-        site, tower = feature_site(config, sites), text_tower(sites)
-        tokenise, names = model.tokenise, model.class_names  # every model with a feature site has them, or None
-        if tokenise is None or not names:
-            raise BadInput(f"coop: the model does not know its class names as texts. {NO_ENCODER}")
+        site, tower = feature_site(config, sites), tower_of("coop", sites, "text")
+        names, tokenise = names_and_tokeniser("coop", model)
         with torch.device("cpu"):  # also for a model on meta, whose sizes are only counted
             prompts = Prompts.of(names, tokenise, config)
         embedding = model.get_submodule(tower).get_input_embeddings()
-        (path,) = (name for name, module in model.named_modules() if module is embedding)
-        return {site.path: (model.encoder, prompts), path: len(names)}
+        return {site.path: (model.encoder, prompts), path_of(model, embedding): len(names)}
 
     def wrap(self, config: CoOpConfig, adapter_name: str, target: nn.Module, place: Any, path: str) -> nn.Module:
         if isinstance(place, int):
@@ -233,29 +213,20 @@ class CoOpTuner(HeadTuner):
         return layer
 
 
-NO_ENCODER = "CoOp needs a text encoder in every step: set backbone.encoder to a dual_encoder or clip."
-
-
-def text_tower(sites: Sites) -> str:
-    """Path of the text tower whose embedding takes the context. Raises BadInput."""
-    towers = [path for path, modality in sites.towers.items() if modality == "text"]
-    if len(towers) != 1:
-        raise BadInput(f"coop: the model has {len(towers)} text towers. {NO_ENCODER}")
-    return towers[0]
-
-
 class CoOp(HeadMethod):
     """The method entry: what recipes and the engine use."""
 
     Options = CoOpOptions
     Config = CoOpConfig
     Tuner = CoOpTuner
+    reads_names = True
+    tables = (".vectors",)
 
     @classmethod
     def check(cls, config: CoOpConfig, sites: Sites, condition_width: int | None) -> None:
         """Raise BadInput where there are no features to score, or no text encoder."""
         feature_site(config, sites)
-        text_tower(sites)
+        tower_of("coop", sites, "text")
 
 
 ENTRY = CoOp

@@ -17,7 +17,7 @@ class CoOpOptions(HeadOptions):
     context: int = field(default=16, metadata={"help": "Number of context vectors n."})
     class_specific: bool = field(default=False, metadata={"help": "A context of its own for every class (CSC)."})
     position: Literal["end", "middle"] = field(
-        default="end", metadata={"help": "Of the class name: behind all vectors, or half of them follow it."}
+        default="end", metadata={"help": "Of the class name: after all vectors, or half of them follow it."}
     )
     init_std: float = field(default=0.02, metadata={"help": "Standard deviation of the vectors at the start."})
 

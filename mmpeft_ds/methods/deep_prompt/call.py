@@ -1,55 +1,16 @@
-"""What hooks do to a call of a frozen module: named arguments, longer masks, a cache seen with a prefix before it."""
+"""Changes that prompts make to a call of a frozen module: longer masks, a cache seen with a prefix before it."""
 
 # B batch, N query tokens, M key tokens, P prompt tokens, H heads, K key heads, d width of a head
 
 from __future__ import annotations
 
-import inspect
-from functools import cache
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from mmpeft_ds.errors import BadInput
-
-
-class Call:
-    """Arguments of a forward by their names, whether they were given by position or by name.
-
-    Args:
-        module: the module that is called; its class says the names.
-    """
-
-    def __init__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]):
-        self._names = parameters(type(module))
-        self.args, self.kwargs = list(args), dict(kwargs)
-
-    def get(self, name: str) -> Any:
-        """Its value; None if it was not given."""
-        if name in self.kwargs:
-            return self.kwargs[name]
-        at = self._names.index(name) if name in self._names else len(self.args)
-        return self.args[at] if at < len(self.args) else None
-
-    def set(self, name: str, value: Any) -> None:
-        """Give it another value, in the way in which it was given."""
-        at = self._names.index(name)
-        if name not in self.kwargs and at < len(self.args):
-            self.args[at] = value
-        else:
-            self.kwargs[name] = value
-
-    def result(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """What a forward pre-hook returns."""
-        return tuple(self.args), self.kwargs
-
-
-@cache
-def parameters(cls: type[nn.Module]) -> tuple[str, ...]:
-    """Names of the arguments of its forward, in order."""
-    return tuple(inspect.signature(cls.forward).parameters)[1:]
 
 
 def longer_mask(mask: Any, prompts: int, where: str, own_rows: int | None = None) -> Any:

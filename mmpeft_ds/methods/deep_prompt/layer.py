@@ -13,10 +13,11 @@ from torch import Tensor, nn
 
 from mmpeft_ds.distributed.partitioned import lent
 from mmpeft_ds.errors import BadInput
+from mmpeft_ds.methods.common.calls import Call, parameters
 from mmpeft_ds.methods.common.fused import Fusable
 from mmpeft_ds.methods.common.layers import SiteLayer
 from mmpeft_ds.methods.common.products import Multiplies
-from mmpeft_ds.methods.deep_prompt.call import Call, PrefixedCache, causal_mask, longer_mask, parameters
+from mmpeft_ds.methods.deep_prompt.call import PrefixedCache, causal_mask, longer_mask
 from mmpeft_ds.methods.deep_prompt.config import DeepPromptConfig
 from mmpeft_ds.ops.precision import full_dtype
 
@@ -240,7 +241,7 @@ class PrefixedRows(Hooked):
 
 @dataclass(frozen=True)
 class Passage:
-    """Where the tokens of an adapter enter and leave: deep ones in each layer, shallow ones once."""
+    """Places where the tokens of an adapter enter and leave: deep ones in each layer, shallow ones once."""
 
     enter: bool = True
     leave: bool = True

@@ -8,9 +8,9 @@ from torch import nn
 
 from mmpeft_ds.errors import BadInput
 from mmpeft_ds.methods.base import SiteMethod
+from mmpeft_ds.methods.common.calls import BOUND, parameters
 from mmpeft_ds.methods.common.select import Selection, select
 from mmpeft_ds.methods.common.tuner import SiteTuner
-from mmpeft_ds.methods.deep_prompt.call import parameters
 from mmpeft_ds.methods.deep_prompt.config import DeepPromptConfig
 from mmpeft_ds.methods.deep_prompt.layer import (
     Hooked,
@@ -23,12 +23,6 @@ from mmpeft_ds.methods.deep_prompt.layer import (
 from mmpeft_ds.methods.deep_prompt.options import DeepPromptOptions
 from mmpeft_ds.sites import AttentionSite, Sites, find_sites
 from mmpeft_ds.sites.base import base_layer
-
-# Arguments whose length goes with the tokens in ways that prompts cannot follow.
-BOUND = {
-    "position_bias": "adds a bias for each pair of positions",
-    "cu_seqlens": "packs all images into one sequence",
-}
 
 
 @dataclass
@@ -57,19 +51,19 @@ class DeepPromptModel(SiteTuner):
 
     def places(self, config: DeepPromptConfig, model: nn.Module) -> dict[str, Place]:
         chosen = select(find_sites(model), config.tower, config.layers)
-        found: dict[str, Place] = {}
+        places: dict[str, Place] = {}
         self._hooks: dict[str, Hooked] = {}
         self._borrowed: dict = {}
         if config.style == "vpt":
-            self._places_of_tokens(config, chosen, model, found)
+            self._places_of_tokens(config, chosen, model, places)
         else:
             for site in _attention(config, chosen):
                 core = site.q.path.rpartition(".")[0]
                 self._hooks[core] = _prefix_hook(model.get_submodule(core), core, site)
                 for part, projection in (("key", site.k), ("value", site.v)):
-                    place = found.setdefault(projection.path, Place({}, core))
+                    place = places.setdefault(projection.path, Place({}, core))
                     place.parts[part] = (projection.start, projection.width)
-        return found
+        return places
 
     def _places_of_tokens(
         self, config: DeepPromptConfig, chosen: Selection, model: nn.Module, found: dict[str, Place]
@@ -111,6 +105,7 @@ class DeepPrompt(SiteMethod):
     Options = DeepPromptOptions
     Config = DeepPromptConfig
     Tuner = DeepPromptModel
+    tables = (".tokens",)
 
     @classmethod
     def check(cls, config: DeepPromptConfig, sites: Sites, condition_width: int | None) -> None:
@@ -137,7 +132,7 @@ def _attention(config: DeepPromptConfig, chosen: Selection) -> list[AttentionSit
 
 
 def _prefix_hook(core: nn.Module, path: str, site: AttentionSite) -> Hooked:
-    """How a prefix gets into this attention module. Raises BadInput if it cannot."""
+    """The hooks by which a prefix enters this attention module. Raises BadInput if there are none."""
     names = parameters(type(core))
     _check_bound(names, path)
     if site.cross:

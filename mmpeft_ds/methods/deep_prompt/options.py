@@ -30,7 +30,7 @@ class DeepPromptOptions(SiteOptions):
         default="deep",
         metadata={
             "help": "vpt: new tokens in every chosen layer, or one set that enters before the first chosen layer and "
-            "is cut off behind the last."
+            "is cut off after the last."
         },
     )
     shared: bool = field(

@@ -23,7 +23,7 @@ from mmpeft_ds.sites.feature_site import Features, Labelled, Scores
 
 
 class Fusion(nn.Module):
-    """Text and image features weighed against each other, a pair of weights a sample.
+    """Text and image features weighed against each other, a pair of weights per sample.
 
     The weights are made of projections of width h; they multiply the features as they came, so both have one width.
 
@@ -50,7 +50,7 @@ class GaNetHead(Head):
     Source: Cheng, Lu, arXiv 2408.00290.
     """
 
-    calibrated = ("tau_choice",)
+    calibrated = found_anew = ("tau_choice",)
     over_batch = True
 
     def __init__(self, config: GaNetConfig, base: nn.Module):
@@ -75,7 +75,7 @@ class GaNetHead(Head):
 
     @property
     def tau(self) -> float:
-        """What a cosine has to exceed: as configured, or as found on validation rows."""
+        """The threshold of the cosine, configured or searched on validation rows."""
         choice = self._once.get("tau", int, self.tau_choice) if self.config.tau_grid else -1
         return self.config.tau if choice < 0 else self.config.tau_grid[choice]
 
@@ -184,7 +184,7 @@ class GaNetHead(Head):
         return {**totals, "top1": totals["top1"] / max(1, total)}
 
     def _hidden(self, features: Features, graph: Graph) -> Tensor:
-        """What the last convolution reads."""
+        """The input of the last convolution."""
         config = self.config
         x_BD = self.nodes(features, config.normalise_input)
         if self._fisher and config.fisher == "released":

@@ -110,7 +110,7 @@ class GaNetOptions(HeadOptions):
         },
     )
     normalise_input: bool | None = field(
-        default=None, metadata={"help": _BY_VARIANT + "The network reads features of length 1 a modality, too."}
+        default=None, metadata={"help": _BY_VARIANT + "The network, too, reads modalities of length 1."}
     )
     up: Literal["auto", "joined", "image"] = field(
         default="auto", metadata={"help": "Width after the bottleneck: of the node, or of image features (v2)."}
@@ -164,7 +164,7 @@ class GaNetOptions(HeadOptions):
         if self.fusion and self.inputs != "both":
             raise BadInput(f"fusion: it weighs text against image, and inputs is {self.inputs}. Set inputs: both.")
         if self.fisher == "released" and not self.fusion and self.up != "joined":
-            raise BadInput("fisher: released reads the node in the place of what `up` gives. Set up: joined.")
+            raise BadInput("fisher: released reads the node in place of what `up` gives. Set up: joined.")
 
     @property
     def needs_validation(self) -> bool:

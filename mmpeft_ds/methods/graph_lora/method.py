@@ -16,6 +16,7 @@ from mmpeft_ds.methods.base import SiteMethod
 from mmpeft_ds.methods.common.config import MethodConfig
 from mmpeft_ds.methods.common.fused import Fusable
 from mmpeft_ds.methods.common.layers import SiteLayer
+from mmpeft_ds.methods.common.low_rank import Product
 from mmpeft_ds.methods.common.products import Multiplies, at_edge
 from mmpeft_ds.methods.common.select import Selection, select
 from mmpeft_ds.methods.common.tuner import SiteTuner
@@ -37,7 +38,7 @@ class GraphLoraConfig(GraphLoraOptions, MethodConfig):
 
 class WrittenFactors(Fusable, Multiplies):
     """The graph of one part of one projection, and the maps from its nodes to the two factors. The adjacency is a
-    parameter as published, though only whether an entry is 0 matters: no gradient ever changes it.
+    parameter as published, though only whether an entry is 0 matters: its gradient is zero.
 
     Args:
         d, o: input features, and output features of the part.
@@ -83,11 +84,13 @@ class WrittenFactors(Fusable, Multiplies):
             self.up_bias.zero_()
 
     def nodes(self) -> Tensor:
-        """What the graph makes of its nodes, (2, k)."""
-        return node_mix(
+        """Nodes after the message passing, (2, k)."""
+        mixed = node_mix(
             self.node, self.relation_weight, self.relation_bias, self.attention_weight[0], self.attention_bias,
             self.adjacency, self.gate_weight[0], self.gate_bias,
         )  # fmt: skip
+        # A gradient of zero: torch's DistributedDataParallel stops at a parameter that gets none.
+        return mixed + 0 * self.adjacency.sum()
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """`down` (r, d) and `up` (o, r)."""
@@ -116,8 +119,11 @@ class GraphLoraLinear(nn.Module, SiteLayer):
         self.graph_lora = nn.ModuleDict()
         self.parts: dict[str, list[tuple[int, int]]] = {}
 
-    def update_layer(self, adapter_name: str, parts: list[tuple[int, int]], config: GraphLoraConfig) -> None:
-        """Add an adapter; `parts` are (first output feature, width)."""
+    def update_layer(
+        self, adapter_name: str, parts: list[tuple[int, int]], config: GraphLoraConfig, path: str
+    ) -> None:
+        """Add an adapter; `parts` are (first output feature, width), `path` names this layer in error messages."""
+        self.path = path
         like = base_layer(self).weight
         written = [WrittenFactors(config, self.in_features, width, like) for _, width in parts]
         self.parts[adapter_name] = parts
@@ -136,26 +142,34 @@ class GraphLoraLinear(nn.Module, SiteLayer):
                 out = (out + added).to(out.dtype)
         return out
 
+    def lora_factors(self, adapter_name: str) -> list[Product]:
+        """The factors that the graphs of all parts compute."""
+        products = []
+        for (start, _), written in zip(
+            self.parts.get(adapter_name, ()),
+            self.graph_lora[adapter_name] if adapter_name in self.parts else (),
+            strict=True,
+        ):
+            down, up = written.factors()
+            products.append(Product(start, down, written.scale * up))
+        return products
+
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Fold the change into the frozen weight."""
         for name in self._start_merge(adapter_names, ("weight",)):
-            weight = self.base_layer.weight
             with torch.no_grad():
-                for (start, width), written in zip(self.parts[name], self.graph_lora[name], strict=True):
-                    down, up = written.factors()
-                    change = (written.scale * up @ down).to(weight.dtype)
-                    if safe_merge and not torch.isfinite(change).all():
-                        raise ValueError(f"adapter {name!r} is not finite and was not merged")
-                    stored_in_by_out = type(self.base_layer).__name__ == "Conv1D"
-                    rows = weight.T if stored_in_by_out else weight
-                    rows[start : start + width] += change
-            self.merged_adapters.append(name)
+                changes = [product.up @ product.down for product in self.lora_factors(name)]
+            self._fold(name, self.parts[name], changes, safe_merge)
 
 
 class GraphLoraModel(SiteTuner):
     """Tuner with the verbs of every peft tuner; see `GraphLoraConfig`."""
 
     prefix = "graph_lora"
+
+    @classmethod
+    def no_lora(cls, config: GraphLoraConfig) -> None:
+        """Its graphs write two thin factors."""
 
     def places(self, config: GraphLoraConfig, model: nn.Module) -> dict[str, list[tuple[int, int]]]:
         projections = _chosen(config, find_sites(model)).projections(config.targets)
@@ -169,7 +183,7 @@ class GraphLoraModel(SiteTuner):
             raise BadInput(
                 f"{path}: an earlier adapter of this model is a {type(layer).__name__} here. Use one of them."
             )
-        layer.update_layer(adapter_name, place, config)
+        layer.update_layer(adapter_name, place, config, path)
         return layer
 
 

@@ -124,7 +124,7 @@ class ClassGraphHead(nn.Module):
         raise NotImplementedError
 
     def source(self) -> list[Tensor]:
-        """The tensors that `nodes` reads; when one of them changes, everything is made anew."""
+        """The tensors that `nodes` reads; when one of them changes, everything is made again."""
         raise NotImplementedError
 
     def replicated(self) -> list[Tensor]:
@@ -284,7 +284,7 @@ class ClassGraphHead(nn.Module):
         return refined
 
     def made(self) -> Made:
-        """What the nodes give; made anew where they have changed. Then collective where something is shared out."""
+        """Values computed from the nodes, again where these have changed. Collective then if something is sharded."""
         source = self.source()
         versions = [0 if t.is_inference() else t._version for t in source]
         made = self._made

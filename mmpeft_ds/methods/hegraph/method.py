@@ -80,7 +80,7 @@ class BankHead(ClassGraphHead, Head):
         return self.coefficients.fusion * self._multiple()
 
     def _multiple(self) -> float:
-        """What the search has found for `fusion`; the device is asked once."""
+        """Result of the search for `fusion`, copied from the device once."""
         return self._once.get("fusion", lambda found: float(found[-1]), self.searched) if self.calibrates else 1.0
 
     def message_factors(self, training: bool) -> Tensor:

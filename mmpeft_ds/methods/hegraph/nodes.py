@@ -1,4 +1,4 @@
-"""What HeGraphAdapter works on: frozen features, and what is made of them once."""
+"""Inputs of HeGraphAdapter: frozen features, and values computed from them once."""
 
 # R own classes, D width, M cache rows, C classes of all ranks
 
@@ -45,7 +45,7 @@ class Nodes:
 
 @dataclass(frozen=True)
 class Made:
-    """What the nodes give, once and for all.
+    """Values computed from the nodes once.
 
     Attributes:
         source, versions: the tensors it was made of, to notice a change.

@@ -51,7 +51,7 @@ class HeGraphOptions(HeadOptions):
         default=True, metadata={"help": "Edges of a class to itself that change sign; false keeps the cosine."}
     )
     topk: int | None = field(
-        default=None, metadata={"help": "Keep so many edges a row, of largest magnitude, and the diagonal."}
+        default=None, metadata={"help": "Keep so many edges per row, of largest magnitude, and the diagonal."}
     )
     drop: list[str] = field(
         default_factory=list, metadata={"help": "Relations to leave out, of pn, vn, pp, vp, np, vv."}

@@ -97,7 +97,7 @@ def check_shapes(pos: Tensor, neg: Tensor | None, vis: Tensor, cache: Tensor, la
         if tensor is not None and tensor.shape != pos.shape:
             raise BadInput(
                 f"{name}: shape {tuple(tensor.shape)}, but class texts have {tuple(pos.shape)}. All must come "
-                "from one pair of encoders, a row a class."
+                "from one pair of encoders, a row per class."
             )
     if cache.dim() != 2 or cache.shape[1] != pos.shape[1] or labels.shape != cache.shape[:1]:
         raise BadInput(

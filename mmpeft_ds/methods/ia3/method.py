@@ -19,6 +19,7 @@ class IA3(SiteMethod):
     Config = IA3Config
     peft_type = "IA3"
     prefix = "ia3_"
+    tables = (".ia3_l.",)  # a scale for each unit, kept as one row or column
 
     @classmethod
     def check(cls, config: IA3Config, sites: Sites, condition_width: int | None) -> None:

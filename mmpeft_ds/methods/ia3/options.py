@@ -21,7 +21,7 @@ class IA3Options(MethodOptions):
     )
     fan_in_fan_out: bool = field(default=False, metadata={"help": "Weights are stored in x out (found without it)."})
     modules_to_save: list[str] | None = field(
-        default=None, metadata={"help": "Modules trained whole beside the adapter."}
+        default=None, metadata={"help": "Modules trained in full with the adapter."}
     )
     init_ia3_weights: bool = field(default=True, metadata={"help": "Start as the frozen model."})
 

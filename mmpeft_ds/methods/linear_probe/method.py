@@ -108,6 +108,7 @@ class LinearProbe(HeadMethod):
     Options = LinearProbeOptions
     Config = LinearProbeConfig
     Tuner = LinearProbeTuner
+    tables = (".weight",)
 
 
 ENTRY = LinearProbe

@@ -25,7 +25,7 @@ class LinearProbeOptions(HeadOptions):
         default=None,
         metadata={"help": "C of the regression, 1 / weight of its penalty; default: searched on validation."},
     )
-    halvings: int = field(default=8, metadata={"help": "Halvings of the search of C behind its coarse grid."})
+    halvings: int = field(default=8, metadata={"help": "Halvings of the search of C after its coarse grid."})
     max_iter: int = field(default=1000, metadata={"help": "Iterations of L-BFGS at most."})
 
     def __post_init__(self) -> None:

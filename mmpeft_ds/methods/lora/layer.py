@@ -10,13 +10,16 @@ from peft.tuners import lora
 from torch import Tensor, nn
 
 from mmpeft_ds.ops.low_rank_linear import low_rank_linear
+from mmpeft_ds.sites.base import AdapterLayer
 
 
-class LoraLinear(lora.Linear):
+class LoraLinear(lora.Linear, AdapterLayer):
     """peft's own layer; only the arithmetic of its forward in training differs, and that by rounding."""
 
+    tokenwise = rowless = True
+
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """As peft's."""
+        """Forward of peft's layer, in fewer passes."""
         name = self._plain(x) if not args and not kwargs else None
         if name is None:
             return super().forward(x, *args, **kwargs)
@@ -27,7 +30,7 @@ class LoraLinear(lora.Linear):
         """Name of the one adapter that is added, if nothing but a frozen Linear and two factors of one dtype compute,
         and nobody, such as ZeRO-3, waits in a hook until one of them is called; while gradients are recorded."""
         if not torch.is_grad_enabled():
-            return None  # an evaluated model gives to the bit what its adapter gives with peft alone
+            return None  # an evaluated model gives bit for bit what its adapter gives with peft alone
         if self.disable_adapters or self.merged or len(self.active_adapters) != 1:
             return None
         name = self.active_adapters[0]

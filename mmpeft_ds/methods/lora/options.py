@@ -9,22 +9,25 @@ from typing import Any, Literal
 from mmpeft_ds.methods.base import MethodOptions
 
 # Values of `init_lora_weights` that work; those of REWRITING are computed from the frozen weights.
-STARTS = "true, false, gaussian, orthogonal, pissa, pissa_niter_4 (or another number) or olora"
-REWRITING = re.compile(r"pissa|pissa_niter_\d+|olora")
+STARTS = (
+    "true, false, gaussian, orthogonal, pissa, pissa_niter_4 (or another number), olora, eva, corda, lora_ga or, with "
+    "backbone.quantise, loftq"
+)
+REWRITING = re.compile(r"pissa|pissa_niter_\d+|olora|corda|lora_ga")
+FROM_DATA = ("eva", "corda", "lora_ga", "loftq")  # by what the recipe names besides the frozen model
+# Options of a start that is computed over batches, and those of its fields that are left open.
+OF_STARTS = {
+    "eva_config": ("eva", None),
+    "corda_config": ("corda", ("corda_method",)),
+    "lora_ga_config": ("lora_ga", ("direction", "scale", "stable_gamma")),
+}
 REFUSED_STARTS = {
-    "eva": "it needs activations of the training data before the first step, and without them the start is at random",
-    "corda": "it needs activations of the training data before the first step",
-    "lora_ga": "it needs gradients of the frozen weights before the first step",
-    "loftq": "it replaces the frozen weights by quantised ones, and the adapter does not fit the base as it is",
     "mica": "one of its factors is frozen and in no adapter file",
 }
-_OF_A_START = "it belongs to a value of init_lora_weights that is not offered. Leave it out."
 # Options that peft has and that do not end in an adapter which loads onto the base as it is.
 REFUSED = {
-    "loftq_config": _OF_A_START,
-    "eva_config": _OF_A_START,
-    "corda_config": _OF_A_START,
-    "lora_ga_config": _OF_A_START,
+    "loftq_config": "backbone.quantise says the bits, and more than one iteration would need another base. Leave it "
+    "out.",
     "megatron_config": "it is for layers of Megatron-core, which no backbone has. Leave it out.",
     "megatron_core": "it is for layers of Megatron-core, which no backbone has. Leave it out.",
     "velora_config": "its gradients are approximate, and its projections are in no adapter file. Leave it out.",
@@ -60,7 +63,7 @@ class LoraOptions(MethodOptions):
     fan_in_fan_out: bool = field(default=False, metadata=_said("Weights are stored in x out (found without it)."))
     bias: Literal["none", "all", "lora_only"] = field(default="none", metadata=_said("Which biases train."))
     use_rslora: bool = field(default=False, metadata=_said("Scale by lora_alpha / sqrt(r) (arXiv 2312.03732)."))
-    modules_to_save: list[str] | None = field(default=None, metadata=_said("Modules trained whole besides."))
+    modules_to_save: list[str] | None = field(default=None, metadata=_said("Further fully trained modules."))
     init_lora_weights: bool | str = field(default=True, metadata=_said(f"How the factors start: {STARTS}."))
     layers_to_transform: list[int] | int | None = field(default=None, metadata=_said("Layer indices; default all."))
     layers_pattern: list[str] | str | None = field(default=None, metadata=_said("Name of the list of layers."))
@@ -71,10 +74,13 @@ class LoraOptions(MethodOptions):
     trainable_token_indices: list[int] | dict[str, list[int]] | None = field(
         default=None, metadata=_said("Tokens whose embeddings train as well.")
     )
-    loftq_config: dict[str, Any] = field(default_factory=dict, metadata=_said("LoftQ."))
-    eva_config: dict[str, Any] | None = field(default=None, metadata=_said("EVA."))
-    corda_config: dict[str, Any] | None = field(default=None, metadata=_said("CorDA."))
-    lora_ga_config: dict[str, Any] | None = field(default=None, metadata=_said("LoRA-GA."))
+    loftq_config: dict[str, Any] = field(default_factory=dict, metadata=_said("LoftQ; refused."))
+    eva_config: dict[str, Any] | None = field(default=None, metadata=_said("Of init_lora_weights: eva; rho and tau."))
+    corda_config: dict[str, Any] | None = field(default=None, metadata=_said("Of `corda`; corda_method."))
+    lora_ga_config: dict[str, Any] | None = field(default=None, metadata=_said("Of `lora_ga`."))
+    start_batches: int = field(
+        default=16, metadata=_said("Batches, of at most 16 samples, for init_lora_weights: corda and lora_ga.")
+    )
     use_dora: bool = field(default=False, metadata=_said("Weight-decomposed LoRA (DoRA, arXiv 2402.09353)."))
     velora_config: dict[str, Any] | None = field(default=None, metadata=_said("VeLoRA."))
     alora_invocation_tokens: list[int] | None = field(default=None, metadata=_said("Tokens that activate aLoRA."))
@@ -84,7 +90,7 @@ class LoraOptions(MethodOptions):
     layer_replication: list[tuple[int, int]] | None = field(default=None, metadata=_said("Layers to repeat."))
     runtime_config: dict[str, Any] = field(default_factory=dict, metadata=_said("peft's LoraRuntimeConfig."))
     lora_bias: bool = field(default=False, metadata=_said("`up` has a bias."))
-    target_parameters: list[str] | None = field(default=None, metadata=_said("Parameters in the place of modules."))
+    target_parameters: list[str] | None = field(default=None, metadata=_said("Parameters in place of modules."))
     use_bdlora: dict[str, Any] | None = field(default=None, metadata=_said("Block-diagonal LoRA."))
     arrow_config: dict[str, Any] | None = field(default=None, metadata=_said("Arrow routing."))
     kasa_config: dict[str, Any] | None = field(default=None, metadata=_said("KaSA."))
@@ -96,7 +102,11 @@ class LoraOptions(MethodOptions):
         for name, reason in REFUSED.items():
             if getattr(self, name) not in (getattr(defaults, name), None):
                 self._refuse(name, f"is not offered: {reason}")
-        self._check_start()
+        self._check_start(stage)
+        if not self.lora_alpha and not self.alpha_pattern:
+            self._refuse("lora_alpha", "0 leaves the low-rank term out, so that nothing of it trains. Use more.")
+        if self.lora_dropout >= 1:
+            self._refuse("lora_dropout", f"{self.lora_dropout:g} drops all there is. Use less than 1.")
         self._check_whole_modules(self.modules_to_save, dtype)
         if self.trainable_token_indices and stage == 3:
             self._refuse(
@@ -112,14 +122,35 @@ class LoraOptions(MethodOptions):
                 "Use method bitfit, which trains copies in float32, or engine.dtype: float32.",
             )
 
-    def _check_start(self) -> None:
+    def _check_start(self, stage: int) -> None:
         start = self.init_lora_weights
+        for name, (of, known) in OF_STARTS.items():
+            given = getattr(self, name)
+            if given and start != of:
+                self._refuse(name, f"is of init_lora_weights: {of}, not {start}. Leave out one of them.")
+            for key in given or () if known else ():
+                if key not in known:
+                    self._refuse(name, f"{key} is not offered, only {', '.join(known)} is. Leave it out.")
+        if self.start_batches != 16 and start not in ("corda", "lora_ga"):
+            self._refuse("start_batches", f"is of init_lora_weights: corda and lora_ga, not {start}. Leave it out.")
+        self._at_least("start_batches", 1)
+        gamma = (self.lora_ga_config or {}).get("stable_gamma", 1)
+        if isinstance(gamma, (int, float)) and not gamma > 0:
+            self._refuse("lora_ga_config", f"stable_gamma must be above 0, got {gamma}.")
         if isinstance(start, bool) or start in ("gaussian", "orthogonal"):
             return
-        if not REWRITING.fullmatch(start):
+        if start not in FROM_DATA and not REWRITING.fullmatch(start):
             reason = REFUSED_STARTS.get(start, "there is no such start")
             self._refuse("init_lora_weights", f"{start!r} is not offered: {reason}. Use {STARTS}.")
-        for name in ("use_dora", "use_bdlora", "lora_bias"):
+        if start in FROM_DATA and stage == 3:
+            self._refuse(
+                "init_lora_weights",
+                f"{start!r} is not offered at ZeRO stage 3: it runs the model before DeepSpeed starts, when weights "
+                "are partitioned. Use stage 2 or below, or pissa.",
+            )
+        # eva itself shares the ranks out
+        unfit = ("rank_pattern", "alpha_pattern") if start == "eva" else ()
+        for name in ("use_dora", "use_bdlora", "lora_bias", *unfit):
             if getattr(self, name):
                 self._refuse(name, f"does not go with init_lora_weights: {start}. Leave out one of them.")
 

@@ -27,7 +27,7 @@ INIT_STD = 0.02
 
 
 class AttentionBranch(nn.Module, Multiplies):
-    """What one adapter adds to (published: puts in the place of) an attention output.
+    """The branch of one adapter, which is added to an attention output (`published`: replaces it).
 
     released: up(gelu(gate(h)) * U), with U the query nodes after one step over the attention map and nodes
     down(W_o z + b_o) of the projected tokens z, cut into heads. published: V + up(relu(down(V))), V the query nodes
@@ -56,7 +56,7 @@ class AttentionBranch(nn.Module, Multiplies):
         reset(self)
 
     def forward(self, h: Tensor, seen: Observation, project: Callable[[Tensor], Tensor]) -> Tensor:
-        """What this adapter makes of the attention output `h`, (B, N, d).
+        """Output of this adapter for the attention output `h`, (B, N, d).
 
         Args:
             seen: the forward of the attention module that gave `h`.
@@ -141,7 +141,7 @@ class BranchLayer(nn.Module, SiteLayer):
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """As every layer; the hooks go with the last adapter."""
+        """Delete an adapter; the hooks are removed with the last one."""
         super().delete_adapter(adapter_name)
         if not self.p_adapter:
             self.detach()
@@ -272,15 +272,15 @@ def node_channels(site: AttentionSite, width: int, config: PAdapterConfig) -> in
 
 
 def factory_of(module: nn.Module) -> dict[str, object]:
-    """Where and in which dtype trained parameters beside `module` live: float32 whatever the base is, except that
-    float64 stays, which reference vectors need."""
+    """Device and dtype of trained parameters next to `module`: float32 for any base, except that float64 stays, which
+    reference vectors need."""
     weight = base_layer(module).weight
     dtype = full_dtype(weight.dtype)
     return {"dtype": dtype, "device": weight.device}
 
 
 def reset(branch: nn.Module) -> None:
-    """As released: all weights from a normal distribution (`up` too), biases zero."""
+    """Initialise as the released code does: all weights from a normal distribution (`up` too), biases zero."""
     for module in branch.modules():
         if isinstance(module, nn.Linear):
             nn.init.normal_(module.weight, std=INIT_STD)

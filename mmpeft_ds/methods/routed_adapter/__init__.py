@@ -1,4 +1,4 @@
-"""Routed adapters: a bottleneck behind each sublayer, steered by an image feature (arXiv 2403.09377)."""
+"""Routed adapters: a bottleneck after each sublayer, steered by an image feature (arXiv 2403.09377)."""
 
 from mmpeft_ds.registry import lazy_names
 

@@ -1,4 +1,4 @@
-"""Layers of routed adapters: the bottleneck behind a sublayer."""
+"""Layers of routed adapters: the bottleneck after a sublayer."""
 
 # B batch, L text length, m conditioning tokens, d width of the model
 
@@ -21,7 +21,7 @@ STD = 0.02  # of both projections, as the published backbones initialise them
 
 @dataclass(frozen=True)
 class AdapterPlace:
-    """What is known of the sublayer that an adapter stands behind.
+    """The sublayer after which an adapter is placed.
 
     Attributes:
         width: of its result.
@@ -71,7 +71,7 @@ class RoutedPath(Bottleneck):
 
 
 class RoutedAdapterLayer(nn.Module, SiteLayer):
-    """The last module of a sublayer and, per adapter, the bottleneck behind it.
+    """The last module of a sublayer and, per adapter, the bottleneck after it.
 
     Where an adapter is shared, one layer owns it and the others only refer to it, so its parameters exist once.
     Several active adapters follow each other.
@@ -91,7 +91,7 @@ class RoutedAdapterLayer(nn.Module, SiteLayer):
 
     @property
     def tokenwise(self) -> bool:
-        """As `SiteLayer.tokenwise`, of the adapters at work."""
+        """`SiteLayer.tokenwise` of the active adapters."""
         return all(self.configs[n].tokenwise for n in self.active_adapters if n in self.configs)
 
     def update_layer(

@@ -27,7 +27,7 @@ class RoutedAdapterModel(SiteTuner):
         return "a bottleneck with a non-linearity is no change of a weight."
 
     def places(self, config: RoutedAdapterConfig, model: nn.Module) -> dict[str, AdapterPlace | None]:
-        """Where adapters go; None for a norm."""
+        """Places of adapters; None for a norm."""
         sites = find_sites(model)
         order = {path: i for i, (path, _) in enumerate(model.named_modules())}
         named = config.train_norms
@@ -84,7 +84,7 @@ class RoutedAdapter(SiteMethod):
 def adapter_places(
     config: RoutedAdapterConfig, sites: Sites, order: dict[str, int] | None = None
 ) -> dict[str, AdapterPlace]:
-    """The place behind each chosen sublayer, by the path of its last module.
+    """The place after each chosen sublayer, by the path of its last module.
 
     Args:
         order: of all module paths, in which the tuner wraps them; the first of a layer owns a shared adapter.

@@ -10,7 +10,7 @@ from mmpeft_ds.methods.common.options import ACTIVATIONS, SUBLAYERS, RoutedOptio
 
 @dataclass
 class RoutedAdapterOptions(RoutedOptions):
-    """A bottleneck behind a sublayer, before the residual add: `o = act(route(A x + a, A y + a)) B + b`.
+    """A bottleneck after a sublayer, before the residual add: `o = act(route(A x + a, A y + a)) B + b`.
 
     In a causal tower the published form adds x inside and uses one adapter for all sublayers of a layer; elsewhere the
     sublayer's result is replaced by o, and every sublayer has its own.

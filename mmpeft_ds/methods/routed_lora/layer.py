@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from mmpeft_ds.distributed.partitioned import gathered
 from mmpeft_ds.methods.common.layers import SiteLayer
+from mmpeft_ds.methods.common.low_rank import Product
+from mmpeft_ds.methods.common.parts import spread
 from mmpeft_ds.methods.common.products import at_edge
 from mmpeft_ds.methods.common.routed import Bottleneck, routed_on
 from mmpeft_ds.methods.routed_lora.config import RoutedLoraConfig
@@ -21,7 +23,7 @@ from mmpeft_ds.sites.base import base_layer, features
 
 @dataclass(frozen=True)
 class Projections:
-    """What is adapted of one Linear or Conv1D.
+    """The adapted projections of one Linear or Conv1D.
 
     Attributes:
         parts: (first output feature, width) of each adapted part; one unless the projection is fused.
@@ -66,7 +68,7 @@ class RoutedDelta(Bottleneck):
         self.B.zero_()
 
     def forward(self, x_BLd: Tensor, y_Bmd: Tensor | None, mask_Bm: Tensor | None, base_bias: Tensor | None) -> Tensor:
-        """What is added to the frozen output, (B, L, out); the trained bias replaces `base_bias`."""
+        """The update of the frozen output, (B, L, out); the trained bias replaces `base_bias`."""
         with self.multiplying(x_BLd):
             dtype = self.B.dtype
             y_Bmd = None if y_Bmd is None else at_edge(y_Bmd, dtype)
@@ -98,17 +100,7 @@ class RoutedDelta(Bottleneck):
             end += width
 
     def _spread(self, pieces: list[Tensor], bias: Tensor | None) -> Tensor:
-        """Place each part at its output features, zeros elsewhere."""
-        columns, at = [], 0
-        like = pieces[0]
-        for (start, width), piece in sorted(zip(self.parts, pieces, strict=True), key=lambda pair: pair[0]):
-            if start > at:
-                columns.append(like.new_zeros(1).expand(*like.shape[:-1], start - at))
-            columns.append(piece)
-            at = start + width
-        if at < self.out_features:
-            columns.append(like.new_zeros(1).expand(*like.shape[:-1], self.out_features - at))
-        out = columns[0] if len(columns) == 1 else torch.cat(columns, -1)
+        out = spread(pieces, self.parts, self.out_features)
         return out if bias is None else out + bias
 
     @torch.no_grad()
@@ -160,15 +152,22 @@ class RoutedLoraLinear(nn.Module, SiteLayer):
         bias = self.base_layer._parameters.get("bias")
         return delta.frozen_bias if hasattr(bias, "ds_id") else bias
 
+    def lora_factors(self, adapter_name: str) -> list[Product] | None:
+        """Factors of plain LoRA, without route and trained bias."""
+        if adapter_name not in self.configs:
+            return []
+        delta = self.routed_lora[adapter_name]
+        if self.configs[adapter_name].routed or delta.has_bias:
+            return None
+        downs, ups = delta.A.split(delta.r), delta.B.split([width for _, width in delta.parts])
+        starts = (start for start, _ in delta.parts)
+        return [Product(*each) for each in zip(starts, downs, (up * delta.scale for up in ups), strict=True)]
+
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Fold the change into the frozen weight (plain, unrouted LoRA only; the tuner refuses the rest)."""
         for name in self._start_merge(adapter_names):
             delta, base = self.routed_lora[name], self.base_layer
-            change = delta.weight()
-            if safe_merge and not torch.isfinite(change).all():
-                raise ValueError(f"{self.path}: adapter {name!r} is not finite and was not merged")
-            with torch.no_grad():
-                base.weight += (change.T if type(base).__name__ == "Conv1D" else change).to(base.weight.dtype)
-                if delta.has_bias:
+            self._fold(name, [(0, delta.out_features)], [delta.weight()], safe_merge)
+            if delta.has_bias:
+                with torch.no_grad():
                     base.bias += (delta.bias - self._unmerged["bias"]).to(base.bias.dtype)
-            self.merged_adapters.append(name)

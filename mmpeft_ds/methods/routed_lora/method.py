@@ -31,18 +31,28 @@ class RoutedLoraModel(SiteTuner):
             return None
         return f"it routes by {config.route!r}, so its change depends on the image; train with route: none to merge."
 
+    @classmethod
+    def no_lora(cls, config: RoutedLoraConfig) -> str | None:
+        """Without a route, and with nothing but low-rank paths trained, it is a LoRA."""
+        if reason := cls.unmergeable(config):
+            return reason.replace("to merge", "for a LoRA")
+        for key in ("train_bias", "train_norms"):
+            if getattr(config, key):
+                return f"{key}: trained copies of biases and norms are no LoRA; train without, or merge it."
+        return None
+
     def places(self, config: RoutedLoraConfig, model: nn.Module) -> dict[str, Place]:
-        """What is to be done with each module."""
+        """The change of each module."""
         chosen = selected(config, find_sites(model), cross_only=True)
         norms = config.train_norms
         norms = norms_like(model, norms) if isinstance(norms, list) else chosen.norms() if norms else []
         every = isinstance(config.train_bias, list)
         biased = biases_like(model, config.train_bias, "train_bias") if every else []
-        found: dict[str, Place] = {path: TrainedBias for path in biased} | dict.fromkeys(norms, TrainedNorm)
+        places: dict[str, Place] = {path: TrainedBias for path in biased} | dict.fromkeys(norms, TrainedNorm)
         for path, parts in chosen.projections(config.targets).items():
             with_bias = path in biased if every else bool(config.train_bias)
-            found[path] = Projections(tuple((p.start, p.width) for p in parts), with_bias)
-        return found
+            places[path] = Projections(tuple((p.start, p.width) for p in parts), with_bias)
+        return places
 
     def wrap(
         self, config: RoutedLoraConfig, adapter_name: str, target: nn.Module, place: Place, path: str
@@ -87,7 +97,7 @@ class RoutedLora(SiteMethod):
 
     @classmethod
     def kind(cls, name: str) -> str:
-        """As every method; the trained bias of a routed projection stands inside its low-rank path."""
+        """Kind of a parameter; the trained bias of a routed projection is inside its low-rank path."""
         kind = super().kind(name)
         return "bias" if kind == "peft" and name.endswith(".bias") else kind
 

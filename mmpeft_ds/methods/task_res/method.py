@@ -60,6 +60,7 @@ class TaskRes(HeadMethod):
     Options = TaskResOptions
     Config = TaskResConfig
     Tuner = TaskResTuner
+    tables = (".residual",)
 
 
 ENTRY = TaskRes

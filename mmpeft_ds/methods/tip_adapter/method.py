@@ -130,6 +130,7 @@ class TipAdapter(HeadMethod):
     Options = TipAdapterOptions
     Config = TipAdapterConfig
     Tuner = TipAdapterTuner
+    tables = (".keys",)
 
 
 ENTRY = TipAdapter

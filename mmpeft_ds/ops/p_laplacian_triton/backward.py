@@ -13,14 +13,16 @@ import triton.language as tl
 
 from mmpeft_ds.ops.p_laplacian_triton.forward import (
     first_row,
-    log_probabilities,
+    map_place,
     mask_of,
+    moving_tile,
+    normalisers,
     seen_columns,
 )
 from mmpeft_ds.ops.p_laplacian_triton.tiles import (
     channel_sums,
+    columns_of,
     edge_gradients,
-    log_of,
     product,
     put_columns,
     put_rows,
@@ -29,18 +31,29 @@ from mmpeft_ds.ops.p_laplacian_triton.tiles import (
 
 
 @triton.jit
+def of_rows(alpha_dU, level, own_dw, head, rows, N, B: tl.constexpr, BB: tl.constexpr):
+    """Parts of the edges' gradients that depend on the row: alpha dU (n, BB), the common part of all dw of a row (n,),
+    and dw of the self loop (n,)."""
+    inside = rows < N
+    pulls = rows_of(alpha_dU + head * N * B, rows, N, B, BB)
+    row_level = tl.load(level + head * N + rows, mask=inside, other=0.0)
+    return pulls, row_level, tl.load(own_dw + head * N + rows, mask=inside, other=0.0)
+
+
+@triton.jit
 def edge_rows(
     q, k, mask, lse, pooled, f, g, p_of, log_least_of, alpha_dU, level, own_dw, E, df, dp, dq, d_pooled,
     N, M, H, offset, scaling, mask_batch, mask_head, mask_row, mask_column, least, eps,
     D: tl.constexpr, BD: tl.constexpr, B: tl.constexpr, BB: tl.constexpr, n: tl.constexpr, m: tl.constexpr,
     CAUSAL: tl.constexpr, MASK: tl.constexpr, SQUARE: tl.constexpr, EXACT: tl.constexpr, POOLED: tl.constexpr,
-    NODES: tl.constexpr, SCORES: tl.constexpr,
+    SCORES: tl.constexpr,
 ):  # fmt: skip
-    """What the edges of a block of rows give to the rows.
+    """Gradients that the edges of a block of rows give to the rows.
 
-    With NODES: -df (heads, N, B) of the differences, dp (heads, blocks) half the sum of h ln n^2, and, where E is not
-    known beforehand (EXACT or POOLED), E (heads, N); with POOLED also d_pooled (heads, N, M), the gradient of the map.
-    With SCORES: dq (heads, N, D) from E.
+    -df (heads, N, B) of the differences, dp (heads, blocks) half the sum of h ln n^2, and, where E is not known
+    beforehand (EXACT or POOLED), E (heads, N); with POOLED also d_pooled (heads, N, M), the gradient of the map. With
+    SCORES: dq (heads, N, D), the sum of (A dA - A E) times the keys. With EXACT both terms are summed apart, since E
+    is known at the end of a row alone. Each edge by itself would round them no less.
     """
     head = tl.program_id(1).to(tl.int64)
     start = tl.program_id(0) * n
@@ -50,54 +63,55 @@ def edge_rows(
     log_least = tl.load(log_least_of + head % H)
     f += head * B * N
     g += head * B * M
-    pulls = rows_of(alpha_dU + head * N * B, rows, N, B, BB)
-    row_level = tl.load(level + head * N + rows, mask=rows < N, other=0.0)
-    loop_dw = tl.load(own_dw + head * N + rows, mask=rows < N, other=0.0)
+    pulls, row_level, loop_dw = of_rows(alpha_dU, level, own_dw, head, rows, N, B, BB)
     if POOLED:
         q_rows = tl.zeros((n, BD), tl.float32)
     else:
         q_rows = rows_of(q + head * N * D, rows, N, D, BD)
     if SCORES:
-        known = tl.load(E + head * N + rows, mask=rows < N, other=0.0)
         to_q = tl.zeros((n, BD), tl.float32)
-    if NODES:
-        found = tl.zeros((n,), tl.float32)
-        powers = tl.zeros((n,), tl.float32)
-        moved = tl.zeros((n, BB), tl.float32)
+        if EXACT:
+            mean_key = tl.zeros((n, BD), tl.float32)
+        else:
+            known = tl.load(E + head * N + rows, mask=rows < N, other=0.0)
+    peak, log_sum = normalisers(lse, head, rows, N, POOLED)
+    e = tl.zeros((n,), tl.float32)
+    powers = tl.zeros((n,), tl.float32)
+    moved = tl.zeros((n, BB), tl.float32)
     for at in range(0, seen_columns(start, n, M, offset, CAUSAL), m):
         columns = at + tl.arange(0, m)
-        if POOLED:
-            inside = (rows[:, None] < N) & (columns[None, :] < M)
-            at_map = (head * N + rows[:, None]) * M + columns[None, :]
-            A = tl.load(pooled + at_map, mask=inside, other=0.0)
-            log_A = log_of(A)
-        else:
-            keys = rows_of(k + head * M * D, columns, M, D, BD)
-            log_A = log_probabilities(
-                q_rows, keys, mask, lse + head * N * 2, rows, columns, N, M, offset, scaling, mask_row, mask_column,
-                CAUSAL, MASK,
-            )  # fmt: skip
-        _, A_dA, h_log_n, slope, per_channel = edge_gradients(
-            log_A, pulls, row_level, loop_dw, f, g, rows, columns, N, M, offset, p, least, log_least, eps,
-            B, BB, SQUARE, EXACT,
+        keys, log_A = moving_tile(
+            q_rows, k, mask, peak, log_sum, pooled, head, rows, columns, N, M, offset, scaling, mask_row, mask_column,
+            D, BD, CAUSAL, MASK, POOLED, False,
         )  # fmt: skip
-        if NODES:
-            found += tl.sum(A_dA, 1)
-            powers += tl.sum(h_log_n, 1)
-            moved += channel_sums(slope, f, g, rows, columns, N, M, B, BB, n, 1)
-            moved += tl.sum(per_channel, 1)[:, None]
-            if POOLED:
-                # A bin without probability has keys without probability, whose scores get nothing.
-                tl.store(d_pooled + at_map, tl.where(A > 0, A_dA / tl.where(A > 0, A, 1.0), 0.0), mask=inside)
+        values = columns_of(g, columns, M, B, BB)
+        _, A_dA, h_log_n, slope, per_channel = edge_gradients(
+            log_A, pulls, row_level, loop_dw, values, f, g, rows, columns, N, M, offset, p, least, log_least, eps,
+            B, SQUARE, EXACT,
+        )  # fmt: skip
+        e += tl.sum(A_dA, 1)
+        powers += tl.sum(h_log_n, 1)
+        moved += channel_sums(slope, f, g, rows, columns, N, M, B, BB, n, 1)
+        moved += tl.sum(per_channel, 1)[:, None]
+        if POOLED:
+            # A bin without probability has keys without probability, whose scores get nothing.
+            A = tl.exp(log_A)
+            inside = (rows[:, None] < N) & (columns[None, :] < M)
+            to_map = tl.where(A > 0, A_dA / tl.where(A > 0, A, 1.0), 0.0)
+            tl.store(d_pooled + map_place(head, rows, columns, N, M), to_map, mask=inside)
         if SCORES:
-            ds = A_dA - tl.exp(log_A) * known[:, None]
-            to_q += product(ds, keys.to(tl.float32))
-    if NODES:
-        put_rows(df + head * N * B, moved, rows, N, B, BB)
-        tl.store(dp + head * tl.num_programs(0) + tl.program_id(0), 0.5 * tl.sum(powers, 0))
-        if EXACT or POOLED:
-            tl.store(E + head * N + rows, found, mask=rows < N)
+            if EXACT:
+                to_q += product(A_dA, keys.to(tl.float32))
+                mean_key += product(tl.exp(log_A), keys.to(tl.float32))
+            else:
+                to_q += product(A_dA - tl.exp(log_A) * known[:, None], keys.to(tl.float32))
+    put_rows(df + head * N * B, moved, rows, N, B, BB)
+    tl.store(dp + head * tl.num_programs(0) + tl.program_id(0), 0.5 * tl.sum(powers, 0))
+    if EXACT or POOLED:
+        tl.store(E + head * N + rows, e, mask=rows < N)
     if SCORES:
+        if EXACT:
+            to_q -= e[:, None] * mean_key
         put_rows(dq + head * N * D, to_q * scaling, rows, N, D, BD)
 
 
@@ -109,7 +123,8 @@ def edge_columns(
     CAUSAL: tl.constexpr, MASK: tl.constexpr, SQUARE: tl.constexpr, EXACT: tl.constexpr, POOLED: tl.constexpr,
     SCORES: tl.constexpr,
 ):  # fmt: skip
-    """What the edges of a block of columns give to the columns: dg (heads, B, M), and with SCORES dk (heads, M, D)."""
+    """Gradients that the edges of a block of columns give to the columns: dg (heads, B, M), and with SCORES dk (heads,
+    M, D)."""
     head = tl.program_id(1).to(tl.int64)
     start = tl.program_id(0) * m
     columns = start + tl.arange(0, m)
@@ -118,29 +133,25 @@ def edge_columns(
     log_least = tl.load(log_least_of + head % H)
     f += head * B * N
     g += head * B * M
-    if not POOLED:
+    if POOLED:
+        keys = tl.zeros((m, BD), tl.float32)
+    else:
         keys = rows_of(k + head * M * D, columns, M, D, BD)
     if SCORES:
         to_k = tl.zeros((m, BD), tl.float32)
     moved = tl.zeros((m, BB), tl.float32)
+    values = columns_of(g, columns, M, B, BB)
     for at in range(first_row(start, n, offset, CAUSAL), N, n):
         rows = at + tl.arange(0, n)
-        pulls = rows_of(alpha_dU + head * N * B, rows, N, B, BB)
-        row_level = tl.load(level + head * N + rows, mask=rows < N, other=0.0)
-        loop_dw = tl.load(own_dw + head * N + rows, mask=rows < N, other=0.0)
-        if POOLED:
-            inside = (rows[:, None] < N) & (columns[None, :] < M)
-            at_map = (head * N + rows[:, None]) * M + columns[None, :]
-            log_A = log_of(tl.load(pooled + at_map, mask=inside, other=0.0))
-        else:
-            q_rows = rows_of(q + head * N * D, rows, N, D, BD)
-            log_A = log_probabilities(
-                q_rows, keys, mask, lse + head * N * 2, rows, columns, N, M, offset, scaling, mask_row, mask_column,
-                CAUSAL, MASK,
-            )  # fmt: skip
+        pulls, row_level, loop_dw = of_rows(alpha_dU, level, own_dw, head, rows, N, B, BB)
+        peak, log_sum = normalisers(lse, head, rows, N, POOLED)
+        q_rows, log_A = moving_tile(
+            keys, q, mask, peak, log_sum, pooled, head, rows, columns, N, M, offset, scaling, mask_row, mask_column,
+            D, BD, CAUSAL, MASK, POOLED, True,
+        )  # fmt: skip
         weight, A_dA, _, slope, per_channel = edge_gradients(
-            log_A, pulls, row_level, loop_dw, f, g, rows, columns, N, M, offset, p, least, log_least, eps,
-            B, BB, SQUARE, EXACT,
+            log_A, pulls, row_level, loop_dw, values, f, g, rows, columns, N, M, offset, p, least, log_least, eps,
+            B, SQUARE, EXACT,
         )  # fmt: skip
         moved += product(tl.trans(weight), pulls)
         moved += channel_sums(slope, f, g, rows, columns, N, M, B, BB, m, 0)
@@ -182,16 +193,16 @@ def map_rows(
     mask = mask_of(mask, head, H, mask_batch, mask_head)
     q_rows = rows_of(q + head * N * D, rows, N, D, BD)
     left += head * N * R
+    peak, log_sum = normalisers(lse, head, rows, N, False)
     seen = seen_columns(start, n, M, offset, CAUSAL)
     if R == 0:
         right += head * M
         known = tl.zeros((n,), tl.float32)
         for at in range(0, seen, m):
             columns = at + tl.arange(0, m)
-            keys = rows_of(k + head * M * D, columns, M, D, BD)
-            log_A = log_probabilities(
-                q_rows, keys, mask, lse + head * N * 2, rows, columns, N, M, offset, scaling, mask_row, mask_column,
-                CAUSAL, MASK,
+            _, log_A = moving_tile(
+                q_rows, k, mask, peak, log_sum, lse, head, rows, columns, N, M, offset, scaling, mask_row, mask_column,
+                D, BD, CAUSAL, MASK, False, False,
             )  # fmt: skip
             known += tl.sum(tl.exp(log_A) * map_gradient(left, right, rows, columns, N, M, R, BR), 1)
         tl.store(E + head * N + rows, known, mask=rows < N)
@@ -200,10 +211,9 @@ def map_rows(
     to_q = tl.zeros((n, BD), tl.float32)
     for at in range(0, seen, m):
         columns = at + tl.arange(0, m)
-        keys = rows_of(k + head * M * D, columns, M, D, BD)
-        log_A = log_probabilities(
-            q_rows, keys, mask, lse + head * N * 2, rows, columns, N, M, offset, scaling, mask_row, mask_column,
-            CAUSAL, MASK,
+        keys, log_A = moving_tile(
+            q_rows, k, mask, peak, log_sum, lse, head, rows, columns, N, M, offset, scaling, mask_row, mask_column,
+            D, BD, CAUSAL, MASK, False, False,
         )  # fmt: skip
         ds = tl.exp(log_A) * (map_gradient(left, right, rows, columns, N, M, R, BR) - known[:, None])
         to_q += product(ds, keys.to(tl.float32))
@@ -228,10 +238,10 @@ def map_columns(
     to_k = tl.zeros((m, BD), tl.float32)
     for at in range(first_row(start, n, offset, CAUSAL), N, n):
         rows = at + tl.arange(0, n)
-        q_rows = rows_of(q + head * N * D, rows, N, D, BD)
-        log_A = log_probabilities(
-            q_rows, keys, mask, lse + head * N * 2, rows, columns, N, M, offset, scaling, mask_row, mask_column,
-            CAUSAL, MASK,
+        peak, log_sum = normalisers(lse, head, rows, N, False)
+        q_rows, log_A = moving_tile(
+            keys, q, mask, peak, log_sum, lse, head, rows, columns, N, M, offset, scaling, mask_row, mask_column,
+            D, BD, CAUSAL, MASK, False, True,
         )  # fmt: skip
         known = tl.load(E + head * N + rows, mask=rows < N, other=0.0)
         ds = tl.exp(log_A) * (map_gradient(left, right, rows, columns, N, M, R, BR) - known[:, None])

@@ -23,7 +23,7 @@ from mmpeft_ds.ops.p_laplacian_triton.tiles import (
 
 @triton.jit
 def seen_columns(start, n: tl.constexpr, M, offset, CAUSAL: tl.constexpr):
-    """How many columns some row of a block sees."""
+    """Number of columns that some row of a block attends to."""
     seen = M
     if CAUSAL:
         seen = tl.maximum(0, tl.minimum(M, start + n + offset))
@@ -41,7 +41,7 @@ def first_row(start, n: tl.constexpr, offset, CAUSAL: tl.constexpr):
 
 @triton.jit
 def mask_of(mask, head, H, mask_batch, mask_head):
-    """Where the mask of one head begins."""
+    """Start of the mask of one head."""
     return mask + (head // H) * mask_batch + (head % H) * mask_head
 
 
@@ -73,16 +73,62 @@ def row_lse(
 
 
 @triton.jit
+def normalisers(lse, head, rows, N, POOLED: tl.constexpr):
+    """(n,) row maximum and log of the sum, of `row_lse`; zeros with POOLED, where a map is read."""
+    peak = tl.zeros((rows.shape[0],), tl.float32)
+    log_sum = peak
+    if not POOLED:
+        peak = tl.load(lse + (head * N + rows) * 2, mask=rows < N, other=0.0)
+        log_sum = tl.load(lse + (head * N + rows) * 2 + 1, mask=rows < N, other=0.0)
+    return peak, log_sum
+
+
+@triton.jit
 def log_probabilities(
-    q, k, mask, lse, rows, columns, N, M, offset, scaling, mask_row, mask_column,
+    q, k, mask, peak, log_sum, rows, columns, N, M, offset, scaling, mask_row, mask_column,
     CAUSAL: tl.constexpr, MASK: tl.constexpr,
 ):  # fmt: skip
-    """(n, m) ln of the attention probabilities, finite. `lse` points to (N, 2): beside the least float, of which masks
-    are made, the log of the sum would be lost, so it is subtracted on its own."""
+    """(n, m) ln of the attention probabilities, finite. Beside the least float, of which masks are made, the log of
+    the sum would be lost, so it is subtracted on its own."""
     s = scores(q, k, mask, rows, columns, N, M, offset, scaling, mask_row, mask_column, CAUSAL, MASK)
-    peak = tl.load(lse + rows * 2, mask=rows < N, other=0.0)
-    log_sum = tl.load(lse + rows * 2 + 1, mask=rows < N, other=0.0)
     return tl.maximum(s - peak[:, None] - log_sum[:, None], -1e6)
+
+
+@triton.jit
+def moving_tile(
+    kept, moving, mask, peak, log_sum, pooled, head, rows, columns, N, M, offset, scaling, mask_row, mask_column,
+    D: tl.constexpr, BD: tl.constexpr, CAUSAL: tl.constexpr, MASK: tl.constexpr, POOLED: tl.constexpr,
+    BY_COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """The keys (m, BD) of a tile that a program of rows comes to, or the queries (n, BD) for a program of columns, and
+    (n, m) ln of the probabilities; with POOLED these are read from the map, and `kept` is returned.
+
+    Args:
+        kept: (n, BD) queries, or (m, BD) keys, that the program keeps.
+        moving: all keys (heads, M, D), or queries (heads, N, D).
+        peak, log_sum: of `normalisers`.
+    """
+    if POOLED:
+        inside = (rows[:, None] < N) & (columns[None, :] < M)
+        log_A = log_of(tl.load(pooled + map_place(head, rows, columns, N, M), mask=inside, other=0.0))
+        came = kept
+    else:
+        if BY_COLUMNS:
+            came = rows_of(moving + head * N * D, rows, N, D, BD)
+            q, k = came, kept
+        else:
+            came = rows_of(moving + head * M * D, columns, M, D, BD)
+            q, k = kept, came
+        log_A = log_probabilities(
+            q, k, mask, peak, log_sum, rows, columns, N, M, offset, scaling, mask_row, mask_column, CAUSAL, MASK
+        )
+    return came, log_A
+
+
+@triton.jit
+def map_place(head, rows, columns, N, M):
+    """Position of a tile in a map (heads, N, M)."""
+    return (head * N + rows[:, None]) * M + columns[None, :]
 
 
 @triton.jit
@@ -99,10 +145,10 @@ def column_sums(
     total = tl.zeros((m,), tl.float32)
     for at in range(first_row(start, n, offset, CAUSAL), N, n):
         rows = at + tl.arange(0, n)
-        q_rows = rows_of(q + head * N * D, rows, N, D, BD)
-        log_A = log_probabilities(
-            q_rows, keys, mask, lse + head * N * 2, rows, columns, N, M, offset, scaling, mask_row, mask_column,
-            CAUSAL, MASK,
+        peak, log_sum = normalisers(lse, head, rows, N, False)
+        _, log_A = moving_tile(
+            keys, q, mask, peak, log_sum, lse, head, rows, columns, N, M, offset, scaling, mask_row, mask_column,
+            D, BD, CAUSAL, MASK, False, True,
         )  # fmt: skip
         total += tl.sum(tl.exp(log_A), 0)
     tl.store(degree + head * M + columns, total, mask=columns < M)
@@ -120,13 +166,13 @@ def pooled_map(
     rows = start + tl.arange(0, n)
     mask = mask_of(mask, head, H, mask_batch, mask_head)
     q_rows = rows_of(q + head * N * D, rows, N, D, BD)
+    peak, log_sum = normalisers(lse, head, rows, N, False)
     out = tl.zeros((n, BG), tl.float32)
     for at in range(0, seen_columns(start, n, M, offset, CAUSAL), m):
         columns = at + tl.arange(0, m)
-        keys = rows_of(k + head * M * D, columns, M, D, BD)
-        log_A = log_probabilities(
-            q_rows, keys, mask, lse + head * N * 2, rows, columns, N, M, offset, scaling, mask_row, mask_column,
-            CAUSAL, MASK,
+        _, log_A = moving_tile(
+            q_rows, k, mask, peak, log_sum, lse, head, rows, columns, N, M, offset, scaling, mask_row, mask_column,
+            D, BD, CAUSAL, MASK, False, False,
         )  # fmt: skip
         out += product(tl.exp(log_A), rows_of(bins, columns, M, G, BG))
     put_rows(pooled + head * N * G, out, rows, N, G, BG)
@@ -159,21 +205,16 @@ def messages(
         q_rows = tl.zeros((n, BD), tl.float32)
     else:
         q_rows = rows_of(q + head * N * D, rows, N, D, BD)
+    peak, log_sum = normalisers(lse, head, rows, N, POOLED)
     total = tl.zeros((n,), tl.float32)
     loop = tl.zeros((n,), tl.float32)
     numerator = tl.zeros((n, BB), tl.float32)
     for at in range(0, seen_columns(start, n, M, offset, CAUSAL), m):
         columns = at + tl.arange(0, m)
-        if POOLED:
-            inside = (rows[:, None] < N) & (columns[None, :] < M)
-            at_map = pooled + (head * N + rows[:, None]) * M + columns[None, :]
-            log_A = log_of(tl.load(at_map, mask=inside, other=0.0))
-        else:
-            keys = rows_of(k + head * M * D, columns, M, D, BD)
-            log_A = log_probabilities(
-                q_rows, keys, mask, lse + head * N * 2, rows, columns, N, M, offset, scaling, mask_row, mask_column,
-                CAUSAL, MASK,
-            )  # fmt: skip
+        _, log_A = moving_tile(
+            q_rows, k, mask, peak, log_sum, pooled, head, rows, columns, N, M, offset, scaling, mask_row, mask_column,
+            D, BD, CAUSAL, MASK, POOLED, False,
+        )  # fmt: skip
         weight, _, _, _, _, _ = edges(log_A, f, g, rows, columns, N, M, offset, p, least, eps, B, SQUARE, EXACT)
         if SQUARE:
             own = columns[None, :] == rows[:, None] + offset

@@ -14,7 +14,8 @@ from mmpeft_ds.ops.p_laplacian_triton.launch import Launcher
 
 
 class Fused(torch.autograd.Function):
-    """As the streaming function of `p_laplacian_stream`: the same arguments, results and saved tensors."""
+    """Triton form of the streaming function of `p_laplacian_stream`, with the same arguments, results and saved
+    tensors."""
 
     @staticmethod
     def forward(ctx, q, k, f, g, p, mu, mask, options):

@@ -21,15 +21,17 @@ LEAST = 16  # rows, columns and channels of a matrix product on tensor cores
 
 
 class Blocks(NamedTuple):
-    """Tile and warps of a program: it keeps `own` rows (or columns) and runs over `moving` columns (or rows)."""
+    """Tile and warps of a program: it keeps `own` rows (or columns) and runs over `moving` columns (or rows), of which
+    so many tiles are on the chip as it has stages."""
 
     own: int
     moving: int
     warps: int
+    stages: int = 3
 
 
 def block_sizes(
-    width: int, channels: int, item: int, tile: tuple[int, int] | None = None, shared: int = ROOMY
+    width: int, channels: int, item: int, tile: tuple[int, int] | None = None, shared: int = ROOMY, sums: int = 1
 ) -> Blocks:
     """Tile for heads of `width`, `item` bytes an element, and nodes of `channels`.
 
@@ -39,6 +41,7 @@ def block_sizes(
     Args:
         tile: own and moving, raised to powers of two of at least 16.
         shared: bytes of shared memory that a program may have.
+        sums: that a kernel keeps for its block, as wide as a head.
     """
     if tile is not None:
         return Blocks(padded(tile[0]), padded(tile[1]), 4)
@@ -46,7 +49,10 @@ def block_sizes(
         return Blocks(32, 32, 4)
     if padded(width) + padded(channels) > 160:
         return Blocks(64, 32, 8)
-    return Blocks(128, 32, 8) if padded(width) * item <= 256 else Blocks(64, 64, 8)
+    narrow = padded(width) * item <= 256
+    if sums > narrow:
+        return Blocks(64, 64, 8)
+    return Blocks(128, 32, 8, stages=3 if narrow else 2)
 
 
 def _shared_memory(device: torch.device) -> int:
@@ -60,13 +66,13 @@ def padded(width: int) -> int:
     return max(LEAST, triton.next_power_of_2(width))
 
 
-def launch(kernel, grid: tuple[int, int], tensors: tuple[Tensor, ...], options: dict, warps: int) -> None:
+def launch(kernel, grid: tuple[int, int], tensors: tuple[Tensor, ...], options: dict, blocks: Blocks) -> None:
     """Run a kernel; the one place that does, so that what is launched can be counted."""
-    kernel[grid](*tensors, **options, num_warps=warps)
+    kernel[grid](*tensors, **options, num_warps=blocks.warps, num_stages=blocks.stages)
 
 
 def described(kernel, grid: tuple[int, int], tensors: tuple[Tensor, ...], options: dict) -> Launch:
-    """What `launch` is called with, for counting its bytes."""
+    """Arguments of `launch`, for counting its bytes."""
     q, _, mask = tensors[:3]
     name = kernel.__name__
     return Launch(name, "column" in name, grid[1], options, q.element_size(), mask.element_size())
@@ -83,26 +89,25 @@ class Launcher(Nodes):
         super().__init__(f.float(), g.float(), p, mu, options)
         common = torch.promote_types(q.dtype, k.dtype)
         self.q, self.k = q.to(common).contiguous(), k.to(common).contiguous()
-        self.f_T = self.f.mT.contiguous()
         (self.batch, self.heads, self.rows, self.width), self.columns = q.shape, k.shape[-2]
+        same = self.square and self.rows == self.columns  # nodes: then f is g
+        self.f_T = self.g_T if same else self.f.mT.contiguous()
         self.channels = f.shape[-1]
         self.p_H, self.c_H = (x.expand(self.heads, 1, 1).reshape(-1).contiguous() for x in (self.p, self.c))
-        self.blocks = block_sizes(
-            self.width, self.channels, self.q.element_size(), options.tile, _shared_memory(q.device)
-        )
+        self._sizes = (self.width, self.channels, self.q.element_size(), options.tile, _shared_memory(q.device))
         self.pooled = options.graph == "pooled"
         self._mask(mask)
 
     def row_lse(self) -> Tensor:
         """Log-sum-exp of the scores in two parts, (B, H, N, 2)."""
         lse = self._empty(self.rows, 2)
-        self._run(forward.row_lse, self.rows, self.q, self.k, self.mask, lse, **self._scores())
+        self._run(forward.row_lse, self.rows, self.q, self.k, self.mask, lse, sums=0, **self._scores())
         return lse
 
     def column_sums(self, lse: Tensor) -> Tensor:
         """sum_i A_ij, (B, H, M, 1)."""
         degree = self._empty(self.columns, 1)
-        self._run(forward.column_sums, -self.columns, self.q, self.k, self.mask, lse, degree, **self._scores())
+        self._run(forward.column_sums, -self.columns, self.q, self.k, self.mask, lse, degree, sums=0, **self._scores())
         return degree
 
     def divide(self, degree: Tensor) -> None:
@@ -126,7 +131,7 @@ class Launcher(Nodes):
         self._run(
             forward.messages, self.rows, self.q, self.k, self.mask, lse, lse if pooled is None else pooled,
             self.f_T, self.g_T, self.p_H, self.c_H, V, alpha, own,
-            **self._edges(), SELF_TERM=self.options.self_term,
+            sums=0, **self._edges(), SELF_TERM=self.options.self_term,
         )  # fmt: skip
         return V, alpha, own
 
@@ -140,10 +145,11 @@ class Launcher(Nodes):
         Returns:
             dq and dk, or None without `scores` and on a pooled graph; E; the gradient of the pooled map, or None.
         """
-        known, direct = E is not None, scores and not self.pooled
+        direct = scores and not self.pooled
         E = self._empty(self.rows, 1) if E is None else E.contiguous()
         moved = self._empty(self.rows, self.channels)
-        powers = self._empty(triton.cdiv(self.rows, self.blocks.own), 1)
+        sums = direct * (1 + self.options.exact)
+        powers = self._empty(triton.cdiv(self.rows, block_sizes(*self._sizes, sums).own), 1)
         dg_T = torch.empty_like(self.g_T)
         dq = self._empty(self.rows, self.width) if direct else E
         dk = self._empty(self.columns, self.width) if direct else E
@@ -153,16 +159,13 @@ class Launcher(Nodes):
             self.q, self.k, self.mask, lse, lse if pooled is None else pooled, self.f_T, self.g_T, self.p_H, log_least,
             grads.alpha_dU.contiguous(), grads.alpha_level.contiguous(), grads.own_dw.contiguous(), E,
         )  # fmt: skip
-        rows = (backward.edge_rows, self.rows, *read, moved, powers, dq, E if d_pooled is None else d_pooled)
-        edges = self._edges()
-        together = known and direct
-        self._run(*rows, **edges, NODES=True, SCORES=together)
-        if direct and not together:
-            self._run(*rows, **edges, NODES=False, SCORES=True)
+        given = (moved, powers, dq, E if d_pooled is None else d_pooled)
+        edges = {**self._edges(), "SCORES": direct}
+        self._run(backward.edge_rows, self.rows, *read, *given, sums=sums, **edges)
         columns = self.options.groups if self.pooled else self.columns
-        self._run(backward.edge_columns, -columns, *read, dg_T, dk, **edges, SCORES=direct)
+        self._run(backward.edge_columns, -columns, *read, dg_T, dk, **edges)
         grads.df -= moved
-        grads.dg_T += dg_T
+        grads.dg_T = dg_T
         grads.dp += powers.sum(-2, keepdim=True).sum_to_size(self.p.shape)
         return (dq if direct else None), (dk if direct else None), E, d_pooled
 
@@ -181,12 +184,12 @@ class Launcher(Nodes):
         self._run(backward.map_columns, -self.columns, *read, dk, **options)
         return dq, dk
 
-    def _run(self, kernel, length: int, *tensors: Tensor, **options) -> None:
+    def _run(self, kernel, length: int, *tensors: Tensor, sums: int = 1, **options) -> None:
         """One program for each block of `length` rows, or columns where it is negative, and each head."""
-        own, moving, warps = self.blocks
-        grid = (triton.cdiv(abs(length), own), self.batch * self.heads)
-        options.update(zip("nm" if length > 0 else "mn", (own, moving), strict=True))
-        launch(kernel, grid, tensors, options, warps)
+        blocks = block_sizes(*self._sizes, sums)
+        grid = (triton.cdiv(abs(length), blocks.own), self.batch * self.heads)
+        options.update(zip("nm" if length > 0 else "mn", blocks[:2], strict=True))
+        launch(kernel, grid, tensors, options, blocks)
 
     def _scores(self) -> dict:
         """Arguments that every kernel takes."""

@@ -127,21 +127,22 @@ def edges(
 
 @triton.jit
 def edge_gradients(
-    log_A, alpha_dU, level, own_dw, f, g, rows, columns, N, M, offset, p, least, log_least, eps,
-    B: tl.constexpr, BB: tl.constexpr, SQUARE: tl.constexpr, EXACT: tl.constexpr,
+    log_A, alpha_dU, level, own_dw, values, f, g, rows, columns, N, M, offset, p, least, log_least, eps,
+    B: tl.constexpr, SQUARE: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
-    """What a tile's edges get: w, A dA, h ln n^2, the slope of |D|^2 and the slope of sum D, each (n, m).
+    """Gradients of a tile's edges: w, A dA, h ln n^2, the slope of |D|^2 and the slope of sum D, each (n, m).
 
     Args:
         log_A: ln of the probabilities, finite.
         alpha_dU: (n, BB); `level` (n,) what all dw of a row have in common; `own_dw` (n,) that of the self loop.
+        values: (BB, m) value nodes of the columns.
         f, g: pointers to (B, N) and (B, M).
     """
     weight, norm, log_norm, squared, total, root = edges(
         log_A, f, g, rows, columns, N, M, offset, p, least, eps, B, SQUARE, EXACT
     )
     own = columns[None, :] == rows[:, None] + offset
-    h = product(alpha_dU, columns_of(g, columns, M, B, BB)) - level[:, None]
+    h = product(alpha_dU, values) - level[:, None]
     if SQUARE:
         h = tl.where(own, own_dw[:, None], h)
     h *= weight

@@ -73,39 +73,36 @@ def _mask(x: Launch, R: int, C: int) -> int:
 
 
 def _probabilities(x: Launch, R: int, C: int) -> int:
-    """A tile of the map: from the keys or queries that come with it, the mask and the log-sum-exp; or read."""
+    """A tile of the map: from the keys or queries that come with it, the mask, and normalisers of rows that come; or
+    read."""
     if x.POOLED:
         return R * C * FLOAT
     moving = R if x.by_columns else C
-    return moving * x.D * x.item + _mask(x, R, C) + 2 * R * FLOAT
-
-
-def _edges(x: Launch, R: int, C: int) -> int:
-    """One channel after the other of both kinds of nodes, and the value nodes of the tile once more for a product."""
-    return x.B * (R + 2 * C) * FLOAT
+    return moving * x.D * x.item + _mask(x, R, C) + x.by_columns * 2 * R * FLOAT
 
 
 def _channels(x: Launch, R: int, C: int) -> int:
+    """One channel after the other of both kinds of nodes."""
     return x.B * (R + C) * FLOAT
 
 
 def _fixed(x: Launch, R: int, C: int) -> int:
-    """The block's own queries or keys."""
-    return 0 if x.POOLED else (R + C) * x.D * x.item
+    """The block's own queries and their normalisers, or its own keys."""
+    return 0 if x.POOLED else (R + C) * x.D * x.item + 2 * R * FLOAT
 
 
 _ONCE = {
-    "row_lse": lambda x, R, C: _fixed(x, R, C) + 2 * R * FLOAT,
+    "row_lse": lambda x, R, C: _fixed(x, R, C),  # it writes the normalisers
     "column_sums": lambda x, R, C: _fixed(x, R, C) + C * FLOAT,
     "pooled_map": lambda x, R, C: _fixed(x, R, C) + R * x.G * FLOAT,
     "messages": lambda x, R, C: _fixed(x, R, C) + (2 + 2 * R * x.B + 2 * R) * FLOAT,
     "edge_rows": lambda x, R, C: (
         _fixed(x, R, C)
         + (2 + R * x.B + 2 * R) * FLOAT
-        + x.NODES * (R * x.B + 1 + R * (x.EXACT or x.POOLED)) * FLOAT
-        + x.SCORES * (R + R * x.D) * FLOAT
+        + (R * x.B + 1 + R * (x.EXACT or x.POOLED)) * FLOAT
+        + x.SCORES * (R * (not x.EXACT) + R * x.D) * FLOAT
     ),
-    "edge_columns": lambda x, R, C: _fixed(x, R, C) + (2 + C * x.B + x.SCORES * C * x.D) * FLOAT,
+    "edge_columns": lambda x, R, C: _fixed(x, R, C) + (2 + 2 * C * x.B + x.SCORES * C * x.D) * FLOAT,
     "map_rows": lambda x, R, C: _fixed(x, R, C) + (R + R * x.D) * FLOAT,
     "map_columns": lambda x, R, C: _fixed(x, R, C) + C * x.D * FLOAT,
 }
@@ -113,12 +110,13 @@ _TILE = {
     "row_lse": lambda x, R, C: C * x.D * x.item + _mask(x, R, C),
     "column_sums": _probabilities,
     "pooled_map": lambda x, R, C: _probabilities(x, R, C) + C * x.G * FLOAT,
-    "messages": lambda x, R, C: _probabilities(x, R, C) + _edges(x, R, C),
+    # value nodes once more for a product
+    "messages": lambda x, R, C: _probabilities(x, R, C) + _channels(x, R, C) + C * x.B * FLOAT,
     "edge_rows": lambda x, R, C: (
-        _probabilities(x, R, C) + _edges(x, R, C) + x.NODES * (_channels(x, R, C) + x.POOLED * R * C * FLOAT)
+        _probabilities(x, R, C) + 2 * _channels(x, R, C) + C * x.B * FLOAT + x.POOLED * R * C * FLOAT
     ),
     "edge_columns": lambda x, R, C: (
-        _probabilities(x, R, C) + _edges(x, R, C) + _channels(x, R, C) + (R * x.B + 2 * R + x.SCORES * R) * FLOAT
+        _probabilities(x, R, C) + 2 * _channels(x, R, C) + (R * x.B + 2 * R + x.SCORES * R) * FLOAT
     ),
     # Without a factor of the rows there are two sweeps, of which the first finds E.
     "map_rows": lambda x, R, C: (_probabilities(x, R, C) + (x.R * (R + C) or C) * FLOAT) * (1 if x.R else 2),

@@ -1,4 +1,4 @@
-"""What BERT and BLIP's text towers share: separate query, key and value; LayerNorm after the residual add."""
+"""Structure of BERT and BLIP's text towers: separate query, key and value; LayerNorm after the residual add."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What ViT, DINOv2, CLIP, SigLIP and the Llama kin share: separate q, k, v and a norm before each sublayer."""
+"""Structure of ViT, DINOv2, CLIP, SigLIP and Llama-like models: separate q, k, v and a norm before each sublayer."""
 
 from __future__ import annotations
 

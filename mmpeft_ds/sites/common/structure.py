@@ -46,7 +46,7 @@ def read(block: Block) -> Sites:
     """Sites of one layer."""
     name, out = _attention(block.module)
     module = block.module.get_submodule(name)
-    # A norm that stands behind a sublayer makes the one of the next sublayer hard to tell by its name alone.
+    # A norm that stands after a sublayer makes the one of the next sublayer hard to tell by its name alone.
     sandwich = hasattr(block.module, "pre_feedforward_layernorm") or hasattr(block.module, "post_self_attn_layernorm")
     norms = [_named(block.module, names) for names in _BEFORE]
     behind = [_named(block.module, names) for names in _AFTER] if sandwich or norms[0] is None else [None, None]

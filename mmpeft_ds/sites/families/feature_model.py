@@ -12,7 +12,8 @@ def _site(block: Block) -> Sites:
     scorer = base_layer(block.module)
     bank = scorer.bank
     holds = {f"has_{name}": there for name, there in bank.holds.items()}
-    return Sites(features=[FeatureSite(block.path, scorer.image_width, scorer.text_width, bank.num_classes, **holds)])
+    sizes = (scorer.image_width, scorer.text_width, bank.num_classes)
+    return Sites(features=[FeatureSite(block.path, *sizes, **holds, live_images=scorer.live_images)])
 
 
 ENTRY = Family(towers={"FeatureModel": "image"}, layers={"ZeroShot": _site, "HeadLayer": _site})

@@ -16,7 +16,7 @@ class Options(TaskOptions):
 
     Attributes:
         prompt: stands before every question, such as "vqa: ".
-        target: which of the annotators' answers is the target: one drawn in proportion to its soft score, anew
+        target: which of the annotators' answers is the target: one drawn in proportion to its soft score, again
             every epoch (`sample`), or the one that most gave (`best`).
         listed_only: take only answers of the data's label list, as published for VQAv2.
         score_weight: weight the loss of a question by the soft score of its target, as published for VQAv2; the sum
@@ -24,7 +24,7 @@ class Options(TaskOptions):
         choices: the only answers that may be generated; empty = any words.
         num_beams: beams in evaluation, 1 = greedy.
         max_new_tokens: longest answer in tokens.
-        max_questions: questions of a sample in one visit, drawn anew every epoch, 0 = all.
+        max_questions: questions of a sample in one visit, drawn again every epoch, 0 = all.
         vqa_measure: how answers are scored: `official`, VQA's evaluator as it stands; `2017`, its earlier state, which
             LAVIS, VL-T5 and VL-Adapter carry; `exact`, without normalisation, as GQA's and p-Adapter's.
     """

@@ -55,6 +55,15 @@ class Answering(QuestionTask):
             targets.append({"question": number, "score": score})
         return texts, targets
 
+    def every_text(self, record: dict[str, Any]) -> list[Prompted]:
+        """Every question with each answer that training may take, or alone where none counts."""
+        texts = []
+        for _, asked in drawn_questions(record, 0, None):
+            answers = [answer for answer in soft_scores(asked, self._known) if answer.strip()]
+            answers = answers[:1] if self.options.target == "best" else answers
+            texts += [self.prompted(asked.question, answer) for answer in answers or [""]]
+        return texts
+
     def prompted(self, question: str, answer: str = "") -> Prompted:
         """A question as the model reads it."""
         return Prompted(self.options.prompt + question, answer)

@@ -19,7 +19,7 @@ class Options(TaskOptions):
             over captions of their mean over tokens, in which a long caption weighs as much as a short one.
         smoothing: label smoothing, in [0, 1).
         num_beams: beams in evaluation, 1 = greedy.
-        max_length: longest text in positions, prompt included (behind one image vector 20 leaves 19 new tokens);
+        max_length: longest text in positions, prompt included (after one image vector 20 leaves 19 new tokens);
             0 = as `max_new_tokens` says.
         max_new_tokens: longest caption in tokens, 0 = as `max_length` says.
         length_penalty: exponent of the length that a beam's score is divided by.

@@ -1,13 +1,29 @@
-"""Captions without a model: what a description of pictures that were not looked at is worth."""
+"""Captions without a model: what a description of pictures that were not looked at is worth.
+
+Also which samples show the same picture, whose captions are then references of one.
+"""
 
 from __future__ import annotations
 
 import random
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable
 from typing import Any
 
+from mmpeft_ds.data.identity import PICTURE
 from mmpeft_ds.metrics.captions import caption_scores
+
+# Keys of a record that say which picture it shows. Published protocols count each id, also of byte-equal pictures, and
+# parts of one video have its id.
+WHICH = ("image_id", "video_id", PICTURE)
+
+
+def by_picture(items: Iterable[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+    """Records, or rows, of each picture together, in the order of the first; one without `PICTURE` stands alone."""
+    same: dict[Any, list[dict[str, Any]]] = defaultdict(list)
+    for number, item in enumerate(items):
+        same[str([item.get(name) for name in WHICH]) if PICTURE in item else number].append(item)
+    return list(same.values())
 
 
 def priors(train: Iterable[dict[str, Any]], test: Iterable[dict[str, Any]]) -> dict[str, float]:
@@ -21,7 +37,8 @@ def priors(train: Iterable[dict[str, Any]], test: Iterable[dict[str, Any]]) -> d
         gets one of them that is drawn, the same in every evaluation.
     """
     counts = Counter(text.strip() for record in train for text in record.get("captions", []) if text.strip())
-    references = [record["captions"] for record in test if record.get("captions")]
+    described = by_picture(record for record in test if record.get("captions"))
+    references = [[text for record in same for text in record["captions"]] for same in described]
     if not counts or not references:
         return {}
     usual, texts = most_usual(counts), sorted(counts)

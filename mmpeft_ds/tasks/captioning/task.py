@@ -19,7 +19,7 @@ from mmpeft_ds.errors import BadInput, BadSample
 from mmpeft_ds.metrics.captions import caption_scores
 from mmpeft_ds.tasks.base import TaskBase
 from mmpeft_ds.tasks.captioning.options import Options
-from mmpeft_ds.tasks.captioning.priors import priors
+from mmpeft_ds.tasks.captioning.priors import WHICH, by_picture, priors
 from mmpeft_ds.tasks.common.losses import weighted_sum
 
 
@@ -28,6 +28,7 @@ class Captioning(TaskBase):
 
     Options = Options
     main_metric = "cider"
+    identifies_pictures = True
     prompt_kind, target_kind = "prompt", "caption"
 
     def __init__(self, options: Options, labels: list[str] | None):
@@ -48,7 +49,7 @@ class Captioning(TaskBase):
         }
 
     def read(self, record: dict[str, Any], generator: torch.Generator) -> tuple[list[Prompted], list[Any]]:
-        """The prompt and one of the captions, drawn anew at each visit."""
+        """The prompt and one of the captions, drawn again at each visit."""
         texts = self._captions(record)
         drawn = int(torch.randint(len(texts), (), generator=generator)) if len(texts) > 1 else 0
         return [Prompted(self.options.prompt, texts[drawn])], [{"known": 1.0}]
@@ -89,7 +90,7 @@ class Captioning(TaskBase):
         return texts
 
     def prompted(self, text: str) -> Prompted:
-        """A text given in prediction, as the model reads it: behind the prompt."""
+        """A text given in prediction, as the model reads it: after the prompt."""
         return Prompted(self.options.prompt + text)
 
     def ask(self, texts: list[str]) -> tuple[dict[str, Any], list[Any]]:
@@ -117,7 +118,8 @@ class Captioning(TaskBase):
         return weighted_sum(each, self._text_weight(batch))
 
     def predict(self, outputs: GenerationOutput, batch: PackedBatch) -> list[dict[str, Any]]:
-        """One row per text of weight > 0: sample_id, text (the prompt), prediction, references, image_id if there."""
+        """One row per text of weight > 0: sample_id, text (the prompt), prediction, references, and of `WHICH` what is
+        there."""
         if not len(batch.text_owner):
             return []
         rows = []
@@ -132,14 +134,19 @@ class Captioning(TaskBase):
                 prompt = text.prompt if isinstance(text, Prompted) else text
                 row = {"sample_id": batch.sample_id[slot], "text": prompt, "prediction": caption}
                 record = batch.records[slot]
-                row |= {"image_id": record["image_id"]} if "image_id" in record else {}
+                row |= {name: record[name] for name in WHICH if name in record}
                 rows.append(row | {"references": list(record.get("captions", []))})
         return rows
 
     def score(self, rows: list[dict[str, Any]]) -> dict[str, float]:
-        """`cider`, `bleu1` to `bleu4`, `rouge_l`, of the rows that have references."""
-        known = [r for r in rows if r["references"]]
-        return caption_scores([r["prediction"] for r in known], [r["references"] for r in known]) if known else {}
+        """`cider`, `bleu1` to `bleu4`, `rouge_l`, of the pictures that have references.
+
+        Samples of one picture, as files with one line a caption give them, count as one picture with the captions of
+        all: these scores mean something else with one reference each.
+        """
+        known = by_picture([r for r in rows if r["references"]])
+        references = [[text for r in same for text in r["references"]] for same in known]
+        return caption_scores([same[0]["prediction"] for same in known], references) if known else {}
 
     def baselines(self, train: Iterable[dict[str, Any]], test: Iterable[dict[str, Any]]) -> dict[str, float]:
         """`majority_*` and `random_*`: captions of training for pictures that nobody looked at."""

@@ -76,7 +76,7 @@ class Classification(TaskBase):
         return self._read(record, generator)
 
     def read_all(self, record: dict[str, Any], generator: torch.Generator) -> tuple[list[Described], list[Any]]:
-        """As `read`, with the first caption: what evaluation reads."""
+        """Like `read`, with the first caption: for evaluation."""
         return self._read(record, None)
 
     def _read(
@@ -129,7 +129,7 @@ class Classification(TaskBase):
 
     def loss(self, outputs: Any, batch: PackedBatch) -> Tensor:
         """Sum over samples of weight times the cross-entropies of `outputs.terms`, [(weight, (B, C) logits)], or of
-        `outputs.logits` where a model has no terms."""
+        `outputs.logits` where a model has no terms, and times `outputs.penalty` (B,) where it has one."""
         terms = outputs.get("terms") or [(1.0, outputs.logits)]
         if not len(batch.text_owner):
             return sum(at_least_float32(logits).sum() * 0 for _, logits in terms)
@@ -142,7 +142,8 @@ class Classification(TaskBase):
         for scale, logits in terms:
             each = cross_entropy(self._restricted(at_least_float32(logits)), target, reduction="none")
             total = total + scale * weighted_sum(each, weights)
-        return total
+        penalty = outputs.get("penalty")
+        return total if penalty is None else total + weighted_sum(at_least_float32(penalty), weights)
 
     def predict(self, outputs: Any, batch: PackedBatch) -> list[dict[str, Any]]:
         """One row per sample of weight > 0: sample_id, text, prediction and its probability; and, where the class is

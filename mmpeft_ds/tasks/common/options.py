@@ -16,7 +16,7 @@ class TaskOptions:
         fields: json fields that every record must have. This and the next two are by option, see `fitting`.
         reads: what the task reads of the model's output, in the words of `BackboneOptions.gives`. Empty: not declared,
             so that no backbone is refused.
-        reads_in_training: the same for what its loss reads besides.
+        reads_in_training: the same for what only its loss reads.
     """
 
     fields: ClassVar[ByOption] = {}

@@ -89,6 +89,17 @@ class QuestionTask(TaskBase):
         """`accuracy` and `accuracy_<type>`: official VQA accuracy where several annotators answered, else plain."""
         return nan_unless_finite(rows, accuracies(rows, self.options.vqa_measure))
 
+    def grouped(self, rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+        """`question_type`: each type as the annotations spell it -> its `accuracy` and number of `questions`; VQAv2
+        has 65. Nothing where the annotations have none."""
+        of_type: dict[str, list[dict[str, Any]]] = defaultdict(list)
+        for row in rows:
+            if row.get("question_type") and _judges(row):
+                of_type[row["question_type"]].append(row)
+        of_kind = {kind: {"questions": len(mine), **self.score(mine)} for kind, mine in sorted(of_type.items())}
+        names = ("questions", "accuracy")
+        return {"question_type": {k: {n: v[n] for n in names} for k, v in of_kind.items()}} if of_kind else {}
+
     def baselines(self, train: Iterable[dict[str, Any]], test: Iterable[dict[str, Any]]) -> dict[str, float]:
         """`majority` and `question_only`: answers without a model, overall and by question type."""
         return priors(train, test, self.options.vqa_measure)
@@ -131,7 +142,8 @@ def answer_rows(
     spelled_as: Callable[[str, list[str]], str] = lambda prediction, answers: prediction,
     finite: list[bool] | None = None,
 ) -> list[dict[str, Any]]:
-    """One row per question of weight > 0: sample_id, text, prediction, answers, type, question_id if given.
+    """One row per question of weight > 0: sample_id, text, prediction, answers, type; question_id and question_type if
+    given.
 
     Args:
         spelled_as: `GenerationOutput.spelled_as`, for generated predictions.
@@ -154,8 +166,7 @@ def answer_rows(
             row |= {"prediction": spelled_as(prediction, answers), "answers": answers, "type": asked.get("type", "")}
             if not answers and asked.get("scores"):
                 row["scores"] = asked["scores"]
-            if "question_id" in asked:
-                row["question_id"] = asked["question_id"]
+            row |= {name: asked[name] for name in ("question_id", "question_type") if name in asked}
             rows.append(row if is_finite else row | NOT_FINITE)
     return rows
 
@@ -228,7 +239,7 @@ def _most_common(counts: Counter[str]) -> str:
 
 
 def _judges(asked: dict[str, Any]) -> list[str] | dict[str, float]:
-    """What a prediction is held against: the annotators' answers, or the published scores where there are none."""
+    """References of a prediction: the annotators' answers, or the published scores where there are none."""
     return asked.get("answers") or asked.get("scores") or []
 
 

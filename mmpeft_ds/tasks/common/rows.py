@@ -1,4 +1,4 @@
-"""What tasks share about label lists and rows of predictions."""
+"""Functions for label lists and rows of predictions, shared by tasks."""
 
 from __future__ import annotations
 

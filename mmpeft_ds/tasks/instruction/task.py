@@ -1,6 +1,6 @@
 """Task: conversations about a sample's images, as LLaVA's instruction data has them; loss on the assistant's turns.
 
-In evaluation the last answer of a conversation is generated anew and compared with the given one.
+In evaluation the last answer of a conversation is generated again and compared with the given one.
 """
 
 # T texts (conversations) of the micro-batch, S positions, V vocabulary
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmpeft_ds.data.batch import IMAGE_MARK, GenerationOutput, PackedBatch, Prompted
+from mmpeft_ds.data.batch import MARKS, GenerationOutput, PackedBatch, Prompted
 from mmpeft_ds.errors import BadInput, BadSample
 from mmpeft_ds.tasks.base import TaskBase
 from mmpeft_ds.tasks.common.losses import weighted_sum
@@ -134,11 +134,11 @@ def _turns(conversation: Any) -> list[tuple[str, str]]:
         if role is None or not isinstance(turn.get("value"), str):
             raise BadSample("type", "a turn needs `from` (human, gpt or system) and a text in `value`")
         text = turn["value"].strip()
-        if role == "assistant" and IMAGE_MARK in text:
-            raise BadSample("turns", f"a turn of the assistant holds {IMAGE_MARK}, which stands for an image it reads")
+        if role == "assistant" and (mark := MARKS.search(text)):
+            raise BadSample("turns", f"a turn of the assistant holds {mark[0]}, which stands for what it reads")
         if role == "system":
             if turns:
-                raise BadSample("turns", "a system turn stands behind others")
+                raise BadSample("turns", "a system turn stands after others")
             system.append(text)
         elif turns or role == "user":
             turns.append((role, text))

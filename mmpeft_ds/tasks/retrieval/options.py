@@ -16,9 +16,9 @@ class Options(TaskOptions):
     Attributes:
         loss: `contrast`, the contrastive loss that the model computes itself (BLIP, with queue and teacher), or else
             that of all pairs of the step over all ranks; `contrast_match`, that plus the loss of the matching head.
-        captions: captions of a sample in one visit in training, drawn anew each time; 0 = all. Evaluation takes all.
-        rerank: how many of each list the matching head ranks anew in evaluation, 0 = none.
-        similarity_weight: share of the cosine in the score of what was ranked anew: 0 for images, 1 for videos, as
+        captions: captions of a sample in one visit in training, drawn again each time; 0 = all. Evaluation takes all.
+        rerank: how many of each list the matching head ranks again in evaluation, 0 = none.
+        similarity_weight: share of the cosine in the score of what was ranked again: 0 for images, 1 for videos, as
             published.
         id_field: json field (of the record, or of its `extra`) that tells which samples show the same picture. Empty:
             samples whose images are equal to the byte do, however many lines of a file name them. Each picture is one

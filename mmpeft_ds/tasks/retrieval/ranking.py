@@ -1,4 +1,4 @@
-"""Ranking of a whole split for retrieval: every text against every picture, the best of each list matched anew."""
+"""Ranking of a whole split for retrieval: every text against every picture, the best of each list matched again."""
 
 # G pictures and N texts of the whole split, E feature width
 
@@ -14,6 +14,7 @@ from mmpeft_ds.distributed.gather import gather_rows, gather_sizes
 from mmpeft_ds.tasks.common.rows import NOT_FINITE
 
 MATCHED_AT_ONCE = 64  # pairs in one pass of the matching head
+ROUNDING = 1e-5  # by which features of equal words may differ, with what stood beside them in their batches
 
 
 @torch.no_grad()
@@ -23,12 +24,13 @@ def rank_split(
     """One row per text and one per picture, on rank 0. Collective.
 
     Each rank matches the pairs whose picture it holds; no image tokens travel. Of several samples that show one
-    picture the first by name stands for it.
+    picture the first by name stands for it. Pictures and texts are ranked in the order of their samples' names, and
+    texts of the same words have the feature of the first, so that ties are the same for every number of ranks.
 
     Args:
         model: with `match`, where `parts` hold image tokens.
         parts: what `Retrieval.collect` returned on this rank.
-        rerank: how many of each list the matching head ranks anew, 0 = none.
+        rerank: how many of each list the matching head ranks again, 0 = none.
         similarity_weight: share of the cosine in the score of those.
 
     Returns:
@@ -47,6 +49,11 @@ def rank_split(
         return []
     shown = _one_each(image_id.tolist(), names["image_names"]).to(device)
     image, image_id = image[shown], image_id[shown]
+    # Texts of a sample are beside each other on whichever rank they are, in their order.
+    by_sample = sorted(range(len(text)), key=lambda i: names["text_names"][i][0])
+    names["text_names"] = [names["text_names"][i] for i in by_sample]
+    ordered = torch.tensor(by_sample, device=device)
+    text, text_id, text_row = _alike(text[ordered], names["text_names"]), text_id[ordered], text_row[ordered]
     cosine = text @ image.T
     matched = rerank > 0 and "tokens" in parts[0]
     lists = {}
@@ -55,7 +62,7 @@ def rank_split(
         top = scores.topk(min(rerank, most) if matched else most, 1)
         lists[kind] = (top.indices, top.values)
     if matched:
-        lists = _match(model, parts, lists, shown, similarity_weight, device)
+        lists = _match(model, parts, lists, (shown, ordered), similarity_weight, device)
     if collectives.rank() != 0:
         return []
     rows, pictures = [], [names["image_names"][i] for i in shown.tolist()]
@@ -81,15 +88,16 @@ def _match(
     model: Any,
     parts: list[dict[str, Any]],
     lists: dict[str, tuple[Tensor, Tensor]],
-    shown: Tensor,
+    places: tuple[Tensor, Tensor],
     similarity_weight: float,
     device: Any,
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """The same lists with the scores of the matching head. Collective.
 
     Args:
-        shown: of each picture, which of the samples of all ranks stands for it.
+        places: of each picture and of each text in `lists`, its place among those of all ranks.
     """
+    shown, ordered = places
     tokens = [row for p in parts for row in zip(p["tokens"], p["mask"], strict=True)]
     texts = [row for p in parts for row in zip(p["input_ids"], p["attention_mask"], strict=True)]
     longest = max((len(ids) for ids, _ in texts), default=1)
@@ -98,7 +106,7 @@ def _match(
     ids = torch.zeros(len(texts), 2, longest, dtype=torch.int64)
     for row, pair in zip(ids, texts, strict=True):
         row[:, : len(pair[0])] = torch.stack(pair)
-    ids = gather_rows(ids.to(device))
+    ids = gather_rows(ids.to(device))[ordered]
     images = sum(size[0] for size in sizes)
     first = sum(size[0] for size in sizes[: collectives.rank()])
 
@@ -133,17 +141,25 @@ def _match(
 
 
 def _one_each(ids: list[int], names: list[str]) -> Tensor:
-    """Place of the sample that stands for each picture, in the order of places: the first by name, so that it is the
-    same one however samples are spread over ranks."""
+    """Place of the sample that stands for each picture, the first by name, and in the order of their names: the same
+    ones however samples are spread over ranks."""
     chosen: dict[int, int] = {}
     for place, (picture, name) in enumerate(zip(ids, names, strict=True)):
         if picture not in chosen or name < names[chosen[picture]]:
             chosen[picture] = place
-    return torch.tensor(sorted(chosen.values()), dtype=torch.int64)
+    return torch.tensor(sorted(chosen.values(), key=lambda place: names[place]), dtype=torch.int64)
+
+
+def _alike(text: Tensor, names: list[tuple[str, str]]) -> Tensor:
+    """Features of texts, where texts of the same words have that of the first of them, if only rounding parts them."""
+    first: dict[str, int] = {}
+    of_words = [first.setdefault(words, place) for place, (_, words) in enumerate(names)]
+    of_first = text[torch.tensor(of_words, device=text.device)]
+    return torch.where(((text - of_first).abs() <= ROUNDING).all(1, keepdim=True), of_first, text)
 
 
 def _places(scores_Qk: Tensor, order_Qk: Tensor, asks_Q: Tensor, answers_C: Tensor, ties_C: Tensor) -> Tensor:
-    """(Q,) rank, from 1, of the best candidate with the id of each query; behind all wrong ones if not listed.
+    """(Q,) rank, from 1, of the best candidate with the id of each query; after all wrong ones if not listed.
 
     Candidates of equal score (captions of the same words) stand in the order of `ties_C`, numbers that are as good as
     random, so that a right one among n equal ones ranks as chance has it. Where a score of a query is no finite number

@@ -1,7 +1,7 @@
 """Task: find the picture that a text describes, and the texts that describe a picture; recall at 1, 5 and 10.
 
 Trains by contrast of all pairs of the step, and by matching where the model has a head for it (BLIP). Evaluation ranks
-everything by the cosine of the features, and the first of each list anew by the matching head. A picture that several
+everything by the cosine of the features, and the first of each list again by the matching head. A picture that several
 samples show is one picture: one candidate, one query, no negative of itself. A caption belongs to the picture of its
 own sample alone, also where other pictures have a caption of the same words.
 """
@@ -125,7 +125,7 @@ class Retrieval(TaskBase):
     # evaluation of a whole split: nothing can be ranked before everything has been encoded
 
     def collect(self, outputs: Any, batch: PackedBatch) -> dict[str, Any]:
-        """What `conclude` needs of one micro-batch, on the CPU."""
+        """The data of one micro-batch that `conclude` needs, on the CPU."""
         texts = _pair_weights(batch) > 0
         owners, kept = batch.text_owner.tolist(), texts.tolist()
         slots = batch.text_owner[texts].unique()

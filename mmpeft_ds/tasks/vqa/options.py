@@ -18,7 +18,7 @@ class Options(TaskOptions):
         loss: `bce`, binary cross-entropy against soft targets, the mean over the answers; or `ce`, cross-entropy on
             the answer that most annotators gave.
         num_answers: use the first n answers of the label list, 0 = all.
-        max_questions: questions of a sample in one visit, drawn anew every epoch, 0 = all.
+        max_questions: questions of a sample in one visit, drawn again every epoch, 0 = all.
         vqa_measure: how answers are scored: `official`, VQA's evaluator as it stands; `2017`, its earlier state, which
             LAVIS, VL-T5 and VL-Adapter carry; `exact`, without normalisation, as GQA's and p-Adapter's.
     """

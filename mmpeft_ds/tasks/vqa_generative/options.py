@@ -25,7 +25,7 @@ class Options(TaskOptions):
         k: how many of them are scored in full: those with the likeliest first token.
         num_beams: beams of `write`, 1 = greedy.
         max_new_tokens: longest answer of `write` in tokens.
-        max_questions: questions of a sample in one visit, drawn anew every epoch, 0 = all.
+        max_questions: questions of a sample in one visit, drawn again every epoch, 0 = all.
         vqa_measure: how answers are scored: `official`, VQA's evaluator as it stands; `2017`, its earlier state, which
             LAVIS, VL-T5 and VL-Adapter carry; `exact`, without normalisation, as GQA's and p-Adapter's.
     """

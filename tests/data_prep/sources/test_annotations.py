@@ -1,5 +1,7 @@
 """Annotation files are read alike whether they are parsed at once or, being large, as a stream."""
 
+import math
+
 import pytest
 
 from data_prep.sources.common import annotations
@@ -26,6 +28,8 @@ def read(tmp_path, content, *keys, of=annotations.items):
         (b'{"a": []}', ("a",), []),
         (b"[]", (), []),
         (b'["\\ud83d\\ude00", "\\ud800x", "x\\udc00"]', (), ["\U0001f600", "\ud800x", "x\udc00"]),
+        (b'{"a": [1, {"id": 18446744073709551616}, 3]}', ("a",), [1, {"id": 2**64}, 3]),
+        (b"[0, -Infinity, 2]", (), [0, -math.inf, 2]),
     ],
 )
 def test_lists(size, tmp_path, content, keys, wanted):
@@ -33,13 +37,29 @@ def test_lists(size, tmp_path, content, keys, wanted):
 
 
 def test_objects(size, tmp_path):
+    assert read(tmp_path, b'{"a": 99999999999999999999, "b": 1}', of=annotations.pairs) == [
+        ("a", 10**20 - 1),
+        ("b", 1),
+    ]
     assert read(tmp_path, b'{"02": {"a": 1}, "2": null}', of=annotations.pairs) == [("02", {"a": 1}), ("2", None)]
     assert read(tmp_path, b"{}", of=annotations.pairs) == []
 
 
+def test_a_key_that_stands_twice_in_an_object_is_given_twice(size, tmp_path):
+    content = b'{"02": {"a": 1, "a": 2}, "3": 4, "02": 5}'
+    assert read(tmp_path, content, of=annotations.pairs) == [("02", {"a": 2}), ("3", 4), ("02", 5)]
+
+
 @pytest.mark.parametrize(
     ("content", "keys"),
-    [(b'[{"a": 1}, {"a"', ()), (b'{"a": [1]}', ()), (b'{"a": [1]}', ("b",)), (b'["\xff"]', ()), (b"", ())],
+    [
+        (b'[{"a": 1}, {"a"', ()),
+        (b"[1, Nap]", ()),
+        (b'{"a": [1]}', ()),
+        (b'{"a": [1]}', ("b",)),
+        (b'["\xff"]', ()),
+        (b"", ()),
+    ],
 )
 def test_what_is_wrong_with_a_file_is_one_line(size, tmp_path, content, keys):
     with pytest.raises(BadInput) as error:

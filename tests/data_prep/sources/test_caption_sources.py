@@ -46,10 +46,16 @@ def test_a_caption_that_is_none_is_set_aside_alone_and_an_unknown_split_once(fli
 
 
 def test_flickr30k_of_tokens_and_of_the_csv_with_its_broken_row(flickr, tmp_path):
-    put(flickr / "results_20130124.token", "10002456.jpg#0\tA man .\n10002456.jpg#1\tTwo men .\nnonsense\n")
+    lines = ["10002456.jpg#0\tA man .", "10002456.jpg#1\tTwo men .", "nonsense", "10002456.jpg#2\t "]
+    put(flickr / "results_20130124.token", "\n".join(lines))
     manifest = prepared("flickr30k", flickr, tmp_path / "tokens", "--form", "tokens")
     assert captions(manifest, "train") == {"10002456": ["A man .", "Two men ."]}
-    assert manifest.account["train"]["aside"] == {"line of another form": [1, ["nonsense"]]}
+    aside = {"caption empty": [1, ["10002456.jpg#2"]], "line of another form": [1, ["nonsense"]]}
+    assert manifest.account["train"]["aside"] == aside
+    put(flickr / "results.csv", "| 0| a\n10002456.jpg| 1| \n10002456.jpg| 2| b\n")
+    manifest = prepared("flickr30k", flickr, tmp_path / "odd", "--form", "csv")
+    aside = {"caption empty": [1, ["10002456.jpg#1"]], "row of another form": [1, ["| 0| a"]]}
+    assert captions(manifest, "train") == {"10002456": ["b"]} and manifest.account["train"]["aside"] == aside
     rows = [
         "image_name| comment_number| comment",
         "10002456.jpg| 0| A man , yes .",

@@ -52,6 +52,24 @@ def test_aircraft_comes_with_lists_of_variants_that_hold_blanks_and_slashes(tmp_
     assert aside == {"variant that variants.txt does not name": [1, ["0034311 Concorde"]]}
 
 
+def test_a_row_whose_path_is_none_of_a_picture_is_set_aside_alone(tmp_path):
+    root = tmp_path / "pets"
+    put_picture(root / "b_1", 1)  # a picture by its content
+    put(root / "a.mat", b"MATLAB 5.0 MAT-file")
+    put(root / "split.json", {"train": [["../b_1", 0, "cat"], ["a.mat", 0, "cat"], ["b_1", 0, "cat"]]})
+    manifest = prepared("coop-split", root, tmp_path / "out", "--splits-file", str(root / "split.json"))
+    assert classes(manifest, "train") == [("b_1", 0, "cat")]
+    aside = {"not a picture": [1, ["a.mat"]], "path leaves the folder": [1, ["../b_1"]]}
+    assert manifest.account["train"]["aside"] == aside
+
+
+@pytest.mark.parametrize("row", [["b_1", "1e999", "cat"], ["b_1", float("inf"), "cat"], ["b_1", 0, None], ["b_1", 0]])
+def test_a_split_file_of_another_form_is_refused(row, tmp_path):
+    put(tmp_path / "split.json", {"train": [row]})
+    with pytest.raises(BadInput, match=r"split.json: no split file of CoOp \("):
+        prepared("coop-split", tmp_path, tmp_path / "out", "--splits-file", str(tmp_path / "split.json"))
+
+
 @pytest.fixture
 def imagenet(tmp_path):
     root = tmp_path / "imagenet"
@@ -119,6 +137,8 @@ def test_test_sets_with_some_classes_number_those(imagenet, tmp_path, form, fold
 def test_what_is_missing_is_named_with_the_layout(tmp_path):
     (tmp_path / "data").mkdir()
     with pytest.raises(BadInput, match="split_zhou_EuroSAT.json.*eurosat/2750"):
+        prepared("coop-split", tmp_path / "data", tmp_path / "out", "--dataset", "eurosat")
+    with pytest.raises(BadInput, match="data: split_zhou_EuroSAT.json not there"):  # named once for all splits
         prepared("coop-split", tmp_path / "data", tmp_path / "out", "--dataset", "eurosat")
     with pytest.raises(BadInput, match="one of them"):
         prepared("coop-split", tmp_path / "data", tmp_path / "out")

@@ -2,6 +2,7 @@
 
 import pytest
 
+from data_prep.sources.coco_captions import CocoCaptions
 from mmpeft_ds.errors import BadInput
 from tests.helpers.data.miniatures import prepared, put, put_picture, records
 
@@ -63,12 +64,14 @@ def test_official_files_are_joined_by_id_in_any_order(root, tmp_path):
         {"id": 0, "image_id": 7}
     ]
     rows += [{"id": 3, "image_id": 7, "caption": "again"}, {"id": 99, "image_id": 6, "caption": None}]
+    rows += [{"id": 98, "image_id": 6, "caption": "\n"}]
     put(root / "annotations/captions_train2014.json", {"images": images, "annotations": rows})
     manifest = prepared("coco-captions", root, tmp_path / "out", "--form", "official")
     assert list(manifest.splits) == ["train"]  # there is no file of val
     assert [row["captions"] for row in records(manifest, "train")] == [["c0", "c3", "c6"], ["c1", "c4", "c7"]]
     account = manifest.account["train"]
-    assert account["records"] == 13 and account["aside"] == {
+    assert account["records"] == 14 and account["aside"] == {
+        "caption empty": [1, ["98"]],
         "id given before": [1, ["3"]],
         "no 'file_name' in the record": [1, ["image 2"]],
         "no 'caption' in the record": [1, ["record 9"]],
@@ -124,6 +127,23 @@ def test_a_split_whose_samples_are_all_set_aside_is_told(karpathy, tmp_path, cap
     assert f"val: 5 set aside, picture missing: {name(3)}\n" in printed
     prepared("coco-captions", karpathy, tmp_path / "out")
     assert printed.split("\n", 1)[1] == capsys.readouterr().out.split("\n", 1)[1], "told again by the same command"
+
+
+def test_a_picture_that_went_away_since_the_preparation_began_is_one_line(karpathy, tmp_path, monkeypatch):
+    fill = CocoCaptions._fill
+
+    def then_lost(self, index):
+        fill(self, index)
+        (karpathy / name(4)).unlink()
+
+    monkeypatch.setattr(CocoCaptions, "_fill", then_lost)
+    with pytest.raises(BadInput, match=f"{name(4)}: cannot be read any more .No such file or directory.*--overwrite"):
+        prepared("coco-captions", karpathy, tmp_path / "out")
+    monkeypatch.undo()
+    with pytest.raises(BadInput, match="any more"):  # the index stays
+        prepared("coco-captions", karpathy, tmp_path / "out")
+    manifest = prepared("coco-captions", karpathy, tmp_path / "out", "--overwrite")
+    assert manifest.samples("test") == 1 and manifest.account["test"]["aside"] == {"picture missing": [5, [name(4)]]}
 
 
 def test_a_path_that_leaves_the_folder_is_not_read(root, tmp_path):

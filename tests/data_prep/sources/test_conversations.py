@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from tests.helpers.data.films import film
 from tests.helpers.data.miniatures import prepared, put, put_picture, records
 
 
@@ -48,9 +49,11 @@ def test_messages_and_sharegpt_have_system_turns(root, tmp_path):
     messages = [
         {"role": r, "content": c} for r, c in (("system", "S"), ("user", "hi <image> there"), ("assistant", "yo"))
     ]
-    put(root / "train.jsonl", json.dumps({"messages": messages, "images": ["b.png"]}) + "\n")
+    row = {"messages": messages[1:], "images": ["b.png"], "system": "S"}
+    put(root / "train.jsonl", "".join(json.dumps(r) + "\n" for r in (row, {**row, "messages": messages})))
     found = records(prepared("conversations", root, tmp_path / "messages", "--form", "messages"), "train")
-    assert said(found[0]) == [("system", "S"), ("human", "hi <image> there"), ("gpt", "yo")]
+    for row in found:
+        assert said(row) == [("system", "S"), ("human", "hi <image> there"), ("gpt", "yo")]
     put(root / "share.json", [{"conversations": turns("hi", "yo"), "system": "S"}])
     options = ["--form", "sharegpt", "--train", "share.json"]
     found = records(prepared("conversations", root, tmp_path / "share", *options), "train")
@@ -58,13 +61,81 @@ def test_messages_and_sharegpt_have_system_turns(root, tmp_path):
 
 
 def test_qwen_vl_names_pictures_in_the_text(root, tmp_path):
-    value = "Picture 1: <img>b.png</img>\nPicture 2: <img>coco/train2017/1.jpg</img>\nWhere is <ref>it</ref>?"
+    value = "Picture 1: <img>b.png</img>\nPicture 2: <img> coco/train2017/1.jpg\n</img>\nWhere is <ref>it</ref>?"
     box = "<box>(1,2),(30,40)</box>"
     row = {"id": "a", "conversations": [{"from": "user", "value": value}, {"from": "assistant", "value": box}]}
     put(root / "train.json", [row])
     found = records(prepared("conversations", root, tmp_path / "out", "--form", "qwen-vl"), "train")
     assert said(found[0])[0][1] == "Picture 1: <image>\nPicture 2: <image>\nWhere is <ref>it</ref>?"
     assert said(found[0])[1][1] == box and len(found[0]["endings"]) == 2
+
+
+def test_videos_become_frames_with_times_behind_the_pictures(root, tmp_path):
+    film(root / "clips" / "a.mp4")
+    rows = [
+        {"video": "clips/a.mp4", "conversations": turns("<video>\nWhat?", "b")},
+        {"videos": ["clips/a.mp4"] * 2, "images": ["b.png"], "conversations": turns("<video> <image> <video>", "b")},
+        {"video": "b.png", "conversations": turns("<video>", "b")},
+        {"video": "gone.mp4", "conversations": turns("<video>", "b")},
+    ]
+    put(root / "train.json", rows)
+    manifest = prepared("conversations", root, tmp_path / "out", "--frames", "3")
+    found = records(manifest, "train")
+    assert [len(video["times"]) for video in found[1]["videos"]] == [3, 3]
+    assert found[0]["endings"] == ["0.jpg", "1.jpg", "2.jpg"] and len(found[1]["endings"]) == 7
+    assert said(found[0])[0][1] == "<video>\nWhat?"
+    assert manifest.account["train"]["aside"].keys() == {"video missing"}
+
+
+@pytest.mark.parametrize("form", ["llava", "messages", "qwen-vl"])
+def test_a_record_whose_pictures_no_key_names_is_set_aside_with_the_right_name(root, tmp_path, form):
+    under, role, text = ("messages", "role", "content") if form == "messages" else ("conversations", "from", "value")
+    talk = [{role: "user", text: "what?"}, {role: "assistant", text: "a cat"}]
+    lost = [
+        {under: talk, "image_path": "b.png"},
+        {under: talk, "photos": ["b.png"]},
+        {under: talk, "meta": {"file": "b.png"}},
+        {under: [{**talk[0], "image": "b.png"}, talk[1]]},
+    ]
+    fine = [
+        {under: talk, "source": "web", "image_id": 7, "image_path": None, "images": []},
+        {under: talk, "images": [], "image": ""},
+    ]
+    put(root / "train.json", lost + fine)
+    manifest = prepared("conversations", root, tmp_path / "out", "--form", form)
+    assert [len(row["endings"]) for row in records(manifest, "train")] == [0, 0]
+    aside = manifest.account["train"]["aside"]
+    keys = ("image", "image_path", "meta", "photos")
+    assert [reason.split(": ")[0] for reason in sorted(aside)] == [f"no task reads the key {key!r}" for key in keys]
+    assert all("pictures stand under 'image'" in reason for reason in aside)
+
+
+def test_pictures_under_two_keys_and_beside_the_text_of_qwen_are_set_aside_and_an_empty_list_hides_none(
+    root, tmp_path
+):
+    rows = [
+        {"image": "b.png", "images": ["b.png"], "conversations": turns("<image>", "b")},
+        {"image": "b.png", "images": [], "conversations": turns("<image>", "b")},
+    ]
+    put(root / "train.json", rows)
+    manifest = prepared("conversations", root, tmp_path / "llava")
+    assert [len(row["endings"]) for row in records(manifest, "train")] == [1]
+    assert manifest.account["train"]["aside"].keys() == {"both images and image"}
+    put(
+        root / "train.json", [{"image": "b.png", "conversations": turns("a", "b")}, {"conversations": turns("a", "b")}]
+    )
+    manifest = prepared("conversations", root, tmp_path / "qwen", "--form", "qwen-vl")
+    (reason,) = manifest.account["train"]["aside"]
+    assert "names it in the text" in reason
+    parts = [{"type": "image"}, {"type": "text", "text": "what?"}]
+    asked = [{"role": "user", "content": parts}, {"role": "assistant", "content": "a cat"}]
+    put(
+        root / "train.json",
+        [{"messages": m, "images": ["b.png"]} for m in (asked, [{**asked[0], "content": "<image>"}, asked[1]])],
+    )
+    manifest = prepared("conversations", root, tmp_path / "parts", "--form", "messages")
+    (reason,) = manifest.account["train"]["aside"]
+    assert "content in parts" in reason
 
 
 def test_every_broken_record_is_set_aside_by_its_reason(root, tmp_path):
@@ -101,5 +172,5 @@ def test_every_broken_record_is_set_aside_by_its_reason(root, tmp_path):
         "roles do not alternate": 1,
         "turn of the role \\ud800": 1,
         "turn of the role function_call": 1,
-        "video are not read here": 1,
+        "video without <video>": 1,
     }

@@ -10,8 +10,8 @@ from PIL import Image
 pytest.importorskip("resvg_py")
 
 from data_prep import prepare
+from data_prep.common.reading import parse_sample
 from data_prep.few_shot import _records
-from data_prep.reading import parse_sample
 from mmpeft_ds.data.manifest import Manifest
 from mmpeft_ds.errors import BadInput
 from tests.helpers import ROOT

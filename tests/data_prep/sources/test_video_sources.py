@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_prep.sources.common import videos
+from mmpeft_ds.data import video_files as videos
 from mmpeft_ds.errors import BadInput
 from tests.helpers.data.films import film
 from tests.helpers.data.miniatures import prepared, put, records
@@ -134,11 +134,18 @@ def test_each_half_of_the_captions_serves_its_splits(msrvtt, tmp_path):
 
 def test_the_full_split_goes_by_number_and_a_sentence_without_video_is_set_aside(msrvtt, tmp_path):
     sentences = [*json.loads((msrvtt / "MSRVTT_data.json").read_text())["sentences"], {"caption": "of no video"}]
+    more = [(1, 5, "first"), ("1", 5, "again"), ("video1", 6, " ")]  # numbers of videos as well as names
+    sentences += [{"video_id": v, "sen_id": s, "caption": c} for v, s, c in more]
     put(msrvtt / "MSRVTT_data.json", {"sentences": sentences})
     manifest = prepared("msrvtt", msrvtt, tmp_path / "out", "--form", "full", "--frames", "1")
     found = {split: list(texts(manifest, split)) for split in manifest.splits}
     assert found == {"train": ["video1"], "val": ["video6600"], "test": ["video7020", "video9000"]}
-    assert manifest.account["train"]["aside"] == {"no 'video_id' in the record": [1, ["record 8"]]}
+    assert texts(manifest, "train") == {"video1": ["c1 0", "c1 1", "first"]}
+    assert manifest.account["train"]["aside"] == {
+        "caption empty": [1, ["6"]],
+        "id given before": [1, ["5"]],
+        "no 'video_id' in the record": [1, ["record 8"]],
+    }
 
 
 def test_questions_of_msrvtt_qa_and_a_video_that_does_not_decode(msrvtt, tmp_path):
@@ -152,6 +159,11 @@ def test_questions_of_msrvtt_qa_and_a_video_that_does_not_decode(msrvtt, tmp_pat
     assert [q["question_id"] for q in records(manifest, "train")[0]["questions"]] == [0, 1]
     assert manifest.labels == ["dog"]
     assert manifest.account["train"]["aside"] == {"video cannot be decoded": [1, ["video7020"]]}
+    (msrvtt / "train_qa.json").unlink()
+    put(msrvtt / "train.jsonl", json.dumps({"answer": "dog", "question": "q", "video_id": "video1"}))
+    put(msrvtt / "train_ans2label.json", {"cat": 1, "dog": 0})
+    listed = prepared("msrvtt", msrvtt, tmp_path / "clipbert", "--form", "qa", "--frames", "1")
+    assert listed.labels == ["dog", "cat"]
 
 
 def test_a_video_of_didemo_is_one_under_two_endings(tmp_path):
@@ -160,10 +172,12 @@ def test_a_video_of_didemo_is_one_under_two_endings(tmp_path):
     film(root / "videos/3@N00_4_cd.mov", seconds=1)
     (root / "videos/3@N00_4_cd.mov").rename(root / "videos/3@N00_4_cd.")
     rows = [("1@N00_2_ab.mov", " first\n"), ("3@N00_4_cd.", "alone"), ("1@N00_2_ab.avi", "second ")]
+    rows += [("1@N00_2_ab.avi", " \n")]
     rows = [{"annotation_id": i, "video": v, "description": d, "times": [[0, 0]]} for i, (v, d) in enumerate(rows)]
     put(root / "val_data.json", rows)
     manifest = prepared("didemo", root, tmp_path / "out", "--frames", "1")
     assert texts(manifest, "val") == {"1@N00_2_ab": ["first second"], "3@N00_4_cd": ["alone"]}
+    assert manifest.account["val"]["aside"] == {"caption empty": [1, ["3"]]}
     apart = prepared("didemo", root, tmp_path / "apart", "--frames", "1", "--form", "sentences")
     assert texts(apart, "val")["1@N00_2_ab"] == ["first", "second"]
 
@@ -171,8 +185,8 @@ def test_a_video_of_didemo_is_one_under_two_endings(tmp_path):
 def test_clips_of_msvd_are_found_by_the_mapping(tmp_path):
     root = tmp_path / "msvd"
     film(root / "YouTubeClips/-_x 1_0_2.avi", seconds=1)
-    put(root / "youtube_mapping.txt", "-_x 1_0_2 vid7\nother vid8\n")
-    rows = [{"answer": "man", "id": i, "question": "who?", "video_id": n} for i, n in enumerate((7, 8, "vid9"))]
+    put(root / "youtube_mapping.txt", "-_x 1_0_2\tvid7\nother vid8\ncut")
+    rows = [{"answer": "man", "id": i, "question": "who?", "video_id": n} for i, n in enumerate(("7", 8, "vid9"))]
     put(root / "test_qa.json", rows)
     manifest = prepared("msvd-qa", root, tmp_path / "out", "--frames", "1")
     assert records(manifest, "test")[0]["questions"] == [{"question": "who?", "answers": ["man"], "question_id": 0}]

@@ -71,11 +71,12 @@ def test_the_list_counts_normalised_main_answers_of_train_and_val_and_targets_co
     assert prepared("vqav2", root, tmp_path / "most", "--min-answer-count", "2").labels == ["yes"]
 
 
-def test_an_annotation_that_stands_twice_counts_once_in_the_list_and_the_last_is_joined(root, tmp_path):
+def test_an_annotation_that_stands_twice_counts_once_in_the_list_and_the_last_is_joined(root, tmp_path, capsys):
     rows = [annotation(q, *ANSWERS[q]) for q in (1001, 1002, 2001)] + [annotation(2001, ["no"] * 2, "yes")]
     put(root / "v2_mscoco_train2014_annotations.json", {"annotations": [*rows, None, {"question_id": 7}]})
     manifest = prepared("vqav2", root, tmp_path / "out", "--min-answer-count", "2")
     assert manifest.labels == ["yes"], "of 2001 and 3001, not of the row that repeats"
+    assert "train2014_annotations.json: 1 annotations of a question given before" in capsys.readouterr().err
     assert records(manifest, "train")[1]["questions"][0]["answers"] == ["no"] * 2
     assert prepared("vqav2", root, tmp_path / "three", "--min-answer-count", "3").labels is None
 
@@ -87,6 +88,15 @@ def test_soft_targets_of_lists_of_any_length_count_the_votes(root, tmp_path):
     manifest = prepared("vqav2", root, tmp_path / "out", "--min-answer-count", "1")
     asked = [q for row in records(manifest, "train") for q in row["questions"]]
     assert [q["scores"] for q in asked] == [{"yes": 1.0}, {"yes": 0.3, "no": 0.6}, {"no": 1.0, "yes": 1.0}]
+
+
+def test_questions_of_few_annotators_are_told_also_among_others(root, tmp_path, capsys):
+    prepared("vqav2", root, tmp_path / "ten")
+    assert "The official VQA measure is made for ten" not in capsys.readouterr().out
+    rows = [annotation(q, *ANSWERS[q]) for q in (1001, 1002)] + [annotation(2001, ["yes"] * 2, "yes")]
+    put(root / "v2_mscoco_train2014_annotations.json", {"annotations": rows})
+    prepared("vqav2", root, tmp_path / "few")
+    assert "train: questions have 2 to 10 answers. The official VQA measure is made for ten" in capsys.readouterr().out
 
 
 def test_karpathys_split_goes_by_picture_and_restval_trains(root, tmp_path):
@@ -135,12 +145,14 @@ def test_rows_of_blip(root, tmp_path):
     put(root / "answer_list.json", ["b", "a"])
     rows += [{**rows[0], "question_id": 2, "image": None}, {**rows[0], "question_id": "\ud800"}]
     rows += [{key: value for key, value in rows[0].items() if key != "answer"} | {"question_id": 3}]
+    rows += [{**rows[0], "question_id": 4, "answer": []}]
     put(root / "vqa_val.json", rows)
     put(root / "vqa_test.json", [{"question_id": 9, "question": "q?", "image": path(5), "dataset": "vqa"}])
     manifest = prepared("vqav2", root, tmp_path / "out", "--form", "blip")
     assert manifest.labels == ["b", "a"] and records(manifest, "val")[0]["questions"][0]["answers"] == ["a"] * 10
     assert records(manifest, "test")[0]["questions"][0]["answers"] == []
     aside = {"no 'answer' in the record": [1, ["record 3"]], "record of another form": [2, ["record 1", "record 2"]]}
+    aside |= {"question without an answer": [1, ["vqa 4"]]}
     assert manifest.account["val"]["aside"] == aside
 
 
@@ -149,21 +161,50 @@ def test_broken_records_are_counted_and_named(root, tmp_path):
         {"image_id": 1, "question": "a?", "question_id": 1001},
         {"image_id": 1, "question": "again?", "question_id": 1001},
         {"image_id": 1, "question": "never annotated?", "question_id": 1009},
-        {"image_id": 9, "question": "no picture?", "question_id": 2001},
+        {"image_id": 9, "question": "no picture?", "question_id": 9001},
+        {"image_id": 1, "question": "of another picture?", "question_id": 2001},
+        {"image_id": "1", "question": "an id of text?", "question_id": "1004"},
+        {"image_id": True, "question": "no id?", "question_id": 1005},
+        {"image_id": 1, "question": "no id?", "question_id": 1.5},
+        {"image_id": 1, "question": "nobody answered?", "question_id": 1006},
         {"image_id": 1, "question": "half a character \ud800", "question_id": 1002},
         {"image_id": 1, "question_id": 1003},
     ]
     put(root / "v2_OpenEnded_mscoco_train2014_questions.json", {"questions": rows})
+    noted = [annotation(q, *ANSWERS[1001]) for q in (1001, 1002, 1004, 1005, 2001, 9001)] + [annotation(1006, [], "")]
+    put(root / "v2_mscoco_train2014_annotations.json", {"annotations": noted})
     manifest = prepared("vqav2", root, tmp_path / "out", "--splits", "train")
+    assert [q["question_id"] for q in records(manifest, "train")[0]["questions"]] == [1001, "1004"]
     account = manifest.account["train"]
     missing = "train2014/COCO_train2014_000000000009.jpg"
-    assert account["records"] == 6 and account["aside"] == {
+    assert account["records"] == 11 and account["aside"] == {
+        "annotation of another picture": [1, ["2001"]],
         "id given before": [1, ["1001"]],
-        "no 'question' in the record": [1, ["record 5"]],
+        "no 'question' in the record": [1, ["record 10"]],
         "picture missing": [1, [missing]],
+        "question without an answer": [1, ["1006"]],
         "question without annotation": [1, ["1009"]],
-        "record of another form": [1, ["record 4"]],
+        "record of another form": [3, ["record 6", "record 7", "record 9"]],
     }
+
+
+def test_what_vlt5_tests_on_has_answers(root, tmp_path):
+    row = {"img_id": "COCO_val2014_000000000003", "sent": "what?", "question_id": 3001, "is_topk_optimal": True}
+    rows = [row | {"label": {"yes": 1}}, row | {"question_id": 3002, "label": {"no": 1.5}}]
+    put(root / "karpathy_test.json", rows)
+    manifest = prepared("vqav2", root, tmp_path / "out", "--form", "vlt5")
+    asked = records(manifest, "test")[0]["questions"]
+    assert len(asked) == 1 and asked[0]["scores"] == {"yes": 1.0} and asked[0]["answers"] == ANSWERS[3001][0]
+    assert manifest.account["test"]["aside"] == {"score that is not from 0 to 1": [1, ["3002"]]}
+
+
+def test_pictures_that_are_still_packed_are_told(root, tmp_path, capsys):
+    (root / "train2014").rename(tmp_path / "elsewhere")
+    put(root / "train2014.zip", b"PK")
+    with pytest.raises(BadInput, match=r"picture missing .* Unpack train2014.zip there. VQAv2 comes from"):
+        prepared("vqav2", root, tmp_path / "out", "--splits", "train")
+    prepared("vqav2", root, tmp_path / "out", "--splits", "train", "val")
+    assert f"files are missing below {root}. Unpack train2014.zip there." in capsys.readouterr().err
 
 
 def test_a_list_made_of_train_alone_is_said_and_a_list_that_names_an_answer_twice_is_refused(root, tmp_path, capsys):

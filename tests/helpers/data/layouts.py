@@ -211,6 +211,16 @@ def llava(root: Path) -> None:
         put(root / f"{split}.json", rows)
 
 
+def clips(root: Path) -> None:
+    for split in ("train", "val"):
+        rows = []
+        for k in range(3):
+            film(root / f"{split}/{k}.mp4", seconds=1 + k)
+            turns = [{"from": "human", "value": "<video>\nwhat is it"}, {"from": "gpt", "value": "a circle"}]
+            rows.append({"id": str(k), "video": f"{split}/{k}.mp4", "conversations": turns})
+        put(root / f"{split}.json", rows)
+
+
 def coop(root: Path) -> None:
     """Every data set of CoOp's that has a split file: two classes, two pictures a class and split."""
     for known in (known for known in DATASETS.values() if known.file):
@@ -225,6 +235,7 @@ def coop(root: Path) -> None:
 
 # Name of the folder below DATA -> what makes its miniature.
 LAYOUTS: dict[str, Callable[[Path], None]] = {
+    "clips": clips,
     "coco": coco,
     "coop": coop,
     "didemo": didemo,

@@ -1,6 +1,6 @@
 """The tables of docs/device_counts.md, and their comparison with what is counted.
 
-`python -m tests.helpers.device.counters_table` counts and writes them anew, in some minutes.
+`python -m tests.helpers.device.counters_table` counts and rewrites them, in some minutes.
 """
 
 from __future__ import annotations

@@ -17,14 +17,14 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 
-from mmpeft_ds import backbones, methods, registry, tasks
+from mmpeft_ds import backbones, registry, tasks
 from mmpeft_ds.backbones.base import BackboneBase
 from mmpeft_ds.data.batch import Described, PackedBatch, Sample, pack
 from mmpeft_ds.engine.assembly.forward import forward
 from mmpeft_ds.errors import BadInput
 from mmpeft_ds.sites.base import base_model
 from mmpeft_ds.tasks.base import TaskBase
-from tests.helpers import method_table
+from tests.helpers import method_table, plain_methods
 from tests.helpers.models import tiny_blip, tiny_clip, tiny_mllm, tiny_towers
 
 PAIRS = {"blip retrieval, losses": "contrast_match", "clip, losses": "contrast"}  # column -> loss of the task
@@ -42,6 +42,7 @@ HEADS: dict[str, tuple[str, dict[str, Any]]] = {
     "ga_net, tau searched": ("ga_net", {"r": 4, "tau_grid": [0.1, 0.2]}),
     "hegraph, searched": ("hegraph", {"search": True}),
     "hegraph, factors trained": ("hegraph", {"learned": True}),
+    "mmrl": ("mmrl", {"first_layer": 2, "width": 4}),
     "linear_probe, gradient": ("linear_probe", {"solver": "gradient"}),
     "linear_probe, lbfgs": ("linear_probe", {}),
     "tip_adapter": ("tip_adapter", {}),
@@ -85,7 +86,7 @@ def models(made: Column, chosen: Iterable[str] = ()) -> Iterator[tuple[str, nn.M
     heads = made.backbone.reads_bank
     if not heads and made.task is None:
         yield FROZEN, copy.deepcopy(made.model).requires_grad_(False)  # a run leaves constants in it
-    for row in chosen or (HEADS if heads else methods.names(heads=False)):
+    for row in chosen or (HEADS if heads else plain_methods.names(heads=False)):
         if (model := _attached(row, made)) is not None:
             torch.manual_seed(3)
             with torch.no_grad():

@@ -122,7 +122,7 @@ def _over(tensor: Tensor, device_type: int) -> Tensor:
 
 
 def to_host(value: Any) -> Any:
-    """`value` with every CUDA tensor as a CPU tensor of the same memory, and the CPU in the place of the device."""
+    """`value` with every CUDA tensor as a CPU tensor of the same memory, and the CPU in place of the device."""
     if isinstance(value, Tensor):
         return _over(value, _DLPACK_CPU) if value.is_cuda else value
     if isinstance(value, torch.device):
@@ -196,7 +196,7 @@ def _run(op: torch._ops.OpOverload, written: list[Any], *args: Any, **kwargs: An
 
 
 def _as_given(argument: Any, value: Any) -> Any:
-    """A number in the place of a tensor as a tensor again: torch hands on a number, which some overloads refuse."""
+    """A number in place of a tensor as a tensor again: torch hands on a number, which some overloads refuse."""
     is_number = isinstance(value, int | float) and isinstance(argument.type, torch.TensorType)
     return torch.tensor(value, device="cpu") if is_number else value
 

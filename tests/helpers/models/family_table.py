@@ -34,6 +34,8 @@ class Tiny:
         image: the token that stands for a feature of an image.
         tokens: further special tokens of the processor; `named` ones are attributes of the tokenizer.
         processor: settings of the processor.
+        video: what the chat template writes for a video.
+        video_processor: class name and settings; None for a family without videos.
     """
 
     parts: Callable[[Callable[[str], int]], dict[str, Any]]
@@ -43,8 +45,11 @@ class Tiny:
     tokens: tuple[str, ...] = ()
     named: dict[str, str] = field(default_factory=dict)
     processor: dict[str, Any] = field(default_factory=dict)
+    video: str = "<video>"
+    video_processor: tuple[str, dict[str, Any]] | None = None
 
 
+IN_PATCHES = dict(patch_size=4, merge_size=2, size={"shortest_edge": 64, "longest_edge": 2048})
 QWEN_PATCHES = (
     "Qwen2VLImageProcessorPil",
     dict(patch_size=4, merge_size=2, size={"shortest_edge": 64, "longest_edge": 1024}),
@@ -62,11 +67,15 @@ QWEN: dict[str, Any] = dict(
     mark="<|vision_start|><|image_pad|><|vision_end|>",
     image="<|image_pad|>",
     tokens=("<|vision_start|>", "<|vision_end|>", "<|video_pad|>"),
+    video="<|vision_start|><|video_pad|><|vision_end|>",
 )
+QWEN2_FILMS = ("Qwen2VLVideoProcessor", IN_PATCHES)
+QWEN3_FILMS = ("Qwen3VLVideoProcessor", IN_PATCHES)
 GLM: dict[str, Any] = dict(
     mark="<|begin_of_image|><|image|><|end_of_image|>",
     image="<|image|>",
     tokens=("<|begin_of_image|>", "<|end_of_image|>", "<|video|>", "<|begin_of_video|>", "<|end_of_video|>"),
+    video="<|begin_of_video|><|video|><|end_of_video|>",
 )
 GLM_PATCHES = (
     "Glm4vImageProcessorPil",
@@ -135,10 +144,11 @@ FAMILIES: dict[str, Tiny] = {
             video_token="<video>",
         ),
         processor=dict(image_seq_length=4),
+        video_processor=("InternVLVideoProcessor", dict(size=SMALL)),
     ),
     "gemma3": Tiny(
         lambda of: dict(
-            text_config=dict(TEXT, model_type="gemma3_text", sliding_window=64, query_pre_attn_scalar=8),
+            text_config=dict(TEXT, model_type="gemma3_text", sliding_window=8, query_pre_attn_scalar=8),
             vision_config=dict(VISION),
             mm_tokens_per_image=4,
             image_token_index=of("<image_soft_token>"),
@@ -168,7 +178,9 @@ FAMILIES: dict[str, Tiny] = {
         ),
         processor=dict(image_seq_len=4),
     ),
-    "qwen3_vl": Tiny(lambda of: qwen3(of, DEEP, rope_parameters=MROPE), QWEN_PATCHES, **QWEN),
+    "qwen3_vl": Tiny(
+        lambda of: qwen3(of, DEEP, rope_parameters=MROPE), QWEN_PATCHES, **QWEN, video_processor=QWEN3_FILMS
+    ),
     "mistral3": Tiny(
         lambda of: dict(
             text_config=dict(TEXT, model_type="mistral"),
@@ -203,10 +215,14 @@ FAMILIES: dict[str, Tiny] = {
         ("SmolVLMImageProcessorPil", IDEFICS),
         tokens=IDEFICS_TOKENS,
         processor=dict(image_seq_len=4),
+        video_processor=(
+            "SmolVLMVideoProcessor",
+            dict(size={"longest_edge": 16}, max_image_size={"longest_edge": 16}),
+        ),
     ),
     "aya_vision": Tiny(
         lambda of: dict(
-            text_config=dict(TEXT, model_type="cohere2", sliding_window=64, logit_scale=1.0),
+            text_config=dict(TEXT, model_type="cohere2", sliding_window=8, logit_scale=1.0),
             vision_config=VISION,
             image_token_index=of("<|IMG_PATCH|>"),
             vision_feature_layer=-1,
@@ -223,8 +239,13 @@ FAMILIES: dict[str, Tiny] = {
         ),
         processor=dict(patch_size=8, img_size=16, downsample_factor=1),
     ),
-    "glm4v": Tiny(lambda of: glm(of), GLM_PATCHES, **GLM),
-    "glm46v": Tiny(lambda of: glm(of), ("Glm46VImageProcessorPil", GLM_PATCHES[1]), **GLM),
+    "glm4v": Tiny(lambda of: glm(of), GLM_PATCHES, **GLM, video_processor=("Glm4vVideoProcessor", IN_PATCHES)),
+    "glm46v": Tiny(
+        lambda of: glm(of),
+        ("Glm46VImageProcessorPil", GLM_PATCHES[1]),
+        **GLM,
+        video_processor=("Glm46VVideoProcessor", IN_PATCHES),
+    ),
     "glm4v_moe": Tiny(
         lambda of: glm(
             of,
@@ -238,6 +259,7 @@ FAMILIES: dict[str, Tiny] = {
         ),
         GLM_PATCHES,
         **GLM,
+        video_processor=("Glm4vVideoProcessor", IN_PATCHES),
     ),
     "ovis2": Tiny(
         lambda of: dict(
@@ -266,6 +288,7 @@ FAMILIES: dict[str, Tiny] = {
         mark="<start><image><end>",
         tokens=("<start>", "<end>", "<video>"),
         named=dict(image_token="<image>"),
+        video="<start><video><end>",
     ),
     "video_llama_3": Tiny(
         lambda of: dict(
@@ -278,6 +301,8 @@ FAMILIES: dict[str, Tiny] = {
         mark="<|image_pad|>",
         image="<|image_pad|>",
         tokens=("<|video_pad|>",),
+        video="<|video_pad|>",
+        video_processor=("VideoLlama3VideoProcessor", IN_PATCHES),
     ),
     "vipllava": Tiny(
         lambda of: dict(
@@ -304,6 +329,7 @@ FAMILIES: dict[str, Tiny] = {
         ),
         tokens=("<video>",),
         processor=dict(num_image_tokens=16, vision_feature_select_strategy="full", vision_aspect_ratio="anyres_max_9"),
+        video_processor=("LlavaOnevisionVideoProcessor", dict(size=SMALL)),
     ),
     "granite_docling": Tiny(
         lambda of: dict(
@@ -320,7 +346,7 @@ FAMILIES: dict[str, Tiny] = {
             text_config=dict(
                 TEXT,
                 layer_types=["conv", "full_attention"],
-                sliding_window=64,
+                sliding_window=8,
                 rope_parameters={
                     "full_attention": {"rope_type": "default", "rope_theta": 10000.0},
                     "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
@@ -340,12 +366,13 @@ FAMILIES: dict[str, Tiny] = {
         ),
         QWEN_PATCHES,
         **QWEN,
+        video_processor=QWEN3_FILMS,
     ),
     "gemma4": Tiny(
         lambda of: dict(
             text_config=dict(
                 TEXT,
-                sliding_window=64,
+                sliding_window=8,
                 layer_types=["sliding_attention", "full_attention"],
                 hidden_size_per_layer_input=8,
                 vocab_size_per_layer_input=96,
@@ -379,16 +406,19 @@ FAMILIES: dict[str, Tiny] = {
             boa_token="<boa>",
             eoa_token="<eoa>",
         ),
+        video="<|video|>",
+        video_processor=("Gemma4VideoProcessor", dict(patch_size=4, pooling_kernel_size=2, max_soft_tokens=70)),
     ),
     "exaone4_5": Tiny(
         lambda of: dict(
-            text_config=dict(TEXT, model_type="exaone4", sliding_window=64, sliding_window_pattern=4),
+            text_config=dict(TEXT, model_type="exaone4", sliding_window=8, sliding_window_pattern=4),
             vision_config=dict(QWEN_VISION, num_key_value_heads=1, window_size=16, fullatt_block_indexes=[1]),
             image_token_id=of("<|image_pad|>"),
             video_token_id=of("<|video_pad|>"),
         ),
         QWEN_PATCHES,
         **QWEN,
+        video_processor=QWEN2_FILMS,
     ),
     "qianfan_ocr": Tiny(
         lambda of: dict(
@@ -424,13 +454,20 @@ FAMILIES: dict[str, Tiny] = {
         ),
         QWEN_PATCHES,
         **QWEN,
+        video_processor=QWEN2_FILMS,
     ),
-    "qwen3_5": Tiny(lambda of: qwen3(of, **QWEN3_5), QWEN_PATCHES, **QWEN),
+    "qwen3_5": Tiny(lambda of: qwen3(of, **QWEN3_5), QWEN_PATCHES, **QWEN, video_processor=QWEN3_FILMS),
     "qwen3_5_moe": Tiny(
-        lambda of: qwen3(of, **QWEN3_5, **EXPERTS, shared_expert_intermediate_size=16), QWEN_PATCHES, **QWEN
+        lambda of: qwen3(of, **QWEN3_5, **EXPERTS, shared_expert_intermediate_size=16),
+        QWEN_PATCHES,
+        video_processor=QWEN3_FILMS,
+        **QWEN,
     ),
     "qwen3_vl_moe": Tiny(
-        lambda of: qwen3(of, DEEP, rope_parameters=MROPE, num_local_experts=4, **EXPERTS), QWEN_PATCHES, **QWEN
+        lambda of: qwen3(of, DEEP, rope_parameters=MROPE, num_local_experts=4, **EXPERTS),
+        QWEN_PATCHES,
+        video_processor=QWEN3_FILMS,
+        **QWEN,
     ),
     "aria": Tiny(
         lambda of: dict(
@@ -476,6 +513,8 @@ FAMILIES: dict[str, Tiny] = {
             video_start_token="<|VIDEO_START|>",
             video_end_token="<|VIDEO_END|>",
         ),
+        video="<|VIDEO_START|><|video|><|VIDEO_END|>",
+        video_processor=("Ernie4_5_VLMoeVideoProcessor", dict(IN_PATCHES, draw_on_frames=False)),
     ),
     "hunyuan_vl": Tiny(
         lambda of: dict(
@@ -500,5 +539,43 @@ FAMILIES: dict[str, Tiny] = {
         mark="<start><image><end>",
         tokens=("<start>", "<end>", "<newline>"),
         named=dict(image_token="<image>", image_start_token="<start>", image_end_token="<end>"),
+    ),
+    "cohere2_vision": Tiny(
+        lambda of: dict(
+            text_config=dict(TEXT, model_type="cohere2", sliding_window=8),
+            vision_config=dict(VISION, model_type="siglip_vision_model", image_size=32),
+            downsample_factor=2,
+            alignment_intermediate_size=32,
+            image_token_id=of("<|IMG_PATCH|>"),
+        ),
+        ("Cohere2VisionImageProcessor", dict(size={"height": 32, "width": 32}, patch_size=4, max_patches=4)),
+        mark="<|IMG_PATCH|>",
+        image="<|IMG_PATCH|>",
+        tokens=("<|START_OF_IMG|>", "<|END_OF_IMG|>", "<|IMG_LINE_BREAK|>"),
+        named=dict(
+            image_token="<|IMG_PATCH|>",
+            boi_token="<|START_OF_IMG|>",
+            eoi_token="<|END_OF_IMG|>",
+            img_line_break_token="<|IMG_LINE_BREAK|>",
+        ),
+    ),
+    "lfm2_vl": Tiny(
+        lambda of: dict(
+            text_config=dict(TEXT, model_type="lfm2", layer_types=["conv", "full_attention"], block_ff_dim=48),
+            vision_config=dict(VISION, model_type="siglip2_vision_model", num_patches=16),
+            downsample_factor=2,
+            projector_hidden_size=32,
+            image_token_id=of("<image>"),
+        ),
+        (
+            "Lfm2VlImageProcessor",
+            dict(encoder_patch_size=4, tile_size=16, min_image_tokens=4, max_image_tokens=4, max_tiles=4),
+        ),
+        tokens=(
+            "<|image_start|>",
+            "<|image_end|>",
+            "<|img_thumbnail|>",
+            *(f"<|img_row_{r}_col_{c}|>" for r in range(1, 5) for c in range(1, 5)),
+        ),
     ),
 }

@@ -13,6 +13,7 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import CONFIG_MAPPING, PreTrainedTokenizerFast
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
+from mmpeft_ds.backbones.mllm import torchvision_functions
 from tests.helpers.models.family_table import FAMILIES, Tiny
 from tests.helpers.models.randomise import randomise
 
@@ -20,7 +21,9 @@ WORDS = ["user", "assistant", "system", ":", "?", ".", "what", "is", "this", "co
 # Every turn is a role, its images and words, and an end; what stands for an image differs by family.
 TEMPLATE = (
     "{{% for m in messages %}}{{{{ '<turn> ' + m['role'] + ' ' }}}}{{% for c in m['content'] %}}"
-    "{{% if c['type'] == 'image' %}}{{{{ '{mark}' }}}}{{% else %}}{{{{ ' ' + c['text'] }}}}{{% endif %}}{{% endfor %}}"
+    "{{% if c['type'] == 'image' %}}{{{{ '{mark}' }}}}"
+    "{{% elif c['type'] == 'video' %}}{{{{ '{video}' }}}}"
+    "{{% else %}}{{{{ ' ' + c['text'] }}}}{{% endif %}}{{% endfor %}}"
     "{{{{ ' </turn> ' }}}}{{% endfor %}}{{% if add_generation_prompt %}}{{{{ '<turn> assistant ' }}}}{{% endif %}}"
 )
 
@@ -40,7 +43,7 @@ def tokenizer(tiny: Tiny) -> PreTrainedTokenizerFast:
         unk_token="[UNK]",
         bos_token="<s>",
         eos_token="</turn>",
-        chat_template=TEMPLATE.format(mark=tiny.mark) if tiny.mark else None,
+        chat_template=TEMPLATE.format(mark=tiny.mark, video=tiny.video) if tiny.mark else None,
         **({"extra_special_tokens": tiny.named} if tiny.named else {}),
     )
 
@@ -65,7 +68,13 @@ def write(folder: Path, family: str) -> str:
     model.generation_config.eos_token_id = None
     model.save_pretrained(folder)
     name, settings = tiny.image_processor
-    getattr(transformers, name)(**settings).save_pretrained(folder)
+    module = torchvision_functions.module_of(name, "image")
+    torchvision_functions.processor_class(module, name)(**settings).save_pretrained(folder)
+    if tiny.video_processor:
+        name, settings = tiny.video_processor
+        Path(folder, "video_preprocessor_config.json").write_text(
+            json.dumps(settings | {"video_processor_type": name})
+        )
     tokenizer(tiny).save_pretrained(folder)
     Path(folder, "processor_config.json").write_text(json.dumps(tiny.processor))
     return str(folder)

@@ -26,7 +26,7 @@ MAKERS: dict[str, Callable[[Path], str]] = {
 
 
 def local(name: str, folder: Path) -> str:
-    """The directory of the tiny model in the place of `name`, made at first use; other names as they are."""
+    """The directory of the tiny model in place of `name`, made at first use; other names as they are."""
     if name not in MAKERS:
         return name
     path = folder / name.replace("/", "--")

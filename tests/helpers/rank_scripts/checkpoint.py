@@ -23,6 +23,7 @@ from torch import nn
 from mmpeft_ds.engine import checkpoint
 from mmpeft_ds.engine.optim import optimizers
 from mmpeft_ds.engine.zero import full_state, stage1
+from mmpeft_ds.engine.zero import matrices as matrices_of_zero
 from mmpeft_ds.engine.zero import state as zero_state
 from mmpeft_ds.engine.zero.fingerprint import frozen_fingerprint, frozen_tensors
 from mmpeft_ds.errors import BadInput
@@ -32,7 +33,7 @@ from tests.helpers import engine_state
 from tests.helpers.device.counters import counted
 
 B, D, STEPS, MORE = 12, 7, 4, 3
-OTHER_OPTIMIZERS = [f"stage{stage}-{name}" for name in ("sgd", "adam") for stage in (1, 3)]
+OTHER_OPTIMIZERS = [f"stage{stage}-{name}" for name in ("sgd", "adam", "muon") for stage in (1, 3)]
 
 
 class Block(nn.Module):
@@ -94,8 +95,11 @@ def make(stage: int, bf16: bool = False, seed: int = 0, flip: str | None = None,
     vectors = [p for n, p in named.items() if len(zero_state.full_shape(p)) < 2]
     matrices = [p for n, p in named.items() if len(zero_state.full_shape(p)) >= 2]
     groups = [{"params": matrices, "weight_decay": 0.01}, {"params": vectors, "weight_decay": 0.0}]
+    if name == "muon":
+        groups = [group | {"muon": group["params"] is matrices} for group in groups]
     optimizer = optimizers.make(groups, OptimOptions(name=name, lr=1e-2))
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config(stage, bf16))
+    matrices_of_zero.lay_out(engine)
     if stage == 1:
         assert stage1.reduce_flat(engine)  # as a run does
     trainables = {n: p for n, p in engine.module.named_parameters() if p.requires_grad}
@@ -147,7 +151,7 @@ def compare(path: Path, engine, trainables) -> dict:
         full = {name: engine_state.read_full(engine, p) for name, p in trainables.items()}
     keys = ("weight", *zero_state.moments(engine))
     weights = {name: tensors["weight"] for name, tensors in full.items()}
-    moments = {f"{name}.{key}": full[name][key] for key in keys[1:] for name in full}
+    moments = {f"{name}.{key}": full[name][key] for key in keys[1:] for name in full if key in full[name]}
     theirs = path.parent / "theirs"
     same = {}
     for file, tensors in (("weights.safetensors", weights), ("optimizer.safetensors", moments)):
@@ -159,7 +163,7 @@ def compare(path: Path, engine, trainables) -> dict:
     for bucket in (8, 40, 72):
         with counted() as few:
             held = full_state.on_rank0(engine, trainables, keys, bucket=bucket)
-        expected = {key: {name: tensors[key] for name, tensors in full.items()} for key in keys}
+        expected = {key: {name: every[key] for name, every in full.items() if key in every} for key in keys}
         names = {key: list(tensors) for key, tensors in held.items()}
         equal = all(torch.equal(t, expected[key][n]) for key, tensors in held.items() for n, t in tensors.items())
         narrow[bucket] = {"equal": equal, "names": names, "sizes": few.sizes, "copies": few.names["cpu"]}
@@ -214,17 +218,21 @@ def plain(names: list[str]) -> dict:
             {"params": [p for p in named.values() if p.dim() < 2], "weight_decay": 0.0},
         ]
         if name == "sgd":
-            optimizer = torch.optim.SGD(groups, lr=1e-2, momentum=0.9)
+            stepped = [torch.optim.SGD(groups, lr=1e-2, momentum=0.9)]
+        elif name == "muon":
+            of_matrices = torch.optim.Muon(groups[:1], lr=1e-2, adjust_lr_fn="match_rms_adamw")
+            stepped = [of_matrices, torch.optim.AdamW(groups[1:], lr=1e-2)]
         else:
-            optimizer = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[name](groups, lr=1e-2)
+            stepped = [{"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[name](groups, lr=1e-2)]
         losses = []
         for step in range(STEPS + MORE):
             x, y = batch(step)
             loss = nn.functional.cross_entropy(model(x), y)
-            optimizer.zero_grad()
+            model.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(named.values(), 1.0)
-            optimizer.step()
+            for optimizer in stepped:
+                optimizer.step()
             losses.append(loss.item())
         results[name] = losses
     return results
@@ -256,7 +264,8 @@ def scramble(engine, trainables) -> None:
     zero_state.ensure_optimizer_state(engine)
     for parameter in trainables.values():
         value = torch.full(zero_state.full_shape(parameter), 0.3)
-        zero_state.write_full(engine, parameter, {"weight": value, **dict.fromkeys(zero_state.moments(engine), value)})
+        keys = ("weight", *zero_state.moments(engine, parameter))
+        zero_state.write_full(engine, parameter, dict.fromkeys(keys, value))
         zero_state.write_parameter(parameter, value)
 
 
@@ -293,7 +302,7 @@ def main() -> None:
     names = ["stage0", "stage1", "stage2", "stage3"]
     if args.mode == "write":
         results = write(args.work)
-        every = {name: [0, 1, 2, 3] for name in ("stage3", "stage1", "stage3-sgd")}
+        every = {name: [0, 1, 2, 3] for name in ("stage3", "stage1", "stage3-sgd", "stage1-muon")}
         same = {name: [int(name[5])] for name in results if name not in every}
         results = {"written": results, "read": read(args.work, results, every | same | {"stage3-bf16": [1, 3]})}
         results["refusals"] = refusals(args.work)
@@ -302,6 +311,7 @@ def main() -> None:
         written = json.loads((args.work / "write-0.json").read_text())["written"]
         into = {"stage3": [3, 1, 0], "stage1": [3]} | {name: [2] for name in names if name in ("stage0", "stage2")}
         into |= {"stage1-sgd": [3], "stage3-sgd": [1], "stage1-adam": [3], "stage3-adam": [1]}
+        into |= {"stage1-muon": [0, 3], "stage3-muon": [1, 2]}
         results = {"read": read(args.work, written, into)}
     suffix = "write" if args.mode == "write" else f"read{dist.get_world_size()}"
     (args.work / f"{suffix}-{os.environ['RANK']}.json").write_text(json.dumps(results))

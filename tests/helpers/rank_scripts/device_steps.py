@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 
-from mmpeft_ds.data.stream import BadBudget, Step
+from mmpeft_ds.data.bad_budget import BadBudget
+from mmpeft_ds.data.stream import Step
 from mmpeft_ds.distributed.processes import Ranks
 from mmpeft_ds.engine.assembly.build import build
 from mmpeft_ds.engine.step import Stepper

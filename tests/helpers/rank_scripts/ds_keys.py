@@ -13,7 +13,8 @@ from types import SimpleNamespace
 import torch
 import torch.distributed as dist
 
-from mmpeft_ds.data.stream import BadBudget, Step
+from mmpeft_ds.data.bad_budget import BadBudget
+from mmpeft_ds.data.stream import Step
 from mmpeft_ds.distributed import processes
 from mmpeft_ds.engine import checkpoint
 from mmpeft_ds.engine.assembly import build as building
@@ -29,7 +30,7 @@ BEFORE, AFTER = 3, 2
 
 
 class Looking:
-    """In the place of EWC: notes where gradients and masters lie, and adds nothing."""
+    """In place of EWC: notes where gradients and masters lie, and adds nothing."""
 
     def __init__(self, trainables: dict, engine):
         self.names = {id(p): n for n, p in trainables.items()}

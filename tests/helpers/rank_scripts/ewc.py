@@ -11,7 +11,8 @@ from pathlib import Path
 
 import torch
 
-from mmpeft_ds.data.stream import BadBudget, Step
+from mmpeft_ds.data.bad_budget import BadBudget
+from mmpeft_ds.data.stream import Step
 from mmpeft_ds.distributed import processes
 from mmpeft_ds.engine import ewc
 from mmpeft_ds.engine.assembly.build import build

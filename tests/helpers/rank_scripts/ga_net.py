@@ -15,8 +15,9 @@ from torch.nn.functional import cross_entropy
 
 from mmpeft_ds import recipe as recipes
 from mmpeft_ds.backbones.features.backbone import FeaturesBackbone, Options
+from mmpeft_ds.data.bad_budget import BadBudget
 from mmpeft_ds.data.batch import Described, PackedBatch, Sample, pack
-from mmpeft_ds.data.stream import BadBudget, Step
+from mmpeft_ds.data.stream import Step
 from mmpeft_ds.distributed import processes
 from mmpeft_ds.engine.assembly import resolve as resolving
 from mmpeft_ds.engine.assembly.build import build

@@ -14,8 +14,9 @@ from torch.nn.functional import cross_entropy
 
 from mmpeft_ds import recipe as recipes
 from mmpeft_ds.backbones.features.backbone import FeaturesBackbone, Options
+from mmpeft_ds.data.bad_budget import BadBudget
 from mmpeft_ds.data.batch import Described, Sample, pack
-from mmpeft_ds.data.stream import BadBudget, Step
+from mmpeft_ds.data.stream import Step
 from mmpeft_ds.distributed import processes
 from mmpeft_ds.engine.assembly import feature_bank
 from mmpeft_ds.engine.assembly import resolve as resolving

@@ -29,7 +29,7 @@ def run_case(case: dict, folder: Path, ranks: processes.Ranks) -> dict:
     batch = merging.probe(backbone)
     first = merging.outputs(model.eval(), backbone, batch)
     rows = train(made, state, BEFORE, ranks)
-    prints = fingerprint.frozen_fingerprint(fingerprint.frozen_tensors(model))
+    prints = fingerprint.of_frozen(model)
     engine, trainables = made.built.engine, made.built.trainables
     (folder / case["name"]).mkdir(exist_ok=True)
     path = checkpoint.save(
@@ -42,7 +42,7 @@ def run_case(case: dict, folder: Path, ranks: processes.Ranks) -> dict:
     engine.destroy()
     again = make(case | case["then"], folder, ranks)
     drawn = {name: buffer.clone() for name, buffer in kept_buffers(again.built.model).items()}
-    now = fingerprint.frozen_fingerprint(fingerprint.frozen_tensors(again.built.model))
+    now = fingerprint.of_frozen(again.built.model)
     state = checkpoint.load(path, again.built.engine, again.built.trainables, now)
     kept = kept_buffers(again.built.model)
     resumed = train(again, state, AFTER, ranks)

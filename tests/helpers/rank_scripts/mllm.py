@@ -12,10 +12,13 @@ from pathlib import Path
 import torch
 
 from mmpeft_ds import recipe as recipes
+from mmpeft_ds.data.bad_budget import BadBudget
 from mmpeft_ds.data.batch import IMAGE_MARK, Prompted, Sample
-from mmpeft_ds.data.stream import BadBudget, Step
+from mmpeft_ds.data.stream import Step
 from mmpeft_ds.distributed import processes
 from mmpeft_ds.engine.assembly.build import build
+from mmpeft_ds.engine.assembly.forward import forward
+from mmpeft_ds.engine.assembly.resolve import attach
 from mmpeft_ds.engine.evaluator import evaluate
 from mmpeft_ds.engine.step import Stepper
 from mmpeft_ds.engine.train_state import TrainState
@@ -31,10 +34,15 @@ STEPS = 4
 def make_recipe(folder: Path, case: dict) -> recipes.Recipe:
     recipe = recipes.Recipe(
         run_dir=str(folder / "run"),
-        backbone={"name": "mllm", "model": str(folder / case["family"]), "condition": case.get("condition", "none")},
+        backbone={
+            "name": "mllm",
+            "model": str(folder / case["family"]),
+            "condition": case.get("condition", "none"),
+            "quantise": case.get("quantise", "none"),
+        },
         method=case["method"],
     )
-    recipe.engine.deepspeed = str(folder / "ds.json")
+    recipe.engine.deepspeed = str(folder / case.get("deepspeed", "ds.json"))
     recipe.engine.gradient_checkpointing = case.get("gradient_checkpointing", False)
     recipe.optim.lr, recipe.optim.warmup, recipe.optim.max_steps = 0.02, 0.0, 10
     recipe.optim.weight_decay, recipe.optim.clip = 0.0, 0.0
@@ -77,6 +85,31 @@ def run_case(case: dict, folder: Path, ranks: processes.Ranks) -> dict:
     partitioned = sum(hasattr(p, "ds_id") for p in built.model.parameters())
     built.engine.destroy()
     return {"losses": [r["loss"] for r in rows], "weights": weights, "rows": found.rows, "partitioned": partitioned}
+
+
+def plainly(folder: Path, case: dict) -> dict:
+    """The same steps by one process, without DeepSpeed and with the whole batch at once."""
+    recipe, task = make_recipe(folder, case), Instruction(Options(max_new_tokens=3), None)
+    resolved = tiny_classifier.make_resolved(recipe, task)
+    torch.manual_seed(recipe.seed)
+    base = resolved.backbone.build()
+    torch.manual_seed(recipe.seed)
+    model = attach(resolved, base).eval()
+    trainables = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    optimizer = torch.optim.AdamW(trainables.values(), lr=0.02, weight_decay=0.0)
+    losses = []
+    for step in range(STEPS):
+        batch = tiny_classifier.pack_slots(slots(step, resolved.backbone), resolved.backbone, task)
+        loss = task.loss(forward(model, resolved.backbone, batch), batch) / task.weight(batch)
+        losses.append(loss.item())
+        optimizer.zero_grad()
+        loss.backward()
+        for group in optimizer.param_groups:
+            group["lr"] = 0.02 * (1 - step / 10)
+        optimizer.step()
+    batches = [tiny_classifier.pack_slots(slots(step, resolved.backbone), resolved.backbone, task) for step in (8, 9)]
+    found = evaluate(model, resolved.backbone, task, [Step(0, 0, [b]) for b in batches], "cpu")
+    return {"losses": losses, "weights": {n: p.detach() for n, p in trainables.items()}, "rows": found.rows}
 
 
 def main() -> None:

@@ -14,7 +14,8 @@ from unittest import mock
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mmpeft_ds.data.stream import BadBudget, Step
+from mmpeft_ds.data.bad_budget import BadBudget
+from mmpeft_ds.data.stream import Step
 from mmpeft_ds.distributed import processes
 from mmpeft_ds.engine import checkpoint
 from mmpeft_ds.engine.assembly import modality
@@ -135,7 +136,7 @@ def go_and_come_back(
 
 
 def gather_too_early(engine: Any) -> None:
-    """In the place of `stage3.gather_flat`: gathers while hpZ still keeps copies of the values before the step."""
+    """In place of `stage3.gather_flat`: gathers while hpZ still keeps copies of the values before the step."""
     optimizer = engine.optimizer
     trained, optimizer.persistent_parameters = optimizer.persistent_parameters, []
     finish_step = optimizer._post_step

@@ -20,7 +20,8 @@ import torch
 
 from mmpeft_ds import recipe as recipes
 from mmpeft_ds.backbones.base import BackboneBase
-from mmpeft_ds.data.stream import BadBudget, Step
+from mmpeft_ds.data.bad_budget import BadBudget
+from mmpeft_ds.data.stream import Step
 from mmpeft_ds.distributed import processes
 from mmpeft_ds.engine import checkpoint
 from mmpeft_ds.engine.assembly import build as building_module

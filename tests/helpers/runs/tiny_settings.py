@@ -19,7 +19,7 @@ from tests.helpers.runs.headers import Command, Setting
 
 # Largest values that the tiny models take.
 BACKBONE = {"image_size": 8, "max_text_length": 30, "max_target_length": 19, "grid": 2, "order_tokens": 9, "queue": 8}
-METHOD = {"r": 4, "r2": 2, "groups": 2}
+METHOD = {"r": 4, "r2": 2, "groups": 2, "first_layer": 2}
 STEPS, BATCH = 2, 2
 # The same for commands that make captions or features; CLIP takes as many tokens as it has positions by itself.
 MAKERS = ("--set", "image_size=8")
@@ -54,7 +54,7 @@ class Small:
         self.setting, self.folder, self.models = setting, folder, models
 
     def lines(self) -> list[list[str]]:
-        """Prepare the data, in this process; scripts and arguments of all commands behind that."""
+        """Prepare the data, in this process; scripts and arguments of all commands after that."""
         for command in (c for c in self.setting.before if c.name == "prepare"):
             self._prepare(command)
         path = self.folder / "recipe.yaml"
@@ -71,8 +71,12 @@ class Small:
             source.dir = self._moved(source.dir)
         recipe.backbone = self._shrunk(recipe.backbone, BACKBONE)
         recipe.method = self._shrunk(recipe.method, METHOD)
+        if "template" in recipe.method:
+            recipe.method["template"] = "{}"  # tiny text towers take few tokens
         recipe.data.global_batch, recipe.data.workers = BATCH, 0
         recipe.optim.max_steps, recipe.optim.warmup = STEPS, 0.0
+        if recipe.optim.schedule == "cosine_epoch":  # takes a whole epoch to begin
+            recipe.optim.schedule = "cosine"
         recipe.engine.threads = 1
         if recipe.engine.deepspeed.endswith("_nodes.json"):
             recipe.engine.deepspeed = "ds_configs/zero3.json"
@@ -80,6 +84,7 @@ class Small:
 
     def _shrunk(self, section: dict[str, Any], most: dict[str, int]) -> dict[str, Any]:
         small = {key: min(value, most[key]) if key in most else value for key, value in section.items()}
+        small |= {k: self._shrunk(v, most) for k, v in small.items() if isinstance(v, dict)}  # an encoder inside
         return {k: tiny_hub.local(v, self.models) if isinstance(v, str) else v for k, v in small.items()}
 
     def _moved(self, word: str) -> str:

@@ -1,1 +1,1 @@
-"""What single families of multimodal language models do otherwise than most: one file a family, found by name."""
+"""Exceptions of single families of multimodal language models: one file per family, found by name."""

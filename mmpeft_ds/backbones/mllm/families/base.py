@@ -12,7 +12,7 @@ from transformers import PretrainedConfig, ProcessorMixin
 
 
 class Family:
-    """What a family of transformers' image-text-to-text models does otherwise than most.
+    """Differences of one family of transformers' image-text-to-text models from most others.
 
     Most need no file: their processor says what an image is in the text (`replace_image_token`), their
     `get_image_features` makes the features, and their forward takes these as `mm_encoder_outputs`.
@@ -23,7 +23,12 @@ class Family:
             between them. False: it is one run of image tokens, as many as the tower makes of it.
         channels: where the channels stand in the pixels of an image batch; the pixels then stay whole numbers until
             they are on the device. None: the processor normalises them.
-        packs: texts may stand one behind the other in one row.
+        unpackable: why texts may not follow one another in one row; empty where they may. Families that nobody
+            has tried may not.
+        first_position: of a text, which its model counts from.
+        carrying: names of the classes of layers that carry a state, or a convolution, from token to token. In a row of
+            several texts each text gets a row of its own there.
+        one_token: features of videos stand where those of images do, though the model has a tower for either.
         template: chat template where the checkpoint has none.
         processor: class of the processor, where transformers has none that works without torchvision.
     """
@@ -31,7 +36,10 @@ class Family:
     model_types: tuple[str, ...] = ()
     spelled: bool = True
     channels: int | None = None
-    packs: bool = False
+    unpackable: str = "was not tried with packed texts"
+    first_position: int = 0
+    carrying: tuple[str, ...] = ()
+    one_token: bool = False
     template: str = ""
     processor: type[ProcessorMixin] | None = None
 
@@ -56,21 +64,38 @@ class Family:
         return {}
 
     def mark(self, processor: Any) -> str:
-        """What the chat template writes for an image and the processor replaces. Default: its image token."""
+        """The mark that the chat template writes for an image and the processor replaces. Default: its image token."""
         return processor.image_token
 
     def alone(self, processor: Any) -> str:
         """A text with one image and nothing else, as the processor takes it. Default: the mark."""
         return self.mark(processor)
 
-    def token_types(self, image_tokens: Tensor, labels: Tensor | None) -> Tensor:
-        """(T, S) int64 kinds of tokens, for models that ask for them. Default: 1 for those of images.
+    def looks_ahead(self, config: PretrainedConfig) -> bool:
+        """Whether tokens of a text see later ones of it, so that its mask is not the causal one."""
+        return False
+
+    def video_mark(self, processor: Any) -> str:
+        """The mark that the chat template writes for a video and the processor replaces. Default: its video token."""
+        return processor.video_token
+
+    def video_alone(self, processor: Any) -> str:
+        """A text with one video and nothing else, as the processor takes it. Default: the mark."""
+        return self.video_mark(processor)
+
+    def without_padding(self, features: Tensor, wanted: int) -> Tensor:
+        """The features (n, d) of a video that was padded with frames to the longest of its batch, without those of
+        the padding. Default: the first `wanted`."""
+        return features[:wanted]
+
+    def token_types(self, media_tokens: Tensor, labels: Tensor | None) -> Tensor:
+        """(T, S) int64 kinds of tokens, for models that ask for them. Default: as they are given.
 
         Args:
-            image_tokens: (T, S) int64, 1 where an image token stands.
+            media_tokens: (T, S) int64, 1 where a token of an image stands, 2 where one of a video does.
             labels: (T, S), -100 where nothing is asked; None in generation.
         """
-        return image_tokens
+        return media_tokens
 
 
 def _padded(pixels: Tensor, most: list[int]) -> Tensor:

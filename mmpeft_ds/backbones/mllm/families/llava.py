@@ -13,7 +13,7 @@ class Llava(Family):
     model_types = ("llava",)
     spelled = False
     channels = 1
-    packs = True
+    unpackable = ""
 
     def min_side(self, processor: Any) -> int | None:
         return processor.size.get("shortest_edge") or processor.size.get("height")

@@ -12,7 +12,7 @@ class LlavaNext(Family):
     model_types = ("llava_next",)
     spelled = False
     channels = 2
-    packs = True
+    unpackable = ""
 
 
 ENTRY = LlavaNext()

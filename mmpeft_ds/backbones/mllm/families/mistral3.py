@@ -51,6 +51,7 @@ class Mistral3(Family):
 
     model_types = ("mistral3", "mistral_large4")
     processor = PixtralProcessor
+    unpackable = ""
 
     def processor_settings(self, config: PretrainedConfig) -> dict[str, Any]:
         return {"patch_size": config.vision_config.patch_size, "spatial_merge_size": config.spatial_merge_size}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from torch import Tensor
+from transformers import PretrainedConfig
 
 from mmpeft_ds.backbones.mllm.families.base import Family
 
@@ -11,6 +12,8 @@ class PaliGemma(Family):
     """Prefix and answer."""
 
     model_types = ("paligemma",)
+    unpackable = ""
+    first_position = 1
     template = (
         "{% for m in messages %}{% for c in m['content'] %}{% if c['type'] == 'image' %}{{ '<image>' }}{% endif %}"
         "{% endfor %}{% if loop.first %}{{ bos_token }}{% endif %}{% for c in m['content'] %}"
@@ -18,9 +21,12 @@ class PaliGemma(Family):
         "{% if m['role'] != 'assistant' %}{{ '\n' }}{% endif %}{% endfor %}"
     )
 
-    def token_types(self, image_tokens: Tensor, labels: Tensor | None) -> Tensor:
+    def looks_ahead(self, config: PretrainedConfig) -> bool:
+        return True
+
+    def token_types(self, media_tokens: Tensor, labels: Tensor | None) -> Tensor:
         """0 for what is read, 1 for the answer."""
-        return image_tokens * 0 if labels is None else (labels != -100).long()
+        return media_tokens * 0 if labels is None else (labels != -100).long()
 
 
 ENTRY = PaliGemma()

@@ -11,6 +11,7 @@ class QianfanOCR(Family):
     """Two tokens for images."""
 
     model_types = ("qianfan_ocr",)
+    unpackable = ""
 
     def mark(self, processor: Any) -> str:
         return processor.image_placeholder_token

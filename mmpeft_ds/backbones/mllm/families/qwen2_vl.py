@@ -11,7 +11,7 @@ class Qwen2VL(Family):
     model_types = ("qwen2_vl", "qwen2_5_vl")
     spelled = False
     channels = 1
-    packs = True
+    unpackable = ""
 
 
 ENTRY = Qwen2VL()

@@ -1,0 +1,20 @@
+"""Gemma 3 and 4: the tokens of an image see each other, in Gemma 4 where its configuration says so."""
+
+from __future__ import annotations
+
+from transformers import PretrainedConfig
+
+from mmpeft_ds.backbones.mllm.families.base import Family
+
+
+class Gemma(Family):
+    """Images that are seen from both sides."""
+
+    model_types = ("gemma3", "gemma4")
+    unpackable = ""
+
+    def looks_ahead(self, config: PretrainedConfig) -> bool:
+        return config.model_type == "gemma3" or config.get_text_config().use_bidirectional_attention == "vision"
+
+
+ENTRY = Gemma()

@@ -1,0 +1,16 @@
+"""Families whose language model has layers that carry something from token to token beside those with attention."""
+
+from __future__ import annotations
+
+from mmpeft_ds.backbones.mllm.families.base import Family
+
+
+class Hybrid(Family):
+    """Gated delta rule (Qwen3.5) or short convolutions (LFM2, LFM3) in every other layer."""
+
+    model_types = ("qwen3_5", "qwen3_5_moe", "lfm2_vl", "lfm3_vl")
+    unpackable = ""
+    carrying = ("Qwen3_5GatedDeltaNet", "Qwen3_5MoeGatedDeltaNet", "Lfm2ShortConv", "Lfm3ShortConv")
+
+
+ENTRY = Hybrid()

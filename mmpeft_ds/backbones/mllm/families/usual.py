@@ -1,0 +1,31 @@
+"""Families that are as most in everything, with packed texts too."""
+
+from __future__ import annotations
+
+from mmpeft_ds.backbones.mllm.families.base import Family
+
+
+class Usual(Family):
+    """Held against padded rows in `tests/backbones/test_packed_families.py`."""
+
+    model_types = (
+        "aria",
+        "aya_vision",
+        "cohere2_vision",
+        "ernie4_5_vl_moe",
+        "exaone4_5",
+        "granite_docling",
+        "hyperclovax_vision_v2",
+        "idefics3",
+        "internvl",
+        "ovis2",
+        "paddleocr_vl",
+        "qwen3_vl",
+        "qwen3_vl_moe",
+        "video_llama_3",
+        "vipllava",
+    )
+    unpackable = ""
+
+
+ENTRY = Usual()

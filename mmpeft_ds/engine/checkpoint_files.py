@@ -1,0 +1,208 @@
+"""The files of checkpoints: writing and pruning them, and finding those that are undamaged. See `checkpoint`."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import logging
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from mmpeft_ds.engine.train_state import TrainState
+from mmpeft_ds.errors import BadInput
+from mmpeft_ds.files import naming, new_directory, sha256, write_atomic, write_json
+
+CHECKSUMS = "checksums.json"
+_MAPPINGS = ("identities", "epoch_weight")  # of the state's `extra`
+_NAME = re.compile(r"step-(\d{8,})(?:\.(\d+))?")
+logger = logging.getLogger(__name__)
+
+
+def write(
+    folder: Path,
+    step: int,
+    files: dict[str, Callable],
+    keep_last: int,
+    best: bool,
+    check: Callable[[Path], None] = lambda partial: None,
+) -> Path:
+    """Write a checkpoint into `folder`, move `latest` to it, and prune older ones.
+
+    Args:
+        files: name -> function that writes the file at a path.
+        best: also move the pointer `best`.
+        check: called with the finished files before the checkpoint gets its name.
+
+    Returns:
+        its directory.
+    """
+    with naming(folder):
+        folder.mkdir(exist_ok=True)  # and not the run directory, if somebody has removed it
+    for left_over in folder.glob(".*partial*"):  # of a process that was killed while saving
+        shutil.rmtree(left_over, ignore_errors=True)
+    name = f"step-{step:08d}"
+    again = 0
+    while (folder / name).exists():  # never replace a complete checkpoint of the same step
+        again += 1
+        name = f"step-{step:08d}.{again}"
+    with new_directory(folder / name) as partial:
+        for file, write_file in files.items():
+            write_file(partial / file)
+        check(partial)
+        write_json(partial / CHECKSUMS, {file: sha256(partial / file) for file in files})
+    for pointer in ("best", "latest") if best else ("latest",):  # `latest` last: its state may name itself the best
+        write_atomic(folder / pointer, name + "\n")
+    prune(folder, keep_last)
+    return folder / name
+
+
+def prune(folder: Path, keep_last: int) -> None:
+    """Remove checkpoints beyond the newest `keep_last`, except those that `latest` and `best` name."""
+    pointed = {p.read_text().strip() for p in (folder / "latest", folder / "best") if p.is_file()}
+    steps: list[str] = []
+    for path in listing(folder):
+        step = path.name.split(".")[0]
+        superseded = step in steps
+        if not superseded:
+            steps.append(step)
+        if (superseded or len(steps) > max(1, keep_last)) and path.name not in pointed:
+            shutil.rmtree(path)
+
+
+def listing(folder: Path) -> list[Path]:
+    """Checkpoints in `folder`, newest first."""
+    if not folder.is_dir():
+        return []
+    named = [(m, p) for p in folder.iterdir() if (m := _NAME.fullmatch(p.name)) and p.is_dir()]
+    return [p for m, p in sorted(named, key=lambda pair: (int(pair[0][1]), int(pair[0][2] or 0)), reverse=True)]
+
+
+def newest(folder: Path) -> Path | None:
+    """The checkpoint in `folder` to continue from; see `checkpoint.newest_valid`. Raises BadInput."""
+    candidates = listing(folder)
+    pointer = folder / "latest"
+    if pointer.is_file():  # takes precedence, so that a user may move it back by hand
+        named = [p for p in candidates if p.name == pointer.read_text(errors="replace").strip()]
+        candidates = named + [p for p in candidates if p not in named]
+    complaints = []
+    for path in candidates:
+        wrong = damage(path) or _unreadable(path)
+        if wrong is None:
+            if complaints:
+                logger.warning("%s; continuing from %s", "; ".join(complaints), path.name)
+            return path
+        complaints.append(f"checkpoint {path.name} is damaged: {wrong}")
+    if complaints:
+        raise BadInput(
+            f"{folder}: no checkpoint is whole ({'; '.join(complaints)}). Restore one, or start over with --fresh."
+        )
+    return None
+
+
+def best(folder: Path) -> Path | None:
+    """The checkpoint in `folder` that `best` names; None, with a warning, if it is missing or damaged."""
+    pointer = folder / "best"
+    path = folder / pointer.read_text(errors="replace").strip() if pointer.is_file() else pointer
+    wrong = (damage(path) or _unreadable(path)) if path.is_dir() else f"{path.name} is missing"
+    if wrong is not None:
+        logger.warning("the best checkpoint is damaged: %s; the last weights are exported in its place", wrong)
+        return None
+    return path
+
+
+def damage(path: str | Path) -> str | None:
+    """Description of a damage to the checkpoint at `path`; None if every file is as it was written."""
+    path = Path(path)
+    try:
+        checksums = json.loads((path / CHECKSUMS).read_text("utf-8"))
+        for name, expected in checksums.items():
+            digest = sha256(path / name)
+            if digest != expected:
+                return f"{name} has sha256 {digest[:12]}..., expected {expected[:12]}..."
+    except FileNotFoundError as e:
+        return f"{Path(e.filename).name} is missing"
+    except (ValueError, AttributeError, TypeError, OSError) as e:
+        return f"{CHECKSUMS} cannot be read ({e})"
+    return None if checksums else f"{CHECKSUMS} is empty"
+
+
+def _unreadable(path: Path) -> str | None:
+    """Reason why files with correct checksums cannot be read, such as those of another program; None if they can."""
+    try:
+        for name in ("state", "recipe", "fingerprint"):
+            if name == "state" or (path / f"{name}.json").is_file():
+                if not isinstance(value := read_json(path, name), dict):
+                    raise ValueError(f"{name}.json holds values of another type")
+                if name == "state":
+                    _check_form(value)
+        for name in ("weights", "optimizer"):
+            with safe_open(path / f"{name}.safetensors", "pt"):
+                pass
+    except (OSError, ValueError, RecursionError, SafetensorError) as e:
+        return " ".join(str(e).split())
+    return None
+
+
+def _check_form(header: Any) -> None:
+    """Raise ValueError where what a start reads of a state is of another type, or not there."""
+    plain = {"format": int, "optimizer_step": (int, float)}
+    wrong = [key for key, kind in plain.items() if key in header and not isinstance(header[key], kind)]
+    state = header.get("state", header)
+    if not isinstance(state, dict):
+        raise ValueError("state.json holds values of another type (state)")
+    wrong += [f.name for f in dataclasses.fields(TrainState) if f.name in state and not _fits(f, state[f.name])]
+    extra = state.get("extra", {})
+    wrong += [key for key in _MAPPINGS if isinstance(extra, dict) and not isinstance(extra.get(key, {}), dict)]
+    if wrong:
+        raise ValueError(f"state.json holds values of another type ({', '.join(wrong)})")
+
+
+def _fits(field: dataclasses.Field, value: Any) -> bool:
+    """Whether a field of TrainState may have a value that stood in JSON."""
+    if field.name == "best":
+        return value is None or type(value) in (int, float)
+    if field.default is dataclasses.MISSING:  # of names: numbers, or anything
+        return isinstance(value, dict) and (field.name == "extra" or all(type(v) is int for v in value.values()))
+    return type(value) in ((int, float) if isinstance(field.default, float) else (int,))
+
+
+def read_json(path: str | Path, name: str) -> dict[str, Any]:
+    """One of the JSON files of a checkpoint: `state`, `recipe` or `fingerprint`."""
+    return json.loads((Path(path) / f"{name}.json").read_text("utf-8"))
+
+
+def write_evaluation(path: Path, state: TrainState, keep_last: int, best: bool) -> None:
+    """Add the state after an evaluation to the checkpoint at `path`; see `checkpoint.record_evaluation`."""
+    if best:  # first: a run killed in between evaluates again; from a state without its pointer it would not
+        write_atomic(path.parent / "best", path.name + "\n")
+    value = dataclasses.asdict(state)
+    write_json(path / "evaluated.json", {"sha256": _digest(value), "state": value})
+    prune(path.parent, keep_last)
+
+
+def evaluated(path: Path, step: int) -> dict[str, Any] | None:
+    """The fields of TrainState after the evaluation of a checkpoint of `step`; None if that is to be made again.
+
+    So it is where there is no file or, with a warning, where it is damaged.
+    """
+    try:
+        stored = json.loads((path / "evaluated.json").read_text("utf-8"))
+        state = stored.get("state", stored)  # older versions wrote the state alone
+        if state["step"] == step and stored.get("sha256") == (None if state is stored else _digest(state)):
+            return state
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, AttributeError, KeyError, TypeError, RecursionError):
+        pass
+    logger.warning("checkpoint %s: evaluated.json is damaged; the evaluation is made again", path.name)
+    return None
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()

@@ -1,0 +1,1 @@
+"""Many adapters over one frozen base, trained side by side in one process group."""

@@ -1,0 +1,75 @@
+"""Weight updates as slices of one higher-order tensor in Tucker or CP form, and what such an update adds to a map."""
+
+# D width of the input, O width of one head (or of the whole output), H heads, R ranks of the modes
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def tucker_slice(core: Tensor, rows: Sequence[Tensor]) -> Tensor:
+    """The core of one update: its last modes contracted with the rows that say which update it is.
+
+    Args:
+        core: (R1, ..., Rn).
+        rows: one vector for each of the last modes, in their order; of length R of that mode.
+
+    Returns:
+        The core without those modes.
+
+    Raises:
+        ValueError: if there are too many rows, or one does not fit its mode.
+
+    Source: TensLoRA, arXiv 2509.19391 (Tucker form).
+    """
+    first = core.dim() - len(rows)
+    if first < 2 or any(row.shape != core.shape[first + i : first + i + 1] for i, row in enumerate(rows)):
+        raise ValueError(f"rows of shapes {[tuple(r.shape) for r in rows]} do not fit a core {tuple(core.shape)}")
+    for row in reversed(rows):
+        core = (core * row).sum(-1)  # bits of a matrix-vector product depend on alignment in memory
+    return core
+
+
+def tucker_delta(x: Tensor, down_DR: Tensor, up_OR: Tensor, core: Tensor, heads_HR: Tensor | None = None) -> Tensor:
+    """x W for W = core x1 down x2 up (x3 heads), without W.
+
+    Args:
+        x: (..., D).
+        down_DR, up_OR, heads_HR: factors of the modes input, output (of one head, where there is a mode of heads) and
+            heads.
+        core: (R1, R2), or (R1, R2, R3) with heads; what `tucker_slice` gives.
+
+    Returns:
+        (..., O), or (..., H O) with the outputs of one head beside each other, as attention splits them.
+    """
+    z = x @ down_DR
+    if heads_HR is None:
+        return (z @ core) @ up_OR.T
+    parts = (z @ core.flatten(1)).unflatten(-1, core.shape[1:])
+    return (heads_HR @ (parts.mT @ up_OR.T)).flatten(-2)
+
+
+def cp_delta(
+    x: Tensor, down_DR: Tensor, up_OR: Tensor, rows: Sequence[Tensor], heads_HR: Tensor | None = None
+) -> Tensor:
+    """x W for W = sum_r down_r (x) up_r (x) heads_r, each term weighted by its entries of `rows`, without W.
+
+    Args:
+        x: (..., D).
+        down_DR, up_OR, heads_HR: factors with one column for each of R terms.
+        rows: vectors of length R, which say which update it is.
+
+    Returns:
+        As `tucker_delta`.
+
+    Source: TensLoRA, arXiv 2509.19391 (CP form).
+    """
+    z = x @ down_DR
+    for row in rows:
+        z = z * row
+    if heads_HR is None:
+        return z @ up_OR.T
+    return z @ torch.einsum("hr,or->hor", heads_HR, up_OR).flatten(0, 1).T

@@ -1,0 +1,74 @@
+"""Samples with no picture, pictures, videos, or both, mixed at random over three ranks of ZeRO-3: no rank waits."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+from pathlib import Path
+
+import pytest
+import yaml
+
+from mmpeft_ds.data.manifest import Manifest
+from mmpeft_ds.data.writer import RawSample
+from tests.helpers import launch
+from tests.helpers.data.images import encoded
+from tests.helpers.data.tiny_shards import write_shards
+from tests.helpers.models import tiny_families, tiny_mllm
+from tests.helpers.runs import tiny_talk
+
+pytestmark = pytest.mark.distributed
+SEED = int(os.environ.get("MMPEFT_SEED", 0))
+KINDS = ((0, 0), (1, 0), (2, 0), (0, 1), (0, 2), (1, 1))  # pictures and videos of a sample
+LORA = {"name": "lora", "r": 2, "target_modules": r".*\.(q_proj|v_proj|qkv)"}  # of both towers
+
+
+def sample(i: int, draw: random.Random) -> RawSample:
+    pictures, videos = draw.choice(KINDS)
+    frames = draw.choice([2, 4])
+    record = {"videos": [{"times": [0.5 * n for n in range(frames)]} for _ in range(videos)]} if videos else {}
+    marks = ["<image>\n"] * pictures + ["<video>\n"] * videos
+    draw.shuffle(marks)
+    record["conversations"] = [
+        {"from": "human", "value": "".join(marks) + "what is it ?"},
+        {"from": "gpt", "value": " ".join(draw.choices(["red", "blue", "a", "yes", "no"], k=draw.choice([1, 6])))},
+    ]
+    return RawSample(f"s{i}", [("jpg", encoded(i + n)) for n in range(pictures + videos * frames)], record)
+
+
+def prepare(folder: Path, family: str, steps: int) -> str:
+    folder.mkdir()
+    (tiny_mllm if family in tiny_mllm.FAMILIES else tiny_families).write(folder / "model", family)
+    draw = random.Random(SEED)
+    write_shards(folder / "data", [sample(i, draw) for i in range(60)], per_shard=11, name="mixed")
+    raw = yaml.safe_load(Path(tiny_talk.recipe(folder, "run", stage=3)).read_text())
+    raw["method"] = LORA
+    # a slot each, so that ranks rarely have the same
+    raw["data"]["global_batch"] = 3
+    raw["optim"] |= {"max_steps": steps, "epochs": 1000}
+    raw["engine"] |= {"stall": 60, "timeout": 300, "eval_every": 200, "save_every": 1000}
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(raw))
+    return str(folder / "recipe.yaml")
+
+
+def check(folder: Path, steps: dict[str, int], limit: float) -> None:
+    """Train on three ranks, which are killed after `limit` seconds."""
+    recipes = [prepare(folder / family, family, number) for family, number in steps.items()]
+    done = launch.run_forked("tests.helpers.rank_scripts.train_recipes", *recipes, ranks=3, timeout=limit)
+    assert done.code == 0 and not done.killed, done.tail()
+    assert "waiting since" not in done.output, "nobody waited for longer than engine.stall"
+    for family, number in steps.items():
+        rows = [json.loads(line) for line in (folder / family / "run" / "metrics.jsonl").read_text().splitlines()]
+        assert len(rows) == number and not rows[-1]["bad"], family
+        kinds = Manifest.load(str(folder / family / "data")).fields["train"]
+        assert kinds["videos[]"]["present"] > 0 and kinds["images"]["min"] == 0
+
+
+def test_no_rank_waits_whichever_has_pictures_or_videos(tmp_path):
+    check(tmp_path, {"qwen2_vl": 12}, 200.0)
+
+
+@pytest.mark.slow
+def test_no_rank_waits_for_five_hundred_steps(tmp_path):
+    check(tmp_path, {"qwen2_vl": 200, "llava_onevision": 100, "internvl": 100, "qwen3_vl": 100}, 1500.0)
