@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import signal
 import subprocess
@@ -83,23 +85,23 @@ def test_a_library_that_is_not_finished_is_compiled(folder, change):
     assert not (folder / "lock").exists()
 
 
-def test_who_waits_names_the_file_and_its_owner_and_takes_it_when_that_one_dies(folder, monkeypatch, capfd):
+def test_who_waits_names_the_file_and_its_owner_and_takes_it_when_that_one_dies(folder, monkeypatch):
     monkeypatch.setattr(build_lock, "SILENT", 0.2)
     (folder / "op.so").unlink()
     path = folder / "lock"
     holder = hold(path)
     try:
-        thread, answers = in_thread(lock := BuildLock(str(path)))
-        said, end = "", time.monotonic() + 60
-        while "waiting" not in said and time.monotonic() < end:
-            said += capfd.readouterr().err
-            time.sleep(0.05)
-        assert f"waiting for {path}, held by pid {holder.pid} on " in said and thread.is_alive()
-        holder.send_signal(signal.SIGKILL)
-        holder.wait()
-        thread.join(60)
+        with contextlib.redirect_stderr(io.StringIO()) as said:
+            thread, answers = in_thread(lock := BuildLock(str(path)))
+            end = time.monotonic() + 60
+            while "waiting" not in said.getvalue() and time.monotonic() < end:
+                time.sleep(0.05)
+            assert f"waiting for {path}, held by pid {holder.pid} on " in said.getvalue() and thread.is_alive()
+            holder.send_signal(signal.SIGKILL)
+            holder.wait()
+            thread.join(60)
         assert answers == [True] and Owner.read(path.read_text()).pid == os.getpid()
-        assert f"removed {path}; pid {holder.pid}" in capfd.readouterr().err
+        assert f"removed {path}; pid {holder.pid}" in said.getvalue()
         lock.release()
     finally:
         holder.kill()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import json
 import os
@@ -95,6 +96,7 @@ def _serve(log: Path) -> None:
     for module in SHARED:
         importlib.import_module(module)
     shared, answers = log.read_text().split(), []
+    gc.freeze()  # else each child looks at all of these objects when it ends, and so copies their memory
     for job in json.load(sys.stdin):
         log.write_text("")
         (Path(job["folder"]) / "cwd").mkdir(parents=True)
