@@ -146,7 +146,7 @@ def encoder(golden: Golden) -> None:
         image_owner=torch.arange(len(tokens)),
         texts={},
         text_owner=torch.arange(len(tokens)),
-        targets={"score": golden.tensor("target")},
+        targets={"score": golden.tensor("target"), "weight": torch.ones(len(tokens))},
         records=[],
         raw_texts=[],
         bad=[],

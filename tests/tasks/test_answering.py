@@ -55,13 +55,13 @@ def test_the_best_answer_and_those_of_the_list_alone():
     assert {drawn(best, TEN, seed)[0].target for seed in range(20)} == {"Green."}
     listed = Answering(Options(listed_only=True), ["red", "green"])
     assert {drawn(listed, TEN, seed)[0].target for seed in range(60)} == {"red", "green"}
-    assert drawn(listed, ["blue"], 0) == (Prompted("what color?", ""), {"question": 0, "score": 0.0})
+    assert drawn(listed, ["blue"], 0) == (Prompted("what color?", ""), {"question": 0, "score": 0.0, "weight": 1.0})
 
 
 def test_an_empty_answer_is_never_what_the_model_learns_to_say():
     task = Answering(Options(), None)
     assert {drawn(task, ["", " ", "red"], seed)[0].target for seed in range(20)} == {"red"}
-    assert drawn(task, ["", " \n"], 0) == (Prompted("what color?", ""), {"question": 0, "score": 0.0})
+    assert drawn(task, ["", " \n"], 0)[1] == {"question": 0, "score": 0.0, "weight": 1.0}
     (text,), (target,) = task.read_all(record(("what color?", [""] * 9 + ["red"])), None)
     assert text.target == "red" and target["score"] == pytest.approx(0.3)
 
@@ -112,6 +112,21 @@ def test_the_loss_is_the_mean_over_tokens_times_the_score_summed_over_questions(
     assert task.weight(given) == 1.5
 
 
+def test_the_weight_of_a_question_is_a_factor_of_its_loss_and_it_counts_as_one():
+    task = Answering(Options(target="best"), None)
+    given = batch(task, [(1.0, [["x"], ["y"]])])
+    weighted = batch(task, [(1.0, [["x"], ["y"]])])
+    targets = [{"question": 0, "score": 1.0, "weight": weight} for weight in (1.0, 0.2)]
+    weighted.targets["weight"] = task.collate(targets)["weight"]
+    outputs = written([3, 2])
+    means = [cross_entropy(outputs.logits[i, :n], outputs.labels[i, :n]) for i, n in ((0, 3), (1, 2))]
+    torch.testing.assert_close(task.loss(outputs, weighted), means[0] + 0.2 * means[1])
+    torch.testing.assert_close(task.loss(outputs, given), means[0] + means[1])
+    assert task.weight(weighted) == task.weight(given) == 2
+    asked = {"questions": [{"question": "?", "answers": ["x"], "weight": 0.2}]}
+    assert task.read_all(asked, None)[1][0]["weight"] == 0.2
+
+
 def test_rows_hold_the_question_without_its_prompt_and_are_scored_officially():
     task = Answering(Options(prompt="vqa: "), None)
     given = batch(task, [(1.0, [TEN, ["one"]]), (0.0, [["y"]])])
@@ -128,7 +143,8 @@ def test_rows_hold_the_question_without_its_prompt_and_are_scored_officially():
 def test_new_questions_are_asked_with_the_prompt():
     task = Answering(Options(prompt="gpa: "), None)
     asked, targets = task.ask(["is it?"])
-    assert task.prompted("is it?") == Prompted("gpa: is it?") and targets == [{"question": 0, "score": 0.0}]
+    assert task.prompted("is it?") == Prompted("gpa: is it?")
+    assert targets == [{"question": 0, "score": 0.0, "weight": 1.0}]
     assert asked["questions"][0]["question"] == "is it?"
 
 

@@ -1,12 +1,14 @@
 """Questions with weighted answers: the loss of the papers, ranking and writing through a tiny BLIP."""
 
+import math
+
 import pytest
 import torch
 
 from mmpeft_ds.backbones.blip import backbone as blip
 from mmpeft_ds.data.batch import GenerationOutput, PackedBatch, Sample, pack
 from mmpeft_ds.engine.assembly.forward import answer, forward
-from mmpeft_ds.errors import BadInput
+from mmpeft_ds.errors import BadInput, BadSample
 from mmpeft_ds.tasks.vqa_generative.task import ENTRY, Options
 from tests.helpers.models import tiny_blip
 
@@ -71,6 +73,30 @@ def test_the_loss_is_the_weighted_sum_of_summed_token_losses_and_counts_question
     assert task.weight(absent) == 0
     infinite = torch.full_like(logits, torch.inf)
     assert task.loss(GenerationOutput(infinite, labels), absent) == 0
+
+
+def test_a_question_of_less_weight_counts_in_the_loss_by_it_and_among_the_questions_as_one():
+    task = ENTRY(Options(clean=False), LABELS)
+    questions = [{"question": "vqa?", "answers": ["red", "red", "blue"]}]
+    questions.append({"question": "vg?", "answers": ["a man."], "weight": 0.2, "dataset": "vg"})
+    batch = batch_of(task, *task.read({"questions": questions}, torch.Generator()))
+    logits, labels = torch.zeros(3, 2, 8), torch.tensor([[1, 2], [3, -100], [4, 5]])  # ln 8 for each token
+    loss = task.loss(GenerationOutput(logits, labels), batch)
+    # ALBEF: an answer's tokens together, times its weight, divided by the number of questions.
+    each = math.log(8)
+    torch.testing.assert_close(loss / task.weight(batch), torch.tensor((2 / 3 * 2 + 1 / 3 * 1 + 0.2 * 2) * each / 2))
+    del questions[1]["weight"]
+    whole = batch_of(task, *task.read({"questions": questions}, torch.Generator()))
+    torch.testing.assert_close(task.loss(GenerationOutput(logits, labels), whole) - loss, torch.tensor(0.8 * 2 * each))
+    _, targets = task.read_all({"questions": [questions[1] | {"weight": 0.2}]}, None)
+    assert targets[0]["weight"] == pytest.approx(0.2)
+
+
+@pytest.mark.parametrize("weight", [-1, "1", True, math.nan, math.inf, None])
+def test_a_weight_that_is_no_number_from_0_on_makes_the_sample_a_bad_one(weight):
+    asked = {"questions": [{"question": "?", "answers": ["red"], "weight": weight}]}
+    with pytest.raises(BadSample, match="`weight` of a question"):
+        ENTRY(Options(), LABELS).read(asked, torch.Generator())
 
 
 @pytest.mark.parametrize("form", ["captioner", "vqa"])

@@ -74,6 +74,18 @@ def test_losses_of_two_batches_add_up_and_weight_zero_is_absent(loss):
     assert {r["sample_id"] for r in task.predict(outputs(logits), both)} == {"set/0"}
 
 
+@pytest.mark.parametrize("loss", ["bce", "ce"])
+def test_the_weight_of_a_question_is_a_factor_of_its_loss_and_it_counts_as_one(loss):
+    task = Vqa(Options(loss=loss), LABELS)
+    asked = RECORD["questions"][:2]
+    weighted = batch(task, {"questions": [asked[0], asked[1] | {"weight": 0.25}]})
+    logits = random_logits(2)
+    alone = [batch(task, {"questions": [question]}) for question in asked]
+    first, second = (task.loss(outputs(logits[i : i + 1]), one) for i, one in enumerate(alone))
+    torch.testing.assert_close(task.loss(outputs(logits), weighted), first + second / 4)
+    assert task.weight(weighted) == 2
+
+
 def test_losses_are_float32_at_least_and_keep_float64():
     task = Vqa(Options(), LABELS)
     packed = batch(task, RECORD)

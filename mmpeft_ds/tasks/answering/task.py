@@ -17,7 +17,7 @@ from mmpeft_ds.data.batch import GenerationOutput, PackedBatch, Prompted
 from mmpeft_ds.errors import BadInput
 from mmpeft_ds.tasks.answering.options import Options
 from mmpeft_ds.tasks.common.losses import weighted_sum
-from mmpeft_ds.tasks.common.questions import QuestionTask, answer_rows, drawn_questions, soft_scores
+from mmpeft_ds.tasks.common.questions import QuestionTask, answer_rows, drawn_questions, loss_weights, soft_scores
 from mmpeft_ds.tasks.common.rows import check_different
 
 
@@ -47,12 +47,13 @@ class Answering(QuestionTask):
     def read_questions(
         self, record: dict[str, Any], most: int, generator: torch.Generator | None
     ) -> tuple[list[Prompted], list[Any]]:
-        """Prompt and target of each question, its number in the record, and the score of the target."""
+        """Prompt and target of each question, its number in the record, the score of the target, and the weight of its
+        loss."""
         texts, targets = [], []
         for number, asked in drawn_questions(record, most, generator):
             answer, score = self._target(soft_scores(asked, self._known), generator)
             texts.append(self.prompted(asked.question, answer))
-            targets.append({"question": number, "score": score})
+            targets.append({"question": number, "score": score, "weight": asked.weight})
         return texts, targets
 
     def every_text(self, record: dict[str, Any]) -> list[Prompted]:
@@ -82,8 +83,9 @@ class Answering(QuestionTask):
         return drawn, scores[drawn]
 
     def collate(self, targets: list[Any]) -> dict[str, Tensor]:
-        """`question` (T,) and `score` (T,), 0 = no known answer."""
+        """`question`, `weight` and `score` (T,), 0 = no known answer."""
         return {
+            "weight": loss_weights(targets),
             "question": torch.tensor([t["question"] for t in targets], dtype=torch.int64),
             "score": torch.tensor([t["score"] for t in targets], dtype=torch.float32),
         }
@@ -104,7 +106,7 @@ class Answering(QuestionTask):
         each = total / count.clamp(min=1)
         if self.options.score_weight:
             each = each * batch.targets["score"].to(each.dtype)
-        return weighted_sum(each, self._weights(batch))
+        return weighted_sum(each, self._weights(batch) * batch.targets["weight"])
 
     def predict(self, outputs: GenerationOutput, batch: PackedBatch) -> list[dict[str, Any]]:
         """One row per question of weight > 0: sample_id, text, prediction, answers, type, question_id if given."""

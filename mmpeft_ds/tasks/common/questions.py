@@ -1,13 +1,15 @@
 """Questions and answers: the base of tasks on records with `questions`, and reading, rows, scores and priors of them.
 
-`questions` is a list of {question, answers (1 or 10), question_id?, type?, scores?}. `scores`, {answer: score}, are
-the soft targets where the data set publishes them, or preparation has made them by its rule; else they are made of
-the answers.
+`questions` is a list of {question, answers (1 or 10), question_id?, type?, scores?, weight?}. `scores`, {answer:
+score}, are the soft targets where the data set publishes them, or preparation has made them by its rule; else they are
+made of the answers. `weight` is a factor of the question's loss, 1 where it is not given; the sum of the losses is
+still divided by the number of questions.
 """
 
 from __future__ import annotations
 
 import abc
+import math
 import re
 import statistics
 from collections import Counter, defaultdict
@@ -35,11 +37,13 @@ from mmpeft_ds.tasks.common.rows import NOT_FINITE, nan_unless_finite
 
 @dataclass(frozen=True)
 class Asked:
-    """A question of a record: its text, the annotators' answers, and the published score of each answer or None."""
+    """A question of a record: its text, the annotators' answers, the published score of each answer or None, and the
+    weight of its loss."""
 
     question: str
     answers: list[str]
     scores: dict[str, float] | None = None
+    weight: float = 1.0
 
 
 class QuestionTask(TaskBase):
@@ -118,6 +122,11 @@ def drawn_questions(
         numbers = sorted(torch.randperm(len(questions), generator=generator)[:most].tolist())
     for number in numbers:
         yield number, _question(questions[number])
+
+
+def loss_weights(targets: list[Any]) -> torch.Tensor:
+    """(T,) float32: `weight` of each target, 1 for one without, such as that of a text that only fills up."""
+    return torch.tensor([target.get("weight", 1.0) for target in targets], dtype=torch.float32)
 
 
 def soft_scores(asked: Asked, known: dict[str, Any] | None) -> dict[str, float]:
@@ -222,7 +231,10 @@ def _question(asked: Any) -> Asked:
         isinstance(scores, dict) and all(isinstance(s, float | int) and 0 <= s <= 1 for s in scores.values())
     ):
         raise BadSample("type", "`scores` is no object of numbers from 0 to 1")
-    return Asked(asked["question"], answers, scores)
+    weight = asked.get("weight", 1.0)
+    if isinstance(weight, bool) or not isinstance(weight, float | int) or not 0 <= weight < math.inf:
+        raise BadSample("type", "`weight` of a question is no number from 0 on")
+    return Asked(asked["question"], answers, scores, float(weight))
 
 
 def _questions(records: Iterable[dict[str, Any]]) -> Iterable[dict[str, Any]]:

@@ -14,7 +14,7 @@ from mmpeft_ds.data.batch import PackedBatch
 from mmpeft_ds.errors import BadInput
 from mmpeft_ds.ops.precision import at_least_float32
 from mmpeft_ds.tasks.common.losses import weighted_sum
-from mmpeft_ds.tasks.common.questions import QuestionTask, answer_rows, drawn_questions, soft_scores
+from mmpeft_ds.tasks.common.questions import QuestionTask, answer_rows, drawn_questions, loss_weights, soft_scores
 from mmpeft_ds.tasks.common.rows import check_different
 from mmpeft_ds.tasks.vqa.options import Options
 
@@ -43,25 +43,28 @@ class Vqa(QuestionTask):
     def read_questions(
         self, record: dict[str, Any], most: int, generator: torch.Generator | None
     ) -> tuple[list[str], list[Any]]:
-        """Questions of one sample and, for each, its number in the record and the score of every known answer."""
+        """Questions of one sample and, for each, its number in the record, the score of every known answer, and the
+        weight of its loss."""
         texts, targets = [], []
         for number, asked in drawn_questions(record, most, generator):
             texts.append(asked.question)
             scores = soft_scores(asked, self._index)
-            targets.append({"question": number, "scores": {self._index[a]: score for a, score in scores.items()}})
+            of_index = {self._index[answer]: score for answer, score in scores.items()}
+            targets.append({"question": number, "scores": of_index, "weight": asked.weight})
         return texts, targets
 
     def collate(self, targets: list[Any]) -> dict[str, Tensor]:
-        """`question` (T,); for ce `label` (T,), -1 = no known answer; for bce `score` (T, C)."""
+        """`question` and `weight` (T,); for ce `label` (T,), -1 = no known answer; for bce `score` (T, C)."""
         question = torch.tensor([t["question"] for t in targets], dtype=torch.int64)
+        shared = {"question": question, "weight": loss_weights(targets)}
         if self.options.loss == "ce":
             label = torch.tensor([next(iter(t["scores"]), -1) for t in targets], dtype=torch.int64)
-            return {"question": question, "label": label}
+            return shared | {"label": label}
         score = torch.zeros(len(targets), len(self.labels))
         for row, target in enumerate(targets):
             for index, value in target["scores"].items():
                 score[row, index] = value
-        return {"question": question, "score": score}
+        return shared | {"score": score}
 
     def dummy_target(self) -> Any:
         return {"question": -1, "scores": {0: 1.0}}
@@ -86,7 +89,7 @@ class Vqa(QuestionTask):
         else:
             target = batch.targets["score"].to(logits.dtype)
             each = binary_cross_entropy_with_logits(logits[:, : len(self.labels)], target, reduction="none").mean(1)
-        return weighted_sum(each, self._weights(batch))
+        return weighted_sum(each, self._weights(batch) * batch.targets["weight"])
 
     def predict(self, outputs: Any, batch: PackedBatch) -> list[dict[str, Any]]:
         """One row per question of weight > 0: sample_id, text, prediction, answers, type, question_id if given."""

@@ -20,7 +20,7 @@ from torch import Tensor
 from mmpeft_ds.data.batch import GenerationOutput, PackedBatch, Prompted
 from mmpeft_ds.errors import BadInput
 from mmpeft_ds.tasks.common.losses import weighted_sum
-from mmpeft_ds.tasks.common.questions import QuestionTask, answer_rows, drawn_questions
+from mmpeft_ds.tasks.common.questions import Asked, QuestionTask, answer_rows, drawn_questions, loss_weights
 from mmpeft_ds.tasks.common.rows import check_different
 from mmpeft_ds.tasks.vqa_generative.options import Options
 
@@ -64,7 +64,7 @@ class VqaGenerative(QuestionTask):
         """Every question once for each of its distinct answers, the most frequent first; for training."""
         texts, targets = [], []
         for number, asked in drawn_questions(record, most, generator):
-            for place, (answer, weight) in enumerate(self._weighted(asked.answers).items()):
+            for place, (answer, weight) in enumerate(self._weighted(asked).items()):
                 texts.append(self.prompted(asked.question, answer))
                 targets.append({"question": number, "weight": weight, "first": float(place == 0)})
         return texts, targets
@@ -73,9 +73,9 @@ class VqaGenerative(QuestionTask):
         """Every question once, for evaluation, with its most frequent answer if it has one that counts."""
         texts, targets = [], []
         for number, asked in drawn_questions(record, 0, None):
-            best = next(iter(self._weighted(asked.answers)), "")
+            best = next(iter(self._weighted(asked)), "")
             texts.append(self.prompted(asked.question, best))
-            targets.append({"question": number, "weight": float(bool(best)), "first": float(bool(best))})
+            targets.append({"question": number, "weight": bool(best) * asked.weight, "first": float(bool(best))})
         return texts, targets
 
     def every_text(self, record: dict[str, Any]) -> list[Prompted]:
@@ -90,16 +90,17 @@ class VqaGenerative(QuestionTask):
             question = " ".join(_REMOVED.sub("", question.lower()).split())
         return Prompted(self.options.prompt.replace("{}", question), answer)
 
-    def _weighted(self, answers: list[str]) -> dict[str, float]:
-        votes = Counter(a for a in answers if a.strip() and (not self.options.listed_only or a in self._listed))
+    def _weighted(self, asked: Asked) -> dict[str, float]:
+        """Answer -> weight of its loss, that of the question included; the most frequent first."""
+        votes = Counter(a for a in asked.answers if a.strip() and (not self.options.listed_only or a in self._listed))
         given = self.options.answer_weight
-        return {answer: given or count / len(answers) for answer, count in votes.most_common()}
+        return {a: (given or count / len(asked.answers)) * asked.weight for a, count in votes.most_common()}
 
     def collate(self, targets: list[Any]) -> dict[str, Tensor]:
         """`question`, `weight` and `first` (T,): number in the record, weight of the answer, 1 for one answer each."""
         return {
             "question": torch.tensor([t["question"] for t in targets], dtype=torch.int64),
-            "weight": torch.tensor([t["weight"] for t in targets], dtype=torch.float32),
+            "weight": loss_weights(targets),
             "first": torch.tensor([t["first"] for t in targets], dtype=torch.float32),
         }
 
