@@ -36,7 +36,10 @@ def show(manifest: Manifest) -> None:
             samples = counted(number, "sample")
             print(f"  {split}: {samples} that training will leave out, {reason}: {', '.join(names)}{more}")
         if without := manifest.account.get(split, {}).get("uncaptioned"):
-            print(f"  {split}: {without:,} pictures or videos are listed without a caption, and left out")
+            number, names = without if isinstance(without, list) else (without, [])  # earlier versions named none
+            more = ", ..." if number > len(names) > 0 else ""
+            listed = f": {', '.join(names)}{more}" if names else ""
+            print(f"  {split}: {number:,} left out, pictures or videos that are listed without any text{listed}")
         if cut := manifest.fields.get(split, {}).get("cut", {}).get("present"):
             print(f"  {split}: {cut:,} videos break off or do not decode in parts; their records say `cut`")
         for other, (number, names) in manifest.account.get(split, {}).get("also_in", {}).items():

@@ -64,7 +64,7 @@ class Source(abc.ABC):
         Returns:
             any of `records`, `pictures`, `texts`: numbers; `expected`: name of such a number -> what the publishers
             of the data set count; `aside`: reason -> [number of records, their first ten names];
-            `uncaptioned`: pictures or videos that are listed without any caption. prepare.py adds `also_in` and
-            `bad`, see `data_prep.common.duplicates` and `data_prep.common.bad_pictures`.
+            `uncaptioned`: the same of pictures or videos that are listed without any text. prepare.py adds `also_in`
+            and `bad`, see `data_prep.common.duplicates` and `data_prep.common.bad_pictures`.
         """
         return {}

@@ -61,7 +61,7 @@ class CocoCaptions(CocoSource):
     def entries(self, split: str, index: Index) -> Iterator[Entry]:
         file = self.root / self.files()[split][0]
         if self.options.form == "karpathy":
-            yield from captions.karpathy(file, split, index, karpathy_path, "cocoid")
+            yield from captions.karpathy(file, split, index, karpathy_path, "cocoid", split == self.chosen()[0])
         elif self.options.form == "blip":
             yield from captions.blip(file, split, index, str, coco_id)
         else:

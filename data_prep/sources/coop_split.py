@@ -166,7 +166,11 @@ class CoopSplit(LayoutSource):
         if self.options.dataset == "imagenet":
             return imagenet.names(imagenet.classes(self.root / "classnames.txt"))
         if self.options.dataset == "fgvc_aircraft":
-            return [line.strip() for line in annotations.lines(self.root / self._variants())]
+            file = self.root / self._variants()
+            names = [line.strip() for line in annotations.lines(file)]
+            if twice := next((name for i, name in enumerate(names) if name in names[:i]), None):
+                raise BadInput(f"{file}: {twice!r} stands twice, and labels go by its lines. Download it again.")
+            return names
         file = self._split_file()
         names: dict[int, str] = {}
         for items in self._items.values():

@@ -57,7 +57,8 @@ class Flickr30k(LayoutSource):
         file = self.root / self.files()[split][0]
         form = self.options.form
         if form == "karpathy":
-            return captions.karpathy(file, split, index, lambda image: f"{FOLDER}/{image['filename']}", "imgid")
+            first = split == self.chosen()[0]
+            return captions.karpathy(file, split, index, lambda row: f"{FOLDER}/{row['filename']}", "imgid", first)
         if form == "blip":
             return captions.blip(file, split, index, self._last_part, lambda name: PurePosixPath(name).stem)
         if form == "tokens":

@@ -35,8 +35,14 @@ class Flickr8k(LayoutSource):
 
     def entries(self, split: str, index: Index) -> Iterator[Entry]:
         tokens, names = self.files()[split]
-        wanted = {line.strip() for line in annotations.lines(self.root / names)}
-        return captions.tokens(self.root / tokens, split, index, "Flicker8k_Dataset", wanted)
+        wanted = captions.names(self.root / names, split, index)
+        listed = self._listed() if split == self.chosen()[0] else None
+        return captions.tokens(self.root / tokens, split, index, "Flicker8k_Dataset", wanted, listed)
+
+    def _listed(self) -> set[str]:
+        """Pictures of all lists that are there."""
+        lists = [self.root / names for _, names in self.files().values()]
+        return {line.strip() for file in lists if file.is_file() for line in annotations.lines(file)}
 
     def record(self, items: list[Any], fields: dict[str, Any]) -> dict[str, Any]:
         return captions.record(items, fields)

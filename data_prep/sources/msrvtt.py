@@ -11,13 +11,13 @@ anywhere below the root. A sample is a clip. Source of the facts: specs/datasets
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from data_prep.sources.common import annotations, captions, questions
-from data_prep.sources.common.entry import Elsewhere, Entry
+from data_prep.sources.common.entry import Aside, Elsewhere, Entry
 from data_prep.sources.common.index import Index
 from data_prep.sources.common.videos import VideoOptions, VideoSource, name_of
 
@@ -63,9 +63,12 @@ class MsrVtt(VideoSource):
         return lists + qa
 
     def begin(self, index: Index) -> None:
-        """The videos of the training split, or the answers of the training questions."""
+        """The videos of the training split and of all, or the answers of the training questions."""
         if self.options.form in ("7k", "9k"):
-            self._train = self._names_of_training()
+            self._train = self._names_of_training(index)
+            self._all = self._train | self._column(self.root / self._anywhere(TEST_1K))
+        if self.options.form == "full":
+            self._all = {f"video{n}": None for numbers in FULL.values() for n in numbers}
         if self.options.form == "qa":
             index.keep(LISTED, self._answers(self.root / self.files()["train"][0]))
 
@@ -86,30 +89,33 @@ class MsrVtt(VideoSource):
             return index.parsed(split, annotations.json_lines(files[0]), self._of_aurora)
         if split == "test" and form != "full":
             return index.parsed(split, annotations.csv_rows(files[0], "video_id", "sentence"), self._of_csv)
-        wanted = {f"video{n}" for n in FULL[split]} if form == "full" else self._train
+        wanted = {f"video{n}": None for n in FULL[split]} if form == "full" else self._train
         return self._captioned(split, index, [file for file in files if file.name != TEST_1K], wanted)
 
-    def _captioned(self, split: str, index: Index, files: list[Path], wanted: set[str]) -> Iterator[Entry]:
-        """Captions of the wanted videos; listed ones without any are counted."""
-        left = set(wanted)
+    def _captioned(self, split: str, index: Index, files: list[Path], wanted: Collection[str]) -> Iterator[Entry]:
+        """Captions of the wanted videos. Listed ones without any are noted, and once the captions of videos that
+        belong to no split."""
+        left, first = dict.fromkeys(wanted), split == self.chosen()[0]
         name = "image_id" if files[0].name == FROZEN else "video_id"
 
         for file in files:
 
             def entry(row: Any, of_half: str = f"{file.stem} " if len(files) > 1 else "") -> Entry:
                 video = _video(row[name])
-                if video not in wanted:
+                if video not in wanted and (video in self._all or not first):
                     raise Elsewhere
+                if video not in wanted:
+                    raise Aside("video in no split of this form", video)
                 # Whether the numbers of sentences continue from half to half was not found.
                 key = f"{of_half}{row['sen_id']}" if "sen_id" in row else None
                 said = captions.caption(row["caption"], key or video)
-                left.discard(video)
+                left.pop(video, None)
                 return self._entry(video, said, key)
 
             key = "annotations" if file.name == FROZEN else "sentences"
             yield from index.parsed(split, annotations.items(file, key), entry)
-        if left and self._listed().is_file():
-            index.count(split, "uncaptioned", len(left))
+        for video in left if self._listed().is_file() else ():
+            index.without_text(split, video)
 
     def record(self, items: list[Any], fields: dict[str, Any]) -> dict[str, Any]:
         return fields | ({"questions": items} if self.options.form == "qa" else {"captions": items})
@@ -147,17 +153,22 @@ class MsrVtt(VideoSource):
         item |= questions.types_of(row, type="answer_type")
         return self._entry(video, item, str(row["id"]) if "id" in row else None)
 
-    def _names_of_training(self) -> set[str]:
+    def _names_of_training(self, index: Index) -> dict[str, None]:
         if self._listed().is_file():
-            return self._column(self._listed())
+            return self._column(self._listed(), index if "train" in self.chosen() else None)
         tested = self._column(self.root / self._anywhere(TEST_1K))
         numbers = range(7010) if self.options.form == "7k" else range(10000)
-        return {f"video{n}" for n in numbers} - tested
+        return {name: None for n in numbers if (name := f"video{n}") not in tested}
 
     @staticmethod
-    def _column(file: Path) -> set[str]:
-        """Videos that a csv file lists."""
-        return {row["video_id"].strip() for row in annotations.csv_rows(file, "video_id") if row["video_id"]}
+    def _column(file: Path, index: Index | None = None) -> dict[str, None]:
+        """Videos that a csv file lists, in its order; with `index`, those that stand again are set aside there."""
+        names: dict[str, None] = {}
+        for name in (_video(row["video_id"]) for row in annotations.csv_rows(file, "video_id") if row["video_id"]):
+            if name in names and index is not None:
+                index.set_aside("train", captions.LISTED_BEFORE, name)
+            names[name] = None
+        return names
 
     def _listed(self) -> Path:
         """The list of training videos of 7k or 9k, which need not be there."""

@@ -38,8 +38,8 @@ class MsvdQa(VideoSource):
 
     def begin(self, index: Index) -> None:
         """Clips by their number, and the answers of the training questions, the most frequent first."""
-        pairs = (line.rsplit(maxsplit=1) for line in annotations.lines(self.root / MAPPING))
-        index.put(CLIPS, ((pair[1], pair[0]) for pair in pairs if len(pair) == 2))
+        split, lines = self.chosen()[0], annotations.lines(self.root / MAPPING)
+        index.put_once(CLIPS, split, lines, _clip, f"line of {MAPPING}", "video named before")
         train = self.root / "train_qa.json"
         rows = annotations.items(train) if train.is_file() else ()
         index.keep(LISTED, questions.given_answers(rows, lambda row: [row["answer"]]))
@@ -63,6 +63,12 @@ class MsvdQa(VideoSource):
 
     def labels(self, split: str) -> list[str] | None:
         return self._of().kept(LISTED) or None
+
+
+def _clip(line: str) -> list[tuple[str, str]]:
+    """(number, name) of a line `<clip name> vidN`. Raises ValueError for another."""
+    name, number = line.rsplit(maxsplit=1)
+    return [(number, name)]
 
 
 ENTRY = MsvdQa

@@ -55,7 +55,7 @@ class OkVqa(coco.CocoSource):
         """The annotations of both splits, where they are there, and the list of answers."""
         for split in SUBTYPES:
             if (file := self.root / self._annotations(split)).is_file():
-                questions.put_answers(index, file)
+                questions.put_answers(index, file, split, split if split in self.chosen() else "")
         train = self.root / self._annotations("train")
         rows = annotations.items(train, "annotations") if train.is_file() else ()
         index.keep(LISTED, questions.given_answers(rows, questions.answers_of, self.options.min_answer_count))
@@ -67,7 +67,7 @@ class OkVqa(coco.CocoSource):
         def path(row: Any) -> str:
             return coco.picture(folder, row["image_id"])
 
-        return questions.official(file, split, index, path, listed, "official", True)
+        return questions.official(file, split, split, index, path, listed, "official", True, True)
 
     def record(self, items: list[Any], fields: dict[str, Any]) -> dict[str, Any]:
         return questions.record(items, fields)

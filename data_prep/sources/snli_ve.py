@@ -3,7 +3,8 @@
 A sample is a picture with all its hypotheses.
 
 snli_ve_{train,dev,test}.jsonl with Flickr30k's pictures in flickr30k-images/ (or flickr30k_images/). The picture's key
-has three spellings in public use, with or without .jpg: all are read. Each question is the hypothesis; its answer
+has three spellings in public use, with or without .jpg: all are read, as are ALBEF's and LAVIS's rows {image,
+sentence, label} (also in snli_ve_{train,dev,test}.json). Each question is the hypothesis; its answer
 `entailment`, `neutral` or `contradiction`, in words, since the published class numbers differ from code to code.
 p-Adapter's words (Correct, Ambiguous, Incorrect) are given with `--words p-adapter`; that mapping is inferred, it
 stands in no published code. Source of the facts: specs/datasets.md 9.
@@ -21,7 +22,7 @@ from data_prep.sources.common.entry import Aside, Entry
 from data_prep.sources.common.index import Index
 from data_prep.sources.common.layout import LayoutOptions, LayoutSource
 
-KEYS = ("Flickr30K_ID", "Flikr30kID", "Flickr30kID")
+KEYS = ("Flickr30K_ID", "Flikr30kID", "Flickr30kID", "image")  # the last in rows of ALBEF and LAVIS
 LABELS = ["entailment", "neutral", "contradiction"]
 P_ADAPTER = dict(zip(LABELS, ("Correct", "Ambiguous", "Incorrect"), strict=True))
 FOLDERS = ("flickr30k-images", "flickr30k_images")
@@ -51,15 +52,15 @@ class SnliVe(LayoutSource):
     }
 
     def files(self) -> dict[str, list[str]]:
-        names = {split: f"snli_ve_{split}.jsonl" for split in ("train", "dev", "test")}
-        return {split: [self.first_there(name, f"data/{name}")] for split, name in names.items()}
+        names = {split: f"snli_ve_{split}.json" for split in ("train", "dev", "test")}
+        return {s: [self.first_there(f"{name}l", f"data/{name}l", name)] for s, name in names.items()}
 
     def entries(self, split: str, index: Index) -> Iterator[Entry]:
         return index.parsed(split, annotations.records(self.root / self.files()[split][0]), self._entry)
 
     def _entry(self, row: Any) -> Entry:
         pair = row.get("pairID")
-        label = row["gold_label"]
+        label = row["label"] if "label" in row and "gold_label" not in row else row["gold_label"]
         if label not in LABELS:
             raise Aside("no gold label", str(pair))
         image = next((row[key] for key in KEYS if row.get(key)), None)
@@ -67,7 +68,8 @@ class SnliVe(LayoutSource):
             raise Aside(f"none of the keys {', '.join(KEYS)}", str(pair))
         image = PurePosixPath(str(annotations.identifier(image))).name
         image = image[:-4] if image.lower().endswith(".jpg") else image
-        hypothesis = annotations.text(row["sentence2"])
+        spelled = "sentence" if "sentence" in row and "sentence2" not in row else "sentence2"
+        hypothesis = annotations.text(row[spelled])
         if not hypothesis.strip():
             raise Aside("hypothesis empty", str(pair))
         answer = P_ADAPTER[label] if self.options.words == "p-adapter" else label

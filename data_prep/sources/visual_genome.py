@@ -51,7 +51,8 @@ class VisualGenome(LayoutSource):
         def entry(pair: tuple[Any, Any]) -> Entry:
             image, part = pair
             if image[key] == []:
-                raise Elsewhere  # pictures without any are listed too
+                index.without_text(split, f"{image['id']}.jpg")  # the files list such pictures too
+                raise Elsewhere
             # Copies of the files differ in whether a part names its picture too.
             return parse({"image_id": image["id"]} | part if "id" in image else part)
 

@@ -13,6 +13,7 @@ Source of the facts: specs/datasets.md 2.
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ SUBTYPES = {"train": "train2014", "val": "val2014", "test": "test2015", "test_de
 ANSWERED = ("train", "val")
 LXMERT = ("train", "valid", "nominival", "minival", "test")  # `valid` in Routing's configurations
 LISTED = "listed"
+VG_WEIGHT = 0.2  # of a question with the answer of one person, in BLIP's and ALBEF's training
 
 
 @dataclass
@@ -41,11 +43,14 @@ class Options(LayoutOptions):
         min_answer_count: an answer is listed if it is the main answer, normalised, of at least so many questions.
         targets: soft targets count the annotators' answers as they were written (official, as published), or
             normalised.
+        vg_weight: weight in the loss of Visual Genome's questions in BLIP's files (where it is not given, BLIP's 0.2;
+            LAVIS has 1).
     """
 
     form: Literal["official", "karpathy", "lxmert", "vlt5", "blip"] = "official"
     min_answer_count: int = 9
     targets: Literal["official", "normalised"] = "official"
+    vg_weight: float | None = None
 
 
 class VqaV2(coco.CocoSource):
@@ -72,6 +77,9 @@ class VqaV2(coco.CocoSource):
             raise BadInput(
                 f"--min-answer-count: {options.min_answer_count}. Use 1 or more; 9 gives the published list."
             )
+        self._vg_weight = VG_WEIGHT if options.vg_weight is None else options.vg_weight
+        if not 0 <= self._vg_weight < math.inf:
+            raise BadInput(f"--vg-weight: {options.vg_weight}. Use 0 or more; BLIP has 0.2, LAVIS 1.")
 
     def files(self) -> dict[str, list[str]]:
         form = self.options.form
@@ -97,13 +105,20 @@ class VqaV2(coco.CocoSource):
         there = [self.root / self._annotations(split) for split in ANSWERED]
         there = [file for file in there if file.is_file()]
         if self.options.form != "blip":
-            for file in there:
-                questions.put_answers(index, file)
+            for half in ANSWERED:
+                if (file := self.root / self._annotations(half)) in there:
+                    questions.put_answers(index, file, *self._kept_as(half))
         index.keep(LISTED, self._list(there, index))
         if self.options.form == "karpathy":
-            file = self.root / self.first_there(*captions.COCO_KARPATHY)
-            images = annotations.items(file, "images")
-            index.put("split", index.parsed(self.chosen()[0], images, captions.karpathy_split, "image"))
+            images = annotations.items(self.root / self.first_there(*captions.COCO_KARPATHY), "images")
+            parse, repeated = captions.karpathy_split, captions.LISTED_BEFORE
+            index.put_once("split", self.chosen()[0], images, parse, "image", repeated)
+
+    def _kept_as(self, half: str) -> tuple[str, str]:
+        """What an annotation file is called in the index, and the split whose report names what is wrong in it."""
+        if self.options.form == "official":
+            return half, half if half in self.chosen() else ""
+        return (half, self.chosen()[0]) if self.options.form == "karpathy" else (questions.BOTH, "")
 
     def _published_list(self) -> str:
         blip = self.options.form == "blip"
@@ -137,15 +152,16 @@ class VqaV2(coco.CocoSource):
 
     def _official(self, file_of: str, split: str, index: Index, path: Any) -> Iterator[Entry]:
         file = self.root / self._questions(file_of)
-        answered = file_of in ANSWERED
-        return questions.official(file, split, index, path, self._listed, self.options.targets, answered)
+        answered, rule = file_of in ANSWERED, self.options.targets
+        first = self.options.form == "official" or split == self.chosen()[0]
+        return questions.official(file, file_of, split, index, path, self._listed, rule, answered, first)
 
     def _of_karpathy(self, split: str, index: Index) -> Iterator[Entry]:
         for half in ANSWERED:
 
             def path(row: Any, half: str = half) -> str:
                 actual = index.get("split", str(row["image_id"]))
-                if actual is None and split == "train":  # this is reported once
+                if actual is None and split == self.chosen()[0]:  # this is reported once
                     raise Aside("picture in no split of Karpathy's file", str(row["question_id"]))
                 if actual != split:
                     raise Elsewhere
@@ -164,6 +180,8 @@ class VqaV2(coco.CocoSource):
                 key = f"{row.get('dataset', 'vqa')} {row['question_id']}"
             if isinstance(row.get("dataset"), str):
                 item["dataset"] = row["dataset"]  # vqa, or vg for Visual Genome's
+            if row.get("dataset") == "vg":
+                item["weight"] = self._vg_weight
             name = annotations.text(row["image"])
             known = split != "test" or answers
             item["answers"] = questions.answered(answers, key or name) if known else []

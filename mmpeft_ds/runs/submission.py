@@ -14,6 +14,9 @@ from typing import Any
 
 from mmpeft_ds.errors import BadInput
 
+# Reasons to set records aside that no server asks about: repetitions, and annotations of no question.
+ASKED_FOR_NOTHING = {"id given before", "listed before", "annotation given before", "annotation without a question"}
+
 
 @dataclass(frozen=True)
 class Form:
@@ -100,7 +103,7 @@ def not_listed(account: dict[str, Any]) -> str:
     Args:
         account: of the split, in the manifest of the data set.
     """
-    aside = account.get("aside", {})
+    aside = {why: told for why, told in account.get("aside", {}).items() if why not in ASKED_FOR_NOTHING}
     number = sum(count for count, _ in aside.values())
     if not number:
         return ""

@@ -78,7 +78,7 @@ def test_a_killed_preparation_with_an_index_continues_to_the_same_bytes(coco, tm
     prepare.main([*argv, str(tmp_path / "whole")])
     whole = contents(tmp_path / "whole")
     assert contents(tmp_path / "killed") == whole
-    assert Manifest.load(tmp_path / "whole").account["train"]["uncaptioned"] == 2 and len(whole) == 9 + 3
+    assert Manifest.load(tmp_path / "whole").account["train"]["uncaptioned"][0] == 2 and len(whole) == 9 + 3
 
 
 def test_a_finished_index_is_not_read_again(coco, tmp_path, monkeypatch):

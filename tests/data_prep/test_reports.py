@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from data_prep import prepare, sources, verify
-from data_prep.common import duplicates
+from data_prep.common import duplicates, report
 from data_prep.sources.common.layout import LayoutSource
 from mmpeft_ds import registry
 from mmpeft_ds.data import identity
@@ -178,15 +178,19 @@ def test_frames_are_no_pictures_of_their_own():
     assert duplicates.SHOWN == 10
 
 
-def test_pictures_listed_without_a_caption_are_counted(tmp_path, capsys):
+def test_pictures_listed_without_a_caption_are_counted_and_named(tmp_path, capsys):
     for number in range(3):
         put_picture(tmp_path / f"coco/train2014/{number}.jpg", number)
     images = [{"id": number, "file_name": f"{number}.jpg"} for number in range(3)]
     rows = [{"id": 1, "image_id": 1, "caption": "b"}, {"id": 2, "image_id": 1, "caption": "c"}]
     put(tmp_path / "coco/annotations/captions_train2014.json", {"images": images, "annotations": rows})
     manifest = prepared("coco-captions", tmp_path / "coco", tmp_path / "out", "--form", "official")
-    assert manifest.account["train"]["uncaptioned"] == 2
-    assert "train: 2 pictures or videos are listed without a caption" in capsys.readouterr().out
+    assert manifest.account["train"]["uncaptioned"] == [2, ["train2014/0.jpg", "train2014/2.jpg"]]
+    line = "train: 2 left out, pictures or videos that are listed without any text"
+    assert f"{line}: train2014/0.jpg, train2014/2.jpg\n" in capsys.readouterr().out
+    manifest.account["train"]["uncaptioned"] = 2  # of an earlier version
+    report.show(manifest)
+    assert f"{line}\n" in capsys.readouterr().out
 
 
 def test_archives_that_are_still_packed_are_named(tmp_path):

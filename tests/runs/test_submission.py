@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from data_prep.sources.common import questions
 from mmpeft_ds.errors import BadInput
 from mmpeft_ds.runs.submission import FORMS, content, file_name, not_listed
 
@@ -58,7 +59,10 @@ def test_an_item_without_prediction_gets_an_empty_one_and_is_counted():
 
 def test_what_preparation_set_aside_is_said_to_lack():
     account = {"records": 9, "aside": {"picture not there": [2, ["a.jpg", "b.jpg"]], "id given before": [1, ["7"]]}}
-    assert "3 records that preparation set aside (picture not there, id given before)" in not_listed(account)
+    assert "2 records that preparation set aside (picture not there)" in not_listed(account), "7 itself is in the file"
+    reasons = "id given before", "listed before", questions.REPEATED, questions.UNASKED
+    repeated = {reason: [1, ["7"]] for reason in reasons}
+    assert not_listed({"aside": repeated}) == ""
     assert not_listed({"records": 9, "aside": {}}) == not_listed({}) == ""
 
 

@@ -16,6 +16,7 @@ from data_prep.sources.common.entry import Aside, Elsewhere, Entry
 from data_prep.sources.common.index import Index
 
 SPLITS = ("train", "val", "test")
+LISTED_BEFORE = "listed before"  # reason to set a line of a list of pictures aside
 COCO_KARPATHY = ("dataset_coco.json", "annotations/dataset_coco.json")
 KARPATHY_SPLITS = {"train": "train", "restval": "train", "val": "val", "test": "test"}
 
@@ -51,8 +52,8 @@ def coco(
     def picture(image: Any) -> list[tuple[str, Any]]:
         return [(str(image["id"]), (image["id"], path(image), next(numbers)))]
 
-    index.put(images, index.parsed(split, annotations.items(file, "images"), picture, "image"))
-    captioned, listed = bytearray(), index.size_of(images)  # a byte a picture
+    index.put_once(images, split, annotations.items(file, "images"), picture, "image", LISTED_BEFORE)
+    captioned = bytearray()  # a byte a picture
 
     def entry(pair: tuple[Any, Any]) -> Entry:
         row, found = pair
@@ -66,8 +67,10 @@ def coco(
         return Entry(name, [name], item, {"image_id": number}, key=str(row["id"]))
 
     yield from index.parsed(split, index.joined(images, annotations.items(file, "annotations"), "image_id"), entry)
-    if without := listed - captioned.count(1):
-        index.count(split, "uncaptioned", without)
+    captioned.extend(bytes(next(numbers)))  # of the pictures behind the last one with a caption
+    without = sorted((place, name) for _, name, place in index.values(images) if not captioned[place])
+    for _, name in without:
+        index.without_text(split, name)
 
 
 def uncaptioned(file: Path, split: str, index: Index, path: Callable[[dict[str, Any]], str]) -> Iterator[Entry]:
@@ -80,11 +83,12 @@ def uncaptioned(file: Path, split: str, index: Index, path: Callable[[dict[str, 
 
 
 def karpathy(
-    file: Path, split: str, index: Index, path: Callable[[dict[str, Any]], str], id_key: str
+    file: Path, split: str, index: Index, path: Callable[[dict[str, Any]], str], id_key: str, first: bool
 ) -> Iterator[Entry]:
     """Entries of one split of Karpathy's file; `restval` belongs to training.
 
     Args:
+        first: whether no other split of the file is read before; what belongs to none is reported there.
         path: of an object of `images`, its picture below the folder of the pictures.
         id_key: where the picture's id stands.
     """
@@ -92,13 +96,13 @@ def karpathy(
     def entry(pair: tuple[Any, Any]) -> Entry:
         image, sentence = pair
         actual = KARPATHY_SPLITS.get(image.get("split"))
-        if actual != split and (actual or split != "train"):  # this is reported once
+        if actual != split and (actual or not first):
             raise Elsewhere
         name = path(image)
         if actual is None:
             raise Aside(f"split that is none of {', '.join(KARPATHY_SPLITS)}", name)
         if image["sentences"] == []:
-            index.count(split, "uncaptioned")
+            index.without_text(split, name)
             raise Elsewhere
         item = {"caption": caption(sentence["raw"], str(sentence["sentid"])), "id": sentence["sentid"]}
         return Entry(name, [name], item, {"image_id": image[id_key]}, key=str(sentence["sentid"]))
@@ -120,6 +124,9 @@ def blip(
         row, said = pair
         image = annotations.text(row["image"])
         name = path(image)
+        if row["caption"] == []:
+            index.without_text(split, name)
+            raise Elsewhere
         said = row["caption"] if isinstance(row["caption"], str) else said
         return Entry(name, [name], {"caption": caption(said, name)}, {"image_id": image_id(image)})
 
@@ -127,13 +134,20 @@ def blip(
 
 
 def tokens(
-    file: Path, split: str, index: Index, folder: str, wanted: Collection[str] | None = None
+    file: Path,
+    split: str,
+    index: Index,
+    folder: str,
+    wanted: Collection[str] | None = None,
+    elsewhere: Collection[str] | None = None,
 ) -> Iterator[Entry]:
     """Entries of a token file: `name.jpg#k<TAB>caption` a line.
 
     Args:
         folder: of the pictures.
         wanted: names of the split's pictures; None takes all.
+        elsewhere: names of the pictures of all splits, given for one split alone, in which rows of other pictures are
+            set aside.
     """
 
     captioned: set[str] = set()
@@ -144,6 +158,8 @@ def tokens(
         if not tab or not mark:
             raise Aside("line of another form", line[:60])
         if wanted is not None and name not in wanted:
+            if elsewhere is not None and name not in elsewhere:
+                raise Aside("picture in no list", key)
             raise Elsewhere
         said = caption(said, key).strip()
         captioned.add(name)
@@ -151,8 +167,19 @@ def tokens(
         return Entry(path, [path], {"caption": said}, {"image_id": PurePosixPath(name).stem}, key=key)
 
     yield from index.parsed(split, annotations.lines(file), entry)
-    if without := len(set(wanted or ()) - captioned):
-        index.count(split, "uncaptioned", without)
+    for name in (name for name in wanted or () if name not in captioned):
+        index.without_text(split, name)
+
+
+def names(file: Path, split: str, index: Index) -> dict[str, None]:
+    """Names that a list of pictures or videos has, one a line, in its order; those that stand again are set aside."""
+    listed: dict[str, None] = {}
+    for line in annotations.lines(file):
+        name = line.strip()
+        if name in listed:
+            index.set_aside(split, LISTED_BEFORE, name)
+        listed[name] = None
+    return listed
 
 
 def record(items: list[Any], fields: dict[str, Any]) -> dict[str, Any]:

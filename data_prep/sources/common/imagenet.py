@@ -45,7 +45,8 @@ def entries(
 ) -> Iterator[Entry]:
     """Entries of a folder of class folders, classes and files in the order of their names.
 
-    Pictures in folders that look like a class and are none are set aside; classes without a folder are reported.
+    Pictures in folders of no class are set aside, in a folder that other things lie in beside the class folders only
+    those in folders that look like a class; classes without a folder are reported.
 
     Args:
         root: below which names of pictures stand.
@@ -57,7 +58,8 @@ def entries(
     if without := [wnid for wnid in labels if wnid not in there]:
         shown = ", ".join(sorted(without)[:3]) + (", ..." if len(without) > 3 else "")
         print(f"note: {split}: {len(without)} of {len(labels)} classes have no folder: {shown}", file=sys.stderr)
-    strange = sorted(name for name in there - labels.keys() if _CLASS.fullmatch(name))
+    unknown = (name for name in there - labels.keys() if not name.startswith("."))
+    strange = sorted(name for name in unknown if folder or _CLASS.fullmatch(name))
     for wnid in (*sorted(labels.keys() & there, key=lambda name: labels[name]), *strange):
         for name in sorted(path.name for path in (root / folder / wnid).iterdir() if path.name not in HIDDEN):
             path = f"{folder}/{wnid}/{name}" if folder else f"{wnid}/{name}"

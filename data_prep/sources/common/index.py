@@ -36,9 +36,11 @@ CREATE TABLE sample(
 );
 CREATE TABLE item(sample INTEGER, value BLOB);
 CREATE TABLE seen(split TEXT, key TEXT, block INTEGER, PRIMARY KEY(split, key)) WITHOUT ROWID;
-CREATE TABLE looked_up(kind TEXT, key TEXT, value BLOB, PRIMARY KEY(kind, key)) WITHOUT ROWID;
+CREATE TABLE looked_up(kind TEXT, key TEXT, value BLOB, times INTEGER, PRIMARY KEY(kind, key)) WITHOUT ROWID;
+CREATE TABLE met(kind TEXT, key TEXT, PRIMARY KEY(kind, key)) WITHOUT ROWID;
 CREATE TABLE kept(name TEXT PRIMARY KEY, value BLOB) WITHOUT ROWID;
 CREATE TABLE aside(split TEXT, reason TEXT, name TEXT);
+CREATE TABLE uncaptioned(split TEXT, name TEXT);
 CREATE TABLE number(split TEXT, name TEXT, value INTEGER, PRIMARY KEY(split, name)) WITHOUT ROWID;
 """
 
@@ -165,7 +167,20 @@ class Index:
     def put(self, kind: str, pairs: Iterable[tuple[str, Any]]) -> None:
         """Keep values to be looked up by key, such as annotations by the id of their question; the last one counts."""
         rows = ((kind, _storable(key), _kept_form(value)) for key, value in pairs)
-        self._connected().executemany("INSERT OR REPLACE INTO looked_up VALUES(?,?,?)", rows)
+        again = "ON CONFLICT DO UPDATE SET value=excluded.value, times=times+1"
+        self._connected().executemany(f"INSERT INTO looked_up VALUES(?,?,?,1) {again}", rows)
+
+    def put_once(
+        self, kind: str, split: str, rows: Iterable[Any], parse: Callable[[Any], Iterable[Any]], of: str, repeated: str
+    ) -> None:
+        """`put` the pairs that `parse` makes of rows. Rows of another form, and those whose key a row before had, are
+        set aside, the latter under the reason `repeated`."""
+        self.put(kind, self.parsed(split, rows, parse, of))
+        query = "SELECT key, times FROM looked_up WHERE kind=? AND times>1 ORDER BY key"
+        for key, times in self._run(query, (kind,)).fetchall():
+            for _ in range(times - 1):
+                self.set_aside(split, repeated, key)
+        self._run("UPDATE looked_up SET times=1 WHERE kind=? AND times>1", (kind,))
 
     def get(self, kind: str, key: str) -> Any:
         """The value that `put` stored for a key, or None."""
@@ -177,19 +192,33 @@ class Index:
         rows = self._run("SELECT value, count(*) FROM looked_up WHERE kind=? GROUP BY value", (kind,))
         return {_value(value): number for value, number in rows}
 
-    def joined(self, kind: str, rows: Iterable[Any], key: str) -> Iterator[tuple[Any, Any]]:
+    def joined(self, kind: str, rows: Iterable[Any], key: str, mark: bool = False) -> Iterator[tuple[Any, Any]]:
         """(row, what `put` kept for its value under `key`, or None) of rows, many looked up with each statement.
 
         A row without that key, or of another form, has None beside it.
+
+        Args:
+            mark: keys that are looked up are no longer among `unmet`.
         """
         rows = iter(rows)
         query = "SELECT key, value FROM looked_up WHERE kind=? AND key IN (SELECT value FROM json_each(?))"
         while block := list(itertools.islice(rows, BLOCK)):
             keys = [_storable(str(row[key])) if isinstance(row, dict) and key in row else None for row in block]
             values = dict(self._run(query, (kind, json.dumps(keys))).fetchall())
+            if mark:
+                self._connected().executemany("INSERT OR IGNORE INTO met VALUES(?,?)", ((kind, k) for k in values))
             for row, number in zip(block, keys, strict=True):
                 value = values.get(number)
                 yield row, None if value is None else _value(value)
+
+    def unmet(self, kind: str) -> list[str]:
+        """Keys that `put` kept and that no row had which `joined` marked."""
+        query = "SELECT key FROM looked_up WHERE kind=? EXCEPT SELECT key FROM met WHERE kind=? ORDER BY key"
+        return [key for (key,) in self._run(query, (kind, kind))]
+
+    def values(self, kind: str) -> Iterator[Any]:
+        """What `put` kept, in the order of the keys."""
+        return (_value(v) for (v,) in self._run("SELECT value FROM looked_up WHERE kind=? ORDER BY key", (kind,)))
 
     def size_of(self, kind: str) -> int:
         """Number of keys for which `put` stored values."""
@@ -208,6 +237,10 @@ class Index:
         """Note that a record becomes no sample."""
         self._run("INSERT INTO aside VALUES(?,?,?)", (split, _storable(reason), _storable(name)))
         self.count(split, "records")
+
+    def without_text(self, split: str, name: str) -> None:
+        """Note a picture or video that is listed without a caption or question, which is no record."""
+        self._run("INSERT INTO uncaptioned VALUES(?,?)", (split, _storable(name)))
 
     def count(self, split: str, name: str, by: int = 1) -> None:
         """Add to a number of a split that the report shows."""
@@ -292,7 +325,14 @@ class Index:
                 (split, reason, SHOWN),
             )
             aside[reason] = [number, [name for (name,) in names]]
-        return numbers | {"aside": aside}
+        return numbers | {"aside": aside} | self._uncaptioned(split)
+
+    def _uncaptioned(self, split: str) -> dict[str, Any]:
+        number = self._run("SELECT count(*) FROM uncaptioned WHERE split=?", (split,)).fetchone()[0]
+        if not number:
+            return {}
+        names = self._run("SELECT name FROM uncaptioned WHERE split=? ORDER BY rowid LIMIT ?", (split, SHOWN))
+        return {"uncaptioned": [number, [name for (name,) in names]]}
 
     def _number(self) -> None:
         """Give the samples of each split their numbers, and make what is asked later fast."""
@@ -303,6 +343,7 @@ class Index:
         )
         self._run("CREATE INDEX numbers_of ON sample(split, number)")
         self._run("DELETE FROM looked_up")
+        self._run("DELETE FROM met")
         self._run("DELETE FROM seen")
         rows = [(split, name, value) for (split, name), value in self._numbers.items()]
         self._connected().executemany("INSERT INTO number VALUES(?,?,?)", rows)

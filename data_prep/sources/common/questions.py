@@ -7,8 +7,6 @@ are the soft targets over the list of answers, as specs/datasets.md 2.3 gives th
 from __future__ import annotations
 
 import contextlib
-import itertools
-import sys
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -24,6 +22,8 @@ Rule = Literal["official", "normalised"]
 # Kinds of lookup: annotations by the id of their question; main answers by question and answer.
 ANSWERS, MAIN = "answers", "main answers"
 NO_ANSWER = "question without an answer"
+BOTH = "of both"
+REPEATED, UNASKED = "annotation given before", "annotation without a question"
 
 
 def answer_list(index: Index, files: Iterable[Path], at_least: int) -> list[str]:
@@ -76,31 +76,41 @@ def soft_targets(answers: list[str], listed: Collection[str], rule: Rule) -> dic
     return {answer: round(soft_score(n, len(answers)), 6) for answer, n in counts.items() if answer in listed}
 
 
-def put_answers(index: Index, file: Path) -> None:
+def put_answers(index: Index, file: Path, half: str, split: str) -> None:
     """Keep the annotations of a file, to be looked up by the id of their question; of two the last counts, as in the
-    official tools, and this is reported."""
-    rows = (row for row in annotations.items(file, "annotations") if isinstance(row, dict))
-    before, read = index.size_of(ANSWERS), itertools.count()
-    index.put(ANSWERS, ((str(row["question_id"]), row) for row in rows if "question_id" in row and next(read) >= 0))
-    if repeated := before + next(read) - index.size_of(ANSWERS):
-        print(f"note: {file}: {repeated:,} annotations of a question given before; the last counts", file=sys.stderr)
+    official tools.
+
+    Args:
+        half: what `official` calls the file; BOTH for `scored`, which takes those of all files.
+        split: whose report names annotations that are repeated, or of another form; empty for none.
+    """
+
+    def annotation(row: Any) -> list[tuple[str, Any]]:
+        return [(str(annotations.identifier(row["question_id"])), row)]
+
+    rows = annotations.items(file, "annotations")
+    index.put_once(f"{ANSWERS} {half}", split, rows, annotation, "annotation", REPEATED)
 
 
 def official(
     file: Path,
+    half: str,
     split: str,
     index: Index,
     path: Callable[[dict[str, Any]], str],
     listed: Collection[str],
     rule: Rule,
     answered: bool,
+    first: bool,
 ) -> Iterator[Entry]:
     """Entries of a questions file of VQA's form, joined by id with what `put_answers` kept.
 
     Args:
+        half: of `put_answers`.
         path: of a question, its picture below the folder of the pictures. May raise Aside.
         listed: the closed list of answers, a set; without it questions have no `scores`.
         answered: whether the split has answers; a question without is then set aside.
+        first: whether no other split is made of the same files; annotations of no question are reported there.
     """
 
     def entry(pair: tuple[Any, Any]) -> Entry:
@@ -118,8 +128,11 @@ def official(
                 item["scores"] = soft_targets(item["answers"], listed, rule)
         return Entry(name, [name], item, {"image_id": row["image_id"]}, key=str(number))
 
-    rows = index.joined(ANSWERS, annotations.items(file, "questions"), "question_id")
-    return index.parsed(split, rows, entry)
+    kind = f"{ANSWERS} {half}"
+    rows = index.joined(kind, annotations.items(file, "questions"), "question_id", mark=first)
+    yield from index.parsed(split, rows, entry)
+    for number in index.unmet(kind) if first else ():
+        index.set_aside(split, UNASKED, number)
 
 
 def answers_of(row: dict[str, Any]) -> list[Any]:
@@ -170,7 +183,7 @@ def scored(
         name = path(row["img_id"])
         return Entry(name, [name], item, {"image_id": row["img_id"]}, key=str(number))
 
-    return index.parsed(split, index.joined(ANSWERS, rows, "question_id"), entry)
+    return index.parsed(split, index.joined(f"{ANSWERS} {BOTH}", rows, "question_id"), entry)
 
 
 def record(items: list[Any], fields: dict[str, Any]) -> dict[str, Any]:

@@ -39,7 +39,8 @@ def test_a_caption_that_is_none_is_set_aside_alone_and_an_unknown_split_once(fli
     ]
     put(flickr / "dataset_flickr30k.json", {"images": images})
     manifest = prepared("flickr30k", flickr, tmp_path / "out")
-    assert captions(manifest, "val") == {5: ["one", "three"]} and manifest.account["val"]["uncaptioned"] == 1
+    assert captions(manifest, "val") == {5: ["one", "three"]} and "uncaptioned" not in manifest.account["train"]
+    assert manifest.account["val"]["uncaptioned"] == [1, ["flickr30k-images/1000092795.jpg"]]
     assert manifest.account["val"]["aside"] == {"record of another form": [1, ["record 1"]]}
     unknown = "split that is none of train, restval, val, test"
     assert manifest.account["train"]["aside"] == {unknown: [1, ["flickr30k-images/2199200615.jpg"]]}
@@ -81,12 +82,23 @@ def test_flickr8k_names_a_picture_that_is_not_there(tmp_path):
     lines = [f"{name}#{k}\t{name} {k} .\n" for name in names.values() for k in range(2)]
     put(root / "Flickr8k.token.txt", "".join(lines) + "2258277193_586949ec62.jpg.1#0\tA ghost .\n")
     for list_name, split in (("trainImages", "train"), ("devImages", "val"), ("testImages", "test")):
-        put(root / f"Flickr_8k.{list_name}.txt", "d.jpg\r\n\r\n" + names[split])  # no line end at the end
+        listed = names[split] + ("" if split != "val" else "\r\nb.jpg")
+        put(root / f"Flickr_8k.{list_name}.txt", "d.jpg\r\n\r\n" + listed)  # no line end at the end
     for number, name in enumerate(names.values()):
         put_picture(root / "Flicker8k_Dataset" / name, number)
     manifest = prepared("flickr8k", root, tmp_path / "out")
     assert captions(manifest, "val") == {"b": ["b.jpg 0 .", "b.jpg 1 ."]}
-    assert not manifest.account["train"]["aside"] and manifest.account["train"]["uncaptioned"] == 1
+    ghost = {"picture in no list": [1, ["2258277193_586949ec62.jpg.1#0"]]}
+    accounts = {split: manifest.account[split] for split in manifest.splits}
+    assert {s: a["aside"] for s, a in accounts.items()} == {
+        "train": ghost,
+        "val": {"listed before": [1, ["b.jpg"]]},
+        "test": {},
+    }
+    assert all(account["uncaptioned"] == [1, ["d.jpg"]] for account in accounts.values())
+    assert accounts["train"]["records"] == 3, "each row that leads to no sample is told once"
+    manifest = prepared("flickr8k", root, tmp_path / "test", "--splits", "test")
+    assert manifest.account["test"]["aside"] == ghost, "whichever split is read first"
 
 
 @pytest.fixture

@@ -50,6 +50,9 @@ def test_aircraft_comes_with_lists_of_variants_that_hold_blanks_and_slashes(tmp_
     assert classes(manifest, "train") == [("0034309.jpg", 1, "F/A-18"), ("0034310.jpg", 2, "Dornier 328")]
     aside = manifest.account["train"]["aside"]
     assert aside == {"variant that variants.txt does not name": [1, ["0034311 Concorde"]]}
+    put(root / "variants.txt", "707-320\nF/A-18\nF/A-18\n")
+    with pytest.raises(BadInput, match="variants.txt: 'F/A-18' stands twice, and labels go by its lines"):
+        prepared("coop-split", tmp_path, tmp_path / "twice", "--dataset", "fgvc_aircraft")
 
 
 def test_a_row_whose_path_is_none_of_a_picture_is_set_aside_alone(tmp_path):
@@ -94,7 +97,10 @@ def test_folders_of_no_class_and_classes_without_folder_are_told(imagenet, tmp_p
     put_picture(imagenet / "images/train/n99999999/a.JPEG", 9)
     (imagenet / "images/train/n01440764").rename(imagenet / "images/train/tench")
     manifest = prepared("imagenet", imagenet, tmp_path / "out")
-    assert manifest.account["train"]["aside"] == {"folder of no class": [1, ["images/train/n99999999/a.JPEG"]]}
+    aside = manifest.account["train"]["aside"]
+    assert list(aside) == ["folder of no class"] and aside["folder of no class"][0] == 2
+    strange, lost = aside["folder of no class"][1]
+    assert strange == "images/train/n99999999/a.JPEG" and lost.startswith("images/train/tench/")
     assert "train: 1 of 3 classes have no folder: n01440764" in capsys.readouterr().err
 
 

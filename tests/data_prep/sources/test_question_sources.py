@@ -114,7 +114,7 @@ def test_visual_genome_looks_in_both_folders(tmp_path):
         {"id": n, "regions": [region | {"region_id": 10 * n + k, "image_id": n} for k in range(2)]} for n in (1, 2)
     ]
     rows[0]["regions"].insert(1, region | {"region_id": 99, "image_id": 1, "phrase": None})
-    rows.append({"id": 3, "regions": []})
+    rows += [{"id": 3, "regions": []}, {"id": 4, "regions": None}]
     rows[1]["regions"] += [region | {"region_id": 5, "image_id": 2, "x": "1"}]
     rows[1]["regions"] += [region | {"region_id": 6, "image_id": 2, "phrase": " "}]
     qas = [{"qa_id": 5, "image_id": 2, "question": "Who?", "answer": "A man."}]
@@ -127,8 +127,9 @@ def test_visual_genome_looks_in_both_folders(tmp_path):
     assert manifest.account["train"]["aside"] == {
         "box of other things than numbers": [1, ["5"]],
         "caption empty": [1, ["6"]],
-        "record of another form": [1, ["record 1"]],
+        "record of another form": [2, ["record 1", "record 8"]],
     }, "single regions"
+    assert manifest.account["train"]["uncaptioned"] == [1, ["3.jpg"]]
     rows = records(manifest, "train")
     assert [row["captions"] for row in rows] == [["a dog", "a dog"]] * 2 and rows[0]["boxes"] == [[1, 2, 3, 4]] * 2
     manifest = prepared("visual-genome", root, tmp_path / "questions", "--form", "questions")
@@ -183,8 +184,12 @@ def test_snli_ve_reads_three_spellings_of_the_pictures_key(tmp_path):
     ]
     assert {r: n for r, (n, _) in manifest.account["dev"]["aside"].items()} == {
         "no gold label": 1,
-        "none of the keys Flickr30K_ID, Flikr30kID, Flickr30kID": 1,
+        "none of the keys Flickr30K_ID, Flikr30kID, Flickr30kID, image": 1,
         "record of another form": 1,
     }
+    put(root / "snli_ve_test.json", [{"image": "12", "sentence": "of ALBEF", "label": "neutral"}, {"image": "12"}])
+    manifest = prepared("snli-ve", root, tmp_path / "albef", "--splits", "test")
+    assert asked(manifest, "test") == [("of ALBEF", ["neutral"])]
+    assert manifest.account["test"]["aside"] == {"no 'gold_label' in the record": [1, ["record 1"]]}
     words = prepared("snli-ve", root, tmp_path / "words", "--words", "p-adapter")
     assert words.labels == ["Correct", "Ambiguous", "Incorrect"] and asked(words, "dev")[0] == ("h0", ["Correct"])

@@ -105,7 +105,13 @@ def test_1k_a_takes_the_sentence_of_its_list_and_9k_trains_on_all_others(msrvtt,
     assert row["endings"] == ["0.jpg", "1.jpg"] and len(row["frame_times"]) == 2
     put(msrvtt / "MSRVTT_train.7k.csv", "video_id\r\nvideo6600\r\nvideo17")
     manifest = prepared("msrvtt", msrvtt, tmp_path / "7k", "--form", "7k", "--frames", "1")
-    assert list(texts(manifest, "train")) == ["video6600"] and manifest.account["train"]["uncaptioned"] == 1
+    assert list(texts(manifest, "train")) == ["video6600"]
+    account = manifest.account["train"]
+    assert account["uncaptioned"] == [1, ["video17"]], "listed, and has no caption"
+    assert account["aside"] == {"video in no split of this form": [4, ["video1", "video7020"]]}
+    put(msrvtt / "MSRVTT_train.7k.csv", "video_id\nvideo6600\n6600\n")
+    manifest = prepared("msrvtt", msrvtt, tmp_path / "twice", "--form", "7k", "--frames", "1")
+    assert manifest.account["train"]["aside"]["listed before"] == [1, ["video6600"]]
     put(msrvtt / "MSRVTT_train.7k.csv", "video6600\n")
     with pytest.raises(BadInput, match=r"MSRVTT_train.7k.csv: its first line names no column 'video_id'"):
         prepared("msrvtt", msrvtt, tmp_path / "headless", "--form", "7k")
@@ -185,13 +191,15 @@ def test_a_video_of_didemo_is_one_under_two_endings(tmp_path):
 def test_clips_of_msvd_are_found_by_the_mapping(tmp_path):
     root = tmp_path / "msvd"
     film(root / "YouTubeClips/-_x 1_0_2.avi", seconds=1)
-    put(root / "youtube_mapping.txt", "-_x 1_0_2\tvid7\nother vid8\ncut")
+    put(root / "youtube_mapping.txt", "-_x 1_0_2\tvid7\nother vid8\n-_x 1_0_2\tvid7\ncut")
     rows = [{"answer": "man", "id": i, "question": "who?", "video_id": n} for i, n in enumerate(("7", 8, "vid9"))]
     put(root / "test_qa.json", rows)
     manifest = prepared("msvd-qa", root, tmp_path / "out", "--frames", "1")
     assert records(manifest, "test")[0]["questions"] == [{"question": "who?", "answers": ["man"], "question_id": 0}]
     assert manifest.account["test"]["aside"] == {
+        "record of another form": [1, ["line of youtube_mapping.txt 3"]],
         "video missing": [1, ["other"]],
+        "video named before": [1, ["vid7"]],
         "video that youtube_mapping.txt does not name": [1, ["vid9"]],
     }
 

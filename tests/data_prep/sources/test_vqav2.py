@@ -71,12 +71,17 @@ def test_the_list_counts_normalised_main_answers_of_train_and_val_and_targets_co
     assert prepared("vqav2", root, tmp_path / "most", "--min-answer-count", "2").labels == ["yes"]
 
 
-def test_an_annotation_that_stands_twice_counts_once_in_the_list_and_the_last_is_joined(root, tmp_path, capsys):
+def test_an_annotation_that_stands_twice_counts_once_in_the_list_and_the_last_is_joined(root, tmp_path):
     rows = [annotation(q, *ANSWERS[q]) for q in (1001, 1002, 2001)] + [annotation(2001, ["no"] * 2, "yes")]
     put(root / "v2_mscoco_train2014_annotations.json", {"annotations": [*rows, None, {"question_id": 7}]})
     manifest = prepared("vqav2", root, tmp_path / "out", "--min-answer-count", "2")
     assert manifest.labels == ["yes"], "of 2001 and 3001, not of the row that repeats"
-    assert "train2014_annotations.json: 1 annotations of a question given before" in capsys.readouterr().err
+    account = manifest.account["train"]
+    assert account["records"] == 6 and account["aside"] == {
+        "annotation given before": [1, ["2001"]],
+        "annotation without a question": [1, ["7"]],
+        "record of another form": [1, ["annotation 4"]],
+    }
     assert records(manifest, "train")[1]["questions"][0]["answers"] == ["no"] * 2
     assert prepared("vqav2", root, tmp_path / "three", "--min-answer-count", "3").labels is None
 
@@ -108,6 +113,25 @@ def test_karpathys_split_goes_by_picture_and_restval_trains(root, tmp_path):
     assert found == {"train": [1, 3], "val": [4], "test": [2]}
     assert records(manifest, "test")[0]["questions"][0]["answers"] == ["yes"] * 10
     assert manifest.account["train"]["aside"] == {"no 'cocoid' in the record": [1, ["image 4"]]}
+
+
+@pytest.mark.parametrize("splits", [("train", "val"), ("val", "train"), ("test",)])
+def test_annotations_of_no_question_are_told_once_by_the_first_split_of_a_file(root, tmp_path, splits):
+    rows = [annotation(q, *ANSWERS[q]) for q in (1001, 1002, 2001)] + [annotation(9009, ["x"] * 10, "x")]
+    put(root / "v2_mscoco_train2014_annotations.json", {"annotations": rows})
+    split_of = {1: "train", 2: "test", 3: "restval", 4: "val"}
+    images = [{"cocoid": n, "filepath": FOLDERS[n], "filename": path(n), "split": s} for n, s in split_of.items()]
+    put(root / "dataset_coco.json", {"images": [*images, images[0]]})
+    manifest = prepared("vqav2", root, tmp_path / "out", "--form", "karpathy", "--splits", *splits)
+    aside = {"annotation without a question": [1, ["9009"]], "listed before": [1, ["1"]]}
+    told = {split: manifest.account[split]["aside"] for split in splits}
+    assert told == {split: aside if split == splits[0] else {} for split in splits}
+    if splits == ("test",):
+        return
+    manifest = prepared("vqav2", root, tmp_path / "official", "--splits", *splits)
+    del aside["listed before"]
+    told = {split: manifest.account[split]["aside"] for split in splits}
+    assert told == {"train": aside, "val": {}}, "questions of val have their own file"
 
 
 def test_questions_of_pictures_without_a_split_are_told_once(root, tmp_path):
@@ -154,6 +178,21 @@ def test_rows_of_blip(root, tmp_path):
     aside = {"no 'answer' in the record": [1, ["record 3"]], "record of another form": [2, ["record 1", "record 2"]]}
     aside |= {"question without an answer": [1, ["vqa 4"]]}
     assert manifest.account["val"]["aside"] == aside
+
+
+def test_questions_of_visual_genome_weigh_a_fifth_in_blips_files(root, tmp_path):
+    row = {"question_id": 1, "question": "q?", "answer": ["a"] * 10, "image": path(1), "dataset": "vqa"}
+    genome = row | {"answer": "a man", "image": "VG_100K/7.jpg", "dataset": "vg"}  # ids are counted by each set
+    put(root / "vqa_train.json", [row, genome])
+    put_picture(root / "VG_100K/7.jpg", 7)
+
+    def weights(out, *options):
+        manifest = prepared("vqav2", root, tmp_path / out, "--form", "blip", *options)
+        return [question.get("weight") for found in records(manifest, "train") for question in found["questions"]]
+
+    assert weights("blip") == [None, 0.2] and weights("lavis", "--vg-weight", "1") == [None, 1.0]
+    with pytest.raises(BadInput, match="--vg-weight: -1.0. Use 0 or more"):
+        weights("negative", "--vg-weight", "-1")
 
 
 def test_broken_records_are_counted_and_named(root, tmp_path):
