@@ -7,7 +7,9 @@ been open since before.
 
 from __future__ import annotations
 
+import contextlib
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,8 @@ EVALUATION = re.compile(r"eval/|(cut_texts|control_tokens)/.+/")
 
 
 def truncate(folder: Path, step: int, evaluated: bool = True) -> None:
-    """Remove from the event files below `folder` every summary above `step`, and records that a kill has cut short.
+    """Remove from the event files below `folder` every summary above `step`, and everything from a record on that
+    is cut short, as by a kill, or damaged.
 
     Files without either are left untouched. A file that keeps no summary stays with its head alone: a TensorBoard that
     reads it at the moment would stop at a file that is gone, and never come to the later ones
@@ -29,7 +32,20 @@ def truncate(folder: Path, step: int, evaluated: bool = True) -> None:
         evaluated: the evaluation after `step` is kept; otherwise it is made again, and its points go as well.
     """
     for path in sorted(folder.rglob("*.tfevents.*")) if folder.is_dir() else ():
-        _truncate_file(path, step, evaluated)
+        if path.is_file():
+            _truncate_file(path, step, evaluated)
+
+
+def _records(path: Path) -> Iterator[tuple[bytes, Any]]:
+    """Records and the events in them, up to the first that is not whole."""
+    from google.protobuf.message import DecodeError
+    from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
+    from tensorboard.compat.proto.event_pb2 import Event
+
+    # The loader ends silently at a record that is cut or has wrong sums, but believes any length whose sum is right.
+    with contextlib.suppress(DecodeError, MemoryError, OverflowError):
+        for record in RawEventFileLoader(str(path)).Load():
+            yield record, Event.FromString(record)
 
 
 def _of_evaluation(event: Any) -> bool:
@@ -37,13 +53,10 @@ def _of_evaluation(event: Any) -> bool:
 
 
 def _truncate_file(path: Path, step: int, evaluated: bool) -> None:
-    from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
-    from tensorboard.compat.proto.event_pb2 import Event
     from tensorboard.summary.writer.record_writer import RecordWriter
 
     kept, summaries = [], 0
-    for record in RawEventFileLoader(str(path)).Load():  # ends silently at a record that is not whole
-        event = Event.FromString(record)
+    for record, event in _records(path):
         is_summary = event.HasField("summary")
         again = step == 0 or (not evaluated and _of_evaluation(event))
         if is_summary and (event.step > step or (event.step == step and again)):

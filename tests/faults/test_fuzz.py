@@ -9,6 +9,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import struct
 from collections.abc import Callable
 from pathlib import Path
 
@@ -27,7 +28,7 @@ from mmpeft_ds.data.options import DataOptions
 from mmpeft_ds.data.parsing import json_object, npy_array, one_sample
 from mmpeft_ds.data.shards import image_names, members, record_of, verify_shards
 from mmpeft_ds.data.stream import Stream
-from mmpeft_ds.engine import checkpoint, checkpoint_files, rundir
+from mmpeft_ds.engine import checkpoint, checkpoint_files, events, rundir
 from mmpeft_ds.engine.assembly import resolve
 from mmpeft_ds.engine.train_state import TrainState
 from mmpeft_ds.errors import BadInput, BadSample
@@ -271,6 +272,77 @@ def checkpoints(folder: Path) -> Attempt:
     return attempt
 
 
+def run_directories(folder: Path) -> Attempt:
+    """What lies beside the checkpoints: the curve, the recipe, the lock, the pointers, the mark of a finished run."""
+    recipe = recipes.to_dict(recipes.filled(recipes.load(ROOT / "recipes" / "quickstart.yaml")))
+    run, state = folder / "run", dataclasses.asdict(TrainState(step=3, step_in_epoch=3, global_batch=4))
+    opened = rundir.RunDir.open(run, recipe)
+    files = {name: lambda path, value=value: write_json(path, value)
+             for name, value in {"state.json": {"state": state}, "recipe.json": recipe}.items()}  # fmt: skip
+    files |= {f"{name}.safetensors": lambda path: save_tensors(path, {}) for name in ("weights", "optimizer")}
+    checkpoint_files.write(run / "checkpoints", 3, files, 2, True)
+    opened.metrics_path.write_text("".join(json.dumps({"step": n, "loss": 0.5}) + "\n" for n in range(1, 6)))
+    opened.finish(3, {"best": 0.5}, "the table")
+    opened.close()
+    names = ("metrics.jsonl", "finished.json", "recipe.yaml", ".lock", "checkpoints/latest", "checkpoints/best")
+    contents = {name: (run / name).read_bytes() for name in names}
+
+    def attempt(variant: int, changes: list) -> None:
+        for name, content in contents.items():
+            (run / name).write_bytes(content)
+        name = names[(variant >> 2) % len(names)]
+        as_text = name == "finished.json" and variant & 2 and changes
+        data = edited_text(contents[name].decode(), changes) if as_text else edited(contents[name], changes)
+        (run / name).write_bytes(data)
+        rundir.preview(run, recipe, 3)
+        opened = rundir.RunDir.open(run, recipe)
+        try:
+            assert opened.resume_from == run / "checkpoints" / "step-00000003"
+            checkpoint.best_valid(run)
+            opened.finished(3)
+            assert opened.truncate(3).get("step", 0) in (0, 1, 2, 3) or name == "metrics.jsonl"
+        finally:
+            opened.close()
+
+    return attempt
+
+
+def event_files(folder: Path) -> Attempt:
+    """Edits of whole files, and of single records in frames with right sums, so that what they say is read."""
+    from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
+    from tensorboard.summary.writer.record_writer import RecordWriter, masked_crc32c
+    from torch.utils.tensorboard import SummaryWriter
+
+    with SummaryWriter(str(folder / "whole")) as writer:
+        writer.add_text("recipe", "seed: 0", 0)
+        for step in range(1, 6):
+            writer.add_scalar("train/loss", 0.5, step)
+        writer.add_scalar("eval/val/accuracy", 0.5, 3)
+        writer.add_image("predictions/val", np.zeros((3, 4, 4), np.float32), 3)
+    (path,) = (folder / "whole").iterdir()
+    whole, records = path.read_bytes(), list(RawEventFileLoader(str(path)).Load())
+
+    def attempt(variant: int, changes: list) -> None:
+        if variant & 1:
+            path.write_bytes(edited(whole, changes))
+        else:
+            with path.open("wb") as file:
+                writer = RecordWriter(file)
+                for number, record in enumerate(records):
+                    hit = number == (variant >> 2) % len(records)
+                    writer.write(edited(record, changes) if hit else record)
+            if variant & 128 and changes:  # a length that is not true, with its right sum
+                said = struct.pack("<Q", changes[0][1] << changes[0][2] % 44)
+                path.write_bytes(said + struct.pack("<I", masked_crc32c(said)) + path.read_bytes()[12:])
+        events.truncate(folder / "whole", 3, bool(variant & 2))
+        once = path.read_bytes()
+        assert len(once) <= len(whole) + 8192
+        events.truncate(folder / "whole", 3, bool(variant & 2))
+        assert path.read_bytes() == once, "what is cut is whole"
+
+    return attempt
+
+
 SUBJECTS: dict[str, tuple[Callable[[Path], Attempt], int]] = {
     "pictures": (pictures, 2500),
     "arrays": (arrays, 1000),
@@ -282,6 +354,8 @@ SUBJECTS: dict[str, tuple[Callable[[Path], Attempt], int]] = {
     "recipes": (recipe_files, 500),
     "adapters": (adapters, 300),
     "checkpoints": (checkpoints, 400),
+    "run directories": (run_directories, 400),
+    "events": (event_files, 500),
 }
 QUICK = 40
 
@@ -323,6 +397,7 @@ def test_mutated_input_ends_well_or_in_one_line(guard, tmp_path, subject, thorou
     with guard.bounded():
         holds()
     print(f"{subject}: seed {SEED}, {sum(refused.values())} cases: {refused}")
-    # of streams three in a hundred are refused; after a damaged checkpoint stands an earlier one
-    few = not thorough and subject in ("streams", "checkpoints")
+    # of streams three in a hundred are refused; after a damaged checkpoint stands an earlier one; what is damaged of a
+    # curve or an event file is cut off, and other files of a run directory are written anew
+    few = subject in ("run directories", "events") or (not thorough and subject in ("streams", "checkpoints"))
     assert len(refused) > 1 or few, "what was not edited ends well, and something is refused"
