@@ -10,6 +10,7 @@ import contextlib
 import json
 import math
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 
 from mmpeft_ds import contact_sheet
-from mmpeft_ds.files import append, naming
+from mmpeft_ds.files import append, naming, write_atomic
 from mmpeft_ds.progress import Progress
 from mmpeft_ds.recipe.options import MonitorOptions
 
@@ -76,12 +77,22 @@ class Monitor(Observer):
         start: steps done before this process; TensorBoard drops what it has loaded of a killed run beyond it.
         recipe: as YAML text.
         name: of the run among those that train beside it in this process, which lines on the console begin with.
+        keep: called before files are written; raises if the directory is not this run's any more.
     """
 
-    def __init__(self, directory: Path, options: MonitorOptions, total: int, start: int, recipe: str, name: str = ""):
-        self.options, self.total, self.name = options, total, name
+    def __init__(
+        self,
+        directory: Path,
+        options: MonitorOptions,
+        total: int,
+        start: int,
+        recipe: str,
+        name: str = "",
+        keep: Callable[[], object] = str,
+    ):
+        self.options, self.total, self.name, self.keep = options, total, name, keep
         directory.mkdir(parents=True, exist_ok=True)
-        self.metrics = (directory / "metrics.jsonl").open("ab", buffering=0)
+        self.metrics = (directory / "metrics.jsonl").open("a+b", buffering=0)
         self.board = None
         if options.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
@@ -96,6 +107,7 @@ class Monitor(Observer):
         self.progress.__enter__()  # until `close`
 
     def step(self, row: dict[str, Any]) -> None:
+        self._see_to_files()
         append(self.metrics, (json.dumps({k: plain(v) for k, v in thinned(row).items()}) + "\n").encode())
         self.progress.advance(
             row["step"] - self.progress.done,
@@ -149,10 +161,23 @@ class Monitor(Observer):
         self.progress.say(self.name + between + line if self.name else line)
 
     def flush(self) -> None:
+        self._see_to_files()
         with naming(Path(self.metrics.name)):
             os.fsync(self.metrics.fileno())  # a checkpoint must not be on disk before the lines up to it
             if self.board is not None:
                 self.board.flush()  # it writes only every half minute by itself
+
+    def _see_to_files(self) -> None:
+        """See that the directory is still this run's, and write metrics.jsonl again if somebody has removed it."""
+        self.keep()
+        status = os.fstat(self.metrics.fileno())
+        if status.st_nlink:
+            return
+        path = Path(self.metrics.name)
+        write_atomic(path, os.pread(self.metrics.fileno(), status.st_size, 0))
+        self.metrics.close()
+        self.metrics = path.open("a+b", buffering=0)
+        self.say(f"note: {path} was removed or replaced; it is written again, with the lines of all steps")
 
     def close(self) -> None:
         self.progress.close()

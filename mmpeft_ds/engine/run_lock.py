@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 from mmpeft_ds.errors import BadInput
-from mmpeft_ds.files import writing
+from mmpeft_ds.files import naming, writing
 
 LOCK_WAIT = 5.0  # seconds; the ranks of a killed run need a moment to exit
 logger = logging.getLogger(__name__)
@@ -40,6 +40,27 @@ class Lock:
         started = time.strftime("%Y-%m-%d %H:%M:%S")
         os.ftruncate(self.descriptor, 0)
         os.pwrite(self.descriptor, f"pid {os.getpid()} on {socket.gethostname()} since {started}\n".encode(), 0)
+
+    def keep(self) -> None:
+        """See that the directory still belongs to this process; take the lock again if somebody has removed its file.
+
+        Raises:
+            BadInput: another process has the lock now.
+            CannotWrite: the directory is gone.
+        """
+        own = os.fstat(self.descriptor)
+        try:
+            there = os.stat(self.path)
+        except FileNotFoundError:
+            there = None
+        except OSError:  # of a file system that does not answer well at the moment; the next call looks again
+            return
+        if there is not None and (there.st_dev, there.st_ino) == (own.st_dev, own.st_ino):
+            return
+        with naming(self.path):
+            again = Lock(self.path, wait=0.0)
+        os.close(self.descriptor)
+        self.descriptor = again.descriptor
 
     def release(self) -> None:
         """Release the lock; the file stays, empty."""

@@ -177,6 +177,16 @@ class RunDir:
 
         return on_rank0(cut)
 
+    def keep(self) -> None:
+        """On rank 0, see that this run still owns its directory.
+
+        Raises:
+            BadInput: another run has taken it, since somebody removed the lock.
+            CannotWrite: it is gone.
+        """
+        if self._lock is not None:
+            self._lock.keep()
+
     def close(self) -> None:
         """Release the lock."""
         if self._lock is not None:

@@ -120,5 +120,6 @@ def observer_of(recipe: recipes.Recipe, run_dir: RunDir, total: int, state: Trai
     """
     observers: list[Observer] = []
     yaml = recipes.to_yaml(recipe)
-    on_rank0(lambda: observers.append(Monitor(run_dir.path, recipe.monitor, total, state.step, yaml, name)))
+    about = (run_dir.path, recipe.monitor, total, state.step, yaml, name, run_dir.keep)
+    on_rank0(lambda: observers.append(Monitor(*about)))
     return observers[0] if observers else Observer()

@@ -131,6 +131,8 @@ class Training:
         """Let the observer write on rank 0. If it fails, the others learn of it at the next step, or when saving."""
         try:
             write()
+        except BadInput as problem:
+            self.unwritten = problem
         except OSError as error:
             if not (reason := cannot_write(error)):
                 raise
@@ -194,6 +196,7 @@ class Training:
             best = yield from self.validate()
             missing = self.stepper.stopping
             if self.saved is not None and self.saved_at == state.step and not missing:
+                on_rank0(self.run_dir.keep)
                 checkpoint.record_evaluation(self.saved, state, engine.keep_last, best)
             elif best or missing:
                 self.save(best)
@@ -297,6 +300,7 @@ class Training:
         if self.saved_at == self.state.step and not best:
             return
         self.state.extra["bad_budget"] = merged_budget(self.stepper.budget).state()
+        on_rank0(self.run_dir.keep)  # another run that has taken the directory must find it as it left it
         self.report(self.observer.flush)  # so that the curves up to the checkpoint survive a kill right after it
         self.saved = checkpoint.save(
             self.run_dir.path,
@@ -347,6 +351,7 @@ class Training:
         )
         if conclude is not None and not conclude(self):
             return False
+        on_rank0(self.run_dir.keep)
         export_adapter(self.run_dir.adapter, self.built.engine, self.resolved, metrics)
         baselines = on_rank0(lambda: summary.baselines_of(self.resolved))
         table = summary.table(metrics, state.extra.get("best_scores", {}), baselines)

@@ -2,12 +2,15 @@
 
 import json
 import math
+import shutil
 
+import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from mmpeft_ds.engine.evaluator import Evaluation
 from mmpeft_ds.engine.monitor import PAGE, Monitor, _result, page
+from mmpeft_ds.files import CannotWrite, cannot_write
 from mmpeft_ds.recipe.options import MonitorOptions
 
 
@@ -45,6 +48,28 @@ def test_metrics_keep_every_bit_and_stay_json_when_the_loss_is_not_finite(tmp_pa
     monitor.close()
     assert read[0]["loss"] == rows[0]["loss"]
     assert read[1]["loss"] == "nan" and read[2]["grad_norm"] == "inf"
+
+
+@pytest.mark.parametrize("replaced", [False, True])
+def test_a_curve_that_is_removed_or_replaced_while_the_run_writes_it_is_whole_at_its_end(tmp_path, replaced):
+    monitor, path = Monitor(tmp_path, MonitorOptions(tensorboard=False), 5, 0, ""), tmp_path / "metrics.jsonl"
+    for step in range(1, 6):
+        monitor.step(row(step))
+        if step in (2, 5):
+            path.unlink()
+            path.write_text("other\n") if replaced else None
+    monitor.flush()
+    monitor.close()
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2, 3, 4, 5]
+
+
+def test_a_directory_that_is_gone_is_a_file_that_cannot_be_written(tmp_path):
+    monitor = Monitor(tmp_path / "run", MonitorOptions(tensorboard=False), 5, 0, "")
+    monitor.step(row(1))
+    shutil.rmtree(tmp_path / "run")
+    with pytest.raises(CannotWrite) as raised:
+        monitor.step(row(2))
+    assert "its directory is gone" in cannot_write(raised.value) and not (tmp_path / "run").exists()
 
 
 def test_tensorboard_has_the_curves_the_metrics_the_predictions_and_the_recipe(tmp_path):

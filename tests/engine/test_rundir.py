@@ -31,7 +31,7 @@ from mmpeft_ds.engine.evaluator import Evaluation
 from mmpeft_ds.engine.monitor import Monitor
 from mmpeft_ds.engine.rundir import RunDir
 from mmpeft_ds.errors import BadInput
-from mmpeft_ds.files import save_tensors, write_json
+from mmpeft_ds.files import CannotWrite, save_tensors, write_json
 from mmpeft_ds.recipe.options import MonitorOptions
 from tests.helpers import ROOT
 from tests.helpers.data import tiny_features
@@ -242,6 +242,32 @@ def test_the_lock_waits_a_little_for_an_owner_that_is_leaving(tmp_path):
     RunDir.open(tmp_path / "a", RECIPE).close()
     child.join(10)
     assert child.exitcode == -signal.SIGKILL  # the owner was there, and left first
+
+
+def test_a_lock_that_somebody_removes_is_taken_again_unless_another_run_was_faster(tmp_path):
+    run = RunDir.open(tmp_path / "a", RECIPE)
+    run.keep()
+    (tmp_path / "a" / ".lock").unlink()
+    run.keep()
+    assert f"pid {os.getpid()} on" in (tmp_path / "a" / ".lock").read_text()
+    run.keep()
+    (tmp_path / "a" / ".lock").unlink()
+    child = owner(tmp_path / "a")
+    try:
+        for _ in range(2):
+            with pytest.raises(BadInput, match=f"another run is writing here .pid {child.pid} on "):
+                run.keep()
+    finally:
+        child.kill()
+        child.join(10)
+    run.close()
+    shutil.rmtree(tmp_path / "a")
+    gone = RunDir.open(tmp_path / "a", RECIPE)
+    (tmp_path / "a").rename(tmp_path / "b")
+    with pytest.raises(CannotWrite):
+        gone.keep()
+    assert not (tmp_path / "a").exists()
+    gone.close()
 
 
 def test_a_finished_run_says_so_unless_it_is_made_longer(tmp_path, monkeypatch):

@@ -98,11 +98,33 @@ def test_a_run_goes_on_at_another_place_whose_name_has_spaces_after_the_clock_we
     kills.check_same(run, folder / "untouched", tiny_kinds.STEPS)
 
 
-def test_a_second_start_in_the_directory_of_a_living_run_is_refused_and_the_run_goes_on(tmp_path):
+def test_a_run_whose_curve_and_lock_are_removed_ends_like_one_that_nobody_touched(folder, tmp_path):
+    run, removed = tmp_path / "run", []
+
+    def remove() -> None:
+        endless.reach(run, 3, lambda: True)
+        for name in ("metrics.jsonl", ".lock"):
+            (run / name).unlink()
+            removed.append(name)
+
+    beside = threading.Thread(target=remove)
+    beside.start()
+    done = train(folder, run)
+    beside.join()
+    assert done.code == 0 and len(removed) == 2, done.tail()
+    assert "metrics.jsonl was removed or replaced" in done.output
+    kills.check_same(run, folder / "untouched", tiny_kinds.STEPS)
+
+
+@pytest.mark.parametrize("unlocked", [False, True])
+def test_a_second_start_in_the_directory_of_a_living_run_is_refused_and_the_run_goes_on(tmp_path, unlocked):
     recipe, run, second = endless.prepare(tmp_path), tmp_path / "run", []
 
     def start_again() -> None:
         endless.reach(run, 3, lambda: True)
+        if unlocked:
+            (run / ".lock").unlink()
+            endless.reach(run, max(endless.steps_of(run)) + 2, lambda: True)
         command = [sys.executable, str(TRAIN), "--recipe", str(recipe)]
         second.append(subprocess.run(command, env=launch.environment(), capture_output=True, text=True, timeout=300))
         before = max(endless.steps_of(run))
