@@ -13,8 +13,9 @@ import torch
 from mmpeft_ds import recipe as recipes
 from mmpeft_ds.data.batch import PackedBatch
 from mmpeft_ds.data.parsing import one_sample
+from mmpeft_ds.data.samples import identify, with_arrays
 from mmpeft_ds.data.shards import ShardReader, Stamp, members, record_of, stamps_of, verify_shards
-from mmpeft_ds.data.stream import Stream, StreamSource, identify, with_arrays
+from mmpeft_ds.data.stream import Stream, StreamSource
 from mmpeft_ds.data.thumbnails import Thumbnails
 from mmpeft_ds.data.token_plan import Lengths
 from mmpeft_ds.distributed.collectives import gather_everywhere, rank, world_size

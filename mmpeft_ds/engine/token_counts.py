@@ -23,8 +23,8 @@ from mmpeft_ds.data.decode import Pixels, size_of
 from mmpeft_ds.data.manifest import local_path
 from mmpeft_ds.data.options import DataOptions
 from mmpeft_ds.data.parsing import one_sample
+from mmpeft_ds.data.samples import identify
 from mmpeft_ds.data.shards import ShardReader, image_names, members, record_of
-from mmpeft_ds.data.stream import identify
 from mmpeft_ds.data.token_counts import TokenCounts
 from mmpeft_ds.data.token_plan import UNIT, Lengths
 from mmpeft_ds.data.video import Times, times_of

@@ -1,0 +1,213 @@
+"""The micro-batch of a request, made in any process: in a worker, or in the rank itself."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from mmpeft_ds.data import order
+from mmpeft_ds.data.batch import PackedBatch, Sample, pack
+from mmpeft_ds.data.feature_batches import FeatureBatches
+from mmpeft_ds.data.frozen_store import FrozenStore, Place, StoreSpec, shard_number
+from mmpeft_ds.data.options import DataOptions
+from mmpeft_ds.data.packing import REFUSALS, refusal, refused, spread
+from mmpeft_ds.data.parsing import one_sample
+from mmpeft_ds.data.samples import make_sample
+from mmpeft_ds.data.shards import ShardReader, members
+from mmpeft_ds.data.stream_source import StreamSource
+from mmpeft_ds.errors import BadInput, BadSample
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Request:
+    """One micro-batch: slots of a visit; None is padding. `padding_free`: see `PackedBatch`. `frozen`: where values of
+    images are stored, None: images are only read."""
+
+    visit: order.Visit
+    slots: tuple[int | None, ...]
+    padding_free: bool = False
+    frozen: StoreSpec | None = None
+
+
+class Loader:
+    """Makes the micro-batch of a request, in any process. Its caches never change the result."""
+
+    def __init__(
+        self, sources: Sequence[StreamSource], options: DataOptions, seed: int, train: bool, coupled: bool = False
+    ):
+        self.sources, self.options, self.seed, self.train = list(sources), options, seed, train
+        chosen = options.evaluation_order
+        self.shuffled_evaluation = not train and (chosen == "shuffled" or (chosen == "auto" and coupled))
+        self.readers = [ShardReader.of(s.manifest, s.split, options, s.stamps) for s in sources]
+        # Per source: shard -> the samples to use; None: all of every shard.
+        self.places = [None if s.subset is None else s.subset.places(s.manifest) for s in sources]
+        self._orders: dict[int, tuple[int, order.EpochOrder]] = {}
+        self._jurors: dict[int, list[Sample]] = {}
+        self._frozen: StoreSpec | None = None
+        self._store: FrozenStore | None = None
+        self.gathers = [
+            FeatureBatches(s, reader, self._epoch_key) if FeatureBatches.possible(s, reader) else None
+            for s, reader in zip(sources, self.readers, strict=True)
+        ]
+
+    def __call__(self, request: Request) -> PackedBatch:
+        visit = request.visit
+        epoch = visit.epoch if self.train else 0
+        if request.frozen != self._frozen:
+            self._frozen = request.frozen
+            self._store = FrozenStore(request.frozen) if request.frozen and request.frozen.path else None
+        places = self._order(visit.source, epoch)
+        if self.gathers[visit.source] is not None:
+            gathered = self._gathered(request, epoch, places)
+            if gathered is not None:
+                return gathered
+        positions = [
+            None if slot is None else order.position_of(len(places), self.options.global_batch, slot, visit.step)
+            for slot in request.slots
+        ]
+        wanted = [self._place(visit.source, *places[p]) for p in positions if p is not None]
+        pieces = iter(zip(wanted, self.readers[visit.source].read(wanted), strict=True))
+        samples = [Sample() if p is None else self._sample(visit.source, epoch, *next(pieces)) for p in positions]
+        shards = iter([self.readers[visit.source].shards[shard].file for shard, _ in wanted])
+        batch = self._packed(visit.source, samples, ["" if p is None else next(shards) for p in positions])
+        batch.padding_free = request.padding_free
+        return batch
+
+    def numbers(self, visit: order.Visit) -> np.ndarray:
+        """(G,) the sample of each slot at a visit, as its number among all of its source, -1 for an empty slot."""
+        places = self._order(visit.source, visit.epoch if self.train else 0)
+        slots = np.arange(self.options.global_batch)
+        numbers = order.positions_of(len(places), self.options.global_batch, slots, visit.step)
+        filled = numbers >= 0
+        shards, samples = places.many(numbers[filled])
+        numbers[filled] = self._starts(visit.source)[shards] + samples
+        return numbers
+
+    def _starts(self, source: int) -> np.ndarray:
+        """For each shard the number of used samples in the shards before it."""
+        return np.cumsum([0, *self._sizes(source)])
+
+    def _sizes(self, source: int) -> list[int]:
+        """Samples that are used of each shard."""
+        chosen = self.places[source]
+        return [s.samples for s in self.readers[source].shards] if chosen is None else [len(rows) for rows in chosen]
+
+    def _packed(self, number: int, samples: list[Sample], shards: list[str]) -> PackedBatch:
+        """The batch; a sample that cannot be packed, alone or with the usual ones, is bad as one that cannot be read.
+
+        Args:
+            shards: file of each sample.
+        """
+        source = self.sources[number]
+        apart = self._frozen is not None and source.collate_apart is not None
+        collate_images = source.collate_apart if apart else source.collate_images
+
+        def packed(samples: list[Sample]) -> PackedBatch:
+            functions = (collate_images, source.collate_texts, source.collate_targets, source.collate_videos)
+            return pack(samples, *functions)
+
+        try:
+            return packed(samples)
+        except REFUSALS as error:
+            bad = refused(samples, packed, lambda: self._usual(number))
+            if bad is None:  # not the doing of a sample
+                raise
+            together = error
+        changed = list(samples)
+        for i in bad:
+            reason = refusal(packed, samples[i]) or together
+            kind = reason.kind if isinstance(reason, BadSample) else "collate"
+            sample_id, words = samples[i].sample_id, " ".join(str(reason).split())[:200]
+            log.warning("bad sample %s in %s: cannot be packed: %s", sample_id, shards[i], words)
+            changed[i] = Sample(sample_id, bad=(kind, shards[i], sample_id.partition("/")[2]))
+        return packed(changed)
+
+    def _usual(self, number: int) -> list[Sample]:
+        """Some samples of a source from all over its split, the same for every rank, worker and batch."""
+        if number not in self._jurors:
+            reader = self.readers[number]
+            wanted = [self._place(number, *place) for place in spread(self._sizes(number))]
+            pieces = zip(wanted, reader.read(wanted), strict=True)
+            samples = [self._sample(number, 0, place, piece) for place, piece in pieces]
+            self._jurors[number] = [sample for sample in samples if sample.bad is None]
+        return self._jurors[number]
+
+    def _gathered(self, request: Request, epoch: int, places: order.EpochOrder) -> PackedBatch | None:
+        """The micro-batch gathered as a whole, for feature shards; None if it must be read sample by sample."""
+        source, size = request.visit.source, len(request.slots)
+        own = np.array([-1 if slot is None else slot for slot in request.slots], np.int64)
+        positions = order.positions_of(len(places), self.options.global_batch, own, request.visit.step)
+        filled = np.flatnonzero((own >= 0) & (positions >= 0))
+        shards, samples = places.many(positions[filled])
+        if (chosen := self.places[source]) is not None:
+            starts = np.cumsum([0, *map(len, chosen)])
+            samples = np.concatenate(chosen)[starts[shards] + samples]
+        try:
+            return self.gathers[source].make(epoch, shards, samples, filled, size)
+        except BadInput:  # a shard is gone, or has changed
+            raise
+        except REFUSALS:  # by a function that collates; sample by sample it will be seen of which
+            return None
+
+    def close(self) -> None:
+        for reader in self.readers:
+            reader.close()
+        for gather in self.gathers:
+            if gather is not None:
+                gather.close()
+        if self._store is not None:
+            self._store.close()
+
+    def _epoch_key(self, epoch: int) -> int:
+        """Key from which with that of a sample's id the seed of the sample's random choices is made."""
+        return order.key_of(self.seed, "sample", epoch)
+
+    def _order(self, source: int, epoch: int) -> order.EpochOrder:
+        if self._orders.get(source, (None,))[0] != epoch:
+            sizes = self._sizes(source)
+            key, block = order.key_of(self.seed, "order", source, epoch), self.options.shuffle_block
+            if self.shuffled_evaluation:
+                # In one block, so that a split sorted by class is shuffled over all classes. The key depends on the
+                # name of the data set, not on the recipe's seed, so that every method gets the same batches.
+                data = self.sources[source]
+                key = order.key_of("evaluation", self.options.evaluation_seed, data.manifest.name, data.split)
+                block = sum(sizes)
+            shuffle = self.train or self.shuffled_evaluation
+            self._orders[source] = (epoch, order.EpochOrder(sizes, key, block, shuffle))
+            self.readers[source].check_open()
+        return self._orders[source][1]
+
+    def _place(self, source: int, shard: int, number: int) -> tuple[int, int]:
+        """(shard, sample) of number `number` among the samples of a shard that are used."""
+        chosen = self.places[source]
+        return shard, number if chosen is None else int(chosen[shard][number])
+
+    def _sample(self, source: int, epoch: int, place: tuple[int, int], piece: bytes | BadSample) -> Sample:
+        """One slot; a sample with any fault becomes a slot of weight 0."""
+        name, shard = self.sources[source].manifest.name, self.readers[source].shards[place[0]].file
+        key = f"#{place[1]}"  # for samples that are too damaged to read their key
+        try:
+            if isinstance(piece, BadSample):
+                raise piece
+            with one_sample():
+                key, parts = members(piece)
+                self.readers[source].check_key(*place, key)
+                sample_id, kept = f"{name}/{key}", self._frozen_place(source, *place)
+                seed = order.combined(self._epoch_key(epoch), order.key_of(sample_id))
+                given = (self.sources[source], self.options, sample_id, parts, seed)
+                return make_sample(*given, place=kept, store=self._store)
+        except BadSample as bad:
+            log.warning("bad sample %s in %s: %s", key, shard, bad)
+            return Sample(sample_id=f"{name}/{key}", bad=(bad.kind, shard, key))
+
+    def _frozen_place(self, source: int, shard: int, number: int) -> Place | None:
+        """The identity of a sample in a store of values; None if nothing is stored."""
+        if self._frozen is None:
+            return None
+        info = self.readers[source].shards[shard]
+        return Place(shard_number(info.sha256), info.samples, number)
