@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 from mmpeft_ds import stop
 from mmpeft_ds.errors import BadInput, printable
 from mmpeft_ds.files import cannot_write
+from mmpeft_ds.output import outlive_readers
 from mmpeft_ds.quiet import quiet
 from mmpeft_ds.redaction import mask_output, masked
 from mmpeft_ds.registration import when_imported
@@ -43,6 +44,7 @@ def run(main: Callable[[], int | None]) -> NoReturn:
     traceback), 1 a fault of ours or a rank that is gone (which is one line as well).
     """
     quiet()
+    outlive_readers()
     mask_output()
     with stop.watching() as watch:  # first of all, since the launcher may end during the imports of `main`
         try:

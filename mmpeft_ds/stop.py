@@ -24,7 +24,8 @@ from types import FrameType
 
 import psutil
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # the last by Slurm, some time before a job's limit
+# SIGHUP comes when a terminal or its connection closes, SIGUSR1 from Slurm some time before a job's limit.
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 POLL = 0.5  # seconds between looks at the launcher
 AGAIN = 1.0  # seconds after which another Ctrl-C is a second one, and not the first one arriving twice
 LEAVE = 5.0  # seconds within which the interpreter of a stopped process has ended
@@ -131,7 +132,7 @@ class Watch:
         self._read, self._write = socket.socketpair()
         self._read.setblocking(False)
         self._write.setblocking(False)
-        self._previous = {number: signal.signal(number, self._handle) for number in SIGNALS}
+        self._previous = {number: signal.signal(number, self._handle) for number in SIGNALS if not ignored(number)}
         # Python runs handlers between two bytecodes of the main thread, which may wait in a collective. The byte that
         # the C handler writes here wakes the watching thread at once.
         self._old_wakeup = signal.set_wakeup_fd(self._write.fileno(), warn_on_full_buffer=False)
@@ -184,7 +185,7 @@ class Watch:
             with contextlib.suppress(OSError, ValueError):
                 select.select([self._read], [], [], POLL)
                 for number in self._read.recv(64):
-                    if number in SIGNALS:
+                    if number in self._previous:
                         self._signalled(number)
             dead = next((p for p in self.launchers if not alive(p)), None)
             if dead is not None:
@@ -224,6 +225,11 @@ class Watch:
         """The last of what is registered: what C++ libraries do afterwards may wait for threads for ever."""
         if self.exit_code is not None and self.since is not None:
             leave(self.exit_code)
+
+
+def ignored(number: int) -> bool:
+    """Whether a signal is to be ignored, as `nohup` asks for SIGHUP."""
+    return number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN
 
 
 _forking = threading.local()

@@ -51,7 +51,7 @@ def worker(tmp_path):
         child.join()
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_only_sets_the_flag(worker, number):
     child, log = worker()
     os.kill(child.pid, number)
@@ -159,6 +159,7 @@ console.run(main)
     ("signals", "cleaning", "code"),
     [
         ([signal.SIGTERM], 0, 143),
+        ([signal.SIGHUP], 0, 129),
         ([signal.SIGINT], 0, 130),
         ([signal.SIGINT, signal.SIGINT], 600, 130),  # at once
         ([signal.SIGTERM], 600, 143),  # after LEAVE seconds
@@ -178,6 +179,18 @@ def test_a_command_on_its_own_cleans_up_and_leaves(signals, cleaning, code):
     finally:
         process.kill()
         process.wait()
+
+
+def test_nohup_holds():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopFlag() as flag:
+            flag.begin()
+            os.kill(os.getpid(), signal.SIGHUP)
+            time.sleep(0.2)
+            assert not flag.requested() and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_a_signal_to_a_forked_child_is_none_to_its_parent():

@@ -19,6 +19,7 @@ from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElas
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
 from torch.distributed.elastic.rendezvous import RendezvousClosedError, RendezvousTimeoutError
 
+from mmpeft_ds import stop
 from mmpeft_ds.distributed.meeting import Meeting
 
 SIGNALS = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1")
@@ -148,11 +149,12 @@ def supervise(
     Returns:
         exit code: 0 finished, 2 bad input, 1 given up, 128 + N after signal N; and N, 0 without one.
     """
-    os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = ",".join(SIGNALS)
+    taken = [name for name in SIGNALS if not stop.ignored(getattr(signal, name))]
+    os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = ",".join(taken)
     # Otherwise torch keeps the address of the first rank 0 for ever, also when its node has gone and come back.
     os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # our lines say it shorter
-    for name in SIGNALS:  # torch sets the same once ranks run; before, nodes may be waited for
+    for name in taken:  # torch sets the same once ranks run; before, nodes may be waited for
         signal.signal(getattr(signal, name), _raise)
     spec = WorkerSpec(
         role="rank", local_world_size=nproc, entrypoint=sys.executable, args=tuple(command),

@@ -63,6 +63,11 @@ def ctrl_c(launched: launch.Launch) -> None:
     os.killpg(launched.session, signal.SIGINT)
 
 
+def hang_up(launched: launch.Launch) -> None:
+    """The terminal, or the connection to the machine, is closed."""
+    os.killpg(launched.session, signal.SIGHUP)
+
+
 def ctrl_c_twice(launched: launch.Launch) -> None:
     ctrl_c(launched)
     time.sleep(1.5)
@@ -100,7 +105,7 @@ def test_sigterm_to_deepspeed_before_there_are_ranks_leaves_no_run(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("act", [to_deepspeed, kills_deepspeed, to_all, to_rank_1, ctrl_c, ctrl_c_twice])
+@pytest.mark.parametrize("act", [to_deepspeed, kills_deepspeed, to_all, to_rank_1, ctrl_c, ctrl_c_twice, hang_up])
 @pytest.mark.parametrize("moment", [rank_runs, ranks_meet, steps_are_done])
 def test_whoever_gets_a_signal_and_whenever(tmp_path, moment, act):
     if act is to_rank_1 and moment is rank_runs:

@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -170,6 +171,22 @@ def test_a_signal_lets_the_ranks_save_and_slurm_queues_the_job_again(tmp_path, n
     assert (tmp_path / "run" / "checkpoints" / "latest").read_text().strip() == f"step-{step:08d}"
     asked = tmp_path / "asked"
     assert asked.read_text() == "requeue 4242\n" if number != signal.SIGINT else not asked.exists()
+
+
+@pytest.mark.slow
+def test_under_nohup_it_goes_on_when_the_terminal_closes(tmp_path):
+    recipe = recipe_of(tmp_path)
+
+    def start(words: list[str], **options: Any) -> subprocess.Popen:
+        return subprocess.Popen(["nohup", *words], **options)
+
+    with Supervised(recipe, "--nproc-per-node", "2", start=start) as supervised:
+        supervised.reach(7)
+        os.killpg(supervised.process.pid, signal.SIGHUP)
+        for rank in supervised.ranks():
+            rank.send_signal(signal.SIGHUP)
+        assert supervised.wait() == 0, supervised.log.read_text()
+    assert [step for step, _ in curve(tmp_path / "run")] == list(range(1, STEPS + 1)) and not supervised.lines()
 
 
 @pytest.mark.slow

@@ -23,6 +23,7 @@ COMMON = {
     "leftovers",
     "owner",
     "progress",
+    "output",
     "quiet",
     "redaction",
     "registration",

@@ -1,0 +1,66 @@
+"""What a command prints may find nobody who reads it; its work goes on."""
+
+from __future__ import annotations
+
+import os
+import pty
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.helpers import launch
+
+COMMAND = """
+import pathlib, subprocess, sys
+from mmpeft_ds import console
+
+def main():
+    print("ready", flush=True)
+    sys.stdin.readline()
+    for stream in (sys.stdout, sys.stderr):
+        for _ in range(3):
+            print("x" * 100_000, file=stream, flush=True)
+    subprocess.run(["echo", "of a process that it starts"], check=True)
+    pathlib.Path({path!r}).write_text("done")
+
+console.run(main)
+"""
+
+
+def start(path: Path, output: int) -> subprocess.Popen:
+    command = [sys.executable, "-c", COMMAND.format(path=str(path))]
+    return subprocess.Popen(
+        command, env=launch.environment(), stdin=subprocess.PIPE, stdout=output, stderr=output, text=True
+    )
+
+
+@pytest.mark.parametrize("opened", [os.pipe, pty.openpty], ids=["pipe", "terminal"])
+def test_a_command_whose_reader_is_gone_goes_on(tmp_path, opened):
+    read, write = opened()
+    process = start(tmp_path / "end", write)
+    os.close(write)
+    assert os.read(read, 5) == b"ready"
+    os.close(read)
+    process.communicate("go on\n", timeout=120)
+    assert process.returncode == 0 and (tmp_path / "end").read_text() == "done"
+
+
+def test_what_is_printed_arrives_whole(tmp_path):
+    with (tmp_path / "log").open("wb") as log:
+        process = start(tmp_path / "end", log.fileno())
+        process.communicate("go on\n", timeout=120)
+    assert process.returncode == 0
+    assert (tmp_path / "log").read_text().splitlines() == [
+        "ready",
+        *["x" * 100_000] * 6,
+        "of a process that it starts",
+    ]
+
+
+def test_a_disk_without_room_is_still_an_error(tmp_path):
+    with open("/dev/full", "wb") as full:
+        process = start(tmp_path / "end", full.fileno())
+        process.communicate("go on\n", timeout=120)
+    assert process.returncode != 0 and not (tmp_path / "end").exists()
