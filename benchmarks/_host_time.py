@@ -3,7 +3,8 @@
 Timers stand around the forward pass of the model, torch's autograd engine, the step of the wrapped torch optimizer,
 and the normalising of pixels: the arithmetic, which a GPU would do. What is left of the step is time of the host:
 agreeing, completing and unpacking batches, DeepSpeed around the passes, norms and clipping, the row of metrics.jsonl.
-Hooks of DeepSpeed that run inside autograd are taken out of it by timers of their own. Waiting for data is not
+What DeepSpeed does inside the model and inside autograd is taken out of them by timers of its own, and counts as time
+of the host: the fetch and release of parameters at ZeRO-3, and hooks that reduce gradients. Waiting for data is not
 part of a step. All times are processor time of the thread that steps, on a CPU autograd's too; other programs disturb
 it less than the clock.
 """
@@ -19,6 +20,8 @@ from typing import Any
 import torch
 
 INSIDE_BACKWARD = ("reduce_ready_partitions_and_remove_grads", "reduce_independent_p_g_buckets_and_remove_grads")
+FETCHES = [f"{when}_sub_module_{way}_function" for when in ("pre", "post") for way in ("forward", "backward")]
+ARITHMETIC = ("forward", "backward", "optimizer", "pixels")
 
 
 class Split:
@@ -32,6 +35,7 @@ class Split:
     def __init__(self, built: Any, backbone: Any):
         self.seconds: dict[str, float] = defaultdict(float)
         self._began = 0.0
+        self._inside = [0.0]  # seconds of parts within each part that runs
         optimizer = built.engine.optimizer
         built.model.forward = self._timed("forward", built.model.forward)
         torch.autograd.backward = self._timed("backward", torch.autograd.backward)
@@ -42,6 +46,9 @@ class Split:
             if (function := getattr(optimizer, name, None)) is not None:
                 setattr(optimizer, name, self._timed("hooks", function))
                 break
+        for name in FETCHES if hasattr(optimizer, "parameter_offload") else ():
+            offload = optimizer.parameter_offload
+            setattr(offload, name, self._timed("fetch", getattr(offload, name)))
 
     def begin(self) -> None:
         """Before a step."""
@@ -49,20 +56,21 @@ class Split:
         self._began = time.thread_time()
 
     def end(self) -> dict[str, float]:
-        """After a step: processor seconds of each part."""
+        """After a step: processor seconds of each part, without those of parts within it."""
         whole = time.thread_time() - self._began
-        parts = dict.fromkeys(("forward", "backward", "optimizer", "pixels", "hooks"), 0.0) | self.seconds
-        parts["backward"] -= parts["hooks"]
-        arithmetic = sum(parts[name] for name in ("forward", "backward", "optimizer", "pixels"))
-        return {"step": whole, **parts, "host": whole - arithmetic}
+        parts = dict.fromkeys((*ARITHMETIC, "hooks", "fetch"), 0.0) | self.seconds
+        return {"step": whole, **parts, "host": whole - sum(parts[name] for name in ARITHMETIC)}
 
     def _timed(self, part: str, function: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(function)
         def timed(*args: Any, **kwargs: Any) -> Any:
             began = time.thread_time()
+            self._inside.append(0.0)
             try:
                 return function(*args, **kwargs)
             finally:
-                self.seconds[part] += time.thread_time() - began
+                seconds = time.thread_time() - began
+                self.seconds[part] += seconds - self._inside.pop()
+                self._inside[-1] += seconds
 
         return timed

@@ -15,8 +15,8 @@ from mmpeft_ds.distributed.counters import record
 from mmpeft_ds.ops.precision import at_least_float32
 
 # torch before 2.13 has other names for these two.
-_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+_ALL_GATHER = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
+_REDUCE_SCATTER = "reduce_scatter_single" if hasattr(dist, "reduce_scatter_single") else "reduce_scatter_tensor"
 # Other backends have no reduce-scatter: they sum everything and keep a part.
 _SCATTERS = {"nccl", "gloo", "xccl", "hccl"}
 
@@ -61,7 +61,7 @@ def all_gather(x: Tensor, group: Any = None) -> Tensor:
     as_bytes = x.view(torch.uint8) if x.dtype == torch.bool else x
     everyone = as_bytes.new_empty(ranks * as_bytes.numel())
     with record("all_gather", (ranks - 1) * as_bytes.nbytes, x.device):
-        _all_gather(everyone, as_bytes.reshape(-1), group=group)
+        getattr(dist, _ALL_GATHER)(everyone, as_bytes.reshape(-1), group=group)
     return everyone.view(x.dtype).view(ranks, *x.shape)
 
 
@@ -98,13 +98,18 @@ class _Gather(torch.autograd.Function):
         return _sum_of_share(shares, most, ctx.group)[:mine].to(grad.dtype), None, None
 
 
+def sum_of_share(out: Tensor, shares: Tensor, group: Any = None) -> None:
+    """Sum over ranks of this rank's share of (N, ...), into `out`. Collective, not counted."""
+    getattr(dist, _REDUCE_SCATTER)(out, shares, op=dist.ReduceOp.SUM, group=group)
+
+
 def _sum_of_share(shares: Tensor, size: int, group: Any) -> Tensor:
     """Sum over ranks of this rank's `size` rows of (N size, ...)."""
     ranks, shares = collectives.world_size(group), shares.contiguous()
     if dist.get_backend(group) in _SCATTERS:
         out = shares.new_empty(size, *shares.shape[1:])
         with record("reduce_scatter", (ranks - 1) * out.nbytes, shares.device):
-            _reduce_scatter(out, shares, op=dist.ReduceOp.SUM, group=group)
+            sum_of_share(out, shares, group)
         return out
     with record("all_reduce", 2 * (ranks - 1) * shares.nbytes // ranks, shares.device):
         dist.all_reduce(shares, group=group)

@@ -99,7 +99,9 @@ class Stepper:
         self.stop_requested, self.stopping = stop_requested, False
         self.steps_per_epoch = steps_per_epoch
         self.source_names = titles(resolved.train) if len(resolved.train) > 1 else [""]
-        self.groups, self.group_of = gradients.group_names(built.trainables)
+        self.groups, group_of = gradients.group_names(built.trainables)
+        self.norms = gradients.Norms(self.engine, group_of, len(self.groups))
+        self.knowing_norm = gradients.know_norm(self.engine)
         self.process = psutil.Process()
         self.last_layer = LastLayer(base_model(built.model))
         self.timer, self.seconds = StepTimer(Clock(ranks.device)), math.inf  # of the step before
@@ -182,7 +184,8 @@ class Stepper:
         if math.isfinite(loss) and math.isfinite(norm) and agreed.weight > 0:
             for group in self.engine.optimizer.param_groups:
                 group["lr"] = lr * group.get("lr_share", 1.0)
-            self.engine.step()
+            with self.knowing_norm(norm):
+                self.engine.step()
             state.skipped_in_a_row = 0
             return True
         gradients.discard(self.engine)
@@ -202,9 +205,9 @@ class Stepper:
         # On a GPU the times are those of the step before.
         of_times, self.seconds = self.seconds if self.timer.clock.on_gpu else seconds, seconds
         return {
-            "data_wait_share": statistics.mean(waits) / of_times,
-            "forward_seconds": statistics.mean(forward),
-            "backward_seconds": statistics.mean(backward),
+            "data_wait_share": statistics.fmean(waits) / of_times,
+            "forward_seconds": statistics.fmean(forward),
+            "backward_seconds": statistics.fmean(backward),
             "slowest_rank": max(range(len(busy)), key=busy.__getitem__),
             "slowest_excess": max(busy) - statistics.median(busy),
             "rss_mib": [round(mib) for mib in rss],
@@ -300,7 +303,7 @@ class Stepper:
         """
         pulled = self.ewc.add(gradients.shards(self.engine)) if self.ewc else 0.0
         penalty = 0.0 if gradients.replicated(self.engine) else pulled
-        squares = gradients.squared_norms(self.engine, self.group_of, len(self.groups))
+        squares = self.norms.squared()
         read = torch.cat([loss[None], places, squares]).tolist()  # the device is read once
         sums, squares = read[:3], read[3:]
         table = [0.0] * (len(row) * self.ranks.world_size)

@@ -70,8 +70,6 @@ STEP = {
     # read before `engine.step`: norms and losses together
     "wait mmpeft_ds/engine/step.py": 1,
     MASKS: 1,
-    1: {"wait deepspeed/runtime/utils.py": 3, "copy deepspeed/runtime/utils.py": 1},
-    3: {"wait deepspeed/runtime/utils.py": 1, "copy deepspeed/runtime/zero/stage3.py": 1},
 }
 
 
@@ -126,8 +124,8 @@ def test_a_step_of_the_engine_reads_the_device_once_and_gives_the_same_loss_at_e
     result = launch.run_forked(script, str(tmp_path / "cases.json"), str(tmp_path), ranks=ranks)
     assert result.code == 0, result.tail()
     found = [json.loads((tmp_path / f"zero{n}.json").read_text()) for n in stages]
-    for stage, run in zip(stages, found, strict=True):
+    for run in found:
         assert run["devices"] == ["cuda"]
         counted = {name: n for name, n in per_file(run["reports"]).items() if not name.startswith("queued")}
-        assert counted == {name: n for name, n in STEP.items() if isinstance(name, str)} | STEP[stage]
+        assert counted == STEP
     assert found[0]["losses"] == pytest.approx(found[1]["losses"], rel=1e-5)

@@ -24,13 +24,23 @@ RECEIVED = {
     "reduce_scatter": lambda n, out, *_: (n - 1) * _size(out),
     "reduce": lambda n, tensor, *_: (n - 1) * _size(tensor) // n,
     "broadcast": lambda n, tensor, *_: _size(tensor),
+    "all_to_all_single": lambda n, out, *_: (n - 1) * _size(out) // n,
 }
 KINDS = {"all_gather_into_tensor": "all_gather", "reduce_scatter_tensor": "reduce_scatter"}
-FIRST = {"all_reduce": "tensor", "all_gather_into_tensor": "output_tensor", "reduce_scatter_tensor": "output"}
+KINDS |= {"all_to_all_single": "all_to_all"}
+FIRST = {"all_gather_into_tensor": "output_tensor", "reduce_scatter_tensor": "output", "all_to_all_single": "output"}
+# What torch 2.13 calls two of them; the old names lead to these.
+for _old, _new in (
+    ("all_gather_into_tensor", "all_gather_single"),
+    ("reduce_scatter_tensor", "reduce_scatter_single"),
+):
+    if hasattr(dist, _new):
+        RECEIVED[_new], KINDS[_new], FIRST[_new] = RECEIVED[_old], KINDS[_old], FIRST[_old]
 
 
 CALLS = "calls"  # of all kinds, beside the kinds' bytes
 _OPEN: list[dict[int, Counter[str]]] = []
+_INSIDE: list[str] = []  # functions that run: what they call is no further collective
 
 
 def install() -> None:
@@ -54,12 +64,18 @@ def counted() -> Iterator[dict[int, Counter[str]]]:
 
 def _watched(name: str, plain: Any) -> Any:
     def call(*args: Any, **kwargs: Any) -> Any:
+        if _INSIDE:
+            return plain(*args, **kwargs)
         n = dist.get_world_size(kwargs.get("group"))
         first = args[0] if args else kwargs[FIRST.get(name, "tensor")]
         for found in _OPEN:
             of_group = found.setdefault(n, Counter())
             of_group[KINDS.get(name, name)] += RECEIVED[name](n, first)
             of_group[CALLS] += 1
-        return plain(*args, **kwargs)
+        _INSIDE.append(name)
+        try:
+            return plain(*args, **kwargs)
+        finally:
+            _INSIDE.pop()
 
     return call

@@ -23,7 +23,7 @@ from mmpeft_ds.engine.assembly import feature_bank, start_from
 from mmpeft_ds.engine.assembly.forward import adapted_layer, forward
 from mmpeft_ds.engine.optim import optimizers
 from mmpeft_ds.engine.zero import fingerprint as fingerprints
-from mmpeft_ds.engine.zero import matrices, node_groups, stage1, stage3
+from mmpeft_ds.engine.zero import matrices, node_groups, stage1, stage3, stage3_gradients
 from mmpeft_ds.engine.zero import state as zero_state
 from mmpeft_ds.engine.zero.config import check_by_deepspeed, merge
 from mmpeft_ds.engine.zero.start import frozen_not_sent, not_moved
@@ -189,7 +189,9 @@ def started(resolved: Any, ranks: Ranks, model: nn.Module, ds_config: dict[str, 
     if stage == 3:
         stage3.keep_frozen(engine)
         stage3.gather_flat(engine)
+        stage3_gradients.reduce_flat(engine)
         stage3.list_parameters_once(model)
+        stage3.list_modules_once(engine)
     return Built(engine, model, trainables, stage, fingerprints.of_frozen(model))
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -99,19 +100,105 @@ def replicated(engine: Any) -> bool:
     return engine.zero_optimization_stage() == 0 and engine.global_rank != 0
 
 
-def squared_norms(engine: Any, group_of: dict[int, int], groups: int) -> Tensor:
-    """Squared gradient norm per module group of this rank's parts, (groups,) float64; to be summed over ranks.
+class FlatGradients(list[Tensor]):
+    """This rank's part of the averaged gradients of a parameter group: views in the order of its parameters, and of
+    the padding at the end.
+
+    Attributes:
+        flat_partition: all of them as one tensor, which DeepSpeed's optimizer step takes under this name.
+    """
+
+    def __init__(self, views: list[Tensor], flat: Tensor):
+        super().__init__(views)
+        self.flat_partition = flat
+
+
+class Norms:
+    """Squared gradient norm per module group of this rank's parts.
 
     Args:
         group_of: `id(parameter)` -> index of its group.
+        groups: how many there are.
     """
-    norms = torch.zeros(groups, dtype=torch.float64, device=engine.device)
-    pairs = list(held(engine))
-    if not pairs or replicated(engine):
-        return norms
-    squares = torch.stack(torch._foreach_norm([g.float() for _, g in pairs])).double() ** 2
-    index = to_device(torch.tensor([group_of[id(p)] for p, _ in pairs]), norms.device)
-    return norms.index_add_(0, index, squares.to(norms.device))
+
+    def __init__(self, engine: Any, group_of: dict[int, int], groups: int):
+        self.engine, self.group_of, self.groups = engine, group_of, groups
+        self._runs: list[list[int]] = []  # per list of FlatGradients: elements that follow each other in one group
+        self._index: Tensor | None = None  # module group of each run
+
+    def squared(self) -> Tensor:
+        """(groups,) float64, of the gradients that there are now; to be summed over ranks."""
+        norms = torch.zeros(self.groups, dtype=torch.float64, device=self.engine.device)
+        if replicated(self.engine):
+            return norms
+        lists = list(getattr(self.engine.optimizer, "averaged_gradients", {}).values())
+        if lists and all(isinstance(gradients, FlatGradients) for gradients in lists):
+            if self._index is None:
+                self._find_runs(norms.device)
+            flats = [gradients.flat_partition.double() for gradients in lists]
+            parts = [
+                part for flat, runs in zip(flats, self._runs, strict=True) for part in flat.split_with_sizes(runs)
+            ]
+            index = self._index
+        else:
+            pairs = list(held(self.engine))
+            if not pairs:
+                return norms
+            parts = [gradient.double() for _, gradient in pairs]
+            index = to_device(torch.tensor([self.group_of[id(p)] for p, _ in pairs]), norms.device)
+        # In float64, as DeepSpeed takes the norm that it clips by.
+        squares = torch.stack(torch._foreach_norm(parts)).square_()
+        return norms.index_add_(0, index, squares.to(norms.device))
+
+    def _find_runs(self, device: torch.device) -> None:
+        lists, index = list(self.engine.optimizer.averaged_gradients.values()), []
+        pairs = held(self.engine)
+        for gradients in lists:
+            runs: list[int] = []
+            last = None
+            for gradient in gradients:
+                # Zeros at the end belong to no parameter.
+                padding = getattr(gradient, "_zero_padding", False)
+                group = last if padding else self.group_of[id(next(pairs)[0])]
+                if group != last or not runs:
+                    runs.append(0)
+                    index.append(group or 0)
+                runs[-1] += gradient.numel()
+                last = group
+            self._runs.append(runs)
+        self._index = to_device(torch.tensor(index), device)
+
+
+def know_norm(engine: Any) -> Callable[[float], contextlib.AbstractContextManager]:
+    """Let DeepSpeed's optimizer take the norm of all gradients from its caller.
+
+    DeepSpeed takes the norm of each gradient once more, and sums them over ranks in one more collective.
+
+    Returns:
+        a function of the norm over all ranks, whose context is one in which `engine.step` may be called; outside
+        DeepSpeed computes it itself.
+    """
+    optimizer, stage = engine.optimizer, engine.zero_optimization_stage()
+    if stage == 0:
+        return lambda norm: contextlib.nullcontext()
+    name = "_get_norm_groups" if stage == 3 else "scaled_global_norm"
+    compute, known = getattr(optimizer, name), []
+
+    def give() -> Any:
+        return known[-1] if known else compute()
+
+    setattr(optimizer, name, give)
+
+    @contextlib.contextmanager
+    def knowing(norm: float) -> Iterator[None]:
+        of_all = torch.tensor(norm, dtype=torch.float64) if stage == 3 else torch.tensor(norm, dtype=torch.float32)
+        known.append([of_all] if stage == 3 else of_all)
+        try:
+            yield
+        finally:
+            known.pop()
+
+    return knowing
 
 
 def discard(engine: Any) -> None:

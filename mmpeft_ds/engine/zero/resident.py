@@ -61,6 +61,7 @@ class Layout:
         rules: of stage 3.
         bucket: elements of each of DeepSpeed's buffers for gradients.
         buckets: number of these buffers.
+        offload_optimizer: the optimizer's state lies in host memory.
     """
 
     stage: int
@@ -71,6 +72,7 @@ class Layout:
     rules: Rules = field(default_factory=Rules)
     bucket: int = 0
     buckets: int = 0
+    offload_optimizer: bool = False
 
     @classmethod
     def of(cls, zero: Mapping[str, Any], ranks: int, gpus: int, quantised: bool = False) -> Layout:
@@ -93,6 +95,7 @@ class Layout:
             bucket=int(zero["reduce_bucket_size"]),
             # Below stage 3 gradients that arrive while a full buffer is sent go into a second one.
             buckets=int(contiguous) * (2 if zero.get("overlap_comm") and stage < 3 else 1),
+            offload_optimizer=(zero.get("offload_optimizer") or {}).get("device", "none") == "cpu",
         )
 
 
@@ -118,6 +121,8 @@ def resident(tensors: Sequence[Tensors], layout: Layout, moments: float) -> dict
     if stage == 1 and layout.buckets == 1:
         # `stage1.reduce_flat`: all gradients wait until they are reduced together, and DeepSpeed keeps no buffer.
         buffers = number - own
+    elif stage == 3 and layout.buckets and layout.bucket >= number and not layout.offload_optimizer:
+        buffers = number  # `stage3_gradients.reduce_flat`: the same, besides this rank's part, which is always there
     parts = {
         "frozen weights": sum(_held(t, layout) for t in tensors if not t.trained),
         "trained weights": sum(_held(t, layout) for t in trained),

@@ -8,18 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-
-class FlatGradients(list[Tensor]):
-    """This rank's part of the averaged gradients of a parameter group: views in the order of its parameters, and of
-    the padding at the end.
-
-    Attributes:
-        flat_partition: all of them as one tensor, which DeepSpeed's optimizer step takes under this name.
-    """
-
-    def __init__(self, views: list[Tensor], flat: Tensor):
-        super().__init__(views)
-        self.flat_partition = flat
+from mmpeft_ds.engine.zero.gradients import FlatGradients
 
 
 def reduce_flat(engine: Any) -> bool:
@@ -36,17 +25,23 @@ def reduce_flat(engine: Any) -> bool:
     for hook in optimizer._grad_acc_hooks:  # at stage 1 they only count, and keep a bucket ready
         hook.remove()
     optimizer._grad_acc_hooks.clear()
-    norm_of = optimizer.get_grad_norm_direct
+    norm_of, write = optimizer.get_grad_norm_direct, optimizer._update_model_bit16_weights
+    parts = [_Part(optimizer, i) for i in range(len(optimizer.bit16_groups))]
 
     def reduce_gradients(**_: Any) -> None:
-        for i in range(len(optimizer.bit16_groups)):
-            optimizer.averaged_gradients[i] = _reduced(optimizer, i)
+        for i, part in enumerate(parts):
+            optimizer.averaged_gradients[i] = part.reduced()
         optimizer._release_ipg_buffers()
 
     def norm(gradients: FlatGradients, params: list[Any], *args: Any, **kwargs: Any) -> Tensor:
         return norm_of([gradients.flat_partition], params[:1], *args, **kwargs)
 
+    def update(group: int) -> None:
+        if not parts[group].is_in_place():
+            write(group)
+
     optimizer.reduce_gradients, optimizer.get_grad_norm_direct = reduce_gradients, norm
+    optimizer._update_model_bit16_weights = update
     return True
 
 
@@ -64,26 +59,39 @@ def _is_plain(engine: Any) -> bool:
     )
 
 
-def _reduced(optimizer: Any, group: int) -> FlatGradients:
-    """Averaged gradients of a group; those of its parameters are released."""
-    process_group = optimizer.real_dp_process_group[group]
-    ranks, rank = dist.get_world_size(process_group), dist.get_rank(process_group)
-    size, params = int(optimizer.partition_size[group]), optimizer.bit16_groups[group]
-    # A parameter that this rank's samples did not reach still meets those of the other ranks.
-    parts = [(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in params]
-    short = ranks * size - sum(part.numel() for part in parts)
-    flat = torch.cat([*parts, parts[0].new_zeros(short)])
-    for parameter in params:
-        parameter.grad = None
-    if ranks > 1:
-        dist.all_reduce(flat.div_(ranks), group=process_group)
-    flat = flat.narrow(0, rank * size, size)
-    lengths = [_own(optimizer, group, rank, p) for p in optimizer.params_in_partition[group]]
-    *views, padding = flat.split([*lengths, size - sum(lengths)])
-    if padding.numel():
-        padding._zero_padding = True
-        views.append(padding)
-    return FlatGradients(views, flat)
+class _Part:
+    """This rank's part of a parameter group."""
+
+    def __init__(self, optimizer: Any, group: int):
+        self.group, self.params = optimizer.real_dp_process_group[group], optimizer.bit16_groups[group]
+        self.ranks, self.rank = dist.get_world_size(self.group), dist.get_rank(self.group)
+        self.size = int(optimizer.partition_size[group])
+        self.weights, self.starts = optimizer.bit16_groups_flat[group], optimizer.round_robin_bit16_offsets[group]
+        self.short = self.ranks * self.size - sum(p.numel() for p in self.params)
+        own = [_own(optimizer, group, self.rank, p) for p in optimizer.params_in_partition[group]]
+        self.lengths = [*own, self.size - sum(own)]
+
+    def reduced(self) -> FlatGradients:
+        """Averaged gradients; those of the parameters are released."""
+        # A parameter that this rank's samples did not reach still meets those of the other ranks.
+        parts = [(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in self.params]
+        flat = torch.cat([*parts, parts[0].new_zeros(self.short)] if self.short else parts)
+        for parameter in self.params:
+            parameter.grad = None
+        if self.ranks > 1:
+            dist.all_reduce(flat.div_(self.ranks), group=self.group)
+        flat = flat.narrow(0, self.rank * self.size, self.size)
+        *views, padding = torch.split_with_sizes(flat, self.lengths)
+        if padding.numel():
+            padding._zero_padding = True
+            views.append(padding)
+        return FlatGradients(views, flat)
+
+    def is_in_place(self) -> bool:
+        """Whether the parameters still are views of the flat tensor that the optimizer writes: DeepSpeed makes them
+        such again after every step, four calls of torch each."""
+        first, width = self.weights.data_ptr(), self.weights.element_size()
+        return all(p.data_ptr() == first + width * at for p, at in zip(self.params, self.starts, strict=True))
 
 
 def _own(optimizer: Any, group: int, rank: int, parameter: Any) -> int:

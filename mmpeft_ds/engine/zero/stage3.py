@@ -68,24 +68,67 @@ def keep_frozen(engine: Any) -> None:
     DeepSpeed partitions persistent parameters again at the end of a step and gathers them again, since the optimiser
     has changed them. Frozen ones have not changed, so they stay. `stage3_param_persistence_threshold` thereby trades
     memory for traffic, from all frozen weights partitioned to all of them resident.
+
+    Of the others only what is gathered is partitioned, where DeepSpeed goes through all parameters twice; trained
+    persistent ones keep their memory until the gather that follows the step replaces it.
     """
     from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 
     optimizer = engine.optimizer
-    kept = [p for p in optimizer.persistent_parameters if not p.requires_grad]
-    optimizer.persistent_parameters = [p for p in optimizer.persistent_parameters if p.requires_grad]
-    shard_all = optimizer._partition_all_parameters
+    persistent = optimizer.persistent_parameters
+    frozen = {id(p) for p in persistent if not p.requires_grad}
+    trained = {id(p) for p in persistent if p.requires_grad}
+    optimizer.persistent_parameters = [p for p in persistent if p.requires_grad]
+    parameters = list(engine.module.parameters())
+    coordinator = optimizer.parameter_offload.get_param_coordinator()
 
     def shard_the_rest() -> None:
-        resident = [p for p in kept if p.ds_status == ZeroParamStatus.AVAILABLE]
-        for p in resident:  # DeepSpeed leaves parameters alone that look partitioned already
-            p.ds_status = ZeroParamStatus.NOT_AVAILABLE
+        rest = []
+        for p in parameters:
+            gathered = p.ds_status == ZeroParamStatus.AVAILABLE
+            if gathered and id(p) in trained:
+                p.ds_status = ZeroParamStatus.NOT_AVAILABLE
+            elif p.ds_status != ZeroParamStatus.NOT_AVAILABLE and not (gathered and id(p) in frozen):
+                rest.append(p)
             p.ds_active_sub_modules.clear()
-        shard_all()
-        for p in resident:
-            p.ds_status = ZeroParamStatus.AVAILABLE
+        coordinator.release_and_reset_all(_Some(rest))
 
     optimizer._partition_all_parameters = shard_the_rest
+
+
+class _Some:
+    """Parameters as DeepSpeed asks a module for them."""
+
+    def __init__(self, parameters: list[nn.Parameter]):
+        self._parameters = parameters
+
+    def named_parameters(self, recurse: bool = True) -> list[tuple[str, nn.Parameter]]:
+        """Without names."""
+        return [("", p) for p in self._parameters]
+
+    def ds_external_parameters(self) -> list[tuple[str, nn.Parameter]]:
+        """None."""
+        return []
+
+
+def list_modules_once(engine: Any) -> None:
+    """Before and after every forward pass DeepSpeed marks all modules; let it go through those with parameters, which
+    are all there by now."""
+    model = engine.module
+    holders = [module for module in model.modules() if module._parameters]
+
+    def of_holders(plain: Callable[..., Any]) -> Callable[..., Any]:
+        def marked(*args: Any) -> Any:
+            vars(model)["modules"] = lambda: holders
+            try:
+                return plain(*args)
+            finally:
+                del vars(model)["modules"]
+
+        return marked
+
+    engine._forward_prologue = of_holders(engine._forward_prologue)
+    engine._forward_epilogue = of_holders(engine._forward_epilogue)
 
 
 def list_parameters_once(model: nn.Module) -> None:

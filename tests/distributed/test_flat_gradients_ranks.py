@@ -1,4 +1,4 @@
-"""Gradients that are reduced as one tensor at ZeRO-1 train as DeepSpeed's own reduction does; one launch."""
+"""Gradients that are reduced as one tensor at ZeRO-1 and 3 train as DeepSpeed's own reduction does; one launch."""
 
 from __future__ import annotations
 
@@ -12,11 +12,17 @@ RANKS = 3  # no parameter's size is a multiple of it, so parameters lie on two r
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory) -> list[dict]:
-    work = tmp_path_factory.mktemp("zero1")
-    result = launch.run_forked("tests.helpers.rank_scripts.zero1", str(work), ranks=RANKS)
+def launched(tmp_path_factory) -> list[dict]:
+    work = tmp_path_factory.mktemp("flat_gradients")
+    result = launch.run_forked("tests.helpers.rank_scripts.flat_gradients", str(work), ranks=RANKS)
     assert result.code == 0, result.tail()
     return [torch.load(work / f"{rank}.pt") for rank in range(RANKS)]
+
+
+@pytest.fixture(params=[1, 3])
+def ranks(launched, request) -> list[dict]:
+    """What each rank saw under one ZeRO stage."""
+    return [rank[request.param] for rank in launched]
 
 
 def test_gradients_norms_and_weights_are_those_of_deepspeeds_own_reduction(ranks):
@@ -24,6 +30,9 @@ def test_gradients_norms_and_weights_are_those_of_deepspeeds_own_reduction(ranks
         for own, flat in zip(rank["own"], rank["flat"], strict=True):
             torch.testing.assert_close(flat["held"], own["held"], rtol=1e-6, atol=1e-7)
             assert flat["norm"] == pytest.approx(own["norm"], rel=1e-6)
+            for norms in (own["norms"], flat["norms"]):  # of two groups of parameters
+                assert float(norms.sum()) ** 0.5 == pytest.approx(own["norm"], rel=1e-6)
+            torch.testing.assert_close(flat["norms"], own["norms"], rtol=1e-6, atol=0)
             torch.testing.assert_close(flat["weights"], own["weights"], rtol=1e-6, atol=1e-6)
 
 
@@ -37,6 +46,12 @@ def test_a_parameter_that_one_rank_reaches_is_averaged_over_all(ranks):
     for rank in ranks:
         torch.testing.assert_close(rank["unreached"]["by rank 0"], torch.full((5,), 3 / RANKS))
         assert not rank["unreached"]["by none"].any()
+
+
+def test_the_norm_that_the_caller_knows_is_not_computed_again(ranks):
+    for rank in ranks:
+        computed, told = rank["told"]
+        assert told == pytest.approx(2 * computed, rel=1e-6)
 
 
 def test_a_skipped_step_leaves_the_weights_and_the_next_one_applies(ranks):

@@ -1,0 +1,118 @@
+"""Ranks of test_flat_gradients_ranks.py: gradients reduced as one tensor beside DeepSpeed's own reduction.
+
+Every rank writes WORK/RANK.pt: for ZeRO-1 and 3, of `own` and `flat` the steps of `trained`; and what `unreached` and
+`skipped` saw.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from unittest import mock
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from mmpeft_ds.distributed.partitioned import gathered
+from mmpeft_ds.engine.zero import gradients, stage1, stage3_gradients
+from mmpeft_ds.engine.zero import state as zero_state
+from tests.helpers.rank_scripts.checkpoint import batch, make
+
+deepspeed.init_distributed("gloo", auto_mpi_discovery=False, verbose=False)
+
+
+def steps(engine, micro: int) -> None:
+    """Forward and backward of one step of `micro` micro-batches, other samples on every rank."""
+    for i in range(micro):
+        engine.set_gradient_accumulation_boundary(i + 1 == micro)
+        x, y = batch(10 * dist.get_rank() + i)
+        engine.backward(nn.functional.cross_entropy(engine(x), y))
+        if i + 1 < micro:
+            engine.step()
+
+
+def trained(engine, trainables) -> list[dict]:
+    """Three steps: this rank's gradients, the norm that clips, and the weights after."""
+    seen = []
+    for micro in (1, 3, 2):
+        steps(engine, micro)
+        held = [(shard.start, shard.gradient.clone()) for shard in gradients.shards(engine)]
+        norms = gradients.Norms(engine, {id(p): i % 2 for i, p in enumerate(trainables.values())}, 2).squared()
+        dist.all_reduce(norms)
+        engine.step()
+        norm = float(engine.get_global_grad_norm())
+        seen.append({"held": held, "norm": norm, "norms": norms, "weights": values(trainables)})
+    return seen
+
+
+def values(trainables) -> dict[str, torch.Tensor]:
+    """Copies of all weights. Collective."""
+    with gathered(list(trainables.values())):
+        return {name: p.detach().clone() for name, p in trainables.items()}
+
+
+def told(engine, trainables) -> tuple[float, float]:
+    """The norm that DeepSpeed computes, and that by which it clips when it is told twice as much."""
+    knowing = gradients.know_norm(engine)
+    steps(engine, 1)
+    engine.step()
+    computed = float(engine.get_global_grad_norm())
+    steps(engine, 1)
+    with knowing(2 * computed):
+        engine.step()
+    return computed, float(engine.get_global_grad_norm())
+
+
+def unreached(engine, trainables) -> dict[str, torch.Tensor]:
+    """Whole averaged gradients where the head's bias is reached by rank 0 alone, and by no one the second time."""
+    found, bias = [], trainables["head.bias"]
+    for reached in (True, False):
+
+        def loss(x, reached=reached):
+            others = sum(p.sum() for name, p in trainables.items() if name != "head.bias")
+            return others + (3 * bias.sum() if reached and dist.get_rank() == 0 else 0)
+
+        engine.module.forward = loss
+        with gathered(list(trainables.values())):
+            engine.backward(engine(torch.zeros(1)))
+        own = torch.zeros(zero_state.numel(bias))
+        for shard in gradients.shards(engine):
+            if shard.parameter is bias:
+                own[shard.start : shard.start + len(shard.gradient)] = shard.gradient
+        dist.all_reduce(own)
+        found.append(own)
+        gradients.discard(engine)
+    return {"by rank 0": found[0], "by none": found[1]}
+
+
+def skipped(engine, trainables) -> bool:
+    """Whether a step that all ranks skip leaves the weights, and the next one applies."""
+    before = values(trainables)
+    steps(engine, 1)
+    gradients.discard(engine)
+    left = all(torch.equal(before[name], p) for name, p in values(trainables).items())
+    steps(engine, 1)
+    engine.step()
+    return left and not any(torch.equal(before[name], p) for name, p in values(trainables).items())
+
+
+def flat(stage: int):
+    """Engine and trainables as the trainer builds them."""
+    engine, trainables = make(stage)
+    if stage == 3:
+        assert stage3_gradients.reduce_flat(engine)
+    return engine, trainables
+
+
+work = Path(sys.argv[1])
+result = {}
+for stage in (1, 3):
+    with mock.patch.object(stage1, "reduce_flat", lambda engine: True):
+        own = make(stage)
+    result[stage] = {"own": trained(*own), "flat": trained(*flat(stage)), "told": told(*flat(stage))}
+    result[stage] |= {"unreached": unreached(*flat(stage)), "skipped": skipped(*flat(stage))}
+torch.save(result, work / f"{dist.get_rank()}.pt")
+dist.barrier()
+dist.destroy_process_group()
