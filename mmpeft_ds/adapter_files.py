@@ -9,7 +9,7 @@ from types import NoneType
 from typing import Any
 
 from mmpeft_ds.errors import BadInput
-from mmpeft_ds.files import sha256, write_json
+from mmpeft_ds.files import check_regular, sha256, write_json
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 CHECKSUMS = "checksums.json"
@@ -70,6 +70,7 @@ def read_json(path: Path, kinds: type | tuple[type, ...]) -> Any:
         BadInput: the file cannot be read, or holds something else.
     """
     try:
+        check_regular(path)
         value = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError, RecursionError) as e:
         raise BadInput(f"{path}: cannot be read ({e}). {REMEDY}") from e

@@ -9,6 +9,7 @@ import json
 import os
 import re
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -36,9 +37,18 @@ def fsync(path: str | os.PathLike) -> None:
         os.close(descriptor)
 
 
+def check_regular(path: str | os.PathLike) -> None:
+    """Raise OSError for a pipe or a device, whose content may never end; what is not there is left to the caller."""
+    with contextlib.suppress(FileNotFoundError):
+        mode = os.stat(path).st_mode
+        if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+            raise OSError(errno.EINVAL, "is a pipe or a device, and no file", os.fspath(path))
+
+
 def sha256(file: str | os.PathLike | IO[bytes]) -> str:
     """sha256 of a file, or of the rest of an open one, as 64 hexadecimal digits."""
     if not hasattr(file, "read"):
+        check_regular(file)
         with open(file, "rb") as stream:
             return sha256(stream)
     digest = hashlib.sha256()

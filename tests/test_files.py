@@ -88,6 +88,13 @@ def test_sha256_of_a_file_and_of_an_open_one_are_equal(tmp_path):
     assert files.sha256(tmp_path / "f") != files.sha256(Path(__file__))
 
 
+def test_the_sha256_of_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", Path("/dev/zero")):
+        with pytest.raises(OSError, match="is a pipe or a device"):
+            files.sha256(path)
+
+
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.ENAMETOOLONG])
 def test_a_command_that_cannot_write_says_so_in_one_line(capsys, code):
     def main():

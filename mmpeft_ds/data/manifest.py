@@ -19,7 +19,7 @@ import fsspec
 import numpy as np
 
 from mmpeft_ds.errors import BadInput
-from mmpeft_ds.files import write_atomic
+from mmpeft_ds.files import check_regular, write_atomic
 
 SCHEMA = 1
 FILE = "manifest.json"
@@ -250,6 +250,7 @@ def read_side_file(dir: str, file: str, hint: str) -> bytes:
     """All bytes of a file of a data set. Raises BadInput, which ends with `hint` if there is no such file."""
     url = f"{dir}/{file}"
     try:
+        check_regular(local_path(url) or "")
         with fsspec.open(url, "rb") as stream:
             return stream.read()
     except (FileNotFoundError, NotADirectoryError) as error:

@@ -17,7 +17,7 @@ import numpy as np
 
 from mmpeft_ds.data.manifest import Manifest, local_path, sample_key
 from mmpeft_ds.errors import BadInput
-from mmpeft_ds.files import write_json
+from mmpeft_ds.files import check_regular, write_json
 
 HINT = "data_prep/few_shot.py DIR writes subsets of a data set"
 
@@ -131,6 +131,7 @@ def _read(path: str, manifest: Manifest) -> dict:
     beside = f"{manifest.dir}/{path}"
     url = path if local is None or Path(local).is_absolute() or Path(local).is_file() else beside
     try:
+        check_regular(local_path(url) or "")
         with fsspec.open(url, "rb") as stream:
             raw = json.loads(stream.read())
     except (OSError, ImportError) as error:

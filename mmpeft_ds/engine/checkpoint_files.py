@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 
 from mmpeft_ds.engine.train_state import TrainState
 from mmpeft_ds.errors import BadInput
-from mmpeft_ds.files import naming, new_directory, sha256, write_atomic, write_json
+from mmpeft_ds.files import check_regular, naming, new_directory, sha256, write_atomic, write_json
 
 CHECKSUMS = "checksums.json"
 _MAPPINGS = ("identities", "epoch_weight")  # of the state's `extra`
@@ -120,6 +120,7 @@ def damage(path: str | Path) -> str | None:
     """Description of a damage to the checkpoint at `path`; None if every file is as it was written."""
     path = Path(path)
     try:
+        check_regular(path / CHECKSUMS)
         checksums = json.loads((path / CHECKSUMS).read_text("utf-8"))
         for name, expected in checksums.items():
             digest = sha256(path / name)
@@ -174,6 +175,7 @@ def _fits(field: dataclasses.Field, value: Any) -> bool:
 
 def read_json(path: str | Path, name: str) -> dict[str, Any]:
     """One of the JSON files of a checkpoint: `state`, `recipe` or `fingerprint`."""
+    check_regular(Path(path) / f"{name}.json")
     return json.loads((Path(path) / f"{name}.json").read_text("utf-8"))
 
 

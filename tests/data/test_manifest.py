@@ -1,6 +1,7 @@
 """Manifests: reading gives what was written, byte offsets, travel to workers, and refusals."""
 
 import json
+import os
 import pickle
 from pathlib import Path
 
@@ -119,6 +120,16 @@ def test_missing_truncated_and_unreachable_are_refused(made, tmp_path):
     (made / "manifest.json").write_text(text[: len(text) // 2])
     with pytest.raises(BadInput, match="damaged"):
         Manifest.load(made)
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "side file"])
+@pytest.mark.parametrize("kind", ["pipe", "device"])
+def test_a_pipe_or_a_device_is_refused_and_not_waited_for(made, name, kind):
+    path = made / (Manifest.load(made).index["train"].file if name == "side file" else name)
+    path.unlink()
+    os.mkfifo(path) if kind == "pipe" else path.symlink_to("/dev/zero")
+    with pytest.raises(BadInput, match=f"{path.name}: cannot be read .*is a pipe or a device"):
+        Manifest.load(made).offsets("train", 0)
 
 
 def test_an_altered_or_missing_side_file_is_refused(made):

@@ -270,6 +270,17 @@ def test_a_lock_that_somebody_removes_is_taken_again_unless_another_run_was_fast
     gone.close()
 
 
+def test_a_checkpoint_whose_file_became_a_pipe_gives_way_to_the_one_before(tmp_path):
+    started(tmp_path / "a")
+    (checkpoint_of,) = (tmp_path / "a" / "checkpoints").glob("step-*")
+    shutil.copytree(checkpoint_of, checkpoint_of.with_name("step-00000009"))
+    for name in ("state.json", checkpoint_files.CHECKSUMS):
+        path = checkpoint_of.with_name("step-00000009") / name
+        path.unlink()
+        os.mkfifo(path)
+        assert checkpoint_files.newest(checkpoint_of.parent) == checkpoint_of
+
+
 def test_a_finished_run_says_so_unless_it_is_made_longer(tmp_path, monkeypatch):
     monkeypatch.setattr(rundir, "whole", lambda directory: directory)
     run = RunDir.open(tmp_path / "a", RECIPE)
