@@ -141,6 +141,10 @@ class TaskBase(abc.ABC):
         """Tensors of the targets of a batch, first dimension T. Default: none."""
         return {}
 
+    def dummy_text(self, text: Any) -> Any:
+        """The text of weight 0 that a rank without any reads, from `BackboneBase.dummy`. Default: that one."""
+        return text
+
     def dummy_target(self) -> Any:
         """A target that goes with a text of weight 0. Default: an empty dictionary."""
         return {}

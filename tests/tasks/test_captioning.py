@@ -151,6 +151,16 @@ def test_generation_is_told_one_length():
     assert longer == {"num_beams": 1, "length_penalty": 1.0, "max_new_tokens": 7}
 
 
+def test_a_rank_without_pictures_writes_as_long_as_those_that_have_some():
+    """Within `max_length` a shorter prompt leaves more to write, and all ranks write until the last one is done."""
+    dummy = Prompted("a", "a")
+    (text,), _ = Captioning(Options(prompt="what is it? "), None).read_all({"captions": ["x"]}, None)
+    assert Captioning(Options(prompt="what is it? "), None).dummy_text(dummy) == Prompted(text.prompt, "a")
+    assert Captioning(Options(), None).dummy_text(dummy).prompt == ""
+    assert Captioning(Options(prompt="what is it? ", max_new_tokens=9), None).dummy_text(dummy) == dummy
+    assert Captioning(Options(), None).dummy_text("a") == "a", "of a backbone that writes nothing"
+
+
 @pytest.mark.parametrize("record", [{}, {"captions": "a"}, {"captions": []}, {"captions": [" "]}, {"captions": [1]}])
 def test_a_record_of_the_wrong_shape_is_a_bad_sample(record):
     with pytest.raises(BadSample):

@@ -60,7 +60,7 @@ def complete(batch: PackedBatch, anywhere: list[float], backbone: Any, task: Any
     if "video" in missing:
         slot.videos = [backbone.video_transform()(backbone.dummy("video"))]
     if "text" in wanted:
-        slot.texts, slot.targets = [backbone.dummy("text")], [task.dummy_target()]
+        slot.texts, slot.targets = [task.dummy_text(backbone.dummy("text"))], [task.dummy_target()]
     collate = (backbone.collate_images, backbone.collate_texts, task.collate, backbone.collate_videos)
     dummy = pack([slot], *collate)
     slots = len(batch.sample_id)

@@ -9,6 +9,7 @@ paper (arXiv 2403.09377; specs/routing.md 2.2).
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -66,6 +67,12 @@ class Captioning(TaskBase):
     def collate(self, targets: list[Any]) -> dict[str, Tensor]:
         """`known` (T,): 1 for a text with a caption, 0 for one without."""
         return {"known": torch.tensor([target["known"] for target in targets], dtype=torch.float32)}
+
+    def dummy_text(self, text: Any) -> Any:
+        """The backbone's, behind the prompt of all others: within `max_length` a rank with a shorter one would write
+        on, and the others with it, past the last position of their model."""
+        same = isinstance(text, Prompted) and "max_length" in self.generation
+        return replace(text, prompt=self.options.prompt) if same else text
 
     def dummy_target(self) -> Any:
         return {"known": 0.0}

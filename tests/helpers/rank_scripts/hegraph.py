@@ -43,6 +43,9 @@ class Task:
     def collate(self, targets):
         return {"label": torch.tensor(targets)}
 
+    def dummy_text(self, text):
+        return text
+
     def dummy_target(self):
         return 0
 

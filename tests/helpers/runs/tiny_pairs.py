@@ -52,6 +52,9 @@ class TinyTask:
     def collate(self, targets: list[int]) -> dict[str, Tensor]:
         return {"label": torch.tensor(targets)}
 
+    def dummy_text(self, text):
+        return text
+
     def dummy_target(self) -> int:
         return 0
 
