@@ -129,6 +129,8 @@ def attention_probabilities(
             rows, columns = scores.shape[-2:]
             ahead = torch.ones(rows, columns, dtype=torch.bool, device=q.device).triu(columns - rows + 1)
             scores = scores.masked_fill(ahead, -math.inf)
+        if mask is None and (not causal or scores.shape[-2] <= scores.shape[-1]):
+            return scores.softmax(-1)
         empty = scores.amax(-1, keepdim=True) == -math.inf
         # Softmax of a row of -inf is NaN, and so is its gradient: such a row is scored 0 and zeroed afterwards.
         return scores.masked_fill(empty, 0.0).softmax(-1).masked_fill(empty, 0.0)

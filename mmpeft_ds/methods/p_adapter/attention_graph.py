@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -17,7 +19,10 @@ from mmpeft_ds.ops.p_laplacian import (
     pool_keys,
     self_loops,
 )
+from mmpeft_ds.ops.p_laplacian_map import HELD, MOST, fits, p_laplacian_of_map
 from mmpeft_ds.ops.p_laplacian_stream import p_laplacian_attention
+from mmpeft_ds.ops.p_laplacian_triton import usable
+from mmpeft_ds.ops.precision import full_dtype
 from mmpeft_ds.ops.propagation import appnp, gcn, gcnii
 from mmpeft_ds.sites.observe import Observation
 
@@ -86,6 +91,12 @@ class Propagation(nn.Module):
             g: value nodes, (B, H, M, b) or pooled (B, H, G, b).
             square: rows and columns are the same nodes.
         """
+        if self._is_small(seen, f, g):
+            A = self.attention(seen)
+            A = A if self.groups is None else pool_keys(A, self.groups, -1)
+            return p_laplacian_of_map(
+                A, None if square else f, g, self.exponent, self.pull, self_term=square, square=square
+            )
         if self._streams(seen, square):
             graph = "published" if self.published else "square" if square else "pooled" if self.groups else "bipartite"
             scores = {"mask": seen.mask, "causal": seen.causal, "scaling": seen.scaling}
@@ -108,6 +119,21 @@ class Propagation(nn.Module):
         if self.rule == "appnp":
             return appnp(A, f, g, square=square)
         return gcnii(A, f, g, self.weight, square=square, layer=self.layer)
+
+    def _is_small(self, seen: Observation, f: Tensor, g: Tensor) -> bool:
+        """Whether the map is at hand or may be made, and what belongs to each of its edges may be held."""
+        if self.rule != "p_laplacian" or self.published or self.kernel != "auto" or self.self_loops == "drop":
+            return False
+        A, query = seen.probabilities, seen.query
+        if query is not None and usable(query, seen.key, f, g):
+            return False
+        if A is None:
+            made = (*query.shape[:-1], seen.key.shape[2])
+            if full_dtype(query.dtype) != g.dtype or math.prod(made) * HELD > MOST:
+                return False
+        elif A.dtype != g.dtype:
+            return False
+        return fits((*f.shape[:-1], g.shape[2]), g)
 
     def _streams(self, seen: Observation, square: bool) -> bool:
         """Whether the step works from queries and keys. Measured, that is faster at any length (docs/methods)."""
@@ -137,6 +163,10 @@ class _Clamp(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
         (p,), (low, high) = ctx.saved_tensors, ctx.bounds
+        if p.device.type == "cpu":  # one number, which is there to be read
+            value, slope = float(p), float(grad)
+            blocked = (value <= low and slope > 0) or (value >= high and slope < 0)
+            return torch.zeros_like(grad) if blocked else grad, None, None
         outwards = ((p <= low) & (grad > 0)) | ((p >= high) & (grad < 0))
         return grad.masked_fill(outwards, 0.0), None, None
 

@@ -68,7 +68,7 @@ class PAdapterOptions(SiteOptions):
         default="auto",
         metadata={
             "help": "Hold all node differences (dense), recompute them in tiles (stream), or the latter wherever it "
-            "can be, on a GPU in Triton kernels (auto)."
+            "can be, on a GPU in Triton kernels, but for small maps on a CPU (auto)."
         },
     )
 

@@ -1,0 +1,150 @@
+"""One p-Laplacian step over an attention map that is at hand and small: few operations, forward and backward."""
+
+# B batch, H heads, N query tokens, M value tokens, b channels of a node; D_ij = g_j - f_i
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from mmpeft_ds.ops.p_laplacian import EPS, check_shapes
+
+MOST = 1 << 19  # numbers that a call may hold for its backward pass: 2 MiB
+HELD = 6  # numbers that it holds for each edge
+
+
+def fits(shape: tuple[int, ...], like: Tensor) -> bool:
+    """Whether a map of that shape and nodes such as `like`, (B, H, *, b), are for `p_laplacian_of_map`.
+
+    It reads p and mu as numbers, for which a GPU would have to be waited for.
+    """
+    if like.device.type != "cpu" or like.dtype not in (torch.float32, torch.float64):
+        return False
+    return math.prod(shape) * (HELD + like.shape[-1]) <= MOST
+
+
+def p_laplacian_of_map(
+    A: Tensor, f: Tensor | None, g: Tensor, p: Tensor | float, mu: Tensor | float, *, self_term: bool, square: bool
+) -> Tensor:
+    """`p_laplacian` with one p and one mu, where `fits`; some thirty operations forward and forty backward.
+
+    The dense form lets autograd differentiate each of its operations, and the tiled form prepares and adds up blocks.
+
+    Args:
+        A: as in `p_laplacian`, float32 or float64, as the nodes.
+        f: query nodes; None for a square graph, whose rows are the last rows of `g`.
+
+    Returns:
+        (B, H, N, b). Gradients reach A, f, g, p and mu, once: a second derivative is refused.
+
+    Raises:
+        ValueError: shapes that do not belong together.
+
+    Source: as `p_laplacian`; the gradients are those of `p_laplacian_attention`.
+    """
+    check_shapes(A, g[..., g.shape[-2] - A.shape[-2] :, :] if f is None else f, g)
+    if square != (f is None):
+        raise ValueError("a square graph, and no other, has its query nodes in g: give f=None")
+    return _Step.apply(A, f, g, p, mu, self_term)
+
+
+class _Step(torch.autograd.Function):
+    """Holds, for each edge, the map, the differences' squares and sums, and the weights."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, A: Tensor, f: Tensor | None, g: Tensor, p: Tensor | float, mu: Tensor | float, self_term: bool
+    ) -> Tensor:
+        square, power, c = f is None, float(p), 2 * float(mu) / float(p)
+        first, least = g.shape[-2] - A.shape[-2], g.shape[-1] * EPS**2
+        g = g.contiguous()
+        f = g[..., first:, :] if square else f.contiguous()
+        apart = _apart(f, g)  # 0 for self loops, whose two nodes are one
+        squared, total = (apart * apart).sum(-3), apart.sum(-3)
+        root = (A + EPS).sqrt_()
+        norm = (root * squared).add_(total, alpha=2 * EPS).mul_(root).add_(least)
+        slope = norm.clamp_min_(torch.finfo(A.dtype).tiny) ** (power / 2 - 1)
+        weight = slope * A
+        own = None
+        if square:
+            # A self loop may hold nearly all of a row: U - f is computed without it.
+            loops = weight.diagonal(first, -2, -1)
+            own = loops.clone()
+            loops.zero_()
+        sums, V = weight.sum(-1, keepdim=True), weight @ g
+        if square:
+            V.addcmul_(sums, f, value=-1)
+            loops.copy_(own)
+            sums += own.unsqueeze(-1)
+        alpha = sums.add_(c).reciprocal_()
+        if self_term != square:
+            V.add_(f, alpha=c if self_term else -c)
+        V *= alpha
+        ctx.save_for_backward(A, f, g, norm, slope, weight, squared, total, root, alpha, V)
+        ctx.numbers = square, self_term, power, c, first, least
+        ctx.of = [x if isinstance(x, Tensor) else None for x in (p, mu)]
+        return f + V if square else V
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dU: Tensor) -> tuple[Tensor | None, ...]:
+        A, f, g, norm, slope, weight, squared, total, root, alpha, V = ctx.saved_tensors
+        square, self_term, power, c, first, least = ctx.numbers
+        # As in `p_laplacian_edges.Gradients`: everything is seen from the row's own node on a square graph.
+        scaled = alpha * dU
+        dU_V = (scaled * V).sum(-1, keepdim=True)
+        dU_f = (scaled * f).sum(-1, keepdim=True) if square or self_term else None
+        level = dU_V + dU_f if square else dU_V
+        surplus = dU_V if square == self_term else level if square else dU_V - dU_f
+        dw = (scaled @ g.mT).sub_(level)
+        if square:
+            dw.diagonal(first, -2, -1).copy_(-dU_V.squeeze(-1))
+        h = dw * weight
+        steep = h / norm  # and (power - 2), where it is used
+        if square:
+            steep.diagonal(first, -2, -1).zero_()
+        dA = None
+        if ctx.needs_input_grad[0]:
+            dA = (dw * slope).add_(torch.add(squared, total / root, alpha=EPS).mul_(steep), alpha=power / 2 - 1)
+        steep *= root
+        apart = _apart(f, g).mul_(root.unsqueeze(-3)).add_(EPS).mul_(steep.unsqueeze(-3))
+        dg = (weight.mT @ scaled).add_(apart.sum(-2).mT, alpha=power - 2)
+        df = apart.sum(-1).mT * (2 - power)
+        if self_term:
+            df.add_(scaled, alpha=c)
+        if square:
+            dg[..., first:, :] += df
+        heavy = square and power < 2
+        if heavy:
+            h.diagonal(first, -2, -1).zero_()
+        dp, dmu = _numbers(ctx, h, norm, surplus, math.log(least) if heavy else 0.0)
+        return dA, None if square else df, dg, dp, dmu, None
+
+
+def _apart(f: Tensor, g: Tensor) -> Tensor:
+    """D with channels first, (B, H, b, N, M)."""
+    return g.mT.unsqueeze(-2) - f.mT.unsqueeze(-1)
+
+
+def _numbers(ctx: Any, h: Tensor, norm: Tensor, surplus: Tensor, lowest: float) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of p and mu.
+
+    Args:
+        h: dw_ij w_ij; 0 for self loops where they hold nearly all of their rows.
+        lowest: ln n^2 of these: what lies above it is added up, and it enters with the sum of all h, in which the
+            heavy terms have cancelled.
+    """
+    _, _, power, c, _, _ = ctx.numbers
+    p, mu = ctx.of
+    dc = -float(surplus.sum())
+    dp = None
+    if p is not None and ctx.needs_input_grad[3]:
+        above = float(norm.log().sub_(lowest).mul_(h).sum())
+        # sum_ij h_ij is -c dc; c = 2 mu / p stands beside p's own place in the weights.
+        dp = torch.full_like(p, (above - c * dc * lowest) / 2 - c * dc / power)
+    dmu = torch.full_like(mu, 2 * dc / power) if mu is not None and ctx.needs_input_grad[4] else None
+    return dp, dmu

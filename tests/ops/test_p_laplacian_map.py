@@ -1,0 +1,99 @@
+"""The p-Laplacian step of few operations equals the dense form, outputs and gradients."""
+
+import pytest
+import torch
+
+from mmpeft_ds.ops.p_laplacian import p_laplacian
+from mmpeft_ds.ops.p_laplacian_map import HELD, MOST, fits, p_laplacian_of_map
+
+B, H, b = 2, 3, 4
+SIZES = {True: [(6, 6), (4, 9)], False: [(6, 9), (9, 4)]}
+
+
+def inputs(rows, columns, square, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(rows)
+
+    def drawn(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    A = drawn(B, H, rows, columns).softmax(-1)
+    A[0, 0, 0] = 0.0  # a row that sees nothing
+    A[..., 1] = 0.0  # a key that nobody sees
+    f = None if square else drawn(B, H, rows, b).to(dtype).requires_grad_()
+    # nodes as an adapter cuts them: not contiguous
+    g = drawn(B, columns, H, b).to(dtype).transpose(1, 2).requires_grad_()
+    return A.to(dtype).requires_grad_(), f, g
+
+
+def outcome(form, A, f, g, p, mu, square, self_term):
+    """U, then the gradients of A, f, g, p and mu."""
+    p, mu = (torch.tensor(x, dtype=g.dtype, requires_grad=True) for x in (p, mu))
+    rows = g[..., g.shape[2] - A.shape[2] :, :]
+    nodes = f if f is not None else rows if form is p_laplacian else None
+    U = form(A, nodes, g, p, mu, self_term=self_term, square=square)
+    weights = torch.randn(U.shape, generator=torch.Generator().manual_seed(9), dtype=torch.float64).to(U.dtype)
+    wanted = [x for x in (A, f, g, p, mu) if x is not None]
+    return [U, *torch.autograd.grad((U * weights).sum(), wanted)]
+
+
+def worst(found, expected):
+    pairs = zip(found, expected, strict=True)
+    return max(((a.double() - e).abs().max() / e.abs().max().clamp_min(1e-3)).item() for a, e in pairs)
+
+
+@pytest.mark.parametrize("p", [1.0, 1.25, 2.0, 2.5])
+@pytest.mark.parametrize("self_term", [True, False])
+@pytest.mark.parametrize("square", [True, False])
+def test_equals_the_dense_form(square, self_term, p):
+    for rows, columns in SIZES[square]:
+        given = inputs(rows, columns, square)
+        expected = outcome(p_laplacian, *given, p, 0.2, square, self_term)
+        found = outcome(p_laplacian_of_map, *given, p, 0.2, square, self_term)
+        assert all(x.isfinite().all() for x in found)
+        assert worst(found, expected) < 1e-9 if p == 1.0 else worst(found, expected) < 1e-11
+
+
+@pytest.mark.parametrize("square", [True, False])
+def test_float32_is_as_exact_as_float32_can_be(square):
+    for p in (1.25, 1.6, 2.5):
+        for rows, columns in SIZES[square]:
+            expected = outcome(p_laplacian, *inputs(rows, columns, square), p, 0.2, square, square)
+            found = outcome(p_laplacian_of_map, *inputs(rows, columns, square, torch.float32), p, 0.2, square, square)
+            assert worst(found, expected) < 3e-5  # of p, whose gradient is a difference here
+
+
+def test_equal_nodes_count_as_eps_apart():
+    A, _, g = inputs(6, 6, True)
+    g = g.detach().clone()
+    g[:, :, 5] = g[:, :, 2]
+    g.requires_grad_()
+    expected = outcome(p_laplacian, A, None, g, 1.5, 0.2, True, True)
+    assert worst(outcome(p_laplacian_of_map, A, None, g, 1.5, 0.2, True, True), expected) < 1e-9
+
+
+def test_numbers_in_place_of_tensors_and_a_map_without_gradient():
+    A, _, g = inputs(6, 6, True)
+    U = p_laplacian_of_map(A.detach(), None, g, 1.5, 0.2, self_term=True, square=True)
+    tensors = p_laplacian_of_map(A, None, g, *torch.tensor([[1.5], [0.2]], dtype=A.dtype), self_term=True, square=True)
+    assert torch.equal(U, tensors)
+    (gradient,) = torch.autograd.grad(U.sum(), g)
+    assert torch.equal(gradient, torch.autograd.grad(tensors.sum(), g)[0])
+
+
+def test_wrong_shapes_and_second_derivatives_are_refused():
+    A, f, g = inputs(6, 9, False)
+    with pytest.raises(ValueError, match="give f=None"):
+        p_laplacian_of_map(A, f, g, 1.5, 0.2, self_term=True, square=True)
+    with pytest.raises(ValueError, match="needs query nodes"):
+        p_laplacian_of_map(A, f[..., :2], g, 1.5, 0.2, self_term=False, square=False)
+    U = p_laplacian_of_map(A, f, g, 1.5, 0.2, self_term=False, square=False)
+    (gradient,) = torch.autograd.grad(U.sum(), f, create_graph=True)
+    with pytest.raises(RuntimeError):
+        gradient.sum().backward()
+
+
+def test_only_small_maps_in_full_precision_are_taken():
+    like = torch.empty(1, 1, 1, b)
+    edges = MOST // (HELD + b)
+    assert fits((1, 1, 1, edges), like) and not fits((1, 1, 1, edges + 1), like)
+    assert not fits((1, 1, 2, 2), like.bfloat16()) and not fits((1, 1, 2, 2), like.to("meta"))
