@@ -22,6 +22,7 @@ from mmpeft_ds.methods.common.products import Multiplies, at_edge
 from mmpeft_ds.ops import mode_product
 from mmpeft_ds.ops.frame_weighting import weight_frame_keys
 from mmpeft_ds.ops.gated_query import gated_query
+from mmpeft_ds.ops.mode_sum import plus_modes
 from mmpeft_ds.ops.precision import full_dtype
 from mmpeft_ds.sites.base import SharedWithTeacher, base_layer, features
 from mmpeft_ds.sites.condition import current
@@ -109,10 +110,32 @@ class ModeDelta(Fusable, Multiplies):
         with torch.no_grad():
             self.mode.uniform_(-bound, bound)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., in) -> (..., K, part) for attention, else (..., out), in the dtype of the products."""
+    def joins(self, x: Tensor, out: Tensor) -> bool:
+        """Whether `forward` may add itself to `out`, the output of the whole leaf: all is of one dtype and eager, and
+        the parts are side by side."""
+        place, core = self.place, self.borrowed[1].core
+        if self.products is not None or getattr(core, "ds_shape", core.shape)[1:] == () or x.dtype != self.mode.dtype:
+            return False
+        if out.dtype != x.dtype or self._compiled_call_impl is not None or torch.compiler.is_compiling():
+            return False
+        drops = self.dropout.training and self.dropout.p > 0
+        if place.role == "attention" and drops and place.text and place.modes > 1:
+            return False
+        return place.role != "attention" or sum(width for _, width in place.parts) == out.shape[-1]
+
+    def forward(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+        """(..., in) -> (..., K, part) for attention, else (..., out), in the dtype of the products.
+
+        Args:
+            out: what the result is added to, where it `joins`; the sum has its shape.
+        """
         factors, holder = self.borrowed
         down, up, core = whole((factors.down, factors.up, holder.core))
+        if out is not None:
+            return plus_modes(
+                out, x, down, up, core, self.mode, role=self.place.role, scale=self.scale,
+                dropout=self.dropout.p if self.dropout.training else 0.0, drop_before_core=self.place.text,
+            )  # fmt: skip
         with self.multiplying(x):
             added = DELTA[self.place.role](
                 at_edge(x, down.dtype),
@@ -195,8 +218,13 @@ class AuroraLinear(nn.Module, SiteLayer):
         out = self.base_layer(x, *args, **kwargs)
         if not frozen:
             for name in self.active_adapters:
-                if name in self.aurora:
-                    added = self._spread(self.aurora[name](x), self.aurora[name].place)
+                if name not in self.aurora:
+                    continue
+                delta = self.aurora[name]
+                if delta.joins(x, out):
+                    out = delta(x, out)
+                else:
+                    added = self._spread(delta(x), delta.place)
                     out = out + added if added.dtype == out.dtype else (out + added).to(out.dtype)
         return out if self._disable_adapters else self._weight_frames(out)
 
