@@ -115,11 +115,16 @@ class FFNSite:
 
 @dataclass(frozen=True)
 class Sites:
-    """All sites of a model in the order in which they run; `features` where classification heads attach."""
+    """All sites of a model in the order in which they run; `features` where classification heads attach.
+
+    Attributes:
+        unread: text towers that have layers of which none can be read, and the class of these layers.
+    """
 
     attention: list[AttentionSite] = field(default_factory=list)
     ffn: list[FFNSite] = field(default_factory=list)
     features: list[FeatureSite] = field(default_factory=list)
+    unread: dict[str, str] = field(default_factory=dict)
 
     @property
     def towers(self) -> dict[str, str]:

@@ -28,11 +28,17 @@ def find_sites(model: nn.Module) -> Sites:
             tower, modality = structure.tower(path, modules)
             read = structure.read
         else:
+            if path.rpartition(".")[2].isdigit() and structure.has_attention(module):
+                tower, modality = structure.tower(path, modules)
+                if modality == "text":
+                    sites_of_model.unread.setdefault(tower, type(module).__name__)
             continue
         sites = read(Block(path, module, tower, modality, _index(path)))
         sites_of_model.attention.extend(sites.attention)
         sites_of_model.ffn.extend(sites.ffn)
         sites_of_model.features.extend(sites.features)
+    for tower in sites_of_model.towers:
+        sites_of_model.unread.pop(tower, None)
     return sites_of_model
 
 

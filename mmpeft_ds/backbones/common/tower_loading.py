@@ -162,8 +162,15 @@ def pretrained(
         raise BadInput(
             f"{where}: cannot load the weights of {name!r} ({first_line(error)}). Restore its files."
         ) from error
-    except RuntimeError as error:
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, ArithmeticError) as error:
         lines = [line.strip() for line in str(error).splitlines() if "size mismatch" in line]
+        if not lines and is_deepspeed_zero3_enabled():
+            # such as the starts of weights, or conversions of them, that transformers computes of partitioned ones
+            raise BadInput(
+                f"{where}: transformers cannot load {name!r} at ZeRO stage 3 ({first_line(error)}). Take stage 0 to 2."
+            ) from error
         if not lines:
             raise
         # findings/transformers_qwen3_vl_moe_zero3_load.sh

@@ -286,6 +286,13 @@ def _towers(sites: Sites, wanted: str | Sequence[str] | None) -> list[str]:
         return [path for path in towers if path in chosen]
     if wanted is None:
         fitting = [path for path, kind in towers.items() if kind == "text"] or list(towers)
+        if sites.unread and "text" not in towers.values():
+            tower, layer = next(iter(sites.unread.items()))
+            raise BadInput(
+                f"tower: the layers of text tower {tower!r} ({layer}) have no separate projections of queries, keys "
+                "and values, so adapters find no place there by themselves. Use method lora with target_modules, or "
+                f"name one of {_known(towers)}."
+            )
     else:
         fitting = _fitting(towers, wanted)
     if len(fitting) > 1:

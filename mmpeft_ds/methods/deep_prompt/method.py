@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import re
 from dataclasses import dataclass
 
 from torch import nn
@@ -23,6 +25,9 @@ from mmpeft_ds.methods.deep_prompt.layer import (
 from mmpeft_ds.methods.deep_prompt.options import DeepPromptOptions
 from mmpeft_ds.sites import AttentionSite, Sites, find_sites
 from mmpeft_ds.sites.base import base_layer
+
+# What models ask their cache of states of convolutions and of an indexer of keys.
+_VERBS = re.compile(r"past_key_values\.((?:get|update)_(?:conv_state|recurrent_state|indexer))\b")
 
 
 @dataclass
@@ -139,11 +144,25 @@ def _prefix_hook(core: nn.Module, path: str, site: AttentionSite) -> Hooked:
         source = "encoder_hidden_states" if "encoder_hidden_states" in names else "key_value_states"
         mask = "encoder_attention_mask" if "encoder_attention_mask" in names else "attention_mask"
         return PrefixedRows(path, rows=True, source=source, mask=mask)
+    if "cache_params" in names:
+        raise BadInput(f"style: {path} carries a state from token to token in place of keys and values. Use adapters.")
     if "past_key_values" in names:
+        if asked := _other_calls(core):
+            raise BadInput(f"style: {path} asks its cache for {asked}, of which a prefix has none. Use adapters.")
         return PrefixedSelfAttention(path)
     if "position_embeddings" in names:
         raise BadInput(f"style: {path} rotates its keys and takes no cache, so a prefix has no way in. Use adapters.")
     return PrefixedRows(path, rows=True)
+
+
+def _other_calls(core: nn.Module) -> str:
+    """A verb of its cache that this attention uses and that is not of keys and values; empty if there is none."""
+    sources = (inspect.getsource(kind) for kind in {type(module) for module in core.modules()} if _takes_cache(kind))
+    return next((found[1] for source in sources for found in _VERBS.finditer(source)), "")
+
+
+def _takes_cache(kind: type[nn.Module]) -> bool:
+    return "past_key_values" in parameters(kind)
 
 
 def _check_tokens(model: nn.Module, site: AttentionSite) -> None:

@@ -33,6 +33,11 @@ def is_layer(module: nn.Module) -> bool:
     return _attention(module) is not None
 
 
+def has_attention(module: nn.Module) -> bool:
+    """Whether `module` is a transformer layer, of whatever form."""
+    return any(isinstance(getattr(module, name, None), nn.Module) for name in _ATTENTION)
+
+
 def tower(path: str, modules: dict[str, nn.Module]) -> tuple[str, str]:
     """Path and modality of the tower that has the layer at `path`: the innermost model of transformers around it."""
     parent = path.rpartition(".")[0]
