@@ -71,6 +71,8 @@ class BackboneBase(abc.ABC):
         unpackable: why the language model cannot read all texts of a batch as one row without padding, each by itself,
             as the end of a sentence that begins with the backbone; empty: it can where the batch says so
             (`PackedBatch.padding_free`), and `tokens` and `tokens_key` work.
+        unsplittable: why the model cannot be split across ranks (ZeRO-3), as the end of a sentence that begins with
+            the backbone; empty: it can.
         attentions: attention implementations that compute what the checkpoint means, the first for `auto`; empty: all
             that transformers has. flash-attn takes a mask for a number of tokens at one end of each row, which is
             wrong where padding stands between tokens.
@@ -95,6 +97,7 @@ class BackboneBase(abc.ABC):
     wants_statistics: bool = False
     reads_bank: bool = False
     unpackable: str = "reads each text in a row of its own, as it is set"
+    unsplittable: str = ""
     attentions: tuple[str, ...] = ()
     prompt_limit: str = "max_text_length"
     target_limit: str = "max_text_length"

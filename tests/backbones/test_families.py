@@ -9,20 +9,36 @@ import pytest
 import torch
 from PIL import Image
 from transformers import CONFIG_MAPPING, CLIPImageProcessorPil, Idefics3Processor
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as MAPPING_NAMES
 from transformers.models.smolvlm.processing_smolvlm import get_image_prompt_string
 
-from mmpeft_ds.backbones.mllm import processing, torchvision_functions
+from mmpeft_ds import recipe as recipes
+from mmpeft_ds import registry
+from mmpeft_ds.backbones.mllm import families, processing, torchvision_functions
 from mmpeft_ds.backbones.mllm.backbone import ENTRY, Options
+from mmpeft_ds.backbones.mllm.families.base import Family
 from mmpeft_ds.backbones.mllm.model import media_ids
 from mmpeft_ds.data.batch import Prompted
 from mmpeft_ds.data.transform import apply
+from mmpeft_ds.engine.assembly import checks
 from mmpeft_ds.engine.assembly.forward import forward
 from mmpeft_ds.errors import BadInput, BadSample
-from tests.helpers.models import tiny_families, tiny_mllm
-from tests.helpers.models.family_samples import ALL, ONE, TALK, TWO, attached, batch, image, samples_of
-from tests.helpers.models.family_stock import made, processed, stock
+from tests.helpers.models import further_families, tiny_families, tiny_mllm
+from tests.helpers.models.family_samples import ALL, ONE, TALK, TWO, WITHOUT_SITES, attached, batch, image, samples_of
+from tests.helpers.models.family_stock import made, processed, stock, tolerance
 
 FAMILIES = list(tiny_families.FAMILIES)
+WITHOUT_BEAMS = ("llama4",)  # transformers 5.23 does not repeat the images for the beams
+# Methods that have no place in a family, with what they say.
+NO_PLACE = {
+    **{(family, "deep_prompt"): "asks its cache for" for family in ("inkling2", "qwen4_exp")},
+    ("glm5_next", "deep_prompt"): "carries a state from token to token",
+    **{
+        (family, name): "no separate projections"
+        for family in WITHOUT_SITES
+        for name in ("routed_lora", "deep_prompt")
+    },
+}
 
 
 @pytest.fixture(scope="module")
@@ -30,12 +46,15 @@ def folder(request, tmp_path_factory):
     return tiny_families.write(tmp_path_factory.mktemp(request.param), request.param)
 
 
-ONE_FORM = ("cohere2_vision", "lfm2_vl")  # whose image processors transformers has for tensors alone
+# Whose image processors transformers has for tensors alone.
+ONE_FORM = ("cohere2_vision", "gemma4_unified", "inkling2", "kimi_k25", "lfm2_vl", "llama4", "minicpm_ocr")
+ONE_FORM += ("minimax_m3_vl", "molmo2", "muse_glimmer", "muse_spark", "step3p7", "unlimited_ocr", "video_llava")
 # One of each way in which an image is spelled and its features are merged; the others are slow where they take long.
 QUICK = ("internvl", "gemma3", "idefics3", "qwen3_vl", "mistral3", "ovis2", "qwen3_5")
 # Aria pads every image to 980 x 980, which alone takes as long as all others together.
+SLOW = {"aria", *further_families.FAMILIES} - {"granite4_vision", "llama4", "minicpmv4_7", "molmo2", "step3p7"}
 every_family = pytest.mark.parametrize(
-    "folder", [pytest.param(f, marks=pytest.mark.slow) if f == "aria" else f for f in FAMILIES], indirect=True
+    "folder", [pytest.param(f, marks=pytest.mark.slow) if f in SLOW else f for f in FAMILIES], indirect=True
 )
 some_quick = pytest.mark.parametrize(
     "folder", [f if f in QUICK else pytest.param(f, marks=pytest.mark.slow) for f in FAMILIES], indirect=True
@@ -75,7 +94,8 @@ def test_both_image_backends_give_the_same_images_but_for_rounding(folder):
     picture = torch.stack([wave.sin(), wave.cos(), (2 * wave).sin()]).mul(100).add(128).to(torch.uint8)
     backbones = [ENTRY(Options(folder, image_backend=backend), None) for backend in ("torchvision", "pil")]
     names = [type(backbone._image_processor).__name__ for backbone in backbones]
-    assert names[1] == names[0] + "Pil" or backbones[0]._config.model_type in ONE_FORM and names[0] == names[1]
+    assert (names[0] == names[1]) == (backbones[0]._config.model_type in ONE_FORM)
+    assert names[1] in (names[0], names[0] + "Pil")
     fast, pillow = (backbone.image_transform(False)(picture) for backbone in backbones)
     assert fast.spelling == pillow.spelling and fast.keys() == pillow.keys()
     for name, tensor in fast.items():  # pixels are of size 1, so a rounded byte is 1/127 of it
@@ -108,8 +128,8 @@ def test_logits_and_loss_are_those_of_the_stock_class_fed_by_its_own_processor(f
         asked = (labels != -100).nonzero()[:, 0]
         expected = reference(**inputs).logits[0, asked - 1]
         got = out.logits[i][out.labels[i] != -100]
-        scale = expected.abs().max()
-        assert torch.allclose(got, expected, rtol=0, atol=2e-6 * scale), (i, (got - expected).abs().max() / scale)
+        largest, scale = (got - expected).abs().max(), expected.abs().max()
+        assert largest <= tolerance(backbone) * scale, (i, largest / scale)
         loss = torch.nn.functional.cross_entropy(expected, labels[asked], reduction="sum")
         assert (losses[i], counts[i]) == (pytest.approx(loss.item(), rel=2e-6, abs=1e-5), len(asked))
 
@@ -128,6 +148,10 @@ def test_generated_text_is_that_of_the_stock_class(folder, beams):
     for written, (images, text) in zip(got, of_texts(samples), strict=True):
         inputs = stock_inputs(backbone, images, text, answer=False)
         length = inputs["input_ids"].shape[1]
+        if beams > 1 and images and backbone._config.model_type in WITHOUT_BEAMS:
+            with pytest.raises(ValueError, match="do not match"):
+                reference.generate(**inputs, **ends, **options)
+            continue
         ids = reference.generate(**inputs, **ends, **options)[:, length:]
         assert written == backbone._spelling.decode_all(ids.tolist(), None)[0]
 
@@ -136,6 +160,11 @@ def test_generated_text_is_that_of_the_stock_class(folder, beams):
 @pytest.mark.parametrize("name", ["lora", "routed_lora", "deep_prompt"])
 def test_an_adapter_is_trained_through_the_whole_model(folder, name):
     backbone, base = made(folder, condition="pooled" if name == "routed_lora" else "none")
+    if why := NO_PLACE.get((backbone._config.model_type, name)):
+        with pytest.raises(BadInput, match=why) as error:
+            attached(name, backbone, base)
+        assert "\n" not in str(error.value)
+        return
     model = attached(name, backbone, base)
     for parameter_name, parameter in model.named_parameters():
         if parameter.requires_grad:  # not at its start, where half of a product has no gradient yet
@@ -184,7 +213,7 @@ def test_the_table_in_the_documentation_lists_the_families_that_are_tried():
     [
         ("florence2", "its text tower has an encoder"),
         ("git", "mm_encoder_outputs"),
-        ("janus", "get_image_features"),
+        ("diffusion_gemma", "get_image_features"),
         ("bert", "no image-text-to-text model"),
     ],
 )
@@ -193,6 +222,93 @@ def test_a_family_that_lacks_something_is_refused_with_what_it_is(tmp_path, mode
     with pytest.raises(BadInput, match=said) as error:
         ENTRY(Options(str(tmp_path)), None).check()
     assert "\n" not in str(error.value)
+
+
+OTHERS = [f for f in MAPPING_NAMES if f not in FAMILIES and f not in tiny_mllm.FAMILIES]
+
+
+@pytest.mark.parametrize("family", OTHERS)
+def test_every_other_family_of_transformers_is_refused_in_one_line(tmp_path, family):
+    """With an image token that the tokenizer has, so that more than its absence is looked at."""
+    words = tiny_families.tokenizer(tiny_families.FAMILIES["idefics3"])
+    config = CONFIG_MAPPING[family]()
+    for name in ("image_token_id", "image_token_index"):
+        if hasattr(config, name):
+            setattr(config, name, words.convert_tokens_to_ids("<image>"))
+    config.save_pretrained(tmp_path)
+    words.save_pretrained(tmp_path)
+    CLIPImageProcessorPil().save_pretrained(tmp_path)
+    with pytest.raises(BadInput, match="backbone") as error:
+        ENTRY(Options(str(tmp_path)), None).check()
+    assert "\n" not in str(error.value)
+
+
+def untried(folder, monkeypatch):
+    """The backbone of a family that has a file, as if it had none."""
+    backbone = ENTRY(Options(folder), None)
+    monkeypatch.setattr(type(backbone), "_family", Family())
+    return backbone
+
+
+@pytest.mark.parametrize(
+    "family, said",
+    [
+        ("molmo2", "makes other tokens of a conversation than its parts do, at place 0"),
+        ("minicpmv4_6", "makes other tokens of a conversation than its parts do, at place"),
+        ("minicpmv4_7", "makes other tokens of a conversation than its parts do, at place"),
+    ],
+)
+def test_an_untried_family_whose_processor_writes_other_texts_is_refused_before_a_run(
+    tmp_path, monkeypatch, family, said
+):
+    """Without the file of the family they would train on texts that no processor makes."""
+    backbone = untried(tiny_families.write(tmp_path, family), monkeypatch)
+    with pytest.raises(BadInput, match=said) as error:
+        backbone.check()
+    assert "\n" not in str(error.value)
+
+
+def test_an_untried_family_with_positions_by_sizes_that_are_not_passed_on_is_refused(tmp_path, monkeypatch):
+    backbone = untried(tiny_families.write(tmp_path, "minicpmv4_7"), monkeypatch)
+    monkeypatch.setattr(Family, "numbered", get_family("minicpm").numbered)
+    with pytest.raises(BadInput, match="gives target_sizes, which the model reads"):
+        backbone.check()
+
+
+def test_kinds_of_tokens_that_differ_from_the_processors_are_refused(tmp_path, monkeypatch):
+    backbone = untried(tiny_families.write(tmp_path, "molmo2"), monkeypatch)
+    monkeypatch.setattr(Family, "opening", get_family("molmo2").opening)
+    monkeypatch.setattr(type(backbone), "_kind_ids", [])
+    with pytest.raises(BadInput, match="marks other tokens as of an image"):
+        backbone.check()
+
+
+def get_family(name):
+    return type(registry.load(families, name, "tests"))
+
+
+@pytest.mark.parametrize("family", ["got_ocr2", "inkling2"])
+def test_a_family_that_knows_no_other_attention_gets_eager(tmp_path, family):
+    backbone = ENTRY(Options(tiny_families.write(tmp_path, family)), None)
+    assert backbone.attentions == ("eager",) and backbone.build(on_meta=True).config._attn_implementation == "eager"
+
+
+@pytest.mark.parametrize("family", ["molmo2", "step3p7", "qwen3_vl"])
+def test_a_family_that_ranks_cannot_share_is_refused_at_stage_3_alone(tmp_path, family):
+    backbone = ENTRY(Options(tiny_families.write(tmp_path, family)), None)
+    recipe = recipes.Recipe(run_dir="run", backbone={"name": "mllm"}, method={"name": "lora"})
+    checks.check_splitting(recipe, backbone, 2)
+    if family == "qwen3_vl":
+        checks.check_splitting(recipe, backbone, 3)
+        return
+    with pytest.raises(BadInput, match="stage 3, but the backbone mllm reads a model of family") as error:
+        checks.check_splitting(recipe, backbone, 3)
+    assert "\n" not in str(error.value)
+
+
+def test_colours_of_a_border_differ_by_channel():
+    padded = torchvision_functions.pad(torch.zeros(2, 3, 1, 1), [1, 0, 0, 0], [1.0, 2.0, 3.0])
+    assert padded.tolist() == [[[[1.0, 0.0]], [[2.0, 0.0]], [[3.0, 0.0]]]] * 2
 
 
 @pytest.mark.parametrize("folder", ["qwen3_vl"], indirect=True)

@@ -20,10 +20,11 @@ from mmpeft_ds.errors import BadSample
 from mmpeft_ds.tasks.instruction.options import Options as TaskOptions
 from mmpeft_ds.tasks.instruction.task import ENTRY as TASK
 from tests.helpers.models import tiny_families, tiny_mllm
-from tests.helpers.models.family_stock import made, processed, stock
+from tests.helpers.models.family_stock import made, processed, stock, tolerance
 
 QUICK = ("llava_onevision", "qwen3_vl", "internvl")
-FAMILIES = [name for name, tiny in tiny_families.FAMILIES.items() if tiny.video_processor]
+WITHOUT = ("kimi_k25", "minimax_m3_vl", "video_llava")
+FAMILIES = [name for name, tiny in tiny_families.FAMILIES.items() if tiny.video_processor and name not in WITHOUT]
 FAMILIES += ["qwen2_vl", "qwen2_5_vl"]
 every_family = pytest.mark.parametrize(
     "folder", [f if f in QUICK else pytest.param(f, marks=pytest.mark.slow) for f in FAMILIES], indirect=True
@@ -38,7 +39,9 @@ PICTURE = ([2], [], [Prompted("what color ?", "red")])
 TEXT = ([], [], [Prompted("yes ?", "no")])
 ALL = (FILM, MIXED, TWO, PICTURE, TEXT)
 # Their stock classes count tokens of images and of videos as one, and take no text that has both.
-ONE_TOKEN = ("glm4v", "glm46v", "glm4v_moe", "smolvlm")
+ONE_TOKEN = ("glm4v", "glm46v", "glm4v_moe", "glm_ocr", "glmga", "smolvlm", "molmo2")
+
+ONE_VIDEO = ("molmo2",)  # whose processor takes one a text
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +99,8 @@ def of_texts(backbone, samples):
     """Number, images, videos and text of each that the stock class takes."""
     texts = [(images, videos, text) for images, videos, texts in samples for text in texts]
     alone = backbone._config.model_type in ONE_TOKEN
-    return [(i, *text) for i, text in enumerate(texts) if not (alone and text[0] and text[1])]
+    most = 1 if backbone._config.model_type in ONE_VIDEO else 9
+    return [(i, *text) for i, text in enumerate(texts) if not (alone and text[0] and text[1]) and len(text[1]) <= most]
 
 
 @every_family
@@ -111,7 +115,8 @@ def test_logits_and_loss_are_those_of_the_stock_class_fed_by_its_own_processor(f
     features = model.media_features(given["images"], given["videos"])
     hook.remove()
     assert len(features.videos) == 4 and len(features.images) == 2  # each once, however many texts read it
-    assert 1 <= len(seen) <= 2, "the tower runs once for all images and once for all videos"
+    without = backbone._config.model_type == "gemma4_unified"  # whose patches go through no tower
+    assert without or 1 <= len(seen) <= 2, "the tower runs once for all images and once for all videos"
     texts = (given["input_ids"], given["attention_mask"], given["labels"])
     widened = model.widen(*texts, features, given["media_rows"])
     out = backbone.read(model(**given), packed)
@@ -124,8 +129,8 @@ def test_logits_and_loss_are_those_of_the_stock_class_fed_by_its_own_processor(f
         asked = (labels != -100).nonzero()[:, 0]
         expected = reference(**inputs).logits[0, asked - 1]
         got = out.logits[i][out.labels[i] != -100]
-        scale = expected.abs().max()
-        assert torch.allclose(got, expected, rtol=0, atol=2e-6 * scale), (i, (got - expected).abs().max() / scale)
+        largest, scale = (got - expected).abs().max(), expected.abs().max()
+        assert largest <= tolerance(backbone) * scale, (i, largest / scale)
         loss = torch.nn.functional.cross_entropy(expected, labels[asked], reduction="sum")
         assert (losses[i], counts[i]) == (pytest.approx(loss.item(), rel=2e-6, abs=1e-5), len(asked))
 
@@ -284,6 +289,8 @@ def test_functions_are_those_of_torchvision(mode, dtype):
         got = ours.resize(pixels, size, ours.InterpolationMode[mode])
         assert torch.equal(got, theirs.resize(pixels, size, theirs.InterpolationMode[mode]))
     assert torch.equal(ours.pad(pixels, [1, 2, 3, 4], 7), theirs.pad(pixels, [1, 2, 3, 4], 7))
+    colour = [7, 8, 9]
+    assert torch.equal(ours.pad(pixels, [1, 2, 3, 4], colour), theirs.pad(pixels, [1, 2, 3, 4], colour))
     assert torch.equal(ours.crop(pixels, 2, 3, 5, 6), theirs.crop(pixels, 2, 3, 5, 6))
     assert torch.equal(ours.grayscale_to_rgb(pixels[:, :1]), theirs.grayscale_to_rgb(pixels[:, :1]))
     mean, std = [0.5, 0.4, 0.3], [0.2, 0.3, 0.4]

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.helpers import launch
-from tests.helpers.models import tiny_families, tiny_mllm
+from tests.helpers.models import family_samples, tiny_families, tiny_mllm
 from tests.helpers.rank_scripts import mllm
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
@@ -31,9 +31,15 @@ CASES = [
 # Not PaliGemma, which reads nothing without an image, nor HunYuan-VL, whose positions depend on the whole batch, nor
 # Qwen3-VL-MoE, whose experts transformers does not turn as it loads them at ZeRO-3.
 LEFT_OUT = ("paligemma", "hunyuan_vl", "qwen3_vl_moe")
+# And those that are refused there.
+LEFT_OUT += ("deepseek_ocr2", "granite4_vision", "molmo2", "step3p7", "unlimited_ocr")
 FAMILIES = [name for name in tiny_families.FAMILIES if name not in LEFT_OUT]
 TEXT = {"name": "lora", "r": 2, "target_modules": r".*(language_model|text_model).*\.(q_proj|v_proj)"}
-CASES += [{"name": name, "family": name, "method": TEXT} for name in FAMILIES]
+LOW_RANK = TEXT | {"target_modules": family_samples.LOW_RANK}
+CASES += [
+    {"name": name, "family": name, "method": LOW_RANK if name in family_samples.WITHOUT_SITES else TEXT}
+    for name in FAMILIES
+]
 
 
 @pytest.fixture(scope="module")

@@ -28,6 +28,7 @@ from mmpeft_ds.backbones.common import stock
 from mmpeft_ds.backbones.common.generation import in_step, one_of
 from mmpeft_ds.backbones.common.stock_backbone import WHERE
 from mmpeft_ds.backbones.common.text_row import give_texts_rows
+from mmpeft_ds.backbones.mllm import agreement
 from mmpeft_ds.backbones.mllm.checkpoint import Checkpoint
 from mmpeft_ds.backbones.mllm.costs import Costs, patch_side
 from mmpeft_ds.backbones.mllm.families.base import Family
@@ -49,12 +50,6 @@ from mmpeft_ds.sites.condition import conditioned
 _SIZES = ("image_grid_thw", "image_sizes")
 # Kinds of what a text names, by their number in `media` of collated texts.
 MEDIA = ("", "image", "video")
-# What an image processor and the vision tower must have alike, where both have it.
-_SAME = (
-    ("patch_size", "patch_size"),
-    ("merge_size", "spatial_merge_size"),
-    ("temporal_patch_size", "temporal_patch_size"),
-)
 
 
 class MllmBackbone(Checkpoint):
@@ -65,6 +60,12 @@ class MllmBackbone(Checkpoint):
     generates = True
     publishes_kinds = True
     images_differ = True
+
+    @property
+    def attentions(self) -> tuple[str, ...]:
+        """Only `eager` where transformers has no other attention for a tower of the family."""
+        stock_class = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING.get(type(self._config), None)
+        return () if getattr(stock_class, "_supports_sdpa", True) else ("eager",)
 
     def check(self) -> None:
         """Refuse what cannot work, from configurations, tokenizer and chat template."""
@@ -77,36 +78,34 @@ class MllmBackbone(Checkpoint):
         if not self._tokenizer.is_fast or self._tokenizer.eos_token is None:
             raise BadInput(f"{WHERE}: {o.model!r} needs a fast tokenizer (tokenizer.json) with an end token.")
         self._chat.check()
-        self._check_processor()
+        with agreement.foreign(o.model, self._config):
+            self._check_processor()
 
     def _check_processor(self) -> None:
-        """Refuse an image processor that makes other patches or images than the vision tower reads."""
-        # Some families have their vision tower's settings under another name; its sizes are then not compared.
-        vision, processor = getattr(self._config, "vision_config", None), self._image_processor
-        pairs = {
-            (ours, theirs): (getattr(processor, ours), getattr(vision, theirs))
-            for ours, theirs in _SAME
-            if isinstance(getattr(processor, ours, None), int) and isinstance(getattr(vision, theirs, None), int)
-        }
-        black = self.image_transform(False)(self.dummy("image"), torch.Generator())
-        if vision and vision.model_type in ("clip_vision_model", "siglip_vision_model"):  # which take one size alone
-            pairs["crop_size", "image_size"] = black["pixel_values"].shape[-1], vision.image_size
-        for (ours, theirs), (made, read) in pairs.items():
-            if made != read:
-                raise BadInput(
-                    f"{WHERE}: {self.options.model!r}: preprocessor_config.json has {ours} {made}, but the vision "
-                    f"tower of config.json has {theirs} {read}. Take both files of one checkpoint."
-                )
-        if self._family.spelled:
+        """Refuse an image processor that makes other images, or of an untried family other texts, than the model
+        reads."""
+        name, family = self.options.model, self._family
+        see = self.image_transform(False)
+        black = see(self.dummy("image"), torch.Generator())
+        agreement.refuse_other_sizes(name, family, self._config, self._image_processor, black)
+        if family.spelled:
             self._image_tokens.check(black)
+        if type(family) is Family:
+            stock_class = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(self._config)]
+            classes, seen = (stock_class, self._inner_class(stock_class)), (see.picture(self.dummy("image")), black)
+            parts = self._processor, self._chat, self._kind_ids
+            agreement.refuse_other_conversations(name, classes, *parts, seen)
 
     def build(self, on_meta: bool = False) -> PreTrainedModel:
         """The pretrained model, everything frozen."""
         o, config = self.options, copy.deepcopy(self._config)
         config.condition = o.condition  # saved with the model
+        if self._kind_ids:
+            config.image_kind_ids = self._kind_ids
         mixin = _mixin_of(self._family)
         model_class = stock.publishing(mixin, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(config)])
-        load = (model_class, o.model, WHERE, config, self.dtype, self.attention)
+        attention = self.attentions[0] if self.attention == "auto" and self.attentions else self.attention
+        load = (model_class, o.model, WHERE, config, self.dtype, attention)
         model = stock.load(*load, o.random_weights, on_meta, self.device, o.quantise)
         give_texts_rows(model, self._family.carrying)
         return model
@@ -127,12 +126,12 @@ class MllmBackbone(Checkpoint):
 
     def collate_videos(self, videos: list[Any]) -> dict[str, Tensor]:
         """Like `collate_images`; frames of fixed size are padded to the longest video."""
-        return {name: self._family.collate([video[name] for video in videos]) for name in videos[0]}
+        return self._family.together(videos)
 
     def collate_images(self, images: list[Any]) -> dict[str, Tensor]:
         """Processed images as one batch in the form of the family: images, tiles of all images, tiles padded to their
         largest number, or patches of all images (N, values of a patch), and sizes or grids."""
-        return {name: self._family.collate([image[name] for image in images]) for name in images[0]}
+        return self._family.together(images)
 
     def collate_texts(self, texts: list[str | Prompted]) -> dict[str, Tensor]:
         """`input_ids`, `attention_mask`, `labels` (T, L); `prompt_length` (T,), tokens before the last answer; and
@@ -303,13 +302,15 @@ class MllmBackbone(Checkpoint):
     def image_prefix(self, model: nn.Module) -> ImagePrefix | None:
         """All before the language model, the projector included."""
         base = base_model(model)
-        text, outer = base.get_decoder(), base.model
-        inside = [(name, list(child.parameters())) for name, child in outer.named_children() if child is not text]
+        text, outer = base.get_decoder(), base.inner
+        before = [(name, child) for name, child in outer.named_children() if text not in child.modules()]
+        inside = [(name, list(child.parameters())) for name, child in before]
         inside += [(name, [parameter]) for name, parameter in outer.named_parameters(recurse=False)]
         if any(p.requires_grad for _, parameters in inside for p in parameters):
             return None
         processor = {key: str(value) for key, value in self._image_processor.to_dict().items()}
-        return ImagePrefix(tuple(f"model.{name}" for name, _ in inside), {"processor": processor})
+        prefix = "" if outer is base else "model."
+        return ImagePrefix(tuple(f"{prefix}{name}" for name, _ in inside), {"processor": processor})
 
     def collate_apart(self, images: list[Any]) -> dict[str, Tensor]:
         """Each image for itself, since families put them together in ways of their own."""
@@ -340,7 +341,7 @@ class MllmBackbone(Checkpoint):
     @property
     def condition_width(self) -> int | None:
         """Width of the language model, into which the projector maps; None without a condition."""
-        return None if self.options.condition == "none" else self._config.get_text_config().hidden_size
+        return None if self.options.condition == "none" else self._family.width(self._config)
 
     # parts that need the model or its transforms
 

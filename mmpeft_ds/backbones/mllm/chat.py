@@ -8,6 +8,7 @@ import functools
 import itertools
 import json
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,10 @@ class Encoded:
     media: tuple[str, ...] = ()
 
 
+def _as_it_is(spelling: str, number: int) -> str:
+    return spelling
+
+
 @dataclass(frozen=True)
 class Chat:
     """Renders conversations.
@@ -57,6 +62,8 @@ class Chat:
         mark: what the template writes for an image, in whose place comes the image's spelling.
         video_mark: the same for a video; empty where there are none.
         system: text of a first system turn for conversations that have none; empty: no such turn.
+        opening: what every conversation begins with, where the template does not write it.
+        numbered: the spelling of an image or a video as the one of a number in its text.
         max_length: tokens at most, a run of image tokens counted as one. A longer conversation loses its oldest turns,
             then the middle of the last question, then the end of its answer; never an image, nor the header of the
             answer.
@@ -69,6 +76,8 @@ class Chat:
     system: str
     max_length: int
     video_mark: str = ""
+    opening: str = ""
+    numbered: Callable[[str, int], str] = _as_it_is
 
     def encode(self, text: str | Prompted) -> Encoded:
         """Tokens and labels of one conversation.
@@ -197,6 +206,12 @@ class Chat:
         """Token ids of `tokens`."""
         return self.tokenizer.convert_tokens_to_ids(list(self.tokens))
 
+    def rendered(self, text: Prompted) -> str:
+        """A conversation up to its last question, as the template writes it, with a mark for every image."""
+        return self.tokenizer.apply_chat_template(
+            self._messages(text), chat_template=self.template, tokenize=False, add_generation_prompt=True
+        )
+
     def check(self) -> None:
         """Render a conversation with an image. Raises BadInput if this template cannot, or leaves no room."""
         turns = (("user", "one?"), ("assistant", "two."))
@@ -285,7 +300,12 @@ class Chat:
             roles = ", ".join(m["role"] for m in messages)
             raise BadInput(f"backbone.chat_template: cannot render the turns {roles} ({reason}).") from error
         otherwise = {self.mark: self.tokens[0], self.video_mark: self.tokens[-1]}
-        spelled = {self.video_mark: iter(spellings["video"]), self.mark: iter(spellings["image"])}
+        spelled = {
+            mark: iter([self.numbered(spelling, i) for i, spelling in enumerate(spellings[kind])])
+            for mark, kind in ((self.video_mark, "video"), (self.mark, "image"))
+        }
+        if not rendered.startswith(self.opening):
+            rendered = self.opening + rendered
         return self._marks.sub(lambda found: next(spelled[found[0]], otherwise[found[0]]), rendered)
 
     @functools.cached_property

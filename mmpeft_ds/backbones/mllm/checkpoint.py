@@ -7,7 +7,7 @@ import functools
 import inspect
 from typing import Any
 
-from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, MODEL_MAPPING
 
 from mmpeft_ds import registry
 from mmpeft_ds.backbones.common.affine import Affine
@@ -34,6 +34,12 @@ class Checkpoint(StockBackbone):
     def unpackable(self) -> str:
         """Reason why texts may not stand in one row, which depends on the family."""
         why = self._family.unpackable
+        return why and f"reads a model of family {self._config.model_type!r}, which {why}"
+
+    @property
+    def unsplittable(self) -> str:
+        """Reason why the model cannot be split across ranks, which depends on the family."""
+        why = self._family.unsplittable
         return why and f"reads a model of family {self._config.model_type!r}, which {why}"
 
     @functools.cached_property
@@ -67,6 +73,8 @@ class Checkpoint(StockBackbone):
         name, stock, _ = processor_class(o.model, self._config, self._family, WHERE)
         numbers = media_ids(self._config)
         apart = takes_videos_apart(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(self._config)])
+        if self._family.no_videos:
+            return self._family.no_videos
         if stock is None or not spells_videos(stock):
             return f"processor {name} does not say how a video is spelled in the text (`replace_video_token`)"
         if not has_video_processor(o.model, WHERE, self._config):
@@ -104,7 +112,17 @@ class Checkpoint(StockBackbone):
             o.system,
             o.max_text_length,
             self._family.video_mark(self._processor) if "video" in self.modalities else "",
+            self._family.opening(self._tokenizer),
+            self._family.numbered,
         )
+
+    @property
+    def _kind_ids(self) -> list[int]:
+        """Tokens that the processor counts to an image beside those that stand for its features."""
+        if not self._family.spelled:
+            return []
+        counted = getattr(self._processor, "image_token_ids", None) or []
+        return sorted({*counted} - {*media_ids(self._config)})
 
     @functools.cached_property
     def _spelling(self) -> Spelling:
@@ -121,6 +139,11 @@ class Checkpoint(StockBackbone):
         pad = self._tokenizer.pad_token_id
         return self._tokenizer.eos_token_id if pad is None else pad
 
+    def _inner_class(self, stock_class: type) -> type:
+        """Class of the model below the output layer."""
+        inner = MODEL_MAPPING.get(type(self._config), stock_class)
+        return inner[0] if isinstance(inner, tuple) else inner
+
     def _refuse_unknown(self) -> None:
         """Refuse a family that lacks what most have, and say what it is. Raises BadInput."""
         kind, name = self._config.model_type, self.options.model
@@ -131,7 +154,7 @@ class Checkpoint(StockBackbone):
             known = "its text tower has an encoder, which answers would not be read by"
         elif "mm_encoder_outputs" not in inspect.signature(stock_class.forward).parameters:
             known = f"{stock_class.__name__} does not take the features of images (`mm_encoder_outputs`)"
-        elif not hasattr(stock_class, "get_image_features"):
+        elif not hasattr(self._inner_class(stock_class), "get_image_features"):
             known = f"{stock_class.__name__} does not give the features of images (`get_image_features`)"
         else:
             return

@@ -49,7 +49,7 @@ class Costs:
         active = _first(text, _ACTIVE, 0)
         weights = sum(_used(p, active) for p in decoder.parameters() if id(p) not in embeddings)
         within = {id(p) for p in decoder.parameters()}
-        others = {n: p.numel() for n, p in model.model.named_parameters() if id(p) not in within}
+        others = {n: p.numel() for n, p in model.inner.named_parameters() if id(p) not in within}
         behind = sum(size for name, size in others.items() if any(word in name for word in _BEHIND))
         kinds = getattr(text, "layer_types", None) or ["full_attention"] * text.num_hidden_layers
         heads = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads

@@ -118,7 +118,7 @@ class ImageText(Publishing):
         condition = dataclasses.replace(condition, kinds=widened.kinds)
         arguments, labels = self.arguments(widened, features, images, videos, media_rows), widened.labels
         row = TextRow(both(Tensor.bool, widened.attention_mask)) if padding_free else None
-        by_grid = hasattr(self.model, "get_rope_index") and not arguments.keys().isdisjoint(GRIDS)
+        by_grid = hasattr(self.inner, "get_rope_index") and not arguments.keys().isdisjoint(self._grids)
         if row is None and by_grid:
             arguments["position_ids"] = self._positions(arguments)
         if row is not None:
@@ -144,16 +144,25 @@ class ImageText(Publishing):
         """The blocks of the vision tower and what stands after it: in some families a part of them runs once an
         image."""
         text, tower = self.get_decoder(), self.get_encoder(modality="image")
-        paths = []
-        for name, child in self.model.named_children():
+        paths, prefix = [], "" if self.inner is self else "model."
+        for name, child in self.inner.named_children():
             if child is tower:
                 lists = [path for path, module in child.named_modules() if isinstance(module, nn.ModuleList)]
                 outer = [path for path in lists if not any(path.startswith(f"{other}.") for other in lists)]
                 blocks = [f"{path}.{i}" for path in outer for i in range(len(child.get_submodule(path)))]
-                paths += [f"model.{name}.{path}" for path in blocks]
-            elif child is not text:
-                paths.append(f"model.{name}")
+                paths += [f"{prefix}{name}.{path}" for path in blocks]
+            elif all(module is not text for module in child.modules()):
+                paths.append(f"{prefix}{name}")
         return tuple(paths)
+
+    @property
+    def inner(self) -> nn.Module:
+        """The towers and the language model: what is below the output layer, in most families."""
+        return self._modules.get("model", self)
+
+    @property
+    def _grids(self) -> tuple[str, ...]:
+        return GRIDS + self.family.sizes_of_runs
 
     def media_features(self, images: dict[str, Tensor], videos: dict[str, Tensor]) -> MediaFeatures:
         """After the projector; each image and each video is seen once, images first."""
@@ -166,25 +175,27 @@ class ImageText(Publishing):
             return NONE
         if (given := ImageFeatures.together(images, images.get(TOKEN_RUNS))) is not None:
             return given
-        return ImageFeatures.of(self._seen(images, "image"), images.get(TOKEN_RUNS))
+        return ImageFeatures.of(self.family.apart(self._seen(images, "image")), images.get(TOKEN_RUNS))
 
     def video_features(self, videos: dict[str, Tensor]) -> ImageFeatures:
         """After the projector; each video is seen once."""
         if not videos:
             return NONE
         output = self._seen(videos, "video" if self.takes_videos_apart else "image")
-        return ImageFeatures.of(output, videos[TOKEN_RUNS], self.family.without_padding)
+        features = ImageFeatures.of(self.family.apart(output), videos[TOKEN_RUNS], self.family.without_padding)
+        return dataclasses.replace(features, one_tensor=features.one_tensor and not self.family.video_list)
 
     def _seen(self, media: dict[str, Tensor], kind: str) -> Any:
         """The model's own outputs for all images, or for all videos."""
-        see = getattr(self.model, f"get_{kind}_features")
-        known = _parameters(see.__func__)
+        see = getattr(self.inner, f"get_{kind}_features")
+        known = argument_names(see.__func__)
         given = {
             name: value.to(self.dtype) if value.is_floating_point() else value
             for name, value in media.items()
             if name in known
         }
-        with _whole(self.model, "image_newline"), self._unread.left_out():
+        given |= {name: on_host(given[name]).tolist() for name in self.family.as_lists if name in given}
+        with _whole(self.inner), self._unread.left_out():
             return see(**given, return_dict=True)
 
     @functools.cached_property
@@ -194,7 +205,7 @@ class ImageText(Publishing):
     @property
     def takes_videos_apart(self) -> bool:
         """Whether the stock model knows videos; to others their frames are images."""
-        return takes_videos_apart(type(self.model))
+        return takes_videos_apart(type(self.inner))
 
     def widen(
         self,
@@ -255,24 +266,39 @@ class ImageText(Publishing):
     ) -> dict[str, Any]:
         """Arguments of the stock forward, or of `generate`, for widened texts."""
         arguments: dict[str, Any] = {"input_ids": widened.input_ids, "attention_mask": widened.attention_mask}
-        known = _parameters(type(self).forward)
+        known = argument_names(type(self).forward)
         for name in TYPES:
             if name in known:
-                arguments[name] = self.family.token_types(widened.media_tokens, widened.labels)
+                arguments[name] = self.family.token_types(self._media_kinds(widened), widened.labels)
         rows, first = on_host(media_rows), len(features.images)
         for media, own in ((images, rows[rows < first]), (videos, rows[rows >= first] - first)):
             of = {tensor.device: tensor for tensor in (to_device(own, media_rows.device), own)}
             for name in GRIDS:
                 if name in known and name in media and len(own):
                     arguments[name] = both(lambda grid, of=of: grid[of[grid.device]], media[name])
+            for name in self.family.sizes_of_runs:
+                if name in known and name in media and len(own):
+                    counts = (on_host(media[TOKEN_RUNS]) > 0).sum(1).tolist()
+                    rows_of = torch.arange(sum(counts)).split(counts)
+                    of_runs = torch.cat([rows_of[i] for i in own.tolist()])
+                    arguments[name] = both(lambda sizes, at=of_runs: sizes[at.to(sizes.device)], media[name])
         if len(rows):
-            arguments["mm_encoder_outputs"] = features.read_as(rows.tolist())
+            read = features.read_as(rows.tolist())
+            arguments["mm_encoder_outputs"] = {kind: self.family.joined(output) for kind, output in read.items()}
         return arguments
+
+    def _media_kinds(self, widened: Widened) -> Tensor:
+        """(T, S) `media_tokens`, with 1 also for what the processor counts to an image beside its features."""
+        more = getattr(self.config, "image_kind_ids", None)
+        if not more:
+            return widened.media_tokens
+        of_images = torch.isin(widened.input_ids, torch.tensor(more, device=widened.input_ids.device))
+        return torch.where(of_images & (widened.media_tokens == 0), 1, widened.media_tokens)
 
     def row_arguments(self, row: TextRow, arguments: dict[str, Any]) -> dict[str, Any]:
         """Replacements among the `arguments` for widened texts, if these are read as one row."""
         positions = row.position_ids
-        if hasattr(self.model, "get_rope_index"):
+        if hasattr(self.inner, "get_rope_index"):
             # positions in time, height and width, after those that tell texts apart
             positions = torch.stack([positions, *(row.of(axis) for axis in self._positions(arguments))])
         implementation = self.config.get_text_config()._attn_implementation or "eager"
@@ -304,9 +330,9 @@ class ImageText(Publishing):
     def _positions(self, arguments: dict[str, Any]) -> Tensor:
         """(3, T, S) positions in time, height and width; transformers would ask the device for the texts, again and
         again."""
-        names = ("input_ids", "attention_mask", "mm_token_type_ids", *GRIDS)
+        names = ("input_ids", "attention_mask", "mm_token_type_ids", *self._grids)
         given = {name: on_host(arguments[name]) for name in names if name in arguments}
-        return to_device(self.model.get_rope_index(**given)[0], arguments["input_ids"].device)
+        return to_device(self.inner.get_rope_index(**given)[0], arguments["input_ids"].device)
 
     def condition_of(
         self,
@@ -325,7 +351,7 @@ class ImageText(Publishing):
         images_of = _by_slot(image_owner, video_owner, features, num_slots)
         slots = range(len(images_of)) if text_owner is None else on_host(text_owner).tolist()
         like = next(t for t in (own_mask, text_owner, *features.tokens) if t is not None)
-        nothing = torch.zeros(1, self.config.get_text_config().hidden_size, dtype=self.dtype, device=like.device)
+        nothing = torch.zeros(1, self.family.width(self.config), dtype=self.dtype, device=like.device)
         per_text = []
         for slot in slots:
             mine = [features.tokens[i] for i in images_of[slot]]
@@ -367,7 +393,8 @@ def takes_videos_apart(model_class: type[PreTrainedModel]) -> bool:
 
 
 @functools.cache
-def _parameters(function: Callable[..., Any]) -> frozenset[str]:
+def argument_names(function: Callable[..., Any]) -> frozenset[str]:
+    """Names of the arguments of a function."""
     return frozenset(inspect.signature(function).parameters)
 
 
@@ -393,17 +420,17 @@ def _by_slot(
 
 
 @contextlib.contextmanager
-def _whole(module: nn.Module, name: str) -> Iterator[None]:
-    """Keep a parameter directly on `module` gathered while a method other than its forward reads it.
+def _whole(module: nn.Module) -> Iterator[None]:
+    """Keep the parameters directly on `module` gathered while a method other than its forward reads them.
 
-    ZeRO-3 gathers such a parameter for the module's forward only.
+    ZeRO-3 gathers such parameters for the module's forward only.
     """
-    parameter = getattr(module, name, None)
-    if not hasattr(parameter, "ds_id") or parameter.numel() == parameter.ds_numel:
-        yield  # not partitioned, resident, or still there from the last step
-        return
-    parameter.all_gather()  # what DeepSpeed gives every parameter that it has partitioned
+    # not those that are not partitioned, resident, or still there from the last step
+    away = [p for p in module.parameters(recurse=False) if hasattr(p, "ds_id") and p.numel() != p.ds_numel]
+    for parameter in away:
+        parameter.all_gather()  # what DeepSpeed gives every parameter that it has partitioned
     try:
         yield
     finally:
-        parameter.partition(has_been_updated=False)
+        for parameter in away:
+            parameter.partition(has_been_updated=False)

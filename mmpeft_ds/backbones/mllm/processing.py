@@ -32,7 +32,7 @@ from mmpeft_ds.errors import BadInput
 # Entry of the tensors of an image or a video: (1, R) lengths of the runs of its tokens in its spelling.
 TOKEN_RUNS = "token_runs"
 # What a processor gives besides the arguments of the vision tower.
-_OF_TEXTS = {
+OF_TEXTS = {
     "input_ids",
     "attention_mask",
     "token_type_ids",
@@ -84,8 +84,12 @@ class SpelledTransform(ImageTransform):
     min_size: None = None
 
     def __call__(self, image: Tensor, generator: Any = None) -> Spelled:
-        picture = Image.fromarray(image.permute(1, 2, 0).numpy())
-        return spelled(self.processor, self.alone, self.tokens, images=[picture])
+        return spelled(self.processor, self.alone, self.tokens, images=[self.picture(image)])
+
+    @staticmethod
+    def picture(image: Tensor) -> Image.Image:
+        """The image as processors take it."""
+        return Image.fromarray(image.permute(1, 2, 0).numpy())
 
 
 def spelled(processor: Any, alone: str, tokens: tuple[str, ...], **media: Any) -> Spelled:
@@ -93,12 +97,14 @@ def spelled(processor: Any, alone: str, tokens: tuple[str, ...], **media: Any) -
     out = processor(text=[alone], return_text_replacement_offsets=True, return_tensors="pt", **media)
     ((replaced,),) = out["text_replacement_offsets"]
     spelling, runs = _shortened(replaced["replacement"], tokens)
-    tensors = {n: torch.as_tensor(v) for n, v in out.items() if n not in _OF_TEXTS and _is_numbers(v)}
+    tensors = {n: torch.as_tensor(v) for n, v in out.items() if n not in OF_TEXTS and _is_numbers(v)}
     return Spelled({**tensors, TOKEN_RUNS: torch.tensor([runs])}, spelling)
 
 
 def _is_numbers(value: Any) -> bool:
-    return isinstance(value, Tensor) or (isinstance(value, list) and all(isinstance(v, int | float) for v in value))
+    if isinstance(value, list):
+        return all(isinstance(v, int | float) or _is_numbers(v) for v in value)
+    return isinstance(value, Tensor | tuple) and (isinstance(value, Tensor) or _is_numbers([*value]))
 
 
 def _shortened(spelling: str, tokens: tuple[str, ...]) -> tuple[str, list[int]]:
@@ -199,7 +205,7 @@ def read_processor(
         parts["video_processor"] = video_processor
     try:
         return _without_others(stock)(**parts, **{n: v for n, v in settings.items() if n in known and n not in parts})
-    except (TypeError, ValueError, AttributeError, ImportError) as error:
+    except (TypeError, ValueError, AttributeError, ImportError, KeyError) as error:
         reason = tower_loading.first_line(error)
         raise BadInput(f"{where}: cannot make the processor {kind} of {name!r} ({reason}).") from error
 

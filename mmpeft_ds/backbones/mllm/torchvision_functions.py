@@ -88,10 +88,18 @@ def scales_by_lanczos() -> bool:
     return True
 
 
-def pad(image: Tensor, padding: Sequence[int], fill: float = 0, padding_mode: str = "constant") -> Tensor:
-    """With `padding` (left, top, right, bottom) around."""
+def pad(
+    image: Tensor, padding: Sequence[int], fill: float | Sequence[float] = 0, padding_mode: str = "constant"
+) -> Tensor:
+    """With `padding` (left, top, right, bottom) around; `fill` is one value, or one for each channel."""
     left, top, right, bottom = padding
-    return padded(image, (left, right, top, bottom), mode=padding_mode, value=fill or 0)
+    around = (left, right, top, bottom)
+    if not isinstance(fill, Sequence):
+        return padded(image, around, mode=padding_mode, value=fill or 0)
+    channels = image.shape[-3]
+    values = fill if len(fill) == channels else [*fill] * channels
+    pairs = zip(image.split(1, -3), values, strict=True)
+    return torch.cat([padded(channel, around, mode=padding_mode, value=value) for channel, value in pairs], -3)
 
 
 def crop(image: Tensor, top: int, left: int, height: int, width: int) -> Tensor:

@@ -48,6 +48,7 @@ class VideoTransform:
             fps=1.0, total_num_frames=times.duration, duration=times.duration, frames_indices=list(times.of_frames)
         )
         given = {"videos": [self._bounded(video.frames)], "video_metadata": [metadata], "do_sample_frames": False}
+        given["return_metadata"] = True  # some processors spell a video by it and do not ask for it themselves
         return spelled(self.processor, self.alone, self.tokens, **given)
 
     def _bounded(self, frames: Tensor) -> Tensor:

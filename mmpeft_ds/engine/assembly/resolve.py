@@ -30,6 +30,7 @@ from mmpeft_ds.engine.assembly.checks import (
     check_contrast,
     check_coupling,
     check_packing,
+    check_splitting,
     check_videos,
     picture_notes,
     run_notes,
@@ -130,6 +131,7 @@ def resolve(recipe: Recipe, assumed: Assumed | None = None) -> Resolved:
     labels = plain.labels()
     towers = feature_bank.towers_of(list(manifests.values()))
     backbone = make_backbone(parts.backbone, recipe.engine, labels, towers, method.observes_attention(method_config))
+    check_splitting(recipe, backbone, plain.ds_config.get("zero_optimization", {}).get("stage", 0))
     statistics = feature_statistics(recipe, backbone, manifests[plain.of("sources")[0]])
     if statistics is not None:
         backbone.use_statistics(statistics)

@@ -15,6 +15,9 @@ SHARED = ([2], [Prompted("is this blue ?", "no"), Prompted("what is this ?", "a 
 TWO = ([2, 3], [Prompted("<image> is <image> ?", "yes")])
 TEXT = ([], [Prompted("yes ?", "no")])
 TALK = ([4], [Prompted("color ?", "red", (("user", "what ?"), ("assistant", "blue")))])
+# Families whose attention has low-rank projections, which adapters reach by pattern alone.
+WITHOUT_SITES = ("kimi_k25", "mistral_large4")
+LOW_RANK = r".*language_model.*\.kv_b_proj"
 ALL = (ONE, SHARED, TWO, TEXT, TALK)
 
 
@@ -37,10 +40,10 @@ def samples_of(backbone, *samples):
 def attached(name, backbone, base):
     """`base` with a method on its text layers, by the method's name."""
     method = get(name)
-    text = [s for s in find_sites(base).attention if s.modality == "text"]
-    assert text
+    text = [s.q.path for s in find_sites(base).attention if s.modality == "text"]
+    assert bool(text) == (backbone._config.model_type not in WITHOUT_SITES)
     config = {
-        "lora": lambda: peft.LoraConfig(r=2, target_modules=[s.q.path for s in text], init_lora_weights=False),
+        "lora": lambda: peft.LoraConfig(r=2, target_modules=text or LOW_RANK, init_lora_weights=False),
         "routed_lora": lambda: RoutedLoraConfig(r=2, route="mul"),
         "deep_prompt": lambda: DeepPromptConfig(),
     }[name]()

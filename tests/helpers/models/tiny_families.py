@@ -14,9 +14,11 @@ from transformers import CONFIG_MAPPING, PreTrainedTokenizerFast
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
 from mmpeft_ds.backbones.mllm import torchvision_functions
-from tests.helpers.models.family_table import FAMILIES, Tiny
+from tests.helpers.models import family_table, further_families
+from tests.helpers.models.family_table import Tiny
 from tests.helpers.models.randomise import randomise
 
+FAMILIES = family_table.FAMILIES | further_families.FAMILIES
 WORDS = ["user", "assistant", "system", ":", "?", ".", "what", "is", "this", "color", "red", "blue", "yes", "no", "a"]
 # Every turn is a role, its images and words, and an end; what stands for an image differs by family.
 TEMPLATE = (
@@ -32,7 +34,7 @@ def tokenizer(tiny: Tiny) -> PreTrainedTokenizerFast:
     """A few dozen words split at spaces; special tokens are found anywhere."""
     special = ["[PAD]", "[UNK]", "<s>", "</turn>", "<turn>", *dict.fromkeys((tiny.image, *tiny.tokens))]
     # single letters and the sign for a space, since some families read any vocabulary as one of byte pairs
-    words = dict.fromkeys([*special, *WORDS, *string.ascii_lowercase, "\u0120"])
+    words = dict.fromkeys([*special, *WORDS, *string.ascii_lowercase, "\u0120", *"012"])
     vocabulary = {word: i for i, word in enumerate(words)}
     made = Tokenizer(WordLevel(vocabulary, unk_token="[UNK]"))
     made.pre_tokenizer = WhitespaceSplit()

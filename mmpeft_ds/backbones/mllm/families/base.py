@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -25,10 +26,17 @@ class Family:
             they are on the device. None: the processor normalises them.
         unpackable: why texts may not follow one another in one row; empty where they may. Families that nobody
             has tried may not.
+        unsplittable: why the model cannot be split across ranks; empty where it can.
         first_position: of a text, which its model counts from.
         carrying: names of the classes of layers that carry a state, or a convolution, from token to token. In a row of
             several texts each text gets a row of its own there.
         one_token: features of videos stand where those of images do, though the model has a tower for either.
+        video_list: the model takes the features of videos as a list, though it gives them in one tensor.
+        no_videos: why its videos are not taken; empty where they are.
+        compared: settings that its image processor and its vision tower must have alike, where both have them.
+        optional: tensors that only some images have.
+        as_lists: arguments of the vision tower that are lists of numbers.
+        sizes_of_runs: arguments that positions follow from, with a row for each run of tokens of an image.
         template: chat template where the checkpoint has none.
         processor: class of the processor, where transformers has none that works without torchvision.
     """
@@ -37,9 +45,20 @@ class Family:
     spelled: bool = True
     channels: int | None = None
     unpackable: str = "was not tried with packed texts"
+    unsplittable: str = ""
     first_position: int = 0
     carrying: tuple[str, ...] = ()
     one_token: bool = False
+    video_list: bool = False
+    no_videos: str = ""
+    compared: tuple[tuple[str, str], ...] = (
+        ("patch_size", "patch_size"),
+        ("merge_size", "spatial_merge_size"),
+        ("temporal_patch_size", "temporal_patch_size"),
+    )
+    optional: tuple[str, ...] = ()
+    as_lists: tuple[str, ...] = ()
+    sizes_of_runs: tuple[str, ...] = ()
     template: str = ""
     processor: type[ProcessorMixin] | None = None
 
@@ -59,6 +78,19 @@ class Family:
         most = [max(sizes) for sizes in zip(*(p.shape[1:] for p in pixels), strict=True)]
         return torch.cat([_padded(p, most) for p in pixels])
 
+    def together(self, media: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+        """The tensors of all images, or videos, of a batch as one of each name. Default: `collate` of each, of those
+        that have it."""
+        names = dict.fromkeys(name for one in media for name in one if name in media[0] or name in self.optional)
+        return {
+            name: self.collate([one[name] for one in media if name in one or name not in self.optional])
+            for name in names
+        }
+
+    def width(self, config: PretrainedConfig) -> int:
+        """Width of the features of images. Default: that of the language model."""
+        return config.get_text_config().hidden_size
+
     def processor_settings(self, config: PretrainedConfig) -> dict[str, Any]:
         """Arguments of the processor that its checkpoint may lack although the model's configuration has them."""
         return {}
@@ -70,6 +102,24 @@ class Family:
     def alone(self, processor: Any) -> str:
         """A text with one image and nothing else, as the processor takes it. Default: the mark."""
         return self.mark(processor)
+
+    def opening(self, tokenizer: Any) -> str:
+        """What every conversation begins with, also where the chat template does not write it. Default: nothing."""
+        return ""
+
+    def numbered(self, spelling: str, number: int) -> str:
+        """The spelling of an image, or a video, as the one of this number, from 0 on, in its text. Default: the
+        same for all."""
+        return spelling
+
+    def apart(self, output: Any) -> Any:
+        """What `get_image_features` returned, with `pooler_output`, a tensor or one for each image, and with
+        `deepstack_features`, where there are any, by layer and image. Default: as it is."""
+        return output
+
+    def joined(self, output: Any) -> Any:
+        """The reverse of `apart`, for the images of one batch of texts. Default: as it is."""
+        return output
 
     def looks_ahead(self, config: PretrainedConfig) -> bool:
         """Whether tokens of a text see later ones of it, so that its mask is not the causal one."""

@@ -8,7 +8,7 @@ from mmpeft_ds.backbones.mllm.families.base import Family
 class Glm4v(Family):
     """One token for images and videos."""
 
-    model_types = ("glm4v", "glm4v_moe", "glm46v")
+    model_types = ("glm4v", "glm4v_moe", "glm46v", "glm_ocr", "glmga")
     one_token = True
     unpackable = ""
 

@@ -49,7 +49,7 @@ class PixtralProcessor(ProcessorMixin):
 class Mistral3(Family):
     """Images in rows of patches."""
 
-    model_types = ("mistral3", "mistral_large4")
+    model_types = ("mistral3",)
     processor = PixtralProcessor
     unpackable = ""
 

@@ -1,0 +1,17 @@
+"""DeepSeek-OCR 2 and Unlimited-OCR: large images are cut into parts, which small images lack."""
+
+from __future__ import annotations
+
+from mmpeft_ds.backbones.mllm.families.base import Family
+
+
+class DeepseekOcr(Family):
+    """Images in parts."""
+
+    model_types = ("deepseek_ocr2", "unlimited_ocr")
+    unsplittable = "runs its vision tower once more for images in parts, which other ranks need not have"
+    optional = ("pixel_values_local",)
+    as_lists = ("num_local_patches", "patches_grid")
+
+
+ENTRY = DeepseekOcr()
