@@ -12,7 +12,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def launch(script: str, arguments: list[str], out: Path, ranks: int = 2, timeout: int = 600) -> Any:
+def launch(script: str, arguments: list[str], out: Path, ranks: int = 2, timeout: int = 3000) -> Any:
     """What rank 0 of `script` writes as JSON to `out`, which it gets as `--out`. Ends the benchmark where it fails."""
     out.parent.mkdir(exist_ok=True, parents=True)
     out.unlink(missing_ok=True)

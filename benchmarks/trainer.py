@@ -3,7 +3,8 @@
 
     python benchmarks/trainer.py             ZeRO-3 and ZeRO-1, 3 runs each in turn; writes docs/benchmarks/trainer.*
     python benchmarks/trainer.py --runs 1 --steps 20
-    python benchmarks/trainer.py --same      only the losses of both on the very same batches
+    python benchmarks/trainer.py --same      only the losses of both on the very same batches, and how far each is from
+                                             plain torch in float64
     python benchmarks/trainer.py --instruction --repeats 3    instruction tuning; writes docs/benchmarks/instruction.*
 
 The peer trains as its users do: a map-style data set of (image, question, answer), one image a question. Ours reads
@@ -27,6 +28,7 @@ from benchmarks import _launch, _page  # noqa: E402
 
 QUESTIONS_PER_RANK = 38  # 8 images of easy-VQA have 77 questions on average
 STEPS = 60
+RANKS = 2
 WARM = 5  # steps left out of the timing
 
 
@@ -169,6 +171,18 @@ def peer(args: argparse.Namespace) -> dict:
     }
 
 
+def plain(args: argparse.Namespace) -> dict:
+    """The same batches without DeepSpeed, in `args.dtype`."""
+    from benchmarks._reference import reference
+    from mmpeft_ds.distributed import processes
+    from mmpeft_ds.engine.assembly.resolve import resolve
+
+    recipe = _recipe(args)
+    ranks = processes.start(recipe.engine.threads, recipe.seed)
+    batches = [item["batch"] for item in _our_batches(recipe, resolve(recipe), RANKS, args.steps)]
+    return {"rank": ranks.rank, "losses": reference(recipe, batches, RANKS, args.steps, args.dtype)}
+
+
 class Questions:
     """Map-style data set of the train split: one (image, question, class) an item; the image is decoded for each."""
 
@@ -257,26 +271,45 @@ def _recipe(args: argparse.Namespace):
 # -------------------------------------------------------------------------------------------------- the driver
 
 
-def launch(system: str, stage: int, args: argparse.Namespace, same: bool = False) -> dict:
-    """One system in its own launch of 2 ranks x 1 thread."""
+def launch(system: str, stage: int, args: argparse.Namespace, same: bool = False, dtype: str = "") -> dict:
+    """One system in its own launch of 2 ranks x 1 thread; with a `dtype`, of one rank."""
     arguments = ["--system", system, "--stage", str(stage), "--steps", str(args.steps), "--data", args.data]
-    out = ROOT / "runs" / "benchmark-trainer.json"
-    return _launch.launch(__file__, [*arguments, *(["--same"] if same else [])], out)
+    arguments += [*(["--same"] if same else []), *(["--dtype", dtype] if dtype else [])]
+    return _launch.launch(__file__, arguments, ROOT / "runs" / "benchmark-trainer.json", 1 if dtype else RANKS)
+
+
+def compare(args: argparse.Namespace) -> dict:
+    """Losses of all systems on the same batches: by how much both differ, and each from plain torch in float64."""
+    losses = {dtype: launch("plain", 1, args, same=True, dtype=dtype)["losses"] for dtype in ("float64", "float32")}
+    apart = {"plain float32": _apart(losses["float64"], losses["float32"])}
+    print(f"plain torch in float32: at most {apart['plain float32']:.1e} from float64", flush=True)
+    for stage in args.stages:
+        same = {system: launch(system, stage, args, same=True)["losses"] for system in ("ours", "peer")}
+        found = {
+            "largest_loss_difference": _apart(*same.values()),
+            "from_float64": {system: _apart(losses["float64"], own) for system, own in same.items()},
+            "losses": same,
+        }
+        print(
+            f"ZeRO-{stage}: losses on the same batches differ by at most {found['largest_loss_difference']:.1e} over "
+            f"{args.steps} steps; from float64 ours by {found['from_float64']['ours']:.1e}, "
+            f"the peer's by {found['from_float64']['peer']:.1e}",
+            flush=True,
+        )
+        apart[stage] = found
+    return {**apart, "float64": losses["float64"]}
+
+
+def _apart(first: list[float], second: list[float]) -> float:
+    return max(abs(a - b) for a, b in zip(first, second, strict=True))
 
 
 def drive(args: argparse.Namespace) -> None:
     """Run everything in turn, print and write the table."""
     result: dict = {"machine": _page.machine(), "steps": args.steps, "runs": args.runs, "stages": {}}
-    for stage in args.stages:
-        same = {system: launch(system, stage, args, same=True)["losses"] for system in ("ours", "peer")}
-        apart = max(abs(a - b) for a, b in zip(*same.values(), strict=True))
-        print(
-            f"ZeRO-{stage}: losses on the same batches differ by at most {apart:.1e} over {args.steps} steps",
-            flush=True,
-        )
-        result["stages"][stage] = {"largest_loss_difference": apart}
-        if args.same:
-            continue
+    same = result["same_batches"] = compare(args)
+    for stage in [] if args.same else args.stages:
+        result["stages"][stage] = {"largest_loss_difference": same[stage]["largest_loss_difference"]}
         rates: dict = {"ours": [], "peer": []}
         for turn in range(args.runs):
             for system in ("ours", "peer"):
@@ -344,7 +377,8 @@ def main() -> None:
     parser.add_argument(
         "--out", default="", help="of --instruction: directory of the page, in place of docs/benchmarks"
     )
-    parser.add_argument("--system", choices=["ours", "peer", "host"], help=argparse.SUPPRESS)
+    parser.add_argument("--system", choices=["ours", "peer", "plain", "host"], help=argparse.SUPPRESS)
+    parser.add_argument("--dtype", default="", help=argparse.SUPPRESS)
     parser.add_argument("--stage", type=int, default=3, help=argparse.SUPPRESS)
     parser.add_argument("--folder", default="", help=argparse.SUPPRESS)
     parser.add_argument("--group", action="store_true", help=argparse.SUPPRESS)
@@ -360,7 +394,7 @@ def main() -> None:
     args.steps = args.steps or STEPS
     if args.system is None:
         return drive(args)
-    _launch.close({"ours": ours, "peer": peer}[args.system](args), args.out)
+    _launch.close({"ours": ours, "peer": peer, "plain": plain}[args.system](args), args.out)
 
 
 if __name__ == "__main__":

@@ -49,8 +49,9 @@ def outcome(folder: Path, name: str) -> dict:
     return torch.load(folder / f"{name}.pt", weights_only=False)
 
 
-def train_plainly(folder: Path, skip: tuple[int, ...] = ()) -> dict:
-    """The same 10 steps by one process in PyTorch, without DeepSpeed and without our engine's step."""
+def train_plainly(folder: Path, skip: tuple[int, ...] = (), dtype: torch.dtype = torch.float32) -> dict:
+    """The same 10 steps by one process in PyTorch, without DeepSpeed and without our engine's step; all numbers in
+    `dtype`, from weights that float32 drew."""
     from mmpeft_ds.engine.assembly.resolve import attach
 
     recipe, task = tiny_classifier.make_recipe(folder), tiny_classifier.TinyTask()
@@ -58,7 +59,7 @@ def train_plainly(folder: Path, skip: tuple[int, ...] = ()) -> dict:
     torch.manual_seed(recipe.seed)
     base = resolved.backbone.build()
     torch.manual_seed(recipe.seed)
-    model = attach(resolved, base).eval()
+    model = attach(resolved, base).eval().to(dtype)
     trainables = {n: p for n, p in model.named_parameters() if p.requires_grad}
     matrices = [p for p in trainables.values() if p.dim() > 1]
     vectors = [p for p in trainables.values() if p.dim() < 2]
@@ -70,7 +71,9 @@ def train_plainly(folder: Path, skip: tuple[int, ...] = ()) -> dict:
         batch = tiny_classifier.pack_slots(
             tiny_classifier.global_slots(step, resolved.backbone), resolved.backbone, task
         )
-        loss = task.loss(model(**resolved.backbone.inputs(batch)), batch) / task.weight(batch)
+        inputs = resolved.backbone.inputs(batch)
+        inputs = {k: v.to(dtype) if torch.is_tensor(v) and v.is_floating_point() else v for k, v in inputs.items()}
+        loss = task.loss(model(**inputs), batch) / task.weight(batch)
         losses.append(loss.item())
         optimizer.zero_grad()
         loss.backward()
@@ -106,6 +109,20 @@ def test_the_comparison_notices_a_wrong_mean(folder, plain):
     wrong["losses"][3] *= 1.001
     with pytest.raises(AssertionError):
         assert_same(outcome(folder, "zero1"), wrong)
+
+
+def test_losses_of_every_stage_are_as_near_to_float64_as_float32_gets(folder, plain):
+    exact = train_plainly(folder, dtype=torch.float64)["losses"]
+
+    def apart(losses: list[float]) -> float:
+        return max(abs(a - b) for a, b in zip(losses, exact, strict=True))
+
+    found = {
+        n: apart([row["loss"] for row in outcome(folder, n)["rows"]]) for n in ("zero0", "zero1", "zero2", "zero3")
+    }
+    assert max(found.values()) < 1e-5 and 0 < apart(plain["losses"]) < 1e-5, found
+    # Control: gradients or weights of half precision would show.
+    assert apart([row["loss"] for row in outcome(folder, "zero3_bf16")["rows"]]) > 1e-4
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])

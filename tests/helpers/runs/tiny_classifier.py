@@ -13,6 +13,7 @@ from mmpeft_ds import recipe as recipes
 from mmpeft_ds.data.batch import PackedBatch, Sample, pack
 from mmpeft_ds.engine.assembly import resolve as resolving
 from mmpeft_ds.engine.zero.config import check_ds_config
+from mmpeft_ds.ops.precision import full_dtype
 from mmpeft_ds.tasks.base import TaskBase
 
 WIDTH, LABELS = 16, 5
@@ -63,7 +64,8 @@ class TinyTask(TaskBase):
         return float(batch.text_weight.sum())
 
     def loss(self, outputs: Any, batch: PackedBatch) -> Tensor:
-        losses = torch.nn.functional.cross_entropy(outputs.logits.float(), batch.targets["label"], reduction="none")
+        logits = outputs.logits.to(full_dtype(outputs.logits.dtype))
+        losses = torch.nn.functional.cross_entropy(logits, batch.targets["label"], reduction="none")
         factor = float("nan") if self.poison & set(batch.sample_id) else 1.0
         return factor * (batch.text_weight * losses).sum()
 
