@@ -156,9 +156,19 @@ def json_line(value: Any) -> bytes:
     return json.dumps(value, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n"
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file so that it is the old or the new one at any moment; what JSON does not know becomes a text."""
-    write_atomic(path, json.dumps(value, indent=1, ensure_ascii=False, default=str) + "\n")
+def write_json(path: Path, value: Any, in_new_directory: bool = False) -> None:
+    """Write a JSON file so that it is the old or the new one at any moment; what JSON does not know becomes a text.
+
+    Args:
+        in_new_directory: it lies in one that `new_directory` makes, which is complete or absent and waits for the disk
+            by itself: the file is then written at once.
+    """
+    text = json.dumps(value, indent=1, ensure_ascii=False, default=str) + "\n"
+    if in_new_directory:
+        with naming(path):
+            path.write_bytes(text.encode())
+    else:
+        write_atomic(path, text)
 
 
 @contextlib.contextmanager

@@ -91,9 +91,9 @@ def save(
     files: dict[str, Callable[[Path], None]] = {
         "weights.safetensors": lambda p: save_tensors(p, weights),
         "optimizer.safetensors": lambda p: save_tensors(p, moments),
-        "state.json": lambda p: write_json(p, header),
-        "recipe.json": lambda p: write_json(p, recipe),
-        "fingerprint.json": lambda p: write_json(p, fingerprint),
+        "state.json": lambda p: write_json(p, header, in_new_directory=True),
+        "recipe.json": lambda p: write_json(p, recipe, in_new_directory=True),
+        "fingerprint.json": lambda p: write_json(p, fingerprint, in_new_directory=True),
     }
     extra = _model(engine, "training_state")
     extra |= {f"{ADAPTER}{name}": buffer for name, buffer in kept_buffers(engine.module).items()}

@@ -55,7 +55,7 @@ def write(
         for file, write_file in files.items():
             write_file(partial / file)
         check(partial)
-        write_json(partial / CHECKSUMS, {file: sha256(partial / file) for file in files})
+        write_json(partial / CHECKSUMS, {file: sha256(partial / file) for file in files}, in_new_directory=True)
     for pointer in ("best", "latest") if best else ("latest",):  # `latest` last: its state may name itself the best
         write_atomic(folder / pointer, name + "\n")
     prune(folder, keep_last)

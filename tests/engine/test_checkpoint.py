@@ -188,7 +188,7 @@ def test_kill_9_while_saving_leaves_the_previous_one(tmp_path, victim):
 
     def save() -> None:
         if victim == "checksums.json":
-            checkpoint_files.write_json = lambda path, value: hang(path)
+            checkpoint_files.write_json = lambda path, value, **options: hang(path)
         checkpoint_files.write(
             tmp_path / "checkpoints", 10, {**files(), victim: hang} if victim in files() else files(), 9, False
         )

@@ -8,6 +8,7 @@ times a power of two below 2^64, so it always shows; and exchanged values do not
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Iterator
 
 import torch
@@ -35,17 +36,30 @@ def weighted_bits(flat: Tensor, offset: int = 0) -> int:
         flat = torch.view_as_real(flat).flatten()
         offset *= 2
     bits = flat.detach().contiguous().view(_BITS[flat.element_size()])
-    size = max(1, min(bits.numel(), _CHUNK if bits.device.type == "cpu" else 64 * _CHUNK))
-    odd = torch.arange(1, 2 * size + 1, 2, dtype=torch.int64, device=bits.device)
+    on_cpu = bits.device.type == "cpu"
+    size = max(1, min(bits.numel(), _CHUNK if on_cpu else 64 * _CHUNK))
+    odd = _kept_odds(_CHUNK)[:size] if on_cpu else _odds(size, bits.device)
     wide = torch.empty_like(odd)
     total = torch.zeros((), dtype=torch.int64, device=bits.device)
     for start in range(0, bits.numel(), size):
         n = min(size, bits.numel() - start)
         part = wide[:n].copy_(bits[start : start + n])
         # sum (2 (offset + start + i) + 1) b = 2 (offset + start) sum b + sum (2 i + 1) b: one table of odd numbers
-        total += 2 * (offset + start) * part.sum()
-        total += part.mul_(odd[:n]).sum()
+        if offset + start:
+            total += 2 * (offset + start) * part.sum()
+        total += torch.dot(part, odd[:n]) if on_cpu else part.mul_(odd[:n]).sum()  # CUDA has no `dot` of integers
     return int(total)
+
+
+@functools.cache
+def _kept_odds(count: int) -> Tensor:
+    """Those of a CPU, which every tensor of this process needs."""
+    return _odds(count, torch.device("cpu"))
+
+
+def _odds(count: int, device: torch.device) -> Tensor:
+    """The first `count` odd numbers."""
+    return torch.arange(1, 2 * count + 1, 2, dtype=torch.int64, device=device)
 
 
 def all_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
