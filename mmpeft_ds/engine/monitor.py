@@ -170,10 +170,12 @@ class Monitor(Observer):
     def _see_to_files(self) -> None:
         """See that the directory is still this run's, and write metrics.jsonl again if somebody has removed it."""
         self.keep()
-        status = os.fstat(self.metrics.fileno())
+        path, status = Path(self.metrics.name), os.fstat(self.metrics.fileno())
         if status.st_nlink:
             return
-        path = Path(self.metrics.name)
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.stat(path), status):  # a file system that does not count links
+                return
         write_atomic(path, os.pread(self.metrics.fileno(), status.st_size, 0))
         self.metrics.close()
         self.metrics = path.open("a+b", buffering=0)

@@ -55,7 +55,7 @@ class Lock:
             there = None
         except OSError:  # of a file system that does not answer well at the moment; the next call looks again
             return
-        if there is not None and (there.st_dev, there.st_ino) == (own.st_dev, own.st_ino):
+        if there is not None and os.path.samestat(there, own):
             return
         with naming(self.path):
             again = Lock(self.path, wait=0.0)

@@ -2,7 +2,9 @@
 
 import json
 import math
+import os
 import shutil
+import stat
 
 import pytest
 import torch
@@ -61,6 +63,25 @@ def test_a_curve_that_is_removed_or_replaced_while_the_run_writes_it_is_whole_at
     monitor.flush()
     monitor.close()
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2, 3, 4, 5]
+
+
+def test_a_file_system_that_does_not_count_links_does_not_pass_for_a_removed_curve(tmp_path, monkeypatch, capsys):
+    monitor, fstat = Monitor(tmp_path, MonitorOptions(tensorboard=False), 5, 0, ""), os.fstat
+
+    def without_links(descriptor: int) -> os.stat_result:
+        values = list(fstat(descriptor))
+        values[stat.ST_NLINK] = 0
+        return os.stat_result(values)
+
+    monkeypatch.setattr(os, "fstat", without_links)
+    monitor.step(row(1))
+    assert "written again" not in capsys.readouterr().err
+    (tmp_path / "metrics.jsonl").unlink()
+    monitor.step(row(2))
+    assert "written again" in capsys.readouterr().err
+    monkeypatch.undo()
+    monitor.close()
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
 
 
 def test_a_directory_that_is_gone_is_a_file_that_cannot_be_written(tmp_path):
