@@ -13,7 +13,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
+from data_prep.common.duplicates import SHOWN
 from data_prep.sources.base import RawSample, Source
 from mmpeft_ds.data.formats import STORED_SUFFIXES
 from mmpeft_ds.errors import BadInput
@@ -54,6 +56,7 @@ class ImageFolder(Source):
     def __init__(self, options: Options):
         self.options = options
         self.licence = options.licence
+        self._skipped: dict[Path, list[Path]] = {}  # folder of classes -> files in it that are no sample
         if not options.folder.is_dir():
             raise BadInput(f"--folder {options.folder}: no such directory.")
         for name in ("val_fraction", "test_fraction"):
@@ -83,6 +86,15 @@ class ImageFolder(Source):
 
     def count(self, split: str) -> int:
         return len(self._images[split])
+
+    def account(self, split: str) -> dict[str, Any]:
+        """Files that are no pictures of a class; those of a folder without splits stand under `train`."""
+        own = [folder for folder in self._skipped if split_of(folder.name) == split and folder != self.options.folder]
+        folders = own or ([self.options.folder] if split == "train" else [])
+        skipped = [path for folder in folders for path in self._skipped.get(folder, [])]
+        names = [_shown(path.relative_to(self.options.folder)) for path in skipped[:SHOWN]]
+        records = {"records": self.count(split) + len(skipped)}
+        return records | {"aside": {"no picture in a class folder": [len(skipped), names]}} if skipped else {}
 
     def samples(self, split: str, start: int = 0) -> Iterator[RawSample]:
         index = {name: i for i, name in enumerate(self._classes)}
@@ -146,6 +158,7 @@ class ImageFolder(Source):
             self._refuse_splits(folder, {name for name, _ in images}, "classes of")
             for names in deeper.values():
                 self._refuse_splits(folder, names, "folders below the class folders of")
+        self._skipped[folder] = skipped
         self._tell(folder, images, skipped)
         return images
 
@@ -177,7 +190,7 @@ class ImageFolder(Source):
         ]
         for paths, what in notes:
             if paths:
-                print(f"{folder}: {len(paths)} {what}, such as {paths[0]}", file=sys.stderr)
+                print(f"{folder}: {len(paths)} {what}, such as {_shown(paths[0])}", file=sys.stderr)
 
     def _hash_split(self, images: list[tuple[str, Path]]) -> dict[str, list[tuple[str, Path]]]:
         """The same share of every class; which files depends on their names alone."""
@@ -195,6 +208,11 @@ class ImageFolder(Source):
                 order = order[round(len(paths) * share) :]
         splits = ["train", *(s for s, share in shares.items() if share)]
         return {s: [(c, p) for c, p in images if chosen.get(p, "train") == s] for s in splits}
+
+
+def _shown(path: Path) -> str:
+    """A path as text, whose bytes that are not UTF-8 are escaped."""
+    return str(path).encode("utf-8", "backslashreplace").decode()
 
 
 def split_of(name: str) -> str | None:

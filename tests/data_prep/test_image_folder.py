@@ -115,3 +115,25 @@ def test_a_name_that_is_not_utf_8_is_refused_in_one_line_before_anything_is_writ
     with pytest.raises(BadInput, match=r"dog/\\udcff\.png: this name is not UTF-8"):
         prepared(tmp_path)
     assert not (tmp_path / "out" / "manifest.json").exists()
+
+
+def test_files_that_are_no_pictures_of_a_class_are_in_the_report(tmp_path, capsys):
+    root = folder(tmp_path, "train/cat", "val/cat")
+    (root / "train/cat/notes.txt").write_text("x")
+    (root / "train/loose.png").write_bytes(picture((1, 2, 3)))
+    (root / "train/cat/.hidden.png").write_bytes(b"")
+    (root / "val/cat/odd\udcff.csv").write_text("x")
+    manifest = prepared(tmp_path)
+    reason = "no picture in a class folder"
+    train, val = manifest.account["train"], manifest.account["val"]
+    assert train["aside"] == {reason: [2, ["train/cat/notes.txt", "train/loose.png"]]} and train["records"] == 5
+    assert val["aside"] == {reason: [1, ["val/cat/odd\\udcff.csv"]]} and val["records"] == 4
+    assert f"train: 2 set aside, {reason}: train/cat/notes.txt" in capsys.readouterr().out
+
+
+def test_those_of_a_folder_without_splits_are_told_once_with_the_training_split(tmp_path):
+    root = folder(tmp_path, "cat", "dog")
+    (root / "readme.txt").write_text("x")
+    manifest = prepared(tmp_path, "--val-fraction", "0.34")
+    assert manifest.account["train"]["aside"] == {"no picture in a class folder": [1, ["readme.txt"]]}
+    assert manifest.account["train"]["records"] == 5 and "aside" not in manifest.account.get("val", {})
