@@ -30,7 +30,7 @@ from mmpeft_ds.errors import BadInput
 from mmpeft_ds.methods.common.layers import kept_buffers
 from mmpeft_ds.methods.ia3.options import IA3Options
 from mmpeft_ds.methods.lora.options import REFUSED, REFUSED_STARTS, LoraOptions
-from mmpeft_ds.sites import find_sites
+from mmpeft_ds.sites import Sites, find_sites
 from tests.helpers import ROOT
 from tests.helpers.models import tiny_clip
 from tests.helpers.models.tiny_zoo import ZOO, output
@@ -42,6 +42,7 @@ TOKENS = {"word_embeddings": [1, 6]}
 BLOCKS = {"target_modules_bd_a": ["query"], "target_modules_bd_b": ["value"], "nblocks": 2}
 # field -> settings with which it is trained; those of a refused one, and what the line says
 LORA_WORKS: dict[str, list[dict[str, Any]]] = {
+    "target_parameters": [{"target_parameters": ["query.weight"]}],
     "r": [{"r": 3}],
     "target_modules": [{"target_modules": ["query", "dense"]}, {"target_modules": ".*query"}],
     "exclude_modules": [{"target_modules": ["query", "value"], "exclude_modules": ["value"]}],
@@ -94,7 +95,6 @@ LORA_REFUSED: dict[str, dict[str, Any]] = {
     "qalora_group_size": {"qalora_group_size": 4},
     "layer_replication": {"layer_replication": [[0, 2], [1, 2]]},
     "runtime_config": {"runtime_config": {"ephemeral_gpu_offload": True}},
-    "target_parameters": {"target_parameters": ["query.weight"]},
     "arrow_config": {"arrow_config": {}},
     "ensure_weight_tying": {"ensure_weight_tying": True},
 }
@@ -326,3 +326,25 @@ def test_a_refusal_needs_no_torch(tmp_path):
         capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}, cwd=tmp_path, check=True,
     )  # fmt: skip
     assert "method: init_lora_weights: 'mica' is not offered: one of its factors" in done.stdout
+
+
+@pytest.mark.parametrize(
+    "settings, told",
+    [
+        ({"target_parameters": ["no_such.weight"]}, "target_parameters: 'no_such.weight' fits no weight of the model"),
+        ({"target_parameters": ["weight"], "lora_dropout": 0.1}, "lora_dropout: does not go with target_parameters"),
+        ({"target_parameters": ["weight"], "use_dora": True}, "use_dora: does not go with target_parameters"),
+        ({"target_parameters": ["weight"], "init_lora_weights": "pissa"}, "init_lora_weights: pissa: not with"),
+    ],
+)
+def test_parameters_that_cannot_be_targets_are_refused_in_one_line(settings, told):
+    lora = methods.get("lora")
+    with pytest.raises(BadInput, match=told) as error:
+        LoraOptions(**settings).check_training("float32", 2)
+        lora.prepare(peft.LoraConfig(**settings), torch.nn.Linear(2, 2), Sites())
+    assert "\n" not in str(error.value)
+
+
+def test_parameters_are_no_targets_at_stage_3():
+    with pytest.raises(BadInput, match="target_parameters: not offered at ZeRO stage 3"):
+        LoraOptions(target_parameters=["experts.down_proj"]).check_training("float32", 3)

@@ -32,6 +32,7 @@ LORA: dict[str, dict[str, Any]] = {
     "dora": {"use_dora": True},
     "bias": {"lora_bias": True},
     "patterns": {"rank_pattern": {"q_proj": 3}, "alpha_pattern": {"v_proj": 5}},
+    "parameters": {"target_parameters": ["q_proj.weight", "v_proj.weight"]},
     "tokens": {"trainable_token_indices": [3, 5]},
     "whole": {"modules_to_save": ["norm"]},
     **{start: {"init_lora_weights": start} for start in STARTS},

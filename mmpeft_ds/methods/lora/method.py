@@ -12,6 +12,7 @@ from peft.tuners.lora.config import CordaConfig, LoraGAConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
+from mmpeft_ds.errors import BadInput
 from mmpeft_ds.methods.base import SiteMethod, StartData
 from mmpeft_ds.methods.common.select import Selection, default_selection, stored_in_by_out
 from mmpeft_ds.methods.lora import data_start, eva, layer, loftq, start
@@ -53,12 +54,15 @@ class Lora(SiteMethod):
     @classmethod
     def check(cls, config: LoraConfig, sites: Sites, condition_width: int | None) -> None:
         """Raise BadInput when there is no tower to attach to."""
-        if config.target_modules is None:
+        if config.target_modules is None and not config.target_parameters:
             _chosen(config, sites)
 
     @classmethod
     def prepare(cls, config: LoraConfig, model: nn.Module, sites: Sites) -> LoraConfig:
         """Fill `target_modules` with full paths."""
+        if config.target_parameters:
+            _check_parameters(config, model)
+            config.target_modules = config.target_modules or []
         if config.target_modules is None:
             chosen = _chosen(config, sites)
             config.target_modules = set(chosen.projections(("q", "v")))
@@ -145,6 +149,21 @@ class Lora(SiteMethod):
         """Kind of a parameter; with `bias: all` or `lora_only` peft trains the biases of the frozen layers
         themselves."""
         return "bias" if name.endswith("base_layer.bias") else super().kind(name)
+
+
+def _check_parameters(config: LoraConfig, model: nn.Module) -> None:
+    """Refuse names of `target_parameters` of which the model has no matrix, or stack of them. Raises BadInput."""
+    names = [name for name, parameter in model.named_parameters() if _dimensions(parameter) in (2, 3)]
+    for wanted in config.target_parameters:
+        if not any(name == wanted or name.endswith(f".{wanted}") for name in names):
+            stacks = {name.rpartition(".layers.")[2].partition(".")[2] for name in names if ".experts." in name}
+            known = f" Experts are named {', '.join(sorted(stacks))}." if stacks else " It has no experts."
+            raise BadInput(f"target_parameters: {wanted!r} fits no weight of the model.{known}")
+
+
+def _dimensions(parameter: Tensor) -> int:
+    """Number of dimensions of a weight, also where it is partitioned."""
+    return len(getattr(parameter, "ds_shape", parameter.shape))
 
 
 def _chosen(config: LoraConfig, sites: Sites) -> Selection:

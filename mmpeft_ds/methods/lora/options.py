@@ -38,7 +38,6 @@ REFUSED = {
     "qalora_group_size": "it is for GPTQ weights, which no backbone has. Leave it out.",
     "layer_replication": "the adapter would be of another model than the base. Leave it out.",
     "runtime_config": "parts of the base are never moved between devices here. Leave it out.",
-    "target_parameters": "it is for weights of experts that are no modules. Use target_modules.",
     "arrow_config": "it routes between finished adapters and trains none. Leave it out.",
     "ensure_weight_tying": "trained copies of tied weights are not saved as one. Leave it out.",
 }
@@ -90,7 +89,9 @@ class LoraOptions(MethodOptions):
     layer_replication: list[tuple[int, int]] | None = field(default=None, metadata=_said("Layers to repeat."))
     runtime_config: dict[str, Any] = field(default_factory=dict, metadata=_said("peft's LoraRuntimeConfig."))
     lora_bias: bool = field(default=False, metadata=_said("`up` has a bias."))
-    target_parameters: list[str] | None = field(default=None, metadata=_said("Parameters in place of modules."))
+    target_parameters: list[str] | None = field(
+        default=None, metadata=_said("Ends of names of weights that are no modules, as fused experts have them.")
+    )
     use_bdlora: dict[str, Any] | None = field(default=None, metadata=_said("Block-diagonal LoRA."))
     arrow_config: dict[str, Any] | None = field(default=None, metadata=_said("Arrow routing."))
     kasa_config: dict[str, Any] | None = field(default=None, metadata=_said("KaSA."))
@@ -107,6 +108,7 @@ class LoraOptions(MethodOptions):
             self._refuse("lora_alpha", "0 leaves the low-rank term out, so that nothing of it trains. Use more.")
         if self.lora_dropout >= 1:
             self._refuse("lora_dropout", f"{self.lora_dropout:g} drops all there is. Use less than 1.")
+        self._check_parameters(stage)
         self._check_whole_modules(self.modules_to_save, dtype)
         if self.trainable_token_indices and stage == 3:
             self._refuse(
@@ -121,6 +123,20 @@ class LoraOptions(MethodOptions):
                 f"{self.bias} trains the frozen layers' own biases, which are {dtype} and would lose small updates. "
                 "Use method bitfit, which trains copies in float32, or engine.dtype: float32.",
             )
+
+    def _check_parameters(self, stage: int) -> None:
+        if not self.target_parameters:
+            return
+        if stage == 3:
+            self._refuse(
+                "target_parameters",
+                "not offered at ZeRO stage 3: peft replaces weights that are partitioned. Use stage 2 or below.",
+            )
+        for name in ("use_dora", "use_bdlora", "lora_bias", "lora_dropout"):
+            if getattr(self, name):
+                self._refuse(name, "does not go with target_parameters in peft. Leave out one of them.")
+        if self.init_lora_weights is not True and self.init_lora_weights != "gaussian":
+            self._refuse("init_lora_weights", f"{self.init_lora_weights}: not with target_parameters. Use true.")
 
     def _check_start(self, stage: int) -> None:
         start = self.init_lora_weights
