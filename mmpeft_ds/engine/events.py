@@ -15,6 +15,7 @@ from typing import Any
 
 from mmpeft_ds.files import replacing
 
+PARTIAL = "partial"  # in the name of a file that is being written anew, in place of tfevents
 # Beginnings of the monitor's tags of an evaluation, which have the name of a split; pictures are of evaluations too.
 EVALUATION = re.compile(r"eval/|(cut_texts|control_tokens)/.+/")
 
@@ -68,7 +69,7 @@ def _truncate_file(path: Path, step: int, evaluated: bool) -> None:
     if sum(len(record) + 16 for record in kept) == path.stat().st_size:  # 16 bytes of frame around each
         return
     # TensorBoard reads every file that has `tfevents` in its name.
-    temporary = path.with_name(f".{path.name.replace('tfevents', 'partial')}")
+    temporary = path.with_name(f".{path.name.replace('tfevents', PARTIAL)}")
     with replacing(path, temporary), temporary.open("wb") as file:
         writer = RecordWriter(file)
         for record in kept:

@@ -15,6 +15,7 @@ import contextlib
 import copy
 import json
 import logging
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,6 +63,7 @@ MAY_DIFFER = (
     "data.verify",
     "monitor",
 )
+_TORN = re.compile(r"\.(recipe\.yaml|metrics\.jsonl|finished\.json|latest|best|evaluated\.json)\.\d+\.tmp")
 IDENTITIES = "identities"  # key of the state's `extra`
 logger = logging.getLogger(__name__)
 
@@ -122,6 +124,7 @@ class RunDir:
             target.mkdir(parents=True, exist_ok=True)
             lock.append(Lock(target / ".lock"))
             try:
+                remove_torn(target)
                 newest, differing = _compared(target, recipe, identities or {})
                 write_atomic(target / "recipe.yaml", yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True))
             except BaseException:
@@ -301,6 +304,16 @@ def _has_adapter(path: Path, newest: Path | None) -> bool:
         logger.warning("%s It is exported again from checkpoint %s", damage, newest.name)
         return False
     return True
+
+
+def remove_torn(target: Path) -> None:
+    """Remove the temporary files that a killed run has left, of those that only the owner of the lock writes."""
+    for folder in (target, target / "checkpoints", *checkpoint_files.listing(target / "checkpoints")):
+        for path in folder.glob(".*.tmp"):
+            if _TORN.fullmatch(path.name):
+                path.unlink(missing_ok=True)
+    for path in (target / "tensorboard").rglob(f".*{events.PARTIAL}*"):
+        path.unlink(missing_ok=True)
 
 
 def truncate_jsonl(path: Path, step: int) -> list[dict[str, Any]]:

@@ -281,6 +281,19 @@ def test_a_checkpoint_whose_file_became_a_pipe_gives_way_to_the_one_before(tmp_p
         assert checkpoint_files.newest(checkpoint_of.parent) == checkpoint_of
 
 
+def test_a_start_removes_what_a_killed_one_was_writing_and_nothing_else(tmp_path):
+    started(tmp_path / "a")
+    write_events(tmp_path / "a" / "tensorboard", range(1, 3), 1.0)
+    torn = [".recipe.yaml.12.tmp", ".metrics.jsonl.12.tmp", "checkpoints/.latest.12.tmp", "tensorboard/.e.partial.0"]
+    torn.append("checkpoints/step-00000005/.evaluated.json.12.tmp")
+    foreign = [".scores.json.12.tmp", "notes.tmp"]
+    before = {path for path in (tmp_path / "a").rglob("*")}
+    for name in (*torn, *foreign):
+        (tmp_path / "a" / name).touch()
+    RunDir.open(tmp_path / "a", RECIPE).close()
+    assert {path for path in (tmp_path / "a").rglob("*")} == before | {tmp_path / "a" / name for name in foreign}
+
+
 def test_a_finished_run_says_so_unless_it_is_made_longer(tmp_path, monkeypatch):
     monkeypatch.setattr(rundir, "whole", lambda directory: directory)
     run = RunDir.open(tmp_path / "a", RECIPE)
