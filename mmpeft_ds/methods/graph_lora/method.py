@@ -138,7 +138,9 @@ class GraphLoraLinear(nn.Module, SiteLayer):
             return out
         for name in self.active_adapters:
             for (start, width), written in zip(self.parts.get(name, ()), self.graph_lora[name], strict=True):
-                added = F.pad(written(x), (start, self.out_features - start - width))
+                added = written(x)
+                if width != self.out_features:
+                    added = F.pad(added, (start, self.out_features - start - width))
                 out = (out + added).to(out.dtype)
         return out
 
