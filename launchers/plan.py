@@ -43,6 +43,7 @@ def main() -> int:
     filling.add_argument("--texts-per-sample", type=int, default=1, metavar="N", help="(default: 1)")
     filling.add_argument("--image-size", default="480x640", metavar="HxW",
                          help="of pictures, and of frames (default: 480x640)")  # fmt: skip
+    filling.add_argument("--neighbours", type=int, default=16, metavar="N", help="in GA-Net's graph (default: 16)")
     filling.add_argument("--labels", type=int, metavar="N", help="of data that is not there (default: 1,000)")
     parser.add_argument(
         "--json", metavar="FILE", help="write the numbers as JSON; - prints them instead of the tables"
@@ -68,8 +69,9 @@ def main() -> int:
         from mmpeft_ds.planning import microbatch, planner, report
 
         filling = microbatch.Filling(
-            args.images_per_sample, args.texts_per_sample, size, videos=args.videos_per_sample, frames=args.frames
-        )
+            args.images_per_sample, args.texts_per_sample, size, videos=args.videos_per_sample, frames=args.frames,
+            neighbours=args.neighbours,
+        )  # fmt: skip
         plan = planner.make(resolve.resolve(recipe, assumed), candidates, machine, filling)
     if args.json == "-":
         print(json.dumps(report.as_dict(plan), indent=1))
@@ -85,7 +87,7 @@ def main() -> int:
 def picture_size(args) -> tuple[int, int]:
     """Height and width of --image-size, after the numbers of the samples were checked. Raises BadInput."""
     least = {"images_per_sample": int(not args.videos_per_sample), "videos_per_sample": 0, "texts_per_sample": 1}
-    for name, low in (least | {"frames": 1}).items():
+    for name, low in (least | {"frames": 1, "neighbours": 0}).items():
         if (number := getattr(args, name)) < low:
             raise BadInput(f"--{name.replace('_', '-')}: must be {low} or more, got {number}.")
     height, _, width = args.image_size.partition("x")

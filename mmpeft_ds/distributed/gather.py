@@ -25,7 +25,7 @@ def gather_sizes(sizes: list[int], device: torch.device | str, group: Any = None
     """The numbers of every rank, in rank order; all ranks give as many. Collective."""
     if collectives.world_size(group) == 1:
         return [list(sizes)]
-    mine = torch.tensor(sizes, dtype=torch.int64, device=device)
+    mine = torch.tensor(sizes, dtype=torch.int64).to(device)
     return all_gather(mine, group).tolist()
 
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 
 from mmpeft_ds.data.batch import PackedBatch
+from mmpeft_ds.distributed.counters import Traffic, counted
 from mmpeft_ds.engine.assembly.build import recompute_blocks
 from mmpeft_ds.engine.assembly.forward import adapted_layer, forward
 from mmpeft_ds.engine.assembly.resolve import Resolved, attach
@@ -37,6 +39,7 @@ class StepCount:
         moved: bytes that operations read and write.
         visits: fetches and releases of modules, in order, as ZeRO-3 sees them.
         last: the most bytes that were live after the last of them.
+        sent: bytes that the method's own collectives bring, by kind; calls: their number.
     """
 
     peak: int
@@ -48,6 +51,8 @@ class StepCount:
     moved: int
     visits: tuple[Visit, ...]
     last: int
+    sent: dict[str, int] = field(default_factory=dict)
+    calls: int = 0
 
 
 @dataclass(frozen=True)
@@ -75,12 +80,34 @@ def build(resolved: Resolved) -> Model:
     return Model(module, tuple(module.parameters()))
 
 
-def count(resolved: Resolved, batch: PackedBatch, recompute: bool) -> StepCount:
+@dataclass(frozen=True)
+class Others:
+    """What is assumed of the other ranks where samples meet those of theirs.
+
+    Attributes:
+        ranks: of the run.
+        neighbours: of each sample in a graph by threshold.
+    """
+
+    ranks: int = 1
+    neighbours: float = 16.0
+
+
+def joins_ranks(resolved: Resolved) -> bool:
+    """Whether the method itself sends something between ranks: a graph over samples, or parts of a cache or of
+    classes."""
+    options = resolved.method_options
+    # GA-Net's convolutions gather rows also where it has no edges.
+    return hasattr(options, "exchange") or getattr(options, "shard", "none") != "none"
+
+
+def count(resolved: Resolved, batch: PackedBatch, recompute: bool, others: Others | None = None) -> StepCount:
     """Run one micro-batch forward and backward without numbers.
 
     Args:
         batch: on the CPU.
         recompute: `engine.gradient_checkpointing`.
+        others: where the method joins ranks; None: one rank.
 
     Raises:
         BadInput: a model that cannot recompute, or that cannot be counted.
@@ -102,7 +129,13 @@ def count(resolved: Resolved, batch: PackedBatch, recompute: bool) -> StepCount:
     leaves = stage3.leaf_paths(model.module, find_sites(base), adapted_layer(resolved.backbone, base))
     began: list[tuple[int, int]] = []  # visits and live bytes before the output layer
     output = resolved.backbone.output_layer(base) if resolved.backbone.generates else None
-    with counting(live) as counts, recorded(model.module, model.parameters, leaves, live) as visits:
+    sent = Traffic()
+    with (
+        _among(others or Others(), resolved),
+        counted(sent),
+        counting(live) as counts,
+        recorded(model.module, model.parameters, leaves, live) as visits,
+    ):
         if output is not None:
             output.register_forward_pre_hook(lambda *_: began.append((len(visits), live.now)))
         task, moved = resolved.train[0].task, batch.to("meta")
@@ -126,7 +159,17 @@ def count(resolved: Resolved, batch: PackedBatch, recompute: bool) -> StepCount:
         moved=counts.moved,
         visits=tuple(visits),
         last=live.recent(),
+        sent=dict(sent.bytes),
+        calls=sent.total_calls,
     )
+
+
+def _among(others: Others, resolved: Resolved) -> contextlib.AbstractContextManager:
+    if not joins_ranks(resolved):
+        return contextlib.nullcontext()
+    from mmpeft_ds.planning.others import simulated  # reads heads with graphs
+
+    return simulated(others.ranks, others.neighbours)
 
 
 def _forget(parameter: nn.Parameter) -> None:
@@ -138,11 +181,11 @@ def _named(flops: dict[torch.dtype, int]) -> dict[str, int]:
     return {str(dtype).removeprefix("torch."): number for dtype, number in flops.items() if number}
 
 
-def with_both(resolved: Resolved, batch: PackedBatch) -> dict[bool, Any]:
+def with_both(resolved: Resolved, batch: PackedBatch, others: Others | None = None) -> dict[bool, Any]:
     """Counts without and with recomputation; a choice that the model cannot make is missing."""
-    counts = {False: count(resolved, batch, False)}
+    counts = {False: count(resolved, batch, False, others)}
     try:
-        counts[True] = count(resolved, batch, True)
+        counts[True] = count(resolved, batch, True, others)
     except BadInput:
         if resolved.recipe.engine.gradient_checkpointing:
             raise

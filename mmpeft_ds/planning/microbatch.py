@@ -25,6 +25,7 @@ class Filling:
         image_size: (height, width) before the backbone's transform, of frames too.
         words: of each text, and of the answer where it has one; 0: as many as the backbone keeps.
         videos, frames: of each sample, and of each video.
+        neighbours: of each sample in a graph by threshold.
     """
 
     images: int = 1
@@ -33,6 +34,7 @@ class Filling:
     words: int = 0
     videos: int = 0
     frames: int = 8
+    neighbours: float = 16.0
 
 
 @dataclass(frozen=True)

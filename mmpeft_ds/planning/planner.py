@@ -98,7 +98,7 @@ def make(
     recipe = resolved.recipe
     planner = planner or Planner(resolved, filling)
     micro, steps = planner.micro_batches(cluster.ranks)
-    counts = planner.counts(micro)
+    counts = planner.counts(micro, cluster.ranks)
     choices = [
         planner.choice(name, zero, cluster, counts[recompute], recompute)
         for recompute in counts
@@ -151,7 +151,7 @@ class Planner:
         self.moments = optimizers.mean_moments(optim_groups(resolved, trainables), resolved.recipe.optim.name)
         self.groups = len(gradients.group_names(trainables)[0])
         self.cache = cache.of(resolved, model.module)
-        self._counted: dict[microbatch.Size, dict[bool, StepCount]] = {}
+        self._counted: dict[tuple[microbatch.Size, int], dict[bool, StepCount]] = {}
         self._gathered: dict[tuple[int, Rules], Gathers] = {}
 
     @property
@@ -176,13 +176,15 @@ class Planner:
         """Tokens of a sample, with `data.pack`."""
         return microbatch.tokens(self.resolved.backbone, self.filling)
 
-    def counts(self, micro: microbatch.Size) -> dict[bool, StepCount]:
-        """Counts of a micro-step with a micro-batch of this size."""
-        if micro not in self._counted:
+    def counts(self, micro: microbatch.Size, ranks: int = 1) -> dict[bool, StepCount]:
+        """Counts of a micro-step with a micro-batch of this size on each of so many ranks."""
+        key = micro, ranks if count.joins_ranks(self.resolved) else 1
+        if key not in self._counted:
             task, backbone = self.resolved.train[0].task, self.resolved.backbone
             batch = microbatch.fill(backbone, task, micro, self.filling)
-            self._counted[micro] = count.with_both(self.resolved, batch)
-        return self._counted[micro]
+            others = count.Others(key[1], self.filling.neighbours)
+            self._counted[key] = count.with_both(self.resolved, batch, others)
+        return self._counted[key]
 
     def choice(self, name: str, zero: dict[str, Any], cluster: Cluster, counted: StepCount, recompute: bool) -> Choice:
         """Memory, traffic and time of a configuration."""
@@ -197,6 +199,8 @@ class Planner:
             sent = traffic.below_3(self.tensors, layout, accumulation, vector)
         else:
             sent = traffic.at_3(self.tensors, layout, gathered, accumulation, vector)
+        if ranks > 1:
+            sent = traffic.joined(sent, counted.sent, counted.calls, accumulation)
         parts = resident(self.tensors, layout, self.moments)
         parts |= memory.in_a_step(counted, gathered, ranks)
         seconds = timing.estimate(counted, sent, layout, cluster, accumulation, recipe.engine.matmul == "tf32")
@@ -224,7 +228,9 @@ class Planner:
         while nodes * cluster.gpus <= 2**20:
             larger = dataclasses.replace(cluster, nodes=nodes)
             micro, _ = self.micro_batches(larger.ranks)
-            counted = self.counts(micro)[chosen.recompute] if micro in self._counted else self.between(micro, chosen)
+            apart = count.joins_ranks(self.resolved)  # heads on features, which are counted in no time
+            known = apart or (micro, 1) in self._counted
+            counted = self.counts(micro, larger.ranks)[chosen.recompute] if known else self.between(micro, chosen)
             seconds = self.choice(chosen.name, chosen.zero, larger, counted, chosen.recompute).seconds
             if seconds.network > seconds.compute:
                 at_ranks["waiting for the network takes longer than computing"] = larger.ranks
@@ -237,8 +243,8 @@ class Planner:
         largest count at hand."""
         least, _ = self.micro_batches(self.resolved.recipe.data.global_batch)
         low = self.counts(least)[chosen.recompute]
-        most = max(self._counted, key=lambda size: size.amount)
-        high = self._counted[most][chosen.recompute]
+        most, _ = max(self._counted, key=lambda key: key[0].amount)
+        high = self.counts(most)[chosen.recompute]
         share = (micro.amount - least.amount) / max(1, most.amount - least.amount)
 
         def mixed(a: int, b: int) -> int:

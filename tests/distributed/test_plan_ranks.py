@@ -40,6 +40,11 @@ MORE = [
     {"name": "stage3_packed", "zero": {"stage": 3, **SMALL}, "row": 150},
     {"name": "stage3_half", "zero": {"stage": 3, **SMALL}, "dtype": "bfloat16", "recompute": True},
 ]
+HEADS = [
+    {"name": "threshold", "zero": {"stage": 1}, "head": {"r": 40, "tau": 0.5}},
+    {"name": "knn", "zero": {"stage": 1}, "head": {"r": 40, "graph": "knn", "k": 4, "tau": -1.0}},
+    {"name": "mean", "zero": {"stage": 0}, "head": {"r": 40, "tau": 0.5, "normalisation": "mean"}},
+]
 FOUR = [
     QUICK[0],
     MORE[1],
@@ -74,7 +79,7 @@ class Foreseen:
         self.planner = planner.Planner(resolved, microbatch.Filling(words=planned.WORDS))
         recompute = case.get("recompute", False)
         batch = microbatch.fill(resolved.backbone, resolved.train[0].task, planned.size(case), self.planner.filling)
-        counted = count.count(resolved, batch, recompute)
+        counted = count.count(resolved, batch, recompute, count.Others(ranks, neighbours=1e9))
         self.machines = cluster(max(1, ranks // 2), min(2, ranks), 80.0)
         self.choice = self.planner.choice("case", zero, self.machines, counted, recompute)
 
@@ -99,7 +104,7 @@ def measured(folder: Path, case: dict) -> dict:
     return json.loads((folder / f"{case['name']}.json").read_text())
 
 
-def assert_as_foreseen(folder: Path, case: dict, ranks: int) -> None:
+def assert_as_foreseen(folder: Path, case: dict, ranks: int, memory: float = 0.1) -> None:
     foreseen, found = Foreseen(folder, case, ranks), measured(folder, case)
     assert foreseen.received.keys() == found["received"].keys(), case["name"]
     for group, kinds in found["received"].items():
@@ -111,7 +116,7 @@ def assert_as_foreseen(folder: Path, case: dict, ranks: int) -> None:
     assert foreseen.calls.keys() == found["calls"].keys(), case["name"]
     for group, calls in found["calls"].items():
         assert foreseen.calls[group] == pytest.approx(calls, abs=2), (case["name"], group)
-    assert foreseen.held == pytest.approx(found["held"] + found["grown"], rel=0.1), case["name"]
+    assert foreseen.held == pytest.approx(found["held"] + found["grown"], rel=memory), case["name"]
 
 
 def test_two_ranks_send_and_hold_what_the_plan_says_and_not_what_it_says_of_another_stage(run):
@@ -122,6 +127,15 @@ def test_two_ranks_send_and_hold_what_the_plan_says_and_not_what_it_says_of_anot
         wrong, found = Foreseen(folder, case, 2, other), measured(folder, case)
         total = sum(found["received"]["2"].values())
         assert sum(wrong.received["2"].values()) != pytest.approx(total, rel=0.05)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_a_graph_over_all_ranks_sends_what_the_plan_says(run, ranks):
+    folder = run(HEADS, ranks)
+    for case in HEADS:
+        # Operators of graphs take memory of their own, which a stand-in for them does not; features are tiny here.
+        assert_as_foreseen(folder, case, ranks, memory=0.25)
 
 
 @pytest.mark.slow

@@ -121,6 +121,19 @@ def test_adapters_that_use_autocast_are_counted(resolved, section):
     assert all(count.flops["bfloat16"] > 0 for count in found.values())
 
 
+@pytest.mark.parametrize(
+    "head", [{"tau": 0.5}, {"graph": "knn", "tau": -1.0}, {"variant": "v2"}, {"exchange": "ring"}, {"graph": "none"}]
+)
+def test_graphs_over_ranks_are_counted_with_what_they_send(tmp_path, head):
+    made = planned.resolved_of(tmp_path, {"name": "head", "zero": {"stage": 1}, "head": {"r": 8, **head}})
+    once = planner.Planner(made, microbatch.Filling(neighbours=3))
+    alone, two, four = (once.counts(microbatch.Size(8), ranks)[False] for ranks in (1, 2, 4))
+    assert not alone.sent and two.sent
+    for kind, size in two.sent.items():  # rings: a share for each further rank, and of pairs a bit for each of more
+        assert size < four.sent[kind]
+    assert min(alone.peak, two.peak, four.peak) > 0
+
+
 def test_a_slower_network_or_a_smaller_link_never_makes_a_step_faster(make):
     fast, slow = make(cluster(2, 2, 80.0)), make(cluster(2, 2, 80.0, nic=0.001))
     for a, b in zip(fast.choices, slow.choices, strict=True):

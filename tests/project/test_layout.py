@@ -55,7 +55,8 @@ ALLOWED = {
                         "engine.optim", "engine.zero"},
     "engine": {"data", "distributed", "sites", "recipe", "methods", "backbones", "tasks",
                "console", "contact_sheet"},  # its last table, its page of predictions
-    "planning": {"data", "distributed", "sites", "recipe", "methods", "backbones", "tasks", "engine", "console"},
+    "planning": {"data", "distributed", "ops", "sites", "recipe", "methods", "backbones", "tasks", "engine",
+                 "console"},
     "adapter": {"data", "distributed", "sites", "recipe", "methods", "backbones", "tasks", "engine"},
     "merging": {"data", "sites", "recipe", "methods", "backbones", "engine", "adapter"},
     "lora_export": {"recipe", "methods", "engine", "adapter", "merging"},

@@ -102,14 +102,15 @@ class _Parts:
         whole = [self.flat.new_zeros(p.ds_numel) if p.grad is None else p.grad.flatten() for p in self.params]
         if self.ranks == 1:
             return torch.cat(whole)
-        padded = [
-            functional.pad(g, (0, self.ranks * n - len(g))).view(self.ranks, n)
-            for g, n in zip(whole, self.sizes, strict=True)
-        ]
-        sent = torch.cat(padded, 1).div_(self.ranks)
+        sent = torch.cat([self._split(g, n) for g, n in zip(whole, self.sizes, strict=True)], 1).div_(self.ranks)
         own = sent.new_empty(sent.shape[1])
         sum_of_share(own, sent.view(-1), self.process_group)
         return own
+
+    def _split(self, gradient: Tensor, size: int) -> Tensor:
+        """(N, size), padded where N does not divide it."""
+        short = self.ranks * size - len(gradient)
+        return (functional.pad(gradient, (0, short)) if short else gradient).view(self.ranks, size)
 
     def prepare(self, group: int) -> None:
         """The gradient of the flat master of a parameter group, which is clipped in place."""

@@ -1,18 +1,23 @@
-"""Ranks of test_plan_ranks.py: trains a tiny LLaVA under several configurations and counts what really happens.
+"""Ranks of test_plan_ranks.py: trains a tiny LLaVA, or a head on features, under several configurations and counts
+what really happens.
 
     python -m tests.helpers.rank_scripts.planned CASES.json FOLDER      (one process per rank)
 
-Each case is {name, zero, accumulation, recompute, dtype, row}; rank 0 writes FOLDER/NAME.json.
+Each case is {name, zero, accumulation, recompute, dtype, row}, or {name, zero, head} with options of GA-Net. Rank 0
+writes FOLDER/NAME.json.
 """
 
+import dataclasses
 import json
 import sys
 from pathlib import Path
+from unittest import mock
 
 import torch
 
 from mmpeft_ds import recipe as recipes
 from mmpeft_ds.data.bad_budget import BadBudget
+from mmpeft_ds.data.batch import PackedBatch
 from mmpeft_ds.data.stream import Step
 from mmpeft_ds.distributed import processes
 from mmpeft_ds.engine.assembly.build import build
@@ -21,10 +26,12 @@ from mmpeft_ds.engine.train_state import TrainState
 from mmpeft_ds.planning import microbatch
 from mmpeft_ds.tasks.instruction.task import Instruction, Options
 from tests.helpers import allocations, traffic
+from tests.helpers.rank_scripts import ga_net
 from tests.helpers.runs import tiny_classifier
 
 WARM, MEASURED = 4, 2  # steps; DeepSpeed knows the order of the modules after two
 WORDS, SAMPLES = 24, 2  # of the samples of a micro-batch
+ROWS, WIDTH, CLASSES = 64, 96, 20  # of the features of a head: samples, of each modality, classes
 
 
 def make_recipe(folder: Path, case: dict) -> recipes.Recipe:
@@ -45,13 +52,37 @@ def make_recipe(folder: Path, case: dict) -> recipes.Recipe:
     return recipe
 
 
+def head_of(folder: Path, case: dict):
+    """A resolved recipe of GA-Net on features, without a data set."""
+    with mock.patch.multiple(ga_net, WIDTH=WIDTH, CLASSES=CLASSES, TOWERS=ga_net.TOWERS | {
+        "image_width": WIDTH, "text_width": WIDTH
+    }):  # fmt: skip
+        made = ga_net.resolved({"stage": case["zero"]["stage"], "options": case["head"], "steps": 10}, folder)
+    return dataclasses.replace(made, validation=[])
+
+
+def with_features(batch: PackedBatch, alike: bool, rank: int) -> PackedBatch:
+    """The batch with features: the same for all samples, so that each is a neighbour of each, or of a rank's own."""
+    draw = torch.Generator().manual_seed(rank)
+
+    def filled(tensors: dict) -> dict:
+        return {
+            n: (torch.ones_like(t) if alike else torch.randn(t.shape, generator=draw)) if t.is_floating_point() else t
+            for n, t in tensors.items()
+        }
+
+    return dataclasses.replace(batch, images=filled(batch.images), texts=filled(batch.texts))
+
+
 def resolved_of(folder: Path, case: dict):
+    if "head" in case:
+        return head_of(folder, case)
     return tiny_classifier.make_resolved(make_recipe(folder, case), Instruction(Options(max_new_tokens=0), None))
 
 
 def size(case: dict) -> microbatch.Size:
     """Of a micro-batch of a case."""
-    return microbatch.Size(SAMPLES, case.get("row", 0))
+    return microbatch.Size(ROWS) if "head" in case else microbatch.Size(SAMPLES, case.get("row", 0))
 
 
 def run_case(case: dict, folder: Path, ranks: processes.Ranks) -> dict:
@@ -61,6 +92,8 @@ def run_case(case: dict, folder: Path, ranks: processes.Ranks) -> dict:
     stepper = Stepper(resolved, built, ranks, 10, TrainState(), BadBudget(1.0, 1000))
     filling = microbatch.Filling(words=WORDS)
     batch = microbatch.fill(resolved.backbone, resolved.train[0].task, size(case), filling)
+    if "head" in case:
+        batch = with_features(batch, case["head"].get("graph", "threshold") == "threshold", ranks.rank)
     micro = [batch] * resolved.recipe.optim.accumulation
     for step in range(WARM):
         stepper.train_step(Step(0, step, micro), 0.0)
