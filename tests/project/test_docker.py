@@ -56,6 +56,13 @@ def test_a_container_has_what_a_node_of_a_gpu_cluster_needs():
     assert lacking(texts()) == []
 
 
+def test_the_compiler_of_the_image_is_that_of_the_pinned_torch():
+    """DeepSpeed refuses to compile operators with an nvcc of another version than torch was built with."""
+    image = re.search(r"^ARG CUDA=(\d+\.\d+)", texts()["Dockerfile"], re.M).group(1)
+    pins = (ROOT / "constraints" / "cuda.txt").read_text()
+    assert re.search(r"^cuda-toolkit==(\d+\.\d+)", pins, re.M).group(1) == image
+
+
 @pytest.mark.parametrize(
     "file, here, missing",
     [
