@@ -181,7 +181,8 @@ class Watchdog:
                 with contextlib.suppress(OSError):
                     os.kill(one.owner.pid, signal.SIGKILL)
         if self.hub is not None:
-            self.hub.wait_until_told(3 * self.beat, {one.rank for one in others})
+            # One that is alive and stuck outside of torch can still learn why it ends.
+            self.hub.wait_until_told(3 * self.beat, {one.rank for one in others if one.silent})
         waited = f"has waited {report.still:.0f} s for {words(others)}" if others else "is waited for by the others"
         stop.leave(
             1,
