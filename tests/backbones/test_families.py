@@ -336,6 +336,17 @@ def test_weights_of_another_shape_are_refused_in_one_line(folder, tmp_path):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("said", [{"quant_method": "gptq", "bits": 4}, {"quant_method": "fp8"}])
+def test_weights_that_are_quantised_already_are_refused_in_one_line(tmp_path, said):
+    folder = tiny_families.write(tmp_path, "internvl")
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"quantization_config": said}))
+    for use in (lambda b: b.check(), lambda b: b.build()):
+        with pytest.raises(BadInput, match=f"quantised already .*{said['quant_method']}") as error:
+            use(ENTRY(Options(folder), None))
+        assert "\n" not in str(error.value)
+
+
 @pytest.mark.parametrize("model_type", ["llava", "qwen2_vl", "chameleon", "kimi_k25"])
 def test_a_tokenizer_without_the_token_of_images_is_refused_in_one_line(tmp_path, model_type):
     CONFIG_MAPPING[model_type]().save_pretrained(tmp_path)

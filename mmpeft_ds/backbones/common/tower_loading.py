@@ -147,6 +147,7 @@ def pretrained(
     Raises:
         BadInput: if there are no weights, some are missing, which would be random, or have other shapes.
     """
+    refuse_quantised(name, where, config)
     try:
         with quiet_loading():
             # At ZeRO-3 weights of another shape are an error in any case, elsewhere they are named.
@@ -187,6 +188,18 @@ def pretrained(
         some = ", ".join(missing[:3]) + (" ..." if len(missing) > 3 else "")
         raise BadInput(f"{where}: {name!r} has no weights for {some}, which would be random. {choose}")
     return model
+
+
+def refuse_quantised(name: str, where: str, config: PretrainedConfig) -> None:
+    """Refuse a checkpoint whose weights are quantised already. Raises BadInput."""
+    parts = (config, *(getattr(config, key, None) for key in config.sub_configs))
+    said = next((q for part in parts if (q := getattr(part, "quantization_config", None))), None)
+    if said is not None:
+        kind = said.get("quant_method") if isinstance(said, dict) else getattr(said, "quant_method", None)
+        raise BadInput(
+            f"{where}: the weights of {name!r} are quantised already (quantization_config of config.json: {kind}). "
+            "Take the checkpoint that it was made of; backbone.quantise quantises that as it is read."
+        )
 
 
 def placed(device: torch.device | None) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from typing import Any
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, MODEL_MAPPING
 
 from mmpeft_ds import registry
+from mmpeft_ds.backbones.common import tower_loading
 from mmpeft_ds.backbones.common.affine import Affine
 from mmpeft_ds.backbones.common.spelling import Spelling
 from mmpeft_ds.backbones.common.stock_backbone import WHERE, StockBackbone
@@ -147,6 +148,7 @@ class Checkpoint(StockBackbone):
     def _refuse_unknown(self) -> None:
         """Refuse a family that lacks what most have, and say what it is. Raises BadInput."""
         kind, name = self._config.model_type, self.options.model
+        tower_loading.refuse_quantised(name, WHERE, self._config)
         stock_class = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING.get(type(self._config), None)
         if stock_class is None:
             known = "transformers knows no image-text-to-text model of it"
