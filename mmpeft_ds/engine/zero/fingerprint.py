@@ -8,7 +8,6 @@ times a power of two below 2^64, so it always shows; and exchanged values do not
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterable, Iterator
 
 import torch
@@ -38,7 +37,7 @@ def weighted_bits(flat: Tensor, offset: int = 0) -> int:
     bits = flat.detach().contiguous().view(_BITS[flat.element_size()])
     on_cpu = bits.device.type == "cpu"
     size = max(1, min(bits.numel(), _CHUNK if on_cpu else 64 * _CHUNK))
-    odd = _kept_odds(_CHUNK)[:size] if on_cpu else _odds(size, bits.device)
+    odd = _odds(size, bits.device)
     wide = torch.empty_like(odd)
     total = torch.zeros((), dtype=torch.int64, device=bits.device)
     for start in range(0, bits.numel(), size):
@@ -49,12 +48,6 @@ def weighted_bits(flat: Tensor, offset: int = 0) -> int:
             total += 2 * (offset + start) * part.sum()
         total += torch.dot(part, odd[:n]) if on_cpu else part.mul_(odd[:n]).sum()  # CUDA has no `dot` of integers
     return int(total)
-
-
-@functools.cache
-def _kept_odds(count: int) -> Tensor:
-    """Those of a CPU, which every tensor of this process needs."""
-    return _odds(count, torch.device("cpu"))
 
 
 def _odds(count: int, device: torch.device) -> Tensor:
