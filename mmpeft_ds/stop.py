@@ -150,6 +150,8 @@ class Watch:
             return
         self._closed.set()
         self.restore()
+        with contextlib.suppress(OSError):
+            self._write.send(b"\0")  # no signal: wakes the thread, which would sleep for up to POLL
         atexit.unregister(self._at_exit)
         self._thread.join(2 * POLL)
         self._read.close()

@@ -207,3 +207,14 @@ def test_an_orphan_is_told_from_a_process_that_a_service_started():
     """The parent of an orphan is process 1, and it is in the group of the command that started it."""
     assert stop._adopts([psutil.Process(1)]) and stop._adopts([])
     assert not stop._adopts([psutil.Process()])
+
+
+def test_a_command_that_has_ended_does_not_wait_for_the_thread_that_watched():
+    """The thread looks at the launchers from time to time, here once in an hour."""
+    code = (
+        "import threading; from mmpeft_ds import stop; stop.POLL = 3600\n"
+        "with stop.watching(): pass\n"
+        "print([t.name for t in threading.enumerate() if t.name == 'stop-watch'])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
+    assert done.stdout == "[]\n"
