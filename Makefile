@@ -111,11 +111,10 @@ $(QUANTISED)/ready: $(STAMP)
 test-quantised: setup $(QUANTISED)/ready
 	PYTHONPATH=$(CURDIR)/$(QUANTISED) OMP_NUM_THREADS=1 python -m pytest tests/quantised
 
-# Checkpoints and adapters are flushed to the disk before they count. Tests would wait for that thousands of times, so
-# their files lie in memory where there is room for them.
+# Checkpoints and adapters are flushed to the disk before they count. Tests in one process would wait for that thousands
+# of times, so their files lie in memory where there is room for them.
 IN_MEMORY := $(shell findmnt -no OPTIONS /dev/shm 2>/dev/null | grep -qv noexec && test -w /dev/shm \
 	&& test $$(df --output=avail -k /dev/shm | tail -1) -gt 4000000 && echo PYTEST_DEBUG_TEMPROOT=/dev/shm)
-TEST := OMP_NUM_THREADS=1 $(IN_MEMORY) python -m pytest
 
 # One process per core for the tests that compute alone. Those that start ranks use several cores only while the ranks
 # compute, so two files run at a time; those that kill, stop or wait for processes run one after the other. One thread
@@ -124,10 +123,10 @@ TEST := OMP_NUM_THREADS=1 $(IN_MEMORY) python -m pytest
 MARKED = $(shell grep -rlE --include='test_*.py' 'mark\.$(1)' tests)
 
 test: setup $(QUANTISED)/ready
-	$(TEST) -m "not slow and not distributed" --numprocesses $(CORES) --dist loadfile
-	$(TEST) -m "distributed and not slow and not alone" --numprocesses 2 --dist loadfile $(call MARKED,distributed)
-	$(TEST) -m "distributed and not slow and alone" $(call MARKED,alone)
-	PYTHONPATH=$(CURDIR)/$(QUANTISED) $(TEST) -m "not slow" tests/quantised
+	OMP_NUM_THREADS=1 $(IN_MEMORY) python -m pytest -m "not slow and not distributed" --numprocesses $(CORES) --dist loadfile
+	OMP_NUM_THREADS=1 python -m pytest -m "distributed and not slow and not alone" --numprocesses 2 --dist loadfile $(call MARKED,distributed)
+	OMP_NUM_THREADS=1 python -m pytest -m "distributed and not slow and alone" $(call MARKED,alone)
+	PYTHONPATH=$(CURDIR)/$(QUANTISED) OMP_NUM_THREADS=1 python -m pytest -m "not slow" tests/quantised
 
 test-slow: setup
 	python -m pytest -m slow
