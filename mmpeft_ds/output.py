@@ -16,10 +16,13 @@ class _Outliving(io.TextIOWrapper):
 
     def write(self, text: str) -> int:
         try:
-            return super().write(text)
+            written = super().write(text)
         except OSError as error:
             self._leave(error)
             return len(text)
+        if self.write_through:  # `python -u`, with which launchers start ranks; the buffer below would hold the text
+            self.flush()
+        return written
 
     def flush(self) -> None:
         try:

@@ -64,3 +64,16 @@ def test_a_disk_without_room_is_still_an_error(tmp_path):
         process = start(tmp_path / "end", full.fileno())
         process.communicate("go on\n", timeout=120)
     assert process.returncode != 0 and not (tmp_path / "end").exists()
+
+
+@pytest.mark.parametrize("options", [["-u"], []], ids=["unbuffered", "buffered"])
+def test_unbuffered_output_is_out_before_a_process_ends_at_once(options):
+    """Launchers start ranks with `python -u`, and a stopped rank leaves without flushing."""
+    code = (
+        "import os, sys; from mmpeft_ds.output import outlive_readers; outlive_readers()\n"
+        "print('out'); print('error', file=sys.stderr); os._exit(0)"
+    )
+    command, environment = [sys.executable, *options, "-c", code], launch.environment()
+    environment.pop("PYTHONUNBUFFERED", None)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=True)
+    assert (done.stdout, done.stderr) == ("out\n" if options else "", "error\n")
