@@ -20,8 +20,10 @@ HELD = 6  # numbers that it holds for each edge
 def fits(shape: tuple[int, ...], like: Tensor) -> bool:
     """Whether a map of that shape and nodes such as `like`, (B, H, *, b), are for `p_laplacian_of_map`.
 
-    It reads p and mu as numbers, for which a GPU would have to be waited for.
+    It reads p and mu as numbers, for which a GPU would have to be waited for; autocast would round its products.
     """
+    if torch.is_autocast_enabled("cpu"):
+        return False
     if like.device.type != "cpu" or like.dtype not in (torch.float32, torch.float64):
         return False
     return math.prod(shape) * (HELD + like.shape[-1]) <= MOST
