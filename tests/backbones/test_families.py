@@ -202,10 +202,11 @@ def test_smolvlm_spells_an_image_as_its_own_processor_does(rows, columns):
     assert got == get_image_prompt_string(rows, columns, 3, "<f>", "<i>", "<g>")
 
 
-def test_the_table_in_the_documentation_lists_the_families_that_are_tried():
+def test_the_documentation_lists_and_counts_the_families_that_are_tried():
     page = Path("docs/backbones.md").read_text().split("### Families")[1].split("\n* ")[0]
     table = {name for line in page.splitlines() if line.startswith("|") for name in re.findall("`([a-z0-9_]+)`", line)}
     assert table == {*FAMILIES, *tiny_mllm.FAMILIES, "model_type"}
+    assert f"[{len(table) - 1} families]" in Path("README.md").read_text()
 
 
 @pytest.mark.parametrize(
