@@ -48,19 +48,25 @@ class Lock:
             BadInput: another process has the lock now.
             CannotWrite: the directory is gone.
         """
-        own = os.fstat(self.descriptor)
+        own = there = None
         try:
+            own = os.fstat(self.descriptor)
             there = os.stat(self.path)
         except FileNotFoundError:
-            there = None
-        except OSError:  # of a file system that does not answer well at the moment; the next call looks again
-            return
-        if there is not None and os.path.samestat(there, own):
+            pass
+        except OSError as error:
+            # So NFS answers for an open file that another machine has removed. A file system that does not answer well
+            # at the moment is looked at again by the next call.
+            if own is not None or error.errno != errno.ESTALE:
+                return
+        if own is not None and there is not None and os.path.samestat(there, own):
             return
         with naming(self.path):
             again = Lock(self.path, wait=0.0)
-        os.close(self.descriptor)
-        self.descriptor = again.descriptor
+            os.close(self.descriptor)
+            self.descriptor = again.descriptor
+            # If it was the same file after all, closing it has released what was just taken.
+            _take(self.descriptor, self.path, wait=0.0)
 
     def release(self) -> None:
         """Release the lock; the file stays, empty."""

@@ -11,6 +11,8 @@ import multiprocessing
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -268,6 +270,25 @@ def test_a_lock_that_somebody_removes_is_taken_again_unless_another_run_was_fast
         gone.keep()
     assert not (tmp_path / "a").exists()
     gone.close()
+
+
+def test_a_lock_that_another_machine_removed_is_taken_again_and_one_whose_number_changed_is_kept(tmp_path, monkeypatch):
+    lock = run_lock.Lock(tmp_path / ".lock")
+    (tmp_path / ".lock").unlink()
+    with monkeypatch.context() as patched:  # as NFS answers for an open file that is gone
+        patched.setattr(os, "fstat", mock.Mock(side_effect=OSError(errno.ESTALE, "stale")))
+        lock.keep()
+    assert f"pid {os.getpid()} on" in (tmp_path / ".lock").read_text()
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fstat", mock.Mock(side_effect=OSError(errno.EIO, "no answer")))
+        lock.keep()  # to be asked again
+    with monkeypatch.context() as patched:
+        patched.setattr(os.path, "samestat", lambda *_: False)
+        lock.keep()
+    code = "import fcntl, sys; fcntl.lockf(open(sys.argv[1], 'r+'), fcntl.LOCK_EX | fcntl.LOCK_NB)"
+    other = subprocess.run([sys.executable, "-c", code, tmp_path / ".lock"], capture_output=True, text=True, check=False)
+    assert "BlockingIOError" in other.stderr
+    lock.release()
 
 
 def test_a_checkpoint_whose_file_became_a_pipe_gives_way_to_the_one_before(tmp_path):
