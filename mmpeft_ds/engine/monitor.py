@@ -170,13 +170,15 @@ class Monitor(Observer):
     def _see_to_files(self) -> None:
         """See that the directory is still this run's, and write metrics.jsonl again if somebody has removed it."""
         self.keep()
-        path, status = Path(self.metrics.name), os.fstat(self.metrics.fileno())
-        if status.st_nlink:
-            return
-        with contextlib.suppress(FileNotFoundError):
-            if os.path.samestat(os.stat(path), status):  # a file system that does not count links
+        path = Path(self.metrics.name)
+        with naming(path):
+            status = os.fstat(self.metrics.fileno())  # over NFS an error, where another machine has removed it
+            if status.st_nlink:
                 return
-        write_atomic(path, os.pread(self.metrics.fileno(), status.st_size, 0))
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.stat(path), status):  # a file system that does not count links
+                    return
+            write_atomic(path, os.pread(self.metrics.fileno(), status.st_size, 0))
         self.metrics.close()
         self.metrics = path.open("a+b", buffering=0)
         self.say(f"note: {path} was removed or replaced; it is written again, with the lines of all steps")

@@ -1,5 +1,6 @@
 """What a run logs: metrics.jsonl, TensorBoard curves and pictures."""
 
+import errno
 import json
 import math
 import os
@@ -91,6 +92,19 @@ def test_a_directory_that_is_gone_is_a_file_that_cannot_be_written(tmp_path):
     with pytest.raises(CannotWrite) as raised:
         monitor.step(row(2))
     assert "its directory is gone" in cannot_write(raised.value) and not (tmp_path / "run").exists()
+
+
+def test_a_curve_that_another_machine_removed_is_a_file_that_cannot_be_written(tmp_path, monkeypatch):
+    monitor = Monitor(tmp_path, MonitorOptions(tensorboard=False), 5, 0, "")
+    with monkeypatch.context() as patched:  # as NFS answers for an open file that is gone
+
+        def stale(descriptor: int) -> os.stat_result:
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+        patched.setattr(os, "fstat", stale)
+        with pytest.raises(CannotWrite, match=r"metrics\.jsonl"):
+            monitor.step(row(1))
+    monitor.close()
 
 
 def test_tensorboard_has_the_curves_the_metrics_the_predictions_and_the_recipe(tmp_path):
