@@ -220,10 +220,6 @@ class Index:
         """What `put` kept, in the order of the keys."""
         return (_value(v) for (v,) in self._run("SELECT value FROM looked_up WHERE kind=? ORDER BY key", (kind,)))
 
-    def size_of(self, kind: str) -> int:
-        """Number of keys for which `put` stored values."""
-        return self._run("SELECT count(*) FROM looked_up WHERE kind=?", (kind,)).fetchone()[0]
-
     def keep(self, name: str, value: Any) -> None:
         """Keep a value, such as the list of answers, for all processes."""
         self._run("INSERT INTO kept VALUES(?,?)", (name, _kept_form(value)))
