@@ -272,7 +272,7 @@ def test_a_lock_that_somebody_removes_is_taken_again_unless_another_run_was_fast
     gone.close()
 
 
-def test_a_lock_that_another_machine_removed_is_taken_again_and_one_whose_number_changed_is_kept(tmp_path, monkeypatch):
+def test_a_lock_that_another_machine_removed_is_taken_again_and_one_with_another_number_kept(tmp_path, monkeypatch):
     lock = run_lock.Lock(tmp_path / ".lock")
     (tmp_path / ".lock").unlink()
     with monkeypatch.context() as patched:  # as NFS answers for an open file that is gone
@@ -286,7 +286,8 @@ def test_a_lock_that_another_machine_removed_is_taken_again_and_one_whose_number
         patched.setattr(os.path, "samestat", lambda *_: False)
         lock.keep()
     code = "import fcntl, sys; fcntl.lockf(open(sys.argv[1], 'r+'), fcntl.LOCK_EX | fcntl.LOCK_NB)"
-    other = subprocess.run([sys.executable, "-c", code, tmp_path / ".lock"], capture_output=True, text=True, check=False)
+    command = [sys.executable, "-c", code, tmp_path / ".lock"]
+    other = subprocess.run(command, capture_output=True, text=True, check=False)
     assert "BlockingIOError" in other.stderr
     lock.release()
 
