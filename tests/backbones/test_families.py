@@ -269,6 +269,27 @@ def test_an_untried_family_whose_processor_writes_other_texts_is_refused_before_
     assert "\n" not in str(error.value)
 
 
+def test_an_untried_family_whose_template_and_tokenizer_both_write_the_first_token_is_taken(tmp_path, monkeypatch):
+    """transformers, too, lets the template alone write it."""
+    folder = tiny_families.write(tmp_path, "internvl")
+    path = tmp_path / "tokenizer.json"
+    words = json.loads(path.read_text())
+    bos, whole = "<s>", {"Sequence": {"id": "A", "type_id": 0}}
+    number = next(token["id"] for token in words["added_tokens"] if token["content"] == bos)
+    words["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": [{"SpecialToken": {"id": bos, "type_id": 0}}, whole],
+        "pair": [whole, {"Sequence": {"id": "B", "type_id": 1}}],
+        "special_tokens": {bos: {"id": bos, "ids": [number], "tokens": [bos]}},
+    }
+    path.write_text(json.dumps(words))
+    path = tmp_path / "chat_template.jinja"
+    path.write_text(bos + path.read_text())
+    backbone = untried(folder, monkeypatch)
+    assert backbone._tokenizer.bos_token == bos and backbone._tokenizer("a")["input_ids"][0] == number
+    backbone.check()
+
+
 def test_an_untried_family_with_positions_by_sizes_that_are_not_passed_on_is_refused(tmp_path, monkeypatch):
     backbone = untried(tiny_families.write(tmp_path, "minicpmv4_7"), monkeypatch)
     monkeypatch.setattr(Family, "numbered", get_family("minicpm").numbered)

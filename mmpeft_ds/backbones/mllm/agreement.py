@@ -83,7 +83,9 @@ def refuse_other_conversations(
     ids = _widened(chat.encode(text).ids, chat.ids, seen[TOKEN_RUNS][0].tolist() * 2)
     kinds = [int(number in (*chat.ids, *kind_ids)) for number in ids]
     try:
-        made = processor(text=[chat.rendered(text)], images=[picture, picture], return_tensors="pt")
+        rendered = chat.rendered(text)
+        options = {"add_special_tokens": False} if chat.begun(rendered) else {}
+        made = processor(text=[rendered], images=[picture, picture], return_tensors="pt", **options)
     except (ValueError, TypeError, KeyError, IndexError, RuntimeError) as error:
         reason = tower_loading.first_line(error)
         raise _untried(name, processor, f"cannot read a conversation with two images ({reason})") from error

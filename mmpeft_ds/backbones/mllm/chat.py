@@ -112,10 +112,9 @@ class Chat:
         rendered, spans, prompt_end = self._rendered(self._messages(text), self._spellings(text))
         if not ended:
             spans[-1] = (spans[-1][0], spans[-1][1] - len(self.tokenizer.eos_token))
-        bos = self.tokenizer.bos_token
         out = self.tokenizer(
             rendered,
-            add_special_tokens=not (bos and rendered.startswith(bos)),
+            add_special_tokens=not self.begun(rendered),
             return_offsets_mapping=True,
             verbose=False,
         )
@@ -211,6 +210,11 @@ class Chat:
         return self.tokenizer.apply_chat_template(
             self._messages(text), chat_template=self.template, tokenize=False, add_generation_prompt=True
         )
+
+    def begun(self, rendered: str) -> bool:
+        """Whether the template has written the first token itself, so that the tokenizer adds none; as transformers
+        decides it."""
+        return bool(self.tokenizer.bos_token) and rendered.startswith(self.tokenizer.bos_token)
 
     def check(self) -> None:
         """Render a conversation with an image. Raises BadInput if this template cannot, or leaves no room."""
