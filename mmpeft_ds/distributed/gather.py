@@ -99,7 +99,7 @@ class _Gather(torch.autograd.Function):
 
 
 def sum_of_share(out: Tensor, shares: Tensor, group: Any = None) -> None:
-    """Sum over ranks of this rank's share of (N, ...), into `out`. Collective, not counted."""
+    """Sum over ranks of this rank's share of (N, ...), into `out`. Collective; `counters` do not see it."""
     getattr(dist, _REDUCE_SCATTER)(out, shares, op=dist.ReduceOp.SUM, group=group)
 
 

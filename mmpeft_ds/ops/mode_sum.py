@@ -30,7 +30,7 @@ def plus_modes(
     `narrowing_delta` give it; all tensors of one dtype.
 
     Autograd on these functions records some twelve operations, most of them views, and an addition to the gradient
-    of `x`. Here are four forward and eight backward, as there are matrix products.
+    of `x`. Here there are little more than the matrix products: four forward and eight backward.
 
     Args:
         out: (..., K O) for `attention` and `widen`, (..., O) for `narrow`.
@@ -63,7 +63,7 @@ class _PlusModes(torch.autograd.Function):
         t, dropped_t = _drop(z @ middle, 0.0 if before else dropout)
         ctx.save_for_backward(x, down, up, core, mode, middle, z, t, dropped_z, dropped_t)
         ctx.role, ctx.scale, ctx.shape = role, scale, x.shape
-        # The product adds itself to the rows of `out`, which are cut where the chunks are.
+        # `out` is read as rows of one chunk each, and addmm adds the product to them.
         rows = out.reshape(-1, up.shape[0])
         return torch.addmm(rows, t.view(-1, rank), up.T, alpha=scale).view(out.shape)
 

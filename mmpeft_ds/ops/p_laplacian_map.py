@@ -137,8 +137,8 @@ def _numbers(ctx: Any, h: Tensor, norm: Tensor, surplus: Tensor, lowest: float) 
 
     Args:
         h: dw_ij w_ij; 0 for self loops where they hold nearly all of their rows.
-        lowest: ln n^2 of these: what lies above it is added up, and it enters with the sum of all h, in which the
-            heavy terms have cancelled.
+        lowest: ln n^2 of these self loops, else 0. h (ln n^2 - lowest) is added up edge by edge; lowest times the sum
+            of all h, self loops included, follows from the gradient of c, where their large terms cancel.
     """
     _, _, power, c, _, _ = ctx.numbers
     p, mu = ctx.of

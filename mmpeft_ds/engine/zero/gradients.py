@@ -175,8 +175,8 @@ def know_norm(engine: Any) -> Callable[[float], contextlib.AbstractContextManage
     DeepSpeed takes the norm of each gradient once more, and sums them over ranks in one more collective.
 
     Returns:
-        a function of the norm over all ranks, whose context is one in which `engine.step` may be called; outside
-        DeepSpeed computes it itself.
+        a function that takes the norm over all ranks and gives a context: `engine.step` inside it clips by that norm;
+        outside it DeepSpeed computes the norm itself.
     """
     optimizer, stage = engine.optimizer, engine.zero_optimization_stage()
     if stage == 0:

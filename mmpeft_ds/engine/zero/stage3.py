@@ -97,7 +97,7 @@ def keep_frozen(engine: Any) -> None:
 
 
 class _Some:
-    """Parameters as DeepSpeed asks a module for them."""
+    """Parameters with the methods by which DeepSpeed's `release_and_reset_all` asks a module for its own."""
 
     def __init__(self, parameters: list[nn.Parameter]):
         self._parameters = parameters
