@@ -20,7 +20,7 @@ from mmpeft_ds.errors import BadSample
 from mmpeft_ds.tasks.instruction.options import Options as TaskOptions
 from mmpeft_ds.tasks.instruction.task import ENTRY as TASK
 from tests.helpers.models import tiny_families, tiny_mllm
-from tests.helpers.models.family_stock import made, processed, stock, tolerance
+from tests.helpers.models.family_stock import check_against_stock, made, processed, stock
 
 QUICK = ("llava_onevision", "qwen3_vl", "internvl")
 WITHOUT = ("kimi_k25", "minimax_m3_vl", "video_llava")
@@ -120,19 +120,8 @@ def test_logits_and_loss_are_those_of_the_stock_class_fed_by_its_own_processor(f
     texts = (given["input_ids"], given["attention_mask"], given["labels"])
     widened = model.widen(*texts, features, given["media_rows"])
     out = backbone.read(model(**given), packed)
-    losses, counts = out.token_losses()
-    reference = stock(folder, backbone)
-    for i, images, videos, text in of_texts(backbone, ALL):
-        inputs = stock_inputs(backbone, images, videos, text)
-        labels = widened.labels[i, : int(widened.attention_mask[i].sum())]
-        assert widened.input_ids[i, : len(labels)].tolist() == inputs["input_ids"][0].tolist()
-        asked = (labels != -100).nonzero()[:, 0]
-        expected = reference(**inputs).logits[0, asked - 1]
-        got = out.logits[i][out.labels[i] != -100]
-        largest, scale = (got - expected).abs().max(), expected.abs().max()
-        assert largest <= tolerance(backbone) * scale, (i, largest / scale)
-        loss = torch.nn.functional.cross_entropy(expected, labels[asked], reduction="sum")
-        assert (losses[i], counts[i]) == (pytest.approx(loss.item(), rel=2e-6, abs=1e-5), len(asked))
+    inputs = {i: stock_inputs(backbone, *text) for i, *text in of_texts(backbone, ALL)}
+    check_against_stock(backbone, out, widened, stock(folder, backbone), inputs)
 
 
 @every_family

@@ -1,5 +1,6 @@
 """A tiny model of a family beside the stock class of transformers, which is fed by the family's own processor."""
 
+import pytest
 import torch
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
@@ -60,3 +61,25 @@ def processed(backbone, text, answer=True, **media):
         name: value.float() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
         for name, value in made.items()
     }
+
+
+def check_against_stock(backbone, out, widened, reference, inputs_of_texts):
+    """Hold tokens, logits and losses of every text against the stock class.
+
+    Args:
+        out: of the model for all texts together.
+        widened: these texts with as many tokens as each image or video has features.
+        reference: a model of the stock class.
+        inputs_of_texts: number of a text -> what the family's own processor makes of it.
+    """
+    losses, counts = out.token_losses()
+    for i, inputs in inputs_of_texts.items():
+        labels = widened.labels[i, : int(widened.attention_mask[i].sum())]
+        assert widened.input_ids[i, : len(labels)].tolist() == inputs["input_ids"][0].tolist()
+        asked = (labels != -100).nonzero()[:, 0]
+        expected = reference(**inputs).logits[0, asked - 1]
+        got = out.logits[i][out.labels[i] != -100]
+        largest, scale = (got - expected).abs().max(), expected.abs().max()
+        assert largest <= tolerance(backbone) * scale, (i, largest / scale)
+        loss = torch.nn.functional.cross_entropy(expected, labels[asked], reduction="sum")
+        assert (losses[i], counts[i]) == (pytest.approx(loss.item(), rel=2e-6, abs=1e-5), len(asked))
