@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import itertools
 import json
+import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from mmpeft_ds.errors import BadInput, BadSample
 
 ROLES = ("system", "user", "assistant")
 KINDS = {IMAGE_MARK: "image", VIDEO_MARK: "video"}
+ANOTHER = "\ue000"  # an answer that nobody gives
 
 
 @dataclass
@@ -207,9 +209,10 @@ class Chat:
 
     def rendered(self, text: Prompted) -> str:
         """A conversation up to its last question, as the template writes it, with a mark for every image."""
-        return self.tokenizer.apply_chat_template(
-            self._messages(text), chat_template=self.template, tokenize=False, add_generation_prompt=True
-        )
+        messages = self._messages(text)
+        if not self._appends:
+            return self._located(messages, None)[0]
+        return self._render(messages, None, answer_follows=True)
 
     def begun(self, rendered: str) -> bool:
         """Whether the template has written the first token itself, so that the tokenizer adds none; as transformers
@@ -262,6 +265,22 @@ class Chat:
         self, messages: list[dict[str, Any]], spellings: dict[str, tuple[str, ...]]
     ) -> tuple[str, list[tuple[int, int]], int]:
         """The conversation as text, (start, end) of each answer of the assistant, and where the last one begins."""
+        appended = self._appended(messages, spellings) if self._appends else None
+        return appended or self._located(messages, spellings)
+
+    @functools.cached_property
+    def _appends(self) -> bool:
+        """Whether what the template renders only grows when a turn is added. Those of thinking models leave thoughts
+        out of all answers but the last; LLaVA-OneVision's begins an answer otherwise than it asks for one."""
+        turns = (("user", "one?"), ("assistant", "two."), ("user", "three?"), ("assistant", "four."))
+        messages = [{"role": role, "content": self._pieces(words)} for role, words in turns]
+        steps = [self._render(messages[:i], None, answer_follows=bool(i % 2)) for i in (1, 2, 3, 4)]
+        return all(later.startswith(earlier) for earlier, later in itertools.pairwise(steps))
+
+    def _appended(
+        self, messages: list[dict[str, Any]], spellings: dict[str, tuple[str, ...]]
+    ) -> tuple[str, list[tuple[int, int]], int] | None:
+        """As `_rendered`, of a template that appends; None where it does not for this conversation."""
         text, before, spans = "", "", []
         for i, message in enumerate(messages):
             if message["role"] != "assistant":
@@ -269,10 +288,7 @@ class Chat:
             asked = self._render(messages[:i], spellings, answer_follows=True)
             answered = self._render(messages[: i + 1], spellings)
             if not asked.startswith(before) or not answered.startswith(asked):
-                raise BadInput(
-                    "backbone.chat_template: what it renders changes when a turn is added, so answers cannot be "
-                    "separated from prompts. Give another template."
-                )
+                return None
             text += asked[len(before) :]
             answer, rest = self._ended(answered[len(asked) :])
             spans.append((len(text), len(text) + len(answer)))
@@ -284,6 +300,34 @@ class Chat:
             return text, spans, len(text)
         return text, spans, spans[-1][0]
 
+    def _located(
+        self, messages: list[dict[str, Any]], spellings: dict[str, tuple[str, ...]] | None
+    ) -> tuple[str, list[tuple[int, int]], int]:
+        """As `_rendered`, of any template that ends answers with the end token: the whole conversation as it renders
+        it, where the answers are what changes when another is given. A question ends where its answer would begin.
+
+        Raises:
+            BadInput: no end token follows an answer.
+        """
+        given = ({"role": "assistant", "content": self._pieces(ANOTHER)},)
+        asked = messages[-1]["role"] != "assistant"
+        if asked:
+            messages = [*messages, {"role": "assistant", "content": self._pieces("a")}]
+        text, spans, end = self._render(messages, spellings), [], self.tokenizer.eos_token
+        for i in (i for i, message in enumerate(messages) if message["role"] == "assistant"):
+            other = self._render([*messages[:i], *given, *messages[i + 1 :]], spellings)
+            start = len(os.path.commonprefix([text, other]))
+            after = len(os.path.commonprefix([text[start:][::-1], other[start:][::-1]]))
+            at = text.find(end, len(text) - after)
+            if at < 0 or text[len(text) - after : at].strip():
+                raise BadInput(
+                    "backbone.chat_template: what it renders changes when a turn is added, and no end token "
+                    f"{end} follows each answer, so answers cannot be separated from prompts. Give another template."
+                )
+            spans.append((start, at + len(end)))
+        begin = spans[-1][0]
+        return (text[:begin], spans[:-1], begin) if asked else (text, spans, begin)
+
     def _ended(self, answer: str) -> tuple[str, str]:
         """The answer up to its end token, which is appended where the template has none, and what follows it."""
         eos = self.tokenizer.eos_token
@@ -293,8 +337,12 @@ class Chat:
         return answer.rstrip() + eos, ""
 
     def _render(
-        self, messages: list[dict[str, Any]], spellings: dict[str, tuple[str, ...]], answer_follows: bool = False
+        self,
+        messages: list[dict[str, Any]],
+        spellings: dict[str, tuple[str, ...]] | None,
+        answer_follows: bool = False,
     ) -> str:
+        """What the template writes, with images and videos as they are spelled, or with their marks."""
         try:
             rendered = self.tokenizer.apply_chat_template(
                 messages, chat_template=self.template, tokenize=False, add_generation_prompt=answer_follows
@@ -303,6 +351,8 @@ class Chat:
             reason = tower_loading.first_line(error)
             roles = ", ".join(m["role"] for m in messages)
             raise BadInput(f"backbone.chat_template: cannot render the turns {roles} ({reason}).") from error
+        if spellings is None:
+            return rendered
         otherwise = {self.mark: self.tokens[0], self.video_mark: self.tokens[-1]}
         spelled = {
             mark: iter([self.numbered(spelling, i) for i, spelling in enumerate(spellings[kind])])
