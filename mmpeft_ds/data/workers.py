@@ -21,12 +21,14 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator
 from multiprocessing import forkserver, resource_tracker
 from multiprocessing.reduction import ForkingPickler
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch.multiprocessing.reductions import reduce_tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+import mmpeft_ds
 from mmpeft_ds import leftovers, stop
 from mmpeft_ds.errors import BadInput
 
@@ -137,7 +139,7 @@ class WorkerPool:
         try:
             if self._gpu is not None:
                 torch.cuda.set_device(self._gpu)  # of this thread, whose GPU the loader's pinning thread takes
-            with _main_hidden(not needs_main), _signals_held():
+            with _main_hidden(not needs_main), _signals_held(), _imports_of_this_process():
                 # There are no requests yet, so this only starts the workers, which persist.
                 running = iter(self._loader)
                 # By a proxy, since an iterator that held itself would end only with the next garbage collection.
@@ -277,6 +279,26 @@ def _main_hidden(hide: bool) -> Iterator[None]:
         yield
     finally:
         main.update(hidden)
+
+
+@contextlib.contextmanager
+def _imports_of_this_process() -> Iterator[None]:
+    """Let the fork server import this very package: it would look for it in the current folder first.
+
+    A run may be started in the checkout of another version, and a folder may hold a file named as a module is.
+    """
+    root = str(Path(mmpeft_ds.__file__).parent.parent)
+    ours = {"PYTHONSAFEPATH": "1", "PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))}
+    before = {name: os.environ.get(name) for name in ours}
+    os.environ.update(ours)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 @atexit.register

@@ -58,7 +58,7 @@ def worker_facts(_):
     return os.getpid(), ignored, torch.get_num_threads(), "deepspeed" in sys.modules
 
 
-def run_script(tmp_path, body: str) -> subprocess.Popen:
+def run_script(tmp_path, body: str, cwd=None) -> subprocess.Popen:
     """A process that uses a pool of 2 workers as a training run would; prints the ids of its workers."""
     script = tmp_path / "script.py"
     script.write_text(
@@ -79,7 +79,7 @@ def run_script(tmp_path, body: str) -> subprocess.Popen:
         + textwrap.indent(textwrap.dedent(body), "    ")
     )
     command, env = [sys.executable, str(script)], launch.environment()
-    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True, env=env)
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True, env=env, cwd=cwd)
 
 
 def pids_of(process) -> list[int]:
@@ -191,6 +191,19 @@ def test_a_signal_to_the_group_leaves_the_main_process_its_workers_until_it_exit
     assert len(pids) == 2
     assert process.wait(60) == 2
     assert gone([*pids, *server])
+
+
+def test_a_package_of_the_same_name_in_the_current_folder_is_not_what_workers_import(tmp_path):
+    """The fork server of Python 3.11 looks into the current folder before it looks at the path of its parent."""
+    here = tmp_path / "old_checkout"
+    for package in ("mmpeft_ds", "mmpeft_ds/data"):
+        (here / package).mkdir(parents=True)
+        (here / package / "__init__.py").write_text("")
+    (here / "mmpeft_ds/data/fork_server.py").write_text("import mmpeft_ds.data.loader_of_an_old_version")
+    process = run_script(tmp_path, "print(next(results), os.environ.get('PYTHONSAFEPATH'), flush=True)", cwd=here)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 0
+    assert output.splitlines()[-1] == f"{101 * 101} None"
 
 
 def test_workers_do_not_outlive_a_killed_main_process(tmp_path):
