@@ -18,7 +18,8 @@ FEATURES = ".npy"
 
 def find_pictures(given: Sequence[Path], option: str = "--images") -> list[Path]:
     """Files as given, and of each directory everything below it that looks like a picture or stored features. Hidden
-    files are passed over, such as the `._` files that macOS leaves beside pictures; of others a note is printed.
+    files are passed over, such as the `._` files that macOS leaves beside pictures; of others a note is printed. Where
+    nothing is given, nothing is found.
 
     Raises:
         BadInput: a path that is not there, a directory without pictures, no picture among the files, or pictures mixed
@@ -41,7 +42,7 @@ def find_pictures(given: Sequence[Path], option: str = "--images") -> list[Path]
         if not inside:
             raise BadInput(f"{option} {path}: no image in it. Known endings: {', '.join(endings)}.")
         paths += inside
-    if not any(p.suffix.lower() in endings or _is_picture(p) for p in paths):
+    if paths and not any(p.suffix.lower() in endings or _is_picture(p) for p in paths):
         raise BadInput(f"{option} {paths[0]}: is no picture. Give image files or folders of them.")
     stored = [p for p in paths if p.suffix.lower() == FEATURES]
     if 0 < len(stored) < len(paths):

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from mmpeft_ds.runs import inputs
+from tests.helpers.data.films import film
 from tests.helpers.data.images import encoded
 from tests.helpers.runs import tiny_adapters
 
@@ -131,6 +132,17 @@ def test_files_without_a_picture_among_them_are_refused_before_the_model_is_load
         assert code == 2 and f"--images {lines}: is no picture" in err and err.count("\n") == 1
     assert inputs.find_pictures([photos.parent / "nameless"]), "a picture by another name is taken"
     assert inputs.find_pictures([lines, photos]), "beside pictures it has its row with the error"
+
+
+def test_videos_alone_are_answered_and_a_folder_without_any_is_refused(adapters, photos, command):
+    clips, out = photos.parent / "clips", photos.parent / "answers.jsonl"
+    film(clips / "a.mp4", seconds=1), film(clips / "b.mkv", seconds=2, noise=True)
+    words = ("--adapter", adapters("instruction"), "--frames", 2, "--text", "what is it ?")
+    code, _, err = command("predict.py", *words, "--videos", clips, "--out", out)
+    assert code == 0, err
+    assert [Path(row["image"]).name for row in rows_of(out) if "prediction" in row] == ["a.mp4", "b.mkv"]
+    code, _, err = command("predict.py", *words, "--videos", photos)
+    assert code == 2 and f"--videos {photos}: no video" in err and err.count("\n") == 1
 
 
 @pytest.mark.parametrize("texts", [[""], ["what is it", "  "]])
