@@ -1,0 +1,154 @@
+"""Families in configurations that few checkpoints have say what the stock class says, and train adapters: fused
+projections, projectors without or with biases, several feature layers, other shuffles of pixels, shared embeddings."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from mmpeft_ds.data.batch import Prompted
+from mmpeft_ds.engine.assembly.forward import forward
+from tests.helpers.models import tiny_families
+from tests.helpers.models.family_samples import ALL, ONE, TALK, TWO, attached, batch, image
+from tests.helpers.models.family_stock import check_against_stock, made, processed, stock
+
+
+@dataclasses.dataclass
+class Odd:
+    """A family in another configuration.
+
+    Attributes:
+        family: whose tiny checkpoint is changed.
+        config: other keys of its configuration, or of the parts in it.
+        processor, images: other settings of the processor, and of the image processor.
+    """
+
+    family: str
+    config: dict[str, Any]
+    processor: dict[str, Any] = dataclasses.field(default_factory=dict)
+    images: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    def write(self, folder: Any, monkeypatch: pytest.MonkeyPatch) -> str:
+        tiny = tiny_families.FAMILIES[self.family]
+        name, settings = tiny.image_processor
+        changed = dataclasses.replace(
+            tiny,
+            parts=lambda of: merged(tiny.parts(of), self.config),
+            image_processor=(name, settings | self.images),
+            processor=tiny.processor | self.processor,
+        )
+        monkeypatch.setitem(tiny_families.FAMILIES, self.family, changed)
+        return tiny_families.write(folder, self.family)
+
+
+def merged(whole: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """`whole` with other values, inside of mappings too."""
+    inner = {
+        k: merged(whole[k], v) for k, v in changes.items() if isinstance(v, dict) and isinstance(whole.get(k), dict)
+    }
+    return whole | changes | inner
+
+
+CASES = {
+    "fused q, k and v, a stronger shuffle": Odd(
+        "internvl",
+        {"text_config": {"model_type": "phi3"}, "image_seq_length": 1, "downsample_ratio": 0.25},
+        processor={"image_seq_length": 1},
+    ),
+    "no shuffle, norms of q and k, biases": Odd(
+        "internvl",
+        {
+            "vision_config": {"use_qk_norm": True, "attention_bias": True},
+            "image_seq_length": 16,
+            "downsample_ratio": 1.0,
+        },
+        processor={"image_seq_length": 16},
+        images={"max_patches": 6},
+    ),
+    "one token an image": Odd(
+        "idefics3",
+        {
+            "scale_factor": 4,
+            "tie_word_embeddings": True,
+            "text_config": {"attention_bias": True, "tie_word_embeddings": True},
+        },
+        processor={"image_seq_len": 1},
+    ),
+    "a projector with biases, no merging": Odd(
+        "mistral3",
+        {"spatial_merge_size": 1, "multimodal_projector_bias": True},
+        processor={"spatial_merge_size": 1},
+    ),
+    "no biases, few tiles": Odd(
+        "llava_onevision",
+        {
+            "multimodal_projector_bias": False,
+            "vision_aspect_ratio": "anyres_max_1",
+            "text_config": {"tie_word_embeddings": True},
+            "tie_word_embeddings": True,
+        },
+        processor={"vision_aspect_ratio": "anyres_max_1"},
+    ),
+    "one feature layer, all positions": Odd(
+        "vipllava",
+        {"vision_feature_layers": [-1], "vision_feature_layer": [-1]},
+        images={"do_center_crop": False, "size": {"height": 16, "width": 16}},
+    ),
+    "every image token": Odd("gemma3", {"mm_tokens_per_image": 16}, processor={"image_seq_length": 16}),
+    "one deep layer, shared embeddings": Odd(
+        "qwen3_vl",
+        {
+            "vision_config": {"deepstack_visual_indexes": [0]},
+            "text_config": {"tie_word_embeddings": True, "attention_bias": True},
+            "tie_word_embeddings": True,
+        },
+    ),
+}
+QUICK = ("fused q, k and v, a stronger shuffle", "one token an image")
+
+
+@pytest.fixture(params=[name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in CASES])
+def folder(request, tmp_path, monkeypatch):
+    return CASES[request.param].write(tmp_path, monkeypatch)
+
+
+def stock_inputs(backbone: Any, images: list[int], text: Prompted, answer: bool = True) -> dict[str, Any]:
+    pictures = [Image.fromarray(image(n).permute(1, 2, 0).numpy()) for n in images]
+    return processed(backbone, text.with_images(len(images)), answer, **({"images": pictures} if images else {}))
+
+
+def test_it_says_what_the_stock_class_says(folder):
+    backbone, model = made(folder)
+    reference = stock(folder, backbone)
+    packed = batch(backbone, *ALL)
+    given = backbone.inputs(packed)
+    with torch.no_grad():
+        features = model.media_features(given["images"], given["videos"])
+        texts = (given["input_ids"], given["attention_mask"], given["labels"])
+        widened = model.widen(*texts, features, given["media_rows"])
+        out = backbone.read(model(**given), packed)
+        of_texts = [(images, text) for images, texts in ALL for text in texts]
+        inputs = {i: stock_inputs(backbone, *text) for i, text in enumerate(of_texts)}
+        check_against_stock(backbone, out, widened, reference, inputs)
+        ends = dict(pad_token_id=0, eos_token_id=backbone._tokenizer.eos_token_id, do_sample=False, max_new_tokens=4)
+        got = backbone.generate(model, batch(backbone, TWO, ONE, TALK), max_new_tokens=4, num_beams=2)
+        for written, (images, texts) in zip(got, (TWO, ONE, TALK), strict=True):
+            asked = stock_inputs(backbone, images, texts[0], answer=False)
+            ids = reference.generate(**asked, **ends, num_beams=2)[:, asked["input_ids"].shape[1] :]
+            assert written == backbone._spelling.decode_all(ids.tolist(), None)[0]
+
+
+@pytest.mark.parametrize("name", ["lora", "routed_lora"])
+def test_adapters_train_in_it(folder, name):
+    backbone, base = made(folder, condition="pooled" if name == "routed_lora" else "none")
+    model = attached(name, backbone, base)
+    for parameter_name, parameter in model.named_parameters():
+        if parameter.requires_grad:  # not at its start, where half of a product has no gradient yet
+            torch.nn.init.normal_(parameter, std=0.3, generator=torch.Generator().manual_seed(len(parameter_name)))
+    forward(model, backbone, batch(backbone, *ALL)).token_losses()[0].sum().backward()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    assert trained and all(p.grad is not None and p.grad.abs().sum() > 0 for p in trained)
