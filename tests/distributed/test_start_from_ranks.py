@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+from transformers import Qwen2VLForConditionalGeneration
 
 from tests.helpers import foreign_adapters, launch
 from tests.helpers.runs import tiny_talk
@@ -37,12 +38,20 @@ def losses(folder: Path, name: str) -> list[float]:
     return [json.loads(line)["loss"] for line in (folder / name / "metrics.jsonl").read_text().splitlines()]
 
 
+def beside_embeddings(model: Path, adapter: Path) -> None:
+    """Write the base's embeddings beside an adapter, as peft does where it is asked to save them."""
+    table = Qwen2VLForConditionalGeneration.from_pretrained(model).get_input_embeddings().weight.detach().clone()
+    tensors = {"base_model.model.model.language_model.embed_tokens.weight": table, **load_file(adapter)}
+    save_file(tensors, adapter, {"format": "pt"})
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("start_from")
     tiny_talk.write(path)
     foreign_adapters.make(path)
     shutil.copytree(path / "trainer", path / "taken")
+    beside_embeddings(path / "model", path / "taken" / "checkpoint-3" / "adapter_model.safetensors")
     train(1, write(path, "one", 0), write(path, "fresh", 0, fresh=True))
     stages = (1, 2, 3)
     train(

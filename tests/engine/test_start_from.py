@@ -176,6 +176,67 @@ def test_trained_tokens_are_those_of_the_directory(folder, tmp_path):
         read(folder, tmp_path, "method.trainable_token_indices=[5, 6]")
 
 
+Q_AND_V = ["q_proj", "v_proj"]
+WHOLE = {"modules_to_save": ["embed_tokens", "lm_head"]}
+
+
+@pytest.mark.parametrize(
+    ("fields", "saved", "changes", "told"),
+    [
+        (WHOLE, False, ["method.modules_to_save=[embed_tokens, lm_head]"], None),
+        (WHOLE, False, ["method.modules_to_save=[embed_tokens]"], "lm_head.weight does not train here and has other"),
+        (WHOLE, False, [], "does not train here and has other values there. Name it in method.modules_to_save"),
+        ({}, True, [], None),
+        (
+            {"target_modules": [*Q_AND_V, "embed_tokens"]},
+            "auto",
+            ["method.target_modules=[q_proj, v_proj, embed_tokens]"],
+            None,
+        ),
+        (
+            {"trainable_token_indices": {"embed_tokens": [3, 4]}},
+            False,
+            ["method.trainable_token_indices={embed_tokens: [3, 4]}"],
+            None,
+        ),
+        (
+            {"trainable_token_indices": [3, 4]},
+            False,
+            [],
+            r"trainable_token_indices is \[3, 4\], and None in this recipe",
+        ),
+    ],
+)
+@torch.no_grad()
+def test_embeddings_that_were_trained_or_saved_beside_an_adapter(folder, tmp_path, fields, saved, changes, told):
+    stock = Qwen2VLForConditionalGeneration.from_pretrained(folder / "model")
+    config = peft.LoraConfig(**{"r": 2, "lora_alpha": 4, "target_modules": Q_AND_V} | fields)
+    theirs = fill(peft.get_peft_model(stock, config), scale=0.2).eval()
+    theirs.save_pretrained(tmp_path, save_embedding_layers=saved)
+    if told is not None:
+        for whole in (True, False):  # when a run starts, and by --check
+            with pytest.raises(BadInput, match=told) as refused:
+                read(folder, tmp_path, *changes, whole=whole)
+            assert "\n" not in str(refused.value)
+        return
+    assert saved is False or any("embed_tokens" in name for name in load_file(tmp_path / "adapter_model.safetensors"))
+    read(folder, tmp_path, *changes)
+    model, values = read(folder, tmp_path, *changes, whole=True)
+    model.load_state_dict(values, strict=False)
+    said = Qwen2VLForConditionalGeneration.forward(model.get_base_model(), **INPUTS).logits
+    torch.testing.assert_close(said, theirs(**INPUTS).logits, rtol=0, atol=1e-5)
+
+
+def test_embeddings_of_another_base_beside_an_adapter_are_refused(folder, tmp_path):
+    path = changed(folder, tmp_path) / "adapter_model.safetensors"
+    tensors = load_file(path)
+    stock = Qwen2VLForConditionalGeneration.from_pretrained(folder / "model")
+    tensors["base_model.model.model.language_model.embed_tokens.weight"] = stock.get_input_embeddings().weight + 1e-3
+    save_file(tensors, path)
+    with pytest.raises(BadInput, match="embed_tokens.weight does not train here and has other values there"):
+        read(folder, path.parent, whole=True)
+
+
 @pytest.mark.parametrize(("factor", "dtype", "fits"), [(1, "float8_e4m3fn", True), (1e300, "float64", False)])
 def test_numbers_of_any_float_type_are_read_if_they_are_finite_in_float32(folder, tmp_path, factor, dtype, fits):
     path = changed(folder, tmp_path) / "adapter_model.safetensors"

@@ -6,6 +6,7 @@ alone. What decides what the adapter computes is compared with the recipe before
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import re
 from pathlib import Path
@@ -22,6 +23,7 @@ from torch import Tensor
 from mmpeft_ds.adapter_files import CONFIG, WEIGHTS, read_json
 from mmpeft_ds.backbones.common.tower_loading import first_line
 from mmpeft_ds.distributed.collectives import on_rank0
+from mmpeft_ds.distributed.partitioned import gathered
 from mmpeft_ds.engine.assembly.saved_adapter import PREFIX, present_names, read_tensors, under_present_names
 from mmpeft_ds.engine.zero import fingerprint, full_state
 from mmpeft_ds.engine.zero import state as zero_state
@@ -55,7 +57,9 @@ def read(resolved: Any, model: PeftModel) -> dict[str, Tensor]:
     """
     directory, key = Path(resolved.recipe.start_from), where(resolved.recipe, "start_from")
     tensors: dict[str, Tensor] = {}
-    on_rank0(lambda: tensors.update(_read(directory, key, resolved, model)))
+    frozen: dict[str, Tensor] = {}
+    on_rank0(lambda: tensors.update(_read(directory, key, resolved, model, frozen)))
+    _check_frozen(directory, key, model, frozen)
     return tensors
 
 
@@ -80,6 +84,34 @@ def begin(resolved: Any, model: PeftModel) -> None:
                 zero_state.write_parameter(trainables[name], value)
 
 
+def _check_frozen(directory: Path, key: str, model: PeftModel, saved: dict[str, Tensor]) -> None:
+    """Compare frozen weights that peft has written beside an adapter, such as embeddings, with those of the base.
+    Collective.
+
+    Args:
+        saved: on rank 0, by their names in `model`.
+
+    Raises:
+        BadInput: they are others.
+    """
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    here = {name: parameters[name] for name in on_rank0(lambda: sorted(saved))}
+
+    def compare() -> None:
+        trained = set(read_json(directory / CONFIG, dict).get("modules_to_save") or ())
+        for name, parameter in here.items():
+            # without weights, as in --check, what its configuration says
+            same = parameter.is_meta or torch.equal(saved[name].to(parameter), parameter)
+            if not same or name.split(".")[-2] in trained:
+                raise BadInput(
+                    f"{key}: {directory / WEIGHTS}: {name.removeprefix(PREFIX)} does not train here and has other "
+                    "values there. Name it in method.modules_to_save, or take the base that the adapter was made of."
+                )
+
+    with gathered(list(here.values())):
+        on_rank0(compare)
+
+
 def _check_base(directory: Path, model: PeftModel) -> None:
     """Compare the frozen weights with the fingerprint in an adapter directory of ours; others have none. Collective.
     Raises BadInput."""
@@ -90,7 +122,8 @@ def _check_base(directory: Path, model: PeftModel) -> None:
         fingerprint.compare(saved, prints, str(directory), missing_ok=True, otherwise="")
 
 
-def _read(directory: Path, key: str, resolved: Any, model: PeftModel) -> dict[str, Tensor]:
+def _read(directory: Path, key: str, resolved: Any, model: PeftModel, frozen: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What is trained, on rank 0; frozen weights of the base that the file holds besides go into `frozen`."""
     _check_files(directory, key)
     _check_config(directory, key, model)
     taken = _taken(model)
@@ -101,7 +134,9 @@ def _read(directory: Path, key: str, resolved: Any, model: PeftModel) -> dict[st
     names = {name: inside for name, (inside, _) in written.items()}
     here = {name: tensor for name, (_, tensor) in written.items()}
     path = directory / WEIGHTS
-    tensors = under_present_names(read_tensors(path), names, present_names(model.get_base_model()), path)
+    read = read_tensors(path)
+    frozen |= {name: read.pop(name) for name in _frozen(model).keys() & read.keys() - names.keys()}
+    tensors = under_present_names(read, names, present_names(model.get_base_model()), path)
     if problem := misfit(shapes(tensors), shapes(here)):
         raise BadInput(
             f"{key}: {path} does not fit this recipe: {problem}. Set the places and ranks of `method` as "
@@ -119,6 +154,17 @@ def _read(directory: Path, key: str, resolved: Any, model: PeftModel) -> dict[st
             f"{CONFIG} there has them."
         )
     return {names[name]: tensor.float() for name, tensor in tensors.items() if names[name] in taken}
+
+
+def _frozen(model: PeftModel) -> dict[str, Tensor]:
+    """Input and output embeddings that do not train, which peft writes beside an adapter where its
+    `save_embedding_layers` says so or an adapter is on them; by their names in `model`."""
+    base, ids = model.get_base_model(), set()
+    for getter in ("get_input_embeddings", "get_output_embeddings"):
+        with contextlib.suppress(AttributeError, NotImplementedError):  # models without, or with several
+            ids |= {id(parameter) for parameter in getattr(base, getter)().parameters()}
+    named = model.named_parameters(remove_duplicate=False)
+    return {name: p for name, p in named if id(p) in ids and not p.requires_grad}
 
 
 def _taken(model: PeftModel) -> dict[str, Tensor]:
