@@ -1,5 +1,7 @@
 """Every family of multimodal language models: packed, it says what the stock class fed by its own processor says."""
 
+import dataclasses
+import importlib.util
 import json
 import re
 import shutil
@@ -230,6 +232,28 @@ def test_every_other_family_of_transformers_is_refused_in_one_line(tmp_path, fam
     words.save_pretrained(tmp_path)
     CLIPImageProcessorPil().save_pretrained(tmp_path)
     with pytest.raises(BadInput, match="backbone") as error:
+        ENTRY(Options(str(tmp_path)), None).check()
+    assert "\n" not in str(error.value)
+
+
+TOKENS = dict(image_token="<image>", boi_token="<boi>", eoi_token="<eoi>", video_token="<video>")
+TOKENS |= dict(audio_token="<sound>", boa_token="<boa>", eoa_token="<eoa>")
+
+
+@pytest.mark.skipif(importlib.util.find_spec("timm") is not None, reason="timm is installed")
+@pytest.mark.parametrize("family", ["gemma3n", "perception_lm", "fast_vlm"])
+def test_a_family_whose_vision_tower_is_timms_says_which_package_it_needs(tmp_path, family):
+    tiny = dataclasses.replace(tiny_families.FAMILIES["idefics3"], tokens=tuple(TOKENS.values()), named=TOKENS)
+    words, config = tiny_families.tokenizer(tiny), CONFIG_MAPPING[family]()
+    config.image_token_id = words.convert_tokens_to_ids("<image>")
+    config.save_pretrained(tmp_path)
+    words.save_pretrained(tmp_path)
+    square = {"height": 16, "width": 16}
+    CLIPImageProcessorPil(size=square, crop_size=square).save_pretrained(tmp_path)
+    settings = {"patch_size": 4, "pooling_ratio": 1, "vision_feature_select_strategy": "full"}
+    settings |= {"processor_class": "LlavaProcessor"} if family == "fast_vlm" else {}
+    (tmp_path / "processor_config.json").write_text(json.dumps(settings))
+    with pytest.raises(BadInput, match=f"'{family}', which needs the package timm: pip install timm") as error:
         ENTRY(Options(str(tmp_path)), None).check()
     assert "\n" not in str(error.value)
 

@@ -8,6 +8,7 @@ an image, and give nothing that the model reads and that is not passed on to it.
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -24,6 +25,7 @@ from mmpeft_ds.backbones.mllm.processing import OF_TEXTS, TOKEN_RUNS
 from mmpeft_ds.data.batch import Prompted, Spelled
 from mmpeft_ds.errors import BadInput
 
+_LACKING = re.compile(r"requires the (\S+) library but it was not found")  # as transformers says it
 # A conversation in which the second image stands apart from the first, behind words.
 _TALK = Prompted("<image> two? <image>", "", (("user", "one?"), ("assistant", "a.")), images=2)
 
@@ -116,6 +118,11 @@ def foreign(name: str, config: PretrainedConfig) -> Iterator[None]:
     try:
         yield
     except (AttributeError, ImportError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        if isinstance(error, ImportError) and (lacking := _LACKING.search(str(error))):
+            raise BadInput(
+                f"{WHERE}: {name!r} is of family {config.model_type!r}, which needs the package {lacking[1]}: "
+                f"pip install {lacking[1]}. The family was not tried here; it is then compared with its own processor."
+            ) from error
         reason = f"{type(error).__name__}: {tower_loading.first_line(error)}"
         raise BadInput(
             f"{WHERE}: {name!r} is of family {config.model_type!r}, whose processor or model cannot be tried with a "
