@@ -11,30 +11,15 @@ import pytest
 import yaml
 
 from mmpeft_ds.data.manifest import Manifest
-from mmpeft_ds.data.writer import RawSample
 from tests.helpers import launch
-from tests.helpers.data.images import encoded
+from tests.helpers.data.mixed_media import sample
 from tests.helpers.data.tiny_shards import write_shards
 from tests.helpers.models import tiny_families, tiny_mllm
 from tests.helpers.runs import tiny_talk
 
 pytestmark = pytest.mark.distributed
 SEED = int(os.environ.get("MMPEFT_SEED", 0))
-KINDS = ((0, 0), (1, 0), (2, 0), (0, 1), (0, 2), (1, 1))  # pictures and videos of a sample
 LORA = {"name": "lora", "r": 2, "target_modules": r".*\.(q_proj|v_proj|qkv)"}  # of both towers
-
-
-def sample(i: int, draw: random.Random) -> RawSample:
-    pictures, videos = draw.choice(KINDS)
-    frames = draw.choice([2, 4])
-    record = {"videos": [{"times": [0.5 * n for n in range(frames)]} for _ in range(videos)]} if videos else {}
-    marks = ["<image>\n"] * pictures + ["<video>\n"] * videos
-    draw.shuffle(marks)
-    record["conversations"] = [
-        {"from": "human", "value": "".join(marks) + "what is it ?"},
-        {"from": "gpt", "value": " ".join(draw.choices(["red", "blue", "a", "yes", "no"], k=draw.choice([1, 6])))},
-    ]
-    return RawSample(f"s{i}", [("jpg", encoded(i + n)) for n in range(pictures + videos * frames)], record)
 
 
 def prepare(folder: Path, family: str, steps: int) -> str:
