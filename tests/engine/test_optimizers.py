@@ -21,6 +21,7 @@ from mmpeft_ds.engine.zero import gradients
 from mmpeft_ds.errors import BadInput
 from mmpeft_ds.files import sha256
 from mmpeft_ds.methods.deep_prompt.method import DeepPrompt
+from mmpeft_ds.methods.graph_lora.method import GraphLora
 from mmpeft_ds.methods.lora.method import Lora
 from mmpeft_ds.methods.peft.method import Peft
 from mmpeft_ds.methods.task_res.method import TaskRes
@@ -428,6 +429,9 @@ def test_prompts_and_class_vectors_are_tables():
     for method, name in ((DeepPrompt, "layer.0.deep_prompt_k.default.tokens"), (TaskRes, "x.task_res_a.residual")):
         assert method.kind(name) == "peft" and not method.is_map(name)
     assert DeepPrompt.is_map("layer.0.deep_prompt_k.default.inner.weight")
+    written = "q.graph_lora.default.0."
+    assert not GraphLora.is_map(f"{written}node") and not GraphLora.is_map(f"{written}relation_bias")
+    assert GraphLora.is_map(f"{written}gate_weight") and GraphLora.is_map(f"{written}down_weight")
 
 
 @pytest.mark.parametrize(

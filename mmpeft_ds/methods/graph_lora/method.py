@@ -195,6 +195,7 @@ class GraphLora(SiteMethod):
     Options = GraphLoraOptions
     Config = GraphLoraConfig
     Tuner = GraphLoraModel
+    tables = (".node", ".relation_bias")  # a row for each node, and for each relation
 
     @classmethod
     def check(cls, config: GraphLoraConfig, sites: Sites, condition_width: int | None) -> None:

@@ -3,10 +3,12 @@
     deepspeed --num_accelerators 2 --module tests.helpers.rank_scripts.mllm CASES.json FOLDER
 
 Each case is {name, family, method, ...}; rank 0 gets all samples with images, rank 1 the rest; rank 0 writes NAME.pt.
+`optim` has other options of that section; with `accumulation` every sample is a micro-batch.
 """
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -46,6 +48,9 @@ def make_recipe(folder: Path, case: dict) -> recipes.Recipe:
     recipe.engine.gradient_checkpointing = case.get("gradient_checkpointing", False)
     recipe.optim.lr, recipe.optim.warmup, recipe.optim.max_steps = 0.02, 0.0, 10
     recipe.optim.weight_decay, recipe.optim.clip = 0.0, 0.0
+    for key, value in case.get("optim", {}).items():
+        setattr(recipe.optim, key, value)
+    recipe.engine.dtype = case.get("dtype", "float32")
     recipe.data.global_batch = 4
     return recipe
 
@@ -76,7 +81,8 @@ def run_case(case: dict, folder: Path, ranks: processes.Ranks) -> dict:
     def mine(step: int) -> Step:
         chosen = slots(step, resolved.backbone)
         part = chosen[:2] if ranks.rank == 0 else chosen[2:]
-        return Step(0, step, [tiny_classifier.pack_slots(part, resolved.backbone, task)])
+        micro = [part] if resolved.recipe.optim.accumulation == 1 else [[slot] for slot in part]
+        return Step(0, step, [tiny_classifier.pack_slots(slots, resolved.backbone, task) for slots in micro])
 
     rows = [stepper.train_step(mine(step), 0.0) for step in range(STEPS)]
     found = evaluate(built.engine, resolved.backbone, task, [mine(8), mine(9)], ranks.device)
@@ -88,7 +94,7 @@ def run_case(case: dict, folder: Path, ranks: processes.Ranks) -> dict:
 
 
 def plainly(folder: Path, case: dict) -> dict:
-    """The same steps by one process, without DeepSpeed and with the whole batch at once."""
+    """The same steps by one process, without DeepSpeed and with the whole batch at once, or each sample by itself."""
     recipe, task = make_recipe(folder, case), Instruction(Options(max_new_tokens=3), None)
     resolved = tiny_classifier.make_resolved(recipe, task)
     torch.manual_seed(recipe.seed)
@@ -96,20 +102,45 @@ def plainly(folder: Path, case: dict) -> dict:
     torch.manual_seed(recipe.seed)
     model = attach(resolved, base).eval()
     trainables = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    optimizer = torch.optim.AdamW(trainables.values(), lr=0.02, weight_decay=0.0)
+    stepped = optimizers_of_torch(recipe, trainables, resolved.method.is_map)
     losses = []
     for step in range(STEPS):
-        batch = tiny_classifier.pack_slots(slots(step, resolved.backbone), resolved.backbone, task)
-        loss = task.loss(forward(model, resolved.backbone, batch), batch) / task.weight(batch)
-        losses.append(loss.item())
-        optimizer.zero_grad()
-        loss.backward()
-        for group in optimizer.param_groups:
-            group["lr"] = 0.02 * (1 - step / 10)
-        optimizer.step()
+        chosen = slots(step, resolved.backbone)
+        micro = [chosen] if recipe.optim.accumulation == 1 else [[slot] for slot in chosen]
+        batches = [tiny_classifier.pack_slots(part, resolved.backbone, task) for part in micro]
+        weight = sum(map(task.weight, batches))
+        exact = recipe.engine.dtype != "float32"  # logits in bfloat16 would round what the engine does not
+        model.zero_grad()
+        losses.append(0.0)
+        for batch in (batch for batch in batches if task.weight(batch)):
+            loss = task.loss(forward(model, resolved.backbone, batch, scores=exact), batch) / weight
+            loss.backward()
+            losses[-1] += loss.item()
+        if recipe.optim.clip:
+            torch.nn.utils.clip_grad_norm_(trainables.values(), recipe.optim.clip)
+        for optimizer in stepped:
+            for group in optimizer.param_groups:
+                group["lr"] = 0.02 * (1 - step / 10)
+            optimizer.step()
     batches = [tiny_classifier.pack_slots(slots(step, resolved.backbone), resolved.backbone, task) for step in (8, 9)]
     found = evaluate(model, resolved.backbone, task, [Step(0, 0, [b]) for b in batches], "cpu")
     return {"losses": losses, "weights": {n: p.detach() for n, p in trainables.items()}, "rows": found.rows}
+
+
+def optimizers_of_torch(recipe: recipes.Recipe, trainables: dict, is_map: Callable[[str], bool]) -> list:
+    """torch's own AdamW, or its Muon beside it for the matrices that map hidden vectors."""
+    decay = recipe.optim.weight_decay
+    maps = {n for n, p in trainables.items() if recipe.optim.name == "muon" and p.dim() == 2 and is_map(n)}
+    rest = {n: p for n, p in trainables.items() if n not in maps}
+    groups = [
+        {"params": [p for p in rest.values() if p.dim() >= 2], "weight_decay": decay},
+        {"params": [p for p in rest.values() if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    stepped = [torch.optim.AdamW([group for group in groups if group["params"]])] if rest else []
+    if maps:
+        matrices = [trainables[name] for name in trainables if name in maps]
+        stepped.append(torch.optim.Muon(matrices, weight_decay=decay, adjust_lr_fn="match_rms_adamw"))
+    return stepped
 
 
 def main() -> None:
