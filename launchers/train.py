@@ -48,12 +48,12 @@ def main() -> int:
 
     assumed = None if args.samples is None else Assumed(args.samples, args.labels or Assumed.labels)
     outline(recipe, assumed)  # mistakes in recipe or data are reported before torch is imported
-    if args.check:
-        from mmpeft_ds.engine.run_lock import first_free, refuse_taken
+    from mmpeft_ds.engine.run_lock import first_free, refuse_taken, refuse_unwritable
 
-        if args.fresh:
-            recipe.run_dir = str(first_free(Path(recipe.run_dir)))
-        refuse_taken(Path(recipe.run_dir))
+    target = first_free(Path(recipe.run_dir)) if args.fresh else Path(recipe.run_dir)
+    if args.check:
+        recipe.run_dir = str(target)
+        refuse_taken(target)
         with console.quick_imports():
             from mmpeft_ds.engine import plan
             from mmpeft_ds.engine.assembly import resolve
@@ -63,6 +63,8 @@ def main() -> int:
         if console.rank() == 0:
             show(report, args.json)
         return 0
+    if console.one_machine():  # of several only that of rank 0 may see run_dir
+        refuse_unwritable(target)
     with console.quick_imports():
         from mmpeft_ds.engine import trainer
     return trainer.run(recipe, fresh=args.fresh)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import logging
 import math
 from pathlib import Path
 from types import NoneType
@@ -11,6 +13,7 @@ from typing import Any
 from mmpeft_ds.errors import BadInput
 from mmpeft_ds.files import check_regular, sha256, write_json
 
+logger = logging.getLogger(__name__)
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 CHECKSUMS = "checksums.json"
 READ_BY_PEOPLE = ("README.md", "metrics.json", CHECKSUMS)  # which may be edited
@@ -26,7 +29,8 @@ REMEDY = (
 def whole(directory: str | Path) -> Path:
     """The directory, if all its files are there and as they were written. Raises BadInput.
 
-    Directories of before have no checksums: what can be seen of damage in them is seen where files are read.
+    Directories of before have no checksums: what can be seen of damage in them is seen where files are read, and a
+    warning says once that this is not all.
     """
     directory = Path(directory)
     absent = [name for name in FILES if not (directory / name).is_file()]
@@ -36,7 +40,18 @@ def whole(directory: str | Path) -> Path:
         )
     if (directory / CHECKSUMS).exists():
         _check(directory)
+    else:
+        _warn_unchecked(directory)
     return directory
+
+
+@functools.cache  # a command looks at its adapter more than once
+def _warn_unchecked(directory: Path) -> None:
+    logger.warning(
+        "%s: has no %s, so a changed number in its files would not be noticed. Restore it if the run wrote it.",
+        directory,
+        CHECKSUMS,
+    )
 
 
 def write_checksums(directory: Path) -> None:

@@ -133,6 +133,16 @@ def rank() -> int:
     return int(given) if given.isdecimal() else 0  # what is no number is refused when the ranks meet
 
 
+def one_machine() -> bool:
+    """Whether all ranks are known to be on this machine, from the environment of deepspeed or torchrun, or since there
+    is one alone. False where nobody says so, as under srun and mpirun."""
+    ranks = os.environ.get("WORLD_SIZE")
+    here = os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE"))
+    if ranks is None:
+        return not any(name in os.environ for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"))
+    return ranks == "1" or ranks == here
+
+
 def score_table(scores: dict[str, float], baselines: dict[str, float], title: str) -> None:
     """Print `score_text`."""
     print(score_text(scores, baselines, title))

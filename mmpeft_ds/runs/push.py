@@ -12,7 +12,7 @@ from huggingface_hub import HfApi, constants
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled
 from huggingface_hub.utils import validate_repo_id
 
-from mmpeft_ds.adapter_files import CONFIG, WEIGHTS, whole
+from mmpeft_ds.adapter_files import CHECKSUMS, CONFIG, WEIGHTS, whole
 from mmpeft_ds.errors import BadInput
 from mmpeft_ds.files import new_directory
 from mmpeft_ds.redaction import masked
@@ -68,7 +68,8 @@ def push(directory: str | Path, repo: str, out: str | Path, private: bool = Fals
 
 
 def uploaded(directory: Path) -> list[Path]:
-    """The files of an adapter directory, if they may be uploaded: without credentials and places. Raises BadInput."""
+    """The files of an adapter directory, if they may be uploaded: readable, without credentials and places. Raises
+    BadInput."""
     if (directory / "recipe.yaml").is_file():
         whole(directory)
     for name in (CONFIG, WEIGHTS):
@@ -76,6 +77,8 @@ def uploaded(directory: Path) -> list[Path]:
             raise BadInput(f"{directory}: no adapter directory, {name} is missing. Give RUN/adapter.")
     files = sorted(path for path in directory.iterdir() if path.is_file() and not path.name.startswith("."))
     for path in files:
+        if path.suffix == ".safetensors" and not (directory / CHECKSUMS).exists():
+            _check_numbers(path)
         for number, line in enumerate(_lines(path), 1):
             if masked(line) != line:
                 raise BadInput(
@@ -86,6 +89,13 @@ def uploaded(directory: Path) -> list[Path]:
                     f"{path}:{number}: holds a path of this machine, {place.group()}. Replace it by a name."
                 )
     return files
+
+
+def _check_numbers(path: Path) -> None:
+    """Refuse weights that nobody could load. Raises BadInput."""
+    from mmpeft_ds.engine.assembly.saved_adapter import read_tensors  # imports torch, which checksums make needless
+
+    read_tensors(path)
 
 
 def _lines(path: Path) -> list[str]:

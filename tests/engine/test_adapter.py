@@ -255,7 +255,7 @@ def test_the_model_card_says_how_to_load_it(exported):
     assert "mmpeft_ds.load" in card and "toy" in card and "CC0-1.0" in card and "accuracy" in card
 
 
-def test_a_changed_byte_in_any_file_is_noticed_and_the_model_card_may_be_edited(exported, tmp_path):
+def test_a_changed_byte_in_any_file_is_noticed_and_the_model_card_may_be_edited(exported, tmp_path, caplog):
     target = copy(exported[0], tmp_path / "a")
     (target / "README.md").write_text("mine")
     assert whole(target) == target
@@ -276,4 +276,7 @@ def test_a_changed_byte_in_any_file_is_noticed_and_the_model_card_may_be_edited(
     with pytest.raises(BadInput, match="gone.json: is missing"):
         whole(target)
     (target / CHECKSUMS).unlink()
-    assert whole(target) == target, "a directory of a version before"
+    assert not caplog.messages
+    assert whole(target) == whole(target) == target, "a directory of a version before"
+    (line,) = caplog.messages
+    assert line.startswith(f"{target}: has no checksums.json, so a changed number")

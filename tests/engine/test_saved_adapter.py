@@ -11,6 +11,8 @@ from pathlib import Path
 import peft
 import pytest
 import torch
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -98,6 +100,52 @@ def test_an_adapter_that_does_not_fit_is_refused(saved):
                 peft.PeftModel.from_pretrained(copy.deepcopy(base), directory)
 
 
+def scaled(tmp_path: Path, **options: object) -> tuple[Path, Section, nn.Module, PeftModel]:
+    """A LoRA whose layers have scales of their own, as a run saves it: directory, method, a fresh base, model."""
+    base = ZOO["bert"].build()
+    section = Section.read(methods, {"name": "lora", "r": 4, "lora_alpha": 6, **options}, "method", Origin())
+    method = section.entry
+    config = method.prepare(method.config(section.options, section.origin), base, find_sites(base))
+    model = method.attach(config, copy.deepcopy(base))
+    if options["init_lora_weights"] == "eva":
+        layers = [n for n, p in model.named_parameters() if ".lora_A." in n]
+        method.restart(model, {name: (3 + number % 3, 16) for number, name in enumerate(layers)})
+    trained = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+    saved = method.saved_tensors(model, trained)
+    model.save_pretrained(tmp_path / "adapter", state_dict=dict(saved), save_embedding_layers=False)
+    written = json.loads((tmp_path / "adapter" / CONFIG).read_text())
+    (tmp_path / "adapter" / CONFIG).write_text(json.dumps(written | method.saved_fields(config)))
+    return tmp_path / "adapter", section, base, model
+
+
+OWN_SCALES = {
+    "eva": {"init_lora_weights": "eva"},
+    "eva without": {"init_lora_weights": "eva", "eva_config": {"adjust_scaling_factors": False}},
+    "pissa": {"init_lora_weights": "pissa", "alpha_pattern": {"query": 3.0}, "use_rslora": True},
+    "recipe": {"init_lora_weights": True, "alpha_pattern": {"query": 3}},
+}
+
+
+@pytest.mark.parametrize("options", OWN_SCALES.values(), ids=OWN_SCALES)
+def test_scales_of_single_layers_are_those_of_the_run_or_are_refused(tmp_path, options):
+    directory, section, base, model = scaled(tmp_path, **options)
+    loaded = attach_saved(directory, copy.deepcopy(base), section)
+    expected, scales = (
+        {name: layer.scaling["default"] for name, layer in made.named_modules() if isinstance(layer, LoraLayer)}
+        for made in (model, loaded)
+    )
+    assert scales == pytest.approx(expected) and scales
+    right = json.loads((directory / CONFIG).read_text())["alpha_pattern"]
+    assert right or options.get("eva_config"), "the case has scales of its own"
+    twice = {name: 2 * alpha for name, alpha in right.items()}
+    for wrong in ({}, twice, right | {"value": 1}, right | {"value": "1"}):
+        if wrong == right:
+            continue
+        edited(alpha_pattern=wrong)(directory)
+        with pytest.raises(BadInput, match="alpha_pattern is .* in the recipe beside it"):
+            attach_saved(directory, copy.deepcopy(base), section)
+
+
 # Names of modules before transformers 4.52, by those of today.
 BEFORE_4_52 = {
     "llava": {
@@ -175,6 +223,8 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "another method": (edited(peft_type="IA3"), "peft_type is 'IA3'"),
     "absurd rank": (edited(r=10**9), "r is 1000000000, but 8 in the recipe"),
     "another scale": (edited(lora_alpha=64), "lora_alpha is 64, but 8"),
+    "scales of some": (edited(alpha_pattern={"q_proj": 64, "qkv": 64}), "alpha_pattern is .* but {} in the recipe"),
+    "scales of another type": (edited(alpha_pattern=[1]), r"alpha_pattern is \[1\], but {} in the recipe"),
     "ranks of some": (edited(rank_pattern={"q_proj": 3, "qkv": 3}), "another shape"),
     "other modules": (edited(target_modules=["lm_head"]), "does not fit"),
     "no such modules": (edited(target_modules=["nowhere"]), "cannot be attached"),

@@ -9,6 +9,7 @@ import pytest
 from benchmarks import startup
 from tests.helpers import ROOT, commands, light_process
 from tests.helpers.data.images import encoded
+from tests.helpers.runs import endless
 
 LIGHT = [command for command in startup.commands() if command.kind != "check"]
 HELP = [command for command in LIGHT if command.kind == "help"]
@@ -81,10 +82,9 @@ def run(tmp_path):
     """Run Python in a process of its own: (exit code, stderr, heavy modules that it or its children imported)."""
     environment, log = light_process.recording(tmp_path)
 
-    def _run(*args: str) -> tuple[int, str, set[str]]:
-        done = subprocess.run(
-            [sys.executable, *map(str, args)], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120
-        )
+    def _run(*args: str, **variables: str) -> tuple[int, str, set[str]]:
+        command, env = [sys.executable, *map(str, args)], environment | variables
+        done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
         return done.returncode, done.stderr, set(log.read_text().split())
 
     return _run
@@ -110,6 +110,17 @@ def test_preparing_and_looking_imports_nothing_heavy_in_any_process(run, tmp_pat
     code, err, heavy = run("launchers/train.py", "--recipe", "recipes/quickstart.yaml", *overrides)
     assert code == 2 and not heavy
     assert "the task is vqa" in err and "Use task captioning or retrieval" in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("ranks", [{}, {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_SIZE": "2"}], ids=["alone", "of two"])
+def test_a_run_directory_that_cannot_be_written_is_refused_at_once(run, tmp_path, ranks):
+    recipe = endless.prepare(tmp_path)
+    (tmp_path / "file").touch()
+    for given, why in (("/proc/run", "/proc cannot be written"), (tmp_path / "file" / "run", "file is a file")):
+        code, err, heavy = run("launchers/train.py", "--recipe", recipe, "--set", f"run_dir={given}", **ranks)
+        assert code == 2 and not heavy
+        if not ranks:  # else rank 0 says it
+            assert err.startswith(f"error: run_dir {given}: ") and why in err and err.count("\n") == 1
 
 
 def test_recipes_and_public_names_import_nothing_heavy(run):

@@ -6,8 +6,9 @@ from types import SimpleNamespace
 import pytest
 from huggingface_hub import HfApi, constants
 from huggingface_hub.errors import HfHubHTTPError
+from safetensors.torch import load_file, save_file
 
-from mmpeft_ds.adapter_files import write_checksums
+from mmpeft_ds.adapter_files import CHECKSUMS, WEIGHTS, write_checksums
 from mmpeft_ds.errors import BadInput
 from mmpeft_ds.runs import push
 from tests.helpers.runs import tiny_adapters
@@ -41,7 +42,7 @@ def hub(monkeypatch):
     return asked
 
 
-def refused(status):
+def answered(status):
     error = HfHubHTTPError.__new__(HfHubHTTPError)  # its response is of whatever client the hub's library uses
     error.response = SimpleNamespace(status_code=status)
     return error
@@ -72,7 +73,7 @@ def test_a_hub_that_does_not_answer_is_no_network(adapter, hub, tmp_path):
 
 @pytest.mark.parametrize(("status", "mend"), [(401, "hf auth whoami"), (500, "later")])
 def test_what_the_hub_refuses_is_one_line(adapter, hub, tmp_path, status, mend):
-    hub["answer"] = refused(status)
+    hub["answer"] = answered(status)
     with pytest.raises(BadInput, match=f"the hub answered {status}.*{mend}"):
         push.push(adapter, "me/thing", tmp_path / "out")
 
@@ -103,3 +104,24 @@ def test_credentials_and_places_are_refused_by_file_and_line(adapter, hub, tmp_p
             (adapter / "checksums.json").unlink()
         push.push(adapter, "me/thing", tmp_path / "out")
     assert "repo" not in hub
+
+
+WEIGHTS_DAMAGE = {
+    "cut": lambda path: path.write_bytes(path.read_bytes()[:-9]),
+    "no header": lambda path: path.write_bytes(b"\xff" * 8),
+    "empty": lambda path: path.write_bytes(b""),
+    "not a number": lambda path: save_file({n: t * float("nan") for n, t in load_file(path).items()}, path),
+}
+
+
+@pytest.mark.parametrize("damage", WEIGHTS_DAMAGE)
+def test_without_checksums_weights_that_nobody_could_load_are_refused(adapter, hub, tmp_path, damage, caplog):
+    (adapter / CHECKSUMS).unlink()
+    assert push.push(adapter, "me/thing", tmp_path / "out")
+    (line,) = caplog.messages
+    assert f"has no {CHECKSUMS}, so a changed number in its files would not be noticed" in line
+    hub.pop("repo")
+    WEIGHTS_DAMAGE[damage](adapter / WEIGHTS)
+    with pytest.raises(BadInput, match=f"{WEIGHTS}: (cannot be read|.* not finite)") as refused:
+        push.push(adapter, "me/thing", tmp_path / "out")
+    assert "\n" not in str(refused.value) and "repo" not in hub

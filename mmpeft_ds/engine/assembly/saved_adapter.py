@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import logging
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -95,12 +96,29 @@ def read_config(path: Path, base_model: PreTrainedModel, section: Section, renam
         # (nor does how the base stores its weights: a quantised layer is no Conv1D)
         if stated(here) and stated(there) and here != there and not option.startswith(("init_", "fan_in_")):
             raise BadInput(f"{path}: {option} is {here!r}, but {there!r} in the recipe beside it. {REMEDY}")
+    _check_scales(path, config, expected, of_recipe)
     config.inference_mode = False
     modules = {name for name, _ in base_model.named_modules()}
     for option in ("target_modules", "modules_to_save"):
         if isinstance(paths := vars(config).get(option), (list, set)):
             setattr(config, option, type(paths)(rename(p) if rename(p) in modules else p for p in paths))
     return config
+
+
+def _check_scales(path: Path, config: PeftConfig, expected: PeftConfig, of_recipe: PeftConfig) -> None:
+    """Refuse another `alpha_pattern` than that of the recipe, also where one of the two is empty: it scales single
+    layers, and no tensor shows it. Raises BadInput."""
+    here, there = (vars(c).get("alpha_pattern") or {} for c in (config, expected))
+    try:
+        if vars(of_recipe).get("init_lora_weights") == "eva" and of_recipe.eva_config.adjust_scaling_factors:
+            # The ranks that it has shared out are those of the tensors, or these do not fit; a layer keeps its scale.
+            scale = of_recipe.lora_alpha / of_recipe.r
+            there = {name: scale * rank for name, rank in (config.rank_pattern or {}).items()}
+        same = here.keys() == there.keys() and all(math.isclose(here[name], there[name]) for name in here)
+    except (AttributeError, TypeError):  # no mapping of names to numbers
+        same = False
+    if not same:
+        raise BadInput(f"{path}: alpha_pattern is {here!r}, but {there!r} in the recipe beside it. {REMEDY}")
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -168,5 +186,7 @@ def under_present_names(
 
 
 def stated(value: object) -> bool:
-    """Whether the value of an option can be compared: peft shortens lists, and old recipes left out mappings."""
-    return isinstance(value, (bool, int, float, str)) or (isinstance(value, dict) and bool(value))
+    """Whether the value of an option can be compared: peft shortens lists of names, and old recipes left out
+    mappings."""
+    numbers = isinstance(value, list) and all(type(one) is int for one in value)
+    return isinstance(value, (bool, int, float, str)) or (bool(value) and (numbers or isinstance(value, dict)))
