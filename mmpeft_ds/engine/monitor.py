@@ -95,14 +95,12 @@ class Monitor(Observer):
         self.metrics = (directory / "metrics.jsonl").open("a+b", buffering=0)
         self.board = None
         if options.tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
+            from mmpeft_ds.engine.board import Board
 
             # The files are cut already; a TensorBoard that has been open since before still holds the old points.
-            first = start + 1 if start else 0
-            with naming(directory / "tensorboard"):
-                self.board = SummaryWriter(str(directory / "tensorboard"), flush_secs=30, purge_step=first)
-                if start == 0:
-                    self.board.add_text("recipe", f"```yaml\n{recipe}\n```", 0)
+            self.board = Board(directory / "tensorboard", start + 1 if start else 0)
+            if start == 0:
+                self.board.add("text", "recipe", f"```yaml\n{recipe}\n```", 0)
         self.progress = Progress(f"train {name}".rstrip(), total, "steps", done=start, first_and_last=True)
         self.progress.__enter__()  # until `close`
 
@@ -118,25 +116,25 @@ class Monitor(Observer):
             return
         step = row["step"]
         for name, value in row.get("graph", {}).items():  # of the steps in which it was measured
-            self.board.add_scalar(f"graph/{name}", value, step)
+            self.board.add("scalar", f"graph/{name}", value, step)
         if step % self.options.every:
             return
         for key, tag in SCALARS.items():
             if key in row:
-                self.board.add_scalar(tag, row[key], step)
+                self.board.add("scalar", tag, row[key], step)
         if "source_name" in row:  # the losses of several tasks are not comparable, so each has its own curve
-            self.board.add_scalar(f"train/loss/{row['source_name']}", row["loss"], step)
+            self.board.add("scalar", f"train/loss/{row['source_name']}", row["loss"], step)
         for name, norm in row["grad_norms"].items():
-            self.board.add_scalar(f"grad_norm/{name}", norm, step)
+            self.board.add("scalar", f"grad_norm/{name}", norm, step)
         for key, tag in (("rss_mib", "memory_mib"), ("device_mib", "device_memory_mib")):
             for name, value in per_rank(row.get(key, []), step).items():
-                self.board.add_scalar(f"{tag}/{name}", value, step)
+                self.board.add("scalar", f"{tag}/{name}", value, step)
         for kind, count in row["bad"].items():
-            self.board.add_scalar(f"bad_samples/{kind}", count, step)
+            self.board.add("scalar", f"bad_samples/{kind}", count, step)
         for kind, count in row.get("cut_texts", {}).items():
-            self.board.add_scalar(f"cut_texts/{kind}", count, step)
+            self.board.add("scalar", f"cut_texts/{kind}", count, step)
         if row.get("control_tokens"):
-            self.board.add_scalar("control_tokens/texts", row["control_tokens"], step)
+            self.board.add("scalar", "control_tokens/texts", row["control_tokens"], step)
 
     def evaluation(self, split: str, step: int, evaluation: Any) -> None:
         # events.py knows these tags, to remove the points of an evaluation that is made again
@@ -145,15 +143,15 @@ class Monitor(Observer):
         if self.board is None:
             return
         for name, value in evaluation.scores.items():
-            self.board.add_scalar(f"eval/{split}/{name}", value, step)
+            self.board.add("scalar", f"eval/{split}/{name}", value, step)
         for kind, count in evaluation.texts.cut.items():
-            self.board.add_scalar(f"cut_texts/{split}/{kind}", count, step)
+            self.board.add("scalar", f"cut_texts/{split}/{kind}", count, step)
         if evaluation.texts.control:
-            self.board.add_scalar(f"control_tokens/{split}/texts", evaluation.texts.control, step)
+            self.board.add("scalar", f"control_tokens/{split}/texts", evaluation.texts.control, step)
         if evaluation.pictures:
-            self.board.add_image(f"predictions/{split}", page(evaluation.pictures), step)
+            self.board.add("image", f"predictions/{split}", page(evaluation.pictures), step)
         if evaluation.graph is not None:
-            self.board.add_image(f"graph/{split}", evaluation.graph, step)
+            self.board.add("image", f"graph/{split}", evaluation.graph, step)
         self.board.flush()
 
     def say(self, line: str) -> None:
@@ -168,8 +166,10 @@ class Monitor(Observer):
                 self.board.flush()  # it writes only every half minute by itself
 
     def _see_to_files(self) -> None:
-        """See that the directory is still this run's, and write metrics.jsonl again if somebody has removed it."""
+        """See that the directory is still this run's, and write its files again if somebody has removed them."""
         self.keep()
+        if self.board is not None and self.board.restore():
+            self.say(f"note: {self.board.path} was removed; the points of this start are written again")
         path = Path(self.metrics.name)
         with naming(path):
             status = os.fstat(self.metrics.fileno())  # over NFS an error, where another machine has removed it
@@ -188,8 +188,7 @@ class Monitor(Observer):
         with contextlib.suppress(OSError):  # failures to write have been reported where they occurred
             self.metrics.close()
         if self.board is not None:
-            with contextlib.suppress(OSError):
-                self.board.close()
+            self.board.close()
 
 
 def per_rank(values: list[float], step: int) -> dict[str, float]:

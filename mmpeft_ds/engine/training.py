@@ -11,7 +11,7 @@ from typing import Any
 from mmpeft_ds import recipe as recipes
 from mmpeft_ds.data.bad_budget import BadBudget
 from mmpeft_ds.data.stream import Step, Stream
-from mmpeft_ds.distributed.collectives import on_rank0
+from mmpeft_ds.distributed.collectives import first_message, on_rank0
 from mmpeft_ds.distributed.processes import Ranks
 from mmpeft_ds.engine import calibrate, checkpoint, summary
 from mmpeft_ds.engine.assembly.build import Built
@@ -87,8 +87,9 @@ class Training:
             self.observer.say(line)
 
     def say_stopped(self) -> None:
-        """Print that a stop request ended the run early."""
-        why = f" ({self.stop.reason})" if self.stop.reason else ""  # only another rank may know
+        """Print that a stop request ended the run early, and why: any rank may know. Collective."""
+        reason = first_message(self.stop.reason)
+        why = f" ({reason})" if reason else ""
         where = f"step {self.state.step} of {self.total}"
         self.observer.say(f"stopped after {where}; the same command continues it{why}")
 
