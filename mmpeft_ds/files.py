@@ -110,6 +110,16 @@ def naming(path: Path) -> Iterator[None]:
         raise CannotWrite(int(quoted[1]), os.strerror(int(quoted[1])), str(path)) from error
 
 
+def is_removed(file: IO[bytes], path: Path) -> bool:
+    """Whether the open file `path` has been removed or replaced. Raises OSError over NFS, by another machine."""
+    status = os.fstat(file.fileno())
+    if status.st_nlink:
+        return False
+    with contextlib.suppress(FileNotFoundError):
+        return not os.path.samestat(os.stat(path), status)  # some file systems count no links
+    return True
+
+
 def append(file: IO[bytes], data: bytes) -> None:
     """Add all of `data` to the end of a file that is open without a buffer, or nothing of it where that fails."""
     before, left = os.fstat(file.fileno()).st_size, memoryview(data)

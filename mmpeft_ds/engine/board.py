@@ -1,95 +1,85 @@
-"""TensorBoard's files of a run that goes on although somebody removes them."""
+"""TensorBoard's event file of a run: whole records at any moment, and written again where somebody removes it.
+
+torch's SummaryWriter opens the file by its name for every record, in a thread: one that was removed would begin anew,
+without its head and all points before, and without its folder the thread ends in a traceback.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import functools
+import io
+import itertools
 import os
-from collections.abc import Callable
+import socket
+import time
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from torch.utils.tensorboard import SummaryWriter
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+from tensorboard.summary.writer.record_writer import RecordWriter
+from torch.utils.tensorboard import summary
 
-from mmpeft_ds.files import naming, write_atomic
+from mmpeft_ds.files import append, is_removed, naming, write_atomic
 
-_HEAD = 48  # bytes of a file's first record that no other file begins with: its length, its time, its kind
+_KINDS = {"scalar": summary.scalar, "image": functools.partial(summary.image, dataformats="CHW"), "text": summary.text}
+_NUMBERS = itertools.count()  # of the files of this process
 
 
 class Board:
-    """A SummaryWriter whose file is written again when it is removed.
-
-    TensorBoard's writer opens the file by its name for every record: one that was removed would begin anew, without
-    its head and all points before; if its folder is gone, the writer ends for good.
+    """One event file, which is new.
 
     Args:
         folder: of the event files; it is made.
-        first: the first step that will be written; a TensorBoard that has been open since before drops it and all
-            later ones.
+        first: the first step that will be written; a TensorBoard that has been open since before drops what it has of
+            that and later ones.
+
+    Raises:
+        CannotWrite: by every method, which then leaves the file as it was.
     """
 
     def __init__(self, folder: Path, first: int):
-        self.folder = folder
-        self.kept: dict[Path, BinaryIO] = {}  # files of this start, by which a removed one can still be read
-        self._open(first)
+        name = f"{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}.{next(_NUMBERS)}"
+        self.path, self.pending = folder / f"events.out.tfevents.{name}", io.BytesIO()
+        self._record(Event(file_version="brain.Event:2"))
+        self._record(Event(step=first, session_log=SessionLog(status=SessionLog.START)))
+        self.head = self.pending.getvalue()
+        self.file = self._opened()
+        self.write()
 
-    def add(self, kind: str, *values: Any) -> None:
-        """Call `add_KIND` of the SummaryWriter. Raises OSError where its file cannot be written."""
-        self._attempt(lambda: getattr(self.writer, f"add_{kind}")(*values))
+    def add(self, kind: str, tag: str, value: Any, step: int) -> None:
+        """Note a point, which `write` writes: `scalar`, `image` (3, H, W) in [0, 1], or `text`, which is Markdown."""
+        self._record(Event(step=step, summary=_KINDS[kind](tag, value)))
 
-    def flush(self) -> None:
-        """Write all points so far."""
-        self._attempt(lambda: self.writer.flush())
+    def write(self) -> None:
+        """Write the points noted so far, all of them or none."""
+        points, self.pending = self.pending.getvalue(), io.BytesIO()
+        append(self.file, points)
 
     def restore(self) -> bool:
-        """Write files of this start again if somebody has removed them; True if so."""
-        gone = [path for path, kept in self.kept.items() if not _leads_to(path, kept)]
-        if gone:
-            self._write_again(gone)
-        return bool(gone)
+        """Write the file again if somebody has removed or replaced it; True if so."""
+        content = self.head
+        with contextlib.suppress(OSError):  # over NFS what another machine has removed cannot be read any more
+            if not is_removed(self.file, self.path):
+                return False
+            self.file.seek(0)
+            content = self.file.read()
+        opened = self._opened(content)
+        self.close()
+        self.file = opened
+        return True
 
     def close(self) -> None:
-        """Write all points, and close the files."""
-        for file in (self.writer, *self.kept.values()):
-            with contextlib.suppress(OSError):  # failures to write have been reported where they occurred
-                file.close()
+        """Close the file; what was not written is dropped."""
+        with contextlib.suppress(OSError):  # failures to write have been reported where they occurred
+            self.file.close()
 
-    def _open(self, first: int | None) -> None:
-        with naming(self.folder):
-            before = set(self._files())
-            self.writer = SummaryWriter(str(self.folder), flush_secs=30, purge_step=first)
-            self.path = next(path for path in self._files() if path not in before)
-            self.kept[self.path] = self.path.open("rb")
+    def _opened(self, content: bytes = b"") -> BinaryIO:
+        with naming(self.path):
+            self.path.parent.mkdir(exist_ok=True)
+            write_atomic(self.path, content)
+            return self.path.open("a+b", buffering=0)
 
-    def _files(self) -> list[Path]:
-        return sorted(self.folder.glob("*.tfevents.*"))
-
-    def _attempt(self, write: Callable[[], object]) -> None:
-        try:
-            write()
-        except FileNotFoundError:  # the folder was removed since the last look
-            self.restore()
-            with naming(self.path):
-                write()
-
-    def _write_again(self, gone: list[Path]) -> None:
-        with contextlib.suppress(OSError):
-            self.writer.close()
-        for path in gone:
-            old = new = b""
-            with contextlib.suppress(OSError), self.kept.pop(path) as kept:  # not over NFS by another machine
-                kept.seek(0)
-                old = kept.read()
-            with contextlib.suppress(OSError):
-                new = path.read_bytes()
-            with naming(path):
-                if not new or new[:_HEAD] != old[:_HEAD]:  # else somebody has put a copy there
-                    self.folder.mkdir(exist_ok=True)
-                    write_atomic(path, old + new)
-                self.kept[path] = path.open("rb")
-        self._open(None)
-
-
-def _leads_to(path: Path, file: BinaryIO) -> bool:
-    with contextlib.suppress(OSError):
-        return os.path.samestat(os.stat(path), os.fstat(file.fileno()))
-    return False
+    def _record(self, event: Event) -> None:
+        event.wall_time = time.time()
+        RecordWriter(self.pending).write(event.SerializeToString())

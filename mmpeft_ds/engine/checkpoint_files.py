@@ -85,12 +85,14 @@ def listing(folder: Path) -> list[Path]:
 
 def newest(folder: Path) -> Path | None:
     """The checkpoint in `folder` to continue from; see `checkpoint.newest_valid`. Raises BadInput."""
-    candidates = listing(folder)
+    candidates, complaints = listing(folder), []
     pointer = folder / "latest"
     if pointer.is_file():  # takes precedence, so that a user may move it back by hand
-        named = [p for p in candidates if p.name == pointer.read_text(errors="replace").strip()]
+        name = pointer.read_text(errors="replace").strip()
+        named = [p for p in candidates if p.name == name]
         candidates = named + [p for p in candidates if p not in named]
-    complaints = []
+        if not named:
+            complaints.append(f"checkpoint {name[:30]!r}, which `latest` names, is missing")
     for path in candidates:
         wrong = damage(path) or _unreadable(path)
         if wrong is None:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from mmpeft_ds import contact_sheet
-from mmpeft_ds.files import append, naming, write_atomic
+from mmpeft_ds.files import append, is_removed, naming, write_atomic
 from mmpeft_ds.progress import Progress
 from mmpeft_ds.recipe.options import MonitorOptions
 
@@ -101,6 +101,7 @@ class Monitor(Observer):
             self.board = Board(directory / "tensorboard", start + 1 if start else 0)
             if start == 0:
                 self.board.add("text", "recipe", f"```yaml\n{recipe}\n```", 0)
+                self.board.write()
         self.progress = Progress(f"train {name}".rstrip(), total, "steps", done=start, first_and_last=True)
         self.progress.__enter__()  # until `close`
 
@@ -112,8 +113,12 @@ class Monitor(Observer):
             note=f"loss {row['loss']:.4f}, {row['samples_per_second']:.0f} samples/s",
             details=f"epoch {row['epoch']}, lr {row['lr']:.2e}",
         )
-        if self.board is None:
-            return
+        if self.board is not None:
+            self._draw(row)
+            self.board.write()
+
+    def _draw(self, row: dict[str, Any]) -> None:
+        """Add the points of a step to TensorBoard."""
         step = row["step"]
         for name, value in row.get("graph", {}).items():  # of the steps in which it was measured
             self.board.add("scalar", f"graph/{name}", value, step)
@@ -152,7 +157,7 @@ class Monitor(Observer):
             self.board.add("image", f"predictions/{split}", page(evaluation.pictures), step)
         if evaluation.graph is not None:
             self.board.add("image", f"graph/{split}", evaluation.graph, step)
-        self.board.flush()
+        self.board.write()
 
     def say(self, line: str) -> None:
         between = ":\n" if "\n" in line else ": "
@@ -162,23 +167,18 @@ class Monitor(Observer):
         self._see_to_files()
         with naming(Path(self.metrics.name)):
             os.fsync(self.metrics.fileno())  # a checkpoint must not be on disk before the lines up to it
-            if self.board is not None:
-                self.board.flush()  # it writes only every half minute by itself
 
     def _see_to_files(self) -> None:
         """See that the directory is still this run's, and write its files again if somebody has removed them."""
         self.keep()
         if self.board is not None and self.board.restore():
-            self.say(f"note: {self.board.path} was removed; the points of this start are written again")
+            self.say(f"note: {self.board.path} was removed or replaced; it is written again, with its points")
         path = Path(self.metrics.name)
         with naming(path):
-            status = os.fstat(self.metrics.fileno())  # over NFS an error, where another machine has removed it
-            if status.st_nlink:
+            if not is_removed(self.metrics, path):
                 return
-            with contextlib.suppress(FileNotFoundError):
-                if os.path.samestat(os.stat(path), status):  # a file system that does not count links
-                    return
-            write_atomic(path, os.pread(self.metrics.fileno(), status.st_size, 0))
+            self.metrics.seek(0)
+            write_atomic(path, self.metrics.read())
         self.metrics.close()
         self.metrics = path.open("a+b", buffering=0)
         self.say(f"note: {path} was removed or replaced; it is written again, with the lines of all steps")

@@ -6,6 +6,7 @@ import json
 import logging
 import multiprocessing
 import os
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -120,6 +121,19 @@ def test_a_pointer_moved_back_by_hand_is_followed(tmp_path):
     write(tmp_path, 10)
     (tmp_path / "checkpoints" / "latest").write_text("step-00000005\n")
     assert checkpoint.newest_valid(tmp_path) == first
+
+
+def test_a_newest_checkpoint_that_somebody_removed_is_named_and_a_run_without_any_does_not_begin_anew(
+    tmp_path, caplog
+):
+    first, second = write(tmp_path, 5), write(tmp_path, 10)
+    shutil.rmtree(second)
+    assert checkpoint.newest_valid(tmp_path) == first
+    (line,) = caplog.messages
+    assert line == "checkpoint 'step-00000010', which `latest` names, is missing; continuing from step-00000005"
+    shutil.rmtree(first)
+    with pytest.raises(BadInput, match="no checkpoint is whole .checkpoint 'step-00000010', which `latest` names"):
+        checkpoint.newest_valid(tmp_path)
 
 
 def test_an_evaluation_is_added_to_the_checkpoint_that_was_saved_before_it(tmp_path):

@@ -23,12 +23,11 @@ import pytest
 import torch
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tensorboard.summary.writer import event_file_writer
 from torch.utils.tensorboard import SummaryWriter
 
 from mmpeft_ds import recipe as recipes
 from mmpeft_ds.data.manifest import Manifest
-from mmpeft_ds.engine import checkpoint, checkpoint_files, identities, run_lock, rundir
+from mmpeft_ds.engine import board, checkpoint, checkpoint_files, identities, run_lock, rundir
 from mmpeft_ds.engine.evaluator import Evaluation
 from mmpeft_ds.engine.monitor import Monitor
 from mmpeft_ds.engine.rundir import RunDir
@@ -486,7 +485,7 @@ SECONDS = itertools.count(1_700_000_000)
 def monitored(folder: Path, start: int, steps: range, loss: float, score: float, again: bool = False) -> None:
     """What one process writes: `steps`, and an evaluation after the last of them; `again`: first one at `start`."""
     second = next(SECONDS)
-    with mock.patch.object(event_file_writer, "time", SimpleNamespace(time=lambda: second)):
+    with mock.patch.object(board, "time", SimpleNamespace(time=lambda: second)):
         monitor = Monitor(folder, MonitorOptions(), 9, start, "seed: 7")
     evaluation = Evaluation({"accuracy": score}, [], [(torch.rand(3, 8, 8), [])])
     if again:
