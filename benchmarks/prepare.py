@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Pictures per second of prepare.py beside a plain script that writes the same samples with webdataset.ShardWriter.
 
-    python benchmarks/prepare.py        two sizes of pictures, three rounds; writes docs/benchmarks/prepare.*
+    python benchmarks/prepare.py        three sizes of pictures, three rounds; writes docs/benchmarks/prepare.*
     python benchmarks/prepare.py --pictures 200 --rounds 1 --records 1000 --out runs
     ... --img2dataset VENV/bin/python --energon VENV/bin/python     interpreters that have these packages, as peers
 
@@ -32,7 +32,7 @@ sys.path[0] = str(ROOT)
 
 from benchmarks import _page  # noqa: E402
 
-SIZES = {"640 x 480": (480, 640), "160 x 120": (120, 160)}
+SIZES = {"640 x 480": (480, 640), "320 x 240": (240, 320), "160 x 120": (120, 160)}
 SIDE = 96
 PLAIN = """
 import io, json, sys
@@ -157,9 +157,9 @@ def commands_of(root: Path, out: Path, side: int, args: argparse.Namespace) -> d
 
 def measure_speed(folder: Path, args: argparse.Namespace) -> list[dict]:
     """Rows of the first table."""
-    large, small = SIZES
+    large, *_, small = SIZES
     # The start does not depend on the pictures' size.
-    cases = [(small, FEW, 0), (large, args.pictures, 0), (small, args.pictures, 0)]
+    cases = [(small, FEW, 0), *((size, args.pictures, 0) for size in SIZES)]
     cases += [(small, FEW, SIDE), (large, args.pictures // 4, SIDE)]
     roots, kib = {}, {}
     for size, count, _ in cases:

@@ -74,10 +74,13 @@ class Gqa(LayoutSource):
             index.keep(LISTED, questions.check_listed(annotations.json_value(published), published))
         elif self.options.form == "lxmert":
             rows = itertools.chain.from_iterable(annotations.items(file) for file in files)
-            index.keep(LISTED, questions.given_answers(rows, lambda row: row["label"]))
+            index.keep(
+                LISTED, questions.given_answers(index, rows, lambda row: row["label"], lambda row: row["question_id"])
+            )
         else:
             pairs = itertools.chain.from_iterable(annotations.pairs(file) for file in files)
-            index.keep(LISTED, questions.given_answers(pairs, lambda pair: [pair[1]["answer"]]))
+            listed = questions.given_answers(index, pairs, lambda pair: [pair[1]["answer"]], lambda pair: pair[0])
+            index.keep(LISTED, listed)
 
     def also_read(self) -> list[str]:
         return [*self.files()["train"], *([self._published_list()] if self.options.form == "lxmert" else [])]

@@ -56,7 +56,7 @@ EACH = 64  # of so many lines the place of one is kept
 MAX_CLASSES = 1_000_000
 CONTENT = ("caption", "captions", "question", "questions", "label", "conversations")
 FILES = ("image", "video", "videos", "features")
-OF_QUESTION = ("question", "answer", "answers", "question_id", "type")
+OF_QUESTION = ("question", "answer", "answers", "question_id", "type", "weight")
 
 
 @dataclass

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from data_prep.sources.common import annotations, captions, questions
-from data_prep.sources.common.entry import Aside, Elsewhere, Entry
+from data_prep.sources.common.entry import Aside, Elsewhere, Entry, finding_split
 from data_prep.sources.common.index import Index
 from data_prep.sources.common.videos import VideoOptions, VideoSource, name_of
 
@@ -70,15 +70,15 @@ class MsrVtt(VideoSource):
         if self.options.form == "full":
             self._all = {f"video{n}": None for numbers in FULL.values() for n in numbers}
         if self.options.form == "qa":
-            index.keep(LISTED, self._answers(self.root / self.files()["train"][0]))
+            index.keep(LISTED, self._answers(index, self.root / self.files()["train"][0]))
 
-    def _answers(self, train: Path) -> list[str]:
+    def _answers(self, index: Index, train: Path) -> list[str]:
         """ClipBERT's list where it is there, else the answers of the training questions."""
         published = self.root / self._anywhere(ANSWERS)
         if train.suffix == ".jsonl" and published.is_file():
             return questions.check_listed(annotations.json_value(published), published)
         rows = annotations.records(train) if train.is_file() else ()
-        return questions.given_answers(rows, lambda row: [row["answer"]])
+        return questions.given_answers(index, rows, lambda row: [row["answer"]], lambda row: row.get("id"))
 
     def entries(self, split: str, index: Index) -> Iterator[Entry]:
         files = [self.root / name for name in self.files()[split]]
@@ -101,7 +101,8 @@ class MsrVtt(VideoSource):
         for file in files:
 
             def entry(row: Any, of_half: str = f"{file.stem} " if len(files) > 1 else "") -> Entry:
-                video = _video(row[name])
+                with finding_split(first):
+                    video = _video(row[name])
                 if video not in wanted and (video in self._all or not first):
                     raise Elsewhere
                 if video not in wanted:

@@ -42,7 +42,7 @@ class MsvdQa(VideoSource):
         index.put_once(CLIPS, split, lines, _clip, f"line of {MAPPING}", "video named before")
         train = self.root / "train_qa.json"
         rows = annotations.items(train) if train.is_file() else ()
-        index.keep(LISTED, questions.given_answers(rows, lambda row: [row["answer"]]))
+        index.keep(LISTED, questions.given_answers(index, rows, lambda row: [row["answer"]], lambda row: row["id"]))
 
     def entries(self, split: str, index: Index) -> Iterator[Entry]:
         def entry(row: Any) -> Entry:

@@ -85,7 +85,9 @@ class Nlvr2(LayoutSource):
         answer = str(label).lower()
         if answer not in ANSWERS:
             raise Aside("label neither True nor False", name)
-        return {"question": annotations.text(sentence), "answers": [answer]}
+        if not annotations.text(sentence).strip():
+            raise Aside("sentence empty", name)
+        return {"question": sentence, "answers": [answer]}
 
     def record(self, items: list[Any], fields: dict[str, Any]) -> dict[str, Any]:
         return {"questions": items}

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from data_prep.sources.common import annotations, coco, questions
+from data_prep.sources.common import coco, questions
 from data_prep.sources.common.entry import Entry
 from data_prep.sources.common.index import Index
 from data_prep.sources.common.layout import LayoutOptions
@@ -56,9 +56,9 @@ class OkVqa(coco.CocoSource):
         for split in SUBTYPES:
             if (file := self.root / self._annotations(split)).is_file():
                 questions.put_answers(index, file, split, split if split in self.chosen() else "")
-        train = self.root / self._annotations("train")
-        rows = annotations.items(train, "annotations") if train.is_file() else ()
-        index.keep(LISTED, questions.given_answers(rows, questions.answers_of, self.options.min_answer_count))
+        rows = index.values(f"{questions.ANSWERS} train")
+        least = self.options.min_answer_count
+        index.keep(LISTED, questions.given_answers(index, rows, questions.answers_of, at_least=least))
 
     def entries(self, split: str, index: Index) -> Iterator[Entry]:
         folder, listed = SUBTYPES[split], set(index.kept(LISTED))

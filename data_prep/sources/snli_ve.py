@@ -62,16 +62,16 @@ class SnliVe(LayoutSource):
         pair = row.get("pairID")
         label = row["label"] if "label" in row and "gold_label" not in row else row["gold_label"]
         if label not in LABELS:
-            raise Aside("no gold label", str(pair))
+            raise Aside("no gold label", _name(row))
         image = next((row[key] for key in KEYS if row.get(key)), None)
         if image is None:
-            raise Aside(f"none of the keys {', '.join(KEYS)}", str(pair))
+            raise Aside(f"none of the keys {', '.join(KEYS)}", _name(row))
         image = PurePosixPath(str(annotations.identifier(image))).name
         image = image[:-4] if image.lower().endswith(".jpg") else image
         spelled = "sentence" if "sentence" in row and "sentence2" not in row else "sentence2"
         hypothesis = annotations.text(row[spelled])
         if not hypothesis.strip():
-            raise Aside("hypothesis empty", str(pair))
+            raise Aside("hypothesis empty", _name(row))
         answer = P_ADAPTER[label] if self.options.words == "p-adapter" else label
         item = {"question": hypothesis, "answers": [answer]}
         if pair is not None:
@@ -88,6 +88,11 @@ class SnliVe(LayoutSource):
     def locate(self, name: str) -> Path:
         there = (self.pictures_root / folder / name for folder in (*FOLDERS, "."))
         return next((path for path in there if path.exists()), self.pictures_root / FOLDERS[0] / name)
+
+
+def _name(row: dict[str, Any]) -> str:
+    """A row in the list of those that were set aside: its pair, or in rows without one its picture."""
+    return str(row.get("pairID") or row.get("image") or row.get("sentence2") or row.get("sentence"))
 
 
 ENTRY = SnliVe

@@ -15,10 +15,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from PIL import Image
 
+from data_prep.common.duplicates import SHOWN
 from data_prep.sources.base import RawSample, Source
 from data_prep.sources.common.splits import SPLITS, by_hash, check_shares, disjoint_captions, same_words
 from mmpeft_ds.errors import BadInput
@@ -26,6 +27,7 @@ from mmpeft_ds.errors import BadInput
 LEFT_OUT = "symbols"
 COPIES = ("_mirror", "_flip", "_mirror_flip")
 DRAWN = "cartoon"
+NO_TEXT = "no text beside the picture"
 
 
 @dataclass
@@ -105,22 +107,40 @@ class Stamps(Source):
             record["style"] = "drawing" if stamp.drawn else "photo"
             yield RawSample(self._name(stamp), [("png", squared(stamp.path, self.options.size))], record)
 
+    def account(self, split: str) -> dict[str, Any]:
+        """Pictures without a text, which belong to no split and are told under the first one."""
+        without = [self._relative(path) for path in self._pictures if not _caption(path)]
+        told = {"aside": {NO_TEXT: [len(without), without[:SHOWN]]}} if without else {}
+        return told if split == self.splits()[0] else {}
+
     def _of(self, split: str) -> list[Stamp]:
         wanted = {"all": (True, False), "photo": (False,), "drawing": (True,)}[self.options.style]
         return [stamp for stamp in self._stamps if stamp.split == split and stamp.drawn in wanted]
 
     def _name(self, stamp: Stamp) -> str:
-        return stamp.path.relative_to(self.options.root).as_posix()
+        return self._relative(stamp.path)
+
+    def _relative(self, path: Path) -> str:
+        return path.relative_to(self.options.root).as_posix()
+
+    @cached_property
+    def _pictures(self) -> list[Path]:
+        """All images of folders that may be classes, but for the flipped copies, in order of path."""
+        paths = sorted(self.options.root.rglob("*.png"))
+        folders = (path.relative_to(self.options.root).parts[:-1] for path in paths)
+        return [
+            path
+            for path, above in zip(paths, folders, strict=True)
+            if above and above[0] != LEFT_OUT and not path.stem.endswith(COPIES)
+        ]
 
     @cached_property
     def _stamps(self) -> list[Stamp]:
         """All images of the classes, of any style, in order of path."""
         stamps: list[tuple[Path, str, str]] = []
-        for path in sorted(self.options.root.rglob("*.png")):
-            parts = path.relative_to(self.options.root).parts
-            caption = _caption(path)
-            if len(parts) > 1 and parts[0] != LEFT_OUT and not path.stem.endswith(COPIES) and caption:
-                stamps.append((path, parts[0].replace("_", " "), caption))
+        for path in self._pictures:
+            if caption := _caption(path):
+                stamps.append((path, path.relative_to(self.options.root).parts[0].replace("_", " "), caption))
         sizes: dict[str, list[str]] = {}
         for _, name, caption in stamps:
             sizes.setdefault(name, []).append(caption)

@@ -49,7 +49,8 @@ class VizWizVqa(LayoutSource):
         """The list of answers, the most frequent first."""
         train = self.root / self.files()["train"][0]
         rows = annotations.items(train) if train.is_file() else ()
-        index.keep(LISTED, questions.given_answers(rows, questions.answers_of, self.options.min_answer_count))
+        of_row, least = questions.answers_of, self.options.min_answer_count
+        index.keep(LISTED, questions.given_answers(index, rows, of_row, lambda row: row["image"], least))
 
     def entries(self, split: str, index: Index) -> Iterator[Entry]:
         listed = set(index.kept(LISTED))

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from data_prep.sources.common import annotations, captions, coco, questions
-from data_prep.sources.common.entry import Aside, Elsewhere, Entry
+from data_prep.sources.common.entry import Aside, Elsewhere, Entry, finding_split
 from data_prep.sources.common.index import Index
 from data_prep.sources.common.layout import LayoutOptions
 from mmpeft_ds.errors import BadInput
@@ -157,11 +157,13 @@ class VqaV2(coco.CocoSource):
         return questions.official(file, file_of, split, index, path, self._listed, rule, answered, first)
 
     def _of_karpathy(self, split: str, index: Index) -> Iterator[Entry]:
+        first = split == self.chosen()[0]  # it tells what belongs to no split
         for half in ANSWERED:
 
             def path(row: Any, half: str = half) -> str:
-                actual = index.get("split", str(row["image_id"]))
-                if actual is None and split == self.chosen()[0]:  # this is reported once
+                with finding_split(first):
+                    actual = index.get("split", str(row["image_id"]))
+                if actual is None and first:
                     raise Aside("picture in no split of Karpathy's file", str(row["question_id"]))
                 if actual != split:
                     raise Elsewhere

@@ -161,6 +161,8 @@ def test_stamps_have_the_folder_as_class_and_the_first_line_as_caption(stamps, t
     assert all(r["captions"][0].endswith(".") and "Anders" not in r["captions"][0] for r in everything)
     assert_disjoint(records)
     assert {r["style"] for r in everything if "cartoon" in r["source_name"]} == {"drawing"}
+    assert manifest.account["train"]["aside"] == {"no text beside the picture": [1, ["food/silent.png"]]}
+    assert not any("aside" in manifest.account.get(split, {}) for split in ("val", "test"))
 
 
 def test_stamps_are_squares_on_white(stamps, tmp_path):

@@ -353,3 +353,19 @@ def test_a_shard_may_begin_at_any_line_of_several_files_with_blank_lines(jsonl):
         f"0.jsonl:{3 * EACH + 7}",
         "1.jsonl:1",
     ]
+
+
+@pytest.mark.parametrize("form", ["beside", "inside"])
+def test_the_weight_of_a_question_is_read_and_a_wrong_one_is_told_with_its_line(jsonl, tmp_path, capsys, form):
+    def line(weight):
+        asked = {"question": "what?", "answer": "red", "weight": weight}
+        return asked if form == "beside" else {"questions": [asked]}
+
+    _, samples = prepared(tmp_path, "--train", jsonl(line(0.25)))
+    record = samples["train"][0]["json"]
+    assert record["questions"] == [{"question": "what?", "answers": ["red"], "weight": 0.25}] and "extra" not in record
+    for number, wrong in enumerate((-1, True, "12 kg")):
+        capsys.readouterr()
+        with pytest.raises(BadInput, match="1 problem"):
+            prepared(tmp_path / str(number), "--train", jsonl(line(wrong)))
+        assert "'weight'" in capsys.readouterr().err

@@ -12,7 +12,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from data_prep.sources.common import annotations
-from data_prep.sources.common.entry import Aside, Elsewhere, Entry
+from data_prep.sources.common.entry import Aside, Elsewhere, Entry, finding_split
 from data_prep.sources.common.index import Index
 
 SPLITS = ("train", "val", "test")
@@ -95,7 +95,8 @@ def karpathy(
 
     def entry(pair: tuple[Any, Any]) -> Entry:
         image, sentence = pair
-        actual = KARPATHY_SPLITS.get(image.get("split"))
+        with finding_split(first):
+            actual = KARPATHY_SPLITS.get(image.get("split"))
         if actual != split and (actual or not first):
             raise Elsewhere
         name = path(image)
@@ -146,8 +147,8 @@ def tokens(
     Args:
         folder: of the pictures.
         wanted: names of the split's pictures; None takes all.
-        elsewhere: names of the pictures of all splits, given for one split alone, in which rows of other pictures are
-            set aside.
+        elsewhere: names of the pictures of all splits, given for one split alone, in which rows of other pictures, and
+            those of another form, are set aside.
     """
 
     captioned: set[str] = set()
@@ -156,6 +157,8 @@ def tokens(
         key, tab, said = line.partition("\t")
         name, mark, _ = key.rpartition("#")
         if not tab or not mark:
+            if wanted is not None and elsewhere is None:  # another split tells of it
+                raise Elsewhere
             raise Aside("line of another form", line[:60])
         if wanted is not None and name not in wanted:
             if elsewhere is not None and name not in elsewhere:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from pydantic_core import to_json
@@ -37,7 +38,7 @@ class Entry:
         key: str | None = None,
     ):
         self.name, self.files, self.item, self.fields, self.key = name, files, item, fields or {}, key
-        self.place = ""  # of its row, as the list of those that were set aside names it
+        self.place: tuple[str, int] | tuple[()] = ()  # of its row, as the list of those that were set aside names it
         self.stored: bytes | None = None
 
     def store(self) -> bytes | None:
@@ -80,6 +81,25 @@ class Aside(Exception):
 
 class Elsewhere(Exception):
     """A row that belongs to another split: neither read nor set aside."""
+
+
+@contextlib.contextmanager
+def finding_split(first: bool) -> Iterator[None]:
+    """For a block that finds the split of a row in a file of several splits. Where the row has another form, the first
+    of the splits tells of it, and the others take it for a row of elsewhere.
+
+    Args:
+        first: whether no other split of the file is read before.
+
+    Raises:
+        Elsewhere: in place of an error of WRONG_FORM, unless this is the first split.
+    """
+    try:
+        yield
+    except WRONG_FORM as error:
+        if first:
+            raise
+        raise Elsewhere from error
 
 
 def _storable_json(value: Any) -> bytes:

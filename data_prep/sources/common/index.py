@@ -116,7 +116,7 @@ class Index:
         names = json.dumps([*dict.fromkeys(entry.name for entry in block)])
         query = "SELECT name, id FROM sample WHERE split=? AND name IN (SELECT value FROM json_each(?))"
         numbers = dict(self._run(query, (split, names)).fetchall())
-        samples, items = [], []
+        samples, items, used = [], [], 0
         for entry in block:
             try:
                 item = entry.store()
@@ -126,11 +126,12 @@ class Index:
                     numbers[entry.name] = self._last
                     samples.append((self._last, split, entry.name, *first))
             except WRONG_FORM:
-                self.set_aside(split, ANOTHER_FORM, entry.place or entry.name)
+                self.set_aside(split, ANOTHER_FORM, " ".join(map(str, entry.place)) or entry.name)
                 continue
-            self.count(split, "records")
+            used += 1
             if item is not None:
                 items.append((numbers[entry.name], item))
+        self.count(split, "records", used)
         rows = "INSERT INTO sample(id, split, name, files, fields) VALUES(?,?,?,?,?)"
         self._connected().executemany(rows, samples)
         self._connected().executemany("INSERT INTO item VALUES(?,?)", items)
@@ -150,8 +151,7 @@ class Index:
                 entries = parse(row)
                 if isinstance(entries, Entry):
                     entries.store()
-                    entries.place = f"{of} {number}"
-                    entries = (entries,)
+                    entries.place = of, number
                 else:
                     entries = list(entries)
             except Elsewhere:
@@ -162,7 +162,10 @@ class Index:
                 missing = f"no {error} in the record" if isinstance(error, KeyError) else ANOTHER_FORM
                 self.set_aside(split, missing, f"{of} {number}")
             else:
-                yield from entries
+                if isinstance(entries, Entry):
+                    yield entries
+                else:
+                    yield from entries
 
     def put(self, kind: str, pairs: Iterable[tuple[str, Any]]) -> None:
         """Keep values to be looked up by key, such as annotations by the id of their question; the last one counts."""
@@ -195,7 +198,8 @@ class Index:
     def joined(self, kind: str, rows: Iterable[Any], key: str, mark: bool = False) -> Iterator[tuple[Any, Any]]:
         """(row, what `put` kept for its value under `key`, or None) of rows, many looked up with each statement.
 
-        A row without that key, or of another form, has None beside it.
+        A row without that key, or of another form, has None beside it. What rows of the same value get is one object,
+        to be read only.
 
         Args:
             mark: keys that are looked up are no longer among `unmet`.
@@ -204,12 +208,26 @@ class Index:
         query = "SELECT key, value FROM looked_up WHERE kind=? AND key IN (SELECT value FROM json_each(?))"
         while block := list(itertools.islice(rows, BLOCK)):
             keys = [_storable(str(row[key])) if isinstance(row, dict) and key in row else None for row in block]
-            values = dict(self._run(query, (kind, json.dumps(keys))).fetchall())
+            found = self._run(query, (kind, json.dumps([*dict.fromkeys(keys)])))
+            values = {number: _value(value) for number, value in found}  # many rows may look for the same one
             if mark:
                 self._connected().executemany("INSERT OR IGNORE INTO met VALUES(?,?)", ((kind, k) for k in values))
             for row, number in zip(block, keys, strict=True):
-                value = values.get(number)
-                yield row, None if value is None else _value(value)
+                yield row, values.get(number)
+
+    def first_of_each(self, kind: str, pairs: Iterable[tuple[str | None, Any]]) -> Iterator[Any]:
+        """Values of the pairs whose key no pair before had, or is None."""
+        pairs = iter(pairs)
+        query = "SELECT key FROM met WHERE kind=? AND key IN (SELECT value FROM json_each(?))"
+        while block := list(itertools.islice(pairs, BLOCK)):
+            block = [(None if key is None else _storable(key), value) for key, value in block]
+            keys = dict.fromkeys(key for key, _ in block if key is not None)
+            before = {key for (key,) in self._run(query, (kind, json.dumps(list(keys))))}
+            self._connected().executemany("INSERT OR IGNORE INTO met VALUES(?,?)", ((kind, key) for key in keys))
+            for key, value in block:
+                if key is None or key not in before:
+                    yield value
+                before.add(key)
 
     def unmet(self, kind: str) -> list[str]:
         """Keys that `put` kept and that no row had which `joined` marked."""

@@ -6,6 +6,7 @@ What is wrong raises ValueError, in words that say what is expected.
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -74,6 +75,13 @@ def _question(one: Any) -> dict[str, Any]:
         read["question_id"] = one["question_id"]
     if (name := type_key(one)) is not None:
         read["type"] = one[name]
+    if "weight" in one:
+        weight = read["weight"] = one["weight"]
+        if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight < math.inf:
+            raise ValueError(
+                f"'weight' {str(weight)[:40]!r} of question {text[:40]!r} is no number from 0 on. It is a factor of "
+                "the question's loss; call it otherwise if it is not meant so"
+            )
     return read
 
 

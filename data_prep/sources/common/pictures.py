@@ -40,12 +40,16 @@ def whole_file(path: str | Path) -> bytes:
     """The bytes of a file, as `Path.read_bytes` gives them in twice the time."""
     file = os.open(path, os.O_RDONLY)
     try:
-        parts = [os.read(file, os.fstat(file).st_size + 1)]
-        while parts[-1]:  # until its end: it may have grown, and a read may give less than was asked for
+        size = os.fstat(file).st_size
+        data = os.read(file, size + 1)
+        if len(data) == size:  # one byte less than was asked for
+            return data
+        parts = [data]
+        while parts[-1]:  # until its end: it has grown, or the read gave less than there is
             parts.append(os.read(file, TAIL))
     finally:
         os.close(file)
-    return parts[0] if len(parts) == 2 else b"".join(parts)
+    return b"".join(parts)
 
 
 def problem(path: str | Path) -> str:

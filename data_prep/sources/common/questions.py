@@ -46,17 +46,30 @@ def answer_list(index: Index, files: Iterable[Path], at_least: int) -> list[str]
     return most_frequent(index.tally(MAIN), at_least)
 
 
-def given_answers(rows: Iterable[Any], of_row: Callable[[Any], Iterable[Any]], at_least: int = 1) -> list[str]:
+def given_answers(
+    index: Index,
+    rows: Iterable[Any],
+    of_row: Callable[[Any], Iterable[Any]],
+    key: Callable[[Any], Any] = lambda row: None,
+    at_least: int = 1,
+) -> list[str]:
     """Answers that stand in the rows so often, the most frequent first, equals in alphabetic order.
 
     Args:
         of_row: the answers of a row. Empty ones do not count, nor rows of another form: they are set aside when the
             split is read.
+        key: id of a row; a second row with it is set aside too, and does not count. None: it has none.
     """
+
+    def usable() -> Iterator[tuple[str | None, list[str]]]:
+        for row in rows:
+            with contextlib.suppress(*WRONG_FORM):
+                if answers := [text for answer in of_row(row) if (text := annotations.text(answer)).strip()]:
+                    yield None if (number := key(row)) is None else str(number), answers
+
     counts: Counter[str] = Counter()
-    for row in rows:
-        with contextlib.suppress(*WRONG_FORM):
-            counts.update([text for answer in of_row(row) if (text := annotations.text(answer)).strip()])
+    for answers in index.first_of_each("rows of a list", usable()):
+        counts.update(answers)
     return most_frequent(counts, at_least)
 
 

@@ -36,6 +36,7 @@ def test_a_caption_that_is_none_is_set_aside_alone_and_an_unknown_split_once(fli
         {"filename": "1000092795.jpg", "imgid": 6, "split": "val", "sentences": []},
         {"filename": "2199200615.jpg", "imgid": 7, "split": "dev", "sentences": [{"raw": "x", "sentid": 9}]},
         {"filename": "1000092795.jpg", "imgid": 8, "split": "train", "sentences": [{"raw": "y", "sentid": 8}]},
+        "no picture",
     ]
     put(flickr / "dataset_flickr30k.json", {"images": images})
     manifest = prepared("flickr30k", flickr, tmp_path / "out")
@@ -43,7 +44,8 @@ def test_a_caption_that_is_none_is_set_aside_alone_and_an_unknown_split_once(fli
     assert manifest.account["val"]["uncaptioned"] == [1, ["flickr30k-images/1000092795.jpg"]]
     assert manifest.account["val"]["aside"] == {"record of another form": [1, ["record 1"]]}
     unknown = "split that is none of train, restval, val, test"
-    assert manifest.account["train"]["aside"] == {unknown: [1, ["flickr30k-images/2199200615.jpg"]]}
+    no_row = {"record of another form": [1, ["record 6"]]}
+    assert manifest.account["train"]["aside"] == {unknown: [1, ["flickr30k-images/2199200615.jpg"]]} | no_row
 
 
 def test_flickr30k_of_tokens_and_of_the_csv_with_its_broken_row(flickr, tmp_path):
@@ -80,7 +82,7 @@ def test_flickr8k_names_a_picture_that_is_not_there(tmp_path):
     root = tmp_path / "flickr8k"
     names = {"train": "a.jpg", "val": "b.jpg", "test": "c.jpg"}
     lines = [f"{name}#{k}\t{name} {k} .\n" for name in names.values() for k in range(2)]
-    put(root / "Flickr8k.token.txt", "".join(lines) + "2258277193_586949ec62.jpg.1#0\tA ghost .\n")
+    put(root / "Flickr8k.token.txt", "".join(lines) + "2258277193_586949ec62.jpg.1#0\tA ghost .\nnonsense\n")
     for list_name, split in (("trainImages", "train"), ("devImages", "val"), ("testImages", "test")):
         listed = names[split] + ("" if split != "val" else "\r\nb.jpg")
         put(root / f"Flickr_8k.{list_name}.txt", "d.jpg\r\n\r\n" + listed)  # no line end at the end
@@ -88,7 +90,7 @@ def test_flickr8k_names_a_picture_that_is_not_there(tmp_path):
         put_picture(root / "Flicker8k_Dataset" / name, number)
     manifest = prepared("flickr8k", root, tmp_path / "out")
     assert captions(manifest, "val") == {"b": ["b.jpg 0 .", "b.jpg 1 ."]}
-    ghost = {"picture in no list": [1, ["2258277193_586949ec62.jpg.1#0"]]}
+    ghost = {"line of another form": [1, ["nonsense"]], "picture in no list": [1, ["2258277193_586949ec62.jpg.1#0"]]}
     accounts = {split: manifest.account[split] for split in manifest.splits}
     assert {s: a["aside"] for s, a in accounts.items()} == {
         "train": ghost,
@@ -96,7 +98,7 @@ def test_flickr8k_names_a_picture_that_is_not_there(tmp_path):
         "test": {},
     }
     assert all(account["uncaptioned"] == [1, ["d.jpg"]] for account in accounts.values())
-    assert accounts["train"]["records"] == 3, "each row that leads to no sample is told once"
+    assert accounts["train"]["records"] == 4, "each row that leads to no sample is told once"
     manifest = prepared("flickr8k", root, tmp_path / "test", "--splits", "test")
     assert manifest.account["test"]["aside"] == ghost, "whichever split is read first"
 

@@ -19,7 +19,8 @@ def test_ok_vqa_takes_the_normalised_answers_and_val2014_is_test(tmp_path):
             {"answer": a, "raw_answer": a + "s", "answer_id": i} for i, a in enumerate(["cat"] * 6 + ["dog"] * 4)
         ]
         head = {"question_id": 10 * image + 5, "image_id": image, "question_type": "one", "answer_type": "other"}
-        put(root / f"mscoco_{subtype}_annotations.json", {"annotations": [head | {"answers": answers}]})
+        replaced = head | {"answers": [{"answer": "bird"}] * 10}
+        put(root / f"mscoco_{subtype}_annotations.json", {"annotations": [replaced, head | {"answers": answers}]})
     manifest = prepared("okvqa", root, tmp_path / "out")
     assert manifest.labels == ["cat", "dog"]
     assert asked(manifest, "test") == [("test?", ["cat"] * 6 + ["dog"] * 4)]
@@ -43,7 +44,7 @@ def test_gqa_keeps_leading_zeros_and_test_has_no_answers(tmp_path):
     }
     train["7"] = {"question": "Odd types?", "imageId": "2405722", "answer": "no", "types": {"structural": 5}}
     train["8"] = {"question": "Nothing?", "imageId": "2405722", "answer": " "}
-    content = json.dumps(train)[:-1] + ', "02930152": {"question": "Again?", "imageId": "2405722", "answer": "no"}}'
+    content = json.dumps(train)[:-1] + ', "02930152": {"question": "Again?", "imageId": "2405722", "answer": "yes"}}'
     put(root / "questions1.2/train_balanced_questions.json", content)
     put(root / "questions1.2/test_balanced_questions.json", {"201": {"question": "Who?", "imageId": "n161313"}})
     put_picture(root / "images/2405722.jpg", 1)
@@ -53,7 +54,7 @@ def test_gqa_keeps_leading_zeros_and_test_has_no_answers(tmp_path):
     ids = ["02930152", "00000007", "7"]
     assert row["image_id"] == "2405722" and [q["question_id"] for q in row["questions"]] == ids
     assert row["questions"][1]["type"] == "query" and "type" not in row["questions"][2]
-    assert manifest.labels == ["no", "sky"]
+    assert manifest.labels == ["no", "sky"], "an answer to a question that stands twice is not listed"
     assert asked(manifest, "test") == [("Who?", [])]
     assert manifest.account["train"]["aside"] == {
         "id given before": [1, ["02930152"]],
@@ -95,13 +96,16 @@ def test_vizwiz_questions_keep_unanswerable_and_an_empty_question(tmp_path):
     given = [{"answer": "unanswerable", "answer_confidence": "yes"}] * 10
     row = {"image": "VizWiz_train_00000000.jpg", "question": "", "answers": given, "answer_type": "unanswerable"}
     nobody = row | {"image": "VizWiz_train_00000001.jpg", "answers": []}
-    put(root / "Annotations/train.json", [row | {"answerable": 0}, nobody])
+    again = [row | {"answers": [{"answer": "red"}] * 10}] * 2
+    put(root / "Annotations/train.json", [row | {"answerable": 0}, nobody, *again])
     put(root / "Annotations/test.json", [{"image": "VizWiz_test_00000000.jpg", "question": "What is it?"}])
     put_picture(root / "train/VizWiz_train_00000000.jpg", 1)
     put_picture(root / "test/VizWiz_test_00000000.jpg", 2)
     manifest = prepared("vizwiz-vqa", root, tmp_path / "out")
     found = records(manifest, "train")[0]
     aside = {"question without an answer": [1, ["VizWiz_train_00000001.jpg"]]}
+    aside |= {"id given before": [2, ["VizWiz_train_00000000.jpg"]]}
+    assert manifest.labels == ["unanswerable"], "answers to a picture that stands again do not count"
     assert manifest.account["train"]["aside"] == aside
     assert found["answerable"] == 0 and asked(manifest, "train") == [("", ["unanswerable"] * 10)]
     assert records(manifest, "test")[0]["questions"][0]["question_id"] == "VizWiz_test_00000000.jpg"
@@ -143,6 +147,7 @@ def test_nlvr2_pairs_pictures_by_content_whatever_their_ending(tmp_path):
         {"identifier": f"train-10-0-{k}", "sentence": f"s{k}", "label": label, "directory": 7}
         for k, label in enumerate(["True", "False", "maybe"])
     ]
+    train.append(train[0] | {"identifier": "train-10-0-3", "sentence": " "})
     put(root / "nlvr2/data/train.json", "\n".join(map(json.dumps, train)))
     dev = {"identifier": "dev-850-0-0", "sentence": "s", "label": "True"}
     put(root / "nlvr2/data/dev.json", json.dumps(dev) + "\r\n")
@@ -154,7 +159,10 @@ def test_nlvr2_pairs_pictures_by_content_whatever_their_ending(tmp_path):
     assert row["endings"] == ["0.jpg", "1.jpg"] and asked(manifest, "train") == [("s0", ["true"]), ("s1", ["false"])]
     assert row["questions"][0]["question_id"] == "train-10-0-0"
     assert records(manifest, "dev")[0]["endings"] == ["0.png", "1.png"]
-    assert manifest.account["train"]["aside"] == {"label neither True nor False": [1, ["train-10-0-2"]]}
+    assert manifest.account["train"]["aside"] == {
+        "label neither True nor False": [1, ["train-10-0-2"]],
+        "sentence empty": [1, ["train-10-0-3"]],
+    }
     put(root / "nlvr2/data/balanced/balanced_dev.json", [dev | {"label": "False"}])  # a list is read as well
     manifest = prepared("nlvr2", root, tmp_path / "balanced", "--subset", "balanced")
     assert asked(manifest, "dev") == [("s", ["false"])] and manifest.account["dev"]["expected"] == {"texts": 2300}
@@ -187,9 +195,11 @@ def test_snli_ve_reads_three_spellings_of_the_pictures_key(tmp_path):
         "none of the keys Flickr30K_ID, Flikr30kID, Flickr30kID, image": 1,
         "record of another form": 1,
     }
-    put(root / "snli_ve_test.json", [{"image": "12", "sentence": "of ALBEF", "label": "neutral"}, {"image": "12"}])
+    albef = {"image": "12", "sentence": "of ALBEF", "label": "neutral"}
+    put(root / "snli_ve_test.json", [albef, {"image": "12"}, albef | {"label": "-"}])
     manifest = prepared("snli-ve", root, tmp_path / "albef", "--splits", "test")
     assert asked(manifest, "test") == [("of ALBEF", ["neutral"])]
-    assert manifest.account["test"]["aside"] == {"no 'gold_label' in the record": [1, ["record 1"]]}
+    aside = {"no 'gold_label' in the record": [1, ["record 1"]], "no gold label": [1, ["12"]]}
+    assert manifest.account["test"]["aside"] == aside
     words = prepared("snli-ve", root, tmp_path / "words", "--words", "p-adapter")
     assert words.labels == ["Correct", "Ambiguous", "Incorrect"] and asked(words, "dev")[0] == ("h0", ["Correct"])

@@ -152,6 +152,7 @@ def test_the_full_split_goes_by_number_and_a_sentence_without_video_is_set_aside
         "id given before": [1, ["5"]],
         "no 'video_id' in the record": [1, ["record 8"]],
     }
+    assert not manifest.account["val"]["aside"] and not manifest.account["test"]["aside"]
 
 
 def test_questions_of_msrvtt_qa_and_a_video_that_does_not_decode(msrvtt, tmp_path):
@@ -159,12 +160,13 @@ def test_questions_of_msrvtt_qa_and_a_video_that_does_not_decode(msrvtt, tmp_pat
         {"answer": "dog", "category_id": 1, "id": k, "question": f"q{k}?", "video_id": n}
         for k, n in enumerate((1, 1, 7020))
     ]
-    put(msrvtt / "train_qa.json", rows)
+    put(msrvtt / "train_qa.json", [*rows, rows[0] | {"answer": "cat"}])
     put(msrvtt / "videos/all/video7020.mp4", b"no video")
     manifest = prepared("msrvtt", msrvtt, tmp_path / "out", "--form", "qa", "--frames", "1")
     assert [q["question_id"] for q in records(manifest, "train")[0]["questions"]] == [0, 1]
     assert manifest.labels == ["dog"]
-    assert manifest.account["train"]["aside"] == {"video cannot be decoded": [1, ["video7020"]]}
+    aside = {"id given before": [1, ["0"]], "video cannot be decoded": [1, ["video7020"]]}
+    assert manifest.account["train"]["aside"] == aside
     (msrvtt / "train_qa.json").unlink()
     put(msrvtt / "train.jsonl", json.dumps({"answer": "dog", "question": "q", "video_id": "video1"}))
     put(msrvtt / "train_ans2label.json", {"cat": 1, "dog": 0})

@@ -1,5 +1,7 @@
 """VQAv2 from the official files and the forms of LXMERT, VL-T5 and BLIP; expected values by the published rules."""
 
+import json
+
 import pytest
 
 from mmpeft_ds.errors import BadInput
@@ -138,8 +140,11 @@ def test_questions_of_pictures_without_a_split_are_told_once(root, tmp_path):
     split_of = {1: "train", 2: "testt", 4: "val"}
     images = [{"cocoid": n, "filepath": FOLDERS[n], "filename": path(n), "split": s} for n, s in split_of.items()]
     put(root / "annotations/dataset_coco.json", {"images": images})
+    file = root / "v2_OpenEnded_mscoco_train2014_questions.json"
+    put(file, {"questions": [{"question_id": 7}, None, *json.loads(file.read_text())["questions"]]})
     manifest = prepared("vqav2", root, tmp_path / "out", "--form", "karpathy")
     aside = {"picture in no split of Karpathy's file": [2, ["2001", "3001"]]}
+    aside |= {"no 'image_id' in the record": [1, ["record 0"]], "record of another form": [1, ["record 1"]]}
     assert {split: manifest.account[split]["aside"] for split in manifest.splits} == {"train": aside, "val": {}}
 
 
