@@ -27,7 +27,7 @@ from mmpeft_ds.ops.similarity_graph import Rows, decide_pairs, symmetric_degrees
 ONE_MESSAGE = 2**24
 # Multiplications of a rank's rows with all rows up to which computing every pair on both of its ranks takes less time
 # than a message.
-FEW_PRODUCTS = 2**28
+FEW_PRODUCTS = 2**30
 DIRECTIONS = ("to_neighbour", "from_neighbour")
 EXCHANGES = ("gather", "ring")
 NORMALISATIONS = ("none", "symmetric", "mean")
@@ -303,15 +303,15 @@ class _Nodes:
         """Numbers (B,) int64 of own valid rows -> (V,) of those of all ranks. Features come along where they are
         small: a message costs more than its bytes then. Collective."""
         self._everyone, width = None, self.x.shape[1] * self.x.element_size()
+        if not columns:
+            return []
         parts = [column[:, None].contiguous().view(torch.uint8) for column in columns]
         several = collectives.world_size(self.group) > 1
         if several and exchange == "gather" and sum(self.shares) * width <= ONE_MESSAGE:
-            parts.append(_dense(self.x).view(torch.uint8))
-        if not parts:
-            return []
+            parts.append(_as(torch.uint8, self.x))
         packed = gather_rows(torch.cat(parts, 1), self.shares, self.group)
         if len(parts) > len(columns):
-            self._everyone = _dense(packed[:, 8 * len(columns) :]).view(self.x.dtype)
+            self._everyone = _as(self.x.dtype, packed[:, 8 * len(columns) :])
         return [_dense(packed[:, 8 * i : 8 * i + 8]).view(torch.int64)[:, 0] for i in range(len(columns))]
 
     def blocks(self, exchange: str) -> Iterator[tuple[Rows, Rows]]:
@@ -354,6 +354,12 @@ class _Nodes:
             traffic=self.traffic,
             repeated=repeated,
         )
+
+
+def _as(dtype: torch.dtype, x: Tensor) -> Tensor:
+    """Rows whose bytes are read as another dtype, without a copy where torch allows it."""
+    usual = min(x.shape) > 1 and x.stride(1) == 1 and x.stride(0) * x.element_size() % dtype.itemsize == 0
+    return (x if usual else _dense(x)).view(dtype)
 
 
 def _dense(x: Tensor) -> Tensor:

@@ -65,6 +65,17 @@ def all_gather(x: Tensor, group: Any = None) -> Tensor:
     return everyone.view(x.dtype).view(ranks, *x.shape)
 
 
+def gather_on_rank0(x: Tensor) -> Tensor | None:
+    """Equal tensors of N ranks stacked: (N, *x.shape) on rank 0, None on the others. Collective, without gradient."""
+    x, ranks, first = x.detach().contiguous(), collectives.world_size(), collectives.rank() == 0
+    if ranks == 1:
+        return x[None]
+    everyone = x.new_empty(ranks, *x.shape) if first else None
+    with record("gather", (ranks - 1) * x.nbytes if first else 0, x.device):
+        dist.gather(x, list(everyone) if first else None, dst=0)
+    return everyone
+
+
 def exchange_rows(x: Tensor, counts: list[int], group: Any = None) -> Tensor:
     """The parts of all ranks for this rank's rows: (N, B, ...) from (M, ...) on each. Collective, without gradient.
 

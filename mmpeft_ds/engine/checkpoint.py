@@ -10,7 +10,8 @@
                                   state.json               TrainState, name of the optimiser, Adam's step, format
                                   recipe.json              the resolved recipe
                                   fingerprint.json         of every frozen tensor
-                                  checksums.json           sha256 of the files above
+                                  checksums.json           hashes of the files above: xxh3_128 of weights and
+                                                           optimizer, sha256 of the others
                                   evaluated.json           TrainState after an evaluation that followed the saving,
                                                            and its own sha256
 
@@ -21,7 +22,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ from torch import nn
 
 from mmpeft_ds.backbones.base import model_hooks
 from mmpeft_ds.distributed.collectives import on_rank0, rank, world_size
-from mmpeft_ds.engine import checkpoint_files
+from mmpeft_ds.engine import checkpoint_files, checkpoint_tensors
 from mmpeft_ds.engine.train_state import TrainState
 from mmpeft_ds.engine.zero import fingerprint as fingerprints
 from mmpeft_ds.engine.zero import full_state
@@ -59,9 +60,9 @@ def save(
 ) -> Path:
     """Write a checkpoint below `run_dir` and move `latest` (and, if `best`, `best`) to it. Collective.
 
-    It appears under its name only when all its bytes are on disk and have been compared with what trains; a process
-    killed at any moment leaves the previous ones as they were. All but the `keep_last` newest and the best are removed
-    afterwards.
+    It appears under its name only when all its bytes are on disk, and they are compared with what trains before they
+    are written; a process killed at any moment leaves the previous ones as they were. All but the `keep_last` newest
+    and the best are removed afterwards.
 
     Args:
         run_dir: the run directory, seen by rank 0.
@@ -73,12 +74,12 @@ def save(
         the checkpoint's directory, on every rank.
 
     Raises:
-        RuntimeError: if what was written is not what the next forward uses and the optimizer holds.
+        RuntimeError: if what was gathered is not what the next forward uses and the optimizer holds.
     """
     zero_state.ensure_optimizer_state(engine)
     held = Held.of(engine, trainables)
     keys = (full_state.WEIGHT, *zero_state.moments(engine)) if trainables else (full_state.WEIGHT,)
-    full = full_state.on_rank0(engine, trainables, keys)  # gathers trainables only, never a frozen weight
+    full = full_state.on_rank0(engine, trainables, keys, copy=False)  # gathers trainables only, never a frozen weight
     weights = full.pop(full_state.WEIGHT)
     moments = {f"{name}.{key}": value for key, tensors in full.items() for name, value in tensors.items()}
     header = {
@@ -89,8 +90,8 @@ def save(
         "saved_by": {"world_size": world_size(), "zero_stage": engine.zero_optimization_stage()},
     }
     files: dict[str, Callable[[Path], None]] = {
-        "weights.safetensors": lambda p: save_tensors(p, weights),
-        "optimizer.safetensors": lambda p: save_tensors(p, moments),
+        "weights.safetensors": lambda p: checkpoint_tensors.write(p, weights),
+        "optimizer.safetensors": lambda p: checkpoint_tensors.write(p, moments),
         "state.json": lambda p: write_json(p, header, in_new_directory=True),
         "recipe.json": lambda p: write_json(p, recipe, in_new_directory=True),
         "fingerprint.json": lambda p: write_json(p, fingerprint, in_new_directory=True),
@@ -101,41 +102,51 @@ def save(
     if extra:
         files[MODEL_STATE] = lambda p: save_tensors(p, extra)
     folder = Path(run_dir) / "checkpoints"
-    return on_rank0(lambda: checkpoint_files.write(folder, state.step, files, keep_last, best, held.check))
+
+    def write() -> Path:
+        held.check(weights, moments)
+        return checkpoint_files.write(folder, state.step, files, keep_last, best)
+
+    return on_rank0(write)
 
 
 @dataclasses.dataclass(frozen=True)
 class Held:
-    """Fingerprints of all that trains, computed without DeepSpeed's map from parameters to masters, to check files by.
+    """Fingerprints of all that trains, computed without DeepSpeed's map from parameters to masters, to check what is
+    gathered by.
 
     Attributes:
         weights: name -> fingerprint of the float32 parameter that the next forward uses.
         moments: of the optimizer, name -> sum of the bits of all numbers.
+        hashed: names of the parameters that lie whole on the CPU of each rank, whose fingerprint is a hash.
     """
 
     weights: dict[str, str]
     moments: dict[str, int]
+    hashed: frozenset[str]
 
     @classmethod
     def of(cls, engine: Any, trainables: dict[str, nn.Parameter]) -> Held:
         """Those of an engine. Collective. Raises RuntimeError if ranks hold different copies of a parameter."""
-        weights, differing = fingerprints.over_ranks(trainables.items())
+        whole = {n: p for n, p in trainables.items() if not hasattr(p, "ds_tensor")}
+        hashed = frozenset(name for name, parameter in whole.items() if parameter.device.type == "cpu")
+        weights, differing = fingerprints.over_ranks(trainables.items(), hashed)
         if differing:
             raise RuntimeError(f"trained parameter {differing[0]} is not the same on all ranks")
-        return cls(weights, zero_state.state_sums(engine) if trainables else {})
+        return cls(weights, zero_state.state_sums(engine) if trainables else {}, hashed)
 
-    def check(self, folder: Path) -> None:
-        """Compare the files of a checkpoint with them. Raises RuntimeError."""
-        self.check_weights(load_file(folder / "weights.safetensors"), f"{folder}/weights.safetensors")
-        written = load_file(folder / "optimizer.safetensors")
+    def check(self, weights: dict[str, torch.Tensor], moments: dict[str, torch.Tensor]) -> None:
+        """Compare what is to be written with them. Raises RuntimeError."""
+        self.check_weights(weights, "weights.safetensors")
         for key, held in self.moments.items():
-            written_bits = sum(zero_state.bits_sum(t) for name, t in written.items() if name.endswith(f".{key}"))
-            if written_bits % 2**64 != held:
-                raise RuntimeError(f"{folder}/optimizer.safetensors: {key} is not what the optimizer holds")
+            bits = sum(zero_state.bits_sum(t) for name, t in moments.items() if name.endswith(f".{key}"))
+            if bits % 2**32 != held:
+                raise RuntimeError(f"optimizer.safetensors: {key} is not what the optimizer holds")
 
     def check_weights(self, written: dict[str, torch.Tensor], where: str) -> None:
         """Raise RuntimeError, naming the first tensor that differs."""
-        wrong = [name for name, print in self.weights.items() if fingerprints.of_whole(written[name]) != print]
+        prints = {name: fingerprints.of_whole(written[name], name in self.hashed) for name in self.weights}
+        wrong = [name for name, print in self.weights.items() if prints[name] != print]
         if wrong:
             raise RuntimeError(
                 f"{where}: {len(wrong)} of {len(self.weights)} tensors are not those that train, first {wrong[0]}"
@@ -168,11 +179,10 @@ def load(
     keys = {name: (full_state.WEIGHT, *zero_state.moments(engine, p)) for name, p in trainables.items()}
     shapes = {name: zero_state.full_shape(parameter) for name, parameter in trainables.items()}
     with _reading(path, keys) as read, torch.no_grad():
-        for sent in full_state.from_rank0(shapes, read, {n: len(k) for n, k in keys.items()}, engine.device):
-            for name, tensors in sent.items():
-                full = dict(zip(keys[name], tensors, strict=True))
-                zero_state.write_full(engine, trainables[name], full)
-                zero_state.write_parameter(trainables[name], full[full_state.WEIGHT])
+        for name, tensors in _sent(shapes, read, {n: len(k) for n, k in keys.items()}, engine.device):
+            full = dict(zip(keys[name], tensors, strict=True))
+            zero_state.write_full(engine, trainables[name], full)
+            zero_state.write_parameter(trainables[name], full[full_state.WEIGHT])
     zero_state.set_optimizer_step(engine, header["optimizer_step"])
     extra = on_rank0(lambda: load_file(path / MODEL_STATE) if (path / MODEL_STATE).is_file() else {})
     for name, buffer in kept.items():
@@ -243,6 +253,20 @@ def _reading(path: Path, keys: dict[str, tuple[str, ...]]) -> Iterator[Callable[
             return [weights.get_tensor(name), *(optimizer.get_tensor(f"{name}.{key}") for key in keys[name][1:])]
 
         yield read
+
+
+def _sent(
+    shapes: dict[str, tuple[int, ...]],
+    read: Callable[[str], list[torch.Tensor]],
+    counts: dict[str, int],
+    device: torch.device,
+) -> Iterator[tuple[str, Sequence[torch.Tensor]]]:
+    """Names and their tensors on every rank, as `full_state.from_rank0`; on one rank they lie in the mapped file."""
+    if world_size() == 1:
+        yield from ((name, read(name)) for name in shapes)
+        return
+    for sent in full_state.from_rank0(shapes, read, counts, device):
+        yield from sent.items()
 
 
 def _optimizer(engine: Any, trainables: dict[str, nn.Parameter]) -> str | None:

@@ -14,6 +14,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
+from mmpeft_ds.engine.checkpoint_tensors import XXH3, hashed
 from mmpeft_ds.engine.train_state import TrainState
 from mmpeft_ds.errors import BadInput
 from mmpeft_ds.files import check_regular, naming, new_directory, sha256, write_atomic, write_json
@@ -30,14 +31,12 @@ def write(
     files: dict[str, Callable],
     keep_last: int,
     best: bool,
-    check: Callable[[Path], None] = lambda partial: None,
 ) -> Path:
     """Write a checkpoint into `folder`, move `latest` to it, and prune older ones.
 
     Args:
-        files: name -> function that writes the file at a path.
+        files: name -> function that writes the file at a path, and may return its hash.
         best: also move the pointer `best`.
-        check: called with the finished files before the checkpoint gets its name.
 
     Returns:
         its directory.
@@ -52,10 +51,9 @@ def write(
         again += 1
         name = f"step-{step:08d}.{again}"
     with new_directory(folder / name) as partial:
-        for file, write_file in files.items():
-            write_file(partial / file)
-        check(partial)
-        write_json(partial / CHECKSUMS, {file: sha256(partial / file) for file in files}, in_new_directory=True)
+        digests = {file: write_file(partial / file) for file, write_file in files.items()}
+        sums = {file: d if isinstance(d, str) else sha256(partial / file) for file, d in digests.items()}
+        write_json(partial / CHECKSUMS, sums, in_new_directory=True)
     for pointer in ("best", "latest") if best else ("latest",):  # `latest` last: its state may name itself the best
         write_atomic(folder / pointer, name + "\n")
     prune(folder, keep_last)
@@ -125,9 +123,10 @@ def damage(path: str | Path) -> str | None:
         check_regular(path / CHECKSUMS)
         checksums = json.loads((path / CHECKSUMS).read_text("utf-8"))
         for name, expected in checksums.items():
-            digest = sha256(path / name)
-            if digest != expected:
-                return f"{name} has sha256 {digest[:12]}..., expected {expected[:12]}..."
+            kind = XXH3.rstrip(":") if expected.startswith(XXH3) else "sha256"  # which older versions took for all
+            digest = sha256(path / name) if kind == "sha256" else hashed(path / name).removeprefix(XXH3)
+            if digest != (expected := expected.removeprefix(XXH3)):
+                return f"{name} has {kind} {digest[:12]}..., expected {expected[:12]}..."
     except FileNotFoundError as e:
         return f"{Path(e.filename).name} is missing"
     except (ValueError, AttributeError, TypeError, OSError) as e:

@@ -8,10 +8,11 @@ times a power of two below 2^64, so it always shows; and exchanged values do not
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 
 import torch
 import torch.distributed as dist
+import xxhash
 from torch import Tensor, nn
 
 from mmpeft_ds.backbones.base import HasFrozenConstants
@@ -48,6 +49,13 @@ def weighted_bits(flat: Tensor, offset: int = 0) -> int:
             total += 2 * (offset + start) * part.sum()
         total += torch.dot(part, odd[:n]) if on_cpu else part.mul_(odd[:n]).sum()  # CUDA has no `dot` of integers
     return int(total)
+
+
+def hashed_bits(tensor: Tensor) -> int:
+    """xxh3 of the bytes of a whole tensor on the CPU, as a signed integer: a tenth of the time of `weighted_bits`, for
+    numbers that are not stored and need no sums over parts."""
+    data = tensor.detach().reshape(-1).view(torch.uint8).numpy()
+    return int.from_bytes(xxhash.xxh3_64_digest(data), "big", signed=True)
 
 
 def _odds(count: int, device: torch.device) -> Tensor:
@@ -130,19 +138,31 @@ def of_frozen(model: nn.Module) -> dict[str, str]:
     return frozen_fingerprint([*frozen_tensors(model), *brought(model).items()])
 
 
-def of_whole(tensor: Tensor) -> str:
-    """The fingerprint of one tensor that this process holds whole."""
-    return _described(tensor, weighted_bits(tensor.detach().reshape(-1)))
+def of_whole(tensor: Tensor, hashed: bool = False) -> str:
+    """The fingerprint of one tensor that this process holds whole.
+
+    Args:
+        hashed: by `hashed_bits`.
+    """
+    return _described(tensor, hashed_bits(tensor) if hashed else weighted_bits(tensor.detach().reshape(-1)))
 
 
-def over_ranks(tensors: Iterable[tuple[str, Tensor]]) -> tuple[dict[str, str], list[str]]:
-    """Fingerprints as `frozen_fingerprint` gives them, and the names of tensors whose copies differ. Collective."""
+def over_ranks(
+    tensors: Iterable[tuple[str, Tensor]], hashed: Collection[str] = ()
+) -> tuple[dict[str, str], list[str]]:
+    """Fingerprints as `frozen_fingerprint` gives them, and the names of tensors whose copies differ. Collective.
+
+    Args:
+        hashed: names of whole tensors whose fingerprint is by `hashed_bits`, the same on all ranks.
+    """
     frozen = sorted(tensors, key=lambda item: item[0])
     sums, sharded, group = [], [], None
-    for _, tensor in frozen:
+    for name, tensor in frozen:
         shard = getattr(tensor, "ds_tensor", None)
         sharded.append(shard is not None)
-        if shard is None:
+        if name in hashed:
+            sums.append(hashed_bits(tensor))
+        elif shard is None:
             sums.append(weighted_bits(tensor.detach().reshape(-1)))
         else:
             group = tensor.ds_process_group

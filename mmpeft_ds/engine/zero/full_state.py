@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from mmpeft_ds.distributed.collectives import rank, world_size
-from mmpeft_ds.distributed.gather import all_gather
+from mmpeft_ds.distributed.gather import gather_on_rank0
 from mmpeft_ds.engine.zero import state as zero_state
 
 BUCKET = 1 << 27  # bytes that one gather makes on every device
@@ -26,7 +26,7 @@ WEIGHT = "weight"  # key of the float32 master; the others are names of the opti
 
 
 def on_rank0(
-    engine: object, trainables: dict[str, nn.Parameter], keys: Iterable[str], bucket: int = BUCKET
+    engine: object, trainables: dict[str, nn.Parameter], keys: Iterable[str], bucket: int = BUCKET, copy: bool = True
 ) -> dict[str, dict[str, Tensor]]:
     """Whole float32 tensors of each trained parameter, on the CPU of rank 0. Collective.
 
@@ -35,6 +35,8 @@ def on_rank0(
         trainables: name -> parameter, the same on all ranks.
         keys: WEIGHT, and moments of the optimizer.
         bucket: bytes that one gather may bring together.
+        copy: False where the tensors are read before the next step: on one rank, on a CPU, they are then the masters
+            and moments themselves.
 
     Returns:
         key -> name -> tensor of the parameter's shape, names in the order of `trainables`, without those that have no
@@ -46,10 +48,10 @@ def on_rank0(
     keys = list(keys)
     stage = engine.zero_optimization_stage()
     if stage == 0:
-        return {key: _replicated(engine, trainables, key) if rank() == 0 else {} for key in keys}
+        return {key: _replicated(engine, trainables, key, copy) if rank() == 0 else {} for key in keys}
     split = _split_by_stage3 if stage == 3 else _split_by_stage1
     flats = [flat for key in keys for flat in split(engine, trainables, key)]
-    _gather(flats, engine.device, bucket)
+    _gather([flat for flat in flats if copy or not _is_whole(flat)], engine.device, bucket)
     whole: dict[str, dict[str, Tensor]] = {key: {} for key in keys}
     if rank() == 0:
         for flat in flats:
@@ -82,7 +84,8 @@ def from_rank0(
         parts = dict(zip(names, flat.split([sizes[name] for name in names]), strict=True))
         if rank() == 0:
             for name, part in parts.items():
-                part.copy_(torch.cat([tensor.reshape(-1) for tensor in read(name)]))
+                for place, tensor in zip(part.view(counts[name], -1), read(name), strict=True):
+                    place.copy_(tensor.reshape(-1))
         if world_size() > 1:
             dist.broadcast(flat, src=0)
         yield {name: part.view(counts[name], *shapes[name]) for name, part in parts.items()}
@@ -126,12 +129,22 @@ class Flat:
         }
 
 
-def _replicated(engine: object, trainables: dict[str, nn.Parameter], key: str) -> dict[str, Tensor]:
-    """Copies of tensors that every rank holds whole."""
+def _is_whole(flat: Flat) -> bool:
+    """Whether this is the one rank, and has the flat tensor as the files need it, which is then `whole`."""
+    if world_size() > 1:
+        return False
+    part = flat.part()
+    if part.device.type == "cpu" and part.dtype == torch.float32 and part.is_contiguous():
+        flat.whole = part[None]
+    return flat.whole is not None
+
+
+def _replicated(engine: object, trainables: dict[str, nn.Parameter], key: str, copy: bool) -> dict[str, Tensor]:
+    """Tensors that every rank holds whole."""
     state = engine.optimizer.state
     held = {name: p if key == WEIGHT else state[p].get(key) for name, p in trainables.items()}
     held = {name: t for name, t in held.items() if t is not None}
-    return {name: t.detach().to("cpu", torch.float32, copy=True).contiguous() for name, t in held.items()}
+    return {name: t.detach().to("cpu", torch.float32, copy=copy).contiguous() for name, t in held.items()}
 
 
 def _split_by_stage3(engine: object, trainables: dict[str, nn.Parameter], key: str) -> Iterator[Flat]:
@@ -178,8 +191,8 @@ def _gather(flats: list[Flat], device: torch.device, bucket: int) -> None:
             flat.whole = torch.empty(ranks, flat.size)
     for pieces in _buckets(flats, max(1, bucket // (4 * ranks))):
         own = [flat.part()[begin:end].to(device, torch.float32) for flat, begin, end in pieces]
-        every = all_gather(torch.cat(own)) if ranks > 1 else torch.cat(own)[None]
-        if rank() == 0:
+        every = gather_on_rank0(torch.cat(own))
+        if every is not None:
             columns = every.cpu().split([end - begin for _, begin, end in pieces], dim=1)
             for (flat, begin, end), values in zip(pieces, columns, strict=True):
                 flat.whole[:, begin:end] = values

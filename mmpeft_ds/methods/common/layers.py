@@ -128,6 +128,11 @@ class KeepsBuffers(nn.Module):
 
 def kept_buffers(model: nn.Module) -> dict[str, Tensor]:
     """The buffers that checkpoints keep, of all modules of `model`, by their full paths."""
+    left = [model]
+    while left and not isinstance(left[-1], KeepsBuffers):
+        left += (m for m in left.pop()._modules.values() if m is not None)  # `children` takes half the time of names
+    if not left:  # few methods have any, and a walk with names takes ten times as long
+        return {}
     return {
         f"{path}.{name}": module.get_buffer(name)
         for path, module in model.named_modules()

@@ -1,0 +1,73 @@
+"""Tensors of checkpoints: the bytes of safetensors, hashed as they are written, and compared with what trains."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from mmpeft_ds.engine import checkpoint, checkpoint_files, checkpoint_tensors
+from mmpeft_ds.engine.zero import fingerprint, state
+
+TENSORS = {
+    "b.weight": torch.arange(6.0).view(2, 3),
+    "a.none": torch.zeros(0, 4),
+    "ü.name": torch.tensor(2.5),
+    "a.weight": torch.linspace(-1, 1, 5),
+}
+
+
+@pytest.mark.parametrize("names", [[], ["a.none"], ["ü.name"], list(TENSORS)])
+def test_the_file_has_the_bytes_of_safetensors(tmp_path, names):
+    tensors = {name: TENSORS[name] for name in names}
+    digest = checkpoint_tensors.write(tmp_path / "ours", tensors)
+    save_file(tensors, tmp_path / "theirs")
+    assert (tmp_path / "ours").read_bytes() == (tmp_path / "theirs").read_bytes()
+    assert digest == checkpoint_tensors.hashed(tmp_path / "ours")
+    assert load_file(tmp_path / "ours").keys() == tensors.keys()
+
+
+@pytest.mark.parametrize("tensor", [torch.zeros(2, dtype=torch.float64), torch.zeros(2, 3).T])
+def test_other_tensors_are_refused_by_name(tmp_path, tensor):
+    with pytest.raises(TypeError, match="the.name: .*expected contiguous float32"):
+        checkpoint_tensors.write(tmp_path / "f", {"the.name": tensor})
+
+
+def _files(value: int) -> dict:
+    return {
+        "weights.safetensors": lambda p: checkpoint_tensors.write(p, {"w": torch.full((3,), float(value))}),
+        "optimizer.safetensors": lambda p: checkpoint_tensors.write(p, {"w.exp_avg": torch.zeros(3)}),
+        "state.json": lambda p: p.write_text(json.dumps({"format": 1, "state": {}})),
+    }
+
+
+def test_a_flipped_bit_is_noticed_by_the_hash_of_the_writing(tmp_path):
+    before, path = (checkpoint_files.write(tmp_path / "checkpoints", s, _files(s), 9, False) for s in (1, 2))
+    sums = json.loads((path / "checksums.json").read_text())
+    assert sums["weights.safetensors"].startswith("xxh3_128:") and len(sums["state.json"]) == 64
+    assert checkpoint_files.damage(path) is None
+    _flip_last_bit(path / "weights.safetensors")
+    assert "weights.safetensors has xxh3_128 " in checkpoint_files.damage(path)
+    assert checkpoint.newest_valid(tmp_path) == before
+
+
+def _flip_last_bit(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("hashed", [True, False])
+def test_numbers_that_are_not_those_that_train_are_not_written(hashed):
+    weight, moment = torch.ones(3), torch.arange(3.0)
+    prints = {"w": fingerprint.of_whole(weight, hashed)}
+    names = frozenset(prints) if hashed else frozenset()
+    held = checkpoint.Held(prints, {"exp_avg": state.bits_sum(moment) % 2**32}, names)
+    held.check({"w": weight}, {"w.exp_avg": moment})
+    with pytest.raises(RuntimeError, match="first w"):
+        held.check({"w": weight.nextafter(moment)}, {"w.exp_avg": moment})
+    with pytest.raises(RuntimeError, match="exp_avg is not what the optimizer holds"):
+        held.check({"w": weight}, {"w.exp_avg": moment + 1})
