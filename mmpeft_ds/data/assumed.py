@@ -62,3 +62,9 @@ def is_absent(dir: str) -> bool:
     """Whether a local directory holds no manifest."""
     local = local_path(dir)
     return local is not None and not (Path(local) / FILE).exists()
+
+
+def is_subset_absent(file: str, dir: str) -> bool:
+    """Whether a subset file is neither at its local path nor below a local directory."""
+    places = [local_path(file), local_path(f"{dir}/{file}")]
+    return all(place is not None and not Path(place).exists() for place in places)

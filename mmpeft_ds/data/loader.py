@@ -35,7 +35,11 @@ class Request:
 
 
 class Loader:
-    """Makes the micro-batch of a request, in any process. Its caches never change the result."""
+    """Makes the micro-batch of a request, in any process. Its caches never change the result.
+
+    Attributes:
+        slots: of a step: `data.global_batch`, or `data.evaluation_batch` where a rank evaluates whole steps.
+    """
 
     def __init__(
         self, sources: Sequence[StreamSource], options: DataOptions, seed: int, train: bool, coupled: bool = False
@@ -54,6 +58,9 @@ class Loader:
             FeatureBatches(s, reader, self._epoch_key) if FeatureBatches.possible(s, reader) else None
             for s, reader in zip(sources, self.readers, strict=True)
         ]
+        # Gathered batches cost little for each sample, and much for each batch.
+        few = not train and not coupled and None in self.gathers
+        self.slots = min(options.global_batch, options.evaluation_batch) if few else options.global_batch
 
     def __call__(self, request: Request) -> PackedBatch:
         visit = request.visit
@@ -67,7 +74,7 @@ class Loader:
             if gathered is not None:
                 return gathered
         positions = [
-            None if slot is None else order.position_of(len(places), self.options.global_batch, slot, visit.step)
+            None if slot is None else order.position_of(len(places), self.slots, slot, visit.step)
             for slot in request.slots
         ]
         wanted = [self._place(visit.source, *places[p]) for p in positions if p is not None]
@@ -81,8 +88,8 @@ class Loader:
     def numbers(self, visit: order.Visit) -> np.ndarray:
         """(G,) the sample of each slot at a visit, as its number among all of its source, -1 for an empty slot."""
         places = self._order(visit.source, visit.epoch if self.train else 0)
-        slots = np.arange(self.options.global_batch)
-        numbers = order.positions_of(len(places), self.options.global_batch, slots, visit.step)
+        slots = np.arange(self.slots)
+        numbers = order.positions_of(len(places), self.slots, slots, visit.step)
         filled = numbers >= 0
         shards, samples = places.many(numbers[filled])
         numbers[filled] = self._starts(visit.source)[shards] + samples
@@ -141,7 +148,7 @@ class Loader:
         """The micro-batch gathered as a whole, for feature shards; None if it must be read sample by sample."""
         source, size = request.visit.source, len(request.slots)
         own = np.array([-1 if slot is None else slot for slot in request.slots], np.int64)
-        positions = order.positions_of(len(places), self.options.global_batch, own, request.visit.step)
+        positions = order.positions_of(len(places), self.slots, own, request.visit.step)
         filled = np.flatnonzero((own >= 0) & (positions >= 0))
         shards, samples = places.many(positions[filled])
         if (chosen := self.places[source]) is not None:

@@ -46,6 +46,9 @@ class DataOptions:
             the same in every run; `auto` is `shuffled` where the task or the method couples samples, so that a split
             sorted by class gives no class away.
         evaluation_seed: of that random order.
+        evaluation_batch: samples that a rank evaluates at a time, at most `global_batch`. Each of these batches holds
+            the same samples for any number of ranks, so rounding, and with it every prediction, is the same. Where the
+            task or the method couples samples, and for heads on stored features, `global_batch` counts instead.
         last_batch: `pad` completes the last step of an epoch with weight-0 slots, `drop` leaves it out.
         max_bad_fraction: share of the samples that may be bad before the run stops.
         max_bad_in_a_row: consecutive bad samples that stop the run.
@@ -72,6 +75,7 @@ class DataOptions:
     shuffle_block: int = 10_000
     evaluation_order: Literal["auto", "stored", "shuffled"] = "auto"
     evaluation_seed: int = 0
+    evaluation_batch: int = 16
     last_batch: Literal["pad", "drop"] = "pad"
     max_bad_fraction: float = 0.001
     max_bad_in_a_row: int = 100

@@ -7,7 +7,7 @@ worker needs only the slots and the step of the batch to make.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -46,7 +46,8 @@ class Stream:
     """The epochs of one rank.
 
     Args:
-        sources: at least one; each step takes all its slots from one of them.
+        sources: at least one; each step takes all its slots from one of them. In evaluation each rank takes a step of
+            its own, with all its slots, unless samples are coupled: batches then do not depend on the ranks.
         options: `global_batch` slots per step, workers, shuffling, limits.
         rank, world_size: this rank; the global batch does not depend on them.
         accumulation: micro-batches per step.
@@ -79,10 +80,15 @@ class Stream:
         if not sources:
             raise BadInput("data.sources: empty. Name at least one prepared data set.")
         last_batch = options.last_batch if train else "pad"
-        self.slots = options.global_batch
-        self.micro_slots = order.micro_slots(self.slots, rank, world_size, accumulation)
+        self.loader = Loader(sources, options, seed, train, coupled)
+        self.slots = self.loader.slots
+        self.whole = not train and not coupled
+        share = (0, 1) if self.whole else (rank, world_size)
+        self.micro_slots = order.micro_slots(self.slots, *share, accumulation)
         self.sizes = [s.samples for s in sources]
         steps = [order.steps_of(n, self.slots, last_batch) for n in self.sizes]
+        if self.whole:
+            steps = [order.ceil(count, world_size) for count in steps]
         for source, n, count in zip(sources, self.sizes, steps, strict=True):
             if count == 0:
                 raise BadInput(
@@ -90,7 +96,6 @@ class Stream:
                     f"{self.slots}. Use a smaller batch, or data.last_batch: pad."
                 )
         self.mix = order.Mix(steps, [s.weight if train else 1.0 for s in sources], seed)
-        self.loader = Loader(sources, options, seed, train, coupled)
         self.lengths, self.budget, self.rank, self.world_size = lengths, options.pack, rank, world_size
         self._planned: dict[order.Visit, tuple[list[list[int | None]], float]] = {}
         self._frozen: StoreSpec | None = None
@@ -136,8 +141,9 @@ class Stream:
     def _requests(self, epoch: int, start_step: int) -> Iterator[Request]:
         for step in range(start_step, self.mix.steps):
             visit = self.mix.at(epoch, step)
+            mine = replace(visit, step=visit.step * self.world_size + self.rank) if self.whole else visit
             for slots in self._micro_slots(visit):
-                yield Request(visit, tuple(slots), bool(self.lengths), self._frozen)
+                yield Request(mine, tuple(slots), bool(self.lengths), self._frozen)
 
     def micro_steps(self, epoch: int, step: int) -> int:
         """Micro-batches of each rank at a step."""

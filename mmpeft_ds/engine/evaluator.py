@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -140,7 +141,8 @@ class _Gathered:
         self.rows: list[dict[str, Any]] = []
         self.parts: list[Any] = []  # for tasks that need the whole split before they can answer
         self.pictures: list[tuple[Tensor | None, list[dict[str, Any]]]] = []
-        self.loss, self.weight, self.bad = 0.0, 0.0, 0
+        self.sums: list[tuple[float, float]] = []  # loss and weight of each batch
+        self.bad = 0
         self.changed = [0] * CHANGES
         self.graph: graph_health.View | None = None
 
@@ -148,8 +150,7 @@ class _Gathered:
         """Add a batch; `changed` is `PackedBatch.changed_texts` of it."""
         task = self.task
         self.changed = [a + b for a, b in zip(self.changed, changed, strict=True)]
-        self.loss += float(task.loss(outputs, batch))
-        self.weight += task.weight(batch)
+        self.sums.append((float(task.loss(outputs, batch)), float(task.weight(batch))))
         predictions = task.predict(outputs, batch)
         if task.concludes:
             self.parts.append(task.collect(outputs, batch))
@@ -166,8 +167,9 @@ class _Gathered:
         if task.concludes:
             rows = task.conclude(model, self.parts, device)
             pictures = [(image, _concluded(mine, rows)) for image, mine in pictures]
-        sums = [self.loss, self.weight, self.bad, *self.changed]
-        loss, weight, bad, *changed = collectives.sum_scalars(sums, device)
+        bad, *changed = collectives.sum_scalars([self.bad, *self.changed], device)
+        batches = collectives.gather_everywhere(self.sums)
+        loss, weight = _exact([loss for loss, _ in batches]), _exact([weight for _, weight in batches])
         texts = TextCounts()
         texts.add(task, changed)
         rows = collectives.gather_to_first(rows) or []
@@ -194,6 +196,11 @@ def _together(steps: Iterable[Any], device: torch.device | str) -> Iterator[Any]
         # Evaluation does not accumulate, so there is one micro-batch per step.
         collectives.sum_scalars([1.0] + [0.0] * (1 + modality.WIDTH), device)
         raise AgreedBadInput(collectives.first_message(str(problem))) from problem
+
+
+def _exact(values: Sequence[float]) -> float:
+    """Their sum, the same in any order, and so for any number of ranks."""
+    return math.fsum(values) if all(map(math.isfinite, values)) else sum(values)
 
 
 def _concluded(mine: list[dict[str, Any]], rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

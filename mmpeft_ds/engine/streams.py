@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -167,11 +167,14 @@ def items_of(source: ResolvedSource) -> int:
     return sum(len(record.get(field, [])) for record in records(source))
 
 
-def records(source: ResolvedSource, usable: bool = False) -> Iterator[dict[str, Any]]:
+def records(
+    source: ResolvedSource, usable: bool = False, only: Collection[str] | None = None
+) -> Iterator[dict[str, Any]]:
     """The json of every sample that is used of a split and can be parsed, in order; images are not decoded.
 
     Args:
         usable: leave out those that the task refuses as well.
+        only: ids of the samples to read, such as those that an evaluation has scored; None: all.
     """
     manifest, split = source.manifest, source.options.split
     reader = ShardReader(manifest, split)
@@ -182,20 +185,22 @@ def records(source: ResolvedSource, usable: bool = False) -> Iterator[dict[str, 
                 wanted = [(number, int(i)) for i in rows[first : first + CHUNK]]
                 for piece in reader.read(wanted):
                     with contextlib.suppress(BadSample):  # the stream says what is wrong with it
-                        yield _record_in(piece, source, usable)
+                        sample_id, record = _record_in(piece, source, usable)
+                        if only is None or sample_id in only:
+                            yield record
     finally:
         reader.close()
 
 
-def _record_in(piece: bytes | BadSample, source: ResolvedSource, usable: bool) -> dict[str, Any]:
-    """The json of one sample. Raises BadSample."""
+def _record_in(piece: bytes | BadSample, source: ResolvedSource, usable: bool) -> tuple[str, dict[str, Any]]:
+    """(id, json) of one sample. Raises BadSample."""
     with one_sample():
         if isinstance(piece, BadSample):
             raise piece
-        parts = members(piece)[1]
+        key, parts = members(piece)
         record = record_of(parts)
         if source.task.identifies_pictures:
             identify(record, parts)
         if usable:
             source.task.read_all(with_arrays(dict(record), parts), torch.Generator())
-        return record
+        return f"{source.manifest.name}/{key}", record

@@ -270,10 +270,15 @@ class Training:
         known, loss = self.state.extra.get("best_scores", {}).get("loss"), evaluation.scores.get("loss", math.nan)
         return isinstance(known, (int, float)) and loss < known
 
-    def note_best(self, value: float, evaluation: Evaluation) -> None:
-        """Take the weights of this step for the best, with these scores on the first validation source."""
+    def note_best(self, value: float, evaluation: Evaluation, step: int | None = None) -> None:
+        """Take the weights of this step, or of `step`, for the best, with these scores on the first validation
+        source."""
         state = self.state
-        state.best, state.best_step, state.evaluations_without_improvement = value, state.step, 0
+        state.best, state.best_step, state.evaluations_without_improvement = (
+            value,
+            state.step if step is None else step,
+            0,
+        )
         state.extra |= {"best_scores": plain(evaluation.scores), "best_counted": evaluation.counted}
 
     def evaluating(self, index: int) -> Generator[Place, None, Evaluation | None]:
@@ -324,9 +329,11 @@ class Training:
         """
         state = self.state
         earlier = state.best is not None and state.best_step != state.step
+        held = state.step  # the step of the weights
         if earlier and (best := checkpoint.best_valid(self.run_dir.path)) is not None:
             checkpoint.load(best, self.built.engine, self.built.trainables)
-        calibrated = self.calibrate()  # before the numbers: its evaluation is that of the best
+            held = state.best_step
+        calibrated = self.calibrate(held)  # before the numbers: its evaluation is that of the best
         metrics = plain(
             {
                 "steps": state.step,
@@ -361,9 +368,12 @@ class Training:
         self.observer.say(table)
         return True
 
-    def calibrate(self) -> dict[str, Any]:
+    def calibrate(self, held: int) -> dict[str, Any]:
         """Calibrate the head, if it has a calibration, on the training rows and the first validation source, and
         evaluate it again. The result is saved as the best checkpoint.
+
+        Args:
+            held: the step whose weights the model has.
 
         Returns:
             numbers that the head reports.
@@ -385,7 +395,7 @@ class Training:
             self.observer.evaluation(titles(self.resolved.validation)[0], self.state.step, evaluation)
             value = evaluation.scores.get(chosen[0].task.main_metric, math.nan)
             if not math.isnan(value):
-                self.note_best(value, evaluation)
+                self.note_best(value, evaluation, held)
         self.save(best=True)
         return report
 

@@ -120,7 +120,7 @@ def _report(
         "changed": result.texts.words(),
         "scores": result.scores,
         "grouped": on_rank0(lambda: source.task.grouped(result.rows)),
-        "baselines": on_rank0(lambda: _baselines(resolved, source)),
+        "baselines": on_rank0(lambda: _baselines(resolved, source, result)),
     }
 
 
@@ -192,8 +192,9 @@ def _submit(path: Path, form: str, source: ResolvedSource, rows: list[dict[str, 
     print(f"submission: {path}{without}{not_listed(source.manifest.account.get(source.options.split, {}))}")
 
 
-def _baselines(resolved: Resolved, source: ResolvedSource) -> dict[str, float]:
-    """Scores without a model, from the training data of the same data set and task."""
+def _baselines(resolved: Resolved, source: ResolvedSource, result: Evaluation) -> dict[str, float]:
+    """Scores without a model on the samples that were scored, from the training data of the same data set and task."""
     split = source.options.split
     train = next(s for s in resolved.train if on_split(s.options, split) == source.options)
-    return source.task.baselines(records(train, True), records(source, True))
+    scored = {row["sample_id"] for row in result.rows} if result.bad else None
+    return source.task.baselines(records(train, True), records(source, True, scored))

@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mmpeft_ds import recipe as recipes
-from mmpeft_ds.data.assumed import is_absent
+from mmpeft_ds.data.assumed import is_absent, is_subset_absent
 from mmpeft_ds.errors import BadInput
 from mmpeft_ds.recipe.merging import deep_merge, slug
 
 RESULT = "result.json"
 HALVES = ("base", "new")
 PICTURES = "pictures"  # in place of a kind of features
+SHOWN = 4  # subset files that a message names
 NEVER = 10**9  # steps between evaluations, so that there is only the one at the end
 SETTINGS = ("name", "features", "once", "base_to_new", "by_shots")  # keys of a method that no recipe has
 
@@ -193,13 +194,22 @@ class Study:
 
 
 def check_prepared(cells: list[Cell]) -> None:
-    """Refuse cells whose data sets are not prepared. Raises BadInput that names each data set once."""
+    """Refuse cells whose data sets are not prepared, or whose samples are not chosen. Raises BadInput that names each
+    data set, or each file of chosen samples, once."""
     dirs = [s.dir for cell in cells for s in (*cell.recipe.data.sources, *cell.recipe.data.validation, *cell.tests)]
     if absent := [dir for dir in dict.fromkeys(dirs) if is_absent(dir)]:
         raise BadInput(
             f"not prepared, since they have no manifest.json: {', '.join(absent)}. Prepare them "
             "(data_prep/prepare.py, launchers/features.py; the recipe says how), or leave out the methods that read "
             "them: --methods."
+        )
+    sources = [s for cell in cells for s in (*cell.recipe.data.sources, *cell.recipe.data.validation)]
+    chosen = dict.fromkeys((s.subset, s.dir) for s in sources if s.subset)
+    if absent := [f"{dir}/{subset}" for subset, dir in chosen if is_subset_absent(subset, dir)]:
+        more = f" and {len(absent) - SHOWN} more" if len(absent) > SHOWN else ""
+        raise BadInput(
+            f"no such subset file: {', '.join(absent[:SHOWN])}{more}. data_prep/few_shot.py DIR writes those of a "
+            "data set."
         )
 
 

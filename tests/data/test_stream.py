@@ -88,6 +88,37 @@ def test_evaluation_sees_every_sample_once_in_the_same_place_every_epoch(toy):
     assert [first[t][0][0] for t in range(5)] == [f"toy/train-{t:09d}" for t in range(5)]
 
 
+def batches_of(manifest, world_size, **settings):
+    """Batches of an evaluation in their order, as ids, and how many steps each rank took."""
+    options = DataOptions(workers=0, **settings)
+    ranks = [
+        Stream([source(manifest)], options, rank=rank, world_size=world_size, train=False)
+        for rank in range(world_size)
+    ]
+    steps = [list(rank.epoch(0)) for rank in ranks]
+    in_turn = [step.micro[0].sample_id for at in zip(*steps, strict=True) for step in at]
+    return [batch for batch in in_turn if any(batch)], {len(of_rank) for of_rank in steps}
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 7, 20])
+def test_batches_of_an_evaluation_hold_the_same_samples_for_every_rank_count(toy, world_size):
+    alone, (many,) = batches_of(toy, 1, global_batch=32, evaluation_batch=6)
+    found, (count,) = batches_of(toy, world_size, global_batch=32, evaluation_batch=6)
+    assert found == alone and len(alone) == many == 8 and {len(batch) for batch in alone} == {6}
+    assert count == -(-many // world_size)
+
+
+def test_a_batch_of_an_evaluation_is_at_most_the_global_batch(toy):
+    assert batches_of(toy, 2, global_batch=4) == batches_of(toy, 2, global_batch=4, evaluation_batch=4)
+
+
+def test_coupled_samples_are_evaluated_by_global_batches_over_all_ranks(toy):
+    options = DataOptions(workers=0, global_batch=10, evaluation_batch=2, evaluation_order="stored")
+    streams = [Stream([source(toy)], options, rank=rank, world_size=2, train=False, coupled=True) for rank in range(2)]
+    first, second = (next(stream.epoch(0)).micro[0].sample_id for stream in streams)
+    assert len(first) == len(second) == 5 and not set(first) & set(second)
+
+
 def test_a_data_set_smaller_than_the_batch_is_padded_or_refused(toy):
     found = run(toy, 3, global_batch=64)
     assert len(found) == 1 and len(set(ids(found))) == N

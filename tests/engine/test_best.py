@@ -43,3 +43,26 @@ def test_of_equal_scores_the_one_with_the_lowest_loss_is_the_best(monkeypatch, b
         assert best == (run.state.best_step == step)
     assert run.state.best_step == best_step and run.state.evaluations_without_improvement == waited
     assert run.state.extra["best_scores"]["loss"] in (evaluations[best_step - 1][1], "nan")
+
+
+def test_the_best_after_a_calibration_is_of_the_step_whose_weights_were_calibrated(monkeypatch):
+    monkeypatch.setattr(training, "titles", lambda sources: ["val"])
+    monkeypatch.setattr(training.calibrate, "head", lambda model: object())
+    monkeypatch.setattr(training.calibrate, "rows_of", lambda *args: None)
+    monkeypatch.setattr(training.calibrate, "run", lambda *args: {"tau": 0.5})
+    stream = SimpleNamespace(epoch=lambda number: iter(()), close=lambda: None)
+    monkeypatch.setattr(training, "make_stream", lambda *args, **kwargs: stream)
+    source = SimpleNamespace(task=SimpleNamespace(main_metric="score", better="max"))
+    run = object.__new__(Training)
+    run.resolved = SimpleNamespace(validation=[source], train=[source], backbone=None)
+    run.built, run.ranks = SimpleNamespace(model=None, engine=None), SimpleNamespace(device="cpu")
+    run.state = TrainState(step=50, best=0.4, best_step=20)
+    run.observer = SimpleNamespace(evaluation=lambda *args: None)
+
+    def evaluating(index):
+        yield from ()
+        return Evaluation({"score": 0.5, "loss": 1.0}, weight=1.0)
+
+    run.evaluating, run.save = evaluating, lambda best: None
+    assert run.calibrate(20) == {"tau": 0.5}
+    assert (run.state.best, run.state.best_step, run.state.step) == (0.5, 20, 50)

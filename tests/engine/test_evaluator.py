@@ -83,3 +83,10 @@ def test_the_page_of_a_retrieval_run_on_stored_features_shows_what_was_found(tmp
     for image, rows in result.pictures:
         (row,) = rows
         assert image is None and row["kind"] == "image_to_text" and row["prediction"] in tiny_adapters.CAPTIONS
+
+
+def test_records_can_be_read_of_the_samples_that_were_scored_alone(tmp_path):
+    (source,) = resolve.resolve(tiny_adapters.recipe(tmp_path, "retrieval on stored features")).validation
+    everything = list(streams.records(source, True))
+    some = {f"{source.manifest.name}/{source.options.split}-{number:09d}" for number in (1, 2)}
+    assert len(everything) > 3 and list(streams.records(source, True, some)) == everything[1:3]

@@ -116,6 +116,15 @@ def test_data_sets_that_are_not_prepared_are_named_once_each_before_anything_run
     assert commands.run_script(few_shot_py, words + moved, monkeypatch) == 2
 
 
+def test_files_of_chosen_samples_that_are_missing_are_named_once_each_before_anything_runs(study):
+    made = study(few_shot={"shots": [2, 3], "seeds": [1]})
+    (source,) = made.cells()[0].recipe.data.sources
+    with pytest.raises(BadInput) as caught:
+        few_shot.run(made)
+    assert str(caught.value).startswith(f"no such subset file: {source.dir}/few_shot/3-seed1.json")
+    assert str(caught.value).count("3-seed1.json") == 1 and not made.out.exists()
+
+
 def test_the_study_runs_is_not_run_again_and_goes_on_where_a_result_is_missing(study, monkeypatch, capsys):
     made = study(few_shot={"base_to_new": [2]})
     assert few_shot.run(made)

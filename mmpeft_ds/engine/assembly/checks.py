@@ -62,6 +62,7 @@ def _ranges(recipe: Recipe) -> list[tuple[str, bool, str]]:
         ("seed", 0 <= recipe.seed < 2**63, "must lie in [0, 2^63)"),
         ("data.seed", 0 <= (data.seed or 0) < 2**63, "must lie in [0, 2^63)"),
         ("data.global_batch", 1 <= data.global_batch <= MOST_SLOTS, f"must lie in [1, {MOST_SLOTS:,}]"),
+        ("data.evaluation_batch", 1 <= data.evaluation_batch <= MOST_SLOTS, f"must lie in [1, {MOST_SLOTS:,}]"),
         ("data.workers", 0 <= data.workers <= MOST_PROCESSES, f"must lie in [0, {MOST_PROCESSES:,}]"),
         ("data.prefetch", 1 <= data.prefetch <= MOST_PROCESSES, f"must lie in [1, {MOST_PROCESSES:,}]"),
         ("data.max_sample_bytes", data.max_sample_bytes >= 1, "must be 1 or more"),
