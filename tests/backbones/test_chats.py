@@ -13,7 +13,11 @@ from tests.helpers.models import tiny_families, tiny_mllm
 from tests.helpers.models.family_samples import batch, image
 from tests.helpers.models.family_stock import made, stock, tolerance
 
-QUICK, SLOW = ("qwen2_vl", "internvl"), ("qwen3_vl", "gemma3", "idefics3", "mistral3", "llama4", "ovis2", "aya_vision")
+QUICK = ("qwen2_vl", "internvl")
+# PaliGemma has no chats; of several images LLaVA-OneVision's stock class reads no tiles where they come in a chat; the
+# next two's processors do not make of a chat all that their stock classes read; Aria takes as long as all others.
+LEFT_OUT = ("paligemma", "llava_onevision", "cosmos3_edge", "got_ocr2", "aria")
+SLOW = [f for f in ("qwen2_5_vl", *tiny_families.FAMILIES) if f not in (*QUICK, *LEFT_OUT)]
 ASKED, SAID = "what color ?", "red"
 
 
