@@ -20,7 +20,8 @@ from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.summary.writer.record_writer import RecordWriter
 from torch.utils.tensorboard import summary
 
-from mmpeft_ds.files import append, is_removed, naming, write_atomic
+from mmpeft_ds.engine.events import partial_name
+from mmpeft_ds.files import append, is_removed, naming, replacing
 
 _KINDS = {"scalar": summary.scalar, "image": functools.partial(summary.image, dataformats="CHW"), "text": summary.text}
 _NUMBERS = itertools.count()  # of the files of this process
@@ -43,9 +44,8 @@ class Board:
         self.path, self.pending = folder / f"events.out.tfevents.{name}", io.BytesIO()
         self._record(Event(file_version="brain.Event:2"))
         self._record(Event(step=first, session_log=SessionLog(status=SessionLog.START)))
-        self.head = self.pending.getvalue()
-        self.file = self._opened()
-        self.write()
+        self.head, self.pending = self.pending.getvalue(), io.BytesIO()
+        self.file = self._opened(self.head)
 
     def add(self, kind: str, tag: str, value: Any, step: int) -> None:
         """Note a point, which `write` writes: `scalar`, `image` (3, H, W) in [0, 1], or `text`, which is Markdown."""
@@ -74,10 +74,11 @@ class Board:
         with contextlib.suppress(OSError):  # failures to write have been reported where they occurred
             self.file.close()
 
-    def _opened(self, content: bytes = b"") -> BinaryIO:
+    def _opened(self, content: bytes) -> BinaryIO:
         with naming(self.path):
             self.path.parent.mkdir(exist_ok=True)
-            write_atomic(self.path, content)
+            with replacing(self.path, partial_name(self.path)) as temporary:
+                temporary.write_bytes(content)
             return self.path.open("a+b", buffering=0)
 
     def _record(self, event: Event) -> None:

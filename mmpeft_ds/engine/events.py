@@ -37,6 +37,11 @@ def truncate(folder: Path, step: int, evaluated: bool = True) -> None:
             _truncate_file(path, step, evaluated)
 
 
+def partial_name(path: Path) -> Path:
+    """Where an event file is written before it takes its name: TensorBoard reads whatever has `tfevents` in it."""
+    return path.with_name(f".{path.name.replace('tfevents', PARTIAL)}")
+
+
 def _records(path: Path) -> Iterator[tuple[bytes, Any]]:
     """Records and the events in them, up to the first that is not whole."""
     from google.protobuf.message import DecodeError
@@ -68,9 +73,7 @@ def _truncate_file(path: Path, step: int, evaluated: bool) -> None:
         kept = kept[:1]
     if sum(len(record) + 16 for record in kept) == path.stat().st_size:  # 16 bytes of frame around each
         return
-    # TensorBoard reads every file that has `tfevents` in its name.
-    temporary = path.with_name(f".{path.name.replace('tfevents', PARTIAL)}")
-    with replacing(path, temporary), temporary.open("wb") as file:
+    with replacing(path, partial_name(path)) as temporary, temporary.open("wb") as file:
         writer = RecordWriter(file)
         for record in kept:
             writer.write(record)

@@ -146,6 +146,14 @@ def test_scales_of_single_layers_are_those_of_the_run_or_are_refused(tmp_path, o
             attach_saved(directory, copy.deepcopy(base), section)
 
 
+def test_other_tokens_than_those_that_were_trained_are_refused(tmp_path):
+    directory, section, base, _ = scaled(tmp_path, init_lora_weights=True, trainable_token_indices=[1, 2])
+    attach_saved(directory, copy.deepcopy(base), section)
+    edited(trainable_token_indices=[1, 3])(directory)
+    with pytest.raises(BadInput, match=r"trainable_token_indices is \[1, 3\], but \[1, 2\] in the recipe"):
+        attach_saved(directory, copy.deepcopy(base), section)
+
+
 # Names of modules before transformers 4.52, by those of today.
 BEFORE_4_52 = {
     "llava": {
