@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import shutil
 from pathlib import Path
 
@@ -16,6 +17,9 @@ from mmpeft_ds.data.manifest import Manifest
 from mmpeft_ds.engine import frozen_images, plan
 from mmpeft_ds.engine.assembly import resolve
 from tests.helpers import launch
+from tests.helpers.data.mixed_media import sample
+from tests.helpers.data.tiny_shards import write_shards
+from tests.helpers.models import tiny_families, tiny_mllm
 from tests.helpers.runs import tiny_vqa
 
 pytestmark = pytest.mark.distributed
@@ -92,6 +96,50 @@ def test_evaluation_reads_and_fills_the_store_and_gives_the_same_scores(folder):
 def test_at_zero_1_as_at_zero_3(more):
     assert losses(more, "kept1") == losses(more, "plain1")
     assert computed(more, "kept1") == [IMAGES, 0]
+
+
+@pytest.mark.slow
+def test_a_bfloat16_base_gives_the_same_losses_to_the_bit_which_are_not_those_of_float32(folder):
+    half = {"dtype": "bfloat16"}
+    recipes_ = {
+        f"half_{name}{stage}": write_recipe(folder, f"half_{name}{stage}", stage, store, engine=dict(half))
+        for stage in (1, 3)
+        for name, store in (("plain", ""), ("kept", f"half_store{stage}"))
+    }
+    train(1, *recipes_.values(), write_recipe(folder, "full", 1))
+    for stage in (1, 3):
+        assert losses(folder, f"half_kept{stage}") == losses(folder, f"half_plain{stage}")
+        assert computed(folder, f"half_kept{stage}") == [IMAGES, 0]
+        assert losses(folder, f"half_kept{stage}") != pytest.approx(losses(folder, "full"), abs=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["qwen2_vl", "llava_onevision"])
+def test_samples_with_videos_train_as_without_a_store_and_pictures_of_others_are_kept(tmp_path, family):
+    draw = random.Random(3)
+    drawn = [sample(i, draw) for i in range(24)]
+    write_shards(tmp_path / "mixed", drawn, per_shard=5, name="mixed")
+    (tiny_mllm if family in tiny_mllm.FAMILIES else tiny_families).write(tmp_path / family, family)
+    source = {"dir": str(tmp_path / "mixed"), "split": "train", "task": {"name": "instruction"}}
+    paths = []
+    for name, engine in (("plain", {}), ("kept", {"cache_frozen": {"dir": str(tmp_path / "store")}})):
+        raw = {
+            "run_dir": str(tmp_path / name),
+            "backbone": {"name": "mllm", "model": str(tmp_path / family), "max_text_length": 128},
+            "method": {"name": "lora", "r": 2, "target_modules": r".*language_model.*\.q_proj"},
+            "data": {"sources": [source], "global_batch": 6, "workers": 0},
+            "optim": {"lr": 0.01, "epochs": 2},
+            "engine": {"deepspeed": "ds_configs/zero1.json", "threads": 1, **engine},
+        }
+        paths.append(tmp_path / f"{name}.yaml")
+        paths[-1].write_text(yaml.safe_dump(raw))
+    train(1, *paths)
+    assert losses(tmp_path, "kept") == losses(tmp_path, "plain")
+    with_videos = [s for s in drawn if "videos" in s.record]
+    frames = sum(len(video["times"]) for s in with_videos for video in s.record["videos"])
+    again = sum(len(s.images) for s in with_videos) - frames
+    counts = [row["images_computed"] for row in rows(tmp_path, "kept")]
+    assert sum(counts[4:]) == again < sum(counts[:4])
 
 
 @pytest.mark.slow
