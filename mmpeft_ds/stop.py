@@ -114,6 +114,7 @@ class Watch:
         stopped: a run has ended after its step, so the process is about to leave by itself.
         exit_code: what the process is leaving with, None before.
         stuck: says whom this rank has been waiting for too long, so that its step will not end; empty if for nobody.
+        abandon: ends those for whom it waits that are stopped on this machine; called before it leaves without them.
         lost: says of which ranks the processes have ended; empty if of none.
         farewell: called when the process leaves with 0.
     """
@@ -124,6 +125,7 @@ class Watch:
         self.flag: StopFlag | None = None
         self.reason, self.since, self.stopped, self.exit_code = "", None, False, None
         self.stuck: Callable[[], str] = str
+        self.abandon: Callable[[], object] = str
         self.lost: Callable[[], str] = str
         self.farewell: Callable[[], object] = str
         self.signal_code, self._again, self._unwinds, self._closed = 0, False, False, threading.Event()
@@ -209,6 +211,7 @@ class Watch:
         elif flag is not None and flag.begun:
             flag.noticed()
             if seconds > LEAVE and (missing := self.stuck()):
+                self.abandon()
                 waits = f"stopped ({self.reason}) while it waits for {missing}. The last complete checkpoint is whole."
                 leave(self.signal_code, f"rank {rank}: {waits}")
             if seconds > flag.grace:

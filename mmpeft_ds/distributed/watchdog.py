@@ -60,6 +60,7 @@ class Watchdog:
         threading.Thread(target=self._watch, name="stall-watch", daemon=True).start()
         if (watch := stop.Watch.running) is not None:
             watch.stuck, watch.lost, watch.farewell = self.words, self.lost, self.farewell
+            watch.abandon = lambda: end_stopped(self.waits_for)
 
     def words(self) -> str:
         """Whom this rank has been waiting for too long; empty if for nobody."""
@@ -175,11 +176,7 @@ class Watchdog:
                 print("\n".join(stacks(self.hub.living())), file=sys.stderr, flush=True)
 
     def _leave(self, report: Report, others: list[Awaited]) -> None:
-        for one in others:
-            # A stopped process of this machine would continue when it is woken, and holds its memory until then.
-            if one.silent and one.owner is not None and one.owner.ended() is False:
-                with contextlib.suppress(OSError):
-                    os.kill(one.owner.pid, signal.SIGKILL)
+        end_stopped(others)
         if self.hub is not None:
             # One that is alive and stuck outside of torch can still learn why it ends.
             self.hub.wait_until_told(3 * self.beat, {one.rank for one in others if one.silent})
@@ -192,6 +189,15 @@ class Watchdog:
 
     def _say(self, words: str) -> None:
         print(f"rank {self.rank} on {self.owner.host}: {words}", file=sys.stderr, flush=True)
+
+
+def end_stopped(others: list[Awaited]) -> None:
+    """SIGKILL to the stopped processes of this machine among those that are waited for: each would continue when it is
+    woken, holds its memory until then, and launch.py waits half a minute for it to obey SIGTERM."""
+    for one in others:
+        if one.silent and one.owner is not None and one.owner.ended() is False:
+            with contextlib.suppress(OSError):
+                os.kill(one.owner.pid, signal.SIGKILL)
 
 
 @dataclass

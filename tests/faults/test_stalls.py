@@ -100,6 +100,23 @@ def test_ctrl_c_ends_a_run_whose_rank_is_stopped_without_the_whole_grace(tmp_pat
     assert "rank 0: stopped (SIGTERM) while it waits for rank 1 on " in result.output, result.tail()
 
 
+@pytest.mark.slow
+def test_a_request_to_stop_ends_a_stopped_rank_of_the_same_machine_as_well(tmp_path):
+    """Nobody else would: `launch.py` waits half a minute for it to obey SIGTERM, and here is no launcher at all."""
+    recipe = endless.prepare(tmp_path, stall=STALL, timeout=3000, stop_grace=2000)
+
+    def stop() -> None:
+        endless.reach(tmp_path / "run", 3, lambda: True, LIMIT)
+        rank_server.ranks()[1].suspend()
+        rank_server.ranks()[0].terminate()
+
+    beside = threading.Thread(target=stop)
+    beside.start()
+    result = launch.run_forked(TRAIN, "--recipe", str(recipe), timeout=LIMIT)
+    beside.join()
+    assert not result.killed and list(result.codes) == [128 + 15, -9], result.tail()
+
+
 @pytest.mark.parametrize("lost", [1, pytest.param(0, marks=pytest.mark.slow)])
 def test_a_killed_rank_is_named_by_all_others_which_end(tmp_path, lost):
     recipe, killed = endless.prepare(tmp_path), []
