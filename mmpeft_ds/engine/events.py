@@ -1,8 +1,7 @@
 """Truncation of TensorBoard's event files after a step.
 
-`SummaryWriter(purge_step=...)` only asks TensorBoard to forget points that it has loaded; other readers of the files
-keep them. Here the points themselves are removed. The monitor gives `purge_step` as well, for a TensorBoard that has
-been open since before.
+The record at the head of a new file (`board.Board`) only asks TensorBoard to forget points that it has loaded; other
+readers of the files keep them. Here the points themselves are removed.
 """
 
 from __future__ import annotations

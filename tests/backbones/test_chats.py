@@ -92,6 +92,11 @@ TEMPLATES = {
     "{% if add_generation_prompt %}{{ '<turn> assistant b ' }}{% endif %}",
 }
 
+MERELY_APPENDS = (
+    "{% for m in messages %}{{ '<turn> ' + m['role'] + ' ' }}" + BODY + "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<turn> assistant ' }}{% endif %}"
+)
+
 
 @pytest.fixture(scope="module")
 def folder(request, tmp_path_factory):
@@ -162,6 +167,31 @@ def test_a_question_ends_where_its_answer_would_begin(changing):
         known, open_ = chat.encode(text), chat.encode(Prompted(text.prompt, "", text.turns))
         assert open_.ids == known.ids[: known.prompt_length] and open_.prompt_length == len(open_.ids)
         assert [n for n in open_.labels if n != -100] == [n for n in known.labels[: known.prompt_length] if n != -100]
+
+
+@pytest.mark.parametrize(
+    "answer", ["\ue000", "\ue000 red", "red \ue000", "\ue000 red \ue001", "red </turn> blue", " red "]
+)
+def test_answers_with_any_letters_and_empty_ones_are_found(changing, answer):
+    backbone, _, _, _ = changing
+    chat = backbone._chat
+    encoded = chat.encode(
+        Prompted(ASKED, answer, (("user", "what ?"), ("assistant", ""), ("user", "a ?"), ("assistant", SAID)))
+    )
+    labels = chat.tokenizer.decode([label for label in encoded.labels if label != -100]).split("</turn>")
+    assert [words.strip() for words in labels[:2]] == ["", "red"] and labels[3:] == [""]
+    expected = chat._plain(Prompted("", answer))[0].target
+    assert labels[2].split() == chat.tokenizer.decode(chat.tokenizer(expected)["input_ids"]).split()
+
+
+@pytest.mark.parametrize("template", [*TEMPLATES.values(), MERELY_APPENDS], ids=[*TEMPLATES, "appends"])
+def test_a_template_that_asks_for_a_system_text_gets_it_when_it_is_tried(tmp_path, template):
+    folder = tiny_families.write(tmp_path, "internvl")
+    needs = "{% if messages[0]['role'] != 'system' %}{{ raise_exception('no system text') }}{% endif %}"
+    text = needs + template.replace("MARK", tiny_families.FAMILIES["internvl"].mark)
+    (tmp_path / "t.jinja").write_text(text)
+    backbone, _ = made(folder, chat_template=str(tmp_path / "t.jinja"), system="a a")
+    assert backbone._chat._appends == (template == MERELY_APPENDS)
 
 
 def test_a_changing_template_without_an_end_of_answers_is_refused_in_one_line(tmp_path):

@@ -23,7 +23,9 @@ from mmpeft_ds.errors import BadInput, BadSample
 
 ROLES = ("system", "user", "assistant")
 KINDS = {IMAGE_MARK: "image", VIDEO_MARK: "video"}
-ANOTHER = "\ue000"  # an answer that nobody gives
+ANOTHER = "\ue000\ue001\ue002"  # answers that nobody gives: of three, one is neither the first letter nor the last
+# Conversation that every template is tried with.
+TRIAL = Prompted("three?", "four.", (("user", "one?"), ("assistant", "two.")), images=1)
 
 
 @dataclass
@@ -221,9 +223,8 @@ class Chat:
 
     def check(self) -> None:
         """Render a conversation with an image. Raises BadInput if this template cannot, or leaves no room."""
-        turns = (("user", "one?"), ("assistant", "two."))
         try:
-            self.encode(Prompted("three?", "four.", turns, images=1))
+            self.encode(TRIAL)
         except BadSample as bad:
             raise BadInput(f"backbone.max_text_length: {bad.detail}. Raise it.") from bad
 
@@ -272,9 +273,9 @@ class Chat:
     def _appends(self) -> bool:
         """Whether what the template renders only grows when a turn is added. Those of thinking models leave thoughts
         out of all answers but the last; LLaVA-OneVision's begins an answer otherwise than it asks for one."""
-        turns = (("user", "one?"), ("assistant", "two."), ("user", "three?"), ("assistant", "four."))
-        messages = [{"role": role, "content": self._pieces(words)} for role, words in turns]
-        steps = [self._render(messages[:i], None, answer_follows=bool(i % 2)) for i in (1, 2, 3, 4)]
+        messages = self._messages(TRIAL)
+        answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+        steps = [self._render(messages[: i + n], None, answer_follows=n == 0) for i in answers for n in (0, 1)]
         return all(later.startswith(earlier) for earlier, later in itertools.pairwise(steps))
 
     def _appended(
@@ -309,13 +310,12 @@ class Chat:
         Raises:
             BadInput: no end token follows an answer.
         """
-        given = ({"role": "assistant", "content": self._pieces(ANOTHER)},)
         asked = messages[-1]["role"] != "assistant"
         if asked:
             messages = [*messages, {"role": "assistant", "content": self._pieces("a")}]
         text, spans, end = self._render(messages, spellings), [], self.tokenizer.eos_token
         for i in (i for i, message in enumerate(messages) if message["role"] == "assistant"):
-            other = self._render([*messages[:i], *given, *messages[i + 1 :]], spellings)
+            other = self._render([*messages[:i], self._another(messages[i]), *messages[i + 1 :]], spellings)
             start = len(os.path.commonprefix([text, other]))
             after = len(os.path.commonprefix([text[start:][::-1], other[start:][::-1]]))
             at = text.find(end, len(text) - after)
@@ -327,6 +327,12 @@ class Chat:
             spans.append((start, at + len(end)))
         begin = spans[-1][0]
         return (text[:begin], spans[:-1], begin) if asked else (text, spans, begin)
+
+    def _another(self, answer: dict[str, Any]) -> dict[str, Any]:
+        """A turn in place of an answer, without a letter in common with either end of it."""
+        words = "".join(piece.get("text", "") for piece in answer["content"]).strip()
+        letter = next(letter for letter in ANOTHER if letter not in (words[:1], words[-1:]))
+        return {"role": "assistant", "content": self._pieces(letter)}
 
     def _ended(self, answer: str) -> tuple[str, str]:
         """The answer up to its end token, which is appended where the template has none, and what follows it."""
