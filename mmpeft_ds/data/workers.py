@@ -285,7 +285,8 @@ def _main_hidden(hide: bool) -> Iterator[None]:
 def _imports_of_this_process() -> Iterator[None]:
     """Let the fork server import this very package: it would look for it in the current folder first.
 
-    A run may be started in the checkout of another version, and a folder may hold a file named as a module is.
+    A run may be started in the checkout of another version, and a folder may hold a file named as a module is. Python
+    3.10 does not know PYTHONSAFEPATH, and still looks there first.
     """
     root = str(Path(mmpeft_ds.__file__).parent.parent)
     ours = {"PYTHONSAFEPATH": "1", "PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))}

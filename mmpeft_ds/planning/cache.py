@@ -6,14 +6,16 @@ from typing import Any
 
 from torch import nn
 
+from mmpeft_ds.data.order import ceil
 from mmpeft_ds.engine.assembly.resolve import Resolved
 from mmpeft_ds.sites.base import base_model
 
 
 def of(resolved: Resolved, model: nn.Module) -> int:
-    """Bytes for one rank's share of an evaluation step; 0 where nothing is generated.
+    """Bytes for one sample with one text; 0 where nothing is generated.
 
-    Every beam keeps keys and values of the prompt, at the length that the recipe allows, and of what it writes.
+    Every beam keeps keys and values of the prompt, at the length that the recipe allows, in which an image counts as
+    one token, and of what it writes.
     """
     wanted = [s.task.generation for s in resolved.validation if s.task.generation is not None]
     if not wanted or not resolved.backbone.generates:
@@ -30,6 +32,13 @@ def of(resolved: Resolved, model: nn.Module) -> int:
         max(g.get("num_beams", 1) * (prompt + g.get("max_new_tokens", g.get("max_length", 0))) for g in wanted)
         * bytes_of_token
     )
+
+
+def samples(resolved: Resolved, ranks: int) -> int:
+    """Samples that a rank evaluates at a time, as `data.stream.Stream` hands them out."""
+    data, source = resolved.recipe.data, resolved.validation[:1]
+    coupled = resolved.method_options.couples_samples or any(s.task.couples_samples for s in source)
+    return ceil(data.global_batch, ranks) if coupled else min(data.global_batch, data.evaluation_batch)
 
 
 def _first(config: Any, *names: str) -> int:

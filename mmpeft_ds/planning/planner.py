@@ -205,7 +205,8 @@ class Planner:
         parts |= memory.in_a_step(counted, gathered, ranks)
         seconds = timing.estimate(counted, sent, layout, cluster, accumulation, recipe.engine.matmul == "tf32")
         host = memory.on_host(self.tensors, layout)
-        return Choice(name, zero, recompute, parts, host, self.cache, sent, seconds)
+        generating = self.cache * cache.samples(self.resolved, ranks)
+        return Choice(name, zero, recompute, parts, host, generating, sent, seconds)
 
     def gathered(self, counted: StepCount, rules: Rules) -> Gathers:
         """Gathers of a counted micro-step, worked out once."""

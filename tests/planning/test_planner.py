@@ -3,14 +3,17 @@
 import copy
 import dataclasses
 import json
+from types import SimpleNamespace
 
 import pytest
+import torch
+from transformers import AutoModelForImageTextToText, DynamicCache
 
 from mmpeft_ds.backbones.common import text_attention
 from mmpeft_ds.data.order import micro_slots
 from mmpeft_ds.engine import plan as check
 from mmpeft_ds.errors import BadInput
-from mmpeft_ds.planning import configs, microbatch, planner, report
+from mmpeft_ds.planning import cache, configs, microbatch, planner, report
 from mmpeft_ds.planning.cluster import cluster
 from tests.helpers.models import tiny_mllm
 from tests.helpers.rank_scripts import planned
@@ -139,6 +142,32 @@ def test_a_slower_network_or_a_smaller_link_never_makes_a_step_faster(make):
     for a, b in zip(fast.choices, slow.choices, strict=True):
         assert b.seconds.apart > a.seconds.apart
     assert slow.limits["waiting for the network takes longer than computing"] == 4
+
+
+def test_keys_and_values_of_an_evaluation_are_those_of_all_samples_of_a_batch(resolved, monkeypatch):
+    task = SimpleNamespace(generation={"num_beams": 3, "max_new_tokens": 5}, couples_samples=False)
+    asked = dataclasses.replace(resolved, validation=[SimpleNamespace(task=task)])
+    model = AutoModelForImageTextToText.from_pretrained(resolved.backbone.options.model)
+    config, limit = model.config.text_config, resolved.backbone.options.max_text_length
+    kept = DynamicCache()
+    tokens = torch.zeros(1, limit + 5, dtype=torch.int64)
+    model.get_decoder()(tokens, past_key_values=kept, use_cache=True)
+    one = 3 * sum(layer.keys.nbytes + layer.values.nbytes for layer in kept.layers)
+    assert cache.of(asked, model) == one and len(kept.layers) == config.num_hidden_layers
+
+    def samples(ranks, **changes):
+        data = dataclasses.replace(resolved.recipe.data, **changes)
+        recipe = dataclasses.replace(resolved.recipe, data=data)
+        return cache.samples(dataclasses.replace(asked, recipe=recipe), ranks)
+
+    assert samples(2, global_batch=64) == samples(8, global_batch=64) == 16
+    assert samples(2, global_batch=64, evaluation_batch=3) == 3 and samples(2, global_batch=5) == 5
+    task.couples_samples = True
+    assert samples(4, global_batch=64) == 16 and samples(8, global_batch=63) == 8
+    monkeypatch.setattr(cache, "of", lambda *given: one)
+    monkeypatch.setattr(cache, "samples", lambda found, ranks: 100 + ranks)
+    planned_ = planner.make(resolved, {"own": {"stage": 1}}, cluster(1, 4, 16.0), microbatch.Filling(words=3))
+    assert {choice.cache for choice in planned_.choices} == {104 * one}
 
 
 def test_the_numbers_are_json_and_the_parts_add_up(make):
