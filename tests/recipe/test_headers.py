@@ -13,7 +13,7 @@ from mmpeft_ds.runs import submission
 from mmpeft_ds.runs.evaluate import named
 from tests.helpers import ROOT
 from tests.helpers.runs.headers import BadHeader, commands, settings
-from tests.helpers.runs.tiny_settings import carry_out
+from tests.helpers.runs.tiny_settings import Small, carry_out
 
 # Recipes of your own data, and those whose data come as packages: other tests carry them out.
 OTHERS = {
@@ -42,9 +42,14 @@ def models(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def quick(tmp_path_factory, models):
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("quick")
+
+
+@pytest.fixture(scope="module")
+def quick(folder, models):
     """Run directories of the quick settings, all from one process: starting one takes longer than a setting."""
-    return carry_out([s for s in SETTINGS if str(s) in QUICK], tmp_path_factory.mktemp("quick"), models)
+    return carry_out([s for s in SETTINGS if str(s) in QUICK], folder, models)
 
 
 def check_results(setting, run):
@@ -76,6 +81,16 @@ def test_the_commands_of_a_header_lead_from_the_layout_to_the_score(setting, qui
 @pytest.mark.parametrize("setting", [s for s in PLAIN if str(s) not in QUICK], ids=str)
 def test_so_do_those_of_all_other_headers(setting, tmp_path, models):
     check_results(setting, carry_out([setting], tmp_path, models)[str(setting)])
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_two_ranks_write_the_same_answers_and_result_files_as_one(quick, folder, models, tmp_path):
+    names = ("clip_bart_multitask_lora", "lora_llava15_instruct", "p_adapter_blip_textcaps")
+    for setting in (s for s in SETTINGS if str(s) in names):
+        small = Small(setting, folder / str(setting), models)
+        one, two = (small.evaluated(n, tmp_path / "jobs.json", "--set", "data.evaluation_batch=1") for n in (1, 2))
+        assert one == two and len(one) >= 1, setting
 
 
 def test_every_task_has_a_setting_that_the_quick_tests_carry_out():

@@ -63,6 +63,21 @@ class Small:
         before = [self._line(c) for c in self.setting.before if c.name != "prepare"]
         return [*before, train, *map(self._line, self.setting.after)]
 
+    def evaluated(self, ranks: int, jobs: Path, *more: str) -> dict[str, bytes]:
+        """Give the header's evaluations again on so many ranks; name -> bytes of each file of predictions.
+
+        Args:
+            jobs: file for the list of commands.
+            more: words behind each command.
+        """
+        lines = [[*self._line(c), *more] for c in self.setting.after if c.name == "evaluate"]
+        jobs.write_text(json.dumps({str(self.setting): lines}), "utf-8")
+        done = launch.run_forked("tests.helpers.rank_scripts.in_turn", str(jobs), ranks=ranks)
+        assert not done.code, done.tail(60)
+        written = sorted(Path(self.recipe().run_dir).iterdir())
+        of_this = [p for p in written if p.name.startswith(("predictions", "submission")) and "." not in p.stem]
+        return {p.name: p.read_bytes() for p in of_this}  # names with a number are of the evaluation before
+
     def recipe(self) -> recipes.Recipe:
         """The recipe with the overrides of the setting, shrunk."""
         recipe = recipes.load(self.setting.recipe, self.setting.train.values("--set"))
