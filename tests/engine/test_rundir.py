@@ -118,6 +118,7 @@ def test_a_run_that_has_made_its_steps_is_not_said_to_train(tmp_path, total, say
         {"engine__adapter_matmul": "bfloat16"},
         {"data__workers": 0},
         {"data__max_bad_fraction": 0.5},
+        {"data__evaluation_batch": 2},
         {"monitor__every": 5},
         {"run_dir": "elsewhere"},
     ],
