@@ -233,8 +233,14 @@ def test_embeddings_of_another_base_beside_an_adapter_are_refused(folder, tmp_pa
     stock = Qwen2VLForConditionalGeneration.from_pretrained(folder / "model")
     tensors["base_model.model.model.language_model.embed_tokens.weight"] = stock.get_input_embeddings().weight + 1e-3
     save_file(tensors, path)
-    with pytest.raises(BadInput, match="embed_tokens.weight does not train here and has other values there"):
+    told = "embed_tokens.weight does not train here and has other values there"
+    with pytest.raises(BadInput, match=told):
         read(folder, path.parent, whole=True)
+    tensors["base_model.model.model.language_model.embed_tokens.weight"] = stock.get_input_embeddings().weight[1:]
+    save_file(tensors, path)
+    for whole in (True, False):  # when a run starts, and by --check
+        with pytest.raises(BadInput, match=told):
+            read(folder, path.parent, whole=whole)
 
 
 @pytest.mark.parametrize(("factor", "dtype", "fits"), [(1, "float8_e4m3fn", True), (1e300, "float64", False)])

@@ -100,8 +100,9 @@ def _check_frozen(directory: Path, key: str, model: PeftModel, saved: dict[str, 
     def compare() -> None:
         trained = set(read_json(directory / CONFIG, dict).get("modules_to_save") or ())
         for name, parameter in here.items():
-            # without weights, as in --check, what its configuration says
-            same = parameter.is_meta or torch.equal(saved[name].to(parameter), parameter)
+            # without weights, as in --check, their shapes and what its configuration says
+            same = saved[name].shape == parameter.shape
+            same = same and (parameter.is_meta or torch.equal(saved[name].to(parameter), parameter))
             if not same or name.split(".")[-2] in trained:
                 raise BadInput(
                     f"{key}: {directory / WEIGHTS}: {name.removeprefix(PREFIX)} does not train here and has other "
