@@ -121,7 +121,7 @@ class FeatureBatches:
         Raises:
             BadSample: if the tensors of the texts cannot be made; then as well.
         """
-        by_shard = {int(s): np.flatnonzero(shards == s) for s in np.unique(shards)}
+        by_shard = _grouped(shards)
         columns = {s: self.columns.shard(s) for s in by_shard}
         if not len(slots) or not all(columns[s].good[samples[own]].all() for s, own in by_shard.items()):
             return None
@@ -228,6 +228,14 @@ class FeatureBatches:
             bad=[],
             changes=changes_of(collated, len(texts)),
         )
+
+
+def _grouped(shards: np.ndarray) -> dict[int, np.ndarray]:
+    """Number of a shard -> where it stands, in order."""
+    order = np.argsort(shards, kind="stable")
+    numbers, first = np.unique(shards[order], return_index=True)
+    ends = [*first[1:].tolist(), len(order)]
+    return {s: order[a:b] for s, a, b in zip(numbers.tolist(), first.tolist(), ends, strict=True)}
 
 
 def _raw(text: Any) -> Any:

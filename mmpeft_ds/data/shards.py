@@ -65,6 +65,7 @@ class ShardReader:
         self.shards = manifest.shards(split)
         self._firsts = np.cumsum([0, *(shard.samples for shard in self.shards)])
         self._stamps: dict[int, Stamp] = dict(enumerate(stamps))
+        self._local: dict[int, str | None] = {}  # path of each shard, None of one that has to be fetched
         self._offsets: dict[int, np.ndarray] = {}
         self._files: OrderedDict[int, int] = OrderedDict()
 
@@ -169,8 +170,9 @@ class ShardReader:
 
     def _path(self, shard: int) -> str:
         """Path of a shard's local file, which is fetched if it is remote."""
-        url = self.manifest.path(self.shards[shard].file)
-        return local_path(url) or cached(self.manifest, self.split, shard, self.cache_dir)
+        if shard not in self._local:
+            self._local[shard] = local_path(self.manifest.path(self.shards[shard].file))
+        return self._local[shard] or cached(self.manifest, self.split, shard, self.cache_dir)
 
     def _read_remote(self, ranges: list[tuple[int, int, int]]) -> list[bytes | BadSample]:
         urls = [self.manifest.path(self.shards[shard].file) for shard, _, _ in ranges]
