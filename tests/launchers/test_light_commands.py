@@ -160,3 +160,16 @@ def test_quick_imports_read_the_model_files_of_transformers_once():
     (hits, names), (plain_hits, plain_names) = names_of_transformers(True), names_of_transformers(False)
     assert hits > 100 and plain_hits == 0
     assert names == plain_names and min(names) > 1000
+
+
+@pytest.mark.parametrize("cuda, taken", [("None", "False"), ("'13.0'", "True")])
+def test_a_torch_for_the_cpu_takes_triton_as_absent(cuda, taken):
+    """One that was built for CUDA asks as ever (negative control)."""
+    code = (
+        "import sys, types; from mmpeft_ds import console\n"
+        f"sys.modules['torch.version'] = types.SimpleNamespace(cuda={cuda})\n"
+        "sys.modules['torch.utils._triton'] = module = types.SimpleNamespace(has_triton_package=lambda: True)\n"
+        "console._leave_triton_out(); print(module.has_triton_package())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.stdout.strip() == taken, done.stderr
