@@ -9,14 +9,12 @@ from __future__ import annotations
 import copy
 import hashlib
 import math
-import resource
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-import psutil
 import torch
 
 from mmpeft_ds import recipe as recipes
@@ -25,6 +23,7 @@ from mmpeft_ds.data.batch import PackedBatch
 from mmpeft_ds.data.stream import Step
 from mmpeft_ds.distributed import collectives
 from mmpeft_ds.distributed.clock import Clock, StepTimer
+from mmpeft_ds.distributed.own_process import Memory, garbage_later
 from mmpeft_ds.distributed.processes import Ranks
 from mmpeft_ds.engine import graph_health, padding
 from mmpeft_ds.engine.assembly import modality
@@ -102,7 +101,7 @@ class Stepper:
         self.groups, group_of = gradients.group_names(built.trainables)
         self.norms = gradients.Norms(self.engine, group_of, len(self.groups))
         self.knowing_norm = gradients.know_norm(self.engine)
-        self.process = psutil.Process()
+        self.held = Memory()
         self.last_layer = LastLayer(base_model(built.model))
         self.timer, self.seconds = StepTimer(Clock(ranks.device)), math.inf  # of the step before
         set_modes(built.model, resolved.backbone, self.recipe)
@@ -268,16 +267,18 @@ class Stepper:
         for i, (batch, present) in enumerate(zip(micro, agreed.present, strict=True)):
             if self.recipe.data.pack:  # their number is another at each step
                 self.engine.set_gradient_accumulation_boundary(i + 1 == len(micro))
-            with self.timer.part("forward"):
-                apart = self.frozen is not None
-                batch = modality.complete(batch, present, self.resolved.backbone, task, apart).to(self.ranks.device)
-                if self.frozen:
-                    batch = self.frozen.fill(batch, passes[i])
-                outputs = forward(self.engine, self.resolved.backbone, batch, scores=True, last=self.last_layer)
-                loss = task.loss(outputs, batch)
-                places += padding.places(outputs, batch)
-            with self.timer.part("backward"):
-                self.engine.backward(loss * scale)
+            with garbage_later():
+                with self.timer.part("forward"):
+                    apart = self.frozen is not None
+                    batch = modality.complete(batch, present, self.resolved.backbone, task, apart)
+                    batch = batch.to(self.ranks.device)
+                    if self.frozen:
+                        batch = self.frozen.fill(batch, passes[i])
+                    outputs = forward(self.engine, self.resolved.backbone, batch, scores=True, last=self.last_layer)
+                    loss = task.loss(outputs, batch)
+                    places += padding.places(outputs, batch)
+                with self.timer.part("backward"):
+                    self.engine.backward(loss * scale)
             if self.measures_graph:
                 # It reads numbers from the device, which has the backward pass to do meanwhile.
                 for name, value in graph_health.measure(outputs, batch).items():
@@ -358,8 +359,7 @@ class Stepper:
 
     def memory(self) -> list[float]:
         """MiB of this process: resident now, resident at most so far, and the peak of its GPU where there is one."""
-        resident = self.process.memory_info().rss / 2**20
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        resident, peak = self.held.resident() / 2**20, self.held.most() / 2**20
         if self.ranks.device.type == "cuda":
             return [resident, peak, torch.cuda.max_memory_allocated(self.ranks.device) / 2**20]
         return [resident, peak]

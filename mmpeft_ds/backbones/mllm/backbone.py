@@ -8,12 +8,9 @@ otherwise than most stands in its file in `families/`; one without a file is tri
 
 from __future__ import annotations
 
-import ast
 import copy
 import dataclasses
 import functools
-import inspect
-import textwrap
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -195,8 +192,7 @@ class MllmBackbone(Checkpoint):
 
     def output_layer(self, model: nn.Module) -> nn.Module | None:
         """transformers' output embeddings where nothing is done to what they return: some families scale or cap it."""
-        stock_class = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(self._config)]
-        return super().output_layer(model) if _logits_are_left_alone(stock_class) else None
+        return super().output_layer(model) if self._makes_plain_logits else None
 
     def labels_at(self, model: Any, batch: PackedBatch, positions: int) -> Tensor:
         """The token that follows each of the last positions, image tokens counted; nothing follows the last."""
@@ -385,7 +381,7 @@ class MllmBackbone(Checkpoint):
             mask: (T, L), 1 for what is read of each text.
         """
         ids, known = on_host(batch.texts["input_ids"]), on_host(mask).bool()
-        places = known & torch.isin(ids, torch.tensor(media_ids(self._config)))
+        places = known & torch.isin(ids, self._media_ids)
         owned = [_owned(owner) for owner in (batch.image_owner, batch.video_owner)]
         runs_of = [_number_of_runs(m, len(o)) for m, o in self._kinds(batch)]
         weights, numbers = on_host(batch.text_weight).tolist(), places.sum(1).tolist()
@@ -431,20 +427,6 @@ def _number_of_runs(media: dict[str, Tensor], number: int) -> list[int]:
 @functools.cache
 def _mixin_of(family: Family) -> type[ImageText]:
     return type("ImageText", (ImageText,), {"family": family, "__module__": ImageText.__module__})
-
-
-@functools.cache
-def _logits_are_left_alone(stock_class: type[PreTrainedModel]) -> bool:
-    """Whether the forward of a class sets `logits` once, to what `lm_head` returns. A source of another form is taken
-    for one that changes them, which costs memory alone."""
-    tree = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(stock_class.forward))))
-    made = []
-    for node in ast.walk(tree):
-        if isinstance(node, (ast.Assign, ast.AugAssign, ast.AnnAssign)):
-            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
-            names = {inner.id for t in targets for inner in ast.walk(t) if isinstance(inner, ast.Name)}
-            made += [node.value] if "logits" in names else []
-    return len(made) == 1 and isinstance(made[0], ast.Call) and ast.unparse(made[0].func) == "self.lm_head"
 
 
 def _first(tower: nn.Module, module: nn.Module) -> str:

@@ -3,10 +3,14 @@ read once and only where it is asked for."""
 
 from __future__ import annotations
 
+import ast
 import functools
 import inspect
+import textwrap
 from typing import Any
 
+import torch
+from torch import Tensor
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, MODEL_MAPPING
 
 from mmpeft_ds import registry
@@ -42,6 +46,15 @@ class Checkpoint(StockBackbone):
         """Reason why the model cannot be split across ranks, which depends on the family."""
         why = self._family.unsplittable
         return why and f"reads a model of family {self._config.model_type!r}, which {why}"
+
+    @functools.cached_property
+    def _makes_plain_logits(self) -> bool:
+        """Whether nothing is done to what transformers' output embeddings return."""
+        return _logits_are_left_alone(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(self._config)])
+
+    @functools.cached_property
+    def _media_ids(self) -> Tensor:
+        return torch.tensor(media_ids(self._config))
 
     @functools.cached_property
     def _image_processor(self) -> Any:
@@ -161,3 +174,17 @@ class Checkpoint(StockBackbone):
         else:
             return
         raise BadInput(f"{WHERE}: {name!r} is of family {kind!r}, and {known}.")
+
+
+@functools.cache
+def _logits_are_left_alone(stock_class: type) -> bool:
+    """Whether the forward of a class sets `logits` once, to what `lm_head` returns. A source of another form is taken
+    for one that changes them, which costs memory alone."""
+    tree = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(stock_class.forward))))
+    made = []
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Assign, ast.AugAssign, ast.AnnAssign)):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            names = {inner.id for t in targets for inner in ast.walk(t) if isinstance(inner, ast.Name)}
+            made += [node.value] if "logits" in names else []
+    return len(made) == 1 and isinstance(made[0], ast.Call) and ast.unparse(made[0].func) == "self.lm_head"

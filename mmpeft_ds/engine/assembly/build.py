@@ -182,6 +182,8 @@ def started(resolved: Any, ranks: Ranks, model: nn.Module, ds_config: dict[str, 
         model.to(ranks.device)
     with frozen_not_sent(model), not_moved(model) if stage < 3 else contextlib.nullcontext():
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+    # DeepSpeed asks for it at every forward pass, and the engine, which lacks it, asks all wrappers of the model.
+    engine._deepcompile_z3_eager_fallback = None
     check_engine(engine, trainables)
     matrices.lay_out(engine)
     if stage == 1:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -135,19 +136,20 @@ class Norms:
         if lists and all(isinstance(gradients, FlatGradients) for gradients in lists):
             if self._index is None:
                 self._find_runs(norms.device)
-            flats = [gradients.flat_partition.double() for gradients in lists]
             parts = [
-                part for flat, runs in zip(flats, self._runs, strict=True) for part in flat.split_with_sizes(runs)
+                part
+                for gradients, runs in zip(lists, self._runs, strict=True)
+                for part in gradients.flat_partition.split_with_sizes(runs)
             ]
             index = self._index
         else:
             pairs = list(held(self.engine))
             if not pairs:
                 return norms
-            parts = [gradient.double() for _, gradient in pairs]
+            parts = [gradient for _, gradient in pairs]
             index = to_device(torch.tensor([self.group_of[id(p)] for p, _ in pairs]), norms.device)
         # In float64, as DeepSpeed takes the norm that it clips by.
-        squares = torch.stack(torch._foreach_norm(parts)).square_()
+        squares = torch.stack(torch._foreach_norm(parts, dtype=torch.float64)).square_()
         return norms.index_add_(0, index, squares.to(norms.device))
 
     def _find_runs(self, device: torch.device) -> None:
@@ -188,17 +190,40 @@ def know_norm(engine: Any) -> Callable[[float], contextlib.AbstractContextManage
         return known[-1] if known else compute()
 
     setattr(optimizer, name, give)
+    if stage < 3:
+        _clip_by_number(optimizer)
 
     @contextlib.contextmanager
     def knowing(norm: float) -> Iterator[None]:
-        of_all = torch.tensor(norm, dtype=torch.float64) if stage == 3 else torch.tensor(norm, dtype=torch.float32)
-        known.append([of_all] if stage == 3 else of_all)
+        known.append([torch.tensor(norm, dtype=torch.float64)] if stage == 3 else _single(norm))
         try:
             yield
         finally:
             known.pop()
 
     return knowing
+
+
+def _clip_by_number(optimizer: Any) -> None:
+    """Let ZeRO-1 and 2 clip by a norm that is a number, with the same bits: DeepSpeed does its arithmetic on tensors
+    of one element, a dozen calls of torch."""
+    plain = optimizer.unscale_and_clip_grads
+
+    def clip(gradients: list[Tensor], norm: Any) -> None:
+        if isinstance(norm, Tensor) or optimizer.loss_scale != 1:
+            plain(gradients, norm)
+            return
+        most = optimizer.clip_grad
+        times = _single(_single(norm + _single(1e-6)) / _single(most)) if most > 0 else 1.0
+        if times > 1:
+            torch._foreach_mul_(gradients, _single(1 / times))
+
+    optimizer.unscale_and_clip_grads = clip
+
+
+def _single(number: float) -> float:
+    """Rounded to float32; the sum and the quotient of two such, rounded again, are those of float32."""
+    return ctypes.c_float(number).value
 
 
 def discard(engine: Any) -> None:

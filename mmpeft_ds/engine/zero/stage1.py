@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._utils import _flatten_dense_tensors
 
 from mmpeft_ds.engine.zero.gradients import FlatGradients
 
@@ -74,8 +75,8 @@ class _Part:
     def reduced(self) -> FlatGradients:
         """Averaged gradients; those of the parameters are released."""
         # A parameter that this rank's samples did not reach still meets those of the other ranks.
-        parts = [(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in self.params]
-        flat = torch.cat([*parts, parts[0].new_zeros(self.short)] if self.short else parts)
+        parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.params]
+        flat = _flatten_dense_tensors([*parts, parts[0].new_zeros(self.short)] if self.short else parts)
         for parameter in self.params:
             parameter.grad = None
         if self.ranks > 1:
