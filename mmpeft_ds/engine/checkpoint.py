@@ -170,13 +170,15 @@ def load(
         fingerprint: of the frozen base at hand; None skips that check.
 
     Raises:
-        BadInput: if names or shapes of the trained parameters differ, or the optimiser or the base is another one.
+        BadInput: if names, shapes or moments of the trained parameters differ, or the optimiser or the base is another
+            one.
     """
     path = Path(path)
     kept, optimizer = kept_buffers(engine.module), _optimizer(engine, trainables)
     header = on_rank0(lambda: _read_header(path, trainables, fingerprint, optimizer, kept))
     zero_state.ensure_optimizer_state(engine)
     keys = {name: (full_state.WEIGHT, *zero_state.moments(engine, p)) for name, p in trainables.items()}
+    on_rank0(lambda: _check_moments(path, keys))
     shapes = {name: zero_state.full_shape(parameter) for name, parameter in trainables.items()}
     with _reading(path, keys) as read, torch.no_grad():
         for name, tensors in _sent(shapes, read, {n: len(k) for n, k in keys.items()}, engine.device):
@@ -272,6 +274,23 @@ def _sent(
 def _optimizer(engine: Any, trainables: dict[str, nn.Parameter]) -> str | None:
     """The optimiser's name in recipes; None where nothing trains."""
     return zero_state.optimizer_name(engine) if trainables else None
+
+
+def _check_moments(path: Path, keys: dict[str, tuple[str, ...]]) -> None:
+    """Refuse a checkpoint without a moment that is read, such as of a parameter that another version stepped by Muon
+    and this one steps by AdamW. Raises BadInput.
+
+    Args:
+        keys: name -> WEIGHT and its moments.
+    """
+    with safe_open(path / "optimizer.safetensors", "pt") as file:
+        there = set(file.keys())
+    absent = [f"{name}.{key}" for name, (_, *of_it) in keys.items() for key in of_it if f"{name}.{key}" not in there]
+    if absent:
+        raise BadInput(
+            f"checkpoint {path}: optimizer.safetensors lacks {absent[0]}: the version that wrote it steps this "
+            "parameter otherwise. Continue with that version, or add --fresh."
+        )
 
 
 def _read_header(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from mmpeft_ds.engine import checkpoint, checkpoint_files, checkpoint_tensors
 from mmpeft_ds.engine.zero import fingerprint, state
+from mmpeft_ds.errors import BadInput
 
 TENSORS = {
     "b.weight": torch.arange(6.0).view(2, 3),
@@ -71,3 +73,17 @@ def test_numbers_that_are_not_those_that_train_are_not_written(hashed):
         held.check({"w": weight.nextafter(moment)}, {"w.exp_avg": moment})
     with pytest.raises(RuntimeError, match="exp_avg is not what the optimizer holds"):
         held.check({"w": weight}, {"w.exp_avg": moment + 1})
+
+
+def test_a_checkpoint_without_a_moment_that_is_read_is_refused_before_anything_is_set(tmp_path, monkeypatch):
+    """As where a later version gives a parameter to AdamW that Muon stepped before."""
+    path = checkpoint_files.write(tmp_path / "checkpoints", 1, _files(1), 9, False)
+    monkeypatch.setattr(checkpoint, "_read_header", lambda *given: {})
+    monkeypatch.setattr(checkpoint, "_optimizer", lambda *given: "muon")
+    monkeypatch.setattr(state, "ensure_optimizer_state", lambda engine: None)
+    monkeypatch.setattr(state, "moments", lambda *given: ("exp_avg", "exp_avg_sq"))
+    weight = torch.nn.Parameter(torch.ones(3))
+    engine = SimpleNamespace(module=torch.nn.Identity(), device=torch.device("cpu"))
+    with pytest.raises(BadInput, match=r"lacks w\.exp_avg_sq: .* or add --fresh"):
+        checkpoint.load(path, engine, {"w": weight})
+    assert weight.eq(1).all()
