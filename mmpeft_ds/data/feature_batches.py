@@ -234,8 +234,7 @@ def _grouped(shards: np.ndarray) -> dict[int, np.ndarray]:
     """Number of a shard -> where it stands, in order."""
     order = np.argsort(shards, kind="stable")
     numbers, first = np.unique(shards[order], return_index=True)
-    ends = [*first[1:].tolist(), len(order)]
-    return {s: order[a:b] for s, a, b in zip(numbers.tolist(), first.tolist(), ends, strict=True)}
+    return dict(zip(numbers.tolist(), np.split(order, first[1:]), strict=False))  # of no shards one empty part
 
 
 def _raw(text: Any) -> Any:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mmpeft_ds.data import writer
+from mmpeft_ds.data import feature_batches, writer
 from mmpeft_ds.data.batch import Described
 from mmpeft_ds.data.feature_columns import Columns, ShardColumns
 from mmpeft_ds.data.options import DataOptions
@@ -282,3 +282,11 @@ def test_mapped_shards_keep_no_descriptor_and_cannot_be_changed(tmp_path):
     with pytest.raises(ValueError, match="read-only"):
         columns[0].bytes[0] = 1
     assert columns[0].bytes.tobytes() == path.read_bytes()
+
+
+@pytest.mark.parametrize("shards", [[], [4], [3, 1, 3, 1, 2]])
+def test_samples_of_a_batch_are_grouped_by_shard_also_where_it_has_none(shards):
+    grouped = feature_batches._grouped(np.array(shards, np.int64))
+    assert {shard: places.tolist() for shard, places in grouped.items()} == {
+        shard: [place for place, other in enumerate(shards) if other == shard] for shard in sorted(set(shards))
+    }
