@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,7 +20,7 @@ from mmpeft_ds.engine.step import set_modes
 from mmpeft_ds.engine.zero import stage3
 from mmpeft_ds.engine.zero.resident import Tensors
 from mmpeft_ds.errors import BadInput
-from mmpeft_ds.planning.shapes import Live, counting
+from mmpeft_ds.planning.shapes import Counting, Live, counting
 from mmpeft_ds.planning.visits import Visit, recorded
 from mmpeft_ds.sites import find_sites
 from mmpeft_ds.sites.base import base_model
@@ -132,8 +133,9 @@ def count(resolved: Resolved, batch: PackedBatch, recompute: bool, others: Other
     sent = Traffic()
     with (
         _among(others or Others(), resolved),
-        counted(sent),
         counting(live) as counts,
+        _begun(model.module, resolved, counts),
+        counted(sent),
         recorded(model.module, model.parameters, leaves, live) as visits,
     ):
         if output is not None:
@@ -145,10 +147,12 @@ def count(resolved: Resolved, batch: PackedBatch, recompute: bool, others: Other
         loss = task.loss(outputs, moved)
         first, before = began[0]
         head = max([live.now, *(v.peak for v in visits[first + 1 :])]) - before
+        graph = getattr(outputs, "graph", None)  # which a step measures after the backward pass
         del outputs
         forward_flops, kept = dict(counts.flops), live.now
         if loss.requires_grad:  # else a head that trains nothing by gradients
             loss.backward()
+        del graph
     return StepCount(
         peak=live.peak,
         kept=kept,
@@ -170,6 +174,18 @@ def _among(others: Others, resolved: Resolved) -> contextlib.AbstractContextMana
     from mmpeft_ds.planning.others import simulated  # reads heads with graphs
 
     return simulated(others.ranks, others.neighbours)
+
+
+@contextlib.contextmanager
+def _begun(module: nn.Module, resolved: Resolved, counts: Counting) -> Iterator[None]:
+    """Begin with what a method that joins ranks computes once in a run: it is held, and no part of a step."""
+    if joins_ranks(resolved):
+        from mmpeft_ds.planning.others import begin
+
+        begin(module)
+        counts.live.peak, counts.moved = counts.live.now, 0
+        counts.flops.clear()
+    yield
 
 
 def _forget(parameter: nn.Parameter) -> None:

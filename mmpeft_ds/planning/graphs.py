@@ -91,7 +91,8 @@ def adjacency(self: Graph, dtype: torch.dtype, rank: int | None = None) -> Tenso
     nothing is held."""
     if (dtype, rank) not in self._adjacency:
         columns = self.num_sources if rank is None else self.counts[rank]
-        held = [self.source.clone(), self.weight.to(dtype), self.valid.new_zeros(self.num_targets + 1).long()]
+        source = self.source if rank is None else self.source.clone()  # a part of them has numbers of its own
+        held = [source, self.weight.to(dtype), self.valid.new_zeros(self.num_targets + 1).long()]
         self._adjacency[dtype, rank] = Sparse(self.num_targets, columns, held)
     return self._adjacency[dtype, rank]
 
@@ -124,9 +125,10 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        # The transposed matrix is sorted by its rows on the way: its indices once more, and those of both dimensions.
+        # The transposed matrix is sorted by its rows on the way: indices of both dimensions before and after, and the
+        # order and the numbers that are sorted; values once more.
         source, weight, _ = ctx.held
-        sorting = [source.clone(), weight.clone(), source.new_zeros(2, len(source))]
+        sorting = [weight.clone(), *(source.new_zeros(2, len(source)) for _ in range(3))]
         back = gradient.new_empty(ctx.columns, gradient.shape[1])
         del sorting
         return back, None

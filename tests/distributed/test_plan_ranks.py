@@ -24,6 +24,7 @@ SMALL = {
     "stage3_max_live_parameters": 20000,
     "stage3_max_reuse_distance": 5000,
 }
+WHOLE = {"stage3_param_persistence_threshold": 500}
 COPIES = {"stage": 3, **SMALL, "zero_hpz_partition_size": 2}
 QUICK = [
     {"name": "stage1", "zero": {"stage": 1}},
@@ -44,6 +45,13 @@ HEADS = [
     {"name": "threshold", "zero": {"stage": 1}, "head": {"r": 40, "tau": 0.5}},
     {"name": "knn", "zero": {"stage": 1}, "head": {"r": 40, "graph": "knn", "k": 4, "tau": -1.0}},
     {"name": "mean", "zero": {"stage": 0}, "head": {"r": 40, "tau": 0.5, "normalisation": "mean"}},
+    {"name": "threshold2", "zero": {"stage": 2}, "head": {"r": 40, "tau": 0.5}},
+    {"name": "knn3", "zero": {"stage": 3, **WHOLE}, "head": {"r": 40, "graph": "knn", "k": 4, "tau": -1.0}},
+]
+HEGRAPH = [
+    {"name": f"{shard}{stage}", "zero": zero, "hegraph": {"shard": shard}}
+    for shard in ("none", "cache", "classes")
+    for stage, zero in ((0, {"stage": 0}), (1, {"stage": 1}), (3, {"stage": 3, **SMALL}))
 ]
 FOUR = [
     QUICK[0],
@@ -134,8 +142,18 @@ def test_two_ranks_send_and_hold_what_the_plan_says_and_not_what_it_says_of_anot
 def test_a_graph_over_all_ranks_sends_what_the_plan_says(run, ranks):
     folder = run(HEADS, ranks)
     for case in HEADS:
-        # Operators of graphs take memory of their own, which a stand-in for them does not; features are tiny here.
-        assert_as_foreseen(folder, case, ranks, memory=0.25)
+        # What the sparse product of a dense graph holds beside the rest differs by some per cent from step to step.
+        assert_as_foreseen(folder, case, ranks, memory=0.15)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_hegraph_sends_and_holds_what_the_plan_says_whatever_is_shared_out(run, ranks):
+    folder = run(HEGRAPH, ranks)
+    for case in HEGRAPH:
+        assert_as_foreseen(folder, case, ranks)
+    none, cache = (Foreseen(folder, HEGRAPH[i], ranks) for i in (0, 3))  # negative control
+    assert "reduce_scatter" in cache.received[str(ranks)] and "reduce_scatter" not in none.received[str(ranks)]
 
 
 @pytest.mark.slow

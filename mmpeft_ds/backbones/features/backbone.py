@@ -131,7 +131,11 @@ class FeaturesBackbone(BackboneBase):
             ensemble=self.options.ensemble,
             live_images=self.options.images == "live",
         )
-        bank = {name: tensor.to("meta") if on_meta else tensor for name, tensor in self.bank.items()}
+        # Labels keep their numbers, which decide how many rows of the cache a rank has.
+        bank = {
+            name: tensor.to("meta") if on_meta and tensor.is_floating_point() else tensor
+            for name, tensor in self.bank.items()
+        }
         if self._live_classes:
             for name, templates in self._templates.items():
                 shape = (config.num_classes, len(templates), image)

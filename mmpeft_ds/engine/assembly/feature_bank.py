@@ -23,7 +23,8 @@ def towers_of(manifests: list[Manifest]) -> dict[str, Any]:
 
 
 def shapes(sources: list[Any], labels: list[str] | None, wanted: tuple[str, ...]) -> dict[str, Tensor]:
-    """The bank on the meta device, for checks before anything is read; empty without stored features.
+    """The bank on the meta device, for checks before anything is read, with as many support samples of each class;
+    empty without stored features.
 
     Args:
         sources: train sources (`engine.resolve.ResolvedSource`).
@@ -41,7 +42,7 @@ def shapes(sources: list[Any], labels: list[str] | None, wanted: tuple[str, ...]
     if "support" in wanted:
         samples = sum(source.samples for source in sources)
         bank["support"] = torch.empty(samples, max(1, towers.get("views", 0)), width, device="meta")
-        bank["support_labels"] = torch.empty(samples, dtype=torch.int64, device="meta")
+        bank["support_labels"] = torch.arange(samples) * classes // max(1, samples)
     return bank
 
 

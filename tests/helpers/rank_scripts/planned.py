@@ -3,13 +3,15 @@ what really happens.
 
     python -m tests.helpers.rank_scripts.planned CASES.json FOLDER      (one process per rank)
 
-Each case is {name, zero, accumulation, recompute, dtype, row}, or {name, zero, head} with options of GA-Net. Rank 0
-writes FOLDER/NAME.json.
+Each case is {name, zero, accumulation, recompute, dtype, row}, {name, zero, head} with options of GA-Net, or
+{name, zero, hegraph} with those of HeGraph. Rank 0 writes FOLDER/NAME.json.
 """
 
 import dataclasses
 import json
+import os
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from unittest import mock
 
@@ -20,18 +22,22 @@ from mmpeft_ds.data.bad_budget import BadBudget
 from mmpeft_ds.data.batch import PackedBatch
 from mmpeft_ds.data.stream import Step
 from mmpeft_ds.distributed import processes
+from mmpeft_ds.engine.assembly import feature_bank
+from mmpeft_ds.engine.assembly import resolve as resolving
 from mmpeft_ds.engine.assembly.build import build
 from mmpeft_ds.engine.step import Stepper
 from mmpeft_ds.engine.train_state import TrainState
+from mmpeft_ds.engine.zero.config import check_ds_config
 from mmpeft_ds.planning import microbatch
 from mmpeft_ds.tasks.instruction.task import Instruction, Options
 from tests.helpers import allocations, traffic
-from tests.helpers.rank_scripts import ga_net
+from tests.helpers.rank_scripts import ga_net, hegraph
 from tests.helpers.runs import tiny_classifier
 
 WARM, MEASURED = 4, 2  # steps; DeepSpeed knows the order of the modules after two
 WORDS, SAMPLES = 24, 2  # of the samples of a micro-batch
 ROWS, WIDTH, CLASSES = 64, 96, 20  # of the features of a head: samples, of each modality, classes
+TEXTS, SHOTS = 2, 16  # of each class in the bank of HeGraph
 
 
 def make_recipe(folder: Path, case: dict) -> recipes.Recipe:
@@ -40,8 +46,7 @@ def make_recipe(folder: Path, case: dict) -> recipes.Recipe:
         backbone={"name": "mllm", "model": str(folder / "llava")},
         method={"name": "lora", "r": case.get("r", 4), "target_modules": r".*language_model.*_proj"},
     )
-    recipe.engine.deepspeed = str(folder / f"{case['name']}.ds.json")
-    Path(recipe.engine.deepspeed).write_text(json.dumps({"zero_optimization": case["zero"]}))
+    recipe.engine.deepspeed = write_config(folder, case)
     recipe.engine.gradient_checkpointing = case.get("recompute", False)
     recipe.engine.dtype = case.get("dtype", "float32")
     recipe.optim.accumulation = case.get("accumulation", 1)
@@ -52,13 +57,51 @@ def make_recipe(folder: Path, case: dict) -> recipes.Recipe:
     return recipe
 
 
+def write_config(folder: Path, case: dict) -> str:
+    """The case's DeepSpeed file, which every rank writes and reads at its own time."""
+    path, own = folder / f"{case['name']}.ds.json", folder / f"{case['name']}.{os.getpid()}"
+    own.write_text(json.dumps({"zero_optimization": case["zero"]}))
+    own.replace(path)
+    return str(path)
+
+
 def head_of(folder: Path, case: dict):
     """A resolved recipe of GA-Net on features, without a data set."""
     with mock.patch.multiple(ga_net, WIDTH=WIDTH, CLASSES=CLASSES, TOWERS=ga_net.TOWERS | {
         "image_width": WIDTH, "text_width": WIDTH
     }):  # fmt: skip
         made = ga_net.resolved({"stage": case["zero"]["stage"], "options": case["head"], "steps": 10}, folder)
-    return dataclasses.replace(made, validation=[])
+    return configured(dataclasses.replace(made, validation=[]), folder, case)
+
+
+def hegraph_of(folder: Path, case: dict):
+    """A resolved recipe of HeGraph on features, without a data set."""
+    towers = hegraph.TOWERS | {"image_width": WIDTH, "text_width": WIDTH}
+    with (
+        mock.patch.multiple(hegraph, WIDTH=WIDTH, CLASSES=CLASSES, TOWERS=towers, STEPS=10, bank=bank),
+        mock.patch.object(feature_bank, "read"),
+    ):
+        made = hegraph.resolved(case["hegraph"].get("shard", "none"), folder)
+    made.backbone.use_bank(bank())
+    made.recipe.method |= case["hegraph"]
+    method, config = resolving.make_method(recipes.components(made.recipe).method)
+    return configured(dataclasses.replace(made, validation=[], method=method, method_config=config), folder, case)
+
+
+def configured(resolved, folder: Path, case: dict):
+    """With the case's `zero_optimization`, which the plan gets too."""
+    recipe = resolved.recipe
+    recipe.engine.deepspeed = write_config(folder, case)
+    return dataclasses.replace(resolved, ds_config=check_ds_config(recipe))
+
+
+def bank() -> dict[str, torch.Tensor]:
+    """Texts of the classes, and a support set, for HeGraph."""
+    draw = torch.Generator().manual_seed(1)
+    texts = torch.randn(2, CLASSES, TEXTS, WIDTH, generator=draw)
+    support = torch.randn(CLASSES * SHOTS, 1, WIDTH, generator=draw)
+    labels = torch.arange(CLASSES).repeat_interleave(SHOTS)
+    return {"positive": texts[0], "negative": texts[1], "support": support, "support_labels": labels}
 
 
 def with_features(batch: PackedBatch, alike: bool, rank: int) -> PackedBatch:
@@ -77,23 +120,29 @@ def with_features(batch: PackedBatch, alike: bool, rank: int) -> PackedBatch:
 def resolved_of(folder: Path, case: dict):
     if "head" in case:
         return head_of(folder, case)
+    if "hegraph" in case:
+        return hegraph_of(folder, case)
     return tiny_classifier.make_resolved(make_recipe(folder, case), Instruction(Options(max_new_tokens=0), None))
 
 
 def size(case: dict) -> microbatch.Size:
     """Of a micro-batch of a case."""
-    return microbatch.Size(ROWS) if "head" in case else microbatch.Size(SAMPLES, case.get("row", 0))
+    if "head" in case or "hegraph" in case:
+        return microbatch.Size(ROWS)
+    return microbatch.Size(SAMPLES, case.get("row", 0))
 
 
 def run_case(case: dict, folder: Path, ranks: processes.Ranks) -> dict:
     resolved = resolved_of(folder, case)
     before = allocations.live_bytes()
-    built = build(resolved, ranks)
+    with mock.patch.object(feature_bank, "read", lambda *_: bank()) if "hegraph" in case else nullcontext():
+        built = build(resolved, ranks)
     stepper = Stepper(resolved, built, ranks, 10, TrainState(), BadBudget(1.0, 1000))
     filling = microbatch.Filling(words=WORDS)
     batch = microbatch.fill(resolved.backbone, resolved.train[0].task, size(case), filling)
-    if "head" in case:
-        batch = with_features(batch, case["head"].get("graph", "threshold") == "threshold", ranks.rank)
+    if "head" in case or "hegraph" in case:
+        alike = "head" in case and case["head"].get("graph", "threshold") == "threshold"
+        batch = with_features(batch, alike, ranks.rank)
     micro = [batch] * resolved.recipe.optim.accumulation
     for step in range(WARM):
         stepper.train_step(Step(0, step, micro), 0.0)
