@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from mmpeft_ds.runs import few_shot
 from tests.helpers import launch
 
 COMMAND = """
@@ -77,3 +78,12 @@ def test_unbuffered_output_is_out_before_a_process_ends_at_once(options):
     environment.pop("PYTHONUNBUFFERED", None)
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=True)
     assert (done.stdout, done.stderr) == ("out\n" if options else "", "error\n")
+
+
+def test_the_log_of_a_few_shot_run_that_has_no_room_ends_nothing(tmp_path, capsys):
+    (tmp_path / "full.log").symlink_to("/dev/full")  # every write to it finds no room
+    for name in ("full", "room"):
+        with few_shot._logged(tmp_path / name):
+            print("a line of the run\n" * 1000)
+            print("and another", file=sys.stderr, flush=True)
+    assert (tmp_path / "room.log").read_text().count("line") == 1000 and not capsys.readouterr().out

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import io
 import os
 import sys
 import time
@@ -149,7 +150,7 @@ def _source(resolved: resolve.Resolved, test: TestSet, half: str) -> resolve.Res
 def _logged(path: Path) -> Iterator[None]:
     """Context in which output goes to a log of the run, since that of many runs would hide the table."""
     on_rank0(lambda: path.parent.mkdir(parents=True, exist_ok=True))
-    with open(path.with_suffix(".log") if rank() == 0 else os.devnull, "a", encoding="utf-8") as log:
+    with _Log(path.with_suffix(".log") if rank() == 0 else Path(os.devnull)) as log:
         before = sys.stderr
         with contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
             try:
@@ -158,3 +159,26 @@ def _logged(path: Path) -> Iterator[None]:
                 if rank() == 0:
                     print(f"output of the run that failed: {path.with_suffix('.log')}", file=before)
                 raise
+
+
+class _Log(io.TextIOBase):
+    """A log, of which what cannot be written is dropped: rank 0 alone would end by it, and the others blame it.
+    Results that cannot be written end all of them."""
+
+    def __init__(self, path: Path):
+        try:
+            self.file = open(path, "ab", buffering=0)  # noqa: SIM115
+        except OSError:
+            self.file = open(os.devnull, "ab", buffering=0)  # noqa: SIM115
+
+    def write(self, text: str) -> int:
+        with contextlib.suppress(OSError):
+            self.file.write(text.encode("utf-8", "backslashreplace"))
+        return len(text)
+
+    def fileno(self) -> int:
+        return self.file.fileno()
+
+    def close(self) -> None:
+        self.file.close()
+        super().close()
