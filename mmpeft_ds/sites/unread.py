@@ -121,7 +121,7 @@ def all_allow(modules: Iterable[nn.Module], name: str) -> bool:
     """Whether all adapters among `modules` that are at work have the property `tokenwise` or `rowless`; layers of peft
     itself have both if they do not mix tokens."""
     for module in modules:
-        if getattr(type(module), name, None) is True:
+        if getattr(module, name, None) is True:
             continue
         if hasattr(module, "base_layer") and not getattr(module, "disable_adapters", False):
             place = type(module).__module__
