@@ -20,6 +20,13 @@ from mmpeft_ds.errors import BadInput
 from mmpeft_ds.files import check_regular, naming, new_directory, sha256, write_atomic, write_json
 
 CHECKSUMS = "checksums.json"
+_HEADER = {"format": int, "optimizer_step": (int, float), "state": dict}
+_POSITION = (
+    "epoch",
+    "step",
+    "step_in_epoch",
+    "global_batch",
+)  # in the data; without one a start would begin elsewhere
 _MAPPINGS = ("identities", "epoch_weight")  # of the state's `extra`
 _NAME = re.compile(r"step-(\d{8,})(?:\.(\d+))?")
 logger = logging.getLogger(__name__)
@@ -151,16 +158,17 @@ def _unreadable(path: Path) -> str | None:
     return None
 
 
-def _check_form(header: Any) -> None:
+def _check_form(header: dict[str, Any]) -> None:
     """Raise ValueError where what a start reads of a state is of another type, or not there."""
-    plain = {"format": int, "optimizer_step": (int, float)}
-    wrong = [key for key, kind in plain.items() if key in header and not isinstance(header[key], kind)]
-    state = header.get("state", header)
-    if not isinstance(state, dict):
-        raise ValueError("state.json holds values of another type (state)")
-    wrong += [f.name for f in dataclasses.fields(TrainState) if f.name in state and not _fits(f, state[f.name])]
-    extra = state.get("extra", {})
-    wrong += [key for key in _MAPPINGS if isinstance(extra, dict) and not isinstance(extra.get(key, {}), dict)]
+    if absent := [key for key in _HEADER if key not in header]:
+        raise ValueError(f"state.json lacks {', '.join(absent)}")
+    wrong, state = [key for key, kind in _HEADER.items() if not isinstance(header[key], kind)], header["state"]
+    if not wrong:
+        if absent := [key for key in _POSITION if key not in state]:
+            raise ValueError(f"state.json lacks {', '.join(absent)} of its state")
+        wrong += [f.name for f in dataclasses.fields(TrainState) if f.name in state and not _fits(f, state[f.name])]
+        extra = state.get("extra", {})
+        wrong += [key for key in _MAPPINGS if isinstance(extra, dict) and not isinstance(extra.get(key, {}), dict)]
     if wrong:
         raise ValueError(f"state.json holds values of another type ({', '.join(wrong)})")
 

@@ -125,11 +125,17 @@ class ShardMaker(abc.ABC, Generic[Prepared]):
         return self._usual[split]
 
     def finished(self, plan: Plan) -> Iterator[tuple[Job, Part, ShardNotes]]:
-        """All shards of a finished plan in order, and the notes about each."""
+        """All shards of a finished plan in order, and the notes about each.
+
+        Raises:
+            BadInput: a shard was removed or changed since it was made.
+        """
         for job in plan.jobs:
             part = finished_part(self.out, self.file(job))
             if part is None:
-                raise RuntimeError(f"{self.out / self.file(job)}: changed while the other shards were made")
+                path = self.out / self.file(job)
+                what = "was changed" if path.exists() else "is not there any more"
+                raise BadInput(f"{path}: {what} since this command made it. The same command makes it again.")
             noted = json.loads(self._notes_path(job).read_text("utf-8"))
             yield job, part, ShardNotes(noted["bad"], Counter(noted["counts"]))
 

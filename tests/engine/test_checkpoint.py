@@ -19,6 +19,7 @@ from mmpeft_ds.engine import checkpoint, checkpoint_files
 from mmpeft_ds.engine.train_state import TrainState
 from mmpeft_ds.errors import BadInput
 from mmpeft_ds.runs.finished import find_checkpoint
+from tests.helpers.runs.checkpoint_header import header
 
 
 def files(value: float = 1.0) -> dict:
@@ -26,7 +27,7 @@ def files(value: float = 1.0) -> dict:
     return {
         "weights.safetensors": lambda p: save_file({"w": torch.full((3,), value)}, p),
         "optimizer.safetensors": lambda p: save_file({"w.exp_avg": torch.full((3,), value)}, p),
-        "state.json": lambda p: p.write_text(json.dumps({"format": 1, "state": {}})),
+        "state.json": lambda p: p.write_text(json.dumps(header())),
     }
 
 
@@ -220,11 +221,25 @@ def test_kill_9_while_saving_leaves_the_previous_one(tmp_path, victim):
     assert not list((tmp_path / "checkpoints").glob(".*"))
 
 
-@pytest.mark.parametrize("state", [[], {"state": []}, {"state": {"extra": 1}}, {"state": {"step": "3"}}])
-def test_a_state_of_another_type_is_passed_over_though_the_checksums_are_right(tmp_path, caplog, state):
+STATE = header()["state"]
+LACKING = {key: {k: v for k, v in header().items() if k != key} for key in ("format", "optimizer_step", "state")}
+
+
+@pytest.mark.parametrize(
+    ("written", "line"),
+    [
+        ([], "state.json holds values of another type"),
+        (header() | {"state": []}, "state.json holds values of another type (state)"),
+        (header() | {"state": STATE | {"extra": 1}}, "state.json holds values of another type (extra)"),
+        (header() | {"state": STATE | {"step": "3"}}, "state.json holds values of another type (step)"),
+        *((without, f"state.json lacks {key}") for key, without in LACKING.items()),
+        (header() | {"state": {"epoch": 0, "step": 1}}, "lacks step_in_epoch, global_batch of its state"),
+    ],
+)
+def test_a_state_of_another_form_is_passed_over_though_the_checksums_are_right(tmp_path, caplog, written, line):
     good = write(tmp_path, 5)
-    other = files() | {"state.json": lambda p: p.write_text(json.dumps(state))}
+    other = files() | {"state.json": lambda p: p.write_text(json.dumps(written))}
     checkpoint_files.write(tmp_path / "checkpoints", 10, other, 9, False)
     assert checkpoint.newest_valid(tmp_path) == good
-    (line,) = caplog.messages
-    assert "state.json holds values of another type" in line and line.endswith("; continuing from step-00000005")
+    (said,) = caplog.messages
+    assert line in said and said.endswith("; continuing from step-00000005")

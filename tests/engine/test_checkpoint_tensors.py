@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from mmpeft_ds.engine import checkpoint, checkpoint_files, checkpoint_tensors
 from mmpeft_ds.engine.zero import fingerprint, state
 from mmpeft_ds.errors import BadInput
+from tests.helpers.runs.checkpoint_header import header
 
 TENSORS = {
     "b.weight": torch.arange(6.0).view(2, 3),
@@ -42,7 +43,7 @@ def _files(value: int) -> dict:
     return {
         "weights.safetensors": lambda p: checkpoint_tensors.write(p, {"w": torch.full((3,), float(value))}),
         "optimizer.safetensors": lambda p: checkpoint_tensors.write(p, {"w.exp_avg": torch.zeros(3)}),
-        "state.json": lambda p: p.write_text(json.dumps({"format": 1, "state": {}})),
+        "state.json": lambda p: p.write_text(json.dumps(header())),
     }
 
 

@@ -36,6 +36,7 @@ from mmpeft_ds.files import CannotWrite, save_tensors, write_json
 from mmpeft_ds.recipe.options import MonitorOptions
 from tests.helpers import ROOT
 from tests.helpers.data import tiny_features
+from tests.helpers.runs.checkpoint_header import header
 
 RECIPE = {
     "run_dir": "runs/a",
@@ -65,7 +66,7 @@ def started(path: Path) -> None:
     """A run with one checkpoint, closed."""
     run = RunDir.open(path, RECIPE)
     writers = {
-        "state.json": lambda p: p.write_text("{}"),
+        "state.json": lambda p: write_json(p, header()),
         "recipe.json": lambda p: checkpoint.write_json(p, RECIPE),
     }
     for name in ("weights.safetensors", "optimizer.safetensors"):
@@ -395,7 +396,7 @@ def test_the_same_data_at_another_path_continues_and_other_data_at_the_same_path
 def saved_after_5(run: Path, recipe: dict, extra: dict) -> Path:
     """A run directory with one checkpoint."""
     RunDir.open(run, recipe).close()
-    files = {"state.json": {"state": {"step": 5, "extra": extra}}, "recipe.json": recipe, "fingerprint.json": {}}
+    files = {"state.json": header(step=5, extra=extra), "recipe.json": recipe, "fingerprint.json": {}}
     writers = {name: lambda path, value=value: write_json(path, value) for name, value in files.items()}
     for name in ("weights.safetensors", "optimizer.safetensors"):
         writers[name] = lambda path: save_tensors(path, {"w": torch.zeros(1)})

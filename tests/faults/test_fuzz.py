@@ -39,6 +39,7 @@ from tests.helpers.data.images import encoded
 from tests.helpers.guarded import Guard
 from tests.helpers.mutation import edited, edited_value, edits, with_right_sums
 from tests.helpers.runs import tiny_adapters
+from tests.helpers.runs.checkpoint_header import header
 
 SEED = int(os.environ.get("FUZZ_SEED", 13))
 Attempt = Callable[[int, list], None]  # of a variant and the edits; raises nothing but BadInput and BadSample
@@ -235,10 +236,9 @@ def checkpoints(folder: Path) -> Attempt:
     recipe = recipes.to_dict(recipes.filled(recipes.load(ROOT / "recipes" / "quickstart.yaml")))
     trained = {"w": torch.nn.Parameter(torch.ones(3))}
     state = TrainState(step=2, step_in_epoch=2, global_batch=4, best=0.5, bad={"image": 1}, extra={"evaluated_at": 2})
-    header = {"format": 1, "optimizer": "adamw", "optimizer_step": 2, "state": dataclasses.asdict(state)}
     numbers = {"w": torch.ones(3)}
     moments = {f"w.{key}": torch.ones(3) for key in ("exp_avg", "exp_avg_sq")}
-    values = {"state.json": header, "recipe.json": recipe, "fingerprint.json": {"f": "1"}}
+    values = {"state.json": header(**dataclasses.asdict(state)), "recipe.json": recipe, "fingerprint.json": {"f": "1"}}
     files = {name: lambda path, value=value: write_json(path, value) for name, value in values.items()}
     files |= {"weights.safetensors": lambda path: save_tensors(path, numbers)}
     files |= {"optimizer.safetensors": lambda path: save_tensors(path, moments)}
@@ -275,10 +275,10 @@ def checkpoints(folder: Path) -> Attempt:
 def run_directories(folder: Path) -> Attempt:
     """What lies beside the checkpoints: the curve, the recipe, the lock, the pointers, the mark of a finished run."""
     recipe = recipes.to_dict(recipes.filled(recipes.load(ROOT / "recipes" / "quickstart.yaml")))
-    run, state = folder / "run", dataclasses.asdict(TrainState(step=3, step_in_epoch=3, global_batch=4))
+    run, told = folder / "run", header(step=3, step_in_epoch=3, global_batch=4)
     opened = rundir.RunDir.open(run, recipe)
     files = {name: lambda path, value=value: write_json(path, value)
-             for name, value in {"state.json": {"state": state}, "recipe.json": recipe}.items()}  # fmt: skip
+             for name, value in {"state.json": told, "recipe.json": recipe}.items()}  # fmt: skip
     files |= {f"{name}.safetensors": lambda path: save_tensors(path, {}) for name in ("weights", "optimizer")}
     checkpoint_files.write(run / "checkpoints", 3, files, 2, True)
     opened.metrics_path.write_text("".join(json.dumps({"step": n, "loss": 0.5}) + "\n" for n in range(1, 6)))
