@@ -21,12 +21,8 @@ from mmpeft_ds.files import check_regular, naming, new_directory, sha256, write_
 
 CHECKSUMS = "checksums.json"
 _HEADER = {"format": int, "optimizer_step": (int, float), "state": dict}
-_POSITION = (
-    "epoch",
-    "step",
-    "step_in_epoch",
-    "global_batch",
-)  # in the data; without one a start would begin elsewhere
+# The position in the data: without one of these a start would begin elsewhere.
+_POSITION = ("epoch", "step", "step_in_epoch", "global_batch")
 _MAPPINGS = ("identities", "epoch_weight")  # of the state's `extra`
 _NAME = re.compile(r"step-(\d{8,})(?:\.(\d+))?")
 logger = logging.getLogger(__name__)

@@ -274,11 +274,8 @@ class Training:
         """Take the weights of this step, or of `step`, for the best, with these scores on the first validation
         source."""
         state = self.state
-        state.best, state.best_step, state.evaluations_without_improvement = (
-            value,
-            state.step if step is None else step,
-            0,
-        )
+        state.best, state.best_step = value, state.step if step is None else step
+        state.evaluations_without_improvement = 0
         state.extra |= {"best_scores": plain(evaluation.scores), "best_counted": evaluation.counted}
 
     def evaluating(self, index: int) -> Generator[Place, None, Evaluation | None]:
