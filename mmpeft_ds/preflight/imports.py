@@ -33,9 +33,10 @@ class Probe:
     def __init__(self, names: Sequence[str] = (*PACKAGES, RUN)):
         self.names = names
         self.reading, writing = os.pipe()
-        self.child = os.fork()
+        parent, self.child = os.getpid(), os.fork()
         if self.child == 0:
             os.close(self.reading)
+            _end_with(parent)
             _import_all(names, writing)
         os.close(writing)
 
@@ -66,10 +67,16 @@ class Probe:
         return versions, failed
 
 
+def _end_with(parent: int) -> None:
+    """In the child: end when `parent` ends, so that a rank that ends early leaves no child."""
+    with contextlib.suppress(AttributeError, OSError):  # not on Linux
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it ended before the line above: the signal will not come
+        os._exit(2)
+
+
 def _import_all(names: Sequence[str], writing: int) -> None:
     """In the child: a line of JSON for every module. Does not return."""
-    with contextlib.suppress(AttributeError, OSError):  # not on Linux
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # a rank that ends early leaves no child
     nothing = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nothing, 1)  # what libraries print on import is not part of the report
     os.dup2(nothing, 2)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import socket
 import time
+from functools import partial
 
 import psutil
 import pytest
@@ -46,12 +48,15 @@ def test_an_import_that_hangs_is_given_up(modules):
     assert not psutil.pid_exists(probe.child)
 
 
-def test_a_rank_that_ends_early_leaves_no_child(modules):
+@pytest.mark.parametrize("slow", [False, True], ids=["asked in time", "ended before the child could ask for it"])
+def test_a_rank_that_ends_early_leaves_no_child(slow, modules, monkeypatch):
     """Such as one that cannot reach the others."""
     names = modules(odd_hangs="import time; time.sleep(1000)")
     reading, writing = os.pipe()
     rank = os.fork()
     if rank == 0:
+        if slow:
+            monkeypatch.setattr(imports.ctypes, "CDLL", partial(_library_once_orphaned, os.getpid(), ctypes.CDLL))
         os.write(writing, str(imports.Probe(names).child).encode())
         os._exit(2)
     os.waitpid(rank, 0)
@@ -59,6 +64,13 @@ def test_a_rank_that_ends_early_leaves_no_child(modules):
     while psutil.pid_exists(child) and psutil.Process(child).status() != psutil.STATUS_ZOMBIE:
         assert time.monotonic() < end
         time.sleep(0.01)
+
+
+def _library_once_orphaned(parent: int, open_library, name):
+    """`open_library(name)` as soon as this process is no longer a child of `parent`."""
+    while os.getppid() == parent:
+        time.sleep(0.01)
+    return open_library(name)
 
 
 @pytest.fixture
