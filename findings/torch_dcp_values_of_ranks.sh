@@ -10,7 +10,7 @@
 # Who is hurt: resumed runs: ranks draw the same augmentations and dropout, and read the data of one rank. Names with the rank in
 #   them, as f"rng_{rank}", are kept apart.
 . "$(dirname "$0")/_lib.sh"
-pins torch==2.13.0
+pins torch==2.13.0 numpy==2.4.6
 
 in_ranks 2 <<'PY'
 import torch

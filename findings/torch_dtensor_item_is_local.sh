@@ -11,7 +11,7 @@
 # Who is hurt: logged norms, distances from the start, penalties, early stops and skipped steps by a threshold, of which some ranks
 #   see one side and some the other.
 . "$(dirname "$0")/_lib.sh"
-pins torch==2.13.0
+pins torch==2.13.0 numpy==2.4.6
 
 in_ranks 2 <<'PY'
 import copy
