@@ -8,7 +8,6 @@ Building it is collective: all ranks of the group call with the same options, wh
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -17,17 +16,11 @@ from torch import Tensor
 
 from mmpeft_ds.distributed import collectives
 from mmpeft_ds.distributed.counters import Traffic, counted
-from mmpeft_ds.distributed.gather import exchange_rows, gather_rows, gather_sizes
-from mmpeft_ds.distributed.ring import ring_blocks
-from mmpeft_ds.host_copies import nonzero, on_host
+from mmpeft_ds.distributed.gather import exchange_rows, gather_rows
+from mmpeft_ds.distributed.graph_nodes import Nodes
 from mmpeft_ds.ops.graph_topk import Nearest, best_of, nearest, settled, shared_candidates
-from mmpeft_ds.ops.similarity_graph import Rows, decide_pairs, symmetric_degrees, symmetric_edges
+from mmpeft_ds.ops.similarity_graph import decide_pairs, edges_above, symmetric_degrees, symmetric_edges
 
-# Bytes of the features of all ranks up to which they travel in one message with their keys and places.
-ONE_MESSAGE = 2**24
-# Multiplications of a rank's rows with all rows up to which computing every pair on both of its ranks takes less time
-# than a message.
-FEW_PRODUCTS = 2**30
 DIRECTIONS = ("to_neighbour", "from_neighbour")
 EXCHANGES = ("gather", "ring")
 NORMALISATIONS = ("none", "symmetric", "mean")
@@ -170,8 +163,9 @@ def threshold_graph(
 ) -> Graph:
     """Undirected graph: an edge both ways where the cosine of two samples exceeds `tau`, and one self-loop each.
 
-    Every pair is decided once, on one rank, and the decisions travel as bits, so that the graph is symmetric however
-    close a cosine is to `tau`, and the same for any number of ranks. Collective, without gradient.
+    A pair is decided alike from both of its ends, however close its cosine is to `tau`, so that the graph is symmetric
+    and the same for any number of ranks. Small graphs are found by every rank as a whole; of others each pair is
+    decided once, on one rank, and the decisions travel as bits. Collective, without gradient.
 
     Args:
         x: (B, D) features of this rank, any scale; ranks may have different B. Compared in float32 (float64 stays).
@@ -188,16 +182,20 @@ def threshold_graph(
     Source: GA-Net, arXiv 2408.00290; released code of July 2024.
     """
     _check(x, valid, exchange, tau)
-    nodes = _Nodes(x, valid, None, counts, group, exchange)
+    nodes = Nodes(x, valid, None, counts, group, exchange)
     with counted(nodes.traffic):
-        total = sum(nodes.shares)
+        total, own_rows = sum(nodes.shares), slice(nodes.start, nodes.start + len(nodes.x))
+        if nodes.finds_all(exchange):
+            ((_, everyone),) = nodes.blocks(exchange)
+            source, target, degree = edges_above(everyone, own_rows, tau, chunk)
+            return _graph(nodes, source, target, degree, degree, exchange)
         bits = torch.zeros(len(nodes.x), max(1, -(-total // 8)), dtype=torch.uint8, device=x.device)
         for own, block in nodes.blocks(exchange):
             decide_pairs(own, block, total, tau, bits, chunk)
         everyone = gather_rows(bits, nodes.shares, group)
-        source, target = symmetric_edges(everyone, slice(nodes.start, nodes.start + len(nodes.x)), chunk)
+        source, target = symmetric_edges(everyone, own_rows, chunk)
         degree = symmetric_degrees(everyone)
-    return nodes.graph(source, target, degree, degree, exchange)
+    return _graph(nodes, source, target, degree, degree, exchange)
 
 
 def knn_graph(
@@ -218,9 +216,9 @@ def knn_graph(
     """Graph of each sample with the k others that are most similar, and one self-loop each.
 
     Each rank searches for its own samples; the lists of neighbours travel, so that every rank knows all edges and
-    degrees. Equal cosines are ordered by `key`, so the graph is the same for any number of ranks and order of samples.
-    Collective, without gradient. Memory besides the features: O(M k + chunk); with the ring O(B k + chunk) and the
-    lists of neighbours, M k numbers of 4 bytes.
+    degrees; small graphs are found by every rank as a whole. Equal cosines are ordered by `key`, so the graph is the
+    same for any number of ranks and order of samples. Collective, without gradient. Memory besides the features:
+    O(M k + chunk); with the ring O(B k + chunk) and the lists of neighbours, M k numbers of 4 bytes.
 
     Args:
         x, valid, group, counts, exchange, chunk: as for `threshold_graph`.
@@ -247,132 +245,66 @@ def knn_graph(
         )
     if key is not None and (key.shape != x.shape[:1] or key.dtype != torch.int64):
         raise ValueError(f"key has shape {tuple(key.shape)} and {key.dtype}, expected ({len(x)},) and torch.int64")
-    nodes = _Nodes(x, valid, key, counts, group, exchange)
+    nodes = Nodes(x, valid, key, counts, group, exchange)
     with counted(nodes.traffic):
-        hits = _search(nodes, k + released, tau, released, exchange, chunk)
+        whole = nodes.finds_all(exchange)
+        hits = _search(nodes, k + released, tau, released, exchange, chunk, whole)
         if released:
             hits = _without_first(hits)
         kept = hits.position if tau is None else torch.where(hits.cosine > tau, hits.position, -1)
-        neighbours = gather_rows(kept.int(), nodes.shares, group)
+        neighbours = kept if whole else gather_rows(kept.int(), nodes.shares, group)
     source, target = _edges_of_lists(neighbours, direction, symmetric)
     total = sum(nodes.shares)
     out_degree, in_degree = (_occurrences(ends, total) for ends in (source, target))
-    own = ((target >= nodes.start) & (target < nodes.start + len(nodes.x))).nonzero()[:, 0]
-    source, target = source[own], target[own]
+    if len(nodes.x) < total:
+        own = ((target >= nodes.start) & (target < nodes.start + len(nodes.x))).nonzero()[:, 0]
+        source, target = source[own], target[own]
     order = (target * total + source).argsort()
-    return nodes.graph(source[order], target[order], in_degree, out_degree, exchange, repeated=released)
+    return _graph(nodes, source[order], target[order], in_degree, out_degree, exchange, repeated=released)
 
 
-class _Nodes:
-    """The valid rows of all ranks, numbered through."""
-
-    def __init__(
-        self,
-        x: Tensor,
-        valid: Tensor | None,
-        key: Tensor | None,
-        counts: list[int] | None,
-        group: Any,
-        exchange: str,
-    ):
-        self.traffic, self.group = Traffic(), group
-        kept = len(x) if valid is None else int(on_host(valid).sum())
-        self.valid = torch.ones(len(x), dtype=torch.bool, device=x.device) if valid is None else valid
-        own = slice(None) if kept == len(x) else nonzero(self.valid, kept)[:, 0]
-        self.x = x.detach()[own]
-        with counted(self.traffic):
-            if counts is None or valid is not None:  # the numbers of valid rows come along, so that none is read later
-                sizes = gather_sizes([len(x), kept], x.device, group)
-                self.counts, self.shares = ([row[at] for row in sizes] for at in (0, 1))
-            else:
-                self.counts = self.shares = counts
-            columns = [] if valid is None else [torch.arange(len(x), device=x.device)[own]]
-            columns += [] if key is None else [key[own]]
-            everyone = self._gathered(columns, exchange)
-        if valid is None:
-            self.positions = torch.arange(sum(self.counts), device=x.device)
-        else:
-            firsts = [sum(self.counts[:rank]) for rank in range(len(self.counts))]
-            starts = [everyone[0].new_full((n,), first) for n, first in zip(self.shares, firsts, strict=True)]
-            self.positions = everyone[0] + torch.cat(starts)
-        self.keys = self.positions if key is None else everyone[-1]
-        rank = collectives.rank(group)
-        self.offset, self.start = sum(self.counts[:rank]), sum(self.shares[:rank])
-
-    def _gathered(self, columns: list[Tensor], exchange: str) -> list[Tensor]:
-        """Numbers (B,) int64 of own valid rows -> (V,) of those of all ranks. Features come along where they are
-        small: a message costs more than its bytes then. Collective."""
-        self._everyone, width = None, self.x.shape[1] * self.x.element_size()
-        if not columns:
-            return []
-        parts = [column[:, None].contiguous().view(torch.uint8) for column in columns]
-        several = collectives.world_size(self.group) > 1
-        if several and exchange == "gather" and sum(self.shares) * width <= ONE_MESSAGE:
-            parts.append(_as(torch.uint8, self.x))
-        packed = gather_rows(torch.cat(parts, 1), self.shares, self.group)
-        if len(parts) > len(columns):
-            self._everyone = _as(self.x.dtype, packed[:, 8 * len(columns) :])
-        return [_dense(packed[:, 8 * i : 8 * i + 8]).view(torch.int64)[:, 0] for i in range(len(columns))]
-
-    def blocks(self, exchange: str) -> Iterator[tuple[Rows, Rows]]:
-        """Own rows and those of all, at once or rank by rank. Collective."""
-        if exchange == "gather" or collectives.world_size(self.group) == 1:
-            if self._everyone is None:
-                self._everyone = gather_rows(self.x, self.shares, self.group)
-            everyone = Rows.of(self._everyone)
-            yield everyone[self.start : self.start + len(self.x)], everyone
-        else:
-            own = Rows.of(self.x, self.start)
-            for rank, rows in ring_blocks(self.x, self.shares, self.group):
-                yield own, Rows.of(rows, sum(self.shares[:rank]))
-
-    def graph(
-        self,
-        source: Tensor,
-        target: Tensor,
-        in_degree: Tensor,
-        out_degree: Tensor,
-        exchange: str,
-        repeated: bool = False,
-    ) -> Graph:
-        """Edges and degrees among valid rows, numbered as all rows are."""
-
-        def spread(degree: Tensor) -> Tensor:
-            return degree.new_zeros(sum(self.counts)).index_copy_(0, self.positions, degree)
-
-        own = slice(self.offset, self.offset + len(self.valid))
-        return Graph(
-            source=self.positions[source],
-            target=self.positions[target] - self.offset,
-            weight=torch.ones(len(source), dtype=torch.float64, device=source.device),
-            counts=self.counts,
-            valid=self.valid,
-            in_degree=spread(in_degree)[own],
-            out_degree=spread(out_degree),
-            group=self.group,
-            exchange=exchange,
-            traffic=self.traffic,
-            repeated=repeated,
-        )
+def _graph(
+    nodes: Nodes,
+    source: Tensor,
+    target: Tensor,
+    in_degree: Tensor,
+    out_degree: Tensor,
+    exchange: str,
+    repeated: bool = False,
+) -> Graph:
+    """Edges into own rows and degrees (V,) among valid rows, numbered as all rows are."""
+    own = slice(nodes.offset, nodes.offset + len(nodes.valid))
+    if not nodes.all_valid:
+        source, target = nodes.positions[source], nodes.positions[target]
+        spread = [
+            degree.new_zeros(sum(nodes.counts)).index_copy_(0, nodes.positions, degree)
+            for degree in (in_degree, out_degree)
+        ]
+        in_degree, out_degree = spread
+    return Graph(
+        source=source,
+        target=target - nodes.offset if nodes.offset else target,
+        weight=torch.ones(len(source), dtype=torch.float64, device=source.device),
+        counts=nodes.counts,
+        valid=nodes.valid,
+        in_degree=in_degree[own],
+        out_degree=out_degree,
+        group=nodes.group,
+        exchange=exchange,
+        traffic=nodes.traffic,
+        repeated=repeated,
+    )
 
 
-def _as(dtype: torch.dtype, x: Tensor) -> Tensor:
-    """Rows whose bytes are read as another dtype, without a copy where torch allows it."""
-    usual = min(x.shape) > 1 and x.stride(1) == 1 and x.stride(0) * x.element_size() % dtype.itemsize == 0
-    return (x if usual else _dense(x)).view(dtype)
-
-
-def _dense(x: Tensor) -> Tensor:
-    """A copy whose strides a view of another dtype takes; `contiguous` leaves any stride to a dimension of size 1."""
-    return x.clone(memory_format=torch.contiguous_format)
-
-
-def _search(nodes: _Nodes, k: int, tau: float | None, with_self: bool, exchange: str, chunk: int | None) -> Nearest:
-    ranks, total = collectives.world_size(nodes.group), sum(nodes.shares)
-    if exchange == "gather" and ranks > 1 and total * total * nodes.x.shape[1] <= FEW_PRODUCTS * ranks:
+def _search(
+    nodes: Nodes, k: int, tau: float | None, with_self: bool, exchange: str, chunk: int | None, whole: bool
+) -> Nearest:
+    """Hits of own rows, or with `whole` of all."""
+    if whole or nodes.computes_twice(exchange):
         ((own, everyone),) = nodes.blocks(exchange)
+        own = everyone if whole else own
         return nearest(own, everyone, nodes.keys, k, tau=tau, with_self=with_self, chunk=chunk)
-    if exchange == "gather" or ranks == 1:
+    if exchange == "gather" or collectives.world_size(nodes.group) == 1:
         return _search_together(nodes, k, tau, with_self, chunk)
     hits = None
     for own, block in nodes.blocks(exchange):
@@ -382,7 +314,7 @@ def _search(nodes: _Nodes, k: int, tau: float | None, with_self: bool, exchange:
     return hits
 
 
-def _search_together(nodes: _Nodes, k: int, tau: float | None, with_self: bool, chunk: int | None) -> Nearest:
+def _search_together(nodes: Nodes, k: int, tau: float | None, with_self: bool, chunk: int | None) -> Nearest:
     """Each rank computes half of its similarities and sends the others what they need of them."""
     ((own, everyone),) = nodes.blocks("gather")
     values, columns, *of_all = shared_candidates(own, everyone, k, with_self=with_self, chunk=chunk)

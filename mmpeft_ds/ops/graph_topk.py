@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mmpeft_ds.host_copies import surely_all
 from mmpeft_ds.ops.similarity_graph import Rows, cosines_at, decided_tiles, default_chunk, margin, products
 
 # Candidates beyond k: nearly equal ones are told apart by their exact cosine, without a second pass.
@@ -41,6 +42,9 @@ class Nearest:
     def _best(self, k: int) -> Nearest:
         order = _by_cosine_then_key(self.cosine, self.key)[:, :k]
         return Nearest(*(column.gather(1, order) for column in self._columns()))
+
+    def _first(self, k: int) -> Nearest:
+        return Nearest(*(column[:, :k] for column in self._columns()))
 
 
 def nearest(
@@ -80,6 +84,8 @@ def nearest(
         best = _candidates(own[part], block, kept, with_self, chunk)
         options = {"tau": tau, "with_self": with_self, "exact": exact, "chunk": chunk}
         parts.append(settled(own[part], block, keys, k, *best, **options))
+    if len(parts) == 1:
+        return parts[0]
     return Nearest(*(torch.cat(columns) for columns in zip(*(part._columns() for part in parts), strict=True)))
 
 
@@ -152,14 +158,17 @@ def settled(
     if tau is not None:
         needed |= (values - tau).abs() <= near
     row, slot = needed.nonzero(as_tuple=True)
-    cosine[row, slot] = cosines_at(own, block, row, columns[row, slot])
-    positions, keys_ = torch.where(missing, -1, columns + block.start), torch.where(missing, 0, keys[columns])
-    nearest = Nearest(positions, cosine, keys_)._best(k)
+    if len(row):
+        cosine[row, slot] = cosines_at(own, block, row, columns[row, slot])
+    nearest = Nearest(torch.where(missing, -1, columns + block.start), cosine, torch.where(missing, 0, keys[columns]))
+    # candidates come by descending product: without exact cosines and equal products they are in order
+    ordered = not len(row) and surely_all(values[:, :k].diff() < 0)
+    nearest = nearest._first(k) if ordered else nearest._best(k)
     # so many nearly equal that some may not be among the candidates
-    crowded = _close(last, values[:, -1:], near).nonzero().flatten()
-    if len(block) > values.shape[1] and len(crowded):
+    if len(row) and len(block) > values.shape[1]:
+        crowded = _close(last, values[:, -1:], near).nonzero().flatten()
         step = max(1, (chunk or default_chunk(values.device)) // len(block))
-        for some in crowded.split(step):
+        for some in crowded.split(step) if len(crowded) else ():
             again = _all_of_rows(own, some, block, keys, k, last[some] - near, with_self)
             for mine, new in zip(nearest._columns(), again._columns(), strict=True):
                 mine[some] = new
@@ -185,8 +194,11 @@ def _take(values: Tensor, columns: Tensor, rows: slice, tile: Tensor, start: int
 
 def _candidates(own: Rows, block: Rows, kept: int, with_self: bool, chunk: int) -> tuple[Tensor, Tensor]:
     """The `kept` largest products of each row and their columns."""
+    parts = _blocks(len(block), max(1, chunk // len(own)))
+    if len(parts) == 1 and len(block) >= kept:
+        return _without_self(products(own, block), own, block, with_self).topk(kept)
     values, columns = _none(own, len(own), kept)
-    for part in _blocks(len(block), max(1, chunk // len(own))):
+    for part in parts:
         tile = _without_self(products(own, block[part]), own, block[part], with_self)
         _take(values, columns, slice(0, len(own)), tile, part.start)
     return values, columns
@@ -196,8 +208,8 @@ def _without_self(tile: Tensor, own: Rows, block: Rows, with_self: bool) -> Tens
     if not with_self:
         first, end = max(own.start, block.start), min(own.start + len(own), block.start + len(block))
         if first < end:
-            shared = torch.arange(first, end, device=tile.device)
-            tile[shared - own.start, shared - block.start] = -math.inf
+            shared = tile[first - own.start : end - own.start, first - block.start : end - block.start]
+            shared.diagonal().fill_(-math.inf)
     return tile
 
 

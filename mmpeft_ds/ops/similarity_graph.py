@@ -27,6 +27,10 @@ def exact_float32() -> Iterator[None]:
     """Matrix products keep all bits of float32: no TF32, no bfloat16 passes, no autocast, whatever is set outside."""
     settings = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
     before = [setting.fp32_precision for setting in settings]
+    cast = any(map(torch.is_autocast_enabled, ("cuda", "cpu")))
+    if not cast and set(before) <= {"ieee", "none"}:  # four settings take as long as a small product
+        yield
+        return
     with torch.autocast("cuda", enabled=False), torch.autocast("cpu", enabled=False):
         try:
             for setting in settings:
@@ -95,7 +99,7 @@ class Rows:
         if not surely_all(length.isfinite()):
             values = values.masked_fill(~length.isfinite(), 0.0)
             length = length.masked_fill(~length.isfinite(), 0.0)
-        return cls(raw, values, torch.where(length > 0, 1 / length, 0.0), start)
+        return cls(raw, values, length.reciprocal().masked_fill_(length == 0, 0.0), start)
 
     def __len__(self) -> int:
         return len(self.raw)
@@ -152,6 +156,38 @@ def _by_device(sizes: dict[str, int], device: torch.device) -> int:
 
 
 # ------------------------------------------------------------------------------------------------ threshold graph
+
+
+def edges_above(everyone: Rows, own: slice, tau: float, chunk: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """The graph of pairs above `tau` from all similarities; as `decide_pairs` and `symmetric_edges` find it in halves.
+
+    A pair is decided alike from both of its ends, so the graph is symmetric.
+
+    Args:
+        everyone: M rows, the first at position 0.
+        own: positions of the targets.
+        tau: threshold; equality does not make an edge.
+        chunk: similarities to hold at a time; None = by device.
+
+    Returns:
+        source position and target position of the edges into `own`, one self-loop each, (E,) int64, by target, then
+        by source; and the degrees of all, (M,) int64.
+    """
+    total = len(everyone)
+    height = max(1, (chunk or default_chunk(everyone.raw.device)) // max(1, total))
+    degree = torch.zeros(total, dtype=torch.int64, device=everyone.raw.device)
+    sources, targets = [degree[:0]], [degree[:0]]
+    for top in range(0, total, height):
+        bottom = min(top + height, total)
+        edge = above(everyone[top:bottom], everyone, tau)
+        edge[:, top:bottom].diagonal().fill_(True)
+        torch.sum(edge, 1, out=degree[top:bottom])
+        first, end = max(top, own.start), min(bottom, own.stop)
+        if first < end:
+            target, source = edge[first - top : end - top].nonzero(as_tuple=True)
+            sources.append(source)
+            targets.append(target + first)
+    return torch.cat(sources), torch.cat(targets), degree
 
 
 def decide_pairs(own: Rows, block: Rows, total: int, tau: float, bits: Tensor, chunk: int | None = None) -> None:

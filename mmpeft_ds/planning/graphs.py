@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmpeft_ds.distributed.batch_graph import Graph, _Nodes
+from mmpeft_ds.distributed.batch_graph import Graph
 from mmpeft_ds.distributed.counters import counted
 from mmpeft_ds.distributed.gather import gather_rows
+from mmpeft_ds.distributed.graph_nodes import Nodes
 from mmpeft_ds.ops import bits as packed
 from mmpeft_ds.ops.similarity_graph import products, symmetric_degrees
 
@@ -27,9 +28,14 @@ def of_threshold(neighbours: float) -> Callable[..., Graph]:
     def threshold_graph(
         x: Tensor, tau: float, valid: Tensor | None = None, *, exchange: str = "gather", **options: Any
     ) -> Graph:
-        nodes = _Nodes(x, valid, None, options.get("counts"), options.get("group"), exchange)
+        nodes = Nodes(x, valid, None, options.get("counts"), options.get("group"), exchange)
         with counted(nodes.traffic):
             total, own = sum(nodes.shares), len(nodes.x)
+            edges = round(own * (1 + min(neighbours, total - 1)))
+            if nodes.finds_all(exchange):
+                ((_, everyone),) = nodes.blocks(exchange)
+                degree = (products(everyone, everyone) > tau).sum(1)
+                return _graph(nodes, edges, degree, exchange)
             bits = torch.zeros(own, max(1, -(-total // 8)), dtype=torch.uint8, device=x.device)
             for mine, block in nodes.blocks(exchange):
                 products(mine, block)
@@ -37,7 +43,7 @@ def of_threshold(neighbours: float) -> Callable[..., Graph]:
             packed.unpack(everyone[:own])
             packed.unpack(everyone[:, : -(-own // 8)])
             degree = symmetric_degrees(everyone)
-        return _graph(nodes, round(own * (1 + min(neighbours, total - 1))), degree, exchange)
+        return _graph(nodes, edges, degree, exchange)
 
     return threshold_graph
 
@@ -56,19 +62,20 @@ def of_neighbours(
     **options: Any,
 ) -> Graph:
     """`batch_graph.knn_graph` where all k neighbours of each sample are similar enough."""
-    nodes = _Nodes(x, valid, key, options.get("counts"), options.get("group"), exchange)
-    total, own = sum(nodes.shares), len(nodes.x)
+    nodes = Nodes(x, valid, key, options.get("counts"), options.get("group"), exchange)
+    total, own, whole = sum(nodes.shares), len(nodes.x), nodes.finds_all(exchange)
     with counted(nodes.traffic):
         for mine, block in nodes.blocks(exchange):
-            products(mine, block).topk(min(k + 1, len(block)))
-        lists = torch.zeros(own, min(k, max(1, total - 1)), dtype=torch.int32, device=x.device)
-        neighbours = gather_rows(lists, nodes.shares, options.get("group"))
+            products(block if whole else mine, block).topk(min(k + 1, len(block)))
+        searched, kept = total if whole else own, min(k, max(1, total - 1))
+        lists = torch.zeros(searched, kept, dtype=torch.int32, device=x.device)
+        neighbours = lists if whole else gather_rows(lists, nodes.shares, options.get("group"))
     ends = torch.zeros(neighbours.numel() * (1 + symmetric) + total, dtype=torch.int64, device=x.device)
     degree = ends.new_zeros(total).index_add_(0, ends, torch.ones_like(ends))
     return _graph(nodes, own * (neighbours.shape[1] * (1 + symmetric) + 1), degree, exchange, released)
 
 
-def _graph(nodes: _Nodes, edges: int, degree: Tensor, exchange: str, repeated: bool = False) -> Graph:
+def _graph(nodes: Nodes, edges: int, degree: Tensor, exchange: str, repeated: bool = False) -> Graph:
     # Ends among the valid rows, which are there until those among all rows are.
     ends = torch.zeros(2, edges, dtype=torch.int64, device=degree.device)
     return Graph(

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch.nn.functional import cross_entropy
 
 from mmpeft_ds import GaNetConfig
-from mmpeft_ds.distributed import graph_conv
+from mmpeft_ds.distributed import graph_conv, graph_nodes
 from mmpeft_ds.distributed.batch_graph import threshold_graph as real_threshold
 from mmpeft_ds.distributed.counters import counted
 from mmpeft_ds.distributed.gather import gather_rows as real_gather
@@ -314,8 +314,9 @@ def test_a_wrong_variant_is_found_by_its_gradients(what, logits_right, reference
 # ------------------------------------------------------------------------------------------------------- traffic
 
 
-def traffic(rank, rows, **options):
-    """Traffic of one forward and of its backward with `rows` rows a rank."""
+def traffic(rank, rows, whole=graph_nodes.WHOLE_PRODUCTS, **options):
+    """Traffic of one forward and of its backward with `rows` rows a rank, small graphs of up to `whole` products."""
+    graph_nodes.WHOLE_PRODUCTS = whole
     model, _ = network({**KINDS["relu"][0], **options})
     ranks = dist.get_world_size()
     x, labels = data(rows * ranks)
@@ -328,16 +329,22 @@ def traffic(rank, rows, **options):
     return [(dict(t.calls), dict(t.bytes)) for t in (forward, backward)], out.graph.health()["gather_bytes"]
 
 
+@pytest.mark.parametrize("small_graph", [True, False])
 @pytest.mark.parametrize("ranks", [2, 3])
-def test_a_step_costs_one_gather_of_features_masks_and_each_layers_narrower_side(ranks):
+def test_a_step_costs_one_gather_of_features_masks_and_each_layers_narrower_side(ranks, small_graph):
+    """Of a small graph no masks: every rank finds all of it."""
     rows, double = 4, 8
     others = (ranks - 1) * rows
     features = others * 2 * WIDTH * double
-    masks = others * -(-rows * ranks // 8)
-    small = (ranks - 1) * 2 * 8 + others * 8  # numbers of rows and of valid ones, and the place of each valid one
+    masks = 0 if small_graph else others * -(-rows * ranks // 8)
+    small = (ranks - 1) * 2 * 8  # numbers of rows and of valid ones
+    whole = graph_nodes.WHOLE_PRODUCTS if small_graph else 0
     hidden, scores = others * R * double, others * CLASSES * double
-    for (forward, backward), reported in in_ranks(lambda rank: traffic(rank, rows), ranks=ranks):
-        assert forward == ({"all_gather": 5}, {"all_gather": small + features + masks + hidden + scores})
+    for (forward, backward), reported in in_ranks(lambda rank: traffic(rank, rows, whole), ranks=ranks):
+        assert forward == (
+            {"all_gather": 4 if small_graph else 5},
+            {"all_gather": small + features + masks + hidden + scores},
+        )
         assert backward == ({"reduce_scatter": 2}, {"reduce_scatter": hidden + scores})
         assert reported == small + features + masks + hidden + scores
 

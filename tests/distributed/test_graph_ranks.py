@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 
 from mmpeft_ds.distributed import batch_graph as graphs
+from mmpeft_ds.distributed import graph_nodes
 from mmpeft_ds.distributed.batch_graph import knn_graph, normalised, threshold_graph
 from mmpeft_ds.distributed.counters import counted
 from mmpeft_ds.ops.graph_topk import SPARE
@@ -114,6 +115,13 @@ def test_the_graph_is_symmetric_and_that_of_one_rank_with_cosines_within_1e_7_of
         A = np.concatenate(in_ranks(at_tau, split, ranks=len(split)))
         np.testing.assert_array_equal(A, A.T)
         np.testing.assert_array_equal(A, alone)
+
+
+def test_a_graph_found_as_a_whole_is_symmetric_like_one_of_halves(monkeypatch):
+    whole = dense(threshold_graph(planted(), 0.7))
+    monkeypatch.setattr(graph_nodes, "FEW_PRODUCTS", 0)
+    np.testing.assert_array_equal(whole, dense(threshold_graph(planted(), 0.7)))
+    np.testing.assert_array_equal(whole, whole.T)
 
 
 # ------------------------------------------------------------------------------------------------------- invariance
@@ -264,9 +272,9 @@ def traffic(rank, ranks):
     B, D = 24, 10
     x = features(B * ranks, D)[rank * B :][:B].float()
     valid, key = torch.arange(B) > 0, torch.arange(B) + rank * B
-    found, limits = {}, (graphs.ONE_MESSAGE, graphs.FEW_PRODUCTS)
-    for size, limit in (("small", 2**24), ("large", 0)):  # what counts as large, for these few rows
-        graphs.ONE_MESSAGE = graphs.FEW_PRODUCTS = limit
+    found, limits = {}, [getattr(graph_nodes, name) for name in LIMITS]
+    for size, (message, twice, whole) in SIZES.items():
+        set_limits(message, twice, whole)
         for exchange in ("gather", "ring"):
             options = {"counts": [B] * ranks, "exchange": exchange}
             for name, graph in (
@@ -276,8 +284,17 @@ def traffic(rank, ranks):
             ):
                 said = dict(graph.traffic.calls), dict(graph.traffic.bytes), graph.traffic.seconds > 0
                 found[name, exchange, size] = (*said, edges_of(graph))
-    graphs.ONE_MESSAGE, graphs.FEW_PRODUCTS = limits
+    set_limits(*limits)
     return found
+
+
+LIMITS = ("ONE_MESSAGE", "FEW_PRODUCTS", "WHOLE_PRODUCTS")
+SIZES = {"tiny": (2**24, 2**24, 2**24), "small": (2**24, 2**24, 0), "large": (0, 0, 0)}  # what these few rows count as
+
+
+def set_limits(*values):
+    for name, value in zip(LIMITS, values, strict=True):
+        setattr(graph_nodes, name, value)
 
 
 def edges_of(graph):
@@ -289,11 +306,14 @@ def test_collectives_and_bytes_are_those_of_the_cost_table(ranks):
     B, D, k, others = 24, 10, 5, ranks - 1
     for found in in_ranks(traffic, ranks, ranks=ranks):
         for name in ("threshold", "knn", "some valid"):
-            same = [found[name, exchange, size][3] for exchange in ("gather", "ring") for size in ("small", "large")]
-            assert same[0][0][0] and same == same[:1] * 4
+            same = [found[name, exchange, size][3] for exchange in ("gather", "ring") for size in SIZES]
+            assert same[0][0][0] and same == same[:1] * 6
         sent = {case: rest[:3] for case, rest in found.items()}
         features_, bits, lists = others * B * D * 4, others * B * (B * ranks // 8), others * B * k * 4
         key, calls = others * B * 8, {"all_gather": 2}
+        # every rank finds the edges of all: nothing but what they are found by travels
+        assert sent["threshold", "gather", "tiny"] == ({"all_gather": 1}, {"all_gather": features_}, True)
+        assert sent["knn", "gather", "tiny"] == ({"all_gather": 1}, {"all_gather": key + features_}, True)
         assert sent["threshold", "gather", "small"] == (calls, {"all_gather": features_ + bits}, True)
         assert sent["threshold", "gather", "large"] == sent["threshold", "gather", "small"]
         # one message with features, keys and places, every pair computed at both of its ends
@@ -305,7 +325,7 @@ def test_collectives_and_bytes_are_those_of_the_cost_table(ranks):
             {"all_gather": key + features_ + lists, "all_to_all": halves},
             True,
         )
-        for size in ("small", "large"):
+        for size in SIZES:
             shift = {"shift": others}
             assert sent["threshold", "ring", size] == (
                 {"all_gather": 1} | shift,
@@ -316,6 +336,8 @@ def test_collectives_and_bytes_are_those_of_the_cost_table(ranks):
         # of 23 valid rows of each rank; how many rows and valid ones there are, places, features, bits
         V = B - 1
         some = others * (16 + V * 8 + V * D * 4 + V * -(-V * ranks // 8))
+        fewer = some - others * V * -(-V * ranks // 8)
+        assert sent["some valid", "gather", "tiny"] == ({"all_gather": 2}, {"all_gather": fewer}, True)
         assert sent["some valid", "gather", "small"] == ({"all_gather": 3}, {"all_gather": some}, True)
         assert sent["some valid", "gather", "large"] == ({"all_gather": 4}, {"all_gather": some}, True)
 

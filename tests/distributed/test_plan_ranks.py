@@ -143,8 +143,9 @@ def test_a_graph_over_all_ranks_sends_what_the_plan_says(run, ranks):
     cases = [case for case in HEADS if ranks == 2 or case["name"] != "knn3"]  # on 4 ranks a fifth too low
     folder = run(cases, ranks)
     for case in cases:
-        # What the sparse product of a dense graph holds beside the rest differs by some per cent from step to step.
-        assert_as_foreseen(folder, case, ranks, memory=0.15)
+        # What the sparse product of a dense graph holds beside the rest differs by some per cent from step to step. A
+        # search is planned as on a GPU, which holds the rows a second time: it does not ask whether all are finite.
+        assert_as_foreseen(folder, case, ranks, memory=0.2 if case["name"] == "knn" else 0.15)
 
 
 @pytest.mark.slow
