@@ -125,9 +125,7 @@ def _decode_other(data: bytes, max_pixels: int, pixels: Pixels) -> Tensor:
             image = Image.open(io.BytesIO(data), formats=FORMATS)
             check_pixels(*image.size, max_pixels)
             image.load()
-            shown = pixels == "shown"
-            orientation = image.getexif().get(ORIENTATION, 1) if shown else 1
-            array = np.array(to_rgb(image) if shown else image.convert("RGB"))
+            return of_picture(image, pixels)
     except BadSample:
         raise
     except Image.DecompressionBombError as error:
@@ -136,6 +134,13 @@ def _decode_other(data: bytes, max_pixels: int, pixels: Pixels) -> Tensor:
         raise BadSample("image", "not an image of a known format") from error
     except Exception as error:  # noqa: BLE001 - Pillow's plugins raise nearly anything on damaged input
         raise BadSample("image", f"{type(error).__name__}: {error}") from error
+
+
+def of_picture(image: Image.Image, pixels: Pixels) -> Tensor:
+    """What `decode` gives for the file that `image` was opened from. Raises BadSample for floating-point pixels."""
+    shown = pixels == "shown"
+    orientation = image.getexif().get(ORIENTATION, 1) if shown else 1
+    array = np.array(to_rgb(image) if shown else image.convert("RGB"))
     return _oriented(torch.from_numpy(array).permute(2, 0, 1), orientation)
 
 

@@ -9,15 +9,16 @@ import dataclasses
 import logging
 from typing import Any
 
-import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from mmpeft_ds import adapter
 from mmpeft_ds.data.batch import PackedBatch, Prompted, Sample
+from mmpeft_ds.data.decode import Pixels, of_picture
 from mmpeft_ds.engine.assembly.forward import forward
 from mmpeft_ds.engine.text_counts import TextCounts, note
-from mmpeft_ds.errors import BadInput
+from mmpeft_ds.errors import BadInput, BadSample
 
 logger = logging.getLogger(__name__)
 # Of lmms-eval's `generation_kwargs`, those that `generate` of transformers takes; the rest speaks to servers.
@@ -98,7 +99,8 @@ class AdapterAnswers:
         return float(losses[0] / tokens[0].clamp(min=1)), bool(outputs.tokens_right()[0] == tokens[0])
 
     def _sample(self, context: str, visuals: Any, number: int, task: str, split: str) -> Sample:
-        images = [_pixels(picture) for picture in visuals(self._document(number, task, split)) or []]
+        rule = self.loaded.recipe.data.pixels
+        images = [_pixels(picture, rule) for picture in visuals(self._document(number, task, split)) or []]
         return self.loaded.sample(f"{task}/{split}/{number}", images, context)
 
     def _packed(self, sample: Sample) -> PackedBatch:
@@ -119,12 +121,14 @@ def _load(directory: str, device: str) -> adapter.Loaded:
     return adapter.load(directory, device)
 
 
-def _pixels(picture: Any) -> Tensor:
-    """A PIL image as uint8 (3, H, W). Raises BadInput."""
+def _pixels(picture: Any, rule: Pixels) -> Tensor:
+    """A PIL image as uint8 (3, H, W), read as training read its files. Raises BadInput."""
+    if not isinstance(picture, Image.Image):
+        raise BadInput(f"a {type(picture).__name__} among what a task shows: images alone are offered.")
     try:
-        return torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1).contiguous()
-    except (AttributeError, TypeError) as error:
-        raise BadInput(f"a {type(picture).__name__} among what a task shows: images alone are offered.") from error
+        return of_picture(picture, rule)
+    except BadSample as bad:
+        raise BadInput(f"a picture among what a task shows: {bad}.") from bad
 
 
 def manifest() -> Any:

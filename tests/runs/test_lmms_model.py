@@ -1,5 +1,6 @@
 """An adapter directory as lmms-eval asks it, by requests in that library's form; lmms-eval itself is not needed."""
 
+import io
 import math
 from types import SimpleNamespace
 
@@ -43,6 +44,24 @@ def test_answers_are_those_of_predict(model, directory):
     red[0] = 255
     rows = adapter.load(directory).predict([red, red], QUESTIONS)
     assert told == [row["prediction"].strip() for row in rows] and any(told)
+
+
+@pytest.mark.parametrize("pixels", ["shown", "published"])
+def test_pictures_are_read_by_the_rule_of_the_training(model, monkeypatch, pixels):
+    """Half transparent, turned by its metadata: as a file of the same picture is read."""
+    monkeypatch.setattr(model.loaded.recipe.data, "pixels", pixels)
+    file, turned = io.BytesIO(), Image.Exif()
+    turned[0x0112] = 6
+    Image.new("RGBA", (6, 4), (200, 0, 0, 128)).save(file, "PNG", exif=turned)
+    visual = Image.open(io.BytesIO(file.getvalue()))
+    sample = model._sample(QUESTIONS[0], lambda document: [visual], 0, "t", "test")
+    expected = model.loaded.sample("t/test/0", file.getvalue(), QUESTIONS[0])
+    torch.testing.assert_close(sample.images, expected.images, rtol=0, atol=0)
+
+
+def test_what_is_no_picture_is_one_line(model):
+    with pytest.raises(BadInput, match="a str among what a task shows"):
+        model._sample(QUESTIONS[0], lambda document: ["a.png"], 0, "t", "test")
 
 
 def test_an_answer_ends_before_the_text_that_ends_it(model, monkeypatch):
