@@ -78,6 +78,8 @@ class BackboneBase(abc.ABC):
             wrong where padding stands between tokens.
         no_videos: why videos cannot be read as such, where their frames must not pass for images unasked; data with
             videos are then refused. Empty: they can, or frames are images.
+        one_turn: why conversations of several turns cannot be read; data that hold such are then refused. Empty: they
+            can, or the backbone's texts say so themselves.
         most_images: that a sample may have, 0 = any number; a sample with more is a bad one.
         images_differ: images have sizes of their own; where their values are kept, the tower then sees one at a time.
         dtype: of the frozen weights. This and the next two are set from the recipe's `engine` section before `build`.
@@ -104,6 +106,7 @@ class BackboneBase(abc.ABC):
     most_images: int = 0
     images_differ: bool = False
     no_videos: str = ""
+    one_turn: str = ""
 
     def __init__(self, options: Any, labels: list[str] | None):
         self.options, self.labels = options, labels

@@ -19,10 +19,11 @@ from mmpeft_ds.backbones.common.affine import Affine
 from mmpeft_ds.backbones.common.spelling import Spelling
 from mmpeft_ds.backbones.common.stock_backbone import WHERE, StockBackbone
 from mmpeft_ds.backbones.mllm import families
-from mmpeft_ds.backbones.mllm.chat import Chat, read_template
+from mmpeft_ds.backbones.mllm.chat import Chat
 from mmpeft_ds.backbones.mllm.families.base import Family
 from mmpeft_ds.backbones.mllm.model import media_ids, takes_videos_apart
 from mmpeft_ds.backbones.mllm.processing import processor_class, read_image_processor, read_processor
+from mmpeft_ds.backbones.mllm.rendering import read_template
 from mmpeft_ds.backbones.mllm.video_processing import has_video_processor, read_video_processor, spells_videos
 from mmpeft_ds.errors import BadInput
 
@@ -118,17 +119,31 @@ class Checkpoint(StockBackbone):
     @functools.cached_property
     def _chat(self) -> Chat:
         o = self.options
+        template = read_template(o.model, WHERE, o.chat_template, self._tokenizer, self._family.template)
         return Chat(
             self._tokenizer,
-            read_template(o.model, WHERE, o.chat_template, self._tokenizer, self._family.template),
+            template,
             self._tokens,
             self._family.mark(self._processor) if self._family.spelled else self._image_token,
             o.system,
-            o.max_text_length,
-            self._family.video_mark(self._processor) if "video" in self.modalities else "",
-            self._family.opening(self._tokenizer),
-            self._family.numbered,
+            video_mark=self._family.video_mark(self._processor) if "video" in self.modalities else "",
+            opening=self._family.opening(self._tokenizer),
+            numbered=self._family.numbered,
+            one_turn=self._one_turn,
+            thinking=o.thinking,
+            max_length=o.max_text_length,
         )
+
+    @property
+    def _one_turn(self) -> str:
+        """Why the family reads one question alone; empty where it reads conversations."""
+        why = self._family.one_turn
+        return why and f"a model of family {self._config.model_type!r} reads one question alone: {why}"
+
+    @property
+    def one_turn(self) -> str:
+        """Why conversations of several turns cannot be read, because of the family or of the chat template."""
+        return self._one_turn or self._chat.unmarked
 
     @property
     def _kind_ids(self) -> list[int]:

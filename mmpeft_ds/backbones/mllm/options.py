@@ -31,6 +31,9 @@ class Options(BackboneOptions):
             differ by rounding.
         system: text of a first system turn for conversations that have none; empty: no such turn.
         chat_template: Jinja file of the chat template, where the checkpoint has none or its own is to be replaced.
+        thinking: answers of the data hold thoughts, as the template takes them (`<think>...</think>` before the rest),
+            and begin where the template asks for such ones (`enable_thinking`). false: where it asks for answers
+            without thoughts; in training, evaluation and prediction alike.
         videos: `videos` as the family has them, with their times; `images`: each frame is an image, without its time,
             which any family reads.
         condition: what adapters of the language model route on: `none`, the `pooled` vector (mean of an image's tokens
@@ -48,5 +51,6 @@ class Options(BackboneOptions):
     image_backend: ImageBackend = "torchvision"
     system: str = ""
     chat_template: str = ""
+    thinking: bool = False
     videos: Literal["videos", "images"] = "videos"
     condition: Literal["none", "pooled", "tokens"] = "none"

@@ -292,11 +292,18 @@ def picture_notes(
     return [f"{here}: {f'{without:,} of {total:,}' if without else 'some'} samples have no {wanted}."]
 
 
-def check_videos(recipe: Recipe, key: str, options: SourceOptions, manifest: Manifest, backbone: BackboneBase) -> None:
-    """Refuse data with videos where the backbone cannot read them as such. Raises BadInput."""
-    if backbone.no_videos and _holds(manifest.fields.get(options.split, {}), "videos"):
-        place = f"{where(recipe, f'{key}.dir')}: {manifest.dir} ({options.split})"
-        raise BadInput(f"{place} holds videos, but {backbone.no_videos}.")
+def check_held(recipe: Recipe, key: str, options: SourceOptions, manifest: Manifest, backbone: BackboneBase) -> None:
+    """Refuse data with videos, or with several questions in a conversation, where the backbone cannot read them as
+    such. Raises BadInput."""
+    held, place = manifest.fields.get(options.split, {}), f"{where(recipe, f'{key}.dir')}: {manifest.dir}"
+    if backbone.no_videos and _holds(held, "videos"):
+        raise BadInput(f"{place} ({options.split}) holds videos, but {backbone.no_videos}.")
+    turns = held.get("conversations", {}).get("max", 0)
+    if turns > 3 and backbone.one_turn:  # three may be a system text, a question and its answer
+        raise BadInput(
+            f"{place} ({options.split}) holds conversations of up to {turns:g} turns, but {backbone.one_turn}. "
+            "Prepare data with one question and one answer each."
+        )
 
 
 def stored_notes(

@@ -29,9 +29,9 @@ from mmpeft_ds.engine.assembly import feature_bank
 from mmpeft_ds.engine.assembly.checks import (
     check_contrast,
     check_coupling,
+    check_held,
     check_packing,
     check_splitting,
-    check_videos,
     picture_notes,
     run_notes,
     stored_notes,
@@ -161,7 +161,7 @@ def resolve(recipe: Recipe, assumed: Assumed | None = None) -> Resolved:
         for line in picture_notes(key, options, manifests[key], backbone.modalities, takes_features)
     ]
     for key, options in plain.sources.items():
-        check_videos(recipe, key, options, manifests[key], backbone)
+        check_held(recipe, key, options, manifests[key], backbone)
     for key, options in plain.sources.items() if takes_features else ():
         notes += stored_notes(recipe, key, options, manifests[key], backbone)
     trained = [(key, sources[key].task, sources[key].samples) for key in plain.of("sources")]

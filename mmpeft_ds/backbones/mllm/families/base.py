@@ -33,6 +33,7 @@ class Family:
         one_token: features of videos stand where those of images do, though the model has a tower for either.
         video_list: the model takes the features of videos as a list, though it gives them in one tensor.
         no_videos: why its videos are not taken; empty where they are.
+        one_turn: why it reads one question and its answer alone; empty where it reads conversations.
         compared: settings that its image processor and its vision tower must have alike, where both have them.
         optional: tensors that only some images have.
         as_lists: arguments of the vision tower that are lists of numbers.
@@ -51,6 +52,7 @@ class Family:
     one_token: bool = False
     video_list: bool = False
     no_videos: str = ""
+    one_turn: str = ""
     compared: tuple[tuple[str, str], ...] = (
         ("patch_size", "patch_size"),
         ("merge_size", "spatial_merge_size"),

@@ -14,6 +14,7 @@ class PaliGemma(Family):
     model_types = ("paligemma",)
     unpackable = ""
     first_position = 1
+    one_turn = "it sees its question from both sides, and a later one would show it an answer before that is given"
     template = (
         "{% for m in messages %}{% for c in m['content'] %}{% if c['type'] == 'image' %}{{ '<image>' }}{% endif %}"
         "{% endfor %}{% if loop.first %}{{ bos_token }}{% endif %}{% for c in m['content'] %}"
