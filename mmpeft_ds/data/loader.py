@@ -72,7 +72,7 @@ class Loader:
         if self.gathers[visit.source] is not None:
             gathered = self._gathered(request, epoch, places)
             if gathered is not None:
-                return gathered
+                return self._counted(visit.source, gathered)
         positions = [
             None if slot is None else order.position_of(len(places), self.slots, slot, visit.step)
             for slot in request.slots
@@ -83,6 +83,12 @@ class Loader:
         shards = iter([self.readers[visit.source].shards[shard].file for shard, _ in wanted])
         batch = self._packed(visit.source, samples, ["" if p is None else next(shards) for p in positions])
         batch.padding_free = request.padding_free
+        return self._counted(visit.source, batch)
+
+    def _counted(self, number: int, batch: PackedBatch) -> PackedBatch:
+        """The batch, with `counts` where the source says what they are."""
+        if (loss_weight := self.sources[number].loss_weight) is not None:
+            batch.counts = batch.count(loss_weight)
         return batch
 
     def numbers(self, visit: order.Visit) -> np.ndarray:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mmpeft_ds.data.batch import PackedBatch
 from mmpeft_ds.data.manifest import Manifest
 from mmpeft_ds.data.shards import Stamp
 from mmpeft_ds.data.subset import Subset
@@ -35,6 +36,7 @@ class StreamSource:
         most_images: of a sample, 0 = any number.
         collate_apart: takes the place of `collate_images` where values of images are kept (`Stream.keep_frozen`).
         stamps: of all shards when the run began, see `data.shards.stamp`; empty: not known.
+        loss_weight: micro-batch -> its weight in the loss, for `PackedBatch.counts`; None: nobody counts.
         identify: give each record the identity of its images (of its stored features, where it has them) under
             `PICTURE`, unless it brings one.
     """
@@ -55,6 +57,7 @@ class StreamSource:
     collate_apart: Callable[[list[Any]], dict[str, Tensor]] | None = None
     video_transform: Callable[[Video], Any] | None = None
     collate_videos: Callable[[list[Any]], dict[str, Tensor]] | None = None
+    loss_weight: Callable[[PackedBatch], float] | None = None
 
     @property
     def samples(self) -> int:

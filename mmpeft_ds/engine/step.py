@@ -231,15 +231,15 @@ class Stepper:
         Raises:
             BadInput: some rank has called `fail`.
         """
-        hashes = collectives.split_64(sum(b.sample_keys_hash() for b in micro) % 2**64)
+        counts = [b.counts or b.count(task.weight) for b in micro]
         mine = [
             0.0,  # no failure here
-            sum(task.weight(b) for b in micro),
+            sum(c.loss_weight for c in counts),
             float(self.stop_requested()),
-            float(sum(_rows(b) for b in micro)),
+            float(sum(c.rows for c in counts)),
             float(sum(len(b.bad) for b in micro)),
-            *hashes,
-            *(sum(numbers) for numbers in zip(*(b.changed_texts() for b in micro), strict=True)),
+            *collectives.split_64(sum(c.keys_hash for c in counts) % 2**64),
+            *(sum(numbers) for numbers in zip(*(c.changed for c in counts), strict=True)),
             *(bit for b in micro for bit in modality.present(b)),
         ]
         failed, weight, stop, rows, bad, low, high, *rest = collectives.sum_scalars(mine, self.ranks.device)
@@ -267,26 +267,37 @@ class Stepper:
         for i, (batch, present) in enumerate(zip(micro, agreed.present, strict=True)):
             if self.recipe.data.pack:  # their number is another at each step
                 self.engine.set_gradient_accumulation_boundary(i + 1 == len(micro))
-            with garbage_later():
-                with self.timer.part("forward"):
-                    apart = self.frozen is not None
-                    batch = modality.complete(batch, present, self.resolved.backbone, task, apart)
-                    batch = batch.to(self.ranks.device)
-                    if self.frozen:
-                        batch = self.frozen.fill(batch, passes[i])
-                    outputs = forward(self.engine, self.resolved.backbone, batch, scores=True, last=self.last_layer)
-                    loss = task.loss(outputs, batch)
-                    places += padding.places(outputs, batch)
-                with self.timer.part("backward"):
-                    self.engine.backward(loss * scale)
-            if self.measures_graph:
-                # It reads numbers from the device, which has the backward pass to do meanwhile.
-                for name, value in graph_health.measure(outputs, batch).items():
-                    report[name] = report.get(name, 0.0) + value
-            total += loss.detach()
+            with garbage_later():  # what a pass leaves behind is gone when it returns
+                loss, read, measured = self.both_passes(batch, present, task, passes[i], scale)
+            for name, value in measured.items():
+                report[name] = report.get(name, 0.0) + value
+            total += loss
+            places += read
             if i + 1 < len(micro):
                 self.engine.step()  # before the accumulation boundary this only counts the micro-step
         return total / agreed.weight if agreed.weight else total, places, report
+
+    def both_passes(
+        self, batch: PackedBatch, present: list[float], task: Any, frozen_passes: int, scale: float
+    ) -> tuple[torch.Tensor, torch.Tensor, dict[str, float]]:
+        """Forward and backward of one micro-batch, whose loss is multiplied by `scale`.
+
+        Returns:
+            the loss, `padding.places`, and what heads report.
+        """
+        backbone = self.resolved.backbone
+        with self.timer.part("forward"):
+            batch = modality.complete(batch, present, backbone, task, self.frozen is not None)
+            batch = batch.to(self.ranks.device)
+            if self.frozen:
+                batch = self.frozen.fill(batch, frozen_passes)
+            outputs = forward(self.engine, backbone, batch, scores=True, last=self.last_layer)
+            loss = task.loss(outputs, batch)
+            read = padding.places(outputs, batch)
+        with self.timer.part("backward"):
+            self.engine.backward(loss * scale)
+        # It reads numbers from the device, which has the backward pass to do meanwhile.
+        return loss.detach(), read, graph_health.measure(outputs, batch) if self.measures_graph else {}
 
     @property
     def measures_graph(self) -> bool:
@@ -411,8 +422,3 @@ def seed_of(*parts: int) -> int:
     65,000 seeds may give the same numbers there."""
     digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1
-
-
-def _rows(batch: PackedBatch) -> int:
-    kept = batch.text_weight if len(batch.text_owner) else batch.weight
-    return int((kept > 0).sum())

@@ -57,16 +57,18 @@ def scored(head: nn.Module, labels_at: Callable[[int], Tensor]) -> Iterator[None
     """
     scorer = _Scorer(head, labels_at)
     handles = []
-    if type(head) is nn.Linear and not any(p.requires_grad for p in head.parameters()):
+    if type(head) is nn.Linear and not (
+        head.weight.requires_grad or (head.bias is not None and head.bias.requires_grad)
+    ):
         handles = [
             head.register_forward_pre_hook(scorer.detach, prepend=True),
             head.register_forward_hook(scorer.attach),
         ]
-    head.forward = scorer
+    vars(head)["forward"] = scorer  # `nn.Module` would look for a parameter of this name
     try:
         yield
     finally:
-        del head.forward
+        del vars(head)["forward"]
         for handle in handles:
             handle.remove()
 

@@ -27,11 +27,13 @@ class LastLayer:
     """The last layer of the language model in `base`, adapters in place.
 
     Attributes:
+        base: the model.
         parts: modules after its attention that hold all their arithmetic on single tokens; none where the model ends
             in a layer that cannot be read, or in which something else mixes tokens.
     """
 
     def __init__(self, base: nn.Module):
+        self.base = base
         self.parts: list[nn.Module] = []
         self._adapters: list[nn.Module] = []
         self._around: list[nn.Module] = []  # which may say that the layer is computed again in the backward pass
@@ -80,12 +82,12 @@ class LastLayer:
             yield
             return
         for part in self.parts:
-            part.forward = _OfRead(part.forward, read)
+            vars(part)["forward"] = _OfRead(part.forward, read)  # `nn.Module` would look for a parameter of this name
         try:
             yield
         finally:
             for part in self.parts:
-                del part.forward
+                del vars(part)["forward"]
 
 
 # Modules without children of their own that mix tokens.

@@ -66,3 +66,21 @@ def test_a_text_that_names_another_number_of_images_is_a_bad_sample():
     sample.texts = [Prompted(f"{IMAGE_MARK}{IMAGE_MARK} which?")]
     with pytest.raises(BadSample, match="names <image> 2 times, but the sample has 1 images"):
         packed(sample)
+
+
+def test_counts_are_those_of_what_enters_the_loss_and_slots_without_weight_change_none():
+    bad = Sample("c", 0.0, [], ["t"], [(1, 2)], bad=("image", "s", "c"))
+    whole, part = packed(good("a", 1, 3), bad, good("b", 0, 1)), packed(good("a", 1, 3), good("b", 0, 1))
+
+    def weight(batch):
+        return float(batch.text_weight.sum())
+
+    counts = whole.count(weight)
+    assert (counts.loss_weight, counts.rows, counts.changed) == (4.0, 4, [0, 0, 0])
+    assert counts == part.count(weight) and counts.keys_hash == (hash_id("a") + hash_id("b")) % 2**64
+    assert packed(good("a", 2), Sample()).count(lambda batch: 1.0).rows == 1  # slots, where there are no texts
+
+
+def test_a_batch_that_is_where_it_shall_be_is_not_copied():
+    batch = packed(good("a", 1, 1))
+    assert batch.to("cpu") is batch and batch.to("meta") is not batch

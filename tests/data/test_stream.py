@@ -73,6 +73,25 @@ def test_global_batch_is_the_same_for_every_worker_count(toy, workers):
         assert run(toy, world_size, accumulation=accumulation, workers=workers) == run(toy)
 
 
+def _texts_and_a_half(batch):
+    return float(batch.text_weight.sum()) + 0.5
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_the_loader_counts_what_a_step_asks_of_a_batch_where_it_knows_the_weight_of_the_loss(toy, workers):
+    stream = Stream([source(toy, loss_weight=_texts_and_a_half)], DataOptions(global_batch=8, workers=workers))
+    stream.wait_for_workers()
+    batches = [batch for step in stream.epoch(0) for batch in step.micro]
+    stream.close()
+    assert all(batch.counts == batch.count(_texts_and_a_half) for batch in batches)
+    assert sum(batch.counts.loss_weight for batch in batches) == N + 0.5 * len(batches)
+    assert all(
+        batch.counts is None
+        for step in Stream([source(toy)], DataOptions(global_batch=8)).epoch(0)
+        for batch in step.micro
+    )
+
+
 def test_every_sample_once_an_epoch_in_another_order_each_time(toy):
     first, second = ids(run(toy, epoch=0)), ids(run(toy, epoch=1))
     assert sorted(first) == sorted(second) == [f"toy/train-{i:09d}" for i in range(N)]

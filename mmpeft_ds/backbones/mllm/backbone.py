@@ -131,8 +131,9 @@ class MllmBackbone(Checkpoint):
         return self._family.together(images)
 
     def collate_texts(self, texts: list[str | Prompted]) -> dict[str, Tensor]:
-        """`input_ids`, `attention_mask`, `labels` (T, L); `prompt_length` (T,), tokens before the last answer; and
-        `media` (T, at least 2), 1 for an image and 2 for a video, in the order of the text."""
+        """`input_ids`, `attention_mask`, `labels` (T, L); `prompt_length` (T,), tokens before the last answer;
+        `placeholders` (T,), tokens that stand for features of images and videos; and `media` (T, at least 2), 1 for an
+        image and 2 for a video, in the order of the text."""
         encoded = [self._chat.encode(text) for text in texts]
 
         def padded(rows: list[list[int]], fill: int) -> Tensor:
@@ -144,6 +145,7 @@ class MllmBackbone(Checkpoint):
             "attention_mask": padded([[1] * len(e.ids) for e in encoded], 0),
             "labels": padded([e.labels for e in encoded], -100),
             "prompt_length": torch.tensor([e.prompt_length for e in encoded]),
+            "placeholders": torch.tensor([sum(map(e.ids.count, self._media_ids)) for e in encoded]),
             # two places at least, for what a rank without images and videos is given of either
             "media": padded([[MEDIA.index(kind) for kind in e.media] for e in encoded] + [[0, 0]], 0)[:-1],
         }
@@ -380,13 +382,14 @@ class MllmBackbone(Checkpoint):
         Args:
             mask: (T, L), 1 for what is read of each text.
         """
-        ids, known = on_host(batch.texts["input_ids"]), on_host(mask).bool()
-        places = known & torch.isin(ids, self._media_ids)
+        whole = mask is batch.texts["attention_mask"]
+        numbers = on_host(batch.texts["placeholders"]) if whole else self._places(batch, mask).sum(1)
         owned = [_owned(owner) for owner in (batch.image_owner, batch.video_owner)]
         runs_of = [_number_of_runs(m, len(o)) for m, o in self._kinds(batch)]
-        weights, numbers = on_host(batch.text_weight).tolist(), places.sum(1).tolist()
-        rows, cut = [], torch.zeros_like(places)
-        read = zip(on_host(batch.text_owner).tolist(), numbers, on_host(batch.texts["media"]).tolist(), strict=True)
+        weights, rows, cut = on_host(batch.text_weight).tolist(), [], None
+        read = zip(
+            on_host(batch.text_owner).tolist(), numbers.tolist(), on_host(batch.texts["media"]).tolist(), strict=True
+        )
         for text, (slot, n, named) in enumerate(read):
             left = [iter(owned[kind].get(slot, ())) for kind in (0, 1)]
             for kind in (kind - 1 for kind in named if kind):
@@ -400,10 +403,17 @@ class MllmBackbone(Checkpoint):
             if n and weights[text]:
                 raise BadInput(f"backbone: a text has {n} placeholders more than its sample has images and videos.")
             if n:
+                places = self._places(batch, mask)
+                cut = torch.zeros_like(places) if cut is None else cut
                 cut[text, places[text].nonzero()[-n:, 0]] = True
-        if cut.any():
+        if cut is not None:
             mask = to_device(on_host(mask) * ~cut, mask.device)
         return mask, to_device(torch.tensor(rows, dtype=torch.int64), batch.text_owner.device)
+
+    def _places(self, batch: PackedBatch, mask: Tensor) -> Tensor:
+        """(T, L) bool on the host: which of the tokens that are read are placeholders."""
+        ids = on_host(batch.texts["input_ids"])
+        return on_host(mask).bool() & torch.isin(ids, torch.tensor(self._media_ids))
 
     @staticmethod
     def _kinds(batch: PackedBatch) -> tuple[tuple[dict[str, Tensor], Tensor], ...]:

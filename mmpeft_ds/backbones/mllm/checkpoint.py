@@ -9,8 +9,6 @@ import inspect
 import textwrap
 from typing import Any
 
-import torch
-from torch import Tensor
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, MODEL_MAPPING
 
 from mmpeft_ds import registry
@@ -54,8 +52,8 @@ class Checkpoint(StockBackbone):
         return _logits_are_left_alone(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(self._config)])
 
     @functools.cached_property
-    def _media_ids(self) -> Tensor:
-        return torch.tensor(media_ids(self._config))
+    def _media_ids(self) -> list[int]:
+        return media_ids(self._config)
 
     @functools.cached_property
     def _image_processor(self) -> Any:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import dataclasses
 import functools
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -38,7 +37,7 @@ def forward(
             their memory; where there is a `scored_layer`.
         last: of the base model; with `scores` it computes nothing for positions without a label that it need not.
     """
-    base = base_model(getattr(model, "module", model))
+    base = last.base if last else base_model(getattr(model, "module", model))
     head = scored_layer(backbone, base) if scores else None
     if head is None:
         return backbone.read(model(**backbone.inputs(batch)), batch)
@@ -49,7 +48,8 @@ def forward(
     with scored(head, labels_at), last.reading(_labelled(labels_at)) if last else contextlib.nullcontext():
         outputs = model(**backbone.inputs(batch))
     read = backbone.read(outputs, batch)
-    return dataclasses.replace(read, logits=None, scores=TokenScores.of(read.logits))
+    read.logits, read.scores = None, TokenScores.of(read.logits)
+    return read
 
 
 def _labelled(labels_at: Callable[[int], Tensor]) -> Callable[[int], Tensor | None]:

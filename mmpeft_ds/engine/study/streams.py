@@ -60,10 +60,14 @@ class MovedOnce(PackedBatch):
 
     @classmethod
     def of(cls, batch: PackedBatch) -> MovedOnce:
-        return cls(**{f.name: getattr(batch, f.name) for f in dataclasses.fields(batch)})
+        fields = {f.name: getattr(batch, f.name) for f in dataclasses.fields(batch)}
+        return cls(**fields | {"counts": None})  # the task of each run counts for itself
 
     def to(self, device: torch.device | str, non_blocking: bool = True) -> PackedBatch:
         """See `PackedBatch.to`; all runs of a process use the same device."""
         if self._moved is None:
-            vars(self)["_moved"] = super().to(device, non_blocking)
+            moved = super().to(device, non_blocking)
+            if moved is self:
+                return self
+            vars(self)["_moved"] = moved
         return self._moved

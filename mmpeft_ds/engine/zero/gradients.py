@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-from collections.abc import Callable, Iterable, Iterator
+import functools
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -101,17 +102,35 @@ def replicated(engine: Any) -> bool:
     return engine.zero_optimization_stage() == 0 and engine.global_rank != 0
 
 
-class FlatGradients(list[Tensor]):
+class FlatGradients(Sequence[Tensor]):
     """This rank's part of the averaged gradients of a parameter group: views in the order of its parameters, and of
-    the padding at the end.
+    the padding at the end, which are made when someone asks for them.
 
     Attributes:
         flat_partition: all of them as one tensor, which DeepSpeed's optimizer step takes under this name.
+
+    Args:
+        flat: all of them.
+        lengths: elements of each parameter's part.
     """
 
-    def __init__(self, views: list[Tensor], flat: Tensor):
-        super().__init__(views)
-        self.flat_partition = flat
+    def __init__(self, flat: Tensor, lengths: Sequence[int]):
+        self.flat_partition, self._lengths = flat, lengths
+
+    @functools.cached_property
+    def _views(self) -> list[Tensor]:
+        padding = self.flat_partition.numel() - sum(self._lengths)
+        *views, last = self.flat_partition.split_with_sizes([*self._lengths, padding])
+        if padding:
+            last._zero_padding = True
+            views.append(last)
+        return views
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._views[index]
+
+    def __len__(self) -> int:
+        return len(self._views)
 
 
 class Norms:

@@ -69,30 +69,27 @@ class _Part:
         self.size = int(optimizer.partition_size[group])
         self.weights, self.starts = optimizer.bit16_groups_flat[group], optimizer.round_robin_bit16_offsets[group]
         self.short = self.ranks * self.size - sum(p.numel() for p in self.params)
-        own = [_own(optimizer, group, self.rank, p) for p in optimizer.params_in_partition[group]]
-        self.lengths = [*own, self.size - sum(own)]
+        self.lengths = [_own(optimizer, group, self.rank, p) for p in optimizer.params_in_partition[group]]
+        self.places: tuple[int, list[int]] = 0, []  # address of the flat tensor, and of each parameter within it
 
     def reduced(self) -> FlatGradients:
         """Averaged gradients; those of the parameters are released."""
         # A parameter that this rank's samples did not reach still meets those of the other ranks.
-        parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.params]
+        parts = [torch.zeros_like(p) if (gradient := p.grad) is None else gradient for p in self.params]
         flat = _flatten_dense_tensors([*parts, parts[0].new_zeros(self.short)] if self.short else parts)
         for parameter in self.params:
             parameter.grad = None
         if self.ranks > 1:
             dist.all_reduce(flat.div_(self.ranks), group=self.group)
-        flat = flat.narrow(0, self.rank * self.size, self.size)
-        *views, padding = torch.split_with_sizes(flat, self.lengths)
-        if padding.numel():
-            padding._zero_padding = True
-            views.append(padding)
-        return FlatGradients(views, flat)
+        return FlatGradients(flat.narrow(0, self.rank * self.size, self.size), self.lengths)
 
     def is_in_place(self) -> bool:
         """Whether the parameters still are views of the flat tensor that the optimizer writes: DeepSpeed makes them
         such again after every step, four calls of torch each."""
         first, width = self.weights.data_ptr(), self.weights.element_size()
-        return all(p.data_ptr() == first + width * at for p, at in zip(self.params, self.starts, strict=True))
+        if first != self.places[0]:
+            self.places = first, [first + width * at for at in self.starts]
+        return list(map(Tensor.data_ptr, self.params)) == self.places[1]
 
 
 def _own(optimizer: Any, group: int, rank: int, parameter: Any) -> int:

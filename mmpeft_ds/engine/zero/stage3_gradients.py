@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
@@ -76,13 +77,11 @@ class _Parts:
         self.sizes = [p.partition_numel() for p in self.params]
         self.flat: Tensor = optimizer.grad_partitions_flat_buffer
         self.of_group: list[FlatGradients] = []
-        views = list(self.flat.split_with_sizes(self.sizes))
-        first = 0
+        first, sizes = 0, iter(self.sizes)
         for group in self.groups:
-            mine, views = views[: len(group)], views[len(group) :]
-            size = sum(view.numel() for view in mine)
-            self.of_group.append(FlatGradients(mine, self.flat.narrow(0, first, size)))
-            first += size
+            mine = list(itertools.islice(sizes, len(group)))
+            self.of_group.append(FlatGradients(self.flat.narrow(0, first, sum(mine)), mine))
+            first += sum(mine)
 
     @torch.no_grad()
     def reduce(self) -> None:

@@ -69,8 +69,9 @@ class Instruction(TaskBase):
 
     def loss(self, outputs: GenerationOutput, batch: PackedBatch) -> Tensor:
         """Sum over conversations of weight times the sum, or the mean, of the cross-entropy over their tokens."""
-        total, count = outputs.token_losses()
-        each = total if self.options.loss == "token" else total / count.clamp(min=1)
+        each = outputs.losses()
+        if self.options.loss == "conversation":
+            each = each / outputs.tokens().clamp(min=1)
         return weighted_sum(each, batch.text_weight)
 
     def predict(self, outputs: GenerationOutput, batch: PackedBatch) -> list[dict[str, Any]]:
