@@ -21,6 +21,7 @@ import torch
 
 from mmpeft_ds import leftovers
 from mmpeft_ds.distributed import build_lock, host_caches, watchdog
+from mmpeft_ds.distributed.own_store import meeting_of_launch
 from mmpeft_ds.errors import BadInput
 from mmpeft_ds.quiet import quiet, without_lines
 
@@ -81,11 +82,10 @@ def start(
         limit = datetime.timedelta(
             seconds=timeout + 2 * min(stall, 60.0)
         )  # the watchdog, which knows who, comes first
+        options = {"auto_mpi_discovery": False, "verbose": False, "timeout": limit, "init_method": meeting_of_launch()}
         with no_shared_buffers(), without_lines("built successfully"), saying_who_is_awaited(stall):
             try:
-                deepspeed.init_distributed(
-                    "nccl" if cuda else "gloo", auto_mpi_discovery=False, verbose=False, timeout=limit
-                )
+                deepspeed.init_distributed("nccl" if cuda else "gloo", **options)
             except (torch.distributed.DistNetworkError, torch.distributed.DistStoreError) as error:
                 raise BadInput(why_not_met(error)) from error
     if not cuda:

@@ -64,12 +64,16 @@ class Launch:
 
     Args:
         script: a launcher's path, or the dotted name of a module in tests/helpers/rank_scripts.
+        port: at which the ranks meet; 0: a free one.
     """
 
-    def __init__(self, script: str | Path, *args: str, ranks: int = 2, env: dict[str, str] | None = None):
+    def __init__(
+        self, script: str | Path, *args: str, ranks: int = 2, env: dict[str, str] | None = None, port: int = 0
+    ):
         self.log = tempfile.NamedTemporaryFile("w+b", prefix="launch-", suffix=".log", delete=False)  # noqa: SIM115
         launcher = Path(sys.executable).with_name("deepspeed")
-        command = [sys.executable, str(launcher), "--num_accelerators", str(ranks), "--master_port", str(free_port())]
+        command = [sys.executable, str(launcher), "--num_accelerators", str(ranks)]
+        command += ["--master_port", str(port or free_port())]
         command += [] if str(script).endswith(".py") else ["--module"]
         self.process = subprocess.Popen(
             [*command, str(script), *args],
