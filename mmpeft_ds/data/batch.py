@@ -370,6 +370,8 @@ def with_images(texts: Sequence[Any], images: Sequence[Any], videos: Sequence[An
     Raises:
         BadSample: if a text names another number of them.
     """
+    if not any(isinstance(t, Prompted) for t in texts):
+        return list(texts)
     of_images, of_videos = (tuple(filter(None, map(spelling_of, media))) for media in (images, videos))
     given = len(images), of_images, len(videos), of_videos
     return [t.with_images(*given) if isinstance(t, Prompted) and t.images is None else t for t in texts]

@@ -9,7 +9,7 @@ which reads it sample by sample.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,7 +29,7 @@ from mmpeft_ds.errors import BadSample
 REMEMBERED = 2**16  # samples of a source whose texts and targets are kept; some hundred bytes to some kB each
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class _Read:
     """Texts and targets of a record; `fixed`: read without drawing at random, so the same in every epoch."""
 
@@ -60,19 +60,25 @@ class _Memory:
             setattr(self, name, np.empty(rows, object))
 
     @property
-    def full(self) -> bool:
-        """Whether no sample can be added."""
-        return self.count + 1 >= len(self.read)
+    def room(self) -> int:
+        """Samples that can be added."""
+        return len(self.read) - 1 - self.count
 
-    def add(self, number: int, one: _Read) -> None:
-        """Add a sample that is not there yet, while there is room."""
-        self.count += 1
-        row = self.place[number] = self.count
-        self.read[row], self.keys[row] = one, order.key_of(one.sample_id)
-        if one.fixed and len(one.texts) == 1:
-            self.plain[row] = True
-            self.names[row], self.records[row] = one.sample_id, one.record
-            self.texts[row], self.targets[row], self.raw[row] = one.texts[0], one.targets[0], _raw(one.texts[0])
+    def add(self, numbers: np.ndarray, read: list[_Read]) -> None:
+        """Add samples that are not there yet, for which there is room."""
+        rows = slice(self.count + 1, self.count + 1 + len(read))
+        self.count += len(read)
+        self.place[numbers] = np.arange(rows.start, rows.stop)
+        self.read[rows] = _objects(read)
+        self.keys[rows] = np.array([order.key_of(one.sample_id) for one in read], np.uint64)
+        single = [(i, one) for i, one in enumerate(read) if one.fixed and len(one.texts) == 1]
+        if not single:
+            return
+        at = rows.start + np.array([i for i, _ in single])
+        self.plain[at] = True
+        parts = ((one.sample_id, one.record, one.texts[0], one.targets[0], _raw(one.texts[0])) for _, one in single)
+        for name, column in zip(self.COLUMNS, zip(*parts, strict=True), strict=True):
+            getattr(self, name)[at] = _objects(column)
 
 
 class FeatureBatches:
@@ -89,7 +95,6 @@ class FeatureBatches:
     def __init__(self, source: Any, reader: ShardReader, epoch_key: Callable[[int], int]):
         self.source, self.epoch_key = source, epoch_key
         self.columns = Columns(reader)
-        self.firsts = np.cumsum([0, *(shard.samples for shard in reader.shards)])
         self._start()
 
     def __getstate__(self) -> dict:
@@ -100,7 +105,7 @@ class FeatureBatches:
         self._start()
 
     def _start(self) -> None:
-        self._memory, self._generator = _Memory(int(self.firsts[-1])), torch.Generator()
+        self._memory, self._generator = _Memory(int(self.columns.firsts[-1])), torch.Generator()
 
     @staticmethod
     def possible(source: Any, reader: ShardReader) -> bool:
@@ -121,18 +126,19 @@ class FeatureBatches:
         Raises:
             BadSample: if the tensors of the texts cannot be made; then as well.
         """
-        by_shard = _grouped(shards)
-        columns = {s: self.columns.shard(s) for s in by_shard}
-        if not len(slots) or not all(columns[s].good[samples[own]].all() for s, own in by_shard.items()):
+        if not len(slots):
             return None
-        if len({(c.dtype, c.rows, c.width) for c in columns.values()}) > 1:
+        by_shard, parts = _grouped(shards)
+        columns = self.columns.shards(parts)
+        kind = next(iter(columns.values())).kind
+        numbers, memory = self.columns.firsts[shards] + samples, self._memory
+        if not self.columns.good[numbers].all() or any(c.kind != kind for c in columns.values()):
             return None
-        numbers, memory = self.firsts[shards] + samples, self._memory
         key = self.epoch_key(epoch)
         try:
-            for i in np.flatnonzero(memory.place[numbers] == 0).tolist():
-                if not memory.full:
-                    memory.add(int(numbers[i]), self._read(key, columns, int(shards[i]), int(samples[i])))
+            new = np.flatnonzero(memory.place[numbers] == 0)[: memory.room]
+            if len(new):
+                self._remember(key, columns, shards[new], samples[new], numbers[new])
             rows = memory.place[numbers]
             plain = bool(memory.plain[rows].all())
             pairs = [] if plain else zip(shards.tolist(), samples.tolist(), strict=True)
@@ -140,11 +146,14 @@ class FeatureBatches:
         except BadSample:
             return None
         keys = memory.keys[rows] if plain else np.array([order.key_of(r.sample_id) for r in read], np.uint64)
-        images = self._images(order.combined_many(key, keys), by_shard, columns, samples)
+        views = np.zeros(len(numbers), np.int64)
+        views[:] = self.source.image_transform.row(kind[1], order.combined_many(key, keys))
+        at = (self.columns.image_at[numbers] + views * kind[2])[by_shard]
+        images = _picked(at, by_shard, parts, columns)
         if plain:
-            names, records, texts, targets, raw = (getattr(memory, name)[rows] for name in _Memory.COLUMNS)
-            lists = (texts.tolist(), targets.tolist(), raw.tolist())
-            return self._packed(images, slots, size, names, records, slots, *lists)
+            lists = (getattr(memory, name)[rows].tolist() for name in _Memory.COLUMNS)
+            names, records, texts, targets, raw = lists
+            return self._packed(images, slots, size, names, records, slots, texts, targets, raw)
         texts = [text for one in read for text in one.texts]
         targets = [target for one in read for target in one.targets]
         names, records = [one.sample_id for one in read], [one.record for one in read]
@@ -155,31 +164,59 @@ class FeatureBatches:
         """Close the files."""
         self.columns.close()
 
-    def _read(self, epoch_key: int, columns: dict[int, ShardColumns], shard: int, sample: int) -> _Read:
-        """Texts and targets of one sample. Raises BadSample."""
-        known = self._memory.read[self._memory.place[self.firsts[shard] + sample]]
-        if known is not None and known.fixed:
-            return known
-        if known is None:
-            sample_id = f"{self.source.manifest.name}/{self.columns.key(shard, sample)}"
-            record = self._record(columns[shard], sample)
-        else:
-            sample_id, record = known.sample_id, known.record
-        generator = self._generator.manual_seed(order.combined(epoch_key, order.key_of(sample_id)))
-        # Find out whether the task draws at random only for samples that can be kept.
-        new = known is None and not self._memory.full
-        before = _state(generator) if new else b""
+    def _remember(
+        self,
+        epoch_key: int,
+        columns: dict[int, ShardColumns],
+        shards: np.ndarray,
+        samples: np.ndarray,
+        numbers: np.ndarray,
+    ) -> None:
+        """Read samples for the first time. Raises BadSample if one cannot be used."""
+        by_shard, parts = _grouped(shards)
+        for shard, part in parts.items():
+            columns[shard].check_finite(samples[by_shard[part]])
+        pairs = list(zip(shards.tolist(), samples.tolist(), strict=True))
+        # Whether the task draws at random is found out for all together; if it does, each has its own seed.
+        before = _state(self._generator.manual_seed(0))
         with one_sample():
-            texts, targets = self.source.read(record, generator)
-            if len(texts) != len(targets):
-                raise BadSample("type")
-            texts = with_images(texts, [None])
-        return _Read(sample_id, record, texts, targets, new and _state(generator) == before)
+            read = [self._made(self._id(*pair), self._record(columns[pair[0]], pair[1]), True) for pair in pairs]
+        if _state(self._generator) != before:
+            read = [self._drawn(epoch_key, one.sample_id, one.record, find_out=True) for one in read]
+        self._memory.add(numbers, read)
+
+    def _read(self, epoch_key: int, columns: dict[int, ShardColumns], shard: int, sample: int) -> _Read:
+        """Texts and targets of one sample, also of one that there is no room for. Raises BadSample."""
+        known = self._memory.read[self._memory.place[self.columns.firsts[shard] + sample]]
+        if known is not None:
+            return known if known.fixed else self._drawn(epoch_key, known.sample_id, known.record)
+        columns[shard].check_finite(np.array([sample]))
+        with one_sample():
+            record = self._record(columns[shard], sample)
+        return self._drawn(epoch_key, self._id(shard, sample), record)
+
+    def _drawn(self, epoch_key: int, sample_id: str, record: dict[str, Any], find_out: bool = False) -> _Read:
+        """What the task reads of a record with the sample's own seed; with `find_out`, whether it draws at random.
+        Raises BadSample."""
+        self._generator.manual_seed(order.combined(epoch_key, order.key_of(sample_id)))
+        before = _state(self._generator) if find_out else b""
+        with one_sample():
+            one = self._made(sample_id, record, False)
+        one.fixed = find_out and _state(self._generator) == before
+        return one
+
+    def _made(self, sample_id: str, record: dict[str, Any], fixed: bool) -> _Read:
+        texts, targets = self.source.read(record, self._generator)
+        if len(texts) != len(targets):
+            raise BadSample("type")
+        return _Read(sample_id, record, with_images(texts, [None]), targets, fixed)
+
+    def _id(self, shard: int, sample: int) -> str:
+        return f"{self.source.manifest.name}/{self.columns.key(shard, sample)}"
 
     def _record(self, columns: ShardColumns, sample: int) -> dict[str, Any]:
         """The json of a sample with the features of its captions under `text`. Raises BadSample."""
         record = json_object(columns.record(sample))
-        check_finite(columns.features(sample))
         if (captions := columns.text(sample)) is not None:
             check_finite(captions)
             record["text"] = torch.from_numpy(np.array(captions))  # a copy, since the file may be closed
@@ -189,31 +226,18 @@ class FeatureBatches:
             record.setdefault(PICTURE, content_id([columns.content(sample)]))
         return record
 
-    def _images(
-        self, seeds: np.ndarray, by_shard: dict[int, np.ndarray], columns: dict[int, ShardColumns], samples: np.ndarray
-    ) -> Tensor:
-        """(S, D) rows in the dtype that is stored."""
-        first = next(iter(columns.values()))
-        rows = np.zeros(len(samples), np.int64)
-        rows[:] = self.source.image_transform.row(first.rows, seeds)
-        images = np.empty((len(samples), first.width), first.dtype)
-        for shard, own in by_shard.items():
-            images[own] = columns[shard].images(samples[own], rows[own])
-        return torch.from_numpy(images)
-
     def _packed(
-        self, images: Tensor, slots: np.ndarray, size: int, names: Any, records: Any, text_owner: np.ndarray,
-        texts: list[Any], targets: list[Any], raw: list[Any],
+        self, images: Tensor, slots: np.ndarray, size: int, names: list[str], records: list[dict[str, Any]],
+        text_owner: np.ndarray, texts: list[Any], targets: list[Any], raw: list[Any],
     ) -> PackedBatch:  # fmt: skip
         """The same as `data.batch.pack` of these samples. Later batches share the records: do not change them."""
-        sample_id, kept = list(names), list(records)
+        sample_id, kept, weight, source = names, records, torch.ones(size), self.source
         if len(slots) < size:
             sample_id, kept = [""] * size, [{} for _ in range(size)]
             for slot, name, record in zip(slots.tolist(), names, records, strict=True):
                 sample_id[slot], kept[slot] = name, record
-        weight = torch.zeros(size)
-        weight[torch.from_numpy(slots)] = 1.0
-        source = self.source
+            weight = torch.zeros(size)
+            weight[torch.from_numpy(slots)] = 1.0
         collated = source.collate_texts(texts) if texts else {}
         return PackedBatch(
             sample_id=sample_id,
@@ -230,11 +254,28 @@ class FeatureBatches:
         )
 
 
-def _grouped(shards: np.ndarray) -> dict[int, np.ndarray]:
-    """Number of a shard -> where it stands, in order."""
-    order = np.argsort(shards, kind="stable")
-    numbers, first = np.unique(shards[order], return_index=True)
-    return dict(zip(numbers.tolist(), np.split(order, first[1:]), strict=False))  # of no shards one empty part
+def _grouped(shards: np.ndarray) -> tuple[np.ndarray, dict[int, slice]]:
+    """Places in the order of their shards, and which part of them each shard has."""
+    places = shards.argsort(kind="stable")
+    numbers = shards[places]
+    ends = [*(np.flatnonzero(numbers[1:] != numbers[:-1]) + 1).tolist(), len(numbers)]
+    parts = map(slice, [0, *ends[:-1]], ends)
+    return places, dict(zip(numbers[[end - 1 for end in ends]].tolist(), parts, strict=True)) if len(numbers) else {}
+
+
+def _picked(at: np.ndarray, places: np.ndarray, parts: dict[int, slice], columns: dict[int, ShardColumns]) -> Tensor:
+    """(S, D) rows that begin at the numbers `at` of their shards, in the dtype that is stored; row i is put at
+    `places[i]`."""
+    first = next(iter(columns.values()))
+    images = np.empty((len(at), first.width), first.dtype)
+    for shard, part in parts.items():
+        images[places[part]] = columns[shard].rows_from[at[part]]
+    return torch.from_numpy(images)
+
+
+def _objects(values: Sequence[Any]) -> np.ndarray:
+    """(n,) array of these very objects, also where they are lists."""
+    return np.fromiter(values, object, len(values))
 
 
 def _raw(text: Any) -> Any:

@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import io
 import os
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from mmpeft_ds.data.manifest import local_path, sample_key
+from mmpeft_ds.data.parsing import check_finite
 from mmpeft_ds.data.shards import BLOCK, HINT, ShardReader
 from mmpeft_ds.errors import BadInput
 
@@ -60,6 +62,8 @@ class ShardColumns:
         good: (n,) bool: whether a sample is as launchers/features.py writes it, with one image's features of the shape
             that most samples have.
         rows, width, dtype: of those features: (1 + V, D).
+        image_at: (n,) int64, the number of the file, counted in that dtype, with which the features of each begin.
+        rows_from: (numbers of the file, D) view: the row that begins with each number.
         json: the record of each sample.
 
     Raises:
@@ -79,9 +83,10 @@ class ShardColumns:
         usable = [k for k, (_, shape) in self._shapes.items() if len(shape) == 2 and min(shape) > 0]
         of_kind = {k: int((kinds[good] == k).sum()) for k in usable}
         kind = max(of_kind, key=of_kind.get, default=-1)
+        kind = kind if of_kind.get(kind) else -1  # a header may claim more than its file holds
         self.good = good & (kinds == kind) & (kind >= 0)
         self.dtype, (self.rows, self.width) = self._shapes.get(kind, (_DTYPES[1], (0, 0)))
-        self._image_at = image.at + _NPY_HEADER
+        self.image_at = image.at + _NPY_HEADER
         self._text_at, self._text_kind = text.at + _NPY_HEADER, self._kinds(text)
         bad_text = (text.at >= 0) & ~np.isin(
             self._text_kind, [k for k, (_, shape) in self._shapes.items() if len(shape) == 2]
@@ -89,13 +94,18 @@ class ShardColumns:
         self.good &= ~bad_text
         size = self.dtype.itemsize
         numbers = self.bytes[: len(self.bytes) // size * size].view(self.dtype)
-        # Row i starts at number i of the file, so that features at any position are picked by their first number.
-        self._rows_from = np.lib.stride_tricks.sliding_window_view(numbers, max(self.width, 1))
-        self._image_at //= size
+        self.rows_from = np.lib.stride_tricks.sliding_window_view(numbers, max(self.width, 1))
+        self._features_from = np.lib.stride_tricks.sliding_window_view(numbers, max(self.rows * self.width, 1))
+        self.image_at //= size
 
-    def images(self, samples: np.ndarray, rows: np.ndarray) -> np.ndarray:
-        """(S, D): row `rows[i]` of the features of sample `samples[i]`; samples must be good."""
-        return self._rows_from[self._image_at[samples] + rows * self.width]
+    @property
+    def kind(self) -> tuple[np.dtype, int, int]:
+        """What the features of shards must share, so that one batch holds them."""
+        return self.dtype, self.rows, self.width
+
+    def check_finite(self, samples: np.ndarray) -> None:
+        """Raise BadSample `finite` if the image features of a good sample hold a number that is not."""
+        check_finite(self._features_from[self.image_at[samples]])
 
     def text(self, sample: int) -> np.ndarray | None:
         """(m, Dt) features of the captions of a good sample, a view into the file; None without captions."""
@@ -106,15 +116,9 @@ class ShardColumns:
         at = int(self._text_at[sample])
         return self.bytes[at : at + dtype.itemsize * shape[0] * shape[1]].view(dtype).reshape(shape)
 
-    def features(self, sample: int) -> np.ndarray:
-        """(rows, width) image features of a good sample, a view into the file."""
-        at = int(self._image_at[sample]) * self.dtype.itemsize
-        flat = self.bytes[at : at + self.dtype.itemsize * self.rows * self.width].view(self.dtype)
-        return flat.reshape(self.rows, self.width)
-
     def content(self, sample: int) -> bytes:
         """All image features of a good sample, as they are stored."""
-        return self.features(sample).tobytes()
+        return self._features_from[self.image_at[sample]].tobytes()
 
     def record(self, sample: int) -> bytes:
         """The json of a sample."""
@@ -147,34 +151,59 @@ class Columns:
 
     Args:
         reader: of the split; its files are local, or copied into its cache directory.
+
+    Attributes:
+        firsts: for each shard the number of its first sample in the split, and at the end that of all samples.
+        good, image_at: as those of `ShardColumns`, of all samples of the split; nothing is good in shards not open.
     """
 
     def __init__(self, reader: ShardReader):
         self.reader = reader
-        self._open: dict[int, ShardColumns] = {}
-        self._firsts = np.cumsum([0, *(shard.samples for shard in reader.shards)])
+        self.firsts = np.cumsum([0, *(shard.samples for shard in reader.shards)])
+        self._start()
 
     def __getstate__(self) -> dict:
-        return {**self.__dict__, "_open": {}}
+        return {"reader": self.reader, "firsts": self.firsts}
 
-    def shard(self, number: int) -> ShardColumns:
-        """One shard. Raises BadInput if it is missing, or has changed."""
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__.update(state)
+        self._start()
+
+    def _start(self) -> None:
+        self._open: dict[int, ShardColumns] = {}
+        self.good, self.image_at = np.zeros(self.firsts[-1], bool), np.zeros(self.firsts[-1], np.int64)
+
+    def shards(self, numbers: Collection[int]) -> dict[int, ShardColumns]:
+        """Some shards. Raises BadInput if one is missing, or has changed."""
+        self.reader.check_files(numbers)  # each time: a mapped file that was cut ends the process
+        for number in numbers:
+            if number not in self._open:
+                self._add(number)
+        return {number: self._open[number] for number in numbers}
+
+    def _add(self, number: int) -> None:
         manifest, split, info = self.reader.manifest, self.reader.split, self.reader.shards[number]
-        path = self.reader.check_file(number)  # each time: a mapped file that was cut ends the process
-        if number not in self._open:
-            first = int(self._firsts[number])
-            keys = [sample_key(split, first + i) for i in range(info.samples)]
-            try:
-                self._open[number] = ShardColumns(path, manifest.offsets(split, number), keys)
-            except (OSError, ValueError) as error:
-                if isinstance(error, ValueError) and os.path.exists(path):
-                    raise BadInput(f"{path}: shard is empty. {HINT}") from error
-                raise BadInput(f"{path}: shard cannot be opened ({error}). {HINT}") from error
-        return self._open[number]
+        path, first = self.reader.path(number), int(self.firsts[number])
+        keys = [sample_key(split, first + i) for i in range(info.samples)]
+        try:
+            columns = ShardColumns(path, manifest.offsets(split, number), keys)
+        except (OSError, ValueError) as error:
+            if isinstance(error, ValueError) and os.path.exists(path):
+                raise BadInput(f"{path}: shard is empty. {HINT}") from error
+            raise BadInput(f"{path}: shard cannot be opened ({error}). {HINT}") from error
+        self._join(columns, slice(first, first + info.samples))
+        self._open[number] = columns
+
+    def _join(self, columns: ShardColumns, own: slice) -> None:
+        """Make a shard's columns a part of those of all."""
+        for name in ("good", "image_at"):
+            everyone = getattr(self, name)
+            everyone[own] = getattr(columns, name)
+            setattr(columns, name, everyone[own])
 
     def key(self, shard: int, sample: int) -> str:
         """Key of a good sample."""
-        return sample_key(self.reader.split, int(self._firsts[shard]) + sample)
+        return sample_key(self.reader.split, int(self.firsts[shard]) + sample)
 
     def close(self) -> None:
         """Close the files."""

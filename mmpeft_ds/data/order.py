@@ -94,6 +94,8 @@ class EpochOrder:
         self.ends = list(accumulate(sizes[s] for s in self.shards))
         self.n = self.ends[-1] if self.ends else 0
         self._table: np.ndarray | None = None
+        self._shards = np.array(self.shards, np.int64)
+        self._ends, self._starts = np.array(self.ends, np.int64), np.array([0, *self.ends[:-1]], np.int64)
 
     def __len__(self) -> int:
         return self.n
@@ -117,9 +119,8 @@ class EpochOrder:
             if self._table is None:
                 self._table = self._permuted()
             positions = self._table[positions]
-        at = np.searchsorted(self.ends, positions, side="right")
-        starts = np.array([0, *self.ends[:-1]], np.int64)
-        return np.array(self.shards, np.int64)[at], positions - starts[at]
+        at = self._ends.searchsorted(positions, side="right")
+        return self._shards[at], positions - self._starts[at]
 
     def _permuted(self) -> np.ndarray:
         blocks = [

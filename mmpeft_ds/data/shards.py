@@ -12,7 +12,7 @@ import tarfile
 import tempfile
 import time
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -107,23 +107,27 @@ class ShardReader:
 
     def check_open(self) -> None:
         """Compare the shards that are open with what they were. Raises BadInput if one has changed or is gone."""
-        for shard in self._files:
-            self.check_file(shard)
+        self.check_files(self._files)
 
-    def check_file(self, shard: int) -> str:
-        """Path of the local file of a shard. Raises BadInput if it has changed since the run began, or is gone."""
-        path = self._path(shard)
-        try:
-            self._check_stamp(shard, os.stat(path))
-        except OSError as error:
-            raise BadInput(f"{path}: shard cannot be opened ({error.strerror}). {HINT}") from error
-        return path
+    def check_files(self, shards: Iterable[int]) -> None:
+        """Compare the local files of shards with what they were. Raises BadInput if one has changed since the run
+        began, or is gone."""
+        local, stamps = self._local, self._stamps
+        for shard in shards:  # of every batch of features, so known ones pass without a call
+            path = local.get(shard) or self.path(shard)
+            try:
+                now = os.stat(path)
+            except OSError as error:
+                raise BadInput(f"{path}: shard cannot be opened ({error.strerror}). {HINT}") from error
+            if stamps.get(shard) != (now.st_size, now.st_mtime_ns):
+                self._check_stamp(shard, now)
 
     def _check_stamp(self, shard: int, now: os.stat_result) -> None:
-        before = self._stamps.setdefault(shard, stamp(now))
-        if before != stamp(now):
+        found = stamp(now)
+        before = self._stamps.setdefault(shard, found)
+        if before != found:
             what = "size" if before[0] != now.st_size else "time of change"
-            raise BadInput(f"{self._path(shard)}: shard was changed during the run (its {what}). {HINT}")
+            raise BadInput(f"{self.path(shard)}: shard was changed during the run (its {what}). {HINT}")
 
     def _read(self, ranges: list[tuple[int, int, int]]) -> list[bytes | BadSample]:
         url = self.manifest.path(self.shards[ranges[0][0]].file) if ranges else ""
@@ -161,14 +165,14 @@ class ShardReader:
         if shard in self._files:
             self._files.move_to_end(shard)
             return self._files[shard]
-        path = self._path(shard)
+        path = self.path(shard)
         try:
             self._files[shard] = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
         except OSError as error:
             raise BadInput(f"{path}: shard cannot be opened ({error.strerror}). {HINT}") from error
         return self._files[shard]
 
-    def _path(self, shard: int) -> str:
+    def path(self, shard: int) -> str:
         """Path of a shard's local file, which is fetched if it is remote."""
         if shard not in self._local:
             self._local[shard] = local_path(self.manifest.path(self.shards[shard].file))

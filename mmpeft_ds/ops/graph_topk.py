@@ -150,11 +150,12 @@ def settled(
     cosine = values.double()
     missing = values == -math.inf
     last = values[:, k - 1 : k]
-    # the k-th and the one after it cannot be told apart; or the two first, of which a search drops one
-    unsure = _close(last, values[:, k : k + 1], near)
+    # Exact where the k-th and the one after it cannot be told apart; or the two first, of which a search drops one.
+    # Candidates that are further away stay on their side of them.
+    needed = _close(last, values[:, k : k + 1], near)[:, None] & ((values - last).abs() <= near)
     if with_self:
-        unsure |= _close(values[:, :1], values[:, 1:2], near)
-    needed = unsure[:, None] & ~missing
+        first = values[:, :1]
+        needed |= _close(first, values[:, 1:2], near)[:, None] & ((values - first).abs() <= near)
     if tau is not None:
         needed |= (values - tau).abs() <= near
     row, slot = needed.nonzero(as_tuple=True)

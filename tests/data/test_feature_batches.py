@@ -256,10 +256,10 @@ def test_worker_processes_gather_the_same(tmp_path):
 
 def test_columns_say_where_everything_is(tmp_path):
     manifest = write(tmp_path, change=spoil_captions)
-    columns = Columns(ShardReader(manifest, "train")).shard(2)
+    columns = Columns(ShardReader(manifest, "train")).shards([2])[2]
     assert columns.good.tolist() == [True] * 4
     assert (columns.rows, columns.width) == (1 + tiny_features.VIEWS, tiny_features.WIDTH)
-    rows = columns.images(np.array([3, 0]), np.array([0, 2]))
+    rows = columns.rows_from[columns.image_at[[3, 0]] + np.array([0, 2]) * columns.width]
     assert rows.tolist() == [
         tiny_features.image_features(11)[0].tolist(),
         tiny_features.image_features(8)[2].tolist(),
@@ -286,7 +286,7 @@ def test_mapped_shards_keep_no_descriptor_and_cannot_be_changed(tmp_path):
 
 @pytest.mark.parametrize("shards", [[], [4], [3, 1, 3, 1, 2]])
 def test_samples_of_a_batch_are_grouped_by_shard_also_where_it_has_none(shards):
-    grouped = feature_batches._grouped(np.array(shards, np.int64))
-    assert {shard: places.tolist() for shard, places in grouped.items()} == {
+    places, parts = feature_batches._grouped(np.array(shards, np.int64))
+    assert {shard: places[part].tolist() for shard, part in parts.items()} == {
         shard: [place for place, other in enumerate(shards) if other == shard] for shard in sorted(set(shards))
     }
