@@ -243,6 +243,21 @@ def test_embeddings_of_another_base_beside_an_adapter_are_refused(folder, tmp_pa
             read(folder, path.parent, whole=whole)
 
 
+@pytest.mark.parametrize("difference", [0, 1e-3])
+def test_embeddings_beside_an_adapter_may_be_stored_with_fewer_digits_than_the_base(folder, tmp_path, difference):
+    """As after tuning in bfloat16, while this run holds the base in float32."""
+    path = changed(folder, tmp_path) / "adapter_model.safetensors"
+    table = Qwen2VLForConditionalGeneration.from_pretrained(folder / "model").get_input_embeddings().weight.detach()
+    assert table.dtype == torch.float32 and not torch.equal(table.bfloat16().float(), table)
+    name = "base_model.model.model.language_model.embed_tokens.weight"
+    save_file(load_file(path) | {name: (table + difference).bfloat16()}, path)
+    if difference:
+        with pytest.raises(BadInput, match="does not train here and has other values there"):
+            read(folder, path.parent, whole=True)
+    else:
+        assert read(folder, path.parent, whole=True)[1]
+
+
 @pytest.mark.parametrize(("factor", "dtype", "fits"), [(1, "float8_e4m3fn", True), (1e300, "float64", False)])
 def test_numbers_of_any_float_type_are_read_if_they_are_finite_in_float32(folder, tmp_path, factor, dtype, fits):
     path = changed(folder, tmp_path) / "adapter_model.safetensors"

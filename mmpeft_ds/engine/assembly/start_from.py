@@ -102,7 +102,7 @@ def _check_frozen(directory: Path, key: str, model: PeftModel, saved: dict[str, 
         for name, parameter in here.items():
             # without weights, as in --check, their shapes and what its configuration says
             same = saved[name].shape == parameter.shape
-            same = same and (parameter.is_meta or torch.equal(saved[name].to(parameter), parameter))
+            same = same and (parameter.is_meta or _equal_but_for_rounding(parameter, saved[name]))
             if not same or name.split(".")[-2] in trained:
                 raise BadInput(
                     f"{key}: {directory / WEIGHTS}: {name.removeprefix(PREFIX)} does not train here and has other "
@@ -111,6 +111,12 @@ def _check_frozen(directory: Path, key: str, model: PeftModel, saved: dict[str, 
 
     with gathered(list(here.values())):
         on_rank0(compare)
+
+
+def _equal_but_for_rounding(here: Tensor, there: Tensor) -> bool:
+    """Whether one of two copies of a weight is the other, stored in a type of fewer digits."""
+    there = there.to(here.device)
+    return torch.equal(there.to(here.dtype), here) or torch.equal(there, here.to(there.dtype))
 
 
 def _check_base(directory: Path, model: PeftModel) -> None:
