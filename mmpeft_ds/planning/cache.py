@@ -8,14 +8,15 @@ from torch import nn
 
 from mmpeft_ds.data.order import ceil
 from mmpeft_ds.engine.assembly.resolve import Resolved
+from mmpeft_ds.planning import microbatch
 from mmpeft_ds.sites.base import base_model
 
 
-def of(resolved: Resolved, model: nn.Module) -> int:
+def of(resolved: Resolved, model: nn.Module, filling: microbatch.Filling) -> int:
     """Bytes for one sample with one text; 0 where nothing is generated.
 
-    Every beam keeps keys and values of the prompt, at the length that the recipe allows, in which an image counts as
-    one token, and of what it writes.
+    Every beam keeps keys and values of the prompt, at the length that the recipe allows, of the images and videos in
+    it, and of what it writes.
     """
     wanted = [s.task.generation for s in resolved.validation if s.task.generation is not None]
     if not wanted or not resolved.backbone.generates:
@@ -27,6 +28,7 @@ def of(resolved: Resolved, model: nn.Module) -> int:
     layers = _first(config, "decoder_layers", "num_hidden_layers", "n_layer")
     options = resolved.backbone.options
     prompt = getattr(options, resolved.backbone.prompt_limit, 0) or 0
+    prompt += microbatch.media_tokens(resolved.backbone, filling)
     bytes_of_token = 2 * layers * heads * width * resolved.backbone.dtype.itemsize
     return (
         max(g.get("num_beams", 1) * (prompt + g.get("max_new_tokens", g.get("max_length", 0))) for g in wanted)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from mmpeft_ds.data.batch import Described, PackedBatch, Prompted, Sample, pack, with_images
+from mmpeft_ds.data.token_counts import TokenCounts
 from mmpeft_ds.data.transform import hooks_of
 from mmpeft_ds.data.video import Video, evenly
 from mmpeft_ds.errors import BadInput
@@ -57,10 +58,22 @@ class Size:
 
 def tokens(backbone: Any, filling: Filling) -> int:
     """Tokens that the language model reads for one sample, of a backbone that packs."""
+    return _counts(backbone, filling).tokens
+
+
+def media_tokens(backbone: Any, filling: Filling) -> int:
+    """Tokens of the images and videos of one sample beyond the one for each that the limit of a prompt counts; 0 for
+    a backbone that does not count them."""
+    if backbone.unpackable and "video" not in backbone.modalities:
+        return 0
+    return max(0, _counts(backbone, filling).of_images - filling.images - filling.videos)
+
+
+def _counts(backbone: Any, filling: Filling) -> TokenCounts:
     text = _longest(backbone, filling.words)
     sizes, times = [filling.image_size] * filling.images, [evenly(filling.frames)] * filling.videos
     films = [(*filling.image_size, of_video) for of_video in times]
-    return backbone.tokens(with_images([text] * filling.texts, sizes, times), sizes, *([films] if films else []))[0]
+    return backbone.tokens(with_images([text] * filling.texts, sizes, times), sizes, *([films] if films else []))
 
 
 def fill(backbone: Any, task: Any, size: Size, filling: Filling) -> PackedBatch:

@@ -150,7 +150,7 @@ class Planner:
         trainables = {n: p for n, p in model.module.named_parameters() if p.requires_grad}
         self.moments = optimizers.mean_moments(optim_groups(resolved, trainables), resolved.recipe.optim.name)
         self.groups = len(gradients.group_names(trainables)[0])
-        self.cache = cache.of(resolved, model.module)
+        self.cache = cache.of(resolved, model.module, filling)
         self._counted: dict[tuple[microbatch.Size, int], dict[bool, StepCount]] = {}
         self._gathered: dict[tuple[int, Rules], Gathers] = {}
 

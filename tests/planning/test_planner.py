@@ -149,11 +149,17 @@ def test_keys_and_values_of_an_evaluation_are_those_of_all_samples_of_a_batch(re
     asked = dataclasses.replace(resolved, validation=[SimpleNamespace(task=task)])
     model = AutoModelForImageTextToText.from_pretrained(resolved.backbone.options.model)
     config, limit = model.config.text_config, resolved.backbone.options.max_text_length
-    kept = DynamicCache()
-    tokens = torch.zeros(1, limit + 5, dtype=torch.int64)
-    model.get_decoder()(tokens, past_key_values=kept, use_cache=True)
-    one = 3 * sum(layer.keys.nbytes + layer.values.nbytes for layer in kept.layers)
-    assert cache.of(asked, model) == one and len(kept.layers) == config.num_hidden_layers
+
+    def kept(length):
+        cached = DynamicCache()
+        model.get_decoder()(torch.zeros(1, length, dtype=torch.int64), past_key_values=cached, use_cache=True)
+        assert len(cached.layers) == config.num_hidden_layers
+        return 3 * sum(layer.keys.nbytes + layer.values.nbytes for layer in cached.layers)
+
+    one = kept(limit + 5)
+    assert cache.of(asked, model, microbatch.Filling(images=0)) == one
+    patches = (model.config.vision_config.image_size // model.config.vision_config.patch_size) ** 2
+    assert cache.of(asked, model, microbatch.Filling(images=2)) == kept(limit + 5 + 2 * (patches - 1)) > one
 
     def samples(ranks, **changes):
         data = dataclasses.replace(resolved.recipe.data, **changes)
