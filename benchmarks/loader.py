@@ -29,7 +29,11 @@ from benchmarks import _page  # noqa: E402
 from mmpeft_ds.data.transform import ImageTransform  # noqa: E402
 
 SIZE, BATCH, SHUFFLE, SEED = 224, 64, 1000, 1
-LOADERS = ("mmpeft_ds", "mmpeft_ds scaled", "webdataset", "webdataset + our decoder", "megatron-energon")
+LOADERS = (
+    "mmpeft_ds", "mmpeft_ds scaled", "mmpeft_ds resized", "webdataset", "webdataset + our decoder", "megatron-energon",
+)  # fmt: skip
+# In it are the same photos as `prepare.py --resize` stores them.
+RESIZED = "resized"
 # A rate is taken over the batches after these, so that batches made while waiting for the first do not count.
 WARM_UP = 8
 
@@ -90,19 +94,27 @@ def prepare(dir: Path, samples: int) -> None:
                 f"{dir}: holds {stored} photos, {samples} are asked for. Give --samples {stored}, or another --dir."
             )
         return
+    from data_prep.common.resize import Resize, Resizer, described
     from data_prep.sources.base import RawSample
 
-    (dir / PARTS).mkdir(parents=True, exist_ok=True)
-    parts, per_shard, total = [], 250, 0
+    how = Resize(SIZE).measured_on(samples)
+    parts: dict[Path, list] = {dir: [], dir / RESIZED: []}
+    for folder in parts:
+        (folder / PARTS).mkdir(parents=True, exist_ok=True)
+    total, per_shard = 0, 250
     for number, first in enumerate(range(0, samples, per_shard)):
         raw = []
         for i in range(first, min(samples, first + per_shard)):
             data = simplejpeg.encode_jpeg(photo(i), quality=90, colorspace="RGB", colorsubsampling="420")
             total += len(data)
             raw.append(RawSample(f"photo {i}", [("jpg", data)], {"number": i}))
-        parts.append(write_shard(dir, "photos", "train", number, first, raw))
+        parts[dir].append(write_shard(dir, "photos", "train", number, first, raw))
+        small, place = Resizer(how), (dir / RESIZED, "photos", "train", number, first)
+        parts[dir / RESIZED].append(write_shard(*place, small.samples(raw), small.numbers))
         log(f"written {first + len(raw)} of {samples} photos, {total / (first + len(raw)) / 1000:.0f} kB each")
-    write_manifest(dir, "photos", "CC0-1.0", {"name": "benchmark"}, per_shard, {"train": parts}, None, "train")
+    for folder, source in ((dir / RESIZED, {"resize": described(how, parts[dir / RESIZED])}), (dir, {})):
+        source = {"name": "benchmark", **source}
+        write_manifest(folder, "photos", "CC0-1.0", source, per_shard, {"train": parts[folder]}, None, "train")
 
 
 # One measurement, in its own process ------------------------------------------------------------
@@ -176,8 +188,10 @@ def ours(loader, dir, workers, world_size, mode, step):
     decode = "scaled" if loader.endswith("scaled") else "full"
     options = DataOptions(global_batch=BATCH, workers=workers, shuffle_block=SHUFFLE, decode=decode)
 
+    manifest = Manifest.load(dir / RESIZED if loader.endswith(RESIZED) else dir)
+
     def open_stream(rank=0):
-        source = StreamSource(Manifest.load(dir), "train", nothing, Transform(), collate_images, None, None)
+        source = StreamSource(manifest, "train", nothing, Transform(), collate_images, None, None)
         return Stream([source], options, rank=rank, world_size=world_size, seed=SEED)
 
     begin = time.perf_counter()

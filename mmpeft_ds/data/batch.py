@@ -280,6 +280,7 @@ class PackedBatch:
         video_times: of the frames of each video, in seconds.
         counts: made by the loader, since a dozen calls of torch on a few numbers, each for the first time after the
             arithmetic of a step, take half a millisecond in the process that trains. None: nobody has counted.
+        keys_hash: `sample_keys_hash` where it is known from the hashes of the samples; else None.
     """
 
     sample_id: list[str]
@@ -300,6 +301,7 @@ class PackedBatch:
     video_owner: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
     video_times: list[tuple[float, ...]] = field(default_factory=list)
     counts: Counts | None = None
+    keys_hash: int | None = None
 
     @property
     def modalities(self) -> frozenset[str]:
@@ -326,7 +328,8 @@ class PackedBatch:
             loss_weight: `TaskBase.weight`.
         """
         kept = self.text_weight if len(self.text_owner) else self.weight
-        return Counts(loss_weight(self), int((kept > 0).sum()), self.sample_keys_hash(), self.changed_texts())
+        keys_hash = self.sample_keys_hash() if self.keys_hash is None else self.keys_hash
+        return Counts(loss_weight(self), int((kept > 0).sum()), keys_hash, self.changed_texts())
 
     def to(self, device: torch.device | str, non_blocking: bool = True) -> PackedBatch:
         """This batch, or a copy where its tensors are elsewhere than on `device`; whole numbers and weights of them

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from mmpeft_ds.data import order
-from mmpeft_ds.data.batch import Described, PackedBatch, changes_of, with_images
+from mmpeft_ds.data.batch import Described, PackedBatch, changes_of, hash_id, with_images
 from mmpeft_ds.data.feature_columns import Columns, ShardColumns, reachable
 from mmpeft_ds.data.identity import PICTURE, content_id
 from mmpeft_ds.data.parsing import check_finite, json_object, one_sample
@@ -45,7 +45,7 @@ class _Memory:
 
     Attributes:
         place: (n,) int32 row of each sample in the columns; row 0 stands for all samples not read yet.
-        keys: uint64, of the sample ids.
+        keys, hashes: uint64, `order.key_of` and `batch.hash_id` of the sample ids.
         read: `_Read` or None.
         plain: bool: fixed, with exactly one text; `names`, `records`, `texts`, `targets` and `raw` are its parts.
     """
@@ -55,7 +55,8 @@ class _Memory:
     def __init__(self, n: int):
         rows = 1 + min(n, REMEMBERED)
         self.place, self.count = np.zeros(n, np.int32), 0
-        self.keys, self.plain, self.read = np.zeros(rows, np.uint64), np.zeros(rows, bool), np.empty(rows, object)
+        self.keys, self.hashes = np.zeros(rows, np.uint64), np.zeros(rows, np.uint64)
+        self.plain, self.read = np.zeros(rows, bool), np.empty(rows, object)
         for name in self.COLUMNS:
             setattr(self, name, np.empty(rows, object))
 
@@ -71,6 +72,7 @@ class _Memory:
         self.place[numbers] = np.arange(rows.start, rows.stop)
         self.read[rows] = _objects(read)
         self.keys[rows] = np.array([order.key_of(one.sample_id) for one in read], np.uint64)
+        self.hashes[rows] = np.array([hash_id(one.sample_id) for one in read], np.uint64)
         single = [(i, one) for i, one in enumerate(read) if one.fixed and len(one.texts) == 1]
         if not single:
             return
@@ -153,7 +155,9 @@ class FeatureBatches:
         if plain:
             lists = (getattr(memory, name)[rows].tolist() for name in _Memory.COLUMNS)
             names, records, texts, targets, raw = lists
-            return self._packed(images, slots, size, names, records, slots, texts, targets, raw)
+            batch = self._packed(images, slots, size, names, records, slots, texts, targets, raw)
+            batch.keys_hash = int(memory.hashes[rows].sum())  # mod 2^64, as the numbers are
+            return batch
         texts = [text for one in read for text in one.texts]
         targets = [target for one in read for target in one.targets]
         names, records = [one.sample_id for one in read], [one.record for one in read]

@@ -15,7 +15,7 @@ from mmpeft_ds.distributed import collectives
 from mmpeft_ds.distributed.batch_graph import Graph, knn_graph, normalised, threshold_graph
 from mmpeft_ds.distributed.gather import gather_rows, gather_sizes
 from mmpeft_ds.errors import BadInput
-from mmpeft_ds.host_copies import nonzero, on_host
+from mmpeft_ds.host_copies import nonzero, on_host, surely_all
 from mmpeft_ds.methods.common.few_shot import Remembered
 from mmpeft_ds.methods.common.head import Head
 from mmpeft_ds.methods.ga_net.config import GaNetConfig
@@ -210,8 +210,9 @@ class GaNetHead(Head):
                 )
             text = image.new_zeros(len(image), self.base.text_width)
         dtype = self.down.weight.dtype
-        masked = (x.masked_fill(~valid[:, None], 0).to(dtype) for x in (image, text))
-        return Features(*masked, valid, features.key)
+        if not surely_all(valid):
+            image, text = (x.masked_fill(~valid[:, None], 0) for x in (image, text))
+        return Features(image.to(dtype), text.to(dtype), valid, features.key)
 
     def _widths(self) -> list[int]:
         widths = {"text": self.base.text_width, "image": self.base.image_width}
