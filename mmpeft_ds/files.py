@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import hashlib
 import json
@@ -20,6 +21,7 @@ from mmpeft_ds.errors import BadInput
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _REFUSED = {errno.EACCES, errno.EPERM, errno.EROFS, errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG}
 _UNWRITABLE = _FULL | _REFUSED
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # linux/fcntl.h, linux/fs.h
 _TORN = re.compile(r"\(os error (\d+)\)")  # how safetensors, which is written in Rust, ends its messages
 REPOSITORY = Path(__file__).resolve().parents[1]  # the checkout this package lies in
 
@@ -194,21 +196,40 @@ def new_directory(path: Path, replace: bool = False) -> Iterator[Path]:
     shutil.rmtree(partial, ignore_errors=True)
     try:
         with naming(path):
+            if replace and old.exists() and not path.exists():  # a writer was killed between two renames
+                old.rename(path)
             partial.mkdir(parents=True)
             yield partial
             follow_umask(partial)
             for inner in partial.rglob("*"):
                 fsync(inner)
             fsync(partial)
-            shutil.rmtree(old, ignore_errors=True)
             if replace and path.exists():
-                path.rename(old)
-            partial.rename(path)
+                _replace(path, partial, old)
+            else:
+                partial.rename(path)
             fsync(path.parent)
-    except BaseException:
+    finally:
         shutil.rmtree(partial, ignore_errors=True)
-        raise
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _replace(path: Path, new: Path, old: Path) -> None:
+    """Give `new` the name `path`; what bore it is called `new` or `old` afterwards, and is there at any moment."""
+    if not _exchanged(new, path):
+        shutil.rmtree(old, ignore_errors=True)
+        path.rename(old)
+        new.rename(path)
+
+
+def _exchanged(one: Path, other: Path) -> bool:
+    """Exchange two names in one step; False where the system or the file system does not offer it, as NFS."""
+    try:
+        exchange = ctypes.CDLL(None).renameat2
+    except (AttributeError, OSError):
+        return False
+    here = _AT_FDCWD
+    return exchange(here, os.fsencode(one), here, os.fsencode(other), _RENAME_EXCHANGE) == 0
 
 
 def follow_umask(path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import signal
 import stat
 from pathlib import Path
 
@@ -59,6 +60,33 @@ def test_a_directory_makes_way_for_a_new_one_only_where_that_is_asked(tmp_path):
     with pytest.raises(OSError, match="d"), files.new_directory(tmp_path / "d"):
         pass
     assert [p.name for p in (tmp_path / "d").iterdir()] == ["second"]
+
+
+@pytest.mark.parametrize("exchange", [True, False], ids=["names are exchanged", "not offered, as on NFS"])
+@pytest.mark.parametrize("renames", [0, 1])
+def test_a_writer_killed_at_a_rename_leaves_the_old_directory(tmp_path, monkeypatch, exchange, renames):
+    """`renames`: how many happen before. In the test, the child is killed; the parent is whoever comes next."""
+    with files.new_directory(tmp_path / "d") as partial:
+        (partial / "f").write_text("first")
+    if not exchange:
+        monkeypatch.setattr(files, "_exchanged", lambda one, other: False)
+    child = os.fork()
+    if child == 0:
+        before, rename = iter(range(renames)), Path.rename
+        monkeypatch.setattr(
+            Path, "rename", lambda *a: rename(*a) if next(before, None) is not None else os.kill(os.getpid(), 9)
+        )
+        with files.new_directory(tmp_path / "d", replace=True) as partial:
+            (partial / "f").write_text("second")
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == (0 if exchange else signal.SIGKILL)
+    assert (tmp_path / "d").exists() == (exchange or renames == 0)
+    with pytest.raises(ZeroDivisionError), files.new_directory(tmp_path / "d", replace=True) as partial:
+        raise ZeroDivisionError
+    assert (tmp_path / "d" / "f").read_text() == ("second" if exchange else "first")
+    with files.new_directory(tmp_path / "d", replace=True) as partial:
+        (partial / "f").write_text("third")
+    assert (tmp_path / "d" / "f").read_text() == "third" and list(tmp_path.iterdir()) == [tmp_path / "d"]
 
 
 def test_tensors_follow_the_umask_which_safetensors_does_not(tmp_path, umask):
