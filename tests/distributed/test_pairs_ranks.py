@@ -63,6 +63,7 @@ CASES = [
     case("graph_lora", "blip", r=2),
     case("ia3", "blip"),
     case("moka", "mllm", "skew", r=2, skew=True, **FETCHED),
+    case("moka", "vision_text_decoder", "skew", r=2, skew=True),
     case("moka", "mllm", "recompute", r=2, gradient_checkpointing=True),
     case("lora", "mllm", "gathered", r=2, **FETCHED),
     case(

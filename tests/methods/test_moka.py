@@ -201,8 +201,8 @@ def test_merging_is_refused(folder):
 
 def test_a_backbone_without_images_in_its_sequence_is_refused(tmp_path):
     entry = get("moka")
-    backbone = tiny_backbones.MAKERS["vision_text_decoder"](tmp_path)
-    with pytest.raises(BadInput, match="Use backbone mllm"):
+    backbone = tiny_backbones.MAKERS["vision_text_encoder"](tmp_path)
+    with pytest.raises(BadInput, match="Use backbone mllm or vision_text_decoder"):
         check_kinds(backbone, entry, MokaConfig())
     check_kinds(backbone, get("lora"), None)
 

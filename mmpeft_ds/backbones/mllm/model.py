@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
+from mmpeft_ds.backbones.common.kinds import kinds_of
 from mmpeft_ds.backbones.common.stock import Publishing
 from mmpeft_ds.backbones.common.text_row import TextRow
 from mmpeft_ds.backbones.mllm.families.base import Family
@@ -29,7 +30,7 @@ from mmpeft_ds.backbones.mllm.image_features import ImageFeatures, MediaFeatures
 from mmpeft_ds.backbones.mllm.processing import TOKEN_RUNS
 from mmpeft_ds.backbones.mllm.unread_blocks import UnreadBlocks
 from mmpeft_ds.host_copies import both, on_host, to_device
-from mmpeft_ds.sites.condition import MEDIA, OTHER, PROMPT, QUESTION, Condition, conditioned, current
+from mmpeft_ds.sites.condition import OTHER, Condition, conditioned, current
 
 # Names under which models ask for the kinds of tokens.
 TYPES = ("mm_token_type_ids", "token_type_ids")
@@ -363,19 +364,6 @@ class ImageText(Publishing):
             return Condition(tokens, own_mask=own)
         counts = to_device(torch.tensor([len(t) for t in per_text]), tokens.device)
         return Condition(tokens, torch.arange(tokens.shape[1], device=tokens.device) < counts[:, None], own_mask=own)
-
-
-def kinds_of(keep: Tensor, media: Tensor, labels: Tensor | None) -> Tensor:
-    """`Condition.kinds` of texts before they are widened.
-
-    Args:
-        keep, media: (T, L) bool, what holds a token, and what holds one of an image or a video.
-        labels: (T, L), -100 where nothing is asked: all before the first that is none is prompt; None: all is.
-    """
-    prompt = keep if labels is None else keep & ((labels != -100).cumsum(1) == 0)
-    before = (media & prompt).flip(1).cumsum(1).flip(1) > 0  # something of an image is still to come
-    kinds = torch.full(keep.shape, OTHER).masked_fill(prompt, QUESTION).masked_fill(prompt & before, PROMPT)
-    return kinds.masked_fill(media, MEDIA)
 
 
 def media_ids(config: PretrainedConfig) -> list[int]:

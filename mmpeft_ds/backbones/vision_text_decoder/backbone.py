@@ -43,6 +43,11 @@ class VisionTextDecoderBackbone(VisionBackbone):
     generates = True
 
     @property
+    def publishes_kinds(self) -> bool:
+        """Where image vectors stand before the text."""
+        return self.options.prefix != "none"
+
+    @property
     def unpackable(self) -> str:
         """The published loss is that of padding too, which a row without padding has not."""
         return "" if self.options.loss == "fixed" else VisionBackbone.unpackable
@@ -145,8 +150,9 @@ class VisionTextDecoderBackbone(VisionBackbone):
         return both(lambda known: pad(known[:, 1:] if prefix == 0 else known, (max(prefix - 1, 0), 1)), labels)
 
     def inputs(self, batch: PackedBatch) -> dict[str, Any]:
-        """Forward arguments as of every backbone, and whether all texts are one row."""
-        return super().inputs(batch) | ({"padding_free": True} if batch.padding_free else {})
+        """Forward arguments as of every backbone, what the answers are, and whether all texts are one row."""
+        given = super().inputs(batch) | {"answers": batch.texts["labels"]}
+        return given | ({"padding_free": True} if batch.padding_free else {})
 
     def tokens(self, texts: list[str | Prompted], image_sizes: list[tuple[int, int]]) -> TokenCounts:
         """Token counts of all texts of a sample, each after the vectors of its images."""
@@ -177,7 +183,7 @@ class VisionTextDecoderBackbone(VisionBackbone):
         device = batch.text_owner.device
         ids = torch.tensor([row + [self._end_id] * (length - len(row)) for row in rows], dtype=torch.int64)
         real = torch.arange(length) < torch.tensor([len(row) for row in rows])[:, None]
-        asked = {k: v for k, v in self.inputs(batch).items() if k not in batch.texts}
+        asked = {k: v for k, v in self.inputs(batch).items() if k not in {*batch.texts, "answers"}}
         asked |= {"input_ids": ids.view(len(rows), length).to(device), "attention_mask": real.long().to(device)}
         if choices:
             known = [words.ids for words in self._texts.words(choices)]

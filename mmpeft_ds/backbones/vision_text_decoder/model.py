@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +20,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, Generation
 from transformers.utils import ModelOutput
 
 from mmpeft_ds.backbones.common.composed import HeadLinear
+from mmpeft_ds.backbones.common.kinds import kinds_of
 from mmpeft_ds.backbones.common.text_row import TextRow
 from mmpeft_ds.backbones.common.tower_loading import empty_tower
 from mmpeft_ds.backbones.common.vision_model import VisionSide, VisionSideConfig
@@ -117,12 +120,14 @@ class VisionTextDecoder(VisionSide, GenerationMixin):
         text_owner: Tensor | None = None,
         num_slots: int | None = None,
         padding_free: bool = False,
+        answers: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         position_ids: Tensor | None = None,
         past_key_values: Any = None,
         use_cache: bool | None = None,
         condition_tokens: Tensor | None = None,
         condition_mask: Tensor | None = None,
+        condition_kinds: Tensor | None = None,
         logits_to_keep: int | Tensor = 0,
         return_dict: bool | None = None,
     ) -> VisionTextDecoderOutput:
@@ -139,15 +144,17 @@ class VisionTextDecoder(VisionSide, GenerationMixin):
             text_owner: (T,) slot of each text; None: text j belongs to slot j.
             num_slots: S; None: as many as texts.
             padding_free: read all texts, each after its images, as one row, one after the other and each by itself.
+            answers: (T, L), -100 where nothing is asked; None: all is prompt. Only adapters that read
+                `Condition.kinds` need it.
             inputs_embeds, position_ids, past_key_values, use_cache, condition_tokens, condition_mask,
-                logits_to_keep: of a step of `generate`, which has joined prefix and prompt itself.
+                condition_kinds, logits_to_keep: of a step of `generate`, which has joined prefix and prompt itself.
             return_dict: accepted for transformers' sake; the output is always a ModelOutput.
         """
         if inputs_embeds is not None or past_key_values is not None:
             given = {"inputs_embeds": inputs_embeds} if inputs_embeds is not None else {"input_ids": input_ids}
             if attention_mask is not None and attention_mask.dim() == 2:
                 position_ids = _positions(attention_mask)[:, -next(iter(given.values())).shape[1] :]
-            with conditioned(Condition(condition_tokens, condition_mask)):
+            with conditioned(Condition(condition_tokens, condition_mask, kinds=condition_kinds)):
                 out = self.text_model(
                     **given,
                     attention_mask=attention_mask,
@@ -159,7 +166,7 @@ class VisionTextDecoder(VisionSide, GenerationMixin):
             return VisionTextDecoderOutput(out.logits, out.past_key_values)
         images = self.encode_images(pixel_values, image_features)
         hidden, keep, condition, prefix = self._joined(
-            input_ids, attention_mask, images, image_owner, text_owner, num_slots
+            input_ids, attention_mask, images, image_owner, text_owner, num_slots, answers
         )
         counted = keep.clone()
         counted[:, prefix:] = 1
@@ -169,7 +176,9 @@ class VisionTextDecoder(VisionSide, GenerationMixin):
         if row is not None:
             arguments = {"inputs_embeds": row.of(hidden), "attention_mask": None, "position_ids": row.position_ids}
             arguments |= row.attention_arguments(self.text_model.config._attn_implementation or "eager")
-            condition = dataclasses.replace(condition, segments=row.segments)
+            made = functools.partial(_in_row, row, condition.token_kinds)
+            kinds = None if condition.kinds is None else functools.cache(made)
+            condition = dataclasses.replace(condition, segments=row.segments, kinds=kinds)
         with conditioned(condition):
             out = self.text_model(**arguments, use_cache=False)
         return VisionTextDecoderOutput(out.logits, image_features=images, text_row=row, lengths=keep.sum(1))
@@ -209,6 +218,9 @@ class VisionTextDecoder(VisionSide, GenerationMixin):
             input_ids, attention_mask, images, image_owner, text_owner, num_slots
         )
         # kept positions move to the right, where the next token follows
+        kinds = condition.token_kinds()
+        if kinds is not None:
+            kinds, _ = _to_the_right(kinds[..., None], keep)
         hidden, keep = _to_the_right(hidden, keep)
         length = int(keep.sum(1).max())
         hidden, keep = hidden[:, -length:], keep[:, -length:]
@@ -220,6 +232,7 @@ class VisionTextDecoder(VisionSide, GenerationMixin):
             )
         given = {} if condition.tokens is None else {"condition_tokens": condition.tokens}
         given |= {} if condition.mask is None else {"condition_mask": condition.mask}
+        given |= {} if kinds is None else {"condition_kinds": kinds[:, -length:, 0]}
         return super().generate(inputs_embeds=hidden, attention_mask=keep, **given, **options)
 
     def prepare_inputs_for_generation(
@@ -251,6 +264,7 @@ class VisionTextDecoder(VisionSide, GenerationMixin):
         image_owner: Tensor | None,
         text_owner: Tensor | None,
         slots: int | None,
+        answers: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Condition, int]:
         """(T, P + L, d) prefix and embedded text, (T, P + L) which positions are kept, the condition, and P."""
         vectors = images if images is None or self.feature_norm is None else self.feature_norm(images)
@@ -268,9 +282,11 @@ class VisionTextDecoder(VisionSide, GenerationMixin):
         begin = embedding(input_ids.new_full((len(input_ids), 1), self._begin_id()))
         if prefix is None:
             prefix, prefix_keep = begin, torch.ones_like(begin[..., 0], dtype=torch.bool)
+            media = ~prefix_keep
         else:
             # the images of a text stand next to it
             prefix, prefix_keep = _to_the_right(prefix, prefix_keep)
+            media = prefix_keep
             alone = ~prefix_keep[:, -1:]
             last = torch.where(alone[..., None], begin.to(prefix.dtype), prefix[:, -1:])
             prefix = torch.cat([prefix[:, :-1], last], 1)
@@ -278,9 +294,11 @@ class VisionTextDecoder(VisionSide, GenerationMixin):
             if self.config.begin_token:
                 prefix = torch.cat([begin.to(prefix.dtype), prefix], 1)
                 prefix_keep = torch.cat([~alone, prefix_keep], 1)
+                media = torch.cat([torch.zeros_like(alone), media], 1)
         keep = torch.cat([prefix_keep.to(attention_mask.dtype), attention_mask], 1)
         own = None if condition.own_mask is None else keep.bool()
-        condition = Condition(condition.tokens, condition.mask, own_mask=own)
+        kinds = functools.cache(functools.partial(_kinds, keep, media, answers))
+        condition = Condition(condition.tokens, condition.mask, own_mask=own, kinds=kinds)
         return torch.cat([prefix, hidden], 1), keep, condition, prefix.shape[1]
 
     def _vector_width(self) -> int:
@@ -292,6 +310,20 @@ class VisionTextDecoder(VisionSide, GenerationMixin):
         config = self.config.text_config
         begin = config.bos_token_id if config.bos_token_id is not None else config.eos_token_id
         return begin[0] if isinstance(begin, list) else begin or 0
+
+
+def _kinds(keep_TS: Tensor, media_TP: Tensor, answers_TL: Tensor | None) -> Tensor:
+    """`Condition.kinds` of texts after their prefix, of which `media_TP` says where image vectors stand."""
+    after = keep_TS.shape[1] - media_TP.shape[1]
+    media = torch.nn.functional.pad(media_TP, (0, after))
+    if answers_TL is not None:
+        answers_TL = torch.nn.functional.pad(answers_TL, (keep_TS.shape[1] - answers_TL.shape[1], 0), value=-100)
+    return kinds_of(keep_TS.bool(), media, answers_TL)
+
+
+def _in_row(row: TextRow, kinds: Callable[[], Tensor]) -> Tensor:
+    """Kinds of each text without the padding between its prefix and its words."""
+    return row.segments.split(row.of(kinds())[..., None])[..., 0]
 
 
 def _positions(keep_TS: Tensor) -> Tensor:

@@ -353,7 +353,7 @@ def check_kinds(backbone: BackboneBase, method: type[SiteMethod], config: PeftCo
     if method.reads_kinds(config) and not backbone.publishes_kinds:
         raise BadInput(
             "name: its layers treat tokens of images and of text apart, but this backbone has no language model that "
-            "reads both in one sequence. Use backbone mllm, or another method."
+            "reads both in one sequence. Use backbone mllm or vision_text_decoder, or another method."
         )
 
 

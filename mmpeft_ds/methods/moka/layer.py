@@ -118,9 +118,10 @@ def kinds_for(x: Tensor, path: str) -> tuple[Tensor | None, Segments | None]:
     kinds = None if condition is None else condition.token_kinds()
     if condition is None or kinds is None:
         raise BadInput(
-            f"{path}: moka needs to know which tokens are of an image, but no condition says so. Use backbone mllm, "
-            "or run the forward inside mmpeft_ds.sites.condition.conditioned(Condition(kinds=...)); with activation "
-            "checkpointing, turn it on with mmpeft_ds.sites.condition.enable_checkpointing."
+            f"{path}: moka needs to know which tokens are of an image, but no condition says so. Use backbone mllm or "
+            "vision_text_decoder, or run the forward inside "
+            "mmpeft_ds.sites.condition.conditioned(Condition(kinds=...)); with activation checkpointing, turn it on "
+            "with mmpeft_ds.sites.condition.enable_checkpointing."
         )
     if x.dim() == 3:
         rows, length = x.shape[:2]
