@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import peft
 import pytest
 import torch
 from PIL import Image
@@ -107,6 +108,70 @@ CASES = {
             "tie_word_embeddings": True,
         },
     ),
+    "logits capped at 3, a window of 4": Odd(
+        "gemma4",
+        {
+            "text_config": {"final_logit_softcapping": 3.0, "sliding_window": 4, "tie_word_embeddings": False},
+            "vision_config": {"pooling_kernel_size": 3},
+            "tie_word_embeddings": False,
+        },
+        images={"pooling_kernel_size": 3},
+    ),
+    "logits times a quarter, one tile": Odd(
+        "cohere2_vision",
+        {"text_config": {"logit_scale": 0.25, "sliding_window": 4, "attention_bias": True}, "downsample_factor": 4},
+        images={"crop_to_patches": False, "patch_size": 2},
+    ),
+    "the layer before the last, one token a tile": Odd(
+        "aya_vision",
+        {"vision_feature_layer": -2, "downsample_factor": 4, "text_config": {"use_qk_norm": True}},
+        processor={"patch_size": 16},
+    ),
+    "biases in both towers, shared embeddings": Odd(
+        "glm4v",
+        {
+            "vision_config": {"attention_bias": True},
+            "text_config": {"tie_word_embeddings": True, "attention_bias": True},
+            "tie_word_embeddings": True,
+        },
+    ),
+    "whole images, every patch": Odd(
+        "smolvlm",
+        {"scale_factor": 1, "tie_word_embeddings": True, "text_config": {"tie_word_embeddings": True}},
+        processor={"image_seq_len": 16},
+        images={"do_image_splitting": False},
+    ),
+    "no norm and no bias, convolutions with biases": Odd(
+        "lfm2_vl",
+        {
+            "projector_bias": False,
+            "projector_use_layernorm": False,
+            "text_config": {"conv_bias": True, "conv_L_cache": 2, "layer_types": ["full_attention", "conv"]},
+        },
+        images={"do_image_splitting": False},
+    ),
+    "the likeliest visual word": Odd(
+        "ovis2",
+        {"vision_config": {"tokenize_function": "st_argmax", "hidden_stride": 1, "qkv_bias": True}},
+        processor={"image_seq_length": 16},
+    ),
+    "features at one layer, scaled everywhere": Odd(
+        "granite4_vision",
+        {
+            "text_config": {"logits_scaling": 8.0, "embedding_multiplier": 3.0, "residual_multiplier": 0.5},
+            "deepstack_layer_map": [[-1, 1]],
+            "spatial_target_layers": [1, 1, 1, 1],
+        },
+    ),
+    "the class token too": Odd(
+        "video_llava",
+        {"vision_feature_layer": -1, "vision_feature_select_strategy": "full", "multimodal_projector_bias": False},
+        processor={"vision_feature_select_strategy": "full"},
+    ),
+    "fused q, k and v, two feature layers": Odd(
+        "llava_next_video",
+        {"vision_feature_layer": [-2, -1], "text_config": {"model_type": "phi3"}, "multimodal_projector_bias": False},
+    ),
 }
 QUICK = ("fused q, k and v, a stronger shuffle", "one token an image")
 
@@ -152,3 +217,18 @@ def test_adapters_train_in_it(folder, name):
     forward(model, backbone, batch(backbone, *ALL)).token_losses()[0].sum().backward()
     trained = [p for p in model.parameters() if p.requires_grad]
     assert trained and all(p.grad is not None and p.grad.abs().sum() > 0 for p in trained)
+
+
+@torch.no_grad()
+def test_an_adapter_is_the_same_when_it_is_loaded_again_and_when_it_is_merged(folder, tmp_path):
+    backbone, base = made(folder)
+    model, packed = attached("lora", backbone, base).eval(), batch(backbone, *ALL)
+    frozen = backbone.read(made(folder)[1](**backbone.inputs(packed)), packed).logits
+    adapted = backbone.read(model(**backbone.inputs(packed)), packed).logits
+    assert (adapted - frozen).abs().max() > 1e-3 * frozen.abs().max()
+    model.save_pretrained(tmp_path / "adapter")
+    loaded = peft.PeftModel.from_pretrained(made(folder)[1], tmp_path / "adapter").eval()
+    assert torch.equal(backbone.read(loaded(**backbone.inputs(packed)), packed).logits, adapted)
+    merged = model.merge_and_unload()
+    difference = backbone.read(merged(**backbone.inputs(packed)), packed).logits - adapted
+    assert difference.abs().max() <= 1e-5 * adapted.abs().max()

@@ -11,7 +11,6 @@ class Usual(Family):
     model_types = (
         "aria",
         "aya_vision",
-        "cohere2_vision",
         "cohere_compass",
         "cosmos3_omni",
         "deepseek_vl",
