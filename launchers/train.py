@@ -65,7 +65,7 @@ def main() -> int:
         return 0
     if console.one_machine():  # of several only that of rank 0 may see run_dir
         refuse_unwritable(target)
-    with console.quick_imports():
+    with console.quick_imports(compiles=recipe.engine.compile):
         from mmpeft_ds.engine import trainer
     return trainer.run(recipe, fresh=args.fresh)
 

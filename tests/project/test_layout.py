@@ -29,6 +29,7 @@ COMMON = {
     "registration",
     "registry",
     "stop",
+    "unused_imports",
     "data.batch",
     "data.formats",
     "data.identity",
