@@ -37,13 +37,16 @@ WARM = 5  # steps left out of the timing
 
 def ours(args: argparse.Namespace) -> dict:
     """Steps through our stream and stepper."""
-    from mmpeft_ds.data.bad_budget import BadBudget
-    from mmpeft_ds.distributed import processes
-    from mmpeft_ds.engine.assembly.build import build
-    from mmpeft_ds.engine.assembly.resolve import resolve
-    from mmpeft_ds.engine.step import Stepper
-    from mmpeft_ds.engine.streams import make_stream
-    from mmpeft_ds.engine.train_state import TrainState
+    from mmpeft_ds import console
+
+    with console.quick_imports():  # as launchers/train.py does
+        from mmpeft_ds.data.bad_budget import BadBudget
+        from mmpeft_ds.distributed import processes
+        from mmpeft_ds.engine.assembly.build import build
+        from mmpeft_ds.engine.assembly.resolve import resolve
+        from mmpeft_ds.engine.step import Stepper
+        from mmpeft_ds.engine.streams import make_stream
+        from mmpeft_ds.engine.train_state import TrainState
 
     recipe = _recipe(args)
     ranks = processes.start(recipe.engine.threads, recipe.seed)
@@ -66,7 +69,7 @@ def ours(args: argparse.Namespace) -> dict:
         "losses": [row["loss"] for row in rows],
         "samples_per_second": samples / (ends[-1] - ends[WARM - 1]),
         "step_seconds": (ends[-1] - ends[WARM - 1]) / (args.steps - WARM),
-        "rss_mib": rows[-1]["rss_mib"],
+        "rss_mib": rows[-1]["peak_rss_mib"],
     }
 
 
@@ -159,7 +162,7 @@ def peer(args: argparse.Namespace) -> dict:
     hf = Peer(model=model, args=options, train_dataset=data, data_collator=collate)
     hf.train()
     times.append(time.perf_counter())
-    import psutil
+    from mmpeft_ds.distributed.own_process import Memory
 
     seconds = times[-1] - times[WARM]
     return {
@@ -167,7 +170,7 @@ def peer(args: argparse.Namespace) -> dict:
         "losses": losses,
         "samples_per_second": QUESTIONS_PER_RANK * world * (args.steps - WARM) / seconds,
         "step_seconds": seconds / (args.steps - WARM),
-        "rss_mib": [round(psutil.Process().memory_info().rss / 2**20)],
+        "rss_mib": [round(Memory.most() / 2**20)],
     }
 
 
@@ -344,7 +347,7 @@ def _table(result: dict) -> str:
         f"Machine: {result['machine']}.",
         "`python benchmarks/trainer.py` repeats it.",
         "",
-        "| ZeRO | ours, samples/s | HF Trainer, samples/s | ratio | step s, ours / peer | RSS MiB, ours / peer "
+        "| ZeRO | ours, samples/s | HF Trainer, samples/s | ratio | step s, ours / peer | peak RSS MiB, ours / peer "
         "| same batches: losses differ by |",
         "|---|---|---|---|---|---|---|",
     ]

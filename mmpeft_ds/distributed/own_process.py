@@ -1,14 +1,20 @@
-"""This process: the memory it holds, and when Python looks for garbage in it."""
+"""This process: the memory it holds and gives back, and when Python looks for garbage in it."""
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import gc
 import os
+import re
 import resource
 from collections.abc import Iterator
 
 PAGE = os.sysconf("SC_PAGE_SIZE")
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h
+_TRIM_DEFAULT, _MMAP_DEFAULT = 128 * 1024, 65536
+_MADV_DONTNEED = 4  # sys/mman.h
+_MAPPING = re.compile(r"([0-9a-f]+)-([0-9a-f]+) \S+ \S+ \S+ \d+ *(.*)")  # how it begins in /proc/self/smaps
 
 
 class Memory:
@@ -41,3 +47,66 @@ def garbage_later() -> Iterator[None]:
     finally:
         if enabled:
             gc.enable()
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep freed memory; otherwise the kernel maps and clears every large tensor again in every step."""
+    _mallopt({_M_MMAP_MAX: 0, _M_TRIM_THRESHOLD: 2**31 - 1})
+
+
+@contextlib.contextmanager
+def building() -> Iterator[None]:
+    """Context of the build of a model on the CPU, whose memory goes back where steps do not need it.
+
+    The build reads and converts tensors of which steps keep none, and its fingerprint reads all weights of mapped
+    files, of which steps read those of the words that occur. Freed memory is kept from then on (`keep_freed_memory`).
+    """
+    _mallopt({_M_MMAP_MAX: _MMAP_DEFAULT, _M_TRIM_THRESHOLD: _TRIM_DEFAULT})
+    try:
+        yield
+    finally:
+        give_back_mapped(".safetensors")
+        give_back_freed()
+        keep_freed_memory()
+
+
+def give_back_freed() -> None:
+    """Give back what glibc has kept so far, before work that needs other memory than steps do."""
+    with contextlib.suppress(AttributeError, OSError):  # another C library
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def _mallopt(options: dict[int, int]) -> None:
+    with contextlib.suppress(AttributeError, OSError):  # another C library
+        mallopt = ctypes.CDLL(None).mallopt
+        for option, value in options.items():
+            mallopt(option, value)
+
+
+def give_back_mapped(suffix: str) -> int:
+    """Take the pages of mapped files out of this process, such as weights that were read once and hardly after that.
+
+    They stay in the system's cache of files, from where a page comes back when it is read. Mappings with a page that
+    this process has changed are left as they are. Nothing happens on a system without /proc.
+
+    Args:
+        suffix: of the names of the files, such as `.safetensors`.
+
+    Returns:
+        bytes of the mappings.
+    """
+    try:
+        with open("/proc/self/smaps") as file:
+            lines = file.read().splitlines()
+    except OSError:
+        return 0
+    begin, end, given = 0, 0, 0
+    madvise = ctypes.CDLL(None).madvise
+    madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    for line in lines:
+        if mapping := _MAPPING.fullmatch(line):
+            begin, end = (int(number, 16) for number in mapping.groups()[:2])
+            begin = begin if mapping[3].endswith(suffix) else end
+        elif re.match(r"Anonymous: +0 kB", line) and begin < end and madvise(begin, end - begin, _MADV_DONTNEED) == 0:
+            given += end - begin
+    return given

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import datetime
 import logging
 import os
@@ -20,12 +19,11 @@ from typing import Any
 import torch
 
 from mmpeft_ds import leftovers
-from mmpeft_ds.distributed import build_lock, host_caches, watchdog
+from mmpeft_ds.distributed import build_lock, host_caches, own_process, watchdog
 from mmpeft_ds.distributed.own_store import meeting_of_launch
 from mmpeft_ds.errors import BadInput
 from mmpeft_ds.quiet import quiet, without_lines
 
-_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h
 _OPERATOR = "deepspeed_shm_comm"  # what DeepSpeed compiles for the CPU at its first use
 STALL, TIMEOUT = 60.0, 1800.0  # loading a large base from a slow disk takes minutes
 
@@ -70,7 +68,7 @@ def start(
     multiply_float32(matmul)
     torch.set_num_threads(threads or max(1, _cores() // local_size))
     if not cuda:
-        keep_freed_memory()
+        own_process.keep_freed_memory()
     quiet()
     import deepspeed
 
@@ -312,11 +310,3 @@ def _cores() -> int:
 
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(allowed, psutil.cpu_count(logical=False) or allowed)
-
-
-def keep_freed_memory() -> None:
-    """Let glibc keep freed memory; otherwise the kernel maps and clears every large tensor again in every step."""
-    with contextlib.suppress(AttributeError, OSError):  # another C library
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(_M_MMAP_MAX, 0)
-        mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)

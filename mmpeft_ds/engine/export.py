@@ -19,6 +19,7 @@ from mmpeft_ds import redaction
 from mmpeft_ds.adapter_files import CONFIG, WEIGHTS, write_checksums
 from mmpeft_ds.backbones.base import BackboneBase
 from mmpeft_ds.distributed.collectives import on_rank0, rank
+from mmpeft_ds.distributed.own_process import give_back_freed
 from mmpeft_ds.distributed.partitioned import gathered
 from mmpeft_ds.engine.checkpoint import Held
 from mmpeft_ds.engine.model_card import model_card
@@ -47,6 +48,7 @@ def export_adapter(directory: str | Path, model: Any, resolved: Any, metrics: di
     trained = trained_tensors(peft_model, engine)
     for name, buffer in calibrated_buffers(peft_model).items():
         trained[name] = buffer.detach().cpu().clone() if rank() == 0 else None
+    give_back_freed()  # of the steps, since the fingerprint reads weights that no step has read
     fingerprints = fingerprint.frozen_fingerprint(fingerprint.frozen_tensors(peft_model))
     directory = Path(directory)
     plain = _plain_classifier(peft_model)

@@ -17,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from mmpeft_ds.backbones.base import model_hooks
 from mmpeft_ds.backbones.common.quantised import weight_of
+from mmpeft_ds.distributed.own_process import building
 from mmpeft_ds.distributed.partitioned import gathered
 from mmpeft_ds.distributed.processes import Ranks
 from mmpeft_ds.engine.assembly import feature_bank, start_from
@@ -84,11 +85,12 @@ def build(
     # While this object exists, from_pretrained partitions what it loads, so create it before the backbone.
     config = merge(ds_config, recipe, ranks.world_size, trainable=0)
     partitioning = HfDeepSpeedConfig(config) if stage == 3 else None
-    base = load_base(resolved, ranks, stage)
-    sites = find_sites(base)
-    model = adapted(resolved, base, batches, shapes)
-    del partitioning
-    return started(resolved, ranks, model, ds_config, sites)
+    with building() if ranks.device.type == "cpu" else contextlib.nullcontext():
+        base = load_base(resolved, ranks, stage)
+        sites = find_sites(base)
+        model = adapted(resolved, base, batches, shapes)
+        del partitioning
+        return started(resolved, ranks, model, ds_config, sites)
 
 
 def load_base(resolved: Any, ranks: Ranks, stage: int) -> nn.Module:
