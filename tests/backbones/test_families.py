@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,7 +23,7 @@ from mmpeft_ds.backbones.mllm.families.base import Family
 from mmpeft_ds.backbones.mllm.model import media_ids
 from mmpeft_ds.data.batch import Prompted
 from mmpeft_ds.data.transform import apply
-from mmpeft_ds.engine.assembly import checks
+from mmpeft_ds.engine.assembly import checks, modality
 from mmpeft_ds.engine.assembly.forward import forward
 from mmpeft_ds.errors import BadInput, BadSample
 from tests.helpers.models import further_families, tiny_families, tiny_mllm
@@ -183,6 +184,18 @@ def test_an_image_that_mistral3_cannot_read_alone_is_a_bad_sample(tmp_path):
         apply(backbone.image_transform(False), torch.zeros(3, 5, 8, dtype=torch.uint8), None)
     # what stands for an image on a rank without any must not be one; its cell is 28 pixels wide in released models
     assert max(backbone.dummy("image").shape) > 28
+
+
+@pytest.mark.parametrize("folder", ["idefics3"], indirect=True)
+def test_an_image_of_weight_0_that_short_texts_cut_through_is_not_read(folder):
+    """On a rank without images the text that stands for one gets the length of the rank's own."""
+    backbone, model = made(folder)
+    task = SimpleNamespace(collate=lambda targets: {}, dummy_text=lambda text: text, dummy_target=int)
+    short = batch(backbone, ([], [Prompted("a", "a")]))
+    completed = modality.complete(short, [1.0, 2.0], backbone, task)
+    assert backbone.inputs(completed)["media_rows"].tolist() == []
+    losses = [forward(model, backbone, b).token_losses()[0][:1] for b in (short, completed)]
+    torch.testing.assert_close(losses[1], losses[0])
 
 
 @pytest.mark.parametrize("rows, columns", [(0, 0), (1, 2), (3, 2)])

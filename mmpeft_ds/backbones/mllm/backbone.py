@@ -382,11 +382,11 @@ class MllmBackbone(Checkpoint):
         Args:
             mask: (T, L), 1 for what is read of each text.
         """
-        whole = mask is batch.texts["attention_mask"]
+        weights, rows, cut = on_host(batch.text_weight).tolist(), [], None
+        whole = mask is batch.texts["attention_mask"] and all(weights)
         numbers = on_host(batch.texts["placeholders"]) if whole else self._places(batch, mask).sum(1)
         owned = [_owned(owner) for owner in (batch.image_owner, batch.video_owner)]
         runs_of = [_number_of_runs(m, len(o)) for m, o in self._kinds(batch)]
-        weights, rows, cut = on_host(batch.text_weight).tolist(), [], None
         read = zip(
             on_host(batch.text_owner).tolist(), numbers.tolist(), on_host(batch.texts["media"]).tolist(), strict=True
         )
