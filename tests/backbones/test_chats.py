@@ -12,7 +12,7 @@ from mmpeft_ds.data.batch import Prompted
 from mmpeft_ds.errors import BadInput
 from tests.helpers.models import tiny_families, tiny_mllm
 from tests.helpers.models.family_samples import batch, image
-from tests.helpers.models.family_stock import ASKED, made, stock, tolerance
+from tests.helpers.models.family_stock import ASKED, OF_LLAVA, made, stock, tolerance
 
 QUICK = ("llava", "qwen2_vl", "internvl")
 EVERY = [*tiny_mllm.FAMILIES, *tiny_families.FAMILIES]
@@ -20,8 +20,6 @@ LEFT_OUT = ("paligemma",)  # which reads one question alone
 SLOW = [f for f in EVERY if f not in (*QUICK, *LEFT_OUT)]
 # Of several images in a chat its stock class reads no tiles.
 ONE_IMAGE = ("llava_onevision",)
-# What their processors have to be told: the sizes that the checkpoints' files hold, or to say kinds of tokens.
-OF_LLAVA = {"patch_size": 4, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}
 QUESTION, SAID = "what color ?", "red"
 
 

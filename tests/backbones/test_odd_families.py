@@ -4,18 +4,21 @@ projections, projectors without or with biases, several feature layers, other sh
 from __future__ import annotations
 
 import dataclasses
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import peft
 import pytest
 import torch
 from PIL import Image
+from transformers import PretrainedConfig
 
 from mmpeft_ds.data.batch import Prompted
 from mmpeft_ds.engine.assembly.forward import forward
-from tests.helpers.models import tiny_families
+from tests.helpers.models import tiny_families, tiny_mllm
 from tests.helpers.models.family_samples import ALL, ONE, TALK, TWO, attached, batch, image
-from tests.helpers.models.family_stock import check_against_stock, made, processed, stock
+from tests.helpers.models.family_stock import OF_LLAVA, check_against_stock, made, processed, stock
 
 
 @dataclasses.dataclass
@@ -34,6 +37,10 @@ class Odd:
     images: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def write(self, folder: Any, monkeypatch: pytest.MonkeyPatch) -> str:
+        if self.family in tiny_mllm.FAMILIES:
+            usual, *others = tiny_mllm.FAMILIES[self.family]
+            monkeypatch.setitem(tiny_mllm.FAMILIES, self.family, (functools.partial(self._changed, usual), *others))
+            return tiny_mllm.write(folder, self.family)
         tiny = tiny_families.FAMILIES[self.family]
         name, settings = tiny.image_processor
         changed = dataclasses.replace(
@@ -44,6 +51,12 @@ class Odd:
         )
         monkeypatch.setitem(tiny_families.FAMILIES, self.family, changed)
         return tiny_families.write(folder, self.family)
+
+    def _changed(self, usual: Callable[[], PretrainedConfig]) -> PretrainedConfig:
+        given = merged(usual().to_dict(), self.config)
+        if "model_type" in self.config.get("text_config", {}):  # of another language model, without what this one had
+            given["text_config"] = tiny_mllm.TEXT | self.config["text_config"]
+        return type(usual())(**{name: value for name, value in given.items() if name != "model_type"})
 
 
 def merged(whole: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
@@ -168,6 +181,41 @@ CASES = {
         {"vision_feature_layer": -1, "vision_feature_select_strategy": "full", "multimodal_projector_bias": False},
         processor={"vision_feature_select_strategy": "full"},
     ),
+    "two feature layers with their class tokens, a window": Odd(
+        "llava",
+        {
+            "vision_feature_layer": [-2, -1],
+            "vision_feature_select_strategy": "full",
+            "multimodal_projector_bias": False,
+            "text_config": {"model_type": "mistral", "sliding_window": 4},
+        },
+    ),
+    "fused q, k and v after CLIP's last layer": Odd(
+        "llava", {"vision_feature_layer": -1, "text_config": {"model_type": "phi3", "pad_token_id": 0}}
+    ),
+    "tiles of two layers, no bias, a window": Odd(
+        "llava_next",
+        {
+            "vision_feature_layer": [-2, 0],
+            "multimodal_projector_bias": False,
+            "text_config": {"sliding_window": 4},
+        },
+    ),
+    "a window in the upper layer, shared embeddings": Odd(
+        "qwen2_vl",
+        {
+            "text_config": {
+                "use_sliding_window": True,
+                "sliding_window": 4,
+                "max_window_layers": 1,
+                "tie_word_embeddings": True,
+            },
+            "tie_word_embeddings": True,
+        },
+    ),
+    "whole images in every block": Odd(
+        "qwen2_5_vl", {"vision_config": {"fullatt_block_indexes": [0, 1, 2], "window_size": 16}}
+    ),
     "fused q, k and v, two feature layers": Odd(
         "llava_next_video",
         {"vision_feature_layer": [-2, -1], "text_config": {"model_type": "phi3"}, "multimodal_projector_bias": False},
@@ -183,7 +231,14 @@ def folder(request, tmp_path, monkeypatch):
 
 def stock_inputs(backbone: Any, images: list[int], text: Prompted, answer: bool = True) -> dict[str, Any]:
     pictures = [Image.fromarray(image(n).permute(1, 2, 0).numpy()) for n in images]
-    return processed(backbone, text.with_images(len(images)), answer, **({"images": pictures} if images else {}))
+    text = text.with_images(len(images))
+    if backbone._config.model_type not in ("llava", "llava_next"):
+        return processed(backbone, text, answer, **({"images": pictures} if images else {}))
+    strategy = {"vision_feature_select_strategy": backbone._config.vision_feature_select_strategy}
+    vars(backbone._processor).update(OF_LLAVA | strategy)
+    messages = backbone._chat._messages(text)  # whose answers end with a token that the template does not write
+    rendered = backbone._chat._rendered(messages if answer else messages[:-1], None)[0]
+    return dict(backbone._processor(text=[rendered], images=pictures or None, return_tensors="pt"))
 
 
 def test_it_says_what_the_stock_class_says(folder):
