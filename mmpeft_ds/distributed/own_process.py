@@ -87,7 +87,7 @@ def give_back_mapped(suffix: str) -> int:
     """Take the pages of mapped files out of this process, such as weights that were read once and hardly after that.
 
     They stay in the system's cache of files, from where a page comes back when it is read. Mappings with a page that
-    this process has changed are left as they are. Nothing happens on a system without /proc.
+    this process has changed, in memory or swapped out, are left as they are. Without /proc nothing happens.
 
     Args:
         suffix: of the names of the files, such as `.safetensors`.
@@ -97,16 +97,22 @@ def give_back_mapped(suffix: str) -> int:
     """
     try:
         with open("/proc/self/smaps") as file:
-            lines = file.read().splitlines()
+            unchanged = _unchanged(file.read().splitlines(), suffix)
     except OSError:
         return 0
-    begin, end, given = 0, 0, 0
     madvise = ctypes.CDLL(None).madvise
     madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-    for line in lines:
+    return sum(end - begin for begin, end in unchanged if madvise(begin, end - begin, _MADV_DONTNEED) == 0)
+
+
+def _unchanged(smaps: list[str], suffix: str) -> Iterator[tuple[int, int]]:
+    """Begin and end of the mappings in /proc/self/smaps that hold nothing but what is in such a file."""
+    begin, end, own = 0, 0, True
+    for line in smaps:
         if mapping := _MAPPING.fullmatch(line):
             begin, end = (int(number, 16) for number in mapping.groups()[:2])
-            begin = begin if mapping[3].endswith(suffix) else end
-        elif re.match(r"Anonymous: +0 kB", line) and begin < end and madvise(begin, end - begin, _MADV_DONTNEED) == 0:
-            given += end - begin
-    return given
+            own = not mapping[3].endswith(suffix)
+        elif line.startswith("Anonymous:"):
+            own = own or line.split()[1] != "0"
+        elif line.startswith("Swap:") and not own and line.split()[1] == "0":  # comes after it
+            yield begin, end
