@@ -317,7 +317,7 @@ class PackedBatch:
     def changed_texts(self) -> list[int]:
         """Numbers of texts of weight > 0 with a cut prompt, with a cut target, and with control tokens that are read
         as words."""
-        if self.changes is None:
+        if self.changes is None or not self.changes.any():
             return [0, 0, 0]
         return ((self.changes > 0) & (self.text_weight > 0)[:, None]).sum(0).tolist()
 
