@@ -25,7 +25,7 @@ WITHOUT = [
 ]
 TALK = Prompted("what ?", "red", (("user", "is ?"), ("assistant", "no")), images=1)
 SYSTEM = Prompted("what ?", "red", (("system", "a a"),), images=1)
-# how turns are marked: what stands between two of them, the role before a text, and the tokens of the tokenizer
+# a template that marks no turns
 RUN_ON = (
     "{% for m in messages %}{% for c in m['content'] %}{% if c['type'] == 'image' %}{{ '<image>' }}{% else %}"
     "{{ c['text'] + '\n' }}{% endif %}{% endfor %}{% endfor %}"

@@ -69,6 +69,18 @@ def test_the_cosine_of_a_pair_has_the_same_bits_wherever_it_stands():
     assert torch.equal(cosines(a, b)[:1], cosines(a[:1], b[:1]))
 
 
+def test_a_cosine_of_wide_rows_is_that_of_the_pair_alone_with_several_threads():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        for width in (33_000, 70_001):
+            a, b = features(6, width, seed=3), features(6, width, seed=4)
+            together = cosines(a, b)
+            assert all(torch.equal(cosines(a[i : i + 1], b[i : i + 1]), together[i : i + 1]) for i in range(6))
+    finally:
+        torch.set_num_threads(threads)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_values_planted_at_tau_are_decided_alike_in_tiles_of_any_shape(dtype):
     tau = 0.7
