@@ -16,6 +16,7 @@ from transformers import PretrainedConfig
 
 from mmpeft_ds.data.batch import Prompted
 from mmpeft_ds.engine.assembly.forward import forward
+from mmpeft_ds.errors import BadInput
 from tests.helpers.models import tiny_families, tiny_mllm
 from tests.helpers.models.family_samples import ALL, ONE, TALK, TWO, attached, batch, image
 from tests.helpers.models.family_stock import OF_LLAVA, check_against_stock, made, processed, stock
@@ -260,6 +261,14 @@ def test_it_says_what_the_stock_class_says(folder):
             asked = stock_inputs(backbone, images, texts[0], answer=False)
             ids = reference.generate(**asked, **ends, num_beams=2)[:, asked["input_ids"].shape[1] :]
             assert written == backbone._spelling.decode_all(ids.tolist(), None)[0]
+
+
+def test_a_configuration_that_the_stock_class_cannot_read_an_image_with_is_refused_in_one_line(tmp_path, monkeypatch):
+    """transformers 5.23 packs tiles without their class tokens alone."""
+    odd = Odd("llava_next", {"vision_feature_select_strategy": "full", "vision_feature_layer": -1})
+    with pytest.raises(BadInput, match="'llava_next', whose processor or model cannot be tried with a black") as error:
+        made(odd.write(tmp_path, monkeypatch))
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("name", ["lora", "routed_lora"])

@@ -87,6 +87,8 @@ class MllmBackbone(Checkpoint):
         agreement.refuse_other_sizes(name, family, self._config, self._image_processor, black)
         if family.spelled:
             self._image_tokens.check(black)
+        else:
+            self._image_tokens(*self.dummy("image").shape[1:])
         if type(family) is Family:
             stock_class = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(self._config)]
             classes, seen = (stock_class, self._inner_class(stock_class)), (see.picture(self.dummy("image")), black)
