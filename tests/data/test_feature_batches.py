@@ -59,6 +59,11 @@ def read_first(record, generator):
     return [Described(record["captions"][0], record["text"][0])], [(record["label"], 0)]
 
 
+def read_some(record, generator):
+    """Drawn for every third sample alone."""
+    return read(record, generator) if sum(map(ord, record["captions"][0])) % 3 == 0 else read_first(record, generator)
+
+
 def collate_images(images):
     return {"image_features": images if isinstance(images, Tensor) else torch.stack(images)}
 
@@ -109,7 +114,12 @@ def assert_equal(gathered, others):
             assert mine.keys() == theirs.keys()
             assert all(torch.equal(mine[k], theirs[k]) and mine[k].dtype == theirs[k].dtype for k in mine), name
         assert (a.sample_id, a.raw_texts, a.bad) == (b.sample_id, b.raw_texts, b.bad)
+        assert a.count(len_of_texts) == b.count(len_of_texts)
         assert [plain(r) for r in a.records] == [plain(r) for r in b.records]
+
+
+def len_of_texts(batch):
+    return float(len(batch.text_owner))
 
 
 def plain(record):
@@ -124,7 +134,7 @@ def write(tmp_path, dtype=np.float32, change=lambda samples: None, **options):
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32])
 @pytest.mark.parametrize("world_size", [1, 2, 3, 7])
-@pytest.mark.parametrize("read", [read, read_first])
+@pytest.mark.parametrize("read", [read, read_first, read_some])
 def test_gathered_batches_are_those_read_one_by_one(tmp_path, dtype, world_size, read):
     manifest = write(tmp_path, dtype)
     gathered, count = batches(manifest, Whole(), world_size, epochs=(0, 1, 0), read=read)
