@@ -193,7 +193,7 @@ def new_directory(path: Path, replace: bool = False) -> Iterator[Path]:
         replace: a directory of that name makes way for it; otherwise there must be none.
     """
     partial, old = (path.with_name(f".{path.name}.{word}") for word in ("partial", "old"))
-    shutil.rmtree(partial, ignore_errors=True)
+    _remove(partial)
     try:
         with naming(path):
             if replace and old.exists() and not path.exists():  # a writer was killed between two renames
@@ -210,14 +210,14 @@ def new_directory(path: Path, replace: bool = False) -> Iterator[Path]:
                 partial.rename(path)
             fsync(path.parent)
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    shutil.rmtree(old, ignore_errors=True)
+        _remove(partial)
+    _remove(old)
 
 
 def _replace(path: Path, new: Path, old: Path) -> None:
     """Give `new` the name `path`; what bore it is called `new` or `old` afterwards, and is there at any moment."""
     if not _exchanged(new, path):
-        shutil.rmtree(old, ignore_errors=True)
+        _remove(old)
         path.rename(old)
         new.rename(path)
 
@@ -230,6 +230,12 @@ def _exchanged(one: Path, other: Path) -> bool:
         return False
     here = _AT_FDCWD
     return exchange(here, os.fsencode(one), here, os.fsencode(other), _RENAME_EXCHANGE) == 0
+
+
+def _remove(path: Path) -> None:
+    """Remove a directory, or a link to one, if it is there and can be removed."""
+    with contextlib.suppress(OSError):
+        path.unlink() if path.is_symlink() else shutil.rmtree(path, ignore_errors=True)
 
 
 def follow_umask(path: Path) -> None:

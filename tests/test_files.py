@@ -89,6 +89,19 @@ def test_a_writer_killed_at_a_rename_leaves_the_old_directory(tmp_path, monkeypa
     assert (tmp_path / "d" / "f").read_text() == "third" and list(tmp_path.iterdir()) == [tmp_path / "d"]
 
 
+@pytest.mark.parametrize("exchange", [True, False])
+def test_a_link_to_a_directory_makes_way_too_and_what_it_leads_to_stays(tmp_path, monkeypatch, exchange):
+    if not exchange:
+        monkeypatch.setattr(files, "_exchanged", lambda one, other: False)
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "d").symlink_to(tmp_path / "elsewhere")
+    for words in ("second", "third"):
+        with files.new_directory(tmp_path / "d", replace=True) as partial:
+            (partial / "f").write_text(words)
+        assert (tmp_path / "d" / "f").read_text() == words and not (tmp_path / "d").is_symlink()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["d", "elsewhere"]
+
+
 def test_tensors_follow_the_umask_which_safetensors_does_not(tmp_path, umask):
     tensors = {"w": torch.arange(3.0)}
     save_file(tensors, tmp_path / "plain.safetensors")
