@@ -15,7 +15,7 @@ from benchmarks._launch import launch
 
 STEPS = {1: 4, 9: 16}  # of a timed epoch on two ranks, by how much lengths are divided
 SYSTEMS = {"ours": ["--system", "ours"], "peer": ["--system", "peer"], "grouped": ["--system", "peer", "--group"]}
-PARTS = ("forward", "backward", "optimizer", "pixels", "host", "fetch")
+PARTS = ("forward", "backward", "optimizer", "pixels", "host", "fetch", "deepspeed")
 
 
 def drive(args: argparse.Namespace, script: str) -> None:
@@ -120,8 +120,8 @@ def table(result: dict[str, Any], args: argparse.Namespace) -> str:
         f"{_instruction.CHECKED} steps on the same samples in the same order.",
         "",
         "Milliseconds of processor time of a step on one rank, medians (`benchmarks/_host_time.py` says how they are "
-        "measured); host is everything but the first four. Fetch is the part of it in which DeepSpeed brings and "
-        "releases parameters around modules:",
+        "measured); host is everything but the first four. Of it, fetch is where DeepSpeed brings and releases "
+        "parameters around modules, and deepspeed what its engine and optimizer do besides:",
         "",
         "| model | ZeRO | " + " | ".join(PARTS) + " | step |",
         "|---|---|" + "---|" * (len(PARTS) + 1),
