@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,10 +21,12 @@ from mmpeft_ds.engine.zero import stage3
 from mmpeft_ds.engine.zero.resident import Tensors
 from mmpeft_ds.errors import BadInput
 from mmpeft_ds.planning.shapes import Counting, Live, counting
-from mmpeft_ds.planning.visits import Visit, recorded
+from mmpeft_ds.planning.visits import VISITS, Visit, recorded
 from mmpeft_ds.sites import find_sites
 from mmpeft_ds.sites.base import base_model
 from mmpeft_ds.sites.unread import LastLayer
+
+GRADIENTS = "gradients"  # who asks for the bytes that were live
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,8 @@ class StepCount:
         moved: bytes that operations read and write.
         visits: fetches and releases of modules, in order, as ZeRO-3 sees them.
         last: the most bytes that were live after the last of them.
+        gradients: moments of the backward pass: the most bytes that were live, new gradients among them, and the
+            elements of the gradients that had come before.
         sent: bytes that the method's own collectives bring, by kind; calls: their number.
     """
 
@@ -52,6 +56,7 @@ class StepCount:
     moved: int
     visits: tuple[Visit, ...]
     last: int
+    gradients: tuple[tuple[int, int], ...]
     sent: dict[str, int] = field(default_factory=dict)
     calls: int = 0
 
@@ -62,6 +67,11 @@ class Model:
 
     module: nn.Module
     parameters: tuple[nn.Parameter, ...]
+
+    @property
+    def buffers(self) -> int:
+        """Bytes of its buffers, which no stage of ZeRO splits."""
+        return sum(buffer.nbytes for buffer in self.module.buffers())
 
     @property
     def tensors(self) -> tuple[Tensors, ...]:
@@ -124,9 +134,7 @@ def count(resolved: Resolved, batch: PackedBatch, recompute: bool, others: Other
     live = Live()
     for tensor in (*model.parameters, *model.module.buffers()):
         live.ignore(tensor)
-    for parameter in model.parameters:
-        if parameter.requires_grad:
-            parameter.register_post_accumulate_grad_hook(_forget)
+    arriving = _Arriving(live, model.parameters)
     leaves = stage3.leaf_paths(model.module, find_sites(base), adapted_layer(resolved.backbone, base))
     began: list[tuple[int, int]] = []  # visits and live bytes before the output layer
     output = resolved.backbone.output_layer(base) if resolved.backbone.generates else None
@@ -136,7 +144,7 @@ def count(resolved: Resolved, batch: PackedBatch, recompute: bool, others: Other
         counting(live) as counts,
         _begun(model.module, resolved, counts),
         counted(sent),
-        recorded(model.module, model.parameters, leaves, live) as visits,
+        recorded(model.module, model.parameters, leaves, live, lambda: arriving.before) as visits,
     ):
         if output is not None:
             output.register_forward_pre_hook(lambda *_: began.append((len(visits), live.now)))
@@ -162,7 +170,8 @@ def count(resolved: Resolved, batch: PackedBatch, recompute: bool, others: Other
         flops=_named(counts.flops),
         moved=counts.moved,
         visits=tuple(visits),
-        last=live.recent(),
+        last=live.recent(VISITS),
+        gradients=arriving.moments(),
         sent=dict(sent.bytes),
         calls=sent.total_calls,
     )
@@ -178,19 +187,44 @@ def _among(others: Others, resolved: Resolved) -> contextlib.AbstractContextMana
 
 @contextlib.contextmanager
 def _begun(module: nn.Module, resolved: Resolved, counts: Counting) -> Iterator[None]:
-    """Begin with what a method that joins ranks computes once in a run: it is held, and no part of a step."""
-    if joins_ranks(resolved):
-        from mmpeft_ds.planning.others import begin
+    """Begin with what a head with a graph computes once in a run: it is held, and no part of a step."""
+    if any(hasattr(resolved.method_options, name) for name in ("exchange", "shard")):
+        from mmpeft_ds.planning.others import begin  # reads heads with graphs
 
         begin(module)
         counts.live.peak, counts.moved = counts.live.now, 0
+        counts.live.recent(GRADIENTS)
         counts.flops.clear()
     yield
 
 
-def _forget(parameter: nn.Parameter) -> None:
-    """Gradients are counted apart: what is kept of them depends on the ZeRO stage."""
-    parameter.grad = None
+class _Arriving:
+    """Gradients as they come. They are counted apart: what is kept of them depends on the ZeRO stage."""
+
+    def __init__(self, live: Live, parameters: Sequence[nn.Parameter]):
+        self.live, self.before = live, 0
+        live.recent(GRADIENTS)
+        self._moments: list[tuple[int, int]] = []
+        for parameter in parameters:
+            if parameter.requires_grad:
+                parameter.register_post_accumulate_grad_hook(self._come)
+
+    def _come(self, parameter: nn.Parameter) -> None:
+        self._note()
+        self.before += parameter.numel()
+        parameter.grad = None
+
+    def _note(self) -> None:
+        self._moments.append((self.live.recent(GRADIENTS), self.before))
+
+    def moments(self) -> tuple[tuple[int, int], ...]:
+        """In their order, without those that need less than a later one."""
+        self._note()
+        kept: list[tuple[int, int]] = []
+        for moment in reversed(self._moments):
+            if not kept or moment[0] > kept[-1][0]:
+                kept.append(moment)
+        return tuple(reversed(kept))
 
 
 def _named(flops: dict[torch.dtype, int]) -> dict[str, int]:

@@ -25,7 +25,8 @@ class Gathers:
         calls: gathers, of several parameters together; trained_calls: those in which a trained parameter comes for the
             first time, for which no copy is near under hpZ.
         most_live: bytes of gathered parameters at the worst moment, persistent ones left out.
-        together: bytes of gathered parameters and of activations, at the worst moment for their sum.
+        together: bytes of gathered parameters, of activations, and of gradients that wait, at the worst moment for
+            their sum.
     """
 
     first: Counter[int] = field(default_factory=Counter)
@@ -36,15 +37,25 @@ class Gathers:
     together: int = 0
 
 
-def gathers(visits: Sequence[Visit], tensors: Sequence[Tensors], rules: Rules) -> Gathers:
+def gathers(
+    visits: Sequence[Visit], tensors: Sequence[Tensors], rules: Rules, last: int = 0, waiting: int = 0
+) -> Gathers:
     """Follow the visits of a micro-step at whose start only persistent parameters are whole.
 
     DeepSpeed decides what a module releases in the first step whose order it knows, and keeps to it (an lru_cache). In
     that step it also gathers the frozen persistent parameters, since while it records the order it releases all.
+
+    Args:
+        last: the most bytes that were live after the last visit.
+        waiting: bytes of each element of a gradient until the end of the backward pass.
     """
     kept, decisions = persistent(tensors, rules), {}
     _Coordinator(visits, tensors, rules, {p for p in kept if tensors[p].trained}, decisions).run()
-    return _Coordinator(visits, tensors, rules, kept, decisions).run()
+    again = _Coordinator(visits, tensors, rules, kept, decisions, waiting)
+    found = again.run()
+    trained = sum(t.numel for t in tensors if t.trained)
+    found.together = max(found.together, last + again.live + waiting * trained)
+    return found
 
 
 class _Coordinator:
@@ -57,10 +68,12 @@ class _Coordinator:
         rules: Rules,
         whole: set[int],
         decisions: dict[tuple[int, int], set[int]],
+        waiting: int = 0,
     ):
         self.visits, self.tensors, self.rules, self.decisions = visits, tensors, rules, decisions
-        self.kept = persistent(tensors, rules)
+        self.kept, self.waiting = persistent(tensors, rules), waiting
         self.order = [v for v in visits if v.fetch]
+        self.fetched_again = {v.module for v in self.order if not v.forward}
         self.queue = deque((p, step) for step, v in enumerate(self.order) for p in v.parameters)
         self.fetched_for: dict[int, int] = {}  # the last step for which a parameter was taken off the queue
         self.waited, self.in_flight = set(whole), set()
@@ -72,7 +85,8 @@ class _Coordinator:
 
     def run(self) -> Gathers:
         for visit in self.visits:
-            self.found.together = max(self.found.together, visit.peak + self.live)
+            there = visit.peak + self.live + self.waiting * visit.gradients
+            self.found.together = max(self.found.together, there)
             if visit.fetch:
                 self.fetch(visit)
             elif visit.forward or visit.module in self.backward:
@@ -141,7 +155,13 @@ class _Coordinator:
         self.waited -= gone
         self.released_before |= gone
         self.available -= sum(self.tensors[p].numel for p in gone)
-        self.live -= self.bytes_of(gone)
+        if not (visit.forward and self.holds(visit)):
+            self.live -= self.bytes_of(gone)
+
+    def holds(self, visit: Visit) -> bool:
+        """Whether the graph of autograd holds what a module has read until the backward pass has used it: one that
+        trains and is not fetched for it, since DeepSpeed finds no tensor in what it returns."""
+        return visit.module not in self.fetched_again and any(self.tensors[p].trained for p in visit.direct)
 
     def soon(self, leaf: bool) -> set[int]:
         """Parameters that come again within the reuse distance. Of later modules all that is below them counts where

@@ -14,7 +14,7 @@ from mmpeft_ds.engine.assembly.resolve import Resolved
 from mmpeft_ds.engine.optim import optimizers
 from mmpeft_ds.engine.zero import gradients
 from mmpeft_ds.engine.zero.config import merge
-from mmpeft_ds.engine.zero.resident import Layout, Rules, Tensors, resident
+from mmpeft_ds.engine.zero.resident import GRADIENT, Layout, Rules, Tensors, resident
 from mmpeft_ds.planning import cache, count, memory, microbatch, timing, traffic
 from mmpeft_ds.planning.cluster import GIB, Cluster
 from mmpeft_ds.planning.count import StepCount
@@ -146,13 +146,13 @@ class Planner:
     def __init__(self, resolved: Resolved, filling: microbatch.Filling):
         self.resolved, self.filling = resolved, filling
         model = count.build(resolved)
-        self.tensors = model.tensors
+        self.tensors, self.buffers = model.tensors, model.buffers
         trainables = {n: p for n, p in model.module.named_parameters() if p.requires_grad}
         self.moments = optimizers.mean_moments(optim_groups(resolved, trainables), resolved.recipe.optim.name)
         self.groups = len(gradients.group_names(trainables)[0])
         self.cache = cache.of(resolved, model.module, filling)
         self._counted: dict[tuple[microbatch.Size, int], dict[bool, StepCount]] = {}
-        self._gathered: dict[tuple[int, Rules], Gathers] = {}
+        self._gathered: dict[tuple[int, Rules, int], Gathers] = {}
 
     @property
     def slots(self) -> int:
@@ -192,7 +192,8 @@ class Planner:
         trained = sum(t.numel for t in self.tensors if t.trained)
         merged = merge({"zero_optimization": zero}, recipe, ranks, trained)["zero_optimization"]
         layout = Layout.of(merged, ranks, cluster.gpus, name.endswith("+qwZ"))
-        gathered = self.gathered(counted, layout.rules) if layout.stage == 3 else None
+        waiting = GRADIENT if layout.reduces_together(trained) else 0
+        gathered = self.gathered(counted, layout.rules, waiting) if layout.stage == 3 else None
         accumulation = self.micro_batches(ranks)[1]
         vector = self.vector(ranks, accumulation)
         if gathered is None or ranks == 1:
@@ -201,18 +202,19 @@ class Planner:
             sent = traffic.at_3(self.tensors, layout, gathered, accumulation, vector)
         if ranks > 1:
             sent = traffic.joined(sent, counted.sent, counted.calls, accumulation)
-        parts = resident(self.tensors, layout, self.moments)
-        parts |= memory.in_a_step(counted, gathered, ranks)
+        parts = resident(self.tensors, layout, self.moments) | {"buffers": self.buffers}
+        parts |= memory.of_gradients(counted, self.tensors, layout, accumulation)
+        parts |= memory.in_a_step(counted, gathered, ranks, parts["gradient buffers"])
         seconds = timing.estimate(counted, sent, layout, cluster, accumulation, recipe.engine.matmul == "tf32")
         host = memory.on_host(self.tensors, layout)
         generating = self.cache * cache.samples(self.resolved, ranks)
         return Choice(name, zero, recompute, parts, host, generating, sent, seconds)
 
-    def gathered(self, counted: StepCount, rules: Rules) -> Gathers:
-        """Gathers of a counted micro-step, worked out once."""
-        key = (id(counted), rules)
+    def gathered(self, counted: StepCount, rules: Rules, waiting: int) -> Gathers:
+        """Gathers of a counted micro-step, worked out once; see `gathers`."""
+        key = (id(counted), rules, waiting)
         if key not in self._gathered:
-            self._gathered[key] = gathers(counted.visits, self.tensors, rules)
+            self._gathered[key] = gathers(counted.visits, self.tensors, rules, counted.last, waiting)
         return self._gathered[key]
 
     def vector(self, ranks: int, micro_steps: int) -> int:

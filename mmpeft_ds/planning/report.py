@@ -16,7 +16,7 @@ from mmpeft_ds.planning.planner import Choice, Plan
 WIDTH = 118  # that the tables need
 # Columns of the table -> parts of `Choice.parts`.
 SUMS = {
-    "frozen": ("frozen weights", "small weights kept whole"),
+    "frozen": ("frozen weights", "small weights kept whole", "buffers"),
     "hpZ copy": ("hpZ copy",),
     "trained": ("trained weights",),
     "optimiser": ("master copy", "optimiser"),
@@ -41,7 +41,7 @@ def as_dict(plan: Plan) -> dict[str, Any]:
         "trained_parameters": sum(t.numel for t in plan.tensors if t.trained),
         "counts": {
             "recomputed" if recompute else "kept": {
-                name: value for name, value in vars(counted).items() if name not in ("visits", "last")
+                name: value for name, value in vars(counted).items() if name not in ("visits", "last", "gradients")
             }
             for recompute, counted in plan.counts.items()
         },

@@ -45,7 +45,8 @@ class Live:
     """
 
     def __init__(self) -> None:
-        self.now = self.peak = self._recent = 0
+        self.now = self.peak = 0
+        self._recent: Counter[str] = Counter()  # by who asks
         self._known: dict[int, weakref.ref] = {}
 
     def see(self, tensor: Tensor) -> None:
@@ -58,16 +59,19 @@ class Live:
             return
         self._known[key] = weakref.ref(storage, functools.partial(self._gone, key, size))
         self.now += size
-        self.peak, self._recent = max(self.peak, self.now), max(self._recent, self.now)
+        self.peak = max(self.peak, self.now)
+        for who, most in self._recent.items():
+            self._recent[who] = max(most, self.now)
 
     def ignore(self, tensor: Tensor) -> None:
         """Leave a tensor out, such as a weight, which is accounted for elsewhere."""
         storage = tensor.untyped_storage()
-        self._known.setdefault(id(storage), weakref.ref(storage))
+        key = id(storage)  # which another storage may get after the end of this one
+        self._known.setdefault(key, weakref.ref(storage, functools.partial(self._gone, key, 0)))
 
-    def recent(self) -> int:
-        """The most since the last call."""
-        most, self._recent = self._recent, self.now
+    def recent(self, who: str) -> int:
+        """The most since the last call of the same, or since its first one."""
+        most, self._recent[who] = self._recent.get(who, self.now), self.now
         return most
 
     def _gone(self, key: int, size: int, _: Any) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,8 @@ from torch import Tensor, nn
 
 from mmpeft_ds.engine.zero import stage3
 from mmpeft_ds.planning.shapes import Live
+
+VISITS = "visits"  # who asks for the bytes that were live
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,7 @@ class Visit:
         everything: numbers of all parameters below it.
         leaf: it is fetched as a whole.
         peak: the most bytes that were live since the visit before.
+        gradients: elements of the gradients that had come by then.
     """
 
     fetch: bool
@@ -42,6 +45,7 @@ class Visit:
     everything: tuple[int, ...]
     leaf: bool
     peak: int
+    gradients: int = 0
 
     @property
     def parameters(self) -> tuple[int, ...]:
@@ -51,13 +55,18 @@ class Visit:
 
 @contextlib.contextmanager
 def recorded(
-    model: nn.Module, parameters: Sequence[nn.Parameter], leaves: Sequence[str], live: Live
+    model: nn.Module,
+    parameters: Sequence[nn.Parameter],
+    leaves: Sequence[str],
+    live: Live,
+    gradients: Callable[[], int],
 ) -> Iterator[list[Visit]]:
     """Record the visits of a step that runs inside.
 
     Args:
         parameters: of the model, each once; their positions are their numbers.
         leaves: paths below the base model, of `stage3.leaf_paths`.
+        gradients: elements of those that have come so far.
     """
     numbers = {id(p): i for i, p in enumerate(parameters)}
     visits: list[Visit] = []
@@ -65,11 +74,12 @@ def recorded(
     for number, (module, leaf) in enumerate(_hooked(model, "", frozenset(leaves))):
         everything = tuple(sorted({numbers[id(p)] for p in module.parameters()}))
         own = tuple(sorted({numbers[id(p)] for p in module.parameters(recurse=False)}))
-        note = functools.partial(_note, visits, live, number, own, everything, leaf)
+        note = functools.partial(_note, visits, live, gradients, number, own, everything, leaf)
         if leaf and any(p.requires_grad for p in module.parameters()):
             handles.append(module.register_forward_pre_hook(stage3.input_with_gradient, with_kwargs=True))
         handles.append(module.register_forward_pre_hook(functools.partial(_before, note)))
         handles.append(module.register_forward_hook(functools.partial(_behind, note)))
+    live.recent(VISITS)
     try:
         yield visits
     finally:
@@ -88,6 +98,7 @@ def _hooked(module: nn.Module, name: str, leaves: frozenset[str]) -> Iterator[tu
 def _note(
     visits: list[Visit],
     live: Live,
+    gradients: Callable[[], int],
     number: int,
     own: tuple[int, ...],
     everything: tuple[int, ...],
@@ -96,7 +107,7 @@ def _note(
     forward: bool,
 ) -> None:
     recomputed = forward and torch._C._current_graph_task_id() != -1
-    visits.append(Visit(fetch, forward, recomputed, number, own, everything, leaf, live.recent()))
+    visits.append(Visit(fetch, forward, recomputed, number, own, everything, leaf, live.recent(VISITS), gradients()))
 
 
 def _before(note: Any, module: nn.Module, args: tuple) -> Any:

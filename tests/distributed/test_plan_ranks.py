@@ -7,10 +7,11 @@ libraries, which are thousands of times larger than a tiny model.
 
 import json
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
-from mmpeft_ds.planning import count, microbatch, planner
+from mmpeft_ds.planning import count, microbatch, others, planner
 from mmpeft_ds.planning.cluster import cluster
 from tests.helpers import launch
 from tests.helpers.models import tiny_mllm
@@ -51,7 +52,7 @@ HEADS = [
 HEGRAPH = [
     {"name": f"{shard}{stage}", "zero": zero, "hegraph": {"shard": shard}}
     for shard in ("none", "cache", "classes")
-    for stage, zero in ((0, {"stage": 0}), (1, {"stage": 1}), (3, {"stage": 3, **SMALL}))
+    for stage, zero in ((0, {"stage": 0}), (1, {"stage": 1}), (2, {"stage": 2}), (3, {"stage": 3, **SMALL}))
 ]
 FOUR = [
     QUICK[0],
@@ -87,7 +88,8 @@ class Foreseen:
         self.planner = planner.Planner(resolved, microbatch.Filling(words=planned.WORDS))
         recompute = case.get("recompute", False)
         batch = microbatch.fill(resolved.backbone, resolved.train[0].task, planned.size(case), self.planner.filling)
-        counted = count.count(resolved, batch, recompute, count.Others(ranks, neighbours=1e9))
+        with mock.patch.object(others, "sure", lambda mask: True):  # ranks on a CPU can ask
+            counted = count.count(resolved, batch, recompute, count.Others(ranks, neighbours=1e9))
         self.machines = cluster(max(1, ranks // 2), min(2, ranks), 80.0)
         self.choice = self.planner.choice("case", zero, self.machines, counted, recompute)
 
@@ -140,21 +142,20 @@ def test_two_ranks_send_and_hold_what_the_plan_says_and_not_what_it_says_of_anot
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_a_graph_over_all_ranks_sends_what_the_plan_says(run, ranks):
-    cases = [case for case in HEADS if ranks == 2 or case["name"] != "knn3"]  # on 4 ranks a fifth too low
-    folder = run(cases, ranks)
-    for case in cases:
-        # What the sparse product of a dense graph holds beside the rest differs by some per cent from step to step. A
-        # search is planned as on a GPU, which holds the rows a second time: it does not ask whether all are finite.
-        assert_as_foreseen(folder, case, ranks, memory=0.2 if case["name"] == "knn" else 0.15)
+    folder = run(HEADS, ranks)
+    for case in HEADS:
+        # What the sparse product of a dense graph holds beside the rest differs by some per cent from step to step. At
+        # stage 3 the buffer of a gather of all parameters lies beside their copies, which is not planned.
+        assert_as_foreseen(folder, case, ranks, memory=0.1 if case["name"] == "knn" else 0.15)
 
 
 @pytest.mark.slow
-def test_hegraph_sends_and_holds_what_the_plan_says_whatever_is_shared_out(run):
-    ranks = 2  # on 4 its memory is planned up to 11 % too high
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_hegraph_sends_and_holds_what_the_plan_says_whatever_is_shared_out(run, ranks):
     folder = run(HEGRAPH, ranks)
     for case in HEGRAPH:
         assert_as_foreseen(folder, case, ranks)
-    none, cache = (Foreseen(folder, HEGRAPH[i], ranks) for i in (0, 3))  # negative control
+    none, cache = (Foreseen(folder, HEGRAPH[i], ranks) for i in (0, 4))  # negative control
     assert "reduce_scatter" in cache.received[str(ranks)] and "reduce_scatter" not in none.received[str(ranks)]
 
 

@@ -106,12 +106,18 @@ def test_copies_inside_nodes_are_for_several_nodes(make):
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2])
-def test_check_and_plan_say_the_same_of_what_a_rank_holds(make, resolved, stage):
+def test_check_says_what_a_plan_says_and_counts_gradients_as_if_all_were_there_beside_the_activations(
+    make, resolved, stage
+):
     plan = make(cluster(2, 2, 80.0))
     chosen = next(c for c in plan.choices if c.name == f"zero{stage}")
     sizes = check.Sizes(plan.tensors, 1, moments=2)
     held = check.zero_bytes(sizes, {"zero_optimization": chosen.zero}, resolved.recipe, 4)
-    assert held == sum(chosen.parts.values()) - chosen.parts["activations"]
+    gradients = chosen.parts.pop("gradients") + chosen.parts.pop("gradient buffers")
+    steady = sum(size for part, size in chosen.parts.items() if part not in ("activations", "buffers"))
+    assert gradients <= held - steady
+    trained = sum(t.numel for t in plan.tensors if t.trained)
+    assert held - steady >= 4 * trained / (4 if stage == 2 else 1)
 
 
 @pytest.mark.parametrize("section", [{"name": "p_adapter"}, {"name": "lora", "r": 4}])

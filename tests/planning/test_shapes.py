@@ -30,6 +30,36 @@ def test_live_bytes_rise_and_fall_with_the_tensors_and_views_count_once():
     assert live.now == 0
 
 
+def test_a_tensor_after_the_end_of_one_that_was_left_out_counts_at_its_place_too():
+    live = Live()
+    known = set()
+    for _ in range(100):  # until a storage has the place of one that is gone
+        weight = torch.empty(10, device="meta")
+        live.ignore(weight)
+        known.add(id(weight.untyped_storage()))
+        del weight
+        made = torch.empty(10, device="meta")
+        taken = id(made.untyped_storage()) in known
+        live.see(made)
+        assert live.now == 40
+        del made
+        if taken:
+            break
+    assert taken and live.now == 0
+
+
+def test_each_who_asks_hears_of_the_most_since_it_asked_last():
+    live = Live()
+    live.recent("early")
+    a = torch.empty(100, device="meta")
+    live.see(a)
+    del a
+    live.recent("late")
+    b = torch.empty(10, device="meta")
+    live.see(b)
+    assert live.recent("late") == 40 and live.recent("early") == 400 and live.recent("early") == 40
+
+
 def test_what_backward_needs_stays_until_it_has_run():
     live, weight = Live(), nn.Parameter(torch.empty(64, 64, device="meta"))
     live.ignore(weight)

@@ -98,6 +98,13 @@ class Layout:
             offload_optimizer=(zero.get("offload_optimizer") or {}).get("device", "none") == "cpu",
         )
 
+    def reduces_together(self, trained: int) -> bool:
+        """Whether all gradients wait until they are reduced as one tensor, and DeepSpeed keeps no buffer:
+        `stage1.reduce_flat`, `stage3_gradients.reduce_flat`. `trained`: elements that train."""
+        if self.stage == 1:
+            return self.buckets == 1
+        return self.stage == 3 and self.buckets > 0 and self.bucket >= trained and not self.offload_optimizer
+
 
 def persistent(tensors: Sequence[Tensors], rules: Rules) -> set[int]:
     """Numbers of the parameters that stay whole on every rank under stage 3."""
@@ -118,11 +125,8 @@ def resident(tensors: Sequence[Tensors], layout: Layout, moments: float) -> dict
     number = sum(t.numel for t in trained)
     own = share(number, n) if stage else number
     buffers = layout.bucket * layout.buckets
-    if stage == 1 and layout.buckets == 1:
-        # `stage1.reduce_flat`: all gradients wait until they are reduced together, and DeepSpeed keeps no buffer.
-        buffers = number - own
-    elif stage == 3 and layout.buckets and layout.bucket >= number and not layout.offload_optimizer:
-        buffers = number  # `stage3_gradients.reduce_flat`: the same, besides this rank's part, which is always there
+    if layout.reduces_together(number):
+        buffers = number - (own if stage == 1 else 0)  # stage 3 always has this rank's part besides
     parts = {
         "frozen weights": sum(_held(t, layout) for t in tensors if not t.trained),
         "trained weights": sum(_held(t, layout) for t in trained),
