@@ -168,7 +168,8 @@ def threshold_graph(
     decided once, on one rank, and the decisions travel as bits. Collective, without gradient.
 
     Args:
-        x: (B, D) features of this rank, any scale; ranks may have different B. Compared in float32 (float64 stays).
+        x: (B, D) features of this rank; ranks may have different B. Compared in float32 (float64 stays), whose range
+            bounds their lengths: 1e-18 to 1e18, or zero. A row that is not finite counts as one of zeros.
         tau: in [-1, 1]; equality makes no edge.
         valid: (B,) bool; what is not valid is absent: no edge, no self-loop. None = all are.
         group: ranks that share the graph; None = all.

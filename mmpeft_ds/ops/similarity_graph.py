@@ -94,7 +94,7 @@ class Rows:
 
     @classmethod
     def of(cls, raw: Tensor, start: int = 0) -> Rows:
-        """Rows of any scale whose first stands at position `start` among all M."""
+        """Rows, not yet of length 1, whose first stands at position `start` among all M."""
         raw = raw.detach()
         values = at_least_float32(raw)
         length = torch.linalg.vector_norm(values, dim=1, keepdim=True)
