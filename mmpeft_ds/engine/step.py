@@ -11,7 +11,7 @@ import hashlib
 import math
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -386,17 +386,25 @@ def set_modes(model: torch.nn.Module, backbone: Any, recipe: recipes.Recipe) -> 
     dropout (`follows_training`) are put into training mode in any case.
     """
     engine = recipe.engine
-    model.train(engine.train_dropout or engine.gradient_checkpointing)
+    model.train(engine.train_dropout)
     for module in model.modules():
         if isinstance(module, Head) and module.follows_training:
             module.train()
     base = model.get_base_model()
-    for path in backbone.frozen_prefix(base):
+    frozen = backbone.frozen_prefix(base)
+    for path in frozen:
         base.get_submodule(path).eval()
-    if not engine.train_dropout:  # transformers recomputes layers only in training mode
-        for module in model.modules():
-            if isinstance(module, torch.nn.modules.dropout._DropoutNd):
-                module.eval()
+    if not engine.train_dropout and engine.gradient_checkpointing:
+        # transformers computes a layer again only where the layer itself is in training mode; what is in it may drop
+        # out in ways of its own, as the attention of Granite 4 Vision's Q-Former does
+        for path, module in base.named_modules():
+            if getattr(module, "gradient_checkpointing", False) and not _inside(path, frozen):
+                module.training = True
+
+
+def _inside(path: str, places: Sequence[str]) -> bool:
+    """Whether a module is one of `places`, or below one."""
+    return any(path == place or path.startswith(f"{place}.") for place in places)
 
 
 def merged_budget(budget: BadBudget) -> BadBudget:

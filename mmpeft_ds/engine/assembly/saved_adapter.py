@@ -8,6 +8,7 @@ import logging
 import math
 from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 import peft
 from peft import PeftConfig, PeftModel
@@ -32,6 +33,9 @@ from mmpeft_ds.sites.feature_site import Bank, calibrated_buffers
 logger = logging.getLogger(__name__)
 PREFIX = "base_model.model."  # of every name in a file of peft
 Rename = Callable[[str], str]
+# Names are those of this model by then. peft 0.21 would rename them as those of a checkpoint of the base, and finds no
+# place for an adapter of DeepSeek-OCR 2, whose checkpoints say `layers` for `language_model.layers`.
+RENAMES = "peft.utils.transformers_weight_conversion.convert_peft_adapter_state_dict_for_transformers"
 
 
 def attach_saved(directory: Path, base_model: PreTrainedModel, section: Section) -> PeftModel:
@@ -65,7 +69,8 @@ def attach_saved(directory: Path, base_model: PreTrainedModel, section: Section)
         raise BadInput(f"{directory / WEIGHTS}: does not fit the model: {problem}. {REMEDY}")
     if kind := sorted(n for n, t in tensors.items() if t.is_floating_point() != here[n].is_floating_point()):
         raise BadInput(f"{directory / WEIGHTS}: {kind[0]} holds {tensors[kind[0]].dtype}. {REMEDY}")
-    result = peft.set_peft_model_state_dict(model, tensors)
+    with mock.patch(RENAMES, lambda adapter_state_dict, **_: adapter_state_dict):
+        result = peft.set_peft_model_state_dict(model, tensors)
     missing = [name for name in result.missing_keys if name in trained and name not in shared_names(model)]
     if wrong := [*result.unexpected_keys, *missing]:
         raise RuntimeError(f"{directory / WEIGHTS}: peft read {len(wrong)} tensors to other places, first {wrong[0]}")
