@@ -9,9 +9,10 @@ import struct
 from pathlib import Path
 
 from huggingface_hub import HfApi, constants
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
+from mmpeft_ds import network
 from mmpeft_ds.adapter_files import CHECKSUMS, CONFIG, WEIGHTS, whole
 from mmpeft_ds.errors import BadInput
 from mmpeft_ds.files import new_directory
@@ -61,7 +62,7 @@ def push(directory: str | Path, repo: str, out: str | Path, private: bool = Fals
         mend = "Check the token (`hf auth whoami`) and its rights." if status in (401, 403) else "Try again later."
         raise BadInput(f"--repo {repo}: the hub answered {status}. {mend}") from error
     except Exception as error:
-        if not _no_network(error):
+        if not network.is_missing(error):
             raise
         return _kept(files, repo, out, private)
     return f"{constants.ENDPOINT}/{repo}: {len(files)} files"
@@ -107,12 +108,6 @@ def _lines(path: Path) -> list[str]:
     if path.suffix not in TEXT:
         raise BadInput(f"{path}: is no file of an adapter directory. Move it elsewhere.")
     return path.read_text("utf-8", errors="replace").splitlines()
-
-
-def _no_network(error: Exception) -> bool:
-    """Whether the hub was not reached; the hub's library changes its HTTP client, whose errors keep their names."""
-    names = {cls.__name__ for cls in type(error).__mro__}
-    return isinstance(error, OfflineModeIsEnabled) or not names.isdisjoint({"TransportError", "ConnectionError"})
 
 
 def _kept(files: list[Path], repo: str, out: Path, private: bool) -> str:

@@ -21,6 +21,7 @@ COMMON = {
     "fitting",
     "host_copies",
     "leftovers",
+    "network",
     "output",
     "owner",
     "progress",

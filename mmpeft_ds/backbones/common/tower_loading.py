@@ -23,6 +23,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils import cached_file, is_flash_attn_2_available
 from transformers.utils.logging import set_tqdm_hook
 
+from mmpeft_ds import network
 from mmpeft_ds.backbones.common import packaged, quantised
 from mmpeft_ds.errors import BadInput
 
@@ -68,7 +69,8 @@ def is_on_hub(name: str) -> bool:
 
 
 def locate(name: str, where: str) -> str:
-    """Directory or hub name that `name` stands for; `packaged:` names are made ready. Raises BadInput."""
+    """Directory or hub name that `name` stands for; `packaged:` names are made ready. Where the hub cannot be
+    reached, its cache alone is read from here on. Raises BadInput."""
     if name.startswith("packaged:"):
         return str(packaged.ensure(name.removeprefix("packaged:"), where))
     path = Path(name).expanduser()
@@ -76,7 +78,10 @@ def locate(name: str, where: str) -> str:
         raise BadInput(
             f"{where}: no directory {name!r}. Give a directory with config.json, a hub name or packaged:NAME."
         )
-    return str(path) if path.is_dir() else name
+    if path.is_dir():
+        return str(path)
+    network.ask_hub(name)
+    return name
 
 
 def load_config(name: str, where: str, kind: str) -> PretrainedConfig:
