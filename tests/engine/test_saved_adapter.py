@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from mmpeft_ds import backbones, methods, registry
 from mmpeft_ds.adapter_files import CONFIG, WEIGHTS
+from mmpeft_ds.engine.assembly import saved_adapter
 from mmpeft_ds.engine.assembly.saved_adapter import attach_saved
 from mmpeft_ds.errors import BadInput
 from mmpeft_ds.recipe.components import Section
@@ -82,6 +83,13 @@ def test_an_adapter_loads_to_the_bit(saved):
     state = loaded.state_dict()
     assert all(torch.equal(state[name], tensor) for name, tensor in trained.items())
     assert {n for n, p in loaded.named_parameters() if p.requires_grad} <= trained.keys()
+
+
+@pytest.mark.parametrize("saved", [("lora", {})], indirect=True, ids=["lora"])
+@pytest.mark.parametrize("renames", [("peft.utils.gone", "x"), (saved_adapter.RENAMES[0], "gone")])
+def test_a_peft_that_gives_no_other_names_is_as_good(saved, monkeypatch, renames):
+    monkeypatch.setattr(saved_adapter, "RENAMES", renames)
+    test_an_adapter_loads_to_the_bit(saved)
 
 
 def test_an_adapter_that_does_not_fit_is_refused(saved):

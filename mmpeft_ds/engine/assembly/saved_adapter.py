@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
+import importlib
 import logging
 import math
 from collections.abc import Callable
@@ -33,9 +35,8 @@ from mmpeft_ds.sites.feature_site import Bank, calibrated_buffers
 logger = logging.getLogger(__name__)
 PREFIX = "base_model.model."  # of every name in a file of peft
 Rename = Callable[[str], str]
-# Names are those of this model by then. peft 0.21 would rename them as those of a checkpoint of the base, and finds no
-# place for an adapter of DeepSeek-OCR 2, whose checkpoints say `layers` for `language_model.layers`.
-RENAMES = "peft.utils.transformers_weight_conversion.convert_peft_adapter_state_dict_for_transformers"
+# Where peft 0.21 gives the tensors of an adapter other names, as to those of a checkpoint of the base.
+RENAMES = "peft.utils.transformers_weight_conversion", "convert_peft_adapter_state_dict_for_transformers"
 
 
 def attach_saved(directory: Path, base_model: PreTrainedModel, section: Section) -> PeftModel:
@@ -69,12 +70,26 @@ def attach_saved(directory: Path, base_model: PreTrainedModel, section: Section)
         raise BadInput(f"{directory / WEIGHTS}: does not fit the model: {problem}. {REMEDY}")
     if kind := sorted(n for n, t in tensors.items() if t.is_floating_point() != here[n].is_floating_point()):
         raise BadInput(f"{directory / WEIGHTS}: {kind[0]} holds {tensors[kind[0]].dtype}. {REMEDY}")
-    with mock.patch(RENAMES, lambda adapter_state_dict, **_: adapter_state_dict):
+    with _names_as_they_are():
         result = peft.set_peft_model_state_dict(model, tensors)
     missing = [name for name in result.missing_keys if name in trained and name not in shared_names(model)]
     if wrong := [*result.unexpected_keys, *missing]:
         raise RuntimeError(f"{directory / WEIGHTS}: peft read {len(wrong)} tensors to other places, first {wrong[0]}")
     return model
+
+
+def _names_as_they_are() -> contextlib.AbstractContextManager:
+    """Context in which peft reads tensors under the names that they have, which are those of this model.
+
+    It finds no place for an adapter of DeepSeek-OCR 2 otherwise, whose checkpoints say `layers` for
+    `language_model.layers`. A peft without that function does nothing of the kind.
+    """
+    place, name = RENAMES
+    with contextlib.suppress(ImportError):
+        module = importlib.import_module(place)
+        if hasattr(module, name):
+            return mock.patch.object(module, name, lambda adapter_state_dict, **_: adapter_state_dict)
+    return contextlib.nullcontext()
 
 
 def read_config(path: Path, base_model: PreTrainedModel, section: Section, rename: Rename) -> PeftConfig:
