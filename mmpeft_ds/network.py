@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from functools import cache
 
-from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url
+from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
 from huggingface_hub.errors import OfflineModeIsEnabled
 
 logger = logging.getLogger(__name__)
@@ -19,7 +19,8 @@ def is_missing(error: Exception) -> bool:
 
 @cache
 def ask_hub(name: str) -> None:
-    """Ask the hub for the checkpoint `name`; if it cannot be reached, this process reads its cache alone from here on.
+    """Ask the hub for the checkpoint `name`. If it cannot be reached and the cache has that checkpoint, this process
+    reads the cache alone from here on; what the cache has not is left to huggingface_hub, which tries for longer.
 
     Where a file is not in the cache, huggingface_hub asks six times, which takes 23 s each (2.4.0), and a tokenizer is
     looked for in a dozen files that few checkpoints have.
@@ -29,7 +30,7 @@ def ask_hub(name: str) -> None:
     try:
         get_hf_file_metadata(hf_hub_url(name, "config.json"), timeout=constants.HF_HUB_ETAG_TIMEOUT)
     except Exception as error:  # noqa: BLE001 - whoever loads it meets any other answer again, and says so
-        if not is_missing(error):
+        if not is_missing(error) or not isinstance(try_to_load_from_cache(name, "config.json"), str):
             return
         reason = " ".join(str(error).split()) or type(error).__name__
         logger.warning(

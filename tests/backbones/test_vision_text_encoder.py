@@ -6,6 +6,7 @@ import dataclasses
 import peft
 import pytest
 import torch
+from huggingface_hub import constants
 from transformers import AutoModel, RobertaConfig, ViTConfig
 
 import mmpeft_ds
@@ -292,7 +293,8 @@ def test_options_that_cannot_work_are_refused_in_one_line(towers, change, says):
 
 
 @pytest.mark.parametrize("name", ["/no/such/dir", "packaged:nothing", "no-such/model-on-the-hub"])
-def test_a_tower_that_is_not_there_is_refused_in_one_line(towers, name):
+def test_a_tower_that_is_not_there_is_refused_in_one_line(towers, name, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)  # otherwise huggingface_hub tries for 23 s
     with pytest.raises(BadInput, match="backbone.vision") as error:
         ENTRY(Options(vision=name, text=towers["bert"], image_size=8), LABELS).check()
     assert "\n" not in str(error.value)
