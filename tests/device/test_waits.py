@@ -47,21 +47,20 @@ FORWARD = {
 }
 HEADS = {"queued mmpeft_ds/backbones/features/backbone.py": 1, "queued mmpeft_ds/tasks/classification/task.py": 1}
 HEAD_COLUMNS = {"heads, stored features": HEADS, "heads, live features": HEADS | {MASKS: 2}}
-TILES = "queued mmpeft_ds/ops/similarity_graph.py"
 PAIRS, EDGES, LISTS = (
     f"wait mmpeft_ds/{file}.py" for file in ("ops/similarity_graph", "distributed/batch_graph", "ops/graph_topk")
 )
-# pairs too close to the threshold for float32, in two tiles; edges
-THRESHOLD = {TILES: 2, PAIRS: 3}
+# pairs too close to the threshold for float32; edges. So few samples are one tile.
+THRESHOLD = {PAIRS: 2}
 # row -> what it adds: candidates too close to call, edges of the lists, those of own rows
 MORE = {
     "coop": {MASKS: 1},  # the prompts, whose text tower is run again in every step
     "mmrl": {MASKS: 3},  # the prompts, and images and captions in the frozen pass
     "ga_net, threshold": THRESHOLD,
     "ga_net, tau searched": THRESHOLD,
-    "ga_net, knn": {TILES: 2, LISTS: 2, EDGES: 3},  # both ways: and the edges that two lists name
+    "ga_net, knn": {LISTS: 1, EDGES: 2},
     "moka": {"queued mmpeft_ds/backbones/mllm/model.py": 1},  # which kind each token is, known to a composed model
-    "ga_net, v2": {TILES: 2, LISTS: 2, EDGES: 3},  # a loop may occur twice: and how many are different
+    "ga_net, v2": {LISTS: 1, EDGES: 2},
 }
 # Where image features need a gradient: transformers puts them in place with masked_scatter.
 SCATTER = {"wait autograd": 1}
