@@ -295,4 +295,4 @@ def test_an_adapter_is_the_same_when_it_is_loaded_again_and_when_it_is_merged(fo
     assert torch.equal(backbone.read(loaded(**backbone.inputs(packed)), packed).logits, adapted)
     merged = model.merge_and_unload()
     difference = backbone.read(merged(**backbone.inputs(packed)), packed).logits - adapted
-    assert difference.abs().max() <= 1e-5 * adapted.abs().max()
+    assert difference.abs().max() <= 3e-5 * adapted.abs().max()

@@ -95,16 +95,16 @@ class MllmBackbone(Checkpoint):
             parts = self._processor, self._chat, self._kind_ids
             agreement.refuse_other_conversations(name, classes, *parts, seen)
 
-    def build(self, on_meta: bool = False) -> PreTrainedModel:
-        """The pretrained model, everything frozen."""
+    def build(self, on_meta: bool = False, attention: str = "") -> PreTrainedModel:
+        """The pretrained model, everything frozen; with that of the recipe where no `attention` is given."""
         o, config = self.options, copy.deepcopy(self._config)
         config.condition = o.condition  # saved with the model
         if self._kind_ids:
             config.image_kind_ids = self._kind_ids
         mixin = _mixin_of(self._family)
         model_class = stock.publishing(mixin, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(config)])
-        attention = self.attentions[0] if self.attention == "auto" and self.attentions else self.attention
-        load = (model_class, o.model, WHERE, config, self.dtype, attention)
+        chosen = self.attentions[0] if self.attention == "auto" and self.attentions else self.attention
+        load = (model_class, o.model, WHERE, config, self.dtype, attention or chosen)
         model = stock.load(*load, o.random_weights, on_meta, self.device, o.quantise)
         give_texts_rows(model, self._family.carrying)
         return model
@@ -349,7 +349,7 @@ class MllmBackbone(Checkpoint):
     def _image_tokens(self) -> ImageTokens:
         vision = getattr(self._config, "vision_config", None)
         sizes = getattr(vision, "spatial_merge_size", 1), patch_side(vision)
-        build = functools.partial(self.build, on_meta=True)
+        build = functools.partial(self.build, on_meta=True, attention="eager")  # kernels may know no such device
         return ImageTokens(self.image_transform(False), self.collate_images, *sizes, build)
 
     @functools.cached_property

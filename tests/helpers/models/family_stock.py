@@ -11,7 +11,7 @@ ASKED = ("cosmos3_edge",)
 # Settings of the processors of LLaVA and LLaVA-NeXT that the files of their checkpoints hold.
 OF_LLAVA = {"patch_size": 4, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}
 # Families in which float32 rounds the logits of small random models by more than 2e-6 of the largest.
-ROUNDED = ("deepseek_vl_hybrid", "minicpmv4_6", "qwen4_exp", "step3p7")
+ROUNDED = ("deepseek_vl_hybrid", "minicpmv4_6", "qwen2_5_vl", "qwen4_exp", "step3p7")
 
 
 def made(folder, **options):
