@@ -96,7 +96,7 @@ class MllmBackbone(Checkpoint):
             agreement.refuse_other_conversations(name, classes, *parts, seen)
 
     def build(self, on_meta: bool = False, attention: str = "") -> PreTrainedModel:
-        """The pretrained model, everything frozen; with that of the recipe where no `attention` is given."""
+        """The pretrained model, everything frozen; `attention`: another than the recipe's."""
         o, config = self.options, copy.deepcopy(self._config)
         config.condition = o.condition  # saved with the model
         if self._kind_ids:
