@@ -41,7 +41,7 @@ class StepCount:
         forward_flops, flops: of the forward pass, and of the whole micro-step, by dtype such as `bfloat16`.
         moved: bytes that operations read and write.
         visits: fetches and releases of modules, in order, as ZeRO-3 sees them.
-        last: the most bytes that were live after the last of them.
+        last: the most bytes that were live after the last of them; end: those that are when all gradients have come.
         gradients: moments of the backward pass: the most bytes that were live, new gradients among them, and the
             elements of the gradients that had come before.
         sent: bytes that the method's own collectives bring, by kind; calls: their number.
@@ -56,6 +56,7 @@ class StepCount:
     moved: int
     visits: tuple[Visit, ...]
     last: int
+    end: int
     gradients: tuple[tuple[int, int], ...]
     sent: dict[str, int] = field(default_factory=dict)
     calls: int = 0
@@ -160,6 +161,7 @@ def count(resolved: Resolved, batch: PackedBatch, recompute: bool, others: Other
         forward_flops, kept = dict(counts.flops), live.now
         if loss.requires_grad:  # else a head that trains nothing by gradients
             loss.backward()
+        end = live.now
         del graph
     return StepCount(
         peak=live.peak,
@@ -171,6 +173,7 @@ def count(resolved: Resolved, batch: PackedBatch, recompute: bool, others: Other
         moved=counts.moved,
         visits=tuple(visits),
         last=live.recent(VISITS),
+        end=end,
         gradients=arriving.moments(),
         sent=dict(sent.bytes),
         calls=sent.total_calls,

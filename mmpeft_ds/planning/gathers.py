@@ -24,9 +24,11 @@ class Gathers:
         again: how often it is gathered after it was released in this step, so that with hpZ a copy is near.
         calls: gathers, of several parameters together; trained_calls: those in which a trained parameter comes for the
             first time, for which no copy is near under hpZ.
-        most_live: bytes of gathered parameters at the worst moment, persistent ones left out.
-        together: bytes of gathered parameters, of activations, and of gradients that wait, at the worst moment for
-            their sum.
+        most_live: bytes of gathered parameters, and of the buffers in which they came, at the worst moment;
+            persistent parameters left out.
+        together: these bytes, those of activations, and those of gradients that wait, at the worst moment for their
+            sum.
+        left: bytes of gathered parameters after the last visit.
     """
 
     first: Counter[int] = field(default_factory=Counter)
@@ -35,6 +37,7 @@ class Gathers:
     trained_calls: int = 0
     most_live: int = 0
     together: int = 0
+    left: int = 0
 
 
 def gathers(
@@ -53,9 +56,23 @@ def gathers(
     _Coordinator(visits, tensors, rules, {p for p in kept if tensors[p].trained}, decisions).run()
     again = _Coordinator(visits, tensors, rules, kept, decisions, waiting)
     found = again.run()
-    trained = sum(t.numel for t in tensors if t.trained)
-    found.together = max(found.together, last + again.live + waiting * trained)
+    trained, found.left = sum(t.numel for t in tensors if t.trained), again.live
+    found.together = max(found.together, last + found.left + waiting * trained)
     return found
+
+
+@dataclass
+class _Gather:
+    """Parameters that come together.
+
+    Attributes:
+        buffer: bytes of the one in which they come, beside their copies; left: how many have not been needed yet.
+        copied: whether the copies have been made.
+    """
+
+    buffer: int
+    left: int
+    copied: bool = False
 
 
 class _Coordinator:
@@ -76,7 +93,8 @@ class _Coordinator:
         self.fetched_again = {v.module for v in self.order if not v.forward}
         self.queue = deque((p, step) for step, v in enumerate(self.order) for p in v.parameters)
         self.fetched_for: dict[int, int] = {}  # the last step for which a parameter was taken off the queue
-        self.waited, self.in_flight = set(whole), set()
+        self.waited = set(whole)
+        self.in_flight: dict[int, _Gather] = {}  # by parameter
         self.active: dict[int, set[int]] = {}
         self.backward: dict[int, set[int]] = {}  # modules in backward: frozen parameters fetched again for them
         self.released_before: set[int] = set()
@@ -85,13 +103,15 @@ class _Coordinator:
 
     def run(self) -> Gathers:
         for visit in self.visits:
-            there = visit.peak + self.live + self.waiting * visit.gradients
-            self.found.together = max(self.found.together, there)
+            self.note(visit.peak, visit)
             if visit.fetch:
                 self.fetch(visit)
             elif visit.forward or visit.module in self.backward:
                 self.release(visit)
         return self.found
+
+    def note(self, activations: int, visit: Visit) -> None:
+        self.found.together = max(self.found.together, activations + self.live + self.waiting * visit.gradients)
 
     def fetch(self, visit: Visit) -> None:
         wanted = set(visit.parameters)
@@ -102,8 +122,7 @@ class _Coordinator:
             self.active.setdefault(p, set()).add(visit.module)
             if visit.recomputed and self.backward and not self.tensors[p].trained:
                 self.backward[next(reversed(self.backward))].add(p)
-        self.in_flight -= wanted
-        self.waited |= wanted
+        self.wait(wanted, visit)
         unseen = {p for p in wanted if self.fetched_for.get(p, -1) < self.step}
         passed: set[int] = set()
         while self.queue and len(passed) < len(unseen):
@@ -124,8 +143,23 @@ class _Coordinator:
                 numel += self.tensors[p].numel
         self.gather(chosen)
 
+    def wait(self, wanted: set[int], visit: Visit) -> None:
+        """Take the parameters of a module. Those that come together come in one buffer; when the first of them is
+        needed all are copied out of it, and it stays until the last of them is needed."""
+        for p in sorted(wanted & self.in_flight.keys()):
+            gather = self.in_flight.pop(p)
+            if not gather.copied:
+                gather.copied = True
+                self.live += gather.buffer
+                self.found.most_live = max(self.found.most_live, self.live)
+                self.note(visit.live, visit)
+            gather.left -= 1
+            if not gather.left:
+                self.live -= gather.buffer
+        self.waited |= wanted
+
     def gather(self, wanted: set[int]) -> None:
-        missing = wanted - self.waited - self.in_flight
+        missing = wanted - self.waited - self.in_flight.keys()
         if not missing:
             return
         near = missing & self.released_before
@@ -136,7 +170,9 @@ class _Coordinator:
         self.available += sum(self.tensors[p].numel for p in missing)
         self.live += self.bytes_of(missing)
         self.found.most_live = max(self.found.most_live, self.live)
-        self.in_flight |= missing
+        # A parameter that comes alone lies in what it came in.
+        together = _Gather(self.bytes_of(missing) if len(missing) > 1 else 0, len(missing))
+        self.in_flight |= dict.fromkeys(missing, together)
 
     def release(self, visit: Visit) -> None:
         key = (visit.module, self.step)

@@ -19,16 +19,22 @@ def in_a_step(count: StepCount, found: Gathers | None, ranks: int, gradients: in
     return {"activations": count.peak, "gathered weights": max(0, found.together - count.peak - gradients)}
 
 
-def of_gradients(count: StepCount, tensors: Sequence[Tensors], layout: Layout, micro_steps: int) -> dict[str, int]:
+def of_gradients(
+    count: StepCount, tensors: Sequence[Tensors], layout: Layout, micro_steps: int, left: int = 0
+) -> dict[str, int]:
     """Bytes by part that gradients and their buffers add to the most that activations take.
 
     Activations are most when the backward pass begins, gradients when it ends, so less than their sum is needed.
+
+    Args:
+        left: bytes of gathered parameters after the backward pass.
     """
     number = sum(t.numel for t in tensors if t.trained)
     own = GRADIENT * (share(number, layout.ranks) if layout.stage else number)
     most = max(_at(live, before, number, own, layout, micro_steps) for live, before in count.gradients)
     if layout.stage == 0 or layout.reduces_together(number):  # the tensor that they are reduced as, beside them
-        most = max(most, count.gradients[-1][0] + 2 * GRADIENT * number + (own if layout.stage == 3 else 0))
+        # At stage 3 this rank's part comes in a tensor of its own, and is added to the one that is always there.
+        most = max(most, count.end + left + 2 * GRADIENT * number + (2 * own if layout.stage == 3 else 0))
     added = max(0, most - count.peak)
     return {"gradients": min(own, added), "gradient buffers": max(0, added - own)}
 

@@ -203,7 +203,8 @@ class Planner:
         if ranks > 1:
             sent = traffic.joined(sent, counted.sent, counted.calls, accumulation)
         parts = resident(self.tensors, layout, self.moments) | {"buffers": self.buffers}
-        parts |= memory.of_gradients(counted, self.tensors, layout, accumulation)
+        left = gathered.left if gathered and ranks > 1 else 0
+        parts |= memory.of_gradients(counted, self.tensors, layout, accumulation, left)
         parts |= memory.in_a_step(counted, gathered, ranks, parts["gradient buffers"])
         seconds = timing.estimate(counted, sent, layout, cluster, accumulation, recipe.engine.matmul == "tf32")
         host = memory.on_host(self.tensors, layout)

@@ -34,6 +34,7 @@ class Visit:
         everything: numbers of all parameters below it.
         leaf: it is fetched as a whole.
         peak: the most bytes that were live since the visit before.
+        live: bytes that are live now.
         gradients: elements of the gradients that had come by then.
     """
 
@@ -45,6 +46,7 @@ class Visit:
     everything: tuple[int, ...]
     leaf: bool
     peak: int
+    live: int = 0
     gradients: int = 0
 
     @property
@@ -107,7 +109,8 @@ def _note(
     forward: bool,
 ) -> None:
     recomputed = forward and torch._C._current_graph_task_id() != -1
-    visits.append(Visit(fetch, forward, recomputed, number, own, everything, leaf, live.recent(VISITS), gradients()))
+    peak = live.recent(VISITS)
+    visits.append(Visit(fetch, forward, recomputed, number, own, everything, leaf, peak, live.now, gradients()))
 
 
 def _before(note: Any, module: nn.Module, args: tuple) -> Any:

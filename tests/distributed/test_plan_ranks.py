@@ -36,6 +36,7 @@ MORE = [
     {"name": "stage2", "zero": {"stage": 2}},
     {"name": "stage2_parts", "zero": {"stage": 2}, "accumulation": 2},
     {"name": "stage3_whole", "zero": {"stage": 3}},
+    {"name": "stage3_ahead", "zero": {"stage": 3, **WHOLE}},
     {"name": "stage3_recomputed", "zero": {"stage": 3, **SMALL}, "recompute": True},
     {"name": "stage3_parts", "zero": {"stage": 3, **SMALL}, "accumulation": 2},
     {"name": "stage3_nothing_kept", "zero": {"stage": 3, **dict.fromkeys(SMALL, 0)}, "recompute": True},
@@ -47,7 +48,10 @@ HEADS = [
     {"name": "knn", "zero": {"stage": 1}, "head": {"r": 40, "graph": "knn", "k": 4, "tau": -1.0}},
     {"name": "mean", "zero": {"stage": 0}, "head": {"r": 40, "tau": 0.5, "normalisation": "mean"}},
     {"name": "threshold2", "zero": {"stage": 2}, "head": {"r": 40, "tau": 0.5}},
+    {"name": "threshold3", "zero": {"stage": 3, **WHOLE}, "head": {"r": 40, "tau": 0.5}},
     {"name": "knn3", "zero": {"stage": 3, **WHOLE}, "head": {"r": 40, "graph": "knn", "k": 4, "tau": -1.0}},
+    {"name": "wide3", "zero": {"stage": 3, **WHOLE}, "head": {"r": 300, "graph": "knn", "k": 4, "tau": -1.0}},
+    {"name": "knn3_small", "zero": {"stage": 3, **SMALL}, "head": {"r": 40, "graph": "knn", "k": 4, "tau": -1.0}},
 ]
 HEGRAPH = [
     {"name": f"{shard}{stage}", "zero": zero, "hegraph": {"shard": shard}}
@@ -114,7 +118,7 @@ def measured(folder: Path, case: dict) -> dict:
     return json.loads((folder / f"{case['name']}.json").read_text())
 
 
-def assert_as_foreseen(folder: Path, case: dict, ranks: int, memory: float = 0.1) -> None:
+def assert_as_foreseen(folder: Path, case: dict, ranks: int) -> None:
     foreseen, found = Foreseen(folder, case, ranks), measured(folder, case)
     assert foreseen.received.keys() == found["received"].keys(), case["name"]
     for group, kinds in found["received"].items():
@@ -126,7 +130,7 @@ def assert_as_foreseen(folder: Path, case: dict, ranks: int, memory: float = 0.1
     assert foreseen.calls.keys() == found["calls"].keys(), case["name"]
     for group, calls in found["calls"].items():
         assert foreseen.calls[group] == pytest.approx(calls, abs=2), (case["name"], group)
-    assert foreseen.held == pytest.approx(found["held"] + found["grown"], rel=memory), case["name"]
+    assert foreseen.held == pytest.approx(found["memory"], rel=0.1), case["name"]
 
 
 def test_two_ranks_send_and_hold_what_the_plan_says_and_not_what_it_says_of_another_stage(run):
@@ -141,12 +145,10 @@ def test_two_ranks_send_and_hold_what_the_plan_says_and_not_what_it_says_of_anot
 
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [2, 4])
-def test_a_graph_over_all_ranks_sends_what_the_plan_says(run, ranks):
+def test_a_graph_over_all_ranks_sends_and_holds_what_the_plan_says(run, ranks):
     folder = run(HEADS, ranks)
     for case in HEADS:
-        # What the sparse product of a dense graph holds beside the rest differs by some per cent from step to step. At
-        # stage 3 the buffer of a gather of all parameters lies beside their copies, which is not planned.
-        assert_as_foreseen(folder, case, ranks, memory=0.1 if case["name"] == "knn" else 0.15)
+        assert_as_foreseen(folder, case, ranks)
 
 
 @pytest.mark.slow

@@ -209,7 +209,8 @@ class GaNetHead(Head):
                     "launchers/describe.py, or set method.inputs: image."
                 )
             text = image.new_zeros(len(image), self.base.text_width)
-        dtype = self.down.weight.dtype
+        # Not by name: at ZeRO-3 a weight that another module has named stays whole until the step ends.
+        dtype = next(self.classifier.parameters()).dtype
         if not surely_all(valid):
             image, text = (x.masked_fill(~valid[:, None], 0) for x in (image, text))
         return Features(image.to(dtype), text.to(dtype), valid, features.key)
