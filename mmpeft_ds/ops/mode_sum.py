@@ -1,6 +1,6 @@
 """A linear map's output plus its mode update, `mode_product`, as one function with its gradient written out."""
 
-# n rows, R rank, K modes, D and O widths of the factors; a chunks of the input, k of the output, one of which is 1
+# n rows, R rank, K modes, D and O widths of the factors
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-CHUNKS = {"attention": (False, True), "widen": (False, True), "narrow": (True, False)}  # of input, of output: K or 1
+from mmpeft_ds.ops.beside_linear import Onto, add_product, input_gradient, split
 
 
 def plus_modes(
-    out: Tensor,
+    onto: Onto,
     x: Tensor,
     down: Tensor,
     up: Tensor,
@@ -30,10 +30,11 @@ def plus_modes(
     `narrowing_delta` give it; all tensors of one dtype.
 
     Autograd on these functions records some twelve operations, most of them views, and an addition to the gradient
-    of `x`. Here there are little more than the matrix products: four forward and eight backward.
+    of `x`. Here there are little more than the matrix products: four forward and eight backward, and where the map
+    is part of it no addition of two gradients of `x`.
 
     Args:
-        out: (..., K O) for `attention` and `widen`, (..., O) for `narrow`.
+        onto: `out`, (..., K O) for `attention` and `widen`, (..., O) for `narrow`; or the map that makes it of `x`.
         x: (..., D), for `narrow` (..., K D).
         down, up: (R, D) and (O, R).
         core: (R, R, R).
@@ -42,40 +43,41 @@ def plus_modes(
         dropout, drop_before_core: as in `mode_delta`; of `attention` with several modes not before the core.
 
     Returns:
-        as `out`. A second derivative is refused.
+        (..., K O) or (..., O). A second derivative is refused.
 
     Source: as `mode_product`.
     """
-    return _PlusModes.apply(out, x, down, up, core, mode, role, scale, dropout, drop_before_core)
+    return _PlusModes.apply(*split(onto), x, down, up, core, mode, role, scale, dropout, drop_before_core)
 
 
 class _PlusModes(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, out: Tensor, x: Tensor, down: Tensor, up: Tensor, core: Tensor, mode: Tensor,
-        role: str, scale: float, dropout: float, before: bool,
+        ctx: Any, out: Tensor | None, weight: Tensor | None, bias: Tensor | None, x: Tensor, down: Tensor, up: Tensor,
+        core: Tensor, mode: Tensor, role: str, scale: float, dropout: float, before: bool,
     ) -> Tensor:  # fmt: skip
         rank, modes = mode.shape
-        a, k = (modes if many else 1 for many in CHUNKS[role])
-        inner = x.reshape(-1, down.shape[1]) @ down.T
+        a = modes if role == "narrow" else 1  # chunks of the input
+        rows = x.reshape(-1, x.shape[-1])
+        inner = rows.reshape(-1, down.shape[1]) @ down.T
         z, dropped_z = _drop(inner.view(-1, a * rank), dropout if before else 0.0)
         middle = _middle(core, mode, role)
         t, dropped_t = _drop(z @ middle, 0.0 if before else dropout)
-        ctx.save_for_backward(x, down, up, core, mode, middle, z, t, dropped_z, dropped_t)
+        ctx.save_for_backward(rows, weight, down, up, core, mode, middle, z, t, dropped_z, dropped_t)
         ctx.role, ctx.scale, ctx.shape = role, scale, x.shape
-        # `out` is read as rows of one chunk each, and addmm adds the product to them.
-        rows = out.reshape(-1, up.shape[0])
-        return torch.addmm(rows, t.view(-1, rank), up.T, alpha=scale).view(out.shape)
+        whole = add_product(out, rows, (weight, bias), t.view(-1, rank), up.T, scale)
+        return whole.view(*x.shape[:-1], whole.shape[1])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        x, down, up, core, mode, middle, z, t, dropped_z, dropped_t = ctx.saved_tensors
-        of_out, of_x, of_down, of_up, of_core, of_mode, *_ = ctx.needs_input_grad
+        rows, weight, down, up, core, mode, middle, z, t, dropped_z, dropped_t = ctx.saved_tensors
+        of_out, _, _, of_x, of_down, of_up, of_core, of_mode, *_ = ctx.needs_input_grad
         rank = mode.shape[0]
-        rows = gradient.reshape(-1, up.shape[0])
-        given_up = (t.view(-1, rank).T @ rows).T if of_up else None
-        given_t = (rows @ up).view(t.shape)
+        whole = gradient.reshape(-1, gradient.shape[-1])
+        pieces = whole.reshape(-1, up.shape[0])
+        given_up = (t.view(-1, rank).T @ pieces).T if of_up else None
+        given_t = (pieces @ up).view(t.shape)
         if ctx.scale != 1.0:
             given_t *= ctx.scale
             given_up = None if given_up is None else given_up * ctx.scale
@@ -91,9 +93,10 @@ class _PlusModes(torch.autograd.Function):
             if dropped_z is not None:
                 given_z *= dropped_z
             given_z = given_z.view(-1, rank)
-            given_x = (given_z @ down).view(ctx.shape) if of_x else None
-            given_down = given_z.T @ x.reshape(-1, down.shape[1]) if of_down else None
-        return gradient if of_out else None, given_x, given_down, given_up, given_core, given_mode, *[None] * 4
+            given_x = input_gradient(whole, weight, given_z, down).view(ctx.shape) if of_x else None
+            given_down = given_z.T @ rows.reshape(-1, down.shape[1]) if of_down else None
+        given_out = gradient if of_out else None
+        return given_out, None, None, given_x, given_down, given_up, given_core, given_mode, *[None] * 4
 
 
 def _drop(x: Tensor, probability: float) -> tuple[Tensor, Tensor | None]:
@@ -105,7 +108,7 @@ def _drop(x: Tensor, probability: float) -> tuple[Tensor, Tensor | None]:
 
 
 def _middle(core: Tensor, mode: Tensor, role: str) -> Tensor:
-    """What stands between the bottlenecks, (a R, k R); see `mode_product` for the layouts."""
+    """What stands between the bottlenecks, (R, K R), for `narrow` (K R, R); see `mode_product` for the layouts."""
     rank, modes = mode.shape
     slices = core.view(-1, rank) @ mode  # row i R + j: entry i, j of each slice
     if role == "attention" and modes > 1:

@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -54,99 +54,146 @@ def p_laplacian_of_map(
     return _Step.apply(A, f, g, p, mu, self_term)
 
 
-class _Step(torch.autograd.Function):
-    """Holds, for each edge, the map, the differences' squares and sums, and the weights."""
+class Numbers(NamedTuple):
+    """What a step knows beside tensors."""
 
+    square: bool
+    self_term: bool
+    power: float  # p
+    c: float  # 2 mu / p
+    first: int  # row of g that is the first row's own node
+    least: float  # n^2 of a self loop
+
+
+class Held(NamedTuple):
+    """Tensors that the backward pass of a step reads; of each edge the map, sums of its difference, and the weight."""
+
+    A: Tensor
+    f: Tensor
+    g: Tensor
+    norm: Tensor
+    slope: Tensor
+    weight: Tensor
+    squared: Tensor
+    total: Tensor
+    root: Tensor
+    alpha: Tensor
+    V: Tensor
+
+
+def step(
+    A: Tensor, f: Tensor | None, g: Tensor, power: float, mu: float, self_term: bool
+) -> tuple[Tensor, Held, Numbers]:
+    """U of `p_laplacian_of_map` without autograd, and what `step_backward` needs."""
+    square, c = f is None, 2 * mu / power
+    first, least = g.shape[-2] - A.shape[-2], g.shape[-1] * EPS**2
+    g = g.contiguous()
+    f = g[..., first:, :] if square else f.contiguous()
+    apart = _apart(f, g)  # 0 for self loops, whose two nodes are one
+    squared, total = (apart * apart).sum(-3), apart.sum(-3)
+    root = (A + EPS).sqrt_()
+    norm = (root * squared).add_(total, alpha=2 * EPS).mul_(root).add_(least)
+    slope = norm.clamp_min_(torch.finfo(A.dtype).tiny) ** (power / 2 - 1)
+    weight = slope * A
+    own = None
+    if square:
+        # A self loop may hold nearly all of a row: U - f is computed without it.
+        loops = weight.diagonal(first, -2, -1)
+        own = loops.clone()
+        loops.zero_()
+    sums, V = weight.sum(-1, keepdim=True), weight @ g
+    if square:
+        V.addcmul_(sums, f, value=-1)
+        loops.copy_(own)
+        sums += own.unsqueeze(-1)
+    alpha = sums.add_(c).reciprocal_()
+    if self_term != square:
+        V.add_(f, alpha=c if self_term else -c)
+    V *= alpha
+    held = Held(A, f, g, norm, slope, weight, squared, total, root, alpha, V)
+    return f + V if square else V, held, Numbers(square, self_term, power, c, first, least)
+
+
+class Given(NamedTuple):
+    """Gradients of a step; those of p and mu are numbers."""
+
+    A: Tensor | None
+    f: Tensor | None  # None on a square graph
+    g: Tensor
+    p: float
+    mu: float
+
+
+def step_backward(held: Held, numbers: Numbers, dU: Tensor, of_A: bool = True, of_p: bool = True) -> Given:
+    """Gradients from that of U, (B, H, N, b)."""
+    A, f, g, norm, slope, weight, squared, total, root, alpha, V = held
+    square, self_term, power, c, first, least = numbers
+    # As in `p_laplacian_edges.Gradients`: everything is seen from the row's own node on a square graph.
+    scaled = alpha * dU
+    dU_V = (scaled * V).sum(-1, keepdim=True)
+    dU_f = (scaled * f).sum(-1, keepdim=True) if square or self_term else None
+    level = dU_V + dU_f if square else dU_V
+    surplus = dU_V if square == self_term else level if square else dU_V - dU_f
+    dw = (scaled @ g.mT).sub_(level)
+    if square:
+        dw.diagonal(first, -2, -1).copy_(-dU_V.squeeze(-1))
+    h = dw * weight
+    steep = h / norm  # and (power - 2), where it is used
+    if square:
+        steep.diagonal(first, -2, -1).zero_()
+    dA = None
+    if of_A:
+        dA = (dw * slope).add_(torch.add(squared, total / root, alpha=EPS).mul_(steep), alpha=power / 2 - 1)
+    steep *= root
+    apart = _apart(f, g).mul_(root.unsqueeze(-3)).add_(EPS).mul_(steep.unsqueeze(-3))
+    dg = (weight.mT @ scaled).add_(apart.sum(-2).mT, alpha=power - 2)
+    df = apart.sum(-1).mT * (2 - power)
+    if self_term:
+        df.add_(scaled, alpha=c)
+    if square:
+        dg[..., first:, :] += df
+    heavy = square and power < 2
+    if heavy:
+        h.diagonal(first, -2, -1).zero_()
+    dc = -float(surplus.sum())
+    dp = _of_p(h, norm, dc, numbers, math.log(least) if heavy else 0.0) if of_p else 0.0
+    return Given(dA, None if square else df, dg, dp, 2 * dc / power)
+
+
+def _of_p(h: Tensor, norm: Tensor, dc: float, numbers: Numbers, lowest: float) -> float:
+    """Gradient of p.
+
+    Args:
+        h: dw_ij w_ij; 0 for self loops where they hold nearly all of their rows.
+        dc: gradient of c.
+        lowest: ln n^2 of these self loops, else 0. h (ln n^2 - lowest) is added up edge by edge; lowest times the sum
+            of all h, self loops included, follows from the gradient of c, where their large terms cancel.
+    """
+    above = float(norm.log().sub_(lowest).mul_(h).sum())
+    # sum_ij h_ij is -c dc; c = 2 mu / p stands beside p's own place in the weights.
+    return (above - numbers.c * dc * lowest) / 2 - numbers.c * dc / numbers.power
+
+
+class _Step(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, A: Tensor, f: Tensor | None, g: Tensor, p: Tensor | float, mu: Tensor | float, self_term: bool
     ) -> Tensor:
-        square, power, c = f is None, float(p), 2 * float(mu) / float(p)
-        first, least = g.shape[-2] - A.shape[-2], g.shape[-1] * EPS**2
-        g = g.contiguous()
-        f = g[..., first:, :] if square else f.contiguous()
-        apart = _apart(f, g)  # 0 for self loops, whose two nodes are one
-        squared, total = (apart * apart).sum(-3), apart.sum(-3)
-        root = (A + EPS).sqrt_()
-        norm = (root * squared).add_(total, alpha=2 * EPS).mul_(root).add_(least)
-        slope = norm.clamp_min_(torch.finfo(A.dtype).tiny) ** (power / 2 - 1)
-        weight = slope * A
-        own = None
-        if square:
-            # A self loop may hold nearly all of a row: U - f is computed without it.
-            loops = weight.diagonal(first, -2, -1)
-            own = loops.clone()
-            loops.zero_()
-        sums, V = weight.sum(-1, keepdim=True), weight @ g
-        if square:
-            V.addcmul_(sums, f, value=-1)
-            loops.copy_(own)
-            sums += own.unsqueeze(-1)
-        alpha = sums.add_(c).reciprocal_()
-        if self_term != square:
-            V.add_(f, alpha=c if self_term else -c)
-        V *= alpha
-        ctx.save_for_backward(A, f, g, norm, slope, weight, squared, total, root, alpha, V)
-        ctx.numbers = square, self_term, power, c, first, least
+        U, held, ctx.numbers = step(A, f, g, float(p), float(mu), self_term)
+        ctx.save_for_backward(*held)
         ctx.of = [x if isinstance(x, Tensor) else None for x in (p, mu)]
-        return f + V if square else V
+        return U
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dU: Tensor) -> tuple[Tensor | None, ...]:
-        A, f, g, norm, slope, weight, squared, total, root, alpha, V = ctx.saved_tensors
-        square, self_term, power, c, first, least = ctx.numbers
-        # As in `p_laplacian_edges.Gradients`: everything is seen from the row's own node on a square graph.
-        scaled = alpha * dU
-        dU_V = (scaled * V).sum(-1, keepdim=True)
-        dU_f = (scaled * f).sum(-1, keepdim=True) if square or self_term else None
-        level = dU_V + dU_f if square else dU_V
-        surplus = dU_V if square == self_term else level if square else dU_V - dU_f
-        dw = (scaled @ g.mT).sub_(level)
-        if square:
-            dw.diagonal(first, -2, -1).copy_(-dU_V.squeeze(-1))
-        h = dw * weight
-        steep = h / norm  # and (power - 2), where it is used
-        if square:
-            steep.diagonal(first, -2, -1).zero_()
-        dA = None
-        if ctx.needs_input_grad[0]:
-            dA = (dw * slope).add_(torch.add(squared, total / root, alpha=EPS).mul_(steep), alpha=power / 2 - 1)
-        steep *= root
-        apart = _apart(f, g).mul_(root.unsqueeze(-3)).add_(EPS).mul_(steep.unsqueeze(-3))
-        dg = (weight.mT @ scaled).add_(apart.sum(-2).mT, alpha=power - 2)
-        df = apart.sum(-1).mT * (2 - power)
-        if self_term:
-            df.add_(scaled, alpha=c)
-        if square:
-            dg[..., first:, :] += df
-        heavy = square and power < 2
-        if heavy:
-            h.diagonal(first, -2, -1).zero_()
-        dp, dmu = _numbers(ctx, h, norm, surplus, math.log(least) if heavy else 0.0)
-        return dA, None if square else df, dg, dp, dmu, None
+        of_A, _, _, of_p, of_mu, _ = ctx.needs_input_grad
+        given = step_backward(Held(*ctx.saved_tensors), ctx.numbers, dU, of_A, of_p)
+        p, mu = ctx.of
+        dp, dmu = torch.full_like(p, given.p) if of_p else None, torch.full_like(mu, given.mu) if of_mu else None
+        return given.A, given.f, given.g, dp, dmu, None
 
 
 def _apart(f: Tensor, g: Tensor) -> Tensor:
     """D with channels first, (B, H, b, N, M)."""
     return g.mT.unsqueeze(-2) - f.mT.unsqueeze(-1)
-
-
-def _numbers(ctx: Any, h: Tensor, norm: Tensor, surplus: Tensor, lowest: float) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients of p and mu.
-
-    Args:
-        h: dw_ij w_ij; 0 for self loops where they hold nearly all of their rows.
-        lowest: ln n^2 of these self loops, else 0. h (ln n^2 - lowest) is added up edge by edge; lowest times the sum
-            of all h, self loops included, follows from the gradient of c, where their large terms cancel.
-    """
-    _, _, power, c, _, _ = ctx.numbers
-    p, mu = ctx.of
-    dc = -float(surplus.sum())
-    dp = None
-    if p is not None and ctx.needs_input_grad[3]:
-        above = float(norm.log().sub_(lowest).mul_(h).sum())
-        # sum_ij h_ij is -c dc; c = 2 mu / p stands beside p's own place in the weights.
-        dp = torch.full_like(p, (above - c * dc * lowest) / 2 - c * dc / power)
-    dmu = torch.full_like(mu, 2 * dc / power) if mu is not None and ctx.needs_input_grad[4] else None
-    return dp, dmu

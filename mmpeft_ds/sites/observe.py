@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import copy
+import functools
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -178,7 +179,12 @@ def _observer(core: nn.Module, site: AttentionSite) -> Callable[..., None]:
 
 def _modeling(core: nn.Module) -> ModuleType | None:
     """The transformers file that defines `core`, if it calls the attention registry."""
-    for cls in type(core).__mro__:
+    return _modeling_of(type(core))
+
+
+@functools.cache
+def _modeling_of(kind: type) -> ModuleType | None:
+    for cls in kind.__mro__:
         module = sys.modules.get(cls.__module__)
         if hasattr(module, "ALL_ATTENTION_FUNCTIONS") and hasattr(module, "eager_attention_forward"):
             return module
@@ -212,8 +218,9 @@ def _observe_registry(seen: Observation, core: nn.Module, attention: nn.Module, 
     marked = copy.copy(config)
     # The public setter would reach into configs that the copy shares.
     marked._attn_implementation_internal = REGISTERED_AS
-    core.config = marked
-    seen._undo.append(lambda: setattr(core, "config", config))
+    held = vars(core)  # an attribute like any other, for which a module's own way takes ten times as long
+    held["config"] = marked
+    seen._undo.append(lambda: held.update(config=config))
     open_for(core, _Call(seen, implementation))
     seen._undo.append(lambda: close_for(core))
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from mmpeft_ds.ops import mode_product
+from mmpeft_ds.ops.beside_linear import Linear
 from mmpeft_ds.ops.mode_sum import plus_modes
 
 D, OUT, R = 6, 5, 3
@@ -24,6 +25,11 @@ def inputs(role, modes):
 
     wide_in, wide_out = (modes * D, OUT) if role == "narrow" else (D, modes * OUT)
     return [drawn(2, 4, wide_out), drawn(2, 4, wide_in), drawn(R, D), drawn(OUT, R), drawn(R, R, R), drawn(R, modes)]
+
+
+def with_map(x, weight, bias, *rest, **options):
+    """As `plus_modes` of the output of the map, which it computes itself."""
+    return plus_modes(Linear(weight, bias), x, *rest, **options)
 
 
 def outcome(form, given, **options):
@@ -64,3 +70,31 @@ def test_rows_that_lie_otherwise_in_memory_and_inputs_without_gradient():
     gradients = torch.autograd.grad(plus_modes(*frozen, role="attention").sum(), given[2:])
     expected = torch.autograd.grad(plus_modes(*given, role="attention").sum(), given[2:])
     assert all(torch.allclose(a, b, rtol=1e-12) for a, b in zip(gradients, expected, strict=True))
+
+
+@pytest.mark.parametrize("of_x", [True, False])
+@pytest.mark.parametrize(("role", "modes"), ROLES)
+def test_the_map_in_the_same_function_gives_the_same(role, modes, of_x):
+    out, x, *rest = inputs(role, modes)
+    generator = torch.Generator().manual_seed(5)
+    weight, bias = (
+        torch.randn(*s, generator=generator, dtype=x.dtype) for s in ((out.shape[-1], x.shape[-1]), (out.shape[-1],))
+    )
+    x.requires_grad_(of_x)
+    results = []
+    for form in (
+        lambda: with_map(x, weight, bias, *rest, role=role, scale=0.5),
+        lambda: plus_modes(torch.nn.functional.linear(x, weight, bias), x, *rest, role=role, scale=0.5),
+    ):
+        torch.manual_seed(7)
+        result = form()
+        wanted = [t for t in (x, *rest) if t.requires_grad]
+        results.append([result, *torch.autograd.grad((result.sin() * 3).sum(), wanted)])
+    for a, e in zip(*results, strict=True):
+        torch.testing.assert_close(a, e, rtol=1e-12, atol=1e-12)
+
+
+def test_gradients_are_those_of_finite_differences():
+    _, x, *rest = inputs("narrow", 2)
+    weight = torch.randn(OUT, x.shape[-1], dtype=x.dtype, generator=torch.Generator().manual_seed(5))
+    assert torch.autograd.gradcheck(lambda *given: plus_modes(Linear(weight, None), *given, role="narrow"), (x, *rest))

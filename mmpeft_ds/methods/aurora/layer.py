@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from mmpeft_ds.errors import BadInput
 from mmpeft_ds.methods.aurora.config import AuroraConfig
+from mmpeft_ds.methods.common.beside import is_eager, plain_linear
 from mmpeft_ds.methods.common.borrowed import whole
 from mmpeft_ds.methods.common.fused import Fusable
 from mmpeft_ds.methods.common.layers import SiteLayer
@@ -20,6 +21,7 @@ from mmpeft_ds.methods.common.low_rank import Product
 from mmpeft_ds.methods.common.parts import spread
 from mmpeft_ds.methods.common.products import Multiplies, at_edge
 from mmpeft_ds.ops import mode_product
+from mmpeft_ds.ops.beside_linear import Onto
 from mmpeft_ds.ops.frame_weighting import weight_frame_keys
 from mmpeft_ds.ops.gated_query import gated_query
 from mmpeft_ds.ops.mode_sum import plus_modes
@@ -110,30 +112,28 @@ class ModeDelta(Fusable, Multiplies):
         with torch.no_grad():
             self.mode.uniform_(-bound, bound)
 
-    def joins(self, x: Tensor, out: Tensor) -> bool:
-        """Whether `forward` may add itself to `out`, the output of the whole leaf: all is of one dtype and eager, and
-        the parts are side by side."""
+    def joins(self, x: Tensor, out_features: int) -> bool:
+        """Whether `forward` may add itself to the output of the whole leaf, so wide and of the dtype of `x`: all is of
+        one dtype and eager, and the parts are side by side."""
         place, core = self.place, self.borrowed[1].core
-        if self.products is not None or getattr(core, "ds_shape", core.shape)[1:] == () or x.dtype != self.mode.dtype:
-            return False
-        if out.dtype != x.dtype or self._compiled_call_impl is not None or torch.compiler.is_compiling():
+        if not is_eager(self, x, self.mode.dtype) or getattr(core, "ds_shape", core.shape)[1:] == ():
             return False
         drops = self.dropout.training and self.dropout.p > 0
         if place.role == "attention" and drops and place.text and place.modes > 1:
             return False
-        return place.role != "attention" or sum(width for _, width in place.parts) == out.shape[-1]
+        return place.role != "attention" or sum(width for _, width in place.parts) == out_features
 
-    def forward(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, onto: Onto | None = None) -> Tensor:
         """(..., in) -> (..., K, part) for attention, else (..., out), in the dtype of the products.
 
         Args:
-            out: what the result is added to, where it `joins`; the sum has its shape.
+            onto: what the result is added to, where it `joins`; the sum has the shape of the leaf's output.
         """
         factors, holder = self.borrowed
         down, up, core = whole((factors.down, factors.up, holder.core))
-        if out is not None:
+        if onto is not None:
             return plus_modes(
-                out, x, down, up, core, self.mode, role=self.place.role, scale=self.scale,
+                onto, x, down, up, core, self.mode, role=self.place.role, scale=self.scale,
                 dropout=self.dropout.p if self.dropout.training else 0.0, drop_before_core=self.place.text,
             )  # fmt: skip
         with self.multiplying(x):
@@ -214,18 +214,18 @@ class AuroraLinear(nn.Module, SiteLayer):
 
     def forward(self, x: Tensor, *args: object, **kwargs: object) -> Tensor:
         """(..., in) -> (..., out)."""
-        frozen = self._frozen()
-        out = self.base_layer(x, *args, **kwargs)
-        if not frozen:
-            for name in self.active_adapters:
-                if name not in self.aurora:
-                    continue
-                delta = self.aurora[name]
-                if delta.joins(x, out):
-                    out = delta(x, out)
-                else:
-                    added = self._spread(delta(x), delta.place)
-                    out = out + added if added.dtype == out.dtype else (out + added).to(out.dtype)
+        active = [] if self._frozen() else [self.aurora[n] for n in self.active_adapters if n in self.aurora]
+        onto = plain_linear(self.base_layer, x) if active and active[0].joins(x, self.out_features) else None
+        if onto is not None and not args and not kwargs:
+            out, active = active[0](x, onto), active[1:]
+        else:
+            out = self.base_layer(x, *args, **kwargs)
+        for delta in active:
+            if out.dtype == x.dtype and delta.joins(x, self.out_features):
+                out = delta(x, out)
+            else:
+                added = self._spread(delta(x), delta.place)
+                out = out + added if added.dtype == out.dtype else (out + added).to(out.dtype)
         return out if self._disable_adapters else self._weight_frames(out)
 
     def _spread(self, added: Tensor, place: LinearPlace) -> Tensor:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from mmpeft_ds.errors import BadInput
 from mmpeft_ds.methods.base import SiteMethod
+from mmpeft_ds.methods.common.beside import is_eager, plain_linear
 from mmpeft_ds.methods.common.config import MethodConfig
 from mmpeft_ds.methods.common.fused import Fusable
 from mmpeft_ds.methods.common.layers import SiteLayer
@@ -21,8 +22,10 @@ from mmpeft_ds.methods.common.products import Multiplies, at_edge
 from mmpeft_ds.methods.common.select import Selection, select
 from mmpeft_ds.methods.common.tuner import SiteTuner
 from mmpeft_ds.methods.graph_lora.options import GraphLoraOptions
+from mmpeft_ds.ops.beside_linear import Onto
 from mmpeft_ds.ops.node_graph import node_mix
 from mmpeft_ds.ops.precision import full_dtype
+from mmpeft_ds.ops.written_sum import Graph, plus_written
 from mmpeft_ds.sites import Sites, find_sites
 from mmpeft_ds.sites.base import base_layer, features
 
@@ -98,8 +101,16 @@ class WrittenFactors(Fusable, Multiplies):
         down = ((self.down_weight * first).sum(-1) + self.down_bias).view(self.r, self.d)
         return down, ((self.up_weight * second).sum(-1) + self.up_bias).view(self.o, self.r)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., d) -> (..., o), what is added to the frozen output."""
+    def forward(self, x: Tensor, onto: Onto | None = None, start: int = 0) -> Tensor:
+        """(..., d) -> (..., o), what is added to the frozen output.
+
+        Args:
+            onto: what it is added to, where `is_eager` says so; the sum is returned then.
+            start: output feature of `onto` at which the part begins.
+        """
+        if onto is not None:
+            graph = Graph(*(getattr(self, name) for name in Graph._fields))
+            return plus_written(onto, x, graph, self.r, start=start, scale=self.scale)
         down, up = self.factors()
         with self.multiplying(x):
             return self.scale * F.linear(F.linear(at_edge(x, down.dtype), down), up)
@@ -133,11 +144,20 @@ class GraphLoraLinear(nn.Module, SiteLayer):
     def forward(self, x: Tensor, *args: object, **kwargs: object) -> Tensor:
         """(..., d) -> (..., out)."""
         frozen = self._frozen()
-        out = self.base_layer(x, *args, **kwargs)
-        if frozen:
-            return out
-        for name in self.active_adapters:
-            for (start, width), written in zip(self.parts.get(name, ()), self.graph_lora[name], strict=True):
+        active = [] if frozen else [
+            (start, width, written) for name in self.active_adapters if name in self.parts
+            for (start, width), written in zip(self.parts[name], self.graph_lora[name], strict=True)
+        ]  # fmt: skip
+        onto = plain_linear(self.base_layer, x) if active and _joins(active[0][2], x) else None
+        if onto is not None and not args and not kwargs:
+            (start, _, written), *active = active
+            out = written(x, onto, start)
+        else:
+            out = self.base_layer(x, *args, **kwargs)
+        for start, width, written in active:
+            if out.dtype == x.dtype and _joins(written, x):
+                out = written(x, out, start)
+            else:
                 added = written(x)
                 if width != self.out_features:
                     added = F.pad(added, (start, self.out_features - start - width))
@@ -162,6 +182,11 @@ class GraphLoraLinear(nn.Module, SiteLayer):
             with torch.no_grad():
                 changes = [product.up @ product.down for product in self.lora_factors(name)]
             self._fold(name, self.parts[name], changes, safe_merge)
+
+
+def _joins(written: WrittenFactors, x: Tensor) -> bool:
+    # `node` may be away in parts (ZeRO-3) until the module is called, but not its dtype.
+    return is_eager(written, x, written.node.dtype)
 
 
 class GraphLoraModel(SiteTuner):

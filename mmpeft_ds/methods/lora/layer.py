@@ -9,6 +9,7 @@ from peft import PeftModel
 from peft.tuners import lora
 from torch import Tensor, nn
 
+from mmpeft_ds.methods.common.beside import is_cast, is_watched
 from mmpeft_ds.ops.low_rank_linear import low_rank_linear
 from mmpeft_ds.sites.base import AdapterLayer
 
@@ -41,13 +42,11 @@ class LoraLinear(lora.Linear, AdapterLayer):
         if isinstance(dropout, nn.Dropout) and dropout.training and dropout.p > 0:
             return None
         for part in parts:
-            if type(part) is not nn.Linear or part.weight.dtype != x.dtype or _watched(part):
+            if type(part) is not nn.Linear or part.weight.dtype != x.dtype or is_watched(part):
                 return None
         frozen = not any(p.requires_grad for p in self.base_layer.parameters())
         whole = frozen and all(part.bias is None for part in parts[1:])
-        # The meta device, on which a plan counts, has no autocast.
-        cast = x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
-        return name if whole and not cast else None
+        return name if whole and not is_cast(x) else None
 
 
 def use_one_function(model: PeftModel) -> None:
@@ -55,9 +54,3 @@ def use_one_function(model: PeftModel) -> None:
     for module in model.modules():
         if type(module) is lora.Linear and type(module.base_layer) is nn.Linear:
             module.__class__ = LoraLinear
-
-
-def _watched(module: nn.Module) -> bool:
-    """Whether a call of `module` does more than its forward."""
-    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return any(hooks) or "forward" in vars(module)

@@ -19,6 +19,7 @@ from mmpeft_ds.ops.p_laplacian import (
     pool_keys,
     self_loops,
 )
+from mmpeft_ds.ops.p_laplacian_branch import Exponent, Scores
 from mmpeft_ds.ops.p_laplacian_map import HELD, MOST, fits, p_laplacian_of_map
 from mmpeft_ds.ops.p_laplacian_stream import p_laplacian_attention
 from mmpeft_ds.ops.p_laplacian_triton import usable
@@ -92,10 +93,8 @@ class Propagation(nn.Module):
             square: rows and columns are the same nodes.
         """
         if self._is_small(seen, f, g):
-            A = self.attention(seen)
-            A = A if self.groups is None else pool_keys(A, self.groups, -1)
             return p_laplacian_of_map(
-                A, None if square else f, g, self.exponent, self.pull, self_term=square, square=square
+                self.pooled(seen), None if square else f, g, self.exponent, self.pull, self_term=square, square=square
             )
         if self._streams(seen, square):
             graph = "published" if self.published else "square" if square else "pooled" if self.groups else "bipartite"
@@ -119,6 +118,36 @@ class Propagation(nn.Module):
         if self.rule == "appnp":
             return appnp(A, f, g, square=square)
         return gcnii(A, f, g, self.weight, square=square, layer=self.layer)
+
+    def joins(self, seen: Observation, h: Tensor, bottleneck: int) -> bool:
+        """Whether `plus_branch` may take this step for the attention output `h`, (B, N, d), with nodes of its dtype.
+
+        Args:
+            bottleneck: H b.
+        """
+        if self.m is None or h.device.type != "cpu":
+            return False
+        heads = (seen.value if seen.query is None else seen.query).shape[1]
+        one, columns = h.new_empty(1), self.groups or seen.value.shape[2]  # expanded: shapes without memory
+        f, g = (one.expand(h.shape[0], heads, tokens, bottleneck // heads) for tokens in (h.shape[1], columns))
+        return self._is_small(seen, f, g)
+
+    def given(self, seen: Observation, h: Tensor) -> Tensor | Scores:
+        """The map as `plus_branch` takes it."""
+        scored = seen.probabilities is None and self.groups is None and seen.query.dtype == h.dtype
+        if scored and (seen.mask is None or not seen.mask.requires_grad):
+            return Scores(seen.query, seen.repeated(seen.key), seen.mask, seen.causal, seen.scaling)
+        return self.pooled(seen)
+
+    @property
+    def trained(self) -> Exponent:
+        """p and m as `plus_branch` takes them."""
+        return Exponent(self.start if self.p is None else self.p, self.m, self.mu, CLAMP if self.clamp else None)
+
+    def pooled(self, seen: Observation) -> Tensor:
+        """The map that the step goes over, (B, H, N, M) or with bins (B, H, N, G)."""
+        A = self.attention(seen)
+        return A if self.groups is None else pool_keys(A, self.groups, -1)
 
     def _is_small(self, seen: Observation, f: Tensor, g: Tensor) -> bool:
         """Whether the map is at hand or may be made, and what belongs to each of its edges may be held."""

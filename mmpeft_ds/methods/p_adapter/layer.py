@@ -14,12 +14,16 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from mmpeft_ds.errors import BadInput
+from mmpeft_ds.methods.common.beside import is_cast, is_eager, is_watched, plain_linear
 from mmpeft_ds.methods.common.fused import Fusable
 from mmpeft_ds.methods.common.layers import SiteLayer
 from mmpeft_ds.methods.common.products import Multiplies, at_edge
 from mmpeft_ds.methods.p_adapter.attention_graph import Propagation
 from mmpeft_ds.methods.p_adapter.config import PAdapterConfig
+from mmpeft_ds.ops.beside_linear import Linear
+from mmpeft_ds.ops.p_laplacian_branch import Maps, plus_branch
 from mmpeft_ds.ops.precision import full_dtype
+from mmpeft_ds.ops.relu_sum import plus_relu
 from mmpeft_ds.sites.base import AttentionSite, FFNSite, base_layer
 from mmpeft_ds.sites.observe import Observation, close_for, observe, open_for, opened
 
@@ -54,6 +58,18 @@ class AttentionBranch(nn.Module, Multiplies):
         self.up = nn.Linear(bottleneck, width, **factory)
         self.graph = Propagation(config, site.cross, channels, site.layer + 1, **factory)
         reset(self)
+
+    def plus(self, h: Tensor, seen: Observation, project: Callable[[Tensor], Tensor]) -> Tensor | None:
+        """`h` and the output of this adapter for it in one function, where that is plain arithmetic on a small map."""
+        parts = (self.down, self.gate, self.up, self.graph)
+        if self.published or not is_eager(self, h, self.up.weight.dtype) or is_cast(h):
+            return None
+        if any(is_watched(part) for part in (*parts, self)) or not self.graph.joins(seen, h, self.down.out_features):
+            return None
+        values = project(self.graph.pool(seen.values).contiguous())
+        queries = None if self._square(seen) else project(self._queries(seen.q).contiguous())
+        maps = Maps(*(tensor for part in parts[:3] for tensor in (part.weight, part.bias)))
+        return plus_branch(h, self.graph.given(seen, h), values, queries, maps, self.graph.trained, self.heads)
 
     def forward(self, h: Tensor, seen: Observation, project: Callable[[Tensor], Tensor]) -> Tensor:
         """Output of this adapter for the attention output `h`, (B, N, d).
@@ -115,7 +131,20 @@ class FFNBranch(Fusable, Multiplies):
         self.up = nn.Linear(width // config.r2, out_width, **factory)
         reset(self)
 
-    def forward(self, t: Tensor) -> Tensor:
+    def joins(self, x: Tensor, t: Tensor) -> bool:
+        """Whether `forward` may compute the end of the block too, whose last map reads x."""
+        if is_watched(self.down) or is_watched(self.up):
+            return False
+        return t.dtype == x.dtype and is_eager(self, x, self.up.weight.dtype)
+
+    def forward(self, t: Tensor, x: Tensor | None = None, linear: Linear | None = None) -> Tensor:
+        """(..., width) -> (..., out_width).
+
+        Args:
+            x, linear: where it `joins`, input of the block's last map, and this map; their product is added.
+        """
+        if x is not None:
+            return plus_relu(linear, x, t, *(Linear(m.weight, m.bias) for m in (self.down, self.up)))
         with torch.autocast(t.device.type, enabled=False), self.multiplying(t):
             return self.up(F.relu(self.down(at_edge(t, self.up.weight.dtype))))
 
@@ -194,6 +223,8 @@ class AttentionLayer(BranchLayer):
         seen = self._seen()
         # Where the sublayer ends with its projection, that is what this layer wraps.
         project = self.base_layer if self.site.end == self.site.out.path else seen.project
+        if len(branches) == 1 and (out := branches[0].plus(h, seen, project)) is not None:
+            return out
         out = None
         for branch in branches:
             made = branch(h, seen, project)
@@ -228,13 +259,16 @@ class FFNLayer(BranchLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         """The block's output plus what the adapters make of its input."""
-        out = self.base_layer(x)
         branches = self._branches()
-        if branches:
-            t = self._seen().t
-            close_for(self)
-            out = sum((branch(t) for branch in branches), out).to(out.dtype)
-        return out
+        if not branches:
+            return self.base_layer(x)
+        t = self._seen().t
+        close_for(self)
+        linear = plain_linear(self.base_layer, x) if len(branches) == 1 and branches[0].joins(x, t) else None
+        if linear is not None:
+            return branches[0](t, x, linear)
+        out = self.base_layer(x)
+        return sum((branch(t) for branch in branches), out).to(out.dtype)
 
     def _note(self, first: nn.Module, args: tuple[Tensor, ...]) -> None:
         close_for(self)

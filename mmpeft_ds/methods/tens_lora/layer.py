@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mmpeft_ds.methods.common.beside import is_eager, plain_linear
 from mmpeft_ds.methods.common.borrowed import whole
 from mmpeft_ds.methods.common.fused import Fusable
 from mmpeft_ds.methods.common.layers import SiteLayer
@@ -19,7 +20,9 @@ from mmpeft_ds.methods.common.parts import spread
 from mmpeft_ds.methods.common.products import Multiplies, at_edge
 from mmpeft_ds.methods.tens_lora.config import TensLoraConfig
 from mmpeft_ds.ops import tensor_update
+from mmpeft_ds.ops.beside_linear import Onto
 from mmpeft_ds.ops.precision import full_dtype
+from mmpeft_ds.ops.tensor_sum import plus_tucker
 from mmpeft_ds.sites.base import base_layer, features
 
 
@@ -89,9 +92,25 @@ class TensorDelta(Fusable, Multiplies):
         self.scale, self.dropout = config.scale, config.dropout
         self.borrowed = tuple(held)  # a tuple: no submodules, so they are named, saved and counted once
 
-    def forward(self, x: Tensor) -> list[Tensor]:
-        """(..., D) -> (..., width) of each part, in the dtype of the products."""
+    def joins(self, x: Tensor) -> bool:
+        """Whether `forward` may add itself to the leaf's output, if that is of the dtype of `x`: slices in Tucker form
+        without a mode of heads, all in one dtype, without dropout, not compiled."""
+        plain = self.form == "tucker" and not self.heads and not (self.dropout and self.training)
+        few = all(len(piece.rows) <= 2 for piece in self.place.slices)
+        return plain and few and is_eager(self, x, self.borrowed[0].factors[0].dtype)
+
+    def forward(self, x: Tensor, onto: Onto | None = None) -> list[Tensor] | Tensor:
+        """(..., D) -> (..., width) of each part, in the dtype of the products.
+
+        Args:
+            onto: what the parts are added to, where it `joins`; the sum, (..., out), is returned then.
+        """
         factors = [whole([*held.factors] + ([held.core] if held.core is not None else [])) for held in self.borrowed]
+        if onto is not None:
+            for given, piece, (start, _) in zip(factors, self.place.slices, self.place.parts, strict=True):
+                down, up, *tables, core = given
+                onto = plus_tucker(onto, x, down, up, core, tables, piece.rows, start=start, scale=self.scale)
+            return onto
         with self.multiplying(x):
             x = at_edge(x, factors[0][0].dtype)
             if self.dropout and self.training:
@@ -167,14 +186,18 @@ class TensLoraLinear(nn.Module, SiteLayer):
 
     def forward(self, x: Tensor, *args: object, **kwargs: object) -> Tensor:
         """(..., D) -> (..., out)."""
-        frozen = self._frozen()
-        out = self.base_layer(x, *args, **kwargs)
-        if not frozen:
-            for name in self.active_adapters:
-                if name in self.tens_lora:
-                    delta = self.tens_lora[name]
-                    added = spread(delta(x), delta.place.parts, self.out_features)
-                    out = out + added if added.dtype == out.dtype else (out + added).to(out.dtype)
+        active = [] if self._frozen() else [self.tens_lora[n] for n in self.active_adapters if n in self.tens_lora]
+        onto = plain_linear(self.base_layer, x) if active and active[0].joins(x) else None
+        if onto is not None and not args and not kwargs:
+            out, active = active[0](x, onto), active[1:]
+        else:
+            out = self.base_layer(x, *args, **kwargs)
+        for delta in active:
+            if out.dtype == x.dtype and delta.joins(x):
+                out = delta(x, out)
+            else:
+                added = spread(delta(x), delta.place.parts, self.out_features)
+                out = out + added if added.dtype == out.dtype else (out + added).to(out.dtype)
         return out
 
     def lora_factors(self, adapter_name: str) -> list[Product]:

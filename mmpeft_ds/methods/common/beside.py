@@ -1,0 +1,47 @@
+"""The frozen Linear beside an adapter's arithmetic, where one function may compute both."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from mmpeft_ds.ops.beside_linear import Linear
+
+
+def plain_linear(base: nn.Module, x: Tensor) -> Linear | None:
+    """Weight and bias of `base` if calling it with `x` does nothing but multiply; else None.
+
+    So it does where it is torch's own class in the dtype of `x`, frozen, and nobody, such as ZeRO-3, waits in a hook
+    until it is called.
+    """
+    if type(base) is not nn.Linear or is_watched(base) or torch.compiler.is_compiling():
+        return None
+    weight, bias = base.weight, base.bias
+    if weight.dtype != x.dtype or weight.requires_grad or (bias is not None and bias.requires_grad):
+        return None
+    return None if is_cast(x) else Linear(weight, bias)
+
+
+def is_eager(adapter: nn.Module, x: Tensor, dtype: torch.dtype) -> bool:
+    """Whether an adapter that multiplies (`Multiplies`) does so with `x` in one dtype and uncompiled.
+
+    Then one function with a gradient of its own may compute it.
+
+    Args:
+        dtype: of its parameters.
+    """
+    if adapter.products is not None or x.dtype != dtype or adapter._compiled_call_impl is not None:
+        return False
+    return not torch.compiler.is_compiling()
+
+
+def is_cast(x: Tensor) -> bool:
+    """Whether autocast chooses the dtype of products with `x`."""
+    # The meta device, on which a plan counts, has no autocast.
+    return x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
+
+
+def is_watched(module: nn.Module) -> bool:
+    """Whether a call of `module` does more than its forward."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return any(hooks) or "forward" in vars(module)
