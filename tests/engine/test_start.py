@@ -71,6 +71,21 @@ def test_a_slurm_task_that_sees_one_gpu_of_its_own_takes_it(monkeypatch):
     assert ranks.device == torch.device("cuda", 3) and os.environ["LOCAL_RANK"] == "3"
 
 
+# Tasks of two nodes of unequal size: node, number on it, tasks there.
+UNEQUAL = [(0, 0, 3), (0, 1, 3), (0, 2, 3), (1, 0, 1)]
+
+
+@pytest.mark.parametrize(("gpus", "devices"), [(1, [0, 0, 0, 0]), (4, [0, 1, 2, 0])])
+def test_tasks_on_nodes_of_unequal_size_take_the_gpu_that_is_theirs_and_count_in_groups(monkeypatch, gpus, devices):
+    for rank, (node, local, here) in enumerate(UNEQUAL):
+        place = {"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(local), "SLURM_NODEID": str(node)}
+        sizes = {"SLURM_STEP_NUM_TASKS": "4", "SLURM_STEP_TASKS_PER_NODE": "3,1"}
+        ranks = start_on_cuda(monkeypatch, gpus, **{**SRUN, **sizes, **place})
+        assert ranks == processes.Ranks(rank, 4, local, here, torch.device("cuda", devices[rank]))
+        assert os.environ["LOCAL_RANK"] == str(devices[rank]), "DeepSpeed reads the device from it"
+        assert os.environ["MASTER_ADDR"] == "gpu007"
+
+
 def test_two_ranks_of_torchrun_inside_a_slurm_task_with_one_gpu_are_refused(monkeypatch):
     torchrun = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", **MEETING}
     with pytest.raises(BadInput, match="1 GPU"):
