@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 
 import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import get_worker_info
 
 from mmpeft_ds.data import order
 from mmpeft_ds.data.batch import PackedBatch, Sample, pack
+from mmpeft_ds.data.decode_ahead import DecodeAhead, Opened
 from mmpeft_ds.data.feature_batches import FeatureBatches
 from mmpeft_ds.data.frozen_store import FrozenStore, Place, StoreSpec, shard_number
 from mmpeft_ds.data.options import DataOptions
 from mmpeft_ds.data.packing import REFUSALS, refusal, refused, spread
 from mmpeft_ds.data.parsing import one_sample
-from mmpeft_ds.data.samples import make_sample
+from mmpeft_ds.data.samples import image_reader, make_sample
 from mmpeft_ds.data.shards import ShardReader, members
 from mmpeft_ds.data.stream_source import StreamSource
+from mmpeft_ds.data.transform import hooks_of
 from mmpeft_ds.errors import BadInput, BadSample
 
 log = logging.getLogger(__name__)
@@ -52,6 +58,7 @@ class Loader:
         self.places = [None if s.subset is None else s.subset.places(s.manifest) for s in sources]
         self._orders: dict[int, tuple[int, order.EpochOrder]] = {}
         self._jurors: dict[int, list[Sample]] = {}
+        self._ahead: dict[int, DecodeAhead] = {}  # by threads
         self._frozen: StoreSpec | None = None
         self._store: FrozenStore | None = None
         self.gathers = [
@@ -78,8 +85,8 @@ class Loader:
             for slot in request.slots
         ]
         wanted = [self._place(visit.source, *places[p]) for p in positions if p is not None]
-        pieces = iter(zip(wanted, self.readers[visit.source].read(wanted), strict=True))
-        samples = [Sample() if p is None else self._sample(visit.source, epoch, *next(pieces)) for p in positions]
+        made = self._samples(visit.source, epoch, wanted)
+        samples = [Sample() if p is None else next(made) for p in positions]
         shards = iter([self.readers[visit.source].shards[shard].file for shard, _ in wanted])
         batch = self._packed(visit.source, samples, ["" if p is None else next(shards) for p in positions])
         batch.padding_free = request.padding_free
@@ -143,11 +150,8 @@ class Loader:
     def _usual(self, number: int) -> list[Sample]:
         """Some samples of a source from all over its split, the same for every rank, worker and batch."""
         if number not in self._jurors:
-            reader = self.readers[number]
             wanted = [self._place(number, *place) for place in spread(self._sizes(number))]
-            pieces = zip(wanted, reader.read(wanted), strict=True)
-            samples = [self._sample(number, 0, place, piece) for place, piece in pieces]
-            self._jurors[number] = [sample for sample in samples if sample.bad is None]
+            self._jurors[number] = [sample for sample in self._samples(number, 0, wanted) if sample.bad is None]
         return self._jurors[number]
 
     def _gathered(self, request: Request, epoch: int, places: order.EpochOrder) -> PackedBatch | None:
@@ -175,6 +179,8 @@ class Loader:
                 gather.close()
         if self._store is not None:
             self._store.close()
+        for ahead in self._ahead.values():
+            ahead.close()
 
     def _epoch_key(self, epoch: int) -> int:
         """Key from which with that of a sample's id the seed of the sample's random choices is made."""
@@ -200,9 +206,15 @@ class Loader:
         chosen = self.places[source]
         return shard, number if chosen is None else int(chosen[shard][number])
 
-    def _sample(self, source: int, epoch: int, place: tuple[int, int], piece: bytes | BadSample) -> Sample:
-        """One slot; a sample with any fault becomes a slot of weight 0."""
-        name, shard = self.sources[source].manifest.name, self.readers[source].shards[place[0]].file
+    def _samples(self, source: int, epoch: int, places: Sequence[tuple[int, int]]) -> Iterator[Sample]:
+        """The samples at some places, in their order; one with any fault becomes a slot of weight 0."""
+        pieces = self.readers[source].read(places)
+        opened = (self._opened(source, place, piece) for place, piece in zip(places, pieces, strict=True))
+        read, key = image_reader(self.sources[source], self.options), self._epoch_key(epoch)
+        for place, (sample, decoded) in zip(places, self._decode_ahead(source).over(opened, read), strict=True):
+            yield self._sample(source, key, place, sample, decoded)
+
+    def _opened(self, source: int, place: tuple[int, int], piece: bytes | BadSample) -> Opened:
         key = f"#{place[1]}"  # for samples that are too damaged to read their key
         try:
             if isinstance(piece, BadSample):
@@ -210,13 +222,35 @@ class Loader:
             with one_sample():
                 key, parts = members(piece)
                 self.readers[source].check_key(*place, key)
-                sample_id, kept = f"{name}/{key}", self._frozen_place(source, *place)
-                seed = order.combined(self._epoch_key(epoch), order.key_of(sample_id))
-                given = (self.sources[source], self.options, sample_id, parts, seed)
-                return make_sample(*given, place=kept, store=self._store)
+                return Opened(key, parts)
         except BadSample as bad:
-            log.warning("bad sample %s in %s: %s", key, shard, bad)
-            return Sample(sample_id=f"{name}/{key}", bad=(bad.kind, shard, key))
+            return Opened(key, bad)
+
+    def _sample(
+        self, source: int, epoch_key: int, place: tuple[int, int], opened: Opened, decoded: dict[str, Future[Tensor]]
+    ) -> Sample:
+        sample_id = f"{self.sources[source].manifest.name}/{opened.key}"
+        try:
+            if isinstance(opened.parts, BadSample):
+                raise opened.parts
+            with one_sample():
+                seed = order.combined(epoch_key, order.key_of(sample_id))
+                given = (self.sources[source], self.options, sample_id, opened.parts, seed)
+                kept = self._frozen_place(source, *place)
+                return make_sample(*given, place=kept, store=self._store, decoded=decoded)
+        except BadSample as bad:
+            shard = self.readers[source].shards[place[0]].file
+            log.warning("bad sample %s in %s: %s", opened.key, shard, bad)
+            return Sample(sample_id=sample_id, bad=(bad.kind, shard, opened.key))
+
+    def _decode_ahead(self, source: int) -> DecodeAhead:
+        """What decodes ahead, in as many threads as this process has; in none where pixels may not be needed."""
+        wanted = torch.get_num_threads() if get_worker_info() is None else self.options.worker_threads
+        if self._store is not None or hooks_of(self.sources[source].image_transform).takes_features:
+            wanted = 1
+        if wanted not in self._ahead:
+            self._ahead[wanted] = DecodeAhead(wanted)
+        return self._ahead[wanted]
 
     def _frozen_place(self, source: int, shard: int, number: int) -> Place | None:
         """The identity of a sample in a store of values; None if nothing is stored."""

@@ -36,7 +36,9 @@ class DataOptions:
         global_batch: slots of one optimizer step over all ranks and accumulation steps.
         seed: of the order of the samples and of their augmentation; null: the recipe's `seed`, which is that of
             initialisation and dropout besides.
-        workers: loader processes per rank; 0 decodes in the training process.
+        workers: loader processes per rank; 0 decodes in the training process, in as many threads as it has
+            (`engine.threads`).
+        worker_threads: in which each loader process decodes.
         pack: tokens of a micro-batch, 0 = off. Texts then follow one another in one row without padding, each
             read by itself; each step takes as many micro-steps as its tokens need, and ranks get about the same
             number. A sample of more tokens has a micro-batch to itself. For language models; `optim.accumulation`
@@ -71,6 +73,7 @@ class DataOptions:
     global_batch: int = 64
     seed: int | None = None
     workers: int = 2
+    worker_threads: int = 1
     pack: int = 0
     shuffle_block: int = 10_000
     evaluation_order: Literal["auto", "stored", "shuffled"] = "auto"

@@ -19,6 +19,7 @@ import numpy as np
 MASK = 2**64 - 1
 ROUNDS = 8
 TABLE = 2**22  # largest number of samples for which `EpochOrder.many` keeps a table, of 4 bytes each
+BLOCKS = 4096  # of which `EpochOrder` keeps the permutation
 
 
 def key_of(*parts: int | str) -> int:
@@ -94,6 +95,7 @@ class EpochOrder:
         self.ends = list(accumulate(sizes[s] for s in self.shards))
         self.n = self.ends[-1] if self.ends else 0
         self._table: np.ndarray | None = None
+        self._blocks: dict[int, Permutation] = {}
         self._shards = np.array(self.shards, np.int64)
         self._ends, self._starts = np.array(self.ends, np.int64), np.array([0, *self.ends[:-1]], np.int64)
 
@@ -105,10 +107,17 @@ class EpochOrder:
             raise IndexError(f"{position} is outside an epoch of {self.n} samples")
         if self.shuffle:
             first = position // self.block * self.block
-            size = min(self.block, self.n - first)
-            position = first + Permutation(size, key_of(self.key, first))[position - first]
+            position = first + self._permutation(first)[position - first]
         at = bisect_right(self.ends, position)
         return self.shards[at], position - (self.ends[at - 1] if at else 0)
+
+    def _permutation(self, first: int) -> Permutation:
+        """That of the block at a position. Slots walk through their blocks, so a few are asked for again and again."""
+        if first not in self._blocks:
+            if len(self._blocks) == BLOCKS:
+                self._blocks.clear()
+            self._blocks[first] = Permutation(min(self.block, self.n - first), key_of(self.key, first))
+        return self._blocks[first]
 
     def many(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Shards and samples of many positions, int64 as `positions`; the first call makes a table of the epoch."""
@@ -123,10 +132,7 @@ class EpochOrder:
         return self._shards[at], positions - self._starts[at]
 
     def _permuted(self) -> np.ndarray:
-        blocks = [
-            first + Permutation(min(self.block, self.n - first), key_of(self.key, first)).table()
-            for first in range(0, self.n, self.block)
-        ]
+        blocks = [first + self._permutation(first).table() for first in range(0, self.n, self.block)]
         return np.concatenate(blocks).astype(np.int32)
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from itertools import islice
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -32,6 +35,7 @@ def make_sample(
     *,
     place: Place | None = None,
     store: FrozenStore | None = None,
+    decoded: Mapping[str, Future[Tensor]] = MappingProxyType({}),
 ) -> Sample:
     """Read, decode and transform a sample.
 
@@ -40,6 +44,7 @@ def make_sample(
         seed: of the random choices for this sample.
         place: of the sample in a store of values.
         store: where values of images are looked up, so that these need not be decoded.
+        decoded: images that `image_reader` decodes already, by names of members.
 
     Raises:
         BadSample: it cannot be used.
@@ -56,12 +61,18 @@ def make_sample(
     if stored is not None and (as_images or not videos):
         sample.images = [StoredImage(spelling) for spelling in stored]
     else:
-        media = _media(source, options, parts, record, [] if as_images else videos)
+        media = _media(source, options, parts, record, [] if as_images else videos, decoded)
         _transform(source, sample, media, generator, options.max_sample_bytes)
     check_images(len(sample.images), source.most_images)
     texts = as_frames(texts, videos) if as_images else texts
     sample.texts = with_images(texts, sample.images, sample.videos)
     return sample
+
+
+def image_reader(source: StreamSource, options: DataOptions) -> Callable[[bytes], Tensor]:
+    """Decoder of the images of a source, which may stop at the size that its transform needs."""
+    min_size = hooks_of(source.image_transform).min_size if options.decode == "scaled" else None
+    return functools.partial(picture_reader(options), min_size=min_size)
 
 
 def _read(source: StreamSource, record: dict[str, Any], generator: torch.Generator) -> tuple[list[str], list[Any]]:
@@ -93,7 +104,12 @@ def _transform(
 
 
 def _media(
-    source: StreamSource, options: DataOptions, parts: dict[str, bytes], record: dict[str, Any], videos: list[Times]
+    source: StreamSource,
+    options: DataOptions,
+    parts: dict[str, bytes],
+    record: dict[str, Any],
+    videos: list[Times],
+    decoded: Mapping[str, Future[Tensor]],
 ) -> Iterator[Tensor | Video]:
     """Decoded images and videos of a sample, or its stored features, which are taken out of the record."""
     transform = hooks_of(source.image_transform)
@@ -103,11 +119,11 @@ def _media(
             _check_width(features, source.manifest)
             yield from features if features.dim() > 2 else (features,)
         return
-    min_size = transform.min_size if options.decode == "scaled" else None
-    read, names = picture_reader(options), image_names(parts)
+    read, names = image_reader(source, options), image_names(parts)
     images = len(names) - sum(len(video.of_frames) for video in videos)
-    yield from (read(parts[name], min_size=min_size) for name in names[:images])
-    frames = (read(parts[name]) for name in names[images:])
+    yield from (decoded[name].result() if name in decoded else read(parts[name]) for name in names[:images])
+    read_frame = picture_reader(options)
+    frames = (read_frame(parts[name]) for name in names[images:])
     yield from (stacked(list(islice(frames, len(video.of_frames))), video) for video in videos)
 
 

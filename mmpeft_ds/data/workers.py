@@ -30,11 +30,13 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 import mmpeft_ds
 from mmpeft_ds import leftovers, stop
+from mmpeft_ds.data import shared_memory
 from mmpeft_ds.errors import BadInput
 
-# Largest tensor, in bytes, that is sent inside its batch. Larger ones are put into shared memory, for whose descriptor
-# this process must connect to the worker, which may have to wait for a core first.
+# Largest tensor, in bytes, that is sent inside its batch. Larger ones are put into shared memory.
 INLINE = 1 << 16
+# The buffers of this process, if it is a worker.
+_SENDER: shared_memory.Sender | None = None
 # Seconds of waiting for a batch after which the loader looks whether its workers live. The kernel tells their end to
 # the fork server alone, and torch's own 5 s, while all ranks wait for this one, are long.
 LOOK = 0.5
@@ -219,6 +221,8 @@ def _unchanged(result: Any) -> Any:
 
 
 def _init_worker(_: int) -> None:
+    global _SENDER
+    _SENDER = shared_memory.Sender(multiprocessing.parent_process().pid)
     ForkingPickler.register(torch.Tensor, _reduce)
     # Ignore signals to the whole group: the main process decides when to stop, and needs data until then.
     for number in stop.SIGNALS:
@@ -229,11 +233,14 @@ def _init_worker(_: int) -> None:
 
 
 def _reduce(tensor: torch.Tensor) -> tuple:
-    small = tensor.device.type == "cpu" and tensor.layout == torch.strided and tensor.nbytes <= INLINE
-    if not small or tensor.requires_grad or type(tensor) is not torch.Tensor:
+    plain = tensor.device.type == "cpu" and tensor.layout == torch.strided and type(tensor) is torch.Tensor
+    if not plain or tensor.requires_grad:
         return reduce_tensor(tensor)
-    plain = tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes() if tensor.numel() else b""
-    return _rebuilt, (plain, tensor.dtype, tensor.shape)
+    if tensor.nbytes > INLINE:
+        lent = _SENDER.lend(tensor) if tensor.is_contiguous() else None
+        return reduce_tensor(tensor) if lent is None else (shared_memory.received, lent)
+    content = tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes() if tensor.numel() else b""
+    return _rebuilt, (content, tensor.dtype, tensor.shape)
 
 
 def _rebuilt(plain: bytes, dtype: torch.dtype, shape: torch.Size) -> torch.Tensor:
@@ -316,4 +323,5 @@ def _kill(processes: list) -> None:
     for process in processes:
         if process.is_alive():
             process.kill()
+        shared_memory.forget(process.pid)
     processes.clear()

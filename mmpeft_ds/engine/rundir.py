@@ -59,6 +59,7 @@ MAY_DIFFER = (
     "data.max_sample_bytes",
     "data.workers",
     "data.prefetch",
+    "data.worker_threads",
     "data.pack",  # the samples of a step and their losses stay
     "data.cache_dir",
     "data.verify",

@@ -2,6 +2,7 @@
 
 import io
 import json
+import threading
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ import torch
 
 from mmpeft_ds.data.bad_budget import BadBudget
 from mmpeft_ds.data.batch import STORED
+from mmpeft_ds.data.decode import decode
 from mmpeft_ds.data.frozen_store import FrozenStore, Place, StoreSpec, shard_number
 from mmpeft_ds.data.manifest import Manifest
 from mmpeft_ds.data.options import DataOptions
@@ -71,6 +73,43 @@ def test_global_batch_is_the_same_for_every_rank_count(toy, world_size):
 def test_global_batch_is_the_same_for_every_worker_count(toy, workers):
     for world_size, accumulation in ((1, 1), (2, 3)):
         assert run(toy, world_size, accumulation=accumulation, workers=workers) == run(toy)
+
+
+@pytest.fixture
+def threads_of():
+    """Sets the threads of this process, which decodes in as many."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+def test_global_batch_is_the_same_for_every_number_of_decoding_threads(toy, threads_of, monkeypatch):
+    decoded_by = []
+
+    def seen(*args, **given):
+        decoded_by.append(threading.current_thread())
+        return decode(*args, **given)
+
+    monkeypatch.setattr("mmpeft_ds.data.decode.decode", seen)
+    threads_of(1)
+    expected = run(toy)
+    assert set(decoded_by) == {threading.main_thread()}
+    for threads in (2, 5):
+        decoded_by.clear()
+        threads_of(threads)
+        assert run(toy) == expected
+        assert len(decoded_by) == N and threading.main_thread() not in decoded_by
+    assert run(toy, workers=1, worker_threads=3) == expected
+
+
+def test_what_is_wrong_with_a_picture_is_said_of_its_sample_where_threads_decode(tmp_path, threads_of):
+    threads_of(3)
+    samples = [one_image(i) for i in range(10)]
+    samples[4] = spoilt("truncated image")
+    manifest = write_shards(tmp_path / "bad", samples)
+    batches = [b for s in Stream([source(manifest)], DataOptions(workers=0), train=False).epoch(0) for b in s.micro]
+    assert [bad for batch in batches for bad in batch.bad] == [("image", "toy-train-000000.tar", "train-000000004")]
+    assert sum(batch.weight.sum() for batch in batches) == 9
 
 
 def _texts_and_a_half(batch):

@@ -64,6 +64,7 @@ def _ranges(recipe: Recipe) -> list[tuple[str, bool, str]]:
         ("data.global_batch", 1 <= data.global_batch <= MOST_SLOTS, f"must lie in [1, {MOST_SLOTS:,}]"),
         ("data.evaluation_batch", 1 <= data.evaluation_batch <= MOST_SLOTS, f"must lie in [1, {MOST_SLOTS:,}]"),
         ("data.workers", 0 <= data.workers <= MOST_PROCESSES, f"must lie in [0, {MOST_PROCESSES:,}]"),
+        ("data.worker_threads", 1 <= data.worker_threads <= MOST_PROCESSES, f"must lie in [1, {MOST_PROCESSES:,}]"),
         ("data.prefetch", 1 <= data.prefetch <= MOST_PROCESSES, f"must lie in [1, {MOST_PROCESSES:,}]"),
         ("data.max_sample_bytes", data.max_sample_bytes >= 1, "must be 1 or more"),
         ("data.pack", data.pack >= 0, "must be 0 (off), or the tokens of a micro-batch"),
