@@ -1,16 +1,16 @@
 """Samples/s from shards to uint8 224x224 batches: our stream compared with webdataset and megatron-energon, same work.
 
-    python benchmarks/loader.py --peer-python /path/to/venv-with-energon/bin/python
+    python benchmarks/loader.py --peer-python /path/to/venv-with-the-peers/bin/python
 
 Every measurement is a fresh process, in turn, three runs each, medians. Times to the first batch include the start of
-the workers, rates do not, for all loaders. Peers decode and resize with Pillow, as is usual; `webdataset + our
+the workers, rates do not, for all loaders. Without workers all have as many threads as there are cores, which ours
+decodes in; `2 threads` decodes in two threads of each worker. Peers decode and resize with Pillow, as is usual; `+ our
 decoder` shows what the decoder alone does for them. Writes docs/benchmarks/loader.md and .json.
 """
 
 from __future__ import annotations
 
 import argparse
-import io
 import itertools
 import json
 import os
@@ -25,17 +25,21 @@ import numpy as np
 REPO = Path(__file__).resolve().parents[1]
 sys.path[0] = str(REPO)
 
-from benchmarks import _page  # noqa: E402
-from mmpeft_ds.data.transform import ImageTransform  # noqa: E402
+from benchmarks import _loader_peers, _page  # noqa: E402
+from benchmarks._loader_work import BATCH, RESIZED, SEED, SHUFFLE, SIZE, Transform, our_224, pil_224, stack, timed  # noqa: E402
 
-SIZE, BATCH, SHUFFLE, SEED = 224, 64, 1000, 1
 LOADERS = (
-    "mmpeft_ds", "mmpeft_ds scaled", "mmpeft_ds resized", "webdataset", "webdataset + our decoder", "megatron-energon",
+    "mmpeft_ds", "mmpeft_ds, 2 threads", "mmpeft_ds scaled", "mmpeft_ds resized", "webdataset",
+    "webdataset + our decoder", "megatron-energon", "litdata resized", "litdata resized + our decoder",
+    "mosaic resized", "mosaic resized + our decoder",
 )  # fmt: skip
-# In it are the same photos as `prepare.py --resize` stores them.
-RESIZED = "resized"
-# A rate is taken over the batches after these, so that batches made while waiting for the first do not count.
-WARM_UP = 8
+# Loaders of others, by how their names begin.
+PEERS = {
+    "webdataset": _loader_peers.webdataset,
+    "megatron-energon": _loader_peers.energon,
+    "litdata": _loader_peers.litdata,
+    "mosaic": _loader_peers.mosaic,
+}
 
 
 def main() -> None:
@@ -48,7 +52,9 @@ def main() -> None:
     parser.add_argument("--workers", type=int, nargs="*", default=[0, 1, 2])
     parser.add_argument("--loaders", nargs="*", default=list(LOADERS), choices=LOADERS)
     parser.add_argument(
-        "--peer-python", default=sys.executable, help="interpreter that has megatron-energon and torch"
+        "--peer-python",
+        default=sys.executable,
+        help="interpreter with torch, megatron-energon, litdata, mosaicml-streaming",
     )
     parser.add_argument("--out", type=Path, default=_page.FOLDER, help="folder of loader.md and .json")
     parser.add_argument("--one", nargs=4, metavar=("LOADER", "WORKERS", "WORLD", "MODE"), help=argparse.SUPPRESS)
@@ -124,8 +130,8 @@ def measure(loader: str, dir: Path, workers: int, world_size: int, mode: str) ->
     """`rate`: one epoch; `keys:N`: 100 keys from step N of an unbroken run; `resume:N`: those of a resume at N."""
     import torch
 
-    torch.set_num_threads(1)
-    make = {"megatron-energon": energon}.get(loader, webdataset if loader.startswith("webdataset") else ours)
+    torch.set_num_threads(threads_of_a_rank(workers))
+    make = next((peer for name, peer in PEERS.items() if loader.startswith(name)), ours)
     mode, _, step = mode.partition(":")
     try:
         return make(loader, dir, workers, world_size, mode, int(step or 0))
@@ -133,43 +139,9 @@ def measure(loader: str, dir: Path, workers: int, world_size: int, mode: str) ->
         return {"missing": f"{error.name or error} is not installed"}
 
 
-def timed(batches, begin: float) -> dict:
-    """Rate and time to the first batch of an iterable of (keys, images)."""
-    times, counts = [], []
-    for keys, images in batches:
-        assert tuple(images.shape[1:]) in ((3, SIZE, SIZE), (SIZE, SIZE, 3))
-        times.append(time.perf_counter())
-        counts.append(len(keys))
-    seconds = times[-1] - times[WARM_UP - 1]
-    return {"rate": sum(counts[WARM_UP:]) / seconds, "first": times[0] - begin, "samples": sum(counts)}
-
-
-def pil_224(data: bytes):
-    from PIL import Image
-
-    with Image.open(io.BytesIO(data)) as image:
-        return np.asarray(image.convert("RGB").resize((SIZE, SIZE), Image.BICUBIC))
-
-
-class Transform(ImageTransform):
-    min_size = (SIZE, SIZE)
-
-    def __call__(self, image, generator=None):
-        from mmpeft_ds.data.decode import resize
-
-        return resize(image, (SIZE, SIZE))
-
-
-def our_224(data: bytes, scaled: bool = False):
-    from mmpeft_ds.data.decode import decode
-
-    return Transform()(decode(data, min_size=Transform.min_size if scaled else None))
-
-
-def stack(images):
-    import torch
-
-    return torch.stack([torch.as_tensor(image) for image in images])
+def threads_of_a_rank(workers: int) -> int:
+    """All cores without workers, for every loader; else one."""
+    return 1 if workers else len(os.sched_getaffinity(0))
 
 
 def nothing(record, generator):
@@ -186,8 +158,10 @@ def ours(loader, dir, workers, world_size, mode, step):
     from mmpeft_ds.data.stream import Stream, StreamSource
 
     decode = "scaled" if loader.endswith("scaled") else "full"
-    options = DataOptions(global_batch=BATCH, workers=workers, shuffle_block=SHUFFLE, decode=decode)
-
+    threads = 2 if loader.endswith("2 threads") else 1
+    options = DataOptions(
+        global_batch=BATCH, workers=workers, worker_threads=threads, shuffle_block=SHUFFLE, decode=decode
+    )
     manifest = Manifest.load(dir / RESIZED if loader.endswith(RESIZED) else dir)
 
     def open_stream(rank=0):
@@ -217,124 +191,14 @@ def ours(loader, dir, workers, world_size, mode, step):
     return {"keys": keys[:100], "first": first}
 
 
-def webdataset(loader, dir, workers, world_size, mode, step):
-    import webdataset as wds
-
-    work = our_224 if "our decoder" in loader else pil_224
-    urls = sorted(str(p) for p in dir.glob("photos-train-*.tar"))
-    begin = time.perf_counter()
-    dataset = (
-        wds.WebDataset(urls, shardshuffle=len(urls), seed=SEED, nodesplitter=wds.split_by_node)
-        .shuffle(SHUFFLE, seed=SEED)
-        .map(lambda s: (s["__key__"], work(s["jpg"])))
-        .batched(BATCH, collation_fn=lambda pairs: ([k for k, _ in pairs], stack([i for _, i in pairs])))
-    )
-    batches = wds.WebLoader(dataset, batch_size=None, num_workers=workers, prefetch_factor=4 if workers else None)
-    if mode == "rate":
-        return timed(batches, begin)
-    # It keeps no position: a resume reads (and decodes) everything before it again.
-    keys = []
-    for i, (batch, _) in enumerate(batches):
-        if i == step:
-            first = time.perf_counter() - begin
-        if i >= step:
-            keys += batch
-        if len(keys) >= 100:
-            return {"keys": keys[:100], "first": first}
-    raise AssertionError("fewer batches than asked for")
-
-
-def energon(loader, dir, workers, world_size, mode, step):
-    from megatron.energon import (
-        Cooker,
-        DefaultTaskEncoder,
-        Sample,
-        WorkerConfig,
-        basic_sample_keys,
-        edataclass,
-        get_savable_loader,
-        get_train_dataset,
-        stateless,
-    )
-
-    @edataclass
-    class Decoded(Sample):
-        image: np.ndarray
-
-    @stateless
-    def cook(sample: dict) -> Decoded:
-        return Decoded(**basic_sample_keys(sample), image=pil_224(sample["jpg"]))
-
-    class Work(DefaultTaskEncoder):
-        decoder = None
-        cookers = [Cooker(cook)]
-
-        def batch(self, samples):
-            return [s.__key__ for s in samples], stack([s.image for s in samples])
-
-        def encode_batch(self, batch):
-            return batch
-
-    def open_loader(rank=0):
-        config = WorkerConfig(rank=rank, world_size=world_size, num_workers=workers, seed_offset=SEED)
-        dataset = get_train_dataset(
-            link_for_energon(dir),
-            worker_config=config,
-            batch_size=BATCH // world_size,
-            shuffle_buffer_size=SHUFFLE,
-            max_samples_per_sequence=100,
-            task_encoder=Work(),
-        )
-        return get_savable_loader(dataset, prefetch_factor=4)
-
-    begin = time.perf_counter()
-    if mode == "rate":
-        # It repeats for ever: take as many batches as an epoch has.
-        shards = json.loads((dir / "manifest.json").read_text())["splits"]["train"]
-        return timed(itertools.islice(open_loader(), sum(s["samples"] for s in shards) // BATCH), begin)
-    state_file = dir / f"energon-{workers}-{world_size}.state"
-    import torch
-
-    if mode == "keys":
-        loader = open_loader()
-        batches = iter(loader)
-        for _ in range(step):
-            next(batches)
-        torch.save(loader.save_state_rank(), state_file)
-        return {"keys": [key for _ in range(3) for key in next(batches)[0]][:100]}
-    state = torch.load(state_file, weights_only=False)
-    begin = time.perf_counter()
-    loader = open_loader()
-    loader.restore_state_rank(state)
-    batches = iter(loader)
-    keys = list(next(batches)[0])
-    first = time.perf_counter() - begin
-    while len(keys) < 100:
-        keys += next(batches)[0]
-    return {"keys": keys[:100], "first": first, "state_bytes": state_file.stat().st_size}
-
-
-def link_for_energon(dir: Path) -> Path:
-    """A folder with links to the same tars and energon's own index beside them."""
-    folder = dir / "energon"
-    if not (folder / ".nv-meta" / "dataset.yaml").exists():
-        folder.mkdir(exist_ok=True)
-        for tar in dir.glob("photos-train-*.tar"):
-            if not (folder / tar.name).exists():
-                os.link(tar, folder / tar.name)
-        command = [str(Path(sys.executable).with_name("energon")), "prepare", "--non-interactive", "--force-overwrite"]
-        command += ["--no-progress", "--split-ratio", "1,0,0", "--sample-type", "CrudeWebdataset", str(folder)]
-        subprocess.run(command, check=True, stdout=sys.stderr)
-    return folder
-
-
 # All measurements and the report ------------------------------------------------------------
 
 
 def once(args, loader: str, workers: int, world_size: int, mode: str) -> dict:
-    python = args.peer_python if loader == "megatron-energon" else sys.executable
+    python = sys.executable if loader.startswith(("mmpeft_ds", "webdataset")) else args.peer_python
     command = [python, __file__, "--dir", str(args.dir), "--one", loader, str(workers), str(world_size), mode]
-    env = {**os.environ, "PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"}
+    threads = str(threads_of_a_rank(workers))
+    env = {**os.environ, "PYTHONPATH": str(REPO), "OMP_NUM_THREADS": threads}
     done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=900)
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
@@ -361,7 +225,7 @@ def row(args, loader: str, rates: dict) -> dict:
         found["rate"][workers] = statistics.median(r["rate"] for r in runs)
         found["first"][workers] = statistics.median(r["first"] for r in runs)
     half = args.samples // BATCH // 2
-    for workers in args.workers:
+    for workers in args.workers if not loader.startswith(("litdata", "mosaic")) else ():
         whole = once(args, loader, workers, 1, f"keys:{half}")
         runs = [once(args, loader, workers, 1, f"resume:{half}") for _ in range(args.runs)]
         if missing := next((r["missing"] for r in (whole, *runs) if "missing" in r), None):
@@ -424,10 +288,11 @@ def report(args, rows: list[dict], decoders: dict) -> None:
             f"{r['rate'][w]:.0f}" + (f" ({r['rate'][w] / base[w]:.2f}x)" if w in base else "") for w in args.workers
         ]
         first = ", ".join(f"{r['first'][w]:.2f}" for w in args.workers)
-        resume = ", ".join(f"{r['resume'][w]['seconds']:.2f}" for w in args.workers)
-        same = ", ".join("yes" if r["resume"][w]["same_keys"] else "no" for w in args.workers)
-        ranks = [r["resume"][w]["other_ranks"] for w in args.workers]
-        other = ", ".join("yes" if all(o.values()) else "no" for o in ranks) if all(ranks) else "-"
+        measured = [r["resume"][w] for w in args.workers if w in r["resume"]]
+        resume = ", ".join(f"{m['seconds']:.2f}" for m in measured) or "not measured"
+        same = ", ".join("yes" if m["same_keys"] else "no" for m in measured) or "-"
+        ranks = [m["other_ranks"] for m in measured]
+        other = ", ".join("yes" if all(o.values()) else "no" for o in ranks) if all(ranks) and ranks else "-"
         lines.append("| " + " | ".join([r["loader"], *rates, first, resume, same, other]) + " |")
     lines += ["", "| one thread, decode + resize | images/s | PSNR mean / min dB against Pillow |", "|---|---|---|"]
     for name in ("Pillow", "full", "scaled"):

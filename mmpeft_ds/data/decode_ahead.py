@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 from torch import Tensor
@@ -43,25 +43,24 @@ class DecodeAhead:
 
     def over(
         self, samples: Iterable[Opened], read: Callable[[bytes], Tensor]
-    ) -> Iterator[tuple[Opened, dict[str, Future[Tensor]]]]:
-        """The samples in their order, each with those of its pictures that are decoded ahead, by names of members."""
+    ) -> Iterator[tuple[Opened, Callable[[str], Tensor]]]:
+        """The samples in their order, each with a function that gives the picture in one of its members."""
         if self._pool is None:
-            yield from ((sample, {}) for sample in samples)
+            yield from ((sample, lambda name, parts=sample.parts: read(parts[name])) for sample in samples)
             return
-        waiting: deque[tuple[Opened, dict[str, Future[Tensor]]]] = deque()
+        waiting: deque[tuple[Opened, Callable[[str], Tensor]]] = deque()
         for sample in samples:
-            waiting.append((sample, self._begin(sample, read)))
+            waiting.append((sample, self._begun(sample, read)))
             if len(waiting) > self.threads:
                 yield waiting.popleft()
         yield from waiting
 
-    def _begin(self, sample: Opened, read: Callable[[bytes], Tensor]) -> dict[str, Future[Tensor]]:
-        if isinstance(sample.parts, BadSample):
-            return {}
-        names = [name for name in sample.parts if name.rpartition(".")[2] in READ]
-        if len(names) > self.threads:
-            return {}
-        return {name: self._pool.submit(read, sample.parts[name]) for name in names}
+    def _begun(self, sample: Opened, read: Callable[[bytes], Tensor]) -> Callable[[str], Tensor]:
+        parts, pictures = sample.parts, {}
+        names = [name for name in parts if name.rpartition(".")[2] in READ] if isinstance(parts, dict) else []
+        if len(names) <= self.threads:
+            pictures = {name: self._pool.submit(read, parts[name]) for name in names}
+        return lambda name: pictures.pop(name).result() if name in pictures else read(parts[name])
 
     def close(self) -> None:
         """End the threads."""

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -211,8 +210,8 @@ class Loader:
         pieces = self.readers[source].read(places)
         opened = (self._opened(source, place, piece) for place, piece in zip(places, pieces, strict=True))
         read, key = image_reader(self.sources[source], self.options), self._epoch_key(epoch)
-        for place, (sample, decoded) in zip(places, self._decode_ahead(source).over(opened, read), strict=True):
-            yield self._sample(source, key, place, sample, decoded)
+        for place, (sample, image_of) in zip(places, self._decode_ahead(source).over(opened, read), strict=True):
+            yield self._sample(source, key, place, sample, image_of)
 
     def _opened(self, source: int, place: tuple[int, int], piece: bytes | BadSample) -> Opened:
         key = f"#{place[1]}"  # for samples that are too damaged to read their key
@@ -227,7 +226,7 @@ class Loader:
             return Opened(key, bad)
 
     def _sample(
-        self, source: int, epoch_key: int, place: tuple[int, int], opened: Opened, decoded: dict[str, Future[Tensor]]
+        self, source: int, epoch_key: int, place: tuple[int, int], opened: Opened, image_of: Callable[[str], Tensor]
     ) -> Sample:
         sample_id = f"{self.sources[source].manifest.name}/{opened.key}"
         try:
@@ -235,9 +234,8 @@ class Loader:
                 raise opened.parts
             with one_sample():
                 seed = order.combined(epoch_key, order.key_of(sample_id))
-                given = (self.sources[source], self.options, sample_id, opened.parts, seed)
-                kept = self._frozen_place(source, *place)
-                return make_sample(*given, place=kept, store=self._store, decoded=decoded)
+                given = (self.sources[source], self.options, sample_id, opened.parts, seed, image_of)
+                return make_sample(*given, place=self._frozen_place(source, *place), store=self._store)
         except BadSample as bad:
             shard = self.readers[source].shards[place[0]].file
             log.warning("bad sample %s in %s: %s", opened.key, shard, bad)

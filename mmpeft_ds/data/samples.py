@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -32,19 +30,19 @@ def make_sample(
     sample_id: str,
     parts: dict[str, bytes],
     seed: int,
+    image_of: Callable[[str], Tensor],
     *,
     place: Place | None = None,
     store: FrozenStore | None = None,
-    decoded: Mapping[str, Future[Tensor]] = MappingProxyType({}),
 ) -> Sample:
     """Read, decode and transform a sample.
 
     Args:
         parts: name of each member -> its bytes.
         seed: of the random choices for this sample.
+        image_of: name of a member -> the image in it, as `image_reader` decodes it.
         place: of the sample in a store of values.
         store: where values of images are looked up, so that these need not be decoded.
-        decoded: images that `image_reader` decodes already, by names of members.
 
     Raises:
         BadSample: it cannot be used.
@@ -61,7 +59,7 @@ def make_sample(
     if stored is not None and (as_images or not videos):
         sample.images = [StoredImage(spelling) for spelling in stored]
     else:
-        media = _media(source, options, parts, record, [] if as_images else videos, decoded)
+        media = _media(source, options, parts, record, [] if as_images else videos, image_of)
         _transform(source, sample, media, generator, options.max_sample_bytes)
     check_images(len(sample.images), source.most_images)
     texts = as_frames(texts, videos) if as_images else texts
@@ -109,7 +107,7 @@ def _media(
     parts: dict[str, bytes],
     record: dict[str, Any],
     videos: list[Times],
-    decoded: Mapping[str, Future[Tensor]],
+    image_of: Callable[[str], Tensor],
 ) -> Iterator[Tensor | Video]:
     """Decoded images and videos of a sample, or its stored features, which are taken out of the record."""
     transform = hooks_of(source.image_transform)
@@ -119,11 +117,13 @@ def _media(
             _check_width(features, source.manifest)
             yield from features if features.dim() > 2 else (features,)
         return
-    read, names = image_reader(source, options), image_names(parts)
+    names = image_names(parts)
     images = len(names) - sum(len(video.of_frames) for video in videos)
-    yield from (decoded[name].result() if name in decoded else read(parts[name]) for name in names[:images])
-    read_frame = picture_reader(options)
-    frames = (read_frame(parts[name]) for name in names[images:])
+    yield from map(image_of, names[:images])
+    if not videos:
+        return
+    read = picture_reader(options)
+    frames = (read(parts[name]) for name in names[images:])
     yield from (stacked(list(islice(frames, len(video.of_frames))), video) for video in videos)
 
 
