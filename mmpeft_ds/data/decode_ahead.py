@@ -34,12 +34,12 @@ class DecodeAhead:
     of each sample no more pictures than there are threads, or none, and of one sample more than there are threads.
 
     Args:
-        threads: 1: nothing is decoded ahead.
+        threads: with that of the caller, which decodes what no other has begun; 1: nothing is decoded ahead.
     """
 
     def __init__(self, threads: int):
         self.threads = min(threads, MOST)
-        self._pool = ThreadPoolExecutor(self.threads, "decode") if self.threads > 1 else None
+        self._pool = ThreadPoolExecutor(self.threads - 1, "decode") if self.threads > 1 else None
 
     def over(
         self, samples: Iterable[Opened], read: Callable[[bytes], Tensor]
@@ -60,7 +60,12 @@ class DecodeAhead:
         names = [name for name in parts if name.rpartition(".")[2] in READ] if isinstance(parts, dict) else []
         if len(names) <= self.threads:
             pictures = {name: self._pool.submit(read, parts[name]) for name in names}
-        return lambda name: pictures.pop(name).result() if name in pictures else read(parts[name])
+
+        def picture(name: str) -> Tensor:
+            ahead = pictures.pop(name, None)
+            return read(parts[name]) if ahead is None or ahead.cancel() else ahead.result()
+
+        return picture
 
     def close(self) -> None:
         """End the threads."""
