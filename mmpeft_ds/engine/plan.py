@@ -244,10 +244,11 @@ def _facts(report: dict[str, Any]) -> dict[str, str]:
     kinds = ", ".join(f"{kind} {count:,}" for kind, count in report["trainable_by_kind"].items() if count)
     assumed = any(row["assumed"] for row in report["sources"])
     parts = f" in {report['accumulation']} micro-steps" if report["accumulation"] > 1 else ""
+    samples, slots = report["global_batch"], report["global_batch"] // report["accumulation"]
     facts = {
         "trained": f"{trained:,} of {total:,} parameters ({100 * trained / total:.2f}%)",
         "of these": kinds,
-        "length": f"{report['total_steps']:,} steps of {report['global_batch']:,} samples{parts}",
+        "length": f"{report['total_steps']:,} steps of {samples:,} samples{parts}, for at most {slots:,} ranks",
         "quantised": _quantised(report),
         "labels": f"{report['labels']:,}{' assumed' if assumed else ''}" if report["labels"] else "",
     }

@@ -43,6 +43,8 @@ def lacking(given: dict[str, str]) -> list[str]:
         service, more = services[name], fabric[name]
         locks = service["ulimits"]["memlock"] == -1 and service["network_mode"] == "host" and service["shm_size"]
         missing += [] if locks else [f"{name}: memory or network"]
+        mounts = [mount.rsplit(":", 1)[-1] for mount in service["volumes"]]
+        missing += [] if service["environment"]["HF_HOME"] in mounts else [f"{name}: cache of the hub"]
         devices = service["deploy"]["resources"]["reservations"]["devices"]
         missing += [] if [d["driver"] for d in devices] == ["nvidia"] and devices[0]["count"] == "all" else ["GPUs"]
         has_fabric = more.get("devices") == ["/dev/infiniband:/dev/infiniband"] and "IPC_LOCK" in more.get(
@@ -70,6 +72,7 @@ def test_the_compiler_of_the_image_is_that_of_the_pinned_torch():
         ("Dockerfile", "openssh-server ", "openssh-server"),
         ("Dockerfile", "580", "580"),
         ("compose.yaml", "memlock: -1", "train: memory or network"),
+        ("compose.yaml", "  - ${HF_HOME:-~/.cache/huggingface}:/opt/huggingface\n", "node: cache of the hub"),
         ("infiniband.yaml", "IPC_LOCK", "node: InfiniBand"),
     ],
 )

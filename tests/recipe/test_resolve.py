@@ -291,8 +291,11 @@ def test_a_head_in_half_precision_trains_in_float32_whatever_the_method(folder):
     assert seen == [(torch.float32, torch.float32)]
 
 
-def test_ranks_that_would_compute_on_padding_are_told(folder):
-    notes = plan.make(resolve.resolve(load(folder, "data.global_batch=8", "optim.accumulation=2")), [64])["remarks"]
+def test_ranks_that_would_compute_on_padding_are_told(folder, capsys):
+    report = plan.make(resolve.resolve(load(folder, "data.global_batch=8", "optim.accumulation=2")), [64])
+    plan.show(report)
+    assert "of 8 samples in 2 micro-steps, for at most 4 ranks" in " ".join(capsys.readouterr().out.split())
+    notes = report["remarks"]
     assert any("has samples for 4 of 64 ranks" in line and "60 compute on padding" in line for line in notes)
     notes = plan.make(resolve.resolve(load(folder, "data.global_batch=8")), [8])["remarks"]
     assert not any("padding" in line for line in notes)
