@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from mmpeft_ds import recipe as recipes
-from mmpeft_ds.distributed import processes
+from mmpeft_ds.distributed import gpus, processes
 from mmpeft_ds.distributed.collectives import on_rank0
 from mmpeft_ds.engine import checkpoint, ewc, frozen_images
 from mmpeft_ds.engine.assembly import hub
@@ -59,6 +59,7 @@ def run(recipe: recipes.Recipe, *, fresh: bool = False, conclude: Callable[[Trai
             return 0
         ewc.check(recipe)
         resolved.remarks += idle_notes(resolved, ranks.world_size)
+        resolved.remarks += [unseen] if (unseen := gpus.unseen()) else []
         resolved.print_notes(ranks.rank, of_training=True)  # before the base is loaded, which may take minutes
         check_shards(resolved, ranks)
 

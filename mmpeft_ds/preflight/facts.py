@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import os
 import platform
-import re
 import shutil
 import socket
 import tempfile
@@ -19,7 +18,7 @@ import torch
 from mmpeft_ds import recipe as recipes
 from mmpeft_ds.data.manifest import FILE, Manifest, read_side_file
 from mmpeft_ds.data.shards import verify_shards
-from mmpeft_ds.distributed import processes
+from mmpeft_ds.distributed import gpus, processes
 from mmpeft_ds.errors import BadInput
 from mmpeft_ds.files import check_writable
 from mmpeft_ds.preflight import imports
@@ -28,13 +27,14 @@ SHM = "/dev/shm"
 
 
 def of_rank() -> dict[str, Any]:
-    """`rank`, `local_rank`, `local_size`, `first` (the node's first rank), `host`, `device` and, where this rank can
-    have none, `device_problem`."""
+    """`rank`, `local_rank`, `local_size`, `first` (the node's first rank), `host`, `device` and `device_problem`,
+    where this rank can have none, or uses the CPU beside GPUs."""
     rank, size = int(os.environ["RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
     facts = {"rank": rank, "local_size": size, "host": socket.gethostname(), "device_problem": ""}
     try:
         local_rank, device = processes.own_device()
         facts["device"] = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+        facts["device_problem"] = gpus.unseen()
     except (BadInput, RuntimeError) as error:
         local_rank = int(os.environ["LOCAL_RANK"])
         facts |= {"device": "none", "device_problem": " ".join(str(error).split())}
@@ -58,7 +58,7 @@ def of_node(
         "software": software,
         "failed": failed,
         "recipe": hashlib.sha256(recipes.to_yaml(recipe).encode()).hexdigest()[:12] if recipe else "",
-        "driver": driver(),
+        "driver": gpus.driver(),
         "operator": processes.operator_is_built(),
         "cpu": platform.processor() or platform.machine(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
@@ -69,16 +69,6 @@ def of_node(
         "infiniband": sorted(os.listdir("/sys/class/infiniband")) if os.path.isdir("/sys/class/infiniband") else [],
         "locked_memory": locked_memory(),
     }
-
-
-def driver() -> str:
-    """Version of the NVIDIA driver, empty without one."""
-    try:
-        text = Path("/proc/driver/nvidia/version").read_text()
-    except OSError:
-        return ""
-    match = re.search(r"Kernel Module.*?\s(\d+[\d.]+)\s", text)
-    return match[1] if match else ""
 
 
 def room(recipe: recipes.Recipe | None) -> dict[str, dict[str, Any]]:
