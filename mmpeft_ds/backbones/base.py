@@ -71,8 +71,7 @@ class BackboneBase(abc.ABC):
         unpackable: why the language model cannot read all texts of a batch as one row without padding, each by itself,
             as the end of a sentence that begins with the backbone; empty: it can where the batch says so
             (`PackedBatch.padding_free`), and `tokens` and `tokens_key` work.
-        unsplittable: why the model cannot be split across ranks (ZeRO-3), as the end of a sentence that begins with
-            the backbone; empty: it can.
+        packed_by_mask: a mask alone tells texts of one row apart, since some layers take no lengths of texts.
         attentions: attention implementations that compute what the checkpoint means, the first for `auto`; empty: all
             that transformers has. flash-attn takes a mask for a number of tokens at one end of each row, which is
             wrong where padding stands between tokens.
@@ -99,7 +98,7 @@ class BackboneBase(abc.ABC):
     wants_statistics: bool = False
     reads_bank: bool = False
     unpackable: str = "reads each text in a row of its own, as it is set"
-    unsplittable: str = ""
+    packed_by_mask: bool = False
     attentions: tuple[str, ...] = ()
     prompt_limit: str = "max_text_length"
     target_limit: str = "max_text_length"

@@ -54,8 +54,8 @@ class Segments:
     lengths: tuple[int, ...]
 
     def split(self, row_1Nd: Tensor) -> Tensor:
-        """(G, L, d) with a row for each text, zeros after the shorter ones."""
-        rows = row_1Nd.new_zeros(len(self.lengths), max(self.lengths), row_1Nd.shape[-1])
+        """(G, L, d) with a row for each text, zeros after the shorter ones; (G, L) of a row of numbers."""
+        rows = row_1Nd.new_zeros(len(self.lengths), max(self.lengths), *row_1Nd.shape[2:])
         return rows.index_put((self.text, self.place), row_1Nd[0])
 
     def join(self, rows_GLd: Tensor) -> Tensor:

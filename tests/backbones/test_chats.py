@@ -10,14 +10,13 @@ from PIL import Image
 from mmpeft_ds.backbones.mllm.backbone import ENTRY, Options
 from mmpeft_ds.data.batch import Prompted
 from mmpeft_ds.errors import BadInput
-from tests.helpers.models import tiny_families, tiny_mllm
+from tests.helpers.models import family_traits, tiny_families
 from tests.helpers.models.family_samples import batch, image
 from tests.helpers.models.family_stock import ASKED, OF_LLAVA, made, stock, tolerance
+from tests.helpers.models.family_traits import EVERY
 
 QUICK = ("llava", "qwen2_vl", "internvl")
-EVERY = [*tiny_mllm.FAMILIES, *tiny_families.FAMILIES]
-LEFT_OUT = ("paligemma",)  # which reads one question alone
-SLOW = [f for f in EVERY if f not in (*QUICK, *LEFT_OUT)]
+SLOW = [f for f in family_traits.having("turns") if f not in QUICK]
 # Of several images in a chat its stock class reads no tiles.
 ONE_IMAGE = ("llava_onevision",)
 QUESTION, SAID = "what color ?", "red"
@@ -107,8 +106,7 @@ MERELY_APPENDS = (
 
 @pytest.fixture(scope="module")
 def folder(request, tmp_path_factory):
-    written = tiny_mllm if request.param in tiny_mllm.FAMILIES else tiny_families
-    return written.write(tmp_path_factory.mktemp(request.param), request.param)
+    return family_traits.write(tmp_path_factory.mktemp(request.param), request.param)
 
 
 def read_both(backbone, model, images, text, messages):
@@ -163,9 +161,9 @@ def test_images_may_stand_anywhere(folder):
 
 @pytest.mark.parametrize("family", [pytest.param(f, marks=pytest.mark.slow) if f in SLOW else f for f in EVERY])
 def test_every_family_that_is_not_compared_here_refuses_conversations(tmp_path, family):
-    written = tiny_mllm if family in tiny_mllm.FAMILIES else tiny_families
-    backbone = ENTRY(Options(written.write(tmp_path, family)), None)
-    assert (backbone.one_turn != "") == (family in LEFT_OUT)
+    one_turn = ENTRY(Options(family_traits.write(tmp_path, family)), None).one_turn
+    lacking = family_traits.lacking("turns", family)
+    assert one_turn == "" if lacking is None else lacking.said in one_turn
 
 
 @pytest.fixture(scope="module", params=TEMPLATES)

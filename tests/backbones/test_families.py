@@ -15,38 +15,28 @@ from transformers import CONFIG_MAPPING, CLIPImageProcessorPil, Idefics3Processo
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as MAPPING_NAMES
 from transformers.models.smolvlm.processing_smolvlm import get_image_prompt_string
 
-from mmpeft_ds import recipe as recipes
 from mmpeft_ds import registry
-from mmpeft_ds.backbones.mllm import families, processing, torchvision_functions
+from mmpeft_ds.backbones.mllm import alike, families, processing, torchvision_functions
 from mmpeft_ds.backbones.mllm.backbone import ENTRY, Options
 from mmpeft_ds.backbones.mllm.families.base import Family
 from mmpeft_ds.backbones.mllm.model import media_ids
 from mmpeft_ds.data.batch import Prompted
 from mmpeft_ds.data.transform import apply
-from mmpeft_ds.engine.assembly import checks, modality
+from mmpeft_ds.engine.assembly import modality
 from mmpeft_ds.engine.assembly.forward import forward
 from mmpeft_ds.errors import BadInput, BadSample
-from tests.helpers.models import further_families, tiny_families, tiny_mllm
-from tests.helpers.models.family_samples import ALL, ONE, TALK, TWO, WITHOUT_SITES, attached, batch, image, samples_of
-from tests.helpers.models.family_stock import check_against_stock, made, processed, stock
+from tests.helpers import family_table
+from tests.helpers.models import family_traits, further_families, tiny_families, tiny_mllm
+from tests.helpers.models.family_samples import ALL, ONE, TALK, TEXT, TWO, attached, batch, image, samples_of
+from tests.helpers.models.family_stock import check_against_stock, made, of_llava, processed, stock
+from tests.helpers.models.family_traits import EVERY
 
 FAMILIES = list(tiny_families.FAMILIES)
-WITHOUT_BEAMS = ("llama4",)  # transformers 5.23 does not repeat the images for the beams
-# Methods that have no place in a family, with what they say.
-NO_PLACE = {
-    **{(family, "deep_prompt"): "asks its cache for" for family in ("inkling2", "qwen4_exp")},
-    ("glm5_next", "deep_prompt"): "carries a state from token to token",
-    **{
-        (family, name): "no separate projections"
-        for family in WITHOUT_SITES
-        for name in ("routed_lora", "deep_prompt")
-    },
-}
 
 
 @pytest.fixture(scope="module")
 def folder(request, tmp_path_factory):
-    return tiny_families.write(tmp_path_factory.mktemp(request.param), request.param)
+    return family_traits.write(tmp_path_factory.mktemp(request.param), request.param)
 
 
 # Whose image processors transformers has for tensors alone.
@@ -56,17 +46,22 @@ ONE_FORM += ("minimax_m3_vl", "molmo2", "muse_glimmer", "muse_spark", "step3p7",
 QUICK = ("internvl", "gemma3", "idefics3", "qwen3_vl", "mistral3", "ovis2", "qwen3_5")
 # Aria pads every image to 980 x 980, which alone takes as long as all others together.
 SLOW = {"aria", *further_families.FAMILIES} - {"granite4_vision", "llama4", "minicpmv4_7", "molmo2", "step3p7"}
-every_family = pytest.mark.parametrize(
-    "folder", [pytest.param(f, marks=pytest.mark.slow) if f in SLOW else f for f in FAMILIES], indirect=True
+every_family, every_spelled_family = (
+    pytest.mark.parametrize(
+        "folder", [pytest.param(f, marks=pytest.mark.slow) if f in SLOW else f for f in of], indirect=True
+    )
+    for of in (EVERY, FAMILIES)
 )
 some_quick = pytest.mark.parametrize(
-    "folder", [f if f in QUICK else pytest.param(f, marks=pytest.mark.slow) for f in FAMILIES], indirect=True
+    "folder", [f if f in QUICK else pytest.param(f, marks=pytest.mark.slow) for f in EVERY], indirect=True
 )
 
 
 def stock_inputs(backbone, images, text, answer=True):
     """What the processor of the family makes of one conversation; without its answer for generation."""
     pictures = [Image.fromarray(image(n).permute(1, 2, 0).numpy()) for n in images]
+    if backbone._config.model_type in ("llava", "llava_next"):
+        return of_llava(backbone, pictures, text, answer)
     if backbone._config.model_type == "paligemma":
         suffix = text.target if answer else None
         prompt = "<image>" * len(images) + text.prompt
@@ -91,7 +86,7 @@ def test_images_to_scale_by_lanczos_are_left_to_pillow_where_torch_cannot(monkey
     assert names() == ["CLIPImageProcessorPil", "CLIPImageProcessor"]
 
 
-@every_family
+@every_spelled_family
 def test_both_image_backends_give_the_same_images_but_for_rounding(folder):
     wave = torch.linspace(0, 9, 60)[:, None] * torch.linspace(0, 7, 90)
     picture = torch.stack([wave.sin(), wave.cos(), (2 * wave).sin()]).mul(100).add(128).to(torch.uint8)
@@ -127,6 +122,13 @@ def test_logits_and_loss_are_those_of_the_stock_class_fed_by_its_own_processor(f
     check_against_stock(backbone, out, widened, stock(folder, backbone), inputs)
 
 
+@pytest.mark.parametrize("folder", family_traits.TRAITS["alone"].lacking, indirect=True)
+def test_the_processor_of_a_family_that_reads_no_text_alone_takes_none(folder):
+    backbone = made(folder)[0]
+    with pytest.raises(IndexError, match=family_traits.lacking("alone", backbone._config.model_type).said):
+        stock_inputs(backbone, [], TEXT[1][0])
+
+
 @some_quick
 @pytest.mark.parametrize("beams", [1, 2])
 @torch.no_grad()
@@ -141,8 +143,8 @@ def test_generated_text_is_that_of_the_stock_class(folder, beams):
     for written, (images, text) in zip(got, of_texts(samples), strict=True):
         inputs = stock_inputs(backbone, images, text, answer=False)
         length = inputs["input_ids"].shape[1]
-        if beams > 1 and images and backbone._config.model_type in WITHOUT_BEAMS:
-            with pytest.raises(ValueError, match="do not match"):
+        if beams > 1 and images and (lacking := family_traits.lacking("beams", backbone._config.model_type)):
+            with pytest.raises(ValueError, match=lacking.said):
                 reference.generate(**inputs, **ends, **options)
             continue
         ids = reference.generate(**inputs, **ends, **options)[:, length:]
@@ -153,8 +155,8 @@ def test_generated_text_is_that_of_the_stock_class(folder, beams):
 @pytest.mark.parametrize("name", ["lora", "routed_lora", "deep_prompt"])
 def test_an_adapter_is_trained_through_the_whole_model(folder, name):
     backbone, base = made(folder, condition="pooled" if name == "routed_lora" else "none")
-    if why := NO_PLACE.get((backbone._config.model_type, name)):
-        with pytest.raises(BadInput, match=why) as error:
+    if lacking := family_traits.lacking(name, backbone._config.model_type):
+        with pytest.raises(BadInput, match=lacking.said) as error:
             attached(name, backbone, base)
         assert "\n" not in str(error.value)
         return
@@ -205,6 +207,13 @@ def test_smolvlm_spells_an_image_as_its_own_processor_does(rows, columns):
     processor.__dict__.update(names)
     got = processor.replace_image_token({"rows": [[rows]], "cols": [[columns]]}, 0)
     assert got == get_image_prompt_string(rows, columns, 3, "<f>", "<i>", "<g>")
+
+
+def test_the_table_in_the_documentation_is_what_tests_try_and_expect():
+    page = family_table.PAGE.read_text("utf-8")
+    assert family_table.written(page, family_table.table()) == page, "stale: run python -m tests.helpers.family_table"
+    for trait in family_traits.TRAITS.values():
+        assert trait.lacking.keys() <= set(EVERY)
 
 
 def test_the_documentation_lists_and_counts_the_families_that_are_tried():
@@ -342,17 +351,26 @@ def test_a_family_that_knows_no_other_attention_gets_eager(tmp_path, family):
     assert backbone.attentions == ("eager",) and backbone.build(on_meta=True).config._attn_implementation == "eager"
 
 
-@pytest.mark.parametrize("family", ["molmo2", "step3p7", "qwen3_vl"])
-def test_a_family_that_ranks_cannot_share_is_refused_at_stage_3_alone(tmp_path, family):
-    backbone = ENTRY(Options(tiny_families.write(tmp_path, family)), None)
-    recipe = recipes.Recipe(run_dir="run", backbone={"name": "mllm"}, method={"name": "lora"})
-    checks.check_splitting(recipe, backbone, 2)
-    if family == "qwen3_vl":
-        checks.check_splitting(recipe, backbone, 3)
-        return
-    with pytest.raises(BadInput, match="stage 3, but the backbone mllm reads a model of family") as error:
-        checks.check_splitting(recipe, backbone, 3)
-    assert "\n" not in str(error.value)
+@pytest.mark.parametrize("folder", ["deepseek_ocr2", "step3p7", "unlimited_ocr"], indirect=True)
+@torch.no_grad()
+def test_at_stage_3_images_without_parts_take_the_way_of_images_with_parts(folder, monkeypatch):
+    """A weight is gathered by all ranks together, so that each has to run the same modules as often."""
+    backbone, model = made(folder)
+    see, calls = backbone.image_transform(False), []
+    for name, module in model.named_modules():
+        module.register_forward_pre_hook(lambda module, args, name=name: calls.append(name))
+
+    def read(*sizes):
+        calls.clear()
+        images = backbone.collate_images([see(torch.zeros(3, *size, dtype=torch.uint8), None) for size in sizes])
+        features = model.image_features(images)
+        return "pixel_values_local" in images, list(calls), features.tokens
+
+    (apart, ways, _), (whole, fewer, plain) = read((20, 300), (16, 16)), read((16, 16), (16, 16))
+    assert apart and not whole and len(fewer) < len(ways)
+    monkeypatch.setattr(alike, "is_split", lambda model: True)
+    _, as_many, features = read((16, 16), (16, 16))
+    assert as_many == ways and all(map(torch.equal, features, plain)) and len(features) == len(plain)
 
 
 def test_colours_of_a_border_differ_by_channel():

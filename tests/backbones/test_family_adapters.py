@@ -15,20 +15,18 @@ from mmpeft_ds.engine.step import set_modes
 from mmpeft_ds.recipe.components import Section
 from mmpeft_ds.recipe.parse import Origin
 from mmpeft_ds.sites.condition import enable_checkpointing
-from tests.helpers.models import tiny_families, tiny_mllm
+from tests.helpers import peft_alone
+from tests.helpers.models import family_traits
 from tests.helpers.models.family_samples import ALL, attached, batch, samples_of
-from tests.helpers.models.family_stock import made
+from tests.helpers.models.family_stock import made, stock
+from tests.helpers.models.family_traits import EVERY
 
-# Whose adapters peft 0.21 renames as it renames a checkpoint of the base, and finds no place for.
-RENAMED = ("deepseek_ocr2", "unlimited_ocr")
 QUICK = ("llava", "internvl", "qwen3_5")
-EVERY = [*tiny_mllm.FAMILIES, *tiny_families.FAMILIES]
 
 
 @pytest.fixture(scope="module")
 def folder(request, tmp_path_factory):
-    written = tiny_mllm if request.param in tiny_mllm.FAMILIES else tiny_families
-    return written.write(tmp_path_factory.mktemp(request.param), request.param)
+    return family_traits.write(tmp_path_factory.mktemp(request.param), request.param)
 
 
 every_family = pytest.mark.parametrize(
@@ -50,8 +48,8 @@ def test_an_adapter_is_the_same_when_it_is_loaded_again_and_when_it_is_merged(fo
     adapted = logits(backbone, model, packed)
     assert (adapted - frozen).abs().max() > 1e-4 * frozen.abs().max()
     model.save_pretrained(tmp_path)
-    if backbone._config.model_type in RENAMED:
-        with pytest.warns(UserWarning, match="missing adapter keys"):
+    if lacking := family_traits.lacking("peft", backbone._config.model_type):
+        with pytest.warns(UserWarning, match=lacking.said):
             peft.PeftModel.from_pretrained(made(folder)[1], tmp_path)
         own = {"name": "lora", "r": 2, "target_modules": sorted(model.peft_config["default"].target_modules)}
         own |= {"init_lora_weights": False}
@@ -79,3 +77,30 @@ def test_layers_that_are_computed_again_give_the_same_gradients(folder):
         gradients.append({n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad})
     for name, plain in gradients[0].items():
         torch.testing.assert_close(gradients[1][name], plain, rtol=1e-4, atol=1e-5 * float(plain.abs().max()) + 1e-9)
+
+
+@pytest.mark.slow
+def test_peft_opens_the_adapter_of_every_family_on_its_stock_class_in_a_process_without_this_package(tmp_path):
+    """Texts without images: an adapter of the language model is read whole or not at all."""
+    here, frozen = {}, {}
+    for family in family_traits.having("peft"):
+        folder = family_traits.write(tmp_path / f"written-{family}", family)
+        backbone, base = made(folder)
+        inputs = dict(backbone._tokenizer("what color ? red a yes no blue", return_tensors="pt"))
+        inputs = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+        plain = type(stock(folder, backbone)).from_pretrained(folder).eval()  # with the attention that it gets there
+        peft_alone.write_base(tmp_path, family, plain, inputs)
+        attached("lora", backbone, base).save_pretrained(tmp_path / f"lora-{family}-own")
+        with torch.no_grad():
+            frozen[family] = plain(**inputs).logits
+            adapted = peft.PeftModel.from_pretrained(plain, tmp_path / f"lora-{family}-own").eval()
+            here[family] = adapted(**inputs).logits
+    there = peft_alone.ask(tmp_path)
+    wrong = {}
+    for family, logits in here.items():
+        scale = logits.abs().max()
+        assert (logits - frozen[family]).abs().max() > 1e-4 * scale, family
+        difference = float((there[f"{family}-own"] - logits).abs().max() / scale)
+        if difference > 1e-6:
+            wrong[family] = difference
+    assert not wrong

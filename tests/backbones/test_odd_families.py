@@ -19,7 +19,7 @@ from mmpeft_ds.engine.assembly.forward import forward
 from mmpeft_ds.errors import BadInput
 from tests.helpers.models import tiny_families, tiny_mllm
 from tests.helpers.models.family_samples import ALL, ONE, TALK, TWO, attached, batch, image
-from tests.helpers.models.family_stock import OF_LLAVA, check_against_stock, made, processed, stock
+from tests.helpers.models.family_stock import check_against_stock, made, of_llava, processed, stock
 
 
 @dataclasses.dataclass
@@ -232,14 +232,9 @@ def folder(request, tmp_path, monkeypatch):
 
 def stock_inputs(backbone: Any, images: list[int], text: Prompted, answer: bool = True) -> dict[str, Any]:
     pictures = [Image.fromarray(image(n).permute(1, 2, 0).numpy()) for n in images]
-    text = text.with_images(len(images))
-    if backbone._config.model_type not in ("llava", "llava_next"):
-        return processed(backbone, text, answer, **({"images": pictures} if images else {}))
-    strategy = {"vision_feature_select_strategy": backbone._config.vision_feature_select_strategy}
-    vars(backbone._processor).update(OF_LLAVA | strategy)
-    messages = backbone._chat._messages(text)  # whose answers end with a token that the template does not write
-    rendered = backbone._chat._rendered(messages if answer else messages[:-1], None)[0]
-    return dict(backbone._processor(text=[rendered], images=pictures or None, return_tensors="pt"))
+    if backbone._config.model_type in ("llava", "llava_next"):
+        return of_llava(backbone, pictures, text, answer)
+    return processed(backbone, text.with_images(len(images)), answer, **({"images": pictures} if images else {}))
 
 
 def test_it_says_what_the_stock_class_says(folder):

@@ -19,15 +19,14 @@ from mmpeft_ds.engine.assembly import modality
 from mmpeft_ds.errors import BadSample
 from mmpeft_ds.tasks.instruction.options import Options as TaskOptions
 from mmpeft_ds.tasks.instruction.task import ENTRY as TASK
-from tests.helpers.models import tiny_families, tiny_mllm
+from tests.helpers.models import family_traits, tiny_families, tiny_mllm
 from tests.helpers.models.family_stock import check_against_stock, made, processed, stock
 
 QUICK = ("llava_onevision", "qwen3_vl", "internvl")
-WITHOUT = ("kimi_k25", "minimax_m3_vl", "video_llava")
-FAMILIES = [name for name, tiny in tiny_families.FAMILIES.items() if tiny.video_processor and name not in WITHOUT]
-FAMILIES += ["qwen2_vl", "qwen2_5_vl"]
 every_family = pytest.mark.parametrize(
-    "folder", [f if f in QUICK else pytest.param(f, marks=pytest.mark.slow) for f in FAMILIES], indirect=True
+    "folder",
+    [f if f in QUICK else pytest.param(f, marks=pytest.mark.slow) for f in family_traits.having("video")],
+    indirect=True,
 )
 # height, width, frames, frames shown in a second; stock processors stack the videos of one text
 VIDEOS = {1: (20, 24, 4, 0.5), 2: (16, 30, 6, 1.0), 3: (24, 16, 2, 2.0), 4: (16, 20, 2, 0.25)}
@@ -46,8 +45,7 @@ ONE_VIDEO = ("molmo2",)  # whose processor takes one a text
 
 @pytest.fixture(scope="module")
 def folder(request, tmp_path_factory):
-    made = tiny_mllm if request.param in tiny_mllm.FAMILIES else tiny_families
-    return made.write(tmp_path_factory.mktemp(request.param), request.param)
+    return family_traits.write(tmp_path_factory.mktemp(request.param), request.param)
 
 
 def image(number):
@@ -225,12 +223,16 @@ def test_a_loader_process_makes_the_same_of_a_video(folder):
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-@pytest.mark.parametrize("family", ["gemma3", "idefics3"])
+@pytest.mark.parametrize(
+    "family",
+    [f if f == "idefics3" else pytest.param(f, marks=pytest.mark.slow) for f in family_traits.TRAITS["video"].lacking],
+)
 def test_a_family_without_videos_reads_frames_as_images_only_when_told(tmp_path, family):
-    folder = tiny_families.write(tmp_path, family)
+    folder = family_traits.write(tmp_path, family)
     backbone = ENTRY(Options(folder), None)
     assert backbone.modalities == ("image", "text") and backbone.video_transform() is None
-    assert "replace_video_token" in backbone.no_videos and "backbone.videos: images" in backbone.no_videos
+    said = family_traits.lacking("video", family).said
+    assert said in backbone.no_videos and "backbone.videos: images" in backbone.no_videos
     assert ENTRY(Options(folder, videos="images"), None).no_videos == ""
 
 

@@ -28,12 +28,7 @@ CASES = [
         "gradient_checkpointing": True,
     },
 ]
-# Not PaliGemma, which reads nothing without an image, nor HunYuan-VL, whose positions depend on the whole batch, nor
-# Qwen3-VL-MoE, whose experts transformers does not turn as it loads them at ZeRO-3.
-LEFT_OUT = ("paligemma", "hunyuan_vl", "qwen3_vl_moe")
-# And those that are refused there.
-LEFT_OUT += ("deepseek_ocr2", "granite4_vision", "molmo2", "step3p7", "unlimited_ocr")
-FAMILIES = [name for name in tiny_families.FAMILIES if name not in LEFT_OUT]
+FAMILIES = ["llava", *tiny_families.FAMILIES]
 TEXT = {"name": "lora", "r": 2, "target_modules": r".*(language_model|text_model).*\.(q_proj|v_proj)"}
 LOW_RANK = TEXT | {"target_modules": family_samples.LOW_RANK}
 CASES += [

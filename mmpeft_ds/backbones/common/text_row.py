@@ -9,6 +9,8 @@ makes a block-diagonal causal mask of them, with flash-attn it calls the kernel 
 
 from __future__ import annotations
 
+import dataclasses
+import types
 from typing import Any
 
 import torch
@@ -17,7 +19,7 @@ from torch.nn.functional import pad
 
 from mmpeft_ds.backbones.common import text_attention
 from mmpeft_ds.host_copies import both, on_host, to_device
-from mmpeft_ds.sites.condition import Segments, current
+from mmpeft_ds.sites.condition import Segments, conditioned, current
 
 # Arguments that say where texts end in a row.
 _ENDS = (text_attention.LENGTHS, "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
@@ -89,23 +91,27 @@ def give_texts_rows(model: nn.Module, classes: tuple[str, ...]) -> None:
     the model reads one row. Padding then stands after a text, which nothing before it depends on."""
     for module in model.modules():
         if type(module).__name__ in classes:
-            module.register_forward_pre_hook(_split, with_kwargs=True)
-            module.register_forward_hook(_join)
+            module.forward = types.MethodType(_in_rows, module)
 
 
-def _split(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
+def _in_rows(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """The forward of a layer, whose adapters see rows too. Of several results the first are hidden states, as one row;
+    the others, which a later layer of this kind may read, stay in rows."""
     condition = current()
     if condition is None or (segments := condition.segments) is None:
-        return None
-    kwargs = {name: value for name, value in kwargs.items() if name not in _ENDS}  # a text has a row now
-    if args:
-        return (segments.split(args[0]), *args[1:]), kwargs
-    return args, kwargs | {"hidden_states": segments.split(kwargs["hidden_states"])}
+        return type(self).forward(self, *args, **kwargs)
+    row = (args[0] if args else kwargs["hidden_states"]).shape[:2]
 
+    def split(value: Any) -> Any:
+        return segments.split(value) if isinstance(value, Tensor) and value.shape[:2] == row else value
 
-def _join(module: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
-    condition = current()
-    return None if condition is None or condition.segments is None else condition.segments.join(output)
+    # without what says where texts end: each has a row now
+    kwargs = {name: split(value) for name, value in kwargs.items() if name not in _ENDS}
+    with conditioned(dataclasses.replace(condition, segments=None)):
+        output = type(self).forward(self, *map(split, args), **kwargs)
+    if isinstance(output, tuple):
+        return (segments.join(output[0]), *output[1:])
+    return segments.join(output)
 
 
 def _beside(rows: Tensor, index: Tensor) -> Tensor:

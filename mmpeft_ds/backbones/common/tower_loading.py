@@ -19,6 +19,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
+from transformers.integrations import deepspeed as integration
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils import cached_file, is_flash_attn_2_available
 from transformers.utils.logging import set_tqdm_hook
@@ -193,6 +194,28 @@ def pretrained(
         some = ", ".join(missing[:3]) + (" ..." if len(missing) > 3 else "")
         raise BadInput(f"{where}: {name!r} has no weights for {some}, which would be random. {choose}")
     return model
+
+
+@contextlib.contextmanager
+def read_whole() -> Iterator[None]:
+    """Context in which transformers reads whole weights at ZeRO-3 too, on the host."""
+    if not is_deepspeed_zero3_enabled():
+        yield
+        return
+    config = integration._hf_deepspeed_config_weak_ref()
+    integration.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        integration.set_hf_deepspeed_config(config)
+
+
+def split(model: PreTrainedModel) -> None:
+    """Leave each rank its part of a model that was read whole; nothing below ZeRO-3."""
+    if is_deepspeed_zero3_enabled():
+        import deepspeed
+
+        deepspeed.zero.Init(module=model, config_dict_or_path=integration.deepspeed_config())
 
 
 def refuse_quantised(name: str, where: str, config: PretrainedConfig) -> None:

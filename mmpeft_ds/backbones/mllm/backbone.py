@@ -24,7 +24,6 @@ from mmpeft_ds.backbones.base import ImagePrefix
 from mmpeft_ds.backbones.common import stock
 from mmpeft_ds.backbones.common.generation import in_step, one_of
 from mmpeft_ds.backbones.common.stock_backbone import WHERE
-from mmpeft_ds.backbones.common.text_row import give_texts_rows
 from mmpeft_ds.backbones.mllm import agreement
 from mmpeft_ds.backbones.mllm.checkpoint import Checkpoint
 from mmpeft_ds.backbones.mllm.costs import Costs, patch_side
@@ -101,12 +100,15 @@ class MllmBackbone(Checkpoint):
         config.condition = o.condition  # saved with the model
         if self._kind_ids:
             config.image_kind_ids = self._kind_ids
+        if self._family.part_side:
+            config.image_part_side = getattr(self._image_processor, self._family.part_side)
         mixin = _mixin_of(self._family)
         model_class = stock.publishing(mixin, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(config)])
         chosen = self.attentions[0] if self.attention == "auto" and self.attentions else self.attention
         load = (model_class, o.model, WHERE, config, self.dtype, attention or chosen)
-        model = stock.load(*load, o.random_weights, on_meta, self.device, o.quantise)
-        give_texts_rows(model, self._family.carrying)
+        whole = self._family.loads_whole
+        model = stock.load(*load, o.random_weights, on_meta, self.device, o.quantise, whole)
+        self._family.adjust(model)
         return model
 
     def image_transform(self, train: bool) -> Callable[[Tensor, Any], dict[str, Tensor]]:

@@ -41,10 +41,9 @@ class Checkpoint(StockBackbone):
         return why and f"reads a model of family {self._config.model_type!r}, which {why}"
 
     @property
-    def unsplittable(self) -> str:
-        """Reason why the model cannot be split across ranks, which depends on the family."""
-        why = self._family.unsplittable
-        return why and f"reads a model of family {self._config.model_type!r}, which {why}"
+    def packed_by_mask(self) -> bool:
+        """Whether a mask alone tells texts of one row apart, which depends on the family."""
+        return self._family.by_mask
 
     @functools.cached_property
     def _makes_plain_logits(self) -> bool:

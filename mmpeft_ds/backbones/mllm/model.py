@@ -10,21 +10,21 @@ repeated here. The published condition is made of the features after the project
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel, masking_utils
 
 from mmpeft_ds.backbones.common.kinds import kinds_of
 from mmpeft_ds.backbones.common.stock import Publishing
 from mmpeft_ds.backbones.common.text_row import TextRow
+from mmpeft_ds.backbones.mllm import alike
 from mmpeft_ds.backbones.mllm.families.base import Family
 from mmpeft_ds.backbones.mllm.image_features import ImageFeatures, MediaFeatures
 from mmpeft_ds.backbones.mllm.processing import TOKEN_RUNS
@@ -142,19 +142,8 @@ class ImageText(Publishing):
 
     @property
     def runs_unevenly(self) -> tuple[str, ...]:
-        """The blocks of the vision tower and what stands after it: in some families a part of them runs once an
-        image."""
-        text, tower = self.get_decoder(), self.get_encoder(modality="image")
-        paths, prefix = [], "" if self.inner is self else "model."
-        for name, child in self.inner.named_children():
-            if child is tower:
-                lists = [path for path, module in child.named_modules() if isinstance(module, nn.ModuleList)]
-                outer = [path for path in lists if not any(path.startswith(f"{other}.") for other in lists)]
-                blocks = [f"{path}.{i}" for path in outer for i in range(len(child.get_submodule(path)))]
-                paths += [f"{prefix}{name}.{path}" for path in blocks]
-            elif all(module is not text for module in child.modules()):
-                paths.append(f"{prefix}{name}")
-        return tuple(paths)
+        """The blocks of the vision tower and what stands after it, see `alike.uneven`."""
+        return alike.uneven(self, self.inner, self.family.merges_each)
 
     @property
     def inner(self) -> nn.Module:
@@ -196,8 +185,13 @@ class ImageText(Publishing):
             if name in known
         }
         given |= {name: on_host(given[name]).tolist() for name in self.family.as_lists if name in given}
-        with _whole(self.inner), self._unread.left_out():
-            return see(**given, return_dict=True)
+        # Other ranks may have images in parts, for which the tower runs once more.
+        lacking = self.family.optional and media.keys().isdisjoint(self.family.optional) and alike.is_split(self)
+        if lacking:
+            given = alike.with_parts(given, self.config.image_part_side)
+        with alike.whole(self.inner), self._unread.left_out():
+            output = see(**given, return_dict=True)
+        return alike.without_last(output) if lacking else output
 
     @functools.cached_property
     def _unread(self) -> UnreadBlocks:
@@ -301,10 +295,12 @@ class ImageText(Publishing):
         positions = row.position_ids
         if hasattr(self.inner, "get_rope_index"):
             # positions in time, height and width, after those that tell texts apart
-            positions = torch.stack([positions, *(row.of(axis) for axis in self._positions(arguments))])
+            axes = [row.of(axis) for axis in self._positions(arguments)]
+            positions = torch.stack([positions, *axes] if self.family.text_axis else axes)
         implementation = self.config.get_text_config()._attn_implementation or "eager"
         masks = None
-        if self.family.looks_ahead(self.config) and not implementation.startswith("flash"):
+        ours = self.family.looks_ahead(self.config) or not self.family.text_axis
+        if ours and not implementation.startswith("flash"):
             made = self._masks(arguments)
             masks = {kind: row.mask(of) for kind, of in made.items()} if isinstance(made, dict) else row.mask(made)
         return {
@@ -319,7 +315,8 @@ class ImageText(Publishing):
         causal one. For a row of several texts transformers 5.23 reads the blocks of one text at the positions of
         another."""
         ids = arguments["input_ids"]
-        return self.create_masks_for_generate(
+        make = getattr(self, "create_masks_for_generate", masking_utils.create_masks_for_generate)
+        return make(
             config=self.config,
             inputs_embeds=torch.empty(*ids.shape, 1, dtype=self.dtype, device=ids.device),
             past_key_values=None,
@@ -405,20 +402,3 @@ def _by_slot(
     for number, slot in enumerate(owners):
         media_of[slot].append(number)
     return media_of
-
-
-@contextlib.contextmanager
-def _whole(module: nn.Module) -> Iterator[None]:
-    """Keep the parameters directly on `module` gathered while a method other than its forward reads them.
-
-    ZeRO-3 gathers such parameters for the module's forward only.
-    """
-    # not those that are not partitioned, resident, or still there from the last step
-    away = [p for p in module.parameters(recurse=False) if hasattr(p, "ds_id") and p.numel() != p.ds_numel]
-    for parameter in away:
-        parameter.all_gather()  # what DeepSpeed gives every parameter that it has partitioned
-    try:
-        yield
-    finally:
-        for parameter in away:
-            parameter.partition(has_been_updated=False)

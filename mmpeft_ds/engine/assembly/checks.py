@@ -159,15 +159,6 @@ def check_quantised(recipe: Recipe, form: str, stage: int) -> None:
         raise BadInput(f"{key} needs the package {package}. Install it: pip install 'mmpeft_ds[quantise]'")
 
 
-def check_splitting(recipe: Recipe, backbone: BackboneBase, stage: int) -> None:
-    """Refuse ZeRO stage 3 for a model that cannot be split across ranks. Raises BadInput."""
-    if stage == 3 and backbone.unsplittable:
-        raise BadInput(
-            f"{where(recipe, 'engine.deepspeed')}: ZeRO stage 3, but the backbone {recipe.backbone['name']} "
-            f"{backbone.unsplittable}. Use ds_configs/zero2.json or zero1.json."
-        )
-
-
 def check_schedule(recipe: Recipe, total: int, steps_per_epoch: int) -> None:
     """Refuse a run by epochs that would end within its warm-up. Raises BadInput.
 

@@ -31,7 +31,6 @@ from mmpeft_ds.engine.assembly.checks import (
     check_coupling,
     check_held,
     check_packing,
-    check_splitting,
     picture_notes,
     run_notes,
     stored_notes,
@@ -131,7 +130,6 @@ def resolve(recipe: Recipe, assumed: Assumed | None = None) -> Resolved:
     labels = plain.labels()
     towers = feature_bank.towers_of(list(manifests.values()))
     backbone = make_backbone(parts.backbone, recipe.engine, labels, towers, method.observes_attention(method_config))
-    check_splitting(recipe, backbone, plain.ds_config.get("zero_optimization", {}).get("stage", 0))
     statistics = feature_statistics(recipe, backbone, manifests[plain.of("sources")[0]])
     if statistics is not None:
         backbone.use_statistics(statistics)
@@ -147,7 +145,8 @@ def resolve(recipe: Recipe, assumed: Assumed | None = None) -> Resolved:
     takes_features = hooks_of(backbone.image_transform(False)).takes_features
     attention = choose_attention(backbone.attention, backbone.dtype)
     check_packing(recipe, backbone, trained_on, method, method_config, takes_features, attention)
-    if recipe.data.pack and attention == "sdpa" and _lets_texts_apart(method, method_config):
+    apart = not backbone.packed_by_mask and _lets_texts_apart(method, method_config)
+    if recipe.data.pack and attention == "sdpa" and apart:
         backbone.attention = text_attention.NAME
     for key, source in zip(plain.of("sources"), train, strict=True):
         check_contrast(recipe, key, source.options, source.task, source.samples)

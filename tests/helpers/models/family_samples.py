@@ -13,6 +13,7 @@ SIZES = {1: (20, 33), 2: (40, 16), 3: (16, 16), 4: (9, 30)}
 ONE = ([1], [Prompted("what color ?", "red")])
 SHARED = ([2], [Prompted("is this blue ?", "no"), Prompted("what is this ?", "a blue .")])
 TWO = ([2, 3], [Prompted("<image> is <image> ?", "yes")])
+TWO_BEFORE = ([2, 3], [Prompted("is this blue ?", "no")])
 TEXT = ([], [Prompted("yes ?", "no")])
 TALK = ([4], [Prompted("color ?", "red", (("user", "what ?"), ("assistant", "blue")))])
 # Families whose attention has low-rank projections, which adapters reach by pattern alone.
@@ -32,9 +33,8 @@ def batch(backbone, *samples):
 
 
 def samples_of(backbone, *samples):
-    """PaliGemma reads one question, after its images, and nothing without any; transformers' own HunYuan-VL numbers
-    the images of a whole batch, so that its positions are right in a batch of one text alone."""
-    return {"paligemma": (ONE, SHARED), "hunyuan_vl": (TWO,)}.get(backbone._config.model_type, samples)
+    """PaliGemma reads one question, after its images, and nothing without any."""
+    return (ONE, SHARED, TWO_BEFORE) if backbone._config.model_type == "paligemma" else samples
 
 
 def attached(name, backbone, base):

@@ -62,10 +62,14 @@ def slots(step: int, backbone) -> list[Sample]:
     def image(height: int, width: int):
         return transform(torch.randint(256, (3, height, width), dtype=torch.uint8, generator=g))
 
+    asked, answer = Prompted("is it ?", "a red circle ."), ("yes", "no")[step % 2]
+    if backbone.one_turn:  # it reads one question, and no text without an image
+        shown = [(image(9, 14), asked), (image(16, 8), Prompted("same ?", answer)), (image(6, 16), asked)]
+        return [*(Sample(f"{step}/{i}", 1.0, [see], [text], [{}]) for i, (see, text) in enumerate(shown)), Sample()]
     talk = Prompted("what color ?", "blue .", (("user", "is it round ?"), ("assistant", "no .")))
-    pair = Prompted(f"{IMAGE_MARK} and {IMAGE_MARK} same ?", ("yes", "no")[step % 2])
+    pair = Prompted(f"{IMAGE_MARK} and {IMAGE_MARK} same ?", answer)
     return [
-        Sample(f"{step}/one", 1.0, [image(9, 14)], [Prompted("is it ?", "a red circle .")], [{}]),
+        Sample(f"{step}/one", 1.0, [image(9, 14)], [asked], [{}]),
         Sample(f"{step}/two", 1.0, [image(16, 8), image(6, 16)], [pair], [{}]),
         Sample(f"{step}/text", 1.0, [], [talk], [{}]),
         Sample(),

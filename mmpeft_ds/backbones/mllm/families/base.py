@@ -9,7 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PretrainedConfig, ProcessorMixin
+from transformers import PretrainedConfig, PreTrainedModel, ProcessorMixin
+
+from mmpeft_ds.backbones.common.text_row import give_texts_rows
 
 
 class Family:
@@ -26,7 +28,11 @@ class Family:
             they are on the device. None: the processor normalises them.
         unpackable: why texts may not follow one another in one row; empty where they may. Families that nobody
             has tried may not.
-        unsplittable: why the model cannot be split across ranks; empty where it can.
+        by_mask: some of its layers know no lengths of texts, so that a mask alone tells texts of one row apart.
+        text_axis: the first axis of its positions in time, height and width tells texts of one row apart.
+        loads_whole: transformers cannot load parts of its weights (ZeRO-3), so that each rank reads all before it
+            keeps its part.
+        merges_each: its vision tower runs a part of itself once an image, outside of its blocks.
         first_position: of a text, which its model counts from.
         carrying: names of the classes of layers that carry a state, or a convolution, from token to token. In a row of
             several texts each text gets a row of its own there.
@@ -35,7 +41,8 @@ class Family:
         no_videos: why its videos are not taken; empty where they are.
         one_turn: why it reads one question and its answer alone; empty where it reads conversations.
         compared: settings that its image processor and its vision tower must have alike, where both have them.
-        optional: tensors that only some images have.
+        optional: tensors that only some images have: their parts, which go through the vision tower by themselves.
+        part_side: setting of its image processor for the side of such a part.
         as_lists: arguments of the vision tower that are lists of numbers.
         sizes_of_runs: arguments that positions follow from, with a row for each run of tokens of an image.
         template: chat template where the checkpoint has none.
@@ -46,7 +53,10 @@ class Family:
     spelled: bool = True
     channels: int | None = None
     unpackable: str = "was not tried with packed texts"
-    unsplittable: str = ""
+    by_mask: bool = False
+    text_axis: bool = True
+    loads_whole: bool = False
+    merges_each: bool = False
     first_position: int = 0
     carrying: tuple[str, ...] = ()
     one_token: bool = False
@@ -59,6 +69,7 @@ class Family:
         ("temporal_patch_size", "temporal_patch_size"),
     )
     optional: tuple[str, ...] = ()
+    part_side: str = ""
     as_lists: tuple[str, ...] = ()
     sizes_of_runs: tuple[str, ...] = ()
     template: str = ""
@@ -122,6 +133,11 @@ class Family:
     def joined(self, output: Any) -> Any:
         """The reverse of `apart`, for the images of one batch of texts. Default: as it is."""
         return output
+
+    def adjust(self, model: PreTrainedModel) -> None:
+        """Change a model that was just made, where the stock one reads texts together otherwise than each alone.
+        Default: layers of the classes that are `carrying`."""
+        give_texts_rows(model, self.carrying)
 
     def looks_ahead(self, config: PretrainedConfig) -> bool:
         """Whether tokens of a text see later ones of it, so that its mask is not the causal one."""

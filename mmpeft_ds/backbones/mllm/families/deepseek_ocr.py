@@ -9,8 +9,10 @@ class DeepseekOcr(Family):
     """Images in parts."""
 
     model_types = ("deepseek_ocr2", "unlimited_ocr")
-    unsplittable = "runs its vision tower once more for images in parts, which other ranks need not have"
+    unpackable = ""
+    by_mask = True
     optional = ("pixel_values_local",)
+    part_side = "tile_size"
     as_lists = ("num_local_patches", "patches_grid")
 
 

@@ -10,6 +10,7 @@ class GotOcr2(Family):
     """Turns as the processor marks them."""
 
     model_types = ("got_ocr2",)
+    unpackable = ""
     template = (
         "{% if messages[0]['role'] != 'system' %}{{ '<|im_start|>system\nYou should follow the instructions carefully "
         "and explain your answers in detail.<|im_end|>' }}{% endif %}{% for m in messages %}"

@@ -11,7 +11,7 @@ class Granite4Vision(Family):
     """Features by layer."""
 
     model_types = ("granite4_vision",)
-    unsplittable = "transformers 5.23 cannot load there"
+    loads_whole = True
     unpackable = ""
 
     def apart(self, output: Any) -> Any:

@@ -9,6 +9,7 @@ class KimiK25(Family):
     """Images of any size."""
 
     model_types = ("kimi_k25",)
+    unpackable = ""
     no_videos = "transformers 5.23 reads pieces of equally many frames alone of its videos"
 
 

@@ -28,6 +28,8 @@ class Llama4(Family):
     """Features before the projector."""
 
     model_types = ("llama4",)
+    unpackable = ""
+    by_mask = True
 
     def width(self, config: PretrainedConfig) -> int:
         return config.vision_config.vision_output_dim

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from mmpeft_ds.backbones.mllm.families.base import Family
 from mmpeft_ds.backbones.mllm.families.mistral3 import Mistral3
 
 
@@ -10,7 +9,7 @@ class MistralLarge4(Mistral3):
     """Images in rows of patches."""
 
     model_types = ("mistral_large4",)
-    unpackable = Family.unpackable
+    by_mask = True
 
 
 ENTRY = MistralLarge4()

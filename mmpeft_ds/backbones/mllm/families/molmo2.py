@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PretrainedConfig
 
 from mmpeft_ds.backbones.mllm.families.base import Family
 
@@ -18,11 +19,15 @@ class Molmo2(Family):
     """Pooled patches."""
 
     model_types = ("molmo2",)
-    unsplittable = "transformers 5.23 cannot load there"
+    unpackable = ""
+    loads_whole = True
     one_token = True
 
     def opening(self, tokenizer: Any) -> str:
         return tokenizer.bos_token or tokenizer.eos_token
+
+    def looks_ahead(self, config: PretrainedConfig) -> bool:
+        return True
 
     def together(self, media: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
         """Patches are numbered through all images of the batch; -1 stands for none."""

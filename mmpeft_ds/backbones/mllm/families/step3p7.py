@@ -9,10 +9,10 @@ class Step3p7(Family):
     """Images in parts."""
 
     model_types = ("step3p7",)
-    unsplittable = "runs its vision tower once more for images in parts, which other ranks need not have"
     unpackable = ""
     compared = (("vision_patch_size", "patch_size"),)
     optional = ("pixel_values_local",)
+    part_side = "patch_size"
 
 
 ENTRY = Step3p7()

@@ -26,7 +26,6 @@ class Usual(Family):
         "ovis2",
         "paddleocr_vl",
         "qwen3_vl",
-        "qwen3_vl_moe",
         "video_llama_3",
         "vipllava",
     )
