@@ -175,10 +175,15 @@ def load(
     """
     path = Path(path)
     kept, optimizer = kept_buffers(engine.module), _optimizer(engine, trainables)
-    header = on_rank0(lambda: _read_header(path, trainables, fingerprint, optimizer, kept))
     zero_state.ensure_optimizer_state(engine)
     keys = {name: (full_state.WEIGHT, *zero_state.moments(engine, p)) for name, p in trainables.items()}
-    on_rank0(lambda: _check_moments(path, keys))
+
+    def beside() -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+        header = _read_header(path, trainables, fingerprint, optimizer, kept)
+        _check_moments(path, keys)
+        return header, load_file(path / MODEL_STATE) if (path / MODEL_STATE).is_file() else {}
+
+    header, extra = on_rank0(beside)  # together, since every rank is told by a message of its own
     shapes = {name: zero_state.full_shape(parameter) for name, parameter in trainables.items()}
     with _reading(path, keys) as read, torch.no_grad():
         for name, tensors in _sent(shapes, read, {n: len(k) for n, k in keys.items()}, engine.device):
@@ -186,7 +191,6 @@ def load(
             zero_state.write_full(engine, trainables[name], full)
             zero_state.write_parameter(trainables[name], full[full_state.WEIGHT])
     zero_state.set_optimizer_step(engine, header["optimizer_step"])
-    extra = on_rank0(lambda: load_file(path / MODEL_STATE) if (path / MODEL_STATE).is_file() else {})
     for name, buffer in kept.items():
         buffer.copy_(extra.pop(f"{ADAPTER}{name}"))
     if extra:
@@ -300,7 +304,7 @@ def _read_header(
     optimizer: str | None,
     kept: dict[str, torch.Tensor],
 ) -> dict[str, Any]:
-    if (wrong := checkpoint_files.damage(path)) is not None:
+    if (wrong := checkpoint_files.damage_since(path)) is not None:
         raise BadInput(f"checkpoint {path} is damaged: {wrong}. Name another one, or start over with --fresh.")
     header = checkpoint_files.read_json(path, "state")
     if header["format"] != FORMAT:

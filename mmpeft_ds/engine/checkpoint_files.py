@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 import logging
+import os
 import re
 import shutil
 from collections.abc import Callable
@@ -122,6 +123,8 @@ def best(folder: Path) -> Path | None:
 def damage(path: str | Path) -> str | None:
     """Description of a damage to the checkpoint at `path`; None if every file is as it was written."""
     path = Path(path)
+    before = _stamps(path)
+    _whole.pop(path, None)
     try:
         check_regular(path / CHECKSUMS)
         checksums = json.loads((path / CHECKSUMS).read_text("utf-8"))
@@ -134,7 +137,32 @@ def damage(path: str | Path) -> str | None:
         return f"{Path(e.filename).name} is missing"
     except (ValueError, AttributeError, TypeError, OSError) as e:
         return f"{CHECKSUMS} cannot be read ({e})"
-    return None if checksums else f"{CHECKSUMS} is empty"
+    if not checksums:
+        return f"{CHECKSUMS} is empty"
+    if before is not None:
+        _whole[path] = before  # as the files were before they were read
+    return None
+
+
+def damage_since(path: str | Path) -> str | None:
+    """As `damage`, without reading again what was found whole by this process and has not changed since.
+
+    A change shows in the size of a file, its inode, or the time at which either or its bytes were last changed.
+    """
+    path = Path(path)
+    return None if path in _whole and _whole[path] == _stamps(path) else damage(path)
+
+
+_whole: dict[Path, dict[str, tuple[int, ...]]] = {}  # checkpoints that were found whole
+
+
+def _stamps(path: Path) -> dict[str, tuple[int, ...]] | None:
+    """What tells a change of each file of a directory; None where it cannot be read."""
+    try:
+        with os.scandir(path) as entries:
+            return {e.name: (s.st_size, s.st_ino, s.st_mtime_ns, s.st_ctime_ns) for e in entries for s in [e.stat()]}
+    except OSError:
+        return None
 
 
 def _unreadable(path: Path) -> str | None:

@@ -146,6 +146,13 @@ def test_gathers_with_room_for_few_numbers_give_the_same_and_keep_to_their_room(
         assert [list(names) for names in case["names"].values()] == 3 * [NAMES]
 
 
+@pytest.mark.parametrize("name", [*(s + b for s in STAGES for b in ("", "-bf16")), *OTHER_OPTIMIZERS])
+def test_large_parts_are_gathered_each_into_its_place(two, name):
+    first, second = (case["written"][name]["alone"] for case in two["both"])
+    assert len(first) >= len(NAMES) and all(first)
+    assert second == [] or name.startswith("stage0")
+
+
 @pytest.mark.parametrize("name", ["stage1", "stage2", "stage3"])
 def test_rank_0_alone_copies_to_the_host(two, name):
     first, second = (case["written"][name]["narrow"] for case in two["both"])

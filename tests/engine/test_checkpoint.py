@@ -94,6 +94,25 @@ def test_every_kind_of_damage_is_told(tmp_path, break_it, told):
     assert told in checkpoint_files.damage(path)
 
 
+@pytest.mark.parametrize("same_time", [False, True])
+def test_files_that_were_found_whole_are_read_again_where_they_have_changed_since(tmp_path, same_time, monkeypatch):
+    file = write(tmp_path, 5) / "weights.safetensors"
+    assert checkpoint.newest_valid(tmp_path) == file.parent
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint_files, "damage", lambda path: "read again")
+        assert checkpoint_files.damage_since(file.parent) is None
+    was = file.stat()
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    if same_time:
+        os.utime(file, ns=(was.st_atime_ns, was.st_mtime_ns))
+    assert "weights.safetensors has" in checkpoint_files.damage_since(file.parent)
+    data[-1] ^= 1
+    file.write_bytes(data)
+    assert checkpoint_files.damage_since(file.parent) is None
+
+
 def test_all_damaged_is_refused_and_not_started_over(tmp_path):
     for step in (5, 10):
         (write(tmp_path, step) / "state.json").unlink()

@@ -175,10 +175,11 @@ def over_ranks(
         device = torch.device("cuda", torch.cuda.current_device()) if nccl else torch.device("cpu")
         total = torch.tensor(sums, dtype=torch.int64, device=device)
         whole = torch.tensor([not s for s in sharded], device=device)
-        low, high = total.clone(), total.clone()
-        dist.all_reduce(total, group=group)
-        dist.all_reduce(low, op=dist.ReduceOp.MIN)
-        dist.all_reduce(high, op=dist.ReduceOp.MAX)
+        ends = torch.cat((total, ~total))  # the least of ~x is ~ of the largest x: one collective for both
+        dist.all_reduce(ends, op=dist.ReduceOp.MIN)
+        low, high = ends[: len(total)], ~ends[len(total) :]
+        if any(sharded):
+            dist.all_reduce(total, group=group)
         differing = [frozen[i][0] for i in torch.nonzero(whole & (low != high)).flatten().tolist()]
         sums = torch.where(whole, low, total).tolist()
     return {name: _described(tensor, value) for (name, tensor), value in zip(frozen, sums, strict=True)}, differing

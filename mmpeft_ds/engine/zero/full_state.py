@@ -22,6 +22,7 @@ from mmpeft_ds.distributed.gather import gather_on_rank0
 from mmpeft_ds.engine.zero import state as zero_state
 
 BUCKET = 1 << 27  # bytes that one gather makes on every device
+LARGE = 1 << 18  # bytes of a part that is worth a gather of its own
 WEIGHT = "weight"  # key of the float32 master; the others are names of the optimizer's moments
 
 
@@ -189,7 +190,13 @@ def _gather(flats: list[Flat], device: torch.device, bucket: int) -> None:
     if rank() == 0:
         for flat in flats:
             flat.whole = torch.empty(ranks, flat.size)
-    for pieces in _buckets(flats, max(1, bucket // (4 * ranks))):
+    small = []
+    for flat in flats:  # the same on all ranks, also where a large part is not to be sent as it is
+        if device.type == "cpu" and 4 * flat.size >= LARGE:
+            gather_on_rank0(flat.part().to(device, torch.float32), flat.whole)
+        else:
+            small.append(flat)
+    for pieces in _buckets(small, max(1, bucket // (4 * ranks))):
         own = [flat.part()[begin:end].to(device, torch.float32) for flat, begin, end in pieces]
         every = gather_on_rank0(torch.cat(own))
         if every is not None:

@@ -63,14 +63,14 @@ def state_sums(engine: Any) -> dict[str, int]:
 
     Read from the tensors that the optimizer steps on, not through DeepSpeed's map from parameters to them.
     """
-    stepping, everywhere = inner(engine), engine.zero_optimization_stage() > 0
-    sums = {}
-    for key in moments(engine):
+    stepping, keys = inner(engine), moments(engine)
+    own = []
+    for key in keys:
         flats = (stepping.state[flat].get(key) for flat in _flat_masters(engine))  # None: Muon's and AdamW's differ
-        own = sum(bits_sum(part) for flat in _without_padding(engine, flats) for part in flat)
-        total = collectives.sum_scalars([own % 2**32], engine.device)[0] if everywhere else own  # exact in float64
-        sums[key] = int(total) % 2**32
-    return sums
+        own.append(sum(bits_sum(part) for flat in _without_padding(engine, flats) for part in flat) % 2**32)
+    if keys and engine.zero_optimization_stage() > 0:
+        own = collectives.sum_scalars(own, engine.device)  # exact in float64
+    return {key: int(total) % 2**32 for key, total in zip(keys, own, strict=True)}
 
 
 def bits_sum(tensor: Tensor) -> int:
