@@ -68,12 +68,29 @@ def cosines(a: Tensor, b: Tensor) -> Tensor:
     rows give exactly 1, and rows of small integers the nearest float64 to their cosine. 0 where a row is zero or not
     finite.
     """
-    if len(a) == 1:  # torch adds up a single wide row in parts, one of each thread
+    on_cpu = a.device.type == "cpu"
+    if on_cpu and len(a) == 1:  # torch adds up a single wide row in parts, one of each thread
         return cosines(a.expand(2, -1), b.expand(2, -1))[:1]
     a, b = a.detach().double(), b.detach().double()
-    length = ((a * a).sum(1) * (b * b).sum(1)).sqrt()
+    if on_cpu:
+        aa, bb, ab = (a * a).sum(1), (b * b).sum(1), (a * b).sum(1)
+    else:
+        aa, bb, ab = sums_by_halves(torch.cat([a * a, b * b, a * b])).chunk(3)
+    length = (aa * bb).sqrt()
     usable = (length > 0) & length.isfinite()
-    return torch.where(usable, (a * b).sum(1) / torch.where(usable, length, 1.0), 0.0)
+    return torch.where(usable, ab / torch.where(usable, length, 1.0), 0.0)
+
+
+def sums_by_halves(x: Tensor) -> Tensor:
+    """(n,) sums of the rows of (n, D), with the same bits for any n and on any device.
+
+    The two halves of a row are added up, then those of the result. A sum of CUDA's is divided among threads and blocks
+    by the number of rows and their width, so equal pairs of few rows, or of wide ones, may differ in their last bit.
+    """
+    while (width := x.shape[1]) > 1:
+        half = (width + 1) // 2
+        x = torch.cat([x[:, : width - half] + x[:, half:], x[:, width - half : half]], 1)
+    return x.sum(1)
 
 
 @dataclass

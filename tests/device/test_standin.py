@@ -35,3 +35,7 @@ def test_backward_runs_in_the_thread_of_the_device_as_on_a_gpu(planted):
 
 def test_its_kernels_give_the_bits_of_the_cpu(planted):
     assert len(planted["gaps"]) == 6 and set(planted["gaps"].values()) == {0.0}
+
+
+def test_cosines_on_a_device_are_added_up_in_an_order_that_no_other_pair_changes(planted):
+    assert planted["cosines"] == {"by halves": True, "alone": True, "as the CPU": False}

@@ -12,6 +12,7 @@ from mmpeft_ds.ops.similarity_graph import (
     exact_float32,
     margin,
     products,
+    sums_by_halves,
     symmetric_degrees,
     symmetric_edges,
     unit_parts,
@@ -67,6 +68,14 @@ def test_the_cosine_of_a_pair_has_the_same_bits_wherever_it_stands():
     assert torch.equal(cosines(a, b)[order], cosines(a[order], b[order]))
     assert torch.equal(cosines(a, b), cosines(b, a))
     assert torch.equal(cosines(a, b)[:1], cosines(a[:1], b[:1]))
+
+
+@pytest.mark.parametrize("width", [0, 1, 2, 3, 37, 1536, 8193])
+def test_sums_by_halves_have_the_same_bits_for_a_row_alone_and_are_the_sums(width):
+    x = features(20, width, seed=5).double()
+    sums = sums_by_halves(x)
+    torch.testing.assert_close(sums, x.sum(1), rtol=0, atol=1e-10)
+    assert all(torch.equal(sums_by_halves(x[i : i + 1]), sums[i : i + 1]) for i in range(20))
 
 
 def test_a_cosine_of_wide_rows_is_that_of_the_pair_alone_with_several_threads():

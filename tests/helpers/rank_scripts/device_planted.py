@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from mmpeft_ds.ops.similarity_graph import cosines, sums_by_halves
 from tests.helpers.device import reports, standin
 
 # name -> (function of x (3, 4) and n (3,) on the device, kinds that it must cause)
@@ -93,6 +94,21 @@ def same_as_cpu() -> dict[str, float]:
     return gaps
 
 
+def cosines_of_few() -> dict[str, bool]:
+    """Whether cosines on the device are added up by halves, in which a pair alone gets the bits it has among others,
+    and whether the CPU's own sums would have been noticed."""
+    a, b = torch.randn(2, 40, 9001).unbind()
+    wide_a, wide_b = a.double(), b.double()
+    aa, bb, ab = map(sums_by_halves, (wide_a * wide_a, wide_b * wide_b, wide_a * wide_b))
+    want, found = ab / (aa * bb).sqrt(), cosines(a.to("cuda"), b.to("cuda")).cpu()
+    alone = [cosines(a[i : i + 1].to("cuda"), b[i : i + 1].to("cuda")).cpu() for i in range(40)]
+    return {
+        "by halves": torch.equal(found, want),
+        "alone": torch.equal(torch.cat(alone), want),
+        "as the CPU": torch.equal(cosines(a, b), want),
+    }
+
+
 def main() -> None:
     standin.start()
     result: dict[str, object] = {}
@@ -113,6 +129,7 @@ def main() -> None:
     result["backward"] = {"want": ["wait"], "line": line, "found": [[r.kind, r.file, r.line] for r in watch.reports]}
     result["own thread"] = threads[0] is not threading.main_thread()
     result["gaps"] = same_as_cpu()
+    result["cosines"] = cosines_of_few()
     Path(sys.argv[1]).write_text(json.dumps(result))
 
 
