@@ -173,7 +173,7 @@ class Collate:
         self.work = work_of(loader)
 
     def __call__(self, samples: list[dict[str, Any]]):
-        return [s["key"] for s in samples], stack([self.work(s["jpg"]) for s in samples])
+        return [s["key"] for s in samples], stack([self.work(bytes(s["jpg"])) for s in samples])  # litdata's are views
 
 
 def work_of(loader: str):

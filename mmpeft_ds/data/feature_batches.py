@@ -40,6 +40,32 @@ class _Read:
     fixed: bool
 
 
+@dataclass(slots=True)
+class Ahead:
+    """Samples of several micro-batches, gathered together; all plain, see `_Memory`.
+
+    Attributes:
+        size: slots of each micro-batch, all filled.
+        images: (all samples, D) rows, as they are stored.
+        columns: names, records, texts, targets and raw texts of all samples.
+        hashes: of each micro-batch, `PackedBatch.keys_hash`.
+    """
+
+    size: int
+    images: Tensor
+    columns: list[list[Any]]
+    hashes: list[int]
+
+
+@dataclass(slots=True)
+class _Found:
+    """Rows of features, rows of `_Memory`, and what was read of samples that are not all plain; None: all are."""
+
+    images: Tensor
+    rows: np.ndarray
+    read: list[_Read] | None
+
+
 class _Memory:
     """Samples of a split that were read before, in columns, so that many are looked up at once.
 
@@ -128,8 +154,47 @@ class FeatureBatches:
         Raises:
             BadSample: if the tensors of the texts cannot be made; then as well.
         """
-        if not len(slots):
+        found = self._found(epoch, shards, samples) if len(slots) else None
+        if found is None:
             return None
+        if found.read is None:
+            memory, rows = self._memory, found.rows
+            names, records, texts, targets, raw = (getattr(memory, name)[rows].tolist() for name in _Memory.COLUMNS)
+            batch = self._packed(found.images, slots, size, names, records, slots, texts, targets, raw)
+            batch.keys_hash = int(memory.hashes[rows].sum())  # mod 2^64, as the numbers are
+            return batch
+        texts = [text for one in found.read for text in one.texts]
+        targets = [target for one in found.read for target in one.targets]
+        names, records = [one.sample_id for one in found.read], [one.record for one in found.read]
+        owner = np.repeat(slots, [len(one.texts) for one in found.read])
+        return self._packed(found.images, slots, size, names, records, owner, texts, targets, [_raw(t) for t in texts])
+
+    def ahead(self, epoch: int, shards: np.ndarray, samples: np.ndarray, size: int) -> Ahead | None:
+        """Several micro-batches of `size` samples each, one after the other, for `batch`.
+
+        Returns:
+            None where some sample has anything unusual, so that `make` has to make each.
+
+        Raises:
+            BadInput: if a shard is missing, or has changed.
+        """
+        found = self._found(epoch, shards, samples, plain_only=True)
+        if found is None:
+            return None
+        columns = [getattr(self._memory, name)[found.rows].tolist() for name in _Memory.COLUMNS]
+        hashes = self._memory.hashes[found.rows].reshape(-1, size).sum(1)
+        return Ahead(size, found.images, columns, hashes.tolist())
+
+    def batch(self, ahead: Ahead, number: int) -> PackedBatch:
+        """One of the micro-batches of `ahead`; as `make` makes it."""
+        part, slots = slice(number * ahead.size, (number + 1) * ahead.size), np.arange(ahead.size)
+        names, records, texts, targets, raw = (column[part] for column in ahead.columns)
+        batch = self._packed(ahead.images[part], slots, ahead.size, names, records, slots, texts, targets, raw)
+        batch.keys_hash = ahead.hashes[number]
+        return batch
+
+    def _found(self, epoch: int, shards: np.ndarray, samples: np.ndarray, plain_only: bool = False) -> _Found | None:
+        """Features and records of samples; None if one has to be read alone, or with `plain_only` is not plain."""
         by_shard, parts = _grouped(shards)
         columns = self.columns.shards(parts)
         kind = next(iter(columns.values())).kind
@@ -143,6 +208,8 @@ class FeatureBatches:
                 self._remember(key, columns, shards[new], samples[new], numbers[new])
             rows = memory.place[numbers]
             plain = bool(memory.plain[rows].all())
+            if plain_only and not plain:
+                return None
             pairs = [] if plain else zip(shards.tolist(), samples.tolist(), strict=True)
             read = [self._read(key, columns, *pair) for pair in pairs]
         except BadSample:
@@ -151,18 +218,7 @@ class FeatureBatches:
         views = np.zeros(len(numbers), np.int64)
         views[:] = self.source.image_transform.row(kind[1], order.combined_many(key, keys))
         at = (self.columns.image_at[numbers] + views * kind[2])[by_shard]
-        images = _picked(at, by_shard, parts, columns)
-        if plain:
-            lists = (getattr(memory, name)[rows].tolist() for name in _Memory.COLUMNS)
-            names, records, texts, targets, raw = lists
-            batch = self._packed(images, slots, size, names, records, slots, texts, targets, raw)
-            batch.keys_hash = int(memory.hashes[rows].sum())  # mod 2^64, as the numbers are
-            return batch
-        texts = [text for one in read for text in one.texts]
-        targets = [target for one in read for target in one.targets]
-        names, records = [one.sample_id for one in read], [one.record for one in read]
-        owner = np.repeat(slots, [len(one.texts) for one in read])
-        return self._packed(images, slots, size, names, records, owner, texts, targets, [_raw(t) for t in texts])
+        return _Found(_picked(at, by_shard, parts, columns), rows, None if plain else read)
 
     def close(self) -> None:
         """Close the files."""

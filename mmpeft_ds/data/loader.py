@@ -14,6 +14,7 @@ from torch.utils.data import get_worker_info
 from mmpeft_ds.data import order
 from mmpeft_ds.data.batch import PackedBatch, Sample, pack
 from mmpeft_ds.data.decode_ahead import DecodeAhead, Opened
+from mmpeft_ds.data.feature_ahead import Lookahead
 from mmpeft_ds.data.feature_batches import FeatureBatches
 from mmpeft_ds.data.frozen_store import FrozenStore, Place, StoreSpec, shard_number
 from mmpeft_ds.data.options import DataOptions
@@ -64,6 +65,7 @@ class Loader:
             FeatureBatches(s, reader, self._epoch_key) if FeatureBatches.possible(s, reader) else None
             for s, reader in zip(sources, self.readers, strict=True)
         ]
+        self.coming = [gather and Lookahead(gather) for gather in self.gathers]
         # Gathered batches cost little for each sample, and much for each batch.
         few = not train and not coupled and None in self.gathers
         self.slots = min(options.global_batch, options.evaluation_batch) if few else options.global_batch
@@ -155,20 +157,36 @@ class Loader:
 
     def _gathered(self, request: Request, epoch: int, places: order.EpochOrder) -> PackedBatch | None:
         """The micro-batch gathered as a whole, for feature shards; None if it must be read sample by sample."""
-        source, size = request.visit.source, len(request.slots)
-        own = np.array([-1 if slot is None else slot for slot in request.slots], np.int64)
-        positions = order.positions_of(len(places), self.slots, own, request.visit.step)
-        filled = np.flatnonzero((own >= 0) & (positions >= 0))
-        shards, samples = places.many(positions[filled])
-        if (chosen := self.places[source]) is not None:
-            starts = np.cumsum([0, *map(len, chosen)])
-            samples = np.concatenate(chosen)[starts[shards] + samples]
+        source, step, slots = request.visit.source, request.visit.step, request.slots
+        own = np.array([-1 if slot is None else slot for slot in slots], np.int64)
+
+        def full(steps: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+            positions = np.stack([order.positions_of(len(places), self.slots, own, one) for one in steps])
+            filled = (positions >= 0).all(1)
+            positions = positions if filled.all() else positions[: filled.argmin()]
+            return tuple(part.reshape(positions.shape) for part in self._found(source, places, positions.ravel()))
+
         try:
-            return self.gathers[source].make(epoch, shards, samples, filled, size)
+            if None not in slots:
+                batch = self.coming[source].take(epoch, slots, step, full)
+                if batch is not None:
+                    return batch
+            positions = order.positions_of(len(places), self.slots, own, step)
+            filled = np.flatnonzero((own >= 0) & (positions >= 0))
+            found = self._found(source, places, positions[filled])
+            return self.gathers[source].make(epoch, *found, filled, len(slots))
         except BadInput:  # a shard is gone, or has changed
             raise
         except REFUSALS:  # by a function that collates; sample by sample it will be seen of which
             return None
+
+    def _found(self, source: int, places: order.EpochOrder, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Shards and samples at positions of an epoch."""
+        shards, samples = places.many(positions)
+        if (chosen := self.places[source]) is not None:
+            starts = np.cumsum([0, *map(len, chosen)])
+            samples = np.concatenate(chosen)[starts[shards] + samples]
+        return shards, samples
 
     def close(self) -> None:
         for reader in self.readers:

@@ -87,16 +87,15 @@ def batches(
     for rank in range(world_size):
         stream = Stream([source], options, rank=rank, world_size=world_size, seed=3, train=train)
         gather = stream.loader.gathers[0]
-        if gather is not None:
-            make = gather.make
+        for name in ("make", "batch") if gather is not None else ():  # alone, or ahead with others
 
-            def counted(*args, make=make):
+            def counted(*args, make=getattr(gather, name)):
                 nonlocal gathered
                 result = make(*args)
                 gathered += result is not None
                 return result
 
-            gather.make = counted
+            setattr(gather, name, counted)
         for epoch in epochs:
             found += [batch for step in stream.epoch(epoch) for batch in step.micro]
         stream.close()
