@@ -16,7 +16,7 @@ import numpy as np
 from mmpeft_ds.data.batch import PackedBatch
 from mmpeft_ds.data.feature_batches import Ahead, FeatureBatches
 
-SAMPLES = 1024  # gathered at a time, at most; with more, what each operation costs by itself hardly counts
+SAMPLES = 4096  # gathered at a time, at most; 12 MiB of 1,536 numbers of 16 bits. With more, nothing is gained
 
 Slots = tuple[int | None, ...]
 

@@ -158,9 +158,9 @@ class Loader:
     def _gathered(self, request: Request, epoch: int, places: order.EpochOrder) -> PackedBatch | None:
         """The micro-batch gathered as a whole, for feature shards; None if it must be read sample by sample."""
         source, step, slots = request.visit.source, request.visit.step, request.slots
-        own = np.array([-1 if slot is None else slot for slot in slots], np.int64)
 
         def full(steps: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+            own = np.array(slots, np.int64)
             positions = np.stack([order.positions_of(len(places), self.slots, own, one) for one in steps])
             filled = (positions >= 0).all(1)
             positions = positions if filled.all() else positions[: filled.argmin()]
@@ -171,6 +171,7 @@ class Loader:
                 batch = self.coming[source].take(epoch, slots, step, full)
                 if batch is not None:
                     return batch
+            own = np.array([-1 if slot is None else slot for slot in slots], np.int64)
             positions = order.positions_of(len(places), self.slots, own, step)
             filled = np.flatnonzero((own >= 0) & (positions >= 0))
             found = self._found(source, places, positions[filled])

@@ -207,7 +207,8 @@ class Mix:
         # Source i against all later ones: of the first s steps, floor((s * visits + shift) / total) are its own.
         total = self.steps
         for i, visits in enumerate(self.visits):
-            shift = key_of(self.seed, "mix", epoch, i) % total
+            # The last source has all steps that are left, whatever its shift; often it is the only one.
+            shift = key_of(self.seed, "mix", epoch, i) % total if visits < total else 0
             before = (step * visits + shift) // total
             if ((step + 1) * visits + shift) // total > before:
                 own = epoch * visits + before

@@ -1,5 +1,6 @@
 """Micro-batches gathered from feature shards are those that reading sample by sample makes."""
 
+import functools
 import os
 import pickle
 from dataclasses import dataclass
@@ -87,15 +88,15 @@ def batches(
     for rank in range(world_size):
         stream = Stream([source], options, rank=rank, world_size=world_size, seed=3, train=train)
         gather = stream.loader.gathers[0]
+
+        def counted(make, *args):
+            nonlocal gathered
+            result = make(*args)
+            gathered += result is not None
+            return result
+
         for name in ("make", "batch") if gather is not None else ():  # alone, or ahead with others
-
-            def counted(*args, make=getattr(gather, name)):
-                nonlocal gathered
-                result = make(*args)
-                gathered += result is not None
-                return result
-
-            setattr(gather, name, counted)
+            setattr(gather, name, functools.partial(counted, getattr(gather, name)))
         for epoch in epochs:
             found += [batch for step in stream.epoch(epoch) for batch in step.micro]
         stream.close()
