@@ -87,8 +87,7 @@ def check(found: dict) -> None:
     for column, cells in found.items():
         assert cells, column
         for method, cell in cells.items():
-            # On a CPU p-Adapter takes small maps another way, equal in float64 (tests/ops/test_p_laplacian_map.py).
-            assert cell["gap"] < (1e-4 if method == "p_adapter" else 1e-5), (column, method)
+            assert cell["gap"] < 1e-5, (column, method)
             counted = per_file(cell["reports"])
             if column.startswith("mllm"):
                 counted = {name: number for name, number in counted.items() if name not in SCATTER}

@@ -11,17 +11,22 @@ import tempfile
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import nn
 
+from mmpeft_ds.methods.p_adapter import attention_graph
 from tests.helpers.device import matrix, reports, standin
 
 
 def cell(made: matrix.Column, model: nn.Module) -> dict[str, Any]:
     """Reports of one row, and its largest relative distance from the CPU."""
     state = matrix.state_of(model)
-    loss, gradients = matrix.passes(made, model, made.batch)
+    # On a CPU p-Adapter takes small maps another way, equal in float64 (tests/ops/test_p_laplacian_map.py). In float32
+    # a unit of its ReLU that is nearly 0 may be on in one way and off in the other.
+    with mock.patch.object(attention_graph, "fits", lambda *_: False):
+        loss, gradients = matrix.passes(made, model, made.batch)
     expected = {"loss": loss, **{name: gradient.clone() for name, gradient in gradients.items()}}
     batch = matrix.to_cuda(made, model, state)
     matrix.passes(made, model, batch)  # what is kept from the first step on
