@@ -226,7 +226,7 @@ class Loader:
 
     def _samples(self, source: int, epoch: int, places: Sequence[tuple[int, int]]) -> Iterator[Sample]:
         """The samples at some places, in their order; one with any fault becomes a slot of weight 0."""
-        pieces = self.readers[source].read(places)
+        pieces = self.readers[source].each(places)
         opened = (self._opened(source, place, piece) for place, piece in zip(places, pieces, strict=True))
         read, key = image_reader(self.sources[source], self.options), self._epoch_key(epoch)
         for place, (sample, image_of) in zip(places, self._decode_ahead(source).over(opened, read), strict=True):

@@ -12,7 +12,7 @@ import tarfile
 import tempfile
 import time
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -78,23 +78,33 @@ class ShardReader:
         return {**self.__dict__, "_offsets": {}, "_files": OrderedDict()}
 
     def read(self, wanted: Sequence[tuple[int, int]]) -> list[bytes | BadSample]:
-        """Tar pieces of samples, in the order of `wanted`.
+        """Tar pieces of samples, in the order of `wanted`; as `each` gives them."""
+        return list(self.each(wanted))
+
+    def each(self, wanted: Sequence[tuple[int, int]]) -> Iterator[bytes | BadSample]:
+        """Tar pieces of samples one after the other, in the order of `wanted`.
+
+        The disk is told of all of them at once, but of a local file each is read when it is asked for: what has just
+        been read and is soon dropped is still in the processor's cache, in memory that is used again.
 
         Args:
             wanted: number of the shard in the split, and of the sample in the shard.
 
-        Returns:
+        Yields:
             bytes of each, or BadSample: `read` where the file ends too early, `bytes` for a sample that is too long.
 
         Raises:
             BadInput: if a shard is missing, stays unreachable, or has changed.
         """
         ranges = [(shard, *map(int, self._table(shard)[sample])) for shard, sample in wanted]
-        pieces: list[bytes | BadSample] = [BadSample("bytes", f"{size:,} bytes") for _, _, size in ranges]
-        short = [i for i, (_, _, size) in enumerate(ranges) if size <= self.max_sample_bytes]
-        for i, piece in zip(short, self._read([ranges[i] for i in short]), strict=True):
-            pieces[i] = piece
-        return pieces
+        url = self.manifest.path(self.shards[ranges[0][0]].file) if ranges else ""
+        if ranges and local_path(url) is None and not self.cache_dir:
+            short = [one for one in ranges if one[2] <= self.max_sample_bytes]
+            pieces = iter(self._read_remote(short) if short else ())
+        else:
+            pieces = self._read_local([one for one in ranges if one[2] <= self.max_sample_bytes])
+        for _, _, size in ranges:
+            yield next(pieces) if size <= self.max_sample_bytes else BadSample("bytes", f"{size:,} bytes")
 
     def check_key(self, shard: int, sample: int, key: str) -> None:
         """Raise BadInput if the sample read at a place has not the key that belongs there."""
@@ -129,15 +139,6 @@ class ShardReader:
             what = "size" if before[0] != now.st_size else "time of change"
             raise BadInput(f"{self.path(shard)}: shard was changed during the run (its {what}). {HINT}")
 
-    def _read(self, ranges: list[tuple[int, int, int]]) -> list[bytes | BadSample]:
-        url = self.manifest.path(self.shards[ranges[0][0]].file) if ranges else ""
-        if ranges and local_path(url) is None and not self.cache_dir:
-            return self._read_remote(ranges)
-        pieces = []
-        for first in range(0, len(ranges), OPEN_FILES):
-            pieces += self._read_local(ranges[first : first + OPEN_FILES])
-        return pieces
-
     def close(self) -> None:
         """Close the files that are open."""
         while self._files:
@@ -148,18 +149,20 @@ class ShardReader:
             self._offsets[shard] = self.manifest.offsets(self.split, shard)
         return self._offsets[shard]
 
-    def _read_local(self, ranges: list[tuple[int, int, int]]) -> list[bytes | BadSample]:
-        files = [self._open(shard) for shard, _, _ in ranges]
-        if hasattr(os, "posix_fadvise"):
-            # Announce all reads of the batch, so that the disk works on them together.
-            for file, (_, begin, size) in zip(files, ranges, strict=True):
-                os.posix_fadvise(file, begin, size, os.POSIX_FADV_WILLNEED)
-        pieces = [_checked(os.pread(f, size, at), size) for f, (_, at, size) in zip(files, ranges, strict=True)]
-        for file, shard in {f: shard for f, (shard, _, _) in zip(files, ranges, strict=True)}.items():
-            self._check_stamp(shard, os.fstat(file))  # after reading, so that nothing of a new content is used
-        while len(self._files) > OPEN_FILES:
-            os.close(self._files.popitem(last=False)[1])
-        return pieces
+    def _read_local(self, ranges: list[tuple[int, int, int]]) -> Iterator[bytes | BadSample]:
+        for first in range(0, len(ranges), OPEN_FILES):
+            part = ranges[first : first + OPEN_FILES]
+            files = [self._open(shard) for shard, _, _ in part]
+            while len(self._files) > OPEN_FILES:  # none of these, which were used last
+                os.close(self._files.popitem(last=False)[1])
+            if hasattr(os, "posix_fadvise"):
+                # Announce all reads of the batch, so that the disk works on them together.
+                for file, (_, begin, size) in zip(files, part, strict=True):
+                    os.posix_fadvise(file, begin, size, os.POSIX_FADV_WILLNEED)
+            for file, (shard, begin, size) in zip(files, part, strict=True):
+                piece = _checked(os.pread(file, size, begin), size)
+                self._check_stamp(shard, os.fstat(file))  # after reading, so that nothing of a new content is used
+                yield piece
 
     def _open(self, shard: int) -> int:
         if shard in self._files:

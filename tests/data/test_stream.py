@@ -206,8 +206,8 @@ def test_resume_reads_no_consumed_sample(toy, monkeypatch):
     from mmpeft_ds.data.shards import ShardReader
 
     wanted = []
-    original = ShardReader.read
-    monkeypatch.setattr(ShardReader, "read", lambda self, w: wanted.extend(w) or original(self, w))
+    original = ShardReader.each
+    monkeypatch.setattr(ShardReader, "each", lambda self, w: wanted.extend(w) or original(self, w))
     run(toy, start=4)
     remaining, wanted[:] = list(wanted), []
     whole = run(toy)
