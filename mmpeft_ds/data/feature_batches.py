@@ -26,6 +26,9 @@ from mmpeft_ds.data.shards import ShardReader
 from mmpeft_ds.data.transform import hooks_of
 from mmpeft_ds.errors import BadSample
 
+# Samples that are read for the first time together: few, so that what is made on the way is gone before Python looks
+# for garbage a second time.
+TOGETHER = 512
 REMEMBERED = 2**16  # samples of a source whose texts and targets are kept; some hundred bytes to some kB each
 
 
@@ -72,8 +75,9 @@ class _Memory:
     Attributes:
         place: (n,) int32 row of each sample in the columns; row 0 stands for all samples not read yet.
         keys, hashes: uint64, `order.key_of` and `batch.hash_id` of the sample ids.
-        read: `_Read` or None.
-        plain: bool: fixed, with exactly one text; `names`, `records`, `texts`, `targets` and `raw` are its parts.
+        plain: bool: fixed, with exactly one text; `names`, `records`, `texts`, `targets` and `raw` are its parts. Of
+            these there is no `_Read`: its lists are objects that Python looks through for garbage again and again.
+        others: `_Read` of those that are not plain, else None.
     """
 
     COLUMNS = ("names", "records", "texts", "targets", "raw")
@@ -82,24 +86,32 @@ class _Memory:
         rows = 1 + min(n, REMEMBERED)
         self.place, self.count = np.zeros(n, np.int32), 0
         self.keys, self.hashes = np.zeros(rows, np.uint64), np.zeros(rows, np.uint64)
-        self.plain, self.read = np.zeros(rows, bool), np.empty(rows, object)
+        self.plain, self.others = np.zeros(rows, bool), np.empty(rows, object)
         for name in self.COLUMNS:
             setattr(self, name, np.empty(rows, object))
 
     @property
     def room(self) -> int:
         """Samples that can be added."""
-        return len(self.read) - 1 - self.count
+        return len(self.others) - 1 - self.count
+
+    def read(self, number: int) -> _Read | None:
+        """What was read of a sample; None if it was not."""
+        row = int(self.place[number])
+        if not self.plain[row]:
+            return self.others[row]
+        return _Read(self.names[row], self.records[row], [self.texts[row]], [self.targets[row]], True)
 
     def add(self, numbers: np.ndarray, read: list[_Read]) -> None:
         """Add samples that are not there yet, for which there is room."""
         rows = slice(self.count + 1, self.count + 1 + len(read))
         self.count += len(read)
         self.place[numbers] = np.arange(rows.start, rows.stop)
-        self.read[rows] = _objects(read)
         self.keys[rows] = np.array([order.key_of(one.sample_id) for one in read], np.uint64)
         self.hashes[rows] = np.array([hash_id(one.sample_id) for one in read], np.uint64)
-        single = [(i, one) for i, one in enumerate(read) if one.fixed and len(one.texts) == 1]
+        plain = [one.fixed and len(one.texts) == 1 for one in read]
+        self.others[rows] = _objects([None if is_plain else one for is_plain, one in zip(plain, read, strict=True)])
+        single = [(i, read[i]) for i, is_plain in enumerate(plain) if is_plain]
         if not single:
             return
         at = rows.start + np.array([i for i, _ in single])
@@ -204,8 +216,9 @@ class FeatureBatches:
         key = self.epoch_key(epoch)
         try:
             new = np.flatnonzero(memory.place[numbers] == 0)[: memory.room]
-            if len(new):
-                self._remember(key, columns, shards[new], samples[new], numbers[new])
+            for first in range(0, len(new), TOGETHER):
+                some = new[first : first + TOGETHER]
+                self._remember(key, columns, shards[some], samples[some], numbers[some])
             rows = memory.place[numbers]
             plain = bool(memory.plain[rows].all())
             if plain_only and not plain:
@@ -247,7 +260,7 @@ class FeatureBatches:
 
     def _read(self, epoch_key: int, columns: dict[int, ShardColumns], shard: int, sample: int) -> _Read:
         """Texts and targets of one sample, also of one that there is no room for. Raises BadSample."""
-        known = self._memory.read[self._memory.place[self.columns.firsts[shard] + sample]]
+        known = self._memory.read(self.columns.firsts[shard] + sample)
         if known is not None:
             return known if known.fixed else self._drawn(epoch_key, known.sample_id, known.record)
         columns[shard].check_finite(np.array([sample]))
