@@ -304,6 +304,8 @@ class Talks(torch.utils.data.Dataset):
         return {"input_ids": ids.repeat_interleave(times), "labels": labels.repeat_interleave(times), **image}
 
     def _tokens(self, image: dict[str, torch.Tensor]) -> int:
+        if not image:
+            return 1  # a text has no place for it
         if "image_grid_thw" in image:
             return int(image["image_grid_thw"].prod()) // self.config.vision_config.spatial_merge_size**2
         return (self.config.vision_config.image_size // self.config.vision_config.patch_size) ** 2
