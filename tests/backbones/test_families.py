@@ -200,6 +200,17 @@ def test_an_image_of_weight_0_that_short_texts_cut_through_is_not_read(folder):
     torch.testing.assert_close(losses[1], losses[0])
 
 
+@pytest.mark.parametrize("folder", ["idefics3"], indirect=True)
+def test_a_trained_tower_is_tied_to_the_loss_where_texts_read_all_images_too(folder):
+    """At ZeRO-3 all ranks must go back from as many outputs, and one may have an image that no text reads."""
+    backbone, model = made(folder)
+    packed = batch(backbone, ONE)
+    assert backbone.read(model(**backbone.inputs(packed)), packed).tie is None
+    model.get_encoder(modality="image").requires_grad_(True)
+    tie = backbone.read(model(**backbone.inputs(packed)), packed).tie
+    assert tie.requires_grad and tie == 0
+
+
 @pytest.mark.parametrize("rows, columns", [(0, 0), (1, 2), (3, 2)])
 def test_smolvlm_spells_an_image_as_its_own_processor_does(rows, columns):
     processor = Idefics3Processor.__new__(Idefics3Processor)

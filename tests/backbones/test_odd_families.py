@@ -14,6 +14,8 @@ import torch
 from PIL import Image
 from transformers import PretrainedConfig
 
+from mmpeft_ds.backbones.mllm.families.base import Family
+from mmpeft_ds.backbones.mllm.families.gemma import Gemma
 from mmpeft_ds.data.batch import Prompted
 from mmpeft_ds.engine.assembly.forward import forward
 from mmpeft_ds.errors import BadInput
@@ -264,6 +266,43 @@ def test_a_configuration_that_the_stock_class_cannot_read_an_image_with_is_refus
     with pytest.raises(BadInput, match="'llava_next', whose processor or model cannot be tried with a black") as error:
         made(odd.write(tmp_path, monkeypatch))
     assert "\n" not in str(error.value)
+
+
+UNPOOLED = Odd("gemma4", {"vision_config": {"pooling_kernel_size": 1}}, images={"pooling_kernel_size": 1})
+
+
+def test_a_configuration_that_a_family_is_known_to_fail_with_is_refused_before_a_run(tmp_path, monkeypatch):
+    with pytest.raises(BadInput, match="'gemma4', and with pooling_kernel_size 1 transformers 5.23 takes") as error:
+        made(UNPOOLED.write(tmp_path, monkeypatch))
+    assert "\n" not in str(error.value)
+
+
+def test_what_transformers_raises_at_the_first_batch_is_one_line_that_names_family_and_place(tmp_path, monkeypatch):
+    monkeypatch.setattr(Family, "unreadable", lambda self, config: "")
+    monkeypatch.setattr(Gemma, "unreadable", Family.unreadable)
+    backbone, model = made(UNPOOLED.write(tmp_path, monkeypatch))
+    with pytest.raises(BadInput, match=r"'gemma4', .* \(RuntimeError: .*; modeling_gemma4.py line \d+\)") as error:
+        model(**backbone.inputs(batch(backbone, ONE)))
+    assert "\n" not in str(error.value) and isinstance(error.value.__cause__, RuntimeError)
+
+
+def test_faults_of_other_code_and_of_later_batches_keep_their_traceback(tmp_path):
+    backbone, model = made(tiny_families.write(tmp_path, "gemma3"))
+    packed = backbone.inputs(batch(backbone, ONE))
+    layer = model.get_decoder().layers[0]
+
+    def fail(*args):
+        raise RuntimeError("a fault of ours")
+
+    hook = layer.register_forward_hook(fail)
+    with pytest.raises(RuntimeError, match="a fault of ours"):  # raised by this file, below transformers' frames
+        model(**packed)
+    hook.remove()
+    model(**packed)
+    packed["attention_mask"] = packed["attention_mask"][:, :3]
+    with pytest.raises(Exception) as error:  # noqa: B017 - whatever transformers says
+        model(**packed)
+    assert not isinstance(error.value, BadInput)
 
 
 @pytest.mark.parametrize("name", ["lora", "routed_lora"])

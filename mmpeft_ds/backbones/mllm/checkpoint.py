@@ -183,7 +183,7 @@ class Checkpoint(StockBackbone):
             known = f"{stock_class.__name__} does not take the features of images (`mm_encoder_outputs`)"
         elif not hasattr(self._inner_class(stock_class), "get_image_features"):
             known = f"{stock_class.__name__} does not give the features of images (`get_image_features`)"
-        else:
+        elif not (known := self._family.unreadable(self._config)):
             return
         raise BadInput(f"{WHERE}: {name!r} is of family {kind!r}, and {known}.")
 

@@ -10,6 +10,7 @@ repeated here. The published condition is made of the features after the project
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import inspect
@@ -24,7 +25,7 @@ from transformers import PretrainedConfig, PreTrainedModel, masking_utils
 from mmpeft_ds.backbones.common.kinds import kinds_of
 from mmpeft_ds.backbones.common.stock import Publishing
 from mmpeft_ds.backbones.common.text_row import TextRow
-from mmpeft_ds.backbones.mllm import alike
+from mmpeft_ds.backbones.mllm import alike, first_forward
 from mmpeft_ds.backbones.mllm.families.base import Family
 from mmpeft_ds.backbones.mllm.image_features import ImageFeatures, MediaFeatures
 from mmpeft_ds.backbones.mllm.processing import TOKEN_RUNS
@@ -66,9 +67,11 @@ class ImageText(Publishing):
     Attributes:
         family: what is special about it.
         widened_labels: (T, S) of the packed batch that was seen last, -100 at image tokens.
+        has_read: a packed batch was read to the end.
     """
 
     family: Family
+    has_read: bool = False
 
     def forward(
         self,
@@ -127,17 +130,19 @@ class ImageText(Publishing):
             labels = None if labels is None else row.labels(labels)
             condition = dataclasses.replace(condition, segments=row.segments)
         self.widened_labels = labels
-        with conditioned(condition):
+        with conditioned(condition), self._blamed():
             outputs = super().forward(**arguments, logits_to_keep=_asked(labels), use_cache=False, **kwargs)
+        self.has_read = True
         if labels is not None:
             outputs["labels"] = labels
         outputs["lengths"], outputs["positions"] = widened.attention_mask.sum(1), arguments["input_ids"].numel()
         if row is not None:
             outputs["text_of"] = row.text_of
         unread = sorted(set(range(len(features))) - set(on_host(media_rows).tolist()))
-        if unread and torch.is_grad_enabled() and features.tokens[unread[0]].requires_grad:
-            # All ranks must reach the vision tower in backward, also one whose images no text refers to.
-            outputs["tie"] = sum(features.tokens[i].sum() for i in unread) * 0
+        if len(features) and torch.is_grad_enabled() and features.tokens[0].requires_grad:
+            # All ranks must reach the vision tower in backward, also one whose images no text refers to. Where texts
+            # do, the first one stands for them: ZeRO-3 counts the ways from what the model returns, alike on all.
+            outputs["tie"] = sum(features.tokens[i].sum() for i in unread or (0,)) * 0
         return outputs
 
     @property
@@ -189,9 +194,14 @@ class ImageText(Publishing):
         lacking = self.family.optional and media.keys().isdisjoint(self.family.optional) and alike.is_split(self)
         if lacking:
             given = alike.with_parts(given, self.config.image_part_side)
-        with alike.whole(self.inner), self._unread.left_out():
+        with alike.whole(self.inner), self._unread.left_out(), self._blamed():
             output = see(**given, return_dict=True)
         return alike.without_last(output) if lacking else output
+
+    def _blamed(self) -> contextlib.AbstractContextManager[None]:
+        """The first time that it reads a batch, not where it only counts tokens."""
+        known = self.has_read or self.device.type == "meta"
+        return contextlib.nullcontext() if known else first_forward.blamed(self.config)
 
     @functools.cached_property
     def _unread(self) -> UnreadBlocks:

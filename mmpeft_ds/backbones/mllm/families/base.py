@@ -134,6 +134,10 @@ class Family:
         """The reverse of `apart`, for the images of one batch of texts. Default: as it is."""
         return output
 
+    def unreadable(self, config: PretrainedConfig) -> str:
+        """Why the stock class reads no image with this configuration, as an end of a sentence; empty where it does."""
+        return ""
+
     def adjust(self, model: PreTrainedModel) -> None:
         """Change a model that was just made, where the stock one reads texts together otherwise than each alone.
         Default: layers of the classes that are `carrying`."""

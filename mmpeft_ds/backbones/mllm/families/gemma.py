@@ -13,6 +13,11 @@ class Gemma(Family):
     model_types = ("gemma3", "gemma4")
     unpackable = ""
 
+    def unreadable(self, config: PretrainedConfig) -> str:
+        if getattr(config.vision_config, "pooling_kernel_size", 0) != 1:
+            return ""
+        return "with pooling_kernel_size 1 transformers 5.23 takes the padding of an image for its patches"
+
     def looks_ahead(self, config: PretrainedConfig) -> bool:
         return config.model_type == "gemma3" or config.get_text_config().use_bidirectional_attention == "vision"
 
