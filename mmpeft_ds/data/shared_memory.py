@@ -20,6 +20,7 @@ from torch import Tensor
 
 FREE, LENT = 0, 1
 HEAD = 64  # bytes before the numbers, which begin at a multiple of a cache line
+MOST = 64  # buffers of one worker, of two open files each; more are wanted only where a caller keeps many tensors
 
 # Buffers that this process has received: (process that made it, its descriptor there, its number) -> bytes.
 _RECEIVED: dict[Handle, np.ndarray] = {}
@@ -48,16 +49,20 @@ class Sender:
     Args:
         receiver: id of the process that gets the tensors. Where the system hides processes from each other nothing is
             sent this way.
+
+    Attributes:
+        possible: whether anything is.
     """
 
     def __init__(self, receiver: int):
         self._buffers: list[_Buffer] = []
         self._made = 0
-        self._possible = hasattr(os, "memfd_create") and os.access(f"/proc/{receiver}/fd", os.R_OK | os.X_OK)
+        self.possible = hasattr(os, "memfd_create") and os.access(f"/proc/{receiver}/fd", os.R_OK | os.X_OK)
 
     def lend(self, tensor: Tensor) -> tuple | None:
-        """Arguments of `received` for a copy of a contiguous CPU tensor; None where there is no memory for it."""
-        if not self._possible:
+        """Arguments of `received` for a copy of a contiguous CPU tensor; None where there is no memory for it, or
+        where all buffers are lent."""
+        if not self.possible or (len(self._buffers) >= MOST and not any(buffer.free for buffer in self._buffers)):
             return None
         gone: list[Handle] = []
         try:

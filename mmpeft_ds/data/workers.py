@@ -33,7 +33,8 @@ from mmpeft_ds import leftovers, stop
 from mmpeft_ds.data import shared_memory
 from mmpeft_ds.errors import BadInput
 
-# Largest tensor, in bytes, that is sent inside its batch. Larger ones are put into shared memory.
+# Largest tensor, in bytes, that is sent inside its batch. Larger ones are put into shared memory, unless the receiver
+# keeps so many that there is none for more: torch's own way needs an open file for each, and would hang without.
 INLINE = 1 << 16
 # The buffers of this process, if it is a worker.
 _SENDER: shared_memory.Sender | None = None
@@ -237,8 +238,10 @@ def _reduce(tensor: torch.Tensor) -> tuple:
     if not plain or tensor.requires_grad:
         return reduce_tensor(tensor)
     if tensor.nbytes > INLINE:
-        lent = _SENDER.lend(tensor) if tensor.is_contiguous() else None
-        return reduce_tensor(tensor) if lent is None else (shared_memory.received, lent)
+        if not (_SENDER.possible and tensor.is_contiguous()):
+            return reduce_tensor(tensor)
+        if (lent := _SENDER.lend(tensor)) is not None:
+            return shared_memory.received, lent
     content = tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes() if tensor.numel() else b""
     return _rebuilt, (content, tensor.dtype, tensor.shape)
 

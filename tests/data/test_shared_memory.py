@@ -52,6 +52,15 @@ def test_a_larger_tensor_takes_the_place_of_a_free_smaller_one_on_both_sides(sen
     assert sender.lend(numbers(1000))[0] == large[0], "room for more is room enough"
 
 
+def test_a_sender_whose_buffers_are_all_in_use_makes_no_more_until_one_is_free(sender, monkeypatch):
+    monkeypatch.setattr(shared_memory, "MOST", 3)
+    kept = [received(*sender.lend(numbers(1000, first))) for first in range(3)]
+    assert sender.lend(numbers(1000)) is None
+    del kept[1]
+    assert torch.equal(received(*sender.lend(numbers(90_000))), numbers(90_000)), "in the place of a smaller one"
+    assert torch.equal(kept[0], numbers(1000)) and torch.equal(kept[1], numbers(1000, 2))
+
+
 def test_a_child_of_the_receiver_gives_nothing_back(sender):
     lent = sender.lend(numbers(1000))
     got = received(*lent)

@@ -13,6 +13,7 @@ import psutil
 import pytest
 import torch
 
+from mmpeft_ds.data import shared_memory
 from mmpeft_ds.data import workers as worker_pools
 from mmpeft_ds.data.workers import WorkerPool
 from mmpeft_ds.errors import BadInput
@@ -42,6 +43,11 @@ def tensors(_):
         torch.eye(3).to_sparse(),
         torch.nn.Parameter(torch.ones(2)),
     ]
+
+
+def wide(x):
+    """More than is sent inside a batch."""
+    return torch.full((20_000,), x)
 
 
 def slow_pid(x):
@@ -125,6 +131,18 @@ def test_tensors_of_every_kind_come_over_as_they_were():
             torch.testing.assert_close(got, want, rtol=0, atol=0)
         row[4][0, 0, 0] = 5  # and may be written to
     assert found[0][0] == 7
+
+
+def test_a_caller_may_keep_more_large_tensors_than_a_worker_may_open_files():
+    pool = WorkerPool(wide, 1, 2)
+    pool.wait()
+    files = len(os.listdir("/proc/self/fd"))
+    kept = list(pool.run(range(3 * shared_memory.MOST)))
+    assert len(os.listdir("/proc/self/fd")) <= files + shared_memory.MOST
+    assert all(torch.equal(row, wide(i)) for i, row in enumerate(kept))
+    del kept[:]
+    assert sum(int(row[-1]) for row in pool.run(range(5))) == 10
+    pool.close()
 
 
 def test_nobody_waits_for_workers_to_start_and_the_hand_over_loses_nothing():
