@@ -69,6 +69,29 @@ def test_all_layers_and_projections_share_one_tensor_and_all_of_it_learns():
     assert all(p.grad is not None and p.grad.any() for p in model.parameters() if p.requires_grad)
 
 
+class KeepsFloat32(torch.nn.Linear):
+    """A layer that answers in the dtype of its input also under autocast, as 4-bit layers of bitsandbytes do."""
+
+    def forward(self, x):
+        return super().forward(x).to(x.dtype)
+
+
+def test_gradients_come_back_from_a_layer_that_keeps_float32_under_autocast():
+    model, tiny = attach(), ZOO["bert"]
+    output(model, tiny).square().mean().backward()
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    plain = {name: p.grad for name, p in trained.items()}
+    model.zero_grad()
+    for layer in model.modules():
+        if isinstance(layer, TensLoraLinear):
+            layer.base_layer.__class__ = KeepsFloat32
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = output(model, tiny).square().mean()
+    loss.backward()
+    for name, p in trained.items():
+        assert (p.grad - plain[name]).norm() < 0.1 * plain[name].norm(), name
+
+
 @pytest.mark.parametrize("kind", ["gpt2", "bert"])
 @pytest.mark.parametrize("options", [{}, {"modes": ["heads", "layers"]}, {"form": "cp"}, {"r": [4, 3, 2, 2]}], ids=str)
 def test_merged_it_computes_the_same_and_unmerged_the_frozen_weights_are_back(kind, options):

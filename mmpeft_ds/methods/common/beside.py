@@ -9,7 +9,7 @@ from mmpeft_ds.ops.beside_linear import Linear
 
 
 def plain_linear(base: nn.Module, x: Tensor) -> Linear | None:
-    """Weight and bias of `base` if calling it with `x` does nothing but multiply; else None.
+    """Weight and bias of `base` if calling it with `x`, outside of autocast, does nothing but multiply; else None.
 
     So it does where it is torch's own class in the dtype of `x`, frozen, and nobody, such as ZeRO-3, waits in a hook
     until it is called.
@@ -19,11 +19,11 @@ def plain_linear(base: nn.Module, x: Tensor) -> Linear | None:
     weight, bias = base.weight, base.bias
     if weight.dtype != x.dtype or weight.requires_grad or (bias is not None and bias.requires_grad):
         return None
-    return None if is_cast(x) else Linear(weight, bias)
+    return Linear(weight, bias)
 
 
 def is_eager(adapter: nn.Module, x: Tensor, dtype: torch.dtype) -> bool:
-    """Whether an adapter that multiplies (`Multiplies`) does so with `x` in one dtype and uncompiled.
+    """Whether an adapter that multiplies (`Multiplies`) does so with `x` in one dtype, uncompiled, without autocast.
 
     Then one function with a gradient of its own may compute it.
 
@@ -32,7 +32,7 @@ def is_eager(adapter: nn.Module, x: Tensor, dtype: torch.dtype) -> bool:
     """
     if adapter.products is not None or x.dtype != dtype or adapter._compiled_call_impl is not None:
         return False
-    return not torch.compiler.is_compiling()
+    return not (torch.compiler.is_compiling() or is_cast(x))
 
 
 def is_cast(x: Tensor) -> bool:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from mmpeft_ds.errors import BadInput
-from mmpeft_ds.methods.common.beside import is_cast, is_eager, is_watched, plain_linear
+from mmpeft_ds.methods.common.beside import is_eager, is_watched, plain_linear
 from mmpeft_ds.methods.common.fused import Fusable
 from mmpeft_ds.methods.common.layers import SiteLayer
 from mmpeft_ds.methods.common.products import Multiplies, at_edge
@@ -62,7 +62,7 @@ class AttentionBranch(nn.Module, Multiplies):
     def plus(self, h: Tensor, seen: Observation, project: Callable[[Tensor], Tensor]) -> Tensor | None:
         """`h` and the output of this adapter for it in one function, where that is plain arithmetic on a small map."""
         parts = (self.down, self.gate, self.up, self.graph)
-        if self.published or not is_eager(self, h, self.up.weight.dtype) or is_cast(h):
+        if self.published or not is_eager(self, h, self.up.weight.dtype):
             return None
         if any(is_watched(part) for part in (*parts, self)) or not self.graph.joins(seen, h, self.down.out_features):
             return None
