@@ -21,7 +21,7 @@ class Limits:
     Attributes:
         clock: seconds that a node's clock may be off.
         disk: free bytes of the run directory and of TMPDIR.
-        shm: free bytes of /dev/shm for a rank with loader workers, through which their batches pass.
+        shm: free bytes of /dev/shm for a rank with loader workers, for tensors that are not contiguous.
         slower: a node is slow where the others are that many times as fast.
     """
 
@@ -188,8 +188,9 @@ def _room(nodes: Sequence[Node], recipe: recipes.Recipe | None, limits: Limits) 
         shm, wanted = node.facts["shm"], limits.shm * len(node.ranks)
         if recipe and recipe.data.workers and shm and shm["free"] < wanted:
             lines.append(
-                f"{node.name}: /dev/shm has {size(shm['free'])} free; batches of loader workers pass through it. Give "
-                f"the container {size(wanted)} (docker run --shm-size), or set data.workers=0."
+                f"{node.name}: /dev/shm has {size(shm['free'])} free; tensors of loader workers that are not "
+                f"contiguous, and outside of Linux all large ones, pass through it. Give the container "
+                f"{size(wanted)} (docker run --shm-size), or set data.workers=0."
             )
         limit = node.facts["locked_memory"]
         if node.facts["infiniband"] and limit is not None and limit < GIB:
