@@ -137,7 +137,7 @@ def resident(tensors: Sequence[Tensors], layout: Layout, moments: float) -> dict
     }
     if stage == 3:
         kept = [tensors[i] for i in persistent(tensors, layout.rules)] if n > 1 else []
-        parts["small weights kept whole"] = sum(t.numel * t.width for t in kept)
+        parts["small weights kept whole"] = sum(t.numel * t.width - _within(t, layout) for t in kept)
         parts["hpZ copy"] = sum(_copy(t, layout) for t in tensors) if 1 < layout.group < n else 0
     return parts
 
@@ -152,6 +152,12 @@ def _held(tensor: Tensors, layout: Layout) -> int:
     if layout.stage < 3:
         return round(tensor.numel * tensor.width)
     return 0 if layout.offload else share(tensor.numel, layout.ranks) * tensor.width
+
+
+def _within(tensor: Tensors, layout: Layout) -> int:
+    """What of a rank's part lies in the memory of the whole parameter that it keeps; `stage3.part_within_whole`."""
+    split = tensor.numel % layout.ranks == 0 and layout.group == 1
+    return 0 if tensor.trained or not split else _held(tensor, layout)
 
 
 def _copy(tensor: Tensors, layout: Layout) -> int:

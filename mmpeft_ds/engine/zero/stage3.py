@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from mmpeft_ds.backbones.base import model_hooks
+from mmpeft_ds.distributed.own_process import give_back_freed
 from mmpeft_ds.engine.zero.full_state import BUCKET
 from mmpeft_ds.sites.base import Sites
 
@@ -70,7 +71,8 @@ def keep_frozen(engine: Any) -> None:
     memory for traffic, from all frozen weights partitioned to all of them resident.
 
     Of the others only what is gathered is partitioned, where DeepSpeed goes through all parameters twice; trained
-    persistent ones keep their memory until the gather that follows the step replaces it.
+    persistent ones keep their memory until the gather that follows the step replaces it. What stays gathered holds
+    this rank's part too, whose own memory is given back at the end of a step.
     """
     from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 
@@ -81,8 +83,18 @@ def keep_frozen(engine: Any) -> None:
     optimizer.persistent_parameters = [p for p in persistent if p.requires_grad]
     parameters = list(engine.module.parameters())
     coordinator = optimizer.parameter_offload.get_param_coordinator()
+    staying = [p for p in persistent if not p.requires_grad]
+    within: dict[int, int] = {}  # id of a parameter -> where the whole one lay that took its part in
 
     def shard_the_rest() -> None:
+        gathered_since = [
+            p for p in staying if p.ds_status == ZeroParamStatus.AVAILABLE and within.get(id(p)) != p.data_ptr()
+        ]
+        for p in gathered_since:  # anew after an evaluation that took other modules, for which DeepSpeed shards all
+            part_within_whole(p)
+            within[id(p)] = p.data_ptr()
+        if gathered_since:
+            give_back_freed()
         rest = []
         for p in parameters:
             gathered = p.ds_status == ZeroParamStatus.AVAILABLE
@@ -94,6 +106,19 @@ def keep_frozen(engine: Any) -> None:
         coordinator.release_and_reset_all(_Some(rest))
 
     optimizer._partition_all_parameters = shard_the_rest
+
+
+def part_within_whole(parameter: nn.Parameter) -> None:
+    """Let this rank's part of a gathered parameter, which nothing changes, lie in the memory of the whole one.
+
+    Left as it is where it has padding at its end, lies on another device (offload), or has a second copy (hpZ).
+    """
+    part, whole = parameter.ds_tensor, parameter.data
+    size = part.ds_numel
+    start = torch.distributed.get_rank(group=parameter.ds_process_group) * size
+    alike = (part.device, part.dtype, part.numel()) == (whole.device, whole.dtype, size)
+    if alike and whole.is_contiguous() and start + size <= whole.numel() and parameter.ds_secondary_tensor is None:
+        part.data = whole.view(-1)[start : start + size]
 
 
 class _Some:
