@@ -85,16 +85,19 @@ def keep_frozen(engine: Any) -> None:
     coordinator = optimizer.parameter_offload.get_param_coordinator()
     staying = [p for p in persistent if not p.requires_grad]
     within: dict[int, int] = {}  # id of a parameter -> where the whole one lay that took its part in
+    first = True  # step, in which DeepSpeed shards everything again after each use, whatever is to stay
 
     def shard_the_rest() -> None:
+        nonlocal first
         gathered_since = [
             p for p in staying if p.ds_status == ZeroParamStatus.AVAILABLE and within.get(id(p)) != p.data_ptr()
         ]
         for p in gathered_since:  # anew after an evaluation that took other modules, for which DeepSpeed shards all
             part_within_whole(p)
             within[id(p)] = p.data_ptr()
-        if gathered_since:
+        if gathered_since or first:
             give_back_freed()
+        first = False
         rest = []
         for p in parameters:
             gathered = p.ds_status == ZeroParamStatus.AVAILABLE
