@@ -103,13 +103,20 @@ class Sender:
 
 
 def received(handle: Handle, gone: list[Handle], dtype: torch.dtype, shape: torch.Size) -> Tensor:
-    """The tensor that a worker has lent; the buffer is free again when nothing uses the tensor's storage any more."""
+    """The tensor that a worker has lent; the buffer is free again when nothing uses the tensor's storage any more.
+
+    Raises:
+        RuntimeError: the worker has ended, in the words of torch's loader, which may not have seen it yet.
+    """
     for old in gone:
         _RECEIVED.pop(old, None)
     if handle not in _RECEIVED:
         process, file, _ = handle
-        with open(f"/proc/{process}/fd/{file}", "r+b", buffering=0) as opened:
-            _RECEIVED[handle] = np.frombuffer(mmap.mmap(opened.fileno(), 0), np.uint8)
+        try:
+            with open(f"/proc/{process}/fd/{file}", "r+b", buffering=0) as opened:
+                _RECEIVED[handle] = np.frombuffer(mmap.mmap(opened.fileno(), 0), np.uint8)
+        except (FileNotFoundError, ProcessLookupError) as error:
+            raise RuntimeError(f"DataLoader worker (pid {process}) ended with a batch on its way") from error
     memory = _RECEIVED[handle]
     numbers = memory[HEAD : HEAD + shape.numel() * dtype.itemsize]
     # torch holds this very array as long as the storage lives. At exit there is nobody to give it back to.

@@ -72,6 +72,14 @@ def test_a_child_of_the_receiver_gives_nothing_back(sender):
     assert torch.equal(got, numbers(1000))
 
 
+def test_a_tensor_of_a_process_that_has_ended_is_named_as_the_loader_does():
+    if not (child := os.fork()):
+        os._exit(0)
+    os.waitpid(child, 0)
+    with pytest.raises(RuntimeError, match=rf"^DataLoader worker \(pid {child}\) ended"):
+        received((child, 5, 1), [], torch.int64, torch.Size([1000]))
+
+
 def test_nothing_is_lent_where_there_is_no_memory_or_no_way_to_it(sender, monkeypatch):
     assert Sender(2**30).lend(numbers(1000)) is None  # no such process
 

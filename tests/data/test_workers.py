@@ -145,6 +145,17 @@ def test_a_caller_may_keep_more_large_tensors_than_a_worker_may_open_files():
     pool.close()
 
 
+def test_a_worker_that_is_killed_with_large_tensors_on_their_way_is_told_in_one_line():
+    pool = WorkerPool(wide, 1, 4)
+    pool.wait()
+    found = pool.run(range(100))
+    assert torch.equal(next(found), wide(0))
+    os.kill(pool._processes[0].pid, signal.SIGKILL)
+    with pytest.raises(BadInput, match="a loader process of this rank was killed"):
+        list(found)
+    pool.close()
+
+
 def test_nobody_waits_for_workers_to_start_and_the_hand_over_loses_nothing():
     pool = WorkerPool(slow_pid, 2, 2)
     found = list(pool.run(range(400)))
