@@ -21,6 +21,7 @@ from mmpeft_ds.backbones.base import BackboneBase
 from mmpeft_ds.distributed.collectives import on_rank0, rank
 from mmpeft_ds.distributed.own_process import give_back_freed
 from mmpeft_ds.distributed.partitioned import gathered
+from mmpeft_ds.engine.assembly.saved_adapter import name_for_peft
 from mmpeft_ds.engine.checkpoint import Held
 from mmpeft_ds.engine.model_card import model_card
 from mmpeft_ds.engine.zero import fingerprint, full_state
@@ -97,6 +98,7 @@ def _fill(
     saved = resolved.method.saved_tensors(model, trained)
     # Give peft whole tensors, so that it does not look at the shards. `auto` would ask the hub about embeddings.
     model.save_pretrained(str(partial), state_dict=dict(saved), save_embedding_layers=False)
+    name_for_peft(model, partial / WEIGHTS)
     _verify(partial / WEIGHTS, saved)
     config = json.loads((partial / CONFIG).read_text("utf-8"))
     if os.path.isabs(config.get("base_model_name_or_path") or ""):

@@ -8,14 +8,14 @@ import dataclasses
 import importlib
 import logging
 import math
-from collections.abc import Callable
 from pathlib import Path
 from unittest import mock
 
 import peft
 from peft import PeftConfig, PeftModel
+from peft.utils.other import AuxiliaryTrainingWrapper
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -34,7 +34,6 @@ from mmpeft_ds.sites.feature_site import Bank, calibrated_buffers
 
 logger = logging.getLogger(__name__)
 PREFIX = "base_model.model."  # of every name in a file of peft
-Rename = Callable[[str], str]
 # Where peft 0.21 gives the tensors of an adapter other names, as to those of a checkpoint of the base.
 RENAMES = "peft.utils.transformers_weight_conversion", "convert_peft_adapter_state_dict_for_transformers"
 
@@ -53,7 +52,7 @@ def attach_saved(directory: Path, base_model: PreTrainedModel, section: Section)
         BadInput: a file cannot be read; the configuration is not that of the recipe; tensors are missing, belong to
             nothing in this model, have another shape, or are not finite.
     """
-    rename = present_names(base_model)
+    rename = PresentNames(base_model)
     config = read_config(directory / CONFIG, base_model, section, rename)
     tensors = read_tensors(directory / WEIGHTS)
     try:
@@ -92,7 +91,7 @@ def _names_as_they_are() -> contextlib.AbstractContextManager:
     return contextlib.nullcontext()
 
 
-def read_config(path: Path, base_model: PreTrainedModel, section: Section, rename: Rename) -> PeftConfig:
+def read_config(path: Path, base_model: PreTrainedModel, section: Section, rename: PresentNames) -> PeftConfig:
     """The peft config in a file, for an adapter that trains. Raises BadInput where it is not that of the recipe."""
     method, of_recipe = make_method(section)
     named = read_json(path, dict).get("peft_type")
@@ -162,20 +161,51 @@ def read_bank(path: Path) -> dict[str, Tensor]:
     return bank
 
 
-def present_names(base_model: PreTrainedModel) -> Rename:
-    """Name of a tensor or module in an older transformers -> its present name, by the table of transformers itself."""
-    table = [t for t in get_model_conversion_mapping(base_model, add_legacy=False) if isinstance(t, WeightRenaming)]
+class PresentNames:
+    """Name of a tensor or module in an older transformers -> its present name, by the table of transformers itself.
 
-    def rename(name: str) -> str:
-        for entry in table:
+    Args:
+        base_model: bare.
+    """
+
+    def __init__(self, base_model: PreTrainedModel):
+        table = get_model_conversion_mapping(base_model, add_legacy=False)
+        self._table = [entry for entry in table if isinstance(entry, WeightRenaming)]
+
+    def __call__(self, name: str) -> str:
+        for entry in self._table:
             name, _ = entry.rename_source_key(name)
         return name
 
-    return rename
+    def before(self, name: str) -> str:
+        """A name that the table leads to a present `name`: itself, or one of a checkpoint where the table changes
+        present names too; `name` where there is none."""
+        if self(name) == name:
+            return name
+        older = (entry.reverse_transform().rename_source_key(name)[0] for entry in self._table)
+        return next((one for one in older if self(one) == name), name)
+
+
+def name_for_peft(model: PeftModel, path: Path) -> None:
+    """Give tensors of an adapter's file names that peft reads as theirs: it takes those of a file through the table of
+    `PresentNames`, which changes present names of DeepSeek-OCR 2 and Unlimited-OCR.
+
+    A file stays as it is where modules are trained in full, which peft looks up under their present names.
+    """
+    if any(isinstance(module, AuxiliaryTrainingWrapper) for module in model.modules()):
+        return
+    tensors, rename = load_file(path), PresentNames(model.get_base_model())
+    named = {_before(rename, name): tensor for name, tensor in tensors.items()}
+    if named.keys() != tensors.keys():
+        save_file(named, path, metadata={"format": "pt"})
+
+
+def _before(rename: PresentNames, name: str) -> str:
+    return PREFIX + rename.before(name.removeprefix(PREFIX)) if name.startswith(PREFIX) else name
 
 
 def under_present_names(
-    tensors: dict[str, Tensor], names: dict[str, str], rename: Rename, path: Path
+    tensors: dict[str, Tensor], names: dict[str, str], rename: PresentNames, path: Path
 ) -> dict[str, Tensor]:
     """`tensors` under the names that peft writes now, if they fit after renaming; otherwise as they are.
 
@@ -184,6 +214,9 @@ def under_present_names(
     """
     if tensors.keys() == names.keys():
         return tensors
+    of_file = {_before(rename, name): name for name in names}
+    if tensors.keys() == of_file.keys():
+        return {of_file[name]: tensor for name, tensor in tensors.items()}
     written = {inside: name for name, inside in names.items()}
 
     def with_prefix(name: str) -> str:

@@ -24,7 +24,7 @@ from mmpeft_ds.adapter_files import CONFIG, WEIGHTS, read_json
 from mmpeft_ds.backbones.common.tower_loading import first_line
 from mmpeft_ds.distributed.collectives import on_rank0
 from mmpeft_ds.distributed.partitioned import gathered
-from mmpeft_ds.engine.assembly.saved_adapter import PREFIX, present_names, read_tensors, under_present_names
+from mmpeft_ds.engine.assembly.saved_adapter import PREFIX, PresentNames, read_tensors, under_present_names
 from mmpeft_ds.engine.zero import fingerprint, full_state
 from mmpeft_ds.engine.zero import state as zero_state
 from mmpeft_ds.errors import BadInput
@@ -143,7 +143,7 @@ def _read(directory: Path, key: str, resolved: Any, model: PeftModel, frozen: di
     path = directory / WEIGHTS
     read = read_tensors(path)
     frozen |= {name: read.pop(name) for name in _frozen(model).keys() & read.keys() - names.keys()}
-    tensors = under_present_names(read, names, present_names(model.get_base_model()), path)
+    tensors = under_present_names(read, names, PresentNames(model.get_base_model()), path)
     if problem := misfit(shapes(tensors), shapes(here)):
         raise BadInput(
             f"{key}: {path} does not fit this recipe: {problem}. Set the places and ranks of `method` as "

@@ -75,11 +75,6 @@ ONE_QUESTION = Reason(
 )
 NO_TEXT_ALONE = Reason("its processor takes no text without an image", "list index out of range")
 NO_BEAMS = Reason("transformers 5.23 does not repeat the images for the beams; here it does", "do not match")
-RENAMED = Reason(
-    "peft 0.21 renames its tensors as those of a checkpoint of the base, and finds no place for them; here they are "
-    "read",
-    "missing adapter keys",
-)
 
 # By name: lacking["video"] and so on.
 TRAITS = {
@@ -128,7 +123,6 @@ TRAITS = {
         "stock peft",
         "peft opens it on the stock class in a process without this package",
         "test_family_adapters",
-        dict.fromkeys(("deepseek_ocr2", "unlimited_ocr"), RENAMED),
     ),
     "zero3": Trait(
         "ZeRO-3",
