@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 from transformers import PretrainedConfig
 
+from mmpeft_ds.backbones.mllm import first_forward
 from mmpeft_ds.backbones.mllm.families.base import Family
 from mmpeft_ds.backbones.mllm.families.gemma import Gemma
 from mmpeft_ds.data.batch import Prompted
@@ -284,6 +285,16 @@ def test_what_transformers_raises_at_the_first_batch_is_one_line_that_names_fami
     with pytest.raises(BadInput, match=r"'gemma4', .* \(RuntimeError: .*; modeling_gemma4.py line \d+\)") as error:
         model(**backbone.inputs(batch(backbone, ONE)))
     assert "\n" not in str(error.value) and isinstance(error.value.__cause__, RuntimeError)
+
+
+@pytest.mark.parametrize(
+    ("words", "kind"), [("DefaultCPUAllocator: not enough memory: you", RuntimeError), ("shape", BadInput)]
+)
+def test_a_lack_of_memory_of_the_host_is_not_blamed_on_the_configuration(words, kind):
+    stock = compile(f"raise RuntimeError({words!r})", "/site-packages/transformers/modeling.py", "exec")
+    with pytest.raises((RuntimeError, BadInput), match=words) as error, first_forward.blamed(PretrainedConfig()):
+        exec(stock)
+    assert error.type is kind
 
 
 def test_faults_of_other_code_and_of_later_batches_keep_their_traceback(tmp_path):

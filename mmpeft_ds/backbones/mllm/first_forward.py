@@ -15,6 +15,8 @@ from mmpeft_ds.backbones.common.stock_backbone import WHERE
 from mmpeft_ds.backbones.common.tower_loading import first_line
 from mmpeft_ds.errors import BadInput
 
+NO_MEMORY = "not enough memory"  # of the host: torch says so in a RuntimeError
+
 
 @contextlib.contextmanager
 def blamed(config: PretrainedConfig) -> Iterator[None]:
@@ -26,7 +28,7 @@ def blamed(config: PretrainedConfig) -> Iterator[None]:
         raise
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
         place = _place(error)
-        if place is None:
+        if place is None or NO_MEMORY in str(error):
             raise
         raise BadInput(
             f"{WHERE}: {config._name_or_path!r} is of family {config.model_type!r}, whose model in transformers fails "
