@@ -32,6 +32,7 @@ class Lookahead:
         self._asked: tuple[int, Slots, int] | None = None
         self._coming: deque[tuple[int, Slots, int]] = deque()
         self._ahead: Ahead | None = None
+        self._samples = SAMPLES  # gathered next time
         self._pause = 0  # calls until another attempt, after one that met something unusual
 
     def take(
@@ -49,11 +50,13 @@ class Lookahead:
         asked, before = (epoch, slots, step), self._asked
         self._asked = asked
         if not self._coming or self._coming[0] != asked:
+            # One of several sources comes to one of several workers at changing distances: little is made in vain.
+            self._samples = min(SAMPLES, 2 * (len(slots) if self._coming else self._samples))
             self._coming.clear()
             self._pause -= 1
             if before is None or before[:2] != asked[:2] or step <= before[2] or self._pause > 0:
                 return None
-            self._look(epoch, slots, step + (step - before[2]) * np.arange(SAMPLES // len(slots)), full)
+            self._look(epoch, slots, step + (step - before[2]) * np.arange(self._samples // len(slots)), full)
         if not self._coming:
             return None
         number = len(self._ahead.hashes) - len(self._coming)

@@ -58,6 +58,18 @@ def test_after_a_step_that_nobody_expected_the_coming_ones_are_looked_for_anew()
     assert lookahead.take(0, (4, 5), 5, full(0)) is None  # other slots
 
 
+def test_at_changing_distances_little_is_gathered_in_vain_and_at_a_constant_one_much_again(monkeypatch):
+    monkeypatch.setattr(feature_ahead, "SAMPLES", 32)
+    monkeypatch.setattr(f"{__name__}.STEPS", 100)
+    gather = Gather(unusual=100)
+    lookahead = Lookahead(gather)
+    changing = [0, 1, 3, 4, 6, 7, 9, 10, 12]
+    assert [lookahead.take(0, SLOTS, step, full(0)) for step in changing] == [None, *changing[1:]]
+    assert [len(steps) for steps in gather.asked] == [16, *[2] * 7]
+    assert [lookahead.take(0, SLOTS, step, full(0)) for step in range(13, 50)] == list(range(13, 50))
+    assert [len(steps) for steps in gather.asked[8:]] == [2, 4, 8, 16, 16]
+
+
 def test_after_something_unusual_each_is_made_alone_for_as_many_steps_as_were_looked_at():
     gather = Gather(unusual=6)
     lookahead = Lookahead(gather)
