@@ -110,13 +110,14 @@ def gone(pids, seconds=20) -> bool:
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_results_come_in_order_and_a_later_run_ends_the_earlier_one(workers):
+    before = set(multiprocessing.active_children())  # of a stream of another test that nobody has closed yet
     pool = WorkerPool(square, workers, 2)
     pool.wait()
     first = pool.run(range(10))
     assert next(first) == 0
     assert list(pool.run([7, 3, 5])) == [49, 9, 25]
     pool.close()
-    assert not multiprocessing.active_children()
+    assert set(multiprocessing.active_children()) <= before
 
 
 def test_tensors_of_every_kind_come_over_as_they_were():
