@@ -102,12 +102,10 @@ class MllmBackbone(Checkpoint):
             config.image_kind_ids = self._kind_ids
         if self._family.part_side:
             config.image_part_side = getattr(self._image_processor, self._family.part_side)
-        mixin = _mixin_of(self._family)
-        model_class = stock.publishing(mixin, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(config)])
+        model_class = stock.publishing(_mixin_of(self._family), MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(config)])
         chosen = self.attentions[0] if self.attention == "auto" and self.attentions else self.attention
         load = (model_class, o.model, WHERE, config, self.dtype, attention or chosen)
-        load += (o.random_weights, on_meta, self.device, o.quantise, self._family.loads_whole)
-        model = stock.load(*load)
+        model = stock.load(*load, o.random_weights, on_meta, self.device, o.quantise, self._family.loads_whole)
         self._family.adjust(model)
         return model
 
