@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import mmap
 import os
+import resource
 import weakref
 from dataclasses import dataclass
 
@@ -20,7 +21,8 @@ from torch import Tensor
 
 FREE, LENT = 0, 1
 HEAD = 64  # bytes before the numbers, which begin at a multiple of a cache line
-MOST = 64  # buffers of one worker, of two open files each; more are wanted only where a caller keeps many tensors
+MOST = 64  # buffers of one worker; more are wanted only where a caller keeps many tensors
+FILES = 2  # that a worker keeps open for each
 
 # Buffers that this process has received: (process that made it, its descriptor there, its number) -> bytes.
 _RECEIVED: dict[Handle, np.ndarray] = {}
@@ -57,12 +59,17 @@ class Sender:
     def __init__(self, receiver: int):
         self._buffers: list[_Buffer] = []
         self._made = 0
+        allowed = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        # An eighth of the files that may be open; what the worker does needs the others.
+        self._most = MOST if allowed == resource.RLIM_INFINITY else min(MOST, allowed // (8 * FILES))
         self.possible = hasattr(os, "memfd_create") and os.access(f"/proc/{receiver}/fd", os.R_OK | os.X_OK)
 
     def lend(self, tensor: Tensor) -> tuple | None:
         """Arguments of `received` for a copy of a contiguous CPU tensor; None where there is no memory for it, or
         where all buffers are lent."""
-        if not self.possible or (len(self._buffers) >= MOST and not any(buffer.free for buffer in self._buffers)):
+        if not self.possible or (
+            len(self._buffers) >= self._most and not any(buffer.free for buffer in self._buffers)
+        ):
             return None
         gone: list[Handle] = []
         try:

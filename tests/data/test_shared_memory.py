@@ -1,6 +1,7 @@
 """Buffers of shared memory in which a worker lends tensors, sender and receiver in one process."""
 
 import os
+import resource
 
 import pytest
 import torch
@@ -53,12 +54,22 @@ def test_a_larger_tensor_takes_the_place_of_a_free_smaller_one_on_both_sides(sen
 
 
 def test_a_sender_whose_buffers_are_all_in_use_makes_no_more_until_one_is_free(sender, monkeypatch):
-    monkeypatch.setattr(shared_memory, "MOST", 3)
+    monkeypatch.setattr(sender, "_most", 3)
     kept = [received(*sender.lend(numbers(1000, first))) for first in range(3)]
     assert sender.lend(numbers(1000)) is None
     del kept[1]
     assert torch.equal(received(*sender.lend(numbers(90_000))), numbers(90_000)), "in the place of a smaller one"
     assert torch.equal(kept[0], numbers(1000)) and torch.equal(kept[1], numbers(1000, 2))
+
+
+@pytest.mark.parametrize(("files", "buffers"), [(40, 2), (1024, 64), (2**20, 64), (resource.RLIM_INFINITY, 64)])
+def test_buffers_take_a_small_part_of_the_files_that_may_be_open(monkeypatch, files, buffers):
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (files, files))
+    sender = Sender(os.getpid())
+    lent = [sender.lend(numbers(10)) for _ in range(70)]
+    assert sum(one is not None for one in lent) == buffers
+    for handle, *_ in filter(None, lent):
+        os.close(handle[1])
 
 
 def test_a_child_of_the_receiver_gives_nothing_back(sender):
