@@ -30,7 +30,7 @@ from mmpeft_ds.owner import Owner
 KEY = "mmpeft_ds/stall_watch"
 BEAT = 5.0  # seconds between two reports, fewer where `stall` is short
 LIMIT = 1 << 16  # bytes of a message
-NOTICE = 2.0  # seconds after a lost connection within which it is known whose process has ended, and others are told
+NOTICE = 2.0  # seconds after a lost connection within which it is known whose process has ended
 
 
 class Watchdog:
@@ -79,7 +79,8 @@ class Watchdog:
                 break
             time.sleep(0.1)
         if self.hub is not None and ended:
-            self.hub.wait_until_told(NOTICE, {one.rank for one in ended})
+            # One that waits for rank 0 alone asks once a beat, and would else name rank 0 as the lost one.
+            self.hub.wait_until_told(self.beat + NOTICE, {one.rank for one in ended})
         return words(ended)
 
     def farewell(self) -> None:

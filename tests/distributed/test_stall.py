@@ -99,3 +99,24 @@ def test_a_rank_that_rank_0_has_left_behind_names_whom_rank_0_has_told_of(monkey
     assert dog.lost() == "rank 0 on node-0, whose process has ended"
     dog._lost = [stall.Awaited(1, None, True, "rank 1 on node-1 (pid 7), whose process has ended")]
     assert dog.lost() == "rank 1 on node-1 (pid 7), whose process has ended"
+
+
+def test_rank_0_stays_until_a_rank_that_asks_once_a_beat_knows_who_is_lost(monkeypatch):
+    """Else that rank would lose its connection to rank 0, and name rank 0."""
+    monkeypatch.setattr(watchdog, "NOTICE", 0.1)
+    gone = stall.Awaited(1, None, True, "rank 1 on host1 (pid 101), whose process has ended")
+    dog = watchdog.Watchdog.__new__(watchdog.Watchdog)
+    dog.rank, dog.world_size, dog.stall, dog.timeout, dog.beat, dog.owner = 0, 3, 60.0, 60.0, 1.0, None
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    dog.hub = hub = watchdog.Hub(dog)
+    hub.answer(report(2, 6, True))
+    hub._lost[1] = gone
+    dog.report = lambda: report(0, 6, True)
+    asks = threading.Timer(0.7, hub.answer, [report(2, 6, True)])  # its next beat
+    asks.start()
+    try:
+        assert dog.lost() == gone.words
+        assert not asks.is_alive() and 2 in hub.told
+    finally:
+        asks.join()
+        hub.server.close()
