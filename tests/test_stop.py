@@ -20,6 +20,14 @@ from tests.helpers import launch
 FORK = multiprocessing.get_context("fork")
 
 
+@pytest.fixture(autouse=True)
+def hangup():
+    """Under nohup SIGHUP is ignored, which a stop flag respects; these tests send it."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
 def loop(ready, log: Path, grace: float, stubborn: bool) -> None:
     """Works until asked to stop; a stubborn one hangs in the middle of its step."""
     file = log.open("w")
