@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from mmpeft_ds.errors import BadInput
 from mmpeft_ds.methods.aurora.config import AuroraConfig
-from mmpeft_ds.methods.common.beside import is_eager, plain_linear
+from mmpeft_ds.methods.common.beside import Added, is_eager, with_added
 from mmpeft_ds.methods.common.borrowed import whole
 from mmpeft_ds.methods.common.fused import Fusable
 from mmpeft_ds.methods.common.layers import SiteLayer
@@ -215,18 +215,12 @@ class AuroraLinear(nn.Module, SiteLayer):
     def forward(self, x: Tensor, *args: object, **kwargs: object) -> Tensor:
         """(..., in) -> (..., out)."""
         active = [] if self._frozen() else [self.aurora[n] for n in self.active_adapters if n in self.aurora]
-        onto = plain_linear(self.base_layer, x) if active and active[0].joins(x, self.out_features) else None
-        if onto is not None and not args and not kwargs:
-            out, active = active[0](x, onto), active[1:]
-        else:
-            out = self.base_layer(x, *args, **kwargs)
-        for delta in active:
-            if out.dtype == x.dtype and delta.joins(x, self.out_features):
-                out = delta(x, out)
-            else:
-                added = self._spread(delta(x), delta.place)
-                out = out + added if added.dtype == out.dtype else (out + added).to(out.dtype)
+        out = with_added(self.base_layer, x, [self._added(delta, x) for delta in active], *args, **kwargs)
         return out if self._disable_adapters else self._weight_frames(out)
+
+    def _added(self, delta: ModeDelta, x: Tensor) -> Added:
+        joins = delta.joins(x, self.out_features)
+        return Added(joins, lambda onto: delta(x, onto), lambda: self._spread(delta(x), delta.place))
 
     def _spread(self, added: Tensor, place: LinearPlace) -> Tensor:
         """Parts at their output features, zeros elsewhere."""

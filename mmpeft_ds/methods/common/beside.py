@@ -2,10 +2,42 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
 import torch
 from torch import Tensor, nn
 
-from mmpeft_ds.ops.beside_linear import Linear
+from mmpeft_ds.ops.beside_linear import Linear, Onto
+
+
+class Added(NamedTuple):
+    """What an adapter adds to the output of a layer.
+
+    Attributes:
+        joins: whether `onto` may compute it, if the output is of the dtype of the input.
+        onto: the sum, of the output or of the map that makes it.
+        alone: what is added, in the shape of the output and any dtype.
+    """
+
+    joins: bool
+    onto: Callable[[Onto], Tensor]
+    alone: Callable[[], Tensor]
+
+
+def with_added(base: nn.Module, x: Tensor, added: Sequence[Added], *args: Any, **kwargs: Any) -> Tensor:
+    """Output of `base` for `x`, and the further arguments, with everything added; in its dtype.
+
+    The first addition is one function with the map, where it joins and the map is plain.
+    """
+    onto = plain_linear(base, x) if added and added[0].joins and not args and not kwargs else None
+    if onto is None:
+        out = base(x, *args, **kwargs)
+    else:
+        out, added = added[0].onto(onto), added[1:]
+    for one in added:
+        out = one.onto(out) if one.joins and out.dtype == x.dtype else (out + one.alone()).to(out.dtype)
+    return out
 
 
 def plain_linear(base: nn.Module, x: Tensor) -> Linear | None:

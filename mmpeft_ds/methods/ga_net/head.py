@@ -209,7 +209,7 @@ class GaNetHead(Head):
                     "launchers/describe.py, or set method.inputs: image."
                 )
             text = image.new_zeros(len(image), self.base.text_width)
-        # Not by name: at ZeRO-3 a weight that another module has named stays whole until the step ends.
+        # Not by name: at ZeRO-3 the weight of another module that this one names is gathered with it and held as long.
         dtype = next(self.classifier.parameters()).dtype
         if not surely_all(valid):
             image, text = (x.masked_fill(~valid[:, None], 0) for x in (image, text))

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from mmpeft_ds.errors import BadInput
 from mmpeft_ds.methods.base import SiteMethod
-from mmpeft_ds.methods.common.beside import is_eager, plain_linear
+from mmpeft_ds.methods.common.beside import Added, is_eager, with_added
 from mmpeft_ds.methods.common.config import MethodConfig
 from mmpeft_ds.methods.common.fused import Fusable
 from mmpeft_ds.methods.common.layers import SiteLayer
@@ -143,26 +143,22 @@ class GraphLoraLinear(nn.Module, SiteLayer):
 
     def forward(self, x: Tensor, *args: object, **kwargs: object) -> Tensor:
         """(..., d) -> (..., out)."""
-        frozen = self._frozen()
-        active = [] if frozen else [
-            (start, width, written) for name in self.active_adapters if name in self.parts
-            for (start, width), written in zip(self.parts[name], self.graph_lora[name], strict=True)
+        active = [] if self._frozen() else [n for n in self.active_adapters if n in self.parts]
+        added = [
+            self._added(written, x, *part) for name in active
+            for part, written in zip(self.parts[name], self.graph_lora[name], strict=True)
         ]  # fmt: skip
-        onto = plain_linear(self.base_layer, x) if active and _joins(active[0][2], x) else None
-        if onto is not None and not args and not kwargs:
-            (start, _, written), *active = active
-            out = written(x, onto, start)
-        else:
-            out = self.base_layer(x, *args, **kwargs)
-        for start, width, written in active:
-            if out.dtype == x.dtype and _joins(written, x):
-                out = written(x, out, start)
-            else:
-                added = written(x)
-                if width != self.out_features:
-                    added = F.pad(added, (start, self.out_features - start - width))
-                out = (out + added).to(out.dtype)
-        return out
+        return with_added(self.base_layer, x, added, *args, **kwargs)
+
+    def _added(self, written: WrittenFactors, x: Tensor, start: int, width: int) -> Added:
+        # `node` may be away in parts (ZeRO-3) until the module is called, but not its dtype.
+        joins = is_eager(written, x, written.node.dtype)
+
+        def alone() -> Tensor:
+            made = written(x)
+            return made if width == self.out_features else F.pad(made, (start, self.out_features - start - width))
+
+        return Added(joins, lambda onto: written(x, onto, start), alone)
 
     def lora_factors(self, adapter_name: str) -> list[Product]:
         """The factors that the graphs of all parts compute."""
@@ -182,11 +178,6 @@ class GraphLoraLinear(nn.Module, SiteLayer):
             with torch.no_grad():
                 changes = [product.up @ product.down for product in self.lora_factors(name)]
             self._fold(name, self.parts[name], changes, safe_merge)
-
-
-def _joins(written: WrittenFactors, x: Tensor) -> bool:
-    # `node` may be away in parts (ZeRO-3) until the module is called, but not its dtype.
-    return is_eager(written, x, written.node.dtype)
 
 
 class GraphLoraModel(SiteTuner):

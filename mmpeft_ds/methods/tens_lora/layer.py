@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmpeft_ds.methods.common.beside import is_eager, plain_linear
+from mmpeft_ds.methods.common.beside import Added, is_eager, with_added
 from mmpeft_ds.methods.common.borrowed import whole
 from mmpeft_ds.methods.common.fused import Fusable
 from mmpeft_ds.methods.common.layers import SiteLayer
@@ -187,18 +187,11 @@ class TensLoraLinear(nn.Module, SiteLayer):
     def forward(self, x: Tensor, *args: object, **kwargs: object) -> Tensor:
         """(..., D) -> (..., out)."""
         active = [] if self._frozen() else [self.tens_lora[n] for n in self.active_adapters if n in self.tens_lora]
-        onto = plain_linear(self.base_layer, x) if active and active[0].joins(x) else None
-        if onto is not None and not args and not kwargs:
-            out, active = active[0](x, onto), active[1:]
-        else:
-            out = self.base_layer(x, *args, **kwargs)
-        for delta in active:
-            if out.dtype == x.dtype and delta.joins(x):
-                out = delta(x, out)
-            else:
-                added = spread(delta(x), delta.place.parts, self.out_features)
-                out = out + added if added.dtype == out.dtype else (out + added).to(out.dtype)
-        return out
+        return with_added(self.base_layer, x, [self._added(delta, x) for delta in active], *args, **kwargs)
+
+    def _added(self, delta: TensorDelta, x: Tensor) -> Added:
+        alone = lambda: spread(delta(x), delta.place.parts, self.out_features)  # noqa: E731
+        return Added(delta.joins(x), lambda onto: delta(x, onto), alone)
 
     def lora_factors(self, adapter_name: str) -> list[Product]:
         """Slices of tensors, between the factor of inputs and the rest."""
