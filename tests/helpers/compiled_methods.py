@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import peft
@@ -27,6 +28,13 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 
 
+def in_double(column: method_table.Column) -> method_table.Column:
+    """The column with model and images in float64; `said` stays as it was."""
+    images = {n: t.double() if t.is_floating_point() else t for n, t in column.batch.images.items()}
+    batch = dataclasses.replace(column.batch, images=images)
+    return dataclasses.replace(column, model=column.model.double(), batch=batch)
+
+
 def attached(name: str, column: method_table.Column, **options: Any) -> peft.PeftModel:
     """The column's model with a method whose parameters are moved away from where they start."""
     model = method_table._attach(name, column, METHODS.get(name, {}) | options)
@@ -40,5 +48,5 @@ def attached(name: str, column: method_table.Column, **options: Any) -> peft.Pef
 def outcome(model: peft.PeftModel, column: method_table.Column) -> tuple[Tensor, dict[str, Tensor]]:
     """What the model says of the column's batch, and the gradients of its mean square by name."""
     said = method_table.say(column.backbone, model, column.batch)
-    said.float().square().mean().backward()
+    said.square().mean().backward()
     return said.detach(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}

@@ -15,12 +15,13 @@ from mmpeft_ds import methods
 from mmpeft_ds.errors import BadInput
 from mmpeft_ds.methods.common import fused
 from tests.helpers import method_table
-from tests.helpers.compiled_methods import METHODS, attached, outcome
+from tests.helpers.compiled_methods import METHODS, attached, in_double, outcome
 
 
 @pytest.fixture(scope="module")
 def column(tmp_path_factory):
-    return method_table.Column.make("blip vqa", Path(tmp_path_factory.mktemp("blip")))
+    """In float64: some gradients, such as those of `graph_lora`'s gates, are small sums of large numbers."""
+    return in_double(method_table.Column.make("blip vqa", Path(tmp_path_factory.mktemp("blip"))))
 
 
 SLOW = {"aurora", "deep_prompt", "graph_lora"}  # 3 to 8 s of processor time each, others below 1 s
@@ -51,7 +52,7 @@ def check(plain, compiled, column):
     expected, found = outcome(plain, column), outcome(compiled, column)
     assert counters["stats"]["unique_graphs"] > 0
     assert not counters["graph_break"]
-    torch.testing.assert_close(found[0], expected[0], rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(found[0], expected[0], rtol=1e-10, atol=1e-10)
     assert found[1].keys() == expected[1].keys()
     for key, gradient in expected[1].items():
         largest = gradient.abs().max().item()
@@ -63,7 +64,7 @@ def check(plain, compiled, column):
             assert apart <= GRADIENT * largest, (key, apart, largest)
 
 
-GRADIENT = 1e-5  # of a tensor's largest entry
+GRADIENT = 1e-9  # of a tensor's largest entry
 
 
 def test_a_graph_break_is_seen(column, monkeypatch):
