@@ -24,7 +24,7 @@ from mmpeft_ds.backbones.base import ImagePrefix
 from mmpeft_ds.backbones.common import stock
 from mmpeft_ds.backbones.common.generation import in_step, one_of
 from mmpeft_ds.backbones.common.stock_backbone import WHERE
-from mmpeft_ds.backbones.mllm import agreement
+from mmpeft_ds.backbones.mllm import agreement, patch_products
 from mmpeft_ds.backbones.mllm.checkpoint import Checkpoint
 from mmpeft_ds.backbones.mllm.costs import Costs, patch_side
 from mmpeft_ds.backbones.mllm.families.base import Family
@@ -107,7 +107,7 @@ class MllmBackbone(Checkpoint):
         load = (model_class, o.model, WHERE, config, self.dtype, attention or chosen)
         model = stock.load(*load, o.random_weights, on_meta, self.device, o.quantise, self._family.loads_whole)
         self._family.adjust(model)
-        return model
+        return patch_products.used(model)
 
     def image_transform(self, train: bool) -> Callable[[Tensor, Any], dict[str, Tensor]]:
         """The checkpoint's image processor, without normalising where that can come later; no augmentation."""

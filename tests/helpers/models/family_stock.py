@@ -4,6 +4,7 @@ import pytest
 import torch
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
+from mmpeft_ds.backbones.mllm import patch_products
 from mmpeft_ds.backbones.mllm.backbone import ENTRY, Options
 
 # Families whose model reads the kinds of tokens, and whose processor gives them only if it is asked.
@@ -13,7 +14,7 @@ OF_LLAVA = {"patch_size": 4, "vision_feature_select_strategy": "default", "num_a
 # Families in which float32 rounds the logits of small random models by more than 2e-6 of the largest.
 ROUNDED = dict.fromkeys(
     ("deepseek_vl_hybrid", "llava_next", "minicpmv4_6", "qwen2_5_vl", "qwen4_exp", "step3p7"), 4e-6
-) | {"glm5_next": 8e-6}  # 1e-7 in float64
+) | {"glm5_next": 3e-5}  # 1e-7 in float64
 
 
 def made(folder, **options):
@@ -25,9 +26,13 @@ def made(folder, **options):
 
 
 def stock(folder, backbone):
-    """The stock class with the same weights, for evaluation."""
+    """The stock class with the same weights, for evaluation.
+
+    Its single patches are multiplied as ours are: `test_patch_products` holds the products against the convolutions in
+    float64, and in float32 another order of a sum is rounded otherwise, which these small models make much of.
+    """
     stock_class = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(backbone._config)]
-    return stock_class.from_pretrained(folder, attn_implementation="eager").eval()
+    return patch_products.used(stock_class.from_pretrained(folder, attn_implementation="eager").eval())
 
 
 def tolerance(backbone):

@@ -1,0 +1,94 @@
+"""Convolutions over single patches are matrix products: the same features and gradients in every family."""
+
+import pytest
+import torch
+from torch import nn
+
+from mmpeft_ds.backbones.mllm import patch_products
+from mmpeft_ds.backbones.mllm.backbone import ENTRY, Options
+from tests.helpers.models import family_traits
+from tests.helpers.models.family_samples import ALL, batch, samples_of
+
+# Families whose vision tower gets single patches, and those that merge patches by another such convolution.
+MERGING = ("glm4v", "glm46v", "glm4v_moe", "glm_ocr", "glmga", "glm5_next")
+PATCHES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "paddleocr_vl", "video_llama_3", "exaone4_5", "hyperclovax_vision_v2")
+PATCHES += ("qwen3_5", "qwen3_5_moe", "qwen3_vl_moe", "hunyuan_vl", "cohere_compass", "cosmos3_omni", "kimi_k25")
+PATCHES += ("minimax_m3_vl", "qwen4_exp", *MERGING)
+QUICK = ("qwen2_vl", "qwen3_vl", "glm4v", "kimi_k25")
+CONVOLUTIONS = (patch_products.PatchConv2d, patch_products.PatchConv3d)
+
+
+def seen(folder, trained, monkeypatch=None):
+    """Features of all images, gradients of the convolutions where they are trained, and sizes of what these got."""
+    if monkeypatch:
+        monkeypatch.setattr(patch_products, "used", lambda model: model)
+    backbone = ENTRY(Options(folder), None)
+    backbone.attention, backbone.dtype = "eager", torch.float64
+    backbone.check()
+    model = backbone.build().eval()
+    given = backbone.inputs(batch(backbone, *samples_of(backbone, *ALL)))
+    sizes = {}
+    for name, module in model.named_modules():
+        if isinstance(module, (nn.Conv2d, nn.Conv3d)):
+            module.requires_grad_(trained)
+            look = lambda module, args, name=name: sizes.setdefault(name, tuple(args[0].shape[2:])) and None  # noqa: E731
+            module.register_forward_pre_hook(look)
+    features = torch.cat(model.media_features(given["images"], given["videos"]).tokens)
+    if trained:
+        features.square().sum().backward()
+    kinds = {name: type(model.get_submodule(name)) for name in sizes}
+    grads = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    return features.detach(), grads, kinds, sizes, model
+
+
+@pytest.mark.parametrize("trained", [False, True])
+@pytest.mark.parametrize("family", [f if f in QUICK else pytest.param(f, marks=pytest.mark.slow) for f in PATCHES])
+def test_features_and_gradients_are_those_of_the_convolutions(tmp_path, monkeypatch, family, trained):
+    folder = family_traits.write(tmp_path, family)
+    features, grads, kinds, sizes, model = seen(folder, trained)
+    single = [name for name, size in sizes.items() if size == model.get_submodule(name).kernel_size]
+    assert len(single) == 1 + (family in MERGING) and all(kinds[name] in CONVOLUTIONS for name in single)
+    wanted, gradients, of_torch, *_ = seen(folder, trained, monkeypatch)
+    assert set(of_torch.values()) <= {nn.Conv2d, nn.Conv3d}  # the other side of the comparison convolves
+    assert (features - wanted).abs().max() <= 1e-12 * wanted.abs().max()
+    assert grads.keys() == gradients.keys() and bool(grads) == trained
+    for name, gradient in gradients.items():
+        assert (grads[name] - gradient).abs().max() <= 1e-12 * gradient.abs().max(), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", [f for f in family_traits.EVERY if f not in (*PATCHES, "aria")])
+def test_no_other_family_gives_a_convolution_one_patch(tmp_path, family):
+    *_, sizes, model = seen(family_traits.write(tmp_path, family), trained=False)
+    assert not [name for name, size in sizes.items() if size == model.get_submodule(name).kernel_size]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(kernel_size=4, stride=2),
+        dict(kernel_size=4, stride=4, padding=1),
+        dict(kernel_size=4, stride=4, groups=3),
+        dict(kernel_size=2, stride=2, dilation=2),
+    ],
+)
+def test_a_convolution_that_is_no_product_of_patches_stays_as_it_is(options):
+    model = nn.Sequential(nn.Conv2d(3, 6, **options))
+    patch_products.used(model)
+    assert type(model[0]) is nn.Conv2d
+
+
+@pytest.mark.parametrize("padding", [0, "valid"])
+def test_an_image_of_several_patches_is_convolved(padding):
+    plain = nn.Conv2d(3, 5, kernel_size=4, stride=4, padding=padding)
+    x, wanted = (image := torch.randn(2, 3, 8, 12)), plain(image)
+    patch_products.used(plain)
+    assert type(plain) is patch_products.PatchConv2d
+    assert torch.equal(plain(x), wanted)
+
+
+def test_names_of_weights_and_what_isinstance_says_stay():
+    plain = nn.Conv3d(3, 5, kernel_size=(2, 4, 4), stride=(2, 4, 4), bias=False)
+    names = list(plain.state_dict())
+    patch_products.used(plain)
+    assert isinstance(plain, nn.Conv3d) and list(plain.state_dict()) == names
