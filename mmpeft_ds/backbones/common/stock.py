@@ -8,7 +8,6 @@ trained here also loads on the stock model, and the other way round.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import hashlib
 import inspect
@@ -69,7 +68,6 @@ def load(
     on_meta: bool = False,
     device: torch.device | None = None,
     quantise: str = "none",
-    whole: bool = False,
 ) -> PreTrainedModel:
     """The frozen model, in train mode.
 
@@ -79,7 +77,6 @@ def load(
         on_meta: allocate nothing.
         device: where pretrained weights are put as they are read; None: on the host.
         quantise: form of the weights of its linear layers, see `quantised`.
-        whole: at ZeRO-3 read all weights before each rank keeps its part of them.
 
     Raises:
         BadInput: if there are no weights, or the checkpoint lacks some: they would be random.
@@ -94,10 +91,7 @@ def load(
             model = model_class._from_config(config, **kwargs)
     else:
         kwargs |= tower_loading.placed(device) | {"quantise": quantise}
-        with tower_loading.read_whole() if whole else contextlib.nullcontext():
-            model = tower_loading.pretrained(model_class, name, where, config, **kwargs)
-        if whole:
-            tower_loading.split(model)
+        model = tower_loading.pretrained(model_class, name, where, config, **kwargs)
     return quantised.quantise(model.requires_grad_(False).train(), quantise, dtype)
 
 

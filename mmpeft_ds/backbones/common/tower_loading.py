@@ -19,13 +19,12 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
-from transformers.integrations import deepspeed as integration
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils import cached_file, is_flash_attn_2_available
 from transformers.utils.logging import set_tqdm_hook
 
 from mmpeft_ds import network
-from mmpeft_ds.backbones.common import packaged, quantised
+from mmpeft_ds.backbones.common import packaged, partitioned_loading, quantised
 from mmpeft_ds.errors import BadInput
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -155,7 +154,7 @@ def pretrained(
     """
     refuse_quantised(name, where, config)
     try:
-        with quiet_loading():
+        with quiet_loading(), partitioned_loading.by_whole_shapes():
             # At ZeRO-3 weights of another shape are an error in any case, elsewhere they are named.
             model, info = model_class.from_pretrained(
                 locate(name, where),
@@ -180,9 +179,9 @@ def pretrained(
             ) from error
         if not lines:
             raise
-        # findings/transformers_qwen3_vl_moe_zero3_load.sh
-        mend = "Take ZeRO stage 0 to 2, where transformers turns experts as it reads them, or both of one checkpoint."
-        raise BadInput(f"{where}: the weights of {name!r} do not fit its configuration ({lines[0]}) {mend}") from error
+        raise BadInput(
+            f"{where}: the weights of {name!r} do not fit its configuration ({lines[0]}) Take both of one checkpoint."
+        ) from error
     if info["mismatched_keys"]:
         key, found, wanted = min(info["mismatched_keys"])
         raise BadInput(
@@ -194,28 +193,6 @@ def pretrained(
         some = ", ".join(missing[:3]) + (" ..." if len(missing) > 3 else "")
         raise BadInput(f"{where}: {name!r} has no weights for {some}, which would be random. {choose}")
     return model
-
-
-@contextlib.contextmanager
-def read_whole() -> Iterator[None]:
-    """Context in which transformers reads whole weights at ZeRO-3 too, on the host."""
-    if not is_deepspeed_zero3_enabled():
-        yield
-        return
-    config = integration._hf_deepspeed_config_weak_ref()
-    integration.unset_hf_deepspeed_config()
-    try:
-        yield
-    finally:
-        integration.set_hf_deepspeed_config(config)
-
-
-def split(model: PreTrainedModel) -> None:
-    """Leave each rank its part of a model that was read whole; nothing below ZeRO-3."""
-    if is_deepspeed_zero3_enabled():
-        import deepspeed
-
-        deepspeed.zero.Init(module=model, config_dict_or_path=integration.deepspeed_config())
 
 
 def refuse_quantised(name: str, where: str, config: PretrainedConfig) -> None:

@@ -105,7 +105,7 @@ class MllmBackbone(Checkpoint):
         model_class = stock.publishing(_mixin_of(self._family), MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(config)])
         chosen = self.attentions[0] if self.attention == "auto" and self.attentions else self.attention
         load = (model_class, o.model, WHERE, config, self.dtype, attention or chosen)
-        model = stock.load(*load, o.random_weights, on_meta, self.device, o.quantise, self._family.loads_whole)
+        model = stock.load(*load, o.random_weights, on_meta, self.device, o.quantise)
         self._family.adjust(model)
         return patch_products.used(model)
 

@@ -30,8 +30,6 @@ class Family:
             has tried may not.
         by_mask: some of its layers know no lengths of texts, so that a mask alone tells texts of one row apart.
         text_axis: the first axis of its positions in time, height and width tells texts of one row apart.
-        loads_whole: transformers cannot load parts of its weights (ZeRO-3), so that each rank reads all before it
-            keeps its part.
         merges_each: its vision tower runs a part of itself once an image, outside of its blocks.
         first_position: of a text, which its model counts from.
         carrying: names of the classes of layers that carry a state, or a convolution, from token to token. In a row of
@@ -55,7 +53,6 @@ class Family:
     unpackable: str = "was not tried with packed texts"
     by_mask: bool = False
     text_axis: bool = True
-    loads_whole: bool = False
     merges_each: bool = False
     first_position: int = 0
     carrying: tuple[str, ...] = ()

@@ -11,7 +11,6 @@ class Granite4Vision(Family):
     """Features by layer."""
 
     model_types = ("granite4_vision",)
-    loads_whole = True
     unpackable = ""
 
     def apart(self, output: Any) -> Any:

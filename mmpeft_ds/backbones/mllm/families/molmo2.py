@@ -20,7 +20,6 @@ class Molmo2(Family):
 
     model_types = ("molmo2",)
     unpackable = ""
-    loads_whole = True
     one_token = True
 
     def opening(self, tokenizer: Any) -> str:

@@ -26,6 +26,7 @@ class Usual(Family):
         "ovis2",
         "paddleocr_vl",
         "qwen3_vl",
+        "qwen3_vl_moe",
         "video_llama_3",
         "vipllava",
     )
