@@ -71,7 +71,8 @@ class BackboneBase(abc.ABC):
         unpackable: why the language model cannot read all texts of a batch as one row without padding, each by itself,
             as the end of a sentence that begins with the backbone; empty: it can where the batch says so
             (`PackedBatch.padding_free`), and `tokens` and `tokens_key` work.
-        packed_by_mask: a mask alone tells texts of one row apart, since some layers take no lengths of texts.
+        row_attention: takes the place of sdpa where texts stand in one row, as `backbones.common.text_attention` names
+            it; empty: nothing does, and a mask alone tells the texts apart.
         attentions: attention implementations that compute what the checkpoint means, the first for `auto`; empty: all
             that transformers has. flash-attn takes a mask for a number of tokens at one end of each row, which is
             wrong where padding stands between tokens.
@@ -98,7 +99,7 @@ class BackboneBase(abc.ABC):
     wants_statistics: bool = False
     reads_bank: bool = False
     unpackable: str = "reads each text in a row of its own, as it is set"
-    packed_by_mask: bool = False
+    row_attention: str = "sdpa_by_text"
     attentions: tuple[str, ...] = ()
     prompt_limit: str = "max_text_length"
     target_limit: str = "max_text_length"

@@ -2,6 +2,7 @@
 condition."""
 
 import dataclasses
+import json
 import re
 from pathlib import Path
 
@@ -18,8 +19,9 @@ from tests.helpers.models import family_samples, family_traits
 FAMILIES = family_traits.having("packed")
 # Causal with M-RoPE; blocks of image tokens; a state carried on; a sliding window; a prefix.
 QUICK = ("qwen3_vl", "gemma3", "qwen3_5", "aya_vision", "paligemma")
-# How attention learns where texts end. In float64, since float32 rounds gradients by up to 2e-5 of the largest.
-WAYS = {"mask": "sdpa", "lengths": text_attention.NAME}
+# How attention learns where texts end: by a mask of the row, or each text goes by itself. In float64, since float32
+# rounds gradients by up to 2e-5 of the largest.
+WAYS = ("mask", "lengths")
 # Parts that transformers computes in float32, so that gradients are rounded there.
 ROUNDED = {"inkling2": ("Inkling2ShortConvolution", "Inkling2TopKRouter")}
 
@@ -36,7 +38,8 @@ some_quick = pytest.mark.parametrize(
 
 def adapted(folder, way, method="routed_lora"):
     backbone = ENTRY(Options(folder, condition="pooled" if method == "routed_lora" else "none"), None)
-    backbone.attention, backbone.dtype = backbone.attentions[0] if backbone.attentions else WAYS[way], torch.float64
+    usual = "sdpa" if way == "mask" else backbone.row_attention
+    backbone.attention, backbone.dtype = "eager" if backbone.attentions == ("eager",) else usual, torch.float64
     backbone.check()
     assert not backbone.unpackable
     base = backbone.build().eval()
@@ -78,7 +81,7 @@ def compare(backbone, model):
 @pytest.mark.parametrize("way", WAYS)
 def test_one_row_gives_the_losses_and_gradients_of_padded_rows(folder, way):
     backbone = ENTRY(Options(folder), None)
-    if way == "lengths" and (backbone.packed_by_mask or backbone.attentions):
+    if way == "lengths" and (not backbone.row_attention or backbone.attentions == ("eager",)):
         pytest.skip("a mask alone tells its texts apart")
     without_sites = backbone._config.model_type in family_samples.WITHOUT_SITES
     compare(*adapted(folder, way, "lora" if without_sites else "routed_lora"))
@@ -90,6 +93,51 @@ def test_blocks_that_are_computed_again_see_where_texts_end(folder):
     backbone, model = adapted(folder, "lengths")
     enable_checkpointing(model.get_base_model())
     compare(backbone, model.train())
+
+
+@pytest.mark.parametrize(
+    "folder", ["gemma3", *(pytest.param(f, marks=pytest.mark.slow) for f in ("llama4", "qwen4_exp"))], indirect=True
+)
+def test_attention_with_a_mask_too_goes_from_text_to_text(folder, monkeypatch):
+    """Also with one of the model's own no query meets the keys of another text."""
+    backbone, model = adapted(folder, "lengths", "lora")
+    batch = family_samples.batch(backbone, *family_samples.samples_of(backbone, *family_samples.ALL))
+    met, sdpa = [], text_attention.sdpa_attention_forward
+
+    def noting(module, query, key, value, attention_mask, **kwargs):
+        if getattr(module, "is_causal", False):  # not a tower's
+            met.append((query.shape[2], key.shape[2], attention_mask is not None))
+        return sdpa(module, query, key, value, attention_mask, **kwargs)
+
+    monkeypatch.setattr(text_attention, "sdpa_attention_forward", noting)
+    row = dataclasses.replace(batch, padding_free=True)
+    lengths = forward(model, backbone, row, scores=True).lengths.tolist()
+    assert met and {(q, k) for q, k, _ in met} == {(n, n) for n in lengths} and any(masked for *_, masked in met)
+
+
+@pytest.fixture
+def scaled(tmp_path):
+    """A Llama 4 that scales the queries of every fourth place on."""
+    folder = family_traits.write(tmp_path, "llama4")
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["text_config"] |= {"attn_temperature_tuning": True, "floor_scale": 4, "attn_scale": 0.5}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_queries_of_llama4_are_scaled_by_their_places_in_their_texts(scaled, way):
+    compare(*adapted(scaled, way))
+
+
+def test_queries_that_are_scaled_by_their_places_in_the_row_give_other_losses(scaled):
+    """The negative control."""
+    backbone, model = adapted(scaled, "lengths", "lora")
+    for module in model.modules():
+        if type(module).__name__ == "Llama4TextAttention":
+            del module.forward
+    with pytest.raises(AssertionError, match="not close"):
+        compare(backbone, model)
 
 
 @pytest.mark.parametrize("folder", ["qwen3_5"], indirect=True)

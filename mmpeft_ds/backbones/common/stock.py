@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel
 
 from mmpeft_ds.backbones.base import ModelHooks
-from mmpeft_ds.backbones.common import quantised, tower_loading
+from mmpeft_ds.backbones.common import quantised, text_attention, tower_loading
 from mmpeft_ds.backbones.common.recomputing import RecomputesUnderCondition
 from mmpeft_ds.backbones.common.scalars import ScalarsAsBuffers
 from mmpeft_ds.backbones.common.slots import images_per_slot
@@ -81,7 +81,8 @@ def load(
     Raises:
         BadInput: if there are no weights, or the checkpoint lacks some: they would be random.
     """
-    kwargs = {"dtype": dtype, "attn_implementation": tower_loading.choose_attention(attention, dtype)}
+    parts = text_attention.of_parts(tower_loading.choose_attention(attention, dtype), config)
+    kwargs = {"dtype": dtype, "attn_implementation": parts}
     if on_meta:
         with torch.device("meta"):
             model = model_class._from_config(config, **kwargs)

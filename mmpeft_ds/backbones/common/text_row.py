@@ -76,7 +76,7 @@ class TextRow:
         """Boundaries of texts for attention implementations that need no mask: arguments of transformers'
         `FlashAttentionKwargs`, which then need not be read back from the positions in every layer, or of
         `text_attention`; empty for others, which get a mask."""
-        if implementation == text_attention.NAME:
+        if implementation in text_attention.NAMES:
             return {text_attention.LENGTHS: self.segments.lengths}
         if not implementation.startswith("flash"):
             return {}

@@ -24,7 +24,7 @@ from mmpeft_ds.backbones.base import ImagePrefix
 from mmpeft_ds.backbones.common import stock
 from mmpeft_ds.backbones.common.generation import in_step, one_of
 from mmpeft_ds.backbones.common.stock_backbone import WHERE
-from mmpeft_ds.backbones.mllm import agreement, patch_products
+from mmpeft_ds.backbones.mllm import agreement, attentions, patch_products
 from mmpeft_ds.backbones.mllm.checkpoint import Checkpoint
 from mmpeft_ds.backbones.mllm.costs import Costs, patch_side
 from mmpeft_ds.backbones.mllm.families.base import Family
@@ -59,9 +59,9 @@ class MllmBackbone(Checkpoint):
 
     @property
     def attentions(self) -> tuple[str, ...]:
-        """Only `eager` where transformers has no other attention for a tower of the family."""
+        """Depend on the family and the configuration."""
         stock_class = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING.get(type(self._config), None)
-        return () if getattr(stock_class, "_supports_sdpa", True) else ("eager",)
+        return attentions.possible(self._config, self._family, stock_class)
 
     def check(self) -> None:
         """Refuse what cannot work, from configurations, tokenizer and chat template."""

@@ -41,9 +41,9 @@ class Checkpoint(StockBackbone):
         return why and f"reads a model of family {self._config.model_type!r}, which {why}"
 
     @property
-    def packed_by_mask(self) -> bool:
-        """Whether a mask alone tells texts of one row apart, which depends on the family."""
-        return self._family.by_mask
+    def row_attention(self) -> str:
+        """Attention of texts in one row, which depends on the family."""
+        return self._family.row_attention
 
     @functools.cached_property
     def _makes_plain_logits(self) -> bool:

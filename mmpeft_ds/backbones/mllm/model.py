@@ -317,7 +317,7 @@ class ImageText(Publishing):
             **{name: row.of(arguments[name]) for name in ("input_ids", *TYPES) if name in arguments},
             "attention_mask": masks,  # where there is none, transformers makes it of the positions
             "position_ids": positions + self.family.first_position,
-            **(row.attention_arguments(implementation) if masks is None else {}),
+            **row.attention_arguments(implementation),
         }
 
     def _masks(self, arguments: dict[str, Any]) -> dict[str, Tensor | None] | Tensor | None:

@@ -145,9 +145,9 @@ def resolve(recipe: Recipe, assumed: Assumed | None = None) -> Resolved:
     takes_features = hooks_of(backbone.image_transform(False)).takes_features
     attention = choose_attention(backbone.attention, backbone.dtype)
     check_packing(recipe, backbone, trained_on, method, method_config, takes_features, attention)
-    apart = not backbone.packed_by_mask and _lets_texts_apart(method, method_config)
+    apart = backbone.row_attention and _lets_texts_apart(method, method_config)
     if recipe.data.pack and attention == "sdpa" and apart:
-        backbone.attention = text_attention.NAME
+        backbone.attention = backbone.row_attention
     for key, source in zip(plain.of("sources"), train, strict=True):
         check_contrast(recipe, key, source.options, source.task, source.samples)
     if backbone.reads_bank:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel, ProcessorMixin
 
+from mmpeft_ds.backbones.common import text_attention
 from mmpeft_ds.backbones.common.text_row import give_texts_rows
 
 
@@ -28,7 +29,8 @@ class Family:
             they are on the device. None: the processor normalises them.
         unpackable: why texts may not follow one another in one row; empty where they may. Families that nobody
             has tried may not.
-        by_mask: some of its layers know no lengths of texts, so that a mask alone tells texts of one row apart.
+        row_attention: takes the place of sdpa where texts stand in one row, see `text_attention`; empty: a mask alone
+            tells texts apart, since its layers know transformers' own names alone.
         text_axis: the first axis of its positions in time, height and width tells texts of one row apart.
         merges_each: its vision tower runs a part of itself once an image, outside of its blocks.
         first_position: of a text, which its model counts from.
@@ -51,7 +53,7 @@ class Family:
     spelled: bool = True
     channels: int | None = None
     unpackable: str = "was not tried with packed texts"
-    by_mask: bool = False
+    row_attention: str = text_attention.NAME
     text_axis: bool = True
     merges_each: bool = False
     first_position: int = 0

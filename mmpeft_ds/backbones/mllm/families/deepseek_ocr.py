@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from mmpeft_ds.backbones.common import text_attention
 from mmpeft_ds.backbones.mllm.families.base import Family
 
 
@@ -10,7 +11,7 @@ class DeepseekOcr(Family):
 
     model_types = ("deepseek_ocr2", "unlimited_ocr")
     unpackable = ""
-    by_mask = True
+    row_attention = text_attention.MASKED  # the window of Unlimited-OCR, which does not hide what was read at once
     optional = ("pixel_values_local",)
     part_side = "tile_size"
     as_lists = ("num_local_patches", "patches_grid")

@@ -6,11 +6,18 @@ from mmpeft_ds.backbones.mllm.families.base import Family
 
 
 class Hybrid(Family):
-    """Gated delta rule (Qwen3.5) or short convolutions (LFM2, LFM3) in every other layer."""
+    """Gated delta rule (Qwen3.5, GLM-5) or short convolutions (LFM2, LFM3) in every other layer."""
 
-    model_types = ("qwen3_5", "qwen3_5_moe", "lfm2_vl", "lfm3_vl")
+    model_types = ("glm5_next", "lfm2_vl", "lfm3_vl", "qwen3_5", "qwen3_5_moe")
     unpackable = ""
-    carrying = ("Qwen3_5GatedDeltaNet", "Qwen3_5MoeGatedDeltaNet", "Lfm2ShortConv", "Lfm3ShortConv")
+    carrying = (
+        "Glm5NextTextAttention",  # which looks for keys in pools of tokens beside each other
+        "Glm5NextTextLinearAttention",
+        "Lfm2ShortConv",
+        "Lfm3ShortConv",
+        "Qwen3_5GatedDeltaNet",
+        "Qwen3_5MoeGatedDeltaNet",
+    )
 
 
 ENTRY = Hybrid()

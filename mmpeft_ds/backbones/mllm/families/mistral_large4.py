@@ -1,4 +1,5 @@
-"""Mistral Large 4: sees as Mistral 3 does; its language model is another."""
+"""Mistral Large 4: sees as Mistral 3 does; its language model is another, whose layers choose keys with attention of
+transformers' own names alone."""
 
 from __future__ import annotations
 
@@ -9,7 +10,7 @@ class MistralLarge4(Mistral3):
     """Images in rows of patches."""
 
     model_types = ("mistral_large4",)
-    by_mask = True
+    row_attention = ""
 
 
 ENTRY = MistralLarge4()

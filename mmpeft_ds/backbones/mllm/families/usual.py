@@ -14,6 +14,7 @@ class Usual(Family):
         "cohere_compass",
         "cosmos3_omni",
         "deepseek_vl",
+        "deepseek_vl_hybrid",
         "ernie4_5_vl_moe",
         "exaone4_5",
         "granite_docling",

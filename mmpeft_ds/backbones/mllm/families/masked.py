@@ -1,0 +1,19 @@
+"""Families whose texts need the mask that the model makes of a row: layers that choose keys by it, or images that are
+seen from both sides."""
+
+from __future__ import annotations
+
+from mmpeft_ds.backbones.common import text_attention
+from mmpeft_ds.backbones.mllm.families.base import Family
+
+
+class Masked(Family):
+    """Each text takes its part of the mask."""
+
+    model_types = ("gemma4_unified", "qwen4_exp")
+    unpackable = ""
+    row_attention = text_attention.MASKED
+    carrying = ("Qwen4ExpTextGatedDeltaNet", "Qwen4ExpTextPLELayer")
+
+
+ENTRY = Masked()
