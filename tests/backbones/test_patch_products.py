@@ -1,12 +1,13 @@
 """Convolutions over single patches are matrix products: the same features and gradients in every family."""
 
+import peft
 import pytest
 import torch
 from torch import nn
 
 from mmpeft_ds.backbones.mllm import patch_products
 from mmpeft_ds.backbones.mllm.backbone import ENTRY, Options
-from tests.helpers.models import family_traits
+from tests.helpers.models import adapted_mllm, family_traits
 from tests.helpers.models.family_samples import ALL, batch, samples_of
 
 # Families whose vision tower gets single patches, and those that merge patches by another such convolution.
@@ -92,3 +93,63 @@ def test_names_of_weights_and_what_isinstance_says_stay():
     names = list(plain.state_dict())
     patch_products.used(plain)
     assert isinstance(plain, nn.Conv3d) and list(plain.state_dict()) == names
+
+
+def features_of(model, images):
+    return torch.cat(model.image_features(images).tokens)
+
+
+@pytest.fixture
+def flat(tmp_path):
+    """Qwen2-VL in float64, pixels of images as its transform gives them, and as the stock processor does."""
+    backbone = adapted_mllm.mllm(tmp_path, "qwen2_vl")
+    backbone.attention, backbone.dtype = "eager", torch.float64
+    backbone.check()
+    pictures, see = [adapted_mllm.image(n) for n in (1, 2, 3)], backbone.image_transform(False)
+    stock = [
+        backbone._image_processor([p.numpy()], input_data_format="channels_first", return_tensors="pt")
+        for p in pictures
+    ]
+    whole = {name: torch.cat([one[name] for one in stock]) for name in ("pixel_values", "image_grid_thw")}
+    return backbone, backbone.build().eval(), backbone.collate_images([see(p) for p in pictures]), whole
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("rows", [1, 3, 10**6])
+def test_whole_numbers_of_one_frame_give_the_features_of_the_processors_pixels(flat, monkeypatch, rows):
+    _, model, raw, whole = flat
+    assert raw["pixel_values"].dtype == torch.uint8
+    assert raw["pixel_values"].numel() * 2 == whole["pixel_values"].numel()
+    monkeypatch.setattr(patch_products, "CACHED", rows * raw["pixel_values"].shape[1])
+    wanted = features_of(model, whole)
+    # the processor multiplies by 1/255 and subtracts the mean in float32, in one step or in two
+    assert (features_of(model, raw) - wanted).abs().max() <= 1e-6 * wanted.abs().max()
+    assert model.inner.visual.patch_embed.proj.raw is None
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_the_one_frame_is_that_frame_standardised_and_repeated(flat, dtype):
+    backbone, model, raw, _ = flat
+    model.to(dtype)
+    pixels = raw["pixel_values"].unflatten(1, (3, -1))
+    pixels = backbone._normalise(pixels.double() if dtype == torch.float64 else pixels).to(dtype)
+    repeated = raw | {"pixel_values": pixels[:, :, None].expand(-1, -1, 2, -1).flatten(1)}
+    apart = (features_of(model, raw) - features_of(model, repeated)).abs().max()
+    assert apart <= {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 0}[dtype]
+
+
+def test_adapters_on_the_patch_embedding_read_normalised_patches(flat):
+    _, base, raw, whole = flat
+    config = peft.LoraConfig(r=2, target_modules=r".*patch_embed\.proj", init_lora_weights=False)
+    model = peft.get_peft_model(base, config).get_base_model()
+    wanted = features_of(model, whole)
+    assert (features_of(model, raw) - wanted).abs().max() <= 1e-6 * wanted.abs().max()
+
+
+def test_what_else_reads_the_pixels_of_a_tower_gets_no_numbers(flat):
+    _, model, raw, _ = flat
+    read = []
+    model.inner.visual.patch_embed.register_forward_pre_hook(lambda module, args: read.append(args[0]))
+    features_of(model, raw)
+    assert read[0].isnan().all() and read[0].untyped_storage().nbytes() == 8

@@ -30,17 +30,23 @@ class Affine(HasFrozenConstants, nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         dtype = full_dtype(x.dtype)
-        key = (x.device, dtype, x.dim())
+        factor, shift = self.terms(x.device, dtype, x.dim())
+        if x.dtype == dtype:
+            return torch.addcmul(shift, x, factor)
+        converted = x.to(dtype)
+        return torch.addcmul(shift, converted, factor, out=converted)
+
+    def terms(self, device: torch.device, dtype: torch.dtype, dims: int) -> tuple[Tensor, Tensor]:
+        """Factor and shift of `x * factor + shift`, which spread over a tensor of `dims` dimensions."""
+        key = (device, dtype, dims)
         if key not in self._ready:
-            shape = [1] * x.dim()
+            shape = [1] * dims
             shape[self.dim] = -1
             std = torch.tensor(self.std, dtype=torch.float64)
             mean = torch.tensor(self.mean, dtype=torch.float64)
-            # one fused multiply and add: x * factor + shift
             pair = (self.scale / std, -mean / std)
-            self._ready[key] = tuple(t.view(shape).to(x.device, dtype) for t in pair)
-        factor, shift = self._ready[key]
-        return torch.addcmul(shift, x.to(dtype), factor)
+            self._ready[key] = tuple(t.view(shape).to(device, dtype) for t in pair)
+        return self._ready[key]
 
     def frozen_constants(self) -> dict[str, Tensor]:
         """Mean and deviation, which the fingerprint of the frozen base covers."""

@@ -107,7 +107,10 @@ class MllmBackbone(Checkpoint):
         load = (model_class, o.model, WHERE, config, self.dtype, attention or chosen)
         model = stock.load(*load, o.random_weights, on_meta, self.device, o.quantise)
         self._family.adjust(model)
-        return patch_products.used(model)
+        patch_products.used(model)
+        if self._family.channels is not None:
+            model.raw_pixels = patch_products.RawPixels.of(model, self._normalise)
+        return model
 
     def image_transform(self, train: bool) -> Callable[[Tensor, Any], dict[str, Tensor]]:
         """The checkpoint's image processor, without normalising where that can come later; no augmentation."""
@@ -162,12 +165,12 @@ class MllmBackbone(Checkpoint):
         return black if modality == "image" else super().dummy(modality)
 
     def inputs(self, batch: PackedBatch) -> dict[str, Any]:
-        """Forward arguments; pixels are normalised here, on the device of the batch."""
+        """Forward arguments; the model normalises pixels, on the device of the batch."""
         texts = {name: batch.texts[name] for name in ("input_ids", "attention_mask", "labels")}
         texts["attention_mask"], rows = self._named(batch, texts["attention_mask"])
         return {
             **texts,
-            "images": self._images(batch),
+            "images": batch.images,
             "videos": batch.videos,
             "media_rows": rows,
             "image_owner": batch.image_owner,
@@ -260,7 +263,7 @@ class MllmBackbone(Checkpoint):
         ids, lengths = batch.texts["input_ids"], batch.texts["prompt_length"]
         prompts = batch.texts["attention_mask"] * (torch.arange(ids.shape[1], device=ids.device) < lengths[:, None])
         prompts, rows = self._named(batch, prompts)
-        images = self._images(batch)
+        images = batch.images
         features = base.media_features(images, batch.videos)
         widened = base.widen(ids, prompts, None, features, rows, left=True, answers=batch.texts["labels"])
         length, end = widened.input_ids.shape[1], self._tokenizer.eos_token_id
@@ -327,7 +330,7 @@ class MllmBackbone(Checkpoint):
     @torch.no_grad()
     def image_values(self, model: Any, images: dict[str, Tensor]) -> list[dict[str, Tensor]]:
         """Features of one image after the projector, and what the text needs to know of it."""
-        features = base_model(model).image_features(self._normalised(images))
+        features = base_model(model).image_features(images)
         kept = {name: tensor for name, tensor in images.items() if name in (TOKEN_RUNS, *_SIZES)}
         return [kept | features.values(0)]
 
@@ -365,14 +368,6 @@ class MllmBackbone(Checkpoint):
         ends = base.generation_config.eos_token_id
         ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
         return sorted({*ends, self._tokenizer.eos_token_id})
-
-    def _normalised(self, images: dict[str, Tensor]) -> dict[str, Tensor]:
-        images = dict(images)
-        if "pixel_values" in images and self._family.channels is not None:
-            pixels = images["pixel_values"]
-            flat = pixels.unflatten(1, (3, -1)) if pixels.dim() == 2 else pixels
-            images["pixel_values"] = self._normalise(flat).view(pixels.shape)
-        return images
 
     def _named(self, batch: PackedBatch, mask: Tensor) -> tuple[Tensor, Tensor]:
         """`mask`, and (R,) images and videos as the texts read them, see `ImageText.forward`: a text names those of

@@ -28,6 +28,7 @@ from mmpeft_ds.backbones.common.text_row import TextRow
 from mmpeft_ds.backbones.mllm import alike, first_forward
 from mmpeft_ds.backbones.mllm.families.base import Family
 from mmpeft_ds.backbones.mllm.image_features import ImageFeatures, MediaFeatures
+from mmpeft_ds.backbones.mllm.patch_products import RawPixels
 from mmpeft_ds.backbones.mllm.processing import TOKEN_RUNS
 from mmpeft_ds.backbones.mllm.unread_blocks import UnreadBlocks
 from mmpeft_ds.host_copies import both, on_host, to_device
@@ -68,9 +69,11 @@ class ImageText(Publishing):
         family: what is special about it.
         widened_labels: (T, S) of the packed batch that was seen last, -100 at image tokens.
         has_read: a packed batch was read to the end.
+        raw_pixels: how pixels are read that come as whole numbers; None: they come normalised.
     """
 
     family: Family
+    raw_pixels: RawPixels | None = None
     has_read: bool = False
 
     def forward(
@@ -194,7 +197,13 @@ class ImageText(Publishing):
         lacking = self.family.optional and media.keys().isdisjoint(self.family.optional) and alike.is_split(self)
         if lacking:
             given = alike.with_parts(given, self.config.image_part_side)
-        with alike.whole(self.inner), self._unread.left_out(), self._blamed():
+        pixels = contextlib.nullcontext(given) if self.raw_pixels is None else self.raw_pixels.read_by(self, given)
+        with (
+            pixels as given,
+            alike.whole(self.inner),
+            self._unread.left_out(),
+            self._blamed(),
+        ):
             output = see(**given, return_dict=True)
         return alike.without_last(output) if lacking else output
 

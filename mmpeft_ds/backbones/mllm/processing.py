@@ -46,6 +46,8 @@ OF_TEXTS = {
 class PixelTransform(ImageTransform):
     """uint8 (3, H, W) -> output of the family's image processor, still uint8: normalising comes on the device.
 
+    Patches of several frames, which of an image are all the same, come as one frame.
+
     Attributes:
         processor: the image processor, which resizes, crops and cuts into tiles or patches.
         min_size: (height, width) that a decoder at reduced scale must not go below; None: the full image is needed.
@@ -61,6 +63,7 @@ class PixelTransform(ImageTransform):
             do_normalize=False,
             input_data_format="channels_first",
             return_tensors="pt",
+            **({"temporal_patch_size": 1} if hasattr(self.processor, "temporal_patch_size") else {}),
         )
         tensors = {name: out[name] for name in ("pixel_values", "image_sizes", "image_grid_thw") if name in out}
         # Both libraries have rounded to whole numbers, so nothing is lost.
