@@ -327,7 +327,7 @@ class PackedBatch:
         Args:
             loss_weight: `TaskBase.weight`.
         """
-        kept = self.text_weight if len(self.text_owner) else self.weight
+        kept = self.text_weight if self.text_owner.numel() else self.weight
         keys_hash = self.sample_keys_hash() if self.keys_hash is None else self.keys_hash
         return Counts(loss_weight(self), int((kept > 0).sum()), keys_hash, self.changed_texts())
 

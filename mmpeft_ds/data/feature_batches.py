@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from mmpeft_ds.data import order
-from mmpeft_ds.data.batch import Described, PackedBatch, changes_of, hash_id, with_images
+from mmpeft_ds.data.batch import Counts, Described, PackedBatch, changes_of, hash_id, with_images
 from mmpeft_ds.data.feature_columns import Columns, ShardColumns, reachable
 from mmpeft_ds.data.identity import PICTURE, content_id
 from mmpeft_ds.data.parsing import check_finite, json_object, one_sample
@@ -29,7 +29,11 @@ from mmpeft_ds.errors import BadSample
 # Samples that are read for the first time together: few, so that what is made on the way is gone before Python looks
 # for garbage a second time.
 TOGETHER = 512
-REMEMBERED = 2**16  # samples of a source whose texts and targets are kept; some hundred bytes to some kB each
+READ = 2**20  # bytes of rows that are copied at a time, or of one micro-batch: they stay in a core's cache
+REMEMBERED = 2**16  # samples of a source whose texts and targets are kept, as long as their records and features of
+REMEMBERED_BYTES = (
+    2**27
+)  # captions are not more than this in their shard; as objects of Python they take a few times that
 
 
 @dataclass(slots=True)
@@ -44,55 +48,73 @@ class _Read:
 
 
 @dataclass(slots=True)
-class Ahead:
-    """Samples of several micro-batches, gathered together; all plain, see `_Memory`.
+class _Found:
+    """Where samples are.
 
     Attributes:
-        size: slots of each micro-batch, all filled.
-        images: (all samples, D) rows, as they are stored.
-        columns: names, records, texts, targets and raw texts of all samples.
-        hashes: of each micro-batch, `PackedBatch.keys_hash`.
+        shards, addresses: (S,) of each, see `Columns.rows`.
+        kind: see `ShardColumns.kind`.
+        rows: (S,) of `_Memory`.
+        read: what was read of samples that are not all plain; None: all are.
     """
 
-    size: int
-    images: Tensor
-    columns: list[list[Any]]
-    hashes: list[int]
+    shards: np.ndarray
+    addresses: np.ndarray
+    kind: tuple[np.dtype, int, int]
+    rows: np.ndarray
+    read: list[_Read] | None
 
 
 @dataclass(slots=True)
-class _Found:
-    """Rows of features, rows of `_Memory`, and what was read of samples that are not all plain; None: all are."""
+class Ahead:
+    """Samples of several micro-batches, found together; all plain, see `_Memory`.
 
+    Attributes:
+        size: slots of each micro-batch, all filled.
+        found: where their rows are.
+        columns: names, records, texts and raw texts of all samples.
+        targets: collated, of all samples, or as the task reads them.
+        hashes: of each micro-batch, `PackedBatch.keys_hash`.
+        images: (samples, D) rows that are copied so far and not handed out yet, as they are stored, from micro-batch
+            `first` on.
+    """
+
+    size: int
+    found: _Found
+    columns: list[list[Any]]
+    targets: dict[str, Tensor] | list[Any]
+    hashes: list[int]
     images: Tensor
-    rows: np.ndarray
-    read: list[_Read] | None
+    first: int = 0
 
 
 class _Memory:
     """Samples of a split that were read before, in columns, so that many are looked up at once.
 
     Attributes:
+        bytes: of what was read of those, in their shards.
         place: (n,) int32 row of each sample in the columns; row 0 stands for all samples not read yet.
         keys, hashes: uint64, `order.key_of` and `batch.hash_id` of the sample ids.
-        plain: bool: fixed, with exactly one text; `names`, `records`, `texts`, `targets` and `raw` are its parts. Of
+        plain: bool: fixed, with exactly one text; `names`, `records`, `texts`, `raw` and `targets` are its parts. Of
             these there is no `_Read`: its lists are objects that Python looks through for garbage again and again.
+        collated: rows of the collated targets of those, where `collate` is given.
         others: `_Read` of those that are not plain, else None.
     """
 
-    COLUMNS = ("names", "records", "texts", "targets", "raw")
+    COLUMNS = ("names", "records", "texts", "raw")
 
-    def __init__(self, n: int):
+    def __init__(self, n: int, collate: Callable[[list[Any]], dict[str, Tensor]] | None):
         rows = 1 + min(n, REMEMBERED)
-        self.place, self.count = np.zeros(n, np.int32), 0
+        self.collate, self.collated = collate, dict[str, Tensor]()
+        self.place, self.count, self.bytes = np.zeros(n, np.int32), 0, 0
         self.keys, self.hashes = np.zeros(rows, np.uint64), np.zeros(rows, np.uint64)
         self.plain, self.others = np.zeros(rows, bool), np.empty(rows, object)
-        for name in self.COLUMNS:
+        for name in (*self.COLUMNS, "targets"):
             setattr(self, name, np.empty(rows, object))
 
     @property
     def room(self) -> int:
-        """Samples that can be added."""
+        """Samples that can be added, whatever their size."""
         return len(self.others) - 1 - self.count
 
     def read(self, number: int) -> _Read | None:
@@ -104,21 +126,37 @@ class _Memory:
 
     def add(self, numbers: np.ndarray, read: list[_Read]) -> None:
         """Add samples that are not there yet, for which there is room."""
+        plain = [one.fixed and len(one.texts) == 1 for one in read]
+        single = [one for one, is_plain in zip(read, plain, strict=True) if is_plain]
+        collated = self.collate([one.targets[0] for one in single]) if self.collate and single else {}
         rows = slice(self.count + 1, self.count + 1 + len(read))
         self.count += len(read)
         self.place[numbers] = np.arange(rows.start, rows.stop)
         self.keys[rows] = np.array([order.key_of(one.sample_id) for one in read], np.uint64)
         self.hashes[rows] = np.array([hash_id(one.sample_id) for one in read], np.uint64)
-        plain = [one.fixed and len(one.texts) == 1 for one in read]
         self.others[rows] = _objects([None if is_plain else one for is_plain, one in zip(plain, read, strict=True)])
-        single = [(i, read[i]) for i, is_plain in enumerate(plain) if is_plain]
         if not single:
             return
-        at = rows.start + np.array([i for i, _ in single])
+        at = rows.start + np.flatnonzero(plain)
         self.plain[at] = True
-        parts = ((one.sample_id, one.record, one.texts[0], one.targets[0], _raw(one.texts[0])) for _, one in single)
-        for name, column in zip(self.COLUMNS, zip(*parts, strict=True), strict=True):
+        parts = ((one.sample_id, one.record, one.texts[0], _raw(one.texts[0]), one.targets[0]) for one in single)
+        for name, column in zip((*self.COLUMNS, "targets"), zip(*parts, strict=True), strict=True):
             getattr(self, name)[at] = _objects(column)
+        for name, tensor in collated.items():
+            if name not in self.collated:
+                self.collated[name] = tensor.new_zeros(len(self.others), *tensor.shape[1:])
+            self.collated[name][torch.from_numpy(at)] = tensor
+
+    def columns(self, rows: np.ndarray) -> list[list[Any]]:
+        """COLUMNS of plain samples."""
+        return [getattr(self, name)[rows].tolist() for name in self.COLUMNS]
+
+    def targets_of(self, rows: np.ndarray) -> dict[str, Tensor] | list[Any]:
+        """Those of plain samples: collated where they are, else as the task reads them."""
+        if not self.collate:
+            return self.targets[rows].tolist()
+        chosen = torch.from_numpy(rows.astype(np.int64))
+        return {name: tensor.index_select(0, chosen) for name, tensor in self.collated.items()}
 
 
 class FeatureBatches:
@@ -145,7 +183,8 @@ class FeatureBatches:
         self._start()
 
     def _start(self) -> None:
-        self._memory, self._generator = _Memory(int(self.columns.firsts[-1])), torch.Generator()
+        collate = self.source.collate_targets if self.source.collates_by_row else None
+        self._memory, self._generator = _Memory(int(self.columns.firsts[-1]), collate), torch.Generator()
 
     @staticmethod
     def possible(source: Any, reader: ShardReader) -> bool:
@@ -169,17 +208,18 @@ class FeatureBatches:
         found = self._found(epoch, shards, samples) if len(slots) else None
         if found is None:
             return None
+        images = self._rows(found, slice(None))
         if found.read is None:
             memory, rows = self._memory, found.rows
-            names, records, texts, targets, raw = (getattr(memory, name)[rows].tolist() for name in _Memory.COLUMNS)
-            batch = self._packed(found.images, slots, size, names, records, slots, texts, targets, raw)
+            names, records, texts, raw = memory.columns(rows)
+            batch = self._packed(images, slots, size, names, records, slots, texts, memory.targets_of(rows), raw)
             batch.keys_hash = int(memory.hashes[rows].sum())  # mod 2^64, as the numbers are
             return batch
         texts = [text for one in found.read for text in one.texts]
         targets = [target for one in found.read for target in one.targets]
         names, records = [one.sample_id for one in found.read], [one.record for one in found.read]
         owner = np.repeat(slots, [len(one.texts) for one in found.read])
-        return self._packed(found.images, slots, size, names, records, owner, texts, targets, [_raw(t) for t in texts])
+        return self._packed(images, slots, size, names, records, owner, texts, targets, [_raw(t) for t in texts])
 
     def ahead(self, epoch: int, shards: np.ndarray, samples: np.ndarray, size: int) -> Ahead | None:
         """Several micro-batches of `size` samples each, one after the other, for `batch`.
@@ -193,22 +233,40 @@ class FeatureBatches:
         found = self._found(epoch, shards, samples, plain_only=True)
         if found is None:
             return None
-        columns = [getattr(self._memory, name)[found.rows].tolist() for name in _Memory.COLUMNS]
-        hashes = self._memory.hashes[found.rows].reshape(-1, size).sum(1)
-        return Ahead(size, found.images, columns, hashes.tolist())
+        memory, rows = self._memory, found.rows
+        hashes = memory.hashes[rows].reshape(-1, size).sum(1)
+        images = torch.empty(0, found.kind[2])
+        return Ahead(size, found, memory.columns(rows), memory.targets_of(rows), hashes.tolist(), images)
 
     def batch(self, ahead: Ahead, number: int) -> PackedBatch:
-        """One of the micro-batches of `ahead`; as `make` makes it."""
-        part, slots = slice(number * ahead.size, (number + 1) * ahead.size), np.arange(ahead.size)
-        names, records, texts, targets, raw = (column[part] for column in ahead.columns)
-        batch = self._packed(ahead.images[part], slots, ahead.size, names, records, slots, texts, targets, raw)
+        """One of the micro-batches of `ahead`; as `make` makes it. Raises BadInput if a shard is missing, or has
+        changed."""
+        size, slots = ahead.size, np.arange(ahead.size)
+        first = (number - ahead.first) * size
+        if not 0 <= first < len(ahead.images):
+            together = max(1, READ // (size * ahead.found.kind[0].itemsize * ahead.found.kind[2]))
+            part = slice(number * size, (number + together) * size)
+            self.columns.shards(_present(ahead.found.shards[part]))
+            ahead.images, ahead.first, first = self._rows(ahead.found, part), number, 0
+        part, targets = slice(number * size, (number + 1) * size), ahead.targets
+        mine = {k: v[part] for k, v in targets.items()} if isinstance(targets, dict) else targets[part]
+        names, records, texts, raw = (column[part] for column in ahead.columns)
+        images = ahead.images[first : first + size]
+        batch = self._packed(images, slots, size, names, records, slots, texts, mine, raw)
         batch.keys_hash = ahead.hashes[number]
+        batch.text_weight = batch.weight  # each slot is filled, and has one text
+        if (loss_weight := self.source.loss_weight) is not None:
+            batch.counts = Counts(loss_weight(batch), size, batch.keys_hash, batch.changed_texts())
         return batch
 
+    def _rows(self, found: _Found, part: slice) -> Tensor:
+        """(S, D) rows of features, as they are stored."""
+        dtype, _, width = found.kind
+        return torch.from_numpy(self.columns.rows(found.addresses[part], dtype, width))
+
     def _found(self, epoch: int, shards: np.ndarray, samples: np.ndarray, plain_only: bool = False) -> _Found | None:
-        """Features and records of samples; None if one has to be read alone, or with `plain_only` is not plain."""
-        by_shard, parts = _grouped(shards)
-        columns = self.columns.shards(parts)
+        """Where samples are; None if one has to be read alone, or with `plain_only` is not plain."""
+        columns = self.columns.shards(_present(shards))
         kind = next(iter(columns.values())).kind
         numbers, memory = self.columns.firsts[shards] + samples, self._memory
         if not self.columns.good[numbers].all() or any(c.kind != kind for c in columns.values()):
@@ -216,6 +274,8 @@ class FeatureBatches:
         key = self.epoch_key(epoch)
         try:
             new = np.flatnonzero(memory.place[numbers] == 0)[: memory.room]
+            sizes = memory.bytes + self.columns.read_bytes[numbers[new]].cumsum()
+            new = new[sizes <= REMEMBERED_BYTES]
             for first in range(0, len(new), TOGETHER):
                 some = new[first : first + TOGETHER]
                 self._remember(key, columns, shards[some], samples[some], numbers[some])
@@ -230,8 +290,8 @@ class FeatureBatches:
         keys = memory.keys[rows] if plain else np.array([order.key_of(r.sample_id) for r in read], np.uint64)
         views = np.zeros(len(numbers), np.int64)
         views[:] = self.source.image_transform.row(kind[1], order.combined_many(key, keys))
-        at = (self.columns.image_at[numbers] + views * kind[2])[by_shard]
-        return _Found(_picked(at, by_shard, parts, columns), rows, None if plain else read)
+        addresses = self.columns.address[numbers] + views * (kind[0].itemsize * kind[2])
+        return _Found(shards, addresses, kind, rows, None if plain else read)
 
     def close(self) -> None:
         """Close the files."""
@@ -246,9 +306,8 @@ class FeatureBatches:
         numbers: np.ndarray,
     ) -> None:
         """Read samples for the first time. Raises BadSample if one cannot be used."""
-        by_shard, parts = _grouped(shards)
-        for shard, part in parts.items():
-            columns[shard].check_finite(samples[by_shard[part]])
+        dtype, rows, width = next(iter(columns.values())).kind
+        check_finite(self.columns.rows(self.columns.address[numbers], dtype, rows * width))
         pairs = list(zip(shards.tolist(), samples.tolist(), strict=True))
         # Whether the task draws at random is found out for all together; if it does, each has its own seed.
         before = _state(self._generator.manual_seed(0))
@@ -257,6 +316,7 @@ class FeatureBatches:
         if _state(self._generator) != before:
             read = [self._drawn(epoch_key, one.sample_id, one.record, find_out=True) for one in read]
         self._memory.add(numbers, read)
+        self._memory.bytes += int(self.columns.read_bytes[numbers].sum())
 
     def _read(self, epoch_key: int, columns: dict[int, ShardColumns], shard: int, sample: int) -> _Read:
         """Texts and targets of one sample, also of one that there is no room for. Raises BadSample."""
@@ -301,7 +361,7 @@ class FeatureBatches:
 
     def _packed(
         self, images: Tensor, slots: np.ndarray, size: int, names: list[str], records: list[dict[str, Any]],
-        text_owner: np.ndarray, texts: list[Any], targets: list[Any], raw: list[Any],
+        text_owner: np.ndarray, texts: list[Any], targets: dict[str, Tensor] | list[Any], raw: list[Any],
     ) -> PackedBatch:  # fmt: skip
         """The same as `data.batch.pack` of these samples. Later batches share the records: do not change them."""
         sample_id, kept, weight, source = names, records, torch.ones(size), self.source
@@ -312,6 +372,8 @@ class FeatureBatches:
             weight = torch.zeros(size)
             weight[torch.from_numpy(slots)] = 1.0
         collated = source.collate_texts(texts) if texts else {}
+        if isinstance(targets, list):
+            targets = source.collate_targets(targets) if targets else {}
         return PackedBatch(
             sample_id=sample_id,
             weight=weight,
@@ -319,7 +381,7 @@ class FeatureBatches:
             image_owner=torch.from_numpy(slots),
             texts=dict(collated),
             text_owner=torch.from_numpy(text_owner),
-            targets=source.collate_targets(targets) if targets else {},
+            targets=targets,
             records=kept,
             raw_texts=raw,
             bad=[],
@@ -327,23 +389,9 @@ class FeatureBatches:
         )
 
 
-def _grouped(shards: np.ndarray) -> tuple[np.ndarray, dict[int, slice]]:
-    """Places in the order of their shards, and which part of them each shard has."""
-    places = shards.argsort(kind="stable")
-    numbers = shards[places]
-    ends = [*(np.flatnonzero(numbers[1:] != numbers[:-1]) + 1).tolist(), len(numbers)]
-    parts = map(slice, [0, *ends[:-1]], ends)
-    return places, dict(zip(numbers[[end - 1 for end in ends]].tolist(), parts, strict=True)) if len(numbers) else {}
-
-
-def _picked(at: np.ndarray, places: np.ndarray, parts: dict[int, slice], columns: dict[int, ShardColumns]) -> Tensor:
-    """(S, D) rows that begin at the numbers `at` of their shards, in the dtype that is stored; row i is put at
-    `places[i]`."""
-    first = next(iter(columns.values()))
-    images = np.empty((len(at), first.width), first.dtype)
-    for shard, part in parts.items():
-        images[places[part]] = columns[shard].rows_from[at[part]]
-    return torch.from_numpy(images)
+def _present(shards: np.ndarray) -> list[int]:
+    """The numbers of the shards that occur, in order."""
+    return np.flatnonzero(np.bincount(shards)).tolist()
 
 
 def _objects(values: Sequence[Any]) -> np.ndarray:

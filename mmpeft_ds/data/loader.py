@@ -95,7 +95,7 @@ class Loader:
 
     def _counted(self, number: int, batch: PackedBatch) -> PackedBatch:
         """The batch, with `counts` where the source says what they are."""
-        if (loss_weight := self.sources[number].loss_weight) is not None:
+        if batch.counts is None and (loss_weight := self.sources[number].loss_weight) is not None:
             batch.counts = batch.count(loss_weight)
         return batch
 
@@ -160,8 +160,7 @@ class Loader:
         source, step, slots = request.visit.source, request.visit.step, request.slots
 
         def full(steps: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-            own = np.array(slots, np.int64)
-            positions = np.stack([order.positions_of(len(places), self.slots, own, one) for one in steps])
+            positions = order.positions_of(len(places), self.slots, np.array(slots, np.int64), steps[:, None])
             filled = (positions >= 0).all(1)
             positions = positions if filled.all() else positions[: filled.argmin()]
             return tuple(part.reshape(positions.shape) for part in self._found(source, places, positions.ravel()))

@@ -150,8 +150,8 @@ def position_of(n: int, slots: int, slot: int, step: int) -> int | None:
     return first + step if first + step < end else None
 
 
-def positions_of(n: int, slots: int, some: np.ndarray, step: int) -> np.ndarray:
-    """`position_of` of some slots at once, int64; -1 for None."""
+def positions_of(n: int, slots: int, some: np.ndarray, step: int | np.ndarray) -> np.ndarray:
+    """`position_of` of some slots at once, int64; -1 for None. Of steps (K, 1) the result is (K, slots)."""
     first, end = some * n // slots, (some + 1) * n // slots
     return np.where(first + step < end, first + step, -1)
 

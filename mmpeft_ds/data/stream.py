@@ -84,7 +84,7 @@ class Stream:
         self.slots = self.loader.slots
         self.whole = not train and not coupled
         share = (0, 1) if self.whole else (rank, world_size)
-        self.micro_slots = order.micro_slots(self.slots, *share, accumulation)
+        self.micro_slots = list(map(tuple, order.micro_slots(self.slots, *share, accumulation)))
         self.sizes = [s.samples for s in sources]
         steps = [order.steps_of(n, self.slots, last_batch) for n in self.sizes]
         if self.whole:
@@ -163,7 +163,7 @@ class Stream:
         slots = [[filled[batch].tolist() for batch in step] for step in planned]
         return slots, slowest(costs_of_ranks(planned, costs))
 
-    def _micro_slots(self, visit: order.Visit) -> list[list[int | None]]:
+    def _micro_slots(self, visit: order.Visit) -> Sequence[Sequence[int | None]]:
         """Slots of this rank's micro-batches at a visit."""
         return self._plan_of(visit)[0] if self.lengths else self.micro_slots
 

@@ -28,6 +28,8 @@ class StreamSource:
             `data.transform.ImageTransform`. Where it takes features it gets the sample's array, one image, or the
             arrays along its first of three dimensions.
         collate_images, collate_texts, collate_targets: non-empty flat list -> tensors, see `data.batch.pack`.
+        collates_by_row: `collate_targets` gives each target rows of its own, whatever others come with it, so that the
+            rows of many are collated once and kept.
         fields: json fields that every record must have.
         weight: relative share of the steps.
         subset: the samples to use; None: all of the split.
@@ -58,6 +60,7 @@ class StreamSource:
     video_transform: Callable[[Video], Any] | None = None
     collate_videos: Callable[[list[Any]], dict[str, Tensor]] | None = None
     loss_weight: Callable[[PackedBatch], float] | None = None
+    collates_by_row: bool = False
 
     @property
     def samples(self) -> int:

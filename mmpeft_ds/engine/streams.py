@@ -57,6 +57,7 @@ def make_stream(
             collate_apart=backbone.collate_apart,
             collate_texts=backbone.collate_texts,
             collate_targets=source.task.collate,
+            collates_by_row=source.task.collates_by_row,
             loss_weight=source.task.weight if train else None,
             fields=source.task.fields,
             weight=source.options.weight,

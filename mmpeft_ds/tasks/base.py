@@ -48,6 +48,8 @@ class TaskBase(abc.ABC):
         items: field of the records that holds them as a list; empty where each sample is one.
         prompt_kind, target_kind: what its texts and their targets are, in the singular, for the counts of cut texts.
         no_weight: why nothing of some data may enter the loss, for the message that ends such a run.
+        collates_by_row: `collate` gives each target one row, the same whatever others come with it, so that rows may
+            be kept from one epoch to the next.
         identifies_pictures: records tell which of them show the same images (`data.identity.PICTURE`), so the data
             tells the task by the images themselves where the records do not.
     """
@@ -60,6 +62,7 @@ class TaskBase(abc.ABC):
     generation: dict[str, Any] | None = None
     ranking: dict[str, Any] | None = None
     concludes: bool = False
+    collates_by_row: bool = False
     identifies_pictures: bool = False
     unit: str = "samples"
     items: str = ""

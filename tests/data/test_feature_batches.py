@@ -103,6 +103,13 @@ def batches(
     return found, gathered
 
 
+def gathering(manifest):
+    """A stream of one rank that reads first captions, with rows of collated targets that are kept."""
+    functions = read_first, Whole(), collate_images, collate_texts, collate_targets
+    source = StreamSource(manifest, "train", *functions, ("label",), collates_by_row=True)
+    return Stream([source], DataOptions(global_batch=5, workers=0, shuffle_block=8), seed=3)
+
+
 def assert_equal(gathered, others):
     assert len(gathered) == len(others)
     for a, b in zip(gathered, others, strict=True):
@@ -254,6 +261,22 @@ def test_what_is_remembered_changes_nothing(tmp_path, monkeypatch, room):
         assert count > 0
 
 
+def test_what_is_remembered_is_bounded_in_bytes(tmp_path, monkeypatch):
+    manifest = write(tmp_path)
+    others, _ = batches(manifest, OneByOne(), 2, read=read_first)
+    sizes = []
+    for most in (0, 2000, 2**20):
+        monkeypatch.setattr(feature_batches, "REMEMBERED_BYTES", most)
+        stream = gathering(manifest)
+        for step in stream.epoch(0):
+            del step
+        memory = stream.loader.gathers[0]._memory
+        sizes.append(memory.count)
+        assert memory.bytes <= most
+        assert_equal(batches(manifest, Whole(), 2, read=read_first)[0], others)
+    assert sizes[0] == 0 < sizes[1] < sizes[2] == COUNT
+
+
 def test_worker_processes_gather_the_same(tmp_path):
     manifest = write(tmp_path)
     source = (manifest, "train", read, Whole(), collate_images, collate_texts, collate_targets, ("label",))
@@ -266,14 +289,13 @@ def test_worker_processes_gather_the_same(tmp_path):
 
 def test_columns_say_where_everything_is(tmp_path):
     manifest = write(tmp_path, change=spoil_captions)
-    columns = Columns(ShardReader(manifest, "train")).shards([2])[2]
+    split = Columns(ShardReader(manifest, "train"))
+    columns = split.shards([2, 0])[2]
     assert columns.good.tolist() == [True] * 4
     assert (columns.rows, columns.width) == (1 + tiny_features.VIEWS, tiny_features.WIDTH)
-    rows = columns.rows_from[columns.image_at[[3, 0]] + np.array([0, 2]) * columns.width]
-    assert rows.tolist() == [
-        tiny_features.image_features(11)[0].tolist(),
-        tiny_features.image_features(8)[2].tolist(),
-    ]
+    addresses = split.address[[11, 8, 1]] + np.array([0, 2, 1]) * columns.width * columns.dtype.itemsize
+    rows = split.rows(addresses, columns.dtype, columns.width)
+    assert rows.tolist() == [tiny_features.image_features(i)[view].tolist() for i, view in ((11, 0), (8, 2), (1, 1))]
     assert columns.text(0).tolist() == tiny_features.text_features(8).tolist()
     assert columns.text(1) is None
 
@@ -294,9 +316,34 @@ def test_mapped_shards_keep_no_descriptor_and_cannot_be_changed(tmp_path):
     assert columns[0].bytes.tobytes() == path.read_bytes()
 
 
-@pytest.mark.parametrize("shards", [[], [4], [3, 1, 3, 1, 2]])
-def test_samples_of_a_batch_are_grouped_by_shard_also_where_it_has_none(shards):
-    places, parts = feature_batches._grouped(np.array(shards, np.int64))
-    assert {shard: places[part].tolist() for shard, part in parts.items()} == {
-        shard: [place for place, other in enumerate(shards) if other == shard] for shard in sorted(set(shards))
-    }
+def test_no_more_bytes_of_rows_are_read_ahead_than_stated_and_what_is_read_stays_the_same(tmp_path, monkeypatch):
+    manifest = write(tmp_path)
+    row, read_at_a_time = 4 * tiny_features.WIDTH, []
+    original = Columns.rows
+
+    def rows(self, addresses, dtype, width):
+        if width == tiny_features.WIDTH:  # without those that are only checked
+            read_at_a_time.append(len(addresses))
+        return original(self, addresses, dtype, width)
+
+    monkeypatch.setattr(Columns, "rows", rows)
+    expected, _ = batches(manifest, OneByOne(), read=read_first)
+    for most, together in (
+        (1, 5),
+        (11 * row, 10),
+        (2**20, 15),
+    ):  # a micro-batch has 5 samples, all but one are asked for
+        monkeypatch.setattr(feature_batches, "READ", most)
+        read_at_a_time.clear()
+        assert_equal(batches(manifest, Whole(), read=read_first)[0], expected)
+        assert max(read_at_a_time) == together
+    resumed = [batch for step in gathering(manifest).epoch(0, start_step=2) for batch in step.micro]
+    assert_equal(resumed, expected[2 : len(expected) // 2])
+
+
+def test_rows_of_collated_targets_that_are_kept_are_those_that_collating_each_batch_gives(tmp_path):
+    manifest = write(tmp_path)
+    stream = gathering(manifest)
+    kept = [batch for epoch in (0, 1) for step in stream.epoch(epoch) for batch in step.micro]
+    assert stream.loader.gathers[0]._memory.collated
+    assert_equal(kept, batches(manifest, OneByOne(), read=read_first)[0])

@@ -29,6 +29,7 @@ class Captioning(TaskBase):
 
     Options = Options
     main_metric = "cider"
+    collates_by_row = True
     identifies_pictures = True
     prompt_kind, target_kind = "prompt", "caption"
 

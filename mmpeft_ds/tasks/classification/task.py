@@ -21,6 +21,8 @@ from mmpeft_ds.tasks.classification.options import Options
 from mmpeft_ds.tasks.common.losses import weighted_sum
 from mmpeft_ds.tasks.common.rows import NOT_FINITE, check_different, nan_unless_finite
 
+NOTHING = Described()  # the text of every sample where captions are left out
+
 
 class Classification(TaskBase):
     """Records hold `label`, the class index in their own data set, `class_name`, and `captions` (a list) if wanted.
@@ -30,6 +32,7 @@ class Classification(TaskBase):
 
     Options = Options
     main_metric = "accuracy"
+    collates_by_row = True
     prompt_kind = "caption"
     no_weight = "no sample has a class that is known"
 
@@ -83,7 +86,7 @@ class Classification(TaskBase):
         self, record: dict[str, Any], generator: torch.Generator | None
     ) -> tuple[list[Described], list[dict[str, Any]]]:
         # The text comes first and cannot depend on the label.
-        text = self._caption(record, generator) if self.options.text == "captions" else Described()
+        text = self._caption(record, generator) if self.options.text == "captions" else NOTHING
         return [text], [{"label": self._label(record)}]
 
     @staticmethod
@@ -122,7 +125,7 @@ class Classification(TaskBase):
 
     def weight(self, batch: PackedBatch) -> float:
         """Samples of known class that enter the loss."""
-        return float(self._weights(batch).double().sum()) if len(batch.text_owner) else 0.0
+        return float(self._weights(batch).sum(dtype=torch.float64)) if len(batch.text_owner) else 0.0
 
     def _weights(self, batch: PackedBatch) -> Tensor:
         return batch.text_weight * (batch.targets["label"] >= 0)

@@ -39,6 +39,7 @@ class Retrieval(TaskBase):
 
     Options = Options
     couples_samples = True
+    collates_by_row = True
     main_metric = "r_mean"
     concludes = True
     example_text = "a dog on a beach"
