@@ -35,6 +35,24 @@ def tucker_slice(core: Tensor, rows: Sequence[Tensor]) -> Tensor:
     return (core.flatten(first) * outer(rows)).sum(-1)
 
 
+def tucker_slices(core: Tensor, tables: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """`tucker_slice` for all rows of the last modes, the last table's row the fastest, by one product.
+
+    Args:
+        core: (R1, R2, ...), with a mode for each table.
+        tables: (rows, R) of each.
+
+    Returns:
+        (R1, R2) of each choice of rows.
+    """
+    if not tables:
+        return (core,)
+    weights = tables[0]
+    for table in tables[1:]:
+        weights = (weights[:, None, :, None] * table[None, :, None, :]).flatten(2).flatten(0, 1)
+    return (weights @ core.flatten(2).flatten(0, 1).T).view(-1, *core.shape[:2]).unbind()
+
+
 def outer(rows: Sequence[Tensor]) -> Tensor:
     """Products of the entries of all rows, one from each, with the last row's index the fastest: one vector."""
     product = rows[0]

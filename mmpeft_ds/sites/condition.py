@@ -18,6 +18,8 @@ from typing import Any
 import torch.utils.checkpoint
 from torch import Tensor
 
+from mmpeft_ds.sites import once
+
 _AXES = {
     "tokens": ("rows of text", "conditioning tokens", "width"),
     "mask": ("rows of text", "conditioning tokens"),
@@ -177,7 +179,8 @@ def conditioned(condition: Condition | None) -> Iterator[None]:
 
 
 def checkpoint(function: Callable[..., Any], *args: Any, use_reentrant: bool = False, **kwargs: Any) -> Any:
-    """`torch.utils.checkpoint.checkpoint` whose recomputation runs under the condition of the first pass.
+    """`torch.utils.checkpoint.checkpoint` whose recomputation runs under the condition of the first pass, and with
+    what its layers shared (`once`); reentrant blocks, of which each has a backward pass of its own, share nothing.
 
     Raises:
         ValueError: reentrant with a condition that needs gradient: that gradient would be lost (measured).
@@ -188,8 +191,10 @@ def checkpoint(function: Callable[..., Any], *args: Any, use_reentrant: bool = F
     if use_reentrant and torch.is_grad_enabled():
         args = _with_gradient(args)
 
+    shared = None if use_reentrant else once.values()
+
     def run(*inner: Any, **inner_kwargs: Any) -> Any:
-        with conditioned(condition):
+        with conditioned(condition), once.keeping(shared):
             return function(*inner, **inner_kwargs)
 
     return torch.utils.checkpoint.checkpoint(run, *args, use_reentrant=use_reentrant, **kwargs)

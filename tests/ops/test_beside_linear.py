@@ -5,9 +5,8 @@ import torch
 from torch.nn import functional
 
 from mmpeft_ds.ops.beside_linear import Linear
-from mmpeft_ds.ops.mode_sum import plus_modes
+from mmpeft_ds.ops.middle_sum import plus_middle
 from mmpeft_ds.ops.relu_sum import plus_relu
-from mmpeft_ds.ops.tensor_sum import plus_tucker
 
 
 def drawn(*shape):
@@ -18,19 +17,15 @@ def base():
     return Linear(drawn(4, 6).detach(), drawn(4).detach())
 
 
-def modes(x):
-    return plus_modes(base(), x, drawn(2, 6), drawn(4, 2), drawn(2, 2, 2), drawn(2, 1), role="attention")
+def middle(x):
+    return plus_middle(base(), x, drawn(2, 6), drawn(2, 3), drawn(4, 3))
 
 
 def relu(x):
     return plus_relu(base(), x, x, Linear(drawn(3, 6), drawn(3)), Linear(drawn(4, 3), drawn(4)))
 
 
-def tucker(x):
-    return plus_tucker(base(), x, drawn(6, 2), drawn(4, 3), drawn(2, 3), (), ())
-
-
-@pytest.fixture(params=[modes, relu, tucker], ids=lambda function: function.__name__)
+@pytest.fixture(params=[middle, relu], ids=lambda function: function.__name__)
 def function(request):
     return request.param
 

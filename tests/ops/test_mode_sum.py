@@ -7,7 +7,8 @@ import torch
 
 from mmpeft_ds.ops import mode_product
 from mmpeft_ds.ops.beside_linear import Linear
-from mmpeft_ds.ops.mode_sum import plus_modes
+from mmpeft_ds.ops.middle_sum import plus_middle
+from mmpeft_ds.ops.mode_middles import mode_middles
 
 D, OUT, R = 6, 5, 3
 PLAIN = {
@@ -25,6 +26,12 @@ def inputs(role, modes):
 
     wide_in, wide_out = (modes * D, OUT) if role == "narrow" else (D, modes * OUT)
     return [drawn(2, 4, wide_out), drawn(2, 4, wide_in), drawn(R, D), drawn(OUT, R), drawn(R, R, R), drawn(R, modes)]
+
+
+def plus_modes(onto, x, down, up, core, mode, *, role, dropout=0.0, drop_before_core=False):
+    """What an Aurora leaf computes."""
+    middle = mode_middles(core, [mode], [role])[0]
+    return plus_middle(onto, x, down, middle, up, dropout=dropout, drop_before=drop_before_core)
 
 
 def with_map(x, weight, bias, *rest, **options):
@@ -48,15 +55,14 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("scale", [1.0, 0.5])
 @pytest.mark.parametrize(("role", "modes", "before", "dropout"), CASES)
-def test_equals_the_sum(role, modes, scale, before, dropout):
+def test_equals_the_sum(role, modes, before, dropout):
     given = inputs(role, modes)
 
     def plain(out, *rest):
-        return out + scale * PLAIN[role](*rest, dropout=dropout, drop_before_core=before)
+        return out + PLAIN[role](*rest, dropout=dropout, drop_before_core=before)
 
-    found = outcome(plus_modes, given, role=role, scale=scale, dropout=dropout, drop_before_core=before)
+    found = outcome(plus_modes, given, role=role, dropout=dropout, drop_before_core=before)
     for a, e in zip(found, outcome(plain, given), strict=True):
         torch.testing.assert_close(a, e, rtol=1e-12, atol=1e-12)
 
@@ -83,8 +89,8 @@ def test_the_map_in_the_same_function_gives_the_same(role, modes, of_x):
     x.requires_grad_(of_x)
     results = []
     for form in (
-        lambda: with_map(x, weight, bias, *rest, role=role, scale=0.5),
-        lambda: plus_modes(torch.nn.functional.linear(x, weight, bias), x, *rest, role=role, scale=0.5),
+        lambda: with_map(x, weight, bias, *rest, role=role),
+        lambda: plus_modes(torch.nn.functional.linear(x, weight, bias), x, *rest, role=role),
     ):
         torch.manual_seed(7)
         result = form()
@@ -98,3 +104,32 @@ def test_gradients_are_those_of_finite_differences():
     _, x, *rest = inputs("narrow", 2)
     weight = torch.randn(OUT, x.shape[-1], dtype=x.dtype, generator=torch.Generator().manual_seed(5))
     assert torch.autograd.gradcheck(lambda *given: plus_modes(Linear(weight, None), *given, role="narrow"), (x, *rest))
+
+
+def test_the_middles_of_many_maps_are_those_of_each_and_a_map_without_gradient_gets_none():
+    core = torch.randn(R, R, R, dtype=torch.float64, generator=torch.Generator().manual_seed(3)).requires_grad_()
+    modes = [inputs(role, count)[-1] for role, count in ROLES]
+    roles = [role for role, _ in ROLES]
+    together = mode_middles(core, modes, roles)
+    alone = [mode_middles(core, [mode], [role])[0] for mode, role in zip(modes, roles, strict=True)]
+    for a, e in zip(together, alone, strict=True):
+        torch.testing.assert_close(a, e, rtol=1e-12, atol=1e-12)
+    found, expected = (
+        torch.autograd.grad(sum((m[i] * (1 + i)).sin().sum() for i in (0, 2, 3)), [core, *modes], allow_unused=True)
+        for m in (together, alone)
+    )
+    assert found[2] is None
+    for a, e in zip(found, expected, strict=True):
+        assert (a is None) == (e is None)
+        if a is not None:
+            torch.testing.assert_close(a, e, rtol=1e-12, atol=1e-12)
+
+
+def test_two_backward_passes_of_one_forward_reach_the_core_through_different_maps():
+    core = torch.ones(R, R, R, dtype=torch.float64).requires_grad_()
+    modes = [inputs("attention", 1)[-1], inputs("attention", 1)[-1]]
+    one, other = mode_middles(core, modes, ["attention"] * 2)
+    one.sum().backward()
+    first = core.grad.clone()
+    other.sum().backward()
+    torch.testing.assert_close(core.grad, 2 * first)

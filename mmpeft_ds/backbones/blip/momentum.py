@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from mmpeft_ds.errors import BadInput
 from mmpeft_ds.ops.precision import full_dtype
 from mmpeft_ds.sites.base import SharedWithTeacher
+from mmpeft_ds.sites.once import keeping
 
 EMPTY = -100  # id of a place of the queue that was not filled yet
 QUEUE_SEED = 0
@@ -52,7 +53,7 @@ class Teacher:
         try:
             for parameter, average in swapped:
                 parameter.data = average
-            with torch.no_grad():
+            with torch.no_grad(), keeping({}):
                 yield
         finally:
             for (parameter, _), data in zip(swapped, online, strict=True):

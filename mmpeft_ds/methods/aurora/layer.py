@@ -24,10 +24,12 @@ from mmpeft_ds.ops import mode_product
 from mmpeft_ds.ops.beside_linear import Onto
 from mmpeft_ds.ops.frame_weighting import weight_frame_keys
 from mmpeft_ds.ops.gated_query import gated_query
-from mmpeft_ds.ops.mode_sum import plus_modes
+from mmpeft_ds.ops.middle_sum import plus_middle
+from mmpeft_ds.ops.mode_middles import mode_middles
 from mmpeft_ds.ops.precision import full_dtype
 from mmpeft_ds.sites.base import SharedWithTeacher, base_layer, features
 from mmpeft_ds.sites.condition import current
+from mmpeft_ds.sites.once import once
 
 WEIGHT = {"widen": mode_product.widening_weight, "narrow": mode_product.narrowing_weight}
 DELTA = {
@@ -99,10 +101,15 @@ class ModeDelta(Fusable, Multiplies):
     Args:
         factors: of the leaf's widths.
         holder: the `Factors` with the core; may be the same.
+        leaves: the updates of this adapter so far, to which it adds itself.
     """
 
-    def __init__(self, place: LinearPlace, config: AuroraConfig, factors: Factors, holder: Factors):
+    def __init__(
+        self, place: LinearPlace, config: AuroraConfig, factors: Factors, holder: Factors, leaves: list[ModeDelta]
+    ):
         super().__init__()
+        self.place_among, self.leaves = len(leaves), (leaves,)  # a tuple: no submodules
+        leaves.append(self)
         self.place = place
         self.scale = config.scale if place.scaled or config.scale_all else 1.0
         self.borrowed = (factors, holder)  # a tuple: no submodules, so they are named, saved and counted once
@@ -132,10 +139,8 @@ class ModeDelta(Fusable, Multiplies):
         factors, holder = self.borrowed
         down, up, core = whole((factors.down, factors.up, holder.core))
         if onto is not None:
-            return plus_modes(
-                onto, x, down, up, core, self.mode, role=self.place.role, scale=self.scale,
-                dropout=self.dropout.p if self.dropout.training else 0.0, drop_before_core=self.place.text,
-            )  # fmt: skip
+            dropout = self.dropout.p if self.dropout.training else 0.0
+            return plus_middle(onto, x, down, self.middle(core), up, dropout=dropout, drop_before=self.place.text)
         with self.multiplying(x):
             added = DELTA[self.place.role](
                 at_edge(x, down.dtype),
@@ -147,6 +152,19 @@ class ModeDelta(Fusable, Multiplies):
                 drop_before_core=self.place.text,
             )
         return added if self.scale == 1.0 else added * self.scale
+
+    def middle(self, core: Tensor) -> Tensor:
+        """What stands between the factors, times the scale: one product a forward gives it for all leaves, where
+        nothing is in parts (ZeRO-3)."""
+        if hasattr(core, "ds_id"):
+            made = mode_middles(core, [self.mode], [self.place.role])[0]
+        else:
+            made = once(self.borrowed[1], lambda: self._of_all(core))[self.place_among]
+        return made if self.scale == 1.0 else made * self.scale
+
+    def _of_all(self, core: Tensor) -> tuple[Tensor, ...]:
+        leaves = self.leaves[0]
+        return mode_middles(core, [leaf.mode for leaf in leaves], [leaf.place.role for leaf in leaves])
 
     @torch.no_grad()
     def weights(self) -> list[Tensor]:
@@ -199,8 +217,8 @@ class AuroraLinear(nn.Module, SiteLayer):
         """Add an adapter.
 
         Args:
-            shared: the adapter's factors so far, by widths; `core` is the one that holds the core. What is missing is
-                made and held here.
+            shared: the adapter's factors so far, by widths; `core` is the one that holds the core, `leaves` the
+                updates. What is missing is made and held here.
             path: of this leaf, for error messages.
         """
         self.path = path
@@ -208,7 +226,7 @@ class AuroraLinear(nn.Module, SiteLayer):
             own = Factors(place.widths, config, "core" not in shared, base_layer(self).weight)
             shared[place.widths] = self.aurora_shared[adapter_name] = own
             shared.setdefault("core", own)
-        delta = ModeDelta(place, config, shared[place.widths], shared["core"])
+        delta = ModeDelta(place, config, shared[place.widths], shared["core"], shared.setdefault("leaves", []))
         self.aurora[adapter_name] = delta.train(self.base_layer.training)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 

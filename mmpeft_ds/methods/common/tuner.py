@@ -21,6 +21,7 @@ from mmpeft_ds.methods.common.low_rank import NO_PRODUCT
 from mmpeft_ds.methods.common.select import check_whole_modules
 from mmpeft_ds.sites.base import base_layer
 from mmpeft_ds.sites.feature_site import calibrated_buffers
+from mmpeft_ds.sites.once import keeping
 
 # What peft adds to `modules_to_save` for its task types, whichever of them the model has.
 NAMED_BY_PEFT = {"classifier", "score"}
@@ -120,14 +121,15 @@ class SiteTuner(BaseTuner):
 
     @contextlib.contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, adapter_names: Any = None, **kwargs: Any) -> Iterator[None]:
-        """The context that peft enters around each forward with its arguments; without it `adapter_names` would be
-        ignored."""
+        """The context that peft enters around each forward with its arguments: layers share what is computed `once`.
+        Raises BadInput for `adapter_names`, which peft would ignore."""
         if adapter_names is not None:
             raise BadInput(
                 f"adapter_names: a layer of {self._method} runs the same adapter for all rows of a batch. Choose it "
                 "by set_adapter(name), and run the rows of each adapter by themselves."
             )
-        yield
+        with keeping({}):
+            yield
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:

@@ -25,9 +25,10 @@ from mmpeft_ds.methods.graph_lora.options import GraphLoraOptions
 from mmpeft_ds.ops.beside_linear import Onto
 from mmpeft_ds.ops.node_graph import node_mix
 from mmpeft_ds.ops.precision import full_dtype
-from mmpeft_ds.ops.written_sum import Graph, plus_written
+from mmpeft_ds.ops.written_sum import Graph, Writing, mixed_nodes, plus_written
 from mmpeft_ds.sites import Sites, find_sites
 from mmpeft_ds.sites.base import base_layer, features
+from mmpeft_ds.sites.once import once
 
 NODES = 2  # one writes `down`, the other `up`
 
@@ -46,10 +47,13 @@ class WrittenFactors(Fusable, Multiplies):
     Args:
         d, o: input features, and output features of the part.
         like: a frozen parameter, whose device is taken, and whose dtype if it is float64; else float32.
+        graphs: those of this adapter so far, to which it adds itself.
     """
 
-    def __init__(self, config: GraphLoraConfig, d: int, o: int, like: Tensor):
+    def __init__(self, config: GraphLoraConfig, d: int, o: int, like: Tensor, graphs: list[WrittenFactors]):
         super().__init__()
+        self.graphs = (graphs,)  # a tuple: no submodules
+        graphs.append(self)
         self.r, self.d, self.o, self.scale = config.r, d, o, config.scale
         k, relations = config.node_width, config.relations
         dtype = full_dtype(like.dtype)
@@ -109,11 +113,26 @@ class WrittenFactors(Fusable, Multiplies):
             start: output feature of `onto` at which the part begins.
         """
         if onto is not None:
-            graph = Graph(*(getattr(self, name) for name in Graph._fields))
-            return plus_written(onto, x, graph, self.r, start=start, scale=self.scale)
+            writing = Writing(*(getattr(self, name) for name in Writing._fields))
+            return plus_written(onto, x, self._mixed(), writing, self.r, start=start, scale=self.scale)
         down, up = self.factors()
         with self.multiplying(x):
             return self.scale * F.linear(F.linear(at_edge(x, down.dtype), down), up)
+
+    def _mixed(self) -> Tensor:
+        """As `nodes`, of all graphs on this device at once in a forward, where nothing is in parts (ZeRO-3)."""
+        if hasattr(self.node, "ds_id"):
+            return mixed_nodes([self._graph()])[0]
+        device, graphs = self.node.device, self.graphs[0]
+
+        def of_all() -> dict[WrittenFactors, Tensor]:
+            here = [each for each in graphs if each.node.device == device]
+            return dict(zip(here, mixed_nodes([each._graph() for each in here]), strict=True))
+
+        return once((id(graphs), device), of_all)[self]
+
+    def _graph(self) -> Graph:
+        return Graph(*(getattr(self, name) for name in Graph._fields))
 
 
 class GraphLoraLinear(nn.Module, SiteLayer):
@@ -131,12 +150,18 @@ class GraphLoraLinear(nn.Module, SiteLayer):
         self.parts: dict[str, list[tuple[int, int]]] = {}
 
     def update_layer(
-        self, adapter_name: str, parts: list[tuple[int, int]], config: GraphLoraConfig, path: str
+        self,
+        adapter_name: str,
+        parts: list[tuple[int, int]],
+        config: GraphLoraConfig,
+        path: str,
+        graphs: list[WrittenFactors],
     ) -> None:
-        """Add an adapter; `parts` are (first output feature, width), `path` names this layer in error messages."""
+        """Add an adapter; `parts` are (first output feature, width), `path` names this layer in error messages,
+        `graphs` are those of the adapter so far."""
         self.path = path
         like = base_layer(self).weight
-        written = [WrittenFactors(config, self.in_features, width, like) for _, width in parts]
+        written = [WrittenFactors(config, self.in_features, width, like, graphs) for _, width in parts]
         self.parts[adapter_name] = parts
         self.graph_lora[adapter_name] = nn.ModuleList(written)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
@@ -190,6 +215,7 @@ class GraphLoraModel(SiteTuner):
         """Its graphs write two thin factors."""
 
     def places(self, config: GraphLoraConfig, model: nn.Module) -> dict[str, list[tuple[int, int]]]:
+        self._graphs: list[WrittenFactors] = []  # of the adapter that is being added
         projections = _chosen(config, find_sites(model)).projections(config.targets)
         return {path: [(p.start, p.width) for p in parts] for path, parts in projections.items()}
 
@@ -201,7 +227,7 @@ class GraphLoraModel(SiteTuner):
             raise BadInput(
                 f"{path}: an earlier adapter of this model is a {type(layer).__name__} here. Use one of them."
             )
-        layer.update_layer(adapter_name, place, config, path)
+        layer.update_layer(adapter_name, place, config, path, self._graphs)
         return layer
 
 

@@ -21,9 +21,10 @@ from mmpeft_ds.methods.common.products import Multiplies, at_edge
 from mmpeft_ds.methods.tens_lora.config import TensLoraConfig
 from mmpeft_ds.ops import tensor_update
 from mmpeft_ds.ops.beside_linear import Onto
+from mmpeft_ds.ops.middle_sum import plus_middle
 from mmpeft_ds.ops.precision import full_dtype
-from mmpeft_ds.ops.tensor_sum import plus_tucker
 from mmpeft_ds.sites.base import base_layer, features
+from mmpeft_ds.sites.once import once
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,18 @@ class Factors(nn.Module):
         if not tucker:
             nn.init.zeros_(self.factors[0])
 
+    def middle(self, rows: tuple[int, ...]) -> Tensor:
+        """Of the Tucker form without a mode of heads, what stands between the factors of input and output for these
+        rows of the others: one product a forward gives it for all rows, where nothing is in parts (ZeRO-3)."""
+        tables = self.factors[2:]
+        if hasattr(self.core, "ds_id"):
+            *tables, core = whole([*tables, self.core])
+            return tensor_update.tucker_slice(core, [table[row] for table, row in zip(tables, rows, strict=True)])
+        at = 0
+        for table, row in zip(tables, rows, strict=True):
+            at = at * len(table) + row
+        return once(self, lambda: tensor_update.tucker_slices(self.core, tables))[at]
+
 
 def _start(factor: nn.Parameter, config: TensLoraConfig, modes: int) -> None:
     if config.start == "orthogonal":
@@ -96,8 +109,7 @@ class TensorDelta(Fusable, Multiplies):
         """Whether `forward` may add itself to the leaf's output, if that is of the dtype of `x`: slices in Tucker form
         without a mode of heads, all in one dtype, without dropout, not compiled."""
         plain = self.form == "tucker" and not self.heads and not (self.dropout and self.training)
-        few = all(len(piece.rows) <= 2 for piece in self.place.slices)
-        return plain and few and is_eager(self, x, self.borrowed[0].factors[0].dtype)
+        return plain and is_eager(self, x, self.borrowed[0].factors[0].dtype)
 
     def forward(self, x: Tensor, onto: Onto | None = None) -> list[Tensor] | Tensor:
         """(..., D) -> (..., width) of each part, in the dtype of the products.
@@ -105,12 +117,14 @@ class TensorDelta(Fusable, Multiplies):
         Args:
             onto: what the parts are added to, where it `joins`; the sum, (..., out), is returned then.
         """
-        factors = [whole([*held.factors] + ([held.core] if held.core is not None else [])) for held in self.borrowed]
         if onto is not None:
-            for given, piece, (start, _) in zip(factors, self.place.slices, self.place.parts, strict=True):
-                down, up, *tables, core = given
-                onto = plus_tucker(onto, x, down, up, core, tables, piece.rows, start=start, scale=self.scale)
+            for held, piece, part in zip(self.borrowed, self.place.slices, self.place.parts, strict=True):
+                down, up = whole(held.factors[:2])
+                middle = held.middle(piece.rows)
+                middle = middle if self.scale == 1.0 else middle * self.scale
+                onto = plus_middle(onto, x, down.T, middle, up, part=part)
             return onto
+        factors = [whole([*held.factors] + ([held.core] if held.core is not None else [])) for held in self.borrowed]
         with self.multiplying(x):
             x = at_edge(x, factors[0][0].dtype)
             if self.dropout and self.training:

@@ -5,8 +5,8 @@ import torch
 from torch.nn import functional
 
 from mmpeft_ds.ops.beside_linear import Linear
-from mmpeft_ds.ops.tensor_sum import plus_tucker
-from mmpeft_ds.ops.tensor_update import tucker_delta, tucker_slice
+from mmpeft_ds.ops.middle_sum import plus_middle
+from mmpeft_ds.ops.tensor_update import tucker_delta, tucker_slice, tucker_slices
 
 D, OUT, RANKS, SIZES, ROWS = 6, 5, (3, 2), (4, 3), (1, 2)
 
@@ -24,6 +24,11 @@ def linear(width):
     return Linear(*(torch.randn(*s, generator=generator, dtype=torch.float64) for s in ((width, D), (width,))))
 
 
+def plus_slice(onto, x, down, up, core, *tables, start=0):
+    at = (0, ROWS[0], ROWS[0] * SIZES[1] + ROWS[1])[len(tables)]
+    return plus_middle(onto, x, down.T, tucker_slices(core, tables)[at], up, part=(start, OUT))
+
+
 def outcome(result, given):
     weights = torch.linspace(-1, 1, result.numel(), dtype=result.dtype).view_as(result)
     return [result, *torch.autograd.grad((result * weights).sum(), given)]
@@ -37,26 +42,22 @@ def test_equals_the_sum(modes, width, start, joined):
     x, down, up, core, *tables = given
     out = functional.linear(x, *base)
     delta = tucker_delta(x, down, up, tucker_slice(core, [t[r] for t, r in zip(tables, ROWS, strict=False)]))
-    expected = out + 0.5 * functional.pad(delta, (start, width - start - OUT))
+    expected = out + functional.pad(delta, (start, width - start - OUT))
     onto = base if joined else functional.linear(x, *base)
-    found = plus_tucker(onto, x, down, up, core, tables, ROWS[:modes], start=start, scale=0.5)
+    found = plus_slice(onto, *given, start=start)
     for a, e in zip(outcome(found, given), outcome(expected, given), strict=True):
         torch.testing.assert_close(a, e, rtol=1e-12, atol=1e-12)
 
 
 def test_gradients_are_those_of_finite_differences():
     base = linear(OUT)
-
-    def run(x, down, up, core, *tables):
-        return plus_tucker(base, x, down, up, core, tables, ROWS)
-
-    assert torch.autograd.gradcheck(run, inputs(2))
+    assert torch.autograd.gradcheck(lambda *given: plus_slice(base, *given), inputs(2))
 
 
 def test_an_output_that_is_given_stays_as_it_is_and_an_input_may_be_without_gradient():
-    x, down, up, core, *tables = inputs(2)
+    x, down, *rest = inputs(2)
     out = torch.zeros(2, 4, OUT + 4, dtype=x.dtype)
-    found = plus_tucker(out, x.detach(), down, up, core, tables, ROWS, start=3)
+    found = plus_slice(out, x.detach(), down, *rest, start=3)
     assert not out.any() and found[..., 3 : 3 + OUT].any() and not found[..., :3].any()
     found.sum().backward()
     assert down.grad.any() and x.grad is None
