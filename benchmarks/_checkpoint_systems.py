@@ -23,6 +23,7 @@ class Ours:
     """`mmpeft_ds.engine.checkpoint`, as training calls it: a resume begins with the search for a whole checkpoint."""
 
     title = "ours"
+    background: Any = None
 
     def __init__(self, run: Run) -> None:
         from mmpeft_ds.engine.zero import fingerprint
@@ -42,6 +43,7 @@ class Ours:
             recipe={"benchmark": "checkpoint"},
             fingerprint=self.fingerprint,
             keep_last=1,
+            background=self.background,
         )
 
     def load(self, folder: Path) -> None:
@@ -49,6 +51,21 @@ class Ours:
 
         path = checkpoint.newest_valid(folder)
         checkpoint.load(path, self.run.engine, self.run.trainables, self.fingerprint)
+
+
+class OursInBackground(Ours):
+    """The same with `engine.save_in_background`; `finish` waits as the next save would."""
+
+    title = "ours, in the background"
+
+    def __init__(self, run: Run) -> None:
+        from mmpeft_ds.engine.background import Background
+
+        super().__init__(run)
+        self.background = Background()
+
+    def finish(self) -> None:
+        self.background.wait()
 
 
 class DeepSpeed:
@@ -151,6 +168,26 @@ class Distributed:
             self.zero.update_lp_params()
 
 
+class DistributedAsync(Distributed):
+    """Its `async_save`, which copies to the host and writes in a thread, with a process group of its own."""
+
+    title = "torch DCP, async"
+
+    def __init__(self, run: Run) -> None:
+        import torch
+
+        super().__init__(run)
+        self.group, self.saving = torch.distributed.new_group(backend="gloo"), None
+
+    def save(self, folder: Path) -> None:
+        from torch.distributed import checkpoint
+
+        self.saving = checkpoint.async_save(self.state(), checkpoint_id=folder, process_group=self.group)
+
+    def finish(self) -> None:
+        self.saving.result()
+
+
 class Bytes:
     """The least that any of them can do: as many bytes as `ours` has, written by rank 0 at once and synced, and read
     into memory that is there already. Nothing is resumed from it."""
@@ -178,7 +215,7 @@ class Bytes:
                     os.fsync(file.fileno())
 
 
-SYSTEMS = [Ours, DeepSpeed, DeepSpeedLean, Trainer, Distributed]
+SYSTEMS = [OursInBackground, Ours, DeepSpeed, DeepSpeedLean, Trainer, Distributed, DistributedAsync]
 
 
 class Run:
@@ -263,7 +300,8 @@ class Run:
 
 
 def measure(args: argparse.Namespace) -> dict:
-    """Every system's rounds: CPU seconds of all ranks together, seconds from barrier to barrier, bytes."""
+    """Every system's rounds: CPU seconds of all ranks together until all is written, seconds from barrier to barrier
+    for which a save keeps the training and until all is written, bytes."""
     from mmpeft_ds.distributed.collectives import rank
     from mmpeft_ds.engine.zero import state as zero_state
 
@@ -278,6 +316,8 @@ def measure(args: argparse.Namespace) -> dict:
                 shutil.rmtree(folder, ignore_errors=True)
                 folder.mkdir(parents=True)
             saved = timed(lambda system=system: system.save(folder))
+            finished = timed(getattr(system, "finish", lambda: None))
+            saved = {"wait": saved["wall"], **{key: saved[key] + finished[key] for key in saved}}
             size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
             resumes = not isinstance(system, Bytes)
             if resumes:

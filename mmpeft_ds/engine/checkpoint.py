@@ -34,6 +34,7 @@ from torch import nn
 from mmpeft_ds.backbones.base import model_hooks
 from mmpeft_ds.distributed.collectives import on_rank0, rank, world_size
 from mmpeft_ds.engine import checkpoint_files, checkpoint_tensors
+from mmpeft_ds.engine.background import Background
 from mmpeft_ds.engine.train_state import TrainState
 from mmpeft_ds.engine.zero import fingerprint as fingerprints
 from mmpeft_ds.engine.zero import full_state
@@ -57,6 +58,7 @@ def save(
     fingerprint: dict[str, str],
     keep_last: int,
     best: bool = False,
+    background: Background | None = None,
 ) -> Path:
     """Write a checkpoint below `run_dir` and move `latest` (and, if `best`, `best`) to it. Collective.
 
@@ -69,6 +71,8 @@ def save(
         engine: what `deepspeed.initialize` returned.
         trainables: name -> parameter; the same names in the same order on all ranks.
         fingerprint: of `fingerprint.frozen_fingerprint`.
+        background: where rank 0 compares and writes a copy while the training goes on, after the checkpoint before;
+            None: here, before this returns. A failure is raised by the next save, or where the owner asks for it.
 
     Returns:
         the checkpoint's directory, on every rank.
@@ -79,7 +83,8 @@ def save(
     zero_state.ensure_optimizer_state(engine)
     held = Held.of(engine, trainables)
     keys = (full_state.WEIGHT, *zero_state.moments(engine)) if trainables else (full_state.WEIGHT,)
-    full = full_state.on_rank0(engine, trainables, keys, copy=False)  # gathers trainables only, never a frozen weight
+    # gathers trainables only, never a frozen weight
+    full = full_state.on_rank0(engine, trainables, keys, copy=background is not None)
     weights = full.pop(full_state.WEIGHT)
     moments = {f"{name}.{key}": value for key, tensors in full.items() for name, value in tensors.items()}
     header = {
@@ -98,7 +103,7 @@ def save(
     }
     extra = _model(engine, "training_state")
     extra |= {f"{ADAPTER}{name}": buffer for name, buffer in kept_buffers(engine.module).items()}
-    extra = {k: v.detach().cpu().contiguous() for k, v in extra.items()}
+    extra = {k: v.detach().to("cpu", copy=background is not None).contiguous() for k, v in extra.items()}
     if extra:
         files[MODEL_STATE] = lambda p: save_tensors(p, extra)
     folder = Path(run_dir) / "checkpoints"
@@ -107,7 +112,13 @@ def save(
         held.check(weights, moments)
         return checkpoint_files.write(folder, state.step, files, keep_last, best)
 
-    return on_rank0(write)
+    def begin() -> Path:
+        background.wait()
+        path = checkpoint_files.place(folder, state.step)
+        background.start(write)
+        return path
+
+    return on_rank0(write if background is None else begin)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -29,13 +29,17 @@ _NAME = re.compile(r"step-(\d{8,})(?:\.(\d+))?")
 logger = logging.getLogger(__name__)
 
 
-def write(
-    folder: Path,
-    step: int,
-    files: dict[str, Callable],
-    keep_last: int,
-    best: bool,
-) -> Path:
+def place(folder: Path, step: int) -> Path:
+    """The directory of the next checkpoint of `step`, never that of a complete one."""
+    name = f"step-{step:08d}"
+    again = 0
+    while (folder / name).exists():
+        again += 1
+        name = f"step-{step:08d}.{again}"
+    return folder / name
+
+
+def write(folder: Path, step: int, files: dict[str, Callable], keep_last: int, best: bool) -> Path:
     """Write a checkpoint into `folder`, move `latest` to it, and prune older ones.
 
     Args:
@@ -43,25 +47,21 @@ def write(
         best: also move the pointer `best`.
 
     Returns:
-        its directory.
+        its directory, that of `place`.
     """
     with naming(folder):
         folder.mkdir(exist_ok=True)  # and not the run directory, if somebody has removed it
     for left_over in folder.glob(".*partial*"):  # of a process that was killed while saving
         shutil.rmtree(left_over, ignore_errors=True)
-    name = f"step-{step:08d}"
-    again = 0
-    while (folder / name).exists():  # never replace a complete checkpoint of the same step
-        again += 1
-        name = f"step-{step:08d}.{again}"
-    with new_directory(folder / name) as partial:
+    path = place(folder, step)
+    with new_directory(path) as partial:
         digests = {file: write_file(partial / file) for file, write_file in files.items()}
         sums = {file: d if isinstance(d, str) else sha256(partial / file) for file, d in digests.items()}
         write_json(partial / CHECKSUMS, sums, in_new_directory=True)
     for pointer in ("best", "latest") if best else ("latest",):  # `latest` last: its state may name itself the best
-        write_atomic(folder / pointer, name + "\n")
+        write_atomic(folder / pointer, path.name + "\n")
     prune(folder, keep_last)
-    return folder / name
+    return path
 
 
 def prune(folder: Path, keep_last: int) -> None:

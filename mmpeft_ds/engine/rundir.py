@@ -42,6 +42,7 @@ MAY_DIFFER = (
     "backbone.image_backend",  # pixels differ by rounding
     "engine.deepspeed",
     "engine.save_every",
+    "engine.save_in_background",
     "engine.eval_every",
     "engine.keep_last",
     "engine.patience",

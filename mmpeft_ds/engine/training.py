@@ -16,6 +16,7 @@ from mmpeft_ds.distributed.processes import Ranks
 from mmpeft_ds.engine import calibrate, checkpoint, summary
 from mmpeft_ds.engine.assembly.build import Built
 from mmpeft_ds.engine.assembly.resolve import Resolved, ResolvedSource, titles
+from mmpeft_ds.engine.background import Background
 from mmpeft_ds.engine.evaluator import Evaluation, count, evaluating
 from mmpeft_ds.engine.export import export_adapter
 from mmpeft_ds.engine.monitor import Observer, plain
@@ -79,6 +80,7 @@ class Training:
         state.extra.setdefault(EPOCH_WEIGHT, {"before": 1.0} if state.step_in_epoch else {})
         state.extra.setdefault(RUN_WEIGHT, float(state.step > 0))
         self.changes_noted = False
+        self.writer = Background() if self.recipe.engine.save_in_background else None
 
     def say_opening(self) -> None:
         """Print the step at which this start begins."""
@@ -111,14 +113,18 @@ class Training:
             steps = self.steps()
             while verdict is None:
                 yield Place(self.state.step)
+                if self.writer is not None:
+                    self.report(self.writer.check)
                 self.last = self.train_step(*next(steps))
                 self.report(lambda: self.observer.step(self.last))
                 self.note_changes()
                 self.check_weight()
                 verdict = yield from self.evaluate_and_save()
+            self.settle()
         except AgreedBadInput:
             if self.state.step:
                 self.save()
+                self.settle()
             raise
         return verdict
 
@@ -198,6 +204,7 @@ class Training:
             missing = self.stepper.stopping
             if self.saved is not None and self.saved_at == state.step and not missing:
                 on_rank0(self.run_dir.keep)
+                self.settle()
                 checkpoint.record_evaluation(self.saved, state, engine.keep_last, best)
             elif best or missing:
                 self.save(best)
@@ -299,8 +306,9 @@ class Training:
         return None if result is None else count(result, source)
 
     def save(self, best: bool = False) -> None:
-        """Save a checkpoint of this step, unless it has one already."""
-        if self.saved_at == self.state.step and not best:
+        """Save a checkpoint of this step, unless it has one already; with `engine.save_in_background` it is written
+        beside what follows."""
+        if self.saved_at == self.state.step and not best and not self.lost():
             return
         self.state.extra["bad_budget"] = merged_budget(self.stepper.budget).state()
         on_rank0(self.run_dir.keep)  # another run that has taken the directory must find it as it left it
@@ -314,9 +322,19 @@ class Training:
             fingerprint=self.built.fingerprint,
             keep_last=self.recipe.engine.keep_last,
             best=best,
+            background=self.writer,
         )
         self.saved_at = self.state.step
         self.check_written()
+
+    def settle(self) -> None:
+        """Wait until the newest checkpoint is whole. Collective. Raises AgreedBadInput if it could not be written."""
+        if self.writer is not None:
+            on_rank0(self.writer.wait)
+
+    def lost(self) -> bool:
+        """Whether the newest checkpoint could not be written. Collective."""
+        return self.writer is not None and on_rank0(lambda: self.writer.failed)
 
     def finish(self, conclude: Callable[[Training], bool] | None = None) -> bool:
         """Write the adapter directory, from the best checkpoint if there is one, and the final table.
@@ -394,6 +412,7 @@ class Training:
             if not math.isnan(value):
                 self.note_best(value, evaluation, held)
         self.save(best=True)
+        self.settle()
         return report
 
     def close(self) -> None:

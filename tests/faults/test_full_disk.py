@@ -63,12 +63,14 @@ def refused(done: launch.Result) -> str:
     return line
 
 
-@pytest.mark.parametrize("share", [0.02, 0.3, 0.7, 0.97])
-def test_a_run_that_finds_no_room_goes_on_where_it_was(folder, untouched, small, share):
+@pytest.mark.parametrize(
+    ("share", "background"), [(0.02, False), (0.3, True), (0.7, False), (0.7, True), (0.97, True)]
+)
+def test_a_run_that_finds_no_room_goes_on_where_it_was(folder, untouched, small, share, background):
     size = sum(p.stat().st_size for p in untouched.rglob("*") if p.is_file())
     run = small / "run"
     ballast = fill(small, int(share * size))
-    line = refused(train(folder, run))
+    line = refused(train(folder, run, f"engine.save_in_background={background}".lower()))
     print(line)
     assert not [p for p in run.rglob("*") if "partial" in p.name or p.name.endswith(".tmp")], "nothing half-written"
     ballast.unlink()
@@ -77,6 +79,21 @@ def test_a_run_that_finds_no_room_goes_on_where_it_was(folder, untouched, small,
     assert curve(run) == curve(untouched)
     for name in ("adapter_model.safetensors", "adapter_config.json"):
         assert (run / "adapter" / name).read_bytes() == (untouched / "adapter" / name).read_bytes()
+
+
+def test_checkpoints_written_in_the_background_are_those_of_the_foreground(folder, untouched):
+    run = folder / "in the background"
+    done = train(folder, run, "engine.save_in_background=true")
+    assert done.code == 0, done.tail()
+    assert curve(run) == curve(untouched)
+    written, expected = (sorted((place / "checkpoints").iterdir()) for place in (run, untouched))
+    assert [path.name for path in written] == [path.name for path in expected]
+    for one, other in zip(written, expected, strict=True):
+        if one.is_file():
+            assert one.read_bytes() == other.read_bytes()
+            continue
+        for name in ("weights.safetensors", "optimizer.safetensors"):
+            assert (one / name).read_bytes() == (other / name).read_bytes()
 
 
 def test_a_finished_run_whose_adapter_is_gone_exports_it_again_with_its_loss(folder, untouched):
