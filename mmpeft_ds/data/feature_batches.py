@@ -28,7 +28,7 @@ from mmpeft_ds.errors import BadSample
 
 # Samples that are read for the first time together: few, so that what is made on the way is gone before Python looks
 # for garbage a second time.
-TOGETHER = 512
+TOGETHER = 96
 READ = 2**20  # bytes of rows that are copied at a time, or of one micro-batch: they stay in a core's cache
 REMEMBERED = 2**16  # samples of a source whose texts and targets are kept, as long as their records and features of
 REMEMBERED_BYTES = (
