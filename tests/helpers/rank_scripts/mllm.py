@@ -3,9 +3,11 @@
     deepspeed --num_accelerators 2 --module tests.helpers.rank_scripts.mllm CASES.json FOLDER
 
 Each case is {name, family, method, ...}; rank 0 gets all samples with images, rank 1 the rest; rank 0 writes NAME.pt.
-`optim` has other options of that section; with `accumulation` every sample is a micro-batch.
+`optim` has other options of that section; with `accumulation` every sample is a micro-batch. With `packed` each rank
+trains on its texts as one row; one plain process has them in padded rows. `steps`: how many, 4 by default.
 """
 
+import dataclasses
 import json
 import sys
 from collections.abc import Callable
@@ -14,6 +16,7 @@ from pathlib import Path
 import torch
 
 from mmpeft_ds import recipe as recipes
+from mmpeft_ds.backbones.base import BackboneBase
 from mmpeft_ds.data.bad_budget import BadBudget
 from mmpeft_ds.data.batch import IMAGE_MARK, Prompted, Sample
 from mmpeft_ds.data.stream import Step
@@ -79,22 +82,31 @@ def slots(step: int, backbone) -> list[Sample]:
 def run_case(case: dict, folder: Path, ranks: processes.Ranks) -> dict:
     task = Instruction(Options(max_new_tokens=3), None)
     resolved = tiny_classifier.make_resolved(make_recipe(folder, case), task)
+    if packed := case.get("packed", False):
+        read_rows(resolved.backbone)
     built = build(resolved, ranks)
     stepper = Stepper(resolved, built, ranks, 10, TrainState(), BadBudget(1.0, 1000))
 
-    def mine(step: int) -> Step:
+    def mine(step: int, row: bool = False) -> Step:
         chosen = slots(step, resolved.backbone)
         part = chosen[:2] if ranks.rank == 0 else chosen[2:]
         micro = [part] if resolved.recipe.optim.accumulation == 1 else [[slot] for slot in part]
-        return Step(0, step, [tiny_classifier.pack_slots(slots, resolved.backbone, task) for slots in micro])
+        batches = [tiny_classifier.pack_slots(slots, resolved.backbone, task) for slots in micro]
+        return Step(0, step, [dataclasses.replace(batch, padding_free=row) for batch in batches])
 
-    rows = [stepper.train_step(mine(step), 0.0) for step in range(STEPS)]
+    rows = [stepper.train_step(mine(step, packed), 0.0) for step in range(case.get("steps", STEPS))]
     found = evaluate(built.engine, resolved.backbone, task, [mine(8), mine(9)], ranks.device)
     zero_state.ensure_optimizer_state(built.engine)
     weights = {n: engine_state.read_full(built.engine, p)["weight"] for n, p in built.trainables.items()}
     partitioned = sum(hasattr(p, "ds_id") for p in built.model.parameters())
     built.engine.destroy()
     return {"losses": [r["loss"] for r in rows], "weights": weights, "rows": found.rows, "partitioned": partitioned}
+
+
+def read_rows(backbone: BackboneBase) -> None:
+    """Set the attention that a recipe with `data.pack` has."""
+    usual = backbone.attentions[0] if backbone.attentions else "sdpa"
+    backbone.attention = (backbone.row_attention or usual) if usual == "sdpa" else usual
 
 
 def plainly(folder: Path, case: dict) -> dict:
@@ -108,7 +120,7 @@ def plainly(folder: Path, case: dict) -> dict:
     trainables = {n: p for n, p in model.named_parameters() if p.requires_grad}
     stepped = optimizers_of_torch(recipe, trainables, resolved.method.is_map)
     losses = []
-    for step in range(STEPS):
+    for step in range(case.get("steps", STEPS)):
         chosen = slots(step, resolved.backbone)
         micro = [chosen] if recipe.optim.accumulation == 1 else [[slot] for slot in chosen]
         batches = [tiny_classifier.pack_slots(part, resolved.backbone, task) for part in micro]
