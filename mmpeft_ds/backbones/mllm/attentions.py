@@ -16,6 +16,6 @@ def possible(config: PretrainedConfig, family: Family, stock_class: type[PreTrai
     if not getattr(stock_class, "_supports_sdpa", True):
         return ("eager",)
     text = config.get_text_config()
-    widths = [text.to_dict().get(name) or 0 for name in ("head_dim", "global_head_dim")]
-    narrow = all(isinstance(width, int) and width <= _WIDEST for width in widths)
-    return () if takes_flash(text) and narrow and not family.looks_ahead(config) else ("sdpa", "eager")
+    layers = [text.to_dict(), *(text.to_dict().get("per_layer_config") or {}).values()]
+    widest = max(layer.get(name) or 0 for layer in layers for name in ("head_dim", "global_head_dim"))
+    return () if takes_flash(text) and widest <= _WIDEST and not family.looks_ahead(config) else ("sdpa", "eager")

@@ -569,7 +569,7 @@ FAMILIES: dict[str, Tiny] = {
         ),
         (
             "Lfm2VlImageProcessor",
-            dict(encoder_patch_size=4, tile_size=16, min_image_tokens=4, max_image_tokens=4, max_tiles=4),
+            dict(encoder_patch_size=4, tile_size=16, min_image_tokens=2, max_image_tokens=4, max_tiles=4),
         ),
         tokens=(
             "<|image_start|>",
