@@ -281,6 +281,7 @@ class PackedBatch:
         counts: made by the loader, since a dozen calls of torch on a few numbers, each for the first time after the
             arithmetic of a step, take half a millisecond in the process that trains. None: nobody has counted.
         keys_hash: `sample_keys_hash` where it is known from the hashes of the samples; else None.
+        id_numbers: (S,) `id_number` of the sample ids where they are known; else None.
     """
 
     sample_id: list[str]
@@ -302,6 +303,7 @@ class PackedBatch:
     video_times: list[tuple[float, ...]] = field(default_factory=list)
     counts: Counts | None = None
     keys_hash: int | None = None
+    id_numbers: Tensor | None = None
 
     @property
     def modalities(self) -> frozenset[str]:
@@ -365,6 +367,11 @@ class PackedBatch:
 def hash_id(sample_id: str) -> int:
     """Stable 64-bit hash of a sample id."""
     return int.from_bytes(hashlib.blake2b(sample_id.encode(), digest_size=8).digest(), "big")
+
+
+def id_number(sample_id: str) -> int:
+    """The hash of a sample id as a positive int64, without its last bit."""
+    return hash_id(sample_id) >> 1
 
 
 def with_images(texts: Sequence[Any], images: Sequence[Any], videos: Sequence[Any] = ()) -> list[Any]:

@@ -75,6 +75,7 @@ class Ahead:
         columns: names, records, texts and raw texts of all samples.
         targets: collated, of all samples, or as the task reads them.
         hashes: of each micro-batch, `PackedBatch.keys_hash`.
+        numbers: of all samples, `PackedBatch.id_numbers`.
         images: (samples, D) rows that are copied so far and not handed out yet, as they are stored, from micro-batch
             `first` on.
     """
@@ -84,6 +85,7 @@ class Ahead:
     columns: list[list[Any]]
     targets: dict[str, Tensor] | list[Any]
     hashes: list[int]
+    numbers: Tensor
     images: Tensor
     first: int = 0
 
@@ -234,9 +236,10 @@ class FeatureBatches:
         if found is None:
             return None
         memory, rows = self._memory, found.rows
-        hashes = memory.hashes[rows].reshape(-1, size).sum(1)
-        images = torch.empty(0, found.kind[2])
-        return Ahead(size, found, memory.columns(rows), memory.targets_of(rows), hashes.tolist(), images)
+        hashes, images = memory.hashes[rows], torch.empty(0, found.kind[2])
+        sums, numbers = hashes.reshape(-1, size).sum(1).tolist(), (hashes >> np.uint64(1)).astype(np.int64)
+        columns, targets = memory.columns(rows), memory.targets_of(rows)
+        return Ahead(size, found, columns, targets, sums, torch.from_numpy(numbers), images)
 
     def batch(self, ahead: Ahead, number: int) -> PackedBatch:
         """One of the micro-batches of `ahead`; as `make` makes it. Raises BadInput if a shard is missing, or has
@@ -253,7 +256,7 @@ class FeatureBatches:
         names, records, texts, raw = (column[part] for column in ahead.columns)
         images = ahead.images[first : first + size]
         batch = self._packed(images, slots, size, names, records, slots, texts, mine, raw)
-        batch.keys_hash = ahead.hashes[number]
+        batch.keys_hash, batch.id_numbers = ahead.hashes[number], ahead.numbers[part]
         batch.text_weight = batch.weight  # each slot is filled, and has one text
         if (loss_weight := self.source.loss_weight) is not None:
             batch.counts = Counts(loss_weight(batch), size, batch.keys_hash, batch.changed_texts())

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mmpeft_ds.data import feature_batches, writer
-from mmpeft_ds.data.batch import Described
+from mmpeft_ds.data.batch import Described, id_number
 from mmpeft_ds.data.feature_columns import Columns, ShardColumns
 from mmpeft_ds.data.options import DataOptions
 from mmpeft_ds.data.shards import ShardReader
@@ -346,4 +346,6 @@ def test_rows_of_collated_targets_that_are_kept_are_those_that_collating_each_ba
     stream = gathering(manifest)
     kept = [batch for epoch in (0, 1) for step in stream.epoch(epoch) for batch in step.micro]
     assert stream.loader.gathers[0]._memory.collated
+    known = [batch for batch in kept if batch.id_numbers is not None]
+    assert known and all(b.id_numbers.tolist() == list(map(id_number, b.sample_id)) for b in known)
     assert_equal(kept, batches(manifest, OneByOne(), read=read_first)[0])

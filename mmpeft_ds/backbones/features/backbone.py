@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from mmpeft_ds.backbones.base import BackboneBase
 from mmpeft_ds.backbones.features.model import ClassificationOutput, FeatureConfig, FeatureModel, ZeroShot
 from mmpeft_ds.backbones.features.options import Options
-from mmpeft_ds.data.batch import Described, PackedBatch, hash_id
+from mmpeft_ds.data.batch import Described, PackedBatch, id_number
 from mmpeft_ds.data.transform import ImageTransform
 from mmpeft_ds.errors import BadInput, BadSample
 from mmpeft_ds.host_copies import both, to_device
@@ -229,14 +229,16 @@ class FeaturesBackbone(BackboneBase):
 
     def inputs(self, batch: PackedBatch) -> dict[str, Any]:
         """Forward arguments."""
-        keys = [hash_id(name) >> 1 for name in batch.sample_id]  # positive int64
+        keys = batch.id_numbers
+        if keys is None:
+            keys = torch.tensor([id_number(name) for name in batch.sample_id], dtype=torch.int64)
         inputs: dict[str, Any] = {
             "image_features": batch.images.get("image_features"),
             "text_features": batch.texts.get("text_features"),
             "image_owner": batch.image_owner,
             "text_owner": batch.text_owner,
             "valid": both(lambda weight: weight > 0, batch.text_weight),
-            "key": to_device(torch.tensor(keys, dtype=torch.int64), batch.weight.device)[batch.text_owner],
+            "key": to_device(keys, batch.weight.device)[batch.text_owner],
             "num_slots": len(batch.sample_id),
         }
         if "live" in (self.options.images, self.options.texts):

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from mmpeft_ds.data.batch import PackedBatch, hash_id
+from mmpeft_ds.data.batch import PackedBatch, id_number
 from mmpeft_ds.data.identity import PICTURE
 from mmpeft_ds.distributed.gather import gather_rows
 from mmpeft_ds.errors import BadInput, BadSample
@@ -186,7 +186,7 @@ ENTRY = Retrieval
 
 
 def _id(key: str) -> int:
-    return hash_id(key) >> 1  # a positive int64
+    return id_number(key)
 
 
 def _pair_weights(batch: PackedBatch) -> Tensor:
