@@ -106,15 +106,15 @@ def save(
     extra = {k: v.detach().to("cpu", copy=background is not None).contiguous() for k, v in extra.items()}
     if extra:
         files[MODEL_STATE] = lambda p: save_tensors(p, extra)
-    folder = Path(run_dir) / "checkpoints"
+    folder, step = Path(run_dir) / "checkpoints", state.step  # which counts on while a copy is written
 
     def write() -> Path:
         held.check(weights, moments)
-        return checkpoint_files.write(folder, state.step, files, keep_last, best)
+        return checkpoint_files.write(folder, step, files, keep_last, best)
 
     def begin() -> Path:
         background.wait()
-        path = checkpoint_files.place(folder, state.step)
+        path = checkpoint_files.place(folder, step)
         background.start(write)
         return path
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -44,7 +45,8 @@ def step(made, times=1):
 def save(folder, made, at, background=None, **options):
     trainables = dict(made.module.named_parameters())
     facts = {"recipe": {"a": 1}, "fingerprint": {}, "keep_last": 9} | options
-    return checkpoint.save(folder, made, trainables, TrainState(step=at), background=background, **facts)
+    state = at if isinstance(at, TrainState) else TrainState(step=at)
+    return checkpoint.save(folder, made, trainables, state, background=background, **facts)
 
 
 def contents(path):
@@ -77,6 +79,19 @@ def test_the_files_are_those_of_a_save_in_the_foreground_whatever_is_trained_mea
     background.wait()
     assert contents(path) == plain
     assert (tmp_path / "b" / "checkpoints" / "latest").read_text() == f"{path.name}\n"
+
+
+def test_a_checkpoint_has_the_name_and_the_state_of_its_step_where_the_training_has_gone_on(tmp_path, monkeypatch):
+    made, background, state = engine(), Background(), TrainState(step=2, extra={"samples": 8})
+    compared, check = threading.Event(), checkpoint.Held.check
+    monkeypatch.setattr(checkpoint.Held, "check", lambda *args: compared.wait(30) and check(*args))
+    path = save(tmp_path, made, state, background)
+    state.step, state.extra["samples"] = 3, 12
+    compared.set()
+    background.wait()
+    assert checkpoint_files.listing(tmp_path / "checkpoints") == [path] and path.name == "step-00000002"
+    written = json.loads((path / "state.json").read_text())["state"]
+    assert (written["step"], written["extra"]) == (2, {"samples": 8})
 
 
 def test_a_save_waits_for_the_one_before_and_both_are_there(tmp_path, monkeypatch):
