@@ -3,6 +3,7 @@
 
     python benchmarks/trainer.py             ZeRO-3 and ZeRO-1, 3 runs each in turn; writes docs/benchmarks/trainer.*
     python benchmarks/trainer.py --runs 1 --steps 20
+    python benchmarks/trainer.py --cache     ours besides with `engine.cache_frozen`, values written before
     python benchmarks/trainer.py --same      only the losses of both on the very same batches, and how far each is from
                                              plain torch in float64
     python benchmarks/trainer.py --instruction --repeats 3    instruction tuning; writes docs/benchmarks/instruction.*
@@ -18,6 +19,7 @@ import json
 import os
 import statistics
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -27,6 +29,7 @@ sys.path[0] = str(ROOT)
 from benchmarks import _launch, _page  # noqa: E402
 
 QUESTIONS_PER_RANK = 38  # 8 images of easy-VQA have 77 questions on average
+IMAGES_PER_RANK = 4
 STEPS = 60
 RANKS = 2
 WARM = 5  # steps left out of the timing
@@ -42,6 +45,7 @@ def ours(args: argparse.Namespace) -> dict:
     with console.quick_imports():  # as launchers/train.py does
         from mmpeft_ds.data.bad_budget import BadBudget
         from mmpeft_ds.distributed import processes
+        from mmpeft_ds.engine import frozen_images
         from mmpeft_ds.engine.assembly.build import build
         from mmpeft_ds.engine.assembly.resolve import resolve
         from mmpeft_ds.engine.step import Stepper
@@ -53,6 +57,8 @@ def ours(args: argparse.Namespace) -> dict:
     resolved = resolve(recipe)
     stream = make_stream(resolved, resolved.train, ranks, train=True)
     built = build(resolved, ranks)
+    built.frozen = frozen_images.of_built(resolved, built, ranks)
+    stream.keep_frozen(built.frozen and built.frozen.spec)
     budget = BadBudget(0, 1)
     stepper = Stepper(resolved, built, ranks, args.steps, TrainState(), budget)
     rows, ends = [], []
@@ -70,6 +76,7 @@ def ours(args: argparse.Namespace) -> dict:
         "samples_per_second": samples / (ends[-1] - ends[WARM - 1]),
         "step_seconds": (ends[-1] - ends[WARM - 1]) / (args.steps - WARM),
         "rss_mib": rows[-1]["peak_rss_mib"],
+        "computed": sum(row.get("images_computed", 0) for row in rows),
     }
 
 
@@ -258,6 +265,7 @@ def _our_batches(recipe, resolved, world: int, steps: int) -> list:
 def _recipe(args: argparse.Namespace):
     from mmpeft_ds import recipe as recipes
 
+    kept = f"engine.cache_frozen={{dir: {args.kept}}}"
     return recipes.load(
         ROOT / "recipes" / "quickstart.yaml",
         [
@@ -267,6 +275,7 @@ def _recipe(args: argparse.Namespace):
             f"optim.max_steps={args.steps}",
             "optim.warmup=0",
             "data.verify=size",
+            *([kept, f"engine.tower_batch={IMAGES_PER_RANK}"] if args.kept else []),
         ],
     )
 
@@ -274,10 +283,14 @@ def _recipe(args: argparse.Namespace):
 # -------------------------------------------------------------------------------------------------- the driver
 
 
-def launch(system: str, stage: int, args: argparse.Namespace, same: bool = False, dtype: str = "") -> dict:
-    """One system in its own launch of 2 ranks x 1 thread; with a `dtype`, of one rank."""
+def launch(
+    system: str, stage: int, args: argparse.Namespace, same: bool = False, dtype: str = "", kept: str = ""
+) -> dict:
+    """One system in its own launch of 2 ranks x 1 thread; with a `dtype`, of one rank. `kept`: directory of values of
+    the frozen tower."""
     arguments = ["--system", system, "--stage", str(stage), "--steps", str(args.steps), "--data", args.data]
     arguments += [*(["--same"] if same else []), *(["--dtype", dtype] if dtype else [])]
+    arguments += ["--kept", kept] if kept else []
     return _launch.launch(__file__, arguments, ROOT / "runs" / "benchmark-trainer.json", 1 if dtype else RANKS)
 
 
@@ -312,29 +325,48 @@ def drive(args: argparse.Namespace) -> None:
     result: dict = {"machine": _page.machine(), "steps": args.steps, "runs": args.runs, "stages": {}}
     same = result["same_batches"] = compare(args)
     for stage in [] if args.same else args.stages:
-        result["stages"][stage] = {"largest_loss_difference": same[stage]["largest_loss_difference"]}
-        rates: dict = {"ours": [], "peer": []}
-        for turn in range(args.runs):
-            for system in ("ours", "peer"):
-                run = launch(system, stage, args)
-                rates[system].append(run)
-                print(
-                    f"ZeRO-{stage} {system} run {turn + 1}: {run['samples_per_second']:.1f} samples/s, "
-                    f"step {run['step_seconds']:.3f} s, RSS {max(run['rss_mib'])} MiB",
-                    flush=True,
-                )
-        for system, runs in rates.items():
-            result["stages"][stage][system] = {
-                "samples_per_second": statistics.median(r["samples_per_second"] for r in runs),
-                "all": [r["samples_per_second"] for r in runs],
-                "step_seconds": statistics.median(r["step_seconds"] for r in runs),
-                "rss_mib": max(max(r["rss_mib"]) for r in runs),
+        with tempfile.TemporaryDirectory(prefix="frozen-") as kept:
+            result["stages"][stage] = {
+                "largest_loss_difference": same[stage]["largest_loss_difference"],
+                **measure(stage, args, kept),
             }
-        entry = result["stages"][stage]
-        entry["ratio"] = entry["ours"]["samples_per_second"] / entry["peer"]["samples_per_second"]
-    if args.same:
-        return
-    _page.write("trainer", _table(result), result)
+    if not args.same:
+        _page.write("trainer", _table(result), result)
+
+
+def measure(stage: int, args: argparse.Namespace, kept: str) -> dict:
+    """Medians of the systems at a stage, which run in turn. With `--cache` values are written before, and the losses
+    are asserted to be those without them, to the bit."""
+    systems = ["ours", *(["cached"] if args.cache else []), "peer"]
+    if args.cache:
+        launch("ours", stage, args, kept=kept)
+    runs: dict = {system: [] for system in systems}
+    for turn in range(args.runs):
+        for system in systems:
+            cached = system == "cached"
+            run = launch("ours" if cached else system, stage, args, kept=kept if cached else "")
+            runs[system].append(run)
+            print(
+                f"ZeRO-{stage} {system} run {turn + 1}: {run['samples_per_second']:.1f} samples/s, "
+                f"step {run['step_seconds']:.3f} s, RSS {max(run['rss_mib'])} MiB",
+                flush=True,
+            )
+    for run in runs.get("cached", []):
+        assert run["computed"] == 0, "a value was not stored"
+        assert run["losses"] == runs["ours"][0]["losses"], "stored values change losses"
+    found = {system: _median(of_system) for system, of_system in runs.items()}
+    peer = found["peer"]["samples_per_second"]
+    ratios = {f"ratio_{system}": found[system]["samples_per_second"] / peer for system in systems[:-1]}
+    return found | ratios
+
+
+def _median(runs: list[dict]) -> dict:
+    return {
+        "samples_per_second": statistics.median(r["samples_per_second"] for r in runs),
+        "all": [r["samples_per_second"] for r in runs],
+        "step_seconds": statistics.median(r["step_seconds"] for r in runs),
+        "rss_mib": max(max(r["rss_mib"]) for r in runs),
+    }
 
 
 def _table(result: dict) -> str:
@@ -342,22 +374,23 @@ def _table(result: dict) -> str:
         "# Training: our engine and HF Trainer + peft + accelerate + deepspeed",
         "",
         "easy-VQA from pixels, frozen ViT-S/14 (11 layers, 70 px) and MiniLM, routed LoRA r 16, float32, about 77",
-        "questions per step, 2 ranks x 1 thread, both systems in turn, "
+        "questions per step, 2 ranks x 1 thread, all systems in turn, "
         f"median of {result['runs']} runs of {result['steps']} steps.",
         f"Machine: {result['machine']}.",
-        "`python benchmarks/trainer.py` repeats it.",
+        "`python benchmarks/trainer.py --cache` repeats it.",
         "",
-        "| ZeRO | ours, samples/s | HF Trainer, samples/s | ratio | step s, ours / peer | peak RSS MiB, ours / peer "
-        "| same batches: losses differ by |",
+        "| ZeRO | system | samples/s | ratio to HF Trainer | step s | peak RSS MiB | same batches: losses differ by |",
         "|---|---|---|---|---|---|---|",
     ]
-    for stage, e in result["stages"].items():
-        a, b = e["ours"], e["peer"]
-        lines.append(
-            f"| {stage} | {a['samples_per_second']:.0f} | {b['samples_per_second']:.0f} | {e['ratio']:.2f} "
-            f"| {a['step_seconds']:.3f} / {b['step_seconds']:.3f} | {a['rss_mib']} / {b['rss_mib']} "
-            f"| {e['largest_loss_difference']:.1e} |"
-        )
+    names = {"ours": "ours", "cached": "ours, `engine.cache_frozen`, from the second epoch on", "peer": "HF Trainer"}
+    for stage, found in result["stages"].items():
+        for system in (s for s in names if s in found):
+            e, ratio = found[system], found.get(f"ratio_{system}", 1.0)
+            apart = {"ours": f"{found['largest_loss_difference']:.1e}", "cached": "0 from ours"}.get(system, "")
+            lines.append(
+                f"| {stage} | {names[system]} | {e['samples_per_second']:.0f} | {ratio:.2f} | {e['step_seconds']:.3f} "
+                f"| {e['rss_mib']} | {apart} |"
+            )
     return "\n".join(lines) + "\n"
 
 
@@ -372,6 +405,7 @@ def main() -> None:
     )
     parser.add_argument("--stages", type=int, nargs="+", default=[3, 1], help="ZeRO stages")
     parser.add_argument("--data", default="data/easy-vqa", help="prepared shards with feature statistics")
+    parser.add_argument("--cache", action="store_true", help="ours with stored values of the frozen tower too")
     parser.add_argument("--same", action="store_true", help="compare losses on the same batches only")
     parser.add_argument("--instruction", action="store_true", help="instruction tuning in place of the quickstart")
     parser.add_argument("--families", nargs="+", default=["llava", "qwen2_vl"], help="of --instruction")
@@ -382,6 +416,7 @@ def main() -> None:
     )
     parser.add_argument("--system", choices=["ours", "peer", "plain", "host"], help=argparse.SUPPRESS)
     parser.add_argument("--dtype", default="", help=argparse.SUPPRESS)
+    parser.add_argument("--kept", default="", help=argparse.SUPPRESS)
     parser.add_argument("--stage", type=int, default=3, help=argparse.SUPPRESS)
     parser.add_argument("--folder", default="", help=argparse.SUPPRESS)
     parser.add_argument("--group", action="store_true", help=argparse.SUPPRESS)

@@ -26,7 +26,8 @@ from mmpeft_ds.errors import BadInput
 from mmpeft_ds.sites.base import AttentionSite, Projection
 
 REGISTERED_AS = "mmpeft_ds_observed"
-IMPLEMENTATIONS = ("sdpa", "eager")
+BY_LENGTH = "sdpa_by_length"  # sdpa too where a method reads scores: then it gets padded rows and a mask
+IMPLEMENTATIONS = ("sdpa", "eager", BY_LENGTH)
 # They do call the registry, but with a bias beside the mask, or once for each segment of one long sequence.
 NOT_OBSERVABLE = {
     "T5Attention": "its position bias is no mask",
@@ -230,7 +231,7 @@ def _implementation(core: nn.Module, site: AttentionSite) -> str:
     name = core.config._attn_implementation or "eager"
     if name not in IMPLEMENTATIONS:
         raise BadInput(
-            f"{site.path}: attention implementation {name!r} cannot be observed. Use {' or '.join(IMPLEMENTATIONS)} "
+            f"{site.path}: attention implementation {name!r} cannot be observed. Use sdpa or eager "
             "(engine.attention in a recipe, attn_implementation of from_pretrained)."
         )
     if name == "eager" and getattr(core, "reorder_and_upcast_attn", False):
@@ -254,7 +255,7 @@ def _observed(
 ) -> tuple[Tensor, Tensor | None]:
     """The registered attention function: notes its arguments and calls the configured one."""
     call: _Call = opened(module)
-    seen, sdpa = call.seen, call.implementation == "sdpa"
+    seen, sdpa = call.seen, call.implementation != "eager"
     seen.query, seen.key, seen.value, seen.mask = query, key, value, attention_mask
     seen.scaling = kwargs.get("scaling")
     rows = query.shape[2]
