@@ -1,7 +1,8 @@
 """Parts of the time of one optimizer step on one rank.
 
 Timers stand around the forward pass of the model, torch's autograd engine, the step of the wrapped torch optimizer,
-and the normalising of pixels: the arithmetic, which a GPU would do. What is left of the step is time of the host:
+and the normalising of pixels where the weights of a patch embedding do not contain it: the arithmetic, which a GPU
+would do. What is left of the step is time of the host:
 agreeing, completing and unpacking batches, DeepSpeed around the passes, norms and clipping, the row of metrics.jsonl.
 What DeepSpeed does inside the model and inside autograd is taken out of them by timers of its own, and counts as time
 of the host: the fetch and release of parameters at ZeRO-3, and hooks that reduce gradients. What its engine and
