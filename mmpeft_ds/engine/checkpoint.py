@@ -31,7 +31,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
 
-from mmpeft_ds.backbones.base import model_hooks
+from mmpeft_ds.backbones.common.model_hooks import model_hooks
 from mmpeft_ds.distributed.collectives import on_rank0, rank, world_size
 from mmpeft_ds.engine import checkpoint_files, checkpoint_tensors
 from mmpeft_ds.engine.background import Background

@@ -9,7 +9,8 @@ import torch
 from transformers import CLIPModel
 
 from mmpeft_ds import backbones, registry
-from mmpeft_ds.backbones.base import BackboneBase, ModelHooks, model_hooks
+from mmpeft_ds.backbones.base import BackboneBase
+from mmpeft_ds.backbones.common.model_hooks import ModelHooks, model_hooks
 from mmpeft_ds.backbones.common.scalars import ScalarsAsBuffers
 from mmpeft_ds.data.batch import Prompted, Sample, pack
 from mmpeft_ds.data.frozen_store import FrozenStore, Place, StoredImage, StoreSpec

@@ -2,7 +2,7 @@
 
 import pytest
 
-from mmpeft_ds.backbones.base import model_hooks
+from mmpeft_ds.backbones.common.model_hooks import model_hooks
 from mmpeft_ds.backbones.mllm.backbone import ENTRY, Options
 from mmpeft_ds.errors import BadInput
 from tests.helpers.models import tiny_families

@@ -5,7 +5,8 @@ import ast
 import pytest
 from torch import nn
 
-from mmpeft_ds.backbones.base import BackboneBase, HasFrozenConstants, ModelHooks
+from mmpeft_ds.backbones.base import BackboneBase
+from mmpeft_ds.backbones.common.model_hooks import HasFrozenConstants, ModelHooks
 from mmpeft_ds.data.transform import ImageTransform
 from mmpeft_ds.methods.base import SiteMethod
 from mmpeft_ds.methods.common.head import Head

@@ -10,7 +10,7 @@ import torch
 import mmpeft_ds
 from data_prep import prepare, sources, verify
 from mmpeft_ds import backbones, methods, registry, tasks
-from mmpeft_ds.backbones.base import model_hooks
+from mmpeft_ds.backbones.common.model_hooks import model_hooks
 from mmpeft_ds.data.batch import Sample, pack
 from mmpeft_ds.data.manifest import Manifest
 from mmpeft_ds.engine.assembly.forward import forward

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mmpeft_ds.backbones.base import HasFrozenConstants
+from mmpeft_ds.backbones.common.model_hooks import HasFrozenConstants
 from mmpeft_ds.ops.precision import full_dtype
 
 

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
-from mmpeft_ds.backbones.base import ModelHooks
 from mmpeft_ds.backbones.common.affine import Affine
+from mmpeft_ds.backbones.common.model_hooks import ModelHooks
 from mmpeft_ds.backbones.common.recomputing import RecomputesUnderCondition
 from mmpeft_ds.backbones.common.tower_loading import vision_features
 

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel
 
-from mmpeft_ds.backbones.base import ModelHooks
 from mmpeft_ds.backbones.common import quantised, text_attention, tower_loading
+from mmpeft_ds.backbones.common.model_hooks import ModelHooks
 from mmpeft_ds.backbones.common.recomputing import RecomputesUnderCondition
 from mmpeft_ds.backbones.common.scalars import ScalarsAsBuffers
 from mmpeft_ds.backbones.common.slots import images_per_slot

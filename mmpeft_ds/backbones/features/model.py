@@ -14,7 +14,7 @@ from torch.nn.functional import cross_entropy, normalize
 from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
-from mmpeft_ds.backbones.base import ModelHooks
+from mmpeft_ds.backbones.common.model_hooks import ModelHooks
 from mmpeft_ds.backbones.common.stock import mean_per_text
 from mmpeft_ds.host_copies import to_device
 from mmpeft_ds.ops.precision import at_least_float32

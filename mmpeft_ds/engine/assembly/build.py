@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from mmpeft_ds.backbones.base import model_hooks
+from mmpeft_ds.backbones.common.model_hooks import model_hooks
 from mmpeft_ds.backbones.common.quantised import weight_of
 from mmpeft_ds.distributed.own_process import building
 from mmpeft_ds.distributed.partitioned import gathered

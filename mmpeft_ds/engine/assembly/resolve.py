@@ -17,8 +17,9 @@ from peft import PeftConfig, PeftModel
 from transformers import PreTrainedModel
 from transformers.utils import import_utils
 
-from mmpeft_ds.backbones.base import BackboneBase, model_hooks
+from mmpeft_ds.backbones.base import BackboneBase
 from mmpeft_ds.backbones.common import quantised, text_attention
+from mmpeft_ds.backbones.common.model_hooks import model_hooks
 from mmpeft_ds.backbones.common.tower_loading import choose_attention
 from mmpeft_ds.data.assumed import Assumed, is_assumed
 from mmpeft_ds.data.manifest import Manifest

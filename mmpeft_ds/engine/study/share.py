@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from mmpeft_ds.backbones.base import model_hooks
+from mmpeft_ds.backbones.common.model_hooks import model_hooks
 from mmpeft_ds.backbones.common.quantised import stored
 from mmpeft_ds.data.batch import PackedBatch
 from mmpeft_ds.engine.frozen_images import FrozenImages

@@ -15,7 +15,7 @@ import torch.distributed as dist
 import xxhash
 from torch import Tensor, nn
 
-from mmpeft_ds.backbones.base import HasFrozenConstants
+from mmpeft_ds.backbones.common.model_hooks import HasFrozenConstants
 from mmpeft_ds.backbones.common.quantised import stored
 from mmpeft_ds.distributed.collectives import world_size
 from mmpeft_ds.errors import BadInput

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from mmpeft_ds.backbones.base import model_hooks
+from mmpeft_ds.backbones.common.model_hooks import model_hooks
 from mmpeft_ds.distributed.own_process import give_back_freed
 from mmpeft_ds.engine.zero.full_state import BUCKET
 from mmpeft_ds.sites.base import Sites

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import BlipForImageTextRetrieval
 
-from mmpeft_ds.backbones.base import ModelHooks
+from mmpeft_ds.backbones.common.model_hooks import ModelHooks
 from mmpeft_ds.sites import find_sites
 from mmpeft_ds.sites.condition import enable_checkpointing
 from tests.helpers import engine_state
