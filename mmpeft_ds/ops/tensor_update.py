@@ -5,9 +5,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 
 def tucker_slice(core: Tensor, rows: Sequence[Tensor]) -> Tensor:
@@ -43,14 +45,35 @@ def tucker_slices(core: Tensor, tables: Sequence[Tensor]) -> tuple[Tensor, ...]:
         tables: (rows, R) of each.
 
     Returns:
-        (R1, R2) of each choice of rows.
+        (R1, R2) of each choice of rows. A second derivative is refused.
     """
-    if not tables:
-        return (core,)
-    weights = tables[0]
-    for table in tables[1:]:
-        weights = (weights[:, None, :, None] * table[None, :, None, :]).flatten(2).flatten(0, 1)
-    return (weights @ core.flatten(2).flatten(0, 1).T).view(-1, *core.shape[:2]).unbind()
+    return _Slices.apply(core, *tables) if tables else (core,)
+
+
+class _Slices(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, core: Tensor, *tables: Tensor) -> tuple[Tensor, ...]:
+        weights = [tables[0]]  # (choices of rows, choices of columns) of the first table, of the first two, ...
+        for table in tables[1:]:
+            weights.append((weights[-1][:, None, :, None] * table[None, :, None, :]).flatten(2).flatten(0, 1))
+        # Not by `save_for_backward`: two losses of one forward may each have a backward pass of their own, through
+        # updates that have nothing else in common.
+        ctx.core, ctx.tables, ctx.weights = core, tables, weights
+        ctx.set_materialize_grads(False)
+        return (weights[-1] @ core.flatten(2).flatten(0, 1).T).view(-1, *core.shape[:2]).unbind()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *given: Tensor | None) -> tuple[Tensor, ...]:
+        nothing = ctx.core.new_zeros(ctx.core.shape[:2])
+        slices = torch.stack([nothing if gradient is None else gradient for gradient in given]).flatten(1)
+        of_core = (slices.T @ ctx.weights[-1]).view(ctx.core.shape)
+        of_weights, of_tables = slices @ ctx.core.flatten(2).flatten(0, 1), []
+        for table, before in zip(ctx.tables[:0:-1], ctx.weights[-2::-1], strict=True):
+            of_weights = of_weights.view(len(before), len(table), before.shape[1], table.shape[1])
+            of_tables.append((of_weights * before[:, None, :, None]).sum((0, 2)))
+            of_weights = (of_weights * table[None, :, None, :]).sum((1, 3))
+        return of_core, of_weights, *reversed(of_tables)
 
 
 def outer(rows: Sequence[Tensor]) -> Tensor:

@@ -31,22 +31,25 @@ def keeping(computed: dict[Any, Any] | None) -> Iterator[None]:
         _values.reset(token)
 
 
-def once(owner: Hashable, compute: Callable[[], T]) -> T:
-    """`compute()`; within `keeping` only at the first call for `owner`, apart with and without gradient.
+def once(owner: Hashable, place: Any, of_all: Callable[[], Any], alone: Callable[[], T]) -> T:
+    """`of_all()[place]`, which within `keeping` is computed at the first call for `owner`, apart with and without
+    gradient; outside of it `alone()`.
 
     Args:
-        compute: gives tensors that depend on parameters alone. Its graph is there once for all callers.
+        of_all: gives what all layers ask for, tensors that depend on parameters alone, by place. Its graph is there
+            once for all callers.
+        alone: gives what this one asks for: what nobody keeps is not computed for the others.
     """
     computed, key = _values.get(), (owner, torch.is_grad_enabled())
     if computed is not None and key in computed:
-        return computed[key]
+        return computed[key][place]
     # Activation checkpointing counts what a block saves, and another block may be the first to ask when one is run
-    # again: what is saved here is hidden from it.
+    # again, or nothing may be kept then: what is saved here is hidden from it.
     with torch.autograd.graph.saved_tensors_hooks(_same, _same):
-        made = compute()
-    if computed is not None:
-        computed[key] = made
-    return made
+        if computed is None:
+            return alone()
+        computed[key] = of_all()
+    return computed[key][place]
 
 
 def _same(saved: Tensor) -> Tensor:

@@ -61,3 +61,25 @@ def test_a_step_between_two_forwards_is_seen_by_the_second(name):
         parameter.data.add_(0.1)  # as DeepSpeed writes, past the count of versions
     assert not torch.equal(before, output(model, ZOO["bert"]))
     torch.testing.assert_close(output(model, ZOO["bert"]), output(model.base_model.model, ZOO["bert"]))
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_two_losses_of_one_forward_whose_layers_have_nothing_else_in_common(name):
+    model, gradients = attached(name), []
+    for apart in (False, True):
+        given = []
+        hooks = [
+            layer.register_forward_hook(lambda module, args, out, given=given: given.append(out) or out.detach())
+            for layer in model.get_base_model().encoder.layer
+        ]
+        output(model, ZOO["bert"])
+        for hook in hooks:
+            hook.remove()
+        losses = [out.square().sum() for out in given]
+        for loss in losses if apart else [sum(losses)]:
+            loss.backward()
+        gradients.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
+        model.zero_grad()
+    assert gradients[0].keys() == gradients[1].keys() and gradients[0]
+    for key, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][key], gradient, rtol=1e-10, atol=1e-12)

@@ -21,7 +21,7 @@ class Counted:
 
     def times_x(self, x):
         """A layer."""
-        return x * once(OWNER, self)
+        return x * once(OWNER, "all", lambda: {"all": self()}, self)
 
 
 def test_once_a_forward_and_again_in_the_next_one():
@@ -32,6 +32,12 @@ def test_once_a_forward_and_again_in_the_next_one():
         assert made.times == forwards
     made.times_x(made.times_x(torch.ones(1)))
     assert made.times == 4 and values() is None  # outside of a forward nothing is kept
+
+
+def test_outside_of_a_forward_nothing_is_computed_for_the_others():
+    assert once(OWNER, 1, lambda: 1 / 0, lambda: "mine") == "mine"
+    with keeping({}):
+        assert once(OWNER, 1, lambda: ["another's", "of all"], lambda: 1 / 0) == "of all"
 
 
 def test_a_forward_without_gradient_inside_one_with_gradient_has_its_own():

@@ -156,10 +156,9 @@ class ModeDelta(Fusable, Multiplies):
     def middle(self, core: Tensor) -> Tensor:
         """What stands between the factors, times the scale: one product a forward gives it for all leaves, where
         nothing is in parts (ZeRO-3)."""
-        if hasattr(core, "ds_id"):
-            made = mode_middles(core, [self.mode], [self.place.role])[0]
-        else:
-            made = once(self.borrowed[1], lambda: self._of_all(core))[self.place_among]
+        alone = lambda: mode_middles(core, [self.mode], [self.place.role])[0]  # noqa: E731
+        parted = hasattr(core, "ds_id")
+        made = alone() if parted else once(self.borrowed[1], self.place_among, lambda: self._of_all(core), alone)
         return made if self.scale == 1.0 else made * self.scale
 
     def _of_all(self, core: Tensor) -> tuple[Tensor, ...]:

@@ -121,15 +121,16 @@ class WrittenFactors(Fusable, Multiplies):
 
     def _mixed(self) -> Tensor:
         """As `nodes`, of all graphs on this device at once in a forward, where nothing is in parts (ZeRO-3)."""
+        alone = lambda: mixed_nodes([self._graph()])[0]  # noqa: E731
         if hasattr(self.node, "ds_id"):
-            return mixed_nodes([self._graph()])[0]
+            return alone()
         device, graphs = self.node.device, self.graphs[0]
 
         def of_all() -> dict[WrittenFactors, Tensor]:
             here = [each for each in graphs if each.node.device == device]
             return dict(zip(here, mixed_nodes([each._graph() for each in here]), strict=True))
 
-        return once((id(graphs), device), of_all)[self]
+        return once((id(graphs), device), self, of_all, alone)
 
     def _graph(self) -> Graph:
         return Graph(*(getattr(self, name) for name in Graph._fields))

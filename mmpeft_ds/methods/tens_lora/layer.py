@@ -71,14 +71,17 @@ class Factors(nn.Module):
     def middle(self, rows: tuple[int, ...]) -> Tensor:
         """Of the Tucker form without a mode of heads, what stands between the factors of input and output for these
         rows of the others: one product a forward gives it for all rows, where nothing is in parts (ZeRO-3)."""
-        tables = self.factors[2:]
-        if hasattr(self.core, "ds_id"):
-            *tables, core = whole([*tables, self.core])
+        *tables, core = whole([*self.factors[2:], self.core])
+
+        def alone() -> Tensor:
             return tensor_update.tucker_slice(core, [table[row] for table, row in zip(tables, rows, strict=True)])
+
+        if hasattr(self.core, "ds_id"):
+            return alone()
         at = 0
         for table, row in zip(tables, rows, strict=True):
             at = at * len(table) + row
-        return once(self, lambda: tensor_update.tucker_slices(self.core, tables))[at]
+        return once(self, at, lambda: tensor_update.tucker_slices(core, tables), alone)
 
 
 def _start(factor: nn.Parameter, config: TensLoraConfig, modes: int) -> None:
