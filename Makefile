@@ -5,7 +5,7 @@
 # make test       set up and run all tests
 # make faults     all tests of docs/reliability.md: signals, stopped ranks, stale locks, cut links; the latter need root
 # make test-quantised  the tests of quantised bases, slow ones too, with the packages that they need
-# make hosts      training and preflight on two hosts made of network namespaces; needs root
+# make hosts      training and preflight on two hosts made of network namespaces, and under Slurm if installed; needs root
 # make flash-attn on a machine with a GPU and CUDA's compiler: flash-attn, built against the torch at hand
 # make docs       the documentation site in docs/_build/html; a warning is an error
 #

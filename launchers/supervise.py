@@ -10,6 +10,7 @@ The run continues from its last checkpoint on the nodes that are left, and takes
 """
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -41,7 +42,7 @@ def main() -> int:
     parser.add_argument("--wait", type=float, default=600.0, metavar="S",
                         help="seconds for which --min-nodes are waited for (default: 600)")  # fmt: skip
     parser.add_argument("--requeue", action="store_true",
-                        help="after SIGUSR1 or SIGTERM in a job of Slurm: scontrol requeue")  # fmt: skip
+                        help="after SIGUSR1 or SIGTERM in a job of Slurm, unless it is cancelled: scontrol requeue")  # fmt: skip
     args = parser.parse_args()
     most = args.min_nodes if args.max_nodes is None else args.max_nodes
     if not 1 <= args.min_nodes <= most or args.max_restarts < 0 or args.pause < 0 or args.wait <= 0:
@@ -50,6 +51,8 @@ def main() -> int:
         parser.error("--nproc-per-node: must be 1 or more")
     if args.requeue and "SLURM_JOB_ID" not in os.environ:
         parser.error("--requeue: this is no job of Slurm. Leave it out, or start by sbatch")
+    if args.requeue and not all(map(shutil.which, ("squeue", "scontrol"))):
+        parser.error("--requeue: squeue and scontrol of Slurm are not on the PATH. Add their folder, or leave it out")
     recipe = recipes.load(args.recipe, args.set)
     with console.quick_imports():
         import torch
@@ -71,8 +74,24 @@ def main() -> int:
             raise BadInput(f"{folder}: {error.strerror}; the nodes meet there. Mend it, or move run_dir.") from error
         code, number = supervisor.supervise(command, nproc, place, run_dir, limits, Path(own))
     if args.requeue and number in (signal.SIGUSR1, signal.SIGTERM) and os.environ.get("SLURM_NODEID", "0") == "0":
-        subprocess.run(["scontrol", "requeue", os.environ["SLURM_JOB_ID"]], check=False)
+        _queue_again(os.environ["SLURM_JOB_ID"])
     return code
+
+
+def _queue_again(job: str) -> None:
+    """Have Slurm start this job anew, unless someone has cancelled it.
+
+    A signal before a limit finds the job running. `scancel` ends it first, and so does the limit itself, which is the
+    reason that Slurm then shows.
+    """
+    from mmpeft_ds.distributed import supervisor
+
+    asked = ["squeue", "--noheader", f"--jobs={job}", "--format=%T %r"]
+    state, _, reason = subprocess.run(asked, capture_output=True, text=True).stdout.strip().partition(" ")
+    if state == "COMPLETING" and reason != "TimeLimit":
+        supervisor.say(f"job {job} was cancelled, so it is not queued again")
+    else:
+        subprocess.run(["scontrol", "requeue", job])
 
 
 if __name__ == "__main__":

@@ -152,25 +152,37 @@ def test_the_budget_ends_it_and_pauses_grow_without_progress(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM, signal.SIGINT])
-def test_a_signal_lets_the_ranks_save_and_slurm_queues_the_job_again(tmp_path, number):
+@pytest.mark.parametrize(
+    "number, shown, again",
+    [
+        (signal.SIGUSR1, "RUNNING None", True),
+        (signal.SIGTERM, "RUNNING None", True),
+        (signal.SIGTERM, "COMPLETING TimeLimit", True),
+        (signal.SIGTERM, "COMPLETING None", False),  # scancel
+        (signal.SIGINT, "RUNNING None", False),
+    ],
+)
+def test_a_signal_lets_the_ranks_save_and_slurm_queues_the_job_again(tmp_path, number, shown, again):
     recipe = recipe_of(tmp_path, endless.STEPS)
     (tmp_path / "bin").mkdir()
-    scontrol = tmp_path / "bin" / "scontrol"
-    scontrol.write_text(f"#!/bin/sh\necho $@ >> {tmp_path}/asked\n")
-    scontrol.chmod(0o755)
+    for name, line in {"scontrol": f"echo $@ >> {tmp_path}/asked", "squeue": f"echo {shown}"}.items():
+        program = tmp_path / "bin" / name
+        program.write_text(f"#!/bin/sh\n{line}\n")
+        program.chmod(0o755)
     slurm = {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "SLURM_JOB_ID": "4242", "SLURM_NODEID": "0"}
     with Supervised(recipe, "--nproc-per-node", "2", "--requeue", env=slurm) as supervised:
         supervised.reach(7)
         supervised.process.send_signal(number)
         assert supervised.wait() == 128 + number
         assert not supervised.ranks()
-    assert supervised.lines() == [f"stopped by {number.name}; the same command continues the run"]
+    lines = supervised.lines()
+    assert lines[0] == f"stopped by {number.name}; the same command continues the run"
+    assert len(lines) == 1 + (number == signal.SIGTERM and not again)
     step = endless.steps_of(tmp_path / "run")[-1]
     assert f"stopped after step {step} of" in supervised.log.read_text()
     assert (tmp_path / "run" / "checkpoints" / "latest").read_text().strip() == f"step-{step:08d}"
     asked = tmp_path / "asked"
-    assert asked.read_text() == "requeue 4242\n" if number != signal.SIGINT else not asked.exists()
+    assert asked.read_text() == "requeue 4242\n" if again else not asked.exists()
 
 
 @pytest.mark.slow

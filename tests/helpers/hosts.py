@@ -7,8 +7,10 @@ bridge, which is their switch. Nothing outside is touched: all goes with the pro
 
 from __future__ import annotations
 
+import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -139,6 +141,10 @@ class Hosts:
         codes = [process.returncode for process in processes]
         return launch.Result(next((c for c in codes if c), 0), self.output(), killed, codes)
 
+    def end(self, host: Host) -> None:
+        """Take a host's power away: everything that runs on it is killed at once."""
+        os.kill(host.pid, signal.SIGKILL)
+
     def cut(self, host: Host) -> None:
         """Pull the cable of a host: nothing comes or goes any more, and no connection is told."""
         self._set(host, "down")
@@ -154,7 +160,8 @@ class Hosts:
     def _hold(self, name: str, setup: Sequence[str]) -> int:
         """A process that waits in new namespaces after `setup`; its number."""
         ready = self.folder / f"{name}.ready"
-        script = " && ".join([*setup, f"touch {shlex.quote(str(ready))}", "exec sleep infinity"])
+        # The shell stays process 1 and collects orphans that end, as an init does; Slurm would wait for a zombie.
+        script = " && ".join([*setup, f"touch {shlex.quote(str(ready))}", "sleep infinity & wait"])
         holder = subprocess.Popen([*NEW, "sh", "-c", script], stderr=subprocess.PIPE, text=True)
         self.holders.append(holder)
         end = time.monotonic() + 60
