@@ -42,7 +42,8 @@ def main() -> int:
     parser.add_argument("--wait", type=float, default=600.0, metavar="S",
                         help="seconds for which --min-nodes are waited for (default: 600)")  # fmt: skip
     parser.add_argument("--requeue", action="store_true",
-                        help="after SIGUSR1 or SIGTERM in a job of Slurm: scontrol requeue, unless it was cancelled")  # fmt: skip
+                        help="after SIGUSR1 or SIGTERM in a job of Slurm: scontrol requeue, but not "
+                        "after scancel")  # fmt: skip
     args = parser.parse_args()
     most = args.min_nodes if args.max_nodes is None else args.max_nodes
     if not 1 <= args.min_nodes <= most or args.max_restarts < 0 or args.pause < 0 or args.wait <= 0:

@@ -124,6 +124,17 @@ class Cluster:
         self._wait_for(lambda: self.state(job) in states, f"job {job} to be {' or '.join(states)}", timeout)
         return self.state(job)
 
+    def emptied(self, program: str) -> None:
+        """Wait until no process with this word in its command line is left on any node."""
+
+        def gone() -> bool:
+            asked = [
+                subprocess.run(host.command("pgrep", "-f", program), capture_output=True) for host in self.machines.all
+            ]
+            return all(result.returncode == 1 for result in asked)
+
+        self._wait_for(gone, f"{program} to end")
+
     def _wait_for(self, condition: Callable[[], bool], what: str, timeout: float = 60) -> None:
         end = time.monotonic() + timeout
         while not condition():

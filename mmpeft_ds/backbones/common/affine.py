@@ -48,6 +48,10 @@ class Affine(HasFrozenConstants, nn.Module):
             self._ready[key] = tuple(t.view(shape).to(device, dtype) for t in pair)
         return self._ready[key]
 
+    def arguments(self) -> dict[str, Any]:
+        """What makes another of the same, as a configuration holds it."""
+        return {"mean": self.mean, "std": self.std, "dim": self.dim, "scale": self.scale}
+
     def frozen_constants(self) -> dict[str, Tensor]:
         """Mean and deviation, which the fingerprint of the frozen base covers."""
         return {name: torch.tensor(getattr(self, name), dtype=torch.float64) for name in ("mean", "std")}

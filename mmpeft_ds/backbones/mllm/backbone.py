@@ -24,7 +24,7 @@ from mmpeft_ds.backbones.base import ImagePrefix
 from mmpeft_ds.backbones.common import stock
 from mmpeft_ds.backbones.common.generation import in_step, one_of
 from mmpeft_ds.backbones.common.stock_backbone import WHERE
-from mmpeft_ds.backbones.mllm import agreement, attentions, patch_products
+from mmpeft_ds.backbones.mllm import agreement, attentions
 from mmpeft_ds.backbones.mllm.checkpoint import Checkpoint
 from mmpeft_ds.backbones.mllm.costs import Costs, patch_side
 from mmpeft_ds.backbones.mllm.families.base import Family
@@ -102,14 +102,13 @@ class MllmBackbone(Checkpoint):
             config.image_kind_ids = self._kind_ids
         if self._family.part_side:
             config.image_part_side = getattr(self._image_processor, self._family.part_side)
+        if self._family.channels is not None:
+            config.pixel_statistics = self._normalise.arguments()
         model_class = stock.publishing(_mixin_of(self._family), MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(config)])
         chosen = self.attentions[0] if self.attention == "auto" and self.attentions else self.attention
         load = (model_class, o.model, WHERE, config, self.dtype, attention or chosen)
         model = stock.load(*load, o.random_weights, on_meta, self.device, o.quantise)
         self._family.adjust(model)
-        patch_products.used(model)
-        if self._family.channels is not None:
-            model.raw_pixels = patch_products.RawPixels.of(model, self._normalise)
         return model
 
     def image_transform(self, train: bool) -> Callable[[Tensor, Any], dict[str, Tensor]]:

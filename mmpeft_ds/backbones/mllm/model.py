@@ -22,13 +22,13 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel, masking_utils
 
+from mmpeft_ds.backbones.common.affine import Affine
 from mmpeft_ds.backbones.common.kinds import kinds_of
 from mmpeft_ds.backbones.common.stock import Publishing
 from mmpeft_ds.backbones.common.text_row import TextRow
-from mmpeft_ds.backbones.mllm import alike, first_forward
+from mmpeft_ds.backbones.mllm import alike, first_forward, patch_products
 from mmpeft_ds.backbones.mllm.families.base import Family
 from mmpeft_ds.backbones.mllm.image_features import ImageFeatures, MediaFeatures
-from mmpeft_ds.backbones.mllm.patch_products import RawPixels
 from mmpeft_ds.backbones.mllm.processing import TOKEN_RUNS
 from mmpeft_ds.backbones.mllm.unread_blocks import UnreadBlocks
 from mmpeft_ds.host_copies import both, on_host, to_device
@@ -73,8 +73,14 @@ class ImageText(Publishing):
     """
 
     family: Family
-    raw_pixels: RawPixels | None = None
+    raw_pixels: patch_products.RawPixels | None = None
     has_read: bool = False
+
+    def __init__(self, config: PretrainedConfig, *args: Any, **kwargs: Any):
+        super().__init__(config, *args, **kwargs)
+        patch_products.used(self)
+        if statistics := getattr(config, "pixel_statistics", None):
+            self.raw_pixels = patch_products.RawPixels.of(self, Affine(**statistics))
 
     def forward(
         self,
