@@ -138,6 +138,17 @@ def test_on_a_cpu_no_layer_of_the_text_tower_sees_padding(towers, config, text, 
     assert all(g is not None and g.any() for g in short)
 
 
+def test_a_text_without_any_position_changes_no_other(towers):
+    backbone = entry(towers, text="bert")
+    model, batch = backbone.build().double().eval(), inputs(backbone, images=1)
+    batch["pixel_values"] = batch["pixel_values"].double() / 255
+    with torch.no_grad():
+        wanted = model(**batch).logits
+        batch["attention_mask"][2] = 0
+        found = model(**batch).logits
+    torch.testing.assert_close(found[:2], wanted[:2], atol=1e-10, rtol=1e-9)
+
+
 def test_an_adapter_that_lies_about_rows_is_wrong(towers):
     """The negative control of the tests above."""
 

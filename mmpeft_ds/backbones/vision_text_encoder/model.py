@@ -189,6 +189,8 @@ class VisionTextEncoder(VisionSide):
         """The texts as one row, if all layers of the text tower can read them so; else None."""
         if own_mask is None or read is None or own_mask.device.type != "cpu":
             return None
+        if not own_mask[read].all():  # a text without any position, or padded on the left
+            return None
         able = self._layer_config._attn_implementation == BY_LENGTH
         return TextsByLength(own_mask) if able and unread.segmented(self.text_model.encoder.layer) else None
 
