@@ -2,10 +2,12 @@
 # transformers and DeepSpeed ZeRO-3: a Qwen3-VL-MoE checkpoint that transformers itself wrote cannot be read at stage 3.
 #
 # A good guess: from_pretrained reads at ZeRO-3 what it reads without; stages differ in where weights lie, not in their values.
-# What happens: save_pretrained writes the experts' down projections turned, as the published checkpoints have them, and
-#   from_pretrained turns them back; at stage 3 this step is left out, so the shapes differ and loading ends in an error. With
+# What happens: published checkpoints have the experts' projections turned, save_pretrained writes them as the model has them, and
+#   from_pretrained turns those whose shape is not the model's. At stage 3 the model's parameters are split, so each has the shape (0,):
+#   every projection is turned. Published checkpoints come out right, those of save_pretrained end in an error about shapes; with
 #   experts as wide as the model the shapes would agree, and nothing would be said.
-# Source: transformers.integrations.deepspeed._apply_weight_conversions_to_state_dict (5.23.0).
+# Source: transformers.core_model_loading.Transpose.convert (check_dims), called by
+#   transformers.integrations.deepspeed._apply_weight_conversions_to_state_dict.
 # Who is hurt: whoever tunes mixture-of-experts vision-language models on several nodes.
 . "$(dirname "$0")/_lib.sh"
 pins torch==2.13.0 transformers==5.23.0 tokenizers==0.23.3 deepspeed==0.19.8 accelerate==1.15.0 pillow==13.0.0
