@@ -1,5 +1,7 @@
 """Convolutions over single patches are matrix products: the same features and gradients in every family."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import peft
 import pytest
 import torch
@@ -124,7 +126,22 @@ def test_whole_numbers_of_one_frame_give_the_features_of_the_processors_pixels(f
     wanted = features_of(model, whole)
     # the processor multiplies by 1/255 and subtracts the mean in float32, in one step or in two
     assert (features_of(model, raw) - wanted).abs().max() <= 1e-6 * wanted.abs().max()
-    assert model.inner.visual.patch_embed.proj.raw is None
+
+
+@torch.no_grad()
+def test_a_call_of_another_thread_in_the_middle_of_one_reads_its_own_pixels(flat):
+    backbone, model, raw, _ = flat
+    other = backbone.collate_images([backbone.image_transform(False)(adapted_mllm.image(4))])
+    wanted, found = [features_of(model, images) for images in (raw, other)], []
+
+    def call(*args):
+        hook.remove()
+        with ThreadPoolExecutor(1) as pool:
+            found.append(pool.submit(torch.no_grad()(features_of), model, other).result())
+
+    hook = model.inner.visual.patch_embed.register_forward_pre_hook(call)
+    found.insert(0, features_of(model, raw))
+    assert all(map(torch.equal, found, wanted))
 
 
 @torch.no_grad()

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,20 +47,13 @@ class PatchConv2d(_Product, nn.Conv2d):
 
 
 class PatchConv3d(_Product, nn.Conv3d):
-    """A `Conv3d` that multiplies single patches.
-
-    Attributes:
-        raw: uint8 patches (N, C, F) that are read in place of the input, and what standardises them. One frame of each
-            stands for all of its frames.
-    """
-
-    raw: tuple[Tensor, Affine] | None = None
+    """A `Conv3d` that multiplies single patches."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """As of `_Product`; with `raw` set, of its patches."""
-        if self.raw is None:
+        """As of `_Product`; of the patches in `_raw` where those are for this module."""
+        reader, pixels, normalise = _raw.get()
+        if reader is not self:
             return super().forward(x)
-        pixels, normalise = self.raw
         rows = CACHED // self.weight[0].numel() if pixels.device.type == "cpu" else len(pixels)
         parts = pixels.split(max(1, rows))
         # A half type holds the weights, but neither their sum over frames nor their products with the factors.
@@ -81,6 +75,12 @@ class PatchConv3d(_Product, nn.Conv3d):
             _standardised(pixels, normalise, frames, weight.dtype), weight, self.bias
         )
 
+
+# A module, the uint8 patches (N, C, F) that it reads in place of its input, one frame of each for all of its frames,
+# and what standardises them. Not an attribute of the module, which other threads may call.
+_raw: ContextVar[tuple[PatchConv3d, Tensor, Affine] | tuple[None, None, None]] = ContextVar(
+    "mmpeft_ds_raw_pixels", default=(None, None, None)
+)
 
 _CLASSES: dict[type, Any] = {nn.Conv2d: PatchConv2d, nn.Conv3d: PatchConv3d}
 
@@ -148,11 +148,11 @@ class RawPixels:
             yield media | {"pixel_values": _standardised(pixels_NCF, self.normalise, self.frames, model.dtype)}
             return
         nothing = torch.full((1, 1), torch.nan, dtype=model.dtype, device=pixels.device)
-        embedding.raw = pixels_NCF, self.normalise
+        token = _raw.set((embedding, pixels_NCF, self.normalise))
         try:
             yield media | {"pixel_values": nothing.expand(len(pixels), pixels.shape[1] * self.frames)}
         finally:
-            del embedding.raw
+            _raw.reset(token)
 
 
 def _standardised(pixels_NCF: Tensor, normalise: Affine, frames: int, dtype: torch.dtype) -> Tensor:
