@@ -80,6 +80,8 @@ def save(
     Raises:
         RuntimeError: if what was gathered is not what the next forward uses and the optimizer holds.
     """
+    if background is not None:
+        on_rank0(background.wait)  # before there is a second copy
     zero_state.ensure_optimizer_state(engine)
     held = Held.of(engine, trainables)
     keys = (full_state.WEIGHT, *zero_state.moments(engine)) if trainables else (full_state.WEIGHT,)
@@ -113,7 +115,6 @@ def save(
         return checkpoint_files.write(folder, step, files, keep_last, best)
 
     def begin() -> Path:
-        background.wait()
         path = checkpoint_files.place(folder, step)
         background.start(write)
         return path

@@ -18,6 +18,7 @@ from mmpeft_ds.distributed.collectives import on_rank0
 from mmpeft_ds.engine import checkpoint, checkpoint_files
 from mmpeft_ds.engine.background import Background
 from mmpeft_ds.engine.train_state import TrainState
+from mmpeft_ds.engine.zero import full_state
 from mmpeft_ds.errors import AgreedBadInput
 
 
@@ -104,6 +105,22 @@ def test_a_save_waits_for_the_one_before_and_both_are_there(tmp_path, monkeypatc
     assert [checkpoint_files.damage(path) for path in paths] == [None, None]
     folder = tmp_path / "checkpoints"
     assert {(folder / name).read_text().strip() for name in ("latest", "best")} == {paths[1].name}
+
+
+def test_there_is_one_copy_at_a_time(tmp_path, monkeypatch):
+    made, background, held, copies = engine(), Background(), Held(monkeypatch), []
+    gather = full_state.on_rank0
+
+    def watched(*args, **kwargs):
+        copies.append([path.name for path in checkpoint_files.listing(tmp_path / "checkpoints")])
+        return gather(*args, **kwargs)
+
+    monkeypatch.setattr(full_state, "on_rank0", watched)
+    save(tmp_path, made, 2, background)
+    threading.Timer(0.2, held.go.set).start()
+    save(tmp_path, made, 4, background)
+    background.wait()
+    assert copies == [[], ["step-00000002"]]
 
 
 def test_a_step_saved_again_takes_another_name(tmp_path):
