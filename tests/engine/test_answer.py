@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from mmpeft_ds.backbones.common.stand_in import stand_in
 from mmpeft_ds.engine.assembly import forward as module
 from mmpeft_ds.engine.assembly.forward import answer, forward
 from mmpeft_ds.sites import find_sites
@@ -59,3 +60,13 @@ def test_other_images_are_looked_at_anew(tmp_path):
         other = tower(pixel_values=pixels + 1).last_hidden_state
     assert again is first and not torch.equal(other, first)
     torch.testing.assert_close(tower(pixel_values=pixels + 1).last_hidden_state, other)
+
+
+def test_what_a_stand_in_stands_for_decides():
+    def tree(content: torch.Tensor) -> tuple:
+        return [stand_in(content, (2, 3), torch.float32)], "structure"
+
+    pixels = torch.arange(6, dtype=torch.uint8)
+    assert module.equal_trees(tree(pixels), tree(pixels.clone()))
+    assert not module.equal_trees(tree(pixels), tree(pixels + 1))
+    assert tree(pixels)[0][0].isnan().all()

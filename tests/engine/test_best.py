@@ -56,7 +56,7 @@ def test_the_best_after_a_calibration_is_of_the_step_whose_weights_were_calibrat
     run = object.__new__(Training)
     run.resolved = SimpleNamespace(validation=[source], train=[source], backbone=None)
     run.built, run.ranks = SimpleNamespace(model=None, engine=None), SimpleNamespace(device="cpu")
-    run.state = TrainState(step=50, best=0.4, best_step=20)
+    run.state, run.writer = TrainState(step=50, best=0.4, best_step=20), None
     run.observer = SimpleNamespace(evaluation=lambda *args: None)
 
     def evaluating(index):

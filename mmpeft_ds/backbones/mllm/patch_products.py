@@ -26,6 +26,7 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from mmpeft_ds.backbones.common.affine import Affine
+from mmpeft_ds.backbones.common.stand_in import stand_in
 from mmpeft_ds.ops.precision import full_dtype
 
 CACHED = 2**20  # values that are normalised at a time on a CPU: 4 MiB of float32
@@ -128,9 +129,8 @@ class RawPixels:
     def read_by(self, model: PreTrainedModel, media: dict[str, Any]) -> Iterator[dict[str, Any]]:
         """Context in which the model reads the pixels; gives what its vision tower is called with.
 
-        Flat patches are read by their embedding itself. The tower is called with a stand-in of their shape without
-        memory of its own, which is not a number, so that nothing else can read it unnoticed. Other pixels, or those of
-        a tower whose embedding has adapters, are standardised before the call.
+        Flat patches are read by their embedding itself, and the tower is called with a stand-in of their shape. Other
+        pixels, or those of a tower whose embedding has adapters, are standardised before the call.
 
         Args:
             media: arguments of the tower; `pixel_values` in floating point are left as they are.
@@ -147,10 +147,10 @@ class RawPixels:
         if not isinstance(embedding, PatchConv3d):  # an adapter stands in its place
             yield media | {"pixel_values": _standardised(pixels_NCF, self.normalise, self.frames, model.dtype)}
             return
-        nothing = torch.full((1, 1), torch.nan, dtype=model.dtype, device=pixels.device)
+        nothing = stand_in(pixels, (len(pixels), pixels.shape[1] * self.frames), model.dtype)
         token = _raw.set((embedding, pixels_NCF, self.normalise))
         try:
-            yield media | {"pixel_values": nothing.expand(len(pixels), pixels.shape[1] * self.frames)}
+            yield media | {"pixel_values": nothing}
         finally:
             _raw.reset(token)
 

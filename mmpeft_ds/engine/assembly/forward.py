@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from mmpeft_ds.backbones.base import BackboneBase
+from mmpeft_ds.backbones.common.stand_in import content_of
 from mmpeft_ds.data.batch import PackedBatch
 from mmpeft_ds.errors import BadInput
 from mmpeft_ds.ops.scored_head import aligned, is_scorable, scored
@@ -144,9 +145,10 @@ class _Remembering:
 
 
 def equal_trees(one: tuple[list[Any], Any], other: tuple[list[Any], Any]) -> bool:
-    """Whether two flattened trees are the same in structure and values."""
+    """Whether two flattened trees are the same in structure and values, stand-ins in what they stand for."""
 
     def same(a: Any, b: Any) -> bool:
+        a, b = content_of(a), content_of(b)
         if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
             return a is b or (a.dtype == b.dtype and torch.equal(a, b))
         return a is b or (type(a) is type(b) and not isinstance(a, torch.Tensor) and bool(a == b))

@@ -13,7 +13,7 @@ ASKED = ("cosmos3_edge",)
 OF_LLAVA = {"patch_size": 4, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}
 # Families in which float32 rounds the logits of small random models by more than 2e-6 of the largest.
 ROUNDED = dict.fromkeys(
-    ("deepseek_vl_hybrid", "llava_next", "minicpmv4_6", "qwen2_5_vl", "qwen4_exp", "step3p7"), 4e-6
+    ("deepseek_vl_hybrid", "llava_next", "minicpmv4_6", "qwen2_5_vl", "qwen2_vl", "qwen4_exp", "step3p7"), 4e-6
 ) | {"glm5_next": 3e-5}  # 1e-7 in float64
 
 
