@@ -170,3 +170,14 @@ def test_what_else_reads_the_pixels_of_a_tower_gets_no_numbers(flat):
     model.inner.visual.patch_embed.register_forward_pre_hook(lambda module, args: read.append(args[0]))
     features_of(model, raw)
     assert read[0].isnan().all() and read[0].untyped_storage().nbytes() == 8
+
+
+def test_a_tower_that_embeds_some_patches_at_a_time_is_told(flat):
+    _, model, raw, _ = flat
+    embedding = model.inner.visual.patch_embed
+    removed = embedding.register_forward_pre_hook(lambda module, args: (args[0][:4],))
+    try:
+        with pytest.raises(Exception, match="embeds 4 of .* patches at a time"):
+            features_of(model, raw)
+    finally:
+        removed.remove()

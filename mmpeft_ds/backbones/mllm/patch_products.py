@@ -55,6 +55,8 @@ class PatchConv3d(_Product, nn.Conv3d):
         reader, pixels, normalise = _raw.get()
         if reader is not self:
             return super().forward(x)
+        if len(x) != len(pixels):
+            raise RuntimeError(f"this tower embeds {len(x)} of {len(pixels)} patches at a time; give it whole pixels")
         rows = CACHED // self.weight[0].numel() if pixels.device.type == "cpu" else len(pixels)
         parts = pixels.split(max(1, rows))
         # A half type holds the weights, but neither their sum over frames nor their products with the factors.
