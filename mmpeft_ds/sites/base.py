@@ -194,12 +194,7 @@ class AdapterLayer:
         tokenwise: a token's output depends on that token alone, so tokens that nobody reads may be left out.
         rowless: besides, it does not matter which row of the batch the token is of, so the tokens of all rows may be
             put into one.
-        segmented: the texts of all rows may be put into one, which `Condition.segments` then tells it.
     """
 
     tokenwise = False
     rowless = False
-
-    @property
-    def segmented(self) -> bool:
-        return self.rowless

@@ -76,8 +76,7 @@ class Condition:
         mask: (B, m) bool, True = keep; None keeps all.
         own_mask: (B, L) bool mask of the tower's own tokens, for layers that pool their own input.
         encoder: (B, n, d) states that cross-attention reads, and `encoder_mask` (B, n).
-        read: (B, L) bool, the one position of each row whose final state is read, or (1, N) that of each text where
-            they stand in one; None: all may be.
+        read: (B, L) bool, the one position of each row whose final state is read; None: all may be.
         kept: (N,) where the positions that `own_mask` keeps stand in (B * L,), so that layers may leave the others out
             of what treats every position alone; None: nobody may.
         frame_weights: (B, T) how much each of the T frames counts whose tokens stand one after the other in what

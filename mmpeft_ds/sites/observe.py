@@ -26,8 +26,7 @@ from mmpeft_ds.errors import BadInput
 from mmpeft_ds.sites.base import AttentionSite, Projection
 
 REGISTERED_AS = "mmpeft_ds_observed"
-BY_LENGTH = "sdpa_by_length"  # sdpa too where a method reads scores: then it gets padded rows and a mask
-IMPLEMENTATIONS = ("sdpa", "eager", BY_LENGTH)
+IMPLEMENTATIONS = ("sdpa", "eager")
 # They do call the registry, but with a bias beside the mask, or once for each segment of one long sequence.
 NOT_OBSERVABLE = {
     "T5Attention": "its position bias is no mask",
@@ -231,7 +230,7 @@ def _implementation(core: nn.Module, site: AttentionSite) -> str:
     name = core.config._attn_implementation or "eager"
     if name not in IMPLEMENTATIONS:
         raise BadInput(
-            f"{site.path}: attention implementation {name!r} cannot be observed. Use sdpa or eager "
+            f"{site.path}: attention implementation {name!r} cannot be observed. Use {' or '.join(IMPLEMENTATIONS)} "
             "(engine.attention in a recipe, attn_implementation of from_pretrained)."
         )
     if name == "eager" and getattr(core, "reorder_and_upcast_attn", False):
@@ -255,7 +254,7 @@ def _observed(
 ) -> tuple[Tensor, Tensor | None]:
     """The registered attention function: notes its arguments and calls the configured one."""
     call: _Call = opened(module)
-    seen, sdpa = call.seen, call.implementation != "eager"
+    seen, sdpa = call.seen, call.implementation == "sdpa"
     seen.query, seen.key, seen.value, seen.mask = query, key, value, attention_mask
     seen.scaling = kwargs.get("scaling")
     rows = query.shape[2]

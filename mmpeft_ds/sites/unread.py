@@ -120,8 +120,8 @@ _MIXING_OF_PEFT = ("peft.tuners.lily.",)
 
 
 def all_allow(modules: Iterable[nn.Module], name: str) -> bool:
-    """Whether all adapters among `modules` that are at work have the property `tokenwise`, `rowless` or `segmented`;
-    layers of peft itself have them if they do not mix tokens."""
+    """Whether all adapters among `modules` that are at work have the property `tokenwise` or `rowless`; layers of peft
+    itself have both if they do not mix tokens."""
     for module in modules:
         if getattr(module, name, None) is True:
             continue

@@ -143,7 +143,7 @@ def test_the_condition_is_the_mean_over_the_images_of_a_slot_and_zero_without(to
 def test_stored_features_replace_pixels_exactly(towers):
     backbone = entry(towers, feature_norm="zscore")
     backbone.use_statistics({"mean": [0.5] * 16, "std": [2.0] * 15 + [0.0]})
-    model, batch = backbone.build(), inputs(backbone) | {"return_last_hidden_state": True}  # texts in their order
+    model, batch = backbone.build(), inputs(backbone)
     with torch.no_grad():
         seen = []
         model.text_model.encoder.register_forward_pre_hook(lambda *_: seen.append(current().tokens))

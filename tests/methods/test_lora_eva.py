@@ -57,8 +57,8 @@ def factors(model: torch.nn.Module, part: str) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_down_begins_as_directions_up_as_zero_and_ranks_move_with_their_sum_kept(folder, dtype):
-    _, plain = made(folder, dtype, r=4)
-    _, model = started(folder, dtype, r=4)
+    _, plain = made(folder, dtype)
+    _, model = started(folder, dtype)
     downs = factors(model, "lora_A")
     assert sum(len(down) for down in downs.values()) == sum(len(down) for down in factors(plain, "lora_A").values())
     assert len({len(down) for down in downs.values()}) > 1, "no layer got another rank"

@@ -20,10 +20,8 @@ from mmpeft_ds.backbones.common.composed import HeadLinear
 from mmpeft_ds.backbones.common.tower_loading import empty_tower
 from mmpeft_ds.backbones.common.vision_model import VisionSide, VisionSideConfig
 from mmpeft_ds.backbones.vision_text_encoder import positions as unread
-from mmpeft_ds.backbones.vision_text_encoder.by_length import TextsByLength
 from mmpeft_ds.host_copies import on_host
 from mmpeft_ds.sites.condition import conditioned
-from mmpeft_ds.sites.observe import BY_LENGTH
 
 
 class VisionTextEncoderConfig(VisionSideConfig):
@@ -94,10 +92,6 @@ class VisionTextEncoder(VisionSide):
         vision = vision or empty_tower(config.vision_config, "vision", config.vision_feature == "pooler")
         text = text or empty_tower(config.text_config, "text", config.head_input == "pooler")
         self._join_towers(vision, text)
-        # of the layers, which a loaded tower shares with nothing else
-        self._layer_config = self.text_model.encoder.layer[0].attention.self.config
-        if self._layer_config._attn_implementation == "sdpa":
-            self._layer_config._attn_implementation = BY_LENGTH
         self.head = Head(config)
         unread.leave_out_unread(self.text_model.encoder.layer)
         self.post_init()
@@ -126,8 +120,8 @@ class VisionTextEncoder(VisionSide):
             text_owner: (T,) slot of each text; None: text j belongs to slot j.
             num_slots: S; None: as many as texts.
             return_last_hidden_state: compute all positions to the end, and return them. Otherwise only those that
-                the head reads go through the last feed-forward block, and padding through no layer on a CPU, elsewhere
-                only through the projections of queries, keys and values.
+                the head reads go through the last feed-forward block, and padding only through the projections of
+                queries, keys and values.
             return_dict: accepted for transformers' sake; the output is always a ModelOutput.
         """
         images = self.encode_images(pixel_values, image_features)
@@ -136,23 +130,18 @@ class VisionTextEncoder(VisionSide):
         prefix, prefix_keep = self._prefix(vectors, keep)
         hidden, mask = self._embed(input_ids, attention_mask, prefix, prefix_keep)
         condition = self._condition(vectors, keep, attention_mask, prefix_keep)
-        # the position that the head reads; None: all of them
-        read = None if self.config.head_input == "mean" else unread.first_position(prefix_keep, hidden.shape[1])
-        texts = None if return_last_hidden_state else self._by_length(condition.own_mask, read)
+        read = None  # the position that the head reads; None: all of them
         layers = self.text_model.encoder.layer
-        if texts is not None:
-            hidden, mask, condition, read = texts.row(hidden), None, texts.condition(condition), texts.first
-        elif not return_last_hidden_state:
-            if read is not None and unread.tokenwise(layers[-1]):
+        if self.config.head_input != "mean":
+            read = unread.first_position(prefix_keep, hidden.shape[1])
+            if not return_last_hidden_state and unread.tokenwise(layers[-1]):
                 condition = dataclasses.replace(condition, read=read)
-            if condition.own_mask is not None and all(map(unread.rowless, layers)):
-                prefixes = self._kept_prefix(prefix_keep, keep, image_owner, text_owner)
-                count = int(on_host(attention_mask).sum()) + prefixes
-                condition = dataclasses.replace(condition, kept=unread.kept_positions(condition.own_mask, count))
+        if condition.own_mask is not None and not return_last_hidden_state and all(map(unread.rowless, layers)):
+            count = int(on_host(attention_mask).sum()) + self._kept_prefix(prefix_keep, keep, image_owner, text_owner)
+            condition = dataclasses.replace(condition, kept=unread.kept_positions(condition.own_mask, count))
         with conditioned(condition):
             hidden = self.text_model.encoder(hidden, attention_mask=mask).last_hidden_state
-        given = self._head_input(hidden, attention_mask, prefix_keep, read)
-        logits = self.head(given if texts is None else texts.unsorted(given))
+        logits = self.head(self._head_input(hidden, attention_mask, prefix_keep, read))
         return VisionTextEncoderOutput(
             logits=logits, image_features=images, last_hidden_state=hidden if return_last_hidden_state else None
         )
@@ -184,15 +173,6 @@ class VisionTextEncoder(VisionSide):
                 config=self.text_model.config, inputs_embeds=hidden, attention_mask=attention_mask
             )
         return hidden, attention_mask
-
-    def _by_length(self, own_mask: Tensor | None, read: Tensor | None) -> TextsByLength | None:
-        """The texts as one row, if all layers of the text tower can read them so; else None."""
-        if own_mask is None or read is None or own_mask.device.type != "cpu":
-            return None
-        if not own_mask[read].all():  # a text without any position, or padded on the left
-            return None
-        able = self._layer_config._attn_implementation == BY_LENGTH
-        return TextsByLength(own_mask) if able and unread.segmented(self.text_model.encoder.layer) else None
 
     def _head_input(
         self, hidden: Tensor, attention_mask: Tensor | None, prefix_keep: Tensor, read: Tensor | None

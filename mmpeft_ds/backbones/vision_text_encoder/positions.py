@@ -38,11 +38,6 @@ def rowless(layer: nn.Module) -> bool:
     return all_allow(_behind_attention(layer), "rowless")
 
 
-def segmented(layers: Iterable[nn.Module]) -> bool:
-    """Whether all texts may stand in one row in these layers, with the adapters in them."""
-    return all(all_allow(layer.modules(), "segmented") for layer in layers)
-
-
 def kept_positions(keep_TL: Tensor, count: int) -> Tensor | None:
     """(N,) where the positions that count stand in (T * L,); None if all of them do.
 
@@ -66,9 +61,7 @@ def first_position(prefix_keep: Tensor, length: int) -> Tensor:
 
 
 def take(hidden: Tensor, read: Tensor) -> Tensor:
-    """(T, 1, d) the position of each text that `read` marks; texts in one row as they stand there."""
-    if len(read) == 1:
-        return hidden[0, read[0]].unsqueeze(1)
+    """(T, 1, d) the position of each row that `read` marks."""
     at = read.to(torch.uint8).argmax(1)
     return hidden.gather(1, at[:, None, None].expand(-1, 1, hidden.shape[2]))
 

@@ -239,9 +239,7 @@ def _text_by_text(combine: Callable[[Tensor, Tensor], Tensor], h: Tensor, v: Ten
     # Compiled code cannot ask for the condition; engine.compile is refused with packed texts.
     condition = None if torch.compiler.is_compiling() else current()
     segments = None if condition is None else condition.segments
-    if segments is None or h.shape[:2] != (1, len(segments.text)):  # one position of each text is left
-        return combine(h, v)
-    return segments.join(combine(segments.split(h), v))
+    return combine(h, v) if segments is None else segments.join(combine(segments.split(h), v))
 
 
 def scaled(z: Tensor, scale: float) -> Tensor:

@@ -2,7 +2,7 @@
 
 `down` starts as the directions in which the inputs of a layer vary most, from an incremental singular value
 decomposition; `up` starts at zero, so the model starts as the frozen one. Layers whose inputs vary more get higher
-ranks, with the same sum over all layers. Positions of padding count like any other where the backbone computes them.
+ranks, with the same sum over all layers. Positions of padding count like any other.
 """
 
 from __future__ import annotations

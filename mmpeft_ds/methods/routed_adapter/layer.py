@@ -94,12 +94,6 @@ class RoutedAdapterLayer(nn.Module, SiteLayer):
         """`SiteLayer.tokenwise` of the active adapters."""
         return all(self.configs[n].tokenwise for n in self.active_adapters if n in self.configs)
 
-    @property
-    def segmented(self) -> bool:
-        """See `SiteLayer`; compiled code cannot ask for the condition."""
-        paths = (owner.routed_adapter[n] for n, owner in self.owners.items() if n in self.active_adapters)
-        return self.tokenwise and all(path._compiled_call_impl is None for path in paths)
-
     def update_layer(
         self,
         adapter_name: str,

@@ -126,12 +126,6 @@ class RoutedLoraLinear(nn.Module, SiteLayer):
         self.routed_lora = nn.ModuleDict()
         self.configs: dict[str, RoutedLoraConfig] = {}
 
-    @property
-    def segmented(self) -> bool:
-        """See `SiteLayer`; compiled code cannot ask for the condition."""
-        active = [(self.configs[n], self.routed_lora[n]) for n in self.active_adapters if n in self.configs]
-        return all(config.tokenwise and delta._compiled_call_impl is None for config, delta in active)
-
     def update_layer(self, adapter_name: str, place: Projections, config: RoutedLoraConfig, path: str) -> None:
         """Add an adapter. `path` names this projection in error messages."""
         self.path = path

@@ -32,7 +32,6 @@ from mmpeft_ds.engine.streams import make_stream
 from mmpeft_ds.engine.train_state import TrainState
 from mmpeft_ds.engine.zero import stage3
 from mmpeft_ds.errors import BadInput
-from tests.helpers.device import counters_models
 from tests.helpers.device.counters import counted
 from tests.helpers.device.counters_steps import STEPS
 from tests.helpers.runs import tiny_classifier
@@ -119,7 +118,6 @@ def main() -> None:
     ranks = processes.start(threads=1)
     for case in cases:
         with contextlib.ExitStack() as stack:
-            stack.enter_context(counters_models.padded())
             if not case.get("together", True):
                 stack.enter_context(mock.patch.object(stage3, "gather_flat", lambda engine: None))
             if case.get("sent"):
