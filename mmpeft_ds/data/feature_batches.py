@@ -30,10 +30,10 @@ from mmpeft_ds.errors import BadSample
 # for garbage a second time.
 TOGETHER = 96
 READ = 2**20  # bytes of rows that are copied at a time, or of one micro-batch: they stay in a core's cache
-REMEMBERED = 2**16  # samples of a source whose texts and targets are kept, as long as their records and features of
-REMEMBERED_BYTES = (
-    2**27
-)  # captions are not more than this in their shard; as objects of Python they take a few times that
+# Samples of a source whose texts and targets are kept, as long as their records and features of captions are not more
+# than so many bytes in their shard; as objects of Python they take a few times that.
+REMEMBERED = 2**16
+REMEMBERED_BYTES = 2**27
 
 
 @dataclass(slots=True)

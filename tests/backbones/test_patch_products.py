@@ -177,7 +177,7 @@ def test_a_tower_that_embeds_some_patches_at_a_time_is_told(flat):
     embedding = model.inner.visual.patch_embed
     removed = embedding.register_forward_pre_hook(lambda module, args: (args[0][:4],))
     try:
-        with pytest.raises(Exception, match="embeds 4 of .* patches at a time"):
+        with pytest.raises(RuntimeError, match="embeds 4 of .* patches at a time"):
             features_of(model, raw)
     finally:
         removed.remove()
