@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmpeft_ds.data.batch import GenerationOutput, PackedBatch
+from mmpeft_ds.data.batch import PackedBatch
+from mmpeft_ds.data.generation_output import GenerationOutput
 
 
 def places(outputs: Any, batch: PackedBatch) -> Tensor:

@@ -8,7 +8,8 @@ import torch
 
 from mmpeft_ds.backbones.blip.tokens import BlipTokens
 from mmpeft_ds.backbones.common.spelling import Spelling, spell
-from mmpeft_ds.data.batch import GenerationOutput, Sample, pack
+from mmpeft_ds.data.batch import Sample, pack
+from mmpeft_ds.data.generation_output import GenerationOutput
 from mmpeft_ds.engine.assembly.forward import answer
 from mmpeft_ds.metrics.ptb import tokenize
 from mmpeft_ds.metrics.vqa import answer_score, vqa_accuracy

@@ -32,6 +32,7 @@ COMMON = {
     "stop",
     "unused_imports",
     "data.batch",
+    "data.generation_output",
     "data.formats",
     "data.identity",
     "data.parsing",

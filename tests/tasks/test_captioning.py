@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from mmpeft_ds.data.batch import GenerationOutput, Prompted, Sample, pack
+from mmpeft_ds.data.batch import Prompted, Sample, pack
+from mmpeft_ds.data.generation_output import GenerationOutput
 from mmpeft_ds.errors import BadInput, BadSample
 from mmpeft_ds.metrics.captions import caption_scores
 from mmpeft_ds.tasks.captioning.priors import most_usual

@@ -8,7 +8,8 @@ import torch
 
 from mmpeft_ds.backbones.mllm.backbone import ENTRY
 from mmpeft_ds.backbones.mllm.backbone import Options as MllmOptions
-from mmpeft_ds.data.batch import GenerationOutput, Prompted, Sample, pack
+from mmpeft_ds.data.batch import Prompted, Sample, pack
+from mmpeft_ds.data.generation_output import GenerationOutput
 from mmpeft_ds.engine.assembly.forward import answer, forward
 from mmpeft_ds.errors import BadInput, BadSample
 from mmpeft_ds.methods import get

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from mmpeft_ds.backbones.blip import backbone as blip
-from mmpeft_ds.data.batch import GenerationOutput, PackedBatch, Sample, pack
+from mmpeft_ds.data.batch import PackedBatch, Sample, pack
+from mmpeft_ds.data.generation_output import GenerationOutput
 from mmpeft_ds.engine.assembly.forward import answer, forward
 from mmpeft_ds.errors import BadInput, BadSample
 from mmpeft_ds.tasks.vqa_generative.task import ENTRY, Options

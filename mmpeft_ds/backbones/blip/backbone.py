@@ -32,7 +32,8 @@ from mmpeft_ds.backbones.common.generation import in_step
 from mmpeft_ds.backbones.common.stock_backbone import WHERE, StockBackbone
 from mmpeft_ds.backbones.common.texts import pairs
 from mmpeft_ds.backbones.common.transform import SquareTransform
-from mmpeft_ds.data.batch import CollatedTexts, GenerationOutput, PackedBatch, Prompted
+from mmpeft_ds.data.batch import CollatedTexts, PackedBatch, Prompted
+from mmpeft_ds.data.generation_output import GenerationOutput
 from mmpeft_ds.errors import BadInput
 from mmpeft_ds.ops.context_enhancement import MODES
 from mmpeft_ds.sites.base import base_model

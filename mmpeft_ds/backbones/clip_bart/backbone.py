@@ -26,8 +26,9 @@ from mmpeft_ds.backbones.common.generation import in_step, one_of
 from mmpeft_ds.backbones.common.spelling import Spelling
 from mmpeft_ds.backbones.common.texts import TextIds, collated, pairs
 from mmpeft_ds.backbones.common.transform import SquareTransform
-from mmpeft_ds.data.batch import GenerationOutput, PackedBatch, Prompted
+from mmpeft_ds.data.batch import PackedBatch, Prompted
 from mmpeft_ds.data.formats import REGION_COUNTS
+from mmpeft_ds.data.generation_output import GenerationOutput
 from mmpeft_ds.data.transform import ImageTransform
 from mmpeft_ds.errors import BadInput, BadSample
 from mmpeft_ds.sites.base import base_model

@@ -34,7 +34,8 @@ from mmpeft_ds.backbones.mllm.model import ImageText, media_ids
 from mmpeft_ds.backbones.mllm.options import Options
 from mmpeft_ds.backbones.mllm.processing import TOKEN_RUNS, PixelTransform, SpelledTransform
 from mmpeft_ds.backbones.mllm.video_processing import VideoTransform
-from mmpeft_ds.data.batch import CollatedTexts, GenerationOutput, PackedBatch, Prompted
+from mmpeft_ds.data.batch import CollatedTexts, PackedBatch, Prompted
+from mmpeft_ds.data.generation_output import GenerationOutput
 from mmpeft_ds.data.token_counts import TokenCounts
 from mmpeft_ds.data.video import Times, evenly, stacked
 from mmpeft_ds.errors import BadInput

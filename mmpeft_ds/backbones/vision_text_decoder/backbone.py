@@ -28,7 +28,8 @@ from mmpeft_ds.backbones.vision_text_decoder.model import (
     VisionTextDecoderOutput,
 )
 from mmpeft_ds.backbones.vision_text_decoder.options import Options
-from mmpeft_ds.data.batch import GenerationOutput, PackedBatch, Prompted
+from mmpeft_ds.data.batch import PackedBatch, Prompted
+from mmpeft_ds.data.generation_output import GenerationOutput
 from mmpeft_ds.data.token_counts import TokenCounts
 from mmpeft_ds.errors import BadInput
 from mmpeft_ds.host_copies import both

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmpeft_ds.data.batch import GenerationOutput, PackedBatch, Prompted
+from mmpeft_ds.data.batch import PackedBatch, Prompted
+from mmpeft_ds.data.generation_output import GenerationOutput
 from mmpeft_ds.errors import BadInput, BadSample
 from mmpeft_ds.metrics.captions import caption_scores
 from mmpeft_ds.tasks.base import TaskBase

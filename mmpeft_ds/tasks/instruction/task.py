@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmpeft_ds.data.batch import MARKS, GenerationOutput, PackedBatch, Prompted
+from mmpeft_ds.data.batch import MARKS, PackedBatch, Prompted
+from mmpeft_ds.data.generation_output import GenerationOutput
 from mmpeft_ds.errors import BadInput, BadSample
 from mmpeft_ds.tasks.base import TaskBase
 from mmpeft_ds.tasks.common.losses import weighted_sum

@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmpeft_ds.data.batch import GenerationOutput, PackedBatch, Prompted
+from mmpeft_ds.data.batch import PackedBatch, Prompted
+from mmpeft_ds.data.generation_output import GenerationOutput
 from mmpeft_ds.errors import BadInput
 from mmpeft_ds.tasks.common.losses import weighted_sum
 from mmpeft_ds.tasks.common.questions import Asked, QuestionTask, answer_rows, drawn_questions, loss_weights
