@@ -27,15 +27,15 @@ def rank(group: Any = None) -> int:
     return dist.get_rank(group) if dist.is_initialized() else 0
 
 
-def sum_scalars(values: Sequence[float], device: torch.device | str = "cpu") -> list[float]:
+def sum_scalars(values: Sequence[float], device: torch.device | str = "cpu", group: Any = None) -> list[float]:
     """Sums over ranks, in float64; integers are exact below 2**53.
 
     The result has the same bits on every rank: gloo and NCCL reduce each element once and send the result to all.
     """
-    if world_size() == 1:
+    if world_size(group) == 1:
         return [float(v) for v in values]
     packed = torch.tensor(list(values), dtype=torch.float64, device=device)
-    dist.all_reduce(packed)
+    dist.all_reduce(packed, group=group)
     return packed.tolist()
 
 
@@ -86,8 +86,10 @@ def gather_everywhere(rows: list[Any]) -> list[Any]:
     return [row for part in parts for row in part]
 
 
-def on_rank0(function: Callable[[], T]) -> T:
+def on_rank0(function: Callable[[], T], group: Any = None) -> T:
     """Run `function` on rank 0 only and return what it returned on every rank. Collective.
+
+    Messages go over `group`, of all ranks, by default that of the run.
 
     A failure of rank 0 is raised on all ranks, so that none of them waits in the next collective for a rank that left.
 
@@ -106,7 +108,7 @@ def on_rank0(function: Callable[[], T]) -> T:
             bad_input = isinstance(error, BadInput)
             outcome[1:] = [bad_input, str(error) if bad_input else f"{type(error).__name__}: {error}"]
     if world_size() > 1:
-        dist.broadcast_object_list(outcome, src=0)
+        dist.broadcast_object_list(outcome, src=0, group=group)
     if error is not None:
         raise error
     if outcome[1] is not None:

@@ -65,18 +65,19 @@ def all_gather(x: Tensor, group: Any = None) -> Tensor:
     return everyone.view(x.dtype).view(ranks, *x.shape)
 
 
-def gather_on_rank0(x: Tensor, out: Tensor | None = None) -> Tensor | None:
+def gather_on_rank0(x: Tensor, out: Tensor | None = None, group: Any = None) -> Tensor | None:
     """Equal tensors of N ranks stacked: (N, *x.shape) on rank 0, None on the others. Collective, without gradient.
 
     Args:
         out: contiguous, of that shape and the dtype of `x`, which rank 0 fills and returns; None: a new one.
+        group: of all ranks, by default that of the run.
     """
     x, ranks, first = x.detach().contiguous(), collectives.world_size(), collectives.rank() == 0
     if ranks == 1:
         return x[None] if out is None else out.copy_(x[None])
     everyone = out if out is not None or not first else x.new_empty(ranks, *x.shape)
     with record("gather", (ranks - 1) * x.nbytes if first else 0, x.device):
-        dist.gather(x, list(everyone) if first else None, dst=0)
+        dist.gather(x, list(everyone) if first else None, dst=0, group=group)
     return everyone
 
 

@@ -1,25 +1,42 @@
-"""Work of rank 0 that runs beside the training, one job at a time."""
+"""Work of a run's ranks that goes on beside the training, one job at a time."""
 
 from __future__ import annotations
 
+import contextlib
+import datetime
+import os
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
 
-from mmpeft_ds.files import cannot_write
+import torch.distributed as dist
+
+from mmpeft_ds.engine.zero.snapshot import HostCopies
+from mmpeft_ds.errors import BadInput
+
+# A rank that is gone shows at once in its connections, and one that is stuck to the watchdog, who knows which it is;
+# the ranks wait here for a disk, however slow it is.
+PATIENCE = datetime.timedelta(days=1)
 
 
 class Background:
-    """One job at a time in a thread, whose failure is raised where its owner asks.
+    """One job at a time in a thread of every rank, whose failure is raised where its owner asks. Collective to make.
+
+    Every rank starts the same jobs in the same order; they talk to each other over `group`, so that their messages
+    never mix with those of the training. All owners of a process share the thread and the group.
 
     The process does not end before a job that has begun has ended, unless it is killed.
 
     Attributes:
+        group: of all ranks, on CPUs; None on one rank.
+        copies: what a job reads while the training goes on.
         failed: the last job did not end well.
     """
 
     def __init__(self) -> None:
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._thread, self.group = _lane()
         self._job: Future[None] | None = None
+        self.copies = HostCopies()
         self.failed = False
 
     def start(self, job: Callable[[], None]) -> None:
@@ -35,7 +52,27 @@ class Background:
             self.failed = job.exception() is not None
             job.result()
 
+    def failure(self) -> bool:
+        """Whether the last job could not write its files, once it has ended; that is not raised any more. Raises any
+        other error of it."""
+        with contextlib.suppress(BadInput):
+            self.wait()
+        return self.failed
+
     def check(self) -> None:
         """Raise what a job that has ended raised because a file could not be written; returns at once."""
-        if self._job is not None and self._job.done() and cannot_write(self._job.exception()):
+        if self._job is not None and self._job.done() and isinstance(self._job.exception(), BadInput):
             self.wait()
+
+
+def _lane() -> tuple[ThreadPoolExecutor, Any]:
+    """The thread and the group of this process, which are made once."""
+    whose = (os.getpid(), dist.group.WORLD if dist.is_initialized() else None)
+    if not _lanes or _lanes[-1][0] != whose:
+        several = whose[1] is not None and dist.get_world_size() > 1
+        group = dist.new_group(backend="gloo", timeout=PATIENCE) if several else None
+        _lanes[:] = [(whose, (ThreadPoolExecutor(1, thread_name_prefix="checkpoint"), group))]
+    return _lanes[-1][1]
+
+
+_lanes: list[tuple[Any, tuple[ThreadPoolExecutor, Any]]] = []

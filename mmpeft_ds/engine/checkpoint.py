@@ -35,10 +35,12 @@ from mmpeft_ds.backbones.common.model_hooks import model_hooks
 from mmpeft_ds.distributed.collectives import on_rank0, rank, world_size
 from mmpeft_ds.engine import checkpoint_files, checkpoint_tensors
 from mmpeft_ds.engine.background import Background
+from mmpeft_ds.engine.held import Held
 from mmpeft_ds.engine.train_state import TrainState
 from mmpeft_ds.engine.zero import fingerprint as fingerprints
 from mmpeft_ds.engine.zero import full_state
 from mmpeft_ds.engine.zero import state as zero_state
+from mmpeft_ds.engine.zero.snapshot import Snapshot
 from mmpeft_ds.errors import BadInput
 from mmpeft_ds.files import save_tensors, write_json
 from mmpeft_ds.methods.common.layers import kept_buffers
@@ -71,98 +73,94 @@ def save(
         engine: what `deepspeed.initialize` returned.
         trainables: name -> parameter; the same names in the same order on all ranks.
         fingerprint: of `fingerprint.frozen_fingerprint`.
-        background: where rank 0 compares and writes a copy while the training goes on, after the checkpoint before;
-            None: here, before this returns. A failure is raised by the next save, or where the owner asks for it.
+        background: where the ranks gather, compare and write copies while the training goes on, after the checkpoint
+            before; nothing here is collective then. None: here, before this returns. A failure is raised on all ranks
+            by the next save, or where the owner asks for it.
 
     Returns:
-        the checkpoint's directory, on every rank.
+        the checkpoint's directory, on every rank; in the background the other ranks do not know whether one of that
+        step is there already, so that rank 0 gives it another name.
 
     Raises:
         RuntimeError: if what was gathered is not what the next forward uses and the optimizer holds.
     """
+    folder = Path(run_dir) / "checkpoints"
+    kept = (folder, state.step, keep_last, best)  # the step counts on while a copy is written
+    header = _header(engine, trainables, state)
+    extra = _model(engine, "training_state")
+    extra |= {f"{ADAPTER}{name}": buffer for name, buffer in kept_buffers(engine.module).items()}
+    beside = {"recipe.json": recipe, "fingerprint.json": fingerprint}
     if background is not None:
-        on_rank0(background.wait)  # before there is a second copy
+        background.wait()  # before its copies are overwritten
+        snapshot = Snapshot.take(background.copies, engine, trainables, extra if rank() == 0 else {})
+        name = checkpoint_files.name(state.step)
+        path = checkpoint_files.place(folder, state.step) if rank() == 0 else folder / name
+        background.start(lambda: _write_snapshot(snapshot, background, engine, trainables, header, beside, kept))
+        return path
     zero_state.ensure_optimizer_state(engine)
+    header["optimizer_step"] = zero_state.optimizer_step(engine)
     held = Held.of(engine, trainables)
-    keys = (full_state.WEIGHT, *zero_state.moments(engine)) if trainables else (full_state.WEIGHT,)
     # gathers trainables only, never a frozen weight
-    full = full_state.on_rank0(engine, trainables, keys, copy=background is not None)
+    full = full_state.on_rank0(engine, trainables, _keys(engine, trainables), copy=False)
+    extra = {k: v.detach().to("cpu").contiguous() for k, v in extra.items()}
+    return on_rank0(lambda: _write(full, held, extra, {"state.json": header} | beside, kept))
+
+
+def _write_snapshot(
+    snapshot: Snapshot,
+    background: Background,
+    engine: Any,
+    trainables: dict[str, nn.Parameter],
+    header: dict[str, Any],
+    beside: dict[str, Any],
+    kept: tuple[Path, int, int, bool],
+) -> None:
+    """Write a copy. Collective, of the background."""
+    background.copies.wait()
+    group, host = background.group, torch.device("cpu")
+    held = Held.of_copies(snapshot, engine, group)
+    keys = _keys(engine, trainables)
+    full = full_state.of_held(engine, trainables, keys, snapshot.held, host, copy=False, group=group)
+    header["optimizer_step"] = max(map(int, snapshot.steps), default=0)
+    on_rank0(lambda: _write(full, held, snapshot.extra, {"state.json": header} | beside, kept), group)
+
+
+def _write(
+    full: dict[str, dict[str, torch.Tensor]],
+    held: Held,
+    extra: dict[str, torch.Tensor],
+    beside: dict[str, Any],
+    kept: tuple[Path, int, int, bool],
+) -> Path:
+    """Compare what was gathered, and write it. On rank 0."""
+    folder, step, keep_last, best = kept
     weights = full.pop(full_state.WEIGHT)
     moments = {f"{name}.{key}": value for key, tensors in full.items() for name, value in tensors.items()}
-    header = {
+    held.check(weights, moments)
+    files: dict[str, Callable[[Path], Any]] = {
+        "weights.safetensors": lambda p: checkpoint_tensors.write(p, weights),
+        "optimizer.safetensors": lambda p: checkpoint_tensors.write(p, moments),
+    }
+    for name, value in beside.items():
+        files[name] = lambda p, value=value: write_json(p, value, in_new_directory=True)
+    if extra:
+        files[MODEL_STATE] = lambda p: save_tensors(p, extra)
+    return checkpoint_files.write(folder, step, files, keep_last, best)
+
+
+def _keys(engine: Any, trainables: dict[str, nn.Parameter]) -> tuple[str, ...]:
+    return (full_state.WEIGHT, *zero_state.moments(engine)) if trainables else (full_state.WEIGHT,)
+
+
+def _header(engine: Any, trainables: dict[str, nn.Parameter], state: TrainState) -> dict[str, Any]:
+    """What `state.json` holds; Adam's step takes its place later."""
+    return {
         "format": FORMAT,
         "optimizer": _optimizer(engine, trainables),
-        "optimizer_step": zero_state.optimizer_step(engine),
+        "optimizer_step": 0,
         "state": dataclasses.asdict(state),
         "saved_by": {"world_size": world_size(), "zero_stage": engine.zero_optimization_stage()},
     }
-    files: dict[str, Callable[[Path], None]] = {
-        "weights.safetensors": lambda p: checkpoint_tensors.write(p, weights),
-        "optimizer.safetensors": lambda p: checkpoint_tensors.write(p, moments),
-        "state.json": lambda p: write_json(p, header, in_new_directory=True),
-        "recipe.json": lambda p: write_json(p, recipe, in_new_directory=True),
-        "fingerprint.json": lambda p: write_json(p, fingerprint, in_new_directory=True),
-    }
-    extra = _model(engine, "training_state")
-    extra |= {f"{ADAPTER}{name}": buffer for name, buffer in kept_buffers(engine.module).items()}
-    extra = {k: v.detach().to("cpu", copy=background is not None).contiguous() for k, v in extra.items()}
-    if extra:
-        files[MODEL_STATE] = lambda p: save_tensors(p, extra)
-    folder, step = Path(run_dir) / "checkpoints", state.step  # which counts on while a copy is written
-
-    def write() -> Path:
-        held.check(weights, moments)
-        return checkpoint_files.write(folder, step, files, keep_last, best)
-
-    def begin() -> Path:
-        path = checkpoint_files.place(folder, step)
-        background.start(write)
-        return path
-
-    return on_rank0(write if background is None else begin)
-
-
-@dataclasses.dataclass(frozen=True)
-class Held:
-    """Fingerprints of all that trains, computed without DeepSpeed's map from parameters to masters, to check what is
-    gathered by.
-
-    Attributes:
-        weights: name -> fingerprint of the float32 parameter that the next forward uses.
-        moments: of the optimizer, name -> sum of the bits of all numbers.
-        hashed: names of the parameters that lie whole on the CPU of each rank, whose fingerprint is a hash.
-    """
-
-    weights: dict[str, str]
-    moments: dict[str, int]
-    hashed: frozenset[str]
-
-    @classmethod
-    def of(cls, engine: Any, trainables: dict[str, nn.Parameter]) -> Held:
-        """Those of an engine. Collective. Raises RuntimeError if ranks hold different copies of a parameter."""
-        whole = {n: p for n, p in trainables.items() if not hasattr(p, "ds_tensor")}
-        hashed = frozenset(name for name, parameter in whole.items() if parameter.device.type == "cpu")
-        weights, differing = fingerprints.over_ranks(trainables.items(), hashed)
-        if differing:
-            raise RuntimeError(f"trained parameter {differing[0]} is not the same on all ranks")
-        return cls(weights, zero_state.state_sums(engine) if trainables else {}, hashed)
-
-    def check(self, weights: dict[str, torch.Tensor], moments: dict[str, torch.Tensor]) -> None:
-        """Compare what is to be written with them. Raises RuntimeError."""
-        self.check_weights(weights, "weights.safetensors")
-        for key, held in self.moments.items():
-            bits = sum(zero_state.bits_sum(t) for name, t in moments.items() if name.endswith(f".{key}"))
-            if bits % 2**32 != held:
-                raise RuntimeError(f"optimizer.safetensors: {key} is not what the optimizer holds")
-
-    def check_weights(self, written: dict[str, torch.Tensor], where: str) -> None:
-        """Raise RuntimeError, naming the first tensor that differs."""
-        prints = {name: fingerprints.of_whole(written[name], name in self.hashed) for name in self.weights}
-        wrong = [name for name, print in self.weights.items() if prints[name] != print]
-        if wrong:
-            raise RuntimeError(
-                f"{where}: {len(wrong)} of {len(self.weights)} tensors are not those that train, first {wrong[0]}"
-            )
 
 
 def load(

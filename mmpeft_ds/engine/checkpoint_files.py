@@ -31,12 +31,15 @@ logger = logging.getLogger(__name__)
 
 def place(folder: Path, step: int) -> Path:
     """The directory of the next checkpoint of `step`, never that of a complete one."""
-    name = f"step-{step:08d}"
     again = 0
-    while (folder / name).exists():
+    while (path := folder / name(step, again)).exists():
         again += 1
-        name = f"step-{step:08d}.{again}"
-    return folder / name
+    return path
+
+
+def name(step: int, again: int = 0) -> str:
+    """The name of the first checkpoint of a step, and those of the following ones."""
+    return f"step-{step:08d}" + (f".{again}" if again else "")
 
 
 def write(folder: Path, step: int, files: dict[str, Callable], keep_last: int, best: bool) -> Path:

@@ -123,6 +123,7 @@ class Training:
             self.settle()
         except AgreedBadInput:
             if self.state.step:
+                self.lost()  # which may be the reason: rank 0 alone has raised it then
                 self.save()
                 self.settle()
             raise
@@ -328,13 +329,13 @@ class Training:
         self.check_written()
 
     def settle(self) -> None:
-        """Wait until the newest checkpoint is whole. Collective. Raises AgreedBadInput if it could not be written."""
+        """Wait until the newest checkpoint is whole. Raises AgreedBadInput on all ranks if it could not be written."""
         if self.writer is not None:
-            on_rank0(self.writer.wait)
+            self.writer.wait()
 
     def lost(self) -> bool:
-        """Whether the newest checkpoint could not be written. Collective."""
-        return self.writer is not None and on_rank0(lambda: self.writer.failed)
+        """Whether the newest checkpoint could not be written, once that is known; the same on all ranks."""
+        return self.writer is not None and self.writer.failure()
 
     def finish(self, conclude: Callable[[Training], bool] | None = None) -> bool:
         """Write the adapter directory, from the best checkpoint if there is one, and the final table.

@@ -14,11 +14,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from mmpeft_ds.distributed.collectives import on_rank0
 from mmpeft_ds.engine import checkpoint, checkpoint_files
 from mmpeft_ds.engine.background import Background
 from mmpeft_ds.engine.train_state import TrainState
-from mmpeft_ds.engine.zero import full_state
+from mmpeft_ds.engine.zero import snapshot
 from mmpeft_ds.errors import AgreedBadInput
 
 
@@ -109,13 +108,13 @@ def test_a_save_waits_for_the_one_before_and_both_are_there(tmp_path, monkeypatc
 
 def test_there_is_one_copy_at_a_time(tmp_path, monkeypatch):
     made, background, held, copies = engine(), Background(), Held(monkeypatch), []
-    gather = full_state.on_rank0
+    take = snapshot.HostCopies.take
 
-    def watched(*args, **kwargs):
+    def watched(*args):
         copies.append([path.name for path in checkpoint_files.listing(tmp_path / "checkpoints")])
-        return gather(*args, **kwargs)
+        return take(*args)
 
-    monkeypatch.setattr(full_state, "on_rank0", watched)
+    monkeypatch.setattr(snapshot.HostCopies, "take", watched)
     save(tmp_path, made, 2, background)
     threading.Timer(0.2, held.go.set).start()
     save(tmp_path, made, 4, background)
@@ -138,7 +137,7 @@ def test_a_directory_that_cannot_be_written_is_told_in_a_line_and_the_next_save_
     shutil.rmtree(run)
     save(run, made, 4, background)
     with pytest.raises(AgreedBadInput, match="checkpoints: cannot be written, since its directory is gone"):
-        on_rank0(background.wait)
+        background.wait()
     assert background.failed
     run.mkdir()
     again = save(run, made, 4, background)
@@ -149,7 +148,7 @@ def test_a_directory_that_cannot_be_written_is_told_in_a_line_and_the_next_save_
 def test_the_training_learns_of_a_failure_before_the_next_save(tmp_path):
     made, background = engine(), Background()
     save(tmp_path / "nowhere", made, 2, background)
-    with pytest.raises(OSError, match="No such file"):
+    with pytest.raises(AgreedBadInput, match="cannot be written, since its directory is gone"):
         for _ in range(3000):
             background.check()
             time.sleep(0.01)

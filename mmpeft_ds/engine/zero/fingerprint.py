@@ -8,7 +8,9 @@ times a power of two below 2^64, so it always shows; and exchanged values do not
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -144,7 +146,50 @@ def of_whole(tensor: Tensor, hashed: bool = False) -> str:
     Args:
         hashed: by `hashed_bits`.
     """
-    return _described(tensor, hashed_bits(tensor) if hashed else weighted_bits(tensor.detach().reshape(-1)))
+    return _described(_kind(tensor), hashed_bits(tensor) if hashed else weighted_bits(tensor.detach().reshape(-1)))
+
+
+@dataclass(frozen=True)
+class Part:
+    """What a rank holds of a tensor.
+
+    Attributes:
+        kind: dtype and shape of the whole tensor.
+        data: this rank's elements, without padding; of any shape.
+        start: position of the first one in the whole tensor; None where every rank has the whole.
+        hashed: its fingerprint is by `hashed_bits`.
+        group: of the ranks among which it is split.
+    """
+
+    name: str
+    kind: str
+    data: Tensor
+    start: int | None = None
+    hashed: bool = False
+    group: Any = None
+
+    def bits(self) -> int:
+        """This rank's share of the fingerprint."""
+        return hashed_bits(self.data) if self.hashed else weighted_bits(self.data.reshape(-1), self.start or 0)
+
+
+def parts_of(tensors: Iterable[tuple[str, Tensor]], hashed: Collection[str] = ()) -> list[Part]:
+    """The parts of this rank, in the order of their names, which no copy is made of.
+
+    Args:
+        hashed: names of tensors that are whole on the CPU of every rank, whose fingerprint is by `hashed_bits`.
+    """
+    parts = []
+    for name, tensor in sorted(tensors, key=lambda item: item[0]):
+        shard = getattr(tensor, "ds_tensor", None)
+        if shard is None:
+            parts.append(Part(name, _kind(tensor), tensor.detach(), hashed=name in hashed))
+            continue
+        group = tensor.ds_process_group
+        start = dist.get_rank(group=group) * shard.ds_numel
+        own = max(0, min(shard.ds_numel, tensor.ds_numel - start))  # the rest is padding of undefined value
+        parts.append(Part(name, _kind(tensor), shard.detach().reshape(-1)[:own], start, group=group))
+    return parts
 
 
 def over_ranks(
@@ -155,40 +200,38 @@ def over_ranks(
     Args:
         hashed: names of whole tensors whose fingerprint is by `hashed_bits`, the same on all ranks.
     """
-    frozen = sorted(tensors, key=lambda item: item[0])
-    sums, sharded, group = [], [], None
-    for name, tensor in frozen:
-        shard = getattr(tensor, "ds_tensor", None)
-        sharded.append(shard is not None)
-        if name in hashed:
-            sums.append(hashed_bits(tensor))
-        elif shard is None:
-            sums.append(weighted_bits(tensor.detach().reshape(-1)))
-        else:
-            group = tensor.ds_process_group
-            start = dist.get_rank(group=group) * shard.ds_numel
-            own = max(0, min(shard.ds_numel, tensor.ds_numel - start))  # the rest is padding of undefined value
-            sums.append(weighted_bits(shard.detach().reshape(-1)[:own], start))
-    differing: list[str] = []
+    return of_parts(parts_of(tensors, hashed))
+
+
+def of_parts(parts: Sequence[Part], group: Any = None) -> tuple[dict[str, str], list[str]]:
+    """`over_ranks` of what the ranks hold.
+
+    Args:
+        group: of all ranks, on CPUs; None: that of the run.
+    """
+    sums, differing = [part.bits() for part in parts], []
     if world_size() > 1 and sums:
-        nccl = "nccl" in dist.get_backend()
+        nccl = group is None and "nccl" in dist.get_backend()
         device = torch.device("cuda", torch.cuda.current_device()) if nccl else torch.device("cpu")
         total = torch.tensor(sums, dtype=torch.int64, device=device)
-        whole = torch.tensor([not s for s in sharded], device=device)
+        whole = torch.tensor([part.start is None for part in parts], device=device)
         ends = torch.cat((total, ~total))  # the least of ~x is ~ of the largest x: one collective for both
-        dist.all_reduce(ends, op=dist.ReduceOp.MIN)
+        dist.all_reduce(ends, op=dist.ReduceOp.MIN, group=group)
         low, high = ends[: len(total)], ~ends[len(total) :]
-        if any(sharded):
-            dist.all_reduce(total, group=group)
-        differing = [frozen[i][0] for i in torch.nonzero(whole & (low != high)).flatten().tolist()]
+        if not all(part.start is None for part in parts):
+            dist.all_reduce(total, group=group or next(part.group for part in parts if part.start is not None))
+        differing = [parts[i].name for i in torch.nonzero(whole & (low != high)).flatten().tolist()]
         sums = torch.where(whole, low, total).tolist()
-    return {name: _described(tensor, value) for (name, tensor), value in zip(frozen, sums, strict=True)}, differing
+    return {part.name: _described(part.kind, value) for part, value in zip(parts, sums, strict=True)}, differing
 
 
-def _described(tensor: Tensor, value: int) -> str:
+def _described(kind: str, value: int) -> str:
+    return f"{kind} {value % 2**64:016x}"
+
+
+def _kind(tensor: Tensor) -> str:
     shape = tuple(getattr(tensor, "ds_shape", tensor.shape))
-    kind = str(tensor.dtype).removeprefix("torch.")
-    return f"{kind} {'x'.join(map(str, shape)) or 'scalar'} {value % 2**64:016x}"
+    return f"{str(tensor.dtype).removeprefix('torch.')} {'x'.join(map(str, shape)) or 'scalar'}"
 
 
 def compare(

@@ -10,8 +10,10 @@ copies to the host.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -36,8 +38,8 @@ def on_rank0(
         trainables: name -> parameter, the same on all ranks.
         keys: WEIGHT, and moments of the optimizer.
         bucket: bytes that one gather may bring together.
-        copy: False where the tensors are read before the next step: on one rank, on a CPU, they are then the masters
-            and moments themselves.
+        copy: False where the tensors are read before the next step: where no rank holds a part alone, on a CPU, they
+            are then the masters and moments themselves.
 
     Returns:
         key -> name -> tensor of the parameter's shape, names in the order of `trainables`, without those that have no
@@ -47,18 +49,46 @@ def on_rank0(
         RuntimeError: on all ranks, if DeepSpeed's tables do not fit the parameters.
     """
     keys = list(keys)
-    stage = engine.zero_optimization_stage()
-    if stage == 0:
-        return {key: _replicated(engine, trainables, key, copy) if rank() == 0 else {} for key in keys}
-    split = _split_by_stage3 if stage == 3 else _split_by_stage1
-    flats = [flat for key in keys for flat in split(engine, trainables, key)]
-    _gather([flat for flat in flats if copy or not _is_whole(flat)], engine.device, bucket)
+    return of_held(engine, trainables, keys, zero_state.flat_tensors(engine, keys), engine.device, bucket, copy)
+
+
+def of_held(
+    engine: object,
+    trainables: dict[str, nn.Parameter],
+    keys: Iterable[str],
+    held: dict[tuple[str, int], Tensor],
+    device: torch.device,
+    bucket: int = BUCKET,
+    copy: bool = True,
+    group: Any = None,
+) -> dict[str, dict[str, Tensor]]:
+    """`on_rank0` of what every rank holds. Collective.
+
+    Args:
+        held: `zero_state.flat_tensors`, or copies of them.
+        device: from which the parts are sent.
+        group: of all ranks; None: that of the run.
+    """
+    keys, stage = list(keys), engine.zero_optimization_stage()
+    flats = list(_flats(engine, trainables, held))
+    if stage == 0 or world_size() == 1:
+        if rank() == 0:
+            on_host = {place: t.detach().to("cpu", torch.float32, copy=copy) for place, t in held.items()}
+            for flat in flats:
+                flat.whole = flat.part(on_host)[None]
+    else:
+        _gather(flats, held, device, bucket, group)
     whole: dict[str, dict[str, Tensor]] = {key: {} for key in keys}
     if rank() == 0:
         for flat in flats:
             whole[flat.key] |= flat.tensors()
         whole = {key: {name: kept[name] for name in trainables if name in kept} for key, kept in whole.items()}
     return whole
+
+
+def holds_part(engine: object) -> bool:
+    """Whether `of_held` reads what this rank holds: rank 0 alone does where every rank holds all."""
+    return rank() == 0 or engine.zero_optimization_stage() > 0
 
 
 def from_rank0(
@@ -106,21 +136,27 @@ def _together(sizes: dict[str, int], limit: int) -> Iterator[list[str]]:
 
 @dataclass
 class Flat:
-    """A flat float32 tensor of N equal parts, one on each rank.
+    """A flat float32 tensor of N equal parts, one on each rank; of one part where every rank holds the whole.
 
     Attributes:
         key: WEIGHT, or a moment.
+        number: of the tensor of `zero_state.flat_tensors` that holds this rank's part.
+        first: where the part begins in it.
         size: S.
-        part: gives this rank's, (S,), on any device.
         members: name, first element and shape of each parameter in it; what lies between them is padding.
         whole: (N, S) on the CPU, once gathered; on rank 0 alone.
     """
 
     key: str
+    number: int
+    first: int
     size: int
-    part: Callable[[], Tensor]
     members: list[tuple[str, int, tuple[int, ...]]]
     whole: Tensor | None = None
+
+    def part(self, held: dict[tuple[str, int], Tensor]) -> Tensor:
+        """This rank's part of such tensors, (S,)."""
+        return held[self.key, self.number].detach().reshape(-1)[self.first : self.first + self.size]
 
     def tensors(self) -> dict[str, Tensor]:
         """The parameters' tensors, views of `whole`."""
@@ -130,50 +166,33 @@ class Flat:
         }
 
 
-def _is_whole(flat: Flat) -> bool:
-    """Whether this is the one rank, and has the flat tensor as the files need it, which is then `whole`."""
-    if world_size() > 1:
-        return False
-    part = flat.part()
-    if part.device.type == "cpu" and part.dtype == torch.float32 and part.is_contiguous():
-        flat.whole = part[None]
-    return flat.whole is not None
-
-
-def _replicated(engine: object, trainables: dict[str, nn.Parameter], key: str, copy: bool) -> dict[str, Tensor]:
-    """Tensors that every rank holds whole."""
-    state = engine.optimizer.state
-    held = {name: p if key == WEIGHT else state[p].get(key) for name, p in trainables.items()}
-    held = {name: t for name, t in held.items() if t is not None}
-    return {name: t.detach().to("cpu", torch.float32, copy=copy).contiguous() for name, t in held.items()}
-
-
-def _split_by_stage3(engine: object, trainables: dict[str, nn.Parameter], key: str) -> Iterator[Flat]:
-    """Stage 3 splits each parameter."""
-    from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_optimizer_state
-
-    having = {n: p for n, p in trainables.items() if key == WEIGHT or key in zero_state.moments(engine, p)}
-    for name, parameter in having.items():
-
-        def part(p: nn.Parameter = parameter) -> Tensor:
-            return safe_get_local_fp32_param(p) if key == WEIGHT else safe_get_local_optimizer_state(p, key)
-
-        yield Flat(key, parameter.ds_tensor.ds_numel, part, [(name, 0, zero_state.full_shape(parameter))])
-
-
-def _split_by_stage1(engine: object, trainables: dict[str, nn.Parameter], key: str) -> Iterator[Flat]:
-    """Stages 1 and 2 split each parameter group, whose parameters lie end to end; moments lie as the masters do, which
-    `checkpoint.Held` compares with what the forward uses."""
-    zero = engine.optimizer
-    names = {id(p): name for name, p in trainables.items()}
-    groups = zip(zero.bit16_groups, zero.round_robin_bit16_offsets, zero.single_partition_of_fp32_groups, strict=True)
-    for parameters, offsets, master in groups:
-        held = master if key == WEIGHT else zero.optimizer.state[master].get(key)
-        if held is None:
-            continue
-        members = [(names[id(p)], first, tuple(p.shape)) for p, first in zip(parameters, offsets, strict=True)]
-        _check_layout(members, world_size() * held.numel())
-        yield Flat(key, held.numel(), lambda held=held: held.detach(), members)
+def _flats(engine: object, trainables: dict[str, nn.Parameter], held: dict[tuple[str, int], Tensor]) -> Iterator[Flat]:
+    """In the same order on all ranks."""
+    stage, zero = engine.zero_optimization_stage(), engine.optimizer
+    keys: dict[int, list[str]] = defaultdict(list)
+    for key, number in held:
+        keys[number].append(key)
+    if stage == 0:  # every rank holds each parameter by itself
+        numbers = {id(p): i for i, p in enumerate(p for group in zero.param_groups for p in group["params"])}
+        for name, p in trainables.items():
+            for key in keys[numbers[id(p)]]:
+                yield Flat(key, numbers[id(p)], 0, p.numel(), [(name, 0, tuple(p.shape))])
+    elif stage == 3:  # splits each parameter
+        for name, p in trainables.items():
+            number, first, _ = zero.grad_position[zero.get_param_id(p)]
+            for key in keys[number]:
+                yield Flat(key, number, first, p.ds_tensor.ds_numel, [(name, 0, zero_state.full_shape(p))])
+    else:
+        names = {id(p): name for name, p in trainables.items()}
+        # They split each parameter group, whose parameters lie end to end; moments lie as the masters do, which `Held`
+        # compares with what the forward uses.
+        for number, offsets in enumerate(zero.round_robin_bit16_offsets):
+            parameters = zip(zero.bit16_groups[number], offsets, strict=True)
+            members = [(names[id(p)], first, tuple(p.shape)) for p, first in parameters]
+            for key in keys[number]:
+                size = held[key, number].numel()
+                _check_layout(members, world_size() * size)
+                yield Flat(key, number, 0, size, members)
 
 
 def _check_layout(members: list[tuple[str, int, tuple[int, ...]]], total: int) -> None:
@@ -184,7 +203,9 @@ def _check_layout(members: list[tuple[str, int, tuple[int, ...]]], total: int) -
             raise RuntimeError(f"DeepSpeed's places of trained parameters do not fit them, first {name}")
 
 
-def _gather(flats: list[Flat], device: torch.device, bucket: int) -> None:
+def _gather(
+    flats: list[Flat], held: dict[tuple[str, int], Tensor], device: torch.device, bucket: int, group: Any
+) -> None:
     """Set `whole` of each on rank 0. Collective."""
     ranks = world_size()
     if rank() == 0:
@@ -193,12 +214,12 @@ def _gather(flats: list[Flat], device: torch.device, bucket: int) -> None:
     small = []
     for flat in flats:  # the same on all ranks, also where a large part is not to be sent as it is
         if device.type == "cpu" and 4 * flat.size >= LARGE:
-            gather_on_rank0(flat.part().to(device, torch.float32), flat.whole)
+            gather_on_rank0(flat.part(held).to(device, torch.float32), flat.whole, group)
         else:
             small.append(flat)
     for pieces in _buckets(small, max(1, bucket // (4 * ranks))):
-        own = [flat.part()[begin:end].to(device, torch.float32) for flat, begin, end in pieces]
-        every = gather_on_rank0(torch.cat(own))
+        own = [flat.part(held)[begin:end].to(device, torch.float32) for flat, begin, end in pieces]
+        every = gather_on_rank0(torch.cat(own), group=group)
         if every is not None:
             columns = every.cpu().split([end - begin for _, begin, end in pieces], dim=1)
             for (flat, begin, end), values in zip(pieces, columns, strict=True):

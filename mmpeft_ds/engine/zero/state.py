@@ -46,11 +46,8 @@ def ensure_optimizer_state(engine: Any) -> None:
     Raises:
         TypeError: for an optimizer that no recipe can name.
     """
-    zero, stepping = engine.optimizer, inner(engine)
-    flats = _flat_masters(engine)
-    for flat in flats:
-        if not stepping.state[flat]:
-            stepping.state[flat].update(optimizers.new_state(stepping, flat))
+    zero = engine.optimizer
+    create_missing_state(engine)
     if hasattr(zero, "_lazy_init_hp_params_optimizer_state"):
         # Stages 1 and 2: link each parameter's views into the flat state. DeepSpeed does so once, after the step of
         # the first parameter group, when the other groups have no state yet.
@@ -58,18 +55,48 @@ def ensure_optimizer_state(engine: Any) -> None:
         zero._lazy_init_hp_params_optimizer_state()
 
 
-def state_sums(engine: Any) -> dict[str, int]:
+def create_missing_state(engine: Any) -> None:
+    """Create the optimizer's state as `ensure_optimizer_state` does, which DeepSpeed then does not know of."""
+    stepping = inner(engine)
+    for flat in _flat_masters(engine):
+        if not stepping.state[flat]:
+            stepping.state[flat].update(optimizers.new_state(stepping, flat))
+
+
+def flat_tensors(engine: Any, keys: Iterable[str]) -> dict[tuple[str, int], Tensor]:
+    """The tensors that the optimizer steps on, and its moments of them, on this rank.
+
+    Args:
+        keys: `weight`, and names of moments.
+
+    Returns:
+        (key, number of the tensor) -> tensor; not those that have no such moment, as Muon's and AdamW's differ.
+    """
+    stepping, masters = inner(engine), _flat_masters(engine)
+    every = (
+        (key, i, master if key == "weight" else stepping.state[master].get(key))
+        for key in keys
+        for i, master in enumerate(masters)
+    )
+    return {(key, i): tensor for key, i, tensor in every if tensor is not None}
+
+
+def state_sums(engine: Any, held: dict[tuple[str, int], Tensor] | None = None, group: Any = None) -> dict[str, int]:
     """Per moment of the optimizer, the sum of the raw bits of all its numbers over all ranks, mod 2^32. Collective.
 
     Read from the tensors that the optimizer steps on, not through DeepSpeed's map from parameters to them.
+
+    Args:
+        held: copies of `flat_tensors`, on the CPU, to read in their place.
+        group: of all ranks, on CPUs, for the sums; None: that of the run.
     """
-    stepping, keys = inner(engine), moments(engine)
-    own = []
+    keys, own, numbers = moments(engine), [], range(len(_flat_masters(engine)))
+    held = flat_tensors(engine, keys) if held is None else held
     for key in keys:
-        flats = (stepping.state[flat].get(key) for flat in _flat_masters(engine))  # None: Muon's and AdamW's differ
+        flats = (held.get((key, i)) for i in numbers)
         own.append(sum(bits_sum(part) for flat in _without_padding(engine, flats) for part in flat) % 2**32)
     if keys and engine.zero_optimization_stage() > 0:
-        own = collectives.sum_scalars(own, engine.device)  # exact in float64
+        own = collectives.sum_scalars(own, engine.device if group is None else "cpu", group)  # exact in float64
     return {key: int(total) % 2**32 for key, total in zip(keys, own, strict=True)}
 
 
@@ -83,8 +110,13 @@ def bits_sum(tensor: Tensor) -> int:
 
 def optimizer_step(engine: Any) -> int:
     """Steps that Adam has counted, for its bias correction; 0 for SGD, which counts none."""
+    return max(map(int, step_counters(engine)), default=0)
+
+
+def step_counters(engine: Any) -> list[Any]:
+    """Adam's counters of steps, numbers or tensors; 0 for what has none."""
     stepping = inner(engine)
-    return max((int(stepping.state[flat].get("step", 0)) for flat in _flat_masters(engine)), default=0)
+    return [stepping.state[flat].get("step", 0) for flat in _flat_masters(engine)]
 
 
 def set_optimizer_step(engine: Any, step: int) -> None:
