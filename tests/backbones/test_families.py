@@ -26,7 +26,7 @@ from mmpeft_ds.engine.assembly import modality
 from mmpeft_ds.engine.assembly.forward import forward
 from mmpeft_ds.errors import BadInput, BadSample
 from tests.helpers import family_table
-from tests.helpers.models import family_traits, further_families, tiny_families, tiny_mllm
+from tests.helpers.models import family_traits, tiny_families, tiny_mllm
 from tests.helpers.models.family_samples import ALL, ONE, TALK, TEXT, TWO, attached, batch, image, samples_of
 from tests.helpers.models.family_stock import check_against_stock, made, of_llava, processed, stock
 from tests.helpers.models.family_traits import EVERY
@@ -44,8 +44,9 @@ ONE_FORM = ("cohere2_vision", "gemma4_unified", "inkling2", "kimi_k25", "lfm2_vl
 ONE_FORM += ("minimax_m3_vl", "molmo2", "muse_glimmer", "muse_spark", "step3p7", "unlimited_ocr", "video_llava")
 # One of each way in which an image is spelled and its features are merged; the others are slow where they take long.
 QUICK = ("internvl", "gemma3", "idefics3", "qwen3_vl", "mistral3", "ovis2", "qwen3_5")
-# Aria pads every image to 980 x 980, which alone takes as long as all others together.
-SLOW = {"aria", *further_families.FAMILIES} - {"granite4_vision", "llama4", "minicpmv4_7", "molmo2", "step3p7"}
+# Whose images are large in small models too: aria takes no less than 490 x 490, which alone takes as long as all others
+# together, and the readers of pages cut them into thousands of patches.
+SLOW = {"aria", "deepseek_ocr2", "got_ocr2", "unlimited_ocr"}
 every_family, every_spelled_family = (
     pytest.mark.parametrize(
         "folder", [pytest.param(f, marks=pytest.mark.slow) if f in SLOW else f for f in of], indirect=True

@@ -14,11 +14,11 @@ from transformers import CONFIG_MAPPING, PreTrainedTokenizerFast
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
 from mmpeft_ds.backbones.mllm import torchvision_functions
-from tests.helpers.models import family_table, further_families
-from tests.helpers.models.family_table import Tiny
+from tests.helpers.models.families import fixed, grids, qwen_glm, tiles
+from tests.helpers.models.families.parts import Tiny
 from tests.helpers.models.randomise import randomise
 
-FAMILIES = family_table.FAMILIES | further_families.FAMILIES
+FAMILIES = qwen_glm.FAMILIES | grids.FAMILIES | tiles.FAMILIES | fixed.FAMILIES
 WORDS = ["user", "assistant", "system", ":", "?", ".", "what", "is", "this", "color", "red", "blue", "yes", "no", "a"]
 # Every turn is a role, its images and words, and an end; what stands for an image differs by family.
 TEMPLATE = (
