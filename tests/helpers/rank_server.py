@@ -75,6 +75,7 @@ def serve() -> None:
     # DeepSpeed collects garbage for every engine: it need not look at what was imported.
     gc.collect()
     gc.freeze()
+    asker = os.getppid()
     while line := sys.stdin.readline():
         job = json.loads(line)
         pids = []
@@ -86,7 +87,10 @@ def serve() -> None:
                     namespaces.enter(host)
                 sys.exit(_run(job, environment))
             pids.append(pid)
-        answers.write(json.dumps(_wait(pids, job["timeout"])) + "\n")
+        codes = _wait(pids, job["timeout"], asker)
+        if os.getppid() != asker:
+            return
+        answers.write(json.dumps(codes) + "\n")
         answers.flush()
 
 
@@ -114,8 +118,11 @@ def _run(job: dict[str, Any], environment: dict[str, str]) -> int | str | None:
     return 0
 
 
-def _wait(pids: list[int], timeout: float) -> list[int | None]:
-    """Wait for ranks and kill what outlives them, which are processes that a rank has started."""
+def _wait(pids: list[int], timeout: float, asker: int) -> list[int | None]:
+    """Wait for ranks and kill what outlives them, which are processes that a rank has started.
+
+    The time is up as well when the process that asked has ended: a test run that is killed leaves no ranks.
+    """
     codes: dict[int, int | None] = {}
     end = time.monotonic() + timeout
     while len(codes) < len(pids):
@@ -124,7 +131,7 @@ def _wait(pids: list[int], timeout: float) -> list[int | None]:
                 ended, status = os.waitpid(pid, os.WNOHANG)
                 if ended:
                     codes[pid] = os.waitstatus_to_exitcode(status)
-                elif time.monotonic() > end:
+                elif time.monotonic() > end or os.getppid() != asker:
                     os.kill(pid, signal.SIGKILL)
                     os.waitpid(pid, 0)
                     codes[pid] = None
