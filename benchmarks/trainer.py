@@ -84,9 +84,9 @@ def peer(args: argparse.Namespace) -> dict:
     """HF Trainer with the same model; `--same` gives it our batches in place of its own."""
     import accelerate
     import torch
-    import transformers
 
     from mmpeft_ds.distributed import processes
+    from mmpeft_ds.distributed.own_process import Memory
     from mmpeft_ds.engine.assembly.resolve import attach, resolve
 
     recipe = _recipe(args)
@@ -96,8 +96,36 @@ def peer(args: argparse.Namespace) -> dict:
     # TrainingArguments names no backend when it starts DeepSpeed; without a GPU accelerate then counts one process.
     os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
     accelerate.PartialState(backend="nccl" if torch.cuda.is_available() else "gloo")
+    options = _training_arguments(args, recipe)  # before the model: at stage 3 they have it built in shards
+    torch.manual_seed(recipe.seed)
+    base = resolved.backbone.build()
+    torch.manual_seed(recipe.seed)
+    model = attach(resolved, base).eval()
+    rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    if args.same:
+        data, collate = _our_batches(recipe, resolved, world, args.steps), _first
+    else:
+        data, collate = Questions(resolved), Collate(resolved.backbone)
+    hf = _trainer_class(args, resolved)(model=model, args=options, train_dataset=data, data_collator=collate)
+    hf.train()
+    seconds = time.perf_counter() - hf.began[WARM]
+    return {
+        "rank": rank,
+        "losses": hf.losses,
+        "samples_per_second": QUESTIONS_PER_RANK * world * (args.steps - WARM) / seconds,
+        "step_seconds": seconds / (args.steps - WARM),
+        "rss_mib": [round(Memory.most() / 2**20)],
+    }
+
+
+def _training_arguments(args: argparse.Namespace, recipe):
+    """The recipe's settings as HF Trainer has them."""
+    import transformers
+
     zero = {"stage": args.stage, **({"stage3_gather_16bit_weights_on_model_save": False} if args.stage == 3 else {})}
-    options = transformers.TrainingArguments(
+    adam = {"lr": "auto", "betas": "auto", "eps": "auto", "weight_decay": "auto", "torch_adam": True}
+    batch = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
+    return transformers.TrainingArguments(
         output_dir=args.out + ".hf",
         per_device_train_batch_size=1 if args.same else QUESTIONS_PER_RANK,
         max_steps=args.steps,
@@ -116,45 +144,44 @@ def peer(args: argparse.Namespace) -> dict:
         dataloader_num_workers=0 if args.same else recipe.data.workers,
         deepspeed={
             "zero_optimization": zero,
-            "optimizer": {
-                "type": "AdamW",
-                "params": {"lr": "auto", "betas": "auto", "eps": "auto", "weight_decay": "auto", "torch_adam": True},
-            },
-            "train_batch_size": "auto",
-            "train_micro_batch_size_per_gpu": "auto",
-            "gradient_accumulation_steps": "auto",
-            "gradient_clipping": "auto",
+            "optimizer": {"type": "AdamW", "params": adam},
+            **dict.fromkeys(batch, "auto"),
         },
     )
-    torch.manual_seed(recipe.seed)
-    base = resolved.backbone.build()
-    torch.manual_seed(recipe.seed)
-    model = attach(resolved, base).eval()
-    task, backbone = resolved.train[0].task, resolved.backbone
-    rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
-    losses, times = [], []
+
+
+def _trainer_class(args: argparse.Namespace, resolved):
+    """HF Trainer that notes when each step `began` and the `losses`, means over all ranks."""
+    import torch
+    import transformers
+
+    def of_our_batch(model, batch):
+        task = resolved.train[0].task
+        total = task.loss(model(**resolved.backbone.inputs(batch)), batch)
+        weight = torch.tensor(task.weight(batch))
+        torch.distributed.all_reduce(weight)
+        return total * torch.distributed.get_world_size() / weight
+
+    def of_questions(model, labels, **inputs):
+        # stock layers to their end, as a user's own composition of both towers has them
+        logits = model(**inputs, return_last_hidden_state=True).logits
+        return torch.nn.functional.cross_entropy(logits, labels)
 
     class Peer(transformers.Trainer):
+        def __init__(self, *a, **k):
+            super().__init__(*a, **k)
+            self.began, self.losses = [], []
+
         def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
             model.eval()  # no dropout, as in the recipe
-            if args.same:
-                batch = inputs["batch"]
-                total = task.loss(model(**backbone.inputs(batch)), batch)
-                weight = torch.tensor(task.weight(batch))
-                torch.distributed.all_reduce(weight)
-                loss = total * world / weight
-            else:
-                # stock layers to their end, as a user's own composition of both towers has them
-                wanted = {k: v for k, v in inputs.items() if k != "labels"}
-                logits = model(**wanted, return_last_hidden_state=True).logits
-                loss = torch.nn.functional.cross_entropy(logits, inputs["labels"])
+            loss = (of_our_batch if args.same else of_questions)(model, **inputs)
             mean = loss.detach().clone()
             torch.distributed.all_reduce(mean)
-            losses.append(mean.item() / world)
+            self.losses.append(mean.item() / torch.distributed.get_world_size())
             return loss
 
         def training_step(self, *a, **k):
-            times.append(time.perf_counter())
+            self.began.append(time.perf_counter())
             return super().training_step(*a, **k)
 
         def _get_train_sampler(self, *a, **k):
@@ -162,23 +189,7 @@ def peer(args: argparse.Namespace) -> dict:
                 return torch.utils.data.SequentialSampler(self.train_dataset)
             return super()._get_train_sampler(*a, **k)
 
-    if args.same:
-        data, collate = _our_batches(recipe, resolved, world, args.steps), _first
-    else:
-        data, collate = Questions(resolved), Collate(backbone)
-    hf = Peer(model=model, args=options, train_dataset=data, data_collator=collate)
-    hf.train()
-    times.append(time.perf_counter())
-    from mmpeft_ds.distributed.own_process import Memory
-
-    seconds = times[-1] - times[WARM]
-    return {
-        "rank": rank,
-        "losses": losses,
-        "samples_per_second": QUESTIONS_PER_RANK * world * (args.steps - WARM) / seconds,
-        "step_seconds": seconds / (args.steps - WARM),
-        "rss_mib": [round(Memory.most() / 2**20)],
-    }
+    return Peer
 
 
 def plain(args: argparse.Namespace) -> dict:

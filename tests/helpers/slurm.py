@@ -124,6 +124,12 @@ class Cluster:
         self._wait_for(lambda: self.state(job) in states, f"job {job} to be {' or '.join(states)}", timeout)
         return self.state(job)
 
+    def lost(self, host: hosts.Host) -> None:
+        """Wait until Slurm has noticed that a node is gone."""
+        self._wait_for(
+            lambda: self.command("sinfo", "-h", "-n", host.name, "-o", "%t").startswith("down"), "its loss", 180
+        )
+
     def emptied(self, program: str) -> None:
         """Wait until no process with this word in its command line is left on any node."""
 

@@ -55,13 +55,13 @@ def test_a_signal_before_the_limit_saves_and_the_same_script_goes_on_with_fewer_
     recipe = endless.prepare(tmp_path)
     run, script = tmp_path / "run", script_of(tmp_path, f"srun {TRAIN} --recipe {recipe}")
     job = cluster.submit(script, "--ntasks=3")
-    endless.reach(run, 8, lambda: cluster.state(job) in ALIVE)
+    reach(cluster, script, job, 8, *ALIVE)
     cluster.command("scancel", "--signal=TERM", str(job))  # to the steps and not the script, as `--signal=TERM@120`
     assert cluster.wait(job, *ENDED) == "COMPLETED", cluster.printed(script)
     last = endless.steps_of(run)[-1]
     assert (run / "checkpoints" / "latest").read_text().strip() == f"step-{last:08d}"
     job = cluster.submit(script, "--ntasks=2")
-    endless.reach(run, last + 5, lambda: cluster.state(job) in ALIVE)
+    reach(cluster, script, job, last + 5, *ALIVE)
     cluster.command("scancel", str(job))
     cluster.wait(job, *ENDED)
     assert f"continues after step {last}" in cluster.printed(script)
@@ -70,9 +70,9 @@ def test_a_signal_before_the_limit_saves_and_the_same_script_goes_on_with_fewer_
 
 def test_a_killed_rank_ends_the_step_and_is_named(cluster, tmp_path):
     recipe = endless.prepare(tmp_path, stall=8, timeout=24)
-    run, script = tmp_path / "run", script_of(tmp_path, f"srun {TRAIN} --recipe {recipe}")
+    script = script_of(tmp_path, f"srun {TRAIN} --recipe {recipe}")
     job = cluster.submit(script, "--ntasks=3")
-    endless.reach(run, 8, lambda: cluster.state(job) in ALIVE)
+    reach(cluster, script, job, 8, *ALIVE)
     cluster.machines.run([(cluster.machines[1], ["pkill", "-KILL", "-f", "launchers/train.py"], {})], 30)
     assert cluster.wait(job, *ENDED) == "FAILED"
     told = cluster.printed(script)
@@ -83,12 +83,12 @@ def test_the_supervisor_has_its_job_queued_again(cluster, tmp_path):
     """The script of docs/restart.md: a signal before the limit saves, and the job starts anew and continues."""
     run, script = supervised(tmp_path)
     job = cluster.submit(script, *RESTARTED)
-    endless.reach(run, 8, lambda: cluster.state(job) in ALIVE)
+    reach(cluster, script, job, 8, *ALIVE)
     cluster.command("scancel", "--signal=USR1", str(job))
     cluster.wait(job, "PENDING")
     last = endless.steps_of(run)[-1]
     cluster.command("scontrol", "update", f"JobId={job}", "StartTime=now")  # Slurm lets it wait for two minutes
-    endless.reach(run, last + 5, lambda: cluster.state(job) in ALIVE)
+    reach(cluster, script, job, last + 5, *ALIVE)
     cluster.command("scancel", str(job))
     cluster.wait(job, "PENDING", *ENDED)
     cluster.emptied("supervise.py")
@@ -100,10 +100,11 @@ def test_a_supervised_job_goes_on_without_a_node_that_is_lost(tmp_path):
     run, script = supervised(tmp_path)
     with hosts.Hosts(2) as two, slurm.Cluster(two) as cluster:
         job = cluster.submit(script, *RESTARTED)
-        endless.reach(run, 8, lambda: cluster.state(job) in ALIVE)
+        reach(cluster, script, job, 8, *ALIVE)
         two.end(two[1])
+        cluster.lost(two[1])  # before that Slurm ends nothing
         last = endless.steps_of(run)[-1]
-        endless.reach(run, last + 20, lambda: cluster.state(job) == "RUNNING")
+        reach(cluster, script, job, last + 20, "RUNNING")
         cluster.command("scancel", str(job))
         cluster.wait(job, *ENDED)
         told = cluster.printed(script)
@@ -111,10 +112,23 @@ def test_a_supervised_job_goes_on_without_a_node_that_is_lost(tmp_path):
     assert "on 1 rank" in told, told
 
 
+def reach(cluster: slurm.Cluster, script: Path, job: int, step: int, *states: str) -> None:
+    """Wait until the run of a script has done a step, while its job is in one of the states."""
+
+    def living() -> bool:
+        state = cluster.state(job)
+        assert state in states, f"job {job} is {state or 'unknown'}:\n{cluster.printed(script)[-4000:]}"
+        return True
+
+    endless.reach(script.parent / "run", step, living)
+
+
 def supervised(folder: Path) -> tuple[Path, Path]:
     """Run directory, and the batch script of docs/restart.md, with one rank a node."""
     recipe = endless.prepare(folder)
-    command = f"srun --kill-on-bad-exit=0 {SUPERVISE} --nproc-per-node 1 --max-nodes 2 --requeue --recipe {recipe}"
+    command = (
+        f"srun --no-kill --kill-on-bad-exit=0 {SUPERVISE} --nproc-per-node 1 --max-nodes 2 --requeue --recipe {recipe}"
+    )
     return folder / "run", script_of(folder, command)
 
 
