@@ -44,7 +44,7 @@ ONE_FORM = ("cohere2_vision", "gemma4_unified", "inkling2", "kimi_k25", "lfm2_vl
 ONE_FORM += ("minimax_m3_vl", "molmo2", "muse_glimmer", "muse_spark", "step3p7", "unlimited_ocr", "video_llava")
 # One of each way in which an image is spelled and its features are merged; the others are slow where they take long.
 QUICK = ("internvl", "gemma3", "idefics3", "qwen3_vl", "mistral3", "ovis2", "qwen3_5")
-# Whose images are large in small models too: aria takes no less than 490 x 490, which alone takes as long as all others
+# Whose images are large in small models too: aria takes no less than 490 x 490, which takes as long as all others
 # together, and the readers of pages cut them into thousands of patches.
 SLOW = {"aria", "deepseek_ocr2", "got_ocr2", "unlimited_ocr"}
 every_family, every_spelled_family = (

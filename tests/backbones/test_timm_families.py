@@ -19,10 +19,10 @@ from PIL import Image
 
 from mmpeft_ds.engine.assembly.forward import forward
 from tests.helpers.models import tiny_families
-from tests.helpers.models.family_samples import ALL, ONE, TALK, TEXT, TWO, attached, batch, image
-from tests.helpers.models.family_stock import check_against_stock, made, processed, stock
 from tests.helpers.models.families.parts import TEXT as LLM
 from tests.helpers.models.families.parts import Tiny
+from tests.helpers.models.family_samples import ALL, ONE, TALK, TEXT, TWO, attached, batch, image
+from tests.helpers.models.family_stock import check_against_stock, made, processed, stock
 
 pytestmark = [
     pytest.mark.slow,
