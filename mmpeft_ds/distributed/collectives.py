@@ -68,12 +68,12 @@ def first_message(mine: str) -> str:
     return next(filter(None, everyone), "")
 
 
-def gather_to_first(rows: list[Any]) -> list[Any] | None:
+def gather_to_first(rows: list[Any], group: Any = None) -> list[Any] | None:
     """Rows of all ranks in rank order on rank 0, None elsewhere. Rows must pickle."""
     if world_size() == 1:
         return list(rows)
     parts: list[Any] | None = [None] * world_size() if rank() == 0 else None
-    dist.gather_object(rows, parts, dst=0)
+    dist.gather_object(rows, parts, dst=0, group=group)
     return None if parts is None else [row for part in parts for row in part]
 
 

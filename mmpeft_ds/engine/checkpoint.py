@@ -32,7 +32,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from mmpeft_ds.backbones.common.model_hooks import model_hooks
-from mmpeft_ds.distributed.collectives import on_rank0, rank, world_size
+from mmpeft_ds.distributed.collectives import gather_to_first, on_rank0, rank, world_size
 from mmpeft_ds.engine import checkpoint_files, checkpoint_tensors
 from mmpeft_ds.engine.background import Background
 from mmpeft_ds.engine.held import Held
@@ -61,6 +61,7 @@ def save(
     keep_last: int,
     best: bool = False,
     background: Background | None = None,
+    late: Late | None = None,
 ) -> Path:
     """Write a checkpoint below `run_dir` and move `latest` (and, if `best`, `best`) to it. Collective.
 
@@ -76,6 +77,7 @@ def save(
         background: where the ranks gather, compare and write copies while the training goes on, after the checkpoint
             before; nothing here is collective then. None: here, before this returns. A failure is raised on all ranks
             by the next save, or where the owner asks for it.
+        late: what else is done there, on rank 0, before the files are written.
 
     Returns:
         the checkpoint's directory, on every rank; in the background the other ranks do not know whether one of that
@@ -95,7 +97,15 @@ def save(
         snapshot = Snapshot.take(background.copies, engine, trainables, extra if rank() == 0 else {})
         name = checkpoint_files.name(state.step)
         path = checkpoint_files.place(folder, state.step) if rank() == 0 else folder / name
-        background.start(lambda: _write_snapshot(snapshot, background, engine, trainables, header, beside, kept))
+
+        def write(full: dict[str, dict[str, torch.Tensor]], held: Held, given: list[Any]) -> None:
+            header["optimizer_step"] = max(map(int, snapshot.steps), default=0)
+            if late is not None:
+                late.complete(header["state"], given)
+            _write(full, held, snapshot.extra, {"state.json": header} | beside, kept)
+
+        own = None if late is None else late.own
+        background.start(lambda: _gather(snapshot, background, engine, trainables, own, write))
         return path
     zero_state.ensure_optimizer_state(engine)
     header["optimizer_step"] = zero_state.optimizer_step(engine)
@@ -106,23 +116,35 @@ def save(
     return on_rank0(lambda: _write(full, held, extra, {"state.json": header} | beside, kept))
 
 
-def _write_snapshot(
+@dataclasses.dataclass(frozen=True)
+class Late:
+    """What the owner of a checkpoint leaves to the background.
+
+    Attributes:
+        own: something of this rank that pickles.
+        complete: takes the fields of TrainState as they will be written, which it may change, and `own` of all ranks.
+    """
+
+    own: Any
+    complete: Callable[[dict[str, Any], list[Any]], None]
+
+
+def _gather(
     snapshot: Snapshot,
     background: Background,
     engine: Any,
     trainables: dict[str, nn.Parameter],
-    header: dict[str, Any],
-    beside: dict[str, Any],
-    kept: tuple[Path, int, int, bool],
+    own: Any,
+    write: Callable[[dict[str, dict[str, torch.Tensor]], Held, list[Any]], None],
 ) -> None:
-    """Write a copy. Collective, of the background."""
+    """Bring a copy together on rank 0, which writes it. Collective, in the background."""
     background.copies.wait()
     group, host = background.group, torch.device("cpu")
+    given = gather_to_first([own], group)
     held = Held.of_copies(snapshot, engine, group)
     keys = _keys(engine, trainables)
     full = full_state.of_held(engine, trainables, keys, snapshot.held, host, copy=False, group=group)
-    header["optimizer_step"] = max(map(int, snapshot.steps), default=0)
-    on_rank0(lambda: _write(full, held, snapshot.extra, {"state.json": header} | beside, kept), group)
+    on_rank0(lambda: write(full, held, given), group)
 
 
 def _write(

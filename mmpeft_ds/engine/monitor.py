@@ -61,8 +61,10 @@ class Observer:
     def say(self, line: str) -> None:
         """Print a line."""
 
-    def flush(self) -> None:
-        """Hand everything so far to the operating system."""
+    def flush(self) -> Callable[[], None]:
+        """Hand everything so far to the operating system; what is returned waits, once and in any thread, until it is
+        on disk."""
+        return lambda: None
 
     def close(self) -> None:
         """The run is over."""
@@ -163,10 +165,18 @@ class Monitor(Observer):
         between = ":\n" if "\n" in line else ": "
         self.progress.say(self.name + between + line if self.name else line)
 
-    def flush(self) -> None:
+    def flush(self) -> Callable[[], None]:
         self._see_to_files()
-        with naming(Path(self.metrics.name)):
-            os.fsync(self.metrics.fileno())  # a checkpoint must not be on disk before the lines up to it
+        path, descriptor = Path(self.metrics.name), os.dup(self.metrics.fileno())
+
+        def wait() -> None:
+            try:
+                with naming(path):
+                    os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+
+        return wait
 
     def _see_to_files(self) -> None:
         """See that the directory is still this run's, and write its files again if somebody has removed them."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import time
 from collections.abc import Callable, Generator, Iterator
@@ -13,7 +14,7 @@ from mmpeft_ds.data.bad_budget import BadBudget
 from mmpeft_ds.data.stream import Step, Stream
 from mmpeft_ds.distributed.collectives import first_message, on_rank0
 from mmpeft_ds.distributed.processes import Ranks
-from mmpeft_ds.engine import calibrate, checkpoint, summary
+from mmpeft_ds.engine import calibrate, checkpoint, saving, summary
 from mmpeft_ds.engine.assembly.build import Built
 from mmpeft_ds.engine.assembly.resolve import Resolved, ResolvedSource, titles
 from mmpeft_ds.engine.background import Background
@@ -311,27 +312,45 @@ class Training:
         beside what follows."""
         if self.saved_at == self.state.step and not best and not self.lost():
             return
-        self.state.extra["bad_budget"] = merged_budget(self.stepper.budget).state()
-        on_rank0(self.run_dir.keep)  # another run that has taken the directory must find it as it left it
-        self.report(self.observer.flush)  # so that the curves up to the checkpoint survive a kill right after it
+        late = None
+        if self.writer is not None:
+            self.state.extra["bad_budget"] = self.stepper.budget.state()  # the place of that of all ranks
+            late = saving.late(self.stepper.budget, self.run_dir, self.observer)
+        else:
+            self.state.extra["bad_budget"] = merged_budget(self.stepper.budget).state()
+            on_rank0(self.run_dir.keep)  # another run that has taken the directory must find it as it left it
+            self.report(lambda: self.observer.flush()())  # curves up to a checkpoint survive a kill right after it
         self.saved = checkpoint.save(
             self.run_dir.path,
             self.built.engine,
             self.built.trainables,
             self.state,
-            recipe=masked_values(recipes.to_dict(self.recipe)),
+            recipe=self.written_recipe,
             fingerprint=self.built.fingerprint,
             keep_last=self.recipe.engine.keep_last,
             best=best,
             background=self.writer,
+            late=late,
         )
         self.saved_at = self.state.step
-        self.check_written()
+        if self.writer is None:
+            self.check_written()
+
+    @functools.cached_property
+    def written_recipe(self) -> dict[str, Any]:
+        """The recipe as checkpoints hold it."""
+        return masked_values(recipes.to_dict(self.recipe))
 
     def settle(self) -> None:
-        """Wait until the newest checkpoint is whole. Raises AgreedBadInput on all ranks if it could not be written."""
+        """Wait until the newest checkpoint is whole. Collective.
+
+        Raises:
+            AgreedBadInput: it could not be written, or the curves.
+        """
         if self.writer is not None:
             self.writer.wait()
+            self.state.extra["bad_budget"] = merged_budget(self.stepper.budget).state()
+            self.check_written()
 
     def lost(self) -> bool:
         """Whether the newest checkpoint could not be written, once that is known; the same on all ranks."""

@@ -61,7 +61,7 @@ def test_a_curve_that_is_removed_or_replaced_while_the_run_writes_it_is_whole_at
         if step in (2, 5):
             path.unlink()
             path.write_text("other\n") if replaced else None
-    monitor.flush()
+    monitor.flush()()
     monitor.close()
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2, 3, 4, 5]
 
