@@ -158,8 +158,8 @@ class EngineOptions:
             gives for an image never depends on its batch; 0: all of a micro-batch, with `cache_frozen` 8.
         compile: fuse the arithmetic of adapter layers with `torch.compile`, below ZeRO stage 3.
         save_every: optimizer steps between checkpoints, 0 = at every evaluation and at the end.
-        save_in_background: write checkpoints from a copy in host memory, 12 bytes a trained element with Adam, while
-            the training goes on; it waits for the one before.
+        save_in_background: gather and write checkpoints from copies in host memory while the training goes on, see
+            docs/resume.md for the memory; a save waits for the one before.
         keep_last: checkpoints kept beside the best.
         eval_every: optimizer steps between evaluations, 0 = at the end of every epoch.
         patience: evaluations without a better main score before the run stops, 0 = never.
