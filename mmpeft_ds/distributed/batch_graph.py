@@ -254,8 +254,8 @@ def knn_graph(
             hits = _without_first(hits)
         kept = hits.position if tau is None else torch.where(hits.cosine > tau, hits.position, -1)
         neighbours = kept if whole else gather_rows(kept.int(), nodes.shares, group)
-    source, target = _edges_of_lists(neighbours, direction, symmetric)
     total = sum(nodes.shares)
+    source, target = _edges_of_lists(neighbours, direction, symmetric, full=tau is None and k < total)
     out_degree, in_degree = (_occurrences(ends, total) for ends in (source, target))
     if len(nodes.x) < total:
         own = ((target >= nodes.start) & (target < nodes.start + len(nodes.x))).nonzero()[:, 0]
@@ -340,16 +340,22 @@ def _without_first(hits: Nearest) -> Nearest:
     return Nearest(*(column.gather(1, slots) for column in (hits.position, hits.cosine, hits.key)))
 
 
-def _edges_of_lists(neighbours: Tensor, direction: str, symmetric: bool) -> tuple[Tensor, Tensor]:
-    """Sources and targets of all edges, from the (V, k) lists of all ranks; -1 is none. Self-loops are added."""
-    query, slot = (neighbours >= 0).nonzero(as_tuple=True)
-    neighbour = neighbours[query, slot].long()
+def _edges_of_lists(neighbours: Tensor, direction: str, symmetric: bool, full: bool) -> tuple[Tensor, Tensor]:
+    """Sources and targets of all edges, from the (V, k) lists of all ranks; -1 is none. Self-loops are added.
+
+    `full`: there is no -1, so that nobody waits for the number of edges.
+    """
+    own = torch.arange(len(neighbours), device=neighbours.device)
+    if full:
+        query, neighbour = own[:, None].expand(neighbours.shape).flatten(), neighbours.flatten().long()
+    else:
+        query, slot = (neighbours >= 0).nonzero(as_tuple=True)
+        neighbour = neighbours[query, slot].long()
     source, target = (query, neighbour) if direction == "to_neighbour" else (neighbour, query)
     if symmetric:
         total = max(1, len(neighbours))
         codes = torch.cat([target * total + source, source * total + target]).unique()
         source, target = codes % total, codes // total
-    own = torch.arange(len(neighbours), device=neighbours.device)
     return torch.cat([source, own]), torch.cat([target, own])
 
 

@@ -216,6 +216,13 @@ def test_released_and_mended_agree_without_equal_rows():
     assert torch.equal(dense(knn_graph(x, 4, 0.2, released=True)), dense(knn_graph(x, 4, 0.2)))
 
 
+@pytest.mark.parametrize("options", [{}, {"symmetric": True}, {"direction": "from_neighbour"}, {"released": True}])
+@pytest.mark.parametrize("k", [1, 5, 11, 12, 20])
+def test_lists_that_are_full_make_the_edges_that_they_make_entry_by_entry(k, options):
+    """No cosine is below -1: with that threshold the same neighbours are kept, but nobody knows so beforehand."""
+    assert edges_of(knn_graph(X, k, **options)) == edges_of(knn_graph(X, k, tau=-1.0, **options))
+
+
 def test_direction_is_a_transpose():
     to, back = (dense(knn_graph(X, 2, direction=d)) for d in graphs.DIRECTIONS)
     assert torch.equal(to, back.T) and not torch.equal(to, to.T)

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from mmpeft_ds.ops import graph_topk
 from mmpeft_ds.ops.graph_topk import SPARE, best_of, nearest, settled, shared_candidates
 from mmpeft_ds.ops.similarity_graph import Rows, cosines_at
 
@@ -58,6 +59,20 @@ def test_ties_by_position_would_not_do():
     here = nearest(Rows.of(x), Rows.of(x), positions, 4, exact=True).position
     moved = nearest(Rows.of(x[order]), Rows.of(x[order]), positions, 4, exact=True).position
     assert not torch.equal(order[moved], here[order])
+
+
+@pytest.mark.parametrize("k", [1, 2, 5, 6])
+def test_candidates_are_taken_as_they_come_unless_the_kth_and_the_next_are_near(k, monkeypatch):
+    keys = torch.arange(60)
+    apart, twins = features(60), features(30, 64).repeat(2, 1) + 2e-7 * features(60, 64, seed=1)
+    for x in (apart, twins):
+        found = nearest(Rows.of(x), Rows.of(x), keys, k)
+        same_sets(found.position, by_full_sort(x, keys.tolist(), k))
+        assert torch.equal(found.key, keys[found.position]) and found.cosine.dtype == torch.float64
+    # negative control: after its twin a row's candidates come in pairs that float32 cannot tell apart
+    monkeypatch.setattr(graph_topk, "margin", lambda rows: 0.0)
+    wrong = nearest(Rows.of(twins), Rows.of(twins), keys, k).position
+    assert torch.equal(wrong.sort(1).values, by_full_sort(twins, keys.tolist(), k).sort(1).values) == (k % 2 == 1)
 
 
 def together(x, keys, k, splits, **options):
