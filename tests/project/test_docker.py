@@ -151,6 +151,7 @@ def test_the_image_takes_up_what_git_has_and_leaves_out_what_it_ignores():
         made = line.strip("/").replace("*", "x")
         assert left_out(f"{made}/file", patterns), f".gitignore has {line}, .dockerignore does not"
     assert left_out("tests/data/__pycache__/x.pyc", patterns)
+    assert left_out("docker/.env", patterns), "compose reads variables there, HF_TOKEN among them"
     needed = ["mmpeft_ds/data/stream.py", "mmpeft_ds/models/base.py", "docker/serve.sh", "tests/data/test_stream.py"]
     tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout.split()
     assert [path for path in needed + tracked if left_out(path, patterns)] == []
