@@ -59,13 +59,15 @@ def energon(loader, dir, workers, world_size, mode, step):
         stateless,
     )
 
+    work, source = work_of(loader), folder_of(loader, dir)
+
     @edataclass
     class Decoded(Sample):
         image: np.ndarray
 
     @stateless
     def cook(sample: dict) -> Decoded:
-        return Decoded(**basic_sample_keys(sample), image=pil_224(sample["jpg"]))
+        return Decoded(**basic_sample_keys(sample), image=work(sample["jpg"]))
 
     class Work(DefaultTaskEncoder):
         decoder = None
@@ -80,7 +82,7 @@ def energon(loader, dir, workers, world_size, mode, step):
     def open_loader(rank=0):
         config = WorkerConfig(rank=rank, world_size=world_size, num_workers=workers, seed_offset=SEED)
         dataset = get_train_dataset(
-            link_for_energon(dir),
+            link_for_energon(source),
             worker_config=config,
             batch_size=BATCH // world_size,
             shuffle_buffer_size=SHUFFLE,
@@ -92,9 +94,9 @@ def energon(loader, dir, workers, world_size, mode, step):
     begin = time.perf_counter()
     if mode == "rate":
         # It repeats for ever: take as many batches as an epoch has.
-        shards = json.loads((dir / "manifest.json").read_text())["splits"]["train"]
+        shards = json.loads((source / "manifest.json").read_text())["splits"]["train"]
         return timed(itertools.islice(open_loader(), sum(s["samples"] for s in shards) // BATCH), begin)
-    state_file = dir / f"energon-{workers}-{world_size}.state"
+    state_file = source / f"energon-{workers}-{world_size}.state"
     import torch
 
     if mode == "keys":

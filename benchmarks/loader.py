@@ -30,7 +30,8 @@ from benchmarks._loader_work import BATCH, RESIZED, SEED, SHUFFLE, SIZE, Transfo
 
 LOADERS = (
     "mmpeft_ds", "mmpeft_ds, 2 threads", "mmpeft_ds scaled", "mmpeft_ds resized", "webdataset",
-    "webdataset + our decoder", "megatron-energon", "litdata resized", "litdata resized + our decoder",
+    "webdataset + our decoder", "megatron-energon", "megatron-energon resized",
+    "megatron-energon resized + our decoder", "litdata resized", "litdata resized + our decoder",
     "mosaic resized", "mosaic resized + our decoder",
 )  # fmt: skip
 # Loaders of others, by how their names begin.
