@@ -21,6 +21,8 @@ from typing import Any
 
 import torch
 
+from mmpeft_ds.sites.base import base_model
+
 INSIDE_BACKWARD = ("reduce_ready_partitions_and_remove_grads", "reduce_independent_p_g_buckets_and_remove_grads")
 FETCHES = [f"{when}_sub_module_{way}_function" for when in ("pre", "post") for way in ("forward", "backward")]
 # Functions of DeepSpeed's optimizer in whose place `engine.zero` puts its own.
@@ -34,10 +36,9 @@ class Split:
 
     Args:
         built: `engine.assembly.build.Built`.
-        backbone: whose pixels are normalised.
     """
 
-    def __init__(self, built: Any, backbone: Any):
+    def __init__(self, built: Any):
         self.seconds: dict[str, float] = defaultdict(float)
         self._began = 0.0
         self._inside = [0.0]  # seconds of parts within each part that runs
@@ -46,7 +47,8 @@ class Split:
         torch.autograd.backward = self._timed("backward", torch.autograd.backward)
         inner = getattr(optimizer, "optimizer", optimizer)
         inner.step = self._timed("optimizer", inner.step)
-        backbone._normalise.forward = self._timed("pixels", backbone._normalise.forward)
+        if (raw := base_model(built.model).raw_pixels) is not None:
+            raw.normalise.forward = self._timed("pixels", raw.normalise.forward)
         for name in INSIDE_BACKWARD:  # of ZeRO-1 and 2, and of ZeRO-3; the second may be called by the first
             if (function := getattr(optimizer, name, None)) is not None:
                 setattr(optimizer, name, self._timed("hooks", function))

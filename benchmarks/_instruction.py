@@ -142,7 +142,7 @@ def host(args: argparse.Namespace) -> dict[str, Any]:
     from mmpeft_ds.distributed import processes
 
     parts = _Ours(args, processes)
-    split = Split(parts.built, parts.resolved.backbone)
+    split = Split(parts.built)
     rows = []
     for step in steps_of(parts.stream, WARM, args.steps):
         split.begin()

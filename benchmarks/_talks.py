@@ -26,6 +26,7 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen2VLConfig,
     Qwen2VLImageProcessorPil,
+    Qwen3VLConfig,
 )
 
 from benchmarks import packing
@@ -44,13 +45,16 @@ ANSWERED = {
     "RefCOCO": 0.4,
     "Visual Genome": 0.4,
 }
-KINDS = {"llava": "fixed", "qwen2_vl": "resolutions"}  # model type: mixture of packing.py
+KINDS = {"llava": "fixed", "qwen2_vl": "resolutions", "qwen3_vl": "resolutions"}  # model type: mixture of packing.py
 TURN = 60  # tokens of a question with its answer
-FRAME = {"llava": 3, "qwen2_vl": 8}  # tokens of the template around a question with its answer, about
+FRAME = {"llava": 3, "qwen2_vl": 8, "qwen3_vl": 8}  # tokens of the template around a question with its answer, about
 PHOTO = (640, 480)
 VOCABULARY = 2048
 SPECIAL = ["[PAD]", "[UNK]", "<s>", "</s>", "<|im_start|>", "<|im_end|>", "<image>", "<|vision_start|>"]
 SPECIAL += ["<|vision_end|>", "<|video_pad|>"]
+# as its processor asks the tokenizer for them
+NAMED = {"image_token": "<image>", "video_token": "<|video_pad|>"}
+NAMED |= {"vision_start_token": "<|vision_start|>", "vision_end_token": "<|vision_end|>"}
 TEXT: dict[str, Any] = dict(
     vocab_size=VOCABULARY,
     hidden_size=128,
@@ -160,6 +164,7 @@ def _write_model(folder: Path, setting: Setting) -> None:
         unk_token="[UNK]",
         eos_token="</s>" if llava else "<|im_end|>",
         additional_special_tokens=SPECIAL[4:],
+        **({"extra_special_tokens": NAMED} if setting.family == "qwen3_vl" else {}),
     )
     tokenizer.chat_template = VICUNA if llava else CHATML
     tokenizer.save_pretrained(folder)
@@ -185,12 +190,16 @@ def _config(setting: Setting, vocabulary: dict[str, int]) -> PretrainedConfig:
         vision |= dict(model_type="clip_vision_model", image_size=336, patch_size=setting.patch)
         text |= dict(model_type="llama")
         return LlavaConfig(vision_config=vision, text_config=text, image_token_id=vocabulary["<image>"])
-    rope = {"rope_type": "default", "mrope_section": [4, 6, 6], "rope_theta": 10000.0}
-    vision = dict(embed_dim=64, hidden_size=128, depth=4, num_heads=2, mlp_ratio=4, patch_size=setting.patch)
-    vision |= dict(temporal_patch_size=2, spatial_merge_size=2)
     ids = dict(
         image_token_id="<image>", vision_start_token_id="<|vision_start|>", vision_end_token_id="<|vision_end|>"
     )
-    ids = {name: vocabulary[token] for name, token in ids.items()}
+    ids = {name: vocabulary[token] for name, token in ids.items()} | {"video_token_id": vocabulary["<|video_pad|>"]}
+    rope = {"rope_type": "default", "mrope_section": [4, 6, 6], "rope_theta": 10000.0}
     text |= dict(num_key_value_heads=2, rope_parameters=rope)
-    return Qwen2VLConfig(text_config=text, vision_config=vision, video_token_id=vocabulary["<|video_pad|>"], **ids)
+    vision = dict(depth=4, num_heads=2, patch_size=setting.patch, temporal_patch_size=2, spatial_merge_size=2)
+    if setting.family == "qwen3_vl":
+        text |= dict(head_dim=32)
+        vision |= dict(hidden_size=64, intermediate_size=256, out_hidden_size=128, deepstack_visual_indexes=[0, 1, 2])
+        return Qwen3VLConfig(text_config=text, vision_config=vision, **ids)
+    vision |= dict(embed_dim=64, hidden_size=128, mlp_ratio=4)
+    return Qwen2VLConfig(text_config=text, vision_config=vision, **ids)

@@ -39,7 +39,7 @@ from mmpeft_ds.recipe import Recipe, where
 from mmpeft_ds.recipe.options import EngineOptions
 from mmpeft_ds.sites.base import base_model
 
-OWN_ARITHMETIC = 2  # one more where this package computes a frozen prefix in another order, which rounds otherwise
+OWN_ARITHMETIC = 3  # one more where this package computes a frozen prefix in another order, which rounds otherwise
 AT_ONCE = 8  # images of a pass, where values are stored and the recipe does not say
 
 

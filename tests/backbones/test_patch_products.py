@@ -1,5 +1,6 @@
 """Convolutions over single patches are matrix products: the same features and gradients in every family."""
 
+import json
 from concurrent.futures import ThreadPoolExecutor
 
 import peft
@@ -7,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from mmpeft_ds.backbones.mllm import patch_products
+from mmpeft_ds.backbones.mllm import patch_products, processing
 from mmpeft_ds.backbones.mllm.backbone import ENTRY, Options
 from tests.helpers.models import adapted_mllm, family_traits
 from tests.helpers.models.family_samples import ALL, batch, samples_of
@@ -17,7 +18,13 @@ MERGING = ("glm4v", "glm46v", "glm4v_moe", "glm_ocr", "glmga", "glm5_next")
 PATCHES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "paddleocr_vl", "video_llama_3", "exaone4_5", "hyperclovax_vision_v2")
 PATCHES += ("qwen3_5", "qwen3_5_moe", "qwen3_vl_moe", "hunyuan_vl", "cohere_compass", "cosmos3_omni", "kimi_k25")
 PATCHES += ("minimax_m3_vl", "qwen4_exp", *MERGING)
-QUICK = ("qwen2_vl", "qwen3_vl", "glm4v", "kimi_k25")
+# Of those, and of further ones, whose patches stay whole numbers though the processor spells the images; in the last
+# a linear layer embeds them.
+LINEAR = ("lfm3_vl", "ernie4_5_vl_moe", "cosmos3_edge")
+WHOLE = (*(family for family in PATCHES if family not in ("qwen2_vl", "qwen2_5_vl")), *LINEAR)
+QUICK = ("qwen2_vl", "qwen3_vl", "glm4v", "kimi_k25", "ernie4_5_vl_moe")
+# Families whose small random models make more than 3e-7 of the losses of what float32 rounds in a pixel.
+ROUNDED = {"glm4v_moe": 2e-6, "cosmos3_edge": 6e-7}
 CONVOLUTIONS = (patch_products.PatchConv2d, patch_products.PatchConv3d)
 
 
@@ -95,6 +102,67 @@ def test_names_of_weights_and_what_isinstance_says_stay():
     names = list(plain.state_dict())
     patch_products.used(plain)
     assert isinstance(plain, nn.Conv3d) and list(plain.state_dict()) == names
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("backend", ["torchvision", "pil"])
+@pytest.mark.parametrize("family", [f if f in QUICK else pytest.param(f, marks=pytest.mark.slow) for f in WHOLE])
+def test_whole_numbers_give_the_losses_of_patches_that_the_processor_has_normalised(
+    tmp_path, monkeypatch, family, backend
+):
+    folder = family_traits.write(tmp_path, family)
+
+    def given(dtype, channels=1):
+        backbone = ENTRY(Options(folder, image_backend=backend), None)
+        backbone.attention, backbone.dtype = "eager", dtype
+        with monkeypatch.context() as patched:
+            if channels is None:
+                patched.setattr(type(backbone), "_channels", None)
+            backbone.check()
+            return backbone, backbone.build().eval(), batch(backbone, *samples_of(backbone, *ALL))
+
+    def loss(backbone, model, packed):
+        return backbone.read(model(**backbone.inputs(packed)), packed).token_losses()[0].sum().item()
+
+    ours, theirs = given(torch.float32), given(torch.float32, channels=None)
+    assert [t.spellings for t in ours[2].raw_texts] == [t.spellings for t in theirs[2].raw_texts]
+    numbers, normalised = (packed.images["pixel_values"] for *_, packed in (ours, theirs))
+    assert numbers.dtype == torch.uint8 and normalised.dtype == torch.float32
+    assert len(numbers) == len(normalised) and numbers.nbytes * 4 <= normalised.nbytes
+    assert loss(*ours) == pytest.approx(loss(*theirs), rel=ROUNDED.get(family, 3e-7), abs=0)
+    # In float64 what standardises them, and what is repeated, changes nothing.
+    backbone, model, packed = given(torch.float64)
+    pixels = backbone._normalise((numbers if numbers.dim() == 4 else numbers.unflatten(1, (3, 1, -1))).double())
+    if numbers.dim() == 2:
+        pixels = pixels.repeat(1, 1, model.raw_pixels.values // numbers.shape[1], 1).flatten(1)
+    wanted = features_of(model, packed.images | {"pixel_values": pixels})
+    assert (features_of(model, packed.images) - wanted).abs().max() <= 1e-12 * wanted.abs().max()
+
+
+@pytest.mark.parametrize("changed", [{"do_normalize": False}, {"do_rescale": False}, {"image_mean": [0.5]}])
+def test_a_processor_that_standardises_otherwise_does_it_itself(tmp_path, changed):
+    folder = family_traits.write(tmp_path, "qwen3_vl")
+    path = tmp_path / "preprocessor_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changed))
+    backbone = ENTRY(Options(folder), None)
+    see = backbone.image_transform(False)
+    assert not see.patches and see.processor is backbone._processor
+    assert not hasattr(backbone.build(on_meta=True).config, "pixel_statistics")
+
+
+def test_the_processor_of_other_parts_still_normalises(tmp_path):
+    backbone = ENTRY(Options(family_traits.write(tmp_path, "qwen3_vl")), None)
+    see = backbone.image_transform(False)
+    assert not see.processor.image_processor.do_normalize and not see.processor.image_processor.do_rescale
+    assert backbone._processor.image_processor.do_normalize and backbone._image_processor.do_rescale
+
+
+def test_pixels_that_are_no_whole_numbers_are_told():
+    whole = torch.tensor([[0.0, 255.0]])
+    assert torch.equal(processing.whole_numbers(whole), whole.to(torch.uint8))
+    for wrong in (0.5, -1.0, 256.0, torch.nan):
+        with pytest.raises(ValueError, match="no whole numbers up to 255"):
+            processing.whole_numbers(torch.tensor([wrong]))
 
 
 def features_of(model, images):

@@ -32,7 +32,7 @@ from mmpeft_ds.backbones.mllm.image_features import is_part
 from mmpeft_ds.backbones.mllm.image_tokens import ImageTokens, VideoTokens
 from mmpeft_ds.backbones.mllm.model import ImageText, media_ids
 from mmpeft_ds.backbones.mllm.options import Options
-from mmpeft_ds.backbones.mllm.processing import TOKEN_RUNS, PixelTransform, SpelledTransform
+from mmpeft_ds.backbones.mllm.processing import TOKEN_RUNS, PixelTransform, SpelledTransform, not_normalising
 from mmpeft_ds.backbones.mllm.video_processing import VideoTransform
 from mmpeft_ds.data.batch import CollatedTexts, PackedBatch, Prompted
 from mmpeft_ds.data.generation_output import GenerationOutput
@@ -103,7 +103,7 @@ class MllmBackbone(Checkpoint):
             config.image_kind_ids = self._kind_ids
         if self._family.part_side:
             config.image_part_side = getattr(self._image_processor, self._family.part_side)
-        if self._family.channels is not None:
+        if self._channels is not None:
             config.pixel_statistics = self._normalise.arguments()
         model_class = stock.publishing(_mixin_of(self._family), MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(config)])
         chosen = self.attentions[0] if self.attention == "auto" and self.attentions else self.attention
@@ -115,7 +115,11 @@ class MllmBackbone(Checkpoint):
     def image_transform(self, train: bool) -> Callable[[Tensor, Any], dict[str, Tensor]]:
         """The checkpoint's image processor, without normalising where that can come later; no augmentation."""
         if self._family.spelled:
-            return SpelledTransform(self._processor, self._family.alone(self._processor), self._tokens)
+            processor, patches = self._processor, self._channels is not None
+            alone = self._family.alone(processor)
+            return SpelledTransform(
+                not_normalising(processor) if patches else processor, alone, self._tokens, patches=patches
+            )
         side = self._family.min_side(self._image_processor)
         return PixelTransform(self._image_processor, (side, side) if side else None)
 

@@ -158,7 +158,15 @@ class Checkpoint(StockBackbone):
     def _normalise(self) -> Affine:
         p = self._image_processor
         mean, std = (p.image_mean, p.image_std) if p.do_normalize else ([0.0] * 3, [1.0] * 3)
-        return Affine(list(mean), list(std), self._family.channels, scale=p.rescale_factor)
+        return Affine(list(mean), list(std), self._channels, scale=p.rescale_factor)
+
+    @functools.cached_property
+    def _channels(self) -> int | None:
+        """Where the channels stand in pixels that stay whole numbers; None where the processor normalises them."""
+        family, p = self._family, self._image_processor
+        if self._config.model_type not in family.patches:
+            return family.channels
+        return 1 if p.do_rescale and p.do_normalize and len(p.image_mean) == len(p.image_std) == 3 else None
 
     @property
     def _pad_id(self) -> int:

@@ -7,6 +7,7 @@ The processor's parts are read one by one: as a whole it would ask for packages 
 
 from __future__ import annotations
 
+import copy
 import functools
 import importlib.util
 import inspect
@@ -66,33 +67,63 @@ class PixelTransform(ImageTransform):
             **({"temporal_patch_size": 1} if hasattr(self.processor, "temporal_patch_size") else {}),
         )
         tensors = {name: out[name] for name in ("pixel_values", "image_sizes", "image_grid_thw") if name in out}
-        # Both libraries have rounded to whole numbers, so nothing is lost.
-        tensors["pixel_values"] = tensors["pixel_values"].to(torch.uint8)
+        tensors["pixel_values"] = whole_numbers(tensors["pixel_values"])
         return tensors
 
 
 @dataclass(frozen=True)
 class SpelledTransform(ImageTransform):
-    """uint8 (3, H, W) -> what the whole processor makes of the image, normalised, and how the text spells it.
+    """uint8 (3, H, W) -> what the whole processor makes of the image, and how the text spells it.
 
     Attributes:
         processor: the whole processor.
         alone: a text with one image and nothing else.
         tokens: of which each stands for one feature.
+        patches: `processor` does not normalise; its patches of several frames, which of an image are all the same,
+            become uint8 patches of one frame.
     """
 
     processor: Any
     alone: str
     tokens: tuple[str, ...]
+    patches: bool = False
     min_size: None = None
 
     def __call__(self, image: Tensor, generator: Any = None) -> Spelled:
-        return spelled(self.processor, self.alone, self.tokens, images=[self.picture(image)])
+        made = spelled(self.processor, self.alone, self.tokens, images=[self.picture(image)])
+        if self.patches:
+            pixels, frames = made["pixel_values"], getattr(self.processor.image_processor, "temporal_patch_size", 1)
+            if pixels.dim() == 2 and frames > 1:
+                pixels = pixels.unflatten(1, (3, frames, -1))[:, :, 0].flatten(1)
+            made["pixel_values"] = whole_numbers(pixels)
+        return made
 
     @staticmethod
     def picture(image: Tensor) -> Image.Image:
         """The image as processors take it."""
         return Image.fromarray(image.permute(1, 2, 0).numpy())
+
+
+def whole_numbers(pixels: Tensor) -> Tensor:
+    """The same pixels as uint8.
+
+    Raises:
+        ValueError: if one of them is no whole number from 0 to 255.
+    """
+    if pixels.dtype == torch.uint8:
+        return pixels
+    whole = pixels.to(torch.uint8)
+    if not torch.equal(whole.to(pixels.dtype), pixels):
+        raise ValueError("an image processor that does not normalise gave pixels that are no whole numbers up to 255")
+    return whole
+
+
+def not_normalising(processor: Any) -> Any:
+    """A copy of a whole processor that leaves the pixels of images as they are after scaling and cutting."""
+    changed, images = copy.copy(processor), copy.copy(processor.image_processor)
+    images.do_rescale = images.do_normalize = False
+    changed.image_processor = images
+    return changed
 
 
 def spelled(processor: Any, alone: str, tokens: tuple[str, ...], **media: Any) -> Spelled:

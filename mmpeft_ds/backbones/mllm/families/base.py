@@ -27,6 +27,8 @@ class Family:
             between them. False: it is one run of image tokens, as many as the tower makes of it.
         channels: where the channels stand in the pixels of an image batch; the pixels then stay whole numbers until
             they are on the device. None: the processor normalises them.
+        patches: model types of it whose processor spells an image and cuts it into patches, channels first, that one
+            module of the vision tower multiplies. Their pixels stay whole numbers too.
         unpackable: why texts may not follow one another in one row; empty where they may. Families that nobody
             has tried may not.
         row_attention: takes the place of sdpa where texts stand in one row, see `text_attention`; empty: a mask alone
@@ -52,6 +54,7 @@ class Family:
     model_types: tuple[str, ...] = ()
     spelled: bool = True
     channels: int | None = None
+    patches: tuple[str, ...] = ()
     unpackable: str = "was not tried with packed texts"
     row_attention: str = text_attention.NAME
     text_axis: bool = True

@@ -12,6 +12,7 @@ class Cosmos3Edge(Family):
 
     model_types = ("cosmos3_edge",)
     unpackable = ""
+    patches = model_types
 
     def video_mark(self, processor: Any) -> str:
         return processor.vision_start_token + processor.video_token + processor.vision_end_token

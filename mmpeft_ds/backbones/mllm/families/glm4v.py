@@ -10,6 +10,7 @@ class Glm4v(Family):
 
     model_types = ("glm4v", "glm4v_moe", "glm46v", "glm_ocr", "glmga")
     one_token = True
+    patches = model_types
     unpackable = ""
 
 

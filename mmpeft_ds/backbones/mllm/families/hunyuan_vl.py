@@ -20,6 +20,7 @@ class HunYuanVL(Family):
 
     model_types = ("hunyuan_vl",)
     unpackable = ""
+    patches = model_types
     text_axis = False
     merges_each = True
 

@@ -10,6 +10,7 @@ class Hybrid(Family):
 
     model_types = ("glm5_next", "lfm2_vl", "lfm3_vl", "qwen3_5", "qwen3_5_moe")
     unpackable = ""
+    patches = ("glm5_next", "lfm3_vl", "qwen3_5", "qwen3_5_moe")
     carrying = (
         "Glm5NextTextAttention",  # which looks for keys in pools of tokens beside each other
         "Glm5NextTextLinearAttention",

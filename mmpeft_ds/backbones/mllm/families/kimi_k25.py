@@ -10,6 +10,7 @@ class KimiK25(Family):
 
     model_types = ("kimi_k25",)
     unpackable = ""
+    patches = model_types
     no_videos = "transformers 5.23 reads pieces of equally many frames alone of its videos"
 
 

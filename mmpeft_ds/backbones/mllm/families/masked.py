@@ -12,6 +12,7 @@ class Masked(Family):
 
     model_types = ("gemma4_unified", "qwen4_exp")
     unpackable = ""
+    patches = ("qwen4_exp",)
     row_attention = text_attention.MASKED
     carrying = ("Qwen4ExpTextGatedDeltaNet", "Qwen4ExpTextPLELayer")
 

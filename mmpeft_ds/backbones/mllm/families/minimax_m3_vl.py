@@ -10,6 +10,7 @@ class MiniMaxM3(Family):
 
     model_types = ("minimax_m3_vl",)
     unpackable = ""
+    patches = model_types
     no_videos = "the video processor of MiniMax-M3 does not scale frames (`do_resize` false in transformers 5.23)"
 
 

@@ -32,6 +32,17 @@ class Usual(Family):
         "vipllava",
     )
     unpackable = ""
+    patches = (
+        "cohere_compass",
+        "cosmos3_omni",
+        "ernie4_5_vl_moe",
+        "exaone4_5",
+        "hyperclovax_vision_v2",
+        "paddleocr_vl",
+        "qwen3_vl",
+        "qwen3_vl_moe",
+        "video_llama_3",
+    )
 
 
 ENTRY = Usual()
