@@ -15,6 +15,7 @@ OF_LLAVA = {"patch_size": 4, "vision_feature_select_strategy": "default", "num_a
 ROUNDED = dict.fromkeys(
     ("deepseek_vl_hybrid", "llava_next", "minicpmv4_6", "qwen2_5_vl", "qwen2_vl", "qwen4_exp", "step3p7"), 4e-6
 ) | {"glm5_next": 3e-5}  # 1e-7 in float64
+ROUNDED |= dict.fromkeys(("glm4v_moe", "qwen3_5", "qwen3_5_moe"), 2e-5)
 
 
 def made(folder, **options):
@@ -36,8 +37,13 @@ def stock(folder, backbone):
 
 
 def tolerance(backbone):
-    """Largest difference of logits, as a share of the largest one."""
-    return ROUNDED.get(backbone._config.model_type, 2e-6)
+    """Largest difference of logits, as a share of the largest one.
+
+    Patches of whole numbers are standardised by the weights that they are multiplied by, so that float32 rounds other
+    terms of the sum; `test_patch_products` holds their features in float64.
+    """
+    whole = backbone._family.spelled and backbone._channels is not None
+    return max(ROUNDED.get(backbone._config.model_type, 2e-6), 8e-6 if whole else 0.0)
 
 
 def processed(backbone, text, answer=True, **media):
