@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from typing import Any, NamedTuple
 
@@ -41,13 +40,24 @@ class Exponent(NamedTuple):
     bounds: tuple[float, float] | None
 
 
+class Hidden(NamedTuple):
+    """Keys that rows do not see, of one shape of map; computed once for all layers that have the same mask.
+
+    Attributes:
+        added: (X, N, M), what is added to the scores; None: nothing.
+        empty: (X, N, 1) bool, rows that see nothing; None: there is none.
+    """
+
+    added: Tensor | None
+    empty: Tensor | None
+
+
 class Scores(NamedTuple):
-    """An attention map by what makes it, as `attention_probabilities` takes it; `mask` gets no gradient."""
+    """An attention map by what makes it, as `attention_probabilities` takes it; `hidden` gets no gradient."""
 
     query: Tensor
     key: Tensor
-    mask: Tensor | None
-    causal: bool
+    hidden: Hidden
     scaling: float | None
 
 
@@ -78,7 +88,7 @@ def plus_branch(
             f"{tuple(rows.shape)} and values {tuple(values.shape)}"
         )
     trained, fixed = (exponent.p, None) if isinstance(exponent.p, Tensor) else (None, exponent.p)
-    of_map: tuple[Any, ...] = (None, *A) if isinstance(A, Scores) else (A, None, None, None, False, None)
+    of_map = (None, A.query, A.key, *A.hidden, A.scaling) if isinstance(A, Scores) else (A, *[None] * 5)
     options = _Options(heads, fixed, exponent.mu, exponent.bounds)
     return _Branch.apply(h, *of_map, values, queries, trained, exponent.m, options, *maps)
 
@@ -93,26 +103,34 @@ class _Options(NamedTuple):
 class _Branch(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, h: Tensor, A: Tensor | None, query: Tensor | None, key: Tensor | None, mask: Tensor | None,
-        causal: bool, scaling: float | None, values: Tensor, queries: Tensor | None, p: Tensor | None, m: Tensor,
-        options: _Options, *tensors: Tensor,
+        ctx: Any, h: Tensor, A: Tensor | None, query: Tensor | None, key: Tensor | None, added: Tensor | None,
+        empty: Tensor | None, scaling: float | None, values: Tensor, queries: Tensor | None, p: Tensor | None,
+        m: Tensor, options: _Options, *tensors: Tensor,
     ) -> Tensor:  # fmt: skip
         maps = Maps(*tensors)
         if A is None:
             ctx.scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-            A = _attended(query, key, mask, causal, ctx.scaling)
+            query, key = query.reshape(-1, *query.shape[2:]), key.reshape(-1, *key.shape[2:])
+            A = _attended(query, key, added, empty, ctx.scaling)
+        else:
+            A = A.reshape(-1, *A.shape[2:]).contiguous()
+        heads, square = options.heads, queries is None
         power, pull = _used(p, m, options)
-        g = _nodes(values, maps, options.heads)
-        f = None if queries is None else _nodes(queries, maps, options.heads)
-        U, held, ctx.numbers = step(A, f, g, power, pull, self_term=queries is None)
-        tokens = h.reshape(-1, h.shape[-1])
-        moved = U.transpose(1, 2).reshape(len(tokens), -1)
-        level = functional.linear(tokens, maps.gate_weight, maps.gate_bias)
+        wide, g = _nodes(values, maps, heads)
+        rows, f = (wide, None) if square else _nodes(queries, maps, heads)
+        held, ctx.numbers = step(A, f, g, power, pull, self_term=square)
+        batch, tokens = len(h), h.reshape(-1, h.shape[-1])
+        moved = held.V.view(batch, heads, *held.V.shape[1:]).permute(0, 3, 1, 2)  # token by token, as `rows`
+        if square:
+            moved = rows[:, rows.shape[1] - h.shape[1] :] + moved
+        moved = moved.reshape(len(tokens), -1)
+        level = torch.addmm(maps.gate_bias, tokens, maps.gate_weight.T)
         # Transposed, it is torch's own kernel: oneDNN's, for contiguous tensors, takes six times as long to start.
         gate = functional.gelu(level.T).T
         inner = gate * moved
-        out = functional.linear(inner, maps.up_weight, maps.up_bias).add_(tokens)
-        ctx.save_for_backward(query, key, tokens, values, queries, p, m, moved, level, gate, inner, *held, *maps)
+        out = torch.addmm(tokens, inner, maps.up_weight.T).add_(maps.up_bias)
+        weights = maps.down_weight, maps.gate_weight, maps.up_weight
+        ctx.save_for_backward(query, key, tokens, values, queries, p, m, moved, level, gate, inner, *weights, *held)
         ctx.options = options
         return out.view(h.shape)
 
@@ -120,26 +138,32 @@ class _Branch(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         query, key, tokens, values, queries, p, m, moved, level, gate, inner, *rest = ctx.saved_tensors
-        held, maps = Held(*rest[: len(Held._fields)]), Maps(*rest[len(Held._fields) :])
-        of_h, of_A, of_query, of_key, _, _, _, of_values, of_queries, of_p, of_m, *_ = ctx.needs_input_grad
-        whole = gradient.reshape(tokens.shape)
-        given_inner = whole @ maps.up_weight
+        (down, gate_weight, up), held = rest[:3], Held(*rest[3:])
+        of_h, of_A, of_query, of_key, *_, of_values, of_queries, of_p, of_m = ctx.needs_input_grad[:11]
+        whole, (batch, rows, _) = gradient.reshape(tokens.shape), gradient.shape
+        given_inner = whole @ up
         given_level = torch.ops.aten.gelu_backward((given_inner * moved).T, level.T).T
-        given_U = given_inner.mul_(gate).view(*gradient.shape[:2], ctx.options.heads, -1).transpose(1, 2)
-        given = step_backward(held, ctx.numbers, given_U, of_A or of_query or of_key, of_p)
-        given_query = given_key = None
+        given_U = given_inner.mul_(gate).view(batch, rows, ctx.options.heads, -1).permute(0, 2, 3, 1)
+        sums = held.sums.view(*given_U.shape[:2], 1, -1)
+        scaled = torch.div(given_U, sums, out=torch.empty_like(given_U, memory_format=torch.contiguous_format))
+        given = step_backward(held, ctx.numbers, scaled.view(-1, *scaled.shape[2:]), of_A or of_query or of_key, of_p)
+        given_A = given_query = given_key = None
         if of_query or of_key:
-            scores = torch.ops.aten._softmax_backward_data(given.A, held.A, -1, held.A.dtype).mul_(ctx.scaling)
-            given_query, given_key = scores @ key, scores.mT @ query
-        given_values, down_weight, down_bias = _of_nodes(given.g, values, maps.down_weight, of_values)
+            scores = torch._softmax_backward_data(given.A, held.A, -1, held.A.dtype)
+            lead = given_U.shape[:2]
+            given_query = torch.baddbmm(query, scores, key, beta=0, alpha=ctx.scaling).view(*lead, *query.shape[1:])
+            given_key = torch.baddbmm(key, scores.mT, query, beta=0, alpha=ctx.scaling).view(*lead, *key.shape[1:])
+        elif of_A:
+            given_A = given.A.view(*given_U.shape[:2], *given.A.shape[1:])
+        given_values, down_weight, down_bias = _of_nodes(given.g, values, down, of_values)
         given_queries = None
         if given.f is not None:
-            given_queries, weight, bias = _of_nodes(given.f, queries, maps.down_weight, of_queries)
+            given_queries, weight, bias = _of_nodes(given.f, queries, down, of_queries)
             down_weight += weight
             down_bias += bias
         return (
-            torch.addmm(whole, given_level, maps.gate_weight).view(gradient.shape) if of_h else None,
-            given.A if of_A else None,
+            torch.addmm(whole, given_level, gate_weight).view(gradient.shape) if of_h else None,
+            given_A,
             given_query,
             given_key,
             *[None] * 3,
@@ -157,24 +181,30 @@ class _Branch(torch.autograd.Function):
         )
 
 
-def _attended(query: Tensor, key: Tensor, mask: Tensor | None, causal: bool, scaling: float) -> Tensor:
-    """`attention_probabilities` without autograd, in the memory of the scores."""
-    scores = (query @ key.mT).mul_(scaling)
-    rows, columns = scores.shape[-2:]
+def hidden_keys(mask: Tensor | None, causal: bool, shape: tuple[int, ...], dtype: torch.dtype) -> Hidden:
+    """What `mask` and `causal` of `attention_probabilities` hide in a map of that shape, (B, H, N, M)."""
+    rows, columns = shape[-2:]
+    if mask is None and not causal:
+        return Hidden(None, None)
+    added = torch.zeros(shape, dtype=dtype)
     if mask is not None:
-        scores = scores.masked_fill_(~mask, -math.inf) if mask.dtype == torch.bool else scores.add_(mask)
+        added = added.masked_fill_(~mask, -math.inf) if mask.dtype == torch.bool else added.add_(mask)
     if causal:
-        scores.masked_fill_(_ahead(rows, columns), -math.inf)
+        added.masked_fill_(torch.ones(rows, columns, dtype=torch.bool).triu(columns - rows + 1), -math.inf)
+    added = added.view(-1, rows, columns)
+    empty = added.amax(-1, keepdim=True) == -math.inf
+    return Hidden(added, empty if empty.any() else None)
+
+
+def _attended(query: Tensor, key: Tensor, added: Tensor | None, empty: Tensor | None, scaling: float) -> Tensor:
+    """`attention_probabilities` without autograd, (X, N, M)."""
+    if added is None:
+        scores = torch.bmm(query, key.mT).mul_(scaling)
+    else:
+        scores = torch.baddbmm(added, query, key.mT, alpha=scaling)
     A = scores.softmax(-1)
-    if mask is None and (not causal or rows <= columns):
-        return A
-    return A.masked_fill_(scores.amax(-1, keepdim=True) == -math.inf, 0.0)
-
-
-@functools.lru_cache(maxsize=8)
-def _ahead(rows: int, columns: int) -> Tensor:
-    """(N, M), True for keys that come after a row's own."""
-    return torch.ones(rows, columns, dtype=torch.bool).triu(columns - rows + 1)
+    # Softmax of a row of -inf is NaN.
+    return A if empty is None else A.masked_fill_(empty, 0.0)
 
 
 def _used(p: Tensor | None, m: Tensor, options: _Options) -> tuple[float, float]:
@@ -193,14 +223,16 @@ def _of_exponent(p: Tensor, gradient: float, bounds: tuple[float, float] | None)
     return torch.full_like(p, gradient)
 
 
-def _nodes(tokens: Tensor, maps: Maps, heads: int) -> Tensor:
-    """(B, n, d) -> (B, H, n, b)."""
-    wide = functional.linear(tokens, maps.down_weight, maps.down_bias)
-    return wide.view(*tokens.shape[:2], heads, -1).transpose(1, 2)
+def _nodes(tokens: Tensor, maps: Maps, heads: int) -> tuple[Tensor, Tensor]:
+    """(B, n, d) -> (B, n, H, b), and the same as (X, b, n), contiguous."""
+    flat = torch.addmm(maps.down_bias, tokens.reshape(-1, tokens.shape[-1]), maps.down_weight.T)
+    wide = flat.view(*tokens.shape[:2], heads, -1)
+    return wide, wide.permute(0, 2, 3, 1).reshape(-1, wide.shape[3], wide.shape[1]).contiguous()
 
 
 def _of_nodes(given: Tensor, tokens: Tensor, weight: Tensor, of_tokens: bool) -> tuple[Tensor | None, Tensor, Tensor]:
     """Gradients of the tokens, and of the weight and bias that make nodes of them."""
-    wide = given.transpose(1, 2).reshape(-1, weight.shape[0])
+    batch, count, _ = tokens.shape
+    wide = given.view(batch, -1, *given.shape[1:]).permute(0, 3, 1, 2).reshape(batch * count, -1)
     given_tokens = (wide @ weight).view(tokens.shape) if of_tokens else None
-    return given_tokens, wide.T @ tokens.reshape(-1, tokens.shape[-1]), wide.sum(0)
+    return given_tokens, wide.T @ tokens.reshape(len(wide), -1), wide.sum(0)

@@ -1,6 +1,7 @@
 """One p-Laplacian step over an attention map that is at hand and small: few operations, forward and backward."""
 
-# B batch, H heads, N query tokens, M value tokens, b channels of a node; D_ij = g_j - f_i
+# B batch, H heads, X = B H, N query tokens, M value tokens, b channels of a node; D_ij = g_j - f_i
+# Channels lead in everything that has a number for each channel of an edge: its innermost axis is then a long one.
 
 from __future__ import annotations
 
@@ -14,7 +15,11 @@ from torch.autograd.function import once_differentiable
 from mmpeft_ds.ops.p_laplacian import EPS, check_shapes
 
 MOST = 1 << 19  # numbers that a call may hold for its backward pass: 2 MiB
-HELD = 6  # numbers that it holds for each edge
+HELD = 6  # numbers that it holds for each edge, beside its differences
+# Scalars that are tensors: an operation takes half as long with them as with a number, which it makes a tensor of.
+ONE, LEAST = (
+    {t: torch.full((), x, dtype=t, device="cpu") for t in (torch.float32, torch.float64)} for x in (1.0, EPS)
+)
 
 
 def fits(shape: tuple[int, ...], like: Tensor) -> bool:
@@ -22,17 +27,22 @@ def fits(shape: tuple[int, ...], like: Tensor) -> bool:
 
     It reads p and mu as numbers, for which a GPU would have to be waited for; autocast would round its products.
     """
+    return fits_nodes(shape, like.shape[-1], like)
+
+
+def fits_nodes(shape: tuple[int, ...], channels: int, like: Tensor) -> bool:
+    """`fits` with nodes of so many channels, on the device of `like` and of its dtype."""
     if torch.is_autocast_enabled("cpu"):
         return False
     if like.device.type != "cpu" or like.dtype not in (torch.float32, torch.float64):
         return False
-    return math.prod(shape) * (HELD + like.shape[-1]) <= MOST
+    return math.prod(shape) * (HELD + channels) <= MOST
 
 
 def p_laplacian_of_map(
     A: Tensor, f: Tensor | None, g: Tensor, p: Tensor | float, mu: Tensor | float, *, self_term: bool, square: bool
 ) -> Tensor:
-    """`p_laplacian` with one p and one mu, where `fits`; some thirty operations forward and forty backward.
+    """`p_laplacian` with one p and one mu, where `fits`; some fifteen operations forward and thirty backward.
 
     The dense form lets autograd differentiate each of its operations, and the tiled form prepares and adds up blocks.
 
@@ -55,123 +65,129 @@ def p_laplacian_of_map(
 
 
 class Numbers(NamedTuple):
-    """What a step knows beside tensors."""
+    """What a step knows beside tensors.
+
+    Squared distances are counted in a unit of their own. The weights then lack a factor, which c lacks too, so that
+    no result knows of it. Below p = 2 the self loop of a square graph is heavy, and its ln n^2 far from all others: in
+    its own unit, eps^2, it is small, and the heavy terms cancel before they count.
+    """
 
     square: bool
     self_term: bool
     power: float  # p
-    c: float  # 2 mu / p
-    first: int  # row of g that is the first row's own node
-    least: float  # n^2 of a self loop
+    pull: float  # mu
+    c: float  # 2 mu / p, over the factor
+    first: int  # column that is the first row's own node
+    unit: float  # of n^2
 
 
 class Held(NamedTuple):
-    """Tensors that the backward pass of a step reads; of each edge the map, sums of its difference, and the weight."""
+    """Tensors that the backward pass of a step reads."""
 
-    A: Tensor
-    f: Tensor
-    g: Tensor
-    norm: Tensor
-    slope: Tensor
+    A: Tensor  # (X, N, M), and so are those without another shape
+    apart: Tensor  # D, (X, b, N, M)
+    f: Tensor | None  # (X, b, N), where the backward pass reads it
+    g: Tensor | None  # (X, b, M), likewise
+    lifted: Tensor  # A + eps
+    root: Tensor  # of that
+    norm: Tensor  # n^2
+    slope: Tensor  # weight over A
     weight: Tensor
-    squared: Tensor
-    total: Tensor
-    root: Tensor
-    alpha: Tensor
-    V: Tensor
+    sums: Tensor  # sum_j w_ij + c, (X, 1, N)
+    V: Tensor  # U, less f on a square graph, (X, b, N)
 
 
-def step(
-    A: Tensor, f: Tensor | None, g: Tensor, power: float, mu: float, self_term: bool
-) -> tuple[Tensor, Held, Numbers]:
-    """U of `p_laplacian_of_map` without autograd, and what `step_backward` needs."""
-    square, c = f is None, 2 * mu / power
-    first, least = g.shape[-2] - A.shape[-2], g.shape[-1] * EPS**2
-    g = g.contiguous()
-    f = g[..., first:, :] if square else f.contiguous()
-    apart = _apart(f, g)  # 0 for self loops, whose two nodes are one
-    squared, total = (apart * apart).sum(-3), apart.sum(-3)
-    root = (A + EPS).sqrt_()
-    norm = (root * squared).add_(total, alpha=2 * EPS).mul_(root).add_(least)
-    slope = norm.clamp_min_(torch.finfo(A.dtype).tiny) ** (power / 2 - 1)
+def step(A: Tensor, f: Tensor | None, g: Tensor, power: float, pull: float, self_term: bool) -> tuple[Held, Numbers]:
+    """V of `p_laplacian_of_map` without autograd, and what `step_backward` needs; U is V, plus f on a square graph.
+
+    Args:
+        A: (X, N, M).
+        f, g: nodes (X, b, N) and (X, b, M); f None on a square graph. All are contiguous.
+    """
+    square, columns, rows = f is None, A.shape[2], A.shape[1]
+    unit = EPS**2 if square and power < 2 else 1.0
+    c = 2 * pull / power * unit ** (1 - power / 2)
+    if square:
+        f = g if rows == columns else g[..., columns - rows :]
+    apart = g.unsqueeze(2) - f.unsqueeze(3)  # 0 for self loops, whose two nodes are one
+    lifted = torch.add(A, ONE[A.dtype], alpha=EPS)
+    root = lifted.sqrt()
+    scaled = _scaled(apart, root, unit)
+    norm = scaled.mul_(scaled).sum(1).clamp_min_(torch.finfo(A.dtype).tiny / unit)
+    slope = norm ** (power / 2 - 1)
     weight = slope * A
-    own = None
-    if square:
-        # A self loop may hold nearly all of a row: U - f is computed without it.
-        loops = weight.diagonal(first, -2, -1)
-        own = loops.clone()
-        loops.zero_()
-    sums, V = weight.sum(-1, keepdim=True), weight @ g
-    if square:
-        V.addcmul_(sums, f, value=-1)
-        loops.copy_(own)
-        sums += own.unsqueeze(-1)
-    alpha = sums.add_(c).reciprocal_()
+    of_channels = weight.unsqueeze(1)
+    sums = of_channels.sum(-1).add_(ONE[A.dtype], alpha=c)
+    # On a square graph a self loop may hold nearly all of a row: from differences U - f is computed without it.
+    V = (of_channels * apart).sum(-1) if square else torch.bmm(g, weight.mT)
     if self_term != square:
         V.add_(f, alpha=c if self_term else -c)
-    V *= alpha
-    held = Held(A, f, g, norm, slope, weight, squared, total, root, alpha, V)
-    return f + V if square else V, held, Numbers(square, self_term, power, c, first, least)
+    V.div_(sums)
+    needed = self_term != square
+    held = Held(A, apart, f if needed else None, None if square else g, lifted, root, norm, slope, weight, sums, V)
+    return held, Numbers(square, self_term, power, pull, c, columns - rows, unit)
 
 
 class Given(NamedTuple):
     """Gradients of a step; those of p and mu are numbers."""
 
-    A: Tensor | None
-    f: Tensor | None  # None on a square graph
-    g: Tensor
+    A: Tensor | None  # (X, N, M)
+    f: Tensor | None  # (X, b, N), None on a square graph
+    g: Tensor  # (X, b, M)
     p: float
     mu: float
 
 
-def step_backward(held: Held, numbers: Numbers, dU: Tensor, of_A: bool = True, of_p: bool = True) -> Given:
-    """Gradients from that of U, (B, H, N, b)."""
-    A, f, g, norm, slope, weight, squared, total, root, alpha, V = held
-    square, self_term, power, c, first, least = numbers
-    # As in `p_laplacian_edges.Gradients`: everything is seen from the row's own node on a square graph.
-    scaled = alpha * dU
-    dU_V = (scaled * V).sum(-1, keepdim=True)
-    dU_f = (scaled * f).sum(-1, keepdim=True) if square or self_term else None
-    level = dU_V + dU_f if square else dU_V
-    surplus = dU_V if square == self_term else level if square else dU_V - dU_f
-    dw = (scaled @ g.mT).sub_(level)
+def step_backward(held: Held, numbers: Numbers, scaled: Tensor, of_A: bool = True, of_p: bool = True) -> Given:
+    """Gradients of a step.
+
+    Args:
+        scaled: gradient of U, over `held.sums`, (X, b, N), contiguous.
+    """
+    A, apart, f, g, lifted, root, norm, slope, weight, _, V = held
+    square, self_term, power, pull, c, first, unit = numbers
+    of_V = (scaled * V).sum(1, keepdim=True)
+    surplus = of_V
+    if self_term != square:
+        of_f = (scaled * f).sum(1, keepdim=True)
+        surplus = of_V - of_f if self_term else of_V + of_f
+    # On a square graph seen from the row's own node: a self loop may hold nearly all of a row, and its dw is exact.
     if square:
-        dw.diagonal(first, -2, -1).copy_(-dU_V.squeeze(-1))
+        dw = (scaled.unsqueeze(3) * apart).sum(1).sub_(of_V.mT)
+    else:
+        dw = torch.baddbmm(of_V.mT, scaled.mT, g, beta=-1)
     h = dw * weight
     steep = h / norm  # and (power - 2), where it is used
     if square:
-        steep.diagonal(first, -2, -1).zero_()
+        steep.diagonal(first, 1, 2).zero_()
+    E = _scaled(apart, root, unit)
     dA = None
     if of_A:
-        dA = (dw * slope).add_(torch.add(squared, total / root, alpha=EPS).mul_(steep), alpha=power / 2 - 1)
-    steep *= root
-    apart = _apart(f, g).mul_(root.unsqueeze(-3)).add_(EPS).mul_(steep.unsqueeze(-3))
-    dg = (weight.mT @ scaled).add_(apart.sum(-2).mT, alpha=power - 2)
-    df = apart.sum(-1).mT * (2 - power)
-    if self_term:
-        df.add_(scaled, alpha=c)
-    if square:
-        dg[..., first:, :] += df
-    heavy = square and power < 2
-    if heavy:
-        h.diagonal(first, -2, -1).zero_()
-    dc = -float(surplus.sum())
-    dp = _of_p(h, norm, dc, numbers, math.log(least) if heavy else 0.0) if of_p else 0.0
-    return Given(dA, None if square else df, dg, dp, 2 * dc / power)
-
-
-def _of_p(h: Tensor, norm: Tensor, dc: float, numbers: Numbers, lowest: float) -> float:
-    """Gradient of p.
-
-    Args:
-        h: dw_ij w_ij; 0 for self loops where they hold nearly all of their rows.
-        dc: gradient of c.
-        lowest: ln n^2 of these self loops, else 0. h (ln n^2 - lowest) is added up edge by edge; lowest times the sum
-            of all h, self loops included, follows from the gradient of c, where their large terms cancel.
-    """
-    above = float(norm.log().sub_(lowest).mul_(h).sum())
-    # sum_ij h_ij is -c dc; c = 2 mu / p stands beside p's own place in the weights.
-    return (above - numbers.c * dc * lowest) / 2 - numbers.c * dc / numbers.power
+        # n^2 in the unit moves with A as sum_c E_c (E_c - eps) / (A + eps), eps in the unit
+        moves = torch.sub(norm, E.sum(1), alpha=EPS / math.sqrt(unit)).mul_(steep)
+        dA = (dw * slope).addcdiv_(moves, lifted, value=power / 2 - 1)
+    toward = (power - 2) / math.sqrt(unit)
+    E.mul_(steep.mul_(root).unsqueeze(1))
+    of_rows, of_columns = E.sum(3), E.sum(2)
+    if square and not first:
+        of_columns -= of_rows
+    dg = torch.baddbmm(of_columns, scaled, weight, beta=toward)
+    if not square:
+        df = of_rows.mul_(-toward)
+        if self_term:
+            df.add_(scaled, alpha=c)
+    else:
+        df, own = None, dg[..., first:]
+        if first:
+            own.sub_(of_rows, alpha=toward)
+        if self_term:
+            own.add_(scaled, alpha=c)
+    dc = -c * float(surplus.sum())  # times c
+    dp = 0.0
+    if of_p:
+        # sum_ij h_ij is -dc; c = 2 mu / p, over a power of the unit, stands beside p's own place in the weights.
+        dp = (float(torch.dot(norm.log().view(-1), h.view(-1))) - dc * math.log(unit)) / 2 - dc / power
+    return Given(dA, df, dg, dp, dc / pull)
 
 
 class _Step(torch.autograd.Function):
@@ -179,21 +195,35 @@ class _Step(torch.autograd.Function):
     def forward(
         ctx: Any, A: Tensor, f: Tensor | None, g: Tensor, p: Tensor | float, mu: Tensor | float, self_term: bool
     ) -> Tensor:
-        U, held, ctx.numbers = step(A, f, g, float(p), float(mu), self_term)
+        lead, rows = A.shape[:2], g[..., g.shape[2] - A.shape[2] :, :] if f is None else f
+        A = A.reshape(-1, *A.shape[2:]).contiguous()
+        nodes = None if f is None else _channels_first(f), _channels_first(g)
+        held, ctx.numbers = step(A, *nodes, float(p), float(mu), self_term)
         ctx.save_for_backward(*held)
         ctx.of = [x if isinstance(x, Tensor) else None for x in (p, mu)]
-        return U
+        U = held.V.view(*lead, *held.V.shape[1:]).mT
+        return rows + U if f is None else U.contiguous()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dU: Tensor) -> tuple[Tensor | None, ...]:
         of_A, _, _, of_p, of_mu, _ = ctx.needs_input_grad
-        given = step_backward(Held(*ctx.saved_tensors), ctx.numbers, dU, of_A, of_p)
+        held = Held(*ctx.saved_tensors)
+        lead = dU.shape[:2]
+        given = step_backward(held, ctx.numbers, _channels_first(dU).div_(held.sums), of_A, of_p)
+        dA, df, dg = (None if x is None else x.view(*lead, *x.shape[1:]) for x in (given.A, given.f, given.g))
         p, mu = ctx.of
         dp, dmu = torch.full_like(p, given.p) if of_p else None, torch.full_like(mu, given.mu) if of_mu else None
-        return given.A, given.f, given.g, dp, dmu, None
+        return dA, None if df is None else df.mT, dg.mT, dp, dmu, None
 
 
-def _apart(f: Tensor, g: Tensor) -> Tensor:
-    """D with channels first, (B, H, b, N, M)."""
-    return g.mT.unsqueeze(-2) - f.mT.unsqueeze(-1)
+def _channels_first(nodes: Tensor) -> Tensor:
+    """(B, H, n, b) -> (X, b, n), a copy."""
+    return nodes.mT.clone(memory_format=torch.contiguous_format).view(-1, *nodes.mT.shape[2:])
+
+
+def _scaled(apart: Tensor, root: Tensor, unit: float) -> Tensor:
+    """sqrt(A + eps) D + eps, whose length is n, over the root of the unit: that is eps or 1."""
+    own = unit != 1
+    least = (ONE if own else LEAST)[root.dtype]
+    return torch.addcmul(least, apart, root.unsqueeze(1), value=1 / EPS if own else 1.0)

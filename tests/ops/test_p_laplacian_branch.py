@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from mmpeft_ds.ops.p_laplacian import attention_probabilities, p_laplacian
-from mmpeft_ds.ops.p_laplacian_branch import Exponent, Maps, Scores, plus_branch
+from mmpeft_ds.ops.p_laplacian_branch import Exponent, Maps, Scores, hidden_keys, plus_branch
 
 B, H, b, D = 2, 3, 2, 7
 BOUNDS = (1.0, 3.0)
@@ -60,6 +60,17 @@ def test_equals_its_pieces(rows, columns, square, p):
         torch.testing.assert_close(a, e, rtol=1e-8, atol=1e-9)
 
 
+def test_one_sample_is_no_other_case():
+    for columns, square in ((6, True), (9, False)):
+        given = [
+            t if t is None or i > 3 else t.detach()[:1].requires_grad_()
+            for i, t in enumerate(inputs(6, columns, square))
+        ]
+        found, expected = (outcome(form, given) for form in (whole, pieces))
+        for a, e in zip(found, expected, strict=True):
+            torch.testing.assert_close(a, e, rtol=1e-8, atol=1e-9)
+
+
 @pytest.mark.parametrize(("p", "used"), [(0.5, 1.0), (4.0, 3.0)])
 def test_outside_of_its_bounds_p_learns_only_what_leads_back(p, used):
     at_bound = outcome(whole, inputs(6, 6, True, used))
@@ -108,7 +119,9 @@ def test_a_map_by_its_scores_gives_the_same(mask, scaling):
     where, causal = MASKS[mask]
 
     def by_scores(q, k, *others):
-        return whole(h, Scores(q, k, where, causal, scaling), *others)
+        hidden = hidden_keys(where, causal, (B, H, 6, 6), q.dtype)
+        assert (hidden.empty is not None) == (mask == "of keys")
+        return whole(h, Scores(q, k, hidden, scaling), *others)
 
     def by_map(q, k, *others):
         return whole(h, attention_probabilities(q, k, where, causal=causal, scaling=scaling), *others)

@@ -1,5 +1,7 @@
 """The p-Laplacian step of few operations equals the dense form, outputs and gradients."""
 
+import statistics
+
 import pytest
 import torch
 
@@ -10,8 +12,8 @@ B, H, b = 2, 3, 4
 SIZES = {True: [(6, 6), (4, 9)], False: [(6, 9), (9, 4)]}
 
 
-def inputs(rows, columns, square, dtype=torch.float64):
-    generator = torch.Generator().manual_seed(rows)
+def inputs(rows, columns, square, dtype=torch.float64, seed=0):
+    generator = torch.Generator().manual_seed(rows + seed)
 
     def drawn(*shape):
         return torch.randn(*shape, generator=generator, dtype=torch.float64)
@@ -36,10 +38,13 @@ def outcome(form, A, f, g, p, mu, square, self_term):
     return [U, *torch.autograd.grad((U * weights).sum(), wanted)]
 
 
-def worst(found, expected):
+def errors(found, expected):
     pairs = zip(found, expected, strict=True)
-    errors = [(a.double() - e).abs().max() / e.abs().max().clamp_min(1e-3) for a, e in pairs]
-    return torch.stack(errors).max().item()  # NaN where one of them is: Python's max would pass over it
+    return [((a.double() - e).abs().max() / e.abs().max().clamp_min(1e-3)).item() for a, e in pairs]
+
+
+def worst(found, expected):
+    return torch.tensor(errors(found, expected)).max().item()  # NaN where one is: Python's max would pass over it
 
 
 @pytest.mark.parametrize("p", [1.0, 1.25, 2.0, 2.5])
@@ -57,10 +62,26 @@ def test_equals_the_dense_form(square, self_term, p):
 @pytest.mark.parametrize("square", [True, False])
 def test_float32_is_as_exact_as_float32_can_be(square):
     for p in (1.25, 1.6, 2.5):
-        for rows, columns in SIZES[square]:
-            expected = outcome(p_laplacian, *inputs(rows, columns, square), p, 0.2, square, square)
-            found = outcome(p_laplacian_of_map, *inputs(rows, columns, square, torch.float32), p, 0.2, square, square)
-            assert worst(found, expected) < 3e-5  # of p, whose gradient is a difference here
+        for size in SIZES[square]:
+            draws = []
+            for seed in range(9):
+                expected = outcome(p_laplacian, *inputs(*size, square, seed=seed), p, 0.2, square, square)
+                found = outcome(
+                    p_laplacian_of_map, *inputs(*size, square, torch.float32, seed), p, 0.2, square, square
+                )
+                draws.append(errors(found, expected))
+            *others, of_p, of_mu = zip(*draws, strict=True)
+            assert max(max(each) for each in others) < 2e-6
+            # differences, which may nearly cancel
+            assert statistics.median(of_p) < 1e-5 and statistics.median(of_mu) < 2e-6
+
+
+def test_one_sample_and_one_head_are_no_other_case():
+    for lead in ((1, 3), (2, 1), (1, 1)):
+        A, _, g = (None if x is None else x.detach() for x in inputs(6, 6, True))
+        A, g = (x[: lead[0], : lead[1]].requires_grad_() for x in (A, g))
+        expected = outcome(p_laplacian, A, None, g, 1.25, 0.2, True, True)
+        assert worst(outcome(p_laplacian_of_map, A, None, g, 1.25, 0.2, True, True), expected) < 1e-11
 
 
 def test_equal_nodes_count_as_eps_apart():

@@ -38,3 +38,12 @@ def test_gradients_are_those_of_finite_differences(of_x):
         return plus_relu(Linear(*base), x, t, Linear(down, down_bias), Linear(up, up_bias))
 
     assert torch.autograd.gradcheck(run, given)
+
+
+def test_an_output_in_place_of_the_map_gives_the_same():
+    (x, t, *maps), base = inputs()
+    out = functional.linear(x, *base).detach().requires_grad_()
+    down, up = Linear(*maps[:2]), Linear(*maps[2:])
+    found = plus_relu(out, None, t, down, up)
+    torch.testing.assert_close(found, plus_relu(Linear(*base), x, t, down, up), rtol=1e-13, atol=1e-13)
+    assert torch.autograd.gradcheck(lambda o, t: plus_relu(o, None, t, down, up), (out, t))

@@ -19,13 +19,14 @@ from mmpeft_ds.ops.p_laplacian import (
     pool_keys,
     self_loops,
 )
-from mmpeft_ds.ops.p_laplacian_branch import Exponent, Scores
+from mmpeft_ds.ops.p_laplacian_branch import Exponent, Hidden, Scores, hidden_keys
 from mmpeft_ds.ops.p_laplacian_map import HELD, MOST, fits, p_laplacian_of_map
 from mmpeft_ds.ops.p_laplacian_stream import p_laplacian_attention
 from mmpeft_ds.ops.p_laplacian_triton import usable
 from mmpeft_ds.ops.precision import full_dtype
 from mmpeft_ds.ops.propagation import appnp, gcn, gcnii
 from mmpeft_ds.sites.observe import Observation
+from mmpeft_ds.sites.once import once
 
 
 class Propagation(nn.Module):
@@ -136,8 +137,16 @@ class Propagation(nn.Module):
         """The map as `plus_branch` takes it."""
         scored = seen.probabilities is None and self.groups is None and seen.query.dtype == h.dtype
         if scored and (seen.mask is None or not seen.mask.requires_grad):
-            return Scores(seen.query, seen.repeated(seen.key), seen.mask, seen.causal, seen.scaling)
+            return Scores(seen.query, seen.repeated(seen.key), self._hidden(seen), seen.scaling)
         return self.pooled(seen)
+
+    @staticmethod
+    def _hidden(seen: Observation) -> Hidden:
+        """Keys that the mask hides, once a forward for all layers that are given the same mask."""
+        mask, shape, dtype = seen.mask, (*seen.query.shape[:3], seen.key.shape[2]), seen.query.dtype
+        owner = ("hidden keys", id(mask), seen.causal, shape, dtype)
+        make = lambda: hidden_keys(mask, seen.causal, shape, dtype)  # noqa: E731
+        return once(owner, 0, lambda: (make(), mask), make)  # and the mask, so that no other gets its id
 
     @property
     def trained(self) -> Exponent:

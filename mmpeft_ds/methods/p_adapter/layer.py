@@ -20,7 +20,7 @@ from mmpeft_ds.methods.common.layers import SiteLayer
 from mmpeft_ds.methods.common.products import Multiplies, at_edge
 from mmpeft_ds.methods.p_adapter.attention_graph import Propagation
 from mmpeft_ds.methods.p_adapter.config import PAdapterConfig
-from mmpeft_ds.ops.beside_linear import Linear
+from mmpeft_ds.ops.beside_linear import Linear, Onto
 from mmpeft_ds.ops.p_laplacian_branch import Maps, plus_branch
 from mmpeft_ds.ops.precision import full_dtype
 from mmpeft_ds.ops.relu_sum import plus_relu
@@ -132,19 +132,20 @@ class FFNBranch(Fusable, Multiplies):
         reset(self)
 
     def joins(self, x: Tensor, t: Tensor) -> bool:
-        """Whether `forward` may compute the end of the block too, whose last map reads x."""
+        """Whether `forward` may compute the end of the block too, which reads x."""
         if is_watched(self.down) or is_watched(self.up):
             return False
         return t.dtype == x.dtype and is_eager(self, x, self.up.weight.dtype)
 
-    def forward(self, t: Tensor, x: Tensor | None = None, linear: Linear | None = None) -> Tensor:
+    def forward(self, t: Tensor, onto: Onto | None = None, x: Tensor | None = None) -> Tensor:
         """(..., width) -> (..., out_width).
 
         Args:
-            x, linear: where it `joins`, input of the block's last map, and this map; their product is added.
+            onto: where it `joins`, what the result is added to: output of the block, or its last map.
+            x: input of that map.
         """
-        if x is not None:
-            return plus_relu(linear, x, t, *(Linear(m.weight, m.bias) for m in (self.down, self.up)))
+        if onto is not None:
+            return plus_relu(onto, x, t, *(Linear(m.weight, m.bias) for m in (self.down, self.up)))
         with torch.autocast(t.device.type, enabled=False), self.multiplying(t):
             return self.up(F.relu(self.down(at_edge(t, self.up.weight.dtype))))
 
@@ -264,10 +265,12 @@ class FFNLayer(BranchLayer):
             return self.base_layer(x)
         t = self._seen().t
         close_for(self)
-        linear = plain_linear(self.base_layer, x) if len(branches) == 1 and branches[0].joins(x, t) else None
-        if linear is not None:
-            return branches[0](t, x, linear)
+        joins = len(branches) == 1 and branches[0].joins(x, t)
+        if joins and (linear := plain_linear(self.base_layer, x)) is not None:
+            return branches[0](t, linear, x)
         out = self.base_layer(x)
+        if joins and out.dtype == x.dtype:
+            return branches[0](t, out)
         return sum((branch(t) for branch in branches), out).to(out.dtype)
 
     def _note(self, first: nn.Module, args: tuple[Tensor, ...]) -> None:
