@@ -408,12 +408,8 @@ def _table(result: dict) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", "--repeats", type=int, default=3, help="launches of each system at each stage")
-    parser.add_argument(
-        "--steps",
-        type=int,
-        default=0,
-        help=f"optimizer steps a launch, default {STEPS}; the first {WARM} are not timed",
-    )
+    steps = f"optimizer steps a launch, default {STEPS}; the first {WARM} are not timed"
+    parser.add_argument("--steps", type=int, default=0, help=steps)
     parser.add_argument("--stages", type=int, nargs="+", default=[3, 1], help="ZeRO stages")
     parser.add_argument("--data", default="data/easy-vqa", help="prepared shards with feature statistics")
     parser.add_argument("--cache", action="store_true", help="ours with stored values of the frozen tower too")
@@ -441,6 +437,8 @@ def main() -> None:
             return _instruction_runs.drive(args, __file__)
         return _launch.close(_instruction.SYSTEMS[args.system](args), args.out)
     args.steps = args.steps or STEPS
+    if args.steps <= WARM:
+        parser.error(f"--steps must be {WARM + 1} or more: the first {WARM} are not timed")
     if args.system is None:
         return drive(args)
     _launch.close({"ours": ours, "peer": peer, "plain": plain}[args.system](args), args.out)
