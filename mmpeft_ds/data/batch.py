@@ -13,10 +13,11 @@ import dataclasses
 import functools
 import hashlib
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -291,6 +292,13 @@ class PackedBatch:
 def hash_id(sample_id: str) -> int:
     """Stable 64-bit hash of a sample id."""
     return int.from_bytes(hashlib.blake2b(sample_id.encode(), digest_size=8).digest(), "big")
+
+
+def hash_ids(sample_ids: Iterable[str]) -> np.ndarray:
+    """`hash_id` of many, uint64."""
+    blake = hashlib.blake2b
+    digests = b"".join([blake(name.encode(), digest_size=8).digest() for name in sample_ids])
+    return np.frombuffer(digests, ">u8").astype(np.uint64)
 
 
 def id_number(sample_id: str) -> int:

@@ -9,7 +9,7 @@ which reads it sample by sample.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,10 +18,12 @@ import torch
 from torch import Tensor
 
 from mmpeft_ds.data import order
-from mmpeft_ds.data.batch import Counts, Described, PackedBatch, changes_of, hash_id, with_images
-from mmpeft_ds.data.feature_columns import Columns, ShardColumns, reachable
+from mmpeft_ds.data.batch import Counts, PackedBatch, changes_of, with_images
+from mmpeft_ds.data.feature_columns import Columns, reachable
+from mmpeft_ds.data.feature_memory import Memory, Read, raw_of
 from mmpeft_ds.data.identity import PICTURE, content_id
-from mmpeft_ds.data.parsing import check_finite, json_object, one_sample
+from mmpeft_ds.data.manifest import sample_keys
+from mmpeft_ds.data.parsing import check_finite, json_objects, one_sample
 from mmpeft_ds.data.shards import ShardReader
 from mmpeft_ds.data.transform import hooks_of
 from mmpeft_ds.errors import BadSample
@@ -30,21 +32,6 @@ from mmpeft_ds.errors import BadSample
 # for garbage a second time.
 TOGETHER = 96
 READ = 2**20  # bytes of rows that are copied at a time, or of one micro-batch: they stay in a core's cache
-# Samples of a source whose texts and targets are kept, as long as their records and features of captions are not more
-# than so many bytes in their shard; as objects of Python they take a few times that.
-REMEMBERED = 2**16
-REMEMBERED_BYTES = 2**27
-
-
-@dataclass(slots=True)
-class _Read:
-    """Texts and targets of a record; `fixed`: read without drawing at random, so the same in every epoch."""
-
-    sample_id: str
-    record: dict[str, Any]
-    texts: list[Any]
-    targets: list[Any]
-    fixed: bool
 
 
 @dataclass(slots=True)
@@ -53,8 +40,8 @@ class _Found:
 
     Attributes:
         shards, addresses: (S,) of each, see `Columns.rows`.
-        kind: see `ShardColumns.kind`.
-        rows: (S,) of `_Memory`.
+        kind: see `feature_columns.ShardColumns.kind`.
+        rows: (S,) of `Memory`.
         read: what was read of samples that are not all plain; None: all are.
     """
 
@@ -62,12 +49,12 @@ class _Found:
     addresses: np.ndarray
     kind: tuple[np.dtype, int, int]
     rows: np.ndarray
-    read: list[_Read] | None
+    read: list[Read] | None
 
 
 @dataclass(slots=True)
 class Ahead:
-    """Samples of several micro-batches, found together; all plain, see `_Memory`.
+    """Samples of several micro-batches, found together; all plain, see `Memory`.
 
     Attributes:
         size: slots of each micro-batch, all filled.
@@ -90,77 +77,6 @@ class Ahead:
     first: int = 0
 
 
-class _Memory:
-    """Samples of a split that were read before, in columns, so that many are looked up at once.
-
-    Attributes:
-        bytes: of what was read of those, in their shards.
-        place: (n,) int32 row of each sample in the columns; row 0 stands for all samples not read yet.
-        keys, hashes: uint64, `order.key_of` and `batch.hash_id` of the sample ids.
-        plain: bool: fixed, with exactly one text; `names`, `records`, `texts`, `raw` and `targets` are its parts. Of
-            these there is no `_Read`: its lists are objects that Python looks through for garbage again and again.
-        collated: rows of the collated targets of those, where `collate` is given.
-        others: `_Read` of those that are not plain, else None.
-    """
-
-    COLUMNS = ("names", "records", "texts", "raw")
-
-    def __init__(self, n: int, collate: Callable[[list[Any]], dict[str, Tensor]] | None):
-        rows = 1 + min(n, REMEMBERED)
-        self.collate, self.collated = collate, dict[str, Tensor]()
-        self.place, self.count, self.bytes = np.zeros(n, np.int32), 0, 0
-        self.keys, self.hashes = np.zeros(rows, np.uint64), np.zeros(rows, np.uint64)
-        self.plain, self.others = np.zeros(rows, bool), np.empty(rows, object)
-        for name in (*self.COLUMNS, "targets"):
-            setattr(self, name, np.empty(rows, object))
-
-    @property
-    def room(self) -> int:
-        """Samples that can be added, whatever their size."""
-        return len(self.others) - 1 - self.count
-
-    def read(self, number: int) -> _Read | None:
-        """What was read of a sample; None if it was not."""
-        row = int(self.place[number])
-        if not self.plain[row]:
-            return self.others[row]
-        return _Read(self.names[row], self.records[row], [self.texts[row]], [self.targets[row]], True)
-
-    def add(self, numbers: np.ndarray, read: list[_Read]) -> None:
-        """Add samples that are not there yet, for which there is room."""
-        plain = [one.fixed and len(one.texts) == 1 for one in read]
-        single = [one for one, is_plain in zip(read, plain, strict=True) if is_plain]
-        collated = self.collate([one.targets[0] for one in single]) if self.collate and single else {}
-        rows = slice(self.count + 1, self.count + 1 + len(read))
-        self.count += len(read)
-        self.place[numbers] = np.arange(rows.start, rows.stop)
-        self.keys[rows] = np.array([order.key_of(one.sample_id) for one in read], np.uint64)
-        self.hashes[rows] = np.array([hash_id(one.sample_id) for one in read], np.uint64)
-        self.others[rows] = _objects([None if is_plain else one for is_plain, one in zip(plain, read, strict=True)])
-        if not single:
-            return
-        at = rows.start + np.flatnonzero(plain)
-        self.plain[at] = True
-        parts = ((one.sample_id, one.record, one.texts[0], _raw(one.texts[0]), one.targets[0]) for one in single)
-        for name, column in zip((*self.COLUMNS, "targets"), zip(*parts, strict=True), strict=True):
-            getattr(self, name)[at] = _objects(column)
-        for name, tensor in collated.items():
-            if name not in self.collated:
-                self.collated[name] = tensor.new_zeros(len(self.others), *tensor.shape[1:])
-            self.collated[name][torch.from_numpy(at)] = tensor
-
-    def columns(self, rows: np.ndarray) -> list[list[Any]]:
-        """COLUMNS of plain samples."""
-        return [getattr(self, name)[rows].tolist() for name in self.COLUMNS]
-
-    def targets_of(self, rows: np.ndarray) -> dict[str, Tensor] | list[Any]:
-        """Those of plain samples: collated where they are, else as the task reads them."""
-        if not self.collate:
-            return self.targets[rows].tolist()
-        chosen = torch.from_numpy(rows.astype(np.int64))
-        return {name: tensor.index_select(0, chosen) for name, tensor in self.collated.items()}
-
-
 class FeatureBatches:
     """Micro-batches of one source.
 
@@ -173,7 +89,7 @@ class FeatureBatches:
     """
 
     def __init__(self, source: Any, reader: ShardReader, epoch_key: Callable[[int], int]):
-        self.source, self.epoch_key = source, epoch_key
+        self.source, self.epoch_key, self._fields = source, epoch_key, frozenset(source.fields)
         self.columns = Columns(reader)
         self._start()
 
@@ -186,7 +102,7 @@ class FeatureBatches:
 
     def _start(self) -> None:
         collate = self.source.collate_targets if self.source.collates_by_row else None
-        self._memory, self._generator = _Memory(int(self.columns.firsts[-1]), collate), torch.Generator()
+        self._memory, self._generator = Memory(int(self.columns.firsts[-1]), collate), torch.Generator()
 
     @staticmethod
     def possible(source: Any, reader: ShardReader) -> bool:
@@ -221,7 +137,7 @@ class FeatureBatches:
         targets = [target for one in found.read for target in one.targets]
         names, records = [one.sample_id for one in found.read], [one.record for one in found.read]
         owner = np.repeat(slots, [len(one.texts) for one in found.read])
-        return self._packed(images, slots, size, names, records, owner, texts, targets, [_raw(t) for t in texts])
+        return self._packed(images, slots, size, names, records, owner, texts, targets, list(map(raw_of, texts)))
 
     def ahead(self, epoch: int, shards: np.ndarray, samples: np.ndarray, size: int) -> Ahead | None:
         """Several micro-batches of `size` samples each, one after the other, for `batch`.
@@ -265,7 +181,7 @@ class FeatureBatches:
     def _rows(self, found: _Found, part: slice) -> Tensor:
         """(S, D) rows of features, as they are stored."""
         dtype, _, width = found.kind
-        return torch.from_numpy(self.columns.rows(found.addresses[part], dtype, width))
+        return torch.from_numpy(self.columns.rows(found.shards[part], found.addresses[part], dtype, width))
 
     def _found(self, epoch: int, shards: np.ndarray, samples: np.ndarray, plain_only: bool = False) -> _Found | None:
         """Where samples are; None if one has to be read alone, or with `plain_only` is not plain."""
@@ -276,23 +192,22 @@ class FeatureBatches:
             return None
         key = self.epoch_key(epoch)
         try:
-            new = np.flatnonzero(memory.place[numbers] == 0)[: memory.room]
-            sizes = memory.bytes + self.columns.read_bytes[numbers[new]].cumsum()
-            new = new[sizes <= REMEMBERED_BYTES]
+            new = memory.fitting(numbers, self.columns.read_bytes)
             for first in range(0, len(new), TOGETHER):
                 some = new[first : first + TOGETHER]
-                self._remember(key, columns, shards[some], samples[some], numbers[some])
+                self._remember(key, kind, shards[some], numbers[some])
             rows = memory.place[numbers]
             plain = bool(memory.plain[rows].all())
             if plain_only and not plain:
                 return None
-            pairs = [] if plain else zip(shards.tolist(), samples.tolist(), strict=True)
-            read = [self._read(key, columns, *pair) for pair in pairs]
+            read = [] if plain else [self._read(key, kind, shards[[i]], numbers[[i]]) for i in range(len(numbers))]
         except BadSample:
             return None
         keys = memory.keys[rows] if plain else np.array([order.key_of(r.sample_id) for r in read], np.uint64)
         views = np.zeros(len(numbers), np.int64)
         views[:] = self.source.image_transform.row(kind[1], order.combined_many(key, keys))
+        if not 0 <= views.min() <= views.max() < kind[1]:
+            raise IndexError(f"the image transform takes row {views.max()} or {views.min()} of {kind[1]}")
         addresses = self.columns.address[numbers] + views * (kind[0].itemsize * kind[2])
         return _Found(shards, addresses, kind, rows, None if plain else read)
 
@@ -301,66 +216,69 @@ class FeatureBatches:
         self.columns.close()
 
     def _remember(
-        self,
-        epoch_key: int,
-        columns: dict[int, ShardColumns],
-        shards: np.ndarray,
-        samples: np.ndarray,
-        numbers: np.ndarray,
+        self, epoch_key: int, kind: tuple[np.dtype, int, int], shards: np.ndarray, numbers: np.ndarray
     ) -> None:
         """Read samples for the first time. Raises BadSample if one cannot be used."""
-        dtype, rows, width = next(iter(columns.values())).kind
-        check_finite(self.columns.rows(self.columns.address[numbers], dtype, rows * width))
-        pairs = list(zip(shards.tolist(), samples.tolist(), strict=True))
+        names, records = self._ids(numbers), self._records(kind, shards, numbers)
         # Whether the task draws at random is found out for all together; if it does, each has its own seed.
         before = _state(self._generator.manual_seed(0))
         with one_sample():
-            read = [self._made(self._id(*pair), self._record(columns[pair[0]], pair[1]), True) for pair in pairs]
+            read = [self.source.read(record, self._generator) for record in records]
         if _state(self._generator) != before:
-            read = [self._drawn(epoch_key, one.sample_id, one.record, find_out=True) for one in read]
-        self._memory.add(numbers, read)
+            pairs = zip(names, records, strict=True)
+            self._memory.add(numbers, [self._drawn(epoch_key, *pair, find_out=True) for pair in pairs])
+        elif all(len(texts) == 1 == len(targets) for texts, targets in read):
+            texts = with_images([texts[0] for texts, _ in read], [None])
+            self._memory.add_plain(numbers, names, records, texts, [targets[0] for _, targets in read])
+        else:
+            made = zip(names, records, read, strict=True)
+            self._memory.add(numbers, [_made(name, record, *parts, True) for name, record, parts in made])
         self._memory.bytes += int(self.columns.read_bytes[numbers].sum())
 
-    def _read(self, epoch_key: int, columns: dict[int, ShardColumns], shard: int, sample: int) -> _Read:
-        """Texts and targets of one sample, also of one that there is no room for. Raises BadSample."""
-        known = self._memory.read(self.columns.firsts[shard] + sample)
+    def _read(self, epoch_key: int, kind: tuple[np.dtype, int, int], shard: np.ndarray, number: np.ndarray) -> Read:
+        """Texts and targets of one sample, also of one that there is no room for. Raises BadSample.
+
+        Args:
+            shard, number: (1,) of each.
+        """
+        known = self._memory.read(int(number[0]))
         if known is not None:
             return known if known.fixed else self._drawn(epoch_key, known.sample_id, known.record)
-        columns[shard].check_finite(np.array([sample]))
-        with one_sample():
-            record = self._record(columns[shard], sample)
-        return self._drawn(epoch_key, self._id(shard, sample), record)
+        return self._drawn(epoch_key, self._ids(number)[0], self._records(kind, shard, number)[0])
 
-    def _drawn(self, epoch_key: int, sample_id: str, record: dict[str, Any], find_out: bool = False) -> _Read:
+    def _drawn(self, epoch_key: int, sample_id: str, record: dict[str, Any], find_out: bool = False) -> Read:
         """What the task reads of a record with the sample's own seed; with `find_out`, whether it draws at random.
         Raises BadSample."""
         self._generator.manual_seed(order.combined(epoch_key, order.key_of(sample_id)))
         before = _state(self._generator) if find_out else b""
         with one_sample():
-            one = self._made(sample_id, record, False)
+            one = _made(sample_id, record, *self.source.read(record, self._generator), False)
         one.fixed = find_out and _state(self._generator) == before
         return one
 
-    def _made(self, sample_id: str, record: dict[str, Any], fixed: bool) -> _Read:
-        texts, targets = self.source.read(record, self._generator)
-        if len(texts) != len(targets):
-            raise BadSample("type")
-        return _Read(sample_id, record, with_images(texts, [None]), targets, fixed)
+    def _ids(self, numbers: np.ndarray) -> list[str]:
+        """Ids of samples by their numbers in the split."""
+        return sample_keys(self.columns.reader.split, numbers.tolist(), f"{self.source.manifest.name}/")
 
-    def _id(self, shard: int, sample: int) -> str:
-        return f"{self.source.manifest.name}/{self.columns.key(shard, sample)}"
-
-    def _record(self, columns: ShardColumns, sample: int) -> dict[str, Any]:
-        """The json of a sample with the features of its captions under `text`. Raises BadSample."""
-        record = json_object(columns.record(sample))
-        if (captions := columns.text(sample)) is not None:
-            check_finite(captions)
-            record["text"] = torch.from_numpy(np.array(captions))  # a copy, since the file may be closed
-        if any(name not in record for name in self.source.fields):
-            raise BadSample("field")
-        if self.source.identify:
-            record.setdefault(PICTURE, content_id([columns.content(sample)]))
-        return record
+    def _records(
+        self, kind: tuple[np.dtype, int, int], shards: np.ndarray, numbers: np.ndarray
+    ) -> list[dict[str, Any]]:
+        """The json of samples with the features of their captions under `text`. Raises BadSample, also for image
+        features that are not finite."""
+        dtype, rows, width = kind
+        features = self.columns.rows(shards, self.columns.address[numbers], dtype, rows * width)
+        check_finite(features)
+        with one_sample():
+            records = json_objects(self.columns.records(shards, numbers))
+            for record, captions in zip(records, self.columns.texts(shards, numbers), strict=False):
+                if captions is not None:
+                    check_finite(captions)
+                    record["text"] = torch.from_numpy(np.array(captions))  # a copy, since the file may be closed
+            if not all(self._fields <= record.keys() for record in records):
+                raise BadSample("field")
+            for record, shown in zip(records, features, strict=True) if self.source.identify else ():
+                record.setdefault(PICTURE, content_id([shown.tobytes()]))
+        return records
 
     def _packed(
         self, images: Tensor, slots: np.ndarray, size: int, names: list[str], records: list[dict[str, Any]],
@@ -397,13 +315,11 @@ def _present(shards: np.ndarray) -> list[int]:
     return np.flatnonzero(np.bincount(shards)).tolist()
 
 
-def _objects(values: Sequence[Any]) -> np.ndarray:
-    """(n,) array of these very objects, also where they are lists."""
-    return np.fromiter(values, object, len(values))
-
-
-def _raw(text: Any) -> Any:
-    return text.text if isinstance(text, Described) else text
+def _made(sample_id: str, record: dict[str, Any], texts: list[Any], targets: list[Any], fixed: bool) -> Read:
+    """Raises BadSample if there is not one target for each text, or a text names another number of images than one."""
+    if len(texts) != len(targets):
+        raise BadSample("type")
+    return Read(sample_id, record, with_images(texts, [None]), targets, fixed)
 
 
 def _state(generator: torch.Generator) -> bytes:

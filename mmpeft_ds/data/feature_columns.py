@@ -16,8 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from mmpeft_ds.data.manifest import local_path, sample_key
-from mmpeft_ds.data.parsing import check_finite
+from mmpeft_ds.data.manifest import local_path, sample_keys
 from mmpeft_ds.data.shards import BLOCK, HINT, ShardReader
 from mmpeft_ds.errors import BadInput
 
@@ -65,7 +64,9 @@ class ShardColumns:
         image_at: (n,) int64, the byte of the file with which the features of each begin.
         read_bytes: (n,) int64, of the record of each and the features of its captions.
         start: address of the file's first byte in this process.
+        memory: the bytes of the file, for slices: those of an array take four times as long.
         json: the record of each sample.
+        has_texts: whether any sample has features of captions.
 
     Raises:
         OSError: if the file cannot be opened.
@@ -74,7 +75,7 @@ class ShardColumns:
 
     def __init__(self, path: str, offsets: np.ndarray, keys: list[str]):
         self.bytes = _mapped(path)
-        self._memory = self.bytes.data  # whose parts take a quarter of the time of an array's
+        self.memory = self.bytes.data
         self.start = self.bytes.__array_interface__["data"][0]
         offsets = np.asarray(offsets)
         by_extension, good = _members(self.bytes, offsets, keys)
@@ -96,18 +97,12 @@ class ShardColumns:
             self._text_kind, [k for k, (_, shape) in self._shapes.items() if len(shape) == 2]
         )
         self.good &= ~bad_text
-        size = self.dtype.itemsize
-        numbers = self.bytes[: len(self.bytes) // size * size].view(self.dtype)
-        self._features_from = np.lib.stride_tricks.sliding_window_view(numbers, max(self.rows * self.width, 1))
+        self.has_texts = bool((self._text_kind >= 0).any())
 
     @property
     def kind(self) -> tuple[np.dtype, int, int]:
         """What the features of shards must share, so that one batch holds them."""
         return self.dtype, self.rows, self.width
-
-    def check_finite(self, samples: np.ndarray) -> None:
-        """Raise BadSample `finite` if the image features of a good sample hold a number that is not."""
-        check_finite(self._features_from[self.image_at[samples] // self.dtype.itemsize])
 
     def text(self, sample: int) -> np.ndarray | None:
         """(m, Dt) features of the captions of a good sample, a view into the file; None without captions."""
@@ -117,15 +112,6 @@ class ShardColumns:
         dtype, shape = self._shapes[kind]
         at = int(self._text_at[sample])
         return self.bytes[at : at + dtype.itemsize * shape[0] * shape[1]].view(dtype).reshape(shape)
-
-    def content(self, sample: int) -> bytes:
-        """All image features of a good sample, as they are stored."""
-        return self._features_from[self.image_at[sample] // self.dtype.itemsize].tobytes()
-
-    def record(self, sample: int) -> bytes:
-        """The json of a sample."""
-        at = self.json.at[sample]
-        return bytes(self._memory[at : at + self.json.size[sample]])
 
     def _kinds(self, member: Member) -> np.ndarray:
         """(n,) key in `_shapes` of each array; -1 if it is missing or not as we write it."""
@@ -158,6 +144,7 @@ class Columns:
         firsts: for each shard the number of its first sample in the split, and at the end that of all samples.
         good: as that of `ShardColumns`, of all samples of the split; nothing is good in shards not open.
         read_bytes: (n,) int64, of the record of each sample and the features of its captions.
+        json: (n, 2) int64, first byte of each record in its file and the one behind its last.
         address: (n,) int64, where in this process the image features of each sample begin.
     """
 
@@ -178,6 +165,9 @@ class Columns:
         self._windows: dict[int, tuple[int, np.ndarray]] = {}
         n = self.firsts[-1]
         self.good, self.address, self.read_bytes = np.zeros(n, bool), np.zeros(n, np.int64), np.zeros(n, np.int64)
+        self.json = np.zeros((n, 2), np.int64)
+        # Of each shard the addresses of its first byte and behind its last one; equal where it is not open.
+        self._begins, self._ends = np.zeros((2, len(self.firsts) - 1), np.int64)
 
     def shards(self, numbers: Collection[int]) -> dict[int, ShardColumns]:
         """Some shards. Raises BadInput if one is missing, or has changed."""
@@ -190,7 +180,7 @@ class Columns:
     def _add(self, number: int) -> None:
         manifest, split, info = self.reader.manifest, self.reader.split, self.reader.shards[number]
         path, first = self.reader.path(number), int(self.firsts[number])
-        keys = [sample_key(split, first + i) for i in range(info.samples)]
+        keys = sample_keys(split, range(first, first + info.samples))
         try:
             columns = ShardColumns(path, manifest.offsets(split, number), keys)
         except (OSError, ValueError) as error:
@@ -200,13 +190,36 @@ class Columns:
         own = slice(first, first + info.samples)
         self.good[own], self.address[own] = columns.good, columns.start + columns.image_at
         self.read_bytes[own] = columns.read_bytes
+        self.json[own] = np.stack([columns.json.at, columns.json.at + columns.json.size], 1)
+        self._begins[number], self._ends[number] = columns.start, columns.start + len(columns.bytes)
         self._open[number] = columns
         self._windows.clear()
 
-    def rows(self, addresses: np.ndarray, dtype: np.dtype, width: int) -> np.ndarray:
-        """(S, D) copies of the rows that begin at some addresses in open shards."""
-        start, window = self._window(dtype.itemsize * width)
+    def rows(self, shards: np.ndarray, addresses: np.ndarray, dtype: np.dtype, width: int) -> np.ndarray:
+        """(S, D) copies of the rows that begin at some addresses in open shards.
+
+        Raises:
+            BadInput: if one does not lie in the file of its shard, from which nothing else would keep the look-up.
+        """
+        size = dtype.itemsize * width
+        outside = (addresses < self._begins[shards]) | (addresses > self._ends[shards] - size)
+        if outside.any():
+            path = self.reader.path(int(shards[outside.argmax()]))
+            raise BadInput(f"{path}: features of a sample would lie outside of the file. {HINT}")
+        start, window = self._window(size)
         return window[addresses - start].view(dtype).reshape(-1, width)
+
+    def records(self, shards: np.ndarray, numbers: np.ndarray) -> list[memoryview]:
+        """The json of good samples, by their numbers in the split."""
+        places = zip(shards.tolist(), self.json[numbers].tolist(), strict=True)
+        return [self._open[shard].memory[begin:end] for shard, (begin, end) in places]
+
+    def texts(self, shards: np.ndarray, numbers: np.ndarray) -> list[np.ndarray | None]:
+        """`ShardColumns.text` of good samples, by their numbers in the split; empty where no shard has any."""
+        if not any(self._open[shard].has_texts for shard in set(shards.tolist())):
+            return []
+        places = zip(shards.tolist(), (numbers - self.firsts[shards]).tolist(), strict=True)
+        return [self._open[shard].text(sample) for shard, sample in places]
 
     def _window(self, size: int) -> tuple[int, np.ndarray]:
         """An address, and a view of all that lies behind it: element i is the `size` bytes from byte i on.
@@ -222,14 +235,9 @@ class Columns:
             self._windows[size] = lowest.start, view.view(f"V{size}")[:, 0]
         return self._windows[size]
 
-    def key(self, shard: int, sample: int) -> str:
-        """Key of a good sample."""
-        return sample_key(self.reader.split, int(self.firsts[shard]) + sample)
-
     def close(self) -> None:
         """Close the files."""
-        self._windows.clear()
-        self._open.clear()
+        self._start()
 
 
 def reachable(reader: ShardReader) -> bool:

@@ -11,6 +11,7 @@ import io
 import json
 import os
 import re
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -237,6 +238,11 @@ class Manifest:
 def sample_key(split: str, number: int) -> str:
     """Key of sample `number` of a split: of fixed width, without a dot, at which WebDataset would cut it."""
     return f"{split}-{number:09d}"
+
+
+def sample_keys(split: str, numbers: Iterable[int], before: str = "") -> list[str]:
+    """`sample_key` of many samples, behind `before`."""
+    return [f"{before}{split}-{number:09d}" for number in numbers]
 
 
 def local_path(url: str) -> str | None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mmpeft_ds.data import feature_batches, writer
+from mmpeft_ds.data import feature_batches, feature_memory, writer
 from mmpeft_ds.data.batch import Described, id_number
 from mmpeft_ds.data.feature_columns import Columns, ShardColumns
 from mmpeft_ds.data.options import DataOptions
@@ -254,7 +254,7 @@ def test_a_shortened_shard_gives_bad_samples_and_a_missing_one_stops(tmp_path, c
 @pytest.mark.parametrize("room", [0, 1, 9])
 def test_what_is_remembered_changes_nothing(tmp_path, monkeypatch, room):
     manifest = write(tmp_path)
-    monkeypatch.setattr("mmpeft_ds.data.feature_batches.REMEMBERED", room)
+    monkeypatch.setattr("mmpeft_ds.data.feature_memory.REMEMBERED", room)
     for each in (read, read_first):
         gathered, count = batches(manifest, Whole(), 2, epochs=(0, 1, 2), read=each)
         assert_equal(gathered, batches(manifest, OneByOne(), 2, epochs=(0, 1, 2), read=each)[0])
@@ -266,7 +266,7 @@ def test_what_is_remembered_is_bounded_in_bytes(tmp_path, monkeypatch):
     others, _ = batches(manifest, OneByOne(), 2, read=read_first)
     sizes = []
     for most in (0, 2000, 2**20):
-        monkeypatch.setattr(feature_batches, "REMEMBERED_BYTES", most)
+        monkeypatch.setattr(feature_memory, "REMEMBERED_BYTES", most)
         stream = gathering(manifest)
         for step in stream.epoch(0):
             del step
@@ -294,7 +294,7 @@ def test_columns_say_where_everything_is(tmp_path):
     assert columns.good.tolist() == [True] * 4
     assert (columns.rows, columns.width) == (1 + tiny_features.VIEWS, tiny_features.WIDTH)
     addresses = split.address[[11, 8, 1]] + np.array([0, 2, 1]) * columns.width * columns.dtype.itemsize
-    rows = split.rows(addresses, columns.dtype, columns.width)
+    rows = split.rows(np.array([2, 2, 0]), addresses, columns.dtype, columns.width)
     assert rows.tolist() == [tiny_features.image_features(i)[view].tolist() for i, view in ((11, 0), (8, 2), (1, 1))]
     assert columns.text(0).tolist() == tiny_features.text_features(8).tolist()
     assert columns.text(1) is None
@@ -321,10 +321,10 @@ def test_no_more_bytes_of_rows_are_read_ahead_than_stated_and_what_is_read_stays
     row, read_at_a_time = 4 * tiny_features.WIDTH, []
     original = Columns.rows
 
-    def rows(self, addresses, dtype, width):
+    def rows(self, shards, addresses, dtype, width):
         if width == tiny_features.WIDTH:  # without those that are only checked
             read_at_a_time.append(len(addresses))
-        return original(self, addresses, dtype, width)
+        return original(self, shards, addresses, dtype, width)
 
     monkeypatch.setattr(Columns, "rows", rows)
     expected, _ = batches(manifest, OneByOne(), read=read_first)
