@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 
 from mmpeft_ds.data import order
-from mmpeft_ds.data.batch import Counts, PackedBatch, changes_of, with_images
+from mmpeft_ds.data.batch import CollatedTexts, Counts, PackedBatch, changes_of, with_images
 from mmpeft_ds.data.feature_columns import Columns, reachable
 from mmpeft_ds.data.feature_memory import Memory, Read, raw_of
 from mmpeft_ds.data.identity import PICTURE, content_id
@@ -63,6 +64,8 @@ class Ahead:
         targets: collated, of all samples, or as the task reads them.
         hashes: of each micro-batch, `PackedBatch.keys_hash`.
         numbers: of all samples, `PackedBatch.id_numbers`.
+        owner, weight, unchanged: of every micro-batch: who owns each image and each text, and `PackedBatch.weight` and
+            `changes` where no text was cut.
         images: (samples, D) rows that are copied so far and not handed out yet, as they are stored, from micro-batch
             `first` on.
     """
@@ -73,6 +76,9 @@ class Ahead:
     targets: dict[str, Tensor] | list[Any]
     hashes: list[int]
     numbers: Tensor
+    owner: Tensor
+    weight: Tensor
+    unchanged: Tensor
     images: Tensor
     first: int = 0
 
@@ -127,17 +133,23 @@ class FeatureBatches:
         if found is None:
             return None
         images = self._rows(found, slice(None))
+        owner, keys_hash = slots, None
         if found.read is None:
             memory, rows = self._memory, found.rows
-            names, records, texts, raw = memory.columns(rows)
-            batch = self._packed(images, slots, size, names, records, slots, texts, memory.targets_of(rows), raw)
-            batch.keys_hash = int(memory.hashes[rows].sum())  # mod 2^64, as the numbers are
-            return batch
-        texts = [text for one in found.read for text in one.texts]
-        targets = [target for one in found.read for target in one.targets]
-        names, records = [one.sample_id for one in found.read], [one.record for one in found.read]
-        owner = np.repeat(slots, [len(one.texts) for one in found.read])
-        return self._packed(images, slots, size, names, records, owner, texts, targets, list(map(raw_of, texts)))
+            (names, records, texts, raw), targets = memory.columns(rows), memory.targets_of(rows)
+            keys_hash = int(memory.hashes[rows].sum())  # mod 2^64, as the numbers are
+        else:
+            names, records = [one.sample_id for one in found.read], [one.record for one in found.read]
+            texts = [text for one in found.read for text in one.texts]
+            targets = [target for one in found.read for target in one.targets]
+            owner, raw = np.repeat(slots, [len(one.texts) for one in found.read]), list(map(raw_of, texts))
+        weight = torch.ones(size)
+        if len(slots) < size:
+            names, records, weight = _padded(slots, size, names, records)
+        owners = torch.from_numpy(slots), torch.from_numpy(owner)
+        batch = self._packed(images, names, records, weight, *owners, texts, targets, raw)
+        batch.keys_hash = keys_hash
+        return batch
 
     def ahead(self, epoch: int, shards: np.ndarray, samples: np.ndarray, size: int) -> Ahead | None:
         """Several micro-batches of `size` samples each, one after the other, for `batch`.
@@ -152,17 +164,27 @@ class FeatureBatches:
         if found is None:
             return None
         memory, rows = self._memory, found.rows
-        hashes, images = memory.hashes[rows], torch.empty(0, found.kind[2])
-        sums, numbers = hashes.reshape(-1, size).sum(1).tolist(), (hashes >> np.uint64(1)).astype(np.int64)
-        columns, targets = memory.columns(rows), memory.targets_of(rows)
-        return Ahead(size, found, columns, targets, sums, torch.from_numpy(numbers), images)
+        hashes = memory.hashes[rows]
+        numbers = torch.from_numpy((hashes >> np.uint64(1)).astype(np.int64))
+        return Ahead(
+            size=size,
+            found=found,
+            columns=memory.columns(rows),
+            targets=memory.targets_of(rows),
+            hashes=hashes.reshape(-1, size).sum(1).tolist(),
+            numbers=numbers,
+            owner=torch.arange(size),
+            weight=torch.ones(size),
+            unchanged=torch.zeros(size, 3, dtype=torch.int64),
+            images=torch.empty(0, found.kind[2]),
+        )
 
     def batch(self, ahead: Ahead, number: int) -> PackedBatch:
         """One of the micro-batches of `ahead`; as `make` makes it. Raises BadInput if a shard is missing, or has
         changed."""
-        size, slots = ahead.size, np.arange(ahead.size)
+        size, owner = ahead.size, ahead.owner
         first = (number - ahead.first) * size
-        if not 0 <= first < len(ahead.images):
+        if not 0 <= first < ahead.images.shape[0]:
             together = max(1, READ // (size * ahead.found.kind[0].itemsize * ahead.found.kind[2]))
             part = slice(number * size, (number + together) * size)
             self.columns.shards(_present(ahead.found.shards[part]))
@@ -171,11 +193,12 @@ class FeatureBatches:
         mine = {k: v[part] for k, v in targets.items()} if isinstance(targets, dict) else targets[part]
         names, records, texts, raw = (column[part] for column in ahead.columns)
         images = ahead.images[first : first + size]
-        batch = self._packed(images, slots, size, names, records, slots, texts, mine, raw)
+        batch = self._packed(images, names, records, ahead.weight, owner, owner, texts, mine, raw, ahead.unchanged)
         batch.keys_hash, batch.id_numbers = ahead.hashes[number], ahead.numbers[part]
         batch.text_weight = batch.weight  # each slot is filled, and has one text
         if (loss_weight := self.source.loss_weight) is not None:
-            batch.counts = Counts(loss_weight(batch), size, batch.keys_hash, batch.changed_texts())
+            changed = [0, 0, 0] if batch.changes is ahead.unchanged else batch.changed_texts()
+            batch.counts = Counts(loss_weight(batch), size, batch.keys_hash, changed)
         return batch
 
     def _rows(self, found: _Found, part: slice) -> Tensor:
@@ -223,16 +246,16 @@ class FeatureBatches:
         # Whether the task draws at random is found out for all together; if it does, each has its own seed.
         before = _state(self._generator.manual_seed(0))
         with one_sample():
-            read = [self.source.read(record, self._generator) for record in records]
+            texts, targets = zip(*[self.source.read(record, self._generator) for record in records], strict=True)
         if _state(self._generator) != before:
             pairs = zip(names, records, strict=True)
             self._memory.add(numbers, [self._drawn(epoch_key, *pair, find_out=True) for pair in pairs])
-        elif all(len(texts) == 1 == len(targets) for texts, targets in read):
-            texts = with_images([texts[0] for texts, _ in read], [None])
-            self._memory.add_plain(numbers, names, records, texts, [targets[0] for _, targets in read])
+        elif {1} == set(map(len, texts)) == set(map(len, targets)):
+            texts = with_images(list(chain.from_iterable(texts)), [None])
+            self._memory.add_plain(numbers, names, records, texts, list(chain.from_iterable(targets)))
         else:
-            made = zip(names, records, read, strict=True)
-            self._memory.add(numbers, [_made(name, record, *parts, True) for name, record, parts in made])
+            made = zip(names, records, texts, targets, strict=True)
+            self._memory.add(numbers, [_made(*parts, fixed=True) for parts in made])
         self._memory.bytes += int(self.columns.read_bytes[numbers].sum())
 
     def _read(self, epoch_key: int, kind: tuple[np.dtype, int, int], shard: np.ndarray, number: np.ndarray) -> Read:
@@ -252,7 +275,7 @@ class FeatureBatches:
         self._generator.manual_seed(order.combined(epoch_key, order.key_of(sample_id)))
         before = _state(self._generator) if find_out else b""
         with one_sample():
-            one = _made(sample_id, record, *self.source.read(record, self._generator), False)
+            one = _made(sample_id, record, *self.source.read(record, self._generator), fixed=False)
         one.fixed = find_out and _state(self._generator) == before
         return one
 
@@ -281,33 +304,41 @@ class FeatureBatches:
         return records
 
     def _packed(
-        self, images: Tensor, slots: np.ndarray, size: int, names: list[str], records: list[dict[str, Any]],
-        text_owner: np.ndarray, texts: list[Any], targets: dict[str, Tensor] | list[Any], raw: list[Any],
+        self, images: Tensor, names: list[str], records: list[dict[str, Any]], weight: Tensor, image_owner: Tensor,
+        text_owner: Tensor, texts: list[Any], targets: dict[str, Tensor] | list[Any], raw: list[Any],
+        unchanged: Tensor | None = None,
     ) -> PackedBatch:  # fmt: skip
-        """The same as `data.batch.pack` of these samples. Later batches share the records: do not change them."""
-        sample_id, kept, weight, source = names, records, torch.ones(size), self.source
-        if len(slots) < size:
-            sample_id, kept = [""] * size, [{} for _ in range(size)]
-            for slot, name, record in zip(slots.tolist(), names, records, strict=True):
-                sample_id[slot], kept[slot] = name, record
-            weight = torch.zeros(size)
-            weight[torch.from_numpy(slots)] = 1.0
+        """The same as `data.batch.pack` of these samples. Later batches share the records, and those of one `Ahead`
+        its tensors: do not change them."""
+        source = self.source
         collated = source.collate_texts(texts) if texts else {}
         if isinstance(targets, list):
             targets = source.collate_targets(targets) if targets else {}
+        counted = unchanged is None or isinstance(collated, CollatedTexts)
         return PackedBatch(
-            sample_id=sample_id,
+            sample_id=names,
             weight=weight,
             images=source.collate_images(images),
-            image_owner=torch.from_numpy(slots),
+            image_owner=image_owner,
             texts=dict(collated),
-            text_owner=torch.from_numpy(text_owner),
+            text_owner=text_owner,
             targets=targets,
-            records=kept,
+            records=records,
             raw_texts=raw,
             bad=[],
-            changes=changes_of(collated, len(texts)),
+            changes=changes_of(collated, len(texts)) if counted else unchanged,
         )
+
+
+def _padded(
+    slots: np.ndarray, size: int, names: list[str], records: list[dict[str, Any]]
+) -> tuple[list[str], list[dict[str, Any]], Tensor]:
+    """Ids, records and weights of all slots, of which only some hold a sample."""
+    sample_id, kept, weight = [""] * size, [{} for _ in range(size)], torch.zeros(size)
+    for slot, name, record in zip(slots.tolist(), names, records, strict=True):
+        sample_id[slot], kept[slot] = name, record
+    weight[torch.from_numpy(slots)] = 1.0
+    return sample_id, kept, weight
 
 
 def _present(shards: np.ndarray) -> list[int]:

@@ -250,9 +250,8 @@ def _members(data: np.ndarray, offsets: np.ndarray, keys: list[str]) -> tuple[di
     n = len(offsets)
     by_extension = {e: Member(np.full(n, -1), np.zeros(n, np.int64)) for e in EXTENSIONS}
     at, end = offsets[:, 0].astype(np.int64), offsets.sum(1)
-    stem = np.array([f"{key}.".encode() for key in keys])
-    stem = stem.view(np.uint8).reshape(n, -1)
-    good = end <= len(data)
+    stem = _stems(keys)
+    good = (at >= 0) & (end <= len(data))
     for _ in range(MEMBERS):
         live = np.flatnonzero(good & (at < end))
         if not len(live):
@@ -272,6 +271,15 @@ def _members(data: np.ndarray, offsets: np.ndarray, keys: list[str]) -> tuple[di
         good[live] &= plain & known
         at[live] += BLOCK + -(-size // BLOCK) * BLOCK
     return by_extension, good & (at == end)
+
+
+def _stems(keys: list[str]) -> np.ndarray:
+    """(n, L) bytes with which the names of each sample's members begin; where lengths differ, with zeros behind."""
+    text = "".join([f"{key}." for key in keys])
+    if len(set(map(len, keys))) == 1 and text.isascii():
+        return np.frombuffer(text.encode(), np.uint8).reshape(len(keys), -1)
+    stems = np.array([f"{key}.".encode() for key in keys])
+    return stems.view(np.uint8).reshape(len(keys), -1)
 
 
 def _checked_sizes(headers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from mmpeft_ds.data.batch import IMAGE_MARK, Prompted, Sample, hash_id, pack
+from mmpeft_ds.data import order
+from mmpeft_ds.data.batch import IMAGE_MARK, Prompted, Sample, hash_id, hash_ids, pack
 from mmpeft_ds.errors import BadSample
 from tests.helpers.data.tiny_shards import collate_images, collate_targets, collate_texts
 
@@ -42,6 +43,13 @@ def test_key_hash_counts_samples_of_weight_only_and_adds_up_over_ranks():
     assert whole == (hash_id("a") + hash_id("b")) % 2**64
     assert (packed(one, bad).sample_keys_hash() + packed(two).sample_keys_hash()) % 2**64 == whole
     assert packed(one).sample_keys_hash() != packed(two).sample_keys_hash()
+
+
+def test_hashes_of_many_samples_are_those_one_by_one():
+    names = ["a/train-000000001", "ü/x", "it's", ""]
+    assert hash_ids(names).tolist() == list(map(hash_id, names))
+    assert order.keys_of(names).tolist() == list(map(order.key_of, names))
+    assert not len(hash_ids([])) and not len(order.keys_of([]))
 
 
 def test_moving_keeps_everything_and_changes_only_tensors():

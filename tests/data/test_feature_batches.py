@@ -300,6 +300,50 @@ def test_columns_say_where_everything_is(tmp_path):
     assert columns.text(1) is None
 
 
+def test_no_row_outside_of_the_file_of_its_shard_is_read(tmp_path):
+    manifest = write(tmp_path)
+    split = Columns(ShardReader(manifest, "train"))
+    columns, one = split.shards([1])[1], np.array([1])
+    size = columns.width * columns.dtype.itemsize
+    first, last = columns.start, columns.start + len(columns.bytes) - size
+    assert split.rows(one[[0, 0]], np.array([first, last]), columns.dtype, columns.width).shape == (2, columns.width)
+    for address in (first - 1, last + 1, 0, -(2**62)):
+        with pytest.raises(BadInput, match=r"toy-train-000001\.tar: features of a sample would lie outside") as error:
+            split.rows(one[[0, 0]], np.array([first, address]), columns.dtype, columns.width)
+        assert len(str(error.value).splitlines()) == 1
+    with pytest.raises(BadInput, match="toy-train-000000"):  # which is not open
+        split.rows(np.array([0]), np.array([first]), columns.dtype, columns.width)
+    split.close()
+    with pytest.raises(BadInput, match="toy-train-000001"):
+        split.rows(one, np.array([first]), columns.dtype, columns.width)
+
+
+def test_a_column_that_names_another_place_ends_the_run_in_one_line(tmp_path):
+    manifest = write(tmp_path)
+    stream = gathering(manifest)
+    list(stream.epoch(0))
+    stream.loader.gathers[0].columns.address[[6, 7]] += 10**6  # those of shard 1
+    with pytest.raises(BadInput, match=r"toy-train-000001\.tar: features of a sample would lie outside"):
+        list(stream.epoch(1))
+
+
+@dataclass(frozen=True)
+class Beyond(OneByOne):
+    """It names a row behind the stored ones, of which the next sample's bytes would be read."""
+
+    takes_one_row = True
+
+    def row(self, rows, seed):
+        return rows + 0 * seed
+
+
+def test_a_row_that_is_not_stored_is_not_read(tmp_path):
+    manifest = write(tmp_path)
+    found, gathered = batches(manifest, Beyond(), read=read_first)
+    assert gathered == 0
+    assert_equal(found, batches(manifest, OneByOne(), read=read_first)[0])
+
+
 def test_mapped_shards_keep_no_descriptor_and_cannot_be_changed(tmp_path):
     manifest = tiny_features.write_features(
         tmp_path / "many", [tiny_features.sample(i) for i in range(40)], per_shard=1
@@ -349,3 +393,4 @@ def test_rows_of_collated_targets_that_are_kept_are_those_that_collating_each_ba
     known = [batch for batch in kept if batch.id_numbers is not None]
     assert known and all(b.id_numbers.tolist() == list(map(id_number, b.sample_id)) for b in known)
     assert_equal(kept, batches(manifest, OneByOne(), read=read_first)[0])
+    assert all(torch.equal(batch.changes, torch.zeros(len(batch.raw_texts), 3, dtype=torch.int64)) for batch in kept)

@@ -11,7 +11,7 @@ import torch
 from data_prep import prepare, verify
 from mmpeft_ds.data.manifest import Manifest, sample_key
 from mmpeft_ds.data.options import DataOptions
-from mmpeft_ds.data.parsing import MAX_NESTING, json_object, npy_array, one_sample
+from mmpeft_ds.data.parsing import MAX_NESTING, check_finite, json_object, json_objects, npy_array, one_sample
 from mmpeft_ds.data.shards import ShardReader, image_names, members
 from mmpeft_ds.data.stream import Stream
 from mmpeft_ds.data.writer import PARTS, RawSample, write_shard
@@ -51,6 +51,45 @@ def info(name: str, size: int, kind: bytes = tarfile.REGTYPE) -> tarfile.TarInfo
 def test_a_record_that_later_steps_could_not_handle_is_bad(data, word):
     with pytest.raises(BadSample, match=f"json: .*{word}"):
         json_object(data)
+
+
+UNUSUAL = [
+    b' {"a": 1} ',
+    b'\xef\xbb\xbf{"a": 2}',
+    '{"ü": "\\u00fc\\ud83d\\ude00"}'.encode(),
+    b'{"a": [' + b"[1]," * 80 + b"[]]}",
+]
+
+
+def test_many_records_at_once_are_those_one_by_one():
+    pieces = [b'{"a":{"b":[1,null,"x"]}}', *UNUSUAL, b"{}"]
+    assert json_objects(map(memoryview, pieces)) == list(map(json_object, pieces))
+
+
+@pytest.mark.parametrize(
+    "data", [b"", b"[]", b'{"a":1}{"b":2}', b'{"a":1', b'{"a":"\\ud800"}', b'{"a":"\xff"}', b"[" * 10**5, b"1"]
+)
+def test_one_that_is_bad_among_many_is_bad_in_the_same_words(data):
+    with pytest.raises(BadSample) as alone:
+        json_object(data)
+    with pytest.raises(BadSample) as among:
+        json_objects([b'{"a":1}', data, b'{"c":3}'])
+    assert (among.value.kind, str(among.value)) == (alone.value.kind, str(alone.value))
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+def test_numbers_that_are_not_finite_are_noticed_wherever_they_stand(dtype):
+    good = np.array([[0, -0.0, 1], [np.finfo(dtype).max, np.finfo(dtype).min, np.finfo(dtype).tiny]], dtype)
+    check_finite(good)
+    check_finite(good[:0])
+    for wrong in (np.inf, -np.inf, np.nan, -np.nan):
+        for place in np.ndindex(good.shape):
+            spoilt = good.copy()
+            spoilt[place] = wrong
+            with pytest.raises(BadSample, match="1 of 6 numbers are not finite"):
+                check_finite(spoilt)
+            with pytest.raises(BadSample):
+                check_finite(np.asfortranarray(spoilt)[::-1])
 
 
 def test_pairs_of_surrogates_and_brackets_in_texts_are_no_fault():

@@ -19,7 +19,7 @@ from mmpeft_ds.data.batch import Described, PackedBatch, id_number
 from mmpeft_ds.data.transform import ImageTransform
 from mmpeft_ds.errors import BadInput, BadSample
 from mmpeft_ds.host_copies import both, to_device
-from mmpeft_ds.ops.precision import at_least_float32
+from mmpeft_ds.ops.precision import at_least_float32, widened
 from mmpeft_ds.sites.feature_site import Bank
 
 __all__ = ["ENTRY", "ClassificationOutput", "FeatureConfig", "FeatureModel", "FeaturesBackbone", "ZeroShot"]
@@ -202,7 +202,7 @@ class FeaturesBackbone(BackboneBase):
         width = self.widths[0] if self.encoder or self.towers else rows.shape[-1]
         if rows.shape[-1] != width:
             raise BadInput(f"stored features of width {rows.shape[-1]}, and this model reads {width}.")
-        return {"image_features": _wide(rows)}
+        return {"image_features": widened(rows)}
 
     def collate_texts(self, texts: list[Any]) -> dict[str, Tensor]:
         """`text_features` (T, Dt), zeros for a text without any; or the encoder's arguments; nothing where captions

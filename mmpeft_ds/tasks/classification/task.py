@@ -103,14 +103,16 @@ class Classification(TaskBase):
 
     def _label(self, record: dict[str, Any]) -> int:
         """Class index in the training data. Raises BadSample."""
-        label, name = record.get("label"), record.get("class_name")
+        name = record.get("class_name")
         if name is None:
+            label = record.get("label")
             if isinstance(label, bool) or not isinstance(label, int) or not 0 <= label < len(self._own):
                 raise BadSample("label", f"{label!r} is no class index below {len(self._own)}")
             name = self._own[label]
-        if not isinstance(name, str) or self._index.get(name) not in self._allowed:
+        index = self._index.get(name) if isinstance(name, str) else None
+        if index not in self._allowed:
             raise BadSample("label", f"class {name!r} is none of those that may be predicted here")
-        return self._index[name]
+        return index
 
     def collate(self, targets: list[Any]) -> dict[str, Tensor]:
         """`label` (B,) int64, -1 = unknown."""
@@ -125,7 +127,7 @@ class Classification(TaskBase):
 
     def weight(self, batch: PackedBatch) -> float:
         """Samples of known class that enter the loss."""
-        return float(self._weights(batch).sum(dtype=torch.float64)) if len(batch.text_owner) else 0.0
+        return float(self._weights(batch).sum(dtype=torch.float64)) if batch.text_owner.numel() else 0.0
 
     def _weights(self, batch: PackedBatch) -> Tensor:
         return batch.text_weight * (batch.targets["label"] >= 0)
