@@ -14,11 +14,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from mmpeft_ds.engine import checkpoint, checkpoint_files
+from mmpeft_ds.data.bad_budget import BadBudget
+from mmpeft_ds.engine import checkpoint, checkpoint_files, saving
 from mmpeft_ds.engine.background import Background
 from mmpeft_ds.engine.train_state import TrainState
 from mmpeft_ds.engine.zero import snapshot
-from mmpeft_ds.errors import AgreedBadInput
+from mmpeft_ds.errors import AgreedBadInput, BadInput
 
 
 def engine():
@@ -194,3 +195,30 @@ def test_kill_9_while_it_is_written_leaves_the_previous_one(tmp_path, monkeypatc
     after = save(tmp_path, made, 4, background)
     background.wait()
     assert checkpoint.newest_valid(tmp_path) == after and not list((tmp_path / "checkpoints").glob(".*"))
+
+
+def test_counts_of_all_ranks_and_the_curves_come_before_the_files_and_the_training_counts_on(tmp_path):
+    made, background, order = engine(), Background(), []
+    budget, observer = BadBudget(0.5, 9), SimpleNamespace(flush=lambda: lambda: order.append("curves"))
+    budget.counts, budget.seen = {"image": 2}, 5
+    left = saving.late(budget, SimpleNamespace(keep=lambda: order.append("directory")), observer)
+    budget.counts["image"], budget.seen = 3, 6
+    assert order == ["directory"]
+    path = save(tmp_path, made, TrainState(step=2, extra={"bad_budget": {}}), background, late=left)
+    background.wait()
+    written = json.loads((path / "state.json").read_text())["state"]["extra"]["bad_budget"]
+    assert (written["counts"], written["seen"], order) == ({"image": 2}, 5, ["directory", "curves"])
+
+
+@pytest.mark.parametrize("where", ["directory", "curves"])
+def test_a_run_whose_directory_or_curves_are_taken_away_writes_no_checkpoint(tmp_path, where):
+    def refuse():
+        raise BadInput("another run has taken it")
+
+    made, background = engine(), Background()
+    run_dir = SimpleNamespace(keep=refuse if where == "directory" else lambda: None)
+    left = saving.late(BadBudget(0.5, 9), run_dir, SimpleNamespace(flush=lambda: refuse))
+    save(tmp_path, made, TrainState(step=2, extra={}), background, late=left)
+    with pytest.raises(AgreedBadInput, match="another run has taken it"):
+        background.wait()
+    assert not (tmp_path / "checkpoints").exists()

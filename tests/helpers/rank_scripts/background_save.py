@@ -26,6 +26,7 @@ from mmpeft_ds.engine import checkpoint, checkpoint_files
 from mmpeft_ds.engine.background import Background
 from mmpeft_ds.engine.zero import full_state, snapshot
 from mmpeft_ds.errors import BadInput
+from tests.helpers.device.counters import counted
 from tests.helpers.rank_scripts.checkpoint import MORE, STEPS, make_named, save, train
 
 CASES = (
@@ -51,7 +52,9 @@ def behind(folder: Path, engine, trainables, background: Background, step: int) 
     """A checkpoint in the background, which looks at nothing before some more steps are done."""
     go = threading.Event()
     with mock.patch.object(snapshot.HostCopies, "wait", lambda self: go.wait(60)):
-        save(folder, engine, trainables, step, {}, background=background)
+        with counted() as counts:
+            save(folder, engine, trainables, step, {}, background=background)
+        assert not sum(counts.collectives.values()), "the training waits for other ranks"
         train(engine, step, MORE)
         assert not (folder / "checkpoints").exists()
         go.set()
