@@ -317,7 +317,11 @@ def measure(args: argparse.Namespace) -> dict:
                 folder.mkdir(parents=True)
             saved = timed(lambda system=system: system.save(folder))
             finished = timed(getattr(system, "finish", lambda: None))
-            saved = {"wait": saved["wall"], **{key: saved[key] + finished[key] for key in saved}}
+            saved = {
+                "wait": saved["wall"],
+                "own": saved["thread"],
+                **{key: saved[key] + finished[key] for key in saved},
+            }
             size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
             resumes = not isinstance(system, Bytes)
             if resumes:
@@ -338,18 +342,20 @@ def measure(args: argparse.Namespace) -> dict:
 
 
 def timed(work: Callable[[], None]) -> dict[str, float]:
-    """CPU seconds of all ranks, and seconds from barrier to barrier. Collective."""
+    """CPU seconds of all ranks, seconds from barrier to barrier, and CPU seconds of the training's own thread, on the
+    rank that has most. Collective."""
     import torch
 
     from mmpeft_ds.distributed import collectives
 
     torch.distributed.barrier()
-    began, used = time.perf_counter(), _cpu()
+    began, used, own = time.perf_counter(), _cpu(), time.thread_time()
     work()
-    used = _cpu() - used
+    own, used = time.thread_time() - own, _cpu() - used
     torch.distributed.barrier()
     seconds = time.perf_counter() - began
-    return {"cpu": collectives.sum_scalars([used], torch.device("cpu"))[0], "wall": seconds}
+    (most,) = collectives.max_scalars([round(1e6 * own)])
+    return {"cpu": collectives.sum_scalars([used], torch.device("cpu"))[0], "wall": seconds, "thread": most / 1e6}
 
 
 def _cpu() -> float:
