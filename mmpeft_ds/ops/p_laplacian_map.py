@@ -27,16 +27,11 @@ def fits(shape: tuple[int, ...], like: Tensor) -> bool:
 
     It reads p and mu as numbers, for which a GPU would have to be waited for; autocast would round its products.
     """
-    return fits_nodes(shape, like.shape[-1], like)
-
-
-def fits_nodes(shape: tuple[int, ...], channels: int, like: Tensor) -> bool:
-    """`fits` with nodes of so many channels, on the device of `like` and of its dtype."""
     if torch.is_autocast_enabled("cpu"):
         return False
     if like.device.type != "cpu" or like.dtype not in (torch.float32, torch.float64):
         return False
-    return math.prod(shape) * (HELD + channels) <= MOST
+    return math.prod(shape) * (HELD + like.shape[-1]) <= MOST
 
 
 def p_laplacian_of_map(

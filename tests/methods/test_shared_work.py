@@ -4,13 +4,14 @@ import peft
 import pytest
 import torch
 
-from mmpeft_ds import AuroraConfig, GraphLoraConfig, TensLoraConfig
+from mmpeft_ds import AuroraConfig, GraphLoraConfig, PAdapterConfig, TensLoraConfig
 from tests.helpers.device.counters import counted
 from tests.helpers.models.tiny_zoo import ZOO, output
 
 CONFIGS = {
     "aurora": lambda: AuroraConfig(r=4, dropout=0.0),
     "graph_lora": lambda: GraphLoraConfig(r=2, adjacency="dense"),
+    "p_adapter": lambda: PAdapterConfig(r=4),  # what a mask hides
     "tens_lora": lambda: TensLoraConfig(r=3),
 }
 
