@@ -81,6 +81,7 @@ class Training:
         state.extra.setdefault(EPOCH_WEIGHT, {"before": 1.0} if state.step_in_epoch else {})
         state.extra.setdefault(RUN_WEIGHT, float(state.step > 0))
         self.changes_noted = False
+        self.unpointed: saving.Unpointed | None = None  # the best evaluation that `best` may not name yet
         self.writer = Background() if self.recipe.engine.save_in_background else None
 
     def say_opening(self) -> None:
@@ -124,8 +125,8 @@ class Training:
             self.settle()
         except AgreedBadInput:
             if self.state.step:
-                self.lost()  # which may be the reason: rank 0 alone has raised it then
-                self.save()
+                lost = self.lost()  # which may be the reason: rank 0 alone has raised it then
+                self.save(self.unpointed is not None and self.unpointed.retried(self.state, lost, self.saved_at))
                 self.settle()
             raise
         return verdict
@@ -208,6 +209,7 @@ class Training:
                 on_rank0(self.run_dir.keep)
                 self.settle()
                 checkpoint.record_evaluation(self.saved, state, engine.keep_last, best)
+                self.unpointed = None
             elif best or missing:
                 self.save(best)
         if (at_end or self.out_of_patience()) and not missing:
@@ -283,6 +285,7 @@ class Training:
         """Take the weights of this step, or of `step`, for the best, with these scores on the first validation
         source."""
         state = self.state
+        self.unpointed = saving.Unpointed.before(state)
         state.best, state.best_step = value, state.step if step is None else step
         state.evaluations_without_improvement = 0
         state.extra |= {"best_scores": plain(evaluation.scores), "best_counted": evaluation.counted}
@@ -333,6 +336,8 @@ class Training:
             late=late,
         )
         self.saved_at = self.state.step
+        if self.writer is None or (self.unpointed and self.unpointed.step < self.saved_at):
+            self.unpointed = None  # written, or the save in the background before this one was
         if self.writer is None:
             self.check_written()
 
