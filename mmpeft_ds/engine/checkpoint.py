@@ -95,8 +95,9 @@ def save(
     if background is not None:
         background.wait()  # before its copies are overwritten
         snapshot = Snapshot.take(background.copies, engine, trainables, extra if rank() == 0 else {})
-        name = checkpoint_files.name(state.step)
-        path = checkpoint_files.place(folder, state.step) if rank() == 0 else folder / name
+        path = folder / checkpoint_files.name(state.step)
+        with contextlib.suppress(OSError):  # which the thread meets again, and tells all ranks
+            path = checkpoint_files.place(folder, state.step) if rank() == 0 else path
 
         def write(full: dict[str, dict[str, torch.Tensor]], held: Held, given: list[Any]) -> None:
             header["optimizer_step"] = max(map(int, snapshot.steps), default=0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -144,6 +145,18 @@ def test_a_directory_that_cannot_be_written_is_told_in_a_line_and_the_next_save_
     again = save(run, made, 4, background)
     background.wait()
     assert not background.failed and first != again and checkpoint_files.damage(again) is None
+
+
+def test_checkpoints_that_may_not_be_looked_at_are_told_by_the_thread_to_all_ranks(tmp_path, monkeypatch):
+    made, background = engine(), Background()
+
+    def denied(*args):
+        raise PermissionError(errno.EACCES, "Permission denied", str(tmp_path))
+
+    monkeypatch.setattr(checkpoint_files, "place", denied)
+    save(tmp_path, made, 2, background)
+    with pytest.raises(AgreedBadInput, match="Permission denied"):
+        background.wait()
 
 
 def test_the_training_learns_of_a_failure_before_the_next_save(tmp_path):
