@@ -56,3 +56,7 @@ def test_the_norm_that_the_caller_knows_is_not_computed_again(ranks):
 
 def test_a_skipped_step_leaves_the_weights_and_the_next_one_applies(ranks):
     assert all(rank["skipped"] for rank in ranks)
+
+
+def test_gradients_that_someone_has_released_are_whole_after_the_next_pass(ranks):
+    assert all(rank["released"] for rank in ranks)

@@ -98,6 +98,18 @@ def skipped(engine, trainables) -> bool:
     return left and not any(torch.equal(before[name], p) for name, p in values(trainables).items())
 
 
+def released(engine, trainables) -> bool:
+    """Whether a pass gives the same gradients after someone has released those of the parameters."""
+    found = []
+    for _ in range(2):
+        steps(engine, 1)
+        found.append([shard.gradient.clone() for shard in gradients.shards(engine)])
+        gradients.discard(engine)
+        for parameter in trainables.values():
+            parameter.grad = None
+    return all(map(torch.equal, *found)) and any(gradient.any() for gradient in found[0])
+
+
 def flat(stage: int):
     """Engine and trainables as the trainer builds them."""
     engine, trainables = make(stage)
@@ -113,6 +125,7 @@ for stage in (1, 3):
         own = make(stage)
     result[stage] = {"own": trained(*own), "flat": trained(*flat(stage)), "told": told(*flat(stage))}
     result[stage] |= {"unreached": unreached(*flat(stage)), "skipped": skipped(*flat(stage))}
+    result[stage] |= {"released": released(*flat(stage))}
 torch.save(result, work / f"{dist.get_rank()}.pt")
 dist.barrier()
 dist.destroy_process_group()
