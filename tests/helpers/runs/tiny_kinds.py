@@ -1,5 +1,5 @@
 """Recipes that differ in everything a restart has to bring back: sources, accumulation, graphs, losses, precision,
-packing, loader processes. Each trains a tiny model for `STEPS` steps on two ranks and saves every other step."""
+packing, loader processes, saves. Each trains a tiny model for `STEPS` steps on two ranks and saves every other one."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from mmpeft_ds import recipe as recipes
 from tests.helpers.runs import endless, tiny_adapters, tiny_talk, tiny_tasks, tiny_vqa
 
 STEPS = 16
-KINDS = ("several sources", "accumulation", "ga_net", "retrieval", "bfloat16", "packed")
+KINDS = ("several sources", "accumulation", "ga_net", "retrieval", "bfloat16", "packed", "in the background")
 
 
 def prepare(folder: Path, kind: str) -> Path:
@@ -56,6 +56,7 @@ def _talk(folder: Path) -> dict[str, Any]:
 _RAW = {
     "several sources": _several,
     "accumulation": lambda folder: _pictures(folder, 1, optim={"accumulation": 3}, data={"workers": 1}),
+    "in the background": lambda folder: _pictures(folder, 3, engine={"save_in_background": True}),
     "ga_net": _graph,
     "retrieval": lambda folder: recipes.to_dict(tiny_adapters.recipe(folder, "retrieval")),
     "bfloat16": lambda folder: _pictures(folder, 3, engine={"dtype": "bfloat16"}),
