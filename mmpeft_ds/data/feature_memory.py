@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import repeat
+from operator import is_
 from typing import Any
 
 import numpy as np
@@ -43,6 +45,8 @@ class Memory:
         keys, hashes: uint64, `order.key_of` and `batch.hash_id` of the sample ids.
         plain: bool: fixed, with exactly one text; `names`, `records`, `texts`, `raw` and `targets` are its parts. Of
             these there is no `Read`: its lists are objects that Python looks through for garbage again and again.
+        common: of `texts` and `raw` those of which all samples have the very same object, as where texts are left out;
+            None before the first sample.
         collated: rows of the collated targets of those, where `collate` is given.
         others: `Read` of those that are not plain, else None.
     """
@@ -53,6 +57,7 @@ class Memory:
         rows = 1 + min(n, REMEMBERED)
         self.collate, self.collated = collate, dict[str, Tensor]()
         self.place, self.count, self.bytes = np.zeros(n, np.int32), 0, 0
+        self.common: dict[str, Any] | None = None
         self.keys, self.hashes = np.zeros(rows, np.uint64), np.zeros(rows, np.uint64)
         self.plain, self.others = np.zeros(rows, bool), np.empty(rows, object)
         for name in (*self.COLUMNS, "targets"):
@@ -97,9 +102,12 @@ class Memory:
         collated = self.collate(targets) if self.collate else {}
         rows = self._rows(numbers, names)
         self.plain[rows] = True
-        columns = (names, records, texts, [raw_of(text) for text in texts], targets)
-        for name, column in zip((*self.COLUMNS, "targets"), columns, strict=True):
+        columns = dict(names=names, records=records, texts=texts, raw=list(map(raw_of, texts)), targets=targets)
+        for name, column in columns.items():
             getattr(self, name)[rows] = _objects(column)
+        if self.common is None:
+            self.common = {name: columns[name][0] for name in ("texts", "raw")}
+        self.common = {k: one for k, one in self.common.items() if all(map(is_, columns[k], repeat(one)))}
         for name, tensor in collated.items():
             if name not in self.collated:
                 self.collated[name] = tensor.new_zeros(len(self.others), *tensor.shape[1:])
@@ -115,7 +123,11 @@ class Memory:
 
     def columns(self, rows: np.ndarray) -> list[list[Any]]:
         """COLUMNS of plain samples."""
-        return [getattr(self, name)[rows].tolist() for name in self.COLUMNS]
+        common = self.common or {}
+        return [
+            [common[name]] * len(rows) if name in common else getattr(self, name)[rows].tolist()
+            for name in self.COLUMNS
+        ]
 
     def targets_of(self, rows: np.ndarray) -> dict[str, Tensor] | list[Any]:
         """Those of plain samples: collated where they are, else as the task reads them."""

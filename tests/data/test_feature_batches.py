@@ -65,6 +65,15 @@ def read_some(record, generator):
     return read(record, generator) if sum(map(ord, record["captions"][0])) % 3 == 0 else read_first(record, generator)
 
 
+NOTHING = Described("", torch.zeros(tiny_features.TEXT_WIDTH))
+
+
+def read_nothing(record, generator):
+    """One object for all, but for a sample that comes late in the split."""
+    text = Described("", torch.ones(tiny_features.TEXT_WIDTH)) if record["source_id"].endswith("17") else NOTHING
+    return [text], [(record["label"], 0)]
+
+
 def collate_images(images):
     return {"image_features": images if isinstance(images, Tensor) else torch.stack(images)}
 
@@ -141,7 +150,7 @@ def write(tmp_path, dtype=np.float32, change=lambda samples: None, **options):
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32])
 @pytest.mark.parametrize("world_size", [1, 2, 3, 7])
-@pytest.mark.parametrize("read", [read, read_first, read_some])
+@pytest.mark.parametrize("read", [read, read_first, read_some, read_nothing])
 def test_gathered_batches_are_those_read_one_by_one(tmp_path, dtype, world_size, read):
     manifest = write(tmp_path, dtype)
     gathered, count = batches(manifest, Whole(), world_size, epochs=(0, 1, 0), read=read)
@@ -259,6 +268,18 @@ def test_what_is_remembered_changes_nothing(tmp_path, monkeypatch, room):
         gathered, count = batches(manifest, Whole(), 2, epochs=(0, 1, 2), read=each)
         assert_equal(gathered, batches(manifest, OneByOne(), 2, epochs=(0, 1, 2), read=each)[0])
         assert count > 0
+
+
+def test_a_text_that_is_one_object_for_all_is_kept_once_until_another_comes(tmp_path):
+    memory = feature_memory.Memory(5, None)
+    other, two, last = Described("x"), np.array([2, 0]), np.array([4])
+    memory.add_plain(two, ["c", "a"], [{}, {}], [NOTHING, NOTHING], [0, 1])
+    assert memory.common == {"texts": NOTHING, "raw": ""}
+    assert memory.columns(memory.place[two])[2] == [NOTHING, NOTHING]
+    memory.add_plain(last, ["e"], [{}], [other], [2])
+    assert memory.common == {}
+    names, _, texts, raw = memory.columns(memory.place[[4, 0, 2]])
+    assert (names, [text is other for text in texts], raw) == (["e", "a", "c"], [True, False, False], ["x", "", ""])
 
 
 def test_what_is_remembered_is_bounded_in_bytes(tmp_path, monkeypatch):
