@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from tests.helpers.launch import free_port
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -17,7 +19,7 @@ def launch(script: str, arguments: list[str], out: Path, ranks: int = 2, timeout
     out.parent.mkdir(exist_ok=True, parents=True)
     out.unlink(missing_ok=True)
     command = [str(Path(sys.executable).with_name("deepspeed")), "--num_accelerators", str(ranks)]
-    command += ["--master_port", "29611", script, *arguments, "--out", str(out)]
+    command += ["--master_port", str(free_port()), script, *arguments, "--out", str(out)]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     env.setdefault("TORCH_EXTENSIONS_DIR", str(ROOT / ".cache" / "torch_extensions"))
     done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=timeout)
