@@ -123,7 +123,7 @@ class RawPixels:
     Attributes:
         normalise: standardises them over their channels.
         embedding: path of the module that embeds single patches; empty where there is no such one.
-        values: of one patch, all frames, that it reads.
+        values: of one patch, all frames, as the tower reads it.
     """
 
     normalise: Affine
@@ -133,11 +133,12 @@ class RawPixels:
     @staticmethod
     def of(model: PreTrainedModel, normalise: Affine) -> RawPixels:
         """Those of a model without adapters."""
-        tower, one = model.get_encoder(modality="image"), patch_side(getattr(model.config, "vision_config", None))
+        vision = getattr(model.config, "vision_config", None)
+        tower, frame = model.get_encoder(modality="image"), 3 * patch_side(vision) ** 2
         prefix = next(path for path, module in model.named_modules() if module is tower)
-        found = [(path, m) for path, m in tower.named_modules(prefix=prefix) if _embeds(path, m, 3 * one**2)]
+        found = [(path, m) for path, m in tower.named_modules(prefix=prefix) if _embeds(path, m, frame)]
         if len(found) != 1:
-            return RawPixels(normalise)
+            return RawPixels(normalise, values=frame * getattr(vision, "temporal_patch_size", 1))
         ((path, module),) = found
         if type(module) is nn.Linear:
             module.__class__ = PatchLinear
