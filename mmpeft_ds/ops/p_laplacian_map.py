@@ -70,8 +70,8 @@ class Numbers(NamedTuple):
     square: bool
     self_term: bool
     power: float  # p
-    pull: float  # mu
     c: float  # 2 mu / p, over the factor
+    per_mu: float  # c / mu
     first: int  # column that is the first row's own node
     unit: float  # of n^2
 
@@ -101,7 +101,8 @@ def step(A: Tensor, f: Tensor | None, g: Tensor, power: float, pull: float, self
     """
     square, columns, rows = f is None, A.shape[2], A.shape[1]
     unit = EPS**2 if square and power < 2 else 1.0
-    c = 2 * pull / power * unit ** (1 - power / 2)
+    per_mu = 2 / power * unit ** (1 - power / 2)
+    c = per_mu * pull
     if square:
         f = g if rows == columns else g[..., columns - rows :]
     apart = g.unsqueeze(2) - f.unsqueeze(3)  # 0 for self loops, whose two nodes are one
@@ -120,7 +121,7 @@ def step(A: Tensor, f: Tensor | None, g: Tensor, power: float, pull: float, self
     V.div_(sums)
     needed = self_term != square
     held = Held(A, apart, f if needed else None, None if square else g, lifted, root, norm, slope, weight, sums, V)
-    return held, Numbers(square, self_term, power, pull, c, columns - rows, unit)
+    return held, Numbers(square, self_term, power, c, per_mu, columns - rows, unit)
 
 
 class Given(NamedTuple):
@@ -140,7 +141,7 @@ def step_backward(held: Held, numbers: Numbers, scaled: Tensor, of_A: bool = Tru
         scaled: gradient of U, over `held.sums`, (X, b, N), contiguous.
     """
     A, apart, f, g, lifted, root, norm, slope, weight, _, V = held
-    square, self_term, power, pull, c, first, unit = numbers
+    square, self_term, power, c, per_mu, first, unit = numbers
     of_V = (scaled * V).sum(1, keepdim=True)
     surplus = of_V
     if self_term != square:
@@ -177,12 +178,13 @@ def step_backward(held: Held, numbers: Numbers, scaled: Tensor, of_A: bool = Tru
             own.sub_(of_rows, alpha=toward)
         if self_term:
             own.add_(scaled, alpha=c)
-    dc = -c * float(surplus.sum())  # times c
+    of_c = -float(surplus.sum())
+    dc = c * of_c
     dp = 0.0
     if of_p:
         # sum_ij h_ij is -dc; c = 2 mu / p, over a power of the unit, stands beside p's own place in the weights.
         dp = (float(torch.dot(norm.log().view(-1), h.view(-1))) - dc * math.log(unit)) / 2 - dc / power
-    return Given(dA, df, dg, dp, dc / pull)
+    return Given(dA, df, dg, dp, per_mu * of_c)
 
 
 class _Step(torch.autograd.Function):

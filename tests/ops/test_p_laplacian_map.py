@@ -60,6 +60,14 @@ def test_equals_the_dense_form(square, self_term, p):
 
 
 @pytest.mark.parametrize("square", [True, False])
+def test_without_a_pull_mu_still_has_a_gradient(square):
+    A, f, g = inputs(7, 7 if square else 9, square)
+    A = (A.detach() + 0.1).requires_grad_()  # a row that sees nothing would be 0 / 0
+    found, expected = (outcome(form, A, f, g, 1.5, 0.0, square, False) for form in (p_laplacian_of_map, p_laplacian))
+    assert worst(found, expected) < 1e-9
+
+
+@pytest.mark.parametrize("square", [True, False])
 def test_float32_is_as_exact_as_float32_can_be(square):
     for p in (1.25, 1.6, 2.5):
         for size in SIZES[square]:

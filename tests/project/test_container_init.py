@@ -64,11 +64,12 @@ class Container:
 
 
 @needs_a_space
-def test_a_stop_reaches_every_process_and_waits_for_it(tmp_path):
+@pytest.mark.parametrize(("number", "written"), [(signal.SIGTERM, "saved\n"), (signal.SIGINT, "interrupted\n")])
+def test_a_signal_reaches_every_process_as_what_it_is_and_all_are_waited_for(tmp_path, number, written):
     with Container(tmp_path, *INIT, "bash", "-c", JOB) as container:
-        container.signal(signal.SIGTERM)
-        assert container.process.wait(20) == 128 + signal.SIGTERM
-    assert (tmp_path / "saved").read_text() == "saved\n"
+        container.signal(number)
+        assert container.process.wait(20) == 128 + number
+    assert (tmp_path / "saved").read_text() == written
 
 
 @needs_a_space
@@ -76,14 +77,6 @@ def test_a_command_that_ends_by_itself_leaves_its_ranks_time_to_save(tmp_path):
     with Container(tmp_path, *INIT, "bash", "-c", JOB.replace("exec sleep 60", "exit 3")) as container:
         assert container.process.wait(20) == 3
     assert (tmp_path / "saved").read_text() == "saved\n"
-
-
-@needs_a_space
-def test_an_interrupt_is_passed_on_as_one_where_no_terminal_has_sent_it(tmp_path):
-    with Container(tmp_path, *INIT, "bash", "-c", JOB) as container:
-        container.signal(signal.SIGINT)
-        assert container.process.wait(20) == 128 + signal.SIGINT
-    assert (tmp_path / "saved").read_text() == "interrupted\n"
 
 
 @needs_a_space
