@@ -9,6 +9,18 @@ from tests.helpers.models.families.parts import IN_PATCHES, MROPE, QWEN_PATCHES,
 
 MUSE = ("<|image_start|>", "<|image_end|>", "<|video|>", "<|vid_frame_separator|>", "<|vid_start|>", "<|vid_end|>")
 
+GEMMA4_PATCHES = dict(patch_size=4, pooling_kernel_size=2, max_soft_tokens=70)
+GEMMA4 = dict(
+    tokens=("<boi>", "<eoi>", "<|video|>", "<audio>", "<boa>", "<eoa>"),
+    named={f"{name}_token": f"<{name}>" for name in ("image", "boi", "eoi", "audio", "boa", "eoa")},
+    video="<|video|>",
+)
+
+
+def gemma4_ids(of: Callable[[str], int]) -> dict[str, int]:
+    ids = {f"{name}_token_id": of(f"<{name}>") for name in ("image", "boi", "eoi", "audio")}
+    return ids | {"video_token_id": of("<|video|>")}
+
 
 def muse(of: Callable[[str], int], **text: Any) -> dict[str, Any]:
     return dict(
@@ -293,24 +305,11 @@ FAMILIES: dict[str, Tiny] = {
                 pooling_kernel_size=2,
                 position_embedding_size=64,
             ),
-            image_token_id=of("<image>"),
-            boi_token_id=of("<boi>"),
-            eoi_token_id=of("<eoi>"),
-            video_token_id=of("<|video|>"),
-            audio_token_id=of("<audio>"),
+            **gemma4_ids(of),
         ),
-        ("Gemma4ImageProcessorPil", dict(patch_size=4, pooling_kernel_size=2, max_soft_tokens=70)),
-        tokens=("<boi>", "<eoi>", "<|video|>", "<audio>", "<boa>", "<eoa>"),
-        named=dict(
-            image_token="<image>",
-            boi_token="<boi>",
-            eoi_token="<eoi>",
-            audio_token="<audio>",
-            boa_token="<boa>",
-            eoa_token="<eoa>",
-        ),
-        video="<|video|>",
-        video_processor=("Gemma4VideoProcessor", dict(patch_size=4, pooling_kernel_size=2, max_soft_tokens=70)),
+        ("Gemma4ImageProcessorPil", GEMMA4_PATCHES),
+        **GEMMA4,
+        video_processor=("Gemma4VideoProcessor", GEMMA4_PATCHES),
     ),
     "gemma4_unified": Tiny(
         lambda of: dict(
@@ -323,26 +322,13 @@ FAMILIES: dict[str, Tiny] = {
             vision_config=dict(
                 patch_size=4, pooling_kernel_size=2, mm_embed_dim=16, mm_posemb_size=64, output_proj_dims=16
             ),
-            image_token_id=of("<image>"),
-            boi_token_id=of("<boi>"),
-            eoi_token_id=of("<eoi>"),
-            video_token_id=of("<|video|>"),
-            audio_token_id=of("<audio>"),
+            **gemma4_ids(of),
         ),
-        ("Gemma4UnifiedImageProcessor", dict(patch_size=4, pooling_kernel_size=2, max_soft_tokens=70)),
-        tokens=("<boi>", "<eoi>", "<|video|>", "<audio>", "<boa>", "<eoa>"),
-        named=dict(
-            image_token="<image>",
-            boi_token="<boi>",
-            eoi_token="<eoi>",
-            audio_token="<audio>",
-            boa_token="<boa>",
-            eoa_token="<eoa>",
-        ),
-        video="<|video|>",
+        ("Gemma4UnifiedImageProcessor", GEMMA4_PATCHES),
+        **GEMMA4,
         video_processor=(
             "Gemma4UnifiedVideoProcessor",
-            dict(patch_size=4, pooling_kernel_size=2, max_soft_tokens=70),
+            GEMMA4_PATCHES,
         ),
     ),
     "inkling2": Tiny(
