@@ -6,7 +6,7 @@ Every function here must be called by all ranks in the same order.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -66,6 +66,27 @@ def first_message(mine: str) -> str:
     everyone: list[str] = [""] * world_size()
     dist.all_gather_object(everyone, mine)
     return next(filter(None, everyone), "")
+
+
+def raise_first(mine: Exception | None) -> NoReturn:
+    """Raise the problem of the lowest rank that has one, on all ranks. Collective.
+
+    Args:
+        mine: of this rank, None if it has none.
+
+    Raises:
+        AgreedBadInput: on every rank, if it is bad input.
+        RuntimeError: on every rank, naming that rank, if it is anything else.
+    """
+    told = [(isinstance(mine, BadInput), _words(mine))] if mine is not None else []
+    bad_input, words = gather_everywhere(told)[0]
+    raise (AgreedBadInput if bad_input else RuntimeError)(words) from mine
+
+
+def _words(problem: Exception) -> str:
+    """A problem of this rank in a line."""
+    text = str(problem)
+    return text if isinstance(problem, BadInput) else f"rank {rank()} failed: {text or type(problem).__name__}"
 
 
 def gather_to_first(rows: list[Any], group: Any = None) -> list[Any] | None:

@@ -19,6 +19,10 @@ WAITING = ("/torch/distributed/", "/deepspeed/comm/")
 OURS = "/mmpeft_ds/"
 # Our own threads, which say nothing about the work.
 HIDDEN = ("stop-watch", "stall-watch", "stall-hub")
+# The thread that saves beside the training, and the description of the process group that it talks over. Both count
+# only while the main thread waits for it: a slow disk of rank 0 keeps those of all other ranks in a collective.
+BESIDE = "checkpoint"
+AWAITS_BESIDE = "/mmpeft_ds/engine/background.py"
 
 
 @dataclass(frozen=True)
@@ -31,7 +35,7 @@ class Report:
         entered: collectives that it has begun, by process group.
         still: seconds since it began the last one.
         waits: whether one of its threads waits for other ranks.
-        where: the line of code at which its main thread is.
+        where: the line of code at which its main thread is, or the one beside it that it waits for.
         stack: the frames of that thread, outermost first; empty while nothing is amiss.
         stop: why it was asked to stop; empty if it was not.
         done: it ends, since its work is done.
@@ -125,11 +129,22 @@ def stacks(reports: list[Report]) -> list[str]:
     return lines
 
 
+def awaits_beside() -> bool:
+    """Whether the main thread waits for the thread that saves beside the training."""
+    own = _walk(sys._current_frames().get(threading.main_thread().ident))
+    return any(AWAITS_BESIDE in frame.f_code.co_filename for frame in own)
+
+
 def position() -> dict[str, Any]:
     """`waits`, `where` and `stack` of this process for its report."""
     frames, names = sys._current_frames(), {t.ident: t.name for t in threading.enumerate()}
     walks = {ident: _walk(f) for ident, f in frames.items() if names.get(ident, "") not in HIDDEN}
     own = walks.get(threading.main_thread().ident, [])
+    beside = {ident: walk for ident, walk in walks.items() if names.get(ident, "").startswith(BESIDE)}
+    if any(AWAITS_BESIDE in frame.f_code.co_filename for frame in own):
+        own = next(iter(beside.values()), own)
+    else:
+        walks = {ident: walk for ident, walk in walks.items() if ident not in beside}
     return {
         # A few frames up: torch waits below functions of its own.
         "waits": any(part in f.f_code.co_filename for walk in walks.values() for f in walk[:6] for part in WAITING),

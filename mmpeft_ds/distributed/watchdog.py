@@ -24,7 +24,18 @@ from typing import Any
 import torch.distributed as dist
 
 from mmpeft_ds import stop
-from mmpeft_ds.distributed.stall import NAMED, Awaited, Report, awaited, clock, position, stacks, words
+from mmpeft_ds.distributed.stall import (
+    BESIDE,
+    NAMED,
+    Awaited,
+    Report,
+    awaited,
+    awaits_beside,
+    clock,
+    position,
+    stacks,
+    words,
+)
 from mmpeft_ds.owner import Owner
 
 KEY = "mmpeft_ds/stall_watch"
@@ -130,6 +141,8 @@ class Watchdog:
         entered = self._entered
         with contextlib.suppress(RuntimeError, AttributeError):  # the groups are gone at the end
             groups = list(dist.distributed_c10d._world.pg_map) if dist.is_initialized() else []
+            if any(group.group_desc == BESIDE for group in groups) and not awaits_beside():
+                groups = [group for group in groups if group.group_desc != BESIDE]
             entered = {group.group_name: group._get_sequence_number_for_group() for group in groups}
         if entered != self._entered:
             self._entered, self._moved = entered, time.monotonic()

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from mmpeft_ds.distributed.stall import BESIDE
 from mmpeft_ds.engine.zero.snapshot import HostCopies
 from mmpeft_ds.errors import BadInput
 
@@ -59,10 +60,19 @@ class Background:
             self.wait()
         return self.failed
 
-    def check(self) -> None:
-        """Raise what a job that has ended raised because a file could not be written; returns at once."""
-        if self._job is not None and self._job.done() and isinstance(self._job.exception(), BadInput):
+    def problem(self) -> Exception | None:
+        """What a job that has ended raised, told once; returns at once. A fault of ours says that it was met there."""
+        if self._job is None or not self._job.done():
+            return None
+        try:
             self.wait()
+        except BadInput as problem:
+            return problem
+        except Exception as fault:  # noqa: BLE001 - whatever it is, the other ranks must learn of it
+            problem = RuntimeError(f"no checkpoint in the background: {type(fault).__name__}: {fault}")
+            problem.__cause__ = fault
+            return problem
+        return None
 
 
 def _lane() -> tuple[ThreadPoolExecutor, Any]:
@@ -70,8 +80,8 @@ def _lane() -> tuple[ThreadPoolExecutor, Any]:
     whose = (os.getpid(), dist.group.WORLD if dist.is_initialized() else None)
     if not _lanes or _lanes[-1][0] != whose:
         several = whose[1] is not None and dist.get_world_size() > 1
-        group = dist.new_group(backend="gloo", timeout=PATIENCE) if several else None
-        _lanes[:] = [(whose, (ThreadPoolExecutor(1, thread_name_prefix="checkpoint"), group))]
+        group = dist.new_group(backend="gloo", timeout=PATIENCE, group_desc=BESIDE) if several else None
+        _lanes[:] = [(whose, (ThreadPoolExecutor(1, thread_name_prefix=BESIDE), group))]
     return _lanes[-1][1]
 
 

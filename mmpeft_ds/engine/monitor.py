@@ -167,14 +167,12 @@ class Monitor(Observer):
 
     def flush(self) -> Callable[[], None]:
         self._see_to_files()
-        path, descriptor = Path(self.metrics.name), os.dup(self.metrics.fileno())
+        # A file object, which closes its descriptor where a save ends before it waits.
+        path, again = Path(self.metrics.name), os.fdopen(os.dup(self.metrics.fileno()), "rb", buffering=0)
 
         def wait() -> None:
-            try:
-                with naming(path):
-                    os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
+            with again, naming(path):
+                os.fsync(again)
 
         return wait
 

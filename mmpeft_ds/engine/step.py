@@ -214,22 +214,26 @@ class Stepper:
             **({"device_mib": [round(mib) for mib in device[0]]} if device else {}),
         }
 
-    def fail(self, problem: BadInput, micro_steps: int) -> NoReturn:
-        """End all ranks with `problem`; called in place of `train_step` on a rank that cannot read the step's data.
+    def fail(self, problem: Exception, micro_steps: int) -> NoReturn:
+        """End all ranks with `problem`; called in place of `train_step`, such as on a rank that cannot read the step's
+        data.
 
         Args:
             micro_steps: of the step, as the other ranks have them.
+
+        Raises:
+            AgreedBadInput, RuntimeError: as `collectives.raise_first`.
         """
         width = 7 + CHANGES + micro_steps * modality.WIDTH
         collectives.sum_scalars([1.0] + [0.0] * (width - 1), self.ranks.device)
-        raise AgreedBadInput(collectives.first_message(str(problem)))
+        collectives.raise_first(problem)
 
     def agree(self, micro: list[PackedBatch], task: Any) -> Agreed:
         """One all-reduce before the first forward: weights, stop flag, bad slots, changed texts, and which rank has
         which modality.
 
         Raises:
-            BadInput: some rank has called `fail`.
+            AgreedBadInput, RuntimeError: some rank has called `fail`.
         """
         counts = [b.counts or b.count(task.weight) for b in micro]
         mine = [
@@ -244,7 +248,7 @@ class Stepper:
         ]
         failed, weight, stop, rows, bad, low, high, *rest = collectives.sum_scalars(mine, self.ranks.device)
         if failed:
-            raise AgreedBadInput(collectives.first_message(""))
+            collectives.raise_first(None)
         width = modality.WIDTH
         changed, bits = rest[:CHANGES], rest[CHANGES:]
         present = [bits[i : i + width] for i in range(0, len(bits), width)]

@@ -115,8 +115,6 @@ class Training:
             steps = self.steps()
             while verdict is None:
                 yield Place(self.state.step)
-                if self.writer is not None:
-                    self.report(self.writer.check)
                 self.last = self.train_step(*next(steps))
                 self.report(lambda: self.observer.step(self.last))
                 self.note_changes()
@@ -132,9 +130,11 @@ class Training:
         return verdict
 
     def train_step(self, step: Step, waited: float) -> dict[str, Any]:
-        """One optimizer step; if this rank could not write its files, it ends all ranks instead."""
-        if self.unwritten is not None:
-            self.stepper.fail(self.unwritten, len(step.micro))
+        """One optimizer step; if this rank could not write its files or do its part of a checkpoint, it ends all ranks
+        instead."""
+        problem = self.unwritten or (self.writer and self.writer.problem())
+        if problem is not None:
+            self.stepper.fail(problem, len(step.micro))
         return self.stepper.train_step(step, waited)
 
     def report(self, write: Callable[[], None]) -> None:

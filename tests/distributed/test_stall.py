@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import types
+from collections.abc import Callable
 
 import pytest
 
@@ -88,6 +89,41 @@ def test_a_thread_that_waits_for_ranks_is_seen_and_one_that_computes_is_not():
     finally:
         event.set()
         thread.join()
+
+
+def inside(path: str) -> Callable[[threading.Event], None]:
+    """A function of a file of that name that waits for an event."""
+    scope: dict = {}
+    exec(compile("def run(event): event.wait()", path, "exec"), scope)
+    return scope["run"]
+
+
+@pytest.mark.parametrize("awaited", [False, True])
+def test_a_save_beside_the_training_counts_only_while_the_training_waits_for_it(monkeypatch, awaited):
+    """Rank 0's disk keeps the saving threads of all other ranks in a collective, whatever else these ranks do."""
+    event, ready = threading.Event(), threading.Event()
+    saves = threading.Thread(target=inside("/x/torch/distributed/made_up.py"), args=(event,), name="checkpoint_0")
+    trains = threading.Thread(
+        target=inside("/x/mmpeft_ds/engine/background.py" if awaited else "/x/mmpeft_ds/data/loader.py"), args=(event,)
+    )
+    monkeypatch.setattr(stall.threading, "main_thread", lambda: trains)
+    groups = [types.SimpleNamespace(group_name=name, group_desc=name, _get_sequence_number_for_group=lambda: 3)
+              for name in ("default", stall.BESIDE)]  # fmt: skip
+    monkeypatch.setattr(watchdog.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(watchdog.dist.distributed_c10d, "_world", types.SimpleNamespace(pg_map=groups))
+    dog = watchdog.Watchdog.__new__(watchdog.Watchdog)
+    dog.rank, dog.owner, dog._entered, dog._moved, dog.stall = 1, None, {}, 0.0, 0.0
+    saves.start()
+    trains.start()
+    ready.wait(0.2)  # until both are inside
+    try:
+        seen, told = stall.position(), dog.report()
+    finally:
+        event.set()
+        saves.join()
+        trains.join()
+    assert seen["waits"] == awaited and ("made_up.py" in "".join(seen["stack"])) == awaited
+    assert set(told.entered) == ({"default", stall.BESIDE} if awaited else {"default"})
 
 
 def test_a_rank_that_rank_0_has_left_behind_names_whom_rank_0_has_told_of(monkeypatch):

@@ -162,22 +162,29 @@ def test_checkpoints_that_may_not_be_looked_at_are_told_by_the_thread_to_all_ran
 def test_the_training_learns_of_a_failure_before_the_next_save(tmp_path):
     made, background = engine(), Background()
     save(tmp_path / "nowhere", made, 2, background)
-    with pytest.raises(AgreedBadInput, match="cannot be written, since its directory is gone"):
-        for _ in range(3000):
-            background.check()
-            time.sleep(0.01)
-    background.check()  # once
+    problem = met_by(background)
+    assert isinstance(problem, AgreedBadInput) and "its directory is gone" in str(problem) and background.failed
+    assert background.problem() is None  # once
 
 
-def test_a_fault_of_ours_is_not_taken_for_a_full_disk(tmp_path, monkeypatch):
+def met_by(background: Background) -> Exception | None:
+    """What a step would meet, once the save has ended."""
+    end = time.monotonic() + 30
+    while (problem := background.problem()) is None and time.monotonic() < end:
+        time.sleep(0.01)
+    return problem
+
+
+def test_a_fault_of_ours_is_met_before_the_next_save_too_and_is_not_taken_for_a_full_disk(tmp_path, monkeypatch):
     made, background = engine(), Background()
     monkeypatch.setattr(checkpoint_files, "write", lambda *a: 1 / 0)
     save(tmp_path, made, 2, background)
-    while not background._job.done():
-        time.sleep(0.01)
-    background.check()
+    problem = met_by(background)
+    assert type(problem) is RuntimeError and isinstance(problem.__cause__, ZeroDivisionError)
+    assert str(problem) == "no checkpoint in the background: ZeroDivisionError: division by zero"
+    save(tmp_path, made, 4, background)
     with pytest.raises(ZeroDivisionError):
-        save(tmp_path, made, 4, background)
+        save(tmp_path, made, 6, background)
 
 
 def test_kill_9_while_it_is_written_leaves_the_previous_one(tmp_path, monkeypatch):

@@ -6,6 +6,7 @@ import math
 import os
 import shutil
 import stat
+from pathlib import Path
 
 import pytest
 import torch
@@ -64,6 +65,19 @@ def test_a_curve_that_is_removed_or_replaced_while_the_run_writes_it_is_whole_at
     monitor.flush()()
     monitor.close()
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2, 3, 4, 5]
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
+def test_a_save_that_ends_before_it_has_waited_for_the_curve_leaves_no_descriptor_open(tmp_path):
+    monitor, open_files = Monitor(tmp_path, MonitorOptions(tensorboard=False), 5, 0, ""), Path("/proc/self/fd")
+    before = len(list(open_files.iterdir()))
+    wait = monitor.flush()
+    assert len(list(open_files.iterdir())) == before + 1
+    del wait
+    assert len(list(open_files.iterdir())) == before
+    monitor.flush()()
+    assert len(list(open_files.iterdir())) == before
+    monitor.close()
 
 
 def test_a_file_system_that_does_not_count_links_does_not_pass_for_a_removed_curve(tmp_path, monkeypatch, capsys):

@@ -1,0 +1,37 @@
+"""Ranks that train a recipe whose first save in the background meets a fault or hangs, in the thread of one rank.
+
+... tests.helpers.rank_scripts.fault_in_a_save RECIPE.yaml RANK fault     that rank has no part for the others
+... tests.helpers.rank_scripts.fault_in_a_save RECIPE.yaml RANK hangs     that rank's disk does not answer
+"""
+
+import os
+import sys
+import time
+from pathlib import Path
+
+from mmpeft_ds import console
+from mmpeft_ds import recipe as recipes
+from mmpeft_ds.engine import checkpoint_files, trainer
+from mmpeft_ds.engine.held import Held
+
+
+def no_part(*args: object) -> None:
+    raise ValueError("no part")
+
+
+def hang(*args: object) -> None:
+    time.sleep(300)
+
+
+def main() -> int:
+    recipe = recipes.load(Path(sys.argv[1]))
+    if os.environ["RANK"] == sys.argv[2]:
+        if sys.argv[3] == "fault":
+            Held.of_copies = no_part
+        else:
+            checkpoint_files.write = hang
+    return trainer.run(recipe)
+
+
+if __name__ == "__main__":
+    console.run(main)
