@@ -1,5 +1,10 @@
 """Samples that a stream over `tiny_shards` yields, as rows that can be compared."""
 
+import contextlib
+from collections.abc import Iterator
+
+import torch
+
 from mmpeft_ds.data.options import DataOptions
 from mmpeft_ds.data.stream import Stream
 from tests.helpers.data.tiny_shards import source
@@ -43,3 +48,14 @@ def run(manifest, world_size=1, epoch=0, start=0, accumulation=1, train=True, se
 
 def ids(found):
     return [row[0] for part in found.values() for row in part]
+
+
+@contextlib.contextmanager
+def decoding_threads(number: int) -> Iterator[None]:
+    """In this block the process decodes in so many threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
