@@ -1,6 +1,7 @@
 """The contract of backbones, run over every registered entry and a text-only one."""
 
 import dataclasses
+import json
 import pickle
 import re
 
@@ -125,6 +126,22 @@ def test_values_of_the_frozen_prefix_computed_apart_or_stored_give_the_same_answ
         on_meta = shapes(backbone, backbone.build(on_meta=True).eval())
         real = frozen.store.read(given[0].place)[0]
         assert {n: (x.shape, x.dtype) for n, x in on_meta.items()} == {n: (x.shape, x.dtype) for n, x in real.items()}
+
+
+def test_values_have_another_key_where_the_same_weights_compute_otherwise(backbone, model, monkeypatch):
+    prefix = backbone.image_prefix(model)
+    if prefix is None:
+        return
+    assert backbone.image_prefix(model) == prefix and json.loads(json.dumps(prefix.choice)) == prefix.choice
+    config = getattr(backbone, "_vision_config", None) or backbone._config.vision_config
+    text = getattr(backbone, "_text_config", None) or backbone._config.get_text_config()
+    name = next(name for name in ("hidden_act", "num_heads", "num_attention_heads") if hasattr(config, name))
+    monkeypatch.setattr(config, name, "relu" if name == "hidden_act" else 1)
+    assert backbone.image_prefix(model) != prefix
+    monkeypatch.undo()
+    monkeypatch.setattr(text, "vocab_size", 1)
+    monkeypatch.setattr(config, "_name_or_path", "elsewhere")
+    assert backbone.image_prefix(model) == prefix
 
 
 def test_it_is_of_the_base_class_and_can_do_what_it_says(backbone):

@@ -145,7 +145,8 @@ class BlipBackbone(StockBackbone):
         """The vision tower."""
         if any(p.requires_grad for p in base_model(model).vision_model.parameters()):
             return None
-        return ImagePrefix(("vision_model",), {key: self._pixels[key] for key in ("mean", "std")})
+        choice = {key: self._pixels[key] for key in ("mean", "std")}
+        return ImagePrefix(("vision_model",), choice | {"config": stock.arithmetic(self._config.vision_config)})
 
     @torch.no_grad()
     def image_values(self, model: Any, images: dict[str, Tensor]) -> list[dict[str, Tensor]]:

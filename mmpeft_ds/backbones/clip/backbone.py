@@ -91,7 +91,8 @@ class ClipBackbone(StockBackbone, EncoderPair):
         base, parts = base_model(model), ("vision_model", *(() if self._siglip else ("visual_projection",)))
         if any(p.requires_grad for part in parts for p in base.get_submodule(part).parameters()):
             return None
-        return ImagePrefix(parts, {key: self._pixels[key] for key in ("mean", "std")})
+        choice = {key: self._pixels[key] for key in ("mean", "std")}
+        return ImagePrefix(parts, choice | {"config": stock.arithmetic(self._config.vision_config)})
 
     @torch.no_grad()
     def image_values(self, model: Any, images: dict[str, Tensor]) -> list[dict[str, Tensor]]:

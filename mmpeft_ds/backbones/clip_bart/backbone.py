@@ -245,9 +245,8 @@ class ClipBartBackbone(BackboneBase):
         tower = base_model(model).vision_model
         if tower is None or any(p.requires_grad for p in tower.parameters()):
             return None
-        return ImagePrefix(
-            ("vision_model", "pixel_norm"), {"norm": self.options.vision_norm, "grid": self.options.grid}
-        )
+        choice = {"norm": self.options.vision_norm, "grid": self.options.grid}
+        return ImagePrefix(("vision_model", "pixel_norm"), choice | {"config": stock.arithmetic(self._vision_config)})
 
     @torch.no_grad()
     def image_values(self, model: Any, images: dict[str, Tensor]) -> list[dict[str, Tensor]]:

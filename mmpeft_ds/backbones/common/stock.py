@@ -27,6 +27,9 @@ from mmpeft_ds.errors import BadInput
 
 # Weights of a random base: the same on every rank and at every ZeRO stage.
 RANDOM_SEED = 0
+# Of a configuration, what says nothing of how its model computes.
+_ABOUT = ("_name_or_path", "_commit_hash", "transformers_version", "architectures", "dtype", "torch_dtype", "id2label",
+          "label2id", "use_cache")  # fmt: skip
 
 
 def read_config(name: str, where: str, families: tuple[str, ...]) -> PretrainedConfig:
@@ -45,6 +48,17 @@ def read_config(name: str, where: str, families: tuple[str, ...]) -> PretrainedC
     if families and config.model_type not in families:
         raise BadInput(f"{where}: {name!r} is of family {config.model_type!r}. Known: {', '.join(families)}.")
     return config
+
+
+def arithmetic(config: PretrainedConfig, but: PretrainedConfig | None = None) -> dict[str, Any]:
+    """All that a configuration says of how its model computes, such as activations and numbers of heads, for a key.
+
+    Args:
+        but: a part of it that is left out.
+    """
+    parts = {name: getattr(config, name, None) for name in config.to_dict() if name not in _ABOUT}
+    parts = {name: part for name, part in parts.items() if but is None or part is not but}
+    return {n: arithmetic(p, but) if isinstance(p, PretrainedConfig) else p for n, p in parts.items()}
 
 
 def read_tokenizer(name: str, where: str) -> Any:

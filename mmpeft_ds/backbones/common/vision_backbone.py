@@ -86,7 +86,7 @@ class VisionBackbone(BackboneBase):
             return None
         config = base.config
         choice = {"feature": config.vision_feature, "norm": config.vision_norm, "tokens": config.with_tokens}
-        return ImagePrefix(("vision_model", "pixel_norm"), choice)
+        return ImagePrefix(("vision_model", "pixel_norm"), choice | {"config": stock.arithmetic(self._vision_config)})
 
     @torch.no_grad()
     def image_values(self, model: Any, images: dict[str, Tensor]) -> list[dict[str, Tensor]]:

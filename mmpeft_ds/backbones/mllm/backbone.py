@@ -317,7 +317,8 @@ class MllmBackbone(Checkpoint):
             return None
         processor = {key: str(value) for key, value in self._image_processor.to_dict().items()}
         prefix = "" if outer is base else "model."
-        return ImagePrefix(tuple(f"{prefix}{name}" for name, _ in inside), {"processor": processor})
+        choice = {"processor": processor, "config": stock.arithmetic(self._config, self._config.get_text_config())}
+        return ImagePrefix(tuple(f"{prefix}{name}" for name, _ in inside), choice)
 
     def collate_apart(self, images: list[Any]) -> dict[str, Tensor]:
         """Each image for itself, since families put them together in ways of their own."""
