@@ -35,6 +35,12 @@ METHODS: dict[str, dict[str, Any]] = {
     "graph_lora": {"name": "graph_lora"},
     "tens_lora": {"name": "tens_lora", "r": 2},
 }
+# What a method needs beside that on one family: the towers of the tiny LLaVA have feed-forward layers that Aurora
+# refuses, and its language model has no biases.
+OF_FAMILY: dict[tuple[str, str], dict[str, Any]] = {
+    ("llava", "aurora"): {"image_targets": ["q", "k", "v", "out"]},
+    ("llava", "bitfit"): {"tower": "image"},
+}
 # nf4 and fp8 layers multiply by the dequantised weights themselves; int8 layers scale the product, which rounds
 # otherwise, and the p-Laplacian magnifies that. Shares of the largest gradient.
 TOLERANCE = {"nf4": 1e-6, "int8": 2e-5, "fp8": 1e-6}
@@ -44,6 +50,11 @@ needs_packages = pytest.mark.skipif(
     not all(importlib.util.find_spec(package) for package in set(QUANTISED.values())),
     reason="needs bitsandbytes and torchao: make test-quantised",
 )
+
+
+def method(family: str, name: str) -> dict[str, Any]:
+    """A method of `METHODS` as a recipe names it for the tiny model of a family."""
+    return METHODS[name] | OF_FAMILY.get((family, name), {})
 
 
 def gradients(

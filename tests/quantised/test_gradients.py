@@ -10,7 +10,7 @@ from tests.helpers import quantised
 from tests.helpers.models import tiny_mllm
 
 pytestmark = quantised.needs_packages
-QUICK = {("nf4", "lora"), ("nf4", "aurora"), ("int8", "routed_lora"), ("fp8", "lora")}
+QUICK = {("nf4", "lora"), ("nf4", "aurora"), ("int8", "routed_lora"), ("int8", "p_adapter"), ("fp8", "lora")}
 PAIRS = [
     pytest.param(form, name, marks=() if (form, name) in QUICK else pytest.mark.slow)
     for form in quantised.FORMS
@@ -30,7 +30,7 @@ def folder(tmp_path_factory) -> Path:
 @pytest.mark.parametrize(("form", "name"), PAIRS)
 @pytest.mark.parametrize("family", ["qwen2_vl", pytest.param("llava", marks=pytest.mark.slow)])
 def test_gradients_are_those_of_the_dequantised_weights(folder, family, form, name):
-    given = (folder, family, form, quantised.METHODS[name])
+    given = (folder, family, form, quantised.method(family, name))
     loss, found = quantised.gradients(*given, dequantised=False)
     same, wanted = quantised.gradients(*given, dequantised=True)
     share = quantised.TOLERANCE[form] * quantised.MAGNIFIED.get(name, 1)
