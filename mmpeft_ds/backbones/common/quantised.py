@@ -32,12 +32,17 @@ def reading(form: str, model_class: Any, config: PretrainedConfig) -> dict[str, 
     """Keyword of `from_pretrained` that quantises each weight as it is read; none for the form `none`.
 
     What transformers would leave out or take in by itself does not count: exactly its `linear_layers` are quantised.
+    A model without input embeddings, such as CLIP's, is read whole, and then quantised: transformers asks for them at
+    every weight that torchao quantises, and cannot load it where there are none.
     """
     if form == "none":
         return {}
     with torch.device("meta"):
         make = AutoModel.from_config if model_class is AutoModel else model_class._from_config
-        layers = linear_layers(make(copy.deepcopy(config)))
+        model = make(copy.deepcopy(config))
+        if form != "nf4" and not _has_input_embeddings(model):
+            return {}
+        layers = linear_layers(model)
         wanted = [path for path, layer in layers if form == "nf4" or type(layer) is nn.Linear]
     # A pattern for names that are not wanted: transformers takes those of layers, and with torchao of weights.
     others = [rf"(?!(?:{'|'.join(map(re.escape, wanted))})(?:\.weight)?$).*"] if wanted else [".*"]
@@ -153,6 +158,13 @@ def numel(tensor: Tensor) -> int:
     """Weights of a parameter, also where two of them share a byte."""
     state = vars(tensor).get("quant_state")
     return tensor.numel() if state is None else math.prod(state.shape)
+
+
+def _has_input_embeddings(model: PreTrainedModel) -> bool:
+    try:
+        return model.get_input_embeddings() is not None
+    except NotImplementedError:
+        return False
 
 
 def _forget(model: PreTrainedModel) -> None:

@@ -43,13 +43,13 @@ def with_added(base: nn.Module, x: Tensor, added: Sequence[Added], *args: Any, *
 def plain_linear(base: nn.Module, x: Tensor) -> Linear | None:
     """Weight and bias of `base` if calling it with `x`, outside of autocast, does nothing but multiply; else None.
 
-    So it does where it is torch's own class with plain weights in the dtype of `x`, frozen, and nobody, such as ZeRO-3,
-    waits in a hook until it is called.
+    So it does where it is torch's own class with plain weights in the dtype of `x`, frozen, and nobody, such as
+    ZeRO-3, waits in a hook until it is called.
     """
     if type(base) is not nn.Linear or is_watched(base) or torch.compiler.is_compiling():
         return None
     weight, bias = base.weight, base.bias
-    # torchao keeps torch's layer, with quantised weights of a class of their own: int8 ones know no product but `linear`.
+    # torchao keeps torch's layer, with quantised weights of a class of their own: int8 ones know only `linear`.
     if type(weight) is not nn.Parameter:
         return None
     if weight.dtype != x.dtype or weight.requires_grad or (bias is not None and bias.requires_grad):
