@@ -24,6 +24,7 @@ from mmpeft_ds.data.batch import PackedBatch, Prompted
 from mmpeft_ds.data.token_counts import TokenCounts
 from mmpeft_ds.data.video import Times, Video
 from mmpeft_ds.errors import BadInput
+from mmpeft_ds.ops.finished_logits import PLAIN, Finish
 
 
 @dataclass(frozen=True)
@@ -197,7 +198,8 @@ class BackboneBase(abc.ABC):
         return outputs
 
     def output_layer(self, model: nn.Module) -> nn.Module | None:
-        """The layer that makes logits of states, called once a forward; None if what it returns is changed further.
+        """The layer that makes logits of states, called once a forward; None if what it returns is changed otherwise
+        than `logit_finish` says.
 
         A constant bias that the model adds is no such change where it does so by `ops.scored_head.biased_logits`.
 
@@ -208,6 +210,11 @@ class BackboneBase(abc.ABC):
         (`ops.token_scores`).
         """
         return model.get_output_embeddings()
+
+    @property
+    def logit_finish(self) -> Finish:
+        """What the model makes of the logits of its output layer. Default: they stay as they are."""
+        return PLAIN
 
     def labels_at(self, model: nn.Module, batch: PackedBatch, positions: int) -> Tensor:
         """(T, S) int64, what each of the last S of `positions` predicts, -100 = nothing; of a model that generates.

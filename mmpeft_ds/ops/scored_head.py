@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from mmpeft_ds.host_copies import both
+from mmpeft_ds.ops.finished_logits import PLAIN, Finish, Untouched
 from mmpeft_ds.ops.token_scores import KnownScores, known_scores, scores_of_layer, token_scores
 
 
@@ -43,7 +44,7 @@ def aligned(labels: Tensor, positions: int) -> Tensor:
 
 
 @contextlib.contextmanager
-def scored(head: nn.Module, labels_at: Callable[[int], Tensor]) -> Iterator[None]:
+def scored(head: nn.Module, labels_at: Callable[[int], Tensor], finish: Finish = PLAIN) -> Iterator[None]:
     """Context in which the output layer returns (T, S, 3) in place of (T, S, V): nll, uniform, right.
 
     It stays a module that is called, so that ZeRO-3 gathers its weight. A frozen one is called with detached states,
@@ -54,8 +55,9 @@ def scored(head: nn.Module, labels_at: Callable[[int], Tensor]) -> Iterator[None
         head: the output layer, for which `is_scorable` holds; or one with adapters that treat each position by
             itself. That one is run in as many parts as there are labels for, so ZeRO-3 has to gather it as a whole.
         labels_at: gives, for the number of positions S, the (T, K) labels of the last K <= S of them.
+        finish: what the model makes of the logits; it then hands on the scores `Untouched`.
     """
-    scorer = _Scorer(head, labels_at)
+    scorer = _Scorer(head, labels_at, finish)
     handles = []
     if type(head) is nn.Linear and not (
         head.weight.requires_grad or (head.bias is not None and head.bias.requires_grad)
@@ -64,6 +66,8 @@ def scored(head: nn.Module, labels_at: Callable[[int], Tensor]) -> Iterator[None
             head.register_forward_pre_hook(scorer.detach, prepend=True),
             head.register_forward_hook(scorer.attach),
         ]
+    if finish != PLAIN:
+        handles.append(head.register_forward_hook(lambda head, args, scores: scores.as_subclass(Untouched)))
     vars(head)["forward"] = scorer  # `nn.Module` would look for a parameter of this name
     try:
         yield
@@ -76,8 +80,8 @@ def scored(head: nn.Module, labels_at: Callable[[int], Tensor]) -> Iterator[None
 class _Scorer:
     """Forward of an output layer within `scored`; two hooks beside it if the layer is frozen."""
 
-    def __init__(self, head: nn.Module, labels_at: Callable[[int], Tensor]):
-        self.head, self.labels_at = head, labels_at
+    def __init__(self, head: nn.Module, labels_at: Callable[[int], Tensor], finish: Finish):
+        self.head, self.labels_at, self.finish = head, labels_at, finish
         self.plain = head.forward
         self.added: Tensor | None = None  # of `biased_logits`
         self.states: Tensor | None = None  # of a frozen layer, while it is called, as the model gave them
@@ -85,16 +89,18 @@ class _Scorer:
 
     def __call__(self, states: Tensor) -> Tensor:
         labels = aligned(self.labels_at(states.shape[1]), states.shape[1])
-        if type(self.head) is not nn.Linear:
-            return torch.stack(scores_of_layer(self._logits, self.head.out_features, states, labels), -1)
-        bias = self.head.bias
+        if type(self.head) is not nn.Linear or (self.states is None and self.finish != PLAIN):
+            scores = scores_of_layer(self._logits, self.head.out_features, states, labels, self.finish)
+            return torch.stack(scores, -1)
+        weight, bias = self.head.weight, self.head.bias
         if self.added is not None:
-            added = self.added.to(self.head.weight.dtype)
+            added = self.added.to(weight.dtype)
             bias = added if bias is None else bias + added
         if self.states is None:
-            return torch.stack(token_scores(states, self.head.weight, bias, labels), -1)
+            return torch.stack(token_scores(states, weight, bias, labels), -1)
+        weight, bias = weight[: self.finish.tokens], None if bias is None else bias[: self.finish.tokens]
         with_gradient = self.states.requires_grad and torch.is_grad_enabled()
-        self.known = known_scores(states, self.head.weight, bias, labels, with_gradient)
+        self.known = known_scores(states, weight, bias, labels, with_gradient, self.finish)
         return states.new_zeros(())
 
     def _logits(self, states: Tensor) -> Tensor:

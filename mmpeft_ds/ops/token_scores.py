@@ -21,6 +21,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from mmpeft_ds.host_copies import nonzero, on_host
+from mmpeft_ds.ops.finished_logits import PLAIN, Finish, touchable
 from mmpeft_ds.ops.precision import full_dtype
 
 LOGITS = 1 << 26  # that exist together, over all tokens of some positions
@@ -48,7 +49,7 @@ class TokenScores:
     @classmethod
     def of(cls, outputs: Tensor) -> TokenScores:
         """Scores from the (T, S, 3) output of a layer within `scored_head.scored`."""
-        nll, uniform, right = outputs.unbind(-1)
+        nll, uniform, right = touchable(outputs).unbind(-1)
         return cls(nll, uniform, right > 0.5)
 
 
@@ -73,7 +74,7 @@ def token_scores(states: Tensor, weight: Tensor, bias: Tensor | None, labels: Te
 
 
 def scores_of_layer(
-    layer: Callable[[Tensor], Tensor], tokens: int, states: Tensor, labels: Tensor
+    layer: Callable[[Tensor], Tensor], tokens: int, states: Tensor, labels: Tensor, finish: Finish = PLAIN
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Like `token_scores`, for a layer that is more than a weight and a bias, such as one with adapters.
 
@@ -82,6 +83,7 @@ def scores_of_layer(
     Args:
         layer: logits (n, V) of states (n, d), of each position by itself.
         tokens: V.
+        finish: what the model makes of the logits.
     """
     rows = labelled(labels)
     flat, asked = states.flatten(0, 1)[rows], labels.flatten()[rows]
@@ -89,6 +91,7 @@ def scores_of_layer(
     def scores(part: slice) -> tuple[Tensor, Tensor, Tensor]:
         logits = layer(flat[part])
         logits = logits.to(full_dtype(logits.dtype))
+        logits = logits if finish == PLAIN else finish(logits)
         log_total = logits.logsumexp(1)
         right = (logits.detach().argmax(1) == asked[part]).to(logits.dtype)
         return log_total - logits.gather(1, asked[part, None])[:, 0], log_total - logits.mean(1), right
@@ -136,22 +139,34 @@ class KnownScores:
 
 
 def known_scores(
-    states: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, with_gradient: bool | None = None
+    states: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    with_gradient: bool | None = None,
+    finish: Finish = PLAIN,
 ) -> KnownScores:
     """Scores under a frozen layer; arguments as of `token_scores`.
 
     Args:
         with_gradient: None: if `states` require it and autograd is on.
+        finish: what the model makes of the logits; its `tokens` are those of weight and bias already.
     """
     if with_gradient is None:
         with_gradient = states.requires_grad and torch.is_grad_enabled()
     rows = labelled(labels)
     with torch.no_grad():
-        return _known(states.flatten(0, 1), rows, weight, bias, labels.flatten()[rows], with_gradient)
+        return _known(states.flatten(0, 1), rows, weight, bias, labels.flatten()[rows], with_gradient, finish)
 
 
 def _known(
-    flat: Tensor, rows: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, with_gradient: bool
+    flat: Tensor,
+    rows: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    with_gradient: bool,
+    finish: Finish,
 ) -> KnownScores:
     nll, uniform, right = flat.new_empty(3, len(rows), dtype=full_dtype(flat.dtype))
     gradient = difference = None
@@ -160,15 +175,22 @@ def _known(
         mean = weight.mean(0)
     for part in _parts(len(rows), weight):
         asked = labels[part]
-        chunk = _Chunk.of(flat[rows[part]], weight, bias, asked)
+        chunk = _Chunk.of(flat[rows[part]], weight, bias, asked, finish)
         nll[part], uniform[part], right[part] = chunk.nll, chunk.uniform, chunk.right
         if gradient is not None:
             to_logits = chunk.exponentials.div_(chunk.total)
             to_logits.scatter_add_(1, asked[:, None], to_logits.new_full((len(asked), 1), -1.0))
-            gradient[part] = to_logits.to(weight.dtype) @ weight
+            gradient[part] = to_logits.mul_(chunk.slope).to(weight.dtype) @ weight
             # Towards the logits, the gradient of `uniform` is p - 1 / V and that of `nll` is p - 1 at the label and p
-            # elsewhere. The difference has no p in it, so it is made of rows of the weight alone.
-            difference[part] = weight[asked] - mean
+            # elsewhere. The difference has no p in it, so it is made of rows of the weight alone, unless the logits
+            # are capped, each by itself.
+            if finish.cap is None:
+                difference[part] = (weight[asked] - mean) * chunk.slope
+            else:
+                at_label = chunk.slope.gather(1, asked[:, None])
+                between = chunk.slope.div_(-len(weight)).scatter_add_(1, asked[:, None], at_label)
+                difference[part] = between.to(weight.dtype) @ weight
+                del between
             del to_logits
         del chunk  # before the next one is made
     return KnownScores(rows, nll, uniform, right, gradient, difference)
@@ -176,26 +198,29 @@ def _known(
 
 @dataclass
 class _Chunk:
-    """Scores of some positions, and their probabilities, `exponentials / total` (n, V) and (n, 1)."""
+    """Scores of some positions; their probabilities, `exponentials / total` (n, V) and (n, 1); and the derivatives of
+    what became of the logits, `slope` (n, V), or one number for all."""
 
     nll: Tensor
     uniform: Tensor
     right: Tensor
     exponentials: Tensor
     total: Tensor
+    slope: Tensor | float
 
     @classmethod
-    def of(cls, states: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> _Chunk:
+    def of(cls, states: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, finish: Finish = PLAIN) -> _Chunk:
         """Scores of `labels` (n,) from `states` (n, d). Works in place: one matrix (n, V) besides the logits."""
         logits = functional.linear(states, weight, bias)
         logits = logits.to(full_dtype(logits.dtype))
+        slope = finish.apply_(logits)
         top, index = logits.max(1, keepdim=True)
         below = logits.sub_(top)
         at_label, mean = below.gather(1, labels[:, None])[:, 0], below.mean(1)
         exponentials = below.exp_()
         total = exponentials.sum(1, keepdim=True)
         log_total = total[:, 0].log()
-        return cls(log_total - at_label, log_total - mean, index[:, 0] == labels, exponentials, total)
+        return cls(log_total - at_label, log_total - mean, index[:, 0] == labels, exponentials, total, slope)
 
 
 class _Known(torch.autograd.Function):

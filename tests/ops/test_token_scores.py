@@ -11,6 +11,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mmpeft_ds.ops import token_scores as module
+from mmpeft_ds.ops.finished_logits import PLAIN, Finish
 from mmpeft_ds.ops.scored_head import biased_logits, is_scorable, scored
 from mmpeft_ds.ops.token_scores import TokenScores, token_scores
 
@@ -197,8 +198,9 @@ GIB = 2**30
 SHAPES = [(4, 2048, 152_064, 3584), (4, 1024, 152_064, 3584), (16, 2048, 32_064, 4096)]
 
 
+@pytest.mark.parametrize("finish", [PLAIN, Finish(cap=30.0)])
 @pytest.mark.parametrize("texts, positions, tokens, width", SHAPES)
-def test_the_peak_of_head_loss_and_backward_is_below_1_2_gib(texts, positions, tokens, width):
+def test_the_peak_of_head_loss_and_backward_is_below_1_2_gib(texts, positions, tokens, width, finish):
     """With a label at every position, in bfloat16; what is counted is made of shapes alone."""
     with torch.device("meta"):
         states = torch.empty(texts, positions, width, dtype=torch.bfloat16, requires_grad=True)
@@ -207,7 +209,7 @@ def test_the_peak_of_head_loss_and_backward_is_below_1_2_gib(texts, positions, t
         rows = torch.empty(texts * positions, dtype=torch.int64)
     with _Peak(states, weight, labels, rows) as peak:
         with torch.no_grad():
-            known = module._known(states.flatten(0, 1), rows, weight, None, labels.flatten(), True)
+            known = module._known(states.flatten(0, 1), rows, weight, None, labels.flatten(), True, finish)
         nll, uniform, _ = known.attached(states)
         (nll + uniform).sum().backward()
     assert peak.most < 1.2 * GIB

@@ -40,6 +40,7 @@ from mmpeft_ds.data.token_counts import TokenCounts
 from mmpeft_ds.data.video import Times, evenly, stacked
 from mmpeft_ds.errors import BadInput
 from mmpeft_ds.host_copies import both, on_host, to_device
+from mmpeft_ds.ops.finished_logits import PLAIN, Finish
 from mmpeft_ds.sites.base import base_model
 from mmpeft_ds.sites.condition import conditioned
 
@@ -202,8 +203,13 @@ class MllmBackbone(Checkpoint):
         )
 
     def output_layer(self, model: nn.Module) -> nn.Module | None:
-        """transformers' output embeddings where nothing is done to what they return: some families scale or cap it."""
-        return super().output_layer(model) if self._makes_plain_logits else None
+        """transformers' output embeddings where it is known what is done to what they return."""
+        return None if self._finish is None else super().output_layer(model)
+
+    @property
+    def logit_finish(self) -> Finish:
+        """Some families scale their logits, or cap them."""
+        return self._finish or PLAIN
 
     def labels_at(self, model: Any, batch: PackedBatch, positions: int) -> Tensor:
         """The token that follows each of the last positions, image tokens counted; nothing follows the last."""

@@ -3,10 +3,8 @@ read once and only where it is asked for."""
 
 from __future__ import annotations
 
-import ast
 import functools
 import inspect
-import textwrap
 from typing import Any
 
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, MODEL_MAPPING
@@ -16,7 +14,7 @@ from mmpeft_ds.backbones.common import tower_loading
 from mmpeft_ds.backbones.common.affine import Affine
 from mmpeft_ds.backbones.common.spelling import Spelling
 from mmpeft_ds.backbones.common.stock_backbone import WHERE, StockBackbone
-from mmpeft_ds.backbones.mllm import families
+from mmpeft_ds.backbones.mllm import families, finishing
 from mmpeft_ds.backbones.mllm.chat import Chat
 from mmpeft_ds.backbones.mllm.families.base import Family
 from mmpeft_ds.backbones.mllm.model import media_ids, takes_videos_apart
@@ -24,6 +22,7 @@ from mmpeft_ds.backbones.mllm.processing import processor_class, read_image_proc
 from mmpeft_ds.backbones.mllm.rendering import read_template
 from mmpeft_ds.backbones.mllm.video_processing import has_video_processor, read_video_processor, spells_videos
 from mmpeft_ds.errors import BadInput
+from mmpeft_ds.ops.finished_logits import Finish
 
 
 class Checkpoint(StockBackbone):
@@ -46,9 +45,9 @@ class Checkpoint(StockBackbone):
         return self._family.row_attention
 
     @functools.cached_property
-    def _makes_plain_logits(self) -> bool:
-        """Whether nothing is done to what transformers' output embeddings return."""
-        return _logits_are_left_alone(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(self._config)])
+    def _finish(self) -> Finish | None:
+        """What the stock class makes of its logits; None where that is not known."""
+        return finishing.finish_of(self._config, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(self._config)])
 
     @functools.cached_property
     def _media_ids(self) -> list[int]:
@@ -194,17 +193,3 @@ class Checkpoint(StockBackbone):
         elif not (known := self._family.unreadable(self._config)):
             return
         raise BadInput(f"{WHERE}: {name!r} is of family {kind!r}, and {known}.")
-
-
-@functools.cache
-def _logits_are_left_alone(stock_class: type) -> bool:
-    """Whether the forward of a class sets `logits` once, to what `lm_head` returns. A source of another form is taken
-    for one that changes them, which costs memory alone."""
-    tree = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(stock_class.forward))))
-    made = []
-    for node in ast.walk(tree):
-        if isinstance(node, (ast.Assign, ast.AugAssign, ast.AnnAssign)):
-            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
-            names = {inner.id for t in targets for inner in ast.walk(t) if isinstance(inner, ast.Name)}
-            made += [node.value] if "logits" in names else []
-    return len(made) == 1 and isinstance(made[0], ast.Call) and ast.unparse(made[0].func) == "self.lm_head"

@@ -46,7 +46,8 @@ def forward(
     def labels_at(positions: int) -> Tensor:
         return backbone.labels_at(base, batch, positions)
 
-    with scored(head, labels_at), last.reading(_labelled(labels_at)) if last else contextlib.nullcontext():
+    reading = last.reading(_labelled(labels_at)) if last else contextlib.nullcontext()
+    with scored(head, labels_at, backbone.logit_finish), reading:
         outputs = model(**backbone.inputs(batch))
     read = backbone.read(outputs, batch)
     read.logits, read.scores = None, TokenScores.of(read.logits)
