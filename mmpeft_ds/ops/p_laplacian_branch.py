@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
+from mmpeft_ds.ops.beside_linear import Linear, Onto, split
 from mmpeft_ds.ops.p_laplacian_map import Held, step, step_backward
 
 
@@ -61,36 +62,53 @@ class Scores(NamedTuple):
     scaling: float | None
 
 
+class Nodes(NamedTuple):
+    """Tokens of which nodes are made.
+
+    Attributes:
+        values: (B, M, d).
+        queries: (B, N, d); None for a square graph, whose rows are the last value tokens.
+        projection: map of all of them before they become nodes; None: they have been through it.
+    """
+
+    values: Tensor
+    queries: Tensor | None
+    projection: Linear | None
+
+
 def plus_branch(
-    h: Tensor, A: Tensor | Scores, values: Tensor, queries: Tensor | None, maps: Maps, exponent: Exponent, heads: int
+    onto: Onto, x: Tensor | None, A: Tensor | Scores, nodes: Nodes, maps: Maps, exponent: Exponent, heads: int
 ) -> Tensor:
     """`h + up(gelu(gate(h)) * U)`, U the query nodes after a step over A with nodes `down(values)` cut into heads.
 
     Where `p_laplacian_map.fits`. As some twenty operations of autograd the same takes twice as long on small maps.
 
     Args:
-        h: attention output, (B, N, d).
-        A: attention map, (B, H, N, M), or what makes it, in the dtype of `h`.
-        values: projected value tokens, (B, M, d).
-        queries: projected query tokens, (B, N, d); None for a square graph, whose rows are the last value tokens.
+        onto: attention output h, (B, N, d), or the map that makes it of `x`.
+        x: (B, N, I), read where `onto` is a map.
+        A: attention map, (B, H, N, M), or what makes it, in the dtype of h.
+        nodes: tokens of which nodes are made.
 
     Returns:
         (B, N, d). A second derivative is refused.
 
     Source: as `p_laplacian`, released code of the adapter.
     """
-    rows = h if queries is None else queries
+    end = (*split(onto), x if isinstance(onto, Linear) else None)
+    batch, rows = (x if isinstance(onto, Linear) else onto).shape[:2]
     made = (*A.query.shape[:3], A.key.shape[2]) if isinstance(A, Scores) else A.shape
-    wanted = (h.shape[0], heads, rows.shape[1], values.shape[1])
-    if made != wanted or rows.shape != h.shape or (queries is None and values.shape[1] < h.shape[1]):
+    columns, queries = nodes.values.shape[1], rows if nodes.queries is None else nodes.queries.shape[1]
+    if made != (batch, heads, rows, columns) or queries != rows or (nodes.queries is None and columns < rows):
         raise ValueError(
-            f"attention {tuple(made)} of {heads} heads does not belong to tokens {tuple(h.shape)}, queries "
-            f"{tuple(rows.shape)} and values {tuple(values.shape)}"
+            f"attention {tuple(made)} of {heads} heads does not belong to {batch} times {rows} tokens, {queries} "
+            f"queries and {columns} values"
         )
     trained, fixed = (exponent.p, None) if isinstance(exponent.p, Tensor) else (None, exponent.p)
     of_map = (None, A.query, A.key, *A.hidden, A.scaling) if isinstance(A, Scores) else (A, *[None] * 5)
     options = _Options(heads, fixed, exponent.mu, exponent.bounds)
-    return _Branch.apply(h, *of_map, values, queries, trained, exponent.m, options, *maps)
+    weight, bias = nodes.projection or (None, None)
+    tokens = nodes.values, nodes.queries, weight, bias
+    return _Branch.apply(*end, *of_map, *tokens, trained, exponent.m, options, *maps)
 
 
 class _Options(NamedTuple):
@@ -103,11 +121,17 @@ class _Options(NamedTuple):
 class _Branch(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, h: Tensor, A: Tensor | None, query: Tensor | None, key: Tensor | None, added: Tensor | None,
-        empty: Tensor | None, scaling: float | None, values: Tensor, queries: Tensor | None, p: Tensor | None,
-        m: Tensor, options: _Options, *tensors: Tensor,
+        ctx: Any, h: Tensor | None, weight: Tensor | None, bias: Tensor | None, x: Tensor | None, A: Tensor | None,
+        query: Tensor | None, key: Tensor | None, added: Tensor | None, empty: Tensor | None, scaling: float | None,
+        values: Tensor, queries: Tensor | None, project: Tensor | None, project_bias: Tensor | None,
+        p: Tensor | None, m: Tensor, options: _Options, *tensors: Tensor,
     ) -> Tensor:  # fmt: skip
         maps = Maps(*tensors)
+        if h is None:
+            h = functional.linear(x, weight, bias)
+        if project is not None:
+            values = functional.linear(values, project, project_bias)
+            queries = None if queries is None else functional.linear(queries, project, project_bias)
         if A is None:
             ctx.scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
             query, key = query.reshape(-1, *query.shape[2:]), key.reshape(-1, *key.shape[2:])
@@ -129,7 +153,7 @@ class _Branch(torch.autograd.Function):
         gate = functional.gelu(level.T).T
         inner = gate * moved
         out = torch.addmm(tokens, inner, maps.up_weight.T).add_(maps.up_bias)
-        weights = maps.down_weight, maps.gate_weight, maps.up_weight
+        weights = weight, project, maps.down_weight, maps.gate_weight, maps.up_weight
         ctx.save_for_backward(query, key, tokens, values, queries, p, m, moved, level, gate, inner, *weights, *held)
         ctx.options = options
         return out.view(h.shape)
@@ -138,8 +162,10 @@ class _Branch(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         query, key, tokens, values, queries, p, m, moved, level, gate, inner, *rest = ctx.saved_tensors
-        (down, gate_weight, up), held = rest[:3], Held(*rest[3:])
-        of_h, of_A, of_query, of_key, *_, of_values, of_queries, of_p, of_m = ctx.needs_input_grad[:11]
+        (weight, project, down, gate_weight, up), held = rest[:5], Held(*rest[5:])
+        of_h, _, _, of_x, of_A, of_query, of_key, _, _, _, of_values, of_queries, _, _, of_p, of_m = (
+            ctx.needs_input_grad[:16]
+        )
         whole, (batch, rows, _) = gradient.reshape(tokens.shape), gradient.shape
         given_inner = whole @ up
         given_level = torch.ops.aten.gelu_backward((given_inner * moved).T, level.T).T
@@ -155,20 +181,26 @@ class _Branch(torch.autograd.Function):
             given_key = torch.baddbmm(key, scores.mT, query, beta=0, alpha=ctx.scaling).view(*lead, *key.shape[1:])
         elif of_A:
             given_A = given.A.view(*given_U.shape[:2], *given.A.shape[1:])
-        given_values, down_weight, down_bias = _of_nodes(given.g, values, down, of_values)
+        given_h = torch.addmm(whole, given_level, gate_weight) if of_h or of_x else None
+        given_values, down_weight, down_bias = _of_nodes(given.g, values, down, project, of_values)
         given_queries = None
         if given.f is not None:
-            given_queries, weight, bias = _of_nodes(given.f, queries, down, of_queries)
-            down_weight += weight
-            down_bias += bias
+            given_queries, more_weight, more_bias = _of_nodes(given.f, queries, down, project, of_queries)
+            down_weight += more_weight
+            down_bias += more_bias
         return (
-            torch.addmm(whole, given_level, gate_weight).view(gradient.shape) if of_h else None,
+            given_h.view(gradient.shape) if of_h else None,
+            None,
+            None,
+            (given_h @ weight).view(batch, rows, -1) if of_x else None,
             given_A,
             given_query,
             given_key,
             *[None] * 3,
             given_values,
             given_queries,
+            None,
+            None,
             _of_exponent(p, given.p, ctx.options.bounds) if of_p else None,
             torch.full_like(m, given.mu * ctx.options.mu * (1 - math.tanh(float(m)) ** 2)) if of_m else None,
             None,
@@ -230,9 +262,15 @@ def _nodes(tokens: Tensor, maps: Maps, heads: int) -> tuple[Tensor, Tensor]:
     return wide, wide.permute(0, 2, 3, 1).reshape(-1, wide.shape[3], wide.shape[1]).contiguous()
 
 
-def _of_nodes(given: Tensor, tokens: Tensor, weight: Tensor, of_tokens: bool) -> tuple[Tensor | None, Tensor, Tensor]:
-    """Gradients of the tokens, and of the weight and bias that make nodes of them."""
+def _of_nodes(
+    given: Tensor, tokens: Tensor, weight: Tensor, project: Tensor | None, of_tokens: bool
+) -> tuple[Tensor | None, Tensor, Tensor]:
+    """Gradients of the tokens, before `project` where there is one, and of the weight and bias that make nodes of
+    them."""
     batch, count, _ = tokens.shape
     wide = given.view(batch, -1, *given.shape[1:]).permute(0, 3, 1, 2).reshape(batch * count, -1)
-    given_tokens = (wide @ weight).view(tokens.shape) if of_tokens else None
-    return given_tokens, wide.T @ tokens.reshape(len(wide), -1), wide.sum(0)
+    given_tokens = wide @ weight if of_tokens else None
+    if of_tokens and project is not None:
+        given_tokens = given_tokens @ project
+    weights = wide.T @ tokens.reshape(len(wide), -1), wide.sum(0)
+    return given_tokens if given_tokens is None else given_tokens.view(batch, count, -1), *weights

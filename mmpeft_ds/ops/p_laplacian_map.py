@@ -22,8 +22,9 @@ ONE, LEAST = (
 )
 
 
-def fits(shape: tuple[int, ...], like: Tensor) -> bool:
-    """Whether a map of that shape and nodes such as `like`, (B, H, *, b), are for `p_laplacian_of_map`.
+def fits(shape: tuple[int, ...], channels: int, like: Tensor) -> bool:
+    """Whether a map of that shape and nodes of so many channels, with the dtype and device of `like`, are for
+    `p_laplacian_of_map`.
 
     It reads p and mu as numbers, for which a GPU would have to be waited for; autocast would round its products.
     """
@@ -31,7 +32,7 @@ def fits(shape: tuple[int, ...], like: Tensor) -> bool:
         return False
     if like.device.type != "cpu" or like.dtype not in (torch.float32, torch.float64):
         return False
-    return math.prod(shape) * (HELD + like.shape[-1]) <= MOST
+    return math.prod(shape) * (HELD + channels) <= MOST
 
 
 def p_laplacian_of_map(

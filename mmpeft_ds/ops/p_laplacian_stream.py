@@ -96,7 +96,7 @@ def p_laplacian_attention(
 
 
 def _form(q, k, f, g, kernels: bool) -> type[torch.autograd.Function]:
-    if not (kernels and usable(q, k, f, g)):
+    if not (kernels and usable(q, k, f.shape[-1], torch.promote_types(f.dtype, g.dtype))):
         return _Streaming
     from mmpeft_ds.ops.p_laplacian_triton.function import Fused  # imports Triton
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
-import copy
 import functools
 import sys
 from collections.abc import Callable, Iterator
@@ -41,7 +40,7 @@ class Observation:
     """One forward of one attention module. Tensors keep their graph; they live as long as the forward.
 
     Attributes:
-        q: (B, N, H d) output of the query projection, before any rotary embedding.
+        q: (B, N, H d) output of the query projection, before any rotary embedding, where it is asked for.
         query, key, value: heads as the scores see them, (B, H, N, d), (B, K, M, d) and (B, K, M, d), with the past.
         mask: broadcastable to (B, H, N, M): bool with True = attend, or a term added to the scores.
         causal: a query sees no later keys, and `mask` does not say so.
@@ -127,31 +126,27 @@ def check_observable(attention: nn.Module, site: AttentionSite) -> None:
         _implementation(core, site)
 
 
-def observe(attention: nn.Module, site: AttentionSite) -> Observation:
+def observe(attention: nn.Module, site: AttentionSite, with_q: bool = True) -> Observation:
     """Open an observation of the forward of `attention` that is about to run; `close` it afterwards.
 
     Args:
         attention: the module at `site.path`.
+        with_q: whether `q` is asked for.
 
     Raises:
         BadInput: the family, or its attention implementation, cannot be observed.
     """
     core = _core(attention, site)
     observer = _observer(core, site)
-    seen = Observation()
+    seen = Observation(project=attention.get_submodule(_below(site, site.out.path)))
     try:
         observer(seen, core, attention, site)
-        out = attention.get_submodule(_below(site, site.out.path))
-        seen._undo.append(out.register_forward_pre_hook(lambda module, args: _note_projection(seen, module)).remove)
+        if with_q:
+            _capture(seen, attention, site, site.q, lambda q: setattr(seen, "q", q))
     except BaseException:
         seen.close()
         raise
     return seen
-
-
-def _note_projection(seen: Observation, module: nn.Module) -> None:
-    if seen.project is None:
-        seen.project = module
 
 
 def _below(site: AttentionSite, path: str) -> str:
@@ -172,18 +167,14 @@ def _observer(core: nn.Module, site: AttentionSite) -> Callable[..., None]:
         return _observe_returned
     if "BlipAttention" in names:
         return _observe_fused
-    if hasattr(core, "config") and _modeling(core) is not None:
+    if hasattr(core, "config") and _modeling(type(core)) is not None:
         return _observe_registry
     raise BadInput(f"{site.path}: attention of class {names[0]} cannot be observed: it calls no attention registry.")
 
 
-def _modeling(core: nn.Module) -> ModuleType | None:
-    """The transformers file that defines `core`, if it calls the attention registry."""
-    return _modeling_of(type(core))
-
-
 @functools.cache
-def _modeling_of(kind: type) -> ModuleType | None:
+def _modeling(kind: type) -> ModuleType | None:
+    """The transformers file that defines a class of modules, if it calls the attention registry."""
     for cls in kind.__mro__:
         module = sys.modules.get(cls.__module__)
         if hasattr(module, "ALL_ATTENTION_FUNCTIONS") and hasattr(module, "eager_attention_forward"):
@@ -210,14 +201,13 @@ def _heads(x: Tensor, heads: int) -> Tensor:
 
 def _observe_registry(seen: Observation, core: nn.Module, attention: nn.Module, site: AttentionSite) -> None:
     """For this forward `core` sees a copy of its config that names our function."""
-    registry = _modeling(core).ALL_ATTENTION_FUNCTIONS
+    registry = _modeling(type(core)).ALL_ATTENTION_FUNCTIONS
     implementation, config = _implementation(core, site), core.config
     if REGISTERED_AS not in registry:
         type(registry).register(REGISTERED_AS, _observed)
-    _capture(seen, attention, site, site.q, lambda q: setattr(seen, "q", q))
-    marked = copy.copy(config)
-    # The public setter would reach into configs that the copy shares.
-    marked._attn_implementation_internal = REGISTERED_AS
+    # The public setter would reach into configs that the copy shares, and copy.copy takes ten times as long.
+    marked = object.__new__(type(config))
+    vars(marked).update(vars(config), _attn_implementation_internal=REGISTERED_AS)
     held = vars(core)  # an attribute like any other, for which a module's own way takes ten times as long
     held["config"] = marked
     seen._undo.append(lambda: held.update(config=config))
@@ -264,7 +254,7 @@ def _observed(
         seen.causal = bool(getattr(module, "is_causal", True) if causal is None else causal)
     if attention_mask is not None and attention_mask.shape[-1] > key.shape[2]:
         seen.mask = attention_mask[..., : key.shape[2]]
-    modeling = _modeling(module)
+    modeling = _modeling(type(module))
     function = modeling.ALL_ATTENTION_FUNCTIONS.get_interface(call.implementation, modeling.eager_attention_forward)
     return function(module, query, key, value, attention_mask, **kwargs)
 
@@ -281,8 +271,7 @@ def _observe_returned(seen: Observation, core: nn.Module, attention: nn.Module, 
     _capture(seen, attention, site, site.v, lambda v: fresh.update(v=v))
 
     def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any], out: tuple[Tensor, Tensor]) -> None:
-        seen.q, seen.probabilities = fresh["q"], out[1]
-        seen.query = _heads(seen.q, site.heads)
+        seen.query, seen.probabilities = _heads(fresh["q"], site.heads), out[1]
         seen.mask = kwargs.get("encoder_attention_mask" if site.cross else "attention_mask")
         cache = kwargs.get("past_key_values")
         if cache is None:
@@ -302,7 +291,6 @@ def _observe_fused(seen: Observation, core: nn.Module, attention: nn.Module, sit
     def take(part: str) -> Callable[[Tensor], None]:
         return lambda x: setattr(seen, part, _heads(x, site.heads))
 
-    _capture(seen, attention, site, site.q, lambda q: setattr(seen, "q", q))
     _capture(seen, attention, site, site.q, take("query"))
     _capture(seen, attention, site, site.k, take("key"))
     _capture(seen, attention, site, site.v, take("value"))

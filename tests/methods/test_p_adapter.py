@@ -143,6 +143,23 @@ def test_streamed_and_dense_steps_agree(name):
         torch.testing.assert_close(gradients[1][key], gradient, rtol=1e-2, atol=1e-4 * scale.item())
 
 
+@pytest.mark.parametrize("name", ["bert", "gpt2", "vit", "blip"])
+def test_a_projection_that_is_watched_is_called_and_gives_the_same(name):
+    quick, called = wrap(name), wrap(name)
+    calls = []
+    for layer in layers(called):
+        if isinstance(layer, AttentionLayer):
+            out = called.get_base_model().get_submodule(layer.site.out.path)
+            out = layer.base_layer if out is layer else out
+            out.register_forward_hook(lambda module, args, out: calls.append(module))
+    outs, gradients = zip(*(outcome(name, model) for model in (quick, called)), strict=True)
+    assert len(calls) >= 2 * len(graphs(called)), "of the values, and at the end"
+    torch.testing.assert_close(*outs, rtol=1e-5, atol=1e-5)
+    scale = max(g.abs().max() for g in gradients[0].values())
+    for key, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][key], gradient, rtol=1e-3, atol=1e-5 * scale.item())
+
+
 def outcome(name: str, model: nn.Module) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     out = run(name, model)
     out.square().mean().backward()

@@ -5,8 +5,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from mmpeft_ds.ops.beside_linear import Linear
 from mmpeft_ds.ops.p_laplacian import attention_probabilities, p_laplacian
-from mmpeft_ds.ops.p_laplacian_branch import Exponent, Maps, Scores, hidden_keys, plus_branch
+from mmpeft_ds.ops.p_laplacian_branch import Exponent, Maps, Nodes, Scores, hidden_keys, plus_branch
 
 B, H, b, D = 2, 3, 2, 7
 BOUNDS = (1.0, 3.0)
@@ -43,7 +44,8 @@ def pieces(h, A, values, queries, p, m, *tensors):
 
 
 def whole(h, A, values, queries, p, m, *tensors):
-    return plus_branch(h, A, values, queries, Maps(*tensors), Exponent(p, m, 0.1, BOUNDS), H)
+    nodes = Nodes(values, queries, None)
+    return plus_branch(h, None, A, nodes, Maps(*tensors), Exponent(p, m, 0.1, BOUNDS), H)
 
 
 def outcome(form, given):
@@ -57,6 +59,31 @@ def outcome(form, given):
 def test_equals_its_pieces(rows, columns, square, p):
     found, expected = (outcome(form, inputs(rows, columns, square, p)) for form in (whole, pieces))
     for a, e in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, e, rtol=1e-8, atol=1e-9)
+
+
+@pytest.mark.parametrize("columns", [6, 9])
+@pytest.mark.parametrize("whole_end", [True, False])
+def test_frozen_maps_before_it_are_part_of_the_function(columns, whole_end):
+    square, wide = columns == 6, 5
+    h, A, values, queries, *rest = inputs(6, columns, square)
+    generator = torch.Generator().manual_seed(1)
+    end, projection = (
+        Linear(*(torch.randn(*shape, generator=generator, dtype=torch.float64) for shape in ((D, wide), (D,))))
+        for _ in range(2)
+    )
+    tokens = [t if t is None else t.detach()[..., :wide].requires_grad_() for t in (h, values, queries)]
+
+    def joined(x, values, queries, A, p, m, *tensors):
+        onto = end if whole_end else functional.linear(x, *end)
+        exponent = Exponent(p, m, 0.1, BOUNDS)
+        return plus_branch(onto, x, A, Nodes(values, queries, projection), Maps(*tensors), exponent, H)
+
+    def apart(x, values, queries, A, *others):
+        values, queries = (t if t is None else functional.linear(t, *projection) for t in (values, queries))
+        return pieces(functional.linear(x, *end), A, values, queries, *others)
+
+    for a, e in zip(*(outcome(form, [*tokens, A, *rest]) for form in (joined, apart)), strict=True):
         torch.testing.assert_close(a, e, rtol=1e-8, atol=1e-9)
 
 
@@ -88,7 +115,8 @@ def test_outside_of_its_bounds_p_learns_only_what_leads_back(p, used):
 def plain_slope(p: float) -> float:
     """Gradient of a p that is free."""
     given = inputs(6, 6, True, p)
-    result = plus_branch(*given[:4], Maps(*given[6:]), Exponent(given[4], given[5], 0.1, None), H)
+    nodes = Nodes(given[2], given[3], None)
+    result = plus_branch(given[0], None, given[1], nodes, Maps(*given[6:]), Exponent(given[4], given[5], 0.1, None), H)
     weights = torch.linspace(-1, 1, result.numel(), dtype=result.dtype).view_as(result)
     return torch.autograd.grad((result * weights).sum(), given[4])[0].item()
 
@@ -96,7 +124,8 @@ def plain_slope(p: float) -> float:
 def test_a_number_for_p_and_tokens_without_gradient():
     given = [t.detach() if isinstance(t, Tensor) and i < 4 else t for i, t in enumerate(inputs(6, 9, False))]
     h, A, values, queries, p, m, *tensors = given
-    fixed = plus_branch(h, A, values, queries, Maps(*tensors), Exponent(1.25, m, 0.1, BOUNDS), H)
+    nodes = Nodes(values, queries, None)
+    fixed = plus_branch(h, None, A, nodes, Maps(*tensors), Exponent(1.25, m, 0.1, BOUNDS), H)
     trained = whole(*given)
     assert torch.equal(fixed, trained)
     trained.sum().backward()
@@ -134,5 +163,5 @@ def test_a_map_by_its_scores_gives_the_same(mask, scaling):
 
 def test_shapes_that_do_not_belong_together_are_refused():
     h, A, values, queries, *rest = inputs(6, 9, False)
-    with pytest.raises(ValueError, match="does not belong to tokens"):
+    with pytest.raises(ValueError, match="does not belong to 2 times 6 tokens"):
         whole(h, A[:, :2], values, queries, *rest)

@@ -110,13 +110,13 @@ def test_an_attention_of_a_large_language_model_moves_at_most_20_gib(name):
 
 def test_the_streaming_form_takes_what_the_kernels_do_not():
     q = torch.zeros(1, 1, 4, 8)
-    assert not usable(q, q, q, q)  # a CPU without the interpreter
+    assert not usable(q, q, 8, q.dtype)  # a CPU without the interpreter
     with mock.patch.object(p_laplacian_triton, "_interpreted", lambda: True):
-        assert usable(q, q, q, q)
-        assert not usable(q.double(), q.double(), q, q)
-        assert not usable(q, q, q, torch.zeros(1, 1, 4, 129).double())
+        assert usable(q, q, 8, q.dtype)
+        assert not usable(q.double(), q.double(), 8, q.dtype)
+        assert not usable(q, q, 129, q.dtype) and not usable(q, q, 8, torch.float64)
         wide = torch.zeros(1, 1, 4, 129)
-        assert not usable(wide, wide, q, q)
-        assert usable(wide.bfloat16(), wide.bfloat16(), q, q)
+        assert not usable(wide, wide, 8, q.dtype)
+        assert usable(wide.bfloat16(), wide.bfloat16(), 8, q.dtype)
         with mock.patch.object(p_laplacian_triton, "_installed", lambda: False):
-            assert not usable(q, q, q, q)
+            assert not usable(q, q, 8, q.dtype)

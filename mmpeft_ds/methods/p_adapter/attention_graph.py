@@ -93,7 +93,7 @@ class Propagation(nn.Module):
             g: value nodes, (B, H, M, b) or pooled (B, H, G, b).
             square: rows and columns are the same nodes.
         """
-        if self._is_small(seen, f, g):
+        if self._is_small(seen, (*f.shape[:-1], g.shape[2]), g.shape[-1], g):
             return p_laplacian_of_map(
                 self.pooled(seen), None if square else f, g, self.exponent, self.pull, self_term=square, square=square
             )
@@ -120,22 +120,21 @@ class Propagation(nn.Module):
             return appnp(A, f, g, square=square)
         return gcnii(A, f, g, self.weight, square=square, layer=self.layer)
 
-    def joins(self, seen: Observation, h: Tensor, bottleneck: int) -> bool:
-        """Whether `plus_branch` may take this step for the attention output `h`, (B, N, d), with nodes of its dtype.
+    def joins(self, seen: Observation, x: Tensor, bottleneck: int) -> bool:
+        """Whether `plus_branch` may take this step for the tokens `x`, (B, N, *), with nodes of their dtype.
 
         Args:
             bottleneck: H b.
         """
-        if self.m is None or h.device.type != "cpu":
+        if self.m is None or seen.value.dtype != x.dtype:
             return False
         heads = (seen.value if seen.query is None else seen.query).shape[1]
-        one, columns = h.new_empty(1), self.groups or seen.value.shape[2]  # expanded: shapes without memory
-        f, g = (one.expand(h.shape[0], heads, tokens, bottleneck // heads) for tokens in (h.shape[1], columns))
-        return self._is_small(seen, f, g)
+        columns = self.groups or seen.value.shape[2]
+        return self._is_small(seen, (x.shape[0], heads, x.shape[1], columns), bottleneck // heads, x)
 
-    def given(self, seen: Observation, h: Tensor) -> Tensor | Scores:
-        """The map as `plus_branch` takes it."""
-        scored = seen.probabilities is None and self.groups is None and seen.query.dtype == h.dtype
+    def given(self, seen: Observation, dtype: torch.dtype) -> Tensor | Scores:
+        """The map as `plus_branch` takes it, for nodes of that dtype."""
+        scored = seen.probabilities is None and self.groups is None and seen.query.dtype == dtype
         if scored and (seen.mask is None or not seen.mask.requires_grad):
             return Scores(seen.query, seen.repeated(seen.key), self._hidden(seen), seen.scaling)
         return self.pooled(seen)
@@ -158,20 +157,26 @@ class Propagation(nn.Module):
         A = self.attention(seen)
         return A if self.groups is None else pool_keys(A, self.groups, -1)
 
-    def _is_small(self, seen: Observation, f: Tensor, g: Tensor) -> bool:
-        """Whether the map is at hand or may be made, and what belongs to each of its edges may be held."""
+    def _is_small(self, seen: Observation, shape: tuple[int, ...], channels: int, like: Tensor) -> bool:
+        """Whether the map is at hand or may be made, and what belongs to each of its edges may be held.
+
+        Args:
+            shape: of the map that the step goes over, (B, H, N, G).
+            channels: b.
+            like: has the dtype and device of nodes.
+        """
         if self.rule != "p_laplacian" or self.published or self.kernel != "auto" or self.self_loops == "drop":
             return False
         A, query = seen.probabilities, seen.query
-        if query is not None and usable(query, seen.key, f, g):
+        if query is not None and usable(query, seen.key, channels, like.dtype):
             return False
         if A is None:
             made = (*query.shape[:-1], seen.key.shape[2])
-            if full_dtype(query.dtype) != g.dtype or math.prod(made) * HELD > MOST:
+            if full_dtype(query.dtype) != like.dtype or math.prod(made) * HELD > MOST:
                 return False
-        elif A.dtype != g.dtype:
+        elif A.dtype != like.dtype:
             return False
-        return fits((*f.shape[:-1], g.shape[2]), g)
+        return fits(shape, channels, like)
 
     def _streams(self, seen: Observation, square: bool) -> bool:
         """Whether the step works from queries and keys. Measured, that is faster at any length (docs/methods)."""

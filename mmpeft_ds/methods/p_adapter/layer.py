@@ -21,7 +21,7 @@ from mmpeft_ds.methods.common.products import Multiplies, at_edge
 from mmpeft_ds.methods.p_adapter.attention_graph import Propagation
 from mmpeft_ds.methods.p_adapter.config import PAdapterConfig
 from mmpeft_ds.ops.beside_linear import Linear, Onto
-from mmpeft_ds.ops.p_laplacian_branch import Maps, plus_branch
+from mmpeft_ds.ops.p_laplacian_branch import Maps, Nodes, plus_branch
 from mmpeft_ds.ops.precision import full_dtype
 from mmpeft_ds.ops.relu_sum import plus_relu
 from mmpeft_ds.sites.base import AttentionSite, FFNSite, base_layer
@@ -46,11 +46,9 @@ class AttentionBranch(nn.Module, Multiplies):
     def __init__(self, site: AttentionSite, width: int, config: PAdapterConfig, **factory: object):
         super().__init__()
         self.heads, self.cross = site.heads, site.cross
-        self.published, self.query_node, self.decode_graph = (
-            config.mode == "published",
-            config.query_node,
-            config.decode_graph,
-        )
+        self.published, self.query_node = config.mode == "published", config.query_node
+        # Without queries the graph is square: rows and columns are the values.
+        self.reads_q = self.published or site.cross or config.decode_graph == "released"
         channels = node_channels(site, width, config)
         bottleneck = width // config.r if self.published else channels * site.heads
         self.down = nn.Linear(width, bottleneck, **factory)
@@ -59,17 +57,28 @@ class AttentionBranch(nn.Module, Multiplies):
         self.graph = Propagation(config, site.cross, channels, site.layer + 1, **factory)
         reset(self)
 
-    def plus(self, h: Tensor, seen: Observation, project: Callable[[Tensor], Tensor]) -> Tensor | None:
-        """`h` and the output of this adapter for it in one function, where that is plain arithmetic on a small map."""
-        parts = (self.down, self.gate, self.up, self.graph)
-        if self.published or not is_eager(self, h, self.up.weight.dtype):
-            return None
-        if any(is_watched(part) for part in (*parts, self)) or not self.graph.joins(seen, h, self.down.out_features):
-            return None
-        values = project(self.graph.pool(seen.values).contiguous())
-        queries = None if self._square(seen) else project(self._queries(seen.q).contiguous())
-        maps = Maps(*(tensor for part in parts[:3] for tensor in (part.weight, part.bias)))
-        return plus_branch(h, self.graph.given(seen, h), values, queries, maps, self.graph.trained, self.heads)
+    def joins(self, x: Tensor, seen: Observation) -> bool:
+        """Whether `plus` may compute the output of this adapter for the input `x` of the sublayer's last module."""
+        if self.published or not is_eager(self, x, self.up.weight.dtype):
+            return False
+        if any(is_watched(part) for part in (self.down, self.gate, self.up, self.graph, self)):
+            return False
+        return self.graph.joins(seen, x, self.down.out_features)
+
+    def plus(self, onto: Onto, x: Tensor, seen: Observation, project: nn.Module) -> Tensor:
+        """Where it `joins`: the attention output and the output of this adapter for it in one function.
+
+        Args:
+            onto: the attention output, or the map that makes it of `x`.
+        """
+        values = self.graph.pool(seen.values)
+        queries = None if self._square(seen) else self._queries(seen.q)
+        projection = plain_linear(project, values)
+        if projection is None:
+            values, queries = (t if t is None else project(t.contiguous()) for t in (values, queries))
+        maps = Maps(*(tensor for part in (self.down, self.gate, self.up) for tensor in (part.weight, part.bias)))
+        nodes, A = Nodes(values, queries, projection), self.graph.given(seen, x.dtype)
+        return plus_branch(onto, x, A, nodes, maps, self.graph.trained, self.heads)
 
     def forward(self, h: Tensor, seen: Observation, project: Callable[[Tensor], Tensor]) -> Tensor:
         """Output of this adapter for the attention output `h`, (B, N, d).
@@ -98,9 +107,7 @@ class AttentionBranch(nn.Module, Multiplies):
 
     def _square(self, seen: Observation) -> bool:
         """Whether the nodes are the values alone, each both a row and a column."""
-        if self.cross or self.published:
-            return False
-        return self.decode_graph == "same" or seen.past == 0
+        return not self.reads_q or not (self.cross or self.published or seen.past)
 
     def _queries(self, q: Tensor) -> Tensor:
         if self.query_node == "zeros":
@@ -217,15 +224,18 @@ class AttentionLayer(BranchLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         """The attention output with the branches of the active adapters."""
-        h = self.base_layer(x)
         branches = self._branches()
         if not branches:
-            return h
+            return self.base_layer(x)
         seen = self._seen()
         # Where the sublayer ends with its projection, that is what this layer wraps.
         project = self.base_layer if self.site.end == self.site.out.path else seen.project
-        if len(branches) == 1 and (out := branches[0].plus(h, seen, project)) is not None:
-            return out
+        joins = len(branches) == 1 and branches[0].joins(x, seen)
+        if joins and (linear := plain_linear(self.base_layer, x)) is not None:
+            return branches[0].plus(linear, x, seen, project)
+        h = self.base_layer(x)
+        if joins and h.dtype == x.dtype:
+            return branches[0].plus(h, x, seen, project)
         out = None
         for branch in branches:
             made = branch(h, seen, project)
@@ -233,11 +243,12 @@ class AttentionLayer(BranchLayer):
         return out.to(h.dtype)
 
     def _begin(self, attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if not self._branches():
+        branches = self._branches()
+        if not branches:
             return
         if getattr(kwargs.get("past_key_values"), "is_compileable", False):
             raise BadInput(f"{self.site.path}: p-adapter needs a cache that grows; it cannot use a static one.")
-        open_for(self, observe(attention, self.site))
+        open_for(self, observe(attention, self.site, any(branch.reads_q for branch in branches)))
 
 
 class FFNLayer(BranchLayer):

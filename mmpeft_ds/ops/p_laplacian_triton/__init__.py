@@ -18,16 +18,15 @@ MAX_HEADS = 65535  # B H, the second axis of a grid
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def usable(q: Tensor, k: Tensor, f: Tensor, g: Tensor) -> bool:
-    """Whether the kernels take these tensors on their device.
+def usable(q: Tensor, k: Tensor, channels: int, dtype: torch.dtype) -> bool:
+    """Whether the kernels take these tensors on their device, with nodes of so many channels in `dtype`.
 
     They run on NVIDIA cards from compute capability 8.0 (Ampere), and anywhere under Triton's interpreter, which the
     environment variable TRITON_INTERPRET=1 turns on before Triton is first imported.
     """
-    tensors = (q, k, f, g)
     # Nodes are float32 inside.
-    wide = max(q.shape[-1] * max(q.element_size(), k.element_size()), 4 * f.shape[-1]) > MAX_BYTES
-    fits = not wide and all(t.dtype in DTYPES and t.numel() for t in tensors)
+    wide = max(q.shape[-1] * max(q.element_size(), k.element_size()), 4 * channels) > MAX_BYTES
+    fits = not wide and all(t.dtype in DTYPES and t.numel() for t in (q, k)) and dtype in DTYPES and channels > 0
     if not fits or q.shape[0] * q.shape[1] > MAX_HEADS or not _installed():
         return False
     return _interpreted() or (q.device.type == "cuda" and _card_is_known())
