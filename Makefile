@@ -135,8 +135,11 @@ test: setup $(QUANTISED)/ready
 	OMP_NUM_THREADS=1 python -m pytest -m "distributed and not slow and alone" $(call MARKED,alone)
 	PYTHONPATH=$(CURDIR)/$(QUANTISED) OMP_NUM_THREADS=1 python -m pytest -m "not slow" tests/quantised
 
-test-slow: setup
-	python -m pytest -m slow
+# In parts, as `test`; the tests of quantised bases find their packages in the last one, and are left out before it.
+test-slow: setup $(QUANTISED)/ready
+	OMP_NUM_THREADS=1 $(IN_MEMORY) python -m pytest -m "slow and not distributed" --numprocesses $(CORES) --dist loadfile
+	OMP_NUM_THREADS=1 python -m pytest -m "slow and distributed" $(call MARKED,slow)
+	PYTHONPATH=$(CURDIR)/$(QUANTISED) OMP_NUM_THREADS=1 python -m pytest -m slow tests/quantised
 
 faults: setup
 	python -m pytest tests/faults tests/hosts/test_cut_link.py tests/distributed/test_stall.py tests/distributed/test_build_lock.py tests/test_leftovers.py
