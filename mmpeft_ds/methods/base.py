@@ -216,8 +216,10 @@ class SiteMethod:
         import peft
 
         from mmpeft_ds.methods.common.select import refuse_never_called
+        from mmpeft_ds.methods.common.tuner import heads_in_float32
 
         wrapped = peft.get_peft_model(model, config)
+        heads_in_float32(wrapped, wrapped.active_adapter)  # copies of what ZeRO-3 holds in parts have its dtype
         refuse_never_called(model)
         return wrapped
 
