@@ -25,6 +25,7 @@ from mmpeft_ds.errors import BadInput
 from mmpeft_ds.quiet import quiet, without_lines
 
 _OPERATOR = "deepspeed_shm_comm"  # what DeepSpeed compiles for the CPU at its first use
+_NUMBER = "MMPEFT_LOCAL_RANK"  # of a process that calls its only GPU 0, for a second start in it
 STALL, TIMEOUT = 60.0, 1800.0  # loading a large base from a slow disk takes minutes
 
 
@@ -102,9 +103,9 @@ def own_device() -> tuple[int, torch.device]:
         BadInput: more ranks on this machine than GPUs.
     """
     cuda, local_rank = torch.cuda.is_available(), int(os.environ["LOCAL_RANK"])
-    if cuda and (task := _task_with_own_gpu()):
-        local_rank = task
-        os.environ["LOCAL_RANK"] = "0"  # DeepSpeed reads the number of the GPU from it
+    if number := _virtual_number() or (cuda and _number_with_own_gpu()):
+        local_rank = number
+        os.environ.update({"LOCAL_RANK": "0", _NUMBER: str(number)})  # DeepSpeed reads the number of the GPU from it
     elif cuda and local_rank >= torch.cuda.device_count():
         raise BadInput(
             f"local rank {local_rank}: this machine shows {torch.cuda.device_count()} GPU(s). Start as many ranks, or "
@@ -113,11 +114,30 @@ def own_device() -> tuple[int, torch.device]:
     return local_rank, torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
 
 
-def _task_with_own_gpu() -> int:
-    """Number on this machine of a Slurm task that sees one GPU of its own, as with `--gpus-per-task=1`; else 0."""
-    task = int(os.environ.get("SLURM_LOCALID") or 0)
-    started_by_srun = os.environ["LOCAL_RANK"] in ("0", str(task))  # not by torchrun inside it
-    return task if started_by_srun and torch.cuda.device_count() == 1 else 0
+def _number_with_own_gpu() -> int:
+    """Number on this machine of a process that sees one GPU of its own, else 0: a Slurm task of `--gpus-per-task=1`,
+    or one that a script between launcher and Python gave `CUDA_VISIBLE_DEVICES=$LOCAL_RANK`."""
+    if torch.cuda.device_count() != 1:
+        return 0
+    env = os.environ
+    task = int(env.get("SLURM_LOCALID") or 0)
+    started_by_srun = env["LOCAL_RANK"] in ("0", str(task))  # not by torchrun inside it
+    given = env["LOCAL_RANK"] if env["LOCAL_RANK"] != "0" else env.get(_NUMBER, "0")
+    by_script = env.get("CUDA_VISIBLE_DEVICES") == given  # a machine with one GPU calls it 0, in every process
+    return (started_by_srun and task) or (int(given) if by_script else 0)
+
+
+def _virtual_number() -> int:
+    """Number on this machine of a process of `torchrun --virtual-local-rank`, which calls each 0 and shows it one GPU;
+    else 0. Torch says it nowhere: it is counted from the number of the machine, where all have equally many ranks."""
+    env = os.environ
+    shown = env.get("CUDA_VISIBLE_DEVICES", "")
+    if "GROUP_RANK" not in env or env["LOCAL_RANK"] != "0" or shown in ("", "-1") or "," in shown:
+        return 0
+    here = int(env["LOCAL_WORLD_SIZE"])
+    equal = here * int(env["GROUP_WORLD_SIZE"]) == int(env["WORLD_SIZE"])
+    number = int(env["RANK"]) - int(env["GROUP_RANK"]) * here
+    return number if equal and 0 < number < here else 0
 
 
 def multiply_float32(matmul: str) -> None:

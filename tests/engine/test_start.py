@@ -43,6 +43,11 @@ def start_on_cuda(monkeypatch, gpus: int, **variables: str) -> processes.Ranks:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    return start_on_cpu(monkeypatch, **variables)
+
+
+def start_on_cpu(monkeypatch, **variables: str) -> processes.Ranks:
+    """`processes.start` with these variables, and without a meeting of ranks."""
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(processes, "multiply_float32", lambda matmul: None)
     monkeypatch.setattr(processes.watchdog, "start", lambda *_: None)  # it meets the others in a process group
@@ -90,6 +95,46 @@ def test_two_ranks_of_torchrun_inside_a_slurm_task_with_one_gpu_are_refused(monk
     torchrun = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", **MEETING}
     with pytest.raises(BadInput, match="1 GPU"):
         start_on_cuda(monkeypatch, 1, **torchrun, SLURM_LOCALID="0")
+
+
+def place(rank: int, here: int = 4, **variables: str) -> dict[str, str]:
+    local = {"LOCAL_RANK": str(rank % here), "LOCAL_WORLD_SIZE": str(here)}
+    return {"RANK": str(rank), "WORLD_SIZE": str(2 * here), **local, **MEETING, **variables}
+
+
+def test_a_process_that_a_script_gave_one_gpu_takes_it(monkeypatch):
+    """As with `torchrun --no-python bind.sh python ...`, where bind.sh sets CUDA_VISIBLE_DEVICES=$LOCAL_RANK."""
+    for rank in range(8):
+        ranks = start_on_cuda(monkeypatch, 1, **place(rank, CUDA_VISIBLE_DEVICES=str(rank % 4)))
+        for _ in range(2):  # a study starts more than once in a process
+            assert ranks == processes.Ranks(rank, 8, rank % 4, 4, torch.device("cuda", 0))
+            assert os.environ["LOCAL_RANK"] == "0"
+            ranks = processes.start(threads=1)
+    with pytest.raises(BadInput, match="local rank 1: this machine shows 1 GPU"):
+        start_on_cuda(monkeypatch, 1, **place(1, CUDA_VISIBLE_DEVICES="0"))
+
+
+@pytest.mark.parametrize("gpus", [0, 1])
+def test_processes_of_torchrun_that_are_all_called_0_know_their_number(monkeypatch, gpus):
+    """`torchrun --virtual-local-rank`, also on a machine without a GPU."""
+    for rank in range(8):
+        shown = {"CUDA_VISIBLE_DEVICES": str(rank % 4), "GROUP_RANK": str(rank // 4), "GROUP_WORLD_SIZE": "2"}
+        variables = place(rank, **shown) | {"LOCAL_RANK": "0"}
+        ranks = start_on_cuda(monkeypatch, gpus, **variables) if gpus else start_on_cpu(monkeypatch, **variables)
+        assert (ranks.local_rank, ranks.local_size) == (rank % 4, 4)
+        assert ranks.device == (torch.device("cuda", 0) if gpus else torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {"CUDA_VISIBLE_DEVICES": "-1", "GROUP_RANK": "1", "GROUP_WORLD_SIZE": "2"},
+        {"CUDA_VISIBLE_DEVICES": "0,1,2,3", "GROUP_RANK": "1", "GROUP_WORLD_SIZE": "2"},
+        {"CUDA_VISIBLE_DEVICES": "2", "GROUP_RANK": "1", "GROUP_WORLD_SIZE": "3"},  # unequal nodes
+    ],
+)
+def test_the_first_process_of_a_machine_is_called_0(monkeypatch, variables):
+    assert start_on_cpu(monkeypatch, **place(4, **variables)).local_rank == 0
 
 
 @pytest.mark.parametrize(
