@@ -325,7 +325,7 @@ def describe(
         "weights": weights,
         "choice": prefix.choice,
         "transform": transform_description(backbone),
-        "decode": [data.decode, data.pixels, data.max_pixels, data.max_sample_bytes],
+        "decode": [data.decode, data.pixels, data.max_pixels],
         "dtype": engine.dtype,
         "quantise": recipe.backbone.get("quantise", "none"),
         "attention": choose_attention(backbone.attention, backbone.dtype),
