@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from mmpeft_ds.errors import BadInput
-from mmpeft_ds.recipe.parse import choices, type_name, typed, validated
+from mmpeft_ds.recipe.parse import choices, hints, type_name, typed, validated
 
 if TYPE_CHECKING:  # options are read without torch and peft
     from peft import PeftConfig, PeftModel
@@ -87,9 +87,9 @@ class MethodOptions:
     def _check_types(self) -> None:
         # peft builds configs from whatever a call or a file says, and a text in place of a list of patterns would
         # match letter by letter.
-        hints = typing.get_type_hints(type(self))
+        types_of = hints(type(self))
         for name in self.own_fields():
-            value, hint = getattr(self, name), hints[name]
+            value, hint = getattr(self, name), types_of[name]
             try:
                 validated(hint, value)
             except (ValueError, TypeError):

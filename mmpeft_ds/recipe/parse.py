@@ -54,15 +54,17 @@ def typed(cls: type, given: Any, key: str, origin: Origin, fields: list[dataclas
     if not isinstance(given, dict):
         raise BadInput(f"{origin(key)}: expected a mapping with the keys of {cls.__name__}, got {shown(given)}.")
     known = {f.name: f for f in (fields or dataclasses.fields(cls)) if f.init}
-    hints = _hints(cls)
+    types_of = hints(cls)
     for name in given:
         if name not in known:
             raise BadInput(_unknown(str(name), known, key, origin))
     for name, f in known.items():
         if name not in given and f.default is MISSING and f.default_factory is MISSING:
-            what = type_name(hints[name])
+            what = type_name(types_of[name])
             raise BadInput(f"{origin(key)}: required key {name!r} is missing. Add `{name}: <{what}>`.")
-    values = {name: _value(hints[name], value, _join(key, name), origin, known[name]) for name, value in given.items()}
+    values = {
+        name: _value(types_of[name], value, _join(key, name), origin, known[name]) for name, value in given.items()
+    }
     try:
         return cls(**values)
     except (ValueError, TypeError, BadInput) as e:
@@ -203,7 +205,9 @@ def _adapter(hint: Any) -> pydantic.TypeAdapter:
     return pydantic.TypeAdapter(hint)
 
 
-def _hints(cls: type) -> dict[str, Any]:
+@functools.cache
+def hints(cls: type) -> dict[str, Any]:
+    """Types of the fields of a dataclass by name, not to be changed."""
     try:
         return typing.get_type_hints(cls)
     except NameError:  # a name imported for type checkers only

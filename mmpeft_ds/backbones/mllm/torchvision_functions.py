@@ -151,6 +151,7 @@ def imported(name: str) -> types.ModuleType:
     return module
 
 
+@functools.cache  # hundreds of folders are looked through
 def module_of(name: str, medium: str) -> str | None:
     """The module of transformers that has this class of processors, for `image` or `video`; None if there is none."""
     for path in sorted(Path(transformers.__file__).parent.glob(f"models/*/{medium}_processing_*.py")):
