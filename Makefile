@@ -133,7 +133,7 @@ test: setup $(QUANTISED)/ready
 	OMP_NUM_THREADS=1 $(IN_MEMORY) python -m pytest -m "not slow and not distributed" --numprocesses $(CORES) --dist loadfile
 	OMP_NUM_THREADS=1 python -m pytest -m "distributed and not slow and not alone" --numprocesses 2 --dist loadfile $(call MARKED,distributed)
 	OMP_NUM_THREADS=1 python -m pytest -m "distributed and not slow and alone" $(call MARKED,alone)
-	PYTHONPATH=$(CURDIR)/$(QUANTISED) OMP_NUM_THREADS=1 python -m pytest -m "not slow" tests/quantised
+	PYTHONPATH=$(CURDIR)/$(QUANTISED) OMP_NUM_THREADS=1 python -m pytest -m "not slow" --numprocesses 2 --dist loadfile tests/quantised
 
 # In parts, as `test`; the tests of quantised bases find their packages in the last one, and are left out before it.
 test-slow: setup $(QUANTISED)/ready

@@ -43,7 +43,7 @@ def test_two_ranks_write_the_bytes_of_one(folder):
     towers = Manifest.load(one).towers["backbone"]
     options = [f"--set={key}={towers[key]}" for key in ("vision", "text", "image_size", "max_text_length")]
     args = ["--data", folder / "pixels", "--out", two, "--backbone", towers["name"], *options, *VIEWS]
-    result = launch.run(LAUNCHER, *map(str, args), ranks=2)
+    result = launch.run_forked(LAUNCHER, *map(str, args))
     assert result.code == 0, result.tail()
     assert "23 samples in" in result.output
     names = sorted(p.name for p in one.iterdir())

@@ -104,6 +104,7 @@ def test_killed_then_stopped_twice_continues_to_the_bit(folder, untouched, kille
         result = launched.wait(LIMIT)
     assert result.code == -signal.SIGTERM and not result.killed, result.tail()
     assert_stopped_cleanly(folder / run, result)
+    assert " is gone)" in result.output, result.tail()
     # to the group, with loader processes
     with launch.Launch(TRAIN, *arguments(folder, run, GRACE, "data.workers=1"), ranks=2) as launched:
         wait_for_steps(folder, run, 2, launched)

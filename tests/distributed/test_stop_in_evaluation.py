@@ -56,7 +56,7 @@ def test_sigterm_during_the_last_evaluation_loses_no_step(folder):
 
     # The same command makes up for the evaluation alone.
     before = (run / "metrics.jsonl").read_bytes()
-    result = launch.run(train, *arguments(folder), ranks=2, timeout=LIMIT)
+    result = launch.run_forked(train, *arguments(folder), timeout=LIMIT)
     assert result.code == 0 and "accuracy" in result.output, result.tail()
     assert (run / "metrics.jsonl").read_bytes() == before and (run / "finished.json").exists()
     assert (

@@ -24,7 +24,7 @@ def column(tmp_path_factory):
     return in_double(method_table.Column.make("blip vqa", Path(tmp_path_factory.mktemp("blip"))))
 
 
-SLOW = {"aurora", "deep_prompt", "graph_lora"}  # 3 to 8 s of processor time each, others below 1 s
+SLOW = {"aurora", "deep_prompt", "graph_lora", "tens_lora"}  # 3 to 8 s of processor time each, others below 1 s
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow if n in SLOW else ()) for n in METHODS])

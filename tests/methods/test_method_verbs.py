@@ -2,6 +2,10 @@
 
 A new method joins by being registered. A pair that cannot be attached must say why (`BadInput`); which those are is
 written in docs/methods.md and not here.
+
+A test of all pairs has every method on every second model that takes it, and the rest is slow: what a verb does is a
+matter of the method, and the models differ in where it attaches. Which half it is alternates, so that every pair is
+tried by some of the tests.
 """
 
 import dataclasses
@@ -54,11 +58,11 @@ def attach(name: str, model: nn.Module, filled: bool = True, **options: object) 
 
 
 def attachable() -> list[tuple[str, str]]:
-    pairs = []
+    pairs, built = [], {model: ZOO[model].build() for model in MODELS}
     for name in plain_methods.names(heads=False):
         for model in MODELS:
             try:
-                attach(name, ZOO[model].build())
+                configured(name, built[model])
             except BadInput:
                 continue
             pairs.append((name, model))
@@ -68,9 +72,20 @@ def attachable() -> list[tuple[str, str]]:
 PAIRS = attachable()
 
 
-@pytest.fixture(params=PAIRS, ids=lambda pair: "-".join(pair))
-def pair(request):
-    return request.param
+def is_quick(name: str, model: str, turn: int) -> bool:
+    """Whether this pair belongs to the half of this turn, 0 or 1; what one model alone takes belongs to both."""
+    models = [m for n, m in PAIRS if n == name]
+    return len(models) == 1 or (models.index(model) + len(name) + turn) % 2 == 0
+
+
+def marked(name: str, model: str, turn: int) -> tuple[pytest.MarkDecorator, ...]:
+    return () if is_quick(name, model, turn) else (pytest.mark.slow,)
+
+
+def every_pair(turn: int) -> pytest.MarkDecorator:
+    """All pairs as the argument `pair`; those of the other half are slow."""
+    pairs = [pytest.param(pair, id="-".join(pair), marks=marked(*pair, turn)) for pair in PAIRS]
+    return pytest.mark.parametrize("pair", pairs)
 
 
 def run(wrapped: nn.Module, model: str) -> Tensor:
@@ -96,8 +111,15 @@ def bare(model: nn.Module) -> dict[str, Tensor]:
 def test_every_method_attaches_to_some_of_these_models():
     assert {name for name, _ in PAIRS} == set(plain_methods.names(heads=False))
     assert {model for _, model in PAIRS} == set(MODELS)
+    halves = [{pair for pair in PAIRS if is_quick(*pair, turn)} for turn in (0, 1)]
+    assert halves[0] | halves[1] == set(PAIRS)
+    for half in halves:
+        assert {name for name, _ in half} == {name for name, _ in PAIRS} and {model for _, model in half} == set(
+            MODELS
+        )
 
 
+@every_pair(0)
 def test_training_leaves_the_base_as_it_was_and_disabling_shows_it(pair):
     name, model = pair
     base = ZOO[model].build()
@@ -115,6 +137,7 @@ def test_training_leaves_the_base_as_it_was_and_disabling_shows_it(pair):
     assert torch.equal(run(wrapped.unload(), model), before)
 
 
+@every_pair(1)
 def test_saving_and_loading_is_equal_to_the_bit(pair, tmp_path):
     name, model = pair
     wrapped = attach(name, ZOO[model].build())
@@ -131,6 +154,7 @@ def test_saving_and_loading_is_equal_to_the_bit(pair, tmp_path):
     assert sum(p.requires_grad for p in lazy.parameters()) == len(saved)
 
 
+@every_pair(0)
 def test_two_adapters_are_what_they_are_alone(pair):
     name, model = pair
     wrapped = attach(name, ZOO[model].build())
@@ -159,6 +183,7 @@ def test_two_adapters_are_what_they_are_alone(pair):
     assert torch.equal(run(wrapped, model), first)
 
 
+@every_pair(1)
 def test_merging_is_exact_or_refused(pair):
     name, model = pair
     base = ZOO[model].build()
@@ -190,6 +215,7 @@ def test_merging_is_exact_or_refused(pair):
     assert set(dict(merged.named_parameters())) == set(dict(ZOO[model].build().named_parameters()))
 
 
+@every_pair(0)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_unmerging_restores_half_precision_weights_to_the_bit_except_with_pefts_own(pair, dtype):
     name, model = pair
@@ -222,6 +248,7 @@ def gradients(name: str, model: str, reentrant: bool | None) -> dict[str, Tensor
     return {n: p.grad for n, p in wrapped.named_parameters() if p.requires_grad}
 
 
+@every_pair(1)
 def test_recomputed_layers_give_the_same_gradients(pair):
     plain = gradients(*pair, None)
     assert any(g is not None and g.any() for g in plain.values())
@@ -235,8 +262,15 @@ def test_recomputed_layers_give_the_same_gradients(pair):
                 )
 
 
-@pytest.mark.parametrize("beams", [1, 3])
-@pytest.mark.parametrize(("name", "model"), [pair for pair in PAIRS if ZOO[pair[1]].prompt])
+@pytest.mark.parametrize(
+    ("name", "model", "beams"),
+    [
+        pytest.param(*pair, beams, marks=marked(*pair, turn))
+        for pair in PAIRS
+        if ZOO[pair[1]].prompt
+        for turn, beams in enumerate((1, 3))
+    ],
+)
 def test_writing_with_a_cache_is_writing_without_one(name, model, beams):
     wrapped = attach(name, ZOO[model].build())
     options = {"max_new_tokens": 4, "do_sample": False, "num_beams": beams}
@@ -251,6 +285,7 @@ def test_writing_with_a_cache_is_writing_without_one(name, model, beams):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
 
+@every_pair(0)
 def test_trainables_are_float32_on_a_bfloat16_base(pair):
     name, model = pair
     wrapped = attach(name, ZOO[model].build().to(torch.bfloat16))

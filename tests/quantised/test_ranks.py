@@ -40,7 +40,7 @@ def folder(tmp_path_factory) -> Path:
     for stage in (0, 1, 2):
         (path / f"ds{stage}.json").write_text(json.dumps({"zero_optimization": {"stage": stage}}))
     (path / "cases.json").write_text(json.dumps(CASES))
-    result = launch.run(SCRIPT, str(path / "cases.json"), str(path), ranks=2, timeout=600)
+    result = launch.run_forked(SCRIPT, str(path / "cases.json"), str(path))
     assert result.code == 0, result.tail()
     return path
 
