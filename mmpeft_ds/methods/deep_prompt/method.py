@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import re
 from dataclasses import dataclass
@@ -157,8 +158,14 @@ def _prefix_hook(core: nn.Module, path: str, site: AttentionSite) -> Hooked:
 
 def _other_calls(core: nn.Module) -> str:
     """A verb of its cache that this attention uses and that is not of keys and values; empty if there is none."""
-    sources = (inspect.getsource(kind) for kind in {type(module) for module in core.modules()} if _takes_cache(kind))
-    return next((found[1] for source in sources for found in _VERBS.finditer(source)), "")
+    kinds = {type(module) for module in core.modules()}
+    return next(filter(None, map(_other_call, filter(_takes_cache, kinds))), "")
+
+
+@functools.cache  # to find the source of a class, Python parses its whole file
+def _other_call(kind: type[nn.Module]) -> str:
+    found = _VERBS.search(inspect.getsource(kind))
+    return found[1] if found else ""
 
 
 def _takes_cache(kind: type[nn.Module]) -> bool:
