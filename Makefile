@@ -16,7 +16,7 @@ SHELL := /bin/bash
 PYTHON ?= python3
 DEVICE ?= $(if $(shell command -v nvidia-smi),cuda,cpu)
 TORCH_INDEX ?=
-CORES ?= $(shell n=$$(nproc); echo $$((n < 8 ? n : 8)))
+CORES ?= $(shell n=$$(env -u OMP_NUM_THREADS nproc); echo $$((n < 8 ? n : 8)))
 
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 # Compiled once, in the project: jobs that share a cache in the home directory wait for each other's lock for ever.
