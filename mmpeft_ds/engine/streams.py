@@ -85,8 +85,16 @@ def make_stream(
 
 
 def _stamps(source: ResolvedSource) -> list[Stamp]:
-    """Stamps of all shards of a source, of which each rank looks at its share. Collective."""
-    shares = gather_everywhere([stamps_of(source.manifest, source.options.split, rank(), world_size())])
+    """Stamps of all shards of a source, of which each rank looks at its share. Collective.
+
+    Where machines have copies of their own, whose files have other times, each rank looks at those of its machine.
+    """
+    manifest, split = source.manifest, source.options.split
+    first_shard = stamps_of(manifest, split, 0, max(1, len(manifest.shards(split))))
+    everyone = gather_everywhere([(first_shard, stamps_of(manifest, split, rank(), world_size()))])
+    if any(seen != first_shard for seen, _ in everyone):
+        return stamps_of(manifest, split)
+    shares = [share for _, share in everyone]
     merged: list[Stamp] = [(-1, -1)] * sum(map(len, shares))
     for first, share in enumerate(shares):
         merged[first :: len(shares)] = share
