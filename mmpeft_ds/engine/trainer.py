@@ -9,7 +9,7 @@ from typing import Any
 from mmpeft_ds import recipe as recipes
 from mmpeft_ds.distributed import gpus, processes
 from mmpeft_ds.distributed.collectives import on_rank0
-from mmpeft_ds.engine import checkpoint, ewc, frozen_images
+from mmpeft_ds.engine import checkpoint, ewc, frozen_images, same_everywhere
 from mmpeft_ds.engine.assembly import hub
 from mmpeft_ds.engine.assembly.build import Built, build
 from mmpeft_ds.engine.assembly.checks import check_schedule
@@ -45,7 +45,8 @@ def run(recipe: recipes.Recipe, *, fresh: bool = False, conclude: Callable[[Trai
         recipe = resolved.recipe
         frozen_images.check(resolved)
         ranks = processes.start(**recipe.start_options())
-        at_paths = identities(resolved) if ranks.rank == 0 else {}
+        at_paths = identities(resolved)
+        same_everywhere.check({"": resolved}, {"": at_paths})
         run_dir = RunDir.open(recipe.run_dir, recipes.to_dict(recipe), fresh=fresh, identities=at_paths)
         stack.callback(run_dir.close)
         stream = make_stream(resolved, resolved.train, ranks, train=True)

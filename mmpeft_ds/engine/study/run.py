@@ -17,7 +17,7 @@ from mmpeft_ds import recipe as recipes
 from mmpeft_ds.distributed import processes
 from mmpeft_ds.distributed.collectives import on_rank0
 from mmpeft_ds.distributed.processes import Ranks
-from mmpeft_ds.engine import ewc, frozen_images
+from mmpeft_ds.engine import ewc, frozen_images, same_everywhere
 from mmpeft_ds.engine.assembly import hub
 from mmpeft_ds.engine.assembly.checks import check_schedule
 from mmpeft_ds.engine.assembly.idle import idle_notes
@@ -100,9 +100,12 @@ def run(study: Study, *, fresh: bool = False) -> int:
             frozen_images.check(parts)
             ewc.check(parts.recipe)
         ranks = processes.start(**recipe.start_options())
+        first = next(iter(resolved.values()))
+        same_everywhere.check(
+            resolved, {name: identities(first) if p is first else {} for name, p in resolved.items()}
+        )
         folder = on_rank0(lambda: first_free(study.run_dir)) if fresh else study.run_dir
         on_rank0(lambda: check_directory(folder))
-        first = next(iter(resolved.values()))
         stream = SharedStream(make_stream(first, first.train, ranks, train=True))
         stack.callback(stream.end)
         members = [_opened(name, parts, folder, stream, ranks, stack) for name, parts in resolved.items()]

@@ -1,6 +1,8 @@
 """Ranks that train recipes one after the other in one process group, and say on each rank how each ended.
 
 deepspeed --num_accelerators 2 --module tests.helpers.rank_scripts.train_or_refuse RECIPE.yaml ...
+
+`{rank}` in a path is the number of the rank.
 """
 
 import os
@@ -15,7 +17,7 @@ def main() -> None:
     for path in sys.argv[1:]:
         if path.startswith("--"):
             continue
-        recipe = recipes.load(path)
+        recipe = recipes.load(path.format(rank=os.environ["RANK"]))
         try:
             ended = f"code {trainer.run(recipe)}"
         except BadInput as problem:
