@@ -12,6 +12,7 @@ import difflib
 import importlib
 import importlib.util
 import pkgutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -25,7 +26,7 @@ NO_ENTRIES = {"base", "common"}
 def names(package: ModuleType) -> list[str]:
     """Entry names of `package`, sorted: its modules and sub-packages except `base`, `common` and private ones."""
     modules = (m.name for m in pkgutil.iter_modules(package.__path__))
-    return sorted(n for n in modules if not n.startswith("_") and n not in NO_ENTRIES)
+    return sorted(filter(_may_be_entry, modules))
 
 
 def load(package: ModuleType, name: str, where: str) -> Any:
@@ -76,7 +77,14 @@ def lazy_names(package: str) -> Callable[[str], Any]:
     return find
 
 
+def _may_be_entry(name: str) -> bool:
+    return not name.startswith("_") and name not in NO_ENTRIES
+
+
 def _module(package: ModuleType, name: str, where: str) -> str:
+    module = f"{package.__name__}.{name}"
+    if module in sys.modules and _may_be_entry(name):  # the folder need not be read again
+        return module
     known = names(package)
     if name not in known:
         if name.isidentifier() and name not in NO_ENTRIES and _has_code(package, name):
@@ -85,7 +93,7 @@ def _module(package: ModuleType, name: str, where: str) -> str:
         hint = f"Did you mean {near[0]!r}? " if near else ""
         kind = package.__name__.rsplit(".", 1)[-1]
         raise BadInput(f"{where}: no {kind} entry named {name!r}. {hint}Known: {', '.join(known)}.")
-    return f"{package.__name__}.{name}"
+    return module
 
 
 def _has_code(package: ModuleType, folder: str) -> bool:
