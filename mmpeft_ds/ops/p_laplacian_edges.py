@@ -11,8 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mmpeft_ds.ops.p_laplacian import inverse_root, upcast
-from mmpeft_ds.ops.precision import full_dtype
+from mmpeft_ds.ops.p_laplacian import bins, inverse_root, upcast
 from mmpeft_ds.ops.score_tiles import ScoreTiles
 
 
@@ -234,13 +233,3 @@ def _column_sums(tiles: ScoreTiles) -> Tensor:
         for columns, tile in parts:
             total[..., columns, 0] += tile.div_(peaks).sum(-2)
     return total
-
-
-def bins(keys: int, groups: int, like: Tensor) -> Tensor:
-    """(M, G) matrix that averages keys into the bins of `pool_keys`, in the dtype of computation of `like`."""
-    bin_ = torch.arange(groups, device=like.device)
-    first = bin_ * keys // groups
-    last = -(-(bin_ + 1) * keys // groups)
-    key = torch.arange(keys, device=like.device)[:, None]
-    dtype = full_dtype(like.dtype)
-    return ((key >= first) & (key < last)).to(dtype) / (last - first).to(dtype)

@@ -193,7 +193,7 @@ def _capture(seen: Observation, attention: nn.Module, site: AttentionSite, part:
 
 
 def _heads(x: Tensor, heads: int) -> Tensor:
-    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+    return x.view(*x.shape[:-1], heads, -1).transpose(1, 2)  # `unflatten` asks more of the shape first
 
 
 # ---------------------------------------------------------------------------- families on the attention registry
@@ -207,12 +207,10 @@ def _observe_registry(seen: Observation, core: nn.Module, attention: nn.Module, 
         type(registry).register(REGISTERED_AS, _observed)
     # The public setter would reach into configs that the copy shares, and copy.copy takes ten times as long.
     marked = object.__new__(type(config))
-    vars(marked).update(vars(config), _attn_implementation_internal=REGISTERED_AS)
+    vars(marked).update(vars(config), _attn_implementation_internal=REGISTERED_AS, _observed_by=(seen, implementation))
     held = vars(core)  # an attribute like any other, for which a module's own way takes ten times as long
     held["config"] = marked
     seen._undo.append(lambda: held.update(config=config))
-    open_for(core, _Call(seen, implementation))
-    seen._undo.append(lambda: close_for(core))
 
 
 def _implementation(core: nn.Module, site: AttentionSite) -> str:
@@ -228,23 +226,12 @@ def _implementation(core: nn.Module, site: AttentionSite) -> str:
     return name
 
 
-@dataclass
-class _Call:
-    """Facts about the calling module that the registered function needs."""
-
-    seen: Observation
-    implementation: str
-
-    def close(self) -> None:
-        """Nothing of its own to take back."""
-
-
 def _observed(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, Tensor | None]:
     """The registered attention function: notes its arguments and calls the configured one."""
-    call: _Call = opened(module)
-    seen, sdpa = call.seen, call.implementation == "sdpa"
+    seen, implementation = module.config._observed_by
+    sdpa = implementation == "sdpa"
     seen.query, seen.key, seen.value, seen.mask = query, key, value, attention_mask
     seen.scaling = kwargs.get("scaling")
     rows = query.shape[2]
@@ -255,7 +242,7 @@ def _observed(
     if attention_mask is not None and attention_mask.shape[-1] > key.shape[2]:
         seen.mask = attention_mask[..., : key.shape[2]]
     modeling = _modeling(type(module))
-    function = modeling.ALL_ATTENTION_FUNCTIONS.get_interface(call.implementation, modeling.eager_attention_forward)
+    function = modeling.ALL_ATTENTION_FUNCTIONS.get_interface(implementation, modeling.eager_attention_forward)
     return function(module, query, key, value, attention_mask, **kwargs)
 
 

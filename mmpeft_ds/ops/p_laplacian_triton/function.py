@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from mmpeft_ds.ops.p_laplacian import inverse_root
-from mmpeft_ds.ops.p_laplacian_edges import Gradients, bins, closed_sum, exponent_and_pull
+from mmpeft_ds.ops.p_laplacian import bins, inverse_root
+from mmpeft_ds.ops.p_laplacian_edges import Gradients, closed_sum, exponent_and_pull
 from mmpeft_ds.ops.p_laplacian_triton.launch import Launcher
 
 

@@ -10,8 +10,8 @@ import torch
 import triton
 from torch import Tensor
 
-from mmpeft_ds.ops.p_laplacian import inverse_root
-from mmpeft_ds.ops.p_laplacian_edges import Gradients, Nodes, Options, bins
+from mmpeft_ds.ops.p_laplacian import bins, inverse_root
+from mmpeft_ds.ops.p_laplacian_edges import Gradients, Nodes, Options
 from mmpeft_ds.ops.p_laplacian_triton import backward, forward
 from mmpeft_ds.ops.p_laplacian_triton.tiles import ADDED, KEEP, KEEP_KEYS, NO_MASK
 from mmpeft_ds.ops.p_laplacian_triton.traffic import Launch
