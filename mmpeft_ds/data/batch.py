@@ -230,7 +230,7 @@ class PackedBatch:
     keys_hash: int | None = None
     id_numbers: Tensor | None = None
 
-    @property
+    @functools.cached_property
     def modalities(self) -> frozenset[str]:
         """Those of `image`, `video` and `text` of which this micro-batch has any."""
         present = {"image": len(self.image_owner), "video": len(self.video_owner), "text": len(self.text_owner)}

@@ -13,9 +13,9 @@ from mmpeft_ds.data.batch import PackedBatch
 from mmpeft_ds.data.generation_output import GenerationOutput
 
 
-def places(outputs: Any, batch: PackedBatch) -> Tensor:
-    """(2,) float64: positions that the text tower has computed, and how many of them hold a token of a text of weight
-    above 0. Zeros where that is not known.
+def places(outputs: Any, batch: PackedBatch) -> tuple[int, Tensor]:
+    """Positions that the text tower has computed, and how many of them hold a token of a text of weight above 0, an
+    int64 scalar on the device. Zeros where that is not known.
 
     Args:
         outputs: what `BackboneBase.read` gave; a model that widens texts says how long they became.
@@ -27,9 +27,8 @@ def places(outputs: Any, batch: PackedBatch) -> Tensor:
     elif (mask := batch.texts.get("attention_mask")) is not None:
         lengths, positions = mask.sum(1), mask.numel()
     if lengths is None:
-        return torch.zeros(2, dtype=torch.float64, device=batch.weight.device)
-    read = (lengths * (batch.text_weight > 0)).sum().double()
-    return torch.stack([torch.full_like(read, positions), read])
+        return 0, torch.zeros((), dtype=torch.int64, device=batch.weight.device)
+    return positions, (lengths * (batch.text_weight > 0)).sum()
 
 
 def share(positions: float, read: float) -> dict[str, float]:

@@ -256,17 +256,15 @@ class Stepper:
 
     def accumulate(
         self, micro: list[PackedBatch], task: Any, agreed: Agreed
-    ) -> tuple[torch.Tensor, torch.Tensor, dict[str, float]]:
+    ) -> tuple[torch.Tensor, tuple[int, torch.Tensor], dict[str, float]]:
         """Forward and backward of every micro-batch.
 
         Returns:
-            this rank's share of the loss, `padding.places`, and the sum of what heads report.
+            this rank's share of the loss in float64, the sums of `padding.places`, and of what heads report.
         """
         # DeepSpeed divides by the rank count and by the accumulation steps; with W the loss is one mean over the step.
         scale = self.ranks.world_size * divisor(self.recipe) / agreed.weight if agreed.weight else 0.0
-        total = torch.zeros((), dtype=torch.float64, device=self.ranks.device)
-        places = torch.zeros(2, dtype=torch.float64, device=self.ranks.device)
-        report: dict[str, float] = {}
+        losses, places, report = [], [], {}
         passes = self.frozen.passes(micro, agreed.present) if self.frozen else [0] * len(micro)
         for i, (batch, present) in enumerate(zip(micro, agreed.present, strict=True)):
             if self.recipe.data.pack:  # their number is another at each step
@@ -275,15 +273,17 @@ class Stepper:
                 loss, read, measured = self.both_passes(batch, present, task, passes[i], scale)
             for name, value in measured.items():
                 report[name] = report.get(name, 0.0) + value
-            total += loss
-            places += read
+            losses.append(loss)
+            places.append(read)
             if i + 1 < len(micro):
                 self.engine.step()  # before the accumulation boundary this only counts the micro-step
-        return total / agreed.weight if agreed.weight else total, places, report
+        total = sum(losses[1:], losses[0].double())
+        positions, read = (sum(numbers[1:], numbers[0]) for numbers in zip(*places, strict=True))
+        return total / agreed.weight if agreed.weight else total, (positions, read), report
 
     def both_passes(
         self, batch: PackedBatch, present: list[float], task: Any, frozen_passes: int, scale: float
-    ) -> tuple[torch.Tensor, torch.Tensor, dict[str, float]]:
+    ) -> tuple[torch.Tensor, tuple[int, torch.Tensor], dict[str, float]]:
         """Forward and backward of one micro-batch, whose loss is multiplied by `scale`.
 
         Returns:
@@ -310,7 +310,7 @@ class Stepper:
         return every > 0 and (self.state.step + 1) % every == 0
 
     def reduce(
-        self, loss: torch.Tensor, places: torch.Tensor, report: dict[str, float], row: list[float]
+        self, loss: torch.Tensor, places: tuple[int, torch.Tensor], report: dict[str, float], row: list[float]
     ) -> tuple[float, list[float], float, dict[str, float], list[float], list[list[float]]]:
         """One all-reduce after the last backward: loss, positions of texts, EWC penalty, what heads report, squared
         gradient norm per group, all timing rows.
@@ -320,11 +320,11 @@ class Stepper:
         pulled = self.ewc.add(gradients.shards(self.engine)) if self.ewc else 0.0
         penalty = 0.0 if gradients.replicated(self.engine) else pulled
         squares = self.norms.squared()
-        read = torch.cat([loss[None], places, squares]).tolist()  # the device is read once
-        sums, squares = read[:3], read[3:]
+        positions, read = places
+        own_loss, read, *squares = torch.cat([loss[None], read[None], squares]).tolist()  # the device is read once
         table = [0.0] * (len(row) * self.ranks.world_size)
         table[self.ranks.rank * len(row) : (self.ranks.rank + 1) * len(row)] = row
-        own = [*sums, penalty, *report.values(), *squares, *table]
+        own = [own_loss, positions, read, penalty, *report.values(), *squares, *table]
         summed = collectives.sum_scalars(own, self.ranks.device)
         norms_start = 4 + len(report)
         table_start = norms_start + len(squares)

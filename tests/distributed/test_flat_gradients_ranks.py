@@ -34,6 +34,8 @@ def test_gradients_norms_and_weights_are_those_of_deepspeeds_own_reduction(ranks
                 assert float(norms.sum()) ** 0.5 == pytest.approx(own["norm"], rel=1e-6)
             torch.testing.assert_close(flat["norms"], own["norms"], rtol=1e-6, atol=0)
             torch.testing.assert_close(flat["weights"], own["weights"], rtol=1e-6, atol=1e-6)
+            assert flat["counts"] == own["counts"]
+            assert own["counts"][-1], "the step was applied"
 
 
 def test_all_ranks_have_the_same_weights_after_each_step(ranks):

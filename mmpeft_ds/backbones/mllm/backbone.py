@@ -394,19 +394,21 @@ class MllmBackbone(Checkpoint):
         whole = mask is batch.texts["attention_mask"] and all(weights)
         numbers = on_host(batch.texts["placeholders"]) if whole else self._places(batch, mask).sum(1)
         owned = [_owned(owner) for owner in (batch.image_owner, batch.video_owner)]
+        first = 0, len(batch.image_owner)  # images are numbered before videos
         runs_of = [_number_of_runs(m, len(o)) for m, o in self._kinds(batch)]
         read = zip(
             on_host(batch.text_owner).tolist(), numbers.tolist(), on_host(batch.texts["media"]).tolist(), strict=True
         )
         for text, (slot, n, named) in enumerate(read):
-            left = [iter(owned[kind].get(slot, ())) for kind in (0, 1)]
-            for kind in (kind - 1 for kind in named if kind):
+            left = iter(owned[0].get(slot, ())), iter(owned[1].get(slot, ()))
+            for kind in filter(None, named):
+                kind -= 1
                 number = next(left[kind], None)
                 if number is None or not runs_of[kind][number]:
                     continue
                 if n < runs_of[kind][number]:
                     break
-                rows.append(number + kind * len(batch.image_owner))
+                rows.append(number + first[kind])
                 n -= runs_of[kind][number]
             if n and weights[text]:
                 raise BadInput(f"backbone: a text has {n} placeholders more than its sample has images and videos.")

@@ -24,7 +24,7 @@ from mmpeft_ds.engine.assembly import feature_bank, start_from
 from mmpeft_ds.engine.assembly.forward import adapted_layer, forward
 from mmpeft_ds.engine.optim import optimizers
 from mmpeft_ds.engine.zero import fingerprint as fingerprints
-from mmpeft_ds.engine.zero import matrices, node_groups, stage1, stage3, stage3_gradients
+from mmpeft_ds.engine.zero import lean, matrices, node_groups, stage1, stage3, stage3_gradients
 from mmpeft_ds.engine.zero import state as zero_state
 from mmpeft_ds.engine.zero.config import check_by_deepspeed, merge
 from mmpeft_ds.engine.zero.start import frozen_not_sent, not_moved
@@ -188,6 +188,7 @@ def started(resolved: Any, ranks: Ranks, model: nn.Module, ds_config: dict[str, 
     engine._deepcompile_z3_eager_fallback = None
     check_engine(engine, trainables)
     matrices.lay_out(engine)
+    lean.step_directly(engine)
     if stage == 1:
         stage1.reduce_flat(engine)
     if stage == 3:

@@ -23,7 +23,7 @@ from torch import nn
 
 from mmpeft_ds.engine import checkpoint
 from mmpeft_ds.engine.optim import optimizers
-from mmpeft_ds.engine.zero import full_state, stage1
+from mmpeft_ds.engine.zero import full_state, lean, stage1
 from mmpeft_ds.engine.zero import matrices as matrices_of_zero
 from mmpeft_ds.engine.zero import state as zero_state
 from mmpeft_ds.engine.zero.fingerprint import frozen_fingerprint, frozen_tensors
@@ -100,9 +100,10 @@ def make(stage: int, bf16: bool = False, seed: int = 0, flip: str | None = None,
         groups = [group | {"muon": group["params"] is matrices} for group in groups]
     optimizer = optimizers.make(groups, OptimOptions(name=name, lr=1e-2))
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config(stage, bf16))
-    matrices_of_zero.lay_out(engine)
+    matrices_of_zero.lay_out(engine)  # as a run does, and what follows
+    lean.step_directly(engine)
     if stage == 1:
-        assert stage1.reduce_flat(engine)  # as a run does
+        assert stage1.reduce_flat(engine)
     trainables = {n: p for n, p in engine.module.named_parameters() if p.requires_grad}
     return engine, trainables
 

@@ -1,4 +1,5 @@
-"""Ranks of test_flat_gradients_ranks.py: gradients reduced as one tensor beside DeepSpeed's own reduction.
+"""Ranks of test_flat_gradients_ranks.py: gradients reduced as one tensor, and a step without DeepSpeed's timers and
+profilers, beside DeepSpeed's own.
 
 Every rank writes WORK/RANK.pt: for ZeRO-1 and 3, of `own` and `flat` the steps of `trained`; and what `unreached` and
 `skipped` saw.
@@ -16,7 +17,7 @@ import torch.distributed as dist
 from torch import nn
 
 from mmpeft_ds.distributed.partitioned import gathered
-from mmpeft_ds.engine.zero import gradients, stage1, stage3_gradients
+from mmpeft_ds.engine.zero import gradients, lean, stage1, stage3_gradients
 from mmpeft_ds.engine.zero import state as zero_state
 from tests.helpers.rank_scripts.checkpoint import batch, make
 
@@ -34,7 +35,7 @@ def steps(engine, micro: int) -> None:
 
 
 def trained(engine, trainables) -> list[dict]:
-    """Three steps: this rank's gradients, the norm that clips, and the weights after."""
+    """Three steps: this rank's gradients, the norm that clips, and the weights and the engine's counts after."""
     seen = []
     for micro in (1, 3, 2):
         steps(engine, micro)
@@ -43,7 +44,8 @@ def trained(engine, trainables) -> list[dict]:
         dist.all_reduce(norms)
         engine.step()
         norm = float(engine.get_global_grad_norm())
-        seen.append({"held": held, "norm": norm, "norms": norms, "weights": values(trainables)})
+        counts = engine.micro_steps, engine.global_steps, engine.global_samples, engine.was_step_applied()
+        seen.append({"held": held, "norm": norm, "norms": norms, "weights": values(trainables), "counts": counts})
     return seen
 
 
@@ -121,7 +123,10 @@ def flat(stage: int):
 work = Path(sys.argv[1])
 result = {}
 for stage in (1, 3):
-    with mock.patch.object(stage1, "reduce_flat", lambda engine: True):
+    with (
+        mock.patch.object(stage1, "reduce_flat", lambda engine: True),
+        mock.patch.object(lean, "step_directly"),
+    ):
         own = make(stage)
     result[stage] = {"own": trained(*own), "flat": trained(*flat(stage)), "told": told(*flat(stage))}
     result[stage] |= {"unreached": unreached(*flat(stage)), "skipped": skipped(*flat(stage))}
