@@ -52,8 +52,7 @@ def main(argv: list[str] | None = None) -> None:
         print(f"{args.recipe}: this backbone asks for no feature statistics; nothing to do")
         return
     key = backbone.statistics_key()
-    if key in manifest.statistics:
-        stored = manifest.statistics[key]
+    if stored := manifest.statistics_of(key):
         images = f"{stored['count']:,} images of {stored['split']!r}"
         print(f"{args.dir}: statistics {key} are there already, over {images}")
         return

@@ -155,6 +155,10 @@ class Manifest:
         """Number of samples of `split`."""
         return sum(shard.samples for shard in self.shards(split))
 
+    def statistics_of(self, key: str) -> dict[str, Any] | None:
+        """The statistics of the features with this key, None if they have not been measured."""
+        return next((measured for stored, measured in self.statistics.items() if same_key(stored, key)), None)
+
     def path(self, file: str) -> str:
         """Full path or URL of a shard or side file."""
         return f"{self.dir}/{file}"
@@ -233,6 +237,12 @@ class Manifest:
             texts = self.towers.get("classes")
             if texts and not (_PLAIN_FILE.fullmatch(texts["file"]) and _SHA256.fullmatch(texts["sha256"])):
                 raise ValueError(f"class texts {texts}")
+
+
+def same_key(stored: str | None, key: str) -> bool:
+    """Whether what is stored with a key of towers is of the towers with the other: keys of earlier versions end before
+    the dash, since they say nothing of the towers' configurations."""
+    return stored in (key, key.partition("-")[0])
 
 
 def sample_key(split: str, number: int) -> str:

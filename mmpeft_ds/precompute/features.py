@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from mmpeft_ds.data.feature_shards import write_class_texts
-from mmpeft_ds.data.manifest import FILE, NAME, Manifest, local_path, sample_key
+from mmpeft_ds.data.manifest import FILE, NAME, Manifest, local_path, same_key, sample_key
 from mmpeft_ds.data.parts import PARTS, Part
 from mmpeft_ds.data.shards import members
 from mmpeft_ds.data.subset import fingerprint
@@ -197,7 +197,7 @@ def _refuse_difference(out: Path, have: dict[str, Any], wanted: dict[str, Any]) 
         f"{key} {have.get(key)}, now {wanted[key]}" for key in ("name", "source") if have.get(key) != wanted[key]
     ]
     before = {"pixels": "shown", **have.get("towers", {})}  # those of before there was a choice
-    if before.get("key") != wanted["towers"]["key"]:
+    if not same_key(before.get("key"), wanted["towers"]["key"]):
         differs.append(f"towers {before.get('key')}, now {wanted['towers']['key']}")
     differs += [
         f"{key} {before.get(key)}, now {value}"

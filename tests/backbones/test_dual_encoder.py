@@ -273,7 +273,11 @@ def test_the_key_of_the_towers_follows_what_features_depend_on(folders):
         {"fit": "crop"},
     ]
     keys = {made(folders, **change)[0].towers_key() for change in changes}
-    assert len(keys) == 5 and base not in keys
+    for part in ("_vision_config", "_text_config"):
+        backbone = made(folders)[0]
+        getattr(backbone, part).hidden_act = "relu"  # the same weights compute something else
+        keys.add(backbone.towers_key())
+    assert len(keys) == 7 and base not in keys
     with pytest.raises(BadInput, match="not trained"):
         made(folders, projection="mlp")[0].towers_key()
 
@@ -286,6 +290,7 @@ def test_stored_features_of_another_tower_are_refused(folders, tmp_path):
 
     stored = made(folders, images="stored", projection="mlp", text_feature="cls")[0]
     stored.use_features(towers())
+    stored.use_features({**towers(), "key": towers()["key"].split("-")[0]})  # as earlier versions wrote it
     backbone, model = made(folders, projection="mlp")
     model.save_pretrained(tmp_path)
     backbone._tokenizer.save_pretrained(tmp_path)
@@ -296,6 +301,7 @@ def test_stored_features_of_another_tower_are_refused(folders, tmp_path):
         (towers(vision_layers=2), "layers: 2, here 3"),
         (towers(vision_feature="mean"), "feature"),
         ({**towers(), "key": "0"}, "have changed"),
+        ({**towers(), "key": towers()["key"].split("-")[0] + "-0"}, "have changed"),
         ({**towers(), "backbone": {"name": "clip"}}, "made by 'clip'"),
         ({**towers(), "backbone": {**towers()["backbone"], "projection": "mlp"}}, "projections"),
     ]:

@@ -257,6 +257,9 @@ def test_the_statistics_key_follows_weights_transform_and_feature(towers):
     assert key == entry(towers, text="bert", prefix="none", head_layers=1).statistics_key()
     for change in ({"vision_feature": "cls"}, {"vision_layers": 2}, {"fit": "crop"}, {"vision": "dinov2"}):
         assert entry(towers, **change).statistics_key() != key
+    backbone = entry(towers)
+    backbone._vision_config.hidden_act = "relu"  # the same weights compute something else
+    assert backbone.statistics_key() != key and backbone.statistics_key().split("-")[0] == key.split("-")[0]
 
 
 def test_the_transform_resizes_and_names_the_least_size_it_needs(towers):

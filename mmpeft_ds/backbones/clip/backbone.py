@@ -110,13 +110,13 @@ class ClipBackbone(StockBackbone, EncoderPair):
         return float(model.logit_scale.double().exp())
 
     def towers_key(self) -> str:
-        """Hash of the weights, the image transform and the length of texts, on which features depend."""
+        """Hash of weights, configuration, image transform and length of texts, on which features depend."""
         o = self.options
         weights = "random" if o.random_weights else tower_loading.weights_hash(o.model, WHERE)
         transform = dataclasses.asdict(self.image_transform(False))
         pixels = {key: self._pixels[key] for key in ("mean", "std")}
         form = [] if o.quantise == "none" else [o.quantise]  # without it as earlier versions wrote it
-        return stock.short_hash([weights, transform, pixels, o.max_text_length, *form])
+        return stock.tower_key([weights, transform, pixels, o.max_text_length, *form], self._config)
 
     @property
     def condition_width(self) -> int | None:

@@ -29,7 +29,7 @@ from mmpeft_ds.errors import BadInput
 RANDOM_SEED = 0
 # Of a configuration, what says nothing of how its model computes.
 _ABOUT = ("_name_or_path", "_commit_hash", "transformers_version", "architectures", "dtype", "torch_dtype", "id2label",
-          "label2id", "use_cache")  # fmt: skip
+          "label2id", "use_cache", "quantization_config")  # fmt: skip
 
 
 def read_config(name: str, where: str, families: tuple[str, ...]) -> PretrainedConfig:
@@ -161,3 +161,8 @@ def mean_per_text(vectors_Id: Tensor, image_owner: Tensor, text_owner: Tensor, s
 def short_hash(values: Any) -> str:
     """Hash of something json-able, 16 hexadecimal digits; equal for equal contents."""
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def tower_key(choice: Any, *configs: PretrainedConfig) -> str:
+    """Key of what towers give: the hash of `choice` and, after a dash, that of how their configurations compute."""
+    return f"{short_hash(choice)}-{short_hash([arithmetic(config) for config in configs])}"

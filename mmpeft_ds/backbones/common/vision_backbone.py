@@ -125,8 +125,8 @@ class VisionBackbone(BackboneBase):
         self._statistics = (mean, [s if s > 1e-6 else 1.0 for s in std])
 
     def statistics_key(self) -> str:
-        """Hash of the vision weights, the image transform and the choice of feature: the key of fitting statistics."""
-        return stock.short_hash(self._vision_choice())
+        """Hash of the vision tower, the image transform and the choice of feature: the key of fitting statistics."""
+        return stock.tower_key(self._vision_choice(), self._vision_config)
 
     def _vision_choice(self) -> dict[str, Any]:
         """Everything that the vector of an image depends on."""

@@ -27,6 +27,7 @@ from mmpeft_ds.backbones.common.vision_backbone import VisionBackbone
 from mmpeft_ds.backbones.dual_encoder.model import DualEncoder, DualEncoderConfig
 from mmpeft_ds.backbones.dual_encoder.options import FIXED, Options
 from mmpeft_ds.data.batch import Prompted
+from mmpeft_ds.data.manifest import same_key
 from mmpeft_ds.data.transform import ImageTransform
 from mmpeft_ds.errors import BadInput, BadSample
 from mmpeft_ds.sites.base import base_model
@@ -91,7 +92,7 @@ class DualEncoderBackbone(VisionBackbone, EncoderPair):
                 f"backbone.vision: the stored features are of another one ({differing[0]}: {made[differing[0]]}, here "
                 f"{wanted[differing[0]]}). Name the tower that made them, or make them again."
             )
-        if theirs.towers_key() != towers.get("key"):
+        if not same_key(towers.get("key"), theirs.towers_key()):
             raise BadInput("backbone.vision: the files of the tower that made the stored features have changed.")
 
     def check(self) -> None:
@@ -176,7 +177,7 @@ class DualEncoderBackbone(VisionBackbone, EncoderPair):
         return float(model.logit_scale.log_scale.detach().double().exp())
 
     def towers_key(self) -> str:
-        """Hash of weights, image transform, and everything else that features depend on.
+        """Hash of weights, configurations, image transform, and everything else that features depend on.
 
         Raises:
             BadInput: if they would depend on projections that are not trained.
@@ -188,14 +189,13 @@ class DualEncoderBackbone(VisionBackbone, EncoderPair):
                 "the model that launchers/merge.py writes after alignment."
             )
         weights = "random" if o.random_weights else [self._vision_choice()["weights"], self._text_hash()]
-        return stock.short_hash(
-            {
-                **self._vision_choice(),
-                "weights": weights,
-                "text_feature": self._config().text_feature,
-                "max_text_length": o.max_text_length,
-            }
-        )
+        choice = {
+            **self._vision_choice(),
+            "weights": weights,
+            "text_feature": self._config().text_feature,
+            "max_text_length": o.max_text_length,
+        }
+        return stock.tower_key(choice, self._vision_config, self._text_config)
 
     def _vision_choice(self) -> dict[str, Any]:
         if not self.options.model:

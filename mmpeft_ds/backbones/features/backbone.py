@@ -16,6 +16,7 @@ from mmpeft_ds.backbones.base import BackboneBase
 from mmpeft_ds.backbones.features.model import ClassificationOutput, FeatureConfig, FeatureModel, ZeroShot
 from mmpeft_ds.backbones.features.options import Options
 from mmpeft_ds.data.batch import Described, PackedBatch, id_number
+from mmpeft_ds.data.manifest import same_key
 from mmpeft_ds.data.transform import ImageTransform
 from mmpeft_ds.errors import BadInput, BadSample
 from mmpeft_ds.host_copies import both, to_device
@@ -96,7 +97,7 @@ class FeaturesBackbone(BackboneBase):
                     "backbone: these shards hold no features. Make some with launchers/features.py, or name "
                     "backbone.encoder and set images: live."
                 )
-        elif self.towers and self.towers.get("key") != self.encoder.towers_key():
+        elif self.towers and not same_key(self.towers.get("key"), self.encoder.towers_key()):
             raise BadInput(
                 "backbone.encoder: the stored features were made by other towers or another transform (key "
                 f"{self.towers.get('key')}, here {self.encoder.towers_key()}). Make them again with this encoder."

@@ -364,7 +364,8 @@ def feature_statistics(recipe: Recipe, backbone: BackboneBase, manifest: Manifes
     if is_assumed(manifest):
         return {"mean": [0.0] * backbone.statistics_width, "std": [1.0] * backbone.statistics_width, "count": 0}
     key = backbone.statistics_key()
-    if key not in manifest.statistics:
+    statistics = manifest.statistics_of(key)
+    if statistics is None:
         others = len(manifest.statistics)
         changed = (
             f"It has {others} of other weights or transforms: if this recipe had its own before, the files of the "
@@ -375,4 +376,4 @@ def feature_statistics(recipe: Recipe, backbone: BackboneBase, manifest: Manifes
             f"transform of {recipe.origin.path}. {changed if others else 'Run: '}"
             f"python data_prep/feature_stats.py {manifest.dir} --recipe {recipe.origin.path}"
         )
-    return manifest.statistics[key]
+    return statistics
