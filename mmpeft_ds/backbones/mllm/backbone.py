@@ -29,7 +29,7 @@ from mmpeft_ds.backbones.mllm.checkpoint import Checkpoint
 from mmpeft_ds.backbones.mllm.costs import Costs, patch_side
 from mmpeft_ds.backbones.mllm.families.base import Family
 from mmpeft_ds.backbones.mllm.image_features import is_part
-from mmpeft_ds.backbones.mllm.image_tokens import ImageTokens, VideoTokens
+from mmpeft_ds.backbones.mllm.image_tokens import ImageTokens, VideoTokens, number_of_runs, owned_by_slot
 from mmpeft_ds.backbones.mllm.model import ImageText, media_ids
 from mmpeft_ds.backbones.mllm.options import Options
 from mmpeft_ds.backbones.mllm.processing import TOKEN_RUNS, PixelTransform, SpelledTransform, not_normalising
@@ -393,9 +393,9 @@ class MllmBackbone(Checkpoint):
         weights, rows, cut = on_host(batch.text_weight).tolist(), [], None
         whole = mask is batch.texts["attention_mask"] and all(weights)
         numbers = on_host(batch.texts["placeholders"]) if whole else self._places(batch, mask).sum(1)
-        owned = [_owned(owner) for owner in (batch.image_owner, batch.video_owner)]
+        owned = [owned_by_slot(owner) for owner in (batch.image_owner, batch.video_owner)]
         first = 0, len(batch.image_owner)  # images are numbered before videos
-        runs_of = [_number_of_runs(m, len(o)) for m, o in self._kinds(batch)]
+        runs_of = [number_of_runs(m, len(o)) for m, o in self._kinds(batch)]
         read = zip(
             on_host(batch.text_owner).tolist(), numbers.tolist(), on_host(batch.texts["media"]).tolist(), strict=True
         )
@@ -428,20 +428,6 @@ class MllmBackbone(Checkpoint):
     @staticmethod
     def _kinds(batch: PackedBatch) -> tuple[tuple[dict[str, Tensor], Tensor], ...]:
         return (batch.images, batch.image_owner), (batch.videos, batch.video_owner)
-
-
-def _owned(owner: Tensor) -> dict[int, list[int]]:
-    """Numbers of the images, or videos, of each slot that has any."""
-    owned: dict[int, list[int]] = {}
-    for number, slot in enumerate(on_host(owner).tolist()):
-        owned.setdefault(slot, []).append(number)
-    return owned
-
-
-def _number_of_runs(media: dict[str, Tensor], number: int) -> list[int]:
-    """Number of token runs of each image or video; one unless stated."""
-    runs = media.get(TOKEN_RUNS)
-    return [1] * number if runs is None else (on_host(runs) > 0).sum(1).tolist()
 
 
 @functools.cache

@@ -1,4 +1,4 @@
-"""Number of tokens of an image or a video, from its size alone."""
+"""Number of tokens of an image or a video, from its size alone, and whose image each run of tokens is."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from mmpeft_ds.backbones.mllm.costs import patches_of
 from mmpeft_ds.backbones.mllm.processing import TOKEN_RUNS
 from mmpeft_ds.data.batch import Spelled
 from mmpeft_ds.data.video import Times, Video
+from mmpeft_ds.host_copies import on_host
 
 KEPT = 4096  # videos whose numbers are kept; nearly every video of a data set has times of its own
 
@@ -130,3 +131,17 @@ class VideoTokens:
         patches, pairs = patches_of(video, self._patch)
         apart = int(video["video_grid_thw"][0, 0]) if "video_grid_thw" in video else 1
         return ImageSize(int(video[TOKEN_RUNS].sum()), video.spelling, patches, pairs // apart)
+
+
+def owned_by_slot(owner: Tensor) -> dict[int, list[int]]:
+    """Numbers of the images, or videos, of each slot that has any."""
+    owned: dict[int, list[int]] = {}
+    for number, slot in enumerate(on_host(owner).tolist()):
+        owned.setdefault(slot, []).append(number)
+    return owned
+
+
+def number_of_runs(media: dict[str, Tensor], number: int) -> list[int]:
+    """Number of token runs of each image or video; one unless stated."""
+    runs = media.get(TOKEN_RUNS)
+    return [1] * number if runs is None else (on_host(runs) > 0).sum(1).tolist()
