@@ -21,6 +21,7 @@ import numpy as np
 
 from mmpeft_ds.errors import BadInput
 from mmpeft_ds.files import check_regular, write_atomic
+from mmpeft_ds.tower_keys import same_key
 
 SCHEMA = 1
 FILE = "manifest.json"
@@ -237,12 +238,6 @@ class Manifest:
             texts = self.towers.get("classes")
             if texts and not (_PLAIN_FILE.fullmatch(texts["file"]) and _SHA256.fullmatch(texts["sha256"])):
                 raise ValueError(f"class texts {texts}")
-
-
-def same_key(stored: str | None, key: str) -> bool:
-    """Whether what is stored with a key of towers is of the towers with the other: keys of earlier versions end before
-    the dash, since they say nothing of the towers' configurations."""
-    return stored in (key, key.partition("-")[0])
 
 
 def sample_key(split: str, number: int) -> str:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from mmpeft_ds.data.feature_shards import write_class_texts
-from mmpeft_ds.data.manifest import FILE, NAME, Manifest, local_path, same_key, sample_key
+from mmpeft_ds.data.manifest import FILE, NAME, Manifest, local_path, sample_key
 from mmpeft_ds.data.parts import PARTS, Part
 from mmpeft_ds.data.shards import members
 from mmpeft_ds.data.subset import fingerprint
@@ -27,6 +27,7 @@ from mmpeft_ds.precompute.feature_samples import stored_sample
 from mmpeft_ds.precompute.shard_jobs import PLAN, Job, Plan, carry_out, open_plan
 from mmpeft_ds.recipe import Recipe
 from mmpeft_ds.stop import StopFlag
+from mmpeft_ds.tower_keys import same_key
 
 __all__ = ["TEMPLATES", "FeatureOptions", "run"]
 

@@ -61,7 +61,7 @@ def outcome(backbone, model, batch):
     losses, tokens = output.token_losses()
     (losses.sum() / tokens.sum()).backward()
     gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-    return losses.detach(), gradients, padding.places(output, batch).tolist()
+    return losses.detach(), gradients, tuple(map(int, padding.places(output, batch)))
 
 
 def compare(backbone, model):

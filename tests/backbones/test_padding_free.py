@@ -58,7 +58,7 @@ def outcome(backbone, model, batch, scores):
         tokens.tolist(),
         output.tokens_right().tolist(),
         trained,
-        padding.places(output, batch),
+        tuple(map(int, padding.places(output, batch))),
     )
 
 
@@ -71,7 +71,7 @@ def compare(backbone, model, samples, scores=True, tolerance=1e-9):
     assert row[3].keys() == padded[3].keys() and any(g.abs().max() > 1e-4 for g in padded[3].values())
     for name, gradient in padded[3].items():
         torch.testing.assert_close(row[3][name], gradient, rtol=tolerance, atol=tolerance, msg=name)
-    (positions, read), (row_positions, row_read) = padded[4].tolist(), row[4].tolist()
+    (positions, read), (row_positions, row_read) = padded[4], row[4]
     assert row_read == read and read < row_positions < 0.8 * positions  # what is left is the text of weight 0
     counted = sum(
         backbone.tokens(texts, [image(n).shape[1:] for n in images])[0] for images, texts, _ in with_counts(samples)

@@ -30,6 +30,7 @@ COMMON = {
     "registration",
     "registry",
     "stop",
+    "tower_keys",
     "unused_imports",
     "data.batch",
     "data.generation_output",

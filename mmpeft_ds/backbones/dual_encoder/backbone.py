@@ -27,10 +27,10 @@ from mmpeft_ds.backbones.common.vision_backbone import VisionBackbone
 from mmpeft_ds.backbones.dual_encoder.model import DualEncoder, DualEncoderConfig
 from mmpeft_ds.backbones.dual_encoder.options import FIXED, Options
 from mmpeft_ds.data.batch import Prompted
-from mmpeft_ds.data.manifest import same_key
 from mmpeft_ds.data.transform import ImageTransform
 from mmpeft_ds.errors import BadInput, BadSample
 from mmpeft_ds.sites.base import base_model
+from mmpeft_ds.tower_keys import same_key
 
 
 @dataclass(frozen=True)

@@ -16,12 +16,12 @@ from mmpeft_ds.backbones.base import BackboneBase
 from mmpeft_ds.backbones.features.model import ClassificationOutput, FeatureConfig, FeatureModel, ZeroShot
 from mmpeft_ds.backbones.features.options import Options
 from mmpeft_ds.data.batch import Described, PackedBatch, id_number
-from mmpeft_ds.data.manifest import same_key
 from mmpeft_ds.data.transform import ImageTransform
 from mmpeft_ds.errors import BadInput, BadSample
 from mmpeft_ds.host_copies import both, to_device
 from mmpeft_ds.ops.precision import at_least_float32, widened
 from mmpeft_ds.sites.feature_site import Bank
+from mmpeft_ds.tower_keys import same_key
 
 __all__ = ["ENTRY", "ClassificationOutput", "FeatureConfig", "FeatureModel", "FeaturesBackbone", "ZeroShot"]
 
