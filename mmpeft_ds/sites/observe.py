@@ -138,6 +138,7 @@ def observe(attention: nn.Module, site: AttentionSite, with_q: bool = True) -> O
     """
     core = _core(attention, site)
     observer = _observer(core, site)
+    with_q = with_q and observer is not _observe_returned  # which looks at them anyway
     seen = Observation(project=attention.get_submodule(_below(site, site.out.path)))
     try:
         observer(seen, core, attention, site)
@@ -159,17 +160,25 @@ def _core(attention: nn.Module, site: AttentionSite) -> nn.Module:
 
 
 def _observer(core: nn.Module, site: AttentionSite) -> Callable[..., None]:
-    names = [c.__name__ for c in type(core).__mro__]
+    observer, why = _observer_of(type(core))
+    if observer is None or (observer is _observe_registry and not hasattr(core, "config")):
+        raise BadInput(f"{site.path}: attention of {why}.")
+    return observer
+
+
+@functools.cache
+def _observer_of(kind: type) -> tuple[Callable[..., None] | None, str]:
+    """The function for a class of attention, if there is one, and why there is none."""
+    names = [c.__name__ for c in kind.__mro__]
+    none = f"class {names[0]} cannot be observed: it calls no attention registry"
     for name in names:
         if name in NOT_OBSERVABLE:
-            raise BadInput(f"{site.path}: attention of {name} cannot be observed: {NOT_OBSERVABLE[name]}.")
+            return None, f"{name} cannot be observed: {NOT_OBSERVABLE[name]}"
     if "BlipTextSelfAttention" in names:
-        return _observe_returned
+        return _observe_returned, none
     if "BlipAttention" in names:
-        return _observe_fused
-    if hasattr(core, "config") and _modeling(type(core)) is not None:
-        return _observe_registry
-    raise BadInput(f"{site.path}: attention of class {names[0]} cannot be observed: it calls no attention registry.")
+        return _observe_fused, none
+    return (None if _modeling(kind) is None else _observe_registry), none
 
 
 @functools.cache
@@ -253,12 +262,12 @@ def _observe_returned(seen: Observation, core: nn.Module, attention: nn.Module, 
     """BLIP text: the module returns its probabilities before dropout; keys and values may come from the cache."""
     seen.scaling = core.attention_head_size**-0.5
     fresh: dict[str, Tensor] = {}
-    _capture(seen, attention, site, site.q, lambda q: fresh.update(q=q))
+    _capture(seen, attention, site, site.q, lambda q: setattr(seen, "q", q))
     _capture(seen, attention, site, site.k, lambda k: fresh.update(k=k))
     _capture(seen, attention, site, site.v, lambda v: fresh.update(v=v))
 
     def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any], out: tuple[Tensor, Tensor]) -> None:
-        seen.query, seen.probabilities = _heads(fresh["q"], site.heads), out[1]
+        seen.query, seen.probabilities = _heads(seen.q, site.heads), out[1]
         seen.mask = kwargs.get("encoder_attention_mask" if site.cross else "attention_mask")
         cache = kwargs.get("past_key_values")
         if cache is None:
@@ -275,9 +284,9 @@ def _observe_fused(seen: Observation, core: nn.Module, attention: nn.Module, sit
     """BLIP vision: q, k and v side by side in one Linear, no mask; what it returns went through dropout."""
     seen.scaling = core.scale
 
-    def take(part: str) -> Callable[[Tensor], None]:
-        return lambda x: setattr(seen, part, _heads(x, site.heads))
+    def hook(module: nn.Module, args: tuple, out: Tensor) -> None:
+        for name, part in (("query", site.q), ("key", site.k), ("value", site.v)):
+            setattr(seen, name, _heads(out[..., part.start : part.start + part.width], site.heads))
 
-    _capture(seen, attention, site, site.q, take("query"))
-    _capture(seen, attention, site, site.k, take("key"))
-    _capture(seen, attention, site, site.v, take("value"))
+    leaf = attention.get_submodule(_below(site, site.q.path))
+    seen._undo.append(leaf.register_forward_hook(hook).remove)
