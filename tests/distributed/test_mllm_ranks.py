@@ -42,6 +42,9 @@ PACKED = [case | {"name": f"{case['name']}_packed", "packed": True, "steps": 2} 
 QUICK = [f"{family}_packed" for family in ("qwen3_vl", "gemma3", "qwen3_5")]
 
 
+# Four steps of one process in float32 are 2e-5 (losses) and 6e-4 (weights) from float64, in which all is the same to
+# the bit whether the cap of its logits is computed part by part or at once.
+ROUNDED = ("gemma4_unified",)
 EACH = 6  # cases of a launch, so that some can be chosen
 SLOW = CASES + OF_EACH + [case for case in PACKED if case["name"] not in QUICK]
 LAUNCHES = [SLOW[i : i + EACH] for i in range(0, len(SLOW), EACH)]
@@ -80,12 +83,13 @@ def test_a_rank_without_images_neither_hangs_nor_changes_the_result(launched, nu
     folder = launched(number)
     found, want = torch.load(folder / f"{case['name']}.pt", weights_only=False), mllm.plainly(folder, case)
     assert found["partitioned"]
-    assert found["losses"] == pytest.approx(want["losses"], abs=1e-5)
+    rounded = case["family"] in ROUNDED
+    assert found["losses"] == pytest.approx(want["losses"], abs=5e-5 if rounded else 1e-5)
     assert found["weights"].keys() == want["weights"].keys()
     for name, weight in want["weights"].items():
         differ = (found["weights"][name] - weight).abs()
         # Adam makes steps of rounding where a gradient is nearly nothing, and a row rounds otherwise than its texts.
-        most = (1e-3, 0.005) if case.get("packed") else (1e-5, 1.0)
+        most = (1e-3, 0.005) if case.get("packed") else (2e-3 if rounded else 1e-5, 1.0)
         assert differ.max() <= most[0] and (differ > 1e-5).float().mean() <= most[1], name
     assert [r["prediction"] for r in found["rows"]] == [r["prediction"] for r in want["rows"]]
     assert [r["nll"] for r in found["rows"]] == pytest.approx([r["nll"] for r in want["rows"]], abs=1e-3)
