@@ -30,8 +30,8 @@ class Finish:
         logits = logits[..., : self.tokens] * self.scale
         return logits if self.cap is None else (logits / self.cap).tanh() * self.cap
 
-    def apply_(self, logits: Tensor) -> Tensor | float:
-        """Without `tokens`, in place; returns the derivatives, (n, V), or one for all.
+    def apply_(self, logits: Tensor) -> Tensor | None:
+        """In place, without `tokens`; returns the derivatives (n, V) of the cap, without the factor; None if uncapped.
 
         Args:
             logits: (n, V).
@@ -39,9 +39,9 @@ class Finish:
         if self.scale != 1:
             logits.mul_(self.scale)
         if self.cap is None:
-            return self.scale
+            return None
         share = logits.div_(self.cap).tanh_()
-        slope = (share * share).neg_().add_(1).mul_(self.scale)
+        slope = (share * share).neg_().add_(1)
         logits.mul_(self.cap)
         return slope
 

@@ -180,12 +180,14 @@ def _known(
         if gradient is not None:
             to_logits = chunk.exponentials.div_(chunk.total)
             to_logits.scatter_add_(1, asked[:, None], to_logits.new_full((len(asked), 1), -1.0))
-            gradient[part] = to_logits.mul_(chunk.slope).to(weight.dtype) @ weight
+            if chunk.slope is not None:
+                to_logits.mul_(chunk.slope)
+            gradient[part] = to_logits.to(weight.dtype) @ weight
             # Towards the logits, the gradient of `uniform` is p - 1 / V and that of `nll` is p - 1 at the label and p
             # elsewhere. The difference has no p in it, so it is made of rows of the weight alone, unless the logits
             # are capped, each by itself.
-            if finish.cap is None:
-                difference[part] = (weight[asked] - mean) * chunk.slope
+            if chunk.slope is None:
+                difference[part] = weight[asked] - mean
             else:
                 at_label = chunk.slope.gather(1, asked[:, None])
                 between = chunk.slope.div_(-len(weight)).scatter_add_(1, asked[:, None], at_label)
@@ -193,20 +195,23 @@ def _known(
                 del between
             del to_logits
         del chunk  # before the next one is made
+    if gradient is not None and finish.scale != 1:
+        gradient.mul_(finish.scale)
+        difference.mul_(finish.scale)
     return KnownScores(rows, nll, uniform, right, gradient, difference)
 
 
 @dataclass
 class _Chunk:
     """Scores of some positions; their probabilities, `exponentials / total` (n, V) and (n, 1); and the derivatives of
-    what became of the logits, `slope` (n, V), or one number for all."""
+    a cap of the logits, `slope` (n, V), if there is one."""
 
     nll: Tensor
     uniform: Tensor
     right: Tensor
     exponentials: Tensor
     total: Tensor
-    slope: Tensor | float
+    slope: Tensor | None
 
     @classmethod
     def of(cls, states: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, finish: Finish = PLAIN) -> _Chunk:

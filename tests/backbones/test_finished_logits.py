@@ -7,7 +7,8 @@ import dataclasses
 import pytest
 import torch
 
-from mmpeft_ds.backbones.mllm import finishing
+from mmpeft_ds import registry
+from mmpeft_ds.backbones.mllm import families
 from mmpeft_ds.backbones.mllm.backbone import ENTRY
 from mmpeft_ds.backbones.mllm.options import Options
 from mmpeft_ds.engine.assembly.forward import forward, scored_layer
@@ -16,7 +17,8 @@ from mmpeft_ds.ops.finished_logits import Finish
 from tests.helpers.models.family_samples import ALL, batch, samples_of
 from tests.helpers.models.family_traits import EVERY, write
 
-FAMILIES = [family for family in EVERY if family in finishing._FINISHES]
+CHANGING = {t for name in registry.names(families) for t in registry.load(families, name, "").finishes}
+FAMILIES = [family for family in EVERY if family in CHANGING]
 QUICK = ("gemma4", "granite_docling", "inkling2", "muse_glimmer")
 CHANGES = {
     "final_logit_softcapping": 1.5,
@@ -121,6 +123,10 @@ def test_derivatives_are_those_of_autograd(finish):
     other = logits.detach().clone()
     slope = finish.apply_(other)
     torch.testing.assert_close(other, finished.detach(), atol=1e-12, rtol=1e-12)
-    torch.testing.assert_close(
-        torch.as_tensor(slope, dtype=torch.float64).expand_as(other), expected, atol=1e-12, rtol=1e-12
-    )
+    assert (slope is None) == (finish.cap is None)
+    derivatives = torch.ones_like(other) if slope is None else slope
+    torch.testing.assert_close(finish.scale * derivatives, expected, atol=1e-12, rtol=1e-12)
+
+
+def test_every_family_that_changes_its_logits_is_compared():
+    assert set(FAMILIES) == CHANGING and len(FAMILIES) == 12

@@ -47,7 +47,8 @@ class Checkpoint(StockBackbone):
     @functools.cached_property
     def _finish(self) -> Finish | None:
         """What the stock class makes of its logits; None where that is not known."""
-        return finishing.finish_of(self._config, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(self._config)])
+        stock_class = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(self._config)]
+        return finishing.finish_of(self._config, self._family.finishes, stock_class)
 
     @functools.cached_property
     def _media_ids(self) -> list[int]:

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from transformers import PretrainedConfig, PreTrainedModel, ProcessorMixin
 
 from mmpeft_ds.backbones.common import text_attention
 from mmpeft_ds.backbones.common.text_row import give_texts_rows
+from mmpeft_ds.backbones.mllm.finishing import Finishes
 
 
 class Family:
@@ -47,6 +49,8 @@ class Family:
         part_side: setting of its image processor for the side of such a part.
         as_lists: arguments of the vision tower that are lists of numbers.
         sizes_of_runs: arguments that positions follow from, with a row for each run of tokens of an image.
+        finishes: model types of it that change the logits of their output layer, each with what it makes of them, from
+            the configuration of its language model.
         template: chat template where the checkpoint has none.
         processor: class of the processor, where transformers has none that works without torchvision.
     """
@@ -74,6 +78,7 @@ class Family:
     part_side: str = ""
     as_lists: tuple[str, ...] = ()
     sizes_of_runs: tuple[str, ...] = ()
+    finishes: Finishes = MappingProxyType({})
     template: str = ""
     processor: type[ProcessorMixin] | None = None
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from transformers import PretrainedConfig
 
 from mmpeft_ds.backbones.mllm.families.base import Family
+from mmpeft_ds.backbones.mllm.finishing import capped
 
 
 class Gemma(Family):
@@ -12,6 +13,7 @@ class Gemma(Family):
 
     model_types = ("gemma3", "gemma4")
     unpackable = ""
+    finishes = {"gemma4": capped}
 
     def unreadable(self, config: PretrainedConfig) -> str:
         if getattr(config.vision_config, "pooling_kernel_size", 0) != 1:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from mmpeft_ds.backbones.mllm.families.base import Family
+from mmpeft_ds.backbones.mllm.finishing import divided
 
 
 class Granite4Vision(Family):
@@ -12,6 +13,7 @@ class Granite4Vision(Family):
 
     model_types = ("granite4_vision",)
     unpackable = ""
+    finishes = {"granite4_vision": divided}
 
     def apart(self, output: Any) -> Any:
         """With the features of the first layer as those of the images, and without the numbers of the layers."""

@@ -4,6 +4,7 @@ carry something from token to token."""
 from __future__ import annotations
 
 from mmpeft_ds.backbones.mllm.families.base import Family
+from mmpeft_ds.ops.finished_logits import Finish
 
 
 class Inkling2(Family):
@@ -12,6 +13,7 @@ class Inkling2(Family):
     model_types = ("inkling2",)
     unpackable = ""
     row_attention = ""
+    finishes = {"inkling2": lambda text: Finish(cap=text.final_logit_softcapping, tokens=text.unpadded_vocab_size)}
     carrying = ("Inkling2ShortConvolution", "Inkling2DynamicShortConvolution")
 
 

@@ -13,6 +13,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from mmpeft_ds.backbones.common import text_attention
 from mmpeft_ds.backbones.mllm.families.base import Family
+from mmpeft_ds.ops.finished_logits import PLAIN
 from mmpeft_ds.sites.condition import current
 
 
@@ -35,6 +36,7 @@ class Llama4(Family):
     model_types = ("llama4",)
     unpackable = ""
     row_attention = text_attention.MASKED  # chunks
+    finishes = {"llama4": lambda text: PLAIN}  # they are those of the model inside
 
     def width(self, config: PretrainedConfig) -> int:
         return config.vision_config.vision_output_dim

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from mmpeft_ds.backbones.common import text_attention
 from mmpeft_ds.backbones.mllm.families.base import Family
+from mmpeft_ds.backbones.mllm.finishing import capped
 
 
 class Masked(Family):
@@ -13,6 +14,7 @@ class Masked(Family):
     model_types = ("gemma4_unified", "qwen4_exp")
     unpackable = ""
     patches = ("qwen4_exp",)
+    finishes = {"gemma4_unified": capped}
     row_attention = text_attention.MASKED
     carrying = ("Qwen4ExpTextGatedDeltaNet", "Qwen4ExpTextPLELayer")
 

@@ -4,6 +4,7 @@ transformers' own names alone."""
 from __future__ import annotations
 
 from mmpeft_ds.backbones.mllm.families.mistral3 import Mistral3
+from mmpeft_ds.backbones.mllm.finishing import capped
 
 
 class MistralLarge4(Mistral3):
@@ -11,6 +12,7 @@ class MistralLarge4(Mistral3):
 
     model_types = ("mistral_large4",)
     row_attention = ""
+    finishes = {"mistral_large4": capped}
 
 
 ENTRY = MistralLarge4()

@@ -6,6 +6,7 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from mmpeft_ds.backbones.mllm.families.base import Family
+from mmpeft_ds.ops.finished_logits import Finish
 
 
 class PaliGemma(Family):
@@ -14,6 +15,7 @@ class PaliGemma(Family):
     model_types = ("paligemma",)
     unpackable = ""
     first_position = 1
+    finishes = {"paligemma": lambda text: Finish(cap=getattr(text, "final_logit_softcapping", None))}  # of Gemma 2
     one_turn = "it sees its question from both sides, and a later one would show it an answer before that is given"
     template = (
         "{% for m in messages %}{% for c in m['content'] %}{% if c['type'] == 'image' %}{{ '<image>' }}{% endif %}"

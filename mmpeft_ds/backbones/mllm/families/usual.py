@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from mmpeft_ds.backbones.mllm.families.base import Family
+from mmpeft_ds.backbones.mllm.finishing import divided
+from mmpeft_ds.ops.finished_logits import Finish
+
+
+def _scaled_and_capped(text: Any) -> Finish:
+    return Finish(text.output_multiplier, text.final_logit_softcapping)
 
 
 class Usual(Family):
@@ -43,6 +51,13 @@ class Usual(Family):
         "qwen3_vl_moe",
         "video_llama_3",
     )
+    finishes = {
+        "cohere_compass": lambda text: Finish(1.0 if text.logit_scale is None else text.logit_scale),
+        "granite_docling": divided,
+        "hyperclovax_vision_v2": lambda text: Finish(text.logits_scaling),
+        "muse_glimmer": _scaled_and_capped,
+        "muse_spark": _scaled_and_capped,
+    }
 
 
 ENTRY = Usual()
