@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import time
@@ -82,11 +83,19 @@ def stopped(folder: Path, moment: Callable, act: Callable) -> launch.Result:
         return launched.wait(LIMIT)
 
 
+def own_frames(output: str) -> list[str]:
+    """Functions of ours in tracebacks.
+
+    `deepspeed` itself answers Ctrl-C with a traceback, and so does Python where a rank imports what would listen.
+    """
+    frame = rf'File "{ROOT}/mmpeft_ds/.*", line \d+, in (.*)'
+    return [name for name in re.findall(frame, output) if name != "<module>"]
+
+
 def check(result: launch.Result, run: Path) -> None:
     """Nothing is left, every step that was done is saved, and no rank printed a traceback."""
     assert not result.killed, result.tail()
-    ours = [line for line in result.output.splitlines() if "mmpeft_ds" in line and "File" in line]
-    assert not ours, result.tail()  # `deepspeed` itself answers Ctrl-C with a traceback
+    assert not own_frames(result.output), result.tail()
     steps = endless.steps_of(run)
     if steps and "a second Ctrl-C" not in result.output:
         assert (run / "checkpoints" / "latest").read_text().split(".")[0].strip() == f"step-{steps[-1]:08d}"
@@ -96,6 +105,12 @@ def check(result: launch.Result, run: Path) -> None:
         assert result.output.count("stopped before it began") <= 1, result.tail()
     # The resource tracker's lines about named semaphores, which are removed.
     assert "leaked" not in result.output, result.tail()
+
+
+def test_a_traceback_of_ours_is_told_from_one_of_an_import_that_ctrl_c_ends():
+    importing = f'  File "{ROOT}/mmpeft_ds/console.py", line 3, in <module>\n'
+    assert own_frames(importing + f'  File "{ROOT}/mmpeft_ds/stop.py", line 7, in leave\n') == ["leave"]
+    assert not own_frames(importing + '  File "/usr/lib/__editable___mmpeft_ds_0_1_0_finder.py", line 1, in find\n')
 
 
 def test_sigterm_to_deepspeed_before_there_are_ranks_leaves_no_run(tmp_path):
