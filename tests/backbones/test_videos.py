@@ -236,6 +236,15 @@ def test_a_family_without_videos_reads_frames_as_images_only_when_told(tmp_path,
     assert ENTRY(Options(folder, videos="images"), None).no_videos == ""
 
 
+def test_values_of_images_have_another_key_where_frames_are_images(tmp_path):
+    tiny_mllm.write(tmp_path, "qwen2_vl")
+    prefixes = []
+    for videos in ("videos", "images"):
+        backbone = ENTRY(Options(str(tmp_path), videos=videos), None)
+        prefixes.append(backbone.image_prefix(backbone.build(on_meta=True).requires_grad_(False)))
+    assert prefixes[0].modules == prefixes[1].modules and prefixes[0].choice != prefixes[1].choice
+
+
 def test_frames_that_are_read_as_images_stand_where_the_video_was_named():
     talk = Prompted("<video> or <video> ?", "a", (("user", "<image> what ?"), ("assistant", "b")))
     assert talk.with_frames([2, 1]).prompt == "<image>\n<image> or <image> ?"

@@ -113,33 +113,53 @@ def test_a_bfloat16_base_gives_the_same_losses_to_the_bit_which_are_not_those_of
         assert losses(folder, f"half_kept{stage}") != pytest.approx(losses(folder, "full"), abs=1e-6)
 
 
+def write_talks(folder: Path, name: str, model: Path, videos: str = "videos", store: str = "") -> Path:
+    """A recipe that trains a multimodal language model on FOLDER/mixed."""
+    source = {"dir": str(folder / "mixed"), "split": "train", "task": {"name": "instruction"}}
+    kept = {"cache_frozen": {"dir": str(folder / store)}} if store else {}
+    raw = {
+        "run_dir": str(folder / name),
+        "backbone": {"name": "mllm", "model": str(model), "max_text_length": 128, "videos": videos},
+        "method": {"name": "lora", "r": 2, "target_modules": r".*language_model.*\.q_proj"},
+        "data": {"sources": [source], "global_batch": 6, "workers": 0},
+        "optim": {"lr": 0.01, "epochs": 2},
+        "engine": {"deepspeed": "ds_configs/zero1.json", "threads": 1, **kept},
+    }
+    path = folder / f"{name}.yaml"
+    path.write_text(yaml.safe_dump(raw))
+    return path
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["qwen2_vl", "llava_onevision"])
 def test_samples_with_videos_train_as_without_a_store_and_pictures_of_others_are_kept(tmp_path, family):
     draw = random.Random(3)
     drawn = [sample(i, draw) for i in range(24)]
     write_shards(tmp_path / "mixed", drawn, per_shard=5, name="mixed")
-    (tiny_mllm if family in tiny_mllm.FAMILIES else tiny_families).write(tmp_path / family, family)
-    source = {"dir": str(tmp_path / "mixed"), "split": "train", "task": {"name": "instruction"}}
-    paths = []
-    for name, engine in (("plain", {}), ("kept", {"cache_frozen": {"dir": str(tmp_path / "store")}})):
-        raw = {
-            "run_dir": str(tmp_path / name),
-            "backbone": {"name": "mllm", "model": str(tmp_path / family), "max_text_length": 128},
-            "method": {"name": "lora", "r": 2, "target_modules": r".*language_model.*\.q_proj"},
-            "data": {"sources": [source], "global_batch": 6, "workers": 0},
-            "optim": {"lr": 0.01, "epochs": 2},
-            "engine": {"deepspeed": "ds_configs/zero1.json", "threads": 1, **engine},
-        }
-        paths.append(tmp_path / f"{name}.yaml")
-        paths[-1].write_text(yaml.safe_dump(raw))
-    train(1, *paths)
+    model = tmp_path / family
+    (tiny_mllm if family in tiny_mllm.FAMILIES else tiny_families).write(model, family)
+    train(1, write_talks(tmp_path, "plain", model), write_talks(tmp_path, "kept", model, store="store"))
     assert losses(tmp_path, "kept") == losses(tmp_path, "plain")
     with_videos = [s for s in drawn if "videos" in s.record]
     frames = sum(len(video["times"]) for s in with_videos for video in s.record["videos"])
     again = sum(len(s.images) for s in with_videos) - frames
     counts = [row["images_computed"] for row in rows(tmp_path, "kept")]
     assert sum(counts[4:]) == again < sum(counts[:4])
+
+
+@pytest.mark.slow
+def test_a_run_that_reads_frames_as_images_takes_no_record_of_one_that_reads_videos(tmp_path):
+    draw = random.Random(3)
+    drawn = [sample(i, draw) for i in range(24)]
+    # of a picture and a video the first run stores the picture alone; frames can stand after pictures only
+    readable = [s for s in drawn if "<video>\n<image>" not in s.record["conversations"][0]["value"]]
+    assert any("<image>\n<video>" in s.record["conversations"][0]["value"] for s in readable)
+    write_shards(tmp_path / "mixed", readable, per_shard=5, name="mixed")
+    tiny_mllm.write(tmp_path / "model", "qwen2_vl")
+    of_videos = write_talks(tmp_path, "of_videos", tmp_path / "model", "videos", "store")
+    of_frames = write_talks(tmp_path, "of_frames", tmp_path / "model", "images", "store")
+    train(1, of_videos, of_frames, write_talks(tmp_path, "plain", tmp_path / "model", "images"))
+    assert losses(tmp_path, "of_frames") == losses(tmp_path, "plain")
 
 
 @pytest.mark.slow

@@ -324,6 +324,7 @@ class MllmBackbone(Checkpoint):
         processor = {key: str(value) for key, value in self._image_processor.to_dict().items()}
         prefix = "" if outer is base else "model."
         choice = {"processor": processor, "config": stock.arithmetic(self._config, self._config.get_text_config())}
+        choice["videos"] = "video" in self.modalities  # whose frames are then no images of their sample
         return ImagePrefix(tuple(f"{prefix}{name}" for name, _ in inside), choice)
 
     def collate_apart(self, images: list[Any]) -> dict[str, Tensor]:
