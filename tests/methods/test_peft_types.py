@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import re
 
@@ -42,6 +43,21 @@ def test_a_type_trains_leaves_the_base_alone_and_is_loaded_by_peft_to_the_bit(co
             peft_table.try_on(name, column)
         return
     peft_table.try_on(name, column)
+
+
+@pytest.mark.parametrize("name", [n for n in peft_table.OFFERED if n not in NEEDS])
+def test_a_type_is_attached_without_weights_as_a_check_does_it_and_has_the_same_parameters(column, name):
+    bare = copy.copy(column)
+    bare.model = copy.deepcopy(column.model).to("meta")
+    with torch.device("meta"):
+        if KINDS[name].weights:
+            with pytest.raises(BadInput, match=rf"^type: {name} needs the frozen weights[^\n]+\.$"):
+                peft_table.attach(name, bare)
+            return
+        model, _ = peft_table.attach(name, bare)
+    real, _ = peft_table.attach(name, column)
+    shapes = [{n: p.shape for n, p in m.named_parameters() if p.requires_grad} for m in (model, real)]
+    assert shapes[0] == shapes[1] and shapes[0]
 
 
 @pytest.mark.parametrize("name", [name for name, kind in KINDS.items() if kind.refused])

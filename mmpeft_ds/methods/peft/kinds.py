@@ -28,6 +28,8 @@ class Kind:
         unmergeable: why it cannot be folded into the weights; empty where it can.
         stage3: why it cannot be used at ZeRO stage 3; empty where it can.
         gathers: peft itself gathers frozen weights that ZeRO-3 has partitioned when it makes a layer.
+        values: peft computes with values of its own tensors when it makes a layer, which the meta device has none of.
+        weights: peft needs the frozen weights, or a mask on their device, when it makes a layer.
         nf4: peft's layers of it work over 4-bit weights of bitsandbytes; those of norms and tokens over any.
         defaults: of options where those of peft differ between ranks, or print bars.
     """
@@ -39,6 +41,8 @@ class Kind:
     unmergeable: str = ""
     stage3: str = ""
     gathers: bool = False
+    values: bool = False
+    weights: bool = False
     nf4: bool = False
     defaults: dict[str, object] = field(default_factory=dict)
 
@@ -57,7 +61,7 @@ KINDS: dict[str, Kind] = {
         refused="it replaces the attention of bare Llama, Mistral and GPT-2 models alone. Use method deep_prompt"
     ),
     "beft": Kind(places=("v",), nf4=True),
-    "boft": Kind(nf4=True),
+    "boft": Kind(nf4=True, values=True),
     "c3a": Kind(),
     "cartridge": Kind(refused=_PROMPT),
     "cpt": Kind(refused=_PROMPT),
@@ -67,6 +71,7 @@ KINDS: dict[str, Kind] = {
     "frod": Kind(
         defaults={"progressbar": False},
         stage3="it factorises the weights of all layers together, which have no values of their own there",
+        weights=True,
     ),
     "glora": Kind(),
     "gralora": Kind(),
@@ -99,11 +104,11 @@ KINDS: dict[str, Kind] = {
         refused="it runs a second, smaller language model beside a bare decoder and adds its loss, which nothing here "
         "does. Use another type",
     ),
-    "shira": Kind(defaults={"random_seed": 0}, nf4=True),
+    "shira": Kind(defaults={"random_seed": 0}, weights=True, nf4=True),
     "supertuning": Kind(),
     "tinylora": Kind(),
     "trainable_tokens": Kind(places=(), stage3="peft reads the embedding where it is partitioned"),
-    "unilora": Kind(),
+    "unilora": Kind(values=True),
     "vblora": Kind(nf4=True),
     "vera": Kind(nf4=True),
     "waveft": Kind(nf4=True),

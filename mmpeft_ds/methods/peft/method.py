@@ -129,8 +129,15 @@ class Peft(SiteMethod):
                 f"type: {name} trains nothing beside it, and {', '.join(config.modules_to_save)} has to be trained "
                 "whole here. Use type lora with options.trainable_token_indices."
             )
+        on_meta = next(model.parameters()).is_meta
+        if on_meta and kind.weights:
+            raise BadInput(
+                f"type: {name} needs the frozen weights when it is attached, and here they are not loaded. It "
+                "trains without --check, and without engine.cache_frozen and engine.tower_batch."
+            )
         try:
-            with _watched(config.peft_type):
+            own = torch.device("cpu") if on_meta and kind.values else contextlib.nullcontext()
+            with _watched(config.peft_type), own:
                 wrapped = super().attach(config, model)
             wrapped.base_model.__class__ = PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type]
         except BadInput:
