@@ -1,10 +1,11 @@
 """Stand-ins for modules that libraries import at their top and that training hardly ever uses.
 
 transformers, peft and DeepSpeed import torch's compiler and the algebra of its symbolic shapes, and with them sympy,
-onnx and inductor: 80 MiB in every process, and a second of its start. `stand_in` puts a module of the same name in the
-place of each. It has the names that are taken from it when other modules are imported (`MEMBERS`); whoever asks it for
-anything else, or for a submodule, gets that of the real module, which is imported at that moment and takes the place
-of its stand-in for good. So what another torch or transformers does differently costs the memory again, and no more.
+onnx and inductor: 80 MiB in every process, and a second of its start. DeepSpeed asks Triton whether a GPU is there
+when an engine is made: 67 MiB more. `stand_in` puts a module of the same name in the place of each. It has the names
+that are taken from it when other modules are imported (`MEMBERS`); whoever asks it for anything else, or for a
+submodule, gets that of the real module, which is imported at that moment and takes the place of its stand-in for good.
+So what another torch or transformers does differently costs the memory again, and no more.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from typing import Any
 COMPILER = "torch._dynamo"
 SHAPES = "torch.fx.experimental.symbolic_shapes"
 ALGEBRA = "sympy"
+TRITON = "deepspeed.ops.triton_ops._triton"  # whether DeepSpeed's Triton kernels can run
 INDEX_MODE = f"{COMPILER}._trace_wrapped_higher_order_op"  # a part of the compiler that masks of transformers use
 _LOCK = threading.RLock()
 _repeat: list[Callable[[], Any]] = []  # what the compiler has to be told once it is there
@@ -31,13 +33,18 @@ _repeat: list[Callable[[], Any]] = []  # what the compiler has to be told once i
 def stand_in() -> None:
     """Put the stand-ins in the place of the modules, unless they have been imported already.
 
-    torch must have been imported; the libraries that import the modules should not have been.
+    torch must have been imported; the libraries that import the modules should not have been. Where torch is built for
+    an accelerator, Triton has no stand-in.
     """
     for family, names in FAMILIES.items():
+        if family == TRITON and sys.modules["torch"].accelerator.current_accelerator() is not None:
+            continue
         if not any(name in sys.modules for name in names):
             for name in names:
                 sys.modules[name] = _StandIn(name)
             for name in names:
+                if name.partition(".")[0] not in sys.modules:
+                    continue  # nothing has the package yet, and `sys.modules` is asked first
                 package, own = _place(name)
                 if package is not None:
                     setattr(package, own, sys.modules[name])
@@ -74,6 +81,8 @@ def _hand_over(leaving: list[tuple[str, types.ModuleType]]) -> None:
         real = importlib.import_module(name)
         for member in MEMBERS[name]:
             theirs = vars(stand_in)[member]
+            if theirs is None or theirs is False:
+                continue  # the real module has the same on a machine without an accelerator
             for module in (stand_in, *sys.modules.values()):
                 if getattr(module, "__dict__", {}).get(member) is theirs:
                     setattr(module, member, getattr(real, member))
@@ -148,6 +157,16 @@ def _guard(module: str, member: str) -> Callable[..., Any]:
         return value if isinstance(value, bool) else getattr(load(module), member)(value)
 
     return guard
+
+
+def _constant(value: bool | None) -> Callable[[str, str], bool | None]:
+    """Makes a member that is `value`."""
+    return lambda module, member: value
+
+
+def _no(module: str, member: str) -> Callable[[], bool]:
+    """`is_triton_available` where torch is built for no accelerator."""
+    return lambda: False
 
 
 def _nested(module: str, member: str) -> Callable[[Any], bool]:
@@ -268,8 +287,17 @@ MEMBERS: dict[str, dict[str, Callable[[str, str], Any]]] = {
         "sym_or": _joined,
     },
     ALGEBRA: {"Basic": _class},  # torch asks of numbers on the meta device whether they are symbolic
+    TRITON: {
+        "_TRITON_AVAILABLE": _constant(False),
+        "is_triton_available": _no,
+        "tl": _constant(None),
+        "triton": _constant(None),
+    },
 }
-FAMILIES = {COMPILER: [name for name in MEMBERS if name.startswith(COMPILER)], SHAPES: [SHAPES], ALGEBRA: [ALGEBRA]}
+FAMILIES = {
+    COMPILER: [name for name in MEMBERS if name.startswith(COMPILER)],
+    **{name: [name] for name in (SHAPES, ALGEBRA, TRITON)},
+}
 
 
 def _place(name: str) -> tuple[types.ModuleType | None, str]:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from mmpeft_ds import unused_imports
 from tests.helpers import ROOT, launch
@@ -112,6 +113,22 @@ def test_stand_ins_answer_plain_values_as_torch_does():
             assert make(unused_imports.SHAPES, name)(*values) is theirs, (name, values)
             compared += 1
     assert compared > 15
+
+
+@pytest.mark.skipif(torch.accelerator.current_accelerator() is not None, reason="torch is built for an accelerator")
+def test_deepspeed_learns_that_no_gpu_is_there_without_triton():
+    asks = (
+        "import deepspeed.module_inject.auto_ep_layer\n"  # as DeepSpeedEngine does
+        "from deepspeed.ops.triton_ops import _TRITON_AVAILABLE, is_triton_available\n"
+        "print(_TRITON_AVAILABLE, is_triton_available(), deepspeed.HAS_TRITON, 'triton' in sys.modules)\n"
+    )
+    assert says(asks)[-4:] == ["False"] * 4
+    stock = "import sys, torch\n" + asks
+    done = subprocess.run(
+        [sys.executable, "-c", stock], cwd=ROOT, env=launch.environment(), capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split()[-4:] == ["False", "False", "False", "True"]  # the same answers, for 67 MiB
+    assert says("from deepspeed.ops.triton_ops._triton import backends\nprint(bool(backends))")[-1] == "True"
 
 
 def test_every_member_of_a_stand_in_is_one_of_the_real_module():
