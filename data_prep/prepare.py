@@ -159,7 +159,7 @@ def _jobs(args: Any, source: Source, options: Any) -> list[Job]:
             raise BadInput(f"split {split!r}: the name of a split may hold a-z, 0-9 and _ only.")
         total = source.count(split)
         if total == 0:
-            raise BadInput(f"{args.source}: split {split!r} has no samples.")
+            raise BadInput(f"{args.source}: split {split!r} has no samples. Leave it out, or give data that has some.")
         step = args.samples_per_shard
         for number, first in enumerate(range(0, total, step)):
             job = Job(args.source, options, args.out, args.name, split, number, first, min(step, total - first))
@@ -292,11 +292,21 @@ def _refuse_difference(out: Path, have: dict[str, Any], wanted: dict[str, Any], 
         before, after = have["source"]["fingerprint"], wanted["source"]["fingerprint"]
         for key in sorted(before.keys() | after.keys()):
             if before.get(key) != after.get(key):
-                differs.append(f"{key} {str(before.get(key))[:12]}, now {str(after.get(key))[:12]}")
+                differs.append(_difference(key, before.get(key), after.get(key)))
     if differs:
         raise BadInput(
-            f"{out}: holds shards made with {'; '.join(differs)}. Choose another --out, or replace them: --overwrite."
+            f"{out}: holds shards that were prepared otherwise: {'; '.join(differs)}. Choose another --out, or "
+            "replace them: --overwrite."
         )
+
+
+def _difference(key: str, before: str | None, after: str | None) -> str:
+    """What has happened to the file, or the version of a package, that a fingerprint names `key`."""
+    if before is None or after is None:
+        return f"{key} {'was not there before' if before is None else 'is not there now'}"
+    if len(before) == len(after) == 64:  # a sha256, which says nothing to a reader
+        return f"{key} changed"
+    return f"{key} {before}, now {after}"
 
 
 def _clear(out: Path) -> None:

@@ -35,14 +35,25 @@ def whole(directory: str | Path) -> Path:
     directory = Path(directory)
     absent = [name for name in FILES if not (directory / name).is_file()]
     if absent:
-        raise BadInput(
-            f"{directory}: no adapter directory, {absent[0]} is missing. Give the `adapter` folder of a run."
-        )
+        raise BadInput(f"{directory}: {_what_else(directory, absent[0])}")
     if (directory / CHECKSUMS).exists():
         _check(directory)
     else:
         _warn_unchecked(directory)
     return directory
+
+
+def _what_else(directory: Path, absent: str) -> str:
+    """Why this is no adapter directory of ours, and what to give in its place."""
+    inner = directory / "adapter"
+    if (inner / CONFIG).is_file():
+        return f"holds no adapter itself. Did you mean {inner}?"
+    if absent == "recipe.yaml":  # the config and the weights are there
+        return (
+            "an adapter of peft without the recipe that says how to rebuild its base. Load it with "
+            "peft.PeftModel.from_pretrained, or train on from it with `start_from` in a recipe."
+        )
+    return f"no adapter directory, {absent} is missing. Give the `adapter` folder of a run."
 
 
 @functools.cache  # a command looks at its adapter more than once

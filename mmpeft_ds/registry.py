@@ -91,8 +91,8 @@ def _module(package: ModuleType, name: str, where: str) -> str:
             raise BadInput(f"{where}: the folder {name} of {package.__name__} has no __init__.py. Add an empty one.")
         near = difflib.get_close_matches(name, known, n=1)
         hint = f"Did you mean {near[0]!r}? " if near else ""
-        kind = package.__name__.rsplit(".", 1)[-1]
-        raise BadInput(f"{where}: no {kind} entry named {name!r}. {hint}Known: {', '.join(known)}.")
+        kind = package.__name__.rsplit(".", 1)[-1].removesuffix("s")
+        raise BadInput(f"{where}: no {kind} named {name!r}. {hint}Known: {', '.join(known)}.")
     return module
 
 

@@ -37,7 +37,7 @@ def test_what_is_no_folder_with_code_is_simply_unknown(package, tmp_path, name):
     for folder in ("left_over/__pycache__", "common"):
         (tmp_path / folder).mkdir(parents=True)
     (tmp_path / "common" / "shared.py").touch()
-    with pytest.raises(BadInput, match=f"no mills entry named '{name}'. Known: wind.$"):
+    with pytest.raises(BadInput, match=f"no mill named '{name}'. Known: wind.$"):
         registry.load(package, name, "mill.name")
 
 

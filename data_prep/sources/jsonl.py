@@ -109,9 +109,9 @@ class Jsonl(Source):
         self._files = {s: getattr(options, s) for s in ("train", "val", "test") if getattr(options, s)}
         if not self._files:
             raise BadInput("jsonl: no input. Give --train FILE.jsonl [FILE.jsonl ...], --val, --test.")
-        for path in (p for files in self._files.values() for p in files):
+        for split, path in ((split, path) for split, files in self._files.items() for path in files):
             if not path.is_file():
-                raise BadInput(f"{path}: no such file.")
+                raise BadInput(f"--{split} {path}: no such file. Give the path of a JSONL file.")
 
     def splits(self) -> list[str]:
         """Reads every line and looks for every image before anything is written."""

@@ -60,7 +60,7 @@ class Section:
             known = ", ".join(registry.names(package))
             raise BadInput(f"{origin(key)}: `name` is missing or no text. Add `name:` with one of {known}.")
         kind = registry.options(package, name, origin(f"{key}.name"))
-        options = typed(kind, {k: v for k, v in given.items() if k != "name"}, key, origin)
+        options = typed(kind, {k: v for k, v in given.items() if k != "name"}, key, origin, also=("name",))
         inner = {
             f.name: cls.read(PACKAGES[f.metadata["component"]], value, f"{key}.{f.name}", origin)
             for f in dataclasses.fields(options)

@@ -41,12 +41,20 @@ class Origin:
         return f"{self.path}: {key}" if key else self.path
 
 
-def typed(cls: type, given: Any, key: str, origin: Origin, fields: list[dataclasses.Field] | None = None) -> Any:
+def typed(
+    cls: type,
+    given: Any,
+    key: str,
+    origin: Origin,
+    fields: list[dataclasses.Field] | None = None,
+    also: tuple[str, ...] = (),
+) -> Any:
     """An instance of the dataclass `cls` from a mapping, every key and type checked.
 
     Args:
         key: dotted position of `given` in the recipe, empty at the top.
         fields: the fields a recipe may set, where not all of them (peft configs have internal ones).
+        also: keys of the section that the caller has taken out of `given`; messages name them with the others.
 
     Raises:
         BadInput: unknown or missing key, wrong type, or a value that the dataclass itself refuses.
@@ -57,7 +65,7 @@ def typed(cls: type, given: Any, key: str, origin: Origin, fields: list[dataclas
     types_of = hints(cls)
     for name in given:
         if name not in known:
-            raise BadInput(_unknown(str(name), known, key, origin))
+            raise BadInput(_unknown(str(name), [*also, *known], key, origin))
     for name, f in known.items():
         if name not in given and f.default is MISSING and f.default_factory is MISSING:
             what = type_name(types_of[name])

@@ -302,8 +302,8 @@ def test_no_file_and_an_empty_file_are_refused(jsonl, tmp_path):
     out = ["jsonl", "--out", str(tmp_path / "out")]
     with pytest.raises(BadInput, match="--train FILE"):
         prepare.main(out)
-    with pytest.raises(BadInput, match="no such file"):
-        prepare.main([*out, "--train", str(tmp_path / "gone.jsonl")])
+    with pytest.raises(BadInput, match=r"--val .*gone.jsonl: no such file"):
+        prepare.main([*out, "--train", str(jsonl(GOOD)), "--val", str(tmp_path / "gone.jsonl")])
     with pytest.raises(BadInput, match="has no samples"):
         prepare.main([*out, "--train", str(jsonl())])
 

@@ -212,7 +212,7 @@ def test_a_finished_directory_is_left_alone_and_another_wish_is_refused_with_the
     with pytest.raises(BadInput, match=r"val_fraction 0.0, now 0.5.*--overwrite"):
         prepare.main([*argv, "--val-fraction", "0.5"])
     (image_folder / "dog" / "new.png").write_bytes((image_folder / "dog" / "a.b.00.png").read_bytes())
-    with pytest.raises(BadInput, match="image names and sizes"):
+    with pytest.raises(BadInput, match="otherwise: image names and sizes changed. Choose"):
         prepare.main(argv)
     assert contents(out) == before
     (out / "notes.txt").write_text("mine")

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoTokenizer, CLIPModel, CLIPTextModel, CLIPVisionModel
 
-from mmpeft_ds import adapter, merging
+from mmpeft_ds import adapter, adapter_files, merging
 from mmpeft_ds import recipe as recipes
 from mmpeft_ds.backbones.dual_encoder.backbone import ENTRY, Options
 from mmpeft_ds.engine.assembly import resolve
@@ -239,3 +239,14 @@ def test_a_wrong_place_is_refused(folder, tmp_path):
         merging.merge(tmp_path / "nowhere", tmp_path / "merged")
     with pytest.raises(BadInput, match="exists"):
         merging.merge(tmp_path / "nowhere", tmp_path)
+
+
+def test_the_place_of_the_adapter_is_named_for_a_run_and_what_reads_an_adapter_of_peft_alone(tmp_path):
+    inner = tmp_path / "adapter"
+    inner.mkdir()
+    for name in (adapter_files.CONFIG, adapter_files.WEIGHTS):
+        (inner / name).touch()
+    with pytest.raises(BadInput, match=f"{tmp_path}: holds no adapter itself. Did you mean {inner}?"):
+        adapter_files.whole(tmp_path)
+    with pytest.raises(BadInput, match="adapter of peft without the recipe .* `start_from`"):
+        adapter_files.whole(inner)

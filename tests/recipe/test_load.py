@@ -99,8 +99,8 @@ def test_what_other_trainers_call_a_key_leads_to_one_that_exists():
         ("p_adapter", "target_modules", "Here the places are chosen by 'sublayers', 'tower', 'layers'"),
         ("routed_lora", "target_modules", "Here the places are chosen by 'targets', 'tower', 'layers'"),
         ("peft", "rank", "stand below `options`: options.rank"),
-        ("clip_adapter", "rank", "unknown key. Known: ratio"),  # nothing there is a rank
-        ("lora", "num_virtual_tokens", "unknown key. Known: r,"),
+        ("clip_adapter", "rank", "unknown key. Known: name, ratio"),  # nothing there is a rank
+        ("lora", "num_virtual_tokens", "unknown key. Known: name, r,"),
     ],
 )
 def test_an_option_that_other_libraries_call_otherwise_leads_to_the_methods_own(write, method, name, says):

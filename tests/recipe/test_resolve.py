@@ -62,6 +62,7 @@ def test_expanding_twice_changes_nothing_and_the_copy_reads_back(folder):
         ("backbone={}", ["backbone", "`name` is missing"]),
         ("method.name=rooted_lora", ["method.name", "'routed_lora'"]),
         ("method.r=two", ["--set method.r", "expected an integer"]),
+        ("backbone.nam=clip", ["--set backbone.nam", "Did you mean 'name'?", "Known: name, "]),
         ("method.peft_type=LORA", ["method.peft_type", "unknown key"]),
         ("method.r=0", ["method", "r: must be 1 or more"]),
         ("method.layers=[9]", ["method", "9"]),

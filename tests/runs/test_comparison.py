@@ -75,7 +75,7 @@ def test_every_method_inside_the_model_has_a_row_and_widths_reach_the_budget(tin
 @pytest.mark.parametrize(
     ("spec", "says"),
     [
-        ("loar", "no methods entry named 'loar'"),
+        ("loar", "no method named 'loar'"),
         ("lora:rank=3", "'rank=3' is no option=value of lora"),
         ("lora:r", "'r' is no option=value of lora"),
         ("tip_adapter", "launchers/few_shot.py"),
