@@ -52,7 +52,9 @@ def test_the_example_backbone_and_the_example_task_train_together(saved, tmp_pat
     made.check()
     torch.manual_seed(0)
     model, task = made.build(), rating(rating.Options(), None)
-    assert {p.device.type for p in made.build(on_meta=True).parameters()} == {"meta"}
+    made.dtype = torch.bfloat16  # as with engine.dtype
+    assert {(p.device.type, p.dtype) for p in made.build(on_meta=True).parameters()} == {("meta", torch.bfloat16)}
+    made.dtype = torch.float32
     for path in model_hooks(model).head_modules:
         model.get_submodule(path).requires_grad_(True)
     transform, samples = made.image_transform(True), []
