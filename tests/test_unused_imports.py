@@ -86,15 +86,14 @@ def test_a_module_that_took_the_exception_of_the_stand_in_has_the_real_one_after
     ) == ["True", "False"]
 
 
-@pytest.mark.parametrize(
-    ("compiles", "asked", "expected"), [(True, "0", b"True"), (False, "1", b"True"), (False, "0", b"False")]
-)
-def test_a_process_that_compiles_or_is_told_to_imports_the_compiler_where_libraries_do(compiles, asked, expected):
+@pytest.mark.parametrize(("compiles", "asked"), [(True, "0"), (False, "1")])
+def test_a_process_that_compiles_or_is_told_to_has_no_stand_ins(compiles, asked):
+    """Libraries then import the compiler where they want it. That there are some otherwise is said above."""
     body = BEGIN.replace("quick_imports()", f"quick_imports(compiles={compiles})")
-    body += "import torch._dynamo; print(real('torch._dynamo'))"
+    body += "print([n for n, module in sys.modules.items() if isinstance(module, unused_imports._StandIn)])"
     env = launch.environment() | {"MMPEFT_REAL_IMPORTS": asked}
     done = subprocess.run([sys.executable, "-c", body], cwd=ROOT, env=env, capture_output=True)
-    assert done.stdout.split() == [expected], done.stderr
+    assert done.stdout.split() == [b"[]"], done.stderr
 
 
 def test_stand_ins_answer_plain_values_as_torch_does():

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from mmpeft_ds import methods
 from mmpeft_ds.errors import BadInput
-from mmpeft_ds.sites import find_sites
+from mmpeft_ds.sites import Sites, find_sites
 from mmpeft_ds.sites.condition import MEDIA, QUESTION, Condition, conditioned, enable_checkpointing
 from tests.helpers import plain_methods
 from tests.helpers.models.tiny_stock import fill, image
@@ -42,8 +42,8 @@ def condition(rows: int = 2):
         yield
 
 
-def configured(name: str, model: nn.Module, **options: object) -> peft.PeftConfig:
-    method, sites = methods.get(name), find_sites(model)
+def configured(name: str, model: nn.Module, sites: Sites | None = None, **options: object) -> peft.PeftConfig:
+    method, sites = methods.get(name), sites or find_sites(model)
     if "model.decoder" in sites.towers and "tower" in {f.name for f in dataclasses.fields(method.Config)}:
         options["tower"] = ["text"]  # of BART's two towers both
     config = method.Config(**options)
@@ -59,10 +59,11 @@ def attach(name: str, model: nn.Module, filled: bool = True, **options: object) 
 
 def attachable() -> list[tuple[str, str]]:
     pairs, built = [], {model: ZOO[model].build() for model in MODELS}
+    sites = {model: find_sites(built[model]) for model in MODELS}
     for name in plain_methods.names(heads=False):
         for model in MODELS:
             try:
-                configured(name, built[model])
+                configured(name, built[model], sites[model])
             except BadInput:
                 continue
             pairs.append((name, model))
