@@ -130,6 +130,9 @@ IN_MEMORY := $(shell findmnt -no OPTIONS /dev/shm 2>/dev/null | grep -qv noexec 
 # of the tests.
 MARKED = $(shell grep -rlE --include='test_*.py' 'mark\.$(1)' tests)
 
+# Where Python may not keep what it compiles, as in many containers, every process would compile the tests and the package.
+test test-slow: export PYTHONDONTWRITEBYTECODE =
+
 test: setup $(QUANTISED)/ready
 	OMP_NUM_THREADS=1 $(IN_MEMORY) python -m pytest -m "not slow and not distributed" --numprocesses $(CORES) --dist loadfile
 	OMP_NUM_THREADS=1 python -m pytest -m "distributed and not slow and not alone" --numprocesses 2 --dist loadfile $(call MARKED,distributed)
