@@ -24,6 +24,7 @@ from mmpeft_ds.data.batch import PackedBatch, Prompted
 from mmpeft_ds.data.token_counts import TokenCounts
 from mmpeft_ds.data.video import Times, Video
 from mmpeft_ds.errors import BadInput
+from mmpeft_ds.host_copies import to_device
 from mmpeft_ds.ops.finished_logits import PLAIN, Finish
 
 
@@ -292,7 +293,8 @@ class BackboneBase(abc.ABC):
     def some_images(self, images: dict[str, Tensor], chosen: Sequence[int]) -> dict[str, Tensor]:
         """These of the images of `collate_apart`, in this order, as `collate_images` gives them. Default: by the first
         dimension."""
-        return {name: tensor[list(chosen)] for name, tensor in images.items()}
+        rows = torch.tensor(list(chosen), dtype=torch.int64)
+        return {name: tensor.index_select(0, to_device(rows, tensor.device)) for name, tensor in images.items()}
 
     def collate_values(self, values: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
         """Values of images as `PackedBatch.images` then holds them in place of pixels. Default: stacked."""

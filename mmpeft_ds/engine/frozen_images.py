@@ -34,7 +34,7 @@ from mmpeft_ds.engine.assembly.resolve import Resolved, attach
 from mmpeft_ds.engine.export import transform_description
 from mmpeft_ds.engine.zero import fingerprint as fingerprints
 from mmpeft_ds.errors import BadInput
-from mmpeft_ds.host_copies import on_host
+from mmpeft_ds.host_copies import on_host, to_device
 from mmpeft_ds.recipe import Recipe, where
 from mmpeft_ds.recipe.options import EngineOptions
 from mmpeft_ds.sites.base import base_model
@@ -101,7 +101,7 @@ class FrozenImages:
             images = self.backbone.some_images(batch.images, filled) if rows else self._black()
             made = self.backbone.image_values(self.model, images)
             for row, value in zip(rows, made, strict=False):
-                values[fresh[row]] = {name: x.detach() for name, x in value.items()}
+                values[fresh[row]] = value
         self._write(*([of[row] for row in fresh] for of in (places, values, batch.spellings)))
         self._read(places, values)
         for row, (state, *_) in enumerate(places):
@@ -109,8 +109,7 @@ class FrozenImages:
                 values[row] = self._dummy()
         self.computed += len(fresh)
         self.taken += sum(state == STORED for state, *_ in places)
-        images = {name: x.to(self.device) for name, x in self.backbone.collate_values(values).items()}
-        return dataclasses.replace(batch, images=images, image_places=None)
+        return dataclasses.replace(batch, images=self.backbone.collate_values(values), image_places=None)
 
     def _write(self, places: list[list[int]], values: list[Value], spellings: list[str]) -> None:
         if self.store is None:
@@ -142,7 +141,7 @@ class FrozenImages:
                         "command again; it is computed again."
                     )
                 records[place] = record
-            values[row] = {name: x.to(self.device) for name, x in records[place][number].items()}
+            values[row] = {name: to_device(x, self.device) for name, x in records[place][number].items()}
 
     @torch.no_grad()
     def _dummy(self) -> Value:
@@ -156,7 +155,7 @@ class FrozenImages:
         transform = self.backbone.image_transform(False)
         black = transform(self.backbone.dummy("image"), torch.Generator().manual_seed(0))
         images = self.backbone.collate_images([black] * self.at_once)
-        return {name: tensor.to(self.device) for name, tensor in images.items()}
+        return {name: to_device(tensor, self.device) for name, tensor in images.items()}
 
 
 def shapes(backbone: BackboneBase, model: Any) -> Value:

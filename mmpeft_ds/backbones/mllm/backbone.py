@@ -350,7 +350,7 @@ class MllmBackbone(Checkpoint):
         """Features of each image under names of its own, the rest as `collate_images` puts it together."""
         images = {f"{i}.{n}": tensor for i, value in enumerate(values) for n, tensor in value.items() if is_part(n)}
         for name in (n for n in values[0] if not is_part(n)):
-            images[name] = self._family.collate([value[name] for value in values])
+            images[name] = self._family.known([value[name] for value in values])
         return images
 
     @property

@@ -15,6 +15,7 @@ from transformers import PretrainedConfig, PreTrainedModel, ProcessorMixin
 from mmpeft_ds.backbones.common import text_attention
 from mmpeft_ds.backbones.common.text_row import give_texts_rows
 from mmpeft_ds.backbones.mllm.finishing import Finishes
+from mmpeft_ds.host_copies import both
 
 
 class Family:
@@ -103,9 +104,13 @@ class Family:
         that have it."""
         names = dict.fromkeys(name for one in media for name in one if name in media[0] or name in self.optional)
         return {
-            name: self.collate([one[name] for one in media if name in one or name not in self.optional])
+            name: self.known([one[name] for one in media if name in one or name not in self.optional])
             for name in names
         }
+
+    def known(self, pixels: list[Tensor]) -> Tensor:
+        """`collate`, which remembers on the host what all of `pixels` do: the grids of images that a GPU holds."""
+        return both(lambda *given: self.collate(list(given)), *pixels)
 
     def width(self, config: PretrainedConfig) -> int:
         """Width of the features of images. Default: that of the language model."""
