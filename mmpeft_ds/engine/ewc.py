@@ -63,15 +63,16 @@ class Pull:
         self.parts[id(parameter)] = tuple(copied)
 
     @torch.no_grad()
-    def add(self, shards: Iterable[gradients.Shard]) -> float:
-        """Add 2 * strength * F * (theta - theta*) to the gradients of `shards`.
+    def add(self, shards: Iterable[gradients.Shard]) -> Tensor | None:
+        """Add 2 * strength * F * (theta - theta*) to the gradients of `shards`. Nobody waits for the device.
 
         Returns:
-            strength * sum F (theta - theta*)^2 over these shards; over those of all ranks it sums to the penalty.
+            () float64, strength * sum F (theta - theta*)^2 over these shards, where the gradients are; over those of
+            all ranks it sums to the penalty. None if nothing of these shards is held.
         """
         pulled = [s for s in shards if id(s.parameter) in self.parts and s.master.numel()]
         if not pulled:
-            return 0.0
+            return None
         fisher, anchor = zip(*(self.parts[id(s.parameter)] for s in pulled), strict=True)
         away = torch._foreach_sub([s.master for s in pulled], anchor)
         pull = torch._foreach_mul(away, fisher)
@@ -79,7 +80,7 @@ class Pull:
         for shard in pulled:
             shard.write()
         terms = [torch.dot(p.double(), a.double()) for p, a in zip(pull, away, strict=True)]
-        return self.strength * torch.stack(terms).sum().item()
+        return self.strength * torch.stack(terms).sum()
 
 
 def load(recipe: Recipe, built: Any, base: dict[str, str], state: TrainState, fresh: bool) -> Pull | None:

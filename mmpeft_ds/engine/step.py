@@ -317,11 +317,14 @@ class Stepper:
 
         A value that is not finite on one rank is not finite in the sum, so all ranks skip the step together.
         """
-        pulled = self.ewc.add(gradients.shards(self.engine)) if self.ewc else 0.0
-        penalty = 0.0 if gradients.replicated(self.engine) else pulled
+        pulled = self.ewc.add(gradients.shards(self.engine)) if self.ewc else None
+        if pulled is None or gradients.replicated(self.engine):
+            pulled = torch.zeros_like(loss)
         squares = self.norms.squared()
         positions, read = places
-        own_loss, read, *squares = torch.cat([loss[None], read[None], squares]).tolist()  # the device is read once
+        # The device is read once.
+        scalars = [number[None] for number in (loss, read, pulled.to(loss.device))]  # offloaded masters are elsewhere
+        own_loss, read, penalty, *squares = torch.cat([*scalars, squares]).tolist()
         table = [0.0] * (len(row) * self.ranks.world_size)
         table[self.ranks.rank * len(row) : (self.ranks.rank + 1) * len(row)] = row
         own = [own_loss, positions, read, penalty, *report.values(), *squares, *table]

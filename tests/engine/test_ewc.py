@@ -67,7 +67,7 @@ def test_the_anchor_is_a_copy_so_moving_away_costs():
     aliased.parts[id(trained["a"])] = importance.view(-1), trained["a"].detach().view(-1)
     moved(trained)
     expected = 2.0 * (importance * 0.25).sum().item()
-    assert pull.add(whole(trained.values())) == pytest.approx(expected)
+    assert pull.add(whole(trained.values())).item() == pytest.approx(expected)
     torch.testing.assert_close(trained["a"].grad, 2 * 2.0 * importance * 0.5)
     # negative control: the defect of the release, an anchor that is the live tensor
     trained["a"].grad = None
@@ -80,7 +80,7 @@ def test_the_pull_comes_on_top_of_the_gradient_of_the_task():
     trained["a"].grad = torch.ones(3)
     pull = Pull()
     pull.hold(trained["a"], torch.ones(3), trained["a"].detach() - 1)
-    assert pull.add(whole(trained.values())) == pytest.approx(3.0)
+    assert pull.add(whole(trained.values())).item() == pytest.approx(3.0)
     assert trained["a"].grad.tolist() == pytest.approx([3.0] * 3)
 
 

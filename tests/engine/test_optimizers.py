@@ -233,7 +233,7 @@ def test_ewc_with_any_optimiser_is_its_penalty_in_the_loss(name):
         optimizer.step()
         pulled.optimizer.zero_grad()
         pulled.module(x).square().mean().backward()
-        assert pull.add(gradients.shards(pulled)) == pytest.approx(strength * penalty.item(), rel=1e-4)
+        assert pull.add(gradients.shards(pulled)).item() == pytest.approx(strength * penalty.item(), rel=1e-4)
         pulled.optimizer.step()
     for a, b in zip(pulled.module.parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
