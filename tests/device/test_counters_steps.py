@@ -20,6 +20,12 @@ def test_trained_parameters_below_the_threshold_come_by_one_gather_after_a_step(
         assert tiny["zero3 apart"][rank]["collectives"]["allgather_base"] == tiny["zero3"][rank]["trained_tensors"]
 
 
+def test_without_zero_ranks_sum_the_gradients_once_and_nothing_but_the_two_vectors_of_the_trainer_besides(tiny):
+    """DeepSpeed would sum the norm that it clips by as well."""
+    for rank in (0, 1):
+        assert tiny["zero0"][rank]["collectives"]["allreduce"] == 3
+
+
 def test_gathered_together_or_apart_the_losses_are_the_same_to_the_bit(tiny):
     assert tiny["zero3"][0]["losses"] == tiny["zero3 apart"][0]["losses"]
     assert len(set(tiny["zero3"][0]["losses"])) == counters_steps.STEPS

@@ -199,17 +199,14 @@ def know_norm(engine: Any) -> Callable[[float], contextlib.AbstractContextManage
         a function that takes the norm over all ranks and gives a context: `engine.step` inside it clips by that norm;
         outside it DeepSpeed computes the norm itself.
     """
-    optimizer, stage = engine.optimizer, engine.zero_optimization_stage()
+    optimizer, stage, known = engine.optimizer, engine.zero_optimization_stage(), []
     if stage == 0:
-        return lambda norm: contextlib.nullcontext()
-    name = "_get_norm_groups" if stage == 3 else "scaled_global_norm"
-    compute, known = getattr(optimizer, name), []
-
-    def give() -> Any:
-        return known[-1] if known else compute()
-
-    setattr(optimizer, name, give)
-    if stage < 3:
+        _clip_together(engine, known)
+    else:
+        name = "_get_norm_groups" if stage == 3 else "scaled_global_norm"
+        compute = getattr(optimizer, name)
+        setattr(optimizer, name, lambda: known[-1] if known else compute())
+    if stage in (1, 2):
         _clip_by_number(optimizer)
 
     @contextlib.contextmanager
@@ -221,6 +218,24 @@ def know_norm(engine: Any) -> Callable[[float], contextlib.AbstractContextManage
             known.pop()
 
     return knowing
+
+
+def _clip_together(engine: Any, known: list[float]) -> None:
+    """Let a step without ZeRO clip by the norm at the end of `known`, with the bits of DeepSpeed, which takes the norm
+    of each gradient, averages it over ranks that all have the same one, and copies two numbers to the device, for
+    which the host waits. While `known` is empty it does so."""
+    plain = engine.clip_fp32_gradients
+
+    def clip() -> None:
+        if not known:
+            plain()
+            return
+        share = _single(_single(engine.gradient_clipping()) / _single(known[-1] + _single(1e-6)))
+        if share < 1:
+            held_now = [p.grad for group in engine.optimizer.param_groups for p in group["params"]]
+            torch._foreach_mul_([gradient for gradient in held_now if gradient is not None], share)
+
+    engine.clip_fp32_gradients = clip
 
 
 def _clip_by_number(optimizer: Any) -> None:

@@ -17,6 +17,7 @@ from tests.helpers.runs import tiny_classifier, tiny_vqa
 SCRIPT = "tests.helpers.rank_scripts.step_counts"
 TINY = [{"name": "zero1", "stage": 1}, {"name": "zero3", "stage": 3}]
 CONTROLS = [
+    {"name": "zero0", "stage": 0},
     {"name": "zero3 apart", "stage": 3, "together": False},
     {"name": "zero1 sent", "stage": 1, "sent": True},
     *({"name": f"zero{stage} differs", "stage": stage, "differs": True} for stage in (0, 1)),
