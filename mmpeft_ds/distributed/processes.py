@@ -87,6 +87,8 @@ def start(
                 deepspeed.init_distributed("nccl" if cuda else "gloo", **options)
             except (torch.distributed.DistNetworkError, torch.distributed.DistStoreError) as error:
                 raise BadInput(why_not_met(error)) from error
+        if cuda:
+            refuse_shared_gpu(device, torch.distributed.distributed_c10d._get_default_store())
     if not cuda:
         # Without it DeepSpeed asks `numactl`, a new process, for the number of devices in every step of ZeRO-3.
         os.environ.setdefault("LOCAL_SIZE", str(local_size))
@@ -114,13 +116,36 @@ def own_device() -> tuple[int, torch.device]:
     return local_rank, torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
 
 
+def refuse_shared_gpu(device: torch.device, store: torch.distributed.Store) -> None:
+    """Refuse a GPU that another rank of the run has: `CUDA_VISIBLE_DEVICES=1` before two ranks shows both the same,
+    as to a rank that a script has given its own. NCCL would say so in a traceback, after the base was loaded.
+
+    Args:
+        store: of the ranks that have met, in which each enters its GPU once.
+
+    Raises:
+        BadInput: on all ranks of a GPU but the first.
+    """
+    card = torch.cuda.get_device_properties(device)
+    uuid = getattr(card, "uuid", None)
+    if uuid is None or "MIG" in card.name:  # parts of a GPU share its number
+        return
+    if store.add(f"mmpeft_ds/gpu/{uuid}", 1) > 1:
+        shown = os.environ.get("CUDA_VISIBLE_DEVICES")
+        raise BadInput(
+            f"rank {os.environ['RANK']}: its GPU {uuid} is another rank's too"
+            f"{f' (CUDA_VISIBLE_DEVICES={shown})' if shown else ''}. Start as many ranks on this machine as it shows "
+            "GPUs, or give each rank one of its own."
+        )
+
+
 def _number_with_own_gpu() -> int:
     """Number on this machine of a process that sees one GPU of its own, else 0: a Slurm task of `--gpus-per-task=1`,
     or one that a script between launcher and Python gave `CUDA_VISIBLE_DEVICES=$LOCAL_RANK`."""
     if torch.cuda.device_count() != 1:
         return 0
     env = os.environ
-    task = int(env.get("SLURM_LOCALID") or 0)
+    task = _number(env, "SLURM_LOCALID")
     started_by_srun = env["LOCAL_RANK"] in ("0", str(task))  # not by torchrun inside it
     given = env["LOCAL_RANK"] if env["LOCAL_RANK"] != "0" else env.get(_NUMBER, "0")
     by_script = env.get("CUDA_VISIBLE_DEVICES") == given  # a machine with one GPU calls it 0, in every process
@@ -219,6 +244,8 @@ def _check_numbers(env: Any) -> None:
     lowest = 0 if env["WORLD_SIZE"] == "1" else 1  # 0: a free one, which only a rank that is alone may take
     if not lowest <= int(env["MASTER_PORT"]) <= 65535:
         raise BadInput(f"MASTER_PORT={env['MASTER_PORT']} is set, which is no port. Set one from 1 to 65535.")
+    if int(env["WORLD_SIZE"]) < 1:
+        raise BadInput(f"WORLD_SIZE={env['WORLD_SIZE']} is set: a run has one rank or more.")
     if int(env["RANK"]) >= int(env["WORLD_SIZE"]):
         raise BadInput(
             f"RANK={env['RANK']} is set, but WORLD_SIZE={env['WORLD_SIZE']}: ranks are counted from 0, so the last "
@@ -237,17 +264,22 @@ def _lay_out(env: Any) -> None:
         env.setdefault("LOCAL_WORLD_SIZE", env.get("LOCAL_SIZE", "1"))
         return
     if "SLURM_STEP_NUM_TASKS" in env:  # srun; a bare process inside salloc has SLURM_NTASKS but no step
+        if missing := [n for n in ("SLURM_PROCID", "SLURM_LOCALID") if n not in env]:
+            raise BadInput(
+                f"SLURM_STEP_NUM_TASKS={env['SLURM_STEP_NUM_TASKS']} is set, but not {', '.join(missing)}. A "
+                "container needs all variables of srun, or none."
+            )
         env.update(RANK=env["SLURM_PROCID"], WORLD_SIZE=env["SLURM_STEP_NUM_TASKS"], LOCAL_RANK=env["SLURM_LOCALID"])
         env.setdefault("LOCAL_WORLD_SIZE", str(_tasks_here(env)))
         env.setdefault("MASTER_ADDR", _first_host(env))
         # Below 32768, where Linux begins to hand out ports to outgoing connections.
-        env.setdefault("MASTER_PORT", str(20000 + int(env.get("SLURM_JOB_ID", "0")) % 10000))
+        env.setdefault("MASTER_PORT", str(20000 + _number(env, "SLURM_JOB_ID") % 10000))
         return
     if any(names[0] in env for names in _MPI):
         _from_mpi(env)
         return
-    if int(env.get("SLURM_PROCID") or 0) or int(env.get("WORLD_SIZE") or 1) > 1:
-        named = "SLURM_PROCID" if int(env.get("SLURM_PROCID") or 0) else "WORLD_SIZE"
+    if _number(env, "SLURM_PROCID") or _number(env, "WORLD_SIZE") > 1:
+        named = "SLURM_PROCID" if _number(env, "SLURM_PROCID") else "WORLD_SIZE"
         raise BadInput(
             f"{named}={env[named]} says that there are several processes, but not how they meet; each would train "
             "alone. Start them by srun, torchrun, mpirun or deepspeed, or set RANK, WORLD_SIZE, LOCAL_RANK, "
@@ -256,6 +288,14 @@ def _lay_out(env: Any) -> None:
     # Port 0: torch takes a free one as it listens, so no other process can be first, and nobody else has to know it.
     alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
     env.update(alone, MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+
+
+def _number(env: Any, name: str) -> int:
+    """A variable of a launcher, 0 where it is empty or not there. Raises BadInput."""
+    value = env.get(name) or "0"
+    if not value.isdecimal():
+        raise BadInput(f"{name}={value} is set, which is no number. Set it to one, or start by a launcher.")
+    return int(value)
 
 
 # What mpirun of Open MPI, and of MPICH and Intel MPI, calls RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE.

@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import time
+import types
 
 import pytest
 import torch
@@ -38,17 +39,17 @@ def test_more_ranks_than_gpus_are_refused(monkeypatch):
         processes.start()
 
 
-def start_on_cuda(monkeypatch, gpus: int, **variables: str) -> processes.Ranks:
+def start_on_cuda(monkeypatch, gpus: int, is_met: bool = True, **variables: str) -> processes.Ranks:
     """`processes.start` of a machine with so many GPUs, as far as it gets without one."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
-    return start_on_cpu(monkeypatch, **variables)
+    return start_on_cpu(monkeypatch, is_met, **variables)
 
 
-def start_on_cpu(monkeypatch, **variables: str) -> processes.Ranks:
+def start_on_cpu(monkeypatch, is_met: bool = True, **variables: str) -> processes.Ranks:
     """`processes.start` with these variables, and without a meeting of ranks."""
-    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: is_met)
     monkeypatch.setattr(processes, "multiply_float32", lambda matmul: None)
     monkeypatch.setattr(processes.watchdog, "start", lambda *_: None)  # it meets the others in a process group
     clean = {k: v for k, v in os.environ.items() if k not in NAMES and not k.startswith("SLURM")}
@@ -112,6 +113,29 @@ def test_a_process_that_a_script_gave_one_gpu_takes_it(monkeypatch):
             ranks = processes.start(threads=1)
     with pytest.raises(BadInput, match="local rank 1: this machine shows 1 GPU"):
         start_on_cuda(monkeypatch, 1, **place(1, CUDA_VISIBLE_DEVICES="0"))
+
+
+def test_ranks_that_are_shown_the_same_gpu_are_refused_once_they_meet(monkeypatch):
+    """`CUDA_VISIBLE_DEVICES=1 torchrun --nproc-per-node 2`: rank 1 sees what a script would have given it."""
+    import deepspeed
+
+    store, card = torch.distributed.HashStore(), types.SimpleNamespace(name="NVIDIA H100", uuid="1f-2e")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
+    monkeypatch.setattr(deepspeed, "init_distributed", lambda *_, **__: None)
+    monkeypatch.setattr(processes, "meeting_of_launch", lambda: "env://")
+    monkeypatch.setattr(torch.distributed.distributed_c10d, "_get_default_store", lambda: store)
+
+    def start(rank: int) -> processes.Ranks:
+        with monkeypatch.context() as own:
+            return start_on_cuda(own, 1, is_met=False, **place(rank, here=2, CUDA_VISIBLE_DEVICES="1"))
+
+    assert start(0).device == torch.device("cuda", 0)
+    with pytest.raises(BadInput, match=r"rank 1: its GPU 1f-2e is another rank's too \(CUDA_VISIBLE_DEVICES=1\)"):
+        start(1)
+    card.uuid = "3d-4c"  # a card of its own
+    assert start(1).local_rank == 1
+    card.name = "NVIDIA H100 MIG 1g.10gb"  # whose parts have one number
+    assert start(0).local_rank == 0
 
 
 @pytest.mark.parametrize("gpus", [0, 1])
@@ -247,6 +271,13 @@ def test_mpirun_is_understood_on_one_machine_and_wants_an_address_on_several(tol
         ),
         (MEETING | {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_PORT": "0"}, "MASTER_PORT=0.*from 1"),
         (MEETING | {"RANK": "2", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}, "RANK=2.*WORLD_SIZE=2.*the last one is 1"),
+        (MEETING | {"RANK": "0", "WORLD_SIZE": "0", "LOCAL_RANK": "0"}, "WORLD_SIZE=0.*one rank or more"),
+        # a container that was given some of srun's variables
+        ({"SLURM_STEP_NUM_TASKS": "2"}, "SLURM_STEP_NUM_TASKS=2.*not SLURM_PROCID, SLURM_LOCALID"),
+        ({"SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "0"}, "not SLURM_LOCALID"),
+        ({**SRUN, "SLURM_JOB_ID": "abc"}, "SLURM_JOB_ID=abc.*no number"),
+        ({"SLURM_PROCID": "x"}, "SLURM_PROCID=x.*no number"),
+        ({"WORLD_SIZE": "x"}, "WORLD_SIZE=x.*no number"),
     ],
 )
 def test_processes_that_would_each_think_they_are_alone_are_refused(told, variables, says):
