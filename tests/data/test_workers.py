@@ -13,6 +13,7 @@ import psutil
 import pytest
 import torch
 
+from mmpeft_ds import unused_imports
 from mmpeft_ds.data import shared_memory
 from mmpeft_ds.data import workers as worker_pools
 from mmpeft_ds.data.workers import WorkerPool
@@ -56,12 +57,13 @@ def slow_pid(x):
 
 
 def worker_facts(_):
-    import torch
+    import torch._dynamo
 
     ignored = [signal.getsignal(s) is signal.SIG_IGN for s in (signal.SIGINT, signal.SIGTERM)]
     # born with them blocked: a signal before a worker ignores them must not end it either
     ignored += [s in signal.pthread_sigmask(signal.SIG_BLOCK, []) for s in (signal.SIGINT, signal.SIGTERM)]
-    return os.getpid(), ignored, torch.get_num_threads(), "deepspeed" in sys.modules
+    loaded = "deepspeed" in sys.modules or unused_imports.is_real("torch._dynamo")
+    return os.getpid(), ignored, torch.get_num_threads(), loaded
 
 
 def run_script(tmp_path, body: str, cwd=None) -> subprocess.Popen:
@@ -189,7 +191,7 @@ def test_bad_input_keeps_its_line_and_faults_keep_their_traceback():
     pool.close()
 
 
-def test_workers_ignore_signals_use_one_thread_and_load_no_deepspeed():
+def test_workers_ignore_signals_use_one_thread_and_load_neither_deepspeed_nor_the_compiler():
     pool = WorkerPool(worker_facts, 1, 2)
     pool.wait()
     (facts,) = pool.run([0])
