@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import difflib
 import functools
@@ -97,12 +98,18 @@ def _unknown(name: str, known: Collection[str], key: str, origin: Origin) -> str
 def parse_yaml(text: str, name: str) -> Any:
     """YAML with floats such as `1e-3` read as numbers and doubled keys refused. Raises BadInput."""
     try:
-        return yaml.load(text, _Loader)
+        return copy.deepcopy(_parsed(text))
     except yaml.YAMLError as e:
         mark = getattr(e, "problem_mark", None)
         at = f" line {mark.line + 1}:" if mark else ""
         problem = getattr(e, "problem", None) or one_line(e)
         raise BadInput(f"{name}:{at} not valid YAML ({problem}). Check indentation, colons and quotes there.") from e
+
+
+@functools.lru_cache(maxsize=32)
+def _parsed(text: str) -> Any:
+    """One command reads the recipe of an adapter up to four times, and each takes some milliseconds."""
+    return yaml.load(text, _Loader)
 
 
 class _Loader(yaml.SafeLoader):

@@ -147,6 +147,15 @@ def test_a_file_that_is_no_mapping_is_refused(tmp_path, text, word):
     assert str(path) in line and word in line
 
 
+def test_what_is_done_to_a_recipe_that_was_read_does_not_reach_the_next_reader(write):
+    path = write(data={"sources": [{"dir": "a"}]})
+    raw, _ = recipes.read(path, ["data.sources.0.dir=b"])
+    raw["data"]["sources"].append("c")
+    assert recipes.read(path, [])[0]["data"]["sources"] == [{"dir": "a"}]
+    path.write_text(path.read_text().replace("dir: a", "dir: d"))
+    assert recipes.read(path, [])[0]["data"]["sources"] == [{"dir": "d"}]
+
+
 def test_a_missing_or_binary_file_is_refused(tmp_path):
     assert "No such file" in refusal(tmp_path / "none.yaml")
     (tmp_path / "b.yaml").write_bytes(b"\xff\xfe\x00\x80")
