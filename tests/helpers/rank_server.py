@@ -26,11 +26,12 @@ from typing import Any
 
 import psutil
 
+from mmpeft_ds import console
 from tests.helpers import ROOT, namespaces
 
 # Everything that takes long to import, and nothing that starts a thread or joins a process group.
 IMPORTS = (
-    "deepspeed.runtime.zero.muon.muon_optimizer",  # with torch's compiler; every engine imports it
+    "deepspeed.runtime.zero.muon.muon_optimizer",  # every engine imports it
     "deepspeed.runtime.zero.stage3",
     "deepspeed.runtime.zero.stage_1_and_2",
     "mmpeft_ds.engine.trainer",
@@ -70,8 +71,9 @@ def ranks() -> list[psutil.Process]:
 def serve() -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what an import prints is no answer
-    for module in IMPORTS:
-        importlib.import_module(module)
+    with console.quick_imports():  # as launchers do: without torch's compiler, which few runs use
+        for module in IMPORTS:
+            importlib.import_module(module)
     # DeepSpeed collects garbage for every engine: it need not look at what was imported.
     gc.collect()
     gc.freeze()
