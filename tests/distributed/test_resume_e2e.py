@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import threading
 import time
 from pathlib import Path
 
@@ -14,8 +15,8 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from tests.helpers import ROOT, launch
-from tests.helpers.runs import tiny_vqa
+from tests.helpers import ROOT, kills, launch, rank_server
+from tests.helpers.runs import endless, tiny_vqa
 
 pytestmark = [pytest.mark.distributed, pytest.mark.alone]
 TRAIN = ROOT / "launchers" / "train.py"
@@ -68,11 +69,9 @@ def untouched(folder) -> list[dict]:
 @pytest.fixture(scope="module")
 def killed(folder, untouched) -> Path:
     """State of a run after kill -9 of rank 1 beyond step 5; copies of it are continued by the tests."""
-    with launch.Launch(TRAIN, *arguments(folder, "killed"), ranks=2) as launched:
-        wait_for_steps(folder, "killed", 6, launched)
-        launched.ranks()[1].kill()
-        result = launched.wait(LIMIT)
-    assert result.code != 0 and not result.killed, result.tail()
+    kill = kills.Kill("stepping", "rank 1", 5.0)
+    result = kills.run(kill, folder / "killed", TRAIN, *arguments(folder, "killed"))
+    assert kill.done and not result.killed and 0 not in result.codes, result.tail()
     assert "Traceback" not in result.output, result.tail()  # the other rank says in a line that it lost one
     assert not (folder / "killed" / "finished.json").exists()
     return folder / "killed"
@@ -94,7 +93,7 @@ def test_the_untouched_run_did_all_steps(untouched):
 
 
 def test_killed_then_stopped_twice_continues_to_the_bit(folder, untouched, killed):
-    """kill -9 of a rank, then SIGTERM to `deepspeed` alone, then SIGTERM to the whole group, then to the end."""
+    """kill -9 of a rank, then SIGTERM to `deepspeed` alone, then SIGTERM to the ranks and workers, then to the end."""
     run = "stopped"
     shutil.copytree(killed, folder / run)
     # to the launcher alone: it dies of it, and its ranks have to notice
@@ -105,12 +104,9 @@ def test_killed_then_stopped_twice_continues_to_the_bit(folder, untouched, kille
     assert result.code == -signal.SIGTERM and not result.killed, result.tail()
     assert_stopped_cleanly(folder / run, result)
     assert " is gone)" in result.output, result.tail()
-    # to the group, with loader processes
-    with launch.Launch(TRAIN, *arguments(folder, run, GRACE, "data.workers=1"), ranks=2) as launched:
-        wait_for_steps(folder, run, 2, launched)
-        os.killpg(launched.session, signal.SIGTERM)
-        result = launched.wait(LIMIT)
-    assert not result.killed, result.tail()
+    # to every rank with its loader processes; test_stop_in_evaluation.py has the group of a launcher
+    result = stopped_with_its_workers(folder, run)
+    assert not result.killed and not any(result.codes), result.tail()
     assert_stopped_cleanly(folder / run, result)
     stopped_at = rows(folder, run)[-1]["step"]
     result = launch.run_forked(TRAIN, *arguments(folder, run))
@@ -119,6 +115,21 @@ def test_killed_then_stopped_twice_continues_to_the_bit(folder, untouched, kille
     assert exact(rows(folder, run)) == exact(untouched)
     ours, theirs = (load_file(folder / r / "adapter" / "adapter_model.safetensors") for r in (run, "untouched"))
     assert ours.keys() == theirs.keys() and all((ours[k] == theirs[k]).all() for k in ours)
+
+
+def stopped_with_its_workers(folder: Path, run: str) -> launch.Result:
+    step = rows(folder, run)[-1]["step"] + 2
+
+    def stop() -> None:
+        endless.reach(folder / run, step, lambda: True, LIMIT)
+        for rank in rank_server.ranks():
+            os.killpg(rank.pid, signal.SIGTERM)
+
+    beside = threading.Thread(target=stop)
+    beside.start()
+    result = launch.run_forked(TRAIN, *arguments(folder, run, GRACE, "data.workers=1"), timeout=LIMIT)
+    beside.join()
+    return result
 
 
 def assert_stopped_cleanly(run: Path, result: launch.Result) -> None:
