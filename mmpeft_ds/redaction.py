@@ -72,7 +72,7 @@ def portable(value: Any, directory: Path) -> Any:
 
 
 def named(value: Any) -> Any:
-    """A JSON-able value of which every absolute path is its last part alone, and `masked`: for what nobody opens."""
+    """A JSON-able value, `masked`, with only the last part of every absolute path: for paths that are not opened."""
     return _mapped(value, lambda text: Path(text).name if os.path.isabs(text) else masked(text))
 
 

@@ -106,7 +106,7 @@ def watching() -> Iterator[Watch]:
 
 
 class Watch:
-    """The signals and launchers of this process, in the eyes of a thread: the main one may wait in a collective.
+    """Watches the signals and launchers of this process from a thread, since the main one may wait in a collective.
 
     Attributes:
         flag: the run that ends its step first.
@@ -241,7 +241,7 @@ _forking = threading.local()
 
 
 def _hold() -> None:
-    """Before a fork: signals wait, so that the child has none before it has forgotten its parent's handlers."""
+    """Before a fork: block signals, so that none reaches the child while it still has the handlers of its parent."""
     _forking.mask = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
 
 
@@ -250,7 +250,7 @@ def _go_on() -> None:
 
 
 def _forget() -> None:
-    """In a forked child: a signal to it is none to its parent."""
+    """In a forked child: drop the handlers of the parent, so that a signal to the child does not end the run."""
     if Watch.running is not None:
         Watch.running.restore()
     _go_on()

@@ -27,8 +27,8 @@ def is_scorable(head: nn.Module | None) -> bool:
 
 
 def biased_logits(head: nn.Module, states: Tensor, bias: Tensor) -> Tensor:
-    """(T, S, V) what `head` makes of `states`, plus `bias`, (V,) or (1, V), that belongs to no layer; for models whose
-    checkpoints have such a one. Within `scored` it enters the scores."""
+    """(T, S, V) logits `head(states)` plus `bias`, (V,) or (1, V), for models whose checkpoints have a bias that
+    belongs to no layer. Within `scored` the bias enters the scores."""
     # peft may have wrapped the layer that computes
     scorers = [f for m in head.modules() if isinstance(f := vars(m).get("forward"), _Scorer)]
     if not scorers:

@@ -114,7 +114,7 @@ class Cluster:
 def cluster(
     nodes: int, gpus: int, hbm: float | None, card: str = "h100", link: float | None = None, nic: float | None = None
 ) -> Cluster:
-    """A cluster; what is None is the card's, or 50 GB/s of network for each GPU (400 Gb/s). Raises BadInput."""
+    """A cluster; None means the card's value, and for `nic` 50 GB/s (400 Gb/s) for each GPU. Raises BadInput."""
     known = CARDS.get(card, CARDS["h100"])
     hbm, link = (own if given is None else given for given, own in ((hbm, known.hbm), (link, known.link)))
     return Cluster(nodes, gpus, hbm, card, link, 50.0 * max(1, gpus) if nic is None else nic)

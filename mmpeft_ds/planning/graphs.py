@@ -94,8 +94,8 @@ def _graph(nodes: Nodes, edges: int, degree: Tensor, exchange: str, repeated: bo
 
 
 def adjacency(self: Graph, dtype: torch.dtype, rank: int | None = None) -> Tensor:
-    """`Graph.adjacency` with the tensors of a sparse matrix; the product is that of a dense one, in whose place
-    nothing is held."""
+    """`Graph.adjacency` with the tensors of a sparse matrix; the product is counted as that of a dense one, without
+    the memory of a dense matrix."""
     if (dtype, rank) not in self._adjacency:
         columns = self.num_sources if rank is None else self.counts[rank]
         source = self.source if rank is None else self.source.clone()  # a part of them has numbers of its own

@@ -54,8 +54,8 @@ def simulated(ranks: int, neighbours: float) -> Iterator[None]:
 
 
 def sure(mask: Tensor) -> bool:
-    """`host_copies.surely_all` of a mask on a GPU, which nobody waits for. Here features that came as bytes have no
-    values, but those of the memory that they lie in."""
+    """`host_copies.surely_all` of a mask on a GPU, whose values the host does not wait for. In a plan the mask has
+    arbitrary values, so it must not be read."""
     return False
 
 

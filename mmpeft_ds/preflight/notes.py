@@ -84,8 +84,8 @@ class Notes:
         return json.loads(self.store.get(name))
 
     def collect(self, name: str, ranks: Collection[int]) -> dict[int, Any]:
-        """On rank 0, what `ranks` write under `name`/rank: of those that do so before nobody has given a sign of life
-        for `patience` seconds."""
+        """On rank 0, what each of `ranks` has written under `name`/rank. Ends when all have, or when no rank has given
+        a sign of life for `patience` seconds; ranks that have not written by then are absent."""
         notes: dict[int, Any] = {}
         work, since, pause = -1, time.monotonic(), 0.01
         while len(notes) < len(ranks) and time.monotonic() - since < self.patience:

@@ -81,7 +81,7 @@ def typed(
 
 
 def _unknown(name: str, known: Collection[str], key: str, origin: Origin) -> str:
-    """The message about a key that nobody reads."""
+    """The message about an unknown key."""
     position = _join(key, name)
     former = origin.replaced.get(f"{key}.name")
     if former and position not in origin.overrides:

@@ -77,8 +77,8 @@ class Condition:
         own_mask: (B, L) bool mask of the tower's own tokens, for layers that pool their own input.
         encoder: (B, n, d) states that cross-attention reads, and `encoder_mask` (B, n).
         read: (B, L) bool, the one position of each row whose final state is read; None: all may be.
-        kept: (N,) where the positions that `own_mask` keeps stand in (B * L,), so that layers may leave the others out
-            of what treats every position alone; None: nobody may.
+        kept: (N,) indices into (B * L,) of the positions that `own_mask` keeps. Layers may skip the others in
+            computations that treat each position by itself. None: they may not.
         frame_weights: (B, T) how much each of the T frames counts whose tokens stand one after the other in what
             cross-attention reads; the keys of an adapted cross-attention are multiplied by it.
         kinds: (B, L) int64, of each position of a language model that reads images in its sequence: MEDIA, a token of

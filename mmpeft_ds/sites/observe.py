@@ -168,7 +168,7 @@ def _observer(core: nn.Module, site: AttentionSite) -> Callable[..., None]:
 
 @functools.cache
 def _observer_of(kind: type) -> tuple[Callable[..., None] | None, str]:
-    """The function for a class of attention, if there is one, and why there is none."""
+    """The function that observes a class of attention, or None; and the reason to give where it is None."""
     names = [c.__name__ for c in kind.__mro__]
     none = f"class {names[0]} cannot be observed: it calls no attention registry"
     for name in names:

@@ -38,7 +38,8 @@ def once(owner: Hashable, place: Any, of_all: Callable[[], Any], alone: Callable
     Args:
         of_all: gives what all layers ask for, tensors that depend on parameters alone, by place. Its graph is there
             once for all callers.
-        alone: gives what this one asks for: what nobody keeps is not computed for the others.
+        alone: gives the value for this layer only; called where results are not kept, so that the values of the other
+            layers are not computed in vain.
     """
     computed, key = _values.get(), (owner, torch.is_grad_enabled())
     if computed is not None and key in computed:

@@ -101,7 +101,7 @@ def records(path: Path) -> Iterator[Any]:
 
 
 def json_value(path: Path, make: Callable[[list[tuple[str, Any]]], dict] = dict) -> Any:
-    """The value of a small JSON file, whose objects are what `make` makes of their pairs. Raises BadInput."""
+    """The value of a small JSON file; `make` builds each object from its pairs. Raises BadInput."""
     try:
         return json.loads(path.read_text("utf-8-sig"), object_pairs_hook=make)
     except (OSError, ValueError, RecursionError) as error:

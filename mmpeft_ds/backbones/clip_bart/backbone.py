@@ -201,7 +201,7 @@ class ClipBartBackbone(BackboneBase):
         return collated(tensors, asked, said)
 
     def dummy(self, modality: str) -> Any:
-        """As of every backbone; of stored features zeros."""
+        """As for every backbone, but zeros in place of stored features."""
         if modality == "text" or self.options.vision:
             return super().dummy(modality)
         return torch.zeros(max(self.options.grid, 1) ** 2, self.options.feature_width)

@@ -15,7 +15,7 @@ def kinds_of(keep: Tensor, media: Tensor, labels: Tensor | None) -> Tensor:
 
     Args:
         keep, media: (T, L) bool, what holds a token, and what holds one of an image or a video.
-        labels: (T, L), -100 where nothing is asked: all before the first that is none is prompt; None: all is.
+        labels: (T, L), -100 = no label. The positions before the first label are the prompt; None: all positions are.
     """
     prompt = keep if labels is None else keep & ((labels != -100).cumsum(1) == 0)
     before = (media & prompt).flip(1).cumsum(1).flip(1) > 0  # something of an image is still to come

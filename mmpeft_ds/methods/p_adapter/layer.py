@@ -297,7 +297,7 @@ class FFNInput:
     t: Tensor
 
     def close(self) -> None:
-        """Nothing to take back."""
+        """Nothing to undo: this object holds tensors alone."""
 
 
 def node_channels(site: AttentionSite, width: int, config: PAdapterConfig) -> int:

@@ -130,8 +130,8 @@ def loss_weights(targets: list[Any]) -> torch.Tensor:
 
 
 def soft_scores(asked: Asked, known: dict[str, Any] | None) -> dict[str, float]:
-    """Answer -> soft score, highest first; with `known`, only answers of it. Without published scores an answer that
-    is none of it counts as the one that it normalises to."""
+    """Answer -> soft score, highest first; with `known`, only the answers in it. Without published scores an answer
+    that is not in it counts as the answer that it normalises to."""
     if asked.scores is not None:
         listed = {answer: score for answer, score in asked.scores.items() if known is None or answer in known}
         return dict(sorted(listed.items(), key=lambda item: -item[1]))
