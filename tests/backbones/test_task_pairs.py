@@ -11,16 +11,9 @@ from mmpeft_ds.engine.assembly.forward import answer, forward
 from mmpeft_ds.errors import BadInput
 from mmpeft_ds.fitting import chosen, settings
 from tests.helpers import ROOT
+from tests.helpers.data.task_record import RECORD
 from tests.helpers.models import tiny_blip
 from tests.helpers.models.tiny_backbones import LABELS, MAKERS
-
-RECORD = {
-    "questions": [{"question": "is it red", "answers": ["yes", "no"]}, {"question": "what is it", "answers": ["red"]}],
-    "captions": ["a red circle", "is it round"],
-    "label": 1,
-    "class_name": "no",
-    "conversations": [{"from": "human", "value": "what is it"}, {"from": "gpt", "value": "a circle"}],
-}
 
 
 def make_blip(form):

@@ -14,15 +14,9 @@ from mmpeft_ds import registry, tasks
 from mmpeft_ds.data.batch import Prompted, Sample, pack
 from mmpeft_ds.tasks.base import TaskBase
 from mmpeft_ds.tasks.common.options import TaskOptions
+from tests.helpers.data.task_record import RECORD
 
 LABELS = ["yes", "no", "red", "2"]
-# One sample of each kind of data; a task reads the one that has its fields.
-RECORD = {
-    "questions": [{"question": f"is it {i}?", "answers": ["yes"]} for i in range(3)],
-    "captions": ["a red circle", "a circle"],
-    "label": 2,
-    "conversations": [{"from": "human", "value": "what is it?"}, {"from": "gpt", "value": "a circle"}],
-}
 REQUIRED = {"read", "loss", "predict", "score"}
 
 
@@ -44,7 +38,7 @@ def test_every_entry_documents_its_options(name):
 def test_it_is_of_the_base_class_and_says_what_is_best(task):
     assert isinstance(task, TaskBase)
     assert task.better in ("max", "min") and task.main_metric
-    assert not set(task.fields) - set(RECORD), "add the fields of the task to RECORD"
+    assert not set(task.fields) - set(RECORD), "add the fields of the task to tests/helpers/data/task_record.py"
     whole = [getattr(type(task), name) is not getattr(TaskBase, name) for name in ("collect", "conclude")]
     assert whole == [task.concludes] * 2
 
