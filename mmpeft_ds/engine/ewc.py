@@ -184,27 +184,8 @@ def _compare(
     path: Path, key: str, shapes: dict[str, tuple[int, ...]], now: dict[str, str], options: EwcOptions
 ) -> tuple[list[str], list[str]]:
     """Names that the file has in the shapes of the model, and a summary in lines. Raises BadInput."""
-    metadata = _metadata(path, key)
-    base = json.loads(metadata["base"])
-    wrong = sorted(name for name in base.keys() & now.keys() if base[name] != now[name])
-    if wrong or (base and not base.keys() & now.keys()):
-        first = wrong[0] if wrong else min(base)
-        raise BadInput(
-            f"{key}: {path}: belongs to another base model: frozen {first} is {now.get(first, 'absent')}, was "
-            f"{base[first]}. Give the file of a run on this base."
-        )
-    with safe_open(path, "pt") as file:
-        both = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-    stored, fisher = (
-        {name.removeprefix(kind): shape for name, shape in both.items() if name.startswith(kind)}
-        for kind in ("anchor.", "fisher.")
-    )
-    if unpaired := sorted(name for name in stored.keys() | fisher.keys() if stored.get(name) != fisher.get(name)):
-        name = unpaired[0]
-        raise BadInput(
-            f"{key}: {path}: is damaged: the anchor of {name} has shape {stored.get(name, 'absent')}, its Fisher "
-            f"information {fisher.get(name, 'absent')}. Write it again with launchers/fisher.py."
-        )
+    _check_base(path, key, json.loads(_metadata(path, key)["base"]), now)
+    stored = _stored_shapes(path, key)
     known = [name for name, shape in shapes.items() if stored.get(name) == shape]
     changed = [name for name, shape in shapes.items() if name in stored and stored[name] != shape]
     absent = [name for name in stored if name not in shapes]
@@ -229,6 +210,34 @@ def _compare(
             more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
             summary.append(f"EWC: {what}: {', '.join(names[:LISTED])}{more}")
     return known, summary
+
+
+def _check_base(path: Path, key: str, base: dict[str, str], now: dict[str, str]) -> None:
+    """Raise BadInput where the fingerprints of the frozen base, by tensor, are not those that the file was made on."""
+    wrong = sorted(name for name in base.keys() & now.keys() if base[name] != now[name])
+    if wrong or (base and not base.keys() & now.keys()):
+        first = wrong[0] if wrong else min(base)
+        raise BadInput(
+            f"{key}: {path}: belongs to another base model: frozen {first} is {now.get(first, 'absent')}, was "
+            f"{base[first]}. Give the file of a run on this base."
+        )
+
+
+def _stored_shapes(path: Path, key: str) -> dict[str, tuple[int, ...]]:
+    """Shape of each anchor of the file. Raises BadInput where its Fisher information has another one."""
+    with safe_open(path, "pt") as file:
+        both = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    stored, fisher = (
+        {name.removeprefix(kind): shape for name, shape in both.items() if name.startswith(kind)}
+        for kind in ("anchor.", "fisher.")
+    )
+    if unpaired := sorted(name for name in stored.keys() | fisher.keys() if stored.get(name) != fisher.get(name)):
+        name = unpaired[0]
+        raise BadInput(
+            f"{key}: {path}: is damaged: the anchor of {name} has shape {stored.get(name, 'absent')}, its Fisher "
+            f"information {fisher.get(name, 'absent')}. Write it again with launchers/fisher.py."
+        )
+    return stored
 
 
 def _read(

@@ -82,20 +82,7 @@ def parameter_groups(
         # One group where nothing differs: half the collectives of ZeRO's per-group reductions.
         members.setdefault((muon, lr / optim.lr if optim.lr else 1.0, decay), []).append(parameter)
     _refuse_idle([p for p, count in taken.items() if not count], trainables, recipe)
-    if for_muon:
-        raise BadInput(
-            f"{where(recipe, 'optim.groups')}: {min(for_muon)!r} gives muon no matrix. Leave out its optimizer, or "
-            "use a pattern that fits matrices."
-        )
-    if optim.lora_plus and not any(".lora_B." in name for name in trainables):
-        raise BadInput(
-            f"{where(recipe, 'optim.lora_plus')}: is for LoRA, and nothing named lora_B trains. Leave it out."
-        )
-    if optim.name == "muon" and trainables and not any(muon for muon, *_ in members):
-        raise BadInput(
-            f"{where(recipe, 'optim.name')}: muon steps matrices that map hidden vectors, and none trains. Use adamw, "
-            "or name other matrices in optim.groups with optimizer: muon."
-        )
+    _refuse_without_matrix(recipe, trainables, for_muon, any(muon for muon, *_ in members))
     ordered = sorted(members.items(), key=lambda item: item[0][2] == 0)
     return [
         {
@@ -134,6 +121,32 @@ def _refuse_idle(patterns: list[str], trainables: dict[str, nn.Parameter], recip
         raise BadInput(
             f"{where(recipe, 'optim.groups')}: {pattern!r} fits no trained parameter, or only such as an earlier "
             f"pattern has taken. They are named like {', '.join(like or list(trainables)[:1])}."
+        )
+
+
+def _refuse_without_matrix(
+    recipe: Recipe, trainables: dict[str, nn.Parameter], for_muon: set[str], muon_steps: bool
+) -> None:
+    """Raise BadInput where an option is for matrices of a kind that does not train.
+
+    Args:
+        for_muon: patterns of `optim.groups` that name Muon and fit no matrix.
+        muon_steps: whether Muon has any matrix to step.
+    """
+    optim = recipe.optim
+    if for_muon:
+        raise BadInput(
+            f"{where(recipe, 'optim.groups')}: {min(for_muon)!r} gives muon no matrix. Leave out its optimizer, or "
+            "use a pattern that fits matrices."
+        )
+    if optim.lora_plus and not any(".lora_B." in name for name in trainables):
+        raise BadInput(
+            f"{where(recipe, 'optim.lora_plus')}: is for LoRA, and nothing named lora_B trains. Leave it out."
+        )
+    if optim.name == "muon" and trainables and not muon_steps:
+        raise BadInput(
+            f"{where(recipe, 'optim.name')}: muon steps matrices that map hidden vectors, and none trains. Use adamw, "
+            "or name other matrices in optim.groups with optimizer: muon."
         )
 
 
