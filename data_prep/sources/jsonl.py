@@ -24,7 +24,7 @@ from collections import Counter
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -42,6 +42,7 @@ from data_prep.sources.common.json_lines import (
     questions_of,
     type_key,
 )
+from data_prep.sources.common.line_checks import SHOWN, Film, LineChecks
 from data_prep.sources.common.unknown_keys import check_unknown
 from data_prep.sources.common.videos import check_options, with_videos
 from mmpeft_ds.data import video_files
@@ -49,9 +50,8 @@ from mmpeft_ds.data.formats import STORED_SUFFIXES
 from mmpeft_ds.data.parsing import npy_array
 from mmpeft_ds.data.video import times_of
 from mmpeft_ds.data.video_files import ENDINGS, QUALITY, Frames
-from mmpeft_ds.errors import BadInput, BadSample, counted
+from mmpeft_ds.errors import BadInput, BadSample
 
-SHOWN = 20
 EACH = 64  # of so many lines the place of one is kept
 MAX_CLASSES = 1_000_000
 CONTENT = ("caption", "captions", "question", "questions", "label", "conversations")
@@ -91,14 +91,6 @@ class Options:
     licence: str = "unknown"
 
 
-@dataclass
-class Film:
-    """A video of a line: its file, or the files of its frames with their times in seconds."""
-
-    files: list[Path]
-    times: list[float] | None = None
-
-
 class Jsonl(Source):
     Options = Options
 
@@ -115,11 +107,7 @@ class Jsonl(Source):
 
     def splits(self) -> list[str]:
         """Reads every line and looks for every image before anything is written."""
-        problems: list[str] = []
-        missing: dict[str, str] = {}
-        extra: Counter[str] = Counter()
-        arrays: dict[int, Path] = {}  # number of rows -> the first array that has so many
-        seen: set[Path] = set()
+        checks = LineChecks()
         for split, files in self._files.items():
             for file in files:
                 for number, line in _lines(file):
@@ -127,35 +115,14 @@ class Jsonl(Source):
                         images, record, videos = self._parse(line, file, split)
                         check_storable(record)
                     except ValueError as error:
-                        problems.append(f"{file}:{number}: {error}")
+                        checks.problems.append((f"{file}:{number}", str(error)))
                         continue
-                    extra.update(extra_keys(record))
-                    for path in chain(images, *(film.files for film in videos)):
-                        if path.suffix == ".npy" and path.is_file():
-                            try:
-                                arrays.setdefault(feature_rows.number_of(path), path)
-                            except (OSError, ValueError) as error:
-                                unread = f"{path}: cannot be read as an array ({error}). Store it with numpy.save."
-                                missing[str(path)] = f"{file}:{number}: {unread}"
-                        if str(path) not in missing and not path.is_file():
-                            missing[str(path)] = f"{file}:{number}: {path} does not exist"
-                    for path in (film.files[0] for film in videos if film.times is None):
-                        if path not in seen and path.is_file() and (wrong := video_files.problem(path)):
-                            problems.append(f"{file}:{number}: {path}: {wrong}")
-                        seen.add(path)
-        problems += missing.values()
-        for problem in problems[:SHOWN]:
-            print(problem, file=sys.stderr)
-        if problems:
-            more = f", {SHOWN} of them shown above" if len(problems) > SHOWN else ", shown above"
-            names = " ".join(str(f) for files in self._files.values() for f in files)
-            raise BadInput(
-                f"{names}: {counted(len(problems), 'problem')}{more}. Nothing was written. Mend these lines or remove "
-                "them."
-            )
-        feature_rows.check({rows: path for rows, path in arrays.items() if rows > 1}, self.options.features_are)
-        if extra:
-            kept = ", ".join(f"{key} ({count:,})" for key, count in extra.most_common(SHOWN))
+                    checks.extra.update(extra_keys(record))
+                    checks.look_for(f"{file}:{number}", images, videos)
+        checks.refuse(" ".join(str(f) for files in self._files.values() for f in files))
+        feature_rows.check({rows: path for rows, path in checks.arrays.items() if rows > 1}, self.options.features_are)
+        if checks.extra:
+            kept = ", ".join(f"{key} ({count:,})" for key, count in checks.extra.most_common(SHOWN))
             print(f"kept under `extra`, which no task reads: {kept}", file=sys.stderr)
         return list(self._files)
 

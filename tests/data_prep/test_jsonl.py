@@ -298,6 +298,15 @@ def test_missing_images_are_listed_once_and_a_long_list_is_cut(jsonl, tmp_path, 
     assert len(shown) == 20 and shown[0].startswith(f"{path}:1: ")
 
 
+def test_the_same_mistake_in_many_lines_is_one_line_that_counts_them(jsonl, tmp_path, capsys):
+    path = jsonl(*[{"image": "0.png", "captoins": ["x"]} for _ in range(30)], {"image": "0.png", "caption": 3})
+    with pytest.raises(BadInput, match="31 problems, shown above"):
+        prepare.main(["jsonl", "--out", str(tmp_path / "out"), "--train", str(path)])
+    same, other = capsys.readouterr().err.splitlines()
+    assert same.startswith(f"{path}:1: ") and "'captoins'" in same and same.endswith(" (so in 29 further lines)")
+    assert other.startswith(f"{path}:31: ") and "further" not in other
+
+
 def test_no_file_and_an_empty_file_are_refused(jsonl, tmp_path):
     out = ["jsonl", "--out", str(tmp_path / "out")]
     with pytest.raises(BadInput, match="--train FILE"):
