@@ -46,7 +46,7 @@ COMMON = {
 ALLOWED = {
     "ops": set(),
     "metrics": set(),
-    "data": set(),
+    "data": {"console"},
     "sites": set(),
     "recipe": {"data.options", "backbones.__init__", "methods.__init__", "tasks.__init__"},
     "distributed": {"ops"},
