@@ -235,9 +235,9 @@ def test_a_lost_host_is_done_without_and_taken_in_when_it_returns(tmp_path, lost
 
         supervisors = [start(host) for host in two.all]
         trains_on(2, 1)
+        alone = two.output().count(", on 1 rank at") + 1
         subprocess.run(two[lost].command("kill", "-9", "-1"), check=False, capture_output=True)
         supervisors[lost].wait(LIMIT)
-        alone = two.output().count(", on 1 rank at") + 1
         trains_on(1, alone)
         start(two[lost])
         trains_on(2, 2)
