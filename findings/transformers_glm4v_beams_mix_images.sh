@@ -7,7 +7,7 @@
 #   second B twice. Where the images differ in size, they are cut in the wrong places. Nothing is said, since the number of
 #   features fits. Qwen2-VL and the shared code repeat the images of a prompt as a group (A, B, A, B), as a comment there explains.
 # Source: Glm4vForConditionalGeneration._expand_multimodal_outputs (repeat_interleave), an override that glm46v, glm4v_moe, glm_ocr and
-#   glm5_next copy, against transformers.generation.utils.GenerationMixin._expand_multimodal_outputs.
+#   glm5_next copy, and granite4_vision for its own features; against transformers.generation.utils.GenerationMixin._expand_multimodal_outputs.
 # Who is hurt: beam search and pass@k on questions about several images or pages; greedy answers of the same model are right.
 . "$(dirname "$0")/_lib.sh"
 pins torch==2.13.0 transformers==5.23.0
