@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from PIL import Image
-from transformers import CONFIG_MAPPING, CLIPImageProcessorPil, Idefics3Processor
+from transformers import CONFIG_MAPPING, CLIPImageProcessorPil, GenerationMixin, Idefics3Processor
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as MAPPING_NAMES
 from transformers.models.smolvlm.processing_smolvlm import get_image_prompt_string
 
@@ -140,6 +140,8 @@ def test_generated_text_is_that_of_the_stock_class(folder, beams):
     ends = dict(pad_token_id=0, eos_token_id=backbone._tokenizer.eos_token_id, do_sample=False)
     ends |= dict(suppress_tokens=media_ids(backbone._config))
     samples = samples_of(backbone, TWO, ONE, TALK)
+    # findings/transformers_glm4v_beams_mix_images.sh; test_sequences.py has what is right
+    mixes = type(reference)._expand_multimodal_outputs is not GenerationMixin._expand_multimodal_outputs
     got = backbone.generate(model, batch(backbone, *samples), **options)
     for written, (images, text) in zip(got, of_texts(samples), strict=True):
         inputs = stock_inputs(backbone, images, text, answer=False)
@@ -147,6 +149,8 @@ def test_generated_text_is_that_of_the_stock_class(folder, beams):
         if beams > 1 and images and (lacking := family_traits.lacking("beams", backbone._config.model_type)):
             with pytest.raises(ValueError, match=lacking.said):
                 reference.generate(**inputs, **ends, **options)
+            continue
+        if beams > 1 and len(images) > 1 and mixes:
             continue
         ids = reference.generate(**inputs, **ends, **options)[:, length:]
         assert written == backbone._spelling.decode_all(ids.tolist(), None)[0]

@@ -121,6 +121,26 @@ class ImageFeatures:
         return output
 
 
+class Outputs(dict[str, Any]):
+    """The model's argument `mm_encoder_outputs`, which can be had for several sequences of each text.
+
+    Args:
+        make: the argument for numbers of images and videos in the order in which texts read them.
+        media: these numbers.
+        by_text: the same by text.
+    """
+
+    def __init__(
+        self, make: Callable[[list[int]], dict[str, Any]], media: list[int], by_text: Callable[[], list[list[int]]]
+    ):
+        super().__init__(make(media))
+        self._make, self._by_text = make, by_text
+
+    def repeated(self, times: int) -> dict[str, Any]:
+        """For `times` sequences of each text, one after the other: all images of a text, and then all again."""
+        return self._make([i for text in self._by_text() for i in text * times])
+
+
 def is_part(name: str) -> bool:
     """Whether a value of an image is of its features."""
     return name in (ROWS, PART) or name.startswith(DEEP)
@@ -182,6 +202,17 @@ class MediaFeatures:
             pairs = (("image", self.images, of_images), ("video" if self.apart else "image", self.videos, of_videos))
             return {name: features.read_as(chosen) for name, features, chosen in pairs if chosen}
         return {"image": self._joined().read_as(media)}
+
+    def by_text(self, media: Sequence[int], tokens: Sequence[int]) -> list[list[int]]:
+        """`media`, as all texts read them one after the other, by text; `tokens` of them stand in each text."""
+        left, texts = iter(media), []
+        for missing in tokens:
+            own: list[int] = []
+            while missing > 0:
+                own.append(next(left))
+                missing -= sum(self.runs[own[-1]])
+            texts.append(own)
+        return texts
 
     def _joined(self) -> ImageFeatures:
         """Images and videos as if all were images."""

@@ -28,7 +28,7 @@ from mmpeft_ds.backbones.common.stock import Publishing
 from mmpeft_ds.backbones.common.text_row import TextRow
 from mmpeft_ds.backbones.mllm import alike, first_forward, patch_products
 from mmpeft_ds.backbones.mllm.families.base import Family
-from mmpeft_ds.backbones.mllm.image_features import ImageFeatures, MediaFeatures
+from mmpeft_ds.backbones.mllm.image_features import ImageFeatures, MediaFeatures, Outputs
 from mmpeft_ds.backbones.mllm.processing import TOKEN_RUNS
 from mmpeft_ds.backbones.mllm.unread_blocks import UnreadBlocks
 from mmpeft_ds.host_copies import both, on_host, to_device
@@ -303,9 +303,28 @@ class ImageText(Publishing):
                     of_runs = torch.cat([rows_of[i] for i in own.tolist()])
                     arguments[name] = both(lambda sizes, at=of_runs: sizes[at.to(sizes.device)], media[name])
         if len(rows):
-            read = features.read_as(rows.tolist())
-            arguments["mm_encoder_outputs"] = {kind: self.family.joined(output) for kind, output in read.items()}
+            media = rows.tolist()
+
+            def outputs(of: list[int]) -> dict[str, Any]:
+                return {kind: self.family.joined(output) for kind, output in features.read_as(of).items()}
+
+            def by_text() -> list[list[int]]:
+                return features.by_text(media, (on_host(widened.media_tokens) > 0).sum(1).tolist())
+
+            arguments["mm_encoder_outputs"] = Outputs(outputs, media, by_text)
         return arguments
+
+    def _expand_multimodal_outputs(
+        self, input_ids: Tensor, mm_encoder_output: dict[str, Any], expand_size: int = 1, **others: Any
+    ) -> dict[str, Any]:
+        """Features for `expand_size` sequences of each text, in transformers' `generate`.
+
+        Some families repeat image by image there, so that a sequence would read one image of its text several times
+        and others never; others count on tokens that images do not share with videos.
+        """
+        if isinstance(mm_encoder_output, Outputs):
+            return mm_encoder_output.repeated(expand_size)
+        return super()._expand_multimodal_outputs(input_ids, mm_encoder_output, expand_size, **others)
 
     def _media_kinds(self, widened: Widened) -> Tensor:
         """(T, S) `media_tokens`, with 1 also for what the processor counts to an image beside its features."""
