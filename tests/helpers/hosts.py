@@ -160,8 +160,10 @@ class Hosts:
     def _hold(self, name: str, setup: Sequence[str]) -> int:
         """A process that waits in new namespaces after `setup`; its number."""
         ready = self.folder / f"{name}.ready"
-        # The shell stays process 1 and collects orphans that end, as an init does; Slurm would wait for a zombie.
-        script = " && ".join([*setup, f"touch {shlex.quote(str(ready))}", "sleep infinity & wait"])
+        # The shell stays process 1 and collects orphans that end, as an init does; Slurm would wait for a zombie. It
+        # outlives the end of all others, `kill -9 -1`, which ends what it waits for as well.
+        stay = "while :; do sleep infinity & wait; done"
+        script = " && ".join([*setup, f"touch {shlex.quote(str(ready))}", stay])
         holder = subprocess.Popen([*NEW, "sh", "-c", script], stderr=subprocess.PIPE, text=True)
         self.holders.append(holder)
         end = time.monotonic() + 60

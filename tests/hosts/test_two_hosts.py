@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -68,6 +69,16 @@ def one_host(folder):
         return known[name, ranks]
 
     return of
+
+
+def test_a_host_stays_when_all_that_runs_on_it_is_killed_and_goes_with_its_power():
+    with hosts.Hosts(1) as one:
+        host = one[0]
+        subprocess.run(host.command("kill", "-9", "-1"), check=False)
+        assert subprocess.run(host.command("hostname"), capture_output=True, text=True).stdout == "hosta\n"
+        one.end(host)
+        one.holders[-1].wait(10)
+        assert subprocess.run(host.command("hostname"), capture_output=True).returncode  # negative control
 
 
 def test_three_tasks_of_slurm_on_unequal_nodes_train_as_on_one_host(folder, one_host):
