@@ -149,8 +149,7 @@ test: setup $(QUANTISED)/ready
 # took an hour by the clock in two rows of files, at load 10 to 43: packaged, memory_table, of distributed
 # several_tasks, own_pictures, odd_samples, heads_ranks, ga_net_run, ga_net_zero, lora_starts_ranks, peft_types_ranks,
 # muon_ranks, reading_ranks, ds_keys_ranks and plan_ranks, and of faults signals, run_directory, kills and odd_records;
-# half of study_ranks and most of supervise and unused_imports. Four of plan_ranks fail: of a k-NN graph and of HeGraph
-# with `shard: cache`, both at ZeRO-1, the plan foresees 11 to 15 per cent less memory than a rank holds.
+# half of study_ranks and most of supervise and unused_imports.
 # Not run: the captions of own_pictures, lora_eva_ranks, video_questions, modality_skew, peft_backbones_ranks, the table
 # of methods/test_peft_types, kills of quantised, and of faults elastic, full_outputs, fuzz, load, no_hang and stalls.
 # In parts, as `test`; the tests of quantised bases find their packages in the last one, and are left out before it.

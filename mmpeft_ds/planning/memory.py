@@ -32,7 +32,8 @@ def of_gradients(
     number = sum(t.numel for t in tensors if t.trained)
     own = GRADIENT * (share(number, layout.ranks) if layout.stage else number)
     most = max(_at(live, before, number, own, layout, micro_steps) for live, before in count.gradients)
-    if layout.stage == 0 or layout.reduces_together(number):  # the tensor that they are reduced as, beside them
+    one_tensor = layout.reduces_together(number)
+    if layout.stage == 0 or (layout.stage == 3 and one_tensor):  # the tensor that they are reduced as, beside them
         # At stage 3 this rank's part comes in a tensor of its own, and is added to the one that is always there.
         most = max(most, count.end + left + 2 * GRADIENT * number + (2 * own if layout.stage == 3 else 0))
     added = max(0, most - count.peak)
@@ -43,6 +44,8 @@ def _at(live: int, before: int, number: int, own: int, layout: Layout, micro_ste
     """Bytes at a moment before which so many elements of gradients have come."""
     buffers = GRADIENT * layout.bucket * layout.buckets
     later = micro_steps > 1  # gradients of the micro-step before are there from the beginning
+    if layout.stage == 1 and layout.reduces_together(number):  # one tensor of all of them is always there
+        return live + GRADIENT * number
     if layout.stage < 2:
         return live + GRADIENT * (number if later else before)
     if layout.stage == 2:  # DeepSpeed makes its buffers when the first gradient comes

@@ -43,9 +43,10 @@ MORE = [
     {"name": "stage3_packed", "zero": {"stage": 3, **SMALL}, "row": 150},
     {"name": "stage3_half", "zero": {"stage": 3, **SMALL}, "dtype": "bfloat16", "recompute": True},
 ]
+KNN = {"name": "knn", "zero": {"stage": 1}, "head": {"r": 40, "graph": "knn", "k": 4, "tau": -1.0}}
 HEADS = [
     {"name": "threshold", "zero": {"stage": 1}, "head": {"r": 40, "tau": 0.5}},
-    {"name": "knn", "zero": {"stage": 1}, "head": {"r": 40, "graph": "knn", "k": 4, "tau": -1.0}},
+    KNN,
     {"name": "mean", "zero": {"stage": 0}, "head": {"r": 40, "tau": 0.5, "normalisation": "mean"}},
     {"name": "threshold2", "zero": {"stage": 2}, "head": {"r": 40, "tau": 0.5}},
     {"name": "threshold3", "zero": {"stage": 3, **WHOLE}, "head": {"r": 40, "tau": 0.5}},
@@ -134,8 +135,8 @@ def assert_as_foreseen(folder: Path, case: dict, ranks: int) -> None:
 
 
 def test_two_ranks_send_and_hold_what_the_plan_says_and_not_what_it_says_of_another_stage(run):
-    folder = run(QUICK, 2)
-    for case in QUICK:
+    folder = run([*QUICK, KNN], 2)
+    for case in (*QUICK, KNN):
         assert_as_foreseen(folder, case, 2)
     for case, other in zip(QUICK, (3, 1), strict=True):  # negative control: a plan that ignores the stage
         wrong, found = Foreseen(folder, case, 2, other), measured(folder, case)
