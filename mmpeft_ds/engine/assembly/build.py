@@ -194,7 +194,8 @@ def started(resolved: Any, ranks: Ranks, model: nn.Module, ds_config: dict[str, 
     if stage == 3:
         stage3.keep_frozen(engine)
         stage3.gather_flat(engine)
-        stage3_gradients.reduce_flat(engine)
+        if not stage3_gradients.reduce_flat(engine):
+            stage3_gradients.forget_each_step(engine)
         stage3.list_parameters_once(model)
         stage3.list_modules_once(engine)
     return Built(engine, model, trainables, stage, fingerprints.of_frozen(model))

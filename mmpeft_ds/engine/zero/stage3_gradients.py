@@ -46,6 +46,26 @@ def reduce_flat(engine: Any) -> bool:
     return True
 
 
+def forget_each_step(engine: Any) -> None:
+    """Set the gradients that DeepSpeed keeps to zero after every step, where it reduces them itself.
+
+    It writes those of the parameters that a step reads, and adds to what is there from the second micro-batch on, so a
+    parameter that nobody reads would move by its gradient of an earlier step
+    (`findings/deepspeed_unused_parameter_old_gradient.sh`).
+    """
+    optimizer = engine.optimizer
+    clear = optimizer.zero_grad
+
+    def zero_grad(set_to_none: bool = True) -> None:
+        clear(set_to_none)
+        optimizer.grad_partitions_flat_buffer.zero_()
+        for part in optimizer.fp32_partitioned_groups_flat:
+            if part.grad is not None:  # in host memory, where the optimizer is offloaded
+                part.grad.zero_()
+
+    optimizer.zero_grad = zero_grad
+
+
 def _is_plain(engine: Any) -> bool:
     """Whether DeepSpeed itself would reduce all gradients in one call, in float32, and keep them on the device."""
     optimizer = engine.optimizer

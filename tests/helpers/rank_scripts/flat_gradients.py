@@ -1,8 +1,8 @@
 """Ranks of test_flat_gradients_ranks.py: gradients reduced as one tensor, and a step without DeepSpeed's timers and
 profilers, beside DeepSpeed's own.
 
-Every rank writes WORK/RANK.pt: for ZeRO-1 and 3, of `own` and `flat` the steps of `trained`; and what `unreached` and
-`skipped` saw.
+Every rank writes WORK/RANK.pt: for ZeRO-1 and 3, of `own` and `flat` the steps of `trained`; what `unreached` and
+`skipped` saw; and `left over`.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from torch import nn
 from mmpeft_ds.distributed.partitioned import gathered
 from mmpeft_ds.engine.zero import gradients, lean, stage1, stage3_gradients
 from mmpeft_ds.engine.zero import state as zero_state
+from tests.helpers.rank_scripts import checkpoint
 from tests.helpers.rank_scripts.checkpoint import batch, make
 
 deepspeed.init_distributed("gloo", auto_mpi_discovery=False, verbose=False)
@@ -89,6 +90,51 @@ def unreached(engine, trainables) -> dict[str, torch.Tensor]:
     return {"by rank 0": found[0], "by none": found[1]}
 
 
+def left_over(engine, trainables, micro: int) -> float:
+    """The largest gradient of the head's bias in a step whose first of `micro` micro-batches, or only one, does not
+    reach it, after a step that did."""
+    bias = trainables["head.bias"]
+    for step in range(2):
+        for i in range(micro):
+            engine.set_gradient_accumulation_boundary(i + 1 == micro)
+            reached = step == 0 or i > 0
+
+            def loss(x, reached=reached):
+                others = sum(p.sum() for name, p in trainables.items() if name != "head.bias")
+                return others + (3 * bias.sum() if reached else 0)
+
+            engine.module.forward = loss
+            with gathered(list(trainables.values())):
+                engine.backward(engine(torch.zeros(1)))
+            if i + 1 < micro:
+                engine.step()
+        if step == 0:
+            engine.step()
+    found = [shard.gradient.abs() for shard in gradients.shards(engine) if shard.parameter is bias]
+    largest = max((float(gradient.max()) for gradient in found if len(gradient)), default=0.0)
+    dist.all_reduce(most := torch.tensor(largest), op=dist.ReduceOp.MAX)
+    return most.item()
+
+
+def kept_by_deepspeed(forgets: bool, offload: bool) -> list[float]:
+    """`left_over` of a step of one and of two micro-batches at ZeRO-3 where DeepSpeed reduces gradients itself."""
+    found = []
+    for micro in (1, 2):
+        given = checkpoint.config
+
+        def config(stage: int, bf16: bool, given=given) -> dict:
+            made = given(stage, bf16) | ({"zero_force_ds_cpu_optimizer": False} if offload else {})
+            made["zero_optimization"] |= {"offload_optimizer": {"device": "cpu"}} if offload else {}
+            return made
+
+        with mock.patch.object(lean, "step_directly"), mock.patch.object(checkpoint, "config", config):
+            engine, trainables = make(3)
+        if forgets:
+            stage3_gradients.forget_each_step(engine)
+        found.append(left_over(engine, trainables, micro))
+    return found
+
+
 def skipped(engine, trainables) -> bool:
     """Whether a step that all ranks skip leaves the weights, and the next one applies."""
     before = values(trainables)
@@ -131,6 +177,9 @@ for stage in (1, 3):
     result[stage] = {"own": trained(*own), "flat": trained(*flat(stage)), "told": told(*flat(stage))}
     result[stage] |= {"unreached": unreached(*flat(stage)), "skipped": skipped(*flat(stage))}
     result[stage] |= {"released": released(*flat(stage))}
+result["left over"] = {
+    (forgets, offload): kept_by_deepspeed(forgets, offload) for forgets in (False, True) for offload in (False, True)
+}
 torch.save(result, work / f"{dist.get_rank()}.pt")
 dist.barrier()
 dist.destroy_process_group()
