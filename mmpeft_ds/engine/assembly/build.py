@@ -276,6 +276,9 @@ class FrozenEngine:
         """0: nothing is partitioned."""
         return 0
 
+    def clip_fp32_gradients(self) -> None:
+        """Nothing to clip."""
+
     def destroy(self) -> None:
         """Nothing to remove: there are no hooks."""
 
