@@ -1,8 +1,6 @@
 """What holds for every process that runs tests."""
 
-import functools
 import gc
-import sys
 from collections.abc import Iterator
 
 import pytest
@@ -19,11 +17,6 @@ def pytest_collection() -> Iterator[None]:
 
 
 def pytest_collection_finish() -> None:
-    """Full collections of garbage pass over what the imports have made: hundreds of thousands of objects that stay.
-
-    A template is compiled once: peft makes one of the same text for the model card of every adapter that it saves.
-    """
+    """Full collections of garbage pass over what the imports have made: hundreds of thousands of objects that stay."""
     gc.collect()
     gc.freeze()
-    if jinja2 := sys.modules.get("jinja2"):
-        jinja2.Template = functools.cache(jinja2.Template)

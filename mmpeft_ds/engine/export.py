@@ -96,9 +96,6 @@ def _fill(
     metrics: dict[str, Any],
 ) -> None:
     saved = resolved.method.saved_tensors(model, trained)
-    card, said = partial / "README.md", model_card(resolved, metrics, trained)
-    # peft adds to a card that is there; where none is, it first compiles the hub's template for one.
-    card.write_text(said, "utf-8")
     # Give peft whole tensors, so that it does not look at the shards. `auto` would ask the hub about embeddings.
     model.save_pretrained(str(partial), state_dict=dict(saved), save_embedding_layers=False)
     name_for_peft(model, partial / WEIGHTS)
@@ -130,7 +127,7 @@ def _fill(
         _features_files(partial, directory, model, plain, backbone)
     yaml = recipes.to_yaml(recipe, lambda key, value: _without_places(key, value, directory))
     (partial / "recipe.yaml").write_text(yaml, "utf-8")
-    card.write_text(said, "utf-8")
+    (partial / "README.md").write_text(model_card(resolved, metrics, trained), "utf-8")
     write_checksums(partial)
 
 
